@@ -86,6 +86,26 @@ def learn(
 
 
 @app.command()
+def learn_cost(
+    stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
+    texts: options.Texts,
+    rounds: Annotated[int, typer.Option(help="Rounds, each without and with a fit.", min=1)] = 9,
+    seconds: Annotated[float, typer.Option(help="Duration of each measurement, seconds.", min=1)] = 6.0,
+    text_column: options.TextColumn = "text",
+    port: options.Port = 8100,
+) -> None:
+    """Latency of clients at half load while a server fits exits, and while it does not.
+
+    Example: python -m lab learn-cost runs/stock/model --texts runs/stock/texts.jsonl
+    """
+    from lab.learn_cost import measure, table
+
+    rate, without, with_fit = measure(stock, read(texts, text_column), rounds, seconds, port)
+    print(f"{rate:.0f} requests/s, half of what the server answers with 16 connections")
+    print("\n".join(table(without, with_fit)))
+
+
+@app.command()
 def starts(
     folder: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
     rounds: Annotated[int, typer.Option(help="Starts of each server, in turn.", min=1)] = 5,

@@ -31,7 +31,6 @@ from de3.training.data import Example
 CONNECTIONS = 8
 WINDOW = 500  # texts, of rates over time
 BATCH = 64
-TIMED = 300  # texts whose time at full depth is measured
 UNSEEN = 2000
 
 
@@ -56,7 +55,9 @@ class Story:
         speedup: in layers over the last quarter of the first kind; model_speedup: in model time over all texts of the
             first kind, and with_audits: including the time of audits.
         recovery: texts of the second kind after which the rate of the latest WINDOW texts stays within the promise.
-        learned, imported: speed-ups in hindsight on unseen texts, of the last version and of an offline import.
+        learned, imported: speed-ups in hindsight on unseen texts, of the last version and of an offline import from as
+            many texts as were recorded.
+        records: number of records after the texts of the first kind.
         windows: of the stream: end, speed-up in layers, rate of disagreement.
         memory_mb: of the server and its fits, by PSS, largest value seen.
     """
@@ -71,6 +72,7 @@ class Story:
     recovery: int = 0
     learned: float = 1.0
     imported: float = 1.0
+    records: int = 0
     memory_mb: float = 0.0
     windows: list[tuple[int, float, float]] = field(default_factory=list)
     fits: list[dict[str, Any]] = field(default_factory=list)
@@ -129,12 +131,6 @@ def truth(url: str, texts: Sequence[str]) -> list[str]:
     return labels
 
 
-def full_depth_ms(url: str, texts: Sequence[str]) -> float:
-    """Mean model time of texts at full depth."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
-    return float(np.mean([_one(connection, text, tau=0).model_ms for text in texts]))
-
-
 def tell(
     stock: Path,
     first: Sequence[str],
@@ -164,25 +160,23 @@ def tell(
             peak = _Peak(started.process.pid)
             answers = send(url, texts, per_second)
             audits_ms = 1000 * _metric(url, "de3_audit_seconds_total")
-            version = _report(url, name)["serving"]
+            report = _report(url, name)
+            version, story.records = report["serving"], report["records"]
             answers += send(url, others, per_second)
             story.memory_mb = peak.stop()
             labels = truth(url, [*texts, *others])
-            full_ms = full_depth_ms(url, texts[:TIMED])
             story.fits = _report(url, name)["fits"]
-            _measure(story, answers, labels, count, full_ms, audits_ms)
+            _measure(story, answers, labels, count, audits_ms)
             try:
                 learned = Store(place / "state/learned/versions").open(f"{name}:{version}")
                 story.learned = hindsight(Model(learned), unseen, rate)
             except StoreError:  # full depth is served
                 story.learned = 1.0
-        story.imported = hindsight(_imported(stock, texts, place), unseen, rate)
+        story.imported = hindsight(_imported(stock, texts[: story.records], place), unseen, rate)
     return story
 
 
-def _measure(
-    story: Story, answers: list[Answer], labels: list[str], count: int, full_ms: float, audits_ms: float
-) -> None:
+def _measure(story: Story, answers: list[Answer], labels: list[str], count: int, audits_ms: float) -> None:
     layers = np.array([answer.layer for answer in answers])
     deepest = int(layers.max())
     differs = np.array([answer.label != label for answer, label in zip(answers, labels, strict=True)])
@@ -191,6 +185,7 @@ def _measure(
     parts = (differs, differs[:count], differs[count:])
     story.disagreement = tuple(float(part.mean()) if len(part) else 0.0 for part in parts)  # type: ignore[assignment]
     story.speedup = deepest / float(layers[3 * count // 4 : count].mean())
+    full_ms = float(np.mean([answer.model_ms for answer in answers[: story.first_early or count]]))
     spent = sum(answer.model_ms for answer in answers[:count])
     story.model_speedup = full_ms * count / spent
     story.with_audits = full_ms * count / (spent + audits_ms)

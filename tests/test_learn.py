@@ -41,7 +41,7 @@ from de3.server.rules import Rules
 from de3.server.settings import Settings
 from de3.training.data import Example
 from tests.commands import de3, refusal
-from tests.fixtures import made_once, make_rows
+from tests.fixtures import made_once, make_rows, save_encoder
 from tests.serving import Server, serving, until
 from tests.stock import fine_tuned
 
@@ -377,6 +377,40 @@ def test_exits_are_imported_from_the_records_of_several_servers(
     (tmp_path / "b").write_bytes(b"no")
     assert "b: it is damaged" in refusal(f"import base --records {tmp_path}/b --name x --store {store}")
     assert "either --texts or --records" in refusal(f"import base --name x --store {store}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["modernbert", "deberta-v2", "mpnet", "distilbert"])
+def test_every_family_learns(family: str, tmp_path: Path) -> None:
+    """Also one whose exits see the hidden states through a final norm."""
+    save_encoder(tmp_path / "stock", family, labels=3)
+    store = Store(tmp_path / "store")
+    convert(Stock.open("stock", tmp_path / "stock"), store, "base", "int8")
+    base = store.open("base")
+    old = Model(base, "onnxruntime")
+    found = records_of(old, texts_of(120, 6))
+    fitted = learning.fit_exits(found, base.manifest, 1, 0.1)
+    new = Model(store.open_path(learning.publish(base, fitted, store, 1, 120)), "onnxruntime")
+    for text in texts_of(10, 14):
+        before, after = (model.full_depth(model.tokenize(text)) for model in (old, new))
+        assert before[-1].logits is not None and after[-1].logits is not None
+        assert before[-1].logits.tobytes() == after[-1].logits.tobytes()
+        for layer, (weight, bias) in enumerate(fitted.exits.classifiers):
+            expected = weight @ new.pooled(after[layer].hidden) + bias
+            np.testing.assert_allclose(after[layer].logits, expected, rtol=1e-3, atol=1e-3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("multi_label_classification", 3), ("regression", 1)])
+def test_labels_and_values_are_learned_too(kind: str, labels: int, tmp_path: Path) -> None:
+    save_encoder(tmp_path / "stock", labels=labels, problem_type=kind)
+    store = Store(tmp_path / "store")
+    convert(Stock.open("stock", tmp_path / "stock"), store, "base", "int8")
+    base = store.open("base")
+    found = records_of(Model(base, "onnxruntime"), texts_of(120, 6))
+    fitted = learning.fit_exits(found, base.manifest, 1, 0.1)
+    made = store.open_path(learning.publish(base, fitted, store, 1, 120))
+    assert not made.manifest.prototype_layers and made.manifest.default_signal.name == "risk"
+    assert Model(made).full_depth(Model(made).tokenize("a film"))[0].logits is not None
 
 
 # The process

@@ -29,6 +29,29 @@ app = typer.Typer(
 
 
 @app.command()
+def learn(
+    stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
+    texts: Annotated[
+        Path, typer.Option(help="Texts that the classifier was not trained on; at least 6,000.")
+    ],
+    rate: Annotated[float, typer.Option(help="The promised rate of disagreement.")] = 0.02,
+    fits: Annotated[int, typer.Option(help="Servers, each with fits of its own.", min=1)] = 20,
+    streams: Annotated[int, typer.Option(help="Simulated streams over all of them.", min=1)] = 1000,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
+) -> None:
+    """Of how many stationary streams is a server that learns ever above its promise, over all versions?
+
+    Example: python -m lab study learn runs/stock/model --texts runs/stock/texts.jsonl
+    """
+    from lab.studies.learn import run
+
+    rows = read_rows(texts, Columns(label=None))
+    found = [text for text, _ in rows if isinstance(text, str)]
+    broken, count, speedup = run(stock, found, rate, fits, streams, workers)
+    print(f"{broken} of {count} streams were ever above {100 * rate:g}%; speed-up in layers {speedup:.2f}×")
+
+
+@app.command()
 def promise(
     texts: Annotated[list[Path], typer.Argument(help="Labelled texts; together they are the population.")],
     store: Store = Path("models"),

@@ -32,7 +32,8 @@ class Result(BaseModel):
         outcome: served, not_faster, or failed.
         version: of the new version; None without one.
         records, held_out: number of records, and of those that tested the exits.
-        speedup: by the best τ in hindsight on the held-out records; proved_speedup: by the τ that they prove.
+        speedup: by the best τ in hindsight on the held-out records; proved_speedup: by the τ that they prove;
+            served_speedup: as speedup, of the version that was served.
         seconds: duration.
         error: reason of a failure.
     """
@@ -47,6 +48,7 @@ class Result(BaseModel):
     held_out: int = 0
     speedup: Number | None = None
     proved_speedup: Number | None = None
+    served_speedup: Number | None = None
     seconds: Number = 0.0
     error: str | None = Field(None, max_length=1000)
 

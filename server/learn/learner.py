@@ -167,11 +167,14 @@ def sentence(result: Result) -> str:
     )
     if result.outcome == "served":
         return f"fit {result.attempt} is served as version {result.version}: {measured}"
-    return f"fit {result.attempt} is not faster than what is served: {measured}"
+    return (
+        f"fit {result.attempt} is not faster than what is served ({result.served_speedup:.2f}×): {measured}"
+    )
 
 
 def result_of(attempt: int, found: dict[str, Any], version: int | None) -> Result:
     """The result of a fit that ran."""
-    numbers = {name: found[name] for name in ("records", "held_out", "speedup", "proved_speedup", "seconds")}
+    names = ("records", "held_out", "speedup", "proved_speedup", "served_speedup", "seconds")
+    numbers = {name: found[name] for name in names}
     outcome: Literal["served", "not_faster"] = "not_faster" if version is None else "served"
     return Result(at=time.time(), attempt=attempt, outcome=outcome, version=version, **numbers)

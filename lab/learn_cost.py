@@ -1,0 +1,92 @@
+"""What clients notice while exits are fitted: latency at half load, with and without a fit, in turn."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.request import Request, urlopen
+
+from de3.loadtest.client import Target, quantile, send_traffic
+from de3.loadtest.servers import Server, running
+from de3.loadtest.texts import Sample
+
+KEY = "k" * 32
+WARM_S = 20.0
+Times = list[tuple[float, float]]  # p50 and p99 of each round, ms
+
+
+def measure(
+    stock: Path, samples: list[Sample], rounds: int, seconds: float, port: int
+) -> tuple[float, Times, Times]:
+    """The rate of requests, and the latencies of each round without and with a fit."""
+    os.environ["DE3_ADMIN_KEYS"] = f"lab {KEY}"
+    without, with_fit = list[tuple[float, float]](), list[tuple[float, float]]()
+    with TemporaryDirectory(prefix="de3-lab-") as folder:
+        options = ["--learn", "--guarantee", "0.02", "--state-dir", f"{folder}/state"]
+        command = [sys.executable, "-m", "de3.cli", "serve", str(stock), *options, "--port", "{port}"]
+        server = Server(
+            "de3",
+            command,
+            ready="/ready",
+            body=lambda text: {"input": text},
+            label=lambda row: str(row["data"][0]["label"]),
+        )
+        with running(server, port, Path(folder) / "log") as started:
+            target = started.target
+            with urlopen(f"{target.url}/v1/models") as response:
+                name = json.loads(response.read())["data"][0]["name"]
+            send_traffic(target, samples, WARM_S)
+            _wait(target, name, "recording")
+            run = send_traffic(target, samples, seconds)
+            rate = len(run.latencies_ms()) / seconds / 2
+            for seed in range(rounds):
+                _wait(target, name, "recording")
+                without.append(_latency(target, samples, seconds, rate, seed))
+                _ask(target, name)
+                _wait(target, name, "fitting")
+                with_fit.append(_latency(target, samples, seconds, rate, seed))
+                if _report(target, name)["phase"] != "fitting":
+                    raise ValueError("the fit ended before the round: choose a smaller --seconds")
+    return rate, without, with_fit
+
+
+def _latency(
+    target: Target, samples: list[Sample], seconds: float, rate: float, seed: int
+) -> tuple[float, float]:
+    times = send_traffic(target, samples, seconds, rate, seed=seed).latencies_ms()
+    return quantile(times, 0.5), quantile(times, 0.99)
+
+
+def _report(target: Target, name: str) -> dict[str, Any]:
+    with urlopen(f"{target.url}/v1/models/{name}/learn") as response:
+        return dict(json.loads(response.read()))
+
+
+def _ask(target: Target, name: str) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with urlopen(Request(f"{target.url}/v1/models/{name}/learn", b"", headers)):
+        pass
+
+
+def _wait(target: Target, name: str, phase: str) -> None:
+    """Wait until the learner is in a phase; and, if that is recording, for a moment longer."""
+    while _report(target, name)["phase"] != phase:
+        time.sleep(0.1)
+    if phase == "recording":
+        time.sleep(2.0)
+
+
+def table(without: Times, with_fit: Times) -> Iterator[str]:
+    """The medians and their paired ratios."""
+    for i, name in enumerate(("p50", "p99")):
+        before, after = ([both[i] for both in times] for times in (without, with_fit))
+        ratios = [b / a for a, b in zip(before, after, strict=True)]
+        yield (
+            f"{name}: {median(before):.2f} ms, while a fit runs {median(after):.2f} ms: {median(ratios):.2f}× "
+            f"({min(ratios):.2f} … {max(ratios):.2f})"
+        )

@@ -1,0 +1,112 @@
+"""The guarantee of a server that learns, on simulated traffic: how often is any version above the promise?"""
+
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+
+from de3.exits.calibration import FINE_TAUS
+from de3.exits.promise import Profile, Promise, error_of
+from de3.export.classifier import Stock, convert
+from de3.export.learn import fit_exits, states_of
+from de3.model_store.manifest import Manifest, base_of
+from de3.model_store.model import Model
+from de3.model_store.records import Records
+from de3.model_store.store import Store
+from de3.server.audit.auditor import Traffic
+from de3.training.progress import console, track
+from lab.learn import profiles
+
+SIZES = (500, 1000, 2000, 4000)  # texts before each fit
+END = 8000  # texts of a stream
+
+
+@dataclass(frozen=True)
+class Version:
+    """A fit: disagreement and layer of each unseen text at each τ, (n, G); number of held-out texts; true rates, (G,)."""
+
+    differs: NDArray[np.bool_]
+    layers: NDArray[np.int64]
+    held_out: int
+    rates: NDArray[np.float64]
+
+
+def records_of(stock: Path, texts: Sequence[str]) -> tuple[Manifest, Records]:
+    """Records of texts as a server makes them, by the int8 model."""
+    with TemporaryDirectory() as folder:
+        convert(Stock.open("stock", stock), Store(Path(folder)), "base", "int8")
+        model = Model(Store(Path(folder)).open("base"))
+    manifest, n = model.manifest, len(texts)
+    states = np.zeros((n, manifest.num_layers, manifest.hidden_size), np.float16)
+    logits = np.zeros((n, len(manifest.labels)), np.float32)
+    for i, text in enumerate(track(texts, "Running the model")):
+        steps = model.full_depth(model.tokenize(text))
+        states[i], logits[i] = [model.pooled(step.hidden) for step in steps[:-1]], steps[-1].logits
+    number = np.arange(n)
+    keys, clients = number.astype(np.uint64), np.zeros(n, np.int32)
+    return manifest, Records(base_of(manifest), states, logits, np.ones(n), keys, number, clients, ["one"])
+
+
+def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[Version]:
+    """The versions of one server: fits to 500, 1,000, … texts, measured on the texts that none of them saw."""
+    console.quiet = True
+    order = np.random.default_rng(seed).permutation(len(records))
+    unseen = states_of(records.part(order[SIZES[-1] :]), manifest)
+    versions, taus = [], np.unique(FINE_TAUS)
+    for attempt, size in enumerate(SIZES, 1):
+        fitted = fit_exits(records.part(np.sort(order[:size])), manifest, attempt, rate)
+        recorded = fitted.exits.recorded(unseen)
+        scores = fitted.risk.scores(recorded)
+        differs, layers = profiles(recorded, scores, taus)
+        versions.append(Version(differs, layers, len(fitted.evidence), differs.mean(0)))
+    return versions
+
+
+def stream(versions: Sequence[Version], rate: float, seed: int) -> tuple[bool, float]:
+    """Simulate one stream of resampled texts. Returns whether τ was ever above the promise, and the mean exit layer."""
+    rng, taus = np.random.default_rng(seed), np.unique(FINE_TAUS)
+    is_broken, layers, traffic = False, 0.0, Traffic(processes=1, texts=SIZES[0])
+    for attempt, version in enumerate(versions, 1):
+        promise = Promise(rate, taus, error=error_of(attempt))
+        n = len(version.differs)
+        for i in rng.integers(n, size=version.held_out):
+            promise.add(1.0, Profile(version.differs[i], version.layers[i]))
+        promise.advance()
+        end = SIZES[attempt] if attempt < len(SIZES) else END
+        for i in rng.integers(n, size=end - traffic.texts):
+            is_broken |= bool(version.rates[promise.index] > rate)
+            layers += float(version.layers[i, promise.index])
+            share = 1.0 if promise.index == 0 else max(0.05, traffic.share)
+            traffic.texts += 1
+            if rng.random() < share:
+                promise.add(share, Profile(version.differs[i], version.layers[i]))
+                promise.advance()
+            else:
+                promise.skip(share, 1)
+    return is_broken, layers / (END - SIZES[0])
+
+
+def run(
+    stock: Path, texts: Sequence[str], rate: float, fits: int, streams: int, workers: int
+) -> tuple[int, int, float]:
+    """Simulate streams; returns how many were ever above the promise, how many there were, and the mean speed-up."""
+    manifest, records = records_of(stock, texts)
+    broken, layers = 0, list[float]()
+    with ProcessPoolExecutor(workers) as pool:
+        chains = list(track(pool.map(partial(chain, manifest, records, rate), range(fits)), "Fitting", fits))
+        jobs = [(versions, seed) for seed, versions in enumerate(chains)]
+        each = streams // fits
+        for results in track(pool.map(partial(_streams, rate=rate, count=each), jobs), "Streams", fits):
+            broken += sum(is_broken for is_broken, _ in results)
+            layers += [mean for _, mean in results]
+    return broken, each * fits, manifest.num_layers / float(np.mean(layers))
+
+
+def _streams(job: tuple[list[Version], int], rate: float, count: int) -> list[tuple[bool, float]]:
+    versions, seed = job
+    return [stream(versions, rate, 10_000 * (seed + 1) + i) for i in range(count)]
