@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.request import Request, urlopen
 
-from de3.loadtest.client import Target, quantile, send_traffic
+from de3.loadtest.client import Target, label_of, quantile, send_traffic
 from de3.loadtest.servers import Server, running
 from de3.loadtest.texts import Sample
 
@@ -34,7 +34,7 @@ def measure(
             command,
             ready="/ready",
             body=lambda text: {"input": text},
-            label=lambda row: str(row["data"][0]["label"]),
+            label=label_of,
         )
         with running(server, port, Path(folder) / "log") as started:
             target = started.target

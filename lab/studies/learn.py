@@ -28,7 +28,8 @@ END = 8000  # texts of a stream
 
 @dataclass(frozen=True)
 class Version:
-    """A fit: disagreement and layer of each unseen text at each τ, (n, G); number of held-out texts; true rates, (G,)."""
+    """A fit: disagreement and layer of each unseen text at each τ, (n, G) each; number of held-out texts; true rates of
+    disagreement, (G,)."""
 
     differs: NDArray[np.bool_]
     layers: NDArray[np.int64]
