@@ -27,7 +27,7 @@ from de3.exits.guarantee import CONFIDENCE
 
 # Mean number of audits before a false alarm at exactly the promised rate; far more at a lower rate.
 PATIENCE = 1e5
-MAX_SHARES = 64  # tallies in an Evidence; a server has about ten
+MAX_SHARES = 64  # tallies in an Evidence; a server has about twenty
 # Number of recent audits; larger if the promise lets fewer than LEAST_EXPECTED of them differ.
 RECENT, LEAST_EXPECTED = 300, 6
 
@@ -52,6 +52,7 @@ class SavedPromise(NamedTuple):
         reason: see Promise.
         detector: wealth of the change detector.
         weight, recent: `weight` and `differing` of Recent.
+        error: δ.
     """
 
     rate: float
@@ -61,6 +62,7 @@ class SavedPromise(NamedTuple):
     detector: list[float]
     weight: float
     recent: list[float]
+    error: float = 1 - CONFIDENCE
 
 
 class Profile(NamedTuple):
@@ -349,16 +351,16 @@ class Promise:
         taus, recent = self.evidence.taus, self.recent
         return SavedPromise(
             *(self.rate, float(taus[self.proved]), float(taus[self._start]), self._why),
-            *(self._detector.wealth.tolist(), recent.weight, recent.differing.tolist()),
+            *(self._detector.wealth.tolist(), recent.weight, recent.differing.tolist(), self.error),
         )
 
     def restore(self, evidence: Evidence, saved: SavedPromise) -> None:
-        """Continue from a saved state. If it was saved with another rate, or with a higher start, only its evidence is
-        used.
+        """Continue from a saved state. With another rate, a higher start or a larger δ, only its evidence counts.
 
         Raises ValueError for a τ outside the grid, and for impossible values.
         """
-        if saved.rate != self.rate or saved.start > evidence.taus[self._start]:
+        is_laxer = saved.start > evidence.taus[self._start] or saved.error > self.error
+        if saved.rate != self.rate or is_laxer:
             self.evidence = evidence
             self.advance()
             return

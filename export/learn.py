@@ -42,6 +42,7 @@ from de3.training.progress import console
 
 FOLDS = 4  # the risk is fitted to exits that were fitted without the text: each fold by those of the others
 HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and number of the new records that test the exits
+LEAST_OF_CLIENT = 30  # held-out records of a client, from which its weight is known well enough
 MAX_FITTED = 20_000  # records
 MAX_LOSS = 0.01  # of accuracy, at the default τ of requests to a server without a guarantee
 # Least gains, as ratios to what is served now: in proved speed-up; and in the speed-up that exits allow, for exits that
@@ -122,16 +123,30 @@ def fit_exits(records: Records, manifest: Manifest, attempt: int, rate: float, f
 def _split(records: Records, attempt: int, first_new: int) -> tuple[Records, Records]:
     """The records to fit to, and those to test on; equal texts are on the same side."""
     is_new = records.numbers >= first_new
-    count = min(round(HELD_OUT * int(is_new.sum())), MAX_HELD_OUT)
     rng = np.random.default_rng([SEED, attempt])
     keys = rng.permutation(np.unique(records.keys[is_new]))
+    count = min(round(HELD_OUT * len(keys)), MAX_HELD_OUT)
     is_tested = np.isin(records.keys, keys[:count])
-    held, others = np.flatnonzero(is_tested & is_new), np.flatnonzero(~is_tested)
+    others = np.flatnonzero(~is_tested)
+    held = _thinned(records, np.flatnonzero(is_tested & is_new), rng)
     # Of the records before a change of the traffic, at most as many as after it.
     old, new = others[~is_new[others]], others[is_new[others]]
     if first_new and len(old) > len(new):
         old = np.sort(rng.permutation(old)[: len(new)])
     return records.part(np.sort(np.concatenate([old, new]))[-MAX_FITTED:]), records.part(held)
+
+
+def _thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Rows of which each client has as many as its share of the traffic.
+
+    Records over-represent clients whose texts were drawn more often, and those that the reservoir protects.
+    """
+    clients = records.clients[rows]
+    counts = np.bincount(clients, minlength=len(records.names))
+    weights = np.array(records.texts) / np.maximum(counts, 1)  # texts for which a record stands
+    known = counts >= LEAST_OF_CLIENT
+    most = weights[known].max() if known.any() else np.inf
+    return rows[rng.random(len(rows)) * most <= weights[clients]] if np.isfinite(most) else rows
 
 
 def _apart(
@@ -220,15 +235,16 @@ def publish(
     base: Artifact,
     fitted: Fitted,
     store: Store,
-    attempt: int,
+    attempt: int | None,
     records: int,
     name: str | None = None,
     version: int | None = None,
 ) -> Path:
     """Publish a model with these exits; returns its folder.
 
-    name, version: of the new version; None: the base's name, and the next version in the store. Raises StoreError for a
-    damaged base, and OSError if the version exists.
+    attempt: number of the fit of a server; None: for a guarantee it is a new model. name, version: of the new version;
+    None: the base's name, and the next version in the store. Raises StoreError for a damaged base, and OSError if the
+    version exists.
     """
     manifest, exits = base.manifest, fitted.exits
     layers = list(range(manifest.num_layers))
@@ -240,7 +256,7 @@ def publish(
         "name": name or manifest.name,
         "created": int(time.time()),
         "source": manifest.source,
-        "learned": Learned(base=base_of(manifest), attempt=attempt, records=records),
+        "learned": attempt and Learned(base=base_of(manifest), attempt=attempt, records=records),
         "export": {},
         **fitted.calibrated.fields(),
     }
@@ -286,7 +302,7 @@ def import_records(base: Artifact, files: Sequence[Path], store: Store, name: st
         f"{100 * rate:g}% disagreement",
         highlight=False,
     )
-    return publish(base, fitted, store, 1, len(records), name)
+    return publish(base, fitted, store, None, len(records), name)
 
 
 def _check(records: Records, manifest: Manifest) -> None:

@@ -22,6 +22,7 @@ VERSION = re.compile(r"[1-9][0-9]{0,8}")
 FILE = re.compile(r"embeddings\.onnx|layer_[0-9]{2}\.onnx|prototypes\.safetensors|tokenizer\.json|README\.md")
 
 MAX_ROWS = 5000
+MAX_ATTEMPTS = 10**8  # fits of exits to live traffic
 
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Threshold = Annotated[float, Field(gt=0, lt=1)]
@@ -154,7 +155,7 @@ class Learned(Part):
     """
 
     base: Sha256
-    attempt: Annotated[int, Field(ge=1, le=10_000)]
+    attempt: Annotated[int, Field(ge=1, le=MAX_ATTEMPTS)]
     records: Count
 
 

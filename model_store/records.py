@@ -19,6 +19,7 @@ from safetensors.numpy import save
 MAX_RECORDS = 1_000_000
 MAX_CLIENTS = 2**16
 MAX_FILE_BYTES = 2**32
+MAX_NUMBER = 2**53
 MAX_METADATA = 2**23  # bytes
 FORMAT = "de3-records-1"
 
@@ -36,6 +37,7 @@ class Records:
         numbers: ascending, (n,) int64.
         clients: index of each text's client in `names`, (n,) int32.
         names: of the clients.
+        texts: estimated number of texts of each client, recorded or not; index as in `names`.
     """
 
     base: str
@@ -46,6 +48,7 @@ class Records:
     numbers: NDArray[np.int64]
     clients: NDArray[np.int32]
     names: list[str]
+    texts: list[float]
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -54,7 +57,7 @@ class Records:
         """The records at these rows."""
         return Records(
             *(self.base, self.states[rows], self.logits[rows], self.shares[rows], self.keys[rows]),
-            *(self.numbers[rows], self.clients[rows], self.names),
+            *(self.numbers[rows], self.clients[rows], self.names, self.texts),
         )
 
     def check(self, base: str, num_layers: int, hidden: int, labels: int) -> None:
@@ -68,7 +71,8 @@ class Records:
         """Write them to a file that only its owner can read, atomically; raises OSError."""
         new = path.with_name(path.name + ".new")
         new.unlink(missing_ok=True)
-        metadata = {"format": FORMAT, "base": self.base, "names": json.dumps(self.names)}
+        clients = json.dumps([self.names, self.texts])
+        metadata = {"format": FORMAT, "base": self.base, "clients": clients}
         arrays = {name: getattr(self, name) for name in _SHAPES}
         try:
             with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -80,13 +84,14 @@ class Records:
             new.unlink(missing_ok=True)
 
 
-_SHAPES: dict[str, tuple[Any, int]] = {
-    "states": (np.float16, 3),
-    "logits": (np.float32, 2),
-    "shares": (np.float64, 1),
-    "keys": (np.uint64, 1),
-    "numbers": (np.int64, 1),
-    "clients": (np.int32, 1),
+# By tensor: type, number of dimensions, and the type's name in the file.
+_SHAPES: dict[str, tuple[Any, int, str]] = {
+    "states": (np.float16, 3, "F16"),
+    "logits": (np.float32, 2, "F32"),
+    "shares": (np.float64, 1, "F64"),
+    "keys": (np.uint64, 1, "U64"),
+    "numbers": (np.int64, 1, "I64"),
+    "clients": (np.int32, 1, "I32"),
 }
 
 
@@ -101,39 +106,49 @@ def read(path: Path, max_bytes: int) -> Records:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError("it is not a file of records of this release")
+            _check_header(file)
             arrays = {name: file.get_tensor(name) for name in _SHAPES}
     except SafetensorError as error:
         raise ValueError(f"it is damaged: {error}") from None
-    n = len(arrays["logits"])
-    if not 1 <= n <= MAX_RECORDS:
-        raise ValueError(f"it has {n} records, 1 to {MAX_RECORDS} are possible")
-    for name, (dtype, dimensions) in _SHAPES.items():
-        array = arrays[name]
-        if array.dtype != dtype or array.ndim != dimensions or len(array) != n:
-            raise ValueError(
-                f"{name} must be {np.dtype(dtype)} of {n} records, got {array.dtype} {array.shape}"
-            )
+    for name, array in arrays.items():
+        if array.dtype != _SHAPES[name][0]:
+            raise ValueError(f"{name} must be {np.dtype(_SHAPES[name][0])}, got {array.dtype}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name} is not finite")
-    names = _names(metadata.get("names", ""))
-    clients, shares = arrays["clients"], arrays["shares"]
+    names, texts = _clients(metadata.get("clients", ""))
+    clients, shares, numbers = arrays["clients"], arrays["shares"], arrays["numbers"]
     if clients.min() < 0 or clients.max() >= len(names):
         raise ValueError("a record's client is not among the names")
     if shares.min() <= 0 or shares.max() > 1:
         raise ValueError("a share must be above 0 and at most 1")
-    if (np.diff(arrays["numbers"]) < 0).any():
+    if (np.diff(numbers) < 0).any() or numbers[0] < 0 or numbers[-1] > MAX_NUMBER:
         raise ValueError("the records are not in order")
-    return Records(str(metadata.get("base", "")), **arrays, names=names)
+    return Records(str(metadata.get("base", "")), **arrays, names=names, texts=texts)
 
 
-def _names(text: str) -> list[str]:
+def _check_header(file: Any) -> None:
+    """Raise ValueError for wrong types and shapes, before anything is read."""
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in _SHAPES}
+    n = shapes["logits"][0] if shapes["logits"] else 0
+    if not 1 <= n <= MAX_RECORDS:
+        raise ValueError(f"it has {n} records, 1 to {MAX_RECORDS} are possible")
+    for name, (_, dimensions, kind) in _SHAPES.items():
+        shape, found = shapes[name], file.get_slice(name).get_dtype()
+        if found != kind or len(shape) != dimensions or shape[0] != n or 0 in shape:
+            raise ValueError(f"{name} must be {kind} of {n} records, got {found} {list(shape)}")
+
+
+def _clients(text: str) -> tuple[list[str], list[float]]:
+    """The names of the clients and the number of texts of each."""
     try:
-        names = json.loads(text) if len(text) <= MAX_METADATA else None
-    except (ValueError, RecursionError):
-        names = None
-    if not isinstance(names, list) or len(names) > MAX_CLIENTS or not all(isinstance(n, str) for n in names):
+        names, texts = json.loads(text) if len(text) <= MAX_METADATA else ([], [])
+        are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        texts = [float(number) for number in texts]
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("its names of clients are damaged") from None
+    if not are_names or not len(names) == len(texts) <= MAX_CLIENTS or not all(0 <= t < 1e300 for t in texts):
         raise ValueError("its names of clients are damaged")
-    return names
+    return names, texts
 
 
 def joined(parts: Sequence[Records]) -> Records:
@@ -148,5 +163,9 @@ def joined(parts: Sequence[Records]) -> Records:
     arrays["clients"] = np.concatenate(
         [part.clients + np.int32(offset) for part, offset in zip(parts, offsets, strict=True)]
     )
-    arrays["numbers"] = np.arange(len(arrays["logits"]), dtype=np.int64)
-    return Records(first.base, **arrays, names=names)
+    # Records of all servers are mixed by their age.
+    order = np.argsort(np.concatenate([np.arange(len(part)) / len(part) for part in parts]), kind="stable")
+    arrays = {name: array[order] for name, array in arrays.items()}
+    arrays["numbers"] = np.arange(len(order), dtype=np.int64)
+    texts = [number for part in parts for number in part.texts]
+    return Records(first.base, **arrays, names=names, texts=texts)

@@ -131,7 +131,9 @@ class Rules:
         self.default = self._of(replace(settings.options, tau=None), default)
         if settings.guarantee is not None:
             tau = 0.0
-            if settings.guarantee_start == "calibrated" and not self._is_full_depth:
+            # Learned exits are tested on what they were calibrated on, so their certificate is no start.
+            has_start = not self._is_full_depth and manifest.learned is None
+            if settings.guarantee_start == "calibrated" and has_start:
                 tau = self._of(ExitOptions(max_disagreement=settings.guarantee), default).rule.tau
             self.default = self._choice(tau, self._signal, "guarantee", settings.guarantee)
         self._by_client: dict[str, Choice] = {}  # with a guarantee

@@ -289,7 +289,10 @@ class Auditor:
         if self._learn is None or tokens is None or states is None:
             return
         settled, logits = entry.settled, np.array(last.logits, np.float32)
-        self._learn(Record(settled.client, settled.share, _key(tokens), states.astype(np.float16), logits))
+        with np.errstate(over="ignore"):
+            pooled = states.astype(np.float16)
+        if np.isfinite(pooled).all() and np.isfinite(logits).all():
+            self._learn(Record(settled.client, settled.share, _key(tokens), pooled, logits))
 
     def _scores(self, passed: list[Reading]) -> list[float | None]:
         """The scores of a text at its exits, raised from the first exit at which it is out of distribution.

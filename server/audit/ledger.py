@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.guarantee import CONFIDENCE
@@ -135,6 +136,7 @@ class Ledger:
         self.resets: list[Reset] = []
         self.num_resets: dict[Reason, int] = {"change": 0, "reset": 0}
         self.is_changed = False
+        self._held_out_layers: NDArray[np.float64] | None = None  # mean exit layers at each τ
         self.serve(rules, runtime, caution)
 
     def serve(self, rules: Rules, runtime: str, caution: float) -> None:
@@ -212,6 +214,8 @@ class Ledger:
         self.promises.advance()
         self.is_changed = True
         self._apply()
+        layers = [profile(r.scores, r.differs, self.manifest.exit_layers, self.taus).layers for r in rows]
+        self._held_out_layers = np.mean(layers, 0) if layers else None
 
     def _skip(self, one: Settled, repeats: int) -> None:
         self.evidence.skip(one.share, one.skipped)
@@ -273,12 +277,13 @@ class Ledger:
         self._apply()
 
     def speedup(self) -> float:
-        """Speed-up in layers at the τ in force, by the audits; 1 at full depth, and with few audits."""
-        tau, layers = self.rules.default.rule.tau, self.manifest.num_layers
-        if len(self.manifest.exit_layers) == 1 or tau == 0 or self.evidence.audits < LEAST_AUDITS:
+        """Speed-up in layers at the τ in force, by the audits, or if these are few by held-out texts; 1 if unknown."""
+        tau, means = self.rules.default.rule.tau, self._held_out_layers
+        if self.evidence.audits >= LEAST_AUDITS:
+            means = self.evidence.mean_layers()
+        if len(self.manifest.exit_layers) == 1 or tau == 0 or means is None:
             return 1.0
-        mean = float(self.evidence.mean_layers()[int(np.searchsorted(self.taus, tau))])
-        return layers / max(mean, 1e-3)
+        return self.manifest.num_layers / max(float(means[int(np.searchsorted(self.taus, tau))]), 1e-3)
 
     def measured(self, in_force: Choice) -> tuple[float, float, float] | None:
         """The rate of disagreement at the τ in force, and its bounds; None without audits."""

@@ -65,7 +65,7 @@ class Ledgers:
         ledger = self._by_model.get(f"{name}:{version}")
         if ledger is None:
             return InService(version, 1.0, 0)
-        return InService(version, ledger.speedup(), ledger.num_resets["change"])
+        return InService(version, ledger.speedup(), sum(ledger.num_resets.values()))
 
     def versions(self, name: str) -> set[int]:
         """The versions of a name that are served."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from de3.exits.guarantee import CONFIDENCE
 from de3.exits.promise import MAX_SHARES, Evidence, Promise, Reason, Recent, SavedPromise, Tally
 from de3.exits.promises import ALL, MAX_CLIENTS, Promises
 from de3.model_store.manifest import fingerprint
@@ -21,7 +22,7 @@ log = logging.getLogger("de3")
 MAX_BYTES = 2**22
 MAX_TAUS = 1024
 MAX_TIME = 2**38  # seconds since 1970: the year 10680
-NEW_SHARES = 17  # shares that a server may add
+NEW_SHARES = 25  # shares that a server may add
 MAX_COUNT, NEW_COUNT = 2**53, 2**52  # largest count, and the part of it that a server may add
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -77,6 +78,7 @@ class Promised(_Part):
     detector: list[Annotated[float, Field(ge=0)]] = Field(max_length=16)
     weight: Annotated[float, Field(ge=0)]
     recent: list[Annotated[float, Field(ge=0)]] = Field(max_length=MAX_TAUS)
+    error: Rate = 1 - CONFIDENCE
     own: OwnAudits = OwnAudits()
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from de3.model_store.manifest import base_of
+from de3.model_store.records import Records
 from de3.model_store.store import Artifact
-from de3.server.learn.journal import MAX_RESULTS, LearnFolder, Result
+from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, LearnFolder, Outcome, Result
 from de3.server.learn.record import Record
 from de3.server.learn.reservoir import Reservoir
 from de3.server.settings import Settings
@@ -38,8 +39,9 @@ class Learner:
     """The records and the fits of one model name.
 
     Attributes:
-        artifact: the version that was served last; its weights are those of all learned versions.
+        artifact: the current version; its weights are those of all learned versions.
         phase: recording, or fitting.
+        is_restored: the saved records, if any, were read.
         count: records since the start, or the last change of the traffic.
         next_fit: number of records at which the next fit starts.
         is_asked: an admin has asked for a fit.
@@ -49,10 +51,11 @@ class Learner:
     def __init__(self, artifact: Artifact, folder: LearnFolder, settings: Settings) -> None:
         manifest = artifact.manifest
         self.artifact, self.name, self._folder = artifact, manifest.name, folder
+        self.is_restored = False
         self.base = base_of(manifest)
         self.phase: Phase = "recording"
         self.is_asked = False
-        self._waiting: list[Record] | None = None  # None: none has to wait
+        self._waiting: list[Record] | None = []  # until the saved ones are read; None: none has to wait
         self._changes: tuple[int, int] = (0, 0)  # version, and its changes
         self.reservoir = Reservoir(
             self.base,
@@ -64,16 +67,32 @@ class Learner:
         self.journal = folder.journal(self.name, self.base)
         if not self.journal.attempts and len(manifest.exit_layers) > 1:
             self.journal.attempts = 1  # the exits that it came with are the first that a guarantee tests
-        saved = folder.records(self.name)
+        self.count = self._saved = 0
+        self._is_changed = False
+        self.next_fit = FIRST_FIT
+
+    def serve(self, artifact: Artifact) -> None:
+        """Note the current version."""
+        self.artifact, version = artifact, artifact.manifest.version
+        if version <= LEARNED_FROM:
+            self.journal.origin = version
+        self._is_changed |= self.journal.current != version
+        self.journal.current = version
+
+    def restore(self, saved: Records | None) -> None:
+        """Continue with the records of an earlier server; None: there are none."""
+        self.is_restored = True
         if saved is not None:
             try:
                 self.reservoir.restore(saved)
             except ValueError as error:
-                folder.set_aside_records(self.name, str(error))
-        self.count = self._saved = len(self.reservoir)
-        self.next_fit = FIRST_FIT
-        while self.journal.attempts and self.next_fit <= self.count:
+                self._folder.set_aside_records(self.name, self.base, str(error))
+            else:
+                self._saved = int((saved.numbers >= self.journal.first_new).sum())
+                self.count += self._saved
+        while self.journal.attempts and self.next_fit <= self._saved:
             self.next_fit *= 2
+        self.resume()
 
     def add(self, record: Record) -> None:
         """Keep a record, perhaps in place of another."""
@@ -98,25 +117,28 @@ class Learner:
         version, changes = self._changes
         if served.version == version and served.changes > changes:
             self.journal.first_new = int(self.reservoir.texts) + 1
-            self.count, self.next_fit = 0, FIRST_FIT
+            self.count, self.next_fit, self._is_changed = 0, FIRST_FIT, True
         self._changes = served.version, served.changes
 
     @property
     def is_due(self) -> bool:
         """True if a fit should start."""
-        return self.is_asked or self.count >= self.next_fit
+        return (
+            self.phase == "recording" and self.is_restored and (self.is_asked or self.count >= self.next_fit)
+        )
 
     @property
     def needs_saving(self) -> bool:
-        """True if there are many new records since the last save."""
-        return self.count >= max(FIRST_FIT, SAVE_GROWTH * self._saved)
+        """True if the journal has changed, or there are many new records since the last save."""
+        return self._is_changed or self.count >= max(FIRST_FIT, SAVE_GROWTH * self._saved)
 
     def save(self) -> None:
         """Write the records and the journal; raises OSError. No records may be added meanwhile: see hold."""
-        self._saved = self.count  # first, so that an error is not repeated at once
-        if len(self.reservoir):
-            self.reservoir.records().write(self._folder.records_path(self.name))
-        self._folder.write_journal(self.name, self.journal)
+        # First, so that an error is not repeated at once.
+        self._is_changed, self._saved = False, self.count
+        has_records = self.is_restored and len(self.reservoir) > 0
+        records = self.reservoir.records() if has_records else None
+        self._folder.write(self.name, self.journal, records)
 
     def begin(self) -> int:
         """Start a fit; returns its number."""
@@ -130,6 +152,7 @@ class Learner:
         """Note the outcome of a fit."""
         self.phase = "recording"
         self.journal.results = [*self.journal.results, result][-MAX_RESULTS:]
+        self._is_changed = True
 
     def report(self) -> dict[str, Any]:
         """For GET /v1/models/{name}/learn."""
@@ -137,7 +160,7 @@ class Learner:
         return {
             "model": self.name,
             "phase": self.phase,
-            "serving": self.journal.current or self.artifact.manifest.version,
+            "serving": self.artifact.manifest.version,
             "records": len(self.reservoir),
             "max_records": self.reservoir.capacity,
             "texts": round(self.reservoir.texts),
@@ -167,14 +190,18 @@ def sentence(result: Result) -> str:
     )
     if result.outcome == "served":
         return f"fit {result.attempt} is served as version {result.version}: {measured}"
+    if result.outcome == "outdated":
+        return (
+            f"fit {result.attempt} is not served, as the traffic or the models changed meanwhile: {measured}"
+        )
     return (
         f"fit {result.attempt} is not faster than what is served ({result.served_speedup:.2f}×): {measured}"
     )
 
 
-def result_of(attempt: int, found: dict[str, Any], version: int | None) -> Result:
+def result_of(attempt: int, found: dict[str, Any], version: int | None, is_outdated: bool = False) -> Result:
     """The result of a fit that ran."""
     names = ("records", "held_out", "speedup", "proved_speedup", "served_speedup", "seconds")
+    outcome: Outcome = "outdated" if is_outdated else "not_faster" if version is None else "served"
     numbers = {name: found[name] for name in names}
-    outcome: Literal["served", "not_faster"] = "not_faster" if version is None else "served"
     return Result(at=time.time(), attempt=attempt, outcome=outcome, version=version, **numbers)

@@ -2,18 +2,19 @@
 
 import asyncio
 import logging
+import re
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from de3.model_store.manifest import base_of
-from de3.model_store.store import Artifact, NoModelsError, Store, StoreError
+from de3.model_store.store import Artifact, StoreError
 from de3.server.errors import RequestError
 from de3.server.failures import FailureLog
 from de3.server.learn.fitting import FitError, memory_limit, run_fit
-from de3.server.learn.journal import LearnFolder, Result
+from de3.server.learn.journal import LEARNED_FROM, LearnFolder, Result
 from de3.server.learn.learner import LEAST_RECORDS, InService, Learner, result_of, sentence
 from de3.server.learn.record import HeldOut, Record
 from de3.server.settings import Settings
@@ -22,6 +23,7 @@ log = logging.getLogger("de3")
 failures = FailureLog(log)
 CHECK_S = 0.5
 RETRIES = 30  # of loading a version while an admin changes the models
+_FOLDERS = re.compile(r"(?:/[^/\s:'\"]+)+/")
 
 
 class Ledgers(Protocol):
@@ -41,7 +43,7 @@ class Ledgers(Protocol):
 
 
 class Learners:
-    """A learner for each served model name."""
+    """A learner for each served model name, for the weights of its current version."""
 
     def __init__(
         self,
@@ -50,43 +52,42 @@ class Learners:
         change: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
     ) -> None:
         """change: changes the served models, given the fields of a manager.Change. Raises ValueError if the state
-        folder cannot be written."""
-        assert settings.state_dir is not None
+        folder cannot be written, or fits lack a package."""
+        if settings.state_dir is None:
+            raise ValueError("learn: needs state_dir here, a folder for the learned versions")
+        check_can_fit()
         self._settings, self._ledgers, self._change = settings, ledgers, change
         self._folder = LearnFolder(settings.state_dir)
         try:
             self._folder.prepare()
         except OSError as error:
             raise ValueError(f"state_dir: {self._folder.path} cannot be written: {error.strerror}") from None
+        self._served: dict[str, Artifact] = {}  # by name:version
         self._by_name: dict[str, Learner] = {}
+        self._gone: list[Learner] = []  # to be saved
         self._current: dict[str, int] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._fitting: asyncio.Task[None] | None = None
         self.fits: dict[tuple[str, str], int] = {}  # by model and outcome
 
     def serve(self, artifact: Artifact) -> None:
-        """Learn for a model that is served; a version of one that is known continues."""
-        name = artifact.manifest.name
-        known = self._by_name.get(name)
-        if known is not None and known.base == base_of(artifact.manifest):
-            known.artifact = artifact
-            return
-        self._by_name[name] = Learner(artifact, self._folder, self._settings)
+        """Note a version that is served, in any role."""
+        self._served[artifact.full_name] = artifact
 
     def note_current(self, versions: dict[str, int]) -> None:
-        """Note the current version of each served name."""
-        self._current = versions
+        """Note the current version of each served name. A name whose weights have changed gets a new learner."""
+        self._current = dict(versions)
         for name in [name for name in self._by_name if name not in versions]:
-            self._save(self._by_name.pop(name))
-        for name, learner in self._by_name.items():
-            if learner.journal.current != versions[name]:
-                learner.journal.current = versions[name]
-                self._write(learner)
-
-    def _write(self, learner: Learner) -> None:
-        try:
-            self._folder.write_journal(learner.name, learner.journal)
-        except OSError as error:
-            log.error("state_dir: cannot be written: %s", error)
+            self._gone.append(self._by_name.pop(name))
+        for name, version in versions.items():
+            artifact, learner = self._served.get(f"{name}:{version}"), self._by_name.get(name)
+            if artifact is None:
+                continue
+            if learner is None or learner.base != base_of(artifact.manifest):
+                if learner is not None:
+                    self._gone.append(learner)
+                learner = self._by_name[name] = Learner(artifact, self._folder, self._settings)
+            learner.serve(artifact)
 
     def add(self, full_name: str, record: Record) -> None:
         """Keep a record of a served model."""
@@ -113,10 +114,9 @@ class Learners:
     def ask(self, name: str) -> dict[str, Any]:
         """Start a fit as soon as possible; raises RequestError if there are too few records."""
         learner = self.of(name)
-        if len(learner.reservoir) < LEAST_RECORDS:
+        if learner.count < LEAST_RECORDS:
             raise RequestError(
-                f"{name}: {len(learner.reservoir)} records are too few to fit exits, at least {LEAST_RECORDS} are "
-                "needed",
+                f"{name}: {learner.count} records are too few to fit exits, at least {LEAST_RECORDS} are needed",
                 "name",
                 "conflict",
             )
@@ -125,74 +125,97 @@ class Learners:
 
     def start(self) -> None:
         """Start the task that runs the fits."""
-        self._task = asyncio.create_task(self._run())
+        self._tasks.append(asyncio.create_task(self._run()))
 
     async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(CHECK_S)
-            for learner in self.all:
-                try:
-                    await self._check(learner)
-                except Exception:  # no error must end the task
-                    failures.exception("%s: learning failed", learner.name)
-
-    async def _check(self, learner: Learner) -> None:
-        version = self._current.get(learner.name, learner.artifact.manifest.version)
-        served = self._ledgers.in_service(learner.name, version)
-        learner.observe(served)
-        if learner.is_due and len(learner.reservoir) >= LEAST_RECORDS:
-            await self._fit(learner, served)
-        elif learner.needs_saving:
-            await self._save_aside(learner)
-
-    async def _fit(self, learner: Learner, served: InService) -> None:
-        attempt = learner.begin()
-        log.info("%s: fit %d begins, on %d records", learner.name, attempt, len(learner.reservoir))
         try:
-            # First, so that no number of an attempt is used twice.
-            await self._save_aside(learner, must=True)
-            version = self._next_version(learner.name)
-            found = await run_fit(self._job(learner, served, attempt, version))
-            if found["path"] is not None:
-                await self._serve(learner, version, found["evidence"])
-            result = result_of(attempt, found, None if found["path"] is None else version)
+            while True:
+                await asyncio.sleep(CHECK_S)
+                try:
+                    await self._check()
+                except Exception:  # no error must end the task
+                    failures.exception("learning failed")
+        finally:
+            if self._fitting is not None:
+                self._fitting.cancel()
+
+    async def _check(self) -> None:
+        while self._gone:
+            await asyncio.to_thread(self._save, self._gone.pop())
+        for learner in self.all:
+            if not learner.is_restored:
+                learner.restore(await asyncio.to_thread(self._folder.records, learner.name, learner.base))
+            learner.observe(self._in_service(learner))
+            if learner.needs_saving and learner.phase == "recording":
+                await self._save_aside(learner)
+        due = next((one for one in self.all if one.is_due and one.count >= LEAST_RECORDS), None)
+        if due is not None and (self._fitting is None or self._fitting.done()):
+            self._fitting = asyncio.create_task(self._fit(due))
+
+    def _in_service(self, learner: Learner) -> InService:
+        """What the current version achieves."""
+        return self._ledgers.in_service(learner.name, self._current.get(learner.name, 0))
+
+    def _rival(self, learner: Learner) -> InService:
+        """What the version achieves that a fit has to beat: a canary of an earlier fit, or the current one."""
+        current, latest = self._in_service(learner), learner.journal.latest
+        if latest is None or latest not in self._ledgers.versions(learner.name):
+            return current
+        canary = self._ledgers.in_service(learner.name, latest)
+        return canary if canary.speedup > current.speedup else current
+
+    async def _fit(self, learner: Learner) -> None:
+        attempt = learner.begin()
+        log.info("%s: fit %d begins, on %d records", learner.name, attempt, learner.count)
+        try:
+            result = await self._try(learner, attempt)
         except (FitError, RequestError, StoreError, OSError) as error:
-            result = Result(at=time.time(), attempt=attempt, outcome="failed", error=str(error)[:1000])
+            log.warning("%s: fit %d failed: %s", learner.name, attempt, error)
+            said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            # Clients can read it, so it names no folders.
+            said = _FOLDERS.sub("", said)[:1000]
+            result = Result(at=time.time(), attempt=attempt, outcome="failed", error=said)
         except BaseException:
             learner.phase = "recording"
             raise
         learner.end(result)
         self.fits[learner.name, result.outcome] = self.fits.get((learner.name, result.outcome), 0) + 1
-        log.log(
-            logging.WARNING if result.outcome == "failed" else logging.INFO,
-            *("%s: %s", learner.name, sentence(result)),
-        )
-        await asyncio.to_thread(self._write, learner)
-        self._folder.remove_old(learner.name, self._in_use(learner.name))
+        if result.outcome != "failed":
+            log.info("%s: %s", learner.name, sentence(result))
+        used = self._ledgers.versions(learner.name) | {self._current.get(learner.name, 0)}
+        await asyncio.to_thread(self._folder.remove_old, learner.name, used)
 
-    def _job(self, learner: Learner, served: InService, attempt: int, version: int) -> dict[str, Any]:
-        records = self._folder.records_path(learner.name)
+    async def _try(self, learner: Learner, attempt: int) -> Result:
+        current, first_new = self._current.get(learner.name), learner.journal.first_new
+        rival, version = self._rival(learner), LEARNED_FROM + attempt
+        # First, so that no number of an attempt is used twice.
+        await self._save_aside(learner, must=True)
+        found = await run_fit(self._job(learner, rival, attempt, version))
+        if found["path"] is None:
+            return result_of(attempt, found, None)
+        learner.observe(self._in_service(learner))
+        is_same = self._by_name.get(learner.name) is learner and self._current.get(learner.name) == current
+        if not is_same or learner.journal.first_new != first_new:
+            await asyncio.to_thread(shutil.rmtree, found["path"], ignore_errors=True)
+            return result_of(attempt, found, None, is_outdated=True)
+        await self._serve(learner, version, found["evidence"])
+        learner.journal.latest = version
+        return result_of(attempt, found, version)
+
+    def _job(self, learner: Learner, rival: InService, attempt: int, version: int) -> dict[str, Any]:
+        records = self._folder.records_path(learner.name, learner.base)
+        served = self._served.get(f"{learner.name}:{rival.version}", learner.artifact)
         return {
-            "base": str(learner.artifact.path.absolute()),
+            "base": str(served.path.absolute()),
             "records": str(records.absolute()),
             "store": str(self._folder.store.path.absolute()),
             "version": version,
             "attempt": attempt,
             "rate": self._settings.guarantee,
             "first_new": learner.journal.first_new,
-            "speedup": served.speedup,
-            "memory": memory_limit(learner.artifact.size(), records.stat().st_size),
+            "speedup": rival.speedup,
+            "memory": memory_limit(served.size(), records.stat().st_size),
         }
-
-    def _next_version(self, name: str) -> int:
-        """The number of a new version, which no version in the store has."""
-        versions = [*self._folder.versions(name), self._current.get(name, 0)]
-        with suppress(NoModelsError, OSError):
-            versions += Store(self._settings.store).versions().get(name, [])
-        return 1 + max(versions, default=0)
-
-    def _in_use(self, name: str) -> set[int]:
-        return self._ledgers.versions(name) | {self._current.get(name, 0)}
 
     async def _serve(self, learner: Learner, version: int, evidence: list[dict[str, Any]]) -> None:
         """Load a learned version in every process; raises RequestError if that is not possible."""
@@ -224,16 +247,16 @@ class Learners:
         except OSError as error:
             if must:
                 raise
-            log.error("state_dir: the records of %s cannot be written: %s", learner.name, error)
+            log.error("state_dir: what %s has learned cannot be written: %s", learner.name, error)
 
     def stop(self) -> None:
-        """End a running fit, and save the records; called once no more texts are counted."""
-        if self._task is not None:
-            loop = self._task.get_loop()
+        """End a running fit, and save the records; called in another thread, once no more texts are counted."""
+        for task in self._tasks:
+            loop = task.get_loop()
             if loop.is_running():
-                loop.call_soon_threadsafe(self._task.cancel)
-        for learner in self.all:
-            self._save(learner)
+                loop.call_soon_threadsafe(task.cancel)
+        for learner in [*self._gone, *self.all]:
+            self._save(learner)  # waits for a thread that is saving it
 
 
 def check_can_fit() -> None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from de3.server.learn.journal import Outcome
 from de3.server.learn.learners import Learners
 
 
@@ -32,7 +34,7 @@ class LearnMetrics(Collector):
         )
         fits = CounterMetricFamily(
             "de3_learn_fits",
-            "Fits of exits since the server started, by outcome: served, not_faster or failed",
+            "Fits of exits since the server started, by outcome: served, not_faster, outdated or failed",
             labels=["model", "outcome"],
         )
         learners = self._learners()
@@ -44,6 +46,6 @@ class LearnMetrics(Collector):
             measured = [one for one in results if one.speedup is not None]
             speedup.add_metric(name, (measured[-1].speedup if measured else None) or 1.0)
             proved.add_metric(name, (measured[-1].proved_speedup if measured else None) or 1.0)
-            for outcome in ("served", "not_faster", "failed"):
+            for outcome in get_args(Outcome):
                 fits.add_metric([learner.name, outcome], learners.fits.get((learner.name, outcome), 0))
         yield from (records, next_fit, fitting, speedup, proved, fits)

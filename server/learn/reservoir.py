@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from de3.model_store.records import Records
 from de3.server.learn.record import Record
@@ -41,6 +42,7 @@ class Reservoir:
         self._names: list[str] = []
         self._index: dict[str, int] = {}
         self._held = np.zeros(MAX_NAMES + 1, np.int64)  # records of each client
+        self._texts = np.zeros(MAX_NAMES + 1)  # texts of each client, estimated
 
     def __len__(self) -> int:
         return self._count
@@ -48,13 +50,9 @@ class Reservoir:
     def add(self, record: Record) -> None:
         """Add a record; if there is no room, it replaces another, or is not kept."""
         self.texts += 1 / record.share
-        self._put(record, int(self.texts))
-
-    def _put(self, record: Record, number: int) -> None:
-        # Exp(1) / weight: the records with the smallest values are a sample by weight. Logarithms cannot overflow.
-        weight = math.log(1 / record.share) + number * math.log(2) / self._half_life
-        rank = math.log(max(self._random.exponential(), 1e-300)) - weight
-        client = self._client(record.client)
+        number, client = int(self.texts), self._client(record.client)
+        self._texts[client] += 1 / record.share
+        rank = float(self._rank(np.array([record.share]), np.array([number]))[0])
         slot = self._slot(rank, client)
         if slot is None:
             return
@@ -66,6 +64,12 @@ class Reservoir:
         self._keys[slot], self._numbers[slot], self._clients[slot] = record.key, number, client
         self._ranks[slot] = rank
         self._held[client] += 1
+
+    def _rank(self, shares: NDArray[np.float64], numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The logarithm of Exp(1) / weight: the records with the smallest ranks are a sample by weight."""
+        weights = -np.log(shares) + numbers * (math.log(2) / self._half_life)
+        times = self._random.exponential(size=len(shares))
+        return np.asarray(np.log(np.maximum(times, 1e-300)) - weights)
 
     def _slot(self, rank: float, client: int) -> int | None:
         """The place of a new record; None if it is not kept."""
@@ -97,15 +101,21 @@ class Reservoir:
         return Records(
             *(self.base, self._states[order], self._logits[order], self._shares[order], self._keys[order]),
             *(self._numbers[order], self._clients[order], list(self._names)),
+            self._texts[: len(self._names)].tolist(),
         )
 
     def restore(self, records: Records) -> None:
-        """Continue from saved records; raises ValueError if they are of another model or shape."""
+        """Begin with saved records, the newest if there is not room for all; raises ValueError if they are of another
+        model or shape."""
         records.check(self.base, *self._states.shape[1:], self._logits.shape[1])
-        for i in range(len(records)):
-            client, number = records.names[records.clients[i]], int(records.numbers[i])
-            record = Record(
-                client, float(records.shares[i]), int(records.keys[i]), records.states[i], records.logits[i]
-            )
-            self._put(record, number)
-        self.texts = max(self.texts, float(records.numbers.max()))
+        kept = records.part(np.arange(len(records))[-self.capacity :])
+        self._count = count = len(kept)
+        self._states[:count], self._logits[:count] = kept.states, kept.logits
+        self._shares[:count], self._keys[:count] = kept.shares, kept.keys
+        self._numbers[:count] = kept.numbers
+        indices = np.array([self._client(name) for name in records.names])
+        np.add.at(self._texts, indices, records.texts)
+        self._clients[:count] = indices[kept.clients]
+        self._held[:] = np.bincount(self._clients[:count], minlength=len(self._held))
+        self._ranks[:count] = self._rank(kept.shares, kept.numbers)
+        self.texts = max(self.texts, float(kept.numbers.max()))
