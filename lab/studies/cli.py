@@ -52,6 +52,28 @@ def learn(
 
 
 @app.command()
+def learn_sizes(
+    stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
+    texts: Annotated[Path, typer.Option(help="Texts that the classifier was not trained on.")],
+    size: Annotated[
+        list[int] | None, typer.Option(help="Number of texts to fit to; repeat for more.")
+    ] = None,
+    unseen: Annotated[int, typer.Option(help="Texts to measure on.", min=100)] = 1000,
+) -> None:
+    """What exits that are learned from some texts allow, on unseen ones, at 1, 2 and 5% disagreement.
+
+    Example: python -m lab study learn-sizes runs/stock/model --texts runs/stock/texts.jsonl --size 1000 --size 3000
+    """
+    from lab.studies.learn import RATES, sizes
+
+    rows = read_rows(texts, Columns(label=None))
+    found = [text for text, _ in rows if isinstance(text, str)]
+    results = sizes(stock, found, size or [1000, 3000, 10_000], unseen)
+    columns = ["texts", *(f"{100 * rate:g}%" for rate in RATES)]
+    show(columns, [[f"{count}", *(f"{value:.2f}×" for value in values)] for count, values in results])
+
+
+@app.command()
 def promise(
     texts: Annotated[list[Path], typer.Argument(help="Labelled texts; together they are the population.")],
     store: Store = Path("models"),

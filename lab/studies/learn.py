@@ -24,6 +24,7 @@ from lab.learn import profiles
 
 SIZES = (500, 1000, 2000, 4000)  # texts before each fit
 END = 8000  # texts of a stream
+RATES = (0.01, 0.02, 0.05)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,29 @@ def stream(versions: Sequence[Version], rate: float, seed: int) -> tuple[bool, f
             else:
                 promise.skip(share, 1)
     return is_broken, layers / (END - SIZES[0])
+
+
+def sizes(
+    stock: Path, texts: Sequence[str], counts: Sequence[int], unseen: int
+) -> list[tuple[int, list[float]]]:
+    """Speed-ups in layers of exits that are fitted to some texts, by the best τ in hindsight on unseen ones, at RATES."""
+    manifest, records = records_of(stock, texts)
+    order, taus = np.random.default_rng(0).permutation(len(records)), np.unique(FINE_TAUS)
+    tested, rows = states_of(records.part(order[-unseen:]), manifest), []
+    console.quiet = True
+    for count in counts:
+        if count > len(records) - unseen:
+            continue
+        fitted = fit_exits(records.part(np.sort(order[:count])), manifest, 1, RATES[1])
+        recorded = fitted.exits.recorded(tested)
+        differs, layers = profiles(recorded, fitted.risk.scores(recorded), taus)
+        found = []
+        for rate in RATES:
+            wrong = np.flatnonzero(differs.mean(0) > rate)
+            index = (wrong[0] if len(wrong) else len(taus)) - 1
+            found.append(manifest.num_layers / max(float(layers[:, index].mean()), 0.01))
+        rows.append((count, found))
+    return rows
 
 
 def run(
