@@ -562,7 +562,7 @@ def test_a_change_of_the_traffic_asks_for_new_records(base: Artifact, some: Reco
 def test_a_learner_continues_after_a_restart(base: Artifact, some: Records, tmp_path: Path) -> None:
     one = filled(base, tmp_path, some, 700)
     one.begin()
-    one.save()
+    one.save(all_records=True)
     again = learner_of(base, tmp_path)
     assert (len(again.reservoir), again.count, again.next_fit) == (700, 700, 1000)
     assert again.journal.attempts == 1  # no attempt's part of the error probability is used twice
@@ -572,7 +572,7 @@ def test_a_learner_continues_after_a_restart(base: Artifact, some: Records, tmp_
 
 
 def test_damaged_files_are_set_aside(base: Artifact, some: Records, tmp_path: Path) -> None:
-    filled(base, tmp_path, some, 60).save()
+    filled(base, tmp_path, some, 60).save(all_records=True)
     name = f"learned/base-{base_of(base.manifest)[:12]}"
     records, journal = tmp_path / f"{name}.records", tmp_path / f"{name}.json"
     records.write_bytes(b"no records")
@@ -598,7 +598,7 @@ def test_a_change_is_remembered_after_a_restart(base: Artifact, some: Records, t
     one.observe(InService(2, 2.0, 0))
     one.observe(InService(2, 1.0, 1))
     assert one.needs_saving
-    one.save()
+    one.save(all_records=True)
     again = learner_of(base, tmp_path)
     assert (again.count, again.next_fit, again.journal.first_new) == (0, FIRST_FIT, 1201)
 

@@ -98,7 +98,7 @@ def stream(versions: Sequence[Version], rate: float, seed: int) -> tuple[bool, f
 def sizes(
     stock: Path, texts: Sequence[str], counts: Sequence[int], unseen: int
 ) -> list[tuple[int, list[float]]]:
-    """Speed-ups in layers of exits that are fitted to some texts, by the best τ in hindsight on unseen ones, at RATES."""
+    """Speed-ups of exits that are fitted to some texts, by the best τ in hindsight on unseen ones, at RATES."""
     manifest, records = records_of(stock, texts)
     order, taus = np.random.default_rng(0).permutation(len(records)), np.unique(FINE_TAUS)
     tested, rows = states_of(records.part(order[-unseen:]), manifest), []

@@ -130,14 +130,22 @@ class Learner:
     @property
     def needs_saving(self) -> bool:
         """True if the journal has changed, or there are many new records since the last save."""
-        return self._is_changed or self.count >= max(FIRST_FIT, SAVE_GROWTH * self._saved)
+        return self._is_changed or self._has_grown
 
-    def save(self) -> None:
-        """Write the records and the journal; raises OSError. No records may be added meanwhile: see hold."""
-        # First, so that an error is not repeated at once.
-        self._is_changed, self._saved = False, self.count
-        has_records = self.is_restored and len(self.reservoir) > 0
-        records = self.reservoir.records() if has_records else None
+    @property
+    def _has_grown(self) -> bool:
+        return self.count >= max(FIRST_FIT, SAVE_GROWTH * self._saved)
+
+    def save(self, all_records: bool = False) -> None:
+        """Write the journal and, if all_records or there are many new ones, the records; raises OSError.
+
+        No records may be added meanwhile: see hold.
+        """
+        all_records |= self._has_grown
+        self._is_changed = False  # first, so that an error is not repeated at once
+        records = None
+        if all_records and self.is_restored and len(self.reservoir) > 0:
+            self._saved, records = self.count, self.reservoir.records()
         self._folder.write(self.name, self.journal, records)
 
     def begin(self) -> int:

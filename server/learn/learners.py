@@ -140,8 +140,9 @@ class Learners:
                 self._fitting.cancel()
 
     async def _check(self) -> None:
+        self._served = {name: one for name, one in self._served.items() if self._ledgers.base(name)}
         while self._gone:
-            await asyncio.to_thread(self._save, self._gone.pop())
+            await asyncio.to_thread(self._save, self._gone.pop(), True)
         for learner in self.all:
             if not learner.is_restored:
                 learner.restore(await asyncio.to_thread(self._folder.records, learner.name, learner.base))
@@ -233,17 +234,17 @@ class Learners:
                 await asyncio.sleep(1.0)
 
     async def _save_aside(self, learner: Learner, must: bool = False) -> None:
-        """Write the records and the journal in a thread; new records wait meanwhile."""
+        """Write what was learned in a thread; new records wait meanwhile. must: all of it, or raise OSError."""
         learner.hold()
         try:
-            await asyncio.to_thread(self._save, learner, must)
+            await asyncio.to_thread(self._save, learner, must, must)
         finally:
             learner.resume()
 
-    def _save(self, learner: Learner, must: bool = False) -> None:
-        """Write the records and the journal. must: raise OSError if they cannot be."""
+    def _save(self, learner: Learner, all_records: bool = False, must: bool = False) -> None:
+        """Write what was learned. must: raise OSError if it cannot be."""
         try:
-            learner.save()
+            learner.save(all_records)
         except OSError as error:
             if must:
                 raise
@@ -256,7 +257,7 @@ class Learners:
             if loop.is_running():
                 loop.call_soon_threadsafe(task.cancel)
         for learner in [*self._gone, *self.all]:
-            self._save(learner)  # waits for a thread that is saving it
+            self._save(learner, True)  # waits for a thread that is saving it
 
 
 def check_can_fit() -> None:
