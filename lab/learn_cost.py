@@ -16,7 +16,7 @@ from de3.loadtest.servers import Server, running
 from de3.loadtest.texts import Sample
 
 KEY = "k" * 32
-WARM_S = 20.0
+WARM_S = 5.0
 Times = list[tuple[float, float]]  # p50 and p99 of each round, ms
 
 

@@ -14,8 +14,11 @@ log = logging.getLogger("de3")
 PROGRAM = "from de3.export.learn import child; child()"
 TIMEOUT_S = 86_400.0  # a server that is always busy leaves it little time
 MAX_OUTPUT = 2**25
-# Under a CPU quota every process uses it up, whatever its priority: the fit runs only this part of the time.
-RUN_S, PAUSE_S = 0.05, 0.15
+# Even at the lowest priority a fit slows others down: it displaces their data from the caches, and uses up a CPU quota.
+# On a machine that is not idle, and under a quota, it runs only a sixth of the time.
+RUN_S, PAUSE_S = 0.02, 0.1
+SAMPLE_TICKS = 100
+IDLE = 0.75  # share of the machine's processor time that is unused, from which a fit need not pause
 MEMORY_BYTES = 400 * 2**20  # besides COPIES of the model's and the records' files
 COPIES = 4
 
@@ -41,14 +44,13 @@ async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
         env={**os.environ, **dict.fromkeys(threads, "1")},
         limit=MAX_OUTPUT,
     )
-    slowed = asyncio.create_task(_slow_down(process)) if _has_quota() else None
+    slowed = asyncio.create_task(_slow_down(process, _has_quota()))
     try:
         output, errors = await asyncio.wait_for(process.communicate(json.dumps(job).encode()), TIMEOUT_S)
     except TimeoutError:
         raise FitError(f"it takes more than {TIMEOUT_S:g} s") from None
     finally:
-        if slowed is not None:
-            slowed.cancel()
+        slowed.cancel()
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 process.kill()
@@ -67,16 +69,33 @@ async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
     return dict(result)
 
 
-async def _slow_down(process: "asyncio.subprocess.Process") -> None:
-    """Stop the process most of the time."""
+async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> None:
+    """Stop the process most of the time while other processes run."""
+    before = _times(process.pid)
     try:
         while process.returncode is None:
             await asyncio.sleep(RUN_S)
-            process.send_signal(signal.SIGSTOP)
-            await asyncio.sleep(PAUSE_S)
-            process.send_signal(signal.SIGCONT)
+            now = _times(process.pid)
+            total, used = (b - a for a, b in zip(before, now, strict=True))
+            if has_quota or (total > 0 and used > (1 - IDLE) * total):
+                process.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(PAUSE_S)
+                process.send_signal(signal.SIGCONT)
+            if total >= SAMPLE_TICKS:
+                before = now
     except ProcessLookupError:
         pass
+
+
+def _times(pid: int) -> tuple[int, int]:
+    """Processor time of the machine so far, and of that the part used by processes other than this one, in ticks."""
+    try:
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        own = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return 0, 0
+    total, idle = sum(fields), fields[3] + fields[4]
+    return total, total - idle - int(own[11]) - int(own[12])
 
 
 def _has_quota() -> bool:
