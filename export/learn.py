@@ -42,6 +42,7 @@ from de3.training.progress import console
 
 FOLDS = 4  # the risk is fitted to exits that were fitted without the text: each fold by those of the others
 HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and number of the new records that test the exits
+SLACK = 1.25  # over-representation of a client that is not corrected: it may be chance
 LEAST_OF_CLIENT = 30  # held-out records of a client, from which its weight is known well enough
 MAX_FITTED = 20_000  # records
 MAX_LOSS = 0.01  # of accuracy, at the default τ of requests to a server without a guarantee
@@ -146,7 +147,7 @@ def _thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator
     weights = np.array(records.texts) / np.maximum(counts, 1)  # texts for which a record stands
     known = counts >= LEAST_OF_CLIENT
     most = weights[known].max() if known.any() else np.inf
-    return rows[rng.random(len(rows)) * most <= weights[clients]] if np.isfinite(most) else rows
+    return rows[rng.random(len(rows)) * most <= SLACK * weights[clients]] if np.isfinite(most) else rows
 
 
 def _apart(

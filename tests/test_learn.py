@@ -100,6 +100,7 @@ def at_normal_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits run at the priority of the tests: at the lowest one they would wait for everything else on the machine."""
     change = "from de3.export import learn; learn._run_at_idle = lambda: None; learn.child()"
     monkeypatch.setattr(fitting, "PROGRAM", change)
+    monkeypatch.setattr(fitting, "IDLE", -1e9)
 
 
 def record(
@@ -391,7 +392,7 @@ def test_exits_are_imported_from_the_records_of_several_servers(
     store = tmp_path / "store"
     shutil.copytree(stock_store, store)
     said = de3(f"import base --records {tmp_path}/a --records {tmp_path}/b --name both --store {store}")
-    assert "on 160 held-out records the exits allow" in said and "both/1" in said
+    assert "held-out records the exits allow" in said and "both/1" in said
     made = Store(store).open("both")
     assert made.manifest.learned is None and len(made.manifest.exit_layers) > 1
     with serving(store, models=["both"]) as server:  # like any other model
@@ -780,8 +781,8 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
     with learning_server(stock_store, tmp_path) as server:
         rows = send(server, texts[:50])
         assert {row["model"] for row in rows} == {f"base:{said['serving']}"}
-        again = report(server)
-        assert again["records"] >= said["records"] and again["fits"] == said["fits"]
+        until(lambda: report(server)["records"] >= said["records"], "the records")
+        assert report(server)["fits"] == said["fits"]
 
 
 @pytest.mark.usefixtures("soon")
