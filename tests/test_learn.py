@@ -478,10 +478,13 @@ def test_a_fit_that_cannot_be_made_says_why(
     with pytest.raises(FitError, match="another model"):
         asyncio.run(run_fit(job(base, path, tmp_path)))
     some.write(path)
-    with pytest.raises(FitError, match=r"more than 60 MiB|ended with"):
-        asyncio.run(run_fit(job(base, path, tmp_path, memory=60 * 2**20)))
     with pytest.raises(FitError, match="ended with 1"):
         asyncio.run(run_fit({"base": "wrong"}))
+    full = "def full(*_): raise MemoryError\nfrom de3.export import learn\nlearn.learn = full\nlearn.child()"
+    monkeypatch.setattr(fitting, "PROGRAM", full)
+    with pytest.raises(FitError, match="more than 2048 MiB"):
+        asyncio.run(run_fit(job(base, path, tmp_path)))
+    monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(60)")
     monkeypatch.setattr(fitting, "TIMEOUT_S", 0.2)
     with pytest.raises(FitError, match=r"takes more than 0\.2 s"):
         asyncio.run(run_fit(job(base, path, tmp_path)))
@@ -650,7 +653,7 @@ def test_held_out_texts_prove_a_tau_but_are_no_audits(fitted: learning.Fitted, b
     assert one.standing.promised == other.standing.promised
     assert one.rules.default.rule.tau > 0
     assert one.evidence.audits == 0 and other.evidence.audits == len(rows)
-    assert one.speedup() == 1.0  # not known without audits
+    assert one.speedup() > 1.0  # as the held-out texts show, until there are audits
 
 
 def _learned(base: Artifact, fitted: learning.Fitted) -> Manifest:
@@ -682,15 +685,15 @@ def test_a_later_attempt_needs_more_evidence(fitted: learning.Fitted, base: Arti
 
 def test_a_promise_saved_with_a_larger_error_keeps_only_its_evidence() -> None:
     taus = np.array([0.0, 0.5, 1.0])
-    one = Promise(0.05, taus)
+    one = Promise(0.2, taus)
     for _ in range(70):
         one.add(1.0, Profile(np.zeros(3, bool), np.zeros(3, int)))
     one.advance()
     assert one.tau == 1.0
-    strict = Promise(0.05, taus, error=error_of(40))
+    strict = Promise(0.2, taus, error=error_of(40))
     strict.restore(one.evidence.copy(), one.saved())
     assert strict.tau == 0.0 and strict.evidence.audits == 70
-    same = Promise(0.05, taus)
+    same = Promise(0.2, taus)
     same.restore(one.evidence.copy(), one.saved())
     assert same.tau == 1.0
 
