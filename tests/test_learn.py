@@ -1,6 +1,7 @@
 """Exits that a server learns from live traffic: records, fits, learned versions, restarts, and the promise."""
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -793,6 +794,8 @@ def test_a_rollback_is_remembered_and_a_canary_waits_for_an_admin(stock_store: P
     admin = {"admin_keys": "root " + "k" * 32}
     with learning_server(stock_store, tmp_path, learn_canary=0.5, **admin) as server:
         post = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer " + "k" * 32})
+        wrong = post.put("/v1/models/base/learn")
+        assert wrong.status_code == 405 and wrong.headers["allow"] == "GET, POST"
         few = post.post("/v1/models/base/learn")
         assert few.status_code == 409 and "too few" in few.json()["error"]["message"]
         send(server, texts_of(80, 10))
@@ -878,6 +881,21 @@ def test_a_failed_fit_is_reported_and_the_server_goes_on(
     (path,) = (tmp_path / "learned").glob("base-*.json")
     journal = json.loads(path.read_text())
     assert journal["attempts"] == 1
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_full_disk_stops_a_fit_but_not_the_server(
+    stock_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "secret"))
+
+    monkeypatch.setattr(LearnFolder, "write", full)
+    with learning_server(stock_store, tmp_path) as server:
+        send(server, texts_of(160, 16))
+        until(lambda: report(server)["fits"], "the first fit")
+        assert report(server)["fits"][0]["error"] == "No space left on device"  # without a path
+        assert send(server, ["a film"])[0]["model"] == "base:1"
 
 
 @pytest.mark.slow

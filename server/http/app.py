@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from de3.server.errors import Cause, RequestError
@@ -252,6 +253,14 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     return app
 
 
+def _methods(app: FastAPI, scope: Scope) -> set[str]:
+    """The methods that are allowed on a request's path."""
+    found = [
+        route for route in app.routes if isinstance(route, Route) and route.matches(scope)[0] != Match.NONE
+    ]
+    return {method for route in found for method in route.methods or ()}
+
+
 def _add_error_handlers(app: FastAPI, frontend: Frontend) -> None:
     """Answer every error through the frontend, which counts it."""
     causes: dict[int, Cause] = {400: "not_json", 404: "unknown_path", 405: "wrong_method"}
@@ -274,6 +283,8 @@ def _add_error_handlers(app: FastAPI, frontend: Frontend) -> None:
         cause = causes.get(error.status_code, "bad_request")
         response = frontend.refuse(RequestError(message, cause=cause), request.scope)
         response.headers.update(error.headers or {})
+        if error.status_code == 405:  # the framework knows only the first route of a path
+            response.headers["allow"] = ", ".join(sorted(_methods(app, request.scope)))
         return response
 
     @app.exception_handler(Exception)
