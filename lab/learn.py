@@ -56,8 +56,8 @@ class Story:
             first kind, and with_audits: including the time of audits.
         recovery: texts of the second kind after which the rate of the latest WINDOW texts stays within the promise.
         learned, imported: speed-ups in hindsight on unseen texts, of the last version and of an offline import from as
-            many texts as the last fit had records.
-        records: number of records of the last fit before the texts of the second kind.
+            many texts as were recorded.
+        records: number of records before the texts of the second kind.
         windows: of the stream: end, speed-up in layers, rate of disagreement.
         memory_mb: of the server and its fits, by PSS, largest value seen.
     """
@@ -161,7 +161,7 @@ def tell(
             answers = send(url, texts, per_second)
             audits_ms = 1000 * _metric(url, "de3_audit_seconds_total")
             report = _report(url, name)
-            version, story.records = report["serving"], max(fit["records"] for fit in report["fits"])
+            version, story.records = report["serving"], report["records"]
             answers += send(url, others, per_second)
             story.memory_mb = peak.stop()
             labels = truth(url, [*texts, *others])
