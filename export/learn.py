@@ -100,7 +100,7 @@ def fit_exits(records: Records, manifest: Manifest, attempt: int, rate: float, f
     """Fit exits and risk to records, and test them on held-out ones.
 
     rate: the promised rate of disagreement. first_new: number of the first record that tests may use: those before it
-    were fitted to by earlier attempts, or are older than a change of the traffic.
+    are older than a change of the traffic.
 
     Raises ValueError if there are too few records.
     """

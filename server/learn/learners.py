@@ -188,7 +188,9 @@ class Learners:
 
     async def _try(self, learner: Learner, attempt: int) -> Result:
         current, first_new = self._current.get(learner.name), learner.journal.first_new
-        rival, version = self._rival(learner), LEARNED_FROM + attempt
+        # Other weights of this name may have learned versions, too.
+        version = max([LEARNED_FROM, *self._folder.versions(learner.name)]) + 1
+        rival = self._rival(learner)
         # First, so that no number of an attempt is used twice.
         await self._save_aside(learner, must=True)
         found = await run_fit(self._job(learner, rival, attempt, version))
