@@ -81,7 +81,7 @@ class Model:
         self.runtime, self.instructions, self.why_not_native = "onnxruntime", "", ""
         self.forward: NativeForward | None = None
         is_int8 = manifest.precision == "int8"
-        no_kernels = manifest.encoder.NO_KERNELS if is_int8 else "only int8 artifacts have kernels"
+        no_kernels = "" if is_int8 else "only int8 artifacts have kernels"
         weights, segments = [], []
         self.final_norm: tuple[Array, Array] | None = None
         for layer, name in enumerate(manifest.segment_files()):
@@ -245,7 +245,12 @@ def network_of(architecture: Architecture, segments: Sequence[Mapping[str, Array
         *(encoder.hidden_size, encoder.num_heads, encoder.inner, encoder.activation),
         mean=architecture.pooling == "mean",
         epsilon=encoder.epsilon,
-        head=None if head is None else Head(head.activation, head.pooling == "mean"),
+        is_gated=encoder.IS_GATED,
+        is_pre_norm=encoder.IS_PRE_NORM,
+        score_scale=encoder.score_scale,
+        windows=[encoder.window_of(layer) for layer in range(1, encoder.num_layers + 1)],
+        max_tokens=architecture.max_tokens,
+        head=None if head is None else Head(head.activation, head.pooling == "mean", head.norm),
         segments=segments,
     )
 

@@ -71,9 +71,10 @@ static inline float sum_of(const float32x4_t *v) {
     return vaddvq_f32(vaddq_f32(vaddq_f32(v[0], v[1]), vaddq_f32(v[2], v[3])));
 }
 
-static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
+static void layer_norm(const float *from, int tokens, int hidden, const Norm *norm, float *to) {
     for (int t = 0; t < tokens; t++) {
-        float *x = rows + (size_t)t * hidden;
+        const float *x = from + (size_t)t * hidden;
+        float *y = to + (size_t)t * hidden;
         float32x4_t sum[4], square[4];
         for (int c = 0; c < 4; c++) sum[c] = square[c] = vdupq_n_f32(0.0f);
         for (int i = 0; i < hidden; i += 16)
@@ -87,7 +88,7 @@ static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
         float inverse = 1.0f / sqrtf(sum_of(square) / hidden + norm->epsilon);
         for (int i = 0; i < hidden; i += 4) {
             float32x4_t d = vmulq_n_f32(vsubq_f32(vld1q_f32(x + i), mean), inverse);
-            vst1q_f32(x + i, vfmaq_f32(vld1q_f32(norm->shift + i), d, vld1q_f32(norm->scale + i)));
+            vst1q_f32(y + i, vfmaq_f32(vld1q_f32(norm->shift + i), d, vld1q_f32(norm->scale + i)));
         }
     }
 }
@@ -159,7 +160,8 @@ static inline __attribute__((always_inline)) void finish(const Product *p, const
             v = vfmaq_f32(shift, v, vmulq_n_f32(scale, q->scale));
             if (epilogue == GELU) v = gelu4(v);
             if (epilogue == RELU) v = vmaxnmq_f32(v, vdupq_n_f32(0.0f));
-            if (epilogue == RESIDUAL) v = vaddq_f32(v, vld1q_f32(p->residual + at));
+            if (epilogue == RESIDUAL) v = vaddq_f32(v, vld1q_f32(p->other + at));
+            if (epilogue == GATE) v = vmulq_f32(v, vld1q_f32(p->other + at));
             vst1q_f32(p->to + at, v);
         }
     }
@@ -170,6 +172,7 @@ static void finish_block(const Product *p, const int32_t (*sums)[COLUMNS], int r
     case PLAIN: finish(p, sums, row, column, rows, PLAIN); break;
     case GELU: finish(p, sums, row, column, rows, GELU); break;
     case RELU: finish(p, sums, row, column, rows, RELU); break;
+    case GATE: finish(p, sums, row, column, rows, GATE); break;
     default: finish(p, sums, row, column, rows, RESIDUAL);
     }
 }
@@ -355,99 +358,119 @@ static double multiply_adds_i8mm(void) {
 
 /* ---- attention -------------------------------------------------------------------------------------- */
 
-/* Rows of a block. The loops have constant bounds, so that the sums stay in registers: 4 rows by 16 columns. */
-enum { ROWS = 4 }; /* at most ATTENTION_ROWS */
+/* Rows computed together. The loops have constant bounds, so that the sums stay in registers: 4 rows by 16 columns. Past
+ * the end they are the last row again. */
+enum { ROWS = 4 };
 
-/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 16 keys from j on, to which keys (width, wide) and scores point.
- * added[r] may be NULL. */
-static void score(const float *const *q, const float *keys, int width, int wide, float factor,
-                  const float *const *added, int j, float *scores) {
+/* The scores of 16 keys from key j on for the rows from `row` on. keys: (width, wide). */
+static void score_keys(const Block *b, const float *keys, size_t wide, int row, int j) {
     float32x4_t s[ROWS][4];
-    for (int r = 0; r < ROWS; r++)
+    const float *q[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        q[r] = b->q[row + r < b->rows ? row + r : b->rows - 1];
         for (int c = 0; c < 4; c++) s[r][c] = vdupq_n_f32(0.0f);
-    for (int d = 0; d < width; d++) {
+    }
+    for (int d = 0; d < b->tile->width; d++) {
         float32x4_t key[4];
-        for (int c = 0; c < 4; c++) key[c] = vld1q_f32(keys + (size_t)d * wide + 4 * c);
+        for (int c = 0; c < 4; c++) key[c] = vld1q_f32(keys + d * wide + j + 4 * c);
         for (int r = 0; r < ROWS; r++)
             for (int c = 0; c < 4; c++) s[r][c] = vfmaq_n_f32(s[r][c], key[c], q[r][d]);
     }
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS && row + r < b->rows; r++)
         for (int c = 0; c < 4; c++) {
-            float32x4_t v = vmulq_n_f32(s[r][c], factor);
-            if (added[r]) v = vaddq_f32(v, vld1q_f32(added[r] + j + 4 * c));
-            vst1q_f32(scores + (size_t)r * wide + 4 * c, v);
+            float32x4_t v = vmulq_n_f32(s[r][c], b->factor);
+            const float *added = b->added[row + r];
+            if (added) v = vaddq_f32(v, vld1q_f32(added + j + 4 * c));
+            vst1q_f32(b->scores + (row + r) * b->score_stride + j + 4 * c, v);
         }
 }
 
-/* to[r] = Σ_j scores[r][j]·v[j] · inverse[r] for 16 columns of the first `rows` rows. */
-static void mix(const float *scores, int wide, const float *v, int stride, int tokens, const float *inverse,
-                float *to, int hidden, int rows) {
-    float32x4_t s[ROWS][4];
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < 4; c++) s[r][c] = vdupq_n_f32(0.0f);
-    for (int j = 0; j < tokens; j++) {
-        float32x4_t value[4];
-        for (int c = 0; c < 4; c++) value[c] = vld1q_f32(v + (size_t)j * stride + 4 * c);
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < 4; c++) s[r][c] = vfmaq_n_f32(s[r][c], value[c], scores[(size_t)r * wide + j]);
-    }
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < 4; c++)
-            vst1q_f32(to + (size_t)r * hidden + 4 * c, vmulq_n_f32(s[r][c], inverse[r]));
+static void score(const Block *b) {
+    size_t wide = ROUND_UP(b->tile->tokens, 16);
+    for (int row = 0; row < b->rows; row += ROWS)
+        for (int j = 0; j < b->last - b->first; j += 16) score_keys(b, b->tile->work + b->first, wide, row, j);
 }
 
 /* keys[d][t] = k[t][d] for a head, in blocks of 16 tokens that stay in the L1 cache; zeros past the end. */
-static void transpose(const float *k, int stride, int tokens, int width, int wide, float *keys) {
-    for (int t0 = 0; t0 < wide; t0 += 16)
-        for (int d = 0; d < width; d++) {
-            float *to = keys + (size_t)d * wide + t0;
-            int real = tokens - t0 < 16 ? tokens - t0 : 16;
-            for (int t = 0; t < real; t++) to[t] = k[(size_t)(t0 + t) * stride + d];
+static void prepare(const Tile *tile) {
+    size_t wide = ROUND_UP(tile->tokens, 16);
+    for (size_t t0 = 0; t0 < wide; t0 += 16)
+        for (int d = 0; d < tile->width; d++) {
+            float *to = tile->work + d * wide + t0;
+            int real = tile->tokens - (int)t0 < 16 ? tile->tokens - (int)t0 : 16;
+            for (int t = 0; t < real; t++) to[t] = tile->k[(t0 + t) * tile->stride + d];
             for (int t = real; t < 16; t++) to[t] = 0.0f;
         }
 }
 
-/* Turn scores (wide) of `tokens` keys into unnormalized weights; returns 1 / their sum. Weights past the end are below
- * 1e-37, which does not change a sum that contains a 1. */
-static float soften(float *s, int tokens, int wide, int rounds) {
-    float32x4_t max = vdupq_n_f32(-INFINITY), total = vdupq_n_f32(0.0f);
-    for (int i = tokens; i < wide; i++) s[i] = -INFINITY;
-    for (int i = 0; i < wide; i += 4) max = vmaxq_f32(max, vld1q_f32(s + i));
-    max = vdupq_n_f32(vmaxvq_f32(max));
-    for (int i = 0; i < wide; i += 4) {
-        float32x4_t e = exp4(vsubq_f32(vld1q_f32(s + i), max));
-        vst1q_f32(s + i, e);
-        if (rounds) round_to_bfloat16(s + i, 4);
-        total = vaddq_f32(total, vld1q_f32(s + i));
-    }
-    return 1.0f / vaddvq_f32(total);
+/* Of the keys i … i + 3, those from low to high − 1. */
+static inline uint32x4_t seen(int i, int low, int high) {
+    static const int32_t places[] = {0, 1, 2, 3};
+    int32x4_t place = vaddq_s32(vld1q_s32(places), vdupq_n_s32(i));
+    return vandq_u32(vcgeq_s32(place, vdupq_n_s32(low)), vcltq_s32(place, vdupq_n_s32(high)));
 }
 
-static void attention(float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
-                      float *to) {
-    int width = hidden / num_heads, wide = ROUND_UP(tokens, 16), stride = 3 * hidden, rounds = tokens >= LONG;
-    if (rounds) round_to_bfloat16(qkv, (size_t)tokens * stride);
-    float *keys = work, *scores = work + (size_t)width * wide; /* (width, wide), (ROWS, wide) */
-    float factor = 1.0f / sqrtf((float)width);
-    for (int h = 0; h < num_heads; h++) {
-        const float *q = qkv + h * width, *k = q + hidden, *v = k + hidden;
-        transpose(k, stride, tokens, width, wide, keys);
-        for (int t = 0; t < tokens; t += ROWS) {
-            int rows = tokens - t < ROWS ? tokens - t : ROWS;
-            const float *row[ROWS], *added[ROWS]; /* past the end: the last row again */
-            for (int r = 0; r < ROWS; r++) {
-                int token = r < rows ? t + r : tokens - 1;
-                row[r] = q + (size_t)token * stride;
-                added[r] = offsets_of(offsets, h, token);
-            }
-            for (int j = 0; j < wide; j += 16) score(row, keys + j, width, wide, factor, added, j, scores + j);
-            float inverse[ROWS], *at = to + (size_t)t * hidden + h * width;
-            for (int r = 0; r < ROWS; r++) inverse[r] = soften(scores + (size_t)r * wide, tokens, wide, rounds);
-            for (int d = 0; d < width; d += 16)
-                mix(scores, wide, v + d, stride, tokens, inverse, at + d, hidden, rows);
-        }
+/* Turn a query's scores (wide) into weights, which are 0 outside its keys; returns their sum. largest: of the scores so
+ * far. */
+static float soften(const Block *b, int r, int wide, float *largest) {
+    float *s = b->scores + r * b->score_stride;
+    int low = b->low[r], high = b->high[r];
+    float32x4_t max = vdupq_n_f32(*largest), total = vdupq_n_f32(0.0f);
+    for (int i = 0; i < wide; i += 4) {
+        float32x4_t v = vld1q_f32(s + i);
+        if (i < low || i + 4 > high) v = vbslq_f32(seen(i, low, high), v, max);
+        max = vmaxq_f32(max, v);
     }
+    *largest = vmaxvq_f32(max);
+    max = vdupq_n_f32(*largest);
+    for (int i = 0; i < wide; i += 4) {
+        float32x4_t e = exp4(vsubq_f32(vld1q_f32(s + i), max));
+        if (i < low || i + 4 > high) e = vbslq_f32(seen(i, low, high), e, vdupq_n_f32(0.0f));
+        vst1q_f32(s + i, e);
+        if (b->tile->rounds) round_to_bfloat16(s + i, 4);
+        total = vaddq_f32(total, vld1q_f32(s + i));
+    }
+    return vaddvq_f32(total);
 }
+
+/* 16 columns of the weighted mean of the values, from v on, for the rows from `row` on. */
+static void mix_values(const Block *b, const float *v, const float *inverse, const float *carry, int row, int d) {
+    float32x4_t s[ROWS][4];
+    const float *weights[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        weights[r] = b->scores + (row + r < b->rows ? row + r : b->rows - 1) * b->score_stride;
+        for (int c = 0; c < 4; c++) s[r][c] = vdupq_n_f32(0.0f);
+    }
+    for (int j = 0; j < b->last - b->first; j++) {
+        float32x4_t value[4];
+        for (int c = 0; c < 4; c++) value[c] = vld1q_f32(v + j * b->tile->stride + d + 4 * c);
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < 4; c++) s[r][c] = vfmaq_n_f32(s[r][c], value[c], weights[r][j]);
+    }
+    for (int r = 0; r < ROWS && row + r < b->rows; r++)
+        for (int c = 0; c < 4; c++) {
+            float *to = b->to[row + r] + d + 4 * c;
+            float32x4_t mixed = vmulq_n_f32(s[r][c], inverse[row + r]);
+            if (b->largest) mixed = vfmaq_n_f32(mixed, vld1q_f32(to), carry[row + r]);
+            vst1q_f32(to, mixed);
+        }
+}
+
+static void mix(const Block *b) {
+    float inverse[ATTENTION_ROWS], carry[ATTENTION_ROWS];
+    const float *v = b->tile->v + b->first * b->tile->stride;
+    for (int r = 0; r < b->rows; r++) {
+        float largest = b->largest ? b->largest[r] : -INFINITY;
+        float total = soften(b, r, ROUND_UP(b->last - b->first, 16), &largest);
+        inverse[r] = b->largest ? 1.0f : 1.0f / total;
+        carry[r] = b->largest ? carry_of(b->largest[r], largest) : 0.0f;
+        if (b->largest) update(b, r, largest, total);
+    }
+    for (int row = 0; row < b->rows; row += ROWS)
+        for (int d = 0; d < b->tile->width; d += 16) mix_values(b, v, inverse, carry, row, d);
+}
+
+#include "plain.h"
 
 /* ---- the rest --------------------------------------------------------------------------------------- */
 
@@ -457,7 +480,7 @@ static void embed(const int8_t *word, float scale, const float *position, const 
         int16x4_t half[2] = {vget_low_s16(wide), vget_high_s16(wide)};
         for (int c = 0; c < 2; c++) {
             float32x4_t v = vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(half[c])), scale);
-            v = vaddq_f32(v, vld1q_f32(position + i + 4 * c));
+            if (position) v = vaddq_f32(v, vld1q_f32(position + i + 4 * c));
             if (type) v = vaddq_f32(v, vld1q_f32(type + i + 4 * c));
             vst1q_f32(to + i + 4 * c, v);
         }
@@ -482,7 +505,8 @@ static float dot(const float *a, const float *b, int count) {
 }
 
 #define SHARED                                                                                                \
-    .quantize = quantize, .attention = attention, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
+    .quantize = quantize, .prepare = prepare, .score = score, .mix = mix, .rotate = rotate,                   \
+    .add_terms = add_terms, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
 
 const Kernels i8mm_kernels = {
     .name = "i8mm",

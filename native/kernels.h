@@ -6,6 +6,7 @@
 #ifndef NATIVE_KERNELS_H
 #define NATIVE_KERNELS_H
 
+#include <math.h>
 #include <string.h>
 
 #include "model.h"
@@ -25,8 +26,9 @@ static inline Quantization quantization_of(Range range) {
     return scale > 0.0f ? (Quantization){scale, range.low + MIDDLE * scale} : (Quantization){1.0f, range.low};
 }
 
-/* The operation applied to the output of a product before it is stored. */
-typedef enum { PLAIN, GELU, RELU, RESIDUAL } Epilogue;
+/* The operation applied to the output of a product before it is stored: for RESIDUAL `other` is added, for GATE it is
+ * multiplied by `other`. */
+typedef enum { PLAIN, GELU, RELU, RESIDUAL, GATE } Epilogue;
 
 /* to = epilogue(x·W + b) */
 typedef struct {
@@ -35,16 +37,9 @@ typedef struct {
     const Quantization *rows; /* of x, (tokens) */
     int tokens;
     Epilogue epilogue;
-    const float *residual; /* (tokens, w->out), for RESIDUAL */
-    float *to;             /* (tokens, w->out) */
+    const float *other; /* (tokens, w->out), for RESIDUAL and GATE; may be `to` */
+    float *to;          /* (tokens, w->out) */
 } Product;
-
-/* Offsets of a query's attention scores, from key 0 on; NULL: none. */
-static inline const float *offsets_of(const Offsets *offsets, int head, int query) {
-    return offsets->values ? offsets->values + head * offsets_stride(offsets->positions) + offsets->positions - 1 - query : NULL;
-}
-
-enum { ATTENTION_ROWS = 8 };
 
 /* Number of tokens from which attention multiplies in bfloat16, as some processors have instructions for it that are
  * twice as fast: queries, keys, values and attention weights are rounded, sums are float32. */
@@ -64,9 +59,43 @@ static inline void round_to_bfloat16(float *x, size_t count) {
     for (size_t i = 0; i < count; i++) x[i] = bfloat16_of(x[i]);
 }
 
-/* Size of the buffer `work` of attention, in floats. */
-static inline size_t attention_work(int width, int tokens) {
-    return (3 * (size_t)width / 2 + 1 + ATTENTION_ROWS) * ROUND_UP(tokens, 16);
+enum { ATTENTION_ROWS = 8 }; /* queries of a block, at most */
+
+/* Keys and values of a head for some of a text's tokens, or the rows of a table in place of keys. */
+typedef struct {
+    const float *k, *v; /* (tokens, stride); v NULL: there are no values */
+    size_t stride;
+    int tokens, width; /* width is a multiple of 16 */
+    int pairs;         /* they are multiplied as pairs of bfloat16: see has_pairs */
+    int rounds;        /* attention weights are rounded to bfloat16 */
+    float *work;       /* tile_work floats, filled by prepare */
+} Tile;
+
+static inline size_t tile_work(int width, int tokens, int has_values) {
+    size_t keys = (size_t)width * ROUND_UP(tokens, 16);
+    return has_values ? keys + keys / 2 : keys;
+}
+
+/* A few queries, and a range of the keys of a tile. */
+typedef struct {
+    const Tile *tile;
+    int rows, first, last; /* keys first … last − 1 of the tile; first is a multiple of 16 */
+    const float *q[ATTENTION_ROWS];
+    int low[ATTENTION_ROWS], high[ATTENTION_ROWS]; /* each query's keys, low … high − 1, counted from `first` */
+    const float *added[ATTENTION_ROWS];            /* to the scores, from `first` on; or NULL */
+    float factor;                                  /* of the scores */
+    float *scores;                                 /* (rows, score_stride), from `first` on, rounded up to 16 */
+    size_t score_stride;
+    float *to[ATTENTION_ROWS];  /* (width) each */
+    float *largest, *total;     /* (rows): of the tiles before, if there are several; otherwise NULL */
+} Block;
+
+/* For `mix`: the factor of what a query has from the tiles before, and what it keeps for the next. */
+static inline float carry_of(float before, float largest) { return before == largest ? 1.0f : expf(before - largest); }
+
+static inline void update(const Block *b, int row, float largest, float total) {
+    b->total[row] = b->total[row] * carry_of(b->largest[row], largest) + total;
+    b->largest[row] = largest;
 }
 
 typedef struct {
@@ -85,15 +114,31 @@ typedef struct {
 
     void (*product)(const Product *p);
 
-    /* softmax(Q·Kᵀ/√width + offsets)·V for each head; width = hidden / num_heads is a multiple of 16. qkv is (tokens,
-     * 3·hidden) and may be overwritten, to is (tokens, hidden). work: attention_work floats. */
-    void (*attention)(float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
-                      float *to);
+    /* True if attention in long texts multiplies pairs of bfloat16 numbers; otherwise it gets numbers that are rounded to
+     * bfloat16. NULL: never. */
+    int (*has_pairs)(int width);
 
-    /* In place, row by row. */
-    void (*layer_norm)(float *rows, int tokens, int hidden, const Norm *norm);
+    /* Arrange a tile's keys and values. */
+    void (*prepare)(const Tile *tile);
 
-    /* One row, word · scale + position + type; type may be NULL. */
+    /* scores = factor · q·k + added. The tile may have no values. */
+    void (*score)(const Block *b);
+
+    /* to = softmax(scores)·V. With `largest` and `total`, which are updated: to = to · eᵃ + Σ exp(score − largest)·v, where
+     * a is the change of `largest`, and `total` is the sum of all exponentials so far. Overwrites the scores. */
+    void (*mix)(const Block *b);
+
+    /* For each row: the first half of each of `parts` parts of `width` values is rotated against its second half.
+     * cos, sin: (tokens, width / 2). */
+    void (*rotate)(float *rows, int tokens, size_t stride, int parts, int width, const float *cos, const float *sin);
+
+    /* scores[i] += ours[rows[i]] + theirs[i · stride + rows[i]]; ours or theirs may be NULL. */
+    void (*add_terms)(float *scores, int count, const int32_t *rows, const float *ours, const float *theirs, size_t stride);
+
+    /* Row by row; from may be to. */
+    void (*layer_norm)(const float *from, int tokens, int hidden, const Norm *norm, float *to);
+
+    /* One row, word · scale + position + type; position and type may be NULL. */
     void (*embed)(const int8_t *word, float scale, const float *position, const float *type, int hidden, float *to);
 
     /* Mean of all rows. */

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE /* SCHED_IDLE */
 #include "layers.h"
 
+#include <limits.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -8,6 +9,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "attention.h"
 #include "kernels.h"
 
 static pthread_key_t buffer_key;
@@ -35,13 +37,19 @@ static size_t quantized_size(int tokens, int width) {
     return rows_size(tokens) + (size_t)ROUND_UP(tokens, 16) * width;
 }
 
-/* to = epilogue(x·W + b); x is (tokens, in). quantized: scratch of quantized_size bytes. */
-static void multiply(const Linear *w, const float *x, int tokens, Epilogue epilogue, const float *residual,
+/* to = epilogue(x·W + b) for quantized x (tokens, in). */
+static void multiply_quantized(const Linear *w, const char *quantized, int tokens, Epilogue epilogue, const float *other,
+                               float *to) {
+    const Quantization *rows = (const Quantization *)quantized;
+    const uint8_t *bytes = (const uint8_t *)quantized + rows_size(tokens);
+    kernels->product(&(Product){w, bytes, rows, tokens, epilogue, other, to});
+}
+
+/* to = epilogue(x·W + b) for x (tokens, in). quantized: scratch of quantized_size bytes, which x then is in. */
+static void multiply(const Linear *w, const float *x, int tokens, Epilogue epilogue, const float *other,
                      char *quantized, float *to) {
-    Quantization *rows = (Quantization *)quantized;
-    uint8_t *bytes = (uint8_t *)quantized + rows_size(tokens);
-    kernels->quantize(x, tokens, w->in, rows, bytes);
-    kernels->product(&(Product){w, bytes, rows, tokens, epilogue, residual, to});
+    kernels->quantize(x, tokens, w->in, (Quantization *)quantized, (uint8_t *)quantized + rows_size(tokens));
+    multiply_quantized(w, quantized, tokens, epilogue, other, to);
 }
 
 /* Rows that pass from one product to the next together: enough to amortize reading the weights, few enough for
@@ -54,11 +62,12 @@ typedef struct {
     float *qkv, *context, *middle, *inner, *work;
 } Memory;
 
-static int get_memory(const Model *m, int rows, int part, int longest, Memory *to) {
+static int get_memory(const Model *m, const Layer *layer, int rows, int part, int longest, Memory *to) {
     size_t hidden = m->hidden;
     size_t widest = quantized_size(part, m->inner > m->hidden ? m->inner : m->hidden);
+    size_t work = attention_work(&layer->attention, m->hidden / m->num_heads, longest);
     size_t sizes[] = {ROUND_UP(widest, 64), rows * 3 * hidden * 4, rows * hidden * 4, part * hidden * 4, (size_t)part * m->inner * 4,
-                      ROUND_UP(attention_work(m->hidden / m->num_heads, longest) * 4, 64)};
+                      ROUND_UP(work * 4, 64)};
     size_t total = 0;
     for (int i = 0; i < 6; i++) total += sizes[i];
     char *memory = scratch(total);
@@ -69,17 +78,27 @@ static int get_memory(const Model *m, int rows, int part, int longest, Memory *t
     return 0;
 }
 
-/* The rest of a layer after attention, where each row is independent of the others. */
-static void run_rows(const Model *m, const Layer *layer, const float *from, const float *context, int rows,
+/* The rows, or their norm if there is one, which is written to `space`. */
+static const float *normed(const float *rows, int count, int hidden, const Norm *norm, float *space) {
+    if (norm->scale == NULL) return rows;
+    kernels->layer_norm(rows, count, hidden, norm, space);
+    return space;
+}
+
+static void normalize(float *rows, int count, int hidden, const Norm *norm) { normed(rows, count, hidden, norm, rows); }
+
+/* The rest of a layer after attention, where each row is independent of the others. Overwrites context. */
+static void run_rows(const Model *m, const Layer *layer, const float *from, float *context, int rows,
                      const Memory *memory, float *to) {
-    const Kernels *k = kernels;
     char *quantized = memory->quantized;
     float *middle = memory->middle, *inner = memory->inner;
     multiply(&layer->out, context, rows, RESIDUAL, from, quantized, middle);
-    k->layer_norm(middle, rows, m->hidden, &layer->after_attention);
-    multiply(&layer->up, middle, rows, m->has_gelu ? GELU : RELU, NULL, quantized, inner);
+    normalize(middle, rows, m->hidden, &layer->after_attention);
+    const float *x = normed(middle, rows, m->hidden, &layer->before_ffn, context);
+    multiply(&layer->up, x, rows, m->has_gelu ? GELU : RELU, NULL, quantized, inner);
+    if (m->has_gate) multiply_quantized(&layer->gate, quantized, rows, GATE, inner, inner);
     multiply(&layer->down, inner, rows, RESIDUAL, middle, quantized, to);
-    k->layer_norm(to, rows, m->hidden, &layer->after_ffn);
+    normalize(to, rows, m->hidden, &layer->after_ffn);
 }
 
 /* Run a layer for `count` texts with `rows` tokens in all. */
@@ -90,15 +109,16 @@ static int run_block(const Model *m, const Layer *layer, const float *from, cons
     int longest = 0, parts = (rows + BLOCK - 1) / BLOCK; /* parts of about the same size, across texts */
     for (int i = 0; i < count; i++) longest = tokens[i] > longest ? tokens[i] : longest;
     Memory memory;
-    if (get_memory(m, rows, (rows + parts - 1) / parts, longest, &memory)) return -1;
+    if (get_memory(m, layer, rows, (rows + parts - 1) / parts, longest, &memory)) return -1;
     if (k->begin) k->begin();
     for (int i = 0; i < parts; i++) {
         int row = rows * i / parts, part = rows * (i + 1) / parts - row;
-        multiply(&layer->qkv, from + row * hidden, part, PLAIN, NULL, memory.quantized, memory.qkv + row * 3 * hidden);
+        const float *x = normed(from + row * hidden, part, m->hidden, &layer->before_attention, memory.middle);
+        multiply(&layer->qkv, x, part, PLAIN, NULL, memory.quantized, memory.qkv + row * 3 * hidden);
     }
     for (int i = 0, row = 0; i < count; row += tokens[i++])
-        k->attention(memory.qkv + row * 3 * hidden, tokens[i], m->hidden, m->num_heads, &layer->offsets, memory.work,
-                     memory.context + row * hidden);
+        attend(&layer->attention, memory.qkv + row * 3 * hidden, tokens[i], m->hidden, memory.work,
+               memory.context + row * hidden);
     for (int i = 0; i < parts; i++) {
         int row = rows * i / parts, part = rows * (i + 1) / parts - row;
         run_rows(m, layer, from + row * hidden, memory.context + row * hidden, part, &memory, to + row * hidden);
@@ -107,12 +127,22 @@ static int run_block(const Model *m, const Layer *layer, const float *from, cons
     return 0;
 }
 
+/* The longest text whose tokens all have rows in the layer's tables. */
+static int most_tokens(const Attention *a) {
+    int most = INT_MAX;
+    if (a->offsets.values && a->offsets.positions < most) most = a->offsets.positions;
+    if (a->rotation && a->rotation->positions < most) most = a->rotation->positions;
+    if (a->terms.buckets && a->terms.positions < most) most = a->terms.positions;
+    return most;
+}
+
 int run_layer(const Model *m, int number, const float *from, const int *tokens, int count, float *to) {
     const Layer *layer = &m->layers[number];
+    int most = most_tokens(&layer->attention);
     for (int i = 0; i < count;) {
         int first = i, rows = 0;
         do {
-            if (layer->offsets.values && tokens[i] > layer->offsets.positions) return -1;
+            if (tokens[i] > most) return -1;
             rows += tokens[i++];
         } while (i < count && rows + tokens[i] <= BLOCK);
         if (run_block(m, layer, from, tokens + first, i - first, rows, to)) return -1;
@@ -126,16 +156,16 @@ int run_embeddings(const Model *m, const int64_t *ids, const int64_t *types, int
     const Kernels *k = kernels;
     size_t hidden = m->hidden;
     for (int t = 0; t < tokens; t++) {
-        if (ids[t] < 0 || ids[t] >= m->num_words || t >= m->num_positions) return -1;
+        if (ids[t] < 0 || ids[t] >= m->num_words || (m->num_positions && t >= m->num_positions)) return -1;
         if (m->num_types && (types[t] < 0 || types[t] >= m->num_types)) return -1;
-        k->embed(m->words + ids[t] * hidden, m->word_scales[ids[t]], m->positions + t * hidden,
-                 m->num_types ? m->types + types[t] * hidden : NULL, m->hidden, to + t * hidden);
+        k->embed(m->words + ids[t] * hidden, m->word_scales[ids[t]],
+                 m->num_positions ? m->positions + t * hidden : NULL, m->num_types ? m->types + types[t] * hidden : NULL, m->hidden, to + t * hidden);
     }
-    k->layer_norm(to, tokens, m->hidden, &m->norm);
+    normalize(to, tokens, m->hidden, &m->norm);
     return 0;
 }
 
-/* Input of the last exit's classifier: to = activation(dense · pooled + bias), (hidden). */
+/* Input of the last exit's classifier: to = norm(activation(dense · pooled + bias)), (hidden). */
 static void run_head(const Head *head, const float *pooled, int hidden, float *to) {
     for (int i = 0; i < hidden; i++) {
         float x = head->bias[i] + kernels->dot(pooled, head->dense + (size_t)i * hidden, hidden);
@@ -146,6 +176,13 @@ static void run_head(const Head *head, const float *pooled, int hidden, float *t
         }
         to[i] = x;
     }
+    normalize(to, 1, hidden, &head->norm);
+}
+
+/* Pool hidden states (tokens, hidden), normalized if there is a norm. space: (tokens, hidden) for that. */
+static void pool(const float *rows, int tokens, int hidden, const Norm *norm, int has_mean, float *space, float *to) {
+    if (has_mean) kernels->mean(normed(rows, tokens, hidden, norm, space), tokens, hidden, to);
+    else memcpy(to, normed(rows, 1, hidden, norm, space), (size_t)hidden * 4);
 }
 
 int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, const float *prototypes,
@@ -154,14 +191,15 @@ int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, 
     const ExitHead *head = &m->exits[layer];
     int hidden = m->hidden, metric = head->metric;
     size_t states = ROUND_UP((size_t)hidden * 4, 64), space = ROUND_UP((size_t)metric * 4, 64);
-    char *memory = scratch(2 * states + space + quantized_size(1, hidden));
+    size_t quantized = ROUND_UP(quantized_size(1, hidden), 64), rows = head->norm.scale ? (size_t)tokens * hidden * 4 : 0;
+    char *memory = scratch(2 * states + space + quantized + rows);
     if (memory == NULL) return -1;
     float *pooled = (float *)memory, *embedded = (float *)(memory + states);
     float *features = (float *)(memory + states + space); /* input of the classifier */
 
     int has_head = layer == m->num_layers && m->head.dense;
-    if (has_head ? m->head.has_mean : m->has_mean) k->mean(hidden_states, tokens, hidden, pooled);
-    else memcpy(pooled, hidden_states, (size_t)hidden * 4);
+    pool(hidden_states, tokens, hidden, &head->norm, has_head ? m->head.has_mean : m->has_mean,
+         (float *)(memory + 2 * states + space + quantized), pooled);
     if (has_head) run_head(&m->head, pooled, hidden, features);
     else features = pooled;
     int is_finite = 1;
@@ -221,6 +259,15 @@ static int run_texts(const Model *m, int layer, Pass *const *texts, const int *t
     return 0;
 }
 
+/* Keep the mean of a text's tokens after a layer, as an exit would see it: not every layer may have one. */
+static int keep_states(const Model *m, int layer, const float *rows, Pass *p) {
+    const Norm *norm = &m->exits[m->num_layers].norm;
+    float *space = norm->scale ? scratch((size_t)p->tokens * m->hidden * 4) : NULL;
+    if (norm->scale && space == NULL) return -1;
+    pool(rows, p->tokens, m->hidden, norm, 1, space, p->states + (size_t)layer * m->hidden);
+    return 0;
+}
+
 int run_passes(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
                const double *far) {
     size_t hidden = m->hidden, total = 0, row = 0;
@@ -247,8 +294,8 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
             Pass *p = texts[i];
             size_t size = p->tokens * hidden;
             p->seconds += each * p->tokens;
-            if (p->states && layer < m->num_layers) kernels->mean(from, p->tokens, m->hidden, p->states + layer * hidden);
-            if (is_asked(m, layer, p)) {
+            if (p->states && layer < m->num_layers) failed = keep_states(m, layer, from, p);
+            if (!failed && is_asked(m, layer, p)) {
                 size_t at = (size_t)layer * m->exits[layer].num_labels;
                 failed = run_exit(m, layer, from, p->tokens, prototypes[layer], p->logits + at, p->distances + at);
                 if (!failed) decide_exit(m, layer, p, far ? far[layer] : INFINITY);

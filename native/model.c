@@ -1,6 +1,7 @@
 #define _GNU_SOURCE /* F_ADD_SEALS */
 #include "model.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #ifdef __linux__
@@ -12,17 +13,17 @@
 enum { COLLAPSE = 25, FUTURE_WRITE = 16 }; /* MADV_COLLAPSE and F_SEAL_FUTURE_WRITE, which older headers lack */
 #endif
 
-int has_kernels(int hidden, int num_heads, int inner, int num_layers) {
-    return hidden >= 64 && hidden % 64 == 0 && hidden <= 8192 && inner >= 64 && inner % 64 == 0 && inner <= 32768 &&
-           num_heads >= 1 && hidden % num_heads == 0 && hidden / num_heads % 16 == 0 && num_layers >= 1 &&
-           num_layers <= MAX_LAYERS;
+int has_kernels(const Sizes *s) {
+    return s->hidden >= 64 && s->hidden % 64 == 0 && s->hidden <= 8192 && s->inner >= 64 && s->inner % 64 == 0 &&
+           s->inner <= 32768 && s->num_heads >= 1 && s->hidden % s->num_heads == 0 &&
+           s->hidden / s->num_heads % 16 == 0 && s->num_layers >= 1 && s->num_layers <= MAX_LAYERS;
 }
 
 int is_complete(const Model *m, int layer) {
     const Layer *l = &m->layers[layer];
     if (layer == 0) return m->word_scales && m->positions && m->types && m->norm.shift;
-    return l->qkv.center && l->out.center && l->up.center && l->down.center && l->after_attention.shift &&
-           l->after_ffn.shift;
+    int has_norms = l->before_ffn.shift || (l->after_attention.shift && l->after_ffn.shift);
+    return l->qkv.center && l->out.center && l->up.center && (l->gate.center || !m->has_gate) && l->down.center && has_norms;
 }
 
 void *copy_of(const void *from, size_t bytes) {
@@ -31,7 +32,9 @@ void *copy_of(const void *from, size_t bytes) {
     return to;
 }
 
-static size_t layer_size(const Model *m) { return (size_t)m->hidden * (4 * (size_t)m->hidden + 2 * (size_t)m->inner); }
+static size_t layer_size(const Model *m) {
+    return (size_t)m->hidden * (4 * (size_t)m->hidden + (2 + m->has_gate) * (size_t)m->inner);
+}
 
 enum { HUGE_PAGE = 1 << 21 };
 
@@ -75,11 +78,13 @@ static void free_block(Model *m) {
 #endif
 }
 
-Model *new_model(int hidden, int num_heads, int inner, int num_layers, int num_words, int fd, int is_filled) {
+Model *new_model(const Sizes *s, int fd, int is_filled) {
     Model *m = calloc(1, sizeof(Model));
     if (m == NULL) return NULL;
-    *m = (Model){.hidden = hidden, .num_heads = num_heads, .inner = inner, .num_layers = num_layers,
-                 .num_words = num_words, .is_filled = is_filled};
+    *m = (Model){.hidden = s->hidden, .num_heads = s->num_heads, .inner = s->inner, .num_layers = s->num_layers,
+                 .has_gate = s->has_gate, .num_words = s->num_words, .is_filled = is_filled};
+    for (int i = 1; i <= m->num_layers; i++)
+        m->layers[i].attention = (Attention){.num_heads = m->num_heads, .scale = 1.0f / sqrtf((float)(m->hidden / m->num_heads))};
     if (!get_block(m, fd)) return m;
     free(m);
     return NULL;
@@ -102,10 +107,16 @@ int seal_model(Model *m, int fd) {
 #endif
 }
 
-int8_t *tiles_of(const Model *m, int layer, int which) {
-    size_t square = (size_t)m->hidden * m->hidden, wide = (size_t)m->hidden * m->inner;
-    size_t before[] = {0, 3 * square, 4 * square, 4 * square + wide};
-    return m->tiles + (layer - 1) * layer_size(m) + before[which];
+Place place_of(Model *m, int layer, int which) {
+    Layer *l = &m->layers[layer];
+    int hidden = m->hidden, inner = m->inner, gated = m->has_gate ? inner : 0;
+    Place all[NUM_LINEARS] = {{&l->qkv, hidden, 3 * hidden, NULL}, {&l->out, hidden, hidden, NULL},
+                              {&l->up, hidden, inner, NULL}, {&l->gate, hidden, gated, NULL},
+                              {&l->down, inner, hidden, NULL}};
+    size_t before = (layer - 1) * layer_size(m);
+    for (int i = 0; i < which; i++) before += (size_t)all[i].in * all[i].out;
+    all[which].tiles = m->tiles + before;
+    return all[which];
 }
 
 int8_t *end_of_tiles(const Model *m) { return m->tiles + m->num_layers * layer_size(m); }
@@ -147,17 +158,26 @@ void free_norm(Norm *n) {
 void free_model(Model *m) {
     for (int i = 0; i <= m->num_layers; i++) {
         Layer *l = &m->layers[i];
-        Linear *all[] = {&l->qkv, &l->out, &l->up, &l->down, &m->exits[i].projection};
-        for (int j = 0; j < 5; j++) free_linear(all[j]);
-        free_norm(&l->after_attention);
-        free_norm(&l->after_ffn);
-        free(l->offsets.values);
-        free(m->exits[i].tiles);
-        free(m->exits[i].classifier);
-        free(m->exits[i].bias);
+        ExitHead *exit = &m->exits[i];
+        Linear *linears[] = {&l->qkv, &l->out, &l->up, &l->gate, &l->down, &exit->projection};
+        Norm *norms[] = {&l->before_attention, &l->after_attention, &l->before_ffn, &l->after_ffn, &exit->norm};
+        for (int j = 0; j < 6; j++) free_linear(linears[j]);
+        for (int j = 0; j < 5; j++) free_norm(norms[j]);
+        free(l->attention.offsets.values);
+        free(l->attention.terms.buckets);
+        free(l->attention.terms.keys);
+        free(l->attention.terms.queries);
+        free(exit->tiles);
+        free(exit->classifier);
+        free(exit->bias);
+    }
+    for (int i = 0; i < MAX_ROTATIONS; i++) {
+        free(m->rotations[i].cos);
+        free(m->rotations[i].sin);
     }
     free(m->head.dense);
     free(m->head.bias);
+    free_norm(&m->head.norm);
     free_norm(&m->norm);
     free(m->word_scales);
     free(m->positions);

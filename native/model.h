@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #define MAX_LAYERS 100
+#define MAX_ROTATIONS 4
 enum { MIDDLE = 128 }; /* uint8 value of the center of a row's range */
 #define ROUND_UP(n, to) (((n) + (to)-1) / (to) * (to))
 
@@ -32,36 +33,68 @@ typedef struct {
 
 static inline size_t offsets_stride(int positions) { return 2 * (size_t)positions - 1 + 16; }
 
+/* Rotary positions: each head's first half is rotated against its second. Layers may share one; cos NULL: none. */
 typedef struct {
-    float *scale, *shift; /* (hidden) */
+    int positions;    /* P: largest number of tokens */
+    float *cos, *sin; /* (P, width / 2), width = hidden / num_heads */
+} Rotation;
+
+/* Terms of the attention scores of DeBERTa, from a table for each head with a row for each bucket of distances: the
+ * query times the row of `keys`, and the key times the row of `queries`, each NULL if there is no such term. */
+typedef struct {
+    int positions, rows;   /* P; R */
+    int32_t *buckets;      /* (2·P − 1): row for key − query = 1 − P … P − 1, descending */
+    float *keys, *queries; /* (num_heads, R, width) */
+} Terms;
+
+/* How the tokens of a text attend to each other. */
+typedef struct {
+    int num_heads, window; /* window: largest distance of a query's keys; 0: any */
+    float scale;           /* of the scores */
+    Offsets offsets;
+    const Rotation *rotation; /* NULL: none */
+    Terms terms;
+} Attention;
+
+typedef struct {
+    float *scale, *shift; /* (hidden); NULL: no norm */
     float epsilon;
 } Norm;
 
 typedef struct {
     int is_set, num_labels, metric; /* metric: dimension of the metric space; 0: no prototypes */
+    Norm norm;                      /* of the tokens, before pooling */
     float *classifier, *bias;       /* (num_labels, hidden), (num_labels) */
     Linear projection;              /* to the metric space */
     int8_t *tiles;                  /* of the projection */
 } ExitHead;
 
-/* The last exit's layer before its classifier, from a stock classifier: activation(dense · pooled + bias). */
+/* The last exit's layer before its classifier, from a stock classifier: norm(activation(dense · pooled + bias)). */
 typedef struct {
     float *dense, *bias; /* (hidden, hidden), a row for each output; (hidden). NULL: no such layer */
     enum { HEAD_TANH, HEAD_RELU, HEAD_GELU, NUM_HEAD_ACTIVATIONS } activation;
     int has_mean; /* as Model.has_mean, for this exit */
+    Norm norm;    /* before the classifier */
 } Head;
 
+/* x = from + out(attention(qkv(before_attention(from)))), then y = after_attention(x) and
+ * to = after_ffn(y + down(activation(up(before_ffn(y))) · gate(before_ffn(y)))), each norm and the gate if it is there. */
 typedef struct {
-    Linear qkv, out, up, down;
-    Norm after_attention, after_ffn;
-    Offsets offsets;
+    Linear qkv, out, up, gate, down;
+    Attention attention;
+    Norm before_attention, after_attention, before_ffn, after_ffn;
 } Layer;
 
+/* Sizes of a model: has_gate: its feed-forward networks have gates. */
 typedef struct {
-    int hidden, num_heads, inner, num_layers;
+    int hidden, num_heads, inner, num_layers, num_words, has_gate;
+} Sizes;
+
+typedef struct {
+    int hidden, num_heads, inner, num_layers, has_gate;
     int has_gelu;  /* activation: GELU, otherwise ReLU */
     int has_mean;  /* pooling of the exits: the mean of the tokens, otherwise the first token */
-    int num_words, num_positions, num_types;
+    int num_words, num_positions, num_types; /* num_positions, num_types: 0: there is no such table */
     int8_t *words;                 /* (num_words, hidden), after the tiles */
     float *word_scales;            /* (num_words) */
     float *positions, *types;      /* (num_positions, hidden), (num_types, hidden) */
@@ -72,6 +105,7 @@ typedef struct {
     Layer layers[MAX_LAYERS + 1];  /* from 1 */
     ExitHead exits[MAX_LAYERS + 1]; /* from 0 */
     Head head;                      /* of the last exit */
+    Rotation rotations[MAX_ROTATIONS];
 } Model;
 
 /* Index of a weight in Linear.tiles. A tile holds 64 inputs of 16 outputs; four inputs of an output are adjacent, as
@@ -82,7 +116,7 @@ static inline size_t tile_index(int in, int input, int output) {
 }
 
 /* True if the kernels support these sizes. */
-int has_kernels(int hidden, int num_heads, int inner, int num_layers);
+int has_kernels(const Sizes *sizes);
 
 /* True if all weights of a layer are set; layer 0 is the embeddings. */
 int is_complete(const Model *m, int layer);
@@ -92,13 +126,19 @@ void *copy_of(const void *from, size_t bytes);
 
 /* A model without weights; NULL: out of memory, or fd is not such a memory.
  * fd: memory (memfd_create) for the tiles and the words, which processes share; -1: none. is_filled: it is sealed. */
-Model *new_model(int hidden, int num_heads, int inner, int num_layers, int num_words, int fd, int is_filled);
+Model *new_model(const Sizes *sizes, int fd, int is_filled);
 
 /* Make the shared memory of a complete model read-only, for all processes and for good. Returns -1 if it cannot be. */
 int seal_model(Model *m, int fd);
 
-/* Address of the tiles of a linear layer. which: 0 qkv, 1 out, 2 up, 3 down. */
-int8_t *tiles_of(const Model *m, int layer, int which);
+/* A linear layer, its sizes and the address of its tiles. which: 0 qkv, 1 out, 2 up, 3 gate, 4 down. */
+typedef struct {
+    Linear *linear;
+    int in, out;
+    int8_t *tiles;
+} Place;
+enum { NUM_LINEARS = 5, GATE_LINEAR = 3 };
+Place place_of(Model *m, int layer, int which);
 
 /* Pack weights (in, out), row by row, into tiles, unless they are filled. Returns -1 if out of memory; call free_linear
  * in any case. */

@@ -12,10 +12,13 @@ from de3.native import NoKernelsError
 
 Array = NDArray[Any]
 NONE = np.zeros(0, np.float32)
-LINEARS = ("qkv", "attention_out", "ffn_in", "ffn_out")  # of a layer, in the order of python.c
-TABLES = ("word", "position", "token_type", "norm")
-NORMS = ("attention_norm", "ffn_norm")
+# In the order of python.c; the gate is a part of ffn_in there.
+LINEARS = {"qkv": 0, "attention_out": 1, "ffn_in": 2, "gate": 3, "ffn_out": 4}
+NORMS = {"attention_norm": 0, "ffn_norm": 2}  # before attention and the feed-forward network; the next ones are after
+NORM_AFTER, NORM_OF_TABLES, NORM_OF_EXIT, NORM_OF_HEAD = 1, 3, 4, 5
 HEAD_ACTIVATIONS = ("tanh", "relu", "gelu")  # in the order of model.h
+KNOWN = {"word", "position", "token_type", "norm", "qkv", "attention_out", "ffn_in", "ffn_out", *NORMS, "offsets"}
+KNOWN |= {"frequencies", "row_numbers", "key_table", "query_table", "final_norm", "classifier", "space", "dense"}
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Head:
-    """A dense layer between pooling and the last exit's classifier. mean: as in Network, for this exit."""
+    """A dense layer between pooling and the last exit's classifier.
+
+    Attributes:
+        mean: as in Network, for this exit.
+        norm: epsilon of the norm before the classifier; None: there is none.
+    """
 
     activation: str
     mean: bool
+    norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,11 @@ class Network:
         activation: gelu, gelu_tanh or relu.
         mean: the exits' input is the mean of the tokens, otherwise the first token.
         epsilon: of every norm.
+        is_gated: its feed-forward networks have gates: ffn_in has the activated part, then the gate.
+        is_pre_norm: its norms come before attention and the feed-forward network, otherwise after.
+        score_scale: factor of the attention scores.
+        windows: largest distance of a token's keys by layer, from 1; 0: any.
+        max_tokens: longest text.
         head: None: the last exit is like the others.
         segments: weights by name (model_store/segment_graph.py), index = layer; 0 is the embeddings.
     """
@@ -57,6 +71,11 @@ class Network:
     activation: str
     mean: bool
     epsilon: float
+    is_gated: bool
+    is_pre_norm: bool
+    score_scale: float
+    windows: Sequence[int]
+    max_tokens: int
     head: Head | None
     segments: Sequence[Mapping[str, Array]]
 
@@ -80,27 +99,23 @@ def build(network: Network, memory: Memory | None = None) -> Any:
         is_gelu, num_words = network.activation == "gelu", len(tables["word.scale"])
         sizes = (network.hidden_size, network.num_heads, network.inner, len(layers), num_words)
         shared = () if memory is None else (memory.fd, memory.is_filled)
-        model = kernels.new(*sizes, is_gelu, network.mean, *shared)
+        model = kernels.new(*sizes, is_gelu, network.is_gated, network.mean, *shared)
         names = ("word.weight", "word.scale", "position.weight", "token_type.weight")
         kernels.set_embeddings(model, *(tables.get(name, NONE) for name in names))
-        kernels.set_norm(model, 0, 0, *_norm(tables, "norm"), network.epsilon)
+        kernels.set_norm(model, 0, NORM_OF_TABLES, *_norm(tables, "norm"), network.epsilon)
         for number, weights in enumerate(layers, 1):
-            for which, name in enumerate(LINEARS):
-                kernels.set_linear(model, number, which, *_linear(weights, name))
-            for which, name in enumerate(NORMS):
-                kernels.set_norm(model, number, which, *_norm(weights, name), network.epsilon)
-            if "offsets" in weights:
-                kernels.set_offsets(model, number, weights["offsets"])
+            _set_layer(kernels, model, network, number, weights)
+        _set_rotations(kernels, model, network)
         for number, weights in enumerate(network.segments):
             if "classifier.weight" in weights:
-                classifier = np.ascontiguousarray(weights["classifier.weight"].T)
-                space = _linear(weights, "space") if "space.weight" in weights else (NONE, NONE, NONE)
-                kernels.set_exit(model, number, classifier, weights["classifier.bias"], *space)
+                _set_exit(kernels, model, network, number, weights)
         if (head := network.head) is not None:
             top = layers[-1]
             dense = np.ascontiguousarray(top["dense.weight"].T)
             activation = HEAD_ACTIVATIONS.index(head.activation)
             kernels.set_head(model, dense, top["dense.bias"], activation, head.mean)
+            if head.norm is not None:
+                kernels.set_norm(model, len(layers), NORM_OF_HEAD, *_norm(top, "norm"), head.norm)
     except ValueError as error:  # unsupported sizes
         raise NoKernelsError(str(error)) from None
     if memory is not None and not memory.is_filled:
@@ -108,24 +123,65 @@ def build(network: Network, memory: Memory | None = None) -> Any:
     return model
 
 
+def _set_layer(kernels: Any, model: Any, network: Network, number: int, weights: Mapping[str, Array]) -> None:
+    for name, which in LINEARS.items():
+        if name != "gate" or network.is_gated:
+            kernels.set_linear(model, number, which, *_linear(weights, name, network))
+    for name, which in NORMS.items():
+        if f"{name}.weight" in weights:
+            after = 0 if network.is_pre_norm else NORM_AFTER
+            kernels.set_norm(model, number, which + after, *_norm(weights, name), network.epsilon)
+    if "offsets" in weights:
+        kernels.set_offsets(model, number, weights["offsets"])
+    if window := network.windows[number - 1]:
+        kernels.set_window(model, number, window)
+    if "row_numbers" in weights:
+        buckets = np.ascontiguousarray(weights["row_numbers"][::-1], np.int32)  # by key − query
+        keys = weights.get("key_table", NONE)
+        if len(keys):
+            keys = np.ascontiguousarray(keys.transpose(0, 2, 1), np.float32)
+        queries = np.ascontiguousarray(weights.get("query_table", NONE), np.float32)
+        kernels.set_terms(model, number, network.score_scale, buckets, keys, queries)
+
+
+def _set_rotations(kernels: Any, model: Any, network: Network) -> None:
+    """Set the rotary positions; layers of the same frequencies share a table."""
+    layers: dict[bytes, list[int]] = {}
+    for number, weights in enumerate(network.segments):
+        if "frequencies" in weights:
+            layers.setdefault(weights["frequencies"].tobytes(), []).append(number)
+    for frequencies, numbers in layers.items():
+        positions = np.arange(network.max_tokens, dtype=np.float32)[:, None]
+        angles = positions * np.frombuffer(frequencies, np.float32)
+        kernels.set_rotation(model, numbers, np.cos(angles), np.sin(angles))
+
+
+def _set_exit(kernels: Any, model: Any, network: Network, number: int, weights: Mapping[str, Array]) -> None:
+    classifier = np.ascontiguousarray(weights["classifier.weight"].T)
+    space = _linear(weights, "space", network) if "space.weight" in weights else (NONE, NONE, NONE)
+    kernels.set_exit(model, number, classifier, weights["classifier.bias"], *space)
+    if "final_norm.weight" in weights:
+        kernels.set_norm(model, number, NORM_OF_EXIT, *_norm(weights, "final_norm"), network.epsilon)
+
+
 def _check(network: Network) -> None:
     """Raise NoKernelsError for parts that the kernels do not support."""
-    tables, last = network.segments[0], network.segments[-1]
-    if "projection.weight" in tables:
+    if "projection.weight" in network.segments[0]:
         raise NoKernelsError("its embeddings have a projection")
-    if "position.weight" not in tables:
-        raise NoKernelsError("its embeddings have no positions")
-    if "norm.weight" in last:
-        raise NoKernelsError("there is no kernel for a head with a norm")
     names = {name.partition(".")[0] for weights in network.segments for name in weights}
-    if unknown := names - {*TABLES, *LINEARS, *NORMS, "offsets", "classifier", "space", "dense"}:
+    if unknown := names - KNOWN:
         raise NoKernelsError(f"there is no kernel for {min(unknown)}")
     if network.activation not in ("gelu", "relu"):
         raise NoKernelsError(f"there is no kernel for the activation {network.activation}")
 
 
-def _linear(weights: Mapping[str, Array], name: str) -> tuple[Array, Array, Array]:
-    return weights[f"{name}.weight"], weights[f"{name}.scale"], weights[f"{name}.bias"]
+def _linear(weights: Mapping[str, Array], name: str, network: Network) -> tuple[Array, Array, Array]:
+    part = slice(None)
+    if network.is_gated and name in ("ffn_in", "gate"):
+        part = slice(None, network.inner) if name == "ffn_in" else slice(network.inner, None)
+        name = "ffn_in"
+    weight, scale, bias = (weights[f"{name}.{what}"][..., part] for what in ("weight", "scale", "bias"))
+    return np.ascontiguousarray(weight), scale, bias
 
 
 def _norm(weights: Mapping[str, Array], name: str) -> tuple[Array, Array]:

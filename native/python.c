@@ -121,16 +121,17 @@ static PyObject *py_peak(PyObject *self, PyObject *none) {
 
 /* ---- building a model ------------------------------------------------------------------------------- */
 
+/* new(hidden, num_heads, inner, num_layers, num_words, gelu, gate, mean, fd=-1, is_filled=False) */
 static PyObject *py_new(PyObject *self, PyObject *args) {
-    int hidden, num_heads, inner, num_layers, num_words, gelu, mean, fd = -1, is_filled = 0;
-    if (!PyArg_ParseTuple(args, "iiiiipp|ip", &hidden, &num_heads, &inner, &num_layers, &num_words, &gelu, &mean, &fd,
-                          &is_filled))
+    Sizes s;
+    int gelu, mean, fd = -1, is_filled = 0;
+    if (!PyArg_ParseTuple(args, "iiiiippp|ip", &s.hidden, &s.num_heads, &s.inner, &s.num_layers, &s.num_words, &gelu,
+                          &s.has_gate, &mean, &fd, &is_filled))
         return NULL;
-    if (!require(has_kernels(hidden, num_heads, inner, num_layers) && num_words >= 0 && num_words <= 1 << 30 &&
-                     (fd >= 0 || !is_filled),
+    if (!require(has_kernels(&s) && s.num_words >= 0 && s.num_words <= 1 << 30 && (fd >= 0 || !is_filled),
                  "there are no kernels for these sizes"))
         return NULL;
-    Model *m = new_model(hidden, num_heads, inner, num_layers, num_words, fd, is_filled);
+    Model *m = new_model(&s, fd, is_filled);
     if (m == NULL) return PyErr_NoMemory();
     m->has_gelu = gelu;
     m->has_mean = mean;
@@ -158,25 +159,24 @@ static PyObject *py_set_linear(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "Oiiy*y*y*", &capsule, &number, &which, &b[0], &b[1], &b[2])) return NULL;
     Model *m = model_of(capsule);
     int ok = m != NULL && in_range(m, number, 1) &&
-             require(which >= 0 && which <= 3, "which must be 0 (qkv), 1 (out), 2 (up) or 3 (down)");
+             require(which >= 0 && which < NUM_LINEARS && (which != GATE_LINEAR || m->has_gate),
+                     "which must be 0 (qkv), 1 (out), 2 (up), 3 (gate, if there are gates) or 4 (down)");
     if (ok) {
-        Layer *l = &m->layers[number];
-        Linear *linear = (Linear *[]){&l->qkv, &l->out, &l->up, &l->down}[which];
-        int in = which == 3 ? m->inner : m->hidden;
-        int out = which == 0 ? 3 * m->hidden : which == 2 ? m->inner : m->hidden;
+        Place place = place_of(m, number, which);
+        int in = place.in, out = place.out;
         Linear packed = {0}; /* rejected weights leave the previous ones in place */
         ok = holds(&b[0], (size_t)in * out, 1, "weight") && holds(&b[1], out, 4, "scale") &&
              holds(&b[2], out, 4, "bias") &&
-             require_memory(
-                 !pack_linear(&packed, in, out, b[0].buf, b[1].buf, b[2].buf, tiles_of(m, number, which),
-                              end_of_tiles(m), m->is_filled));
-        free_linear(ok ? linear : &packed);
-        if (ok) *linear = packed;
+             require_memory(!pack_linear(&packed, in, out, b[0].buf, b[1].buf, b[2].buf, place.tiles, end_of_tiles(m),
+                                         m->is_filled));
+        free_linear(ok ? place.linear : &packed);
+        if (ok) *place.linear = packed;
     }
     return done(ok, b, 3);
 }
 
-/* set_norm(model, layer, which, scale, shift, epsilon); layer 0: the embeddings' norm */
+/* set_norm(model, layer, which, scale, shift, epsilon). which: 0 before and 1 after attention, 2 before and 3 after the
+ * feed-forward network, or the embeddings' norm; 4 before an exit's pooling; 5 before the last exit's classifier */
 static PyObject *py_set_norm(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int number, which;
@@ -185,10 +185,13 @@ static PyObject *py_set_norm(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "Oiiy*y*f", &capsule, &number, &which, &b[0], &b[1], &epsilon)) return NULL;
     Model *m = model_of(capsule);
     int ok = m != NULL && in_range(m, number, 0) && holds(&b[0], m->hidden, 4, "scale") &&
-             holds(&b[1], m->hidden, 4, "shift");
+             holds(&b[1], m->hidden, 4, "shift") &&
+             require(which >= 0 && which <= 5 && (number || which >= 3), "there is no such norm");
     if (ok) {
         Layer *l = &m->layers[number];
-        Norm *norm = number == 0 ? &m->norm : which == 0 ? &l->after_attention : &l->after_ffn;
+        Norm *norms[] = {&l->before_attention, &l->after_attention, &l->before_ffn, number ? &l->after_ffn : &m->norm,
+                         &m->exits[number].norm, &m->head.norm};
+        Norm *norm = norms[which];
         free_norm(norm);
         *norm = (Norm){copy_of(b[0].buf, b[0].len), copy_of(b[1].buf, b[1].len), epsilon};
         ok = require_memory(norm->scale && norm->shift);
@@ -205,7 +208,7 @@ static PyObject *py_set_offsets(PyObject *self, PyObject *args) {
     Model *m = model_of(capsule);
     int ok = m != NULL && in_range(m, number, 1);
     if (ok) {
-        Offsets *offsets = &m->layers[number].offsets;
+        Offsets *offsets = &m->layers[number].attention.offsets;
         size_t width = b.len / 4 / m->num_heads;
         ok = holds(&b, width * m->num_heads, 4, "values") &&
              require(width % 2 == 1 && width <= 2 * MAX_TOKENS && !offsets->values,
@@ -221,7 +224,76 @@ static PyObject *py_set_offsets(PyObject *self, PyObject *args) {
     return done(ok, &b, 1);
 }
 
-/* set_embeddings(model, words (V, H) int8, scales (V), positions (P, H), types (T, H) or empty) */
+/* set_window(model, layer, window): the largest distance of a token's keys */
+static PyObject *py_set_window(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    int number, window;
+    if (!PyArg_ParseTuple(args, "Oii", &capsule, &number, &window)) return NULL;
+    Model *m = model_of(capsule);
+    if (m == NULL || !in_range(m, number, 1)) return NULL;
+    if (!require(window >= 1 && window <= MAX_TOKENS, "a window must be 1 to 65536")) return NULL;
+    m->layers[number].attention.window = window;
+    Py_RETURN_NONE;
+}
+
+/* set_rotation(model, layers, cos (P, width / 2), sin): rotary positions of these layers */
+static PyObject *py_set_rotation(PyObject *self, PyObject *args) {
+    PyObject *capsule, *numbers;
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "OO!y*y*", &capsule, &PyList_Type, &numbers, &b[0], &b[1])) return NULL;
+    Model *m = model_of(capsule);
+    int ok = m != NULL, free_place = 0;
+    if (ok) {
+        size_t half = m->hidden / m->num_heads / 2, positions = b[0].len / 4 / half;
+        while (free_place < MAX_ROTATIONS && m->rotations[free_place].cos) free_place++;
+        ok = holds(&b[0], positions * half, 4, "cos") && holds(&b[1], positions * half, 4, "sin") &&
+             require(positions <= MAX_TOKENS && free_place < MAX_ROTATIONS, "too many positions or rotations");
+        if (ok) {
+            Rotation *rotation = &m->rotations[free_place];
+            *rotation = (Rotation){(int)positions, copy_of(b[0].buf, b[0].len), copy_of(b[1].buf, b[1].len)};
+            ok = require_memory(rotation->cos && rotation->sin);
+            for (Py_ssize_t i = 0; ok && i < PyList_Size(numbers); i++) {
+                long number = PyLong_AsLong(PyList_GetItem(numbers, i));
+                ok = !PyErr_Occurred() && require(number >= 1 && number <= m->num_layers, "there is no such layer");
+                if (ok) m->layers[number].attention.rotation = rotation;
+            }
+        }
+    }
+    return done(ok, b, 2);
+}
+
+/* set_terms(model, layer, scale, buckets int32 (2·P − 1), keys (heads, R, width) or empty, queries): terms of attention
+ * scores, which are multiplied by scale; see Terms */
+static PyObject *py_set_terms(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    int number;
+    float scale;
+    Py_buffer b[3];
+    if (!PyArg_ParseTuple(args, "Oify*y*y*", &capsule, &number, &scale, &b[0], &b[1], &b[2])) return NULL;
+    Model *m = model_of(capsule);
+    int ok = m != NULL && in_range(m, number, 1);
+    if (ok) {
+        Attention *a = &m->layers[number].attention;
+        size_t count = b[0].len / 4, rows = (b[1].len ? b[1].len : b[2].len) / 4 / m->hidden;
+        ok = holds(&b[0], count, 4, "buckets") && (!b[1].len || holds(&b[1], rows * m->hidden, 4, "keys")) &&
+             (!b[2].len || holds(&b[2], rows * m->hidden, 4, "queries")) &&
+             require(count % 2 == 1 && count <= 2 * MAX_TOKENS && rows >= 1 && rows <= 1 << 16 && !a->terms.buckets,
+                     "the terms are set already, have no tables, or buckets that are not of 2·P − 1 distances");
+        const int32_t *buckets = b[0].buf;
+        for (size_t i = 0; ok && i < count; i++)
+            ok = require(buckets[i] >= 0 && buckets[i] < (int)rows && (i == 0 || buckets[i] <= buckets[i - 1]),
+                         "buckets must descend, and be rows of the tables");
+        if (ok) {
+            a->scale = scale;
+            a->terms = (Terms){(int)(count + 1) / 2, (int)rows, copy_of(b[0].buf, b[0].len),
+                               b[1].len ? copy_of(b[1].buf, b[1].len) : NULL, b[2].len ? copy_of(b[2].buf, b[2].len) : NULL};
+            ok = require_memory(a->terms.buckets && (a->terms.keys || !b[1].len) && (a->terms.queries || !b[2].len));
+        }
+    }
+    return done(ok, b, 3);
+}
+
+/* set_embeddings(model, words (V, H) int8, scales (V), positions (P, H) or empty, types (T, H) or empty) */
 static PyObject *py_set_embeddings(PyObject *self, PyObject *args) {
     PyObject *capsule;
     Py_buffer b[4];
@@ -268,7 +340,7 @@ static PyObject *py_set_exit(PyObject *self, PyObject *args) {
                          "exits must have the same labels, 1 or more");
         ok = ok && require(labels > 1 || !metric, "a regression model has no metric space");
         if (ok) {
-            *head = (ExitHead){.num_labels = labels, .metric = metric};
+            *head = (ExitHead){.num_labels = labels, .metric = metric, .norm = head->norm};
             head->classifier = copy_of(b[0].buf, b[0].len);
             head->bias = copy_of(b[1].buf, b[1].len);
             if (metric) head->tiles = aligned_alloc(64, (size_t)m->hidden * metric);
@@ -296,7 +368,7 @@ static PyObject *py_set_head(PyObject *self, PyObject *args) {
                      "the head is set already, or the last exit has prototypes");
     if (ok) {
         float *dense = copy_of(b[0].buf, b[0].len), *bias = copy_of(b[1].buf, b[1].len);
-        m->head = (Head){dense, bias, activation, mean};
+        m->head = (Head){dense, bias, activation, mean, m->head.norm};
         ok = require_memory(dense && bias);
     }
     return done(ok, b, 2);
@@ -517,11 +589,15 @@ static PyMethodDef methods[] = {
     {"why_not", py_why_not, METH_NOARGS, "Reason why this machine runs only the reference, if supported() is empty."},
     {"use", py_use, METH_VARARGS, "use(name): select an implementation, for tests; empty: the best."},
     {"peak", py_peak, METH_NOARGS, "Peak rate of one core, int8 multiply-adds per second."},
-    {"new", py_new, METH_VARARGS, "new(hidden, num_heads, inner, num_layers, num_words, gelu, mean, fd=-1, is_filled=False)"},
+    {"new", py_new, METH_VARARGS,
+     "new(hidden, num_heads, inner, num_layers, num_words, gelu, gate, mean, fd=-1, is_filled=False)"},
     {"seal", py_seal, METH_VARARGS, "seal(model, fd)"},
     {"set_linear", py_set_linear, METH_VARARGS, "set_linear(model, layer, which, weight, scale, bias)"},
     {"set_norm", py_set_norm, METH_VARARGS, "set_norm(model, layer, which, scale, shift, epsilon)"},
     {"set_offsets", py_set_offsets, METH_VARARGS, "set_offsets(model, layer, values)"},
+    {"set_window", py_set_window, METH_VARARGS, "set_window(model, layer, window)"},
+    {"set_rotation", py_set_rotation, METH_VARARGS, "set_rotation(model, layers, cos, sin)"},
+    {"set_terms", py_set_terms, METH_VARARGS, "set_terms(model, layer, scale, buckets, keys, queries)"},
     {"set_embeddings", py_set_embeddings, METH_VARARGS, "set_embeddings(model, words, scales, positions, types)"},
     {"set_exit", py_set_exit, METH_VARARGS, "set_exit(model, layer, classifier, bias, weight, scale, shift)"},
     {"set_head", py_set_head, METH_VARARGS, "set_head(model, dense, bias, activation, mean)"},

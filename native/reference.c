@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include "plain.h"
+
 static const char *why_not(void) { return NULL; }
 
 static Range range(const float *x, size_t count) {
@@ -42,7 +44,8 @@ static void product(const Product *p) {
             float value = fmaf((float)sum, w->scale[column] * q.scale, shift);
             if (p->epilogue == GELU) value = gelu(value);
             if (p->epilogue == RELU) value = value > 0.0f ? value : 0.0f;
-            if (p->epilogue == RESIDUAL) value += p->residual[at];
+            if (p->epilogue == RESIDUAL) value += p->other[at];
+            if (p->epilogue == GATE) value *= p->other[at];
             p->to[at] = value;
         }
 }
@@ -53,54 +56,55 @@ static float dot(const float *a, const float *b, int count) {
     return sum;
 }
 
-/* One row of one head: the weights of all tokens, then the weighted mean of their values. offsets: by key or NULL. */
-static void attend(const float *q, const float *k, const float *v, int tokens, int width, int stride,
-                   const float *offsets, float *weights, float *to) {
-    float largest = -INFINITY, total = 0.0f;
-    for (int t = 0; t < tokens; t++) {
-        weights[t] = dot(q, k + (size_t)t * stride, width) * (1.0f / sqrtf((float)width));
-        if (offsets) weights[t] += offsets[t];
-        largest = fmaxf(largest, weights[t]);
-    }
-    for (int t = 0; t < tokens; t++) {
-        weights[t] = expf(weights[t] - largest);
-        if (tokens >= LONG) weights[t] = bfloat16_of(weights[t]);
-        total += weights[t];
-    }
-    for (int i = 0; i < width; i++) {
-        float sum = 0.0f;
-        for (int t = 0; t < tokens; t++) sum += weights[t] * v[(size_t)t * stride + i];
-        to[i] = sum / total;
-    }
-}
+static void prepare(const Tile *tile) { (void)tile; }
 
-static void attention(float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
-                      float *to) {
-    int width = hidden / num_heads, stride = 3 * hidden;
-    if (tokens >= LONG) round_to_bfloat16(qkv, (size_t)tokens * stride);
-    for (int t = 0; t < tokens; t++)
-        for (int head = 0; head < num_heads; head++) {
-            const float *k = qkv + hidden + head * width, *v = k + hidden;
-            const float *q = qkv + (size_t)t * stride + head * width;
-            const float *added = offsets_of(offsets, head, t);
-            attend(q, k, v, tokens, width, stride, added, work, to + (size_t)t * hidden + head * width);
+static void score(const Block *b) {
+    const Tile *tile = b->tile;
+    for (int r = 0; r < b->rows; r++)
+        for (int t = 0; t < b->last - b->first; t++) {
+            const float *k = tile->k + (b->first + t) * tile->stride;
+            float value = dot(b->q[r], k, tile->width) * b->factor;
+            b->scores[r * b->score_stride + t] = b->added[r] ? value + b->added[r][t] : value;
         }
 }
 
-static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
+static void mix(const Block *b) {
+    const Tile *tile = b->tile;
+    for (int r = 0; r < b->rows; r++) {
+        float *weights = b->scores + r * b->score_stride, total = 0.0f, before = b->largest ? b->largest[r] : -INFINITY;
+        float largest = before;
+        for (int t = b->low[r]; t < b->high[r]; t++) largest = fmaxf(largest, weights[t]);
+        for (int t = b->low[r]; t < b->high[r]; t++) {
+            weights[t] = expf(weights[t] - largest);
+            if (tile->rounds) weights[t] = bfloat16_of(weights[t]);
+            total += weights[t];
+        }
+        float carry = b->largest ? carry_of(before, largest) : 0.0f, inverse = b->largest ? 1.0f : 1.0f / total;
+        for (int i = 0; i < tile->width; i++) {
+            float sum = 0.0f;
+            for (int t = b->low[r]; t < b->high[r]; t++) sum += weights[t] * tile->v[(b->first + t) * tile->stride + i];
+            b->to[r][i] = b->largest ? b->to[r][i] * carry + sum : sum * inverse;
+        }
+        if (b->largest) update(b, r, largest, total);
+    }
+}
+
+static void layer_norm(const float *from, int tokens, int hidden, const Norm *norm, float *to) {
     for (int t = 0; t < tokens; t++) {
-        float *x = rows + (size_t)t * hidden, mean = 0.0f, variance = 0.0f;
+        const float *x = from + (size_t)t * hidden;
+        float *y = to + (size_t)t * hidden, mean = 0.0f, variance = 0.0f;
         for (int i = 0; i < hidden; i++) mean += x[i];
         mean /= hidden;
         for (int i = 0; i < hidden; i++) variance += (x[i] - mean) * (x[i] - mean);
         float inverse = 1.0f / sqrtf(variance / hidden + norm->epsilon);
-        for (int i = 0; i < hidden; i++) x[i] = (x[i] - mean) * inverse * norm->scale[i] + norm->shift[i];
+        for (int i = 0; i < hidden; i++) y[i] = (x[i] - mean) * inverse * norm->scale[i] + norm->shift[i];
     }
 }
 
 static void embed(const int8_t *word, float scale, const float *position, const float *type, int hidden, float *to) {
     for (int i = 0; i < hidden; i++) {
-        to[i] = word[i] * scale + position[i];
+        to[i] = word[i] * scale;
+        if (position) to[i] += position[i];
         if (type) to[i] += type[i];
     }
 }
@@ -126,7 +130,11 @@ const Kernels reference_kernels = {
     .why_not = why_not,
     .quantize = quantize,
     .product = product,
-    .attention = attention,
+    .prepare = prepare,
+    .score = score,
+    .mix = mix,
+    .rotate = rotate,
+    .add_terms = add_terms,
     .layer_norm = layer_norm,
     .embed = embed,
     .mean = mean,

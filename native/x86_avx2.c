@@ -103,9 +103,10 @@ static inline __m256 gelu8(__m256 x) {
     return _mm256_fmadd_ps(half, erf, half);
 }
 
-static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
+static void layer_norm(const float *from, int tokens, int hidden, const Norm *norm, float *to) {
     for (int t = 0; t < tokens; t++) {
-        float *x = rows + (size_t)t * hidden;
+        const float *x = from + (size_t)t * hidden;
+        float *y = to + (size_t)t * hidden;
         __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, square[2] = {sum[0], sum[0]};
         for (int i = 0; i < hidden; i += 16)
             for (int c = 0; c < 2; c++) sum[c] = _mm256_add_ps(sum[c], _mm256_loadu_ps(x + i + 8 * c));
@@ -119,7 +120,7 @@ static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
         __m256 inverse = _mm256_set1_ps(1.0f / sqrtf(variance + norm->epsilon));
         for (int i = 0; i < hidden; i += 8) {
             __m256 d = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + i), mean), inverse);
-            _mm256_storeu_ps(x + i, _mm256_fmadd_ps(d, _mm256_loadu_ps(norm->scale + i),
+            _mm256_storeu_ps(y + i, _mm256_fmadd_ps(d, _mm256_loadu_ps(norm->scale + i),
                                                     _mm256_loadu_ps(norm->shift + i)));
         }
     }
@@ -186,7 +187,8 @@ static inline __attribute__((always_inline)) void finish(const Product *p, const
             __m256 v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), factor, shift);
             if (epilogue == GELU) v = gelu8(v);
             if (epilogue == RELU) v = _mm256_max_ps(v, _mm256_setzero_ps());
-            if (epilogue == RESIDUAL) v = _mm256_add_ps(v, _mm256_loadu_ps(p->residual + at));
+            if (epilogue == RESIDUAL) v = _mm256_add_ps(v, _mm256_loadu_ps(p->other + at));
+            if (epilogue == GATE) v = _mm256_mul_ps(v, _mm256_loadu_ps(p->other + at));
             _mm256_storeu_ps(p->to + at, v);
         }
     }
@@ -197,6 +199,7 @@ static void finish_block(const Product *p, const int32_t (*sums)[COLUMNS], int r
     case PLAIN: finish(p, sums, row, column, rows, PLAIN); break;
     case GELU: finish(p, sums, row, column, rows, GELU); break;
     case RELU: finish(p, sums, row, column, rows, RELU); break;
+    case GATE: finish(p, sums, row, column, rows, GATE); break;
     default: finish(p, sums, row, column, rows, RESIDUAL);
     }
 }
@@ -299,118 +302,137 @@ static double multiply_adds_avx2(void) {
 
 /* ---- attention -------------------------------------------------------------------------------------- */
 
-/* Rows of a block. The loops have constant bounds, so that the sums stay in registers; with two vectors of 8 columns
- * there are 8 independent sums, enough to hide the latency of FMA. */
-enum { ROWS = 4 }; /* at most ATTENTION_ROWS */
+/* Rows computed together. The loops have constant bounds, so that the sums stay in registers; with two vectors of 8
+ * columns there are 8 independent sums, enough to hide the latency of FMA. Past the end they are the last row again. */
+enum { ROWS = 4 };
 
-/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 8 · `vectors` keys from j on, to which keys (width, wide) and
- * scores point. added[r] may be NULL. */
-static inline __attribute__((always_inline)) void score(const float *const *q, const float *keys, int width, int wide,
-                                                        __m256 factor, int vectors, const float *const *added, int j,
-                                                        float *scores) {
-    __m256 s[ROWS][2];
-    for (int r = 0; r < ROWS; r++)
+/* The scores of 8 · `vectors` keys from key j on for the rows from `row` on. keys: (width, wide). */
+static inline __attribute__((always_inline)) void score_keys(const Block *b, const float *keys, size_t wide, int row,
+                                                             int j, int vectors) {
+    __m256 s[ROWS][2], factor = _mm256_set1_ps(b->factor);
+    const float *q[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        q[r] = b->q[row + r < b->rows ? row + r : b->rows - 1];
         for (int c = 0; c < vectors; c++) s[r][c] = _mm256_setzero_ps();
-    for (int d = 0; d < width; d++) {
+    }
+    for (int d = 0; d < b->tile->width; d++) {
         __m256 key[2];
-        for (int c = 0; c < vectors; c++) key[c] = _mm256_loadu_ps(keys + (size_t)d * wide + 8 * c);
+        for (int c = 0; c < vectors; c++) key[c] = _mm256_loadu_ps(keys + d * wide + j + 8 * c);
         for (int r = 0; r < ROWS; r++) {
             __m256 x = _mm256_set1_ps(q[r][d]);
             for (int c = 0; c < vectors; c++) s[r][c] = _mm256_fmadd_ps(x, key[c], s[r][c]);
         }
     }
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS && row + r < b->rows; r++)
         for (int c = 0; c < vectors; c++) {
             __m256 v = _mm256_mul_ps(s[r][c], factor);
-            if (added[r]) v = _mm256_add_ps(v, _mm256_loadu_ps(added[r] + j + 8 * c));
-            _mm256_storeu_ps(scores + (size_t)r * wide + 8 * c, v);
+            const float *added = b->added[row + r];
+            if (added) v = _mm256_add_ps(v, _mm256_loadu_ps(added + j + 8 * c));
+            _mm256_storeu_ps(b->scores + (row + r) * b->score_stride + j + 8 * c, v);
         }
 }
 
-/* to[r] = Σ_j scores[r][j]·v[j] · inverse[r] for 16 columns of the first `rows` rows. */
-static void mix(const float *scores, int wide, const float *v, int stride, int tokens, const float *inverse,
-                float *to, int hidden, int rows) {
-    __m256 s[ROWS][2];
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < 2; c++) s[r][c] = _mm256_setzero_ps();
-    for (int j = 0; j < tokens; j++) {
-        __m256 value[2];
-        for (int c = 0; c < 2; c++) value[c] = _mm256_loadu_ps(v + (size_t)j * stride + 8 * c);
-        for (int r = 0; r < ROWS; r++) {
-            __m256 x = _mm256_set1_ps(scores[(size_t)r * wide + j]);
-            for (int c = 0; c < 2; c++) s[r][c] = _mm256_fmadd_ps(x, value[c], s[r][c]);
-        }
+static void score(const Block *b) {
+    size_t wide = ROUND_UP(b->tile->tokens, 8);
+    int count = ROUND_UP(b->last - b->first, 8);
+    const float *keys = b->tile->work + b->first;
+    for (int row = 0; row < b->rows; row += ROWS) {
+        int j = 0;
+        for (; j + 16 <= count; j += 16) score_keys(b, keys, wide, row, j, 2);
+        if (j < count) score_keys(b, keys, wide, row, j, 1);
     }
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < 2; c++) {
-            __m256 mixed = _mm256_mul_ps(s[r][c], _mm256_set1_ps(inverse[r]));
-            _mm256_storeu_ps(to + (size_t)r * hidden + 8 * c, mixed);
-        }
 }
 
 /* keys[d][t] = k[t][d] for a head, in blocks of 8 tokens that stay in the L1 cache; zeros past the end. */
-static void transpose(const float *k, int stride, int tokens, int width, int wide, float *keys) {
-    for (int t0 = 0; t0 < wide; t0 += 8)
-        for (int d = 0; d < width; d++) {
-            float *to = keys + (size_t)d * wide + t0;
-            int real = tokens - t0 < 8 ? tokens - t0 : 8;
-            for (int t = 0; t < real; t++) to[t] = k[(size_t)(t0 + t) * stride + d];
+static void prepare(const Tile *tile) {
+    size_t wide = ROUND_UP(tile->tokens, 8);
+    for (size_t t0 = 0; t0 < wide; t0 += 8)
+        for (int d = 0; d < tile->width; d++) {
+            float *to = tile->work + d * wide + t0;
+            int real = tile->tokens - (int)t0 < 8 ? tile->tokens - (int)t0 : 8;
+            for (int t = 0; t < real; t++) to[t] = tile->k[(t0 + t) * tile->stride + d];
             for (int t = real; t < 8; t++) to[t] = 0.0f;
         }
 }
 
-/* Turn scores (wide) into unnormalized weights; returns 1 / their sum. last: mask of the last 8 scores. */
-static float soften(float *s, int wide, __m256 last, int rounds) {
-    __m256 tail = _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), _mm256_loadu_ps(s + wide - 8), last);
-    __m256 max = tail, total = _mm256_setzero_ps();
-    for (int i = 0; i + 8 < wide; i += 8) max = _mm256_max_ps(max, _mm256_loadu_ps(s + i));
-    max = _mm256_set1_ps(largest_of(max));
-    for (int i = 0; i < wide; i += 8) {
-        __m256 e = exp8(_mm256_sub_ps(_mm256_loadu_ps(s + i), max));
-        if (i + 8 == wide) e = _mm256_and_ps(last, e);
-        _mm256_storeu_ps(s + i, e);
-        if (rounds) round_to_bfloat16(s + i, 8);
-        total = _mm256_add_ps(total, _mm256_loadu_ps(s + i));
-    }
-    return 1.0f / sum_of(total);
+/* Of the keys i … i + 7, those from low to high − 1. */
+static inline __m256 seen(int i, int low, int high) {
+    const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(high - i), place);
+    return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(low - i), place), below));
 }
 
-static void attention(float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
-                      float *to) {
-    int width = hidden / num_heads, wide = ROUND_UP(tokens, 8), stride = 3 * hidden, rounds = tokens >= LONG;
-    if (rounds) round_to_bfloat16(qkv, (size_t)tokens * stride);
-    float *keys = work, *scores = work + (size_t)width * wide; /* (width, wide), (ROWS, wide) */
-    __m256 factor = _mm256_set1_ps(1.0f / sqrtf((float)width));
-    const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    __m256 last = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8 - (wide - tokens)), place));
-    for (int h = 0; h < num_heads; h++) {
-        const float *q = qkv + h * width, *k = q + hidden, *v = k + hidden;
-        transpose(k, stride, tokens, width, wide, keys);
-        for (int t = 0; t < tokens; t += ROWS) {
-            int rows = tokens - t < ROWS ? tokens - t : ROWS;
-            const float *row[ROWS], *added[ROWS]; /* past the end: the last row again */
-            for (int r = 0; r < ROWS; r++) {
-                int token = r < rows ? t + r : tokens - 1;
-                row[r] = q + (size_t)token * stride;
-                added[r] = offsets_of(offsets, h, token);
-            }
-            int j = 0;
-            for (; j + 16 <= wide; j += 16) score(row, keys + j, width, wide, factor, 2, added, j, scores + j);
-            if (j < wide) score(row, keys + j, width, wide, factor, 1, added, j, scores + j);
-            float inverse[ROWS], *at = to + (size_t)t * hidden + h * width;
-            for (int r = 0; r < ROWS; r++) inverse[r] = soften(scores + (size_t)r * wide, wide, last, rounds);
-            for (int d = 0; d < width; d += 16)
-                mix(scores, wide, v + d, stride, tokens, inverse, at + d, hidden, rows);
+/* Turn a query's scores (wide) into weights, which are 0 outside its keys; returns their sum. largest: of the scores so
+ * far. */
+static float soften(const Block *b, int r, int wide, float *largest) {
+    float *s = b->scores + r * b->score_stride;
+    int low = b->low[r], high = b->high[r];
+    __m256 max = _mm256_set1_ps(*largest), total = _mm256_setzero_ps();
+    for (int i = 0; i < wide; i += 8) {
+        __m256 v = _mm256_loadu_ps(s + i);
+        if (i < low || i + 8 > high) v = _mm256_blendv_ps(max, v, seen(i, low, high));
+        max = _mm256_max_ps(max, v);
+    }
+    *largest = largest_of(max);
+    max = _mm256_set1_ps(*largest);
+    for (int i = 0; i < wide; i += 8) {
+        __m256 e = exp8(_mm256_sub_ps(_mm256_loadu_ps(s + i), max));
+        if (i < low || i + 8 > high) e = _mm256_and_ps(seen(i, low, high), e);
+        _mm256_storeu_ps(s + i, e);
+        if (b->tile->rounds) round_to_bfloat16(s + i, 8);
+        total = _mm256_add_ps(total, _mm256_loadu_ps(s + i));
+    }
+    return sum_of(total);
+}
+
+/* 16 columns of the weighted mean of the values, from v on, for the rows from `row` on. */
+static void mix_values(const Block *b, const float *v, const float *inverse, const float *carry, int row, int d) {
+    __m256 s[ROWS][2];
+    const float *weights[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        weights[r] = b->scores + (row + r < b->rows ? row + r : b->rows - 1) * b->score_stride;
+        for (int c = 0; c < 2; c++) s[r][c] = _mm256_setzero_ps();
+    }
+    for (int j = 0; j < b->last - b->first; j++) {
+        __m256 value[2];
+        for (int c = 0; c < 2; c++) value[c] = _mm256_loadu_ps(v + j * b->tile->stride + d + 8 * c);
+        for (int r = 0; r < ROWS; r++) {
+            __m256 x = _mm256_set1_ps(weights[r][j]);
+            for (int c = 0; c < 2; c++) s[r][c] = _mm256_fmadd_ps(x, value[c], s[r][c]);
         }
     }
+    for (int r = 0; r < ROWS && row + r < b->rows; r++)
+        for (int c = 0; c < 2; c++) {
+            float *to = b->to[row + r] + d + 8 * c;
+            __m256 mixed = _mm256_mul_ps(s[r][c], _mm256_set1_ps(inverse[row + r]));
+            if (b->largest) mixed = _mm256_fmadd_ps(_mm256_loadu_ps(to), _mm256_set1_ps(carry[row + r]), mixed);
+            _mm256_storeu_ps(to, mixed);
+        }
 }
+
+static void mix(const Block *b) {
+    float inverse[ATTENTION_ROWS], carry[ATTENTION_ROWS];
+    const float *v = b->tile->v + b->first * b->tile->stride;
+    for (int r = 0; r < b->rows; r++) {
+        float largest = b->largest ? b->largest[r] : -INFINITY;
+        float total = soften(b, r, ROUND_UP(b->last - b->first, 8), &largest);
+        inverse[r] = b->largest ? 1.0f : 1.0f / total;
+        carry[r] = b->largest ? carry_of(b->largest[r], largest) : 0.0f;
+        if (b->largest) update(b, r, largest, total);
+    }
+    for (int row = 0; row < b->rows; row += ROWS)
+        for (int d = 0; d < b->tile->width; d += 16) mix_values(b, v, inverse, carry, row, d);
+}
+
+#include "plain.h"
 
 /* ---- the rest --------------------------------------------------------------------------------------- */
 
 static void embed(const int8_t *word, float scale, const float *position, const float *type, int hidden, float *to) {
     for (int i = 0; i < hidden; i += 8) {
         __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(word + i))));
-        v = _mm256_add_ps(_mm256_mul_ps(v, _mm256_set1_ps(scale)), _mm256_loadu_ps(position + i));
+        v = _mm256_mul_ps(v, _mm256_set1_ps(scale));
+        if (position) v = _mm256_add_ps(v, _mm256_loadu_ps(position + i));
         if (type) v = _mm256_add_ps(v, _mm256_loadu_ps(type + i));
         _mm256_storeu_ps(to + i, v);
     }
@@ -508,7 +530,8 @@ static double multiply_adds_avxvnni(void) {
 #endif
 
 #define SHARED                                                                                                \
-    .quantize = quantize, .attention = attention, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
+    .quantize = quantize, .prepare = prepare, .score = score, .mix = mix, .rotate = rotate,                   \
+    .add_terms = add_terms, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
 
 const Kernels avxvnni_kernels = {
     .name = "avxvnni",

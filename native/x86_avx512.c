@@ -99,9 +99,10 @@ static inline __m512 gelu16(__m512 x) {
     return _mm512_fmadd_ps(half, erf, half);
 }
 
-static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
+static void layer_norm(const float *from, int tokens, int hidden, const Norm *norm, float *to) {
     for (int t = 0; t < tokens; t++) {
-        float *x = rows + (size_t)t * hidden;
+        const float *x = from + (size_t)t * hidden;
+        float *y = to + (size_t)t * hidden;
         __m512 sum = _mm512_setzero_ps();
         for (int i = 0; i < hidden; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
         __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / hidden), square = _mm512_setzero_ps();
@@ -112,7 +113,7 @@ static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
         __m512 inverse = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(square) / hidden + norm->epsilon));
         for (int i = 0; i < hidden; i += 16) {
             __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), inverse);
-            _mm512_storeu_ps(x + i, _mm512_fmadd_ps(d, _mm512_loadu_ps(norm->scale + i),
+            _mm512_storeu_ps(y + i, _mm512_fmadd_ps(d, _mm512_loadu_ps(norm->scale + i),
                                                     _mm512_loadu_ps(norm->shift + i)));
         }
     }
@@ -175,7 +176,8 @@ static inline __attribute__((always_inline)) void finish(const Product *p, const
         __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(q->scale)), shift);
         if (epilogue == GELU) v = gelu16(v);
         if (epilogue == RELU) v = _mm512_max_ps(v, _mm512_setzero_ps());
-        if (epilogue == RESIDUAL) v = _mm512_add_ps(v, _mm512_loadu_ps(p->residual + at));
+        if (epilogue == RESIDUAL) v = _mm512_add_ps(v, _mm512_loadu_ps(p->other + at));
+        if (epilogue == GATE) v = _mm512_mul_ps(v, _mm512_loadu_ps(p->other + at));
         _mm512_storeu_ps(p->to + at, v);
     }
 }
@@ -185,6 +187,7 @@ static void finish_tile(const Product *p, const int32_t *tile, int row, int colu
     case PLAIN: finish(p, tile, row, column, rows, PLAIN); break;
     case GELU: finish(p, tile, row, column, rows, GELU); break;
     case RELU: finish(p, tile, row, column, rows, RELU); break;
+    case GATE: finish(p, tile, row, column, rows, GATE); break;
     default: finish(p, tile, row, column, rows, RESIDUAL);
     }
 }
@@ -335,39 +338,18 @@ static inline __attribute__((always_inline)) void accumulate(const float *const 
     }
 }
 
-/* Arguments of attention for a block of rows of a head. keys: transposed, (width, wide); v: (tokens, stride); with
- * pairs both have half as many rows. */
-typedef struct {
-    const float *q[ATTENTION_ROWS], *added[ATTENTION_ROWS]; /* added: offsets of the scores, or NULL */
-    const float *keys, *v;
-    int tokens, wide, width, pairs;
-    size_t stride;
-    float *scores; /* (rows, wide) */
-    float *to[ATTENTION_ROWS];
-} Block;
-
-/* The scores of 16 · `vectors` keys from key j on. */
-static inline __attribute__((always_inline)) void score(const Block *b, int j, int rows, int vectors) {
-    __m512 sum[ATTENTION_ROWS][2], factor = _mm512_set1_ps(1.0f / sqrtf((float)b->width));
-    accumulate(b->q, b->keys + j, b->wide, b->width >> b->pairs, b->pairs, rows, vectors, sum);
+/* The scores of 16 · `vectors` keys from key j of the block on. q: with pairs, as pairs. */
+static inline __attribute__((always_inline)) void score_keys(const Block *b, const float *const *q, const float *keys,
+                                                             size_t wide, int j, int rows, int vectors) {
+    int pairs = b->tile->pairs;
+    __m512 sum[ATTENTION_ROWS][2], factor = _mm512_set1_ps(b->factor);
+    accumulate(q, keys + j, wide, b->tile->width >> pairs, pairs, rows, vectors, sum);
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < vectors; c++) {
             __m512 v = _mm512_mul_ps(sum[r][c], factor);
             if (b->added[r]) v = _mm512_add_ps(v, _mm512_loadu_ps(b->added[r] + j + 16 * c));
-            _mm512_storeu_ps(b->scores + (size_t)r * b->wide + j + 16 * c, v);
+            _mm512_storeu_ps(b->scores + r * b->score_stride + j + 16 * c, v);
         }
-}
-
-/* 16 · `vectors` columns of the weighted mean of the values, from column d on. */
-static inline __attribute__((always_inline)) void mix(const Block *b, const float *inverse, int d, int rows,
-                                                      int vectors) {
-    __m512 sum[ATTENTION_ROWS][2];
-    const float *weights[ATTENTION_ROWS];
-    for (int r = 0; r < rows; r++) weights[r] = b->scores + (size_t)r * b->wide;
-    accumulate(weights, b->v + d, b->stride, (b->tokens + b->pairs) >> b->pairs, b->pairs, rows, vectors, sum);
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < vectors; c++)
-            _mm512_storeu_ps(b->to[r] + d + 16 * c, _mm512_mul_ps(sum[r][c], _mm512_set1_ps(inverse[r])));
 }
 
 static inline __m512 round16(__m512 x) { /* to bfloat16 and back */
@@ -377,45 +359,62 @@ static inline __m512 round16(__m512 x) { /* to bfloat16 and back */
 /* Two vectors as one of bfloat16 pairs, in order. */
 static inline __m512 to_pairs(__m512 first, __m512 second) { return (__m512)_mm512_cvtne2ps_pbh(second, first); }
 
-static inline __m512 weights_of(const float *scores, __m512 max) {
-    return exp16(_mm512_sub_ps(_mm512_loadu_ps(scores), max));
+/* Of the keys i … i + 15, those from low to high − 1. */
+static inline __mmask16 seen(int i, int low, int high) {
+    unsigned mask = 0xffff;
+    if (i + 16 > high) mask = i < high ? mask >> (i + 16 - high) : 0;
+    if (i < low) mask = low < i + 16 ? mask & mask << (low - i) : 0;
+    return (__mmask16)mask;
 }
 
-/* Turn a row's scores into unnormalized weights; returns 1 / their sum. */
-static float softmax(float *s, int tokens, int wide, int rounds, int pairs) {
-    __m512 max = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-    __mmask16 last = (__mmask16)(0xFFFFu >> (wide - tokens));
-    __m512 tail = _mm512_mask_mov_ps(max, last, _mm512_loadu_ps(s + wide - 16));
-    _mm512_storeu_ps(s + wide - 16, tail); /* past the end: a negligible weight, for values of 0 */
-    for (int i = 0; i < wide; i += 16) max = _mm512_max_ps(max, _mm512_loadu_ps(s + i));
-    max = _mm512_set1_ps(_mm512_reduce_max_ps(max));
-    if (pairs) {
+static inline __m512 weights_of(const float *scores, __m512 max, int i, int low, int high) {
+    return _mm512_maskz_mov_ps(seen(i, low, high), exp16(_mm512_sub_ps(_mm512_loadu_ps(scores + i), max)));
+}
+
+/* Turn a query's scores (wide) into weights, which are 0 outside its keys; returns their sum. largest: of the scores so
+ * far. */
+static float soften(const Block *b, int r, int wide, float *largest) {
+    float *s = b->scores + r * b->score_stride;
+    int low = b->low[r], high = b->high[r];
+    __m512 max = _mm512_set1_ps(*largest), total = _mm512_setzero_ps();
+    for (int i = 0; i < wide; i += 16)
+        max = _mm512_mask_max_ps(max, seen(i, low, high), max, _mm512_loadu_ps(s + i));
+    *largest = _mm512_reduce_max_ps(max);
+    max = _mm512_set1_ps(*largest);
+    if (b->tile->pairs) {
         __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
         for (int i = 0; i < wide; i += 32) {
-            __m512 second = i + 16 < wide ? weights_of(s + i + 16, max) : _mm512_setzero_ps();
-            __m512 both = to_pairs(weights_of(s + i, max), second);
+            __m512 second = i + 16 < wide ? weights_of(s, max, i + 16, low, high) : _mm512_setzero_ps();
+            __m512 both = to_pairs(weights_of(s, max, i, low, high), second);
             total = _mm512_dpbf16_ps(total, (__m512bh)both, ones);
             _mm512_storeu_ps(s + i / 2, both);
         }
     } else
         for (int i = 0; i < wide; i += 16) {
-            __m512 e = weights_of(s + i, max);
-            if (rounds) e = round16(e);
+            __m512 e = weights_of(s, max, i, low, high);
+            if (b->tile->rounds) e = round16(e);
             total = _mm512_add_ps(total, e);
             _mm512_storeu_ps(s + i, e);
         }
-    return 1.0f / _mm512_reduce_add_ps(total);
+    return _mm512_reduce_add_ps(total);
 }
 
-static inline __attribute__((always_inline)) void attend(const Block *b, int rounds, int rows) {
-    float inverse[ATTENTION_ROWS];
-    int j = 0, d = 0;
-    for (; j + 32 <= b->wide; j += 32) score(b, j, rows, 2);
-    if (j < b->wide) score(b, j, rows, 1);
+/* 16 · `vectors` columns of the weighted mean of the values, from column d on. */
+static inline __attribute__((always_inline)) void mix_values(const Block *b, const float *v, size_t stride,
+                                                             const float *inverse, const float *carry, int d, int rows,
+                                                             int vectors) {
+    int pairs = b->tile->pairs;
+    __m512 sum[ATTENTION_ROWS][2];
+    const float *weights[ATTENTION_ROWS];
+    for (int r = 0; r < rows; r++) weights[r] = b->scores + r * b->score_stride;
+    accumulate(weights, v + d, stride, (b->last - b->first + pairs) >> pairs, pairs, rows, vectors, sum);
     for (int r = 0; r < rows; r++)
-        inverse[r] = softmax(b->scores + (size_t)r * b->wide, b->tokens, b->wide, rounds, b->pairs);
-    for (; d + 32 <= b->width; d += 32) mix(b, inverse, d, rows, 2);
-    if (d < b->width) mix(b, inverse, d, rows, 1);
+        for (int c = 0; c < vectors; c++) {
+            float *to = b->to[r] + d + 16 * c;
+            __m512 mixed = _mm512_mul_ps(sum[r][c], _mm512_set1_ps(inverse[r]));
+            if (b->largest) mixed = _mm512_fmadd_ps(_mm512_loadu_ps(to), _mm512_set1_ps(carry[r]), mixed);
+            _mm512_storeu_ps(to, mixed);
+        }
 }
 
 /* Transpose 16 by 16 in place. */
@@ -468,48 +467,77 @@ static void pair_values(const float *v, size_t stride, int tokens, int width, fl
         }
 }
 
-static void attention(float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
-                      float *to) {
-    int width = hidden / num_heads, wide = ROUND_UP(tokens, 16), rounds = tokens >= LONG;
-    int pairs = rounds && width % 32 == 0 && has_bfloat16();
-    size_t stride = 3 * (size_t)hidden;
-    float *keys = work, *scores = keys + (size_t)width * wide; /* (width, wide), (rows, wide) */
-    float *queries = keys + (size_t)width / 2 * wide, *values = scores + (size_t)ATTENTION_ROWS * wide;
-    if (rounds && !pairs) round_to_bfloat16(qkv, tokens * stride);
-    int blocks = (tokens + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
-    for (int h = 0; h < num_heads; h++) {
-        const float *q = qkv + h * width, *k = q + hidden, *v = k + hidden;
-        transpose(k, stride, tokens, width, wide, pairs, keys);
-        if (pairs) pair_values(v, stride, tokens, width, values);
-        for (int n = 0; n < blocks; n++) {
-            int t = tokens * n / blocks, rows = tokens * (n + 1) / blocks - t;
-            Block b = {.keys = keys, .v = pairs ? values : v, .stride = pairs ? (size_t)width : stride,
-                       .tokens = tokens, .wide = wide, .width = width, .pairs = pairs, .scores = scores};
-            for (int r = 0; r < rows; r++) {
-                b.q[r] = q + (t + r) * stride;
-                b.added[r] = offsets_of(offsets, h, t + r);
-                b.to[r] = to + (size_t)(t + r) * hidden + h * width;
-                if (!pairs) continue;
-                float *words = queries + r * width / 2;
-                for (int d = 0; d < width; d += 32)
-                    _mm512_storeu_ps(words + d / 2, to_pairs(_mm512_loadu_ps(b.q[r] + d), _mm512_loadu_ps(b.q[r] + d + 16)));
-                b.q[r] = words;
-            }
-            switch (rows) {
-#define CASE(n) case n: attend(&b, rounds, n); break
-                CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8);
+/* With pairs: keys (width / 2, wide) and values (tokens / 2, width), otherwise keys (width, wide), and values stay where
+ * they are. */
+static void prepare(const Tile *t) {
+    int wide = ROUND_UP(t->tokens, 16);
+    transpose(t->k, t->stride, t->tokens, t->width, wide, t->pairs, t->work);
+    if (t->pairs && t->v) pair_values(t->v, t->stride, t->tokens, t->width, t->work + (size_t)t->width * wide);
+}
+
+static inline __attribute__((always_inline)) void score_rows(const Block *b, const float *const *q, int rows) {
+    size_t wide = ROUND_UP(b->tile->tokens, 16);
+    int count = ROUND_UP(b->last - b->first, 16), j = 0;
+    const float *keys = b->tile->work + b->first;
+    for (; j + 32 <= count; j += 32) score_keys(b, q, keys, wide, j, rows, 2);
+    if (j < count) score_keys(b, q, keys, wide, j, rows, 1);
+}
+
+enum { MAX_PAIRED = 256 }; /* largest width with pairs */
+
+static void score(const Block *b) {
+    float words[ATTENTION_ROWS][MAX_PAIRED / 2];
+    const float *q[ATTENTION_ROWS];
+    for (int r = 0; r < b->rows; r++) {
+        q[r] = b->q[r];
+        if (!b->tile->pairs) continue;
+        for (int d = 0; d < b->tile->width; d += 32)
+            _mm512_storeu_ps(words[r] + d / 2, to_pairs(_mm512_loadu_ps(q[r] + d), _mm512_loadu_ps(q[r] + d + 16)));
+        q[r] = words[r];
+    }
+    switch (b->rows) {
+#define CASE(n) case n: score_rows(b, q, n); break
+        CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8);
 #undef CASE
-            }
-        }
     }
 }
+
+static inline __attribute__((always_inline)) void mix_rows(const Block *b, int rows) {
+    const Tile *t = b->tile;
+    float inverse[ATTENTION_ROWS], carry[ATTENTION_ROWS];
+    int wide = ROUND_UP(b->last - b->first, 16), d = 0;
+    const float *paired = t->work + (size_t)t->width * ROUND_UP(t->tokens, 16) + (size_t)b->first / 2 * t->width;
+    const float *v = t->pairs ? paired : t->v + b->first * t->stride;
+    size_t stride = t->pairs ? (size_t)t->width : t->stride;
+    for (int r = 0; r < rows; r++) {
+        float largest = b->largest ? b->largest[r] : -INFINITY, total = soften(b, r, wide, &largest);
+        inverse[r] = b->largest ? 1.0f : 1.0f / total;
+        carry[r] = b->largest ? carry_of(b->largest[r], largest) : 0.0f;
+        if (b->largest) update(b, r, largest, total);
+    }
+    for (; d + 32 <= t->width; d += 32) mix_values(b, v, stride, inverse, carry, d, rows, 2);
+    if (d < t->width) mix_values(b, v, stride, inverse, carry, d, rows, 1);
+}
+
+static void mix(const Block *b) {
+    switch (b->rows) {
+#define CASE(n) case n: mix_rows(b, n); break
+        CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8);
+#undef CASE
+    }
+}
+
+static int has_pairs(int width) { return width % 32 == 0 && width <= MAX_PAIRED && has_bfloat16(); }
+
+#include "plain.h"
 
 /* ---- the rest --------------------------------------------------------------------------------------- */
 
 static void embed(const int8_t *word, float scale, const float *position, const float *type, int hidden, float *to) {
     for (int i = 0; i < hidden; i += 16) {
         __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(word + i))));
-        v = _mm512_add_ps(_mm512_mul_ps(v, _mm512_set1_ps(scale)), _mm512_loadu_ps(position + i));
+        v = _mm512_mul_ps(v, _mm512_set1_ps(scale));
+        if (position) v = _mm512_add_ps(v, _mm512_loadu_ps(position + i));
         if (type) v = _mm512_add_ps(v, _mm512_loadu_ps(type + i));
         _mm512_storeu_ps(to + i, v);
     }
@@ -561,7 +589,8 @@ static double multiply_adds_amx(void) {
 #endif
 
 #define SHARED                                                                                                \
-    .quantize = quantize, .attention = attention, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
+    .quantize = quantize, .prepare = prepare, .score = score, .mix = mix, .rotate = rotate,                   \
+    .add_terms = add_terms, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot, .has_pairs = has_pairs
 
 const Kernels amx_kernels = {
     .name = "amx",

@@ -545,7 +545,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         with pytest.raises((ValueError, TypeError, BufferError)):
             kernels.run(model, *arguments)
     with pytest.raises(ValueError, match="no kernels for these sizes"):
-        kernels.new(65, 1, 64, 1, 0, True, True)
+        kernels.new(65, 1, 64, 1, 0, True, False, True)
     prototypes = [segment._prototypes for segment in native.segments]  # type: ignore[attr-defined]
     logits, distances = np.zeros((4, 2), np.float32), np.zeros((4, 2), np.float32)
 

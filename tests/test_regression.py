@@ -285,7 +285,7 @@ def test_values_that_are_not_numbers_never_exit_early(kernels: Any) -> None:
 
 
 def test_a_value_has_no_metric_space(kernels: Any) -> None:
-    model = kernels.new(64, 4, 128, 1, 0, True, True)
+    model = kernels.new(64, 4, 128, 1, 0, True, False, True)
     row, none, space = np.zeros(64, np.float32), np.zeros(0, np.float32), np.zeros((64, 32), np.int8)
     with pytest.raises(ValueError, match="no metric space"):
         kernels.set_exit(model, 0, row, row[:1], space, row[:32], row[:32])

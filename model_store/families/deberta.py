@@ -38,7 +38,6 @@ class Deberta(Bert):
         "pooler_hidden_act": "gelu",
     }
     PREFIX = "deberta."
-    NO_KERNELS: ClassVar[str] = "there is no kernel for disentangled attention"
     HAS_POSITIONS = False
     HAS_PROJECTION = True
     NORM_LAST = True
@@ -133,7 +132,7 @@ class Deberta(Bert):
         return min(self.positions or MAX_TOKENS, self.distances)
 
     @property
-    def _scale(self) -> float:
+    def score_scale(self) -> float:
         """Factor of the attention scores."""
         return 1 / sqrt(self.hidden_size // self.num_heads * (1 + len(self.terms)))
 
@@ -153,7 +152,7 @@ class Deberta(Bert):
                 projected = table @ state[f"{projection}.weight"].T
                 if (bias := state.get(f"{projection}.bias")) is not None:
                     projected = projected + bias
-                by_head = (projected * np.float32(self._scale)).reshape(self.rows, self.num_heads, -1)
+                by_head = (projected * np.float32(self.score_scale)).reshape(self.rows, self.num_heads, -1)
                 weights[f"{name}_table"] = np.ascontiguousarray(by_head.transpose(axes))
         return weights
 
@@ -164,7 +163,7 @@ class Deberta(Bert):
         return g.ms(
             *("MultiHeadAttention", query, key, value, "", "", added),
             num_heads=self.num_heads,
-            scale=self._scale,
+            scale=self.score_scale,
         )
 
     def _scores(self, g: Graph, hidden: str, query: str, key: str) -> str:

@@ -6,6 +6,7 @@ The base class has the embeddings and the post-norm block that most families sha
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -60,7 +61,8 @@ class Encoder(Part, ABC):
     PREFIX: ClassVar[str] = ""  # of the encoder's weights in transformers' …ForSequenceClassification
     RETURNS_TYPES: ClassVar[bool] = False  # its tokenizers return token types unless they say otherwise
     FINAL_NORM: ClassVar[str] = ""  # name of the norm between a layer's hidden states and its exit
-    NO_KERNELS: ClassVar[str] = ""  # reason why the kernels do not run it; empty if they do
+    IS_GATED: ClassVar[bool] = False  # its feed-forward networks have gates
+    IS_PRE_NORM: ClassVar[bool] = False  # its norms come before attention and the feed-forward network, not after
     HAS_POSITIONS: ClassVar[bool] = True  # it must have a table of positions; otherwise it may have one
     HAS_TOKEN_TYPES: ClassVar[bool] = True  # it may have a table of token types
     HAS_PROJECTION: ClassVar[bool] = False  # its embeddings may have another width
@@ -156,6 +158,15 @@ class Encoder(Part, ABC):
     def longest(self) -> int:
         """Maximum number of tokens of a text."""
         return self.positions or MAX_TOKENS
+
+    @property
+    def score_scale(self) -> float:
+        """Factor of the attention scores."""
+        return 1 / sqrt(self.hidden_size // self.num_heads)
+
+    def window_of(self, layer: int) -> int:
+        """The largest distance at which tokens attend to each other in a layer, from 1; 0: any."""
+        return 0
 
     def embed(self, g: Graph, ids: str, types: str) -> str:
         """Hidden states (1, T, H) of the embedding output; types: empty without token types.

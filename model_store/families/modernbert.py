@@ -50,7 +50,8 @@ class ModernBert(Encoder):
     HAS_BIASES = False
     HAS_TOKEN_TYPES = False
     FINAL_NORM = "final_norm"
-    NO_KERNELS: ClassVar[str] = "there is no kernel for layers of ModernBERT (pre-norm, rotary positions)"
+    IS_GATED = True
+    IS_PRE_NORM = True
     TABLES: ClassVar = {"word": "embeddings.tok_embeddings", "norm": "embeddings.norm"}
     LAYER = "layers.{}."
     NAMES: ClassVar = {
@@ -167,6 +168,10 @@ class ModernBert(Encoder):
             norm="head.norm",
             epsilon=float(config["norm_eps"]),
         )
+
+    def window_of(self, layer: int) -> int:
+        """The largest distance at which tokens attend to each other in a layer, from 1; 0: any."""
+        return self.window if layer in self.local_layers else 0
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
         """The weights of `block`."""

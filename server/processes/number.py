@@ -41,7 +41,7 @@ def most_processes(settings: Settings, artifacts: Sequence[Artifact], each: int 
     GIL less often; or if the system does not support more.
     """
     have_kernels = settings.runtime != "onnxruntime" and all(
-        a.manifest.precision == "int8" and not a.manifest.encoder.NO_KERNELS for a in artifacts
+        a.manifest.precision == "int8" for a in artifacts
     )
     if sys.platform != "linux" or not have_kernels or not find_temporary_folder():
         return 1

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../../native/attention.h"
 #include "../../native/kernels.h"
 #include "../../native/layers.h"
 
@@ -108,7 +109,7 @@ static void compare_product(const Linear *w, int tokens, int level) {
     Quantization *rows = memory(tokens * sizeof *rows);
     for (int t = 0; t < tokens; t++) rows[t] = (Quantization){0.02f * (1.0f + 0.5f * normal()), normal()};
     float *residual = normals(count, 1.0f), *expected = memory(count * 4), *found = memory((count + 16) * 4);
-    for (Epilogue epilogue = PLAIN; epilogue <= RESIDUAL; epilogue++) {
+    for (Epilogue epilogue = PLAIN; epilogue <= GATE; epilogue++) {
         Product p = {w, x, rows, tokens, epilogue, residual, expected};
         reference_kernels.product(&p);
         for (size_t i = 0; i < count + 16; i++) found[i] = -1e30f;
@@ -116,7 +117,7 @@ static void compare_product(const Linear *w, int tokens, int level) {
         ours->product(&p);
         int ok = epilogue == GELU ? are_near(found, expected, count, 0.1f) : are_same(found, expected, count);
         for (int i = 0; i < 16; i++) ok = ok && found[count + i] == -1e30f;
-        check(ok, (const char *[]){"product", "GELU", "ReLU", "product + residual"}[epilogue], w->in, w->out, tokens);
+        check(ok, (const char *[]){"product", "GELU", "ReLU", "product + residual", "gated product"}[epilogue], w->in, w->out, tokens);
     }
     free(x);
     free(rows);
@@ -214,43 +215,172 @@ static void compare_quantize(void) {
 
 /* ---- attention and the rest ------------------------------------------------------------------------- */
 
-static void compare_attention(int tokens, int hidden, int heads, float spread, int positions, float odd) {
+/* The parts of a layer's attention. */
+typedef struct {
+    int offsets, rotation, window, rows; /* positions, or 0; window, or 0; rows of the tables of terms, or 0 */
+    int has_ours, has_theirs;            /* terms */
+} Parts;
+
+static Rotation rotation;
+
+/* Buckets of distances: a row for each up to rows / 4, then wider ones. */
+static int32_t *buckets_of(int positions, int rows) {
+    int32_t *buckets = memory((2 * (size_t)positions - 1) * 4);
+    for (int d = 1 - positions; d < positions; d++) { /* key − query */
+        int far = abs(d), near = rows / 4, bucket = far <= near ? far : near + (far - near) / 3;
+        int row = rows / 2 + (d > 0 ? -bucket : bucket);
+        buckets[d + positions - 1] = row < 0 ? 0 : row >= rows ? rows - 1 : row;
+    }
+    return buckets;
+}
+
+static Attention attention_of(Parts p, int hidden, int heads, int tokens) {
+    Attention a = {.num_heads = heads, .window = p.window, .scale = 1.0f / sqrtf((float)(hidden / heads))};
+    if (p.offsets) a.offsets = (Offsets){p.offsets, normals(heads * offsets_stride(p.offsets), 2.0f)};
+    if (p.rotation) {
+        size_t half = hidden / heads / 2;
+        rotation = (Rotation){p.rotation, memory(p.rotation * half * 4), memory(p.rotation * half * 4)};
+        for (size_t i = 0; i < p.rotation * half; i++) {
+            float angle = (float)(i / half) * powf(100.0f, -(float)(i % half) / half);
+            rotation.cos[i] = cosf(angle), rotation.sin[i] = sinf(angle);
+        }
+        a.rotation = &rotation;
+    }
+    if (p.rows) {
+        size_t count = (size_t)p.rows * hidden;
+        a.terms = (Terms){tokens + 3, p.rows, buckets_of(tokens + 3, p.rows), p.has_ours ? normals(count, 0.3f) : NULL,
+                          p.has_theirs ? normals(count, 0.3f) : NULL};
+    }
+    return a;
+}
+
+static void free_attention(Attention *a) {
+    free(a->offsets.values);
+    free(a->terms.buckets);
+    free(a->terms.keys);
+    free(a->terms.queries);
+    if (a->rotation) {
+        free(rotation.cos);
+        free(rotation.sin);
+    }
+}
+
+static double product_of(const float *a, const float *b, int width) {
+    double sum = 0.0;
+    for (int i = 0; i < width; i++) sum += (double)a[i] * b[i];
+    return sum;
+}
+
+/* Attention by its definition, one query at a time; in long texts factors are rounded to bfloat16. */
+static void define_attention(const Attention *a, float *qkv, int tokens, int hidden, float *to) {
+    int width = hidden / a->num_heads, half = width / 2, stride = 3 * hidden, rounds = tokens >= LONG;
+    for (int t = 0; t < tokens && a->rotation; t++)
+        for (int i = 0; i < 2 * hidden; i++) {
+            float *x = qkv + (size_t)t * stride + i, u = *x, v = x[half];
+            if (i % width >= half) continue;
+            float c = a->rotation->cos[t * half + i % width], s = a->rotation->sin[t * half + i % width];
+            x[0] = u * c - v * s;
+            x[half] = v * c + u * s;
+        }
+    if (rounds) round_to_bfloat16(qkv, (size_t)tokens * stride);
+    double *weights = memory(tokens * sizeof(double));
+    float *row = memory(width * 4);
+    for (int t = 0; t < tokens; t++)
+        for (int head = 0; head < a->num_heads; head++) {
+            const float *q = qkv + (size_t)t * stride + head * width;
+            double largest = -INFINITY, total = 0.0;
+            for (int j = 0; j < tokens; j++) {
+                const float *k = qkv + (size_t)j * stride + hidden + head * width;
+                weights[j] = a->window && abs(j - t) > a->window ? -INFINITY : product_of(q, k, width) * a->scale;
+                if (a->offsets.values)
+                    weights[j] += a->offsets.values[head * offsets_stride(a->offsets.positions) + a->offsets.positions - 1 + j - t];
+                const float *tables[] = {a->terms.keys, a->terms.queries}, *others[] = {q, k};
+                for (int i = 0; i < 2; i++) {
+                    if (tables[i] == NULL) continue;
+                    int number = a->terms.buckets[a->terms.positions - 1 + j - t];
+                    memcpy(row, tables[i] + ((size_t)head * a->terms.rows + number) * width, width * 4);
+                    if (rounds) round_to_bfloat16(row, width);
+                    weights[j] += product_of(others[i], row, width);
+                }
+                if (weights[j] > largest) largest = weights[j];
+            }
+            for (int j = 0; j < tokens; j++) total += weights[j] = exp(weights[j] - largest);
+            for (int i = 0; i < width; i++) {
+                double sum = 0.0;
+                for (int j = 0; j < tokens; j++) sum += weights[j] * qkv[(size_t)j * stride + 2 * hidden + head * width + i];
+                to[(size_t)t * hidden + head * width + i] = (float)(sum / total);
+            }
+        }
+    free(weights);
+    free(row);
+}
+
+static void compare_attention(int tokens, int hidden, int heads, float spread, Parts parts, float odd) {
     size_t count = (size_t)tokens * hidden;
     float *qkv = normals(3 * count, spread), *expected = memory(count * 4), *found = memory((count + 16) * 4);
-    float *copy = memory(3 * count * 4), *work = memory(attention_work(hidden / heads, tokens) * 4);
-    Offsets offsets = {positions, positions ? normals(heads * offsets_stride(positions), 2.0f) : NULL};
+    Attention a = attention_of(parts, hidden, heads, tokens);
+    float *copy = memory(3 * count * 4), *original = memory(3 * count * 4), *work = memory(attention_work(&a, hidden / heads, tokens) * 4);
     if (odd != 0.0f) qkv[next() % (3 * count)] = odd;
     memcpy(copy, qkv, 3 * count * 4);
-    reference_kernels.attention(copy, tokens, hidden, heads, &offsets, work, expected);
+    memcpy(original, qkv, 3 * count * 4);
+    const char *name = odd != 0.0f ? "attention of values that are not finite" : parts.rows ? "attention with terms"
+                       : parts.window ? "local attention" : "attention";
+    kernels = &reference_kernels;
+    attend(&a, copy, tokens, hidden, work, expected);
+    kernels = ours;
     for (size_t i = 0; i < count + 16; i++) found[i] = -1e30f;
-    ours->attention(qkv, tokens, hidden, heads, &offsets, work, found);
+    attend(&a, qkv, tokens, hidden, work, found);
     /* A rounding error of a score is one of its weight: 1e-5 for scores of up to 100, as with a spread of 5. In
-     * long texts it may round a weight to the next number in bfloat16. */
-    float floor = spread > 2.0f ? 10.0f * spread : 0.0f;
+     * long texts weights are rounded to bfloat16. */
+    float floor = spread > 2.0f ? 10.0f * spread : parts.rows ? 4.0f : 0.0f;
     int ok = are_near(found, expected, count, tokens < LONG ? floor : 100.0f * spread);
     for (int i = 0; i < 16; i++) ok = ok && found[count + i] == -1e30f;
-    check(ok, odd != 0.0f ? "attention of values that are not finite" : "attention", tokens, hidden / heads, positions);
+    check(ok, name, tokens, hidden / heads, parts.window + parts.offsets);
+    if (odd == 0.0f) {
+        memcpy(copy, original, 3 * count * 4);
+        define_attention(&a, copy, tokens, hidden, expected);
+        check(are_near(found, expected, count, tokens < LONG ? floor : 600.0f * spread), "attention's definition", tokens,
+              hidden / heads, parts.window + parts.offsets);
+    }
     free(qkv);
     free(copy);
+    free(original);
     free(expected);
     free(found);
     free(work);
-    free(offsets.values);
+    free_attention(&a);
 }
+
+static const int shapes[][2] = {{64, 4}, {64, 2}, {192, 4}, {128, 2}, {64, 1}}; /* widths 16 32 48 64 64 */
 
 /* step: every so many of the long texts, as an emulator takes a second for each. */
 static void compare_attentions(int step) {
-    static const int shapes[][2] = {{64, 4}, {64, 2}, {192, 4}, {128, 2}, {64, 1}}; /* widths 16 32 48 64 64 */
     for (int n = 1; n <= 120; n += n <= 100 ? 1 : step)
         for (int with = 0; with < 2; with++) {
             int tokens = n <= 100 ? n : LONG + (n - 101) * 7 - 1;
             const int *shape = shapes[(n + with) % 5];
-            int positions = with ? whole(tokens, 2 * LONG + 20) : 0;
-            compare_attention(tokens, shape[0], shape[1], 1.0f, positions, 0.0f);
-            if (tokens % 7 == 0) compare_attention(tokens, shape[0], shape[1], 5.0f, positions, 0.0f);
-            if (tokens % 9 == 1) compare_attention(tokens, 64, 2, 1.0f, positions, NAN);
-            if (tokens % 9 == 2) compare_attention(tokens, 64, 2, 1.0f, positions, INFINITY);
+            Parts parts = {.offsets = with ? whole(tokens, 2 * LONG + 20) : 0};
+            compare_attention(tokens, shape[0], shape[1], 1.0f, parts, 0.0f);
+            if (tokens % 7 == 0) compare_attention(tokens, shape[0], shape[1], 5.0f, parts, 0.0f);
+            if (tokens % 9 == 1) compare_attention(tokens, 64, 2, 1.0f, parts, NAN);
+            if (tokens % 9 == 2) compare_attention(tokens, 64, 2, 1.0f, parts, INFINITY);
         }
+}
+
+/* Rotary positions, windows and terms, in texts of one tile and of several. */
+static void compare_parts(int step) {
+    static const int lengths[] = {1,   2,   3,   7,   8,   9,   15,  16,  17,  31,  33,  50,  63,  64,  65,  90,
+                                  127, 128, 129, 200, 255, 256, 257, 300, 385, 511, 512, 513, 530, 700, 1025, 1300};
+    for (size_t n = 0; n < sizeof lengths / sizeof lengths[0]; n += lengths[n] < 100 ? 1 : step) {
+        int tokens = lengths[n], window = (int[]){1, 2, 5, 64, 150, 300}[n % 6], rows = (int[]){2, 6, 32, 128, 512}[n % 5];
+        const int *shape = shapes[n % 5], *other = shapes[(n + 3) % 5];
+        compare_attention(tokens, shape[0], shape[1], 1.0f, (Parts){.rotation = tokens + 2, .window = window}, 0.0f);
+        compare_attention(tokens, other[0], other[1], 1.0f, (Parts){.rotation = tokens}, 0.0f);
+        compare_attention(tokens, other[0], other[1], 1.0f, (Parts){.window = 64}, 0.0f);
+        for (int kind = 1; kind < 4 && (tokens < 400 || kind == (int)(1 + n % 3)); kind++)
+            compare_attention(tokens, shape[0], shape[1], 1.0f,
+                              (Parts){.rows = rows, .has_ours = kind & 1, .has_theirs = kind & 2}, 0.0f);
+    }
 }
 
 static void compare_rest(void) {
@@ -270,16 +400,15 @@ static void compare_rest(void) {
             check(are_near(&b, &a, 1, 0.0f), "dot", tokens, hidden, 0);
             Norm norm = {normals(hidden, 1.0f), normals(hidden, 1.0f), 1e-12f};
             memcpy(same, x, count * 4);
-            memcpy(expected, x, count * 4);
-            reference_kernels.layer_norm(expected, tokens, hidden, &norm);
-            ours->layer_norm(same, tokens, hidden, &norm);
+            reference_kernels.layer_norm(x, tokens, hidden, &norm, expected);
+            ours->layer_norm(same, tokens, hidden, &norm, same);
             check(are_near(same, expected, count, 0.0f), "layer norm", tokens, hidden, 0);
             int8_t *word = memory(hidden);
             for (int i = 0; i < hidden; i++) word[i] = (int8_t)whole(-128, 127);
-            for (int with = 0; with < 2; with++) {
-                const float *type = with ? norm.shift : NULL;
-                reference_kernels.embed(word, 0.01f, norm.scale, type, hidden, expected);
-                ours->embed(word, 0.01f, norm.scale, type, hidden, same);
+            for (int with = 0; with < 4; with++) {
+                const float *type = with & 1 ? norm.shift : NULL, *position = with & 2 ? norm.scale : NULL;
+                reference_kernels.embed(word, 0.01f, position, type, hidden, expected);
+                ours->embed(word, 0.01f, position, type, hidden, same);
                 check(are_same(same, expected, hidden), "embedding", with, hidden, 0);
             }
             free(word);
@@ -292,24 +421,32 @@ static void compare_rest(void) {
 
 /* ---- a layer ---------------------------------------------------------------------------------------- */
 
-static Model *model_of(int hidden, int heads, int inner, int positions) {
-    Model *m = new_model(hidden, heads, inner, 1, 0, -1, 0);
+/* kind: 0 BERT, 1 MPNet, 2 ModernBERT, 3 DeBERTa. */
+static Model *model_of(int hidden, int heads, int inner, int kind) {
+    int is_modern = kind == 2;
+    Sizes sizes = {hidden, heads, inner, 1, 0, is_modern};
+    Model *m = new_model(&sizes, -1, 0);
     if (m == NULL) exit(3);
     m->has_gelu = 1;
     Layer *layer = &m->layers[1];
-    Linear *linears[] = {&layer->qkv, &layer->out, &layer->up, &layer->down};
-    int ins[] = {hidden, hidden, hidden, inner}, outs[] = {3 * hidden, hidden, inner, hidden};
-    for (int i = 0; i < 4; i++)
-        *linears[i] = linear_of(ins[i], outs[i], RANDOM, tiles_of(m, 1, i), end_of_tiles(m));
-    Norm *norms[] = {&layer->after_attention, &layer->after_ffn};
-    for (int i = 0; i < 2; i++) *norms[i] = (Norm){normals(hidden, 1.0f), normals(hidden, 1.0f), 1e-12f};
-    if (positions) layer->offsets = (Offsets){positions, normals(heads * offsets_stride(positions), 1.0f)};
+    for (int i = 0; i < NUM_LINEARS; i++) {
+        Place place = place_of(m, 1, i);
+        if (place.out) *place.linear = linear_of(place.in, place.out, RANDOM, place.tiles, end_of_tiles(m));
+    }
+    Norm *norms[2][2] = {{&layer->after_attention, &layer->after_ffn}, {&layer->before_attention, &layer->before_ffn}};
+    for (int i = 0; i < 2; i++) *norms[is_modern][i] = (Norm){normals(hidden, 1.0f), normals(hidden, 1.0f), 1e-12f};
+    Parts parts[] = {{0}, {.offsets = 160}, {.rotation = 160, .window = 20}, {.rows = 32, .has_ours = 1, .has_theirs = 1}};
+    layer->attention = attention_of(parts[kind], hidden, heads, 160);
+    if (is_modern) {
+        m->rotations[0] = rotation;
+        layer->attention.rotation = &m->rotations[0];
+    }
     return m;
 }
 
 /* Texts in a group give the same results as alone, to the last bit; and they are near the reference's results, except for
  * the few rounding errors that cross a quantization step. */
-static void compare_layer(const Model *m) {
+static void compare_layer(const Model *m, int kind) {
     int hidden = m->hidden, tokens[6], rows = 0, far = 0;
     for (int i = 0; i < 6; i++) rows += tokens[i] = i == 3 ? whole(65, 150) : whole(1, 40);
     size_t count = (size_t)rows * hidden;
@@ -318,26 +455,26 @@ static void compare_layer(const Model *m) {
     int failed = run_layer(m, 1, x, tokens, 6, together);
     for (int i = 0, row = 0; i < 6; row += tokens[i++])
         failed = failed || run_layer(m, 1, x + (size_t)row * hidden, tokens + i, 1, alone + (size_t)row * hidden);
-    check(!failed && !memcmp(together, alone, count * 4), "a text in a group", hidden, m->layers[1].offsets.positions, 0);
+    check(!failed && !memcmp(together, alone, count * 4), "a text in a group", hidden, kind, 0);
     kernels = &reference_kernels;
     failed = run_layer(m, 1, x, tokens, 6, alone);
     for (size_t i = 0; i < count; i++) {
         float error = fabsf(together[i] - alone[i]);
         far += !(error < 1e-4f);
-        check(error < 0.2f, "a layer", hidden, m->layers[1].offsets.positions, (int)i);
+        check(error < 0.2f, "a layer", hidden, kind, (int)i);
     }
-    check(!failed && far < (int)count / 2, "a layer's values", hidden, m->layers[1].offsets.positions, far);
+    check(!failed && far < (int)count / 2, "a layer's values", hidden, kind, far);
     free(x);
     free(together);
     free(alone);
 }
 
 static void compare_layers(void) {
-    static const int shapes[][3] = {{64, 4, 64}, {128, 2, 320}, {192, 4, 128}};
+    static const int sizes[][3] = {{64, 4, 64}, {128, 2, 320}, {192, 4, 128}};
     for (int i = 0; i < 3; i++)
-        for (int with = 0; with < 2; with++) { /* offsets */
-            Model *m = model_of(shapes[i][0], shapes[i][1], shapes[i][2], with ? 160 : 0);
-            compare_layer(m);
+        for (int kind = 0; kind < 4; kind++) {
+            Model *m = model_of(sizes[i][0], sizes[i][1], sizes[i][2], kind);
+            compare_layer(m, kind);
             free_model(m);
         }
 }
@@ -358,6 +495,7 @@ int main(int count, char **arguments) {
     compare_gelu();
     compare_quantize();
     compare_attentions(count > 2 ? 10 : 1);
+    compare_parts(count > 2 ? 5 : 1);
     compare_rest();
     check(ours->multiply_adds() > 0, "the number of multiply-adds", 0, 0, 0);
     if (ours->end) ours->end();

@@ -21,16 +21,16 @@ def main() -> None:
     from de3.native import kernels
 
     random.seed(1)
-    model = kernels.new(HIDDEN, HEADS, INNER, 1, 2, True, True)
+    model = kernels.new(HIDDEN, HEADS, INNER, 1, 2, True, False, True)
     words = array("b", (random.randint(-127, 127) for _ in range(2 * HIDDEN)))
     kernels.set_embeddings(model, words, floats(2, 0.01), floats(64 * HIDDEN, 1), floats(2 * HIDDEN, 1))
     shapes = [(HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN)]
-    for which, (inputs, outputs) in enumerate(shapes):
+    for which, (inputs, outputs) in zip((0, 1, 2, 4), shapes, strict=True):
         weight = array("b", (random.randint(-127, 127) for _ in range(inputs * outputs)))
         scale = array("f", [0.01 / inputs**0.5] * outputs)
         kernels.set_linear(model, 1, which, weight, scale, floats(outputs, 0.1))
-    kernels.set_norm(model, 0, 0, floats(HIDDEN, 1), floats(HIDDEN, 1), 1e-12)
-    for which in range(2):
+    kernels.set_norm(model, 0, 3, floats(HIDDEN, 1), floats(HIDDEN, 1), 1e-12)
+    for which in (1, 3):
         kernels.set_norm(model, 1, which, floats(HIDDEN, 1), floats(HIDDEN, 1), 1e-12)
     kernels.set_exit(model, 1, floats(2 * HIDDEN, 0.1), floats(2, 1), b"", b"", b"")
     hidden = memoryview(floats(TOKENS * HIDDEN, 1)).cast("B").cast("f", (1, TOKENS, HIDDEN))
