@@ -505,7 +505,7 @@ static float dot(const float *a, const float *b, int count) {
 }
 
 #define SHARED                                                                                                \
-    .quantize = quantize, .prepare = prepare, .score = score, .mix = mix, .rotate = rotate,                   \
+    .quantize = quantize, .rows = 8, .prepare = prepare, .score = score, .mix = mix, .rotate = rotate,                   \
     .add_terms = add_terms, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
 
 const Kernels i8mm_kernels = {

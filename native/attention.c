@@ -56,7 +56,7 @@ typedef struct {
     const Work *work;
     const float *q, *k, *v; /* (tokens, stride) */
     size_t stride;
-    int head, tokens, width, pairs, rounds;
+    int head, tokens, width, pairs, rounds, rows; /* rows: of a block, at most */
     int first_row, num_rows; /* of the tables, that the text needs */
     Tile tables[2];
     float *to; /* (tokens, hidden) */
@@ -83,8 +83,8 @@ static int score_table(const Text *h, const Tile *table, const float *rows, int 
 /* The terms of a tile's keys for all queries. */
 static void score_keys(const Text *h, const Tile *tile, int key) {
     int stride = rows_of_terms(h->a, h->tokens);
-    for (int i = 0; i < tile->tokens; i += ATTENTION_ROWS) {
-        int count = at_most(ATTENTION_ROWS, tile->tokens - i);
+    for (int i = 0; i < tile->tokens; i += h->rows) {
+        int count = at_most(h->rows, tile->tokens - i);
         score_table(h, &h->tables[1], tile->k + i * h->stride, count, key + i - (h->tokens - 1), key + i + count - 1,
                     h->work->theirs + (size_t)i * stride, stride, 0);
     }
@@ -116,9 +116,16 @@ static void attend_block(const Text *h, const Tile *tile, int t, int count, int 
     int window = a->window ? a->window : h->tokens, end = key + tile->tokens;
     int first = at_least(key, t - window), last = at_most(end, t + count + window);
     if (first >= last) return;
-    Block b = {.tile = tile, .rows = count, .first = (first - key) / 16 * 16, .last = last - key, .factor = a->scale,
-               .scores = h->work->scores, .score_stride = ROUND_UP(tile->tokens, 16),
-               .largest = is_only ? NULL : h->work->largest + t, .total = is_only ? NULL : h->work->total + t};
+    Block b; /* not initialized, as that takes longer than a short text's scores */
+    b.tile = tile;
+    b.rows = count;
+    b.first = (first - key) / 16 * 16;
+    b.last = last - key;
+    b.factor = a->scale;
+    b.scores = h->work->scores;
+    b.score_stride = ROUND_UP(tile->tokens, 16);
+    b.largest = is_only ? NULL : h->work->largest + t;
+    b.total = is_only ? NULL : h->work->total + t;
     int from = key + b.first;
     for (int r = 0; r < count; r++) {
         b.q[r] = h->q + (t + r) * h->stride;
@@ -139,7 +146,7 @@ static void attend_queries(const Text *h, int first, int last) {
     int to = a->window ? at_most(h->tokens, last + a->window) : h->tokens;
     int most = keys_of_tile(a, h->tokens), tiles = (to - from + most - 1) / most;
     int each = at_most(most, ROUND_UP((to - from + tiles - 1) / tiles, 16));
-    int blocks = (last - first + ATTENTION_ROWS - 1) / ATTENTION_ROWS, is_only = each >= to - from;
+    int blocks = (last - first + h->rows - 1) / h->rows, is_only = each >= to - from;
     for (int t = first; t < last && !is_only; t++) {
         h->work->largest[t] = -INFINITY;
         h->work->total[t] = 0.0f;
@@ -189,6 +196,7 @@ void attend(const Attention *a, float *qkv, int tokens, int hidden, float *work,
     plan(a, width, tokens, work, &parts);
     Text h = {.a = a, .work = &parts, .stride = 3 * (size_t)hidden, .tokens = tokens, .width = width, .hidden = hidden,
                .rounds = rounds, .pairs = rounds && k->has_pairs && k->has_pairs(width)};
+    h.rows = h.pairs ? k->paired_rows : k->rows;
     if (a->rotation) k->rotate(qkv, tokens, h.stride, 2 * a->num_heads, width, a->rotation->cos, a->rotation->sin);
     if (rounds && !h.pairs) round_to_bfloat16(qkv, tokens * h.stride);
     int most = a->window ? at_most(tokens, NEAR_QUERIES) : tokens, parts_of_text = (tokens + most - 1) / most;

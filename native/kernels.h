@@ -59,7 +59,7 @@ static inline void round_to_bfloat16(float *x, size_t count) {
     for (size_t i = 0; i < count; i++) x[i] = bfloat16_of(x[i]);
 }
 
-enum { ATTENTION_ROWS = 8 }; /* queries of a block, at most */
+enum { ATTENTION_ROWS = 16 }; /* queries of a block, at most */
 
 /* Keys and values of a head for some of a text's tokens, or the rows of a table in place of keys. */
 typedef struct {
@@ -71,9 +71,10 @@ typedef struct {
     float *work;       /* tile_work floats, filled by prepare */
 } Tile;
 
+/* Values may be read up to the end of 32 tokens, from any 16th on. */
 static inline size_t tile_work(int width, int tokens, int has_values) {
-    size_t keys = (size_t)width * ROUND_UP(tokens, 16);
-    return has_values ? keys + keys / 2 : keys;
+    size_t wide = ROUND_UP(tokens, 16);
+    return width * (has_values ? wide + (wide + 32) / 2 : wide);
 }
 
 /* A few queries, and a range of the keys of a tile. */
@@ -117,6 +118,9 @@ typedef struct {
     /* True if attention in long texts multiplies pairs of bfloat16 numbers; otherwise it gets numbers that are rounded to
      * bfloat16. NULL: never. */
     int (*has_pairs)(int width);
+
+    /* Largest number of queries of a block, without and with pairs. */
+    int rows, paired_rows;
 
     /* Arrange a tile's keys and values. */
     void (*prepare)(const Tile *tile);

@@ -130,6 +130,7 @@ const Kernels reference_kernels = {
     .why_not = why_not,
     .quantize = quantize,
     .product = product,
+    .rows = ATTENTION_ROWS,
     .prepare = prepare,
     .score = score,
     .mix = mix,

@@ -530,7 +530,7 @@ static double multiply_adds_avxvnni(void) {
 #endif
 
 #define SHARED                                                                                                \
-    .quantize = quantize, .prepare = prepare, .score = score, .mix = mix, .rotate = rotate,                   \
+    .quantize = quantize, .rows = 8, .prepare = prepare, .score = score, .mix = mix, .rotate = rotate,                   \
     .add_terms = add_terms, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
 
 const Kernels avxvnni_kernels = {

@@ -1,6 +1,7 @@
 /* AMX and AVX-512 VNNI, for Linux on x86-64.
  *
- * Both share everything but the int8 product. Sums of int8 products are exact, so AMX and VNNI give the same bits.
+ * Both share everything but the products: of int8, whose sums are exact, so that both give the same bits, and of bfloat16
+ * in the attention of long texts, where they differ by rounding.
  */
 #include "kernels.h"
 
@@ -43,7 +44,8 @@ static const char *amx_why_not(void) {
     const char *missing = vnni_why_not();
     if (missing != NULL) return missing;
     __get_cpuid_count(7, 0, &a, &b, &c, &d);
-    if (!(d & (1u << 24)) || !(d & (1u << 25))) return "needs AMX";
+    const unsigned all = (1u << 22) | (1u << 24) | (1u << 25); /* BF16, TILE, INT8 */
+    if ((d & all) != all || !has_bfloat16()) return "needs AMX";
     /* Linux grants tile registers to a process on request: ARCH_REQ_XCOMP_PERM, XTILEDATA. */
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? NULL : "the system grants no AMX registers";
 }
@@ -51,11 +53,11 @@ static const char *amx_why_not(void) {
 /* Code up to the matching pop uses these instructions; call it only if why_not() returns NULL. */
 #ifdef __clang__
 #pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8"))), \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8,amx-bf16"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8,amx-bf16")
 #endif
 
 /* min and max return their second operand if one is NaN, so NaN stays. */
@@ -456,11 +458,12 @@ static void transpose(const float *k, size_t stride, int tokens, int width, int 
         }
 }
 
-/* to[t / 2][d] = the pair of v[t][d] and v[t + 1][d]; zeros past the end. */
+/* to[t / 2][d] = the pair of v[t][d] and v[t + 1][d]; zeros past the end, for 32 tokens and more. */
 static void pair_values(const float *v, size_t stride, int tokens, int width, float *to) {
-    for (int t = 0; t < tokens; t += 2)
+    for (int t = 0; t < ROUND_UP(tokens, 16) + 32; t += 2)
         for (int d = 0; d < width; d += 16) {
-            __m512 first = round16(_mm512_loadu_ps(v + t * stride + d)), second = _mm512_setzero_ps();
+            __m512 first = _mm512_setzero_ps(), second = first;
+            if (t < tokens) first = round16(_mm512_loadu_ps(v + t * stride + d));
             if (t + 1 < tokens) second = round16(_mm512_loadu_ps(v + (t + 1) * stride + d));
             __m512i pair = _mm512_or_si512(_mm512_srli_epi32((__m512i)first, 16), (__m512i)second);
             _mm512_storeu_si512(to + t / 2 * (size_t)width + d, pair);
@@ -484,17 +487,22 @@ static inline __attribute__((always_inline)) void score_rows(const Block *b, con
 }
 
 enum { MAX_PAIRED = 256 }; /* largest width with pairs */
+typedef float Words[ATTENTION_ROWS][MAX_PAIRED / 2];
+
+/* The queries as pairs. */
+static void pair_queries(const Block *b, Words words) {
+    for (int r = 0; r < b->rows; r++)
+        for (int d = 0; d < b->tile->width; d += 32) {
+            const float *q = b->q[r] + d;
+            _mm512_storeu_ps(words[r] + d / 2, to_pairs(_mm512_loadu_ps(q), _mm512_loadu_ps(q + 16)));
+        }
+}
 
 static void score(const Block *b) {
-    float words[ATTENTION_ROWS][MAX_PAIRED / 2];
+    Words words;
     const float *q[ATTENTION_ROWS];
-    for (int r = 0; r < b->rows; r++) {
-        q[r] = b->q[r];
-        if (!b->tile->pairs) continue;
-        for (int d = 0; d < b->tile->width; d += 32)
-            _mm512_storeu_ps(words[r] + d / 2, to_pairs(_mm512_loadu_ps(q[r] + d), _mm512_loadu_ps(q[r] + d + 16)));
-        q[r] = words[r];
-    }
+    if (b->tile->pairs) pair_queries(b, words);
+    for (int r = 0; r < b->rows; r++) q[r] = b->tile->pairs ? words[r] : b->q[r];
     switch (b->rows) {
 #define CASE(n) case n: score_rows(b, q, n); break
         CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8);
@@ -502,19 +510,30 @@ static void score(const Block *b) {
     }
 }
 
-static inline __attribute__((always_inline)) void mix_rows(const Block *b, int rows) {
-    const Tile *t = b->tile;
-    float inverse[ATTENTION_ROWS], carry[ATTENTION_ROWS];
-    int wide = ROUND_UP(b->last - b->first, 16), d = 0;
-    const float *paired = t->work + (size_t)t->width * ROUND_UP(t->tokens, 16) + (size_t)b->first / 2 * t->width;
-    const float *v = t->pairs ? paired : t->v + b->first * t->stride;
-    size_t stride = t->pairs ? (size_t)t->width : t->stride;
-    for (int r = 0; r < rows; r++) {
-        float largest = b->largest ? b->largest[r] : -INFINITY, total = soften(b, r, wide, &largest);
+/* Weights of all rows; inverse and carry: factors of their values, and of what `to` has. */
+static void soften_rows(const Block *b, float *inverse, float *carry) {
+    for (int r = 0; r < b->rows; r++) {
+        float largest = b->largest ? b->largest[r] : -INFINITY;
+        float total = soften(b, r, ROUND_UP(b->last - b->first, 16), &largest);
         inverse[r] = b->largest ? 1.0f : 1.0f / total;
         carry[r] = b->largest ? carry_of(b->largest[r], largest) : 0.0f;
         if (b->largest) update(b, r, largest, total);
     }
+}
+
+/* The values of a tile as pairs, from the block's first key on. */
+static const float *paired_values(const Block *b) {
+    const Tile *t = b->tile;
+    return t->work + (size_t)t->width * ROUND_UP(t->tokens, 16) + (size_t)b->first / 2 * t->width;
+}
+
+static inline __attribute__((always_inline)) void mix_rows(const Block *b, int rows) {
+    const Tile *t = b->tile;
+    float inverse[ATTENTION_ROWS], carry[ATTENTION_ROWS];
+    const float *v = t->pairs ? paired_values(b) : t->v + b->first * t->stride;
+    size_t stride = t->pairs ? (size_t)t->width : t->stride;
+    int d = 0;
+    soften_rows(b, inverse, carry);
     for (; d + 32 <= t->width; d += 32) mix_values(b, v, stride, inverse, carry, d, rows, 2);
     if (d < t->width) mix_values(b, v, stride, inverse, carry, d, rows, 1);
 }
@@ -525,6 +544,97 @@ static void mix(const Block *b) {
         CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8);
 #undef CASE
     }
+}
+
+/* AMX: 16 rows of pairs by 16 · `columns` columns, of `count` pairs in steps of 16. Strides are in floats. */
+static inline __attribute__((always_inline)) void multiply_pairs(const float *a, size_t a_stride, const float *b,
+                                                                 size_t b_stride, int count, int columns) {
+    _tile_zero(0);
+    if (columns > 1) _tile_zero(1);
+    if (columns > 2) _tile_zero(2);
+    if (columns > 3) _tile_zero(3);
+    for (int i = 0; i < count; i += 16, b += 16 * b_stride) {
+        _tile_loadd(4, a + i, a_stride * 4);
+        _tile_loadd(5, b, b_stride * 4);
+        _tile_dpbf16ps(0, 4, 5);
+        if (columns > 1) {
+            _tile_loadd(6, b + 16, b_stride * 4);
+            _tile_dpbf16ps(1, 4, 6);
+        }
+        if (columns > 2) {
+            _tile_loadd(7, b + 32, b_stride * 4);
+            _tile_dpbf16ps(2, 4, 7);
+        }
+        if (columns > 3) {
+            _tile_loadd(5, b + 48, b_stride * 4);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+    }
+}
+
+static inline void store_tiles(float *to, size_t stride, int columns) {
+    _tile_stored(0, to, stride * 4);
+    if (columns > 1) _tile_stored(1, to + 16, stride * 4);
+    if (columns > 2) _tile_stored(2, to + 32, stride * 4);
+    if (columns > 3) _tile_stored(3, to + 48, stride * 4);
+}
+
+/* Scores of 16 rows, the last of which may be meaningless. */
+static void score_amx(const Block *b) {
+    const Tile *t = b->tile;
+    if (!t->pairs) {
+        score(b);
+        return;
+    }
+    Words words;
+    size_t wide = ROUND_UP(t->tokens, 16);
+    int count = ROUND_UP(b->last - b->first, 16), j = 0;
+    const float *keys = t->work + b->first;
+    pair_queries(b, words);
+    for (; j + 64 <= count; j += 64) {
+        multiply_pairs(words[0], MAX_PAIRED / 2, keys + j, wide, t->width / 2, 4);
+        store_tiles(b->scores + j, b->score_stride, 4);
+    }
+    for (; j < count; j += 16) {
+        multiply_pairs(words[0], MAX_PAIRED / 2, keys + j, wide, t->width / 2, 1);
+        store_tiles(b->scores + j, b->score_stride, 1);
+    }
+    __m512 factor = _mm512_set1_ps(b->factor);
+    for (int r = 0; r < b->rows; r++) {
+        float *s = b->scores + r * b->score_stride;
+        if (b->factor == 1.0f && !b->added[r]) continue;
+        for (int i = 0; i < count; i += 16) {
+            __m512 v = _mm512_mul_ps(_mm512_loadu_ps(s + i), factor);
+            if (b->added[r]) v = _mm512_add_ps(v, _mm512_loadu_ps(b->added[r] + i));
+            _mm512_storeu_ps(s + i, v);
+        }
+    }
+}
+
+static void mix_amx(const Block *b) {
+    const Tile *t = b->tile;
+    if (!t->pairs) {
+        mix(b);
+        return;
+    }
+    float inverse[ATTENTION_ROWS], carry[ATTENTION_ROWS], mixed[ATTENTION_ROWS][MAX_PAIRED];
+    const float *v = paired_values(b);
+    int pairs = ROUND_UP(b->last - b->first, 32) / 2, d = 0;
+    soften_rows(b, inverse, carry);
+    for (; d + 64 <= t->width; d += 64) {
+        multiply_pairs(b->scores, b->score_stride, v + d, t->width, pairs, 4);
+        store_tiles(mixed[0] + d, MAX_PAIRED, 4);
+    }
+    for (; d < t->width; d += 16) {
+        multiply_pairs(b->scores, b->score_stride, v + d, t->width, pairs, 1);
+        store_tiles(mixed[0] + d, MAX_PAIRED, 1);
+    }
+    for (int r = 0; r < b->rows; r++)
+        for (int i = 0; i < t->width; i += 16) {
+            __m512 x = _mm512_mul_ps(_mm512_loadu_ps(mixed[r] + i), _mm512_set1_ps(inverse[r]));
+            if (b->largest) x = _mm512_fmadd_ps(_mm512_loadu_ps(b->to[r] + i), _mm512_set1_ps(carry[r]), x);
+            _mm512_storeu_ps(b->to[r] + i, x);
+        }
 }
 
 static int has_pairs(int width) { return width % 32 == 0 && width <= MAX_PAIRED && has_bfloat16(); }
@@ -589,8 +699,8 @@ static double multiply_adds_amx(void) {
 #endif
 
 #define SHARED                                                                                                \
-    .quantize = quantize, .prepare = prepare, .score = score, .mix = mix, .rotate = rotate,                   \
-    .add_terms = add_terms, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot, .has_pairs = has_pairs
+    .quantize = quantize, .has_pairs = has_pairs, .rows = 8, .prepare = prepare, .rotate = rotate,            \
+    .add_terms = add_terms, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
 
 const Kernels amx_kernels = {
     .name = "amx",
@@ -598,6 +708,9 @@ const Kernels amx_kernels = {
     .begin = configure_tiles,
     .end = release_tiles,
     .product = product_amx,
+    .paired_rows = 16,
+    .score = score_amx,
+    .mix = mix_amx,
     .multiply_adds = multiply_adds_amx,
     SHARED,
 };
@@ -606,6 +719,9 @@ const Kernels vnni_kernels = {
     .name = "vnni",
     .why_not = vnni_why_not,
     .product = product_vnni,
+    .paired_rows = 8,
+    .score = score,
+    .mix = mix,
     .multiply_adds = multiply_adds_vnni,
     SHARED,
 };

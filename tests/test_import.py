@@ -124,7 +124,7 @@ def test_every_family_is_imported_and_served(
     assert head is not None and head.activation == stock_head.activation
     model = Model(artifact)
     assert (model.runtime == "native") == (
-        precision == "int8" and family not in ("distilbert", "electra", "deberta-v2", "modernbert")
+        precision == "int8" and family not in ("distilbert", "electra", "deberta-v2")
     )
     words = ["good", "a dull film and it was bad", "the " * 300]
     ours = np.array([model.full_depth(model.tokenize(text))[-1].logits for text in words], np.float32)

@@ -17,15 +17,16 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto
 
 from de3.exits.reading import read
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule, Thresholds
 from de3.exits.signals import Edr, Entropy, Risk, Signal
 from de3.model_store.architecture import Architecture, Head
-from de3.model_store.families.bert import Bert
+from de3.model_store.families.deberta import Deberta
 from de3.model_store.graph import Graph, quantize, source_of
-from de3.model_store.model import Model, network_of
+from de3.model_store.model import MAX_STATES_DIFFERENCE, Model, network_of
 from de3.model_store.segment_graph import build_segment, graph_name, read_segment
 from de3.model_store.segments import ForwardPass, NativeSegment, session_options
 from de3.model_store.store import Store, StoreError
@@ -127,32 +128,31 @@ def test_the_demo_model_matches_onnx_runtime(kernels: Any) -> None:
 
 def random_network(rng: np.random.Generator, architecture: Architecture) -> tuple[Network, list[Any]]:
     """An encoder of one layer with random weights: the kernels' network, and the segments as export builds them."""
-    encoder, labels = architecture.encoder, len(architecture.labels)
-    size, inner, metric = encoder.hidden_size, encoder.inner, architecture.metric_dim
-    linears = {
-        "attention_out": (size, size),
-        "ffn_in": (size, inner),
-        "ffn_out": (inner, size),
-        "qkv": (size, 3 * size),
-    }
-    linears |= {"classifier": (size, labels), "space": (size, metric), "dense": (size, size)}
-    weights: dict[str, np.ndarray] = {}
-    for name, (inputs, outputs) in linears.items():
-        weights[f"{name}.weight"] = rng.normal(0, 0.08, (inputs, outputs))
-        weights[f"{name}.bias"] = rng.normal(0, 0.1, outputs)
-    for name in ("norm", "attention_norm", "ffn_norm"):
-        weights[f"{name}.weight"], weights[f"{name}.bias"] = (
-            1 + rng.normal(0, 0.1, size),
-            rng.normal(0, 0.1, size),
-        )
-    for name, rows in (("word", encoder.vocabulary), ("position", encoder.positions), ("token_type", 2)):
-        weights[f"{name}.weight"] = rng.normal(size=(rows, size))
-    weights = {name: array.astype(np.float32) for name, array in weights.items()}
-    graphs = [build_segment(architecture, layer, source_of(weights)) for layer in range(2)]
+    encoder, max_tokens = architecture.encoder, architecture.max_tokens
+
+    def take(tensor: str, name: str, dtype: type, shape: tuple[int, ...]) -> tuple[TensorProto, Any]:
+        if name == "frequencies":
+            weights[name] = (100.0 ** -(np.arange(shape[0]) / shape[0])).astype(np.float32)
+        elif name == "row_numbers":
+            assert isinstance(encoder, Deberta)
+            offsets = np.clip(np.arange(1 - max_tokens, max_tokens), -(encoder.rows // 2), encoder.rows // 2 - 1)
+            weights[name] = (offsets + encoder.rows // 2).astype(np.int32)
+        elif not name.endswith(".scale") and name not in weights:
+            spread = 0.1 if len(shape) == 1 else 1.0 if name.split(".")[0] in TABLES else 0.08
+            values = rng.normal(0, spread, shape) + ("norm.weight" in name)
+            weights[name] = values.astype(np.float32)
+        return stored(tensor, name, dtype, shape)
+
+    weights: dict[str, Any] = {}
+    stored = source_of(weights)
+    graphs = [build_segment(architecture, layer, take) for layer in range(2)]
     segments = [g.model(graph_name(layer)) for layer, g in enumerate(graphs)]
     return network_of(
         architecture, [read_segment(s, architecture, m) for m, s in enumerate(segments)]
     ), segments
+
+
+TABLES = ("word", "position", "token_type")
 
 
 def random_architecture(
@@ -164,31 +164,34 @@ def random_architecture(
     gelu: bool,
     mean: bool,
     head: Head | None = None,
+    family: dict[str, Any] | None = None,
+    max_tokens: int = 96,
 ) -> Architecture:
-    """Embeddings and one layer, each with an exit; metric 0: no prototypes. head: the last exit's."""
-    encoder = Bert(
-        type="bert",
-        num_layers=1,
-        hidden_size=hidden,
-        width=hidden,
-        vocabulary=20,
-        positions=96,
-        token_types=2,
-        num_heads=heads,
-        inner=inner,
-        activation="gelu" if gelu else "relu",
-        epsilon=1e-12,
-    )
-    return Architecture(
-        encoder=encoder,
-        labels=["label"] * labels,
-        exit_layers=[0, 1],
-        prototype_layers=[0, 1] if metric else [],
-        metric_dim=metric or 1,
-        max_tokens=96,
-        pooling="mean" if mean else "cls",
-        head=head,
-        precision="int8",
+    """Embeddings and one layer, each with an exit; metric 0: no prototypes. head: the last exit's. family: fields of an
+    encoder that is not BERT."""
+    bert = {"type": "bert", "positions": 96, "token_types": 2}
+    encoder = (family or bert) | {
+        "num_layers": 1,
+        "hidden_size": hidden,
+        "width": hidden,
+        "vocabulary": 20,
+        "num_heads": heads,
+        "inner": inner,
+        "activation": "gelu" if gelu else "relu",
+        "epsilon": 1e-12,
+    }
+    return Architecture.model_validate(
+        {
+            "encoder": encoder,
+            "labels": ["label"] * labels,
+            "exit_layers": [0, 1],
+            "prototype_layers": [0, 1] if metric and not head else [0] if metric else [],
+            "metric_dim": metric or 1,
+            "max_tokens": max_tokens,
+            "pooling": "mean" if mean else "cls",
+            "head": head,
+            "precision": "int8",
+        }
     )
 
 
@@ -274,6 +277,72 @@ def test_any_shape_matches_onnx_runtime_or_has_no_kernels(
             "hidden": before,
             **{k: v for k, v in feed.items() if k not in ("input_ids", "token_type_ids")},
         }
+
+
+LOCAL = st.fixed_dictionaries(
+    {
+        "type": st.just("modernbert"),
+        "positions": st.just(0),
+        "token_types": st.just(0),
+        "window": st.sampled_from([1, 3, 16, 40, 200]),
+        "local_layers": st.sampled_from([[], [1]]),
+    }
+)
+DISENTANGLED = st.fixed_dictionaries(
+    {
+        "type": st.just("deberta-v2"),
+        "positions": st.sampled_from([0, 333]),
+        "token_types": st.sampled_from([0, 2]),
+        "terms": st.sampled_from([["c2p"], ["p2c"], ["c2p", "p2c"]]),
+        "rows": st.sampled_from([2, 6, 40, 128]),
+        "distances": st.just(333),
+    }
+)
+
+
+@settings(max_examples=40)
+@given(
+    *(LOCAL | DISENTANGLED, st.sampled_from([(64, 1), (64, 4), (128, 2), (192, 4)])),
+    *(st.sampled_from([64, 320]), st.booleans(), st.booleans()),
+    *(st.integers(1, 40) | st.sampled_from([127, 128, 129, 260, 333]), st.integers(0, 2**32 - 1)),
+)
+def test_modernbert_and_deberta_match_onnx_runtime(
+    family: dict[str, Any],
+    width: tuple[int, int],
+    inner: int,
+    gelu: bool,
+    mean: bool,
+    tokens: int,
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    head = Head(activation="gelu", pooling="cls" if mean else "mean", norm=1e-5)
+    architecture = random_architecture(*width, inner, 3, 32, gelu, mean, head, family, 333)
+    network, built = random_network(rng, architecture)
+    model = build(network)
+    ids, types = rng.integers(0, 20, (1, tokens)), rng.integers(0, 2, (1, tokens))
+    prototypes = rng.normal(size=(3, 32)).astype(np.float32)
+    prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
+    feed: dict[str, Any] = {"input_ids": ids, "with_exit": np.array(True), "prototypes": prototypes}
+    if family["token_types"]:
+        feed["token_type_ids"] = types
+    for layer, proto in enumerate(built):
+        session = ort.InferenceSession(proto.SerializeToString(), session_options())
+        expected = session.run(None, feed)
+        before = feed["hidden"] if layer else ids
+        for name in ALL:
+            ours = run(name, model, layer, before, types, None if layer else prototypes, expected)
+            # As when a model is loaded: rounding errors may cross a quantization step.
+            error = np.abs(ours[0] - expected[0]).mean(-1).max()
+            assert error <= (MAX_STATES_DIFFERENCE / 4 if layer else 1e-6) * expected[0].std()
+            for a, b in zip(expected[1:], ours[1:], strict=True):
+                assert np.abs(a - b).max() < 0.1 * max(1.0, np.ptp(a))
+        feed = {"hidden": expected[0], "with_exit": np.array(True)}
+    if tokens < 333:
+        return
+    with pytest.raises(ValueError, match="an id outside the tables"):
+        longer = np.zeros((1, 334, width[0]), np.float32)
+        kernels.run(model, 1, longer, None, longer, None, None, None)
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")

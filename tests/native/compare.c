@@ -333,7 +333,7 @@ static void compare_attention(int tokens, int hidden, int heads, float spread, P
     /* A rounding error of a score is one of its weight: 1e-5 for scores of up to 100, as with a spread of 5. In
      * long texts weights are rounded to bfloat16. */
     float floor = spread > 2.0f ? 10.0f * spread : parts.rows ? 4.0f : 0.0f;
-    int ok = are_near(found, expected, count, tokens < LONG ? floor : 100.0f * spread);
+    int ok = are_near(found, expected, count, tokens < LONG ? floor : 200.0f * spread);
     for (int i = 0; i < 16; i++) ok = ok && found[count + i] == -1e30f;
     check(ok, name, tokens, hidden / heads, parts.window + parts.offsets);
     if (odd == 0.0f) {
