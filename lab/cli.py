@@ -357,6 +357,8 @@ def layers(
     instructions: Annotated[
         str, typer.Option(help="Kernels' instruction set, such as vnni, avx2 or dotprod. Default: the best.")
     ] = "",
+    layer: Annotated[int, typer.Option(help="Number of the layer; 0: all layers.", min=0)] = 1,
+    tokens: Annotated[list[int] | None, typer.Option(help="Lengths, in tokens.", show_default=False)] = None,
     json_file: options.Json = None,
 ) -> None:
     """Time one encoder layer in ONNX Runtime and in our kernels, and compare with the processor's peak.
@@ -364,10 +366,14 @@ def layers(
     Example: python -m lab layers --model sst2
     """
     from de3.model_store.store import Store
+    from lab.layers import LENGTHS
     from lab.layers import layers as measure
 
+    artifact = Store(store).open(model)
+    if layer > artifact.manifest.num_layers:
+        raise typer.BadParameter(f"--layer: {model} has {artifact.manifest.num_layers} layers")
     with console.status("measuring"):
-        results = measure(Store(store).open(model), instructions=instructions)
+        results = measure(artifact, tokens or LENGTHS, instructions=instructions, layer=layer or None)
     peak = results["peak_multiply_adds_per_s"] / 1e12
     print(f"peak of one core ({results['instructions']}): {peak:.2f}e12 int8 multiply-adds per second")
     columns = [

@@ -1,4 +1,4 @@
-"""Time one encoder layer in ONNX Runtime and in the kernels, and compare with the processor's peak."""
+"""Time one encoder layer, or all of them, in ONNX Runtime and in the kernels, and compare with the processor's peak."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -15,14 +15,19 @@ LENGTHS = (8, 16, 25, 32, 64, 128, 256, 512)
 
 
 def layers(
-    artifact: Artifact, lengths: Sequence[int] = LENGTHS, rounds: int = 7, instructions: str = ""
+    artifact: Artifact,
+    lengths: Sequence[int] = LENGTHS,
+    rounds: int = 7,
+    instructions: str = "",
+    layer: int | None = 1,
 ) -> dict[str, Any]:
-    """Microseconds of layer 1 on one thread by number of tokens: medians of alternating measurements.
+    """Microseconds of a layer on one thread by number of tokens: medians of alternating measurements.
 
     `_of_peak` is the share of one core's peak int8 multiply-adds with the kernels' instruction set; attention's
-    multiply-adds, in float32, count too. ONNX Runtime uses the processor's best set, whatever the kernels use.
+    multiply-adds, in float32, count too, as if every token attended to all. ONNX Runtime uses the processor's best set,
+    whatever the kernels use.
 
-    instructions: instruction set that the kernels use from now on; empty: the best.
+    instructions: instruction set that the kernels use from now on; empty: the best. layer: None: all layers.
     Raises StoreError if the kernels cannot run the model, ValueError if this machine lacks the instruction set.
     """
     models = [Model(artifact, "onnxruntime"), Model(artifact, "native")]
@@ -30,7 +35,8 @@ def layers(
 
     kernels.use(instructions)
     size = artifact.manifest.hidden_size
-    weights = weights_of(artifact.read(artifact.manifest.segment_files()[1]))
+    numbers = range(1, artifact.manifest.num_layers + 1) if layer is None else [layer]
+    weights = sum(weights_of(artifact.read(artifact.manifest.segment_files()[number])) for number in numbers)
     generator = np.random.default_rng(0)
     peak, rows = kernels.peak(), []
     for tokens in lengths:
@@ -40,9 +46,9 @@ def layers(
         times: list[list[float]] = [[], []]
         for _ in range(rounds):
             for model, seconds in zip(models, times, strict=True):
-                seconds.append(_time(model.segments[1], hidden))
+                seconds.append(_time([model.segments[number] for number in numbers], hidden))
         onnxruntime_s, kernels_s = map(median, times)
-        products = tokens * weights + 2 * tokens * tokens * size
+        products = tokens * weights + 2 * tokens * tokens * size * len(numbers)
         rows.append(
             {"tokens": tokens, "onnxruntime_us": onnxruntime_s * 1e6, "kernels_us": kernels_s * 1e6}
             | {"onnxruntime_of_peak": products / onnxruntime_s / peak}
@@ -60,11 +66,17 @@ def weights_of(file: bytes) -> int:
     return sum(int(np.prod(w.dims)) for w in graph.initializer if w.name in used and len(w.dims) == 2)
 
 
-def _time(segment: Segment, hidden: Any, seconds: float = 0.05) -> float:
-    """Mean seconds of a call."""
-    segment.run(hidden, False)
+def _time(segments: Sequence[Segment], hidden: Any, seconds: float = 0.05) -> float:
+    """Mean seconds of running the segments one after the other."""
+
+    def run() -> None:
+        states = hidden
+        for segment in segments:
+            states = segment.run(states, False).hidden
+
+    run()
     start, calls = perf_counter(), 0
     while perf_counter() - start < seconds:
-        segment.run(hidden, False)
+        run()
         calls += 1
     return (perf_counter() - start) / calls

@@ -13,9 +13,10 @@ static int at_most(int a, int b) { return a < b ? a : b; }
 static int has_terms(const Attention *a) { return a->terms.buckets != NULL; }
 static int keys_of_tile(const Attention *a, int tokens) { return at_most(tokens, has_terms(a) ? KEYS_WITH_TERMS : KEYS); }
 
-/* Rows of the tables for the distances of a text, rounded up. */
+/* Rows of the tables for the distances of a text, rounded up to an odd number of cache lines: the terms of a tile's keys
+ * are read diagonally, and would otherwise compete for the same part of the L1 cache. */
 static int rows_of_terms(const Attention *a, int tokens) {
-    return has_terms(a) ? ROUND_UP(at_most(a->terms.rows, 2 * tokens - 1), 16) : 0;
+    return has_terms(a) ? ROUND_UP(at_most(a->terms.rows, 2 * tokens - 1), 32) + 16 : 0;
 }
 
 /* Parts of the buffer. */

@@ -14,11 +14,34 @@ Array = NDArray[Any]
 NONE = np.zeros(0, np.float32)
 # In the order of python.c; the gate is a part of ffn_in there.
 LINEARS = {"qkv": 0, "attention_out": 1, "ffn_in": 2, "gate": 3, "ffn_out": 4}
-NORMS = {"attention_norm": 0, "ffn_norm": 2}  # before attention and the feed-forward network; the next ones are after
+NORMS = {
+    "attention_norm": 0,
+    "ffn_norm": 2,
+}  # before attention and the feed-forward network; the next ones are after
 NORM_AFTER, NORM_OF_TABLES, NORM_OF_EXIT, NORM_OF_HEAD = 1, 3, 4, 5
 HEAD_ACTIVATIONS = ("tanh", "relu", "gelu")  # in the order of model.h
-KNOWN = {"word", "position", "token_type", "norm", "qkv", "attention_out", "ffn_in", "ffn_out", *NORMS, "offsets"}
-KNOWN |= {"frequencies", "row_numbers", "key_table", "query_table", "final_norm", "classifier", "space", "dense"}
+KNOWN = {
+    "word",
+    "position",
+    "token_type",
+    "norm",
+    "qkv",
+    "attention_out",
+    "ffn_in",
+    "ffn_out",
+    *NORMS,
+    "offsets",
+}
+KNOWN |= {
+    "frequencies",
+    "row_numbers",
+    "key_table",
+    "query_table",
+    "final_norm",
+    "classifier",
+    "space",
+    "dense",
+}
 
 
 @dataclass(frozen=True)

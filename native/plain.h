@@ -1,8 +1,8 @@
-/* Operations in plain C, which the compiler vectorizes: each implementation includes them and compiles its own. */
+/* Operations in plain C: an implementation includes them, so that the compiler vectorizes them with its instructions. */
 #ifndef NATIVE_PLAIN_H
 #define NATIVE_PLAIN_H
 
-static void rotate(float *rows, int tokens, size_t stride, int parts, int width, const float *cos, const float *sin) {
+static inline void rotate(float *rows, int tokens, size_t stride, int parts, int width, const float *cos, const float *sin) {
     int half = width / 2;
     for (int t = 0; t < tokens; t++)
         for (int part = 0; part < parts; part++) {
@@ -16,7 +16,7 @@ static void rotate(float *rows, int tokens, size_t stride, int parts, int width,
         }
 }
 
-static void add_terms(float *scores, int count, const int32_t *rows, const float *ours, const float *theirs, size_t stride) {
+static inline void add_terms(float *scores, int count, const int32_t *rows, const float *ours, const float *theirs, size_t stride) {
     for (int i = 0; i < count; i++) {
         float added = ours ? ours[rows[i]] : 0.0f;
         if (theirs) added += theirs[(size_t)i * stride + rows[i]];

@@ -641,6 +641,22 @@ static int has_pairs(int width) { return width % 32 == 0 && width <= MAX_PAIRED 
 
 #include "plain.h"
 
+static void gather_terms(float *scores, int count, const int32_t *rows, const float *ours, const float *theirs, size_t stride) {
+    const __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i steps = _mm512_mullo_epi32(place, _mm512_set1_epi32((int)stride));
+    for (int i = 0; i < count; i += 16) {
+        __mmask16 mask = seen(i, 0, count);
+        __m512i row = _mm512_maskz_loadu_epi32(mask, rows + i);
+        __m512 added = _mm512_setzero_ps();
+        if (ours) added = _mm512_mask_i32gather_ps(added, mask, row, ours, 4);
+        if (theirs) {
+            __m512 other = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, _mm512_add_epi32(row, steps), theirs + i * stride, 4);
+            added = _mm512_add_ps(added, other);
+        }
+        _mm512_mask_storeu_ps(scores + i, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, scores + i), added));
+    }
+}
+
 /* ---- the rest --------------------------------------------------------------------------------------- */
 
 static void embed(const int8_t *word, float scale, const float *position, const float *type, int hidden, float *to) {
@@ -700,7 +716,7 @@ static double multiply_adds_amx(void) {
 
 #define SHARED                                                                                                \
     .quantize = quantize, .has_pairs = has_pairs, .rows = 8, .prepare = prepare, .rotate = rotate,            \
-    .add_terms = add_terms, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
+    .add_terms = gather_terms, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
 
 const Kernels amx_kernels = {
     .name = "amx",

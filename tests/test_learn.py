@@ -450,6 +450,7 @@ def job(base: Artifact, records: Path, store: Path, **fields: Any) -> dict[str, 
         "rate": 0.05,
         "first_new": 0,
         "speedup": 1.0,
+        "allowed": 1.0,
         "memory": 2**31,
     }
     return plan | fields
@@ -555,12 +556,12 @@ def test_a_fit_is_due_after_500_records_and_then_after_twice_as_many(
 def test_a_change_of_the_traffic_asks_for_new_records(base: Artifact, some: Records, tmp_path: Path) -> None:
     one = filled(base, tmp_path, some, 1200)
     one.begin()
-    one.observe(InService(2, 2.0, 0))
+    one.observe(InService(2, 2.0, 2.0, 0))
     assert one.count == 1200
-    one.observe(InService(2, 1.0, 1))
+    one.observe(InService(2, 1.0, 1.0, 1))
     assert (one.count, one.next_fit, one.journal.first_new) == (0, FIRST_FIT, 1201)
-    one.observe(InService(2, 1.0, 1))
-    one.observe(InService(3, 1.0, 0))  # another version is no change
+    one.observe(InService(2, 1.0, 1.0, 1))
+    one.observe(InService(3, 1.0, 1.0, 0))  # another version is no change
     assert one.journal.first_new == 1201
 
 
@@ -600,8 +601,8 @@ def test_a_lost_journal_does_not_use_an_attempt_twice(
 def test_a_change_is_remembered_after_a_restart(base: Artifact, some: Records, tmp_path: Path) -> None:
     one = filled(base, tmp_path, some, 1200)
     one.begin()
-    one.observe(InService(2, 2.0, 0))
-    one.observe(InService(2, 1.0, 1))
+    one.observe(InService(2, 2.0, 2.0, 0))
+    one.observe(InService(2, 1.0, 1.0, 1))
     assert one.needs_saving
     one.save(all_records=True)
     again = learner_of(base, tmp_path)

@@ -242,7 +242,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_on_pairs(trained: Path) -> None:
     for name in ("m", "m-int8"):
         model = Model(Store(trained / "store").open(name))
-        assert model.manifest.input == "pair" and model.runtime == ("native" if name == "m-int8" else "onnxruntime")
+        assert model.manifest.input == "pair" and model.runtime == (
+            "native" if name == "m-int8" else "onnxruntime"
+        )
         assert model.manifest.calibration is not None
         assert model.manifest.calibration.exit_accuracy[-1] > 0.85
         parity = model.manifest.export["parity"]

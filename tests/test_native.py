@@ -135,10 +135,12 @@ def random_network(rng: np.random.Generator, architecture: Architecture) -> tupl
             weights[name] = (100.0 ** -(np.arange(shape[0]) / shape[0])).astype(np.float32)
         elif name == "row_numbers":
             assert isinstance(encoder, Deberta)
-            offsets = np.clip(np.arange(1 - max_tokens, max_tokens), -(encoder.rows // 2), encoder.rows // 2 - 1)
+            offsets = np.clip(
+                np.arange(1 - max_tokens, max_tokens), -(encoder.rows // 2), encoder.rows // 2 - 1
+            )
             weights[name] = (offsets + encoder.rows // 2).astype(np.int32)
         elif not name.endswith(".scale") and name not in weights:
-            spread = 0.1 if len(shape) == 1 else 1.0 if name.split(".")[0] in TABLES else 0.08
+            spread = 0.1 if len(shape) == 1 else 1.0 if name.split(".", maxsplit=1)[0] in TABLES else 0.08
             values = rng.normal(0, spread, shape) + ("norm.weight" in name)
             weights[name] = values.astype(np.float32)
         return stored(tensor, name, dtype, shape)

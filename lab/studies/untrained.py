@@ -1,15 +1,15 @@
-"""A BERT classifier of any size with random weights, to measure speed without training.
+"""A classifier of any size with random weights, to measure speed without training.
 
     python -m lab untrained OUT --layers 12 --hidden 768 --heads 12 --inner 3072
     de3 loadtest compare --store OUT/store --model untrained --stock OUT/model --texts dev.tsv
 
-OUT/model is a stock BertForSequenceClassification of transformers, OUT/store has an artifact of the same weights,
-in int8 unless --precision fp32 is given, with exits at all layers and without a calibration.
+OUT/model is a stock classifier of transformers, OUT/store has an artifact of the same weights, in int8 unless
+--precision fp32 is given, with exits at all layers and without a calibration.
 """
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -21,6 +21,22 @@ from de3.training.pretrained import quiet
 from tests.stock import with_random_exits
 
 NAME = "untrained"
+Family = Literal["bert", "modernbert", "deberta-v2"]
+# What the published models of a family have, besides their sizes.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "modernbert": {f"{token}_token_id": 0 for token in ("pad", "bos", "eos", "cls", "sep")},
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_biased_input": False,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_buckets": 256,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "type_vocab_size": 0,
+        "layer_norm_eps": 1e-7,
+    },
+}
 
 
 def untrained(
@@ -33,27 +49,33 @@ def untrained(
     seed: int = 0,
     precision: Literal["int8", "fp32"] = "int8",
     labels: int = 2,
+    family: Family = "bert",
+    max_tokens: int = 512,
 ) -> Path:
     """Write OUT/model and OUT/store; returns the artifact's folder. Raises ValueError if OUT/model exists.
 
     tokenizer: the folder of a Hugging Face tokenizer. precision: of the artifact.
     """
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     if (out / "model").exists():
         raise ValueError(f"{out / 'model'} exists already; choose a new folder")
     quiet()
     torch.manual_seed(seed)
     opened = AutoTokenizer.from_pretrained(tokenizer)
-    config = BertConfig(
+    opened.model_max_length = max_tokens
+    config = AutoConfig.for_model(
+        family,
         vocab_size=len(opened),
         num_hidden_layers=layers,
         hidden_size=hidden,
         num_attention_heads=heads,
         intermediate_size=inner,
+        max_position_embeddings=max_tokens,
         num_labels=labels,
+        **OPTIONS[family],
     )
-    BertForSequenceClassification(config).save_pretrained(out / "model")
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(out / "model")
     opened.save_pretrained(out / "model")
     with TemporaryDirectory() as folder, Store(out / "store").new_version(NAME) as draft:
         trained = Trained(with_random_exits(out / "model", Path(folder) / "checkpoint", seed))
@@ -65,10 +87,14 @@ def main(
     layers: Annotated[int, typer.Option(min=1)] = 12,
     hidden: Annotated[int, typer.Option(help="Width of the hidden states.", min=1)] = 768,
     heads: Annotated[int, typer.Option(help="Attention heads.", min=1)] = 12,
-    inner: Annotated[int, typer.Option(help="Width of the feed-forward network.", min=1)] = 3072,
+    inner: Annotated[
+        int, typer.Option(help="Width of the feed-forward network; ModernBERT's base has 1152.", min=1)
+    ] = 3072,
     seed: int = 0,
     precision: Annotated[Literal["int8", "fp32"], typer.Option(help="Precision of the artifact.")] = "int8",
     labels: Annotated[int, typer.Option(help="Number of classes.", min=2)] = 2,
+    family: Annotated[Family, typer.Option(help="Kind of encoder.")] = "bert",
+    max_tokens: Annotated[int, typer.Option(help="Length of the longest text, in tokens.", min=3)] = 512,
 ) -> None:
     """Write a classifier with random weights, by default of BERT-base's size, as a stock model and as an artifact.
 
@@ -76,5 +102,9 @@ def main(
     """
     from lab.experiments.tasks import minilm
 
-    path = untrained(out, layers, hidden, heads, inner, minilm(), seed, precision, labels)
+    path = untrained(
+        *(out, layers, hidden, heads, inner, minilm(), seed, precision, labels),
+        family=family,
+        max_tokens=max_tokens,
+    )
     print(f"published {path}; the stock model is {out / 'model'}")

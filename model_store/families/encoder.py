@@ -62,7 +62,9 @@ class Encoder(Part, ABC):
     RETURNS_TYPES: ClassVar[bool] = False  # its tokenizers return token types unless they say otherwise
     FINAL_NORM: ClassVar[str] = ""  # name of the norm between a layer's hidden states and its exit
     IS_GATED: ClassVar[bool] = False  # its feed-forward networks have gates
-    IS_PRE_NORM: ClassVar[bool] = False  # its norms come before attention and the feed-forward network, not after
+    IS_PRE_NORM: ClassVar[bool] = (
+        False  # its norms come before attention and the feed-forward network, not after
+    )
     HAS_POSITIONS: ClassVar[bool] = True  # it must have a table of positions; otherwise it may have one
     HAS_TOKEN_TYPES: ClassVar[bool] = True  # it may have a table of token types
     HAS_PROJECTION: ClassVar[bool] = False  # its embeddings may have another width

@@ -285,6 +285,15 @@ class Ledger:
             return 1.0
         return self.manifest.num_layers / max(float(means[int(np.searchsorted(self.taus, tau))]), 1e-3)
 
+    def allowed(self) -> float:
+        """Speed-up in layers at the last τ whose rate, by the audits, is within the promise; at least speedup()."""
+        evidence, speedup = self.evidence, self.speedup()
+        if self.promises is None or evidence.audits < LEAST_AUDITS or len(self.manifest.exit_layers) == 1:
+            return speedup
+        above = np.flatnonzero(evidence.rates() > self.promises.rate)
+        index = max(0, (int(above[0]) if len(above) else len(self.taus)) - 1)
+        return max(speedup, self.manifest.num_layers / max(float(evidence.mean_layers()[index]), 1e-3))
+
     def measured(self, in_force: Choice) -> tuple[float, float, float] | None:
         """The rate of disagreement at the τ in force, and its bounds; None without audits."""
         index = int(np.searchsorted(self.taus, in_force.rule.tau))

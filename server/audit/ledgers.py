@@ -64,8 +64,8 @@ class Ledgers:
         """What a version that is served achieves."""
         ledger = self._by_model.get(f"{name}:{version}")
         if ledger is None:
-            return InService(version, 1.0, 0)
-        return InService(version, ledger.speedup(), sum(ledger.num_resets.values()))
+            return InService(version, 1.0, 1.0, 0)
+        return InService(version, ledger.speedup(), ledger.allowed(), sum(ledger.num_resets.values()))
 
     def versions(self, name: str) -> set[int]:
         """The versions of a name that are served."""

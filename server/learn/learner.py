@@ -27,11 +27,13 @@ class InService:
     Attributes:
         version: current one.
         speedup: in layers, at the τ in force; 1: full depth.
+        allowed: at the best τ in hindsight, by the audits.
         changes: how often a guarantee's evidence on it was discarded because the rate had risen.
     """
 
     version: int
     speedup: float
+    allowed: float
     changes: int
 
 

@@ -217,6 +217,7 @@ class Learners:
             "rate": self._settings.guarantee,
             "first_new": learner.journal.first_new,
             "speedup": rival.speedup,
+            "allowed": rival.allowed,
             "memory": memory_limit(served.size(), records.stat().st_size),
         }
 
