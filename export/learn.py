@@ -321,7 +321,9 @@ def learn(base: Artifact, records: Records, store: Store, job: "Job") -> dict[st
     started = time.monotonic()
     fitted = fit_exits(records, manifest, job.attempt, job.rate, job.first_new)
     # Audits of live traffic will prove more of what the exits allow.
-    is_promising = fitted.speedup >= LEAST_HOPE * job.allowed and fitted.proved_speedup >= LEAST_KEPT * job.speedup
+    is_promising = (
+        fitted.speedup >= LEAST_HOPE * job.allowed and fitted.proved_speedup >= LEAST_KEPT * job.speedup
+    )
     is_better = fitted.proved_speedup >= LEAST_GAIN * job.speedup or is_promising
     path = None
     if is_better:

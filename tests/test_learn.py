@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from de3.server.settings import Settings
 from de3.training.data import Example
 from tests.commands import de3, refusal
 from tests.fixtures import made_once, make_rows, save_encoder
-from tests.serving import Server, serving, until
+from tests.serving import Server, process, serving, until, url_when_ready
 from tests.stock import fine_tuned
 
 LABELS = ["negative", "positive"]
@@ -539,7 +540,7 @@ def filled(base: Artifact, folder: Path, some: Records, count: int) -> Learner:
     return one
 
 
-def test_a_fit_is_due_after_500_records_and_then_after_twice_as_many(
+def test_a_fit_is_due_after_500_records_and_then_after_half_as_many_more(
     base: Artifact, some: Records, tmp_path: Path
 ) -> None:
     one = filled(base, tmp_path, some, FIRST_FIT - 1)
@@ -547,7 +548,7 @@ def test_a_fit_is_due_after_500_records_and_then_after_twice_as_many(
     one.add(record(0, shape=some.states.shape[1:]))  # type: ignore[arg-type]
     assert one.is_due
     assert one.begin() == 1
-    assert not one.is_due and one.next_fit == 2 * FIRST_FIT
+    assert not one.is_due and one.next_fit == 750
     one.end(result_of(1, dict.fromkeys(FOUND, 1), None))
     one.is_asked = True
     assert one.is_due
@@ -570,7 +571,7 @@ def test_a_learner_continues_after_a_restart(base: Artifact, some: Records, tmp_
     one.begin()
     one.save(all_records=True)
     again = learner_of(base, tmp_path)
-    assert (len(again.reservoir), again.count, again.next_fit) == (700, 700, 1000)
+    assert (len(again.reservoir), again.count, again.next_fit) == (700, 700, 750)
     assert again.journal.attempts == 1  # no attempt's part of the error probability is used twice
     found, saved = again.reservoir.records(), one.reservoir.records()
     assert (found.keys == saved.keys).all() and (found.states == saved.states).all()
@@ -725,8 +726,9 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fits start early."""
+    """The first fit starts early, and no other by itself."""
     monkeypatch.setattr(learner, "FIRST_FIT", 150)
+    monkeypatch.setattr(learner, "GROWTH", 100)
     monkeypatch.setattr("de3.server.learn.learners.CHECK_S", 0.05)
 
 
@@ -877,7 +879,7 @@ def test_a_failed_fit_is_reported_and_the_server_goes_on(
         until(lambda: report(server)["fits"], "the first fit")
         fit = report(server)["fits"][0]
         assert fit["outcome"] == "failed" and "no" in fit["error"]
-        assert report(server)["phase"] == "recording" and report(server)["next_fit_at"] == 300
+        assert report(server)["phase"] == "recording" and report(server)["next_fit_at"] == 15_000
         assert send(server, ["a film"])[0]["model"] == "base:1"
     (path,) = (tmp_path / "learned").glob("base-*.json")
     journal = json.loads(path.read_text())
@@ -907,6 +909,71 @@ def test_a_fit_runs_only_while_nothing_else_does(
     monkeypatch.setattr(fitting, "PROGRAM", f"from de3.export import learn; {shown}")
     done = subprocess.run([sys.executable, "-c", fitting.PROGRAM], capture_output=True, text=True, check=True)
     assert int(done.stdout) == os.SCHED_IDLE
+
+
+KILLED = """
+import os, signal, sys
+from de3.server.learn import fitting, journal, learner, learners
+learner.FIRST_FIT, learners.CHECK_S, fitting.IDLE = 150, 0.05, -1e9
+fitting.PROGRAM = "from de3.export import learn; learn._run_at_idle = lambda: None; learn.child()"
+
+def die(*given, **named):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+run_fit, serve, fsync = learners.run_fit, learners.Learners._serve, os.fsync
+
+async def after_fit(job):
+    await run_fit(job)
+    die()
+
+async def after_serving(*given):
+    await serve(*given)
+    die()
+
+step = sys.argv.pop()
+if step == "saved":
+    learners.run_fit = die
+if step == "published":
+    learners.run_fit = after_fit
+if step == "served":
+    learners.Learners._serve = after_serving
+if step == "saving":
+    journal.os.fsync = die
+from de3.cli import app
+app()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["saving", "saved", "published", "served"])
+def test_a_server_that_is_killed_at_any_step_learns_again(
+    stock_store: Path, tmp_path: Path, step: str
+) -> None:
+    """No number of an attempt is used twice, as each has its own part of the promise's error probability."""
+    texts, attempts = texts_of(1200, 15), set[int]()
+    arguments = ("--learn", "--guarantee", "0.2", "--state-dir", str(tmp_path), "--model", "base")
+    for run, wanted in enumerate((step, step, "never")):
+        with process(stock_store, *arguments, wanted, code=KILLED) as running:
+            url = url_when_ready(running)
+            for i in range(400 * run, 400 * run + 400, 50):
+                with suppress(httpx.TransportError):
+                    answer = httpx.post(f"{url}/classify", json={"input": texts[i : i + 50]})
+                    assert answer.status_code == 200
+            if wanted == step:
+                assert running.wait(60) == -signal.SIGKILL
+            else:
+                path = f"{url}/v1/models/base/learn"
+                until(lambda path=path: httpx.get(path).json()["fits"], "a fit")  # type: ignore[misc]
+                found = httpx.get(path).json()
+        folder = LearnFolder(tmp_path)
+        for number in folder.versions("base"):
+            learned = folder.store.open(f"base:{number}").manifest.learned
+            assert learned is not None
+            attempts.add(learned.attempt)
+        assert len(attempts) == len(folder.versions("base"))
+    assert found["fits"][-1]["outcome"] == "served" and found["serving"] > LEARNED_FROM
+    # Two fits were begun and killed; a fit whose beginning was not written has no version and proved nothing.
+    assert found["fits"][-1]["attempt"] == (1 if step == "saving" else 3)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from de3.server.audit.auditor import Traffic
 from de3.training.progress import console, track
 from lab.learn import profiles
 
-SIZES = (500, 1000, 2000, 4000)  # texts before each fit
+SIZES = (500, 750, 1125, 1687, 2530, 3795)  # texts before each fit
 END = 8000  # texts of a stream
 RATES = (0.01, 0.02, 0.05)
 

@@ -34,7 +34,7 @@ log = logging.getLogger("de3")
 
 # Capacity for audits not yet run. The share of audited texts halves with each eighth of it that is in use.
 ROOM = 256
-LEARN_TEXTS = 2048
+LEARN_TEXTS = 4096
 MAX_PENDING = 2 * ROOM  # nothing is drawn beyond it; only large batches reach it
 MAX_ENTRIES = 2**15  # entries not yet settled, because the audit of an earlier one is pending
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together

@@ -12,7 +12,7 @@ from de3.server.learn.record import Record
 from de3.server.learn.reservoir import Reservoir
 from de3.server.settings import Settings
 
-FIRST_FIT = 500  # records; each further fit needs twice as many
+FIRST_FIT, GROWTH = 500, 1.5  # records; each further fit needs GROWTH times as many
 LEAST_RECORDS = 50
 MAX_WAITING = 4096
 SAVE_GROWTH = 1.25  # records are saved when there are this many times as many as at the last save
@@ -93,7 +93,7 @@ class Learner:
                 self._saved = int((saved.numbers >= self.journal.first_new).sum())
                 self.count += self._saved
         while self.journal.attempts and self.next_fit <= self._saved:
-            self.next_fit *= 2
+            self.next_fit = int(GROWTH * self.next_fit)
         self.resume()
 
     def add(self, record: Record) -> None:
@@ -154,7 +154,7 @@ class Learner:
         """Start a fit; returns its number."""
         self.phase, self.is_asked = "fitting", False
         while self.next_fit <= self.count:
-            self.next_fit *= 2
+            self.next_fit = int(GROWTH * self.next_fit)
         self.journal.attempts += 1
         return self.journal.attempts
 
