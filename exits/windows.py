@@ -4,6 +4,8 @@
   that are in no earlier window.
 - Multi-label: the probability of a label is its highest in any window, as a single passage may justify the label.
 - Regression: the mean of the values, weighted as for classes.
+- With a flag, a label to watch for: the answer of the window where that label is most probable. It is settled at the
+  first window where the probability reaches the flag's threshold.
 """
 
 from collections.abc import Sequence
@@ -29,6 +31,17 @@ class Span(NamedTuple):
     start: int
     end: int
     new: int
+
+
+class Flag(NamedTuple):
+    """A label to watch for, by its number, and the probability from which a text is flagged."""
+
+    label: int
+    threshold: float
+
+    def is_raised(self, reading: Reading) -> bool:
+        """True if the label's probability reaches the threshold."""
+        return reading.probs[self.label] >= self.threshold
 
 
 def most_windows(max_tokens: int) -> int:
@@ -58,9 +71,15 @@ def _step(room: int, overlap: float = OVERLAP) -> int:
 class Combination:
     """The combined answer of those windows of a text that have run."""
 
-    def __init__(self, weights: Sequence[int], thresholds: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, weights: Sequence[int], thresholds: Sequence[float] | None = None, flag: Flag | None = None
+    ) -> None:
         """weights: new tokens of each window, in execution order. thresholds: of a multi-label model, as
         logits; None for other models."""
+        self._flag = flag
+        self._best: Reading | None = None  # with a flag
+        self.decisive = 0  # with a flag: index of the window whose answer it is
+        self._count = 0
         self._total = self._left = sum(weights)
         self._weights = iter(weights)
         self._thresholds = thresholds
@@ -71,6 +90,12 @@ class Combination:
         """Add the answer of the next window."""
         weight = next(self._weights)
         self._left -= weight
+        if self._flag is not None:
+            label = self._flag.label
+            if self._best is None or reading.probs[label] > self._best.probs[label]:
+                self._best, self.decisive = reading, self._count
+            self._count += 1
+            return
         if self._thresholds is None:
             values = reading.probs if reading.value is None else [reading.value]
             sums = self._probs or [0.0] * len(values)
@@ -88,6 +113,8 @@ class Combination:
         """
         if self._left == 0:
             return True
+        if self._flag is not None:
+            return self._best is not None and self._flag.is_raised(self._best)
         if self._thresholds is not None:  # an assigned label stays; any other may still be assigned
             return all(x > limit for x, limit in zip(self._logits, self._thresholds, strict=True))
         if len(self._probs) == 1:  # a window may change a value by any amount
@@ -100,6 +127,8 @@ class Combination:
 
         The logits are those of the combined probabilities.
         """
+        if (best := self._best) is not None:
+            return replace(last, logits=best.logits, probs=best.probs, label=best.label, labels=best.labels)
         if self._thresholds is not None:
             logits = self._logits
             assigned = [k for k, limit in enumerate(self._thresholds) if logits[k] > limit]

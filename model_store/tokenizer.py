@@ -31,6 +31,7 @@ _PROBE = "a"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Pair = tuple[str, str | None]
+Offsets = list[tuple[int, int]]
 # Largest share of a window for the shorter text of a pair, which is repeated whole in each window.
 MAX_SHORTER = 0.5
 
@@ -81,6 +82,7 @@ class Windows:
         parts: ids of each text, int32.
         longer: index of the text that is split.
         spans: windows of that text.
+        offsets: first and last + 1 character of each of its tokens, (tokens, 2).
         truncated: the windows do not hold the whole text.
     """
 
@@ -88,7 +90,13 @@ class Windows:
     parts: Sequence[NDArray[np.int32]]
     longer: int
     spans: Sequence[Span]
+    offsets: NDArray[np.int32]
     truncated: bool
+
+    def chars(self, index: int) -> tuple[int, int]:
+        """The characters [start, end) of the longer text in a window."""
+        span = self.spans[index]
+        return int(self.offsets[span.start, 0]), int(self.offsets[span.end - 1, 1])
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -163,13 +171,14 @@ class TextTokenizer:
         if types is not None and largest >= types:
             raise ValueError(f"has the token type {largest}, but the model's table only {types} rows")
 
-    def encode(self, texts: Sequence[Pair], special: bool = True) -> list[Encoding]:
-        """Encode short texts or pairs, with or without special tokens.
+    def encode(self, texts: Sequence[Pair], special: bool = True, offsets: bool = False) -> list[Encoding]:
+        """Encode short texts or pairs, with or without special tokens, and with or without their tokens' offsets.
 
         Batch encoding, even of one text, releases the GIL, unlike Tokenizer.encode.
         """
         batch = [text if pair is None else (text, pair) for text, pair in texts]
-        return list(self._tokenizer.encode_batch_fast(batch, add_special_tokens=special))
+        encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
+        return list(encode(batch, add_special_tokens=special))
 
     def short(self, encoding: Encoding, pair: bool, truncate: bool) -> Tokens:
         """Tokens of a short text from its encoding; raises ValueError if it is too long, unless `truncate`."""
@@ -203,8 +212,11 @@ class TextTokenizer:
         ids, types = frame.around(kept)
         return _tokens(ids, types, is_cut or sum(map(len, parts)) > room)
 
-    def _split(self, parts: list[list[int]], most: int, is_cut: bool) -> Windows:
-        """Windows of texts with these ids; raises ValueError if the shorter takes more than MAX_SHORTER of one."""
+    def _split(self, parts: list[list[int]], offsets: Sequence[Offsets], most: int, is_cut: bool) -> Windows:
+        """Windows of texts with these ids; raises ValueError if the shorter takes more than MAX_SHORTER of one.
+
+        offsets: characters of each token, for each text.
+        """
         frame, longer = self.frames[len(parts) == 2], 0
         room = self.max_tokens - frame.size
         if len(parts) == 2:
@@ -219,7 +231,9 @@ class TextTokenizer:
         tokens = min(len(parts[longer]), capacity(room, most))
         is_cut = is_cut or tokens < len(parts[longer])
         arrays = [np.array(part, np.int32) for part in parts]
-        return Windows(frame, arrays, longer, spans(tokens, room), is_cut)
+        return Windows(
+            *(frame, arrays, longer, spans(tokens, room)), np.array(offsets[longer], np.int32), is_cut
+        )
 
     def _too_long(self, count: str) -> ValueError:
         return ValueError(
@@ -241,6 +255,7 @@ class Tokenization:
         self._texts = [t[: self._max_chars] for t in texts]
         self._ends = [0] * len(texts)  # characters tokenized so far
         self._parts: list[list[int]] = [[] for _ in texts]
+        self._offsets: list[Offsets] = [[] for _ in texts]  # with several windows
         self._room = tokenizer.max_tokens - tokenizer.frames[len(texts) == 2].size
         self._most = capacity(self._room, windows)  # tokens of each text
 
@@ -256,16 +271,23 @@ class Tokenization:
             )
         if sum(map(len, self._texts)) <= 2 * PIECE:
             text, *rest = self._texts
-            encoding = tokenizer.encode([(text, rest[0] if rest else None)])[0]
+            pair = rest[0] if rest else None
+            encoding = tokenizer.encode([(text, pair)])[0]
             if self._windows > 1 and len(encoding) > tokenizer.max_tokens:
-                return tokenizer._split(_parts(encoding, bool(rest)), self._windows, self._has_too_many_chars)
+                encoding = tokenizer.encode([(text, pair)], offsets=True)[0]
+                parts, offsets = _parts(encoding, bool(rest)), _offsets(encoding, bool(rest))
+                return tokenizer._split(parts, offsets, self._windows, self._has_too_many_chars)
             tokens = tokenizer.short(encoding, bool(rest), self._truncate)
             return replace(tokens, truncated=True) if self._has_too_many_chars else tokens
         for n, text in enumerate(self._texts):
             if self._ends[n] < len(text) and len(self._parts[n]) <= self._most:
                 end = _piece_end(text, self._ends[n])
-                piece = tokenizer.encode([(text[self._ends[n] : end], None)], special=False)[0]
+                has_windows, piece_text = self._windows > 1, text[self._ends[n] : end]
+                piece = tokenizer.encode([(piece_text, None)], special=False, offsets=has_windows)[0]
                 self._parts[n] += piece.ids
+                if has_windows:
+                    before = self._ends[n]
+                    self._offsets[n] += [(before + start, before + stop) for start, stop in piece.offsets]
                 self._ends[n] = end
                 break
         count = sum(map(len, self._parts))
@@ -276,7 +298,7 @@ class Tokenization:
             return None
         is_cut = any(unread) or self._has_too_many_chars
         if self._windows > 1 and count > self._room:
-            return tokenizer._split(self._parts, self._windows, is_cut)
+            return tokenizer._split(self._parts, self._offsets, self._windows, is_cut)
         return tokenizer._cut(self._parts, is_cut, self._chars if is_cut else ())
 
     def all(self) -> Tokens | Windows:
@@ -317,6 +339,12 @@ def _parts(encoding: Encoding, pair: bool) -> list[list[int]]:
     """Ids of each text of an encoding, without special tokens."""
     owners = encoding.sequence_ids
     return [[i for i, owner in zip(encoding.ids, owners, strict=True) if owner == n] for n in range(1 + pair)]
+
+
+def _offsets(encoding: Encoding, pair: bool) -> list[Offsets]:
+    """Characters of each token of each text, without special tokens."""
+    both = list(zip(encoding.offsets, encoding.sequence_ids, strict=True))
+    return [[offsets for offsets, owner in both if owner == n] for n in range(1 + pair)]
 
 
 def _tokens(ids: Any, types: Any, truncated: bool) -> Tokens:

@@ -370,7 +370,8 @@ static inline __mmask16 seen(int i, int low, int high) {
 }
 
 static inline __m512 weights_of(const float *scores, __m512 max, int i, int low, int high) {
-    return _mm512_maskz_mov_ps(seen(i, low, high), exp16(_mm512_sub_ps(_mm512_loadu_ps(scores + i), max)));
+    __m512 weights = exp16(_mm512_sub_ps(_mm512_loadu_ps(scores + i), max));
+    return i < low || i + 16 > high ? _mm512_maskz_mov_ps(seen(i, low, high), weights) : weights;
 }
 
 /* Turn a query's scores (wide) into weights, which are 0 outside its keys; returns their sum. largest: of the scores so
@@ -379,8 +380,11 @@ static float soften(const Block *b, int r, int wide, float *largest) {
     float *s = b->scores + r * b->score_stride;
     int low = b->low[r], high = b->high[r];
     __m512 max = _mm512_set1_ps(*largest), total = _mm512_setzero_ps();
-    for (int i = 0; i < wide; i += 16)
-        max = _mm512_mask_max_ps(max, seen(i, low, high), max, _mm512_loadu_ps(s + i));
+    for (int i = 0; i < wide; i += 16) {
+        __m512 v = _mm512_loadu_ps(s + i);
+        if (i < low || i + 16 > high) v = _mm512_mask_mov_ps(max, seen(i, low, high), v);
+        max = _mm512_max_ps(max, v);
+    }
     *largest = _mm512_reduce_max_ps(max);
     max = _mm512_set1_ps(*largest);
     if (b->tile->pairs) {

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from threading import Lock
 from time import perf_counter
 
-from de3.exits.windows import most_windows
+from de3.exits.reading import sigmoid
+from de3.exits.windows import Flag, most_windows
+from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
 from de3.model_store.tokenizer import PIECE
@@ -20,6 +22,7 @@ from de3.server.rules import Choice
 
 # Time from the last layer to the response's first byte: for a request, plus for each of its texts.
 REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
+DEFAULT_THRESHOLD = 0.5  # of a flag
 
 
 @dataclass(slots=True, eq=False)
@@ -118,6 +121,7 @@ class Job:
     is_late: bool = False
     pending: int = 0
     promised_s: float = 0.0
+    flag: Flag | None = None
     _left: int = field(init=False)
     _lock: Lock = field(default_factory=Lock)
 
@@ -215,7 +219,26 @@ def job_of(served: Served, request: Request, level: int, on_done: Callable[[Exce
     request.check(manifest)
     request.windows = min(request.windows, most_windows(manifest.max_tokens))
     check_texts(request, served)
-    return Job(served, served.rules.of(request.options, level, request.client), request, on_done)
+    choice = served.rules.of(request.options, level, request.client)
+    return Job(served, choice, request, on_done, flag=_flag_of(request, manifest, choice))
+
+
+def _flag_of(request: Request, manifest: Manifest, choice: Choice) -> Flag | None:
+    """The flag of a request; raises RequestError for a label that the model does not have."""
+    if request.flag is None:
+        return None
+    name, threshold = request.flag
+    if manifest.tolerance is not None or name not in manifest.labels:
+        why = (
+            "a regression model has no labels"
+            if manifest.tolerance is not None
+            else ", ".join(manifest.labels[:20])
+        )
+        raise RequestError(f"flag: {name[:100]!r} is not a label of {manifest.name}: {why}", "flag")
+    label, thresholds = manifest.labels.index(name), choice.rule.thresholds
+    if threshold is None:
+        threshold = DEFAULT_THRESHOLD if thresholds is None else sigmoid(thresholds.logits[label])
+    return Flag(label, threshold)
 
 
 def check_texts(request: Request, served: Served) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from de3.exits.reading import Reading
 from de3.exits.rule import ExitReason, ExitRule
@@ -17,6 +18,14 @@ class Window:
     model_s: float
 
 
+class Decisive(NamedTuple):
+    """With a flag: the window whose answer is that of the text, and its characters [start, end) of the longer text."""
+
+    window: int
+    start: int
+    end: int
+
+
 @dataclass(slots=True)
 class Outcome:
     """The exit of a text, its answer, and its times in seconds.
@@ -29,6 +38,7 @@ class Outcome:
         tokens: of the windows that ran.
         windows: those that ran, of a text with several.
         num_windows: number of windows of the text.
+        decisive: with a flag, for a text with several windows.
         is_far: it was far from every prototype at some exit.
     """
 
@@ -45,3 +55,4 @@ class Outcome:
     is_far: bool = False
     windows: Sequence[Window] = ()
     num_windows: int = 1
+    decisive: Decisive | None = None

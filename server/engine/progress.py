@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from de3.exits.reading import Reading
 from de3.exits.rule import ExitRule
-from de3.exits.windows import Combination
+from de3.exits.windows import Combination, Flag
 from de3.model_store.segments import Array, ForwardPass, Tokens
 from de3.model_store.tokenizer import Tokenization, Windows
 from de3.server.engine.outcome import Window
@@ -14,11 +14,11 @@ from de3.server.ood import OodMonitor
 class WindowProgress:
     """The windows of a text that has several: all, those that ran, and their combined answer."""
 
-    def __init__(self, windows: Windows, rule: ExitRule) -> None:
+    def __init__(self, windows: Windows, rule: ExitRule, flag: Flag | None) -> None:
         thresholds = None if rule.thresholds is None else rule.thresholds.logits
         self.all = windows
         self.ran: list[Window] = []
-        self.combination = Combination([span.new for span in windows.spans], thresholds)
+        self.combination = Combination([span.new for span in windows.spans], thresholds, flag)
 
 
 @dataclass(slots=True, eq=False)
@@ -58,9 +58,9 @@ class Progress:
         """True if it passed an exit, in this window or an earlier one."""
         return bool(self.passed or (self.windows is not None and self.windows.ran))
 
-    def split(self, windows: Windows) -> None:
+    def split(self, windows: Windows, flag: Flag | None) -> None:
         """Split the text into several windows; the first one runs next."""
-        self.windows = WindowProgress(windows, self.rule)
+        self.windows = WindowProgress(windows, self.rule, flag)
         self.tokens = windows[0]
 
     def end_window(self) -> None:

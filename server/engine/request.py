@@ -31,6 +31,8 @@ class Request:
         explain: report every exit passed.
         ood: report the OOD score of each text.
         windows: maximum number of windows into which a long text is split.
+        flag: name of a label to watch for in the windows, and the probability from which a text is flagged (None: the
+            label's own threshold, or 0.5).
         client: fair-share key; the engine's time is shared between clients.
         expires_at: when it times out (perf_counter seconds); None: the server's `timeout_s` after its submission.
         keeps_errors: a text that cannot be answered is noted in its item, and the others go on; else the job fails.
@@ -45,6 +47,7 @@ class Request:
     explain: bool = False
     ood: bool = False
     windows: int = 1
+    flag: tuple[str, float | None] | None = None
     client: str = ""
     expires_at: float | None = None
     keeps_errors: bool = False

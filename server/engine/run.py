@@ -10,7 +10,7 @@ from de3.exits.rule import ExitReason
 from de3.exits.windows import EXPECTED_CHANGE
 from de3.model_store.segments import Tokens
 from de3.server.engine.job import Item
-from de3.server.engine.outcome import Outcome
+from de3.server.engine.outcome import Decisive, Outcome
 from de3.server.engine.queue import WorkQueue
 from de3.server.errors import RequestError
 
@@ -105,10 +105,12 @@ def outcome_of(item: Item, reason: ExitReason) -> Outcome:
     """The outcome of an item that exited."""
     progress = item.progress
     assert progress.tokens is not None
-    passed, ran, num_windows, combination = progress.passed, [], 1, None
+    passed, ran, num_windows, combination, decisive = progress.passed, [], 1, None, None
     if progress.windows is not None:
         ran, num_windows = progress.windows.ran, len(progress.windows.all)
         passed, combination = [r for window in ran for r in window.passed], progress.windows.combination
+        if item.job.flag is not None:
+            decisive = Decisive(combination.decisive, *progress.windows.all.chars(combination.decisive))
     reading = passed[-1]  # at a deadline: the deepest answer so far
     if combination is not None:
         reading = combination.reading(last=reading)
@@ -129,6 +131,7 @@ def outcome_of(item: Item, reason: ExitReason) -> Outcome:
         is_far=progress.is_far,
         windows=ran,
         num_windows=num_windows,
+        decisive=decisive,
     )
 
 
@@ -156,7 +159,7 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
             if isinstance(tokens, Tokens):
                 item.start(tokens)
             else:
-                progress.split(tokens)
+                progress.split(tokens, job.flag)
                 item.is_short = False  # too long for a group
             progress.tokenization = None
             queue.charge((job, spent))

@@ -20,7 +20,17 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from de3.server.errors import Cause, RequestError
-from de3.server.http import admin, hugging_face, models, open_inference, openapi, tei
+from de3.server.http import (
+    admin,
+    detectors,
+    hugging_face,
+    kserve,
+    models,
+    open_inference,
+    openapi,
+    rerank,
+    tei,
+)
 from de3.server.http.classify import CLASSIFY
 from de3.server.http.endpoint import answer, read_body
 from de3.server.http.exchange import HEADER, request_id
@@ -30,7 +40,13 @@ from de3.server.http.page import page
 from de3.server.http.protocol import Protocol
 from de3.server.http.shared_run import SharedRun
 
+# Of the protocols with the same first part of a path, the last one answers errors on other paths.
 PROTOCOLS: dict[str, Protocol] = {
+    "/rerank": rerank.TEI_OR_JINA,
+    "/v1/rerank": rerank.JINA,
+    "/v2/rerank": rerank.JINA,
+    "/v1/models/{model}:predict": kserve.PREDICT,
+    "/api/v1/text/contents": detectors.CONTENTS,
     "/classify": CLASSIFY,
     "/v1/classify": CLASSIFY,
     "/v1/moderations": MODERATIONS,

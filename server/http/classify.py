@@ -103,6 +103,16 @@ class ClassifyFields(OptionFields):
         description="how to handle texts longer than the model's limit: truncate (the default), windows (run "
         "overlapping windows until their combined answer is settled), or error",
     )
+    flag: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1000,
+        description="a label to watch for: with long: windows, the answer is that of the window where it is most "
+        "probable, and the first window that reaches flag_threshold is the last to run",
+    )
+    flag_threshold: float | None = Field(
+        None, gt=0, lt=1, description="default: 0.5, or the label's threshold in a multi-label model"
+    )
     explain: bool = Field(False, description="report every exit passed")
     ood: bool = Field(
         False, description="report how far a text is from the calibration's distribution, as ood_score"
@@ -119,6 +129,12 @@ class ClassifyFields(OptionFields):
                 f"long: {self.long} contradicts truncate: {str(self.truncate).lower()}; give one of them "
                 "(truncate: false is the same as long: error)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_flag(self) -> "ClassifyFields":
+        if self.flag_threshold is not None and self.flag is None:
+            raise ValueError("flag_threshold: needs flag, the label to watch for")
         return self
 
 
@@ -195,6 +211,7 @@ def _request(fields: ClassifyFields) -> Classification:
         fields.explain,
         fields.ood,
         MAX_WINDOWS if fields.long == "windows" else 1,
+        None if fields.flag is None else (fields.flag, fields.flag_threshold),
     )
 
 
@@ -261,6 +278,11 @@ def row_of(item: Item, job: Job, request: Classification) -> ClassifiedText:
     if outcome.windows:
         layers = [window.layer for window in outcome.windows]
         row["windows"] = {"run": len(layers), "of": outcome.num_windows, "layers": layers}
+    if job.flag is not None:
+        prob = reading.probs[job.flag.label]
+        row["flag"] = {"label": labels[job.flag.label], "prob": prob, "flagged": prob >= job.flag.threshold}
+        if (decisive := outcome.decisive) is not None:
+            row["flag"] |= {"window": decisive.window, "start": decisive.start, "end": decisive.end}
     if request.ood:
         row["ood_score"] = job.served.monitor.score(outcome.passed)
     if outcome.is_far:

@@ -61,6 +61,19 @@ class Windows(TypedDict):
     layers: Annotated[list[int], Field(description="exit layer of each one that ran")]
 
 
+class Flag(TypedDict):
+    """The label to watch for."""
+
+    label: str
+    prob: Annotated[float, Field(description="its probability; of several windows, the highest")]
+    flagged: Annotated[bool, Field(description="the probability reaches the threshold")]
+    window: NotRequired[Annotated[int, Field(description="index of that window, of a text in several")]]
+    start: NotRequired[
+        Annotated[int, Field(description="first character of that window, of the longer text")]
+    ]
+    end: NotRequired[Annotated[int, Field(description="character after its last one")]]
+
+
 class TopLabel(TypedDict):
     """One of the most probable labels."""
 
@@ -84,6 +97,7 @@ class ClassifiedText(Answer):
     windows: NotRequired[
         Annotated[Windows, Field(description="with long: windows, for a text that has several")]
     ]
+    flag: NotRequired[Annotated[Flag, Field(description="with flag")]]
     ood_score: NotRequired[
         Annotated[
             float | None,

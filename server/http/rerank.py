@@ -1,0 +1,168 @@
+"""Reranking with a model of pairs that has one output: POST /rerank (Text Embeddings Inference's body), and POST
+/rerank, /v1/rerank and /v2/rerank (Jina's and Cohere's, as vLLM accepts them)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import orjson
+from pydantic import BeforeValidator, Field
+
+from de3.exits.reading import sigmoid
+from de3.model_store.manifest import Manifest
+from de3.server.engine.job import Job
+from de3.server.engine.request import Request, Text
+from de3.server.errors import RequestError
+from de3.server.http import tei
+from de3.server.http.errors import openai_body
+from de3.server.http.fields import OptionFields, check_count, check_fields, checked_text, load_json
+from de3.server.http.protocol import Call, Protocol
+
+
+@dataclass(slots=True, eq=False)
+class RerankRequest(Request):
+    """A query and its documents, as pairs, with the options of the response.
+
+    Attributes:
+        is_tei: respond as Text Embeddings Inference does.
+        top_n: number of documents to return; None: all.
+        with_documents: return the documents, too.
+        raw_scores: respond with the model's outputs, otherwise with their sigmoid.
+    """
+
+    input_name: ClassVar[str] = "documents"
+
+    is_tei: bool = False
+    top_n: int | None = None
+    with_documents: bool = False
+    raw_scores: bool = False
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise RequestError unless the model gives a pair of texts a number."""
+        if manifest.tolerance is None or manifest.input not in ("pair", None):
+            why = (
+                "takes single texts"
+                if manifest.tolerance is not None
+                else f"has {len(manifest.labels)} outputs"
+            )
+            raise RequestError(
+                f"model: {manifest.name}:{manifest.version} {why}; reranking needs a model of pairs with one output, "
+                "such as a cross-encoder",
+                "model",
+            )
+
+    def name_of(self, index: int) -> str:
+        """The name of one of the texts in messages."""
+        return f"{'texts' if self.is_tei else 'documents'}[{index}]"
+
+
+def _query(value: Any) -> str:
+    return checked_text(value, "")
+
+
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a list of texts, at least one")
+    return [checked_text(_text_of(one), f"[{i}]") for i, one in enumerate(value)]
+
+
+def _text_of(document: Any) -> Any:
+    """The text of a document, which may be an object with text."""
+    if isinstance(document, dict) and document.keys() == {"text"}:
+        return document["text"]
+    return document
+
+
+Query = Annotated[str, BeforeValidator(_query)]
+Texts = Annotated[list[str], BeforeValidator(_texts)]
+
+
+class TeiFields(OptionFields):
+    """The body of Text Embeddings Inference; the exit options are an extension."""
+
+    query: Query
+    texts: Texts
+    raw_scores: bool = Field(False, description="the model's outputs instead of their sigmoid")
+    return_text: bool = Field(False, description="return the texts, too")
+    truncate: bool | None = Field(
+        False, description="truncate pairs that are too long instead of refusing them"
+    )
+    truncation_direction: Any = Field("right", description="accepted; texts are truncated at their end")
+
+
+class RerankFields(OptionFields):
+    """The body of Jina, Cohere and vLLM; the exit options are an extension."""
+
+    query: Query
+    documents: Texts
+    model: str | None = Field(None, description="name, or name:version; default: the server's")
+    top_n: int | None = Field(None, ge=1, description="number of documents to return; default: all")
+    return_documents: bool = Field(True, description="return the documents, too")
+    raw_scores: bool = Field(False, description="the model's outputs instead of their sigmoid")
+    truncate_prompt_tokens: Any = Field(
+        None, description="accepted; pairs are truncated to the model's limit"
+    )
+    max_chunks_per_doc: Any = Field(None, description="accepted and ignored")
+    max_tokens_per_doc: Any = Field(None, description="accepted and ignored")
+    rank_fields: Any = Field(None, description="accepted and ignored")
+    user: Any = Field(None, description="accepted and ignored")
+    priority: Any = Field(None, description="accepted and ignored")
+
+
+def parse(call: Call) -> RerankRequest:
+    """The request in a call; raises RequestError."""
+    value = load_json(call.body)
+    if isinstance(value, dict):
+        for field in ("texts", "documents"):
+            check_count(value.get(field), field, call.max_texts)
+        if "texts" in value:
+            return _of_tei(check_fields(TeiFields, value, '{"query": "a text", "texts": ["a text"]}'))
+    fields = check_fields(RerankFields, value, '{"query": "a text", "documents": ["a text"]}')
+    return RerankRequest(
+        [Text(fields.query, document) for document in fields.documents],
+        fields.options,
+        fields.model,
+        top_n=fields.top_n,
+        with_documents=fields.return_documents,
+        raw_scores=fields.raw_scores,
+    )
+
+
+def _of_tei(fields: TeiFields) -> RerankRequest:
+    return RerankRequest(
+        [Text(fields.query, text) for text in fields.texts],
+        fields.options,
+        truncate=bool(fields.truncate),
+        is_tei=True,
+        with_documents=fields.return_text,
+        raw_scores=fields.raw_scores,
+    )
+
+
+def serialize(request_id: str, job: Job) -> bytes:
+    """The documents by falling score; equal ones in the order of the request."""
+    request = job.request
+    assert isinstance(request, RerankRequest)
+    values = [outcome.reading.value or 0.0 for outcome in job.outcomes()]
+    scores = values if request.raw_scores else [sigmoid(value) for value in values]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[: request.top_n]
+    rows: list[dict[str, Any]] = []
+    for i in order:
+        row: dict[str, Any] = {"index": i, "score" if request.is_tei else "relevance_score": scores[i]}
+        if request.with_documents:
+            text = request.texts[i].text_pair
+            row |= {"text": text} if request.is_tei else {"document": {"text": text}}
+        rows.append(row)
+    if request.is_tei:
+        return orjson.dumps(rows)
+    body: Mapping[str, Any] = {
+        "id": f"rerank-{request_id}",
+        "model": job.model.full_name,
+        "usage": {"prompt_tokens": job.tokens, "total_tokens": job.tokens},
+        "results": rows,
+    }
+    return orjson.dumps(body)
+
+
+TEI_OR_JINA = Protocol(parse, serialize, tei.error)
+JINA = Protocol(parse, serialize, openai_body)

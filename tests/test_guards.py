@@ -1,0 +1,250 @@
+"""What guards call: NeMo Guardrails with each of its engines, KServe's and FMS's routes, and windows with a flag."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from de3.exits.reading import Reading
+from de3.exits.windows import Combination, Flag
+from de3.model_store.store import Store
+from de3.model_store.tokenizer import TextTokenizer, Windows
+from tests.serving import Server, serving
+
+# The model's labels for them are the other way round: "positive" is what a guard would look for here.
+GOOD, BAD = "a superb fine film , good and lovely and charming", "a dull plot , bad and boring and awful"
+FILLER = " ".join(["the film and the plot"] * 30)
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    with serving(store, models=["tiny-int8"], tau=0, max_texts=8) as running:
+        yield running
+
+
+def post(server: Server, path: str, body: Any) -> httpx.Response:
+    return httpx.post(server.url + path, json=body)
+
+
+def probs(server: Server, text: str) -> dict[str, float]:
+    row = server.classify(input=text).json()["data"][0]
+    labels = httpx.get(f"{server.url}/v1/models").json()["data"][0]["labels"]
+    return dict(zip(labels, row["probs"], strict=True))
+
+
+# The routes
+
+
+def test_kserve_predicts(server: Server) -> None:
+    answer = post(server, "/v1/models/tiny-int8:predict", {"instances": [GOOD, BAD]})
+    assert answer.status_code == 200
+    for text, found in zip((GOOD, BAD), answer.json()["predictions"], strict=True):
+        assert list(found.values()) == list(probs(server, text).values())
+        assert list(found) == [str(k) for k in range(len(found))]
+    versioned = post(
+        server, "/v1/models/tiny-int8:1:predict", {"instances": [GOOD], "parameters": {"tau": 0.1}}
+    )
+    assert versioned.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("/v1/models/tiny-int8:predict", {}, 422, "instances: is required"),
+        ("/v1/models/tiny-int8:predict", {"instances": "a"}, 422, "instances: must be a list of texts"),
+        ("/v1/models/tiny-int8:predict", {"instances": []}, 422, "instances: must not be an empty list"),
+        ("/v1/models/tiny-int8:predict", {"instances": ["a"] * 9}, 422, "instances: 9 texts, at most 8"),
+        ("/v1/models/other:predict", {"instances": ["a"]}, 404, "model: "),
+        ("/api/v1/text/contents", {}, 422, "contents: is required"),
+        ("/api/v1/text/contents", {"contents": ["a", ""]}, 422, "contents[1]: must not be empty"),
+        ("/api/v1/text/contents", {"contents": ["a"] * 9}, 422, "contents: 9 texts, at most 8"),
+        (
+            "/api/v1/text/contents",
+            {"contents": ["a"], "detector_params": {"threshold": 2}},
+            422,
+            "threshold: ",
+        ),
+        (
+            "/api/v1/text/contents",
+            {"contents": ["a"], "detector_params": {"safe_labels": ["x"]}},
+            422,
+            "detector_params: safe_labels: 'x' is not a label",
+        ),
+    ],
+)
+def test_errors_name_the_field(server: Server, path: str, body: Any, status: int, says: str) -> None:
+    answer = post(server, path, body)
+    message = answer.json().get("error") or answer.json()["message"]
+    assert answer.status_code == status and message.startswith(says), answer.text
+    assert answer.json().keys() == ({"error"} if "predict" in path else {"code", "message"})
+
+
+def test_detectors_of_fms(server: Server) -> None:
+    texts = [GOOD, BAD]
+    for threshold in (None, 0.0, 0.9999):
+        params = {} if threshold is None else {"threshold": threshold}
+        found = post(server, "/api/v1/text/contents", {"contents": texts, "detector_params": params}).json()
+        for text, rows in zip(texts, found, strict=True):
+            safe, *others = probs(server, text).items()  # the first label is no detection
+            expected = [(label, p) for label, p in others if p >= (0.5 if threshold is None else threshold)]
+            assert [(row["detection_type"], row["score"]) for row in rows] == expected
+            assert all((row["start"], row["end"], row["text"]) == (0, len(text), text) for row in rows)
+            assert safe[0] not in {row["detection"] for row in rows}
+    params = {"threshold": 0.0, "safe_labels": []}
+    (rows,) = post(server, "/api/v1/text/contents", {"contents": [GOOD], "detector_params": params}).json()
+    assert len(rows) == len(probs(server, GOOD))
+
+
+# NeMo Guardrails
+
+RAIL = """
+import asyncio, json, sys
+from nemoguardrails.library.hf_classifier.backends import get_backend
+from nemoguardrails import LLMRails, RailsConfig
+from langchain_core.language_models.fake import FakeListLLM
+
+url, texts = sys.argv[1], json.loads(sys.argv[2])
+said = {}
+for engine, blocked in (("vllm", "positive"), ("kserve", "1"), ("fms", "positive")):
+    yaml = f'''
+rails:
+  config:
+    hf_classifier:
+      guard: {{engine: {engine}, model: tiny-int8, base_url: "{url}", threshold: 0.5, blocked_labels: ["{blocked}"]}}
+  input:
+    flows:
+      - hf classifier check input $classifier="guard"
+'''
+    config = RailsConfig.from_content(yaml_content=yaml)
+    said[engine] = []
+    for text in texts:
+        rails = LLMRails(config, llm=FakeListLLM(responses=["an answer"]))
+        answer = rails.generate(messages=[{"role": "user", "content": text}])
+        said[engine].append(answer["content"])
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.slow
+def test_an_input_rail_of_nemo_guardrails_blocks(server: Server) -> None:
+    pytest.importorskip("nemoguardrails", reason="pip install nemoguardrails")
+    labels = list(probs(server, GOOD))
+    assert labels == ["negative", "positive"]
+    answers = [max(probs(server, text), key=probs(server, text).__getitem__) for text in (GOOD, BAD)]
+    assert answers == ["negative", "positive"]
+    done = subprocess.run(
+        [sys.executable, "-c", RAIL, server.url, json.dumps([GOOD, BAD])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"TRANSFORMERS_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    refusal = "I'm sorry, I can't respond to that."
+    assert said == dict.fromkeys(("vllm", "kserve", "fms"), ["an answer", refusal])
+
+
+# Windows with a flag
+
+
+def windows(server: Server, text: str, **fields: Any) -> dict[str, Any]:
+    answer = server.classify(input=text, long="windows", flag="positive", **fields)
+    assert answer.status_code == 200, answer.text
+    row: dict[str, Any] = answer.json()["data"][0]
+    return row
+
+
+def test_the_most_alarming_window_decides(server: Server) -> None:
+    text = f"{GOOD} {FILLER} {BAD} {BAD} {BAD} {FILLER}"
+    row = windows(server, text, flag_threshold=0.9999999)
+    assert row["windows"]["run"] == row["windows"]["of"] > 2 and not row["flag"]["flagged"]
+    flag = row["flag"]
+    part = text[flag["start"] : flag["end"]]
+    alone = probs(server, part)  # the window's own text
+    assert flag["label"] == "positive" and flag["prob"] == pytest.approx(alone["positive"], abs=0.05)
+    assert row["label"] == max(alone, key=alone.__getitem__) and row["probs"][1] == flag["prob"]
+    # Of windows that overlap, no other has a higher probability.
+    combined = server.classify(input=text, long="windows").json()["data"][0]
+    assert combined["probs"][1] < flag["prob"]
+
+
+def test_the_first_window_over_the_threshold_is_the_last_to_run(server: Server) -> None:
+    early = windows(server, f"{BAD} {BAD} {BAD} {FILLER} {GOOD} {FILLER}", flag_threshold=0.5)
+    assert early["flag"]["flagged"] and early["flag"]["window"] == 0 == early["flag"]["start"]
+    assert early["windows"]["run"] == 1 < early["windows"]["of"]
+
+
+def test_a_short_text_is_its_own_window(server: Server) -> None:
+    row = windows(server, BAD)
+    assert row["flag"] == {"label": "positive", "prob": row["probs"][1], "flagged": True}
+    assert windows(server, GOOD)["flag"]["flagged"] is False
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"flag": "other"}, "flag: 'other' is not a label of tiny-int8: negative, positive"),
+        ({"flag_threshold": 0.5}, "flag_threshold: needs flag"),
+        ({"flag": "negative", "flag_threshold": 1.0}, "flag_threshold: "),
+        ({"flag": ""}, "flag: "),
+    ],
+)
+def test_wrong_flags_are_refused(server: Server, fields: dict[str, Any], says: str) -> None:
+    answer = server.classify(input=GOOD, **fields)
+    assert answer.status_code == 422 and answer.json()["error"]["message"].startswith(says), answer.text
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=16), st.floats(0.01, 0.99), st.booleans())
+def test_a_flag_is_settled_at_the_first_window_that_raises_it(
+    found: list[float], at: float, has_labels: bool
+) -> None:
+    flag, readings = Flag(1, at), []
+    combination = Combination([1] * len(found), [0.0, 0.0] if has_labels else None, flag)
+    for p in found:
+        readings.append(Reading(3, [0.0, p], [1 - p, p], int(p > 0.5), 0.0, 0.0, None, None, 0.1))
+        combination.add(readings[-1])
+        if combination.is_settled(0.75):
+            break
+    ran = found[: len(readings)]
+    assert len(ran) == next((i for i, p in enumerate(found, 1) if p >= at), len(found))
+    assert combination.decisive == ran.index(max(ran))
+    assert combination.reading(readings[-1]).probs[1] == max(ran)
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(
+        st.sampled_from(["good", "film ,", "plot\n", "don't", "  the ", "dull.", "é", "漢字"]),
+        min_size=80,
+        max_size=900,
+    )
+)
+def test_the_characters_of_windows_cover_the_text(tokenizer: TextTokenizer, words: list[str]) -> None:
+    text = " ".join(words)
+    found = tokenizer.start(text, None, True, 16).all()
+    if not isinstance(found, Windows):
+        return
+    spans = [found.chars(i) for i in range(len(found))]
+    assert spans[0][0] == len(text) - len(text.lstrip()) and all(a < b for a, b in spans)
+    assert all(
+        one[0] < two[0] <= one[1]
+        for one, two in pairwise(spans)  # windows overlap
+    )
+    if not found.truncated:
+        assert spans[-1][1] == len(text.rstrip())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(store: Path) -> TextTokenizer:
+    return TextTokenizer.of(Store(store).open("tiny-int8"))

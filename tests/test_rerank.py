@@ -1,0 +1,96 @@
+"""Reranking: Text Embeddings Inference's, Jina's and Cohere's bodies, answers and errors, for a model of pairs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from de3.exits.reading import sigmoid
+from de3.export.classifier import Stock, convert
+from de3.model_store.store import Store
+from tests.fixtures import save_encoder
+from tests.serving import Server, serving
+
+QUERY = "what is a good film ?"
+DOCUMENTS = ["a dull plot", "a superb fine film", "the plot", "a dull plot"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("rerank")
+    store = Store(folder / "store")
+    convert(Stock.open("stock", save_encoder(folder / "stock", labels=1)), store, "ranker", "int8")
+    convert(Stock.open("two", save_encoder(folder / "two", labels=2)), store, "two", "int8")
+    with serving(folder / "store", models=["ranker", "two"], default_model="ranker", max_texts=8) as running:
+        yield running
+
+
+def values(server: Server) -> list[float]:
+    pairs = [{"text": QUERY, "text_pair": document} for document in DOCUMENTS]
+    return [row["value"] for row in server.classify(input=pairs).json()["data"]]
+
+
+def post(server: Server, path: str, **body: Any) -> httpx.Response:
+    return httpx.post(server.url + path, json=body)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_text_embeddings_inference(server: Server, raw: bool) -> None:
+    expected = values(server)
+    scores = expected if raw else [sigmoid(value) for value in expected]
+    order = sorted(range(4), key=lambda i: -scores[i])  # equal ones stay in their order
+    assert scores[0] == scores[3] and order.index(0) < order.index(3)
+    answer = post(server, "/rerank", query=QUERY, texts=DOCUMENTS, raw_scores=raw)
+    assert answer.json() == [{"index": i, "score": scores[i]} for i in order]
+    answer = post(server, "/rerank", query=QUERY, texts=DOCUMENTS, raw_scores=raw, return_text=True)
+    assert answer.json() == [{"index": i, "score": scores[i], "text": DOCUMENTS[i]} for i in order]
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_jina_and_cohere(server: Server, path: str) -> None:
+    scores = [sigmoid(value) for value in values(server)]
+    order = sorted(range(4), key=lambda i: -scores[i])
+    documents: list[Any] = [DOCUMENTS[0], {"text": DOCUMENTS[1]}, *DOCUMENTS[2:]]
+    answer = post(server, path, model="ranker", query=QUERY, documents=documents, top_n=2).json()
+    assert answer["model"] == "ranker:1" and answer["id"].startswith("rerank-")
+    assert answer["usage"]["total_tokens"] > 20
+    assert answer["results"] == [
+        {"index": i, "relevance_score": scores[i], "document": {"text": DOCUMENTS[i]}} for i in order[:2]
+    ]
+    answer = post(server, path, query=QUERY, documents=documents, return_documents=False, top_n=99).json()
+    assert [row.keys() for row in answer["results"]] == [{"index", "relevance_score"}] * 4
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"documents": DOCUMENTS}, "query: is required"),
+        ({"query": "", "documents": DOCUMENTS}, "query: must not be empty"),
+        ({"query": QUERY}, "documents: is required"),
+        ({"query": QUERY, "documents": []}, "documents: must be a list of texts, at least one"),
+        ({"query": QUERY, "documents": "a"}, "documents: must be a list of texts, at least one"),
+        ({"query": QUERY, "documents": ["a", 1]}, "documents[1]: must be a text; got a number"),
+        ({"query": QUERY, "documents": ["a", {"title": "a"}]}, "documents[1]: must be a text; got an object"),
+        ({"query": QUERY, "documents": ["a"] * 9}, "documents: 9 texts, at most 8 are allowed"),
+        ({"query": QUERY, "documents": ["a"], "top_n": 0}, "top_n: "),
+        ({"query": QUERY, "documents": ["a"], "tau": 2}, "tau: "),
+        ({"query": QUERY, "documents": ["a"], "other": 2}, "other: unknown field; known fields: "),
+        ({"query": QUERY, "documents": ["a"], "model": "two"}, "model: two:1 has 2 outputs; reranking needs"),
+    ],
+)
+def test_errors_name_the_field(server: Server, body: dict[str, Any], says: str) -> None:
+    answer = post(server, "/v1/rerank", **body)
+    assert answer.status_code == 422 and answer.json()["error"]["message"].startswith(says), answer.text
+
+
+def test_errors_have_the_form_of_the_peer(server: Server) -> None:
+    answer = post(server, "/rerank", query=QUERY, texts=["good " * 300])
+    assert answer.status_code == 422 and answer.json()["error_type"] == "validation"
+    assert answer.json()["error"].startswith("texts[0]: has ")
+    cut = post(server, "/rerank", query=QUERY, texts=["good " * 300], truncate=True)
+    assert cut.status_code == 200 and len(cut.json()) == 1
+    assert (
+        post(server, "/rerank", query=QUERY, texts=["a", " "]).json()["error"]
+        == "texts[1]: must not be empty"
+    )
