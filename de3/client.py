@@ -221,8 +221,8 @@ class Client:
     """A blocking client; threads may share it.
 
     `classify` takes the request's fields of docs/api.md as keywords: model, tau, signal, lam, max_layer,
-    target_speedup, latency_budget_ms, max_disagreement, best_effort, thresholds, truncate, long, explain, ood, raw,
-    top_k, request_id.
+    target_speedup, latency_budget_ms, max_disagreement, best_effort, thresholds, truncate, long, flag,
+    flag_threshold, explain, ood, raw, top_k, request_id.
     """
 
     def __init__(

@@ -74,6 +74,8 @@ class Options(TypedDict, total=False):
     thresholds: float | Mapping[str, float]
     truncate: bool
     long: Literal["truncate", "windows", "error"]
+    flag: str
+    flag_threshold: float
     explain: bool
     ood: bool
     raw: bool

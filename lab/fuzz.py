@@ -35,6 +35,17 @@ STRANGE: tuple[Any, ...] = (
 FIELDS = (
     *("input", "model", "tau", "lambda", "max_layer", "truncate", "explain", "ood", "latency_budget_ms"),
     *("target_speedup", "max_disagreement", "best_effort", "user", "rid", "priority", "unknown", "long"),
+    *(
+        "flag",
+        "flag_threshold",
+        "query",
+        "documents",
+        "texts",
+        "top_n",
+        "instances",
+        "contents",
+        "detector_params",
+    ),
     *("__proto__", ""),
 )
 GOOD = (
@@ -45,6 +56,10 @@ GOOD = (
     {"input": ["one", "two", "three"], "lambda": 2, "tau": 0.1, "max_layer": 3},
     {"input": "good", "target_speedup": 2},
     {"input": "good film " * 400, "long": "windows"},
+    {"input": "good film " * 400, "long": "windows", "flag": "negative", "flag_threshold": 0.9},
+    {"query": "good", "documents": ["a film", "bad"], "top_n": 1},
+    {"instances": ["good", "bad"], "parameters": {"tau": 0.1}},
+    {"contents": ["good"], "detector_params": {"threshold": 0.5}},
 )
 PATHS = (
     *("/", "/classify/", "/v1/classify", "/v1/models", "/v1/models/x/calibration", "/metrics", "/docs"),
@@ -52,6 +67,14 @@ PATHS = (
     *("/" + "a" * 3000, "*", "//", "/v1/models/sst2/load", "/openapi.json", "/ready"),
     *("/predict", "/v2/models/sst2/infer", "/v2/models/a%00b/versions/9/infer", "/info", "/v2"),
     *("http://other/classify", "/classify#x", "/cl\xe4ssify"),
+    *(
+        "/rerank",
+        "/v1/rerank",
+        "/v2/rerank",
+        "/v1/models/sst2:predict",
+        "/v1/models/:predict",
+        "/api/v1/text/contents",
+    ),
 )
 STANDARD = ("POST", "GET", "PUT", "HEAD", "OPTIONS", "DELETE", "PATCH")
 METHODS = (*STANDARD, "TRACE", "CONNECT", "post", "BREW", "P" * 40)

@@ -300,10 +300,17 @@ def test_sglangs_own_classify(server: Server) -> None:
 
 
 def test_vllms_semantic_router(server: Server) -> None:
-    """It requires every label once, by name, and scores that add up to 1."""
-    answer = httpx.post(server.url + "/classify", json={"inputs": CAFE}).json()
-    assert {one["label"] for one in answer} == {"negative", "positive"} and len(answer) == 2
-    assert sum(one["score"] for one in answer) == pytest.approx(1)
+    """http_classify with label_distribution.v1: a flat list with every label once, by name, and scores within [0, 1]
+    that add up to 1 (within 0.02). Its score.v1 reads one entry of the same list: tests/test_regression.py."""
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    answer = httpx.post(
+        server.url + "/classify", content=json.dumps({"inputs": CAFE}), headers=headers
+    ).json()
+    assert [one.keys() for one in answer] == [{"label", "score"}] * 2
+    assert {one["label"] for one in answer} == {"negative", "positive"}
+    assert sum(one["score"] for one in answer) == pytest.approx(1) and all(
+        0 <= one["score"] <= 1 for one in answer
+    )
 
 
 # tritonclient

@@ -173,9 +173,9 @@ def test_no_piece_of_windows_is_long_and_tokenizing_ends(monkeypatch: pytest.Mon
     tokenizer, pieces = TextTokenizer(MADE["wordpiece"], 64), []
     encode = TextTokenizer.encode
 
-    def counting(self: TextTokenizer, batch: list, special: bool = True) -> list:
+    def counting(self: TextTokenizer, batch: list, *options: bool, **named: bool) -> list:
         pieces.extend(len(a) + len(b or "") for a, b in batch)
-        return encode(self, batch, special)
+        return encode(self, batch, *options, **named)
 
     monkeypatch.setattr(TextTokenizer, "encode", counting)
     for text, is_cut in (

@@ -182,6 +182,12 @@ def test_other_protocols_answer_as_their_peers(server: Server) -> None:
     assert [o["name"] for o in httpx.get(url).json()["outputs"]] == [o["name"] for o in outputs]
     refused = httpx.post(f"{url}/infer", json=body | {"outputs": [{"name": "probs"}]})
     assert refused.status_code == 422 and "label, value, exit_layer of praise" in refused.json()["error"]
+    predicted = httpx.post(f"{server.url}/v1/models/praise:predict", json={"instances": [text]}).json()
+    assert predicted == {"predictions": [value]}
+    contents = httpx.post(f"{server.url}/api/v1/text/contents", json={"contents": [text]})
+    assert contents.status_code == 422 and "it detects no labels" in contents.json()["message"]
+    ranked = httpx.post(f"{server.url}/v1/rerank", json={"query": "a", "documents": [text]})
+    assert ranked.status_code == 422 and "praise:1 takes single texts; reranking" in ranked.text
     moderation = httpx.post(f"{server.url}/v1/moderations", json={"input": text})
     assert moderation.status_code == 422
     assert "its answer is a number" in moderation.json()["error"]["message"]

@@ -116,9 +116,9 @@ def test_no_piece_is_long_and_text_beyond_the_window_is_not_tokenized(
     tokenizer, pieces = TextTokenizer(MADE[kind], 64), []
     encode: Callable = TextTokenizer.encode
 
-    def counting(self: TextTokenizer, batch: list, special: bool = True) -> list:
+    def counting(self: TextTokenizer, batch: list, *options: bool, **named: bool) -> list:
         pieces.extend(len(a) + len(b or "") for a, b in batch)
-        return encode(self, batch, special)
+        return encode(self, batch, *options, **named)
 
     monkeypatch.setattr(TextTokenizer, "encode", counting)
     for text in (
