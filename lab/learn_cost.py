@@ -36,7 +36,7 @@ def measure(
             body=lambda text: {"input": text},
             label=label_of,
         )
-        with running(server, port, Path(folder) / "log") as started:
+        with running(server, port, Path(folder) / "log", in_session=True) as started:
             target = started.target
             with urlopen(f"{target.url}/v1/models") as response:
                 name = json.loads(response.read())["data"][0]["name"]

@@ -276,8 +276,11 @@ def process_tree(pid: int) -> list[int]:
 
 
 @contextmanager
-def running(server: Server, port: int, log: Path) -> Iterator[Running]:
+def running(server: Server, port: int, log: Path, in_session: bool = False) -> Iterator[Running]:
     """Start a server, wait until it is ready, and stop it at the end of the block.
+
+    in_session: in this process's session. Linux shares the processor between sessions (autogroup), and a process with
+    the lowest priority gives way to those of its own session only: to the server, but not to a load generator apart.
 
     Raises ValueError if the port is taken or, with the end of its log, if it does not start.
     """
@@ -286,7 +289,8 @@ def running(server: Server, port: int, log: Path) -> Iterator[Running]:
         raise ValueError(f"a server already answers on port {port}; stop it, or choose another with --port")
     command = [part.replace("{port}", str(port)) for part in server.command]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        group: Any = {"process_group": 0} if in_session else {"start_new_session": True}
+        process = subprocess.Popen(command, stdout=output, stderr=output, **group)
     started = Running(target, process)
     try:
         end = time.monotonic() + START_S

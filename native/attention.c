@@ -10,13 +10,16 @@ enum { KEYS = 512, KEYS_WITH_TERMS = 128, NEAR_QUERIES = 256 };
 
 static int at_least(int a, int b) { return a > b ? a : b; }
 static int at_most(int a, int b) { return a < b ? a : b; }
+/* The row of key − query = distance. */
+static int row_of(const Terms *t, int distance) { return t->buckets[t->positions - 1 + distance]; }
+
 static int has_terms(const Attention *a) { return a->terms.buckets != NULL; }
 static int keys_of_tile(const Attention *a, int tokens) { return at_most(tokens, has_terms(a) ? KEYS_WITH_TERMS : KEYS); }
 
 /* Rows of the tables for the distances of a text, rounded up to an odd number of cache lines: the terms of a tile's keys
  * are read diagonally, and would otherwise compete for the same part of the L1 cache. */
 static int rows_of_terms(const Attention *a, int tokens) {
-    return has_terms(a) ? ROUND_UP(at_most(a->terms.rows, 2 * tokens - 1), 32) + 16 : 0;
+    return has_terms(a) ? ROUND_UP(row_of(&a->terms, 1 - tokens) - row_of(&a->terms, tokens - 1) + 1, 32) + 16 : 0;
 }
 
 /* Parts of the buffer. */
@@ -63,9 +66,6 @@ typedef struct {
     float *to; /* (tokens, hidden) */
     int hidden;
 } Text;
-
-/* The row of key − query = distance. */
-static int row_of(const Terms *t, int distance) { return t->buckets[t->positions - 1 + distance]; }
 
 /* The scores of some rows, queries or keys, with the rows of a table for the distances least … most of key − query. Returns
  * the first of these rows, counted from first_row; to has as many columns as there are rows of all distances. */

@@ -354,6 +354,15 @@ static inline __attribute__((always_inline)) void score_keys(const Block *b, con
         }
 }
 
+/* To bfloat16 and back, on processors without instructions for it; see bfloat16_of. */
+static inline __m512 round_bits16(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32((int)0xffff0000)));
+}
+
 static inline __m512 round16(__m512 x) { /* to bfloat16 and back */
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
 }
@@ -398,7 +407,7 @@ static float soften(const Block *b, int r, int wide, float *largest) {
     } else
         for (int i = 0; i < wide; i += 16) {
             __m512 e = weights_of(s, max, i, low, high);
-            if (b->tile->rounds) e = round16(e);
+            if (b->tile->rounds) e = round_bits16(e);
             total = _mm512_add_ps(total, e);
             _mm512_storeu_ps(s + i, e);
         }

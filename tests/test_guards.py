@@ -18,6 +18,7 @@ from de3.exits.reading import Reading
 from de3.exits.windows import Combination, Flag
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import TextTokenizer, Windows
+from de3.server.http import detectors
 from tests.fixtures import made_once
 from tests.serving import Server, serving
 
@@ -100,9 +101,21 @@ def test_detectors_of_fms(server: Server) -> None:
             assert [(row["detection_type"], row["score"]) for row in rows] == expected
             assert all((row["start"], row["end"], row["text"]) == (0, len(text), text) for row in rows)
             assert safe[0] not in {row["detection"] for row in rows}
+    long = f"{GOOD} {FILLER} {FILLER} {BAD} {BAD} {BAD} {FILLER}"
+    ((row,),) = post(server, "/api/v1/text/contents", {"contents": [long]}).json()
+    assert row["detection"] == "positive" and 0 < row["start"] < long.index(BAD) < row["end"] < len(long)
+    assert row["text"] == long[row["start"] : row["end"]] and "metadata" not in row
     params = {"threshold": 0.0, "safe_labels": []}
     (rows,) = post(server, "/api/v1/text/contents", {"contents": [GOOD], "detector_params": params}).json()
     assert len(rows) == len(probs(server, GOOD))
+
+
+def test_a_response_of_detectors_has_a_limit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detectors, "MAX_CHARS", 100)
+    body = {"contents": ["a " * 30], "detector_params": {"threshold": 0.01, "safe_labels": ["negative"] * 9}}
+    answer = post(server, "/api/v1/text/contents", body)
+    assert answer.status_code == 422 and "2 labels of texts with 60 characters" in answer.json()["message"]
+    assert post(server, "/api/v1/text/contents", {"contents": ["a " * 30]}).status_code == 200
 
 
 # NeMo Guardrails

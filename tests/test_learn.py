@@ -511,7 +511,7 @@ def test_under_a_quota_a_fit_is_slowed_down(
 
     monkeypatch.setattr(asyncio.subprocess.Process, "send_signal", send)
     monkeypatch.setattr(fitting, "_has_quota", lambda: True)
-    monkeypatch.setattr(fitting, "PAUSE_S", 0.05)
+    monkeypatch.setattr(fitting, "LONG_PAUSE_S", 0.02)
     found = asyncio.run(run_fit(job(base, tmp_path / "r", tmp_path / "store")))
     assert found["path"] is not None
     assert signal.SIGSTOP in stops and signal.SIGCONT in stops

@@ -76,6 +76,11 @@ def test_jina_and_cohere(server: Server, path: str) -> None:
         ({"query": QUERY, "documents": ["a"], "top_n": 0}, "top_n: "),
         ({"query": QUERY, "documents": ["a"], "tau": 2}, "tau: "),
         ({"query": QUERY, "documents": ["a"], "other": 2}, "other: unknown field; known fields: "),
+        ({"query": QUERY, "texts": ["a"]}, "texts: unknown field; known fields: "),
+        (
+            {"query": "a" * 2**18, "documents": ["a"] * 5},
+            "query: 262144 characters before each of 5 documents, at most ",
+        ),
         ({"query": QUERY, "documents": ["a"], "model": "two"}, "model: two:1 has 2 outputs; reranking needs"),
     ],
 )

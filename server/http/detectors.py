@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
 from de3.server.engine.job import Item, Job
 from de3.server.engine.request import Request, Text
@@ -22,11 +23,12 @@ from de3.server.http.fields import (
 from de3.server.http.protocol import Call, Protocol
 
 THRESHOLD = 0.5
+MAX_CHARS = 2**24  # of a response: each detection repeats its text
 
 
 @dataclass(slots=True, eq=False)
 class ContentsRequest(Request):
-    """A request, with the options of its response.
+    """A request, with the options of its response. Long texts are split into windows: an injection may be anywhere.
 
     Attributes:
         threshold: probability from which a label is a detection; None: 0.5, or a multi-label model's own.
@@ -36,21 +38,33 @@ class ContentsRequest(Request):
     input_name: ClassVar[str] = "contents"
 
     threshold: float | None = None
-    safe: list[str] | None = None
+    safe: frozenset[str] | None = None
 
     def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for a regression model, and for a label that the model does not have."""
+        """Raise RequestError for a regression model, a label that the model does not have, and too long a response."""
+        name, labels, params = f"{manifest.name}:{manifest.version}", manifest.labels, "detector_params"
         if manifest.tolerance is not None:
+            raise RequestError(f"model: {name} is a regression model: it detects no labels", "model")
+        if self.safe is None and manifest.thresholds is None:
+            self.safe = frozenset(labels[:1])
+        if unknown := sorted((self.safe or frozenset()) - set(labels)):
             raise RequestError(
-                f"model: {manifest.name}:{manifest.version} is a regression model: it detects no labels",
-                "model",
+                f"{params}: safe_labels: {unknown[0][:100]!r} is not a label of {name}", params
             )
-        for name in self.safe or ():
-            if name not in manifest.labels:
-                raise RequestError(
-                    f"detector_params: safe_labels: {name[:100]!r} is not a label of {manifest.name}",
-                    "detector_params",
-                )
+        most = len(labels)
+        if manifest.thresholds is None:  # probabilities add up to 1
+            most = min(most, int(1 / max(THRESHOLD if self.threshold is None else self.threshold, 1e-9)))
+        chars = sum(text.chars for text in self.texts)
+        if most * chars > MAX_CHARS:
+            raise RequestError(
+                f"{params}: threshold: {most} labels of texts with {chars} characters could be detections, and each "
+                "repeats its text; give a higher threshold or shorter texts",
+                params,
+            )
+        self.windows = MAX_WINDOWS
+        if manifest.thresholds is None and len(labels) == 2 and len(self.safe or ()) == 1:
+            (unsafe,) = set(labels) - (self.safe or frozenset())
+            self.flag = unsafe, THRESHOLD if self.threshold is None else self.threshold
 
 
 def _contents(value: Any) -> list[Text]:
@@ -88,7 +102,7 @@ def parse(call: Call) -> ContentsRequest:
         parameters.options,
         parameters.model,
         threshold=parameters.threshold,
-        safe=parameters.safe_labels,
+        safe=None if parameters.safe_labels is None else frozenset(parameters.safe_labels),
     )
 
 
@@ -99,26 +113,27 @@ def serialize(_: str, job: Job) -> bytes:
 
 
 def _detections(item: Item, job: Job, request: ContentsRequest) -> list[dict[str, Any]]:
-    assert item.outcome is not None  # the job is finished
-    reading, labels = item.outcome.reading, job.model.manifest.labels
-    safe = set(request.safe if request.safe is not None else labels[:1] if reading.labels is None else ())
-    found = []
-    for k, (label, prob) in enumerate(zip(labels, reading.probs, strict=True)):
+    outcome = item.outcome
+    assert outcome is not None  # the job is finished
+    reading, text, found = outcome.reading, item.text.text, []
+    start, end = (
+        (0, len(text)) if outcome.decisive is None else (outcome.decisive.start, outcome.decisive.end)
+    )
+    more = {"metadata": {"truncated": True}} if outcome.truncated else {}
+    for k, (label, prob) in enumerate(zip(job.model.manifest.labels, reading.probs, strict=True)):
         if request.threshold is not None or reading.labels is None:
             is_found = prob >= (THRESHOLD if request.threshold is None else request.threshold)
         else:
             is_found = k in reading.labels
-        if is_found and label not in safe:
-            found.append(
-                {
-                    "start": 0,
-                    "end": len(item.text.text),
-                    "text": item.text.text,
-                    "detection": label,
-                    "detection_type": label,
-                    "score": prob,
-                }
-            )
+        if is_found and label not in (request.safe or ()):
+            row = {
+                "start": start,
+                "end": end,
+                "text": text[start:end],
+                "detection": label,
+                "detection_type": label,
+            }
+            found.append(row | {"score": prob} | more)
     return found
 
 

@@ -18,6 +18,8 @@ from de3.server.http.errors import openai_body
 from de3.server.http.fields import OptionFields, check_count, check_fields, checked_text, load_json
 from de3.server.http.protocol import Call, Protocol
 
+MAX_QUERY_CHARS = 2**20  # each document has the query before it
+
 
 @dataclass(slots=True, eq=False)
 class RerankRequest(Request):
@@ -49,6 +51,14 @@ class RerankRequest(Request):
                 f"model: {manifest.name}:{manifest.version} {why}; reranking needs a model of pairs with one output, "
                 "such as a cross-encoder",
                 "model",
+            )
+
+        chars = len(self.texts[0].text) * len(self.texts)
+        if chars > MAX_QUERY_CHARS:
+            raise RequestError(
+                f"query: {len(self.texts[0].text)} characters before each of {len(self.texts)} documents, at most "
+                f"{MAX_QUERY_CHARS} in all are allowed",
+                "query",
             )
 
     def name_of(self, index: int) -> str:
@@ -110,13 +120,22 @@ class RerankFields(OptionFields):
 
 
 def parse(call: Call) -> RerankRequest:
-    """The request in a call; raises RequestError."""
+    """The request in a call of /rerank; raises RequestError."""
     value = load_json(call.body)
+    if isinstance(value, dict) and "texts" in value:
+        check_count(value["texts"], "texts", call.max_texts)
+        return _of_tei(check_fields(TeiFields, value, '{"query": "a text", "texts": ["a text"]}'))
+    return _of_jina(value, call.max_texts)
+
+
+def parse_jina(call: Call) -> RerankRequest:
+    """The request in a call of /v1/rerank or /v2/rerank; raises RequestError."""
+    return _of_jina(load_json(call.body), call.max_texts)
+
+
+def _of_jina(value: Any, max_texts: int) -> RerankRequest:
     if isinstance(value, dict):
-        for field in ("texts", "documents"):
-            check_count(value.get(field), field, call.max_texts)
-        if "texts" in value:
-            return _of_tei(check_fields(TeiFields, value, '{"query": "a text", "texts": ["a text"]}'))
+        check_count(value.get("documents"), "documents", max_texts)
     fields = check_fields(RerankFields, value, '{"query": "a text", "documents": ["a text"]}')
     return RerankRequest(
         [Text(fields.query, document) for document in fields.documents],
@@ -165,4 +184,4 @@ def serialize(request_id: str, job: Job) -> bytes:
 
 
 TEI_OR_JINA = Protocol(parse, serialize, tei.error)
-JINA = Protocol(parse, serialize, openai_body)
+JINA = Protocol(parse_jina, serialize, openai_body)

@@ -15,8 +15,8 @@ PROGRAM = "from de3.export.learn import child; child()"
 TIMEOUT_S = 86_400.0  # a server that is always busy leaves it little time
 MAX_OUTPUT = 2**25
 # Even at the lowest priority a fit slows others down: it displaces their data from the caches, and uses up a CPU quota.
-# On a machine that is not idle, and under a quota, it runs only a sixth of the time.
-RUN_S, PAUSE_S = 0.02, 0.1
+# On a machine that is not idle it runs a third of the time, under a quota a sixth.
+RUN_S, PAUSE_S, LONG_PAUSE_S = 0.01, 0.02, 0.05
 SAMPLE_TICKS = 100
 IDLE = 0.75  # share of the machine's processor time that is unused, from which a fit need not pause
 MEMORY_BYTES = 400 * 2**20  # besides COPIES of the model's and the records' files
@@ -79,7 +79,7 @@ async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> 
             total, used = (b - a for a, b in zip(before, now, strict=True))
             if has_quota or (total > 0 and used > (1 - IDLE) * total):
                 process.send_signal(signal.SIGSTOP)
-                await asyncio.sleep(PAUSE_S)
+                await asyncio.sleep(LONG_PAUSE_S if has_quota else PAUSE_S)
                 process.send_signal(signal.SIGCONT)
             if total >= SAMPLE_TICKS:
                 before = now

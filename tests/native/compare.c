@@ -218,16 +218,16 @@ static void compare_quantize(void) {
 /* The parts of a layer's attention. */
 typedef struct {
     int offsets, rotation, window, rows; /* positions, or 0; window, or 0; rows of the tables of terms, or 0 */
-    int has_ours, has_theirs;            /* terms */
+    int has_ours, has_theirs, skips;     /* terms; see buckets_of */
 } Parts;
 
 static Rotation rotation;
 
-/* Buckets of distances: a row for each up to rows / 4, then wider ones. */
-static int32_t *buckets_of(int positions, int rows) {
+/* Buckets of distances: a row for each up to rows / 4, then wider ones; or with `skips`, of which two in three have none. */
+static int32_t *buckets_of(int positions, int rows, int skips) {
     int32_t *buckets = memory((2 * (size_t)positions - 1) * 4);
     for (int d = 1 - positions; d < positions; d++) { /* key − query */
-        int far = abs(d), near = rows / 4, bucket = far <= near ? far : near + (far - near) / 3;
+        int far = abs(d), near = rows / 4, bucket = skips ? 3 * far : far <= near ? far : near + (far - near) / 3;
         int row = rows / 2 + (d > 0 ? -bucket : bucket);
         buckets[d + positions - 1] = row < 0 ? 0 : row >= rows ? rows - 1 : row;
     }
@@ -248,7 +248,7 @@ static Attention attention_of(Parts p, int hidden, int heads, int tokens) {
     }
     if (p.rows) {
         size_t count = (size_t)p.rows * hidden;
-        a.terms = (Terms){tokens + 3, p.rows, buckets_of(tokens + 3, p.rows), p.has_ours ? normals(count, 0.3f) : NULL,
+        a.terms = (Terms){tokens + 3, p.rows, buckets_of(tokens + 3, p.rows, p.skips), p.has_ours ? normals(count, 0.3f) : NULL,
                           p.has_theirs ? normals(count, 0.3f) : NULL};
     }
     return a;
@@ -379,7 +379,7 @@ static void compare_parts(int step) {
         compare_attention(tokens, other[0], other[1], 1.0f, (Parts){.window = 64}, 0.0f);
         for (int kind = 1; kind < 4 && (tokens < 400 || kind == (int)(1 + n % 3)); kind++)
             compare_attention(tokens, shape[0], shape[1], 1.0f,
-                              (Parts){.rows = rows, .has_ours = kind & 1, .has_theirs = kind & 2}, 0.0f);
+                              (Parts){.rows = rows, .has_ours = kind & 1, .has_theirs = kind & 2, .skips = n % 2}, 0.0f);
     }
 }
 
