@@ -298,6 +298,20 @@ def long_texts(number: int) -> Iterator[Step]:
     return _repeat(_long_texts(number % 8))
 
 
+@cache
+def _contents(seed: int) -> bytes:
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(WORDS, k=20_000))[:48_000] for _ in range(20)]
+    body = json.dumps({"contents": texts, "detector_params": {"threshold": 1.0, "tau": 0}}).encode()
+    return _head(len(body), "/api/v1/text/contents") + body
+
+
+@_attack(connections=4, with_budgets=True)
+def windows_of_detectors(number: int) -> Iterator[Step]:
+    """Requests to the detectors with twenty plain texts of 48 KB, which run in all their windows at full depth."""
+    return _repeat(_contents(number % 8))
+
+
 @_attack()
 def too_long(_: int) -> Iterator[Step]:
     """Texts that are slow to tokenize and too long, without truncation: work that ends in a 422."""

@@ -1,6 +1,11 @@
 """Reranking: Text Embeddings Inference's, Jina's and Cohere's bodies, answers and errors, for a model of pairs."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -99,3 +104,55 @@ def test_errors_have_the_form_of_the_peer(server: Server) -> None:
         post(server, "/rerank", query=QUERY, texts=["a", " "]).json()["error"]
         == "texts[1]: must not be empty"
     )
+
+
+# The cohere package, with what its import needs.
+COHERE = "cohere>=5 fastavro"
+
+CLIENT = """
+import json, sys
+import cohere
+
+url, query, documents = json.loads(sys.argv[1])
+new = cohere.ClientV2(api_key="a", base_url=url)
+old = cohere.Client(api_key="a", base_url=url)
+first = new.rerank(model="ranker", query=query, documents=documents, top_n=3)
+second = old.rerank(model="ranker", query=query, documents=documents, return_documents=True)
+print(json.dumps([
+    [[row.index, row.relevance_score] for row in first.results],
+    [[row.index, row.relevance_score, row.document.text] for row in second.results],
+]))
+"""
+
+
+@pytest.mark.slow
+def test_coheres_clients_rerank(server: Server, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        str(site),
+        *COHERE.split(),
+    ]
+    installed = subprocess.run(install, capture_output=True, text=True, timeout=200, check=False)
+    if installed.returncode:
+        pytest.skip(f"cohere cannot be installed here: {installed.stderr.strip().splitlines()[-1]}")
+    scores = [sigmoid(value) for value in values(server)]
+    order = sorted(range(4), key=lambda i: -scores[i])
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, json.dumps([server.url, QUERY, DOCUMENTS])],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(site)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = json.loads(done.stdout)
+    assert first == [[i, scores[i]] for i in order[:3]]
+    assert second == [[i, scores[i], DOCUMENTS[i]] for i in order]

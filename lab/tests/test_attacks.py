@@ -108,7 +108,7 @@ def test_every_attack_says_what_it_does_and_bodies_are_within_the_limit() -> Non
     assert all(attack.what for attack in ATTACKS.values())
     for request in (
         *(attacks._unknown_fields(), attacks._many_texts(), attacks._user("[]"), attacks._single_pieces(1)),
-        attacks._long_texts(1),
+        *(attacks._long_texts(1), attacks._contents(1)),
     ):
         head, _, body = request.partition(b"\r\n\r\n")
         assert f"Content-Length: {len(body)}".encode() in head and len(body) <= MAX_BODY_BYTES

@@ -39,7 +39,7 @@ class Result(BaseModel):
         version: of the new version; None without one.
         records, held_out: number of records, and of those that tested the exits.
         speedup: by the best τ in hindsight on the held-out records; proved_speedup: by the τ that they prove;
-            served_speedup: as speedup, of the version that was served.
+            served_speedup: by the best τ in hindsight, of the version that was served, by its audits.
         seconds: duration.
         error: reason of a failure.
     """
