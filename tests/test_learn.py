@@ -102,7 +102,7 @@ def at_normal_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits run at the priority of the tests: at the lowest one they would wait for everything else on the machine."""
     change = "from de3.export import learn; learn._run_at_idle = lambda: None; learn.child()"
     monkeypatch.setattr(fitting, "PROGRAM", change)
-    monkeypatch.setattr(fitting, "IDLE", -1e9)
+    monkeypatch.setattr(fitting, "IDLE_CORES", -1.0)
 
 
 def record(
@@ -914,7 +914,7 @@ def test_a_fit_runs_only_while_nothing_else_does(
 KILLED = """
 import os, signal, sys
 from de3.server.learn import fitting, journal, learner, learners
-learner.FIRST_FIT, learners.CHECK_S, fitting.IDLE = 150, 0.05, -1e9
+learner.FIRST_FIT, learners.CHECK_S, fitting.IDLE_CORES = 150, 0.05, -1.0
 fitting.PROGRAM = "from de3.export import learn; learn._run_at_idle = lambda: None; learn.child()"
 
 def die(*given, **named):

@@ -15,10 +15,10 @@ PROGRAM = "from de3.export.learn import child; child()"
 TIMEOUT_S = 86_400.0  # a server that is always busy leaves it little time
 MAX_OUTPUT = 2**25
 # Even at the lowest priority a fit slows others down: it displaces their data from the caches, and uses up a CPU quota.
-# On a machine that is not idle it runs a third of the time, under a quota a sixth.
+# While no core is idle it runs a third of the time, under a quota a sixth.
 RUN_S, PAUSE_S, LONG_PAUSE_S = 0.01, 0.02, 0.05
 SAMPLE_TICKS = 100
-IDLE = 0.75  # share of the machine's processor time that is unused, from which a fit need not pause
+IDLE_CORES = 1.0  # cores that other processes leave idle, from which a fit need not pause
 MEMORY_BYTES = 400 * 2**20  # besides COPIES of the model's and the records' files
 COPIES = 4
 
@@ -71,13 +71,13 @@ async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
 
 async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> None:
     """Stop the process most of the time while other processes run."""
-    before = _times(process.pid)
+    before, cores = _times(process.pid), os.sysconf("SC_NPROCESSORS_ONLN")
     try:
         while process.returncode is None:
             await asyncio.sleep(RUN_S)
             now = _times(process.pid)
             total, used = (b - a for a, b in zip(before, now, strict=True))
-            if has_quota or (total > 0 and used > (1 - IDLE) * total):
+            if has_quota or (total > 0 and (total - used) * cores < IDLE_CORES * total):
                 process.send_signal(signal.SIGSTOP)
                 await asyncio.sleep(LONG_PAUSE_S if has_quota else PAUSE_S)
                 process.send_signal(signal.SIGCONT)
