@@ -15,10 +15,10 @@ PROGRAM = "from de3.export.learn import child; child()"
 TIMEOUT_S = 86_400.0  # a server that is always busy leaves it little time
 MAX_OUTPUT = 2**25
 # Even at the lowest priority a fit slows others down: it displaces their data from the caches, and uses up a CPU quota.
-# While no core is idle it runs a third of the time, under a quota a sixth.
+# While three quarters of a core are not idle it runs a third of the time, under a quota a sixth.
 RUN_S, PAUSE_S, LONG_PAUSE_S = 0.01, 0.02, 0.05
 SAMPLE_TICKS = 100
-IDLE_CORES = 1.0  # cores that other processes leave idle, from which a fit need not pause
+IDLE_CORES = 0.75  # cores that other processes leave idle, from which a fit need not pause
 MEMORY_BYTES = 400 * 2**20  # besides COPIES of the model's and the records' files
 COPIES = 4
 
