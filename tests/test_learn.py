@@ -780,7 +780,7 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
                 assert logits is not None
                 odds = np.exp(logits - logits.max())
                 np.testing.assert_allclose(row["probs"], odds / odds.sum(), rtol=1e-6)
-        assert server.metric("de3_learn_records", model="base") > 160
+        until(lambda: server.metric("de3_learn_records", model="base") > 160, "more records")
         assert server.metric("de3_learn_fits_total", model="base", outcome="served") >= 1
         models = httpx.get(f"{server.url}/v1/models").json()["data"]
         assert [row["learned"]["attempt"] for row in models] == [1]

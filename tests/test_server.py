@@ -336,6 +336,7 @@ def test_the_schema_describes_answers(store: Path) -> None:
         {"max_disagreement": 1},
         {"explain": True, "ood": True, "lambda": 2, "tau": 0.3},
         {"explain": True, "long": "windows"},
+        {"flag": "negative", "long": "windows"},
     )
     texts = ["good film", "bad plot " * 400, "zebra quantum"]
     seen: dict[str, set[str]] = defaultdict(set)
