@@ -5,7 +5,7 @@ import pytest
 
 from de3.exits.calibration import FINE_TAUS
 from lab.learn import WINDOW, Answer, Story, _measure, table
-from lab.studies.learn import Version, stream
+from lab.studies.learn import SIZES, Version, stream
 
 G = len(np.unique(FINE_TAUS))
 
@@ -20,9 +20,9 @@ def version(rates: np.ndarray) -> Version:
 def test_a_stream_is_broken_once_a_tau_is_reached_whose_true_rate_is_above_the_promise() -> None:
     above = np.ones(G)
     above[0] = 0
-    is_broken, layers = stream([version(above)] * 4, 0.02, 1)
+    is_broken, layers = stream([version(above)] * len(SIZES), 0.02, 1)
     assert is_broken
-    is_broken, layers = stream([version(np.zeros(G))] * 4, 0.02, 1)
+    is_broken, layers = stream([version(np.zeros(G))] * len(SIZES), 0.02, 1)
     assert not is_broken and 1 <= layers < 2
 
 
