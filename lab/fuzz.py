@@ -201,9 +201,8 @@ def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> 
     if status >= 400 and not request.startswith(b"HEAD "):
         try:
             answer = json.loads(body)
-            if answer.keys() == {"code", "message"} and answer["code"] == status:  # of the detectors
-                return ""
-            error = answer["error"]
+            is_of_detectors = answer.keys() == {"code", "message"} and answer["code"] == status
+            error = answer["message" if is_of_detectors else "error"]
             if isinstance(error, str) and error:  # the shape of other protocols
                 return ""
             if not (error["message"] and error["type"] and error["code"] == status):
