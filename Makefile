@@ -18,6 +18,9 @@ QUIET := $(shell test -t 2 || echo --quiet)
 # uv keeps the versions and hashes of an existing lock, unless --upgrade, so new releases do not change it.
 COMPILE = $(DEV)/bin/uv pip compile pyproject.toml --extra otel --extra fit --group build --universal --generate-hashes \
 	--python-version 3.11 --custom-compile-command "make lock" --quiet --output-file
+# Some machines turn bytecode off; without it, each of the many processes would compile our code, and pytest would rewrite
+# the assertions of every test file, again.
+export PYTHONDONTWRITEBYTECODE :=
 NATIVE := $(wildcard native/*.c native/*.h)
 
 .PHONY: serve test test-all wheel lint lock check-lock sanitize format setup clean

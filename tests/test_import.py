@@ -211,6 +211,7 @@ def test_an_interrupted_import_continues(
     assert len(ran) == 4 + 5 + 6  # the three chunks of the first run were not computed again
 
 
+@pytest.mark.slow
 def test_neither_import_nor_export_needs_pytorch(
     imported: Path, classifier: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

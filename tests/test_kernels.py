@@ -54,11 +54,12 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("gcc", tmp_path_factory.mktemp("native") / "compare")
 
 
-def test_native_kernels_match_the_reference(native: Path) -> None:
+@pytest.mark.parametrize("lengths", [["few"], pytest.param([], marks=pytest.mark.slow)])
+def test_native_kernels_match_the_reference(native: Path, lengths: list[str]) -> None:
     names = run(native).split()
     assert names[-1] == "reference"
     for name in names:
-        assert run(native, name) == f"{name}: 0 differences\n"
+        assert run(native, name, *lengths) == f"{name}: 0 differences\n"
     lacking = {"amx", "vnni", "avxvnni", "avx2", "i8mm", "dotprod"} - set(names)
     for name in (*lacking, "quantum"):
         done = subprocess.run([native, name], check=False, capture_output=True, text=True, timeout=60)
