@@ -1,1 +1,1 @@
-"""Classifies files: reads them in slices, has processes answer, and writes the answers in parts."""
+"""Classifies files: reads them in slices, classifies the slices in parallel, and writes the answers in parts."""

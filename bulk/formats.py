@@ -1,4 +1,4 @@
-"""Writes rows: a part of the output to a file, and all parts to a larger file."""
+"""File formats of the output: writing the rows of a part to a file, and joining the parts to one file."""
 
 import csv
 import json
@@ -28,8 +28,8 @@ class Rows:
     """Rows of the output.
 
     Attributes:
-        kept: the input's columns, in pieces: lists of a dict for each row, or pyarrow tables.
-        answers, types: the other columns, and their types (see de3.columns).
+        kept: the columns repeated from the input, in pieces: each a list of dicts, or a pyarrow table.
+        answers, types: the answers' columns, and their types (see de3.columns).
     """
 
     kept: list[Any]
@@ -38,7 +38,7 @@ class Rows:
 
     @classmethod
     def of(cls, slices: Sequence[Slice], answers: dict[str, list[Any]], types: dict[str, str]) -> "Rows":
-        """The rows of slices; raises ValueError if a column of theirs has the name of an answer's."""
+        """The rows of slices; raises ValueError if an input column and an answers' column have the same name."""
         kept = [one.kept for one in slices if one.texts]
         for piece in kept:
             for names in piece if isinstance(piece, list) else [piece.column_names]:
@@ -50,13 +50,13 @@ class Rows:
         return cls(kept, answers, types)
 
     def names(self) -> list[str] | None:
-        """The input's columns: those of the first row; None if there is none."""
+        """The names of the input's columns, from the first row; None if there are no rows."""
         for piece in self.kept:
             return list(piece[0]) if isinstance(piece, list) else list(piece.column_names)
         return None
 
     def check(self, names: Sequence[str]) -> None:
-        """Raise ValueError if a row has a column that is not among these."""
+        """Raise ValueError if a row has an input column that is not among these names."""
         known = set(names)
         for piece in self.kept:
             for row in piece if isinstance(piece, list) else [piece.column_names]:
@@ -66,7 +66,7 @@ class Rows:
                     )
 
     def dicts(self) -> Iterable[dict[str, Any]]:
-        """Yield the rows."""
+        """Yield the rows, each with the columns of the input and of the answers."""
         before = (row for piece in self.kept for row in _dicts(piece))
         columns = list(self.answers)
         for row, values in zip(before, zip(*self.answers.values(), strict=True), strict=True):
@@ -80,22 +80,25 @@ def _dicts(piece: Any) -> list[dict[str, Any]]:
 
 
 class Format:
-    """One output's format, whose columns are those of its first row.
+    """The format of one output, whose columns are those of its first row.
 
     Attributes:
-        names: of the input's columns; None until there was a row.
+        names: names of the input's columns; None before the first row.
     """
 
     def __init__(self, kind: str, about: Mapping[str, Any]) -> None:
-        """kind: a suffix in KINDS. about: noted in .parquet files. Raises ValueError without pyarrow for those."""
+        """kind: a suffix in KINDS. about: metadata to add to .parquet files.
+
+        Raises ValueError for .parquet if pyarrow is not installed.
+        """
         self.kind, self._about = kind, about
         self.names: list[str] | None = None
-        self._schema: Any = None  # of all parts so far, of .parquet files
+        self._schema: Any = None  # of all parts so far, if they are .parquet files
         if kind == ".parquet":
             pyarrow_module()
 
     def prepare(self, rows: Rows, parts: Sequence[Path]) -> None:
-        """Set the names, and check that the rows fit to the parts so far; raises ValueError."""
+        """Set `names` from the first rows; raises ValueError if the rows do not fit the parts so far."""
         if self.names is None:
             self.names = rows.names()
         if self.kind != ".jsonl" and self.names is not None:
@@ -104,13 +107,15 @@ class Format:
             self._schema = _unified([_schema_of(part) for part in parts if _has_rows(part)])
 
     def write(self, file: Path, rows: Rows) -> None:
-        """Write rows to a new file, or none at all: it appears once it is complete. Raises ValueError for values that
-        the format cannot hold."""
+        """Write rows to a new file, which appears only once it is complete.
+
+        Raises ValueError for values that the format cannot hold.
+        """
         draft = file.with_name(f".{file.name}")
         if self.kind == ".parquet":
             self._write_parquet(draft, rows)
         else:
-            # Half of a surrogate pair, which JSON may have, is escaped again.
+            # Half of a surrogate pair, which JSON may contain but UTF-8 cannot encode, is escaped.
             with draft.open("w", encoding="utf-8", errors="backslashreplace", newline="") as opened:
                 if self.kind == ".jsonl":
                     for row in rows.dicts():
@@ -143,7 +148,7 @@ class Format:
         parquet.write_table(table.combine_chunks(), draft, compression="zstd", row_group_size=ROW_GROUP)
 
     def _kept(self, piece: Any) -> Any:
-        """A piece as a table with all columns, in their order."""
+        """A piece as a table with the columns `names`, in this order."""
         arrow, names = pyarrow_module(), self.names or []
         if isinstance(piece, list):
             return arrow.table({name: _array(name, [row.get(name) for row in piece]) for name in names})
@@ -153,7 +158,7 @@ class Format:
         return piece.select(names)
 
     def join(self, parts: Sequence[Path], file: Path) -> None:
-        """Write the rows of all parts to one file, which appears once it is complete."""
+        """Write the rows of all parts to one file, which appears only once it is complete."""
         draft = file.with_name(f".{file.name}")
         with_rows = [part for part in parts if _has_rows(part)] or parts[:1]
         if self.kind == ".parquet":
@@ -176,14 +181,14 @@ def _array(name: str, values: list[Any]) -> Any:
 
 
 def publish(draft: Path, file: Path) -> None:
-    """Give a complete draft its name, so that it survives a crash of the machine."""
+    """Rename a complete draft to its final name, after syncing it, so that the file survives a crash of the machine."""
     with draft.open("rb") as opened:
         os.fsync(opened.fileno())
     draft.replace(file)
 
 
 def _line(values: Sequence[Any], kind: str) -> Iterable[str]:
-    """A line of a .csv or .tsv file. The latter has no quotation marks, so tabs and line breaks become spaces."""
+    """A line of a .csv or .tsv file, in pieces. In .tsv nothing is quoted, so tabs and line breaks become spaces."""
     cells = [_cell(value) for value in values]
     if kind == ".tsv":
         return "\t".join(BREAKS.sub(" ", str(cell)) for cell in cells), "\n"
@@ -218,7 +223,7 @@ def _plain(value: Any) -> str:
 
 
 def _skip_record(rows: Any, kind: str) -> None:
-    """Skip the names at the start of a .csv or .tsv file; in .csv they may contain line breaks, in quotation marks."""
+    """Skip the header of a .csv or .tsv file; in .csv, quoted names may contain line breaks."""
     marks = 0
     while line := rows.readline():
         marks += line.count(b'"')
@@ -227,7 +232,7 @@ def _skip_record(rows: Any, kind: str) -> None:
 
 
 def _has_rows(part: Path) -> bool:
-    """False for a part all of whose rows were refused, which lacks the columns of the input."""
+    """True if a part has rows. If all its rows were refused, it lacks the columns of the input."""
     if part.suffix == ".parquet":
         from pyarrow import parquet
 
@@ -245,7 +250,10 @@ def _schema_of(part: Path) -> Any:
 
 
 def _unified(schemas: Sequence[Any]) -> Any:
-    """The schema that all have, where a column without values fits to any type; raises ValueError."""
+    """The common schema, in which a column without values fits any type; None without schemas.
+
+    Raises ValueError or TypeError if the types of a column differ.
+    """
     if not schemas:
         return None
     return pyarrow_module().unify_schemas(list(schemas), promote_options="default")

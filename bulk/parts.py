@@ -1,4 +1,4 @@
-"""The output of a run: a folder of parts or, made from them, a file. A run that was interrupted goes on with it."""
+"""The output of a run: a folder of parts, or one file joined from them. An interrupted run can be continued."""
 
 import json
 import shutil
@@ -12,14 +12,14 @@ from filelock import FileLock, Timeout
 from de3.bulk.formats import KINDS, Format, Rows, publish
 from de3.bulk.source import Slice
 
-RUN, REFUSED = "_run.json", "_refused.jsonl"  # readers of folders skip names with _ or . at the start
+RUN, REFUSED = "_run.json", "_refused.jsonl"  # programs that read a folder skip names that begin with _ or .
 
 
 class Parts:
-    """Numbered parts, each written at once. Close it.
+    """Numbered parts, each of which appears only once it is complete. Call close() at the end.
 
     Attributes:
-        is_complete: an earlier run has written all.
+        is_complete: an earlier run has written the whole output.
     """
 
     def __init__(self, out: Path, kind: str, run: Mapping[str, Any]) -> None:
@@ -27,7 +27,7 @@ class Parts:
 
         Args:
             out: a file, whose suffix is `kind`, or a folder.
-            run: what determines the output, as JSON. An output that was begun with something else is refused.
+            run: everything that determines the output, as a JSON object. An output begun with another is refused.
 
         Raises ValueError for an output that cannot be continued.
         """
@@ -89,7 +89,7 @@ class Parts:
     def write(
         self, number: int, slices: list[Slice], answers: dict[str, list[Any]], types: dict[str, str]
     ) -> None:
-        """Write a part; raises ValueError for columns that do not fit to those of the parts before.
+        """Write a part; raises ValueError if its columns do not fit those of the earlier parts.
 
         answers, types: columns for the texts of all slices, in order, and their types.
         """
@@ -101,11 +101,11 @@ class Parts:
         with draft.open("w", encoding="utf-8", errors="backslashreplace") as opened:
             for one in slices:
                 opened.writelines(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in one.refused)
-        publish(draft, self._refused(number))  # before the part: if that exists, this does
+        publish(draft, self._refused(number))  # before the part, so that every part has this file
         self._format.write(self._path(number), rows)
 
     def finish(self, count: int) -> Path | None:
-        """Make the output from the first `count` parts; returns the file of refused rows, None if there are none."""
+        """Complete the output, of `count` parts; returns the file of refused rows, or None if there are none."""
         refused = self._folder / REFUSED
         if self._file is not None:
             refused = self._file.with_name(f"{self._file.name}.refused.jsonl")
@@ -123,7 +123,7 @@ class Parts:
         return refused if has_some else None
 
     def close(self) -> None:
-        """Let another run write to the output; nothing remains of one that wrote no part."""
+        """Release the output, so that another run can write to it; if no part was written, remove what was created."""
         self._stack.close()
         if not (self._folder / RUN).exists():
             (self._folder / ".lock").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Answers slices of texts: in processes of this machine, or by a running server."""
+"""Pools, which classify slices of texts: in processes on this machine, or with a running server."""
 
 import os
 import re
@@ -20,38 +20,41 @@ from de3.server.processes.number import most_processes
 from de3.server.processes.worker import can_share_memory
 from de3.server.settings import Settings
 
-# Of one request to a server. At 4 bytes a character 1 MiB, a server's default limit of a body.
+# Limits of one request: at 4 bytes per character, 1 MiB, which is a server's default limit on a body.
 MAX_BATCH, MAX_BATCH_CHARS = 32, 2**18
 
 
 class Pool(Protocol):
-    """Answers slices of texts.
+    """Classifies slices of texts, several at a time.
 
     Attributes:
-        size: number of slices that are answered at a time.
+        size: number of slices that are classified at a time.
     """
 
     size: int
 
     def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
-        """Answer a slice."""
+        """Classify a slice."""
 
     def close(self) -> None:
-        """End, without waiting for answers."""
+        """Cancel the slices that are not started, and wait for the others."""
 
 
 class LocalPool:
-    """Processes with an engine each; the weights are in memory once."""
+    """Processes, each with an engine; where possible they share one copy of the weights."""
 
     def __init__(self, artifact: Artifact, options: Options, threads: int | None = None) -> None:
-        """threads: engine threads of all processes; None: one per core. Raises ValueError."""
+        """threads: engine threads of all processes together; None: one per core.
+
+        Raises ValueError if the model cannot be used.
+        """
         settings = Settings.model_validate({"threads": threads or 0})
         self.size = most_processes(settings, [artifact])
         each = max(1, settings.engine_threads() // self.size)
         self._weights: int | None = None
         if self.size > 1 and can_share_memory():
             self._weights = os.memfd_create("de3-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        # Finds out here whether the model can be used, and fills the memory.
+        # Opening the model here reports errors at once, and fills the shared memory.
         model = Model(artifact, memory=None if self._weights is None else Memory(self._weights, False))
         has_kernels = model.runtime == "native"
         del model
@@ -63,17 +66,17 @@ class LocalPool:
         self._processes = ProcessPoolExecutor(self.size, context, initializer=opened)
 
     def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
-        """Answer a slice in one of the processes."""
+        """Classify a slice in one of the processes."""
         return self._processes.submit(_answer, texts)
 
     def close(self) -> None:
-        """End the processes."""
+        """Cancel the slices that are not started, and end the processes once the others are finished."""
         self._processes.shutdown(wait=True, cancel_futures=True)
         if self._weights is not None:
             os.close(self._weights)
 
 
-_open_in_this_process: list[tuple[Classifier, Options]] = []  # one, in a process of the pool
+_open_in_this_process: list[tuple[Classifier, Options]] = []  # one entry, in the processes of the pool
 
 
 def _open(
@@ -90,7 +93,7 @@ def _open(
 
 
 def _end_with_parent() -> None:
-    """End this process if its parent is killed; it would wait for work forever."""
+    """End this process if its parent is killed; otherwise it would wait for work forever."""
     if (parent := parent_process()) is not None:
         parent.join()
         os._exit(1)
@@ -105,13 +108,13 @@ class RemotePool:
     """Requests to a running server."""
 
     def __init__(self, client: Client, options: Mapping[str, Any], parallel: int) -> None:
-        """options: of each request. parallel: number of requests in flight."""
+        """options: options of each request. parallel: number of requests in flight."""
         self._client, self._options, self.size = client, options, parallel
-        self._models: set[str] = set()  # that have answered
+        self._models: set[str] = set()  # names of the models that have answered
         self._threads = ThreadPoolExecutor(parallel)
 
     def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
-        """Answer a slice, in one request after the other."""
+        """Classify a slice, with one request after another."""
         return self._threads.submit(self._answer, texts)
 
     def _answer(self, texts: Sequence[Input]) -> Answers:
@@ -124,11 +127,15 @@ class RemotePool:
     def _ask(
         self, texts: Sequence[Input], indices: list[int], rows: list[dict[str, Any]], errors: dict[int, str]
     ) -> None:
-        """Append the answers to some of the texts, in one request or, if the server refuses it, in several."""
+        """Classify the texts with these indices, in one request or, if the server refuses it, in several.
+
+        Appends the answers to `rows`, and puts the reasons for refused texts into `errors`, by index. Raises ValueError
+        if the server refuses the options, or does not answer.
+        """
         try:
             answer = self._client.classify([texts[index] for index in indices], **self._options)
         except ServerError as error:
-            # The name of the refused text, if it is one.
+            # Matches if a text is refused; group 1 is its index in a batch.
             named = re.fullmatch(r"input(?:\[([0-9]+)\])?(?:\..*)?", error.field or "")
             if error.status not in (413, 422) or (named is None and error.status == 422):
                 raise ValueError(message_of(error)) from None
@@ -149,19 +156,19 @@ class RemotePool:
         rows += [row.raw for row in answer.rows]
 
     def close(self) -> None:
-        """End the threads."""
+        """Cancel the slices that are not started, and wait for the others."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
 def message_of(error: ServerError) -> str:
-    """The message for the error of a server, or for one that does not answer."""
+    """The message for an error response, or for a server that does not answer."""
     if not error.status:
         return f"{error.message}: start it with de3 serve, or give its address with --url"
     return f"the server answers {error.status}: {error.message}"
 
 
 def _batches(texts: Sequence[Input]) -> Iterator[tuple[int, Sequence[Input]]]:
-    """Yield batches for one request each, with the index of the first text."""
+    """Yield batches of texts, each small enough for one request, with the index of its first text."""
     start, chars = 0, 0
     for index, text in enumerate(texts):
         size = len(text) if isinstance(text, str) else sum(map(len, text))
@@ -174,7 +181,7 @@ def _batches(texts: Sequence[Input]) -> Iterator[tuple[int, Sequence[Input]]]:
 
 
 def _answers_of(rows: Sequence[dict[str, Any]], errors: dict[int, str], has_windows: bool) -> Answers:
-    """The columns of a server's answers, as those of the library."""
+    """A server's answers as columns, as Classifier.answers returns them. rows: the answered rows, as JSON."""
     if not rows:
         return Answers({}, {}, errors)
     values: dict[str, list[Any]] = {"label": [row["label"] for row in rows]}

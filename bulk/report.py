@@ -1,4 +1,4 @@
-"""What a run did, for people."""
+"""Human-readable reports of runs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from de3.server.settings import ExitOptions, Settings
 
 
 def report(summary: Summary, artifact: Artifact | None, options: Mapping[str, Any]) -> list[str]:
-    """What a run did, in lines. artifact: None if a server answered."""
+    """The report of a run, as lines of text. artifact: None if a server answered; options: the run's options."""
     rate = summary.answered / summary.seconds if summary.seconds else 0.0
     earlier = summary.rows - summary.answered - summary.refused
     lines = [

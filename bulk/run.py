@@ -1,4 +1,4 @@
-"""A run: has a pool answer the slices of a source, and writes the parts in order."""
+"""A run: a pool classifies the slices of a source, and the answers are written as parts, in order."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -15,19 +15,19 @@ from de3.bulk.source import Slice, Source
 from de3.columns import Answers
 
 PART_ROWS = 2**16
-PART_CHARS = 2**26  # a part that is larger ends
+PART_CHARS = 2**26  # a part ends once it has this many characters
 
 
 @dataclass
 class Summary:
-    """What a run did.
+    """Statistics of a run.
 
     Attributes:
-        rows: number of all rows, those that an earlier run had done included.
+        rows: number of all rows, including those of an earlier, interrupted run.
         refused, answered: number of rows that this run refused and answered.
-        parts: number of parts.
+        parts: number of parts, including those of an earlier run.
         layers: number of answers by exit layer.
-        seconds: time of this run.
+        seconds: duration of this run.
         model_s, full_depth_s: as in Answers.
     """
 
@@ -41,7 +41,7 @@ class Summary:
     full_depth_s: float = 0.0
 
     def add(self, one: Slice, answers: Answers) -> None:
-        """Count a slice's answers."""
+        """Add the answers to a slice."""
         layers = answers.values.get("exit_layer", [])
         self.layers.update(layers)
         self.answered += len(layers)
@@ -58,15 +58,15 @@ def classify(
     part_rows: int = PART_ROWS,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Summary:
-    """Answer all rows of a source whose parts an earlier run has not written.
+    """Classify the rows of a source, except those in parts that an earlier run has written.
 
     Args:
-        rename: names the columns of the answers.
+        rename: maps the name of an answers' column to its name in the output.
         part_rows: rows of a part, rounded up to whole slices.
-        progress: called with the number of further rows that are done.
+        progress: called after each slice with its number of rows.
 
-    Raises ValueError if a file cannot be read or written, a process ends, there are no rows, or none of the first slice
-    can be classified.
+    Raises ValueError if a file cannot be read or written, a process ends, there are no rows, or no row of the first
+    slice can be classified.
     """
     summary, started = Summary(), perf_counter()
     waiting = deque[tuple[int, Slice, Future[Answers] | None]]()
@@ -125,7 +125,7 @@ def _numbered(source: Source, part_rows: int) -> Iterator[tuple[int, Slice]]:
 
 
 class _Part:
-    """The part whose slices are being answered."""
+    """The part that is being collected."""
 
     def __init__(self, parts: Parts, rename: Callable[[str], str]) -> None:
         self._parts, self._rename = parts, rename
@@ -135,7 +135,7 @@ class _Part:
         self._types: dict[str, str] = {}
 
     def add(self, number: int, one: Slice, answers: Answers) -> None:
-        """Add a slice; the one of another part ends this part."""
+        """Add a slice to part `number`; if that is another part, the current one is written first."""
         if number != self._number:
             self.end()
             self._number = number
@@ -145,7 +145,7 @@ class _Part:
             self._values.setdefault(self._rename(name), []).extend(answers.values[name])
 
     def end(self) -> None:
-        """Write the part, if there is one."""
+        """Write the part, if it has slices."""
         if self._slices:
             self._parts.write(self._number, self._slices, self._values, self._types)
         self._slices, self._values = [], {name: [] for name in self._types}

@@ -11,7 +11,7 @@ from de3.columns import pyarrow_module
 from de3.tables import SHOWN, BadRow, Columns, records, text_of
 
 SLICE_ROWS = 2048
-SLICE_CHARS = 2**22  # a slice that is larger ends, so that memory is bounded
+SLICE_CHARS = 2**22  # a slice ends once it has this many characters, which bounds memory
 KINDS = (".csv", ".jsonl", ".parquet", ".tsv", ".txt")
 PAIR = "text_pair"  # column of a second text, if there is one
 
@@ -31,13 +31,13 @@ class Slice:
     """Consecutive rows of the input.
 
     Attributes:
-        texts: of the rows that can be classified.
-        numbers: the number of each one's row in the input, from 0; blank lines do not count.
-        places: where each one stands, as FILE:LINE, in parquet files FILE:ROW, from 0.
-        kept: its other columns: a dict for each row, or a pyarrow table.
-        refused: the other rows.
+        texts: the texts of the rows that can be classified.
+        numbers: the row number of each text in the input, from 0, without blank lines.
+        places: the place of each text: FILE:LINE or, in parquet files, FILE:ROW with rows from 0.
+        kept: the input's columns that the output repeats, for each text: a list of dicts, or a pyarrow table.
+        refused: the rows that cannot be classified.
         rows: number of all rows.
-        chars: their size, about, in characters.
+        chars: approximate size of the rows, in characters.
     """
 
     texts: list[Input] = field(default_factory=list)
@@ -49,12 +49,12 @@ class Slice:
     chars: int = 0
 
     def refuse(self, number: int, where: str, reason: str, content: object) -> None:
-        """Note a row that cannot be classified."""
+        """Add a row that cannot be classified. content: the row or its text, of which the beginning is kept."""
         shown = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
         self.refused.append(Refused(number, where, reason.removeprefix(": "), shown[:SHOWN]))
 
     def remove(self, errors: dict[int, str]) -> None:
-        """Remove texts that could not be classified; errors: the reasons, by index."""
+        """Move texts that could not be classified to `refused`; errors: the reasons, by index in `texts`."""
         if not errors:
             return
         for index, reason in errors.items():
@@ -77,13 +77,13 @@ class Source:
         self.kind = self.files[0].suffix
 
     def rows(self) -> int:
-        """The number of rows; of text files about that, as a row may have several lines."""
+        """The number of rows; an estimate for text files, in which a row may have several lines."""
         if self.kind == ".parquet":
             return sum(_open_parquet(file).metadata.num_rows for file in self.files)
         return sum(_lines_in(file) for file in self.files)
 
     def slices(self) -> Iterator[Slice]:
-        """Yield all rows; raises ValueError for a file that cannot be read."""
+        """Yield all rows, in slices; raises ValueError for a file that cannot be read."""
         number = 0
         for file in self.files:
             read = self._read_parquet if self.kind == ".parquet" else self._read_rows
@@ -120,7 +120,7 @@ class Source:
             yield one
 
     def _text(self, row: Any) -> Input:
-        """The text or pair of a row; raises ValueError."""
+        """The text or pair of a row; raises ValueError if it is missing or invalid."""
         first, pair = text_of(row, self._columns.text, ""), self._columns.text_pair
         if pair is None and row.get(PAIR) is None:
             return first
@@ -151,7 +151,10 @@ class Source:
             raise ValueError(f"{file}: {error}") from None
 
     def _slice(self, file: Path, number: int, start: int, texts: list[list[Any]], kept: Any) -> Slice:
-        """A slice. number: of its first row in the input; start: in the file."""
+        """The slice of a batch of a parquet file.
+
+        number, start: index of the batch's first row in the input and in the file. texts: the text columns.
+        """
         rows = len(texts[0])
         one, stay = Slice(rows=rows, chars=kept.nbytes), []
         for index in range(rows):
@@ -175,7 +178,7 @@ class Source:
         if len(values) > 1 and values[1] is None and self._columns.text_pair is None:
             values = values[:1]
         texts = [
-            # Most texts have nothing to check.
+            # Skips text_of for most texts: it has nothing to check in them.
             value.strip()
             if isinstance(value, str) and value.isascii() and not value.isspace() and value
             else text_of({name: value}, name, "")
@@ -185,7 +188,7 @@ class Source:
 
 
 def _taken(kept: Any, rows: list[int]) -> Any:
-    """Some rows of kept columns."""
+    """The kept columns (Slice.kept) of these rows only."""
     if isinstance(kept, list):
         return [kept[index] for index in rows]
     if not kept.column_names:
@@ -195,7 +198,7 @@ def _taken(kept: Any, rows: list[int]) -> Any:
 
 
 def files_in(path: Path, columns: Columns) -> list[Path]:
-    """A file, or the files in a folder, all of one kind; raises ValueError."""
+    """The file, or the files in a folder, sorted by name; raises ValueError if there are none, or of several kinds."""
     if not path.is_dir():
         if not path.exists():
             raise ValueError(f"{path}: there is no such file or folder")
@@ -221,7 +224,7 @@ def _open_parquet(file: Path) -> Any:
 
 
 def _batch_rows(metadata: Any) -> int:
-    """Rows of a slice, by the file's own sizes."""
+    """Number of rows of a slice, by the sizes in the file's metadata."""
     size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
     return max(1, min(SLICE_ROWS, int(SLICE_CHARS * metadata.num_rows // max(1, size))))
 
@@ -235,7 +238,7 @@ def _chars(text: Input) -> int:
 
 
 def _size(value: Any) -> int:
-    """About the characters of a value."""
+    """Approximate number of characters of a value."""
     return len(value) if isinstance(value, str) else len(str(value)) if isinstance(value, list | dict) else 8
 
 

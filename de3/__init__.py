@@ -1,4 +1,4 @@
-"""Text classifiers that exit early: `de3.load` runs one in process, and `de3.client` asks a server."""
+"""Text classifiers that exit early: `de3.load` runs one in process, and `de3.client` calls a server."""
 
 from typing import TYPE_CHECKING, Any
 

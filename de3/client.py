@@ -1,4 +1,4 @@
-"""A client of a running server, blocking or asynchronous.
+"""Clients of a running server, blocking and asynchronous.
 
     from de3.client import Client
 
@@ -6,7 +6,7 @@
         answer = client.classify(["a fine film", "a dull one"], tau=0.1)
         print([(row.label, row.exit.layer) for row in answer.rows])
 
-A request that is shed or rate-limited is retried, after the server's Retry-After.
+A request that is shed or rate-limited is retried after the delay in the server's Retry-After.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from de3.response_limits import Body, time_limit, trace
 URL = "http://127.0.0.1:8000"
 RETRIED = (429, 503)
 MAX_PAUSE_S = 30.0
-MAX_ANSWER_BYTES = 2**26  # a batch of 64 texts with 10,000 labels has 14 MB
+MAX_ANSWER_BYTES = 2**26  # the answer to 64 texts with 10,000 labels takes 14 MB
 SECONDS = re.compile("[0-9]{1,9}")
 Input = str | dict[str, str] | tuple[str, str]
 
@@ -47,7 +47,7 @@ class Exit:
 
     @classmethod
     def parse(cls, json: dict[str, Any]) -> "Exit":
-        """An exit from its JSON, in which λ is `lambda`; unknown fields, as from a newer server, are ignored."""
+        """An exit from its JSON, in which λ is `lambda`. Unknown fields, such as a newer server's, are ignored."""
         known: dict[str, Any] = {field.name: json.get(field.name) for field in fields(cls)}
         return cls(**{**known, "lam": json.get("lambda")})
 
@@ -103,7 +103,7 @@ class ServerError(Exception):
     """A request that the server refused or did not answer, or whose response is unusable.
 
     Attributes:
-        status: the HTTP status, even 200 if the answer is malformed, too large or incomplete; 0: there was none.
+        status: the HTTP status; 200 if the answer is malformed, too large or incomplete; 0 if no response arrived.
         field: the invalid field, if any.
         retry_after_s: seconds after which the same request may succeed; None: a retry will not help.
     """
@@ -118,7 +118,7 @@ def _headers(key: str | None) -> dict[str, str]:
 
 
 def _body(inputs: Input | Sequence[Input], options: dict[str, Any]) -> dict[str, Any]:
-    """The JSON of a request; a tuple is a pair. `lam` is sent as lambda."""
+    """The JSON of a request: tuples become pairs of texts, `lam` becomes lambda; options that are None are omitted."""
 
     def one(text: Input) -> Any:
         return {"text": text[0], "text_pair": text[1]} if isinstance(text, tuple) else text
@@ -138,7 +138,7 @@ class _Received:
 
     @classmethod
     def whole(cls, response: httpx.Response, body: Body) -> "_Received":
-        """A response whose body has arrived; raises ValueError if that is incomplete."""
+        """A response after the end of its body; raises ValueError if the body is incomplete."""
         return cls(response.status_code, response.headers.get("retry-after", ""), body.whole())
 
 
@@ -147,7 +147,7 @@ def _unusable(response: httpx.Response, reason: object) -> ServerError:
 
 
 def _no_answer(response: httpx.Response | None, reason: object) -> ServerError:
-    """The error for a response that did not arrive. response: None if its headers did not arrive either."""
+    """The error for a response that did not arrive completely. response: None if not even its headers arrived."""
     if response is not None:
         return _unusable(response, reason)
     return ServerError(0, f"no answer from the server: {reason}", None, None)
@@ -157,7 +157,7 @@ T = TypeVar("T")
 
 
 def _parsed(received: _Received, parse: Callable[[Any], T]) -> T:
-    """The parsed JSON of a response; raises ServerError."""
+    """The result of `parse` for a response's JSON; raises ServerError for a refusal or a malformed answer."""
     status, body = received.status, received.body
     if status == 200:
         try:
@@ -168,7 +168,7 @@ def _parsed(received: _Received, parse: Callable[[Any], T]) -> T:
     try:
         refusal = json.loads(body)["error"]
         message, field = str(refusal["message"]), refusal["param"]
-    except (ValueError, KeyError, TypeError, RecursionError):  # the response of a proxy
+    except (ValueError, KeyError, TypeError, RecursionError):  # perhaps a proxy's response
         message, field = f"HTTP {status}: {_start_of(body)}", None
     after = received.retry_after
     raise ServerError(status, message, field, float(after) if SECONDS.fullmatch(after) else None)
@@ -187,10 +187,11 @@ class _Attempts:
         self.pause_s = 0.0  # before the next attempt
 
     def answer(self, received: _Received) -> Answer | None:
-        """The answer; None: retry after `pause_s`. Raises ServerError.
+        """The answer; None: retry after `pause_s`. Raises ServerError if the request is not to be retried.
 
         The pause is the server's Retry-After or a backoff that doubles from 0.1 s, whichever is longer, plus jitter, so
-        that clients refused together do not retry together; at most MAX_PAUSE_S. Without Retry-After a retry fails.
+        that clients refused together do not retry together; at most MAX_PAUSE_S. A response without Retry-After is not
+        retried.
         """
         try:
             return _parsed(received, self._parse)
@@ -234,7 +235,10 @@ class Client:
         retries: int = 4,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        """timeout_s: limit on each attempt. max_answer_bytes: limit on an answer, decompressed."""
+        """key: API key. timeout_s: limit on each attempt. max_answer_bytes: limit on an answer, decompressed.
+
+        retries: number of retries of `classify` while the server sheds or rate-limits the request.
+        """
         self._retries, self._timeout_s, self._max_bytes = retries, timeout_s, max_answer_bytes
         self._http = httpx.Client(base_url=url, headers=_headers(key), timeout=timeout_s)
 
@@ -247,7 +251,7 @@ class Client:
         return answer
 
     def models(self) -> list[dict[str, Any]]:
-        """The served models; raises ServerError."""
+        """The served models, as the rows of GET /v1/models; raises ServerError."""
         return _parsed(self._send("GET", "/v1/models"), _models_in)
 
     def _send(self, method: str, path: str, json: Any = None) -> _Received:
@@ -293,7 +297,10 @@ class AsyncClient:
         retries: int = 4,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        """timeout_s: limit on each attempt. max_answer_bytes: limit on an answer, decompressed."""
+        """key: API key. timeout_s: limit on each attempt. max_answer_bytes: limit on an answer, decompressed.
+
+        retries: number of retries of `classify` while the server sheds or rate-limits the request.
+        """
         self._retries, self._timeout_s, self._max_bytes = retries, timeout_s, max_answer_bytes
         self._http = httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout_s)
 
@@ -306,7 +313,7 @@ class AsyncClient:
         return answer
 
     async def models(self) -> list[dict[str, Any]]:
-        """The served models; raises ServerError."""
+        """The served models, as the rows of GET /v1/models; raises ServerError."""
         return _parsed(await self._send("GET", "/v1/models"), _models_in)
 
     async def _send(self, method: str, path: str, json: Any = None) -> _Received:

@@ -1,4 +1,4 @@
-"""Answers as columns: for tables, and for files."""
+"""Answers as columns, for tables and files."""
 
 import json
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ class Answers:
     """The answers to texts, by column.
 
     Attributes:
-        values: the columns, without the texts that have no answer.
-        types: their types, as in TYPES.
-        errors: why a text has no answer, by its index.
+        values: the columns, without rows for texts that have no answer.
+        types: the type of each column, as in TYPES.
+        errors: the reason why a text has no answer, by the text's index.
         model_s: time in the model, seconds; 0 if it is unknown.
-        full_depth_s: the same at full depth, predicted.
+        full_depth_s: predicted time in the model at full depth, seconds.
     """
 
     values: dict[str, list[Any]]
@@ -56,12 +56,12 @@ class Columns:
 
     Attributes:
         values: the columns; a text without an answer has None in each.
-        errors: why, by the text's index.
+        errors: the reason why a text has no answer, by the text's index.
         model_s, full_depth_s: as in Answers.
     """
 
     def __init__(self, manifest: Manifest, request: Classification) -> None:
-        """request: what the jobs were asked; its `explain` and `top_k` have no column."""
+        """request: the options of the jobs; `explain` and `top_k` add no columns."""
         self._name, self._labels, self._request = (
             f"{manifest.name}:{manifest.version}",
             manifest.labels,
@@ -112,17 +112,17 @@ class Columns:
         return row
 
     def ordered(self, order: Sequence[int]) -> dict[str, list[Any]]:
-        """The columns with the rows in this order, in which rows may be repeated."""
+        """The columns with the rows in this order, given as row indices, which may be repeated."""
         return {name: [values[i] for i in order] for name, values in self.values.items()}
 
     def table(self, order: Sequence[int]) -> "pyarrow.Table":
-        """The columns as a table with the rows in this order."""
+        """The columns as a table with the rows in this order (see `ordered`), and metadata about the model."""
         about = {"model": self._name, "labels": self._labels}
         return table_of(self.ordered(order), self.types).replace_schema_metadata({"de3": json.dumps(about)})
 
 
 def types_of(manifest: Manifest, request: Classification) -> dict[str, str]:
-    """The columns of the answers to a request, and their types."""
+    """The type of each column of the answers to a request."""
     names = {"label", "exit_layer", "exit_reason", "exit_tau", "exit_score", "truncated"}
     names.add("probs" if manifest.tolerance is None else "value")
     if manifest.thresholds is not None:

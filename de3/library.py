@@ -6,7 +6,7 @@
         for row in model.classify(["a fine film", "a dull one"], max_disagreement=0.02):
             print(row.label, row.exit.layer)
 
-The engine is the server's, and so are the options, their names, and the answers, to the last bit.
+It runs the server's engine: options have the names of the server's, and answers equal the server's, bit for bit.
 """
 
 import os
@@ -42,7 +42,7 @@ from de3.server.settings import Settings
 if TYPE_CHECKING:
     import pyarrow
 
-WINDOW = 2048  # texts that the engine has at a time; as many again are prepared
+WINDOW = 2048  # texts given to the engine at a time; as many again are prepared meanwhile
 CHECK_S = 1.0  # interval between checks of the engine's threads
 DEMO = Path(__file__).parent / "demo"  # the store of the demo model, sst2
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -105,7 +105,7 @@ def load(
 
 
 def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
-    """The artifact with a name, as `load` looks it up; raises ValueError."""
+    """The artifact with a name, as `load` looks it up; raises ValueError if it cannot be found or used."""
     if quantize not in ("int8", "none"):
         raise ValueError(f"quantize: must be int8 or none, got {quantize!r}")
     try:
@@ -124,8 +124,8 @@ def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
 class Classifier:
     """A loaded classifier with threads of its own; any number of threads may call it.
 
-    Close it, or leave that to the garbage collector. Pickled, it is its path: a process that unpickles it loads it
-    once. After os.fork the child must load its own.
+    Call close(), or leave that to the garbage collector. A pickled classifier is only the path of its artifact, which a
+    process that unpickles it loads once. After os.fork, the child must load its own classifier.
     """
 
     def __init__(
@@ -135,7 +135,10 @@ class Classifier:
         is_proved: bool = False,
         memory: Memory | None = None,
     ) -> None:
-        """threads: None: one per core. is_proved, memory: see model_store.model.Model. Raises ValueError."""
+        """threads: engine threads; None: one per core. is_proved, memory: see model_store.model.Model.
+
+        Raises ValueError if the artifact cannot be used.
+        """
         settings = Settings.model_validate({"threads": threads or 0})
         self._artifact, self._threads = artifact, threads
         self._served = load_model(artifact, settings, is_proved=is_proved, memory=memory)
@@ -144,8 +147,8 @@ class Classifier:
         self._engine.start()
         self._pid = os.getpid()
         self._checking, self._checked = Lock(), monotonic()
-        # The threads do not refer to the classifier, so it can be collected while they run, even by one of them, which
-        # must not wait for itself.
+        # The threads do not refer to the classifier, so it can be garbage-collected while they run. One of them may be
+        # the thread that collects it, so the finalizer only closes the queue: it must not wait for the threads.
         self._end = weakref.finalize(self, self._engine.queue.close)
 
     @property
@@ -178,7 +181,7 @@ class Classifier:
     def classify(
         self, texts: Input | Iterable[Input], *, as_arrow: bool = False, **options: Unpack[Options]
     ) -> "list[Row] | pyarrow.Table":
-        """The answers to texts, or to pairs of texts, in order. Identical ones are computed once.
+        """The answers to texts, or to pairs of texts, in order. Identical texts are computed once.
 
         as_arrow: a pyarrow table (pip install 'de3[bulk]') instead of rows; docs/bulk.md has its columns.
 
@@ -205,7 +208,7 @@ class Classifier:
 
         window: texts to read at a time; two windows are read before the first answer.
 
-        Raises InputError for an option that cannot be used; the iterator does, for a text.
+        Raises InputError for an option that cannot be used; the iterator raises it for a text that cannot be used.
         """
         request, batches = self._request(options), deque[_Batch]()
         if window < 1:
@@ -227,7 +230,7 @@ class Classifier:
         return rows()
 
     def answers(self, texts: Sequence[Input], **options: Unpack[Options]) -> Answers:
-        """The answers to texts, or to pairs of texts, by column; for one that cannot be classified, the reason.
+        """The answers to texts, or to pairs of texts, by column; for texts that cannot be classified, the reason.
 
         Raises InputError for an option that cannot be used.
         """
@@ -271,7 +274,10 @@ class Classifier:
         return _loaded_once, (artifact.path.absolute(), fingerprint(artifact.manifest), self._threads)
 
     def _request(self, options: Mapping[str, Any]) -> Classification:
-        """The request with these options, without texts; raises InputError, also after a fork."""
+        """The request with these options, without texts.
+
+        Raises InputError, or RuntimeError if the classifier is closed or was loaded before a fork.
+        """
         if os.getpid() != self._pid:
             raise RuntimeError(
                 "the classifier was loaded before this process was forked: its threads are not here; "
@@ -289,9 +295,9 @@ class Classifier:
         return request
 
     def _run(self, request: Classification, parts: Iterable[tuple[list[Text], list[int]]]) -> Iterator[Job]:
-        """Yield the finished job of each part, in order, while the engine runs the next one; raises InputError.
+        """Yield the finished job of each part, in order, while the engine runs the next one.
 
-        parts: texts and their indices in the call.
+        parts: texts and their indices in the call. Raises InputError for a text or an option that cannot be used.
         """
         running, source = deque[tuple[Job, _Done]](), iter(parts)
         failure: InputError | None = None
@@ -302,7 +308,7 @@ class Classifier:
                         texts, indices = next(source)
                     except StopIteration:
                         break
-                    except InputError as error:  # after the answers to the texts before
+                    except InputError as error:  # raised after the answers to the earlier texts
                         failure = error
                         break
                     done = _Done()
@@ -320,7 +326,7 @@ class Classifier:
                 self._engine.drop(job)
 
     def _wait(self, running: "deque[tuple[Job, _Done]]") -> Job:
-        """Wait for the first job, and take it from the running ones."""
+        """Wait for the first running job, and remove it from `running`; raises the error of a failed job."""
         job, done = running[0]
         while not done.event.wait(CHECK_S):
             self._check()
@@ -330,7 +336,7 @@ class Classifier:
         return job
 
     def _check(self) -> None:
-        """Raise RuntimeError if an engine thread has failed; see Engine.problem."""
+        """Raise RuntimeError if an engine thread has failed (see Engine.problem); checks at most once per CHECK_S."""
         with self._checking:
             if monotonic() - self._checked < CHECK_S:
                 return
@@ -354,7 +360,7 @@ class _Done:
 
 @dataclass(slots=True, eq=False)
 class _Part(Classification):
-    """Some of a call's texts; indices: theirs in the call."""
+    """Some of a call's texts; indices: their indices in the call."""
 
     indices: Sequence[int] = ()
 
@@ -364,16 +370,16 @@ class _Part(Classification):
         return cls(**{**given, "texts": texts}, indices=indices)
 
     def name_of(self, index: int) -> str:
-        """The name of one of the texts in messages."""
+        """The name in messages of the text with this index in the part."""
         return f"input[{self.indices[index]}]"
 
 
 class _Batch:
-    """Texts of a call, each once, short ones first, so that texts of a group have nearly the same length.
+    """Distinct texts of a call, the shortest first, so that the texts of a group have nearly the same length.
 
     Attributes:
-        first: index of its first text in the call.
-        order: for each text, the index of its answer.
+        first: index in the call of the batch's first text.
+        order: for each text as given, the index of its answer.
     """
 
     def __init__(self, texts: Sequence[Text], first: int = 0) -> None:
@@ -398,16 +404,16 @@ def _iterable(texts: Iterable[Input]) -> Iterable[Input]:
         raise InputError(
             f"input: must be texts; got a {type(texts).__name__}: give one of its columns", "input"
         )
-    return texts.to_pylist() if hasattr(texts, "to_pylist") else texts  # of pyarrow
+    return texts.to_pylist() if hasattr(texts, "to_pylist") else texts  # a pyarrow column
 
 
 def _texts(given: Sequence[Input], first: int = 0) -> list[Text]:
-    """Checked texts; raises InputError."""
+    """The texts, checked; raises InputError for one that cannot be used. first: index in the call of the first text."""
     return [_text(one, f"input[{index}]") for index, one in enumerate(given, first)]
 
 
 def _text(one: Input, where: str) -> Text:
-    """A checked text; raises InputError, which begins with `where`."""
+    """The text, checked; raises InputError, whose message begins with `where`, if it cannot be used."""
     value = {"text": one[0], "text_pair": one[1]} if isinstance(one, tuple) and len(one) == 2 else one
     if not isinstance(value, str | dict | list | int | float | None):
         raise InputError(f"{where}: must be a text or a pair; got {type(value).__name__}", where)
@@ -435,11 +441,11 @@ def _row(row: bytes, index: int) -> Row:
 
 @contextmanager
 def _input_errors() -> Iterator[None]:
-    """Raise InputError for a RequestError."""
+    """Turn a RequestError into an InputError, or into a RuntimeError if the classifier is closed."""
     try:
         yield
     except RequestError as error:
-        if error.cause == "queue_full":  # it has no limit, so it is closed
+        if error.cause == "queue_full":  # the queue has no limit, so it is closed
             raise RuntimeError("the classifier is closed") from None
         raise InputError(error.message, error.field) from None
 

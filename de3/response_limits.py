@@ -41,13 +41,13 @@ def _read(read: Callable[[int, float], bytes], max_bytes: int, timeout: float | 
 
 
 class Body:
-    """The body of a response, decompressed as it arrives, up to a limit: a small one cannot fill the memory.
+    """The body of a response, decompressed as it arrives, up to a limit.
 
-    Requests must accept gzip only.
+    Without the limit, a small response could fill the memory. Requests must accept gzip only.
     """
 
     def __init__(self, response: httpx.Response, max_bytes: int) -> None:
-        """Raises ValueError for another encoding. max_bytes: of the decompressed body."""
+        """max_bytes: limit on the decompressed body. Raises ValueError for an encoding other than gzip."""
         self._chunks: list[bytes] = []
         self._left = self._max_bytes = max_bytes
         encoding = response.headers.get("content-encoding", "").strip().lower()
@@ -68,7 +68,7 @@ class Body:
         self._chunks.append(chunk)
 
     def whole(self) -> bytes:
-        """The whole body, once all is received; raises ValueError if its compressed form is incomplete."""
+        """The whole body, once all of it is received; raises ValueError if its compressed form is incomplete."""
         if self._gzip is not None and not self._gzip.eof:
             raise ValueError("incomplete gzip")
         return b"".join(self._chunks)

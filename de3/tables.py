@@ -13,10 +13,10 @@ from typer import Option
 
 Text = str | tuple[str, str]
 SEPARATOR = "|"  # between the labels of a text in a cell of a file
-JOINT = "\x1f"  # between them in a row, because labels in a JSON list may contain |
+JOINT = "\x1f"  # between the labels of a text in a row, because labels in a JSON list may contain |
 PANEL = "Data"
-MAX_LINE = 2**24  # characters of a line, and of a field of a .csv or .tsv file
-SHOWN = 1000  # characters of a bad row
+MAX_LINE = 2**24  # largest number of characters of a line, and of a field of a .csv or .tsv file
+SHOWN = 1000  # number of characters kept of a bad row
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -24,12 +24,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Columns:
     """The columns of a file's texts and labels: names, or numbers from 0 if it has no header.
 
-    The annotations are the options of the commands that read data (de3.commands.options.with_fields).
+    The annotated fields become options of the commands that read data (de3.commands.options.with_fields).
 
     Attributes:
-        label: None if the texts have no labels; a .txt file with one text per line can then be read, too.
-        multi_label: a text has any number of labels: separated by | in a cell, or as a list in JSON. In a row they are
-            separated by JOINT.
+        label: None if the texts have no labels; then .txt files with one text per line can be read, too.
+        multi_label: a text has any number of labels: separated by | in a cell, or as a list in JSON. In the rows that
+            this module returns, they are separated by JOINT.
         regression: a text has a number instead of a label.
     """
 
@@ -73,7 +73,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be read, and the reason; content: its beginning."""
+    """A row that cannot be read, and the reason; content: the beginning of the row."""
 
     reason: str
     content: str
@@ -83,7 +83,7 @@ def records(path: Path, columns: Columns, keeps_bad: bool = False) -> Iterator[t
     """Yield the rows of a file, each with its place, FILE:LINE. A row is a dict by column, in .jsonl any JSON value.
 
     Blank lines are skipped. Raises ValueError for a row that cannot be read, a file that cannot be read as a table, or
-    one without rows. keeps_bad: yield a BadRow for such a row instead, and nothing for a file without rows.
+    a file without rows. keeps_bad: yield a BadRow for a row that cannot be read, and nothing for a file without rows.
     """
     line = 0
     for line, record in _records(path, columns):
@@ -132,7 +132,7 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
 def _delimited(
     file: TextIO, path: Path, columns: Columns, delimiter: str, quoted: bool
 ) -> Iterator[tuple[int, Any]]:
-    problems: list[tuple[int, str]] = []  # of the lines of the row that is being read, with their numbers
+    problems: list[tuple[int, str]] = []  # line number and problem, for the lines of the current row
 
     def lines() -> Iterator[str]:
         for number, line, problem in _lines(file):
@@ -168,14 +168,15 @@ def _delimited(
             yield problems[0][0], BadRow(problems[0][1], delimiter.join(row)[:SHOWN])
         elif row:
             columns_of_row = names or list(map(str, range(len(row))))
-            missing = dict.fromkeys(columns_of_row[len(row) :])  # of a short row
+            missing = dict.fromkeys(columns_of_row[len(row) :])  # if the row is short
             yield reader.line_num, dict(zip(columns_of_row, row, strict=False)) | missing
 
 
 def _lines(file: TextIO) -> Iterator[tuple[int, str, str]]:
-    """The lines of a file opened with surrogateescape: number, line and problem, "" if there is none.
+    """Yield the lines of a file opened with surrogateescape: number, line and problem, "" if there is none.
 
-    A line that is not UTF-8, or longer than MAX_LINE, has a problem; of a longer one, only the beginning is returned.
+    A line that is not UTF-8, or longer than MAX_LINE, has a problem; of a line that is too long, only the beginning is
+    returned.
     """
     number = 0
     while line := file.readline(MAX_LINE + 1):
@@ -185,11 +186,11 @@ def _lines(file: TextIO) -> Iterator[tuple[int, str, str]]:
             while rest and not rest.endswith("\n"):
                 rest = file.readline(MAX_LINE)
                 marks += rest.count('"')
-            # As many quotation marks as leave a field of the table open, or closed.
+            # One quotation mark if their number is odd, so that a field stays open or closed as after the whole line.
             shown = line[:SHOWN].replace('"', "") + '"' * (marks % 2)
             yield number, shown, f"a line of more than {MAX_LINE} characters"
             continue
-        # UTF-16 without a byte order mark has a zero beside each ASCII letter, and is valid UTF-8.
+        # UTF-16 without a byte order mark has a zero byte beside each ASCII letter, which is valid UTF-8.
         is_utf16 = "\0" in line or (number == 1 and line.startswith(("\udcff\udcfe", "\udcfe\udcff")))
         problem = ""
         if is_utf16 or (not line.isascii() and _SURROGATE.search(line)):
@@ -257,7 +258,7 @@ def _value(record: Any, column: str, where: str, option: str) -> Any:
 
 
 def _label(record: Any, columns: Columns, where: str) -> str:
-    """The label of a record, or its labels, separated by JOINT; raises ValueError."""
+    """The label of a record, or its labels separated by JOINT; raises ValueError if it is missing or invalid."""
     column = str(columns.label)
     if columns.multi_label and isinstance(record, dict) and column in record:
         label = record[column]
@@ -289,14 +290,14 @@ def is_number(value: Any) -> bool:
 
 
 def labels_in(cell: str, multi_label: bool) -> list[str]:
-    """The labels in a row's cell: exactly one or, if multi_label, any number separated by JOINT, without duplicates."""
+    """The labels in a row's cell: exactly one; if multi_label, any number, separated by JOINT, without duplicates."""
     if not multi_label:
         return [cell]
     return list(dict.fromkeys(name.strip() for name in cell.split(JOINT) if name.strip()))
 
 
 def read_groups(records: Iterable[tuple[str, Any]], column: str) -> list[str]:
-    """The groups of records, from a column; raises ValueError if a record lacks it."""
+    """The group of each record, from a column; raises ValueError if a record lacks it."""
     return [str(_value(record, column, where, "--group-column")).strip() for where, record in records]
 
 
@@ -320,7 +321,7 @@ def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, st
 
 
 def dataset_records(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a data set, as `records` gives those of a file."""
+    """The rows of a data set, each with its place, in the form in which `records` yields the rows of a file."""
     return ((f"{name}, row {i}", record) for i, record in enumerate(_open_dataset(name, split)))
 
 

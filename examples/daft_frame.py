@@ -17,7 +17,7 @@ ANSWER = DataType.struct({"label": DataType.string(), "exit_layer": DataType.int
 
 @daft.cls(max_concurrency=os.cpu_count() or 1, use_process=True)
 class Classify:
-    """A classifier with one engine thread for each process."""
+    """A classifier with one engine thread, loaded in each process."""
 
     def __init__(self, model: str, store: str) -> None:
         self.model = de3.load(model, store=store, threads=1)
@@ -30,7 +30,7 @@ class Classify:
 
 
 def main(source: str, out: str, model: str = "sst2") -> None:
-    """Add the label and the exit layer of each text."""
+    """Add the label and the exit layer of each text to parquet files."""
     frame = daft.read_parquet(source)
     frame = frame.with_column("answer", Classify(model, STORE)(col("text")))
     answers = [col("answer")["label"].alias("label"), col("answer")["exit_layer"].alias("exit_layer")]

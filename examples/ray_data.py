@@ -24,7 +24,7 @@ class Classify:
         self.model = de3.load(model, store=store, threads=1)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """The batch with the columns of the answers."""
+        """The batch with the answers' columns added."""
         answers = self.model.classify(batch.column("text").to_pylist(), as_arrow=True)
         for name in answers.column_names:
             batch = batch.append_column(name, answers.column(name))
@@ -37,7 +37,7 @@ def main(source: str, out: str, model: str = "sst2", actors: int = os.cpu_count(
     pool = ray.data.ActorPoolStrategy(size=actors)
     # Together the actors reserve all cores but one: with none left, the tasks that list and read files would never run.
     rows = ray.data.read_parquet(source, num_cpus=0.1)
-    rows = rows.repartition(target_num_rows_per_block=BLOCK)  # else the rows of one file may be one actor's
+    rows = rows.repartition(target_num_rows_per_block=BLOCK)  # otherwise one actor may get all rows of a file
     rows = rows.map_batches(Classify, fn_constructor_args=(model, STORE), compute=pool, **options)
     rows.write_parquet(out, ray_remote_args={"num_cpus": 0.1})
 

@@ -13,7 +13,7 @@ against "the rate is r or more". (Waudby-Smith & Ramdas, "Estimating means of bo
 As λ_t is proportional to q_t, an audit gains or loses the same share of W whatever q_t is. Otherwise a few audits made
 when q was small would dominate.
 
-W depends only on two counts for each q, all texts and the audited texts that differ, so only these are stored.
+W depends only on two counts for each q: all texts, and the audited texts that differ. So only these are stored.
 """
 
 import math
@@ -25,17 +25,17 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
-# LOWER: c, for bets that the rate is lower. HIGHER: κ, for bets that it is higher, with λ_t = κ·q_t; optimal if the
-# rate is (1 + κ)·r.
+# LOWER: c, for bets that the rate is lower. HIGHER: κ, for bets that the rate is higher, with λ_t = κ·q_t; each κ is
+# optimal if the rate is (1 + κ)·r.
 LOWER = np.array([0.25, 0.5, 0.75])
 HIGHER = np.array([0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 32.0])
-# Largest share of its wealth that a bet on a higher rate loses when a text does not differ.
+# Largest share of the wealth that a bet on a higher rate may lose when a text does not differ.
 MOST_LOSS = 0.9
 STEPS = 30  # of the bisection
 
 
 def e_value(counts: Sequence[tuple[float, int, int]], rate: float) -> float:
-    """`e_values` for one rate, several times faster. counts: for each q, (q, texts, audited texts that differ)."""
+    """`e_values` for one rate, several times faster. counts: (q, texts, audited texts that differ) for each q."""
     wealth = 0.0
     for c in LOWER.tolist():
         logs = sum(
@@ -47,7 +47,7 @@ def e_value(counts: Sequence[tuple[float, int, int]], rate: float) -> float:
 
 
 def e_values(shares: Floats, texts: Counts, differing: Counts, rates: Floats) -> Floats:
-    """E-values against "the rate is at least `rates`", (G,): evidence that it is lower.
+    """E-values against "the rate is at least `rates`", (G,): evidence that the rate is lower.
 
     shares: q, (L,), each in (0, 1]. texts: number of texts at each q, audited or not, (L,) or (L, G). differing: number
     of audited texts that differ, (L, G). rates: r, (G,), each in (0, 1).
@@ -59,7 +59,7 @@ def e_values(shares: Floats, texts: Counts, differing: Counts, rates: Floats) ->
 
 
 def e_values_above(shares: Floats, texts: Counts, differing: Counts, rates: Floats) -> Floats:
-    """E-values against "the rate is at most `rates`", (G,): evidence that it is higher.
+    """E-values against "the rate is at most `rates`", (G,): evidence that the rate is higher.
 
     Arguments as for `e_values`, but texts is (L,).
     """
@@ -103,8 +103,8 @@ class ChangeDetector:
     """Fires when a rate has risen above r: a Shiryaev–Roberts e-detector (Shin, Ramdas & Rinaldo, 2023).
 
     At every text a new gambler enters with stake q_t and bets that the rate is above r; the statistic is the gamblers'
-    total wealth. While the rate is at most r, its expectation is at most the sum of the stakes, so the mean number of
-    audits before a false alarm is at least `patience`.
+    total wealth. While the rate is at most r, the expected wealth is at most the sum of the stakes, so the mean number
+    of audits before a false alarm is at least `patience`.
     """
 
     BETS = np.array([0.5, 1.5, 4.0])  # κ, as in HIGHER

@@ -59,7 +59,7 @@ class Samples:
 
     @classmethod
     def independent(cls, recorded: Recorded) -> "Samples":
-        """Samples, each its own group."""
+        """Samples that are unrelated: each is its own group."""
         return cls(recorded, np.arange(len(recorded.labels)))
 
     @property
@@ -68,7 +68,7 @@ class Samples:
         return len(np.unique(self.groups))
 
     def rows(self, which: NDArray[np.bool_]) -> "Samples":
-        """A subset of the samples."""
+        """The samples for which the mask `which`, (n,), is true."""
         return Samples(self.recorded.rows(which), self.groups[which])
 
 
@@ -124,7 +124,7 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Out
 def mean_and_error(values: Floats, groups: NDArray[np.int64] | None = None) -> tuple[float, float]:
     """The mean of values (n,) and its standard error, clustered by group if groups are given.
 
-    The error is at least that of a single differing group.
+    The error is at least 1 / number of groups, about its value if a single group differs.
     """
     count = len(values) if groups is None else len(np.unique(groups))
     return float(values.mean()), max(_standard_error(values, groups), 1 / count)
@@ -160,7 +160,7 @@ def trade_off(
 ) -> list[Outcome]:
     """The outcomes of one signal by ascending τ; their disagreement bounds never decrease (see `exits.guarantee`).
 
-    scores: cross-fitted scores; None: the signal's own.
+    scores: cross-fitted scores, (n, exits); None for the signal's own.
     """
     if scores is None:
         scores = signal.scores(samples.recorded)

@@ -73,7 +73,7 @@ def risk_features(logits: ArrayLike, distances: ArrayLike) -> Floats:
 
 
 def stacked(margin: Floats, h: Floats, ratio: Floats) -> Floats:
-    """The features of risk, shape (..., 5), from margin, entropy and distance ratio (NaN: none), each (...)."""
+    """The features of risk, shape (..., 5), from margin, entropy and distance ratio (NaN if none), each (...)."""
     log_ratio = np.log(np.maximum(np.where(np.isnan(ratio), 1.0, ratio), 1e-12))
     return np.stack([np.ones_like(h), margin, h, np.log(np.maximum(h, 1e-12)), log_ratio], -1)
 

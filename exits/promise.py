@@ -10,8 +10,8 @@ only once the e-value against "the rate at that value is above the promise" has 
 until the traffic changes, the probability that τ ever reaches a value whose rate is above the promise is at most δ.
 
 It takes many audits to tell a small change in the traffic from chance. Therefore τ is also lowered, without a test, as
-soon as the rate of recent audits is not a standard error below the promise (`Recent`), and all evidence is discarded
-when the change detector fires.
+soon as the rate of recent audits is less than a standard error below the promised rate (`Recent`), and all evidence is
+discarded when the change detector fires.
 """
 
 import math
@@ -35,10 +35,10 @@ Reason = Literal["start", "calibrated", "evidence", "recent", "change", "reset"]
 
 
 def error_of(attempt: int) -> float:
-    """The error probability of a guarantee's test on the exits of an attempt, numbered from 1.
+    """The error probability of a guarantee's test of the exits that one attempt fitted; attempts count from 1.
 
-    A server that fits exits anew tests each version by itself. Over all attempts the probabilities sum to δ, so the
-    probability that any version ever breaks the promise is at most δ.
+    A server that fits exits again tests each version separately. The error probabilities of all attempts sum to δ, so
+    the probability that any version ever breaks the promise is at most δ.
     """
     return (1 - CONFIDENCE) / (attempt * (attempt + 1))
 
@@ -66,7 +66,7 @@ class SavedPromise(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """The result of each τ of a grid for one text, (G,): disagreement with full depth, and exit layer."""
+    """The result for one text at each τ of a grid, (G,): disagreement with full depth, and exit layer."""
 
     differs: NDArray[np.bool_]
     layers: NDArray[np.int64]
@@ -78,8 +78,7 @@ def profile(
     layers: Sequence[int],
     taus: NDArray[np.float64],
 ) -> Profile:
-    """The profile of a text that passed every exit, by the rule of `exits.rule`: exit at the first score below τ, else
-    at the last layer.
+    """The profile of a text that passed every exit, by the exit rule (`exits.rule`).
 
     scores: by exit; None or NaN at an exit without a score. differs: disagreement of each exit with the last one.
     layers: layers of the exits.
@@ -117,7 +116,7 @@ class Evidence:
 
     Attributes:
         taus: the grid, (G,), ascending from 0.
-        tallies: by q, the probability of an audit; at most MAX_SHARES.
+        tallies: by audit probability q; at most MAX_SHARES.
     """
 
     taus: NDArray[np.float64]
@@ -137,12 +136,12 @@ class Evidence:
         return Evidence(self.taus, tallies)
 
     def skip(self, share: float, texts: int) -> None:
-        """Count texts that were not audited."""
+        """Count texts that were not audited. share: q, the audit probability of these texts."""
         if texts:
             self._tally(share).texts += texts
 
     def add(self, share: float, audit: Profile, served_differs: bool = False) -> None:
-        """Count an audit. served_differs: see `Tally.served`."""
+        """Count an audit. share: its probability. served_differs: see `Tally.served`."""
         tally = self._tally(share)
         tally.texts += 1
         tally.audits += 1
@@ -151,7 +150,7 @@ class Evidence:
         tally.layers += audit.layers
 
     def add_repeat(self, share: float, differs: NDArray[np.bool_]) -> None:
-        """Count the audit of a text that was counted before: only against each τ at which it differs."""
+        """Count the audit of a text that was counted before; it counts only against each τ at which it differs."""
         tally = self._tally(share)
         tally.differing += differs
         tally.repeats += differs
@@ -201,7 +200,7 @@ class Evidence:
     def bounds(self, index: slice = slice(None)) -> tuple[betting.Floats, betting.Floats]:
         """Bounds of the rates at a slice of the τ grid, anytime-valid with 95% confidence for each τ.
 
-        The bets weight audits differently from rates(), so a rate may fall outside its bounds; they are then widened.
+        The bets weight audits differently from rates(), so a rate may lie outside its bounds, which are then widened.
         """
         if not self.audits:
             count = len(self.taus[index])
@@ -255,8 +254,11 @@ class Recent:
         self.differing = self.differing * stays + differs
 
     def allows(self, index: int) -> int:
-        """Index of the last τ, at most `index`, up to which every recent rate is at least a standard error below the
-        promise; `index` itself while there are few audits."""
+        """Index of the highest τ that the recent audits allow, at most `index`.
+
+        Up to this τ, every recent rate is at least a standard error below the promised rate. `index` itself while there
+        are few audits.
+        """
         if self.weight < self._window / 3:
             return index
         above = self.differing[: index + 1] > (self._rate - self._error) * self.weight
@@ -289,7 +291,7 @@ class Promise:
 
     @property
     def tau(self) -> float:
-        """Current τ; 0: every text runs to full depth."""
+        """The current τ; at 0, every text runs to full depth."""
         return float(self.evidence.taus[self.index])
 
     @property
@@ -298,7 +300,7 @@ class Promise:
         return "recent" if self.index < self.proved else self._why
 
     def skip(self, share: float, texts: int, repeats: int = 0) -> None:
-        """Count texts that were not audited. repeats: how many of them were counted before."""
+        """Count texts that were not audited. repeats: number of these texts that were counted before."""
         self.evidence.skip(share, texts - repeats)
         if self.proved:
             self._detector.skip(share, texts)
@@ -355,9 +357,9 @@ class Promise:
         )
 
     def restore(self, evidence: Evidence, saved: SavedPromise) -> None:
-        """Continue from a saved state. With another rate, a higher start or a larger δ, only its evidence counts.
+        """Continue from a saved state; only from its evidence if its rate differs, or its start or δ is higher.
 
-        Raises ValueError for a τ outside the grid, and for impossible values.
+        Raises ValueError if the saved τ is not on the grid, and for impossible values.
         """
         is_laxer = saved.start > evidence.taus[self._start] or saved.error > self.error
         if saved.rate != self.rate or is_laxer:

@@ -1,10 +1,10 @@
 """A promise to all clients that no single client can break for the others.
 
-A client whose texts are easy can make the rate of disagreement look low, and τ rise for texts that it did not send. So
-there is a `Promise` for each client, on the evidence of all others. A client gets the lowest τ of all of these but its
-own: one that the evidence still allows with any single other client left out. A client that sends most of the texts
-keeps its own τ, and the others get what the evidence without that client allows. Several clients together could still
-raise τ for the others, so each client's own recent audits lower its τ too (`Recent`).
+A client whose texts are easy can make the rate of disagreement look low, and so raise τ for texts that it did not send.
+Therefore each client has a `Promise` on the evidence of all other clients. A client gets the lowest τ of the other
+clients' promises: the evidence allows this τ even if any one of the other clients is left out. A client that sends most
+of the texts keeps its own τ, and the others get the τ that the evidence without that client allows. Several clients
+together could still raise τ for the others, so a client's own recent audits also lower its τ (`Recent`).
 
 Only the MAX_CLIENTS clients with the most texts are left out one by one. All further clients count as one, `OTHERS`.
 """
@@ -23,12 +23,12 @@ ALL, OTHERS, NEWCOMER = "", "others", "newcomer"  # no client has one of these n
 
 
 class Promises:
-    """The promise on all evidence, and those that leave out a client.
+    """The promise on all evidence, and for each client a promise that leaves out its evidence.
 
     Attributes:
-        by_left_out: by client, the promise without that client's evidence; `ALL`: the promise on all evidence.
-        own: the recent audits of each client that is left out.
-        texts: number of texts by client, for those that are left out and some others.
+        by_left_out: by client, the promise without that client's evidence; under `ALL`, the promise on all evidence.
+        own: recent audits of each client that is left out of a promise, by client.
+        texts: number of texts by client, for the clients that are left out of a promise and some others.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class Promises:
         return self.by_left_out[ALL]
 
     def deciding(self, client: str) -> Promise:
-        """The promise with the lowest τ of those that leave out another client; `of_all` if there is none."""
+        """The promise with the lowest τ among those that leave out another client; `of_all` if there is none."""
         key = self._key(client)
         others = [promise for left_out, promise in self.by_left_out.items() if left_out not in (key, ALL)]
         return min(others, key=lambda promise: promise.index, default=self.of_all)
 
     def choose(self, client: str) -> tuple[float, Reason]:
-        """A client's τ, and the reason for it."""
+        """The τ of a client's requests, and the reason for it."""
         promise = self.deciding(client)
         own = self.own.get(self._key(client))
         index = promise.index if own is None else own.allows(promise.index)
@@ -64,14 +64,14 @@ class Promises:
         return sorted(names, key=lambda name: -self.texts[name])
 
     def skip(self, client: str, share: float, texts: int, repeats: int = 0) -> None:
-        """Count texts of a client that were not audited. repeats: how many of them were counted before."""
+        """Count texts of a client that were not audited. repeats: number of these texts that were counted before."""
         key = self._count(client, texts)
         for left_out, promise in self.by_left_out.items():
             if left_out != key:
                 promise.skip(share, texts, repeats)
 
     def add(self, client: str, share: float, audit: Profile, is_repeat: bool = False) -> list[str]:
-        """Count an audit; returns the keys in `by_left_out` of promises that it reset because the rate has risen."""
+        """Count an audit; returns the keys in `by_left_out` of promises that were reset because the rate has risen."""
         key, changed = self._count(client, 1), list[str]()
         self.own[key].add(audit.differs)
         for left_out, promise in self.by_left_out.items():
@@ -109,13 +109,13 @@ class Promises:
             elif len(self.texts) > MAX_CLIENTS + MAX_COUNTED:
                 self._forget()
         if key not in self.by_left_out:
-            # The copy has no evidence from this client, or less than from any client that was left out.
+            # The copy keeps this client's earlier evidence: less than that of any client that was left out until now.
             self.by_left_out[key] = self.of_all.copy()
             self.own[key] = Recent(self.rate, len(self.taus))
         return key
 
     def _forget(self) -> None:
-        """Stop counting the lighter half of the clients that are not left out."""
+        """Stop counting the texts of clients that have few of them and are not left out of a promise."""
         tracked = self.tracked()
         kept = [item for item in self.texts.most_common() if item[0] not in self.by_left_out]
         self.texts = Counter({name: self.texts[name] for name in tracked} | dict(kept[: MAX_COUNTED // 2]))

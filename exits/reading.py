@@ -27,7 +27,7 @@ class Reading:
         score: the signal's score at this exit, in [0, 1]; None if it was not computed or is not defined.
         labels: the labels of a multi-label model that are above their thresholds; None in other models.
         value: the answer of a regression model; None in a model with classes.
-        distances: to the prototypes, (K,); None at an exit without prototypes.
+        distances: cosine distances to the prototypes, (K,); None at an exit without prototypes.
     """
 
     layer: int
@@ -54,8 +54,8 @@ class Reading:
 def read(layer: int, logits: list[float], distances: list[float] | None) -> Reading:
     """The reading of one exit of one sample, from its logits and its distances to the prototypes, K each.
 
-    The formulas of `exits.formulas` in plain Python: a server calls this after every layer, and NumPy takes 20 times
-    as long for a handful of classes. `native/rule.c` performs the same operations in the same order, so both make the
+    This is `exits.formulas` in plain Python: a server calls it after every layer, and NumPy takes 20 times as long for
+    a handful of classes. `native/rule.c` performs the same operations in the same order, so both make the
     same decision.
     """
     top = max(logits)

@@ -13,7 +13,7 @@ MIN_TOLERANCE, MAX_TOLERANCE = 1e-3, 1e9  # of a regression model
 
 @dataclass(frozen=True)
 class Recorded:
-    """All exits of n samples that were run to full depth.
+    """The outputs of all exits for n samples that were run to full depth.
 
     Attributes:
         exit_layers: the layers of the exits, ascending; the last is M.
@@ -22,10 +22,11 @@ class Recorded:
         labels: true classes, (n,); in a multi-label model the true labels, (n, K) bool; in a regression model the
             true values, (n,) float64.
         tokens: number of tokens of each sample, (n,); None if not recorded.
-        original: answers of the model before quantization or fine-tuning, shaped as labels; None: use full depth's.
-        thresholds: of a multi-label model, as logits, (K,); None for other models.
-        tolerance: of a regression model, whose logits are the values (K = 1): the largest difference of two values that
-            counts as agreement; None in a model with classes.
+        original: answers of the model before quantization or fine-tuning, shaped like labels; if None, full depth's are
+            used.
+        thresholds: label thresholds of a multi-label model, as logits, (K,); None for other models.
+        tolerance: in a regression model, whose logits are the values (K = 1), the largest difference between two values
+            that counts as agreement; None in a model with classes.
     """
 
     exit_layers: list[int]
@@ -38,14 +39,14 @@ class Recorded:
     tolerance: float | None = None
 
     def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Recorded":
-        """A subset of the samples."""
+        """The samples at these rows: a mask, (n,), or indices."""
         tokens, original = (x[which] if x is not None else None for x in (self.tokens, self.original))
         arrays = (self.logits[which], self.distances[which], self.labels[which])
         return Recorded(self.exit_layers, *arrays, tokens, original, self.thresholds, self.tolerance)
 
     @property
     def answers(self) -> NDArray[Any]:
-        """The answer of each exit: a class or a value, (n, exits), or its labels, (n, exits, K) bool."""
+        """The answer of each exit: a class or a value, (n, exits), or the assigned labels, (n, exits, K) bool."""
         if self.tolerance is not None:
             return self.logits[..., 0].astype(np.float64)
         if self.thresholds is None:
@@ -54,12 +55,12 @@ class Recorded:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Correctness of each exit's answer, (n, exits): in every label, or within the tolerance."""
+        """True where an exit's answer is correct, in every label or within the tolerance, (n, exits)."""
         return ~self._differs_from(self.labels)
 
     @property
     def differs(self) -> NDArray[np.bool_]:
-        """Disagreement of each exit with full depth, or with the original if it is known, (n, exits)."""
+        """True where an exit's answer differs from full depth's, or from the original's if it is known, (n, exits)."""
         return self._differs_from(self.answers[:, -1] if self.original is None else self.original)
 
     def _differs_from(self, expected: NDArray[Any]) -> NDArray[np.bool_]:
@@ -70,14 +71,14 @@ class Recorded:
 
     @property
     def entropy(self) -> formulas.Floats:
-        """The local signal, (n, exits); raises ValueError for a regression model."""
+        """The local signal (entropy), (n, exits); raises ValueError for a regression model."""
         if self.thresholds is not None:
             return formulas.label_entropy(self.logits)
         return formulas.entropy(formulas.softmax(self.logits))
 
     @property
     def distance_ratio(self) -> formulas.Floats:
-        """The global signal, (n, exits); NaN at exits without prototypes."""
+        """The global signal (distance ratio), (n, exits); NaN at exits without prototypes."""
         return formulas.distance_ratio(self.logits, self.distances)
 
     @property

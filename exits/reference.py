@@ -1,6 +1,6 @@
 """Reference distributions of the signals, as quantiles of the calibration samples.
 
-They are the baseline of the out-of-distribution score of a text, and of drift.
+They are the baseline for a text's out-of-distribution (OOD) score, and for the drift of traffic.
 """
 
 import math
@@ -29,7 +29,7 @@ def quantiles(values: NDArray[np.floating]) -> list[float]:
 
 
 def far(reference: Sequence[float]) -> float:
-    """The distance to the nearest prototype above which a text is out of distribution, from the quantiles."""
+    """The distance to the nearest prototype above which a text is out of distribution: the quantile at FAR_LEVEL."""
     return reference[LEVELS.index(FAR_LEVEL)]
 
 
@@ -53,8 +53,8 @@ def _level(value: float, reference: Sequence[float]) -> float:
 def ood_score(nearest: Sequence[float], references: Sequence[Sequence[float]]) -> float | None:
     """The OOD score of a text, in [0, 1): 1 − the geometric mean of `tail` over the exits it passed.
 
-    nearest: distance to the nearest prototype at each passed exit that has prototypes; references: their
-    quantiles. None if there is no such exit. Of the scores tested, this one separates texts of another domain
+    nearest: distance to the nearest prototype at each passed exit that has prototypes. references: quantiles of these
+    distances. Returns None if there is no such exit. Of the scores tested, this one separates texts of another domain
     best (docs/budgets.md).
     """
     if not nearest:
@@ -66,9 +66,9 @@ def ood_score(nearest: Sequence[float], references: Sequence[Sequence[float]]) -
 def psi(values: Sequence[float], reference: Sequence[float]) -> float:
     """Population stability index of a window of values against the calibration deciles; 0: no difference.
 
-    By convention, a PSI above 0.25 means that the inputs have shifted. Each bin starts at ½, so that none is empty.
+    By convention, a PSI above 0.25 means that the inputs have shifted. Each bin's count starts at ½, so none is empty.
     """
-    upto: dict[float, float] = {}  # share up to each decile; of equal deciles, the last
+    upto: dict[float, float] = {}  # share of samples up to each decile; for equal deciles, up to the last
     for i in range(1, BINS):
         level = round(i / BINS, 2)
         upto[reference[LEVELS.index(level)]] = level
@@ -81,7 +81,7 @@ def psi(values: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def ks(values: Sequence[float], reference: Sequence[float]) -> float:
-    """Kolmogorov–Smirnov statistic, the largest gap between the distributions, in [0, 1]; 0: no gap."""
+    """Kolmogorov–Smirnov statistic: the largest gap between the two distribution functions, in [0, 1]."""
     ordered, largest = sorted(round(x, DIGITS) for x in values), 0.0
     for x in set(ordered):
         below, upto = bisect_left(ordered, x) / len(ordered), bisect_right(ordered, x) / len(ordered)
@@ -92,5 +92,5 @@ def ks(values: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def is_ascending(values: Sequence[float]) -> bool:
-    """True if the values can be quantiles at LEVELS."""
+    """True if there is a value for each of LEVELS, and none is below the one before."""
     return len(values) == len(LEVELS) and all(a <= b for a, b in pairwise(values))

@@ -35,9 +35,9 @@ def cross_fit(
 ) -> Floats:
     """Cross-fitted scores, (n, exits): each sample is scored by a risk that was fitted without its group.
 
-    NaN if there is no other group, and at the last exit.
+    Scores are NaN at the last exit, and at every exit if all samples are in one group.
 
-    groups: the group of each sample, (n,); None: every sample is its own group.
+    groups: the group of each sample, (n,); if None, every sample is its own group.
     """
     n = len(recorded.labels)
     group = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]

@@ -25,7 +25,7 @@ class Thresholds:
 
     Attributes:
         logits: the thresholds as logits, (K,).
-        table: the same as float64, for the kernels.
+        table: the same thresholds as float64 bytes, for the kernels.
     """
 
     logits: tuple[float, ...]
@@ -44,9 +44,9 @@ class ExitRule:
 
     Attributes:
         tau: τ in [0, 1]; exit at score < τ, strictly, so 0 never exits early.
-        signal: scores a sample at an exit.
-        max_layer: the deepest allowed layer: a sample exits no later than the last exit up to it; None: no limit.
-        thresholds: of a multi-label model; None for other models.
+        signal: the signal that scores a sample at each exit.
+        max_layer: the deepest allowed layer; a sample exits at the last exit up to it, if not before. None: no limit.
+        thresholds: label thresholds of a multi-label model; None for other models.
     """
 
     tau: float

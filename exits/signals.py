@@ -32,9 +32,9 @@ class ModelTraits:
     """The properties of a model that determine its signals.
 
     Attributes:
-        name: shown in messages.
-        answer: mutually exclusive classes, independent labels, or a value.
-        risk: weights of Risk by layer; None: the model has no risk.
+        name: name of the model, for messages.
+        answer: the kind of answer: mutually exclusive classes, independent labels, or a value (regression).
+        risk: weights of Risk by layer; None if the model does not have this signal.
     """
 
     name: str = "the model"
@@ -61,9 +61,9 @@ class Signal(Protocol):
 
     Attributes:
         name: the name in requests and artifacts.
-        code: its number in `native/rule.h`; None: not in the kernels.
+        code: number of the signal in `native/rule.h`; None if the kernels do not have it.
         lam: EDR's λ; None for any other signal.
-        table: parameters for the kernels, float64; None: it has none.
+        table: parameters for the kernels, as float64 bytes; None if there are none.
     """
 
     name: ClassVar[str]
@@ -71,22 +71,21 @@ class Signal(Protocol):
 
     @property
     def lam(self) -> float | None:
-        """See the class."""
+        """EDR's λ; None for any other signal."""
 
     @property
     def table(self) -> bytes | None:
-        """See the class."""
+        """Parameters for the kernels; None if there are none."""
 
     @classmethod
     def of(cls, model: ModelTraits, lam: float | None) -> Self:
-        """The signal of a model; raises ValueError with the reason if the model cannot have it.
+        """The signal for a model; raises ValueError with the reason if the model cannot have it.
 
         lam: EDR's λ, 1 if None; always None for other signals.
         """
 
     def score(self, readings: Sequence[Reading]) -> float | None:
-        """The score of one sample, in [0, 1], from its readings up to and including this exit; None if this
-        exit has no score."""
+        """The score of one sample, in [0, 1], from its readings up to this exit; None if the exit has no score."""
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
         """The scores of recorded samples at every exit, (n, exits); NaN at exits without a score."""
@@ -103,7 +102,7 @@ class Entropy:
 
     @classmethod
     def of(cls, model: ModelTraits, lam: float | None) -> Self:
-        """The entropy of a model with classes."""
+        """The signal for a model; raises ValueError for a regression model."""
         model.check_has_classes(cls.name, exclusive=False)
         return cls()
 
@@ -127,21 +126,21 @@ class Edr:
 
     @classmethod
     def of(cls, model: ModelTraits, lam: float | None) -> Self:
-        """The EDR of a model whose classes are mutually exclusive."""
+        """The signal for a model; raises ValueError unless its classes are mutually exclusive."""
         model.check_has_classes(cls.name, exclusive=True)
         return cls(DEFAULT_LAM if lam is None else lam)
 
     def score(self, readings: Sequence[Reading]) -> float | None:
-        """EDR at this exit; None if it has no prototypes."""
+        """EDR at this exit; None if the exit has no prototypes."""
         return edr(readings[-1], self.lam)
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
-        """EDR of recorded samples, (n, exits)."""
+        """EDR of recorded samples, (n, exits); NaN at exits without prototypes."""
         return formulas.edr(recorded.entropy, recorded.distance_ratio, self.lam)
 
 
 def edr(reading: Reading, lam: float) -> float | None:
-    """EDR of one exit (Eq. 12), λ above 0; None if it has no prototypes."""
+    """EDR of one exit (Eq. 12), for λ above 0; None if the exit has no prototypes."""
     entropy, ratio = reading.entropy, reading.distance_ratio
     if ratio is None:
         return None
@@ -160,7 +159,7 @@ class Risk:
     on held-out samples, without their labels. Unlike entropy and EDR, risk is comparable across exits.
 
     Attributes:
-        weights: by layer, (w0, …, w4); None at layers without an exit, and at the last. w4 is 0 at an exit without
+        weights: (w0, …, w4) by layer; None at layers without an exit, and at the last. w4 is 0 at an exit without
             prototypes.
     """
 
@@ -176,7 +175,7 @@ class Risk:
 
     @classmethod
     def of(cls, model: ModelTraits, lam: float | None) -> Self:
-        """The risk of a model that was calibrated with it."""
+        """The signal for a model; raises ValueError if the model was not calibrated with it."""
         if model.risk is None:
             raise ValueError(f"{model.name} has no risk; de3 calibrate adds it")
         return cls(model.risk)
@@ -199,7 +198,7 @@ class Risk:
         return _logistic(z)
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
-        """The risk of recorded samples, (n, exits)."""
+        """The risk of recorded samples, (n, exits); NaN at the last exit."""
         features = recorded.risk_features
         weights = [self.weights[layer] or (np.nan,) * FEATURES for layer in recorded.exit_layers]
         z = (features * np.array(weights)).sum(-1)
@@ -215,7 +214,7 @@ SIGNALS: dict[str, type[Signal]] = {"entropy": Entropy, "edr": Edr, "risk": Risk
 
 
 def check_name(name: str) -> str:
-    """The name of a signal; raises ValueError if there is no such signal."""
+    """Return a signal's name unchanged; raises ValueError if there is no such signal."""
     if name not in SIGNALS:
         raise ValueError(f"must be one of {', '.join(SIGNALS)}")
     return name
@@ -237,7 +236,7 @@ def signal_of(name: str, lam: float | None = None, model: ModelTraits = CLASSIFI
 
 
 def signals_of(model: ModelTraits) -> list[Signal]:
-    """Every signal that a model has, EDR with the default λ."""
+    """Every signal that a model can have, EDR with the default λ."""
     signals = []
     for kind in SIGNALS.values():
         with suppress(ValueError):

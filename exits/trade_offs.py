@@ -22,7 +22,7 @@ class TradeOffs:
         self._bounds = [row.disagreement_bound for row in self.rows]
 
     def at_speedup(self, wanted: float) -> Any | None:
-        """The row of the smallest τ with at least this speed-up; None if there is none."""
+        """The row of the smallest τ with at least this speed-up; None if no row is as fast."""
         index = bisect_left(self._speedups, wanted)
         return self.rows[index] if index < len(self.rows) else None
 
@@ -36,7 +36,7 @@ class TradeOffs:
         return chosen
 
     def within_disagreement(self, most: float) -> Any:
-        """The row of the largest τ whose disagreement is certified to be at most `most`; τ = 0 if there is none."""
+        """The row of the largest τ whose disagreement is certified to be at most `most`; τ = 0 if none is."""
         return self.rows[max(0, bisect_right(self._bounds, most) - 1)]
 
     def under_load(self, tau: float, min_accuracy: float, max_disagreement: float) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from de3.exits.reading import Reading
 
 MAX_WINDOWS = 16
-MAX_TOKENS = 16 * 512  # of all windows; with long windows, a text gets fewer of them, but at least two
+MAX_TOKENS = 16 * 512  # of all windows together; if windows are long, there are fewer, but at least two
 OVERLAP = 0.25  # share of a window's tokens that are also in the next one
 # At τ > 0: assumed effect of the remaining windows, as a share of their largest possible effect. Measured on product
 # reviews (lab/docs/experiments.md).
@@ -34,7 +34,7 @@ class Span(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """A label to watch for, by its number, and the probability from which a text is flagged."""
+    """A label to watch for (its index), and the least probability at which a text is flagged."""
 
     label: int
     threshold: float
@@ -69,16 +69,17 @@ def _step(room: int, overlap: float = OVERLAP) -> int:
 
 
 class Combination:
-    """The combined answer of those windows of a text that have run."""
+    """The combined answer of the windows of a text that have run so far."""
 
     def __init__(
         self, weights: Sequence[int], thresholds: Sequence[float] | None = None, flag: Flag | None = None
     ) -> None:
-        """weights: new tokens of each window, in execution order. thresholds: of a multi-label model, as
-        logits; None for other models."""
+        """weights: number of new tokens of each window, in execution order. thresholds: label thresholds of a
+        multi-label model, as logits; None for other models.
+        """
         self._flag = flag
         self._best: Reading | None = None  # with a flag
-        self.decisive = 0  # with a flag: index of the window whose answer it is
+        self.decisive = 0  # with a flag: index of the window that gave the answer
         self._count = 0
         self._total = self._left = sum(weights)
         self._weights = iter(weights)
@@ -108,8 +109,8 @@ class Combination:
         """True if the remaining windows cannot change the label, or any label of a multi-label model.
 
         change: assumed effect of the remaining windows, as a share of their largest possible effect. Used only for
-        mutually exclusive classes, as one part of a text says nothing about the labels of another. A value is settled
-        only after the last window.
+        mutually exclusive classes, as one part of a text says nothing about the labels of another. A regression value
+        is settled only after the last window.
         """
         if self._left == 0:
             return True

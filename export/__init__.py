@@ -1,1 +1,1 @@
-"""Export of checkpoints and stock classifiers as artifacts: ONNX segments, prototypes, calibration, proof."""
+"""Export of checkpoints and stock classifiers as artifacts: ONNX segments, prototypes, calibration and checks."""

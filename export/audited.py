@@ -1,4 +1,4 @@
-"""Reads the audit log (`de3 serve --log-audits`) as calibration samples. The log has every exit, so no text is run."""
+"""Reads the audit log (`de3 serve --log-audits`) as calibration samples. It has all exits' outputs: no text is run."""
 
 import heapq
 from collections.abc import Iterator, Sequence
@@ -23,20 +23,20 @@ MAX_AUDITS = 200_000  # kept in memory
 MAX_LINE = 2**24  # bytes
 MAX_NAMED = 5  # other models named in a message
 MIN_TEXTS = 500  # distinct, as for de3 import: fewer certify hardly any τ
-MAX_BELOW = 0.05  # share of audits below the usual sampling rate; a warning above it
+MAX_BELOW = 0.05  # share of audits below the usual sampling rate; a higher share gives a warning
 SEED = 0
 
 # Within float32, with room for their squares in float64.
 Logit = Annotated[float, Field(ge=-1e30, le=1e30)]
 # Rounding in float32 can put a cosine distance slightly outside [0, 2].
 Distance = Annotated[float, Field(ge=-0.01, le=2.01)]
-# Fail fast: otherwise each of a million wrong values would be a separate error.
+# Fail fast: otherwise a million wrong values would give a million errors.
 Logits = Annotated[list[Logit], Field(max_length=MAX_LABELS, fail_fast=True)]
 Distances = Annotated[list[Distance], Field(max_length=MAX_LABELS, fail_fast=True)]
 
 
 class _Row(BaseModel):
-    """A line of the log, untrusted; server.audit.log writes it. Its texts are ignored."""
+    """A line of the log, which server.audit.log writes. The line is untrusted; its texts are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -51,12 +51,12 @@ class _Row(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class _Audit:
-    """A text that ran to full depth.
+    """An audited text, which ran to full depth.
 
     Attributes:
         time: seconds since 1970.
         share: probability of being audited.
-        logits, distances: of every exit, (exits, K), float32; distances are NaN at exits without prototypes.
+        logits, distances: outputs of every exit, (exits, K); distances are NaN at exits without prototypes.
     """
 
     time: float
@@ -68,7 +68,7 @@ class _Audit:
 
 @dataclass
 class _Seen:
-    """Count of the rows read for the model and for others, with the names of some others."""
+    """Number of rows of the model and of other models, and the names of some of the others."""
 
     own: int = 0
     others: int = 0
@@ -84,7 +84,7 @@ class _Seen:
 def parts(artifact: Artifact, files: Sequence[Path]) -> tuple[Part, Part]:
     """Tuning and certifying samples from the audits of a model, labelled with full depth's answers.
 
-    Equal texts are in the same part, as one group. Raises ValueError for unusable files and for too few audits.
+    Equal texts are one group, and so in the same part. Raises ValueError for unusable files and for too few audits.
     """
     seen = _Seen()
     audits = _representative(_read(artifact, files, seen))
@@ -113,7 +113,7 @@ def _part(samples: Samples) -> Part:
 
 
 def _read(artifact: Artifact, files: Sequence[Path], seen: _Seen) -> list[_Audit]:
-    """The newest audits of a model, at most MAX_AUDITS and at least one."""
+    """The newest audits of a model, at most MAX_AUDITS; raises ValueError if there are none."""
     if len({file.resolve() for file in files}) < len(files):
         raise ValueError("--from-audits: the same file is given twice")
     rows = (audit for file in files for audit in _audits(file, artifact, seen))
@@ -131,7 +131,7 @@ def _read(artifact: Artifact, files: Sequence[Path], seen: _Seen) -> list[_Audit
 
 
 def _audits(file: Path, artifact: Artifact, seen: _Seen) -> Iterator[_Audit]:
-    """The audits of a model in a file; raises ValueError with file, line and problem."""
+    """Yield the audits of a model in a file; raises ValueError with file, line and problem."""
     with file.open("rb") as opened:
         for number, line in enumerate(iter(lambda: opened.readline(MAX_LINE + 1), b""), 1):
             where = f"{file}:{number}"
@@ -188,7 +188,7 @@ def _audit(row: _Row, manifest: Manifest) -> _Audit:
 def _representative(audits: list[_Audit]) -> list[_Audit]:
     """The audits thinned as if all had been sampled at the most common rate.
 
-    Audits sampled at a lower rate cannot be corrected for; if there are many, a warning is given.
+    Audits sampled at a lower rate cannot be corrected for; if there are many, the user is warned.
     """
     shares = np.array([audit.share for audit in audits])
     values, counts = np.unique(shares, return_counts=True)

@@ -1,4 +1,4 @@
-"""The ONNX segments of a model: one for the embeddings and one for each layer, with its exit."""
+"""The ONNX segments of a model: one for the embeddings and one for each layer, each with its exit if it has one."""
 
 from collections.abc import Iterator, Mapping
 
@@ -16,8 +16,8 @@ def segments(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the segments' file names and contents in execution order, one at a time to save memory.
 
-    config: the encoder's. exits: the modules of each exit by its layer; see segment_graph.build_segment. Raises
-    KeyError for a missing weight, and ValueError for one of the wrong shape.
+    config: the encoder's configuration. exits: the modules of each exit, by layer; see segment_graph.build_segment.
+    Raises KeyError for a missing weight, and ValueError for a weight of the wrong shape.
     """
     encoder, lack_biases = architecture.encoder, not architecture.encoder.HAS_BIASES
     for layer, file in enumerate(architecture.segment_files()):

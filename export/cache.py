@@ -18,21 +18,21 @@ from de3.model_store.manifest import SCHEMA_VERSION
 from de3.model_store.printable import printable
 from de3.model_store.store import Artifact, Store, StoreError
 
-FORMAT = 1  # of what classifier.py writes; changing it invalidates the cache
+FORMAT = 1  # format of the artifacts that classifier.py writes; changing it invalidates the cache
 MAX_MESSAGE = 500
 PROOF = ".proof"
 
 
 def cache_folder() -> Path:
-    """The folder of cached artifacts: `classifiers` in $DE3_CACHE, else in ${XDG_CACHE_HOME:-~/.cache}/de3."""
+    """The folder of cached artifacts: `classifiers` in $DE3_CACHE or, if unset, in ${XDG_CACHE_HOME:-~/.cache}/de3."""
     base = os.environ.get("DE3_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "de3"
     return Path(base).expanduser() / "classifiers"  # evict removes nothing outside it
 
 
 def artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
-    """The artifact of a stock classifier, by folder or hub id, converted unless it is in the cache in `folder`.
+    """The artifact of a stock classifier (a folder or hub id), from the cache in `folder` or converted into it.
 
-    Raises ValueError, with a message of one line, for a classifier that cannot be served.
+    Raises ValueError, with a one-line message, for a classifier that cannot be served.
     """
     try:
         return _artifact_of(name, precision, folder)
@@ -55,7 +55,7 @@ def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
             raise ValueError(
                 f"{name}: the cache {folder} cannot be written ({error}): set DE3_CACHE to another folder"
             ) from None
-        with lock:  # a second server waits for the first, and uses its artifact
+        with lock:  # a second server waits for the first, and then uses its artifact
             artifact = _existing(place, model)
             if artifact is None:
                 shutil.rmtree(place / model, ignore_errors=True)  # left by an interrupted start
@@ -110,7 +110,7 @@ def _lock(place: Path) -> Path:
 
 
 def _existing(place: Path, model: str) -> Artifact | None:
-    """The artifact at a place in the cache; None if it is missing or incomplete."""
+    """The artifact in a folder of the cache; None if it is missing or incomplete."""
     try:
         artifact = Store(place).open(model)
         sizes = {name: (artifact.path / name).stat().st_size for name in artifact.manifest.files}

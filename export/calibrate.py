@@ -29,8 +29,8 @@ class Part:
     """Recorded held-out samples.
 
     Attributes:
-        is_whole: (n,), false for fragments. Fragments are used to fit the risk, but not to choose or to certify:
-            clients send whole texts.
+        is_whole: (n,), false for fragments. Fragments are used to fit the risk, but not to choose or certify a signal,
+            as clients send whole texts.
     """
 
     samples: Samples
@@ -38,7 +38,7 @@ class Part:
 
     @classmethod
     def of(cls, recorded: Recorded, examples: Sequence[Example]) -> "Part":
-        """The part made of examples and their recording, in the same order."""
+        """The part with these examples and their recorded outputs, in the same order."""
         one_of = related(examples)
         groups = np.unique([repr(one_of[e.text]) for e in examples], return_inverse=True)[1].astype(np.int64)
         is_whole = np.array([not e.is_fragment for e in examples])
@@ -59,7 +59,7 @@ class Calibrated:
     defaults: Defaults
 
     def fields(self) -> dict[str, Any]:
-        """The fields by name."""
+        """The fields by name, to update a manifest."""
         return {"calibration": self.calibration, "risk": self.risk, "defaults": self.defaults}
 
 
@@ -74,9 +74,10 @@ def calibrate(
     """Fit the risk, choose a signal on the tuning samples, and certify it and its rivals on the certifying samples.
 
     The default τ is the last of a fixed sequence whose loss is below max_loss with 95% confidence. With fewer than
-    MIN_CERTIFY certifying groups, and may_pool, both parts certify: each is scored by a risk fitted on the other.
+    MIN_CERTIFY certifying groups, if may_pool, both parts certify: each is scored by a risk fitted on the other.
 
-    wanted: the default signal, or auto. self_labelled: the labels are the original model's answers, or full depth's.
+    wanted: the default signal, or auto. self_labelled: true if the labels are the original model's answers, or full
+    depth's.
 
     Raises ValueError for a signal that the model does not have.
     """
@@ -146,13 +147,13 @@ def _rivals(tune: Part, fitted: Risk) -> dict[str, tuple[Signal, float]]:
 
 
 def _choose(signals: dict[str, tuple[Signal, float]]) -> str:
-    """Choose risk, whose τ is a probability, unless another signal is clearly faster."""
+    """The name of the best signal: risk, whose τ is a probability, unless another one is clearly faster."""
     name = max(signals, key=lambda name: signals[name][1])
     return name if signals[name][1] > MIN_GAIN * signals["risk"][1] else "risk"
 
 
 def _certifying(tune: Part, certify: Part, signal: Signal, pooled: bool) -> tuple[Samples, Any]:
-    """The samples that certify a signal, and their scores."""
+    """The samples that certify a signal, and their scores, (n, exits)."""
     if not pooled:
         return certify.whole, signal.scores(certify.whole.recorded)
     scores = []
@@ -224,7 +225,7 @@ def label(row: Outcome | Defaults) -> str:
 
 
 def meaning(row: Outcome | Defaults) -> str:
-    """Explanation of τ for a signal."""
+    """Explanation of the τ of a row, for messages."""
     if row.tau == 0:
         return "never exit early, as no larger τ can be certified on these samples"
     if row.signal == "risk":
@@ -233,7 +234,7 @@ def meaning(row: Outcome | Defaults) -> str:
 
 
 def references(certified: Recorded) -> list[dict[str, Any]]:
-    """Quantiles of each exit's signals on the certifying samples."""
+    """Quantiles of each exit's signals on the certifying samples, as fields of a manifest's Reference."""
     references = []
     for j, layer in enumerate(certified.exit_layers):
         reference: dict[str, Any] = {
@@ -252,7 +253,7 @@ def references(certified: Recorded) -> list[dict[str, Any]]:
 
 
 def rounded(outcome: Outcome) -> dict[str, Any]:
-    """Fields of an outcome, rounded to six decimals, which is more than their precision."""
+    """The fields of an outcome, rounded to six decimals, which is finer than their precision."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, list | tuple):

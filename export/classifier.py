@@ -1,6 +1,6 @@
 """Converts a stock classifier, without PyTorch, to an artifact that runs at full depth.
 
-Its files may come from the hub, so they are untrusted.
+The classifier's files may come from the hub, so they are untrusted.
 """
 
 import time
@@ -28,7 +28,7 @@ from de3.model_store.store import MAX_FILE_BYTES, Store
 Precision = Literal["fp32", "int8"]
 CONFIG = "config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-VOCABULARIES = (("vocab.txt",), ("vocab.json", "merges.txt"))  # instead of tokenizer.json
+VOCABULARIES = (("vocab.txt",), ("vocab.json", "merges.txt"))  # alternatives to tokenizer.json
 FILES = (
     CONFIG,
     TOKENIZER,
@@ -50,10 +50,10 @@ class Description:
 
     Attributes:
         config: contents of config.json, with defaults for omitted fields.
-        family: class of its encoder.
+        family: family of the encoder.
         head: the modules after the encoder.
-        labels: in the order of the logits.
-        kind: mutually exclusive classes, labels that are assigned independently, or a value (regression).
+        labels: the labels, in the order of the logits.
+        kind: the kind of answer: mutually exclusive classes, independently assigned labels, or a value (regression).
     """
 
     config: Config
@@ -66,9 +66,10 @@ class Description:
 def describe(
     name: str, raw: Any, label_names: list[str] | None = None, multi_label: bool = False
 ) -> Description:
-    """The classifier of a config.json; raises ValueError, which begins with the name, if it cannot be served.
+    """The classifier that a config.json describes.
 
-    label_names: new names of its labels. multi_label: it is a multi-label model even if config.json does not say so.
+    raw: the parsed config.json. label_names: new names of the labels. multi_label: it is a multi-label model even if
+    config.json does not say so. Raises ValueError, with a message that begins with the name, if it cannot be served.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"{name}: its config.json is not a JSON object")
@@ -102,7 +103,7 @@ def describe(
 
 
 def _labels(raw: Config, given: list[str] | None) -> list[str]:
-    """The labels in the order of the logits: those given, or of config.json, or LABEL_0 … if it has none."""
+    """The labels in the order of the logits: as given, else as in config.json, else LABEL_0, LABEL_1, …."""
     names = {int(key): str(value) for key, value in (raw.get("id2label") or {}).items()}
     count = len(names) or raw.get("num_labels") or 2
     if names and set(names) != set(range(count)):
@@ -130,7 +131,7 @@ def _kind(problem: Any, labels: list[str]) -> Literal["classes", "labels", "valu
 
 
 def check_files(name: str, files: Collection[str]) -> None:
-    """Raise ValueError unless a classifier's files are among these; OldFormError if only transformers can read them."""
+    """Raise ValueError if a file is missing, and OldFormError if only transformers can read the files."""
     if CONFIG not in files:
         if "adapter_config.json" in files:
             raise ValueError(
@@ -158,11 +159,11 @@ class Stock:
     """A classifier's files, before its weights are read.
 
     Attributes:
-        name: as the user gave it.
-        tokenizer: tokenizer.json, without padding and truncation.
-        options: tokenizer_config.json.
+        name: the folder or hub id, as the user gave it.
+        tokenizer: contents of tokenizer.json, without padding and truncation.
+        options: contents of tokenizer_config.json; empty if there is none.
         max_tokens: maximum number of tokens of a text.
-        token_types: its tokenizer returns token types.
+        token_types: true if the tokenizer returns token types.
     """
 
     name: str
@@ -177,9 +178,9 @@ class Stock:
     def open(
         cls, name: str, folder: Path, label_names: list[str] | None = None, multi_label: bool = False
     ) -> "Stock":
-        """Read config.json and the tokenizer, with the options of `describe`.
+        """Read config.json and the tokenizer. label_names, multi_label: as in `describe`.
 
-        Raises ValueError, which begins with the name, for a classifier that cannot be served.
+        Raises ValueError, with a message that begins with the name, for a classifier that cannot be served.
         """
         with _errors_of(name):
             description = describe(name, read_config(folder / CONFIG), label_names, multi_label)
@@ -192,7 +193,7 @@ class Stock:
 
     @cached_property
     def modules(self) -> build.Modules:
-        """The module names of its head."""
+        """The names of the modules of the head, by part: dense, classifier and norm."""
         head = self.description.head
         return {"dense": head.dense, "classifier": head.classifier} | (
             {"norm": head.norm} if head.norm else {}
@@ -200,10 +201,10 @@ class Stock:
 
     @cached_property
     def head(self) -> Head:
-        """The settings of its head, which is the last exit."""
+        """The settings of the head, which is the last exit."""
         head = self.description.head
         return Head(
-            pooling=head.pooling,  # type: ignore[arg-type]  # a family has checked it
+            pooling=head.pooling,  # type: ignore[arg-type]  # the family has checked it
             activation=head.activation,  # type: ignore[arg-type]
             norm=head.epsilon if head.norm else None,
         )
@@ -229,15 +230,17 @@ class Stock:
         )
 
     def weights(self) -> AbstractContextManager[StateFile]:
-        """Context with its weights."""
+        """Context manager that opens the weights; see `weights.opened`."""
         return weights.opened(self.folder, self.description.family.PREFIX)
 
 
 def convert(stock: Stock, store: Store, model: str, precision: Precision, source: str | None = None) -> Path:
     """Write a classifier into a store as version 1 of a model; returns its folder.
 
-    model: its name there. source: recorded in the manifest; None: the classifier's name. Raises ValueError, which
-    begins with the classifier's name, if it cannot be served; no version is left behind then.
+    model: name of the model. source: the source to record in the manifest; by default, the classifier's name.
+
+    Raises ValueError, with a message that begins with the classifier's name, if it cannot be served; nothing is then
+    published.
     """
     description = stock.description
     with _errors_of(stock.name), store.new_version(model) as draft, stock.weights() as state:
@@ -266,7 +269,7 @@ def convert(stock: Stock, store: Store, model: str, precision: Precision, source
 
 @contextmanager
 def _errors_of(name: str) -> Iterator[None]:
-    """Turn every error but OSError into a ValueError that begins with the name."""
+    """Turn every error but OSError into a ValueError with a message that begins with the name."""
     try:
         yield
     except KeyError as error:
@@ -282,7 +285,7 @@ def _errors_of(name: str) -> Iterator[None]:
 
 
 def _tokenizer(folder: Path, description: Description) -> tuple[bytes, dict[str, Any], int, bool]:
-    """tokenizer.json, tokenizer_config.json, the maximum number of tokens, and whether there are token types."""
+    """Stock.tokenizer, options, max_tokens and token_types; raises ValueError for an unusable tokenizer."""
     path = folder / TOKENIZER_CONFIG
     options = read_config(path) if path.is_file() else {}
     if not isinstance(options, dict):

@@ -1,4 +1,4 @@
-"""Export of a checkpoint as an artifact: build its segments, verify, calibrate and publish them."""
+"""Export of a checkpoint as an artifact: build the segments, check and calibrate them, and publish a version."""
 
 import time
 from dataclasses import dataclass
@@ -24,17 +24,18 @@ from de3.training.data import check_apart, with_original
 from de3.training.evaluate import weaknesses
 from de3.training.progress import console, warn
 
-MIN_SAME_EXIT = 0.8  # share of samples; below it a warning is given
+MIN_SAME_EXIT = 0.8  # share of samples; a lower share gives a warning
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Options of an export; validates itself.
+    """Options of an export; raises ValueError for invalid ones.
 
     Attributes:
+        name: name of the model in the store.
         quantize: "int8" or "none".
-        max_loss: largest accuracy loss against full depth at the default signal and τ, a fraction.
-        max_int8_loss: largest accuracy loss of any exit in int8, a fraction.
+        max_loss: largest accuracy loss against full depth at the default signal and τ, as a fraction.
+        max_int8_loss: largest accuracy loss of any exit in int8 against fp32, as a fraction.
         signal: the default signal, or auto.
     """
 
@@ -65,15 +66,15 @@ def export(
 ) -> Path:
     """Export a checkpoint into a store as the model's next version; returns its folder.
 
-    The signal is fitted and chosen on tune_file, and certified on certify_file (see `calibrate`). The defaults are
-    the parts that training held out.
+    The signal is fitted and chosen on tune_file, and certified on certify_file (see `calibrate`). By default,
+    these are the parts that training held out.
 
     Raises ExportError if the segments differ too much from the PyTorch model, or int8 from fp32, and ValueError if the
     checkpoint cannot be exported. In both cases nothing is published.
     """
     opened = Checkpoint(checkpoint)
     tune, certify = opened.held_out("tune", tune_file), opened.held_out("certify", certify_file)
-    if tune_file or certify_file:  # the defaults are disjoint
+    if tune_file or certify_file:  # the parts held out by training are disjoint
         check_apart(
             tune,
             certify,
@@ -86,7 +87,7 @@ def export(
         exported = write(trained, "int8" if int8 else "fp32", draft, settings.name)
         plain = write(trained, "fp32", reference, settings.name) if int8 else exported
         proof: dict[str, Any] = {}
-        # An import needs no PyTorch: tests compare every family's segments with transformers.
+        # An import runs without PyTorch, so this is skipped; tests compare every family's segments with transformers.
         if not opened.is_frozen_import:
             from de3.export.parity import parity
 
@@ -139,7 +140,7 @@ def write(trained: Trained, precision: Precision, draft: Draft, name: str) -> Mo
 
 
 def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
-    """Share of samples with the same exit and answer in int8 and fp32; warns if it is small."""
+    """Share of samples with the same exit and answer in int8 and fp32; warns if it is below MIN_SAME_EXIT."""
     rows = np.arange(len(int8.labels))
     index, expected = (exit_index(rule.signal.scores(r), rule.tau) for r in (int8, reference))
     ours, theirs = int8.answers[rows, index], reference.answers[rows, expected]
@@ -155,7 +156,7 @@ def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
 
 
 def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, Any]:
-    """Accuracy of each exit in int8 and fp32, on the same samples.
+    """Print and return the accuracy of each exit in int8 and fp32, on the same samples.
 
     Raises ExportError if the loss of an exit is above `allowed` with 95% confidence.
     """

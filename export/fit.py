@@ -1,4 +1,4 @@
-"""Fits exits on a stock classifier's pooled states to its own answers, without labels or changes to its weights."""
+"""Fits exits on a stock classifier's pooled states to its own answers. Needs no labels, and changes no weights."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from de3.exits.recorded import Recorded
 from de3.export.states import POOLINGS, States, sigmoid
 from de3.training.progress import console, track
 
-HELD_OUT = 5  # a fifth of the texts chooses the pooling and the ridges
+HELD_OUT = 5  # the pooling and the ridges are chosen on a fifth of the texts
 RIDGES = (1e-2, 1e-3, 1e-4)  # strongest first
 VALUE_RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # of a regression model
-STEPS, TOLERANCE = 100, 1e-6  # of L-BFGS, for each ridge
+STEPS, TOLERANCE = 100, 1e-6  # limits of L-BFGS, for each ridge
 CURVATURE = 0.1  # of the cross-entropy in a logit: p(1 − p) at p ≈ 0.9
 LR = 1e-3  # of the prototypical networks
 BATCH = 64
@@ -33,10 +33,10 @@ class Exits:
     """Exits of every layer but the last; index = layer.
 
     Attributes:
-        pooling: of the states, "mean" or "cls".
+        pooling: pooling of the states, "mean" or "cls".
         classifiers: weights (K, hidden) and bias (K,).
-        spaces: the prototypical networks, (hidden, hidden) and (hidden,); empty without prototypes.
-        prototypes: of each space, (K, hidden).
+        spaces: the prototypical networks, weights (hidden, hidden) and bias (hidden,); empty without prototypes.
+        prototypes: the prototypes in each space, (K, hidden).
     """
 
     pooling: str
@@ -45,7 +45,7 @@ class Exits:
     prototypes: list[Array]
 
     def recorded(self, of: States) -> Recorded:
-        """Record all exits, the last included, for texts; the labels are full depth's answers."""
+        """Record the outputs of all exits, the last included, for texts; the labels are full depth's answers."""
         logits, distances = [], []
         for layer, (weight, bias) in enumerate(self.classifiers):
             x = of.pooled(self.pooling, layer)
@@ -68,7 +68,7 @@ def fit(num_layers: int, texts: States, groups: Sequence[object], seed: int) -> 
 
 
 def fit_with(texts: States, pooling: str, ridges: Sequence[float], seed: int) -> Exits:
-    """Fit exits to texts. ridges: by layer."""
+    """Fit exits to texts, with a given pooling. ridges: the ridge of each layer but the last."""
     layers = track(range(len(ridges)), f"Fitting exits ({pooling})")
     classifiers = [next(_fitted(texts, pooling, layer, (ridges[layer],)))[1] for layer in layers]
     return _with_spaces(Exits(pooling, classifiers, [], []), texts, seed)
@@ -81,8 +81,10 @@ def choose(
     seed: int,
     poolings: Sequence[str] = POOLINGS,
 ) -> tuple[str, list[float]]:
-    """The pooling, and the ridge of each layer but the last, that are best on a fifth of the texts, with exits fitted
-    to the others. The tuning and certifying samples are not used.
+    """Choose the pooling, and the ridge of each layer but the last.
+
+    They are the best on a fifth of the texts, for exits fitted to the others. The tuning and certifying samples are not
+    used.
 
     groups: the group of each text; a group is split only if there are at most HELD_OUT groups.
     """
@@ -111,7 +113,7 @@ def choose(
 
 
 def _held_out(groups: Sequence[object], rng: np.random.Generator) -> NDArray[np.bool_]:
-    """About a fifth of the texts, in whole groups if there are enough of them, (n,)."""
+    """True for about a fifth of the texts, in whole groups if there are enough groups, (n,)."""
     group = np.unique([repr(one) for one in groups], return_inverse=True)[1]
     if group.max() < HELD_OUT:
         group = np.arange(len(groups))
@@ -121,13 +123,13 @@ def _held_out(groups: Sequence[object], rng: np.random.Generator) -> NDArray[np.
 
 
 def _merit(of: Recorded) -> float:
-    """Merit of the risk signal, cross-fitted: each sample is scored by a risk fitted on others."""
+    """Merit of the risk signal, cross-fitted: each sample is scored by a risk that was fitted without it."""
     samples = Samples.independent(of)
     return calibration.merit(calibration.trade_off(samples, risk.fit(of), FINE_TAUS, risk.cross_fit(of)))
 
 
 def _chosen(texts: States, held: States, pooling: str, layer: int) -> tuple[float, Linear]:
-    """The ridge with the smallest loss on held-out texts, and its classifier."""
+    """The ridge with the smallest loss on held-out texts, and its classifier, fitted to `texts`."""
     y = held.pooled(pooling, layer)
 
     def loss(found: tuple[float, Linear]) -> float:
@@ -171,7 +173,7 @@ def _loss_of(texts: States) -> Loss:
 
 
 def _softmax_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
-    """Mean cross-entropy of classes."""
+    """Mean cross-entropy of mutually exclusive classes."""
     shifted = logits - logits.max(-1, keepdims=True)
     odds: Array = np.exp(shifted)
     total = odds.sum(-1, keepdims=True)
@@ -205,7 +207,7 @@ def _probabilities(x: Array, texts: States, ridges: Sequence[float]) -> Iterator
         seen = x @ basis
 
         def split(flat: NDArray[np.float64], basis: Array = basis) -> tuple[Array, Array, Array]:
-            """Weights in the new coordinates, weights, and bias."""
+            """Weights in the new coordinates, weights in the original ones, and bias."""
             both = flat.astype(np.float32)
             inside = both[: count * width].reshape(count, width)
             return inside, inside @ basis.T, both[count * width :]
@@ -226,7 +228,7 @@ def _probabilities(x: Array, texts: States, ridges: Sequence[float]) -> Iterator
 
 
 def _with_spaces(exits: Exits, train: States, seed: int) -> Exits:
-    """Add prototypical networks and prototypes, fitted to full depth's answers, if these are classes."""
+    """Add prototypical networks and prototypes, fitted to full depth's answers, if the answers are classes."""
     if train.thresholds is not None or train.tolerance is not None:
         return exits
     spaces, prototypes = [], []
@@ -235,7 +237,7 @@ def _with_spaces(exits: Exits, train: States, seed: int) -> Exits:
         space = _space(states, answers, len(weights), seed)
         spaces.append(space)
         means = np.stack([states[answers == k].mean(0) for k in range(len(weights))])
-        prototypes.append(means @ space[0].T + space[1])  # the class's mean h', as h' is linear in h
+        prototypes.append(means @ space[0].T + space[1])  # the class's mean h', as h' is linear in the states
     return Exits(exits.pooling, exits.classifiers, spaces, prototypes)
 
 
@@ -273,7 +275,7 @@ def _space(states: Array, answers: NDArray[np.int64], count: int, seed: int) -> 
 
 
 def _adam(part: Array, moments: tuple[Array, Array], gradient: Array, step: int, rate: float) -> None:
-    """Take one AdamW step in place. step: its number, from 1. moments: of the gradient and its square."""
+    """Take one AdamW step in place. step: its number, from 1. moments: running means of gradient and square."""
     mean, square = moments
     mean += (1 - BETAS[0]) * (gradient - mean)
     square += (1 - BETAS[1]) * (gradient**2 - square)

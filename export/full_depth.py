@@ -18,7 +18,7 @@ from de3.training.checkpoint import Checkpoint
 
 
 def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
-    """Join segments into one model, from input_ids and any token_type_ids (1, T) to the last exit's logits (1, K)."""
+    """Join segments into one model, from input_ids and, if used, token_type_ids (1, T) to the last logits (1, K)."""
     nodes: list[onnx.NodeProto] = []
     weights: list[onnx.TensorProto] = []
     hidden = ""
@@ -56,7 +56,7 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
         [helper.make_tensor_value_info(logits, TensorProto.FLOAT, [1, labels.dim_value])],
         weights,
     )
-    _prune(result, nodes)  # drops the nodes that only the prototypes use
+    _prune(result, nodes)  # drops the nodes that only the distances need
     for node in result.node:
         node.output[:] = ["logits" if x == logits else x for x in node.output]
     result.output[0].name = "logits"
@@ -71,7 +71,7 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
 
 
 def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Convert an int8 model to one activation scale per text, as ONNX Runtime's fused operators require."""
+    """Convert an int8 model to one activation scale per text, as ONNX Runtime's fused operators need; keep others."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     nodes = result.graph.node
@@ -82,7 +82,7 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
             taken_by.setdefault(name, []).append(node)
 
     def unscaled(name: str) -> str:
-        """Name of the activations before they are shifted and scaled per token."""
+        """Name of the value `name` before it was shifted and scaled per token."""
         return str(made_by[made_by[name].input[0]].input[0])
 
     fused, replaced = {}, {}
@@ -122,7 +122,7 @@ def _qkv(attention: onnx.NodeProto, made_by: dict[str, onnx.NodeProto]) -> str:
 
 
 def _prune(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    """Set a graph's nodes, and drop nodes and weights that its outputs do not depend on."""
+    """Set a graph's nodes, without those nodes and weights that its outputs do not depend on."""
     needed, kept = {x.name for x in graph.output}, []
     for node in reversed(nodes):
         if needed & set(node.output):

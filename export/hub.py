@@ -22,8 +22,8 @@ MAX_DOWNLOAD_BYTES = 2**34
 def fetch(name: str, label_names: list[str] | None = None, multi_label: bool = False) -> Path:
     """The local folder of a classifier; name: a folder, or a hub repository to download, as id or id@revision.
 
-    Its file list and config.json are checked before the weights are downloaded. Raises ValueError if there is no such
-    folder or repository, or its model cannot be served. label_names, multi_label: as in `describe`.
+    The file list and config.json are checked before the weights are downloaded. Raises ValueError if there is no such
+    folder or repository, or if its model cannot be served. label_names, multi_label: as in `describe`.
     """
     repository, _, revision = name.partition("@")
     looks_like_path = name.startswith((".", "/", "~")) or repository.count("/") > 1 or "\\" in name
@@ -68,7 +68,7 @@ def _snapshot(
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except OfflineModeIsEnabled:
-        pass  # use what was downloaded before
+        pass  # use the files that were downloaded before
     else:
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         check_files(name, list(sizes))

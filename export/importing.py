@@ -1,6 +1,6 @@
-"""Import of a stock classifier as an artifact with early exits; its weights do not change.
+"""Import of a stock classifier as an artifact with early exits; only fine-tuning changes its weights.
 
-Needs PyTorch only to fine-tune the encoder, and for files that only transformers can read.
+PyTorch is needed only to fine-tune the encoder, and for files that only transformers can read.
 """
 
 import shutil
@@ -39,12 +39,12 @@ class ImportSettings:
     """Options of an import.
 
     Attributes:
-        threshold: probability above which a multi-label model assigns a label; None: 0.5.
-        tolerance: of a regression model: values that differ by more count as different.
-        labelled: the texts have labels; otherwise the model's own answers are the labels.
-        fragments: some texts are fragments of others.
-        finetune: also train the encoder, for better early exits, towards the original's probabilities.
-        epochs, lr, bf16: settings of finetune.
+        threshold: probability above which a multi-label model assigns a label; None means 0.5.
+        tolerance: in a regression model, the largest difference between two values that count as equal.
+        labelled: true if the texts have labels; otherwise the model's own answers are the labels.
+        fragments: true if some texts are fragments of others.
+        finetune: also train the encoder towards the original's probabilities, for better early exits.
+        epochs, lr, bf16: settings of the fine-tuning.
         command: command line that resumes the import, shown if its unfinished checkpoint is opened.
     """
 
@@ -106,7 +106,7 @@ def import_classifier(
         )
         for model, part, what, poolings in (
             (_base(stock, work / BASE, "int8"), parts.train, "fitting", states.POOLINGS),
-            (reference, parts.tune, "tuning", ()),  # only the answers
+            (reference, parts.tune, "tuning", ()),  # states are not needed
             (reference, parts.certify, "certifying", ()),
         )
     ]
@@ -126,7 +126,7 @@ def import_classifier(
 def answers(
     stock: Stock, texts: Sequence[Text], thresholds: list[float] | None, tolerance: float | None
 ) -> list[Label]:
-    """The classifier's answers to texts, in their order, computed in float32."""
+    """The classifier's full-depth answers to texts, in the order of the texts, computed in float32."""
     with TemporaryDirectory() as folder:
         model = _base(stock, Path(folder), "fp32")
         found = states.states(model, {}, texts, Path(folder), "original", thresholds, tolerance, ())
@@ -134,7 +134,7 @@ def answers(
 
 
 def _base(stock: Stock, folder: Path, precision: Precision) -> Model:
-    """Convert the classifier, without early exits, into a new folder, and open it."""
+    """Convert the classifier, without early exits, to an artifact in a new folder, and open it."""
     store = Store(folder / precision)
     convert(stock, store, "base", precision)
     return Model(store.open("base"), "auto" if precision == "int8" else "onnxruntime")
@@ -169,7 +169,7 @@ def _check(stock: Stock, settings: ImportSettings, exporting: ExportSettings) ->
 
 
 def _check_tolerance(stock: Stock, tolerance: float | None, model: Model, some: Sequence[Example]) -> None:
-    """Raise ValueError, describing the values of some texts, for a regression model without a tolerance."""
+    """Raise ValueError for a regression model without a tolerance; the message describes the values of some texts."""
     if stock.description.kind != "value" or tolerance is not None:
         return
     texts = [e.text if isinstance(e.text, tuple) else (e.text, None) for e in some]
@@ -230,7 +230,7 @@ def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
 
 
 def _check_every_label(examples: Sequence[Example], names: Sequence[str]) -> None:
-    """Raise ValueError if the original never answers with some label: training would lose it."""
+    """Raise ValueError if the original never answers with some label, as training would lose this label."""
     found = {e.original for e in examples}
     missing = [name for k, name in enumerate(names) if k not in found]
     if missing:
@@ -263,7 +263,7 @@ def check_work(work: Path, finetune: bool) -> None:
 
 
 def _save(stock: Stock, exits: Exits, parts: Split, work: Path, settings: ImportSettings) -> None:
-    """Write the checkpoint, in the format of de3 train."""
+    """Write the checkpoint and its held-out texts into `work`, in the format of de3 train."""
     work.mkdir(parents=True, exist_ok=True)
     record = {"imported": True, "self_labelled": not settings.labelled}
     write_record(work, finished=False, **record, command=settings.command)

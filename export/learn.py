@@ -1,6 +1,6 @@
 """Fits exits to records of live traffic, and adds them to a model, whose own weights do not change.
 
-A server runs it in a process of its own: see `child`.
+A server runs this in a separate process: see `child`.
 """
 
 import ctypes
@@ -40,14 +40,14 @@ from de3.model_store.segment_graph import build_segment, graph_name
 from de3.model_store.store import Artifact, Store, read_manifest
 from de3.training.progress import console
 
-FOLDS = 4  # the risk is fitted to exits that were fitted without the text: each fold by those of the others
-HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and number of the new records that test the exits
-SLACK = 1.25  # over-representation of a client that is not corrected: it may be chance
-LEAST_OF_CLIENT = 30  # held-out records of a client, from which its weight is known well enough
+FOLDS = 4  # of cross-fitting: the risk is fitted to a text with exits that were fitted without it
+HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and number of the new texts that test the exits
+SLACK = 1.25  # over-representation of a client up to this factor is not corrected: it may be chance
+LEAST_OF_CLIENT = 30  # held-out records of a client that make its weight reliable
 MAX_FITTED = 20_000  # records
 MAX_LOSS = 0.01  # of accuracy, at the default τ of requests to a server without a guarantee
-# Least gains, as ratios to what is served now: in proved speed-up; and in the speed-up that exits allow, for exits that
-# prove no more yet, but at least LEAST_KEPT of it.
+# Ratios of new exits to those served now. New exits are published if their proved speed-up is LEAST_GAIN times as high;
+# or if they allow LEAST_HOPE times the speed-up, and prove at least LEAST_KEPT times the speed-up at the τ in force.
 LEAST_GAIN, LEAST_HOPE, LEAST_KEPT = 1.02, 1.08, 0.8
 MAX_CPU_S = 3600
 SEED = 0
@@ -56,7 +56,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedStates(States):
-    """States of records, in memory; only mean-pooled.
+    """The states of records, in memory; they are always mean-pooled.
 
     Attributes:
         states: (texts, num_layers, hidden) float16.
@@ -79,13 +79,13 @@ def states_of(records: Records, manifest: Manifest) -> States:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Exits, with the risk of each, and how they do on held-out records.
+    """Exits with their risk, and their results on held-out records.
 
     Attributes:
-        risk: the signal that decides; its weights are in `calibrated`.
-        speedup: by the best τ in hindsight whose rate of disagreement is within the promise.
-        proved_speedup: by the τ that the held-out records prove.
-        evidence: of each held-out record, in order: client, key, scores, differs.
+        risk: the signal of the exits; `calibrated` has its weights.
+        speedup: speed-up in layers at the best τ in hindsight whose disagreement is within the promised rate.
+        proved_speedup: speed-up in layers at the highest τ that the held-out records prove.
+        evidence: client, key, scores and differs of each held-out record, in order.
     """
 
     exits: Exits
@@ -99,8 +99,8 @@ class Fitted:
 def fit_exits(records: Records, manifest: Manifest, attempt: int, rate: float, first_new: int = 0) -> Fitted:
     """Fit exits and risk to records, and test them on held-out ones.
 
-    rate: the promised rate of disagreement. first_new: number of the first record that tests may use: those before it
-    are older than a change of the traffic.
+    rate: the promised rate of disagreement. first_new: number of the first record that tests may use; those before it
+    are from before a change in the traffic.
 
     Raises ValueError if there are too few records.
     """
@@ -122,7 +122,7 @@ def fit_exits(records: Records, manifest: Manifest, attempt: int, rate: float, f
 
 
 def _split(records: Records, attempt: int, first_new: int) -> tuple[Records, Records]:
-    """The records to fit to, and those to test on; equal texts are on the same side."""
+    """The records to fit exits to, and those to test them on; equal texts are on the same side."""
     is_new = records.numbers >= first_new
     rng = np.random.default_rng([SEED, attempt])
     keys = rng.permutation(np.unique(records.keys[is_new]))
@@ -130,7 +130,7 @@ def _split(records: Records, attempt: int, first_new: int) -> tuple[Records, Rec
     is_tested = np.isin(records.keys, keys[:count])
     others = np.flatnonzero(~is_tested)
     held = _thinned(records, np.flatnonzero(is_tested & is_new), rng)
-    # Of the records before a change of the traffic, at most as many as after it.
+    # At most as many records from before a change in the traffic as from after it.
     old, new = others[~is_new[others]], others[is_new[others]]
     if first_new and len(old) > len(new):
         old = np.sort(rng.permutation(old)[: len(new)])
@@ -138,13 +138,13 @@ def _split(records: Records, attempt: int, first_new: int) -> tuple[Records, Rec
 
 
 def _thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Rows of which each client has as many as its share of the traffic.
+    """Thin out rows at random, so that each client's share of them is about its share of the traffic.
 
     Records over-represent clients whose texts were drawn more often, and those that the reservoir protects.
     """
     clients = records.clients[rows]
     counts = np.bincount(clients, minlength=len(records.names))
-    weights = np.array(records.texts) / np.maximum(counts, 1)  # texts for which a record stands
+    weights = np.array(records.texts) / np.maximum(counts, 1)  # number of texts that a record stands for
     known = counts >= LEAST_OF_CLIENT
     most = weights[known].max() if known.any() else np.inf
     return rows[rng.random(len(rows)) * most <= SLACK * weights[clients]] if np.isfinite(most) else rows
@@ -153,7 +153,7 @@ def _thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator
 def _apart(
     texts: States, records: Records, pooling: str, ridges: Sequence[float], manifest: Manifest
 ) -> Recorded:
-    """Record each text with exits that were fitted without it, in the order of the texts."""
+    """Record the outputs for each text of exits that were fitted without it, in the order of the texts."""
     groups = np.unique(records.keys, return_inverse=True)[1]
     fold = np.random.default_rng(SEED).permutation(int(groups.max()) + 1)[groups] % FOLDS
     parts, rows = [], []
@@ -176,7 +176,7 @@ def _apart(
 
 
 def _as_served(exits: Exits, manifest: Manifest) -> Exits:
-    """The exits with their prototypical networks as the artifact has them: in int8 if the model is."""
+    """The exits, with the weights of their prototypical networks rounded to int8 if the artifact stores int8."""
     if manifest.precision == "fp32":
         return exits
     spaces = []
@@ -201,7 +201,7 @@ def _risk(calibrated: Calibrated, manifest: Manifest) -> Risk:
 def _speedups(
     recorded: Recorded, scores: NDArray[np.float64], rate: float, error: float
 ) -> tuple[float, float]:
-    """Speed-ups in layers: by the τ that these texts prove, and by the best one in hindsight."""
+    """Speed-ups in layers: at the highest τ that these texts prove, and at the best τ in hindsight."""
     taus = np.unique(FINE_TAUS)
     rows = [
         profile(one.tolist(), differs.tolist(), recorded.exit_layers, taus)
@@ -214,7 +214,7 @@ def _speedups(
     )
 
     def last(holds: NDArray[np.bool_]) -> float:
-        """The speed-up of the last τ before the first that does not hold; τ = 0 always does."""
+        """The speed-up at the last τ before the first for which `holds` is false; τ = 0 always holds."""
         wrong = np.flatnonzero(~holds[1:])
         return float(speedups[wrong[0] if len(wrong) else -1])
 
@@ -222,7 +222,7 @@ def _speedups(
 
 
 def _evidence(records: Records, recorded: Recorded, scores: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
-    """What each held-out record shows, as a server counts it."""
+    """Yield the evidence of each held-out record, in the form that a server counts."""
     for i, (one, differs) in enumerate(zip(scores, recorded.differs, strict=True)):
         yield {
             "client": records.names[records.clients[i]],
@@ -243,9 +243,9 @@ def publish(
 ) -> Path:
     """Publish a model with these exits; returns its folder.
 
-    attempt: number of the fit of a server; None: for a guarantee it is a new model. name, version: of the new version;
-    None: the base's name, and the next version in the store. Raises StoreError for a damaged base, and OSError if the
-    version exists.
+    attempt: number of the server's fit; None if a guarantee treats the result as a new model. records: number of
+    records that the exits were fitted to. name, version: the published name and version; by default, the base's name
+    and the next version in the store. Raises StoreError for a damaged base, and OSError if the version exists.
     """
     manifest, exits = base.manifest, fitted.exits
     layers = list(range(manifest.num_layers))
@@ -264,7 +264,8 @@ def publish(
     made = manifest.model_copy(update=fields)
     with store.new_version(made.name) as draft:
         norm: Mapping[str, Array] = {}
-        for layer in reversed(range(manifest.num_layers + 1)):  # the last layer has the norm before an exit
+        # From the last layer down, as its exit has the norm that all exits share.
+        for layer in reversed(range(manifest.num_layers + 1)):
             file = manifest.segment_files()[layer]
             old = check_segment(base, layer, base.read(file))
             norm = norm or {name: old[name] for name in old if name.startswith("final_norm.")}
@@ -284,7 +285,7 @@ def publish(
 
 
 def import_records(base: Artifact, files: Sequence[Path], store: Store, name: str, rate: float) -> Path:
-    """Publish a model with exits that are fitted to the records of one or several servers; returns its folder.
+    """Publish a model with exits that are fitted to the records of one or more servers; returns its folder.
 
     Raises ValueError for unusable files, and StoreError for a damaged model.
     """
@@ -307,20 +308,20 @@ def import_records(base: Artifact, files: Sequence[Path], store: Store, name: st
 
 
 def _check(records: Records, manifest: Manifest) -> None:
-    """Raise ValueError for records of another model."""
+    """Raise ValueError if the records are of another model."""
     records.check(base_of(manifest), manifest.num_layers, manifest.hidden_size, len(manifest.labels))
 
 
 def learn(base: Artifact, records: Records, store: Store, job: "Job") -> dict[str, Any]:
-    """Fit exits to records of a model, and publish them if they are faster than what is served now; returns the result.
+    """Fit exits to records of a model, and publish them if they are faster than those served now; returns the result.
 
-    Raises ValueError for records that are too few or of another model, and StoreError for a damaged model.
+    Raises ValueError for too few records or those of another model, and StoreError for a damaged model.
     """
     manifest = base.manifest
     _check(records, manifest)
     started = time.monotonic()
     fitted = fit_exits(records, manifest, job.attempt, job.rate, job.first_new)
-    # Audits of live traffic will prove more of what the exits allow.
+    # Audits of live traffic will prove more of the speed-up that the exits allow.
     is_promising = (
         fitted.speedup >= LEAST_HOPE * job.allowed and fitted.proved_speedup >= LEAST_KEPT * job.speedup
     )
@@ -342,18 +343,18 @@ def learn(base: Artifact, records: Records, store: Store, job: "Job") -> dict[st
 
 @dataclass(frozen=True)
 class Job:
-    """A fit, as a server asks for it.
+    """A fit that a server requests.
 
     Attributes:
         base: folder of the model.
         records: file of records.
         store: folder of the store for the new version.
-        version: its number.
+        version: number of the new version.
         attempt: number of this fit.
         rate: the promised rate of disagreement.
         first_new: see fit_exits.
-        speedup, allowed: of what is served now, in layers: at the τ in force, and at the best τ in hindsight.
-        memory: limit, bytes.
+        speedup, allowed: speed-ups in layers of the exits served now: at the τ in force, and at the best in hindsight.
+        memory: memory limit, bytes.
     """
 
     base: str
@@ -369,7 +370,7 @@ class Job:
 
 
 def child() -> None:
-    """Entry point of a server's process: reads a Job from stdin, and prints the result, or its error, as JSON."""
+    """Entry point of a server's child process: reads a Job from stdin, and prints the result or an error as JSON."""
     job = Job(**json.loads(sys.stdin.read()))
     _run_at_idle()
     resource.setrlimit(resource.RLIMIT_DATA, (job.memory, job.memory))
@@ -388,7 +389,7 @@ def child() -> None:
 
 
 def _run_at_idle() -> None:
-    """Run only while no other process wants the processor, and end with the server."""
+    """Run only while no other process needs the processor, and exit when the server does."""
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with suppress(OSError):  # if memory runs out, the kernel should kill this process, not the server
@@ -398,7 +399,7 @@ def _run_at_idle() -> None:
 
 
 def _weights(exits: Exits, layer: int) -> dict[str, Array]:
-    """The weights of an exit, as `build_segment` names them."""
+    """The weights of an exit, under the names that `build_segment` uses."""
     weight, bias = exits.classifiers[layer]
     weights = {"classifier.weight": np.ascontiguousarray(weight.T), "classifier.bias": bias}
     if exits.spaces:
@@ -408,7 +409,7 @@ def _weights(exits: Exits, layer: int) -> dict[str, Array]:
 
 
 def _source(old: Mapping[str, Array], new: dict[str, Array]) -> Source:
-    """A source of weights: those of a new exit, and the others as they are in an artifact."""
+    """A source of weights: those of a new exit from `new`, and all others unchanged from `old`, an artifact's."""
     added = source_of(new)
     modules = {name.partition(".")[0] for name in new if not name.startswith("final_norm.")}
 

@@ -1,4 +1,4 @@
-"""The files of a stock classifier that is imported, rewritten if only transformers can read them."""
+"""The files of a stock classifier to import, rewritten if only transformers can read them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -32,7 +32,7 @@ def parity_samples(examples: Sequence[Example], model: Model, count: int = 48) -
 def parity(checkpoint: Checkpoint, exported: Model, examples: Sequence[Example]) -> dict[str, Any]:
     """Run the fp32 segments and the PyTorch model on the same samples; print and return the largest differences.
 
-    Raises ExportError if they differ by more than 1e-3 (times the tolerance, if it is above 1), or in their tokens.
+    Raises ExportError if outputs differ by more than 1e-3 (times the tolerance, if that is above 1), or tokens differ.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     exits, spaces = model.config.exit_layers, model.config.prototype_layers
@@ -69,7 +69,7 @@ def parity(checkpoint: Checkpoint, exported: Model, examples: Sequence[Example])
     worst = max(largest["logits"] + largest["distances"])
     allowed = MAX_FP32_DIFFERENCE * max(
         1.0, model.config.tolerance or 0.0
-    )  # values have the scale of the tolerance
+    )  # a regression value has the scale of its tolerance
     if not worst <= allowed:  # "not <=" catches NaN
         raise ExportError(f"the segments differ from the PyTorch model by {worst:.1e}, above {allowed:g}")
     return {"samples": len(samples), "longest": max(lengths), **largest}

@@ -1,4 +1,4 @@
-"""Recalibration of an artifact on other samples or audits: new signal, τ and guarantees for the same model."""
+"""Recalibration of an artifact on other samples or audits: a new signal, τ and guarantees for the same model."""
 
 import time
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def recalibrate(
     max_loss: float,
     signal: str = "auto",
 ) -> Path:
-    """Publish an artifact's next version, the same files with a new calibration; returns its folder.
+    """Publish an artifact's next version: the same files with a new calibration; returns its folder.
 
     Raises ValueError for unusable samples, and StoreError for a damaged artifact.
     """
@@ -52,7 +52,7 @@ def recalibrate(
 def recalibrate_on_audits(
     artifact: Artifact, store: Store, files: Sequence[Path], max_loss: float, signal: str = "auto"
 ) -> Path:
-    """Recalibrate on the audits of live traffic in a server's logs, labelled with full depth's answers."""
+    """As `recalibrate`, on the audits of live traffic in a server's logs, labelled with full depth's answers."""
     tune, certify = audited.parts(artifact, files)
     if _counts_against_original(artifact):
         _warn_of_full_depth(artifact, "audits do not have the original's answers")
@@ -74,7 +74,7 @@ def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:
 
 
 def _with_original(recorded: Recorded, examples: Sequence[Example], artifact: Artifact) -> Recorded:
-    """The recording with the imported classifier's answers, if the calibration counts disagreement with those."""
+    """The recording, with the imported classifier's answers if disagreement is counted against these."""
     if not _counts_against_original(artifact):
         return recorded
     known = with_original(recorded, examples)
@@ -87,7 +87,7 @@ def _with_original(recorded: Recorded, examples: Sequence[Example], artifact: Ar
 
 
 def _counts_against_original(artifact: Artifact) -> bool:
-    """True if the current calibration counts disagreement with the imported classifier."""
+    """True if the current calibration counts disagreement against the imported classifier."""
     calibration = artifact.manifest.calibration
     return calibration is not None and calibration.original_disagreement is not None
 

@@ -1,4 +1,4 @@
-"""Records every exit of an artifact on labelled texts, run as in serving."""
+"""Records the outputs of every exit of an artifact for labelled texts, run as in serving."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from de3.training.progress import track
 
 
 def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:
-    """Record every exit for examples, in order. Each runs unbatched to full depth, in parallel on all cores."""
+    """Record every exit for examples, in order. Examples run to full depth, unbatched, in parallel on all cores."""
 
     def full_depth(example: Example) -> tuple[int, list[Step]]:
         text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)

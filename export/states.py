@@ -33,12 +33,11 @@ class States:
     """Pooled states and logits of a classifier for n texts.
 
     Attributes:
-        chunks: safetensors files: POOLING_LAYER, the pooled states of each layer but the last, (texts, hidden);
-            logits, (texts, K); rows, the indices of the texts.
-        logits: of full depth, (n, K).
-        thresholds: of a multi-label model, as logits, (K,).
-        tolerance: of a regression model, whose logits are values, K = 1.
-        rows: indices of the n texts among those in the chunks, (n,); None: all.
+        chunks: safetensors files with the tensors POOLING_LAYER, the pooled states of each layer but the last, (texts,
+            hidden); logits, (texts, K); and rows, the indices of the texts.
+        logits: logits at full depth, (n, K).
+        thresholds, tolerance: as in exits.recorded.Recorded.
+        rows: indices of the n texts among those in the chunks, (n,); None if they are all of them.
     """
 
     chunks: list[Path]
@@ -58,14 +57,14 @@ class States:
 
     @property
     def answers(self) -> NDArray[np.generic]:
-        """Answers of full depth: classes or values, (n,), or the assigned labels, (n, K) bool."""
+        """Answers at full depth: classes or values, (n,), or the assigned labels, (n, K) bool."""
         if self.tolerance is not None:
             return self.logits[:, 0].astype(np.float64)
         return self.logits.argmax(-1) if self.thresholds is None else self.logits > self.thresholds
 
     @property
     def probabilities(self) -> Array:
-        """Probabilities of full depth, (n, K)."""
+        """Probabilities at full depth, (n, K)."""
         if self.thresholds is not None:
             return sigmoid(self.logits)
         odds = np.exp(self.logits - self.logits.max(-1, keepdims=True))
@@ -90,9 +89,9 @@ def states(
     """Run a classifier without early exits over texts, in parallel on all cores.
 
     norm: the norm between a layer's states and its exit, as `build.final_norm` gives it. what: name of the texts,
-    for messages and file names. thresholds: of a multi-label model, probabilities. tolerance: of a regression model.
-    poolings: the poolings of the states to keep; if empty, only the logits are kept.
-    Chunks in `folder` from an earlier run with the same model and texts are reused.
+    for messages and file names. thresholds: label thresholds of a multi-label model, as probabilities. tolerance: of a
+    regression model, see exits.recorded.Recorded. poolings: the poolings of the states to keep; if empty, only the
+    logits are kept. Chunks in `folder` from an earlier run with the same model and texts are reused.
     """
     tokens = [model.tokenize(*(text if isinstance(text, tuple) else (text,))) for text in texts]
     files = {name: entry.sha256 for name, entry in model.manifest.files.items()}
@@ -156,7 +155,7 @@ def _normalized(hidden: Array, norm: Weights, epsilon: float) -> Array:
 
 
 def _gathered(chunks: Sequence[Path], name: str) -> Array:
-    """A tensor of all chunks in float32, in the order of the texts."""
+    """One tensor, joined from all chunks, in float32 and in the order of the texts."""
     parts = []
     for chunk in chunks:
         with safe_open(chunk, "numpy") as file:

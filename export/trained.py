@@ -1,4 +1,4 @@
-"""Converts a checkpoint's files to those of an artifact, without PyTorch."""
+"""Converts a checkpoint's files to an artifact's, without PyTorch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +23,12 @@ class Trained:
     """The weights, prototypes and tokenizer of a checkpoint.
 
     Attributes:
-        prototypes: (K, metric_dim) by layer.
+        prototypes: prototypes by layer, (K, metric_dim).
         tokenizer: tokenizer.json without padding and truncation.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Raises ValueError for a class without a prototype."""
+        """Raises ValueError if the prototypes cannot be read or a class has none."""
         self.checkpoint = checkpoint
         self.prototypes = _prototypes(checkpoint)
         tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
@@ -37,7 +37,7 @@ class Trained:
         self.tokenizer = str(tokenizer.to_str()).encode()
 
     def architecture(self, precision: Precision) -> Architecture:
-        """The architecture; raises ValueError for an encoder that cannot be exported."""
+        """The artifact's architecture; raises ValueError for an encoder that cannot be exported."""
         config, family = self.checkpoint.config, self.checkpoint.config.family
         path = self.checkpoint.folder / TOKENIZER_CONFIG
         inputs = (read_config(path) if path.is_file() else {}).get("model_input_names")
@@ -57,7 +57,7 @@ class Trained:
         )
 
     def files(self, architecture: Architecture) -> Iterator[tuple[str, bytes]]:
-        """The artifact's files by name, one at a time; raises ValueError for weights that do not fit."""
+        """Yield the artifact's files, as name and contents; raises ValueError for weights that do not fit."""
         exits: dict[int, dict[str, str]] = {
             layer: {"classifier": f"classifiers.{i}"} for i, layer in enumerate(architecture.exit_layers)
         }
@@ -76,7 +76,7 @@ class Trained:
 
     @contextmanager
     def _weights(self) -> Iterator[StateFile]:
-        """The weights; raises ValueError, which begins with the folder, if they are unusable."""
+        """Open the weights; raises ValueError, with a message that begins with the folder, if they are unusable."""
         try:
             with weights.opened(self.checkpoint.folder, "encoder.") as state:
                 yield state

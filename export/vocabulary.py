@@ -15,7 +15,7 @@ BYTE_LEVEL = ("roberta",)
 
 
 def tokenizer_of(files: Mapping[str, bytes], options: Mapping[str, Any], family: type[Encoder]) -> bytes:
-    """A tokenizer.json without padding and truncation; raises ValueError if none can be read.
+    """The contents of a tokenizer.json without padding and truncation; raises ValueError if none can be used.
 
     files: contents by file name. options: contents of tokenizer_config.json.
     """
@@ -42,7 +42,7 @@ def _is_one_of(family: type[Encoder], types: tuple[str, ...]) -> bool:
 
 
 def _word_piece(vocabulary: bytes, options: Mapping[str, Any]) -> bytes:
-    """BERT's tokenizer, as transformers makes it from vocab.txt."""
+    """BERT's tokenizer, as transformers makes it from vocab.txt; raises ValueError for an unusable file."""
     try:
         words = vocabulary.decode().splitlines()
     except UnicodeDecodeError as error:
@@ -71,7 +71,7 @@ def _word_piece(vocabulary: bytes, options: Mapping[str, Any]) -> bytes:
 
 
 def _byte_level(vocabulary: bytes, merges: bytes, options: Mapping[str, Any]) -> bytes:
-    """RoBERTa's tokenizer, as transformers makes it from vocab.json and merges.txt."""
+    """RoBERTa's tokenizer, as transformers makes it from these files; raises ValueError for unusable ones."""
     try:
         ids = json.loads(vocabulary)
         lines = merges.decode().splitlines()

@@ -26,14 +26,14 @@ UNUSED = ("position_ids", "token_type_ids", "inv_freq", "pooler.dense.weight", "
 
 
 class StateFile(Mapping[str, NDArray[np.float32]]):
-    """The encoder's weights in float32, by their names in transformers, each read on access.
+    """The encoder's weights in float32, by their names in transformers; each is read from its file on access.
 
     Attributes:
         whole: the weights of the whole classifier.
     """
 
     def __init__(self, tensors: dict[str, "_Tensor"], prefix: str, read: set[str]) -> None:
-        """read: set to which the name of each tensor is added when it is read."""
+        """read: a set; the name of each tensor is added when the tensor is read."""
         self._tensors, self._prefix, self._read = tensors, prefix, read
         self.whole = StateFile(tensors, "", read) if prefix else self
 
@@ -53,7 +53,7 @@ class StateFile(Mapping[str, NDArray[np.float32]]):
         return sum(1 for _ in self)
 
     def check_all_read(self, others: Collection[str] = ()) -> None:
-        """Raise ValueError if weights other than UNUSED and `others` were not read: config.json is another model's."""
+        """Raise ValueError if weights, except UNUSED and `others`, were not read: config.json is another model's."""
         read = self._read | set(others)
         unread = [name for name in self._tensors if name not in read and not name.endswith(UNUSED)]
         if unread:
@@ -96,9 +96,9 @@ class _Tensor:
 
 @contextmanager
 def opened(folder: Path, prefix: str) -> Iterator[StateFile]:
-    """Context with a folder's weights, whose files stay open; raises ValueError for unusable files.
+    """Open the weights in a folder; the files stay open in the context. Raises ValueError for unusable files.
 
-    prefix: of the names of the encoder's weights.
+    prefix: prefix of the names of the encoder's weights.
     """
     tensors: dict[str, _Tensor] = {}
     with ExitStack() as files:
@@ -116,7 +116,7 @@ def opened(folder: Path, prefix: str) -> Iterator[StateFile]:
                 raise ValueError(f"its {path.name} cannot be read: {error}") from None
             for key, entry in header.items():
                 if key != "__metadata__":
-                    # Old checkpoints have TensorFlow's names for the weights of a norm.
+                    # Old checkpoints use TensorFlow's names for the weights of a norm.
                     name = key.replace("LayerNorm.gamma", "LayerNorm.weight")
                     name = name.replace("LayerNorm.beta", "LayerNorm.bias")
                     begin = 8 + size + entry["data_offsets"][0]
@@ -127,7 +127,7 @@ def opened(folder: Path, prefix: str) -> Iterator[StateFile]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, several if its weights are sharded."""
+    """The safetensors files with the weights in a folder, sharded or not; raises ValueError if there are none."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -149,5 +149,5 @@ def save(tensors: dict[str, NDArray[Any]], file: Path) -> None:
     """Write a safetensors file; raises OSError if it cannot be written."""
     try:
         save_file(tensors, file, {"format": "pt"})
-    except SafetensorError as error:  # a full disk, too
+    except SafetensorError as error:  # also for a full disk
         raise OSError(f"{file}: cannot be written: {error}") from None

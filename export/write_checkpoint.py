@@ -13,7 +13,7 @@ from de3.export.fit import Exits, Linear
 from de3.export.weights import UNUSED, WEIGHTS, save
 from de3.training.config import MODEL_TYPE
 
-# The weights are written in float32, whatever they were.
+# Fields of a classifier's config.json that are not copied, as the checkpoint sets its own.
 NOT_OF_ENCODER = ("id2label", "label2id", "dtype", "torch_dtype", "architectures")
 
 
@@ -27,7 +27,7 @@ def write_checkpoint(
 ) -> None:
     """Write a classifier with exits in the format of training.model.De3Model, with its tokenizer.
 
-    input_: kind of the texts that its exits were fitted to, "text" or "pair".
+    input_: the kind of texts that the exits were fitted to, "text" or "pair".
     """
     architecture, labels = stock.architecture("fp32"), stock.description.labels
     config = {
@@ -76,7 +76,7 @@ def _named(module: str, both: Linear) -> dict[str, NDArray[np.generic]]:
 
 
 def _tokenizer_options(stock: Stock) -> dict[str, Any]:
-    """tokenizer_config.json, from which transformers can read the tokenizer without knowing the encoder."""
+    """The tokenizer_config.json, so that transformers can load the tokenizer without knowing the encoder."""
     tokenizer, config = Tokenizer.from_str(stock.tokenizer.decode()), stock.description.config
     number = config.get("pad_token_id")
     pad = tokenizer.id_to_token(number if type(number) is int and number >= 0 else 0)

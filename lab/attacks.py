@@ -27,7 +27,7 @@ Script = Callable[[int], Iterator[Step]]
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack.
+    """The script of an attack, and the settings it runs with.
 
     Attributes:
         what: a description in one sentence.
@@ -88,7 +88,7 @@ def _post(body: bytes) -> bytes:
 
 
 def _repeat(request: bytes) -> Iterator[Step]:
-    """Send a request again after each answer."""
+    """Send the same request again after each answer."""
     while True:
         yield request
         yield ANSWER
@@ -308,7 +308,7 @@ def _contents(seed: int) -> bytes:
 
 @_attack(connections=4, with_budgets=True)
 def windows_of_detectors(number: int) -> Iterator[Step]:
-    """Requests to the detectors with twenty plain texts of 48 KB, which run in all their windows at full depth."""
+    """Requests to the detectors with twenty plain texts of 48 KB, all of whose windows run at full depth."""
     return _repeat(_contents(number % 8))
 
 

@@ -27,17 +27,18 @@ LOAD = 0.7
 
 
 def audit_of(url: str, model: str) -> dict[str, Any]:
-    """A server's report on its audits; raises OSError."""
+    """A server's report on its audits; raises OSError if the request fails."""
     with urlopen(f"{url}/v1/models/{model}/audit", timeout=10) as answer:
         return dict(json.load(answer))
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Full depth's answer to each text, from the server at τ = 0 with `explain`.
+    """Answers of full depth and of every exit to each text, from the server at τ = 0 with `explain`.
 
     Attributes:
-        scores: score of each exit, (n, exits).
+        labels: label of each text at full depth.
+        scores: score of each exit, (n, exits); NaN where the server reports none.
         differs: True where an exit's answer differs from full depth's, (n, exits).
     """
 
@@ -64,7 +65,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Window:
-    """A time window of the story.
+    """A time window of a run: its traffic, and the server's report at its end.
 
     Attributes:
         phase: the kind of texts sent, home or away.
@@ -74,7 +75,8 @@ class Window:
         measured, lower, upper: disagreement by the server's audits, with its bounds.
         seen: disagreement of the answers in this window with full depth, counted by the client.
         true: disagreement over all texts of the phase, at the τ in force at the end of the window.
-        p99_ms: of requests in this window.
+        speedup: in layers, by the server's audits.
+        p99_ms: latency (p99) of the requests in this window.
     """
 
     phase: str
@@ -154,7 +156,7 @@ def story(
 
 
 def summary(told: list[Window], rate: float) -> dict[str, Any]:
-    """Summary of the story: the client's own count, and the texts from the switch to the end of the breach."""
+    """Summary of a run: the client's own count, and the texts from the switch until the guarantee holds again."""
     away = [w for w in told if w.phase == "away"]
     before = max((w.texts for w in told if w.phase == "home"), default=0)
     breached = [w for w in away if w.true > rate]
@@ -197,7 +199,8 @@ def copies(
 ) -> dict[str, float | int]:
     """Let one client send copies of an easy text, and compare another client's answers with full depth's.
 
-    The attacker begins with 256 copies in one request. Then the other client sends each sample once, each after a copy.
+    The attacker begins with 256 copies in one request. Then the other client sends each sample once, each after
+    another copy from the attacker.
     """
     with (
         TemporaryDirectory() as folder,

@@ -1,4 +1,4 @@
-"""Bulk classification: a large file beside the same engine fed from memory, and a run that is killed and goes on."""
+"""Bulk classification: a large file compared with the same engine fed from memory, and a run killed and continued."""
 
 import json
 import os
@@ -29,11 +29,11 @@ from de3.model_store.store import Artifact
 
 MEMORY_TEXTS = 200_000
 SAMPLE_S = 0.5
-KILLED_AT = 0.4  # of the rows
+KILLED_AT = 0.4  # share of the parts after which the run is killed
 
 
 def distinct_texts(texts: Sequence[str], count: int, seed: int = 1) -> list[str]:
-    """Distinct short texts: these, then the start of one with the end of another."""
+    """`count` distinct short texts, shuffled: the given ones, then the start of one joined to the end of another."""
     rng, words = random.Random(seed), [text.split() for text in texts]
     found = dict.fromkeys(text for text in texts if text.strip())
     while len(found) < count:
@@ -51,8 +51,8 @@ class Bulk:
     """The result of a run of `de3 classify --file`.
 
     Attributes:
-        seconds: from its start to its end, that of the interpreter and of the model included.
-        memory_mb: PSS of its processes over time.
+        seconds: duration, including the start of the interpreter and of the model.
+        memory_mb: memory (PSS) of all its processes, sampled every SAMPLE_S.
     """
 
     rows: int
@@ -61,17 +61,17 @@ class Bulk:
 
     @property
     def rate(self) -> float:
-        """Rows/s."""
+        """Throughput of the run, rows/s."""
         return self.rows / self.seconds
 
     def memory(self) -> tuple[float, float]:
-        """The largest memory in the second quarter of the run, and in the last."""
+        """Peak memory in the second quarter of the run, and in the last, MB."""
         quarter = max(1, len(self.memory_mb) // 4)
         return max(self.memory_mb[quarter : 2 * quarter]), max(self.memory_mb[-quarter:])
 
 
 def from_memory(artifact: Artifact, texts: list[str]) -> dict[str, float]:
-    """Texts/s from a list in memory to a table in memory: the library's threads, and the command's processes."""
+    """Texts/s from a list in memory to results in memory, by the library's threads and by the command's processes."""
     rates = {}
     with Classifier(artifact) as classifier:
         classifier.classify(texts[:SLICE_ROWS], as_arrow=True)
@@ -102,7 +102,10 @@ def _pool_rate(artifact: Artifact, texts: list[str], options: Options) -> float:
 
 
 def run(command: list[str], rows: int, ends_at: Callable[[], bool] = lambda: False) -> Bulk:
-    """Run the command; kill it and its processes once `ends_at`. Raises ValueError if it fails."""
+    """Run the command; kill it and its processes once `ends_at()` is true. Raises ValueError if the command fails.
+
+    rows: number of rows that the command classifies.
+    """
     started, memory = time.perf_counter(), []
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
@@ -120,7 +123,7 @@ def run(command: list[str], rows: int, ends_at: Callable[[], bool] = lambda: Fal
 
 
 def study(artifact: Artifact, store: Path, texts: Sequence[str], rows: int, folder: Path) -> Iterator[str]:
-    """Yield lines of the report; folder: for the files, which stay."""
+    """Yield the lines of the report. folder: where the files are written and kept."""
     source = folder / "texts.parquet"
     for old in folder.glob("whole.*"), folder.glob("halves.*"):
         for path in old:
@@ -150,7 +153,7 @@ def study(artifact: Artifact, store: Path, texts: Sequence[str], rows: int, fold
 
 
 def peers(artifact: Artifact, stock: Path, folder: Path, count: int, rounds: int) -> Iterator[str]:
-    """Yield texts/s of the command's processes and of peers, on the first texts of `study`'s file.
+    """Yield texts/s of the command's processes and of peers, on the first `count` texts of the file that `study` wrote.
 
     stock: the Hugging Face classifier from which the artifact was made.
     """

@@ -4,9 +4,9 @@
 #     "tokenizers", "torch>=2.4", "transformers>=4.44,<5",
 # ]
 # ///
-"""Peers in bulk: a stock BERT classifier on texts of a file, sorted by length, at several batch sizes, on all cores.
+"""Peers in bulk: a stock BERT classifier on the texts of a file, sorted by length, in batches.
 
-Usage: bulk_peers.py FOLDER TEXTS.json OUT   Prints a JSON object: texts/s by engine and batch size.
+Usage: bulk_peers.py FOLDER TEXTS.json OUT   Prints a JSON object: the best batch size of each engine, and its texts/s.
 """
 
 import json
@@ -29,18 +29,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 CORES = len(os.sched_getaffinity(0))
 BATCHES = (8, 32, 64)
-SAMPLE = 2000  # texts that choose the batch size
+SAMPLE = 2000  # texts on which the batch size is chosen
 
 
 def batches(texts: list[str], size: int) -> Iterator[list[str]]:
-    """Yield texts of similar length."""
+    """Yield batches of `size` texts of similar length."""
     ordered = sorted(texts, key=len)
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
 
 
 def to_onnx(folder: Path, out: Path) -> Path:
-    """The classifier as a fused int8 graph, made with the tools of ONNX Runtime."""
+    """Convert the classifier to a fused int8 graph with ONNX Runtime's tools, unless `out` has it; returns its path."""
     plain, fused, final = (out / f"{name}.onnx" for name in ("plain", "fused", "int8"))
     if final.exists():
         return final
@@ -70,7 +70,7 @@ def to_onnx(folder: Path, out: Path) -> Path:
 
 
 def onnx_runtime(folder: Path, out: Path) -> Callable[[list[str], int], None]:
-    """ONNX Runtime, int8."""
+    """A function that classifies texts in batches of a given size, by ONNX Runtime in int8."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = CORES
     session = ort.InferenceSession(str(to_onnx(folder, out)), options, providers=["CPUExecutionProvider"])
@@ -86,7 +86,7 @@ def onnx_runtime(folder: Path, out: Path) -> Callable[[list[str], int], None]:
 
 
 def transformers(folder: Path) -> Callable[[list[str], int], None]:
-    """The pipeline of transformers, fp32."""
+    """A function that classifies texts in batches of a given size, by the pipeline of transformers in fp32."""
     torch.set_num_threads(CORES)
     classify: Any = pipeline("text-classification", model=str(folder), device="cpu")
 
@@ -98,7 +98,10 @@ def transformers(folder: Path) -> Callable[[list[str], int], None]:
 
 
 def ctranslate(folder: Path, out: Path) -> Callable[[list[str], int], None]:
-    """CTranslate2, int8; NumPy runs the classifier, which it does not convert."""
+    """A function that classifies texts in batches of a given size, by CTranslate2 in int8.
+
+    CTranslate2 does not convert the classifier head, so NumPy runs it.
+    """
     converted = out / "ctranslate2"
     if not converted.exists():
         ctranslate2.converters.TransformersConverter(str(folder)).convert(str(converted), quantization="int8")
@@ -110,7 +113,7 @@ def ctranslate(folder: Path, out: Path) -> Callable[[list[str], int], None]:
         weight, bias = weights.get_tensor("classifier.weight").T, weights.get_tensor("classifier.bias")
 
     def run(texts: list[str], size: int) -> None:
-        # Twice as many texts a call as its workers take at a time.
+        # Each call gets one batch, and ends before the next call begins.
         for many in batches(texts, 2 * CORES * size):
             for batch in batches(many, size):
                 ids = tokenizer(batch, truncation=True)["input_ids"]
@@ -120,14 +123,14 @@ def ctranslate(folder: Path, out: Path) -> Callable[[list[str], int], None]:
 
 
 def rate(run: Callable[[list[str], int], None], texts: list[str], size: int) -> float:
-    """Texts/s."""
+    """Texts/s of one run over the texts."""
     started = time.perf_counter()
     run(texts, size)
     return len(texts) / (time.perf_counter() - started)
 
 
 def main(folder: Path, texts: list[str], out: Path) -> None:
-    """Measure each engine at its best batch size."""
+    """Measure each engine at its best batch size, and print the results as JSON."""
     out.mkdir(parents=True, exist_ok=True)
     engines = {
         "transformers pipeline, fp32": transformers(folder),

@@ -94,7 +94,7 @@ def learn_cost(
     text_column: options.TextColumn = "text",
     port: options.Port = 8100,
 ) -> None:
-    """Latency of clients at half load while a server fits exits, and while it does not.
+    """Measure latency at half load while a server fits exits, and while it does not.
 
     Example: python -m lab learn-cost runs/stock/model --texts runs/stock/texts.jsonl
     """
@@ -165,7 +165,7 @@ def bulk(
     ] = None,
     rounds: options.Rounds = 3,
 ) -> None:
-    """Classify a large file of recombined texts, beside the same engine fed from memory; kill a run, and continue it.
+    """Classify a large file of recombined texts, compare with the engine fed from memory, and continue a killed run.
 
     Example: python -m lab bulk --texts train.tsv --folder runs/bulk
     """
@@ -438,7 +438,7 @@ def engines(
 
 
 def _add_script(to: typer.Typer, name: str, module: str) -> None:
-    """Add a command that runs a module's function main; the module is imported only when the command runs."""
+    """Add a command that runs a module's `main`; the module is imported only when the command runs."""
 
     def script(context: typer.Context) -> None:
         command = typer.Typer(add_completion=False)

@@ -25,15 +25,15 @@ from de3.model_store.store import Artifact
 from lab.layers import weights_of
 
 GROUPS = (1, 4, 16)
-MEASURE_S = 600.0  # time-out of a peer's round
-BUFFER_BYTES = 2**28  # size of each of two buffers: beyond any cache
+MEASURE_S = 600.0  # timeout of a peer's round
+BUFFER_BYTES = 2**28  # size of each of two buffers, larger than any cache
 
 
 @contextmanager
 def pinned(core: int) -> Iterator[None]:
     """Keep this thread, and the threads and processes that it starts, on one core.
 
-    Raises ValueError if this process may not run there.
+    Raises ValueError if this process may not run on that core.
     """
     before = os.sched_getaffinity(0)
     if core not in before:
@@ -153,7 +153,7 @@ def _logits(model: Model, tokens: Sequence[Tokens]) -> Any:
 
 
 def our_rate(model: Model, tokens: Sequence[Tokens], size: int, seconds: float) -> float:
-    """Texts per second at full depth, `size` texts per call, in whole passes over the texts, as the peers measure."""
+    """Texts per second at full depth with `size` texts per call, over whole passes through the texts, as for peers."""
     assert model.forward is not None
     calls = [tokens[i : i + size] for i in range(0, len(tokens), size)]
     for call in calls:
@@ -180,12 +180,15 @@ def peer_measured(peer: Server, file: Path, seconds: float) -> dict[str, Any]:
 
 
 def layer_weights(artifact: Artifact) -> int:
-    """Number of weights of all encoder layers, without exits; in int8 also the bytes read in one call."""
+    """Number of weights of all encoder layers, without exits; in int8 also the number of bytes that a call reads."""
     return sum(weights_of(artifact.read(file)) for file in artifact.manifest.segment_files()[1:])
 
 
 def multiply_adds(artifact: Artifact, weights: int, tokens: int) -> int:
-    """Multiply-adds of all encoder layers for a text of this length: with weights, and within attention (float32)."""
+    """Multiply-adds of all encoder layers for a text of this length: with weights, and within attention (float32).
+
+    weights: number of weights of all encoder layers.
+    """
     manifest = artifact.manifest
     return tokens * weights + 2 * tokens * tokens * manifest.hidden_size * manifest.num_layers
 
@@ -193,7 +196,7 @@ def multiply_adds(artifact: Artifact, weights: int, tokens: int) -> int:
 def read_bandwidth(size: int = BUFFER_BYTES) -> float:
     """Bytes per second that one core reads from memory: the best of five dot products of two float32 arrays.
 
-    Reading two arrays is up to 1.4 times as fast as summing one. `dot` may use several threads, einsum does not.
+    Reading two arrays is up to 1.4 times as fast as summing one. `dot` may use several threads; `einsum` does not.
     """
     left, right = np.ones(size // 4, np.float32), np.ones(size // 4, np.float32)
     times = []
@@ -205,7 +208,10 @@ def read_bandwidth(size: int = BUFFER_BYTES) -> float:
 
 
 def compared(results: dict[str, Any]) -> dict[str, Any]:
-    """Medians with ranges: rates; for ours also the shares of peak and bandwidth, and the ratio to each peer."""
+    """Medians and ranges of all rates; for our engines also the shares of peak and bandwidth, and the ratios to peers.
+
+    `best_int8` is the faster one of ONNX Runtime and OpenVINO in int8; None if neither was measured.
+    """
     rounds, ours = results["rounds"], results["ours"]
     peers = [name for name in rounds if name not in ours]
     rivals = [name for name in peers if name.endswith("int8") and not name.startswith("CTranslate2")]

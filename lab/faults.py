@@ -40,7 +40,12 @@ CLOCK_LIBRARIES = (
 
 @dataclass(frozen=True)
 class Row:
-    """The result of a fault; lost: number of accepted requests without an answer, None if it was not tested."""
+    """The result of a fault.
+
+    Attributes:
+        happened: description of the effects.
+        lost: number of accepted requests without an answer; None if the fault was not tested.
+    """
 
     fault: str
     happened: str
@@ -105,13 +110,13 @@ class Testbed:
             connection.close()
 
     def send(self, texts: Sequence[str], name: str = "x", **fields: object) -> socket.socket:
-        """Send a request with this id and do not wait for the answer."""
+        """Send a request with `name` as its id; returns the open connection without waiting for the answer."""
         connection = socket.create_connection(("127.0.0.1", self.port), TIMEOUT_S)
         connection.sendall(post({"input": list(texts), **fields}, request_id=name))
         return connection
 
     def at_once(self, batches: Sequence[Sequence[str]], tau: float) -> list[int]:
-        """Send requests at the same time; returns their statuses."""
+        """Send requests at the same time; returns their statuses in the order of the answers."""
         barrier, statuses = threading.Barrier(len(batches)), list[int]()
 
         def client(texts: Sequence[str]) -> None:
@@ -139,7 +144,7 @@ class Testbed:
         return time.monotonic() - started
 
     def is_ready(self) -> bool:
-        """True if /ready says so."""
+        """True if /ready answers 200."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
         try:
             connection.request("GET", "/ready")
@@ -183,7 +188,7 @@ class Testbed:
         return answered, unanswered[0]
 
     def lost(self, answered: set[str]) -> int:
-        """Number of requests that the server logged as answered, but whose client got nothing."""
+        """Number of requests that the server logged with status 200, but whose client did not get that answer."""
         logged = {
             name for name, status in self.logged().items() if status == 200 and name.startswith("fault-")
         }

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 TIMEOUT_S = 60.0
-FIRST_BYTE_S = 0.3  # wait for the first byte of an answer
+FIRST_BYTE_S = 0.3  # maximum wait for an answer to a request that may be incomplete
 MAX_PROBLEMS = 20  # recorded examples
 
 # Values that parsers often mishandle.
@@ -109,14 +109,14 @@ class Result:
     count: int = 0
 
     def problem(self, message: str, request: bytes) -> None:
-        """Record a problem."""
+        """Record a problem, unless MAX_PROBLEMS are recorded already."""
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append((message, request[:2000]))
 
 
 @dataclass(frozen=True)
 class RawRequest:
-    """The bytes of a request; is_http: it is well-formed HTTP, and must be answered."""
+    """The bytes of a request; is_http: they are well-formed HTTP, so the server must answer."""
 
     data: bytes
     is_http: bool = True
@@ -247,7 +247,7 @@ def _answer(url: str) -> Any:
 def send(connection: socket.socket, raw: RawRequest, result: Result, idle_s: float = 0.0) -> bool:
     """Send a request and record its result; returns True if the connection can be reused.
 
-    idle_s: for how long the connection was not used, for the message if it is closed.
+    idle_s: seconds since the connection was last used, for the message if the server closed it.
     """
     request = raw.data
     try:

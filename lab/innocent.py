@@ -33,9 +33,9 @@ class Phase:
     Attributes:
         p50_ms, p99_ms, max_ms: latency of the answers with status 200; nan if there are none.
         refused: number of answers with 429 or 503.
-        errors: number of other statuses.
-        unanswered: number without an answer within TIMEOUT_S.
-        reopened: number sent again because the server had closed the kept-alive connection.
+        errors: number of answers with any other status except 200.
+        unanswered: number of requests without an answer within TIMEOUT_S.
+        reopened: number of requests sent again because the server had closed the kept-alive connection.
     """
 
     requests: int
@@ -71,6 +71,7 @@ class Answer:
 
     Attributes:
         due: when the request was due, by time.monotonic.
+        status: HTTP status, or NO_ANSWER.
         with_budget: the request had a latency budget.
         reopened: the request was sent again because the server had closed the kept-alive connection.
     """
@@ -83,7 +84,7 @@ class Answer:
 
 
 class Innocent:
-    """The client, in its own thread.
+    """The well-behaved client, in its own thread; it sends requests while its `with` block runs.
 
     Args:
         budget_ms: latency budget of additional requests, at half the rate; None: no such requests.
@@ -112,7 +113,7 @@ class Innocent:
         return [a for a in self._answers if start <= a.due < end and not a.with_budget]
 
     def budgets(self, start: float, end: float) -> tuple[int, int]:
-        """The number of requests with a budget that were due in [start, end), and of those answered within it."""
+        """The number of requests with a budget due in [start, end), and the number of those answered within it."""
         answers = [a for a in self._answers if start <= a.due < end and a.with_budget]
         budget = self._budget_ms or 0.0
         return len(answers), sum(a.status == 200 and a.latency_ms <= budget for a in answers)
@@ -185,7 +186,7 @@ class _Connection:
             self._streams = None
 
     async def ask(self, request: bytes) -> tuple[int, bool]:
-        """The status of the answer, or NO_ANSWER, and whether a kept-alive connection was reopened."""
+        """Send a request; returns the status or NO_ANSWER, and True if a kept-alive connection was reopened."""
         reopened = False
         try:
             async with asyncio.timeout(TIMEOUT_S):

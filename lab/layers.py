@@ -21,13 +21,14 @@ def layers(
     instructions: str = "",
     layer: int | None = 1,
 ) -> dict[str, Any]:
-    """Microseconds of a layer on one thread by number of tokens: medians of alternating measurements.
+    """Time a layer in both runtimes on one thread, by number of tokens: medians of alternating measurements, µs.
 
-    `_of_peak` is the share of one core's peak int8 multiply-adds with the kernels' instruction set; attention's
-    multiply-adds, in float32, count too, as if every token attended to all. ONNX Runtime uses the processor's best set,
-    whatever the kernels use.
+    `_of_peak` is the share of one core's peak rate of int8 multiply-adds with the kernels' instruction set.
+    Attention's multiply-adds, in float32, count too, as if every token attended to all. ONNX Runtime uses the
+    processor's best instruction set, whatever the kernels use.
 
-    instructions: instruction set that the kernels use from now on; empty: the best. layer: None: all layers.
+    lengths: numbers of tokens, ascending; those above the model's maximum are left out. instructions: instruction set
+    that the kernels use from now on; empty: the best. layer: number of the layer; None: all layers in one measurement.
     Raises StoreError if the kernels cannot run the model, ValueError if this machine lacks the instruction set.
     """
     models = [Model(artifact, "onnxruntime"), Model(artifact, "native")]
@@ -67,7 +68,7 @@ def weights_of(file: bytes) -> int:
 
 
 def _time(segments: Sequence[Segment], hidden: Any, seconds: float = 0.05) -> float:
-    """Mean seconds of running the segments one after the other."""
+    """Mean time to run all segments one after the other, in seconds, over runs that last `seconds` in all."""
 
     def run() -> None:
         states = hidden

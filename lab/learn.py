@@ -1,4 +1,4 @@
-"""A server that learns from live traffic: a stream of texts, then one of another kind, beside an offline import."""
+"""A server that learns from live traffic: a stream of texts, then texts of another kind, against an offline import."""
 
 import http.client
 import json
@@ -29,14 +29,14 @@ from de3.model_store.store import Store, StoreError
 from de3.training.data import Example
 
 CONNECTIONS = 8
-WINDOW = 500  # texts, of rates over time
-BATCH = 64
-UNSEEN = 2000
+WINDOW = 500  # texts in each window of the rates over time
+BATCH = 64  # texts in a request at full depth
+UNSEEN = 2000  # maximum number of texts held back for the speed-ups in hindsight
 
 
 @dataclass
 class Answer:
-    """An answer of the stream. model_ms: the engine's time, without the queue."""
+    """The answer to a text of the stream. model_ms: model time, without the queue."""
 
     layer: int
     label: str
@@ -49,17 +49,19 @@ class Story:
 
     Attributes:
         rate: the promised rate of disagreement.
-        num_texts: of the first kind; the others come after.
-        first_early: texts before the first early exit.
-        disagreement: over the whole stream; before and after the switch.
-        speedup: in layers over the last quarter of the first kind; model_speedup: in model time over all texts of the
-            first kind, and with_audits: including the time of audits.
+        num_texts: number of texts of the first kind; the texts of the second kind follow.
+        first_early: number of texts before the first early exit; None if there was none.
+        disagreement: rates over the whole stream, before the switch, and after it.
+        speedup: speed-up in layers over the last quarter of the first kind.
+        model_speedup, with_audits: speed-up in model time over all texts of the first kind, without and with the time
+            of audits.
         recovery: texts of the second kind after which the rate of the latest WINDOW texts stays within the promise.
-        learned, imported: speed-ups in hindsight on unseen texts, of the last version and of an offline import from as
-            many texts as were recorded.
-        records: number of records before the texts of the second kind.
-        windows: of the stream: end, speed-up in layers, rate of disagreement.
-        memory_mb: of the server and its fits, by PSS, largest value seen.
+        learned, imported: speed-ups in hindsight on unseen texts: of the version that was served before the switch, and
+            of an offline import from as many texts as were recorded.
+        records: number of records before the switch.
+        windows: for each window of the stream, its end, speed-up in layers, and rate of disagreement.
+        memory_mb: peak memory (PSS) of the server and its fits.
+        fits: the server's reports on its fits.
     """
 
     rate: float
@@ -79,7 +81,7 @@ class Story:
 
 
 def send(url: str, texts: Sequence[str], per_second: float) -> list[Answer]:
-    """Send texts in their order at a rate, each in a request of its own."""
+    """Send texts in their order at `per_second`, one per request. Raises the first error of a request."""
     answers: list[Answer | None] = [None] * len(texts)
     numbers, lock, start = iter(range(len(texts))), threading.Lock(), time.monotonic()
     errors: list[Exception] = []
@@ -140,7 +142,11 @@ def tell(
     port: int,
     seed: int,
 ) -> Story:
-    """One story. first: texts of the first kind, the last UNSEEN of which (or a fifth) are not sent."""
+    """Send one stream to a new server; returns its story.
+
+    first: texts of the first kind; UNSEEN random ones, or a fifth if that is fewer, are not sent. then: texts of the
+    second kind.
+    """
     texts = list(first)
     random.Random(seed).shuffle(texts)
     count = len(texts) - min(UNSEEN, len(texts) // 5)
@@ -222,7 +228,7 @@ def _imported(stock: Path, texts: Sequence[str], place: Path) -> Model:
 
 
 def hindsight(model: Model, texts: Sequence[str], rate: float) -> float:
-    """The speed-up of the last τ up to which the rate of disagreement on the texts is within `rate`."""
+    """The speed-up in layers at the largest τ up to which the rate of disagreement on the texts is within `rate`."""
     recorded = record(model, [Example(text, 0) for text in texts], "unseen texts")
     taus = np.unique(FINE_TAUS)
     differing, layers = profiles(recorded, model.manifest.signal("risk").scores(recorded), taus)
@@ -234,7 +240,7 @@ def hindsight(model: Model, texts: Sequence[str], rate: float) -> float:
 def profiles(
     recorded: Recorded, scores: NDArray[np.float64], taus: NDArray[np.float64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Disagreement and exit layer of each text at each τ, (n, G) each."""
+    """Disagreement with full depth and exit layer of each text at each τ, (n, G) each."""
     rows = [
         profile(one.tolist(), differs.tolist(), recorded.exit_layers, taus)
         for one, differs in zip(scores, recorded.differs, strict=True)
@@ -280,7 +286,7 @@ def _pss_mb(pid: int) -> float:
 
 
 def table(stories: Sequence[Story]) -> tuple[list[str], list[list[str]]]:
-    """A row for each story, and one of medians."""
+    """The columns of a table, and its rows: one for each story, and one of medians."""
     columns = [
         "",
         "first exit after",

@@ -1,4 +1,4 @@
-"""What clients notice while exits are fitted: latency at half load, with and without a fit, in turn."""
+"""Effect of a fit on clients: latency at half load, with and without a fit, in turn."""
 
 import json
 import os
@@ -23,7 +23,10 @@ Times = list[tuple[float, float]]  # p50 and p99 of each round, ms
 def measure(
     stock: Path, samples: list[Sample], rounds: int, seconds: float, port: int
 ) -> tuple[float, Times, Times]:
-    """The rate of requests, and the latencies of each round without and with a fit."""
+    """Measure latencies; returns the requests per second, and the latencies of each round without and with a fit.
+
+    Raises ValueError if a fit ends before its round.
+    """
     os.environ["DE3_ADMIN_KEYS"] = f"lab {KEY}"
     without, with_fit = list[tuple[float, float]](), list[tuple[float, float]]()
     with TemporaryDirectory(prefix="de3-lab-") as folder:
@@ -74,7 +77,7 @@ def _ask(target: Target, name: str) -> None:
 
 
 def _wait(target: Target, name: str, phase: str) -> None:
-    """Wait until the learner is in a phase; and, if that is recording, for a moment longer."""
+    """Wait until the learner is in a phase, and 2 s longer if that is recording."""
     while _report(target, name)["phase"] != phase:
         time.sleep(0.1)
     if phase == "recording":
@@ -82,7 +85,7 @@ def _wait(target: Target, name: str, phase: str) -> None:
 
 
 def table(without: Times, with_fit: Times) -> Iterator[str]:
-    """The medians and their paired ratios."""
+    """Yield lines with the medians, and the median and range of the ratios by round."""
     for i, name in enumerate(("p50", "p99")):
         before, after = ([both[i] for both in times] for times in (without, with_fit))
         ratios = [b / a for a, b in zip(before, after, strict=True)]

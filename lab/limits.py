@@ -31,7 +31,7 @@ class Limit:
         return replace(server, command=["sh", "-c", shell, "sh", *server.command])
 
     def killed(self) -> bool:
-        """True if Linux killed a process of the group for lack of memory."""
+        """True if the kernel's OOM killer has ended a process of the group."""
         for name in ("memory.oom_control", "memory.events"):
             if self.group is not None and (self.group / name).exists():
                 count = re.search(r"^oom_kill (\d+)", (self.group / name).read_text(), re.M)

@@ -25,7 +25,7 @@ Earlier = Annotated[
 
 
 def open_model(store: Path, name: str) -> Model:
-    """A model of a store, run by ONNX Runtime; raises ValueError without the train extra, which reading texts needs."""
+    """Open a model of a store with ONNX Runtime; raises ValueError without the train extra, which the studies need."""
     try:
         import torch  # noqa: F401
     except ImportError:

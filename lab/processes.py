@@ -1,4 +1,4 @@
-"""A server of several processes beside one process of as many threads, and beside another checkout."""
+"""Compare a server of several processes with one process of as many threads, and with another checkout."""
 
 import json
 import re
@@ -31,9 +31,9 @@ class Side:
 
     Attributes:
         rates: requests/s of each round, by connections.
-        cpu_us: CPU time of a request in each round, at 16 connections.
+        cpu_us: CPU time per request in each round, at 16 connections.
         latencies: (p50, p99) in ms of each round, by share of saturation.
-        memory_mb: PSS at the end.
+        memory_mb: memory (PSS) at the end.
     """
 
     name: str
@@ -56,7 +56,7 @@ def sides(store: Path, model: str, options: Sequence[str], before: Path | None) 
 
 
 def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: float, port: int) -> None:
-    """Measure all sides in turn, and note the results in them; raises ValueError if wrk fails."""
+    """Measure all sides in turn, and store the results in them; raises ValueError if wrk is missing or fails."""
     with TemporaryDirectory() as folder, ExitStack() as stack:
         script = Path(folder) / "post.lua"
         bodies = (f"[==[{json.dumps({'input': s.text})}]==]" for s in samples[:MAX_TEXTS])
@@ -85,7 +85,7 @@ def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: floa
 
 
 def _wrk(server: Running, script: Path, connections: int, seconds: float) -> tuple[float, float]:
-    """Requests/s, and the CPU time of the server for each, in µs."""
+    """Requests/s, and the server's CPU time per request in µs."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "-s", str(script), server.target.url]
     before = _cpu_us(server)
     try:
@@ -101,7 +101,7 @@ def _wrk(server: Running, script: Path, connections: int, seconds: float) -> tup
 
 
 def _cpu_us(server: Running) -> float:
-    """CPU time of all threads of the server, µs."""
+    """CPU time used so far by all threads of the server, µs."""
     files = (
         file
         for pid in process_tree(server.process.pid)
@@ -111,7 +111,10 @@ def _cpu_us(server: Running) -> float:
 
 
 def table(found: list[Side]) -> Iterator[str]:
-    """The medians, as Markdown; ratios are medians of the rounds, to the first side."""
+    """Yield the medians as lines of a Markdown table.
+
+    A ratio is that of the last side to the first: the median over the rounds, with the range.
+    """
     yield "| | " + " | ".join(side.name for side in found) + " | ratio |"
     yield "| --- |" + " --- |" * (len(found) + 1)
     for connections in CONNECTIONS:

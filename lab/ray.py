@@ -35,7 +35,7 @@ def cluster(nodes: int, cores: int, port: int) -> Iterator[Cluster]:
     # Retry the requests of a replica that died, in Ray's own proxy and in HAProxy, if Ray uses it.
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "de3.deploy.ray.repeat:middlewares"
     os.environ["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response junk-response"
-    # Beside other work a proxy may need more than the 5 s after which Ray kills it and starts another.
+    # On a busy machine a proxy may need more than the 5 s after which Ray kills it and starts another.
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
     os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"] = "60"
     ray_cluster = Cluster(
@@ -60,7 +60,7 @@ def deploy(**arguments: Any) -> None:
 
 
 def replicas() -> dict[int, str]:
-    """The node of every replica, by process id."""
+    """The node of every replica (the process id of its raylet), by the replica's process id."""
 
     @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
     def replica_pids() -> list[int]:
@@ -134,7 +134,7 @@ def _rate(port: int, samples: list[Sample], seconds: float, connections: int) ->
 
 
 def _scaled_to(count: int, started: float) -> float:
-    """Wait for this number of replicas; returns the seconds since `started`."""
+    """Wait for this number of replicas; returns the seconds since `started`. Exits after SCALE_TIMEOUT_S."""
     while len(replicas()) != count:
         if time.monotonic() - started > SCALE_TIMEOUT_S:
             raise SystemExit(f"{len(replicas())} replicas after {SCALE_TIMEOUT_S:g} s, not {count}")

@@ -52,7 +52,7 @@ class Memory:
     back_s: float | None = None
 
     def is_back(self, now_mb: float) -> bool:
-        """True if the memory has recovered to its level before the attack."""
+        """True if the memory has recovered: at most BACK_SHARE, or BACK_MB if that is more, above the level before."""
         return now_mb <= self.before_mb + max(BACK_SHARE * self.before_mb, BACK_MB)
 
 
@@ -63,7 +63,8 @@ class Row:
     Attributes:
         sent: the attack's traffic; see lab.attacker.Sent.
         phases: the well-behaved client's phases "before", "during" and "after".
-        budgets: number of requests with a latency budget during the attack, and of those answered within it.
+        budgets: number of requests with a latency budget during the attack, and number of those answered within it;
+            None if the attack is measured without such requests.
         survived: the process still runs and answers a valid request as before.
         problems: reasons why the server failed; empty if it passed.
     """
@@ -100,7 +101,7 @@ class Arena:
 
     @property
     def quiet_s(self) -> float:
-        """Duration of the phases before and after an attack."""
+        """Duration of the phases before and after an attack, in seconds."""
         return min(5.0, max(0.5, self.seconds / 4))
 
     def attack(self, attack: Attack) -> Row:
@@ -149,7 +150,7 @@ class Arena:
 
     @contextmanager
     def _attacker(self, row: Row) -> Iterator["subprocess.Popen[str]"]:
-        """The attacking process, ready to start."""
+        """The attacking process, which waits for a line on stdin; it is killed at the end of the block."""
         command = [sys.executable, "-m", "lab.attacker", row.attack, str(self.port)]
         command += [str(row.seconds), str(row.connections)]
         pipe = subprocess.PIPE
@@ -166,7 +167,10 @@ class Arena:
     def _run_attack(
         self, row: Row, attacker: "subprocess.Popen[str]", server: Running
     ) -> tuple[dict[str, Any], float]:
-        """Run the attack; returns its traffic, and the peak of the server's memory in MB."""
+        """Run the attack; returns its traffic, and the server's peak memory in MB.
+
+        Raises ValueError if the attacking process fails.
+        """
         assert attacker.stdin is not None and attacker.stdout is not None
         attacker.stdin.write("go\n")
         attacker.stdin.flush()
@@ -181,7 +185,7 @@ class Arena:
         return json.loads(output), peak
 
     def _await_memory(self, memory: Memory, server: Running, peak: float, end: float) -> Memory:
-        """Wait until the memory has recovered."""
+        """Wait until the memory has recovered, `memory_wait_s` at most; returns the completed measurements."""
         back_s = None
         while True:
             now_mb, elapsed = server.memory_mb(), time.monotonic() - end

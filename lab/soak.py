@@ -33,7 +33,7 @@ class Soak:
     Attributes:
         counts: requests by kind and status.
         problems: wrong, missing or changed answers.
-        memory: (seconds, MB) of the server's process.
+        memory: samples of the server's memory (RSS): seconds since the start, and MB.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -42,7 +42,7 @@ class Soak:
     reloads: int = 0
 
     def problem(self, message: str) -> None:
-        """Record a problem."""
+        """Record a problem, unless 50 are recorded already."""
         if len(self.problems) < 50:
             self.problems.append(message)
 
@@ -172,7 +172,7 @@ def soak(
     reload_s: float = 60.0,
     on_progress: Callable[[float, Soak], None] = lambda *_: None,
 ) -> Soak:
-    """Send mixed traffic to a server and, with an admin key, reload a model every reload_s."""
+    """Send mixed traffic to a server and, with an admin key, reload a model every `reload_s` seconds."""
     result, stop = Soak(), threading.Event()
     known: dict[str, str] = {}  # label of each text's first answer
     clients = [_Client(url, samples, known, result, seed) for seed in range(CLIENTS)]
@@ -201,7 +201,7 @@ def soak(
 
 
 def check_plots() -> None:
-    """Raise ValueError if matplotlib is missing: before the test, not at its end."""
+    """Raise ValueError if matplotlib is missing. Called before a test, which would otherwise fail at its end."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Time from the command to the first answer, and peak memory until then, of a stock classifier's servers."""
+"""Time from the command to the first answer, and peak memory until then, for servers of a stock classifier."""
 
 import json
 import os
@@ -27,7 +27,7 @@ class Start:
 
     Attributes:
         seconds: from the command to the first answer.
-        peak_mb: the largest memory of its processes until then, MB (PSS).
+        peak_mb: peak memory of the server's processes until then, MB (PSS).
     """
 
     seconds: float
@@ -35,9 +35,10 @@ class Start:
 
 
 def measure(folder: Path, port: int, rounds: int) -> dict[str, list[Start]]:
-    """The starts of each server, in turn: ours with an empty cache, ours with a full one, transformers with FastAPI.
+    """Start each server in turn, `rounds` times; returns the starts by server.
 
-    folder: a stock classifier.
+    The servers are ours with an empty cache, ours with a filled cache, and transformers with FastAPI. folder: a stock
+    classifier.
     """
     other = peer("transformers, FastAPI", "transformers_app", str(folder))
     other.prepare()
@@ -51,7 +52,7 @@ def measure(folder: Path, port: int, rounds: int) -> dict[str, list[Start]]:
 
 
 def table(found: dict[str, list[Start]]) -> Iterator[str]:
-    """The medians, as Markdown."""
+    """Yield the medians as lines of a Markdown table."""
     yield "| | first answer, s | peak memory (PSS), MB |"
     yield "| --- | --- | --- |"
     for name, starts in found.items():

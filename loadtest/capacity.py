@@ -33,10 +33,10 @@ def capacity(
     seconds: float,
     on_step: Callable[[Step], None] = lambda _: None,
 ) -> float:
-    """The highest rate of single texts, with Poisson arrivals, whose p99 meets the objective; 0 if none does.
+    """The highest rate (requests/s) of single texts, with Poisson arrivals, at which `Step.keeps` holds; 0 if none.
 
-    Bisects between the highest rate that met it and the lowest that did not. The server must not change τ during
-    the test: start it without --slo-p99-ms.
+    Bisects between the highest rate that met the objective and the lowest that did not. The server must not change
+    τ during the test: start it without --slo-p99-ms.
     """
     warm_up = send_traffic(target, samples, WARM_S, connections=CONNECTIONS)
     low, high = 0.0, 1.2 * len(warm_up.answers) / warm_up.seconds

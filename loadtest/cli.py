@@ -46,7 +46,7 @@ def run(
 ) -> None:
     """Load a running server and report latency, throughput, errors and accuracy.
 
-    Every label is compared with that of the same text sent alone.
+    Every label is compared with the label that the same text gets when it is sent alone.
 
     Example: de3 loadtest run http://127.0.0.1:8000 --texts dev.tsv --label-names negative,positive --rate 300
     """

@@ -21,14 +21,14 @@ from de3.client import Row
 from de3.loadtest.texts import Sample
 
 MAX_CONNECTIONS = 500  # select's limit is 1024 files
-GRACE_S = 20.0  # wait for the last answers after the end
+GRACE_S = 20.0  # time to wait for the last answers after the end
 MAX_BROKEN = 1000  # broken connections before a run is aborted
 
 
 def post(
     fields: dict[str, Any], path: str = "/classify", host: str = "localhost", request_id: str = ""
 ) -> bytes:
-    """The bytes of a POST with a JSON body."""
+    """The bytes of a POST request with `fields` as its JSON body."""
     body = json.dumps(fields).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     head += f"X-Request-ID: {request_id}\r\n" if request_id else ""
@@ -64,7 +64,7 @@ class Target:
 
 @dataclass(slots=True)
 class Answer:
-    """The result of a request for the sample with this index; times are seconds since the start of the run."""
+    """The result of a request for the sample with index `sample`; times are seconds since the start of the run."""
 
     sample: int
     due: float
@@ -81,6 +81,7 @@ class Run:
     Attributes:
         offered: requests per second; None for a closed loop.
         cpu_s: CPU time of the generator itself.
+        labels: the label in each answer; None unless its status is 200.
     """
 
     samples: list[Sample]
@@ -92,16 +93,16 @@ class Run:
     labels: list[str | None] = field(default_factory=list)
 
     def ok(self, long: bool | None = None) -> list[Answer]:
-        """The answers with status 200; `long` selects those to long or to short texts."""
+        """The answers with status 200. long: only answers to long (True) or to short texts (False); None: all."""
         chosen = [a for a in self.answers if a.status == 200]
         return chosen if long is None else [a for a in chosen if self.samples[a.sample].long == long]
 
     def latencies_ms(self, long: bool | None = None) -> list[float]:
-        """The sorted latencies of the answers with status 200."""
+        """The sorted latencies of the answers with status 200; long: see `ok`."""
         return sorted(1000 * (a.done - a.due) for a in self.ok(long))
 
     def lateness_ms(self, share: float) -> float:
-        """A quantile of the generator's own delay in sending requests."""
+        """A quantile, at `share`, of the generator's own delay in sending requests."""
         return quantile([1000 * (a.sent - a.due) for a in self.answers if a.sent], share)
 
     def rate(self) -> float:
@@ -114,7 +115,7 @@ class Run:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """A quantile of values; nan if there are none."""
+    """The quantile of values at `share`, in [0, 1]; nan if there are no values."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
 

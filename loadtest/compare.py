@@ -1,4 +1,4 @@
-"""Compare our server with its peers on one machine, in turn, with the same texts."""
+"""Compares our server with its peers on one machine, in turn, with the same texts."""
 
 import os
 import platform
@@ -116,7 +116,7 @@ class Comparison:
         console.print(report.table({name: runs[0] for name, runs in rows.items()}))
 
     def _saturated(self, server: Server, check: bool) -> dict[str, Any]:
-        """One closed-loop run; `check`: compare each label with that of the same text sent alone."""
+        """One closed-loop run; `check`: compare each label with the label of the text sent alone."""
         with self._started(server) as started:
             alone = ask_alone(started.target, self.samples) if check else None
             run = self._measure(started, self.samples, self.seconds, None)
@@ -225,7 +225,7 @@ class Comparison:
         return float(median(row[key] for row in self.results[what][server]))
 
     def _ratios(self, best: Server) -> dict[str, str]:
-        """Ratios of ours to the peers: median and range over the rounds."""
+        """Ratios of our results to the peers', by name: median and range over the rounds, as text."""
         ours, ratios = self.servers[0].name, {}
         rows = self.results["saturation"]
         for peer in self._peers():

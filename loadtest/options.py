@@ -1,4 +1,4 @@
-"""Command-line options that several commands of `de3 loadtest` and of the laboratory share."""
+"""Command-line options shared by several commands of `de3 loadtest` and of lab."""
 
 from pathlib import Path
 from typing import Annotated

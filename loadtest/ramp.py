@@ -1,4 +1,4 @@
-"""Overload: a ramp of the request rate past saturation, with the server's load controller off and on."""
+"""An overload test: a ramp of the request rate past saturation, with the server's load controller off and on."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def ramp(
     out: Path,
     port: int,
 ) -> dict[str, Any]:
-    """Run the ramp without and with the controller; write ramp.json and ramp.png into out.
+    """Run the ramp without and with the controller; write ramp.json and ramp.png to `out`, and return the results.
 
     options: further options of de3 serve for the server with the controller.
     """
@@ -56,7 +56,7 @@ def ramp(
 
 
 def _rate(second: float) -> float:
-    """The request rate at a time, as a share of the capacity."""
+    """The request rate at a time (seconds from the start), as a share of the capacity."""
     start = 0.0
     for _, length, begin, end in PHASES:
         if second < start + length:

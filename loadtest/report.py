@@ -56,7 +56,7 @@ def summary(run: Run, wrong: int | None = None) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
-    """A table of summaries by name."""
+    """A table with a row for each summary; rows: results of `summary`, by name."""
     table = Table()
     for column in ("", "answers/s", "p50 ms", "p95 ms", "p99 ms", "accuracy", "errors", "wrong", "own CPU"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
@@ -102,7 +102,7 @@ def plot_curves(
 
 
 def panels(count: int, title: str, x: str) -> tuple[Any, Any]:
-    """A figure of stacked panels with a common x axis."""
+    """A figure of `count` stacked panels with a common x axis, and the axes of each panel."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.1 * count))

@@ -1,4 +1,4 @@
-"""The compared servers: ours and its peers, each started by a command in its own environment."""
+"""The servers to compare: ours and its peers, each started by a command in its own environment."""
 
 import hashlib
 import json
@@ -78,7 +78,7 @@ class Server:
             raise ValueError(f"{self.name} cannot be prepared: {error}") from None
 
     def measuring(self, texts: Path, seconds: float) -> list[str]:
-        """The command that measures a lean peer without HTTP; texts: a JSON list."""
+        """The command that measures a lean peer without HTTP; texts: file with a JSON list."""
         command = [part.replace("{port}", "0") for part in self.command]
         return [*command, "--measure", str(texts), "--seconds", f"{seconds:g}"]
 
@@ -86,7 +86,7 @@ class Server:
 def ours(
     store: Path, model: str, runtime: str = "auto", options: Sequence[str] = (), **fields: Any
 ) -> Server:
-    """Our server. `fields`, such as tau, are added to every request, `options` to de3 serve."""
+    """Our server. fields: added to every request, such as tau. options: further options of de3 serve."""
     variant = ", ".join(f"{k} = {v:g}" for k, v in fields.items()) or "default τ"
     variant += ", ONNX Runtime" if runtime == "onnxruntime" else ""
     command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), "--model", model]
@@ -113,7 +113,10 @@ def fingerprint(file: Path) -> str:
 
 
 def peer_models(artifact: Artifact, texts: list[str], out: Path) -> tuple[Path, Path, Path]:
-    """Write the models of the peers to `out`: the full-depth graph in int8 and in fp32, and calibration texts."""
+    """Write what the peers need to `out`: the full-depth graph in int8 and in fp32, and calibration texts.
+
+    Returns the folders of the two graphs and the file of the texts.
+    """
     from de3.export.full_depth import export_full_depth
 
     out.mkdir(parents=True, exist_ok=True)
@@ -130,11 +133,11 @@ def peer_models(artifact: Artifact, texts: list[str], out: Path) -> tuple[Path, 
 
 
 def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list[Server]:
-    """Peers that run an engine in our minimal app, in int8 and bf16; they can also be measured without HTTP.
+    """Peers that run another engine in our minimal app, in int8 or bf16; they can also be measured without HTTP.
 
     Args:
         int8, fp32: folders of the full-depth graph.
-        calibration: texts to calibrate quantization with, a JSON list.
+        calibration: file with texts to calibrate quantization with, a JSON list.
         stock: folder of a stock BERT classifier, for CTranslate2.
     """
     openvino = [str(fp32), "--convert", str(calibration)]
@@ -169,7 +172,7 @@ def peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list
 
     Args:
         int8, fp32: folders of the full-depth graph.
-        calibration: texts to calibrate quantization with, a JSON list.
+        calibration: file with texts to calibrate quantization with, a JSON list.
         stock: folder of a stock sequence classification model, for peers that support no other.
     """
     servers = [
@@ -212,7 +215,7 @@ def peer_command(script: str) -> list[str]:
 
 
 def dependencies(script: Path) -> list[str]:
-    """The packages that a script needs, from its inline metadata (PEP 723)."""
+    """The packages that a script needs, from its inline metadata (PEP 723); raises ValueError if it has none."""
     metadata = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", script.read_text(), re.M)
     if metadata is None:
         raise ValueError(f"{script}: has no inline script metadata")
@@ -250,7 +253,7 @@ class Running:
 
 
 def pss_mb(pid: int) -> float:
-    """Current memory of a process and of all that it has started, MB (PSS)."""
+    """Current memory of a process and of all its descendants, MB (PSS)."""
     total = 0
     for one in process_tree(pid):
         try:
@@ -263,7 +266,7 @@ def pss_mb(pid: int) -> float:
 
 
 def process_tree(pid: int) -> list[int]:
-    """The process ids of a process and of all that it has started."""
+    """The ids of a process and of all its descendants."""
     pids = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
@@ -279,10 +282,10 @@ def process_tree(pid: int) -> list[int]:
 def running(server: Server, port: int, log: Path, in_session: bool = False) -> Iterator[Running]:
     """Start a server, wait until it is ready, and stop it at the end of the block.
 
-    in_session: in this process's session. Linux shares the processor between sessions (autogroup), and a process with
-    the lowest priority gives way to those of its own session only: to the server, but not to a load generator apart.
+    in_session: start it in this process's session. Linux divides processor time between sessions (autogroup), so the
+    server's threads at the lowest priority are preempted by a load generator only if it is in the same session.
 
-    Raises ValueError if the port is taken or, with the end of its log, if it does not start.
+    Raises ValueError if the port is taken, or if the server does not start; the message then has the end of its log.
     """
     target = server.target(port)
     if _answers(target.url + server.ready):

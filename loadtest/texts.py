@@ -36,8 +36,8 @@ def read(
     """The samples of a .tsv, .csv or .jsonl file with named columns, or of a .txt file with a text on each line.
 
     Numeric labels index label_names, which are comma-separated; if the file lacks label_column, samples have no labels.
-    Fragments, as `de3 train` marks them in its held-out parts, are dropped unless group_column is given, which names
-    the text that they are part of. Raises ValueError naming the file and the line.
+    Fragments, as `de3 train` marks them in its held-out parts, are dropped unless group_column is given: the column
+    with the text that they are part of. Raises ValueError naming the file and the line.
     """
     names = [name.strip() for name in label_names.split(",") if name.strip()]
     samples = []
@@ -77,5 +77,5 @@ def with_long(samples: list[Sample], share: float, words: int, seed: int = 0) ->
 
 
 def with_taus(samples: list[Sample], taus: Sequence[float]) -> list[Sample]:
-    """Each sample once per τ; without τ, the samples unchanged."""
+    """Each sample repeated once for each τ; the samples unchanged if `taus` is empty."""
     return [replace(sample, tau=tau) for sample in samples for tau in taus] if taus else samples

@@ -14,7 +14,7 @@ class Head(Part):
     """Last exit of an imported classifier: pooling, a dense layer, an activation, a norm, then the classifier.
 
     Attributes:
-        norm: epsilon of the norm; None: there is no norm.
+        norm: epsilon of the norm; None if there is no norm.
     """
 
     pooling: Literal["mean", "cls"]
@@ -23,16 +23,15 @@ class Head(Part):
 
 
 class Architecture(Part):
-    """Encoder and exits.
+    """The encoder and the exits of a model.
 
     Attributes:
         exit_layers: layers with an exit, ascending; 0 is the embedding output, the last is num_layers.
-        prototype_layers: exits with prototypes.
+        prototype_layers: layers whose exits have prototypes.
         metric_dim: width of the prototype space.
         max_tokens: longest input, special tokens included.
-        pooling: of the exits; the last has its own if it has a head.
-        head: layers of the imported classifier before the last exit's classifier; None: the last exit is like the
-            others.
+        pooling: pooling of every exit, except a last exit with a head, which has its own.
+        head: an imported classifier's head, as the last exit; None if the last exit is like the others.
     """
 
     encoder: AnyEncoder

@@ -1,7 +1,8 @@
-"""Check of SentencePiece's table of characters (precompiled_charsmap), before the tokenizers library traverses it.
+"""Check of SentencePiece's character table (precompiled_charsmap), before the tokenizers library traverses it.
 
-The table is a double-array trie over UTF-8 bytes and a string of replacements, each ended by a zero byte. The library
-does not check indices: one out of range kills the thread. Nor does it limit the length of a replacement.
+The table is a double-array trie over UTF-8 bytes and a string of replacements, each terminated by a zero
+byte. The library does not check indices, and an index out of range kills the thread. It also does not limit the length
+of a replacement.
 """
 
 import base64
@@ -16,7 +17,7 @@ BYTES = np.arange(1, 256, dtype=np.int64)
 
 
 def check_charsmap(encoded: str) -> None:
-    """Raise ValueError unless every traversal of the table stays inside it and yields a short replacement."""
+    """Raise ValueError unless every traversal of the base64 table stays inside it and yields a short replacement."""
     if len(encoded) > 4 * MAX_BYTES // 3 + 4:
         raise ValueError(f"the table has more than {MAX_BYTES} bytes")
     try:
@@ -37,7 +38,7 @@ def check_charsmap(encoded: str) -> None:
 
 
 def _values(units: NDArray[np.int64]) -> set[int]:
-    """Every value reachable from the root; raises ValueError for an index outside the trie."""
+    """Every value of the trie that is reachable from the root; raises ValueError for an index outside the trie."""
     values: set[int] = set()
     seen, pending = set[int](), [int(_offset(units[0]))]
     while pending:

@@ -18,15 +18,16 @@ MICROSOFT = "com.microsoft"
 OPSETS = {"": 17, MICROSOFT: 1}
 IR_VERSION = 8
 
-# A token's activations are shifted and scaled to −128 … 127: 1/255 of their range is a step, the center is 128 steps
-# above the lowest, and a step has a minimum, as all activations may be equal.
+# A token's activations are shifted and scaled to −128 … 127. The three values: the size of a step relative to the range
+# of the activations; the distance of the center from the lowest activation, in steps; and the minimum size of a step,
+# as all activations may be equal.
 TOKEN_QUANTIZATION = (1 / 255, 128.0, 1e-30)
 
-# gelu_tanh is the tanh approximation, gelu the exact one.
+# gelu is exact; gelu_tanh is its tanh approximation.
 OPERATORS = {"gelu": "Gelu", "gelu_tanh": "FastGelu", "relu": "Relu", "tanh": "Tanh"}
 
-# The tensor of a weight and its values, given the tensor's name, the weight's name, and its type and shape. Raises
-# GraphError or KeyError if there is none.
+# Returns a weight's tensor and values, given the tensor's name, and the weight's name, type and shape. Raises KeyError
+# or GraphError if there is no such weight, and ValueError if its type or shape is wrong.
 Source = Callable[[str, str, type, tuple[int, ...]], tuple[TensorProto, Array]]
 
 
@@ -44,7 +45,7 @@ class Graph:
     """
 
     def __init__(self, int8: bool, source: Source, prefix: str = "") -> None:
-        """All names start with `prefix`: a branch may not reuse names of the enclosing graph."""
+        """int8: quantize linear layers. prefix: of generated names; a branch may not reuse names of the outer graph."""
         self.int8, self._source, self._prefix = int8, source, prefix
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -66,13 +67,13 @@ class Graph:
         self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
     def constant(self, value: Any, dtype: type = np.int64) -> str:
-        """Store a constant; returns its name."""
+        """Add a constant; returns its name."""
         name = f"{self._prefix}w{len(self.tensors)}"
         self.tensors.append(numpy_helper.from_array(np.asarray(value, dtype, order="C"), name))
         return name
 
     def weight(self, name: str, *shape: int, dtype: type = np.float32) -> str:
-        """Store a weight, its values in `weights[name]`; returns its name in the graph."""
+        """Add a weight from the source, and its values to `weights[name]`; returns its name in the graph."""
         tensor = f"{self._prefix}w{len(self.tensors)}"
         proto, self.weights[name] = self._source(tensor, name, dtype, shape)
         self.tensors.append(proto)
@@ -86,16 +87,16 @@ class Graph:
         return names[0]
 
     def ms(self, op: str, *inputs: str, **attributes: Any) -> str:
-        """Append one of ONNX Runtime's own operators."""
+        """Append one of ONNX Runtime's own operators; see `node`."""
         return self.node(op, *inputs, domain=MICROSOFT, **attributes)
 
     def split(self, x: str, parts: int) -> list[str]:
-        """Equal parts of the last dimension."""
+        """Split the last dimension into equal parts; returns their names."""
         first = self.node("Split", x, axis=-1, outputs=parts).removesuffix("_0")
         return [f"{first}_{i}" for i in range(parts)]
 
     def linear(self, x: str, name: str, inputs: int, outputs: int) -> str:
-        """x·W + b; in int8 each token's activations are quantized with their own scale and center."""
+        """x·W + b; in int8, each token's activations are quantized with their own scale and center."""
         bias = self.weight(f"{name}.bias", outputs)
         if not self.int8:
             return self.node(
@@ -118,7 +119,7 @@ class Graph:
         return self.node("Add", rescaled, shift)
 
     def row(self, x: str, name: str, inputs: int, outputs: int) -> str:
-        """x·W + b of one row x (1, inputs), in float32."""
+        """x·W + b for a single row x (1, inputs), always in float32."""
         weight = self.weight(f"{name}.weight", inputs, outputs)
         return self.node("Gemm", x, weight, self.weight(f"{name}.bias", outputs))
 
@@ -128,14 +129,14 @@ class Graph:
         return self.node("LayerNormalization", x, scale, shift, epsilon=epsilon, axis=-1)
 
     def activation(self, x: str, name: str) -> str:
-        """An activation function, one of OPERATORS."""
+        """Apply an activation function; name: a key of OPERATORS."""
         op = OPERATORS[name]
         return self.ms(op, x) if op.endswith("Gelu") else self.node(op, x)
 
     def branch(self, flag: str, yes: "Graph", no: "Graph", names: list[str], shape: list[int | str]) -> None:
         """Declare the outputs `names`: those of `yes` if the boolean `flag` is true, else those of `no`.
 
-        Both branches may use this graph's values; their weights are added to it.
+        Both branches may use this graph's values; the branches' weights are added to this graph.
         """
         then_branch, else_branch = (helper.make_graph(g.nodes, g._prefix, [], g.outputs) for g in (yes, no))
         self.nodes.append(
@@ -148,7 +149,7 @@ class Graph:
         self.outputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names]
 
     def model(self, name: str, tensors: list[TensorProto] | None = None) -> onnx.ModelProto:
-        """The finished model. tensors: replace the weights and constants; None: keep them."""
+        """The finished model. tensors: used instead of the graph's weights and constants, unless None."""
         graph = helper.make_graph(
             self.nodes, name, self.inputs, self.outputs, self.tensors if tensors is None else tensors
         )
@@ -157,21 +158,21 @@ class Graph:
 
 
 def center_sums(weight: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Outputs (outputs,) of int8 weights (inputs, outputs) for inputs that are all 1."""
+    """Sums over the inputs of int8 weights (inputs, outputs), each times the output's scale, (outputs,)."""
     with np.errstate(over="ignore"):
         return np.asarray(scale * weight.sum(0, dtype=np.int32).astype(np.float32))
 
 
 def quantize(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Symmetric int8 of weight (inputs, outputs) with one scale per output: weight ≈ int8 · scale."""
+    """Quantize weight (inputs, outputs) to symmetric int8 with one scale per output: weight ≈ int8 · scale."""
     scale = np.maximum(np.abs(weight).max(axis=0), 1e-12) / 127.0
     return np.rint(weight / scale).astype(np.int8), scale.astype(np.float32)
 
 
 def source_of(weights: dict[str, Array]) -> Source:
-    """The source of an export: weights in float32 by name, quantized where the graph takes int8.
+    """A source for export: takes float32 weights by name, and quantizes those that the graph asks for in int8.
 
-    A linear layer has a scale for each output, the word table one for each row.
+    A linear layer has one scale per output; the word table has one scale per row.
     """
     scales: dict[str, Array] = {}
 

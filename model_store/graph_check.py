@@ -1,8 +1,8 @@
-"""Check of a segment's ONNX file: only the fields that export writes, of limited number and size.
+"""Check of a segment's ONNX file: it may have only fields that export writes, limited in number and size.
 
-A model is untrusted, and this is checked before anything runs it. ONNX Runtime would read weights from any file that a
-graph names, and accepts functions, configurations and weights of branches, which no segment needs. segment_graph.py
-checks that the rest is what export builds.
+A model is untrusted, so its file is checked before ONNX Runtime loads it. ONNX Runtime would read weights from any file
+that a graph names, and it accepts functions, configurations and weights of branches, which no segment needs.
+segment_graph.py then checks that the graph is the one that export builds.
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ import onnx
 
 from de3.model_store.graph import OPSETS, GraphError
 
-MAX_FIELDS = 10_000  # in a file; the largest that export writes has about 400
-MAX_VALUE_BYTES = 1000  # of a field other than messages and weights
+MAX_FIELDS = 10_000  # in a file; the largest file that export writes has about 400
+MAX_VALUE_BYTES = 1000  # of a field that is neither a message nor a weight's data
 MAX_NAME = 200  # characters
 FIELDS = {
     "ModelProto": "ir_version producer_name graph opset_import",
@@ -47,9 +47,10 @@ def read_model(data: bytes) -> Any:
 
 
 def _count_fields(data: memoryview, kind: Any, left: int) -> int:
-    """The number of fields still allowed after a message; raises GraphError if it has more than `left`.
+    """Subtract the number of a message's fields, nested ones included, from `left`, and return the rest.
 
-    Checked before parsing, which turns a field of two bytes into an object of a hundred.
+    Runs before parsing, because parsing turns a field of two bytes into an object of a hundred bytes. Raises GraphError
+    for more than `left` fields, and for unknown, malformed and oversized ones.
     """
     at = 0
     while at < len(data):
@@ -79,7 +80,7 @@ def _count_fields(data: memoryview, kind: Any, left: int) -> int:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """The varint at `at`, and the position after it."""
+    """The varint at `at`, and the position after it; raises GraphError if it does not end within ten bytes."""
     value = 0
     for n, byte in enumerate(data[at : at + 10]):
         value |= (byte & 127) << 7 * n

@@ -18,11 +18,11 @@ SCHEMA_VERSION: Literal[6] = 6
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
-# Names of an artifact's files. Any other is refused, so no path leads out of the folder.
+# Names of an artifact's files. Any other name is refused, so no path leads out of the folder.
 FILE = re.compile(r"embeddings\.onnx|layer_[0-9]{2}\.onnx|prototypes\.safetensors|tokenizer\.json|README\.md")
 
 MAX_ROWS = 5000
-MAX_ATTEMPTS = 10**8  # fits of exits to live traffic
+MAX_ATTEMPTS = 10**8  # number of fits of exits to live traffic
 
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Threshold = Annotated[float, Field(gt=0, lt=1)]
@@ -38,7 +38,7 @@ class FileEntry(Part):
 
 
 class _Signal(Part):
-    """A signal, whose score is compared with τ, and the λ of edr."""
+    """A signal, whose score is compared with τ, and its λ if it is edr."""
 
     signal: SignalName
     # λ is `lambda` in JSON and `lam` in Python, where lambda is a keyword.
@@ -52,7 +52,7 @@ class _Signal(Part):
 
 
 class Defaults(_Signal):
-    """Exit rule of requests that set none."""
+    """The exit rule for requests that do not set one."""
 
     tau: Share
 
@@ -93,7 +93,8 @@ class Reference(Part):
 
     Attributes:
         entropy: None in a regression model.
-        nearest: distance to the nearest prototype; None, as distance_ratio, at an exit without prototypes.
+        distance_ratio: None at an exit without prototypes.
+        nearest: distance to the nearest prototype; None at an exit without prototypes.
     """
 
     layer: Layer
@@ -111,17 +112,20 @@ class Reference(Part):
 
 
 class Calibration(Part):
-    """Choice of the defaults, and the accuracy and cost of every certified signal.
+    """The choice of the defaults, and the accuracy and cost of every certified signal.
 
     Attributes:
         tune_size: number of tuning samples, which decide the signal.
-        certify_size, groups: number of certifying samples, which give all results, and of groups of related samples
-            among them.
-        self_labelled: the labels are the original model's answers, or full depth's if `original_disagreement` is None,
-            so that accuracy is agreement with them.
+        certify_size: number of certifying samples, which give all results.
+        groups: number of groups of related samples among the certifying ones.
+        max_loss: largest accuracy loss allowed at the default τ, as a fraction.
+        self_labelled: true if the labels are the original model's answers, or full depth's if `original_disagreement`
+            is None. Accuracy is then agreement with those answers.
         original_disagreement: share of samples on which full depth differs from the original model (before
-            quantization or fine-tuning); if set, every disagreement is with the original.
-        table: rows of every certified signal.
+            quantization or fine-tuning). If it is set, every disagreement is counted against the original.
+        exit_accuracy: accuracy of each exit on all certifying samples, in the order of `exit_layers`.
+        default: trade-off of the defaults.
+        table: trade-offs of every certified signal.
         references: one entry per exit.
         tokens: quantiles of the certifying samples' lengths, at exits.reference.LEVELS.
     """
@@ -149,7 +153,7 @@ class Learned(Part):
     """Origin of exits that were fitted to records of live traffic.
 
     Attributes:
-        base: of the model whose exits they are; see `base_of`.
+        base: hash of the model that the exits were fitted for; see `base_of`.
         attempt: number of the fit, from 1. A guarantee divides its error probability between the attempts.
         records: number of records that the exits were fitted to.
     """
@@ -163,15 +167,15 @@ class Manifest(Architecture):
     """manifest.json of an artifact.
 
     Attributes:
-        thresholds: of a multi-label model, the probability above which each label is assigned; None for other models.
-        tolerance: of a regression model, the largest difference between answers that count as equal, in its units. Such
-            a model has one label, the name of its value, and only the signal risk. None: the model has classes.
-        risk: weights of the signal risk, for every exit but the last; None: it has none.
-        source: hub id or folder of a stock classifier that runs at full depth; None: it was exported with exits.
-        input: the model was trained on single texts or on pairs; None: unknown, it takes both.
-        learned: its exits were fitted to live traffic (`de3 serve --learn`); None: they were not.
-        export: checks of the export: parity with PyTorch, for checkpoints of `de3 train`; for int8, the accuracy by
-            exit in fp32 and int8 and the share of samples with the same exit and answer.
+        thresholds: probability above which a multi-label model assigns each label; None for other models.
+        tolerance: in a regression model, the largest difference between answers that count as equal, in the model's
+            units. Such a model has one label, the name of its value, and only the signal risk. None for other models.
+        source: hub id or folder of the stock classifier that was converted as it is; None for other models.
+        input: the kind of texts that the model was trained on; None if it is unknown, and the model takes both.
+        learned: origin of exits that were fitted to live traffic (`de3 serve --learn`); None for other exits.
+        risk: weights of the signal risk, for every exit but the last; None if the model does not have this signal.
+        export: results of the checks of the export: parity with PyTorch, for checkpoints of `de3 train`; for int8, the
+            accuracy by exit in fp32 and int8 and the share of samples with the same exit and answer.
     """
 
     schema_version: Literal[6]
@@ -263,7 +267,7 @@ class Manifest(Architecture):
 
     @property
     def traits(self) -> ModelTraits:
-        """The properties that decide which signals the model has."""
+        """The properties that determine which signals the model has."""
         weights: list[Weights | None] = [None] * (self.num_layers + 1)
         for row in self.risk or []:
             weights[row.layer] = tuple(row.weights)
@@ -283,7 +287,7 @@ class Manifest(Architecture):
 
     @property
     def default_signal(self) -> Signal:
-        """Signal of the defaults."""
+        """The signal of the default exit rule."""
         if self.defaults.tau == 0 and self.defaults.signal == "entropy":
             # The default of an export without calibration, for any kind of model: at τ = 0 it has no effect.
             return Entropy()
@@ -291,7 +295,7 @@ class Manifest(Architecture):
 
     @property
     def label_thresholds(self) -> Thresholds | None:
-        """Thresholds of a multi-label model; None for others."""
+        """The label thresholds of a multi-label model; None for other models."""
         return None if self.thresholds is None else Thresholds.of(self.thresholds)
 
     def required_files(self) -> list[str]:
@@ -300,7 +304,7 @@ class Manifest(Architecture):
 
 
 def base_of(manifest: Manifest) -> str:
-    """Hash that identifies a model's weights and tokenizer; versions with exits learned for it have the same."""
+    """Hash that identifies a model's weights and tokenizer; versions with exits learned for the model share it."""
     if manifest.learned is not None:
         return manifest.learned.base
     files = [manifest.files[name].sha256 for name in (*manifest.segment_files(), "tokenizer.json")]
@@ -309,6 +313,6 @@ def base_of(manifest: Manifest) -> str:
 
 def fingerprint(manifest: Manifest) -> str:
     """Hash of a manifest; identifies the model's files, as the manifest has the hash of each."""
-    # Without the field, hashes are those of releases that did not have it.
+    # An unset field is left out, so that the hash equals that of releases that did not have the field.
     unset = {"learned"} if manifest.learned is None else None
     return hashlib.sha256(manifest.model_dump_json(exclude=unset).encode()).hexdigest()

@@ -32,8 +32,8 @@ from de3.native.network import Head, Memory, Network, build
 
 log = logging.getLogger("de3")
 MAX_NATIVE_DIFFERENCE = 0.1  # relative to the range of a layer's logits or distances
-MAX_STATES_DIFFERENCE = 0.2  # mean of a token, relative to the standard deviation of the layer's states
-MIN_SPREAD = 0.2  # of logits and distances, for layers that give nearly equal values for all texts
+MAX_STATES_DIFFERENCE = 0.2  # mean over a token's values, relative to the layer's standard deviation
+MIN_SPREAD = 0.2  # lower limit of that range, for layers whose values are nearly equal for all texts
 MAX_PROOF_TOKENS = (
     1024  # ONNX Runtime's memory grows with the square of a text's length: 3 GB for 8,192 tokens
 )
@@ -51,12 +51,12 @@ class Model:
     Attributes:
         path: folder of the artifact.
         tokenizer: its tokenizer.
-        segments: index = layer; 0 is the embeddings.
-        final_norm: scale and shift of the norm between hidden states and an exit, (hidden,) each; None: there is none.
+        segments: one per layer, index = layer; 0 is the embeddings.
+        final_norm: scale and shift of the norm between hidden states and an exit, (hidden,) each; None without one.
         runtime: native (the kernels) or onnxruntime.
-        instructions: instruction set of the kernels, such as amx, vnni or dotprod; empty unless native.
+        instructions: instruction set of the kernels, such as amx, vnni or dotprod; empty unless runtime is native.
         why_not_native: reason why the kernels cannot run an int8 artifact; otherwise empty.
-        forward: runs several samples through all layers in one call; None unless native.
+        forward: runs several samples through all layers in one call; None unless runtime is native.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Model:
 
         runtime: onnxruntime, native, or auto: native if the kernels support the model and agree with ONNX Runtime.
         check: called before each slow step; an exception from it aborts loading. is_proved: another process on this
-        machine has found that the kernels agree, so ONNX Runtime is not needed. memory: for the kernels' weights, if
-        processes share them.
+        machine has found that the kernels agree with ONNX Runtime, which is then not used. memory: shared memory for
+        the kernels' weights; None if this process has its own copy.
         """
         self.manifest = manifest = artifact.manifest
         self.full_name, self.path = artifact.full_name, artifact.path
@@ -98,7 +98,7 @@ class Model:
             if is_proved:
                 continue
             try:
-                # From the checked bytes, as the file could have changed.
+                # From the checked bytes, as the file could have changed since the check.
                 session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime's exceptions have no common base class
                 raise StoreError(f"{file}: not a model ONNX Runtime can run: {error}") from None
@@ -110,7 +110,7 @@ class Model:
             if no_kernels:
                 raise NoKernelsError(no_kernels)
             built = build(network_of(manifest, weights), memory)
-            weights.clear()  # the kernels have their own
+            weights.clear()  # the kernels have their own copy
             self.segments, self.forward = self._native(artifact, built, prototypes, is_proved)
             self.runtime = "native"
         except NoKernelsError as error:
@@ -133,9 +133,9 @@ class Model:
     def _native(
         self, artifact: Artifact, model: Any, prototypes: dict[int, Array], is_proved: bool
     ) -> tuple[Sequence[Segment], NativeForward]:
-        """The kernels' segments and forward pass; raises NoKernelsError unless proved or close to ONNX Runtime's."""
+        """The kernels' segments and forward pass; raises NoKernelsError unless they agree with ONNX Runtime."""
         manifest = self.manifest
-        from de3.native import kernels  # build() has found it
+        from de3.native import kernels  # build() has checked that it can be imported
 
         native = [
             NativeSegment(layer, kernels, model, manifest, prototypes.get(layer))
@@ -151,8 +151,8 @@ class Model:
         """Compare the kernels with ONNX Runtime on PROOF and on a long text.
 
         Each layer's input is ONNX Runtime's output of the layer before, as rounding errors add up over the layers.
-        Raises NoKernelsError if results differ by more than rounding can explain: both quantize activations, so a
-        rounding error can become a step of 1/255 of the range. In a group, texts must give the same bits as alone.
+        Raises NoKernelsError if results differ by more than rounding can explain: both runtimes quantize activations,
+        so a rounding error can become a step of 1/255 of the range. Texts in a group must give the same bits as alone.
         """
         longest = " ".join(f"{text} {pair or ''}" for text, pair in PROOF) + " "
         most = min(self.manifest.max_tokens, MAX_PROOF_TOKENS)
@@ -208,20 +208,20 @@ class Model:
                     )
 
     def tokenize(self, text: str, text_pair: str | None = None, truncate: bool = True) -> Tokens:
-        """Tokens of a text or pair, at most `max_tokens`, cut at the longer text's end.
+        """Tokens of a text or pair, truncated to the model's maximum at the end of the longer text.
 
-        Raises ValueError if the text is longer and `truncate` is false.
+        Raises ValueError if there are no tokens, or if there are too many and `truncate` is false.
         """
         tokens = self.tokenizer.start(text, text_pair, truncate).all()
-        assert isinstance(tokens, Tokens)  # not Windows, as only one is allowed
+        assert isinstance(tokens, Tokens)  # not Windows, as start() allows one window by default
         return tokens
 
     def empty_states(self) -> Array:
-        """Space for the pooled states of a text, (num_layers, hidden); see ForwardPass.states."""
+        """A zero array for the pooled states of a text, (num_layers, hidden); see ForwardPass.states."""
         return np.zeros((self.manifest.num_layers, self.manifest.hidden_size), np.float32)
 
     def pooled(self, hidden: Array) -> Array:
-        """The mean of the tokens of hidden states (1, tokens, hidden), as an exit sees it, (hidden,)."""
+        """Mean over tokens of hidden states (1, tokens, hidden), after the final norm if there is one: (hidden,)."""
         rows = hidden[0]
         if self.final_norm is not None:
             scale, shift = self.final_norm
@@ -232,7 +232,7 @@ class Model:
         return mean
 
     def deepest_exit(self, max_layer: int | None) -> int:
-        """The deepest exit up to layer max_layer; None: the last layer."""
+        """The deepest layer with an exit up to `max_layer`; the last layer if `max_layer` is None."""
         if max_layer is None:
             return self.manifest.num_layers
         return max(m for m in self.manifest.exit_layers if m <= max_layer)
@@ -260,7 +260,7 @@ def network_of(architecture: Architecture, segments: Sequence[Mapping[str, Array
 
 
 def check_segment(artifact: Artifact, layer: int, data: bytes) -> dict[str, Array]:
-    """The weights in a segment's file by name; raises StoreError unless export builds this graph."""
+    """The weights in a segment's file by name; raises StoreError unless export would build the same graph."""
     try:
         return read_segment(read_model(data), artifact.manifest, layer)
     except GraphError as error:
@@ -268,7 +268,7 @@ def check_segment(artifact: Artifact, layer: int, data: bytes) -> dict[str, Arra
 
 
 def check_ids(artifact: Artifact, tokenizer: TextTokenizer) -> None:
-    """Raise StoreError if the tokenizer has ids beyond the embeddings' tables: each text with one would fail."""
+    """Raise StoreError if the tokenizer has ids beyond the embedding tables: every text with such an id would fail."""
     encoder = artifact.manifest.encoder
     try:
         tokenizer.check_ids(

@@ -1,12 +1,12 @@
-"""Base of the parts of a manifest, and limits of their values."""
+"""The base class of a manifest's parts, and limits on their values."""
 
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# A manifest is untrusted. Without limits, each of a million surplus entries could be a separate error.
+# A manifest is untrusted. Without limits, a list of a million wrong entries would give a million errors.
 MAX_LAYERS, MAX_LABELS = 100, 10_000
-MAX_INT = 2**31 - 1  # also the largest file in bytes: protobuf reads no more
+MAX_INT = 2**31 - 1  # also the maximum file size in bytes: protobuf reads no larger file
 MAX_TOKENS = 2**15
 MAX_WIDTH = 2**16
 
@@ -16,7 +16,7 @@ Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 
 
 class Part(BaseModel):
-    """A part of a manifest: immutable, without unknown fields, infinities or NaN."""
+    """A part of a manifest: immutable; refuses unknown fields, infinities and NaN."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True, serialize_by_alias=True

@@ -1,4 +1,4 @@
-"""Records of live traffic, to which exits are fitted: the pooled states and the answer of texts at full depth.
+"""Records of live traffic, to which exits are fitted: the pooled states and full-depth answers of texts.
 
 A server writes them (`de3 serve --learn`); its fits and `de3 import --records` read them. The states of layer 0 are
 nearly a bag of words, so a file of records is user data.
@@ -29,14 +29,14 @@ class Records:
     """Records of n texts, in the order of their answers.
 
     Attributes:
-        base: the model's; see manifest.base_of.
-        states: mean of the tokens after each layer but the last, (n, num_layers, hidden) float16.
-        logits: of full depth, (n, K) float32.
+        base: hash of the model's weights and tokenizer; see manifest.base_of.
+        states: mean over the tokens after each layer but the last, (n, num_layers, hidden) float16.
+        logits: logits at full depth, (n, K) float32.
         shares: probability with which each text was drawn, (n,) float64.
         keys: hash of each text's tokens, (n,) uint64.
-        numbers: ascending, (n,) int64.
+        numbers: estimated position of each text in the traffic, ascending, (n,) int64.
         clients: index of each text's client in `names`, (n,) int32.
-        names: of the clients.
+        names: names of the clients.
         texts: estimated number of texts of each client, recorded or not; index as in `names`.
     """
 
@@ -68,7 +68,7 @@ class Records:
             raise ValueError("their shapes are not those of the model")
 
     def write(self, path: Path) -> None:
-        """Write them to a file that only its owner can read, atomically; raises OSError."""
+        """Write the records atomically to a file that only its owner can read; raises OSError."""
         new = path.with_name(path.name + ".new")
         new.unlink(missing_ok=True)
         clients = json.dumps([self.names, self.texts])
@@ -96,7 +96,7 @@ _SHAPES: dict[str, tuple[Any, int, str]] = {
 
 
 def read(path: Path, max_bytes: int) -> Records:
-    """Read and check a file; raises OSError, or ValueError if it is damaged or no file of records."""
+    """Read and check a file of records; raises OSError, or ValueError if it is damaged, too large or another file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size > max_bytes:
@@ -127,7 +127,7 @@ def read(path: Path, max_bytes: int) -> Records:
 
 
 def _check_header(file: Any) -> None:
-    """Raise ValueError for wrong types and shapes, before anything is read."""
+    """Raise ValueError for wrong types and shapes, before any tensor is read."""
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in _SHAPES}
     n = shapes["logits"][0] if shapes["logits"] else 0
     if not 1 <= n <= MAX_RECORDS:
@@ -139,7 +139,7 @@ def _check_header(file: Any) -> None:
 
 
 def _clients(text: str) -> tuple[list[str], list[float]]:
-    """The names of the clients and the number of texts of each."""
+    """The names of the clients and the number of texts of each; raises ValueError if they are damaged."""
     try:
         names, texts = json.loads(text) if len(text) <= MAX_METADATA else ([], [])
         are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -152,7 +152,7 @@ def _clients(text: str) -> tuple[list[str], list[float]]:
 
 
 def joined(parts: Sequence[Records]) -> Records:
-    """The records of several servers of one model, as one; raises ValueError if their models or shapes differ."""
+    """The records of several servers of one model, merged; raises ValueError if their models or shapes differ."""
     first = parts[0]
     names = [name for part in parts for name in part.names]
     offsets = np.cumsum([0, *(len(part.names) for part in parts)])[:-1]
@@ -163,7 +163,7 @@ def joined(parts: Sequence[Records]) -> Records:
     arrays["clients"] = np.concatenate(
         [part.clients + np.int32(offset) for part, offset in zip(parts, offsets, strict=True)]
     )
-    # Records of all servers are mixed by their age.
+    # The servers' records are interleaved by their relative age.
     order = np.argsort(np.concatenate([np.arange(len(part)) / len(part) for part in parts]), kind="stable")
     arrays = {name: array[order] for name, array in arrays.items()}
     arrays["numbers"] = np.arange(len(order), dtype=np.int64)

@@ -8,11 +8,11 @@ from pathlib import Path
 def read_regular_file(path: Path, limit: int) -> bytes:
     """The bytes of a regular file of at most `limit` bytes.
 
-    Type and size are those of the opened file, because the path may lead to another one a moment later: reading
-    /dev/zero would exhaust the memory. Without O_NONBLOCK, opening a FIFO would wait.
+    The type and size are checked on the opened file, because the path may lead to another file a moment later:
+    reading /dev/zero would exhaust memory. Without O_NONBLOCK, opening a FIFO would block.
 
-    Raises ValueError for a larger file and for a path that is not a regular file, and OSError for a link or an
-    unreadable file.
+    Raises ValueError if the file is not a regular file, is larger than `limit` or grows while it is read, and OSError
+    if it is a symbolic link or cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -22,7 +22,7 @@ def read_regular_file(path: Path, limit: int) -> bytes:
         if status.st_size > limit:
             raise ValueError(f"{status.st_size} bytes, at most {limit} are expected")
         with open(descriptor, "rb", closefd=False) as file:
-            data = file.read(status.st_size + 1)  # not limit + 1: the buffer is allocated at once
+            data = file.read(status.st_size + 1)  # not limit + 1: read() allocates the whole buffer first
     finally:
         os.close(descriptor)
     if len(data) > status.st_size:

@@ -1,4 +1,4 @@
-"""The graph of a segment: embeddings or a transformer block, and an exit.
+"""The graph of a segment: the embeddings or a transformer block, and the exit if the layer has one.
 
 A segment runs one unpadded sample:
 
@@ -6,13 +6,14 @@ A segment runs one unpadded sample:
                       → hidden (1, T, H)
     layer_NN.onnx     hidden (1, T, H) → next_hidden (1, T, H)
 
-If its layer has an exit, it also takes with_exit, a boolean, and returns logits (1, K). If the exit has prototypes, it
-takes them, (K, D) with unit rows, and returns distances (1, K). The exit is a branch, so a sample that cannot exit at a
-layer does not pay for it; if with_exit is false, logits and distances are zeros.
+If the layer has an exit, the segment also takes with_exit, a boolean, and returns logits (1, K). If the exit has
+prototypes, the segment also takes prototypes (K, D), with unit rows, and returns distances (1, K). The exit is a
+branch, so a sample that cannot exit at a layer does not pay for it; if with_exit is false, logits and distances are
+zeros.
 
-A file is checked by building its segment once more, with the weights that it contains: everything else must be equal.
-A list of allowed operators would not be enough: they could form a graph that takes any amount of time or memory,
-or that has a backdoor triggered by one word. Only the values of the weights are free.
+A file is checked by building its segment again from the weights in the file: everything else must be equal. A list of
+allowed operators would not be enough: allowed operators could form a graph that takes any amount of time or memory, or
+that has a backdoor triggered by one word. Only the values of the weights are free.
 """
 
 from typing import Any
@@ -27,8 +28,8 @@ from de3.model_store.graph import Array, Graph, GraphError, Source
 def build_segment(architecture: Architecture, layer: int, source: Source) -> Graph:
     """The graph of a layer and its exit, with weights from a source; layer 0 is the embeddings.
 
-    Weights are those of `Encoder.block` or `Encoder.embed`, and of an exit: classifier (hidden, labels), space (hidden,
-    metric_dim), final_norm, and those of a stock classifier's head: dense and norm.
+    The weights are those listed in `Encoder.embed` or `Encoder.block`, and those of the exit: classifier (hidden,
+    labels), space (hidden, metric_dim), final_norm, and a stock classifier's dense and norm.
     """
     encoder = architecture.encoder
     shape: list[int | str] = [1, "tokens", architecture.hidden_size]
@@ -52,7 +53,7 @@ def graph_name(layer: int) -> str:
 def _add_exit(g: Graph, architecture: Architecture, layer: int, source: Source) -> None:
     """Add an exit: the input with_exit, the outputs logits and, with prototypes, distances.
 
-    Exits stay in float32, where they cost almost nothing; only the weights of the prototypical network are int8.
+    In an int8 artifact, only the prototypical network of an exit is int8. The rest costs almost nothing in float32.
     """
     encoder, labels, size = architecture.encoder, len(architecture.labels), architecture.hidden_size
     hidden, metric = g.outputs[0].name, architecture.metric_dim
@@ -62,7 +63,7 @@ def _add_exit(g: Graph, architecture: Architecture, layer: int, source: Source) 
     if (head or architecture).pooling == "mean":
         seen = yes.norm(hidden, "final_norm", size, encoder.epsilon) if encoder.FINAL_NORM else hidden
         pooled = yes.node("ReduceMean", seen, axes=[1], keepdims=0)
-    else:  # normalizes one token only
+    else:  # the norm is computed for one token only
         pooled = yes.node("Gather", hidden, yes.constant(0), axis=1)
         pooled = yes.norm(pooled, "final_norm", size, encoder.epsilon) if encoder.FINAL_NORM else pooled
     top = pooled
@@ -88,7 +89,7 @@ def _add_exit(g: Graph, architecture: Architecture, layer: int, source: Source) 
 def read_segment(model: ModelProto, architecture: Architecture, layer: int) -> dict[str, Array]:
     """The weights in a segment's file by name; raises GraphError unless export would have built it from them.
 
-    model: a message that graph_check.py accepts.
+    model: a ModelProto that `graph_check.read_model` has accepted.
     """
     declared = {tensor.name: tensor for tensor in model.graph.initializer}
 
@@ -121,7 +122,7 @@ def _values(tensor: TensorProto, name: str, dtype: np.dtype[Any], shape: tuple[i
 
 
 def _compare(model: ModelProto, g: Graph, name: str) -> None:
-    """Raise GraphError, naming the first difference, unless a model is this graph, apart from its weights' values."""
+    """Raise GraphError, naming the first difference, unless the model equals `g` in all but the weights' values."""
     graph, expected = model.graph, g.model(name, [])
     for number, (node, wanted) in enumerate(zip(graph.node, expected.graph.node, strict=False), 1):
         if node.op_type != wanted.op_type:

@@ -21,7 +21,7 @@ ARENA_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Token ids of one text, the encoder's input: ids and type_ids are (1, tokens) int64."""
+    """The encoder's input for one text: ids and type_ids are (1, tokens) int64."""
 
     ids: NDArray[np.int64]
     type_ids: NDArray[np.int64]
@@ -37,8 +37,8 @@ class Step:
 
     Attributes:
         hidden: (1, tokens, hidden).
-        logits: (K,); None if the layer has no exit or it was not computed.
-        distances: cosine distances to the prototypes, (K,); None without prototypes.
+        logits: (K,); None if the layer has no exit or the exit was not computed.
+        distances: cosine distances to the prototypes, (K,); None without prototypes, or if the exit was not computed.
     """
 
     hidden: Array
@@ -63,7 +63,7 @@ class OnnxSegment:
     """A segment that ONNX Runtime runs."""
 
     def __init__(self, layer: int, session: Any, manifest: Manifest, prototypes: Array | None) -> None:
-        """session: of a graph that `segment_graph.read_segment` has checked against the manifest."""
+        """session: of a graph that `read_segment` has checked. prototypes: (K, D), unit rows, or None."""
         self.layer = layer
         self.is_exit = layer in manifest.exit_layers
         self._session = session
@@ -102,20 +102,21 @@ class ForwardPass:
     """Forward pass of one sample, with the exit rule between layers.
 
     Attributes:
-        tau, signal: exit at the first layer whose score is below tau.
+        tau, signal: the sample exits at the first layer where the signal's score is below tau.
         deepest: the last layer to run, one with an exit.
         ask_all: compute every exit, even those at which the sample cannot exit (tau 0).
-        caution: factor applied to tau once the sample is too far from every prototype of an exit.
-        thresholds: of a multi-label model; otherwise None.
-        states: to fill in: mean of the tokens after each layer but the last, (num_layers, hidden); None: not needed.
+        caution: factor by which tau is multiplied once the sample is too far from every prototype of an exit.
+        thresholds: label thresholds of a multi-label model; None for other models.
+        states: output array for the mean over the tokens after each layer but the last, (num_layers, hidden); None if
+            they are not needed.
         layer: the next layer to run.
         hidden: input of that layer, (1, tokens, hidden); None if all layers run in one call.
-        exit_layer: the layer at which it exited; -1: not yet.
-        seconds: compute time.
-        logits, distances: (num_layers + 1, K), index = layer; zeros at exits not computed.
-        readings: once it has exited, the scored readings of the computed exits.
-        is_below_tau: it exited because its score was below tau.
-        is_far: it was too far from every prototype at some exit.
+        exit_layer: the layer at which the sample exited; -1 before it exits.
+        seconds: compute time so far.
+        logits, distances: (num_layers + 1, K), index = layer; zeros where no exit was computed.
+        readings: scored readings of the computed exits; empty before the sample exits.
+        is_below_tau: the sample exited because its score was below tau.
+        is_far: the sample was too far from every prototype at some exit.
     """
 
     tokens: Tokens
@@ -137,7 +138,7 @@ class ForwardPass:
     is_far: bool = field(default=False, init=False)
 
     def leave(self, exit_layer: int, is_below_tau: bool, is_far: bool, rows: list[tuple[Any, ...]]) -> None:
-        """Record the decision of the kernels. rows: the readings, as `native/python.c: reading_list` makes them."""
+        """Record the kernels' decision. rows: the readings, as `reading_list` in `native/python.c` returns them."""
         self.exit_layer, self.is_below_tau, self.is_far = exit_layer, is_below_tau, is_far
         for layer, label, margin, entropy, ratio, nearest, score, probs in rows:
             logits = self.logits[layer].tolist()
@@ -168,11 +169,11 @@ class NativeForward:
         layers: int | None = None,
         at_idle: bool = False,
     ) -> None:
-        """Run 1 to 64 samples, all with the same next layer, until each has exited or `layers` layers have run; updates
-        the passes.
+        """Run 1 to 64 samples until each has exited or `layers` layers have run; updates the passes.
 
-        far: the largest allowed distance to the nearest prototype, (num_layers + 1,); None: any. at_idle: run at the
-        lowest priority, preempted by any other thread.
+        All passes must have the same next layer. layers: None for all. far: the distance to the nearest prototype above
+        which a sample is too far, by layer, (num_layers + 1,); None for no limit. at_idle: run at the lowest priority,
+        preempted by any other thread.
         """
         first, deepest = passes[0].layer, self._shape[0] - 1
         last = deepest if layers is None else min(first + layers - 1, deepest)
@@ -229,7 +230,7 @@ class NativeSegment:
 def full_depth(
     segments: Sequence[Segment], tokens: Tokens, check: Callable[[], None] = lambda: None
 ) -> list[Step]:
-    """Results of every segment for one sample; index = layer. check: called before each."""
+    """Results of every segment for one sample, index = layer. check: called before each segment."""
     check()
     steps = [segments[0].embed(tokens, True)]
     for segment in segments[1:]:
@@ -241,8 +242,8 @@ def full_depth(
 def session_options(max_tokens: int = ARENA_TOKENS) -> Any:
     """Options of ONNX Runtime, with one thread per call.
 
-    Running several samples at once measured 2 to 3 times faster than thread pools. max_tokens: length of the longest
-    text.
+    Running several samples at once, each on one thread, measured 2 to 3 times faster than thread pools. max_tokens:
+    length of the longest text.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -252,12 +253,12 @@ def session_options(max_tokens: int = ARENA_TOKENS) -> Any:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", NOWHERE)
     # One arena for all sessions. An arena keeps the memory of its longest text: after texts of 512 tokens on two
     # threads, 12 layers of BERT's size kept 1.1 GB with an arena each, and keep 0.15 GB with a shared one. Models of
-    # longer texts have no arena, which measured 10 to 15% slower for texts of 400 to 1000 tokens.
+    # longer texts run without an arena, although this measured 10 to 15% slower for texts of 400 to 1000 tokens.
     options.enable_cpu_mem_arena = max_tokens <= ARENA_TOKENS
     if options.enable_cpu_mem_arena:
         _make_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
-        # Weights are not allocated there: the arena would keep their memory after the model is unloaded.
+        # Weights are not allocated in the arena: it would keep their memory after the model is unloaded.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     # The segments are built fused; a higher level would fuse Add and LayerNormalization into SkipLayerNormalization,
     # which measured 5 times slower than the two (docs/performance.md).
@@ -267,6 +268,6 @@ def session_options(max_tokens: int = ARENA_TOKENS) -> Any:
 
 @cache
 def _make_arena() -> None:
-    """Make the arena that the sessions of this process share."""
+    """Make the arena that all sessions of this process share; only the first call has an effect."""
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, None)

@@ -20,7 +20,7 @@ MAXIMA = {
 
 
 def read_config(file: Path) -> Any:
-    """The JSON of a config.json; raises ValueError if it is too large or not JSON, and OSError if unreadable."""
+    """The parsed config.json; raises ValueError if it is too large or not JSON, and OSError if it cannot be read."""
     with file.open("rb") as opened:
         data = opened.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -32,7 +32,7 @@ def read_config(file: Path) -> Any:
 
 
 def check_sizes(name: str, config: dict[str, Any]) -> None:
-    """Raise ValueError, whose message begins with `name`, for sizes or labels that no model has."""
+    """Raise ValueError, with a message that begins with `name`, for sizes above MAXIMA or an invalid id2label."""
     for field, most in MAXIMA.items():
         value = config.get(field)
         if value is not None and (type(value) is not int or not 1 <= value <= most):

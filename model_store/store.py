@@ -21,7 +21,7 @@ from de3.model_store.regular_file import read_regular_file
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
 MAX_ARTIFACT_BYTES = 2**32  # all loaded files together
-MAX_MESSAGE = 500  # characters of an error, which may quote from an artifact
+MAX_MESSAGE = 500  # characters of an error message, which may quote an artifact
 MAX_FILE_BYTES = {"tokenizer.json": 2**26, "prototypes.safetensors": 2**28, "README.md": 2**20}
 STALE_S = 86_400  # age of an abandoned draft: no export takes a day
 
@@ -29,7 +29,7 @@ STALE_S = 86_400  # age of an abandoned draft: no export takes a day
 class StoreError(ValueError):
     """An artifact is missing, damaged or does not match its manifest; the message names the file.
 
-    As it may quote from the artifact, the message is cut, and control characters are escaped.
+    The message may quote the artifact, so it is truncated and its control characters are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -38,7 +38,7 @@ class StoreError(ValueError):
 
 
 class NoModelsError(StoreError):
-    """The store does not exist, or has no model."""
+    """The store does not exist, or has no models."""
 
 
 class UnknownModelError(StoreError):
@@ -47,10 +47,10 @@ class UnknownModelError(StoreError):
 
 @dataclass(frozen=True)
 class Artifact:
-    """One version of a model on disk, with its manifest checked, but not yet its files.
+    """One version of a model on disk; its manifest has been checked, its files have not.
 
     Attributes:
-        proof: file that records that it loads and runs on this machine; None: checked at each start.
+        proof: file that records that the artifact loads and runs on this machine; None if it is proved at each start.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class Artifact:
         return data
 
     def size(self) -> int:
-        """Size on disk of the files that are loaded, in bytes; raises StoreError if it is too large."""
+        """Size on disk of the files that are loaded, in bytes; raises StoreError above MAX_ARTIFACT_BYTES."""
         total = 0
         for name in self.manifest.required_files():
             with suppress(OSError, RuntimeError):  # read() reports the error
@@ -119,7 +119,7 @@ class Store:
         return [f"{name}:{v}" for name, versions in self.versions().items() for v in versions]
 
     def open(self, model: str) -> Artifact:
-        """The artifact of `name` (its newest version) or `name:version`. Raises StoreError."""
+        """The artifact of `name` (its newest version) or `name:version`; raises StoreError if there is none."""
         name, _, version = model.partition(":")
         versions = self.versions()
         if name not in versions:
@@ -136,7 +136,7 @@ class Store:
         return self.open_path(self.path / name / str(number))
 
     def open_path(self, path: Path) -> Artifact:
-        """The artifact in a folder <name>/<version>; raises StoreError if its manifest is invalid."""
+        """The artifact in <store>/<name>/<version>; raises StoreError for an invalid manifest or a folder elsewhere."""
         if path.resolve() != self.path.resolve() / path.parent.name / path.name:
             raise StoreError(f"{path}: leads outside the store, to {path.resolve()}")
         artifact = Artifact(path, read_manifest(path))
@@ -182,7 +182,7 @@ class Draft:
                 os.fsync(file.fileno())
 
     def next_version(self) -> int:
-        """The number of the next version."""
+        """One more than the newest version of the model; 1 if there is none."""
         return 1 + max(
             (int(v.name) for v in self.model_path.iterdir() if VERSION.fullmatch(v.name)), default=0
         )
@@ -233,10 +233,10 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _read_inside(folder: Path, path: Path, limit: int) -> bytes:
-    """The bytes of a regular file in a folder, at most `limit`; raises StoreError for links that lead outside.
+    """The bytes of a regular file in a folder, at most `limit`; raises StoreError for a link that leads outside.
 
-    The store may be mounted or linked to from anywhere, and a file may be a link to another file of its folder. So
-    links are resolved here, and the result is opened without following links, which may have been added since.
+    The store may be mounted or linked to from anywhere, and a file may be a link to another file in its folder. So
+    links are resolved first. The resolved path is then opened without following links, which may have been added since.
     """
     try:
         real = path.resolve(strict=True)

@@ -1,4 +1,4 @@
-"""Tokenization of texts, truncated to the model's window or split into several, in short preemptible steps."""
+"""Tokenization of texts, truncated to the model's window or split into several windows, in short preemptible steps."""
 
 import os
 import re
@@ -17,7 +17,8 @@ from de3.model_store.store import Artifact, StoreError
 from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
 
 MAX_CHARS_PER_TOKEN = 100
-# Per token of all windows together. An unbroken run of letters is one piece, which cannot be preempted.
+# Per token of all windows together. The limit is low because an unbroken run of letters is one piece, and tokenizing a
+# piece cannot be preempted.
 MAX_CHARS_IN_WINDOWS = 10
 # A long text is tokenized in pieces of PIECE to 2 · PIECE characters. WordPiece's worst case (words of 100 letters,
 # tokenized letter by letter) takes 3 µs per character on an idle machine.
@@ -27,7 +28,7 @@ PIECE = 512
 _SPACE = re.compile(r"(?<=\S)[ \t\n\r\u3000]")
 IDEOGRAPHS = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
 _PROBE = "a"
-# Each engine thread tokenizes one text at a time: the tokenizer's own thread pool would compete with them.
+# Each engine thread tokenizes one text at a time; the tokenizer's own thread pool would compete with these threads.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Pair = tuple[str, str | None]
@@ -42,7 +43,7 @@ def max_chars(max_tokens: int, windows: int = 1) -> int:
 
 
 class _Frame:
-    """Special tokens around a text or a pair, taken from the encoding of a short one."""
+    """The special tokens around a text or a pair, taken from the encoding of a short example."""
 
     def __init__(self, tokenizer: Tokenizer, pair: str | None) -> None:
         """Raises ValueError if the tokenizer puts special tokens inside a text."""
@@ -64,7 +65,7 @@ class _Frame:
         self.largest_type = max(encoding.type_ids)
 
     def around(self, parts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-        """Ids and type ids of texts with these ids, including special tokens."""
+        """Ids and type ids of the encoder's input: the texts' ids, with the special tokens around them."""
         ids, types = map(list, self._special[0])
         for part, type_id, (special, special_types) in zip(
             parts, self._types, self._special[1:], strict=True
@@ -76,14 +77,14 @@ class _Frame:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Windows of a text or pair that is too long for one; of a pair, the shorter text is whole in each.
+    """Windows of a text or pair that is too long for one window. For a pair, each has all of the shorter text.
 
     Attributes:
         parts: ids of each text, int32.
         longer: index of the text that is split.
         spans: windows of that text.
-        offsets: first and last + 1 character of each of its tokens, (tokens, 2).
-        truncated: the windows do not hold the whole text.
+        offsets: start and end (exclusive) of each of that text's tokens, in characters, (tokens, 2).
+        truncated: true if the windows do not contain the whole text.
     """
 
     frame: _Frame
@@ -114,7 +115,7 @@ class TextTokenizer:
     """Tokenizer of an artifact; a text of more than max_chars() characters counts as too long."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
-        """Raises ValueError for a tokenizer whose texts cannot be truncated."""
+        """max_tokens: size of a window. Raises ValueError for a tokenizer whose texts cannot be truncated."""
         self.max_tokens = max_tokens
         self._tokenizer = tokenizer
         self.frames = {False: _Frame(tokenizer, None), True: _Frame(tokenizer, _PROBE)}
@@ -127,7 +128,7 @@ class TextTokenizer:
 
     @classmethod
     def of(cls, artifact: Artifact) -> "TextTokenizer":
-        """Load the tokenizer of an artifact; raises StoreError."""
+        """Load the tokenizer of an artifact; raises StoreError if it is damaged or cannot be used."""
         file = artifact.path / "tokenizer.json"
         data = cls.check(artifact)
         try:
@@ -147,7 +148,7 @@ class TextTokenizer:
 
     @staticmethod
     def check(artifact: Artifact) -> bytes:
-        """Check the artifact's tokenizer.json and return its bytes; raises StoreError."""
+        """Check the artifact's tokenizer.json, and return its bytes; raises StoreError if it must not be loaded."""
         data = artifact.read("tokenizer.json")
         try:
             check_tokenizer(data)
@@ -156,10 +157,10 @@ class TextTokenizer:
         return data
 
     def check_ids(self, words: int, types: int | None, pairs: bool) -> None:
-        """Raise ValueError if a text could have an id beyond the embeddings' tables.
+        """Raise ValueError if a text could have an id beyond the embedding tables.
 
-        words, types: rows of the tables of words and of token types; None: there are no token types. pairs: the model
-        takes pairs.
+        words: rows of the word table. types: rows of the token-type table; None if there are no token types. pairs:
+        true if the model takes pairs.
         """
         frames = [self.frames[pair] for pair in (False, True)[: 1 + pairs]]
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True).values()
@@ -172,7 +173,7 @@ class TextTokenizer:
             raise ValueError(f"has the token type {largest}, but the model's table only {types} rows")
 
     def encode(self, texts: Sequence[Pair], special: bool = True, offsets: bool = False) -> list[Encoding]:
-        """Encode short texts or pairs, with or without special tokens, and with or without their tokens' offsets.
+        """Encode short texts or pairs. special: add special tokens. offsets: also compute the tokens' offsets.
 
         Batch encoding, even of one text, releases the GIL, unlike Tokenizer.encode.
         """
@@ -181,7 +182,7 @@ class TextTokenizer:
         return list(encode(batch, add_special_tokens=special))
 
     def short(self, encoding: Encoding, pair: bool, truncate: bool) -> Tokens:
-        """Tokens of a short text from its encoding; raises ValueError if it is too long, unless `truncate`."""
+        """Tokens of a short text from its encoding; raises ValueError if it is too long and `truncate` is false."""
         if len(encoding) <= self.max_tokens:
             return _tokens(encoding.ids, encoding.type_ids, False)
         if not truncate:
@@ -198,8 +199,8 @@ class TextTokenizer:
     def _cut(self, parts: list[list[int]], is_cut: bool = True, lengths: Sequence[int] = ()) -> Tokens:
         """Tokens of texts with these ids, truncated at the end of the longer one until both fit.
 
-        The longer text gets the odd token, or the second text if they are equal. lengths: of the whole texts, in any
-        unit, if not all of their tokens are given.
+        An odd token goes to the longer text, or to the second if both are equally long. lengths: lengths of the whole
+        texts, in any unit, if `parts` has only their first tokens.
         """
         frame = self.frames[len(parts) == 2]
         room = self.max_tokens - frame.size
@@ -213,9 +214,10 @@ class TextTokenizer:
         return _tokens(ids, types, is_cut or sum(map(len, parts)) > room)
 
     def _split(self, parts: list[list[int]], offsets: Sequence[Offsets], most: int, is_cut: bool) -> Windows:
-        """Windows of texts with these ids; raises ValueError if the shorter takes more than MAX_SHORTER of one.
+        """Windows of texts with these ids; raises ValueError if the shorter takes more than MAX_SHORTER of a window.
 
-        offsets: characters of each token, for each text.
+        offsets: start and end of each token, for each text. most: maximum number of windows. is_cut: the ids are not
+        those of the whole texts.
         """
         frame, longer = self.frames[len(parts) == 2], 0
         room = self.max_tokens - frame.size
@@ -242,7 +244,7 @@ class TextTokenizer:
 
 
 class Tokenization:
-    """Tokenization of one text or pair, piece by piece, no further than the model's windows reach."""
+    """Tokenization of one text or pair, piece by piece, and only as far as the model's windows reach."""
 
     def __init__(
         self, tokenizer: TextTokenizer, text: str, text_pair: str | None, truncate: bool, windows: int
@@ -257,12 +259,13 @@ class Tokenization:
         self._parts: list[list[int]] = [[] for _ in texts]
         self._offsets: list[Offsets] = [[] for _ in texts]  # with several windows
         self._room = tokenizer.max_tokens - tokenizer.frames[len(texts) == 2].size
-        self._most = capacity(self._room, windows)  # tokens of each text
+        self._most = capacity(self._room, windows)  # tokens needed of each text
 
     def step(self) -> Tokens | Windows | None:
-        """Tokenize the next piece; returns the tokens or windows when complete, otherwise None.
+        """Tokenize the next piece; returns the tokens or windows once they are complete, and None before.
 
-        Raises ValueError for a text that is too long and must not be truncated, and for a pair that cannot be split.
+        Raises ValueError for a text without tokens, a text that is too long and must not be truncated, and a pair that
+        cannot be split.
         """
         tokenizer = self._tokenizer
         if self._has_too_many_chars and not self._truncate:
@@ -302,7 +305,7 @@ class Tokenization:
         return tokenizer._cut(self._parts, is_cut, self._chars if is_cut else ())
 
     def all(self) -> Tokens | Windows:
-        """Tokenize to the end."""
+        """Take all remaining steps; returns the tokens or windows."""
         while (tokens := self.step()) is None:
             pass
         return tokens
@@ -311,10 +314,10 @@ class Tokenization:
 def _piece_end(text: str, start: int) -> int:
     """End of the piece that starts at `start`: a position at which splitting changes no token.
 
-    Such a position is before white space. If there is none from PIECE to 2 · PIECE characters on, it is between
-    punctuation and a letter or digit, or next to a CJK ideograph or punctuation; failing that, the next such position.
-    WordPiece has a token boundary at each of these. With other tokenizers, a split anywhere but before white space may
-    change tokens.
+    The piece ends before the first white space from PIECE to 2 · PIECE characters after `start`. Without white space
+    there, it ends after a mark (see `_is_mark`) in this range, preferably one before a letter or digit; failing that,
+    before the first mark or space beyond the range. WordPiece has a token boundary at each of these positions. With
+    other tokenizers, a split anywhere but before white space may change tokens.
     """
     first, last = start + PIECE, start + 2 * PIECE
     if len(text) <= last:
@@ -342,7 +345,7 @@ def _parts(encoding: Encoding, pair: bool) -> list[list[int]]:
 
 
 def _offsets(encoding: Encoding, pair: bool) -> list[Offsets]:
-    """Characters of each token of each text, without special tokens."""
+    """Start and end of each token of each text of an encoding, in characters, without special tokens."""
     both = list(zip(encoding.offsets, encoding.sequence_ids, strict=True))
     return [[offsets for offsets, owner in both if owner == n] for n in range(1 + pair)]
 

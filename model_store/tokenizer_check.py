@@ -1,7 +1,7 @@
 """Check of a tokenizer.json, which is untrusted, before the tokenizers library loads it.
 
 Only components of the supported encoders' tokenizers are allowed, with limits on those that are slow or lengthen a
-text: three normalizers in a row that each replace a letter with a thousand letters would exhaust memory with one text.
+text: three normalizers in a row that each replace a letter with a thousand letters would exhaust memory on one text.
 """
 
 import json
@@ -32,7 +32,7 @@ MAX_WORD_CHARS = 200  # WordPiece's time is quadratic in this
 MAX_CHARS = 200  # of any string: vocabulary entries, added and special tokens, names
 MAX_MERGE_CHARS = 2 * MAX_CHARS + 1  # two entries and a space
 MAX_ADDED_TOKENS = 10_000
-MAX_SPECIAL_TOKENS = 16  # around a text or a pair; also ids of one special token
+MAX_SPECIAL_TOKENS = 16  # around a text or a pair; also the most ids of one special token
 
 
 class TokenizerError(ValueError):
@@ -112,7 +112,7 @@ def _check_component(kind: str, component: dict[str, Any]) -> None:
 
 
 def _growth(component: dict[str, Any]) -> float:
-    """Largest growth of a text by a Replace or Prepend, as a factor; the text may have one character."""
+    """Largest factor by which a component can lengthen a text, which may be as short as one character."""
     match component["type"]:
         case "Replace":
             return max(1.0, len(component["content"]) / len(component["pattern"].get("String", "x")))
@@ -131,7 +131,7 @@ def _check_added(added: Any) -> None:
 
 
 def _check_model(model: dict[str, Any]) -> None:
-    # Old files have no type; the library then tries all in turn.
+    # Old files have no type; the library then tries all model types in turn.
     if (name := model.get("type", "WordPiece")) not in MODELS:
         raise TokenizerError(f"model: {str(name)[:50]!r} is not one of {', '.join(MODELS)}")
     if model.get("dropout"):
@@ -142,7 +142,7 @@ def _check_model(model: dict[str, Any]) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raises TokenizerError for a duplicate key: the library may not keep the same value as Python."""
+    """A JSON object; raises TokenizerError for a duplicate key: the library may keep another value than Python."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise TokenizerError("an object has a duplicate key")
@@ -176,7 +176,7 @@ def _check_pattern(kind: str, pattern: Any, name: str) -> None:
 
 
 def _components(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """A component and, if it is a Sequence, its components."""
+    """Yield a component and, if it is a Sequence, those in it; raises TokenizerError for a malformed one."""
     if part is None:
         return
     if not isinstance(part, dict) or depth > 4:

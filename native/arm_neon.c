@@ -1,7 +1,7 @@
 /* i8mm (SMMLA) and dotprod (SDOT) with NEON, for Linux on aarch64.
  *
  * Both share everything but the int8 product. Sums of int8 products are exact, so both give the same bits. Flipping the
- * top bit turns an activation into int8, x − MIDDLE, so sums need no correction by Linear.offset.
+ * top bit of a uint8 activation x gives x − MIDDLE in int8, so sums need no correction by Linear.offset.
  */
 #include "kernels.h"
 
@@ -27,7 +27,7 @@ static const char *i8mm_why_not(void) {
     return getauxval(AT_HWCAP2) & (1ul << 13) ? NULL : "needs i8mm (Armv8.6)"; /* HWCAP2_I8MM */
 }
 
-/* For x ≤ 0; NaN stays. */
+/* eˣ for x ≤ 0; NaN stays NaN. */
 static inline float32x4_t exp4(float32x4_t x) {
     x = vmaxq_f32(x, vdupq_n_f32(-87.0f));
     float32x4_t n = vrndnq_f32(vmulq_n_f32(x, 1.44269504f));
@@ -40,7 +40,7 @@ static inline float32x4_t exp4(float32x4_t x) {
     p = vfmaq_f32(vdupq_n_f32(0.5f), p, r);
     p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
     p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
-    /* p · 2ⁿ: n is -126 … 0 and p about 1, so adding to the bits of the exponent is enough. */
+    /* p · 2ⁿ: n is -126 … 0 and p about 1, so adding n to the bits of the exponent is enough. */
     int32x4_t exponent = vshlq_n_s32(vcvtnq_s32_f32(n), 23);
     return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), exponent));
 }
@@ -66,7 +66,7 @@ static inline float32x4_t gelu4(float32x4_t x) {
     return vfmaq_f32(half, half, erf);
 }
 
-/* Total of four independent sums. */
+/* The total of four independent vectors of sums. */
 static inline float sum_of(const float32x4_t *v) {
     return vaddvq_f32(vaddq_f32(vaddq_f32(v[0], v[1]), vaddq_f32(v[2], v[3])));
 }
@@ -112,7 +112,7 @@ static Range range(const float *x, size_t count) {
     return (Range){vminnmvq_f32(low[0]), vmaxnmvq_f32(high[0])};
 }
 
-/* 4 values as saturated int16, before MIDDLE is added; NaN: below any int8. */
+/* Quantize 4 values to saturated int16, before MIDDLE is added; NaN becomes less than any int8. */
 static inline int16x4_t steps4(const float *x, float32x4_t center, float inverse) {
     float32x4_t steps = vmulq_n_f32(vsubq_f32(vld1q_f32(x), center), inverse);
     steps = vminnmq_f32(vmaxnmq_f32(steps, vdupq_n_f32(-1e6f)), vdupq_n_f32(1e6f));
@@ -142,7 +142,7 @@ static inline int8x16_t activations(const uint8_t *x) {
     return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(x), vdupq_n_u8(MIDDLE)));
 }
 
-/* Outputs computed together: those of a tile. */
+/* Number of outputs computed together: those of a tile. */
 enum { COLUMNS = 16 };
 
 /* Dequantize sums and apply the epilogue, for `rows` rows of 16 outputs. */
@@ -241,7 +241,7 @@ static double multiply_adds_dotprod(void) {
     for (int i = 0; i < 16; i++) sum[i] = vdupq_n_s32(0);
     for (int n = 0; n < TIMES; n++) {
         for (int i = 0; i < 16; i++) sum[i] = vdotq_s32(sum[i], x, x);
-        __asm__ volatile("" : "+w"(x)); /* keeps the compiler from hoisting it */
+        __asm__ volatile("" : "+w"(x)); /* keeps the compiler from moving it out of the loop */
     }
     for (int i = 0; i < 16; i++) __asm__ volatile("" : : "w"(sum[i]));
     return TIMES * 16 * 16.0;
@@ -259,8 +259,8 @@ static double multiply_adds_dotprod(void) {
  * sums of 2 by 2. */
 enum { I8MM_PAIRS = 4, PAIRED_SIZE = 1 << 16 }; /* twice the largest number of inputs of a layer: has_kernels() */
 
-/* For each pair of rows: 8 inputs of the first, 8 of the second, and so on. With an odd number of rows the last is
- * paired with padding (Product.x). */
+/* Interleave the rows of each pair: 8 inputs of the first, 8 of the second, and so on. With an odd number of rows the
+ * last row is paired with padding (Product.x). */
 static void pair_up(const uint8_t *x, int pairs, int in, int8_t *to) {
     for (int pair = 0; pair < pairs; pair++, x += 2 * (size_t)in)
         for (int k = 0; k < in; k += 16, to += 32) {
@@ -270,7 +270,7 @@ static void pair_up(const uint8_t *x, int pairs, int in, int8_t *to) {
         }
 }
 
-/* For 8 outputs of a strip of 16; weights and sums point to them. */
+/* The sums of `pairs` pairs of rows for 8 of a strip's 16 outputs; weights and sums point to these outputs. */
 static inline __attribute__((always_inline)) void multiply_i8mm(const int8_t *x, const Linear *w,
                                                                 const int8_t *weights, int32_t *sums, int pairs) {
     int32x4_t sum[I8MM_PAIRS][4];
@@ -297,7 +297,7 @@ static inline __attribute__((always_inline)) void multiply_i8mm(const int8_t *x,
         }
 }
 
-/* The product of `tokens` rows of p from `first` on, whose pairs are in x. */
+/* The product for `tokens` rows of p, from row `first` on, whose pairs are in x. */
 static void multiply_pairs(const Product *p, const int8_t *x, int first, int tokens) {
     const Linear *w = p->w;
     int32_t sums[2 * I8MM_PAIRS][COLUMNS];
@@ -344,7 +344,7 @@ static double multiply_adds_i8mm(void) {
     for (int i = 0; i < 16; i++) sum[i] = vdupq_n_s32(0);
     for (int n = 0; n < TIMES; n++) {
         for (int i = 0; i < 16; i++) sum[i] = vmmlaq_s32(sum[i], x, x);
-        __asm__ volatile("" : "+w"(x)); /* keeps the compiler from hoisting it */
+        __asm__ volatile("" : "+w"(x)); /* keeps the compiler from moving it out of the loop */
     }
     for (int i = 0; i < 16; i++) __asm__ volatile("" : : "w"(sum[i]));
     return TIMES * 16 * 32.0;
@@ -358,8 +358,8 @@ static double multiply_adds_i8mm(void) {
 
 /* ---- attention -------------------------------------------------------------------------------------- */
 
-/* Rows computed together. The loops have constant bounds, so that the sums stay in registers: 4 rows by 16 columns. Past
- * the end they are the last row again. */
+/* Number of rows computed together. The loops have constant bounds, so that the sums stay in registers: 4 rows by 16
+ * columns. Past the end, the last row is repeated. */
 enum { ROWS = 4 };
 
 /* The scores of 16 keys from key j on for the rows from `row` on. keys: (width, wide). */
@@ -391,7 +391,7 @@ static void score(const Block *b) {
         for (int j = 0; j < b->last - b->first; j += 16) score_keys(b, b->tile->work + b->first, wide, row, j);
 }
 
-/* keys[d][t] = k[t][d] for a head, in blocks of 16 tokens that stay in the L1 cache; zeros past the end. */
+/* keys[d][t] = k[t][d] for a tile of a head, in blocks of 16 tokens that stay in the L1 cache; zeros past the end. */
 static void prepare(const Tile *tile) {
     size_t wide = ROUND_UP(tile->tokens, 16);
     for (size_t t0 = 0; t0 < wide; t0 += 16)
@@ -403,15 +403,15 @@ static void prepare(const Tile *tile) {
         }
 }
 
-/* Of the keys i … i + 3, those from low to high − 1. */
+/* A mask of the keys i … i + 3: true for those from low to high − 1. */
 static inline uint32x4_t seen(int i, int low, int high) {
     static const int32_t places[] = {0, 1, 2, 3};
     int32x4_t place = vaddq_s32(vld1q_s32(places), vdupq_n_s32(i));
     return vandq_u32(vcgeq_s32(place, vdupq_n_s32(low)), vcltq_s32(place, vdupq_n_s32(high)));
 }
 
-/* Turn a query's scores (wide) into weights, which are 0 outside its keys; returns their sum. largest: of the scores so
- * far. */
+/* Turn a query's scores (wide) into weights, which are 0 outside its keys; returns the sum of the weights. largest: the
+ * largest score so far, updated. */
 static float soften(const Block *b, int r, int wide, float *largest) {
     float *s = b->scores + r * b->score_stride;
     int low = b->low[r], high = b->high[r];
@@ -433,7 +433,7 @@ static float soften(const Block *b, int r, int wide, float *largest) {
     return vaddvq_f32(total);
 }
 
-/* 16 columns of the weighted mean of the values, from v on, for the rows from `row` on. */
+/* Columns d … d + 15 of the weighted mean of the values, which begin at v, for the rows from `row` on. */
 static void mix_values(const Block *b, const float *v, const float *inverse, const float *carry, int row, int d) {
     float32x4_t s[ROWS][4];
     const float *weights[ROWS];

@@ -4,13 +4,13 @@
 
 #include "kernels.h"
 
-/* Keys of a tile, few enough to stay in the L2 cache with their values; fewer with terms, as the terms of a tile's keys
- * stay there, too. Queries that go through the tiles together, if their keys are near them. */
+/* KEYS: keys in a tile, few enough to stay in the L2 cache with their values. KEYS_WITH_TERMS: fewer, because the terms
+ * of the tile's keys must stay there, too. NEAR_QUERIES: with a window, queries that go through the tiles together. */
 enum { KEYS = 512, KEYS_WITH_TERMS = 128, NEAR_QUERIES = 256 };
 
 static int at_least(int a, int b) { return a > b ? a : b; }
 static int at_most(int a, int b) { return a < b ? a : b; }
-/* The row of key − query = distance. */
+/* The row of the tables for key − query = distance. */
 static int row_of(const Terms *t, int distance) { return t->buckets[t->positions - 1 + distance]; }
 
 static int has_terms(const Attention *a) { return a->terms.buckets != NULL; }
@@ -22,10 +22,10 @@ static int rows_of_terms(const Attention *a, int tokens) {
     return has_terms(a) ? ROUND_UP(row_of(&a->terms, 1 - tokens) - row_of(&a->terms, tokens - 1) + 1, 32) + 16 : 0;
 }
 
-/* Parts of the buffer. */
+/* Parts of the buffer `work`. */
 typedef struct {
     float *tile, *scores, *largest, *total; /* largest, total: (tokens) */
-    float *tables[2], *rounded[2];          /* of keys and of queries, prepared; their rows, rounded to bfloat16 */
+    float *tables[2], *rounded[2];          /* tables of keys and of queries, prepared; their rows in bfloat16 */
     float *ours, *theirs; /* the terms of a block's queries (ATTENTION_ROWS, rows), and of a tile's keys (keys, rows) */
 } Work;
 
@@ -54,21 +54,22 @@ size_t attention_work(const Attention *a, int width, int tokens) {
     return plan(a, width, tokens, &none, &w);
 }
 
-/* A head of a text, and its queries, keys and values. */
+/* A head of a text, with its queries, keys and values. */
 typedef struct {
     const Attention *a;
     const Work *work;
     const float *q, *k, *v; /* (tokens, stride) */
     size_t stride;
-    int head, tokens, width, pairs, rounds, rows; /* rows: of a block, at most */
-    int first_row, num_rows; /* of the tables, that the text needs */
+    int head, tokens, width, pairs, rounds, rows; /* rows: largest number of queries in a block */
+    int first_row, num_rows; /* the rows of the tables that the text needs */
     Tile tables[2];
     float *to; /* (tokens, hidden) */
     int hidden;
 } Text;
 
-/* The scores of some rows, queries or keys, with the rows of a table for the distances least … most of key − query. Returns
- * the first of these rows, counted from first_row; to has as many columns as there are rows of all distances. */
+/* The scores of `count` rows, queries or keys, with a table's rows for key − query = least … most. They are written to
+ * `to` (count, stride): from column 0 on if is_packed, otherwise each to the column of its table row. Returns the first
+ * table row, counted from first_row and rounded down to a multiple of 16. */
 static int score_table(const Text *h, const Tile *table, const float *rows, int count, int least, int most, float *to,
                        size_t stride, int is_packed) {
     const Terms *t = &h->a->terms;
@@ -91,7 +92,7 @@ static void score_keys(const Text *h, const Tile *tile, int key) {
     }
 }
 
-/* Add the terms to the scores of a block of queries, from t on. key: of the tile's first. */
+/* Add the terms to the scores of a block of queries, from query t on. key: number of the tile's first key. */
 static void add_block_terms(const Text *h, const Block *b, int t, int key) {
     const Terms *terms = &h->a->terms;
     int stride = rows_of_terms(h->a, h->tokens), from = key + b->first, count = b->last - b->first, first = 0;
@@ -106,18 +107,18 @@ static void add_block_terms(const Text *h, const Block *b, int t, int key) {
     }
 }
 
-/* Offsets of a query's scores, from key `from` on; NULL: none. */
+/* Offsets of a query's scores, from key `from` on; NULL: there are none. */
 static const float *offsets_of(const Offsets *o, int head, int query, int from) {
     return o->values ? o->values + head * offsets_stride(o->positions) + o->positions - 1 - query + from : NULL;
 }
 
-/* Attention of `count` queries from t on to a tile whose first key is `key`. */
+/* Attention of `count` queries, from query t on, to a tile whose first key is `key`. is_only: the only tile. */
 static void attend_block(const Text *h, const Tile *tile, int t, int count, int key, int is_only) {
     const Attention *a = h->a;
     int window = a->window ? a->window : h->tokens, end = key + tile->tokens;
     int first = at_least(key, t - window), last = at_most(end, t + count + window);
     if (first >= last) return;
-    Block b; /* not initialized, as that takes longer than a short text's scores */
+    Block b; /* not initialized: that would take longer than a short text's scores */
     b.tile = tile;
     b.rows = count;
     b.first = (first - key) / 16 * 16;

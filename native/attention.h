@@ -4,7 +4,7 @@
 
 #include "model.h"
 
-/* Number of floats that `attend` needs for a text of at most this length, linear in it. */
+/* Number of floats of `work` that `attend` needs for texts of at most this many tokens; linear in their number. */
 size_t attention_work(const Attention *a, int width, int tokens);
 
 /* softmax(scale · Q·Kᵀ + offsets and terms)·V for each head. qkv (tokens, 3·hidden) is overwritten; to: (tokens, hidden).

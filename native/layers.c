@@ -16,7 +16,7 @@ static pthread_key_t buffer_key;
 static pthread_once_t buffer_once = PTHREAD_ONCE_INIT;
 static void make_key(void) { pthread_key_create(&buffer_key, free); }
 
-/* A buffer of the calling thread, reused by its next call and freed when the thread ends. */
+/* A buffer of the calling thread, reused by the thread's next call and freed when the thread ends. */
 static void *scratch(size_t bytes) {
     static __thread void *buffer;
     static __thread size_t size;
@@ -31,7 +31,7 @@ static void *scratch(size_t bytes) {
     return buffer;
 }
 
-/* Bytes of quantized rows: the quantization of each, and its values, padded to whole tiles. */
+/* Bytes of quantized rows: the Quantization of each row, then the values of all rows, padded to whole tiles. */
 static size_t rows_size(int tokens) { return ROUND_UP(tokens * sizeof(Quantization), 64); }
 static size_t quantized_size(int tokens, int width) {
     return rows_size(tokens) + (size_t)ROUND_UP(tokens, 16) * width;
@@ -45,15 +45,15 @@ static void multiply_quantized(const Linear *w, const char *quantized, int token
     kernels->product(&(Product){w, bytes, rows, tokens, epilogue, other, to});
 }
 
-/* to = epilogue(x·W + b) for x (tokens, in). quantized: scratch of quantized_size bytes, which x then is in. */
+/* to = epilogue(x·W + b) for x (tokens, in). quantized: quantized_size bytes of scratch, which then hold x. */
 static void multiply(const Linear *w, const float *x, int tokens, Epilogue epilogue, const float *other,
                      char *quantized, float *to) {
     kernels->quantize(x, tokens, w->in, (Quantization *)quantized, (uint8_t *)quantized + rows_size(tokens));
     multiply_quantized(w, quantized, tokens, epilogue, other, to);
 }
 
-/* Rows that pass from one product to the next together: enough to amortize reading the weights, few enough for
- * intermediate results to stay in the L2 cache. */
+/* Number of rows that go through the products of a layer together: enough to amortize reading the weights, few enough
+ * for intermediate results to stay in the L2 cache. */
 enum { BLOCK = 64 };
 
 /* Buffers of a block, parts of scratch. */
@@ -78,7 +78,7 @@ static int get_memory(const Model *m, const Layer *layer, int rows, int part, in
     return 0;
 }
 
-/* The rows, or their norm if there is one, which is written to `space`. */
+/* The rows; if there is a norm, the normalized rows, which are written to `space`. */
 static const float *normed(const float *rows, int count, int hidden, const Norm *norm, float *space) {
     if (norm->scale == NULL) return rows;
     kernels->layer_norm(rows, count, hidden, norm, space);
@@ -101,7 +101,7 @@ static void run_rows(const Model *m, const Layer *layer, const float *from, floa
     normalize(to, rows, m->hidden, &layer->after_ffn);
 }
 
-/* Run a layer for `count` texts with `rows` tokens in all. */
+/* Run a layer for `count` texts with `rows` tokens in total. */
 static int run_block(const Model *m, const Layer *layer, const float *from, const int *tokens, int count, int rows,
                      float *to) {
     const Kernels *k = kernels;
@@ -127,7 +127,7 @@ static int run_block(const Model *m, const Layer *layer, const float *from, cons
     return 0;
 }
 
-/* The longest text whose tokens all have rows in the layer's tables. */
+/* Number of tokens of the longest text that the layer's tables allow. */
 static int most_tokens(const Attention *a) {
     int most = INT_MAX;
     if (a->offsets.values && a->offsets.positions < most) most = a->offsets.positions;
@@ -171,7 +171,7 @@ static void run_head(const Head *head, const float *pooled, int hidden, float *t
         float x = head->bias[i] + kernels->dot(pooled, head->dense + (size_t)i * hidden, hidden);
         switch (head->activation) {
         case HEAD_TANH: x = tanhf(x); break;
-        case HEAD_RELU: x = x < 0.0f ? 0.0f : x; break; /* NaN stays */
+        case HEAD_RELU: x = x < 0.0f ? 0.0f : x; break; /* keeps NaN */
         default: x = 0.5f * x * (1.0f + erff(x * 0.70710678f));
         }
         to[i] = x;
@@ -179,7 +179,7 @@ static void run_head(const Head *head, const float *pooled, int hidden, float *t
     normalize(to, 1, hidden, &head->norm);
 }
 
-/* Pool hidden states (tokens, hidden), normalized if there is a norm. space: (tokens, hidden) for that. */
+/* Pool hidden states (tokens, hidden), normalized if there is a norm. space: (tokens, hidden), for normalizing. */
 static void pool(const float *rows, int tokens, int hidden, const Norm *norm, int has_mean, float *space, float *to) {
     if (has_mean) kernels->mean(normed(rows, tokens, hidden, norm, space), tokens, hidden, to);
     else memcpy(to, normed(rows, 1, hidden, norm, space), (size_t)hidden * 4);
@@ -227,7 +227,7 @@ static int is_asked(const Model *m, int layer, const Pass *p) {
     return m->exits[layer].is_set && (p->ask_all || p->tau > 0.0 || layer == p->deepest);
 }
 
-/* Read a computed exit, and decide if the text exits there. */
+/* Read a computed exit, and decide whether the text exits there. */
 static void decide_exit(const Model *m, int layer, Pass *p, double far) {
     const ExitHead *head = &m->exits[layer];
     size_t row = (size_t)layer * head->num_labels;
@@ -259,7 +259,8 @@ static int run_texts(const Model *m, int layer, Pass *const *texts, const int *t
     return 0;
 }
 
-/* Keep the mean of a text's tokens after a layer, as an exit would see it: not every layer may have one. */
+/* Keep the mean of a text's tokens after a layer, as an exit there would see it. The layer need not have an exit, so
+ * the norm is the last exit's. */
 static int keep_states(const Model *m, int layer, const float *rows, Pass *p) {
     const Norm *norm = &m->exits[m->num_layers].norm;
     float *space = norm->scale ? scratch((size_t)p->tokens * m->hidden * 4) : NULL;
@@ -273,7 +274,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
     size_t hidden = m->hidden, total = 0, row = 0;
     for (int i = 0; i < count; i++) total += passes[i].tokens;
     float *rows = aligned_alloc(64, ROUND_UP(total * hidden * 4, 64));
-    Pass *texts[MAX_PASSES]; /* those that have not exited, and their lengths */
+    Pass *texts[MAX_PASSES]; /* the texts that have not exited, and their numbers of tokens */
     int tokens[MAX_PASSES], failed = rows == NULL;
     for (int i = 0; i < count && !failed; i++) {
         Pass *p = texts[i] = &passes[i];
@@ -303,7 +304,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
                 p->seconds += asked - end;
                 end = asked;
             }
-            if (p->exit_layer < 0) { /* close the gap of exited texts */
+            if (p->exit_layer < 0) { /* close the gaps that exited texts leave */
                 if (to != from) memmove(to, from, size * 4);
                 to += size;
                 row += p->tokens;
@@ -320,8 +321,8 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
     return failed ? -1 : 0;
 }
 
-/* Arguments and result of run_passes_at_idle, which runs in a worker thread: lowering a thread's priority needs no
- * privileges but raising it again does, so the calling thread keeps its own and waits. */
+/* Arguments and result of a call of run_passes_at_idle. A worker thread runs it: lowering a thread's priority needs no
+ * privileges but raising it again does, so the calling thread keeps its priority and waits. */
 typedef struct {
     const Model *m;
     Pass *passes;

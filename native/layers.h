@@ -1,8 +1,8 @@
 /* The embeddings, an encoder layer, an exit, and the forward pass of several texts.
  *
- * The arithmetic of the int8 segments (model_store/segment_graph.py), operator by operator: activations are quantized
- * to uint8 with a scale and center for each row, int8 weights have a scale for each output, and everything else is
- * float32. Every function returns 0, or -1 for an id or a length beyond the tables, or if memory runs out.
+ * They compute the same as the int8 segments (model_store/segment_graph.py), operator by operator: activations are
+ * quantized to uint8 with a scale and center for each row, int8 weights have a scale for each output, and everything
+ * else is float32. Every function returns 0, or -1 for an id or a length beyond the tables, or if memory runs out.
  */
 #ifndef NATIVE_LAYERS_H
 #define NATIVE_LAYERS_H
@@ -13,7 +13,8 @@
 /* ids (tokens), types (tokens) or NULL → to (tokens, hidden). */
 int run_embeddings(const Model *m, const int64_t *ids, const int64_t *types, int tokens, float *to);
 
-/* Run a layer for `count` consecutive texts, from (Σ tokens, hidden) → to (Σ tokens, hidden); from may be to.
+/* Run a layer for `count` consecutive texts, from (Σ tokens, hidden) → to (Σ tokens, hidden), with the number of tokens
+ * of each text in `tokens`; from may be to.
  * The result of a text does not depend on the others. */
 int run_layer(const Model *m, int layer, const float *from, const int *tokens, int count, float *to);
 
@@ -39,22 +40,22 @@ typedef struct {
     int num_readings;
 
     int exit_layer;   /* -1: not yet */
-    int is_below_tau; /* its score at exit_layer is below tau */
-    int is_far;       /* it was too far from every prototype of some exit */
-    double seconds;
+    int is_below_tau; /* the score at exit_layer is below tau */
+    int is_far;       /* the text was too far from every prototype of some exit */
+    double seconds;   /* time of the text: its share of each layer, and its exits */
 } Pass;
 
 enum { MAX_PASSES = 64 };
 
-/* Run layers first … last, until each text has exited. All texts run a layer together, so its weights are read from
- * memory once; the result of a text does not depend on the others. With first > 0 the passes continue: hidden states,
- * logits and distances are those of the previous call. prototypes: by layer. far: the largest allowed distance to the
- * nearest prototype by layer, or NULL. */
+/* Run layers first … last; a text that exits skips the rest. All texts run a layer together, so its weights are read
+ * from memory once; the result of a text does not depend on the others. With first > 0 the passes continue: hidden
+ * states, logits and distances are those of the previous call. prototypes: by layer. far: the largest allowed distance
+ * to the nearest prototype, by layer; NULL: no limit. */
 int run_passes(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
                const double *far);
 
-/* As run_passes, at the system's lowest priority: any other thread preempts it. If no thread can be created for it, it
- * runs at normal priority. */
+/* Like run_passes, but at the system's lowest priority: any other thread preempts it. If no thread can be created for
+ * it, it runs at normal priority. */
 int run_passes_at_idle(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
                        const double *far);
 

@@ -38,13 +38,13 @@ static size_t layer_size(const Model *m) {
 
 enum { HUGE_PAGE = 1 << 21 };
 
-/* The block holds the tiles of all layers, then the table of words, then 64 bytes that a kernel may read. */
+/* The block holds the tiles of all layers, then the table of words, then 64 bytes of padding that kernels may read. */
 static size_t block_size(const Model *m) {
     return ROUND_UP(m->num_layers * layer_size(m) + (size_t)m->num_words * m->hidden + 64, HUGE_PAGE);
 }
 
-/* With huge pages a single text takes a fifth less time, with hardly any TLB misses. malloc might reuse small
- * pages. fd: memory that processes share; -1: none. */
+/* Map the block; returns -1 on failure. With huge pages there are hardly any TLB misses, and a single text takes a
+ * fifth less time; malloc might reuse small pages. fd: memory that processes share; -1: none. */
 static int get_block(Model *m, int fd) {
     size_t size = block_size(m);
 #ifdef __linux__

@@ -18,11 +18,11 @@ enum { MIDDLE = 128 }; /* uint8 value of the center of a row's range */
 typedef struct {
     int in, out;
     int8_t *tiles;   /* W, (out / 16, in / 64) tiles of 1024 bytes: see tile_index */
-    int8_t *end;     /* end of the tiles that are used after these, up to which prefetching is useful */
+    int8_t *end;     /* end of the tiles that run after these: prefetching is useful up to there */
     float *scale;    /* (out) */
     float *bias;     /* (out) */
     int32_t *offset; /* (out): MIDDLE · the sum of an output's weights, to subtract from products of uint8 values */
-    float *center;   /* (out): scale · that sum, the contribution of a row's center of 1 */
+    float *center;   /* (out): scale · that sum, to multiply by a row's center and add to its output */
 } Linear;
 
 /* Offsets of attention scores by head and distance between query and key; values NULL: none. */
@@ -33,14 +33,14 @@ typedef struct {
 
 static inline size_t offsets_stride(int positions) { return 2 * (size_t)positions - 1 + 16; }
 
-/* Rotary positions: each head's first half is rotated against its second. Layers may share one; cos NULL: none. */
+/* Rotary positions: each head's first half is rotated against its second. Layers can share one; cos NULL: none. */
 typedef struct {
     int positions;    /* P: largest number of tokens */
     float *cos, *sin; /* (P, width / 2), width = hidden / num_heads */
 } Rotation;
 
-/* Terms of the attention scores of DeBERTa, from a table for each head with a row for each bucket of distances: the
- * query times the row of `keys`, and the key times the row of `queries`, each NULL if there is no such term. */
+/* DeBERTa's terms of the attention scores: the query times a row of `keys`, and the key times a row of `queries`. Each
+ * head has its own tables, with a row for each bucket of distances; a table is NULL if the model lacks its term. */
 typedef struct {
     int positions, rows;   /* P; R */
     int32_t *buckets;      /* (2·P − 1): row for key − query = 1 − P … P − 1, descending */
@@ -49,7 +49,7 @@ typedef struct {
 
 /* How the tokens of a text attend to each other. */
 typedef struct {
-    int num_heads, window; /* window: largest distance of a query's keys; 0: any */
+    int num_heads, window; /* window: largest distance between a query and its keys; 0: any */
     float scale;           /* of the scores */
     Offsets offsets;
     const Rotation *rotation; /* NULL: none */
@@ -69,7 +69,7 @@ typedef struct {
     int8_t *tiles;                  /* of the projection */
 } ExitHead;
 
-/* The last exit's layer before its classifier, from a stock classifier: norm(activation(dense · pooled + bias)). */
+/* A stock classifier's layer before the last exit's classifier: norm(activation(dense · pooled + bias)). */
 typedef struct {
     float *dense, *bias; /* (hidden, hidden), a row for each output; (hidden). NULL: no such layer */
     enum { HEAD_TANH, HEAD_RELU, HEAD_GELU, NUM_HEAD_ACTIVATIONS } activation;
@@ -78,14 +78,14 @@ typedef struct {
 } Head;
 
 /* x = from + out(attention(qkv(before_attention(from)))), then y = after_attention(x) and
- * to = after_ffn(y + down(activation(up(before_ffn(y))) · gate(before_ffn(y)))), each norm and the gate if it is there. */
+ * to = after_ffn(y + down(activation(up(before_ffn(y))) · gate(before_ffn(y)))); norms and the gate are optional. */
 typedef struct {
     Linear qkv, out, up, gate, down;
     Attention attention;
     Norm before_attention, after_attention, before_ffn, after_ffn;
 } Layer;
 
-/* Sizes of a model: has_gate: its feed-forward networks have gates. */
+/* Sizes of a model. has_gate: the feed-forward networks have gates. */
 typedef struct {
     int hidden, num_heads, inner, num_layers, num_words, has_gate;
 } Sizes;
@@ -94,14 +94,14 @@ typedef struct {
     int hidden, num_heads, inner, num_layers, has_gate;
     int has_gelu;  /* activation: GELU, otherwise ReLU */
     int has_mean;  /* pooling of the exits: the mean of the tokens, otherwise the first token */
-    int num_words, num_positions, num_types; /* num_positions, num_types: 0: there is no such table */
+    int num_words, num_positions, num_types; /* num_positions, num_types: 0 without such a table */
     int8_t *words;                 /* (num_words, hidden), after the tiles */
     float *word_scales;            /* (num_words) */
     float *positions, *types;      /* (num_positions, hidden), (num_types, hidden) */
     Norm norm;                     /* of the embeddings */
     int8_t *tiles;                 /* of all layers, in execution order */
     void *memory;                  /* mapping that holds the tiles and the words */
-    int is_filled;                 /* they are there already: another process has filled the shared memory */
+    int is_filled;                 /* another process has already written the tiles and the words to shared memory */
     Layer layers[MAX_LAYERS + 1];  /* from 1 */
     ExitHead exits[MAX_LAYERS + 1]; /* from 0 */
     Head head;                      /* of the last exit */
@@ -124,14 +124,15 @@ int is_complete(const Model *m, int layer);
 /* A copy aligned to 64 bytes, with 64 bytes after it; NULL: out of memory. */
 void *copy_of(const void *from, size_t bytes);
 
-/* A model without weights; NULL: out of memory, or fd is not such a memory.
- * fd: memory (memfd_create) for the tiles and the words, which processes share; -1: none. is_filled: it is sealed. */
+/* A model without weights; NULL: out of memory, or fd cannot be used.
+ * fd: from memfd_create, for the tiles and the words, which processes share; -1: none. is_filled: filled and sealed. */
 Model *new_model(const Sizes *sizes, int fd, int is_filled);
 
-/* Make the shared memory of a complete model read-only, for all processes and for good. Returns -1 if it cannot be. */
+/* Make the shared memory of a complete model permanently read-only: for all processes or, before Linux 5.1, for this
+ * one. Returns -1 if that fails. */
 int seal_model(Model *m, int fd);
 
-/* A linear layer, its sizes and the address of its tiles. which: 0 qkv, 1 out, 2 up, 3 gate, 4 down. */
+/* A linear layer, its sizes and the address of its tiles. `which` in place_of: 0 qkv, 1 out, 2 up, 3 gate, 4 down. */
 typedef struct {
     Linear *linear;
     int in, out;
@@ -140,15 +141,15 @@ typedef struct {
 enum { NUM_LINEARS = 5, GATE_LINEAR = 3 };
 Place place_of(Model *m, int layer, int which);
 
-/* Pack weights (in, out), row by row, into tiles, unless they are filled. Returns -1 if out of memory; call free_linear
- * in any case. */
+/* Set a linear layer, and pack its weights (in, out), row by row, into the tiles, unless is_filled. Returns -1 if out
+ * of memory; call free_linear in either case. */
 int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *scale, const float *bias,
                 int8_t *tiles, int8_t *end, int is_filled);
 
 /* End of the tiles of all layers. */
 int8_t *end_of_tiles(const Model *m);
 
-/* free_linear keeps the tiles, which belong to the Model or ExitHead. */
+/* free_linear does not free the tiles, which belong to the Model or ExitHead. */
 void free_linear(Linear *w);
 void free_norm(Norm *n);
 void free_model(Model *m);

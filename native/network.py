@@ -12,12 +12,12 @@ from de3.native import NoKernelsError
 
 Array = NDArray[Any]
 NONE = np.zeros(0, np.float32)
-# In the order of python.c; the gate is a part of ffn_in there.
+# Numbers in python.c. In the segments, the gate is part of ffn_in.
 LINEARS = {"qkv": 0, "attention_out": 1, "ffn_in": 2, "gate": 3, "ffn_out": 4}
 NORMS = {
     "attention_norm": 0,
     "ffn_norm": 2,
-}  # before attention and the feed-forward network; the next ones are after
+}  # norms before attention and the feed-forward network; + NORM_AFTER: after them
 NORM_AFTER, NORM_OF_TABLES, NORM_OF_EXIT, NORM_OF_HEAD = 1, 3, 4, 5
 HEAD_ACTIVATIONS = ("tanh", "relu", "gelu")  # in the order of model.h
 KNOWN = {
@@ -49,8 +49,9 @@ class Memory:
     """Memory in which the processes of a server share a model's weights.
 
     Attributes:
-        fd: as of os.memfd_create, with MFD_ALLOW_SEALING; empty, or filled and sealed by build() in another process.
-        is_filled: it is filled.
+        fd: file descriptor from os.memfd_create with MFD_ALLOW_SEALING. The memory is empty, or build() in another
+            process has filled and sealed it.
+        is_filled: True if it is filled and sealed.
     """
 
     fd: int
@@ -59,11 +60,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Head:
-    """A dense layer between pooling and the last exit's classifier.
+    """A stock classifier's dense layer between pooling and the last exit's classifier.
 
     Attributes:
+        activation: tanh, relu or gelu.
         mean: as in Network, for this exit.
-        norm: epsilon of the norm before the classifier; None: there is none.
+        norm: epsilon of the norm before the classifier; None: no norm.
     """
 
     activation: str
@@ -78,13 +80,14 @@ class Network:
     Attributes:
         activation: gelu, gelu_tanh or relu.
         mean: the exits' input is the mean of the tokens, otherwise the first token.
-        epsilon: of every norm.
-        is_gated: its feed-forward networks have gates: ffn_in has the activated part, then the gate.
-        is_pre_norm: its norms come before attention and the feed-forward network, otherwise after.
+        inner: width inside the feed-forward networks.
+        epsilon: epsilon of every norm except the head's.
+        is_gated: the feed-forward networks have gates: ffn_in has the activated part, then the gate.
+        is_pre_norm: norms come before attention and the feed-forward network, otherwise after.
         score_scale: factor of the attention scores.
-        windows: largest distance of a token's keys by layer, from 1; 0: any.
-        max_tokens: longest text.
-        head: None: the last exit is like the others.
+        windows: largest distance between a token and its keys, for each layer from 1 on; 0: any distance.
+        max_tokens: number of tokens of the longest text.
+        head: stock head of the last exit; None: the last exit is like the others.
         segments: weights by name (model_store/segment_graph.py), index = layer; 0 is the embeddings.
     """
 
@@ -106,7 +109,7 @@ class Network:
 def build(network: Network, memory: Memory | None = None) -> Any:
     """Build the kernels' model of a network; raises NoKernelsError if they do not support it.
 
-    memory: for the weights, which it then shares with other processes; raises OSError if they cannot be.
+    memory: memory for the weights, shared with other processes; raises OSError if it cannot be sealed.
     """
     if find_spec("de3.native.kernels") is None:
         raise NoKernelsError("the int8 kernels were not built: de3 was installed without a C compiler")
@@ -168,7 +171,7 @@ def _set_layer(kernels: Any, model: Any, network: Network, number: int, weights:
 
 
 def _set_rotations(kernels: Any, model: Any, network: Network) -> None:
-    """Set the rotary positions; layers of the same frequencies share a table."""
+    """Set the rotary positions; layers with the same frequencies share a table."""
     layers: dict[bytes, list[int]] = {}
     for number, weights in enumerate(network.segments):
         if "frequencies" in weights:

@@ -1,4 +1,4 @@
-/* Operations in plain C: an implementation includes them, so that the compiler vectorizes them with its instructions. */
+/* Operations in plain C, which implementations include, so that the compiler uses their instructions. */
 #ifndef NATIVE_PLAIN_H
 #define NATIVE_PLAIN_H
 

@@ -15,14 +15,14 @@
 #define CAPSULE "native.Model"
 #define MAX_TOKENS (1 << 16)
 
-/* False if the kernels in use are the reference, unless a test chose it. */
+/* False if the reference is in use, unless a test chose it. */
 static int is_fast;
 
 static void destroy(PyObject *capsule) { free_model(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
 static Model *model_of(PyObject *capsule) { return PyCapsule_GetPointer(capsule, CAPSULE); }
 
-/* Returns the condition; if it is false, sets an error unless one is set. */
+/* Returns the condition; if it is false, sets an error unless an error is already set. */
 static int require(int condition, const char *message) {
     if (!condition && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, message);
     return condition;
@@ -46,7 +46,7 @@ static int in_range(const Model *m, int layer, int first) {
     return 0;
 }
 
-/* Release buffers; returns None, or NULL if an error is set. */
+/* Release buffers; returns None if ok, otherwise NULL, with the error that is set. */
 static PyObject *done(int ok, Py_buffer *buffers, int count) {
     for (int i = 0; i < count; i++) PyBuffer_Release(&buffers[i]);
     if (!ok) return NULL;
@@ -140,7 +140,7 @@ static PyObject *py_new(PyObject *self, PyObject *args) {
     return capsule;
 }
 
-/* seal(model, fd): the model is complete; see seal_model */
+/* seal(model, fd): the model must be complete; see seal_model */
 static PyObject *py_seal(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int fd;
@@ -176,7 +176,7 @@ static PyObject *py_set_linear(PyObject *self, PyObject *args) {
 }
 
 /* set_norm(model, layer, which, scale, shift, epsilon). which: 0 before and 1 after attention, 2 before and 3 after the
- * feed-forward network, or the embeddings' norm; 4 before an exit's pooling; 5 before the last exit's classifier */
+ * feed-forward network (layer 0: of the embeddings), 4 before an exit's pooling, 5 before the last classifier */
 static PyObject *py_set_norm(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int number, which;
@@ -224,7 +224,7 @@ static PyObject *py_set_offsets(PyObject *self, PyObject *args) {
     return done(ok, &b, 1);
 }
 
-/* set_window(model, layer, window): the largest distance of a token's keys */
+/* set_window(model, layer, window): the largest distance between a token and its keys */
 static PyObject *py_set_window(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int number, window;
@@ -354,7 +354,7 @@ static PyObject *py_set_exit(PyObject *self, PyObject *args) {
     return done(ok, b, 5);
 }
 
-/* set_head(model, dense (H, H), bias (H), activation, mean): of the last exit, which has no prototypes */
+/* set_head(model, dense (H, H), bias (H), activation, mean): the head of the last exit, which has no prototypes */
 static PyObject *py_set_head(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int activation, mean;
@@ -378,7 +378,7 @@ static PyObject *py_set_head(PyObject *self, PyObject *args) {
 
 /* run(model, layer, from, types, to, prototypes, logits, distances): one layer and, if logits is given, its exit.
  * from: ids int64 (T) for layer 0, otherwise hidden states (T, H). types: int64 (T) for layer 0 of a model with token
- * types. to: hidden states (T, H). All but from and to may be None. */
+ * types. to: hidden states (T, H). types, prototypes, logits and distances may be None. */
 static PyObject *py_run(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int number, failed = 0;
@@ -417,7 +417,8 @@ static PyObject *py_run(PyObject *self, PyObject *args) {
     return done(ok, b, 6);
 }
 
-/* Set the weights of a signal; true if it is known and its weights, if any, are for `layers` layers. */
+/* Set the weights of a signal; true if it is known and its weights, if any, are for `layers` layers. Otherwise sets an
+ * error. */
 static int has_signal(Signal *signal, const Py_buffer *weights, int layers) {
     signal->weights = weights->buf;
     return require(signal->code >= 0 && signal->code < NUM_SIGNALS, "there is no such signal") &&
@@ -458,7 +459,7 @@ static int open_pass(const Model *m, PyObject *text, int is_part, Pass *p, Py_bu
 
 static PyObject *number_or_none(double x) { return isnan(x) ? Py_NewRef(Py_None) : PyFloat_FromDouble(x); }
 
-/* The probabilities at an exit, or an empty list if it gives a value. */
+/* The probabilities at an exit; an empty list for a regression model. */
 static PyObject *probability_list(const Reading *reading, const float *logits, const double *thresholds, int num_labels) {
     int count = reading->is_value ? 0 : num_labels;
     double *values = malloc((count + 1) * sizeof(double));
@@ -471,7 +472,7 @@ static PyObject *probability_list(const Reading *reading, const float *logits, c
     return list;
 }
 
-/* (layer, label, margin, entropy, distance_ratio, nearest, score, probabilities) of each exit computed for a text. */
+/* [(layer, label, margin, entropy, distance_ratio, nearest, score, probabilities)], a tuple for each computed exit. */
 static PyObject *reading_list(const Model *m, const Pass *p) {
     PyObject *list = PyList_New(p->num_readings);
     for (int i = 0; list != NULL && i < p->num_readings; i++) {
@@ -487,13 +488,16 @@ static PyObject *reading_list(const Model *m, const Pass *p) {
     return list;
 }
 
-/* through(model, texts, prototypes, far, first, last, at_idle=False) → [(seconds, exit)]
- * exit: None, or for a text that exited (layer, is_below_tau, is_far, readings); see reading_list.
+/* through(model, texts, prototypes, far, first, last, at_idle=False) → [(seconds, exit)]; see run_passes.
+ * exit: (layer, is_below_tau, is_far, readings), see reading_list; None if the text has not exited.
  * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, caution, thresholds,
- * logits, distances, hidden, states)], weights float64 (num_layers + 1, 5) for the signal risk or None, thresholds float64 (K)
- * for a multi-label model or None, logits and distances float32 (num_layers + 1, K), filled at the exits that were
- * computed, hidden float32 (T, H), or None if all layers run, states float32 (num_layers, H) or None.
- * prototypes: [(K, D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. See run_passes. */
+ * logits, distances, hidden, states)], where
+ *   weights: float64 (num_layers + 1, 5) for the signal risk, or None
+ *   thresholds: float64 (K) for a multi-label model, or None
+ *   logits, distances: float32 (num_layers + 1, K), filled at the exits that are computed
+ *   hidden: float32 (T, H), or None if the call runs all layers
+ *   states: float32 (num_layers, H) or None
+ * prototypes: [(K, D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. */
 static PyObject *py_through(PyObject *self, PyObject *args) {
     PyObject *capsule, *texts, *rows, *result = NULL;
     Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_PASSES][PASS_BUFFERS];
@@ -550,8 +554,8 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
 
 /* ---- the rule, for the tests ------------------------------------------------------------------------ */
 
-/* score(exits, signal, lam, weights, thresholds): exits: [(logits (K), distances (K) or None)], of layers 0, 1, …;
- * thresholds float64 (K) of a multi-label model, or None. */
+/* score(exits, signal, lam, weights, thresholds). exits: [(logits (K), distances (K) or None)], of layers 0, 1, …
+ * thresholds: float64 (K) of a multi-label model, or None. */
 static PyObject *py_score(PyObject *self, PyObject *args) {
     PyObject *list;
     Signal signal;

@@ -1,4 +1,4 @@
-/* Every operation in plain C, for any processor; slow. It defines the results that the others are tested against. */
+/* Every operation in plain C: slow, but for any processor. The other implementations are tested against its results. */
 #include "kernels.h"
 
 #include <math.h>

@@ -5,7 +5,7 @@
 
 #define SMALLEST 1e-12 /* lower bound of the argument of a logarithm */
 
-static double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; } /* NaN stays */
+static double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; } /* keeps NaN */
 
 /* The most probable class other than `skip` (-1: none); ties: lowest index. */
 static int best(const float *logits, int num_labels, int skip) {
@@ -73,9 +73,9 @@ void probabilities(const float *logits, const double *thresholds, int num_labels
     for (int k = 0; k < num_labels; k++) to[k] /= total;
 }
 
-static double at_least(double x, double low) { return x < low ? low : x; } /* NaN stays */
+static double at_least(double x, double low) { return x < low ? low : x; } /* keeps NaN */
 
-/* z of the logistic regression: exits/signals.py, Risk. */
+/* z of the logistic regression: see Risk in exits/signals.py. */
 static double risk_logit(const double *w, const Reading *r) {
     if (r->is_value) return w[0] + w[1] * r->value + w[2] * (r->value * r->value);
     double z = w[0] + w[1] * r->margin + w[2] * r->entropy + w[3] * log(at_least(r->entropy, SMALLEST));

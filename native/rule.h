@@ -1,4 +1,4 @@
-/* The exit decision, operation by operation as in exits/reading.py, exits/signals.py and exits/rule.py.
+/* The exit decision, operation by operation the same as in exits/reading.py, exits/signals.py and exits/rule.py.
  *
  * Everything is float64, in Python's order and without fused multiply-adds (-ffp-contract=off), so that C
  * and Python make the same decision for every text (tests/test_native.py).
@@ -12,7 +12,7 @@ typedef struct {
     int label;                      /* the most probable class (ties: lowest index) */
     int is_value;                   /* a regression model: value, the only logit, is the answer */
     double value;
-    double margin;                  /* the highest logit minus the second; multi-label: least distance to a threshold */
+    double margin;                  /* highest logit minus the second; multi-label: the least distance to a threshold */
     double entropy;                 /* in [0, 1] */
     double distance_ratio, nearest; /* in [0, 1] and [0, 2]; NaN at an exit without prototypes */
     double score;                   /* of the signal, in [0, 1]; NaN: undefined at this exit */

@@ -63,7 +63,7 @@ static inline float largest_of(__m256 v) {
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-/* For x ≤ 0. min and max return their second operand if one is NaN, so NaN stays. */
+/* eˣ for x ≤ 0. min and max return their second operand if either is NaN, so NaN stays NaN. */
 static inline __m256 exp8(__m256 x) {
     x = _mm256_max_ps(_mm256_set1_ps(-87.0f), x);
     __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
@@ -76,7 +76,7 @@ static inline __m256 exp8(__m256 x) {
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-    /* p · 2ⁿ: n is -126 … 0 and p about 1, so adding to the bits of the exponent is enough. */
+    /* p · 2ⁿ: n is -126 … 0 and p about 1, so adding n to the bits of the exponent is enough. */
     __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
 }
@@ -145,7 +145,7 @@ static Range range(const float *x, size_t count) {
     return found.low > found.high ? (Range){NAN, NAN} : found;
 }
 
-/* 8 values as int32, before MIDDLE is added; NaN: below any int8. */
+/* Quantize 8 values to int32, before MIDDLE is added; NaN becomes less than any int8. */
 static inline __m256i steps8(const float *x, __m256 center, __m256 inverse) {
     __m256 steps = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x), center), inverse);
     steps = _mm256_min_ps(_mm256_max_ps(steps, _mm256_set1_ps(-1e6f)), _mm256_set1_ps(1e6f));
@@ -160,14 +160,14 @@ static void quantize(const float *x, int tokens, int width, Quantization *rows, 
         for (int i = 0; i < width; i += 16) {
             __m256i left = steps8(x + i, center, inverse), right = steps8(x + i + 8, center, inverse);
             __m256i pairs = _mm256_packs_epi32(left, right); /* saturates */
-            pairs = _mm256_permute4x64_epi64(pairs, 0xd8); /* packs works on halves of 128 bits */
+            pairs = _mm256_permute4x64_epi64(pairs, 0xd8); /* packs works within halves of 128 bits */
             __m128i v = _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
             _mm_storeu_si128((__m128i *)(to + i), _mm_xor_si128(v, middle)); /* v + MIDDLE */
         }
     }
 }
 
-/* Outputs computed together: those of a tile. */
+/* Number of outputs computed together: those of a tile. */
 enum { COLUMNS = 16 };
 
 /* Dequantize sums and apply the epilogue, for `rows` rows of 16 outputs. */
@@ -212,9 +212,10 @@ static inline const int8_t *ahead_of(const Linear *w, const int8_t *strip) {
     return w->end - strip > AHEAD ? strip + AHEAD : strip;
 }
 
-/* AVX2's product of 16-bit pairs is exact; that of bytes saturates. So a register of weights, 8 outputs by 4 inputs, is
- * split into two of 16-bit values, inputs 0 and 2, and inputs 1 and 3. Activations are split in the same way, once for
- * all outputs. With 5 rows by 16 outputs, 10 sums, 4 weights, an input and a product fill the registers. */
+/* AVX2's multiply-add of 16-bit pairs is exact; its multiply-add of bytes saturates. So a register of weights, 8
+ * outputs by 4 inputs, is split into two registers of 16-bit values: inputs 0 and 2, and inputs 1 and 3. Activations
+ * are split in the same way, once for all outputs. With 5 rows by 16 outputs, 10 sums, 4 weights, an input and a
+ * product fill the registers. */
 enum { AVX2_ROWS = 5, SPLIT_SIZE = 1 << 15 }; /* largest number of inputs of a layer: has_kernels() */
 
 /* Widen inputs to 16 bits, every four in the order 0 2 1 3. */
@@ -293,7 +294,7 @@ static double multiply_adds_avx2(void) {
     for (int i = 0; i < SUMS; i++) sum[i] = _mm256_setzero_si256();
     for (int n = 0; n < TIMES; n++)
         for (int i = 0; i < SUMS; i++) {
-            __asm__ volatile("" : "+x"(x)); /* keeps the compiler from hoisting it */
+            __asm__ volatile("" : "+x"(x)); /* keeps the compiler from moving it out of the loop */
             sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(x, x));
         }
     for (int i = 0; i < SUMS; i++) __asm__ volatile("" : : "x"(sum[i]));
@@ -302,8 +303,9 @@ static double multiply_adds_avx2(void) {
 
 /* ---- attention -------------------------------------------------------------------------------------- */
 
-/* Rows computed together. The loops have constant bounds, so that the sums stay in registers; with two vectors of 8
- * columns there are 8 independent sums, enough to hide the latency of FMA. Past the end they are the last row again. */
+/* Number of rows computed together. The loops have constant bounds, so that the sums stay in registers; with two
+ * vectors of 8 columns there are 8 independent sums, enough to hide the latency of FMA. Past the end, the last row is
+ * repeated. */
 enum { ROWS = 4 };
 
 /* The scores of 8 · `vectors` keys from key j on for the rows from `row` on. keys: (width, wide). */
@@ -343,7 +345,7 @@ static void score(const Block *b) {
     }
 }
 
-/* keys[d][t] = k[t][d] for a head, in blocks of 8 tokens that stay in the L1 cache; zeros past the end. */
+/* keys[d][t] = k[t][d] for a tile of a head, in blocks of 8 tokens that stay in the L1 cache; zeros past the end. */
 static void prepare(const Tile *tile) {
     size_t wide = ROUND_UP(tile->tokens, 8);
     for (size_t t0 = 0; t0 < wide; t0 += 8)
@@ -355,15 +357,15 @@ static void prepare(const Tile *tile) {
         }
 }
 
-/* Of the keys i … i + 7, those from low to high − 1. */
+/* A mask of the keys i … i + 7: true for those from low to high − 1. */
 static inline __m256 seen(int i, int low, int high) {
     const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(high - i), place);
     return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(low - i), place), below));
 }
 
-/* Turn a query's scores (wide) into weights, which are 0 outside its keys; returns their sum. largest: of the scores so
- * far. */
+/* Turn a query's scores (wide) into weights, which are 0 outside its keys; returns the sum of the weights. largest: the
+ * largest score so far, updated. */
 static float soften(const Block *b, int r, int wide, float *largest) {
     float *s = b->scores + r * b->score_stride;
     int low = b->low[r], high = b->high[r];
@@ -385,7 +387,7 @@ static float soften(const Block *b, int r, int wide, float *largest) {
     return sum_of(total);
 }
 
-/* 16 columns of the weighted mean of the values, from v on, for the rows from `row` on. */
+/* Columns d … d + 15 of the weighted mean of the values, which begin at v, for the rows from `row` on. */
 static void mix_values(const Block *b, const float *v, const float *inverse, const float *carry, int row, int d) {
     __m256 s[ROWS][2];
     const float *weights[ROWS];
@@ -517,7 +519,7 @@ static double multiply_adds_avxvnni(void) {
     for (int i = 0; i < SUMS; i++) sum[i] = _mm256_setzero_si256();
     for (int n = 0; n < TIMES; n++) {
         for (int i = 0; i < SUMS; i++) sum[i] = _mm256_dpbusd_avx_epi32(sum[i], x, x);
-        __asm__ volatile("" : "+x"(x)); /* keeps the compiler from hoisting it */
+        __asm__ volatile("" : "+x"(x)); /* keeps the compiler from moving it out of the loop */
     }
     for (int i = 0; i < SUMS; i++) __asm__ volatile("" : : "x"(sum[i]));
     return TIMES * SUMS * 32.0;

@@ -1,7 +1,7 @@
 /* AMX and AVX-512 VNNI, for Linux on x86-64.
  *
- * Both share everything but the products: of int8, whose sums are exact, so that both give the same bits, and of bfloat16
- * in the attention of long texts, where they differ by rounding.
+ * Both share everything but the products. Sums of int8 products are exact, so both give the same bits; products in
+ * bfloat16, in the attention of long texts, differ by rounding.
  */
 #include "kernels.h"
 
@@ -60,7 +60,7 @@ static const char *amx_why_not(void) {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8,amx-bf16")
 #endif
 
-/* min and max return their second operand if one is NaN, so NaN stays. */
+/* eˣ for x ≤ 0. min and max return their second operand if either is NaN, so NaN stays NaN. */
 static inline __m512 exp16(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
@@ -153,7 +153,7 @@ static void quantize(const float *x, int tokens, int width, Quantization *rows, 
             __m512i v[4];
             for (int c = 0; c < 4; c++) {
                 __m512 steps = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i + 16 * c), center), inverse);
-                steps = _mm512_min_ps(_mm512_max_ps(steps, least), most); /* NaN: least */
+                steps = _mm512_min_ps(_mm512_max_ps(steps, least), most); /* NaN becomes least */
                 v[c] = _mm512_cvtps_epi32(steps);
             }
             __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
@@ -322,7 +322,7 @@ static void product_amx(const Product *p) {
 /* ---- attention -------------------------------------------------------------------------------------- */
 
 /* 16 · `vectors` columns of a·b, for `rows` rows of a; b has `stride` columns. The loops have constant bounds, so that
- * the sums stay in registers. With pairs, a value is two bfloat16 numbers, whose products are added. */
+ * the sums stay in registers. With pairs, each value holds two bfloat16 numbers; their products are added. */
 static inline __attribute__((always_inline)) void accumulate(const float *const *a, const float *b, size_t stride,
                                                              int count, int pairs, int rows, int vectors,
                                                              __m512 (*sum)[2]) {
@@ -340,7 +340,7 @@ static inline __attribute__((always_inline)) void accumulate(const float *const 
     }
 }
 
-/* The scores of 16 · `vectors` keys from key j of the block on. q: with pairs, as pairs. */
+/* The scores of 16 · `vectors` keys, from key j of the block on. q: the queries, as pairs if the tile has pairs. */
 static inline __attribute__((always_inline)) void score_keys(const Block *b, const float *const *q, const float *keys,
                                                              size_t wide, int j, int rows, int vectors) {
     int pairs = b->tile->pairs;
@@ -367,10 +367,10 @@ static inline __m512 round16(__m512 x) { /* to bfloat16 and back */
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
 }
 
-/* Two vectors as one of bfloat16 pairs, in order. */
+/* Two vectors as one vector of bfloat16 pairs, in order. */
 static inline __m512 to_pairs(__m512 first, __m512 second) { return (__m512)_mm512_cvtne2ps_pbh(second, first); }
 
-/* Of the keys i … i + 15, those from low to high − 1. */
+/* A mask of the keys i … i + 15: true for those from low to high − 1. */
 static inline __mmask16 seen(int i, int low, int high) {
     unsigned mask = 0xffff;
     if (i + 16 > high) mask = i < high ? mask >> (i + 16 - high) : 0;
@@ -383,8 +383,8 @@ static inline __m512 weights_of(const float *scores, __m512 max, int i, int low,
     return i < low || i + 16 > high ? _mm512_maskz_mov_ps(seen(i, low, high), weights) : weights;
 }
 
-/* Turn a query's scores (wide) into weights, which are 0 outside its keys; returns their sum. largest: of the scores so
- * far. */
+/* Turn a query's scores (wide) into weights, which are 0 outside its keys; returns the sum of the weights. largest: the
+ * largest score so far, updated. */
 static float soften(const Block *b, int r, int wide, float *largest) {
     float *s = b->scores + r * b->score_stride;
     int low = b->low[r], high = b->high[r];
@@ -456,7 +456,7 @@ static inline void transpose16(__m512 *x) {
     }
 }
 
-/* keys[d][t] = k[t][d] for a head, (width, wide), zeros past the end; with pairs of d, (width / 2, wide). */
+/* keys[d][t] = k[t][d] for a tile of a head, (width, wide), zeros past the end; with pairs of d, (width / 2, wide). */
 static void transpose(const float *k, size_t stride, int tokens, int width, int wide, int pairs, float *keys) {
     for (int t = 0; t < wide; t += 16)
         for (int d = 0; d < width; d += 16 << pairs) {
@@ -471,7 +471,7 @@ static void transpose(const float *k, size_t stride, int tokens, int width, int 
         }
 }
 
-/* to[t / 2][d] = the pair of v[t][d] and v[t + 1][d]; zeros past the end, for 32 tokens and more. */
+/* to[t / 2][d] = the pair of v[t][d] and v[t + 1][d]; at least 32 tokens of zeros past the end. */
 static void pair_values(const float *v, size_t stride, int tokens, int width, float *to) {
     for (int t = 0; t < ROUND_UP(tokens, 16) + 32; t += 2)
         for (int d = 0; d < width; d += 16) {
@@ -483,8 +483,8 @@ static void pair_values(const float *v, size_t stride, int tokens, int width, fl
         }
 }
 
-/* With pairs: keys (width / 2, wide) and values (tokens / 2, width), otherwise keys (width, wide), and values stay where
- * they are. */
+/* With pairs, `work` gets keys (width / 2, wide) and values (tokens / 2, width); otherwise it gets keys (width, wide),
+ * and values stay where they are. */
 static void prepare(const Tile *t) {
     int wide = ROUND_UP(t->tokens, 16);
     transpose(t->k, t->stride, t->tokens, t->width, wide, t->pairs, t->work);
@@ -523,7 +523,7 @@ static void score(const Block *b) {
     }
 }
 
-/* Weights of all rows; inverse and carry: factors of their values, and of what `to` has. */
+/* Turn the scores of all rows into weights. inverse, carry: factors of the weighted values, and of the old `to`. */
 static void soften_rows(const Block *b, float *inverse, float *carry) {
     for (int r = 0; r < b->rows; r++) {
         float largest = b->largest ? b->largest[r] : -INFINITY;
@@ -559,7 +559,7 @@ static void mix(const Block *b) {
     }
 }
 
-/* AMX: 16 rows of pairs by 16 · `columns` columns, of `count` pairs in steps of 16. Strides are in floats. */
+/* AMX: the product of 16 rows of `count` pairs, in steps of 16, with 16 · `columns` columns. Strides are in floats. */
 static inline __attribute__((always_inline)) void multiply_pairs(const float *a, size_t a_stride, const float *b,
                                                                  size_t b_stride, int count, int columns) {
     _tile_zero(0);
@@ -592,7 +592,7 @@ static inline void store_tiles(float *to, size_t stride, int columns) {
     if (columns > 3) _tile_stored(3, to + 48, stride * 4);
 }
 
-/* Scores of 16 rows, the last of which may be meaningless. */
+/* Scores of 16 rows; those past b->rows are meaningless. */
 static void score_amx(const Block *b) {
     const Tile *t = b->tile;
     if (!t->pairs) {
@@ -704,7 +704,7 @@ static double multiply_adds_vnni(void) {
     for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_si512();
     for (int n = 0; n < TIMES; n++) {
         for (int i = 0; i < 16; i++) sum[i] = _mm512_dpbusd_epi32(sum[i], x, x);
-        __asm__ volatile("" : "+v"(x)); /* keeps the compiler from hoisting it */
+        __asm__ volatile("" : "+v"(x)); /* keeps the compiler from moving it out of the loop */
     }
     for (int i = 0; i < 16; i++) __asm__ volatile("" : : "v"(sum[i]));
     return TIMES * 16 * 64.0;

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-# A metric label, so its values are bounded.
+# Causes are values of a metric label, so they are a fixed set.
 Cause = Literal[
     "bad_request",
     "malformed",
@@ -38,6 +38,7 @@ class RequestError(Exception):
     Attributes:
         message: the problem, beginning with the invalid field if there is one, and the allowed values.
         field: the invalid field of the request; None: no field is invalid.
+        cause: reason for the error, which decides the HTTP status; also a label in the metrics.
         retry_after_s: seconds after which the same request may succeed; None: never, or unknown.
     """
 

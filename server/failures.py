@@ -7,7 +7,7 @@ from threading import Lock
 from time import monotonic
 
 PERIOD_S = 60.0
-MAX_KINDS = 100  # the oldest is then forgotten
+MAX_KINDS = 100  # kinds remembered; beyond it, the oldest is forgotten
 
 Kind = tuple[str, type[BaseException], str, int]
 
@@ -34,7 +34,7 @@ class FailureLog:
     def exception(self, message: str, *values: object) -> None:
         """Log the error that is being handled; only count it if one of its kind was logged within PERIOD_S.
 
-        The count is logged with the next error of the kind after that.
+        The count is logged with the first error of the kind after that period.
         """
         error = sys.exception()
         if error is None:
@@ -47,7 +47,7 @@ class FailureLog:
         self._log.error(message, *values, exc_info=error)
 
     def _count(self, kind: Kind) -> int | None:
-        """Number of errors of a kind since one was logged; None if it is too early to log another."""
+        """Count an error; returns how many were skipped since one was logged, or None if this one is skipped too."""
         now = monotonic()
         with self._lock:
             seen = self._seen.get(kind)

@@ -1,7 +1,7 @@
 """Runs a server's requests: the step between the protocols and the engine.
 
-Every protocol runs an `Inference`, and nothing below it depends on HTTP. In process, without a server, `de3/library.py`
-takes this step.
+Every protocol runs an `Inference`, and nothing below it depends on HTTP. `de3/library.py` does the same in process,
+without a server.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ class Inference:
     """A request in flight, which can be cancelled and whose progress can be reported.
 
     Attributes:
-        served, job: the model, and the job that it runs; None until they are known.
+        served, job: the model, and the job that it runs; None before run().
     """
 
     request: Request
@@ -96,7 +96,7 @@ def timed_out(timeout_s: float) -> RequestError:
 def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
     """Run the texts of a finished job on a shadow model, and count the answers that differ.
 
-    A shadow job runs while nothing else is pending and can be preempted after each layer, so a server without
+    A shadow job runs only while nothing else is pending, and can be preempted after each layer, so a server without
     idle time runs none. Its answers are not returned.
     """
     if len(job.items) > service.engine.queue.shadow_room:

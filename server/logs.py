@@ -11,7 +11,7 @@ from de3.model_store.printable import printable
 def configure(style: str, process: int | None = None) -> None:
     """Log to standard error.
 
-    style: text, or json (one object per line). process: number of the process, of a server of several.
+    style: text, or json (one object per line). process: number of this process; None if the server has only one.
     """
     handler = logging.StreamHandler()
     static = {} if process is None else {"process": process}

@@ -24,19 +24,19 @@ log = logging.getLogger("de3")
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:
-    """Bind sockets to an address before models are loaded; raises ValueError."""
+    """Bind a socket to each address of a host, before models are loaded; raises ValueError if that fails."""
     bound: list[socket.socket] = []
     try:
         for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             try:
                 one = socket.socket(family, kind)
-            except OSError:  # a family that this machine lacks
+            except OSError:  # an address family that this machine lacks
                 continue
             bound.append(one)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            port = port or bound[0].getsockname()[1]  # each has the port that the first one got
+            port = port or bound[0].getsockname()[1]  # port 0: use the first socket's port
             one.bind((address[0], port, *address[2:]))
     except OSError as error:
         for one in bound:
@@ -78,7 +78,7 @@ def _serve(settings: Settings, artifacts: Sequence[Artifact]) -> None:
         except ServerError:  # logged already
             sys.exit(1)
         return
-    for one in listening:  # uvicorn binds its own
+    for one in listening:  # uvicorn binds its own sockets
         one.close()
     service = Service(settings, artifacts)
 

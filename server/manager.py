@@ -32,8 +32,8 @@ class Change:
     """A change of the served models, as an admin requests it.
 
     Attributes:
-        version: to load or unload; None: the newest in the store, or all that are loaded.
-        share: share of the requests, for a canary.
+        version: version to load or unload; None: load the newest in the store, or unload all that are loaded.
+        share: share of the requests that a canary answers.
     """
 
     what: Literal["load", "rollback", "unload"]
@@ -48,10 +48,10 @@ class Plan:
     """A change of the served models, as every process carries it out.
 
     Attributes:
-        version: to unload; None: all.
-        artifact: to load.
-        no_kernels: result of the proof; None before it.
-        seconds: time to load.
+        version: version to unload; None: all versions.
+        artifact: artifact to load; None to unload.
+        no_kernels: reason why the kernels cannot run the artifact, as Prover.prove returns it; None before the proof.
+        seconds: time that loading took.
     """
 
     what: Literal["load", "rollback", "unload"]
@@ -83,8 +83,8 @@ class Manager:
     ) -> None:
         """drop_shadows: called with unloaded models, which pending shadow jobs and audits would keep in memory.
 
-        memory_of: memory for the weights of a model that processes share; None if there is one process. known:
-        artifacts that need not be in the store.
+        memory_of: returns shared memory for the weights of an artifact; None if the server has one process. known:
+        artifacts that can be loaded although they may not be in the store.
         """
         self._memory_of = memory_of
         self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits
@@ -95,8 +95,8 @@ class Manager:
         self._prover = Prover()
         self._changing = asyncio.Lock()
         self._plan = Plan("load", "")
-        self._loaded: Served | None = None  # prepared, and not yet served
-        self.plans: dict[str, Plan] = {}  # by which the models were loaded
+        self._loaded: Served | None = None  # prepared, but not yet served
+        self.plans: dict[str, Plan] = {}  # by name:version, the plan that loaded the model
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self, artifacts: Sequence[Artifact], are_named: bool) -> None:
@@ -120,15 +120,14 @@ class Manager:
                     log.error("%s is not served: %s", artifact.full_name, error)
 
     def _note_base(self, plan: Plan) -> None:
-        """Let a rollback of a learned version, with which the server starts, lead to the model that it was learned
-        from."""
+        """If the server starts with a learned version, let a rollback return to the model that it was learned from."""
         if plan.artifact is None or plan.artifact in self._known or plan.role != "current":
             return
         before = self._models.routes[plan.name].before
         before += [a.manifest.version for a in self._known if a.manifest.name == plan.name][:1]
 
     async def _load_or_base(self, plan: Plan, artifact: Artifact) -> Served:
-        """Load a model; in place of a learned version that cannot be loaded, the one that it was learned from."""
+        """Load a model. If a learned version cannot be loaded, load the model that it was learned from instead."""
         base = next((a for a in self._known if a.manifest.name == artifact.manifest.name), artifact)
         if artifact in self._known:
             return await self._load(plan, artifact)
@@ -144,7 +143,7 @@ class Manager:
         self._prover.stop()
 
     async def change(self, change: Change) -> dict[str, Any]:
-        """Change the served models; returns the response of the route. Raises RequestError."""
+        """Change the served models; returns the body of the admin route's response. Raises RequestError."""
         if self._changing.locked():
             raise RequestError("another change of the models is in progress; try again", cause="conflict")
         async with self._changing:
@@ -152,7 +151,7 @@ class Manager:
             return self.commit()
 
     async def plan(self, change: Change) -> Plan:
-        """The steps of a change that this process can make; raises RequestError if it is not possible."""
+        """The plan of a change, checked but not yet carried out; raises RequestError if the change is not possible."""
         name, version, role = change.name, change.version, change.role
         if change.what == "unload":
             self._models.check_remove(name, version)
@@ -183,7 +182,7 @@ class Manager:
             raise self._refused(error) from None
 
     def _find(self, name: str, version: int | None) -> Artifact:
-        """The artifact in the store, or of the learned versions, or known since the start; raises StoreError."""
+        """Find an artifact in the store, the learned versions, or those known since the start; raises StoreError."""
         full_name = name if version is None else f"{name}:{version}"
         try:
             return self._store.open(full_name)
@@ -220,7 +219,7 @@ class Manager:
         return served
 
     def commit(self) -> dict[str, Any]:
-        """Carry out the plan that was prepared; returns the response of the route."""
+        """Carry out the prepared plan; returns the body of the admin route's response."""
         plan, served = self._plan, self._loaded
         self._loaded = None
         if served is None:  # to unload
@@ -237,11 +236,11 @@ class Manager:
 
     @property
     def prepared(self) -> Served | None:
-        """The model that was prepared; None if there is none."""
+        """The model that was prepared but is not yet served; None if there is none."""
         return self._loaded
 
     def abort(self) -> None:
-        """Release the model that was prepared."""
+        """Release the prepared model, which will not be served."""
         self._loaded = None
 
     async def restore(self, plans: Sequence[Plan], routes: dict[str, Route]) -> None:
@@ -254,7 +253,7 @@ class Manager:
         self._forget(self._models.restore(loaded, routes))
 
     def _forget(self, gone: list[Served]) -> None:
-        """Free the memory of models once they are no longer in use."""
+        """Remove unloaded models from the metrics and audits; free their memory once they are no longer in use."""
         if gone:
             self._drop_shadows(gone)
         for served in gone:

@@ -31,7 +31,7 @@ from de3.server.text_metrics import STAGE_BUCKETS, TextMetrics
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series, and Prometheus does not need them
 
 REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
-# The possible outcomes of a request, with a model and without one.
+# The possible statuses of a request, with a model and without one.
 STATUSES = ("200", "422", "429", "499", "500", "503", "504")
 WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503")
 KEPT_MODELS = 8  # unloaded models whose metrics are kept
@@ -45,7 +45,7 @@ class _ModelGauges(Collector):
         self._served, self._in_force = served, in_force
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """The gauges; drift only once its window is full, accuracy only with a calibration."""
+        """The gauges. Drift is included once its window is full, and accuracy if the model has a calibration."""
         tau = GaugeMetricFamily(
             "de3_tau",
             "τ in force for requests without exit options; raised under load",
@@ -70,13 +70,13 @@ class _ModelGauges(Collector):
 
 
 class _AuditMetrics(Collector):
-    """Audits of this process, by model."""
+    """Metrics of the audits of this process, by model."""
 
     def __init__(self, served: dict[str, Served], auditor_of: Callable[[Served], Auditor | None]) -> None:
         self._served, self._auditor_of = served, auditor_of
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        """The metrics."""
+        """The metrics of every model that is audited."""
         gauge, counter = partial(GaugeMetricFamily, labels=["model"]), partial(CounterMetricFamily)
         share = gauge("de3_audit_share", "Probability that the next text is audited")
         pending = gauge("de3_audit_pending_texts", "Audits waiting for idle time")
@@ -116,7 +116,7 @@ class LedgerMetrics(Collector):
         self._ledgers, self._in_force = ledgers, in_force
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        """The metrics; measured rates only if there are audits, a promised rate only if the server promises one."""
+        """The metrics; measured rates only for models with audits, promised rates only for models with a promise."""
         gauge = partial(GaugeMetricFamily, labels=["model"])
         rate = gauge(
             "de3_audit_disagreement",
@@ -168,7 +168,7 @@ class Metrics:
     """All metrics of a server, in a separate registry."""
 
     def __init__(self, settings: Settings, deepest: int, in_force: InForce) -> None:
-        """deepest: largest number of layers of a model. in_force: the choice for requests without options."""
+        """deepest: largest number of layers of any model. in_force: the choice for requests without options."""
         self.registry = r = CollectorRegistry()
         self._in_force = in_force
         ProcessCollector(registry=r)
@@ -264,7 +264,7 @@ class Metrics:
             Gauge(name, help_, registry=self.registry).set_function(value)
 
     def read_audits(self, auditor_of: Callable[[Served], Auditor | None]) -> None:
-        """Export the audits, which are read at each scrape."""
+        """Export the metrics of audits, which are read at each scrape."""
         self.registry.register(_AuditMetrics(self._served, auditor_of))
 
     def read_ledgers(self, ledgers: Callable[[], Iterable[Ledger]]) -> None:
@@ -277,7 +277,7 @@ class Metrics:
         self.registry.register(LedgerMetrics(ledgers, in_force))
 
     def read_learners(self, learners: Callable[[], Learners]) -> None:
-        """Export what the server learns, which is read at each scrape."""
+        """Export the metrics of learning, which are read at each scrape."""
         self.registry.register(LearnMetrics(learners))
 
     def add(self, served: Served) -> None:
@@ -297,7 +297,7 @@ class Metrics:
             self._gone.remove(name)
 
     def drop(self, served: Served) -> None:
-        """Remove an unloaded model; the metrics of the last KEPT_MODELS are kept."""
+        """Remove an unloaded model; the metrics of the last KEPT_MODELS unloaded models are kept."""
         name = served.model.full_name
         if self._served.get(name) is served:
             del self._served[name]
@@ -313,7 +313,7 @@ class Metrics:
             self._children.clear()
 
     def answered(self, job: Job) -> None:
-        """Count the texts of an answered request by how τ was chosen."""
+        """Count the texts of an answered request in the metrics that depend on the choice of τ."""
         choice, model = job.choice, job.model.full_name
         if choice.is_degraded:
             self.degraded.labels(model).inc(len(job.items))

@@ -26,9 +26,9 @@ MAX_LOADED = 16
 def find(store: Store, wanted: list[str], others: Sequence[Artifact] = ()) -> list[Artifact]:
     """The artifacts to serve, with validated manifests: the wanted ones, or the newest version of every model.
 
-    others: artifacts from elsewhere; if given, only wanted ones of the store are served as well. An invalid artifact is
-    skipped unless it is in `wanted`. Raises StoreError if a wanted one is invalid or no valid one is left, and
-    NoModelsError if the store is empty.
+    others: artifacts from elsewhere; if there are any, the store's models are served only if `wanted` names them. An
+    invalid artifact is skipped unless it is in `wanted`. Raises StoreError if a wanted one is invalid or no valid one
+    is left, and NoModelsError if the store is empty.
     """
     if others:
         found = list({a.path: a for a in [*(store.open(name) for name in wanted), *others]}.values())
@@ -109,7 +109,7 @@ class Route:
         current: answers requests that name no version.
         canary: answers `share` of these requests instead.
         shadow: also runs the texts of the current version; its answers are compared, not returned.
-        before: versions that were current, latest last.
+        before: earlier current versions, the latest last.
     """
 
     current: int
@@ -119,7 +119,7 @@ class Route:
     before: list[int] = field(default_factory=list)
 
     def give(self, role: Role, version: int, share: float = 0.0) -> None:
-        """Assign a role to a version, which loses its former role unless that is `current`."""
+        """Assign a role to a version, which loses any former role but `current`."""
         if role == "current" and version != self.current:
             self.before = [*self.before, self.current][-MAX_HISTORY:]
             self.current = version
@@ -254,7 +254,7 @@ class Models:
         return _gone(before, self.all)
 
     def restore(self, served: Sequence[Served], routes: dict[str, Route]) -> list[Served]:
-        """Serve models in the roles that they have in another process; returns those that they replace."""
+        """Serve models in the roles that they have in another process; returns the models that they replace."""
         before, self._versions, self.routes = self.all, {}, routes
         for one in served:
             self._versions.setdefault(one.model.manifest.name, {})[one.model.manifest.version] = one
@@ -266,7 +266,7 @@ def _gone(before: list[Served], after: list[Served]) -> list[Served]:
 
 
 def default_of(settings: Settings, artifacts: list[Artifact], are_named: bool) -> str | None:
-    """The name that answers requests that name no model; raises StoreError if it is not served.
+    """The name that answers requests that name no model, or None; raises StoreError if it is not served.
 
     are_named: the operator has named the artifacts, so the first is the default.
     """

@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv6Network, ip_address, ip_network
 def network_of(client: str) -> str:
     """The /24 (IPv6: /48) network of a client's address; any other name is returned unchanged.
 
-    client: as `Frontend.client` returns it: an address, an IPv6 network, or the owner of a key.
+    client: an address, an IPv6 network, or the owner of a key, as `Frontend.client` returns it.
     """
     try:
         address = IPv6Network(client).network_address if "/" in client else ip_address(client)
@@ -20,5 +20,8 @@ def network_of(client: str) -> str:
 
 @lru_cache(4096)
 def party(client: str) -> str:
-    """Hash of the key owner or network that must not set τ for others; hashed because it is saved."""
+    """Hash of a client's key owner or network, which must not be able to set τ for others.
+
+    It is a hash because it is saved.
+    """
     return hashlib.blake2b(network_of(client).encode(), digest_size=8).hexdigest()

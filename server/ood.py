@@ -12,7 +12,7 @@ from de3.exits.reading import Reading
 from de3.model_store.manifest import Manifest, Reference
 
 WINDOW = 500  # texts; with fewer, a change is hard to tell from noise
-MAX_PER_S = 200  # texts sampled for drift: enough, and cheap under any load
+MAX_PER_S = 200  # texts sampled for drift each second: enough, and cheap under any load
 # Factor applied to τ from the first exit at which a text is far from every prototype. Running such texts to full depth
 # would halve the speed-up in their domain, and was measured to be hardly more accurate (docs/budgets.md).
 CAUTION = 0.5
@@ -62,13 +62,13 @@ class Drift:
 
 
 class OodMonitor:
-    """Flags a model's out-of-distribution texts, scores texts, and samples them for drift.
+    """Flags a model's out-of-distribution texts, computes OOD scores, and samples texts for drift.
 
     Attributes:
         limits: by layer, the distance to the nearest prototype above which a text is flagged, (layers + 1,) float64;
             inf at layers without prototypes. None: nothing is flagged.
         caution: factor applied to the τ of flagged texts; 1: texts are only flagged.
-        drift: None for a model without calibration, or without prototypes at its first exit.
+        drift: measures drift; None for a model without calibration, or without prototypes at its first exit.
     """
 
     def __init__(self, manifest: Manifest, policy: str) -> None:
@@ -88,12 +88,15 @@ class OodMonitor:
         return self.drift is not None and self.drift.wants()
 
     def sample(self, reading: Reading) -> None:
-        """Sample the first reading of a text, unless the model's first exit was skipped."""
+        """Add the first reading of a text to the drift sample, unless the text skipped the model's first exit."""
         if self.drift is not None and reading.layer == self.drift.layer:
             self.drift.add(reading)
 
     def is_far(self, reading: Reading) -> bool:
-        """True if a text is farther from every prototype at this exit than 99% of the calibration's texts."""
+        """True if a text is farther from every prototype at this exit than 99% of the calibration's texts.
+
+        Always False without `limits`, and at exits without prototypes.
+        """
         if self.limits is None or reading.nearest is None:
             return False
         return reading.nearest > float(self.limits[reading.layer])

@@ -31,7 +31,8 @@ class Controller:
         threads: int,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
-        """capacity: initial estimate, texts per second."""
+        """objective_s: latency objective. levels: returns the highest level. capacity: initial estimate, texts per
+        second. threads: engine threads."""
         self._objective, self._levels, self._capacity = objective_s, levels, capacity
         self._threads = threads
         self._clock = clock
@@ -64,7 +65,7 @@ class Controller:
         now = self._clock()
         rate = (finished - self._finished) / max(now - self._last, 1e-6)
         self._last, self._finished = now, finished
-        # The rate measures the capacity only if the server was never idle.
+        # The rate measures the capacity only if the server was never idle since the last tick.
         if min(in_flight, self._least) > 2 * self._threads:
             self._capacity += MEMORY * (max(rate, 1.0) - self._capacity)
         else:

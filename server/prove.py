@@ -98,7 +98,7 @@ class Prover:
         return last
 
     def limit(self, artifact: Artifact) -> Callable[[], None]:
-        """A check to call while loading an artifact here: raises StoreError after the time limit, or once stopped."""
+        """A check to call while this process loads an artifact: raises StoreError after TIMEOUT_S, or once stopped."""
         end = monotonic() + TIMEOUT_S
 
         def check() -> None:
@@ -183,7 +183,7 @@ def child() -> None:
 
 
 def _load(artifact: Artifact, runtime: str) -> str:
-    """Load an artifact and warm it up as the server does; returns why it cannot use the kernels."""
+    """Load an artifact and warm it up as the server does; returns why it cannot use the kernels, empty if it can."""
     import numpy as np  # imported after the limits are set
 
     from de3.model_store.model import Model
@@ -193,7 +193,7 @@ def _load(artifact: Artifact, runtime: str) -> str:
     model, most = Model(artifact, runtime), artifact.manifest.max_tokens
     try:
         Timing(model, runs=1)
-        tokens = model.tokenize("a")  # repeated to the longest input, however long texts are tokenized
+        tokens = model.tokenize("a")  # repeated to the longest input; a long text might have fewer tokens
         ids, types = (np.resize(x, (1, most)) for x in (tokens.ids, tokens.type_ids))
         model.full_depth(Tokens(ids, types, False))
     except Exception as error:  # onnxruntime raises its own classes, without a common base

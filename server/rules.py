@@ -20,7 +20,7 @@ MAX_LOAD_LOSS = 0.02  # accuracy that raising τ under load may cost, without --
 
 
 class Key(NamedTuple):
-    """Identifies a signal of one model."""
+    """Name of a signal and its λ (None without one), which identify it among the signals of a model."""
 
     name: str
     lam: float | None
@@ -34,12 +34,12 @@ def _key(signal: Signal) -> Key:
 
 
 class Promised(NamedTuple):
-    """τ of each client with a guarantee, and the reason for it.
+    """With a guarantee: the τ of each client, and the reason for it.
 
     Attributes:
         rate: the promised rate of disagreement.
-        newcomers: of clients that are not in `clients`.
-        clients: name, τ and reason of the clients with the most texts, those with the most first.
+        newcomers: τ and reason of all clients that are not in `clients`.
+        clients: name, τ and reason of the clients with the most texts, in descending order of texts.
     """
 
     rate: float
@@ -52,7 +52,7 @@ class Choice:
     """An exit rule, and how it was chosen.
 
     Attributes:
-        by: the option that decided, or default, or overload.
+        by: the option that set the rule; without one, default or overload.
         wanted: value of that option; None without one.
         expected: row of the calibration table for this signal and τ; None if none applies.
         budget_s: latency budget; None if there is none.
@@ -131,7 +131,8 @@ class Rules:
         self.default = self._of(replace(settings.options, tau=None), default)
         if settings.guarantee is not None:
             tau = 0.0
-            # Learned exits are tested on what they were calibrated on, so their certificate is no start.
+            # The guarantee tests learned exits on the texts that calibrated them, so their certificate cannot be the
+            # start as well.
             has_start = not self._is_full_depth and manifest.learned is None
             if settings.guarantee_start == "calibrated" and has_start:
                 tau = self._of(ExitOptions(max_disagreement=settings.guarantee), default).rule.tau
@@ -141,7 +142,7 @@ class Rules:
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
-        """The choices that replace the default under load, from level 1 on; empty if the default is set by a target."""
+        """The choices that replace the default under load, from level 1 on; empty if a target sets the default."""
         targets = (settings.target_speedup, settings.max_disagreement, settings.guarantee)
         if self.trade_offs is None or any(value is not None for value in targets):
             return []
@@ -153,7 +154,10 @@ class Rules:
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
     def apply_guarantee(self, promised: Promised) -> None:
-        """Take τ from a promise for requests without options; `default` is that of the client with the most texts."""
+        """Take each client's τ from a promise, for requests without options.
+
+        `default` becomes the choice of the client with the most texts.
+        """
 
         def choice(tau: float, reason: Reason) -> Choice:
             row = {"max_disagreement": promised.rate, "confidence": CONFIDENCE, "reason": reason}
@@ -186,11 +190,11 @@ class Rules:
     def of(self, options: ExitOptions, level: int = 0, client: str = "") -> Choice:
         """The choice for a request's options; raises RequestError if they cannot be met.
 
-        client: client of the request; with a guarantee, each client has its own τ.
+        level: load level. client: client of the request; with a guarantee, each client has its own τ.
         """
         full_depth = self._is_full_depth
         choice = self._at_full_depth(options) if full_depth else self._chosen(options, level, client)
-        if choice.promise is not None and options != ExitOptions():  # such requests are not audited
+        if choice.promise is not None and options != ExitOptions():  # requests with options are not audited
             choice = replace(choice, promise=None)
         if options.thresholds is None:
             return choice
@@ -215,7 +219,7 @@ class Rules:
         return self._choice(0.0, self._signal, "default" if options.tau is None else "tau")
 
     def _thresholds_of(self, wanted: float | Mapping[str, float]) -> Thresholds:
-        """A request's thresholds, for all labels or by name; raises RequestError."""
+        """A request's thresholds, one for all labels or by label; raises RequestError if the model cannot use them."""
         if self._own_thresholds is None:
             raise RequestError(
                 f"thresholds: {self.name} is not a multi-label model: "
@@ -248,7 +252,7 @@ class Rules:
         return self._of(options, self._default_of(signal, *wishes))
 
     def _signal_of(self, options: ExitOptions) -> Signal:
-        """The signal that a request names, or the model's default; raises RequestError."""
+        """The signal that a request names, or the model's default; raises RequestError if it is not supported."""
         name, lam = options.signal or "edr", options.lam
         if options.signal is None and lam is None:
             return self._signal
@@ -268,10 +272,10 @@ class Rules:
             raise RequestError(f"{field}: {error}{instead}", field) from None
 
     def _default_of(self, signal: Signal, field: str = "tau") -> Choice:
-        """The choice for a request that names a signal other than the model's default and no τ: about as cautious as
-        the default.
+        """The choice for a request that names a signal other than the model's default, and no τ.
 
-        field: the request's field that a RequestError names if the signal is not calibrated.
+        It is about as cautious as the default. field: field of the request that a RequestError names if the signal is
+        not calibrated.
         """
         trade_offs = self._table(signal, field)
         expected = self.default.expected
@@ -279,7 +283,10 @@ class Rules:
         return self.at(row, "default")
 
     def _of(self, options: ExitOptions, otherwise: Choice) -> Choice:
-        """The choice for options without τ; `otherwise` if they set no target."""
+        """The choice for options without τ; `otherwise` if they set no target.
+
+        Raises RequestError if the target cannot be met.
+        """
         signal = otherwise.rule.signal
         if options.latency_budget_ms is not None:
             # Running until the deadline is more accurate than a predicted earlier exit (docs/budgets.md).

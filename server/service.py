@@ -38,7 +38,7 @@ class EngineError(Exception):
 
 
 def _on(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]:
-    """Dispatch callbacks on an event loop."""
+    """A function that schedules callbacks on an event loop; safe to call from any thread."""
 
     def dispatch(callback: Callable[[], None]) -> None:
         with suppress(RuntimeError):  # the loop is closed: no request is waiting
@@ -61,8 +61,8 @@ class Service:
         shared: Shared | None = None,
         memory_of: Callable[[Artifact], Memory | None] = lambda _: None,
     ) -> None:
-        """artifacts: served in addition to the models of the store that the settings name. shared: of a server of
-        several processes. memory_of: see Manager."""
+        """artifacts: served in addition to the models of the store that the settings name. shared: what the processes
+        of a server share; None: this is the only process. memory_of: see Manager."""
         self.settings = settings
         store = Store(settings.store)
         found = find(store, settings.models, artifacts)
@@ -106,7 +106,7 @@ class Service:
         return await self.manager.change(change)
 
     def audits_changed(self, manifest: Manifest, standing: Standing) -> None:
-        """Take τ of a model from its ledger."""
+        """Apply the standing of a model's ledger, which includes τ."""
         self.audits.apply(manifest, standing)
 
     def _retry_after_s(self) -> int:
@@ -115,9 +115,9 @@ class Service:
     async def load(self, on_failure: Callable[[], None]) -> None:
         """Load and warm up every model, then become ready.
 
-        on_failure: called if this fails or the engine fails later; `failure` is then the reason.
+        on_failure: called if loading fails, or if the engine fails later; `failure` is then the reason.
         """
-        if self.is_open:  # already loaded, as on Ray
+        if self.is_open:  # on Ray, a replica loads its models before its application starts
             return
         try:
             started = perf_counter()
@@ -127,7 +127,7 @@ class Service:
             self.engine.start(lambda: run_longest(models), _on(asyncio.get_running_loop()))
             self.shared.start()
             self._watchdog = asyncio.create_task(self._watch_engine(on_failure))
-            # Most objects that exist now are permanent: later garbage collections, which delay requests, skip them.
+            # Most objects that exist now are permanent. Later garbage collections, which delay requests, skip them.
             gc.collect()
             gc.freeze()
             self.is_open = True

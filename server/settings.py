@@ -25,12 +25,13 @@ class ExitOptions:
         tau: exit at the first layer whose score is below it.
         signal: a name in `exits.signals.SIGNALS`; None: the model's default, or edr if `lam` is set.
         lam: EDR's λ.
-        max_layer: deepest layer.
+        max_layer: deepest layer that a text may reach.
         target_speedup: mean speed-up over full depth, by the calibration.
-        latency_budget_ms: time until the answer, which is that of the deepest exit reached by then.
+        latency_budget_ms: time limit for the answer, which is that of the deepest exit reached by then.
         max_disagreement: rate of answers that may differ from full depth, at 95% confidence.
         best_effort: answer at the first exit if the budget cannot be met.
-        thresholds: of a multi-label model: probability above which a label is assigned, for all labels or by name.
+        thresholds: for a multi-label model, the probability above which a label is assigned: one value for all labels,
+            or values by label.
     """
 
     tau: float | None = None

@@ -19,10 +19,13 @@ from de3.server.settings import Settings
 
 
 class Leases(Protocol):
-    """Rate limits that are kept elsewhere, for all processes."""
+    """Rate limits that the supervisor keeps for all processes."""
 
     async def lease(self, owner: str, texts: int) -> int:
-        """Take at least this many texts from an owner's limit; returns the number. Raises RequestError."""
+        """Take at least this many texts from an owner's limit; returns the number taken.
+
+        Raises RequestError if the limit does not permit as many.
+        """
 
     def charge(self, owner: str, texts: int) -> None:
         """Count texts that already ran, as far as the owner's limit permits."""
@@ -37,7 +40,7 @@ class Shared(Protocol):
 
     @property
     def leases(self) -> Leases | None:
-        """Rate limits of all processes; None: this one has them."""
+        """Rate limits of all processes; None: this process keeps them."""
 
     @property
     def is_ready(self) -> bool:
@@ -53,10 +56,10 @@ class Shared(Protocol):
         """Change the served models of all processes, or of none; raises RequestError."""
 
     def start(self) -> None:
-        """Called once the models are loaded."""
+        """Hook that is called once the models are loaded."""
 
     def stop(self) -> None:
-        """Called once no more requests are answered."""
+        """Hook that is called once no more requests are answered."""
 
 
 class OneProcess:
@@ -73,7 +76,8 @@ class OneProcess:
         change: Callable[[Change], Coroutine[Any, Any, dict[str, Any]]],
         current: Callable[[], dict[str, int]],
     ) -> None:
-        """in_force, publish: see LocalBooks. change: changes the served models. current: version by name."""
+        """in_force, publish: see LocalBooks. change: changes the served models. current: returns the current version of
+        each name."""
         self._registry, self._change, self._current = metrics.registry, change, current
         self.books = LocalBooks(settings, in_force, publish, lambda row: self.change(Change(**row)))
         learners = self.books.learners
@@ -102,9 +106,9 @@ class OneProcess:
         return await asyncio.to_thread(generate_latest, self._registry)
 
     def start(self) -> None:
-        """Start to save the audits."""
+        """Start saving audit results, and learning."""
         self.books.start()
 
     def stop(self) -> None:
-        """Save the audits."""
+        """Stop learning, and save the audit results."""
         self.books.stop()

@@ -10,8 +10,8 @@ SPARE = 1 / 8  # extra room, as a share of the limit, for other clients when one
 class Shares:
     """A limited resource, shared between the clients that hold some of it.
 
-    A client that is alone may hold the whole limit. Otherwise, no client may hold more than is then left free: a new
-    client that takes as much as it can leaves half of the free amount for the next one.
+    A client that is alone may hold the whole limit. Otherwise, no client may hold more than the amount that then
+    remains free. So a new client that takes as much as it can leaves half of the free amount for the next one.
 
     Attributes:
         limit: largest amount that a lone client may hold.
@@ -20,7 +20,7 @@ class Shares:
     """
 
     def __init__(self, limit: int, what: str, retry_after_s: Callable[[], int] = lambda: 1) -> None:
-        """what: the unit, for messages. retry_after_s: for rejected requests."""
+        """what: the unit, for error messages. retry_after_s: seconds after which a rejected request may succeed."""
         self.limit, self._what, self._retry_after_s = limit, what, retry_after_s
         self.most = limit + max(1, int(SPARE * limit))
         self._held: dict[str, int] = {}
@@ -31,8 +31,10 @@ class Shares:
         return self._held.get(client, 0)
 
     def take(self, client: str, amount: int) -> None:
-        """Take an amount; raises RequestError: over_share if the client would hold more than its share, else
-        queue_full."""
+        """Take an amount for a client; raises RequestError if it is too large.
+
+        The cause is over_share if the client would hold more than its share, else queue_full.
+        """
         held = self._held.get(client, 0)
         total = self.total + amount
         if total > self.limit if held == self.total else held + amount > self.most - total:

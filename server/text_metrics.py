@@ -1,7 +1,7 @@
 """Metrics of finished texts, counted in one step for the texts that finish together.
 
-prometheus_client takes a lock and a microsecond for each of a dozen values of a text, which is as much as an early exit
-takes.
+prometheus_client takes a lock and a microsecond for each value. For the dozen values of a text, that would take as long
+as an early exit.
 """
 
 from bisect import bisect_left
@@ -39,7 +39,7 @@ class _Histogram:
         self.sum += value
 
     def rows(self) -> tuple[list[tuple[str, float]], float]:
-        """Cumulative counts by upper bound, as Prometheus wants them, and the sum."""
+        """Cumulative counts by upper bound, in the form that Prometheus expects, and the sum of all values."""
         total, rows = 0, []
         for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
             total += count
@@ -58,7 +58,7 @@ class _Texts:
         self.queue, self.tokenize, self.model = (_Histogram(STAGE_BUCKETS) for _ in STAGES)
 
     def add(self, outcome: Outcome, depth: int, speedup: Callable[[int, int], float]) -> None:
-        """Count a text. depth: number of layers. speedup: at full depth, of a text's tokens and exit layer."""
+        """Count a text. depth: number of layers. speedup: see Timing.speedup."""
         self.exits[outcome.reason].add(outcome.layer)
         for part in outcome.windows or (outcome,):
             self.run += part.layer
@@ -80,7 +80,7 @@ class TextMetrics(Collector):
     """The counts of all models, by name."""
 
     def __init__(self, deepest: int) -> None:
-        """deepest: largest number of layers of a model."""
+        """deepest: largest number of layers of any model."""
         self._layers = [float(m) for m in range(deepest + 1)]
         self._texts: dict[str, _Texts] = {}
         self._lock = Lock()
@@ -105,7 +105,7 @@ class TextMetrics(Collector):
                     texts.add(outcome, depth, speedup)
 
     def collect(self) -> Iterable[CounterMetricFamily | HistogramMetricFamily]:
-        """The metrics."""
+        """The metrics of every model."""
         exits = HistogramMetricFamily(
             "de3_exit_layer",
             "Exit layer of each text (0: embeddings), by reason; of several windows, that of the last one that ran",

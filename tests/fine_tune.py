@@ -1,4 +1,4 @@
-"""Fine-tuning by transformers alone, for the product's tests and the laboratory."""
+"""Fine-tuning with transformers alone, for the tests and for lab/."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def fine_tune(
 ) -> tuple[Any, Any]:
     """A stock classifier and its tokenizer, fine-tuned as in transformers' examples.
 
-    With one name, it is a regression model; it is multi-label if the examples are.
+    With one name, the model is a regression model; with tuples as labels, it is multi-label.
     """
     from transformers import (
         AutoModelForSequenceClassification,

@@ -49,7 +49,7 @@ OTHER = "not never but ##s".split()  # noqa: SIM905
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[Any]:
-    """The kernels; the reference ones if this machine supports no faster ones."""
+    """The kernels: the fastest that this machine supports, or else the reference."""
     module = pytest.importorskip("de3.native.kernels", reason="the kernels were not built: no C compiler")
     if not module.supported():
         module.use("reference")
@@ -71,7 +71,7 @@ def using(name: str) -> Iterator[None]:
 
 
 def make_rows(count: int, seed: int) -> list[tuple[str, str]]:
-    """Labelled sentences: words that carry the label, some of them negated, among filler words."""
+    """Pairs of a text and its label, "0" for praise or "1" for blame; some words are negated, others are filler."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -87,14 +87,17 @@ def make_rows(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
-    """A .jsonl file of labelled texts, the labels by name."""
+    """Write rows to a .jsonl file, with labels 0 and 1 as "negative" and "positive"; returns the path."""
     names = {"0": "negative", "1": "positive"}
     path.write_text("".join(json.dumps({"text": t, "label": names.get(x, x)}) + "\n" for t, x in rows))
     return path
 
 
 def save_tokenizer(folder: Path, token_types: bool = True) -> int:
-    """Save a small WordPiece tokenizer that pads and truncates, as in some packages; returns its vocabulary size."""
+    """Save a small WordPiece tokenizer; returns the size of its vocabulary.
+
+    It pads and truncates to 32 tokens, as the tokenizers in some model packages do.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -130,9 +133,10 @@ def save_encoder(
     labels: int = 0,
     **options: Any,
 ) -> Path:
-    """Save a small random encoder of a family, with its tokenizer; with labels, a stock classifier.
+    """Save a small encoder with random weights, and its tokenizer; returns the folder.
 
-    options: more fields of its configuration.
+    labels: number of labels of a stock classifier; 0: an encoder without a classifier. options: more fields of its
+    configuration.
     """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
@@ -196,7 +200,7 @@ def save_encoder(
     return folder
 
 
-# Longest first, so that no pytest-xdist worker starts a long file when the others are done.
+# The slowest first, so that no pytest-xdist worker starts a slow file when the others are done.
 SLOW_FILES = (
     *(
         "docker",
@@ -236,7 +240,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` fills once for all workers of pytest-xdist; after an error the next worker tries again."""
+    """A folder that `make` fills once for all pytest-xdist workers; if it fails, the next worker tries again."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
     with FileLock(folder.with_suffix(".lock")):
@@ -251,7 +255,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture
 def few_taus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibrations with few τ, which take a third of the time, for tests that are not about calibration."""
+    """Calibrate with fewer values of τ, in a third of the time, in tests that are not about calibration."""
     from de3.exits.calibration import FINE_TAUS
 
     monkeypatch.setattr("de3.export.calibrate.FINE_TAUS", FINE_TAUS[::24])
@@ -274,7 +278,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_file: Path) -> Path:
     """A small DE3-BERT, trained by the command a user types."""
-    epochs = 1 if "SANITIZED_KERNELS" in os.environ else 4  # its answers do not matter in these tests
+    epochs = 1 if "SANITIZED_KERNELS" in os.environ else 4  # with sanitizers, its answers do not matter
     command = (
         f"train {data_file} --text-column sentence --label-names negative,positive --encoder {encoder} "
         f"--epochs {epochs} --lr 2e-3 --batch-size 32 --held-back 300 --no-bf16 --out"
@@ -286,7 +290,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_fil
 def store(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """A store with tiny:1 (fp32) and tiny-int8:1, exported by the command a user types.
 
-    As in earlier exports, the manifests do not say whether the models take single texts or pairs; both work.
+    Like those of earlier releases, the manifests do not say whether a model takes single texts or pairs: it takes both.
     """
 
     def make(folder: Path) -> None:

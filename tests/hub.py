@@ -10,7 +10,7 @@ from typing import ClassVar
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The routes of the hub that a download needs, for one repository in a folder."""
+    """The routes that a download from the hub needs, for one repository, whose files are in a folder."""
 
     folder: ClassVar[Path]
     asked: ClassVar[list[str]]
@@ -53,7 +53,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub_of(folder: Path, host: str = "127.0.0.1") -> Iterator[tuple[type[Hub], int]]:
-    """A hub with the files of a folder as org/model: its handler, which records the requests, and its port."""
+    """Serve the files of a folder as org/model; yields the handler class, which records the requests, and the port."""
     handler = type("OfFolder", (Hub,), {"folder": folder, "asked": []})
     server = ThreadingHTTPServer((host, 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -21,7 +21,7 @@ needs_prometheus = pytest.mark.skipif(
 
 
 class Prometheus:
-    """A running Prometheus."""
+    """A running Prometheus, which answers queries at `url`."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -36,7 +36,7 @@ class Prometheus:
 
 @contextmanager
 def scraping(port: int, folder: Path) -> Iterator[Prometheus]:
-    """Prometheus with the configuration of deploy/prometheus, but scraping this port, every second."""
+    """Prometheus with the configuration of deploy/prometheus, except that it scrapes this port, once a second."""
     config = yaml.safe_load((CONFIG / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str((CONFIG / name).resolve()) for name in config["rule_files"]]

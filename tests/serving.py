@@ -42,10 +42,11 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
 
 
 def free_port() -> int:
-    """A port on which nothing listens, and which no other test gets, in any process.
+    """A port on which nothing listens, and which no other test gets, whatever process it runs in.
 
-    It is below those that the kernel assigns for port 0. A socket that does not listen stays bound to it until this
-    process ends: servers bind with SO_REUSEADDR and can still listen there; this function cannot reuse it.
+    The port is below the range from which the kernel assigns ports. Until this process ends, a socket that does not
+    listen stays bound to the port, so this function never returns it again; servers can still listen on it, because
+    they bind with SO_REUSEADDR.
     """
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
@@ -59,7 +60,7 @@ def free_port() -> int:
 
 
 class ProvesOnce(Prover):
-    """Proves the same files only once for all servers of a test run: the proving process takes a second of CPU time."""
+    """Proves the same files only once in this process, for all servers: a proof takes a second of CPU time."""
 
     _proved: ClassVar[dict[tuple[str, ...], str]] = {}
 
@@ -76,7 +77,7 @@ manager.Prover = ProvesOnce  # type: ignore[misc]
 
 
 class Server:
-    """A running server."""
+    """A server in a thread of this process, so that tests can inspect its parts."""
 
     def __init__(self, service: Service, protocols: Mapping[str, Protocol] = PROTOCOLS) -> None:
         self.service = service
@@ -98,14 +99,14 @@ class Server:
         assert not self._thread.is_alive()
 
     def bodies_awaited(self) -> int:
-        """Number of connections whose request head has arrived, but not the body."""
+        """Number of connections whose request head has arrived, but not yet the whole body."""
         return sum(c.state == BODY for c in list(self.listener.connections))
 
     def classify(self, **body: Any) -> httpx.Response:
         return httpx.post(self.url + "/classify", json=body, timeout=60, verify=CERTIFICATES)
 
     def described(self, **body: Any) -> dict[str, Any]:
-        """The answer to a request, checked against the schema, which must name each of its fields."""
+        """The answer to a request; fails the test if it violates the schema, or has a field that the schema lacks."""
         answer: dict[str, Any] = self.classify(**body).json()
         schema = httpx.get(self.url + "/openapi.json").json()
         for kind in schema["components"]["schemas"].values():
@@ -126,7 +127,7 @@ class Server:
 
 @contextmanager
 def serving(store: Path, **settings: Any) -> Iterator[Server]:
-    """A server over a store, once it is ready. With the tests' store, tiny answers requests that name no model."""
+    """A server over a store, once it is ready. If the store has the model tiny, it is the default model."""
     if "models" not in settings and (store / "tiny").exists():
         settings.setdefault("default_model", "tiny")
     server = Server(Service(Settings(store=store, port=0, **settings)))

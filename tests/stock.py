@@ -57,7 +57,7 @@ def imported_as(factory: pytest.TempPathFactory, name: str, stock: Path, options
 
 
 def transformers_model(folder: Path) -> tuple[Any, Any]:
-    """The classifier and the tokenizer as transformers opens them."""
+    """The classifier, in float32, and its tokenizer, as transformers opens them."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
@@ -65,9 +65,9 @@ def transformers_model(folder: Path) -> tuple[Any, Any]:
 def segments_of(
     folder: Path, int8: bool, token_types: bool | None = None
 ) -> tuple[Architecture, list[onnx.ModelProto]]:
-    """The segments of a stock classifier with random exits, and their architecture.
+    """The architecture and the segments of a stock classifier with random exits.
 
-    token_types: whether the tokenizer returns them; None: as its files say.
+    token_types: True if the tokenizer returns token types; None: as its files say.
     """
     with TemporaryDirectory() as made:
         trained = Trained(with_random_exits(folder, Path(made) / "checkpoint"))

@@ -348,7 +348,7 @@ def test_refusals_are_counted_on_every_route(store: Path) -> None:
 
 
 def test_the_cost_of_a_request(store: Path) -> None:
-    """The largest of: its texts, its body in units of 4 KiB, and the tokens of each text in units of 128."""
+    """The cost is the largest of: number of texts, body in units of 4 KiB, tokens in units of 128 (for each text)."""
 
     def left(server: Server) -> int:
         limit = server.frontend.access.limit
@@ -429,16 +429,16 @@ def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_while(
     async def run() -> None:
         nonlocal now
         one, other = (RateLimit("600/minute", Supervisor()) for _ in range(2))
-        assert await take(one, 3) and left() == 595  # a block of five
+        assert await take(one, 3) and left() == 595  # it leases a block of five
         assert await take(one, 2) and left() == 595 and await take(one, 1) and left() == 590
         assert await take(other, 90) and left() == 500
-        now += 2  # four texts are lost
+        now += 2  # its lease ends, with four texts left
         assert await take(one, 1) and left() == 495
-        one.drain("me", 7)  # four of them are leased
+        one.drain("me", 7)  # four come from its lease, three from the shared limit
         assert left() == 492
         assert [await take(other, 1) for _ in range(600)].count(True) == 492
         assert not await take(one, 1)
-        daily = RateLimit("640/day", Supervisor())  # slow: no more than is needed is taken
+        daily = RateLimit("640/day", Supervisor())  # slow: leases hold no more than is needed
         whole._rate = daily._rate
         assert [await take(daily, 1) for _ in range(641)].count(True) == 640
 

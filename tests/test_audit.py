@@ -1,4 +1,4 @@
-"""Audits over HTTP: their counts, checked against full depth, the guarantee, the saved state, the log and resets."""
+"""Audits over HTTP: counts (compared with full depth), the guarantee, the saved state, the log and resets."""
 
 import gc
 import json
@@ -71,7 +71,7 @@ def audit(server: Server, model: str = "tiny-int8") -> dict[str, Any]:
 
 
 def settled(server: Server, texts: int, model: str = "tiny-int8") -> dict[str, Any]:
-    """The audit report once this many texts have been counted."""
+    """The audit report, once at least this many texts have been counted."""
     until(lambda: ledger_of(server).evidence.texts >= texts, f"{texts} texts to be counted")
     return audit(server, model)
 
@@ -83,7 +83,7 @@ def labels(server: Server, **options: Any) -> list[str]:
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-int8"])
 def test_audits_count_the_disagreement_with_full_depth(store: Path, model: str) -> None:
-    """At the τ in force and at other τ, compared with requests that set them."""
+    """At values of τ other than the one in force, the counts are compared with the answers to requests that set τ."""
     with serving(store, models=[model], audit_share=1.0, tau=TAU) as server:
         early, full = labels(server), labels(server, tau=0)
         said = settled(server, len(TEXTS), model)
@@ -167,7 +167,7 @@ def test_a_guarantee_starts_at_full_depth_and_audits_raise_tau(store: Path) -> N
         (client,) = said["promise"].pop("clients")
         assert said["promise"] == promise | {"reason": "evidence"}
         assert (client["tau"], client["reason"]) == (said["tau"]["tau"], "evidence")
-        assert 150 < client["texts"] <= 601  # without repeats and texts behind a pending audit
+        assert 150 < client["texts"] <= 601  # repeats, and texts after a pending audit, are not counted
         passed = [row for row in said["taus"] if 0 < row["tau"] <= said["tau"]["tau"]]
         assert passed
         after = server.classify(input=TEXTS, explain=True).json()
@@ -188,10 +188,11 @@ def test_copies_in_one_request_do_not_raise_tau(store: Path) -> None:
         server.classify(input=["not bad"] * 256)
         assert audit(server)["texts"] == 256
         assert tau("127.0.0.1") == 0 == tau("127.5.0.1")
-        while audit(server)["tau"]["tau"] == 0:  # its own distinct texts raise a client's τ, between requests
+        # Distinct texts raise their client's τ, but not within a request.
+        while audit(server)["tau"]["tau"] == 0:
             answer = server.classify(input=new_texts(), explain=True).json()
             assert answer["tau_choice"]["tau"] == 0
-        assert tau("127.0.0.1") > 0 == tau("127.5.0.1")  # but not another network's
+        assert tau("127.0.0.1") > 0 == tau("127.5.0.1")  # the τ of another network stays at 0
 
 
 def test_a_calibrated_start_has_the_certified_tau(store: Path) -> None:
@@ -332,9 +333,8 @@ def test_audits_continue_after_a_restart(store: Path, tmp_path: Path) -> None:
     with serving(store, **options) as server:
         assert audit(server) == before
         assert server.metric("de3_tau", model="tiny-int8:1") == before["tau"]["tau"] > 0
-    with serving(
-        store, **options | {"guarantee": 0.05}
-    ) as server:  # the evidence is kept; the promise is different
+    # The evidence is kept, although the promise is different.
+    with serving(store, **options | {"guarantee": 0.05}) as server:
         after = audit(server)
         assert after["audits"] == before["audits"]
         assert after["tau"]["tau"] <= before["tau"]["tau"]
@@ -516,7 +516,7 @@ def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) 
 
 
 def test_a_pending_audit_keeps_the_tokens_and_not_the_text(store: Path) -> None:
-    """The text may be large."""
+    """Audits may be pending for long, and texts may be large."""
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=1.0) as server:
         auditor, waiting = auditor_of(server), list[Audit]()
         auditor._submit = waiting.extend
@@ -555,7 +555,7 @@ def test_audits_in_a_group_match_single_ones_and_wait_for_requests(store: Path) 
         running.start()
         running.join(0.01)
         assert running.is_alive() and not any(one.passed for one in audits)
-        queue.next()  # the request is scheduled
+        queue.next()  # takes the request from the queue
         running.join(20)
         for one in audits:
             alone = served.model.full_depth(one.tokens)
@@ -626,7 +626,7 @@ def test_a_torn_line_of_the_log_is_cut_off(store: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_no_answer_and_is_reported_once_each_time(store: Path, tmp_path: Path) -> None:
-    """A file size limit has the effect of a full disk: a part of a line is written."""
+    """A limit on the file size stands in for a full disk: only a part of a line can be written."""
     file, state, lines = tmp_path / "audits.jsonl", tmp_path / "tiny-int8-1.json", list[str]()
     arguments = (
         f"--audit-share 1 --log-audits {file} --log-audit-texts --state-dir {tmp_path} --model tiny-int8"
@@ -715,7 +715,7 @@ def test_texts_drawn_under_load_count_with_the_share_in_force(store: Path) -> No
         for share, texts in ((1.0, ROOM // 8), (0.5, 100), (0.25, 20)):
             before = auditor.pending
             assert auditor.share == share
-            server.classify(input=TEXTS[start : start + texts])  # no text reaches full depth on its own
+            server.classify(input=TEXTS[start : start + texts])  # no text reaches full depth by itself
             counted[share] = texts, auditor.pending - before
             start += texts
         assert counted[1.0] == (ROOM // 8, ROOM // 8)
@@ -727,7 +727,7 @@ def test_texts_drawn_under_load_count_with_the_share_in_force(store: Path) -> No
 
 
 def made(store: Path, version: int = 1, **changes: Any) -> Any:
-    """A served model that has only a manifest, and the attributes that an auditor reads."""
+    """A stand-in for a served model: its manifest, and the attributes that an auditor reads."""
     manifest = Store(store).open("tiny").manifest.model_copy(update={"version": version, **changes})
     model = SimpleNamespace(manifest=manifest, full_name=f"tiny:{version}", runtime="onnxruntime")
     rules = Rules(manifest, Settings(tau=TAU))
@@ -760,7 +760,10 @@ def audits_of(served: Any) -> tuple[Auditor, Ledger]:
 
 
 def agree(ledger: Ledger, share: float = 1.0, served_differs: bool = False) -> None:
-    """Count a text whose answer agrees with full depth at every τ."""
+    """Count an audited text that agrees with full depth at every τ.
+
+    share: probability with which it was drawn. served_differs: True if the answer that was sent differs nevertheless.
+    """
     audit = Audited([0.0, None], [False, False], [0, 3], served_differs)
     ledger.count([Settled("one", share, audit=audit)], ledger.standing.epoch, True)
 

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def make_audits(manifest: Manifest, count: int, seed: int = 1, **fields: Any) -> list[Row]:
-    """Rows of the audit log; earlier exits are noisier."""
+    """`count` rows of an audit log, with more noise at earlier exits. fields: values for every row."""
     rng = np.random.default_rng(seed)
     exits, classes = manifest.exit_layers, len(manifest.labels)
     rows = []
@@ -69,7 +69,7 @@ def mine(store: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The printed warnings."""
+    """The warnings that are printed during the test."""
     warnings: list[str] = []
     monkeypatch.setattr(audited, "warn", warnings.extend)
     return warnings
@@ -317,7 +317,7 @@ def test_disagreement_of_an_imported_model_is_with_full_depth(
     assert "tiny:1 was imported, and audits do not have the original's answers" in output
     calibration = Store(mine).open("tiny:2").manifest.calibration
     assert calibration is not None and calibration.original_disagreement is None and calibration.self_labelled
-    assert calibration.certify_size == 1000 and calibration.groups == 1000  # with so few, both parts certify
+    assert calibration.certify_size == 1000 and calibration.groups == 1000  # few texts, so both parts certify
 
 
 def test_audits_or_samples_but_not_both(mine: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from tests.serving import Server, serving, until
 
 TEXTS = [text for text, _ in make_rows(60, 21)]
 LAYER_S = 0.03
-NOISE_S = 0.05  # of the client's timing
+NOISE_S = 0.05  # tolerance for the client's own time
 ATTEMPTS = 30  # on a busy machine, a check of timing is retried
 
 
@@ -38,14 +38,14 @@ def server(store: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def rows(store: Path) -> list[TradeOff]:
-    """The calibration of tiny for its default signal, by τ."""
+    """The calibration rows of tiny for its default signal, by ascending τ."""
     manifest = Store(store).open("tiny").manifest
     return manifest.trade_offs()[manifest.defaults.signal, manifest.defaults.lam]
 
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer takes LAYER_S longer, as in a large model."""
+    """Make every layer take LAYER_S longer, as in a large model."""
     run = OnnxSegment.run
 
     def later(self: OnnxSegment, *arguments: Any) -> Any:
@@ -141,8 +141,8 @@ def test_the_settings_tau_applies_if_a_request_only_limits_the_layer(store: Path
         other = next(name for name in ("risk", "entropy") if name != manifest.defaults.signal)
         tau = server.classify(input="a film", signal=other).json()["data"][0]["exit"]["tau"]
         row = next(r for r in manifest.trade_offs()[other, None] if r.tau == tau)
-        assert row.disagreement == 0  # as low as at τ = 0, which is set for the default signal
-        refused = server.classify(input="a film", **{"lambda": 50})  # the calibration does not know this λ
+        assert row.disagreement == 0  # as cautious as the setting's τ = 0, which is for the default signal
+        refused = server.classify(input="a film", **{"lambda": 50})  # the calibration has no rows for this λ
         assert (refused.status_code, refused.json()["error"]["param"]) == (422, "tau")
 
 
@@ -229,7 +229,7 @@ def test_concurrent_budgets_are_all_kept(store: Path, slow: None) -> None:
             assert {status for status, _, _ in found} <= {200, 503}
             assert all(one.result(60).status_code == 200 for one in long)
             in_time = all(took < budget_s + LAYER_S + NOISE_S for took, _ in kept)
-            depth = sum(sum(layers) for _, layers in kept)  # the available time was used for depth
+            depth = sum(sum(layers) for _, layers in kept)  # the time that was left was used for more layers
             return in_time and len(kept) >= 3 and depth >= 5
 
         eventually(all_in_time)

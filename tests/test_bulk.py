@@ -39,7 +39,7 @@ def model(store: Path) -> Iterator[de3.Classifier]:
 
 
 class Here:
-    """A pool that answers in this process; it stops like a killed run before the slice with this number."""
+    """A pool that answers in this process; after `stops_at` slices it raises KeyboardInterrupt."""
 
     size = 2
 
@@ -84,7 +84,7 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file, as another run would read them."""
+    """The rows of a file, as a later run would read them as its input."""
     if file.suffix == ".tsv":
         lines = [line.split("\t") for line in file.read_text().split("\n")[:-1]]
         return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
@@ -317,7 +317,7 @@ def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_pat
 
 
 def test_texts_that_the_model_refuses(model: de3.Classifier, tmp_path: Path) -> None:
-    """Pairs and single texts for a model that takes one of them, and texts that are too long."""
+    """This model takes single texts and pairs, also from one file; it refuses neither."""
     file = tmp_path / "in.parquet"
     rows = [{"n": 0, "text": "good", "text_pair": None}, {"n": 1, "text": "bad", "text_pair": "good"}]
     write(file, rows)
@@ -385,7 +385,7 @@ def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier,
         classify(Here(model), file, tmp_path / "out.csv")
     classify(Here(model), file, tmp_path / "numbers.parquet", keep=["n"])
     assert [row["n"] for row in read(tmp_path / "numbers.parquet")][39:42] == [39, 40, 41]
-    rows[40]["n"] = 40.5  # of another type than in the part before
+    rows[40]["n"] = 40.5  # the previous part has whole numbers in this column
     write(file, rows)
     with pytest.raises(ValueError, match="a column cannot be written as parquet"):
         classify(Here(model), file, tmp_path / "more.parquet", keep=["n"])
@@ -464,7 +464,7 @@ def test_the_processes_end_with_their_parent(store: Path, tmp_path: Path) -> Non
     pids = process_tree(running.pid)
     running.kill()
     running.wait()
-    assert len(pids) >= 4  # the command, the server that processes are forked from, and two
+    assert len(pids) >= 4  # the command, the fork server and two worker processes
     until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), "the processes to end")
 
 

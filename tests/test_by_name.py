@@ -59,13 +59,13 @@ def edit(folder: Path, **values: Any) -> None:
 
 
 def weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Change the weights."""
+    """Apply `change` to the tensors of model.safetensors, a dict by name."""
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
 
 
 @torch.no_grad()
 def difference(folder: Path, model: Model) -> float:
-    """The largest difference of full depth's logits from those of transformers' model."""
+    """Largest absolute difference between the logits of full depth and of transformers' model."""
     stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     worst = 0.0
@@ -382,7 +382,7 @@ def test_a_folder_with_a_vocabulary_alone_is_served(copy: Path, tmp_path: Path) 
 
 @pytest.fixture
 def hub(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A hub with org/model, which new processes use."""
+    """A hub with org/model, which the environment makes the hub of new processes."""
     with hub_of(copy) as (handler, port):
         environment = {
             "HF_ENDPOINT": f"http://127.0.0.1:{port}",
@@ -506,7 +506,7 @@ def test_a_proof_is_not_repeated(bert: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(prove, "PROGRAM", "raise SystemExit(9)")
     prove.Prover().prove(artifact, "auto")
     with pytest.raises(ValueError, match="crashes the process that loads it"):
-        prove.Prover().prove(artifact, "onnxruntime")  # another proof
+        prove.Prover().prove(artifact, "onnxruntime")  # another runtime needs its own proof
     assert artifact.proof is not None
     artifact.proof.write_text("{}")
     with pytest.raises(ValueError, match="crashes the process that loads it"):

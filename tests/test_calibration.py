@@ -1,4 +1,4 @@
-"""The trade-off table and the choice of the default, against plain loops and known values."""
+"""The trade-off table and the choice of the default, compared with plain loops and known values."""
 
 import math
 from dataclasses import replace
@@ -116,7 +116,7 @@ def test_the_margin_for_chance_holds() -> None:
 
 
 def times(r: Recorded, k: int) -> Samples:
-    """Every sample k times, as one group."""
+    """k copies of every sample; the copies of a sample form a group."""
     rows = np.repeat(np.arange(len(r.labels)), k)
     return Samples(r.rows(rows), rows)
 
@@ -182,7 +182,7 @@ def test_the_promise_holds_for_samples_that_come_in_groups() -> None:
 
 
 def examples(n: int, group_of: int = 1, fragments: int = 0) -> list[Example]:
-    """n examples, the last `fragments` of which are fragments."""
+    """n examples in groups of `group_of`; the last `fragments` of them are fragments."""
     return [Example(f"t{i}", 0, f"g{i // group_of}", i >= n - fragments) for i in range(n)]
 
 
@@ -246,12 +246,12 @@ def test_with_few_samples_both_parts_certify_each_with_a_fit_on_the_other(group_
     assert found.calibration.certify_size == 2 * whole
     assert found.calibration.groups == 2 * whole // group_of
     assert_certified(found, samples, np.concatenate(scores))
-    together = risk.fit(joined([p.samples for p in parts]).recorded)  # the exported risk has seen all
+    together = risk.fit(joined([p.samples for p in parts]).recorded)  # the exported risk is fitted on both
     assert [tuple(row.weights) for row in found.risk] == [w for w in together.weights if w is not None]
 
 
 def assert_certified(found: Calibrated, samples: Samples, scores: np.ndarray) -> None:
-    """Check the rows of risk, recomputed from the scores."""
+    """Check the calibration's rows of risk against values recomputed from its scores."""
     for row in found.calibration.table:
         if row.signal != "risk":
             continue
@@ -291,7 +291,7 @@ def test_groups_that_share_a_text_are_one_group() -> None:
 
 
 def test_a_bound_never_falls_even_where_the_disagreement_does() -> None:
-    """Later exits may be worse; each test of the sequence requires that the earlier ones passed."""
+    """The values of τ are tested in sequence: a test counts only if all earlier ones passed."""
     logits = np.zeros((100, 3, 2), np.float32)
     logits[:, :, 0] = [1, -1, 1]  # only the second exit answers differently
     r = Recorded([0, 1, 2], logits, np.full_like(logits, np.nan), np.zeros(100, np.int64))

@@ -1,4 +1,4 @@
-"""The capacity helper: a search on a server with a known limit, and a real one."""
+"""The search for a server's capacity: with a stub that has a known limit, and on a real server."""
 
 from pathlib import Path
 from typing import Any

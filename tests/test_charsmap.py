@@ -15,9 +15,10 @@ from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
 def table(
     key: bytes = "\ufb01".encode(), text: bytes = b"fi\0", value: int = 0, end: int = 0, size: int = 0
 ) -> str:
-    """A table that replaces one key.
+    """A table, in base64, that replaces `key` by `text`, which ends with a null byte.
 
-    value: offset of its replacement; end: offset in the trie after the lookup; size: of the trie. 0: valid values.
+    value: offset of its replacement. end: offset in the trie at which its lookup ends. size: length of the trie. For
+    each of them, 0 stands for the valid value.
     """
     units = np.zeros(256 * (len(key) + 2), np.uint32)
     units[0] = 256 << 10
@@ -87,7 +88,7 @@ def test_mutated_tables_are_refused_or_harmless() -> None:
     accepted = 0
     for _ in range(300):
         changed = bytearray(sound)
-        # The few entries of the trie that are in use, or the text.
+        # Change one of the nonzero bytes: they are the few trie entries in use, and the replacement.
         used = np.flatnonzero(np.frombuffer(bytes(sound), np.uint8))
         changed[int(rng.choice(used[4:]))] = int(rng.integers(256))
         encoded = base64.b64encode(bytes(changed)).decode()

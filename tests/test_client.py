@@ -119,7 +119,7 @@ def answering(*parts: bytes, pause_s: float = 0.0) -> Iterator[str]:
 
 
 def both(url: str, **options: Any) -> list[Exception]:
-    """The errors of one request by each of the two clients."""
+    """The errors that the client and the async client raise, each for one request."""
 
     async def go() -> None:
         async with AsyncClient(url, **options) as client:
@@ -182,7 +182,7 @@ def test_a_retry_after_that_is_not_a_number_of_seconds_is_ignored(after: str) ->
 
 @pytest.mark.parametrize("head", [True, False])
 def test_the_time_of_an_answer_is_limited_in_total(head: bool) -> None:
-    """Each byte arrives within the time-out."""
+    """Each byte arrives within the time-out, but the whole answer does not."""
     sent = response(b"x" * 1000)
     parts = [sent[:-1000], *[b"x"] * 1000] if head else [bytes([byte]) for byte in sent]
     with answering(*parts, pause_s=0.05) as url:

@@ -30,9 +30,9 @@ TEXTS = ["a good film", "dull and boring", "it is not bad"]
 KEY = "alice-has-a-long-key"
 
 
-# The bodies are those of the documentation: for vLLM docs/models/pooling_models/classify.md and the example
-# classification_online.py; for SGLang classify_models.md and native_api.ipynb; for vLLM's semantic router the
-# contract in http_classifier_inference.go.
+# The request bodies below are from the projects' documentation: vLLM's docs/models/pooling_models/classify.md and
+# example classification_online.py; SGLang's classify_models.md and native_api.ipynb; and, for vLLM's semantic router,
+# the contract in http_classifier_inference.go.
 CAFE, BROKEN = "Loved the new café—coffee was great.", "This update broke everything. Frustrating."
 
 
@@ -111,7 +111,7 @@ OURS = (by_our_client, by_our_async_client, by_our_command)
 def test_every_client_gets_the_same_answer(
     server: Server, client: Callable[[str, list[str]], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the tests set it: no downloads
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # fixtures.py sets it
     expected = [(row["label"], max(row["probs"])) for row in ours(server, input=TEXTS)]
     assert [(label, round(score, 2)) for label, score in client(server.url, TEXTS)] == [
         (label, round(score, 2)) for label, score in expected
@@ -125,7 +125,7 @@ def test_every_client_gets_the_same_answer(
 def generated(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The package that openapi-python-client generates from /openapi.json, without a warning."""
     folder = tmp_path_factory.mktemp("generated")
-    (folder / "config.yaml").write_text("post_hooks: []\n")  # it would format the code
+    (folder / "config.yaml").write_text("post_hooks: []\n")  # do not format the code
     command = [sys.executable, "-m", "openapi_python_client", "generate"]
     command += [
         "--url",
@@ -300,8 +300,11 @@ def test_sglangs_own_classify(server: Server) -> None:
 
 
 def test_vllms_semantic_router(server: Server) -> None:
-    """http_classify with label_distribution.v1: a flat list with every label once, by name, and scores within [0, 1]
-    that add up to 1 (within 0.02). Its score.v1 reads one entry of the same list: tests/test_regression.py."""
+    """The router's http_classify accepts our answer as label_distribution.v1.
+
+    That is a flat list that has every label once, by name, with scores in [0, 1] that add up to 1 (within 0.02).
+    tests/test_regression.py covers score.v1, which reads one entry of the same list.
+    """
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     answer = httpx.post(
         server.url + "/classify", content=json.dumps({"inputs": CAFE}), headers=headers
@@ -487,7 +490,7 @@ def test_a_text_that_is_too_long_is_named_as_its_protocol_does(
 
 
 def test_hugging_face_classifies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the tests set it: no downloads
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # fixtures.py sets it
     client = InferenceClient(server.url)
     (row,) = ours(server, input=TEXTS[0])
     result = client.text_classification(TEXTS[0])
@@ -513,8 +516,8 @@ def test_bodies_with_inputs_on_classify_get_a_flat_list(server: Server) -> None:
 
 # Text Embeddings Inference
 
-# Requests and responses from its README and from router/tests/test_http_predict.rs with its snapshots, of which
-# only the first labels are given here; errors as in docs/openapi.json.
+# Requests and responses are from its README and from router/tests/test_http_predict.rs with its snapshots. Only the
+# first labels of the snapshots are given here. Errors are as in its docs/openapi.json.
 TEI_TRANSCRIPT: list[tuple[Any, Any]] = [
     ({"inputs": "I like you."}, [{"score": 0.9, "label": "love"}]),
     (

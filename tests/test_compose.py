@@ -45,7 +45,7 @@ def test_every_service_has_limits() -> None:
         assert int(service["mem_limit"]) <= 2**30, name
         assert service["memswap_limit"] == service["mem_limit"], name  # no additional swap
         assert 0 < service["pids_limit"] <= 512, name
-        # A tmpfs is memory: by default half of the machine's.
+        # A tmpfs is kept in memory; its default limit is half of the machine's memory.
         assert all("size=" in tmpfs for tmpfs in service.get("tmpfs", [])), name
     assert int(services["server"]["mem_limit"]) == 2**30
 
@@ -98,7 +98,7 @@ def test_a_key_file_is_mounted(which: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["alice 0123456789abcdef", ""])
 @pytest.mark.parametrize("file", ["", "/etc/hostname"])
 def test_keys_in_a_variable_prevent_the_start(variable: str, value: str, file: str) -> None:
-    """docker inspect would show them, and without keys the server would be open."""
+    """docker inspect would show such keys, and a server that ignored the variable would be open."""
     project = config(**{variable: value, f"{variable}_FILE": file})
     assert "0123456789abcdef" not in json.dumps(project)
     secret = project["secrets"][variable.removeprefix("DE3_").lower().replace("_", "-")]

@@ -43,9 +43,9 @@ def connect(server: Server, source: str = "127.0.0.1") -> socket.socket:
 
 
 def answer(s: socket.socket, may_continue: bool = False) -> tuple[int, dict]:
-    """The next answer, without reading further: http.client would read ahead into the one after it.
+    """Status and body of the next answer. Unlike http.client, this function reads nothing beyond that answer.
 
-    may_continue: a 100 Continue may come before it, as for a client that has closed its half and waits.
+    may_continue: accept a 100 Continue before the answer, which a client may get once it has closed its sending half.
     """
     head = b""
     while not head.endswith(b"\r\n\r\n"):
@@ -61,7 +61,7 @@ def answer(s: socket.socket, may_continue: bool = False) -> tuple[int, dict]:
 
 
 def is_closed(s: socket.socket) -> bool:
-    """True if the server closes the connection within the socket's time-out."""
+    """True once the server has closed the connection; raises TimeoutError if it stays open."""
     try:
         while s.recv(65536):
             pass
@@ -71,14 +71,14 @@ def is_closed(s: socket.socket) -> bool:
 
 
 def send(s: socket.socket, data: bytes) -> None:
-    """Send as much as the server accepts."""
+    """Send data; no error if the server closes the connection before all of it is sent."""
     with suppress(BrokenPipeError, ConnectionResetError):
         s.sendall(data)
 
 
 def works(server: Server) -> None:
     assert server.classify(input="good").status_code == 200
-    # Both are released after the answer is written, so the client may get here first.
+    # Both are released only after the answer is written, so the client may get here earlier.
     until(lambda: server.frontend.bytes_in_flight.total == 0, "the body's bytes to be given back")
     until(lambda: server.service.admission.texts.total == 0, "the text to be given back")
 
@@ -273,7 +273,7 @@ def test_at_the_limit_the_busiest_address_loses_a_connection(store: Path) -> Non
         )
         assert len(server.listener.connections) < 20
         mine.sendall(REQUEST)
-        assert answer(mine)[0] == 200  # idle, but not closed
+        assert answer(mine)[0] == 200  # this idle connection was not closed
         assert server.classify(input="good").status_code == 200  # there is room for a new one
 
 
@@ -318,7 +318,7 @@ def test_a_body_sent_after_100_continue(server: Server) -> None:
         s.sendall(BODY)
         assert answer(s)[0] == 200
         s.sendall(head.replace(b"22\r\n", b"2000000000\r\n"))
-        assert answer(s)[0] == 413  # and no 100 Continue
+        assert answer(s)[0] == 413  # without a 100 Continue before it
 
 
 def test_http_1_0_is_answered_and_closed(server: Server) -> None:
@@ -336,7 +336,7 @@ def test_http_1_0_is_answered_and_closed(server: Server) -> None:
 def test_however_requests_are_cut_and_framed_each_is_answered(
     server: Server, cuts: list[int], chunks: list[int], kinds: list[str]
 ) -> None:
-    """Requests with a length, chunked (with a body that contains a terminator), and without a body."""
+    """Requests with a Content-Length, chunked ones whose body contains a blank line, and ones without a body."""
     inner = b'{"input":\r\n\r\n "good film"}'
     data, expected = b"", []
     for kind in kinds:
@@ -396,7 +396,7 @@ def test_a_chunked_body_that_is_refused_leaves_nothing_behind(store: Path) -> No
         assert status in (b"", b"HTTP/1.1 200")  # closed, or in sync
     with serving(store, models=["tiny"]) as server, connect(server) as s:
         s.sendall(CHUNKED + b"0\r\n\r\n")
-        assert answer(s)[0] == 400  # empty is not JSON
+        assert answer(s)[0] == 400  # an empty body is not JSON
         until(lambda: not server.frontend.bytes_in_flight._held, "the body's bytes to be given back")
 
 
@@ -477,7 +477,7 @@ def test_a_body_that_is_too_large_is_refused_even_if_it_came_with_its_head(store
 
 
 def test_a_chunk_extension_is_limited(server: Server) -> None:
-    """Each packet costs a call of the parser, so it counts as more than the byte that it carries."""
+    """Each packet costs a call of the parser, so it counts as more than the one byte that it carries."""
     with connect(server) as s:
         s.sendall(CHUNKED + b"1;")
         until(lambda: server.bodies_awaited() == 1, "the head to come")
@@ -546,7 +546,7 @@ def test_a_body_that_came_with_its_head_is_read_whether_it_is_needed_or_not(serv
         s.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nGET ")
         assert answer(s)[0] == 200  # and the connection stays open
         s.sendall(expecting)
-        assert answer(s)[0] == 200  # without a 100 Continue before
+        assert answer(s)[0] == 200  # without a 100 Continue before it
 
 
 def test_a_body_that_comes_after_a_shutdown_began_is_read(server: Server) -> None:
@@ -629,12 +629,12 @@ def made_listener(limit: int = 5) -> Listener:
     return Listener(gate, limit, 1000, 5.0)
 
 
-# Network, seconds idle, whether it has been answered, and has not been read yet; in order of eviction.
+# In the order of eviction: network, seconds idle, has been answered, has not been read yet.
 LOSSES: list[Any] = [
-    ("large", 1.0, False),  # silent
+    ("large", 1.0, False),  # silent: older than FRESH_S, without a response
     ("other", 3.0, False),
     ("other", 2.0, False),
-    ("large", 0.1, False),  # of the network with most of the connections
+    ("large", 0.1, False),  # its network has most of the connections
     ("large", 5.0, True),
     ("large", 0.2, True),
     ("other", 0.2, False),
@@ -725,7 +725,7 @@ def test_a_get_is_cancelled_when_its_client_leaves(
             status, body = answer(another)
             assert status == 503 and "16 requests are already waiting for it" in body["error"]["message"]
         going_on.set()
-        for one in staying:  # all of them get the one report
+        for one in staying:  # one report answers all of them
             assert answer(one) == (200, {"x": 1} | ({"object": "audit"} if "audit" in path else {}))
 
 
@@ -740,7 +740,7 @@ def test_a_client_that_ends_only_its_own_half_gets_its_answers(
         with connect(server) as s:
             s.sendall(REQUEST[:-1])
             s.shutdown(socket.SHUT_WR)
-            assert s.recv(1) == b""  # half a request
+            assert s.recv(1) == b""  # an incomplete request gets no answer
         turns, starts = server.listener.turns, list[Callable[[], None]]()
         monkeypatch.setattr(turns, "take", lambda _, start: starts.append(start))  # a slow server
         with connect(server) as s:
@@ -774,7 +774,7 @@ def test_a_request_whose_client_leaves_before_its_turn_is_counted(
             wanted = partial(server.metric, "de3_rejected_total", cause="client_gone")
             until(lambda number=number, wanted=wanted: wanted() == number, "the count")
         assert server.metric("de3_requests_total", status="499") == 1
-        with connect(server) as s:  # in its turn, but before it has begun
+        with connect(server) as s:  # the client leaves in its turn, before the request begins
             s.sendall(REQUEST)
             until(lambda: starts, "the request")
             lost = next(iter(server.listener.connections))

@@ -1,4 +1,4 @@
-"""Dashboards and alerts: every expression against a real Prometheus that scraped a real server under load."""
+"""Dashboards and alerts: a real Prometheus, which has scraped a real server under load, evaluates every expression."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_dashboards_fit_grafanas_own_schema(tmp_path: Path) -> None:
         assert "CI" not in os.environ, installed.stderr
         pytest.skip(f"npm cannot install Grafana's schema: {installed.stderr[-200:]}")
     assert check_types(tmp_path, {p.stem: json.loads(p.read_text()) for p in generate.files()}) == ""
-    # And the check can fail.
+    # The check must also be able to fail.
     wrong = json.loads(next(iter(generate.files())).read_text())
     wrong["refresh"] = 10
     wrong["panels"][4]["options"]["legend"]["displayMode"] = "sideways"
@@ -78,7 +78,7 @@ def test_dashboards_fit_grafanas_own_schema(tmp_path: Path) -> None:
 
 
 def check_types(folder: Path, boards: dict[str, Any]) -> str:
-    """The output of tsc for dashboards; folder: holds the installed packages."""
+    """The output of tsc for dashboards; "" if it finds no error. folder: where the npm packages are installed."""
     source = [Path("tests/grafana_types.ts").read_text()]
 
     def literal(kind: str, value: Any) -> None:
@@ -156,7 +156,7 @@ def prometheus(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def numbers(rows: list[dict[str, Any]]) -> bool:
-    """True if there are values and all of them are numbers."""
+    """True if there are rows, and all of their values are numbers."""
     return bool(rows) and all(row["value"][1] != "NaN" for row in rows)
 
 
@@ -182,7 +182,7 @@ def test_every_panel_has_data(prometheus: Prometheus) -> None:
 @pytest.mark.slow
 @needs_prometheus
 def test_panels_of_a_server_that_audits_nothing_are_empty(prometheus: Prometheus) -> None:
-    """No model of this name is served, so the series are absent, as without audits."""
+    """No model none:0 is served, so its series are absent, as they are without audits."""
     audits = [expr for expr in EXPRESSIONS if "de3_audit" in expr]
     assert len(audits) > 5
     for expr in audits:
@@ -204,7 +204,7 @@ def test_rules_have_data_and_no_alert_fires(prometheus: Prometheus) -> None:
 @pytest.mark.slow
 @needs_prometheus
 def test_label_values_are_bounded(prometheus: Prometheus) -> None:
-    """No metric of ours has more series than its labels' few values allow."""
+    """None of our metrics has more than 100 series, although requests named many models, methods and paths."""
     counts = {
         row["metric"]["__name__"]: float(row["value"][1])
         for row in prometheus.query('count by (__name__) ({__name__=~"de3_.+", job="de3"})')

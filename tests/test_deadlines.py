@@ -22,7 +22,10 @@ class Clock:
 
 
 def job(clock: Clock, firsts: list[float], budget_s: float, best_effort: bool = False) -> Job:
-    """A job of texts with these seconds to the first exit; full depth takes LAYERS times as long."""
+    """A job with one text for each entry of `firsts`.
+
+    firsts: predicted seconds to the first exit of each text; full depth takes LAYERS times as long.
+    """
     return jobs.job(
         [str(i) for i in range(len(firsts))],
         [LAYERS * first for first in firsts],
@@ -35,7 +38,7 @@ def job(clock: Clock, firsts: list[float], budget_s: float, best_effort: bool = 
 
 times = st.floats(0.001, 0.02)
 asked = st.tuples(
-    st.floats(0, 0.05),  # seconds after the one before
+    st.floats(0, 0.05),  # seconds after the previous job
     st.lists(times, min_size=1, max_size=8),
     st.floats(0.001, 0.3),
 )
@@ -84,7 +87,7 @@ def test_every_promise_is_kept(
                 spent += 1
                 free[thread] = clock.now + item.first_exit_s + use * (may - item.first_exit_s)
                 if free[thread] < max(ends, clock.now + item.first_exit_s):
-                    # It exited early: in the engine this is reported at once, as the thread is then free.
+                    # It exited early: the engine reports this at once, because the thread is free then.
                     deadlines.occupy(thread, free[thread])
                 kept.append((free[thread], item.job.deadline))
             else:
@@ -130,7 +133,7 @@ def test_a_refusal_says_which_budget_would_do(monkeypatch: pytest.MonkeyPatch) -
     needed = deadlines.promise(job(clock, [0.01] * 10, 0.04))
     assert needed == pytest.approx(0.05)
     assert deadlines.promise(job(clock, [0.01] * 10, needed + REPLY_S + 0.001)) == 0
-    # Now every thread is reserved until then: a smaller budget would take time from an accepted one.
+    # Every thread is now reserved until that deadline; a smaller budget would take time from the accepted job.
     second = deadlines.promise(job(clock, [0.01] * 10, 0.055))
     assert second > 0.055
     assert deadlines.promise(job(clock, [0.01] * 10, second + REPLY_S + 0.001)) == 0
@@ -145,7 +148,7 @@ def test_best_effort_takes_nothing_from_a_promise(monkeypatch: pytest.MonkeyPatc
     assert late.is_late and not promised.is_late
     assert late.deadline is not None and promised.deadline is not None
     assert late.deadline >= promised.deadline
-    assert deadlines.begin(late.items[0], 0) == clock.now  # it stops at its first exit
+    assert deadlines.begin(late.items[0], 0) == clock.now  # it must stop at its first exit
 
 
 def test_a_dropped_job_reserves_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +162,7 @@ def test_a_dropped_job_reserves_no_time(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_promise_that_is_broken_anyway_refuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer took longer than measured: the new job is not the cause."""
+    """A layer has taken longer than was measured; the new job is not the cause."""
     clock = Clock(monkeypatch)
     deadlines = Deadlines(1)
     assert deadlines.promise(job(clock, [0.05] * 5, 0.3)) == 0
@@ -168,7 +171,7 @@ def test_a_promise_that_is_broken_anyway_refuses_nobody(monkeypatch: pytest.Monk
 
 
 def test_a_text_that_begins_has_its_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time until which its thread was reserved for earlier work no longer matters."""
+    """Once it begins, it no longer matters for how long its thread was reserved for earlier work."""
     clock = Clock(monkeypatch)
     deadlines = Deadlines(1)
     alone = job(clock, [0.01], 0.1)

@@ -45,7 +45,7 @@ LENGTHS = (
     40,
     63,
     64,
-)  # each offset up to 4 has its own bucket; from 24 on, all share one
+)  # each distance up to 4 has its own bucket; all from 24 on share one
 
 
 def stock_classifier(folder: Path, **options: Any) -> Path:
@@ -53,12 +53,12 @@ def stock_classifier(folder: Path, **options: Any) -> Path:
 
 
 def stitched(stock: Path, int8: bool, token_types: bool = True) -> Any:
-    """A stock classifier as one graph."""
+    """A stock classifier, with its segments joined to one graph."""
     return stitch(segments_of(stock, int8, token_types)[1])
 
 
 def difference(stock: Path, graph: Any, lengths: tuple[int, ...]) -> float:
-    """The largest difference from transformers' own logits; one random text of each length at a time."""
+    """Largest absolute difference from transformers' logits, over one random text of each length."""
     model, _ = transformers_model(stock)
     session = ort.InferenceSession(graph.SerializeToString(), session_options())
     names = [x.name for x in session.get_inputs()]
@@ -90,9 +90,9 @@ def difference(stock: Path, graph: Any, lengths: tuple[int, ...]) -> float:
         {"type_vocab_size": 0},
         {"type_vocab_size": 1},
         {"embedding_size": 64},
-        {"position_buckets": -1},  # a row for each distance up to 24
-        {"position_buckets": -1, "max_relative_positions": -1},  # up to 64
-        {"position_buckets": 256, "max_relative_positions": 512},  # more than a text needs
+        {"position_buckets": -1},  # a table row for each distance up to 24
+        {"position_buckets": -1, "max_relative_positions": -1},  # a table row for each distance up to 64
+        {"position_buckets": 256, "max_relative_positions": 512},  # more buckets than a text needs
         {"position_buckets": 20, "max_relative_positions": 16},
         {"position_buckets": 3, "max_relative_positions": 4},
         {"num_attention_heads": 1},
@@ -107,7 +107,7 @@ def test_full_depth_is_transformers_own_model(tmp_path: Path, options: dict[str,
 
 
 def test_the_sizes_of_a_real_model(tmp_path: Path) -> None:
-    """512 tokens and 256 buckets, as in v3."""
+    """The model has 512 tokens and 256 buckets, as in v3."""
     sizes = {"max_position_embeddings": 512, "max_relative_positions": -1, "position_buckets": 256}
     stock = stock_classifier(tmp_path, layers=2, type_vocab_size=0, share_att_key=True, **sizes)
     graph = stitched(stock, int8=False)
@@ -280,7 +280,7 @@ def copies(store_of_both: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_mutated_graph_is_refused_or_runs(copies: Path, seed: int) -> None:
-    """Only the values of weights are free: any graph that loads runs, at every length."""
+    """Only the values of weights may be changed, so any graph that loads also runs, at every length."""
     rng = random.Random(seed)
 
     def mutate(proto: Any) -> None:

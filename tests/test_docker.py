@@ -85,7 +85,7 @@ class Compose:
             raise AssertionError(f"{error}\n{self('logs', 'server')[-3000:]}") from None
 
     def address(self) -> str:
-        """The server's own address, without the engine's proxy, which accepts connections even if nothing listens."""
+        """IP address of the server's container; Docker's proxy would accept connections even if nothing listens."""
         form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
         return docker("inspect", "--format", form, self.container("server"))
 
@@ -116,7 +116,7 @@ def compose() -> Iterator[Compose]:
 
 
 def test_the_image_is_small_and_without_torch(compose: Compose) -> None:
-    assert int(docker("image", "inspect", "--format", "{{.Size}}", IMAGE)) < 600e6  # SciPy: 110 MB
+    assert int(docker("image", "inspect", "--format", "{{.Size}}", IMAGE)) < 600e6  # SciPy alone takes 110 MB
     server = compose.container("server")
     unwanted = "[m for m in ('pip', 'setuptools', 'torch') if u.find_spec(m)]"
     listed = docker("exec", server, "python3", "-c", f"import importlib.util as u; print({unwanted})")
@@ -187,7 +187,7 @@ def test_it_classifies(compose: Compose) -> None:
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder, readable by all, with a stock classifier in model and texts.txt."""
+    """A folder that every user can read, with a stock classifier in model/, and texts.txt."""
     folder = tmp_path_factory.mktemp("stock")
     save_encoder(folder / "model", labels=2)
     (folder / "texts.txt").write_text("".join(f"{text}\n" for text, _ in make_rows(600, 3)))
@@ -197,7 +197,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_classifier_is_served_by_name(compose: Compose, stock: Path) -> None:
-    """On a read-only file system, from a folder; a second container converts nothing."""
+    """The model is in a folder, and the file system is read-only; a second container reuses the converted model."""
     cache, port = f"{PROJECT}-cache", free_port()
     options = (
         "--read-only",
@@ -302,7 +302,7 @@ def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
     before = len(compose.requests_logged())
 
     def stream(number: int) -> set[str]:
-        """The ids of the answered requests."""
+        """Send requests until `stop` is set; returns the ids of those that were answered."""
         answered = set()
         for i in range(100_000):
             if stop.is_set():
@@ -313,7 +313,7 @@ def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
                 connection.request("POST", "/classify", json.dumps({"input": "good"}), headers)
                 answer = connection.getresponse()
                 said = answer.read()
-            except (OSError, HTTPException):  # nothing listened, or the connection was not accepted
+            except (OSError, HTTPException):  # the server was not running, or did not accept the connection
                 time.sleep(0.01)
             else:
                 if answer.status == 200:
@@ -397,7 +397,7 @@ def test_the_evidence_of_audits_survives_a_restart(compose: Compose) -> None:
 
 
 def test_keys_come_in_files(compose: Compose) -> None:
-    """As .env recommends: readable by user 10001, in a folder that other users of this machine cannot enter."""
+    """As .env recommends, user 10001 can read the files, and other users of this machine cannot enter their folder."""
     key, admin_key = "alice-0123456789", "root-0123456789abc"
     with tempfile.TemporaryDirectory() as folder:
         assert Path(folder).stat().st_mode & 0o777 == 0o700

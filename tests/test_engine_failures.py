@@ -1,5 +1,7 @@
-"""Engine threads survive errors in the code that they call; if a thread is lost, the server exits, so that its
-supervisor restarts it."""
+"""Engine threads survive errors in the code that they call.
+
+If a thread is lost nevertheless, the server exits, so that its supervisor restarts it.
+"""
 
 import threading
 from pathlib import Path
@@ -20,7 +22,7 @@ def test_an_error_in_the_observer_costs_no_answer_and_no_thread(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Worse(BaseException):
-        """An error like those of the Rust libraries, which are not Exceptions."""
+        """An error like the panics of Rust libraries, which do not derive from Exception."""
 
     def broken(*_: object) -> None:
         raise Worse
@@ -95,7 +97,7 @@ def test_a_stuck_thread_is_detected_and_a_slow_one_is_not_reported(
 
     with serving(store, models=["tiny"], threads=1) as server:
         monkeypatch.setattr(OnnxSegment, "run", slow)
-        for _ in range(30):  # always busy, but not stuck
+        for _ in range(30):  # always busy, but never stuck
             assert server.classify(input="good " * 60, tau=0).status_code == 200
         assert server.service.state == "ready"
         stuck.set()

@@ -1,4 +1,4 @@
-"""The segments against the PyTorch model: every encoder family, pooling, precision and shape of exits."""
+"""The segments, compared with the PyTorch model, for every encoder family, pooling, precision and shape of exits."""
 
 import json
 import shutil
@@ -193,7 +193,7 @@ def test_quantization_is_within_half_a_step() -> None:
 
 
 def test_calibration_is_honest(store: Path, checkpoint: Path) -> None:
-    """The manifest's numbers are those of the certifying samples, run through the exported segments."""
+    """The manifest's numbers come from running the held-out samples through the exported segments."""
     for name in ("tiny", "tiny-int8"):
         artifact = Store(store).open(name)
         manifest = artifact.manifest
@@ -231,7 +231,7 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
         assert "EDR λ=2" in output and "distance ratio" in output
         assert png.read_bytes().startswith(b"\x89PNG")
         png.unlink()
-        assert ("risk" in output) == (model != checkpoint)  # a checkpoint has none yet
+        assert ("risk" in output) == (model != checkpoint)  # a checkpoint has no fitted risk yet
     assert "The default by length" in output and "≤ 2%" in output
     long = tmp_path / "long.tsv"
     rows = [f"{text} {'and it was so ' * 9}\t{label}\n" for text, label in make_rows(40, 1)]
@@ -240,7 +240,7 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
     output = de3([*arguments, "--label-names", "negative,positive", "--png", str(png)])
     assert "the calibration's guarantees may not hold for these texts" in output
     default = Store(store).open("tiny-int8").manifest.defaults
-    assert f"Default {default.signal}" in output.replace("EDR", "edr")  # an artifact's default, too
+    assert f"Default {default.signal}" in output.replace("EDR", "edr")  # the artifact's default
 
 
 def test_prototypes_are_an_input_that_can_be_replaced(store: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def fail(errors: FailureLog, kind: type[Exception], name: str) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A list of one number: the time that a FailureLog sees."""
+    """The time of every FailureLog, in seconds, as a list of one number that a test can change."""
     now = [1000.0]
     monkeypatch.setattr(failures, "monotonic", lambda: now[0])
     return now
@@ -59,7 +59,7 @@ def test_the_number_of_kinds_is_limited(clock: list[float], monkeypatch: pytest.
 def test_texts_that_fail_are_not_all_logged(
     store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (engine, group, endpoint):  # shared with the other tests of this process
+    for module in (engine, group, endpoint):  # the modules' own logs are shared with other tests
         monkeypatch.setattr(module, "failures", FailureLog(logging.getLogger("de3")))
     with serving(store, models=["tiny", "tiny-int8"], threads=1) as server:
 
@@ -72,4 +72,4 @@ def test_texts_that_fail_are_not_all_logged(
                 assert server.classify(input="good", model=model).status_code == 500
         assert server.classify(input="good", model="tiny").status_code == 200
     logged = [record.getMessage().split()[0] for record in caplog.records if record.module == "failures"]
-    assert sorted(logged) == ["a", "an", "request"]  # a group, an item, a request
+    assert sorted(logged) == ["a", "an", "request"]  # one line each for "a group", "an item" and "request"

@@ -34,7 +34,7 @@ def job(
 ) -> Job:
     """A job of texts that are all due at `due`.
 
-    layer_s: time of a text for a layer; by default, a step has room for one layer of all texts.
+    layer_s: seconds that a layer takes for one text; 0: a step has time for one layer of all texts.
     """
     layer_s = layer_s or MAX_STEP_S / len(texts)
     return jobs.job(
@@ -43,7 +43,13 @@ def job(
 
 
 class Steps:
-    """Runs a group, and calls `before[n]`, if there is one, before step n."""
+    """Runs a group; before step n it calls `before[n]`, if that exists.
+
+    Attributes:
+        seconds: time reserved for each step, tokenizing included.
+        results: result of each item that has finished.
+        alone: items that must run alone because their group failed.
+    """
 
     def __init__(self, queue: WorkQueue, before: dict[int, Any] | None = None) -> None:
         self.queue, self.before = queue, before or {}
@@ -101,7 +107,7 @@ def test_a_group_runs_in_steps_and_each_text_answers_as_alone(model: Model) -> N
 def test_the_kernels_read_the_exits_as_python_does(
     model: Model, signal: str, tau: float, max_layer: int | None, far: float | None
 ) -> None:
-    """With each kind of rule, for texts in and out of distribution."""
+    """Both exit alike with every signal, τ and deepest layer, for texts in and out of distribution."""
     chosen = model.manifest.signal(signal, 1.5 if signal == "edr" else None)
     limits = None if far is None else np.full(model.manifest.num_layers + 1, far)
 
@@ -122,7 +128,7 @@ def test_all_layers_run_in_one_step_if_they_fit(model: Model) -> None:
     queue.put(job(model, layer_s=MAX_STEP_S / 100))
     steps = Steps(queue)
     steps.run()
-    assert len(steps.seconds) == 2 and answers(steps.results) == alone(model, TEXTS)  # one tokenizes
+    assert len(steps.seconds) == 2 and answers(steps.results) == alone(model, TEXTS)  # one step tokenizes
 
 
 def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> None:
@@ -141,7 +147,7 @@ def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> No
 def test_a_text_found_to_be_longer_than_a_step_is_resumed(model: Model) -> None:
     queue = WorkQueue(100)
     queue.put(long := job(model, ["good"], due=5.0))
-    long.served.group_s = lambda _: 2 * MAX_STEP_S  # known once it is tokenized
+    long.served.group_s = lambda _: 2 * MAX_STEP_S  # found once the text is tokenized
     steps = Steps(queue, {1: lambda: queue.put(job(model, ["an urgent one"], due=1.0))})
     (item,) = steps.run()
     assert item.progress.layer == 2 and len(queue) == 2

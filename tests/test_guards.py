@@ -1,4 +1,4 @@
-"""What guards call: NeMo Guardrails with each of its engines, KServe's and FMS's routes, and windows with a flag."""
+"""APIs for guardrails: NeMo Guardrails with each of its engines, KServe's and FMS's routes, and windows with a flag."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from de3.server.http import detectors
 from tests.fixtures import made_once
 from tests.serving import Server, serving
 
-# The model's labels for them are the other way round: "positive" is what a guard would look for here.
+# The tests' model labels GOOD as "negative" and BAD as "positive", so here a guard blocks "positive".
 GOOD, BAD = "a superb fine film , good and lovely and charming", "a dull plot , bad and boring and awful"
 FILLER = " ".join(["the film and the plot"] * 30)
 
@@ -96,7 +96,7 @@ def test_detectors_of_fms(server: Server) -> None:
         params = {} if threshold is None else {"threshold": threshold}
         found = post(server, "/api/v1/text/contents", {"contents": texts, "detector_params": params}).json()
         for text, rows in zip(texts, found, strict=True):
-            safe, *others = probs(server, text).items()  # the first label is no detection
+            safe, *others = probs(server, text).items()  # the first label counts as safe
             expected = [(label, p) for label, p in others if p >= (0.5 if threshold is None else threshold)]
             assert [(row["detection_type"], row["score"]) for row in rows] == expected
             assert all((row["start"], row["end"], row["text"]) == (0, len(text), text) for row in rows)
@@ -115,7 +115,7 @@ def test_a_response_of_detectors_has_a_limit(server: Server, monkeypatch: pytest
     body = {"contents": ["a " * 30], "detector_params": {"threshold": 0.01, "safe_labels": ["negative"] * 9}}
     answer = post(server, "/api/v1/text/contents", body)
     assert answer.status_code == 422 and "2 labels of texts with 60 characters" in answer.json()["message"]
-    body["detector_params"] = {"threshold": 0.9}  # one label at most
+    body["detector_params"] = {"threshold": 0.9}  # at most one label reaches this threshold
     assert post(server, "/api/v1/text/contents", body).status_code == 200
 
 
@@ -149,15 +149,15 @@ print(json.dumps(said))
 """
 
 
-# Its own requirements hold back packages that others need (huggingface_hub), so it is installed apart, with those that
-# its import needs.
+# NeMo Guardrails requires older versions of packages that other tests need (huggingface_hub). So it is installed in a
+# separate folder, without its requirements, but with the packages that its import needs.
 NEMO = "nemoguardrails>=0.24,<0.26 aiohttp-retry dataclasses-json fastembed lark loguru marshmallow<4 nest-asyncio"
 NEMO += " prompt_toolkit py_rust_stemmers simpleeval typing-inspect wcwidth"
 
 
 @pytest.fixture(scope="session")
 def nemo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with NeMo Guardrails."""
+    """The folder in which NeMo Guardrails is installed; skips the test if it cannot be installed."""
 
     def make(folder: Path) -> None:
         command = [
@@ -216,10 +216,10 @@ def test_the_most_alarming_window_decides(server: Server) -> None:
     assert row["windows"]["run"] == row["windows"]["of"] > 2 and not row["flag"]["flagged"]
     flag = row["flag"]
     part = text[flag["start"] : flag["end"]]
-    alone = probs(server, part)  # the window's own text
+    alone = probs(server, part)  # as a separate text
     assert flag["label"] == "positive" and flag["prob"] == pytest.approx(alone["positive"], abs=0.05)
     assert row["label"] == max(alone, key=alone.__getitem__) and row["probs"][1] == flag["prob"]
-    # Of windows that overlap, no other has a higher probability.
+    # Without a flag, the answer is the mean over all windows, so its probability is lower.
     combined = server.classify(input=text, long="windows").json()["data"][0]
     assert combined["probs"][1] < flag["prob"]
 
@@ -284,7 +284,7 @@ def test_the_characters_of_windows_cover_the_text(tokenizer: TextTokenizer, word
     assert spans[0][0] == len(text) - len(text.lstrip()) and all(a < b for a, b in spans)
     assert all(
         one[0] < two[0] <= one[1]
-        for one, two in pairwise(spans)  # windows overlap
+        for one, two in pairwise(spans)  # no gap between windows
     )
     if not found.truncated:
         assert spans[-1][1] == len(text.rstrip())

@@ -22,7 +22,8 @@ from tests.fixtures import save_encoder
 from tests.stock import segments_of
 
 OTHER = "evil"
-Place = tuple[tuple[str, int | None], ...]  # path of a message: fields, each with an index in a list or None
+# Path of a message: fields, each with its index if it is a list, or else None.
+Place = tuple[tuple[str, int | None], ...]
 
 
 @cache
@@ -51,7 +52,7 @@ def changed(model: onnx.ModelProto, path: Place, field: str, value: Any) -> Iter
 
 
 def others(attribute: AttributeProto) -> Iterator[tuple[str, Any]]:
-    """Fields of an attribute with other values, and with other types."""
+    """Changes of an attribute, as (field, value): other values, another name and other types."""
     if attribute.ints:
         yield "ints", [attribute.ints[0] + 1, *attribute.ints[1:]]
         yield "ints", [*attribute.ints, 0]
@@ -63,7 +64,7 @@ def others(attribute: AttributeProto) -> Iterator[tuple[str, Any]]:
 
 
 def graphs_in(model: onnx.ModelProto) -> Iterator[tuple[Any, Place]]:
-    """The graph and its branches, with their paths."""
+    """The main graph and its branches, each with its path."""
     yield model.graph, (("graph", None),)
     for n, node in enumerate(model.graph.node):
         for a, attribute in enumerate(node.attribute):
@@ -115,7 +116,7 @@ def changes(model: onnx.ModelProto, constants: set[str]) -> Iterator[tuple[Place
 
 
 def changes_of_node(node: Any, path: Place, values: list[str]) -> Iterator[tuple[Place, str, Any]]:
-    """Every change of a node, as in `changes`; values: names of the graph's values."""
+    """Every change of a node, as in `changes`. values: names of the graph's values."""
     yield path, "op_type", "Identity"
     yield path, "domain", OTHER
     for kind in ("input", "output"):
@@ -159,7 +160,7 @@ def test_one_change_is_enough_to_be_refused(family: str, int8: bool) -> None:
         original, accepted, count = deepcopy(model), [], 0
         for path, field, value in changes(original, constants):
             with changed(model, path, field, value):
-                if model == original:  # the reverse of a single node
+                if model == original:  # a list of one node, reversed
                     continue
                 count += 1
                 try:
@@ -228,7 +229,7 @@ def test_a_manifest_of_another_model_is_refused(change: Any) -> None:
 
 
 def replaced(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) -> onnx.ModelProto:
-    """A copy of a model with one tensor changed; name: its name in the graph."""
+    """A copy of a model in which one tensor is changed. name: of the tensor in the graph."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     tensor = next(w for w in copy.graph.initializer if w.name == name)

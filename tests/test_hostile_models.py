@@ -50,21 +50,21 @@ def copies(store: Path, tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[dict], Any]) -> None:
-    """Change an artifact's manifest."""
+    """Apply `change` to the manifest of an artifact, as JSON."""
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def rehash(folder: Path, name: str) -> None:
-    """Update the manifest for a changed file."""
+    """Set the hash and the size of a changed file in the manifest."""
     data = (folder / name).read_bytes()
     entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     edit(folder, lambda m: m["files"].update({name: entry}))
 
 
 def forge(store: Path, model: str, layer: int, change: Callable[[Any], None]) -> str:
-    """Change a segment's ModelProto; returns the file's name."""
+    """Apply `change` to a segment's ModelProto, and update the manifest; returns the name of the file."""
     folder = store / model / "1"
     name = f"layer_{layer:02}.onnx" if layer else "embeddings.onnx"
     proto = onnx.load_model_from_string((folder / name).read_bytes())
@@ -113,7 +113,7 @@ def test_no_tensor_is_read_from_another_file(
 def test_onnx_runtime_itself_reads_no_other_file(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the check missed one, the session would look for the file in a folder that does not exist."""
+    """If the check missed an external tensor, the session would look for its file in a folder that does not exist."""
     proto = onnx.load_model_from_string((store / "tiny" / "1" / "layer_01.onnx").read_bytes())
     weight = proto.graph.initializer[0]
     (tmp_path / "weights").write_bytes(weight.raw_data)
@@ -311,7 +311,7 @@ def test_a_tokenizer_has_only_known_parts(copies: Path, change: Callable, messag
 
 
 def special(t: dict[str, Any], **fields: Any) -> None:
-    """Change the entry of [SEP] in the post-processor."""
+    """Set fields of the [SEP] entry in a tokenizer's post-processor."""
     t["post_processor"]["special_tokens"]["[SEP]"].update(fields)
 
 
@@ -343,7 +343,7 @@ def test_a_tokenizer_has_no_ids_beyond_the_models_tables(
         Model(Store(copies).open(model))
 
 
-TWICE = b'{"model": {"unk_token": "a", "unk_token": "b"}}'  # parsers differ in which of the two they use
+TWICE = b'{"model": {"unk_token": "a", "unk_token": "b"}}'  # parsers differ in the value that they use
 
 
 def test_a_tokenizer_check_survives_any_json() -> None:
@@ -353,7 +353,7 @@ def test_a_tokenizer_check_survives_any_json() -> None:
 
 
 def second_exit(proto: Any) -> None:
-    """Add a second branch after the first."""
+    """Append a copy of the If node that computes the exit."""
     copy = onnx.NodeProto()
     copy.CopyFrom(node(proto, "If"))
     for i, name in enumerate(copy.output):
@@ -411,7 +411,7 @@ def infinite_weight(proto: Any) -> None:
 
 
 def shadowed_weight(name: str) -> Callable[[Any], None]:
-    """A branch with its own weight, named like a value outside."""
+    """A change that gives the exit's branch a weight of its own, with the name of a value outside the branch."""
 
     def change(proto: Any) -> None:
         inner = branch(proto, "then_branch")
@@ -422,7 +422,7 @@ def shadowed_weight(name: str) -> Callable[[Any], None]:
 
 
 def wide_logits(proto: Any) -> None:
-    """Make the exit's logits (1, 5), declared as (1, 2)."""
+    """Make the exit return logits of shape (1, 5), although they are declared as (1, 2)."""
     gemm = node(branch(proto, "then_branch"), "Gemm")
     for i, array in ((1, np.zeros((64, 5), np.float32)), (2, np.zeros(5, np.float32))):
         name = gemm.input[i]
@@ -445,7 +445,7 @@ def prepend(proto: Any, *nodes: Any, **weights: np.ndarray) -> None:
 
 
 def slow(proto: Any) -> None:
-    """Twelve products of 3500 × 3500 matrices, from 28 kB of weights."""
+    """Add twelve products of 3500 × 3500 matrices, computed from 28 kB of weights."""
     prepend(
         proto,
         helper.make_node("Mul", ["column", "row"], ["x0"]),
@@ -458,7 +458,7 @@ def slow(proto: Any) -> None:
 
 
 def outer_product(proto: Any) -> None:
-    """3.6 GB of sums computed from 240 kB of weights."""
+    """Add 3.6 GB of sums, computed from 240 kB of weights."""
     prepend(
         proto,
         helper.make_node("Add", ["column", "row"], ["large"]),
@@ -470,7 +470,7 @@ def outer_product(proto: Any) -> None:
 
 
 def more_for_one_word(proto: Any) -> None:
-    """Memory that depends on the words of a text, so a trial need not reveal it."""
+    """Make the memory that a text takes depend on its words, so that a trial run need not reveal it."""
     graph = proto.graph
     for name, array in (
         ("sizes", np.ones(64, np.float32)),
@@ -580,7 +580,7 @@ def test_a_file_with_many_fields_is_refused_before_it_is_parsed() -> None:
         read_model(b"\x08\x08\x3a" + size + inner)
     assert thread_time() - started < 1
     nested = b""
-    for _ in range(3000):  # operators with graphs as attributes, nested
+    for _ in range(3000):  # nested operators, each with a graph as its attribute
         nested = b"\x32" + onnx.AttributeProto(s=nested).SerializeToString()[1:]
     with pytest.raises(GraphError):
         read_model(nested)
@@ -669,7 +669,7 @@ def test_a_text_without_tokens_is_an_error(store: Path) -> None:
 
 
 def test_a_store_with_a_bad_model_serves_the_others(copies: Path) -> None:
-    forge(copies, "tiny", 1, lambda p: p.graph.node.append(looping()))  # the first in the store
+    forge(copies, "tiny", 1, lambda p: p.graph.node.append(looping()))  # the first model of the store
     (copies / "worse" / "1").mkdir(parents=True)
     (copies / "worse" / "1" / "manifest.json").write_text("{}")
     with serving(copies) as server:
@@ -699,7 +699,7 @@ def test_an_error_that_ends_the_proving_process_ends_no_other(
 
 
 def test_a_valid_graph_cannot_take_all_memory(copies: Path) -> None:
-    tokens = 32_768  # whose attention needs 16 GiB
+    tokens = 32_768  # attention over so many tokens needs 16 GiB
 
     def more_positions(proto: Any) -> None:
         name = node(proto, "Slice").input[0]
@@ -793,7 +793,7 @@ def test_stopping_the_server_does_not_wait_for_a_loading_model() -> None:
         await asyncio.sleep(0.01)
 
     done = threading.Event()
-    asyncio.run(main())  # ends although the event is not set
+    asyncio.run(main())  # ends although the event is never set
     assert all(t.daemon for t in threading.enumerate() if t.name == "de3-load")
     done.set()
 
@@ -1004,7 +1004,7 @@ def test_a_table_of_thousands_of_signals_is_read_and_served_quickly(copies: Path
         m["defaults"] = {"tau": 0, "signal": "edr", "lambda": 1.0}
 
     edit(copies / "tiny" / "1", many)
-    file = copies / "tiny/1/manifest.json"  # compact, since it would be too large otherwise
+    file = copies / "tiny/1/manifest.json"  # with indentation, it would be too large
     file.write_text(json.dumps(json.loads(file.read_text()), separators=(",", ":")))
     started = thread_time()
     manifest = Store(copies).open("tiny").manifest

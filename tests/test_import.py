@@ -47,14 +47,14 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
-    """A stock classifier with some accuracy."""
+    """A stock classifier, fine-tuned on the labelled data."""
     examples = data.to_examples(read_rows(data_file, Columns("sentence")), ["0", "1"])
     return fine_tuned(tmp_path_factory, "classifier", encoder, ["bad", "good"], examples, epochs=4)
 
 
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory: pytest.TempPathFactory, classifier: Path, texts: Path) -> Path:
-    """The folder of an import: store/mine/1 in int8, store/mine-fp32/1, and their checkpoints in work."""
+    """A folder with two imports of a classifier: store/mine/1 (int8), store/mine-fp32/1, and checkpoints in work/."""
 
     def make(folder: Path) -> None:
         for name, precision in (("mine", "int8"), ("mine-fp32", "none")):
@@ -208,14 +208,14 @@ def test_an_interrupted_import_continues(
     assert invoke(command).exit_code == 130
     output = de3(command)
     assert "fitting: 3 of 8 chunks are reused from an earlier run" in output
-    assert len(ran) == 4 + 5 + 6  # the three chunks of the first run were not computed again
+    assert len(ran) == 4 + 5 + 6  # 4 in the first run; then 5 for fitting, 6 for tuning and certifying
 
 
 @pytest.mark.slow
 def test_neither_import_nor_export_needs_pytorch(
     imported: Path, classifier: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Without PyTorch, import, export and evaluate run, and commands that need it are refused."""
+    """Without PyTorch, import, export and evaluate run; where they do need it, they say so."""
 
     def run(command: str) -> str:
         words = [sys.executable, "-c", WITHOUT_TORCH, *command.split()]
@@ -552,7 +552,7 @@ def test_finetuning_counts_the_disagreement_of_full_depth(
     calibration = Store(tmp_path / "store").open("m").manifest.calibration
     frozen = Store(imported / "store").open("mine-fp32").manifest.calibration
     assert calibration is not None and frozen is not None
-    # Also in fp32, because the encoder has changed.
+    # It is counted in fp32, too, because the encoder has changed.
     assert calibration.original_disagreement is not None
     ours, theirs = (next(row for row in c.table if row.tau == 0) for c in (calibration, frozen))
     assert ours.disagreement == calibration.original_disagreement < 0.2 and theirs.disagreement == 0
@@ -562,7 +562,10 @@ def test_finetuning_counts_the_disagreement_of_full_depth(
 def test_exits_are_fitted_neither_with_the_tuning_nor_with_the_certifying_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise a certificate could rely on texts that exits were fitted on: if few, the tuning texts also certify."""
+    """Otherwise a certificate could rely on texts that the exits were fitted on.
+
+    This includes the tuning texts: if there are few texts, they certify, too.
+    """
     folder, file = save_encoder(tmp_path / "stock", layers=1, labels=2), tmp_path / "texts.txt"
     file.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 5)))
     given: list[Any] = []
@@ -596,4 +599,4 @@ def test_exits_are_fitted_neither_with_the_tuning_nor_with_the_certifying_texts(
     assert not texts["fitting"] & (texts["tuning"] | texts["certifying"])
     assert not texts["tuning"] & texts["certifying"]
     own = logits_of(folder, computed["fitting"])
-    np.testing.assert_allclose(fitting.logits, own, atol=0.2)  # in int8
+    np.testing.assert_allclose(fitting.logits, own, atol=0.2)  # the states were computed in int8

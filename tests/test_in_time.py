@@ -31,7 +31,7 @@ def test_times_of_passes_count_what_comes_before_the_layers_and_every_exit(
 
     def classify(engine: Engine, text: Any, choice: Any) -> None:
         outcome = original(engine, text, choice)
-        exits = outcome.layer + 1 if choice.rule.tau else 1  # only the last at τ = 0
+        exits = outcome.layer + 1 if choice.rule.tau else 1  # at τ = 0 only the last exit
         length = len(served.model.tokenize(text.text))
         clock[0] += start + token * length * outcome.layer + exit_cost * exits
         outcomes.append((choice.rule.max_layer, outcome.layer))
@@ -45,7 +45,7 @@ def test_times_of_passes_count_what_comes_before_the_layers_and_every_exit(
     assert times.full == pytest.approx([start + exit_cost, 3 * token])
     expected = [[start + exit_cost * (m + 1), m * token] for m in range(4)]
     assert times.exits == pytest.approx(np.array(expected), abs=1e-6)
-    # (s + M·l + e) / (s + m·l + (m + 1)·e), with the costs of a text that exits at layer m
+    # (s + M·l + e) / (s + m·l + (m + 1)·e) for an exit at layer m; s, l, e: costs of a text, a layer and an exit
     full = start + exit_cost + 3 * token * 20
     one = times.speedup(np.array([1]), np.array([20]))
     assert one == pytest.approx(full / (start + 2 * exit_cost + token * 20))

@@ -1,4 +1,4 @@
-"""Every operation of every instruction set against the reference, in C: this machine's, and others in QEMU."""
+"""Compares every kernel with the reference, in C: on this machine's instruction sets, and on others in QEMU."""
 
 import platform
 import shutil
@@ -27,7 +27,7 @@ arm = pytest.mark.skipif(
 
 
 def build(compiler: str, to: Path, *flags: str) -> Path:
-    """The program of tests/native/compare.c, compiled as the extension is."""
+    """Compile tests/native/compare.c to a program, with the sources and flags of the extension; returns its path."""
     (extension,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
     sources = [source for source in extension["sources"] if not source.endswith("python.c")]
     flags = (*extension["extra-compile-args"], "-Wall", "-Werror", *flags)
@@ -74,7 +74,7 @@ def test_the_program_for_emulators_runs_on_this_machine(kernels: Any) -> None:
 
 
 def assert_emulated(program: Path, emulator: str, processor: str, *names: str) -> None:
-    """Check that an emulated processor finds these kernels, and that the best agree with the reference."""
+    """Check that an emulated processor supports exactly these kernels, and that the first agree with the reference."""
     emulated = (emulator, "-cpu", processor, program)
     assert run(*emulated).split() == [*names, "reference"]
     for name in names[:1]:

@@ -44,12 +44,12 @@ def test_manifests_match_each_other_and_the_image() -> None:
     (port,) = container["ports"]
     settings = {e["name"].removeprefix("DE3_").lower(): e["value"] for e in container["env"]}
     assert settings["port"] == str(port["containerPort"])
-    assert pod["spec"]["enableServiceLinks"] is False  # DE3_PORT would be tcp://...
+    assert pod["spec"]["enableServiceLinks"] is False  # Kubernetes would set DE3_PORT to tcp://…
     assert f"USER {pod['spec']['securityContext']['runAsUser']}" in Path("Dockerfile").read_text()
     # The server must have time to answer accepted requests after the preStop pause.
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["spec"]["terminationGracePeriodSeconds"] >= pause + Settings().timeout_s + 5
-    settings.pop("cache_gb")  # an option of the command
+    settings.pop("cache_gb")  # an option of `de3 serve`, not a setting of the server
     Settings(**settings)
     assert settings["threads"] == container["resources"]["limits"]["cpu"]
 
@@ -61,7 +61,7 @@ def test_the_network_policy_admits_named_peers_and_blocks_egress() -> None:
     (rule,) = policy["ingress"]
     (container,) = DOCUMENTS["Deployment"]["spec"]["template"]["spec"]["containers"]
     assert rule["ports"] == [{"protocol": "TCP", "port": container["ports"][0]["containerPort"]}]
-    # An empty peer, or an empty selector in it, would admit everyone.
+    # A peer without selectors, or with an empty one, would admit everyone.
     for peer in rule["from"]:
         assert peer and all(selector["matchLabels"] for selector in peer.values()), peer
     # Prometheus is at the address that the adapter uses.
@@ -82,10 +82,10 @@ def test_keys_come_as_files_that_the_server_can_read() -> None:
     assert mount["readOnly"] is True
     secret = volume["secret"]
     assert not secret.get("optional", False)  # the pod waits for it, and does not start without keys
-    # A Secret's files belong to root and to the group fsGroup.
+    # The files of a Secret belong to root, and to the group in fsGroup.
     assert secret["defaultMode"] == 0o440
     assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
-    # The command at the top of the file creates what is mounted here.
+    # The command at the top of the file creates the files that are mounted here.
     (command,) = re.findall(r"kubectl create secret generic .*", FILE.read_text())
     assert f"generic {secret['secretName']} " in command
     made = set(re.findall(r"--from-file=([\w-]+)=", command))
@@ -97,7 +97,7 @@ def test_keys_come_as_files_that_the_server_can_read() -> None:
 
 
 def test_the_memory_limit_covers_what_the_server_admits() -> None:
-    """An upper bound by calculation, without the kernel's socket buffers."""
+    """The limit is above a calculated upper bound, which leaves out the kernel's socket buffers."""
 
     def size(text: str) -> int:
         return int(text[:-2]) * UNITS[text[-2:]]
@@ -109,7 +109,8 @@ def test_the_memory_limit_covers_what_the_server_admits() -> None:
     (tmp,) = (size(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if v.get("emptyDir", {}).get("medium"))
     reload = 410_000_000  # measured with the demo model: the server and the process that proves a new model
     assert memory["requests"] > reload + tmp
-    bodies = Settings().max_inflight_bytes * 9 // 8 * 5  # as bytes, and as strings of 4 bytes a character
+    # Each body as bytes, and as a string with up to 4 bytes a character.
+    bodies = Settings().max_inflight_bytes * 9 // 8 * 5
     connections = int(env["DE3_MAX_CONNECTIONS"]) * 48 * 1024  # a head, and the bytes read ahead
     unread = 2**26  # answers that clients have not read
     assert memory["limits"] > reload + tmp + bodies + connections + unread

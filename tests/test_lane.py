@@ -59,7 +59,7 @@ def test_cancelling_a_task_does_not_lose_the_turn(victim: int) -> None:
         await asyncio.wait_for(one(), 10)
         return done
 
-    assert asyncio.run(go()) in (4, 5)  # with the last call; the cancelled task may have been done
+    assert asyncio.run(go()) in (4, 5)  # with the last call; the cancelled task may have finished before
 
 
 def test_a_turn_is_followed_by_a_pause_of_the_same_length() -> None:
@@ -69,9 +69,7 @@ def test_a_turn_is_followed_by_a_pause_of_the_same_length() -> None:
             started = loop.time()
             while loop.time() < started + 0.05:
                 pass
-            ended = (
-                loop.time()
-            )  # measured inside the turn, so the pause begins later, however late the turn ends
+            ended = loop.time()  # inside the turn, so the pause begins later
         async with lane.turn("a"):
             assert loop.time() >= ended + 0.049
 

@@ -65,12 +65,12 @@ def stock_store(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path
 
 
 def texts_of(count: int, seed: int) -> list[str]:
-    """Different texts."""
+    """Distinct texts, each with a number at its end; fewer than `count` if some would be empty."""
     return [f"{text} {number}" for number, (text, _) in enumerate(make_rows(count, seed)) if text.strip()]
 
 
 def records_of(model: Model, texts: Sequence[str], clients: Sequence[str] = ("one",)) -> Records:
-    """Records of texts as a server makes them."""
+    """Records of texts, as a server would make them; the texts are from the clients in turn."""
     manifest, n = model.manifest, len(texts)
     states = np.zeros((n, manifest.num_layers, manifest.hidden_size), np.float16)
     logits = np.zeros((n, len(manifest.labels)), np.float32)
@@ -99,7 +99,7 @@ def some(base: Artifact) -> Records:
 
 @pytest.fixture(autouse=True)
 def at_normal_priority(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fits run at the priority of the tests: at the lowest one they would wait for everything else on the machine."""
+    """Run fits at the priority of the tests: at the lowest one, they would wait for everything else on the machine."""
     change = "from de3.export import learn; learn._run_at_idle = lambda: None; learn.child()"
     monkeypatch.setattr(fitting, "PROGRAM", change)
     monkeypatch.setattr(fitting, "IDLE_CORES", -1.0)
@@ -149,7 +149,7 @@ def test_a_reservoir_keeps_everything_until_it_is_full_and_stays_within_its_limi
         assert len(kept) == min(number + 1, 20)
     found = kept.records()
     assert found.states.nbytes + found.logits.nbytes <= 20 * (2 * 2 * 3 + 4 * 2 + 36)
-    assert (found.states[:, 0, 0].astype(int) == found.keys).all()  # no record is mixed up with another
+    assert (found.states[:, 0, 0].astype(int) == found.keys).all()  # states and keys are of the same records
 
 
 def test_newer_texts_replace_older_ones() -> None:
@@ -167,7 +167,7 @@ def test_a_text_that_was_drawn_rarely_stands_for_more_texts() -> None:
         kept.add(record(1, share=1.0))
         kept.add(record(2, share=0.25))
     keys = kept.records().keys
-    assert 0.72 < (keys == 2).mean() < 0.88  # 4 of 5
+    assert 0.72 < (keys == 2).mean() < 0.88  # expected: 4 of 5
 
 
 def test_a_client_with_most_of_the_texts_leaves_half_of_the_room_to_others() -> None:
@@ -178,7 +178,7 @@ def test_a_client_with_most_of_the_texts_leaves_half_of_the_room_to_others() -> 
             kept.add(record(number % 500, f"quiet-{number % 3}"))
     found = kept.records()
     loud = (found.clients == found.names.index("loud")).sum()
-    assert loud <= 51  # of the 100 quiet texts nearly half are kept
+    assert loud <= 51  # nearly half of the 100 quiet texts are kept
     kept = reservoir(10)
     for number in range(100):
         kept.add(record(number, "only"))
@@ -273,7 +273,7 @@ def test_records_of_several_servers_are_joined(some: Records) -> None:
     both = joined([some, other])
     assert len(both) == len(some) + 200 and both.names == ["one", "two", "three", "four"]
     assert (np.diff(both.numbers) == 1).all()
-    newest = [both.names[k] for k in both.clients[-30:]]  # those of each server
+    newest = [both.names[k] for k in both.clients[-30:]]  # of both servers
     assert 5 <= sum(name in ("three", "four") for name in newest) <= 15
     with pytest.raises(ValueError, match="another model"):
         joined([some, replace(other, base="x")])
@@ -291,11 +291,11 @@ def test_a_fit_is_tested_on_texts_that_it_did_not_see(some: Records) -> None:
     fits, tests = learning._split(some, 1, 0)
     assert not set(fits.keys.tolist()) & set(tests.keys.tolist())
     assert len(tests) == round(learning.HELD_OUT * len(some)) and len(fits) + len(tests) == len(some)
-    assert (learning._split(some, 2, 0)[1].keys != tests.keys).any()  # each attempt has its own
+    assert (learning._split(some, 2, 0)[1].keys != tests.keys).any()  # each attempt has its own split
     copies = replace(some, keys=some.keys // 4)
     fits, tests = learning._split(copies, 1, 0)
     assert not set(fits.keys.tolist()) & set(tests.keys.tolist())
-    assert len(tests) == 160  # also where most texts are repeated
+    assert len(tests) == 160  # as many, although most texts are repeats
 
 
 def test_each_client_tests_in_proportion_to_its_traffic(some: Records) -> None:
@@ -351,7 +351,7 @@ def test_learned_exits_can_be_learned_anew(
 def test_the_model_answers_as_the_fit_measured(
     base: Artifact, fitted: learning.Fitted, some: Records, tmp_path: Path
 ) -> None:
-    """The exits of the served model, on the held-out texts, give the scores of the evidence."""
+    """On the held-out texts, the exits of the served model give the scores that the fit reports as evidence."""
     store = Store(tmp_path)
     model = Model(store.open_path(learning.publish(base, fitted, store, 1, 400, version=2)), "onnxruntime")
     signal, texts = model.manifest.default_signal, texts_of(400, 6)
@@ -407,7 +407,7 @@ def test_exits_are_imported_from_the_records_of_several_servers(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["modernbert", "deberta-v2", "mpnet", "distilbert"])
 def test_every_family_learns(family: str, tmp_path: Path) -> None:
-    """Also one whose exits see the hidden states through a final norm."""
+    """One of the families is ModernBERT, whose exits see the hidden states through a final norm."""
     save_encoder(tmp_path / "stock", family, labels=3)
     store = Store(tmp_path / "store")
     convert(Stock.open("stock", tmp_path / "stock"), store, "base", "int8")
@@ -462,7 +462,7 @@ def test_a_fit_runs_in_a_process_of_its_own(base: Artifact, some: Records, tmp_p
     found = asyncio.run(run_fit(job(base, tmp_path / "r", tmp_path / "store")))
     assert found["records"] == 400 and found["held_out"] == 160 == len(found["evidence"])
     assert Path(found["path"]) == tmp_path / "store/base/2"
-    # What is not faster than what is served is not published.
+    # Exits that are not faster than the served ones are not published.
     slow = job(base, tmp_path / "r", tmp_path / "store", version=3, speedup=1e6)
     found = asyncio.run(run_fit(slow))
     assert found["path"] is None and found["evidence"] == []
@@ -562,7 +562,7 @@ def test_a_change_of_the_traffic_asks_for_new_records(base: Artifact, some: Reco
     one.observe(InService(2, 1.0, 1.0, 1))
     assert (one.count, one.next_fit, one.journal.first_new) == (0, FIRST_FIT, 1201)
     one.observe(InService(2, 1.0, 1.0, 1))
-    one.observe(InService(3, 1.0, 1.0, 0))  # another version is no change
+    one.observe(InService(3, 1.0, 1.0, 0))  # a new version is not a change of the traffic
     assert one.journal.first_new == 1201
 
 
@@ -572,7 +572,7 @@ def test_a_learner_continues_after_a_restart(base: Artifact, some: Records, tmp_
     one.save(all_records=True)
     again = learner_of(base, tmp_path)
     assert (len(again.reservoir), again.count, again.next_fit) == (700, 700, 750)
-    assert again.journal.attempts == 1  # no attempt's part of the error probability is used twice
+    assert again.journal.attempts == 1  # so no attempt uses another's part of the error probability
     found, saved = again.reservoir.records(), one.reservoir.records()
     assert (found.keys == saved.keys).all() and (found.states == saved.states).all()
     assert again.reservoir.texts == 700
@@ -639,7 +639,7 @@ def test_the_error_probabilities_of_all_attempts_sum_to_that_of_the_promise() ->
 
 
 def test_held_out_texts_prove_a_tau_but_are_no_audits(fitted: learning.Fitted, base: Artifact) -> None:
-    """They count as audits of every text do, for every client."""
+    """They allow every client the same τ as audits of these texts would, if each were drawn with probability 1."""
     settings = Settings(guarantee=0.3, learn=True)
     manifest = _learned(base, fitted)
     one, other = (Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings) for _ in range(2))
@@ -656,7 +656,7 @@ def test_held_out_texts_prove_a_tau_but_are_no_audits(fitted: learning.Fitted, b
     assert one.standing.promised == other.standing.promised
     assert one.rules.default.rule.tau > 0
     assert one.evidence.audits == 0 and other.evidence.audits == len(rows)
-    assert one.speedup() > 1.0  # as the held-out texts show, until there are audits
+    assert one.speedup() > 1.0  # from the held-out texts, until there are audits
 
 
 def _learned(base: Artifact, fitted: learning.Fitted) -> Manifest:
@@ -726,7 +726,7 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first fit starts early, and no other by itself."""
+    """Start the first fit after 150 records, and later ones only on request."""
     monkeypatch.setattr(learner, "FIRST_FIT", 150)
     monkeypatch.setattr(learner, "GROWTH", 100)
     monkeypatch.setattr("de3.server.learn.learners.CHECK_S", 0.05)
@@ -802,7 +802,7 @@ def test_a_rollback_is_remembered_and_a_canary_waits_for_an_admin(stock_store: P
         few = post.post("/v1/models/base/learn")
         assert few.status_code == 409 and "too few" in few.json()["error"]["message"]
         send(server, texts_of(80, 10))
-        assert post.post("/v1/models/base/learn").json()["object"] == "learn"  # before 150 records
+        assert post.post("/v1/models/base/learn").json()["object"] == "learn"  # with fewer than 150 records
         until(lambda: report(server)["fits"], "the fit that was asked for")
         roles = {row["id"]: row["role"] for row in httpx.get(f"{server.url}/v1/models").json()["data"]}
         assert roles == {"base:1": "current", f"base:{FIRST}": "canary"}
@@ -834,7 +834,7 @@ def test_a_learned_version_that_cannot_be_loaded_does_not_stop_the_server(
 def test_a_fit_does_not_undo_what_an_admin_did_meanwhile(
     stock_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fit ends after another model of the name was loaded: its exits are not for that one's weights."""
+    """During the fit, a model with the same name and other weights is loaded, for which the exits are of no use."""
     store = tmp_path / "store"
     shutil.copytree(stock_store / "base", store / "base")
     save_encoder(tmp_path / "other", labels=2)
@@ -851,12 +851,12 @@ def test_a_fit_does_not_undo_what_an_admin_did_meanwhile(
         shutil.copytree(tmp_path / "new/base/1", store / "base/2")
         (store / "base/2/manifest.json").write_text(json.dumps(manifest))
         assert admin.post(f"{server.url}/v1/models/base/load").json()["model"] == "base:2"
-        assert report(server)["records"] == 0  # another model's records do not fit
+        assert report(server)["records"] == 0  # the previous model's records are of no use
         go.touch()
         until(server.service.shared.books.learners._fitting.done, "the end of the fit")  # type: ignore[attr-defined]
         assert send(server, ["a film"])[0]["model"] == "base:2"
         assert not list((tmp_path / "state/learned/versions/base").glob("[0-9]*"))
-        # A canary of other weights does not take over either.
+        # Nor does a canary with other weights replace the model for which exits are learned.
         load = {"version": 1, "role": "canary", "share": 0.5}
         assert admin.post(f"{server.url}/v1/models/base/load", json=load).status_code == 200
         assert report(server)["serving"] == 2
@@ -897,7 +897,7 @@ def test_a_full_disk_stops_a_fit_but_not_the_server(
     with learning_server(stock_store, tmp_path) as server:
         send(server, texts_of(160, 16))
         until(lambda: report(server)["fits"], "the first fit")
-        assert report(server)["fits"][0]["error"] == "No space left on device"  # without a path
+        assert report(server)["fits"][0]["error"] == "No space left on device"  # the path is not shown
         assert send(server, ["a film"])[0]["model"] == "base:1"
 
 
@@ -949,7 +949,7 @@ app()
 def test_a_server_that_is_killed_at_any_step_learns_again(
     stock_store: Path, tmp_path: Path, step: str
 ) -> None:
-    """No number of an attempt is used twice, as each has its own part of the promise's error probability."""
+    """No two fits have the same attempt number: each number stands for a part of the promise's error probability."""
     texts, attempts = texts_of(1200, 15), set[int]()
     arguments = ("--learn", "--guarantee", "0.2", "--state-dir", str(tmp_path), "--model", "base")
     for run, wanted in enumerate((step, step, "never")):
@@ -972,7 +972,7 @@ def test_a_server_that_is_killed_at_any_step_learns_again(
             attempts.add(learned.attempt)
         assert len(attempts) == len(folder.versions("base"))
     assert found["fits"][-1]["outcome"] == "served" and found["serving"] > LEARNED_FROM
-    # Two fits were begun and killed; a fit whose beginning was not written has no version and proved nothing.
+    # Two fits were begun and killed. If the beginning of a fit was not saved, its number is free: it proved nothing.
     assert found["fits"][-1]["attempt"] == (1 if step == "saving" else 3)
 
 

@@ -134,7 +134,7 @@ def test_answers_of_texts_with_errors_in_between(model: de3.Classifier) -> None:
     found = model.answers(["good", " ", LONG, "bad"], long="error", tau=0)
     assert found.errors.keys() == {1, 2} and "at most 64" in found.errors[2]
     assert found.values["label"] == [row.label for row in model.classify(["good", "bad"], tau=0)]
-    assert found.full_depth_s == pytest.approx(found.model_s)  # nothing exits early
+    assert found.full_depth_s == pytest.approx(found.model_s)  # at τ = 0 nothing exits early
 
 
 @pytest.mark.parametrize("window", [1, 7, WINDOW])
@@ -166,7 +166,7 @@ def test_a_stream_that_is_left_drops_its_texts(model: de3.Classifier) -> None:
     found = []
     with pytest.raises(de3.InputError, match=r"input\[3\]"):
         found.extend(model.stream(["a", "b", "c", ""], window=2))
-    assert len(found) == 2  # the window before
+    assert len(found) == 2  # the texts of the first window
 
 
 def test_threads_share_a_classifier(model: de3.Classifier) -> None:

@@ -31,7 +31,7 @@ class Simulation:
         self.worst_s = 0.0
 
     def run(self, seconds: float, rate: float) -> list[int]:
-        """Run for some seconds; returns the level at the end of each tick."""
+        """Run with `rate` texts/s for some seconds; returns the level at the end of each tick."""
         levels, step = [], 0.005
         for _ in range(round(seconds / TICK_S)):
             for _ in range(round(TICK_S / step)):
@@ -107,7 +107,7 @@ def test_whatever_it_sees_the_level_stays_in_range_and_only_the_last_one_sheds(
         assert 0 <= controller.level <= LEVELS
         before = controller.level
         assert controller.sheds(10**9, lambda: 10**9) == (before == LEVELS)
-        controller.level = before  # a burst jumps to the last level
+        controller.level = before  # undo the jump to the last level
 
 
 def test_running_texts_are_not_load_however_slow_the_model_is() -> None:
@@ -155,7 +155,7 @@ def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_ar
         until(lambda: controller.level == len(server.service.models.all[0].rules.steps) > 0, "the last level")
         client = {"client": ("127.0.0.1", 1), "headers": []}
         until(lambda: server.frontend.sheds(client), "shedding")
-        assert not server.frontend.sheds(client | {"client": ("192.0.2.1", 1)})  # nothing in flight
+        assert not server.frontend.sheds(client | {"client": ("192.0.2.1", 1)})  # it has nothing in flight
 
         def shed() -> float:
             return server.metric("de3_rejected_total", cause="shed")
@@ -208,7 +208,7 @@ class Ticking:
 
     @property
     def capacity(self) -> float:
-        return 1 / self.controller.predicted_s(3)  # one more text than threads
+        return 1 / self.controller.predicted_s(3)  # of three texts on two threads, one waits
 
 
 def test_only_a_server_that_was_never_idle_lowers_its_capacity() -> None:
@@ -242,7 +242,7 @@ def test_a_burst_raises_tau_to_its_last_step_before_anything_is_shed() -> None:
 
 
 def test_admission_tells_the_controller_what_a_short_text_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts in flight, without the finished ones of a batch and those that a short text overtakes."""
+    """A short text waits for the texts in flight, except those that have finished and those that it overtakes."""
     admission, told = Admission(Settings(), Models(), lambda: 1), list[tuple[int, int]]()
     queue = SimpleNamespace(later_than=lambda due: 3)
     monkeypatch.setattr(admission, "_engine", SimpleNamespace(queue=queue))
@@ -259,6 +259,6 @@ def test_admission_tells_the_controller_what_a_short_text_waits_for(monkeypatch:
     batch: Any = Batch()
     admission.admit(batch)
     assert admission.sheds(lambda: "busy") and told == [(10, 10 - 4 - 3)]
-    assert not admission.sheds(lambda: "new")  # it has nothing in flight, and precedes the busy client
-    assert admission.sheds(lambda: None)  # unauthorized
+    assert not admission.sheds(lambda: "new")  # this client has nothing in flight, and precedes the busy one
+    assert admission.sheds(lambda: None)  # an unauthorized client
     admission.release(batch)

@@ -1,4 +1,4 @@
-"""The load generator: the requests that it sends, the answers that it counts, and the start of each latency."""
+"""The load generator: the requests that it sends, the answers that it counts, and when each latency starts."""
 
 import json
 import socket
@@ -24,7 +24,7 @@ SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
 
 @contextmanager
 def plain_server(answer: Callable[[int], bytes]) -> Iterator[Target]:
-    """A server that answers the n-th request with `answer(n)`; if that is empty, it closes the connection."""
+    """A server that answers request n, counted from 0, with `answer(n)`; if that is empty, it closes the connection."""
     listening = socket.create_server(("127.0.0.1", 0))
     count, lock = [0], threading.Lock()
 
@@ -80,8 +80,8 @@ def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
     assert run.statuses() == {200: len(run.answers)}
     assert 150 < len(run.answers) < 260  # Poisson: 200 ± 14
     waited = [x for x in run.latencies_ms() if x > 100]
-    assert len(waited) > 30  # not the 2 of a generator that waits for its connections
-    assert run.latencies_ms()[0] < 100  # but not all of them
+    assert len(waited) > 30  # a generator that waits for its 2 connections would count only 2
+    assert run.latencies_ms()[0] < 100  # requests before the stall are fast
 
 
 def test_a_closed_loop_sends_the_samples_in_turn() -> None:

@@ -33,7 +33,7 @@ ROOM = 62  # tokens of a single text in a window of the tests' models
 
 
 def words(number: int, seed: int = 0) -> str:
-    """A text of this many one-token words, mostly filler; the others are good in the first third, then bad."""
+    """A text of this many one-token words, mostly filler; the rest is from GOOD in the first third, then from BAD."""
     rng = random.Random(seed)
     return " ".join(
         rng.choice(FILLER if rng.random() < 0.7 else GOOD if n < number / 3 else BAD) for n in range(number)
@@ -74,7 +74,7 @@ rows = st.lists(st.tuples(st.integers(1, 500), logits), min_size=1, max_size=8)
 def test_a_settled_label_is_final_whatever_follows(
     rows: list[tuple[int, list[float]]], classes: int, ran: int, against: int
 ) -> None:
-    """Even if all remaining windows are confident in the same other class."""
+    """This holds even if all remaining windows are confident in one other class."""
     combination = Combination([weight for weight, _ in rows])
     for _, values in rows[:ran]:
         combination.add(reading(values[:classes]))
@@ -136,11 +136,11 @@ def test_the_mean_is_weighted_by_new_tokens_and_may_be_settled_early() -> None:
     combination.add(reading([0.0, 2.0]))
     assert not combination.is_settled() and combination.is_settled(0.75)
     combination = Combination([50, 50])
-    combination.add(reading([0.0, 800.0]))  # a tie would be possible, and would go to the first class
+    combination.add(reading([0.0, 800.0]))  # a tie is possible, and would go to the first class
     assert not combination.is_settled()
 
 
-# Tokens.
+# Tokens
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -156,7 +156,7 @@ def test_windows_have_the_tokens_of_the_whole_text(kind: str, text: str, room: i
     if isinstance(found, Tokens):
         assert len(whole) <= room and found.truncated == (len(text) > most)
         alone = ours.start(text, None, True).all()
-        if len(text) <= max_chars(limit):  # exactly as without windows
+        if len(text) <= max_chars(limit):  # the tokens are those without windows
             assert isinstance(alone, Tokens)
             assert (found.ids == alone.ids).all() and (found.type_ids == alone.type_ids).all()
         return
@@ -261,7 +261,7 @@ def run(item: Item, queue: Any) -> Outcome:
 
 
 def by_hand(model: Model, text: str, tau: float) -> list[Reading]:
-    """The exit of each window, by the plain model and the rule."""
+    """The reading at the exit of each window, by the plain model and the rule."""
     ids = model.tokenizer.encode([(text, None)], special=False)[0].ids
     rule, left = ExitRule(tau, Edr(1.0)), []
     for span in spans(len(ids), ROOM):
@@ -340,7 +340,7 @@ def test_a_dropped_job_stops_between_its_layers(model: Model) -> None:
     assert engine.run(item, queue) is None and num_ran(item) == before and item.outcome is None
 
 
-# Over HTTP.
+# Over HTTP
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-int8"])

@@ -85,7 +85,7 @@ def test_a_new_version_takes_over_and_can_be_rolled_back(server: Server) -> None
 
 
 def test_a_bad_artifact_changes_nothing_and_says_why(server: Server) -> None:
-    for body in ({"version": 3}, {}):  # the newest
+    for body in ({"version": 3}, {}):  # without a version, it is the newest
         refused = change(server, "load", **body)
         error = refused.json()["error"]
         assert (refused.status_code, error["param"]) == (422, "name")
@@ -152,7 +152,7 @@ def test_a_shadow_is_compared_and_answers_nobody(server: Server) -> None:
     assert {a["model"] for a in answers} == {"tiny:1"}
     names = {"model": "tiny:1", "shadow": "tiny:2"}
     until(lambda: server.metric("de3_shadow_texts_total", **names) == 60, "the shadow")
-    assert server.metric("de3_shadow_disagreements_total", **names) == 60  # every label has another name
+    assert server.metric("de3_shadow_disagreements_total", **names) == 60  # its labels have other names
 
 
 def test_a_shadow_that_agrees_counts_nothing(server: Server, versions: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_shadow_that_agrees_counts_nothing(server: Server, versions: Path) -> 
 
 
 def test_a_shadow_takes_nobodys_room(versions: Path) -> None:
-    """Its texts do not count as pending either: the autoscaler and the load controller must not see it."""
+    """Its texts do not count as pending, so the autoscaler and the load controller do not see them."""
     settings = {"models": ["tiny:1"], "admin_keys": f"root {KEY}", "max_queue": 8, "max_texts": 8}
     with serving(versions, **settings) as server:
         change(server, "load", version=2, role="shadow")
@@ -319,14 +319,14 @@ def test_one_change_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -
     assert loading.wait(20)
     refused = change(server, "load", version=2)
     assert refused.status_code == 409 and "another change" in refused.text
-    assert answering(server) == "tiny:1"  # until the other is ready
+    assert answering(server) == "tiny:1"  # until the new version is ready
     go_on.set()
     first.join()
     assert (found[0].status_code, answering(server)) == (200, "tiny:2")
 
 
 def test_reloads_under_load_fail_no_request(versions: Path) -> None:
-    """No answer comes from a half-loaded model either: labels identify the version."""
+    """No answer mixes two versions, as the labels would show."""
     labels = {"tiny:1": {"negative", "positive"}, "tiny:2": {"no", "yes"}}
     stop, wrong, count = threading.Event(), [], Counter[str]()
     with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}", threads=2) as server:
@@ -365,7 +365,7 @@ def test_reloads_under_load_fail_no_request(versions: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_of_unloaded_models_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a separate process, with the demo model, which is large enough to measure."""
+    """Measures the memory of a separate process with the demo model, which is large enough for that."""
     monkeypatch.setenv("DE3_ADMIN_KEYS", f"root {KEY}")
     with process(Path("models")) as running:
         url = url_when_ready(running)
@@ -383,8 +383,8 @@ def test_memory_of_unloaded_models_comes_back(monkeypatch: pytest.MonkeyPatch) -
 
         reload(2)
         before = memory_mb()
-        reload(4)  # each time with texts run by the previous model, which the engine must forget
-        # A load takes 60 MB temporarily, and the model keeps half of that.
+        reload(4)  # the engine must not keep a model whose texts it has run
+        # A load takes 60 MB at its peak; half of that stays in use by the model.
         until(lambda: memory_mb() < before + 40, "the memory to come back", 180)
 
 
@@ -411,7 +411,7 @@ def test_the_first_of_several_versions_answers(versions: Path, names: list[str])
 
 
 def test_other_entries_in_the_store_do_not_prevent_the_start(versions: Path) -> None:
-    shutil.copytree(versions / "tiny" / "1", versions / "other" / "1")  # a name other than its manifest's
+    shutil.copytree(versions / "tiny" / "1", versions / "other" / "1")  # its manifest has another name
     (versions / "tiny" / "99").mkdir()
     with serving(versions, models=["tiny:1"]) as server:
         assert answering(server) == "tiny:1"

@@ -29,7 +29,7 @@ from tests.serving import serving
 from tests.stock import segments_of, transformers_model, with_random_exits
 from tests.test_hostile_models import edit, forge
 
-LENGTHS = [*range(1, 28), 31, 32, 33, 40, 47, 63, 64]  # local attention spans 5 tokens on each side here
+LENGTHS = [*range(1, 28), 31, 32, 33, 40, 47, 63, 64]  # local attention spans 5 tokens on each side
 SMALL = {"layers": 5, "labels": 3}
 
 
@@ -47,7 +47,7 @@ def opened(model: onnx.ModelProto) -> Any:
 
 @torch.no_grad()
 def largest_difference(folder: Path, session: Any, lengths: list[int]) -> float:
-    """The largest difference between transformers' own classifier and a session, one text at a time."""
+    """Largest absolute difference between the logits of transformers and of a session; one text of each length."""
     stock, _ = transformers_model(folder)
     torch.manual_seed(1)
     differences = []
@@ -91,7 +91,7 @@ def test_full_depth_is_the_stock_classifier_with_every_option(
 
 @pytest.mark.slow
 def test_texts_of_hundreds_of_tokens(tmp_path: Path) -> None:
-    """With ModernBERT's own window: texts of one block, of several, and with an incomplete last block."""
+    """Uses the local attention of real ModernBERT models: one block, several blocks, and an incomplete last block."""
     more = {"local_attention": 128, "max_position_embeddings": 8192}
     folder = save_encoder(tmp_path, "modernbert", **SMALL | more)
     session = opened(full_depth_of(folder))
@@ -138,7 +138,7 @@ def test_every_exit_sees_the_final_norm_once(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_padding_changes_nothing(tmp_path: Path) -> None:
-    """Even though most padding is too far away to attend to any token of the text."""
+    """Most padding tokens are too far away to attend to any token of the text."""
     folder = save_encoder(tmp_path / "stock", "modernbert", **SMALL)
     model = with_random_exits(folder, tmp_path / "checkpoint").model
     ids = torch.randint(4, 40, (2, 64))

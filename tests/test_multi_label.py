@@ -27,7 +27,7 @@ STORY = FILLER[5:9]
 
 
 def labels_of(text: str) -> tuple[int, ...]:
-    """Any number of labels: by words of praise, of blame, and of story."""
+    """The labels of a text, as ascending indices: praise, blame and story, each if the text has one of its words."""
     words = set(text.split())
     return tuple(k for k, known in enumerate((GOOD, BAD, STORY)) if words & set(known))
 
@@ -60,9 +60,9 @@ def test_an_artifact_records_that_it_is_multi_label(imported: Path, classifier: 
     certify = checkpoint.held_out("certify")
     assert all(isinstance(e.label, tuple) and e.label == e.original for e in certify)
     recorded = record(Model(artifact, "onnxruntime"), certify)
-    assert recorded.correct[:, -1].mean() > 0.97  # as the original, except for int8
+    assert recorded.correct[:, -1].mean() > 0.97  # the original's answers, except where int8 changes them
     share = np.mean([labels_of(str(e.text)) == e.label for e in certify])
-    assert share > 0.6  # the original has some accuracy
+    assert share > 0.6  # the original is much better than chance
     micro, macro = f1(recorded)
     assert micro[-1] > 0.98 and macro[-1] > 0.95 and micro[0] <= micro[-1]
 
@@ -114,7 +114,7 @@ def test_a_request_may_set_thresholds(server: Server) -> None:
 
     assert set(labels(thresholds=1e-6)) == set(NAMES) and labels(thresholds=1 - 1e-6) == []
     assert "blame" not in labels(thresholds={"blame": 1 - 1e-6})
-    # Together with a calibrated target, or with an unknown label, it is an error with a clear message.
+    # Unknown labels, values out of range, and combinations with a calibrated target are clear errors.
     for options, says in (
         ({"thresholds": {"anger": 0.5}}, "topics:1 has no label 'anger'; there are: praise, blame, story"),
         ({"thresholds": 1.0}, "a number above 0 and below 1"),

@@ -23,7 +23,7 @@ from tests.commands import de3, refusal
 from tests.fixtures import BAD, FILLER, GOOD, made_once, make_rows
 from tests.serving import serving
 
-pytestmark = pytest.mark.slow  # test_multi_label.py imports, serves and evaluates such a model
+pytestmark = pytest.mark.slow  # the fast tests of such models are in test_multi_label.py
 NAMES = ["blame", "praise", "story"]
 WORDS = (BAD, GOOD, FILLER[5:9])
 
@@ -36,7 +36,7 @@ def names_of(text: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows with any number of three labels, as lists."""
+    """A .jsonl file whose rows have lists with any number of three labels."""
 
     def make(folder: Path) -> None:
         rows = ({"text": text, "label": names_of(text)} for text, _ in make_rows(1800, 41))
@@ -97,7 +97,7 @@ def test_what_was_trained_is_served(trained: Path, data_file: Path, tmp_path: Pa
 
 
 def test_labels_in_cells_new_names_and_no_early_exit(encoder: Path, tmp_path: Path) -> None:
-    """The same rows as a .csv, with the labels renamed; then exported as one plain graph."""
+    """Trains on a .csv with all labels of a row in one cell, renames them, and exports one plain graph."""
     rows = [(text, "|".join(reversed(names_of(text)))) for text, _ in make_rows(200, 43)]
     (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"{text},{cell}\n" for text, cell in rows))
     output = de3(
@@ -214,7 +214,7 @@ def test_the_loss_is_that_of_plain_pytorch() -> None:
     assert total == pytest.approx(float(expected), rel=1e-6)
     by_hand = losses.binary_cross_entropy(torch.tensor([[0.0, math.log(3)]]), torch.tensor([[1.0, 0.0]]))
     assert by_hand == pytest.approx(math.log(2) + math.log(4))
-    # one of two classes is equivalent to a single label
+    # a single label is equivalent to two classes
     pair = torch.stack([torch.zeros(5), logits[:, 0, 0]], -1)
     alone = losses.binary_cross_entropy(logits[:, 0, :1], labels[:, :1].float())
     assert alone == pytest.approx(float(F.cross_entropy(pair, labels[:, 0].long())), rel=1e-6)

@@ -1,4 +1,4 @@
-"""The kernels against ONNX Runtime, against each other and against the exit rule.
+"""The kernels, compared with ONNX Runtime, with each other and with the exit rule.
 
 If this machine has no fast kernels, the tests use the reference.
 """
@@ -81,7 +81,7 @@ def test_the_kernels_match_onnx_runtime(native: Model, onnx: Model, implementati
 
 
 def by_each(native: Model, hidden: np.ndarray) -> list[np.ndarray]:
-    """The output of layer 1 with each implementation, the reference last."""
+    """The hidden states after layer 1 with each implementation, the reference last."""
     found = []
     for name in ALL:
         with using(name):
@@ -169,8 +169,11 @@ def random_architecture(
     family: dict[str, Any] | None = None,
     max_tokens: int = 96,
 ) -> Architecture:
-    """Embeddings and one layer, each with an exit; metric 0: no prototypes. head: the last exit's. family: fields of an
-    encoder that is not BERT."""
+    """Embeddings and one layer, each with an exit.
+
+    metric: width of the metric space; 0: no prototypes. head: of the last exit; None: it is linear. family: fields of
+    an encoder that is not BERT.
+    """
     bert = {"type": "bert", "positions": 96, "token_types": 2}
     encoder = (family or bert) | {
         "num_layers": 1,
@@ -209,17 +212,17 @@ def run(
 
 
 def is_near(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    """True if values are equal, except for rounding errors and the few that cross a quantization step."""
+    """True if values are equal, except for rounding errors, of which a few may cross a quantization step."""
     return bool(np.median(np.abs(ours - theirs)) < 2e-6 * np.ptp(theirs))
 
 
 def shaken(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Values with errors of the size of rounding.
+    """Values with random errors as large as those of rounding.
 
     If an activation is at the boundary of two steps, a rounding error changes every output of its token by up to a
     step, also in ONNX Runtime.
     """
-    size = rng.choice([3e-7, 1e-6, 3e-6])  # of a float32, and of a sum of hundreds
+    size = rng.choice([3e-7, 1e-6, 3e-6])  # from one float32 operation to a sum of hundreds of terms
     return (values * (1 + rng.normal(0, size, values.shape))).astype(np.float32)
 
 
@@ -334,7 +337,7 @@ def test_modernbert_and_deberta_match_onnx_runtime(
         before = feed["hidden"] if layer else ids
         for name in ALL:
             ours = run(name, model, layer, before, types, None if layer else prototypes, expected)
-            # As when a model is loaded: rounding errors may cross a quantization step.
+            # A limit like that of loading a model, as rounding errors may cross a quantization step.
             error = np.abs(ours[0] - expected[0]).mean(-1).max()
             assert error <= (MAX_STATES_DIFFERENCE / 4 if layer else 1e-6) * expected[0].std()
             for a, b in zip(expected[1:], ours[1:], strict=True):
@@ -353,12 +356,12 @@ def test_processes_share_the_memory_of_the_weights() -> None:
     network, _ = random_network(rng, random_architecture(128, 4, 64, 3, 32, True, True))
     fd = os.memfd_create("weights", os.MFD_ALLOW_SEALING)
     try:
-        with pytest.raises(MemoryError):  # it is empty
+        with pytest.raises(MemoryError):  # the memory is still empty
             build(network, Memory(fd, True))
         models = [build(network), build(network, Memory(fd, False)), build(network, Memory(fd, True))]
         with pytest.raises(OSError, match="Operation not permitted"):
             os.pwrite(fd, b"x", 0)
-        with pytest.raises(MemoryError):  # it is sealed
+        with pytest.raises(MemoryError):  # the memory is sealed
             build(network, Memory(fd, False))
     finally:
         os.close(fd)
@@ -380,7 +383,7 @@ def test_the_head_of_a_stock_classifier(
 ) -> None:
     head = Head(activation=activation, pooling=pooling)
     rng, tokens = np.random.default_rng(5), 17
-    # other exits pool differently
+    # the other exits use the other kind of pooling
     architecture = random_architecture(128, 4, 64, 3, 0, True, pooling == "cls", head)
     network, built = random_network(rng, architecture)
     model = build(network)
@@ -468,7 +471,7 @@ def test_in_a_group_each_text_exits_as_alone_and_as_the_rule_says(
 
 
 def in_c(signal: Signal, passed: list[tuple[list[float], list[float] | None]]) -> float:
-    """The kernels' score at the last of these exits, on layers 0, 1, …"""
+    """The kernels' score at the last of these exits. passed: logits and distances of the exits on layers 0, 1, …"""
     buffers = [(np.float32(x), None if y is None else np.float32(y)) for x, y in passed]
     return kernels.score(buffers, signal.code, signal.lam or 0.0, signal.table, None)
 
@@ -529,7 +532,7 @@ def test_the_decision_is_that_of_the_exit_rule(
     score = in_c(signal, passed)
     assert math.isnan(score) if expected is None else score == expected  # bit for bit
     taus = [0.0, 1.0, data.draw(st.floats(0, 1))]
-    if expected is not None:  # and exactly at the threshold
+    if expected is not None:  # also exactly at the score, and just above it
         taus += [expected, min(math.nextafter(expected, 2.0), 1.0)]
     for tau in taus:
         assert kernels.exits(score, tau) == ExitRule(tau, signal).exits(expected)
@@ -590,7 +593,7 @@ def test_kernels_whose_hidden_states_differ_are_not_used(
     def wrong(segment: NativeSegment, hidden: Any, with_exit: bool) -> Any:
         step = run(segment, hidden, with_exit)
         if segment.layer == 2:
-            step.hidden[0, -1] *= -1  # of the last token only
+            step.hidden[0, -1] *= -1  # only those of the last token
         return step
 
     monkeypatch.setattr(NativeSegment, "run", wrong)
@@ -690,7 +693,7 @@ def test_a_text_that_fails_does_not_fail_the_rest_of_its_group(
     def broken(tokenizer: TextTokenizer, encoding: Any, *rest: Any) -> Any:
         tokens = short(tokenizer, encoding, *rest)
         if encoding.ids == tokenizer.encode([("broken", None)])[0].ids:
-            tokens.ids[0, 1] = 10**6  # no such row in the word table
+            tokens.ids[0, 1] = 10**6  # the word table has no such row
         return tokens
 
     monkeypatch.setattr(TextTokenizer, "short", broken)
@@ -751,7 +754,7 @@ def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
 def test_an_int8_linear_layer_quantizes_each_token_by_itself(
     tokens: int, spread: float, center: float, is_constant: bool, seed: int
 ) -> None:
-    """In steps of 1/255 of its own range, so that no token's result depends on another."""
+    """The steps are 1/255 of the token's own range, so its result depends on no other token."""
     rng = np.random.default_rng(seed)
     x = ((rng.normal(size=(tokens, 64)) + center) * spread).astype(np.float32)
     x[0] = x[0, 0] if is_constant else 1000 * x[0]  # an outlier

@@ -15,7 +15,7 @@ from tests.serving import Server, serving, until
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
-# Flags with which the browser makes no requests of its own.
+# With these flags, the browser makes no requests of its own.
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -51,7 +51,7 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
 
 
 def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
-    """The page; it must load nothing from elsewhere, and must not violate its policy."""
+    """The page; fails the test if it loads anything from elsewhere or violates its content security policy."""
     with browser.new_context(**context) as contexts:
         page = contexts.new_page()
         wrong: list[str] = []
@@ -67,7 +67,7 @@ def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
 
 
 def slide(page: Page, end: float) -> None:
-    """Drag the slider's thumb: 0 is its left end, 1 its right end."""
+    """Drag the slider's thumb. end: 0 is the left end of the track, 1 the right end."""
     slider = page.locator("#slider")
     box, last = slider.bounding_box(), int(slider.get_attribute("max") or 0)
     assert box is not None
@@ -170,7 +170,7 @@ def test_an_unreachable_server_is_reported_and_retried(page: Page) -> None:
     page.fill("#text", "anything")
     expect(page.locator("#problem")).to_contain_text("The server cannot be reached. Is it still running?")
     page.unroute("**/classify")
-    expect(page.locator("#layers .exit")).to_have_count(1)  # it retries by itself
+    expect(page.locator("#layers .exit")).to_have_count(1)  # the page has retried by itself
 
 
 def test_live_figures_come_from_the_metrics(page: Page, server: Server) -> None:
@@ -242,7 +242,7 @@ def test_full_depth_is_that_of_the_same_text(page: Page) -> None:
 
     def change_the_text(route: Route) -> None:
         sent.append(json.loads(route.request.post_data or "")["input"])
-        if len(sent) == 1:  # as if typed while the request is in flight
+        if len(sent) == 1:  # as if the user typed while the request is in flight
             page.evaluate("document.getElementById('text').value = 'Another text.'")
         route.continue_()
 
@@ -253,7 +253,7 @@ def test_full_depth_is_that_of_the_same_text(page: Page) -> None:
 
 
 def caught(page: Page, held: list[Route]) -> Route:
-    """The next request that a handler holds; the handler may run after the request is reported."""
+    """Wait for a request that a handler holds; the handler may run some time after the request is reported."""
     for _ in range(6000):
         if held:
             break
@@ -262,7 +262,7 @@ def caught(page: Page, held: list[Route]) -> Route:
 
 
 def drawn(page: Page) -> None:
-    """Wait until received answers are handled, and drawn if they are drawn at all."""
+    """Wait until the page has handled every answer that it has received, drawing included."""
     page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
 
 
@@ -278,14 +278,14 @@ def test_an_older_answer_is_never_drawn(page: Page) -> None:
     page.fill("#text", "A wonderful film.")
     expect(page.locator("#summary strong")).to_contain_text("positive")
     older.continue_()
-    page.wait_for_timeout(200)  # for something that must not arrive
+    page.wait_for_timeout(200)  # time to draw the older answer, which must not happen
     expect(page.locator("#summary strong")).to_contain_text("positive")
 
 
 def test_typing_while_the_models_load(browser: Browser, server: Server) -> None:
     models = httpx.get(server.url + "/v1/models").json()
     for model in models["data"]:
-        del model["role"]  # as while they load
+        del model["role"]  # models have no role while they load
     with browser.new_context() as context:
         page = context.new_page()
         wrong: list[str] = []
@@ -348,7 +348,7 @@ def test_models_of_every_shape_one_after_the_other(browser: Browser, server: Ser
         expect(page.locator("#layers li")).to_have_count(7)
         page.locator("#model").select_option(odd["id"])
         late = caught(page, held)
-        # Another choice, while the calibration of the first is in flight.
+        # Choose another model while the first one's calibration is in flight.
         page.locator("#model").select_option(real["id"])
         expect(page.locator("#layers li")).to_have_count(7)
         point = {
@@ -379,7 +379,7 @@ def test_a_model_that_was_replaced(browser: Browser, server: Server) -> None:
     for page in opened(browser, server):
         page.route("**/v1/models", lambda route: route.fulfill(json={"data": [old]}), times=1)
         page.reload()
-        # Version 0 is answered with 404; the page then asks again for the served models.
+        # A request to version 0 gets a 404; the page then asks again which models are served.
         expect(page.locator("#model")).to_have_value("sst2:1")
         expect(page.locator("#layers .exit")).to_have_count(1)
 
@@ -404,7 +404,7 @@ def test_pairs_where_the_model_takes_them(page: Page, browser: Browser, store: P
 
 
 def poll(page: Page, times: int) -> None:
-    """Advance the page's fake clock to its next polls."""
+    """Advance the page's fake clock so that it polls the server this many times."""
     for _ in range(times):
         with page.expect_response("**/metrics"):
             page.clock.run_for(2000)
@@ -416,7 +416,7 @@ def audit_of(server: Server) -> dict[str, Any]:
 
 
 def send_texts(server: Server, numbers: range) -> None:
-    """Send texts without exit options, and wait for their audits; one in eight has early exits that differ."""
+    """Send texts without exit options, and wait for their audits. For one text in eight, early exits differ."""
     answer = server.classify(
         input=[f"A wonderful film, all {n} of it." if n % 8 else f"Not bad, the {n}." for n in numbers]
     )
@@ -495,7 +495,7 @@ def test_the_sentence_about_audits(page: Page, changed: dict[str, Any], words: s
 
 
 def test_a_server_that_audits_nothing_is_asked_once(page: Page, server: Server) -> None:
-    page.goto("about:blank")  # so that the requests of the first page have ended
+    page.goto("about:blank")  # ends the requests of the first page
     page.clock.install()
     with page.expect_response("**/audit") as answer:
         page.goto(server.url + "/")
@@ -508,7 +508,7 @@ def test_a_server_that_audits_nothing_is_asked_once(page: Page, server: Server) 
 
 
 def test_the_sentence_about_audits_stays_while_the_server_is_busy(page: Page) -> None:
-    """A refusal does not mean that audits are off."""
+    """A 503 does not mean that audits are off."""
     audit = {
         "audits": 0,
         "tau": {"tau": 0.25, "reason": "default"},

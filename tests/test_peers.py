@@ -24,7 +24,7 @@ TEXTS = [text for text, _ in make_rows(20, 5)]
 
 
 def fused(graph: Path, name: str = "fused graph, FastAPI, int8") -> Server:
-    """The lean peer that runs in the project's own environment."""
+    """The lean peer that needs no environment of its own."""
     script = servers.PEERS / "fused_app.py"
     return Server(name, [sys.executable, str(script), str(graph), "--port", "{port}"])
 
@@ -48,7 +48,7 @@ def test_ctranslate2_needs_a_stock_model(tmp_path: Path) -> None:
     assert {server.script for server in lean_peers(*paths, None)} == {"fused_app", "openvino_app"}
     (tmp_path / "bert").mkdir()
     folders = []
-    for weights in (b"one model", b"another one"):  # equal names do not share a conversion
+    for weights in (b"one model", b"another one"):  # two models with one name do not share a conversion
         (tmp_path / "bert" / "model.safetensors").write_bytes(weights)
         (converted,) = (s for s in lean_peers(*paths, tmp_path / "bert") if s.script == "ctranslate2_app")
         folders += [part for part in converted.command if "ctranslate2-bert-" in part]

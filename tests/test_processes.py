@@ -62,7 +62,7 @@ class Running:
 
     @property
     def pids(self) -> list[int]:
-        """The pids of the processes that run."""
+        """The pids of the server processes that are still running."""
         pids = [int(pid) for pid in self.logged(r"Started server process \[(\d+)\]")]
         return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
@@ -83,7 +83,7 @@ class Running:
 
     @contextmanager
     def both(self) -> Iterator[list[httpx.Client]]:
-        """A client of each process, with a connection that stays open."""
+        """One client of each process; its connection stays open."""
         with ExitStack() as stack:
             clients: dict[str, httpx.Client] = {}
             while len(clients) < 2:
@@ -98,7 +98,7 @@ class Running:
 
 
 def process_of(response: httpx.Response) -> str:
-    """Identifies the process that answered: the first half of its request ids."""
+    """An identifier of the process that answered: the first half of each of its request ids."""
     return response.headers["x-request-id"][:16]
 
 
@@ -119,7 +119,7 @@ def running(store: Path, *arguments: str) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def versions(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with tiny:1, tiny:2 and tiny:3, which is damaged; all int8."""
+    """A store with tiny:1, tiny:2 and a damaged tiny:3, all in int8."""
     path = tmp_path_factory.mktemp("store")
     for version in (1, 2, 3):
         folder = path / "tiny" / str(version)
@@ -183,7 +183,7 @@ def test_a_guarantee_is_one(server: Running) -> None:
         sent = 0
 
         def report() -> dict[str, Any]:
-            """The report once all texts are counted, which is the same in both processes."""
+            """The report once it counts all texts, and is the same in both processes."""
             reports: list[dict[str, Any]] = []
 
             def is_complete() -> bool:
@@ -280,7 +280,7 @@ def test_a_model_that_cannot_be_served_ends_the_server_with_the_reason(versions:
     server = Running(versions, "--model", "tiny:3")
     assert server.process.wait(60) == 1
     server._reader.join(10)
-    log = "".join(server.log).replace("\n", "")  # the message is wrapped
+    log = "".join(server.log).replace("\n", "")  # the log wraps the message
     assert "layer_02.onnx" in log and "Traceback" not in log, log
 
 
@@ -313,7 +313,7 @@ def test_a_process_has_its_part_of_the_limits(store: Path) -> None:
     settings = Settings(store=store, threads=3, max_queue=1000, max_connections=101, processes=2)
     part = part_of(settings, 2)
     assert (part.threads, part.max_queue, part.max_connections) == (2, 500, 51)
-    part = part_of(settings, 100)  # never less than one request needs
+    part = part_of(settings, 100)  # at least enough for one request
     assert (part.max_queue, part.max_inflight_bytes) == (settings.max_texts, settings.max_body_bytes)
 
 
@@ -358,9 +358,8 @@ def test_the_number_of_processes(store: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_every_gauge_has_a_rule(store: Path) -> None:
     with serving(store, models=["tiny-int8"], guarantee=0.2, slo_p99_ms=50) as server:
         families = families_of(server.service.metrics.registry)
-    audits = {
-        f.name for f in families if re.match("de3_audit_(dis|promise|tau)", f.name)
-    }  # of the supervisor
+    # The supervisor itself has these.
+    audits = {f.name for f in families if re.match("de3_audit_(dis|promise|tau)", f.name)}
     gauges = {f.name for f in families if f.kind in ("gauge", "info")} - audits
     assert gauges <= SUMS | MAXIMA | MINIMA, gauges - (SUMS | MAXIMA | MINIMA)
 

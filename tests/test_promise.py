@@ -1,4 +1,4 @@
-"""The τ that a promise allows: profiles against the rule, the fixed order, the fall after a change, restarts."""
+"""The τ that a promise allows: profiles, the fixed order of the tests, the fall after a change, and restarts."""
 
 from typing import Any
 
@@ -20,19 +20,19 @@ CLEAN = Profile(np.zeros(4, np.bool_), np.array([3, 2, 1, 0]))
 
 
 def unlike_from(index: int) -> Profile:
-    """A text whose answer differs at every τ from this index on."""
+    """The profile of a text whose answer differs at every τ of GRID from this index on."""
     return Profile(np.arange(4) >= index, np.array([3, 2, 1, 0]))
 
 
 def step(promise: Promise, share: float, audit: Profile, is_repeat: bool = False) -> bool:
-    """Count an audit, and let τ rise; returns True if τ changed."""
+    """Count an audit, and let τ rise if the evidence allows it; returns True if τ changed."""
     before = promise.index
     promise.add(share, audit, is_repeat)
     promise.advance()
     return promise.index != before
 
 
-# Some scores equal a τ of the grid, at which a text must not exit.
+# Some scores equal a τ of the grid: at that τ, a text must not exit.
 scores = st.lists(
     st.one_of(st.none(), st.just(float("nan")), st.floats(0, 1), st.sampled_from(FINE_TAUS)),
     min_size=1,
@@ -56,7 +56,7 @@ def test_a_profile_is_what_the_rule_does(values: list[float | None], data: st.Da
 def test_tau_rises_in_the_fixed_order_up_to_the_first_that_is_not_proved() -> None:
     promise = Promise(0.1, GRID)
     assert (promise.tau, promise.reason) == (0.0, "start")
-    # At the second τ every fifth text differs, at the third none; the third must still not be reached.
+    # At τ = 0.2 every fifth text differs, at τ = 0.4 none does. Even so, τ must stay at 0.1.
     odd = Profile(np.array([False, False, True, False]), CLEAN.layers)
     for n in range(1000):
         step(promise, 1.0, odd if n % 5 == 0 else CLEAN)
@@ -71,7 +71,7 @@ def test_tau_does_not_rise_before_the_evidence_suffices() -> None:
         n for n in range(200) if np.mean([(1 + 0.1 * c) ** (n + 1) for c in (0.25, 0.5, 0.75)]) >= 20
     )
     assert changes == [first]
-    assert promise.tau == 0.4  # in one step, because all agreed
+    assert promise.tau == 0.4  # in one step, because all texts agree
 
 
 def test_texts_that_were_not_drawn_count_by_the_share() -> None:
@@ -84,7 +84,7 @@ def test_texts_that_were_not_drawn_count_by_the_share() -> None:
     many = Evidence(GRID)
     for _ in range(40):
         many.add(1.0, CLEAN)
-    # 40 audits carry about the same evidence, whether they are all texts or one in 20.
+    # 40 audits carry about the same evidence, whether every text was audited or one in 20.
     np.testing.assert_allclose(np.log(evidence.e_values(0.1)), np.log(many.e_values(0.1)), rtol=0.05)
 
 
@@ -110,13 +110,13 @@ def test_a_rise_above_the_promise_discards_the_evidence() -> None:
         step(promise, 1.0, unlike_from(3 if rng.random() < 0.4 else 4))
         reasons.append(promise.reason)
         assert len(reasons) < 200
-    assert set(reasons) == {"evidence", "recent", "change"}  # lowered before the change is certain
+    assert set(reasons) == {"evidence", "recent", "change"}  # τ falls before the change is certain
     assert promise.tau == 0.0
     assert (promise.evidence.audits, promise.evidence.texts, promise.recent.weight) == (0, 0, 0)
     assert not any(promise.saved().detector)
     for _ in range(400):
         step(promise, 1.0, unlike_from(3 if rng.random() < 0.4 else 4))
-    assert promise.tau == 0.2  # the lower τ still keep the promise
+    assert promise.tau == 0.2  # values of τ up to this one still keep the promise
 
 
 def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
@@ -129,7 +129,7 @@ def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
 
 @pytest.mark.slow
 def test_few_streams_ever_break_the_promise() -> None:
-    """At the third τ, the rate is just above the promise: at most 5% of 60 streams of 3,000 audits may break it."""
+    """At τ = 0.2, the rate is just above the promise; at most 5% of 60 streams of 3,000 audits may reach that τ."""
     rng, broken = np.random.default_rng(4), 0
     for _ in range(60):
         promise = Promise(0.1, GRID)
@@ -225,7 +225,7 @@ def test_repeated_texts_are_not_a_change() -> None:
 
 
 def test_recent_audits_lower_tau_and_let_it_rise_again() -> None:
-    """The rise is too small for the detector, and the proof stays valid."""
+    """The disagreement rises too little for the change detector, so the proof stays valid."""
     promise = Promise(0.1, GRID)
     while promise.tau < 0.4:
         step(promise, 1.0, CLEAN)
@@ -285,7 +285,7 @@ def test_a_calibrated_start_is_not_a_proof_for_a_strict_one() -> None:
 
 def test_few_recent_audits_do_not_lower_tau() -> None:
     recent = Recent(0.1, 4)
-    while recent.weight < 100:  # a third of those that count
+    while recent.weight < 100:  # a third of the window's 300
         assert recent.allows(3) == 3
         recent.add(unlike_from(2).differs)
     assert recent.allows(3) == 1
@@ -340,6 +340,6 @@ def test_counted_shares_are_limited() -> None:
     evidence = Evidence(GRID)
     for number in range(MAX_SHARES):
         evidence.skip((1 + number) / 100, 1)
-    evidence.skip(0.01, 1)  # one of the existing shares
+    evidence.skip(0.01, 1)  # not a new share
     with pytest.raises(ValueError, match=f"at most {MAX_SHARES} shares"):
         evidence.skip(0.99, 1)

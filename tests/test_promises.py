@@ -1,4 +1,4 @@
-"""One promise for many clients: what one of them sends does not raise τ for the others."""
+"""A promise to many clients: the texts of one client do not raise τ for the others."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ CLEAN = Profile(np.zeros(4, np.bool_), LAYERS)
 
 
 def unlike_from(index: int) -> Profile:
-    """A text whose answer differs at every τ from this index on."""
+    """The profile of a text whose answer differs at every τ of GRID from this index on."""
     return Profile(np.arange(4) >= index, LAYERS)
 
 
@@ -47,7 +47,7 @@ def test_each_of_two_clients_has_the_tau_of_its_own_texts(stream: list[tuple[str
             alone[client].advance()
     for client, promise in alone.items():
         own = promises.deciding(client)
-        # The other client's first text may count, as there was no client to leave out yet.
+        # The other client's first text may count: at that time, there was no client to leave out.
         assert own.evidence.texts - promise.evidence.texts in (0, 2)
         if own.evidence.texts == promise.evidence.texts:
             assert own.saved() == promise.saved() and own.index == promise.index
@@ -73,13 +73,13 @@ def test_many_easy_texts_of_one_client_raise_no_tau_but_its_own() -> None:
         send(promises, "attacker", 9)
         send(promises, f"client {rng.integers(3)}", 1, unlike_from(2) if rng.random() < 0.2 else CLEAN)
     assert index_of(promises, "attacker") == 3
-    # The others' texts differ at the third τ.
+    # Some texts of the others differ from τ = 0.2 on.
     assert [index_of(promises, f"client {n}") for n in range(3)] == [1, 1, 1]
-    assert promises.of_all.index == 3  # one promise for all would have let them differ in 20%
+    assert promises.of_all.index == 3  # with one promise for all, 20% of their answers would differ
 
 
 def test_no_tau_stays_above_what_the_client_s_own_recent_audits_allow() -> None:
-    """Even if several attackers together raise τ for the others."""
+    """This holds even if several attackers together raise τ for the others."""
     promises = Promises(0.1, GRID)
     for n in range(900):
         send(promises, f"attacker {n % 3}", 1)
@@ -100,7 +100,7 @@ def test_further_clients_count_as_one_until_they_send_more() -> None:
     assert len(promises.by_left_out) == MAX_CLIENTS + 2 and OTHERS in promises.by_left_out
     assert promises.by_left_out[OTHERS].evidence.texts == 10 * MAX_CLIENTS
     assert promises.choose("small 3") == promises.choose("small 99") == promises.choose(NEWCOMER)
-    send(promises, "small 3", 1)  # now it has sent more than the smallest client that is left out
+    send(promises, "small 3", 1)  # now it has sent more than the smallest tracked client
     assert promises.tracked()[0] == "small 3" and len(promises.tracked()) == MAX_CLIENTS
     left_out = promises.by_left_out["small 3"].evidence.texts
     send(promises, "small 3", 50)
@@ -134,7 +134,7 @@ def test_resets_are_reported() -> None:
     while not found:
         found = promises.add("a", 1.0, unlike_from(1))
     assert ALL in found and "b" in found and "a" not in found
-    assert index_of(promises, "b") == 2  # whose own texts agree
+    assert index_of(promises, "b") == 2  # its own texts agree
     assert index_of(promises, "a") == 0
 
 

@@ -21,7 +21,7 @@ KEY = "alice-has-a-long-key"
 
 
 def parse(call: Call) -> Request:
-    """{"inputs": text or [texts]}."""
+    """Parse a body {"inputs": …} with a text or a list of texts; raises RequestError."""
     try:
         inputs = orjson.loads(call.body)["inputs"]
         texts = [Text(text + "") for text in (inputs if isinstance(inputs, list) else [inputs])]
@@ -33,7 +33,7 @@ def parse(call: Call) -> Request:
 
 
 def serialize(request_id: str, job: Job) -> bytes:
-    """[[{"label", "score"}]], the most probable first."""
+    """The answer [[{"label", "score"}, …], …]: the labels of each text, the most probable first."""
     labels = job.model.manifest.labels
     return orjson.dumps(
         [
@@ -48,7 +48,7 @@ def serialize(request_id: str, job: Job) -> bytes:
 
 
 def error(problem: RequestError) -> bytes:
-    """{"error", "error_type"}."""
+    """The answer {"error", "error_type"} to a request that is refused or fails."""
     return orjson.dumps({"error": problem.message, "error_type": problem.cause})
 
 
@@ -82,7 +82,8 @@ def test_keys_limits_and_metrics_come_with_it(server: Server) -> None:
     too_many = predict(server, {"inputs": ["good"] * 5})
     assert (too_many.status_code, too_many.json()["error_type"]) == (422, "bad_request")
     predict(server, {"inputs": "good"})
-    over = predict(server, {"inputs": "good"})  # the sixth text in this hour; one was refused
+    # The sixth text of this hour; the refused request counts as one.
+    over = predict(server, {"inputs": "good"})
     assert (over.status_code, over.json()["error_type"]) == (429, "rate_limited")
     assert int(over.headers["retry-after"]) > 0
     assert server.metric("de3_rejected_total", cause="rate_limited") == 1

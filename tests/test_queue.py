@@ -43,7 +43,7 @@ def job(
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """The queue against its simplest model: a list, searched for the item that is due first."""
+    """Compares the queue with its simplest model: a list that is searched for the item that is due first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(
         texts=st.integers(1, LIMIT + 1),
         submitted=st.integers(0, 5),
-        seconds=st.sampled_from([0.125, 1, 9]),  # exact sums: rounding would matter at the limit
+        seconds=st.sampled_from([0.125, 1, 9]),  # their sums are exact: rounding would matter at the limit
         model=st.sampled_from(MODELS),
         share=st.sampled_from([0.125, 0.25, 0.5, 2]),
     )
@@ -92,7 +92,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(threads=st.integers(1, 3))
     def take(self, threads: int) -> None:
-        first, *others = sorted(self.waiting, key=lambda item: item.due)  # ties: the first to arrive
+        first, *others = sorted(self.waiting, key=lambda item: item.due)  # ties go to the first to arrive
         expected = [first]
         for item in others if first.can_share else []:
             total = sum(x.group_s for x in [*expected, item])
@@ -150,7 +150,8 @@ def test_short_texts_overtake_a_long_one_but_not_forever() -> None:
     for k in range(20):  # one short text every 0.1 s
         queue.put(job(1, submitted=k / 10, seconds=0.05))
     order = [queue.next()[0] for _ in range(21)]
-    assert order.index(long.items[0]) == 10  # short texts that arrived within the long one's time went first
+    # It runs after the ten short texts that arrived within the second that it was predicted to take.
+    assert order.index(long.items[0]) == 10
 
 
 def promised(deadline: float, client: str = "") -> Job:
@@ -161,7 +162,7 @@ def promised(deadline: float, client: str = "") -> Job:
 
 
 class FairMachine(RuleBasedStateMachine):
-    """Clients of the queue against the simplest model of fairness: the one with the least engine time is next."""
+    """Compares the queue with the simplest model of fairness: the client with the least engine time is next."""
 
     CLIENTS = ("a", "b", "c")
 
@@ -193,7 +194,8 @@ class FairMachine(RuleBasedStateMachine):
     def put_promised(self, client: str, deadline: int) -> None:
         new = promised(deadline, client)
         self.queue.put(new)
-        if client not in self.known:  # a known client keeps its account: promises overtake in any case
+        # A known client keeps its virtual time, because promised items go first in any case.
+        if client not in self.known:
             self.spent[client] = max(self.spent[client], self.floor)
         self.known.add(client)
         self.waiting += new.items
@@ -280,7 +282,7 @@ def test_a_client_can_neither_save_up_time_nor_lose_debts_by_pausing() -> None:
         queue.put(job(1, client="busy"))
     for _ in range(5):
         queue.charge((queue.next()[0].job, 1.0))
-    queue.put(job(3, client="late"))  # it has had no time yet, but does not get 5 s at once
+    queue.put(job(3, client="late"))  # it has had no engine time, but does not get 5 s at once
     order = []
     for _ in range(6):
         (item,) = queue.next()
@@ -324,7 +326,7 @@ def test_a_client_whose_promises_ran_alone_owes_nothing_to_later_clients() -> No
 
 
 def test_a_client_whose_promises_are_done_has_none_left() -> None:
-    """A sum of floats need not return to exactly 0; a client with a remainder would never be forgotten."""
+    """A sum of floats need not return to exactly 0, and a client with a remainder would never be forgotten."""
     queue = WorkQueue(100)
     for seconds in (0.1, 0.2, 0.3):
         new = job(2, seconds=seconds, client="hurried")
@@ -341,9 +343,9 @@ def test_dropped_items_do_not_count_as_others_that_are_pending() -> None:
     queue = WorkQueue(100)
     queue.put(gone := job(2, client="early"))
     queue.charge((queue.next()[0].job, 5.0))
-    queue.drop(gone)  # its other item is still stored
+    queue.drop(gone)  # its other item is still in a heap
     queue.put(promised(0, "early"))
-    queue.next()  # alone: it sets the clock
+    queue.next()  # the only pending item, so it advances the virtual time
     queue.put(job(1, client="late"))
     assert queue._clients["late"].spent == queue._clients["early"].spent == 5.0
 
@@ -381,7 +383,7 @@ def test_a_closed_queue_schedules_each_accepted_item_once(sizes: list[int], thre
 
 
 def test_shadows_can_be_dropped() -> None:
-    """As when their models are unloaded; a running one is not requeued."""
+    """This happens when models are unloaded. A shadow item that is running then is not requeued."""
     queue = WorkQueue(10)
     queue.put(shadow := job(3, is_shadow=True))
     item = queue.next()[0]
@@ -395,7 +397,7 @@ def test_shadows_can_be_dropped() -> None:
 
 
 def test_audits_wait_until_nothing_is_pending() -> None:
-    """That is, until everything has been scheduled or dropped."""
+    """Items are pending until they are scheduled or dropped."""
     queue = WorkQueue(10)
     for end in (queue.next, lambda: queue.drop(request)):
         queue.put(request := job(1))
@@ -409,7 +411,7 @@ def test_audits_wait_until_nothing_is_pending() -> None:
     queue.put(job(1, is_shadow=True))
     queue.wait_until_empty(60)  # shadow jobs are not requests
     queue.put(job(1))
-    queue.wait_until_empty(0.01)  # not longer than the time-out
+    queue.wait_until_empty(0.01)  # returns after the time-out
 
 
 def test_shadows_are_dropped_when_the_queue_is_closed() -> None:
@@ -427,7 +429,7 @@ def test_short_texts_are_grouped_within_their_limits() -> None:
     queue = WorkQueue(100)
     for n, seconds, share in ((3, 1.0, 4), (4, 1.0, 4), (1, 9.0, 0.5)):
         queue.put(job(n, seconds=seconds, group_s=MAX_STEP_S / share))
-    assert len(queue.next(threads=4)) == 2  # its share of the 8 pending ones
+    assert len(queue.next(threads=4)) == 2  # one thread's share of the 8 pending texts
     assert len(queue.next(threads=1)) == 4  # as many as fit in a step
     assert [len(queue.next(threads=1)) for _ in range(2)] == [1, 1]  # the last is too long to share
 
@@ -436,7 +438,7 @@ def test_a_short_text_does_not_wait_for_long_ones() -> None:
     queue = WorkQueue(100)
     for share in (16, 16, 4, 16):
         queue.put(job(1, group_s=MAX_STEP_S / share))
-    assert [len(queue.next()) for _ in range(2)] == [2, 2]  # the last would wait for the long one anyway
+    assert [len(queue.next()) for _ in range(2)] == [2, 2]  # the last would wait for the long one in any case
 
 
 def test_texts_before_the_same_layer_share_their_steps() -> None:
@@ -468,7 +470,7 @@ def test_only_another_recently_active_client_limits_promises(monkeypatch: pytest
     queue, asking = WorkQueue(100), job(1, client="asking")
     queue.charge((asking, 5.0))
     assert queue.lead(asking) < 0  # its own activity does not count
-    queue.put(promised(200.0, "asking"))  # 1 s
+    queue.put(promised(200.0, "asking"))  # a text of 1 s
     queue.put(job(1, client="other"))
     assert queue.lead(asking) == 1.0 + 5.0
     queue.drop(queue.next()[0].job)
@@ -499,7 +501,7 @@ def test_half_of_the_idle_clients_are_forgotten_and_no_pending_one(
     queue.put(job(1, client="new"))
     assert set(queue._clients) == {"pending", "6", "7", "8", "9", "new"}
     assert queue._clients["new"].spent == 5.0
-    queue.charge((pending, 9.0))  # its account is the one that the schedule uses
+    queue.charge((pending, 9.0))  # the queue still knows this client, and counts the time
     assert [queue.next()[0].job.client for _ in range(2)] == ["new", "pending"]
 
 

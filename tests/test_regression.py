@@ -80,10 +80,11 @@ def test_an_artifact_records_its_tolerance(imported: Path) -> None:
     certify = checkpoint.held_out("certify")
     assert all(isinstance(e.label, float) and e.label == e.original for e in certify)
     recorded = data.with_original(record(Model(artifact, "onnxruntime"), certify), certify)
-    assert recorded.correct[:, -1].mean() > 0.97  # as the original, except for int8
+    assert recorded.correct[:, -1].mean() > 0.97  # the original's answers, except where int8 changes them
     assert (recorded.differs == ~recorded.correct).all()
     right = [value_of(str(e.text)) for e in certify]
-    assert correlation(np.array([e.label for e in certify]), np.array(right))[0] > 0.8  # it has some accuracy
+    # The original is accurate.
+    assert correlation(np.array([e.label for e in certify]), np.array(right))[0] > 0.8
     pearson, spearman = correlations(recorded)
     assert pearson[-1] > 0.99 and spearman[-1] > 0.97 and pearson[0] < pearson[-1]
 
@@ -95,7 +96,7 @@ def test_full_depth_gives_the_values_of_transformers(server: Server, stock: Path
     for text, row in zip(texts, rows, strict=True):
         with torch.no_grad():
             value = float(model(**tokenizer(text, return_tensors="pt")).logits)
-        assert row["value"] == pytest.approx(value, abs=0.2)  # int8
+        assert row["value"] == pytest.approx(value, abs=0.2)  # int8 changes it a little
         assert (row["label"], row["probs"], row["num_classes"]) == ("praise", None, 1)
         assert row["exit"]["entropy"] is row["exit"]["distance_ratio"] is row["exit"]["edr"] is None
         assert [r["layer"] for r in row["layers"]] == [0, 1, 2, 3]
@@ -171,10 +172,10 @@ def test_other_protocols_answer_as_their_peers(server: Server) -> None:
         assert server.classify(inputs=text, parameters=parameters).json() == [
             {"label": "praise", "score": score}
         ]
-    for raw, score in ((True, value), (False, sigmoid(value))):  # as Text Embeddings Inference does
+    for raw, score in ((True, value), (False, sigmoid(value))):  # as in Text Embeddings Inference
         tei = httpx.post(f"{server.url}/predict", json={"inputs": text, "raw_scores": raw}).json()
         assert tei == [{"label": "praise", "score": score}]
-    assert server.classify(text=text).json()["embedding"] == [value]  # as SGLang
+    assert server.classify(text=text).json()["embedding"] == [value]  # SGLang's format
     body: dict[str, Any] = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [text]}]}
     url = f"{server.url}/v2/models/praise"
     outputs = httpx.post(f"{url}/infer", json=body).json()["outputs"]
@@ -224,7 +225,7 @@ def test_only_a_regression_model_has_a_value(store: Path) -> None:
 
 
 def test_a_shadow_differs_by_more_than_the_tolerance(imported: Path, tmp_path: Path) -> None:
-    """The shadow is the same model with another default τ, so its answers are known."""
+    """The shadow is the same model with another default τ, so its answers are known in advance."""
     for version, tau in ((1, 0.0), (2, 0.9)):
         path = Path(shutil.copytree(imported / "store/praise/1", tmp_path / f"praise/{version}"))
         manifest = json.loads((path / "manifest.json").read_text())

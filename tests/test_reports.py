@@ -1,4 +1,4 @@
-"""The records of a request: its id, a line in the log, a trace."""
+"""The records of a request: its id, its line in the log, and its trace."""
 
 import json
 import re
@@ -103,7 +103,7 @@ def test_texts_are_logged_only_if_asked_for(store: Path) -> None:
 
 @pytest.fixture
 def spans(server: Server) -> Iterator[InMemorySpanExporter]:
-    """The spans that the SDK's own exporter received from the server."""
+    """The SDK's in-memory exporter, with the spans that it received from the server."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -197,7 +197,7 @@ def test_traces_reach_a_collector(store: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
     with serving(store, models=["tiny"], traces=True) as server:
         post(server, input="good")
-    # The server has stopped, so it has sent everything.
+    # Once the server has stopped, all spans have been sent.
     collector.shutdown()
     (resource,) = received.resource_spans
     names = [s.name for scope in resource.scope_spans for s in scope.spans]

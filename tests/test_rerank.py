@@ -44,7 +44,7 @@ def post(server: Server, path: str, **body: Any) -> httpx.Response:
 def test_text_embeddings_inference(server: Server, raw: bool) -> None:
     expected = values(server)
     scores = expected if raw else [sigmoid(value) for value in expected]
-    order = sorted(range(4), key=lambda i: -scores[i])  # equal ones stay in their order
+    order = sorted(range(4), key=lambda i: -scores[i])  # equal scores keep the order of their documents
     assert scores[0] == scores[3] and order.index(0) < order.index(3)
     answer = post(server, "/rerank", query=QUERY, texts=DOCUMENTS, raw_scores=raw)
     assert answer.json() == [{"index": i, "score": scores[i]} for i in order]
@@ -106,7 +106,7 @@ def test_errors_have_the_form_of_the_peer(server: Server) -> None:
     )
 
 
-# The cohere package, with what its import needs.
+# The cohere package, and the packages that its import needs.
 COHERE = "cohere>=5 fastavro"
 
 CLIENT = """

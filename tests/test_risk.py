@@ -1,4 +1,4 @@
-"""Risk: its regression at the optimum and in degenerate cases, and that no text is scored by a risk fitted on it."""
+"""Risk: the regression at its optimum and in degenerate cases; no text is scored by a risk that was fitted on it."""
 
 import math
 from dataclasses import replace
@@ -17,7 +17,7 @@ from tests.test_calibration import recorded
 
 
 def features(n: int, seed: int) -> np.ndarray:
-    """A constant, and four features with different means and spreads."""
+    """n rows of features, (n, 5): a constant, and four features with different means and spreads."""
     rng = np.random.default_rng(seed)
     return np.hstack([np.ones((n, 1)), rng.normal([3, -1, 0, 20], [0.5, 2, 1, 8], (n, 4))])
 
@@ -55,7 +55,7 @@ def test_weights_are_finite_and_optimal_whatever_the_targets(n: int, seed: int, 
     }[kind].astype(float)
     found = risk.regress(x, targets)
     assert np.isfinite(found).all() and np.abs(found).max() < 1e4
-    # In a few rows, a feature may hardly vary, and then gets no weight.
+    # With so few rows, a feature may hardly vary; it then gets no weight.
     varies = x.std(0) > risk.LEAST_SPREAD * (1 + np.abs(x.mean(0)))
     varies[0] = True
     assert (found[~varies] == 0).all()
@@ -68,7 +68,7 @@ def test_weights_are_finite_and_optimal_whatever_the_targets(n: int, seed: int, 
 def test_a_feature_that_does_not_vary_gets_no_weight() -> None:
     x = features(500, 1)
     x[:, 2] = 0.7
-    x[:, 4] = -27.6 + 1e-12 * np.arange(500)  # except for rounding
+    x[:, 4] = -27.6 + 1e-12 * np.arange(500)  # it varies only as rounding would make it
     targets = (x[:, 1] > 3).astype(float)
     found = risk.regress(x, targets)
     assert found[2] == found[4] == 0 != found[1]
@@ -99,7 +99,7 @@ def test_the_fit_predicts_how_often_an_exit_disagrees() -> None:
             among = (scores[:, j] >= low) & (scores[:, j] < high)
             if among.sum() > 200:
                 assert scores[among, j].mean() == pytest.approx(differs[among].mean(), abs=0.06)
-    assert np.isnan(scores[:, -1]).all()  # the last has none
+    assert np.isnan(scores[:, -1]).all()  # the last exit has no score
 
 
 def test_an_exit_without_prototypes_has_no_weight_for_them() -> None:
@@ -134,7 +134,7 @@ def test_no_group_is_scored_by_a_fit_that_saw_it(
 
     monkeypatch.setattr(risk, "fit", Spy)
     scores = risk.cross_fit(r, group)
-    if len(set(group.tolist())) == 1:  # nothing else to fit it on
+    if len(set(group.tolist())) == 1:  # there is no other group to fit it on
         assert scored == [] and np.isnan(scores).all()
     else:
         assert sorted(scored) == list(range(n)) and not scores.any()
@@ -155,7 +155,7 @@ def test_many_at_once_match_one_at_a_time(classes: int) -> None:
     rng = np.random.default_rng(classes)
     logits = rng.normal(0, 3, (300, 4, classes)).astype(np.float32)
     distances = rng.uniform(-1e-7, 2, logits.shape).astype(np.float32)
-    distances[::7] = 0  # both on their prototypes
+    distances[::7] = 0  # distance 0 to every prototype
     distances[:, 2:] = np.nan
     r = Recorded([0, 2, 3, 5], logits, distances, np.zeros(300, np.int64))
     signal = Risk((weights(rng), None, weights(rng), (*weights(rng)[:4], 0.0), None, None))
@@ -187,7 +187,7 @@ def test_the_features_are_what_they_say() -> None:
 
 
 def test_each_exit_is_fitted_to_its_own_disagreement() -> None:
-    """For exits that are not on every layer."""
+    """This holds even if only some layers have exits."""
     r = replace(recorded(500), exit_layers=[1, 4, 6])
     fitted = risk.fit(r)
     differs = r.differs.astype(float)
@@ -202,7 +202,7 @@ def test_each_exit_is_fitted_to_its_own_disagreement() -> None:
 def test_exits_that_are_always_sure_have_the_same_risk_alone_and_in_arrays(
     margin: float, distance: float
 ) -> None:
-    """Both take logarithms of values of at least 1e-12."""
+    """Both take the logarithm of max(value, 1e-12)."""
     signal = Risk(((1.0, 0.1, 0.5, 0.2, 0.1), None))
     logits, distances = np.float32([margin, 0.0]), np.float32([distance, 1.0])
     reading = read(0, logits.tolist(), distances.tolist())

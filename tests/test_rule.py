@@ -51,7 +51,7 @@ def test_a_reading_is_what_the_signals_say(data: st.DataObject, classes: int, la
     entropy, ratio = formulas.entropy(formulas.softmax(logits)), formulas.distance_ratio(logits, distances)
     assert r.entropy == pytest.approx(float(entropy), abs=1e-12)
     assert r.distance_ratio == pytest.approx(float(ratio), abs=1e-12)
-    # From the reading's own parts: a harmonic mean of a near-zero signal magnifies a rounding error.
+    # Computed from the reading's entropy and ratio, because near zero a harmonic mean magnifies rounding errors.
     assert signal.score([r]) == pytest.approx(
         float(formulas.edr(r.entropy, r.distance_ratio, lam)), abs=1e-12
     )
@@ -91,7 +91,7 @@ def test_a_larger_tau_never_exits_later(edr: np.ndarray, a: float, b: float) -> 
 def test_exit_index_ignores_missing_prototypes() -> None:
     edr = np.array([[0.5, np.nan], [np.nan, np.nan]])
     assert exit_index(edr, 1.0).tolist() == [0, 1]
-    assert np.isnan(edr[0, 1])  # and does not change its input
+    assert np.isnan(edr[0, 1])  # the input is not changed
 
 
 @pytest.mark.parametrize(

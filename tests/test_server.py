@@ -39,13 +39,11 @@ def model(store: Path) -> Model:
 
 
 def expected(model: Model, text: str, tau: float, signal: Signal) -> dict[str, Any]:
-    """The answer by the plain full model and the paper's formulas, one sample at a time."""
+    """The expected answer: the plain model at full depth, and the paper's formulas at each exit."""
     for layer, step in enumerate(model.full_depth(model.tokenize(text))):
         assert step.logits is not None
         distances = None if step.distances is None else step.distances.tolist()
-        reading = read(
-            layer, step.logits.tolist(), distances
-        )  # tests/test_rule.py compares it with the paper
+        reading = read(layer, step.logits.tolist(), distances)  # test_rule.py compares it with the paper
         score = signal.score([reading])
         last = layer == model.manifest.num_layers
         if last or (score is not None and score < tau):
@@ -348,7 +346,7 @@ def test_the_schema_describes_answers(store: Path) -> None:
                 seen["ClassifiedText"] |= row.keys()
                 seen["PassedExit"].update(*row.get("layers", []))
         schemas = httpx.get(server.url + "/openapi.json").json()["components"]["schemas"]
-    # Each field occurs, except those of other models: test_multi_label.py and test_regression.py.
+    # Each field occurs, except those of other kinds of models: test_multi_label.py and test_regression.py cover them.
     unseen = {name: schemas[name]["properties"].keys() - fields for name, fields in seen.items()}
     assert unseen == {
         "ClassifyResponse": set(),
@@ -364,7 +362,8 @@ def test_server_timing_adds_up(server: Server) -> None:
     response = server.classify(input=TEXTS[:5])
     stages = dict(x.split(";dur=") for x in response.headers["server-timing"].split(", "))
     assert list(stages) == ["read", "queue", "tokenize", "model", "total"]
-    assert all(0 <= float(v) <= 2 * float(stages["total"]) for v in stages.values())  # two threads
+    # The times of two threads are added.
+    assert all(0 <= float(v) <= 2 * float(stages["total"]) for v in stages.values())
 
 
 def test_a_slow_body_is_not_queue_time(server: Server) -> None:
@@ -395,7 +394,7 @@ def test_metrics_count_what_happened(server: Server) -> None:
     rows = server.classify(input=TEXTS[:20], tau=0.3).json()["data"]
     layers = [row["exit"]["layer"] for row in rows]
     server.classify(input="")
-    until(lambda: server.service.in_flight == 0, "the requests to end")  # clients may be answered earlier
+    until(lambda: server.service.in_flight == 0, "the requests to end")  # answers may come earlier
     after = read()
 
     def grew(name: str) -> float:
@@ -443,7 +442,7 @@ def test_expected_accuracy_is_that_of_the_calibration(server: Server) -> None:
 
     known, right = counts()
     server.classify(input=["good", "bad"], tau=0)
-    server.classify(input="good", tau=0.123456)  # not in the calibration
+    server.classify(input="good", tau=0.123456)  # the calibration has no such τ
     assert counts() == pytest.approx((known + 2, right + 2 * full.accuracy))
     assert server.metric("de3_full_depth_accuracy", model="tiny:1") == full.accuracy
     assert server.metric("de3_tau", model="tiny:1") == served.rules.default.rule.tau

@@ -49,10 +49,10 @@ def test_a_request_without_an_answer_in_time_is_504(store: Path, monkeypatch: py
         late = server.classify(input=["good", "bad"])
         assert late.status_code == 504
         assert "no answer within 1 s" in late.json()["error"]["message"]
-        assert len(server.service.engine.queue) == 0  # its texts have left the queue
+        assert len(server.service.engine.queue) == 0  # the texts of the request have left the queue
         gate.open()
         assert server.classify(input="good", model="tiny").status_code == 200
-        assert server.metric("de3_exit_layer_count", model="tiny:1") == 1  # and they never ran
+        assert server.metric("de3_exit_layer_count", model="tiny:1") == 1  # those texts never ran
 
 
 def test_a_client_that_leaves_costs_nothing_more(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_a_client_that_leaves_stops_its_text_at_the_next_layer(
         return run(segment, hidden, with_exit)  # type: ignore[arg-type]
 
     with serving(store, threads=1, models=["tiny"]) as server:
-        assert server.classify(input="good").status_code == 200  # the engine's thread has warmed up
+        assert server.classify(input="good").status_code == 200  # warms up the engine thread
         monkeypatch.setattr(Segment, "run", slow)
         body = b'{"input": "good", "tau": 0}'
         with socket.create_connection(("127.0.0.1", server.port)) as s:
@@ -113,7 +113,7 @@ def test_a_client_that_does_not_read_occupies_no_slot(store: Path) -> None:
         )
         with socket.create_connection(("127.0.0.1", server.port)) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            s.sendall(request * 30)  # pipelined, and nothing is read
+            s.sendall(request * 30)  # pipelined; the client reads no answer
             until(lambda: server.listener.paused_connections == 1, "more answers than the buffers hold")
             until(lambda: server.service.in_flight == 0, "the requests to count as answered")
             assert server.classify(input="good").status_code == 200
@@ -147,7 +147,7 @@ def test_a_panic_in_a_library_does_not_end_an_engine_thread(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Panic(BaseException):
-        """An error like those of the Rust libraries, which are not Exceptions."""
+        """An error like the panics of Rust libraries, which do not derive from Exception."""
 
     def panic(*_: object) -> None:
         raise Panic
@@ -173,7 +173,7 @@ def test_one_bad_text_frees_the_room_of_its_request(store: Path, monkeypatch: py
         other = pool.submit(server.classify, input="wait")
         assert entered.wait(20)
         entered.clear()
-        # the other request holds one thread; the second thread fails at the first of these texts
+        # The other request occupies one thread; the second thread fails at the first of these texts.
         failed = server.classify(input=["good " * 80] + ["wait"] * 50, truncate=False)
         assert failed.status_code == 422 and failed.json()["error"]["param"] == "input[0]"
         until(lambda: len(server.service.engine.queue) == 0, "the room to be free")
@@ -279,7 +279,7 @@ def test_sigterm_answers_everything_that_was_accepted(store: Path) -> None:
         body = json.dumps({"input": ["good film and a dull plot " * 12] * 1024, "tau": 0})
         clients = [httpx.Client(base_url=url, timeout=60) for _ in range(5)]
         for client in clients:
-            assert client.get("/ready").status_code == 200  # connected: further bytes are sent at once
+            assert client.get("/ready").status_code == 200  # connected, so the next bytes are sent at once
         answers = [pool.submit(client.post, "/classify", content=body) for client in clients[:4]]
 
         def in_flight() -> bool:
@@ -386,19 +386,19 @@ def test_a_slow_reader_gets_everything(store: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("protocol", "header"), [("websocket", "upGRADE"), ("h2c", "Upgrade")])
 def test_an_upgrade_is_not_offered_and_costs_no_request(store: Path, protocol: str, header: str) -> None:
-    """Java's client asks for one in its first request; without our handling, the parser would lose the body."""
+    """Java's client asks for an upgrade in its first request; by itself, the parser would lose that request's body."""
     body = b'{"input": "good film"}'
     head = "POST /classify HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\n"
     head += f"{header}: {protocol}\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
     request = head.encode() + body
     with serving(store) as server:
-        for cut in range(0, len(request), 5):  # it may arrive in any two parts
+        for cut in range(0, len(request), 5):  # the request may arrive in any two parts
             with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
                 s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 s.sendall(request[:cut])
                 s.sendall(request[cut:])
-                for last in (False, True):  # another on the same connection
+                for last in (False, True):  # then a second request on the same connection
                     answer = HTTPResponse(s)
                     answer.begin()
                     assert (answer.status, json.loads(answer.read())["data"][0]["index"]) == (200, 0)

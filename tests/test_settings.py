@@ -13,7 +13,8 @@ from tests.serving import process, url_when_ready
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = {variable(name) for name in Settings.model_fields}
-OF_COMMAND = {"DE3_CACHE", "DE3_CACHE_GB"}  # of `de3 serve NAME`, before there is a server
+# Variables of the command `de3 serve NAME`, which uses them before the server starts.
+OF_COMMAND = {"DE3_CACHE", "DE3_CACHE_GB"}
 
 
 def test_every_setting_is_a_flag_and_a_variable_with_help() -> None:
@@ -21,7 +22,7 @@ def test_every_setting_is_a_flag_and_a_variable_with_help() -> None:
     for name, field in Settings.model_fields.items():
         how = option(name)
         if how is None:
-            assert name in ("api_keys", "admin_keys"), name  # secrets
+            assert name in ("api_keys", "admin_keys"), name  # secrets are no flags
             continue
         assert field.description, name
         assert (how.flag or "--" + name.replace("_", "-")) in text, name

@@ -1,5 +1,4 @@
-"""Shares of a limit: a client that is alone may use everything, no client shuts others out, and the counts stay
-right."""
+"""Shares of a limit: a lone client may use all of it, no client shuts others out, and the counts stay right."""
 
 from contextlib import suppress
 from typing import Any
@@ -16,7 +15,7 @@ LIMIT = 40
 
 
 class SharesMachine(RuleBasedStateMachine):
-    """Clients take and return shares; a refusal is correct and gives the right reason."""
+    """Clients take and return shares; each refusal is justified and gives the right reason."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ def test_a_lone_client_may_hold_everything_and_others_still_find_room() -> None:
 
 def test_however_many_are_greedy_a_newcomer_finds_room() -> None:
     shares = Shares(2**26, "bytes")
-    for client in range(8):  # the first holds the limit, the second half of the rest
+    for client in range(8):  # the first takes the whole limit, the second half of the rest, and so on
         for size in (2**22, 2**20, 2**16, 2**12, 2**8, 1):
             with suppress(RequestError):
                 while True:
@@ -97,7 +96,7 @@ def scope(peer: str | None, *forwarded: str) -> dict[str, Any]:
         ("192.0.2.7", [], "192.0.2.7"),
         ("192.0.2.7", ["203.0.113.9"], "192.0.2.7"),  # an untrusted client can claim any address
         ("10.0.0.1", ["203.0.113.9"], "203.0.113.9"),
-        ("10.0.0.1", ["1.1.1.1, 203.0.113.9, 10.2.3.4"], "203.0.113.9"),  # 1.1.1.1 may be made up
+        ("10.0.0.1", ["1.1.1.1, 203.0.113.9, 10.2.3.4"], "203.0.113.9"),  # 1.1.1.1 may be invented
         ("10.0.0.1", ["1.1.1.1", "203.0.113.9"], "203.0.113.9"),
         ("10.0.0.1", ["10.0.0.2"], "10.0.0.2"),
         ("10.0.0.1", [], "10.0.0.1"),

@@ -55,7 +55,7 @@ def by_the_rule(model: Model, text: str, tau: float, signal: Signal) -> tuple[in
 
 
 def asked(server: Server, **fields: Any) -> dict[str, Any]:
-    """The exit of the first text, and how τ was chosen."""
+    """The answer's `tau_choice` for a text, together with its `exit`."""
     answer = server.classify(input=TEXTS[0], explain=True, **fields)
     assert answer.status_code == 200, answer.text
     return {**answer.json()["tau_choice"], "exit": answer.json()["data"][0]["exit"]}
@@ -199,7 +199,7 @@ def test_models_say_which_signals_they_have(server: Server, manifest: Manifest) 
 
 @dataclass(frozen=True)
 class Mean:
-    """A new signal, made as `exits/signals.py` says: the mean entropy of the exits passed, without a kernel."""
+    """A new signal, written as `exits/signals.py` says: the mean entropy of the exits passed; no kernel computes it."""
 
     name: ClassVar[str] = "mean"
     code: ClassVar[int | None] = None
@@ -276,7 +276,7 @@ def test_an_artifact_may_name_a_new_signal(
 
 
 def table_default(manifest: dict[str, Any], signal: str) -> dict[str, Any]:
-    """The defaults for one signal, from a row in the middle of its table."""
+    """Defaults for a signal, from the middle one of its calibration rows."""
     rows = [r for r in manifest["calibration"]["table"] if r["signal"] == signal]
     return {key: rows[len(rows) // 2][key] for key in ("tau", "signal", "lambda")}
 

@@ -1,4 +1,4 @@
-"""The signals against hand-computed cases, their limits, and properties that must hold for any input."""
+"""The signals: hand-computed cases, limits, and properties that must hold for any input."""
 
 import math
 

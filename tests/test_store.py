@@ -20,7 +20,7 @@ from de3.model_store.regular_file import read_regular_file
 from de3.model_store.store import Artifact, Store, StoreError, UnknownModelError, read_manifest
 from tests.commands import invoke
 
-# The tokenizers library panics, as the second token of the merge is shorter than the prefix.
+# A tokenizer on which the tokenizers library panics: the second token of the merge is shorter than the prefix.
 PANICS = json.dumps(
     {
         "version": "1.0",
@@ -40,7 +40,7 @@ PANICS = json.dumps(
 
 @pytest.fixture
 def copy(store: Path, tmp_path: Path) -> Path:
-    """A separate store to damage; returns the folder of tiny:1 in it."""
+    """The folder of tiny:1 in a copy of the store, which the test may damage."""
     shutil.copytree(store, tmp_path / "store")
     return tmp_path / "store" / "tiny" / "1"
 
@@ -165,7 +165,7 @@ def references(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the default signal, by τ."""
+    """The calibration rows of the default signal, by ascending τ."""
     fields = ("signal", "lambda")
     wanted = [manifest["defaults"][field] for field in fields]
     rows = (r for r in manifest["calibration"]["table"] if [r[field] for field in fields] == wanted)
@@ -237,7 +237,7 @@ def test_damage_that_the_hash_does_not_show(copy: Path) -> None:
 
 
 def test_segments_in_the_wrong_place_are_noticed(copy: Path) -> None:
-    # the last segment has no hidden states
+    # The last segment returns no hidden states.
     (copy / "layer_01.onnx").write_bytes((copy / "layer_03.onnx").read_bytes())
     rehash(copy, "layer_01.onnx")
     with pytest.raises(StoreError, match=r"layer_01.onnx: it has no weight yesw2 \(space.bias\)"):
@@ -270,7 +270,7 @@ def test_unsound_prototypes_are_refused(copy: Path, change: Callable, message: s
 def test_any_changed_byte_of_a_manifest_is_refused_or_harmless(
     store: Path, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Reading raises no error other than StoreError."""
+    """Reading it raises no error other than StoreError."""
     text = (store / "tiny" / "1" / "manifest.json").read_bytes()
     at = data.draw(st.integers(0, len(text) - 1))
     changed = text[:at] + data.draw(st.binary(max_size=4)) + text[at + data.draw(st.integers(0, 4)) :]

@@ -35,7 +35,7 @@ STATE: dict[str, Any] = {"models": [], "routes": {}}
 
 @asynccontextmanager
 async def member(number: int, **handlers: Callable[..., Any]) -> AsyncIterator[Process]:
-    """A process of which only the channel is real: it runs `sleep`, and answers with the handlers."""
+    """A stand-in for a process: it runs `sleep`; only its channel is real, and answers with the handlers."""
     (ours, its), (sockets, its_sockets) = (socket.socketpair() for _ in range(2))
     sockets.setblocking(False)
     os_process = subprocess.Popen(["sleep", "60"])
@@ -159,7 +159,7 @@ def test_a_connection_for_which_there_is_no_file_descriptor_is_counted_as_closed
     with ours, its:
         worker = Worker(Settings(store=store), socket.socket(), its)
         its.setblocking(False)
-        ours.send(CONNECTION)  # the system drops the descriptor and delivers the message
+        ours.send(CONNECTION)  # as if the system had dropped the descriptor
         worker._receive()
         assert worker._closed == 1
 

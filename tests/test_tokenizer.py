@@ -54,7 +54,7 @@ MADE = {kind.__name__: kind() for kind in KINDS}
 
 
 def whole(tokenizer: Tokenizer, text: str, pair: str | None, limit: int) -> tuple[list[int], list[int]]:
-    """The text encoded in one go and cut by the tokenizer's own truncation, longest first."""
+    """Ids and type ids of a text that is encoded in one go; the tokenizer itself truncates it, longest first."""
     tokenizer.enable_truncation(limit, strategy="longest_first")
     try:
         encoding = tokenizer.encode(text) if pair is None else tokenizer.encode(text, pair)
@@ -92,8 +92,8 @@ texts = st.lists(
 def test_tokens_in_pieces_are_those_in_one_go(kind: str, text: str, pair: str | None, room: int) -> None:
     """This holds if the window has room for an even number of tokens.
 
-    Of an odd number, the tokenizer gives the extra one to the longer text, which is unknown until both are tokenized
-    completely; ours gives it to the first.
+    If the number is odd, the tokenizer gives the extra token to the longer text, which is unknown until both are
+    tokenized completely; TextTokenizer gives it to the first.
     """
     tokenizer = MADE[kind]
     limit = room + tokenizer.num_special_tokens_to_add(pair is not None)
@@ -137,11 +137,12 @@ def test_no_piece_is_long_and_text_beyond_the_window_is_not_tokenized(
             assert steps <= len(text) // PIECE * 2 + 2
         assert max(pieces) <= 2 * PIECE
     pieces.clear()
+    # The run has no place to cut. A tokenizer does not try every part of such a run, so it takes little time.
     tokenizer.start("x" * 6400, None, True).all()
-    assert pieces == [6400]  # no place to cut: a tokenizer does not try each part of such a run
+    assert pieces == [6400]
     pieces.clear()
     tokenizer.start("good film " * 640, None, True).all()
-    assert len(pieces) == 1  # it has more tokens than the model's maximum
+    assert len(pieces) == 1  # one piece has more tokens than the model's maximum
 
 
 MARKS = ".€。中\u0301\x0cカ'\uf900\u3000\xa0\x85\u200b👍"

@@ -164,7 +164,7 @@ def test_a_tail_is_the_share_of_calibration_beyond_a_value() -> None:
 
 
 def test_nothing_beyond_the_first_row_that_breaks_a_limit_is_chosen() -> None:
-    """Even if a later row is within it again."""
+    """This holds even if a later row is within the limit again."""
     rows = [
         SimpleNamespace(tau=k / 10, speedup=2.0**k, accuracy=accuracy, disagreement=disagreement)
         for k, (accuracy, disagreement) in enumerate(
@@ -186,7 +186,7 @@ def test_a_text_that_is_as_unusual_at_every_exit_is_as_unusual_as_at_one() -> No
 
 
 def test_the_stability_index_of_a_window_in_one_decile_by_hand() -> None:
-    """10 values in the first of 10 bins, each of which starts at a half: 10.5 of 15 in one, 0.5 in each other."""
+    """10 values are in the first of 10 bins. Each bin starts at ½, so the first has 10.5 of 15, the others 0.5 each."""
     values = [reference.quantiles(SAMPLE)[1]] * 10
     first, other = 10.5 / 15, 0.5 / 15
     expected = (first - 0.1) * math.log(first / 0.1) + 9 * (other - 0.1) * math.log(other / 0.1)

@@ -1,4 +1,4 @@
-"""The trainer on a small real run: it learns, resumes exactly, distils, and refuses what would leak."""
+"""The trainer on a small real run: it learns, resumes exactly, distils, and refuses data that would leak."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def test_every_setting_is_an_option_with_its_default() -> None:
 
 @pytest.fixture(scope="module")
 def few(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 900 rows of the data, for tests that need no accuracy."""
+    """A file with the first 900 rows of the data, for tests that need no accurate model."""
     file = tmp_path_factory.mktemp("few") / "train.tsv"
     file.write_text("".join(data_file.read_text().splitlines(keepends=True)[:901]))
     return file
@@ -123,7 +123,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path, few: Path, enco
 def test_distillation_follows_the_teacher(
     tmp_path: Path, data_file: Path, encoder: Path, checkpoint: Path
 ) -> None:
-    """A student that learns only from a teacher with inverted labels also inverts them."""
+    """A student that learns only from a teacher with inverted answers learns to invert them, too."""
     teacher = shutil.copytree(checkpoint, tmp_path / "teacher")
     opposite = De3Model.from_pretrained(teacher)
     for p in opposite.classifiers.parameters():
@@ -213,7 +213,7 @@ def test_groups_of_a_column_stay_in_one_part(tmp_path: Path, encoder: Path) -> N
         )
         parts = [datas.load_examples(out / f"{part}.jsonl", ["bad", "good"]) for part in ("tune", "certify")]
         users = [{e.group for e in part} for part in parts]
-        assert [len(part) for part in parts] == [30, 30]  # 5 users of 6 rows each
+        assert [len(part) for part in parts] == [30, 30]  # 5 users with 6 rows each
         assert [len(group) for group in users] == [5, 5] and not users[0] & users[1]
 
 
@@ -236,7 +236,7 @@ def test_an_invalid_group_column_is_refused(
 
 @pytest.mark.slow
 def test_many_classes_pairs_and_a_dataset_folder(tmp_path: Path, encoder: Path) -> None:
-    """With jsonl pairs of three classes, read by `datasets`, cls pooling and no exit on the embeddings."""
+    """Uses pairs of three classes in .jsonl, read by `datasets`, with cls pooling and no exit on the embeddings."""
     words = ["good", "bad", "film"]
     rows = [
         json.dumps(

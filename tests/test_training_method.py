@@ -1,4 +1,4 @@
-"""Prototypes and losses against hand-computed cases (Eq. 1, 2 and 6), and the model's own behaviour."""
+"""Prototypes and losses in hand-computed cases (Eq. 1, 2 and 6), and the model's own behaviour."""
 
 import math
 from pathlib import Path
@@ -21,11 +21,11 @@ def test_prototypes_slide_as_in_equation_1(model: De3Model) -> None:
     model.config.gamma = 0.25
     first = torch.tensor([[1.0, 0.0], [3.0, 2.0], [10.0, 10.0]])[:, None].expand(3, 3, 2)
     model.update_prototypes(first, torch.tensor([0, 0, 1]))
-    # the first mean initializes a prototype; class c did not occur
+    # The first mean initializes a prototype; class c did not occur.
     assert model.prototypes[0].tolist() == [[2.0, 1.0], [10.0, 10.0], [0.0, 0.0]]
     assert model.prototype_seen[0].tolist() == [True, True, False]
     model.update_prototypes(first[:1] + 5, torch.tensor([0]))
-    # 0.75·(2, 1) + 0.25·(6, 5); class b did not occur and keeps its prototype
+    # 0.75·(2, 1) + 0.25·(6, 5); class b did not occur, and keeps its prototype.
     assert model.prototypes[2].tolist() == [[3.0, 2.0], [10.0, 10.0], [0.0, 0.0]]
 
 

@@ -1,4 +1,4 @@
-"""Requests beyond what the event loop can start at once start in rotation over the networks."""
+"""Requests that the event loop cannot start at once are started in rotation over their networks."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,7 +7,10 @@ from de3.server.http.turns import AT_ONCE, Turns
 
 
 def order_of(requests: list[str]) -> list[list[str]]:
-    """The networks whose requests start in each iteration of the event loop, if all requests arrive in one."""
+    """For each iteration of the event loop, the networks whose requests start; all requests arrive in the first.
+
+    requests: the network of each request.
+    """
 
     async def go() -> list[list[str]]:
         turns, rounds = Turns(), [list[str]()]

@@ -1,4 +1,4 @@
-"""Mistakes of users on the way to a model: refused or warned about before they cost hours or trust."""
+"""Mistakes of users on the way to a served model: each is refused, or warned about, early."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def training(data_file: Path, encoder: Path, out: Path) -> str:
 
 @pytest.fixture
 def stock(tmp_path: Path, encoder: Path) -> Path:
-    """A classifier as transformers saves it."""
+    """A stock classifier with random weights, as transformers saves it."""
     folder = tmp_path / "stock"
     config = BertConfig.from_pretrained(encoder, num_labels=2)
     BertForSequenceClassification(config).save_pretrained(folder)
@@ -78,7 +78,7 @@ def test_an_encoder_with_missing_weights_is_not_trained(data_file: Path, tmp_pat
 
 
 def change(folder: Path, **tensors: torch.Tensor) -> str:
-    """Add or replace weights of a checkpoint; returns why it is refused."""
+    """Add or replace weights of a checkpoint, named with __ for each dot; returns the message that refuses it."""
     file = folder / "model.safetensors"
     save_file(load_file(file) | {k.replace("__", "."): v for k, v in tensors.items()}, file, {"format": "pt"})
     return refusal(f"evaluate {folder}")
@@ -190,7 +190,7 @@ def test_unknown_words_are_counted(encoder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Callable[[str], Path]:
-    """Paths by name: data.jsonl (pairs), a checkpoint trained on it, and a store with its artifact; made once."""
+    """A function from a name to a path: data.jsonl has pairs, checkpoint is trained on them, store has its artifact."""
     folder = tmp_path_factory.mktemp("pairs")
     rows = [{"a": text, "b": text, "label": label} for text, label in make_rows(600, 3)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -275,7 +275,7 @@ def test_a_training_that_diverges_stops(data_file: Path, encoder: Path, tmp_path
 
 def test_a_plot_that_cannot_be_written_is_a_warning(checkpoint: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    (copy / "evaluation.png").mkdir()  # root may write to read-only folders
+    (copy / "evaluation.png").mkdir()  # a read-only folder would not stop root
     assert "name another file with --png" in de3(f"evaluate {copy}")
     with pytest.raises(OSError, match=r"evaluation\.png"):
         de3(f"evaluate {copy} --png {copy}/evaluation.png")
@@ -320,7 +320,7 @@ def test_int8_is_judged_by_an_interval() -> None:
     right = [0, 1] * 183
     five_off = [1 - label if i % 73 == 0 else label for i, label in enumerate(right)]
     exact, off = recorded(right, right), recorded(right, five_off)
-    assert int8_loss(off, exact, 0.01)["int8_accuracy"][0] < 0.99  # 6 of 366 by chance
+    assert int8_loss(off, exact, 0.01)["int8_accuracy"][0] < 0.99  # but 6 of 366 may be chance
     labels = right * 20
     with pytest.raises(ExportError, match=r"int8 costs exit 1 at least 1.* points"):
         int8_loss(recorded(labels, five_off * 20), recorded(labels, labels), 0.01)

@@ -18,7 +18,7 @@ from tests.serving import free_port, until
 from tests.test_kernels import arm
 
 ROOT = Path(__file__).parents[1]
-# The environment without the variables that a new user would not have.
+# The environment variables of a new user: none of ours.
 ENVIRONMENT = {name: v for name, v in os.environ.items() if not name.startswith(("DE3_", "PYTHONPATH"))}
 
 pytestmark = [
@@ -67,7 +67,7 @@ def wheel(dist: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def user(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an environment, env, in which the wheel is installed, and the output of try.sh in output."""
+    """A folder with env, a virtual environment in which the wheel is installed, and output, the output of try.sh."""
     folder = tmp_path_factory.mktemp("user") / "home"
     ported = ENVIRONMENT | {"PORT": str(free_port())}
     output = run(ROOT / "deploy/release/try.sh", wheel, sys.executable, folder, cwd=wheel.parent, env=ported)
@@ -104,11 +104,9 @@ def test_the_checksums_are_those_of_the_files(dist: Path) -> None:
 
 def test_a_new_user_gets_an_answer_from_the_kernels(user: Path) -> None:
     output = (user / "output").read_text()
-    print(output)  # the timings, for pytest -rP
+    print(output)  # shows the timings with pytest -rP
     assert '"label":"positive"' in output
-    assert re.search(
-        r"^runtime: (native, \w+|onnxruntime)$", output, re.M
-    )  # either, depending on the processor
+    assert re.search(r"^runtime: (native, \w+|onnxruntime)$", output, re.M)  # depends on the processor
     assert run(user / "env/bin/python", "-c", "import de3; print(de3.__file__)", cwd=user).startswith(
         str(user)
     )
@@ -181,7 +179,7 @@ def test_the_sdist_installs_without_a_compiler_and_the_log_says_what_that_costs(
     user: Path, dist: Path
 ) -> None:
     (sdist,) = dist.glob("*.tar.gz")
-    # The environment of the wheel, which has the same dependencies.
+    # Use the wheel's environment, as the dependencies are the same.
     again = ("install", "--quiet", "--no-deps", "--force-reinstall")
     run(user / "env/bin/pip", *again, sdist, cwd=user, env=ENVIRONMENT | {"CC": "/bin/false"})
     with demo_server(user) as (url, log):

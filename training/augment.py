@@ -14,13 +14,13 @@ from de3.tables import Text
 from de3.training.data import Example
 
 JOINTS = (" ", " , ", " and ", " but ", " . ")
-JOINED, REPLACED, DELETED = 0.5, 0.2, 0.05  # shares: of the texts, of the words, of the words
+JOINED, REPLACED, DELETED = 0.5, 0.2, 0.05  # shares of texts joined, and of words replaced and deleted
 
 
 def neighbours(
     texts: Sequence[Text], tokenizer: Any, table: torch.Tensor, k: int = 10
 ) -> dict[str, list[str]]:
-    """The k nearest words in texts of each word in texts, by cosine similarity of their embeddings.
+    """For each word in `texts`, the k nearest other words in `texts`, by cosine similarity of their embeddings.
 
     table: the encoder's word embeddings, (vocabulary, width). Only alphabetic words of one token count. Neighbours are
     synonyms and antonyms alike; the teacher tells them apart.
@@ -37,7 +37,10 @@ def neighbours(
 
 
 def augment(examples: Sequence[Example], near: dict[str, list[str]], copies: int, seed: int) -> list[Text]:
-    """`copies` altered texts of each example: words replaced or deleted, half of the single texts joined to another."""
+    """`copies` altered texts per example: words are replaced or deleted, and half of the single texts are joined.
+
+    A single text is joined to another text of the data. near: see neighbours.
+    """
     rng = random.Random(seed)
 
     def alter(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints of `de3 train` and `de3 import`. Every command opens them here. Imports PyTorch only for `model`.
+"""Checkpoints of `de3 train` and `de3 import`. Every command opens them here. Only `Checkpoint.model` imports PyTorch.
 
 A checkpoint's training.json records whether the training is finished, and the command that resumes it.
 """
@@ -69,7 +69,7 @@ class Checkpoint:
         return bool((read_record(self.folder) or {}).get("imported")) and not self.is_finetuned
 
     def held_out(self, part: str, file: Path | None = None) -> list[Example]:
-        """The samples of a part, tune or certify, or of another file; raises ValueError if they are unusable."""
+        """The samples of a part (tune or certify), or of `file` instead; raises ValueError if they are unusable."""
         path = file or self.folder / f"{part}.jsonl"
         if file is None and not path.exists():
             raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")
@@ -82,7 +82,7 @@ class Checkpoint:
 
 
 def check(folder: Path) -> None:
-    """Raise ValueError, saying what the folder is instead, unless it is a checkpoint."""
+    """Raise ValueError unless the folder is a checkpoint; the message says what it is instead."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; de3 train writes a checkpoint to --out")
     if (folder / "manifest.json").exists():

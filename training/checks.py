@@ -11,12 +11,12 @@ from de3.training.data import Example
 from de3.training.split import Split
 
 MAX_LABELS = 1000
-FEW = 5  # samples of a label
+FEW = 5  # rows of a label, below which there is a warning
 MAX_UNKNOWN, WARN_UNKNOWN = 0.2, 0.02  # shares of unknown tokens
 
 
 def labels(counts: Counter[str], rows: int | None = None) -> list[str]:
-    """Warnings about labels; raises ValueError if they cannot be classes.
+    """Warnings about the labels of the data; raises ValueError if they cannot be classes.
 
     counts: rows of each label. rows: number of rows of multi-label data; None: every row has one label.
     """
@@ -84,7 +84,7 @@ def held_out(parts: Split, names: Sequence[str]) -> list[str]:
 
 
 def labels_of(example: Example) -> tuple[int, ...]:
-    """The labels of an example: one, or any number in multi-label data."""
+    """The indices of an example's labels: one, or any number in multi-label data."""
     return example.label if isinstance(example.label, tuple) else (int(example.label),)
 
 

@@ -33,7 +33,10 @@ class CheckpointConfig(BaseModel):
 
     @classmethod
     def of(cls, name: str, raw: Any) -> Self:
-        """The configuration in a config.json; raises ValueError, which begins with the name, if it is invalid."""
+        """The configuration from the JSON of a config.json, `raw`.
+
+        Raises ValueError, whose message begins with `name`, if it is invalid.
+        """
         if not isinstance(raw, dict) or not isinstance(raw.get("encoder"), dict):
             raise ValueError(f"{name}: its config.json is not that of a checkpoint of de3 train")
         check_sizes(name, raw)
@@ -56,7 +59,7 @@ class CheckpointConfig(BaseModel):
 
     @property
     def family(self) -> type[Encoder]:
-        """The family of its encoder."""
+        """The model family of the encoder."""
         return family(self.encoder)
 
     @property
@@ -93,7 +96,10 @@ class CheckpointConfig(BaseModel):
 
 
 def model_type(folder: Path) -> str | None:
-    """The model_type in a folder's config.json; None if there is none. Raises ValueError if it is unreadable."""
+    """The model_type in a folder's config.json; None if the file or the field is missing.
+
+    Raises ValueError if the file cannot be read.
+    """
     try:
         config = read_config(folder / "config.json")
     except FileNotFoundError:
@@ -105,7 +111,7 @@ def model_type(folder: Path) -> str | None:
 
 
 def looks_like_path(name: str) -> bool:
-    """True if a name can only be a folder: looking it up on the Hugging Face hub could take minutes."""
+    """True if a name can only be a folder. Looking it up on the Hugging Face hub instead could take minutes."""
     return (
         name.startswith((".", "/", "~"))
         or name.count("/") > 1

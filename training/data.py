@@ -25,8 +25,8 @@ class Example:
         label: index into the label names; for a multi-label model a tuple of the correct indices, ascending; for a
             regression model the correct value, a float.
         group: examples of a group are related (parts of one text, document or user) and stay in one part of the data;
-            None: related to copies of the same text only.
-        is_fragment: the text is part of another text of the data, and not one that the model will serve.
+            None: the example is related only to copies of the same text.
+        is_fragment: the text is part of another text of the data, and unlike the texts that the model will serve.
         original: the imported classifier's answer, as a label; None: unknown.
     """
 
@@ -38,7 +38,7 @@ class Example:
 
 
 def label_order(rows: Sequence[tuple[Text, str]], multi_label: bool = False) -> list[str]:
-    """The distinct labels of rows: whole numbers in numeric order, then the others alphabetically."""
+    """The distinct labels of rows: first whole numbers, in numeric order, then the others, alphabetically."""
     labels = {label for _, cell in rows for label in labels_in(cell, multi_label)}
     return sorted(labels, key=lambda x: (0, int(x), x) if re.fullmatch("-?[0-9]+", x) else (1, 0, x))
 
@@ -103,7 +103,7 @@ def rename(
 ) -> list[tuple[Text, str]]:
     """Rows with their labels, in the order of label_order, renamed to the comma-separated label_names.
 
-    Raises ValueError unless label_names names each label once. None: the labels are kept.
+    label_names: None keeps the labels. Raises ValueError unless it names each label once.
     """
     if label_names is None:
         return list(rows)
@@ -158,7 +158,7 @@ def load_examples(
 ) -> list[Example]:
     """Read a file that `save_examples` wrote, or one like it; raises ValueError if it is missing or invalid.
 
-    multi_label: each text has a list of labels, or a string in which they are separated by |. regression: a value.
+    multi_label: each text has a list of labels, or a string of labels separated by |. regression: each has a value.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file")

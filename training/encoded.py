@@ -23,7 +23,7 @@ class Encoded:
         return len(self.ids)
 
     def batch(self, rows: Sequence[int], pad_id: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Padded model inputs, each (batch, tokens), and labels, (batch,) or (batch, K), of some rows."""
+        """Padded model inputs, each (batch, tokens), and labels, (batch,) or (batch, K), of these rows."""
 
         def padded(sequences: list[list[int]], fill: int) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence(
@@ -44,7 +44,7 @@ class Encoded:
 def encode(
     examples: Sequence[Example], tokenizer: Any, max_length: int, what: str = "texts", num_labels: int = 0
 ) -> Encoded:
-    """Tokenize examples, truncated to max_length tokens (pairs: the longer text first).
+    """Tokenize examples, truncated to max_length tokens (in a pair, the longer text is shortened first).
 
     num_labels: needed for multi-label examples only.
     """
@@ -64,7 +64,7 @@ def encode(
 def training_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:
     """Batches of rows of similar length (little padding), in random order.
 
-    Up to 4 is added to each length before sorting, so that batches differ from epoch to epoch.
+    A random number up to 4 is added to each length before sorting, so that batches differ from epoch to epoch.
     """
     rng = random.Random(seed)
     rows = sorted(range(len(lengths)), key=lambda i: lengths[i] + 4 * rng.random())

@@ -17,7 +17,7 @@ from de3.exits.signals import Edr, Signal
 from de3.exits.trade_offs import TradeOffs
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
-HINDSIGHT = (0.01, 0.02, 0.03, 0.05)  # disagreements
+HINDSIGHT = (0.01, 0.02, 0.03, 0.05)  # rates of disagreement
 TARGET_SPEEDUPS, TARGET_DISAGREEMENTS = (3, 4, 5), (0.01, 0.02, 0.05)
 
 
@@ -37,7 +37,7 @@ class Curve:
 
 
 def curves(recorded: Recorded, lams: Sequence[float], risk: Signal | None = None) -> list[Curve]:
-    """The curves of entropy, distance ratio, EDR at each λ and risk, without those that the model lacks."""
+    """The curves of entropy, distance ratio, EDR at each λ and risk, except the signals that the model lacks."""
     scores = {"entropy": recorded.entropy} if recorded.tolerance is None else {}
     if len(recorded.exit_layers) > 1 and recorded.thresholds is None and recorded.tolerance is None:
         scores["distance ratio"] = recorded.distance_ratio
@@ -83,7 +83,7 @@ def exit_table(recorded: Recorded, what: str = "") -> Table:
 
 
 def f1(recorded: Recorded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Micro and macro F1 of a multi-label model at every exit, each (exits,); a label without hits counts 0."""
+    """Micro and macro F1 of a multi-label model at every exit, each (exits,); a label without hits has an F1 of 0."""
     return _f1(recorded.answers, recorded.labels)
 
 
@@ -167,7 +167,7 @@ def _labels_never_given(recorded: Recorded, names: Sequence[str]) -> list[str]:
 
 
 def curve_table(curves: Sequence[Curve]) -> Table:
-    """The accuracy of every signal at SPEEDUPS."""
+    """The accuracy of every signal at each of SPEEDUPS."""
     table = Table(title="Accuracy at a speed-up of M / mean exit layer")
     table.add_column("signal")
     for s in SPEEDUPS:
@@ -180,11 +180,11 @@ def curve_table(curves: Sequence[Curve]) -> Table:
 
 @dataclass(frozen=True)
 class Times:
-    """Time of a text run alone, seconds: intercept and slope by its number of tokens.
+    """Time of a text that runs alone, in seconds: intercept and slope over its number of tokens.
 
     Attributes:
-        full: at τ = 0: tokenizer, embeddings, all layers and the last exit, (2,).
-        exits: to each exit, evaluating every exit up to it, (exits, 2).
+        full: time at τ = 0 (tokenizer, embeddings, all layers and the last exit), (2,).
+        exits: time to each exit, with every exit up to it evaluated, (exits, 2).
     """
 
     full: NDArray[np.float64]
@@ -194,10 +194,11 @@ class Times:
         """The speed-up in time of texts (n,) with these exit indices and numbers of tokens.
 
         It is Σ T(nᵢ) / Σ t_eᵢ(nᵢ): text i has nᵢ tokens and exits at eᵢ, T is the time at τ = 0, t_e the time to
-        exit e. Unlike M / mean exit layer, it counts not only layers (l), but also tokenizer and embeddings (s) and
-        every exit passed (e): (s + M·l + e) / (s + m·l + (m + 1)·e) for texts that exit at layer m. Exits are timed,
-        not counted in multiply-adds: an exit with 150 classes has 1% of a layer's multiply-adds on 11 tokens, but takes
-        a third of its time, as every weight is read from memory for a single row (lab/docs/experiments/time.md).
+        exit e. Unlike M / mean exit layer, it includes the tokenizer, the embeddings and every exit passed. If
+        tokenizer and embeddings take s, a layer l and an exit c, texts that exit at layer m have a speed-up of
+        (s + M·l + c) / (s + m·l + (m + 1)·c). Exits are timed, not counted in multiply-adds: on 11 tokens, an exit with
+        150 classes has 1% of a layer's multiply-adds but takes a third of the layer's time, because every weight is
+        read from memory for a single row (lab/docs/experiments/time.md).
         """
         full = self.full[0] + self.full[1] * tokens
         early = self.exits[index, 0] + self.exits[index, 1] * tokens
@@ -277,7 +278,7 @@ def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]]
 
 
 def hindsight_table(recorded: Recorded, signals: Sequence[Signal]) -> Table:
-    """The highest speed-up of each signal within a disagreement on these samples, with the best τ."""
+    """The highest speed-up of each signal within each disagreement of HINDSIGHT on these samples, with the best τ."""
     samples = calibration.Samples.independent(recorded)
     table = Table(title="Speed-up in layers within a disagreement, with the best τ in hindsight")
     for column in ("signal", *(f"{100 * d:g}%" for d in HINDSIGHT)):
@@ -316,7 +317,10 @@ def length_table(recorded: Recorded, tau: float, signal: Signal, times: Times) -
 
 
 def unlike_lengths(tokens: NDArray[np.int64], calibrated: Sequence[float] | None) -> list[str]:
-    """A warning if the median length of texts is outside the interquartile range of the calibration's."""
+    """A warning if the median text length is outside the interquartile range of the calibration texts.
+
+    tokens: number of tokens of each text, (n,). calibrated: quantiles at LEVELS for the calibration; None: unknown.
+    """
     if calibrated is None:
         return []
     low, middle, high = (calibrated[LEVELS.index(level)] for level in (0.25, 0.5, 0.75))

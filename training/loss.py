@@ -38,7 +38,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
     """Binary cross-entropy of a multi-label model, summed over labels, averaged over the batch.
 
-    logits, wanted (target probabilities): (batch, …, num_labels). The result has the dimensions in between.
+    logits, wanted (target probabilities): (batch, …, num_labels). The result has the dimensions between these two.
     """
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(-1).mean(0)
 
@@ -63,7 +63,8 @@ def total(
 ) -> Tensor:
     """Σ w_m·(CE_m + α·DAR_m) (Eq. 6), a scalar; with a teacher, CE becomes (1−d)·CE + d·distillation.
 
-    labels: classes, (batch,); for a multi-label model the correct labels, (batch, num_labels) bool.
+    labels: classes, (batch,); for a multi-label model the correct labels, (batch, num_labels) bool. weights: (exits,).
+    distill: d. The other shapes are those of `cross_entropy`, `dar` and `distillation`.
     """
     if labels.ndim == 1:
         per_exit = cross_entropy(logits, labels)

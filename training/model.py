@@ -25,17 +25,17 @@ class De3Config(PretrainedConfig):
         encoder: the encoder's configuration as a dict, with its `model_type`.
         exit_layers: layers that have a classifier, ascending; 0 is the embedding output and the last must
             be the encoder's depth M. Default: 1…M.
-        pooling: h^(m) of a layer: the "mean" of the sample's tokens, or "cls", the first token.
+        pooling: pooling of a layer's states to h^(m): "mean", over the sample's tokens, or "cls", the first token's.
         metric_dim: width of the prototype space; default: the encoder's hidden size.
         last_prototypes: give the last layer a prototype space too, for drift monitoring and experiments.
-        head: stock head of the last exit of an imported classifier: {"pooling": …, "activation": "tanh", "relu" or
-            "gelu"}, with a dense layer between the two; "norm": the epsilon of a layer norm after the activation, if
-            there is one. None: the last exit is like the others.
+        head: the stock head of an imported classifier, for the last exit: {"pooling": …, "activation": "tanh", "relu"
+            or "gelu"}, with a dense layer between the two. If a layer norm follows the activation, "norm" is its
+            epsilon. None: the last exit is like the others.
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
-        thresholds: of a multi-label model: the probability above which each label is assigned. Such a model has no
+        thresholds: in a multi-label model, the probability above which each label is assigned. Such a model has no
             prototypes. None: not a multi-label model.
-        tolerance: of a regression model, in its units: answers that differ by more count as different. Such a model has
-            one label and no prototypes. None: the model has classes.
+        tolerance: in a regression model, the largest difference, in the model's units, between two answers that count
+            as the same. Such a model has one label and no prototypes. None: the model has classes.
         max_tokens: maximum input length of the encoder.
         input: kind of input in training, "text" or "pair"; None: unknown.
     """
@@ -111,7 +111,7 @@ class De3Config(PretrainedConfig):
 
 @dataclass
 class De3Output:
-    """The outputs of a forward pass; exits are in the order of `exit_layers`, spaces in that of `prototype_layers`.
+    """The outputs of a forward pass: exits in the order of `exit_layers`, spaces in the order of `prototype_layers`.
 
     Attributes:
         logits: (batch, exits, num_labels).
@@ -125,7 +125,7 @@ class De3Output:
 
 
 class De3Model(PreTrainedModel):
-    """A classifier at every exit, and a prototypical network at the exits of `prototype_layers`."""
+    """An encoder with a classifier at every exit and a prototypical network at the exits of `prototype_layers`."""
 
     config_class = De3Config
     base_model_prefix = "encoder"
@@ -154,7 +154,7 @@ class De3Model(PreTrainedModel):
     def from_encoder(cls, name: str, labels: list[str], **settings: Any) -> Self:
         """A new model with untrained heads on a pretrained encoder from a folder or the hub.
 
-        settings: of De3Config. Raises ValueError if weights of the encoder are missing.
+        settings: further arguments of De3Config. Raises ValueError if weights of the encoder are missing.
         """
         # Weights of the wrong shape are only reported here, and rejected below.
         encoder, loaded = AutoModel.from_pretrained(
@@ -176,14 +176,14 @@ class De3Model(PreTrainedModel):
     def start_at(self, labels: Tensor) -> None:
         """Initialize the biases of a multi-label model's exits to the labels' log-odds; labels: (n, num_labels) bool.
 
-        From probabilities of 0.5, training would spend hundreds of steps learning that most labels are rare.
+        Starting from probabilities of 0.5, training would spend hundreds of steps learning that most labels are rare.
         """
         frequencies = (labels.sum(0) + 0.5) / (len(labels) + 1)
         for classifier in self.classifiers:
             classifier.get_parameter("bias").copy_(torch.logit(frequencies))
 
     def pool(self, hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
-        """h^(m), (batch, hidden), of hidden states (batch, tokens, hidden) and their mask (batch, tokens)."""
+        """h^(m), (batch, hidden), pooled from hidden states (batch, tokens, hidden) with their mask (batch, tokens)."""
         if pooling == "cls":
             return hidden[:, 0]
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
@@ -192,7 +192,7 @@ class De3Model(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> De3Output:
-        """All exits of a padded batch; input_ids and attention_mask are (batch, tokens)."""
+        """The outputs of all exits for a padded batch; each input is (batch, tokens)."""
         pooled = self.pooled(input_ids, attention_mask, token_type_ids)
         # The heads run in float32: they cost little, and a prototype distance is a difference of nearly
         # equal numbers.
@@ -239,7 +239,7 @@ class De3Model(PreTrainedModel):
         return seen if self.head_norm is None else self.head_norm(seen)
 
     def embed(self, pooled: Tensor) -> Tensor:
-        """h'^(m), (batch, spaces, metric_dim), of h^(m), (batch, spaces or more, hidden)."""
+        """h'^(m), (batch, spaces, metric_dim), of h^(m), (batch, exits, hidden). Exits without a space are ignored."""
         if not self.prototypical:
             return pooled.new_zeros(len(pooled), 0, self.config.metric_dim)
         return torch.stack([f(pooled[:, i]) for i, f in enumerate(self.prototypical)], 1)
@@ -254,7 +254,7 @@ class De3Model(PreTrainedModel):
         """One moving-average step: cp_k ← (1−γ)·cp_k + γ·mean of the batch's h' with label k (Eq. 1).
 
         A class that is not in the batch keeps its prototype. A class seen for the first time starts at its
-        mean. No gradient flows through the prototypes. embedded is (batch, spaces, metric_dim).
+        mean. No gradient flows through the prototypes. embedded: (batch, spaces, metric_dim); labels: (batch,).
         """
         for k in labels.unique().tolist():
             mean = embedded[labels == k].mean(0)
@@ -264,7 +264,7 @@ class De3Model(PreTrainedModel):
 
 
 def check_loaded(loaded: dict[str, Any], name: str, optional: str | None = None) -> None:
-    """Raise ValueError unless every weight came from the file: a missing one would be random.
+    """Raise ValueError unless every weight came from the file: a missing weight would be random.
 
     loaded: the report of from_pretrained; optional: prefix of names that may be missing.
     """

@@ -1,4 +1,4 @@
-"""Records every exit of a PyTorch model for every sample."""
+"""Records the outputs of every exit of a PyTorch model for every sample."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from de3.training.progress import track
 def predict(
     model: De3Model, data: Encoded, pad_id: int, batch_size: int = 128, what: str = "", bf16: bool = False
 ) -> Recorded:
-    """Logits and distances of all exits in the order of data. The model is left in evaluation mode.
+    """The logits and distances of all exits, in the order of `data`. Leaves the model in evaluation mode.
 
     Computes in float32 unless `bf16`, which is several times faster on CPUs that support it and accurate to about 2
     digits.

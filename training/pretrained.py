@@ -39,7 +39,7 @@ def load(folder: Path) -> De3Model:
 
 
 def _check_weights(model: De3Model, unexpected: Iterable[str], folder: Path) -> None:
-    """Raise ValueError for weights that are not in the model, or are not finite."""
+    """Raise ValueError if the file has weights that the model lacks, or if a weight is not finite."""
     if surplus := sorted(unexpected):
         raise ValueError(
             f"{folder}: its file has {len(surplus)} weights that are not in the model of its config.json, such as "
@@ -91,8 +91,8 @@ def open_encoder(name: str) -> tuple[Any, Any]:
 def check_config(name: str, source: str) -> None:
     """Raise ValueError for a model whose config.json has impossible sizes, and OSError if it cannot be read.
 
-    transformers would create 10⁹ label names, or a million layers, before it reads the weights.
-    source: folder or hub id.
+    Without this check, transformers would create 10⁹ label names, or a million layers, before it reads the weights.
+    name: start of the messages. source: folder or hub id.
     """
     config = read_config(Path(cached_file(source, "config.json")))
     if not isinstance(config, dict):
@@ -114,10 +114,12 @@ def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
 
 
 def rewrite(name: str, folder: Path, check: Callable[[Path], None]) -> None:
-    """Write a classifier from the hub or a folder as model.safetensors with tokenizer.json; no pickled code is run.
+    """Save a classifier to `folder` as model.safetensors and tokenizer.json, without running pickled code.
 
-    check: called with the path of config.json before the weights are read; raises ValueError for a classifier that
-    cannot be used. Raises ValueError, which begins with the name, if it cannot be read.
+    name: a folder, or a hub id with an optional @revision. check: called with the path of config.json before the
+    weights are read; raises ValueError for a classifier that cannot be used.
+
+    Raises ValueError, whose message begins with `name`, if the classifier cannot be read.
     """
     quiet()
     local = Path(name).expanduser()
@@ -138,7 +140,7 @@ def rewrite(name: str, folder: Path, check: Callable[[Path], None]) -> None:
 
 
 def _model(name: str, source: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The classifier, and the report on its loading."""
+    """The classifier, and the loading report of from_pretrained."""
     try:
         return AutoModelForSequenceClassification.from_pretrained(  # type: ignore[no-any-return]
             source,
@@ -163,7 +165,7 @@ def _model(name: str, source: str, options: dict[str, Any]) -> tuple[Any, Any]:
 def _tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except Exception as error:  # of many kinds, for missing or damaged files
+    except Exception as error:  # transformers raises many types for missing or damaged files
         raise ValueError(
             f"{name}: its tokenizer cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]}); "
             "save its tokenizer.json there"

@@ -16,9 +16,9 @@ LOG_EVERY_S = 20.0
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over items, with a progress bar on a terminal, or in a log a line at the start and every 20 s.
+    """Iterate over items and show progress: a bar on a terminal; in a log, a line at the start and every 20 s.
 
-    total: the number of items, if they have no length.
+    total: the number of items, if `items` has no length; if neither is known, the log gets only the first line.
     """
     if console.is_terminal:
         yield from rich_track(items, description, total, console=console, transient=True)
@@ -45,7 +45,7 @@ class Meter:
     """Training progress, and the time left at the average speed so far."""
 
     def __init__(self) -> None:
-        self._spent_s, self._steps = 0.0, 0  # of all epochs of this process
+        self._spent_s, self._steps = 0.0, 0  # over all epochs of this process
 
     @contextmanager
     def epoch(self, epoch: int, epochs: int, steps: int) -> Iterator["Meter"]:

@@ -41,9 +41,10 @@ def finish(model: De3Model, data: Encoded, pad_id: int, how: str, lr: float, see
 def fit(
     model: De3Model, batches: Iterable[tuple[Tensor, Tensor]], count: int, lr: float | None, seed: int
 ) -> None:
-    """Compute prototypes from `count` batches of pooled states (batch, spaces or more, hidden) and labels (batch,).
+    """Compute prototypes from `count` batches of pooled states, (batch, exits, hidden), and labels, (batch,).
 
-    lr: learning rate to retrain the prototypical networks; None: they are kept.
+    Exits without a prototype space are ignored. lr: learning rate to retrain the prototypical networks; None: they are
+    kept.
     """
     spaces, labels_count = len(model.config.prototype_layers), model.config.num_labels
     if lr is not None:
@@ -70,7 +71,10 @@ def fit(
 
 @torch.no_grad()
 def _take_means(model: De3Model, sums: Tensor, counts: Tensor) -> None:
-    """Set each prototype to its class's mean h', which is the network's output for the mean h, as h' is linear in h."""
+    """Set each prototype to its class's mean h'. As h' is linear in h, that is the network's output for the mean h.
+
+    sums: sums of h, (num_labels, spaces, hidden); counts: samples of each class, (num_labels,).
+    """
     seen = counts > 0
     means = model.embed(sums[seen] / counts[seen, None, None])  # (classes, spaces, metric_dim)
     model.prototypes[:, seen] = means.transpose(0, 1)

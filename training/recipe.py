@@ -1,4 +1,4 @@
-"""Batch size, epochs and learning rate by the size of the data; measured in lab/docs/experiments.md."""
+"""Recipes: batch size, epochs and learning rate for the size of the data, as measured in lab/docs/experiments.md."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ def choose(name: str, samples: int, **given: Any) -> Recipe:
 
 
 def by_size(samples: int) -> Recipe:
-    """Recipe by the size of the data: small sets need more steps per sample, and a higher rate."""
+    """The recipe for this many samples: small data sets need more steps per sample and a higher learning rate."""
     if samples < 20_000:
         return Recipe(batch_size=32, epochs=5, lr=1e-4, patience=2)
     return FIXED

@@ -16,7 +16,7 @@ _by_recipe = partial(_option, show_default="by --recipe")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Length and learning rate of the training."""
+    """Batch size, length and learning rate of the training."""
 
     batch_size: Annotated[int, _by_recipe(help="Samples per step.")] = 64
     epochs: Annotated[int, _by_recipe(help="Passes over the data.")] = 3
@@ -33,7 +33,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainSettings(Recipe):
-    """Training settings; they validate themselves."""
+    """All settings of the training. Raises ValueError for values outside their ranges."""
 
     head_lr: Annotated[
         float,

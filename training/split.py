@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from de3.tables import Text
 from de3.training.data import Example
 
-SHORTEST_FRAGMENT = 3  # words; shorter ones occur everywhere
+SHORTEST_FRAGMENT = 3  # words; shorter fragments occur everywhere
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ def split(
 ) -> Split:
     """Hold out two parts of examples, chosen by seed, of about `held_back` samples each.
 
-    By default each is a tenth of the examples, at most 4,000. Equal texts and examples of a group are in the same part.
-    With `fragments` (the data contains fragments of its own texts, such as SST-2's phrases) so are a text and its
-    fragments, as the evaluation must not use sentences seen in training. A fragment of texts in several parts is
-    dropped, or kept in train if it has fewer than 3 words. Fragments in the held-out parts are marked.
+    By default each is a tenth of the examples, at most 4,000. Equal texts, and examples of one group, go to the same
+    part. With `fragments` (the data contains fragments of its own texts, such as SST-2's phrases), so do a text and its
+    fragments, because the evaluation must not use sentences seen in training. A fragment of texts in several parts is
+    dropped, or kept in train if it has fewer than 3 words. Fragments in the held-out parts are marked as such.
 
     Raises ValueError if there are too few samples or distinct texts.
     """
@@ -73,7 +73,7 @@ def _in_its_text(example: Example, whole: set[Text]) -> Example:
 
 
 def groups_of(examples: Sequence[Example], fragments: bool = False) -> list[Text]:
-    """For each example, the representative of its group; with `fragments`, a text and its fragments are a group."""
+    """For each example, the representative of its group; with `fragments`, a text and its fragments form a group."""
     if not fragments:
         one_of = related(examples)
         return [one_of[e.text] for e in examples]
@@ -98,7 +98,7 @@ def related(examples: Sequence[Example]) -> dict[Text, Text]:
 
 
 def whole_texts(texts: set[Text]) -> dict[Text, set[Text]]:
-    """For each text, the longest texts that contain it word for word; itself for a pair, or for a text in no other."""
+    """For each text, the longest texts that contain it word for word; itself if it is a pair or in no other text."""
     by_words = {tuple(t.split()): t for t in texts if isinstance(t, str)}
     lengths = {len(words) for words in by_words}
     inside: dict[Text, set[Text]] = defaultdict(set)

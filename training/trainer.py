@@ -45,18 +45,19 @@ def train(
 
     The best epoch has the highest accuracy on `split.tune` (micro F1 for a multi-label model), averaged over the exits
     with the weights of the loss. `out` also receives the two held-out parts, which `de3 export` and `de3 evaluate`
-    read, and until the training is finished the state from which `resume` continues.
+    read, and, until the training is finished, the state from which `resume` continues.
 
     command: the command that resumes this run, recorded in the checkpoint. logits: a teacher's logits for
-    split.train, (n, num_labels), instead of its folder. more: further entries of the checkpoint's record.
+    split.train, (n, num_labels), in place of `teacher`. more: further entries of the checkpoint's record.
 
-    Raises ValueError if `out` has a checkpoint already, unless `resume` continues it.
+    Raises ValueError if `out` already has a checkpoint that `resume` does not continue, if the teacher does not fit
+    the data, or if the training diverges.
     """
     names = model.config.label_names
     if settings.augment and teacher is None:
         raise ValueError("--augment needs a --teacher to label the altered texts")
     identity = _identity(settings, model, split, teacher)
-    # Before anything is written:
+    # Check everything before anything is written.
     _check_out(out, identity, resume)
     opened = open_teacher(teacher, split, names) if teacher is not None and not is_finished(out) else None
     if resume and is_finished(out):
@@ -123,13 +124,13 @@ def _training_data(
     teacher: Checkpoint | None,
     logits: torch.Tensor | None,
 ) -> tuple[Encoded, torch.Tensor | None]:
-    """Training data with the altered copies, and the teacher's logits for it, (n, num_labels)."""
+    """Training data with the altered copies, and the teacher's logits for it, (n, num_labels), or None."""
     examples = list(split.train)
     if settings.augment:
         examples += altered(model, tokenizer, split.train, settings)
     if teacher is not None:
         logits = teach(teacher, examples, split, settings)
-        # Altered texts have no label but the teacher's.
+        # The only label of an altered text is the teacher's answer.
         n = len(split.train)
         labels = logits[n:].argmax(-1).tolist()
         examples[n:] = [Example(e.text, label) for e, label in zip(examples[n:], labels, strict=True)]
@@ -165,7 +166,7 @@ class _Run:
     def _groups(self) -> list[dict[str, Any]]:
         """Parameter groups by learning rate and weight decay; biases and norms do not decay."""
         groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-        # An imported head is already trained, as is its encoder.
+        # An imported head is already trained, like the encoder, so it gets the encoder's learning rate.
         learned = ["encoder."]
         if self.model.config.head is not None:
             learned += ["head.", f"classifiers.{len(self.model.config.exit_layers) - 1}."]
@@ -235,8 +236,8 @@ class _Run:
             return (self.step + 1) / warmup
         return max(0.0, (self.total_steps - self.step) / max(1, self.total_steps - warmup))
 
-    # The state is one file, tensors with JSON metadata: it is replaced atomically, and resuming needs no
-    # pickle.
+    # The state is a single file, tensors with JSON metadata, so that it can be replaced atomically and
+    # resuming needs no pickle.
     _COUNTERS = ("epoch", "step", "best", "best_epoch", "history")
 
     def save(self) -> None:
@@ -275,7 +276,7 @@ class _Run:
 
 
 def _identity(settings: TrainSettings, model: De3Model, split: Split, teacher: Path | None) -> str:
-    """A digest of everything that defines a run: its state must not resume another run."""
+    """A digest of everything that defines a run, so that its state cannot resume another run."""
     parts = (settings, model.config.to_json_string(), split, teacher and teacher.resolve())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from de3.model_store.store import Artifact
 
 FILES = "Files"
-SAMPLE_BYTES = 2**16  # at either end of a file
+SAMPLE_BYTES = 2**16  # hashed at either end of a file
 
 
 @with_fields(Columns, without=["label"])
@@ -202,7 +202,7 @@ def _say(line: str, style: str = "") -> None:
 
 
 def _identity(file: Path) -> list[str | int]:
-    """Identifies a file and, nearly, its content; the same for a copy."""
+    """Name, size and hash of both ends of a file: enough to notice most changes, and equal for a copy."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         digest = blake2b(opened.read(SAMPLE_BYTES), digest_size=16)
@@ -212,7 +212,7 @@ def _identity(file: Path) -> list[str | int]:
 
 
 def _served(client: "Client") -> list[str]:
-    """The models that a server has now; raises ValueError."""
+    """The names of the models that a server has loaded; raises ValueError if it does not answer."""
     from de3.bulk.pool import message_of
     from de3.client import ServerError
 
@@ -223,7 +223,7 @@ def _served(client: "Client") -> list[str]:
 
 
 def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
-    """The artifact of a name, or the only one of the store; raises ValueError."""
+    """The artifact with this name, or the store's only model if it is None; raises ValueError if there is none."""
     from de3.library import DEMO, artifact_of
     from de3.model_store.store import NoModelsError, Store
 
@@ -253,7 +253,10 @@ def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
 
 
 def _kind(out: Path, wanted: str | None, kind: str) -> str:
-    """The suffix of the output; raises ValueError."""
+    """The suffix of the output's files; raises ValueError if --out or --format is invalid.
+
+    wanted: the value of --format. kind: suffix of the input, the default for a folder.
+    """
     from de3.bulk.formats import KINDS
 
     if out.suffix in KINDS and not out.is_dir():

@@ -53,8 +53,8 @@ def evaluate(
 ) -> None:
     """Report the accuracy of every exit, and accuracy against speed-up for each exit signal.
 
-    Without data, a checkpoint is evaluated on certify.jsonl, which training held out. An artifact runs through its ONNX
-    segments, as in serving, and its default τ is also evaluated.
+    Without data, a checkpoint is evaluated on certify.jsonl, which training held out. An artifact runs as in serving,
+    with the same kernels or ONNX Runtime, and its default τ is also evaluated.
 
     Example: de3 evaluate runs/sst2 data/dev.tsv --text-column sentence --label-names negative,positive
     """
@@ -74,7 +74,7 @@ def evaluate(
         columns = columns if has_labels else replace(columns, label=None)
         rows = read_rows(file, dataset, split, columns)
         if not (has_labels or columns.regression):
-            rows = [(text, subject.names[0]) for text, _ in rows]  # replaced below
+            rows = [(text, subject.names[0]) for text, _ in rows]  # replaced by the original's answers below
         elif not columns.regression:
             rows = data.rename(rows, label_names, columns.multi_label)
         examples = data.to_examples(rows, subject.names, columns.multi_label, columns.regression)
@@ -106,10 +106,12 @@ class _Subject:
 
     Attributes:
         names: the labels.
-        config: has `input`, `thresholds` and `tolerance`.
+        config: the checkpoint's configuration or the artifact's manifest: `input`, `thresholds` and `tolerance`.
         record: runs examples and returns their recorded exits.
-        risk: the artifact's risk signal, if it has one.
+        risk: the artifact's risk signal; None: it has none.
         beside: default file of the plot.
+        served: the loaded model of an artifact; None for a checkpoint.
+        checkpoint: None for an artifact.
     """
 
     title: str
@@ -123,7 +125,7 @@ class _Subject:
 
 
 def _open(path: Path) -> _Subject:
-    """Open a checkpoint or an artifact; raises ValueError."""
+    """Open a checkpoint or an artifact; raises ValueError if it cannot be used."""
     if not (path / "manifest.json").exists():
         need_train_extra()
         from de3.training.checkpoint import Checkpoint
@@ -160,7 +162,10 @@ def _open(path: Path) -> _Subject:
 
 
 def _answered(original: str, examples: list[Any], subject: _Subject, has_labels: bool) -> list[Any]:
-    """Examples with the original classifier's answers, also as labels unless `has_labels`; raises ValueError."""
+    """Examples with the original classifier's answers, which replace the labels unless `has_labels`.
+
+    Raises ValueError if the classifier's labels do not fit the model's.
+    """
     from de3.export.classifier import Stock
     from de3.export.importing import answers
     from de3.export.original import original_of
@@ -178,7 +183,7 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
 
 
 def _lambdas(values: str) -> list[float]:
-    """The values of --lambdas; raises ValueError."""
+    """The values of --lambdas; raises ValueError if one is not a valid λ."""
     from de3.exits.signals import signal_of
 
     try:

@@ -53,7 +53,7 @@ def export(
     """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
 
     The segments of a trained checkpoint are compared with its PyTorch model, and nothing is published if they differ
-    too much. This needs the train extra; the checkpoint of an import without --finetune does not.
+    too much. Exporting it needs the train extra; exporting an import without --finetune does not.
     With --full-depth it writes one plain ONNX graph instead, for other servers; in int8 it uses ONNX Runtime's fused
     operators, with one scale for all activations of a text.
 

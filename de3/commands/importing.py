@@ -27,7 +27,7 @@ from de3.commands.options import (
 )
 from de3.tables import Columns, read_groups, read_rows, records
 
-RATE = 0.02  # of disagreement, at which a speed-up is reported
+RATE = 0.02  # disagreement rate at which the speed-up is reported
 
 
 @with_fields(Columns, without=["label"])
@@ -191,13 +191,13 @@ def import_model(
 
 
 def _import_records(model: str, files: list[Path], name: str, store: Path, quantize: str) -> None:
-    """Publish a model with exits that are fitted to records of live traffic."""
+    """Publish a model whose exits are fitted to records of live traffic."""
     from de3.export.exporter import ExportSettings
     from de3.export.learn import import_records
     from de3.library import artifact_of
     from de3.model_store.store import Store
     from de3.training.progress import console
 
-    ExportSettings(name, quantize)  # checks them
+    ExportSettings(name, quantize)  # validates both
     path = import_records(artifact_of(model, store, quantize), files, Store(store), name, RATE)
     console.print(f"published {path}. Next: {next_serve(store, name)}", markup=False, soft_wrap=True)

@@ -95,7 +95,7 @@ def models_verify(
 
 
 def _reason(error: Exception) -> str:
-    """The reason that an artifact is not valid, as one line."""
+    """The reason why an artifact is not valid, as one line."""
     from de3.model_store.store import StoreError
 
     return str(error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}"))
@@ -106,7 +106,7 @@ Url = Annotated[str, typer.Option(envvar="DE3_URL", help="URL of the running ser
 
 
 def check_url(url: str) -> str:
-    """The URL of a server without a trailing slash; raises ValueError."""
+    """The URL of a server without a trailing slash; raises ValueError unless it begins with http:// or https://."""
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"--url: must begin with http:// or https://; did you mean http://{url}?")
     return url.rstrip("/")

@@ -106,7 +106,7 @@ def declare(command: Callable[..., Any], parameters: Sequence[Parameter]) -> Non
 
 
 def fields_of(dataclass: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are fields of a dataclass and not None."""
+    """The options that are fields of this dataclass and not None."""
     names = signature(dataclass).parameters
     return {name: value for name, value in options.items() if name in names and value is not None}
 

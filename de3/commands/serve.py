@@ -1,4 +1,4 @@
-"""`de3 serve`: its options are its own, and the fields of server.settings.Settings."""
+"""`de3 serve`, with options of its own and those that server.settings.Settings defines."""
 
 import os
 from inspect import Parameter
@@ -51,7 +51,10 @@ def serve(
 
 
 def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) -> list["Artifact"]:
-    """The artifacts of these names: models of the store, or classifiers from folders or the hub."""
+    """The artifacts of these names: models of the store, or classifiers from folders or the hub.
+
+    Raises ValueError if an option is invalid, or an artifact cannot be found or made.
+    """
     if quantize not in ("int8", "none"):
         raise ValueError(f"--quantize must be int8 or none, got {quantize!r}")
     if not isfinite(cache_gb):
@@ -98,7 +101,7 @@ def _parameter(name: str) -> Parameter | None:
     if get_origin(kind) is list:
         kind, default = list[str] | None, default or None
     flag = how.flag or "--" + name.replace("_", "-")
-    # The description of the field states its default if it is None.
+    # If the default is None, the description of the field says what that means.
     info = typer.Option(
         flag,
         envvar=variable(name),

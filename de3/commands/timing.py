@@ -23,7 +23,7 @@ EVERY_EXIT = 5e-324  # the smallest τ that evaluates every exit; only a score o
 
 
 class Engine:
-    """A queue, processed by the calling thread."""
+    """The server's engine without threads: a queue that the calling thread processes."""
 
     def __init__(self, served: Served) -> None:
         self._served, self._queue = served, WorkQueue(1)
@@ -48,7 +48,7 @@ def text_of(example: Example) -> Text:
 
 
 def measure_times(served: Served, examples: Sequence[Example], count: int = 100) -> Times:
-    """CPU time at τ = 0 and to each exit, fitted to up to `count` examples run in the engine on this thread.
+    """CPU times at τ = 0 and to each exit, fitted to at most `count` examples that this thread runs.
 
     Each depth runs a block of texts at a time, so that its weights stay in the caches, as when serving.
     """

@@ -1,4 +1,4 @@
-"""`de3 train`: its options are its own, and the fields of Columns and of TrainSettings."""
+"""`de3 train`, with options of its own and those that Columns and TrainSettings define."""
 
 import shlex
 import sys
@@ -204,7 +204,10 @@ def train(
 def _labelled(
     rows: list[tuple[Text, str]], label_names: str | None, multi_label: bool
 ) -> tuple[list[Any], list[str], list[str]]:
-    """The rows as examples, the names of their labels, and warnings about them."""
+    """The rows as examples, the names of the labels, and warnings about the labels.
+
+    Raises ValueError for labels that cannot be trained.
+    """
     from de3.training import checks, data
 
     counts = Counter(label for _, cell in rows for label in labels_in(cell, multi_label))

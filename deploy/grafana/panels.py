@@ -19,14 +19,14 @@ class Query:
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel.
+    """A panel of a dashboard.
 
     Attributes:
         kind: stat (one number), lines, stack, or heatmap (of a histogram's buckets).
         unit: Grafana's identifier of the unit.
-        width: in grid columns, of 24.
+        width, height: size in Grafana's grid, which has 24 columns.
         least, most: range of the axis; None: from the data.
-        limit: a threshold, drawn as a line.
+        limit: a threshold, drawn as a line; None: no line.
         row: title of the row that begins with this panel; None: the previous row continues.
     """
 
@@ -71,7 +71,7 @@ def _stage(name: str) -> str:
 
 
 def _speedup(stages: str, window: str = R) -> str:
-    """Time at full depth / time spent. Tokenizing, if in `stages`, is on both sides: early exit cannot save it."""
+    """Time at full depth / time spent. Tokenizing, if in `stages`, is in both times: early exit cannot save it."""
     spent = _sum("de3_stage_latency_seconds_sum", window=window, labels=_stage(stages))
     full = _sum("de3_full_depth_seconds_total", window=window)
     if stages == "model":

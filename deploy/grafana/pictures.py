@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from de3.deploy.grafana.panels import ALL_MODELS, DASHBOARDS, Dashboard, Panel, Query
 
 COLUMNS, ROW_INCHES, WIDTH_INCHES = 24, 0.36, 15.0
-POINTS = 200  # in the time range
+POINTS = 200  # of a series, over the time range
 
 
 class Series:
@@ -82,7 +82,7 @@ def _stat(axes: Axes, panel: Panel, source: Source) -> None:
 def _heatmap(axes: Axes, panel: Panel, source: Source) -> None:
     rows = sorted(source.series(panel.queries[0]), key=lambda s: float(s.labels["le"]))
     bounds = [s.labels["le"] for s in rows]
-    # Buckets are cumulative: the difference of two is the count between their bounds.
+    # Buckets are cumulative: the difference between neighbours is the count between their bounds.
     counts = np.diff(np.array([s.values for s in rows]), axis=0, prepend=0)
     last = max(i for i, c in enumerate(counts) if np.nanmax(c) > 0) + 1
     mesh = axes.pcolormesh(rows[0].times, range(last), counts[:last], cmap="Blues", vmin=0, shading="nearest")

@@ -50,7 +50,7 @@ class Options(BaseModel):
 @serve.deployment
 @serve.ingress()
 class De3:
-    """One replica."""
+    """One replica: the server's ASGI application in a process that Ray manages."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
         """Load and warm up the models; Ray sends requests only afterwards."""
@@ -93,7 +93,7 @@ def build(arguments: dict[str, str]) -> serve.Application:
         settings["models"] = settings["models"].split()
     Settings.model_validate(settings)  # report errors in the terminal of `serve run`
     settings.setdefault("store", "models")
-    # Replicas have another working directory.
+    # Replicas have another working directory, so paths must be absolute.
     for name in ("store", "api_keys_file", "admin_keys_file", "state_dir", "log_audits"):
         if name in settings:
             settings[name] = str(Path(settings[name]).absolute())
@@ -109,7 +109,7 @@ def build(arguments: dict[str, str]) -> serve.Application:
             "upscale_delay_s": options.upscale_delay_s,
             "downscale_delay_s": options.downscale_delay_s,
         },
-        logging_config={"enable_access_log": False},  # it costs as much as a layer, and DE3 has its own
+        logging_config={"enable_access_log": False},  # Ray's takes as long as a layer, and DE3 has its own
         health_check_period_s=5,
         graceful_shutdown_timeout_s=40,
     )

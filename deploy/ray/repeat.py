@@ -57,7 +57,7 @@ class Repeat:
 
 
 async def _read(receive: Receive) -> tuple[list[Message], bool]:
-    """A request's messages up to the end of its body or a limit (size, time), and True if the body is complete."""
+    """The messages of a request up to the end of its body or a limit (size, time), and whether the body is complete."""
     messages, size = [], 0
     with suppress(TimeoutError):
         async with asyncio.timeout(MAX_WAIT_S):
@@ -71,8 +71,10 @@ async def _read(receive: Receive) -> tuple[list[Message], bool]:
 
 
 class SafeIds:
-    """ASGI middleware that drops malformed X-Request-ID headers, which Ray would echo. Ray generates an id for
-    requests without one."""
+    """ASGI middleware that drops malformed X-Request-ID headers, which Ray would echo.
+
+    Ray generates an id for requests without one.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

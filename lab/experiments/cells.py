@@ -1,6 +1,6 @@
 """Trained models of the studies, with recorded exits. Models that exist in a folder are not trained again.
 
-runs/mrpc-minilm-D-0/                           a checkpoint, as of de3 train
+runs/mrpc-minilm-D-0/                           a checkpoint, as de3 train writes it
 runs/mrpc-minilm-D-0/states-unseen.safetensors  recorded exits of the unseen samples
 """
 
@@ -47,9 +47,9 @@ class Cell:
     """The data and the training of one model.
 
     Attributes:
-        recipe: a letter for each component: T, distillation from a teacher, with altered copies; D, the paper's DAR;
-            "none": no component. Other training settings (alpha, gamma, pooling, prototypes, weights) follow after
-            commas: "D,pooling=cls".
+        recipe: a letter for each component: T for distillation from a teacher, with altered copies of the texts; D for
+            the paper's DAR; "none" for no component. Other training settings (alpha, gamma, pooling, prototypes,
+            weights) follow after commas: "D,pooling=cls".
         fold: which of 5 folds is held out and measured; None: the split of de3 train, measured on dev or test.
     """
 
@@ -61,7 +61,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the model's folder."""
         fold = "" if self.fold is None else f"-fold{self.fold}"
         return f"{self.task}-{self.encoder}-{self.recipe.replace(',', '-')}-{self.seed}{fold}"
 
@@ -80,12 +80,12 @@ class Cell:
 
     @property
     def letters(self) -> str:
-        """The recipe without other settings."""
+        """The letters of the recipe, without its other settings."""
         return self.recipe.split(",")[0]
 
     @property
     def more(self) -> dict[str, str]:
-        """The other settings."""
+        """The other settings of the recipe: values by name."""
         return dict(pair.split("=") for pair in self.recipe.split(",")[1:])
 
 
@@ -99,7 +99,7 @@ def grouped(cells: Sequence[Cell]) -> dict[tuple[str, str, str, bool], list[Cell
 
 @dataclass(frozen=True)
 class States:
-    """The states and exits of texts.
+    """The pooled states and the recorded exits of texts.
 
     Attributes:
         pooled: pooled hidden state h^(m) of every exit, (n, exits, hidden), float16.
@@ -167,7 +167,7 @@ class Trained:
         )
 
     def states(self, part: str) -> States:
-        """The states of a part."""
+        """The states of a part; see `examples`."""
         return self.of(self.examples(part), part)
 
     def of(self, examples: list[Example], what: str) -> States:
@@ -190,7 +190,10 @@ def _states(config: CheckpointConfig, tensors: dict[str, Tensor]) -> States:
 
 @torch.no_grad()
 def _run(model: De3Model, encoded: Encoded, pad_id: int, what: str) -> dict[str, Tensor]:
-    """Every exit's states; in bfloat16 for training texts, which are many and only used for fitting."""
+    """Run the model; returns the tensors of `States` by name.
+
+    Training texts run in bfloat16, because they are many and are only used for fitting.
+    """
     model.eval()
     n, exits, labels = len(encoded), len(model.config.exit_layers), model.config.num_labels
     pooled = torch.zeros(n, exits, model.config.hidden_size, dtype=torch.float16)
@@ -222,7 +225,7 @@ def _encoder(cell: Cell, encoders: Path | None) -> str:
 
 
 def _parts(cell: Cell, root: Path) -> tuple[Split, list[str]]:
-    """The samples of a cell, and the labels."""
+    """The samples of a cell, split into parts, and the names of the labels."""
     task = TASKS[cell.task]
     rows = task.train(root)
     names = data.label_order(rows)

@@ -66,7 +66,7 @@ class Texts(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, trained: Trained, states: States) -> Self:
-        """Embed texts."""
+        """Embed texts, given their pooled states."""
         return cls(trained.model.embed(torch.from_numpy(states.pooled).float()).numpy(), states.recorded)
 
     def rows(self, rows: Rows, prototypes: Prototypes) -> Recorded:
@@ -115,10 +115,10 @@ def pseudo_labels(
 
 
 class Guard:
-    """Stops the prototypes from following once that does harm.
+    """Stops the moving average of the prototypes once it does harm.
 
-    On the same audits, it compares how often the nearest prototype is that of full depth's answer, among the moved
-    prototypes and among the initial ones.
+    On the latest audits, it compares how often the nearest prototype belongs to full depth's answer: among the moved
+    prototypes, and among the initial ones.
     """
 
     WINDOW, LEAST, MARGIN = 100, 30, 0.02
@@ -128,7 +128,7 @@ class Guard:
         self.has_fired = False
 
     def add(self, moved: NDArray[np.bool_], start: NDArray[np.bool_]) -> None:
-        """Add an audit: True where the nearest of the moved and of the initial prototypes was right, each (spaces,)."""
+        """Add an audit. moved, start: True where the nearest moved or initial prototype was right, (spaces,)."""
         self._gains.append(float(moved.mean()) - float(start.mean()))
         if len(self._gains) >= self.LEAST and np.mean(self._gains) < -self.MARGIN:
             self.has_fired = True
@@ -136,7 +136,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class Arm:
-    """A combination of adaptations: prototypes that follow, with a guard or without, and a refitted risk."""
+    """A combination of adaptations: prototypes that follow the texts, with or without a guard, and a refitted risk."""
 
     follow: bool = False
     refit: bool = False
@@ -172,7 +172,10 @@ class Stream:
 
 
 def stream(home: Rows, away: Rows, seed: int) -> Stream:
-    """A stream of these texts; `home` and `away` may overlap."""
+    """A random stream of texts in domain, then of texts of the other domain.
+
+    home, away: rows of both kinds of texts; they may overlap.
+    """
     rng = np.random.default_rng(seed)
     away = rng.permutation(away)
     first, last = np.split(away, [len(away) // 2])
@@ -184,7 +187,7 @@ def stream(home: Rows, away: Rows, seed: int) -> Stream:
 def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float]:
     """The results of an arm on the measured texts of a stream."""
     prototypes, risk, guard = start.prototypes, start.risk, Guard()
-    audits: list[Recorded] = []  # with their distances at the time
+    audits: list[Recorded] = []  # with the distances at the time of the audit
     fitted = False
     scored: list[Floats] = []
     for i in range(0, len(stream.order), BATCH):
@@ -223,7 +226,7 @@ def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float
 
 
 def _compare(guard: Guard, texts: Texts, rows: Rows, moved: Prototypes, start: Prototypes) -> None:
-    """Add audits to the guard."""
+    """Add the audits of these texts to the guard."""
     wanted = texts.recorded.answers[rows, -1][:, None]
     right = [cosines(texts.embedded[rows], prototypes).argmax(-1) == wanted for prototypes in (moved, start)]
     for one, other in zip(*right, strict=True):
@@ -240,7 +243,7 @@ def calibrated(trained: Trained) -> Start:
 
 
 def streams(trained: Trained, root: Path) -> dict[str, tuple[Texts, Rows, Rows]]:
-    """By the other domain: all texts, the rows of those in domain, and the rows of those in the other domain."""
+    """All texts, the rows in domain, and the rows of the other domain, by name of the other domain."""
     (_, home), *others = domains(trained, root).items()
     n = len(home.pooled)
     found = {}
@@ -266,7 +269,7 @@ def measure(
 
 
 def results_of(cells: Sequence[Cell], root: Path, runs: Path) -> dict[str, Any]:
-    """The results by the other domain."""
+    """Measure cells; returns the results by name of the other domain."""
     found = {}
     for cell in cells:
         trained = Trained(cell, root, runs)
@@ -302,7 +305,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Speed-up and disagreement with full depth, for every order and arm."""
+    """Plot the speed-up and the disagreement with full depth, for every order and arm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.8))

@@ -48,7 +48,7 @@ def main(
 
 
 def join(questions: Sequence[Question], rng: random.Random) -> list[Row]:
-    """Texts of these questions, each in one text: pairs of different intents, and single ones."""
+    """Join questions into texts, each question in one text: pairs of different intents, and single questions."""
     shuffled = list(questions)
     rng.shuffle(shuffled)
     rows: list[Row] = []

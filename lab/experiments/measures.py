@@ -19,7 +19,7 @@ BOOTSTRAPS = 2_000
 
 
 def thresholds(scores: Floats) -> Floats:
-    """Every τ that makes a difference, thinned to 2,000, ascending from −∞ (no early exit) to ∞."""
+    """Every τ that makes a difference, ascending from −∞ (no early exit) to ∞; at most 2,000 finite ones."""
     early = scores[:, :-1]
     early = np.unique(early[np.isfinite(early)])
     if len(early) > 2_000:
@@ -31,7 +31,7 @@ def right_at(scores: Floats, recorded: Recorded, speedup: float) -> Floats:
     """Correctness of each text at a speed-up in layers, (n,), interpolated between two τ.
 
     τ needs no labels, so it is set on the measured texts, and all signals are compared at the same speed-up. NaN if
-    even the loosest τ is slower.
+    even the largest τ is slower.
     """
     layers, rows = np.asarray(recorded.exit_layers), np.arange(len(scores))
     correct = recorded.correct.astype(float)
@@ -53,14 +53,14 @@ def right_at(scores: Floats, recorded: Recorded, speedup: float) -> Floats:
 
 
 def knee(speedups: Sequence[float], scores: Sequence[float]) -> int | None:
-    """The index of the point farthest above the chord from the first point to the last; None if by less than 0.005."""
+    """Index of the point farthest above the chord from first to last point; None if it is less than 0.005 above."""
     x, y = np.asarray(speedups), np.asarray(scores)
     above = y - (y[0] + (y[-1] - y[0]) * (x - x[0]) / max(x[-1] - x[0], 1e-9))
     return int(np.argmax(above)) if above.max() >= 0.005 else None
 
 
 def bootstrap(difference: Floats, seed: int = 0) -> tuple[float, float]:
-    """95% interval of the mean of a paired difference (n,), by resampling its texts."""
+    """95% interval of the mean of a paired difference (n,), by resampling the texts."""
     rng = np.random.default_rng(seed)
     n = len(difference)
     means = [difference[rng.integers(n, size=n)].mean() for _ in range(BOOTSTRAPS)]
@@ -135,12 +135,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def auroc_by_exit(scores: Floats, recorded: Recorded) -> list[float]:
-    """AUROC for "this exit disagrees with the last", of each exit but the last."""
+    """AUROC of the scores for "this exit disagrees with the last", for each exit but the last."""
     return [auroc(scores[:, j], recorded.differs[:, j]) for j in range(scores.shape[1] - 1)]
 
 
 def mean_auroc(scores: Floats, recorded: Recorded) -> float:
-    """The mean of auroc_by_exit."""
+    """The mean of `auroc_by_exit`, ignoring NaN; NaN if there is no other value."""
     areas = auroc_by_exit(scores, recorded)
     return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
@@ -160,7 +160,7 @@ def save(name: str, results: Any) -> None:
 
 
 def load(name: str) -> Any:
-    """A study's results."""
+    """Read a study's results, as `save` wrote them."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 

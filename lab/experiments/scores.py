@@ -30,7 +30,7 @@ class Family(NamedTuple):
 def families(model: De3Model, train: States | None, held: States, first: int = 0) -> list[Family]:
     """All signals, fitted on held-out samples where necessary (learned exits: on training samples).
 
-    first: number of the model's first exits that the states lack.
+    first: number of exits at the start of the model that the states lack.
     """
     out = [
         Family("entropy", {"": lambda s: s.recorded.entropy}),
@@ -92,7 +92,10 @@ def cap(model: De3Model, states: States, scale: float, first: int) -> Floats:
 
 
 def by_exit(held: States, features: Callable[[States], Floats]) -> Score:
-    """For each exit, a logistic regression of "differs from full depth" on features, the first of which is 1."""
+    """The probability of "differs from full depth" by a logistic regression for each exit.
+
+    The regression is fitted on held-out samples. features: (n, exits, features); the first feature is 1.
+    """
     x, y = features(held), held.recorded.differs.astype(np.float64)
     weights = [regress(x[:, j], y[:, j]) for j in range(x.shape[1] - 1)]
 

@@ -65,7 +65,7 @@ def domains(trained: Trained, root: Path) -> dict[str, States]:
 
 
 def both(first: States, second: States) -> States:
-    """Both sets of texts, concatenated."""
+    """Concatenate two sets of texts."""
     pooled = np.concatenate([first.pooled, second.pooled])
     return States(pooled, joined([first.recorded, second.recorded]))
 
@@ -116,8 +116,11 @@ def tau_within(scores: Floats, recorded: Recorded, disagreement: float) -> float
 
 
 def at(scores: Floats, recorded: Recorded, tau: float) -> dict[str, float]:
-    """Results at a τ: speed-up in layers, loss of accuracy on texts with a label, disagreement with full depth, and
-    share of texts that exit early."""
+    """Results at a τ.
+
+    Results: speed-up in layers, loss of accuracy on texts with a label (NaN without such texts), disagreement with full
+    depth, and share of texts that exit early.
+    """
     index, rows = exit_index(scores, tau), np.arange(len(scores))
     labelled, correct = recorded.labels >= 0, recorded.correct
     lost = (correct[:, -1].astype(float) - correct[rows, index])[labelled]
@@ -153,11 +156,12 @@ def cautious(scores: Floats, recorded: Recorded, limits: Floats) -> Floats:
 def guaranteed(
     scores: Floats, recorded: Recorded, start: int, texts: int, seed: int
 ) -> tuple[float, float, float]:
-    """A stream under a guarantee that starts at index `start` of the τ grid: disagreement with full depth, mean exit
-    layer, and the last τ.
+    """Simulate a stream under a guarantee; returns disagreement with full depth, mean exit layer, and the last τ.
 
-    Its texts are drawn at random, so the rates of all recorded texts are the true ones. Audits add no layers, as a
-    server runs them when it is idle.
+    start: index of the initial τ in the grid. texts: number of texts in the stream.
+
+    The texts are drawn at random from the recorded ones, whose rates are therefore the true rates. Audits add no
+    layers, because a server runs them when it is idle.
     """
     rng, rows = np.random.default_rng(seed), np.arange(len(scores))
     index = np.stack([exit_index(scores, tau) for tau in FINE_TAUS], 1)
@@ -180,7 +184,7 @@ def guaranteed(
 
 
 def measure(held: Recorded, texts: dict[str, Recorded]) -> dict[str, Any]:
-    """All results of one model."""
+    """All results of one model. held: held-out texts, to choose τ on. texts: texts to measure, by domain."""
     result: dict[str, Any] = {
         "signals": {},
         "risk": {},
@@ -225,7 +229,7 @@ def measure(held: Recorded, texts: dict[str, Recorded]) -> dict[str, Any]:
 
 
 def results_of(cells: Sequence[Cell], root: Path, runs: Path) -> dict[str, Any]:
-    """The results by task."""
+    """Measure cells; returns the results by task."""
     found = {}
     for cell in cells:
         trained = Trained(cell, root, runs)
@@ -273,7 +277,7 @@ def _cells(row: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Disagreement with full depth by signal and domain, at the τ chosen for 2% in domain."""
+    """Plot the disagreement with full depth by signal and domain, at the τ chosen for 2% in domain."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4))

@@ -24,7 +24,7 @@ NAME = "signals"
 
 
 def of_cell(trained: Trained, first: int) -> dict[str, dict[str, Floats]]:
-    """The correctness of each unseen text by signal and speed-up, (n,); first: number of first exits to omit."""
+    """The correctness of each unseen text by signal and speed-up, (n,). first: number of exits to omit at the start."""
     held, unseen = (trained.states(part).without(first) for part in ("held-out", "unseen"))
     # With 12 layers, recording the training samples would take long, and only learned exits need them.
     train = trained.states("train").without(first) if trained.cell.encoder == "minilm" else None

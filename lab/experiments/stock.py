@@ -4,7 +4,7 @@
     python -m lab experiment stock DATA OUT --multi-label joined/train.jsonl --rows 5500
 
 OUT/model is the classifier, OUT/texts.jsonl the texts that it was not trained on, for de3 import. If the data has
-fragments, these are whole texts of which it has seen no part, and fragments of them.
+fragments, these are whole texts of which the classifier has seen no part, and fragments of those texts.
 """
 
 from pathlib import Path

@@ -36,7 +36,9 @@ COLORS = {"entropy": "#4c78a8", "EDR": "#59a14f", "CAP": "#b07aa1", "risk": "cri
 
 
 def of_cell(trained: Trained, first: int) -> tuple[Recorded, dict[str, Floats], dict[str, Floats]]:
-    """Unseen samples without the first exits, their scores, and the largest τ within half a point on held-out samples.
+    """Unseen samples without the first exits, their scores, and the τ chosen on held-out samples, by signal.
+
+    The τ is the largest up to which the loss of accuracy stays within half a point.
 
     The scores of risk on held-out samples are cross-fitted on two halves.
     """
@@ -83,8 +85,11 @@ def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any
 
 
 def of_signal(parts: Sequence[tuple[Recorded, Floats, float]]) -> dict[str, Any]:
-    """The curve of one signal, averaged over models, its knee, and for half a point: the speed-up in hindsight, and the
-    mean layer and loss at the chosen τ."""
+    """The curve of one signal, averaged over models, and its results for a loss of half a point.
+
+    The results: the speed-up in hindsight, and the mean exit layer and loss at the τ chosen on held-out samples. `knee`
+    is a point of the curve, or None.
+    """
     grid = [1 + 0.1 * i for i in range(71)]
     accuracy = [
         float(np.mean([right_at(scores, recorded, s).mean() for recorded, scores, _ in parts])) for s in grid
@@ -143,7 +148,7 @@ def in_time(row: dict[str, Any], depth: float) -> float:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot one panel for each model; dotted: without the exit on the embeddings; ring: the knee."""
+    """Plot a panel for each model. Dotted lines: without the exit on the embeddings. Rings: the knees."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys((row["task"], row["encoder"], row["recipe"]) for row in rows))

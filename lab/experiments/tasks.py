@@ -14,7 +14,8 @@ class Task(NamedTuple):
     """A data set.
 
     Attributes:
-        train, unseen: read its training rows, and its dev or test rows, from the folder of the data sets.
+        train, unseen: functions that read its training rows, and its dev or test rows, given the folder of
+            the data sets.
         fragments: its training rows contain fragments of one another.
     """
 
@@ -53,7 +54,7 @@ def reviews(root: Path, domain: str) -> Rows:
 
 
 def out_of_scope(root: Path) -> list[str]:
-    """CLINC150's questions without an intent, of its training, validation and test parts, in this order."""
+    """CLINC150's questions without an intent, from its training, validation and test parts, in this order."""
     parts = json.loads((root / "clinc150/data_full.json").read_text())
     return [text for part in ("oos_train", "oos_val", "oos_test") for text, _ in parts[part]]
 

@@ -1,8 +1,8 @@
 """Fuzzer of the HTTP connection: streams of requests, split anywhere, at any pace.
 
-A stream is given to two connections: to one whole, to the other in pieces, with late responses, paused reading and a
-client that does not read. Both must hand the same requests to the application. Each request must be the one that h11,
-an independent parser, reads, unless h11 refuses it. In the end neither connection may hold any resources.
+Two connections receive the same stream: one receives it whole, the other in pieces, with late responses, paused reading
+and a client that stops reading. Both must hand the same requests to the application. Each request must equal the one
+that h11, an independent parser, reads, unless h11 refuses it. At the end neither connection may hold any resources.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from lab.fuzzers.edits import spliced
 from lab.fuzzers.run import Finding, Fuzzer
 
 MAX_BODY_BYTES = 4000
-MAX_STREAM = 40_000  # below the limits that depend on the number of pieces
-NEEDS_NO_BODY, REFUSED = "/no-body", "/refused"  # paths that the gate answers before the body
+MAX_STREAM = 40_000  # short enough that no limit depends on the number of pieces
+NEEDS_NO_BODY, REFUSED = "/no-body", "/refused"  # paths answered without their body
 
 METHODS = ("GET", "POST", "POST", "POST", "HEAD", "PUT", "OPTIONS", "CONNECT", "PRI", "get", "P OST")
 PATHS = (
@@ -152,7 +152,7 @@ class Stream:
 
 @st.composite
 def streams(draw: st.DrawFn) -> Stream:
-    """Up to five requests, some with errors, and how they arrive."""
+    """A stream of up to five requests or fragments, some with errors, and the events during its arrival."""
     large = st.sampled_from([b"\r\n" * 100, b"A: " + b"a" * (MAX_HEAD_BYTES + 10), b"a" * 20_000])
     part = _request() | _request() | _request() | st.sampled_from(FRAGMENTS) | large
     data = b"".join(draw(st.lists(part, min_size=1, max_size=5)))
@@ -191,7 +191,7 @@ class _Loop:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Context in which asyncio takes this loop for the running one."""
+        """Context in which asyncio regards this loop as the running one."""
         asyncio._set_running_loop(self)  # type: ignore[arg-type]
         try:
             yield
@@ -252,7 +252,7 @@ class _Transport:
 
 
 class _Gate:
-    """Admits every request except those for two paths."""
+    """Admits every request except those for REFUSED; a request for NEEDS_NO_BODY is answered without its body."""
 
     def __init__(self) -> None:
         self.bytes_in_flight = Shares(10 * MAX_BODY_BYTES, "bytes")
@@ -327,7 +327,7 @@ class Client:
         self._is_paused = not self._is_paused
 
     def receive(self, data: bytes) -> None:
-        """Receive data once reading is not paused."""
+        """Respond and run timers until reading is not paused, then receive data. Raises Finding if it stays paused."""
         for _ in range(10):
             if self.transport.is_reading or self.transport.is_closing():
                 break
@@ -347,7 +347,7 @@ class Client:
         self.loop.run()
 
     def settle(self) -> None:
-        """Respond and run timers until nothing changes."""
+        """Respond and run timers until nothing is pending. Raises Finding if that does not happen."""
         for _ in range(1000):
             self._go_on()
             if not self._pending and not self.loop.timers:
@@ -355,7 +355,7 @@ class Client:
         raise Finding("it does not come to rest")
 
     def end(self, how: str) -> None:
-        """End the connection; then nothing may be held."""
+        """End the connection as `how` says. Raises Finding if it still holds resources."""
         if how == "expire" and self.connection.state == BODY and not self.transport.is_closing():
             self.connection.expire(0.0)
             self.settle()
@@ -376,7 +376,7 @@ class Client:
 
 
 def _seen(client: Client) -> list[Any]:
-    """The requests up to the first whose outcome depends on when its body arrived."""
+    """The handled requests up to the first whose outcome depends on when its body arrived."""
     rows = list[Any]()
     for scope, body in client.handled:
         row = [scope[key] for key in ("method", "raw_path", "query_string", "http_version", "headers")]

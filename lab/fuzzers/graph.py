@@ -79,7 +79,7 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 def _value(draw: st.DrawFn, field: Any, old: Any) -> Any:
-    """A value for a field that is not a message."""
+    """A new value for a field that is not a message."""
     match old:
         case str():
             return draw(st.sampled_from([*NAMES, *OPERATORS]))
@@ -118,7 +118,7 @@ def _edit(draw: st.DrawFn, model: Any) -> None:
 
 
 def _add(message: Any, field: Any) -> None:
-    """Set a field, or add an entry to a list."""
+    """Set a field, or add an entry to a repeated field."""
     place = getattr(message, field.name)
     if field.message_type is not None:
         _ = place.add() if field.is_repeated else place.SetInParent()
@@ -132,7 +132,7 @@ def _add(message: Any, field: Any) -> None:
 
 
 def _edit_list(draw: st.DrawFn, kind: str, field: Any, value: Any) -> None:
-    """Lengthen a list, swap two entries, or change or remove one."""
+    """Lengthen a repeated field, swap two of its entries, or change or remove one."""
     at, other = (draw(st.integers(0, len(value) - 1)) for _ in range(2))
     if kind == "more":
         value.extend([value[at]] * draw(st.sampled_from([1, 20])))
@@ -198,7 +198,7 @@ def _varint(number: int) -> bytes:
 
 
 def check(segment: Segment) -> tuple[dict[str, float], str]:
-    """Read a segment as a server does."""
+    """Read a segment as a server does, and load it in ONNX Runtime if it is accepted and was changed."""
     steps, outcome = 0.0, "not a graph"
     try:
         model = read_model(segment.data)

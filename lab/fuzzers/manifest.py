@@ -1,7 +1,7 @@
 """Fuzzer of manifest.json: edits of two valid manifests.
 
-A manifest is refused with a StoreError, or it survives writing and reading, and the server can build its rules and its
-OOD monitor from it.
+A manifest must be refused with a StoreError, or it must survive writing and reading, and the server must be able to
+build its rules and its OOD monitor from it.
 """
 
 import json
@@ -59,7 +59,7 @@ def _manifests(draw: st.DrawFn) -> bytes:
 
 
 def check(data: bytes) -> tuple[dict[str, float], str]:
-    """Read a manifest, and do with it what a server does when it loads the model."""
+    """Read a manifest, and use it as a server does when it loads the model."""
     (_folder() / MANIFEST).write_bytes(data)
     try:
         manifest = read_manifest(_folder())

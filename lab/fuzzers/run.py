@@ -27,7 +27,7 @@ class Finding(AssertionError):
 
 
 class _TimeIsUp(BaseException):
-    """Ends a run between two inputs."""
+    """Raised between two inputs when the time of a run is up."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def fuzz_all(names: Iterable[str], seconds: float, first_seed: int) -> Iterator[
 
 
 def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1, reduces: bool = True) -> Report:
-    """Run a fuzzer until the time is up or it has a finding. reduces: then shrink the input with the finding."""
+    """Run a fuzzer until the time is up or it has a finding. reduces: shrink the input of the finding."""
     fuzzer.prepare()
     report, started, database = Report(name), monotonic(), InMemoryExampleDatabase()
 
@@ -97,7 +97,7 @@ def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1, reduces
             raise
         except BaseException as error:
             failed.append(True)
-            report.input = value  # Hypothesis ends with the smallest
+            report.input = value  # the last failing input that Hypothesis tries is the smallest
             if isinstance(error, Exception):
                 raise
             raise Finding(f"{type(error).__name__}, which is no Exception: {error}") from error
@@ -136,6 +136,6 @@ def _settings(database: InMemoryExampleDatabase, reduces: bool) -> settings:
 
 
 def _findings(error: Exception) -> list[str]:
-    """A text for each distinct failure of a run."""
+    """The traceback of each distinct failure of a run."""
     errors = error.exceptions if isinstance(error, ExceptionGroup) else [error]
     return ["".join(format_exception(each)).strip() for each in errors]

@@ -1,7 +1,7 @@
 """Fuzzer of the state file of audits: edits of a state that a server with a guarantee saved.
 
-Reading a file must not raise. A refused file is set aside, and audits start from zero. After an accepted one, the
-ledger counts audits of old and new clients, reports, and saves a state that restores to the same state.
+Reading a file must not raise. A refused file is set aside, and audits start from zero. After an accepted
+file, the ledger counts audits of old and new clients, reports, and saves a state that restores to the same state.
 """
 
 import json

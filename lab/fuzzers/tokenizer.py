@@ -1,7 +1,7 @@
 """Fuzzer of tokenizer.json: known and unknown components with parameters near their limits, and edits of them.
 
-A tokenizer is refused with a StoreError, or it tokenizes texts in time, and its normalizer lengthens none beyond the
-limit.
+A tokenizer must be refused with a StoreError, or it must tokenize texts in time, with a normalizer that lengthens no
+text beyond the limit.
 """
 
 import json
@@ -126,7 +126,7 @@ SEQUENCES = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "pos
 
 
 def _components(kind: str) -> st.SearchStrategy[Any]:
-    """None, a component, or a Sequence of components."""
+    """None, a component, or nested Sequences of components."""
     names = sorted(PARTS[kind] - {"Sequence"})
     plain = st.sampled_from(names).flatmap(
         lambda name: st.fixed_dictionaries({"type": st.just(name), **PARAMETERS.get(name, {})})

@@ -39,7 +39,7 @@ class Population:
 
     @classmethod
     def of(cls, recorded: Recorded, signal: Signal) -> "Population":
-        """Recorded texts under the exit rule."""
+        """Apply the exit rule to recorded texts at each τ of the grid."""
         scores, rows = signal.scores(recorded), np.arange(len(recorded.labels))
         index = np.stack([exit_index(scores, tau) for tau in FINE_TAUS], 1)
         layers = np.asarray(recorded.exit_layers)[index]
@@ -85,7 +85,7 @@ class Setting:
 
 
 def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
-    """The results of one stream."""
+    """Simulate one stream; returns its results."""
     rng = np.random.default_rng(seed)
     promise = Promise(setting.rate, np.array(FINE_TAUS), setting.start)
     rates = {id(p): p.differs.mean(0) for p in (setting.home, setting.away)}
@@ -148,9 +148,10 @@ def oracle(population: Population, rate: float, start_layers: float) -> float:
 def audit(
     setting: Setting, kinds: Sequence[Kind], streams: int, other_streams: int
 ) -> tuple[list[dict[str, Any]], dict[str, list[list[tuple[float, float, int]]]]]:
-    """A row for each kind of stream, and the points of its streams, for the plot.
+    """Simulate streams; returns a row for each kind of stream, and the points of its streams for the plot.
 
-    streams: number of stationary streams; other_streams: of each other kind.
+    streams: number of stationary streams. other_streams: number of streams of each other kind. A point has the true
+    rate at the τ in force, τ, and the number of audits.
     """
     rows: list[dict[str, Any]] = []
     points: dict[str, list[list[tuple[float, float, int]]]] = {}

@@ -39,7 +39,7 @@ def learn(
     streams: Annotated[int, typer.Option(help="Simulated streams over all of them.", min=1)] = 1000,
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
 ) -> None:
-    """Of how many stationary streams is a server that learns ever above its promise, over all versions?
+    """Count the simulated streams in which a server that learns ever breaks its promise, over all of its versions.
 
     Example: python -m lab study learn runs/stock/model --texts runs/stock/texts.jsonl
     """
@@ -60,7 +60,7 @@ def learn_sizes(
     ] = None,
     unseen: Annotated[int, typer.Option(help="Texts to measure on.", min=100)] = 1000,
 ) -> None:
-    """What exits that are learned from some texts allow, on unseen ones, at 1, 2 and 5% disagreement.
+    """Measure the speed-up on unseen texts of exits learned from some texts, at 1, 2 and 5% disagreement.
 
     Example: python -m lab study learn-sizes runs/stock/model --texts runs/stock/texts.jsonl --size 1000 --size 3000
     """
@@ -96,7 +96,7 @@ def promise(
     start_layers: StartLayers = 0.6,
     json_file: Json = None,
 ) -> None:
-    """Violations of `max_disagreement`, and its speed-up relative to an oracle's, over many calibrations.
+    """Measure violations of `max_disagreement`, and the speed-up relative to an oracle's, over many calibrations.
 
     Example: python -m lab study promise runs/sst2/tune.jsonl runs/sst2/certify.jsonl
     """

@@ -2,7 +2,7 @@
 
 The others send texts drawn at random from recorded ones, each counted as new, in requests of one text. The attacker
 sends texts that agree with full depth at every τ. The streams run through the server's own code (`exits.promises`);
-audits run at once. The answers to the others' first TEXTS texts are measured.
+audits run immediately. The answers to the others' first TEXTS texts are measured.
 """
 
 from collections import Counter
@@ -60,7 +60,8 @@ def run(
 ) -> tuple[float, float]:
     """The others' rate of disagreement, and their mean exit layer, in one stream.
 
-    is_alone: one promise for all clients, and repeats count like other texts: the rule before version 0.2.
+    rate: the promised rate. share: share of the texts that are audited while τ is above 0. is_alone: one promise for
+    all clients, and repeats count like other texts, as before version 0.2.
     """
     rng = np.random.default_rng(seed)
     promises = Promises(rate, np.array(FINE_TAUS))
@@ -110,7 +111,7 @@ def run(
 def study(
     population: Population, others: Sequence[int], rate: float, share: float, streams: int, is_alone: bool
 ) -> list[dict[str, Any]]:
-    """A row for each attack and number of other clients."""
+    """Simulate `streams` streams for each attack and number of other clients; returns a row for each."""
     rows, layers = [], float(population.layers.max())
     with ProcessPoolExecutor() as pool:
         for count in others:

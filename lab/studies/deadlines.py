@@ -17,7 +17,7 @@ THREADS = 2
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a text up to its first exit, and of each later layer."""
+    """Time of a text before its first layer (tokenizer, embeddings and their exit), and of each layer, in seconds."""
 
     start_s: float
     layer_s: float
@@ -31,10 +31,14 @@ def simulate(
     rate: float,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Serve every text once in FIFO order; every exit is within the deadline.
+    """Serve every text once in FIFO order; returns accuracy, mean exit layer, and share of refused texts.
+
+    A text whose deadline would pass before its first layer is refused. The others leave at the exit of their τ, or at
+    the last exit that their deadline allows, if that is earlier (the first exit is always allowed).
 
     exits: for each available τ, ascending, the predicted mean depth and the exit of each text. A text uses the first τ
         whose predicted time meets its deadline, else the last.
+    budget_s: time from the arrival of a text to its deadline.
     rate: Poisson arrivals per second; 0: the server is idle for each text.
     """
     generator = np.random.default_rng(seed)
@@ -74,7 +78,10 @@ def deadlines(
     cases: Sequence[tuple[float, float]],
     seeds: int = 5,
 ) -> list[dict[str, Any]]:
-    """Both policies in each case (budget in ms, utilization as a share of the capacity at τ), averaged over seeds."""
+    """Simulate both policies; returns a row for each case, averaged over seeds.
+
+    cases: budget in ms, and utilization as a share of the capacity at `tau`; 0: the server is idle for each text.
+    """
     scores = signal.scores(recorded)
 
     def exits_at(tau: float) -> tuple[float, Any]:

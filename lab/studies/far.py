@@ -44,7 +44,7 @@ def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded],
         return score
 
     def over_exits(value: Callable[[Recorded], Floats]) -> Callable[[Recorded], Floats]:
-        """Mean over the exits passed of −ln of the share of `like` with values at least as large."""
+        """A score: the mean over the exits passed of −ln of the share of `like` whose values are at least as large."""
         levels = [np.sort(column) for column in value(like).T]
 
         def score(texts: Recorded) -> Floats:
@@ -70,7 +70,10 @@ def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded],
         return np.asarray(-(top + np.log(np.exp(texts.logits - top[..., None]).sum(-1))), np.float64)
 
     def mahalanobis(texts: Recorded) -> Floats:
-        """Mahalanobis distance from the nearest class's mean in `like`, in the space of distances to all prototypes."""
+        """Squared Mahalanobis distance from the mean of the nearest prototype's class in `like`, (n, exits).
+
+        The space is that of the distances to all prototypes; NaN at exits without prototypes.
+        """
         columns = [np.full(len(texts.labels), np.nan) for _ in texts.exit_layers]
         for e in range(len(texts.exit_layers)):
             fitted, distances = (r.distances[:, e].astype(np.float64) for r in (like, texts))
@@ -112,7 +115,10 @@ def readings(texts: Recorded) -> list[list[Reading]]:
 
 
 def policy(manifest: Manifest, texts: Recorded, name: str, full_depth: bool = False) -> dict[str, float]:
-    """Accuracy (NaN without labels), speed-up and share of far texts by policy; full_depth: those never exit early."""
+    """Accuracy (NaN without labels), speed-up and share of far texts under an OOD policy.
+
+    full_depth: far texts do not exit early.
+    """
     monitor = OodMonitor(manifest, name)
     rule = ExitRule(manifest.defaults.tau, manifest.default_signal)
     correct, layers, far_texts = 0, 0, 0
@@ -138,7 +144,8 @@ def drift(manifest: Manifest, home: Recorded, away: Recorded, switches: int, see
     """The drift metric on a random stream of in-distribution texts, and after a switch to other texts.
 
     The metric is the PSI of the nearest distance at the first exit. Returns its median, maximum and share above ALARM,
-    measured every 50 texts of a stream of 100 windows, and the number of texts from a switch to the alarm.
+    measured every 50 texts of a stream of 100 windows, and the median and maximum number of texts from a switch to the
+    alarm. Raises ValueError if the model has no calibration.
     """
     calibrated = manifest.calibration
     if calibrated is None:

@@ -23,14 +23,19 @@ from de3.training.progress import console, track
 from lab.learn import profiles
 
 SIZES = (500, 750, 1125, 1687, 2530, 3795)  # texts before each fit
-END = 8000  # texts of a stream
+END = 8000  # number of texts in a stream
 RATES = (0.01, 0.02, 0.05)
 
 
 @dataclass(frozen=True)
 class Version:
-    """A fit: disagreement and layer of each unseen text at each τ, (n, G) each; number of held-out texts; true rates of
-    disagreement, (G,)."""
+    """The exits of one fit, evaluated on unseen texts.
+
+    Attributes:
+        differs, layers: disagreement with full depth and exit layer of each unseen text at each τ, (n, G).
+        held_out: number of held-out texts of the fit.
+        rates: true rate of disagreement at each τ, (G,).
+    """
 
     differs: NDArray[np.bool_]
     layers: NDArray[np.int64]
@@ -39,7 +44,7 @@ class Version:
 
 
 def records_of(stock: Path, texts: Sequence[str]) -> tuple[Manifest, Records]:
-    """Records of texts as a server makes them, by the int8 model."""
+    """The int8 model's manifest, and records of the texts as a server makes them."""
     with TemporaryDirectory() as folder:
         convert(Stock.open("stock", stock), Store(Path(folder)), "base", "int8")
         model = Model(Store(Path(folder)).open("base"))
@@ -57,7 +62,7 @@ def records_of(stock: Path, texts: Sequence[str]) -> tuple[Manifest, Records]:
 
 
 def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[Version]:
-    """The versions of one server: fits to 500, 1,000, … texts, measured on the texts that none of them saw."""
+    """The versions of one server: a fit to each of SIZES texts, measured on the texts that none of the fits saw."""
     console.quiet = True
     order = np.random.default_rng(seed).permutation(len(records))
     unseen = states_of(records.part(order[SIZES[-1] :]), manifest)
@@ -72,7 +77,10 @@ def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[
 
 
 def stream(versions: Sequence[Version], rate: float, seed: int) -> tuple[bool, float]:
-    """Simulate one stream of resampled texts. Returns whether τ was ever above the promise, and the mean exit layer."""
+    """Simulate one stream of resampled texts after the first fit.
+
+    Returns True if the true rate at the τ in force ever exceeded the promise, and the mean exit layer.
+    """
     rng, taus = np.random.default_rng(seed), np.unique(FINE_TAUS)
     is_broken, layers, traffic = False, 0.0, Traffic(processes=1, texts=SIZES[0])
     for attempt, version in enumerate(versions, 1):
@@ -98,7 +106,7 @@ def stream(versions: Sequence[Version], rate: float, seed: int) -> tuple[bool, f
 def sizes(
     stock: Path, texts: Sequence[str], counts: Sequence[int], unseen: int
 ) -> list[tuple[int, list[float]]]:
-    """Speed-ups of exits that are fitted to some texts, by the best τ in hindsight on unseen ones, at RATES."""
+    """Speed-ups at RATES of exits fitted to each of `counts` texts, by the best τ in hindsight on unseen texts."""
     manifest, records = records_of(stock, texts)
     order, taus = np.random.default_rng(0).permutation(len(records)), np.unique(FINE_TAUS)
     tested, rows = states_of(records.part(order[-unseen:]), manifest), []
@@ -121,7 +129,7 @@ def sizes(
 def run(
     stock: Path, texts: Sequence[str], rate: float, fits: int, streams: int, workers: int
 ) -> tuple[int, int, float]:
-    """Simulate streams; returns how many were ever above the promise, how many there were, and the mean speed-up."""
+    """Simulate streams; returns how many ever broke the promise, how many there were, and the speed-up in layers."""
     manifest, records = records_of(stock, texts)
     broken, layers = 0, list[float]()
     with ProcessPoolExecutor(workers) as pool:

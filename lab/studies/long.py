@@ -21,7 +21,7 @@ Exits = list[tuple[int, list[float], list[float] | None]]  # layer, logits, dist
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The exits of a window, its number of tokens, and how many of them are new."""
+    """A window: its number of tokens, how many of them are in no earlier window, and its recorded exits."""
 
     tokens: int
     new: int
@@ -72,7 +72,7 @@ def record(model: Model, samples: Sequence[Sample], max_tokens: int, overlap: fl
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A text's label, the number of windows that ran, and their layers · tokens."""
+    """A text's label, the number of windows that ran, and their work: the sum of exit layer × tokens."""
 
     label: int
     windows: int
@@ -89,7 +89,10 @@ def _run(
     order: Callable[[int], list[int]] = lambda n: list(range(n)),
     weighted: bool = True,
 ) -> Answer:
-    """Run windows in an order until their combination is_settled(change); change None: run all."""
+    """Run windows in an order until their combination is settled.
+
+    change: argument of `Combination.is_settled`; None: run all windows. weighted: weight windows by their new tokens.
+    """
     windows = [text.windows[n] for n in order(len(text.windows))]
     combination = Combination([window.new if weighted else 1 for window in windows])
     count = work = 0
@@ -142,8 +145,11 @@ ALL = "all: mean by new tokens"
 
 
 def compare(texts: Sequence[Text], rule: ExitRule) -> dict[str, dict[str, float]]:
-    """Results by strategy: accuracy, difference from truncation with the half-width of its paired 95% interval, windows
-    per text, work relative to truncation, and share of answers that differ from those of all windows."""
+    """Run every strategy on the texts; returns results by strategy.
+
+    Results: accuracy, difference from truncation with the half-width of its paired 95% interval, windows per text, work
+    relative to truncation, and share of answers that differ from those of all windows.
+    """
     answers = {name: [run(text, rule) for text in texts] for name, run in STRATEGIES.items()}
     labels = np.array([text.label for text in texts])
     given = {name: np.array([a.label for a in rows]) for name, rows in answers.items()}
@@ -165,10 +171,10 @@ def compare(texts: Sequence[Text], rule: ExitRule) -> dict[str, dict[str, float]
 
 
 def rows_of(sets: Mapping[str, Sequence[Text]], rule: ExitRule, served: str) -> list[dict[str, Any]]:
-    """The comparisons on every second text of each set; "chose": the difference on the others, which choose a strategy.
+    """The results of `compare` on every second text of each set; "chose" is the difference on the other texts.
 
-    All strategies run on the long texts of all sets; truncation and the served strategy also on all texts, and on the
-    long texts of each set.
+    The other texts are those on which a strategy may be chosen. All strategies run on the long texts of all sets;
+    truncation and the `served` strategy also run on all texts, and on the long texts of each set.
     """
     together = "all sets" if len(sets) > 1 else next(iter(sets))
     cases = [(together, list(sets.values()), True), (together, list(sets.values()), False)]

@@ -25,7 +25,7 @@ from lab.layers import weights_of
 
 LENGTHS = (8, 32, 128, 512)
 PAIRS, MOST_PAIRS = 6, 6000
-ALONE = 0.1  # share of the time spent on the embeddings
+ALONE = 0.1  # time spent on measuring the embeddings, as a share of that for the layers
 PAPER = 1.2 / 1813.5  # MFLOPs of the prototypical network and of a layer of BERT-base
 Floats = NDArray[np.float64]
 Run = Callable[[bool], float]  # seconds, with exits or without
@@ -132,14 +132,14 @@ def pairs_of(runs: Sequence[Run], seconds: float) -> Floats:
 def median_of(values: Floats) -> tuple[float, float]:
     """The median and the half-width of its 95% interval, as if the values were independent and normal."""
     low, middle, high = np.percentile(values, (25, 50, 75))
-    # 1.2533 standard errors of the mean; 1.349 deviations between the quartiles.
+    # The standard error of a median is 1.2533 times that of a mean; quartiles are 1.349 standard deviations apart.
     return float(middle), 1.96 * 1.2533 * (high - low) / 1.349 / len(values) ** 0.5
 
 
 def costs_of(runs: Sequence[Run], exits: int, seconds: float) -> dict[str, tuple[float, float]]:
-    """Seconds and interval half-widths: of a run without exits, of an exit's classifier, of its prototypical network.
+    """Seconds, with the half-width of their interval, of a run without exits, a classifier and a prototypical network.
 
-    runs: of the model, and of its copy without prototypical networks; exits: number of exits in each run.
+    runs: those of the model, and of its copy without prototypical networks. exits: number of exits in each run.
     """
     times = pairs_of(runs, seconds)
     whole, classifier = (median_of((copy[:, 1] - copy[:, 0]) / exits) for copy in times)
@@ -148,7 +148,10 @@ def costs_of(runs: Sequence[Run], exits: int, seconds: float) -> dict[str, tuple
 
 
 def flops(manifest: Manifest, weights: int, tokens: int) -> dict[str, float]:
-    """MFLOPs, two per multiply-add: of a layer, and of a prototypical network with its distances."""
+    """MFLOPs of a layer, and of a prototypical network with its distances; a multiply-add is two.
+
+    weights: number of the layer's weights.
+    """
     hidden, metric, labels = manifest.hidden_size, manifest.metric_dim, len(manifest.labels)
     layer = tokens * weights + 2 * tokens * tokens * hidden
     return {
@@ -160,12 +163,12 @@ def flops(manifest: Manifest, weights: int, tokens: int) -> dict[str, float]:
 def overhead(
     artifact: Artifact, lengths: Sequence[int] = LENGTHS, seconds: float = 3.0
 ) -> list[dict[str, Any]]:
-    """A row for each runtime of the model and each number of tokens: the time of a layer, of its classifier (with
-    pooling) and of its prototypical network (with distances).
+    """Measure the cost of an exit; returns a row for each runtime of the model and each number of tokens.
 
+    A row has the times of a layer, of its classifier (with pooling) and of its prototypical network (with distances).
     `alone_us` is the time of the prototypical network of the embeddings' exit, whose weights stay in the caches.
     `_interval` is the half-width of a 95% interval. seconds: duration of a row; the embeddings take a tenth more.
-    Raises ValueError for a model without prototypes on the embeddings, or on any layer before the last.
+    Raises ValueError if the embeddings have no prototypes, or if none of layers 1 to M − 1 has.
     """
     manifest = artifact.manifest
     between = [layer for layer in manifest.prototype_layers if 0 < layer < manifest.num_layers]
@@ -193,7 +196,7 @@ def overhead(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """The columns and rows of a table; shares in percent of the layer."""
+    """The columns and rows of a table; shares are in percent of the layer's time."""
     columns = ["model", "runtime", "tokens", "layer, ms", "classifier, µs", "prototypical, µs", "alone, µs"]
     columns += ["classifier, %", "prototypical, %", "alone, %", "by FLOPs, %"]
 
@@ -214,7 +217,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
 
 
 def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Plot the prototypical network in percent of a layer against tokens, with intervals, by model and runtime."""
+    """Plot the prototypical network's time in percent of a layer's against tokens, by model and runtime."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2))

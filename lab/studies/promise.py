@@ -45,7 +45,7 @@ def promise(
         certified = calibration.trade_off(
             Samples(population.recorded.rows(rows), groups), signal, taus, scores[rows]
         )
-        bounds = [row.disagreement_bound for row in certified]  # they ascend
+        bounds = [row.disagreement_bound for row in certified]  # ascending
         chosen[trial] = np.searchsorted(bounds, wishes, side="right") - 1
     rows_by_wish = []
     for wish, picks in zip(wishes, chosen.T, strict=True):

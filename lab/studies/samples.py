@@ -23,7 +23,7 @@ def recorded(
     label_names: str = "",
     group_column: str | None = None,
 ) -> Samples:
-    """Every exit of every text of some files; the label is NO_LABEL if a file has none or the model does not know it.
+    """Record every exit for every text of some files; a label that is missing or unknown to the model becomes NO_LABEL.
 
     columns: of the text and of the label. label_names: comma-separated names of numeric labels. group_column: texts
     with the same value are related; without it, each text is its own group.

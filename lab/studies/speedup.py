@@ -13,7 +13,7 @@ from de3.loadtest.texts import Sample
 
 @dataclass(frozen=True)
 class Row:
-    """A rate in a round: the speed-up at the default τ as reported by the server, and as measured against τ = 0."""
+    """The speed-up at one rate in one round: reported by the server at its default τ, and measured against τ = 0."""
 
     rate: float
     reported: float

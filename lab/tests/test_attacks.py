@@ -138,7 +138,7 @@ def test_a_server_that_hangs_up_is_not_flooded() -> None:
 
 
 def test_an_attack_answers_to_what_the_server_sends() -> None:
-    """It waits for an answer before it continues, and counts it."""
+    """The attack waits for each answer before it continues, and counts the answers."""
     received = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
 

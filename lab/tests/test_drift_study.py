@@ -27,7 +27,7 @@ TAU = 0.4
 
 
 def recorded(n: int = 400, seed: int = 0) -> Recorded:
-    """Three exits, on layers 0 to 2, two classes; the first exit is wrong most often, and is then uncertain."""
+    """Texts with two classes, and exits at layers 0 to 2; the first exit is wrong most often, and is then uncertain."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(2, size=n)
     sign = np.where(labels, 1.0, -1.0)

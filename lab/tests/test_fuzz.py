@@ -79,7 +79,7 @@ def artifact(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def test_a_damaged_artifact_is_refused_by_name(
     artifact: tuple[Path, dict[str, bytes]], data: st.DataObject
 ) -> None:
-    """Changed, removed or added bytes in any file: refused with the file's name, and without any other exception."""
+    """Changed, removed or added bytes in any file: a StoreError names the file, and no other exception is raised."""
     path, files = artifact
     name = data.draw(st.sampled_from(sorted(files)), "file")
     good = files[name]
@@ -104,7 +104,7 @@ def test_a_damaged_artifact_is_refused_by_name(
 def test_a_forged_manifest_is_refused_or_works(
     artifact: tuple[Path, dict[str, bytes]], data: st.DataObject
 ) -> None:
-    """A forger of the manifest also controls the hashes: values of every kind in every place."""
+    """Values of every kind in every field. A forger of the manifest can adapt its hashes, so they do not help."""
     path, files = artifact
     manifest = json.loads(files["manifest.json"])
     place, inside = manifest, data.draw(st.sampled_from(sorted(manifest)), "field")

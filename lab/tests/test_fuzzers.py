@@ -1,4 +1,4 @@
-"""Short runs of the fuzzers; each would find a planted fault."""
+"""Short runs of the fuzzers; each fuzzer finds a planted fault."""
 
 import json
 from importlib import import_module

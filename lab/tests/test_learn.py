@@ -1,4 +1,4 @@
-"""The numbers of the studies of learning."""
+"""The numbers that the studies of learning compute."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_the_numbers_of_a_story() -> None:
     assert story.model_speedup == pytest.approx(3.0 * 1200 / (600 * 3 + 600))
     assert story.with_audits == pytest.approx(3.0 * 1200 / (600 * 3 + 600 + 600))
     assert story.disagreement == pytest.approx((20 / len(answers), 0.0, 20 / len(then)))
-    # The latest WINDOW texts have more than 2% as long as they hold 11 of the 20.
+    # The rate of the latest WINDOW texts is above 2% while they include at least 11 of the 20.
     assert story.recovery == WINDOW + 9 + WINDOW
     columns, rows = table([story, story])
     assert len(rows) == 3 and all(len(row) == len(columns) for row in rows)

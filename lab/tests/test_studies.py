@@ -66,7 +66,7 @@ def test_promises_are_kept_and_an_oracle_is_not_beaten_by_those_who_keep_them(co
     taus = [(i / 60) ** 2 for i in range(45)]
     found = promise(population, Entropy(), 750, [0.02, 0.05], 50, start_layers=0.5, taus=taus)
     for row in found:
-        assert row["broken"] <= 0.12  # 5% and chance
+        assert row["broken"] <= 0.12  # 5%, and a margin for chance
         assert 0.7 < row["of_oracle_layers"] < 1.05
         assert row["speedup"] > 1
     assert found[1]["speedup"] > found[0]["speedup"]
@@ -96,7 +96,7 @@ def test_the_speed_up_that_is_shown_against_the_true_one(store: Path, tmp_path: 
 
 def test_the_speed_up_is_full_depth_to_default(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(_: Path, __: str, options: list[str], *___: object) -> list[tuple[float, float]]:
-        return [(0.003, 0.003)] if options else [(0.001, 0.0025)]  # measured, and reported, at full depth
+        return [(0.003, 0.003)] if options else [(0.001, 0.0025)]  # model time, estimate at full depth
 
     monkeypatch.setattr(speedup, "_run", run)
     (row,) = speedup.speedup(Path(), "m", [], [40.0], 1, 1.0, 0)

@@ -151,7 +151,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shifted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SST-2, reviews, and CLINC150 with out-of-scope questions."""
+    """A folder of small data sets in the formats of SST-2, the reviews, and CLINC150 with out-of-scope questions."""
     folder: Path = tmp_path_factory.mktemp("shifted")
     for name, count, seed in (("sst2/train", 500, 1), ("sst2/dev", 100, 2), ("ood/books", 90, 3)):
         rows = make_rows(count, seed)

@@ -21,7 +21,7 @@ class Classifier:
         self.tokenizer.enable_truncation(max_tokens)
 
     def inputs(self, encoding: Any) -> Any:
-        """Input of `logits`: ids and token types of a text, as the engine takes them."""
+        """Input of `logits`: the ids and token types of a tokenized text, as the engine takes them."""
         raise NotImplementedError
 
     def logits(self, inputs: Any) -> np.ndarray:
@@ -33,7 +33,7 @@ class Classifier:
         return self.inputs(self.tokenizer.encode_batch_fast([text])[0])
 
     def warm_up(self) -> None:
-        """Run texts of several lengths."""
+        """Run texts of several lengths, so that later calls are not slowed by initialization."""
         for tokens in (8, 64, self.max_tokens):
             self("warm " * tokens)
 

@@ -3,7 +3,8 @@
 # ///
 """Peer: the full-depth ONNX graph behind a minimal FastAPI app, one unpadded sample per call and thread.
 
-The fastest plain server we know. `de3 export --full-depth` writes its graph, with the fused operators of the segments.
+The fastest server without early exit that we know. `de3 export --full-depth` writes its graph, with the segments'
+fused operators.
 Usage: fused_app.py FOLDER --port PORT [--threads N] [--default-session]
 """
 

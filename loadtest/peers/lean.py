@@ -32,7 +32,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, classifier: Classifier) -> None:
-    """Serve, or measure if --measure is given."""
+    """Serve the classifier, or measure it if --measure is given."""
     if args.measure is not None:
         texts = json.loads(args.measure.read_text())
         print(json.dumps(measure(classifier, texts, args.seconds)))

@@ -26,7 +26,7 @@ class Api(litserve.LitAPI):
     def decode_request(self, request):
         return request["input"]
 
-    def predict(self, texts):  # a list if batched; the graph is fastest with one unpadded sample at a time
+    def predict(self, texts):  # a list if batched; the graph is fastest with one unpadded text at a time
         return [self.graph(t) for t in texts] if isinstance(texts, list) else self.graph(texts)
 
     def encode_response(self, answer):

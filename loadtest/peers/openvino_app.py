@@ -3,7 +3,7 @@
 # ///
 """Peer: the full-depth fp32 ONNX graph in OpenVINO, in int8 or bf16, behind the minimal FastAPI app of lean.py.
 
---convert quantizes to int8 after training, with NNCF, and keeps the result in FOLDER, where serving reads it.
+--convert quantizes the graph to int8 with NNCF (post-training) and keeps the result in FOLDER, where serving reads it.
 Usage: openvino_app.py FOLDER --precision int8|bf16|fp32 --port PORT [--threads N] [--streams N]
 """
 
@@ -22,9 +22,9 @@ INT8 = "openvino-int8.xml"
 class OpenVino(GraphClassifier):
     """One stream per core, each with one thread; each calling thread has its own infer request.
 
-    Tried on one core, with no difference beyond noise: the performance hints, no pinning, bf16 or f32 for the
+    On one core, these settings made no difference beyond noise: the performance hints, no pinning, bf16 or f32 for the
     operators that are not quantized, and the stock model converted from PyTorch instead of this graph. Over HTTP, on
-    two cores, 2 streams and 4 threads were the fastest of 1, 2, 4 streams and 2, 3, 4 threads.
+    two cores, 2 streams and 4 threads were the fastest combination of 1, 2, 4 streams and 2, 3, 4 threads.
     """
 
     def __init__(self, folder: Path, precision: str, streams: int) -> None:
@@ -45,7 +45,7 @@ class OpenVino(GraphClassifier):
 
 
 def quantize(folder: Path, texts: list[str]) -> None:
-    """Write the int8 model, calibrated on the texts, unless it exists."""
+    """Write the int8 model, calibrated on the texts, unless it exists already."""
     if (folder / INT8).exists():
         return
     import nncf

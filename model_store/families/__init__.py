@@ -1,4 +1,4 @@
-"""The encoder families, which share one interface (encoder.py). Other code uses only this interface."""
+"""The encoder families. They share the interface in encoder.py, and other code uses only this interface."""
 
 from typing import Annotated, Any, get_args
 
@@ -22,14 +22,14 @@ FAMILIES: dict[str, type[Encoder]] = {
 
 
 def family(config: Config) -> type[Encoder]:
-    """The family of an encoder by its configuration; raises ValueError for one that cannot be exported."""
+    """The family of the encoder in a configuration; raises ValueError if the encoder cannot be exported."""
     known = family_named(config.get("model_type"))
     known.check(config)
     return known
 
 
 def family_named(name: Any) -> type[Encoder]:
-    """The family of a model type of transformers; raises ValueError for one that cannot be exported."""
+    """The family of a transformers model type; raises ValueError if its encoders cannot be exported."""
     known = FAMILIES.get(name) if isinstance(name, str) else None
     if known is None:
         raise ValueError(

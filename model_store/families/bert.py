@@ -6,7 +6,7 @@ from de3.model_store.families.encoder import Config, Encoder, StockHead, activat
 
 
 class Bert(Encoder):
-    """BERT."""
+    """The BERT family."""
 
     DEFAULTS: ClassVar = {
         "hidden_size": 768,
@@ -53,12 +53,12 @@ class Bert(Encoder):
 
     @classmethod
     def of(cls, config: Config, token_types: bool) -> Self:
-        """The encoder of a configuration."""
+        """The encoder of a configuration that `check` accepts."""
         return cls.model_validate(cls.fields(config, token_types))
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """The fields of an encoder with BERT's configuration."""
+        """The fields of the encoder of a configuration; token_types: true if its tokenizer returns them."""
         types = int(config["type_vocab_size"])
         return {
             "type": config["model_type"],
@@ -76,7 +76,7 @@ class Bert(Encoder):
 
     @classmethod
     def max_tokens(cls, config: Config) -> int:
-        """Maximum number of tokens."""
+        """Maximum number of tokens of a text, special tokens included."""
         return int(config["max_position_embeddings"])
 
     @classmethod
@@ -86,7 +86,7 @@ class Bert(Encoder):
 
 
 class Electra(Bert):
-    """ELECTRA."""
+    """The ELECTRA family, whose embeddings may have another width than the hidden states."""
 
     DEFAULTS: ClassVar = Bert.DEFAULTS | {
         "embedding_size": 128,
@@ -100,7 +100,7 @@ class Electra(Bert):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """The fields of the encoder."""
+        """The fields of the encoder of a configuration."""
         return super().fields(config, token_types) | {"width": config["embedding_size"]}
 
     @classmethod
@@ -119,7 +119,7 @@ class Roberta(Bert):
 
     @classmethod
     def max_tokens(cls, config: Config) -> int:
-        """Maximum number of tokens: the first positions are skipped."""
+        """Maximum number of tokens of a text: the positions up to the padding id are not used."""
         return int(config["max_position_embeddings"]) - int(config["pad_token_id"]) - 1
 
     @classmethod

@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3: attention adds terms that combine one token's content with its distance to the other."""
+"""DeBERTa-v2 and v3: attention scores have added terms, from one token's content and its distance to the other."""
 
 from math import sqrt
 from typing import Any, ClassVar, Literal, Self
@@ -18,12 +18,13 @@ HEAD_ACTIVATIONS = ("tanh", "relu", "gelu")
 
 
 class Deberta(Bert):
-    """DeBERTa-v2 and v3, whose checkpoints have the type deberta-v2.
+    """The family of DeBERTa-v2 and v3; checkpoints of both have the model type deberta-v2.
 
     Attributes:
-        terms: c2p multiplies queries by the table of relative keys, p2c keys by the table of relative queries.
-        rows: rows of these tables.
-        distances: longest text, in tokens, whose distances all have a row.
+        terms: terms added to the attention scores. c2p multiplies queries by a table of relative keys; p2c multiplies
+            keys by a table of relative queries.
+        rows: number of rows of these tables.
+        distances: length in tokens of the longest text in which every distance has a row.
     """
 
     DEFAULTS: ClassVar = Bert.DEFAULTS | {
@@ -59,7 +60,7 @@ class Deberta(Bert):
 
     @classmethod
     def complete(cls, config: Config) -> Config:
-        """A config.json, completed with defaults."""
+        """A config.json, completed with defaults, with pos_att_type as a list."""
         full = {**super().complete(config)}
         full.setdefault("pooler_hidden_size", full["hidden_size"])
         if isinstance(terms := full["pos_att_type"], str):
@@ -92,7 +93,7 @@ class Deberta(Bert):
         buckets, farthest = config.get("position_buckets", -1), _farthest(config)
         if max(buckets, farthest) > MAX_WIDTH // 2:
             raise ValueError(f"position_buckets and max_relative_positions must be at most {MAX_WIDTH // 2}")
-        # Otherwise transformers would divide by a logarithm of 0 or less.
+        # For other values, transformers would divide by a logarithm of 0 or less.
         if buckets > 0 and (buckets < 2 or farthest - 1 <= buckets // 2):
             raise ValueError(
                 f"{buckets} position_buckets cannot be exported with {farthest} max_relative_positions: there must be "
@@ -110,7 +111,7 @@ class Deberta(Bert):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """The fields of the encoder."""
+        """The fields of the encoder of a configuration."""
         fields = super().fields(config, token_types)
         if not config.get("position_biased_input", True):
             fields["positions"] = 0
@@ -133,14 +134,14 @@ class Deberta(Bert):
 
     @property
     def score_scale(self) -> float:
-        """Factor of the attention scores."""
+        """The factor by which attention scores are multiplied; it is smaller with more terms."""
         return 1 / sqrt(self.hidden_size // self.num_heads * (1 + len(self.terms)))
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
-        """The weights of `block`.
+        """The weights of `block`: BERT's, and those of the added terms.
 
-        Also row_numbers: the tables' row for query − key = 1 − distances … distances − 1; and the tables, scaled as the
-        scores are, by head: key_table (heads, head size, rows) and query_table (heads, rows, head size).
+        row_numbers (2·distances − 1,) are the tables' rows for query − key = 1 − distances … distances − 1. key_table
+        (heads, head size, rows) and query_table (heads, rows, head size) are scaled like the scores.
         """
         weights = super().layer_weights(config, state, layer)
         weights["row_numbers"] = _row_numbers(config, self.distances)
@@ -157,7 +158,7 @@ class Deberta(Bert):
         return weights
 
     def attention(self, g: Graph, hidden: str) -> str:
-        """Disentangled attention: the terms are added to the scores."""
+        """Disentangled attention over hidden states (1, T, H): the scores include the added terms."""
         query, key, value = g.split(g.linear(hidden, "qkv", self.hidden_size, 3 * self.hidden_size), 3)
         added = self._scores(g, hidden, query, key)
         return g.ms(
@@ -169,7 +170,7 @@ class Deberta(Bert):
     def _scores(self, g: Graph, hidden: str, query: str, key: str) -> str:
         """The terms added to the attention scores, (1, heads, T, T).
 
-        A short text needs only the middle rows of the tables; only these are multiplied.
+        A short text needs only the tables' middle rows, so only these are multiplied.
         """
         heads, size = self.num_heads, self.hidden_size // self.num_heads
         zero, one = g.constant(0), g.constant(1)
@@ -207,7 +208,7 @@ def _table_norms(config: Config) -> list[str]:
 
 
 def _farthest(config: Config) -> int:
-    """The distance from which on all distances are treated alike."""
+    """The smallest distance that is treated like every larger one."""
     most = int(config.get("max_relative_positions", -1))
     return most if most > 0 else int(config["max_position_embeddings"])
 
@@ -231,7 +232,7 @@ def _table(config: Config, state: State) -> NDArray[np.float32]:
 
 
 def _row_numbers(config: Config, distances: int) -> NDArray[np.int32]:
-    """The row for query − key = 1 − distances … distances − 1, in logarithmic buckets, as transformers computes it."""
+    """The tables' rows for query − key = 1 − distances … distances − 1, as transformers computes them."""
     offsets, span, buckets = (
         np.arange(1 - distances, distances),
         _span(config),
@@ -247,8 +248,10 @@ def _row_numbers(config: Config, distances: int) -> NDArray[np.int32]:
 
 
 def _check_row_numbers(numbers: Array, rows: int) -> None:
-    """Raise GraphError unless they number the buckets of distances: symmetric around the middle, one row for each small
-    distance, and ascending with the distance. Logarithms depend on the processor, so they are not recomputed.
+    """Raise GraphError unless these are bucket numbers of distances.
+
+    They must be symmetric around the middle, differ for small distances, and ascend with the distance. They are not
+    recomputed, because logarithms depend on the processor.
     """
     longest, half = len(numbers) // 2, rows // 2
     low, high = numbers[:longest][::-1].astype(np.int64), numbers[longest + 1 :].astype(np.int64)

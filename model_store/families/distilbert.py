@@ -1,15 +1,15 @@
-"""DistilBERT."""
+"""DistilBERT: BERT's layout with other names, without token types."""
 
 from typing import Any, ClassVar, Literal
 
 from de3.model_store.families.bert import Bert
 from de3.model_store.families.encoder import Config, StockHead, activation
 
-EPSILON = 1e-12  # whatever the configuration says
+EPSILON = 1e-12  # in transformers, whatever the configuration says
 
 
 class DistilBert(Bert):
-    """DistilBERT, which has no token types."""
+    """The DistilBERT family."""
 
     DEFAULTS: ClassVar = {
         "dim": 768,
@@ -42,7 +42,7 @@ class DistilBert(Bert):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """The fields of the encoder."""
+        """The fields of the encoder of a configuration."""
         named = {
             "hidden_size": config["dim"],
             "num_hidden_layers": config["n_layers"],

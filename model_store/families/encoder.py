@@ -18,11 +18,11 @@ from de3.model_store.graph import Array, Graph
 from de3.model_store.part import MAX_INT, MAX_TOKENS, MAX_WIDTH, Part, Width
 
 Config = Mapping[str, Any]  # config.json of transformers
-State = Mapping[str, NDArray[np.float32]]  # weights in float32 by their names in transformers' model
+State = Mapping[str, NDArray[np.float32]]  # weights in float32, by their names in transformers' model
 Weights = dict[str, Array]
 Names = Mapping[
     str, str | tuple[str, ...]
-]  # from our name of a weight to the name of its module, or of several to concatenate
+]  # from our name of a weight to its module's name, or the names of several modules to concatenate
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
@@ -32,10 +32,10 @@ class StockHead:
     """Layout of a stock classifier's head: pooling → dense → activation → norm → classifier.
 
     Attributes:
-        pooling: "cls", the first token, or "mean".
-        dense, classifier, norm: names of the modules in transformers' model; norm None: there is none.
+        pooling: "cls" (the first token) or "mean".
+        dense, classifier, norm: names of the modules in transformers' model; norm is None if there is none.
         activation: tanh, relu or gelu.
-        epsilon: of the norm.
+        epsilon: epsilon of the norm.
     """
 
     dense: str
@@ -47,32 +47,32 @@ class StockHead:
 
 
 class Encoder(Part, ABC):
-    """An encoder.
+    """An encoder's description; each family is a subclass.
 
     Attributes:
         type: transformers' model_type.
-        width: of the embeddings; if it is not hidden_size, a projection follows.
-        vocabulary, positions, token_types: rows of the embeddings' tables; 0: there is no such table.
+        width: width of the embeddings; if it is not hidden_size, a projection follows them.
+        vocabulary, positions, token_types: rows of the embedding tables; 0 if there is no such table.
         inner: width inside the feed-forward network.
-        epsilon: of every norm.
+        epsilon: epsilon of every norm.
     """
 
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {}  # what a config.json may omit
-    PREFIX: ClassVar[str] = ""  # of the encoder's weights in transformers' …ForSequenceClassification
-    RETURNS_TYPES: ClassVar[bool] = False  # its tokenizers return token types unless they say otherwise
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}  # fields that a config.json may omit
+    PREFIX: ClassVar[str] = ""  # of the names of the encoder's weights in …ForSequenceClassification
+    RETURNS_TYPES: ClassVar[bool] = False  # its tokenizers return token types by default
     FINAL_NORM: ClassVar[str] = ""  # name of the norm between a layer's hidden states and its exit
     IS_GATED: ClassVar[bool] = False  # its feed-forward networks have gates
     IS_PRE_NORM: ClassVar[bool] = (
         False  # its norms come before attention and the feed-forward network, not after
     )
-    HAS_POSITIONS: ClassVar[bool] = True  # it must have a table of positions; otherwise it may have one
+    HAS_POSITIONS: ClassVar[bool] = True  # it must have a table of positions; if False, it may have one
     HAS_TOKEN_TYPES: ClassVar[bool] = True  # it may have a table of token types
-    HAS_PROJECTION: ClassVar[bool] = False  # its embeddings may have another width
-    HAS_BIASES: ClassVar[bool] = True  # its linear layers and norms have biases; else a missing one is zero
+    HAS_PROJECTION: ClassVar[bool] = False  # its embeddings may have another width than hidden_size
+    HAS_BIASES: ClassVar[bool] = True  # its layers and norms have biases; if False, a missing bias is zero
     NORM_LAST: ClassVar[bool] = False  # the embeddings' norm follows the projection
     TABLES: ClassVar[Mapping[str, str]] = {}  # names of the embeddings' weights and norm
     LAYER: ClassVar[str] = ""  # prefix of the names of layer {}, from 0
-    NAMES: ClassVar[Names] = {}  # of its linear layers and norms, after that prefix
+    NAMES: ClassVar[Names] = {}  # of its linear layers and norms, after LAYER
 
     type: str
     num_layers: int = Field(ge=1, le=99)
@@ -112,7 +112,7 @@ class Encoder(Part, ABC):
     @classmethod
     @abstractmethod
     def of(cls, config: Config, token_types: bool) -> Self:
-        """The encoder of a configuration that `check` accepts; token_types: its tokenizer returns token types."""
+        """The encoder of a configuration that `check` accepts; token_types: true if its tokenizer returns them."""
 
     @classmethod
     @abstractmethod
@@ -130,9 +130,9 @@ class Encoder(Part, ABC):
         """The head of transformers' …ForSequenceClassification; raises ValueError if it cannot be exported."""
 
     def embedding_weights(self, config: Config, state: State) -> Weights:
-        """The weights of `embed`; raises ValueError for tables whose sizes are not the configuration's.
+        """The weights of `embed`; raises ValueError for tables whose sizes do not match the configuration.
 
-        Without token types, the embedding of type 0 is added to every position or word.
+        Without token types, the embedding of type 0 is added to every position or, without positions, to every word.
         """
         weights = named(state, "", {k: v for k, v in self.TABLES.items() if f"{v}.weight" in state}, True)
         position, types = weights.get("position.weight"), weights.get("token_type.weight")
@@ -163,18 +163,18 @@ class Encoder(Part, ABC):
 
     @property
     def score_scale(self) -> float:
-        """Factor of the attention scores."""
+        """The factor by which attention scores are multiplied."""
         return 1 / sqrt(self.hidden_size // self.num_heads)
 
     def window_of(self, layer: int) -> int:
-        """The largest distance at which tokens attend to each other in a layer, from 1; 0: any."""
+        """The largest distance, in tokens, at which tokens attend to each other in a layer (from 1); 0 if any."""
         return 0
 
     def embed(self, g: Graph, ids: str, types: str) -> str:
         """Hidden states (1, T, H) of the embedding output; types: empty without token types.
 
         Weights: word (vocabulary, width), in int8 with word.scale (vocabulary, 1); position (positions, width) and
-        token_type (token_types, width), if there are such rows; norm; projection to hidden_size from another width.
+        token_type (token_types, width), if they have rows; norm; projection, if width is not hidden_size.
         """
         if g.int8:
             # One scale per row. The cast follows the Gather: ONNX Runtime would fold a DequantizeLinear of the table
@@ -212,7 +212,7 @@ class Encoder(Part, ABC):
         return g.norm(g.node("Add", out, hidden), "ffn_norm", size, self.epsilon)
 
     def attention(self, g: Graph, hidden: str) -> str:
-        """Attention of hidden (1, T, H), before its output projection, (1, T, H)."""
+        """Attention over hidden states (1, T, H), without the output projection; returns (1, T, H)."""
         size = self.hidden_size
         if g.int8:
             parts = g.split(g.linear(hidden, "qkv", size, 3 * size), 3)
@@ -228,11 +228,11 @@ def check_shape(name: str, array: Array, *shape: int) -> None:
 
 
 def named(state: State, prefix: str, names: Names, may_lack_biases: bool) -> Weights:
-    """Tables, norms and linear layers by our names, from those of modules in transformers' model.
+    """The weights of tables, norms and linear layers by our names, read from modules of transformers' model.
 
-    The weights of a linear layer are transposed to (inputs, outputs); several are concatenated. word, position and
-    token_type are tables, and are not transposed. may_lack_biases: a missing bias becomes zeros. Raises KeyError for a
-    missing weight.
+    The weights of linear layers are transposed to (inputs, outputs), and those of several modules are concatenated.
+    word, position and token_type are tables, and are not transposed. prefix: start of the modules' names.
+    may_lack_biases: a missing bias becomes zeros. Raises KeyError for a missing weight.
     """
     weights: Weights = {}
     for ours, theirs in names.items():
@@ -254,7 +254,7 @@ def named(state: State, prefix: str, names: Names, may_lack_biases: bool) -> Wei
 
 
 def activation(name: str) -> Any:
-    """An activation of transformers, as an Encoder names it; raises ValueError for one that cannot be exported."""
+    """Our name of a transformers activation; raises ValueError if the activation cannot be exported."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} cannot be exported; supported: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

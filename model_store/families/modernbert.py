@@ -1,7 +1,7 @@
-"""ModernBERT: norms before attention and the gated feed-forward network, RoPE, and layers with local attention.
+"""ModernBERT: pre-norm blocks with RoPE, gated feed-forward networks and, in some layers, local attention.
 
 No weight depends on the maximum length: positions, angles and masks are computed for each text. In a long text,
-local attention runs block by block, so that its time and memory are linear in the number of tokens.
+local attention runs block by block, so its time and memory are linear in the number of tokens.
 """
 
 from typing import ClassVar, Literal, Self
@@ -19,16 +19,16 @@ HEAD_ACTIVATIONS = ("gelu", "relu", "tanh")
 POOLINGS = ("cls", "mean")
 THETAS = 160_000.0, 10_000.0  # bases of RoPE, by kind
 MAX_THETA = 1e12
-DENSE = 4  # in windows: texts up to this length are one block
+DENSE = 4  # times the window: texts up to this number of tokens are one block
 MASKED = float(np.finfo(np.float32).min)  # added to the score of a masked token
 
 
 class ModernBert(Encoder):
-    """ModernBERT.
+    """The ModernBERT family.
 
     Attributes:
-        window: largest distance at which a token attends to another in local layers.
-        local_layers: layers with local attention, from 1.
+        window: largest distance, in tokens, at which a token attends to another in local layers.
+        local_layers: numbers of the layers with local attention; the first layer is number 1.
     """
 
     DEFAULTS: ClassVar = {
@@ -134,7 +134,7 @@ class ModernBert(Encoder):
 
     @classmethod
     def of(cls, config: Config, token_types: bool) -> Self:
-        """The encoder of a configuration."""
+        """The encoder of a configuration that `check` accepts; it has no token types."""
         kinds = config["layer_types"]
         return cls(
             type="modernbert",
@@ -154,12 +154,12 @@ class ModernBert(Encoder):
 
     @classmethod
     def max_tokens(cls, config: Config) -> int:
-        """Maximum number of tokens."""
+        """Maximum number of tokens of a text, special tokens included."""
         return int(config["max_position_embeddings"])
 
     @classmethod
     def head(cls, config: Config) -> StockHead:
-        """The head of the stock classifier; raises ValueError for one that cannot be exported."""
+        """The head of the stock classifier; raises ValueError if it cannot be exported."""
         for name, known in (("classifier_activation", HEAD_ACTIVATIONS), ("classifier_pooling", POOLINGS)):
             if config[name] not in known:
                 raise ValueError(f"{name} {config[name]!r} cannot be exported; supported: {', '.join(known)}")
@@ -170,16 +170,16 @@ class ModernBert(Encoder):
         )
 
     def window_of(self, layer: int) -> int:
-        """The largest distance at which tokens attend to each other in a layer, from 1; 0: any."""
+        """The largest distance, in tokens, at which tokens attend to each other in a layer (from 1); 0 if any."""
         return self.window if layer in self.local_layers else 0
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
-        """The weights of `block`."""
+        """The weights of `block`; the first layer is number 1."""
         names = {k: v for k, v in self.NAMES.items() if layer > 1 or k != "attention_norm"}
         weights = named(state, self.LAYER.format(layer - 1), names, True)
         theta = config["rope_parameters"][KINDS[layer in self.local_layers]]["rope_theta"]
         size = self.hidden_size // self.num_heads
-        # In float64, unlike transformers: angles differ by less than their rounding in float32.
+        # Computed in float64, unlike in transformers: the angles differ by less than rounding to float32 changes them.
         weights["frequencies"] = (1 / theta ** (np.arange(0, size, 2) / size)).astype(np.float32)
         return weights
 
@@ -200,7 +200,7 @@ class ModernBert(Encoder):
         return g.node("Add", g.linear(gated, "ffn_out", inner, size), hidden)
 
     def _attention(self, g: Graph, x: str, is_local: bool) -> str:
-        """Attention of x (1, T, H), before its output projection, (1, T, H)."""
+        """Attention over x (1, T, H), without the output projection; returns (1, T, H)."""
         size, heads = self.hidden_size, self.num_heads
         query, key, value = g.split(g.linear(x, "qkv", size, 3 * size), 3)
         zero, one = g.constant(0), g.constant(1)
@@ -251,6 +251,6 @@ class ModernBert(Encoder):
 
 
 def _check_frequencies(frequencies: Array) -> None:
-    """Raise GraphError unless they descend from 1 to 0 or more. Other processors could compute other values."""
+    """Raise GraphError unless they descend from 1 to 0 or more; their exact values depend on the processor."""
     if frequencies[0] != 1 or frequencies[-1] < 0 or (np.diff(frequencies) > 0).any():
         raise GraphError("its positions have frequencies that do not descend from 1 to 0")

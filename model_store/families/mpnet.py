@@ -1,4 +1,4 @@
-"""MPNet: RoBERTa with an attention bias that depends on the distance between tokens, alike in every layer."""
+"""MPNet: RoBERTa with an attention bias that depends on the distance between tokens and is the same in every layer."""
 
 from typing import Any, ClassVar, Literal
 
@@ -15,10 +15,10 @@ BUCKETS = 32
 
 
 class MPNet(Roberta):
-    """MPNet.
+    """The MPNet family.
 
     Attributes:
-        distances: longest text, in tokens, whose distances all have an offset.
+        distances: length in tokens of the longest text in which every distance has a bias.
     """
 
     DEFAULTS: ClassVar = Roberta.DEFAULTS | {"vocab_size": 30527, "relative_attention_num_buckets": BUCKETS}
@@ -48,7 +48,7 @@ class MPNet(Roberta):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """The fields of the encoder."""
+        """The fields of the encoder of a configuration."""
         fields = super().fields({**config, "type_vocab_size": 0}, token_types)
         return {**fields, "distances": fields["positions"]}
 
@@ -58,14 +58,14 @@ class MPNet(Roberta):
         return min(self.positions, self.distances)
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
-        """The weights of `block`; offsets is (heads, 2·distances − 1), for key − query from 1 − distances on."""
+        """The weights of `block`; offsets (heads, 2·distances − 1) are biases by key − query, from 1 − distances."""
         table = state["encoder.relative_attention_bias.weight"]
         check_shape("encoder.relative_attention_bias", table, BUCKETS, self.num_heads)
         offsets = table[_buckets(self.distances)].T
         return super().layer_weights(config, state, layer) | {"offsets": np.ascontiguousarray(offsets)}
 
     def attention(self, g: Graph, hidden: str) -> str:
-        """Attention with a relative position bias for each head."""
+        """Attention over hidden states (1, T, H) with a relative position bias for each head."""
         size, middle = self.hidden_size, g.constant(self.distances - 1)
         zero, one = g.constant(0), g.constant(1)
         axes = g.constant([0]), g.constant([1])
@@ -80,7 +80,7 @@ class MPNet(Roberta):
 
 
 def _buckets(distances: int) -> NDArray[np.int64]:
-    """The row of the table of biases for key − query = 1 − distances … distances − 1, as transformers computes it."""
+    """The bias table's rows for key − query = 1 − distances … distances − 1, as transformers computes them."""
     offset = -np.arange(1 - distances, distances)
     half, exact, farthest = BUCKETS // 2, BUCKETS // 4, 128
     far = np.abs(offset)

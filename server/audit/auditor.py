@@ -51,9 +51,9 @@ class _Entry:
     """Texts to be settled together.
 
     Attributes:
-        is_open: the next text may be added; no text was drawn yet.
-        is_last: it ends a request.
+        is_open: further texts may be added, as none of its texts was drawn yet.
         is_pending: the audit of the drawn text has not run yet.
+        is_last: it ends with the last text of a request.
     """
 
     settled: Settled
@@ -64,11 +64,11 @@ class _Entry:
 
 @dataclass(slots=True)
 class Traffic:
-    """The texts of one model name in this process, from which exits learn.
+    """The traffic of one model name in this process, from which exits are learned.
 
     Attributes:
-        processes: of the server.
-        texts: number of texts, over all versions, since the start or the last reset.
+        processes: number of processes of the server.
+        texts: number of texts in this process, over all versions, since the start or the last reset.
     """
 
     processes: int
@@ -76,8 +76,10 @@ class Traffic:
 
     @property
     def share(self) -> float:
-        """Share of audits from which exits learn fast: all of the first LEARN_TEXTS texts, then about half as many in
-        each doubling of the number of texts."""
+        """Share of texts to audit so that exits are learned fast.
+
+        It is 1 for the first LEARN_TEXTS texts of the server, and halves with each doubling of the number of texts.
+        """
         return float(0.5 ** math.ceil(math.log2(max(1.0, self.texts * self.processes / LEARN_TEXTS))))
 
 
@@ -87,8 +89,8 @@ class Draw:
 
     Attributes:
         share: probability with which each text was drawn.
-        epoch: number of the evidence that they count towards; each reset starts a new epoch.
-        is_drawn: a flag for each text.
+        epoch: number of the evidence that the texts count towards; each reset starts a new epoch.
+        is_drawn: for each text, True if it was drawn.
     """
 
     share: float
@@ -118,7 +120,7 @@ class Auditor:
         traffic: Traffic | None = None,
     ) -> None:
         """submit: enqueues audits. write: writes a line of the audit log. is_behind: see Books. learn: keeps a record
-        of each audited text; None: the server does not learn. traffic: of the model's name, on a server that learns."""
+        of each audited text. traffic: the traffic of the model's name. Both are None if the server does not learn."""
         self._is_behind, self._learn, self._traffic = is_behind, learn, traffic
         self._submit, self._count_settled, self._write = submit, count, write
         self._logs_texts = settings.log_audit_texts
@@ -134,12 +136,12 @@ class Auditor:
         self.served = served
 
     def serve(self, served: Served, standing: Standing) -> None:
-        """Audit the model, perhaps reloaded."""
+        """Start auditing the model, or continue after it was reloaded."""
         self.served = served
         self.apply(standing)
 
     def apply(self, standing: Standing) -> None:
-        """Take τ from the ledger; discard texts drawn before a reset."""
+        """Take τ from the ledger's standing; after a reset, discard texts that were drawn before it."""
         if standing.epoch != self._epoch:
             self._entries.clear()
             if self._traffic is not None and self._epoch:  # a reset: the traffic has changed
@@ -155,7 +157,7 @@ class Auditor:
 
     @property
     def live(self) -> Live:
-        """For the report."""
+        """The current state of these audits, for the report."""
         return Live(self.share, self.pending, self.excluded)
 
     @property
@@ -164,7 +166,7 @@ class Auditor:
         return self._share_at(self.served.rules.default.rule.tau)
 
     def _share_at(self, tau: float) -> float:
-        """The share at this τ: 1 at τ = 0 with a guarantee, as an answer at full depth is its own audit."""
+        """The share at this τ; with a guarantee it is 1 at τ = 0, as an answer at full depth is its own audit."""
         if self._outstanding >= MAX_PENDING or len(self._entries) >= MAX_ENTRIES or self._is_behind():
             return 0.0
         if self._has_guarantee and tau == 0:
@@ -173,7 +175,7 @@ class Auditor:
         return float(share * 0.5 ** (8 * self._outstanding // ROOM))
 
     def draw(self, job: Job) -> Draw | None:
-        """Draw texts of a job that is about to be submitted; None if its request sets exit options."""
+        """Draw texts to audit from a job that is about to be submitted; None if its request sets exit options."""
         if job.request.options != NO_WISH:
             return None
         share = self._share_at(job.choice.rule.tau)
@@ -186,7 +188,7 @@ class Auditor:
         return draw
 
     def abandon(self, job: Job, draw: Draw) -> None:
-        """Release the draws of a job that was not answered: its texts do not count."""
+        """Release the drawn texts of a job that was not answered; its texts do not count."""
         if job.choice.rule.tau > 0:
             self._outstanding -= sum(draw.is_drawn)
 
@@ -234,7 +236,7 @@ class Auditor:
         return self._entries[-1]
 
     def _enqueue(self, entry: _Entry, tokens: Tokens, answer: Reading, text: Text) -> None:
-        """Schedule the audit of a text. Audits are submitted together, after the answers have been sent."""
+        """Schedule the audit of a text. Audits are submitted together after TICK_S, so that answers are sent first."""
         entry.is_pending = True
         # The audit needs only the tokens, so large texts are not kept.
         logged = text if self._write is not None and self._logs_texts else None

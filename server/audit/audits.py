@@ -24,7 +24,7 @@ class Books(Protocol):
     """The server's ledgers, as a process sees them: its own, or those of the supervisor."""
 
     def serve(self, served: Served) -> Standing:
-        """Count for a model."""
+        """Start counting for a model, or continue; returns the standing of its ledger."""
 
     def forget(self, served: Served) -> None:
         """Stop counting for an unloaded model."""
@@ -34,7 +34,7 @@ class Books(Protocol):
 
     @property
     def is_behind(self) -> bool:
-        """True while the ledgers cannot count as fast as texts are settled: none is then drawn."""
+        """True while the ledgers cannot count as fast as texts are settled; no texts are drawn then."""
 
     def write(self, line: str) -> None:
         """Write a line of the audit log."""
@@ -46,10 +46,10 @@ class Books(Protocol):
         """Discard the audit results of a model; returns the τ that is then in force, and the reason for it."""
 
     def learn(self, name: str, record: Record) -> None:
-        """Keep a record of a model's traffic."""
+        """Keep a record of the traffic of a model, name:version, for learning."""
 
     async def learning(self, name: str, starts: bool) -> dict[str, Any]:
-        """What was learned for a model name. starts: start a fit now. Raises RequestError."""
+        """The learning report of a model name. starts: also start a fit now. Raises RequestError."""
 
 
 class Audits:
@@ -63,7 +63,7 @@ class Audits:
         self._traffic: dict[str, Traffic] = {}  # by model name, on a server that learns
 
     def serve(self, served: Served) -> None:
-        """Start to audit a model, or continue if it is the same one, reloaded."""
+        """Start auditing a model, or continue if the same model was reloaded."""
         if not self.is_on:
             return
         name = served.model.full_name
@@ -88,13 +88,13 @@ class Audits:
         return self._traffic.setdefault(name, Traffic(self._settings.processes or 1))
 
     def apply(self, manifest: Manifest, standing: Standing) -> None:
-        """Take τ of a model from its ledger."""
+        """Apply the standing of a model's ledger, which includes τ."""
         auditor = self._by_model.get(f"{manifest.name}:{manifest.version}")
         if auditor is not None and auditor.served.model.manifest == manifest:
             auditor.apply(standing)
 
     def forget(self, served: Served) -> None:
-        """Stop auditing an unloaded model, which is released."""
+        """Stop auditing an unloaded model, and release it."""
         name = served.model.full_name
         auditor = self._by_model.get(name)
         if auditor is not None and auditor.served is served:
@@ -120,12 +120,15 @@ class Audits:
         return await self._books.report(served, self.of(served).live)
 
     async def reset(self, served: Served) -> dict[str, Any]:
-        """Discard the audit results of a model; returns the τ then in force. Raises RequestError if audits are off."""
+        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it.
+
+        Raises RequestError if audits are off.
+        """
         self.of(served)
         return await self._books.reset(served)
 
     async def learning(self, served: Served, starts: bool = False) -> dict[str, Any]:
-        """What was learned for a model. starts: start a fit now. Raises RequestError."""
+        """The learning report of a model. starts: also start a fit now. Raises RequestError."""
         if not self._settings.learn:
             raise RequestError(
                 "the server does not learn; its operator can start it with --learn", cause="conflict"
@@ -134,7 +137,7 @@ class Audits:
 
     @contextmanager
     def watch(self, job: Job) -> Iterator[None]:
-        """Context in which a job is submitted and answered: draws texts to audit before, and counts texts after."""
+        """Context manager around the answering of a job: draws texts to audit before, and counts the texts after."""
         auditor = self.get(job.served)
         if auditor is None:
             yield
@@ -148,5 +151,5 @@ class Audits:
             raise
         try:
             auditor.answered(job, draw)
-        except Exception:  # the request was answered
+        except Exception:  # must not fail a request that was answered
             failures.exception("the texts of a request were answered, but not counted for audits")

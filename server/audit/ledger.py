@@ -1,4 +1,4 @@
-"""The counted audits of one model, and the τ that they allow with a guarantee: one for all processes of a server.
+"""The counted audits of one model, from all processes of a server, and the τ that they allow with a guarantee.
 
 Each process settles the audits of its own texts (`auditor.py`) and sends them here in order. A text that was counted
 before, by any process, never counts towards a rise of τ, and τ rises only between two requests.
@@ -27,9 +27,10 @@ from de3.server.settings import Settings
 log = logging.getLogger("de3")
 
 MAX_SEEN = 2**16  # hashes of counted texts; when full, the older half is forgotten
-LEAST_AUDITS = 100  # from which the mean exit layer is known well enough
+LEAST_AUDITS = 100  # with fewer, the mean exit layer is not known well enough
 MAX_RESETS = 20  # resets kept for the report
-_EPOCHS = itertools.count(1)  # no two ledgers have one in common: a version may be exported anew
+# Shared by all ledgers, so that texts drawn for a version are not counted for the same version exported anew.
+_EPOCHS = itertools.count(1)
 
 
 @dataclass(slots=True)
@@ -37,7 +38,7 @@ class Audited:
     """The exits of a text that ran to full depth.
 
     Attributes:
-        scores: by exit; None at an exit without a score.
+        scores: the score at each exit; None at an exit without one.
         differs: disagreement of each exit with the last one.
         layers: layers of the exits.
         served_differs: disagreement of the answer that was sent.
@@ -54,10 +55,10 @@ class Settled:
     """Consecutive texts of one client: some that were not drawn, then possibly one that was.
 
     Attributes:
-        share: probability with which each was drawn.
+        share: probability with which each text was drawn.
         skipped: number of texts that were not drawn.
         keys: with a guarantee, hashes of the texts, in order, the drawn one last.
-        audit: of the drawn text; None if there is none, or if it was dropped.
+        audit: audit of the drawn text; None if no text was drawn, or if its audit was dropped.
     """
 
     client: str
@@ -68,10 +69,11 @@ class Settled:
 
 
 class Standing(NamedTuple):
-    """The state of a ledger that the processes need.
+    """The part of a ledger's state that the processes need.
 
     Attributes:
-        epoch: number of the evidence; each ledger and each reset starts a new one, and texts drawn before do not count.
+        epoch: number of the current evidence. Each new ledger and each reset starts a new epoch; texts that were drawn
+            in an earlier epoch do not count.
         promised: τ of each client; None without a guarantee.
     """
 
@@ -99,14 +101,14 @@ class Ledger:
     """The counted audits of one model, for requests without exit options.
 
     Attributes:
-        manifest, rules, runtime, caution: of the model; caution is the factor applied to the τ of out-of-distribution
-            texts.
+        manifest, rules, runtime: those of the model.
+        caution: factor applied to the τ of out-of-distribution texts.
         taus: the grid of τ, ascending from 0.
         evidence: the audits since the start, or the last change or reset.
-        promises: keep the rate that the server promises; None without a guarantee.
+        promises: choose τ so that the promised rate is kept; None without a guarantee.
         since: start of the evidence, in seconds since 1970.
         resets, num_resets: the latest resets, and the total number by reason.
-        is_changed: there are changes to save.
+        is_changed: the ledger has changed since it was last saved.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class Ledger:
         if settings.guarantee is not None:
             start = int(np.searchsorted(self.taus, rules.default.rule.tau))
             error = error_of(1 if manifest.learned is None else manifest.learned.attempt)
-            # Exits that were not learned are tested once, with all of δ, unless others will be.
+            # Without --learn no other exits will be tested, so this test may use all of δ.
             error = error if settings.learn else 1 - CONFIDENCE
             self.promises = Promises(settings.guarantee, self.taus, start, error)
         self._seen: list[set[int]] = [set(), set()]  # the older, and the newer half
@@ -136,11 +138,11 @@ class Ledger:
         self.resets: list[Reset] = []
         self.num_resets: dict[Reason, int] = {"change": 0, "reset": 0}
         self.is_changed = False
-        self._held_out_layers: NDArray[np.float64] | None = None  # mean exit layers at each τ
+        self._held_out_layers: NDArray[np.float64] | None = None  # mean exit layer at each τ
         self.serve(rules, runtime, caution)
 
     def serve(self, rules: Rules, runtime: str, caution: float) -> None:
-        """Continue with the same model, reloaded."""
+        """Continue with the same model after it was reloaded."""
         self.rules, self.runtime, self.caution = rules, runtime, caution
         self._published = None
         self._apply()
@@ -184,7 +186,11 @@ class Ledger:
         return default.wanted if default.by in ("guarantee", "max_disagreement") else None
 
     def count(self, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
-        """Count texts that one process has settled. may_rise: they end with the last text of a request."""
+        """Count texts that one process has settled.
+
+        epoch: the epoch in which the texts were drawn. may_rise: they end with the last text of a request, so τ may
+        rise.
+        """
         if epoch != self._epoch:  # drawn before a reset
             return
         audits, tau = self.evidence.audits, self.rules.default.rule.tau
@@ -204,8 +210,11 @@ class Ledger:
                 log.info("%s: audits allow τ = %g", self.full_name, self.rules.default.rule.tau)
 
     def count_held_out(self, rows: Sequence[HeldOut]) -> None:
-        """Count texts that were recorded before the model was served, and that its exits were not fitted to, towards
-        its guarantee. They are no audits of its answers, so the report does not count them."""
+        """Count held-out texts towards the guarantee.
+
+        They were recorded before the model was served, and its exits were not fitted to them. They are not audits of
+        its answers, so the report does not count them.
+        """
         if self.promises is None:
             return
         for one in rows:
@@ -223,7 +232,7 @@ class Ledger:
             self.promises.skip(one.client, one.share, one.skipped, repeats)
 
     def _was_counted(self, key: int) -> bool:
-        """True if a text is known to have been counted before; remembers it otherwise."""
+        """True if the text with this hash is known to have been counted before; otherwise remembers it."""
         older, newer = self._seen
         if key in newer or key in older:
             return True
@@ -233,7 +242,7 @@ class Ledger:
         return False
 
     def _add(self, one: Settled, audit: Audited, is_repeat: bool) -> None:
-        """Count an audit; a promise may find that the rate has risen."""
+        """Count an audit, and discard the evidence of every promise that finds that the rate has risen."""
         before, tau = self.evidence.audits, self.rules.default.rule.tau
         row = profile(audit.scores, audit.differs, audit.layers, self.taus)
         self.evidence.add(one.share, row, audit.served_differs)
@@ -242,7 +251,7 @@ class Ledger:
         changed = self.promises.add(one.client, one.share, row, is_repeat)
         if not changed:
             return
-        self._seen = [set(), set()]  # the evidence on these texts was discarded
+        self._seen = [set(), set()]  # the evidence from these texts was discarded, so they may count again
         log.warning(
             "%s: at the τ that audits had proved, answers now differ from full depth more often than the promised "
             "%g%%: texts run to full depth until audits of new texts allow more",
@@ -277,7 +286,7 @@ class Ledger:
         self._apply()
 
     def speedup(self) -> float:
-        """Speed-up in layers at the τ in force, by the audits, or if these are few by held-out texts; 1 if unknown."""
+        """Speed-up in layers at the τ in force, by the audits, or by held-out texts if audits are few; 1 if unknown."""
         tau, means = self.rules.default.rule.tau, self._held_out_layers
         if self.evidence.audits >= LEAST_AUDITS:
             means = self.evidence.mean_layers()
@@ -286,7 +295,7 @@ class Ledger:
         return self.manifest.num_layers / max(float(means[int(np.searchsorted(self.taus, tau))]), 1e-3)
 
     def allowed(self) -> float:
-        """Speed-up in layers at the last τ whose rate, by the audits, is within the promise; at least speedup()."""
+        """Speed-up in layers at the last τ up to which the audited rate is within the promise; at least speedup()."""
         evidence, speedup = self.evidence, self.speedup()
         if self.promises is None or evidence.audits < LEAST_AUDITS or len(self.manifest.exit_layers) == 1:
             return speedup
@@ -295,7 +304,7 @@ class Ledger:
         return max(speedup, self.manifest.num_layers / max(float(evidence.mean_layers()[index]), 1e-3))
 
     def measured(self, in_force: Choice) -> tuple[float, float, float] | None:
-        """The rate of disagreement at the τ in force, and its bounds; None without audits."""
+        """The rate of disagreement at the τ in force, and its lower and upper bound; None without audits."""
         index = int(np.searchsorted(self.taus, in_force.rule.tau))
         evidence = self.evidence.copy()  # a scrape calls this in another thread
         if not evidence.audits:

@@ -24,18 +24,21 @@ class Ledgers:
     """A ledger for each served model, by name:version."""
 
     def __init__(self, settings: Settings, publish: Callable[[Manifest, Standing], None]) -> None:
-        """publish: called with a model and its new standing. Raises ValueError if state_dir cannot be written."""
+        """publish: called with a model's manifest and new standing. Raises ValueError if state_dir cannot be used."""
         self._settings, self._publish = settings, publish
         self._by_model: dict[str, Ledger] = {}
         self._unloaded: dict[str, State] = {}
-        self._held_out: dict[str, Sequence[HeldOut]] = {}  # of models that are to be served
+        self._held_out: dict[str, Sequence[HeldOut]] = {}  # of a learned version that is about to be served
         is_on, state_dir = settings.share_of_audits > 0, settings.state_dir
         self._state = StateDir(state_dir) if is_on and state_dir is not None else None
         self._saving: asyncio.Task[None] | None = None
         self._writing, self._has_failed = Lock(), False
 
     def serve(self, manifest: Manifest, rules: Rules, runtime: str, caution: float) -> Standing:
-        """Count for a model. If it was served before, its earlier evidence is kept."""
+        """Start counting for a model, or continue with its earlier evidence; returns its standing.
+
+        caution: factor applied to the τ of out-of-distribution texts.
+        """
         name = f"{manifest.name}:{manifest.version}"
         known = self._by_model.get(name)
         if known is not None and known.manifest == manifest:  # reloaded
@@ -56,23 +59,23 @@ class Ledgers:
         return ledger.standing
 
     def base(self, name: str) -> str | None:
-        """The base of a served model (see base_of); None if it is not served."""
+        """The base of a served model, name:version (see base_of); None if it is not served."""
         ledger = self._by_model.get(name)
         return None if ledger is None else base_of(ledger.manifest)
 
     def in_service(self, name: str, version: int) -> InService:
-        """What a version that is served achieves."""
+        """The speed-ups of a served version, and the resets of its evidence; a speed-up of 1 if it is not served."""
         ledger = self._by_model.get(f"{name}:{version}")
         if ledger is None:
             return InService(version, 1.0, 1.0, 0)
         return InService(version, ledger.speedup(), ledger.allowed(), sum(ledger.num_resets.values()))
 
     def versions(self, name: str) -> set[int]:
-        """The versions of a name that are served."""
+        """The served versions of a model name."""
         return {one.manifest.version for one in self.all if one.manifest.name == name}
 
     def prepare(self, name: str, rows: Sequence[HeldOut]) -> None:
-        """Give the evidence with which a learned version starts, which is about to be served."""
+        """Set the held-out evidence with which a learned version, about to be served as name:version, starts."""
         self._held_out = {name: rows}
 
     def forget(self, name: str) -> None:

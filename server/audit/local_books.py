@@ -1,4 +1,4 @@
-"""The ledgers and the audit log of a server that is one process."""
+"""The ledgers and the audit log of a server of one process."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -17,10 +17,11 @@ from de3.server.settings import Settings
 
 
 class LocalBooks:
-    """Implements `audits.py: Books`.
+    """Implements `Books` (audits.py) within the process that serves the models.
 
     Attributes:
-        ledgers: the ledgers.
+        ledgers: the ledgers of all served models.
+        learners: the learners of all served models; None unless the server learns.
     """
 
     is_behind = False
@@ -32,8 +33,8 @@ class LocalBooks:
         publish: Callable[[Manifest, Standing], None],
         change: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
     ) -> None:
-        """in_force: the choice for requests without options, which may change under load. publish: see Ledgers. change:
-        see Learners.
+        """in_force: returns the choice for requests without options, which may change under load. publish: see Ledgers.
+        change: see Learners.
 
         Raises ValueError if state_dir or log_audits cannot be written.
         """
@@ -43,7 +44,7 @@ class LocalBooks:
         self._log = None if settings.log_audits is None else AuditLog(settings.log_audits)
 
     def serve(self, served: Served) -> Standing:
-        """Count for a model."""
+        """Start counting for a model, or continue; returns the standing of its ledger."""
         model = served.model
         if self.learners is not None:
             self.learners.serve(Artifact(model.path, model.manifest))
@@ -74,17 +75,17 @@ class LocalBooks:
         return tau_row(self._in_force(served))
 
     def learn(self, name: str, record: Record) -> None:
-        """Keep a record of a model's traffic."""
+        """Keep a record of the traffic of a model, name:version, for learning."""
         if self.learners is not None:
             self.learners.add(name, record)
 
     async def learning(self, name: str, starts: bool) -> dict[str, Any]:
-        """What was learned for a model name. starts: start a fit now. Raises RequestError."""
+        """The learning report of a model name. starts: also start a fit now. Raises RequestError."""
         assert self.learners is not None  # Audits has checked it
         return self.learners.ask(name) if starts else self.learners.report(name)
 
     def start(self) -> None:
-        """Start to save changes, and to learn."""
+        """Start saving changes, and learning."""
         self.ledgers.start()
         if self.learners is not None:
             self.learners.start()

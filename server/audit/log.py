@@ -25,9 +25,9 @@ MAX_LINE = 2**24
 def line_of(
     served: Served, share: float, passed: list[Reading], tokens: int, text: Text | None
 ) -> str | None:
-    """The line of an audit; None if calibration would reject it.
+    """The line of an audit; None if a logit is not finite, as calibration would reject it.
 
-    share: probability with which the text was drawn. passed: its readings; it passed every exit. text: None if texts
+    share: probability with which the text was drawn. passed: the readings of every exit. text: the text; None if texts
     are not logged.
     """
     if not all(math.isfinite(value) for reading in passed for value in reading.logits):
@@ -49,10 +49,10 @@ def line_of(
 
 
 class AuditLog:
-    """The log file; rotation keeps one predecessor."""
+    """The log file; rotation keeps one earlier file."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if the file cannot be written."""
+        """Open the file, and cut off an incomplete last line; raises ValueError if it cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(path)
@@ -72,7 +72,8 @@ class AuditLog:
 class _Handler(RotatingFileHandler):
     """A log file that only its owner may read, as texts are user data.
 
-    The first failed write is reported, as is the first that succeeds again. A line is written whole or not at all.
+    Of consecutive failed writes, only the first is reported, and later the first write that succeeds. A line is written
+    whole or not at all.
     """
 
     _lost = 0  # lines lost since the last one written
@@ -97,7 +98,7 @@ class _Handler(RotatingFileHandler):
             self._lost = 0
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Report the first error in emit, and remove the part of a line that was written."""
+        """Report the first of consecutive failed writes, and remove the part of a line that was written."""
         self._lost += 1
         if self._lost == 1:
             log.error(

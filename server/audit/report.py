@@ -14,10 +14,10 @@ from de3.server.rules import Choice
 
 
 class Live(NamedTuple):
-    """The state of a model's audits in the processes.
+    """The current state of a model's audits, in one process or over all processes of a server.
 
     Attributes:
-        share: probability that the next text is drawn.
+        share: probability that the next text is drawn for an audit.
         pending: number of audits that have not run yet.
         excluded: number of texts that are not audited, by reason.
     """

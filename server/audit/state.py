@@ -22,7 +22,7 @@ log = logging.getLogger("de3")
 MAX_BYTES = 2**22
 MAX_TAUS = 1024
 MAX_TIME = 2**38  # seconds since 1970: the year 10680
-NEW_SHARES = 25  # shares that a server may add
+NEW_SHARES = 25  # shares that a server may still add to a restored state
 MAX_COUNT, NEW_COUNT = 2**53, 2**52  # largest count, and the part of it that a server may add
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -30,13 +30,13 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Part(BaseModel):
-    """One part of the file."""
+    """Base class of the parts of a state file."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Counts(_Part):
-    """A de3.exits.promise.Tally, and its share."""
+    """A saved de3.exits.promise.Tally, and its share."""
 
     share: Annotated[float, Field(gt=0, le=1)]
     texts: Count
@@ -47,7 +47,7 @@ class Counts(_Part):
 
 
 class PromiseCounts(_Part):
-    """The part of a de3.exits.promise.Tally that a Promise needs."""
+    """The part of a saved de3.exits.promise.Tally that a Promise needs, and its share."""
 
     share: Annotated[float, Field(gt=0, le=1)]
     texts: Count
@@ -56,7 +56,7 @@ class PromiseCounts(_Part):
 
 
 class OwnAudits(_Part):
-    """A de3.exits.promise.Recent."""
+    """A saved de3.exits.promise.Recent: the recent audits of one client."""
 
     weight: Annotated[float, Field(ge=0)] = 0.0
     differing: list[Annotated[float, Field(ge=0)]] = Field(default=[], max_length=MAX_TAUS)
@@ -83,7 +83,7 @@ class Promised(_Part):
 
 
 class ResetRow(_Part):
-    """A de3.server.audit.ledger.Reset."""
+    """A saved de3.server.audit.ledger.Reset."""
 
     at: Annotated[float, Field(ge=0, le=MAX_TIME)]
     reason: Reason
@@ -251,7 +251,7 @@ class StateDir:
     """The folder of the state files. Only one server can use it at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if the folder cannot be written, or another server uses it."""
+        """Create and lock the folder; raises ValueError if it cannot be written, or another server uses it."""
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -265,7 +265,7 @@ class StateDir:
             raise ValueError(f"state_dir: another server uses {path}; each needs its own") from None
 
     def close(self) -> None:
-        """Release the folder."""
+        """Release the folder, which another server can then use."""
         os.close(self._lock)
 
     def _file(self, ledger: Ledger) -> Path:
@@ -288,10 +288,10 @@ class StateDir:
             log.info("%s: %d audits from %s", ledger.full_name, ledger.evidence.audits, path)
 
     def write(self, ledger: Ledger) -> None:
-        """Write a ledger's state atomically; raises OSError. Any thread may call it, one at a time."""
+        """Write a ledger's state atomically; raises OSError. Any thread may call this, but only one at a time."""
         path = self._file(ledger)
         new = path.with_suffix(".json.new")
-        new.unlink(missing_ok=True)  # left by a killed server, or a FIFO, which would wait for a reader
+        new.unlink(missing_ok=True)  # O_EXCL refuses any file, such as one that a killed server left
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(state_of(ledger).model_dump_json().encode())
             file.flush()

@@ -1,1 +1,1 @@
-"""The engine: runs requests, independent of protocols."""
+"""The engine, which runs the requests of every protocol."""

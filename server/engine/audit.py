@@ -31,11 +31,11 @@ class Audit:
 
     Attributes:
         rule: reads and scores the exits; its τ is not used.
-        on_done: called by the engine's `dispatch` once it has run, failed or been dropped.
-        passed: the reading of every exit, once it has run.
-        states: to fill in, as ForwardPass.states; None: not needed.
+        on_done: called through the engine's `dispatch` once the audit has run, failed or been dropped.
+        states: array to fill in, as in ForwardPass; None: not needed.
+        passed: the reading of every exit, once the audit has run.
         model_s: compute time, seconds.
-        error: the error if it failed.
+        error: the error of an audit that failed; None otherwise.
         is_dropped: its model was unloaded before it ran, or the server is stopping.
     """
 
@@ -81,7 +81,7 @@ class AuditThreads:
                     thread.start()
 
     def drop(self, gone: Sequence[Served]) -> None:
-        """Drop the pending audits of some models."""
+        """Drop the pending audits of these models."""
         with self._changed:
             dropped = [audit for audit in self._pending if audit.served in gone]
             self._pending = deque(audit for audit in self._pending if audit.served not in gone)
@@ -138,8 +138,8 @@ class AuditThreads:
 def run_audits(audits: Sequence[Audit], queue: WorkQueue, stops: Callable[[], bool] = lambda: False) -> None:
     """Run audits of one model, in a group if the kernels can, and fill in their results.
 
-    Waits between two steps while anything is pending in the queue. stops: True once the server is stopping; the audits
-    are then dropped.
+    Before each step, waits up to MOST_WAIT_S while anything but shadow items is pending in the queue. stops: True once
+    the server is stopping; the audits are then dropped.
     """
 
     def may_go_on() -> bool:

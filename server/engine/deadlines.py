@@ -18,9 +18,10 @@ class _Promise:
     """The texts of a promised job that have not started.
 
     Attributes:
-        firsts: seconds to the first exit of each of these texts, by index.
-        first_s: their sum.
-        predicted_s: seconds of these texts through every layer.
+        deadline: perf_counter seconds.
+        firsts: predicted seconds to the first exit of each of these texts, by the text's index.
+        first_s: sum of `firsts`.
+        predicted_s: predicted seconds of these texts through every layer.
     """
 
     deadline: float
@@ -45,7 +46,8 @@ class Deadlines:
         """Promise a job's deadline if it and all earlier promises can be kept.
 
         Returns 0 if it was promised, else the seconds that the job would need. With best_effort, a job that would be
-        late is promised the earliest deadline that can be kept, and its texts exit at their first exits.
+        late is promised a later deadline that can be kept, after all earlier promises, and its texts exit at their
+        first exits.
         """
         assert job.deadline is not None
         now = perf_counter()
@@ -65,7 +67,7 @@ class Deadlines:
         return 0.0
 
     def _needed(self, new: _Promise, now: float) -> float:
-        """0 if all promises can be kept, else the approximate seconds that the new one needs.
+        """0 if all promises can be kept, else the approximate seconds that the new promise needs.
 
         Simulates the schedule: the most urgent text goes to the thread that is free first.
         """
@@ -81,13 +83,13 @@ class Deadlines:
                 if promise is new:
                     return end - now
                 if promise.deadline >= new.deadline and end - new.first_s <= promise.deadline:
-                    return promise.deadline - now + new.first_s  # the new one would make it late
+                    return promise.deadline - now + new.first_s  # the new promise would make this one late
         return 0.0
 
     def begin(self, item: Item, thread: int) -> float:
-        """Latest time at which a text that starts now must exit; occupies its thread until then.
+        """The time (perf_counter seconds) by which a text that starts now must exit; occupies its thread until then.
 
-        Beyond its first exit it gets a share of the time that no promise needs, in proportion to its part of
+        After its first exit, the text gets a share of the time that no promise needs, in proportion to its part of
         the promised work.
         """
         now, job = perf_counter(), item.job

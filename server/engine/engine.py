@@ -1,8 +1,8 @@
 """The engine: threads that each run a text, or a group of short ones, until it exits.
 
 On a CPU, padded batches of short texts gain nothing, so texts are never padded (docs/design.md). ONNX Runtime and the
-kernels release the GIL while a layer runs, so the threads share the model and scale with the cores. At a layer boundary
-a text can be preempted by a more urgent one, so a long text does not delay short ones.
+kernels release the GIL while a layer runs, so the threads share the model, and throughput scales with the cores. At a
+layer boundary a text can be preempted by a more urgent one, so a long text does not delay short ones.
 """
 
 import logging
@@ -42,7 +42,7 @@ def call_here(callback: Callable[[], None]) -> None:
 class Engine:
     """A queue and the threads that process it.
 
-    `observe` is called with the texts that exited, by the thread that ran them.
+    `observe` is called with a model and the outcomes of its texts that exited, by the thread that ran them.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Engine:
             thread.start()
 
     def problem(self) -> str:
-        """The problem of the first failed thread, empty if there is none; to be called once a second.
+        """The problem of the first thread that died or is stuck; empty if there is none. To be called once a second.
 
         A thread that ended, or that made no progress in STUCK_CHECKS checks while it had work, will not
         recover. Checks are counted, not seconds, so that a suspended process does not count as stuck.
@@ -95,7 +95,7 @@ class Engine:
         return checks >= STUCK_CHECKS
 
     def retry_after_s(self) -> int:
-        """Estimated seconds until the pending texts are finished, at least 1, by the mean time of a text so far."""
+        """Estimated seconds until the pending texts are finished, from the mean time of a text so far; at least 1."""
         mean = sum(self._seconds) / max(1, self.finished)
         return max(1, math.ceil(len(self.queue) * mean / self.threads))
 
@@ -122,10 +122,10 @@ class Engine:
         self._audits.put(audits)
 
     def _promise(self, job: Job) -> None:
-        """Promise a job's deadline; raises RequestError."""
+        """Promise a job's deadline; raises RequestError if it cannot be met, or if the client is over its share."""
         predicted_s = sum(item.predicted_s for item in job.items)
         lead_s = self.queue.lead(job)
-        # A single text may be promised whatever its length; a batch counts like time already promised.
+        # A single text may be promised whatever its length; the predicted time of a batch adds to the lead.
         if lead_s > MAX_LEAD_S or (lead_s >= 0 and len(job.items) > 1 and lead_s + predicted_s > MAX_LEAD_S):
             message = (
                 "latency_budget_ms: over your share of the engine's time while other clients wait; "
@@ -185,7 +185,7 @@ class Engine:
                 return  # the server then stops, too
 
     def _step(self, number: int) -> bool:
-        """Schedule, run, finish; False once the queue is closed and empty. Raises no error."""
+        """Take items from the queue, run and finish them; False once the queue is closed and empty. Never raises."""
         items: list[Item] = []
         try:
             items = self.queue.next(self.threads)
@@ -200,7 +200,7 @@ class Engine:
                 item.job.is_dropped = True
             self._report([(item.job, RuntimeError(str(error))) for item in items])
             self._failures[number] += 1
-            sleep(0.01)  # the next step may also fail at once
+            sleep(0.01)  # no busy loop if every step fails at once
             return True
         finally:
             self._busy[number] = False
@@ -242,7 +242,7 @@ class Engine:
         """Record the results of items of one model, and report the jobs that finish or fail with them."""
         ended: list[tuple[Job, Exception | None]] = []
         outcomes = [(item, result) for item, result in results if isinstance(result, Outcome)]
-        if outcomes:  # before the client has its answer, and may look for it
+        if outcomes:  # counted first: a client with its answer may look for it in the metrics
             self._count(outcomes[0][0].job.served, [outcome for _, outcome in outcomes])
         for item, outcome in outcomes:
             job = item.job
@@ -264,7 +264,7 @@ class Engine:
             self._report(ended)
 
     def _count(self, served: Served, outcomes: Sequence[Outcome]) -> None:
-        """Call the observer; its errors do not fail the request."""
+        """Call `observe`; its errors do not fail the request."""
         if self._observe is None:
             return
         try:

@@ -29,12 +29,13 @@ def run_group(
     occupy: Callable[[float], None],
     finish: Callable[[Sequence[tuple[Item, Result]]], None],
 ) -> list[Item]:
-    """Run items of one model with the same next layer until each has exited, was dropped, or preempted and requeued.
+    """Run a group of items of one model with the same next layer.
 
-    Calls `occupy(seconds)` before each stretch that cannot be preempted, and `finish` with the results as they come.
-    Items that join are added to `items`. Returns the items that must run alone, from the start, if their group failed.
+    Runs until each item has exited, been dropped, or been preempted and requeued. Calls `occupy(seconds)` before each
+    stretch that cannot be preempted, and `finish` with the results as they come. Items that join are added to `items`.
+    If the group fails, returns the unfinished items, which must run alone from the start; otherwise an empty list.
     """
-    group = list(items)  # neither finished nor requeued
+    group = list(items)  # the items that are neither finished nor requeued
     try:
         if group[0].progress.layer == 0:
             occupy(MAX_STEP_S)
@@ -45,7 +46,7 @@ def run_group(
                 before = len(group)
                 queue.join(group, threads)
                 items += group[before:]
-    except BaseException:  # caused by one of them, which fails again when each runs alone
+    except BaseException:  # caused by one item, which will fail again when each item runs alone
         failures.exception("a group of texts failed; each runs alone")
         for item in group:
             item.restart()
@@ -134,7 +135,7 @@ def _step(
         if item.job.is_dropped:
             item.progress.forward = None
     group[:] = [item for item in staying if item.progress.forward is not None]
-    # Only after all are charged; otherwise the first of a client's texts would stay and the others be preempted.
+    # Checked after all are charged: otherwise a client's first text would stay, and its others would be preempted.
     preempted = [item for item in group if queue.has_more_urgent_than(item)]
     group[:] = [item for item in group if item not in preempted]
     queue.requeue(*preempted)

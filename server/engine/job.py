@@ -20,9 +20,9 @@ from de3.server.errors import RequestError
 from de3.server.ood import OodMonitor
 from de3.server.rules import Choice
 
-# Time from the last layer to the response's first byte: for a request, plus for each of its texts.
+# Seconds from the last layer to the first byte of the response: a part per request, and a part per text.
 REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
-DEFAULT_THRESHOLD = 0.5  # of a flag
+DEFAULT_THRESHOLD = 0.5  # of a flag whose label has no threshold
 
 
 @dataclass(slots=True, eq=False)
@@ -31,16 +31,17 @@ class Item:
 
     Attributes:
         predicted_s: predicted seconds through every layer.
-        due: when it should be answered (perf_counter seconds); of a client's items, the earliest is scheduled first.
-        first_exit_s: predicted seconds to the first exit; set with a deadline only.
-        group_s: predicted seconds of one of its steps in a group.
-        ends: when it must exit (perf_counter seconds), set when it starts; None before, or without a deadline.
-        is_short: short enough for a group and tokenized in one step.
-        is_sampled: its readings are used to measure drift.
+        due: time by which it should be answered (perf_counter seconds); a client's earliest item is scheduled first.
+        first_exit_s: predicted seconds to the first exit; set only if the job has a deadline.
+        group_s: predicted seconds that the text adds to a step of its group; 0 if the job's texts run alone.
+        ends: time by which it must exit (perf_counter seconds), set when it starts to run; None before that, and
+            without a deadline.
+        is_short: short enough to run in a group and to be tokenized in one step.
+        is_sampled: its reading at the first exit is used to measure drift.
         asks_all_exits: every exit is evaluated, even those at which it cannot exit.
-        keeps_states: the mean of its tokens after each layer is kept, for exits that learn from it.
-        outcome: None until it exits.
-        error: why it has none, in a job that keeps errors.
+        keeps_states: the mean hidden state of its tokens after each layer is kept, to fit exits to.
+        outcome: its exit and its answer; None until it exits.
+        error: the error of a text that failed, in a job that keeps errors; None otherwise.
     """
 
     job: "Job"
@@ -73,11 +74,11 @@ class Item:
         return self.is_short and self.job.in_groups and fits
 
     def restart(self) -> None:
-        """Start again, alone, after its group failed."""
+        """Reset a text whose group failed, so that it runs again from the start, alone."""
         self.is_short, self.progress = False, Progress(self.job.choice.rule)
 
     def start(self, tokens: Tokens) -> None:
-        """Set its tokens; it starts to run."""
+        """Set the text's tokens, before its first layer runs."""
         self.progress.tokens = tokens
         if self.keeps_states:
             self.progress.states = self.job.model.empty_states()
@@ -90,20 +91,23 @@ class Job:
     Every item is finished by exactly one engine thread. A job is dropped when its client disconnects, it times out or
     one of its items fails: its pending items then never run.
 
-    An item is due after its own predicted time and that of the items before it in the batch, so short texts
-    overtake long ones and single texts large batches, but nothing waits forever.
+    The due time of an item is the job's submission plus the predicted time of the item itself and of all items
+    before it in the batch. So short texts overtake long ones and single texts overtake large batches, but no text
+    waits forever.
 
     Attributes:
-        on_done: called by the engine's `dispatch`: with None when the last item has an outcome, or with the error of an
-            item, perhaps more than once. It may not be called for a job that was dropped for another reason.
-        is_shadow: background job; it runs while nothing else is pending.
+        on_done: called through the engine's `dispatch`: with None once every item has finished, or with the error of an
+            item, perhaps more than once. If the job is dropped for another reason, it may never be called.
+        is_shadow: background job; it runs while nothing else is pending, and its answers are not returned.
         in_groups: its texts may run in groups.
         asks_all_exits: every exit is evaluated, even those at which its items cannot exit.
         is_dropped: its result is no longer needed.
-        deadline: when the last text must exit (perf_counter seconds); None: no deadline.
-        is_promised: its deadline was accepted: it is scheduled before jobs without one.
-        is_late: best effort: its requested deadline cannot be met.
-        pending, promised_s: number of its items in the queue, and their predicted time if promised; set by the queue.
+        deadline: time by which the last text must exit (perf_counter seconds); None: no deadline.
+        is_promised: its deadline was promised, so it is scheduled before jobs without one.
+        is_late: the requested deadline cannot be met, and the request accepts a later one (best_effort).
+        pending: number of its items in the queue; set by the queue.
+        promised_s: predicted seconds of these items if the deadline was promised, else 0; set by the queue.
+        flag: label to watch for in the windows; None: no label.
     """
 
     served: Served
@@ -131,7 +135,8 @@ class Job:
         # kernels lack, because it is scored between the layers.
         has_kernels = self.model.forward is not None and self.choice.rule.signal.code is not None
         self.in_groups = has_kernels and budget_s is None and not self.is_shadow
-        # A deadline needs an answer at any time; the OOD score and the flag need the readings of all exits.
+        # A text with a deadline must have an answer at any time. The OOD score and the OOD flag use the readings of all
+        # exits.
         is_flagged = self.monitor is not None and self.monitor.limits is not None
         self.asks_all_exits = request.explain or request.ood or is_flagged or budget_s is not None
         if budget_s is not None:
@@ -150,7 +155,7 @@ class Job:
 
     @property
     def model(self) -> Model:
-        """The model that runs it."""
+        """The model that runs the job."""
         return self.served.model
 
     @property
@@ -165,23 +170,23 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that have started to run, over all its texts."""
+        """Number of tokens that have been passed to the model so far, over all texts of the job."""
         return sum(item.progress.num_tokens for item in self.items)
 
     @property
     def finished(self) -> int:
-        """Number of texts that exited."""
+        """Number of texts that have exited or failed."""
         return len(self.items) - self._left
 
     def promise(self) -> None:
-        """Promise its deadline: it overtakes jobs without one."""
+        """Mark the deadline as promised: the job then overtakes jobs without a promised deadline."""
         assert self.deadline is not None
         self.is_promised = True
         for item in self.items:
             item.due = self.deadline
 
     def finish(self, item: Item, result: Outcome | Exception) -> bool:
-        """Record an item's outcome or error; True for the last one. Called by an engine thread."""
+        """Record an item's outcome or error; True if it is the job's last item. Called by an engine thread."""
         if isinstance(result, Outcome):
             item.outcome = result
         else:
@@ -191,17 +196,17 @@ class Job:
             return self._left == 0
 
     def outcomes(self) -> list[Outcome]:
-        """The outcomes of its texts that exited, in order."""
+        """The outcomes of the texts that have exited, in the order of the request."""
         return [item.outcome for item in self.items if item.outcome is not None]
 
     def answers(self) -> list[str | float]:
-        """The label, labels or value of each text; for a finished job."""
+        """The answer to each text of a finished job: a label, several labels joined by commas, or a value."""
         values = [outcome.reading.value for outcome in self.outcomes()]
         both = zip(self.labels(), values, strict=True)
         return [label if value is None else value for label, value in both]
 
     def labels(self) -> list[str]:
-        """The label of each text, or the labels joined by commas for a multi-label model; for a finished job."""
+        """The label of each text of a finished job; for a multi-label model, its labels joined by commas."""
         names = self.model.manifest.labels
         readings = [outcome.reading for outcome in self.outcomes()]
         return [
@@ -209,12 +214,15 @@ class Job:
         ]
 
     def release(self) -> None:
-        """Release the items, which refer back to it: large texts must not wait for the garbage collector."""
+        """Release the items, which refer back to the job; otherwise only the garbage collector would free the texts."""
         self.items = []
 
 
 def job_of(served: Served, request: Request, level: int, on_done: Callable[[Exception | None], None]) -> Job:
-    """The job of a request to a model, at a load level; raises RequestError if the model cannot answer it."""
+    """Create the job of a request to a model; raises RequestError if the model cannot answer the request.
+
+    level: load level, which sets the default τ. on_done: see Job.
+    """
     manifest = served.model.manifest
     request.check(manifest)
     request.windows = min(request.windows, most_windows(manifest.max_tokens))
@@ -224,7 +232,7 @@ def job_of(served: Served, request: Request, level: int, on_done: Callable[[Exce
 
 
 def _flag_of(request: Request, manifest: Manifest, choice: Choice) -> Flag | None:
-    """The flag of a request; raises RequestError for a label that the model does not have."""
+    """The flag of a request, or None without one; raises RequestError for a label that the model does not have."""
     if request.flag is None:
         return None
     name, threshold = request.flag

@@ -10,7 +10,7 @@ from de3.exits.rule import ExitReason, ExitRule
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A window that ran, of a text with several; fields as in Outcome."""
+    """A window that has run, of a text with several; the fields are as in Outcome."""
 
     layer: int
     passed: list[Reading]
@@ -19,7 +19,10 @@ class Window:
 
 
 class Decisive(NamedTuple):
-    """With a flag: the window whose answer is that of the text, and its characters [start, end) of the longer text."""
+    """Index of the window that decides the answer to a text with a flag, and the window's characters [start, end).
+
+    The characters are those of the text, or of the longer text of a pair.
+    """
 
     window: int
     start: int
@@ -31,15 +34,16 @@ class Outcome:
     """The exit of a text, its answer, and its times in seconds.
 
     Attributes:
-        layer: the exit's layer; for several windows, that of the last one that ran.
+        layer: layer of the exit; with several windows, the exit layer of the last window that ran.
         rule: the rule in force there; its τ may be lower than the job's if the text is far.
-        reading: the answer; for several windows the combined one, with the signals of the last one.
-        passed: readings of the exits passed, ending with the exit; for several windows, those of all that ran.
-        tokens: of the windows that ran.
-        windows: those that ran, of a text with several.
-        num_windows: number of windows of the text.
-        decisive: with a flag, for a text with several windows.
-        is_far: it was far from every prototype at some exit.
+        reading: the answer; with several windows the combined answer, with the signals of the last window that ran.
+        passed: readings of the exits passed, the text's exit last; with several windows, of all windows that ran.
+        tokens: number of tokens of the text, or of its windows that ran.
+        queue_s: 0 for shadow jobs.
+        is_far: the text was far from every prototype at some exit.
+        windows: the windows that ran; empty unless the text has several.
+        num_windows: number of windows of the text, run or not.
+        decisive: the window that decides; None without a flag, or if the text has one window.
     """
 
     layer: int

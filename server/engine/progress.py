@@ -12,7 +12,7 @@ from de3.server.ood import OodMonitor
 
 
 class WindowProgress:
-    """The windows of a text that has several: all, those that ran, and their combined answer."""
+    """The windows of a text that has several: all of them, those that have run, and their combined answer."""
 
     def __init__(self, windows: Windows, rule: ExitRule, flag: Flag | None) -> None:
         thresholds = None if rule.thresholds is None else rule.thresholds.logits
@@ -26,17 +26,19 @@ class Progress:
     """The state of a text at a layer boundary, where it can be preempted and requeued.
 
     Attributes:
-        rule: the job's, or a more cautious one once the text is_far from every prototype.
-        tokenization: None before it starts and after it ends.
-        tokens: of the window that is running; None until they are known.
-        num_tokens: number of tokens that have started to run: of the text, or of some of its windows.
+        rule: the job's rule; once is_far is set, the same rule with τ multiplied by the monitor's caution.
+        tokenization: the tokenization in progress; None before it starts and after it ends.
+        tokens: tokens of the text, or of the window that is running; None until the text is tokenized.
+        num_tokens: number of tokens that have been passed to the model so far, over all windows.
         layer: the next layer to run.
-        hidden: (1, tokens, hidden), the input of that layer; None before layer 0 ran.
-        forward: its forward pass in a group.
-        states: the mean of the tokens after each layer but the last, (num_layers, hidden), as far as it came; None: not
-            kept.
+        hidden: input of that layer, (1, tokens, hidden); None before layer 0 has run, and in a group.
+        forward: the forward pass of a text in a group; None if it runs alone.
+        states: mean hidden state of the tokens after each layer but the last, (num_layers, hidden), filled in as the
+            layers run; None: not needed.
         passed: the reading of every exit passed, in this window.
+        is_far: the text was far from every prototype at some exit.
         windows: None unless the text has several.
+        tokenize_s, model_s: seconds spent so far on tokenization and in the layers.
     """
 
     rule: ExitRule
@@ -67,7 +69,7 @@ class Progress:
         """Record the window that ran, and continue with the next one, if any."""
         windows = self.windows
         assert windows is not None and self.tokens is not None
-        if self.passed:  # else its deadline passed before its first exit
+        if self.passed:  # otherwise the deadline passed before the window's first exit
             seconds = self.model_s - sum(window.model_s for window in windows.ran)
             windows.ran.append(Window(self.passed[-1].layer, self.passed, len(self.tokens), seconds))
             windows.combination.add(self.passed[-1])

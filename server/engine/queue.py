@@ -1,4 +1,4 @@
-"""The bounded queue between the event loop and the engine threads, which serves clients fairly."""
+"""A bounded queue between the event loop and the engine threads, with fair scheduling between clients."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from de3.server.engine.served import MAX_STEP_S
 from de3.server.errors import RequestError
 
 MAX_GROUP = 16
-MAX_STRETCH = 3  # longest time of another text of a group, relative to the first one's
+MAX_STRETCH = 3  # limit on the time of a text that joins a group, relative to that of the first text
 MAX_SHADOWS = 64
-# A text is preempted by another client's if its own client has had this much more engine time.
+# A text is preempted by another client's text if its own client has received this much more engine time.
 PREEMPTION_LEAD_S = 0.002
 RECENT_S = 1.0  # a client counts as active for this long after its last text was enqueued or ran
-MAX_CLIENTS = 4096  # clients kept; more only if they have pending items
+MAX_CLIENTS = 4096  # clients remembered; more only while they have pending items
 
 Entry = tuple[float, int, Item]  # due, order of arrival, item
 
@@ -27,11 +27,11 @@ class _Client:
     """A client's pending items by urgency, and the engine time that it has received.
 
     Attributes:
-        spent: virtual time: engine seconds received. A new or idle client starts at the virtual time of the
-            clients that are being served, so it cannot save up time.
+        spent: virtual time: engine seconds received. A new client, or one that was idle, starts at the virtual
+            time of the clients that are being served, so it cannot save up time.
         promised, num_promised: predicted seconds and number of its pending items whose deadline is promised.
-        items: a heap.
-        is_listed: it is among the clients that may be served next.
+        items: heap of its pending items without a promised deadline.
+        is_listed: the client is in the queue's heap of clients to serve next.
     """
 
     spent: float = 0.0
@@ -42,35 +42,35 @@ class _Client:
 
     @property
     def is_pending(self) -> bool:
-        """True if it has, or may have, anything in the queue."""
+        """True if the client may have items in the queue; items of dropped jobs are removed later."""
         return self.is_listed or self.num_promised > 0
 
 
 class WorkQueue:
-    """Pending items, at most `limit`, which engine threads take.
+    """A queue of at most `limit` pending items, from which the engine threads take their work.
 
-    Promised deadlines are scheduled first, by deadline; then the client with the least engine time, and of its
-    items the one that is due first. So each client gets its share of the engine whatever others send, and a
-    single client gets all of it.
+    Items with a promised deadline are scheduled first, the earliest deadline before the others. After them, the client
+    that has received the least engine time is served next, with its item that is due first. So each client gets its
+    share of the engine whatever others send, and a client that is alone gets all of it.
 
-    Items of dropped jobs are skipped, and do not count. Shadow items are scheduled only when nothing else is
-    pending; they do not count towards the limit or the length, and are discarded when the queue is closed.
+    Items of dropped jobs are skipped. Shadow items are scheduled only when nothing else is pending, and are discarded
+    when the queue is closed. Neither kind counts towards the limit or the length.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._promised: list[Entry] = []  # a heap
         self._clients: dict[str, _Client] = {}
-        # A heap, by `spent` at the client's last update.
+        # A heap of clients. Its copy of `spent` may be out of date; `_first` updates it.
         self._listed: list[tuple[float, int, _Client]] = []
-        # The most recently active client and when, and the most recent other one.
+        # The most recently active client, and the most recently active other one, each with the time of its activity.
         self._recent = (("", -RECENT_S), ("", -RECENT_S))
         self._floor = 0.0  # virtual time of the clients that are being served
         self._shadows: deque[Item] = deque()
         self._order = count()  # items that are due at the same time are served in order of arrival
         self._pending = 0  # items of jobs that are not dropped
-        self._pending_promised = 0  # those whose deadline is promised
-        self._stored = 0  # the pending ones, and those of dropped jobs that are still in a heap
+        self._pending_promised = 0  # pending items whose deadline is promised
+        self._stored = 0  # pending items, and items of dropped jobs that are still in a heap
         self._closed = False
         lock = RLock()
         self._changed, self._emptied = Condition(lock), Condition(lock)
@@ -79,7 +79,7 @@ class WorkQueue:
         return self._pending
 
     def put(self, job: Job) -> None:
-        """Enqueue all items of a job, or none: raises RequestError if there is no room."""
+        """Enqueue all items of a job, or none: raises RequestError if the queue has no room or is closed."""
         with self._changed:
             room = self.shadow_room if job.is_shadow else self.limit - self._pending
             if self._closed or len(job.items) > room:
@@ -102,11 +102,11 @@ class WorkQueue:
             self._changed.notify(len(items))
 
     def next(self, threads: int = 1) -> list[Item]:
-        """Wait for the most urgent item; an empty list once the queue is closed and empty.
+        """Wait for the most urgent item; returns an empty list once the queue is closed and empty.
 
-        When many are pending, returns a group: also the next most urgent items of the same model with the same next
-        layer, as long as they fit into a step, are not much longer than the first, and leave enough for the other
-        threads.
+        If many items are pending, returns a group: the most urgent item, and the next ones of the same model with the
+        same next layer, as long as they fit into a step, are not much longer than the first, and leave enough items
+        for the other engine threads. threads: number of engine threads.
         """
         with self._changed:
             while (heap := self._first()) is None:
@@ -132,7 +132,7 @@ class WorkQueue:
         while first.can_share and len(items) < min(room, MAX_GROUP) and (heap := self._first()) is not None:
             item = heap[0][2]
             left -= item.group_s
-            # In a group each text waits for all others, so short texts do not join long ones.
+            # In a group each text waits for all others, so a text much longer than the first does not join.
             fits = left >= 0 and item.group_s <= MAX_STRETCH * first.group_s
             is_alike = item.progress.layer == first.progress.layer and item.job.model is first.job.model
             if not (fits and is_alike and item.can_share):
@@ -152,7 +152,7 @@ class WorkQueue:
             self._shadows.clear()
 
     def charge(self, *spent: tuple[Job, float]) -> None:
-        """Charge engine time, in seconds, to the clients of jobs."""
+        """Charge engine time, in seconds, to the clients of jobs; shadow jobs are not charged."""
         with self._changed:
             for job, seconds in spent:
                 if not job.is_shadow:
@@ -160,8 +160,12 @@ class WorkQueue:
                     self._note(job.client)
 
     def lead(self, job: Job) -> float:
-        """Lead of a job's client in engine time, seconds: its promised time, plus its excess over the pending client
-        with the least; negative if no other client was active within RECENT_S."""
+        """Lead of a job's client in engine time over other clients, seconds; negative if no other client was active
+        within RECENT_S.
+
+        The lead is the client's promised time, plus the engine time by which it exceeds the pending client that has
+        received the least.
+        """
         with self._changed:
             (name, last), (_, before) = self._recent
             if perf_counter() - (before if name == job.client else last) > RECENT_S:
@@ -173,9 +177,9 @@ class WorkQueue:
     def has_more_urgent_than(self, item: Item, seconds: float = 0.0) -> bool:
         """True if a pending item preempts this one; first charges its client another `seconds` of engine time.
 
-        Any item preempts a shadow; an earlier promise preempts everything else. If neither item is promised, an item of
-        the same client preempts if it is due earlier, and one of another client if that client has received less engine
-        time by more than PREEMPTION_LEAD_S.
+        Any item preempts a shadow item. An item with a promised deadline preempts items without one or with a later
+        one. If neither item has a promised deadline, an item of the same client preempts if it is due earlier, and an
+        item of another client if that client has received less engine time by more than PREEMPTION_LEAD_S.
         """
         with self._changed:
             own = None
@@ -194,12 +198,12 @@ class WorkQueue:
             return due < item.due if other is own else other.spent + PREEMPTION_LEAD_S < own.spent
 
     def wait_until_empty(self, seconds: float) -> None:
-        """Wait for up to this many seconds while anything but shadow items is pending."""
+        """Wait until no items other than shadow items are pending, for at most this many seconds."""
         with self._changed:
             self._emptied.wait_for(lambda: not self._pending, seconds)
 
     def later_than(self, due: float) -> int:
-        """Number of pending items that are due after this time."""
+        """Number of pending items that are due after this time (perf_counter seconds)."""
         with self._changed:
             heaps = [self._promised, *(client.items for _, _, client in self._listed)]
             return sum(when > due and not item.job.is_dropped for heap in heaps for when, _, item in heap)
@@ -209,7 +213,7 @@ class WorkQueue:
         with self._changed:
             job.is_dropped = True
             self._forget(job)
-            if self._stored > 2 * self._pending + MAX_GROUP:  # mostly dropped: free their texts
+            if self._stored > 2 * self._pending + MAX_GROUP:  # most are dropped: free their texts
                 for heap in (self._promised, *(client.items for client in self._clients.values())):
                     heap[:] = [entry for entry in heap if not entry[2].job.is_dropped]
                     heapify(heap)
@@ -223,7 +227,10 @@ class WorkQueue:
             self._changed.notify_all()
 
     def _first(self) -> list[Entry] | None:
-        """The heap whose first item is the most urgent, for _take; removes items of dropped jobs before it."""
+        """The heap whose first item is the most urgent; None if no items other than shadow items are pending.
+
+        Removes items of dropped jobs from the top of the heaps.
+        """
         if self._clean(self._promised):
             return self._promised
         listed = self._listed

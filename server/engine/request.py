@@ -1,4 +1,4 @@
-"""A request in any protocol: texts to classify, and its options."""
+"""A request, independent of its protocol: the texts to classify, and their options."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class Text:
 
     @property
     def chars(self) -> int:
-        """Number of characters, of both texts."""
+        """Number of characters; for a pair, of both texts together."""
         return len(self.text) + (len(self.text_pair) if self.text_pair else 0)
 
 
@@ -26,16 +26,19 @@ class Request:
     """Texts to classify, and their options; every protocol parses its bodies into a Request.
 
     Attributes:
-        input_name: the protocol's name for the texts, in messages.
+        input_name: the protocol's field for the texts, for error messages.
         model: name or name:version; None: the server's default.
-        explain: report every exit passed.
+        truncate: truncate texts that are too long for their windows; if false, such texts raise RequestError.
+        explain: report the reading of every exit that a text passes.
         ood: report the OOD score of each text.
         windows: maximum number of windows into which a long text is split.
         flag: name of a label to watch for in the windows, and the probability from which a text is flagged (None: the
-            label's own threshold, or 0.5).
+            label's own threshold, or 0.5 if it has none). None: no label is watched.
         client: fair-share key; the engine's time is shared between clients.
-        expires_at: when it times out (perf_counter seconds); None: the server's `timeout_s` after its submission.
-        keeps_errors: a text that cannot be answered is noted in its item, and the others go on; else the job fails.
+        expires_at: time at which the request times out (perf_counter seconds); None: `timeout_s`
+            seconds after its submission (see Settings).
+        keeps_errors: the error of a text that cannot be answered is recorded in its item, and the other texts are still
+            answered; if false, the error fails the whole job.
     """
 
     input_name: ClassVar[str] = "input"
@@ -53,8 +56,8 @@ class Request:
     keeps_errors: bool = False
 
     def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for a model that cannot answer this kind of request."""
+        """Raise RequestError if the model cannot answer this kind of request; subclasses override it."""
 
     def name_of(self, index: int) -> str:
-        """The name of one of the texts in messages."""
+        """The name of one text in error messages: the field, with an index if the request has several texts."""
         return f"{self.input_name}[{index}]" if len(self.texts) > 1 else self.input_name

@@ -18,10 +18,10 @@ Result = Outcome | Exception
 
 
 def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _: None) -> Outcome | None:
-    """Run one text through the layers until it exits, window by window if it has several. Calls `occupy(seconds)`
-    before each stretch that cannot be preempted.
+    """Run one text through the layers until it exits, window by window if it has several; returns its outcome.
 
-    Returns None if its job was dropped, or if it was preempted and requeued. Raises RequestError if it is too long.
+    Returns None if its job was dropped, or if it was preempted and requeued. Raises RequestError if it is too long and
+    may not be truncated. Calls `occupy(seconds)` before each stretch that cannot be preempted.
     """
     progress = item.progress
     if progress.tokens is None and not _tokenize(item, queue, occupy):

@@ -7,7 +7,7 @@ from de3.server.engine.timing import Timing
 from de3.server.ood import OodMonitor
 from de3.server.rules import Rules
 
-# Longest time between two checks of the queue, unless one layer of one text takes longer.
+# Longest time between two checks of the queue, seconds, unless one layer of one text takes longer.
 MAX_STEP_S = 0.004
 # A model is fast if it runs FAST texts of FAST_TOKENS tokens through all layers in one step.
 FAST, FAST_TOKENS = 4, 32
@@ -15,7 +15,7 @@ FAST, FAST_TOKENS = 4, 32
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A loaded model, its speed on this machine, the choice of its τ, and the OOD monitor of its texts."""
+    """A loaded model, its speed on this machine, the rules that choose its τ, and its OOD monitor."""
 
     model: Model
     timing: Timing

@@ -15,9 +15,9 @@ from de3.model_store.tokenizer import PIECE, max_chars
 LENGTHS = (8, 32, 128, 512)
 RUNS = 5
 SPECIAL = 2  # special tokens around a text
-CHARS_PER_TOKEN = 4  # in English; schedule and groups depend on it
-# Texts to time the tokenizer: plain words; words that split into many pieces; and WordPiece's worst case, words of its
-# maximum length that split into single letters.
+CHARS_PER_TOKEN = 4  # in English; the schedule and the groups depend on it
+# Texts for timing the tokenizer: plain words; words that split into many pieces; and WordPiece's worst case, words of
+# the maximum length that split into single letters.
 PLAIN, ODD, LONG = "a plain word and another ", "x1-\u00e9\u4e2d?Zq;", "qxzj" * 25 + " "
 
 
@@ -41,7 +41,7 @@ class Timing:
             times = [_run(model, "a " * (length - 2), check) for _ in range(runs if length <= 512 else 1)]
             self._first.append(median(first for first, _ in times))
             self._full.append(median(full for _, full in times))
-        # By number of tokens, as these are needed a dozen times for each text.
+        # Tables by number of tokens, as each text needs these values a dozen times.
         self._first_s = [self._at(self._first, tokens) for tokens in range(self._most + 1)]
         self._full_s = [self._at(self._full, tokens) for tokens in range(self._most + 1)]
         self._layer_s = [self._one_layer_s(*pair) for pair in zip(self._first_s, self._full_s, strict=True)]
@@ -56,23 +56,23 @@ class Timing:
         return self._full_s[tokens if tokens < self._most else self._most]
 
     def first_exit_s(self, tokens: int) -> float:
-        """Seconds of the layers up to the first exit."""
+        """Seconds to the first exit for this many tokens."""
         return self._first_s[tokens if tokens < self._most else self._most]
 
     def layer_s(self, tokens: int) -> float:
-        """Seconds of one layer."""
+        """Mean seconds of one layer after the first exit for this many tokens."""
         return self._layer_s[tokens if tokens < self._most else self._most]
 
     def speedup(self, tokens: int, layer: int) -> float:
-        """Time through every layer / time to this layer's exit."""
+        """Time through every layer divided by the time to the exit at `layer`, for this many tokens."""
         deeper = max(0, layer - self._first_exit) * self.layer_s(tokens)
         return self.full_depth_s(tokens) / (self.first_exit_s(tokens) + deeper)
 
     def predict(self, chars: int, windows: int = 1) -> float:
-        """Predicted seconds at full depth of a text with this many characters, in up to `windows` windows, all run.
+        """Predicted seconds at full depth of a text with this many characters, in at most `windows` windows.
 
-        Long texts are assumed to tokenize at the slowest measured rate. For short texts, which run in groups, that
-        would be a large overestimate.
+        All windows are assumed to run, and long texts to tokenize at the slowest measured rate. For short texts, which
+        run in groups, that rate would be a large overestimate.
         """
         tokens = tokens_of(chars)
         if windows > 1 and tokens > self._most:
@@ -90,7 +90,7 @@ class Timing:
 
     def predict_first_exit(self, chars: int, windows: int = 1) -> float:
         """Predicted seconds to the first exit of a text with this many characters, in its first window if it has
-        several, tokenized at the slowest rate."""
+        several, tokenized at the slowest measured rate."""
         return self.first_exit_s(tokens_of(chars)) + self._tokenizer_s(chars, windows)
 
     def _tokenizer_s(self, chars: int, windows: int) -> float:

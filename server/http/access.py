@@ -21,9 +21,9 @@ from de3.server.shared import Leases
 MIN_KEY_CHARS = 16
 MAX_KEYS = 256  # the key of each request is compared with all of them
 MAX_FILE_BYTES = 2**20
-# For the rate limit, this many bytes of a body, or tokens, count as one text.
+# For the rate limit, this many bytes of a body, or tokens of a text, count as one text.
 BYTES_PER_TEXT, TOKENS_PER_TEXT = 4096, 128
-LEASE_S = 1.0  # a process loses what it has not used of a lease by then
+LEASE_S = 1.0  # after this time, a process loses the unused part of a lease
 # Paths that need no key: they reveal nothing about users or texts.
 _OPEN = re.compile(
     r"/(|health|ready|metrics|v2/health/(live|ready)|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)"
@@ -75,7 +75,7 @@ class Keys:
 
     @classmethod
     def from_file(cls, path: Path) -> "Keys":
-        """Keys from a file of lines as in read(); raises ValueError or OSError."""
+        """Keys from a file with lines as for read(); raises ValueError or OSError."""
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
         return cls.read(path.read_text(), str(path))
@@ -111,7 +111,7 @@ class Access:
     """Authorization. Without user keys, any client may classify; without admin keys, none may change the models."""
 
     def __init__(self, settings: Settings, leases: Leases | None = None) -> None:
-        """leases: rate limits of all processes. Raises ValueError for invalid keys or an invalid rate."""
+        """leases: rate limits kept for all processes; None: kept here. Raises ValueError for invalid keys or rates."""
         self.users = _keys(settings.api_keys, settings.api_keys_file, "DE3_API_KEYS")
         self.admins = _keys(settings.admin_keys, settings.admin_keys_file, "DE3_ADMIN_KEYS")
         if self.users is not None and self.admins is not None and self.users.shares_with(self.admins):
@@ -124,7 +124,7 @@ class Access:
 
     @property
     def keys(self) -> dict[str, Any]:
-        """Settings that contain the same keys, and no files."""
+        """The key settings, by name, with the digests of the keys in place of keys and files."""
         found = {"api_keys": self.users, "admin_keys": self.admins}
         return {name: keys and SecretStr(keys.lines) for name, keys in found.items()} | {
             f"{name}_file": None for name in found
@@ -150,8 +150,9 @@ class Access:
     def check(self, path: str, scope: Scope) -> bool:
         """Authorize a request that does not classify; true if it needed an admin's key. Raises RequestError.
 
-        Health, readiness, metrics, the web page and the documentation are open. Any other path, known or not,
-        needs a key, so no route is open by mistake: an admin's to change anything, a user's or admin's to read.
+        Health, readiness, metrics, the web page and the documentation are open. On every other path, a server with
+        keys requires one: an admin's key to change anything, a user's or an admin's key to read. This includes unknown
+        paths, so that no route is open by mistake.
         """
         if _OPEN.fullmatch(path):
             return False
@@ -199,7 +200,7 @@ class Charge:
             self._texts = texts
 
     def settle(self, texts: int) -> None:
-        """Raise the charge for work already done; if the limit does not cover it, charge what is left of the limit."""
+        """Raise the charge to this many texts in total, for work already done, as far as the limit permits."""
         if self._limit is not None and texts > self._texts:
             self._limit.drain(self._owner, texts - self._texts)
             self._texts = texts
@@ -208,12 +209,15 @@ class Charge:
 class RateLimit:
     """A limit of texts per second, minute, hour or day for each key, over a sliding window.
 
-    A request costs the largest of: its texts, its body in units of 4 KiB, and the tokens of each text in units
-    of 128; units are rounded up.
+    A request costs the largest of: the number of its texts; its body in units of 4 KiB, rounded up; and the tokens
+    of its texts in units of 128, rounded up for each text.
     """
 
     def __init__(self, rate: str, leases: Leases | None = None, processes: int = 1) -> None:
-        """rate: such as 100/second or 5000/minute. leases: the limit of all processes. Raises ValueError."""
+        """rate: such as 100/second or 5000/minute. leases: the limit of all processes; None: it is kept here.
+
+        processes: number of processes that share the limit. Raises ValueError for an invalid rate.
+        """
         try:
             self._rate: RateLimitItem = parse(rate)
             if len(parse_many(rate)) > 1 or self._rate.amount < 1:
@@ -222,7 +226,7 @@ class RateLimit:
             raise ValueError(f"rate_limit: {rate!r} is not a rate; give for example 100/second") from None
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._leases, self._processes = leases, processes
-        self._leased: dict[str, tuple[int, float]] = {}  # texts that are left of a lease, and when it ends
+        self._leased: dict[str, tuple[int, float]] = {}  # by owner: texts left of a lease, and its end
 
     def check(self, texts: int) -> None:
         """Raise RequestError for a request that costs more than the limit ever allows."""
@@ -247,7 +251,7 @@ class RateLimit:
             self._keep(owner, granted - (texts - left))
 
     def _take_leased(self, owner: str, texts: int) -> int:
-        """Take up to this many texts from an owner's lease; returns the number."""
+        """Take up to this many texts from an owner's lease; returns the number taken."""
         left, end = self._leased.pop(owner, (0, 0.0))
         if time.monotonic() > end:
             return 0
@@ -262,11 +266,11 @@ class RateLimit:
             self._leased[owner] = left + texts, time.monotonic() + LEASE_S
 
     def grant(self, owner: str, texts: int) -> int:
-        """Count at least this many texts of an owner, for a process that needs them; returns the number.
+        """Count at least this many texts of an owner, for a process that needs them; returns the number counted.
 
-        A process that gets a few more need not ask for its next requests. All processes together lease at most half
-        of what the limit allows in a second, so unused leases cause no refusals. Raises RequestError if not even
-        `texts` fit.
+        The number may be larger than `texts`, so that the process need not ask again for its next requests. The
+        processes together may lease half of what the limit allows in LEASE_S in advance, each an equal part. Raises
+        RequestError if not even `texts` fit.
         """
         per_second = self._rate.amount / self._rate.get_expiry()
         block = max(texts, int(per_second * LEASE_S / (2 * self._processes)))

@@ -71,7 +71,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
 
     @app.post("/v1/models/{name}/rollback", **common)
     async def roll_back_model(name: Name) -> dict[str, Any]:
-        """Make the previous current version current again."""
+        """Make the previously current version current again."""
         return await _to_its_end(change(Change("rollback", name)))
 
     @app.post("/v1/models/{name}/unload", **common)

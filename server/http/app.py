@@ -1,4 +1,4 @@
-"""The HTTP routes."""
+"""The HTTP application: checks, protocols and the other routes."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -40,7 +40,7 @@ from de3.server.http.page import page
 from de3.server.http.protocol import Protocol
 from de3.server.http.shared_run import SharedRun
 
-# Of the protocols with the same first part of a path, the last one answers errors on other paths.
+# Errors on other paths have the format of the last protocol here with the same first path segment.
 PROTOCOLS: dict[str, Protocol] = {
     "/rerank": rerank.TEI_OR_JINA,
     "/v1/rerank": rerank.JINA,
@@ -74,7 +74,7 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
     service = frontend.service
     settings, api = service.settings, create_api(frontend, on_failure)
     origins = settings.cors_origins
-    # With API keys neither check is needed: a page has no key, unless its user entered one.
+    # With API keys neither check is needed: a foreign web page has no key, unless its user entered one.
     has_keys = frontend.access.users is not None
     checks_origin = not has_keys and "*" not in origins
     checks_host = not has_keys and "*" not in settings.allowed_hosts and _is_loopback(settings.host)
@@ -146,7 +146,7 @@ def _host_of(scope: Scope) -> bytes:
 
 
 def _is_own_name(allowed: Collection[str], header: bytes) -> bool:
-    """False for names that are neither localhost nor allowed: a page can have its own name resolve to this machine.
+    """True for an address, localhost or an allowed name; any other name may be an attempt at DNS rebinding.
 
     header: the Host header; empty if an HTTP/1.0 request has none.
     """
@@ -162,7 +162,10 @@ def _is_own_name(allowed: Collection[str], header: bytes) -> bool:
 
 
 def _same_origin(scope: Scope, allowed: Sequence[str]) -> bool:
-    """True unless a page of another origin, not in `allowed`, sent the request; browsers send the page's origin."""
+    """True unless a web page of another origin, which is not in `allowed`, sent the request.
+
+    Browsers send the origin of the page; other clients need not send one.
+    """
     origin = host = None
     for name, value in scope["headers"]:
         if name == b"origin":
@@ -252,9 +255,9 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["operation"], responses={503: {"description": "loading, or draining"}})
     async def ready() -> JSONResponse:
-        """200 once every process has loaded and warmed up every model; 503 before, and while the server drains."""
+        """200 once every process has loaded and warmed up every model; 503 before that, and while the server drains."""
         state = service.state
-        if state == "ready" and not service.shared.is_ready:  # another process loads the models
+        if state == "ready" and not service.shared.is_ready:  # another process is still loading the models
             state = "loading"
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 

@@ -14,7 +14,7 @@ failures = FailureLog(logging.getLogger("de3"))
 
 
 def handler(app: ASGIApp) -> Handler:
-    """A handler that passes requests to an application."""
+    """A handler that passes requests to an ASGI application."""
 
     def handle(connection: Connection, scope: Scope, body: bytes | RequestError) -> Coroutine[Any, Any, None]:
         return AsgiRequest(connection, scope, body).run(app)
@@ -36,7 +36,7 @@ class AsgiRequest:
         self._over = False
 
     async def run(self, app: ASGIApp) -> None:
-        """Run the application."""
+        """Run the application; abort the connection if the response is left incomplete."""
         try:
             await app(self._scope, self.receive, self.send)
         except Exception:  # the framework re-raises it after responding with 500
@@ -47,7 +47,7 @@ class AsgiRequest:
                 self._connection.abort()  # the response is incomplete
 
     async def receive(self) -> Message:
-        """The complete body; after that, a disconnect once the response is written or the client is gone.
+        """The complete body; after that, a disconnect message once the response is written or the client is gone.
 
         Raises RequestError if the body could not be read.
         """
@@ -61,7 +61,7 @@ class AsgiRequest:
         return {"type": "http.disconnect"}
 
     def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        """Write a whole response, whose headers have its length; cheaper than two messages."""
+        """Write a whole response, whose headers include its length; cheaper than two calls of send()."""
         connection = self._connection
         self._over = True
         if connection.is_gone:
@@ -72,7 +72,10 @@ class AsgiRequest:
         connection.responded()
 
     async def send(self, message: Message) -> None:
-        """Write a part of the response, the head with the first one; waits while the client does not read."""
+        """Write a part of the response, and wait while the client does not read.
+
+        The head is kept, and written together with the first part of the body.
+        """
         connection = self._connection
         if message["type"] == "http.response.start":
             self._start = message

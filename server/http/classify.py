@@ -32,12 +32,12 @@ from de3.server.http.response import ClassifiedText, ClassifyResponse, PassedExi
 
 @dataclass(slots=True, eq=False)
 class Classification(Request):
-    """A request, with the options of its response.
+    """A request in this protocol, with the options for its response.
 
     Attributes:
-        id: id of the response, set by the client.
+        id: set by the client, for the id of the response; None: the request id.
         raw: respond with logits instead of probabilities.
-        top_k: number of the most probable labels to list; 0: none.
+        top_k: number of labels to list as `top`, the most probable first; 0: none.
     """
 
     id: str | None = None
@@ -58,12 +58,12 @@ def _texts(value: Any) -> list[Text]:
 
 
 def text_of(value: Any, where: str) -> Text:
-    """A text or pair from its JSON; raises ValueError. where: its position in the field, for the message."""
+    """The text or pair in a JSON value; raises ValueError. where: position of the value, for the message."""
     if not isinstance(value, dict):
         return Text(checked_text(value, where, "a text, or an object with text and text_pair"))
     if len(value) != 2 or "text" not in value or "text_pair" not in value:
         missing = [key for key in ("text", "text_pair") if key not in value]
-        surplus = sorted({*islice(value, 6)} - {"text", "text_pair"})  # it may have 100,000 fields
+        surplus = sorted({*islice(value, 6)} - {"text", "text_pair"})  # of perhaps 100,000
         problem = f"{' and '.join(missing)} missing" if missing else f"unknown field {surplus[0][:100]!r}"
         raise ValueError(f"{where}: an object must have exactly text and text_pair: {problem}")
     return Text(
@@ -80,14 +80,14 @@ class TextPair(BaseModel):
     text_pair: str
 
 
-# For the schema only: `_texts` checks values, without a pydantic model for each text.
+# For the schema only. `_texts` checks the values, as a pydantic model for each text would be slower.
 OneText = Annotated[str, Field(min_length=1)] | TextPair
 OneOrMore = OneText | Annotated[list[OneText], Field(min_length=1)]
 Long = Literal["truncate", "windows", "error"]
 
 
 class ClassifyFields(OptionFields):
-    """The fields of most requests."""
+    """The fields of /classify that most requests use; ClassifyRequest adds the others."""
 
     model: str | None = Field(
         None,
@@ -161,7 +161,7 @@ class ClassifyRequest(ClassifyFields):
     mm_processor_kwargs: Any = Field(None, description="accepted and ignored")
 
 
-DISPLAY_LAM = 1.0  # λ of the EDR that is reported beside another signal
+DISPLAY_LAM = 1.0  # λ of the reported EDR if the signal has no λ
 EXAMPLE = '{"input": "a text"}'
 COMMON_FIELDS = frozenset(known_fields(ClassifyFields))
 IGNORED = frozenset({"user", "rid", "priority", "padding", "cache_salt", "mm_processor_kwargs"})
@@ -174,7 +174,7 @@ def parse(call: Call) -> Request:
         text = value.get("input")
         if (
             len(value) == 1 and isinstance(text, str) and text.strip()
-        ):  # most requests: there is nothing to check
+        ):  # most requests: a single text, without options
             return Classification([Text(text)])
         if "input" not in value:
             if "inputs" in value:
@@ -194,7 +194,7 @@ def _with_all_fields(value: dict[str, Any]) -> Classification:
 
 
 def request_of(fields: ClassifyRequest) -> Classification:
-    """The request with these fields."""
+    """The request that these fields describe."""
     request = _request(fields)
     request.id = fields.request_id
     request.raw = fields.raw or fields.use_activation is False or fields.activation is False
@@ -232,7 +232,7 @@ def serialize(request_id: str, job: Job) -> bytes:
         "data": [row_of(item, job, request) for item in job.items],
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }
-    # The certificate covers texts of a single window.
+    # The certificate holds only for texts that fit into a single window.
     certificate = job.choice.certificate
     if certificate is not None and all(outcome.num_windows == 1 for outcome in job.outcomes()):
         body["certificate"] = certificate
@@ -242,7 +242,7 @@ def serialize(request_id: str, job: Job) -> bytes:
 
 
 def row_of(item: Item, job: Job, request: Classification) -> ClassifiedText:
-    """The answer to one text."""
+    """The answer to one text, as a row of `data`."""
     outcome, labels = item.outcome, job.model.manifest.labels
     assert outcome is not None  # the job is finished
     reading, rule, signal = outcome.reading, outcome.rule, outcome.rule.signal

@@ -9,13 +9,13 @@ from starlette.types import Scope
 class Clients:
     """Identifies clients without an API key by their address.
 
-    An IPv6 client is its /64 network, because a single host can have all its addresses. All clients behind a
-    proxy have the proxy's address, unless the proxy is trusted: then the client is the last address in
+    An IPv6 client is identified by its /64 network, because a single host can use every address in it. All clients
+    behind a proxy have the proxy's address, unless the proxy is trusted: then the client is the last address in
     X-Forwarded-For that is not a trusted proxy's.
     """
 
     def __init__(self, trusted: list[str]) -> None:
-        """trusted: networks of proxies, such as 10.0.0.0/8. Raises ValueError."""
+        """trusted: networks of trusted proxies, such as 10.0.0.0/8. Raises ValueError."""
         try:
             self._trusted = [ip_network(network) for network in trusted]
         except ValueError as error:
@@ -23,7 +23,7 @@ class Clients:
         self._name = lru_cache(4096)(self._find_name)
 
     def name(self, scope: Scope) -> str:
-        """The client's address or network; empty if the connection has none, as behind Ray."""
+        """The client's address or network; empty if the connection has no address, as behind Ray."""
         peer = scope.get("client")
         if not peer:
             return ""

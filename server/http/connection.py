@@ -45,7 +45,7 @@ _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()
 
 
 class Connection(BaseConnection, asyncio.Protocol):
-    """A client's connection; the scope of its requests has it as `de3.connection`.
+    """A client's connection, which is `de3.connection` in the scope of its requests.
 
     If the connection is lost, the task of its request is cancelled.
     """
@@ -59,7 +59,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """uvicorn passes the arguments after `handle`."""
+        """The arguments after `handle` are those that uvicorn passes."""
         super().__init__(_loop or asyncio.get_running_loop())
         self._listener, self._handle, self._root_path = listener, handle, config.root_path
         self._server_state, self._app_state = server_state, app_state
@@ -106,10 +106,10 @@ class Connection(BaseConnection, asyncio.Protocol):
         self.deadline = self.write_deadline = inf
         if self._task is not None:
             coroutine: Any = self._task.get_coro()
-            if getcoroutinestate(coroutine) == CORO_CREATED:  # cancelled now, it never begins
+            if getcoroutinestate(coroutine) == CORO_CREATED:  # cancelled before it begins
                 self._listener.gate.abandoned(self._scope)
             self._task.cancel()
-        self._scope = {}  # it refers back to this connection
+        self._scope = {}  # the scope refers back to this connection
         if self._resumed is not None:
             self._resumed.set()
         self._end_response()
@@ -123,7 +123,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         return False
 
     def _probe(self) -> None:
-        """Find out whether a client that closed its half still reads, and abort if it does not.
+        """Abort if a client that closed its half of the connection no longer reads; else probe again later.
 
         If the client has closed the whole connection, its system answers an interim response with a reset. HTTP/1.0
         has no interim responses, so an HTTP/1.0 client is aborted after HALF_CLOSED_S.
@@ -383,7 +383,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._linger()
 
     def write(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        """Write the head and the beginning of the body."""
+        """Write the head of the response, and the beginning of its body."""
         lines = [_STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status]
         for name, value in (*self._server_state.default_headers, *headers):
             lines += (name, b": ", value, b"\r\n")
@@ -392,7 +392,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._transport.write(b"".join(lines))
 
     def write_more(self, data: bytes) -> None:
-        """Write more of the body."""
+        """Write more of the response's body."""
         self._transport.write(data)
 
     async def drain(self) -> None:

@@ -1,4 +1,4 @@
-"""The detectors of FMS Guardrails: POST /api/v1/text/contents."""
+"""The protocol of FMS Guardrails' detectors: POST /api/v1/text/contents."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -23,16 +23,19 @@ from de3.server.http.fields import (
 from de3.server.http.protocol import Call, Protocol
 
 THRESHOLD = 0.5
-MAX_CHARS = 2**24  # of a response: each detection repeats its text
+MAX_CHARS = 2**24  # of texts in a response; each detection repeats its text
 
 
 @dataclass(slots=True, eq=False)
 class ContentsRequest(Request):
-    """A request, with the options of its response. Long texts are split into windows: an injection may be anywhere.
+    """A request in this protocol, with the options for its response.
+
+    Long texts are split into windows, because an injection may be anywhere in a text.
 
     Attributes:
-        threshold: probability from which a label is a detection; None: 0.5, or a multi-label model's own.
-        safe: names of the labels that are no detections; None: the first label, of mutually exclusive ones.
+        threshold: probability from which a label is a detection; None: 0.5, or a multi-label model's own thresholds.
+        safe: names of labels that are never detections; None: the first label if labels are mutually exclusive, else
+            none.
     """
 
     input_name: ClassVar[str] = "contents"
@@ -41,7 +44,10 @@ class ContentsRequest(Request):
     safe: frozenset[str] | None = None
 
     def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for a regression model, a label that the model does not have, and too long a response."""
+        """Set the windows, the safe label and the flag for a model.
+
+        Raises RequestError for a regression model, a label that the model does not have, and too long a response.
+        """
         name, labels, params = f"{manifest.name}:{manifest.version}", manifest.labels, "detector_params"
         if manifest.tolerance is not None:
             raise RequestError(f"model: {name} is a regression model: it detects no labels", "model")
@@ -107,7 +113,7 @@ def parse(call: Call) -> ContentsRequest:
 
 
 def serialize(_: str, job: Job) -> bytes:
-    """The detections of each text: labels whose probability reaches the threshold, but for those that are safe."""
+    """The detections of each text: labels, other than safe ones, whose probability reaches the threshold."""
     assert isinstance(job.request, ContentsRequest)
     return orjson.dumps([_detections(item, job, job.request) for item in job.items])
 

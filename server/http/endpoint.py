@@ -26,7 +26,7 @@ failures = FailureLog(logging.getLogger("de3"))
 
 
 async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend, route: Route) -> None:
-    """Answer one request; every outcome is counted."""
+    """Answer one classification request; every outcome is counted, and logged and traced as configured."""
     exchange = Exchange(request_id(scope), scope, route.template, scope.get("de3.started") or perf_counter())
     try:
         body, timing = await _answer(exchange, receive, send, frontend, route)
@@ -52,7 +52,7 @@ async def _answer(
         timing = _timing(job, exchange.started, perf_counter())
         exchange.status = 200
     except RequestError as error:
-        # Its traceback would keep this frame and the parsed body in memory until the next garbage collection.
+        # The traceback would keep this frame and the parsed body in memory until the next garbage collection.
         failure = error.with_traceback(None)
     except ClientDisconnect:  # no client is left to read a response
         exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
@@ -76,7 +76,7 @@ async def _answer(
 
 
 async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, route: Route) -> Job:
-    """Read, parse and run a request; raises RequestError or ClientDisconnect."""
+    """Read, parse and run a request; returns the finished job. Raises RequestError or ClientDisconnect."""
     service, scope, protocol = frontend.service, exchange.scope, route.protocol
     service.check_open()
     exchange.owner = frontend.access.user(scope)
@@ -120,7 +120,10 @@ async def _parse_in_turn(
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:
-    """The body; raises RequestError if it is too large or too slow, and ClientDisconnect."""
+    """The body of a request.
+
+    Raises RequestError if it is too large or too slow, and ClientDisconnect if the client is gone.
+    """
     if "de3.connection" in scope:  # Connection delivers a complete body, within these limits
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -151,7 +154,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
 
 
 def _timing(job: Job, started: float, ended: float) -> str:
-    """Server-Timing in ms: tokenize and model are sums over the texts, queue is the longest wait."""
+    """The Server-Timing header, in ms: tokenize and model are sums over the texts, queue is the longest wait."""
     queue = tokenize = model = 0.0
     for outcome in job.outcomes():
         queue = max(queue, outcome.queue_s)

@@ -56,7 +56,7 @@ def body(status: int, message: str, param: str | None = None) -> bytes:
 
 
 def openai_body(error: RequestError) -> bytes:
-    """The body of a request's error, in OpenAI's format."""
+    """The body of the response to a failed request, in OpenAI's format."""
     return body(STATUSES[error.cause], error.message, error.field)
 
 
@@ -66,7 +66,7 @@ def plain_response(status: int, message: str) -> Response:
 
 
 def response(error: RequestError, request_id: str | None = None, content: bytes | None = None) -> Response:
-    """The HTTP response to a failed request. content: its body; default: in OpenAI's format."""
+    """The HTTP response to a failed request. content: the body; None: in OpenAI's format."""
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if error.cause == "no_key":
         headers["WWW-Authenticate"] = "Bearer"

@@ -19,7 +19,7 @@ _NUMBER = itertools.count()
 
 
 def _new_prefix() -> None:
-    """Make the first half of all ids of this process: unique, without a call to the system's generator for each."""
+    """Set the first half of this process's request ids: drawn at random once, so that an id needs no system call."""
     global _PREFIX  # noqa: PLW0603
     _PREFIX = os.urandom(8).hex()
 
@@ -50,7 +50,7 @@ class Exchange:
         owner: owner of the API key; empty if no key is needed.
         status: HTTP status; 499: the client disconnected.
         cause: cause of the failure, as in the metrics; None if the request was answered.
-        inference: the parsed request and its progress; None if it was refused earlier.
+        inference: the parsed request and its progress; None until the request is parsed and charged.
     """
 
     id: str
@@ -65,12 +65,12 @@ class Exchange:
 
     @property
     def job(self) -> Job | None:
-        """The job of its texts; None if it was refused earlier."""
+        """The job of the request's texts; None if the request failed before it had one."""
         return None if self.inference is None else self.inference.job
 
     @property
     def model(self) -> str:
-        """name:version; "none" if no model was found."""
+        """The model's name:version; "none" if no model was found."""
         served = None if self.inference is None else self.inference.served
         return "none" if served is None else served.model.full_name
 

@@ -33,7 +33,7 @@ Threshold = Annotated[float, Field(gt=0, lt=1)]
 
 
 def _thresholds(value: Any) -> Any:
-    """A threshold, or an object of them. Raises ValueError for the first invalid one, and does not check the rest."""
+    """The value, if it is a threshold, an object of thresholds, or None; raises ValueError at the first invalid one."""
     if isinstance(value, dict):
         if len(value) > MAX_THRESHOLDS:
             raise ValueError(f"has {len(value)} labels, at most {MAX_THRESHOLDS} are allowed")
@@ -112,7 +112,7 @@ class OptionFields(BaseModel):
 
     @cached_property
     def options(self) -> ExitOptions:
-        """The fields that decide where texts exit."""
+        """The exit options in these fields; raises ValueError for options that cannot be combined."""
         if self.model_fields_set.isdisjoint(OPTION_NAMES):
             return NO_OPTIONS
         return ExitOptions(
@@ -138,7 +138,7 @@ def load_json(body: bytes) -> Any:
         raise RequestError(f"the body has more than {MAX_BRACKETS} opening brackets, the limit")
     collects = len(body) > LARGE_BODY_BYTES and gc.isenabled()
     if collects:
-        gc.disable()  # it would traverse up to MAX_BRACKETS new lists repeatedly
+        gc.disable()  # the collector would traverse up to MAX_BRACKETS new lists repeatedly
     try:
         return from_json(body, cache_strings="none")
     except ValueError as error:
@@ -191,7 +191,10 @@ def one_or_more(value: Any, text_of: Callable[[Any, str], Text]) -> list[Text]:
 
 
 def checked_text(value: Any, where: str, expected: str = "a text") -> str:
-    """The value, a non-empty text; raises ValueError. where: its position in the field, for the message."""
+    """The value, if it is a non-empty text; raises ValueError.
+
+    where, expected: position of the value in the field, and a description of valid values, for the message.
+    """
     if not isinstance(value, str):
         kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
         raise ValueError(f"{where}: must be {expected}; got {kinds.get(type(value), 'null')}")
@@ -205,7 +208,7 @@ def _explain(error: ValidationError, example: str) -> RequestError:
     first = error.errors(include_url=False)[0]
     kind, loc, message = first["type"], first["loc"], first["msg"]
     if not loc:
-        # A model validator failed, whose message begins with a field; or the body is not an object.
+        # Either a model validator failed, whose message begins with a field, or the body is not an object.
         text = str(first["ctx"]["error"]) if kind == "value_error" else ""
         text = text or f"the body must be a JSON object like {example}"
         return RequestError(text, text.partition(":")[0] if kind == "value_error" else None)

@@ -1,4 +1,4 @@
-"""Access, limits and reporting, shared by all HTTP requests."""
+"""Access control, limits and reporting for all HTTP requests."""
 
 from collections.abc import Mapping
 from time import perf_counter
@@ -29,7 +29,7 @@ class Frontend:
     """
 
     def __init__(self, service: Service, protocols: Mapping[str, Protocol]) -> None:
-        """protocols: by path."""
+        """protocols: protocols by path. Raises ValueError for a setting that cannot be met, such as invalid keys."""
         settings = service.settings
         self.service = service
         self._routes = {
@@ -76,8 +76,10 @@ class Frontend:
         return None
 
     def admit(self, scope: Scope) -> str | None:
-        """The client of a request; None if no body is needed to answer it. Raises RequestError for a request
-        that is refused whatever its body contains."""
+        """The client of a request; None if no body is needed to answer it.
+
+        Raises RequestError for a request that is refused whatever its body contains.
+        """
         if self.route(scope) is None:
             needs_body = self.access.check(route_path(scope), scope)
             return self.client(scope, "") if needs_body else None
@@ -122,7 +124,7 @@ class Frontend:
     def refuse(self, error: RequestError, scope: Scope) -> Response:
         """Count a refused request; returns the response, in the error format of the path's protocol.
 
-        Not for classification requests, which endpoint.py counts.
+        Not for classification requests: endpoint.py counts them.
         """
         self.service.metrics.rejected.labels(error.cause).inc()
         protocol = self._by_first_part.get(route_path(scope)[1:].partition("/")[0])
@@ -145,7 +147,7 @@ class Frontend:
         self.report(exchange)
 
     def dropped(self, reason: str) -> None:
-        """Count a connection that was closed at a limit."""
+        """Count a connection that was closed to keep a limit. reason: the limit, as a metric label."""
         self.service.metrics.dropped_connections.labels(reason).inc()
 
     def report(self, exchange: Exchange) -> None:

@@ -21,24 +21,24 @@ from de3.server.service import Service
 
 BACKLOG = 512  # connections that the kernel queues until they are accepted
 ACCEPTS = 16  # connections accepted in one iteration of the event loop
-# File descriptors reserved for models, logs, the event loop, and connections accepted in one batch before others are
-# evicted for them.
+# File descriptors reserved for models, logs, the event loop, and connections that are accepted in one batch before
+# others are evicted.
 OTHER_FILES = 192
 MAX_CONNECTIONS = 10_000
 
 
 class HttpServer(uvicorn.Server):
-    """A uvicorn server that accepts many connections at once, and starts to drain on SIGTERM or SIGINT."""
+    """A uvicorn server that drains on SIGTERM or SIGINT, and accepts several connections per event loop iteration."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen.
+        """Start to listen.
 
-        libuv accepts one connection per iteration of the event loop, which is too few when iterations are long, so each
-        socket is watched ACCEPTS times.
+        libuv accepts one connection per socket in each iteration of the event loop, which is too few when iterations
+        are long. So each socket is duplicated, and the event loop watches ACCEPTS copies.
         """
         await super().startup(sockets)
         loop, config = asyncio.get_running_loop(), self.config
@@ -52,7 +52,7 @@ class HttpServer(uvicorn.Server):
                 self.servers.append(await loop.create_server(protocol, sock=again, backlog=BACKLOG))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain, then stop."""
+        """Start to drain, then have uvicorn stop."""
         self._service.drain()
         super().handle_exit(sig, frame)
 
@@ -65,7 +65,7 @@ def uvicorn_config(
 ) -> uvicorn.Config:
     """uvicorn's configuration for a service.
 
-    on_failure: called if its models cannot load or its engine fails. on_closed: called for each closed connection.
+    on_failure: called if the models cannot be loaded or the engine fails. on_closed: called for each closed connection.
     """
     settings, frontend = service.settings, Frontend(service, protocols)
     app = create_app(frontend, on_failure)

@@ -1,5 +1,7 @@
-"""The protocol of Hugging Face's text-classification task: POST /, as InferenceClient(base_url) sends it, and
-bodies with `inputs` on /classify."""
+"""The protocol of Hugging Face's text-classification task.
+
+It answers POST /, which InferenceClient(base_url) sends, and bodies with `inputs` on /classify.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -26,12 +28,12 @@ Function = Literal["softmax", "sigmoid", "none"]
 
 @dataclass(slots=True, eq=False)
 class TaskRequest(Request):
-    """A request, with the options of its response.
+    """A request in this protocol, with the options for its response.
 
     Attributes:
         is_nested: the response is a list with an entry for each text.
-        top_k: maximum number of labels; None: all.
-        function: turns logits into scores; None: the model's (sigmoid for a multi-label model, none for a
+        top_k: maximum number of labels for each text; None: all.
+        function: turns logits into scores; None: the model's own (sigmoid for a multi-label model, none for a
             regression model, else softmax).
     """
 
@@ -86,9 +88,9 @@ def parse(call: Call) -> Request:
 
 
 def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskRequest:
-    """The request in a JSON value; raises RequestError.
+    """The request in a parsed body; raises RequestError.
 
-    nests_one: respond with a list of entries even to a single text.
+    nests_one: respond with a list of lists even to a single text.
     """
     if isinstance(value, dict):
         value.pop("options", None)  # options of the hosted API, such as use_cache
@@ -107,7 +109,7 @@ def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskReques
 
 
 def serialize(_: str, job: Job) -> bytes:
-    """[{"label", "score"}, …], the most probable first; if nested, a list of these."""
+    """[{"label", "score"}, …], the most probable first; if nested, a list of such lists."""
     assert isinstance(job.request, TaskRequest)
     rows = [_scores(item, job, job.request) for item in job.items]
     return orjson.dumps(rows if job.request.is_nested else rows[0])

@@ -1,5 +1,7 @@
-"""KServe's protocol, version 1: POST /v1/models/{model}:predict, answered as its Hugging Face server does when it
-returns probabilities."""
+"""KServe's protocol, version 1: POST /v1/models/{model}:predict.
+
+The response is that of KServe's Hugging Face server when it returns probabilities.
+"""
 
 from typing import Annotated, Any, ClassVar
 
@@ -46,7 +48,7 @@ def parse(call: Call) -> PredictRequest:
 
 
 def serialize(_: str, job: Job) -> bytes:
-    """{"predictions"}: the probability of each label by its number, or a regression model's value, for each text."""
+    """{"predictions"}: for each text, the probability of each label by its number, or a regression model's value."""
     readings = [outcome.reading for outcome in job.outcomes()]
     return orjson.dumps(
         {

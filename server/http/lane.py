@@ -11,7 +11,7 @@ class Lane:
     """Grants one turn at a time, to clients in rotation; a pause of the same length follows each turn."""
 
     def __init__(self) -> None:
-        self._pending: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of their next turns
+        self._pending: dict[str, deque[asyncio.Future[None]]] = {}  # by client, in the order of turns
         self._is_free = True
 
     @asynccontextmanager

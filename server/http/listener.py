@@ -15,11 +15,12 @@ from de3.server.http.turns import Turns
 from de3.server.shares import Shares
 
 MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
-# Reading rate of bodies that arrive in pieces, over all connections: a fifth of the event loop's time.
+# Maximum reading rate of bodies that arrive in pieces, over all connections; reading at this rate takes a fifth of the
+# event loop's time.
 MAX_BODY_BYTES_PER_S = 2.5e8
 PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, over all connections
 SWEEP_S = 0.25
-MAX_NETWORK_RATIO = 8  # limit of one network's connections, relative to the free ones
+MAX_NETWORK_RATIO = 8  # limit of one network's connections, relative to the number of free ones
 EVICTION_SAMPLE = 256  # number of connections from which the one to evict is chosen
 FRESH_S = 0.25  # a new connection has this long to send its first request before it counts as silent
 READ_TURNS = (
@@ -37,8 +38,10 @@ class Gate(Protocol):
     bytes_in_flight: Shares
 
     def admit(self, scope: Scope) -> str | None:
-        """The client of a request; None if no body is needed to answer it. Raises RequestError for a request
-        that is refused whatever its body contains."""
+        """The client of a request; None if no body is needed to answer it.
+
+        Raises RequestError for a request that is refused whatever its body contains.
+        """
 
     def address(self, peer: tuple[str, int] | None) -> str:
         """The address, or the IPv6 network, of a connection's peer."""
@@ -50,7 +53,7 @@ class Gate(Protocol):
         """Count and log a complete request whose client left before its turn."""
 
     def dropped(self, reason: str) -> None:
-        """Count a connection that was closed at a limit."""
+        """Count a connection that was closed to keep a limit. reason: the limit, as a metric label."""
 
 
 class BaseConnection(ABC):
@@ -60,9 +63,9 @@ class BaseConnection(ABC):
         state: HEAD, BODY, RESPONSE or LINGER.
         deadline: time by which the client must have sent the awaited data (monotonic seconds).
         write_deadline: time by which the client must have read the written data (monotonic seconds).
-        address, network: of the client.
-        opened_at: monotonic seconds.
-        has_been_read: what the client sent first has been read, if anything has arrived.
+        address, network: address and network of the client.
+        opened_at: when it was opened (monotonic seconds).
+        has_been_read: the event loop has had time to read what the client sent first (READ_TURNS iterations).
         answered_at: when its last response was written (monotonic seconds); None before the first one.
         client: client of the current request, as `Gate.admit` names it.
         body_bytes: bytes of the request's body that count as in flight.
@@ -98,7 +101,7 @@ class Listener:
     """Limits that all connections of a server share.
 
     Attributes:
-        connections: the open ones.
+        connections: the open connections.
         turns: the order in which requests start.
     """
 
@@ -123,7 +126,7 @@ class Listener:
         self._pipelined_at = 0.0  # when the next pipelined request may be answered
 
     def opened(self, connection: BaseConnection) -> None:
-        """Count a connection; evict one if the new one's network has more than MAX_NETWORK_RATIO for each free one."""
+        """Count a new connection; evict one if the network has more than MAX_NETWORK_RATIO connections per free one."""
         self.connections.add(connection)
         self._grow_older(connection, READ_TURNS)
         self._per_network[connection.network] += 1
@@ -141,12 +144,18 @@ class Listener:
             connection.has_been_read = True
 
     def _evict(self, new: BaseConnection) -> None:
-        """Abort the connection that is the smallest loss, of a sample of those that await no response.
+        """Abort the new connection, or one of a sample of those that await no response.
 
-        In this order: silent ones, which are older than FRESH_S and have had no response; those of a network with more
-        than half of all connections; others that have had no response; those that have been idle for FRESH_S since
-        theirs; those whose first request may have arrived but has not been read; and the others. Among equals, the one
-        that has been idle longest.
+        Candidates are chosen in this order; the new connection is in group 2 or 6:
+
+        1. silent: older than FRESH_S, without a response so far;
+        2. from a network with more than half of all connections;
+        3. without a response so far, unless 5 applies;
+        4. idle for FRESH_S since the last response;
+        5. unread: the first request may have arrived, but has not been read;
+        6. any other.
+
+        Within a group, the later criteria decide, then the longest time idle.
         """
         now, most = monotonic(), len(self.connections) / 2
 
@@ -207,9 +216,9 @@ class Listener:
         return len(self._paused)
 
     def make_room(self, client: str) -> bool:
-        """Refuse another client's unfinished body to make room for a client within its share; false if there is none.
+        """Refuse another client's unfinished body to make room for a client within its share; False if there is none.
 
-        It is the largest one of the client with the most bytes in flight.
+        The refused body is the largest one of the client with the most bytes in flight.
         """
         shares = self.gate.bytes_in_flight
         unfinished = [c for c in self.connections if c.state == BODY and c.body_bytes and c.client != client]
@@ -223,7 +232,7 @@ class Listener:
         self._paused.discard(connection)
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Expire connections past a deadline; cheaper than a timer for each request."""
+        """Expire connections past a deadline. One periodic sweep is cheaper than a timer for each request."""
         self._sweeping = bool(self.connections)
         if self._sweeping:
             loop.call_later(SWEEP_S, self._sweep, loop)

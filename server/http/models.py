@@ -70,7 +70,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
         responses={404: {"description": "no such model"}, 409: {"description": "the server does not learn"}},
     )
     async def learn(name: str) -> dict[str, Any]:
-        """Exits that the server learns from live traffic: records, fits, and what comes next."""
+        """The exits that the server learns from live traffic: records, fits, and the next step."""
         service.check_open()
         return {"object": "learn"} | await service.audits.learning(service.models.current(name))
 

@@ -68,7 +68,7 @@ def parse(call: Call) -> ModerationRequest:
 
 
 def serialize(request_id: str, job: Job) -> bytes:
-    """{"id", "model", "results"}: the labels above their thresholds and all probabilities, for each text."""
+    """{"id", "model", "results"}: for each text, the labels above their thresholds, and all probabilities."""
     results = [_result(item, job.model.manifest.labels) for item in job.items]
     return orjson.dumps({"id": f"modr-{request_id}", "model": job.model.full_name, "results": results})
 

@@ -31,10 +31,10 @@ EXAMPLE = '{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data
 
 @dataclass(slots=True, eq=False)
 class InferRequest(Request):
-    """A request, with the options of its response.
+    """A request in this protocol, with the options for its response.
 
     Attributes:
-        id: the client's request id, which the response repeats.
+        id: the client's request id, which the response repeats; None: the client sent none.
         outputs: names of the requested outputs; empty: all.
     """
 
@@ -59,7 +59,7 @@ def outputs_of(manifest: Manifest) -> Sequence[str]:
 
 
 class Parameters(OptionFields):
-    """`parameters` of a request: the exit options, and fields that clients add."""
+    """The `parameters` of a request: the exit options, and fields that the protocol's clients send."""
 
     truncate: bool = True
     binary_data_output: Any = Field(None, description="accepted; outputs are JSON")
@@ -136,7 +136,7 @@ def parse(call: Call) -> InferRequest:
 
 
 def _split(call: Call) -> tuple[bytes, bytes]:
-    """The JSON of a body, and the binary tensors after it."""
+    """The JSON of a body, and the binary tensors after it; raises RequestError."""
     for name, value in call.headers:
         if name == HEADER_LENGTH:
             if not value.isdigit() or len(value) > 18 or int(value) > len(call.body):
@@ -146,7 +146,7 @@ def _split(call: Call) -> tuple[bytes, bytes]:
 
 
 def _count(tensor: Tensor, most: int) -> int:
-    """The number of strings in a tensor of shape [n] or [n, 1]."""
+    """The number of strings in a tensor; raises RequestError for an invalid tensor, or more than `most` strings."""
     where = f"inputs: {tensor.name}"
     if tensor.datatype != "BYTES":
         raise RequestError(f"{where}: the datatype must be BYTES, got {tensor.datatype[:20]!r}", "inputs")
@@ -170,7 +170,7 @@ def _strings(tensor: Tensor, most: int) -> list[str]:
 
 
 def _decode(data: bytes, tensor: Tensor, most: int) -> list[str]:
-    """The strings of a binary BYTES tensor: for each, its length (4 bytes, little-endian), then its bytes."""
+    """The strings of a binary BYTES tensor, each preceded by its length in bytes (4 bytes, little-endian)."""
     texts: list[str] = []
     at = 0
     for i in range(_count(tensor, most)):
@@ -227,7 +227,7 @@ def error(problem: RequestError) -> bytes:
 
 
 def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
-    """Add the routes of health, readiness and metadata."""
+    """Add the routes for health, readiness and metadata."""
     tags: Any = {"tags": ["Open Inference Protocol"], **common}
 
     @app.get("/v2", **tags)

@@ -157,7 +157,7 @@ class ErrorDetails(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """An error."""
+    """The body of an error response."""
 
     error: ErrorDetails
 
@@ -180,7 +180,7 @@ ERRORS: dict[str, type[BaseModel]] = {"v2": OpenInferenceError, "info": TextEmbe
 
 
 def document(app: FastAPI) -> None:
-    """Give an application's schema named components for requests, answers and errors, and summaries."""
+    """Add summaries, and named components for requests, answers and errors, to an application's schema."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:

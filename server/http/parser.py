@@ -1,7 +1,8 @@
 """Parses the HTTP/1.1 requests of a connection, within limits on their size.
 
-The parser is httptools (Node's llhttp). It is fed up to the end of a message and no further. The end can be found in
-advance: a head or a chunked body ends with an empty line, and llhttp accepts only CR LF as a line end.
+The parsing itself is done by httptools (Node's llhttp), which is fed up to the end of one message and no further. That
+end can be found in advance: a head or a chunked body ends with an empty line, and llhttp accepts only CR LF as a line
+end.
 """
 
 import re
@@ -21,8 +22,8 @@ _END = b"\r\n\r\n"
 class RequestParser:
     """Parses the requests of one connection, one at a time.
 
-    `parse_head` and `parse_body` take what they need from `data`, and raise ValueError or
-    httptools.HttpParserError.
+    `parse_head` and `parse_body` remove from `data` the bytes that they parse. They raise ValueError or
+    httptools.HttpParserError for an invalid request.
 
     Attributes:
         data: received bytes that are not yet parsed.
@@ -38,7 +39,7 @@ class RequestParser:
     def __init__(self) -> None:
         self._llhttp = HttpRequestParser(self)
         self.data = b""
-        self._searched = 0  # bytes of data that do not contain the end of a head
+        self._searched = 0  # bytes of `data` already searched for the end of a head
         self._blank = 0  # bytes of empty lines before a head
         self._reset()
 
@@ -53,7 +54,7 @@ class RequestParser:
 
     @property
     def is_idle(self) -> bool:
-        """True if nothing of the next request was received."""
+        """True if nothing of the next request has been received."""
         return not self.data and not self._blank
 
     def parse_head(self) -> bool:
@@ -63,7 +64,7 @@ class RequestParser:
             stripped = data.lstrip(b"\r\n")
             self._blank += len(data) - len(stripped)
             self.data = data = stripped
-        if data and not 65 <= data[0] <= 90:  # such as TLS, whose client would wait for a response
+        if data and not 65 <= data[0] <= 90:  # such as TLS: its client would wait for a response
             raise ValueError("it does not begin with a method")
         end = data.find(_END, self._searched)
         if self._blank + (len(data) if end < 0 else end) > MAX_HEAD_BYTES:
@@ -96,7 +97,7 @@ class RequestParser:
     def _parse_chunks(self) -> None:
         while not self.is_complete:
             end = self.data.find(_END)
-            # If the end has not arrived, feed all bytes but those that may be its beginning.
+            # If the end has not arrived, feed all bytes except the last ones, which may be its beginning.
             to = len(self.data) - len(_END) + 1 if end < 0 else end + len(_END)
             if to <= 0:
                 break
@@ -120,11 +121,11 @@ class RequestParser:
     # Callbacks of httptools
 
     def on_url(self, url: bytes) -> None:
-        """A part of the URL."""
+        """Append a part of the URL."""
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header; trailers are ignored."""
+        """Store a header; trailers are ignored."""
         if not self._in_head:
             return
         name = name.lower()
@@ -142,12 +143,12 @@ class RequestParser:
         self.keep_alive = self.version != "1.0" and bool(self._llhttp.should_keep_alive())
 
     def on_body(self, body: bytes) -> None:
-        """A part of the body."""
+        """Append a part of the body; raises ValueError if its chunks are too small."""
         self._body.append(body)
         self.size += len(body)
         if self.length < 0 and len(self._body) > MAX_SMALL_CHUNKS + self.size // MIN_CHUNK_BYTES:
             raise ValueError("too many small chunks")
 
     def on_message_complete(self) -> None:
-        """The request is complete."""
+        """Mark the request as complete."""
         self.is_complete = True

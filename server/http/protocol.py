@@ -9,7 +9,7 @@ from de3.server.engine.request import Request
 from de3.server.errors import RequestError
 from de3.server.http import errors
 
-LARGE_BODY_BYTES = 16 * 1024  # parsing a larger one may take milliseconds
+LARGE_BODY_BYTES = 16 * 1024  # a larger body may take milliseconds to parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Call:
 class Protocol:
     """Converts calls to requests, and finished jobs to responses.
 
-    To add a protocol, write a module with these functions and add its path to `app.py: PROTOCOLS`. Keys,
-    limits, metrics and logs then apply to it. A complete protocol:
+    To add a protocol, write a module with these functions and add its path to `app.py: PROTOCOLS`. API
+    keys, limits, metrics and logs then apply to it. A complete protocol:
 
         class LabelFields(BaseModel):
             text: Annotated[str, Field(min_length=1, pattern=r"\\S")]
@@ -47,13 +47,13 @@ class Protocol:
 
         PROTOCOLS["/label"] = Protocol(parse, serialize)
 
-    A path may have parameters, as in /models/{model}/label; they are in `Call.path`. If the response depends on
+    A path may have parameters, as in /models/{model}/label; their values are in `Call.path`. If the response depends on
     further fields of the request, put them in a subclass of Request.
 
     Attributes:
-        parse: raises RequestError.
-        serialize: (request id, finished job) to the JSON of the response.
-        error: the JSON of an error; its status is the same in every protocol (`errors.STATUSES`).
+        parse: converts a call to a request; raises RequestError.
+        serialize: converts a request id and a finished job to the JSON of the response.
+        error: converts an error to JSON; the status is the same in every protocol (`errors.STATUSES`).
         others: first segments of other paths whose errors have this protocol's format.
     """
 
@@ -64,10 +64,10 @@ class Protocol:
 
 
 class Route(NamedTuple):
-    """The route of a classification request.
+    """A classification request's path, and the protocol that answers it.
 
     Attributes:
-        template: path, as in `app.py: PROTOCOLS`.
+        template: path with the names of its parameters, as in `app.py: PROTOCOLS`.
         path: values of the path parameters.
     """
 

@@ -1,5 +1,8 @@
-"""Reranking with a model of pairs that has one output: POST /rerank (Text Embeddings Inference's body), and POST
-/rerank, /v1/rerank and /v2/rerank (Jina's and Cohere's, as vLLM accepts them)."""
+"""Reranking with a model of pairs that has one output.
+
+POST /rerank accepts bodies in the format of Text Embeddings Inference, Jina or Cohere. POST /v1/rerank and /v2/rerank
+accept the formats of Jina and Cohere only, as vLLM does.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from de3.server.http.errors import openai_body
 from de3.server.http.fields import OptionFields, check_count, check_fields, checked_text, load_json
 from de3.server.http.protocol import Call, Protocol
 
-MAX_QUERY_CHARS = 2**20  # each document has the query before it
+MAX_QUERY_CHARS = 2**20  # over all documents, as the query is repeated before each
 
 
 @dataclass(slots=True, eq=False)
@@ -29,7 +32,7 @@ class RerankRequest(Request):
         is_tei: respond as Text Embeddings Inference does.
         top_n: number of documents to return; None: all.
         with_documents: return the documents, too.
-        raw_scores: respond with the model's outputs, otherwise with their sigmoid.
+        raw_scores: respond with the model's outputs instead of their sigmoid.
     """
 
     input_name: ClassVar[str] = "documents"
@@ -40,7 +43,7 @@ class RerankRequest(Request):
     raw_scores: bool = False
 
     def check(self, manifest: Manifest) -> None:
-        """Raise RequestError unless the model gives a pair of texts a number."""
+        """Raise RequestError for a model that does not score a pair with a single number, and for too long a query."""
         if manifest.tolerance is None or manifest.input not in ("pair", None):
             why = (
                 "takes single texts"
@@ -62,7 +65,7 @@ class RerankRequest(Request):
             )
 
     def name_of(self, index: int) -> str:
-        """The name of one of the texts in messages."""
+        """The name of a document in messages, by its index."""
         return f"{'texts' if self.is_tei else 'documents'}[{index}]"
 
 
@@ -77,7 +80,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _text_of(document: Any) -> Any:
-    """The text of a document, which may be an object with text."""
+    """The text of a document that is an object with `text`; any other document is returned unchanged."""
     if isinstance(document, dict) and document.keys() == {"text"}:
         return document["text"]
     return document
@@ -88,7 +91,7 @@ Texts = Annotated[list[str], BeforeValidator(_texts)]
 
 
 class TeiFields(OptionFields):
-    """The body of Text Embeddings Inference; the exit options are an extension."""
+    """A body in the format of Text Embeddings Inference; the exit options are an extension."""
 
     query: Query
     texts: Texts
@@ -101,7 +104,7 @@ class TeiFields(OptionFields):
 
 
 class RerankFields(OptionFields):
-    """The body of Jina, Cohere and vLLM; the exit options are an extension."""
+    """A body in the format of Jina, Cohere and vLLM; the exit options are an extension."""
 
     query: Query
     documents: Texts
@@ -120,7 +123,7 @@ class RerankFields(OptionFields):
 
 
 def parse(call: Call) -> RerankRequest:
-    """The request in a call of /rerank; raises RequestError."""
+    """The request in a call to /rerank; raises RequestError."""
     value = load_json(call.body)
     if isinstance(value, dict) and "texts" in value:
         check_count(value["texts"], "texts", call.max_texts)
@@ -129,7 +132,7 @@ def parse(call: Call) -> RerankRequest:
 
 
 def parse_jina(call: Call) -> RerankRequest:
-    """The request in a call of /v1/rerank or /v2/rerank; raises RequestError."""
+    """The request in a call to /v1/rerank or /v2/rerank; raises RequestError."""
     return _of_jina(load_json(call.body), call.max_texts)
 
 
@@ -159,7 +162,7 @@ def _of_tei(fields: TeiFields) -> RerankRequest:
 
 
 def serialize(request_id: str, job: Job) -> bytes:
-    """The documents by falling score; equal ones in the order of the request."""
+    """The documents by descending score; those with equal scores in the order of the request."""
     request = job.request
     assert isinstance(request, RerankRequest)
     values = [outcome.reading.value or 0.0 for outcome in job.outcomes()]

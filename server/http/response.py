@@ -1,4 +1,4 @@
-"""The response of /classify: mypy checks the serializer against it, and /openapi.json is made from it."""
+"""The schema of the response of /classify: mypy checks the serializer against it, and /openapi.json is made from it."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired
@@ -37,7 +37,7 @@ _Lambda = TypedDict("_Lambda", {"lambda": Annotated[float | None, Field(descript
 
 
 class Exit(Signals, _Lambda):
-    """The exit of a text; for a text in several windows, that of the last one that ran."""
+    """The exit of a text; for a text in several windows, the exit of the last window that ran."""
 
     layer: Annotated[int, Field(description="0 is the embeddings")]
     num_layers: int
@@ -62,7 +62,7 @@ class Windows(TypedDict):
 
 
 class Flag(TypedDict):
-    """The label to watch for."""
+    """The label to watch for, its probability, and the window where it is most probable."""
 
     label: str
     prob: Annotated[float, Field(description="its probability; of several windows, the highest")]
@@ -111,7 +111,7 @@ class ClassifiedText(Answer):
 
 
 class Usage(TypedDict):
-    """Tokens of all texts."""
+    """Number of tokens in all texts."""
 
     prompt_tokens: int
     completion_tokens: int

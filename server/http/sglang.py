@@ -13,7 +13,7 @@ from de3.server.http.fields import OptionFields, check_count, check_fields, chec
 
 @dataclass(slots=True, eq=False)
 class LogitsRequest(Request):
-    """A request, with the options of its response.
+    """A request in this protocol, with the options for its response.
 
     Attributes:
         is_batch: the response is a list with an entry for each text.
@@ -25,7 +25,7 @@ class LogitsRequest(Request):
 
 
 def _texts(value: Any) -> tuple[list[Text], bool]:
-    """The texts of `text`, which is a text or a list of them, and whether they are a batch."""
+    """The texts of `text`, which is one text or a list of texts, and whether they are a batch."""
     texts = one_or_more(value, lambda text, where: Text(checked_text(text, where)))
     return texts, isinstance(value, list)
 
@@ -49,7 +49,7 @@ def request_of(value: dict[str, Any], max_texts: int) -> LogitsRequest:
 
 
 def serialize(request_id: str, job: Job) -> bytes:
-    """{"embedding", "meta_info"}; for a batch, a list of these."""
+    """{"embedding", "meta_info"}; for a batch, a list of such objects."""
     assert isinstance(job.request, LogitsRequest)
     rows = [_row(item, request_id) for item in job.items]
     return orjson.dumps(rows if job.request.is_batch else rows[0])

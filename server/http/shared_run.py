@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class SharedRun(Generic[T]):
-    """Runs a coroutine once for all concurrent requests; it goes on if they are cancelled."""
+    """Runs a coroutine once for all concurrent requests; it continues even if they are cancelled."""
 
     def __init__(self, what: str, most: int = MAX_WAITING) -> None:
         """what: name of the result, for the error if more than `most` requests wait."""
@@ -34,6 +34,6 @@ class SharedRun(Generic[T]):
 
 
 def _retrieve(task: asyncio.Task[T]) -> None:
-    """Mark an error as retrieved; otherwise asyncio would log it if no request waits any more."""
+    """Mark an error as retrieved; otherwise asyncio would log it if no request is waiting for it."""
     if not task.cancelled():
         task.exception()

@@ -25,7 +25,7 @@ ERROR_TYPES: dict[Cause, str] = {
 
 @dataclass(slots=True, eq=False)
 class PredictRequest(Request):
-    """A request, with the options of its response.
+    """A request in this protocol, with the options for its response.
 
     Attributes:
         is_batch: the response is a list with an entry for each text.
@@ -81,7 +81,7 @@ def parse(call: Call) -> PredictRequest:
 
 
 def serialize(_: str, job: Job) -> bytes:
-    """[{"score", "label"}, …], the most probable first; for a batch, a list of these."""
+    """[{"score", "label"}, …], the most probable first; for a batch, a list of such lists."""
     assert isinstance(job.request, PredictRequest)
     rows = [_scores(item, job, job.request.raw_scores) for item in job.items]
     return orjson.dumps(rows if job.request.is_batch else rows[0])
@@ -104,11 +104,11 @@ def error(problem: RequestError) -> bytes:
 
 
 def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
-    """Add /info."""
+    """Add the route GET /info."""
 
     @app.get("/info", tags=["Text Embeddings Inference"], **common)
     async def info() -> dict[str, Any]:
-        """The default model, as Text Embeddings Inference describes its own."""
+        """The default model, in the format of Text Embeddings Inference."""
         manifest, settings = service.default_manifest(), service.settings
         ids = {str(k): label for k, label in enumerate(manifest.labels)}
         return {

@@ -1,6 +1,6 @@
 """OpenTelemetry traces: a span for each request, each of its texts, and each stage of a text.
 
-Spans are made when the request is finished, from times that are measured anyway, so a request that is not
+Spans are made when the request is finished, from times that are measured in any case, so a request that is not
 sampled costs little. The standard OTEL_* variables configure the exporter and the sampling.
 """
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 STOP_S = 3.0  # time to send the last spans; a hanging collector must not delay shutdown
-MAX_TEXTS = 16  # traced for one request; a batch of hundreds would fill the exporter's queue
+MAX_TEXTS = 16  # of one request that are traced; a batch of hundreds would fill the exporter's queue
 
 
 def provider() -> "TracerProvider":
-    """A provider that exports spans in the background, by OTLP over HTTP.
+    """A tracer provider that exports spans in the background, by OTLP over HTTP.
 
     Raises ValueError if the otel extra is not installed.
     """
@@ -40,7 +40,7 @@ def provider() -> "TracerProvider":
 
 
 class Traces:
-    """Makes the spans of requests, as part of the caller's trace if it sends `traceparent`."""
+    """Makes the spans of requests, as part of the client's trace if the request has a `traceparent` header."""
 
     def __init__(self, tracers: "TracerProvider") -> None:
         from opentelemetry import trace
@@ -98,7 +98,10 @@ class Traces:
         self._tracer.start_span(name, inside, attributes=attributes, start_time=start).end(end)
 
     def _text(self, item: Item, inside: "Context", submitted: int) -> None:
-        """Make the span of a text. A preempted text was queued more than once; its total queue time is shown first."""
+        """Make the span of a text, with a span for each of its stages.
+
+        A preempted text was queued more than once, but has one queue span, the first, with the total time.
+        """
         o = item.outcome
         if o is None:
             return

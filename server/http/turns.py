@@ -1,4 +1,4 @@
-"""Starts requests, in rotation over the networks while more arrive than an iteration of the event loop starts."""
+"""Starts requests; under load, the networks of the clients take turns."""
 
 import asyncio
 from collections import deque
@@ -10,9 +10,9 @@ AT_ONCE = 4  # requests started in one iteration of the event loop
 class Turns:
     """Starts up to AT_ONCE requests in each iteration of the event loop.
 
-    Further ones wait for the next iterations, in which the networks take turns. So a thousand connections that send
-    without pause delay another client by a few iterations, not until all are answered. A request that is alone starts
-    at once.
+    Further requests wait for the next iterations, in which the networks take turns. So a thousand connections of one
+    network that send without pause delay another client by a few iterations only. A request that is alone starts at
+    once.
     """
 
     def __init__(self) -> None:

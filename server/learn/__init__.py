@@ -1,1 +1,1 @@
-"""Exits that grow from live traffic (`de3 serve --learn`): records, fits, and the versions that come of them."""
+"""Learning of exits from live traffic (`de3 serve --learn`): records, fits, and the resulting versions."""

@@ -1,4 +1,4 @@
-"""Runs a fit in a process of its own: at the lowest priority, with limits on memory and time."""
+"""Runs a fit in a separate process: at the lowest priority, with limits on memory and time."""
 
 import asyncio
 import json
@@ -12,13 +12,13 @@ from typing import Any
 
 log = logging.getLogger("de3")
 PROGRAM = "from de3.export.learn import child; child()"
-TIMEOUT_S = 86_400.0  # a server that is always busy leaves it little time
+TIMEOUT_S = 86_400.0  # long, as a server that is always busy leaves a fit little time
 MAX_OUTPUT = 2**25
 # Even at the lowest priority a fit slows others down: it displaces their data from the caches, and uses up a CPU quota.
-# While three quarters of a core are not idle it runs a third of the time, under a quota a sixth.
+# So under a quota it runs a sixth of the time, and otherwise a third of the time while few cores are idle.
 RUN_S, PAUSE_S, LONG_PAUSE_S = 0.01, 0.02, 0.05
 SAMPLE_TICKS = 100
-IDLE_CORES = 0.75  # cores that other processes leave idle, from which a fit need not pause
+IDLE_CORES = 0.75  # a fit does not pause if other processes leave this many cores idle
 MEMORY_BYTES = 400 * 2**20  # besides COPIES of the model's and the records' files
 COPIES = 4
 
@@ -28,7 +28,7 @@ class FitError(Exception):
 
 
 def memory_limit(model_bytes: int, record_bytes: int) -> int:
-    """Limit on the memory of a fit, bytes."""
+    """Limit on the memory of a fit, bytes, given the sizes of the model's files and of the file of records."""
     return MEMORY_BYTES + COPIES * (model_bytes + record_bytes)
 
 
@@ -70,7 +70,7 @@ async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> None:
-    """Stop the process most of the time while other processes run."""
+    """Pause the process most of the time: while other processes keep the cores busy, or always under a quota."""
     before, cores = _times(process.pid), os.sysconf("SC_NPROCESSORS_ONLN")
     try:
         while process.returncode is None:
@@ -88,7 +88,7 @@ async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> 
 
 
 def _times(pid: int) -> tuple[int, int]:
-    """Processor time of the machine so far, and of that the part used by processes other than this one, in ticks."""
+    """CPU time of the machine so far, and the part of it that processes other than `pid` used, in ticks."""
     try:
         fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         own = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""What a learner keeps across restarts, in the state folder: its journal, its records and the learned versions."""
+"""The files that a learner keeps across restarts, in the state folder: its journal, records and learned versions."""
 
 import logging
 import os
@@ -21,9 +21,7 @@ log = logging.getLogger("de3")
 MAX_BYTES = 2**20
 MAX_RESULTS = 20
 MAX_KEPT = 8  # learned versions on disk, besides those in use
-LEARNED_FROM = (
-    1_000_000  # numbers of learned versions are above it, so that no version of a store has the same
-)
+LEARNED_FROM = 1_000_000  # learned versions have higher numbers, so that they differ from versions of a store
 
 Outcome = Literal["served", "not_faster", "outdated", "failed"]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -34,14 +32,15 @@ class Result(BaseModel):
 
     Attributes:
         at: seconds since 1970.
-        attempt: its number.
+        attempt: number of the fit.
         outcome: served, not_faster, outdated (the traffic or the models changed meanwhile), or failed.
-        version: of the new version; None without one.
-        records, held_out: number of records, and of those that tested the exits.
-        speedup: by the best τ in hindsight on the held-out records; proved_speedup: by the τ that they prove;
-            served_speedup: by the best τ in hindsight, of the version that was served, by its audits.
-        seconds: duration.
-        error: reason of a failure.
+        version: number of the new version; None if the fit led to none.
+        records, held_out: number of records, and number of those that tested the exits.
+        speedup: speed-up in layers at the best τ in hindsight, on the held-out records.
+        proved_speedup: speed-up in layers at the τ that these records prove.
+        served_speedup: speed-up in layers, at the best τ in hindsight, of the version then served, by its audits.
+        seconds: duration of the fit.
+        error: reason for a failure.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -63,13 +62,14 @@ class Journal(BaseModel):
     """The state of a learner.
 
     Attributes:
-        base: of the model; see base_of.
-        attempts: number of fits so far. It is kept, as the error probability of a guarantee is divided between them.
-        current: the version that was current.
+        base: base of the model; see base_of.
+        attempts: number of fits so far, between which the error probability of the guarantee is divided.
+        current: the version that was current when the journal was written.
         latest: the latest learned version that was served.
-        origin: the version that the server was started with, whose exits were learned.
+        origin: the last version that was current and not learned; after a restart, a learned version is served only in
+            place of this one.
         first_new: number of the first record after the last change of the traffic.
-        results: the latest fits.
+        results: the results of the latest fits, the latest last.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -87,8 +87,8 @@ class Journal(BaseModel):
 class LearnFolder:
     """The folder `learned` in the state folder.
 
-    It has <name>-<base>.json and <name>-<base>.records, with the first digits of the base's hash, and
-    versions/<name>/<version>/.
+    It holds the journals, <name>-<base>.json, the records, <name>-<base>.records, and the learned versions,
+    versions/<name>/<version>/; <base> is the first 12 hex digits of the base.
     """
 
     def __init__(self, state_dir: Path) -> None:
@@ -109,7 +109,7 @@ class LearnFolder:
         return self.path / f"{name}-{base[:12]}.json"
 
     def journal(self, name: str, base: str) -> Journal:
-        """A model's journal; a new one if there is none of this base."""
+        """A model's journal; a new one if there is none for this base, or if it is unusable."""
         path, journal = self._journal_path(name, base), Journal.model_validate({"base": base})
         try:
             journal = Journal.model_validate_json(read_regular_file(path, MAX_BYTES))
@@ -121,12 +121,12 @@ class LearnFolder:
             journal = Journal.model_validate({"base": base})
             what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             self._set_aside(path, what)
-        # If the journal was lost: numbers of attempts must not be used twice.
+        # Even if the journal was lost, no attempt number may be used twice.
         journal.attempts = max(journal.attempts, *self._attempts(name, base), 0)
         return journal
 
     def _attempts(self, name: str, base: str) -> Iterator[int]:
-        """The attempts of which there are versions."""
+        """The attempt numbers of the learned versions on disk that have this base."""
         yield 0
         for version in self.versions(name):
             with suppress(StoreError):
@@ -160,7 +160,7 @@ class LearnFolder:
             return None
 
     def set_aside_records(self, name: str, base: str, reason: str) -> None:
-        """Rename the records of a model, which cannot be used."""
+        """Rename the records file of a model, which cannot be used, and log the reason."""
         self._set_aside(self.records_path(name, base), reason)
 
     def _set_aside(self, path: Path, reason: str) -> None:
@@ -177,8 +177,8 @@ class LearnFolder:
             return []
 
     def served_before(self, artifact: Artifact) -> Artifact:
-        """The learned version that was current when the server ended, if it was learned for this version of this
-        model; else the model."""
+        """The learned version that was current when the server ended, if it was learned for this version of the
+        model; else the artifact itself."""
         manifest, base = artifact.manifest, base_of(artifact.manifest)
         if not self._journal_path(manifest.name, base).is_file():
             return artifact
@@ -193,7 +193,7 @@ class LearnFolder:
         return found if base_of(found.manifest) == base else artifact
 
     def remove_old(self, name: str, used: set[int]) -> None:
-        """Remove all versions of a model but the newest, and those in use."""
+        """Remove the learned versions of a model, except the MAX_KEPT newest and those in `used`."""
         for version in self.versions(name)[:-MAX_KEPT]:
             if version not in used:
                 shutil.rmtree(self.store.path / name / str(version), ignore_errors=True)

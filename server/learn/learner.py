@@ -12,7 +12,7 @@ from de3.server.learn.record import Record
 from de3.server.learn.reservoir import Reservoir
 from de3.server.settings import Settings
 
-FIRST_FIT, GROWTH = 500, 1.5  # records; each further fit needs GROWTH times as many
+FIRST_FIT, GROWTH = 500, 1.5  # records; each further fit needs GROWTH times as many as the one before
 LEAST_RECORDS = 50
 MAX_WAITING = 4096
 SAVE_GROWTH = 1.25  # records are saved when there are this many times as many as at the last save
@@ -22,13 +22,13 @@ Phase = Literal["recording", "fitting"]
 
 @dataclass(frozen=True)
 class InService:
-    """What is served under a name now.
+    """The performance of a served version.
 
     Attributes:
-        version: current one.
-        speedup: in layers, at the τ in force; 1: full depth.
-        allowed: at the best τ in hindsight, by the audits.
-        changes: how often a guarantee's evidence on it was discarded because the rate had risen.
+        version: number of the version.
+        speedup: speed-up in layers at the τ in force; 1: full depth.
+        allowed: speed-up in layers at the best τ in hindsight.
+        changes: number of resets of its audit evidence, by the server because the rate had risen, or by an admin.
     """
 
     version: int
@@ -41,13 +41,15 @@ class Learner:
     """The records and the fits of one model name.
 
     Attributes:
-        artifact: the current version; its weights are those of all learned versions.
+        artifact: the current version; all learned versions have the same weights.
+        base: hash of these weights; see base_of.
         phase: recording, or fitting.
         is_restored: the saved records, if any, were read.
-        count: records since the start, or the last change of the traffic.
-        next_fit: number of records at which the next fit starts.
+        reservoir: the records in memory.
+        count: number of records since the start or the last change of the traffic, including restored ones.
+        next_fit: value of `count` at which the next fit starts.
         is_asked: an admin has asked for a fit.
-        journal: what is kept across restarts.
+        journal: the state that is kept across restarts, besides the records.
     """
 
     def __init__(self, artifact: Artifact, folder: LearnFolder, settings: Settings) -> None:
@@ -57,8 +59,8 @@ class Learner:
         self.base = base_of(manifest)
         self.phase: Phase = "recording"
         self.is_asked = False
-        self._waiting: list[Record] | None = []  # until the saved ones are read; None: none has to wait
-        self._changes: tuple[int, int] = (0, 0)  # version, and its changes
+        self._waiting: list[Record] | None = []  # records held back (see hold); None: add at once
+        self._changes: tuple[int, int] = (0, 0)  # version in service, and its `changes`
         self.reservoir = Reservoir(
             self.base,
             (manifest.num_layers, manifest.hidden_size),
@@ -68,7 +70,7 @@ class Learner:
         )
         self.journal = folder.journal(self.name, self.base)
         if not self.journal.attempts and len(manifest.exit_layers) > 1:
-            self.journal.attempts = 1  # the exits that it came with are the first that a guarantee tests
+            self.journal.attempts = 1  # the guarantee tests the model's own exits first
         self.count = self._saved = 0
         self._is_changed = False
         self.next_fit = FIRST_FIT
@@ -105,17 +107,17 @@ class Learner:
             self._waiting.append(record)
 
     def hold(self) -> None:
-        """Let new records wait, while another thread reads the others."""
+        """Hold back new records until resume(), while another thread reads the reservoir."""
         self._waiting = []
 
     def resume(self) -> None:
-        """Add the records that waited."""
+        """Add the records that were held back."""
         waiting, self._waiting = self._waiting or [], None
         for record in waiting:
             self.reservoir.add(record)
 
     def observe(self, served: InService) -> None:
-        """Note what is served. After a change of the traffic, new records are needed."""
+        """Note the version in service. If its evidence was reset, the next fit needs new records."""
         version, changes = self._changes
         if served.version == version and served.changes > changes:
             self.journal.first_new = int(self.reservoir.texts) + 1
@@ -141,17 +143,17 @@ class Learner:
     def save(self, all_records: bool = False) -> None:
         """Write the journal and, if all_records or there are many new ones, the records; raises OSError.
 
-        No records may be added meanwhile: see hold.
+        The caller must hold back new records meanwhile; see hold.
         """
         all_records |= self._has_grown
-        self._is_changed = False  # first, so that an error is not repeated at once
+        self._is_changed = False  # reset first, so that a failed save is not retried at once
         records = None
         if all_records and self.is_restored and len(self.reservoir) > 0:
             self._saved, records = self.count, self.reservoir.records()
         self._folder.write(self.name, self.journal, records)
 
     def begin(self) -> int:
-        """Start a fit; returns its number."""
+        """Note that a fit starts; returns its number."""
         self.phase, self.is_asked = "fitting", False
         while self.next_fit <= self.count:
             self.next_fit = int(GROWTH * self.next_fit)
@@ -159,13 +161,13 @@ class Learner:
         return self.journal.attempts
 
     def end(self, result: Result) -> None:
-        """Note the outcome of a fit."""
+        """Note that a fit has ended, and its result."""
         self.phase = "recording"
         self.journal.results = [*self.journal.results, result][-MAX_RESULTS:]
         self._is_changed = True
 
     def report(self) -> dict[str, Any]:
-        """For GET /v1/models/{name}/learn."""
+        """The state of the learner, as GET /v1/models/{name}/learn returns it."""
         latest = self.journal.results[-1] if self.journal.results else None
         return {
             "model": self.name,
@@ -181,7 +183,7 @@ class Learner:
         }
 
     def _said(self, latest: Result | None) -> str:
-        """What came out last and what is next, in one sentence each."""
+        """The latest result and the next step, in words."""
         if self.phase == "fitting":
             return f"fit {self.journal.attempts} is running"
         after = f"the next fit starts after {max(0, self.next_fit - self.count)} more records"
@@ -210,7 +212,7 @@ def sentence(result: Result) -> str:
 
 
 def result_of(attempt: int, found: dict[str, Any], version: int | None, is_outdated: bool = False) -> Result:
-    """The result of a fit that ran."""
+    """The result of a fit that ran. found: see run_fit. version: number of the new version; None: it is not served."""
     names = ("records", "held_out", "speedup", "proved_speedup", "served_speedup", "seconds")
     outcome: Outcome = "outdated" if is_outdated else "not_faster" if version is None else "served"
     numbers = {name: found[name] for name in names}

@@ -27,19 +27,19 @@ _FOLDERS = re.compile(r"(?:/[^/\s:'\"]+)+/")
 
 
 class Ledgers(Protocol):
-    """The server's ledgers of audits, as far as learning needs them."""
+    """The part of the server's audit ledgers that learning needs."""
 
     def base(self, name: str) -> str | None:
         """The base of a served model, by name:version; None if it is not served."""
 
     def in_service(self, name: str, version: int) -> InService:
-        """What a version that is served achieves."""
+        """The speed-ups of a served version, and the resets of its evidence; a speed-up of 1 if it is not served."""
 
     def versions(self, name: str) -> set[int]:
-        """The versions of a name that are served."""
+        """The served versions of a model name."""
 
     def prepare(self, name: str, rows: Sequence[HeldOut]) -> None:
-        """Give the evidence with which a learned version, name:version, starts, which is about to be served."""
+        """Set the held-out evidence with which a learned version, about to be served as name:version, starts."""
 
 
 class Learners:
@@ -52,7 +52,7 @@ class Learners:
         change: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
     ) -> None:
         """change: changes the served models, given the fields of a manager.Change. Raises ValueError if the state
-        folder cannot be written, or fits lack a package."""
+        folder cannot be written, or a package that fits need is not installed."""
         if settings.state_dir is None:
             raise ValueError("learn: needs state_dir here, a folder for the learned versions")
         check_can_fit()
@@ -90,7 +90,7 @@ class Learners:
             learner.serve(artifact)
 
     def add(self, full_name: str, record: Record) -> None:
-        """Keep a record of a served model."""
+        """Keep a record of the traffic of a served model, name:version."""
         learner = self._by_name.get(full_name.partition(":")[0])
         if learner is not None and self._ledgers.base(full_name) == learner.base:
             learner.add(record)
@@ -101,18 +101,18 @@ class Learners:
         return list(self._by_name.values())
 
     def of(self, name: str) -> Learner:
-        """The learner of a name; raises RequestError."""
+        """The learner of a name; raises RequestError if the name is not served."""
         learner = self._by_name.get(name)
         if learner is None:
             raise RequestError(f"{name} is not served", "name", "unknown_model")
         return learner
 
     def report(self, name: str) -> dict[str, Any]:
-        """The state of a learner; raises RequestError."""
+        """The state of the learner of a name; raises RequestError if the name is not served."""
         return self.of(name).report()
 
     def ask(self, name: str) -> dict[str, Any]:
-        """Start a fit as soon as possible; raises RequestError if there are too few records."""
+        """Start a fit as soon as possible; returns the learner's state. Raises RequestError for too few records."""
         learner = self.of(name)
         if learner.count < LEAST_RECORDS:
             raise RequestError(
@@ -154,11 +154,11 @@ class Learners:
             self._fitting = asyncio.create_task(self._fit(due))
 
     def _in_service(self, learner: Learner) -> InService:
-        """What the current version achieves."""
+        """The performance of the current version."""
         return self._ledgers.in_service(learner.name, self._current.get(learner.name, 0))
 
     def _rival(self, learner: Learner) -> InService:
-        """What the version achieves that a fit has to beat: a canary of an earlier fit, or the current one."""
+        """The version that a fit has to beat: the latest learned version if it is faster, or else the current one."""
         current, latest = self._in_service(learner), learner.journal.latest
         if latest is None or latest not in self._ledgers.versions(learner.name):
             return current
@@ -173,7 +173,7 @@ class Learners:
         except (FitError, RequestError, StoreError, OSError) as error:
             log.warning("%s: fit %d failed: %s", learner.name, attempt, error)
             said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            # Clients can read it, so it names no folders.
+            # Clients can read the error, so folders are removed from it.
             said = _FOLDERS.sub("", said)[:1000]
             result = Result(at=time.time(), attempt=attempt, outcome="failed", error=said)
         except BaseException:
@@ -191,7 +191,7 @@ class Learners:
         # Other weights of this name may have learned versions, too.
         version = max([LEARNED_FROM, *self._folder.versions(learner.name)]) + 1
         rival = self._rival(learner)
-        # First, so that no number of an attempt is used twice.
+        # Saved before the fit, so that no attempt number is used twice after a crash.
         await self._save_aside(learner, must=True)
         found = await run_fit(self._job(learner, rival, attempt, version))
         if found["path"] is None:
@@ -222,7 +222,7 @@ class Learners:
         }
 
     async def _serve(self, learner: Learner, version: int, evidence: list[dict[str, Any]]) -> None:
-        """Load a learned version in every process; raises RequestError if that is not possible."""
+        """Load a learned version in every process; raises RequestError if it cannot be loaded."""
         self._ledgers.prepare(f"{learner.name}:{version}", [HeldOut(**row) for row in evidence])
         share = self._settings.learn_canary
         change = {"what": "load", "name": learner.name, "version": version}
@@ -237,7 +237,7 @@ class Learners:
                 await asyncio.sleep(1.0)
 
     async def _save_aside(self, learner: Learner, must: bool = False) -> None:
-        """Write what was learned in a thread; new records wait meanwhile. must: all of it, or raise OSError."""
+        """Save a learner in another thread; new records wait meanwhile. must: save all records, or raise OSError."""
         learner.hold()
         try:
             await asyncio.to_thread(self._save, learner, must, must)
@@ -245,7 +245,7 @@ class Learners:
             learner.resume()
 
     def _save(self, learner: Learner, all_records: bool = False, must: bool = False) -> None:
-        """Write what was learned. must: raise OSError if it cannot be."""
+        """Save a learner. An OSError is logged; with `must`, it is raised."""
         try:
             learner.save(all_records)
         except OSError as error:
@@ -272,6 +272,6 @@ def check_can_fit() -> None:
 
 
 def served_before(artifacts: list[Artifact], state_dir: Path) -> list[Artifact]:
-    """The artifacts, each replaced by its learned version that was current when the server ended."""
+    """The artifacts, each replaced by its learned version if one was current when the server ended."""
     folder = LearnFolder(state_dir)
     return [folder.served_before(artifact) for artifact in artifacts]

@@ -1,4 +1,4 @@
-"""Metrics of what a server learns."""
+"""Prometheus metrics of learning from live traffic."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -12,7 +12,7 @@ from de3.server.learn.learners import Learners
 
 
 class LearnMetrics(Collector):
-    """Records and fits, by model name."""
+    """Metrics of records and fits, by model name."""
 
     def __init__(self, learners: Callable[[], Learners]) -> None:
         self._learners = learners

@@ -1,4 +1,4 @@
-"""Texts of live traffic from which exits learn, and texts that test them."""
+"""Texts of live traffic to which exits are fitted, and held-out texts that test the exits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A text that was drawn for an audit, at full depth.
+    """A text that was drawn for an audit, and that ran to full depth.
 
     Attributes:
-        client: as in audits.
+        client: hash of the client, as networks.party returns it.
         share: probability with which the text was drawn, before anything about it was known.
         key: hash of its tokens.
-        states: mean of the tokens after each layer but the last, (num_layers, hidden) float16.
-        logits: of the last layer, (K,) float32.
+        states: mean hidden state of the tokens after each layer but the last, (num_layers, hidden) float16.
+        logits: logits of the last layer, (K,) float32.
     """
 
     client: str
@@ -31,7 +31,9 @@ class HeldOut:
     """A text that was held out of a fit.
 
     Attributes:
-        scores, differs: at each exit, as in audits.
+        client, key: as in Record.
+        scores: the score at each exit; None at an exit without one.
+        differs: disagreement of each exit with the last one.
     """
 
     client: str

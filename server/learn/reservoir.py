@@ -9,30 +9,30 @@ from de3.model_store.records import Records
 from de3.server.learn.record import Record
 
 MOST_RECORDS = 100_000
-MAX_NAMES = 1024  # clients that are told apart
+MAX_NAMES = 1024  # clients counted separately; all others count as one
 OTHERS = "others"
 
 
 class Reservoir:
     """A weighted random sample of the records, in limited memory (Efraimidis & Spirakis, 2006).
 
-    A record's weight is the number of texts that it stands for, 1 / share, and doubles with every half_life texts, so
+    A record's weight is the number of texts that it stands for, 1 / share. It doubles with every half_life texts, so
     newer texts replace older ones. A client that has more than half of a full reservoir loses its own records first.
 
     Attributes:
-        texts: estimated number of texts so far; the number of a record is its value at that time.
+        texts: estimated number of texts so far; its value when a record is added is the number of that record.
     """
 
     def __init__(
         self, base: str, shape: tuple[int, int], labels: int, max_bytes: int, half_life: float, seed: int = 0
     ) -> None:
-        """base: see Records. shape: (num_layers, hidden). labels: K. half_life: texts."""
+        """base: see Records. shape: (num_layers, hidden). labels: K. max_bytes: memory limit. half_life: in texts."""
         self.base, self._half_life, self._random = base, half_life, np.random.default_rng(seed)
         size = 2 * shape[0] * shape[1] + 4 * labels + 36
         self.capacity = max(1, min(max_bytes // size, MOST_RECORDS))
         self.texts = 0.0
         self._count = 0
-        # Memory is used only as far as it is filled.
+        # np.empty takes no memory before rows are filled.
         self._states = np.empty((self.capacity, *shape), np.float16)
         self._logits = np.empty((self.capacity, labels), np.float32)
         self._shares, self._ranks = np.empty(self.capacity), np.empty(self.capacity)
@@ -48,7 +48,7 @@ class Reservoir:
         return self._count
 
     def add(self, record: Record) -> None:
-        """Add a record; if there is no room, it replaces another, or is not kept."""
+        """Add a record; if there is no room, it replaces another one or is not kept."""
         self.texts += 1 / record.share
         number, client = int(self.texts), self._client(record.client)
         self._texts[client] += 1 / record.share
@@ -66,13 +66,13 @@ class Reservoir:
         self._held[client] += 1
 
     def _rank(self, shares: NDArray[np.float64], numbers: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The logarithm of Exp(1) / weight: the records with the smallest ranks are a sample by weight."""
+        """log(Exp(1) / weight) of each record; the records with the smallest ranks are a random sample by weight."""
         weights = -np.log(shares) + numbers * (math.log(2) / self._half_life)
         times = self._random.exponential(size=len(shares))
         return np.asarray(np.log(np.maximum(times, 1e-300)) - weights)
 
     def _slot(self, rank: float, client: int) -> int | None:
-        """The place of a new record; None if it is not kept."""
+        """Find a place for a new record, freeing one if there is no room; None if the new record is not kept."""
         if self._count < self.capacity:
             self._count += 1
             return self._count - 1
@@ -105,8 +105,8 @@ class Reservoir:
         )
 
     def restore(self, records: Records) -> None:
-        """Begin with saved records, the newest if there is not room for all; raises ValueError if they are of another
-        model or shape."""
+        """Begin with saved records, the newest if there is no room for all; raises ValueError if they are from another
+        model or have another shape."""
         records.check(self.base, *self._states.shape[1:], self._logits.shape[1])
         kept = records.part(np.arange(len(records))[-self.capacity :])
         self._count = count = len(kept)

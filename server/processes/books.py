@@ -1,4 +1,4 @@
-"""The audits of a server of several processes: one ledger for each model counts what all of them settle."""
+"""The audits of a server of several processes: one ledger for each model counts the texts that all of them settle."""
 
 from collections.abc import Awaitable, Callable
 from statistics import mean
@@ -40,7 +40,7 @@ class SharedBooks:
             process.channel.tell("standing", key, *standing)
 
     def count(self, name: str, rows: list[dict[str, Any]], epoch: int, may_rise: bool) -> None:
-        """Count settled texts of a model, which a process has sent."""
+        """Count settled texts of a model that a process has sent; see Ledger.count."""
         settled = [
             Settled(**{**row, "audit": None if row["audit"] is None else Audited(**row["audit"])})
             for row in rows
@@ -48,14 +48,14 @@ class SharedBooks:
         self.ledgers.count(name, settled, epoch, may_rise)
 
     def learn(self, rows: list[list[Any]]) -> None:
-        """Keep records of the models' traffic, which a process has sent."""
+        """Keep records of the models' traffic that a process has sent."""
         if self.learners is not None:
             for row in rows:
                 self.learners.add(*record_of(row))
 
     def learning(self, name: str, starts: bool) -> dict[str, Any]:
-        """What was learned for a model name. starts: start a fit now. Raises RequestError."""
-        assert self.learners is not None  # the process has checked it
+        """The state of learning for a model name. starts: start a fit now. Raises RequestError."""
+        assert self.learners is not None  # the process has checked that the server learns
         return self.learners.ask(name) if starts else self.learners.report(name)
 
     def start(self) -> None:
@@ -92,10 +92,13 @@ class SharedBooks:
         return await self.ledgers.report(name, live, ledger.rules.in_force(level))
 
     async def reset(self, name: str) -> dict[str, Any]:
-        """Discard the audit results of a model in every process; raises RequestError."""
+        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it.
+
+        By then, every process uses this τ. Raises RequestError for a model that is no longer served.
+        """
         ledger = self._ledger(name)
         ledger.reset()
-        await ask_all(self._group.all, "sync")  # they have the new standing
+        await ask_all(self._group.all, "sync")  # a process answers after it has the new standing
         return tau_row(ledger.rules.default)
 
     def stop(self) -> None:

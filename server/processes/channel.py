@@ -13,21 +13,22 @@ from de3.server.errors import RequestError
 from de3.server.failures import FailureLog
 
 failures = FailureLog(logging.getLogger("de3"))
-HEAD_BYTES = 4  # of a message's length
+HEAD_BYTES = 4  # of the length that precedes each message
 
-# Answers a call or a note, given its arguments; may be a coroutine function.
+# Handles a call or a note, given its arguments; may be a coroutine function.
 Handler = Callable[..., Any]
 
 
 class ChannelClosedError(Exception):
-    """The other side has closed the channel, as when its process has ended."""
+    """The other side has closed the channel, for example because its process has ended."""
 
 
 class Channel:
-    """One end of a Unix socket, which carries JSON.
+    """One end of a Unix socket that carries JSON messages.
 
-    A handler's RequestError is raised at the caller. Notes and calls are handled in their order, up to the first
-    `await` of a handler.
+    A RequestError of a handler is raised at the caller; any other error is logged, and raised there as a RequestError
+    with the cause "internal". Handlers start in the order of the messages, and run without interruption up to their
+    first `await`.
     """
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
@@ -40,7 +41,7 @@ class Channel:
         self.is_closed = False
 
     async def run(self, sock: socket.socket) -> None:
-        """Receive messages until the other side closes the channel; then every call in progress fails."""
+        """Receive messages until the other side closes the channel; calls in progress then raise ChannelClosedError."""
         reader, self._writer = await asyncio.open_unix_connection(sock=sock)
         self._writer.writelines(self._unsent)
         self._unsent.clear()
@@ -101,7 +102,7 @@ class Channel:
                 future.set_result(value)
 
     def _run(self, number: int, method: str, arguments: list[Any]) -> Coroutine[Any, Any, None] | None:
-        """Run a handler; returns the rest of it if it awaits something."""
+        """Run a handler. If it is a coroutine function, returns a coroutine that finishes the work, else None."""
         try:
             result = self._handlers[method](*arguments)
         except Exception as error:

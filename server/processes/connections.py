@@ -1,4 +1,4 @@
-"""Accepts the connections of a server, and passes each to the process with the fewest."""
+"""Accepts the connections of a server, and passes each to the process with the fewest connections."""
 
 import asyncio
 import socket
@@ -8,7 +8,7 @@ from time import monotonic
 from de3.server.http.http_server import BACKLOG
 from de3.server.processes.group import Group
 
-PAUSE_S = 0.005  # before connections are accepted again, when no process takes more
+PAUSE_S = 0.005  # pause before connections are accepted again, when no process takes more
 ACCEPT_S = 1.0  # time to pass on the last connections
 
 
@@ -42,7 +42,7 @@ class Connections:
             self._held.close()
 
     def _accept(self, listening: socket.socket) -> bool:
-        """Accept connections, and pass them on until no process takes more; false if others wait."""
+        """Accept connections and pass them on, until no process takes more; False if others may be pending."""
         for _ in range(BACKLOG):
             try:
                 client = self._held or listening.accept()[0]
@@ -63,7 +63,7 @@ class Connections:
             self._accept(listening)
 
     def _pass_on(self, client: socket.socket) -> bool:
-        """Give a connection to the process with the fewest; false if none takes it now."""
+        """Give a connection to the process with the fewest, ready ones first; False if no process takes it now."""
         takers = [process for process in self._group.all if process.is_listening]
         takers.sort(key=lambda process: (not process.is_ready, process.connections))
         return any(process.take(client) for process in takers)

@@ -15,7 +15,7 @@ from de3.server.processes.weights import Weights
 from de3.server.processes.worker import CONNECTION, FD_MESSAGE_BYTES, WEIGHTS
 
 log = logging.getLogger("de3")
-ANSWER_S, LOAD_S = 30.0, 300.0  # time for a process to answer, and to load a model; then it is killed
+ANSWER_S, LOAD_S = 30.0, 300.0  # time for a process to answer, and to load a model; after that it is killed
 
 
 @dataclass(eq=False)
@@ -25,11 +25,13 @@ class Process:
     Attributes:
         number: from 1; its replacement has the same.
         sockets: carries connections and weights.
-        connections: number of open ones.
-        is_listening, is_member, is_ready: it takes connections; it takes part in changes of the models; it answers.
-        has_opened: it has been ready.
-        models: those that it has loaded.
-        reason: why it failed, if it said so.
+        connections: number of its open connections.
+        is_listening: it takes connections.
+        is_ready: it answers requests.
+        has_opened: it has been ready at least once.
+        is_member: it takes part in changes of the models.
+        models: the models that it has loaded; see Worker._state.
+        reason: why it failed; empty if it did not fail, or did not say.
         samples: its metrics when they were last read.
     """
 
@@ -58,7 +60,7 @@ class Process:
             raise ChannelClosedError("the process does not answer") from None
 
     async def ask(self, method: str, *arguments: Any) -> Any:
-        """Call the process; raises RequestError if it ends."""
+        """Call the process during a change of the models; raises RequestError, also if the process ends."""
         try:
             return await self.call(method, *arguments)
         except ChannelClosedError:
@@ -74,7 +76,7 @@ class Process:
         return True
 
     def receive(self, weights: Weights) -> None:
-        """Read its messages about closed connections, and the weights that it has filled."""
+        """Receive the process's messages about closed connections, and the weights that it has filled."""
         while True:
             try:
                 data, fds, _, _ = socket.recv_fds(self.sockets, FD_MESSAGE_BYTES, 1)
@@ -89,7 +91,7 @@ class Process:
                 self.connections -= int(data[1:])
 
     def close(self) -> None:
-        """Give it no more connections; it answers its requests, then ends."""
+        """Give the process no more connections; it answers its requests, then ends."""
         with suppress(OSError):
             self.sockets.shutdown(socket.SHUT_WR)
 
@@ -98,7 +100,7 @@ class Group:
     """The running processes of a server."""
 
     def __init__(self, size: int) -> None:
-        """size: number of processes once all run."""
+        """size: number of processes when all are running."""
         self.size = size
         self._by_number: dict[int, Process] = {}
 
@@ -118,12 +120,12 @@ class Group:
 
     @property
     def ready(self) -> list[Process]:
-        """The processes that answer."""
+        """The processes that answer requests."""
         return [process for process in self.all if process.is_ready]
 
     @property
     def is_ready(self) -> bool:
-        """True if every process answers."""
+        """True if every process answers requests."""
         return len(self.ready) == self.size
 
     def tell_ready(self) -> None:
@@ -134,7 +136,10 @@ class Group:
 
 
 async def ask_all(processes: Sequence[Process], method: str, *arguments: Any) -> list[Any]:
-    """The answers of processes, without those that end; raises the first RequestError, once all have answered."""
+    """The answers of processes, except those that end meanwhile.
+
+    Raises the first RequestError, once all have answered.
+    """
     calls = (process.call(method, *arguments) for process in processes)
     answers = await asyncio.gather(*calls, return_exceptions=True)
     for answer in answers:

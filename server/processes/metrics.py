@@ -1,4 +1,4 @@
-"""The metrics of a server of several processes: the sums over all of them, those that have ended included."""
+"""The metrics of a server of several processes, merged over all of them, including those that have ended."""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from de3.server.processes.samples import Family, families_from, families_of, gro
 from de3.server.rules import Choice
 
 SAMPLES_S = 5.0  # time for a process to send its metrics
-KEEP_S = 0.5  # interval at which the counters of the processes are kept: a killed one loses those since
+KEEP_S = 0.5  # interval between reads of the counters; a killed process loses its counts since the last
 
 
 class SharedMetrics:
-    """The samples of the processes, and the supervisor's own metrics."""
+    """The metrics of the processes, and the supervisor's own."""
 
     def __init__(self, group: Group, books: SharedBooks | None) -> None:
         """books: None if there are no audits."""
@@ -47,7 +47,7 @@ class SharedMetrics:
         return ledger.rules.in_force(int(level))
 
     async def keep(self) -> None:
-        """Read the samples often, for the case that a process is killed."""
+        """Read the samples every KEEP_S, so that little is lost if a process is killed."""
         while True:
             await asyncio.sleep(KEEP_S)
             if monotonic() - self._read_at > KEEP_S / 2:
@@ -58,7 +58,7 @@ class SharedMetrics:
         self._departed = merged([self._departed, growing(process.samples)])
 
     async def scrape(self) -> str:
-        """The metrics in the text format of Prometheus; raises RequestError if too many ask at once."""
+        """The metrics in the text format of Prometheus; raises RequestError if too many requests wait for them."""
         return await self._scraping.result(self._scrape)
 
     async def _scrape(self) -> str:

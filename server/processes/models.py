@@ -1,4 +1,4 @@
-"""The models of a server of several processes: each change is made by all of them, or by none."""
+"""The models of a server of several processes: each change is made in all of them, or in none."""
 
 import asyncio
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from de3.server.settings import Settings
 
 
 class SharedModels:
-    """What the processes serve. The first process finds and proves the models, the others follow it."""
+    """The models that the processes serve. The first process proves that they run; the others load the same."""
 
     def __init__(self, settings: Settings, group: Group, weights: Weights, books: SharedBooks) -> None:
         self._settings, self._group, self._weights, self._books = settings, group, weights, books
         self._ledgers = books.ledgers
         # Models and their roles; None until the first process has loaded them.
         self._state: dict[str, Any] | None = None
-        self._version = 0  # of the state
+        self._version = 0  # incremented at each change of the state
         self._changing = asyncio.Lock()
         self._is_changing = False
 
@@ -32,12 +32,15 @@ class SharedModels:
         return self._state is not None
 
     async def load(self, process: Process) -> None:
-        """Have a new process load the models and answer, or end with its reason; raises ChannelClosedError."""
+        """Have a new process load the models, then let it answer requests; raises ChannelClosedError if it ends.
+
+        If it cannot load them, it ends, and `process.reason` says why.
+        """
         while not await self._load(process):
-            process.models = []  # they have changed in the meantime
+            process.models = []  # the served models have changed in the meantime
 
     async def _load(self, process: Process) -> bool:
-        """Load the models that are served now; false if they have changed since."""
+        """Load the models that are served now; False if they changed meanwhile, so that others must be loaded."""
         if self._state is None:
             async with self._changing:
                 if self._state is None:
@@ -66,8 +69,8 @@ class SharedModels:
             return True
 
     def _loaded(self, process: Process, answer: dict[str, Any]) -> bool:
-        """Note what a process has loaded; false if it failed, and ends."""
-        process.receive(self._weights)  # those that it has sent before
+        """Record the models that a process has loaded; False if it could not load them, and ends."""
+        process.receive(self._weights)  # the weights that it sent before its answer
         process.reason = answer.get("failed", "")
         process.models = answer.get("models", [])
         return not process.reason
@@ -140,7 +143,7 @@ class SharedModels:
 
 
 async def _commit(members: Sequence[Process]) -> list[dict[str, Any]]:
-    """Commit in every process; one that cannot is replaced, as the others have changed."""
+    """Commit a change in every process; a process that fails is killed and replaced, as the others have changed."""
     calls = (process.call("commit") for process in members)
     answers = []
     for process, answer in zip(members, await asyncio.gather(*calls, return_exceptions=True), strict=True):

@@ -1,4 +1,4 @@
-"""How many processes measure best on this machine."""
+"""Chooses the number of processes of a server: by default the number that measured best for its models."""
 
 import os
 import sys
@@ -12,16 +12,18 @@ from de3.model_store.store import Artifact
 from de3.server.settings import Settings
 
 SHARED_MEMORY = "/dev/shm"
-# Multiply-adds of a token in a large model: 25 tokens take about a millisecond; the rest of a request, a third of one.
+# A model is large above LARGE multiply-adds per token: 25 tokens then take about a millisecond, and the rest of their
+# request a third of that. A process with a large model has LARGE_THREADS engine threads.
 LARGE, LARGE_THREADS = 2e7, 4
 MEMORY_BYTES = 2**28  # of one process, with its requests; the weights are shared
 
 
 def number_of_processes(settings: Settings, artifacts: Sequence[Artifact]) -> int:
-    """The number in the settings; by default one for each engine thread, or for four if a model is large.
+    """The number in the settings; by default one for each engine thread, or one for every four if a model is large.
 
-    A text of a large model takes longer than all the rest of its request, so processes save little; and threads that
-    share a queue never wait while another has work. Raises ValueError if the system does not support more than one.
+    With a large model, inference takes longer than the rest of a request, so more processes save little. And engine
+    threads of one process share a queue, so none is idle while a text is pending. Raises ValueError if the settings ask
+    for more than one process and the system does not support it.
     """
     if settings.processes > 1:
         if sys.platform != "linux":
@@ -35,10 +37,10 @@ def number_of_processes(settings: Settings, artifacts: Sequence[Artifact]) -> in
 
 
 def most_processes(settings: Settings, artifacts: Sequence[Artifact], each: int = 1) -> int:
-    """One for `each` engine threads, as far as memory allows.
+    """The number of processes with one for every `each` engine threads, as far as memory allows.
 
-    One in all if a model runs on ONNX Runtime, whose weights every process would have for itself, and which needs the
-    GIL less often; or if the system does not support more.
+    It is 1 if a model runs on ONNX Runtime: each process would have its own copy of the weights, and would gain less,
+    because ONNX Runtime needs the GIL less often. It is also 1 if the system does not support more.
     """
     have_kernels = settings.runtime != "onnxruntime" and all(
         a.manifest.precision == "int8" for a in artifacts
@@ -49,16 +51,16 @@ def most_processes(settings: Settings, artifacts: Sequence[Artifact], each: int 
 
 
 def _work(manifest: Manifest) -> float:
-    """Multiply-adds of a token, on average at the model's default."""
+    """Multiply-adds per token: the mean at the model's default τ, or at full depth without a calibration."""
     encoder, calibration = manifest.encoder, manifest.calibration
     layers = manifest.num_layers if calibration is None else calibration.default.mean_exit_layer
     return layers * (4 * encoder.hidden_size**2 + 2 * encoder.hidden_size * encoder.inner)
 
 
 def find_temporary_folder() -> bool:
-    """True if there is a folder for temporary files: processes are started through a socket in it.
+    """True if there is a folder for temporary files; the socket through which processes are started is in it.
 
-    In a container whose file system is read-only, this may be shared memory.
+    In a container with a read-only file system, shared memory is used as the folder if it is writable.
     """
     try:
         tempfile.gettempdir()
@@ -73,6 +75,6 @@ def _memory() -> int:
     """Memory of this machine or container, bytes."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # there is none
+        with suppress(OSError, ValueError):  # no limit is set
             memory = min(memory, int(Path(limit).read_text()))
     return memory

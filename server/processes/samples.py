@@ -1,4 +1,4 @@
-"""Metrics of several processes as one: how the samples of each are added up."""
+"""Merges the metrics of several processes into those of one server."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-# Gauges that are not sums over the processes. Counters and histograms are always sums.
+# How a gauge of several processes is merged; counters and histograms are always added up.
 MAXIMA = {
     "de3_tau",
     "de3_full_depth_accuracy",
@@ -37,10 +37,10 @@ GROWING = ("counter", "histogram", "summary")
 
 @dataclass
 class Family:
-    """A metric of one process, as JSON.
+    """A metric and its samples, in a form that can be sent as JSON.
 
     Attributes:
-        samples: name, labels and value of each.
+        samples: name, labels and value of each sample.
     """
 
     name: str
@@ -58,7 +58,7 @@ def families_of(registry: CollectorRegistry) -> list[Family]:
 
 
 def merged(processes: Iterable[Sequence[Family]]) -> list[Family]:
-    """The metrics of all processes as one."""
+    """The metrics of all processes, merged."""
     families: dict[str, Family] = {}
     values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
     for process in processes:
@@ -84,7 +84,7 @@ def _both(family: Family, a: float, b: float) -> float:
 
 
 def growing(process: Sequence[Family]) -> list[Family]:
-    """The counters and histograms of a process that has ended, which still count."""
+    """The counters and histograms of a process, which still count after it has ended."""
     return [family for family in process if family.kind in GROWING]
 
 
@@ -107,7 +107,7 @@ def text_of(families: Sequence[Family]) -> bytes:
 
 
 def families_from(rows: Sequence[dict[str, Any]]) -> list[Family]:
-    """The metrics in JSON; JSON has no NaN, so null stands for it."""
+    """The metrics in parsed JSON, where null stands for NaN."""
     return [
         Family(
             row["name"],

@@ -1,7 +1,7 @@
-"""The supervisor of a server of several processes: it accepts connections, and has what the processes share.
+"""The supervisor of a server of several processes: it accepts connections, and holds what the processes share.
 
-It loads no model. Each connection goes to the process with the fewest. A process that ends is replaced; its own
-requests are all that is lost. Changes of the models are prepared by every process, then committed by every process.
+It loads no model. Each connection goes to the process with the fewest. A process that ends is replaced; only its own
+requests are lost. Changes of the models are prepared by every process, then committed by every process.
 """
 
 import asyncio
@@ -30,14 +30,14 @@ from de3.server.processes.weights import Weights
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
-MAX_STARTS = 3  # of a process that ends before it is ready, after which the server stops
-MAX_ENDS, ENDS_S = 5, 10.0  # ready processes that end within this time, after which the server stops
+MAX_STARTS = 3  # more failed starts in a row stop the server, unless another process is ready
+MAX_ENDS, ENDS_S = 5, 10.0  # the server stops if this many ready processes end within this time
 RETRY_S = 30.0  # longest pause before a process that failed to start is started again
-STOP_S = 10.0  # time to end a process after its last request
+STOP_S = 10.0  # time for a process to end after its last request
 
 
 class ServerError(Exception):
-    """The server cannot go on; logged already."""
+    """The server cannot go on; the reason is already logged."""
 
 
 class Supervisor:
@@ -48,7 +48,7 @@ class Supervisor:
     ) -> None:
         """listening: bound sockets. Raises StoreError or ValueError for wrong settings."""
         self._settings, self._artifacts, self._listening = settings, artifacts, listening
-        find(Store(settings.store), settings.models, artifacts)  # fails early, as a service does
+        find(Store(settings.store), settings.models, artifacts)  # raises early, as a Service does
         self._access = Access(settings)
         # A process that is started later has the same keys, whatever the files say then.
         self._part = worker.part_of(settings, settings.processes).model_copy(update=self._access.keys)
@@ -63,7 +63,7 @@ class Supervisor:
         self._starts = dict.fromkeys(range(1, settings.processes + 1), 0)
         self._ends: deque[float] = deque(maxlen=MAX_ENDS)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lives: dict[int, asyncio.Task[None]] = {}  # from the start of a process to its end
+        self._lives: dict[int, asyncio.Task[None]] = {}  # by number; each task ends with its process
         self._over: asyncio.Future[Exception | None]
         self._started = 0.0
         self._is_draining = False
@@ -117,7 +117,7 @@ class Supervisor:
         await self._connections.drain()
         for process in self._group.all:
             process.close()
-        # Their channels end with them; the last settled texts have then been counted.
+        # The channel of a process ends with it; its last settled texts have then been counted.
         if lives := list(self._lives.values()):
             await asyncio.wait(lives, timeout=self._settings.timeout_s + 5 + STOP_S)
         for process in self._group.all:
@@ -161,7 +161,7 @@ class Supervisor:
         running = asyncio.ensure_future(process.channel.run(control))
         await ended.wait()
         loop.remove_reader(os_process.sentinel)
-        await running  # its last messages
+        await running  # until its last messages are handled
         await asyncio.to_thread(os_process.join)
         self._gone(process)
 
@@ -197,7 +197,7 @@ class Supervisor:
     def _failed(self, number: int, reason: str) -> None:
         """Replace a process, or stop the server if processes end again and again.
 
-        While others are ready, one that cannot start is tried again, after longer and longer pauses.
+        While others are ready, a process that cannot start is started again, after longer and longer pauses.
         """
         self._starts[number] += 1
         starts = self._starts[number]

@@ -11,7 +11,7 @@ from de3.server.processes.worker import WEIGHTS, artifact_of
 
 
 def key_of(artifact: Sequence[Any]) -> str:
-    """Identifies the weights of an artifact, given as in a plan."""
+    """The key of an artifact's weights. artifact: [path, manifest, proof]."""
     return fingerprint(artifact_of(artifact).manifest)
 
 
@@ -28,13 +28,13 @@ class Weights:
         self._fds[key] = fd
 
     def send(self, sockets: socket.socket, artifacts: Iterable[Sequence[Any]]) -> None:
-        """Send a process the memory of models that it will load; one that gets none fills its own."""
+        """Send a process the memory of models that it will load; a process that gets none fills its own."""
         for key in map(key_of, artifacts):
             if (fd := self._fds.get(key)) is not None:
                 with suppress(OSError):
                     socket.send_fds(sockets, [WEIGHTS + key.encode()], [fd])
 
     def keep(self, artifacts: Iterable[Sequence[Any]]) -> None:
-        """Close the memory of all other models; processes that still use it have mapped it."""
+        """Close the memory of all models but these; processes that still use it have mapped it."""
         for key in self._fds.keys() - set(map(key_of, artifacts)):
             os.close(self._fds.pop(key))

@@ -39,17 +39,17 @@ from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 CONNECTION, WEIGHTS = b"c", b"w"  # first byte of the messages that carry a file descriptor
-CLOSED = b"x"  # before the number of connections that were closed
+CLOSED = b"x"  # first byte of a message with the number of closed connections
 FD_MESSAGE_BYTES = 256
-ALL = 2**16  # messages to receive; more do not fit into a socket
+ALL = 2**16  # messages to receive at once: more than a socket buffers
 MAX_UNSENT_BYTES = 2**20
 SEND_S = 0.02  # settled texts are collected for this long, then sent together
 
 
 def part_of(settings: Settings, processes: int) -> Settings:
-    """The settings of one of several processes: its part of the threads, and of the limits on what is in flight.
+    """The settings of one of several processes, with its part of the engine threads and of the server's limits.
 
-    A limit is not less than one request needs.
+    The limits are those on texts and body bytes in flight, and on connections. None is lower than one request needs.
     """
 
     def part(limit: int, least: int = 1) -> int:
@@ -66,7 +66,7 @@ def part_of(settings: Settings, processes: int) -> Settings:
 
 
 def plan_row(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON."""
+    """A plan as a JSON object."""
     row = {name: getattr(plan, name) for name in ("what", "name", "role", "share", "version", "no_kernels")}
     a = plan.artifact
     if a is None:
@@ -76,13 +76,13 @@ def plan_row(plan: Plan) -> dict[str, Any]:
 
 
 def plan_of(row: dict[str, Any]) -> Plan:
-    """The plan of a row."""
+    """The plan in an object that plan_row() made."""
     artifact = row["artifact"]
     return Plan(**{**row, "artifact": None if artifact is None else artifact_of(artifact)})
 
 
 def artifact_of(row: Sequence[Any]) -> Artifact:
-    """The artifact in the row of a plan."""
+    """The artifact in [path, manifest, proof], as plan_row() makes it."""
     path, manifest, proof = row
     return Artifact(
         Path(path), Manifest.model_validate_json(manifest), None if proof is None else Path(proof)
@@ -90,13 +90,13 @@ def artifact_of(row: Sequence[Any]) -> Artifact:
 
 
 def record_row(name: str, record: Record) -> list[Any]:
-    """A record of a model as JSON."""
+    """A record of a model's traffic as a JSON array. name: the model's name:version."""
     arrays = [b64encode(array.tobytes()).decode() for array in (record.states, record.logits)]
     return [name, record.client, record.share, record.key, len(record.states), *arrays]
 
 
 def record_of(row: list[Any]) -> tuple[str, Record]:
-    """The model's name and the record of a row."""
+    """The model's name:version and the record in an array that record_row() made."""
     name, client, share, key, layers, states, logits = row
     pooled = np.frombuffer(b64decode(states), np.float16).reshape(layers, -1)
     return name, Record(client, share, key, pooled, np.frombuffer(b64decode(logits), np.float32))
@@ -118,7 +118,7 @@ def can_share_memory() -> bool:
 
 
 class Worker:
-    """One process; implements `shared.py: Shared` by messages to the supervisor."""
+    """One process; implements `Shared`, `Leases` (shared.py) and `Books` (audits.py) by messages to the supervisor."""
 
     def __init__(self, settings: Settings, control: socket.socket, sockets: socket.socket) -> None:
         """control: carries the channel. sockets: carries connections and weights, with their file descriptors."""
@@ -130,13 +130,13 @@ class Worker:
         self._shares_weights = can_share_memory()
         self._settled: dict[tuple[str, int], tuple[list[Settled], bool]] = {}
         self._records: list[list[Any]] = []  # not yet sent
-        self._weights: dict[str, int] = {}  # file descriptors of filled memory
-        self._new_weights: dict[str, int] = {}  # of memory that this process fills
+        self._weights: dict[str, int] = {}  # file descriptors of filled memory, by fingerprint
+        self._new_weights: dict[str, int] = {}  # the same for memory that this process fills
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._create: Callable[[], asyncio.Protocol] | None = None
         self._early: list[socket.socket] = []
-        self._closed = 0  # connections closed, of which the supervisor does not know yet
+        self._closed = 0  # closed connections not yet reported to the supervisor
         self._is_draining = False
         self.channel = Channel(
             {
@@ -156,18 +156,21 @@ class Worker:
         )
 
     def attach(self, service: Service, stop: Callable[[], None]) -> None:
-        """Set the service of this process. stop: drains it."""
+        """Set the service of this process. stop: ends the HTTP server after the accepted requests."""
         self.service, self._stop = service, stop
 
     # Shared
 
     async def begin(self, manager: Manager, artifacts: Sequence[Artifact], are_named: bool) -> None:
-        """Load the models when the supervisor says so, until it lets this process answer."""
+        """Load the models when the supervisor asks for it, and wait until it lets this process answer requests."""
         self._to_load.set_result((manager, artifacts, are_named))
         await self._may_open
 
     async def _load(self, said: list[Any] | None) -> dict[str, Any]:
-        """Load the models. said: plans and routes, from another process; None: this is the first one."""
+        """Load the models; returns their state, or {"failed"}.
+
+        said: plans and routes of another process; None: this is the first process to load them.
+        """
         self._receive(ALL)  # weights that were sent before
         manager, artifacts, are_named = await self._to_load
         try:
@@ -178,7 +181,7 @@ class Worker:
                 routes = {name: Route(**row) for name, row in routes.items()}
                 await manager.restore([plan_of(row) for row in plans], routes)
         except Exception as error:
-            if not self._may_open.done():  # it is cancelled while this process drains
+            if not self._may_open.done():  # cancelled if this process drains
                 self._may_open.set_exception(error)
             return {"failed": str(error)}
         self._release_weights()
@@ -199,7 +202,7 @@ class Worker:
         return answer
 
     async def lease(self, owner: str, texts: int) -> int:
-        """Take texts from an owner's rate limit, at least this many; raises RequestError."""
+        """Take at least this many texts from an owner's rate limit; returns the number. Raises RequestError."""
         granted: int = await self.channel.call("lease", owner, texts)
         return granted
 
@@ -216,7 +219,7 @@ class Worker:
         self.channel.tell("ready")
 
     def stop(self) -> None:
-        """Send the last settled texts; called in another thread."""
+        """Send the last settled texts and records; called in another thread."""
         if self._loop is not None:
             done = asyncio.run_coroutine_threadsafe(self._flush(), self._loop)
             with suppress(Exception):
@@ -225,7 +228,7 @@ class Worker:
     async def _flush(self) -> None:
         self._send_settled()
         self._send_records()
-        await self.channel.call("sync")  # answered after the notes before it
+        await self.channel.call("sync")  # the answer shows that all earlier notes were handled
 
     # Books
 
@@ -247,7 +250,7 @@ class Worker:
         return self.channel.unsent > MAX_UNSENT_BYTES
 
     def count(self, name: str, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
-        """Send settled texts to the supervisor, several requests together."""
+        """Send settled texts to the supervisor, those of several requests together; see Ledger.count."""
         if not self._settled and self._loop is not None:
             self._loop.call_later(SEND_S, self._send_settled)
         texts, _ = self._settled.get((name, epoch), ([], False))
@@ -260,7 +263,7 @@ class Worker:
             self.channel.tell("count", name, [asdict(one) for one in settled], epoch, may_rise)
 
     def learn(self, name: str, record: Record) -> None:
-        """Send a record of a model's traffic to the supervisor, several together."""
+        """Send a record of a model's traffic to the supervisor, together with others."""
         if not self._records and self._loop is not None:
             self._loop.call_later(SEND_S, self._send_records)
         self._records.append(record_row(name, record))
@@ -270,7 +273,7 @@ class Worker:
         self.channel.tell("records", sent)
 
     async def learning(self, name: str, starts: bool) -> dict[str, Any]:
-        """What was learned for a model name. starts: start a fit now. Raises RequestError."""
+        """The state of learning for a model name. starts: start a fit now. Raises RequestError."""
         answer: dict[str, Any] = await self.channel.call("learning", name, starts)
         return answer
 
@@ -344,7 +347,7 @@ class Worker:
     # Weights
 
     def memory_of(self, artifact: Artifact) -> Memory | None:
-        """Memory for the weights of a model, which another process may have filled; None if it cannot be shared."""
+        """Memory for the weights of a model, which another process may have filled; None if memory cannot be shared."""
         if not self._shares_weights:
             return None
         key = fingerprint(artifact.manifest)
@@ -354,9 +357,12 @@ class Worker:
         return Memory(fd, False)
 
     def _release_weights(self, are_filled: bool = True) -> None:
-        """Send the memory that this process has filled to the supervisor, and close it; the kernels have mapped it."""
+        """Send newly filled memory to the supervisor, then close all memory of weights; the kernels have mapped it.
+
+        are_filled: the new memory was filled; False: loading failed.
+        """
         for key, fd in self._new_weights.items() if are_filled else ():
-            with suppress(OSError):  # then each process has its own
+            with suppress(OSError):  # then each process fills its own
                 socket.send_fds(self._sockets, [WEIGHTS + key.encode()], [fd])
         for fd in (*self._new_weights.values(), *self._weights.values()):
             os.close(fd)
@@ -379,7 +385,7 @@ class Worker:
         self._drain()  # the supervisor has ended
 
     def listen(self, create: Callable[[], asyncio.Protocol]) -> None:
-        """Serve connections. create: makes the protocol of one."""
+        """Serve connections, including those that arrived early. create: makes the protocol of a connection."""
         self._create = create
         early, self._early = self._early, []
         for sock in early:
@@ -395,9 +401,9 @@ class Worker:
             except ConnectionError:
                 data, fds = b"", []
             if not data:
-                self._drain()  # no further connections come
+                self._drain()  # the supervisor sends no more connections
                 return
-            if not fds:  # this process has no free file descriptor
+            if not fds:  # this process had no free file descriptor for it
                 if data[:1] == CONNECTION:
                     self.closed()
             elif data[:1] == WEIGHTS:
@@ -469,7 +475,7 @@ class WorkerServer(HttpServer):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Nothing: a signal may reach all processes, and the supervisor drains them."""
+        """Ignore the signal: it may reach all processes, and the supervisor drains them."""
 
 
 def main(
@@ -481,11 +487,11 @@ def main(
 ) -> None:
     """Run a process until the supervisor closes its sockets; exits with 1 if its models or its engine fail.
 
-    number: of the process, from 1.
+    number: number of the process, from 1.
     """
     for one in (signal.SIGTERM, signal.SIGINT):
         signal.signal(one, signal.SIG_IGN)
-    random.seed()  # the processes are forked with the same state
+    random.seed()  # the processes are forked with the same random state
     sys.setswitchinterval(0.0005)  # see server/main.py
     logs.configure(settings.log_format, number)
     worker = Worker(settings, control, sockets)

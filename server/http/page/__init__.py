@@ -1,4 +1,4 @@
-"""The page at GET /, which shows where a text exits and why: one response, style and script included."""
+"""The web page at GET /, which shows where a text exits and why; its style and script are inline."""
 
 import hashlib
 from base64 import b64encode
@@ -14,7 +14,7 @@ def _source(style: str) -> str:
 
 @cache
 def page() -> HTMLResponse:
-    """The page. It loads nothing else, and runs no script but its own."""
+    """The response with the page. Its policy permits only its own script and style, and requests to this server."""
     html, style, script = (
         (files(__name__) / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
     )
