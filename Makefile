@@ -11,7 +11,7 @@ PORT ?= 8000
 SERVE := .venv-serve
 DEV := .venv
 # More than the two cores of most CI machines, because a test that waits leaves its core to another.
-WORKERS := 4
+WORKERS := 3
 PYTEST = $(DEV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Show pip's progress bars only in a terminal.
 QUIET := $(shell test -t 2 || echo --quiet)

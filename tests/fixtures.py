@@ -202,30 +202,10 @@ def save_encoder(
 
 # The slowest first, so that no pytest-xdist worker starts a slow file when the others are done.
 SLOW_FILES = (
-    *(
-        "docker",
-        "ray",
-        "training_studies",
-        "wheel",
-        "attacks",
-        "trouble",
-        "fuzz",
-        "kernels",
-        "studies",
-        "dashboards",
-    ),
-    *(
-        "import",
-        "modernbert",
-        "multi_label",
-        "models",
-        "page",
-        "regression",
-        "budgets",
-        "server_life",
-        "audit",
-    ),
-    *("deberta", "training", "hostile_models", "export", "calibration", "signal_choice", "native"),
+    *("docker", "ray", "training_studies", "wheel", "attacks", "trouble", "fuzz", "kernels", "studies"),
+    *("import", "page", "models", "audit", "processes", "learn", "export", "budgets", "regression"),
+    *("server_life", "modernbert", "multi_label", "deberta", "reports", "training", "hostile_models"),
+    *("connection", "signal_choice", "native", "calibration"),
 )
 
 
