@@ -109,7 +109,7 @@ def _process_errors() -> Iterator[None]:
     except (BrokenProcessPool, RuntimeError) as error:
         reason = "perhaps for lack of memory" if isinstance(error, BrokenProcessPool) else error
         raise ValueError(
-            f"a process failed, {reason}; the parts that are written remain, and the same command goes on"
+            f"a process failed, {reason}; the parts that are written remain, and the same command continues"
         ) from None
 
 

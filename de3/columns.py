@@ -51,7 +51,7 @@ class Answers:
     full_depth_s: float = 0.0
 
 
-class Columns:
+class AnswerColumns:
     """The answers of finished jobs, by column.
 
     Attributes:

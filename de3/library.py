@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overloa
 import orjson
 
 from de3.client import Input, Row
-from de3.columns import Answers, Columns
+from de3.columns import AnswerColumns, Answers
 from de3.model_store.manifest import Manifest, fingerprint
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError, read_manifest
 from de3.native.network import Memory
@@ -194,7 +194,7 @@ class Classifier:
         size = max(1, len(given)) if request.options.latency_budget_ms is not None else WINDOW
         jobs = self._run(request, batch.parts(size))
         if as_arrow:
-            columns = Columns(self.manifest, request)
+            columns = AnswerColumns(self.manifest, request)
             for job in jobs:
                 columns.add(job)
             return columns.table(batch.order)
@@ -246,7 +246,7 @@ class Classifier:
             else:
                 checked.append(text)
                 indices.append(index)
-        batch, columns = _Batch(checked), Columns(self.manifest, request)
+        batch, columns = _Batch(checked), AnswerColumns(self.manifest, request)
         for job in self._run(request, batch.parts(WINDOW)):
             columns.add(job)
         errors |= {

@@ -10,7 +10,7 @@ only once the e-value against "the rate at that value is above the promise" has 
 until the traffic changes, the probability that τ ever reaches a value whose rate is above the promise is at most δ.
 
 It takes many audits to tell a small change in the traffic from chance. Therefore τ is also lowered, without a test, as
-soon as the rate of recent audits is less than a standard error below the promised rate (`Recent`), and all evidence is
+soon as the rate of recent audits is less than a standard error below the promised rate (`RecentRates`), and all evidence is
 discarded when the change detector fires.
 """
 
@@ -28,8 +28,8 @@ from de3.exits.guarantee import CONFIDENCE
 # Mean number of audits before a false alarm at exactly the promised rate; far more at a lower rate.
 PATIENCE = 1e5
 MAX_SHARES = 64  # tallies in an Evidence; a server has about twenty
-# Number of recent audits; larger if the promise lets fewer than LEAST_EXPECTED of them differ.
-RECENT, LEAST_EXPECTED = 300, 6
+# Number of recent audits; larger if the promise lets fewer than MIN_EXPECTED of them differ.
+RECENT, MIN_EXPECTED = 300, 6
 
 Reason = Literal["start", "calibrated", "evidence", "recent", "change", "reset"]
 
@@ -51,7 +51,7 @@ class SavedPromise(NamedTuple):
         start: the initial τ, not tested.
         reason: see Promise.
         detector: wealth of the change detector.
-        weight, recent: `weight` and `differing` of Recent.
+        weight, recent: `weight` and `differing` of RecentRates.
         error: δ.
     """
 
@@ -233,17 +233,17 @@ class Evidence:
         return np.array(list(self.tallies)), texts, np.stack([tally.differing[index] for tally in tallies])
 
 
-class Recent:
+class RecentRates:
     """Exponentially weighted rates of the recent audits, by τ.
 
     Attributes:
-        weight: total weight of the audits; below RECENT, or below LEAST_EXPECTED / rate if that is larger.
+        weight: total weight of the audits; below RECENT, or below MIN_EXPECTED / rate if that is larger.
         differing: weight of the audits that would differ at each τ, (G,).
     """
 
     def __init__(self, rate: float, count: int) -> None:
         """rate: the promised rate. count: number of values of τ, G."""
-        self._rate, self._window = rate, max(RECENT, LEAST_EXPECTED / rate)
+        self._rate, self._window = rate, max(RECENT, MIN_EXPECTED / rate)
         self._error = math.sqrt(rate * (1 - rate) / self._window)
         self.weight, self.differing = 0.0, np.zeros(count)
 
@@ -286,7 +286,7 @@ class Promise:
         self.evidence = Evidence(taus)
         self.proved = self.index = self._start = start
         self._why: Reason = "calibrated" if start else "start"
-        self.recent = Recent(rate, len(taus))
+        self.recent = RecentRates(rate, len(taus))
         self._detector = betting.ChangeDetector(rate, PATIENCE)
 
     @property
@@ -336,7 +336,7 @@ class Promise:
     def reset(self, reason: Reason) -> None:
         """Discard the evidence, and return to τ = 0."""
         self.evidence = Evidence(self.evidence.taus)
-        self.recent = Recent(self.rate, len(self.evidence.taus))
+        self.recent = RecentRates(self.rate, len(self.evidence.taus))
         self.proved = self.index = self._start = 0
         self._why = reason
         self._detector = betting.ChangeDetector(self.rate, PATIENCE)

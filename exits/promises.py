@@ -4,7 +4,7 @@ A client whose texts are easy can make the rate of disagreement look low, and so
 Therefore each client has a `Promise` on the evidence of all other clients. A client gets the lowest τ of the other
 clients' promises: the evidence allows this τ even if any one of the other clients is left out. A client that sends most
 of the texts keeps its own τ, and the others get the τ that the evidence without that client allows. Several clients
-together could still raise τ for the others, so a client's own recent audits also lower its τ (`Recent`).
+together could still raise τ for the others, so a client's own recent audits also lower its τ (`RecentRates`).
 
 Only the MAX_CLIENTS clients with the most texts are left out one by one. All further clients count as one, `OTHERS`.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits.guarantee import CONFIDENCE
-from de3.exits.promise import Profile, Promise, Reason, Recent
+from de3.exits.promise import Profile, Promise, Reason, RecentRates
 
 MAX_CLIENTS = 8
 MAX_COUNTED = 1024  # further clients whose texts are counted
@@ -37,7 +37,7 @@ class Promises:
         """rate, taus, start, error: see Promise."""
         self.rate, self.taus, self.start, self.error = rate, taus, start, error
         self.by_left_out: dict[str, Promise] = {ALL: Promise(rate, taus, start, error)}
-        self.own: dict[str, Recent] = {}
+        self.own: dict[str, RecentRates] = {}
         self.texts = Counter[str]()
 
     @property
@@ -111,7 +111,7 @@ class Promises:
         if key not in self.by_left_out:
             # The copy keeps this client's earlier evidence: less than that of any client that was left out until now.
             self.by_left_out[key] = self.of_all.copy()
-            self.own[key] = Recent(self.rate, len(self.taus))
+            self.own[key] = RecentRates(self.rate, len(self.taus))
         return key
 
     def _forget(self) -> None:

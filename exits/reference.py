@@ -18,7 +18,7 @@ LEVELS = (
     *(0.98, 0.99, 0.995, 0.998, 0.999, 1.0),
 )
 FAR_LEVEL = 0.99  # a distance above this quantile is out of distribution
-LEAST_TAIL = 0.0005  # tail of a value above every calibration sample
+MIN_TAIL = 0.0005  # tail of a value above every calibration sample
 BINS = 10  # bins of the PSI
 DIGITS = 6
 
@@ -34,8 +34,8 @@ def far(reference: Sequence[float]) -> float:
 
 
 def tail(value: float, reference: Sequence[float]) -> float:
-    """The share of calibration samples ≥ value, in [LEAST_TAIL, 1]; linear between quantiles."""
-    return max(LEAST_TAIL, 1.0 - _level(value, reference))
+    """The share of calibration samples ≥ value, in [MIN_TAIL, 1]; linear between quantiles."""
+    return max(MIN_TAIL, 1.0 - _level(value, reference))
 
 
 def _level(value: float, reference: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from de3.exits.signals import Risk, Weights
 Floats = NDArray[np.float64]
 RIDGE = 0.01  # on standardized weights; the loss is summed over samples
 MAX_STEPS = 100
-LEAST_SPREAD = (
+MIN_SPREAD = (
     1e-4  # features that vary less are not used: weights are divided by the spread, and must stay small
 )
 
@@ -58,7 +58,7 @@ def regress(features: Floats, targets: Floats) -> Floats:
     """
     x = features[:, 1:]
     mean, spread = x.mean(0), x.std(0)
-    varies = spread > LEAST_SPREAD * (1 + np.abs(mean))
+    varies = spread > MIN_SPREAD * (1 + np.abs(mean))
     z = np.ones((len(x), 1 + int(varies.sum())))
     z[:, 1:] = (x[:, varies] - mean[varies]) / spread[varies]
     ridge = np.full(z.shape[1], RIDGE)

@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-LEAST_GAIN = 1.1  # least speed-up of a row of `under_load` relative to the previous one
+MIN_GAIN = 1.1  # least speed-up of a row of `under_load` relative to the previous one
 
 
 class TradeOffs:
@@ -42,12 +42,12 @@ class TradeOffs:
     def under_load(self, tau: float, min_accuracy: float, max_disagreement: float) -> list[Any]:
         """The rows to which a server under load may raise τ, within both limits.
 
-        Each is at least LEAST_GAIN times as fast as the one before.
+        Each is at least MIN_GAIN times as fast as the one before.
         """
         steps: list[Any] = []
         speed = max((row.speedup for row in self.rows if row.tau <= tau), default=1.0)
         for row in self.rows:
-            if row.tau <= tau or row.speedup < LEAST_GAIN * speed:
+            if row.tau <= tau or row.speedup < MIN_GAIN * speed:
                 continue
             if row.accuracy < min_accuracy or row.disagreement > max_disagreement:
                 break

@@ -19,7 +19,7 @@ MAX_WINDOWS = 16
 MAX_TOKENS = 16 * 512  # of all windows together; if windows are long, there are fewer, but at least two
 OVERLAP = 0.25  # share of a window's tokens that are also in the next one
 # At τ > 0: assumed effect of the remaining windows, as a share of their largest possible effect. Measured on product
-# reviews (lab/docs/experiments.md).
+# reviews (lab/docs/experiments/long-texts.md).
 EXPECTED_CHANGE = 0.75
 ROUNDING = 1e-9  # share of the total weight; exceeds the rounding error of summed probabilities
 SMALLEST = 1e-300  # lower bound of the argument of a logarithm

@@ -144,8 +144,8 @@ def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
     rows = np.arange(len(int8.labels))
     index, expected = (exit_index(rule.signal.scores(r), rule.tau) for r in (int8, reference))
     ours, theirs = int8.answers[rows, index], reference.answers[rows, expected]
-    unlike = ours != theirs if int8.tolerance is None else ~(np.abs(ours - theirs) <= int8.tolerance)
-    same = (index == expected) & ~(unlike if unlike.ndim == 1 else unlike.any(-1))
+    differing = ours != theirs if int8.tolerance is None else ~(np.abs(ours - theirs) <= int8.tolerance)
+    same = (index == expected) & ~(differing if differing.ndim == 1 else differing.any(-1))
     share = float(same.mean())
     message = f"{100 * share:.1f}% of the certifying samples have the same exit and answer as in fp32"
     if share < MIN_SAME_EXIT:

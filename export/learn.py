@@ -43,12 +43,12 @@ from de3.training.progress import console
 FOLDS = 4  # of cross-fitting: the risk is fitted to a text with exits that were fitted without it
 HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and number of the new texts that test the exits
 SLACK = 1.25  # over-representation of a client up to this factor is not corrected: it may be chance
-LEAST_OF_CLIENT = 30  # held-out records of a client that make its weight reliable
+MIN_OF_CLIENT = 30  # held-out records of a client that make its weight reliable
 MAX_FITTED = 20_000  # records
 MAX_LOSS = 0.01  # of accuracy, at the default τ of requests to a server without a guarantee
-# Ratios of new exits to those served now. New exits are published if their proved speed-up is LEAST_GAIN times as high;
-# or if they allow LEAST_HOPE times the speed-up, and prove at least LEAST_KEPT times the speed-up at the τ in force.
-LEAST_GAIN, LEAST_HOPE, LEAST_KEPT = 1.02, 1.08, 0.8
+# Ratios of new exits to those served now. New exits are published if their proved speed-up is MIN_GAIN times as high;
+# or if they allow MIN_HOPE times the speed-up, and prove at least MIN_KEPT times the speed-up at the τ in force.
+MIN_GAIN, MIN_HOPE, MIN_KEPT = 1.02, 1.08, 0.8
 MAX_CPU_S = 3600
 SEED = 0
 PR_SET_PDEATHSIG = 1
@@ -145,7 +145,7 @@ def _thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator
     clients = records.clients[rows]
     counts = np.bincount(clients, minlength=len(records.names))
     weights = np.array(records.texts) / np.maximum(counts, 1)  # number of texts that a record stands for
-    known = counts >= LEAST_OF_CLIENT
+    known = counts >= MIN_OF_CLIENT
     most = weights[known].max() if known.any() else np.inf
     return rows[rng.random(len(rows)) * most <= SLACK * weights[clients]] if np.isfinite(most) else rows
 
@@ -323,9 +323,9 @@ def learn(base: Artifact, records: Records, store: Store, job: "Job") -> dict[st
     fitted = fit_exits(records, manifest, job.attempt, job.rate, job.first_new)
     # Audits of live traffic will prove more of the speed-up that the exits allow.
     is_promising = (
-        fitted.speedup >= LEAST_HOPE * job.allowed and fitted.proved_speedup >= LEAST_KEPT * job.speedup
+        fitted.speedup >= MIN_HOPE * job.allowed and fitted.proved_speedup >= MIN_KEPT * job.speedup
     )
-    is_better = fitted.proved_speedup >= LEAST_GAIN * job.speedup or is_promising
+    is_better = fitted.proved_speedup >= MIN_GAIN * job.speedup or is_promising
     path = None
     if is_better:
         path = str(publish(base, fitted, store, job.attempt, len(records), version=job.version))

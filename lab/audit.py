@@ -184,7 +184,7 @@ def plot(path: Path, told: list[Window], rate: float) -> None:
     )
     axes[0].plot(x, [100 * w.true for w in told], label="true")
     axes[0].axhline(100 * rate, linestyle=":", color="black", label="promised")
-    axes[0].set_ylabel("unlike full depth, %")
+    axes[0].set_ylabel("differ from full depth, %")
     axes[0].legend(fontsize=8)
     axes[1].step(x, [w.tau for w in told], where="post")
     axes[1].set_ylabel("τ")

@@ -15,8 +15,8 @@ from urllib.request import Request, urlopen
 
 from de3.loadtest.servers import Running, ours, running
 from lab.attacks import ATTACKS, Attack
-from lab.innocent import Innocent, Phase
 from lab.limits import limits
+from lab.well_behaved import Phase, WellBehavedClient
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -118,7 +118,7 @@ class Arena:
         ):
             expected = self._answer()
             budget = BUDGET_MS if attack.with_budgets else None
-            with Innocent(self.port, budget) as innocent:
+            with WellBehavedClient(self.port, budget) as client:
                 start = time.monotonic()
                 time.sleep(self.quiet_s)
                 memory = Memory(limit.group is not None, server.memory_mb())
@@ -128,9 +128,9 @@ class Arena:
                 time.sleep(self.quiet_s)
                 last = time.monotonic()
             times = {"before": (start, begin), "during": (begin, end), "after": (end, last)}
-            row.phases = {name: Phase.of(innocent.between(*span)) for name, span in times.items()}
+            row.phases = {name: Phase.of(client.between(*span)) for name, span in times.items()}
             if attack.with_budgets:
-                row.budgets = innocent.budgets(begin, end)
+                row.budgets = client.budgets(begin, end)
             row.survived = self._answer() == expected and server.process.poll() is None
             row.memory = self._await_memory(memory, server, peak, end)
             was_killed = limit.killed()

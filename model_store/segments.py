@@ -157,7 +157,7 @@ class NativeForward:
     """The kernels' forward pass: all layers and the exit rule between them in one call, without the GIL."""
 
     def __init__(self, kernels: Any, model: Any, manifest: Manifest, prototypes: dict[int, Array]) -> None:
-        self._through, self._model = kernels.through, model
+        self._forward, self._model = kernels.forward, model
         self._prototypes = [prototypes.get(layer) for layer in range(manifest.num_layers + 1)]
         self._shape = (manifest.num_layers + 1, len(manifest.labels))
         self._hidden = manifest.hidden_size
@@ -188,7 +188,7 @@ class NativeForward:
             table = None if p.thresholds is None else p.thresholds.table
             rule = (p.tau, *signal, p.deepest, p.ask_all, p.caution, table)
             texts.append((p.tokens.ids, p.tokens.type_ids, *rule, p.logits, p.distances, p.hidden, p.states))
-        results = self._through(self._model, texts, self._prototypes, far, first, last, at_idle)
+        results = self._forward(self._model, texts, self._prototypes, far, first, last, at_idle)
         for p, (seconds, left) in zip(passes, results, strict=True):
             p.layer = last + 1
             p.seconds += seconds
@@ -261,7 +261,7 @@ def session_options(max_tokens: int = ARENA_TOKENS) -> Any:
         # Weights are not allocated in the arena: it would keep their memory after the model is unloaded.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     # The segments are built fused; a higher level would fuse Add and LayerNormalization into SkipLayerNormalization,
-    # which measured 5 times slower than the two (docs/performance.md).
+    # which was measured to be 5 times slower than the two operators (docs/performance.md).
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return options
 

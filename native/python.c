@@ -319,7 +319,7 @@ static PyObject *py_set_embeddings(PyObject *self, PyObject *args) {
     return done(ok, b, 4);
 }
 
-/* set_exit(model, layer, classifier (K, H), bias (K), weight (H, D) int8, scale (D), bias (D)); the last three
+/* set_exit(model, layer, classifier (K, H), bias (K), weight (H, D) int8, scale (D), metric_bias (D)); the last three
  * are empty for an exit without prototypes */
 static PyObject *py_set_exit(PyObject *self, PyObject *args) {
     PyObject *capsule;
@@ -333,7 +333,7 @@ static PyObject *py_set_exit(PyObject *self, PyObject *args) {
         int labels = (int)(b[1].len / 4), metric = (int)(b[3].len / 4);
         ok = holds(&b[0], (size_t)labels * m->hidden, 4, "classifier") && holds(&b[1], labels, 4, "bias") &&
              holds(&b[2], (size_t)metric * m->hidden, 1, "weight") && holds(&b[3], metric, 4, "scale") &&
-             holds(&b[4], metric, 4, "bias") && require(!head->is_set, "this exit is set already") &&
+             holds(&b[4], metric, 4, "metric_bias") && require(!head->is_set, "this exit is set already") &&
              require(metric % 32 == 0, "a metric space must have a multiple of 32 dimensions");
         for (int i = 0; ok && i <= m->num_layers; i++)
             ok = require(labels >= 1 && (!m->exits[i].is_set || m->exits[i].num_labels == labels),
@@ -427,7 +427,7 @@ static int has_signal(Signal *signal, const Py_buffer *weights, int layers) {
 
 enum { PASS_BUFFERS = 8 };
 
-/* Fill a pass and its buffers from a tuple (see py_through); returns 0, with an error set, if it is invalid.
+/* Fill a pass and its buffers from a tuple (see py_forward); returns 0, with an error set, if it is invalid.
  * is_part: the call does not run all layers. */
 static int open_pass(const Model *m, PyObject *text, int is_part, Pass *p, Py_buffer *b) {
     if (!PyArg_ParseTuple(text, "y*z*didz*ipdz*w*w*z*z*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam, &b[4],
@@ -488,7 +488,7 @@ static PyObject *reading_list(const Model *m, const Pass *p) {
     return list;
 }
 
-/* through(model, texts, prototypes, far, first, last, at_idle=False) → [(seconds, exit)]; see run_passes.
+/* forward(model, texts, prototypes, far, first, last, at_idle=False) → [(seconds, exit)]; see run_passes.
  * exit: (layer, is_below_tau, is_far, readings), see reading_list; None if the text has not exited.
  * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, caution, thresholds,
  * logits, distances, hidden, states)], where
@@ -498,7 +498,7 @@ static PyObject *reading_list(const Model *m, const Pass *p) {
  *   hidden: float32 (T, H), or None if the call runs all layers
  *   states: float32 (num_layers, H) or None
  * prototypes: [(K, D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. */
-static PyObject *py_through(PyObject *self, PyObject *args) {
+static PyObject *py_forward(PyObject *self, PyObject *args) {
     PyObject *capsule, *texts, *rows, *result = NULL;
     Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_PASSES][PASS_BUFFERS];
     const float *prototypes[MAX_LAYERS + 1];
@@ -603,10 +603,10 @@ static PyMethodDef methods[] = {
     {"set_rotation", py_set_rotation, METH_VARARGS, "set_rotation(model, layers, cos, sin)"},
     {"set_terms", py_set_terms, METH_VARARGS, "set_terms(model, layer, scale, buckets, keys, queries)"},
     {"set_embeddings", py_set_embeddings, METH_VARARGS, "set_embeddings(model, words, scales, positions, types)"},
-    {"set_exit", py_set_exit, METH_VARARGS, "set_exit(model, layer, classifier, bias, weight, scale, shift)"},
+    {"set_exit", py_set_exit, METH_VARARGS, "set_exit(model, layer, classifier, bias, weight, scale, metric_bias)"},
     {"set_head", py_set_head, METH_VARARGS, "set_head(model, dense, bias, activation, mean)"},
     {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to, prototypes, logits, distances)"},
-    {"through", py_through, METH_VARARGS, "through(model, texts, prototypes, far, first, last, at_idle=False)"},
+    {"forward", py_forward, METH_VARARGS, "forward(model, texts, prototypes, far, first, last, at_idle=False)"},
     {"score", py_score, METH_VARARGS, "score(exits, signal, lam, weights, thresholds): the exits of layers 0, 1, …"},
     {"exits", py_exits, METH_VARARGS, "exits(score, tau)"},
     {NULL, NULL, 0, NULL},

@@ -81,5 +81,5 @@ class Admission:
 
     def release(self, job: Job) -> None:
         """Stop counting the texts of an admitted job."""
-        self.texts.give_back(job.client, len(job.items))
+        self.texts.release(job.client, len(job.items))
         self._batches.discard(job)

@@ -113,8 +113,8 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
         if error is None:
             pairs = [(a, b) for a, b in zip(answers, second.answers(), strict=True) if a is not None]
             service.metrics.shadow_texts.labels(*names).inc(len(pairs))
-            unlike = sum(differs(a, b, tolerance) for a, b in pairs)
-            service.metrics.shadow_disagreements.labels(*names).inc(unlike)
+            differing = sum(differs(a, b, tolerance) for a, b in pairs)
+            service.metrics.shadow_disagreements.labels(*names).inc(differing)
         second.release()
 
     try:

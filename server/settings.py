@@ -237,7 +237,7 @@ class Settings(BaseModel):
     learn: Annotated[bool, LEARN] = Field(
         False,
         description="Fit exits to live traffic, without labels: texts that are audited are recorded (as numbers), a "
-        "process at the lowest priority fits exits to 500, 1000, 2000, … of them, and the server uses these if they "
+        "process at the lowest priority fits exits to 500, 750, 1125, … of them, and the server uses these if they "
         "make it faster within the guarantee. Needs --guarantee and the fit extra.",
     )
     learn_bytes: Annotated[int, LEARN] = Field(

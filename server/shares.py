@@ -55,7 +55,7 @@ class Shares:
         self._held[client] = held + amount
         self.total += amount
 
-    def give_back(self, client: str, amount: int) -> None:
+    def release(self, client: str, amount: int) -> None:
         """Return an amount that was taken."""
         self.total -= amount
         left = self._held[client] - amount

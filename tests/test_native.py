@@ -644,7 +644,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         }
         return tuple((fields | wrong).values())
 
-    assert kernels.through(model, [text()], prototypes, None, 0, 3)[0][1][0] == 3
+    assert kernels.forward(model, [text()], prototypes, None, 0, 3)[0][1][0] == 3
     for texts in (
         [],
         [text()] * 65,
@@ -665,18 +665,18 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         [text(distances=bytes(32))],
     ):
         with pytest.raises((ValueError, TypeError, BufferError)):
-            kernels.through(model, texts, prototypes, None, 0, 3)
+            kernels.forward(model, texts, prototypes, None, 0, 3)
     with pytest.raises(ValueError, match="prototypes"):
-        kernels.through(model, [text()], prototypes[:3], None, 0, 3)
+        kernels.forward(model, [text()], prototypes[:3], None, 0, 3)
     for first, last in ((-1, 3), (0, 4), (2, 1), (0, 2), (1, 3)):  # the last two lack hidden states
         with pytest.raises(ValueError):
-            kernels.through(model, [text()], prototypes, None, first, last)
+            kernels.forward(model, [text()], prototypes, None, first, last)
     for part in (np.zeros((1, 2, 63), np.float32), np.zeros((1, 3, 64), np.float32), bytes(2 * 64 * 4)):
         with pytest.raises(ValueError, match="hidden"):
-            kernels.through(model, [text(hidden=part)], prototypes, None, 0, 2)
+            kernels.forward(model, [text(hidden=part)], prototypes, None, 0, 2)
     for states in (np.zeros((2, 64), np.float32), np.zeros((3, 63), np.float32), bytes(3 * 64 * 4)):
         with pytest.raises(ValueError, match="states"):
-            kernels.through(model, [text(states=states)], prototypes, None, 0, 3)
+            kernels.forward(model, [text(states=states)], prototypes, None, 0, 3)
     for passed in ([], [(logits[0], logits)], [(logits[0, :0].copy(), None)], [(logits[0],)]):
         with pytest.raises((ValueError, TypeError)):
             kernels.score(passed, 0, 0.0, None, None)

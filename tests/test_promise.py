@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from de3.exits import betting
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.guarantee import CONFIDENCE
-from de3.exits.promise import MAX_SHARES, PATIENCE, Evidence, Profile, Promise, Recent, SavedPromise, profile
+from de3.exits.promise import (
+    MAX_SHARES,
+    PATIENCE,
+    Evidence,
+    Profile,
+    Promise,
+    RecentRates,
+    SavedPromise,
+    profile,
+)
 from de3.exits.rule import ExitRule, exit_index
 from de3.exits.signals import Entropy
 
@@ -239,7 +248,7 @@ def test_recent_audits_lower_tau_and_let_it_rise_again() -> None:
 
 @pytest.mark.parametrize("rate", [0.001, 0.02, 0.3])
 def test_the_recent_window_is_long_enough_for_a_small_promise(rate: float) -> None:
-    recent = Recent(rate, 4)
+    recent = RecentRates(rate, 4)
     for _ in range(20_000):
         recent.add(CLEAN.differs)
     assert recent.allows(3) == 3
@@ -284,7 +293,7 @@ def test_a_calibrated_start_is_not_a_proof_for_a_strict_one() -> None:
 
 
 def test_few_recent_audits_do_not_lower_tau() -> None:
-    recent = Recent(0.1, 4)
+    recent = RecentRates(0.1, 4)
     while recent.weight < 100:  # a third of the window's 300
         assert recent.allows(3) == 3
         recent.add(unlike_from(2).differs)

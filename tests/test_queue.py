@@ -109,7 +109,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.running and len(self.waiting) < LIMIT)
     @rule(data=st.data())
-    def put_back(self, data: st.DataObject) -> None:
+    def requeue(self, data: st.DataObject) -> None:
         item = data.draw(st.sampled_from(self.running))
         urgent = self.queue.has_more_urgent_than(item)
         assert urgent or not any(other.due < item.due for other in self.waiting)

@@ -56,7 +56,7 @@ def test_weights_are_finite_and_optimal_whatever_the_targets(n: int, seed: int, 
     found = risk.regress(x, targets)
     assert np.isfinite(found).all() and np.abs(found).max() < 1e4
     # With so few rows, a feature may hardly vary; it then gets no weight.
-    varies = x.std(0) > risk.LEAST_SPREAD * (1 + np.abs(x.mean(0)))
+    varies = x.std(0) > risk.MIN_SPREAD * (1 + np.abs(x.mean(0)))
     varies[0] = True
     assert (found[~varies] == 0).all()
     assert np.abs(gradient(x, targets, found)[varies]).max() < 1e-5

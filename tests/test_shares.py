@@ -47,9 +47,9 @@ class SharesMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: any(self.held.values()))
     @rule(data=st.data())
-    def give_back(self, data: st.DataObject) -> None:
+    def release(self, data: st.DataObject) -> None:
         client = data.draw(st.sampled_from([c for c, amounts in self.held.items() if amounts]))
-        self.shares.give_back(client, self.held[client].pop())
+        self.shares.release(client, self.held[client].pop())
 
     @invariant()
     def it_counts(self) -> None:

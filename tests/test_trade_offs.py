@@ -150,7 +150,7 @@ def test_many_equal_values_are_not_drift() -> None:
 @given(st.floats(-5, 50), st.floats(-5, 50))
 def test_farther_values_are_more_unusual(a: float, b: float) -> None:
     low, high = sorted((a, b))
-    assert 1 >= reference.tail(low, KNOWN) >= reference.tail(high, KNOWN) >= reference.LEAST_TAIL
+    assert 1 >= reference.tail(low, KNOWN) >= reference.tail(high, KNOWN) >= reference.MIN_TAIL
     scores = [reference.ood_score([x, 1.0], [KNOWN, KNOWN]) for x in (low, high)]
     assert scores[0] is not None and scores[1] is not None
     assert 0 <= scores[0] <= scores[1] < 1
@@ -159,7 +159,7 @@ def test_farther_values_are_more_unusual(a: float, b: float) -> None:
 def test_a_tail_is_the_share_of_calibration_beyond_a_value() -> None:
     for level in (0.1, 0.5, 0.95, 0.99):
         assert reference.tail(float(np.quantile(SAMPLE, level)), KNOWN) == pytest.approx(1 - level, abs=0.01)
-    assert reference.tail(99.0, KNOWN) == reference.LEAST_TAIL
+    assert reference.tail(99.0, KNOWN) == reference.MIN_TAIL
     assert reference.ood_score([], []) is None
 
 

@@ -91,7 +91,7 @@ def classify(
         ),
     ] = None,
     prefix: Annotated[
-        str, typer.Option(help="Put before the names of the answers' columns.", rich_help_panel=FILES)
+        str, typer.Option(help="Prefix of the names of the answers' columns.", rich_help_panel=FILES)
     ] = "",
     part_rows: Annotated[
         int,
@@ -105,7 +105,7 @@ def classify(
         str | None,
         typer.Option(
             "--format",
-            help="Of the parts in a folder: parquet, csv, tsv or jsonl. Default: that of the input.",
+            help="Format of the parts in a folder: parquet, csv, tsv or jsonl. Default: as the input.",
             show_default=False,
             rich_help_panel=FILES,
         ),
@@ -193,7 +193,7 @@ def classify(
         try:
             _run(source, pool, parts, prefix, part_rows, out, None if url else artifact, options)
         except KeyboardInterrupt:
-            _say("stopped; the same command goes on")
+            _say("stopped; run the same command again to continue")
             raise typer.Exit(130) from None
 
 

@@ -218,7 +218,7 @@ def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float
     layer = float(np.asarray(last.exit_layers)[index].mean())
     return {
         "speedup": speedup(last.exit_layers[-1], layer),
-        "unlike": float(last.differs[n, index].mean()),
+        "disagreement": float(last.differs[n, index].mean()),
         "auroc": mean_auroc(scores, last),
         "hindsight": speed_within(scores, last, DISAGREEMENT),
         "fired": float(guard.has_fired),
@@ -283,11 +283,11 @@ def table(results: dict[str, Any]) -> str:
     """The means over the orders, with 95% intervals of the differences from frozen in brackets, as Markdown."""
     keys = {
         "speedup": (1, 2),
-        "unlike": (100, 2),
+        "disagreement": (100, 2),
         "auroc": (1000, 0),
         "hindsight": (1, 2),
     }  # factor and digits
-    columns = ["then", "arm", "speed-up", "unlike, %", "AUROC, ‰", "2% in hindsight", "guard"]
+    columns = ["then", "arm", "speed-up", "disagreement, %", "AUROC, ‰", "2% in hindsight", "guard"]
     rows = []
     for domain, arms in results.items():
         for name, runs in arms.items():
@@ -313,10 +313,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
         figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
     ):
         for name, runs in arms.items():
-            points = ([r["speedup"] for r in runs], [100 * r["unlike"] for r in runs])
+            points = ([r["speedup"] for r in runs], [100 * r["disagreement"] for r in runs])
             axis.scatter(*points, s=14, alpha=0.7, label=name)
         axis.axhline(100 * DISAGREEMENT, color="black", linestyle=":", linewidth=1)
-        axis.set(title=f"then {domain}", xlabel="speed-up in layers", ylabel="unlike full depth, %")
+        axis.set(title=f"then {domain}", xlabel="speed-up in layers", ylabel="differ from full depth, %")
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.tight_layout()

@@ -128,7 +128,7 @@ def at(scores: Floats, recorded: Recorded, tau: float) -> dict[str, float]:
     return {
         "speedup": speedup(recorded.exit_layers[-1], float(layers[index].mean())),
         "loss": float(lost.mean()) if len(lost) else float("nan"),
-        "unlike": float(recorded.differs[rows, index].mean()),
+        "disagreement": float(recorded.differs[rows, index].mean()),
         "early": float((index < len(layers) - 1).mean()),
     }
 
@@ -169,18 +169,18 @@ def guaranteed(
     layers = np.asarray(recorded.exit_layers)[index]
     rates, depths = differs.mean(0), layers.mean(0)
     promise = Promise(DISAGREEMENT, np.array(FINE_TAUS), start)
-    text, unlike, depth = 0, 0.0, 0.0
+    text, disagreement, depth = 0, 0.0, 0.0
     while text < texts:
         share = AUDITED if promise.index else 1.0
         skipped = min(int(rng.geometric(share)), texts - text) - 1
-        unlike += float(rates[promise.index]) * (skipped + 1)
+        disagreement += float(rates[promise.index]) * (skipped + 1)
         depth += float(depths[promise.index]) * (skipped + 1)
         k = int(rng.integers(len(scores)))
         promise.skip(share, skipped)
         promise.add(share, Profile(differs[k], layers[k]))
         promise.advance()
         text += skipped + 1
-    return unlike / texts, depth / texts, promise.tau
+    return disagreement / texts, depth / texts, promise.tau
 
 
 def measure(held: Recorded, texts: dict[str, Recorded]) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def measure(held: Recorded, texts: dict[str, Recorded]) -> dict[str, Any]:
             runs = np.array([guaranteed(s, recorded, start, TEXTS, seed) for seed in range(STREAMS)])
             rows[name] = {
                 "speedup": speedup(recorded.exit_layers[-1], float(runs[:, 1].mean())),
-                "unlike": float(runs[:, 0].mean()),
+                "disagreement": float(runs[:, 0].mean()),
                 "worst": float(runs[:, 0].max()),
                 "tau": float(np.median(runs[:, 2])),
             }
@@ -242,7 +242,12 @@ def tables(results: dict[str, Any]) -> str:
     """For each model, a table of the signals and one of risk under the policy and the guarantee, as Markdown."""
     found = []
     for task, result in results.items():
-        columns = [task, "signal", "3×: speed-up, lost, unlike, %", "2%: speed-up, lost, unlike, %"]
+        columns = [
+            task,
+            "signal",
+            "3×: speed-up, lost, disagreement, %",
+            "2%: speed-up, lost, disagreement, %",
+        ]
         columns += ["exit early, %", "AUROC"]
         rows = []
         for domain, count in result["texts"].items():
@@ -254,7 +259,7 @@ def tables(results: dict[str, Any]) -> str:
         found.append(markdown(columns, rows))
         columns = [task, "far, %"]
         columns += [
-            "nothing: speed-up, unlike, %",
+            "nothing: speed-up, disagreement, %",
             "policy",
             "guarantee (worst stream)",
             "both (worst stream)",
@@ -265,7 +270,7 @@ def tables(results: dict[str, Any]) -> str:
             for name in ("nothing", "policy", "guarantee", "both"):
                 way = ways[name]
                 worst = f" ({100 * way['worst']:.2f})" if "worst" in way else ""
-                cells.append(f"{way['speedup']:.2f}×, {100 * way['unlike']:.2f}{worst}")
+                cells.append(f"{way['speedup']:.2f}×, {100 * way['disagreement']:.2f}{worst}")
             rows.append([domain, number(100 * ways["far"]["share"], 0), *cells])
         found.append(markdown(columns, rows))
     return "\n".join(found)
@@ -273,7 +278,7 @@ def tables(results: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any]) -> str:
     lost = None if row["loss"] is None else 100 * row["loss"]
-    return f"{row['speedup']:.2f}×, {number(lost, 2)}, {100 * row['unlike']:.2f}"
+    return f"{row['speedup']:.2f}×, {number(lost, 2)}, {100 * row['disagreement']:.2f}"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -287,13 +292,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
         width = 0.8 / len(result["texts"])
         places: NDArray[np.float64] = np.arange(len(result["signals"]), dtype=float)
         for i, domain in enumerate(result["texts"]):
-            heights = [100 * rows[domain]["agreement"]["unlike"] for rows in result["signals"].values()]
+            heights = [100 * rows[domain]["agreement"]["disagreement"] for rows in result["signals"].values()]
             axis.bar(places + i * width, heights, width, label=domain)
         axis.axhline(100 * DISAGREEMENT, color="black", linestyle=":", linewidth=1)
         axis.set_xticks(
             places + 0.4 - width / 2, list(result["signals"]), rotation=25, ha="right", fontsize=8
         )
-        axis.set(title=task, ylabel="unlike full depth, %")
+        axis.set(title=task, ylabel="differ from full depth, %")
         axis.grid(alpha=0.3, axis="y")
         axis.legend(fontsize=8)
     figure.tight_layout()

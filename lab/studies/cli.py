@@ -400,7 +400,7 @@ def long_texts(
             served = study.EXPECTED if tau else study.EXACTLY
             found = study.rows_of(sets, replace(default, tau=tau), served)
             rows += [{"max_tokens": size, "tau": tau, **row} for row in found]
-    measured = ["chose", "accuracy", "− truncate", "windows", "work", "unlike all"]
+    measured = ["chose", "accuracy", "− truncate", "windows", "work", "differs from all"]
     cells = [
         [
             *(row["max_tokens"], f"{row['tau']:g}", f"{row['set']}, {row['count']} {row['texts']}"),

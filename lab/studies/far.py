@@ -57,7 +57,7 @@ def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded],
                 1,
             )
             passed = np.arange(values.shape[1]) <= exits(texts)[:, None]
-            logs = np.where(passed & ~np.isnan(values), -np.log(np.maximum(tails, reference.LEAST_TAIL)), 0.0)
+            logs = np.where(passed & ~np.isnan(values), -np.log(np.maximum(tails, reference.MIN_TAIL)), 0.0)
             return np.asarray(logs.sum(1) / np.maximum(1, (passed & ~np.isnan(values)).sum(1)))
 
         return score

@@ -15,8 +15,8 @@ from lab import attacks, resilience
 from lab.attacker import BACK_OFF_S, Attacker
 from lab.attacks import ATTACKS, MAX_BODY_BYTES
 from lab.cli import app as lab_app
-from lab.innocent import Answer, Phase
 from lab.limits import limits
+from lab.well_behaved import Answer, Phase
 from tests.commands import invoke
 from tests.serving import free_port
 
@@ -31,7 +31,7 @@ def row() -> resilience.Row:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_an_innocent_client_is_answered_beside(attack: str, store: Path, tmp_path: Path) -> None:
+def test_a_well_behaved_client_is_answered_beside(attack: str, store: Path, tmp_path: Path) -> None:
     result = invoke(
         f"attack --store {store} --model tiny --only {attack} --seconds 1.25 --connections 16 "
         f"--memory-wait-s 1 --port {free_port()} --out {tmp_path}",
@@ -50,7 +50,7 @@ def test_an_innocent_client_is_answered_beside(attack: str, store: Path, tmp_pat
     assert (asked > 0) == ATTACKS[attack].with_budgets and kept <= asked
 
 
-def test_a_row_fails_for_what_the_innocent_client_sees() -> None:
+def test_a_row_fails_for_what_the_well_behaved_client_sees() -> None:
     def why(may_refuse: float = 0.0, **during: float) -> str:
         found = row()
         found.phases = found.phases | {"during": replace(PHASE, **during)}

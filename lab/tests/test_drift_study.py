@@ -108,7 +108,7 @@ def test_an_arm_that_adapts_nothing_is_the_rule_on_the_measured_texts() -> None:
     r = of.rows(order.order[order.measured :], begin.prototypes)
     expected = at(begin.risk.scores(r), r, TAU)
     result = run(of, order, begin, Arm())
-    assert (result["speedup"], result["unlike"]) == (expected["speedup"], expected["unlike"])
+    assert (result["speedup"], result["disagreement"]) == (expected["speedup"], expected["disagreement"])
     assert result["fired"] == 0
 
 
@@ -123,8 +123,8 @@ def test_a_refitted_risk_is_that_of_the_first_audits(monkeypatch: pytest.MonkeyP
     fitted = fit(of.rows(audits, begin.prototypes))
     r = of.rows(order.order[order.measured :], begin.prototypes)
     result = run(of, order, begin, Arm(refit=True))
-    assert result["unlike"] == at(fitted.scores(r), r, TAU)["unlike"]
-    assert result["unlike"] < run(of, order, begin, Arm())["unlike"]
+    assert result["disagreement"] == at(fitted.scores(r), r, TAU)["disagreement"]
+    assert result["disagreement"] < run(of, order, begin, Arm())["disagreement"]
 
 
 def test_prototypes_follow_texts_that_have_moved_together() -> None:
@@ -155,7 +155,7 @@ def test_tau_is_the_first_that_is_fast_enough_and_the_last_that_agrees() -> None
     slower = scores[:, :-1][scores[:, :-1] < tau].max()  # the next smaller τ with a different result
     assert at(scores, r, tau)["speedup"] >= 3 > at(scores, r, slower)["speedup"]
     tau = tau_within(scores, r, 0.05)
-    assert at(scores, r, tau)["unlike"] <= 0.05 < at(scores, r, tau + 0.05)["unlike"]
+    assert at(scores, r, tau)["disagreement"] <= 0.05 < at(scores, r, tau + 0.05)["disagreement"]
 
 
 def test_the_policy_is_half_of_tau_from_the_first_far_exit_on() -> None:
@@ -171,7 +171,7 @@ def test_the_guarantee_takes_back_a_tau_that_breaks_it() -> None:
     r = recorded(2_000)
     scores = r.entropy
     begin = int(np.searchsorted(FINE_TAUS, tau_within(scores, r, 0.06)))
-    unlike, depth, tau = guaranteed(scores, r, begin, 20_000, 0)
+    disagreement, depth, tau = guaranteed(scores, r, begin, 20_000, 0)
     frozen = at(scores, r, FINE_TAUS[begin])
-    assert frozen["unlike"] > 0.05 and unlike < 0.03 and tau < FINE_TAUS[begin]
+    assert frozen["disagreement"] > 0.05 and disagreement < 0.03 and tau < FINE_TAUS[begin]
     assert 2 / frozen["speedup"] < depth < 2

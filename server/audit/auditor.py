@@ -39,7 +39,7 @@ MAX_PENDING = 2 * ROOM  # nothing is drawn beyond it; only large batches reach i
 MAX_ENTRIES = 2**15  # entries not yet settled, because the audit of an earlier one is pending
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 EXCLUDED = ("deadline", "max_layer", "windows")  # answers that τ alone did not determine
-NO_WISH = ExitOptions()
+NO_OPTIONS = ExitOptions()
 
 # Counts the settled texts of a model: the texts, the epoch in which they were drawn, and whether they end with the last
 # text of a request, after which τ may rise.
@@ -176,7 +176,7 @@ class Auditor:
 
     def draw(self, job: Job) -> Draw | None:
         """Draw texts to audit from a job that is about to be submitted; None if its request sets exit options."""
-        if job.request.options != NO_WISH:
+        if job.request.options != NO_OPTIONS:
             return None
         share = self._share_at(job.choice.rule.tau)
         draw = Draw(share, self._epoch, [self._random.random() < share for _ in job.items])
@@ -276,10 +276,10 @@ class Auditor:
         """Record the audit of a text that passed every exit and was answered with `answer`."""
         tolerance = self.served.model.manifest.tolerance
         last = passed[-1]
-        unlike = [differs(reading.answer, last.answer, tolerance) for reading in passed]
+        differing = [differs(reading.answer, last.answer, tolerance) for reading in passed]
         layers = [reading.layer for reading in passed]
         served_differs = differs(answer.answer, last.answer, tolerance)
-        self._count(entry, Audited(self._scores(passed), unlike, layers, served_differs))
+        self._count(entry, Audited(self._scores(passed), differing, layers, served_differs))
         if self._write is not None:
             logged = text if self._logs_texts else None
             line = line_of(self.served, entry.settled.share, passed, tokens, logged)

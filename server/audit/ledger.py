@@ -27,7 +27,7 @@ from de3.server.settings import Settings
 log = logging.getLogger("de3")
 
 MAX_SEEN = 2**16  # hashes of counted texts; when full, the older half is forgotten
-LEAST_AUDITS = 100  # with fewer, the mean exit layer is not known well enough
+MIN_AUDITS = 100  # with fewer, the mean exit layer is not known well enough
 MAX_RESETS = 20  # resets kept for the report
 # Shared by all ledgers, so that texts drawn for a version are not counted for the same version exported anew.
 _EPOCHS = itertools.count(1)
@@ -288,7 +288,7 @@ class Ledger:
     def speedup(self) -> float:
         """Speed-up in layers at the τ in force, by the audits, or by held-out texts if audits are few; 1 if unknown."""
         tau, means = self.rules.default.rule.tau, self._held_out_layers
-        if self.evidence.audits >= LEAST_AUDITS:
+        if self.evidence.audits >= MIN_AUDITS:
             means = self.evidence.mean_layers()
         if len(self.manifest.exit_layers) == 1 or tau == 0 or means is None:
             return 1.0
@@ -297,7 +297,7 @@ class Ledger:
     def allowed(self) -> float:
         """Speed-up in layers at the last τ up to which the audited rate is within the promise; at least speedup()."""
         evidence, speedup = self.evidence, self.speedup()
-        if self.promises is None or evidence.audits < LEAST_AUDITS or len(self.manifest.exit_layers) == 1:
+        if self.promises is None or evidence.audits < MIN_AUDITS or len(self.manifest.exit_layers) == 1:
             return speedup
         above = np.flatnonzero(evidence.rates() > self.promises.rate)
         index = max(0, (int(above[0]) if len(above) else len(self.taus)) - 1)

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from de3.exits.guarantee import CONFIDENCE
-from de3.exits.promise import MAX_SHARES, Evidence, Promise, Reason, Recent, SavedPromise, Tally
+from de3.exits.promise import MAX_SHARES, Evidence, Promise, Reason, RecentRates, SavedPromise, Tally
 from de3.exits.promises import ALL, MAX_CLIENTS, Promises
 from de3.model_store.manifest import fingerprint
 from de3.model_store.regular_file import read_regular_file
@@ -56,7 +56,7 @@ class PromiseCounts(_Part):
 
 
 class OwnAudits(_Part):
-    """A saved de3.exits.promise.Recent: the recent audits of one client."""
+    """A saved de3.exits.promise.RecentRates: the recent audits of one client."""
 
     weight: Annotated[float, Field(ge=0)] = 0.0
     differing: list[Annotated[float, Field(ge=0)]] = Field(default=[], max_length=MAX_TAUS)
@@ -201,7 +201,7 @@ def _restored(saved: list[Promised], like: Promises) -> Promises:
         state = row.model_dump(exclude={"left_out", "texts", "counts", "own"})
         promise.restore(evidence, SavedPromise(**state))
         if row.left_out != ALL:
-            own = promises.own[row.left_out] = Recent(like.rate, len(like.taus))
+            own = promises.own[row.left_out] = RecentRates(like.rate, len(like.taus))
             if row.own.differing:
                 own.weight, own.differing = row.own.weight, np.array(row.own.differing)
             promises.texts[row.left_out] = row.texts

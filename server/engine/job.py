@@ -137,8 +137,8 @@ class Job:
         self.in_groups = has_kernels and budget_s is None and not self.is_shadow
         # A text with a deadline must have an answer at any time. The OOD score and the OOD flag use the readings of all
         # exits.
-        is_flagged = self.monitor is not None and self.monitor.limits is not None
-        self.asks_all_exits = request.explain or request.ood or is_flagged or budget_s is not None
+        monitors_ood = self.monitor is not None and self.monitor.limits is not None
+        self.asks_all_exits = request.explain or request.ood or monitors_ood or budget_s is not None
         if budget_s is not None:
             self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
         due, self.items = self.submitted, []

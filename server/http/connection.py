@@ -356,7 +356,7 @@ class Connection(BaseConnection, asyncio.Protocol):
 
     def _release(self) -> None:
         if self.body_bytes:
-            self._listener.gate.bytes_in_flight.give_back(self.client, self.body_bytes)
+            self._listener.gate.bytes_in_flight.release(self.client, self.body_bytes)
             self.body_bytes = 0
         self._parser.release_body()
 

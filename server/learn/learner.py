@@ -13,7 +13,7 @@ from de3.server.learn.reservoir import Reservoir
 from de3.server.settings import Settings
 
 FIRST_FIT, GROWTH = 500, 1.5  # records; each further fit needs GROWTH times as many as the one before
-LEAST_RECORDS = 50
+MIN_RECORDS = 50
 MAX_WAITING = 4096
 SAVE_GROWTH = 1.25  # records are saved when there are this many times as many as at the last save
 
@@ -28,13 +28,13 @@ class InService:
         version: number of the version.
         speedup: speed-up in layers at the τ in force; 1: full depth.
         allowed: speed-up in layers at the best τ in hindsight.
-        changes: number of resets of its audit evidence, by the server because the rate had risen, or by an admin.
+        num_resets: number of resets of its audit evidence, by the server because the rate had risen, or by an admin.
     """
 
     version: int
     speedup: float
     allowed: float
-    changes: int
+    num_resets: int
 
 
 class Learner:
@@ -60,7 +60,7 @@ class Learner:
         self.phase: Phase = "recording"
         self.is_asked = False
         self._waiting: list[Record] | None = []  # records held back (see hold); None: add at once
-        self._changes: tuple[int, int] = (0, 0)  # version in service, and its `changes`
+        self._changes: tuple[int, int] = (0, 0)  # version in service, and its `num_resets`
         self.reservoir = Reservoir(
             self.base,
             (manifest.num_layers, manifest.hidden_size),
@@ -119,10 +119,10 @@ class Learner:
     def observe(self, served: InService) -> None:
         """Note the version in service. If its evidence was reset, the next fit needs new records."""
         version, changes = self._changes
-        if served.version == version and served.changes > changes:
+        if served.version == version and served.num_resets > changes:
             self.journal.first_new = int(self.reservoir.texts) + 1
             self.count, self.next_fit, self._is_changed = 0, FIRST_FIT, True
-        self._changes = served.version, served.changes
+        self._changes = served.version, served.num_resets
 
     @property
     def is_due(self) -> bool:

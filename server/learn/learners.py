@@ -15,7 +15,7 @@ from de3.server.errors import RequestError
 from de3.server.failures import FailureLog
 from de3.server.learn.fitting import FitError, memory_limit, run_fit
 from de3.server.learn.journal import LEARNED_FROM, LearnFolder, Result
-from de3.server.learn.learner import LEAST_RECORDS, InService, Learner, result_of, sentence
+from de3.server.learn.learner import MIN_RECORDS, InService, Learner, result_of, sentence
 from de3.server.learn.record import HeldOut, Record
 from de3.server.settings import Settings
 
@@ -114,9 +114,9 @@ class Learners:
     def ask(self, name: str) -> dict[str, Any]:
         """Start a fit as soon as possible; returns the learner's state. Raises RequestError for too few records."""
         learner = self.of(name)
-        if learner.count < LEAST_RECORDS:
+        if learner.count < MIN_RECORDS:
             raise RequestError(
-                f"{name}: {learner.count} records are too few to fit exits, at least {LEAST_RECORDS} are needed",
+                f"{name}: {learner.count} records are too few to fit exits, at least {MIN_RECORDS} are needed",
                 "name",
                 "conflict",
             )
@@ -149,7 +149,7 @@ class Learners:
             learner.observe(self._in_service(learner))
             if learner.needs_saving and learner.phase == "recording":
                 await self._save_aside(learner)
-        due = next((one for one in self.all if one.is_due and one.count >= LEAST_RECORDS), None)
+        due = next((one for one in self.all if one.is_due and one.count >= MIN_RECORDS), None)
         if due is not None and (self._fitting is None or self._fitting.done()):
             self._fitting = asyncio.create_task(self._fit(due))
 

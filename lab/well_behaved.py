@@ -83,7 +83,7 @@ class Answer:
     reopened: bool = False
 
 
-class Innocent:
+class WellBehavedClient:
     """The well-behaved client, in its own thread; it sends requests while its `with` block runs.
 
     Args:
@@ -96,7 +96,7 @@ class Innocent:
         self._end = math.inf
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
-    def __enter__(self) -> "Innocent":
+    def __enter__(self) -> "WellBehavedClient":
         self._thread.start()
         return self
 
