@@ -10,8 +10,8 @@ only once the e-value against "the rate at that value is above the promise" has 
 until the traffic changes, the probability that τ ever reaches a value whose rate is above the promise is at most δ.
 
 It takes many audits to tell a small change in the traffic from chance. Therefore τ is also lowered, without a test, as
-soon as the rate of recent audits is less than a standard error below the promised rate (`RecentRates`), and all evidence is
-discarded when the change detector fires.
+soon as the rate of recent audits is less than a standard error below the promised rate (`RecentRates`), and all
+evidence is discarded when the change detector fires.
 """
 
 import math
