@@ -28,8 +28,9 @@ from de3.exits.guarantee import CONFIDENCE
 # Mean number of audits before a false alarm at exactly the promised rate; far more at a lower rate.
 PATIENCE = 1e5
 MAX_SHARES = 64  # tallies in an Evidence; a server has about twenty
-# Number of recent audits; larger if the promise lets fewer than MIN_EXPECTED of them differ.
-RECENT, MIN_EXPECTED = 300, 6
+# Number of recent audits: those of RECENT_TEXTS texts; at least MIN_RECENT, and at least so many that the promise lets
+# MIN_EXPECTED of them differ.
+RECENT_TEXTS, MIN_RECENT, MIN_EXPECTED = 1200, 300, 6
 
 Reason = Literal["start", "calibrated", "evidence", "recent", "change", "reset"]
 
@@ -236,20 +237,22 @@ class Evidence:
 class RecentRates:
     """Exponentially weighted rates of the recent audits, by τ.
 
+    While a large share of the texts is audited, more audits count as recent: the rates are then more precise, and still
+    follow the traffic as quickly.
+
     Attributes:
-        weight: total weight of the audits; below RECENT, or below MIN_EXPECTED / rate if that is larger.
+        weight: total weight of the audits; below the number of recent audits.
         differing: weight of the audits that would differ at each τ, (G,).
     """
 
     def __init__(self, rate: float, count: int) -> None:
         """rate: the promised rate. count: number of values of τ, G."""
-        self._rate, self._window = rate, max(RECENT, MIN_EXPECTED / rate)
-        self._error = math.sqrt(rate * (1 - rate) / self._window)
+        self._rate, self._least = rate, max(MIN_RECENT, MIN_EXPECTED / rate)
         self.weight, self.differing = 0.0, np.zeros(count)
 
-    def add(self, differs: NDArray[np.bool_]) -> None:
-        """Count an audit."""
-        stays = 1 - 1 / self._window
+    def add(self, share: float, differs: NDArray[np.bool_]) -> None:
+        """Count an audit. share: its probability."""
+        stays = 1 - 1 / max(self._least, share * RECENT_TEXTS)
         self.weight = self.weight * stays + 1
         self.differing = self.differing * stays + differs
 
@@ -259,9 +262,10 @@ class RecentRates:
         Up to this τ, every recent rate is at least a standard error below the promised rate. `index` itself while there
         are few audits.
         """
-        if self.weight < self._window / 3:
+        if self.weight < self._least / 3:
             return index
-        above = self.differing[: index + 1] > (self._rate - self._error) * self.weight
+        error = math.sqrt(self._rate * (1 - self._rate) / max(self.weight, self._least))
+        above = self.differing[: index + 1] > (self._rate - error) * self.weight
         return max(0, int(above.argmax()) - 1) if above.any() else index
 
 
@@ -315,7 +319,7 @@ class Promise:
             self.evidence.add_repeat(share, audit.differs)
         else:
             self.evidence.add(share, audit)
-        self.recent.add(audit.differs)
+        self.recent.add(share, audit.differs)
         if self.proved:
             self._detector.add(share, bool(audit.differs[self.proved]))
             if self._detector.has_fired:

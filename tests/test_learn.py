@@ -97,11 +97,21 @@ def some(base: Artifact) -> Records:
     return records_of(Model(base, "onnxruntime"), texts_of(400, 6), ("one", "two"))
 
 
+# Fits at the priority of the tests: at the lowest one, they would wait for everything else on the machine.
+PROGRAM = "from de3.export import learn; learn._run_at_idle = lambda: None; learn.child()"
+NORMAL_PRIORITY = f"""
+from de3.server.learn import fitting
+fitting.IDLE_CORES, fitting.PROGRAM = -1.0, "{PROGRAM}"
+"""
+SERVE = """
+from de3.cli import app
+app()
+"""
+
+
 @pytest.fixture(autouse=True)
 def at_normal_priority(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run fits at the priority of the tests: at the lowest one, they would wait for everything else on the machine."""
-    change = "from de3.export import learn; learn._run_at_idle = lambda: None; learn.child()"
-    monkeypatch.setattr(fitting, "PROGRAM", change)
+    monkeypatch.setattr(fitting, "PROGRAM", PROGRAM)
     monkeypatch.setattr(fitting, "IDLE_CORES", -1.0)
 
 
@@ -913,9 +923,8 @@ def test_a_fit_runs_only_while_nothing_else_does(
 
 KILLED = """
 import os, signal, sys
-from de3.server.learn import fitting, journal, learner, learners
-learner.FIRST_FIT, learners.CHECK_S, fitting.IDLE_CORES = 150, 0.05, -1.0
-fitting.PROGRAM = "from de3.export import learn; learn._run_at_idle = lambda: None; learn.child()"
+from de3.server.learn import journal, learner, learners
+learner.FIRST_FIT, learners.CHECK_S = 150, 0.05
 
 def die(*given, **named):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -939,8 +948,6 @@ if step == "served":
     learners.Learners._serve = after_serving
 if step == "saving":
     journal.os.fsync = die
-from de3.cli import app
-app()
 """
 
 
@@ -953,7 +960,7 @@ def test_a_server_that_is_killed_at_any_step_learns_again(
     texts, attempts = texts_of(1200, 15), set[int]()
     arguments = ("--learn", "--guarantee", "0.2", "--state-dir", str(tmp_path), "--model", "base")
     for run, wanted in enumerate((step, step, "never")):
-        with process(stock_store, *arguments, wanted, code=KILLED) as running:
+        with process(stock_store, *arguments, wanted, code=NORMAL_PRIORITY + KILLED + SERVE) as running:
             url = url_when_ready(running)
             for i in range(400 * run, 400 * run + 400, 50):
                 with suppress(httpx.TransportError):
@@ -984,7 +991,7 @@ def test_several_processes_learn_together(stock_store: Path, tmp_path: Path) -> 
         pytest.skip("needs Linux")
     texts = texts_of(1400, 13)
     arguments = ("--learn", "--guarantee", "0.2", "--state-dir", str(tmp_path), "--model", "base")
-    with running(stock_store, *arguments) as server:
+    with running(stock_store, *arguments, code=NORMAL_PRIORITY + SERVE) as server:
         for i in range(0, 700, 50):
             assert httpx.post(server.url + "/classify", json={"input": texts[i : i + 50]}).status_code == 200
         url = f"{server.url}/v1/models/base/learn"

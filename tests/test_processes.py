@@ -34,10 +34,11 @@ TEXTS = [text for text, _ in make_rows(600, 91)]
 
 
 class Running:
-    """`de3 serve --processes 2` as a user runs it."""
+    """`de3 serve --processes 2` as a user runs it; or other code that starts it."""
 
-    def __init__(self, store: Path, *arguments: str) -> None:
-        command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), "--processes", "2"]
+    def __init__(self, store: Path, *arguments: str, code: str = "") -> None:
+        program = ["-c", code] if code else ["-m", "de3.cli"]
+        command = [sys.executable, *program, "serve", "--store", str(store), "--processes", "2"]
         environment = {**os.environ, "DE3_PORT": "0", "DE3_ADMIN_KEYS": f"root {ADMIN}"}
         self.process = subprocess.Popen(
             [*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment
@@ -109,8 +110,8 @@ def classify(client: httpx.Client, **body: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(store: Path, *arguments: str) -> Iterator[Running]:
-    server = Running(store, *arguments)
+def running(store: Path, *arguments: str, code: str = "") -> Iterator[Running]:
+    server = Running(store, *arguments, code=code)
     try:
         yield server.wait()
     finally:

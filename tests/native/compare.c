@@ -2,7 +2,7 @@
  *
  *     compare          the names of the kernels that this machine can run
  *     compare NAME     exit code 0: they agree with the reference; 1: they do not; 2: this machine cannot run them
- *     compare NAME few the same with fewer long texts
+ *     compare NAME few the same with fewer texts
  *
  * tests/test_kernels.py builds and runs it. All values come from one seed.
  */
@@ -353,9 +353,9 @@ static void compare_attention(int tokens, int hidden, int heads, float spread, P
 
 static const int shapes[][2] = {{64, 4}, {64, 2}, {192, 4}, {128, 2}, {64, 1}}; /* widths 16 32 48 64 64 */
 
-/* step: every so many of the long texts, as an emulator takes a second for each. */
-static void compare_attentions(int step) {
-    for (int n = 1; n <= 120; n += n <= 100 ? 1 : step)
+/* few: a third of the short texts and a tenth of the long ones, as an emulator takes a second for each long one. */
+static void compare_attentions(int few) {
+    for (int n = 1; n <= 120; n += !few ? 1 : n <= 100 ? 3 : 10)
         for (int with = 0; with < 2; with++) {
             int tokens = n <= 100 ? n : LONG + (n - 101) * 7 - 1;
             const int *shape = shapes[(n + with) % 5];
@@ -368,11 +368,11 @@ static void compare_attentions(int step) {
 }
 
 /* Rotary positions, windows and terms, in texts of one tile and of several. */
-static void compare_parts(int step) {
+static void compare_parts(int few) {
     static const int lengths[] = {1,   2,   3,   7,   8,   9,   15,  16,  17,  31,  33,  50,  63,  64,  65,  90,
                                   127, 128, 129, 200, 255, 256, 257, 300, 385, 511, 512, 513, 530, 700, 1025, 1300};
     size_t count = sizeof lengths / sizeof lengths[0];
-    for (size_t n = 0; n < count && (step == 1 || lengths[n] < 300); n += lengths[n] < 100 ? 1 : step) {
+    for (size_t n = 0; n < count && (!few || lengths[n] < 300); n += !few ? 1 : lengths[n] < 100 ? 2 : 5) {
         int tokens = lengths[n], window = (int[]){1, 2, 5, 64, 150, 300}[n % 6], rows = (int[]){2, 6, 32, 128, 512}[n % 5];
         const int *shape = shapes[n % 5], *other = shapes[(n + 3) % 5];
         compare_attention(tokens, shape[0], shape[1], 1.0f, (Parts){.rotation = tokens + 2, .window = window}, 0.0f);
@@ -470,10 +470,11 @@ static void compare_layer(const Model *m, int kind) {
     free(alone);
 }
 
-static void compare_layers(void) {
+static void compare_layers(int few) {
     static const int sizes[][3] = {{64, 4, 64}, {128, 2, 320}, {192, 4, 128}};
     for (int i = 0; i < 3; i++)
         for (int kind = 0; kind < 4; kind++) {
+            if (few && i != kind % 3) continue;
             Model *m = model_of(sizes[i][0], sizes[i][1], sizes[i][2], kind);
             compare_layer(m, kind);
             free_model(m);
@@ -486,6 +487,7 @@ int main(int count, char **arguments) {
         if (count >= 2 && !strcmp(all_kernels[i]->name, arguments[1])) ours = all_kernels[i];
     }
     if (count < 2) return 0;
+    int few = count > 2;
     const char *missing = ours ? ours->why_not() : "there are no such kernels";
     if (missing != NULL) {
         printf("%s: %s\n", arguments[1], missing);
@@ -495,12 +497,12 @@ int main(int count, char **arguments) {
     compare_products();
     compare_gelu();
     compare_quantize();
-    compare_attentions(count > 2 ? 10 : 1);
-    compare_parts(count > 2 ? 5 : 1);
+    compare_attentions(few);
+    compare_parts(few);
     compare_rest();
     check(ours->multiply_adds() > 0, "the number of multiply-adds", 0, 0, 0);
     if (ours->end) ours->end();
-    compare_layers();
+    compare_layers(few);
     printf("%s: %d differences\n", ours->name, failures);
     return failures > 0;
 }
