@@ -1,4 +1,4 @@
-"""File formats of the output: writing the rows of a part to a file, and joining the parts to one file."""
+"""File formats of the output: writing the rows of a part to a file, and joining the parts into one file."""
 
 import csv
 import json
@@ -80,7 +80,7 @@ def _dicts(piece: Any) -> list[dict[str, Any]]:
 
 
 class Format:
-    """The format of one output, whose columns are those of its first row.
+    """The format of one output. Except in .jsonl, all rows have the input columns of the first.
 
     Attributes:
         names: names of the input's columns; None before the first row.
@@ -193,7 +193,7 @@ def _line(values: Sequence[Any], kind: str) -> Iterable[str]:
     if kind == ".tsv":
         return "\t".join(BREAKS.sub(" ", str(cell)) for cell in cells), "\n"
     line = StringIO()
-    # Python 3.11 does not quote a carriage return by itself.
+    # Python 3.11 does not quote a field because of a carriage return.
     has_return = any(isinstance(cell, str) and "\r" in cell for cell in cells)
     writer = csv.writer(line, lineterminator="\n", quoting=csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL)
     writer.writerow(cells)
@@ -232,7 +232,7 @@ def _skip_record(rows: Any, kind: str) -> None:
 
 
 def _has_rows(part: Path) -> bool:
-    """True if a part has rows. If all its rows were refused, it lacks the columns of the input."""
+    """True if a part has rows. A part whose rows were all refused has none, and lacks the columns of the input."""
     if part.suffix == ".parquet":
         from pyarrow import parquet
 

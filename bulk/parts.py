@@ -27,9 +27,10 @@ class Parts:
 
         Args:
             out: a file, whose suffix is `kind`, or a folder.
+            kind: suffix of the parts, one of formats.KINDS.
             run: everything that determines the output, as a JSON object. An output begun with another is refused.
 
-        Raises ValueError for an output that cannot be continued.
+        Raises ValueError for an output that cannot be begun or continued.
         """
         self._file = out if out.suffix in KINDS and not out.is_dir() else None
         self._folder = out if self._file is None else out.with_name(f"{out.name}.parts")
@@ -66,7 +67,7 @@ class Parts:
             )
         self._format.names = before["names"]
         self.is_complete = before["is_complete"]
-        if self._file is not None and self._file.exists():  # interrupted while it removed the parts
+        if self._file is not None and self._file.exists():  # interrupted while removing the parts
             self.is_complete = True
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -105,7 +106,7 @@ class Parts:
         self._format.write(self._path(number), rows)
 
     def finish(self, count: int) -> Path | None:
-        """Complete the output, of `count` parts; returns the file of refused rows, or None if there are none."""
+        """Complete the output, which has `count` parts; returns the file of refused rows, or None if there are none."""
         refused = self._folder / REFUSED
         if self._file is not None:
             refused = self._file.with_name(f"{self._file.name}.refused.jsonl")

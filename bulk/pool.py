@@ -20,7 +20,7 @@ from de3.server.processes.number import most_processes
 from de3.server.processes.worker import can_share_memory
 from de3.server.settings import Settings
 
-# Limits of one request: at 4 bytes per character, 1 MiB, which is a server's default limit on a body.
+# Limits on one request, in texts and in characters: 2¹⁸ characters of 4 bytes are 1 MiB, a server's default body limit.
 MAX_BATCH, MAX_BATCH_CHARS = 32, 2**18
 
 
@@ -130,7 +130,7 @@ class RemotePool:
         """Classify the texts with these indices, in one request or, if the server refuses it, in several.
 
         Appends the answers to `rows`, and puts the reasons for refused texts into `errors`, by index. Raises ValueError
-        if the server refuses the options, or does not answer.
+        if the server refuses the options or does not answer, or if several models answer.
         """
         try:
             answer = self._client.classify([texts[index] for index in indices], **self._options)

@@ -65,8 +65,8 @@ def classify(
         part_rows: rows of a part, rounded up to whole slices.
         progress: called after each slice with its number of rows.
 
-    Raises ValueError if a file cannot be read or written, a process ends, there are no rows, or no row of the first
-    slice can be classified.
+    Raises ValueError if a file cannot be read, the rows do not fit the output's format, a process or its engine fails,
+    there are no rows, or no row of the first slice can be classified.
     """
     summary, started = Summary(), perf_counter()
     waiting = deque[tuple[int, Slice, Future[Answers] | None]]()
@@ -86,7 +86,7 @@ def classify(
             with _process_errors():
                 answers = future.result()
             one.remove(answers.errors)
-            if is_first and not one.texts:  # the columns or the model are probably the wrong ones
+            if is_first and not one.texts:  # probably the wrong columns or the wrong model
                 first = one.refused[0]
                 raise ValueError(
                     f"none of the first {one.rows} rows can be classified: {first.where}: {first.reason}"

@@ -13,7 +13,7 @@ from de3.tables import SHOWN, BadRow, Columns, records, text_of
 SLICE_ROWS = 2048
 SLICE_CHARS = 2**22  # a slice ends once it has this many characters, which bounds memory
 KINDS = (".csv", ".jsonl", ".parquet", ".tsv", ".txt")
-PAIR = "text_pair"  # column of a second text, if there is one
+PAIR = "text_pair"  # column of the second text, if it exists and no other is named
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Slice:
 
     Attributes:
         texts: the texts of the rows that can be classified.
-        numbers: the row number of each text in the input, from 0, without blank lines.
+        numbers: the row number of each text in the input, from 0, not counting blank lines.
         places: the place of each text: FILE:LINE or, in parquet files, FILE:ROW with rows from 0.
         kept: the input's columns that the output repeats, for each text: a list of dicts, or a pyarrow table.
         refused: the rows that cannot be classified.
@@ -71,7 +71,7 @@ class Source:
     """A file, or the files of a folder in the order of their names."""
 
     def __init__(self, path: Path, columns: Columns, keep: Sequence[str] | None = None) -> None:
-        """keep: columns that the output repeats; None: all. Raises ValueError if there is nothing to read."""
+        """keep: columns that the output repeats; None: all. Raises ValueError as `files_in` does."""
         self._columns, self._keep = columns, keep
         self.files = files_in(path, columns)
         self.kind = self.files[0].suffix
@@ -198,7 +198,10 @@ def _taken(kept: Any, rows: list[int]) -> Any:
 
 
 def files_in(path: Path, columns: Columns) -> list[Path]:
-    """The file, or the files in a folder, sorted by name; raises ValueError if there are none, or of several kinds."""
+    """The file, or the files in a folder, sorted by name.
+
+    Raises ValueError if there are none, or if they are of several kinds or of an unsupported one.
+    """
     if not path.is_dir():
         if not path.exists():
             raise ValueError(f"{path}: there is no such file or folder")

@@ -6,7 +6,7 @@
         answer = client.classify(["a fine film", "a dull one"], tau=0.1)
         print([(row.label, row.exit.layer) for row in answer.rows])
 
-A request that is shed or rate-limited is retried after the delay in the server's Retry-After.
+`classify` retries a request that is shed or rate-limited, after the delay in the server's Retry-After (at most 30 s).
 """
 
 import asyncio
@@ -58,7 +58,8 @@ class Row:
 
     Attributes:
         label: the most probable label; for a regression model, the name of its output.
-        probs: probability of each label (with `raw`, its logit), in the model's order; empty for a regression model.
+        probs: probability of each label (if the request sets `raw`, its logit), in the model's order; empty for a
+            regression model.
         raw: the JSON of the answer; some options and models add fields, such as a multi-label model's `labels`.
         value: the answer of a regression model; None for a model with classes.
     """
@@ -104,8 +105,8 @@ class ServerError(Exception):
 
     Attributes:
         status: the HTTP status; 200 if the answer is malformed, too large or incomplete; 0 if no response arrived.
-        field: the invalid field, if any.
-        retry_after_s: seconds after which the same request may succeed; None: a retry will not help.
+        field: the invalid field; None: no field is named.
+        retry_after_s: seconds after which the same request may succeed, from Retry-After; None: the response has none.
     """
 
     def __init__(self, status: int, message: str, field: str | None, retry_after_s: float | None) -> None:
@@ -138,7 +139,7 @@ class _Received:
 
     @classmethod
     def whole(cls, response: httpx.Response, body: Body) -> "_Received":
-        """A response after the end of its body; raises ValueError if the body is incomplete."""
+        """A response whose body has been received; raises ValueError if the body is incomplete."""
         return cls(response.status_code, response.headers.get("retry-after", ""), body.whole())
 
 
@@ -187,7 +188,7 @@ class _Attempts:
         self.pause_s = 0.0  # before the next attempt
 
     def answer(self, received: _Received) -> Answer | None:
-        """The answer; None: retry after `pause_s`. Raises ServerError if the request is not to be retried.
+        """The answer; None: retry after `pause_s` seconds. Raises ServerError if the request should not be retried.
 
         The pause is the server's Retry-After or a backoff that doubles from 0.1 s, whichever is longer, plus jitter, so
         that clients refused together do not retry together; at most MAX_PAUSE_S. A response without Retry-After is not
@@ -221,7 +222,7 @@ def _models_in(json: Any) -> list[dict[str, Any]]:
 class Client:
     """A blocking client; threads may share it.
 
-    `classify` takes the request's fields of docs/api.md as keywords: model, tau, signal, lam, max_layer,
+    `classify` takes the fields of a request (docs/api.md) as keywords: model, tau, signal, lam, max_layer,
     target_speedup, latency_budget_ms, max_disagreement, best_effort, thresholds, truncate, long, flag,
     flag_threshold, explain, ood, raw, top_k, request_id.
     """
@@ -237,7 +238,7 @@ class Client:
     ) -> None:
         """key: API key. timeout_s: limit on each attempt. max_answer_bytes: limit on an answer, decompressed.
 
-        retries: number of retries of `classify` while the server sheds or rate-limits the request.
+        retries: maximum number of retries of `classify` if the server sheds or rate-limits the request.
         """
         self._retries, self._timeout_s, self._max_bytes = retries, timeout_s, max_answer_bytes
         self._http = httpx.Client(base_url=url, headers=_headers(key), timeout=timeout_s)
@@ -299,7 +300,7 @@ class AsyncClient:
     ) -> None:
         """key: API key. timeout_s: limit on each attempt. max_answer_bytes: limit on an answer, decompressed.
 
-        retries: number of retries of `classify` while the server sheds or rate-limits the request.
+        retries: maximum number of retries of `classify` if the server sheds or rate-limits the request.
         """
         self._retries, self._timeout_s, self._max_bytes = retries, timeout_s, max_answer_bytes
         self._http = httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout_s)

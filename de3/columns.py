@@ -61,7 +61,7 @@ class AnswerColumns:
     """
 
     def __init__(self, manifest: Manifest, request: Classification) -> None:
-        """request: the options of the jobs; `explain` and `top_k` add no columns."""
+        """request: the options of the jobs; `explain`, `flag` and `top_k` add no columns."""
         self._name, self._labels, self._request = (
             f"{manifest.name}:{manifest.version}",
             manifest.labels,
@@ -135,7 +135,10 @@ def types_of(manifest: Manifest, request: Classification) -> dict[str, str]:
 
 
 def table_of(values: dict[str, Any], types: dict[str, str]) -> "pyarrow.Table":
-    """A table of columns, which may be lists or arrays; raises ValueError without pyarrow."""
+    """A table of columns, which may be lists or arrays; raises ValueError without pyarrow.
+
+    types: as in TYPES; pyarrow infers the type of any other column.
+    """
     arrow = pyarrow_module()
     known = {
         "string": arrow.string(),
@@ -153,7 +156,7 @@ def table_of(values: dict[str, Any], types: dict[str, str]) -> "pyarrow.Table":
 
 
 def pyarrow_module() -> Any:
-    """The module pyarrow; raises ValueError with the command that installs it."""
+    """The module pyarrow; raises ValueError, with the command that installs it, if it is missing."""
     try:
         import pyarrow
     except ImportError:

@@ -6,7 +6,7 @@
         for row in model.classify(["a fine film", "a dull one"], max_disagreement=0.02):
             print(row.label, row.exit.layer)
 
-It runs the server's engine: options have the names of the server's, and answers equal the server's, bit for bit.
+It runs the server's engine: options are named as in requests, and answers equal the server's, bit for bit.
 """
 
 import os
@@ -42,7 +42,7 @@ from de3.server.settings import Settings
 if TYPE_CHECKING:
     import pyarrow
 
-WINDOW = 2048  # texts given to the engine at a time; as many again are prepared meanwhile
+WINDOW = 2048  # texts per engine job; while one job runs, the next is queued
 CHECK_S = 1.0  # interval between checks of the engine's threads
 DEMO = Path(__file__).parent / "demo"  # the store of the demo model, sst2
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -52,7 +52,8 @@ class InputError(ValueError):
     """A text or an option that cannot be used.
 
     Attributes:
-        field: `input[3]` for the fourth text, or the name of the option; None if it is neither.
+        field: `input[3]` for the fourth text, or the name of the option, where `lam` is `lambda`; None if the error is
+            about neither.
     """
 
     def __init__(self, message: str, field: str | None = None) -> None:
@@ -124,8 +125,9 @@ def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
 class Classifier:
     """A loaded classifier with threads of its own; any number of threads may call it.
 
-    Call close(), or leave that to the garbage collector. A pickled classifier is only the path of its artifact, which a
-    process that unpickles it loads once. After os.fork, the child must load its own classifier.
+    Call close(), or leave that to the garbage collector. Pickling stores the artifact's path and fingerprint, not
+    the model; a process loads it once, however often it unpickles the classifier. After os.fork, the child must load
+    its own classifier.
     """
 
     def __init__(
@@ -162,9 +164,9 @@ class Classifier:
         return self._served.model.full_name
 
     def certificate(self, **options: Unpack[Options]) -> Mapping[str, Any] | None:
-        """The certified bound on the rate of disagreement with these options; None without `max_disagreement`.
+        """The certified bound on the rate of disagreement with these options, as in a response (docs/api.md).
 
-        It covers texts of a single window. Raises InputError.
+        None without `max_disagreement`. It covers texts of a single window. Raises InputError for an invalid option.
         """
         with _input_errors():
             return self._served.rules.of(self._request(options).options, 0, "").certificate
@@ -185,7 +187,7 @@ class Classifier:
 
         as_arrow: a pyarrow table (pip install 'de3[bulk]') instead of rows; docs/bulk.md has its columns.
 
-        Raises InputError for a text or an option that cannot be used.
+        Raises InputError for a text or an option that cannot be used, and RuntimeError if the classifier is closed.
         """
         request = self._request(options)
         given = [texts] if isinstance(texts, str | tuple | dict) else list(_iterable(texts))
@@ -208,7 +210,8 @@ class Classifier:
 
         window: texts to read at a time; two windows are read before the first answer.
 
-        Raises InputError for an option that cannot be used; the iterator raises it for a text that cannot be used.
+        Raises InputError for an option that cannot be used; the iterator raises it for a text that cannot be
+        used, after the answers to earlier windows.
         """
         request, batches = self._request(options), deque[_Batch]()
         if window < 1:
@@ -346,7 +349,7 @@ class Classifier:
 
 
 class _Done:
-    """Notes the end of a job; called by the engine, perhaps more than once."""
+    """Callback of the engine that records the end of a job; only the first call counts."""
 
     def __init__(self) -> None:
         self.event = Event()
@@ -370,7 +373,7 @@ class _Part(Classification):
         return cls(**{**given, "texts": texts}, indices=indices)
 
     def name_of(self, index: int) -> str:
-        """The name in messages of the text with this index in the part."""
+        """The name, in error messages, of the text with this index in the part."""
         return f"input[{self.indices[index]}]"
 
 
@@ -379,7 +382,7 @@ class _Batch:
 
     Attributes:
         first: index in the call of the batch's first text.
-        order: for each text as given, the index of its answer.
+        order: for each given text, in order, the index of its answer.
     """
 
     def __init__(self, texts: Sequence[Text], first: int = 0) -> None:
@@ -429,7 +432,7 @@ def _text(one: Input, where: str) -> Text:
 
 
 def _rows(job: Job, request: Classification) -> list[bytes]:
-    """The rows of a finished job as JSON, as the server sends them."""
+    """The rows of a finished job as JSON, as the server sends them; releases the job."""
     rows = [orjson.dumps(row_of(item, job, request)) for item in job.items]
     job.release()
     return rows

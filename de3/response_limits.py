@@ -43,7 +43,7 @@ def _read(read: Callable[[int, float], bytes], max_bytes: int, timeout: float | 
 class Body:
     """The body of a response, decompressed as it arrives, up to a limit.
 
-    Without the limit, a small response could fill the memory. Requests must accept gzip only.
+    Without the limit, a small compressed response could fill the memory. Requests must accept gzip only.
     """
 
     def __init__(self, response: httpx.Response, max_bytes: int) -> None:

@@ -225,7 +225,7 @@ def row_of(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
 
 
 def text_of(record: Any, column: str, where: str, option: str = "--text-column") -> str:
-    """The text in a column of a record, stripped; raises ValueError if it is missing, empty, or not a text."""
+    """The text in a column of a record, stripped; raises ValueError if it is missing, blank, or not a valid text."""
     value = _value(record, column, where, option)
     if not isinstance(value, str):
         raise ValueError(f"{where}: {column} must be text, got {value!r:.50}")
@@ -242,7 +242,7 @@ def _check_characters(value: str, column: str, where: str) -> None:
 
 
 def _value(record: Any, column: str, where: str, option: str) -> Any:
-    """The value in a column of a record; raises ValueError if it is missing or empty."""
+    """The value in a column of a record; raises ValueError if it is missing, null or blank."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: not an object with named columns")
     if column not in record:
@@ -297,7 +297,7 @@ def labels_in(cell: str, multi_label: bool) -> list[str]:
 
 
 def read_groups(records: Iterable[tuple[str, Any]], column: str) -> list[str]:
-    """The group of each record, from a column; raises ValueError if a record lacks it."""
+    """The group of each record, from a column; raises ValueError if it is missing, null or blank."""
     return [str(_value(record, column, where, "--group-column")).strip() for where, record in records]
 
 

@@ -73,7 +73,7 @@ def e_values_above(shares: Floats, texts: Counts, differing: Counts, rates: Floa
 def bounds(shares: Floats, texts: Counts, differing: Counts, confidence: float) -> tuple[Floats, Floats]:
     """Lower and upper bounds of G rates, each (G,): a confidence sequence for each.
 
-    With probability `confidence`, a rate is within its bounds at all times. Arguments as for `e_values_above`.
+    With probability at least `confidence`, a rate is within its bounds at all times. Arguments as for `e_values_above`.
     """
     count = differing.shape[1]
     if not texts.any():
@@ -103,20 +103,20 @@ class ChangeDetector:
     """Fires when a rate has risen above r: a Shiryaev–Roberts e-detector (Shin, Ramdas & Rinaldo, 2023).
 
     At every text a new gambler enters with stake q_t and bets that the rate is above r; the statistic is the gamblers'
-    total wealth. While the rate is at most r, the expected wealth is at most the sum of the stakes, so the mean number
-    of audits before a false alarm is at least `patience`.
+    total wealth, averaged over BETS. While the rate is at most r, the expected wealth is at most the sum of the stakes,
+    so the mean number of audits before a false alarm is at least `patience`.
     """
 
     BETS = np.array([0.5, 1.5, 4.0])  # κ, as in HIGHER
 
     def __init__(self, rate: float, patience: float) -> None:
-        """rate: r, in (0, 1)."""
+        """rate: r, in (0, 1). patience: value of the statistic at which the detector fires."""
         self.rate, self.patience = rate, patience
         self.wealth = np.zeros(len(self.BETS))
 
     @property
     def has_fired(self) -> bool:
-        """True if the evidence of a rise has reached `patience`."""
+        """True if the statistic has reached `patience`."""
         return bool(self.wealth.mean() >= self.patience)
 
     def skip(self, share: float, texts: int) -> None:

@@ -1,6 +1,6 @@
-"""The trade-off table and the default (signal, τ) of recorded exits, with confidence intervals.
+"""Trade-offs of accuracy and speed-up by τ, with confidence intervals, and the choice of the default τ.
 
-The signal is chosen on one set of samples; all numbers come from another.
+See `export.calibrate` for the choice of the signal, and for the samples that each step uses.
 """
 
 import math
@@ -51,6 +51,7 @@ class Samples:
     """Recorded samples; related ones share a group.
 
     Attributes:
+        recorded: the outputs of every exit for n samples.
         groups: group number of each sample, (n,).
     """
 
@@ -124,7 +125,7 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Out
 def mean_and_error(values: Floats, groups: NDArray[np.int64] | None = None) -> tuple[float, float]:
     """The mean of values (n,) and its standard error, clustered by group if groups are given.
 
-    The error is at least 1 / number of groups, about its value if a single group differs.
+    The error is at least 1 / number of groups (of samples, without groups), about its value if a single group differs.
     """
     count = len(values) if groups is None else len(np.unique(groups))
     return float(values.mean()), max(_standard_error(values, groups), 1 / count)
@@ -201,7 +202,7 @@ def within_loss(table: Iterable[Outcome], max_loss: float) -> Outcome:
 
 
 def speed_within(table: Iterable[Outcome], disagreement: float) -> float:
-    """The highest speed-up of a table at which at most `disagreement` of the answers differ from full depth."""
+    """The highest speed-up of the rows whose disagreement is at most `disagreement`; the row τ = 0 always counts."""
     return max(row.speedup for row in table if row.tau == 0 or row.disagreement <= disagreement)
 
 

@@ -10,8 +10,8 @@ only once the e-value against "the rate at that value is above the promise" has 
 until the traffic changes, the probability that τ ever reaches a value whose rate is above the promise is at most δ.
 
 It takes many audits to tell a small change in the traffic from chance. Therefore τ is also lowered, without a test, as
-soon as the rate of recent audits is less than a standard error below the promised rate (`RecentRates`), and all
-evidence is discarded when the change detector fires.
+soon as the rate of disagreement in recent audits is less than a standard error below the promised rate
+(`RecentRates`), and all evidence is discarded when the change detector fires.
 """
 
 import math
@@ -36,7 +36,7 @@ Reason = Literal["start", "calibrated", "evidence", "recent", "change", "reset"]
 
 
 def error_of(attempt: int) -> float:
-    """The error probability of a guarantee's test of the exits that one attempt fitted; attempts count from 1.
+    """The error probability of a guarantee's test of one attempt's exits; attempts are numbered from 1.
 
     A server that fits exits again tests each version separately. The error probabilities of all attempts sum to δ, so
     the probability that any version ever breaks the promise is at most δ.
@@ -48,6 +48,7 @@ class SavedPromise(NamedTuple):
     """The saved state of a promise, besides its evidence.
 
     Attributes:
+        rate: the promised rate.
         tau: the last proved τ.
         start: the initial τ, not tested.
         reason: see Promise.
@@ -82,7 +83,7 @@ def profile(
     """The profile of a text that passed every exit, by the exit rule (`exits.rule`).
 
     scores: by exit; None or NaN at an exit without a score. differs: disagreement of each exit with the last one.
-    layers: layers of the exits.
+    layers: layers of the exits. taus: the grid, (G,).
     """
     below = np.array([np.inf if score is None else score for score in scores[:-1]])
     least = np.minimum.accumulate(np.where(np.isnan(below), np.inf, below))
@@ -97,10 +98,10 @@ class Tally:
     Attributes:
         texts: number of texts, audited or not.
         audits: number of audited texts.
-        served: audits whose answer, as served, differs from full depth.
-        differing: audits that would differ at each τ, (G,).
-        layers: sum of the audits' exit layers at each τ, (G,).
-        repeats: audits of repeated texts that would differ at each τ, (G,); they are in `differing`, not in `texts`.
+        served: number of audited texts whose answer, as served, differs from full depth's.
+        differing: number of audited texts whose answer at each τ would differ, (G,).
+        layers: sum of the audited texts' exit layers at each τ, (G,).
+        repeats: the repeated texts among `differing`, (G,); they are not counted in `texts`, `audits` and `layers`.
     """
 
     texts: int
@@ -115,9 +116,11 @@ class Tally:
 class Evidence:
     """The audits of one model and signal so far.
 
+    The methods that count raise ValueError for a q outside (0, 1], and for more than MAX_SHARES different q.
+
     Attributes:
         taus: the grid, (G,), ascending from 0.
-        tallies: by audit probability q; at most MAX_SHARES.
+        tallies: counts by audit probability q.
     """
 
     taus: NDArray[np.float64]
@@ -177,16 +180,19 @@ class Evidence:
         return sum(tally.audits for tally in self.tallies.values())
 
     def served(self) -> float | None:
-        """Rate of disagreement of the answers as served; None without audits."""
+        """Rate of disagreement of the answers as served, each audit weighted by 1/q; None without audits."""
         weight = self._weight()
         return sum(t.served / share for share, t in self.tallies.items()) / weight if weight else None
 
     def rates(self) -> betting.Floats:
-        """Rate of disagreement at each τ, (G,), each audit weighted by 1/q; NaN without audits."""
+        """Rate of disagreement at each τ, (G,), each audit weighted by 1/q; NaN without audits.
+
+        Repeats count only in the numerator, so they can make the rate too high but not too low.
+        """
         return self._mean([tally.differing for tally in self.tallies.values()])
 
     def mean_layers(self) -> betting.Floats:
-        """Mean exit layer at each τ, (G,); NaN without audits."""
+        """Mean exit layer at each τ, (G,), each audit weighted by 1/q; NaN without audits."""
         return self._mean([tally.layers for tally in self.tallies.values()])
 
     def _weight(self) -> float:
@@ -241,8 +247,8 @@ class RecentRates:
     follow the traffic as quickly.
 
     Attributes:
-        weight: total weight of the audits; below the number of recent audits.
-        differing: weight of the audits that would differ at each τ, (G,).
+        weight: total weight of the audits; approaches the number of audits that count as recent.
+        differing: total weight of the audits whose answer at each τ would differ, (G,).
     """
 
     def __init__(self, rate: float, count: int) -> None:
@@ -259,8 +265,8 @@ class RecentRates:
     def allows(self, index: int) -> int:
         """Index of the highest τ that the recent audits allow, at most `index`.
 
-        Up to this τ, every recent rate is at least a standard error below the promised rate. `index` itself while there
-        are few audits.
+        Up to this τ, every recent rate is at least a standard error below the promised rate. Returns 0 if there is no
+        such τ, and `index` itself while there are too few audits to judge.
         """
         if self.weight < self._least / 3:
             return index
@@ -283,7 +289,10 @@ class Promise:
     def __init__(
         self, rate: float, taus: NDArray[np.float64], start: int = 0, error: float = 1 - CONFIDENCE
     ) -> None:
-        """start: index of the initial τ, which is not tested. error: δ. Raises ValueError for a rate outside (0, 1)."""
+        """taus: the grid, (G,), ascending from 0. start: index of the initial τ, which is not tested. error: δ.
+
+        Raises ValueError for a rate outside (0, 1).
+        """
         if not 0 < rate < 1:
             raise ValueError(f"a promised rate must be above 0 and below 1, got {rate}")
         self.rate, self.error = rate, error
@@ -313,7 +322,8 @@ class Promise:
         """Count an audit. It may lower τ; only `advance` raises it.
 
         is_repeat: the text was counted before, so as evidence it counts only against each τ at which it differs. The
-            recent audits and the change detector count it like any other text: their rates need repeats that agree.
+            recent audits and the change detector count it like any other text: without the repeats that agree, their
+            rates would be too high.
         """
         if is_repeat:
             self.evidence.add_repeat(share, audit.differs)
@@ -328,7 +338,7 @@ class Promise:
         self.index = min(self.index, self.recent.allows(self.proved))
 
     def advance(self) -> None:
-        """Raise τ as far as the evidence allows."""
+        """Raise τ as far as the evidence and the recent audits allow."""
         while self.proved + 1 < len(self.evidence.taus) and self._may_pass(self.proved + 1):
             self.proved += 1
             self._why = "evidence"
@@ -361,9 +371,10 @@ class Promise:
         )
 
     def restore(self, evidence: Evidence, saved: SavedPromise) -> None:
-        """Continue from a saved state; only from its evidence if its rate differs, or its start or δ is higher.
+        """Continue from a saved state.
 
-        Raises ValueError if the saved τ is not on the grid, and for impossible values.
+        If the saved rate differs from this promise's, or the saved start or δ is higher, only the evidence is used.
+        Otherwise raises ValueError if the saved τ is not on the grid, and for impossible values.
         """
         is_laxer = saved.start > evidence.taus[self._start] or saved.error > self.error
         if saved.rate != self.rate or is_laxer:

@@ -28,7 +28,7 @@ class Promises:
     Attributes:
         by_left_out: by client, the promise without that client's evidence; under `ALL`, the promise on all evidence.
         own: recent audits of each client that is left out of a promise, by client.
-        texts: number of texts by client, for the clients that are left out of a promise and some others.
+        texts: number of texts by client, for the clients that are left out of a promise and up to MAX_COUNTED others.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Promises:
         return changed
 
     def advance(self) -> None:
-        """Raise each τ as far as its evidence allows."""
+        """Raise each promise's τ as far as its evidence and its recent audits allow."""
         for promise in self.by_left_out.values():
             promise.advance()
 
@@ -109,7 +109,7 @@ class Promises:
             elif len(self.texts) > MAX_CLIENTS + MAX_COUNTED:
                 self._forget()
         if key not in self.by_left_out:
-            # The copy keeps this client's earlier evidence: less than that of any client that was left out until now.
+            # The copy keeps this client's earlier evidence: no more than that of any client that was left out before.
             self.by_left_out[key] = self.of_all.copy()
             self.own[key] = RecentRates(self.rate, len(self.taus))
         return key

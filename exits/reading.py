@@ -54,6 +54,8 @@ class Reading:
 def read(layer: int, logits: list[float], distances: list[float] | None) -> Reading:
     """The reading of one exit of one sample, from its logits and its distances to the prototypes, K each.
 
+    distances: None at an exit without prototypes.
+
     This is `exits.formulas` in plain Python: a server calls it after every layer, and NumPy takes 20 times as long for
     a handful of classes. `native/rule.c` performs the same operations in the same order, so both make the
     same decision.
@@ -108,7 +110,7 @@ def read_value(layer: int, logits: list[float]) -> Reading:
 
 
 def differs(one: Answer, other: Answer, tolerance: float | None = None) -> bool:
-    """True if two answers differ: in the class, in any label, or in the value by more than the tolerance."""
+    """True if two answers differ: in the class, in any label, or in the value by more than `tolerance` (0 if None)."""
     if isinstance(one, float) and isinstance(other, float):
         return not abs(one - other) <= (tolerance or 0.0)  # NaN differs from every value
     return one != other

@@ -81,7 +81,7 @@ def psi(values: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def ks(values: Sequence[float], reference: Sequence[float]) -> float:
-    """Kolmogorov–Smirnov statistic: the largest gap between the two distribution functions, in [0, 1]."""
+    """Kolmogorov–Smirnov statistic of values and reference: the largest gap between their distribution functions."""
     ordered, largest = sorted(round(x, DIGITS) for x in values), 0.0
     for x in set(ordered):
         below, upto = bisect_left(ordered, x) / len(ordered), bisect_right(ordered, x) / len(ordered)

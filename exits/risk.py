@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 RIDGE = 0.01  # on standardized weights; the loss is summed over samples
 MAX_STEPS = 100
 MIN_SPREAD = (
-    1e-4  # features that vary less are not used: weights are divided by the spread, and must stay small
+    1e-4  # relative to 1 + |mean|; features that vary less are not used, as weights are divided by the spread
 )
 
 
@@ -37,7 +37,8 @@ def cross_fit(
 
     Scores are NaN at the last exit, and at every exit if all samples are in one group.
 
-    groups: the group of each sample, (n,); if None, every sample is its own group.
+    groups: the group of each sample, (n,); if None, every sample is its own group. folds: number of parts into which
+    the groups are divided; each part is scored by a risk that was fitted on the others.
     """
     n = len(recorded.labels)
     group = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
@@ -54,7 +55,7 @@ def regress(features: Floats, targets: Floats) -> Floats:
     """Weights (F,) of a logistic regression of targets (n,), 0 or 1, on features (n, F), the first of which is 1.
 
     A ridge penalty on the standardized weights keeps them finite if the targets are separable or all equal. A
-    feature that does not vary gets the weight 0.
+    feature that hardly varies (see MIN_SPREAD) gets the weight 0.
     """
     x = features[:, 1:]
     mean, spread = x.mean(0), x.std(0)

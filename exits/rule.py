@@ -59,7 +59,10 @@ class ExitRule:
             raise ValueError(f"tau must be in [0, 1], got {self.tau}")
 
     def read(self, layer: int, logits: list[float], distances: list[float] | None) -> Reading:
-        """The reading of one exit, from its K logits and K distances to the prototypes; K = 1 means regression."""
+        """The reading of one exit, from its K logits and K distances to the prototypes; K = 1 means regression.
+
+        distances: None at an exit without prototypes.
+        """
         if len(logits) == 1:
             return read_value(layer, logits)
         if self.thresholds is not None:

@@ -181,7 +181,7 @@ class Risk:
         return cls(model.risk)
 
     def score(self, readings: Sequence[Reading]) -> float | None:
-        """The risk at this exit; None at the last one."""
+        """The risk at this exit; None at the last exit, and at one without the prototypes that its weights need."""
         reading = readings[-1]
         w = self.weights[reading.layer]
         if w is None:
@@ -221,7 +221,9 @@ def check_name(name: str) -> str:
 
 
 def signal_of(name: str, lam: float | None = None, model: ModelTraits = CLASSIFIER) -> Signal:
-    """The signal of this name. lam: the λ of edr; 0 is entropy alone.
+    """The signal of this name. lam: the λ of edr, 1 if None; 0 is entropy alone.
+
+    model: traits of the model; by default, of one that has mutually exclusive classes and no risk.
 
     Raises ValueError for an unknown name, a signal that the model cannot have, a λ outside [0, 100], and a λ given
     with a signal other than edr, except 0 with entropy.

@@ -8,7 +8,7 @@ MIN_GAIN = 1.1  # least speed-up of a row of `under_load` relative to the previo
 
 
 class TradeOffs:
-    """The rows of a calibration table for one signal, by ascending τ; the first is full depth (τ = 0).
+    """The rows of a calibration table for one signal, by ascending τ; raises ValueError without full depth (τ = 0).
 
     A row is an exits.calibration.Outcome, or a manifest's TradeOff, which has the same fields.
     """
@@ -40,9 +40,10 @@ class TradeOffs:
         return self.rows[max(0, bisect_right(self._bounds, most) - 1)]
 
     def under_load(self, tau: float, min_accuracy: float, max_disagreement: float) -> list[Any]:
-        """The rows to which a server under load may raise τ, within both limits.
+        """The rows to which a server under load may raise τ from `tau`, by ascending τ.
 
-        Each is at least MIN_GAIN times as fast as the one before.
+        Each is at least MIN_GAIN times as fast as the one before it; the first is compared with the fastest row up to
+        `tau`. The list ends before the first such row below min_accuracy or above max_disagreement.
         """
         steps: list[Any] = []
         speed = max((row.speedup for row in self.rows if row.tau <= tau), default=1.0)

@@ -75,7 +75,7 @@ class Combination:
         self, weights: Sequence[int], thresholds: Sequence[float] | None = None, flag: Flag | None = None
     ) -> None:
         """weights: number of new tokens of each window, in execution order. thresholds: label thresholds of a
-        multi-label model, as logits; None for other models.
+        multi-label model, as logits; None for other models. flag: the label to watch for; None: there is none.
         """
         self._flag = flag
         self._best: Reading | None = None  # with a flag
@@ -107,6 +107,8 @@ class Combination:
 
     def is_settled(self, change: float = 1.0) -> bool:
         """True if the remaining windows cannot change the label, or any label of a multi-label model.
+
+        With a flag: true once the flag is raised, even if the label can still become more probable.
 
         change: assumed effect of the remaining windows, as a share of their largest possible effect. Used only for
         mutually exclusive classes, as one part of a text says nothing about the labels of another. A regression value

@@ -1,4 +1,7 @@
-"""Reads the audit log (`de3 serve --log-audits`) as calibration samples. It has all exits' outputs: no text is run."""
+"""Reads the audit log (`de3 serve --log-audits`) as calibration samples.
+
+The log has the outputs of all exits, so no text is run.
+"""
 
 import heapq
 from collections.abc import Iterator, Sequence
@@ -113,7 +116,7 @@ def _part(samples: Samples) -> Part:
 
 
 def _read(artifact: Artifact, files: Sequence[Path], seen: _Seen) -> list[_Audit]:
-    """The newest audits of a model, at most MAX_AUDITS; raises ValueError if there are none."""
+    """The newest audits of a model, at most MAX_AUDITS; raises ValueError if there are none, or a file is repeated."""
     if len({file.resolve() for file in files}) < len(files):
         raise ValueError("--from-audits: the same file is given twice")
     rows = (audit for file in files for audit in _audits(file, artifact, seen))

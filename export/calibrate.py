@@ -164,7 +164,10 @@ def _certifying(tune: Part, certify: Part, signal: Signal, pooled: bool) -> tupl
 
 
 def joined(parts: Sequence[Samples]) -> Samples:
-    """The samples of several parts as one; groups of different parts stay distinct."""
+    """The samples of several parts as one; groups of different parts stay distinct.
+
+    The result has tokens and original answers only if every part has them.
+    """
     first = parts[0].recorded
     logits, distances, labels = (
         np.concatenate([getattr(p.recorded, name) for p in parts])

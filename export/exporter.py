@@ -87,7 +87,8 @@ def export(
         exported = write(trained, "int8" if int8 else "fp32", draft, settings.name)
         plain = write(trained, "fp32", reference, settings.name) if int8 else exported
         proof: dict[str, Any] = {}
-        # An import runs without PyTorch, so this is skipped; tests compare every family's segments with transformers.
+        # An import without fine-tuning needs no PyTorch, so it skips this; tests compare every family's segments with
+        # transformers.
         if not opened.is_frozen_import:
             from de3.export.parity import parity
 
@@ -158,7 +159,7 @@ def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
 def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, Any]:
     """Print and return the accuracy of each exit in int8 and fp32, on the same samples.
 
-    Raises ExportError if the loss of an exit is above `allowed` with 95% confidence.
+    Raises ExportError if the 95% interval of an exit's loss lies entirely above `allowed`, a fraction.
     """
     quantized, full = int8.correct.mean(0), reference.correct.mean(0)
     table = Table(title=f"Correct answers by exit, int8 and fp32, % ({len(int8.labels)} certifying samples)")

@@ -275,7 +275,7 @@ def _space(states: Array, answers: NDArray[np.int64], count: int, seed: int) -> 
 
 
 def _adam(part: Array, moments: tuple[Array, Array], gradient: Array, step: int, rate: float) -> None:
-    """Take one AdamW step in place. step: its number, from 1. moments: running means of gradient and square."""
+    """Take one AdamW step in place. step: its number, from 1. moments: running means of the gradient and its square."""
     mean, square = moments
     mean += (1 - BETAS[0]) * (gradient - mean)
     square += (1 - BETAS[1]) * (gradient**2 - square)

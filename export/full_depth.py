@@ -71,7 +71,10 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
 
 
 def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Convert an int8 model to one activation scale per text, as ONNX Runtime's fused operators need; keep others."""
+    """Convert an int8 model to one activation scale per text, as ONNX Runtime's fused operators need.
+
+    Returns a new model; an fp32 model is copied unchanged.
+    """
     result = onnx.ModelProto()
     result.CopyFrom(model)
     nodes = result.graph.node

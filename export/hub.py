@@ -23,7 +23,8 @@ def fetch(name: str, label_names: list[str] | None = None, multi_label: bool = F
     """The local folder of a classifier; name: a folder, or a hub repository to download, as id or id@revision.
 
     The file list and config.json are checked before the weights are downloaded. Raises ValueError if there is no such
-    folder or repository, or if its model cannot be served. label_names, multi_label: as in `describe`.
+    folder or repository, or if its model cannot be served, and OldFormError if only transformers can read its files.
+    label_names, multi_label: as in `describe`.
     """
     repository, _, revision = name.partition("@")
     looks_like_path = name.startswith((".", "/", "~")) or repository.count("/") > 1 or "\\" in name

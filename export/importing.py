@@ -40,7 +40,7 @@ class ImportSettings:
 
     Attributes:
         threshold: probability above which a multi-label model assigns a label; None means 0.5.
-        tolerance: in a regression model, the largest difference between two values that count as equal.
+        tolerance: in a regression model, which needs it, the largest difference between two values that count as equal.
         labelled: true if the texts have labels; otherwise the model's own answers are the labels.
         fragments: true if some texts are fragments of others.
         finetune: also train the encoder towards the original's probabilities, for better early exits.
@@ -71,10 +71,10 @@ def import_classifier(
 ) -> Path:
     """Fit exits to a stock classifier on texts, and publish it as a model's next version; returns its folder.
 
-    rows: texts and labels, "" if unlabelled. groups: group of each row, if some are related. work: folder for the
-    checkpoint and, until the end, for intermediate results, from which an interrupted import resumes.
+    rows: texts and labels, "" if unlabelled. groups: group of each row; None if the rows are unrelated. work: folder
+    for the checkpoint and, until the end, for intermediate results, from which an interrupted import resumes.
 
-    Call `check_work` first. Raises ValueError for unusable texts and options.
+    Call `check_work` first. Raises ValueError for unusable texts and options, and ExportError as `export` does.
     """
     _check(stock, settings, exporting)
     parts = _parts(rows, groups, stock, settings)
@@ -214,7 +214,10 @@ def _parts(
 
 
 def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
-    """The model's labels as they appear in the data: names, numbers, or "" if the data has none."""
+    """The model's labels as they appear in the data: names, numbers, or "" if the data has none.
+
+    Raises ValueError if the data has other labels. found: the labels in the data. names: the model's labels.
+    """
     for known in ([""], names, [str(i) for i in range(len(names))]):
         if found <= set(known):
             if known is not names and known != [""]:

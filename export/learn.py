@@ -40,8 +40,8 @@ from de3.model_store.segment_graph import build_segment, graph_name
 from de3.model_store.store import Artifact, Store, read_manifest
 from de3.training.progress import console
 
-FOLDS = 4  # of cross-fitting: the risk is fitted to a text with exits that were fitted without it
-HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and number of the new texts that test the exits
+FOLDS = 4  # of cross-fitting: the risk is fitted to outputs of exits that were fitted without the text
+HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and maximum number of the new texts that test the exits
 SLACK = 1.25  # over-representation of a client up to this factor is not corrected: it may be chance
 MIN_OF_CLIENT = 30  # held-out records of a client that make its weight reliable
 MAX_FITTED = 20_000  # records
@@ -99,8 +99,9 @@ class Fitted:
 def fit_exits(records: Records, manifest: Manifest, attempt: int, rate: float, first_new: int = 0) -> Fitted:
     """Fit exits and risk to records, and test them on held-out ones.
 
-    rate: the promised rate of disagreement. first_new: number of the first record that tests may use; those before it
-    are from before a change in the traffic.
+    attempt: number of the fit, from 1; decides the split and the error probability of the test (see `error_of`). rate:
+    the promised rate of disagreement. first_new: number of the first record that tests may use; earlier records are
+    from before a change in the traffic.
 
     Raises ValueError if there are too few records.
     """
@@ -153,7 +154,7 @@ def _thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator
 def _apart(
     texts: States, records: Records, pooling: str, ridges: Sequence[float], manifest: Manifest
 ) -> Recorded:
-    """Record the outputs for each text of exits that were fitted without it, in the order of the texts."""
+    """Cross-fitted outputs, in the order of the texts: each text is run through exits that were fitted without it."""
     groups = np.unique(records.keys, return_inverse=True)[1]
     fold = np.random.default_rng(SEED).permutation(int(groups.max()) + 1)[groups] % FOLDS
     parts, rows = [], []
@@ -287,7 +288,9 @@ def publish(
 def import_records(base: Artifact, files: Sequence[Path], store: Store, name: str, rate: float) -> Path:
     """Publish a model with exits that are fitted to the records of one or more servers; returns its folder.
 
-    Raises ValueError for unusable files, and StoreError for a damaged model.
+    rate: rate of disagreement at which the speed-up is printed; it does not influence the exits.
+
+    Raises ValueError for unusable files or too few records, and StoreError for a damaged model.
     """
     found = []
     for file in files:
@@ -353,7 +356,7 @@ class Job:
         attempt: number of this fit.
         rate: the promised rate of disagreement.
         first_new: see fit_exits.
-        speedup, allowed: speed-ups in layers of the exits served now: at the τ in force, and at the best in hindsight.
+        speedup, allowed: speed-ups in layers of the exits served now, at the τ in force and at the best τ in hindsight.
         memory: memory limit, bytes.
     """
 

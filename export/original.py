@@ -13,7 +13,7 @@ from de3.model_store.store import MANIFEST
 
 @contextmanager
 def original_of(name: str, label_names: list[str] | None = None, multi_label: bool = False) -> Iterator[Path]:
-    """The local folder of a stock classifier, given as a folder or hub id, in file formats that de3 reads.
+    """Yield the local folder of a stock classifier, given as a folder or hub id, in file formats that de3 reads.
 
     Other formats are rewritten into a temporary folder, which needs the train extra. label_names, multi_label: as in
     `describe`. Raises ValueError for a classifier that cannot be imported.

@@ -1,4 +1,4 @@
-"""Records the outputs of every exit of an artifact for labelled texts, run as in serving."""
+"""Records the outputs of every exit of an artifact for labelled texts."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,10 @@ from de3.training.progress import track
 
 
 def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:
-    """Record every exit for examples, in order. Examples run to full depth, unbatched, in parallel on all cores."""
+    """Record every exit for examples, in order. Examples run to full depth, unbatched, in parallel on all cores.
+
+    what: name of the examples, for the progress bar.
+    """
 
     def full_depth(example: Example) -> tuple[int, list[Step]]:
         text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)

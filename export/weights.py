@@ -127,7 +127,10 @@ def opened(folder: Path, prefix: str) -> Iterator[StateFile]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files with the weights in a folder, sharded or not; raises ValueError if there are none."""
+    """The safetensors files with the weights in a folder, sharded or not.
+
+    Raises ValueError if there are none, or if the index of the shards is invalid.
+    """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():

@@ -27,7 +27,9 @@ def write_checkpoint(
 ) -> None:
     """Write a classifier with exits in the format of training.model.De3Model, with its tokenizer.
 
-    input_: the kind of texts that the exits were fitted to, "text" or "pair".
+    input_: the kind of texts that the exits were fitted to, "text" or "pair". thresholds: probabilities above which a
+    multi-label model assigns each label; None for other models. tolerance: of a regression model (see
+    `exits.recorded.Recorded`); None for other models.
     """
     architecture, labels = stock.architecture("fp32"), stock.description.labels
     config = {

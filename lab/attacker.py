@@ -33,6 +33,7 @@ class Sent:
     Attributes:
         connections: number of opened connections.
         closed: number of connections that the server closed or refused.
+        megabytes: amount of data sent.
         statuses: number of answers by status.
     """
 
@@ -68,7 +69,7 @@ class Attacker:
         self._open: dict[int, _Connection] = {}
         self._timers: list[
             tuple[float, int, int, _Connection | None]
-        ] = []  # due, tie-breaker, number, paused
+        ] = []  # due time, tie-breaker, number, connection to resume (None: open one)
         self._ties = 0
         self.sent = Sent()
         self._next_open = monotonic()

@@ -1,4 +1,4 @@
-"""The attacks of `python -m lab attack`, as a script for each connection."""
+"""The attacks of `python -m lab attack`; each is a script that its connections run."""
 
 import json
 import random

@@ -48,7 +48,7 @@ class Truth:
 
     @classmethod
     def ask(cls, url: str, samples: Sequence[Sample]) -> "Truth":
-        """Send every sample to the server at this URL."""
+        """The answers of the server at this URL to the samples, each sent once."""
         target = Target(url, body=lambda text: {"input": text, "tau": 0, "explain": True}, label=json.dumps)
         rows = [json.loads(answer or "{}")["data"][0] for answer in ask_alone(target, list(samples))]
         exits = [row["layers"] for row in rows]
@@ -69,14 +69,16 @@ class Window:
 
     Attributes:
         phase: the kind of texts sent, home or away.
-        texts, resets: numbers so far.
+        texts: number of texts sent so far.
         audits: number of audits that count as evidence.
-        reason: why the server set this τ.
-        measured, lower, upper: disagreement by the server's audits, with its bounds.
+        tau, reason: the τ in force at the end of the window, and the server's reason for it.
+        measured, lower, upper: disagreement by the server's audits, with its bounds; measured is None if there are no
+            audits.
         seen: disagreement of the answers in this window with full depth, counted by the client.
         true: disagreement over all texts of the phase, at the τ in force at the end of the window.
-        speedup: in layers, by the server's audits.
+        speedup: in layers, by the server's audits; None if there are no audits.
         p99_ms: latency (p99) of the requests in this window.
+        resets: number of resets in the server's report, which lists the latest 20.
     """
 
     phase: str
@@ -106,7 +108,8 @@ def story(
 ) -> list[Window]:
     """Serve with a guarantee, send texts of one kind, then of another, and compare every answer with full depth's.
 
-    texts, windows: samples and number of windows, for home and for away. rate: the guarantee. share: of audited texts.
+    texts, windows: samples and number of windows, for home and for away. rate: the guarantee. share: share of the texts
+    that are audited.
     """
     told: list[Window] = []
     options = ["--guarantee", str(rate), "--audit-share", str(share)]
@@ -156,7 +159,11 @@ def story(
 
 
 def summary(told: list[Window], rate: float) -> dict[str, Any]:
-    """Summary of a run: the client's own count, and the texts from the switch until the guarantee holds again."""
+    """Summary of a run: disagreement as the client counted it, and the highest true rates.
+
+    `texts_to_restore` is the number of texts from the switch to the end of the last window whose true rate is above the
+    guarantee; 0 if there is none.
+    """
     away = [w for w in told if w.phase == "away"]
     before = max((w.texts for w in told if w.phase == "home"), default=0)
     breached = [w for w in away if w.true > rate]
@@ -200,7 +207,7 @@ def copies(
     """Let one client send copies of an easy text, and compare another client's answers with full depth's.
 
     The attacker begins with 256 copies in one request. Then the other client sends each sample once, each after
-    another copy from the attacker.
+    another copy from the attacker. `tau` and `attackers_tau` in the result are the τ of each client's last answer.
     """
     with (
         TemporaryDirectory() as folder,
@@ -235,7 +242,7 @@ def copies(
 
 @dataclass(frozen=True)
 class Round:
-    """One round: latencies without and with audits, ms, share of audited texts, and audits pending at the end."""
+    """One round: latencies without and with audits, ms; share of audited texts; number of audits pending at the end."""
 
     p50: float
     p99: float
@@ -259,9 +266,10 @@ def cost(
 ) -> dict[str, Any]:
     """Latency at `load`, a share of the capacity, without and with audits in turn, at the same rate.
 
-    The capacity is the highest rate of Poisson arrivals whose p99 is within slo_ms, without audits.
+    The capacity is the highest rate of Poisson arrivals whose p99 is within slo_ms, without audits. `p50` and `p99` in
+    the result are medians over the rounds of the ratio with audits / without.
 
-    share: of audited texts.
+    share: share of the texts that are audited.
     """
     options: tuple[list[str], list[str]] = [], ["--audit-share", str(share)]
     done: list[Round] = []

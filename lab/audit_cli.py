@@ -32,7 +32,7 @@ def story(
     port: options.Port = 8100,
     json_file: options.Json = None,
 ) -> None:
-    """Serve with a guarantee, switch the traffic, and compare every answer with that of full depth.
+    """Serve with a guarantee, switch the traffic, and compare every answer with full depth's.
 
     Example: python -m lab audit story books.jsonl electronics.jsonl --png story.png
     """
@@ -75,7 +75,7 @@ def copies(
     port: options.Port = 8100,
     json_file: options.Json = None,
 ) -> None:
-    """Serve with a guarantee while one client sends copies of an easy text; measure another's disagreement rate.
+    """Serve with a guarantee while one client sends copies of an easy text; measure another client's disagreement.
 
     Example: python -m lab audit copies sst2/train.tsv
     """

@@ -33,7 +33,10 @@ KILLED_AT = 0.4  # share of the parts after which the run is killed
 
 
 def distinct_texts(texts: Sequence[str], count: int, seed: int = 1) -> list[str]:
-    """`count` distinct short texts, shuffled: the given ones, then the start of one joined to the end of another."""
+    """`count` distinct texts, shuffled: the given ones, and as many recombined ones as are needed.
+
+    A recombined text is the start of one given text, joined to the end of another.
+    """
     rng, words = random.Random(seed), [text.split() for text in texts]
     found = dict.fromkeys(text for text in texts if text.strip())
     while len(found) < count:
@@ -123,7 +126,10 @@ def run(command: list[str], rows: int, ends_at: Callable[[], bool] = lambda: Fal
 
 
 def study(artifact: Artifact, store: Path, texts: Sequence[str], rows: int, folder: Path) -> Iterator[str]:
-    """Yield the lines of the report. folder: where the files are written and kept."""
+    """Run the study, and yield the lines of its report as they are measured.
+
+    rows: number of texts in the file. folder: for the files, which are kept; the results of an earlier run are deleted.
+    """
     source = folder / "texts.parquet"
     for old in folder.glob("whole.*"), folder.glob("halves.*"):
         for path in old:
@@ -153,9 +159,10 @@ def study(artifact: Artifact, store: Path, texts: Sequence[str], rows: int, fold
 
 
 def peers(artifact: Artifact, stock: Path, folder: Path, count: int, rounds: int) -> Iterator[str]:
-    """Yield texts/s of the command's processes and of peers, on the first `count` texts of the file that `study` wrote.
+    """Yield lines with the texts/s of the command's processes and of peers.
 
-    stock: the Hugging Face classifier from which the artifact was made.
+    stock: the Hugging Face classifier from which the artifact was made. folder: where `study` wrote the texts.
+    count: number of texts to classify, from the start of the file.
     """
     texts = parquet.read_table(folder / "texts.parquet", columns=["text"]).column("text")[:count].to_pylist()
     file = folder / "texts.json"

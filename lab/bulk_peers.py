@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,15 @@ def ctranslate(folder: Path, out: Path) -> Callable[[list[str], int], None]:
     with safe_open(folder / "model.safetensors", "np") as weights:
         weight, bias = weights.get_tensor("classifier.weight").T, weights.get_tensor("classifier.bias")
 
+    def classify(batch: list[str]) -> None:
+        ids = tokenizer(batch, truncation=True)["input_ids"]
+        (np.array(encoder.forward_batch(ids).pooler_output) @ weight + bias).argmax(1)
+
     def run(texts: list[str], size: int) -> None:
-        # Each call gets one batch, and ends before the next call begins.
-        for many in batches(texts, 2 * CORES * size):
-            for batch in batches(many, size):
-                ids = tokenizer(batch, truncation=True)["input_ids"]
-                (np.array(encoder.forward_batch(ids).pooler_output) @ weight + bias).argmax(1)
+        # A call runs on one of the encoder's threads, so as many calls run at the same time.
+        with ThreadPoolExecutor(CORES) as pool:
+            for _ in pool.map(classify, batches(texts, size)):
+                pass
 
     return run
 

@@ -62,7 +62,7 @@ def learn(
     most_then: Annotated[int, typer.Option(help="Texts of another kind, at most.")] = 3000,
     port: options.Port = 8100,
 ) -> None:
-    """Serve a stock classifier with --learn, send it a stream of texts, and compare it with an offline import.
+    """Serve a stock classifier with --learn, send it a stream of texts, and compare its exits with an offline import's.
 
     Example: python -m lab learn runs/stock/model --texts runs/stock/texts.jsonl --then electronics.tsv
     """
@@ -284,8 +284,8 @@ def faults(
 ) -> None:
     """Inject faults into our own server and count accepted requests that are lost; fails if there are any.
 
-    The faults: SIGTERM, SIGKILL of the server or a process of it, a full disk, clients that hang up or do not read,
-    slow heads, overload, clock jumps.
+    The faults: SIGTERM, SIGKILL of the server, of one of its processes or of an export, a full disk, clients that hang
+    up or do not read, slow heads, overload, clock jumps.
 
     Example: python -m lab faults --texts dev.tsv --only sigterm
     """
@@ -329,7 +329,8 @@ def attack(
     Each attack starts its own server with limits of 1 GiB of memory and 1,024 open files. The attacker, a process at
     nice 19, uses other networks of 127/8 than the well-behaved client, which is at 127.0.0.1 and sends 20 requests per
     second. The server fails an attack if it dies or does not release its memory, or if the well-behaved client is
-    refused, gets no answer or gets it late: p99 above 50 ms and above 5 times the p99 before the attack.
+    refused (three attacks allow 10% of its requests), gets no answer, or gets it late: p99 above 50 ms and above 5
+    times the p99 before the attack.
 
     There is no URL option: only a server that this command starts can be attacked.
 
@@ -361,7 +362,7 @@ def layers(
     tokens: Annotated[list[int] | None, typer.Option(help="Lengths, in tokens.", show_default=False)] = None,
     json_file: options.Json = None,
 ) -> None:
-    """Time one encoder layer in ONNX Runtime and in our kernels, and compare with the processor's peak.
+    """Time one encoder layer, or all, in ONNX Runtime and in our kernels, and compare with the processor's peak.
 
     Example: python -m lab layers --model sst2
     """

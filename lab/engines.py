@@ -54,6 +54,7 @@ class Engines:
         peers: lean peers; those that cannot be prepared or do not run are left out, with a note.
         out: folder for results.json.
         seconds: minimum duration of one measurement.
+        core: number of the core on which everything runs.
         show: called with each line of progress.
     """
 
@@ -68,7 +69,10 @@ class Engines:
     results: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
-        """Measure everything and write results.json. Raises StoreError if the kernels cannot run the model."""
+        """Measure everything and write results.json.
+
+        Raises StoreError if the kernels cannot run the model, and ValueError if this process may not run on the core.
+        """
         self.peers = [
             replace(p, name=p.name.replace("fused graph, FastAPI", "ONNX Runtime")) for p in self.peers
         ]
@@ -168,7 +172,10 @@ def our_rate(model: Model, tokens: Sequence[Tokens], size: int, seconds: float) 
 
 
 def peer_measured(peer: Server, file: Path, seconds: float) -> dict[str, Any]:
-    """A lean peer's own measurement: texts_per_s, passes and logits. Raises ValueError if it does not run."""
+    """A lean peer's own measurement: texts_per_s, passes and logits.
+
+    Raises ValueError if the peer fails, takes longer than MEASURE_S or prints no results.
+    """
     command = peer.measuring(file, seconds)
     try:
         done = subprocess.run(command, check=True, capture_output=True, timeout=MEASURE_S)
@@ -197,6 +204,8 @@ def read_bandwidth(size: int = BUFFER_BYTES) -> float:
     """Bytes per second that one core reads from memory: the best of five dot products of two float32 arrays.
 
     Reading two arrays is up to 1.4 times as fast as summing one. `dot` may use several threads; `einsum` does not.
+
+    size: bytes of each array.
     """
     left, right = np.ones(size // 4, np.float32), np.ones(size // 4, np.float32)
     times = []

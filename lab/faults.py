@@ -44,7 +44,8 @@ class Row:
 
     Attributes:
         happened: description of the effects.
-        lost: number of accepted requests without an answer; None if the fault was not tested.
+        lost: number of accepted requests without an answer, plus 1 for each other failed check; None if the fault was
+            not tested.
     """
 
     fault: str
@@ -94,7 +95,8 @@ class Testbed:
     def ask(self, texts: Sequence[str], name: str = "", **fields: object) -> int:
         """Send a request on a new connection; returns the status.
 
-        Raises OSError or HTTPException without a valid response, and ValueError for a 503 without Retry-After.
+        name: the request's id; "": none is sent. fields: further fields of the body. Raises OSError or HTTPException if
+        there is no valid response, and ValueError for a 503 without Retry-After.
         """
         connection = HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
         try:
@@ -116,7 +118,7 @@ class Testbed:
         return connection
 
     def at_once(self, batches: Sequence[Sequence[str]], tau: float) -> list[int]:
-        """Send requests at the same time; returns their statuses in the order of the answers."""
+        """Send requests at the same time; returns the statuses of the valid answers, in the order of their arrival."""
         barrier, statuses = threading.Barrier(len(batches)), list[int]()
 
         def client(texts: Sequence[str]) -> None:
@@ -155,7 +157,10 @@ class Testbed:
             connection.close()
 
     def answered_during(self, fault: Callable[[], None], clients: int = CLIENTS) -> tuple[set[str], int]:
-        """Send requests during a fault; returns the ids answered with 200, and the number without an answer."""
+        """Send requests during a fault; returns the ids answered with 200, and the number without an answer.
+
+        The fault begins after the first 20 answers. Raises ValueError for a 503 without Retry-After.
+        """
         stop, answered, unanswered, errors = threading.Event(), set(), [0], list[ValueError]()
 
         def client(number: int) -> None:
@@ -198,7 +203,8 @@ class Testbed:
 def sigterm(testbed: Testbed) -> Row:
     """SIGTERM with large batches in flight and short requests arriving.
 
-    uvicorn logs each request that it cancels. A request that was refused, or dropped unread, was not accepted.
+    uvicorn logs the number of requests that it cancels; they count as lost. A request that was refused, or dropped
+    unread, was not accepted.
     """
     with testbed.server() as process:
         statuses: list[int] = []
@@ -314,7 +320,7 @@ def _writer(store: Path, model: str) -> "subprocess.Popen[str]":
 
 
 def _verify(store: Path) -> int:
-    """Check every file of every version; returns the number of versions. Raises StoreError."""
+    """Check every file of every version; returns the number of versions. Raises StoreError if one is damaged."""
     models = Store(store)
     names = models.names()
     for name in names:
@@ -375,7 +381,7 @@ def full_disk(testbed: Testbed) -> Row:
 
 def hang_up(testbed: Testbed) -> Row:
     """Clients that hang up as soon as they have sent their request."""
-    with testbed.server("--max-queue", "6000"):  # room for all requests
+    with testbed.server("--max-queue", "6000"):  # room for all texts
 
         def many() -> None:
             for number in range(100):
@@ -478,7 +484,7 @@ def overload(testbed: Testbed) -> Row:
 
 
 def clock(testbed: Testbed) -> Row:
-    """The system's clock jumps a day ahead, a day behind, and back."""
+    """The wall clock, as the server sees it, jumps a day ahead, a day behind, and back."""
     fault = "the clock jumps a day forward, two days back, and back to the right time"
     library = next((path for path in CLOCK_LIBRARIES if Path(path).exists()), None)
     if library is None:
@@ -494,7 +500,7 @@ def clock(testbed: Testbed) -> Row:
         "LD_PRELOAD": library,
         "FAKETIME_TIMESTAMP_FILE": str(jump),
         "FAKETIME_NO_CACHE": "1",
-        # The monotonic clock, which timers use, does not jump. The variable's name depends on the version.
+        # The monotonic clock, which timers use, does not jump. The variable's name depends on libfaketime's version.
         "DONT_FAKE_MONOTONIC": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
@@ -534,7 +540,10 @@ FAULTS = (
 def faults(
     testbed: Testbed, only: Sequence[str] = (), on_row: Callable[[Row], None] = lambda _: None
 ) -> list[Row]:
-    """Test every fault, or those named, each with its own server. Raises ValueError for an unknown name."""
+    """Test every fault, or those named, each with servers of its own. Raises ValueError for an unknown name.
+
+    A fault whose test raises an error counts as one lost request.
+    """
     known = [fault.__name__ for fault in FAULTS]
     if wrong := [name for name in only if name not in known]:
         raise ValueError(f"no fault {wrong[0]!r}; there are: {', '.join(known)}")

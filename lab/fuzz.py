@@ -1,7 +1,7 @@
 """A fuzzer that sends malformed requests; the server must answer with a clear error or close the connection.
 
-Requests are mutations of valid ones: JSON values, JSON bytes, headers, the request line. An answer must be HTTP with a
-status below 500 (or 503 or 504), and an error must have the documented shape. Every well-formed request must be
+Requests are valid ones with mutations of JSON values, JSON bytes, headers or the request line. An answer must be HTTP
+with a status below 500 (or 503 or 504), and an error must have the documented shape. Every well-formed request must be
 answered, and at the end a valid request must get the same answer as at the start.
 """
 
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 TIMEOUT_S = 60.0
-FIRST_BYTE_S = 0.3  # maximum wait for an answer to a request that may be incomplete
+FIRST_BYTE_S = 0.3  # wait for the answer to a request that may be incomplete, before the client half-closes
 MAX_PROBLEMS = 20  # recorded examples
 
 # Values that parsers often mishandle.
@@ -193,7 +193,7 @@ def _mutate(rng: random.Random, data: bytes) -> bytes:
 
 
 def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> str:
-    """The problem with an answer; empty if it is correct."""
+    """The problem with an answer; empty if it is correct. headers: by name in lower case."""
     if status in (503, 504):
         return "" if status == 504 or "retry-after" in headers else "503 without Retry-After"
     if status >= 500:
@@ -203,7 +203,7 @@ def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> 
             answer = json.loads(body)
             is_of_detectors = answer.keys() == {"code", "message"} and answer["code"] == status
             error = answer["message" if is_of_detectors else "error"]
-            if isinstance(error, str) and error:  # the shape of other protocols
+            if isinstance(error, str) and error:  # the error shape of other protocols
                 return ""
             if not (error["message"] and error["type"] and error["code"] == status):
                 return f"an error without message, type or the right code: {body[:300]!r}"

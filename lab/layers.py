@@ -23,12 +23,13 @@ def layers(
 ) -> dict[str, Any]:
     """Time a layer in both runtimes on one thread, by number of tokens: medians of alternating measurements, µs.
 
-    `_of_peak` is the share of one core's peak rate of int8 multiply-adds with the kernels' instruction set.
-    Attention's multiply-adds, in float32, count too, as if every token attended to all. ONNX Runtime uses the
-    processor's best instruction set, whatever the kernels use.
+    Keys that end in `_of_peak` have the share of one core's peak rate of int8 multiply-adds with the kernels'
+    instruction set. Attention's multiply-adds, in float32, count too, as if every token attended to all. ONNX Runtime
+    uses the processor's best instruction set, whatever the kernels use.
 
-    lengths: numbers of tokens, ascending; those above the model's maximum are left out. instructions: instruction set
-    that the kernels use from now on; empty: the best. layer: number of the layer; None: all layers in one measurement.
+    lengths: numbers of tokens, ascending; those above the model's maximum are left out. rounds: number of measurements
+    of each runtime. instructions: instruction set that the kernels use from now on; empty: the best. layer: number of
+    the layer; None: all layers in one measurement.
     Raises StoreError if the kernels cannot run the model, ValueError if this machine lacks the instruction set.
     """
     models = [Model(artifact, "onnxruntime"), Model(artifact, "native")]

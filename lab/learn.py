@@ -1,4 +1,4 @@
-"""A server that learns from live traffic: a stream of texts, then texts of another kind, against an offline import."""
+"""A server that learns from a stream of texts whose kind changes once, compared with an offline import."""
 
 import http.client
 import json
@@ -55,7 +55,8 @@ class Story:
         speedup: speed-up in layers over the last quarter of the first kind.
         model_speedup, with_audits: speed-up in model time over all texts of the first kind, without and with the time
             of audits.
-        recovery: texts of the second kind after which the rate of the latest WINDOW texts stays within the promise.
+        recovery: number of texts of the second kind after which the rate of the latest WINDOW texts stays within the
+            promise; 0 if the rate never exceeds the promise, and all of these texts if it exceeds it at the end.
         learned, imported: speed-ups in hindsight on unseen texts: of the version that was served before the switch, and
             of an offline import from as many texts as were recorded.
         records: number of records before the switch.
@@ -145,7 +146,7 @@ def tell(
     """Send one stream to a new server; returns its story.
 
     first: texts of the first kind; UNSEEN random ones, or a fifth if that is fewer, are not sent. then: texts of the
-    second kind.
+    second kind. rate: the guarantee. seed: of the order of the texts.
     """
     texts = list(first)
     random.Random(seed).shuffle(texts)
@@ -240,7 +241,7 @@ def hindsight(model: Model, texts: Sequence[str], rate: float) -> float:
 def profiles(
     recorded: Recorded, scores: NDArray[np.float64], taus: NDArray[np.float64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Disagreement with full depth and exit layer of each text at each τ, (n, G) each."""
+    """Disagreement with full depth and exit layer of each text at each τ, (n, taus) each."""
     rows = [
         profile(one.tolist(), differs.tolist(), recorded.exit_layers, taus)
         for one, differs in zip(scores, recorded.differs, strict=True)
@@ -260,7 +261,7 @@ def _metric(url: str, name: str) -> float:
 
 
 class _Peak:
-    """The largest memory of a process and its children, by PSS, in MB."""
+    """Peak memory (PSS) of a process and its descendants, in MB, sampled every 0.5 s until `stop`."""
 
     def __init__(self, pid: int) -> None:
         self._pid, self._most, self._over = pid, 0.0, threading.Event()

@@ -25,7 +25,8 @@ def measure(
 ) -> tuple[float, Times, Times]:
     """Measure latencies; returns the requests per second, and the latencies of each round without and with a fit.
 
-    Raises ValueError if a fit ends before its round.
+    The requests per second are half of the throughput with 16 connections. Raises ValueError if a fit ends before the
+    measurement that is made during it.
     """
     os.environ["DE3_ADMIN_KEYS"] = f"lab {KEY}"
     without, with_fit = list[tuple[float, float]](), list[tuple[float, float]]()
@@ -77,7 +78,7 @@ def _ask(target: Target, name: str) -> None:
 
 
 def _wait(target: Target, name: str, phase: str) -> None:
-    """Wait until the learner is in a phase, and 2 s longer if that is recording."""
+    """Wait until the learner is in a phase, and 2 s longer if that phase is recording."""
     while _report(target, name)["phase"] != phase:
         time.sleep(0.1)
     if phase == "recording":

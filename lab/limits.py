@@ -31,7 +31,7 @@ class Limit:
         return replace(server, command=["sh", "-c", shell, "sh", *server.command])
 
     def killed(self) -> bool:
-        """True if the kernel's OOM killer has ended a process of the group."""
+        """True if the kernel's OOM killer has ended a process of the group; False if there is no group."""
         for name in ("memory.oom_control", "memory.events"):
             if self.group is not None and (self.group / name).exists():
                 count = re.search(r"^oom_kill (\d+)", (self.group / name).read_text(), re.M)
@@ -41,7 +41,7 @@ class Limit:
 
 @contextmanager
 def limits(name: str, memory_bytes: int, files: int) -> Iterator[Limit]:
-    """Limits for one server; its control group is removed at the end of the block."""
+    """Limits for one server. name: of its control group, which is removed at the end of the block."""
     group = _new_group(name, memory_bytes)
     try:
         yield Limit(group, memory_bytes, files)

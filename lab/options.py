@@ -25,7 +25,10 @@ Earlier = Annotated[
 
 
 def open_model(store: Path, name: str) -> Model:
-    """Open a model of a store with ONNX Runtime; raises ValueError without the train extra, which the studies need."""
+    """Open a model of a store with ONNX Runtime.
+
+    Raises ValueError if the train extra, which the studies need, is not installed.
+    """
     try:
         import torch  # noqa: F401
     except ImportError:

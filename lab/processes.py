@@ -45,7 +45,10 @@ class Side:
 
 
 def sides(store: Path, model: str, options: Sequence[str], before: Path | None) -> list[Side]:
-    """The servers to compare. before: another checkout, built in place."""
+    """The servers to compare, in this order: `before` if it is given, one process, and several processes.
+
+    options: of de3 serve. before: folder of another checkout, built in place.
+    """
     threads = ours(store, model, options=[*options, "--processes", "1"])
     found = [Side("one process", threads), Side("processes", ours(store, model, options=options))]
     if before is not None:
@@ -56,7 +59,10 @@ def sides(store: Path, model: str, options: Sequence[str], before: Path | None) 
 
 
 def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: float, port: int) -> None:
-    """Measure all sides in turn, and store the results in them; raises ValueError if wrk is missing or fails."""
+    """Measure all sides in turn, and store the results in them.
+
+    Raises ValueError if wrk is missing or requests fail.
+    """
     with TemporaryDirectory() as folder, ExitStack() as stack:
         script = Path(folder) / "post.lua"
         bodies = (f"[==[{json.dumps({'input': s.text})}]==]" for s in samples[:MAX_TEXTS])
@@ -113,7 +119,7 @@ def _cpu_us(server: Running) -> float:
 def table(found: list[Side]) -> Iterator[str]:
     """Yield the medians as lines of a Markdown table.
 
-    A ratio is that of the last side to the first: the median over the rounds, with the range.
+    A ratio is the last side's value / the first side's: the median over the rounds, with the range.
     """
     yield "| | " + " | ".join(side.name for side in found) + " | ratio |"
     yield "| --- |" + " --- |" * (len(found) + 1)

@@ -30,7 +30,7 @@ SCALE_TIMEOUT_S = 240.0
 
 @contextmanager
 def cluster(nodes: int, cores: int, port: int) -> Iterator[Cluster]:
-    """A Ray cluster on this machine; each node is a raylet with the given number of cores."""
+    """A Ray cluster on this machine, with Ray Serve's proxy on `port`; each node is a raylet with `cores` cores."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
     # Retry the requests of a replica that died, in Ray's own proxy and in HAProxy, if Ray uses it.
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "de3.deploy.ray.repeat:middlewares"
@@ -55,7 +55,7 @@ def cluster(nodes: int, cores: int, port: int) -> Iterator[Cluster]:
 
 
 def deploy(**arguments: Any) -> None:
-    """Deploy or redeploy the application and wait until it is ready."""
+    """Deploy or redeploy the application, with these arguments of `build`, and wait until it is ready."""
     serve.run(build({k: str(v) for k, v in arguments.items()}), name="de3", route_prefix="/")
 
 
@@ -84,7 +84,12 @@ def _node_of(pid: int) -> str:
 
 
 class Clients:
-    """Clients that send requests in a loop on kept-alive connections, and count the answers."""
+    """Clients that send requests in a loop on kept-alive connections, and count the answers.
+
+    Attributes:
+        counts: number of answers by status and model, or by status and start of the body if the status is not 200;
+            also the number of failures of the connection, by error.
+    """
 
     def __init__(self, port: int, texts: list[str], count: int = 4) -> None:
         self._port, self._texts = port, texts
@@ -128,13 +133,16 @@ def kill_one() -> int:
 
 
 def _rate(port: int, samples: list[Sample], seconds: float, connections: int) -> tuple[float, float]:
-    """Throughput in answers/s, and p50 in ms."""
+    """Throughput in answers/s, and median latency in ms."""
     run = send_traffic(Target(f"http://127.0.0.1:{port}"), samples, seconds, connections=connections)
     return run.rate(), quantile(run.latencies_ms(), 0.5)
 
 
 def _scaled_to(count: int, started: float) -> float:
-    """Wait for this number of replicas; returns the seconds since `started`. Exits after SCALE_TIMEOUT_S."""
+    """Wait for this number of replicas; returns the seconds since `started`, a time of `time.monotonic`.
+
+    Raises SystemExit after SCALE_TIMEOUT_S.
+    """
     while len(replicas()) != count:
         if time.monotonic() - started > SCALE_TIMEOUT_S:
             raise SystemExit(f"{len(replicas())} replicas after {SCALE_TIMEOUT_S:g} s, not {count}")

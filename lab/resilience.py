@@ -27,7 +27,8 @@ BUDGET_MS = 50.0
 SAMPLE_S = 0.25  # between samples of the memory
 VALID = {"input": {"text": "a warm , funny , engaging film", "text_pair": "good"}, "explain": True}
 ANSWER_TIMEOUT_S = 30.0  # of the valid request
-# The memory has recovered at 10% above the start, or 16 MB if that is more: small heaps vary by more than 10%.
+# The memory has recovered if it is at most 10% above its level before the attack, or 16 MB if that is more: small heaps
+# vary by more than 10%.
 BACK_SHARE, BACK_MB = 0.1, 16.0
 P99_MS, P99_RATIO = 50.0, 5.0
 COLUMNS = (
@@ -105,7 +106,10 @@ class Arena:
         return min(5.0, max(0.5, self.seconds / 4))
 
     def attack(self, attack: Attack) -> Row:
-        """Start a server and attack it; returns the result. Raises ValueError if it does not start."""
+        """Start a server and attack it; returns the result.
+
+        Raises ValueError if the server does not start, or if the attacking process fails.
+        """
         row = Row(attack.name, attack.what, self.connections or attack.connections, self.seconds)
         with (
             limits(f"de3-attack-{self.port}", MEMORY_BYTES, FILES) as limit,
@@ -185,7 +189,7 @@ class Arena:
         return json.loads(output), peak
 
     def _await_memory(self, memory: Memory, server: Running, peak: float, end: float) -> Memory:
-        """Wait until the memory has recovered, `memory_wait_s` at most; returns the completed measurements."""
+        """Wait for the memory to recover, until `memory_wait_s` after the attack; returns all measurements."""
         back_s = None
         while True:
             now_mb, elapsed = server.memory_mb(), time.monotonic() - end
@@ -230,7 +234,10 @@ def problems(row: Row, may_refuse: float) -> list[str]:
 def attack_all(
     arena: Arena, only: Sequence[str] = (), on_row: Callable[[Row], None] = lambda _: None
 ) -> list[Row]:
-    """Run every attack, or those named, each on its own server. Raises ValueError for an unknown name."""
+    """Run every attack, or those named, each on its own server. Raises ValueError for an unknown name.
+
+    An attack that cannot be run gets a row with the reason in `problems`.
+    """
     if unknown := [name for name in only if name not in ATTACKS]:
         raise ValueError(f"no attack {unknown[0]!r}; there are: {', '.join(ATTACKS)}")
     rows = []
@@ -274,7 +281,7 @@ def _triple(values: Sequence[float]) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> str:
-    """The rows as JSON, with null for nan and infinity."""
+    """The rows as JSON, with null for NaN and infinity."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):

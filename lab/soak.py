@@ -31,7 +31,7 @@ class Soak:
     """The result of a soak test.
 
     Attributes:
-        counts: requests by kind and status.
+        counts: number of requests by kind and status.
         problems: wrong, missing or changed answers.
         memory: samples of the server's memory (RSS): seconds since the start, and MB.
     """
@@ -47,7 +47,7 @@ class Soak:
             self.problems.append(message)
 
     def growth_mb(self) -> float:
-        """The growth of the memory from the median of the second quarter to that of the last, MB."""
+        """Growth of the median memory from the second quarter to the last, MB; 0 with fewer than 4 samples."""
         values = [mb for _, mb in self.memory]
         quarter = len(values) // 4
         if quarter == 0:
@@ -57,7 +57,7 @@ class Soak:
 
 
 class _Client:
-    """A client that sends random requests on one connection."""
+    """A client that sends random requests; all but malformed, abandoned and slowly read ones share a connection."""
 
     def __init__(self, url: str, samples: list[Sample], known: dict[str, str], soak: Soak, seed: int) -> None:
         self._address = urlsplit(url)

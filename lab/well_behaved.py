@@ -34,7 +34,7 @@ class Phase:
         p50_ms, p99_ms, max_ms: latency of the answers with status 200; nan if there are none.
         refused: number of answers with 429 or 503.
         errors: number of answers with any other status except 200.
-        unanswered: number of requests without an answer within TIMEOUT_S.
+        unanswered: number of requests without an answer within TIMEOUT_S, or whose connection failed.
         reopened: number of requests sent again because the server had closed the kept-alive connection.
     """
 
@@ -71,6 +71,7 @@ class Answer:
 
     Attributes:
         due: when the request was due, by time.monotonic.
+        latency_ms: time from `due` to the answer or failure.
         status: HTTP status, or NO_ANSWER.
         with_budget: the request had a latency budget.
         reopened: the request was sent again because the server had closed the kept-alive connection.
@@ -113,7 +114,7 @@ class WellBehavedClient:
         return [a for a in self._answers if start <= a.due < end and not a.with_budget]
 
     def budgets(self, start: float, end: float) -> tuple[int, int]:
-        """The number of requests with a budget due in [start, end), and the number of those answered within it."""
+        """The number of requests with a budget due in [start, end), and the number answered within the budget."""
         answers = [a for a in self._answers if start <= a.due < end and a.with_budget]
         budget = self._budget_ms or 0.0
         return len(answers), sum(a.status == 200 and a.latency_ms <= budget for a in answers)

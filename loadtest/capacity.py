@@ -33,10 +33,11 @@ def capacity(
     seconds: float,
     on_step: Callable[[Step], None] = lambda _: None,
 ) -> float:
-    """The highest rate (requests/s) of single texts, with Poisson arrivals, at which `Step.keeps` holds; 0 if none.
+    """The highest tested rate (requests/s) of single texts, with Poisson arrivals, at which `Step.keeps` holds.
 
-    Bisects between the highest rate that met the objective and the lowest that did not. The server must not change
-    τ during the test: start it without --slo-p99-ms.
+    Bisects between the highest rate that met the objective and the lowest that did not, in STEPS steps, from 0 to 1.2
+    times the throughput of a closed loop; 0 if no tested rate met it. The server must not change τ during the test:
+    start it without --slo-p99-ms. seconds: duration of a step.
     """
     warm_up = send_traffic(target, samples, WARM_S, connections=CONNECTIONS)
     low, high = 0.0, 1.2 * len(warm_up.answers) / warm_up.seconds
@@ -59,7 +60,10 @@ def _try(target: Target, samples: list[Sample], rate: float, seconds: float) -> 
 
 
 def advice(rate: float, slo_ms: float, wanted: float, threads: int) -> list[str]:
-    """The settings to use for `wanted` requests/s in total, as lines of text."""
+    """The settings to use for `wanted` requests/s in total, as lines of text.
+
+    rate: the result of `capacity` for one replica. threads: cores of a replica.
+    """
     planned = HEADROOM * rate
     replicas = max(2, math.ceil(wanted / planned)) if planned > 0 else 0
     pending = max(1, round(rate * slo_ms / 1000 / 4))  # a quarter of the objective is queue time

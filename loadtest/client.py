@@ -81,7 +81,7 @@ class Run:
     Attributes:
         offered: requests per second; None for a closed loop.
         cpu_s: CPU time of the generator itself.
-        labels: the label in each answer; None unless its status is 200.
+        labels: the label in each answer; None unless its status is 200, "not an answer" if it is malformed.
     """
 
     samples: list[Sample]
@@ -102,11 +102,11 @@ class Run:
         return sorted(1000 * (a.done - a.due) for a in self.ok(long))
 
     def lateness_ms(self, share: float) -> float:
-        """A quantile, at `share`, of the generator's own delay in sending requests."""
+        """The quantile, at `share`, of the generator's own delay in sending requests; nan if it sent none."""
         return quantile([1000 * (a.sent - a.due) for a in self.answers if a.sent], share)
 
     def rate(self) -> float:
-        """Throughput: answers per second within the duration of the run."""
+        """Throughput, per second: answers with status 200 that arrived within the duration of the run."""
         return sum(a.done <= self.seconds for a in self.ok()) / self.seconds
 
     def statuses(self) -> dict[int, int]:
@@ -171,7 +171,8 @@ def send_traffic(
     Args:
         rate: requests per second (open loop), or a function of the elapsed seconds that returns it; None: a closed
             loop over `connections`.
-        connections: an open loop opens more as needed, up to MAX_CONNECTIONS.
+        connections: number of connections; an open loop opens more as needed, up to MAX_CONNECTIONS.
+        seed: of the arrival times.
         progress: called every 0.25 s with the elapsed seconds.
     """
     cpu = _cpu()
@@ -292,7 +293,10 @@ def _cpu() -> float:
 
 
 def ask_alone(target: Target, samples: list[Sample]) -> list[str | None]:
-    """The label of every sample, each sent alone, to compare with the labels under load."""
+    """The label of every sample, each sent alone, to compare with the labels under load.
+
+    None for a sample that is not answered with 200.
+    """
     connection = _Connection(_address(target))
     labels = []
     for i, sample in enumerate(samples):
@@ -306,7 +310,7 @@ def ask_alone(target: Target, samples: list[Sample]) -> list[str | None]:
 
 
 def wrong_labels(run: Run, alone: list[str | None]) -> int:
-    """Number of answers whose label differs from that of the same text sent alone."""
+    """Number of answers with status 200 whose label differs from the label of the same text sent alone."""
     return sum(
         label != alone[answer.sample]
         for answer, label in zip(run.answers, run.labels, strict=True)

@@ -21,7 +21,7 @@ from de3.loadtest.servers import Running, Server, running
 from de3.loadtest.texts import Sample, with_long
 
 CONNECTIONS = 16
-LONG_SHARE, LONG_WORDS = 0.05, 450  # more than 512 tokens: every server truncates to 512
+LONG_SHARE, LONG_WORDS = 0.05, 450  # a long text has more than 512 tokens: every server truncates it to 512
 TAUS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
 CURVE = (0.2, 0.4, 0.6, 0.8, 0.95)
 
@@ -32,7 +32,7 @@ class Comparison:
 
     Attributes:
         servers: first ours, second ours at full depth; then other configurations of ours, and the peers.
-        rounds: repetitions of each measurement; the servers take turns.
+        rounds: repetitions of the throughput and latency measurements, in which the servers take turns.
     """
 
     servers: list[Server]
@@ -141,7 +141,7 @@ class Comparison:
         return last
 
     def _saved(self) -> None:
-        """Measure the model time of a single text with early exit and at full depth, from the server's metrics."""
+        """Measure the mean model time of a text, with early exit and at full depth, from the server's metrics."""
         costs = []
         for server in self.servers[:2]:
             console.print(f"model time: {server.name}")
@@ -253,7 +253,8 @@ class Comparison:
 def stage_times(target: Target, samples: list[Sample]) -> dict[str, float]:
     """Mean milliseconds of a request by stage, from Server-Timing; requests are sent one at a time.
 
-    `server` is the server's time outside its stages, `network` the client's time outside the server.
+    `latency` is the total time that the client measures, `server` the server's time outside its stages, and `network`
+    the client's time outside the server.
     """
     sums: dict[str, float] = {}
     parts = urlsplit(target.url)
@@ -288,7 +289,7 @@ def _model_time(url: str) -> tuple[float, float, float]:
 
 
 def cpu_name() -> str:
-    """The processor's name, from /proc/cpuinfo."""
+    """The processor's name, from /proc/cpuinfo if it is there."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

@@ -66,7 +66,11 @@ def _rate(second: float) -> float:
 
 
 def _summary(run: Run, slo_ms: float) -> dict[str, Any]:
-    """The numbers by phase and by window, and the seconds until p99 meets the objective after the overload."""
+    """The numbers by phase and by window, and `recovery_s`.
+
+    recovery_s: seconds from the end of the overload to the end of the last window that misses the objective; 0 if none
+    does.
+    """
     pairs = list(zip(run.answers, run.labels, strict=True))
 
     def within(start: float, end: float) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Server:
         command: the command line; {port} is replaced.
         ready: path that answers 200 once the server is ready.
         note: how it differs from ours, for the report.
-        script: a peer's script in `peers`; `prepare` creates its environment.
+        script: a peer's script in `peers`, whose environment `prepare` creates; empty for our server.
         conversion: arguments with which a peer's script converts its model.
     """
 
@@ -86,7 +86,7 @@ class Server:
 def ours(
     store: Path, model: str, runtime: str = "auto", options: Sequence[str] = (), **fields: Any
 ) -> Server:
-    """Our server. fields: added to every request, such as tau. options: further options of de3 serve."""
+    """Our server. fields: added to every request, such as tau. runtime, options: options of de3 serve."""
     variant = ", ".join(f"{k} = {v:g}" for k, v in fields.items()) or "default τ"
     variant += ", ONNX Runtime" if runtime == "onnxruntime" else ""
     command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), "--model", model]
@@ -113,7 +113,7 @@ def fingerprint(file: Path) -> str:
 
 
 def peer_models(artifact: Artifact, texts: list[str], out: Path) -> tuple[Path, Path, Path]:
-    """Write what the peers need to `out`: the full-depth graph in int8 and in fp32, and calibration texts.
+    """Write the files for the peers into `out`: the full-depth graph in int8 and in fp32, and calibration texts.
 
     Returns the folders of the two graphs and the file of the texts.
     """
@@ -138,7 +138,9 @@ def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) ->
     Args:
         int8, fp32: folders of the full-depth graph.
         calibration: file with texts to calibrate quantization with, a JSON list.
-        stock: folder of a stock BERT classifier, for CTranslate2.
+        stock: folder of a stock BERT classifier, for CTranslate2; None: without CTranslate2.
+
+    Raises ValueError if `stock` has no files.
     """
     openvino = [str(fp32), "--convert", str(calibration)]
     servers = [
@@ -173,7 +175,7 @@ def peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list
     Args:
         int8, fp32: folders of the full-depth graph.
         calibration: file with texts to calibrate quantization with, a JSON list.
-        stock: folder of a stock sequence classification model, for peers that support no other.
+        stock: folder of a stock sequence classification model, for peers that support no other; None: without them.
     """
     servers = [
         *lean_peers(int8, fp32, calibration, stock),
@@ -229,7 +231,7 @@ def python_of(name: str) -> Path:
 
 
 def environment(name: str, packages: list[str]) -> Path:
-    """The Python in the virtual environment of this name; creates it with these packages if needed."""
+    """The Python in the virtual environment of this name; creates it if it is missing or has other packages."""
     folder, python = CACHE / name, python_of(name)
     installed = folder / "installed"
     if not installed.exists() or installed.read_text() != "\n".join(packages):
@@ -248,12 +250,12 @@ class Running:
     process: subprocess.Popen[bytes]
 
     def memory_mb(self) -> float:
-        """Current memory of the server's processes, MB: resident, with shared pages counted once (PSS)."""
+        """Current memory of the server's processes, MB: their proportional set size, which counts shared pages once."""
         return pss_mb(self.process.pid)
 
 
 def pss_mb(pid: int) -> float:
-    """Current memory of a process and of all its descendants, MB (PSS)."""
+    """Current memory of a process and of all its descendants, MB: their proportional set size (PSS)."""
     total = 0
     for one in process_tree(pid):
         try:
@@ -283,7 +285,7 @@ def running(server: Server, port: int, log: Path, in_session: bool = False) -> I
     """Start a server, wait until it is ready, and stop it at the end of the block.
 
     in_session: start it in this process's session. Linux divides processor time between sessions (autogroup), so the
-    server's threads at the lowest priority are preempted by a load generator only if it is in the same session.
+    server's threads at the lowest priority are preempted by a load generator only if both are in the same session.
 
     Raises ValueError if the port is taken, or if the server does not start; the message then has the end of its log.
     """

@@ -36,8 +36,9 @@ def read(
     """The samples of a .tsv, .csv or .jsonl file with named columns, or of a .txt file with a text on each line.
 
     Numeric labels index label_names, which are comma-separated; if the file lacks label_column, samples have no labels.
-    Fragments, as `de3 train` marks them in its held-out parts, are dropped unless group_column is given: the column
-    with the text that they are part of. Raises ValueError naming the file and the line.
+    group_column: column of the group, such as the text that a fragment is part of. Without it, fragments, which
+    `de3 train` marks in its held-out parts, are dropped. Raises ValueError, naming the file and the line, for a row
+    that cannot be used, or if there are no texts.
     """
     names = [name.strip() for name in label_names.split(",") if name.strip()]
     samples = []
@@ -62,7 +63,7 @@ def read(
 
 
 def with_long(samples: list[Sample], share: float, words: int, seed: int = 0) -> list[Sample]:
-    """The samples, with a share of them replaced by texts of `words` words, joined from random samples."""
+    """The samples, with a share of them replaced by unlabelled texts of `words` words, joined from random samples."""
     rng = random.Random(seed)
     mixed = []
     for sample in samples:
@@ -77,5 +78,5 @@ def with_long(samples: list[Sample], share: float, words: int, seed: int = 0) ->
 
 
 def with_taus(samples: list[Sample], taus: Sequence[float]) -> list[Sample]:
-    """Each sample repeated once for each τ; the samples unchanged if `taus` is empty."""
+    """Each sample once for each τ; the samples unchanged if `taus` is empty."""
     return [replace(sample, tau=tau) for sample in samples for tau in taus] if taus else samples

@@ -18,9 +18,9 @@ MICROSOFT = "com.microsoft"
 OPSETS = {"": 17, MICROSOFT: 1}
 IR_VERSION = 8
 
-# A token's activations are shifted and scaled to −128 … 127. The three values: the size of a step relative to the range
-# of the activations; the distance of the center from the lowest activation, in steps; and the minimum size of a step,
-# as all activations may be equal.
+# Activations are quantized dynamically and asymmetrically, per token, to −128 … 127. The three values: the size of a
+# step relative to the range of the token's activations; the distance of the center, which becomes 0, from the lowest
+# activation, in steps; and the minimum size of a step, as all activations may be equal.
 TOKEN_QUANTIZATION = (1 / 255, 128.0, 1e-30)
 
 # gelu is exact; gelu_tanh is its tanh approximation.
@@ -96,7 +96,10 @@ class Graph:
         return [f"{first}_{i}" for i in range(parts)]
 
     def linear(self, x: str, name: str, inputs: int, outputs: int) -> str:
-        """x·W + b; in int8, each token's activations are quantized with their own scale and center."""
+        """x·W + b; in int8, the activations are quantized dynamically and asymmetrically, per token.
+
+        Raises GraphError if the int8 weights are too large.
+        """
         bias = self.weight(f"{name}.bias", outputs)
         if not self.int8:
             return self.node(
@@ -158,7 +161,10 @@ class Graph:
 
 
 def center_sums(weight: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sums over the inputs of int8 weights (inputs, outputs), each times the output's scale, (outputs,)."""
+    """Column sums of int8 weights (inputs, outputs), each times its output's scale, (outputs,); may be infinite.
+
+    A token's x·W is the product of its shifted activations, plus its center times these sums.
+    """
     with np.errstate(over="ignore"):
         return np.asarray(scale * weight.sum(0, dtype=np.int32).astype(np.float32))
 

@@ -127,7 +127,7 @@ class Calibration(Part):
         default: trade-off of the defaults.
         table: trade-offs of every certified signal.
         references: one entry per exit.
-        tokens: quantiles of the certifying samples' lengths, at exits.reference.LEVELS.
+        tokens: quantiles of the certifying samples' lengths in tokens, at exits.reference.LEVELS; None if unknown.
     """
 
     tune_size: Count
@@ -171,11 +171,12 @@ class Manifest(Architecture):
         tolerance: in a regression model, the largest difference between answers that count as equal, in the model's
             units. Such a model has one label, the name of its value, and only the signal risk. None for other models.
         source: hub id or folder of the stock classifier that was converted as it is; None for other models.
-        input: the kind of texts that the model was trained on; None if it is unknown, and the model takes both.
+        input: the kind of texts that the model was trained on; if None, it is unknown, and the model takes both kinds.
         learned: origin of exits that were fitted to live traffic (`de3 serve --learn`); None for other exits.
         risk: weights of the signal risk, for every exit but the last; None if the model does not have this signal.
-        export: results of the checks of the export: parity with PyTorch, for checkpoints of `de3 train`; for int8, the
-            accuracy by exit in fp32 and int8 and the share of samples with the same exit and answer.
+        export: results of the checks of the export: parity with PyTorch, unless the weights are an unchanged stock
+            classifier's; for int8, the accuracy by exit in fp32 and int8, and the share of samples with the same exit
+            and answer. Empty without such checks.
     """
 
     schema_version: Literal[6]

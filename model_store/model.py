@@ -33,7 +33,7 @@ from de3.native.network import Head, Memory, Network, build
 log = logging.getLogger("de3")
 MAX_NATIVE_DIFFERENCE = 0.1  # relative to the range of a layer's logits or distances
 MAX_STATES_DIFFERENCE = 0.2  # mean over a token's values, relative to the layer's standard deviation
-MIN_SPREAD = 0.2  # lower limit of that range, for layers whose values are nearly equal for all texts
+MIN_SPREAD = 0.2  # lower limit of the range of logits or distances, as they may be nearly equal for all texts
 MAX_PROOF_TOKENS = (
     1024  # ONNX Runtime's memory grows with the square of a text's length: 3 GB for 8,192 tokens
 )
@@ -73,6 +73,8 @@ class Model:
         check: called before each slow step; an exception from it aborts loading. is_proved: another process on this
         machine has found that the kernels agree with ONNX Runtime, which is then not used. memory: shared memory for
         the kernels' weights; None if this process has its own copy.
+
+        Raises StoreError also if the kernels cannot run the model, and runtime is native or is_proved is true.
         """
         self.manifest = manifest = artifact.manifest
         self.full_name, self.path = artifact.full_name, artifact.path
@@ -153,6 +155,7 @@ class Model:
         Each layer's input is ONNX Runtime's output of the layer before, as rounding errors add up over the layers.
         Raises NoKernelsError if results differ by more than rounding can explain: both runtimes quantize activations,
         so a rounding error can become a step of 1/255 of the range. Texts in a group must give the same bits as alone.
+        Raises StoreError if ONNX Runtime cannot run the model.
         """
         longest = " ".join(f"{text} {pair or ''}" for text, pair in PROOF) + " "
         most = min(self.manifest.max_tokens, MAX_PROOF_TOKENS)

@@ -26,11 +26,11 @@ FORMAT = "de3-records-1"
 
 @dataclass(frozen=True)
 class Records:
-    """Records of n texts, in the order of their answers.
+    """Records of n texts, in the order of the traffic.
 
     Attributes:
         base: hash of the model's weights and tokenizer; see manifest.base_of.
-        states: mean over the tokens after each layer but the last, (n, num_layers, hidden) float16.
+        states: mean over the tokens after each layer but the last, from layer 0 on, (n, num_layers, hidden) float16.
         logits: logits at full depth, (n, K) float32.
         shares: probability with which each text was drawn, (n,) float64.
         keys: hash of each text's tokens, (n,) uint64.

@@ -21,7 +21,7 @@ ARENA_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The encoder's input for one text: ids and type_ids are (1, tokens) int64."""
+    """The encoder's input for one text: ids and type_ids are (1, tokens) int64; truncated: a part was cut off."""
 
     ids: NDArray[np.int64]
     type_ids: NDArray[np.int64]
@@ -104,7 +104,7 @@ class ForwardPass:
     Attributes:
         tau, signal: the sample exits at the first layer where the signal's score is below tau.
         deepest: the last layer to run, one with an exit.
-        ask_all: compute every exit, even those at which the sample cannot exit (tau 0).
+        ask_all: compute every exit up to `deepest`; if false and tau is 0, only the exit at `deepest` is computed.
         caution: factor by which tau is multiplied once the sample is too far from every prototype of an exit.
         thresholds: label thresholds of a multi-label model; None for other models.
         states: output array for the mean over the tokens after each layer but the last, (num_layers, hidden); None if

@@ -32,7 +32,10 @@ def read_config(file: Path) -> Any:
 
 
 def check_sizes(name: str, config: dict[str, Any]) -> None:
-    """Raise ValueError, with a message that begins with `name`, for sizes above MAXIMA or an invalid id2label."""
+    """Raise ValueError, with a message that begins with `name`, for an invalid size or id2label.
+
+    A size must be a whole number from 1 to its maximum in MAXIMA.
+    """
     for field, most in MAXIMA.items():
         value = config.get(field)
         if value is not None and (type(value) is not int or not 1 <= value <= most):

@@ -17,8 +17,8 @@ from de3.model_store.store import Artifact, StoreError
 from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
 
 MAX_CHARS_PER_TOKEN = 100
-# Per token of all windows together. The limit is low because an unbroken run of letters is one piece, and tokenizing a
-# piece cannot be preempted.
+# Characters per token of all windows together. The limit is low because an unbroken run of letters is one piece, and
+# tokenizing a piece cannot be preempted.
 MAX_CHARS_IN_WINDOWS = 10
 # A long text is tokenized in pieces of PIECE to 2 · PIECE characters. WordPiece's worst case (words of 100 letters,
 # tokenized letter by letter) takes 3 µs per character on an idle machine.
@@ -77,7 +77,7 @@ class _Frame:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Windows of a text or pair that is too long for one window. For a pair, each has all of the shorter text.
+    """Windows of a text or pair that is too long for one window. Each window of a pair has the whole shorter text.
 
     Attributes:
         parts: ids of each text, int32.
@@ -115,7 +115,10 @@ class TextTokenizer:
     """Tokenizer of an artifact; a text of more than max_chars() characters counts as too long."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
-        """max_tokens: size of a window. Raises ValueError for a tokenizer whose texts cannot be truncated."""
+        """max_tokens: size of a window.
+
+        Raises ValueError for a tokenizer whose texts cannot be truncated, or whose special tokens leave them no room.
+        """
         self.max_tokens = max_tokens
         self._tokenizer = tokenizer
         self.frames = {False: _Frame(tokenizer, None), True: _Frame(tokenizer, _PROBE)}
@@ -182,7 +185,10 @@ class TextTokenizer:
         return list(encode(batch, add_special_tokens=special))
 
     def short(self, encoding: Encoding, pair: bool, truncate: bool) -> Tokens:
-        """Tokens of a short text from its encoding; raises ValueError if it is too long and `truncate` is false."""
+        """Tokens of a short text from its encoding. pair: true for a pair.
+
+        Raises ValueError if there are no tokens, or if there are too many and `truncate` is false.
+        """
         if len(encoding) <= self.max_tokens:
             return _tokens(encoding.ids, encoding.type_ids, False)
         if not truncate:
@@ -200,7 +206,8 @@ class TextTokenizer:
         """Tokens of texts with these ids, truncated at the end of the longer one until both fit.
 
         An odd token goes to the longer text, or to the second if both are equally long. lengths: lengths of the whole
-        texts, in any unit, if `parts` has only their first tokens.
+        texts, in any unit, if `parts` has only their first tokens. is_cut: mark the tokens as truncated even if nothing
+        is cut off here.
         """
         frame = self.frames[len(parts) == 2]
         room = self.max_tokens - frame.size
@@ -214,10 +221,12 @@ class TextTokenizer:
         return _tokens(ids, types, is_cut or sum(map(len, parts)) > room)
 
     def _split(self, parts: list[list[int]], offsets: Sequence[Offsets], most: int, is_cut: bool) -> Windows:
-        """Windows of texts with these ids; raises ValueError if the shorter takes more than MAX_SHORTER of a window.
+        """Windows of a text or pair.
 
-        offsets: start and end of each token, for each text. most: maximum number of windows. is_cut: the ids are not
-        those of the whole texts.
+        parts: token ids of each text. offsets: start and end of each token in characters, for each text. most: maximum
+        number of windows. is_cut: the ids cover only the beginning of a text.
+
+        Raises ValueError if the shorter text of a pair takes more than MAX_SHORTER of a window.
         """
         frame, longer = self.frames[len(parts) == 2], 0
         room = self.max_tokens - frame.size
@@ -312,12 +321,12 @@ class Tokenization:
 
 
 def _piece_end(text: str, start: int) -> int:
-    """End of the piece that starts at `start`: a position at which splitting changes no token.
+    """End of the piece that starts at `start`: a position at which splitting changes no token of WordPiece.
 
     The piece ends before the first white space from PIECE to 2 · PIECE characters after `start`. Without white space
     there, it ends after a mark (see `_is_mark`) in this range, preferably one before a letter or digit; failing that,
-    before the first mark or space beyond the range. WordPiece has a token boundary at each of these positions. With
-    other tokenizers, a split anywhere but before white space may change tokens.
+    before the first mark or space beyond the range, or at the end of the text. WordPiece has a token boundary at each
+    of these positions. With other tokenizers, a split anywhere but before white space may change tokens.
     """
     first, last = start + PIECE, start + 2 * PIECE
     if len(text) <= last:

@@ -142,7 +142,7 @@ static inline int8x16_t activations(const uint8_t *x) {
     return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(x), vdupq_n_u8(MIDDLE)));
 }
 
-/* Number of outputs computed together: those of a tile. */
+/* Number of outputs computed together: the outputs of a tile. */
 enum { COLUMNS = 16 };
 
 /* Dequantize sums and apply the epilogue, for `rows` rows of 16 outputs. */
@@ -257,7 +257,7 @@ static double multiply_adds_dotprod(void) {
 /* SMMLA multiplies 8 inputs of two rows by 8 inputs of two outputs. Rows are paired once for all outputs; two registers
  * of 4 outputs by 4 inputs are rearranged into two of 2 outputs by 8 inputs. With 4 pairs by 8 outputs there are 16
  * sums of 2 by 2. */
-enum { I8MM_PAIRS = 4, PAIRED_SIZE = 1 << 16 }; /* twice the largest number of inputs of a layer: has_kernels() */
+enum { I8MM_PAIRS = 4, PAIRED_SIZE = 1 << 16 }; /* twice the largest number of inputs, see has_kernels() */
 
 /* Interleave the rows of each pair: 8 inputs of the first, 8 of the second, and so on. With an odd number of rows the
  * last row is paired with padding (Product.x). */

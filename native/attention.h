@@ -4,7 +4,8 @@
 
 #include "model.h"
 
-/* Number of floats of `work` that `attend` needs for texts of at most this many tokens; linear in their number. */
+/* Number of floats of `work` that `attend` needs for texts of at most this many tokens; linear in the number of
+ * tokens. width: of a head. */
 size_t attention_work(const Attention *a, int width, int tokens);
 
 /* softmax(scale · Q·Kᵀ + offsets and terms)·V for each head. qkv (tokens, 3·hidden) is overwritten; to: (tokens, hidden).

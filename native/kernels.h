@@ -85,15 +85,15 @@ typedef struct {
     const float *q[ATTENTION_ROWS];
     int low[ATTENTION_ROWS], high[ATTENTION_ROWS]; /* each query's keys: low … high − 1, counted from `first` */
     const float *added[ATTENTION_ROWS];            /* offsets added to the scores, from `first` on; or NULL */
-    float factor;                                  /* of the scores */
+    float factor;                                  /* of q·k */
     float *scores;                                 /* (rows, score_stride), from `first` on, rounded up to 16 */
     size_t score_stride;
     float *to[ATTENTION_ROWS];  /* (width) each */
     float *largest, *total;     /* (rows): see `mix`, over the tiles so far; NULL if there is only one tile */
 } Block;
 
-/* For `mix`: carry_of is the factor for a query's result over the previous tiles; update includes a tile in its largest
- * score and its total. */
+/* For `mix`: carry_of is the factor for a query's result over the previous tiles; update includes a tile in the
+ * query's largest score and total. */
 static inline float carry_of(float before, float largest) { return before == largest ? 1.0f : expf(before - largest); }
 
 static inline void update(const Block *b, int row, float largest, float total) {
@@ -104,7 +104,8 @@ static inline void update(const Block *b, int row, float largest, float total) {
 typedef struct {
     const char *name;
 
-    /* Reason why this machine cannot run it; NULL if it can. Call the other functions only if it returns NULL. */
+    /* Reason why this machine cannot run the implementation; NULL if it can. Call the other
+     * functions only if it returns NULL. */
     const char *(*why_not)(void);
 
     /* Called before and after the products of a thread; both may be NULL. */

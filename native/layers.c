@@ -321,7 +321,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
     return failed ? -1 : 0;
 }
 
-/* Arguments and result of a call of run_passes_at_idle. A worker thread runs it: lowering a thread's priority needs no
+/* Arguments and result of a call to run_passes_at_idle. A worker thread runs it: lowering a thread's priority needs no
  * privileges but raising it again does, so the calling thread keeps its priority and waits. */
 typedef struct {
     const Model *m;
@@ -379,7 +379,7 @@ static void end_worker(void *argument) {
 
 static void make_worker_key(void) { pthread_key_create(&worker_key, end_worker); }
 
-/* The worker of the calling thread; NULL if it cannot have one. */
+/* The worker of the calling thread, created by its first call; NULL if it cannot be created. */
 static Worker *own_worker(void) {
     pthread_once(&worker_once, make_worker_key);
     Worker *w = pthread_getspecific(worker_key);

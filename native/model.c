@@ -93,7 +93,8 @@ Model *new_model(const Sizes *s, int fd, int is_filled) {
 int seal_model(Model *m, int fd) {
 #ifdef __linux__
     size_t size = block_size(m);
-    /* Shared memory gets huge pages only on request, unless the system is configured otherwise (Linux 6.1 and later). */
+    /* Unless the system is configured otherwise, shared memory gets huge pages only if a process requests them, as is
+     * possible since Linux 6.1. */
     madvise(m->tiles, size, COLLAPSE);
     int seals = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW;
     if (fcntl(fd, F_ADD_SEALS, seals | FUTURE_WRITE) && (errno != EINVAL || fcntl(fd, F_ADD_SEALS, seals)))

@@ -33,7 +33,7 @@ typedef struct {
 
 static inline size_t offsets_stride(int positions) { return 2 * (size_t)positions - 1 + 16; }
 
-/* Rotary positions: each head's first half is rotated against its second. Layers can share one; cos NULL: none. */
+/* Rotary positions: each head's first half is rotated against its second. Layers can share them; cos NULL: none. */
 typedef struct {
     int positions;    /* P: largest number of tokens */
     float *cos, *sin; /* (P, width / 2), width = hidden / num_heads */
@@ -47,10 +47,10 @@ typedef struct {
     float *keys, *queries; /* (num_heads, R, width) */
 } Terms;
 
-/* How the tokens of a text attend to each other. */
+/* The attention of a layer. */
 typedef struct {
     int num_heads, window; /* window: largest distance between a query and its keys; 0: any */
-    float scale;           /* of the scores */
+    float scale;           /* factor of Q·Kᵀ */
     Offsets offsets;
     const Rotation *rotation; /* NULL: none */
     Terms terms;

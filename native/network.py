@@ -84,7 +84,7 @@ class Network:
         epsilon: epsilon of every norm except the head's.
         is_gated: the feed-forward networks have gates: ffn_in has the activated part, then the gate.
         is_pre_norm: norms come before attention and the feed-forward network, otherwise after.
-        score_scale: factor of the attention scores.
+        score_scale: factor of Q·Kᵀ in the attention scores.
         windows: largest distance between a token and its keys, for each layer from 1 on; 0: any distance.
         max_tokens: number of tokens of the longest text.
         head: stock head of the last exit; None: the last exit is like the others.
@@ -109,7 +109,8 @@ class Network:
 def build(network: Network, memory: Memory | None = None) -> Any:
     """Build the kernels' model of a network; raises NoKernelsError if they do not support it.
 
-    memory: memory for the weights, shared with other processes; raises OSError if it cannot be sealed.
+    memory: memory for the weights, shared with other processes; None: this process has its own. Raises OSError if the
+    memory cannot be sealed.
     """
     if find_spec("de3.native.kernels") is None:
         raise NoKernelsError("the int8 kernels were not built: de3 was installed without a C compiler")

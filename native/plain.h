@@ -1,4 +1,4 @@
-/* Operations in plain C, which implementations include, so that the compiler uses their instructions. */
+/* Operations in plain C. Each implementation includes them, so that they are compiled for its instruction set. */
 #ifndef NATIVE_PLAIN_H
 #define NATIVE_PLAIN_H
 

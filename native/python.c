@@ -263,7 +263,7 @@ static PyObject *py_set_rotation(PyObject *self, PyObject *args) {
 }
 
 /* set_terms(model, layer, scale, buckets int32 (2·P − 1), keys (heads, R, width) or empty, queries): terms of attention
- * scores, which are multiplied by scale; see Terms */
+ * scores, see Terms. scale: factor of Q·Kᵀ; the tables contain it already */
 static PyObject *py_set_terms(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int number;

@@ -10,7 +10,7 @@
 typedef struct {
     int layer;
     int label;                      /* the most probable class (ties: lowest index) */
-    int is_value;                   /* a regression model: value, the only logit, is the answer */
+    int is_value;                   /* a regression model: value, the only logit, is the answer; margin, entropy: NaN */
     double value;
     double margin;                  /* highest logit minus the second; multi-label: the least distance to a threshold */
     double entropy;                 /* in [0, 1] */
@@ -33,7 +33,7 @@ typedef struct {
  * regression. */
 Reading read_exit(int layer, const float *logits, const float *distances, const double *thresholds, int num_labels);
 
-/* The probabilities of an exit's labels, num_labels; each label independent if there are thresholds. */
+/* The probabilities of an exit's labels, num_labels: the softmax, or with thresholds the sigmoid of each logit. */
 void probabilities(const float *logits, const double *thresholds, int num_labels, double *to);
 
 /* The signal at the last of `count` computed exits of a text, in [0, 1]; NaN: undefined at this exit. */

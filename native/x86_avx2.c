@@ -167,7 +167,7 @@ static void quantize(const float *x, int tokens, int width, Quantization *rows, 
     }
 }
 
-/* Number of outputs computed together: those of a tile. */
+/* Number of outputs computed together: the outputs of a tile. */
 enum { COLUMNS = 16 };
 
 /* Dequantize sums and apply the epilogue, for `rows` rows of 16 outputs. */
@@ -216,7 +216,7 @@ static inline const int8_t *ahead_of(const Linear *w, const int8_t *strip) {
  * outputs by 4 inputs, is split into two registers of 16-bit values: inputs 0 and 2, and inputs 1 and 3. Activations
  * are split in the same way, once for all outputs. With 5 rows by 16 outputs, 10 sums, 4 weights, an input and a
  * product fill the registers. */
-enum { AVX2_ROWS = 5, SPLIT_SIZE = 1 << 15 }; /* largest number of inputs of a layer: has_kernels() */
+enum { AVX2_ROWS = 5, SPLIT_SIZE = 1 << 15 }; /* the largest number of inputs, see has_kernels() */
 
 /* Widen inputs to 16 bits, every four in the order 0 2 1 3. */
 static void split(const uint8_t *x, size_t count, int16_t *to) {

@@ -194,7 +194,7 @@ static void finish_tile(const Product *p, const int32_t *tile, int row, int colu
     }
 }
 
-/* VNNI: a block of rows by 32 outputs, 4 inputs at a time, from the tiles of AMX. With 12 rows, 24 sums, two
+/* VNNI: a block of rows by 32 outputs, 4 inputs at a time, from the tiles that AMX uses. With 12 rows, 24 sums, two
  * weights and an input take 27 of 32 registers; each number of rows has its own loop, so that no row is wasted.
  *
  * With few rows, reading the weights from memory takes longer than multiplying, so the weights AHEAD bytes later are

@@ -32,7 +32,7 @@ class FailureLog:
         self._lock = Lock()
 
     def exception(self, message: str, *values: object) -> None:
-        """Log the error that is being handled; only count it if one of its kind was logged within PERIOD_S.
+        """Log the error that is being handled; only count it if one of its kind was logged in the last PERIOD_S.
 
         The count is logged with the first error of the kind after that period.
         """

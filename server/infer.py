@@ -24,7 +24,8 @@ class Inference:
     """A request in flight, which can be cancelled and whose progress can be reported.
 
     Attributes:
-        served, job: the model, and the job that it runs; None before run().
+        served: the model; None before run().
+        job: the job that the model runs; None before run() and after release().
     """
 
     request: Request
@@ -33,7 +34,11 @@ class Inference:
     _done: "asyncio.Future[None] | None" = None
 
     async def run(self, service: Service) -> Job:
-        """Classify the texts; returns the finished job, which has the outcomes. Raises RequestError."""
+        """Classify the texts; returns the finished job, which has the outcomes.
+
+        Raises RequestError if the request is refused or times out, the error of a text that fails the job, or the error
+        passed to cancel().
+        """
         service.check_open()
         self.served = served = service.models.get(self.request.model)
         level = service.admission.level
@@ -67,7 +72,7 @@ class Inference:
             self._done.set_exception(error)
 
     async def _wait(self, job: Job, done: "asyncio.Future[None]", service: Service) -> None:
-        """Submit a job and wait until it finishes, times out or is cancelled."""
+        """Submit a job and wait until it finishes; raises an error if it fails, times out or is cancelled."""
         service.engine.submit(job)
         timeout_s, expires_at = service.settings.timeout_s, job.request.expires_at
         left_s = timeout_s if expires_at is None else expires_at - perf_counter()

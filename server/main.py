@@ -1,4 +1,4 @@
-"""Runs the server, in one process or several, and drains it on SIGTERM."""
+"""Runs the server, in one process or several, and drains it on SIGTERM or SIGINT."""
 
 import errno
 import logging
@@ -24,7 +24,11 @@ log = logging.getLogger("de3")
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:
-    """Bind a socket to each address of a host, before models are loaded; raises ValueError if that fails."""
+    """Bind a TCP socket to each address of a host; raises ValueError if an address cannot be bound.
+
+    Called before models are loaded, so that an unusable address fails at once. With port 0, all sockets get the
+    same free port.
+    """
     bound: list[socket.socket] = []
     try:
         for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
@@ -51,7 +55,8 @@ def serve(settings: Settings, warnings: Sequence[str] = (), artifacts: Sequence[
 
     artifacts: served in addition to the models of the store that the settings name.
 
-    Raises StoreError if a model is missing or damaged, and ValueError if a setting cannot be met.
+    Raises StoreError if a model is missing or damaged, and ValueError if a setting cannot be met. Ends the process with
+    exit code 1 if the engine fails, or if the server's processes fail repeatedly.
     """
     # An engine thread takes the GIL a dozen times per text, and waits up to this long each time while the event loop is
     # busy. With Python's default of 5 ms the waits would add up to 60 ms.

@@ -102,8 +102,8 @@ class Manager:
     async def begin(self, artifacts: Sequence[Artifact], are_named: bool) -> None:
         """Load the models at startup; the first version of each name is current.
 
-        An invalid artifact is skipped unless the operator has named it. Raises StoreError or ValueError if a named one
-        is invalid, or no valid one is left.
+        An invalid artifact is skipped if another one can be served, unless the operator has named the artifacts
+        (`are_named`); otherwise raises the artifact's error, usually StoreError or ValueError.
         """
         async with self._changing:
             for artifact in artifacts:
@@ -143,7 +143,10 @@ class Manager:
         self._prover.stop()
 
     async def change(self, change: Change) -> dict[str, Any]:
-        """Change the served models; returns the body of the admin route's response. Raises RequestError."""
+        """Change the served models; returns the body of the admin route's response.
+
+        Raises RequestError if the change is not possible, or while another one is in progress.
+        """
         if self._changing.locked():
             raise RequestError("another change of the models is in progress; try again", cause="conflict")
         async with self._changing:
@@ -182,7 +185,10 @@ class Manager:
             raise self._refused(error) from None
 
     def _find(self, name: str, version: int | None) -> Artifact:
-        """Find an artifact in the store, the learned versions, or those known since the start; raises StoreError."""
+        """Find an artifact in the store, the learned versions, or the artifacts known since the start.
+
+        Raises StoreError if there is none, or if it is invalid.
+        """
         full_name = name if version is None else f"{name}:{version}"
         try:
             return self._store.open(full_name)
@@ -268,7 +274,7 @@ class Manager:
 
 
 async def _give_back(models: list[ref[Model]]) -> None:
-    """Wait until models are freed, then return their memory to the system."""
+    """Wait until models are freed, at most MAX_WAIT_S, then return free memory to the system."""
     for _ in range(round(MAX_WAIT_S / WAIT_S)):
         if all(model() is None for model in models):
             break

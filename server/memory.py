@@ -9,6 +9,9 @@ from contextlib import suppress
 
 
 def trim() -> None:
-    """Return freed memory; takes half a millisecond if there is little. Does nothing without glibc."""
+    """Return freed memory to the operating system; does nothing without glibc.
+
+    Takes half a millisecond if there is little to return.
+    """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -112,7 +112,8 @@ class LedgerMetrics(Collector):
     def __init__(
         self, ledgers: Callable[[], Iterable[Ledger]], in_force: Callable[[Ledger], Choice | None]
     ) -> None:
-        """in_force: the choice for requests without options; None for a model that is no longer served."""
+        """ledgers: returns the ledgers of the served models. in_force: returns the choice for requests without options;
+        None for a model that is no longer served."""
         self._ledgers, self._in_force = ledgers, in_force
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
@@ -168,7 +169,7 @@ class Metrics:
     """All metrics of a server, in a separate registry."""
 
     def __init__(self, settings: Settings, deepest: int, in_force: InForce) -> None:
-        """deepest: largest number of layers of any model. in_force: the choice for requests without options."""
+        """deepest: largest number of layers of any model. in_force: returns the choice for requests without options."""
         self.registry = r = CollectorRegistry()
         self._in_force = in_force
         ProcessCollector(registry=r)
@@ -281,7 +282,7 @@ class Metrics:
         self.registry.register(LearnMetrics(learners))
 
     def add(self, served: Served) -> None:
-        """Start counting for a model."""
+        """Start counting for a model, or continue with the metrics that were kept when it was unloaded."""
         name = served.model.full_name
         if name in self._served:  # reloaded, perhaps with another runtime
             self.drop(self._served[name])
@@ -327,7 +328,10 @@ class Metrics:
             self._child(self.expected_correct, model).inc(texts * choice.expected.accuracy)
 
     def responded(self, model: str, status: int, cause: Cause | None, latency_s: float) -> None:
-        """Count a request by its response; `model` is "none" if the request's model was not found."""
+        """Count a request by its response. The latency is recorded only for answers and time-outs.
+
+        model: "none" if the request's model was not found. cause: reason for an error; None if there was none.
+        """
         if cause is not None:
             self.rejected.labels(cause).inc()
         self._child(self.requests, model, str(status)).inc()

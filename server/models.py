@@ -27,8 +27,9 @@ def find(store: Store, wanted: list[str], others: Sequence[Artifact] = ()) -> li
     """The artifacts to serve, with validated manifests: the wanted ones, or the newest version of every model.
 
     others: artifacts from elsewhere; if there are any, the store's models are served only if `wanted` names them. An
-    invalid artifact is skipped unless it is in `wanted`. Raises StoreError if a wanted one is invalid or no valid one
-    is left, and NoModelsError if the store is empty.
+    invalid artifact is skipped unless it is in `wanted`. Raises StoreError if a wanted one is invalid, no valid one is
+    left, two from different folders have the same name, or there are more than MAX_LOADED; NoModelsError if the store
+    is empty.
     """
     if others:
         found = list({a.path: a for a in [*(store.open(name) for name in wanted), *others]}.values())
@@ -63,7 +64,7 @@ def _check_count(count: int) -> None:
 
 
 def newest(store: Store) -> list[Artifact]:
-    """The newest version of every model in the store whose manifest is valid; the models may be loaded later."""
+    """The newest version of every model in the store, unless its manifest is invalid; it may be loaded later."""
     artifacts = []
     with suppress(NoModelsError):
         for name in store.versions():
@@ -164,7 +165,10 @@ class Models:
         return next((one for one in self.all if one.model.full_name == full_name), None)
 
     def get(self, name: str | None) -> Served:
-        """The model that answers a request, perhaps a canary; raises RequestError if the name is not served."""
+        """The model that answers a request, perhaps a canary. name: None if the request names no model.
+
+        Raises RequestError if the name is not served, or if there is no default.
+        """
         if name is None:
             name = self.default_name()
         route = self.routes.get(name)
@@ -185,7 +189,7 @@ class Models:
         raise no_default(list(self.routes))
 
     def current(self, name: str) -> Served:
-        """The current version of a name, or the version with this alias; raises RequestError."""
+        """The current version of a name, or the version with this alias; raises RequestError if there is neither."""
         if name in self.routes:
             return self._versions[name][self.routes[name].current]
         served = self.all
@@ -201,7 +205,7 @@ class Models:
         return next((r for r in roles if route.version_in(r) == manifest.version), "beside")
 
     def shadow_of(self, served: Served) -> Served | None:
-        """The shadow of a model; None if it has none."""
+        """The shadow of a model; None if it has none, or is not the current version."""
         name = served.model.manifest.name
         route = self.routes.get(name)
         if route is None or route.shadow is None or route.current != served.model.manifest.version:
@@ -266,9 +270,10 @@ def _gone(before: list[Served], after: list[Served]) -> list[Served]:
 
 
 def default_of(settings: Settings, artifacts: list[Artifact], are_named: bool) -> str | None:
-    """The name that answers requests that name no model, or None; raises StoreError if it is not served.
+    """The name that answers requests that name no model; None: there is no default.
 
-    are_named: the operator has named the artifacts, so the first is the default.
+    are_named: the operator has named the artifacts, so the first is the default. Raises StoreError if the default model
+    of the settings is not served.
     """
     name = settings.default_model
     served = list(dict.fromkeys(a.manifest.name for a in artifacts))

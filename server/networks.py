@@ -20,8 +20,9 @@ def network_of(client: str) -> str:
 
 @lru_cache(4096)
 def party(client: str) -> str:
-    """Hash of a client's key owner or network, which must not be able to set τ for others.
+    """Hash of a client's party: the owner of the client's key, or the client's network.
 
-    It is a hash because it is saved.
+    A guarantee counts a party as one client, so that many addresses in one network cannot raise τ for others. It is a
+    hash because it is saved.
     """
     return hashlib.blake2b(network_of(client).encode(), digest_size=8).hexdigest()

@@ -102,7 +102,10 @@ class OodMonitor:
         return reading.nearest > float(self.limits[reading.layer])
 
     def score(self, passed: list[Reading]) -> float | None:
-        """The OOD score of a text, from the exits that it passed; None if none of them has prototypes."""
+        """The OOD score of a text, in [0, 1), from the exits that it passed.
+
+        None if none of them has prototypes, or without a calibration.
+        """
         known = [
             (r.nearest, self._nearest[r.layer])
             for r in passed

@@ -32,7 +32,7 @@ class Controller:
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         """objective_s: latency objective. levels: returns the highest level. capacity: initial estimate, texts per
-        second. threads: engine threads."""
+        second. threads: number of engine threads. clock: returns the current time, seconds."""
         self._objective, self._levels, self._capacity = objective_s, levels, capacity
         self._threads = threads
         self._clock = clock

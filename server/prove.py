@@ -24,8 +24,8 @@ from de3.model_store.regular_file import read_regular_file
 from de3.model_store.store import Artifact, StoreError
 
 TIMEOUT_S = 120.0
-MEMORY_BYTES = 2**30  # in addition to the files
-COPIES = 6  # of the files, in memory at the same time
+MEMORY_BYTES = 2**30  # limit of the process, besides COPIES of the artifact's files
+COPIES = 6  # copies of the files that may be in memory at the same time
 MAX_OUTPUT = 2**16  # characters of the process's output
 REFUSED = 3  # exit code of the process for an unsound artifact
 PROGRAM = "from de3.server.prove import child; child()"
@@ -43,7 +43,7 @@ class Prover:
         """Load and run an artifact in a process; raises StoreError if it fails or exceeds a limit.
 
         Returns the reason why the kernels cannot run an int8 artifact here; empty if they can and agree with ONNX
-        Runtime, or are not used. A proof recorded in `artifact.proof` is not repeated.
+        Runtime, or are not used. The proof is recorded in `artifact.proof`, if set, and a recorded one is not repeated.
         """
         if artifact.proof is None:
             return self._prove(artifact, runtime)
@@ -134,7 +134,7 @@ def _what(artifact: Artifact, runtime: str) -> str:
 
 
 def _recorded(file: Path) -> dict[str, Any]:
-    """A recorded proof; empty if there is none."""
+    """A recorded proof; empty if there is none, or if the file is unusable."""
     try:
         proved = json.loads(read_regular_file(file, MAX_OUTPUT))
     except (OSError, ValueError):
@@ -162,7 +162,10 @@ def _talk(process: "subprocess.Popen[str]", manifest: Manifest) -> str:
 
 
 def child() -> None:
-    """Entry point of the process: prints, as its last line, why the artifact is unsound or cannot use the kernels."""
+    """Entry point of the process: prints, as its last line, why the artifact is unsound or cannot use the kernels.
+
+    The line is empty if neither is the case. The exit code is REFUSED if the artifact is unsound, else 0.
+    """
     path, runtime, memory = sys.argv[1:]
     # RLIMIT_DATA limits the heap and private mappings; RLIMIT_AS would count reserved address space.
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))

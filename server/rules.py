@@ -39,7 +39,8 @@ class Promised(NamedTuple):
     Attributes:
         rate: the promised rate of disagreement.
         newcomers: τ and reason of all clients that are not in `clients`.
-        clients: name, τ and reason of the clients with the most texts, in descending order of texts.
+        clients: party (see networks.party), τ and reason of the clients with the most texts, in descending order of
+            texts.
     """
 
     rate: float
@@ -55,9 +56,9 @@ class Choice:
         by: the option that set the rule; without one, default or overload.
         wanted: value of that option; None without one.
         expected: row of the calibration table for this signal and τ; None if none applies.
-        budget_s: latency budget; None if there is none.
+        budget_s: latency budget, seconds; None if there is none.
         is_degraded: τ was raised under load.
-        certificate: with max_disagreement, the certified bound; else None.
+        certificate: with max_disagreement, the certified bound, its confidence and the number of samples; else None.
         promise: with a guarantee, the promised rate and the reason for τ; else None.
     """
 
@@ -71,7 +72,7 @@ class Choice:
     promise: Mapping[str, Any] | None = None
 
     def share(self, num_layers: int) -> float:
-        """Expected time of a text, as a share of its time at full depth."""
+        """Expected time of a text, as a share of its time at full depth; 1 if nothing is known."""
         if self.expected is None:
             return 1.0
         # Tokenizer and embeddings cost about as much as one layer.
@@ -142,7 +143,10 @@ class Rules:
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
-        """The choices that replace the default under load, from level 1 on; empty if a target sets the default."""
+        """The choices that replace the default under load, from level 1 on.
+
+        Empty if a target or a guarantee sets the default, or without a calibration.
+        """
         targets = (settings.target_speedup, settings.max_disagreement, settings.guarantee)
         if self.trade_offs is None or any(value is not None for value in targets):
             return []
@@ -156,7 +160,7 @@ class Rules:
     def apply_guarantee(self, promised: Promised) -> None:
         """Take each client's τ from a promise, for requests without options.
 
-        `default` becomes the choice of the client with the most texts.
+        `default` becomes the choice of the client with the most texts, or that of newcomers if there is none.
         """
 
         def choice(tau: float, reason: Reason) -> Choice:

@@ -50,8 +50,8 @@ def _on(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]
 class Service:
     """Settings, models, engine and metrics of a server.
 
-    Manifests are read at construction, so that a wrong store or name fails before the port opens. The models are loaded
-    afterwards, while /health already responds.
+    Manifests are read at construction, so that an invalid store or an unknown name raises StoreError before the port
+    opens. The models are loaded afterwards, while /health already responds.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class Service:
         shared: Shared | None = None,
         memory_of: Callable[[Artifact], Memory | None] = lambda _: None,
     ) -> None:
-        """artifacts: served in addition to the models of the store that the settings name. shared: what the processes
-        of a server share; None: this is the only process. memory_of: see Manager."""
+        """artifacts: served in addition to the models of the store that the settings name. shared: state that
+        the processes of a server share; None: this is the only process. memory_of: see Manager."""
         self.settings = settings
         store = Store(settings.store)
         found = find(store, settings.models, artifacts)
@@ -87,7 +87,7 @@ class Service:
             found,
         )
         self.state = "loading"
-        self.is_open = False  # True once all models are loaded
+        self.is_open = False  # True once the models are loaded
         self.in_flight = 0  # requests, of all protocols
         self.metrics.read_from(
             self.engine.queue.__len__,
@@ -113,7 +113,7 @@ class Service:
         return self.engine.retry_after_s()
 
     async def load(self, on_failure: Callable[[], None]) -> None:
-        """Load and warm up every model, then become ready.
+        """Load and warm up the models, then become ready.
 
         on_failure: called if loading fails, or if the engine fails later; `failure` is then the reason.
         """
@@ -161,12 +161,15 @@ class Service:
         on_failure()
 
     def drain(self) -> None:
-        """Become not ready; accepted requests are still answered."""
+        """Become not ready; requests are still answered until stop()."""
         if self.state != "failed":
             self.state = "draining"
 
     def stop(self) -> None:
-        """Finish the accepted requests, then end the engine's threads."""
+        """Finish the accepted requests, end the engine's threads, and stop the shared state; blocks meanwhile.
+
+        Any loading of models is aborted.
+        """
         if self.state != "failed":
             self.state = "stopping"
         self.manager.stop()
@@ -185,7 +188,10 @@ class Service:
         return [artifact.manifest for artifact in self.artifacts]
 
     def role(self, manifest: Manifest) -> dict[str, str | float | bool | None]:
-        """Role and runtime of a served version, for /v1/models; empty while the models load."""
+        """Fields of a served version in /v1/models; empty while the models load.
+
+        They are its role, share (of a canary only), is_default, runtime and instructions.
+        """
         if not self.is_open:
             return {}
         role = self.models.role_of(manifest)
@@ -195,11 +201,17 @@ class Service:
         return {"role": role, **share, "is_default": self.models.is_default(manifest.name), **runtime}
 
     def default_manifest(self) -> Manifest:
-        """Manifest of the version that answers requests without a model; raises RequestError if there is none."""
+        """Manifest of the version that answers requests without a model.
+
+        Raises RequestError if there is none, or while the models load.
+        """
         self.check_open()
         return self.models.current(self.models.default_name()).model.manifest
 
     def manifest(self, name: str) -> Manifest:
-        """Manifest of a name (its current version) or name:version; raises RequestError."""
+        """Manifest of the current version of a name, or of the version with this alias (see models.aliases).
+
+        Raises RequestError if there is neither, or while the models load.
+        """
         self.check_open()
         return self.models.current(name).model.manifest

@@ -24,10 +24,10 @@ class ExitOptions:
     Attributes:
         tau: exit at the first layer whose score is below it.
         signal: a name in `exits.signals.SIGNALS`; None: the model's default, or edr if `lam` is set.
-        lam: EDR's λ.
+        lam: EDR's λ; 0 is entropy alone.
         max_layer: deepest layer that a text may reach.
         target_speedup: mean speed-up over full depth, by the calibration.
-        latency_budget_ms: time limit for the answer, which is that of the deepest exit reached by then.
+        latency_budget_ms: time limit; the answer is that of the deepest exit reached by then.
         max_disagreement: rate of answers that may differ from full depth, at 95% confidence.
         best_effort: answer at the first exit if the budget cannot be met.
         thresholds: for a multi-label model, the probability above which a label is assigned: one value for all labels,

@@ -24,7 +24,7 @@ class Leases(Protocol):
     async def lease(self, owner: str, texts: int) -> int:
         """Take at least this many texts from an owner's limit; returns the number taken.
 
-        Raises RequestError if the limit does not permit as many.
+        Raises RequestError if the limit does not permit that many.
         """
 
     def charge(self, owner: str, texts: int) -> None:

@@ -15,7 +15,7 @@ class Shares:
 
     Attributes:
         limit: largest amount that a lone client may hold.
-        most: largest amount that all clients together may hold: the limit plus SPARE.
+        most: largest amount that all clients together may hold: the limit plus SPARE of it, at least 1 more.
         total: amount held by all clients.
     """
 
@@ -33,7 +33,8 @@ class Shares:
     def take(self, client: str, amount: int) -> None:
         """Take an amount for a client; raises RequestError if it is too large.
 
-        The cause is over_share if the client would hold more than its share, else queue_full.
+        The cause is over_share if there are several clients and this one would hold more than an equal share of the
+        limit, else queue_full.
         """
         held = self._held.get(client, 0)
         total = self.total + amount

@@ -1,7 +1,7 @@
 """Metrics of finished texts, counted in one step for the texts that finish together.
 
-prometheus_client takes a lock and a microsecond for each value. For the dozen values of a text, that would take as long
-as an early exit.
+prometheus_client acquires a lock for each value, which takes a microsecond. For the dozen values of a text, that would
+take as long as an early exit.
 """
 
 from bisect import bisect_left
@@ -27,7 +27,7 @@ STAGES = ("queue", "tokenize", "model")
 
 
 class _Histogram:
-    """Counts of values by bucket, and their sum."""
+    """Counts of values by bucket, and the sum of the values."""
 
     __slots__ = ("bounds", "counts", "sum")
 

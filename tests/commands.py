@@ -20,7 +20,7 @@ def invoke(arguments: str | list[str], app: Typer | None = None) -> Result:
 
 
 def output_of(result: Result) -> str:
-    """The output of a command; raises its error if it fails."""
+    """The output of a command; raises the exception that it raised, or AssertionError if its exit code is not 0."""
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
@@ -28,7 +28,7 @@ def output_of(result: Result) -> str:
 
 
 def de3(arguments: str | list[str]) -> str:
-    """The output of a `de3` command; raises its error if it fails."""
+    """The output of a `de3` command; raises the same errors as `output_of`."""
     return output_of(invoke(arguments))
 
 

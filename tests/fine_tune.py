@@ -15,7 +15,8 @@ def fine_tune(
 ) -> tuple[Any, Any]:
     """A stock classifier and its tokenizer, fine-tuned as in transformers' examples.
 
-    With one name, the model is a regression model; with tuples as labels, it is multi-label.
+    encoder: folder or name on the hub. names: label names; a single one makes a regression model. If the labels of the
+    examples are tuples, the model is multi-label.
     """
     from transformers import (
         AutoModelForSequenceClassification,
@@ -35,7 +36,7 @@ def fine_tune(
     )
     encoded = encode(examples, tokenizer, settings.max_length, "train", len(names))
     if encoded.labels.ndim > 1 and hasattr(model.classifier, "bias"):
-        # With initial probabilities of ½, hundreds of steps would only teach it that most labels are rare.
+        # With initial probabilities of ½, hundreds of steps would only teach the model that most labels are rare.
         model.classifier.bias.data = torch.logit((encoded.labels.sum(0) + 0.5) / (len(encoded) + 1))
     steps = settings.epochs * -(-len(encoded) // settings.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)

@@ -49,7 +49,10 @@ OTHER = "not never but ##s".split()  # noqa: SIM905
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[Any]:
-    """The kernels: the fastest that this machine supports, or else the reference."""
+    """The extension module, set to the fastest kernels that this machine supports, or else to the reference.
+
+    Skips the test if the module was not built.
+    """
     module = pytest.importorskip("de3.native.kernels", reason="the kernels were not built: no C compiler")
     if not module.supported():
         module.use("reference")
@@ -87,7 +90,10 @@ def make_rows(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
-    """Write rows to a .jsonl file, with labels 0 and 1 as "negative" and "positive"; returns the path."""
+    """Write rows to a .jsonl file, with labels 0 and 1 as "negative" and "positive"; returns the path.
+
+    Other labels stay as they are.
+    """
     names = {"0": "negative", "1": "positive"}
     path.write_text("".join(json.dumps({"text": t, "label": names.get(x, x)}) + "\n" for t, x in rows))
     return path
@@ -96,7 +102,8 @@ def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
 def save_tokenizer(folder: Path, token_types: bool = True) -> int:
     """Save a small WordPiece tokenizer; returns the size of its vocabulary.
 
-    It pads and truncates to 32 tokens, as the tokenizers in some model packages do.
+    It pads and truncates to 32 tokens, as the tokenizers in some model packages do. token_types: True if it
+    returns token types.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -135,7 +142,7 @@ def save_encoder(
 ) -> Path:
     """Save a small encoder with random weights, and its tokenizer; returns the folder.
 
-    labels: number of labels of a stock classifier; 0: an encoder without a classifier. options: more fields of its
+    labels: number of labels of a stock classifier; 0: an encoder without a classifier. options: further fields of the
     configuration.
     """
     import torch
@@ -183,7 +190,7 @@ def save_encoder(
     if family == "modernbert":
         settings |= {
             "hidden_activation": settings.pop("hidden_act"),
-            "local_attention": 10,  # texts have up to 64 tokens
+            "local_attention": 10,  # shorter than the longest texts, which have 64 tokens
             "classifier_pooling": "mean",
             "layer_types": [("full_attention", "sliding_attention")[i % 2] for i in range(layers)],
             **{f"{token}_token_id": 2 + i % 2 for i, token in enumerate(("bos", "eos", "cls", "sep"))},
@@ -220,7 +227,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` fills once for all pytest-xdist workers; if it fails, the next worker tries again."""
+    """A folder that `make` fills once for all pytest-xdist workers; if `make` fails, the next caller tries again."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
     with FileLock(folder.with_suffix(".lock")):
@@ -235,7 +242,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture
 def few_taus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibrate with fewer values of τ, in a third of the time, in tests that are not about calibration."""
+    """Calibrate with fewer values of τ, which takes a third of the time."""
     from de3.exits.calibration import FINE_TAUS
 
     monkeypatch.setattr("de3.export.calibrate.FINE_TAUS", FINE_TAUS[::24])
@@ -257,7 +264,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_file: Path) -> Path:
-    """A small DE3-BERT, trained by the command a user types."""
+    """The checkpoint folder of a small DE3-BERT, trained by the command a user types."""
     epochs = 1 if "SANITIZED_KERNELS" in os.environ else 4  # with sanitizers, its answers do not matter
     command = (
         f"train {data_file} --text-column sentence --label-names negative,positive --encoder {encoder} "
@@ -270,7 +277,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_fil
 def store(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """A store with tiny:1 (fp32) and tiny-int8:1, exported by the command a user types.
 
-    Like those of earlier releases, the manifests do not say whether a model takes single texts or pairs: it takes both.
+    As in earlier releases, the manifests do not say whether a model takes single texts or pairs, so it takes both.
     """
 
     def make(folder: Path) -> None:

@@ -31,9 +31,11 @@ def job(
     rule: ExitRule | None = None,
     monitor: Any = NO_MONITOR,
 ) -> Job:
-    """A job whose texts are predicted to take `full_s` seconds each at full depth.
+    """A job with these predicted times instead of measured ones.
 
-    group_s: step time of each text in a group, seconds; None: texts run alone, unless `model` has kernels.
+    full_s, first_exit_s: seconds of each text to full depth and to the first exit. layer_s: seconds of a layer.
+    group_s: step time of each text in a group, seconds; None: texts run alone, unless `model` has kernels. submitted:
+    None: now. rule: None: EDR at τ = 0.
     """
     full, first = iter(full_s), iter(first_exit_s)
     timing: Any = SimpleNamespace(

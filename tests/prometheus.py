@@ -27,7 +27,7 @@ class Prometheus:
         self.url = url
 
     def query(self, expr: str) -> list[dict[str, Any]]:
-        """The current value of an expression; fails the test if Prometheus rejects it."""
+        """The current samples of an expression; fails the test if Prometheus rejects it."""
         answer = httpx.get(self.url + "/api/v1/query", params={"query": expr}).json()
         assert answer["status"] == "success", (expr, answer)
         found: list[dict[str, Any]] = answer["data"]["result"]
@@ -36,7 +36,10 @@ class Prometheus:
 
 @contextmanager
 def scraping(port: int, folder: Path) -> Iterator[Prometheus]:
-    """Prometheus with the configuration of deploy/prometheus, except that it scrapes this port, once a second."""
+    """Prometheus with the configuration of deploy/prometheus, except that it scrapes this port, once a second.
+
+    folder: for its configuration, data and log.
+    """
     config = yaml.safe_load((CONFIG / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str((CONFIG / name).resolve()) for name in config["rule_files"]]

@@ -127,7 +127,10 @@ class Server:
 
 @contextmanager
 def serving(store: Path, **settings: Any) -> Iterator[Server]:
-    """A server over a store, once it is ready. If the store has the model tiny, it is the default model."""
+    """A server over a store, once it is ready.
+
+    If the store has the model tiny and `models` is not set, tiny is the default model.
+    """
     if "models" not in settings and (store / "tiny").exists():
         settings.setdefault("default_model", "tiny")
     server = Server(Service(Settings(store=store, port=0, **settings)))
@@ -141,7 +144,7 @@ def serving(store: Path, **settings: Any) -> Iterator[Server]:
 
 
 class Gate:
-    """Blocks every engine thread before its next item, until opened."""
+    """Blocks every engine thread before it takes its next items, until opened, for at most 60 s."""
 
     def __init__(self, monkeypatch: Any) -> None:
         self._open = threading.Event()
@@ -159,7 +162,10 @@ class Gate:
 
 @contextmanager
 def process(store: Path, *arguments: str, code: str = "") -> Iterator[subprocess.Popen[str]]:
-    """`de3 serve` as a user runs it, on a port chosen by the system; or other code that starts a server."""
+    """`de3 serve` as a user runs it, on a port chosen by the system, in one process unless DE3_PROCESSES is set.
+
+    code: Python code to run instead of `de3`, with the same arguments. The process is killed at the end.
+    """
     if (store / "tiny").exists() and "--model" not in arguments:
         arguments = (*arguments, "--default-model", "tiny")
     program = ["-c", code] if code else ["-m", "de3.cli"]
@@ -178,7 +184,10 @@ def process(store: Path, *arguments: str, code: str = "") -> Iterator[subprocess
 
 
 def url_when_ready(running: subprocess.Popen[str]) -> str:
-    """The server's address, once the log reports that it is ready; the log is then read in the background."""
+    """The server's URL, once the log reports that the server is ready.
+
+    If the log ends before, returns the URL seen so far, or "". The rest of the log is read in the background.
+    """
     url, ready = "", False
     assert running.stderr is not None
     for line in running.stderr:

@@ -32,7 +32,7 @@ def fine_tuned(
     examples: list[Example],
     epochs: int,
 ) -> Path:
-    """A stock model without exits, fine-tuned once for all workers."""
+    """The folder of a stock model without exits, fine-tuned once for all workers."""
 
     def make(folder: Path) -> None:
         settings = TrainSettings(batch_size=32, lr=2e-3, epochs=epochs, bf16=False)
@@ -43,7 +43,10 @@ def fine_tuned(
 
 
 def imported_as(factory: pytest.TempPathFactory, name: str, stock: Path, options: str = "") -> Path:
-    """A folder with store/NAME/1 (int8) and its checkpoint in work: a stock model, imported with unlabelled texts."""
+    """A folder with store/NAME/1 (int8) and its checkpoint in work: a stock model, imported with unlabelled texts.
+
+    options: further options of `de3 import`.
+    """
 
     def make(folder: Path) -> None:
         texts = folder / "texts.txt"

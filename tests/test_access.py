@@ -348,7 +348,10 @@ def test_refusals_are_counted_on_every_route(store: Path) -> None:
 
 
 def test_the_cost_of_a_request(store: Path) -> None:
-    """The cost is the largest of: number of texts, body in units of 4 KiB, tokens in units of 128 (for each text)."""
+    """The cost is the largest of: the number of texts, the body in units of 4 KiB, and the tokens in units of 128.
+
+    Both units are rounded up, tokens for each text separately.
+    """
 
     def left(server: Server) -> int:
         limit = server.frontend.access.limit
@@ -432,7 +435,7 @@ def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_while(
         assert await take(one, 3) and left() == 595  # it leases a block of five
         assert await take(one, 2) and left() == 595 and await take(one, 1) and left() == 590
         assert await take(other, 90) and left() == 500
-        now += 2  # its lease ends, with four texts left
+        now += 2  # the lease of `one` ends, with four texts left
         assert await take(one, 1) and left() == 495
         one.drain("me", 7)  # four come from its lease, three from the shared limit
         assert left() == 492

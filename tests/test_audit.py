@@ -128,7 +128,7 @@ def test_the_share_is_of_texts_not_of_requests(store: Path) -> None:
 
 
 def test_ood_texts_count_at_their_lower_tau(store: Path) -> None:
-    """With --ood-policy deepen, the audit at each τ must match the answer to a request with that τ."""
+    """With --ood-policy deepen, the audited mean exit layer is that of the answers, OOD texts included."""
     options: dict[str, Any] = {"models": ["tiny-int8"], "ood_policy": "deepen", "tau": TAU}
     with serving(store, audit_share=1.0, **options) as server:
         rows = server.classify(input=TEXTS).json()["data"]
@@ -516,7 +516,7 @@ def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) 
 
 
 def test_a_pending_audit_keeps_the_tokens_and_not_the_text(store: Path) -> None:
-    """Audits may be pending for long, and texts may be large."""
+    """Audits may be pending for a long time, and texts may be large."""
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=1.0) as server:
         auditor, waiting = auditor_of(server), list[Audit]()
         auditor._submit = waiting.extend

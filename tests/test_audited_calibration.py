@@ -69,7 +69,7 @@ def mine(store: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The warnings that are printed during the test."""
+    """The warnings given during the test, collected instead of printed."""
     warnings: list[str] = []
     monkeypatch.setattr(audited, "warn", warnings.extend)
     return warnings

@@ -42,7 +42,10 @@ def test_e_values_are_the_wealth_of_gamblers(stream: list[tuple[float, bool, boo
 @pytest.mark.parametrize("share", [1.0, 0.3])
 @pytest.mark.parametrize("rate", [0.05, 0.4])
 def test_the_mean_wealth_is_1_at_the_rate_that_is_bet_against(share: float, rate: float) -> None:
-    """The mean is over all outcomes of three texts. If the true rate is on the other side, it is below 1."""
+    """The mean is over all outcomes of three texts.
+
+    It is above 1 if the true rate is on the side that is bet on, and below 1 if it is on the other side.
+    """
 
     def mean(function: object, truth: float) -> float:
         total = 0.0
@@ -85,7 +88,10 @@ def test_bounds_without_texts_are_0_and_1() -> None:
 
 @pytest.mark.parametrize("rate", [0.02, 0.3])
 def test_the_rate_leaves_its_bounds_in_few_streams(rate: float) -> None:
-    """At most 5% of 300 streams leave them at any of 40 looks; bounds for a single look would fail far more often."""
+    """In at most 5% of 300 streams, the rate is outside its bounds at any of 40 looks.
+
+    Bounds for a single look would fail far more often.
+    """
     hits = np.cumsum(np.random.default_rng(1).random((300, 4000)) < 0.1 * rate, axis=1)  # drawn and differing
     outside = np.zeros(300, np.bool_)
     for n in range(100, 4001, 100):
@@ -150,7 +156,7 @@ def test_each_bound_is_where_its_e_value_reaches_2_over_the_error_probability(co
 
 
 def test_the_detector_fires_once_all_gamblers_together_own_enough() -> None:
-    """One rich gambler must not suffice: that would violate the guaranteed mean time to a false alarm."""
+    """The wealth at one bet size must not suffice: that would violate the guaranteed mean time to a false alarm."""
     detector, before = ChangeDetector(0.1, 1000.0), 0.0
     while not detector.has_fired:
         before = detector.wealth.mean()

@@ -57,7 +57,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def eventually(attempt: Callable[[], bool]) -> None:
-    """Try until an attempt returns True; invariants are asserted inside the attempt."""
+    """Call `attempt` until it returns True, at most ATTEMPTS times; it asserts invariants itself."""
     assert any(attempt() for _ in range(ATTEMPTS)), f"not once in {ATTEMPTS} attempts"
 
 

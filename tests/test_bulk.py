@@ -317,7 +317,7 @@ def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_pat
 
 
 def test_texts_that_the_model_refuses(model: de3.Classifier, tmp_path: Path) -> None:
-    """This model takes single texts and pairs, also from one file; it refuses neither."""
+    """The model takes single texts and pairs, even in the same file, and refuses neither."""
     file = tmp_path / "in.parquet"
     rows = [{"n": 0, "text": "good", "text_pair": None}, {"n": 1, "text": "bad", "text_pair": "good"}]
     write(file, rows)

@@ -43,7 +43,7 @@ TEXTS: tuple[tuple[str, str | None], ...] = (
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock classifier with random weights."""
+    """The folder of a stock classifier with random weights."""
     return made_once(tmp_path_factory, "bert-by-name", lambda folder: save_encoder(folder, labels=3))
 
 
@@ -53,7 +53,7 @@ def copy(bert: Path, tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, **values: Any) -> None:
-    """Change fields of config.json; None removes one."""
+    """Change fields of config.json; None removes the field."""
     config = json.loads((folder / "config.json").read_text()) | values
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
@@ -65,7 +65,10 @@ def weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) ->
 
 @torch.no_grad()
 def difference(folder: Path, model: Model) -> float:
-    """Largest absolute difference between the logits of full depth and of transformers' model."""
+    """Largest absolute difference, over TEXTS, between the logits of full depth and of transformers' model.
+
+    Also checks that the token ids are equal.
+    """
     stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     worst = 0.0
@@ -382,7 +385,7 @@ def test_a_folder_with_a_vocabulary_alone_is_served(copy: Path, tmp_path: Path) 
 
 @pytest.fixture
 def hub(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A hub with org/model, which the environment makes the hub of new processes."""
+    """The handler class of a hub with org/model, which the environment makes the hub of new processes."""
     with hub_of(copy) as (handler, port):
         environment = {
             "HF_ENDPOINT": f"http://127.0.0.1:{port}",

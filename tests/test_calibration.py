@@ -21,7 +21,7 @@ from de3.training.data import Example
 def recorded(n: int = 400, seed: int = 0, of_a_group: int = 1) -> Recorded:
     """Synthetic exits that improve with depth; the last has no prototypes.
 
-    of_a_group: number of consecutive samples that share their label and half of their noise.
+    of_a_group: number of consecutive samples that share their label and, if more than one, 64% of their noise variance.
     """
     rng = np.random.default_rng(seed)
     labels = np.repeat(rng.integers(0, 3, n // of_a_group), of_a_group)
@@ -101,7 +101,7 @@ def test_the_choice_stops_at_the_first_row_that_fails_whatever_comes_later() -> 
 
 
 def test_the_margin_for_chance_holds() -> None:
-    """Of many calibrations on fresh samples, few choose a τ whose true loss is above the limit."""
+    """In at most 10 of 100 calibrations on fresh samples, the true loss at the chosen τ exceeds the limit."""
     signal = Edr(1.0)
     truth = recorded(40_000, seed=99)
     taus = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
@@ -145,7 +145,7 @@ def test_uncorrelated_groups_cost_nothing() -> None:
     assert 2700 < size <= 3000
     assert calibration.effective_size(hits, np.arange(3000)) == 3000
     none = np.zeros(3000, bool)
-    assert calibration.effective_size(none, np.arange(3000) // 3) == 1000  # correlation unknown
+    assert calibration.effective_size(none, np.arange(3000) // 3) == 1000  # no hits: correlation unknown
 
 
 def test_one_group_is_one_sample() -> None:
@@ -187,7 +187,10 @@ def examples(n: int, group_of: int = 1, fragments: int = 0) -> list[Example]:
 
 
 def broken_rows(r: Recorded, which: slice) -> Recorded:
-    """Samples whose first exits are confident in the wrong label; the others are unchanged."""
+    """A copy of `r` in which the early exits of some samples are confident, and disagree with the last exit.
+
+    which: these samples; the others are unchanged.
+    """
     logits = r.logits.copy()
     logits[which, :-1] = 30 * np.eye(3)[(r.logits[which, -1].argmax(-1) + 1) % 3][:, None, :]
     return Recorded(r.exit_layers, logits, r.distances, r.labels)
@@ -251,7 +254,7 @@ def test_with_few_samples_both_parts_certify_each_with_a_fit_on_the_other(group_
 
 
 def assert_certified(found: Calibrated, samples: Samples, scores: np.ndarray) -> None:
-    """Check the calibration's rows of risk against values recomputed from its scores."""
+    """Check the calibration's rows of risk against values recomputed from these samples and scores."""
     for row in found.calibration.table:
         if row.signal != "risk":
             continue

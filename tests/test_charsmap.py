@@ -17,8 +17,8 @@ def table(
 ) -> str:
     """A table, in base64, that replaces `key` by `text`, which ends with a null byte.
 
-    value: offset of its replacement. end: offset in the trie at which its lookup ends. size: length of the trie. For
-    each of them, 0 stands for the valid value.
+    value: offset of the replacement. end: offset in the trie at which the lookup of `key` ends. size: length of the
+    trie, in units. For each of them, 0 stands for the valid value.
     """
     units = np.zeros(256 * (len(key) + 2), np.uint32)
     units[0] = 256 << 10
@@ -34,7 +34,7 @@ def table(
 
 
 def tokenizer(charsmap: Any, count: int = 1) -> bytes:
-    """A tokenizer.json with a Precompiled normalizer."""
+    """A tokenizer.json that applies this table `count` times, as Precompiled normalizers."""
     plain = json.loads(Tokenizer(models.WordLevel({"[UNK]": 0, "fine": 1}, unk_token="[UNK]")).to_str())
     part = {"type": "Precompiled", "precompiled_charsmap": charsmap}
     plain["normalizer"] = {"type": "Sequence", "normalizers": [part] * count}

@@ -123,7 +123,10 @@ def test_every_client_gets_the_same_answer(
 
 @pytest.fixture(scope="module")
 def generated(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The package that openapi-python-client generates from /openapi.json, without a warning."""
+    """Generate a package with openapi-python-client from /openapi.json, without a warning.
+
+    Yields a function that imports a module by its name; the package is on the path meanwhile.
+    """
     folder = tmp_path_factory.mktemp("generated")
     (folder / "config.yaml").write_text("post_hooks: []\n")  # do not format the code
     command = [sys.executable, "-m", "openapi_python_client", "generate"]
@@ -273,7 +276,7 @@ def test_unsupported_fields_of_vllm_are_refused_by_name(
 
 
 def test_sglangs_own_classify(server: Server) -> None:
-    """SGLang's example reads `embedding` of each response."""
+    """SGLang's example reads the `embedding` of each response."""
     rows = ours(server, input=[CAFE, BROKEN])
     answer = server.classify(model="tiny", text=[CAFE, BROKEN], rid="r-1")
     assert [len(one["embedding"]) for one in answer.json()] == [2, 2]
@@ -300,9 +303,9 @@ def test_sglangs_own_classify(server: Server) -> None:
 
 
 def test_vllms_semantic_router(server: Server) -> None:
-    """The router's http_classify accepts our answer as label_distribution.v1.
+    """Our answer is a valid label_distribution.v1, which the router's http_classify reads.
 
-    That is a flat list that has every label once, by name, with scores in [0, 1] that add up to 1 (within 0.02).
+    That is a flat list that has every label once, by name, with scores in [0, 1] whose sum is within 0.02 of 1.
     tests/test_regression.py covers score.v1, which reads one entry of the same list.
     """
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -516,8 +519,8 @@ def test_bodies_with_inputs_on_classify_get_a_flat_list(server: Server) -> None:
 
 # Text Embeddings Inference
 
-# Requests and responses are from its README and from router/tests/test_http_predict.rs with its snapshots. Only the
-# first labels of the snapshots are given here. Errors are as in its docs/openapi.json.
+# Requests and responses are from TEI's README and from its router/tests/test_http_predict.rs and snapshots. Only the
+# first labels of the snapshots are given here. Errors are as in TEI's docs/openapi.json.
 TEI_TRANSCRIPT: list[tuple[Any, Any]] = [
     ({"inputs": "I like you."}, [{"score": 0.9, "label": "love"}]),
     (

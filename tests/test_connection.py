@@ -78,7 +78,7 @@ def send(s: socket.socket, data: bytes) -> None:
 
 def works(server: Server) -> None:
     assert server.classify(input="good").status_code == 200
-    # Both are released only after the answer is written, so the client may get here earlier.
+    # The bytes and the text are released only after the answer is written, so the client may get here earlier.
     until(lambda: server.frontend.bytes_in_flight.total == 0, "the body's bytes to be given back")
     until(lambda: server.service.admission.texts.total == 0, "the text to be given back")
 
@@ -477,7 +477,10 @@ def test_a_body_that_is_too_large_is_refused_even_if_it_came_with_its_head(store
 
 
 def test_a_chunk_extension_is_limited(server: Server) -> None:
-    """Each packet costs a call of the parser, so it counts as more than the one byte that it carries."""
+    """Each packet costs a call to the parser, so it counts MIN_CHUNK_BYTES towards MAX_FRAMING_BYTES.
+
+    With the byte that each carries, about 1,000 packets are allowed.
+    """
     with connect(server) as s:
         s.sendall(CHUNKED + b"1;")
         until(lambda: server.bodies_awaited() == 1, "the head to come")
@@ -534,7 +537,7 @@ def test_http_1_0_is_neither_kept_alive_nor_invited_to_continue(version: bytes) 
 
 
 def on_loop(one: BaseConnection, act: Callable[[], Any]) -> Any:
-    """Run a function in the server's event loop."""
+    """Run a function in the server's event loop; returns its result."""
     done: Future[Any] = Future()
     one.loop.call_soon_threadsafe(lambda: done.set_result(act()))
     return done.result(20)
@@ -634,7 +637,7 @@ LOSSES: list[Any] = [
     ("large", 1.0, False),  # silent: older than FRESH_S, without a response
     ("other", 3.0, False),
     ("other", 2.0, False),
-    ("large", 0.1, False),  # its network has most of the connections
+    ("large", 0.1, False),  # its network has the most connections
     ("large", 5.0, True),
     ("large", 0.2, True),
     ("other", 0.2, False),
@@ -768,13 +771,13 @@ def test_a_request_whose_client_leaves_before_its_turn_is_counted(
                 s.sendall(request)
                 until(lambda: starts, "the request")
                 loop = next(iter(server.listener.connections)).loop
-                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close by a reset
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset on close
             until(lambda: not server.listener.connections, "the connection to be forgotten")
             loop.call_soon_threadsafe(starts.pop())
             wanted = partial(server.metric, "de3_rejected_total", cause="client_gone")
             until(lambda number=number, wanted=wanted: wanted() == number, "the count")
         assert server.metric("de3_requests_total", status="499") == 1
-        with connect(server) as s:  # the client leaves in its turn, before the request begins
+        with connect(server) as s:  # the client leaves once its turn has come, before the request begins
             s.sendall(REQUEST)
             until(lambda: starts, "the request")
             lost = next(iter(server.listener.connections))

@@ -121,7 +121,7 @@ def test_every_alert_is_tested_to_fire_and_to_stay_silent() -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """A Prometheus that scrapes a server while it answers, audits and refuses texts."""
+    """A Prometheus that scrapes a server while the server answers, audits and refuses texts."""
     texts = [text for text, _ in make_rows(400, 5)]
     stop = threading.Event()
     with (

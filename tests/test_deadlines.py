@@ -53,7 +53,7 @@ asked = st.tuples(
 def test_every_promise_is_kept(
     asked_jobs: list[tuple[float, list[float], float]], uses: list[float], others: list[float]
 ) -> None:
-    """A text stops anywhere from its first exit to the end of its time; work without a deadline fills the gaps."""
+    """A text stops between its first exit and the time that begin() allows; work without a deadline fills the gaps."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         clock = Clock(monkeypatch)
         deadlines = Deadlines(THREADS)
@@ -171,7 +171,7 @@ def test_a_promise_that_is_broken_anyway_refuses_nobody(monkeypatch: pytest.Monk
 
 
 def test_a_text_that_begins_has_its_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once it begins, it no longer matters for how long its thread was reserved for earlier work."""
+    """Once a text begins, it no longer matters for how long its thread was reserved for earlier work."""
     clock = Clock(monkeypatch)
     deadlines = Deadlines(1)
     alone = job(clock, [0.01], 0.1)

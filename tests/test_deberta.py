@@ -53,7 +53,7 @@ def stock_classifier(folder: Path, **options: Any) -> Path:
 
 
 def stitched(stock: Path, int8: bool, token_types: bool = True) -> Any:
-    """A stock classifier, with its segments joined to one graph."""
+    """The graph of a stock classifier: its segments, joined into one."""
     return stitch(segments_of(stock, int8, token_types)[1])
 
 
@@ -107,7 +107,7 @@ def test_full_depth_is_transformers_own_model(tmp_path: Path, options: dict[str,
 
 
 def test_the_sizes_of_a_real_model(tmp_path: Path) -> None:
-    """The model has 512 tokens and 256 buckets, as in v3."""
+    """The model takes up to 512 tokens and has 256 buckets, as in v3."""
     sizes = {"max_position_embeddings": 512, "max_relative_positions": -1, "position_buckets": 256}
     stock = stock_classifier(tmp_path, layers=2, type_vocab_size=0, share_att_key=True, **sizes)
     graph = stitched(stock, int8=False)
@@ -191,7 +191,7 @@ def test_exits_are_trained_from_labels_of_pairs(tmp_path: Path) -> None:
 
 
 def save_own_tokenizer(folder: Path) -> None:
-    """Save a tokenizer of the family's own type."""
+    """Replace the tokenizer in a folder by one of the family's own type."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
     words = dict.fromkeys([*GOOD, *BAD, *FILLER, *OTHER])
     pieces = [*(f"▁{word}" for word in words), *"▁abcdefghijklmnopqrstuvwxyz.,"]

@@ -397,7 +397,7 @@ def test_the_evidence_of_audits_survives_a_restart(compose: Compose) -> None:
 
 
 def test_keys_come_in_files(compose: Compose) -> None:
-    """As .env recommends, user 10001 can read the files, and other users of this machine cannot enter their folder."""
+    """As .env recommends, user 10001 can read the files, and other users of this machine cannot enter the folder."""
     key, admin_key = "alice-0123456789", "root-0123456789abc"
     with tempfile.TemporaryDirectory() as folder:
         assert Path(folder).stat().st_mode & 0o777 == 0o700

@@ -37,7 +37,10 @@ LABELS = ["a", "b", "c"]
 
 
 def untrained(folder: Path, encoder: Path, **settings: object) -> Path:
-    """A checkpoint with random heads and prototypes, and held-out parts."""
+    """The folder of a checkpoint with random heads and prototypes, and held-out parts.
+
+    settings: arguments of `De3Model.from_encoder`.
+    """
     from transformers import AutoTokenizer
 
     torch.manual_seed(3)

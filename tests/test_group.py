@@ -68,7 +68,7 @@ class Steps:
 
 
 def answers(results: dict[Item, Result]) -> dict[str, Any]:
-    """The exit layer, reason and readings of each text, bit for bit, by text."""
+    """The exit layer, reason, τ, OOD flag and readings of each text, bit for bit, by text."""
     found = {}
     for item, outcome in results.items():
         assert isinstance(outcome, Outcome)
@@ -107,7 +107,7 @@ def test_a_group_runs_in_steps_and_each_text_answers_as_alone(model: Model) -> N
 def test_the_kernels_read_the_exits_as_python_does(
     model: Model, signal: str, tau: float, max_layer: int | None, far: float | None
 ) -> None:
-    """Both exit alike with every signal, τ and deepest layer, for texts in and out of distribution."""
+    """The kernels and Python exit alike with every signal, τ and deepest layer, in and out of distribution."""
     chosen = model.manifest.signal(signal, 1.5 if signal == "edr" else None)
     limits = None if far is None else np.full(model.manifest.num_layers + 1, far)
 
@@ -140,7 +140,7 @@ def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> No
     assert len(steps.seconds) == 2 and not steps.results  # tokenized and one layer run, then preempted
     assert [item.progress.layer for item in items] == [2] * len(TEXTS) and len(queue) == len(TEXTS) + 1
     later = Steps(queue)
-    assert later.run() == [*urgent.items, *items]  # they joined it before layer 2
+    assert later.run() == [*urgent.items, *items]  # the group joined the urgent text before layer 2
     assert answers(later.results) == alone(model, ["an urgent one", *TEXTS]) and len(queue) == 0
 
 

@@ -73,7 +73,10 @@ def graphs_in(model: onnx.ModelProto) -> Iterator[tuple[Any, Place]]:
 
 
 def changes(model: onnx.ModelProto, constants: set[str]) -> Iterator[tuple[Place, str, Any]]:
-    """Every change of a model: the path of a message, one of its fields, and another value for it."""
+    """Changes to a model, each as the path of a message, one of its fields, and another value for the field.
+
+    constants: names of the initializers that are not weights.
+    """
     for graph, path in graphs_in(model):
         values = [x.name for x in graph.input] + [x for n in graph.node for x in (*n.input, *n.output) if x]
         values = list(dict.fromkeys([*values, *(w.name for w in graph.initializer)]))
@@ -116,7 +119,7 @@ def changes(model: onnx.ModelProto, constants: set[str]) -> Iterator[tuple[Place
 
 
 def changes_of_node(node: Any, path: Place, values: list[str]) -> Iterator[tuple[Place, str, Any]]:
-    """Every change of a node, as in `changes`. values: names of the graph's values."""
+    """Changes to a node, as in `changes`. values: names of the graph's values."""
     yield path, "op_type", "Identity"
     yield path, "domain", OTHER
     for kind in ("input", "output"):
@@ -229,7 +232,7 @@ def test_a_manifest_of_another_model_is_refused(change: Any) -> None:
 
 
 def replaced(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) -> onnx.ModelProto:
-    """A copy of a model in which one tensor is changed. name: of the tensor in the graph."""
+    """A copy of a model in which `change` is applied to one initializer, an array. name: the initializer's name."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     tensor = next(w for w in copy.graph.initializer if w.name == name)

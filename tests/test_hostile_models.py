@@ -64,7 +64,10 @@ def rehash(folder: Path, name: str) -> None:
 
 
 def forge(store: Path, model: str, layer: int, change: Callable[[Any], None]) -> str:
-    """Apply `change` to a segment's ModelProto, and update the manifest; returns the name of the file."""
+    """Apply `change` to a segment's ModelProto, and update the manifest; returns the name of the file.
+
+    layer: 0 stands for the embeddings.
+    """
     folder = store / model / "1"
     name = f"layer_{layer:02}.onnx" if layer else "embeddings.onnx"
     proto = onnx.load_model_from_string((folder / name).read_bytes())
@@ -113,7 +116,7 @@ def test_no_tensor_is_read_from_another_file(
 def test_onnx_runtime_itself_reads_no_other_file(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the check missed an external tensor, the session would look for its file in a folder that does not exist."""
+    """If the check missed an external tensor, the session would look for the file in a folder that does not exist."""
     proto = onnx.load_model_from_string((store / "tiny" / "1" / "layer_01.onnx").read_bytes())
     weight = proto.graph.initializer[0]
     (tmp_path / "weights").write_bytes(weight.raw_data)
@@ -458,7 +461,7 @@ def slow(proto: Any) -> None:
 
 
 def outer_product(proto: Any) -> None:
-    """Add 3.6 GB of sums, computed from 240 kB of weights."""
+    """Insert a 3.6 GB intermediate tensor, the outer sum of 240 kB of weights."""
     prepend(
         proto,
         helper.make_node("Add", ["column", "row"], ["large"]),

@@ -37,7 +37,7 @@ from tests.stock import fine_tuned, transformers_model, with_random_exits
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,200 texts, one per line."""
+    """A file of 1,200 texts, one per line."""
 
     def make(folder: Path) -> None:
         (folder / "texts.txt").write_text("".join(f"{text}\n" for text, _ in make_rows(1200, 11)))
@@ -47,7 +47,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
-    """A stock classifier, fine-tuned on the labelled data."""
+    """The folder of a stock classifier, fine-tuned on the labelled data."""
     examples = data.to_examples(read_rows(data_file, Columns("sentence")), ["0", "1"])
     return fine_tuned(tmp_path_factory, "classifier", encoder, ["bad", "good"], examples, epochs=4)
 
@@ -68,7 +68,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory, classifier: Path, texts: 
 
 
 def logits_of(folder: Path, texts: list[str]) -> Any:
-    """The logits of transformers' own model, one text at a time."""
+    """The logits of transformers' own model, run on one text at a time, (texts, num_labels)."""
     model, tokenizer = transformers_model(folder)
     longest = Stock.open("stock", folder).max_tokens
     with torch.no_grad():
@@ -552,7 +552,7 @@ def test_finetuning_counts_the_disagreement_of_full_depth(
     calibration = Store(tmp_path / "store").open("m").manifest.calibration
     frozen = Store(imported / "store").open("mine-fp32").manifest.calibration
     assert calibration is not None and frozen is not None
-    # It is counted in fp32, too, because the encoder has changed.
+    # Disagreement with the original is counted in fp32, too, because the encoder has changed.
     assert calibration.original_disagreement is not None
     ours, theirs = (next(row for row in c.table if row.tau == 0) for c in (calibration, frozen))
     assert ours.disagreement == calibration.original_disagreement < 0.2 and theirs.disagreement == 0

@@ -74,7 +74,7 @@ def test_the_program_for_emulators_runs_on_this_machine(kernels: Any) -> None:
 
 
 def assert_emulated(program: Path, emulator: str, processor: str, *names: str) -> None:
-    """Check that an emulated processor supports exactly these kernels, and that the first agree with the reference."""
+    """Check that an emulated processor supports exactly these kernels; the first must agree with the reference."""
     emulated = (emulator, "-cpu", processor, program)
     assert run(*emulated).split() == [*names, "reference"]
     for name in names[:1]:

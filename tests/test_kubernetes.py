@@ -64,7 +64,7 @@ def test_the_network_policy_admits_named_peers_and_blocks_egress() -> None:
     # A peer without selectors, or with an empty one, would admit everyone.
     for peer in rule["from"]:
         assert peer and all(selector["matchLabels"] for selector in peer.values()), peer
-    # Prometheus is at the address that the adapter uses.
+    # Prometheus is admitted from the namespace that is in the adapter's URL.
     adapter = yaml.safe_load((FILE.parent / "adapter.yaml").read_text())
     namespace = re.match(r"http://[\w-]+\.([\w-]+)\.svc", adapter["prometheus"]["url"])
     assert namespace is not None

@@ -97,7 +97,7 @@ def some(base: Artifact) -> Records:
     return records_of(Model(base, "onnxruntime"), texts_of(400, 6), ("one", "two"))
 
 
-# Fits at the priority of the tests: at the lowest one, they would wait for everything else on the machine.
+# Run fits at the priority of the tests: at the lowest one, they would wait for everything else on the machine.
 PROGRAM = "from de3.export import learn; learn._run_at_idle = lambda: None; learn.child()"
 NORMAL_PRIORITY = f"""
 from de3.server.learn import fitting
@@ -649,7 +649,7 @@ def test_the_error_probabilities_of_all_attempts_sum_to_that_of_the_promise() ->
 
 
 def test_held_out_texts_prove_a_tau_but_are_no_audits(fitted: learning.Fitted, base: Artifact) -> None:
-    """They allow every client the same τ as audits of these texts would, if each were drawn with probability 1."""
+    """Held-out texts allow every client the same τ as audits of them would, if each were drawn with probability 1."""
     settings = Settings(guarantee=0.3, learn=True)
     manifest = _learned(base, fitted)
     one, other = (Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings) for _ in range(2))

@@ -24,7 +24,10 @@ SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
 
 @contextmanager
 def plain_server(answer: Callable[[int], bytes]) -> Iterator[Target]:
-    """A server that answers request n, counted from 0, with `answer(n)`; if that is empty, it closes the connection."""
+    """A server that answers request n, counted from 0, with `answer(n)`, or closes the connection if that is empty.
+
+    Yields it as a Target.
+    """
     listening = socket.create_server(("127.0.0.1", 0))
     count, lock = [0], threading.Lock()
 

@@ -85,7 +85,7 @@ def test_a_new_version_takes_over_and_can_be_rolled_back(server: Server) -> None
 
 
 def test_a_bad_artifact_changes_nothing_and_says_why(server: Server) -> None:
-    for body in ({"version": 3}, {}):  # without a version, it is the newest
+    for body in ({"version": 3}, {}):  # without a version, the newest is loaded
         refused = change(server, "load", **body)
         error = refused.json()["error"]
         assert (refused.status_code, error["param"]) == (422, "name")
@@ -165,7 +165,7 @@ def test_a_shadow_that_agrees_counts_nothing(server: Server, versions: Path) -> 
 
 
 def test_a_shadow_takes_nobodys_room(versions: Path) -> None:
-    """Its texts do not count as pending, so the autoscaler and the load controller do not see them."""
+    """A shadow's texts do not count as pending, so the autoscaler and the load controller do not see them."""
     settings = {"models": ["tiny:1"], "admin_keys": f"root {KEY}", "max_queue": 8, "max_texts": 8}
     with serving(versions, **settings) as server:
         change(server, "load", version=2, role="shadow")
@@ -326,7 +326,7 @@ def test_one_change_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_reloads_under_load_fail_no_request(versions: Path) -> None:
-    """No answer mixes two versions, as the labels would show."""
+    """No answer mixes two versions: the labels would show it."""
     labels = {"tiny:1": {"negative", "positive"}, "tiny:2": {"no", "yes"}}
     stop, wrong, count = threading.Event(), [], Counter[str]()
     with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}", threads=2) as server:
@@ -365,7 +365,7 @@ def test_reloads_under_load_fail_no_request(versions: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_of_unloaded_models_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measures the memory of a separate process with the demo model, which is large enough for that."""
+    """Measures the memory of a separate process with the demo model, whose memory is large enough to measure."""
     monkeypatch.setenv("DE3_ADMIN_KEYS", f"root {KEY}")
     with process(Path("models")) as running:
         url = url_when_ready(running)

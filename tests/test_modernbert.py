@@ -217,7 +217,10 @@ def test_a_head_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint for pairs of texts, and m:1 and m-int8:1 in store, made by the commands a user types."""
+    """A folder with data.jsonl (pairs of texts), the checkpoint trained on it, and a store of m:1 and m-int8:1.
+
+    The checkpoint and the store are made by the commands a user types.
+    """
 
     def make(folder: Path) -> None:
         encoder = save_encoder(

@@ -36,7 +36,7 @@ def names_of(text: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A .jsonl file whose rows have lists with any number of three labels."""
+    """A .jsonl file whose rows each list any number of the three labels."""
 
     def make(folder: Path) -> None:
         rows = ({"text": text, "label": names_of(text)} for text, _ in make_rows(1800, 41))

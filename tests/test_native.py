@@ -171,8 +171,8 @@ def random_architecture(
 ) -> Architecture:
     """Embeddings and one layer, each with an exit.
 
-    metric: width of the metric space; 0: no prototypes. head: of the last exit; None: it is linear. family: fields of
-    an encoder that is not BERT.
+    metric: width of the metric space; 0: no prototypes. gelu: GELU, else ReLU. mean: mean pooling, else cls. head:
+    head of the last exit; None: a linear one. family: fields of an encoder that is not BERT.
     """
     bert = {"type": "bert", "positions": 96, "token_types": 2}
     encoder = (family or bert) | {
@@ -337,7 +337,7 @@ def test_modernbert_and_deberta_match_onnx_runtime(
         before = feed["hidden"] if layer else ids
         for name in ALL:
             ours = run(name, model, layer, before, types, None if layer else prototypes, expected)
-            # A limit like that of loading a model, as rounding errors may cross a quantization step.
+            # The limit is like the one for loading a model, because rounding errors may cross a quantization step.
             error = np.abs(ours[0] - expected[0]).mean(-1).max()
             assert error <= (MAX_STATES_DIFFERENCE / 4 if layer else 1e-6) * expected[0].std()
             for a, b in zip(expected[1:], ours[1:], strict=True):
@@ -471,7 +471,10 @@ def test_in_a_group_each_text_exits_as_alone_and_as_the_rule_says(
 
 
 def in_c(signal: Signal, passed: list[tuple[list[float], list[float] | None]]) -> float:
-    """The kernels' score at the last of these exits. passed: logits and distances of the exits on layers 0, 1, …"""
+    """The kernels' score at the last of these exits; NaN if it has none.
+
+    passed: logits and distances of the exits on layers 0, 1, …
+    """
     buffers = [(np.float32(x), None if y is None else np.float32(y)) for x, y in passed]
     return kernels.score(buffers, signal.code, signal.lam or 0.0, signal.table, None)
 
@@ -607,7 +610,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
     ids, big = np.zeros((1, 2), np.int64), np.full((1, 2), 10**6, np.int64)
     for arguments in (
         (9, hidden, None, hidden.copy(), None, None, None),  # no such layer
-        (1, hidden[:, :1].copy(), None, hidden.copy(), None, None, None),  # shapes
+        (1, hidden[:, :1].copy(), None, hidden.copy(), None, None, None),  # wrong shapes
         (1, hidden, None, np.zeros((1, 2, 63), np.float32), None, None, None),
         (0, big, ids, hidden.copy(), None, None, None),  # ids outside the table
         (0, -big, ids, hidden.copy(), None, None, None),
@@ -754,7 +757,7 @@ def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
 def test_an_int8_linear_layer_quantizes_each_token_by_itself(
     tokens: int, spread: float, center: float, is_constant: bool, seed: int
 ) -> None:
-    """The steps are 1/255 of the token's own range, so its result depends on no other token."""
+    """The quantization step is 1/255 of each token's own range, so a token's result depends on no other token."""
     rng = np.random.default_rng(seed)
     x = ((rng.normal(size=(tokens, 64)) + center) * spread).astype(np.float32)
     x[0] = x[0, 0] if is_constant else 1000 * x[0]  # an outlier

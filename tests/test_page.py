@@ -51,7 +51,10 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
 
 
 def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
-    """The page; fails the test if it loads anything from elsewhere or violates its content security policy."""
+    """The page; fails the test on a script error, a request to another server or a violation of its security policy.
+
+    context: options of the browser context.
+    """
     with browser.new_context(**context) as contexts:
         page = contexts.new_page()
         wrong: list[str] = []
@@ -253,7 +256,10 @@ def test_full_depth_is_that_of_the_same_text(page: Page) -> None:
 
 
 def caught(page: Page, held: list[Route]) -> Route:
-    """Wait for a request that a handler holds; the handler may run some time after the request is reported."""
+    """Wait until a handler holds a request; returns its route.
+
+    The handler may run some time after the request is reported. Raises IndexError after a minute.
+    """
     for _ in range(6000):
         if held:
             break
@@ -404,7 +410,7 @@ def test_pairs_where_the_model_takes_them(page: Page, browser: Browser, store: P
 
 
 def poll(page: Page, times: int) -> None:
-    """Advance the page's fake clock so that it polls the server this many times."""
+    """Advance the page's fake clock so that the page polls the server this many times."""
     for _ in range(times):
         with page.expect_response("**/metrics"):
             page.clock.run_for(2000)
@@ -416,7 +422,10 @@ def audit_of(server: Server) -> dict[str, Any]:
 
 
 def send_texts(server: Server, numbers: range) -> None:
-    """Send texts without exit options, and wait for their audits. For one text in eight, early exits differ."""
+    """Send texts without exit options, and wait for their audits.
+
+    numbers: a text for each; where it is a multiple of 8, early exits differ from full depth.
+    """
     answer = server.classify(
         input=[f"A wonderful film, all {n} of it." if n % 8 else f"Not bad, the {n}." for n in numbers]
     )

@@ -1,4 +1,4 @@
-"""A server of several processes is one server for its clients."""
+"""A server of several processes looks like one server to its clients."""
 
 import json
 import os
@@ -34,7 +34,10 @@ TEXTS = [text for text, _ in make_rows(600, 91)]
 
 
 class Running:
-    """`de3 serve --processes 2` as a user runs it; or other code that starts it."""
+    """`de3 serve --processes 2` as a user runs it.
+
+    code: Python code to run instead of `de3`, with the same arguments.
+    """
 
     def __init__(self, store: Path, *arguments: str, code: str = "") -> None:
         program = ["-c", code] if code else ["-m", "de3.cli"]
@@ -84,7 +87,7 @@ class Running:
 
     @contextmanager
     def both(self) -> Iterator[list[httpx.Client]]:
-        """One client of each process; its connection stays open."""
+        """An HTTP client for each process, connected to it; the connection stays open."""
         with ExitStack() as stack:
             clients: dict[str, httpx.Client] = {}
             while len(clients) < 2:

@@ -73,7 +73,7 @@ def test_many_easy_texts_of_one_client_raise_no_tau_but_its_own() -> None:
         send(promises, "attacker", 9)
         send(promises, f"client {rng.integers(3)}", 1, unlike_from(2) if rng.random() < 0.2 else CLEAN)
     assert index_of(promises, "attacker") == 3
-    # Some texts of the others differ from τ = 0.2 on.
+    # A fifth of the other clients' texts differ at τ = 0.2 and above.
     assert [index_of(promises, f"client {n}") for n in range(3)] == [1, 1, 1]
     assert promises.of_all.index == 3  # with one promise for all, 20% of their answers would differ
 

@@ -30,7 +30,7 @@ def job(
     is_shadow: bool = False,
     client: str = "",
 ) -> Job:
-    """A job whose texts are predicted to take `seconds` each."""
+    """A job whose texts are predicted to take `seconds` each; the other arguments are those of `jobs.job`."""
     return jobs.job(
         [str(i) for i in range(texts)],
         [seconds] * texts,
@@ -129,7 +129,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        """An item of a running job fails: the job's other items stay in the queue, but are never scheduled."""
+        """An item of a running job fails: the engine marks the job as dropped, so its other items never run."""
         gone = data.draw(st.sampled_from(self.waiting)).job
         gone.is_dropped = True
         self.queue.drop(gone)
@@ -150,7 +150,7 @@ def test_short_texts_overtake_a_long_one_but_not_forever() -> None:
     for k in range(20):  # one short text every 0.1 s
         queue.put(job(1, submitted=k / 10, seconds=0.05))
     order = [queue.next()[0] for _ in range(21)]
-    # It runs after the ten short texts that arrived within the second that it was predicted to take.
+    # The long text runs after the ten short ones that arrived within the second that it was predicted to take.
     assert order.index(long.items[0]) == 10
 
 

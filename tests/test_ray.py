@@ -9,7 +9,7 @@ from de3.deploy.ray import repeat
 
 
 def answer_of(middleware: repeat.Repeat, *came: dict[str, Any]) -> list[Any]:
-    """The messages that the middleware sends when a request arrives as these messages."""
+    """The ASGI messages that the middleware sends in response to a request that consists of the messages `came`."""
     sent, left = [], list(came)
 
     async def receive() -> Any:

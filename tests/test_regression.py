@@ -1,4 +1,4 @@
-"""Regression models: one output, imported, calibrated and served; early values within a tolerance count as the same."""
+"""Regression models (one output): imported, calibrated, served; values within the tolerance count as equal."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def value_of(text: str) -> float:
 
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
-    """A stock regression model."""
+    """The folder of a stock regression model."""
     examples = [Example(text, value_of(text)) for text, _ in make_rows(1600, 1)]
     return fine_tuned(tmp_path_factory, "regression", encoder, ["praise"], examples, epochs=4)
 

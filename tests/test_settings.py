@@ -22,7 +22,7 @@ def test_every_setting_is_a_flag_and_a_variable_with_help() -> None:
     for name, field in Settings.model_fields.items():
         how = option(name)
         if how is None:
-            assert name in ("api_keys", "admin_keys"), name  # secrets are no flags
+            assert name in ("api_keys", "admin_keys"), name  # secrets have no flags
             continue
         assert field.description, name
         assert (how.flag or "--" + name.replace("_", "-")) in text, name

@@ -77,7 +77,7 @@ def test_a_lone_client_may_hold_everything_and_others_still_find_room() -> None:
 
 def test_however_many_are_greedy_a_newcomer_finds_room() -> None:
     shares = Shares(2**26, "bytes")
-    for client in range(8):  # the first takes the whole limit, the second half of the rest, and so on
+    for client in range(8):  # the first takes the whole limit, the second half of the spare room, and so on
         for size in (2**22, 2**20, 2**16, 2**12, 2**8, 1):
             with suppress(RequestError):
                 while True:

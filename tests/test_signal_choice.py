@@ -41,7 +41,7 @@ def manifest(store: Path) -> Manifest:
 
 
 def by_the_rule(model: Model, text: str, tau: float, signal: Signal) -> tuple[int, float | None]:
-    """The layer at which a text exits, and its score there."""
+    """The layer at which a text exits, and its score there; None if the exit has none."""
     rule, passed = ExitRule(tau, signal), list[Reading]()
     for layer, step in enumerate(model.full_depth(model.tokenize(text))):
         if step.logits is None:

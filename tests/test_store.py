@@ -270,7 +270,7 @@ def test_unsound_prototypes_are_refused(copy: Path, change: Callable, message: s
 def test_any_changed_byte_of_a_manifest_is_refused_or_harmless(
     store: Path, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Reading it raises no error other than StoreError."""
+    """Reading the manifest raises no error other than StoreError."""
     text = (store / "tiny" / "1" / "manifest.json").read_bytes()
     at = data.draw(st.integers(0, len(text) - 1))
     changed = text[:at] + data.draw(st.binary(max_size=4)) + text[at + data.draw(st.integers(0, 4)) :]

@@ -37,7 +37,7 @@ def training(data_file: Path, encoder: Path, out: Path) -> str:
 
 @pytest.fixture
 def stock(tmp_path: Path, encoder: Path) -> Path:
-    """A stock classifier with random weights, as transformers saves it."""
+    """The folder of a stock classifier with random weights, as transformers saves it."""
     folder = tmp_path / "stock"
     config = BertConfig.from_pretrained(encoder, num_labels=2)
     BertForSequenceClassification(config).save_pretrained(folder)
@@ -103,7 +103,7 @@ def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> 
 
 @pytest.fixture
 def interrupted(tmp_path: Path, data_file: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint whose training was interrupted by Ctrl-C after its best epoch was saved."""
+    """The folder of a checkpoint whose training was interrupted by Ctrl-C after its best epoch was saved."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

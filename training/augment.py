@@ -22,8 +22,8 @@ def neighbours(
 ) -> dict[str, list[str]]:
     """For each word in `texts`, the k nearest other words in `texts`, by cosine similarity of their embeddings.
 
-    table: the encoder's word embeddings, (vocabulary, width). Only alphabetic words of one token count. Neighbours are
-    synonyms and antonyms alike; the teacher tells them apart.
+    table: the encoder's word embeddings, (vocabulary, width). Only alphabetic words that are a single token are
+    considered. Neighbours are synonyms and antonyms alike; the teacher tells them apart.
     """
     ids_of = {w: tokenizer.encode(w, add_special_tokens=False) for t in texts for w in _words(t)}
     words = [w for w, ids in ids_of.items() if len(ids) == 1 and w.isalpha()]
@@ -37,9 +37,9 @@ def neighbours(
 
 
 def augment(examples: Sequence[Example], near: dict[str, list[str]], copies: int, seed: int) -> list[Text]:
-    """`copies` altered texts per example: words are replaced or deleted, and half of the single texts are joined.
+    """`copies` altered texts per example: words are replaced or deleted.
 
-    A single text is joined to another text of the data. near: see neighbours.
+    Half of the single texts are first joined to another text of the data. near: the result of `neighbours`.
     """
     rng = random.Random(seed)
 

@@ -22,11 +22,13 @@ class Checkpoint:
     """An opened checkpoint.
 
     Attributes:
+        folder: its path.
+        config: its configuration.
         names: the labels, in the order of the logits.
     """
 
     def __init__(self, folder: Path, unfinished: bool = False) -> None:
-        """Raises ValueError for a folder that is not a checkpoint, is incomplete, or is unfinished.
+        """Raises ValueError unless the folder is a complete and valid checkpoint whose training is finished.
 
         unfinished: accept a checkpoint whose training is not finished.
         """
@@ -69,7 +71,7 @@ class Checkpoint:
         return bool((read_record(self.folder) or {}).get("imported")) and not self.is_finetuned
 
     def held_out(self, part: str, file: Path | None = None) -> list[Example]:
-        """The samples of a part (tune or certify), or of `file` instead; raises ValueError if they are unusable."""
+        """The samples of a part (tune or certify), or of `file` if given; raises ValueError if they are unusable."""
         path = file or self.folder / f"{part}.jsonl"
         if file is None and not path.exists():
             raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")

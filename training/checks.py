@@ -11,12 +11,12 @@ from de3.training.data import Example
 from de3.training.split import Split
 
 MAX_LABELS = 1000
-FEW = 5  # rows of a label, below which there is a warning
+FEW = 5  # a label with fewer rows gets a warning
 MAX_UNKNOWN, WARN_UNKNOWN = 0.2, 0.02  # shares of unknown tokens
 
 
 def labels(counts: Counter[str], rows: int | None = None) -> list[str]:
-    """Warnings about the labels of the data; raises ValueError if they cannot be classes.
+    """Warnings about the labels of the data; raises ValueError if no classifier can be trained on them.
 
     counts: rows of each label. rows: number of rows of multi-label data; None: every row has one label.
     """
@@ -89,7 +89,10 @@ def labels_of(example: Example) -> tuple[int, ...]:
 
 
 def unknown_tokens(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[str]:
-    """Warnings about unknown tokens; raises ValueError if there are too many."""
+    """Warnings about unknown tokens in the first 2,000 examples; raises ValueError if there are too many.
+
+    Also raises ValueError if the texts have no tokens at all.
+    """
     unknown = _unknown(tokenizer)
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.no_padding()

@@ -33,7 +33,7 @@ class CheckpointConfig(BaseModel):
 
     @classmethod
     def of(cls, name: str, raw: Any) -> Self:
-        """The configuration from the JSON of a config.json, `raw`.
+        """The configuration in `raw`, the parsed JSON of a config.json.
 
         Raises ValueError, whose message begins with `name`, if it is invalid.
         """
@@ -89,7 +89,10 @@ class CheckpointConfig(BaseModel):
 
     @property
     def prototype_layers(self) -> list[int]:
-        """Layers of the exits with a prototype space: all but the last, unless `last_prototypes`."""
+        """Layers of the exits with a prototype space: all exits but the last, or all with `last_prototypes`.
+
+        Empty for multi-label and regression models.
+        """
         if self.thresholds is not None or self.tolerance is not None:
             return []
         return self.exit_layers if self.last_prototypes else self.exit_layers[:-1]
@@ -98,7 +101,7 @@ class CheckpointConfig(BaseModel):
 def model_type(folder: Path) -> str | None:
     """The model_type in a folder's config.json; None if the file or the field is missing.
 
-    Raises ValueError if the file cannot be read.
+    Raises ValueError if the file cannot be read, is too large, or is not JSON.
     """
     try:
         config = read_config(folder / "config.json")
@@ -111,7 +114,7 @@ def model_type(folder: Path) -> str | None:
 
 
 def looks_like_path(name: str) -> bool:
-    """True if a name can only be a folder. Looking it up on the Hugging Face hub instead could take minutes."""
+    """True if a name is treated as a folder only: looking it up on the Hugging Face hub could take minutes."""
     return (
         name.startswith((".", "/", "~"))
         or name.count("/") > 1

@@ -56,7 +56,7 @@ def label_array(labels: Sequence[Label], count: int) -> NDArray[Any]:
 
 
 def with_original(recorded: Recorded, examples: Sequence[Example]) -> Recorded:
-    """`recorded` with the answers of the imported classifier, if they are known for every sample."""
+    """`recorded` with the imported classifier's answers; unchanged unless they are known for every sample."""
     answers = [e.original for e in examples if e.original is not None]
     if len(answers) < len(examples):
         return recorded
@@ -64,7 +64,7 @@ def with_original(recorded: Recorded, examples: Sequence[Example]) -> Recorded:
 
 
 def label_of(row: NDArray[Any] | np.generic) -> Label:
-    """A row of label_array as a label."""
+    """Convert a row of the result of `label_array` back to a label."""
     values = np.asarray(row)
     if values.ndim:
         return tuple(np.flatnonzero(values).tolist())
@@ -79,7 +79,8 @@ def to_examples(
 ) -> list[Example]:
     """Rows as examples, each label as its index in `names`; raises ValueError for any other label.
 
-    regression: the labels are values instead of names, 0 if missing.
+    multi_label: a row has any number of labels, as in `labels_in`. regression: the labels are values instead of names;
+    a missing label becomes 0.
     """
     if regression:
         return [Example(text, float(label or 0)) for text, label in rows]
@@ -118,7 +119,10 @@ def rename(
 
 
 def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str]) -> None:
-    """Write examples as jsonl: text, text_pair, label (its name), and the other attributes that are set."""
+    """Write examples as jsonl: text, text_pair, label, original, group and fragment, as far as they are set.
+
+    A label is written as its name, as a list of names, or as a value.
+    """
     with path.open("w", encoding="utf-8") as file:
         for e in examples:
             text, pair = e.text if isinstance(e.text, tuple) else (e.text, None)
@@ -184,7 +188,7 @@ def load_examples(
 def check_apart(
     tune: Sequence[Example], certify: Sequence[Example], tune_file: Path, certify_file: Path
 ) -> None:
-    """Raise ValueError if many certifying texts are in the tuning file too."""
+    """Raise ValueError if a larger share of the certifying texts than MAX_SHARED is in the tuning file, too."""
     shared = len({e.text for e in tune} & {e.text for e in certify})
     if shared > MAX_SHARED * len(certify):
         raise ValueError(
@@ -199,7 +203,7 @@ def input_of(examples: Sequence[Example]) -> str:
 
 
 def check_input(examples: Sequence[Example], expected: str | None, where: str) -> None:
-    """Raise ValueError for single texts if the model takes pairs, or vice versa; expected: None if unknown."""
+    """Raise ValueError for single texts if the model takes pairs, or vice versa; if `expected` is None, do nothing."""
     if expected is not None and input_of(examples) != expected:
         hint = (
             "give --pair-column, the column of the second text"

@@ -46,7 +46,7 @@ def encode(
 ) -> Encoded:
     """Tokenize examples, truncated to max_length tokens (in a pair, the longer text is shortened first).
 
-    num_labels: needed for multi-label examples only.
+    what: name of the texts in the progress display. num_labels: needed for multi-label examples only.
     """
     ids: list[list[int]] = []
     types: list[list[int]] = []

@@ -64,7 +64,10 @@ def _curve(name: str, scores: NDArray[np.float64], recorded: Recorded) -> Curve:
 
 
 def exit_table(recorded: Recorded, what: str = "") -> Table:
-    """The accuracy of every exit, with its 95% interval."""
+    """The accuracy of every exit, with its 95% interval, and F1 (multi-label) or correlations (regression).
+
+    what: kind of samples in the title, such as "tuning ".
+    """
     table = Table(title=f"Accuracy of each exit alone ({len(recorded.labels)} {what}samples)")
     multi, right_if, more_columns = recorded.thresholds is not None, "accuracy", tuple[str, ...]()
     scores: list[tuple[NDArray[np.float64], ...]] = []
@@ -97,7 +100,7 @@ def _f1(answers: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[np.float64
 
 
 def correlations(recorded: Recorded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Pearson's and Spearman's correlation of a regression model's values with the labels at every exit, (exits,)."""
+    """Pearson's and Spearman's correlation of a regression model's values with the labels by exit, each (exits,)."""
     pairs = [correlation(values, recorded.labels) for values in recorded.answers.T]
     return np.array([p for p, _ in pairs]), np.array([s for _, s in pairs])
 
@@ -132,7 +135,10 @@ def exit_scores(recorded: Recorded) -> tuple[str, NDArray[np.float64]]:
 
 
 def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
-    """Warnings about an evaluation: few samples, a model no better than the most frequent label, or unused labels."""
+    """Warnings about an evaluation: few samples, or a model no better than the most frequent label.
+
+    For a multi-label model: only labels that it never assigns. For a regression model: none.
+    """
     n, warnings = len(recorded.labels), list[str]()
     if recorded.thresholds is not None:
         return _labels_never_given(recorded, names)
@@ -180,7 +186,7 @@ def curve_table(curves: Sequence[Curve]) -> Table:
 
 @dataclass(frozen=True)
 class Times:
-    """Time of a text that runs alone, in seconds: intercept and slope over its number of tokens.
+    """CPU time of a text that runs alone, in seconds: intercept and slope over its number of tokens.
 
     Attributes:
         full: time at τ = 0 (tokenizer, embeddings, all layers and the last exit), (2,).
@@ -293,7 +299,7 @@ def hindsight_table(recorded: Recorded, signals: Sequence[Signal]) -> Table:
 
 
 def length_table(recorded: Recorded, tau: float, signal: Signal, times: Times) -> Table:
-    """The outcome of the default by text length, for each quartile of the number of tokens."""
+    """The outcome of the default signal and τ for each quarter of the samples, by number of tokens."""
     assert recorded.tokens is not None
     table = Table(title="The default by length")
     for column in ("tokens", "samples", "in layers", "in time", "differ", "loss ± 95%"):
@@ -319,7 +325,8 @@ def length_table(recorded: Recorded, tau: float, signal: Signal, times: Times) -
 def unlike_lengths(tokens: NDArray[np.int64], calibrated: Sequence[float] | None) -> list[str]:
     """A warning if the median text length is outside the interquartile range of the calibration texts.
 
-    tokens: number of tokens of each text, (n,). calibrated: quantiles at LEVELS for the calibration; None: unknown.
+    tokens: number of tokens of each text, (n,). calibrated: quantiles at LEVELS of the calibration texts' numbers
+    of tokens; None: unknown, no warning.
     """
     if calibrated is None:
         return []

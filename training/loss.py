@@ -9,6 +9,8 @@ def layer_weights(exit_layers: list[int], by: str) -> Tensor:
     """Weights of the exits, shape (exits,), summing to 1.
 
     "depth": layer m has weight m, or m + 1 if the embeddings have an exit. "uniform": all equal.
+
+    Raises ValueError for any other `by`.
     """
     if by == "uniform":
         weights = torch.ones(len(exit_layers))
@@ -30,7 +32,7 @@ def dar(distances: Tensor, labels: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of every exit, shape (exits,); logits (batch, exits, num_labels)."""
+    """Mean cross-entropy of every exit, shape (exits,); logits (batch, exits, num_labels), labels (batch,)."""
     flat = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]), reduction="none")
     return flat.view(logits.shape[:2]).mean(0)
 
@@ -38,13 +40,17 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
     """Binary cross-entropy of a multi-label model, summed over labels, averaged over the batch.
 
-    logits, wanted (target probabilities): (batch, …, num_labels). The result has the dimensions between these two.
+    logits, wanted (target probabilities): (batch, …, num_labels). The result has the dimensions between batch and
+    num_labels.
     """
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(-1).mean(0)
 
 
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T²·KL(teacher ‖ exit) of every exit, shape (exits,); teacher_logits (batch, num_labels)."""
+    """T²·KL(teacher ‖ exit) of every exit, shape (exits,), averaged over the batch.
+
+    logits: (batch, exits, num_labels). teacher_logits: (batch, num_labels).
+    """
     log_p = F.log_softmax(logits / temperature, dim=-1)
     q = F.log_softmax(teacher_logits / temperature, dim=-1).unsqueeze(1).expand_as(log_p)
     kl = F.kl_div(log_p, q, reduction="none", log_target=True).sum(-1)
@@ -63,8 +69,8 @@ def total(
 ) -> Tensor:
     """Σ w_m·(CE_m + α·DAR_m) (Eq. 6), a scalar; with a teacher, CE becomes (1−d)·CE + d·distillation.
 
-    labels: classes, (batch,); for a multi-label model the correct labels, (batch, num_labels) bool. weights: (exits,).
-    distill: d. The other shapes are those of `cross_entropy`, `dar` and `distillation`.
+    labels: classes, (batch,), or for a multi-label model, whose CE is binary, the correct labels, (batch, num_labels)
+    bool. weights: (exits,). distill: d. For the other shapes, see `cross_entropy`, `dar` and `distillation`.
     """
     if labels.ndim == 1:
         per_exit = cross_entropy(logits, labels)

@@ -19,10 +19,12 @@ HEAD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "
 
 
 class De3Config(PretrainedConfig):
-    """The configuration of a DE3-BERT, which includes that of its encoder.
+    """The configuration of a DE3-BERT, including its encoder's configuration.
+
+    Raises ValueError if `exit_layers`, `pooling` or `head` is invalid.
 
     Args:
-        encoder: the encoder's configuration as a dict, with its `model_type`.
+        encoder: the encoder's configuration as a dict, with its `model_type`. Default: BERT's.
         exit_layers: layers that have a classifier, ascending; 0 is the embedding output and the last must
             be the encoder's depth M. Default: 1…M.
         pooling: pooling of a layer's states to h^(m): "mean", over the sample's tokens, or "cls", the first token's.
@@ -103,7 +105,10 @@ class De3Config(PretrainedConfig):
 
     @property
     def prototype_layers(self) -> list[int]:
-        """Layers of the exits with a prototype space: all but the last, unless `last_prototypes`."""
+        """Layers of the exits with a prototype space: all exits but the last, or all with `last_prototypes`.
+
+        Empty for multi-label and regression models.
+        """
         if self.thresholds is not None or self.tolerance is not None:
             return []
         return self.exit_layers if self.last_prototypes else self.exit_layers[:-1]
@@ -154,7 +159,8 @@ class De3Model(PreTrainedModel):
     def from_encoder(cls, name: str, labels: list[str], **settings: Any) -> Self:
         """A new model with untrained heads on a pretrained encoder from a folder or the hub.
 
-        settings: further arguments of De3Config. Raises ValueError if weights of the encoder are missing.
+        settings: further arguments of De3Config. Raises ValueError if weights of the encoder are missing or
+        have the wrong shape, or if the settings are invalid.
         """
         # Weights of the wrong shape are only reported here, and rejected below.
         encoder, loaded = AutoModel.from_pretrained(
@@ -229,7 +235,7 @@ class De3Model(PreTrainedModel):
         return [*states, last]
 
     def through_head(self, pooled: Tensor) -> Tensor:
-        """Input of the last classifier, (batch, 1, hidden): the stock head on the last exit's h^(m).
+        """Input of the last classifier, (batch, 1, hidden): the stock head applied to the last exit's h^(m).
 
         pooled: h^(m) of every exit, (batch, exits, hidden).
         """
@@ -264,9 +270,9 @@ class De3Model(PreTrainedModel):
 
 
 def check_loaded(loaded: dict[str, Any], name: str, optional: str | None = None) -> None:
-    """Raise ValueError unless every weight came from the file: a missing weight would be random.
+    """Raise ValueError unless every weight came from the file: a missing or misshapen weight would be random.
 
-    loaded: the report of from_pretrained; optional: prefix of names that may be missing.
+    loaded: the report of from_pretrained. optional: prefix of the names that may be missing; None: none may be.
     """
     missing = [key for key in loaded["missing_keys"] if optional is None or not key.startswith(optional)]
     wrong = [*missing, *(str(item[0]) for item in loaded.get("mismatched_keys", ()))]

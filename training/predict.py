@@ -42,6 +42,6 @@ def predict(
 
 
 def logit_thresholds(config: De3Config) -> NDArray[np.float64] | None:
-    """The thresholds of a multi-label model as logits, (num_labels,), for Recorded."""
+    """The thresholds of a multi-label model as logits, (num_labels,), for Recorded; None for other models."""
     thresholds = config.label_thresholds
     return None if thresholds is None else np.array(thresholds.logits)

@@ -89,10 +89,10 @@ def open_encoder(name: str) -> tuple[Any, Any]:
 
 
 def check_config(name: str, source: str) -> None:
-    """Raise ValueError for a model whose config.json has impossible sizes, and OSError if it cannot be read.
+    """Raise ValueError for a config.json that is not a JSON object or has sizes above the limits.
 
     Without this check, transformers would create 10⁹ label names, or a million layers, before it reads the weights.
-    name: start of the messages. source: folder or hub id.
+    name: start of the messages. source: folder or hub id. Raises OSError if the file cannot be read.
     """
     config = read_config(Path(cached_file(source, "config.json")))
     if not isinstance(config, dict):

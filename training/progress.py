@@ -49,7 +49,7 @@ class Meter:
 
     @contextmanager
     def epoch(self, epoch: int, epochs: int, steps: int) -> Iterator["Meter"]:
-        """Track one epoch of this many steps."""
+        """Track an epoch (number `epoch` of `epochs`, from 1) of this many steps; yields the meter."""
         self._epoch, self._epochs, self._total = epoch, epochs, steps
         self._last = self._printed = time.monotonic()
         self._bar = Progress(
@@ -66,7 +66,7 @@ class Meter:
             yield self
 
     def step(self, number: int, loss: float) -> None:
-        """Report a finished step; loss: the mean over the epoch's steps so far."""
+        """Report that step `number` (from 1) is finished; loss: the mean over the epoch's steps so far."""
         now = time.monotonic()
         self._spent_s, self._steps, self._last = self._spent_s + now - self._last, self._steps + 1, now
         remaining = (self._epochs - self._epoch + 1) * self._total - number

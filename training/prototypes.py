@@ -1,8 +1,9 @@
 """The final prototype spaces, computed once the encoder is trained.
 
 L_DAR has no term that separates classes (Eq. 2). In joint training over several epochs, the prototypical networks map
-every sample to nearly the same direction, and cosine distances no longer separate classes. Trained with the same loss
-for one epoch on the finished encoder, they do separate classes, and EDR beats entropy (docs/demo-model.md).
+every sample to nearly the same direction, and cosine distances no longer separate classes. If the networks are trained
+with the same loss for one epoch on the finished encoder, the distances do separate classes, and EDR beats entropy
+(docs/demo-model.md).
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ def finish(model: De3Model, data: Encoded, pad_id: int, how: str, lr: float, see
 
     how: "refit" retrains the prototypical networks with L_DAR and takes the class means of h' over all data
     as prototypes; "means" takes the class means with the networks unchanged; "sliding" keeps the moving
-    averages of training (Eq. 1).
+    averages of training (Eq. 1) without a pass. lr: initial learning rate of "refit".
     """
     if how == "sliding" or not model.prototypical:
         return
@@ -43,8 +44,8 @@ def fit(
 ) -> None:
     """Compute prototypes from `count` batches of pooled states, (batch, exits, hidden), and labels, (batch,).
 
-    Exits without a prototype space are ignored. lr: learning rate to retrain the prototypical networks; None: they are
-    kept.
+    Exits without a prototype space are ignored. lr: initial learning rate for retraining the prototypical networks;
+    None: they are not retrained.
     """
     spaces, labels_count = len(model.config.prototype_layers), model.config.num_labels
     if lr is not None:
@@ -71,9 +72,10 @@ def fit(
 
 @torch.no_grad()
 def _take_means(model: De3Model, sums: Tensor, counts: Tensor) -> None:
-    """Set each prototype to its class's mean h'. As h' is linear in h, that is the network's output for the mean h.
+    """Set each prototype to its class's mean h', which is the network's output for the mean h, as h' is affine in h.
 
-    sums: sums of h, (num_labels, spaces, hidden); counts: samples of each class, (num_labels,).
+    Classes without samples keep their prototypes. sums: sums of h, (num_labels, spaces, hidden); counts: number of
+    samples of each class, (num_labels,).
     """
     seen = counts > 0
     means = model.embed(sums[seen] / counts[seen, None, None])  # (classes, spaces, metric_dim)

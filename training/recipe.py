@@ -1,4 +1,4 @@
-"""Recipes: batch size, epochs and learning rate for the size of the data, as measured in lab/docs/experiments.md."""
+"""Recipes: batch size, epochs, learning rate and patience by the size of the data (lab/docs/experiments.md)."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ FIXED = Recipe()
 def choose(name: str, samples: int, **given: Any) -> Recipe:
     """The recipe for this many training samples, with the fields in `given` replaced.
 
-    Raises ValueError for an unknown name.
+    name: auto (by the number of samples) or fixed. Raises ValueError for any other name.
     """
     if name not in CHOICES:
         raise ValueError(f"--recipe must be one of {', '.join(CHOICES)}, got {name!r}")

@@ -9,14 +9,14 @@ from typer import Option
 PANEL = "Training"
 WEIGHTS = ("depth", "uniform")
 PROTOTYPES = ("refit", "means", "sliding")
-MULTI_LABEL_HEAD_LR = 1e-2  # the default with --multi-label
+MULTI_LABEL_HEAD_LR = 1e-2  # default of --head-lr with --multi-label
 _option = partial(Option, rich_help_panel=PANEL)
 _by_recipe = partial(_option, show_default="by --recipe")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Batch size, length and learning rate of the training."""
+    """Batch size, epochs, learning rate and patience of the training."""
 
     batch_size: Annotated[int, _by_recipe(help="Samples per step.")] = 64
     epochs: Annotated[int, _by_recipe(help="Passes over the data.")] = 3

@@ -47,11 +47,12 @@ def train(
     with the weights of the loss. `out` also receives the two held-out parts, which `de3 export` and `de3 evaluate`
     read, and, until the training is finished, the state from which `resume` continues.
 
-    command: the command that resumes this run, recorded in the checkpoint. logits: a teacher's logits for
-    split.train, (n, num_labels), in place of `teacher`. more: further entries of the checkpoint's record.
+    teacher: checkpoint to distil from. resume: continue after the last complete epoch in `out`; a finished checkpoint
+    is returned as it is. command: the command that resumes this run, recorded in the checkpoint. logits: a teacher's
+    logits for split.train, (n, num_labels), in place of `teacher`. more: further entries of the checkpoint's record.
 
-    Raises ValueError if `out` already has a checkpoint that `resume` does not continue, if the teacher does not fit
-    the data, or if the training diverges.
+    Raises ValueError if `out` is a file or has a checkpoint that this run does not continue, if the settings ask for
+    augmentation without a teacher, if the teacher does not fit the data, or if the training diverges.
     """
     names = model.config.label_names
     if settings.augment and teacher is None:
@@ -124,7 +125,10 @@ def _training_data(
     teacher: Checkpoint | None,
     logits: torch.Tensor | None,
 ) -> tuple[Encoded, torch.Tensor | None]:
-    """Training data with the altered copies, and the teacher's logits for it, (n, num_labels), or None."""
+    """The training data with its altered copies, and the teacher's logits for both, (n, num_labels).
+
+    Without a teacher, `logits` is returned unchanged.
+    """
     examples = list(split.train)
     if settings.augment:
         examples += altered(model, tokenizer, split.train, settings)
@@ -256,7 +260,7 @@ class _Run:
         new.replace(self.out / RESUME)
 
     def load(self) -> None:
-        """Restore the state from `out`/resume.safetensors; without one, training starts from the beginning."""
+        """Restore the state from `out`/resume.safetensors; without this file, training starts from the beginning."""
         file = self.out / RESUME
         if not file.exists():
             message = f"no state to resume in {self.out}: starting from the beginning"
@@ -276,7 +280,7 @@ class _Run:
 
 
 def _identity(settings: TrainSettings, model: De3Model, split: Split, teacher: Path | None) -> str:
-    """A digest of everything that defines a run, so that its state cannot resume another run."""
+    """A digest of a run's settings, configuration, data and teacher, so that its state cannot resume another run."""
     parts = (settings, model.config.to_json_string(), split, teacher and teacher.resolve())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -308,7 +312,7 @@ def _metadata(file: Path) -> dict[str, str]:
 def altered(
     model: De3Model, tokenizer: Any, examples: list[Example], settings: TrainSettings
 ) -> list[Example]:
-    """Altered copies of examples; the teacher labels them later."""
+    """Altered copies of examples, with the label 0 until the teacher labels them."""
     table = model.encoder.get_input_embeddings().weight.detach()
     near = augment.neighbours([e.text for e in examples], tokenizer, table)
     texts = augment.augment(examples, near, settings.augment, settings.seed)

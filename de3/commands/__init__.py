@@ -1,1 +1,1 @@
-"""The commands of the command line, one file each; `options.py` has what several share."""
+"""The commands of the command line, one file each; `options.py` has the options and checks that several share."""

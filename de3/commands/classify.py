@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from de3.model_store.store import Artifact
 
 FILES = "Files"
-SAMPLE_BYTES = 2**16  # hashed at either end of a file
+SAMPLE_BYTES = 2**16  # number of bytes hashed at each end of a file
 
 
 @with_fields(Columns, without=["label"])
@@ -223,7 +223,10 @@ def _served(client: "Client") -> list[str]:
 
 
 def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
-    """The artifact with this name, or the store's only model if it is None; raises ValueError if there is none."""
+    """The artifact with this name; without a name, the demo model if `demo`, else the store's only model.
+
+    Raises ValueError if there is no such artifact, or without a name if the store has several models.
+    """
     from de3.library import DEMO, artifact_of
     from de3.model_store.store import NoModelsError, Store
 
@@ -255,7 +258,7 @@ def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
 def _kind(out: Path, wanted: str | None, kind: str) -> str:
     """The suffix of the output's files; raises ValueError if --out or --format is invalid.
 
-    wanted: the value of --format. kind: suffix of the input, the default for a folder.
+    wanted: the value of --format. kind: suffix of the input, the default for a folder (.jsonl for .txt).
     """
     from de3.bulk.formats import KINDS
 

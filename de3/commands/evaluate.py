@@ -193,7 +193,10 @@ def _lambdas(values: str) -> list[float]:
 
 
 def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list[str]:
-    """Plot to the named file, or to the default; a default that cannot be written is only a warning."""
+    """Plot to `png`, or to `default` if it is None; returns warnings.
+
+    There is only a warning if matplotlib is missing or `default` cannot be written; raises OSError if `png` cannot be.
+    """
     target = png or default
     try:
         plot(target)
@@ -208,7 +211,10 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
 
 
 def _report_artifact(served: Any, recorded: Any, examples: list[Any], output: Console) -> None:
-    """Print the results of an artifact's default and targets on recorded samples, and of the default by length."""
+    """Print an artifact's results on recorded samples: those of its default, overall and by text length.
+
+    If it has a calibration, also those of its targets, and of the best τ in hindsight.
+    """
     from de3.commands.timing import measure_times
     from de3.exits.trade_offs import TradeOffs
     from de3.training import evaluate as evaluation

@@ -101,7 +101,7 @@ def make(board: Dashboard) -> str:
             definition.with_row(build.Row(panel.row))
         definition.with_panel(_panel(panel))
     built = definition.build()
-    for variable in built.templating.list_val or []:  # fields of later schemas only
+    for variable in built.templating.list_val or []:  # fields that only later schemas have
         variable.auto = variable.auto_min = variable.auto_count = None
     return JSONEncoder(sort_keys=True, indent=2).encode(built) + "\n"
 

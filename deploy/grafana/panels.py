@@ -5,13 +5,13 @@ from typing import Literal
 
 M = '{model=~"$model"}'
 R = "[$__rate_interval]"
-ALL_MODELS = ".+:.+"  # name:version; not `none`, where requests without a model are counted
+ALL_MODELS = ".+:.+"  # matches name:version, but not `none`, the label of requests without a model
 DRIFTED = 0.25  # population stability index: by convention, a higher value means that the texts have changed
 
 
 @dataclass(frozen=True)
 class Query:
-    """A PromQL query and its legend; {{label}} is replaced by the label's value."""
+    """A PromQL query and its legend, in which {{label}} is replaced by the label's value."""
 
     expr: str
     legend: str = ""
@@ -71,7 +71,10 @@ def _stage(name: str) -> str:
 
 
 def _speedup(stages: str, window: str = R) -> str:
-    """Time at full depth / time spent. Tokenizing, if in `stages`, is in both times: early exit cannot save it."""
+    """Time at full depth / time spent.
+
+    If `stages` includes tokenizing, it counts in numerator and denominator, because early exit does not save it.
+    """
     spent = _sum("de3_stage_latency_seconds_sum", window=window, labels=_stage(stages))
     full = _sum("de3_full_depth_seconds_total", window=window)
     if stages == "model":
@@ -91,7 +94,7 @@ def _accuracy(window: str = R) -> str:
 
 
 def _share(metric: str, window: str = R) -> str:
-    """A counter's rate, as a share of the texts that exited."""
+    """A counter's rate, as a share of the answered texts."""
     return f"{_sum(metric, window=window)} / {_sum('de3_exit_layer_count', window=window)}"
 
 

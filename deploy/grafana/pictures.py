@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from de3.deploy.grafana.panels import ALL_MODELS, DASHBOARDS, Dashboard, Panel, Query
 
 COLUMNS, ROW_INCHES, WIDTH_INCHES = 24, 0.36, 15.0
-POINTS = 200  # of a series, over the time range
+POINTS = 200  # number of points of a series
 
 
 class Series:

@@ -2,7 +2,7 @@
 
 Each replica is a server with the HTTP routes, engine and models of `de3 serve`. Ray starts the replicas on
 the machines of its cluster, sends each request to one of the less busy replicas, replaces replicas that fail,
-and scales their number with that of pending and in-flight requests.
+and adds or removes replicas by the number of pending and in-flight requests.
 """
 
 import logging
@@ -23,13 +23,15 @@ from de3.server.settings import Settings
 class Options(BaseModel):
     """The options of `serve run`, as name=value; any other option is a setting of the server (server/settings.py).
 
+    The settings of the listener, the processes and the log format have no effect under Ray.
+
     Attributes:
         min_replicas, max_replicas: limits on the number of replicas.
         cores: cores per replica, each with an engine thread.
         target_requests: mean number of in-flight requests per replica above which Ray adds replicas. Default:
             two per core, which keep the cores busy; more would only be queued.
-        upscale_delay_s, downscale_delay_s: how long the number must be above or below target_requests before
-            Ray adds or removes replicas. A replica starts in about 5 s, so Ray's default of 30 s is too long.
+        upscale_delay_s, downscale_delay_s: seconds for which the number must be above or below target_requests
+            before Ray adds or removes replicas. A replica starts in about 5 s, so Ray's default of 30 s is too long.
         max_requests: maximum number of in-flight requests per replica; further ones are queued in Ray's proxy.
         max_queued: maximum number of requests queued in each of Ray's proxies; further ones are answered with 503.
     """

@@ -47,10 +47,13 @@ class Cell:
     """The data and the training of one model.
 
     Attributes:
+        task: a key of TASKS.
+        encoder: minilm or mpnet.
         recipe: a letter for each component: T for distillation from a teacher, with altered copies of the texts; D for
             the paper's DAR; "none" for no component. Other training settings (alpha, gamma, pooling, prototypes,
             weights) follow after commas: "D,pooling=cls".
-        fold: which of 5 folds is held out and measured; None: the split of de3 train, measured on dev or test.
+        fold: number, from 0 to FOLDS − 1, of the fold that is held out and measured; None: the split of de3 train,
+            measured on dev or test.
     """
 
     task: str
@@ -67,7 +70,7 @@ class Cell:
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """The cell with this folder name; raises ValueError if there is none."""
+        """The cell with this folder name; raises ValueError for another form of name, or an unknown setting."""
         match = NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"{name}: not a cell; an example is mrpc-minilm-D-0")
@@ -124,9 +127,10 @@ class Trained:
     """A cell's model and its states."""
 
     def __init__(self, cell: Cell, root: Path, runs: Path, encoders: Path | None = None) -> None:
-        """Train the cell, unless `runs` has it.
+        """Train the cell, unless `runs`, the folder of the trained models, has it.
 
-        encoders: a folder with all-mpnet-base-v2, for cells of the encoder mpnet.
+        root: folder of the data sets. encoders: a folder with all-mpnet-base-v2. Raises ValueError if it is None and a
+        cell of the encoder mpnet must be trained.
         """
         quiet()
         self.cell, self.root, self.folder = cell, root, runs / cell.name
@@ -171,7 +175,10 @@ class Trained:
         return self.of(self.examples(part), part)
 
     def of(self, examples: list[Example], what: str) -> States:
-        """The states of these samples, cached in the checkpoint's folder; `what` names the file and identifies them."""
+        """The states of these samples, cached in the checkpoint's folder.
+
+        what: name of the cache file; one name must always stand for the same samples.
+        """
         file = self.folder / f"states-{what}.safetensors"
         if not file.exists():
             tokenizer = self.checkpoint.tokenizer

@@ -3,9 +3,9 @@
     python -m lab experiment drift DATA RUNS sst2-minilm-D-0 clinc150-minilm-D-0
     python -m lab experiment drift --redraw
 
-A stream has texts in domain, then texts of another domain. The signal is risk, and τ stays as calibrated in domain, for
-at most 2% disagreement with full depth. A few random texts are audited: they run to full depth after their answer, as
-in the server. No labels are used.
+A stream has in-domain texts, followed by texts of another domain. The signal is risk. τ is calibrated on in-domain
+texts, for at most 2% disagreement with full depth, and never changes. A few random texts are audited, as in the server:
+after such a text is answered, it runs to full depth. No labels are used.
 
 The other domain's texts are split at random. One half, drawn with replacement, makes up most of the stream, to give
 enough audits. The other half ends the stream, each text once, and is measured. So nothing is fitted on a measured text
@@ -48,8 +48,8 @@ from lab.experiments.shift import (
 
 NAME = "drift"
 ORDERS = 20
-HOME, AWAY = 2_000, 11_000  # texts of a stream before the measured ones; HOME is a maximum
-AUDITS = 500  # number of audits to refit the risk on
+HOME, AWAY = 2_000, 11_000  # in-domain texts (at most), and other texts before the measured ones
+AUDITS = 500  # number of audits on which the risk is refitted
 BATCH = 64  # texts per step of the moving average, as in training
 SURE = 0.5  # an early answer is a pseudo-label if its score is below this share of τ
 
@@ -90,7 +90,10 @@ def slide(
     passed: NDArray[np.bool_],
     gamma: float,
 ) -> Prototypes:
-    """One step of the moving average (Eq. 1); `passed`, (n, spaces): the texts that reached each space's exit."""
+    """One step of the moving average (Eq. 1); returns the new prototypes.
+
+    labels: class of each text, (n,). passed: True where a text reached the exit of a space, (n, spaces).
+    """
     moved = prototypes.copy()
     for k in np.unique(labels):
         rows = labels == k
@@ -106,7 +109,10 @@ def pseudo_labels(
 ) -> tuple[Rows, NDArray[np.bool_]]:
     """The label of each text, and True where it is used, both (n,).
 
-    The label is full depth's answer where known, else the given answer, which is used only if its score is small.
+    The label is full depth's answer where known, else the given answer, which is used only if its score is below
+    SURE·τ.
+
+    index: the exit that each text takes, (n,).
     """
     rows = np.arange(len(index))
     known = audited | (index == scores.shape[1] - 1)
@@ -117,8 +123,9 @@ def pseudo_labels(
 class Guard:
     """Stops the moving average of the prototypes once it does harm.
 
-    On the latest audits, it compares how often the nearest prototype belongs to full depth's answer: among the moved
-    prototypes, and among the initial ones.
+    On the latest WINDOW audits, the guard compares how often the nearest prototype belongs to full depth's answer,
+    among the moved prototypes and among the initial ones. Once it has LEAST audits, it fires if the moved prototypes
+    are worse by more than MARGIN.
     """
 
     WINDOW, LEAST, MARGIN = 100, 30, 0.02
@@ -164,7 +171,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Stream:
-    """The order of the texts, which of them are audited, and the index of the first measured one."""
+    """Texts in the order of a stream, a mask of the audited ones, and the index of the first measured one.
+
+    Attributes:
+        order: rows of the texts; a row may occur several times.
+    """
 
     order: Rows
     audited: NDArray[np.bool_]
@@ -172,9 +183,10 @@ class Stream:
 
 
 def stream(home: Rows, away: Rows, seed: int) -> Stream:
-    """A random stream of texts in domain, then of texts of the other domain.
+    """A random stream of in-domain texts, followed by texts of the other domain.
 
-    home, away: rows of both kinds of texts; they may overlap.
+    home, away: rows of the in-domain texts and of the other domain's. They may overlap: a measured text never occurs
+    before its measurement.
     """
     rng = np.random.default_rng(seed)
     away = rng.permutation(away)
@@ -185,7 +197,11 @@ def stream(home: Rows, away: Rows, seed: int) -> Stream:
 
 
 def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float]:
-    """The results of an arm on the measured texts of a stream."""
+    """The results of an arm on the measured texts of a stream.
+
+    `speedup` is in layers. `auroc` is the mean over the exits. `hindsight` is the highest speed-up at any τ within
+    DISAGREEMENT. `fired` is 1 if the guard fired, else 0.
+    """
     prototypes, risk, guard = start.prototypes, start.risk, Guard()
     audits: list[Recorded] = []  # with the distances at the time of the audit
     fitted = False
@@ -234,7 +250,7 @@ def _compare(guard: Guard, texts: Texts, rows: Rows, moved: Prototypes, start: P
 
 
 def calibrated(trained: Trained) -> Start:
-    """The prototypes, risk and τ of a model, from its held-out texts."""
+    """A model's prototypes and γ, and its risk and τ from its held-out texts."""
     texts = Texts.of(trained, trained.states("held-out"))
     prototypes = trained.model.prototypes.numpy().astype(np.float32)
     recorded = texts.rows(np.arange(len(texts.embedded)), prototypes)
@@ -243,12 +259,12 @@ def calibrated(trained: Trained) -> Start:
 
 
 def streams(trained: Trained, root: Path) -> dict[str, tuple[Texts, Rows, Rows]]:
-    """All texts, the rows in domain, and the rows of the other domain, by name of the other domain."""
+    """All texts, the rows of the in-domain ones, and the rows of the other domain's, by name of the other domain."""
     (_, home), *others = domains(trained, root).items()
     n = len(home.pooled)
     found = {}
     for name, states in others:
-        if name == "mixed":  # contains the texts in domain
+        if name == "mixed":  # contains the in-domain texts
             found[name] = (Texts.of(trained, states), np.arange(n), np.arange(len(states.pooled)))
         elif name != "out of scope":
             texts = Texts.of(trained, both(home, states))
@@ -259,7 +275,7 @@ def streams(trained: Trained, root: Path) -> dict[str, tuple[Texts, Rows, Rows]]
 def measure(
     domain: str, texts: Texts, home: Rows, away: Rows, start: Start
 ) -> dict[str, list[dict[str, float]]]:
-    """The results of every arm on the same streams."""
+    """The results of every arm on the same ORDERS streams, by name of the arm."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
     for seed in track(range(ORDERS), f"Streams, then {domain}"):
         order = stream(home, away, seed)
@@ -280,7 +296,7 @@ def results_of(cells: Sequence[Cell], root: Path, runs: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The means over the orders, with 95% intervals of the differences from frozen in brackets, as Markdown."""
+    """The means over the orders as Markdown, with 95% paired-bootstrap intervals of differences from frozen."""
     keys = {
         "speedup": (1, 2),
         "disagreement": (100, 2),

@@ -1,10 +1,11 @@
-"""A multi-label set made from CLINC150: two questions in one text, with the intents of both.
+"""A multi-label data set made from CLINC150: most texts have two questions, and the intents of both.
 
     python -m lab experiment joined DATA OUT
 
 OUT gets train.jsonl, val.jsonl and test.jsonl, from CLINC150's parts of the same names; each question is in one text
 only. Three of every five texts with an intent have two questions, of different intents, and two have one. The
-out-of-scope questions, most of which are in the test part, are spread over the parts by size; they have no label.
+out-of-scope questions, most of which are in CLINC150's test part, are spread over the parts in proportion to their
+size; they have no label.
 """
 
 import json

@@ -19,7 +19,10 @@ BOOTSTRAPS = 2_000
 
 
 def thresholds(scores: Floats) -> Floats:
-    """Every τ that makes a difference, ascending from −∞ (no early exit) to ∞; at most 2,000 finite ones."""
+    """Every τ that makes a difference, ascending from −∞ (no early exit) to ∞.
+
+    If there are more than 2,000 finite ones, 2,000 quantiles of the scores take their place.
+    """
     early = scores[:, :-1]
     early = np.unique(early[np.isfinite(early)])
     if len(early) > 2_000:
@@ -60,7 +63,7 @@ def knee(speedups: Sequence[float], scores: Sequence[float]) -> int | None:
 
 
 def bootstrap(difference: Floats, seed: int = 0) -> tuple[float, float]:
-    """95% interval of the mean of a paired difference (n,), by resampling the texts."""
+    """95% paired-bootstrap interval of a mean difference. difference: of each pair, (n,)."""
     rng = np.random.default_rng(seed)
     n = len(difference)
     means = [difference[rng.integers(n, size=n)].mean() for _ in range(BOOTSTRAPS)]
@@ -73,7 +76,7 @@ def merit(scores: Floats, recorded: Recorded) -> float:
 
 
 def speed_within(scores: Floats, recorded: Recorded, disagreement: float) -> float:
-    """The highest speed-up in layers within a disagreement with full depth, in hindsight."""
+    """The highest speed-up in layers at any τ whose rate of disagreement with full depth is within `disagreement`."""
     layers, rows, differs = np.asarray(recorded.exit_layers), np.arange(len(scores)), recorded.differs
     best = 1.0
     for tau in thresholds(scores):
@@ -84,7 +87,7 @@ def speed_within(scores: Floats, recorded: Recorded, disagreement: float) -> flo
 
 
 def fastest_within(scores: Floats, recorded: Recorded, loss: float) -> float:
-    """The highest speed-up in layers within a loss of accuracy, in hindsight."""
+    """The highest speed-up in layers at any τ that loses at most `loss` of accuracy (a fraction) to full depth."""
     layers, rows, correct = np.asarray(recorded.exit_layers), np.arange(len(scores)), recorded.correct
     full, best = correct[:, -1].mean(), 1.0
     for tau in thresholds(scores):
@@ -95,7 +98,7 @@ def fastest_within(scores: Floats, recorded: Recorded, loss: float) -> float:
 
 
 def tau_within(scores: Floats, recorded: Recorded, loss: float) -> float:
-    """The largest τ up to which no τ loses more accuracy than `loss` on these samples."""
+    """The largest τ up to which no τ loses more accuracy than `loss` on these samples; −∞ if there is no finite one."""
     rows, correct = np.arange(len(scores)), recorded.correct
     full, chosen = correct[:, -1].mean(), -np.inf
     for tau in thresholds(scores):
@@ -146,7 +149,7 @@ def mean_auroc(scores: Floats, recorded: Recorded) -> float:
 
 
 def joined(parts: Sequence[Recorded]) -> Recorded:
-    """The samples of several parts of one model, without their numbers of tokens."""
+    """The samples of several parts of one model, concatenated, with their logits, distances and labels only."""
     logits, distances, labels = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "distances", "labels")
     )
@@ -154,7 +157,7 @@ def joined(parts: Sequence[Recorded]) -> Recorded:
 
 
 def save(name: str, results: Any) -> None:
-    """Write a study's results to lab/docs/experiments/NAME.json, numbers rounded to 5 digits."""
+    """Write a study's results to RESULTS/NAME.json, with 5 significant digits and null for NaN."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(results), ensure_ascii=False) + "\n")
 

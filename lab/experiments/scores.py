@@ -1,4 +1,7 @@
-"""Exit signals from the literature: scores of recorded exits, (n, exits), small if sure; the last exit's are unused."""
+"""Exit signals, ours and published ones: scores of recorded exits, (n, exits), small if the exit is certain.
+
+The scores of the last exit are unused.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +33,7 @@ class Family(NamedTuple):
 def families(model: De3Model, train: States | None, held: States, first: int = 0) -> list[Family]:
     """All signals, fitted on held-out samples where necessary (learned exits: on training samples).
 
-    first: number of exits at the start of the model that the states lack.
+    train: None: leave out the learned exits. first: number of exits at the start of the model that the states lack.
     """
     out = [
         Family("entropy", {"": lambda s: s.recorded.entropy}),
@@ -92,9 +95,9 @@ def cap(model: De3Model, states: States, scale: float, first: int) -> Floats:
 
 
 def by_exit(held: States, features: Callable[[States], Floats]) -> Score:
-    """The probability of "differs from full depth" by a logistic regression for each exit.
+    """A score: the probability of "differs from full depth", by a logistic regression for each exit.
 
-    The regression is fitted on held-out samples. features: (n, exits, features); the first feature is 1.
+    The regression is fitted on held-out samples. features: returns (n, exits, features); the first feature is 1.
     """
     x, y = features(held), held.recorded.differs.astype(np.float64)
     weights = [regress(x[:, j], y[:, j]) for j in range(x.shape[1] - 1)]

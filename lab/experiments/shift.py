@@ -3,8 +3,9 @@
     python -m lab experiment shift DATA RUNS sst2-minilm-D-0 clinc150-minilm-D-0
     python -m lab experiment shift --redraw
 
-The models are trained on SST-2 and on CLINC150. Each τ is chosen on texts in domain that training held out, and
-measured on other texts in domain, on product reviews, and on out-of-scope questions, which have no label.
+Each τ is chosen on in-domain texts that training held out, and measured on other in-domain texts. The SST-2 model is
+also measured on product reviews, and the CLINC150 model on out-of-scope questions, which have no label: alone, and
+mixed with its test texts.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +53,7 @@ class Signal(NamedTuple):
 
 
 def domains(trained: Trained, root: Path) -> dict[str, States]:
-    """The texts of each domain, the model's own first. A text without a label has the label −1."""
+    """The texts of each domain, the model's own first. The label of an out-of-scope question is −1."""
     home = trained.states("unseen")
     if trained.cell.task == "sst2":
         names = trained.checkpoint.names
@@ -116,10 +117,10 @@ def tau_within(scores: Floats, recorded: Recorded, disagreement: float) -> float
 
 
 def at(scores: Floats, recorded: Recorded, tau: float) -> dict[str, float]:
-    """Results at a τ.
+    """Results at a τ, by name.
 
-    Results: speed-up in layers, loss of accuracy on texts with a label (NaN without such texts), disagreement with full
-    depth, and share of texts that exit early.
+    `speedup` is in layers. `loss` is the loss of accuracy against full depth on texts with a label; NaN if no text has
+    one. `disagreement` is with full depth. `early` is the share of texts that exit early.
     """
     index, rows = exit_index(scores, tau), np.arange(len(scores))
     labelled, correct = recorded.labels >= 0, recorded.correct
@@ -134,7 +135,7 @@ def at(scores: Floats, recorded: Recorded, tau: float) -> dict[str, float]:
 
 
 def limits(held: Recorded) -> Floats:
-    """The distance to the nearest prototype beyond which a text is far, by exit; inf where there are no prototypes."""
+    """The distance to the nearest prototype beyond which a text is far, (exits,); inf at exits without prototypes."""
     nearest = held.distances.min(-1)
     return np.array(
         [
@@ -158,7 +159,7 @@ def guaranteed(
 ) -> tuple[float, float, float]:
     """Simulate a stream under a guarantee; returns disagreement with full depth, mean exit layer, and the last τ.
 
-    start: index of the initial τ in the grid. texts: number of texts in the stream.
+    start: index of the initial τ in FINE_TAUS. texts: number of texts in the stream.
 
     The texts are drawn at random from the recorded ones, whose rates are therefore the true rates. Audits add no
     layers, because a server runs them when it is idle.

@@ -24,7 +24,11 @@ NAME = "signals"
 
 
 def of_cell(trained: Trained, first: int) -> dict[str, dict[str, Floats]]:
-    """The correctness of each unseen text by signal and speed-up, (n,). first: number of exits to omit at the start."""
+    """The correctness of each unseen text by signal and speed-up, (n,).
+
+    A signal without a parameter also has its mean AUROC, (1,), as "auroc". Full depth's correctness has the keys
+    "full depth" and "1". first: number of exits to omit at the start.
+    """
     held, unseen = (trained.states(part).without(first) for part in ("held-out", "unseen"))
     # With 12 layers, recording the training samples would take long, and only learned exits need them.
     train = trained.states("train").without(first) if trained.cell.encoder == "minilm" else None
@@ -75,7 +79,11 @@ def _mean(parts: Sequence[Floats]) -> Floats:
 
 
 def summary(right: dict[str, dict[str, Floats]]) -> dict[str, Any]:
-    """Accuracies, and differences with 95% intervals: each signal from entropy, risk from its variants and EDR."""
+    """Accuracies, and differences with 95% paired-bootstrap intervals.
+
+    The differences are of each signal from entropy, and of risk from its variants and EDR. Removes "full depth" from
+    `right`.
+    """
     full = right.pop("full depth")["1"]
     out: dict[str, Any] = {"n": len(full), "full": full.mean(), "signals": {}}
     pairs = [(name, "entropy") for name in right if name != "entropy"]
@@ -97,7 +105,7 @@ def summary(right: dict[str, dict[str, Floats]]) -> dict[str, Any]:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of signals by model for each speed-up, with and without the exit on the embeddings, as Markdown."""
+    """Tables of signals by model, one for each speed-up and one of AUROC, with and without layer 0, as Markdown."""
     out = []
     for embeddings in (True, False):
         some = [row for row in rows if row["embeddings"] == embeddings]
@@ -124,7 +132,7 @@ def model(row: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any], name: str, speedup: str) -> str:
-    """An accuracy, with * if its difference from entropy's is significant."""
+    """An accuracy in percent, with * if the 95% interval of its difference from entropy's excludes 0."""
     value = row["signals"].get(name, {}).get(speedup)
     if value is None:
         return "–"

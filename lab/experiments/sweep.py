@@ -25,10 +25,10 @@ from lab.experiments.signals import model
 
 NAME = "sweep"
 LAYERS = {"minilm": 6, "mpnet": 12}
-# Costs in layers, with int8 kernels on SST-2's lengths: START of a text before its first layer and outside the model,
-# EXIT of an exit, CLASS of each class beyond two at an exit. A least-squares fit to lab/docs/experiments/wall.json,
-# within 5%: a text that exits at layer m takes START + m + (m + 1)·EXIT; without an exit on the embeddings,
-# START + m + m·EXIT.
+# Costs in units of a layer's time, with int8 kernels on SST-2's lengths: START of a text before its first layer and
+# outside the model, EXIT of an exit, CLASS of each class beyond two at an exit. A least-squares fit to
+# lab/docs/experiments/wall.json, within 5%: a text that exits at layer m takes START + m + (m + 1)·EXIT; without an
+# exit on the embeddings, START + m + m·EXIT.
 START, EXIT, CLASS = {"minilm": 0.55, "mpnet": 0.09}, {"minilm": 0.08, "mpnet": 0.076}, 0.0009
 CLASSES = {"banking77": 77, "clinc150": 150}  # other tasks: 2
 LOSS = 0.005
@@ -36,11 +36,12 @@ COLORS = {"entropy": "#4c78a8", "EDR": "#59a14f", "CAP": "#b07aa1", "risk": "cri
 
 
 def of_cell(trained: Trained, first: int) -> tuple[Recorded, dict[str, Floats], dict[str, Floats]]:
-    """Unseen samples without the first exits, their scores, and the τ chosen on held-out samples, by signal.
+    """Unseen samples without the first exits, their scores by signal, and the τ chosen for each signal, (1,).
 
-    The τ is the largest up to which the loss of accuracy stays within half a point.
+    The τ is the largest up to which the loss of accuracy on held-out samples stays within half a point. The scores of
+    risk on held-out samples are cross-fitted on two halves.
 
-    The scores of risk on held-out samples are cross-fitted on two halves.
+    first: number of exits to omit at the start.
     """
     held, unseen = (trained.states(part).without(first) for part in ("held-out", "unseen"))
     lam = max(LAMS, key=lambda lam: fastest_within(edr(held, lam), held.recorded, LOSS))
@@ -88,7 +89,9 @@ def of_signal(parts: Sequence[tuple[Recorded, Floats, float]]) -> dict[str, Any]
     """The curve of one signal, averaged over models, and its results for a loss of half a point.
 
     The results: the speed-up in hindsight, and the mean exit layer and loss at the τ chosen on held-out samples. `knee`
-    is a point of the curve, or None.
+    is the speed-up and accuracy at the knee, or None if the curve has none.
+
+    parts: for each model, the unseen samples, their scores and the chosen τ.
     """
     grid = [1 + 0.1 * i for i in range(71)]
     accuracy = [
@@ -112,7 +115,7 @@ def of_signal(parts: Sequence[tuple[Recorded, Floats, float]]) -> dict[str, Any]
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """The speed-ups for half a point: of each signal in hindsight, and of risk at the τ chosen on held-out samples."""
+    """The speed-ups at half a point lost: of each signal in hindsight, of risk at the τ chosen on held-out samples."""
     columns = [
         "model",
         "full depth, %",

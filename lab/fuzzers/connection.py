@@ -1,6 +1,6 @@
 """Fuzzer of the HTTP connection: streams of requests, split anywhere, at any pace.
 
-Two connections receive the same stream: one receives it whole, the other in pieces, with late responses, paused reading
+Two connections receive the same stream: one receives it whole, the other in pieces, with late responses, late timers
 and a client that stops reading. Both must hand the same requests to the application. Each request must equal the one
 that h11, an independent parser, reads, unless h11 refuses it. At the end neither connection may hold any resources.
 """
@@ -138,10 +138,11 @@ class Stream:
     """The bytes that a client sends, and the events between them.
 
     Attributes:
-        cuts: lengths of the pieces.
-        acts: events after each piece, as bits: 1: the response is written, 2: timers run, 4: the client stops or
-            starts reading.
-        ends: how the connection ends: the client closes it or its half, a deadline passes, or the server shuts down.
+        cuts: lengths of the pieces; the remaining bytes are the last piece.
+        acts: events after each piece, repeated from the start as needed, as bits: 1: the response is written, 2: timers
+            run, 4: the client stops or starts reading.
+        ends: end of the connection: "close" or "half-close" by the client, "expire" (a deadline passes), or "shutdown"
+            of the server.
     """
 
     data: bytes
@@ -177,7 +178,7 @@ class _Task:
 
 
 class _Loop:
-    """An event loop whose timers run only when asked to."""
+    """An event loop whose timers run only when `run` is called."""
 
     def __init__(self) -> None:
         self.timers: list[tuple[Any, tuple[Any, ...]]] = []
@@ -297,7 +298,7 @@ class Client:
         )
 
     def open(self) -> None:
-        """The client connects."""
+        """Connect the client."""
         self.connection.connection_made(self.transport)  # type: ignore[arg-type]
 
     async def _handle(self, connection: Connection, scope: Any, body: bytes | RequestError) -> None:
@@ -317,7 +318,7 @@ class Client:
             self.connection.responded()
 
     def toggle_reading(self) -> None:
-        """The client stops reading responses, or starts again."""
+        """Let the client stop reading responses, or start again; it cannot stop once the connection is closing."""
         if self._is_paused:
             self.connection.resume_writing()
         elif not self.transport.is_closing():
@@ -327,7 +328,10 @@ class Client:
         self._is_paused = not self._is_paused
 
     def receive(self, data: bytes) -> None:
-        """Respond and run timers until reading is not paused, then receive data. Raises Finding if it stays paused."""
+        """Respond and run timers until the connection reads, then give it data.
+
+        Raises Finding if reading stays paused, or if too many bytes stay unparsed.
+        """
         for _ in range(10):
             if self.transport.is_reading or self.transport.is_closing():
                 break
@@ -347,7 +351,7 @@ class Client:
         self.loop.run()
 
     def settle(self) -> None:
-        """Respond and run timers until nothing is pending. Raises Finding if that does not happen."""
+        """Respond and run timers until nothing is pending. Raises Finding if that takes more than 1,000 rounds."""
         for _ in range(1000):
             self._go_on()
             if not self._pending and not self.loop.timers:
@@ -355,7 +359,10 @@ class Client:
         raise Finding("it does not come to rest")
 
     def end(self, how: str) -> None:
-        """End the connection as `how` says. Raises Finding if it still holds resources."""
+        """End the connection. how: see `Stream.ends`.
+
+        Raises Finding if the connection stays open after a half-close, or still holds resources at the end.
+        """
         if how == "expire" and self.connection.state == BODY and not self.transport.is_closing():
             self.connection.expire(0.0)
             self.settle()
@@ -376,7 +383,7 @@ class Client:
 
 
 def _seen(client: Client) -> list[Any]:
-    """The handled requests up to the first whose outcome depends on when its body arrived."""
+    """The handled requests up to and including the first whose outcome depends on when its body arrived."""
     rows = list[Any]()
     for scope, body in client.handled:
         row = [scope[key] for key in ("method", "raw_path", "query_string", "http_version", "headers")]
@@ -409,7 +416,10 @@ def _first_by_h11(stream: bytes) -> tuple[h11.Request, bytes, bytes] | None:
 
 
 def _compare_with_h11(stream: bytes, rows: list[Any], refused: int) -> int:
-    """Raise Finding if h11 reads different requests; returns the number of requests that were compared."""
+    """Raise Finding if h11 reads different requests; returns the number of requests that were compared.
+
+    rows: requests from `_seen`. refused: number of requests that our connection refused as malformed.
+    """
     # h11 also accepts a line feed alone as the end of a line; we then wait for the rest of the head.
     if not rows and not refused and b"\r\n\r\n" in stream and _first_by_h11(stream):
         raise Finding("h11 reads a request that is neither handled nor refused")

@@ -96,7 +96,7 @@ def _value(draw: st.DrawFn, field: Any, old: Any) -> Any:
 
 
 def _edit(draw: st.DrawFn, model: Any) -> None:
-    """Change one field of one message."""
+    """Change one field of one message, or replace the message by another of its type."""
     messages = list(_messages(model))
     message = draw(st.sampled_from(messages))
     fields = message.ListFields()
@@ -214,7 +214,7 @@ def check(segment: Segment) -> tuple[dict[str, float], str]:
     options.log_severity_level = 4
     try:
         onnxruntime.InferenceSession(segment.data, options, providers=["CPUExecutionProvider"])
-    except Exception:  # in a server, the process that proves a model reports it as a StoreError
+    except Exception:  # in a server, the process that tests a model reports this as a StoreError
         return {"steps": 3.0}, "accepted, but does not load"
     return {"steps": 3.0}, "accepted"
 

@@ -54,9 +54,9 @@ class Report:
         seconds: duration.
         inputs: number of inputs.
         outcomes: number of inputs by outcome, such as "accepted" and "refused".
-        best: highest scores.
+        best: highest scores, by name.
         findings: the traceback of each finding.
-        input: the smallest input with a finding.
+        input: the input of the finding, after shrinking; None if there are no findings.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Fuzzer of tokenizer.json: known and unknown components with parameters near their limits, and edits of them.
 
-A tokenizer must be refused with a StoreError, or it must tokenize texts in time, with a normalizer that lengthens no
-text beyond the limit.
+A tokenizer must be refused with a StoreError, or each of its steps must end in time, and its normalizer must lengthen
+no ASCII text beyond the limit. Texts that cannot be tokenized do not count as findings.
 """
 
 import json

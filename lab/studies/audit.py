@@ -1,6 +1,6 @@
 """Guarantees on live traffic, and their cost: simulated streams of texts whose true rates are known.
 
-A stream draws its texts at random from recorded ones, so their rate of disagreement at each τ is the true rate.
+A stream draws its texts at random from recorded texts, whose rate of disagreement at each τ is therefore the true rate.
 Each stream runs through the server's own code (`exits.promise`), text by text.
 """
 
@@ -25,8 +25,8 @@ from de3.training.progress import track
 Kind = Literal["stationary", "switch", "drift", "bursts"]
 KINDS: tuple[Kind, ...] = ("stationary", "switch", "drift", "bursts")
 EARLY = 1200  # audits after which the speed-up is compared with the oracle's
-BURST, BURST_EVERY = 2_000, 10_000  # texts
-POINTS = 200  # of a stream, for the plot
+BURST, BURST_EVERY = 2_000, 10_000  # number of texts
+POINTS = 200  # number of plotted points of a stream
 Floats = NDArray[np.float64]
 
 
@@ -48,7 +48,7 @@ class Population:
 
 @dataclass(frozen=True)
 class Setting:
-    """The setting shared by all streams of a row.
+    """The parameters that all simulated streams share.
 
     Attributes:
         home, away: the populations; a stream begins with texts of home.
@@ -85,7 +85,13 @@ class Setting:
 
 
 def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
-    """Simulate one stream; returns its results."""
+    """Simulate one stream; returns its results.
+
+    The promise is broken while the true rate at the τ in force exceeds `setting.rate`. `above` is the share of texts
+    meanwhile, `wrong` the mean rate, and `cost` the mean cost of a text in layers. `early` and `last` are the indices
+    of τ after EARLY audits and at the end. `broken` is True if the promise was broken after `change_at`. `to_restore`
+    is the number of texts from then until the promise first held again; None if it was not broken, or not restored.
+    """
     rng = np.random.default_rng(seed)
     promise = Promise(setting.rate, np.array(FINE_TAUS), setting.start)
     rates = {id(p): p.differs.mean(0) for p in (setting.home, setting.away)}

@@ -39,7 +39,7 @@ def learn(
     streams: Annotated[int, typer.Option(help="Simulated streams over all of them.", min=1)] = 1000,
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
 ) -> None:
-    """Count the simulated streams in which a server that learns ever breaks its promise, over all of its versions.
+    """Count the simulated streams in which a server that learns breaks its promise with any of its versions.
 
     Example: python -m lab study learn runs/stock/model --texts runs/stock/texts.jsonl
     """
@@ -60,7 +60,7 @@ def learn_sizes(
     ] = None,
     unseen: Annotated[int, typer.Option(help="Texts to measure on.", min=100)] = 1000,
 ) -> None:
-    """Measure the speed-up on unseen texts of exits learned from some texts, at 1, 2 and 5% disagreement.
+    """Measure the speed-up, on unseen texts, of exits learned from each number of texts, at 1, 2 and 5% disagreement.
 
     Example: python -m lab study learn-sizes runs/stock/model --texts runs/stock/texts.jsonl --size 1000 --size 3000
     """
@@ -373,7 +373,8 @@ def long_texts(
 ) -> None:
     """Long texts, truncated or in windows: accuracy and work by strategy.
 
-    The strategy is chosen on every other text; the results are those of the remaining texts.
+    A strategy may be chosen by the column "chose", which is measured on every other text. The other columns are
+    measured on the remaining texts.
 
     Example: python -m lab study long books.csv --label-names negative,positive --max-tokens 512 --max-tokens 64
     """
@@ -427,7 +428,7 @@ def overhead(
     png: Png = None,
     json_file: Json = None,
 ) -> None:
-    """Time of an exit's classifier and prototypical network relative to a layer, in kernels and ONNX Runtime.
+    """Time of an exit's classifier and prototypical network relative to a layer's, in kernels and ONNX Runtime.
 
     Example: python -m lab study overhead --model sst2 --json overhead.json
     """

@@ -31,7 +31,7 @@ class Attack:
 
     Attributes:
         name: as shown in the table.
-        burst: copies of one text in one request, before the others' first text.
+        burst: number of copies of one text in one request, before the others' first text.
         share: the attacker's share of all later texts.
         is_copy: all later texts are copies of one text.
         networks: number of clients that the attacker appears as.
@@ -60,8 +60,8 @@ def run(
 ) -> tuple[float, float]:
     """The others' rate of disagreement, and their mean exit layer, in one stream.
 
-    rate: the promised rate. share: share of the texts that are audited while τ is above 0. is_alone: one promise for
-    all clients, and repeats count like other texts, as before version 0.2.
+    others: number of other clients. rate: the promised rate. share: share of the texts that are audited while τ is
+    above 0. is_alone: one promise for all clients, and repeats count like other texts, as before version 0.2.
     """
     rng = np.random.default_rng(seed)
     promises = Promises(rate, np.array(FINE_TAUS))
@@ -111,7 +111,7 @@ def run(
 def study(
     population: Population, others: Sequence[int], rate: float, share: float, streams: int, is_alone: bool
 ) -> list[dict[str, Any]]:
-    """Simulate `streams` streams for each attack and number of other clients; returns a row for each."""
+    """Simulate `streams` streams for each pair of an attack and a number of other clients; returns a row per pair."""
     rows, layers = [], float(population.layers.max())
     with ProcessPoolExecutor() as pool:
         for count in others:

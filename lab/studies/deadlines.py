@@ -78,7 +78,9 @@ def deadlines(
     cases: Sequence[tuple[float, float]],
     seeds: int = 5,
 ) -> list[dict[str, Any]]:
-    """Simulate both policies; returns a row for each case, averaged over seeds.
+    """Simulate two policies, the fixed `tau` and a τ predicted to meet each deadline.
+
+    Returns a row for each case, averaged over seeds.
 
     cases: budget in ms, and utilization as a share of the capacity at `tau`; 0: the server is idle for each text.
     """

@@ -72,7 +72,7 @@ def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded],
     def mahalanobis(texts: Recorded) -> Floats:
         """Squared Mahalanobis distance from the mean of the nearest prototype's class in `like`, (n, exits).
 
-        The space is that of the distances to all prototypes; NaN at exits without prototypes.
+        A text is represented by its distances to all prototypes. NaN at exits without prototypes.
         """
         columns = [np.full(len(texts.labels), np.nan) for _ in texts.exit_layers]
         for e in range(len(texts.exit_layers)):
@@ -115,7 +115,7 @@ def readings(texts: Recorded) -> list[list[Reading]]:
 
 
 def policy(manifest: Manifest, texts: Recorded, name: str, full_depth: bool = False) -> dict[str, float]:
-    """Accuracy (NaN without labels), speed-up and share of far texts under an OOD policy.
+    """Accuracy (NaN unless every text has a label), speed-up in layers and share of far texts under an OOD policy.
 
     full_depth: far texts do not exit early.
     """
@@ -145,7 +145,9 @@ def drift(manifest: Manifest, home: Recorded, away: Recorded, switches: int, see
 
     The metric is the PSI of the nearest distance at the first exit. Returns its median, maximum and share above ALARM,
     measured every 50 texts of a stream of 100 windows, and the median and maximum number of texts from a switch to the
-    alarm. Raises ValueError if the model has no calibration.
+    alarm, at most 10 windows: a switch without an alarm by then counts as 10 windows.
+
+    switches: number of simulated switches. Raises ValueError if the model has no calibration.
     """
     calibrated = manifest.calibration
     if calibrated is None:

@@ -1,4 +1,4 @@
-"""The guarantee of a server that learns, on simulated traffic: how often is any version above the promise?"""
+"""The guarantee of a server that learns, on simulated traffic: the share of streams that break it."""
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +22,7 @@ from de3.server.audit.auditor import Traffic
 from de3.training.progress import console, track
 from lab.learn import profiles
 
-SIZES = (500, 750, 1125, 1687, 2530, 3795)  # texts before each fit
+SIZES = (500, 750, 1125, 1687, 2530, 3795)  # number of texts before each fit
 END = 8000  # number of texts in a stream
 RATES = (0.01, 0.02, 0.05)
 
@@ -32,9 +32,9 @@ class Version:
     """The exits of one fit, evaluated on unseen texts.
 
     Attributes:
-        differs, layers: disagreement with full depth and exit layer of each unseen text at each τ, (n, G).
+        differs, layers: disagreement with full depth and exit layer of each unseen text at each τ, (n, taus).
         held_out: number of held-out texts of the fit.
-        rates: true rate of disagreement at each τ, (G,).
+        rates: true rate of disagreement at each τ, (taus,).
     """
 
     differs: NDArray[np.bool_]
@@ -44,7 +44,7 @@ class Version:
 
 
 def records_of(stock: Path, texts: Sequence[str]) -> tuple[Manifest, Records]:
-    """The int8 model's manifest, and records of the texts as a server makes them."""
+    """The manifest of the stock classifier in int8, and records of the texts as a server makes them."""
     with TemporaryDirectory() as folder:
         convert(Stock.open("stock", stock), Store(Path(folder)), "base", "int8")
         model = Model(Store(Path(folder)).open("base"))
@@ -62,7 +62,7 @@ def records_of(stock: Path, texts: Sequence[str]) -> tuple[Manifest, Records]:
 
 
 def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[Version]:
-    """The versions of one server: a fit to each of SIZES texts, measured on the texts that none of the fits saw."""
+    """The versions of one server: a fit for each of SIZES, measured on the texts that none of the fits saw."""
     console.quiet = True
     order = np.random.default_rng(seed).permutation(len(records))
     unseen = states_of(records.part(order[SIZES[-1] :]), manifest)
@@ -106,7 +106,11 @@ def stream(versions: Sequence[Version], rate: float, seed: int) -> tuple[bool, f
 def sizes(
     stock: Path, texts: Sequence[str], counts: Sequence[int], unseen: int
 ) -> list[tuple[int, list[float]]]:
-    """Speed-ups at RATES of exits fitted to each of `counts` texts, by the best τ in hindsight on unseen texts."""
+    """Speed-ups in layers of exits fitted to each of `counts` texts, at each of RATES, by count.
+
+    τ is the best in hindsight on the texts to measure on, whose number is `unseen`. A count that exceeds the number of
+    the remaining texts is left out.
+    """
     manifest, records = records_of(stock, texts)
     order, taus = np.random.default_rng(0).permutation(len(records)), np.unique(FINE_TAUS)
     tested, rows = states_of(records.part(order[-unseen:]), manifest), []

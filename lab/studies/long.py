@@ -148,7 +148,7 @@ def compare(texts: Sequence[Text], rule: ExitRule) -> dict[str, dict[str, float]
     """Run every strategy on the texts; returns results by strategy.
 
     Results: accuracy, difference from truncation with the half-width of its paired 95% interval, windows per text, work
-    relative to truncation, and share of answers that differ from those of all windows.
+    relative to truncation, and share of answers that differ from the strategy ALL's.
     """
     answers = {name: [run(text, rule) for text in texts] for name, run in STRATEGIES.items()}
     labels = np.array([text.label for text in texts])
@@ -171,7 +171,7 @@ def compare(texts: Sequence[Text], rule: ExitRule) -> dict[str, dict[str, float]
 
 
 def rows_of(sets: Mapping[str, Sequence[Text]], rule: ExitRule, served: str) -> list[dict[str, Any]]:
-    """The results of `compare` on every second text of each set; "chose" is the difference on the other texts.
+    """The results of `compare` on every second text of each set; "chose" is `difference` on the other texts.
 
     The other texts are those on which a strategy may be chosen. All strategies run on the long texts of all sets;
     truncation and the `served` strategy also run on all texts, and on the long texts of each set.

@@ -1,9 +1,9 @@
 """The cost of an exit relative to its encoder layer: of the classifier, and additionally of the prototypical network.
 
 Layers 1 to M − 1 of a model run one after the other, alternately without and with their exits, and likewise in a copy
-of the model without prototypical networks. Differences are taken within one copy: their place in memory alone can make
-two copies of the same weights differ by more than the cost of an exit. Times are CPU times of the thread, which on an
-idle core equal wall time.
+of the model without prototypical networks. Differences are taken within one copy, because the times of two copies of
+the same weights can differ by more than the cost of an exit, merely because of their place in memory. Times are CPU
+times of the thread, which on an idle core equal wall time.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ from lab.layers import weights_of
 
 LENGTHS = (8, 32, 128, 512)
 PAIRS, MOST_PAIRS = 6, 6000
-ALONE = 0.1  # time spent on measuring the embeddings, as a share of that for the layers
-PAPER = 1.2 / 1813.5  # MFLOPs of the prototypical network and of a layer of BERT-base
+ALONE = 0.1  # time spent on measuring the embeddings, as a share of the time spent on the layers
+PAPER = 1.2 / 1813.5  # MFLOPs of a prototypical network / MFLOPs of a layer of BERT-base
 Floats = NDArray[np.float64]
 Run = Callable[[bool], float]  # seconds, with exits or without
 
@@ -148,7 +148,7 @@ def costs_of(runs: Sequence[Run], exits: int, seconds: float) -> dict[str, tuple
 
 
 def flops(manifest: Manifest, weights: int, tokens: int) -> dict[str, float]:
-    """MFLOPs of a layer, and of a prototypical network with its distances; a multiply-add is two.
+    """MFLOPs of a layer, and of a prototypical network with its distances; a multiply-add counts twice.
 
     weights: number of the layer's weights.
     """
@@ -167,8 +167,10 @@ def overhead(
 
     A row has the times of a layer, of its classifier (with pooling) and of its prototypical network (with distances).
     `alone_us` is the time of the prototypical network of the embeddings' exit, whose weights stay in the caches.
-    `_interval` is the half-width of a 95% interval. seconds: duration of a row; the embeddings take a tenth more.
-    Raises ValueError if the embeddings have no prototypes, or if none of layers 1 to M − 1 has.
+    Keys that end in `_interval` have the half-width of a 95% interval.
+
+    seconds: duration of a row; the embeddings take a tenth more. Raises ValueError if the embeddings have no
+    prototypes, or if none of layers 1 to M − 1 has.
     """
     manifest = artifact.manifest
     between = [layer for layer in manifest.prototype_layers if 0 < layer < manifest.num_layers]

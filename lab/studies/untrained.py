@@ -54,8 +54,8 @@ def untrained(
 ) -> Path:
     """Write OUT/model and OUT/store; returns the artifact's folder. Raises ValueError if OUT/model exists.
 
-    inner: width of the feed-forward network. tokenizer: the folder of a Hugging Face tokenizer. precision: that of the
-    artifact's weights.
+    inner: width of the feed-forward network. tokenizer: the folder of a Hugging Face tokenizer. precision: of the
+    artifact's weights. labels: number of classes. max_tokens: length of the longest text, in tokens.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 

@@ -1,7 +1,7 @@
-"""Accuracy against speed-up by the clock: texts one after another through the engine, at a grid of τ.
+"""Accuracy against speed-up by the clock: texts run through the engine one after another, at a grid of τ.
 
 Each text runs like a request with one text: queue, tokenizer, layers and exit rule, in the calling thread. HTTP and the
-thread switches between event loop and engine are not included.
+switches between the threads of the event loop and of the engine are not included.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,10 @@ SHOWN = 10  # highest speed-up in the plot
 
 
 def wall(served: Served, examples: Sequence[Example], taus: Sequence[float], rounds: int) -> dict[str, Any]:
-    """Accuracy and speed-up for each τ, the first of which must be 0; each speed-up is against τ = 0 of its round.
+    """Accuracy and speed-ups for each τ, the first of which must be 0.
 
-    `predicted` is the speed-up in time that `de3 evaluate` prints.
+    `on_clock` is the speed-up in time against τ = 0 in the same round, median over the rounds. `predicted` is the
+    speed-up in time that `de3 evaluate` prints, and `off` its relative error.
     """
     manifest = served.model.manifest
     right = np.array([example.label for example in examples])

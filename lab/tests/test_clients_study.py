@@ -11,7 +11,7 @@ from lab.studies.clients import ATTACKS, Attack
 
 @pytest.fixture(scope="module")
 def population() -> Population:
-    """200 texts that disagree with full depth from some index of the τ grid on: the first at 20, a fifth by 40."""
+    """200 texts that disagree with full depth from an index of the τ grid on: the first at 20, about a fifth by 40."""
     first = np.random.default_rng(0).integers(20, 200, 200)
     first[:20] = np.linspace(20, 40, 20)
     return Population(np.arange(len(FINE_TAUS)) >= first[:, None], np.full((200, len(FINE_TAUS)), 3))

@@ -27,7 +27,7 @@ TAU = 0.4
 
 
 def recorded(n: int = 400, seed: int = 0) -> Recorded:
-    """Texts with two classes, and exits at layers 0 to 2; the first exit is wrong most often, and is then uncertain."""
+    """Texts with two classes and exits at layers 0 to 2; the first exit is wrong most often, mostly if uncertain."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(2, size=n)
     sign = np.where(labels, 1.0, -1.0)
@@ -60,8 +60,8 @@ def test_a_step_moves_each_prototype_by_the_texts_of_its_class_that_passed_its_e
     labels = np.array([0, 0, 0])
     passed = np.array([[True, True], [True, False], [False, False]])
     moved = slide(prototypes, embedded, labels, passed, 0.1)
-    np.testing.assert_allclose(moved[0, 0], [0.9, 0.3])  # of the mean of 2 and 4
-    np.testing.assert_allclose(moved[1, 0], [0.9, 0.4])  # of the first text alone
+    np.testing.assert_allclose(moved[0, 0], [0.9, 0.3])  # toward the mean of the first two texts
+    np.testing.assert_allclose(moved[1, 0], [0.9, 0.4])  # toward the first text alone
     np.testing.assert_array_equal(moved[:, 1], prototypes[:, 1])
     assert prototypes[0, 0, 0] == 1  # the initial ones are unchanged
 
@@ -92,7 +92,7 @@ def test_the_guard_fires_on_harm_only_and_not_before_it_has_seen_enough() -> Non
 
 
 def test_a_stream_measures_each_text_once_and_none_that_came_before() -> None:
-    home, away = np.arange(300), np.arange(900)  # the other domain has the texts of home, and others
+    home, away = np.arange(300), np.arange(900)  # the other domain contains the texts of home, and others
     s = stream(home, away, 3)
     before, last = s.order[: s.measured], s.order[s.measured :]
     assert len(set(last)) == len(last) == 450

@@ -33,7 +33,7 @@ TEXTS = [text for text, _ in make_rows(20, 5)]
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small classifier with random weights."""
+    """A folder with a small classifier of random weights, as `untrained` writes it."""
     folder = tmp_path_factory.mktemp("untrained")
     save_tokenizer(folder / "tokenizer")
     untrained(folder, 2, 64, 4, 128, str(folder / "tokenizer"))
@@ -55,10 +55,10 @@ def test_random_weights_are_those_of_the_stock_model(small: Path) -> None:
         with torch.no_grad():
             theirs.append(stock(**tokenizer(text, return_tensors="pt")).logits[0].numpy())
     a, b = np.array(ours), np.array(theirs)
-    # int8 error; different weights would give different logits
+    # The tolerance covers the int8 error. Different weights would give different logits.
     assert np.abs(a - b).max() < 0.05 * np.abs(b).max()
     for k in range(2):
-        # also from text to text, where differences are small
+        # The logits differ little from text to text, but those differences must agree, too.
         assert np.corrcoef(a[:, k], b[:, k])[0, 1] > 0.9
 
 

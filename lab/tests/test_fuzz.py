@@ -34,7 +34,7 @@ def test_every_answer_is_as_the_schema_says(server: Server, tmp_path: Path) -> N
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", "--no-color"]
     command += [server.url + "/openapi.json"]
     command += ["--max-examples", "50", "--seed", "1", "-H", f"Authorization: Bearer {KEY}"]
-    # A schema for exclusive fields (tau and target_speedup) would be unreadable.
+    # The schema does not say which fields exclude each other (such as tau and target_speedup): it would be unreadable.
     command += ["--exclude-checks", "positive_data_acceptance"]
     command += ["--request-timeout", "60", "--suppress-health-check", "too_slow"]  # on a busy machine
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=800)
@@ -68,7 +68,7 @@ def test_the_check_finds_what_is_wrong() -> None:
 
 @pytest.fixture(scope="module")
 def artifact(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
-    """A separate store with tiny:1, and its original files."""
+    """A separate store with tiny:1, and the original bytes of the model's files, by name."""
     path = tmp_path_factory.mktemp("fuzzed")
     folder = shutil.copytree(store / "tiny" / "1", path / "tiny" / "1")
     return path, {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -11,7 +11,7 @@ G = len(np.unique(FINE_TAUS))
 
 
 def version(rates: np.ndarray) -> Version:
-    """Exits that never differ on the texts of a stream, and leave after layer 1 at every τ above 0."""
+    """A version whose answers never differ on the texts of a stream, which exit at layer 1 at every τ above 0."""
     layers = np.ones((50, G), np.int64)
     layers[:, 0] = 6
     return Version(np.zeros((50, G), np.bool_), layers, 200, rates)

@@ -1,4 +1,4 @@
-"""The cost of an exit relative to its layer, and the speed-up by the clock: the studies, on a tiny model."""
+"""The studies of the cost of an exit relative to its layer, and of the speed-up by the clock, on a tiny model."""
 
 import json
 import os

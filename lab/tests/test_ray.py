@@ -1,4 +1,4 @@
-"""Real Ray: two nodes on this machine that share a store, a killed replica, and a model change."""
+"""Tests with real Ray: two nodes with a shared store, a killed replica, a change of the model, and autoscaling."""
 
 import shutil
 from collections.abc import Iterator

@@ -66,7 +66,7 @@ def test_promises_are_kept_and_an_oracle_is_not_beaten_by_those_who_keep_them(co
     taus = [(i / 60) ** 2 for i in range(45)]
     found = promise(population, Entropy(), 750, [0.02, 0.05], 50, start_layers=0.5, taus=taus)
     for row in found:
-        assert row["broken"] <= 0.12  # 5%, and a margin for chance
+        assert row["broken"] <= 0.12  # 5% are expected at most; 50 trials may have more by chance
         assert 0.7 < row["of_oracle_layers"] < 1.05
         assert row["speedup"] > 1
     assert found[1]["speedup"] > found[0]["speedup"]

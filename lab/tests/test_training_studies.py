@@ -183,7 +183,7 @@ def test_folds_hold_out_every_sample_once(root: Path) -> None:
 
 @pytest.fixture
 def tiny(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder; cells use a tiny encoder, and results go to its subfolder results."""
+    """An empty folder; cells use a tiny encoder, and results go to the subfolder `results`."""
     monkeypatch.setattr(cells, "_encoder", lambda *_: str(encoder))
     monkeypatch.setattr(measures, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(measures, "BOOTSTRAPS", 50)

@@ -24,11 +24,11 @@ from safetensors import safe_open
 
 
 class Encoder(Classifier):
-    """One worker per core, each with one thread. NumPy runs the classifier, which CTranslate2 does not convert.
+    """One worker per core, each with one thread. NumPy runs the output layer, which CTranslate2 does not convert.
 
     On an AMD core, MKL was 12 times slower than oneDNN, which CTranslate2 chooses there, and CTranslate2 rejected
-    bfloat16, both alone and with int8. Over HTTP, on two cores, 2 workers and 4 threads were the fastest combination of
-    1, 2, 4 workers and 2, 3, 4 threads.
+    bfloat16, both alone and with int8. Over HTTP, on two cores, 2 workers and 4 calling threads were the fastest
+    combination of 1, 2 or 4 workers and 2, 3 or 4 calling threads.
     """
 
     def __init__(self, folder: Path, converted: Path, streams: int) -> None:
@@ -54,7 +54,10 @@ class Encoder(Classifier):
 
 
 def convert(folder: Path, converted: Path) -> None:
-    """Convert a BERT encoder, unless that was done after the stock model last changed; exits for other encoders."""
+    """Convert a BERT encoder, unless that was done after the stock model last changed.
+
+    Ends the process with an error message for any other encoder.
+    """
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     if kind != "bert":
         sys.exit(f"this peer runs only BERT classifiers, not {kind}")

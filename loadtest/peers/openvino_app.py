@@ -24,14 +24,15 @@ class OpenVino(GraphClassifier):
 
     On one core, these settings made no difference beyond noise: the performance hints, no pinning, bf16 or f32 for the
     operators that are not quantized, and the stock model converted from PyTorch instead of this graph. Over HTTP, on
-    two cores, 2 streams and 4 threads were the fastest combination of 1, 2, 4 streams and 2, 3, 4 threads.
+    two cores, 2 streams and 4 calling threads were the fastest combination of 1, 2 or 4 streams and 2, 3 or 4 calling
+    threads.
     """
 
     def __init__(self, folder: Path, precision: str, streams: int) -> None:
         super().__init__(folder)
         core, local = ov.Core(), threading.local()
         settings = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams}
-        if precision != "int8":  # in int8, OpenVINO chooses for the operators that are not quantized
+        if precision != "int8":  # in int8, OpenVINO chooses the precision of unquantized operators
             settings["INFERENCE_PRECISION_HINT"] = {"bf16": "bf16", "fp32": "f32"}[precision]
         file = folder / INT8 if precision == "int8" else self.file
         self.compiled, self.local = core.compile_model(core.read_model(file), "CPU", settings), local

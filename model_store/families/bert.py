@@ -58,7 +58,10 @@ class Bert(Encoder):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """The fields of the encoder of a configuration; token_types: true if its tokenizer returns them."""
+        """Field values of this class, from a config.json of transformers, completed by `complete`.
+
+        token_types: true if the tokenizer returns token types.
+        """
         types = int(config["type_vocab_size"])
         return {
             "type": config["model_type"],
@@ -100,7 +103,7 @@ class Electra(Bert):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """The fields of the encoder of a configuration."""
+        """Field values of this class, from a config.json of transformers; see `Bert.fields`."""
         return super().fields(config, token_types) | {"width": config["embedding_size"]}
 
     @classmethod

@@ -60,7 +60,7 @@ class Deberta(Bert):
 
     @classmethod
     def complete(cls, config: Config) -> Config:
-        """A config.json, completed with defaults, with pos_att_type as a list."""
+        """A config.json, completed with defaults, with pos_att_type as a list, or None if it is not set."""
         full = {**super().complete(config)}
         full.setdefault("pooler_hidden_size", full["hidden_size"])
         if isinstance(terms := full["pos_att_type"], str):
@@ -111,7 +111,7 @@ class Deberta(Bert):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """The fields of the encoder of a configuration."""
+        """Field values of this class, from a config.json of transformers; see `Bert.fields`."""
         fields = super().fields(config, token_types)
         if not config.get("position_biased_input", True):
             fields["positions"] = 0
@@ -140,8 +140,9 @@ class Deberta(Bert):
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
         """The weights of `block`: BERT's, and those of the added terms.
 
-        row_numbers (2·distances − 1,) are the tables' rows for query − key = 1 − distances … distances − 1. key_table
-        (heads, head size, rows) and query_table (heads, rows, head size) are scaled like the scores.
+        row_numbers (2·distances − 1,) are the tables' rows for the offsets (query position − key position) from
+        1 − distances to distances − 1. key_table (heads, head size, rows) and query_table (heads, rows, head size) are
+        scaled like the scores.
         """
         weights = super().layer_weights(config, state, layer)
         weights["row_numbers"] = _row_numbers(config, self.distances)
@@ -208,7 +209,7 @@ def _table_norms(config: Config) -> list[str]:
 
 
 def _farthest(config: Config) -> int:
-    """The smallest distance that is treated like every larger one."""
+    """The distance beyond which all distances are treated alike."""
     most = int(config.get("max_relative_positions", -1))
     return most if most > 0 else int(config["max_position_embeddings"])
 
@@ -232,7 +233,7 @@ def _table(config: Config, state: State) -> NDArray[np.float32]:
 
 
 def _row_numbers(config: Config, distances: int) -> NDArray[np.int32]:
-    """The tables' rows for query − key = 1 − distances … distances − 1, as transformers computes them."""
+    """The tables' rows for the offsets (query − key) from 1 − distances to distances − 1, as in transformers."""
     offsets, span, buckets = (
         np.arange(1 - distances, distances),
         _span(config),
@@ -248,9 +249,9 @@ def _row_numbers(config: Config, distances: int) -> NDArray[np.int32]:
 
 
 def _check_row_numbers(numbers: Array, rows: int) -> None:
-    """Raise GraphError unless these are bucket numbers of distances.
+    """Raise GraphError unless these can be the numbers that `_row_numbers` computes for a model.
 
-    They must be symmetric around the middle, differ for small distances, and ascend with the distance. They are not
+    They must be symmetric around the middle, differ for small offsets, and ascend with the offset. They are not
     recomputed, because logarithms depend on the processor.
     """
     longest, half = len(numbers) // 2, rows // 2

@@ -167,7 +167,7 @@ class Encoder(Part, ABC):
         return 1 / sqrt(self.hidden_size // self.num_heads)
 
     def window_of(self, layer: int) -> int:
-        """The largest distance, in tokens, at which tokens attend to each other in a layer (from 1); 0 if any."""
+        """The largest distance, in tokens, at which tokens attend to each other in a layer (from 1); 0: no limit."""
         return 0
 
     def embed(self, g: Graph, ids: str, types: str) -> str:
@@ -232,7 +232,7 @@ def named(state: State, prefix: str, names: Names, may_lack_biases: bool) -> Wei
 
     The weights of linear layers are transposed to (inputs, outputs), and those of several modules are concatenated.
     word, position and token_type are tables, and are not transposed. prefix: start of the modules' names.
-    may_lack_biases: a missing bias becomes zeros. Raises KeyError for a missing weight.
+    may_lack_biases: a missing bias becomes zeros. Raises KeyError for any other missing tensor.
     """
     weights: Weights = {}
     for ours, theirs in names.items():

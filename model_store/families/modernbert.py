@@ -89,7 +89,7 @@ class ModernBert(Encoder):
 
     @classmethod
     def complete(cls, config: Config) -> Config:
-        """A config.json, completed with defaults; transformers 4 names layer kinds and bases of RoPE differently."""
+        """A config.json, completed with defaults; the fields of transformers 4 for layers and RoPE are converted."""
         full = {**super().complete(config)}
         every, count = full["global_attn_every_n_layers"], full["num_hidden_layers"]
         full.setdefault("layer_types", [KINDS[i % every > 0] for i in range(count)])
@@ -170,7 +170,7 @@ class ModernBert(Encoder):
         )
 
     def window_of(self, layer: int) -> int:
-        """The largest distance, in tokens, at which tokens attend to each other in a layer (from 1); 0 if any."""
+        """The largest distance, in tokens, at which tokens attend to each other in a layer (from 1); 0: no limit."""
         return self.window if layer in self.local_layers else 0
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
@@ -251,6 +251,9 @@ class ModernBert(Encoder):
 
 
 def _check_frequencies(frequencies: Array) -> None:
-    """Raise GraphError unless they descend from 1 to 0 or more; their exact values depend on the processor."""
+    """Raise GraphError unless the frequencies descend from 1, to 0 or more.
+
+    Their exact values are not checked, because they depend on the processor.
+    """
     if frequencies[0] != 1 or frequencies[-1] < 0 or (np.diff(frequencies) > 0).any():
         raise GraphError("its positions have frequencies that do not descend from 1 to 0")

@@ -48,7 +48,7 @@ class MPNet(Roberta):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """The fields of the encoder of a configuration."""
+        """Field values of this class, from a config.json of transformers; see `Bert.fields`."""
         fields = super().fields({**config, "type_vocab_size": 0}, token_types)
         return {**fields, "distances": fields["positions"]}
 
@@ -58,7 +58,10 @@ class MPNet(Roberta):
         return min(self.positions, self.distances)
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
-        """The weights of `block`; offsets (heads, 2·distances − 1) are biases by key − query, from 1 − distances."""
+        """The weights of `block`: BERT's, and the attention biases, offsets (heads, 2·distances − 1).
+
+        The biases are for the offsets (key position − query position) from 1 − distances to distances − 1.
+        """
         table = state["encoder.relative_attention_bias.weight"]
         check_shape("encoder.relative_attention_bias", table, BUCKETS, self.num_heads)
         offsets = table[_buckets(self.distances)].T
@@ -80,7 +83,7 @@ class MPNet(Roberta):
 
 
 def _buckets(distances: int) -> NDArray[np.int64]:
-    """The bias table's rows for key − query = 1 − distances … distances − 1, as transformers computes them."""
+    """The bias table's rows for the offsets (key − query) from 1 − distances to distances − 1, as in transformers."""
     offset = -np.arange(1 - distances, distances)
     half, exact, farthest = BUCKETS // 2, BUCKETS // 4, 128
     far = np.abs(offset)

@@ -119,8 +119,9 @@ class Auditor:
         learn: Callable[[Record], None] | None = None,
         traffic: Traffic | None = None,
     ) -> None:
-        """submit: enqueues audits. write: writes a line of the audit log. is_behind: see Books. learn: keeps a record
-        of each audited text. traffic: the traffic of the model's name. Both are None if the server does not learn."""
+        """submit: enqueues audits. count: counts settled texts. write: writes a line of the audit log; None: there is
+        no log. is_behind: see Books. learn: keeps a record of each audited text. traffic: the traffic of the model's
+        name. learn and traffic are None if the server does not learn."""
         self._is_behind, self._learn, self._traffic = is_behind, learn, traffic
         self._submit, self._count_settled, self._write = submit, count, write
         self._logs_texts = settings.log_audit_texts
@@ -166,7 +167,10 @@ class Auditor:
         return self._share_at(self.served.rules.default.rule.tau)
 
     def _share_at(self, tau: float) -> float:
-        """The share at this τ; with a guarantee it is 1 at τ = 0, as an answer at full depth is its own audit."""
+        """The share at this τ; 0 while too many audits or texts are pending.
+
+        With a guarantee it is 1 at τ = 0, as an answer at full depth is its own audit.
+        """
         if self._outstanding >= MAX_PENDING or len(self._entries) >= MAX_ENTRIES or self._is_behind():
             return 0.0
         if self._has_guarantee and tau == 0:
@@ -193,7 +197,10 @@ class Auditor:
             self._outstanding -= sum(draw.is_drawn)
 
     def answered(self, job: Job, draw: Draw | None) -> None:
-        """Count the texts of a finished job, and enqueue the audits of the drawn ones."""
+        """Count the texts of a finished job, and enqueue the audits of drawn texts that did not pass every exit.
+
+        draw: as returned by draw(). If it is None, or from before a reset, only excluded texts are counted.
+        """
         is_void = draw is None or draw.epoch != self._epoch or not draw.share
         share, drawn = (0.0, [False] * len(job.items)) if draw is None else (draw.share, draw.is_drawn)
         client, entry = party(job.client), None

@@ -49,7 +49,10 @@ class Books(Protocol):
         """Keep a record of the traffic of a model, name:version, for learning."""
 
     async def learning(self, name: str, starts: bool) -> dict[str, Any]:
-        """The learning report of a model name. starts: also start a fit now. Raises RequestError."""
+        """The learning report of a model name. starts: also start a fit, as soon as possible.
+
+        Raises RequestError if the name is not served, or if there are too few records for the fit.
+        """
 
 
 class Audits:
@@ -102,7 +105,7 @@ class Audits:
             self._books.forget(served)
 
     def get(self, served: Served) -> Auditor | None:
-        """The auditor of a model; None if audits are off."""
+        """The auditor of a model; None if audits are off, or if the model was unloaded."""
         return self._by_model.get(served.model.full_name)
 
     def of(self, served: Served) -> Auditor:
@@ -128,7 +131,10 @@ class Audits:
         return await self._books.reset(served)
 
     async def learning(self, served: Served, starts: bool = False) -> dict[str, Any]:
-        """The learning report of a model. starts: also start a fit now. Raises RequestError."""
+        """The learning report of a model. starts: also start a fit, as soon as possible.
+
+        Raises RequestError if the server does not learn, or as Books.learning does.
+        """
         if not self._settings.learn:
             raise RequestError(
                 "the server does not learn; its operator can start it with --learn", cause="conflict"

@@ -41,7 +41,7 @@ class Audited:
         scores: the score at each exit; None at an exit without one.
         differs: disagreement of each exit with the last one.
         layers: layers of the exits.
-        served_differs: disagreement of the answer that was sent.
+        served_differs: disagreement of the sent answer with the last exit.
     """
 
     scores: list[float | None]
@@ -120,7 +120,7 @@ class Ledger:
         settings: Settings,
         publish: Callable[[Standing], None] = lambda _: None,
     ) -> None:
-        """publish: called with the new standing after each change of it."""
+        """publish: called with the standing whenever it has changed."""
         self.manifest, self._publish = manifest, publish
         self.taus = np.unique([*FINE_TAUS, *(c.rule.tau for c in [rules.default, *rules.steps])])
         self.evidence = Evidence(self.taus)
@@ -279,7 +279,7 @@ class Ledger:
     def restore(
         self, evidence: Evidence, since: float, resets: list[Reset], promises: Promises | None
     ) -> None:
-        """Continue from the saved state of an earlier server. promises: None if it had no guarantee."""
+        """Continue from saved audits. promises: None unless they were saved by a server with a guarantee."""
         self.evidence, self.since, self.resets = evidence, since, resets
         if promises is not None and self.promises is not None:
             self.promises = promises
@@ -295,7 +295,10 @@ class Ledger:
         return self.manifest.num_layers / max(float(means[int(np.searchsorted(self.taus, tau))]), 1e-3)
 
     def allowed(self) -> float:
-        """Speed-up in layers at the last τ up to which the audited rate is within the promise; at least speedup()."""
+        """Speed-up in layers at the highest τ up to which the audited rate is within the promise; at least speedup().
+
+        Returns speedup() without a guarantee, or with fewer than MIN_AUDITS audits.
+        """
         evidence, speedup = self.evidence, self.speedup()
         if self.promises is None or evidence.audits < MIN_AUDITS or len(self.manifest.exit_layers) == 1:
             return speedup

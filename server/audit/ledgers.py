@@ -59,12 +59,12 @@ class Ledgers:
         return ledger.standing
 
     def base(self, name: str) -> str | None:
-        """The base of a served model, name:version (see base_of); None if it is not served."""
+        """The base of a served model, by name:version (see base_of); None if it is not served."""
         ledger = self._by_model.get(name)
         return None if ledger is None else base_of(ledger.manifest)
 
     def in_service(self, name: str, version: int) -> InService:
-        """The speed-ups of a served version, and the resets of its evidence; a speed-up of 1 if it is not served."""
+        """The performance of a served version; if it is not served, speed-ups of 1 and no resets."""
         ledger = self._by_model.get(f"{name}:{version}")
         if ledger is None:
             return InService(version, 1.0, 1.0, 0)
@@ -75,11 +75,11 @@ class Ledgers:
         return {one.manifest.version for one in self.all if one.manifest.name == name}
 
     def prepare(self, name: str, rows: Sequence[HeldOut]) -> None:
-        """Set the held-out evidence with which a learned version, about to be served as name:version, starts."""
+        """Set the held-out evidence of a learned version, name:version, that is about to be served."""
         self._held_out = {name: rows}
 
     def forget(self, name: str) -> None:
-        """Stop counting for an unloaded model; its evidence is kept."""
+        """Stop counting for an unloaded model; the evidence of the last MAX_KEPT such models stays in memory."""
         ledger = self._by_model.get(name)
         if ledger is None:
             return
@@ -105,7 +105,7 @@ class Ledgers:
             ledger.count(settled, epoch, may_rise)
 
     async def report(self, name: str, live: Live, in_force: Choice) -> dict[str, Any]:
-        """The audit results of a model."""
+        """The audit results of a served model, by name:version; raises KeyError if it is not served."""
         return await asyncio.to_thread(report, self._by_model[name], live, in_force)
 
     def start(self) -> None:

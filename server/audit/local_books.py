@@ -36,7 +36,7 @@ class LocalBooks:
         """in_force: returns the choice for requests without options, which may change under load. publish: see Ledgers.
         change: see Learners.
 
-        Raises ValueError if state_dir or log_audits cannot be written.
+        Raises ValueError if state_dir or log_audits cannot be used, or a package that learning needs is not installed.
         """
         self._in_force = in_force
         self.ledgers = Ledgers(settings, publish)
@@ -80,7 +80,10 @@ class LocalBooks:
             self.learners.add(name, record)
 
     async def learning(self, name: str, starts: bool) -> dict[str, Any]:
-        """The learning report of a model name. starts: also start a fit now. Raises RequestError."""
+        """The learning report of a model name. starts: also start a fit, as soon as possible.
+
+        Raises RequestError if the name is not served, or if there are too few records for the fit.
+        """
         assert self.learners is not None  # Audits has checked it
         return self.learners.ask(name) if starts else self.learners.report(name)
 

@@ -27,8 +27,8 @@ def line_of(
 ) -> str | None:
     """The line of an audit; None if a logit is not finite, as calibration would reject it.
 
-    share: probability with which the text was drawn. passed: the readings of every exit. text: the text; None if texts
-    are not logged.
+    share: probability with which the text was drawn. passed: the readings of every exit. tokens: number of tokens.
+    text: the text; None if texts are not logged.
     """
     if not all(math.isfinite(value) for reading in passed for value in reading.logits):
         return None

@@ -65,7 +65,8 @@ class OwnAudits(_Part):
 class Promised(_Part):
     """A saved de3.exits.promise.Promise: the fields of SavedPromise, and its evidence.
 
-    left_out: the client whose evidence it leaves out. texts: number of texts of that client. own: its recent audits.
+    left_out: the client whose evidence is left out; `ALL` (empty): none is. texts, own: number of texts and recent
+    audits of that client.
     """
 
     left_out: Annotated[str, Field(max_length=16)]
@@ -188,7 +189,10 @@ def _own(promises: Promises, client: str) -> OwnAudits:
 
 
 def _restored(saved: list[Promised], like: Promises) -> Promises:
-    """The promises of a state, with the rate and the start of `like`."""
+    """The promises of a state, restored for the rate, grid of τ, start and error probability of `like`.
+
+    Raises ValueError if they do not match the grid; see Promise.restore.
+    """
     promises = Promises(like.rate, like.taus, like.start, like.error)
     for row in saved:
         evidence = Evidence(like.taus)
@@ -219,7 +223,11 @@ def _counts(state: State) -> Iterator[int]:
 
 
 def restore(ledger: Ledger, state: State) -> None:
-    """Restore a ledger from a state; raises ValueError if the state does not match the ledger's model."""
+    """Restore a ledger from a state.
+
+    Raises ValueError if the state belongs to another model, signal, runtime, OOD policy or grid of τ, or if its shares
+    or counts leave too little room for new audits.
+    """
     manifest, signal = ledger.manifest, ledger.signal
     if state.fingerprint != fingerprint(manifest):
         raise ValueError("it belongs to another model")

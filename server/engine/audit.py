@@ -31,7 +31,8 @@ class Audit:
 
     Attributes:
         rule: reads and scores the exits; its τ is not used.
-        on_done: called through the engine's `dispatch` once the audit has run, failed or been dropped.
+        on_done: called through the engine's `dispatch` once the audit has run, failed or been dropped; never if it is
+            pending when the engine stops.
         states: array to fill in, as in ForwardPass; None: not needed.
         passed: the reading of every exit, once the audit has run.
         model_s: compute time, seconds.
@@ -56,7 +57,7 @@ class Audit:
 
 
 class AuditThreads:
-    """Threads that run audits; they start when the first one is enqueued."""
+    """Threads that run audits; they start when the first audit is enqueued."""
 
     def __init__(self, count: int, queue: WorkQueue, finish: Callable[[Sequence[Audit]], None]) -> None:
         """queue: audits run while it is empty. finish: called with audits that ran, failed or were dropped."""
@@ -94,7 +95,7 @@ class AuditThreads:
             self._finish(audits)
 
     def close(self) -> None:
-        """Reject new audits, discard pending ones without reporting them, and end the threads."""
+        """Reject new audits, discard pending ones without reporting them, and wait up to STOP_S for each thread."""
         with self._changed:
             self._closed = True
             self._pending.clear()

@@ -1,8 +1,8 @@
 """Decides which deadlines can be promised, and how long each text may take so that every promise is kept.
 
 Texts with a promised deadline run before all others, the earliest deadline first. A deadline is promised only if, by
-the times measured during warm-up, every promised text reaches its first exit in time; the remaining time is divided
-among the texts as they start.
+the times measured during warm-up, the job's texts reach their first exits in time and make no promised text late; the
+remaining time is divided among the texts as they start.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class _Promise:
         deadline: perf_counter seconds.
         firsts: predicted seconds to the first exit of each of these texts, by the text's index.
         first_s: sum of `firsts`.
-        predicted_s: predicted seconds of these texts through every layer.
+        predicted_s: sum of the predicted seconds of these texts through every layer.
     """
 
     deadline: float
@@ -43,11 +43,11 @@ class Deadlines:
         self._free_at[thread] = until
 
     def promise(self, job: Job) -> float:
-        """Promise a job's deadline if it and all earlier promises can be kept.
+        """Promise a job's deadline if it can be kept without making an earlier promise late.
 
-        Returns 0 if it was promised, else the seconds that the job would need. With best_effort, a job that would be
-        late is promised a later deadline that can be kept, after all earlier promises, and its texts exit at their
-        first exits.
+        Returns 0 if it was promised, else the approximate seconds from now by which the job's texts could reach their
+        first exits. With best_effort, a job whose deadline cannot be promised gets a later one that can be kept, after
+        all earlier promises; its texts then exit at their first exits, and 0 is returned.
         """
         assert job.deadline is not None
         now = perf_counter()
@@ -67,9 +67,10 @@ class Deadlines:
         return 0.0
 
     def _needed(self, new: _Promise, now: float) -> float:
-        """0 if all promises can be kept, else the approximate seconds that the new promise needs.
+        """0 if the new promise can be kept without making another one late.
 
-        Simulates the schedule: the most urgent text goes to the thread that is free first.
+        Otherwise, the approximate seconds from now by which it could be kept. Simulates the schedule: the most urgent
+        text goes to the thread that is free first.
         """
         free = [max(now, t) for t in self._free_at]
         heapify(free)
@@ -90,7 +91,8 @@ class Deadlines:
         """The time (perf_counter seconds) by which a text that starts now must exit; occupies its thread until then.
 
         After its first exit, the text gets a share of the time that no promise needs, in proportion to its part of
-        the promised work.
+        the promised work. A text of a late job gets none: the returned time is now, and the text exits at its
+        first exit.
         """
         now, job = perf_counter(), item.job
         with self._lock:

@@ -63,7 +63,7 @@ class Engine:
         self._busy = [False] * threads
         self._failures = [0] * threads  # consecutive failed steps
         self._checked: list[tuple[int, int]] = [(0, 0)] * threads
-        self.errors = 0  # failed steps, and failed calls of `observe`
+        self.errors = 0  # failed steps, and failed calls to `observe`
 
     def start(self, warm_up: Callable[[], object] = lambda: None, dispatch: Dispatch = call_here) -> None:
         """Start the threads; each calls warm_up first.
@@ -76,7 +76,7 @@ class Engine:
             thread.start()
 
     def problem(self) -> str:
-        """The problem of the first thread that died or is stuck; empty if there is none. To be called once a second.
+        """The problem of the first thread that died or is stuck; empty if there is none. Call it once a second.
 
         A thread that ended, or that made no progress in STUCK_CHECKS checks while it had work, will not
         recover. Checks are counted, not seconds, so that a suspended process does not count as stuck.
@@ -108,7 +108,7 @@ class Engine:
         self._audits.close()
 
     def submit(self, job: Job) -> None:
-        """Accept a job; raises RequestError if the queue has no room or its deadline cannot be promised."""
+        """Accept a job; raises RequestError if the queue is full or closed, or if the deadline cannot be promised."""
         if job.deadline is not None:
             self._promise(job)
         try:
@@ -208,7 +208,10 @@ class Engine:
         return bool(items)
 
     def _run(self, items: list[Item], number: int) -> Sequence[tuple[Item, Result | None]]:
-        """The result of each item: an outcome, an error, or None if it was dropped or preempted."""
+        """Run items; returns the result of each that ran alone: an outcome, an error, or None if dropped or preempted.
+
+        The results of a group are recorded as they come.
+        """
 
         def occupy(seconds: float) -> None:
             self._progress[number] += 1
@@ -242,7 +245,7 @@ class Engine:
         """Record the results of items of one model, and report the jobs that finish or fail with them."""
         ended: list[tuple[Job, Exception | None]] = []
         outcomes = [(item, result) for item, result in results if isinstance(result, Outcome)]
-        if outcomes:  # counted first: a client with its answer may look for it in the metrics
+        if outcomes:  # counted first: a client may look for its text in the metrics once it has the answer
             self._count(outcomes[0][0].job.served, [outcome for _, outcome in outcomes])
         for item, outcome in outcomes:
             job = item.job

@@ -34,6 +34,7 @@ def run_group(
     Runs until each item has exited, been dropped, or been preempted and requeued. Calls `occupy(seconds)` before each
     stretch that cannot be preempted, and `finish` with the results as they come. Items that join are added to `items`.
     If the group fails, returns the unfinished items, which must run alone from the start; otherwise an empty list.
+    threads: number of engine threads.
     """
     group = list(items)  # the items that are neither finished nor requeued
     try:

@@ -93,7 +93,7 @@ class Job:
 
     The due time of an item is the job's submission plus the predicted time of the item itself and of all items
     before it in the batch. So short texts overtake long ones and single texts overtake large batches, but no text
-    waits forever.
+    waits forever. If the job's deadline is promised, it is the due time of every item.
 
     Attributes:
         on_done: called through the engine's `dispatch`: with None once every item has finished, or with the error of an
@@ -200,13 +200,16 @@ class Job:
         return [item.outcome for item in self.items if item.outcome is not None]
 
     def answers(self) -> list[str | float]:
-        """The answer to each text of a finished job: a label, several labels joined by commas, or a value."""
+        """The answers to the texts of a finished job that have not failed, in the order of the request.
+
+        An answer is a label, the labels of a multi-label model joined by commas, or a value.
+        """
         values = [outcome.reading.value for outcome in self.outcomes()]
         both = zip(self.labels(), values, strict=True)
         return [label if value is None else value for label, value in both]
 
     def labels(self) -> list[str]:
-        """The label of each text of a finished job; for a multi-label model, its labels joined by commas."""
+        """The label of each text that has not failed; for a multi-label model, the text's labels joined by commas."""
         names = self.model.manifest.labels
         readings = [outcome.reading for outcome in self.outcomes()]
         return [
@@ -221,7 +224,7 @@ class Job:
 def job_of(served: Served, request: Request, level: int, on_done: Callable[[Exception | None], None]) -> Job:
     """Create the job of a request to a model; raises RequestError if the model cannot answer the request.
 
-    level: load level, which sets the default τ. on_done: see Job.
+    Limits `request.windows` to the model's maximum. level: load level, which sets the default τ. on_done: see Job.
     """
     manifest = served.model.manifest
     request.check(manifest)
@@ -232,7 +235,7 @@ def job_of(served: Served, request: Request, level: int, on_done: Callable[[Exce
 
 
 def _flag_of(request: Request, manifest: Manifest, choice: Choice) -> Flag | None:
-    """The flag of a request, or None without one; raises RequestError for a label that the model does not have."""
+    """The flag of a request; None if it sets none. Raises RequestError for a label that the model does not have."""
     if request.flag is None:
         return None
     name, threshold = request.flag

@@ -38,7 +38,7 @@ class Outcome:
         rule: the rule in force there; its τ may be lower than the job's if the text is far.
         reading: the answer; with several windows the combined answer, with the signals of the last window that ran.
         passed: readings of the exits passed, the text's exit last; with several windows, of all windows that ran.
-        tokens: number of tokens of the text, or of its windows that ran.
+        tokens: number of tokens passed to the model; of several windows, those of every window that started.
         queue_s: 0 for shadow jobs.
         is_far: the text was far from every prototype at some exit.
         windows: the windows that ran; empty unless the text has several.

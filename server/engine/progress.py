@@ -35,9 +35,9 @@ class Progress:
         forward: the forward pass of a text in a group; None if it runs alone.
         states: mean hidden state of the tokens after each layer but the last, (num_layers, hidden), filled in as the
             layers run; None: not needed.
-        passed: the reading of every exit passed, in this window.
+        passed: the reading of every exit passed, in the current window.
         is_far: the text was far from every prototype at some exit.
-        windows: None unless the text has several.
+        windows: the text's windows; None unless it has several.
         tokenize_s, model_s: seconds spent so far on tokenization and in the layers.
     """
 
@@ -57,7 +57,7 @@ class Progress:
 
     @property
     def has_answer(self) -> bool:
-        """True if it passed an exit, in this window or an earlier one."""
+        """True if the text has passed an exit, in this window or an earlier one."""
         return bool(self.passed or (self.windows is not None and self.windows.ran))
 
     def split(self, windows: Windows, flag: Flag | None) -> None:

@@ -122,7 +122,7 @@ class WorkQueue:
             return items
 
     def join(self, items: list[Item], threads: int = 1) -> None:
-        """Add pending items to a group between two layers, as next() does."""
+        """Add pending items to a group between two steps, by the same rules as next()."""
         with self._changed:
             self._fill(items, len(items) + -(-self._pending // threads))
 
@@ -163,8 +163,8 @@ class WorkQueue:
         """Lead of a job's client in engine time over other clients, seconds; negative if no other client was active
         within RECENT_S.
 
-        The lead is the client's promised time, plus the engine time by which it exceeds the pending client that has
-        received the least.
+        The lead is the client's promised time, plus the engine time that it has received in excess of the pending
+        client with the least.
         """
         with self._changed:
             (name, last), (_, before) = self._recent
@@ -175,11 +175,12 @@ class WorkQueue:
             return client.promised + (max(0.0, client.spent - min(others)) if others else 0.0)
 
     def has_more_urgent_than(self, item: Item, seconds: float = 0.0) -> bool:
-        """True if a pending item preempts this one; first charges its client another `seconds` of engine time.
+        """True if a pending item preempts this one; first charges this item's client `seconds` more of engine time.
 
-        Any item preempts a shadow item. An item with a promised deadline preempts items without one or with a later
-        one. If neither item has a promised deadline, an item of the same client preempts if it is due earlier, and an
-        item of another client if that client has received less engine time by more than PREEMPTION_LEAD_S.
+        Any item but a shadow item preempts a shadow item. An item with a promised deadline preempts items without one
+        or with a later one. If neither item has a promised deadline, an item of the same client preempts if it is due
+        earlier, and an item of another client if that client has received less engine time by more than
+        PREEMPTION_LEAD_S.
         """
         with self._changed:
             own = None

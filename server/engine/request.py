@@ -37,8 +37,8 @@ class Request:
         client: fair-share key; the engine's time is shared between clients.
         expires_at: time at which the request times out (perf_counter seconds); None: `timeout_s`
             seconds after its submission (see Settings).
-        keeps_errors: the error of a text that cannot be answered is recorded in its item, and the other texts are still
-            answered; if false, the error fails the whole job.
+        keeps_errors: the RequestError of a text, such as one that is too long, is recorded in the text's item, and the
+            other texts are still answered; any other error fails the whole job. If false, every error does.
     """
 
     input_name: ClassVar[str] = "input"

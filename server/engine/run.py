@@ -102,7 +102,7 @@ def _exit_reason(item: Item, deepest: int) -> ExitReason | None:
 
 
 def outcome_of(item: Item, reason: ExitReason) -> Outcome:
-    """The outcome of an item that exited."""
+    """The outcome of an item that exited. If the item is sampled, also adds its first reading to the drift sample."""
     progress = item.progress
     assert progress.tokens is not None
     passed, ran, num_windows, combination, decisive = progress.passed, [], 1, None, None

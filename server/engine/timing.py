@@ -27,7 +27,8 @@ class Timing:
     def __init__(self, model: Model, check: Callable[[], None] = lambda: None, runs: int = RUNS) -> None:
         """Measure the model, which also warms it up: every layer runs on short texts and on the longest.
 
-        check: called before each run; an exception from it ends the measurement. runs: number of runs of each text.
+        check: called before each run; an exception from it ends the measurement. runs: number of runs of each text; a
+        text of more than 512 tokens runs once.
         """
         self._most = model.manifest.max_tokens
         self._plain_s = _tokenizing(model, PLAIN, check, runs)  # per character
@@ -69,10 +70,10 @@ class Timing:
         return self.full_depth_s(tokens) / (self.first_exit_s(tokens) + deeper)
 
     def predict(self, chars: int, windows: int = 1) -> float:
-        """Predicted seconds at full depth of a text with this many characters, in at most `windows` windows.
+        """Predicted seconds to tokenize a text with this many characters and run it to full depth.
 
-        All windows are assumed to run, and long texts to tokenize at the slowest measured rate. For short texts, which
-        run in groups, that rate would be a large overestimate.
+        windows: maximum number of windows; all are assumed to run. Long texts are assumed to be tokenized at the
+        slowest measured rate. For short texts, which run in groups, that rate would be a large overestimate.
         """
         tokens = tokens_of(chars)
         if windows > 1 and tokens > self._most:

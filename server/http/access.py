@@ -44,9 +44,10 @@ class Keys:
 
     @classmethod
     def read(cls, text: str, where: str) -> "Keys":
-        """Keys from lines of `name key` or `name sha256:digest`, with comments after #. Raises ValueError.
+        """Keys from lines of `name key` or `name sha256:digest`, with comments after #.
 
-        where: source of the lines, for messages, which never show a key.
+        where: source of the lines, for messages, which never show a key. Raises ValueError for an invalid line, and if
+        there is no key or more than MAX_KEYS.
         """
         digests: dict[str, bytes] = {}
         for number, line in enumerate(text.splitlines(), 1):
@@ -75,7 +76,10 @@ class Keys:
 
     @classmethod
     def from_file(cls, path: Path) -> "Keys":
-        """Keys from a file with lines as for read(); raises ValueError or OSError."""
+        """Keys from a file with lines as for read(); raises ValueError as read() does, or OSError.
+
+        Also raises ValueError if the file has more than MAX_FILE_BYTES or is not text.
+        """
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
         return cls.read(path.read_text(), str(path))
@@ -90,7 +94,7 @@ class Keys:
         return not set(self._digests.values()).isdisjoint(others._digests.values())
 
     def owner(self, scope: Scope) -> str:
-        """The owner of the key in `Authorization: Bearer KEY`; raises RequestError."""
+        """The owner of the key in `Authorization: Bearer KEY`; raises RequestError if it is missing or unknown."""
         for header, value in scope["headers"]:
             if header == b"authorization":
                 scheme, _, key = value.partition(b" ")
@@ -108,10 +112,19 @@ class Keys:
 
 
 class Access:
-    """Authorization. Without user keys, any client may classify; without admin keys, none may change the models."""
+    """Authorization. Without user keys, any client may classify; without admin keys, none may change the models.
+
+    Attributes:
+        users, admins: the user keys and the admin keys; None if there are none.
+        limit: the rate limit of the user keys; None if there is none.
+    """
 
     def __init__(self, settings: Settings, leases: Leases | None = None) -> None:
-        """leases: rate limits kept for all processes; None: kept here. Raises ValueError for invalid keys or rates."""
+        """leases: the rate limits of all processes, kept by the supervisor; None: they are kept here.
+
+        Raises ValueError for keys that are invalid or cannot be read, for a key of both a user and an admin, and for a
+        rate limit that is invalid or has no user keys.
+        """
         self.users = _keys(settings.api_keys, settings.api_keys_file, "DE3_API_KEYS")
         self.admins = _keys(settings.admin_keys, settings.admin_keys_file, "DE3_ADMIN_KEYS")
         if self.users is not None and self.admins is not None and self.users.shares_with(self.admins):
@@ -131,7 +144,10 @@ class Access:
         }
 
     def user(self, scope: Scope) -> str:
-        """The owner of a classification request's key; empty if no key is needed. Raises RequestError."""
+        """The owner of a classification request's key; empty if no key is needed.
+
+        Raises RequestError if a key is needed and is missing or unknown.
+        """
         return "" if self.users is None else self.users.owner(scope)
 
     def _check_reader(self, scope: Scope) -> None:
@@ -148,11 +164,12 @@ class Access:
         return Charge(self.limit, owner)
 
     def check(self, path: str, scope: Scope) -> bool:
-        """Authorize a request that does not classify; true if it needed an admin's key. Raises RequestError.
+        """Authorize a request that does not classify; True if it needed an admin's key.
 
         Health, readiness, metrics, the web page and the documentation are open. On every other path, a server with
-        keys requires one: an admin's key to change anything, a user's or an admin's key to read. This includes unknown
-        paths, so that no route is open by mistake.
+        admin keys requires one to change anything, and a server with user keys requires a user's or an admin's key to
+        read. This includes unknown paths, so that no route is open by mistake. Raises RequestError if the key is
+        missing, unknown or not sufficient.
         """
         if _OPEN.fullmatch(path):
             return False
@@ -269,8 +286,8 @@ class RateLimit:
         """Count at least this many texts of an owner, for a process that needs them; returns the number counted.
 
         The number may be larger than `texts`, so that the process need not ask again for its next requests. The
-        processes together may lease half of what the limit allows in LEASE_S in advance, each an equal part. Raises
-        RequestError if not even `texts` fit.
+        processes together may lease half of the texts that the limit allows in LEASE_S in advance, each an equal part.
+        Raises RequestError if the limit does not permit `texts` more.
         """
         per_second = self._rate.amount / self._rate.get_expiry()
         block = max(texts, int(per_second * LEASE_S / (2 * self._processes)))

@@ -52,7 +52,7 @@ class Unload(BaseModel):
 
 
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
-    """Add the routes to an application."""
+    """Add the routes to an application. dependencies: FastAPI dependencies of each route."""
     change = service.shared.change
     errors: dict[int | str, dict[str, Any]] = {
         400: error(400, "the body is not JSON"),
@@ -81,7 +81,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
 
     @app.post("/v1/models/{name}/audit/reset", **common)
     async def reset_audit(name: NameOrVersion) -> dict[str, Any]:
-        """Discard the audit results; with a guarantee, every text runs to full depth again at first."""
+        """Discard the audit results; with a guarantee, requests without exit options run to full depth at first."""
         service.check_open()
         served = service.models.current(name)
         return {"model": served.model.full_name, "tau": await service.audits.reset(served)}

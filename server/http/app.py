@@ -162,7 +162,7 @@ def _is_own_name(allowed: Collection[str], header: bytes) -> bool:
 
 
 def _same_origin(scope: Scope, allowed: Sequence[str]) -> bool:
-    """True unless a web page of another origin, which is not in `allowed`, sent the request.
+    """True unless the request was sent by a web page of another origin that is not in `allowed`.
 
     Browsers send the origin of the page; other clients need not send one.
     """
@@ -200,7 +200,7 @@ def _with_headers(send: Send, scope: Scope) -> Send:
 
 
 def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
-    """Every route except those of PROTOCOLS; /classify is here for the documentation only."""
+    """The application with every route except those of PROTOCOLS; it has /classify for the documentation only."""
     service = frontend.service
 
     @asynccontextmanager

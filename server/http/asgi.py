@@ -61,7 +61,7 @@ class AsgiRequest:
         return {"type": "http.disconnect"}
 
     def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        """Write a whole response, whose headers include its length; cheaper than two calls of send()."""
+        """Write a whole response, whose headers include its length; cheaper than two calls to send()."""
         connection = self._connection
         self._over = True
         if connection.is_gone:
@@ -72,9 +72,9 @@ class AsgiRequest:
         connection.responded()
 
     async def send(self, message: Message) -> None:
-        """Write a part of the response, and wait while the client does not read.
+        """Write a part of the response; unless it is the last, wait until the client has caught up.
 
-        The head is kept, and written together with the first part of the body.
+        The head is held back and written with the first part of the body.
         """
         connection = self._connection
         if message["type"] == "http.response.start":

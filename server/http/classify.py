@@ -35,7 +35,7 @@ class Classification(Request):
     """A request in this protocol, with the options for its response.
 
     Attributes:
-        id: set by the client, for the id of the response; None: the request id.
+        id: the client's `request_id`, for the id of the response; None: the server's request id.
         raw: respond with logits instead of probabilities.
         top_k: number of labels to list as `top`, the most probable first; 0: none.
     """
@@ -58,12 +58,15 @@ def _texts(value: Any) -> list[Text]:
 
 
 def text_of(value: Any, where: str) -> Text:
-    """The text or pair in a JSON value; raises ValueError. where: position of the value, for the message."""
+    """The text or pair in a JSON value; raises ValueError for any other value, and for a blank text.
+
+    where: position of the value, for the message.
+    """
     if not isinstance(value, dict):
         return Text(checked_text(value, where, "a text, or an object with text and text_pair"))
     if len(value) != 2 or "text" not in value or "text_pair" not in value:
         missing = [key for key in ("text", "text_pair") if key not in value]
-        surplus = sorted({*islice(value, 6)} - {"text", "text_pair"})  # of perhaps 100,000
+        surplus = sorted({*islice(value, 6)} - {"text", "text_pair"})  # the first few of perhaps 100,000
         problem = f"{' and '.join(missing)} missing" if missing else f"unknown field {surplus[0][:100]!r}"
         raise ValueError(f"{where}: an object must have exactly text and text_pair: {problem}")
     return Text(
@@ -161,14 +164,14 @@ class ClassifyRequest(ClassifyFields):
     mm_processor_kwargs: Any = Field(None, description="accepted and ignored")
 
 
-DISPLAY_LAM = 1.0  # λ of the reported EDR if the signal has no λ
+DISPLAY_LAM = 1.0  # λ of the reported EDR if the signal has no λ, or λ = 0
 EXAMPLE = '{"input": "a text"}'
 COMMON_FIELDS = frozenset(known_fields(ClassifyFields))
 IGNORED = frozenset({"user", "rid", "priority", "padding", "cache_salt", "mm_processor_kwargs"})
 
 
 def parse(call: Call) -> Request:
-    """The request in a call; raises RequestError if it is not JSON or has an invalid value."""
+    """The request in a call; raises RequestError if its body is not JSON or is invalid."""
     value = load_json(call.body)
     if isinstance(value, dict):
         text = value.get("input")

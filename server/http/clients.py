@@ -15,7 +15,7 @@ class Clients:
     """
 
     def __init__(self, trusted: list[str]) -> None:
-        """trusted: networks of trusted proxies, such as 10.0.0.0/8. Raises ValueError."""
+        """trusted: networks of trusted proxies, such as 10.0.0.0/8. Raises ValueError for an invalid network."""
         try:
             self._trusted = [ip_network(network) for network in trusted]
         except ValueError as error:
@@ -23,7 +23,10 @@ class Clients:
         self._name = lru_cache(4096)(self._find_name)
 
     def name(self, scope: Scope) -> str:
-        """The client's address or network; empty if the connection has no address, as behind Ray."""
+        """The client's address or network.
+
+        Empty if the connection has no address, as behind Ray; "unknown" if the address is not an IP address.
+        """
         peer = scope.get("client")
         if not peer:
             return ""

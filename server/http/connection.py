@@ -1,9 +1,9 @@
 """HTTP/1.1 for one client, with limits: the protocol that uvicorn creates for each connection.
 
-One request at a time: pipelined requests stay unparsed until the previous response is written and read. The
-application starts when a request is complete, so an unfinished body occupies a connection and nothing else.
-Every part of a request is limited in bytes and in time. If a request cannot be read to its end, the
-connection is closed after the response.
+It handles one request at a time: pipelined requests stay unparsed until the previous response is written and read. The
+application starts when a request is complete or refused, so an unfinished body occupies only a connection and the
+memory of the part received. Every part of a request is limited in bytes and in time. If a request cannot be read to its
+end, the connection is closed after the response.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """The arguments after `handle` are those that uvicorn passes."""
+        """handle: answers a request; see Handler. The arguments after it are those that uvicorn passes."""
         super().__init__(_loop or asyncio.get_running_loop())
         self._listener, self._handle, self._root_path = listener, handle, config.root_path
         self._server_state, self._app_state = server_state, app_state
@@ -209,7 +209,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._close()
 
     def _close(self) -> None:
-        """Close after sending what was written; abort if that takes too long."""
+        """Close once the written data have been sent; abort if that takes too long."""
         self.deadline = inf
         self.write_deadline = min(self.write_deadline, monotonic() + WRITE_TIMEOUT_S)
         self._transport.close()
@@ -264,7 +264,10 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._refuse(400, f"not a well-formed HTTP/1.1 request: {reason}")
 
     def _begin(self) -> None:
-        """Wait for the body, or start the handler if none is needed. Raises ValueError or HttpParserError."""
+        """Wait for the body, or start the handler if none is needed.
+
+        Raises ValueError or HttpParserError for an invalid head.
+        """
         parser = self._parser
         if parser.version not in ("1.0", "1.1"):
             raise ValueError(f"HTTP/{parser.version[:8]} is not supported")
@@ -317,7 +320,11 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _read_body(self) -> None:
-        """Parse the received part of a body. Raises RequestError, ValueError or HttpParserError."""
+        """Parse the received part of a body.
+
+        Raises RequestError if it is too large or would exceed the limit on bytes in flight, and ValueError or
+        HttpParserError if it is malformed.
+        """
         parser, received = self._parser, len(self._parser.data)
         size = parser.parse_body()
         if parser.size > self._listener.max_body_bytes:
@@ -334,7 +341,10 @@ class Connection(BaseConnection, asyncio.Protocol):
         return RequestError(f"the body is larger than {limit} bytes, the limit", cause="too_large")
 
     def _count_body(self, size: int) -> None:
-        """Count bytes of a body as in flight; raises RequestError."""
+        """Count bytes of a body as in flight, if necessary in place of another client's unfinished body.
+
+        Raises RequestError if they exceed the client's share or the limit.
+        """
         if not size:
             return
         shares = self._listener.gate.bytes_in_flight
@@ -396,7 +406,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._transport.write(data)
 
     async def drain(self) -> None:
-        """Wait while the client does not read."""
+        """Wait until the client has caught up, if too many bytes are unread."""
         if self._resumed is not None:
             await self._resumed.wait()
 

@@ -46,7 +46,8 @@ class ContentsRequest(Request):
     def check(self, manifest: Manifest) -> None:
         """Set the windows, the safe label and the flag for a model.
 
-        Raises RequestError for a regression model, a label that the model does not have, and too long a response.
+        Raises RequestError for a regression model, for a safe label that the model does not have, and if the response
+        could be too long.
         """
         name, labels, params = f"{manifest.name}:{manifest.version}", manifest.labels, "detector_params"
         if manifest.tolerance is not None:
@@ -97,7 +98,7 @@ class ContentsFields(BaseModel):
 
 
 def parse(call: Call) -> ContentsRequest:
-    """The request in a call; raises RequestError."""
+    """The request in a call; raises RequestError if it is invalid."""
     value = load_json(call.body)
     if isinstance(value, dict):
         check_count(value.get("contents"), "contents", call.max_texts)

@@ -76,7 +76,10 @@ async def _answer(
 
 
 async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, route: Route) -> Job:
-    """Read, parse and run a request; returns the finished job. Raises RequestError or ClientDisconnect."""
+    """Read, parse and run a request; returns the finished job.
+
+    Raises RequestError if it cannot be answered, and ClientDisconnect if the client is gone.
+    """
     service, scope, protocol = frontend.service, exchange.scope, route.protocol
     service.check_open()
     exchange.owner = frontend.access.user(scope)
@@ -109,7 +112,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
 async def _parse_in_turn(
     call: Call, client: str, exchange: Exchange, frontend: Frontend, protocol: Protocol
 ) -> Request:
-    """Parse a large body when its turn comes; raises RequestError."""
+    """Parse a large body when its turn comes; raises RequestError if it is invalid or the request times out."""
     timeout_s = frontend.service.settings.timeout_s
     left_s = exchange.started + timeout_s - perf_counter()
     try:

@@ -1,4 +1,7 @@
-"""Errors as HTTP clients see them: {"error": {"message", "type", "param", "code"}}."""
+"""HTTP errors: the status of each cause, which is the same in every protocol, and the body in OpenAI's format.
+
+The body is {"error": {"message", "type", "param", "code"}}; a protocol may replace it.
+"""
 
 import orjson
 from starlette.responses import Response
@@ -66,7 +69,10 @@ def plain_response(status: int, message: str) -> Response:
 
 
 def response(error: RequestError, request_id: str | None = None, content: bytes | None = None) -> Response:
-    """The HTTP response to a failed request. content: the body; None: in OpenAI's format."""
+    """The HTTP response to a failed request.
+
+    request_id: for the X-Request-ID header; None: no such header. content: the body; None: in OpenAI's format.
+    """
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if error.cause == "no_key":
         headers["WWW-Authenticate"] = "Bearer"

@@ -133,7 +133,7 @@ Fields = TypeVar("Fields", bound=BaseModel)
 
 
 def load_json(body: bytes) -> Any:
-    """The JSON of a body; raises RequestError."""
+    """The JSON value of a body; raises RequestError if it is not JSON in UTF-8 or has too many brackets."""
     if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
         raise RequestError(f"the body has more than {MAX_BRACKETS} opening brackets, the limit")
     collects = len(body) > LARGE_BODY_BYTES and gc.isenabled()
@@ -149,7 +149,9 @@ def load_json(body: bytes) -> Any:
 
 
 def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
-    """The fields of a JSON value; raises RequestError. example: a valid object, for messages.
+    """The validated fields of a JSON value; raises RequestError for an unknown field or an invalid value.
+
+    kind: class of the fields. example: a valid object, for messages.
 
     Unknown fields are checked first: pydantic's errors for 100,000 of them would take a quarter of a second.
     """
@@ -179,9 +181,9 @@ def check_count(texts: Any, field: str, most: int) -> None:
 
 
 def one_or_more(value: Any, text_of: Callable[[Any, str], Text]) -> list[Text]:
-    """The texts of a field that is one text or a list of them; raises ValueError.
+    """The texts of a field that is one text or a list of them; raises ValueError for an empty list.
 
-    text_of: converts a value to a text, given its position in the field for messages.
+    text_of: converts a value to a text, given its position in the field for messages; may raise ValueError.
     """
     if not isinstance(value, list):
         return [text_of(value, "")]
@@ -191,7 +193,7 @@ def one_or_more(value: Any, text_of: Callable[[Any, str], Text]) -> list[Text]:
 
 
 def checked_text(value: Any, where: str, expected: str = "a text") -> str:
-    """The value, if it is a non-empty text; raises ValueError.
+    """The value if it is a text that is not blank; otherwise raises ValueError.
 
     where, expected: position of the value in the field, and a description of valid values, for the message.
     """

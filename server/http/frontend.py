@@ -89,11 +89,14 @@ class Frontend:
         return self.client(scope, self.access.user(scope))
 
     def client(self, scope: Scope, owner: str) -> str:
-        """Fair-share key: the owner of the API key, else the address."""
+        """Fair-share key of a request: the owner of its API key, or else the client's address or IPv6 network.
+
+        owner: empty if the request has no key.
+        """
         return f"key {owner}" if owner else self._clients.name(scope)
 
     def address(self, peer: tuple[str, int] | None) -> str:
-        """The address, or the IPv6 network, of a connection's peer."""
+        """The address, or the IPv6 network, of a connection's peer; empty if it has no address."""
         return self._clients.name({"client": peer, "headers": []})
 
     def sheds(self, scope: Scope) -> bool:
@@ -122,9 +125,9 @@ class Frontend:
         self.report(exchange)
 
     def refuse(self, error: RequestError, scope: Scope) -> Response:
-        """Count a refused request; returns the response, in the error format of the path's protocol.
+        """Count a refused or failed request; returns the response, in the error format of the path's protocol.
 
-        Not for classification requests: endpoint.py counts them.
+        Not for the requests that endpoint.py answers, which it counts itself.
         """
         self.service.metrics.rejected.labels(error.cause).inc()
         protocol = self._by_first_part.get(route_path(scope)[1:].partition("/")[0])
@@ -135,7 +138,7 @@ class Frontend:
         self.service.metrics.rejected.labels("malformed").inc()
 
     def abandoned(self, scope: Scope) -> None:
-        """Count and log a complete request whose client left before its turn."""
+        """Count a request whose client left before its handler started; report it if it is a classification request."""
         route, ended = self.route(scope), perf_counter()
         if route is None:
             self.service.metrics.rejected.labels("client_gone").inc()

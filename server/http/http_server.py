@@ -1,4 +1,4 @@
-"""The HTTP server of one process: uvicorn, with our protocol and limits."""
+"""The HTTP server of one process: uvicorn, with our own HTTP/1.1 protocol class and limits."""
 
 import asyncio
 import resource
@@ -35,7 +35,7 @@ class HttpServer(uvicorn.Server):
         self._service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to listen.
+        """Start listening.
 
         libuv accepts one connection per socket in each iteration of the event loop, which is too few when iterations
         are long. So each socket is duplicated, and the event loop watches ACCEPTS copies.
@@ -63,9 +63,10 @@ def uvicorn_config(
     protocols: Mapping[str, Protocol] = PROTOCOLS,
     on_closed: Callable[[], None] = lambda: None,
 ) -> uvicorn.Config:
-    """uvicorn's configuration for a service.
+    """uvicorn's configuration for a service; raises ValueError for a setting that cannot be met.
 
-    on_failure: called if the models cannot be loaded or the engine fails. on_closed: called for each closed connection.
+    on_failure: called if the models cannot be loaded or the engine fails. protocols: by path. on_closed: called for
+    each closed connection.
     """
     settings, frontend = service.settings, Frontend(service, protocols)
     app = create_app(frontend, on_failure)
@@ -88,7 +89,10 @@ def uvicorn_config(
 
 
 def max_connections() -> int:
-    """Maximum number of connections: the process's limit on open files minus OTHER_FILES, at most MAX_CONNECTIONS."""
+    """Maximum number of connections: the limit on open files minus OTHER_FILES, at most MAX_CONNECTIONS.
+
+    The process's limit on open files is first raised as far as the system permits.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with suppress(ValueError, OSError):  # the system may have a lower limit

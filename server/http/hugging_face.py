@@ -83,12 +83,12 @@ class TaskFields(BaseModel):
 
 
 def parse(call: Call) -> Request:
-    """The request in a call; raises RequestError."""
+    """The request in a call; raises RequestError if it is invalid."""
     return request_of(load_json(call.body), call.max_texts)
 
 
 def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskRequest:
-    """The request in a parsed body; raises RequestError.
+    """The request in a parsed body; raises RequestError if it is invalid or has more than `max_texts` texts.
 
     nests_one: respond with a list of lists even to a single text.
     """

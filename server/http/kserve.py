@@ -1,6 +1,6 @@
 """KServe's protocol, version 1: POST /v1/models/{model}:predict.
 
-The response is that of KServe's Hugging Face server when it returns probabilities.
+The response has the format of KServe's Hugging Face server when that returns probabilities.
 """
 
 from typing import Annotated, Any, ClassVar
@@ -38,7 +38,7 @@ class PredictFields(BaseModel):
 
 
 def parse(call: Call) -> PredictRequest:
-    """The request in a call; raises RequestError."""
+    """The request in a call; raises RequestError if it is invalid."""
     value = load_json(call.body)
     if isinstance(value, dict):
         check_count(value.get("instances"), "instances", call.max_texts)

@@ -1,4 +1,4 @@
-"""Limits that all connections of a server share: their number, and the bytes that they read and buffer."""
+"""Limits that all connections of a process share: their number, and the bytes that they read and buffer."""
 
 import asyncio
 import random
@@ -28,7 +28,7 @@ READ_TURNS = (
 )
 
 
-# A connection awaits a head, a body, the application's response, or the client's close.
+# States of a connection, which awaits a head, a body, the application's response, or the client's close.
 HEAD, BODY, RESPONSE, LINGER = range(4)
 
 
@@ -44,13 +44,13 @@ class Gate(Protocol):
         """
 
     def address(self, peer: tuple[str, int] | None) -> str:
-        """The address, or the IPv6 network, of a connection's peer."""
+        """The address, or the IPv6 network, of a connection's peer; empty if it has no address."""
 
     def malformed(self) -> None:
         """Count a request that is not HTTP."""
 
     def abandoned(self, scope: Scope) -> None:
-        """Count and log a complete request whose client left before its turn."""
+        """Count a request whose client left before its handler started; report it if it is a classification request."""
 
     def dropped(self, reason: str) -> None:
         """Count a connection that was closed to keep a limit. reason: the limit, as a metric label."""
@@ -98,7 +98,7 @@ class BaseConnection(ABC):
 
 
 class Listener:
-    """Limits that all connections of a server share.
+    """Limits that all connections of a process share.
 
     Attributes:
         connections: the open connections.
@@ -126,7 +126,10 @@ class Listener:
         self._pipelined_at = 0.0  # when the next pipelined request may be answered
 
     def opened(self, connection: BaseConnection) -> None:
-        """Count a new connection; evict one if the network has more than MAX_NETWORK_RATIO connections per free one."""
+        """Count a new connection.
+
+        If its network then has more than MAX_NETWORK_RATIO connections for each one that is still free, evict one.
+        """
         self.connections.add(connection)
         self._grow_older(connection, READ_TURNS)
         self._per_network[connection.network] += 1
@@ -216,7 +219,7 @@ class Listener:
         return len(self._paused)
 
     def make_room(self, client: str) -> bool:
-        """Refuse another client's unfinished body to make room for a client within its share; False if there is none.
+        """Refuse another client's unfinished body to make room for a client within its share; False if none has one.
 
         The refused body is the largest one of the client with the most bytes in flight.
         """

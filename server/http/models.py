@@ -19,7 +19,7 @@ from de3.server.service import Service
 
 
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
-    """Add the routes to an application."""
+    """Add the routes to an application. dependencies: FastAPI dependencies of each route."""
     reporting: WeakKeyDictionary[Auditor, SharedRun[dict[str, Any]]] = WeakKeyDictionary()
     calibrations: dict[str, tuple[Manifest, bytes]] = {}  # only the last one requested, as each takes 170 KB
 

@@ -59,7 +59,7 @@ class ModerationFields(OptionFields):
 
 
 def parse(call: Call) -> ModerationRequest:
-    """The request in a call; raises RequestError."""
+    """The request in a call; raises RequestError if it is invalid."""
     value = load_json(call.body)
     if isinstance(value, dict):
         check_count(value.get("input"), "input", call.max_texts)

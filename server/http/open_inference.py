@@ -100,7 +100,7 @@ class InferFields(BaseModel):
 
 
 def parse(call: Call) -> InferRequest:
-    """The request in a call; raises RequestError."""
+    """The request in a call; raises RequestError if it is invalid."""
     head, binary = _split(call)
     fields = check_fields(InferFields, load_json(head), EXAMPLE)
     parameters = check_fields(Parameters, fields.parameters, '{"tau": 0.1}')
@@ -136,7 +136,10 @@ def parse(call: Call) -> InferRequest:
 
 
 def _split(call: Call) -> tuple[bytes, bytes]:
-    """The JSON of a body, and the binary tensors after it; raises RequestError."""
+    """The JSON of a body, and the binary tensors after it.
+
+    Raises RequestError if the length in the header Inference-Header-Content-Length does not fit the body.
+    """
     for name, value in call.headers:
         if name == HEADER_LENGTH:
             if not value.isdigit() or len(value) > 18 or int(value) > len(call.body):
@@ -170,7 +173,11 @@ def _strings(tensor: Tensor, most: int) -> list[str]:
 
 
 def _decode(data: bytes, tensor: Tensor, most: int) -> list[str]:
-    """The strings of a binary BYTES tensor, each preceded by its length in bytes (4 bytes, little-endian)."""
+    """The strings of a binary BYTES tensor, where each is preceded by its length in bytes, a little-endian uint32.
+
+    Raises RequestError if the data do not fit the shape, if there are more than `most` strings, or if a string is blank
+    or not UTF-8.
+    """
     texts: list[str] = []
     at = 0
     for i in range(_count(tensor, most)):
@@ -227,7 +234,10 @@ def error(problem: RequestError) -> bytes:
 
 
 def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
-    """Add the routes for health, readiness and metadata."""
+    """Add the routes for health, readiness and metadata.
+
+    common: further arguments of the decorators, except for the health and readiness of the server.
+    """
     tags: Any = {"tags": ["Open Inference Protocol"], **common}
 
     @app.get("/v2", **tags)

@@ -175,7 +175,7 @@ class TextEmbeddingsError(BaseModel):
     error_type: str
 
 
-# By the first part of the path; other paths have ErrorResponse.
+# Schemas of error bodies by the first part of the path; the errors of other paths are ErrorResponse.
 ERRORS: dict[str, type[BaseModel]] = {"v2": OpenInferenceError, "info": TextEmbeddingsError}
 
 

@@ -11,8 +11,10 @@ from httptools import HttpRequestParser
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 100
-MAX_FRAMING_BYTES = 64 * 1024  # of a chunked body: sizes, extensions and trailers
-MIN_CHUNK_BYTES = 64  # on average, after the first MAX_SMALL_CHUNKS
+MAX_FRAMING_BYTES = 64 * 1024  # of a chunked body, beyond its size: chunk sizes, extensions and trailers
+# Minimum mean size of the chunks after the first MAX_SMALL_CHUNKS. Each call to llhttp also counts as this many bytes
+# of framing.
+MIN_CHUNK_BYTES = 64
 MAX_SMALL_CHUNKS = 1024
 # Upgrades are not supported: the header is ignored.
 _UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
@@ -29,7 +31,7 @@ class RequestParser:
         data: received bytes that are not yet parsed.
         method, url, version, headers: of the current request; header names are in lower case.
         keep_alive: the client may send another request on this connection.
-        host, hosts: the last Host header, and the number of them.
+        host, hosts: the last Host header, and the number of Host headers.
         length: length of the body by Content-Length; -1 without that header.
         expects_continue: the client waits for 100 Continue before it sends the body.
         size: bytes of the body so far.
@@ -84,7 +86,7 @@ class RequestParser:
         return True
 
     def parse_body(self) -> int:
-        """Parse the received part of the body; returns its size in bytes."""
+        """Parse the received part of the body; returns the number of body bytes in it."""
         before = self.size
         if self.length >= 0:
             left = self.length - before

@@ -10,7 +10,10 @@ log = logging.getLogger("de3.requests")
 
 
 class RequestLog:
-    """Logs a line for each request; the texts, which are user data, only if `with_texts` is set."""
+    """Logs a line for each request; the texts, which are user data, only if `with_texts` is set.
+
+    style: see logs.configure.
+    """
 
     def __init__(self, style: str, with_texts: bool) -> None:
         self._style, self._with_texts = style, with_texts

@@ -123,7 +123,7 @@ class RerankFields(OptionFields):
 
 
 def parse(call: Call) -> RerankRequest:
-    """The request in a call to /rerank; raises RequestError."""
+    """The request in a call to /rerank; raises RequestError if it is invalid."""
     value = load_json(call.body)
     if isinstance(value, dict) and "texts" in value:
         check_count(value["texts"], "texts", call.max_texts)
@@ -132,7 +132,7 @@ def parse(call: Call) -> RerankRequest:
 
 
 def parse_jina(call: Call) -> RerankRequest:
-    """The request in a call to /v1/rerank or /v2/rerank; raises RequestError."""
+    """The request in a call to /v1/rerank or /v2/rerank; raises RequestError if it is invalid."""
     return _of_jina(load_json(call.body), call.max_texts)
 
 

@@ -40,7 +40,7 @@ class LogitsFields(OptionFields):
 
 
 def request_of(value: dict[str, Any], max_texts: int) -> LogitsRequest:
-    """The request in a JSON object; raises RequestError."""
+    """The request in a JSON object; raises RequestError if it is invalid or has more than `max_texts` texts."""
     value.pop("rid", None)
     check_count(value["text"], "text", max_texts)
     fields = check_fields(LogitsFields, value, '{"text": "a text"}')

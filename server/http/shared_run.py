@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class SharedRun(Generic[T]):
-    """Runs a coroutine once for all concurrent requests; it continues even if they are cancelled."""
+    """Runs a coroutine once for all concurrent requests; the run continues even if they are cancelled."""
 
     def __init__(self, what: str, most: int = MAX_WAITING) -> None:
         """what: name of the result, for the error if more than `most` requests wait."""

@@ -67,7 +67,7 @@ class PredictFields(OptionFields):
 
 
 def parse(call: Call) -> PredictRequest:
-    """The request in a call; raises RequestError."""
+    """The request in a call; raises RequestError if it is invalid."""
     value = load_json(call.body)
     if isinstance(value, dict):
         inputs = value.get("inputs")
@@ -104,11 +104,11 @@ def error(problem: RequestError) -> bytes:
 
 
 def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
-    """Add the route GET /info."""
+    """Add the route GET /info. common: further arguments of its decorator."""
 
     @app.get("/info", tags=["Text Embeddings Inference"], **common)
     async def info() -> dict[str, Any]:
-        """The default model, in the format of Text Embeddings Inference."""
+        """The default model and the server's limits, in the format of Text Embeddings Inference."""
         manifest, settings = service.default_manifest(), service.settings
         ids = {str(k): label for k, label in enumerate(manifest.labels)}
         return {

@@ -11,8 +11,8 @@ class Turns:
     """Starts up to AT_ONCE requests in each iteration of the event loop.
 
     Further requests wait for the next iterations, in which the networks take turns. So a thousand connections of one
-    network that send without pause delay another client by a few iterations only. A request that is alone starts at
-    once.
+    network that send without pause delay a client in another network by only a few iterations. A request that is alone
+    starts at once.
     """
 
     def __init__(self) -> None:

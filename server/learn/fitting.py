@@ -33,7 +33,10 @@ def memory_limit(model_bytes: int, record_bytes: int) -> int:
 
 
 async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
-    """Run a fit; returns its result. job: a de3.export.learn.Job. Raises FitError."""
+    """Run a fit; returns the result of de3.export.learn.learn. job: the fields of a de3.export.learn.Job.
+
+    Raises FitError if the fit fails or exceeds a limit.
+    """
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     process = await asyncio.create_subprocess_exec(
         # -P: import no modules from the working directory.
@@ -88,7 +91,7 @@ async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> 
 
 
 def _times(pid: int) -> tuple[int, int]:
-    """CPU time of the machine so far, and the part of it that processes other than `pid` used, in ticks."""
+    """CPU time of the machine so far, and the part that processes other than `pid` used, in ticks; 0, 0 if unknown."""
     try:
         fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         own = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -38,9 +38,10 @@ class Result(BaseModel):
         records, held_out: number of records, and number of those that tested the exits.
         speedup: speed-up in layers at the best τ in hindsight, on the held-out records.
         proved_speedup: speed-up in layers at the τ that these records prove.
-        served_speedup: speed-up in layers, at the best τ in hindsight, of the version then served, by its audits.
+        served_speedup: speed-up in layers, at the best τ in hindsight, of the version that the fit had to beat.
+            The three speed-ups are None if the fit failed.
         seconds: duration of the fit.
-        error: reason for a failure.
+        error: reason for a failure; None otherwise.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -109,7 +110,7 @@ class LearnFolder:
         return self.path / f"{name}-{base[:12]}.json"
 
     def journal(self, name: str, base: str) -> Journal:
-        """A model's journal; a new one if there is none for this base, or if it is unusable."""
+        """A model's journal; a new one if there is none for this base, or if it is unusable and thus set aside."""
         path, journal = self._journal_path(name, base), Journal.model_validate({"base": base})
         try:
             journal = Journal.model_validate_json(read_regular_file(path, MAX_BYTES))
@@ -126,7 +127,7 @@ class LearnFolder:
         return journal
 
     def _attempts(self, name: str, base: str) -> Iterator[int]:
-        """The attempt numbers of the learned versions on disk that have this base."""
+        """Yield 0, and the attempt numbers of the learned versions on disk that have this base."""
         yield 0
         for version in self.versions(name):
             with suppress(StoreError):
@@ -149,7 +150,7 @@ class LearnFolder:
             new.replace(path)
 
     def records(self, name: str, base: str) -> Records | None:
-        """The saved records of a model; None without any. A damaged file is set aside."""
+        """The saved records of a model; None if there are none, or if the file is damaged, which is then set aside."""
         path = self.records_path(name, base)
         try:
             return read_records(path, MAX_FILE_BYTES)

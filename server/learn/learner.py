@@ -76,7 +76,7 @@ class Learner:
         self.next_fit = FIRST_FIT
 
     def serve(self, artifact: Artifact) -> None:
-        """Note the current version."""
+        """Record the current version."""
         self.artifact, version = artifact, artifact.manifest.version
         if version <= LEARNED_FROM:
             self.journal.origin = version
@@ -99,7 +99,7 @@ class Learner:
         self.resume()
 
     def add(self, record: Record) -> None:
-        """Keep a record, perhaps in place of another."""
+        """Keep a record, perhaps in place of another; it is discarded if MAX_WAITING records are already held back."""
         self.count += 1
         if self._waiting is None:
             self.reservoir.add(record)
@@ -117,7 +117,7 @@ class Learner:
             self.reservoir.add(record)
 
     def observe(self, served: InService) -> None:
-        """Note the version in service. If its evidence was reset, the next fit needs new records."""
+        """Record the version in service. If its evidence was reset, the next fit needs new records."""
         version, changes = self._changes
         if served.version == version and served.num_resets > changes:
             self.journal.first_new = int(self.reservoir.texts) + 1
@@ -153,7 +153,7 @@ class Learner:
         self._folder.write(self.name, self.journal, records)
 
     def begin(self) -> int:
-        """Note that a fit starts; returns its number."""
+        """Record the start of a fit; returns its attempt number."""
         self.phase, self.is_asked = "fitting", False
         while self.next_fit <= self.count:
             self.next_fit = int(GROWTH * self.next_fit)
@@ -161,7 +161,7 @@ class Learner:
         return self.journal.attempts
 
     def end(self, result: Result) -> None:
-        """Note that a fit has ended, and its result."""
+        """Record the end of a fit, and its result."""
         self.phase = "recording"
         self.journal.results = [*self.journal.results, result][-MAX_RESULTS:]
         self._is_changed = True
@@ -212,7 +212,11 @@ def sentence(result: Result) -> str:
 
 
 def result_of(attempt: int, found: dict[str, Any], version: int | None, is_outdated: bool = False) -> Result:
-    """The result of a fit that ran. found: see run_fit. version: number of the new version; None: it is not served."""
+    """The result of a fit that ran.
+
+    found: see run_fit. version: number of the new version; None: it is not served. is_outdated: it is not served
+    because the traffic or the models changed meanwhile.
+    """
     names = ("records", "held_out", "speedup", "proved_speedup", "served_speedup", "seconds")
     outcome: Outcome = "outdated" if is_outdated else "not_faster" if version is None else "served"
     numbers = {name: found[name] for name in names}

@@ -33,13 +33,13 @@ class Ledgers(Protocol):
         """The base of a served model, by name:version; None if it is not served."""
 
     def in_service(self, name: str, version: int) -> InService:
-        """The speed-ups of a served version, and the resets of its evidence; a speed-up of 1 if it is not served."""
+        """The performance of a served version; if it is not served, speed-ups of 1 and no resets."""
 
     def versions(self, name: str) -> set[int]:
         """The served versions of a model name."""
 
     def prepare(self, name: str, rows: Sequence[HeldOut]) -> None:
-        """Set the held-out evidence with which a learned version, about to be served as name:version, starts."""
+        """Set the held-out evidence of a learned version, name:version, that is about to be served."""
 
 
 class Learners:
@@ -52,7 +52,7 @@ class Learners:
         change: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
     ) -> None:
         """change: changes the served models, given the fields of a manager.Change. Raises ValueError if the state
-        folder cannot be written, or a package that fits need is not installed."""
+        folder is not set or cannot be written, or a package that fits need is not installed."""
         if settings.state_dir is None:
             raise ValueError("learn: needs state_dir here, a folder for the learned versions")
         check_can_fit()
@@ -71,11 +71,14 @@ class Learners:
         self.fits: dict[tuple[str, str], int] = {}  # by model and outcome
 
     def serve(self, artifact: Artifact) -> None:
-        """Note a version that is served, in any role."""
+        """Record that a version is served, in any role."""
         self._served[artifact.full_name] = artifact
 
     def note_current(self, versions: dict[str, int]) -> None:
-        """Note the current version of each served name. A name whose weights have changed gets a new learner."""
+        """Record the current version of each served name.
+
+        A name whose weights have changed gets a new learner; a name that is no longer served loses its learner.
+        """
         self._current = dict(versions)
         for name in [name for name in self._by_name if name not in versions]:
             self._gone.append(self._by_name.pop(name))
@@ -90,7 +93,7 @@ class Learners:
             learner.serve(artifact)
 
     def add(self, full_name: str, record: Record) -> None:
-        """Keep a record of the traffic of a served model, name:version."""
+        """Keep a record of the traffic of a served model, name:version, if it has the learner's weights."""
         learner = self._by_name.get(full_name.partition(":")[0])
         if learner is not None and self._ledgers.base(full_name) == learner.base:
             learner.add(record)
@@ -112,7 +115,10 @@ class Learners:
         return self.of(name).report()
 
     def ask(self, name: str) -> dict[str, Any]:
-        """Start a fit as soon as possible; returns the learner's state. Raises RequestError for too few records."""
+        """Start a fit as soon as possible; returns the learner's state.
+
+        Raises RequestError if the name is not served, or if there are too few records.
+        """
         learner = self.of(name)
         if learner.count < MIN_RECORDS:
             raise RequestError(
@@ -158,7 +164,10 @@ class Learners:
         return self._ledgers.in_service(learner.name, self._current.get(learner.name, 0))
 
     def _rival(self, learner: Learner) -> InService:
-        """The version that a fit has to beat: the latest learned version if it is faster, or else the current one."""
+        """The version that a fit has to beat.
+
+        This is the latest learned version if it is served and faster than the current version, else the current one.
+        """
         current, latest = self._in_service(learner), learner.journal.latest
         if latest is None or latest not in self._ledgers.versions(learner.name):
             return current

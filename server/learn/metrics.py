@@ -18,7 +18,7 @@ class LearnMetrics(Collector):
         self._learners = learners
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        """The metrics; a speed-up is 1 before the first fit."""
+        """The metrics; a speed-up is 1 until a fit has measured one."""
         gauge = partial(GaugeMetricFamily, labels=["model"])
         records = gauge("de3_learn_records", "Records of live traffic in memory, from which exits learn")
         next_fit = gauge(

@@ -16,8 +16,9 @@ OTHERS = "others"
 class Reservoir:
     """A weighted random sample of the records, in limited memory (Efraimidis & Spirakis, 2006).
 
-    A record's weight is the number of texts that it stands for, 1 / share. It doubles with every half_life texts, so
-    newer texts replace older ones. A client that has more than half of a full reservoir loses its own records first.
+    A record's weight is the number of texts that it stands for, 1 / share. The weights of later records double with
+    every half_life texts, so newer texts replace older ones. A client that has more than half of a full reservoir loses
+    its own records first.
 
     Attributes:
         texts: estimated number of texts so far; its value when a record is added is the number of that record.

@@ -1,4 +1,4 @@
-"""The audits of a server of several processes: one ledger for each model counts the texts that all of them settle."""
+"""The audits of a server of several processes: one ledger for each model counts the texts that all processes settle."""
 
 from collections.abc import Awaitable, Callable
 from statistics import mean
@@ -19,7 +19,12 @@ from de3.server.settings import Settings
 
 
 class SharedBooks:
-    """The ledgers and the audit log of all processes."""
+    """The ledgers, learners and audit log that all processes share.
+
+    Attributes:
+        ledgers: the ledgers of all served models.
+        learners: the learners of all served models; None unless the server learns.
+    """
 
     def __init__(
         self,
@@ -27,7 +32,11 @@ class SharedBooks:
         group: Group,
         change: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
     ) -> None:
-        """change: see Learners. Raises ValueError if the state folder or the log cannot be written."""
+        """change: see Learners.
+
+        Raises ValueError if state_dir cannot be used, log_audits cannot be written, or a package that learning needs is
+        not installed.
+        """
         self._group = group
         self.ledgers = Ledgers(settings, self._publish)
         self.learners = Learners(settings, self.ledgers, change) if settings.learn else None
@@ -40,7 +49,10 @@ class SharedBooks:
             process.channel.tell("standing", key, *standing)
 
     def count(self, name: str, rows: list[dict[str, Any]], epoch: int, may_rise: bool) -> None:
-        """Count settled texts of a model that a process has sent; see Ledger.count."""
+        """Count settled texts that a process has sent. name: the model's name:version. rows: `Settled` as JSON objects.
+
+        epoch, may_rise: see Ledger.count.
+        """
         settled = [
             Settled(**{**row, "audit": None if row["audit"] is None else Audited(**row["audit"])})
             for row in rows
@@ -48,24 +60,27 @@ class SharedBooks:
         self.ledgers.count(name, settled, epoch, may_rise)
 
     def learn(self, rows: list[list[Any]]) -> None:
-        """Keep records of the models' traffic that a process has sent."""
+        """Keep records of live traffic that a process has sent, on a server that learns. rows: see record_row()."""
         if self.learners is not None:
             for row in rows:
                 self.learners.add(*record_of(row))
 
     def learning(self, name: str, starts: bool) -> dict[str, Any]:
-        """The state of learning for a model name. starts: start a fit now. Raises RequestError."""
+        """The learning report of a model name. starts: also start a fit as soon as possible.
+
+        Raises RequestError if the name is not served, or if there are too few records to start a fit.
+        """
         assert self.learners is not None  # the process has checked that the server learns
         return self.learners.ask(name) if starts else self.learners.report(name)
 
     def start(self) -> None:
-        """Start to save changes, and to learn."""
+        """Start the tasks that save changes and run fits."""
         self.ledgers.start()
         if self.learners is not None:
             self.learners.start()
 
     def write(self, line: str) -> None:
-        """Write a line of the audit log."""
+        """Write a line of the audit log, if there is one."""
         if self._log is not None:
             self._log.write(line)
 
@@ -76,7 +91,10 @@ class SharedBooks:
         return ledger
 
     async def report(self, name: str, level: int) -> dict[str, Any]:
-        """The audit results of a model at a load level; raises RequestError."""
+        """The audit results of a model, name:version, at a load level.
+
+        Raises RequestError if the model is not served, or if too many requests wait for its report.
+        """
         ledger = self._ledger(name)
         running = self._reporting.setdefault(ledger, SharedRun("the report", self._group.size))
         return await running.result(lambda: self._report(ledger, level))
@@ -92,9 +110,9 @@ class SharedBooks:
         return await self.ledgers.report(name, live, ledger.rules.in_force(level))
 
     async def reset(self, name: str) -> dict[str, Any]:
-        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it.
+        """Discard the audit results of a model; returns the default τ that then applies, and the reason for it.
 
-        By then, every process uses this τ. Raises RequestError for a model that is no longer served.
+        When it returns, every process uses this τ. Raises RequestError for a model that is no longer served.
         """
         ledger = self._ledger(name)
         ledger.reset()
@@ -102,7 +120,7 @@ class SharedBooks:
         return tau_row(ledger.rules.default)
 
     def stop(self) -> None:
-        """Save all evidence and records, and close the files."""
+        """Stop learning, save all evidence and records, and close the files."""
         if self.learners is not None:
             self.learners.stop()
         self.ledgers.stop()

@@ -26,9 +26,9 @@ class ChannelClosedError(Exception):
 class Channel:
     """One end of a Unix socket that carries JSON messages.
 
-    A RequestError of a handler is raised at the caller; any other error is logged, and raised there as a RequestError
-    with the cause "internal". Handlers start in the order of the messages, and run without interruption up to their
-    first `await`.
+    A RequestError of a handler is raised again in the caller. Any other error is raised in the caller as a RequestError
+    with the cause "internal"; the handler's side logs it unless it is a ChannelClosedError. Handlers start in the order
+    of the messages, and run without interruption up to their first `await`.
     """
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
@@ -37,7 +37,7 @@ class Channel:
         self._numbers = count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._writer: asyncio.StreamWriter | None = None
-        self._unsent: list[bytes] = []  # until the channel runs
+        self._unsent: list[bytes] = []  # messages sent before the channel runs
         self.is_closed = False
 
     async def run(self, sock: socket.socket) -> None:
@@ -59,7 +59,10 @@ class Channel:
                     future.set_exception(ChannelClosedError("the process has ended"))
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """Call a handler of the other side; raises its RequestError, or ChannelClosedError."""
+        """Call a handler of the other side; returns its result.
+
+        Raises RequestError if the handler fails, and ChannelClosedError if the channel is closed before the answer.
+        """
         if self.is_closed:
             raise ChannelClosedError("the process has ended")
         number, future = next(self._numbers), asyncio.get_running_loop().create_future()
@@ -102,7 +105,7 @@ class Channel:
                 future.set_result(value)
 
     def _run(self, number: int, method: str, arguments: list[Any]) -> Coroutine[Any, Any, None] | None:
-        """Run a handler. If it is a coroutine function, returns a coroutine that finishes the work, else None."""
+        """Run a handler; returns a coroutine that finishes the call, or None if the handler has already finished it."""
         try:
             result = self._handlers[method](*arguments)
         except Exception as error:

@@ -18,7 +18,7 @@ class Connections:
     def __init__(self, group: Group, listening: Sequence[socket.socket]) -> None:
         """listening: bound sockets."""
         self._group, self._listening = group, listening
-        self._held: socket.socket | None = None  # an accepted connection that no process takes yet
+        self._held: socket.socket | None = None  # an accepted connection that no process has taken yet
         self._is_draining = False
 
     def start(self) -> None:
@@ -29,7 +29,10 @@ class Connections:
             asyncio.get_running_loop().add_reader(sock, self._accept, sock)
 
     async def drain(self) -> None:
-        """Pass on the connections that wait to be accepted, then stop listening."""
+        """Pass on the pending connections, for at most ACCEPT_S, then stop listening.
+
+        An accepted connection that no process has taken by then is closed.
+        """
         loop = asyncio.get_running_loop()
         self._is_draining = True
         end = monotonic() + ACCEPT_S
@@ -42,11 +45,14 @@ class Connections:
             self._held.close()
 
     def _accept(self, listening: socket.socket) -> bool:
-        """Accept connections and pass them on, until no process takes more; False if others may be pending."""
+        """Accept connections and pass them on, until none is left or no process takes more.
+
+        Returns True if no more can be accepted, usually because none is pending; False if more may be pending.
+        """
         for _ in range(BACKLOG):
             try:
                 client = self._held or listening.accept()[0]
-            except OSError:  # none is pending, or the client is gone, or there are no file descriptors
+            except OSError:  # none is pending, the client is gone, or no file descriptor is free
                 return True
             self._held = None if self._pass_on(client) else client
             if self._held is not None:
@@ -63,7 +69,10 @@ class Connections:
             self._accept(listening)
 
     def _pass_on(self, client: socket.socket) -> bool:
-        """Give a connection to the process with the fewest, ready ones first; False if no process takes it now."""
+        """Pass a connection to the process with the fewest connections, ready processes first.
+
+        Returns False if no process takes it now.
+        """
         takers = [process for process in self._group.all if process.is_listening]
         takers.sort(key=lambda process: (not process.is_ready, process.connections))
         return any(process.take(client) for process in takers)

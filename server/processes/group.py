@@ -15,7 +15,7 @@ from de3.server.processes.weights import Weights
 from de3.server.processes.worker import CONNECTION, FD_MESSAGE_BYTES, WEIGHTS
 
 log = logging.getLogger("de3")
-ANSWER_S, LOAD_S = 30.0, 300.0  # time for a process to answer, and to load a model; after that it is killed
+ANSWER_S, LOAD_S = 30.0, 300.0  # time for a process to answer, and to prepare a change; then it is killed
 
 
 @dataclass(eq=False)
@@ -23,15 +23,17 @@ class Process:
     """A process, as the supervisor sees it.
 
     Attributes:
-        number: from 1; its replacement has the same.
-        sockets: carries connections and weights.
+        number: from 1; a process that replaces it has the same number.
+        os_process: its multiprocessing.Process.
+        channel: the channel to it.
+        sockets: socket that carries connections and weights, as file descriptors.
         connections: number of its open connections.
         is_listening: it takes connections.
         is_ready: it answers requests.
         has_opened: it has been ready at least once.
         is_member: it takes part in changes of the models.
-        models: the models that it has loaded; see Worker._state.
-        reason: why it failed; empty if it did not fail, or did not say.
+        models: the models that it loaded when it started (see Worker._state); empty before that.
+        reason: why it failed; empty if it did not fail, or gave no reason.
         samples: its metrics when they were last read.
     """
 
@@ -49,7 +51,10 @@ class Process:
     samples: list[Family] = field(default_factory=list)
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """Call the process, and kill it if it does not answer; raises its RequestError, or ChannelClosedError."""
+        """Call a handler of the process; returns its result. Kills the process if it does not answer in time.
+
+        Raises RequestError if the handler fails, and ChannelClosedError if the process ends or is killed.
+        """
         limit_s = LOAD_S if method == "prepare" else ANSWER_S
         try:
             async with asyncio.timeout(limit_s):
@@ -60,14 +65,14 @@ class Process:
             raise ChannelClosedError("the process does not answer") from None
 
     async def ask(self, method: str, *arguments: Any) -> Any:
-        """Call the process during a change of the models; raises RequestError, also if the process ends."""
+        """Like call(), for changes of the models: raises RequestError even if the process ends."""
         try:
             return await self.call(method, *arguments)
         except ChannelClosedError:
             raise RequestError("a process ended during this change; try again", cause="conflict") from None
 
     def take(self, client: socket.socket) -> bool:
-        """Give the process a connection; false if it cannot take one now."""
+        """Give the process a connection; False if it cannot take one now."""
         try:
             socket.send_fds(self.sockets, [CONNECTION], [client.fileno()])
         except OSError:
@@ -109,13 +114,13 @@ class Group:
         self._by_number[process.number] = process
 
     def remove(self, process: Process) -> None:
-        """Remove a process that has ended."""
+        """Remove a process that has ended, and tell the others whether the server is ready."""
         del self._by_number[process.number]
         self.tell_ready()
 
     @property
     def all(self) -> list[Process]:
-        """All processes."""
+        """The running processes, including those that do not answer requests yet."""
         return list(self._by_number.values())
 
     @property
@@ -136,9 +141,9 @@ class Group:
 
 
 async def ask_all(processes: Sequence[Process], method: str, *arguments: Any) -> list[Any]:
-    """The answers of processes, except those that end meanwhile.
+    """Call several processes; returns their answers, without those of processes that end before they answer.
 
-    Raises the first RequestError, once all have answered.
+    If a handler raises RequestError, the first such error is raised once all calls are finished.
     """
     calls = (process.call(method, *arguments) for process in processes)
     answers = await asyncio.gather(*calls, return_exceptions=True)

@@ -19,11 +19,15 @@ from de3.server.processes.samples import Family, families_from, families_of, gro
 from de3.server.rules import Choice
 
 SAMPLES_S = 5.0  # time for a process to send its metrics
-KEEP_S = 0.5  # interval between reads of the counters; a killed process loses its counts since the last
+KEEP_S = 0.5  # interval between reads of the counters; a killed process loses its counts since the last read
 
 
 class SharedMetrics:
-    """The metrics of the processes, and the supervisor's own."""
+    """The metrics of the processes, and the supervisor's own.
+
+    Attributes:
+        replaced: counter of the starts of a process in the place of one that ended.
+    """
 
     def __init__(self, group: Group, books: SharedBooks | None) -> None:
         """books: None if there are no audits."""
@@ -47,14 +51,17 @@ class SharedMetrics:
         return ledger.rules.in_force(int(level))
 
     async def keep(self) -> None:
-        """Read the samples every KEEP_S, so that little is lost if a process is killed."""
+        """Read the processes' metrics every KEEP_S, so that little is lost if one is killed; runs until cancelled.
+
+        A read is skipped if a scrape has just read them.
+        """
         while True:
             await asyncio.sleep(KEEP_S)
             if monotonic() - self._read_at > KEEP_S / 2:
                 await self._read()
 
     def remove(self, process: Process) -> None:
-        """Keep the counters of a process that has ended."""
+        """Keep the counters and histograms of a process that has ended."""
         self._departed = merged([self._departed, growing(process.samples)])
 
     async def scrape(self) -> str:

@@ -1,4 +1,4 @@
-"""The models of a server of several processes: each change is made in all of them, or in none."""
+"""The models of a server of several processes: each change is made in all processes, or in none."""
 
 import asyncio
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from de3.server.settings import Settings
 
 
 class SharedModels:
-    """The models that the processes serve. The first process proves that they run; the others load the same."""
+    """The models that the processes serve. The first process proves them (prove.py), then the others load them."""
 
     def __init__(self, settings: Settings, group: Group, weights: Weights, books: SharedBooks) -> None:
         self._settings, self._group, self._weights, self._books = settings, group, weights, books
@@ -32,15 +32,16 @@ class SharedModels:
         return self._state is not None
 
     async def load(self, process: Process) -> None:
-        """Have a new process load the models, then let it answer requests; raises ChannelClosedError if it ends.
+        """Have a new process load the models, then let it answer requests.
 
-        If it cannot load them, it ends, and `process.reason` says why.
+        If the process cannot load them, `process.reason` says why, and the process ends. Raises ChannelClosedError if
+        it ends before it has answered.
         """
         while not await self._load(process):
             process.models = []  # the served models have changed in the meantime
 
     async def _load(self, process: Process) -> bool:
-        """Load the models that are served now; False if they changed meanwhile, so that others must be loaded."""
+        """Have a process load the served models; False if these changed meanwhile, so that it must load them again."""
         if self._state is None:
             async with self._changing:
                 if self._state is None:
@@ -99,7 +100,11 @@ class SharedModels:
             self._ledgers.serve(manifest, rules, model["runtime"], model["caution"])
 
     async def change(self, change: dict[str, Any]) -> dict[str, Any]:
-        """Change the models of all processes, or of none; raises RequestError."""
+        """Change the models of all processes, or of none; returns the body of the admin route's response.
+
+        change: the fields of a manager.Change. Raises RequestError if the change is not possible, or if another one is
+        in progress.
+        """
         if self._is_changing:
             raise RequestError("another change of the models is in progress; try again", cause="conflict")
         self._is_changing = True

@@ -1,4 +1,4 @@
-"""Chooses the number of processes of a server: by default the number that measured best for its models."""
+"""Chooses the number of processes of a server; the default follows from measurements with small and large models."""
 
 import os
 import sys
@@ -12,18 +12,20 @@ from de3.model_store.store import Artifact
 from de3.server.settings import Settings
 
 SHARED_MEMORY = "/dev/shm"
-# A model is large above LARGE multiply-adds per token: 25 tokens then take about a millisecond, and the rest of their
-# request a third of that. A process with a large model has LARGE_THREADS engine threads.
+# A model is large above LARGE multiply-adds per token: 25 tokens then take about a millisecond, and the rest of the
+# request a third of that. A process that serves a large model has LARGE_THREADS engine threads.
 LARGE, LARGE_THREADS = 2e7, 4
-MEMORY_BYTES = 2**28  # of one process, with its requests; the weights are shared
+MEMORY_BYTES = 2**28  # memory of one process with its requests, without the weights, which are shared
 
 
 def number_of_processes(settings: Settings, artifacts: Sequence[Artifact]) -> int:
     """The number in the settings; by default one for each engine thread, or one for every four if a model is large.
 
-    With a large model, inference takes longer than the rest of a request, so more processes save little. And engine
-    threads of one process share a queue, so none is idle while a text is pending. Raises ValueError if the settings ask
-    for more than one process and the system does not support it.
+    The default is limited as in most_processes().
+
+    With a large model, inference takes much longer than the rest of a request, so more processes save little. And the
+    engine threads of one process share a queue, so none is idle while a text is pending. Raises ValueError if the
+    settings ask for more than one process and the system does not support it.
     """
     if settings.processes > 1:
         if sys.platform != "linux":
@@ -37,10 +39,10 @@ def number_of_processes(settings: Settings, artifacts: Sequence[Artifact]) -> in
 
 
 def most_processes(settings: Settings, artifacts: Sequence[Artifact], each: int = 1) -> int:
-    """The number of processes with one for every `each` engine threads, as far as memory allows.
+    """The number of processes: one for every `each` engine threads (rounded up), as far as memory allows, at most 64.
 
-    It is 1 if a model runs on ONNX Runtime: each process would have its own copy of the weights, and would gain less,
-    because ONNX Runtime needs the GIL less often. It is also 1 if the system does not support more.
+    The number is 1 if a model runs on ONNX Runtime: each process would have its own copy of the weights, and would gain
+    less, because ONNX Runtime needs the GIL less often. The number is also 1 if the system does not support more.
     """
     have_kernels = settings.runtime != "onnxruntime" and all(
         a.manifest.precision == "int8" for a in artifacts
@@ -58,9 +60,10 @@ def _work(manifest: Manifest) -> float:
 
 
 def find_temporary_folder() -> bool:
-    """True if there is a folder for temporary files; the socket through which processes are started is in it.
+    """Find a folder for temporary files, where the fork server's socket is created; False if there is none.
 
-    In a container with a read-only file system, shared memory is used as the folder if it is writable.
+    If there is no other folder, as in a container with a read-only file system, `tempfile.tempdir` is set to
+    SHARED_MEMORY, provided that it is writable.
     """
     try:
         tempfile.gettempdir()

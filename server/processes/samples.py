@@ -9,7 +9,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-# How a gauge of several processes is merged; counters and histograms are always added up.
+# How the values of a gauge in several processes are merged; counters and histograms are always added up.
 MAXIMA = {
     "de3_tau",
     "de3_full_depth_accuracy",
@@ -58,7 +58,7 @@ def families_of(registry: CollectorRegistry) -> list[Family]:
 
 
 def merged(processes: Iterable[Sequence[Family]]) -> list[Family]:
-    """The metrics of all processes, merged."""
+    """One family for each metric of the processes; samples with the same name and labels are merged."""
     families: dict[str, Family] = {}
     values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
     for process in processes:

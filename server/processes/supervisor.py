@@ -1,7 +1,7 @@
-"""The supervisor of a server of several processes: it accepts connections, and holds what the processes share.
+"""The supervisor of a server of several processes: it accepts connections, and holds the processes' shared state.
 
-It loads no model. Each connection goes to the process with the fewest. A process that ends is replaced; only its own
-requests are lost. Changes of the models are prepared by every process, then committed by every process.
+It loads no model. Each connection goes to the process with the fewest connections. A process that ends is replaced;
+only its own requests are lost. Changes of the models are prepared by every process, then committed by every process.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from de3.server.processes.weights import Weights
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
-MAX_STARTS = 3  # more failed starts in a row stop the server, unless another process is ready
+MAX_STARTS = 3  # more failed starts in a row than this stop the server, unless another process is ready
 MAX_ENDS, ENDS_S = 5, 10.0  # the server stops if this many ready processes end within this time
 RETRY_S = 30.0  # longest pause before a process that failed to start is started again
 STOP_S = 10.0  # time for a process to end after its last request
@@ -46,7 +46,10 @@ class Supervisor:
     def __init__(
         self, settings: Settings, artifacts: Sequence[Artifact], listening: list[socket.socket]
     ) -> None:
-        """listening: bound sockets. Raises StoreError or ValueError for wrong settings."""
+        """artifacts: see Service. listening: bound sockets.
+
+        Raises StoreError as find() does, and ValueError for a setting that cannot be met.
+        """
         self._settings, self._artifacts, self._listening = settings, artifacts, listening
         find(Store(settings.store), settings.models, artifacts)  # raises early, as a Service does
         self._access = Access(settings)
@@ -59,7 +62,7 @@ class Supervisor:
         self._books = SharedBooks(settings, self._group, self._change)
         self._models = SharedModels(settings, self._group, self._weights, self._books)
         self._metrics = SharedMetrics(self._group, self._books if settings.share_of_audits else None)
-        # Starts of each process since it was last ready.
+        # By process number: times that the process has ended or failed to start since it was last ready.
         self._starts = dict.fromkeys(range(1, settings.processes + 1), 0)
         self._ends: deque[float] = deque(maxlen=MAX_ENDS)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -69,7 +72,11 @@ class Supervisor:
         self._is_draining = False
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; raises StoreError, ValueError or ServerError if the server cannot go on."""
+        """Serve until SIGTERM or SIGINT.
+
+        Raises ValueError if the models cannot be loaded at startup, and ServerError if the server cannot go on for
+        another reason.
+        """
         loop = asyncio.get_running_loop()
         self._over, self._started = loop.create_future(), perf_counter()
         for one in (signal.SIGTERM, signal.SIGINT):
@@ -112,7 +119,7 @@ class Supervisor:
             self._over.set_result(failure)
 
     async def _drain(self) -> None:
-        """Let the processes answer the accepted requests, and wait until they have ended."""
+        """Let the processes answer the accepted requests, and wait until they have ended; kill those that do not."""
         self._is_draining = True
         await self._connections.drain()
         for process in self._group.all:

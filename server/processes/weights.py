@@ -1,4 +1,4 @@
-"""The weights of the models' kernels: memory that one process fills and all map, by file descriptor."""
+"""The weights of the models' kernels, in shared memory that one process fills and every process maps."""
 
 import os
 import socket
@@ -16,25 +16,25 @@ def key_of(artifact: Sequence[Any]) -> str:
 
 
 class Weights:
-    """The filled memory of the served models."""
+    """The served models' weights: a file descriptor of shared memory for each, by key (see `key_of`)."""
 
     def __init__(self) -> None:
         self._fds: dict[str, int] = {}
 
     def put(self, key: str, fd: int) -> None:
-        """Keep memory that a process has filled."""
+        """Keep the memory of a model's weights, which a process has filled; replaces memory with the same key."""
         if (old := self._fds.pop(key, None)) is not None:
             os.close(old)
         self._fds[key] = fd
 
     def send(self, sockets: socket.socket, artifacts: Iterable[Sequence[Any]]) -> None:
-        """Send a process the memory of models that it will load; a process that gets none fills its own."""
+        """Send a process the memory of models that it will load; it fills its own for those that have none."""
         for key in map(key_of, artifacts):
             if (fd := self._fds.get(key)) is not None:
                 with suppress(OSError):
                     socket.send_fds(sockets, [WEIGHTS + key.encode()], [fd])
 
     def keep(self, artifacts: Iterable[Sequence[Any]]) -> None:
-        """Close the memory of all models but these; processes that still use it have mapped it."""
+        """Close the file descriptors of all other models; processes that still use their memory have mapped it."""
         for key in self._fds.keys() - set(map(key_of, artifacts)):
             os.close(self._fds.pop(key))

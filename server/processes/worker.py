@@ -49,7 +49,8 @@ SEND_S = 0.02  # settled texts are collected for this long, then sent together
 def part_of(settings: Settings, processes: int) -> Settings:
     """The settings of one of several processes, with its part of the engine threads and of the server's limits.
 
-    The limits are those on texts and body bytes in flight, and on connections. None is lower than one request needs.
+    The limits are those on texts and body bytes in flight, and on connections. No part of a limit is smaller than one
+    request needs.
     """
 
     def part(limit: int, least: int = 1) -> int:
@@ -96,7 +97,7 @@ def record_row(name: str, record: Record) -> list[Any]:
 
 
 def record_of(row: list[Any]) -> tuple[str, Record]:
-    """The model's name:version and the record in an array that record_row() made."""
+    """The inverse of record_row(): the model's name:version, and the record."""
     name, client, share, key, layers, states, logits = row
     pooled = np.frombuffer(b64decode(states), np.float16).reshape(layers, -1)
     return name, Record(client, share, key, pooled, np.frombuffer(b64decode(logits), np.float32))
@@ -121,7 +122,7 @@ class Worker:
     """One process; implements `Shared`, `Leases` (shared.py) and `Books` (audits.py) by messages to the supervisor."""
 
     def __init__(self, settings: Settings, control: socket.socket, sockets: socket.socket) -> None:
-        """control: carries the channel. sockets: carries connections and weights, with their file descriptors."""
+        """control: carries the channel. sockets: carries connections and weights, as file descriptors."""
         self.is_ready = False
         self.books, self.leases = self, self
         self._settings, self._control, self._sockets = settings, control, sockets
@@ -162,14 +163,17 @@ class Worker:
     # Shared
 
     async def begin(self, manager: Manager, artifacts: Sequence[Artifact], are_named: bool) -> None:
-        """Load the models when the supervisor asks for it, and wait until it lets this process answer requests."""
+        """Load the models when the supervisor asks for it, and wait until it lets this process answer requests.
+
+        Raises the error if loading fails.
+        """
         self._to_load.set_result((manager, artifacts, are_named))
         await self._may_open
 
     async def _load(self, said: list[Any] | None) -> dict[str, Any]:
-        """Load the models; returns their state, or {"failed"}.
+        """Load the models; returns their state (see _state), or {"failed": reason}.
 
-        said: plans and routes of another process; None: this is the first process to load them.
+        said: [plans, routes] of another process; None: this is the first process to load them.
         """
         self._receive(ALL)  # weights that were sent before
         manager, artifacts, are_named = await self._to_load
@@ -197,12 +201,18 @@ class Worker:
         return text.encode()
 
     async def change(self, change: Change) -> dict[str, Any]:
-        """Change the served models of all processes, or of none; raises RequestError."""
+        """Change the served models of all processes, or of none; returns the body of the admin route's response.
+
+        Raises RequestError.
+        """
         answer: dict[str, Any] = await self.channel.call("change", asdict(change))
         return answer
 
     async def lease(self, owner: str, texts: int) -> int:
-        """Take at least this many texts from an owner's rate limit; returns the number. Raises RequestError."""
+        """Take at least this many texts from an owner's rate limit; returns the number taken.
+
+        Raises RequestError if the limit does not permit as many.
+        """
         granted: int = await self.channel.call("lease", owner, texts)
         return granted
 
@@ -219,7 +229,10 @@ class Worker:
         self.channel.tell("ready")
 
     def stop(self) -> None:
-        """Send the last settled texts and records; called in another thread."""
+        """Send the last settled texts and records, and wait until the supervisor has counted them, for up to 5 s.
+
+        Called in another thread.
+        """
         if self._loop is not None:
             done = asyncio.run_coroutine_threadsafe(self._flush(), self._loop)
             with suppress(Exception):
@@ -233,7 +246,7 @@ class Worker:
     # Books
 
     def serve(self, served: Served) -> Standing:
-        """The standing of a model, as the supervisor last sent it."""
+        """The standing of a model's ledger, as the supervisor last sent it; epoch 0 without τ if it has sent none."""
         key = fingerprint(served.model.manifest)
         self._manifests[key] = served.model.manifest
         return self._standings.get(key, Standing(0, None))
@@ -273,7 +286,7 @@ class Worker:
         self.channel.tell("records", sent)
 
     async def learning(self, name: str, starts: bool) -> dict[str, Any]:
-        """The state of learning for a model name. starts: start a fit now. Raises RequestError."""
+        """The learning report of a model name. starts: also start a fit as soon as possible. Raises RequestError."""
         answer: dict[str, Any] = await self.channel.call("learning", name, starts)
         return answer
 
@@ -282,13 +295,13 @@ class Worker:
         self.channel.tell("audit_line", line)
 
     async def report(self, served: Served, live: Live) -> dict[str, Any]:
-        """The audit results of a model."""
+        """The audit results of a model; raises RequestError if it is no longer served."""
         level = self.service.admission.level
         answer: dict[str, Any] = await self.channel.call("report", served.model.full_name, level)
         return answer
 
     async def reset(self, served: Served) -> dict[str, Any]:
-        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it."""
+        """Discard the audit results of a model; returns the default τ that then applies, and the reason for it."""
         answer: dict[str, Any] = await self.channel.call("reset", served.model.full_name)
         return answer
 
@@ -487,7 +500,8 @@ def main(
 ) -> None:
     """Run a process until the supervisor closes its sockets; exits with 1 if its models or its engine fail.
 
-    number: number of the process, from 1.
+    number: number of the process, from 1. settings: see part_of(). artifacts: see Service. control, sockets: see
+    Worker.
     """
     for one in (signal.SIGTERM, signal.SIGINT):
         signal.signal(one, signal.SIG_IGN)

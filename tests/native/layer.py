@@ -2,7 +2,7 @@
 
     python layer.py FOLDER
 
-FOLDER holds the package de3 with its extension. No other package is needed, so it runs in an emulator, too.
+FOLDER holds the package de3 with its extension. No other package is needed, so this program runs in an emulator, too.
 """
 
 import random

@@ -14,7 +14,10 @@ def _source(style: str) -> str:
 
 @cache
 def page() -> HTMLResponse:
-    """The response with the page. Its policy permits only its own script and style, and requests to this server."""
+    """The response with the page.
+
+    Its policy permits only its own script and style, data: images, and requests to this server.
+    """
     html, style, script = (
         (files(__name__) / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
     )
