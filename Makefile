@@ -10,9 +10,11 @@ PYTHON ?= python3
 PORT ?= 8000
 SERVE := .venv-serve
 DEV := .venv
-# More than the two cores of most CI machines, because a test that waits leaves its core to another.
+# More than the two cores of most CI machines, because a test that waits leaves its core to another. Slow tests wait more;
+# on the other hand, each worker imports all tests.
 WORKERS := 3
-PYTEST = $(DEV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+SLOW_WORKERS := 4
+PYTEST = $(DEV)/bin/pytest --dist loadfile --no-loadscope-reorder
 # Show pip's progress bars only in a terminal.
 QUIET := $(shell test -t 2 || echo --quiet)
 # uv keeps the versions and hashes of an existing lock, unless --upgrade, so new releases do not change it.
@@ -29,10 +31,10 @@ serve: $(SERVE)/ready
 	DE3_PORT=$(PORT) $(SERVE)/bin/de3 serve
 
 test: $(DEV)/ready
-	$(PYTEST) -m "not slow" tests
+	$(PYTEST) -n $(WORKERS) -m "not slow" tests
 
 test-all: $(DEV)/ready
-	$(PYTEST) -m slow
+	$(PYTEST) -n $(SLOW_WORKERS) -m slow
 
 wheel:
 	deploy/release/build.sh $(PYTHON)

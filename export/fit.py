@@ -24,6 +24,9 @@ BETAS, DECAY = (0.9, 0.999), 0.01  # of AdamW
 
 Array = NDArray[np.float32]
 Linear = tuple[Array, Array]  # weights (outputs, inputs) and bias (outputs,)
+# Variances and directions of the principal axes of a layer's standardized states, by pooling and layer. They only set
+# the coordinates of the optimizer, so the axes of some texts serve for fits to most of them, too.
+Axes = dict[tuple[str, int], tuple[NDArray[np.float64], NDArray[np.float64]]]
 # From logits and target probabilities, both (n, K), to the loss and its gradient with respect to the logits.
 Loss = Callable[[Array, Array], tuple[float, Array]]
 
@@ -64,13 +67,23 @@ class Exits:
 
 def fit(num_layers: int, texts: States, groups: Sequence[object], seed: int) -> Exits:
     """Fit exits on every layer but the last, with the pooling and the ridges that `choose` finds."""
-    return fit_with(texts, *choose(num_layers, texts, groups, seed), seed)
+    axes: Axes = {}
+    pooling, ridges, near = choose(num_layers, texts, groups, seed, axes)
+    return fit_with(texts, pooling, ridges, seed, near, axes)
 
 
-def fit_with(texts: States, pooling: str, ridges: Sequence[float], seed: int) -> Exits:
-    """Fit exits to texts, with a given pooling. ridges: the ridge of each layer but the last."""
+def fit_with(
+    texts: States, pooling: str, ridges: Sequence[float], seed: int, near: Sequence[Linear], axes: Axes
+) -> Exits:
+    """Fit exits to texts, with a given pooling.
+
+    ridges: the ridge of each layer but the last. near: classifiers that were fitted to most of these texts, or to more,
+    from which the fit starts: the loss is convex, so the start changes the time that it takes, not the result.
+    """
     layers = track(range(len(ridges)), f"Fitting exits ({pooling})")
-    classifiers = [next(_fitted(texts, pooling, layer, (ridges[layer],)))[1] for layer in layers]
+    classifiers = [
+        next(_fitted(texts, pooling, layer, (ridges[layer],), axes, near[layer]))[1] for layer in layers
+    ]
     return _with_spaces(Exits(pooling, classifiers, [], []), texts, seed)
 
 
@@ -79,9 +92,10 @@ def choose(
     texts: States,
     groups: Sequence[object],
     seed: int,
+    axes: Axes,
     poolings: Sequence[str] = POOLINGS,
-) -> tuple[str, list[float]]:
-    """Choose the pooling, and the ridge of each layer but the last.
+) -> tuple[str, list[float], list[Linear]]:
+    """Choose the pooling, and the ridge of each layer but the last; returns the fitted classifiers, too.
 
     They are the best on a fifth of the texts, for exits fitted to the others. The tuning and certifying samples are not
     used.
@@ -90,13 +104,14 @@ def choose(
     """
     is_held = _held_out(groups, np.random.default_rng(seed))
     held, others = (texts.part(np.flatnonzero(rows)) for rows in (is_held, ~is_held))
-    best, largest, chosen = "", -1.0, [0.0]
+    best, largest = (POOLINGS[0], list[float](), list[Linear]()), -1.0
     for pooling in poolings:
         layers = track(range(num_layers), f"Choosing ridges ({pooling})")
-        found = [_chosen(others, held, pooling, layer) for layer in layers]
+        found = [_chosen(others, held, pooling, layer, axes) for layer in layers]
+        ridges, classifiers = [ridge for ridge, _ in found], [classifier for _, classifier in found]
         if len(poolings) == 1:
-            return pooling, [ridge for ridge, _ in found]
-        exits = Exits(pooling, [classifier for _, classifier in found], [], [])
+            return pooling, ridges, classifiers
+        exits = Exits(pooling, classifiers, [], [])
         recorded = _with_spaces(exits, others, seed).recorded(held)
         merit = _merit(recorded)
         agreement = ", ".join(f"{100 * share:.1f}" for share in recorded.correct.mean(0)[:-1])
@@ -108,8 +123,8 @@ def choose(
             highlight=False,
         )
         if merit > largest:
-            best, largest, chosen = pooling, merit, [ridge for ridge, _ in found]
-    return best, chosen
+            best, largest = (pooling, ridges, classifiers), merit
+    return best
 
 
 def _held_out(groups: Sequence[object], rng: np.random.Generator) -> NDArray[np.bool_]:
@@ -128,7 +143,7 @@ def _merit(of: Recorded) -> float:
     return calibration.merit(calibration.trade_off(samples, risk.fit(of), FINE_TAUS, risk.cross_fit(of)))
 
 
-def _chosen(texts: States, held: States, pooling: str, layer: int) -> tuple[float, Linear]:
+def _chosen(texts: States, held: States, pooling: str, layer: int, axes: Axes) -> tuple[float, Linear]:
     """The ridge with the smallest loss on held-out texts, and its classifier, fitted to `texts`."""
     y = held.pooled(pooling, layer)
 
@@ -139,22 +154,33 @@ def _chosen(texts: States, held: States, pooling: str, layer: int) -> tuple[floa
         return _loss_of(held)(logits, held.probabilities)[0]
 
     ridges = RIDGES if texts.tolerance is None else VALUE_RIDGES
-    return min(_fitted(texts, pooling, layer, ridges), key=loss)
+    return min(_fitted(texts, pooling, layer, ridges, axes), key=loss)
 
 
 def _fitted(
-    texts: States, pooling: str, layer: int, ridges: Sequence[float]
+    texts: States,
+    pooling: str,
+    layer: int,
+    ridges: Sequence[float],
+    axes: Axes,
+    start: Linear | None = None,
 ) -> Iterator[tuple[float, Linear]]:
     """Yield each ridge with its classifier, fitted to full depth by cross-entropy or, for values, least squares.
 
-    The ridge penalizes the weights of standardized states.
+    The ridge penalizes the weights of standardized states. start: classifier from which the fit starts; None: one that
+    gives every text the mean probabilities.
     """
     x = texts.pooled(pooling, layer)
     mean, spread = x.mean(0), x.std(0) + 1e-4
     x = (x - mean) / spread
-    path = (
-        _values(x, texts.logits, ridges) if texts.tolerance is not None else _probabilities(x, texts, ridges)
-    )
+    if texts.tolerance is not None:
+        path = _values(x, texts.logits, ridges)
+    else:
+        if (pooling, layer) not in axes:
+            values, vectors = np.linalg.eigh((x.T @ x / len(x)).astype(np.float64))
+            axes[pooling, layer] = np.maximum(values, 0), vectors
+        first = None if start is None else (start[0] * spread, start[1] + start[0] @ mean)
+        path = _probabilities(x, texts, ridges, *axes[pooling, layer], first)
     for ridge, (weight, bias) in zip(ridges, path, strict=True):
         scaled = weight / spread
         yield ridge, (scaled, np.asarray(bias - scaled @ mean, np.float32))
@@ -189,21 +215,33 @@ def _sigmoid_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
     return value, gradient
 
 
-def _probabilities(x: Array, texts: States, ridges: Sequence[float]) -> Iterator[Linear]:
+def _probabilities(
+    x: Array,
+    texts: States,
+    ridges: Sequence[float],
+    variances: NDArray[np.float64],
+    directions: NDArray[np.float64],
+    start: Linear | None,
+) -> Iterator[Linear]:
     """Logistic regressions of probabilities (n, K) on states (n, hidden), one per ridge, by L-BFGS.
 
     Each starts at the previous solution. L-BFGS works in coordinates in which the loss has about equal curvature in
     all directions, and so needs a third of the steps.
+
+    variances, directions: the principal axes of the states, (hidden,) and (hidden, hidden). start: where the first
+    starts; None: at weights of 0, and the bias that gives the mean probabilities.
     """
     from scipy.optimize import minimize
 
     wanted, loss = texts.probabilities, _loss_of(texts)
     count, width = wanted.shape[1], x.shape[1]
-    values, vectors = np.linalg.eigh((x.T @ x / len(x)).astype(np.float64))
-    weight, bias = np.zeros((count, width), np.float32), np.log(np.maximum(wanted.mean(0), 1e-6))
+    weight, bias = start or (
+        np.zeros((count, width), np.float32),
+        np.log(np.maximum(wanted.mean(0), 1e-6)),
+    )
     for ridge in ridges:
-        curvature = np.sqrt(CURVATURE * np.maximum(values, 0) + 2 * ridge)
-        basis = (vectors / curvature).astype(np.float32)
+        curvature = np.sqrt(CURVATURE * variances + 2 * ridge)
+        basis = (directions / curvature).astype(np.float32)
         seen = x @ basis
 
         def split(flat: NDArray[np.float64], basis: Array = basis) -> tuple[Array, Array, Array]:
@@ -221,7 +259,7 @@ def _probabilities(x: Array, texts: States, ridges: Sequence[float]) -> Iterator
             total = value + ridge * float(np.square(weight).sum())
             return total, np.concatenate([slopes.ravel(), gradient.sum(0)]).astype(np.float64)
 
-        start = np.concatenate([(weight @ vectors * curvature).ravel(), bias])
+        start = np.concatenate([(weight @ directions * curvature).ravel(), bias])
         options = {"maxiter": STEPS, "maxcor": 10, "ftol": TOLERANCE}
         _, weight, bias = split(minimize(objective, start, method="L-BFGS-B", jac=True, options=options).x)
         yield weight, bias
@@ -277,10 +315,22 @@ def _space(states: Array, answers: NDArray[np.int64], count: int, seed: int) -> 
 def _adam(part: Array, moments: tuple[Array, Array], gradient: Array, step: int, rate: float) -> None:
     """Take one AdamW step in place. step: its number, from 1. moments: running means of the gradient and its square."""
     mean, square = moments
-    mean += (1 - BETAS[0]) * (gradient - mean)
-    square += (1 - BETAS[1]) * (gradient**2 - square)
-    spread = np.sqrt(square / (1 - BETAS[1] ** step)) + 1e-8
-    part -= rate * (mean / (1 - BETAS[0] ** step) / spread + DECAY * part)
+    change = (
+        gradient - mean
+    )  # the only new array: on weights as large as these, allocation would take most of the time
+    change *= 1 - BETAS[0]
+    mean += change
+    np.square(gradient, out=change)
+    change -= square
+    change *= 1 - BETAS[1]
+    square += change
+    np.sqrt(square, out=change)
+    change *= (1 - BETAS[1] ** step) ** -0.5
+    change += 1e-8
+    np.divide(mean, change, out=change)
+    change *= rate / (1 - BETAS[0] ** step)
+    part *= 1 - rate * DECAY
+    part -= change
 
 
 def _unit(rows: Array) -> Array:

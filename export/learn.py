@@ -110,9 +110,11 @@ def fit_exits(records: Records, manifest: Manifest, attempt: int, rate: float, f
         raise ValueError(f"{len(records)} records are too few")
     texts, layers = states_of(fitted, manifest), manifest.num_layers
     keys = fitted.keys.tolist()
-    pooling, ridges = fit.choose(layers, texts, keys, SEED, ("mean",))
-    exits = _as_served(fit.fit_with(texts, pooling, ridges, SEED), manifest)
-    apart = _apart(texts, fitted, pooling, ridges, manifest)
+    axes: fit.Axes = {}
+    pooling, ridges, near = fit.choose(layers, texts, keys, SEED, axes, ("mean",))
+    exits = fit.fit_with(texts, pooling, ridges, SEED, near, axes)
+    apart = _apart(texts, fitted, exits, ridges, axes, manifest)
+    exits = _as_served(exits, manifest)
     tested = exits.recorded(states_of(held, manifest))
     tune, certify = _part(apart, fitted), _part(tested, held)
     calibrated = calibrate(tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
@@ -152,15 +154,25 @@ def _thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator
 
 
 def _apart(
-    texts: States, records: Records, pooling: str, ridges: Sequence[float], manifest: Manifest
+    texts: States,
+    records: Records,
+    near: Exits,
+    ridges: Sequence[float],
+    axes: fit.Axes,
+    manifest: Manifest,
 ) -> Recorded:
-    """Cross-fitted outputs, in the order of the texts: each text is run through exits that were fitted without it."""
+    """Cross-fitted outputs, in the order of the texts: each text is run through exits that were fitted without it.
+
+    near: exits that were fitted to all texts, with these ridges.
+    """
     groups = np.unique(records.keys, return_inverse=True)[1]
     fold = np.random.default_rng(SEED).permutation(int(groups.max()) + 1)[groups] % FOLDS
     parts, rows = [], []
     for k in range(FOLDS):
         inside, outside = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
-        exits = _as_served(fit.fit_with(texts.part(outside), pooling, ridges, SEED), manifest)
+        others = texts.part(outside)
+        exits = fit.fit_with(others, near.pooling, ridges, SEED, near.classifiers, axes)
+        exits = _as_served(exits, manifest)
         parts.append(exits.recorded(texts.part(inside)))
         rows.append(inside)
     order = np.argsort(np.concatenate(rows), kind="stable")

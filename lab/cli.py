@@ -3,6 +3,7 @@
 import ast
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -94,13 +95,20 @@ def learn_cost(
     text_column: options.TextColumn = "text",
     port: options.Port = 8100,
 ) -> None:
-    """Measure latency at half load while a server fits exits, and while it does not.
+    """Measure what learning costs: the time to keep a text's states, and latency at half load while exits are fitted.
 
     Example: python -m lab learn-cost runs/stock/model --texts runs/stock/texts.jsonl
     """
-    from lab.learn_cost import measure, table
+    from lab.learn_cost import cost_of_states, measure, table
 
-    rate, without, with_fit = measure(stock, read(texts, text_column), rounds, seconds, port)
+    samples = read(texts, text_column)
+    for runtime, ratios in cost_of_states(stock, samples, rounds).items():
+        print(
+            f"{runtime}: a text whose states are kept takes {median(ratios):.3f} times as long "
+            f"({min(ratios):.3f} … {max(ratios):.3f})",
+            flush=True,
+        )
+    rate, without, with_fit = measure(stock, samples, rounds, seconds, port)
     print(f"{rate:.0f} requests/s, half of what the server answers with 16 connections")
     print("\n".join(table(without, with_fit)))
 

@@ -1,4 +1,4 @@
-"""Effect of a fit on clients: latency at half load, with and without a fit, in turn."""
+"""The cost of learning: latency at half load, with and without a fit, in turn; and the time to keep states."""
 
 import json
 import os
@@ -11,13 +11,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.request import Request, urlopen
 
+from de3.exits.signals import Entropy
+from de3.export.classifier import Stock, convert
 from de3.loadtest.client import Target, label_of, quantile, send_traffic
 from de3.loadtest.servers import Server, running
 from de3.loadtest.texts import Sample
+from de3.model_store.model import Model
+from de3.model_store.segments import ForwardPass, Tokens
+from de3.model_store.store import Store
 
 KEY = "k" * 32
 WARM_S = 5.0
 Times = list[tuple[float, float]]  # p50 and p99 of each round, ms
+NUM_TEXTS = 500  # in each measurement of what it costs to keep the states
 
 
 def measure(
@@ -57,6 +63,41 @@ def measure(
                 if _report(target, name)["phase"] != "fitting":
                     raise ValueError("the fit ended before the round: choose a smaller --seconds")
     return rate, without, with_fit
+
+
+def cost_of_states(stock: Path, samples: list[Sample], rounds: int) -> dict[str, list[float]]:
+    """Time of a text at full depth whose states are kept, relative to one whose states are not, in each round.
+
+    The key is the runtime. A round runs the texts one at a time, each without and with its states.
+    """
+    ratios = dict[str, list[float]]()
+    with TemporaryDirectory(prefix="de3-lab-") as folder:
+        convert(Stock.open("stock", stock), Store(Path(folder)), "base", "int8")
+        artifact = Store(Path(folder)).open("base")
+        for runtime in ("auto", "onnxruntime"):
+            model = Model(artifact, runtime)
+            tokens = [model.tokenize(str(sample.text)) for sample in samples[:NUM_TEXTS]]
+            if model.runtime in ratios:  # there are no kernels here
+                continue
+            ratios[model.runtime] = [_ratio(model, tokens) for _ in range(rounds + 1)][1:]
+    return ratios
+
+
+def _ratio(model: Model, tokens: list[Tokens]) -> float:
+    spent = {False: 0.0, True: 0.0}
+    for number, one in enumerate(tokens):
+        for keeps in (False, True) if number % 2 else (True, False):
+            started = time.perf_counter()
+            states = model.empty_states() if keeps else None
+            if model.forward is None:
+                steps = model.full_depth(one)
+                if states is not None:
+                    states[:] = [model.pooled(step.hidden) for step in steps[:-1]]
+            else:
+                last = model.manifest.num_layers
+                model.forward([ForwardPass(one, 0.0, Entropy(), last, True, states=states)])
+            spent[keeps] += time.perf_counter() - started
+    return spent[True] / spent[False]
 
 
 def _latency(

@@ -503,6 +503,21 @@ def test_the_sentence_about_audits(page: Page, changed: dict[str, Any], words: s
     expect(page.locator("#measured")).to_have_text(words)
 
 
+def test_the_page_says_what_is_learned(browser: Browser, tmp_path: Path) -> None:
+    with serving(DEMO, guarantee=0.4, learn=True, state_dir=tmp_path) as server:
+        for page in opened(browser, server):
+            page.clock.install()
+            page.reload()
+            said = httpx.get(f"{server.url}/v1/models/sst2/learn").json()["said"]
+            sentence = page.locator("#measured")
+            expect(sentence).to_contain_text(f"Exits are learned from live texts (0 records): {said}.")
+            send_texts(server, range(64))
+            until(lambda: httpx.get(f"{server.url}/v1/models/sst2/learn").json()["records"] == 64, "records")
+            poll(page, 6)
+            said = httpx.get(f"{server.url}/v1/models/sst2/learn").json()["said"]
+            expect(sentence).to_contain_text(f"Exits are learned from live texts (64 records): {said}.")
+
+
 def test_a_server_that_audits_nothing_is_asked_once(page: Page, server: Server) -> None:
     page.goto("about:blank")  # ends the requests of the first page
     page.clock.install()
