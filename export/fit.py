@@ -259,9 +259,11 @@ def _probabilities(
             total = value + ridge * float(np.square(weight).sum())
             return total, np.concatenate([slopes.ravel(), gradient.sum(0)]).astype(np.float64)
 
-        start = np.concatenate([(weight @ directions * curvature).ravel(), bias])
+        flat_start = np.concatenate([(weight @ directions * curvature).ravel(), bias])
         options = {"maxiter": STEPS, "maxcor": 10, "ftol": TOLERANCE}
-        _, weight, bias = split(minimize(objective, start, method="L-BFGS-B", jac=True, options=options).x)
+        _, weight, bias = split(
+            minimize(objective, flat_start, method="L-BFGS-B", jac=True, options=options).x
+        )
         yield weight, bias
 
 

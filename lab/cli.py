@@ -138,7 +138,7 @@ def processes(
         Path | None, typer.Option(help="Another checkout to measure as well, built in place.")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="Option of de3 serve, such as --default-tau=0; repeat for more.")
+        list[str] | None, typer.Option(help="Option of de3 serve, such as --tau=0; repeat for more.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Measurements of each server, in turn.", min=1)] = 10,
     seconds: Annotated[float, typer.Option(help="Duration of one measurement.", min=1)] = 3.0,

@@ -22,7 +22,12 @@ TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
 LabelColumn = Annotated[str, typer.Option(help="Column of the correct labels, if there is one.")]
 LabelNames = Annotated[str, typer.Option(help="Comma-separated names of numeric labels.")]
 Seconds = Annotated[float, typer.Option(help="Duration of one measurement.", min=0.5)]
-Rounds = Annotated[int, typer.Option(help="Number of repetitions; the servers take turns.", min=1)]
+Rounds = Annotated[
+    int,
+    typer.Option(
+        help="Repetitions of the measurements of throughput and latency; the servers take turns.", min=1
+    ),
+]
 SloP99 = Annotated[float, typer.Option(help="Latency objective (p99), ms.", min=1)]
 Port = Annotated[int, typer.Option(help="Port of the started servers.")]
 Json = Annotated[

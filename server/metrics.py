@@ -178,7 +178,7 @@ class Metrics:
         r.register(self.texts)
         self.request_latency = histogram(
             "de3_request_latency_seconds",
-            "Time from a request's head to its response or time-out",
+            "Time from a request's head to its response (200) or time-out (504)",
             ["model"],
             # The objective is a bucket boundary, so that the share of requests within it is exact.
             buckets=sorted({*REQUEST_BUCKETS, (settings.slo_p99_ms or 1000) / 1000}),

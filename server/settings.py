@@ -121,7 +121,8 @@ class Settings(BaseModel):
         ge=0,
         le=256,
         description="Processes that serve models; each has a part of the engine threads, and of the limits on what is "
-        "in flight. 0: one for each engine thread if the kernels run all models, as far as memory allows; else one.",
+        "in flight. 0: one for each engine thread (for every four of them if a model is large) if the kernels run all "
+        "models, as far as memory allows; else one.",
     )
     runtime: Annotated[Literal["auto", "native", "onnxruntime"], Option()] = Field(
         "auto",

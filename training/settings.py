@@ -53,7 +53,7 @@ class TrainSettings(Recipe):
             help="Altered copies of each sample (words replaced, texts joined), labelled by the teacher."
         ),
     ] = 0
-    max_length: Annotated[int, _option(help="Truncate training texts to this many tokens.")] = 128
+    max_length: Annotated[int, _option(help="Truncate training and tuning texts to this many tokens.")] = 128
     prototypes: Annotated[
         str,
         _option(

@@ -109,15 +109,15 @@ class SharedBooks:
         live = Live(share, sum(row.pending for row in rows), excluded)
         return await self.ledgers.report(name, live, ledger.rules.in_force(level))
 
-    async def reset(self, name: str) -> dict[str, Any]:
-        """Discard the audit results of a model; returns the default τ that then applies, and the reason for it.
+    async def reset(self, name: str, level: int) -> dict[str, Any]:
+        """Discard the audit results of a model; returns the τ that is then in force at a load level, and the reason.
 
         When it returns, every process uses this τ. Raises RequestError for a model that is no longer served.
         """
         ledger = self._ledger(name)
         ledger.reset()
         await ask_all(self._group.all, "sync")  # a process answers after it has the new standing
-        return tau_row(ledger.rules.default)
+        return tau_row(ledger.rules.in_force(level))
 
     def stop(self) -> None:
         """Stop learning, save all evidence and records, and close the files."""

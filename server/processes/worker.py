@@ -301,8 +301,9 @@ class Worker:
         return answer
 
     async def reset(self, served: Served) -> dict[str, Any]:
-        """Discard the audit results of a model; returns the default τ that then applies, and the reason for it."""
-        answer: dict[str, Any] = await self.channel.call("reset", served.model.full_name)
+        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it."""
+        level = self.service.admission.level
+        answer: dict[str, Any] = await self.channel.call("reset", served.model.full_name, level)
         return answer
 
     # Called by the supervisor
