@@ -36,7 +36,8 @@ class RequestError(Exception):
     """A request that cannot be answered.
 
     Attributes:
-        message: the problem, beginning with the invalid field if there is one, and the allowed values.
+        message: the problem. For an invalid value of a request, it begins with the field, and names the allowed values
+            where they are known.
         field: the invalid field of the request; None: no field is invalid.
         cause: reason for the error, which decides the HTTP status; also a label in the metrics.
         retry_after_s: seconds after which the same request may succeed; None: never, or unknown.

@@ -8,9 +8,9 @@ import pytest
 from de3.deploy.ray import repeat
 
 
-def answer_of(middleware: repeat.Repeat, *came: dict[str, Any]) -> list[Any]:
-    """The ASGI messages that the middleware sends in response to a request that consists of the messages `came`."""
-    sent, left = [], list(came)
+def answer_of(middleware: repeat.Repeat, *incoming: dict[str, Any]) -> list[Any]:
+    """The ASGI messages that the middleware sends in response to these incoming ones."""
+    sent, left = [], list(incoming)
 
     async def receive() -> Any:
         return left.pop(0)

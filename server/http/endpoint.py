@@ -42,7 +42,10 @@ async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend,
 async def _answer(
     exchange: Exchange, receive: Receive, send: Send, frontend: Frontend, route: Route
 ) -> tuple[bytes, str]:
-    """Body and Server-Timing of the response; the body is empty if an error was sent, or the client is gone."""
+    """Run a request, count its outcome, and send the response if it is an error.
+
+    Returns body and Server-Timing of a successful response, which the caller sends; otherwise the body is empty.
+    """
     service, protocol, body, timing = frontend.service, route.protocol, b"", ""
     failure: RequestError | None = None
     service.in_flight += 1

@@ -79,7 +79,7 @@ class Channel:
 
     @property
     def unsent(self) -> int:
-        """Bytes that the other side has not read, beyond what the system buffers."""
+        """Size of the write buffer, bytes: what the socket has not accepted yet; 0 before `run`."""
         return 0 if self._writer is None else self._writer.transport.get_write_buffer_size()
 
     def _send(self, message: list[Any]) -> None:
