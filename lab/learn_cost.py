@@ -92,7 +92,8 @@ def _ratio(model: Model, tokens: list[Tokens]) -> float:
             if model.forward is None:
                 steps = model.full_depth(one)
                 if states is not None:
-                    states[:] = [model.pooled(step.hidden) for step in steps[:-1]]
+                    for layer, step in enumerate(steps[:-1]):
+                        states[layer] = model.pooled(step.hidden)
             else:
                 last = model.manifest.num_layers
                 model.forward([ForwardPass(one, 0.0, Entropy(), last, True, states=states)])
