@@ -257,8 +257,11 @@ class RecentRates:
         self.weight, self.differing = 0.0, np.zeros(count)
 
     def add(self, share: float, differs: NDArray[np.bool_]) -> None:
-        """Count an audit. share: its probability."""
-        stays = 1 - 1 / max(self._least, share * RECENT_TEXTS)
+        """Count an audit. share: its probability; 0: as few audits as possible count as recent."""
+        window = max(self._least, share * RECENT_TEXTS)
+        stays = (window - 1) / max(
+            window, self.weight
+        )  # when the share falls, the older audits weigh less at once
         self.weight = self.weight * stays + 1
         self.differing = self.differing * stays + differs
 
@@ -329,7 +332,8 @@ class Promise:
             self.evidence.add_repeat(share, audit.differs)
         else:
             self.evidence.add(share, audit)
-        self.recent.add(share, audit.differs)
+        # At τ = 0 every text is audited, although fewer are at the next τ: as many count as recent as then.
+        self.recent.add(share if self.index else 0.0, audit.differs)
         if self.proved:
             self._detector.add(share, bool(audit.differs[self.proved]))
             if self._detector.has_fired:

@@ -73,7 +73,7 @@ class Promises:
     def add(self, client: str, share: float, audit: Profile, is_repeat: bool = False) -> list[str]:
         """Count an audit; returns the keys in `by_left_out` of promises that were reset because the rate has risen."""
         key, changed = self._count(client, 1), list[str]()
-        self.own[key].add(share, audit.differs)
+        self.own[key].add(share if self.of_all.index else 0.0, audit.differs)
         for left_out, promise in self.by_left_out.items():
             if left_out != key:
                 promise.add(share, audit, is_repeat)

@@ -24,9 +24,13 @@ BETAS, DECAY = (0.9, 0.999), 0.01  # of AdamW
 
 Array = NDArray[np.float32]
 Linear = tuple[Array, Array]  # weights (outputs, inputs) and bias (outputs,)
-# Variances and directions of the principal axes of a layer's standardized states, by pooling and layer. They only set
-# the coordinates of the optimizer, so the axes of some texts serve for fits to most of them, too.
-Axes = dict[tuple[str, int], tuple[NDArray[np.float64], NDArray[np.float64]]]
+# Principal axes of a layer's standardized states: variances (rank,) and directions (hidden, rank).
+Basis = tuple[NDArray[np.float64], NDArray[np.float64]]
+# The axes of all texts, or most, by pooling and layer. They only set the optimizer's coordinates, so they also serve for
+# fits to a part of the texts, if it has ENOUGH texts per dimension. With fewer it does not span all axes, and L-BFGS
+# ends before the start has decayed along the others, although that part of it knows the texts that were left out.
+Axes = dict[tuple[str, int], Basis]
+ENOUGH = 1.5
 # From logits and target probabilities, both (n, K), to the loss and its gradient with respect to the logits.
 Loss = Callable[[Array, Array], tuple[float, Array]]
 
@@ -69,6 +73,7 @@ def fit(num_layers: int, texts: States, groups: Sequence[object], seed: int) -> 
     """Fit exits on every layer but the last, with the pooling and the ridges that `choose` finds."""
     axes: Axes = {}
     pooling, ridges, near = choose(num_layers, texts, groups, seed, axes)
+    axes = {key: basis for key, basis in axes.items() if key[0] == pooling}  # frees the others
     return fit_with(texts, pooling, ridges, seed, near, axes)
 
 
@@ -78,7 +83,7 @@ def fit_with(
     """Fit exits to texts, with a given pooling.
 
     ridges: the ridge of each layer but the last. near: classifiers that were fitted to most of these texts, or to more,
-    from which the fit starts: the loss is convex, so the start changes the time that it takes, not the result.
+    from which the fit starts: the loss is convex, so the start changes the time that the fit takes, not its result.
     """
     layers = track(range(len(ridges)), f"Fitting exits ({pooling})")
     classifiers = [
@@ -122,7 +127,7 @@ def choose(
             soft_wrap=True,
             highlight=False,
         )
-        if merit > largest:
+        if merit > largest or not best[1]:
             best, largest = (pooling, ridges, classifiers), merit
     return best
 
@@ -176,14 +181,27 @@ def _fitted(
     if texts.tolerance is not None:
         path = _values(x, texts.logits, ridges)
     else:
-        if (pooling, layer) not in axes:
-            values, vectors = np.linalg.eigh((x.T @ x / len(x)).astype(np.float64))
-            axes[pooling, layer] = np.maximum(values, 0), vectors
+        if len(x) < ENOUGH * x.shape[1]:
+            basis = _principal_axes(x)
+        else:
+            basis = axes.get((pooling, layer)) or _principal_axes(x)
+            axes[pooling, layer] = basis
         first = None if start is None else (start[0] * spread, start[1] + start[0] @ mean)
-        path = _probabilities(x, texts, ridges, *axes[pooling, layer], first)
+        path = _probabilities(x, texts, ridges, basis, first)
     for ridge, (weight, bias) in zip(ridges, path, strict=True):
         scaled = weight / spread
         yield ridge, (scaled, np.asarray(bias - scaled @ mean, np.float32))
+
+
+def _principal_axes(x: Array) -> Basis:
+    """The principal axes of standardized states (n, hidden); with fewer texts than dimensions, those that they span."""
+    if len(x) >= x.shape[1]:
+        values, vectors = np.linalg.eigh((x.T @ x / len(x)).astype(np.float64))
+        return np.maximum(values, 0), vectors
+    values, vectors = np.linalg.eigh((x @ x.T / len(x)).astype(np.float64))
+    spanned = values > 1e-6 * values[-1]
+    values, vectors = values[spanned], vectors[:, spanned]
+    return values, x.T @ vectors / np.sqrt(len(x) * values)
 
 
 def _values(x: Array, wanted: Array, ridges: Sequence[float]) -> Iterator[Linear]:
@@ -219,8 +237,7 @@ def _probabilities(
     x: Array,
     texts: States,
     ridges: Sequence[float],
-    variances: NDArray[np.float64],
-    directions: NDArray[np.float64],
+    basis: Basis,
     start: Linear | None,
 ) -> Iterator[Linear]:
     """Logistic regressions of probabilities (n, K) on states (n, hidden), one per ridge, by L-BFGS.
@@ -228,34 +245,34 @@ def _probabilities(
     Each starts at the previous solution. L-BFGS works in coordinates in which the loss has about equal curvature in
     all directions, and so needs a third of the steps.
 
-    variances, directions: the principal axes of the states, (hidden,) and (hidden, hidden). start: where the first
-    starts; None: at weights of 0, and the bias that gives the mean probabilities.
+    basis: the principal axes of the states. The weights stay in their span: outside of it, the best weights are 0.
+    start: where the first starts; None: at weights of 0, and the bias that gives the mean probabilities.
     """
     from scipy.optimize import minimize
 
-    wanted, loss = texts.probabilities, _loss_of(texts)
-    count, width = wanted.shape[1], x.shape[1]
+    wanted, loss, (variances, directions) = texts.probabilities, _loss_of(texts), basis
+    count, rank = wanted.shape[1], len(variances)
     weight, bias = start or (
-        np.zeros((count, width), np.float32),
+        np.zeros((count, x.shape[1]), np.float32),
         np.log(np.maximum(wanted.mean(0), 1e-6)),
     )
     for ridge in ridges:
         curvature = np.sqrt(CURVATURE * variances + 2 * ridge)
-        basis = (directions / curvature).astype(np.float32)
-        seen = x @ basis
+        to = (directions / curvature).astype(np.float32)
+        seen = x @ to
 
-        def split(flat: NDArray[np.float64], basis: Array = basis) -> tuple[Array, Array, Array]:
+        def split(flat: NDArray[np.float64], to: Array = to) -> tuple[Array, Array, Array]:
             """Weights in the new coordinates, weights in the original ones, and bias."""
             both = flat.astype(np.float32)
-            inside = both[: count * width].reshape(count, width)
-            return inside, inside @ basis.T, both[count * width :]
+            inside = both[: count * rank].reshape(count, rank)
+            return inside, inside @ to.T, both[count * rank :]
 
         def objective(
-            flat: NDArray[np.float64], ridge: float = ridge, basis: Array = basis, seen: Array = seen
+            flat: NDArray[np.float64], ridge: float = ridge, to: Array = to, seen: Array = seen
         ) -> tuple[float, NDArray[np.float64]]:
             inside, weight, bias = split(flat)
             value, gradient = loss(seen @ inside.T + bias, wanted)
-            slopes = gradient.T @ seen + 2 * ridge * weight @ basis
+            slopes = gradient.T @ seen + 2 * ridge * weight @ to
             total = value + ridge * float(np.square(weight).sum())
             return total, np.concatenate([slopes.ravel(), gradient.sum(0)]).astype(np.float64)
 

@@ -110,6 +110,7 @@ def ctranslate(folder: Path, out: Path) -> Callable[[list[str], int], None]:
         str(converted), device="cpu", compute_type="int8", inter_threads=CORES, intra_threads=1
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer("a text", truncation=True)  # sets the truncation before several threads use it
     with safe_open(folder / "model.safetensors", "np") as weights:
         weight, bias = weights.get_tensor("classifier.weight").T, weights.get_tensor("classifier.bias")
 

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from de3.exits.promise import Profile, Promise, error_of
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
+from de3.export import fit
 from de3.export import learn as learning
 from de3.export.classifier import Stock, convert
 from de3.model_store import records as files
@@ -306,6 +307,23 @@ def test_a_fit_is_tested_on_texts_that_it_did_not_see(some: Records) -> None:
     fits, tests = learning._split(copies, 1, 0)
     assert not set(fits.keys.tolist()) & set(tests.keys.tolist())
     assert len(tests) == 160  # as many, although most texts are repeats
+
+
+@pytest.mark.parametrize("count", [60, 100, 400])
+def test_a_start_that_knows_the_left_out_texts_does_not_change_a_fit(count: int) -> None:
+    """Fewer texts than dimensions, and more: the classifiers are those of a fit that starts anew."""
+    rng = np.random.default_rng(count)
+    hidden = rng.normal(size=(count, 1, 64)).astype(np.float16)
+    logits = rng.normal(size=(count, 3)).astype(np.float32) * 3
+    texts = learning.RecordedStates([], logits, None, None, states=hidden)
+    ridge, axes = (1e-3,), dict[Any, Any]()
+    whole = next(fit._fitted(texts, "mean", 0, ridge, axes))[1]
+    part = texts.part(np.arange(count * 3 // 4))
+    warm = next(fit._fitted(part, "mean", 0, ridge, axes, whole))[1]
+    cold = next(fit._fitted(part, "mean", 0, ridge, {}))[1]
+    x = texts.pooled("mean", 0)[count * 3 // 4 :]
+    found, expected = (x @ one[0].T + one[1] for one in (warm, cold))
+    np.testing.assert_allclose(found, expected, atol=0.1 * expected.std())
 
 
 def test_each_client_tests_in_proportion_to_its_traffic(some: Records) -> None:

@@ -305,6 +305,19 @@ def test_more_audits_are_recent_while_more_texts_are_audited() -> None:
     assert weights == [300, 300, 300, 600, 1200]
 
 
+def test_recent_rates_follow_at_once_when_fewer_texts_are_audited() -> None:
+    counts = []
+    for share in (0.05, 1.0):
+        recent = RecentRates(0.02, 4)
+        for _ in range(4000):
+            recent.add(share, CLEAN.differs)
+        counts.append(0)
+        while recent.allows(3) == 3:
+            recent.add(0.05, unlike_from(2).differs)
+            counts[-1] += 1
+    assert counts[0] == counts[1] < 10
+
+
 def test_few_recent_audits_do_not_lower_tau() -> None:
     recent = RecentRates(0.1, 4)
     while recent.weight < 100:  # a third of the window's 300
