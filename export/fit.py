@@ -26,9 +26,9 @@ Array = NDArray[np.float32]
 Linear = tuple[Array, Array]  # weights (outputs, inputs) and bias (outputs,)
 # Principal axes of a layer's standardized states: variances (rank,) and directions (hidden, rank).
 Basis = tuple[NDArray[np.float64], NDArray[np.float64]]
-# The axes of all texts, or most, by pooling and layer. They only set the optimizer's coordinates, so they also serve for
-# fits to a part of the texts, if it has ENOUGH texts per dimension. With fewer it does not span all axes, and L-BFGS
-# ends before the start has decayed along the others, although that part of it knows the texts that were left out.
+# The axes of all texts, or most, by pooling and layer. They only set the coordinates of the optimizer, so they also
+# serve for fits to a part of the texts, if it has ENOUGH texts per dimension. With fewer it does not span all axes, and
+# L-BFGS ends before the start has decayed along the others, although it knows the texts that were left out.
 Axes = dict[tuple[str, int], Basis]
 ENOUGH = 1.5
 # From logits and target probabilities, both (n, K), to the loss and its gradient with respect to the logits.
