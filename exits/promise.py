@@ -259,9 +259,8 @@ class RecentRates:
     def add(self, share: float, differs: NDArray[np.bool_]) -> None:
         """Count an audit. share: its probability; 0: as few audits as possible count as recent."""
         window = max(self._least, share * RECENT_TEXTS)
-        stays = (window - 1) / max(
-            window, self.weight
-        )  # when the share falls, the older audits weigh less at once
+        # When the share falls, the older audits weigh less at once.
+        stays = (window - 1) / max(window, self.weight)
         self.weight = self.weight * stays + 1
         self.differing = self.differing * stays + differs
 

@@ -1,4 +1,4 @@
-"""`de3 serve`, with options of its own and those that server.settings.Settings defines."""
+"""`de3 serve`, with its own options and those that server.settings.Settings defines."""
 
 import os
 from inspect import Parameter

@@ -1,4 +1,4 @@
-"""`de3 train`, with options of its own and those that Columns and TrainSettings define."""
+"""`de3 train`, with its own options and those that Columns and TrainSettings define."""
 
 import shlex
 import sys
