@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -257,6 +258,17 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             making.mkdir()
             make(making)
             making.rename(folder)
+    return folder
+
+
+def installed(folder: Path, packages: str) -> Path:
+    """Install packages, without their dependencies, into a folder; skips the test if that fails. Returns the folder."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    done = subprocess.run(
+        [*command, *packages.split()], capture_output=True, text=True, timeout=200, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"{folder.name} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
     return folder
 
 

@@ -19,7 +19,7 @@ from de3.exits.windows import Combination, Flag
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import TextTokenizer, Windows
 from de3.server.http import detectors
-from tests.fixtures import made_once
+from tests.fixtures import installed
 from tests.serving import Server, serving
 
 # The tests' model labels GOOD as "negative" and BAD as "positive", so here a guard blocks "positive".
@@ -155,34 +155,9 @@ NEMO = "nemoguardrails>=0.24,<0.26 aiohttp-retry dataclasses-json fastembed lark
 NEMO += " prompt_toolkit py_rust_stemmers simpleeval typing-inspect wcwidth"
 
 
-@pytest.fixture(scope="session")
-def nemo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which NeMo Guardrails is installed; skips the test if it cannot be installed."""
-
-    def make(folder: Path) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--target",
-            str(folder / "site"),
-        ]
-        done = subprocess.run(
-            [*command, *NEMO.split()], capture_output=True, text=True, timeout=200, check=False
-        )
-        (folder / "failed").write_text(done.stderr if done.returncode else "")
-
-    folder = made_once(tmp_path_factory, "nemo", make)
-    if said := (folder / "failed").read_text():
-        pytest.skip(f"NeMo Guardrails cannot be installed here: {said.strip().splitlines()[-1]}")
-    return folder / "site"
-
-
 @pytest.mark.slow
-def test_an_input_rail_of_nemo_guardrails_blocks(server: Server, nemo: Path) -> None:
+def test_an_input_rail_of_nemo_guardrails_blocks(server: Server, tmp_path: Path) -> None:
+    site = installed(tmp_path / "nemoguardrails", NEMO)
     assert list(probs(server, GOOD)) == ["negative", "positive"]
     answers = [max(probs(server, text), key=probs(server, text).__getitem__) for text in (GOOD, BAD)]
     assert answers == ["negative", "positive"]
@@ -192,7 +167,7 @@ def test_an_input_rail_of_nemo_guardrails_blocks(server: Server, nemo: Path) -> 
         text=True,
         timeout=120,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(nemo)},
+        env=os.environ | {"PYTHONPATH": str(site)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])

@@ -92,7 +92,7 @@ def test_a_table_has_the_same_answers(model: de3.Classifier) -> None:
 @pytest.mark.parametrize(
     ("texts", "options", "field", "says"),
     [
-        (["good", " "], {}, "input[1]", "input[1]: must not be empty"),
+        (["good", " "], {}, "input[1]", "input[1]: must not be only white space"),
         (["good", b"x"], {}, "input[1]", "must be a text or a pair; got bytes"),
         ({"text": "a", "text_pair": "b", "c": "d"}, {}, "input[0]", "unknown field"),
         (["good", 7], {}, "input[1]", "must be a text, or an object with text and text_pair; got a number"),

@@ -14,7 +14,7 @@ import pytest
 from de3.exits.reading import sigmoid
 from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
-from tests.fixtures import save_encoder
+from tests.fixtures import installed, save_encoder
 from tests.serving import Server, serving
 
 QUERY = "what is a good film ?"
@@ -102,7 +102,7 @@ def test_errors_have_the_form_of_the_peer(server: Server) -> None:
     assert cut.status_code == 200 and len(cut.json()) == 1
     assert (
         post(server, "/rerank", query=QUERY, texts=["a", " "]).json()["error"]
-        == "texts[1]: must not be empty"
+        == "texts[1]: must not be only white space"
     )
 
 
@@ -127,21 +127,7 @@ print(json.dumps([
 
 @pytest.mark.slow
 def test_coheres_clients_rerank(server: Server, tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(site),
-        *COHERE.split(),
-    ]
-    installed = subprocess.run(install, capture_output=True, text=True, timeout=200, check=False)
-    if installed.returncode:
-        pytest.skip(f"cohere cannot be installed here: {installed.stderr.strip().splitlines()[-1]}")
+    site = installed(tmp_path / "cohere", COHERE)
     scores = [sigmoid(value) for value in values(server)]
     order = sorted(range(4), key=lambda i: -scores[i])
     done = subprocess.run(

@@ -205,7 +205,7 @@ BAD: list[tuple[bytes, int, str | None, str]] = [
     (b'{"input": 3}', 422, "input", "got a number"),
     (b'{"input": true}', 422, "input", "got a boolean"),
     (b'{"input": ""}', 422, "input", "must not be empty"),
-    (b'{"input": " \\n\\t"}', 422, "input", "must not be empty"),
+    (b'{"input": " \\n\\t"}', 422, "input", "must not be only white space"),
     (b'{"input": []}', 422, "input", "must not be an empty list"),
     (b'{"input": ["a", ""]}', 422, "input", r"input[1]: must not be empty"),
     (b'{"input": ["a", ["b"]]}', 422, "input", "input[1]: must be a text"),

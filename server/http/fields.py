@@ -201,7 +201,7 @@ def checked_text(value: Any, where: str, expected: str = "a text") -> str:
         kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
         raise ValueError(f"{where}: must be {expected}; got {kinds.get(type(value), 'null')}")
     if not value.strip():
-        raise ValueError(f"{where}: must not be empty")
+        raise ValueError(f"{where}: must not be {'only white space' if value else 'empty'}")
     return value
 
 
