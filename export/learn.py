@@ -328,9 +328,10 @@ def _check(records: Records, manifest: Manifest) -> None:
 
 
 def learn(base: Artifact, records: Records, store: Store, job: "Job") -> dict[str, Any]:
-    """Fit exits to records of a model, and publish them if they are faster than those served now; returns the result.
+    """Fit exits to records of a model; publishes them if they are faster than those served now, or likely to become so.
 
-    Raises ValueError for too few records or those of another model, and StoreError for a damaged model.
+    Returns the result (MIN_HOPE defines likely). Raises ValueError for too few records or those of another model, and
+    StoreError for a damaged model.
     """
     manifest = base.manifest
     _check(records, manifest)

@@ -32,7 +32,7 @@ def measure(
     """Measure latencies; returns the requests per second, and the latencies of each round without and with a fit.
 
     The requests per second are half of the throughput with 16 connections. Raises ValueError if a fit ends before the
-    measurement that is made during it.
+    measurement taken during it is complete.
     """
     os.environ["DE3_ADMIN_KEYS"] = f"lab {KEY}"
     without, with_fit = list[tuple[float, float]](), list[tuple[float, float]]()

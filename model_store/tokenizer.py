@@ -253,7 +253,7 @@ class TextTokenizer:
 
 
 class Tokenization:
-    """Tokenization of one text or pair, piece by piece, and only as far as the model's windows reach."""
+    """Tokenization of one text or pair, piece by piece, only as far as the request's windows reach."""
 
     def __init__(
         self, tokenizer: TextTokenizer, text: str, text_pair: str | None, truncate: bool, windows: int

@@ -86,7 +86,7 @@ class TextMetrics(Collector):
         self._lock = Lock()
 
     def add_model(self, name: str) -> None:
-        """Start counting for a model, or continue."""
+        """Start counting a model's texts; keeps the counts if there are any."""
         with self._lock:
             self._texts.setdefault(name, _Texts(self._layers))
 

@@ -74,9 +74,9 @@ def open_encoder(name: str) -> tuple[Any, Any]:
         raise ValueError(f"--encoder {name}: no such folder")
     try:
         check_config(f"--encoder {name}", name)
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         family(config.to_dict())
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except StrictDataclassError as error:
         raise ValueError(f"--encoder {name}: {' '.join(str(error).split())}") from None
     except OSError as error:

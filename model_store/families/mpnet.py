@@ -58,9 +58,9 @@ class MPNet(Roberta):
         return min(self.positions, self.distances)
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
-        """The weights of `block`: BERT's, and the attention biases, offsets (heads, 2·distances − 1).
+        """The weights of `block`: BERT's, and the attention biases, named `offsets` (heads, 2·distances − 1).
 
-        The biases are for the offsets (key position − query position) from 1 − distances to distances − 1.
+        Its columns are for key position − query position from 1 − distances to distances − 1.
         """
         table = state["encoder.relative_attention_bias.weight"]
         check_shape("encoder.relative_attention_bias", table, BUCKETS, self.num_heads)

@@ -136,8 +136,11 @@ def outcome_of(item: Item, reason: ExitReason) -> Outcome:
 
 
 def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> bool:
-    """Tokenize a text piece by piece; False if its job was dropped or it was preempted. Raises RequestError
-    if it is too long and may not be truncated."""
+    """Tokenize a text piece by piece; returns False if its job was dropped or it was preempted.
+
+    Raises RequestError if it has no tokens, if it is too long and must not be truncated, or if it is a pair that cannot
+    be split into windows.
+    """
     job, text, progress = item.job, item.text, item.progress
     if progress.tokenization is None:
         request = job.request

@@ -73,7 +73,8 @@ class Timing:
         """Predicted seconds to tokenize a text with this many characters and run it to full depth.
 
         windows: maximum number of windows; all are assumed to run. Long texts are assumed to be tokenized at the
-        slowest measured rate. For short texts, which run in groups, that rate would be a large overestimate.
+        slowest measured rate. Short texts, which run in groups, are assumed to tokenize like plain words: the slowest
+        rate would greatly overestimate their time.
         """
         tokens = tokens_of(chars)
         if windows > 1 and tokens > self._most:
