@@ -66,7 +66,7 @@ format: $(DEV)/ready
 setup: $(DEV)/ready
 
 # An environment is recreated only if pyproject.toml or the kernels have changed. Serving has its own, which needs
-# neither torch nor transformers.
+# neither torch nor transformers. In the other, modules are compiled when they are first imported: most never are.
 $(SERVE)/ready: pyproject.toml $(NATIVE)
 	@echo "Installing what serving needs into $(SERVE): once, about a minute (75 MB to download)."
 	$(PYTHON) -m venv $(SERVE)
@@ -76,7 +76,7 @@ $(SERVE)/ready: pyproject.toml $(NATIVE)
 $(DEV)/ready: pyproject.toml $(NATIVE)
 	@echo "Installing everything into $(DEV), PyTorch included: once, several minutes."
 	$(PYTHON) -m venv $(DEV)
-	$(DEV)/bin/pip install $(QUIET) --editable '.[dev]'
+	$(DEV)/bin/pip install $(QUIET) --no-compile --editable '.[dev]'
 	touch $@
 
 clean:
