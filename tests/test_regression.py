@@ -86,7 +86,8 @@ def test_an_artifact_records_its_tolerance(imported: Path) -> None:
     # The original is accurate.
     assert correlation(np.array([e.label for e in certify]), np.array(right))[0] > 0.8
     pearson, spearman = correlations(recorded)
-    assert pearson[-1] > 0.99 and spearman[-1] > 0.97 and pearson[0] < pearson[-1]
+    # Not layer 0: the first token's embedding does not vary, in case the import pools by it.
+    assert pearson[-1] > 0.99 and spearman[-1] > 0.97 and pearson[1] < pearson[-1]
 
 
 def test_full_depth_gives_the_values_of_transformers(server: Server, stock: Path) -> None:
