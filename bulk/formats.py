@@ -109,7 +109,7 @@ class Format:
     def write(self, file: Path, rows: Rows) -> None:
         """Write rows to a new file, which appears only once it is complete.
 
-        Raises ValueError for values that the format cannot hold.
+        Raises ValueError for values that the format cannot hold, or whose types differ from those of earlier parts.
         """
         draft = file.with_name(f".{file.name}")
         if self.kind == ".parquet":

@@ -28,7 +28,8 @@ class Parts:
         Args:
             out: a file, whose suffix is `kind`, or a folder.
             kind: suffix of the parts, one of formats.KINDS.
-            run: everything that determines the output, as a JSON object. An output begun with another is refused.
+            run: everything that determines the output, as a JSON object. If the output was begun with a different
+                one, it is refused.
 
         Raises ValueError for an output that cannot be begun or continued.
         """
@@ -90,7 +91,7 @@ class Parts:
     def write(
         self, number: int, slices: list[Slice], answers: dict[str, list[Any]], types: dict[str, str]
     ) -> None:
-        """Write a part; raises ValueError if its columns do not fit those of the earlier parts.
+        """Write a part; raises ValueError if it does not fit the earlier parts, or the format cannot hold a value.
 
         answers, types: columns for the texts of all slices, in order, and their types.
         """

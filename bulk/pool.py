@@ -114,7 +114,7 @@ class RemotePool:
         self._threads = ThreadPoolExecutor(parallel)
 
     def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
-        """Classify a slice, with one request after another."""
+        """Classify a slice in consecutive requests of at most MAX_BATCH texts."""
         return self._threads.submit(self._answer, texts)
 
     def _answer(self, texts: Sequence[Input]) -> Answers:

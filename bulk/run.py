@@ -66,7 +66,8 @@ def classify(
         progress: called after each slice with its number of rows.
 
     Raises ValueError if a file cannot be read, the rows do not fit the output's format, a process or its engine fails,
-    there are no rows, or no row of the first slice can be classified.
+    the server refuses the options or does not answer, there are no rows, or no row of the first slice can be
+    classified.
     """
     summary, started = Summary(), perf_counter()
     waiting = deque[tuple[int, Slice, Future[Answers] | None]]()

@@ -83,7 +83,7 @@ class Source:
         return sum(_lines_in(file) for file in self.files)
 
     def slices(self) -> Iterator[Slice]:
-        """Yield all rows, in slices; raises ValueError for a file that cannot be read."""
+        """Yield all rows, in slices; raises ValueError for a file that cannot be read, or lacks a column."""
         number = 0
         for file in self.files:
             read = self._read_parquet if self.kind == ".parquet" else self._read_rows

@@ -116,7 +116,10 @@ class AnswerColumns:
         return {name: [values[i] for i in order] for name, values in self.values.items()}
 
     def table(self, order: Sequence[int]) -> "pyarrow.Table":
-        """The columns as a table with the rows in this order (see `ordered`), and metadata about the model."""
+        """The columns as a table with the rows in this order (see `ordered`), and metadata about the model.
+
+        Raises ValueError without pyarrow.
+        """
         about = {"model": self._name, "labels": self._labels}
         return table_of(self.ordered(order), self.types).replace_schema_metadata({"de3": json.dumps(about)})
 

@@ -126,8 +126,8 @@ class Classifier:
     """A loaded classifier with threads of its own; any number of threads may call it.
 
     Call close(), or leave that to the garbage collector. Pickling stores the artifact's path and fingerprint, not
-    the model; a process loads it once, however often it unpickles the classifier. After os.fork, the child must load
-    its own classifier.
+    the model; each process loads the model once, however often it unpickles the classifier. After os.fork, the child
+    must load its own classifier.
     """
 
     def __init__(
@@ -166,7 +166,8 @@ class Classifier:
     def certificate(self, **options: Unpack[Options]) -> Mapping[str, Any] | None:
         """The certified bound on the rate of disagreement with these options, as in a response (docs/api.md).
 
-        None without `max_disagreement`. It covers texts of a single window. Raises InputError for an invalid option.
+        None without `max_disagreement`. The bound covers texts of a single window. Raises InputError for an invalid
+        option, and RuntimeError as classify() does.
         """
         with _input_errors():
             return self._served.rules.of(self._request(options).options, 0, "").certificate
@@ -187,7 +188,8 @@ class Classifier:
 
         as_arrow: a pyarrow table (pip install 'de3[bulk]') instead of rows; docs/bulk.md has its columns.
 
-        Raises InputError for a text or an option that cannot be used, and RuntimeError if the classifier is closed.
+        Raises InputError for a text or an option that cannot be used, ValueError for as_arrow without pyarrow, and
+        RuntimeError if the classifier is closed or was loaded before a fork, or if its engine fails.
         """
         request = self._request(options)
         given = [texts] if isinstance(texts, str | tuple | dict) else list(_iterable(texts))
@@ -210,8 +212,8 @@ class Classifier:
 
         window: texts to read at a time; two windows are read before the first answer.
 
-        Raises InputError for an option that cannot be used; the iterator raises it for a text that cannot be
-        used, after the answers to earlier windows.
+        Raises InputError for an option or a window that cannot be used; the iterator raises it for a text that cannot
+        be used, after the answers to earlier windows. Both raise RuntimeError as classify() does.
         """
         request, batches = self._request(options), deque[_Batch]()
         if window < 1:
@@ -235,7 +237,7 @@ class Classifier:
     def answers(self, texts: Sequence[Input], **options: Unpack[Options]) -> Answers:
         """The answers to texts, or to pairs of texts, by column; for texts that cannot be classified, the reason.
 
-        Raises InputError for an option that cannot be used.
+        Raises InputError for an option that cannot be used, and RuntimeError as classify() does.
         """
         request, errors = self._request(options), dict[int, str]()
         request.keeps_errors = True

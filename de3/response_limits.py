@@ -18,7 +18,7 @@ CONNECTED = {f"connection.{name}.complete" for name in ("connect_tcp", "connect_
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Context in which reads of connections traced by `trace` raise ReadTimeout after this time."""
+    """Context in which reads from connections that `trace` has patched raise ReadTimeout after this time."""
     token = _end.set(monotonic() + seconds)
     try:
         yield
@@ -27,7 +27,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def trace(event: str, info: dict[str, Any]) -> None:
-    """Trace extension of requests, which makes reads of new connections observe time_limit."""
+    """Value of the extension `trace` of a request: makes reads from its new connections observe time_limit."""
     if event in CONNECTED:
         stream = info["return_value"]
         stream.read = partial(_read, stream.read)

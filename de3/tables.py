@@ -62,7 +62,8 @@ class Columns:
     delimiter: Annotated[
         str | None,
         Option(
-            help="Character between fields, or tab; for files with any extension. Default: by extension.",
+            help="Separator of the fields: one character, or the word tab. A file read with it may have any "
+            "extension. Default: by extension.",
             show_default=False,
             rich_help_panel=PANEL,
         ),
@@ -304,7 +305,7 @@ def read_groups(records: Iterable[tuple[str, Any]], column: str) -> list[str]:
 def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, str]]:
     """The (text, label) rows of a Hugging Face data set, "path" or "path:config".
 
-    Label numbers are replaced by label names if the data set has them.
+    Label numbers are replaced by label names if the data set has them. Raises ValueError as read_rows does.
     """
     from datasets import ClassLabel
 

@@ -1,4 +1,4 @@
-"""Classify a column of a polars frame: python examples/polars_frame.py IN OUT [MODEL]
+"""Classify a column of a polars DataFrame: python examples/polars_frame.py IN OUT [MODEL]
 
 The classifier's threads use all cores. Needs: pip install 'de3[bulk]' polars
 """

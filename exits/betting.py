@@ -10,8 +10,8 @@ is at most δ (Ville's inequality). The same holds for the mean of several such 
 against "the rate is r or more". (Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting",
 2024; Xu, Karampatziakis & Mineiro, "Active, anytime-valid risk controlling prediction sets", 2024.)
 
-As λ_t is proportional to q_t, an audit gains or loses the same share of W whatever q_t is. Otherwise a few audits made
-when q was small would dominate.
+As λ_t is proportional to q_t, an audit that finds a difference costs about the share c of W, whatever q_t is. Otherwise
+a few audits made when q was small would dominate.
 
 W depends only on two counts for each q: all texts, and the audited texts that differ. So only these are stored.
 """

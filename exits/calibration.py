@@ -125,7 +125,7 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Out
 def mean_and_error(values: Floats, groups: NDArray[np.int64] | None = None) -> tuple[float, float]:
     """The mean of values (n,) and its standard error, clustered by group if groups are given.
 
-    The error is at least 1 / number of groups (of samples, without groups), about its value if a single group differs.
+    The error is at least 1 / number of groups, or 1/n without groups: about the error if a single one differs.
     """
     count = len(values) if groups is None else len(np.unique(groups))
     return float(values.mean()), max(_standard_error(values, groups), 1 / count)
@@ -151,7 +151,10 @@ def effective_size(hits: NDArray[np.bool_], groups: NDArray[np.int64]) -> float:
 
 
 def paired_interval(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[float, float]:
-    """95% interval of the accuracy lost from `before` to `after`, each (n,), on the same samples."""
+    """95% interval of the accuracy lost from `before` to `after`, on the same samples.
+
+    before, after: True where the answer is correct, (n,).
+    """
     loss, error = mean_and_error(before.astype(float) - after)
     return loss - Z95 * error, loss + Z95 * error
 

@@ -1,8 +1,8 @@
 """The formulas of DE3-BERT (arXiv 2402.05948) on arrays: the two signals, their fusion, and the features of risk.
 
-Local signal: the entropy of an exit's class probabilities. Global signal: how much nearer the sample is to
-the prototype of the first-ranked class than to that of the second-ranked one. Both are small when the exit
-is confident.
+Local signal: the entropy of an exit's class probabilities. Global signal: the distance ratio, which compares
+the sample's distances to the prototypes of the first- and the second-ranked class. Both are small when the
+exit is confident.
 
 Classes are the last axis; any axes may precede it. All functions compute in float64.
 """

@@ -28,18 +28,18 @@ from de3.exits.guarantee import CONFIDENCE
 # Mean number of audits before a false alarm at exactly the promised rate; far more at a lower rate.
 PATIENCE = 1e5
 MAX_SHARES = 64  # tallies in an Evidence; a server has about twenty
-# Number of recent audits: those of RECENT_TEXTS texts; at least MIN_RECENT, and at least so many that the promise lets
-# MIN_EXPECTED of them differ.
+# Number of audits that count as recent: those of the last RECENT_TEXTS texts, but at least MIN_RECENT, and at least as
+# many as contain MIN_EXPECTED disagreements at the promised rate.
 RECENT_TEXTS, MIN_RECENT, MIN_EXPECTED = 1200, 300, 6
 
 Reason = Literal["start", "calibrated", "evidence", "recent", "change", "reset"]
 
 
 def error_of(attempt: int) -> float:
-    """The error probability of a guarantee's test of one attempt's exits; attempts are numbered from 1.
+    """The error probability of a promise for the exits of one fit. attempt: number of the fit, from 1.
 
-    A server that fits exits again tests each version separately. The error probabilities of all attempts sum to δ, so
-    the probability that any version ever breaks the promise is at most δ.
+    A server that fits exits again tests each version separately. The error probabilities of all attempts sum to
+    1 − CONFIDENCE, so the probability that any version ever breaks the promise is at most that.
     """
     return (1 - CONFIDENCE) / (attempt * (attempt + 1))
 
@@ -241,7 +241,7 @@ class Evidence:
 
 
 class RecentRates:
-    """Exponentially weighted rates of the recent audits, by τ.
+    """Exponentially weighted rates of disagreement in recent audits, by τ.
 
     While a large share of the texts is audited, more audits count as recent: the rates are then more precise, and still
     follow the traffic as quickly.
@@ -331,7 +331,8 @@ class Promise:
             self.evidence.add_repeat(share, audit.differs)
         else:
             self.evidence.add(share, audit)
-        # At τ = 0 every text is audited, although fewer are at the next τ: as many count as recent as then.
+        # At τ = 0 every text is audited, but at the next τ only some are. A share of 0 keeps the number of audits that
+        # count as recent as low as it is there.
         self.recent.add(share if self.index else 0.0, audit.differs)
         if self.proved:
             self._detector.add(share, bool(audit.differs[self.proved]))

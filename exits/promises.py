@@ -109,7 +109,7 @@ class Promises:
             elif len(self.texts) > MAX_CLIENTS + MAX_COUNTED:
                 self._forget()
         if key not in self.by_left_out:
-            # The copy keeps this client's earlier evidence: no more than that of any client that was left out before.
+            # The copy includes this client's earlier evidence: no more texts than each tracked client has sent.
             self.by_left_out[key] = self.of_all.copy()
             self.own[key] = RecentRates(self.rate, len(self.taus))
         return key

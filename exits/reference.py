@@ -34,7 +34,7 @@ def far(reference: Sequence[float]) -> float:
 
 
 def tail(value: float, reference: Sequence[float]) -> float:
-    """The share of calibration samples ≥ value, in [MIN_TAIL, 1]; linear between quantiles."""
+    """The share of calibration samples ≥ value, in [MIN_TAIL, 1]; interpolated linearly between quantiles."""
     return max(MIN_TAIL, 1.0 - _level(value, reference))
 
 

@@ -42,7 +42,7 @@ class ModelTraits:
     risk: tuple[Weights | None, ...] | None = None
 
     def check_has_classes(self, signal: str, exclusive: bool) -> None:
-        """Raise ValueError for a regression model, and with `exclusive` for a multi-label model."""
+        """Raise ValueError for a regression model and, if `exclusive`, also for a multi-label model."""
         if self.answer == "value":
             raise ValueError(
                 f"{signal} needs classes, and {self.name} is a regression model, whose answer is a number"

@@ -22,7 +22,7 @@ class TradeOffs:
         self._bounds = [row.disagreement_bound for row in self.rows]
 
     def at_speedup(self, wanted: float) -> Any | None:
-        """The row of the smallest τ with at least this speed-up; None if no row is as fast."""
+        """The row of the smallest τ with at least this speed-up; None if no row is fast enough."""
         index = bisect_left(self._speedups, wanted)
         return self.rows[index] if index < len(self.rows) else None
 

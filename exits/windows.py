@@ -16,7 +16,7 @@ from typing import NamedTuple
 from de3.exits.reading import Reading
 
 MAX_WINDOWS = 16
-MAX_TOKENS = 16 * 512  # of all windows together; if windows are long, there are fewer, but at least two
+MAX_TOKENS = 16 * 512  # of all windows together: a text has fewer windows if they are long, but at least two
 OVERLAP = 0.25  # share of a window's tokens that are also in the next one
 # At τ > 0: assumed effect of the remaining windows, as a share of their largest possible effect. Measured on product
 # reviews (lab/docs/experiments/long-texts.md).
@@ -34,7 +34,7 @@ class Span(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """A label to watch for (its index), and the least probability at which a text is flagged."""
+    """A label to watch for (its index), and the minimum probability at which a text is flagged."""
 
     label: int
     threshold: float
@@ -126,9 +126,9 @@ class Combination:
         return best - second > change * self._left + ROUNDING * self._total
 
     def reading(self, last: Reading) -> Reading:
-        """The combined answer of the windows that have run, with the signals at the exit of the last one.
+        """The combined answer of the windows that have run, with the signals of `last`, the last window's reading.
 
-        The logits are those of the combined probabilities.
+        The logits are those of the combined probabilities; with a flag, those of the window that gave the answer.
         """
         if (best := self._best) is not None:
             return replace(last, logits=best.logits, probs=best.probs, label=best.label, labels=best.labels)

@@ -87,7 +87,8 @@ class _Seen:
 def parts(artifact: Artifact, files: Sequence[Path]) -> tuple[Part, Part]:
     """Tuning and certifying samples from the audits of a model, labelled with full depth's answers.
 
-    Equal texts are one group, and so in the same part. Raises ValueError for unusable files and for too few audits.
+    Equal texts form a group, and groups are not split between the parts. Raises ValueError for unusable files, and if
+    there are fewer than MIN_TEXTS different texts.
     """
     seen = _Seen()
     audits = _representative(_read(artifact, files, seen))
@@ -189,7 +190,7 @@ def _audit(row: _Row, manifest: Manifest) -> _Audit:
 
 
 def _representative(audits: list[_Audit]) -> list[_Audit]:
-    """The audits thinned as if all had been sampled at the most common rate.
+    """The audits, thinned at random as if all had been sampled at the most common rate.
 
     Audits sampled at a lower rate cannot be corrected for; if there are many, the user is warned.
     """
@@ -209,7 +210,7 @@ def _representative(audits: list[_Audit]) -> list[_Audit]:
 
 
 def _recorded(audits: Sequence[_Audit], manifest: Manifest) -> Recorded:
-    """The audits' exits, with full depth's answers as labels."""
+    """The outputs of all exits in the audits, with full depth's answers as labels."""
     thresholds = manifest.label_thresholds
     recorded = Recorded(
         manifest.exit_layers,

@@ -73,11 +73,12 @@ def calibrate(
 ) -> Calibrated:
     """Fit the risk, choose a signal on the tuning samples, and certify it and its rivals on the certifying samples.
 
-    The default τ is the last of a fixed sequence whose loss is below max_loss with 95% confidence. With fewer than
-    MIN_CERTIFY certifying groups, if may_pool, both parts certify: each is scored by a risk fitted on the other.
+    The default τ is the largest of a fixed grid up to which the loss at every τ is below max_loss with 95% confidence.
+    With fewer than MIN_CERTIFY certifying groups, if may_pool, both parts certify: each is scored by a risk fitted on
+    the other.
 
-    wanted: the default signal, or auto. self_labelled: true if the labels are the original model's answers, or full
-    depth's.
+    max_loss: limit on the accuracy lost against full depth, as a fraction. wanted: the default signal, or auto.
+    self_labelled: true if the labels are the original model's answers, or full depth's.
 
     Raises ValueError for a signal that the model does not have.
     """

@@ -68,8 +68,10 @@ def describe(
 ) -> Description:
     """The classifier that a config.json describes.
 
-    raw: the parsed config.json. label_names: new names of the labels. multi_label: it is a multi-label model even if
-    config.json does not say so. Raises ValueError, with a message that begins with the name, if it cannot be served.
+    raw: the parsed config.json. label_names: new names of the labels. multi_label: treat it as a multi-label model,
+    even if config.json does not say so.
+
+    Raises ValueError, with a message that begins with the name, if it cannot be served.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"{name}: its config.json is not a JSON object")
@@ -285,7 +287,7 @@ def _errors_of(name: str) -> Iterator[None]:
 
 
 def _tokenizer(folder: Path, description: Description) -> tuple[bytes, dict[str, Any], int, bool]:
-    """Stock.tokenizer, options, max_tokens and token_types; raises ValueError for an unusable tokenizer."""
+    """The tokenizer, options, max_tokens and token_types of a Stock; raises ValueError for an unusable tokenizer."""
     path = folder / TOKENIZER_CONFIG
     options = read_config(path) if path.is_file() else {}
     if not isinstance(options, dict):

@@ -66,8 +66,8 @@ def export(
 ) -> Path:
     """Export a checkpoint into a store as the model's next version; returns its folder.
 
-    The signal is fitted and chosen on tune_file, and certified on certify_file (see `calibrate`). By default,
-    these are the parts that training held out.
+    The risk is fitted, and the signal chosen, on tune_file; signal and τ are certified on certify_file (see
+    `calibrate`). By default, these files are the parts that training held out.
 
     Raises ExportError if the segments differ too much from the PyTorch model, or int8 from fp32, and ValueError if the
     checkpoint cannot be exported. In both cases nothing is published.

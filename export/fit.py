@@ -16,7 +16,7 @@ HELD_OUT = 5  # the pooling and the ridges are chosen on a fifth of the texts
 RIDGES = (1e-2, 1e-3, 1e-4)  # strongest first
 VALUE_RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # of a regression model
 STEPS, TOLERANCE = 100, 1e-6  # limits of L-BFGS, for each ridge
-CURVATURE = 0.1  # of the cross-entropy in a logit: p(1 − p) at p ≈ 0.9
+CURVATURE = 0.1  # assumed second derivative of the cross-entropy by a logit: p(1 − p) at p ≈ 0.9
 LR = 1e-3  # of the prototypical networks
 BATCH = 64
 GAMMA = 0.01  # of Eq. 1
@@ -26,9 +26,9 @@ Array = NDArray[np.float32]
 Linear = tuple[Array, Array]  # weights (outputs, inputs) and bias (outputs,)
 # Principal axes of a layer's standardized states: variances (rank,) and directions (hidden, rank).
 Basis = tuple[NDArray[np.float64], NDArray[np.float64]]
-# The axes of all texts, or most, by pooling and layer. They only set the coordinates of the optimizer, so they also
-# serve for fits to a part of the texts, if it has ENOUGH texts per dimension. With fewer it does not span all axes, and
-# L-BFGS ends before the start has decayed along the others, although it knows the texts that were left out.
+# The axes of all or most of the texts, by pooling and layer. They only set the optimizer's coordinates, so fits to a
+# part of the texts use them, too, if the part has ENOUGH texts per dimension. A smaller part does not span all axes:
+# along the others, L-BFGS would end before the start, which was fitted to texts outside the part, has decayed.
 Axes = dict[tuple[str, int], Basis]
 ENOUGH = 1.5
 # From logits and target probabilities, both (n, K), to the loss and its gradient with respect to the logits.
@@ -82,8 +82,9 @@ def fit_with(
 ) -> Exits:
     """Fit exits to texts, with a given pooling.
 
-    ridges: the ridge of each layer but the last. near: classifiers that were fitted to most of these texts, or to more,
-    from which the fit starts: the loss is convex, so the start changes the time that the fit takes, not its result.
+    ridges: the ridge of each layer but the last. near: classifiers from which the fits start, fitted to most of these
+    texts, or to these and others. The loss is convex, so the start changes the time that a fit takes, not its result.
+    axes: principal axes that are known already; those computed here are added.
     """
     layers = track(range(len(ridges)), f"Fitting exits ({pooling})")
     classifiers = [
@@ -102,10 +103,10 @@ def choose(
 ) -> tuple[str, list[float], list[Linear]]:
     """Choose the pooling, and the ridge of each layer but the last; returns the fitted classifiers, too.
 
-    They are the best on a fifth of the texts, for exits fitted to the others. The tuning and certifying samples are not
+    Both are chosen on a fifth of the texts, with exits fitted to the others. The tuning and certifying samples are not
     used.
 
-    groups: the group of each text; a group is split only if there are at most HELD_OUT groups.
+    groups: the group of each text; a group is split only if there are at most HELD_OUT groups. axes: as in `fit_with`.
     """
     is_held = _held_out(groups, np.random.default_rng(seed))
     held, others = (texts.part(np.flatnonzero(rows)) for rows in (is_held, ~is_held))
@@ -294,7 +295,7 @@ def _with_spaces(exits: Exits, train: States, seed: int) -> Exits:
         space = _space(states, answers, len(weights), seed)
         spaces.append(space)
         means = np.stack([states[answers == k].mean(0) for k in range(len(weights))])
-        prototypes.append(means @ space[0].T + space[1])  # the class's mean h', as h' is linear in the states
+        prototypes.append(means @ space[0].T + space[1])  # the class's mean h', as h' is affine in the states
     return Exits(exits.pooling, exits.classifiers, spaces, prototypes)
 
 

@@ -186,7 +186,8 @@ def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
     source: the checkpoint's or artifact's folder. int8: if false, an int8 artifact is written as float32, with
     dequantized weights.
 
-    Raises ValueError if the folder exists, or for int8 from an fp32 artifact, and StoreError for a damaged artifact.
+    Raises ValueError if the new folder exists, for an unusable checkpoint, or for int8 from an fp32 artifact, and
+    StoreError for a damaged artifact.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists already; choose a new folder")

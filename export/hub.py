@@ -22,9 +22,11 @@ MAX_DOWNLOAD_BYTES = 2**34
 def fetch(name: str, label_names: list[str] | None = None, multi_label: bool = False) -> Path:
     """The local folder of a classifier; name: a folder, or a hub repository to download, as id or id@revision.
 
-    The file list and config.json are checked before the weights are downloaded. Raises ValueError if there is no such
-    folder or repository, or if its model cannot be served, and OldFormError if only transformers can read its files.
-    label_names, multi_label: as in `describe`.
+    The file list and config.json are checked before the weights are downloaded. label_names, multi_label: as in
+    `describe`.
+
+    Raises ValueError if there is no such folder or repository, if the hub cannot be reached, or if the model cannot be
+    served, and OldFormError if only transformers can read its files.
     """
     repository, _, revision = name.partition("@")
     looks_like_path = name.startswith((".", "/", "~")) or repository.count("/") > 1 or "\\" in name

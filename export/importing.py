@@ -256,7 +256,7 @@ def _answered(parts: Split, computed: Sequence[States], labelled: bool) -> Split
 
 
 def check_work(work: Path, finetune: bool) -> None:
-    """Raise ValueError if `work` is a file, or holds the model of a training run or of another kind of import."""
+    """Raise ValueError if `work` is a file, or has the model of a training or of an import with another `finetune`."""
     if work.exists() and not work.is_dir():
         raise ValueError(f"--work {work}: is a file; give a folder (it is created)")
     record = read_record(work) or {}

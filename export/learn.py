@@ -1,4 +1,4 @@
-"""Fits exits to records of live traffic, and adds them to a model, whose own weights do not change.
+"""Fits exits to records of live traffic, and publishes the model with them; its other weights do not change.
 
 A server runs this in a separate process: see `child`.
 """
@@ -45,7 +45,7 @@ HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and maximum number of the new texts 
 SLACK = 1.25  # over-representation of a client up to this factor is not corrected: it may be chance
 MIN_OF_CLIENT = 30  # held-out records of a client that make its weight reliable
 MAX_FITTED = 20_000  # records
-MAX_LOSS = 0.01  # of accuracy, at the default τ of requests to a server without a guarantee
+MAX_LOSS = 0.01  # of accuracy, at the default τ, which a server without a guarantee uses
 # Ratios of new exits to those served now. New exits are published if their proved speed-up is MIN_GAIN times as high;
 # or if they allow MIN_HOPE times the speed-up, and prove at least MIN_KEPT times the speed-up at the τ in force.
 MIN_GAIN, MIN_HOPE, MIN_KEPT = 1.02, 1.08, 0.8
@@ -257,8 +257,9 @@ def publish(
     """Publish a model with these exits; returns its folder.
 
     attempt: number of the server's fit; None if a guarantee treats the result as a new model. records: number of
-    records that the exits were fitted to. name, version: the published name and version; by default, the base's name
-    and the next version in the store. Raises StoreError for a damaged base, and OSError if the version exists.
+    records that the fit was given, held-out ones included. name, version: the published name and version; by default,
+    the base's name and the next version in the store. Raises StoreError for a damaged base, and OSError if the version
+    exists.
     """
     manifest, exits = base.manifest, fitted.exits
     layers = list(range(manifest.num_layers))
@@ -328,10 +329,10 @@ def _check(records: Records, manifest: Manifest) -> None:
 
 
 def learn(base: Artifact, records: Records, store: Store, job: "Job") -> dict[str, Any]:
-    """Fit exits to records of a model; publishes them if they are faster than those served now, or likely to become so.
+    """Fit exits to records of a model; publish them if they are faster than those served now, or likely to become so.
 
-    Returns the result (MIN_HOPE defines likely). Raises ValueError for too few records or those of another model, and
-    StoreError for a damaged model.
+    MIN_GAIN, MIN_HOPE and MIN_KEPT define both. Returns the result, as fields of JSON; its path is None if nothing was
+    published. Raises ValueError for too few records or those of another model, and StoreError for a damaged model.
     """
     manifest = base.manifest
     _check(records, manifest)
@@ -425,7 +426,7 @@ def _weights(exits: Exits, layer: int) -> dict[str, Array]:
 
 
 def _source(old: Mapping[str, Array], new: dict[str, Array]) -> Source:
-    """A source of weights: those of a new exit from `new`, and all others unchanged from `old`, an artifact's."""
+    """A source of weights: those of a new exit come from `new`, all others unchanged from the artifact's, `old`."""
     added = source_of(new)
     modules = {name.partition(".")[0] for name in new if not name.startswith("final_norm.")}
 

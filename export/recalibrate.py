@@ -25,7 +25,8 @@ def recalibrate(
 ) -> Path:
     """Publish an artifact's next version: the same files with a new calibration; returns its folder.
 
-    Raises ValueError for unusable samples, and StoreError for a damaged artifact.
+    max_loss, signal: `max_loss` and `wanted` of `calibrate`. Raises ValueError for unusable samples or a signal that
+    the model does not have, and StoreError for a damaged artifact.
     """
     names = list(artifact.manifest.labels)
     tune, certify = (

@@ -14,9 +14,9 @@ from de3.training.progress import track
 
 
 def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:
-    """Record every exit for examples, in order. Examples run to full depth, unbatched, in parallel on all cores.
+    """Record the outputs of every exit for examples, in order.
 
-    what: name of the examples, for the progress bar.
+    Examples run to full depth, unbatched, in parallel on all cores. what: name of the examples in the progress display.
     """
 
     def full_depth(example: Example) -> tuple[int, list[Step]]:

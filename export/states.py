@@ -86,7 +86,7 @@ def states(
     tolerance: float | None,
     poolings: Sequence[str] = POOLINGS,
 ) -> States:
-    """Run a classifier without early exits over texts, in parallel on all cores.
+    """Run texts through a classifier without early exits, in parallel on all cores; returns pooled states and logits.
 
     norm: the norm between a layer's states and its exit, as `build.final_norm` gives it. what: name of the texts,
     for messages and file names. thresholds: label thresholds of a multi-label model, as probabilities. tolerance: of a

@@ -33,7 +33,7 @@ class StateFile(Mapping[str, NDArray[np.float32]]):
     """
 
     def __init__(self, tensors: dict[str, "_Tensor"], prefix: str, read: set[str]) -> None:
-        """read: a set; the name of each tensor is added when the tensor is read."""
+        """read: set to which the name of each tensor is added when it is read."""
         self._tensors, self._prefix, self._read = tensors, prefix, read
         self.whole = StateFile(tensors, "", read) if prefix else self
 
@@ -53,7 +53,7 @@ class StateFile(Mapping[str, NDArray[np.float32]]):
         return sum(1 for _ in self)
 
     def check_all_read(self, others: Collection[str] = ()) -> None:
-        """Raise ValueError if weights, except UNUSED and `others`, were not read: config.json is another model's."""
+        """Raise ValueError if a weight outside UNUSED and `others` was not read: config.json is another model's."""
         read = self._read | set(others)
         unread = [name for name in self._tensors if name not in read and not name.endswith(UNUSED)]
         if unread:
@@ -65,7 +65,7 @@ class StateFile(Mapping[str, NDArray[np.float32]]):
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of a safetensors file that the library has checked.
+    """A tensor of a file whose header the safetensors library has checked.
 
     Attributes:
         at: byte offset of its values in the file.

@@ -78,7 +78,7 @@ def _named(module: str, both: Linear) -> dict[str, NDArray[np.generic]]:
 
 
 def _tokenizer_options(stock: Stock) -> dict[str, Any]:
-    """The tokenizer_config.json, so that transformers can load the tokenizer without knowing the encoder."""
+    """Contents of tokenizer_config.json with which transformers loads the tokenizer without knowing the encoder."""
     tokenizer, config = Tokenizer.from_str(stock.tokenizer.decode()), stock.description.config
     number = config.get("pad_token_id")
     pad = tokenizer.id_to_token(number if type(number) is int and number >= 0 else 0)

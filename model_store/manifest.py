@@ -65,7 +65,7 @@ class TradeOff(_Signal):
         loss: accuracy at full depth minus accuracy; `loss_interval` is its paired 95% interval.
         disagreement: share of answers that differ from full depth; `disagreement_bound` is an upper bound of
             the true rate with 95% confidence (exits.guarantee).
-        speedup: M / mean exit layer, at most 1000.
+        speedup: num_layers / mean exit layer, at most 1000.
         histogram: share of samples at each exit, in the order of `exit_layers`.
     """
 
@@ -154,7 +154,7 @@ class Learned(Part):
 
     Attributes:
         base: hash of the model that the exits were fitted for; see `base_of`.
-        attempt: number of the fit, from 1. A guarantee divides its error probability between the attempts.
+        attempt: number of the fit, from 1. A guarantee divides its error probability among the attempts.
         records: number of records that the exits were fitted to.
     """
 
@@ -170,7 +170,7 @@ class Manifest(Architecture):
         thresholds: probability above which a multi-label model assigns each label; None for other models.
         tolerance: in a regression model, the largest difference between answers that count as equal, in the model's
             units. Such a model has one label, the name of its value, and only the signal risk. None for other models.
-        source: hub id or folder of the stock classifier that was converted as it is; None for other models.
+        source: hub id or folder of the stock classifier that was converted unchanged; None for other models.
         input: the kind of texts that the model was trained on; if None, it is unknown, and the model takes both kinds.
         learned: origin of exits that were fitted to live traffic (`de3 serve --learn`); None for other exits.
         risk: weights of the signal risk, for every exit but the last; None if the model does not have this signal.

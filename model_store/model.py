@@ -74,7 +74,8 @@ class Model:
         machine has found that the kernels agree with ONNX Runtime, which is then not used. memory: shared memory for
         the kernels' weights; None if this process has its own copy.
 
-        Raises StoreError also if the kernels cannot run the model, and runtime is native or is_proved is true.
+        Raises StoreError also if the kernels cannot run the model, and runtime is native or is_proved is true, and
+        OSError if `memory` cannot be sealed.
         """
         self.manifest = manifest = artifact.manifest
         self.full_name, self.path = artifact.full_name, artifact.path
@@ -135,7 +136,10 @@ class Model:
     def _native(
         self, artifact: Artifact, model: Any, prototypes: dict[int, Array], is_proved: bool
     ) -> tuple[Sequence[Segment], NativeForward]:
-        """The kernels' segments and forward pass; raises NoKernelsError unless they agree with ONNX Runtime."""
+        """The kernels' segments and forward pass.
+
+        Unless `is_proved`, raises NoKernelsError if they disagree with ONNX Runtime; see `_prove`.
+        """
         manifest = self.manifest
         from de3.native import kernels  # build() has checked that it can be imported
 

@@ -96,7 +96,7 @@ _SHAPES: dict[str, tuple[Any, int, str]] = {
 
 
 def read(path: Path, max_bytes: int) -> Records:
-    """Read and check a file of records; raises OSError, or ValueError if it is damaged, too large or another file."""
+    """Read and check a file of records; raises OSError, or ValueError if it is damaged, too large or not one."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size > max_bytes:

@@ -151,7 +151,7 @@ def _compare(model: ModelProto, g: Graph, name: str) -> None:
 
 
 def _difference(node: Any, wanted: Any) -> str:
-    """The first field or attribute in which two nodes of one operator differ."""
+    """The first field or attribute in which two nodes with the same operator differ."""
     attributes = {a.name: a for a in wanted.attribute}
     wrong = [a.name for a in node.attribute if attributes.pop(a.name, None) != a]
     fields = [f for f in ("domain", "input", "output") if getattr(node, f) != getattr(wanted, f)]

@@ -173,7 +173,7 @@ class NativeForward:
 
         All passes must have the same next layer. layers: None for all. far: the distance to the nearest prototype above
         which a sample is too far, by layer, (num_layers + 1,); None for no limit. at_idle: run at the lowest priority,
-        preempted by any other thread.
+        preempted by any other thread. Raises ValueError for an id outside the embedding tables, or if out of memory.
         """
         first, deepest = passes[0].layer, self._shape[0] - 1
         last = deepest if layers is None else min(first + layers - 1, deepest)
@@ -252,7 +252,7 @@ def session_options(max_tokens: int = ARENA_TOKENS) -> Any:
     # No tensor is read from another file: the graphs are checked, and this folder does not exist.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", NOWHERE)
     # One arena for all sessions. An arena keeps the memory of its longest text: after texts of 512 tokens on two
-    # threads, 12 layers of BERT's size kept 1.1 GB with an arena each, and keep 0.15 GB with a shared one. Models of
+    # threads, 12 layers of BERT's size kept 1.1 GB with an arena each, and keep 0.15 GB with a shared one. Models for
     # longer texts run without an arena, although this measured 10 to 15% slower for texts of 400 to 1000 tokens.
     options.enable_cpu_mem_arena = max_tokens <= ARENA_TOKENS
     if options.enable_cpu_mem_arena:

@@ -34,7 +34,7 @@ def read_config(file: Path) -> Any:
 def check_sizes(name: str, config: dict[str, Any]) -> None:
     """Raise ValueError, with a message that begins with `name`, for an invalid size or id2label.
 
-    A size must be a whole number from 1 to its maximum in MAXIMA.
+    A size, if it is set, must be a whole number from 1 to its maximum in MAXIMA.
     """
     for field, most in MAXIMA.items():
         value = config.get(field)

@@ -136,7 +136,10 @@ class Store:
         return self.open_path(self.path / name / str(number))
 
     def open_path(self, path: Path) -> Artifact:
-        """The artifact in <store>/<name>/<version>; raises StoreError for an invalid manifest or a folder elsewhere."""
+        """The artifact in <store>/<name>/<version>.
+
+        Raises StoreError for a path that leads elsewhere, and for a manifest that is invalid or of another version.
+        """
         if path.resolve() != self.path.resolve() / path.parent.name / path.name:
             raise StoreError(f"{path}: leads outside the store, to {path.resolve()}")
         artifact = Artifact(path, read_manifest(path))
@@ -233,7 +236,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _read_inside(folder: Path, path: Path, limit: int) -> bytes:
-    """The bytes of a regular file in a folder, at most `limit`; raises StoreError for a link that leads outside.
+    """The bytes of a regular file in a folder, at most `limit`; raises StoreError if it leads outside or is unreadable.
 
     The store may be mounted or linked to from anywhere, and a file may be a link to another file in its folder. So
     links are resolved first. The resolved path is then opened without following links, which may have been added since.

@@ -117,7 +117,8 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
         """max_tokens: size of a window.
 
-        Raises ValueError for a tokenizer whose texts cannot be truncated, or whose special tokens leave them no room.
+        Raises ValueError for a tokenizer that joins texts in a way that truncation would break, or whose special tokens
+        leave no room for a text.
         """
         self.max_tokens = max_tokens
         self._tokenizer = tokenizer

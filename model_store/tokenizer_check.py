@@ -142,7 +142,7 @@ def _check_model(model: dict[str, Any]) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raises TokenizerError for a duplicate key: the library may keep another value than Python."""
+    """A JSON object; raises TokenizerError for a duplicate key, as the library and Python may keep different values."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise TokenizerError("an object has a duplicate key")

@@ -2,4 +2,4 @@
 
 
 class NoKernelsError(Exception):
-    """The kernels do not support this model or machine; ONNX Runtime runs the model instead."""
+    """The kernels cannot be used for this model or machine; ONNX Runtime runs the model instead."""

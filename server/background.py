@@ -12,7 +12,8 @@ T = TypeVar("T")
 async def in_background(function: Callable[[], T]) -> T:
     """Run a function in a daemon thread, and return its result.
 
-    The interpreter joins the threads of asyncio.to_thread at exit: a stopping server would wait for a model to load.
+    asyncio.to_thread is not used, because the interpreter joins its threads at exit: a server that stops would wait
+    until a model is loaded.
     """
     result: Future[T] = Future()
 

@@ -1,4 +1,4 @@
-"""Log of errors that a client could repeat: at most one traceback a minute for each kind."""
+"""Log of errors that clients could trigger repeatedly: at most one traceback a minute for each kind."""
 
 import logging
 import sys
@@ -34,7 +34,7 @@ class FailureLog:
     def exception(self, message: str, *values: object) -> None:
         """Log the error that is being handled; only count it if one of its kind was logged in the last PERIOD_S.
 
-        The count is logged with the first error of the kind after that period.
+        The count is logged with the first error of the kind after that period. Outside an except block, does nothing.
         """
         error = sys.exception()
         if error is None:

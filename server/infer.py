@@ -102,7 +102,8 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
     """Run the texts of a finished job on a shadow model, and count the answers that differ.
 
     A shadow job runs only while nothing else is pending, and can be preempted after each layer, so a server without
-    idle time runs none. Its answers are not returned.
+    idle time runs none. Its answers are not returned. Does nothing if the shadow queue has no room, or if the shadow
+    cannot answer the request.
     """
     if len(job.items) > service.engine.queue.shadow_room:
         return

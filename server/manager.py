@@ -32,7 +32,8 @@ class Change:
     """A change of the served models, as an admin requests it.
 
     Attributes:
-        version: version to load or unload; None: load the newest in the store, or unload all that are loaded.
+        version: version to load or unload; None: load the newest in the store, or unload all that are loaded. Not used
+            for a rollback.
         share: share of the requests that a canary answers.
     """
 
@@ -65,7 +66,7 @@ class Plan:
 
 
 class Manager:
-    """Changes the served models, in two steps: prepare, which may fail and changes nothing, and commit.
+    """Changes the served models in two steps: prepare, which may fail and does not affect serving, then commit.
 
     A model is loaded and warmed up before it replaces another, so an invalid artifact changes nothing. A request in
     flight keeps its model.

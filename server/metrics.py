@@ -56,7 +56,7 @@ class _ModelGauges(Collector):
         )
         drift = GaugeMetricFamily(
             "de3_drift",
-            "Distance of recent texts from the calibration's distribution, by signal of the first exit",
+            "Distance of the distribution of recent texts from the calibration's, by signal at the first exit",
             labels=["model", "signal", "statistic"],
         )
         for name, served in list(self._served.items()):
@@ -78,7 +78,9 @@ class _AuditMetrics(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         """The metrics of every model that is audited."""
         gauge, counter = partial(GaugeMetricFamily, labels=["model"]), partial(CounterMetricFamily)
-        share = gauge("de3_audit_share", "Probability that the next text is audited")
+        share = gauge(
+            "de3_audit_share", "Probability that the next text of a request without exit options is audited"
+        )
         pending = gauge("de3_audit_pending_texts", "Audits waiting for idle time")
         texts = counter("de3_audit_texts", "Audited texts", labels=["model"])
         disagreements = counter(
@@ -112,8 +114,10 @@ class LedgerMetrics(Collector):
     def __init__(
         self, ledgers: Callable[[], Iterable[Ledger]], in_force: Callable[[Ledger], Choice | None]
     ) -> None:
-        """ledgers: returns the ledgers of the served models. in_force: returns the choice for requests without options;
-        None for a model that is no longer served."""
+        """ledgers: returns the ledgers of the served models.
+
+        in_force: returns the choice for requests without options; None for a model that is no longer served.
+        """
         self._ledgers, self._in_force = ledgers, in_force
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
@@ -339,7 +343,7 @@ class Metrics:
             self._child(self.request_latency, model).observe(latency_s)
 
     def _child(self, metric: Any, *labels: str) -> Any:
-        """The series of a metric, cached: a look-up in prometheus_client takes as long as an exit."""
+        """The series of a metric, cached: a lookup in prometheus_client takes as long as an early exit."""
         key = (metric, labels)
         child = self._children.get(key)
         if child is None:

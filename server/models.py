@@ -83,7 +83,8 @@ def load(
     """Load a model and warm it up.
 
     check: called before each slow step; an exception from it aborts loading. is_proved, memory: see Model.
-    Raises StoreError, or ValueError for exit options in the settings that the model cannot meet.
+    Raises StoreError if the artifact is invalid or does not run, and ValueError if the model cannot meet the exit
+    options in the settings.
     """
     manifest = artifact.manifest
     try:
@@ -150,7 +151,7 @@ class Models:
     """The loaded models. Only the event loop changes them, each change in one step."""
 
     def __init__(self, default: str | None = None) -> None:
-        """default: name of the model that answers requests without one; None: the only model, if there is one."""
+        """default: name of the model that answers requests that name none; None: the served model, if only one is."""
         self._default = default
         self._versions: dict[str, dict[int, Served]] = {}
         self.routes: dict[str, Route] = {}
@@ -217,7 +218,7 @@ class Models:
     ) -> list[Served]:
         """Serve a model in a role; returns the models that it replaces.
 
-        back: a rollback, which removes the version from the history.
+        back: a rollback, which removes from the history this version and the one that it replaces.
         """
         name, version = served.model.manifest.name, served.model.manifest.version
         before = self.all
@@ -247,7 +248,10 @@ class Models:
             )
 
     def remove(self, name: str, version: int | None) -> list[Served]:
-        """Stop serving a version, or all versions of a name; returns the removed models. Raises RequestError."""
+        """Stop serving a version, or all versions of a name; returns the removed models.
+
+        Raises RequestError as check_remove does.
+        """
         self.check_remove(name, version)
         before = self.all
         if version is None or self._versions[name].keys() == {version}:

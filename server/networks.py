@@ -22,7 +22,7 @@ def network_of(client: str) -> str:
 def party(client: str) -> str:
     """Hash of a client's party: the owner of the client's key, or the client's network.
 
-    A guarantee counts a party as one client, so that many addresses in one network cannot raise τ for others. It is a
-    hash because it is saved.
+    A guarantee counts a party as one client, so that many addresses in one network cannot raise τ for others. The party
+    is hashed because it is saved to disk.
     """
     return hashlib.blake2b(network_of(client).encode(), digest_size=8).hexdigest()

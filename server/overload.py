@@ -14,9 +14,10 @@ MEMORY = 0.3  # weight of the newest tick in the estimated capacity
 
 
 class Controller:
-    """Predicts the queue time of a new text by Little's law: texts queued before it / texts finished per second.
+    """Sets the load level, and sheds requests, by the predicted queue time of a new text.
 
-    Running texts do not count: on an idle server nothing is queued, however slow the model is.
+    The prediction follows Little's law: texts queued before it / texts finished per second. Running texts do not count:
+    on an idle server nothing is queued, however slow the model is.
 
     Attributes:
         level: number of steps by which the default τ of every model is raised, from 0 to `levels()`, which depends on
@@ -31,8 +32,11 @@ class Controller:
         threads: int,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
-        """objective_s: latency objective. levels: returns the highest level. capacity: initial estimate, texts per
-        second. threads: number of engine threads. clock: returns the current time, seconds."""
+        """objective_s: latency objective. levels: returns the highest level.
+
+        capacity: initial estimate, texts per second. threads: number of engine threads. clock: returns the current
+        time, seconds.
+        """
         self._objective, self._levels, self._capacity = objective_s, levels, capacity
         self._threads = threads
         self._clock = clock
@@ -61,7 +65,10 @@ class Controller:
         return True
 
     def tick(self, in_flight: int, queued: int, finished: int) -> None:
-        """Adjust the level; called every TICK_S. finished: total number of finished texts."""
+        """Adjust the level; called every TICK_S.
+
+        queued: number of texts queued before a new short text. finished: total number of finished texts.
+        """
         now = self._clock()
         rate = (finished - self._finished) / max(now - self._last, 1e-6)
         self._last, self._finished = now, finished

@@ -32,7 +32,7 @@ PROGRAM = "from de3.server.prove import child; child()"
 
 
 class Prover:
-    """Proves one artifact at a time; can be stopped."""
+    """Proves artifacts, one at a time; the proof in progress can be aborted."""
 
     def __init__(self) -> None:
         self._lock = Lock()

@@ -59,7 +59,8 @@ class Choice:
         budget_s: latency budget, seconds; None if there is none.
         is_degraded: τ was raised under load.
         certificate: with max_disagreement, the certified bound, its confidence and the number of samples; else None.
-        promise: with a guarantee, the promised rate and the reason for τ; else None.
+        promise: with a guarantee, the promised rate, its confidence and the reason for τ; None without one, and for
+            requests with options.
     """
 
     rule: ExitRule
@@ -98,7 +99,7 @@ class Choice:
 
 
 def _needs_an_exit(options: ExitOptions, last: int) -> str | None:
-    """The first option that needs an exit before the last layer; None if full depth meets the options."""
+    """Name of the first option that needs an exit before the last layer; None if full depth meets the options."""
     if options.tau == 0 or options.max_layer == last or options.target_speedup == 1:
         return None
     fields = {name: name for name in (*EXCLUSIVE, "signal", "max_layer")} | {"lam": "lambda"}
@@ -278,8 +279,8 @@ class Rules:
     def _default_of(self, signal: Signal, field: str = "tau") -> Choice:
         """The choice for a request that names a signal other than the model's default, and no τ.
 
-        It is about as cautious as the default. field: field of the request that a RequestError names if the signal is
-        not calibrated.
+        Its τ is the largest whose calibrated disagreement is at most the default's. Raises RequestError, which names
+        `field`, if the signal is not calibrated.
         """
         trade_offs = self._table(signal, field)
         expected = self.default.expected
@@ -337,7 +338,7 @@ class Rules:
         return self._choice(default.rule.tau, signal, "default", None, max_layer)
 
     def _table(self, signal: Signal, field: str) -> TradeOffs:
-        """The trade-offs of a signal; raises RequestError if it was not calibrated."""
+        """The trade-offs of a signal; raises RequestError, which names `field`, if the signal was not calibrated."""
         trade_offs = self._certified.get(_key(signal))
         if trade_offs is not None:
             return trade_offs

@@ -61,8 +61,11 @@ class Service:
         shared: Shared | None = None,
         memory_of: Callable[[Artifact], Memory | None] = lambda _: None,
     ) -> None:
-        """artifacts: served in addition to the models of the store that the settings name. shared: state that
-        the processes of a server share; None: this is the only process. memory_of: see Manager."""
+        """artifacts: served in addition to the models of the store that the settings name.
+
+        shared: state that the processes of a server share; None: this is the only process. memory_of: see Manager.
+        Raises ValueError as LocalBooks does, if this is the only process.
+        """
         self.settings = settings
         store = Store(settings.store)
         found = find(store, settings.models, artifacts)
@@ -201,7 +204,7 @@ class Service:
         return {"role": role, **share, "is_default": self.models.is_default(manifest.name), **runtime}
 
     def default_manifest(self) -> Manifest:
-        """Manifest of the version that answers requests without a model.
+        """Manifest of the version that answers requests that name no model.
 
         Raises RequestError if there is none, or while the models load.
         """

@@ -1,5 +1,7 @@
-"""The settings of a server. Each is declared once, as a field here, which defines its flag, variable, help and default
-in `de3 serve`."""
+"""The settings of a server.
+
+Each is declared once, as a field here, which defines its flag, environment variable, help and default in `de3 serve`.
+"""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -18,8 +20,9 @@ EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
 
 @dataclass(frozen=True, slots=True)
 class ExitOptions:
-    """The options of a request that decide where its texts exit; None: not set. Raises ValueError for options that
-    cannot be combined.
+    """The options of a request that decide where its texts exit; None: not set.
+
+    Raises ValueError for options that cannot be combined.
 
     Attributes:
         tau: exit at the first layer whose score is below it.
@@ -28,7 +31,7 @@ class ExitOptions:
         max_layer: deepest layer that a text may reach.
         target_speedup: mean speed-up over full depth, by the calibration.
         latency_budget_ms: time limit; the answer is that of the deepest exit reached by then.
-        max_disagreement: rate of answers that may differ from full depth, at 95% confidence.
+        max_disagreement: highest rate of answers that differ from full depth, at 95% confidence.
         best_effort: answer at the first exit if the budget cannot be met.
         thresholds: for a multi-label model, the probability above which a label is assigned: one value for all labels,
             or values by label.
@@ -90,8 +93,8 @@ GUARANTEE_SHARE = 0.05  # default of audit_share with --guarantee
 class Settings(BaseModel):
     """The settings of one server.
 
-    A field's description is the help of its flag. Secrets have a variable but no flag, as other users of the machine
-    can see the flags of a process.
+    A field's description is the help of its flag. Secrets have an environment variable but no flag, as other users of
+    the machine can see the flags of a process.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
@@ -108,7 +111,9 @@ class Settings(BaseModel):
         description="Model that answers requests that name none. Default: the first of the named models, or the only "
         "one in the store.",
     )
-    host: Annotated[str, Option()] = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: all.")
+    host: Annotated[str, Option()] = Field(
+        "127.0.0.1", description="Address to listen on; 0.0.0.0: all IPv4 addresses."
+    )
     port: Annotated[int, Option()] = Field(8000, ge=0, le=65535, description="Port to listen on.")
     threads: Annotated[int, Option()] = Field(
         0,
@@ -120,9 +125,9 @@ class Settings(BaseModel):
         0,
         ge=0,
         le=256,
-        description="Processes that serve models; each has a part of the engine threads, and of the limits on what is "
-        "in flight. 0: one for each engine thread (for every four of them if a model is large) if the kernels run all "
-        "models, as far as memory allows; else one.",
+        description="Processes that serve models; each has a part of the engine threads, and of the limits on texts, "
+        "body bytes and connections. 0: one for each engine thread, or for every four if a model is large, as far as "
+        "memory allows; but only one if ONNX Runtime runs a model.",
     )
     runtime: Annotated[Literal["auto", "native", "onnxruntime"], Option()] = Field(
         "auto",
@@ -175,7 +180,7 @@ class Settings(BaseModel):
         None,
         gt=0,
         le=MAX_BUDGET_MS,
-        description="Latency budget for requests without exit options; instead of --tau.",
+        description="Latency budget for requests without exit options, milliseconds; instead of --tau.",
     )
     max_disagreement: Annotated[float | None, DEFAULTS] = Field(
         None,
@@ -187,20 +192,21 @@ class Settings(BaseModel):
     slo_p99_ms: Annotated[float | None, LOAD] = Field(
         None,
         gt=0,
-        description="Latency objective: to keep it under load, the default τ is raised, then requests are shed.",
+        description="Objective for the p99 latency, milliseconds: to keep it under load, the default τ is raised, then "
+        "requests are shed.",
     )
     min_accuracy: Annotated[float | None, LOAD] = Field(
         None,
         ge=0,
         le=1,
-        description="Lower limit of the calibrated accuracy when τ is raised under load. Default: 0.02 below full "
+        description="Lower limit on the calibrated accuracy when τ is raised under load. Default: 0.02 below full "
         "depth.",
     )
     max_load_disagreement: Annotated[float, LOAD] = Field(
         1.0,
         ge=0,
         le=1,
-        description="Upper limit of the calibrated disagreement when τ is raised under load.",
+        description="Upper limit on the calibrated disagreement when τ is raised under load.",
     )
     audit_share: Annotated[float | None, AUDITS] = Field(
         None,
@@ -224,13 +230,13 @@ class Settings(BaseModel):
     )
     state_dir: Annotated[Path | None, AUDITS] = Field(
         None,
-        description="Folder in which audit results are kept across restarts; each replica needs its own. Default: "
-        "in memory only.",
+        description="Folder in which audit results, and with --learn records and learned versions, are kept across "
+        "restarts; each replica needs its own. Default: they are not kept.",
     )
     log_audits: Annotated[Path | None, AUDITS] = Field(
         None,
-        description="File that logs the outputs of every exit for each audited text, but not the text; for de3 "
-        "calibrate --from-audits. It is rotated at 100 MB; the previous file is kept as FILE.1.",
+        description="File in which the outputs of every exit are logged for each audited text, without the text; for "
+        "de3 calibrate --from-audits. It is rotated at 100 MB; the previous file is kept as FILE.1.",
     )
     log_audit_texts: Annotated[bool, AUDITS] = Field(
         False, description="Also log the audited texts in the file of --log-audits. They are user data."
@@ -238,8 +244,8 @@ class Settings(BaseModel):
     learn: Annotated[bool, LEARN] = Field(
         False,
         description="Fit exits to live traffic, without labels: texts that are audited are recorded (as numbers), a "
-        "process at the lowest priority fits exits to 500, 750, 1125, … of them, and the server uses these if they "
-        "make it faster within the guarantee. Needs --guarantee and the fit extra.",
+        "process at the lowest priority fits exits to 500, 750, 1125, … of them, and the server uses the new exits if "
+        "they make it faster within the guarantee. Needs --guarantee and the fit extra.",
     )
     learn_bytes: Annotated[int, LEARN] = Field(
         2**27, ge=2**20, description="Memory for the records of each model, bytes."
@@ -247,7 +253,7 @@ class Settings(BaseModel):
     learn_half_life: Annotated[float, LEARN] = Field(
         200_000.0,
         ge=1000,
-        description="Texts after which a record counts half as much when newer ones need its place.",
+        description="Number of texts after which a record has half the weight of a new one, when new ones replace old.",
     )
     learn_canary: Annotated[float, LEARN] = Field(
         0.0,
@@ -258,8 +264,8 @@ class Settings(BaseModel):
     )
     api_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
-        description="File of API keys, for /classify and /v1/models: each line has a name and a key, or a name and "
-        "sha256:digest. Or set DE3_API_KEYS, with lines separated by ;. Default: no key is needed.",
+        description="File of API keys, which clients need to classify and to read /v1/models: each line has a name and "
+        "a key, or a name and sha256:digest. Or set DE3_API_KEYS, with lines separated by ;. Default: no key needed.",
     )
     api_keys: SecretStr | None = None
     admin_keys_file: Annotated[Path | None, ACCESS] = Field(
@@ -278,7 +284,7 @@ class Settings(BaseModel):
         list[Annotated[str, Field(pattern=r"^(\*|[^/\s:]+)$")]], Option("Access", "--allowed-host")
     ] = Field(
         [],
-        description="Name allowed in the Host header, besides localhost and addresses; repeat for more, * for all. "
+        description="Name allowed in the Host header, besides localhost and IP addresses; repeat for more, * for all. "
         "Checked, against DNS rebinding, by a server without keys that listens on this machine only.",
     )
     log_format: Annotated[Literal["text", "json"], LOGS] = Field(
@@ -345,7 +351,7 @@ def variable(name: str) -> str:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Variables with the prefix that are not settings: misspelt, or from another version."""
+    """Environment variables with the prefix that are not settings: misspelt, or from another version."""
     known = {variable(name) for name in Settings.model_fields} | {*OTHER_VARIABLES}
     return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
 

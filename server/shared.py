@@ -76,8 +76,10 @@ class OneProcess:
         change: Callable[[Change], Coroutine[Any, Any, dict[str, Any]]],
         current: Callable[[], dict[str, int]],
     ) -> None:
-        """in_force, publish: see LocalBooks. change: changes the served models. current: returns the current version of
-        each name."""
+        """in_force, publish: see LocalBooks. change: changes the served models.
+
+        current: returns the current version of each name. Raises ValueError as LocalBooks does.
+        """
         self._registry, self._change, self._current = metrics.registry, change, current
         self.books = LocalBooks(settings, in_force, publish, lambda row: self.change(Change(**row)))
         learners = self.books.learners

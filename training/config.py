@@ -114,7 +114,7 @@ def model_type(folder: Path) -> str | None:
 
 
 def looks_like_path(name: str) -> bool:
-    """True if a name is treated as a folder only: looking it up on the Hugging Face hub could take minutes."""
+    """True if a name is treated as a path, and not looked up on the Hugging Face hub, which could take minutes."""
     return (
         name.startswith((".", "/", "~"))
         or name.count("/") > 1

@@ -102,9 +102,10 @@ def to_examples(
 def rename(
     rows: Sequence[tuple[Text, str]], label_names: str | None, multi_label: bool = False
 ) -> list[tuple[Text, str]]:
-    """Rows with their labels, in the order of label_order, renamed to the comma-separated label_names.
+    """Rows with their labels renamed.
 
-    label_names: None keeps the labels. Raises ValueError unless it names each label once.
+    label_names: the new names, comma-separated, in the order of `label_order`; None keeps the labels. Raises ValueError
+    unless there is one name for each label, and all names differ.
     """
     if label_names is None:
         return list(rows)
@@ -188,7 +189,7 @@ def load_examples(
 def check_apart(
     tune: Sequence[Example], certify: Sequence[Example], tune_file: Path, certify_file: Path
 ) -> None:
-    """Raise ValueError if a larger share of the certifying texts than MAX_SHARED is in the tuning file, too."""
+    """Raise ValueError if the share of the certifying texts that are also in the tuning file is above MAX_SHARED."""
     shared = len({e.text for e in tune} & {e.text for e in certify})
     if shared > MAX_SHARED * len(certify):
         raise ValueError(

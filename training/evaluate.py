@@ -250,7 +250,10 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -
 
 
 def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]], times: Times) -> Table:
-    """The outcome of an artifact's targets on these samples, for each signal, at the τ of its calibration."""
+    """The outcome of each target on these samples, for each signal, at the τ that the calibration gives for it.
+
+    signals: each with the rows of its calibration table. Targets that no row meets are left out.
+    """
     samples = calibration.Samples.independent(recorded)
     title = "Targets: a speed-up, or a limit on the answers that differ from full depth"
     table = Table(title=f"{title} ({len(recorded.labels)} samples)")
@@ -284,7 +287,7 @@ def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]]
 
 
 def hindsight_table(recorded: Recorded, signals: Sequence[Signal]) -> Table:
-    """The highest speed-up of each signal within each disagreement of HINDSIGHT on these samples, with the best τ."""
+    """The highest speed-up of each signal within each rate of disagreement in HINDSIGHT, at the best τ in hindsight."""
     samples = calibration.Samples.independent(recorded)
     table = Table(title="Speed-up in layers within a disagreement, with the best τ in hindsight")
     for column in ("signal", *(f"{100 * d:g}%" for d in HINDSIGHT)):

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 def layer_weights(exit_layers: list[int], by: str) -> Tensor:
     """Weights of the exits, shape (exits,), summing to 1.
 
-    "depth": layer m has weight m, or m + 1 if the embeddings have an exit. "uniform": all equal.
+    "depth": the weight of layer m is proportional to m, or to m + 1 if the embeddings have an exit. "uniform": all
+    weights are equal.
 
     Raises ValueError for any other `by`.
     """

@@ -103,7 +103,7 @@ def check_config(name: str, source: str) -> None:
 
 
 def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
-    """Raise ValueError for a slow tokenizer, or one with more tokens than an encoder of this configuration."""
+    """Raise ValueError for a slow tokenizer, or one with more tokens than the encoder's config.vocab_size."""
     if not tokenizer.is_fast:
         raise ValueError(f"{name}: it has a slow tokenizer; a fast one (tokenizer.json) is needed")
     if len(tokenizer) > config.vocab_size:

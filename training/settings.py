@@ -42,7 +42,7 @@ class TrainSettings(Recipe):
     weight_decay: Annotated[float, _option(help="Weight decay, for all weights but biases and norms.")] = 0.01
     warmup: Annotated[float, _option(help="Share of the steps with learning-rate warm-up.")] = 0.06
     alpha: Annotated[float, _option(help="α, weight of the distance-aware loss (Eq. 6).")] = 0.1
-    weights: Annotated[str, _option(help="Weights of the layers in the loss: depth or uniform.")] = "depth"
+    weights: Annotated[str, _option(help="Weights of the exits in the loss: depth or uniform.")] = "depth"
     distill: Annotated[
         float, _option(help="Share of the loss that uses the teacher's logits instead of the label.")
     ] = 0.5

@@ -29,9 +29,9 @@ def split(
     By default each is a tenth of the examples, at most 4,000. Equal texts, and examples of one group, go to the same
     part.
 
-    fragments: the data contains fragments of its own texts, such as SST-2's phrases. Then a text and its fragments go
-    to the same part, because the evaluation must not use sentences seen in training, and the examples' groups are
-    ignored. A fragment of texts in several parts is dropped, or kept in train if it has fewer than 3 words. In the
+    fragments: the data contains fragments of its own texts, such as SST-2's phrases. Then the examples' groups are
+    ignored, and a text and its fragments go to the same part, because the evaluation must not use sentences seen in
+    training. A fragment of texts in several parts is dropped, or kept in train if it has fewer than 3 words. In the
     held-out parts, fragments are marked, and `group` is set to the whole text.
 
     Raises ValueError if there are too few samples or distinct texts.

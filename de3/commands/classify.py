@@ -55,7 +55,7 @@ def classify(
     demo: Annotated[bool, typer.Option("--demo", help="Use the demo model that is part of de3.")] = False,
     url: Annotated[
         str | None,
-        typer.Option(envvar="DE3_URL", help="URL of a running server that answers, instead of this process."),
+        typer.Option(envvar="DE3_URL", help="URL of a running server to use, instead of this process."),
     ] = None,
     key: Annotated[
         str | None, typer.Option(envvar="DE3_API_KEY", help="API key, with --url.", show_envvar=True)
@@ -97,7 +97,7 @@ def classify(
         int,
         typer.Option(
             min=1,
-            help="Rows of a part, which is written at once; rounded up to slices of 2,048.",
+            help="Rows of a part, rounded up to whole slices of up to 2,048 rows; fewer if the texts are long.",
             rich_help_panel=FILES,
         ),
     ] = 65_536,
@@ -105,7 +105,7 @@ def classify(
         str | None,
         typer.Option(
             "--format",
-            help="Format of the parts in a folder: parquet, csv, tsv or jsonl. Default: as the input.",
+            help="Format of the parts in a folder: parquet, csv, tsv or jsonl. Default: the input's; jsonl for .txt.",
             show_default=False,
             rich_help_panel=FILES,
         ),

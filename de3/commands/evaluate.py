@@ -36,8 +36,8 @@ def evaluate(
     original: Annotated[
         str | None,
         typer.Option(
-            help="The original classifier of an imported model: disagreement is counted against its answers, which are "
-            'also the labels with --label-column "" or a .txt file.',
+            help="The original classifier of an imported model: disagreement is counted against its answers. With "
+            '--label-column "" or a .txt file, its answers are also the labels.',
             show_default=False,
         ),
     ] = None,
@@ -211,9 +211,9 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
 
 
 def _report_artifact(served: Any, recorded: Any, examples: list[Any], output: Console) -> None:
-    """Print an artifact's results on recorded samples: those of its default, overall and by text length.
+    """Print an artifact's results on recorded samples at its default τ, overall and by text length.
 
-    If it has a calibration, also those of its targets, and of the best τ in hindsight.
+    If it has a calibration, also print those at its targets, and at the best τ in hindsight.
     """
     from de3.commands.timing import measure_times
     from de3.exits.trade_offs import TradeOffs

@@ -33,7 +33,7 @@ def export(
     certify: Annotated[
         Path | None,
         typer.Option(
-            help="Samples for the reported numbers. Default: the checkpoint's certify.jsonl.",
+            help="Samples for the reported numbers and the guarantees. Default: the checkpoint's certify.jsonl.",
             show_default=False,
         ),
     ] = None,
@@ -53,9 +53,9 @@ def export(
     """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
 
     The segments of a trained checkpoint are compared with its PyTorch model, and nothing is published if they differ
-    too much. Exporting it needs the train extra; exporting an import without --finetune does not.
-    With --full-depth it writes one plain ONNX graph instead, for other servers; in int8 it uses ONNX Runtime's fused
-    operators, with one scale for all activations of a text.
+    too much. Exporting such a checkpoint needs the train extra; exporting an import without --finetune does not.
+    With --full-depth, one plain ONNX graph is written instead, for other servers; in int8 the graph uses ONNX Runtime's
+    fused operators, with one scale for all activations of a text.
 
     Example: de3 export runs/sst2 --name sst2 --quantize int8
     """

@@ -138,7 +138,7 @@ def models_load(
         bool, typer.Option("--beside", help="Load it beside the current version, for requests that name it.")
     ] = False,
 ) -> None:
-    """Load or reload a version on a running server. Once warmed up, it becomes the current version by default.
+    """Load or reload a version on a running server. By default, it becomes current once it is warmed up.
 
     Needs an admin key in DE3_ADMIN_KEY and a server with admin keys.
     """

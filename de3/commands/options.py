@@ -77,7 +77,7 @@ LabelNames = Annotated[
 
 
 def with_fields(*classes: type, without: Collection[str] = ()) -> Callable[[Command], Command]:
-    """A decorator that replaces **options of a command by the fields of dataclasses.
+    """A decorator that replaces **options of a command with the fields of dataclasses.
 
     A field becomes an option if it is annotated with a typer.Option and not named in `without`. A field whose
     `show_default` is a text has the default None, because its value depends on other options.

@@ -48,7 +48,7 @@ def text_of(example: Example) -> Text:
 
 
 def measure_times(served: Served, examples: Sequence[Example], count: int = 100) -> Times:
-    """CPU times at τ = 0 and to each exit, fitted to at most `count` examples that this thread runs.
+    """CPU times at τ = 0 and to each exit: lines fitted to at most `count` examples that this thread runs.
 
     Each depth runs a block of texts at a time, so that its weights stay in the caches, as when serving.
     """

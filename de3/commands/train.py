@@ -206,7 +206,7 @@ def _labelled(
 ) -> tuple[list[Any], list[str], list[str]]:
     """The rows as examples, the names of the labels, and warnings about the labels.
 
-    Raises ValueError for labels that cannot be trained.
+    Raises ValueError for labels that a model cannot be trained on.
     """
     from de3.training import checks, data
 

@@ -30,7 +30,7 @@ class Options(BaseModel):
         cores: cores per replica, each with an engine thread.
         target_requests: mean number of in-flight requests per replica above which Ray adds replicas. Default:
             two per core, which keep the cores busy; more would only be queued.
-        upscale_delay_s, downscale_delay_s: seconds for which the number must be above or below target_requests
+        upscale_delay_s, downscale_delay_s: seconds for which that mean must be above or below target_requests
             before Ray adds or removes replicas. A replica starts in about 5 s, so Ray's default of 30 s is too long.
         max_requests: maximum number of in-flight requests per replica; further ones are queued in Ray's proxy.
         max_queued: maximum number of requests queued in each of Ray's proxies; further ones are answered with 503.
@@ -111,7 +111,7 @@ def build(arguments: dict[str, str]) -> serve.Application:
             "upscale_delay_s": options.upscale_delay_s,
             "downscale_delay_s": options.downscale_delay_s,
         },
-        logging_config={"enable_access_log": False},  # Ray's takes as long as a layer, and DE3 has its own
+        logging_config={"enable_access_log": False},  # it takes as long as a layer; DE3 has its own log
         health_check_period_s=5,
         graceful_shutdown_timeout_s=40,
     )

@@ -33,7 +33,7 @@ class Repeat:
             await self._app(scope, receive, send)
             return
         messages, is_complete = await _read(receive)
-        is_done = False  # answered, or the client has hung up
+        is_done = False  # the response has begun, or the client has disconnected
 
         async def reply(message: Message) -> None:
             nonlocal is_done

@@ -21,7 +21,7 @@ mkdir -p dist
 mv "$tools"/*-linux_aarch64.whl dist/
 wheel=$(ls dist/*-linux_aarch64.whl)
 
-# A build without the extension succeeds, because it is optional: check that it is there.
+# The extension is optional, so a build without it succeeds: check that it is there.
 "$python" -m zipfile -e "$wheel" "$tools/wheel"
 extension=$tools/wheel/de3/native/kernels.abi3.so
 aarch64-linux-gnu-readelf --file-header "$extension" | grep -q 'Machine: *AArch64'

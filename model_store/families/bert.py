@@ -89,7 +89,7 @@ class Bert(Encoder):
 
 
 class Electra(Bert):
-    """The ELECTRA family, whose embeddings may have another width than the hidden states."""
+    """The ELECTRA family, whose embeddings may differ in width from the hidden states."""
 
     DEFAULTS: ClassVar = Bert.DEFAULTS | {
         "embedding_size": 128,

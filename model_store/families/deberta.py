@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3: attention scores have added terms, from one token's content and its distance to the other."""
+"""DeBERTa-v2 and v3: attention scores have added terms, each from one token's content and its distance to the other."""
 
 from math import sqrt
 from typing import Any, ClassVar, Literal, Self

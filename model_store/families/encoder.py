@@ -67,7 +67,7 @@ class Encoder(Part, ABC):
     )
     HAS_POSITIONS: ClassVar[bool] = True  # it must have a table of positions; if False, it may have one
     HAS_TOKEN_TYPES: ClassVar[bool] = True  # it may have a table of token types
-    HAS_PROJECTION: ClassVar[bool] = False  # its embeddings may have another width than hidden_size
+    HAS_PROJECTION: ClassVar[bool] = False  # the width of its embeddings may differ from hidden_size
     HAS_BIASES: ClassVar[bool] = True  # its layers and norms have biases; if False, a missing bias is zero
     NORM_LAST: ClassVar[bool] = False  # the embeddings' norm follows the projection
     TABLES: ClassVar[Mapping[str, str]] = {}  # names of the embeddings' weights and norm

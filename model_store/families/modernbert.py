@@ -179,7 +179,7 @@ class ModernBert(Encoder):
         weights = named(state, self.LAYER.format(layer - 1), names, True)
         theta = config["rope_parameters"][KINDS[layer in self.local_layers]]["rope_theta"]
         size = self.hidden_size // self.num_heads
-        # Computed in float64, unlike in transformers: the angles differ by less than rounding to float32 changes them.
+        # Computed in float64, unlike in transformers: the angles differ by less than float32's rounding error.
         weights["frequencies"] = (1 / theta ** (np.arange(0, size, 2) / size)).astype(np.float32)
         return weights
 
@@ -187,8 +187,8 @@ class ModernBert(Encoder):
         """Hidden states (1, T, H) after a pre-norm block with rotary positions and a gated feed-forward network.
 
         Weights: attention_norm, except in the first layer, as the embeddings end with a norm; qkv, attention_out,
-        ffn_norm, ffn_in (hidden, 2·inner), the activated part and its gate, and ffn_out; frequencies (hidden / heads /
-        2,): position p rotates pair i by p · frequencies[i].
+        ffn_norm, ffn_in (hidden, 2·inner), which has the activated part and then the gate, and ffn_out; frequencies
+        (hidden / heads / 2,): position p rotates pair i by p · frequencies[i].
         """
         size, inner = self.hidden_size, self.inner
         normed = hidden if layer == 1 else g.norm(hidden, "attention_norm", size, self.epsilon)

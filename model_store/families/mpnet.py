@@ -60,7 +60,7 @@ class MPNet(Roberta):
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
         """The weights of `block`: BERT's, and the attention biases, named `offsets` (heads, 2·distances − 1).
 
-        Its columns are for key position − query position from 1 − distances to distances − 1.
+        The columns of `offsets` are for key position − query position from 1 − distances to distances − 1.
         """
         table = state["encoder.relative_attention_bias.weight"]
         check_shape("encoder.relative_attention_bias", table, BUCKETS, self.num_heads)

@@ -32,7 +32,7 @@ from de3.server.settings import ExitOptions, Settings
 
 log = logging.getLogger("de3")
 
-# Capacity for audits not yet run. The share of audited texts halves with each eighth of it that is in use.
+# The share of audited texts halves with every ROOM / 8 audits that have not run yet.
 ROOM = 256
 LEARN_TEXTS = 4096
 MAX_PENDING = 2 * ROOM  # nothing is drawn beyond it; only large batches reach it
@@ -51,7 +51,7 @@ class _Entry:
     """Texts to be settled together.
 
     Attributes:
-        is_open: further texts may be added, as none of its texts was drawn yet.
+        is_open: more texts may be added: none of its texts was drawn, and it is the last entry.
         is_pending: the audit of the drawn text has not run yet.
         is_last: it ends with the last text of a request.
     """
@@ -89,7 +89,7 @@ class Draw:
 
     Attributes:
         share: probability with which each text was drawn.
-        epoch: number of the evidence that the texts count towards; each reset starts a new epoch.
+        epoch: epoch of the evidence that the texts count towards; each reset starts a new one.
         is_drawn: for each text, True if it was drawn.
     """
 
@@ -167,7 +167,7 @@ class Auditor:
         return self._share_at(self.served.rules.default.rule.tau)
 
     def _share_at(self, tau: float) -> float:
-        """The share at this τ; 0 while too many audits or texts are pending.
+        """The share at this τ; 0 while too many audits or texts are pending, or the ledgers are behind.
 
         With a guarantee it is 1 at τ = 0, as an answer at full depth is its own audit.
         """
@@ -199,7 +199,8 @@ class Auditor:
     def answered(self, job: Job, draw: Draw | None) -> None:
         """Count the texts of a finished job, and enqueue the audits of drawn texts that did not pass every exit.
 
-        draw: as returned by draw(). If it is None, or from before a reset, only excluded texts are counted.
+        draw: as returned by draw(). If it is None, is from before a reset, or has share 0, only excluded texts are
+        counted.
         """
         is_void = draw is None or draw.epoch != self._epoch or not draw.share
         share, drawn = (0.0, [False] * len(job.items)) if draw is None else (draw.share, draw.is_drawn)
@@ -294,7 +295,7 @@ class Auditor:
                 self._write(line)
 
     def _record(self, entry: _Entry, tokens: Tokens | None, states: Array | None, last: Reading) -> None:
-        """Keep a record of a text that ran to full depth, if the server learns."""
+        """Keep a record of a text that ran to full depth, if the server learns and all values are finite."""
         if self._learn is None or tokens is None or states is None:
             return
         settled, logits = entry.settled, np.array(last.logits, np.float32)

@@ -40,10 +40,16 @@ class Books(Protocol):
         """Write a line of the audit log."""
 
     async def report(self, served: Served, live: Live) -> dict[str, Any]:
-        """The audit results of a model."""
+        """The audit results of a model.
+
+        Raises RequestError if the supervisor no longer serves it, or if too many requests wait for its report.
+        """
 
     async def reset(self, served: Served) -> dict[str, Any]:
-        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it."""
+        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it.
+
+        Raises RequestError if the supervisor no longer serves the model.
+        """
 
     def learn(self, name: str, record: Record) -> None:
         """Keep a record of the traffic of a model, name:version, for learning."""
@@ -119,13 +125,13 @@ class Audits:
         return auditor
 
     async def report(self, served: Served) -> dict[str, Any]:
-        """The audit results of a model; raises RequestError if audits are off."""
+        """The audit results of a model; raises RequestError if audits are off, or as Books.report does."""
         return await self._books.report(served, self.of(served).live)
 
     async def reset(self, served: Served) -> dict[str, Any]:
         """Discard the audit results of a model; returns the τ that is then in force, and the reason for it.
 
-        Raises RequestError if audits are off.
+        Raises RequestError if audits are off, or as Books.reset does.
         """
         self.of(served)
         return await self._books.reset(served)
@@ -143,7 +149,7 @@ class Audits:
 
     @contextmanager
     def watch(self, job: Job) -> Iterator[None]:
-        """Context manager around the answering of a job: draws texts to audit before, and counts the texts after."""
+        """Context manager around the run of a job: draws texts to audit before it, and counts the texts after it."""
         auditor = self.get(job.served)
         if auditor is None:
             yield

@@ -72,7 +72,7 @@ class Standing(NamedTuple):
     """The part of a ledger's state that the processes need.
 
     Attributes:
-        epoch: number of the current evidence. Each new ledger and each reset starts a new epoch; texts that were drawn
+        epoch: identifies the current evidence. Each new ledger and each reset starts a new epoch; texts that were drawn
             in an earlier epoch do not count.
         promised: τ of each client; None without a guarantee.
     """
@@ -105,7 +105,7 @@ class Ledger:
         caution: factor applied to the τ of out-of-distribution texts.
         taus: the grid of τ, ascending from 0.
         evidence: the audits since the start, or the last change or reset.
-        promises: choose τ so that the promised rate is kept; None without a guarantee.
+        promises: the tests that choose each client's τ so that the promised rate is kept; None without a guarantee.
         since: start of the evidence, in seconds since 1970.
         resets, num_resets: the latest resets, and the total number by reason.
         is_changed: the ledger has changed since it was last saved.
@@ -165,7 +165,7 @@ class Ledger:
         return Promised(promises.rate, promises.choose(NEWCOMER), clients)
 
     def _apply(self) -> None:
-        """Take τ from the promises, and tell the processes if it has changed."""
+        """If the standing has changed, take τ from it, and tell the processes."""
         standing = self.standing
         if standing == self._published:
             return
@@ -188,8 +188,8 @@ class Ledger:
     def count(self, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
         """Count texts that one process has settled.
 
-        epoch: the epoch in which the texts were drawn. may_rise: they end with the last text of a request, so τ may
-        rise.
+        epoch: the epoch in which the texts were drawn; those of an earlier one are ignored. may_rise: they end with the
+        last text of a request, so τ may rise.
         """
         if epoch != self._epoch:  # drawn before a reset
             return
@@ -210,7 +210,7 @@ class Ledger:
                 log.info("%s: audits allow τ = %g", self.full_name, self.rules.default.rule.tau)
 
     def count_held_out(self, rows: Sequence[HeldOut]) -> None:
-        """Count held-out texts towards the guarantee.
+        """Count held-out texts towards the guarantee, if there is one.
 
         They were recorded before the model was served, and its exits were not fitted to them. They are not audits of
         its answers, so the report does not count them.
@@ -297,7 +297,7 @@ class Ledger:
     def allowed(self) -> float:
         """Speed-up in layers at the highest τ up to which the audited rate is within the promise; at least speedup().
 
-        Returns speedup() without a guarantee, or with fewer than MIN_AUDITS audits.
+        Returns speedup() without a guarantee, with fewer than MIN_AUDITS audits, or for a model with a single exit.
         """
         evidence, speedup = self.evidence, self.speedup()
         if self.promises is None or evidence.audits < MIN_AUDITS or len(self.manifest.exit_layers) == 1:

@@ -33,7 +33,7 @@ class LocalBooks:
         publish: Callable[[Manifest, Standing], None],
         change: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
     ) -> None:
-        """in_force: returns the choice for requests without options, which may change under load. publish: see Ledgers.
+        """in_force: returns the present choice for requests without options; load may change it. publish: see Ledgers.
         change: see Learners.
 
         Raises ValueError if state_dir or log_audits cannot be used, or a package that learning needs is not installed.
@@ -88,13 +88,13 @@ class LocalBooks:
         return self.learners.ask(name) if starts else self.learners.report(name)
 
     def start(self) -> None:
-        """Start saving changes, and learning."""
+        """Start the tasks that save changes and run fits."""
         self.ledgers.start()
         if self.learners is not None:
             self.learners.start()
 
     def stop(self) -> None:
-        """Save all evidence and close the files; called once no more requests are answered."""
+        """Stop learning, save all evidence and records, and close the files; called after the last request."""
         if self.learners is not None:
             self.learners.stop()
         self.ledgers.stop()

@@ -72,8 +72,8 @@ class AuditLog:
 class _Handler(RotatingFileHandler):
     """A log file that only its owner may read, as texts are user data.
 
-    Of consecutive failed writes, only the first is reported, and later the first write that succeeds. A line is written
-    whole or not at all.
+    Only the first of consecutive failed writes is reported, and then the first write that succeeds again. A line is
+    written whole or not at all.
     """
 
     _lost = 0  # lines lost since the last one written

@@ -65,8 +65,8 @@ class OwnAudits(_Part):
 class Promised(_Part):
     """A saved de3.exits.promise.Promise: the fields of SavedPromise, and its evidence.
 
-    left_out: the client whose evidence is left out; `ALL` (empty): none is. texts, own: number of texts and recent
-    audits of that client.
+    left_out: the client whose evidence is left out; `ALL` (empty): none is. texts, own: that client's number of texts,
+    and its recent audits.
     """
 
     left_out: Annotated[str, Field(max_length=16)]

@@ -70,7 +70,7 @@ class AuditThreads:
         ]
 
     def put(self, audits: Sequence[Audit]) -> None:
-        """Enqueue audits. The queue needs no limit, because the auditor draws fewer texts as it grows."""
+        """Enqueue audits. Their number needs no limit here, because the auditor draws fewer texts as it grows."""
         with self._changed:
             if self._closed:
                 self._drop(audits)

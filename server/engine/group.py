@@ -57,7 +57,7 @@ def run_group(
 def _begin(
     group: list[Item], queue: WorkQueue, finish: Callable[[Sequence[tuple[Item, Result]]], None]
 ) -> None:
-    """Tokenize a group. Items that turn out to be too long for the group leave it and are requeued, to run alone."""
+    """Tokenize a group. Dropped and failed items leave it; items too long for it are requeued, to run alone."""
     started = perf_counter()
     items, served = list(group), group[0].job.served
     model, monitor = served.model, items[0].job.monitor

@@ -35,11 +35,11 @@ class Outcome:
 
     Attributes:
         layer: layer of the exit; with several windows, the exit layer of the last window that ran.
-        rule: the rule in force there; its τ may be lower than the job's if the text is far.
+        rule: the rule in force there; its τ may be lower than the job's if is_far is set.
         reading: the answer; with several windows the combined answer, with the signals of the last window that ran.
         passed: readings of the exits passed, the text's exit last; with several windows, of all windows that ran.
-        tokens: number of tokens passed to the model; of several windows, those of every window that started.
-        queue_s: 0 for shadow jobs.
+        tokens: number of tokens passed to the model; with several windows, those of every window that started.
+        queue_s: time since the job was submitted, less tokenize_s and model_s; 0 for shadow jobs.
         is_far: the text was far from every prototype at some exit.
         windows: the windows that ran; empty unless the text has several.
         num_windows: number of windows of the text, run or not.

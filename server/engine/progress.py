@@ -78,13 +78,13 @@ class Progress:
             self.tokens = windows.all[len(windows.ran)]
 
     def record(self, reading: Reading, monitor: OodMonitor | None) -> None:
-        """Score and store an exit's reading; once a text is out of distribution, lower its τ."""
+        """Score and store an exit's reading; lower τ at the first exit where the text is out of distribution."""
         self.passed.append(reading)
         reading.score = self.rule.signal.score(self.passed)
         if monitor is not None and not self.is_far and monitor.is_far(reading):
             self.be_cautious(monitor)
 
     def be_cautious(self, monitor: OodMonitor) -> None:
-        """Lower τ, as the text is out of distribution."""
+        """Mark the text as out of distribution, and multiply its τ by the monitor's caution."""
         self.is_far = True
         self.rule = replace(self.rule, tau=self.rule.tau * monitor.caution)

@@ -160,11 +160,10 @@ class WorkQueue:
                     self._note(job.client)
 
     def lead(self, job: Job) -> float:
-        """Lead of a job's client in engine time over other clients, seconds; negative if no other client was active
-        within RECENT_S.
+        """Lead of a job's client over other clients in engine time, seconds.
 
         The lead is the client's promised time, plus the engine time that it has received in excess of the pending
-        client with the least.
+        client with the least. It is negative if no other client was active within RECENT_S.
         """
         with self._changed:
             (name, last), (_, before) = self._recent

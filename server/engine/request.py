@@ -35,8 +35,8 @@ class Request:
         flag: name of a label to watch for in the windows, and the probability from which a text is flagged (None: the
             label's own threshold, or 0.5 if it has none). None: no label is watched.
         client: fair-share key; the engine's time is shared between clients.
-        expires_at: time at which the request times out (perf_counter seconds); None: `timeout_s`
-            seconds after its submission (see Settings).
+        expires_at: time at which the request times out (perf_counter seconds); None: `timeout_s` (see Settings) after
+            its submission.
         keeps_errors: the RequestError of a text, such as one that is too long, is recorded in the text's item, and the
             other texts are still answered; any other error fails the whole job. If false, every error does.
     """

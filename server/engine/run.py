@@ -20,8 +20,9 @@ Result = Outcome | Exception
 def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _: None) -> Outcome | None:
     """Run one text through the layers until it exits, window by window if it has several; returns its outcome.
 
-    Returns None if its job was dropped, or if it was preempted and requeued. Raises RequestError if it is too long and
-    may not be truncated. Calls `occupy(seconds)` before each stretch that cannot be preempted.
+    Returns None if its job was dropped, or if it was preempted and requeued. Raises RequestError if it has no tokens,
+    is too long and must not be truncated, or is a pair that cannot be split into windows. Calls `occupy(seconds)`
+    before each stretch that cannot be preempted.
     """
     progress = item.progress
     if progress.tokens is None and not _tokenize(item, queue, occupy):
@@ -44,7 +45,7 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
 
 
 def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> ExitReason | None:
-    """Run a text's window through the layers until it exits; returns the reason, or None as in run()."""
+    """Run a text, or its current window, through the layers until it exits; returns the reason, or None as in run()."""
     job, model, rule, progress = item.job, item.job.model, item.job.choice.rule, item.progress
     assert progress.tokens is not None
     started = last = perf_counter()
@@ -136,7 +137,7 @@ def outcome_of(item: Item, reason: ExitReason) -> Outcome:
 
 
 def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> bool:
-    """Tokenize a text piece by piece; returns False if its job was dropped or it was preempted.
+    """Tokenize a text piece by piece; returns False if its job was dropped, or if it was preempted and requeued.
 
     Raises RequestError if it has no tokens, if it is too long and must not be truncated, or if it is a pair that cannot
     be split into windows.
@@ -176,6 +177,6 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
 
 
 def too_long_error(item: Item, error: ValueError) -> RequestError:
-    """The error for a text that is longer than the model's limit."""
+    """The error for a text that cannot be tokenized, in most cases because it is longer than the model's limit."""
     field = item.job.request.name_of(item.index)
     return RequestError(f"{field}: {error}", field, "too_long")

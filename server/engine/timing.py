@@ -91,8 +91,11 @@ class Timing:
         return 2 * PIECE * self._char_s
 
     def predict_first_exit(self, chars: int, windows: int = 1) -> float:
-        """Predicted seconds to the first exit of a text with this many characters, in its first window if it has
-        several, tokenized at the slowest measured rate."""
+        """Predicted seconds to tokenize a text with this many characters and run it to its first exit.
+
+        The text is assumed to be tokenized at the slowest measured rate. If it has several windows, its first exit is
+        in the first one.
+        """
         return self.first_exit_s(tokens_of(chars)) + self._tokenizer_s(chars, windows)
 
     def _tokenizer_s(self, chars: int, windows: int) -> float:

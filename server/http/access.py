@@ -76,9 +76,10 @@ class Keys:
 
     @classmethod
     def from_file(cls, path: Path) -> "Keys":
-        """Keys from a file with lines as for read(); raises ValueError as read() does, or OSError.
+        """Keys from a file with lines as for read().
 
-        Also raises ValueError if the file has more than MAX_FILE_BYTES or is not text.
+        Raises OSError if it cannot be read, and ValueError if it is larger than MAX_FILE_BYTES, is not text, or has
+        lines that read() refuses.
         """
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
@@ -122,8 +123,8 @@ class Access:
     def __init__(self, settings: Settings, leases: Leases | None = None) -> None:
         """leases: the rate limits of all processes, kept by the supervisor; None: they are kept here.
 
-        Raises ValueError for keys that are invalid or cannot be read, for a key of both a user and an admin, and for a
-        rate limit that is invalid or has no user keys.
+        Raises ValueError for keys that are invalid, cannot be read, or are set both directly and by a file; for a key
+        of both a user and an admin; and for a rate limit that is invalid or set without user keys.
         """
         self.users = _keys(settings.api_keys, settings.api_keys_file, "DE3_API_KEYS")
         self.admins = _keys(settings.admin_keys, settings.admin_keys_file, "DE3_ADMIN_KEYS")
@@ -167,9 +168,9 @@ class Access:
         """Authorize a request that does not classify; True if it needed an admin's key.
 
         Health, readiness, metrics, the web page and the documentation are open. On every other path, a server with
-        admin keys requires one to change anything, and a server with user keys requires a user's or an admin's key to
-        read. This includes unknown paths, so that no route is open by mistake. Raises RequestError if the key is
-        missing, unknown or not sufficient.
+        admin keys requires one for every method but GET, HEAD and OPTIONS, and a server with user keys requires a
+        user's or an admin's key for all other requests. This includes unknown paths, so that no route is open by
+        mistake. Raises RequestError if the key is missing, unknown or not sufficient.
         """
         if _OPEN.fullmatch(path):
             return False
@@ -210,21 +211,21 @@ class Charge:
         self._limit, self._owner, self._texts = limit, owner, 0
 
     async def raise_to(self, texts: int) -> None:
-        """Raise the charge to this many texts in total; raises RequestError if that is over the limit."""
+        """Increase the charge to this many texts in total; raises RequestError if that would exceed the limit."""
         if self._limit is not None and texts > self._texts:
             self._limit.check(texts)
             await self._limit.take(self._owner, texts - self._texts)
             self._texts = texts
 
     def settle(self, texts: int) -> None:
-        """Raise the charge to this many texts in total, for work already done, as far as the limit permits."""
+        """Increase the charge to this many texts in total, for work already done, as far as the limit permits."""
         if self._limit is not None and texts > self._texts:
             self._limit.drain(self._owner, texts - self._texts)
             self._texts = texts
 
 
 class RateLimit:
-    """A limit of texts per second, minute, hour or day for each key, over a sliding window.
+    """A limit on the texts of each key per second, minute, hour or day, over a sliding window.
 
     A request costs the largest of: the number of its texts; its body in units of 4 KiB, rounded up; and the tokens
     of its texts in units of 128, rounded up for each text.
@@ -243,7 +244,7 @@ class RateLimit:
             raise ValueError(f"rate_limit: {rate!r} is not a rate; give for example 100/second") from None
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._leases, self._processes = leases, processes
-        self._leased: dict[str, tuple[int, float]] = {}  # by owner: texts left of a lease, and its end
+        self._leased: dict[str, tuple[int, float]] = {}  # by owner: texts left, and end (monotonic seconds)
 
     def check(self, texts: int) -> None:
         """Raise RequestError for a request that costs more than the limit ever allows."""
@@ -285,9 +286,9 @@ class RateLimit:
     def grant(self, owner: str, texts: int) -> int:
         """Count at least this many texts of an owner, for a process that needs them; returns the number counted.
 
-        The number may be larger than `texts`, so that the process need not ask again for its next requests. The
-        processes together may lease half of the texts that the limit allows in LEASE_S in advance, each an equal part.
-        Raises RequestError if the limit does not permit `texts` more.
+        The number may be larger than `texts`, so that the process need not ask again for its next requests. In advance,
+        the processes together may lease half of what the limit allows in LEASE_S, each an equal part. Raises
+        RequestError if the limit does not permit `texts` more.
         """
         per_second = self._rate.amount / self._rate.get_expiry()
         block = max(texts, int(per_second * LEASE_S / (2 * self._processes)))

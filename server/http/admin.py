@@ -31,8 +31,8 @@ class Load(BaseModel):
     version: Version | None = Field(default=None, description="default: the newest in the store")
     role: Role = Field(
         default="current",
-        description="current: answers for the name; canary: answers a share of its requests; shadow: runs "
-        "copies of them for comparison; beside: answers requests that name its version",
+        description="current: answers requests that name no version; canary: answers a share of these; shadow: "
+        "runs copies of them for comparison; beside: answers only requests that name its version",
     )
     share: float | None = Field(default=None, gt=0, lt=1, description="share of the requests, for a canary")
 
@@ -108,7 +108,7 @@ def explain(wrong: RequestValidationError) -> RequestError:
 
 
 async def _to_its_end(change: Coroutine[Any, Any, T]) -> T:
-    """Run a change of the models to its end, even if the client disconnects."""
+    """Run a change of the models to completion, even if the client disconnects."""
     task = asyncio.create_task(change)
     _changes.add(task)
     task.add_done_callback(_changes.discard)

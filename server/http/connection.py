@@ -74,7 +74,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._ended_at: float | None = None  # when the client closed its half of the connection
         self._is_responding = False  # part of the response has been written
         self._is_probed = False
-        self._closing = False  # after the current response
+        self._closing = False  # close after the current response
         self._gone = False
         self._discarded = 0
         self._response_end: asyncio.Future[None] | None = None
@@ -123,7 +123,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         return False
 
     def _probe(self) -> None:
-        """Abort if a client that closed its half of the connection no longer reads; else probe again later.
+        """Abort if a client that closed its half of the connection is gone; else close it after the response.
 
         If the client has closed the whole connection, its system answers an interim response with a reset. HTTP/1.0
         has no interim responses, so an HTTP/1.0 client is aborted after HALF_CLOSED_S.

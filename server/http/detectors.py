@@ -30,10 +30,11 @@ MAX_CHARS = 2**24  # of texts in a response; each detection repeats its text
 class ContentsRequest(Request):
     """A request in this protocol, with the options for its response.
 
-    Long texts are split into windows, because an injection may be anywhere in a text.
+    Long texts are split into windows, because a prompt injection may be anywhere in a text.
 
     Attributes:
-        threshold: probability from which a label is a detection; None: 0.5, or a multi-label model's own thresholds.
+        threshold: lowest probability at which a label is a detection; None: 0.5, or a multi-label model's own
+            thresholds.
         safe: names of labels that are never detections; None: the first label if labels are mutually exclusive, else
             none.
     """
@@ -81,7 +82,7 @@ def _contents(value: Any) -> list[Text]:
 
 
 class Parameters(OptionFields):
-    """`detector_params`; the exit options and model are an extension."""
+    """`detector_params`; the exit options and `model` are extensions."""
 
     threshold: float | None = Field(None, ge=0, le=1)
     safe_labels: list[str] | None = Field(None, max_length=10_000)

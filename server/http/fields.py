@@ -94,7 +94,7 @@ class OptionFields(BaseModel):
         None,
         ge=0,
         le=1,
-        description="instead of tau: the rate of answers that may differ from full depth, at 95% confidence",
+        description="instead of tau: maximum rate of answers that differ from full depth, at 95% confidence",
     )
 
     thresholds: Annotated[

@@ -111,7 +111,7 @@ class Frontend:
         return self.service.admission.sheds(client)
 
     async def shed(self, scope: Scope, send: Send, route: Route) -> None:
-        """Send the response to a request that is shed."""
+        """Count a request that is shed, send its response, and report it."""
         for counter in self._shed_counters:
             counter.inc()
         response = self._shed_responses[route.protocol]

@@ -1,6 +1,6 @@
 """KServe's protocol, version 1: POST /v1/models/{model}:predict.
 
-The response has the format of KServe's Hugging Face server when that returns probabilities.
+The response has the format in which KServe's Hugging Face server returns probabilities.
 """
 
 from typing import Annotated, Any, ClassVar

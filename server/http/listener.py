@@ -20,7 +20,7 @@ MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
 MAX_BODY_BYTES_PER_S = 2.5e8
 PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, over all connections
 SWEEP_S = 0.25
-MAX_NETWORK_RATIO = 8  # limit of one network's connections, relative to the number of free ones
+MAX_NETWORK_RATIO = 8  # limit on one network's connections, as a multiple of the number that are still free
 EVICTION_SAMPLE = 256  # number of connections from which the one to evict is chosen
 FRESH_S = 0.25  # a new connection has this long to send its first request before it counts as silent
 READ_TURNS = (
@@ -63,7 +63,8 @@ class BaseConnection(ABC):
         state: HEAD, BODY, RESPONSE or LINGER.
         deadline: time by which the client must have sent the awaited data (monotonic seconds).
         write_deadline: time by which the client must have read the written data (monotonic seconds).
-        address, network: address and network of the client.
+        address: the client's address, as `Gate.address` returns it.
+        network: /24 (IPv6: /48) network of the address.
         opened_at: when it was opened (monotonic seconds).
         has_been_read: the event loop has had time to read what the client sent first (READ_TURNS iterations).
         answered_at: when its last response was written (monotonic seconds); None before the first one.
@@ -219,7 +220,7 @@ class Listener:
         return len(self._paused)
 
     def make_room(self, client: str) -> bool:
-        """Refuse another client's unfinished body to make room for a client within its share; False if none has one.
+        """Refuse another client's unfinished body to make room for a client within its share; False if there is none.
 
         The refused body is the largest one of the client with the most bytes in flight.
         """

@@ -33,7 +33,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
         "/v1/models/{name}/calibration",
         tags=["models"],
         dependencies=dependencies,
-        responses={404: {"description": "no such model"}},
+        responses={404: {"description": "no such model, or it has no calibration"}},
     )
     async def calibration(name: str) -> Response:
         """Accuracy, speed-up and disagreement of each signal and τ on held-out samples."""

@@ -173,7 +173,7 @@ def _strings(tensor: Tensor, most: int) -> list[str]:
 
 
 def _decode(data: bytes, tensor: Tensor, most: int) -> list[str]:
-    """The strings of a binary BYTES tensor, where each is preceded by its length in bytes, a little-endian uint32.
+    """The strings of a binary BYTES tensor, each preceded by its length in bytes as a little-endian uint32.
 
     Raises RequestError if the data do not fit the shape, if there are more than `most` strings, or if a string is blank
     or not UTF-8.

@@ -11,7 +11,8 @@ from httptools import HttpRequestParser
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 100
-MAX_FRAMING_BYTES = 64 * 1024  # of a chunked body, beyond its size: chunk sizes, extensions and trailers
+# Chunk sizes, extensions and trailers of a chunked body may exceed the size of the body by this much.
+MAX_FRAMING_BYTES = 64 * 1024
 # Minimum mean size of the chunks after the first MAX_SMALL_CHUNKS. Each call to llhttp also counts as this many bytes
 # of framing.
 MIN_CHUNK_BYTES = 64

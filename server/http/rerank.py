@@ -1,4 +1,4 @@
-"""Reranking with a model of pairs that has one output.
+"""Reranking with a model that takes pairs and has one output.
 
 POST /rerank accepts bodies in the format of Text Embeddings Inference, Jina or Cohere. POST /v1/rerank and /v2/rerank
 accept the formats of Jina and Cohere only, as vLLM does.

@@ -29,11 +29,16 @@ class Answer(TypedDict):
     value: NotRequired[Annotated[float, Field(description="the answer of a regression model")]]
     probs: Annotated[
         list[float] | None,
-        Field(description="in the order of the model's labels; null for a regression model"),
+        Field(
+            description="probabilities (with raw, logits) in the order of the model's labels; null for a "
+            "regression model",
+        ),
     ]
 
 
-_Lambda = TypedDict("_Lambda", {"lambda": Annotated[float | None, Field(description="of the signal edr")]})
+_Lambda = TypedDict(
+    "_Lambda", {"lambda": Annotated[float | None, Field(description="null unless the signal is edr")]}
+)
 
 
 class Exit(Signals, _Lambda):
@@ -50,7 +55,7 @@ class PassedExit(Signals, Answer):
     """An exit that a text passed; the last one is where it exited."""
 
     layer: int
-    window: NotRequired[Annotated[int, Field(description="index of the window, for a text in several")]]
+    window: NotRequired[Annotated[int, Field(description="index of the window, if the text has several")]]
 
 
 class Windows(TypedDict):
@@ -58,20 +63,22 @@ class Windows(TypedDict):
 
     run: Annotated[int, Field(description="number of windows that ran until the answer was settled")]
     of: Annotated[int, Field(description="number of windows of the text")]
-    layers: Annotated[list[int], Field(description="exit layer of each one that ran")]
+    layers: Annotated[list[int], Field(description="exit layer of each window that ran")]
 
 
 class Flag(TypedDict):
     """The label to watch for, its probability, and the window where it is most probable."""
 
     label: str
-    prob: Annotated[float, Field(description="its probability; of several windows, the highest")]
+    prob: Annotated[float, Field(description="probability of the label; with several windows, the highest")]
     flagged: Annotated[bool, Field(description="the probability reaches the threshold")]
-    window: NotRequired[Annotated[int, Field(description="index of that window, of a text in several")]]
-    start: NotRequired[
-        Annotated[int, Field(description="first character of that window, of the longer text")]
+    window: NotRequired[
+        Annotated[int, Field(description="index of the window with that probability, if there are several")]
     ]
-    end: NotRequired[Annotated[int, Field(description="character after its last one")]]
+    start: NotRequired[
+        Annotated[int, Field(description="index of that window's first character (pair: in the longer text)")]
+    ]
+    end: NotRequired[Annotated[int, Field(description="index of the character after that window")]]
 
 
 class TopLabel(TypedDict):
@@ -95,17 +102,22 @@ class ClassifiedText(Answer):
     ]
     truncated: NotRequired[Annotated[bool, Field(description="the text was truncated")]]
     windows: NotRequired[
-        Annotated[Windows, Field(description="with long: windows, for a text that has several")]
+        Annotated[Windows, Field(description="with long: windows, if the text has several windows")]
     ]
     flag: NotRequired[Annotated[Flag, Field(description="with flag")]]
     ood_score: NotRequired[
         Annotated[
             float | None,
-            Field(description="with ood: near 1 for texts far from the calibration's distribution"),
+            Field(
+                description="with ood: near 1 for texts far from the calibration's distribution; null if no exit "
+                "passed has prototypes",
+            ),
         ]
     ]
     out_of_distribution: NotRequired[
-        Annotated[bool, Field(description="the text was far from every prototype at an exit")]
+        Annotated[
+            bool, Field(description="the text was far from every prototype at an exit; needs --ood-policy")
+        ]
     ]
     layers: NotRequired[Annotated[list[PassedExit], Field(description="with explain: every exit passed")]]
 
@@ -130,7 +142,10 @@ class ClassifyResponse(TypedDict):
     certificate: NotRequired[
         Annotated[
             Mapping[str, Any],
-            Field(description="with max_disagreement: the certified bound on the disagreement"),
+            Field(
+                description="with max_disagreement: the certified bound on the disagreement; absent if a text has "
+                "several windows",
+            ),
         ]
     ]
     tau_choice: NotRequired[

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: a span for each request, each of its texts, and each stage of a text.
+"""OpenTelemetry traces: a span for each classification request, its first MAX_TEXTS texts, and their stages.
 
 Spans are made when the request is finished, from times that are measured in any case, so a request that is not
 sampled costs little. The standard OTEL_* variables configure the exporter and the sampling.

@@ -34,7 +34,7 @@ class Result(BaseModel):
         at: seconds since 1970.
         attempt: number of the fit.
         outcome: served, not_faster, outdated (the traffic or the models changed meanwhile), or failed.
-        version: number of the new version; None if the fit led to none.
+        version: number of the new version; None unless it is served.
         records, held_out: number of records, and number of those that tested the exits.
         speedup: speed-up in layers at the best τ in hindsight, on the held-out records.
         proved_speedup: speed-up in layers at the τ that these records prove.
@@ -64,7 +64,8 @@ class Journal(BaseModel):
 
     Attributes:
         base: base of the model; see base_of.
-        attempts: number of fits so far, between which the error probability of the guarantee is divided.
+        attempts: number of fits so far, the model's own early exits counted as one; the error probability of the
+            guarantee is divided between them.
         current: the version that was current when the journal was written.
         latest: the latest learned version that was served.
         origin: the last version that was current and not learned; after a restart, a learned version is served only in
@@ -178,8 +179,10 @@ class LearnFolder:
             return []
 
     def served_before(self, artifact: Artifact) -> Artifact:
-        """The learned version that was current when the server ended, if it was learned for this version of the
-        model; else the artifact itself."""
+        """The learned version that was current when the server ended; the artifact itself if there is none.
+
+        Also the artifact itself if that version was learned for another version of the model, or cannot be opened.
+        """
         manifest, base = artifact.manifest, base_of(artifact.manifest)
         if not self._journal_path(manifest.name, base).is_file():
             return artifact

@@ -42,7 +42,7 @@ class Learner:
 
     Attributes:
         artifact: the current version; all learned versions have the same weights.
-        base: hash of these weights; see base_of.
+        base: hash of these weights and the tokenizer; see base_of.
         phase: recording, or fitting.
         is_restored: the saved records, if any, were read.
         reservoir: the records in memory.
@@ -84,7 +84,7 @@ class Learner:
         self.journal.current = version
 
     def restore(self, saved: Records | None) -> None:
-        """Continue with the records of an earlier server; None: there are none."""
+        """Continue with saved records, or set them aside if they do not fit the model; None: there are none."""
         self.is_restored = True
         if saved is not None:
             try:

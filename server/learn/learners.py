@@ -51,8 +51,11 @@ class Learners:
         ledgers: Ledgers,
         change: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
     ) -> None:
-        """change: changes the served models, given the fields of a manager.Change. Raises ValueError if the state
-        folder is not set or cannot be written, or a package that fits need is not installed."""
+        """change: changes the served models, given the fields of a manager.Change.
+
+        Raises ValueError if the state folder is not set or cannot be written, or a package that fits need is not
+        installed.
+        """
         if settings.state_dir is None:
             raise ValueError("learn: needs state_dir here, a folder for the learned versions")
         check_can_fit()
@@ -115,7 +118,7 @@ class Learners:
         return self.of(name).report()
 
     def ask(self, name: str) -> dict[str, Any]:
-        """Start a fit as soon as possible; returns the learner's state.
+        """Request a fit, which starts as soon as possible; returns the learner's state.
 
         Raises RequestError if the name is not served, or if there are too few records.
         """
@@ -263,7 +266,7 @@ class Learners:
             log.error("state_dir: what %s has learned cannot be written: %s", learner.name, error)
 
     def stop(self) -> None:
-        """End a running fit, and save the records; called in another thread, once no more texts are counted."""
+        """End a running fit, and save the records; called once no more texts are counted, not on the event loop."""
         for task in self._tasks:
             loop = task.get_loop()
             if loop.is_running():

@@ -32,8 +32,8 @@ class HeldOut:
 
     Attributes:
         client, key: as in Record.
-        scores: the score at each exit; None at an exit without one.
-        differs: disagreement of each exit with the last one.
+        scores: the signal's score at each exit; None at an exit where it is not defined.
+        differs: for each exit, true if its answer disagrees with the last exit's.
     """
 
     client: str

@@ -21,7 +21,7 @@ class Reservoir:
     its own records first.
 
     Attributes:
-        texts: estimated number of texts so far; its value when a record is added is the number of that record.
+        texts: estimated number of texts so far; a record's number is this value, rounded down, once it is counted.
     """
 
     def __init__(
@@ -106,8 +106,10 @@ class Reservoir:
         )
 
     def restore(self, records: Records) -> None:
-        """Begin with saved records, the newest if there is no room for all; raises ValueError if they are from another
-        model or have another shape."""
+        """Begin with saved records, the newest if there is no room for all.
+
+        Raises ValueError if they are from another model or have another shape.
+        """
         records.check(self.base, *self._states.shape[1:], self._logits.shape[1])
         kept = records.part(np.arange(len(records))[-self.capacity :])
         self._count = count = len(kept)

@@ -27,8 +27,9 @@ class Channel:
     """One end of a Unix socket that carries JSON messages.
 
     A RequestError of a handler is raised again in the caller. Any other error is raised in the caller as a RequestError
-    with the cause "internal"; the handler's side logs it unless it is a ChannelClosedError. Handlers start in the order
-    of the messages, and run without interruption up to their first `await`.
+    with the cause "internal"; the handler's side logs it unless it is a ChannelClosedError. Handlers that are plain
+    functions run in the order of the messages. Coroutine functions also start in this order, but a plain function that
+    a later message calls may run before them.
     """
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
@@ -79,7 +80,7 @@ class Channel:
 
     @property
     def unsent(self) -> int:
-        """Size of the write buffer, bytes: what the socket has not accepted yet; 0 before `run`."""
+        """Bytes in the write buffer, which the socket has not accepted yet; 0 before `run`."""
         return 0 if self._writer is None else self._writer.transport.get_write_buffer_size()
 
     def _send(self, message: list[Any]) -> None:

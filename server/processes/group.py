@@ -34,7 +34,7 @@ class Process:
         is_member: it takes part in changes of the models.
         models: the models that it loaded when it started (see Worker._state); empty before that.
         reason: why it failed; empty if it did not fail, or gave no reason.
-        samples: its metrics when they were last read.
+        samples: its metrics, as last read.
     """
 
     number: int

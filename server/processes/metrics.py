@@ -26,7 +26,7 @@ class SharedMetrics:
     """The metrics of the processes, and the supervisor's own.
 
     Attributes:
-        replaced: counter of the starts of a process in the place of one that ended.
+        replaced: counter of the starts of a process that replaces one that ended, failed starts included.
     """
 
     def __init__(self, group: Group, books: SharedBooks | None) -> None:
@@ -39,7 +39,7 @@ class SharedMetrics:
         ProcessCollector(registry=r)
         Gauge("de3_processes", "Processes that serve models (--processes)", registry=r).set(group.size)
         self.replaced = Counter(
-            "de3_replaced_processes", "Starts of a process in the place of one that ended", registry=r
+            "de3_replaced_processes", "Starts of a process that replaces one that ended", registry=r
         )
         if books is not None:
             r.register(LedgerMetrics(lambda: books.ledgers.all, self._in_force))

@@ -84,7 +84,7 @@ def _both(family: Family, a: float, b: float) -> float:
 
 
 def growing(process: Sequence[Family]) -> list[Family]:
-    """The counters and histograms of a process, which still count after it has ended."""
+    """The counters and histograms of a process, which stay in the server's totals after it has ended."""
     return [family for family in process if family.kind in GROWING]
 
 

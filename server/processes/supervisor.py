@@ -202,9 +202,9 @@ class Supervisor:
         self._failed(number, reason)
 
     def _failed(self, number: int, reason: str) -> None:
-        """Replace a process, or stop the server if processes end again and again.
+        """Replace a process, or stop the server if processes end repeatedly.
 
-        While others are ready, a process that cannot start is started again, after longer and longer pauses.
+        While others are ready, a process that cannot start is started again, after increasing pauses.
         """
         self._starts[number] += 1
         starts = self._starts[number]

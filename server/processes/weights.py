@@ -35,6 +35,6 @@ class Weights:
                     socket.send_fds(sockets, [WEIGHTS + key.encode()], [fd])
 
     def keep(self, artifacts: Iterable[Sequence[Any]]) -> None:
-        """Close the file descriptors of all other models; processes that still use their memory have mapped it."""
+        """Close the file descriptors of all models but these; processes that still use their memory have mapped it."""
         for key in self._fds.keys() - set(map(key_of, artifacts)):
             os.close(self._fds.pop(key))

@@ -196,14 +196,17 @@ class Worker:
             self._may_open.set_result(None)
 
     async def scrape(self) -> bytes:
-        """The metrics of all processes, in the text format of Prometheus."""
+        """The metrics of all processes, in the text format of Prometheus.
+
+        Raises RequestError if too many requests wait for them.
+        """
         text: str = await self.channel.call("scrape")
         return text.encode()
 
     async def change(self, change: Change) -> dict[str, Any]:
         """Change the served models of all processes, or of none; returns the body of the admin route's response.
 
-        Raises RequestError.
+        Raises RequestError as SharedModels.change does.
         """
         answer: dict[str, Any] = await self.channel.call("change", asdict(change))
         return answer
@@ -286,7 +289,7 @@ class Worker:
         self.channel.tell("records", sent)
 
     async def learning(self, name: str, starts: bool) -> dict[str, Any]:
-        """The learning report of a model name. starts: also start a fit as soon as possible. Raises RequestError."""
+        """The learning report of a model name; see Books.learning."""
         answer: dict[str, Any] = await self.channel.call("learning", name, starts)
         return answer
 
@@ -295,13 +298,16 @@ class Worker:
         self.channel.tell("audit_line", line)
 
     async def report(self, served: Served, live: Live) -> dict[str, Any]:
-        """The audit results of a model; raises RequestError if it is no longer served."""
+        """The audit results of a model; raises RequestError as SharedBooks.report does."""
         level = self.service.admission.level
         answer: dict[str, Any] = await self.channel.call("report", served.model.full_name, level)
         return answer
 
     async def reset(self, served: Served) -> dict[str, Any]:
-        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it."""
+        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it.
+
+        Raises RequestError if the model is no longer served.
+        """
         level = self.service.admission.level
         answer: dict[str, Any] = await self.channel.call("reset", served.model.full_name, level)
         return answer
