@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,18 @@ def _json(value: Any) -> str:
     try:
         return orjson.dumps(value, default=_plain).decode()
     except TypeError:  # half of a surrogate pair, or a number that is too large
-        return json.dumps(value, ensure_ascii=False, default=_plain)
+        return json.dumps(_finite(value), ensure_ascii=False, default=_plain)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null in place of every NaN and infinity, which JSON has no names for."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return value
 
 
 def _plain(value: Any) -> str:

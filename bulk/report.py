@@ -42,8 +42,7 @@ def _certified(artifact: Artifact, options: Mapping[str, Any]) -> str:
     choice = rules.of(ExitOptions(max_disagreement=wanted, signal=options.get("signal")), 0, "")
     if choice.rule.tau == 0 or choice.certificate is None:
         return "certified: every text runs to full depth, as no τ is certified for this rate"
-    bound, samples = choice.certificate["bound"], choice.certificate["samples"]
     return (
-        f"certified: at most {100 * bound:.2f}% of the answers differ from full depth (at 95% confidence), for texts "
-        f"like the {samples} of the model's calibration; it does not cover other texts"
+        f"certified: at most {100 * wanted:g}% of the answers differ from full depth (with 95% confidence), for texts "
+        f"like the {choice.certificate['samples']} of the model's calibration; it does not cover other texts"
     )

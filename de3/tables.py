@@ -305,11 +305,12 @@ def read_groups(records: Iterable[tuple[str, Any]], column: str) -> list[str]:
 def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, str]]:
     """The (text, label) rows of a Hugging Face data set, "path" or "path:config".
 
-    Label numbers are replaced by label names if the data set has them. Raises ValueError as read_rows does.
+    Label numbers are replaced by label names if the data set has them. Raises ValueError as read_rows does, and without
+    the package datasets.
     """
+    feature = _open_dataset(name, split).features.get(columns.label)
     from datasets import ClassLabel
 
-    feature = _open_dataset(name, split).features.get(columns.label)
     named = getattr(feature, "feature", feature) if columns.multi_label else feature  # of a list's items
     rows = [row_of(record, columns, where) for where, record in dataset_records(name, split)]
     if not isinstance(named, ClassLabel):
@@ -327,7 +328,10 @@ def dataset_records(name: str, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def _open_dataset(name: str, split: str) -> Any:
-    from datasets import load_dataset
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(f"--dataset needs the train extra ({error}): pip install 'de3[train]'") from None
 
     path, _, config = name.partition(":")
     return load_dataset(path, config or None, split=split)

@@ -23,7 +23,7 @@ def tokenizer_of(files: Mapping[str, bytes], options: Mapping[str, Any], family:
         data = files["tokenizer.json"]
     elif "vocab.txt" in files and _is_one_of(family, WORD_PIECE):
         data = _word_piece(files["vocab.txt"], options)
-    elif "merges.txt" in files and _is_one_of(family, BYTE_LEVEL):
+    elif {"vocab.json", "merges.txt"} <= files.keys() and _is_one_of(family, BYTE_LEVEL):
         data = _byte_level(files["vocab.json"], files["merges.txt"], options)
     else:
         raise ValueError(

@@ -34,7 +34,7 @@ def audit_of(url: str, model: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Truth:
-    """Answers of full depth and of every exit to each text, from the server at τ = 0 with `explain`.
+    """The answers to each text at full depth and at every exit, from the server at τ = 0 with `explain`.
 
     Attributes:
         labels: label of each text at full depth.
@@ -264,7 +264,7 @@ def cost(
     port: int,
     on_round: Callable[[Round], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Latency at `load`, a share of the capacity, without and with audits in turn, at the same rate.
+    """Measure latency without and with audits, in turn, at the same rate: `load` × the capacity.
 
     The capacity is the highest rate of Poisson arrivals whose p99 is within slo_ms, without audits. `p50` and `p99` in
     the result are medians over the rounds of the ratio with audits / without.

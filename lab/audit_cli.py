@@ -71,7 +71,7 @@ def copies(
     model: options.ModelName = "sst2",
     text_column: options.TextColumn = "sentence",
     rate: Annotated[float, typer.Option(help="The guarantee.", min=0.0001, max=0.99)] = 0.02,
-    limit: Annotated[int, typer.Option(help="Number of texts.", min=1)] = 5000,
+    limit: Annotated[int, typer.Option(help="Maximum number of texts.", min=1)] = 5000,
     port: options.Port = 8100,
     json_file: options.Json = None,
 ) -> None:
@@ -93,7 +93,7 @@ def cost(
     model: options.ModelName = "sst2",
     text_column: options.TextColumn = "sentence",
     share: AuditShare = 0.05,
-    load: Annotated[float, typer.Option(help="Share of the capacity.", min=0.01, max=1)] = 0.8,
+    load: Annotated[float, typer.Option(help="Rate, as a share of the capacity.", min=0.01, max=1)] = 0.8,
     slo_p99_ms: options.SloP99 = 20.0,
     rounds: options.Rounds = 5,
     seconds: options.Seconds = 10.0,

@@ -54,7 +54,7 @@ class Bulk:
     """The result of a run of `de3 classify --file`.
 
     Attributes:
-        seconds: duration, including the start of the interpreter and of the model.
+        seconds: duration, including the time to start the interpreter and load the model.
         memory_mb: memory (PSS) of all its processes, sampled every SAMPLE_S.
     """
 

@@ -71,7 +71,7 @@ def to_onnx(folder: Path, out: Path) -> Path:
 
 
 def onnx_runtime(folder: Path, out: Path) -> Callable[[list[str], int], None]:
-    """A function that classifies texts in batches of a given size, by ONNX Runtime in int8."""
+    """A function that classifies texts in batches of a given size with ONNX Runtime in int8."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = CORES
     session = ort.InferenceSession(str(to_onnx(folder, out)), options, providers=["CPUExecutionProvider"])
@@ -87,7 +87,7 @@ def onnx_runtime(folder: Path, out: Path) -> Callable[[list[str], int], None]:
 
 
 def transformers(folder: Path) -> Callable[[list[str], int], None]:
-    """A function that classifies texts in batches of a given size, by the pipeline of transformers in fp32."""
+    """A function that classifies texts in batches of a given size with the transformers pipeline in fp32."""
     torch.set_num_threads(CORES)
     classify: Any = pipeline("text-classification", model=str(folder), device="cpu")
 
@@ -99,7 +99,7 @@ def transformers(folder: Path) -> Callable[[list[str], int], None]:
 
 
 def ctranslate(folder: Path, out: Path) -> Callable[[list[str], int], None]:
-    """A function that classifies texts in batches of a given size, by CTranslate2 in int8.
+    """A function that classifies texts in batches of a given size with CTranslate2 in int8.
 
     CTranslate2 does not convert the classifier head, so NumPy runs it.
     """

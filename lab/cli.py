@@ -54,13 +54,13 @@ def fuzz(
 def learn(
     stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
     texts: Annotated[Path, typer.Option(help="Texts that the classifier was not trained on.")],
-    then: Annotated[Path, typer.Option(help="Texts of another kind, which come after them.")],
+    then: Annotated[Path, typer.Option(help="Texts of another kind, sent after those of --texts.")],
     out: Annotated[Path, typer.Option(help="Folder for learn.json and learn.png.")] = Path("runs/learn"),
     guarantee: Annotated[float, typer.Option(help="The promised rate of disagreement.")] = 0.02,
-    orders: Annotated[int, typer.Option(help="Streams, each in an order of its own.", min=1)] = 3,
-    per_second: Annotated[float, typer.Option(help="Texts a second.", min=1)] = 100.0,
+    orders: Annotated[int, typer.Option(help="Number of streams, each in its own order.", min=1)] = 3,
+    per_second: Annotated[float, typer.Option(help="Texts per second.", min=1)] = 100.0,
     then_column: Annotated[str, typer.Option(help="Column of the texts of another kind.")] = "text",
-    most_then: Annotated[int, typer.Option(help="Texts of another kind, at most.")] = 3000,
+    most_then: Annotated[int, typer.Option(help="Maximum number of texts of another kind.")] = 3000,
     port: options.Port = 8100,
 ) -> None:
     """Serve a stock classifier with --learn, send it a stream of texts, and compare its exits with an offline import's.
@@ -90,12 +90,12 @@ def learn(
 def learn_cost(
     stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
     texts: options.Texts,
-    rounds: Annotated[int, typer.Option(help="Rounds, each without and with a fit.", min=1)] = 9,
+    rounds: Annotated[int, typer.Option(help="Number of rounds, each without and with a fit.", min=1)] = 9,
     seconds: Annotated[float, typer.Option(help="Duration of each measurement, seconds.", min=1)] = 6.0,
     text_column: options.TextColumn = "text",
     port: options.Port = 8100,
 ) -> None:
-    """Measure what learning costs: the time to keep a text's states, and latency at half load while exits are fitted.
+    """Measure the cost of learning: the time to keep a text's states, and latency at half load while exits are fitted.
 
     Example: python -m lab learn-cost runs/stock/model --texts runs/stock/texts.jsonl
     """
@@ -116,7 +116,7 @@ def learn_cost(
 @app.command()
 def starts(
     folder: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
-    rounds: Annotated[int, typer.Option(help="Starts of each server, in turn.", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="Number of starts of each server, in turn.", min=1)] = 5,
     port: options.Port = 8100,
 ) -> None:
     """Compare the start time and memory of a stock classifier in de3 serve and in transformers with FastAPI.
@@ -140,7 +140,7 @@ def processes(
     option: Annotated[
         list[str] | None, typer.Option(help="Option of de3 serve, such as --tau=0; repeat for more.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Measurements of each server, in turn.", min=1)] = 10,
+    rounds: Annotated[int, typer.Option(help="Number of measurements of each server, in turn.", min=1)] = 10,
     seconds: Annotated[float, typer.Option(help="Duration of one measurement.", min=1)] = 3.0,
     port: options.Port = 8100,
 ) -> None:
@@ -161,14 +161,15 @@ def processes(
 @app.command()
 def bulk(
     texts: options.Texts,
-    folder: Annotated[Path, typer.Option(help="Folder for the files, which stay.")],
+    folder: Annotated[Path, typer.Option(help="Folder for the files, which are kept.")],
     store: options.Store = Path("models"),
     model: options.ModelName = "sst2",
     rows: Annotated[int, typer.Option(help="Number of texts.", min=1)] = 2_000_000,
     stock: Annotated[
         Path | None,
         typer.Option(
-            help="Instead: compare with peers on 20,000 of the texts; the classifier that was imported."
+            help="The stock classifier that the model was imported from. With it, the command only compares with "
+            "peers, on 20,000 texts of an earlier run."
         ),
     ] = None,
     rounds: options.Rounds = 3,
@@ -334,11 +335,11 @@ def attack(
 ) -> None:
     """Attack our own server and check that a well-behaved client is still served.
 
-    Each attack starts its own server with limits of 1 GiB of memory and 1,024 open files. The attacker, a process at
-    nice 19, uses other networks of 127/8 than the well-behaved client, which is at 127.0.0.1 and sends 20 requests per
-    second. The server fails an attack if it dies or does not release its memory, or if the well-behaved client is
-    refused (three attacks allow 10% of its requests), gets no answer, or gets it late: p99 above 50 ms and above 5
-    times the p99 before the attack.
+    Each attack starts its own server, limited to 1,024 open files and, where a control group can be created, to 1 GiB
+    of memory. The attacker, a process at nice 19, uses other networks of 127/8 than the well-behaved client, which is
+    at 127.0.0.1 and sends 20 requests per second. The server fails an attack if it dies, does not release its memory or
+    exceeds 1 GiB, or if the well-behaved client is refused (three attacks allow 10% of its requests), gets an error or
+    no answer, or gets its answers late: p99 above 50 ms and above 5 times the p99 before the attack.
 
     There is no URL option: only a server that this command starts can be attacked.
 
@@ -367,7 +368,10 @@ def layers(
         str, typer.Option(help="Kernels' instruction set, such as vnni, avx2 or dotprod. Default: the best.")
     ] = "",
     layer: Annotated[int, typer.Option(help="Number of the layer; 0: all layers.", min=0)] = 1,
-    tokens: Annotated[list[int] | None, typer.Option(help="Lengths, in tokens.", show_default=False)] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Length in tokens; repeat for more, in ascending order.", show_default=False),
+    ] = None,
     json_file: options.Json = None,
 ) -> None:
     """Time one encoder layer, or all, in ONNX Runtime and in our kernels, and compare with the processor's peak.

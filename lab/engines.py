@@ -219,7 +219,7 @@ def read_bandwidth(size: int = BUFFER_BYTES) -> float:
 def compared(results: dict[str, Any]) -> dict[str, Any]:
     """Medians and ranges of all rates; for our engines also the shares of peak and bandwidth, and the ratios to peers.
 
-    `best_int8` is the faster one of ONNX Runtime and OpenVINO in int8; None if neither was measured.
+    `best_int8` is the faster of ONNX Runtime and OpenVINO in int8; None if neither was measured.
     """
     rounds, ours = results["rounds"], results["ours"]
     peers = [name for name in rounds if name not in ours]
@@ -252,7 +252,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     best = results["compared"]["best_int8"]
     title = f"{results['texts']} texts of {results['tokens']:.0f} tokens on average, full depth, one core"
     rates = Table("engine", "texts/s", *(f"{name} / it" for name in ours), "logits differ by", title=title)
-    rates.caption = f"of ONNX Runtime and OpenVINO in int8 the faster is {best}" if best else None
+    rates.caption = f"the faster of ONNX Runtime and OpenVINO in int8: {best}" if best else None
     for name, row in engines.items():
         ratios = [engines[mine]["against"].get(name, "") for mine in ours]
         difference = results["logits_difference"].get(name)

@@ -23,7 +23,7 @@ def layers(
 ) -> dict[str, Any]:
     """Time a layer in both runtimes on one thread, by number of tokens: medians of alternating measurements, µs.
 
-    Keys that end in `_of_peak` have the share of one core's peak rate of int8 multiply-adds with the kernels'
+    Keys that end in `_of_peak` give the share of one core's peak rate of int8 multiply-adds with the kernels'
     instruction set. Attention's multiply-adds, in float32, count too, as if every token attended to all. ONNX Runtime
     uses the processor's best instruction set, whatever the kernels use.
 

@@ -36,7 +36,7 @@ UNSEEN = 2000  # maximum number of texts held back for the speed-ups in hindsigh
 
 @dataclass
 class Answer:
-    """The answer to a text of the stream. model_ms: model time, without the queue."""
+    """The answer to a text of the stream. model_ms: model time, without queue time."""
 
     layer: int
     label: str

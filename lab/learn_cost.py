@@ -23,7 +23,7 @@ from de3.model_store.store import Store
 KEY = "k" * 32
 WARM_S = 5.0
 Times = list[tuple[float, float]]  # p50 and p99 of each round, ms
-NUM_TEXTS = 500  # in each measurement of what it costs to keep the states
+NUM_TEXTS = 500  # in each round of `cost_of_states`
 
 
 def measure(
@@ -66,9 +66,9 @@ def measure(
 
 
 def cost_of_states(stock: Path, samples: list[Sample], rounds: int) -> dict[str, list[float]]:
-    """Time of a text at full depth whose states are kept, relative to one whose states are not, in each round.
+    """Time of a text at full depth with its states kept, relative to without: a ratio for each round, by runtime.
 
-    The key is the runtime. A round runs the texts one at a time, each without and with its states.
+    A round runs the texts one at a time, each with and without keeping its states.
     """
     ratios = dict[str, list[float]]()
     with TemporaryDirectory(prefix="de3-lab-") as folder:

@@ -30,7 +30,7 @@ class Side:
     """A measured server.
 
     Attributes:
-        rates: requests/s of each round, by connections.
+        rates: requests/s of each round, by number of connections.
         cpu_us: CPU time per request in each round, at 16 connections.
         latencies: (p50, p99) in ms of each round, by share of saturation.
         memory_mb: memory (PSS) at the end.

@@ -157,7 +157,7 @@ def main(
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "sentence",
     seconds: Annotated[float, typer.Option(help="Duration of one measurement.")] = 6.0,
     rounds: Annotated[int, typer.Option(help="Number of repetitions; the servers take turns.")] = 3,
-    port: Annotated[int, typer.Option(help="Port to use.")] = 8800,
+    port: Annotated[int, typer.Option(help="Port of Ray's proxy; de3 serve uses the next one.")] = 8800,
 ) -> None:
     """Measure the proxy's overhead, scaling to two replicas and nodes, a killed replica, and a rolling update."""
     samples = read(texts, text_column)

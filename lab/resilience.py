@@ -1,4 +1,4 @@
-"""Attack our own server within limits, and measure a well-behaved client during the attack."""
+"""Attack our own server, whose memory and files are limited, and measure a well-behaved client meanwhile."""
 
 import json
 import math

@@ -38,7 +38,7 @@ def measure(folder: Path, port: int, rounds: int) -> dict[str, list[Start]]:
     """Start each server in turn, `rounds` times; returns the starts by server.
 
     The servers are ours with an empty cache, ours with a filled cache, and transformers with FastAPI. folder: a stock
-    classifier.
+    classifier. Raises ValueError if a server does not answer, or if the environment of transformers cannot be created.
     """
     other = peer("transformers, FastAPI", "transformers_app", str(folder))
     other.prepare()

@@ -35,9 +35,11 @@ def capacity(
 ) -> float:
     """The highest tested rate (requests/s) of single texts, with Poisson arrivals, at which `Step.keeps` holds.
 
-    Bisects between the highest rate that met the objective and the lowest that did not, in STEPS steps, from 0 to 1.2
-    times the throughput of a closed loop; 0 if no tested rate met it. The server must not change τ during the test:
-    start it without --slo-p99-ms. seconds: duration of a step.
+    Bisects, in STEPS steps, between the highest rate that met the objective (at first 0) and the lowest that did not
+    (at first 1.2 times the throughput of a closed loop). Returns 0 if no tested rate met it. The server must not change
+    τ during the test: start it without --slo-p99-ms.
+
+    seconds: duration of a step. on_step: called with the result of each step.
     """
     warm_up = send_traffic(target, samples, WARM_S, connections=CONNECTIONS)
     low, high = 0.0, 1.2 * len(warm_up.answers) / warm_up.seconds

@@ -38,7 +38,7 @@ def run(
         ),
     ] = None,
     long_share: Annotated[float, typer.Option(help="Share of long texts.", min=0, max=1)] = 0.0,
-    long_words: Annotated[int, typer.Option(help="Number of words of a long text.", min=1)] = 450,
+    long_words: Annotated[int, typer.Option(help="Number of words in a long text.", min=1)] = 450,
     json_file: options.Json = None,
     png: Annotated[
         Path | None, typer.Option(help="Plot the latency distribution to this file.", show_default=False)

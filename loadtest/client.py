@@ -134,7 +134,10 @@ class _Connection:
         self.socket.sendall(request)
 
     def receive(self) -> Answer | None:
-        """The answer once it is complete, else None; its status stays 0 if the connection breaks."""
+        """The answer once it is complete, or, with status 0, once the connection breaks; until then None.
+
+        Raises ValueError for an answer without Content-Length.
+        """
         try:
             data = self.socket.recv(1 << 18)
         except OSError:
@@ -173,7 +176,10 @@ def send_traffic(
             loop over `connections`.
         connections: number of connections; an open loop opens more as needed, up to MAX_CONNECTIONS.
         seed: of the arrival times.
-        progress: called every 0.25 s with the elapsed seconds.
+        progress: called about every 0.25 s with the elapsed seconds.
+
+    Raises OSError if a connection cannot be opened, and ValueError for an answer without Content-Length. Ends early if
+    more than MAX_BROKEN connections break.
     """
     cpu = _cpu()
     rate_at = rate if callable(rate) or rate is None else lambda _: rate

@@ -47,7 +47,10 @@ class Comparison:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def all(self, ours_at: Callable[[float], Server]) -> dict[str, Any]:
-        """Run all measurements and write results.json and plots; `ours_at` returns our server at a τ."""
+        """Run all measurements and write results.json and plots; `ours_at` returns our server at a τ.
+
+        Raises ValueError if our server does not start, or if no peer does.
+        """
         mixed = with_long(self.samples, LONG_SHARE, LONG_WORDS)
         self.results["machine"] = {
             "cpu": cpu_name(),
@@ -161,7 +164,7 @@ class Comparison:
         }
 
     def _stages(self) -> None:
-        """Measure the shares of a single request's latency by stage."""
+        """Measure each stage's share of the latency of a single request."""
         console.print("latency of a single request by stage")
         with self._started(self.servers[0]) as started:
             send_traffic(started.target, self.samples[:200], 1.0, connections=1)
@@ -289,7 +292,7 @@ def _model_time(url: str) -> tuple[float, float, float]:
 
 
 def cpu_name() -> str:
-    """The processor's name, from /proc/cpuinfo if it is there."""
+    """The processor's name from /proc/cpuinfo, or Python's name for it if that file has none."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

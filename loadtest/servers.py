@@ -61,7 +61,7 @@ class Server:
     def prepare(self) -> None:
         """Create a peer's environment and convert its model, unless done before.
 
-        Raises ValueError with the end of the output if either fails.
+        Raises ValueError if either fails; for a failed conversion, the message has the end of its output.
         """
         if not self.script:
             return
@@ -176,6 +176,8 @@ def peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list
         int8, fp32: folders of the full-depth graph.
         calibration: file with texts to calibrate quantization with, a JSON list.
         stock: folder of a stock sequence classification model, for peers that support no other; None: without them.
+
+    Raises ValueError if `stock` has no files.
     """
     servers = [
         *lean_peers(int8, fp32, calibration, stock),

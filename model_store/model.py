@@ -205,7 +205,10 @@ class Model:
         passes = [ForwardPass(t, 0.0, Entropy(), self.manifest.num_layers, True) for t in tokens]
         for _ in range(2):
             self._check()
-            forward(passes, layers=self.manifest.num_layers // 2 + 1)
+            try:
+                forward(passes, layers=self.manifest.num_layers // 2 + 1)
+            except ValueError as error:
+                raise NoKernelsError(str(error)) from None
         for one in passes:
             for layer, step in enumerate(full_depth(native, one.tokens, self._check)):
                 same = step.logits is None or one.logits[layer].tobytes() == step.logits.tobytes()

@@ -234,6 +234,8 @@ class Models:
 
     def check_remove(self, name: str, version: int | None) -> None:
         """Raise RequestError unless a version, or all versions of a name, can be removed."""
+        if name not in self.routes:  # not even as an alias, which several versions may share
+            raise unknown_model(name, [served.model.full_name for served in self.all])
         self.current(name if version is None else f"{name}:{version}")
         if version is None or self._versions[name].keys() == {version}:
             if len(self.routes) == 1:

@@ -88,6 +88,7 @@ class Prover:
         if code == REFUSED:
             raise StoreError(last)
         if code == -SIGKILL:
+            self._check(artifact)
             raise StoreError(
                 f"{artifact.path}: the process that loads it was killed, probably for lack of memory"
             )

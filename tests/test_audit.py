@@ -779,6 +779,18 @@ def test_evidence_of_an_unloaded_model_does_not_count_for_another_of_its_name(st
     assert served_ledger(books, changed).evidence.audits == 1
 
 
+def test_evidence_of_an_unloaded_model_that_returns_with_another_runtime_does_not_count(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    books, first = books_of(), made(store)
+    agree(served_ledger(books, first))
+    books.forget(first)
+    changed = made(store)
+    changed.model.runtime = "native"
+    assert served_ledger(books, changed).evidence.audits == 0
+    assert "belongs to another runtime" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -290,6 +290,14 @@ def test_rows_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -
     assert (summary.rows, summary.answered, summary.refused) == (9, 3, 6)
 
 
+def test_values_that_orjson_cannot_write_are_copied(model: de3.Classifier, tmp_path: Path) -> None:
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"text": "good", "n": [1e999, {"big": 36893488147419103232}]}\n')
+    classify(Here(model), file, out)
+    (row,) = read(out)
+    assert row["n"] == [None, {"big": 2**65}]
+
+
 def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
     table, text = tmp_path / "in.csv", tmp_path / "in.parquet"
     table.write_bytes(b'id,text\n1,good\n2,a,b\n3,"two\nlines"\n4,caf\xe9\n5,\n6,"a ""fine"" one"\n')

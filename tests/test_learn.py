@@ -432,6 +432,8 @@ def test_exits_are_imported_from_the_records_of_several_servers(
     (tmp_path / "b").write_bytes(b"no")
     assert "b: it is damaged" in refusal(f"import base --records {tmp_path}/b --name x --store {store}")
     assert "either --texts or --records" in refusal(f"import base --name x --store {store}")
+    said = refusal(f"import base --records {tmp_path}/a --name x --store {store} --signal risk")
+    assert "--signal: cannot be combined with --records" in said
 
 
 @pytest.mark.slow

@@ -374,7 +374,7 @@ def test_a_copy_of_the_evidence_stays_as_it_was() -> None:
 def test_counted_shares_are_limited() -> None:
     evidence = Evidence(GRID)
     for number in range(MAX_SHARES):
-        evidence.skip((1 + number) / 100, 1)
-    evidence.skip(0.01, 1)  # not a new share
+        evidence.skip((1 + number) / MAX_SHARES, 1)
+    evidence.skip(1 / MAX_SHARES, 1)  # not a new share
     with pytest.raises(ValueError, match=f"at most {MAX_SHARES} shares"):
         evidence.skip(0.99, 1)

@@ -71,8 +71,8 @@ class TrainSettings(Recipe):
             raise ValueError("learning rates and temperature must be above 0, alpha 0 or more")
         if not (0 <= self.distill <= 1 and 0 <= self.warmup < 1):
             raise ValueError("distill must be in [0, 1], warmup in [0, 1)")
-        if self.augment < 0:
-            raise ValueError("augment must be 0 or more")
+        if min(self.augment, self.patience, self.weight_decay) < 0:
+            raise ValueError("augment, patience and weight_decay must be 0 or more")
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights must be {' or '.join(WEIGHTS)}, got {self.weights!r}")
         if self.prototypes not in PROTOTYPES:

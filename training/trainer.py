@@ -358,6 +358,8 @@ def teach(
         )
         accuracy = recorded.correct[: len(split.train), -1].mean()
         console.print(f"the teacher's accuracy on train: {accuracy:.4f}")
-        save_file({"logits": torch.from_numpy(recorded.logits[:, -1].copy())}, cache)
+        draft = cache.with_suffix(".part")  # a run that is killed leaves no file that looks complete
+        save_file({"logits": torch.from_numpy(recorded.logits[:, -1].copy())}, draft)
+        draft.replace(cache)
     logits: torch.Tensor = load_file(cache)["logits"]
     return logits

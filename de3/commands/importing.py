@@ -28,10 +28,12 @@ from de3.commands.options import (
 from de3.tables import Columns, read_groups, read_rows, records
 
 RATE = 0.02  # disagreement rate at which the speed-up is reported
+WITH_RECORDS = ("model", "name", "records_files", "store", "quantize")
 
 
 @with_fields(Columns, without=["label"])
 def import_model(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="Folder or hub id of a transformers …ForSequenceClassification model.")
     ],
@@ -137,6 +139,7 @@ def import_model(
     if (texts is None) == (not records_files):
         raise ValueError("give either --texts or --records")
     if records_files:
+        _check_records(context)
         _import_records(model, records_files, name, store, quantize)
         return
     assert texts is not None
@@ -188,6 +191,14 @@ def import_model(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _check_records(context: typer.Context) -> None:
+    """Raise ValueError for an option that does not apply to records."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name not in WITH_RECORDS and source is not None and source.name != "DEFAULT":
+            raise ValueError(f"{parameter.opts[0]}: cannot be combined with --records")
 
 
 def _import_records(model: str, files: list[Path], name: str, store: Path, quantize: str) -> None:

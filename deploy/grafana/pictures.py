@@ -84,7 +84,7 @@ def _heatmap(axes: Axes, panel: Panel, source: Source) -> None:
     bounds = [s.labels["le"] for s in rows]
     # Buckets are cumulative: the difference between neighbours is the count between their bounds.
     counts = np.diff(np.array([s.values for s in rows]), axis=0, prepend=0)
-    last = max(i for i, c in enumerate(counts) if np.nanmax(c) > 0) + 1
+    last = max((i for i, c in enumerate(counts) if np.nanmax(c) > 0), default=len(counts) - 1) + 1
     mesh = axes.pcolormesh(rows[0].times, range(last), counts[:last], cmap="Blues", vmin=0, shading="nearest")
     axes.set_yticks(range(last), [f"{float(b):g}" for b in bounds[:last]])
     axes.figure.colorbar(mesh, ax=axes, format=lambda v, _: _format(v, panel.unit), pad=0.01)

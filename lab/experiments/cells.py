@@ -129,8 +129,8 @@ class Trained:
     def __init__(self, cell: Cell, root: Path, runs: Path, encoders: Path | None = None) -> None:
         """Train the cell, unless `runs`, the folder of the trained models, has it.
 
-        root: folder of the data sets. encoders: a folder with all-mpnet-base-v2. Raises ValueError if it is None and a
-        cell of the encoder mpnet must be trained.
+        root: folder of the data sets. encoders: a folder with all-mpnet-base-v2, needed to train an mpnet cell. Raises
+        ValueError if `encoders` is needed and None, or if a fold of a task with fragments must be trained.
         """
         quiet()
         self.cell, self.root, self.folder = cell, root, runs / cell.name
@@ -295,7 +295,7 @@ def main(
     names: Annotated[
         list[str], typer.Argument(help="Cells, such as mrpc-minilm-D-0 or rte-minilm-D-0-fold3.")
     ],
-    encoders: Annotated[Path | None, typer.Option(help="Folder that has all-mpnet-base-v2.")] = None,
+    encoders: Annotated[Path | None, typer.Option(help="Folder that contains all-mpnet-base-v2.")] = None,
     keep_train: Annotated[bool, typer.Option(help="Record the training samples too.")] = False,
 ) -> None:
     """Train cells, and record their exits on held-out and unseen samples."""

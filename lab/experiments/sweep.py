@@ -25,8 +25,8 @@ from lab.experiments.signals import model
 
 NAME = "sweep"
 LAYERS = {"minilm": 6, "mpnet": 12}
-# Costs in units of a layer's time, with int8 kernels on SST-2's lengths: START of a text before its first layer and
-# outside the model, EXIT of an exit, CLASS of each class beyond two at an exit. A least-squares fit to
+# Costs in units of a layer's time, with int8 kernels on SST-2's lengths. START: of a text, before its first layer and
+# outside the model; EXIT: of an exit; CLASS: of each class beyond two, at an exit. A least-squares fit to
 # lab/docs/experiments/wall.json, within 5%: a text that exits at layer m takes START + m + (m + 1)·EXIT; without an
 # exit on the embeddings, START + m + m·EXIT.
 START, EXIT, CLASS = {"minilm": 0.55, "mpnet": 0.09}, {"minilm": 0.08, "mpnet": 0.076}, 0.0009

@@ -1,7 +1,7 @@
 """Fuzzer of the state file of audits: edits of a state that a server with a guarantee saved.
 
-Reading a file must not raise. A refused file is set aside, and audits start from zero. After an accepted
-file, the ledger counts audits of old and new clients, reports, and saves a state that restores to the same state.
+Reading a file must not raise. If it is refused, it must be set aside, and audits must start from zero. If it is
+accepted, the ledger must count audits of old and new clients, report, and save a state that restores to the same state.
 """
 
 import json
@@ -53,7 +53,7 @@ def _promises(ledger: Ledger) -> Promises:
 
 
 def _count(ledger: Ledger, clients: tuple[str, ...], texts: int) -> None:
-    """Count audits of some clients; a few of them disagree with full depth at the higher τ."""
+    """Count audits of some clients; a few of the texts disagree with full depth at τ above 0.5."""
     for number in range(texts):
         audit = Audited([0.5, None], [number % 40 == 0, False], [1, 6], False)
         keys = [number % 7, number, number + 1, number + 2]

@@ -1,4 +1,4 @@
-"""Fuzzer of tokenizer.json: known and unknown components with parameters near their limits, and edits of them.
+"""Fuzzer of tokenizer.json: allowed components with parameters near their limits, and random edits of the result.
 
 A tokenizer must be refused with a StoreError, or each of its steps must end in time, and its normalizer must lengthen
 no ASCII text beyond the limit. Texts that cannot be tokenized do not count as findings.

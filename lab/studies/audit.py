@@ -88,9 +88,10 @@ def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
     """Simulate one stream; returns its results.
 
     The promise is broken while the true rate at the τ in force exceeds `setting.rate`. `above` is the share of texts
-    meanwhile, `wrong` the mean rate, and `cost` the mean cost of a text in layers. `early` and `last` are the indices
-    of τ after EARLY audits and at the end. `broken` is True if the promise was broken after `change_at`. `to_restore`
-    is the number of texts from then until the promise first held again; None if it was not broken, or not restored.
+    during which it is broken, `wrong` the mean rate, and `cost` the mean cost of a text in layers. `early` and `last`
+    are the indices of τ after EARLY audits and at the end. `broken` is True if the promise was broken after
+    `change_at`. `to_restore` is the number of texts from then until the promise first held again; None if it was not
+    broken, or not restored.
     """
     rng = np.random.default_rng(seed)
     promise = Promise(setting.rate, np.array(FINE_TAUS), setting.start)
@@ -156,8 +157,8 @@ def audit(
 ) -> tuple[list[dict[str, Any]], dict[str, list[list[tuple[float, float, int]]]]]:
     """Simulate streams; returns a row for each kind of stream, and the points of its streams for the plot.
 
-    streams: number of stationary streams. other_streams: number of streams of each other kind. A point has the true
-    rate at the τ in force, τ, and the number of audits.
+    streams: number of stationary streams. other_streams: number of streams of each other kind. A point is the true rate
+    at the τ in force, this τ, and the number of audits so far.
     """
     rows: list[dict[str, Any]] = []
     points: dict[str, list[list[tuple[float, float, int]]]] = {}

@@ -35,9 +35,9 @@ def learn(
         Path, typer.Option(help="Texts that the classifier was not trained on; at least 6,000.")
     ],
     rate: Annotated[float, typer.Option(help="The promised rate of disagreement.")] = 0.02,
-    fits: Annotated[int, typer.Option(help="Servers, each with fits of its own.", min=1)] = 20,
-    streams: Annotated[int, typer.Option(help="Simulated streams over all of them.", min=1)] = 1000,
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
+    fits: Annotated[int, typer.Option(help="Number of servers, each with its own fits.", min=1)] = 20,
+    streams: Annotated[int, typer.Option(help="Number of simulated streams over all servers.", min=1)] = 1000,
+    workers: Annotated[int, typer.Option(help="Number of processes.", min=1)] = 2,
 ) -> None:
     """Count the simulated streams in which a server that learns breaks its promise with any of its versions.
 
@@ -56,9 +56,10 @@ def learn_sizes(
     stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
     texts: Annotated[Path, typer.Option(help="Texts that the classifier was not trained on.")],
     size: Annotated[
-        list[int] | None, typer.Option(help="Number of texts to fit to; repeat for more.")
+        list[int] | None,
+        typer.Option(help="Number of texts to fit to; repeat for more. Default: 1,000, 3,000 and 10,000."),
     ] = None,
-    unseen: Annotated[int, typer.Option(help="Texts to measure on.", min=100)] = 1000,
+    unseen: Annotated[int, typer.Option(help="Number of texts to measure on.", min=100)] = 1000,
 ) -> None:
     """Measure the speed-up, on unseen texts, of exits learned from each number of texts, at 1, 2 and 5% disagreement.
 
@@ -81,7 +82,10 @@ def promise(
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
     label_names: LabelNames = "",
-    wish: Annotated[list[float] | None, typer.Option(help="A max_disagreement; repeat for more.")] = None,
+    wish: Annotated[
+        list[float] | None,
+        typer.Option(help="A max_disagreement; repeat for more. Default: 0.02, 0.05 and 0.1."),
+    ] = None,
     group_column: Annotated[
         str | None,
         typer.Option(
@@ -90,7 +94,7 @@ def promise(
         ),
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="Number of certifying groups. Default: half of all.")
+        int | None, typer.Option(help="Number of groups to certify on. Default: half of all.")
     ] = None,
     trials: Annotated[int, typer.Option(help="Number of simulated calibrations.", min=1)] = 500,
     start_layers: StartLayers = 0.6,
@@ -126,13 +130,14 @@ def audit(
     model: Model = "sst2",
     text_column: TextColumn = "sentence",
     rate: Annotated[
-        list[float] | None, typer.Option(help="A promised disagreement (--guarantee); repeat for more.")
+        list[float] | None,
+        typer.Option(help="A promised disagreement (--guarantee); repeat for more. Default: 0.02 and 0.05."),
     ] = None,
     share: AuditShare = 0.05,
     streams: Annotated[int, typer.Option(help="Number of stationary streams.", min=1)] = 1000,
     other_streams: Annotated[int, typer.Option(help="Number of streams of each other kind.", min=1)] = 200,
-    texts: Annotated[int, typer.Option(help="Texts in a stream.", min=1000)] = 100_000,
-    change_at: Annotated[int, typer.Option(help="Texts before a switch or drift.", min=1)] = 50_000,
+    texts: Annotated[int, typer.Option(help="Number of texts in a stream.", min=1000)] = 100_000,
+    change_at: Annotated[int, typer.Option(help="Number of texts before a switch or drift.", min=1)] = 50_000,
     start_layers: StartLayers = 0.6,
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Start with the calibration's τ, not at full depth.")
@@ -190,7 +195,7 @@ def clients(
         list[int] | None,
         typer.Option(help="Number of other clients; repeat for more.", show_default="1, 2, 19"),
     ] = None,
-    streams: Annotated[int, typer.Option(help="Streams for each row.", min=1)] = 200,
+    streams: Annotated[int, typer.Option(help="Number of streams for each row.", min=1)] = 200,
     alone: Annotated[
         bool, typer.Option("--one-promise", help="One promise for all, as before version 0.2.")
     ] = False,
@@ -214,7 +219,10 @@ def clients(
 @app.command()
 def far(
     like: Annotated[
-        Path, typer.Argument(help="In-distribution samples to fit scores on, such as certify.jsonl.")
+        Path,
+        typer.Argument(
+            help="In-distribution samples to fit scores on, such as certify.jsonl; columns text and label."
+        ),
     ],
     home: Annotated[Path, typer.Argument(help="Other in-distribution samples, such as a test set.")],
     away: Annotated[
@@ -330,7 +338,9 @@ def speedup(
     store: Store = Path("models"),
     model: Model = "sst2",
     text_column: TextColumn = "sentence",
-    rate: Annotated[list[float] | None, typer.Option(help="Requests per second; repeat for more.")] = None,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Requests per second; repeat for more. Default: 50 and 300.")
+    ] = None,
     rounds: Rounds = 3,
     seconds: Seconds = 8.0,
     port: Port = 8100,
@@ -364,7 +374,7 @@ def long_texts(
     label_names: LabelNames = "",
     max_tokens: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens of a window; repeat for more. Default: the model's.", min=8),
+        typer.Option(help="Length of a window in tokens; repeat for more. Default: the model's.", min=8),
     ] = None,
     overlap: Annotated[
         float, typer.Option(help="Share of a window's tokens that the next one repeats.", min=0, max=0.9)
@@ -420,7 +430,7 @@ def overhead(
     model: Model = "sst2",
     tokens: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens of a text; repeat for more. Default: 8, 32, 128, 512.", min=3),
+        typer.Option(help="Length of a text in tokens; repeat for more. Default: 8, 32, 128, 512.", min=3),
     ] = None,
     seconds: Seconds = 3.0,
     core: Core = 0,
@@ -428,7 +438,7 @@ def overhead(
     png: Png = None,
     json_file: Json = None,
 ) -> None:
-    """Time of an exit's classifier and prototypical network relative to a layer's, in kernels and ONNX Runtime.
+    """Time of an exit's classifier and prototypical network relative to a layer's, in our kernels and ONNX Runtime.
 
     Example: python -m lab study overhead --model sst2 --json overhead.json
     """
@@ -457,7 +467,8 @@ def wall(
         str | None, typer.Option(help="New names of the labels in their sorted order.")
     ] = None,
     tau: Annotated[
-        list[float] | None, typer.Option(help="A τ besides 0; repeat for more.", min=0, max=1)
+        list[float] | None,
+        typer.Option(help="A τ besides 0; repeat for more. Default: a grid, and the model's.", min=0, max=1),
     ] = None,
     rounds: Rounds = 3,
     core: Core = 0,

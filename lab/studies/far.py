@@ -44,7 +44,7 @@ def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded],
         return score
 
     def over_exits(value: Callable[[Recorded], Floats]) -> Callable[[Recorded], Floats]:
-        """A score: the mean over the exits passed of −ln of the share of `like` whose values are at least as large."""
+        """A score: mean of −ln p over the exits passed, p being the share of `like` with values at least as large."""
         levels = [np.sort(column) for column in value(like).T]
 
         def score(texts: Recorded) -> Floats:

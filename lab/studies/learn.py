@@ -106,10 +106,10 @@ def stream(versions: Sequence[Version], rate: float, seed: int) -> tuple[bool, f
 def sizes(
     stock: Path, texts: Sequence[str], counts: Sequence[int], unseen: int
 ) -> list[tuple[int, list[float]]]:
-    """Speed-ups in layers of exits fitted to each of `counts` texts, at each of RATES, by count.
+    """Speed-ups in layers, at each of RATES, of exits fitted to each number of texts in `counts`, by that number.
 
-    τ is the best in hindsight on the texts to measure on, whose number is `unseen`. A count that exceeds the number of
-    the remaining texts is left out.
+    unseen: number of texts to measure on; τ is the best on these in hindsight. A count above the number of the
+    remaining texts is left out.
     """
     manifest, records = records_of(stock, texts)
     order, taus = np.random.default_rng(0).permutation(len(records)), np.unique(FINE_TAUS)

@@ -46,7 +46,7 @@ class Text:
 
 
 def record(model: Model, samples: Sequence[Sample], max_tokens: int, overlap: float = OVERLAP) -> list[Text]:
-    """All exits of up to MAX_WINDOWS windows of each text with a known label, in order, without duplicates."""
+    """Record all exits of up to MAX_WINDOWS windows of each text with a known label; duplicates are dropped."""
     index = {name: k for k, name in enumerate(model.manifest.labels)}
     frame, texts = model.tokenizer.frames[False], []
     unique = {sample.text: sample for sample in samples if sample.label in index}

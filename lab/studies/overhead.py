@@ -137,7 +137,9 @@ def median_of(values: Floats) -> tuple[float, float]:
 
 
 def costs_of(runs: Sequence[Run], exits: int, seconds: float) -> dict[str, tuple[float, float]]:
-    """Seconds, with the half-width of their interval, of a run without exits, a classifier and a prototypical network.
+    """Seconds, with the half-width of their 95% interval, by name.
+
+    `all` is a run without exits; `classifier` and `prototypical` are the two parts of one exit.
 
     runs: those of the model, and of its copy without prototypical networks. exits: number of exits in each run.
     """
@@ -167,7 +169,7 @@ def overhead(
 
     A row has the times of a layer, of its classifier (with pooling) and of its prototypical network (with distances).
     `alone_us` is the time of the prototypical network of the embeddings' exit, whose weights stay in the caches.
-    Keys that end in `_interval` have the half-width of a 95% interval.
+    Keys that end in `_interval` give the half-width of a 95% interval.
 
     seconds: duration of a row; the embeddings take a tenth more. Raises ValueError if the embeddings have no
     prototypes, or if none of layers 1 to M − 1 has.

@@ -48,7 +48,7 @@ class GraphClassifier(Classifier):
     """A classifier in a folder that `de3 export --full-depth` wrote; a subclass opens `file` and sets `names`.
 
     Attributes:
-        names: the graph's inputs.
+        names: names of the graph's inputs.
     """
 
     names: list[str]

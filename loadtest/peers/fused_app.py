@@ -3,7 +3,7 @@
 # ///
 """Peer: the full-depth ONNX graph behind a minimal FastAPI app, one unpadded sample per call and thread.
 
-The fastest server without early exit that we know. `de3 export --full-depth` writes its graph, with the segments'
+The fastest server without early exit that we know of. `de3 export --full-depth` writes its graph, with the segments'
 fused operators.
 Usage: fused_app.py FOLDER --port PORT [--threads N] [--default-session]
 """
@@ -13,6 +13,8 @@ from lean import parser, run
 
 if __name__ == "__main__":
     options = parser(__doc__)
-    options.add_argument("--default-session", action="store_true", help="use ONNX Runtime's default settings")
+    options.add_argument(
+        "--default-session", action="store_true", help="use ONNX Runtime's default optimization level"
+    )
     args = options.parse_args()
     run(args, Graph(args.folder, args.default_session))

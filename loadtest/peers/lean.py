@@ -15,7 +15,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The command line of a lean peer; the caller adds the options of its engine."""
+    """The argument parser of a lean peer; the caller adds the options of its engine."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("folder", type=Path)
     result.add_argument("--port", type=int, default=8100)

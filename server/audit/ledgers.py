@@ -51,7 +51,10 @@ class Ledgers:
         ledger = self._by_model[name] = Ledger(manifest, rules, runtime, caution, self._settings, publish)
         state = self._unloaded.pop(name, None)
         if state is not None and state.fingerprint == fingerprint(manifest):
-            restore(ledger, state)
+            try:
+                restore(ledger, state)
+            except ValueError as error:
+                log.warning("%s: its earlier audits cannot be used (%s); audits start from zero", name, error)
         elif (rows := self._held_out.pop(name, None)) is not None:
             ledger.count_held_out(rows)
         elif self._state is not None:

@@ -110,7 +110,7 @@ def parse(call: Call) -> InferRequest:
             raise RequestError(f"inputs: {tensor.name[:100]!r} is not one of {', '.join(INPUTS)}", "inputs")
         size = tensor.parameters.get("binary_data_size")
         if size is not None:
-            if not isinstance(size, int) or not 0 <= size <= len(binary):
+            if type(size) is not int or not 0 <= size <= len(binary):
                 raise RequestError(f"inputs: {tensor.name}: binary_data_size does not fit the body", "inputs")
             columns[tensor.name], binary = _decode(binary[:size], tensor, call.max_texts), binary[size:]
         else:

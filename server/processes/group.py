@@ -91,7 +91,8 @@ class Process:
                 asyncio.get_running_loop().remove_reader(self.sockets)
                 return
             if data[:1] == WEIGHTS:
-                weights.put(data[1:].decode(), fds[0])
+                if fds:  # else this process had no free file descriptor, and the next process fills weights of its own
+                    weights.put(data[1:].decode(), fds[0])
             else:
                 self.connections -= int(data[1:])
 
