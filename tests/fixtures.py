@@ -93,7 +93,7 @@ def make_rows(count: int, seed: int) -> list[tuple[str, str]]:
 def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
     """Write rows to a .jsonl file, with labels 0 and 1 as "negative" and "positive"; returns the path.
 
-    Other labels stay as they are.
+    So praise, which make_rows labels "0", is "negative". Other labels stay as they are.
     """
     names = {"0": "negative", "1": "positive"}
     path.write_text("".join(json.dumps({"text": t, "label": names.get(x, x)}) + "\n" for t, x in rows))

@@ -34,7 +34,7 @@ CERTIFICATES = ssl.create_default_context()  # httpx would load them for each re
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
-    """Poll until a condition holds; fails the test if it does not."""
+    """Poll until a condition holds; fails the test if that takes too long. what: for the message."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
@@ -164,7 +164,8 @@ class Gate:
 def process(store: Path, *arguments: str, code: str = "") -> Iterator[subprocess.Popen[str]]:
     """`de3 serve` as a user runs it, on a port chosen by the system, in one process unless DE3_PROCESSES is set.
 
-    code: Python code to run instead of `de3`, with the same arguments. The process is killed at the end.
+    If the store has the model tiny and there is no --model, tiny is the default model. code: Python code to run instead
+    of `de3`, with the same arguments. The process is killed at the end.
     """
     if (store / "tiny").exists() and "--model" not in arguments:
         arguments = (*arguments, "--default-model", "tiny")
@@ -186,7 +187,7 @@ def process(store: Path, *arguments: str, code: str = "") -> Iterator[subprocess
 def url_when_ready(running: subprocess.Popen[str]) -> str:
     """The server's URL, once the log reports that the server is ready.
 
-    If the log ends before, returns the URL seen so far, or "". The rest of the log is read in the background.
+    If the log ends before that, returns the URL seen so far, or "". The rest of the log is read in the background.
     """
     url, ready = "", False
     assert running.stderr is not None

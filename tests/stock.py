@@ -43,7 +43,9 @@ def fine_tuned(
 
 
 def imported_as(factory: pytest.TempPathFactory, name: str, stock: Path, options: str = "") -> Path:
-    """A folder with store/NAME/1 (int8) and its checkpoint in work: a stock model, imported with unlabelled texts.
+    """A folder with the import of a stock model: the artifact store/NAME/1, and its checkpoint in work.
+
+    The texts of the import are unlabelled, and the artifact is in int8 unless the options say otherwise.
 
     options: further options of `de3 import`.
     """

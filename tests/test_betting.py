@@ -88,7 +88,7 @@ def test_bounds_without_texts_are_0_and_1() -> None:
 
 @pytest.mark.parametrize("rate", [0.02, 0.3])
 def test_the_rate_leaves_its_bounds_in_few_streams(rate: float) -> None:
-    """In at most 5% of 300 streams, the rate is outside its bounds at any of 40 looks.
+    """In at most 5% of 300 streams, the rate is outside its bounds at one or more of 40 looks.
 
     Bounds for a single look would fail far more often.
     """

@@ -57,7 +57,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def eventually(attempt: Callable[[], bool]) -> None:
-    """Call `attempt` until it returns True, at most ATTEMPTS times; it asserts invariants itself."""
+    """Call `attempt`, which asserts invariants itself, until it returns True; fails the test after ATTEMPTS calls."""
     assert any(attempt() for _ in range(ATTEMPTS)), f"not once in {ATTEMPTS} attempts"
 
 

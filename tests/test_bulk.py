@@ -84,7 +84,7 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file, as a later run would read them as its input."""
+    """The rows of a file, as a later run that has the file as its input would read them."""
     if file.suffix == ".tsv":
         lines = [line.split("\t") for line in file.read_text().split("\n")[:-1]]
         return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
@@ -324,8 +324,7 @@ def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_pat
     ]
 
 
-def test_texts_that_the_model_refuses(model: de3.Classifier, tmp_path: Path) -> None:
-    """The model takes single texts and pairs, even in the same file, and refuses neither."""
+def test_single_texts_and_pairs_in_one_file(model: de3.Classifier, tmp_path: Path) -> None:
     file = tmp_path / "in.parquet"
     rows = [{"n": 0, "text": "good", "text_pair": None}, {"n": 1, "text": "bad", "text_pair": "good"}]
     write(file, rows)

@@ -385,7 +385,7 @@ def test_a_folder_with_a_vocabulary_alone_is_served(copy: Path, tmp_path: Path) 
 
 @pytest.fixture
 def hub(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The handler class of a hub with org/model, which the environment makes the hub of new processes."""
+    """The handler class of a hub that serves org/model; the environment directs new processes to this hub."""
     with hub_of(copy) as (handler, port):
         environment = {
             "HF_ENDPOINT": f"http://127.0.0.1:{port}",

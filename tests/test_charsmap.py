@@ -15,7 +15,7 @@ from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
 def table(
     key: bytes = "\ufb01".encode(), text: bytes = b"fi\0", value: int = 0, end: int = 0, size: int = 0
 ) -> str:
-    """A table, in base64, that replaces `key` by `text`, which ends with a null byte.
+    """A table, in base64, that replaces `key` with `text`, which ends with a null byte.
 
     value: offset of the replacement. end: offset in the trie at which the lookup of `key` ends. size: length of the
     trie, in units. For each of them, 0 stands for the valid value.

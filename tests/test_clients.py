@@ -123,9 +123,9 @@ def test_every_client_gets_the_same_answer(
 
 @pytest.fixture(scope="module")
 def generated(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Generate a package with openapi-python-client from /openapi.json, without a warning.
+    """Generate a package with openapi-python-client from /openapi.json; fails the tests if there is a warning.
 
-    Yields a function that imports a module by its name; the package is on the path meanwhile.
+    Yields a function that imports a module of the package by its full name.
     """
     folder = tmp_path_factory.mktemp("generated")
     (folder / "config.yaml").write_text("post_hooks: []\n")  # do not format the code

@@ -632,7 +632,7 @@ def made_listener(limit: int = 5) -> Listener:
     return Listener(gate, limit, 1000, 5.0)
 
 
-# In the order of eviction: network, seconds idle, has been answered, has not been read yet.
+# Connections in the order of eviction; of each: its network, seconds idle, has been answered, has not been read yet.
 LOSSES: list[Any] = [
     ("large", 1.0, False),  # silent: older than FRESH_S, without a response
     ("other", 3.0, False),

@@ -191,7 +191,7 @@ def test_exits_are_trained_from_labels_of_pairs(tmp_path: Path) -> None:
 
 
 def save_own_tokenizer(folder: Path) -> None:
-    """Replace the tokenizer in a folder by one of the family's own type."""
+    """Replace the tokenizer in a folder with one of the family's own type."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
     words = dict.fromkeys([*GOOD, *BAD, *FILLER, *OTHER])
     pieces = [*(f"▁{word}" for word in words), *"▁abcdefghijklmnopqrstuvwxyz.,"]

@@ -247,7 +247,7 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
 
 
 def test_prototypes_are_an_input_that_can_be_replaced(store: Path, tmp_path: Path) -> None:
-    """Swapping two prototypes swaps the distances: they are read from the file."""
+    """Swapping two prototypes in the file swaps the distances, so the prototypes are read from the file."""
     copy = shutil.copytree(store, tmp_path / "s") / "tiny" / "1"
     before = Model(Store(tmp_path / "s").open("tiny"))
     tensors = load_file(copy / "prototypes.safetensors")

@@ -52,7 +52,7 @@ def changed(model: onnx.ModelProto, path: Place, field: str, value: Any) -> Iter
 
 
 def others(attribute: AttributeProto) -> Iterator[tuple[str, Any]]:
-    """Changes of an attribute, as (field, value): other values, another name and other types."""
+    """Changes to an attribute, as (field, value): other values, another name and other types."""
     if attribute.ints:
         yield "ints", [attribute.ints[0] + 1, *attribute.ints[1:]]
         yield "ints", [*attribute.ints, 0]
@@ -157,7 +157,7 @@ def test_one_change_is_enough_to_be_refused(family: str, int8: bool) -> None:
     architecture, segments = built(family, int8)
     for layer, model in enumerate(segments):
         weights = read_segment(model, architecture, layer)
-        # A constant is an initializer that is not a weight; the weights of each segment have different values.
+        # A constant is an initializer that is not a weight; here, one whose bytes are not those of any weight.
         free = {array.tobytes() for array in weights.values()}
         constants = {w.name for w in model.graph.initializer if w.raw_data not in free}
         original, accepted, count = deepcopy(model), [], 0

@@ -520,7 +520,7 @@ def test_a_checkpoint_with_damaged_weights_is_refused_in_a_line(imported: Path, 
     assert not list((tmp_path / "s").rglob("*")) if (tmp_path / "s").exists() else True
 
 
-def test_export_and_train_point_to_import(classifier: Path, tmp_path: Path) -> None:
+def test_export_points_to_import(classifier: Path, tmp_path: Path) -> None:
     message = refusal(f"export {classifier} --name m --store {tmp_path}")
     assert f"de3 import {classifier} --texts" in message
 
@@ -564,7 +564,7 @@ def test_exits_are_fitted_neither_with_the_tuning_nor_with_the_certifying_texts(
 ) -> None:
     """Otherwise a certificate could rely on texts that the exits were fitted on.
 
-    This includes the tuning texts: if there are few texts, they certify, too.
+    That includes the tuning texts, because if there are few texts, the tuning texts certify, too.
     """
     folder, file = save_encoder(tmp_path / "stock", layers=1, labels=2), tmp_path / "texts.txt"
     file.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 5)))

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: valid by Kubernetes' own schemas, and consistent with each other and the image."""
+"""The Kubernetes manifests: valid against Kubernetes' own schemas, and consistent with each other and the image."""
 
 import re
 import shutil

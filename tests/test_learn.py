@@ -311,7 +311,7 @@ def test_a_fit_is_tested_on_texts_that_it_did_not_see(some: Records) -> None:
 
 @pytest.mark.parametrize("count", [100, 300, 900])
 def test_a_fold_remembers_nothing_of_the_texts_that_it_leaves_out(count: int) -> None:
-    """It starts at a fit to all texts. Here answers are random, so on the others it agrees with half of them."""
+    """A fold's fit starts from a fit to all texts. Answers are random: on the texts left out it is right by chance."""
     rng = np.random.default_rng(count)
     hidden = rng.normal(size=(count, 1, 256)).astype(np.float16)
     logits = rng.normal(size=(count, 2)).astype(np.float32) * 3
@@ -671,7 +671,7 @@ def test_the_error_probabilities_of_all_attempts_sum_to_that_of_the_promise() ->
 
 
 def test_held_out_texts_prove_a_tau_but_are_no_audits(fitted: learning.Fitted, base: Artifact) -> None:
-    """Held-out texts allow every client the same τ as audits of them would, if each were drawn with probability 1."""
+    """For every client, held-out texts prove the same τ as audits of the same texts, drawn with probability 1."""
     settings = Settings(guarantee=0.3, learn=True)
     manifest = _learned(base, fitted)
     one, other = (Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings) for _ in range(2))

@@ -117,7 +117,7 @@ def test_settled_labels_are_final_too(
     after = combination.reading(readings[0])
     assert settled == (ran >= len(rows) or before.labels == [0, 1, 2, 3])
     assert after.labels == before.labels or not settled
-    # A label is assigned if any window assigns it; its probability is the highest.
+    # A label is assigned if any window assigns it; its probability is the highest over all windows.
     assert set(after.labels or []) == {k for one in readings for k in one.labels or []}
     assert after.probs == [max(column) for column in zip(*(one.probs for one in readings), strict=True)]
     assert after.label == max(range(4), key=after.logits.__getitem__)
@@ -156,7 +156,7 @@ def test_windows_have_the_tokens_of_the_whole_text(kind: str, text: str, room: i
     if isinstance(found, Tokens):
         assert len(whole) <= room and found.truncated == (len(text) > most)
         alone = ours.start(text, None, True).all()
-        if len(text) <= max_chars(limit):  # the tokens are those without windows
+        if len(text) <= max_chars(limit):  # the tokens are the same as without windows
             assert isinstance(alone, Tokens)
             assert (found.ids == alone.ids).all() and (found.type_ids == alone.type_ids).all()
         return

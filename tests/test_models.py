@@ -365,7 +365,7 @@ def test_reloads_under_load_fail_no_request(versions: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_of_unloaded_models_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measures the memory of a separate process with the demo model, whose memory is large enough to measure."""
+    """The server is a separate process with the demo model, which is large enough for its memory to be measured."""
     monkeypatch.setenv("DE3_ADMIN_KEYS", f"root {KEY}")
     with process(Path("models")) as running:
         url = url_when_ready(running)
@@ -423,7 +423,7 @@ def test_too_many_models_at_start_are_refused(versions: Path) -> None:
 
 
 def test_a_request_without_a_model_where_several_are_served(store: Path) -> None:
-    """Without a default, the server chooses no model, not even by alphabetical order."""
+    """Without a default, the server chooses no model, not even the first in alphabetical order."""
     with serving(store, default_model=None) as server:
         for path, body in (
             ("/classify", {"input": "good"}),

@@ -735,7 +735,7 @@ def test_explain_max_layer_and_reasons_match_onnx_runtime(store: Path) -> None:
 
 def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
     texts, results = ["good", "bad", "dull"], []
-    # Once tokenized, a layer takes far longer than was predicted for the text.
+    # Once the texts are tokenized, a layer of each turns out to take far longer than predicted.
     job = jobs.job(texts, [0.001] * 3, model=native, group_s=0.001, layer_s=1.0)
     queue = WorkQueue(10)
     queue.put(job)

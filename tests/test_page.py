@@ -424,7 +424,7 @@ def audit_of(server: Server) -> dict[str, Any]:
 def send_texts(server: Server, numbers: range) -> None:
     """Send texts without exit options, and wait for their audits.
 
-    numbers: a text for each; where it is a multiple of 8, early exits differ from full depth.
+    numbers: one text for each. For multiples of 8, answers at early exits differ from full depth.
     """
     answer = server.classify(
         input=[f"A wonderful film, all {n} of it." if n % 8 else f"Not bad, the {n}." for n in numbers]

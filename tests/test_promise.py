@@ -299,7 +299,7 @@ def test_more_audits_are_recent_while_more_texts_are_audited() -> None:
         for _ in range(10_000):
             recent.add(share, CLEAN.differs)
         weights.append(round(recent.weight))
-        # More audits make the standard error smaller: only with many is 1.5% more than a standard error below 2%.
+        # Only with many audits is the standard error so small that 1.5% is more than one standard error below 2%.
         recent.differing = np.full(4, 0.015 * recent.weight)
         assert recent.allows(3) == (3 if share > 0.5 else 0)
     assert weights == [300, 300, 300, 600, 1200]

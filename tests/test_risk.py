@@ -68,7 +68,7 @@ def test_weights_are_finite_and_optimal_whatever_the_targets(n: int, seed: int, 
 def test_a_feature_that_does_not_vary_gets_no_weight() -> None:
     x = features(500, 1)
     x[:, 2] = 0.7
-    x[:, 4] = -27.6 + 1e-12 * np.arange(500)  # it varies only as rounding would make it
+    x[:, 4] = -27.6 + 1e-12 * np.arange(500)  # it varies only as much as rounding errors do
     targets = (x[:, 1] > 3).astype(float)
     found = risk.regress(x, targets)
     assert found[2] == found[4] == 0 != found[1]
@@ -202,7 +202,7 @@ def test_each_exit_is_fitted_to_its_own_disagreement() -> None:
 def test_exits_that_are_always_sure_have_the_same_risk_alone_and_in_arrays(
     margin: float, distance: float
 ) -> None:
-    """Both take the logarithm of max(value, 1e-12)."""
+    """Both computations take the logarithm of max(value, 1e-12)."""
     signal = Risk(((1.0, 0.1, 0.5, 0.2, 0.1), None))
     logits, distances = np.float32([margin, 0.0]), np.float32([distance, 1.0])
     reading = read(0, logits.tolist(), distances.tolist())

@@ -340,7 +340,7 @@ def test_only_listed_files_are_read(store: Path) -> None:
 
 
 def test_onnx_runtime_keeps_no_telemetry(store: Path, tmp_path: Path) -> None:
-    """Builds that send telemetry keep a device id and a database of events in the home folder."""
+    """Builds of ONNX Runtime that send telemetry keep a device id and a database of events in the home folder."""
     code = "from de3.model_store import model, store; from pathlib import Path; import sys;"
     code += "model.Model(store.Store(Path(sys.argv[1])).open('tiny'))"
     env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
@@ -359,7 +359,7 @@ def test_only_abandoned_drafts_are_removed(tmp_path: Path) -> None:
 
 
 def test_a_published_version_may_be_read_by_other_users(store: Path, tmp_path: Path) -> None:
-    """The server runs as a different user from the export; only a draft is private."""
+    """The server may run as a different user from the export, so only a draft is private."""
     source = Store(store).open("tiny")
     with Store(tmp_path).new_version("tiny") as draft:
         assert draft.path.stat().st_mode & 0o777 == 0o700

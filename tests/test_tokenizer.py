@@ -137,7 +137,7 @@ def test_no_piece_is_long_and_text_beyond_the_window_is_not_tokenized(
             assert steps <= len(text) // PIECE * 2 + 2
         assert max(pieces) <= 2 * PIECE
     pieces.clear()
-    # The run has no place to cut. A tokenizer does not try every part of such a run, so it takes little time.
+    # This run of characters cannot be cut. It takes little time, because a tokenizer does not try every part of it.
     tokenizer.start("x" * 6400, None, True).all()
     assert pieces == [6400]
     pieces.clear()

@@ -1,4 +1,4 @@
-"""Mistakes of users on the way to a served model: each is refused, or warned about, early."""
+"""Users' mistakes on the way to a served model: each is refused, or warned about, early."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Invalid input: by the OpenAPI schema, by mutation of valid requests, and in artifacts."""
+"""Invalid input: requests generated from the OpenAPI schema, mutated valid requests, and damaged artifacts."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def server(store: Path) -> Iterator[Server]:
 
 @pytest.mark.slow
 def test_every_answer_is_as_the_schema_says(server: Server, tmp_path: Path) -> None:
-    """Schemathesis sends requests to every route, valid and invalid by its schema."""
+    """Schemathesis sends requests to every route, both valid and invalid according to the schema."""
     config = tmp_path / "schemathesis.toml"
     # A budget that is too small is answered with 503, as documented.
     config.write_text('[checks.not_a_server_error]\nexpected-statuses = ["2xx", "4xx", 503]\n')

@@ -16,7 +16,10 @@ G = len(np.unique(FINE_TAUS))
 
 
 def version(rates: np.ndarray) -> Version:
-    """A version whose answers never differ on the texts of a stream, which exit at layer 1 at every τ above 0."""
+    """A version whose answers never differ on the texts of a stream, which exit at layer 1 at every τ above 0.
+
+    rates: its supposed true rate of disagreement at each τ, (taus,).
+    """
     layers = np.ones((50, G), np.int64)
     layers[:, 0] = 6
     return Version(np.zeros((50, G), np.bool_), layers, 200, rates)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # For CI: installs the tools that some tests need besides Python: Prometheus, faketime, Chromium, a cross compiler and
 # an emulator for Arm, and Docker with the tools that make stand-ins for base images; then starts Docker's engine. Tests
-# whose tools are missing are skipped and say so; this script reports them, too, and succeeds.
+# whose tools are missing are skipped, with the reason; this script only reports the missing tools, and exits with 0.
 set -uo pipefail
 
 # command:package,package, as Debian names them; installed one by one, so that a missing one does not affect the others.

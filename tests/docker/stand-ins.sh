@@ -5,7 +5,8 @@
 #
 #   tests/docker/stand-ins.sh     prints PYTHON_IMAGE=… and PROMETHEUS_IMAGE=…; the rest goes to standard error
 #
-# Python: a minimal Debian with python3. Prometheus: the same with Debian's package. Grafana: Debian has no package.
+# Python: a minimal Debian with python3. Prometheus: the same, with Debian's package. There is no stand-in for Grafana,
+# for which Debian has no package.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . ./.env
@@ -22,7 +23,7 @@ if ! have_or_pull "$PYTHON_IMAGE"; then
         trap 'rm -rf "$root"' EXIT
         debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates \
             "$suite" "$root" "$mirror" > /dev/null
-        # Python's own image includes the headers, which building extension modules needs.
+        # Python's own image includes the headers, which are needed to build extension modules.
         headers=$(basename "$(readlink -f "$root/usr/bin/python3")")
         chroot "$root" sh -c "cd /tmp && apt-get download -qq -o APT::Sandbox::User=root lib$headers-dev \
             && dpkg-deb -x lib*-dev*.deb x && cp -r x/usr/include/* /usr/include/ && rm -rf x lib*-dev*.deb"
