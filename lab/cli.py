@@ -174,7 +174,9 @@ def bulk(
     ] = None,
     rounds: options.Rounds = 3,
 ) -> None:
-    """Classify a large file of recombined texts, compare with the engine fed from memory, and continue a killed run.
+    """Classify a large file of recombined texts, and compare the rate with that of the engine fed from memory.
+
+    A second run is killed and then continued.
 
     Example: python -m lab bulk --texts train.tsv --folder runs/bulk
     """

@@ -32,7 +32,7 @@ def configure(style: str, process: int | None = None) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """Formats a record as one line, with its traceback indented, so that no traceback line looks like a record.
+    """Formats a record as one line, followed by its indented traceback, so that no traceback line looks like a record.
 
     Control characters from clients or model files are escaped.
     """

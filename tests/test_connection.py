@@ -477,7 +477,7 @@ def test_a_body_that_is_too_large_is_refused_even_if_it_came_with_its_head(store
 
 
 def test_a_chunk_extension_is_limited(server: Server) -> None:
-    """Each packet costs a call to the parser, so it counts MIN_CHUNK_BYTES towards MAX_FRAMING_BYTES.
+    """Each packet costs a call to the parser, so it counts as MIN_CHUNK_BYTES towards MAX_FRAMING_BYTES.
 
     With the byte that each carries, about 1,000 packets are allowed.
     """

@@ -87,7 +87,7 @@ class Timing:
 
     @property
     def piece_s(self) -> float:
-        """Maximum seconds to tokenize a piece of a long text."""
+        """Seconds to tokenize a long piece of a text, at the slowest measured rate."""
         return 2 * PIECE * self._char_s
 
     def predict_first_exit(self, chars: int, windows: int = 1) -> float:

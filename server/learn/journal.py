@@ -37,7 +37,7 @@ class Result(BaseModel):
         version: number of the new version; None unless it is served.
         records, held_out: number of records, and number of those that tested the exits.
         speedup: speed-up in layers at the best τ in hindsight, on the held-out records.
-        proved_speedup: speed-up in layers at the τ that these records prove.
+        proved_speedup: speed-up in layers at the highest τ that these records prove.
         served_speedup: speed-up in layers, at the best τ in hindsight, of the version that the fit had to beat.
             The three speed-ups are None if the fit failed.
         seconds: duration of the fit.
