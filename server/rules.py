@@ -309,8 +309,8 @@ class Rules:
             row = self._table(signal, "max_disagreement").within_disagreement(options.max_disagreement)
             if row.disagreement_bound > options.max_disagreement:
                 raise RequestError(
-                    f"max_disagreement: at least {row.disagreement_bound:g} with {self.name}: in int8 even full depth "
-                    "sometimes differs from the original model",
+                    f"max_disagreement: at least {row.disagreement_bound:g} with {self.name}: even full depth "
+                    "sometimes differs from the original model, because of int8 or --finetune",
                     "max_disagreement",
                 )
             return self._certified_at(row, options.max_disagreement)

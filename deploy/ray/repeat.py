@@ -22,7 +22,7 @@ MAX_WAIT_S = 5.0  # the same for bodies that take longer to arrive
 
 
 class Repeat:
-    """ASGI middleware that retries a classification once if the proxy returns without an answer, as when a replica dies."""
+    """ASGI middleware that retries a classification once if the proxy returns no answer, as when a replica dies."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
