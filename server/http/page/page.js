@@ -294,7 +294,9 @@ function drawAnswer(row, fullDepth, animate) {
   if (fullDepth) {
     const isSame = isValue(row)
       ? Math.abs(fullDepth.value - row.value) <= state.model.tolerance
-      : fullDepth.label === row.label;
+      : row.labels // those of a multi-label model
+        ? row.labels.join("\n") === fullDepth.labels.join("\n")
+        : fullDepth.label === row.label;
     const same = isSame ? "Full depth agrees" : "Full depth disagrees";
     const its = fullDepth.ms === null ? "" : ` after ${fullDepth.ms.toFixed(1)} ms`;
     lines.push(
