@@ -460,9 +460,10 @@ _loading = Lock()
 
 
 def _loaded_once(path: Path, expected: str, threads: int | None) -> Classifier:
-    """The classifier that this process has unpickled before, or a new one; it stays loaded until the process ends.
+    """The classifier that this process has already unpickled with these arguments, or a new one.
 
-    Raises StoreError if its artifact is not the one that was pickled.
+    It stays loaded until it is closed or the process ends. Raises StoreError if the artifact's fingerprint is not
+    `expected`, which was pickled with the path.
     """
     key = os.getpid(), path, expected, threads  # a forked process has its own
     with _loading:

@@ -1,4 +1,4 @@
-"""Existing clients against one running server, with only the address changed."""
+"""Existing clients, and our own, against a running server, with only the address changed."""
 
 import asyncio
 import importlib

@@ -45,7 +45,8 @@ def connect(server: Server, source: str = "127.0.0.1") -> socket.socket:
 def answer(s: socket.socket, may_continue: bool = False) -> tuple[int, dict]:
     """Status and body of the next answer. Unlike http.client, this function reads nothing beyond that answer.
 
-    may_continue: accept a 100 Continue before the answer, which a client may get once it has closed its sending half.
+    may_continue: accept a 100 Continue before the answer; the server may send one to a client that has closed its
+        sending half.
     """
     head = b""
     while not head.endswith(b"\r\n\r\n"):

@@ -65,7 +65,7 @@ class RerankRequest(Request):
             )
 
     def name_of(self, index: int) -> str:
-        """The name of a document in messages, by its index."""
+        """The name of a document in error messages, by its index."""
         return f"{'texts' if self.is_tei else 'documents'}[{index}]"
 
 
