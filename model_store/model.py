@@ -120,7 +120,7 @@ class Model:
             self.why_not_native = str(error) if is_int8 else ""
             if is_int8:
                 log.warning(
-                    "%s: runs on ONNX Runtime: %s; texts take up to twice as long as with the kernels",
+                    "%s: runs on ONNX Runtime: %s; texts take up to four times as long as with the kernels",
                     *(self.full_name, error),
                 )
             else:

@@ -1,4 +1,4 @@
-"""Groups: texts that share steps exit, join and are preempted between layers, and get the same answers as alone."""
+"""Groups: texts that share steps exit, join and are preempted between layers, and get the same answers as when they run alone."""
 
 from pathlib import Path
 from types import SimpleNamespace

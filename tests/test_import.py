@@ -564,7 +564,7 @@ def test_exits_are_fitted_neither_with_the_tuning_nor_with_the_certifying_texts(
 ) -> None:
     """Otherwise a certificate could rely on texts that the exits were fitted on.
 
-    That includes the tuning texts, because if there are few texts, the tuning texts certify, too.
+    The tuning texts must be left out, too, because they also certify if there are few texts.
     """
     folder, file = save_encoder(tmp_path / "stock", layers=1, labels=2), tmp_path / "texts.txt"
     file.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 5)))

@@ -567,7 +567,7 @@ def test_without_kernels_one_warning_says_why_and_what_it_costs(
     assert Model(Store(store).open("tiny-int8")).runtime == "onnxruntime"
     (line,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert "tiny-int8:1: runs on ONNX Runtime: the int8 kernels were not built" in line
-    assert line.endswith("texts take up to twice as long as with the kernels")
+    assert line.endswith("texts take up to four times as long as with the kernels")
 
 
 def test_only_int8_has_kernels(store: Path) -> None:
