@@ -1,4 +1,4 @@
-"""Groups: texts that share steps exit, join and are preempted between layers, and get the same answers as when they run alone."""
+"""Groups: texts that share steps exit, join and are preempted between layers; answers are the same as alone."""
 
 from pathlib import Path
 from types import SimpleNamespace
