@@ -223,7 +223,7 @@ def _finite(value: Any) -> Any:
     """The value with null in place of every NaN and infinity, which JSON has no names for."""
     if isinstance(value, float):
         return value if isfinite(value) else None
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(one) for one in value]
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}

@@ -167,7 +167,7 @@ class Classifier:
         """The certified bound on the rate of disagreement with these options, as in a response (docs/api.md).
 
         None without `max_disagreement`. The bound covers texts of a single window. Raises InputError for an invalid
-        option, and RuntimeError as classify() does.
+        option, and RuntimeError if the classifier is closed or was loaded before a fork.
         """
         with _input_errors():
             return self._served.rules.of(self._request(options).options, 0, "").certificate

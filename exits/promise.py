@@ -27,7 +27,7 @@ from de3.exits.guarantee import CONFIDENCE
 
 # Mean number of audits before a false alarm at exactly the promised rate; far more at a lower rate.
 PATIENCE = 1e5
-MAX_SHARES = 128  # tallies in an Evidence; a server has about twenty, one that learns up to 40
+MAX_SHARES = 128  # tallies in an Evidence; a server has about twenty, one that learns up to about 50
 # Number of audits that count as recent: those of the last RECENT_TEXTS texts, but at least MIN_RECENT, and at least as
 # many as contain MIN_EXPECTED disagreements at the promised rate.
 RECENT_TEXTS, MIN_RECENT, MIN_EXPECTED = 1200, 300, 6

@@ -203,14 +203,15 @@ class Model:
     ) -> None:
         """Raise NoKernelsError unless texts in a group, run in two calls, give the same bits as alone."""
         passes = [ForwardPass(t, 0.0, Entropy(), self.manifest.num_layers, True) for t in tokens]
-        for _ in range(2):
-            self._check()
-            try:
+        try:
+            for _ in range(2):
+                self._check()
                 forward(passes, layers=self.manifest.num_layers // 2 + 1)
-            except ValueError as error:
-                raise NoKernelsError(str(error)) from None
-        for one in passes:
-            for layer, step in enumerate(full_depth(native, one.tokens, self._check)):
+            alone = [full_depth(native, one.tokens, self._check) for one in passes]
+        except ValueError as error:
+            raise NoKernelsError(str(error)) from None
+        for one, steps in zip(passes, alone, strict=True):
+            for layer, step in enumerate(steps):
                 same = step.logits is None or one.logits[layer].tobytes() == step.logits.tobytes()
                 if not same or one.exit_layer != self.manifest.num_layers:
                     raise NoKernelsError(

@@ -235,7 +235,7 @@ class Models:
     def check_remove(self, name: str, version: int | None) -> None:
         """Raise RequestError unless a version, or all versions of a name, can be removed."""
         if name not in self.routes:  # not even as an alias, which several versions may share
-            raise unknown_model(name, [served.model.full_name for served in self.all])
+            raise unknown_model(name, list(self.routes))
         self.current(name if version is None else f"{name}:{version}")
         if version is None or self._versions[name].keys() == {version}:
             if len(self.routes) == 1:

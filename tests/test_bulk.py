@@ -448,7 +448,7 @@ def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:
         expected = model.classify(TEXTS, max_disagreement=0.5)
     assert [row["probs"] for row in read(out)] == [row.probs for row in expected]
     assert "101 rows" in output and "exits by layer: 0: " in output and "speed-up in model time: " in output
-    assert "% of the answers differ from full depth (at 95% confidence)" in output
+    assert "at most 50% of the answers differ from full depth (with 95% confidence)" in output
     assert "1 rows cannot be classified" in output
     about = json.loads(parquet.read_schema(out).metadata[b"de3"])
     assert about["model"] == "tiny-int8:1" and len(about["labels"]) == 2

@@ -22,7 +22,7 @@ log = logging.getLogger("de3")
 MAX_BYTES = 2**22
 MAX_TAUS = 1024
 MAX_TIME = 2**38  # seconds since 1970: the year 10680
-NEW_SHARES = 40  # shares that a server may still add to a restored state
+NEW_SHARES = 64  # shares that a server may still add to a restored state
 MAX_COUNT, NEW_COUNT = 2**53, 2**52  # largest count, and the part of it that a server may add
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]

@@ -123,7 +123,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         return False
 
     def _probe(self) -> None:
-        """Abort if a client that closed its half of the connection is gone; else close it after the response.
+        """Abort if a client that closed its half is gone or, with HTTP/1.0, has waited too long; else probe again.
 
         If the client has closed the whole connection, its system answers an interim response with a reset. HTTP/1.0
         has no interim responses, so an HTTP/1.0 client is aborted after HALF_CLOSED_S.

@@ -91,7 +91,9 @@ class Process:
                 asyncio.get_running_loop().remove_reader(self.sockets)
                 return
             if data[:1] == WEIGHTS:
-                if fds:  # else this process had no free file descriptor, and the next process fills weights of its own
+                if (
+                    fds
+                ):  # else the supervisor had no free descriptor; the next process fills weights of its own
                     weights.put(data[1:].decode(), fds[0])
             else:
                 self.connections -= int(data[1:])
