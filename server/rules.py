@@ -279,8 +279,8 @@ class Rules:
     def _default_of(self, signal: Signal, field: str = "tau") -> Choice:
         """The choice for a request that names a signal other than the model's default, and no τ.
 
-        Its τ is the largest up to which the calibrated disagreement is at most the default's. Raises RequestError, which
-        names `field`, if the signal is not calibrated.
+        Its τ is the largest up to which the calibrated disagreement is at most the default's. Raises RequestError,
+        which names `field`, if the signal is not calibrated.
         """
         trade_offs = self._table(signal, field)
         expected = self.default.expected
