@@ -242,7 +242,7 @@ class Classifier:
         request, errors = self._request(options), dict[int, str]()
         request.keeps_errors = True
         checked, indices = list[Text](), list[int]()
-        for index, one in enumerate(texts):
+        for index, one in enumerate(_iterable(texts)):
             try:
                 text = _text(one, "")
                 check_texts(replace(request, texts=[text]), self._served)

@@ -251,7 +251,6 @@ class Ledger:
         changed = self.promises.add(one.client, one.share, row, is_repeat)
         if not changed:
             return
-        self._seen = [set(), set()]  # the evidence from these texts was discarded, so they may count again
         log.warning(
             "%s: at the τ that audits had proved, answers now differ from full depth more often than the promised "
             "%g%%: texts run to full depth until audits of new texts allow more",
@@ -269,6 +268,7 @@ class Ledger:
         self._begin_anew(Reset(time.time(), "reset", tau, audits))
 
     def _begin_anew(self, reset: Reset) -> None:
+        # The evidence from the texts seen so far is discarded, so they may count again.
         self.evidence, self._seen = Evidence(self.taus), [set(), set()]
         self._epoch = next(_EPOCHS)
         self.since, self.is_changed = reset.at, True
