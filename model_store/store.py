@@ -236,7 +236,9 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _read_inside(folder: Path, path: Path, limit: int) -> bytes:
-    """The bytes of a regular file in a folder, at most `limit`; raises StoreError if it leads outside or is unreadable.
+    """The bytes of a regular file in a folder.
+
+    Raises StoreError if it leads outside the folder, is unreadable, or has more than `limit` bytes.
 
     The store may be mounted or linked to from anywhere, and a file may be a link to another file in its folder. So
     links are resolved first. The resolved path is then opened without following links, which may have been added since.

@@ -284,6 +284,6 @@ def check_can_fit() -> None:
 
 
 def served_before(artifacts: list[Artifact], state_dir: Path) -> list[Artifact]:
-    """The artifacts, each replaced by its learned version if one was current when the server ended."""
+    """The artifacts, each replaced by its learned version if one was current when the server last ended."""
     folder = LearnFolder(state_dir)
     return [folder.served_before(artifact) for artifact in artifacts]

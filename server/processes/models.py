@@ -70,7 +70,7 @@ class SharedModels:
             return True
 
     def _loaded(self, process: Process, answer: dict[str, Any]) -> bool:
-        """Record the models that a process has loaded; False if it could not load them, and ends."""
+        """Record the models that a process has loaded; False if it could not load them, in which case it ends."""
         process.receive(self._weights)  # the weights that it sent before its answer
         process.reason = answer.get("failed", "")
         process.models = answer.get("models", [])
