@@ -210,5 +210,8 @@ def speed_within(table: Iterable[Outcome], disagreement: float) -> float:
 
 
 def merit(table: Sequence[Outcome]) -> float:
-    """Merit of a signal: the geometric mean of its speed-ups at 1, 2 and 5% disagreement with full depth."""
+    """Merit of a signal: the geometric mean of its speed-ups at 1, 2 and 5% disagreement.
+
+    Disagreement is with full depth or, for an import, with the original.
+    """
     return math.exp(sum(math.log(speed_within(table, d)) for d in MERIT_AT) / len(MERIT_AT))

@@ -117,7 +117,7 @@ class TextMetrics(Collector):
         )
         full_depth = CounterMetricFamily(
             "de3_full_depth_seconds",
-            "Estimated model time at full depth: measured model time, scaled by the times per layer from startup",
+            "Estimated model time at full depth: measured model time, scaled by times per layer measured at loading",
             labels=["model"],
         )
         tokens = CounterMetricFamily("de3_tokens", "Tokens of finished texts", labels=["model"])

@@ -54,7 +54,7 @@ FIRST = LEARNED_FROM + 1  # the first learned version
 
 @pytest.fixture(scope="module")
 def stock_store(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
-    """A store with a fine-tuned classifier at full depth, in int8 as `base` and in fp32 as `plain`."""
+    """A store with a fine-tuned classifier whose only exit is the last layer: `base` in int8, `plain` in fp32."""
     examples = [Example(text, int(label)) for text, label in make_rows(600, 5)]
     stock = fine_tuned(tmp_path_factory, "stock-learn", encoder, LABELS, examples, 4)
 

@@ -221,7 +221,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
 
 
 def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Plot the prototypical network's time in percent of a layer's against tokens, by model and runtime."""
+    """Plot a prototypical network's time, in % of its layer's, by number of tokens, for each model and runtime."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2))
