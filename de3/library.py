@@ -6,7 +6,8 @@
         for row in model.classify(["a fine film", "a dull one"], max_disagreement=0.02):
             print(row.label, row.exit.layer)
 
-It runs the server's engine: options are named as in requests (`lambda` is `lam`), and answers equal the server's, bit for bit.
+It runs the server's engine: options are named as in requests (but `lam` for `lambda`), and answers equal the server's,
+bit for bit.
 """
 
 import os

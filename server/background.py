@@ -12,8 +12,8 @@ T = TypeVar("T")
 async def in_background(function: Callable[[], T]) -> T:
     """Run a function in a daemon thread, and return its result.
 
-    asyncio.to_thread is not used, because the interpreter joins that function's threads at exit: a server that stops would wait
-    until a model is loaded.
+    asyncio.to_thread is not used, because the interpreter joins that function's threads at exit: a server that stops
+    would wait until a model is loaded.
     """
     result: Future[T] = Future()
 
