@@ -193,7 +193,7 @@ class Classifier:
         RuntimeError if the classifier is closed or was loaded before a fork, or if its engine fails.
         """
         request = self._request(options)
-        given = [texts] if isinstance(texts, str | tuple | dict) else list(_iterable(texts))
+        given = list(_iterable(texts))
         batch = _Batch(_texts(given))
         # A budget is for the whole call, so the engine must have all its texts.
         size = max(1, len(given)) if request.options.latency_budget_ms is not None else WINDOW
@@ -207,7 +207,7 @@ class Classifier:
         return [_row(rows[i], index) for index, i in enumerate(batch.order)]
 
     def stream(
-        self, texts: Iterable[Input], *, window: int = WINDOW, **options: Unpack[Options]
+        self, texts: Input | Iterable[Input], *, window: int = WINDOW, **options: Unpack[Options]
     ) -> Iterator[Row]:
         """Yield the answers to texts, or to pairs of texts, in order, from an iterable of any length.
 
@@ -235,7 +235,7 @@ class Classifier:
 
         return rows()
 
-    def answers(self, texts: Sequence[Input], **options: Unpack[Options]) -> Answers:
+    def answers(self, texts: Input | Iterable[Input], **options: Unpack[Options]) -> Answers:
         """The answers to texts, or to pairs of texts, by column; for texts that cannot be classified, the reason.
 
         Raises InputError for an option that cannot be used, and RuntimeError as classify() does.
@@ -404,8 +404,10 @@ class _Batch:
             yield self._texts[start : start + size], indices
 
 
-def _iterable(texts: Iterable[Input]) -> Iterable[Input]:
-    """The texts of a list or column; raises InputError for a table."""
+def _iterable(texts: Input | Iterable[Input]) -> Iterable[Input]:
+    """The texts of a list or column, or a single text or pair; raises InputError for a table."""
+    if isinstance(texts, str | tuple | dict):
+        return [texts]
     if hasattr(texts, "columns") or hasattr(texts, "column_names"):
         raise InputError(
             f"input: must be texts; got a {type(texts).__name__}: give one of its columns", "input"

@@ -135,8 +135,10 @@ def test_answers_of_texts_with_errors_in_between(model: de3.Classifier) -> None:
     assert found.errors.keys() == {1, 2} and "at most 64" in found.errors[2]
     assert found.values["label"] == [row.label for row in model.classify(["good", "bad"], tau=0)]
     assert found.full_depth_s == pytest.approx(found.model_s)  # at τ = 0 nothing exits early
-    column = model.answers(arrow.array(["good", None]), tau=0)  # type: ignore[arg-type]
+    column = model.answers(arrow.array(["good", None]), tau=0)
     assert column.values["label"] == found.values["label"][:1] and column.errors.keys() == {1}
+    assert model.answers("good", tau=0).values == column.values
+    assert list(model.stream("good", tau=0)) == model.classify("good", tau=0)
 
 
 @pytest.mark.parametrize("window", [1, 7, WINDOW])

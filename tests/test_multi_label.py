@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from playwright.sync_api import expect, sync_playwright
 
 from de3.export.record import record
 from de3.model_store.model import Model
@@ -21,6 +22,7 @@ from tests.commands import de3
 from tests.fixtures import BAD, FILLER, GOOD, make_rows
 from tests.serving import Server, serving
 from tests.stock import fine_tuned, imported_as, transformers_model
+from tests.test_page import CHROMIUM, FLAGS, opened, slide
 
 NAMES = ["praise", "blame", "story"]
 STORY = FILLER[5:9]
@@ -83,6 +85,31 @@ def test_a_text_has_any_number_of_labels(server: Server, imported: Path, classif
     assert {row["exit"]["signal"] for row in early} <= {"risk", "entropy"}
     listed = httpx.get(f"{server.url}/v1/models").json()["data"][0]
     assert listed["thresholds"] == [0.5] * 3 and "edr" not in listed["signals"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
+def test_the_page_compares_all_labels(server: Server) -> None:
+    texts = [text for text, _ in make_rows(960, 9)]
+
+    def answers(tau: float) -> list[dict[str, Any]]:
+        parts = (texts[i : i + 32] for i in range(0, len(texts), 32))
+        return [row for part in parts for row in server.classify(input=part, tau=tau).json()["data"]]
+
+    # The most probable label is the same, but the answers are not.
+    rows = zip(texts, answers(1), answers(0), strict=True)
+    found = [
+        (text, a["label"]) for text, a, b in rows if a["label"] == b["label"] and a["labels"] != b["labels"]
+    ]
+    if not found:
+        pytest.skip("early exits give no text other labels beside the same most probable one")
+    text, label = found[0]
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        for page in opened(browser, server):
+            page.fill("#text", text)
+            slide(page, 1)
+            expect(page.locator("#summary")).to_contain_text(f"Full depth disagrees: {label}")
+        browser.close()
 
 
 def test_a_label_of_any_window_is_given(server: Server) -> None:

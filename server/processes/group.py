@@ -90,13 +90,12 @@ class Process:
             if not data:
                 asyncio.get_running_loop().remove_reader(self.sockets)
                 return
-            if data[:1] == WEIGHTS:
-                if (
-                    fds
-                ):  # else the supervisor had no free descriptor; the next process fills weights of its own
-                    weights.put(data[1:].decode(), fds[0])
-            else:
+            if data[:1] != WEIGHTS:
                 self.connections -= int(data[1:])
+            elif (
+                fds
+            ):  # empty if the supervisor had no free file descriptor; processes then have their own weights
+                weights.put(data[1:].decode(), fds[0])
 
     def close(self) -> None:
         """Give the process no more connections; it answers its requests, then ends."""
