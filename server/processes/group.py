@@ -92,9 +92,7 @@ class Process:
                 return
             if data[:1] != WEIGHTS:
                 self.connections -= int(data[1:])
-            elif (
-                fds
-            ):  # empty if the supervisor had no free file descriptor; processes then have their own weights
+            elif fds:  # none if the supervisor had no free file descriptor
                 weights.put(data[1:].decode(), fds[0])
 
     def close(self) -> None:
