@@ -95,8 +95,10 @@ def _open(
 def _end_with_parent() -> None:
     """End this process if its parent is killed; otherwise it would wait for work forever."""
     if (parent := parent_process()) is not None:
-        parent.join()
-        os._exit(1)
+        try:
+            parent.join()
+        finally:
+            os._exit(1)
 
 
 def _answer(texts: Sequence[Input]) -> Answers:

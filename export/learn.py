@@ -387,8 +387,8 @@ class Job:
 
 
 def child() -> None:
-    """Entry point of a server's child process: reads a Job from stdin, and prints the result or an error as JSON."""
-    job = Job(**json.loads(sys.stdin.read()))
+    """Entry point of a server's child process: its argument is a Job as JSON; prints the result or an error as JSON."""
+    job = Job(**json.loads(sys.argv[1]))
     _run_at_idle()
     resource.setrlimit(resource.RLIMIT_DATA, (job.memory, job.memory))
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S + 1))

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from time import perf_counter
 
+from de3.server.background import keep_running
 from de3.server.engine.engine import Engine
 from de3.server.engine.job import REPLY_S, Job
 from de3.server.models import Models
@@ -26,7 +27,6 @@ class Admission:
         self._engine: Engine | None = None
         self._controller: Controller | None = None
         self._short_s = 0.0  # time of a short text at full depth
-        self._ticks: asyncio.Task[None] | None = None
 
     def start(self, engine: Engine) -> None:
         """Start the load controller if there is a latency objective; called once the models are loaded."""
@@ -38,8 +38,8 @@ class Admission:
         guess = threads / (share * first.timing.full_depth_s(32) + REPLY_S)
         self._short_s = first.timing.full_depth_s(8)
         objective_s = self._settings.slo_p99_ms / 1000
-        self._controller = Controller(objective_s, self._max_level, guess, threads)
-        self._ticks = asyncio.create_task(self._tick(self._controller, engine))
+        controller = self._controller = Controller(objective_s, self._max_level, guess, threads)
+        keep_running("load control", lambda: self._tick(controller, engine))
 
     def _max_level(self) -> int:
         """The highest load level of any model."""

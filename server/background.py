@@ -1,12 +1,93 @@
-"""Background work that does not delay the exit of the process."""
+"""Background work: each task has an owner here, so that no error goes unseen and no error ends a task for good."""
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from threading import Thread
-from typing import TypeVar
+from threading import Lock, Thread
+from time import monotonic
+from typing import Any, TypeVar
+
+from de3.server.failures import FailureLog
 
 T = TypeVar("T")
+failures = FailureLog(logging.getLogger("de3"))
+# Pause before a task that failed is started again. It doubles, unless the task ran for MAX_PAUSE_S.
+PAUSE_S, MAX_PAUSE_S = 0.1, 30.0
+
+errors = Counter[str]()  # unexpected errors in this process, by task; see metrics.BackgroundErrors
+_counting = Lock()
+_running: set[asyncio.Task[Any]] = set()  # asyncio itself keeps only weak references to tasks
+
+
+def report(task: str, error: BaseException) -> None:
+    """Log and count an unexpected error; safe to call from any thread. task: name of what failed."""
+    with _counting:
+        errors[task] += 1
+    failures.log(f"{task} failed", error=error)  # errors of different tasks are of different kinds
+
+
+def report_error(task: str, ended: asyncio.Task[Any], expected: type[Exception] | tuple[()] = ()) -> None:
+    """Report the error, if any, of an asyncio task that has ended, unless it is of the type `expected`."""
+    if ended.cancelled():
+        return
+    error = ended.exception()
+    if error is not None and not isinstance(error, expected):
+        report(task, error)
+
+
+class Backoff:
+    """The pauses of a task that fails again and again."""
+
+    def __init__(self) -> None:
+        self._next_s, self._started = PAUSE_S, monotonic()
+
+    def pause_s(self) -> float:
+        """The pause after another failure, seconds."""
+        if monotonic() - self._started > MAX_PAUSE_S:
+            self._next_s = PAUSE_S
+        pause_s, self._next_s = self._next_s, min(2 * self._next_s, MAX_PAUSE_S)
+        self._started = monotonic() + pause_s
+        return pause_s
+
+
+def keep_running(task: str, run: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+    """Start a task that ends only if `run` returns or if it is cancelled; after an error, it is started again."""
+
+    async def keep() -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                await run()
+                return
+            except Exception as error:
+                report(task, error)
+            await asyncio.sleep(backoff.pause_s())
+
+    return run_once(task, keep())
+
+
+def run_once(task: str, running: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Start a task, and log and count its error, even if nobody awaits it."""
+
+    def ended(done: asyncio.Task[T]) -> None:
+        _running.discard(done)
+        report_error(task, done)
+
+    started = asyncio.ensure_future(running)
+    _running.add(started)
+    started.add_done_callback(ended)
+    return started
+
+
+def report_unhandled(loop: asyncio.AbstractEventLoop) -> None:
+    """Log and count errors that reach the event loop, such as those of its callbacks; the loop continues."""
+
+    def handle(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        report("event loop", context.get("exception") or RuntimeError(context["message"]))
+
+    loop.set_exception_handler(handle)
 
 
 async def in_background(function: Callable[[], T]) -> T:

@@ -37,8 +37,11 @@ class FailureLog:
         The count is logged with the first error of the kind after that period. Outside an except block, does nothing.
         """
         error = sys.exception()
-        if error is None:
-            return
+        if error is not None:
+            self.log(message, *values, error=error)
+
+    def log(self, message: str, *values: object, error: BaseException) -> None:
+        """Like `exception`, for an error that was handled before."""
         skipped = self._count(_kind(message, error))
         if skipped is None:
             return

@@ -14,7 +14,7 @@ from de3.model_store.store import Artifact, NoModelsError, Store, StoreError, Un
 from de3.native.network import Memory
 from de3.server import memory
 from de3.server.audit.audits import Audits
-from de3.server.background import in_background
+from de3.server.background import in_background, run_once
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.learn.journal import LearnFolder
@@ -98,7 +98,6 @@ class Manager:
         self._plan = Plan("load", "")
         self._loaded: Served | None = None  # prepared, but not yet served
         self.plans: dict[str, Plan] = {}  # by name:version, the plan that loaded the model
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self, artifacts: Sequence[Artifact], are_named: bool) -> None:
         """Load the models at startup; the first version of each name is current.
@@ -269,9 +268,7 @@ class Manager:
             if self._models.find(served.model.full_name) is None:
                 self.plans.pop(served.model.full_name, None)
             log.info("%s is unloaded", served.model.full_name)
-        task = asyncio.create_task(_give_back([ref(served.model) for served in gone]))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        run_once("freeing memory", _give_back([ref(served.model) for served in gone]))
 
 
 async def _give_back(models: list[ref[Model]]) -> None:

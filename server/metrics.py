@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from de3.server.audit.auditor import Auditor
 from de3.server.audit.ledger import Ledger, tau_row
+from de3.server.background import errors
 from de3.server.engine.job import Job
 from de3.server.engine.served import Served
 from de3.server.errors import Cause
@@ -164,6 +165,21 @@ class LedgerMetrics(Collector):
         yield from (rate, lower, upper, promise, tau, resets)
 
 
+class BackgroundErrors(Collector):
+    """Counter of the unexpected errors of this process's background tasks."""
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        """The counter, by task."""
+        counter = CounterMetricFamily(
+            "de3_background_errors",
+            "Unexpected errors of background tasks, which are logged; the server goes on",
+            labels=["task"],
+        )
+        for task, count in sorted(errors.items()):
+            counter.add_metric([task], count)
+        yield counter
+
+
 def _info(served: Served) -> tuple[str, ...]:
     manifest = served.model.manifest
     return (served.model.full_name, manifest.precision, served.model.runtime, str(manifest.num_layers))
@@ -177,6 +193,7 @@ class Metrics:
         self.registry = r = CollectorRegistry()
         self._in_force = in_force
         ProcessCollector(registry=r)
+        r.register(BackgroundErrors())
         counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)
         self.texts = TextMetrics(deepest)
         r.register(self.texts)

@@ -16,6 +16,7 @@ from de3.server import memory
 from de3.server.admission import Admission
 from de3.server.audit.audits import Audits
 from de3.server.audit.ledger import Standing
+from de3.server.background import keep_running
 from de3.server.engine.engine import Engine
 from de3.server.engine.served import Served
 from de3.server.engine.timing import run_longest
@@ -99,7 +100,6 @@ class Service:
             lambda: self.admission.level,
         )
         self.failure: Exception | None = None
-        self._watchdog: asyncio.Task[None] | None = None
 
     def in_force(self, served: Served) -> Choice:
         """The choice for requests without options, which may change under load."""
@@ -129,7 +129,7 @@ class Service:
             models = [served.model for served in self.models.all]
             self.engine.start(lambda: run_longest(models), _on(asyncio.get_running_loop()))
             self.shared.start()
-            self._watchdog = asyncio.create_task(self._watch_engine(on_failure))
+            keep_running("engine watchdog", lambda: self._watch_engine(on_failure))
             # Most objects that exist now are permanent. Later garbage collections, which delay requests, skip them.
             gc.collect()
             gc.freeze()

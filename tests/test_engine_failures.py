@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from de3.server import service
+from de3.server.background import errors
 from de3.server.engine import engine
 from de3.server.engine.engine import Engine
 from de3.server.engine.queue import WorkQueue
@@ -28,10 +29,11 @@ def test_an_error_in_the_observer_costs_no_answer_and_no_thread(
         raise Worse
 
     with serving(store, models=["tiny"], threads=1) as server:
+        before = errors["counting texts"]
         monkeypatch.setattr(server.service.engine, "_observe", broken)
         for _ in range(3):
             assert server.classify(input=["good", "bad"]).status_code == 200
-        assert server.service.engine.errors == 6
+        assert errors["counting texts"] == before + 6
         assert all(thread.is_alive() for thread in server.service.engine._threads)
         assert httpx.get(server.url + "/ready").status_code == 200
 
@@ -55,10 +57,11 @@ def test_an_error_in_the_queue_ends_no_thread(store: Path, monkeypatch: pytest.M
             raise ValueError("a broken queue")
         return take(queue, threads)
 
+    before = errors["engine"]
     monkeypatch.setattr(WorkQueue, "next", broken)
     with serving(store, models=["tiny"], threads=1) as server:
         assert server.classify(input="good").status_code == 200
-        assert server.service.engine.errors == len(failures) == 3
+        assert errors["engine"] - before == len(failures) == 3
 
 
 def lost(server: Server) -> None:

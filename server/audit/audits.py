@@ -1,6 +1,5 @@
 """The auditors of a process, one for each served model."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -9,15 +8,13 @@ from de3.model_store.manifest import Manifest
 from de3.server.audit.auditor import Auditor, Traffic
 from de3.server.audit.ledger import Settled, Standing
 from de3.server.audit.report import Live
+from de3.server.background import report
 from de3.server.engine.audit import Audit
 from de3.server.engine.job import Job
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
-from de3.server.failures import FailureLog
 from de3.server.learn.record import Record
 from de3.server.settings import Settings
-
-failures = FailureLog(logging.getLogger("de3"))
 
 
 class Books(Protocol):
@@ -163,5 +160,5 @@ class Audits:
             raise
         try:
             auditor.answered(job, draw)
-        except Exception:  # must not fail a request that was answered
-            failures.exception("the texts of a request were answered, but not counted for audits")
+        except Exception as error:  # must not fail a request that was answered
+            report("counting audits", error)

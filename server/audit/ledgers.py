@@ -10,6 +10,7 @@ from de3.model_store.manifest import Manifest, base_of, fingerprint
 from de3.server.audit.ledger import Ledger, Settled, Standing
 from de3.server.audit.report import Live, report
 from de3.server.audit.state import State, StateDir, restore, state_of
+from de3.server.background import keep_running
 from de3.server.learn.learner import InService
 from de3.server.learn.record import HeldOut
 from de3.server.rules import Choice, Rules
@@ -31,7 +32,6 @@ class Ledgers:
         self._held_out: dict[str, Sequence[HeldOut]] = {}  # of a learned version that is about to be served
         is_on, state_dir = settings.share_of_audits > 0, settings.state_dir
         self._state = StateDir(state_dir) if is_on and state_dir is not None else None
-        self._saving: asyncio.Task[None] | None = None
         self._writing, self._has_failed = Lock(), False
 
     def serve(self, manifest: Manifest, rules: Rules, runtime: str, caution: float) -> Standing:
@@ -114,7 +114,7 @@ class Ledgers:
     def start(self) -> None:
         """Start the task that saves changes."""
         if self._state is not None:
-            self._saving = asyncio.create_task(self._save_often())
+            keep_running("saving audits", self._save_often)
 
     async def _save_often(self) -> None:
         while True:

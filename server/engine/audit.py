@@ -4,21 +4,19 @@ The kernels run the layers of several texts together, at the lowest thread prior
 threads, one text at a time, they delayed other texts (docs/design.md).
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Thread
-from time import perf_counter
+from time import perf_counter, sleep
 
 from de3.exits.reading import Reading
 from de3.exits.rule import ExitRule
 from de3.model_store.segments import Array, ForwardPass, Tokens
+from de3.server.background import Backoff, report
 from de3.server.engine.queue import MAX_GROUP, WorkQueue
 from de3.server.engine.served import MAX_STEP_S, Served
-from de3.server.failures import FailureLog
 
-failures = FailureLog(logging.getLogger("de3.engine"))
 STEP_S = 0.001  # time between two checks of the queue, unless one layer takes longer
 # Longest wait for an empty queue before each step: under sustained overload, audits are slow but do not stop.
 MOST_WAIT_S = 1.0
@@ -105,21 +103,27 @@ class AuditThreads:
                 thread.join(STOP_S)
 
     def _work(self) -> None:
-        while self._step():  # a separate call, so that a waiting thread keeps no model alive
-            pass
+        backoff = Backoff()
+        while not self._closed:
+            try:
+                self._step()  # a separate call, so that a waiting thread keeps no model alive
+            except BaseException as error:  # Rust panics are not Exceptions; the thread must survive
+                report("audits", error)
+                sleep(backoff.pause_s())
 
-    def _step(self) -> bool:
+    def _step(self) -> None:
+        """Run the next audits, which then have a result or an error; returns at once if closed."""
         audits = self._next()
-        if not audits:
-            return False
         try:
-            run_audits(audits, self._queue, lambda: self._closed)
-        except BaseException as error:  # Rust panics are not Exceptions; the thread must survive
-            failures.exception("audits failed")
+            if audits:
+                run_audits(audits, self._queue, lambda: self._closed)
+        except BaseException as error:
             for audit in audits:
                 audit.error = RuntimeError(str(error))
-        self._finish(audits)
-        return True
+            raise
+        finally:
+            if audits:
+                self._finish(audits)
 
     def _next(self) -> list[Audit]:
         """Wait for an audit; returns it with others of its model that fit into a step, or an empty list once closed."""

@@ -7,10 +7,12 @@ layer boundary a text can be preempted by a more urgent one, so a long text does
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from threading import Thread
 from time import perf_counter, sleep
 
+from de3.server.background import report
 from de3.server.engine.audit import Audit, AuditThreads
 from de3.server.engine.deadlines import Deadlines
 from de3.server.engine.group import run_group
@@ -39,6 +41,15 @@ def call_here(callback: Callable[[], None]) -> None:
     callback()
 
 
+def _call_each(callbacks: Iterable[Callable[[], object]]) -> None:
+    """Run callbacks; an error of one does not affect the others."""
+    for callback in callbacks:
+        try:
+            callback()
+        except Exception as error:
+            report("engine callback", error)
+
+
 class Engine:
     """A queue and the threads that process it.
 
@@ -63,7 +74,6 @@ class Engine:
         self._busy = [False] * threads
         self._failures = [0] * threads  # consecutive failed steps
         self._checked: list[tuple[int, int]] = [(0, 0)] * threads
-        self.errors = 0  # failed steps, and failed calls to `observe`
 
     def start(self, warm_up: Callable[[], object] = lambda: None, dispatch: Dispatch = call_here) -> None:
         """Start the threads; each calls warm_up first.
@@ -154,20 +164,11 @@ class Engine:
         self._audits.drop(gone)
 
     def _report_audits(self, audits: Sequence[Audit]) -> None:
-        def report() -> None:
-            for audit in audits:
-                audit.on_done(audit)
-
-        self._dispatch(report)
+        self._dispatch(lambda: _call_each([partial(audit.on_done, audit) for audit in audits]))
 
     def _report(self, ended: Sequence[tuple[Job, Exception | None]]) -> None:
         """Report finished and failed jobs in one callback: waking an event loop costs a thread switch."""
-
-        def report() -> None:
-            for job, error in ended:
-                job.on_done(error)
-
-        self._dispatch(report)
+        self._dispatch(lambda: _call_each([partial(job.on_done, error) for job, error in ended]))
 
     @property
     def finished(self) -> int:
@@ -194,8 +195,7 @@ class Engine:
             self._finish(self._run(items, number) if items else (), number)
             self.deadlines.occupy(number, 0.0)
         except BaseException as error:
-            self.errors += 1
-            failures.exception("a step of the engine failed; the engine continues")
+            report("engine", error)
             for item in items:
                 item.job.is_dropped = True
             self._report([(item.job, RuntimeError(str(error))) for item in items])
@@ -272,7 +272,5 @@ class Engine:
             return
         try:
             self._observe(served, outcomes)
-        except BaseException:
-            self.errors += 1
-            if self.errors == 1:  # every text may have the same error
-                log.exception("a text was answered, but not counted; further such errors are not logged")
+        except BaseException as error:
+            report("counting texts", error)

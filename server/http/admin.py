@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from de3.model_store.manifest import NAME
+from de3.server.background import report_error
 from de3.server.errors import RequestError
 from de3.server.http.openapi import error
 from de3.server.manager import Change
@@ -110,9 +111,17 @@ def explain(wrong: RequestValidationError) -> RequestError:
 async def _to_its_end(change: Coroutine[Any, Any, T]) -> T:
     """Run a change of the models to completion, even if the client disconnects."""
     task = asyncio.create_task(change)
-    _changes.add(task)
-    task.add_done_callback(_changes.discard)
-    return await asyncio.shield(task)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        _abandoned.add(task)
+        task.add_done_callback(_ended)
+        raise
 
 
-_changes: set[asyncio.Task[Any]] = set()
+_abandoned: set[asyncio.Task[Any]] = set()  # changes whose clients are gone
+
+
+def _ended(task: asyncio.Task[Any]) -> None:
+    _abandoned.discard(task)
+    report_error("change of the models", task, RequestError)

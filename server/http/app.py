@@ -224,7 +224,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,  # function names in generated clients
     )
     app.state.service = service
-    scraping = SharedRun[bytes]("the metrics")  # several scrapes at a time would hold the GIL for too long
+    scraping = SharedRun[bytes]("metrics")  # several scrapes at a time would hold the GIL for too long
     # For the documentation and its Authorize button; access.py checks keys.
     bearer = [Depends(HTTPBearer(auto_error=False))]
     users = bearer if frontend.access.users is not None else []

@@ -11,6 +11,7 @@ from types import FrameType
 
 import uvicorn
 
+from de3.server.background import report_unhandled
 from de3.server.http.app import PROTOCOLS, create_app
 from de3.server.http.asgi import handler
 from de3.server.http.connection import Connection
@@ -40,8 +41,9 @@ class HttpServer(uvicorn.Server):
         libuv accepts one connection per socket in each iteration of the event loop, which is too few when iterations
         are long. So each socket is duplicated, and the event loop watches ACCEPTS copies.
         """
-        await super().startup(sockets)
         loop, config = asyncio.get_running_loop(), self.config
+        report_unhandled(loop)
+        await super().startup(sockets)
         create: Callable[..., asyncio.Protocol] = config.http_protocol_class
         protocol = partial(
             create, config=config, server_state=self.server_state, app_state=self.lifespan.state

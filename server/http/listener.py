@@ -11,6 +11,7 @@ from typing import Protocol
 
 from starlette.types import Scope
 
+from de3.server.background import report
 from de3.server.http.turns import Turns
 from de3.server.shares import Shares
 
@@ -242,4 +243,7 @@ class Listener:
             loop.call_later(SWEEP_S, self._sweep, loop)
         now = monotonic()
         for connection in [c for c in self.connections if c.deadline < now or c.write_deadline < now]:
-            connection.expire(now)
+            try:
+                connection.expire(now)
+            except Exception as error:  # must not prevent that the others expire
+                report("connection deadlines", error)

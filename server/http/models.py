@@ -60,7 +60,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
         """Disagreement of early answers with full depth at each τ, measured on live traffic."""
         service.check_open()
         served = service.models.current(name)
-        running = reporting.setdefault(service.audits.of(served), SharedRun("the report"))
+        running = reporting.setdefault(service.audits.of(served), SharedRun("report"))
         return {"object": "audit"} | await running.result(lambda: service.audits.report(served))
 
     @app.get(

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+from de3.server.background import report_error
 from de3.server.errors import RequestError
 
 MAX_WAITING = 16
@@ -14,26 +15,25 @@ class SharedRun(Generic[T]):
     """Runs a coroutine once for all concurrent requests; the run continues even if they are cancelled."""
 
     def __init__(self, what: str, most: int = MAX_WAITING) -> None:
-        """what: name of the result, for the error if more than `most` requests wait."""
+        """what: name of the result, for errors. most: more requests than this may not wait."""
         self._what, self._most, self._waiting = what, most, 0
         self._running: asyncio.Task[T] | None = None
 
     async def result(self, run: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of the run in progress, or of a new one; raises RequestError if too many wait."""
         if self._waiting >= self._most:
-            message = f"{self._what}: {self._most} requests are already waiting for it; try again"
+            message = f"the {self._what}: {self._most} requests are already waiting for it; try again"
             raise RequestError(message, cause="busy", retry_after_s=1)
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(run())
-            self._running.add_done_callback(_retrieve)
+            self._running.add_done_callback(self._ended)
         self._waiting += 1
         try:
             return await asyncio.shield(self._running)
         finally:
             self._waiting -= 1
 
-
-def _retrieve(task: asyncio.Task[T]) -> None:
-    """Mark an error as retrieved; otherwise asyncio would log it if no request is waiting for it."""
-    if not task.cancelled():
-        task.exception()
+    def _ended(self, task: asyncio.Task[T]) -> None:
+        """Report an error that no request is waiting for; otherwise the requests report it."""
+        if not self._waiting:
+            report_error(self._what, task, RequestError)

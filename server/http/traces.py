@@ -9,6 +9,7 @@ from threading import Thread
 from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING
 
+from de3.server.background import report
 from de3.server.engine.job import Item
 from de3.server.http.exchange import Exchange
 
@@ -51,7 +52,14 @@ class Traces:
 
     def stop(self) -> None:
         """Send the remaining spans, within STOP_S."""
-        sending = Thread(target=self._provider.shutdown, daemon=True)
+
+        def send() -> None:
+            try:
+                self._provider.shutdown()
+            except Exception as error:
+                report("traces", error)
+
+        sending = Thread(target=send, daemon=True)
         sending.start()
         sending.join(STOP_S)
 

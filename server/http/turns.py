@@ -4,6 +4,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
+from de3.server.background import report
+
 AT_ONCE = 4  # requests started in one iteration of the event loop
 
 
@@ -43,7 +45,10 @@ class Turns:
             self._left -= 1
             network = next(iter(self._pending))
             starts = self._pending.pop(network)
-            starts.popleft()()
+            try:
+                starts.popleft()()
+            except Exception as error:  # must not stop the rounds
+                report("start of a request", error)
             if starts:
                 self._pending[network] = starts  # moves the network to the end
         if self._is_scheduled and self._loop is not None:

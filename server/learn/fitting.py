@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from de3.server.background import keep_running
+
 log = logging.getLogger("de3")
 PROGRAM = "from de3.export.learn import child; child()"
 TIMEOUT_S = 86_400.0  # long, as a server that is always busy leaves a fit little time
@@ -37,19 +39,28 @@ async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
 
     Raises FitError if the fit fails or exceeds a limit.
     """
+    # An argument, not standard input: the process may end before it has read anything.
+    arguments = (
+        "-P",
+        "-X",
+        "utf8",
+        "-c",
+        PROGRAM,
+        json.dumps(job),
+    )  # -P: no modules from the working directory
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     process = await asyncio.create_subprocess_exec(
-        # -P: import no modules from the working directory.
-        *(sys.executable, "-P", "-X", "utf8", "-c", PROGRAM),
-        stdin=asyncio.subprocess.PIPE,
+        sys.executable,
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, **dict.fromkeys(threads, "1")},
         limit=MAX_OUTPUT,
     )
-    slowed = asyncio.create_task(_slow_down(process, _has_quota()))
+    slowed = keep_running("pausing a fit", lambda: _slow_down(process, _has_quota()))
     try:
-        output, errors = await asyncio.wait_for(process.communicate(json.dumps(job).encode()), TIMEOUT_S)
+        output, errors = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
     except TimeoutError:
         raise FitError(f"it takes more than {TIMEOUT_S:g} s") from None
     finally:
@@ -82,8 +93,10 @@ async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> 
             total, used = (b - a for a, b in zip(before, now, strict=True))
             if has_quota or (total > 0 and (total - used) * cores < IDLE_CORES * total):
                 process.send_signal(signal.SIGSTOP)
-                await asyncio.sleep(LONG_PAUSE_S if has_quota else PAUSE_S)
-                process.send_signal(signal.SIGCONT)
+                try:
+                    await asyncio.sleep(LONG_PAUSE_S if has_quota else PAUSE_S)
+                finally:
+                    process.send_signal(signal.SIGCONT)
             if total >= SAMPLE_TICKS:
                 before = now
     except ProcessLookupError:

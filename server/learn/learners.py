@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from de3.model_store.manifest import base_of
 from de3.model_store.store import Artifact, StoreError
+from de3.server.background import keep_running, report, run_once
 from de3.server.errors import RequestError
-from de3.server.failures import FailureLog
 from de3.server.learn.fitting import FitError, memory_limit, run_fit
 from de3.server.learn.journal import LEARNED_FROM, LearnFolder, Result
 from de3.server.learn.learner import MIN_RECORDS, InService, Learner, result_of, sentence
@@ -20,7 +20,6 @@ from de3.server.learn.record import HeldOut, Record
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
-failures = FailureLog(log)
 CHECK_S = 0.5
 RETRIES = 30  # of loading a version while an admin changes the models
 _FOLDERS = re.compile(r"(?:/[^/\s:'\"]+)+/")
@@ -69,7 +68,7 @@ class Learners:
         self._by_name: dict[str, Learner] = {}
         self._gone: list[Learner] = []  # to be saved
         self._current: dict[str, int] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._checking: asyncio.Task[None] | None = None
         self._fitting: asyncio.Task[None] | None = None
         self.fits: dict[tuple[str, str], int] = {}  # by model and outcome
 
@@ -134,19 +133,12 @@ class Learners:
 
     def start(self) -> None:
         """Start the task that runs the fits."""
-        self._tasks.append(asyncio.create_task(self._run()))
+        self._checking = keep_running("learning", self._run)
 
     async def _run(self) -> None:
-        try:
-            while True:
-                await asyncio.sleep(CHECK_S)
-                try:
-                    await self._check()
-                except Exception:  # no error must end the task
-                    failures.exception("learning failed")
-        finally:
-            if self._fitting is not None:
-                self._fitting.cancel()
+        while True:
+            await asyncio.sleep(CHECK_S)
+            await self._check()
 
     async def _check(self) -> None:
         self._served = {name: one for name, one in self._served.items() if self._ledgers.base(name)}
@@ -160,7 +152,7 @@ class Learners:
                 await self._save_aside(learner)
         due = next((one for one in self.all if one.is_due and one.count >= MIN_RECORDS), None)
         if due is not None and (self._fitting is None or self._fitting.done()):
-            self._fitting = asyncio.create_task(self._fit(due))
+            self._fitting = run_once("fit", self._fit(due))
 
     def _in_service(self, learner: Learner) -> InService:
         """The performance of the current version."""
@@ -184,11 +176,12 @@ class Learners:
             result = await self._try(learner, attempt)
         except (FitError, RequestError, StoreError, OSError) as error:
             log.warning("%s: fit %d failed: %s", learner.name, attempt, error)
-            said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            # Clients can read the error, so folders are removed from it.
-            said = _FOLDERS.sub("", said)[:1000]
-            result = Result(at=time.time(), attempt=attempt, outcome="failed", error=said)
-        except BaseException:
+            message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            result = _failure(attempt, message)
+        except Exception as error:
+            report("fit", error)
+            result = _failure(attempt, "internal error; the server's log has the details")
+        except asyncio.CancelledError:
             learner.phase = "recording"
             raise
         learner.end(result)
@@ -267,12 +260,16 @@ class Learners:
 
     def stop(self) -> None:
         """End a running fit, and save the records; called once no more texts are counted, not on the event loop."""
-        for task in self._tasks:
-            loop = task.get_loop()
-            if loop.is_running():
-                loop.call_soon_threadsafe(task.cancel)
+        for task in (self._checking, self._fitting):
+            if task is not None and task.get_loop().is_running():
+                task.get_loop().call_soon_threadsafe(task.cancel)
         for learner in [*self._gone, *self.all]:
             self._save(learner, True)  # waits for a thread that is saving it
+
+
+def _failure(attempt: int, message: str) -> Result:
+    """The result of a fit that failed. Clients can read the message, so folders are removed from it."""
+    return Result(at=time.time(), attempt=attempt, outcome="failed", error=_FOLDERS.sub("", message)[:1000])
 
 
 def check_can_fit() -> None:

@@ -96,7 +96,7 @@ class SharedBooks:
         Raises RequestError if the model is not served, or if too many requests wait for its report.
         """
         ledger = self._ledger(name)
-        running = self._reporting.setdefault(ledger, SharedRun("the report", self._group.size))
+        running = self._reporting.setdefault(ledger, SharedRun("report", self._group.size))
         return await running.result(lambda: self._report(ledger, level))
 
     async def _report(self, ledger: Ledger, level: int) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Messages between the supervisor and a process: calls, which have an answer, and notes, which have none."""
 
 import asyncio
-import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from itertools import count
@@ -9,10 +8,9 @@ from typing import Any
 
 import orjson
 
+from de3.server.background import report, run_once
 from de3.server.errors import RequestError
-from de3.server.failures import FailureLog
 
-failures = FailureLog(logging.getLogger("de3"))
 HEAD_BYTES = 4  # of the length that precedes each message
 
 # Handles a call or a note, given its arguments; may be a coroutine function.
@@ -36,7 +34,6 @@ class Channel:
         self._handlers = handlers
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._numbers = count(1)
-        self._tasks: set[asyncio.Task[None]] = set()
         self._writer: asyncio.StreamWriter | None = None
         self._unsent: list[bytes] = []  # messages sent before the channel runs
         self.is_closed = False
@@ -96,9 +93,7 @@ class Channel:
         if isinstance(method, str):
             result = self._run(number, method, value)
             if result is not None:
-                task = asyncio.ensure_future(result)
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                run_once(method, result)
         elif (future := self._calls.get(number)) is not None and not future.done():
             if method:  # an error
                 future.set_exception(_error_of(value))
@@ -109,12 +104,11 @@ class Channel:
         """Run a handler; returns a coroutine that finishes the call, or None if the handler has already finished it."""
         try:
             result = self._handlers[method](*arguments)
+            if asyncio.iscoroutine(result):
+                return self._finish(number, method, result)
+            self._answer(number, result)
         except Exception as error:
             self._fail(number, method, error)
-            return None
-        if asyncio.iscoroutine(result):
-            return self._finish(number, method, result)
-        self._answer(number, result)
         return None
 
     async def _finish(self, number: int, method: str, running: Awaitable[Any]) -> None:
@@ -129,7 +123,7 @@ class Channel:
 
     def _fail(self, number: int, method: str, error: Exception) -> None:
         if not isinstance(error, RequestError | ChannelClosedError):
-            failures.exception("%s failed", method)
+            report(method, error)
         if number:
             self._send([number, True, _row(error)])
 
@@ -138,7 +132,10 @@ def _row(error: Exception) -> dict[str, Any]:
     if isinstance(error, RequestError):
         names = ("message", "field", "cause", "retry_after_s")
         return {name: getattr(error, name) for name in names}
-    return {"message": f"{type(error).__name__}: {error}", "cause": "internal"}
+    message = f"{type(error).__name__}: {error}".encode(
+        errors="replace"
+    ).decode()  # may have half a surrogate pair
+    return {"message": message, "cause": "internal"}
 
 
 def _error_of(row: dict[str, Any]) -> RequestError:

@@ -11,7 +11,7 @@ from de3.server.audit.ledger import Ledger
 from de3.server.errors import RequestError
 from de3.server.http.shared_run import SharedRun
 from de3.server.learn.metrics import LearnMetrics
-from de3.server.metrics import LedgerMetrics
+from de3.server.metrics import BackgroundErrors, LedgerMetrics
 from de3.server.processes.books import SharedBooks
 from de3.server.processes.channel import ChannelClosedError
 from de3.server.processes.group import Group, Process
@@ -34,9 +34,10 @@ class SharedMetrics:
         self._group = group
         self._departed: list[Family] = []  # counters of processes that have ended
         self._read_at = 0.0
-        self._scraping = SharedRun[str]("the metrics", group.size)
+        self._scraping = SharedRun[str]("metrics", group.size)
         self._registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
+        r.register(BackgroundErrors())
         Gauge("de3_processes", "Processes that serve models (--processes)", registry=r).set(group.size)
         self.replaced = Counter(
             "de3_replaced_processes", "Starts of a process that replaces one that ended", registry=r

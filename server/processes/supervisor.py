@@ -9,7 +9,8 @@ import logging
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from multiprocessing import get_context
 from time import monotonic, perf_counter
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import uvloop
 
 from de3.model_store.store import Artifact, Store
+from de3.server.background import keep_running, report, report_unhandled, run_once
 from de3.server.http.access import Access
 from de3.server.models import find
 from de3.server.processes import worker
@@ -65,7 +67,6 @@ class Supervisor:
         # By process number: times that the process has ended or failed to start since it was last ready.
         self._starts = dict.fromkeys(range(1, settings.processes + 1), 0)
         self._ends: deque[float] = deque(maxlen=MAX_ENDS)
-        self._tasks: set[asyncio.Task[None]] = set()
         self._lives: dict[int, asyncio.Task[None]] = {}  # by number; each task ends with its process
         self._over: asyncio.Future[Exception | None]
         self._started = 0.0
@@ -79,6 +80,7 @@ class Supervisor:
         """
         loop = asyncio.get_running_loop()
         self._over, self._started = loop.create_future(), perf_counter()
+        report_unhandled(loop)
         for one in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(one, self._signalled)
         self._connections.start()
@@ -89,24 +91,12 @@ class Supervisor:
             "Uvicorn running on http://%s:%d (Press CTRL+C to quit)", address, port
         )
         for number in self._starts:
-            self._lives[number] = self._spawn(self._live(number))
-        self._spawn(self._metrics.keep())
+            self._begin_life(number)
+        keep_running("reading metrics", self._metrics.keep)
         failure = await self._over
         await self._drain()
         if failure is not None:
             raise failure
-
-    def _spawn(self, running: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        task = asyncio.ensure_future(running)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended_task)
-        return task
-
-    def _ended_task(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("the supervisor failed", exc_info=error)
-            self._stop(ServerError(str(error)))
 
     def _signalled(self) -> None:
         if self._over.done():  # the second signal
@@ -134,43 +124,61 @@ class Supervisor:
 
     # The life of a process
 
-    async def _live(self, number: int, pause_s: float = 0.0) -> None:
+    def _begin_life(self, number: int, pause_s: float = 0.0) -> None:
+        self._lives[number] = run_once("process", self._live(number, pause_s))
+
+    async def _live(self, number: int, pause_s: float) -> None:
         """Start a process after a pause, and replace it when it ends."""
+        try:
+            await self._start_and_watch(number, pause_s)
+        except Exception as error:
+            report("process", error)
+            self._failed(number, f"the supervisor failed: {error}")
+
+    async def _start_and_watch(self, number: int, pause_s: float) -> None:
         loop = asyncio.get_running_loop()
         end = monotonic() + pause_s
         while monotonic() < end and not self._is_draining:
             await asyncio.sleep(0.1)
         if self._is_draining:
             return
-        control, its_control = socket.socketpair()
-        sockets, its_sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = (number, self._part, self._artifacts, its_control, its_sockets)
-        os_process: Any = self._context.Process(target=worker.main, args=arguments, daemon=True)
         try:
-            await asyncio.to_thread(os_process.start)
-        except (OSError, EOFError) as error:  # no memory, or too many processes
-            for one in (control, sockets):
-                one.close()
+            os_process, control, sockets = await self._start(number)
+        except (OSError, EOFError) as error:  # no memory, too many processes, or too many open files
             self._failed(number, f"it cannot be started: {error}")
             return
-        finally:
-            its_control.close()
-            its_sockets.close()
-        sockets.setblocking(False)
         process = Process(number, os_process, Channel({}), sockets)
         process.channel = Channel(self._handlers(process))
         self._group.add(process)
         loop.add_reader(sockets, process.receive, self._weights)
         if self._is_draining:
             process.close()
-        ended = asyncio.Event()
-        loop.add_reader(os_process.sentinel, ended.set)
-        running = asyncio.ensure_future(process.channel.run(control))
-        await ended.wait()
-        loop.remove_reader(os_process.sentinel)
-        await running  # until its last messages are handled
+        try:
+            await _end_of(process, control)
+        except Exception as error:  # its messages cannot be read
+            report("process", error)
+            os_process.kill()
         await asyncio.to_thread(os_process.join)
         self._gone(process)
+
+    async def _start(self, number: int) -> tuple[Any, socket.socket, socket.socket]:
+        """Start a process; returns it, and our ends of the sockets for its channel and its connections.
+
+        Raises OSError or EOFError if that is not possible.
+        """
+        with ExitStack() as stack:
+            control, its_control = map(stack.enter_context, socket.socketpair())
+            sockets, its_sockets = map(
+                stack.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            )
+            sockets.setblocking(False)
+            arguments = (number, self._part, self._artifacts, its_control, its_sockets)
+            os_process: Any = self._context.Process(target=worker.main, args=arguments, daemon=True)
+            await asyncio.to_thread(os_process.start)
+            its_control.close()
+            its_sockets.close()
+            stack.pop_all()
+        return os_process, control, sockets
 
     async def _load(self, process: Process) -> None:
         try:
@@ -216,11 +224,11 @@ class Supervisor:
         log.critical("process %d ended: %s: it is replaced", number, reason)
         self._metrics.replaced.inc()
         pause_s = 0.0 if starts <= MAX_STARTS else min(RETRY_S, 2.0 ** (starts - MAX_STARTS))
-        self._lives[number] = self._spawn(self._live(number, pause_s))
+        self._begin_life(number, pause_s)
 
     def _handlers(self, process: Process) -> dict[str, Callable[..., Any]]:
         def running() -> None:
-            self._spawn(self._load(process))
+            run_once("loading of a process", self._load(process))
 
         def listening() -> None:
             process.is_listening = True
@@ -268,6 +276,25 @@ class Supervisor:
     def _charge(self, owner: str, texts: int) -> None:
         if self._access.limit is not None:
             self._access.limit.drain(owner, texts)
+
+
+async def _end_of(process: Process, control: socket.socket) -> None:
+    """Run the channel of a process until the process has ended; raises an error if its messages cannot be read."""
+    loop = asyncio.get_running_loop()
+    running, ended = asyncio.ensure_future(process.channel.run(control)), asyncio.Event()
+    waiting = asyncio.ensure_future(ended.wait())
+    sentinel = process.os_process.sentinel
+    loop.add_reader(sentinel, ended.set)
+    try:
+        await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+            process.is_listening = process.is_ready = False
+        await waiting
+    finally:
+        waiting.cancel()
+        loop.remove_reader(sentinel)
+    await running  # until its last messages are handled
 
 
 def supervise(settings: Settings, artifacts: Sequence[Artifact], listening: list[socket.socket]) -> None:

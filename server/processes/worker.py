@@ -26,12 +26,13 @@ from de3.native.network import Memory
 from de3.server import logs
 from de3.server.audit.ledger import Settled, Standing
 from de3.server.audit.report import Live
+from de3.server.background import report, run_once
 from de3.server.engine.served import Served
 from de3.server.http.http_server import HttpServer, max_connections, uvicorn_config
 from de3.server.learn.record import Record
 from de3.server.manager import Change, Manager, Plan
 from de3.server.models import Route
-from de3.server.processes.channel import Channel
+from de3.server.processes.channel import Channel, ChannelClosedError
 from de3.server.processes.samples import Family, families_of
 from de3.server.rules import Promised
 from de3.server.service import Service
@@ -134,7 +135,6 @@ class Worker:
         self._weights: dict[str, int] = {}  # file descriptors of filled memory, by fingerprint
         self._new_weights: dict[str, int] = {}  # the same for memory that this process fills
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self._create: Callable[[], asyncio.Protocol] | None = None
         self._early: list[socket.socket] = []
         self._closed = 0  # closed connections not yet reported to the supervisor
@@ -238,8 +238,12 @@ class Worker:
         """
         if self._loop is not None:
             done = asyncio.run_coroutine_threadsafe(self._flush(), self._loop)
-            with suppress(Exception):
+            try:
                 done.result(5.0)
+            except (TimeoutError, ChannelClosedError):
+                log.warning("the supervisor did not confirm the last audits")
+            except Exception as error:
+                report("last audits", error)
 
     async def _flush(self) -> None:
         self._send_settled()
@@ -394,15 +398,16 @@ class Worker:
         """Open the channel, and receive connections; called in the event loop."""
         self._loop = loop = asyncio.get_running_loop()
         self._to_load, self._may_open = loop.create_future(), loop.create_future()
-        task = self._loop.create_task(self._run_channel())
-        self._tasks.add(task)
+        run_once("channel", self._run_channel())
         self._sockets.setblocking(False)
         self._loop.add_reader(self._sockets, self._receive)
 
     async def _run_channel(self) -> None:
         self.channel.tell("running")
-        await self.channel.run(self._control)
-        self._drain()  # the supervisor has ended
+        try:
+            await self.channel.run(self._control)
+        finally:
+            self._drain()  # the supervisor has ended, or cannot be understood
 
     def listen(self, create: Callable[[], asyncio.Protocol]) -> None:
         """Serve connections, including those that arrived early. create: makes the protocol of a connection."""
@@ -435,17 +440,17 @@ class Worker:
         if self._create is None or self._loop is None:
             self._early.append(sock)
             return
-        task = self._loop.create_task(self._connect(sock, self._create))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        run_once("connection", self._connect(sock, self._create))
 
     async def _connect(self, sock: socket.socket, create: Callable[[], asyncio.Protocol]) -> None:
-        loop = asyncio.get_running_loop()
-        with suppress(OSError):  # the client is gone
+        try:
             sock.setblocking(False)
-            await loop.connect_accepted_socket(create, sock)
-            return
-        self.closed()
+            await asyncio.get_running_loop().connect_accepted_socket(create, sock)
+        except BaseException as error:
+            sock.close()
+            self.closed()
+            if not isinstance(error, OSError):  # the client is gone
+                raise
 
     def closed(self) -> None:
         """Tell the supervisor that a connection was closed."""

@@ -1,0 +1,370 @@
+"""Background tasks: an unexpected error is logged and counted, and the task goes on while requests are answered."""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import httpx
+import pytest
+import uvloop
+
+from de3.bulk import pool
+from de3.server import background, memory, service
+from de3.server.audit import ledgers
+from de3.server.audit.auditor import Auditor
+from de3.server.audit.ledgers import Ledgers
+from de3.server.background import Backoff, errors, keep_running, report_unhandled, run_once
+from de3.server.engine import audit
+from de3.server.engine.engine import Engine
+from de3.server.errors import RequestError
+from de3.server.failures import FailureLog
+from de3.server.http import admin, listener
+from de3.server.http.shared_run import SharedRun
+from de3.server.http.traces import Traces
+from de3.server.http.turns import AT_ONCE
+from de3.server.learn import fitting, learners
+from de3.server.learn.learners import Learners
+from de3.server.overload import Controller
+from de3.server.processes.channel import Channel
+from tests.fixtures import make_rows
+from tests.serving import Server, serving, until
+from tests.test_processes import Running
+
+ADMIN = "an-admin-key-of-some-length"
+
+
+class FailsOnce:
+    """A function that raises an error at its first call, and counts its calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function, self.calls = function, 0
+
+    def __get__(self, instance: Any, _: type) -> Callable[..., Any]:
+        return lambda *arguments, **named: self(instance, *arguments, **named)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        self.calls += 1
+        if self.calls == 1:
+            raise RuntimeError("unexpected")
+        return self._function(*arguments, **named)
+
+
+@pytest.fixture(autouse=True)
+def no_errors_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "failures", FailureLog(logging.getLogger("de3")))
+    errors.clear()
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with every background task, each of which runs often."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in (
+            (service, "CHECK_S"),
+            (ledgers, "SAVE_S"),
+            (learners, "CHECK_S"),
+            (listener, "SWEEP_S"),
+            (audit, "MOST_WAIT_S"),
+        ):
+            patch.setattr(module, name, 0.02)
+        patch.setattr("de3.server.learn.learner.FIRST_FIT", 10**9)
+        options = {"learn": True, "guarantee": 0.2, "audit_share": 1.0, "slo_p99_ms": 60_000.0}
+        folder = tmp_path_factory.mktemp("state")
+        with serving(store, models=["tiny"], threads=1, state_dir=folder, **options) as server:
+            yield server
+
+
+@pytest.mark.parametrize(
+    "task, owner, name",
+    [
+        ("engine watchdog", Engine, "problem"),
+        ("load control", Controller, "tick"),
+        ("saving audits", Ledgers, "_save"),
+        ("learning", Learners, "_check"),
+        ("audits", audit.AuditThreads, "_next"),
+        ("engine callback", Auditor, "_done"),
+        ("counting audits", Auditor, "answered"),
+        ("counting texts", Engine, "_observe"),
+    ],
+)
+def test_a_task_of_the_server_goes_on(
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    task: str,
+    owner: Any,
+    name: str,
+) -> None:
+    owner = server.service.engine if name == "_observe" else owner
+    failing = FailsOnce(getattr(owner, name))
+    monkeypatch.setattr(owner, name, failing)
+
+    texts = iter(make_rows(5000, 17))
+
+    def has_gone_on() -> bool:
+        assert server.classify(input=next(texts)[0]).status_code == 200
+        return errors[task] == 1 and failing.calls > 1
+
+    until(has_gone_on, f"{task} to go on")
+    assert f"{task} failed" in caplog.text and "unexpected" in caplog.text
+    assert httpx.get(server.url + "/ready").status_code == 200
+    assert server.metric("de3_background_errors_total", task=task) == 1
+
+
+def test_unloading_a_model_survives_an_error(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("de3.server.manager.MAX_WAIT_S", 0.0)
+    monkeypatch.setattr(memory, "trim", FailsOnce(memory.trim))
+    with serving(store, models=["tiny", "tiny-int8"], admin_keys=f"root {ADMIN}") as server:
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+        answer = httpx.post(server.url + "/v1/models/tiny-int8/unload", json={}, headers=headers)
+        assert answer.status_code == 200
+        until(lambda: errors["freeing memory"], "the error")
+        assert server.classify(input="good").status_code == 200
+
+
+def test_a_fit_that_fails_unexpectedly_is_reported(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(learners, "MIN_RECORDS", 1)
+
+    async def broken(_: dict[str, Any]) -> dict[str, Any]:
+        raise RuntimeError("unexpected")
+
+    monkeypatch.setattr(learners, "run_fit", broken)
+    (learner,) = server.service.shared.books.learners.all  # type: ignore[attr-defined]
+    server.classify(input=["good", "bad"])
+    until(lambda: learner.count, "a record")
+    learner.is_asked = True
+    until(lambda: learner.journal.results, "the result")
+    assert learner.journal.results[-1].outcome == "failed" and learner.phase == "recording"
+    assert errors["fit"] == 1 and "unexpected" in caplog.text
+    assert "unexpected" not in learner.journal.results[-1].error
+
+
+def test_a_fit_whose_process_ends_at_once_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process has ended before the server does anything with it, as on a busy machine."""
+    monkeypatch.setattr(fitting, "PROGRAM", "raise SystemExit('no')")
+    start = asyncio.create_subprocess_exec
+
+    async def start_slowly(*arguments: Any, **named: Any) -> Any:
+        process = await start(*arguments, **named)
+        await process.wait()
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_slowly)
+    with pytest.raises(fitting.FitError, match="no"):
+        uvloop.run(fitting.run_fit({"base": "x" * 2**16}))
+    assert not errors
+
+
+def test_a_paused_fit_is_resumed_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "IDLE_CORES", float("inf"))  # always pause
+    monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.2); print('{}')")
+    monkeypatch.setattr(fitting, "_times", FailsOnce(fitting._times))
+    assert uvloop.run(fitting.run_fit({})) == {}
+    assert errors["pausing a fit"] == 1
+
+
+def test_pauses_grow_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(background, "monotonic", lambda: now[0])
+    backoff, pauses = Backoff(), []
+    for _ in range(12):
+        pauses.append(backoff.pause_s())
+        now[0] += pauses[-1]
+    assert pauses[:3] == [0.1, 0.2, 0.4] and pauses[-2:] == [30.0, 30.0]
+    now[0] += 30.1  # it ran for longer than the longest pause
+    assert backoff.pause_s() == 0.1
+
+
+def test_a_task_is_started_again_until_it_returns_or_is_cancelled() -> None:
+    calls = 0
+
+    async def task() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("unexpected")
+
+    async def run() -> None:
+        await keep_running("a task", task)
+        forever = keep_running("forever", asyncio.Event().wait)
+        await asyncio.sleep(0)
+        forever.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await forever
+
+    asyncio.run(run())
+    assert calls == 2 and errors == {"a task": 1}
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_errors_that_nobody_awaits_are_reported(loop: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def fail() -> None:
+        raise RuntimeError("in a task")
+
+    def fail_in_callback() -> None:
+        raise RuntimeError("in a callback")
+
+    async def run() -> None:
+        report_unhandled(asyncio.get_running_loop())
+        run_once("a task", fail())
+        asyncio.get_running_loop().call_soon(fail_in_callback)
+        while errors.total() < 2:
+            await asyncio.sleep(0)
+
+    (asyncio if loop == "asyncio" else uvloop).run(run())
+    assert errors == {"a task": 1, "event loop": 1}
+    assert "in a task" in caplog.text and "in a callback" in caplog.text
+
+
+def test_a_report_that_nobody_waits_for_any_more_is_not_silent() -> None:
+    running = SharedRun[str]("report")
+    errors_to_raise: list[Exception] = [RuntimeError("unexpected"), RequestError("expected")]
+
+    async def abandon() -> None:
+        may_fail = asyncio.Event()
+
+        async def fail() -> str:
+            await may_fail.wait()
+            raise errors_to_raise.pop(0)
+
+        request = asyncio.create_task(running.result(fail))
+        await asyncio.sleep(0)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        may_fail.set()
+        await asyncio.wait([running._running])  # type: ignore[list-item]
+        await asyncio.sleep(0)
+
+    asyncio.run(abandon())
+    assert errors == {"report": 1}
+    asyncio.run(abandon())
+    assert errors == {"report": 1}
+
+
+def test_a_change_whose_client_is_gone_runs_to_its_end_and_its_error_is_reported() -> None:
+    async def run() -> None:
+        may_fail = asyncio.Event()
+
+        async def change() -> None:
+            await may_fail.wait()
+            raise RuntimeError("unexpected")
+
+        request = asyncio.create_task(admin._to_its_end(change()))
+        await asyncio.sleep(0)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        may_fail.set()
+        while not errors:
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert errors == {"change of the models": 1}
+
+
+def test_one_connection_or_request_does_not_stop_the_others() -> None:
+    done: list[str] = []
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("unexpected")
+
+    async def run() -> None:
+        shared = listener.Listener(mock.Mock(), 10, 100, 1.0)
+        for expire in (fail, lambda now: done.append("expired")) * 3:
+            shared.connections.add(mock.Mock(deadline=0.0, write_deadline=0.0, expire=expire))
+        shared._sweep(asyncio.get_running_loop())
+        shared.turns._left = 0  # as in a round that has started its requests
+        for number in range(3 * AT_ONCE):
+            shared.turns.take("a network", partial(done.append, "started") if number % 2 else fail)
+        while len(done) < 3 + 3 * AT_ONCE // 2:
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert errors == {"connection deadlines": 3, "start of a request": 3 * AT_ONCE // 2}
+
+
+def test_an_error_while_the_last_traces_are_sent_is_reported() -> None:
+    provider = mock.Mock(shutdown=FailsOnce(lambda: None))
+    Traces(provider).stop()
+    assert errors == {"traces": 1}
+
+
+def test_a_process_of_a_pool_ends_even_if_it_cannot_wait_for_its_parent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended: list[int] = []
+    parent = SimpleNamespace(join=FailsOnce(lambda: None))
+    monkeypatch.setattr(pool, "parent_process", lambda: parent)
+    monkeypatch.setattr(pool.os, "_exit", ended.append)
+    with pytest.raises(RuntimeError):
+        pool._end_with_parent()
+    assert ended == [1]
+
+
+def test_errors_of_messages_between_processes_are_reported_where_they_occur() -> None:
+    ours, theirs = socket.socketpair()
+
+    def note() -> None:
+        raise RuntimeError("unexpected")
+
+    async def unserializable() -> object:
+        return object()
+
+    async def fail() -> None:
+        raise RuntimeError("half a pair: \ud800")
+
+    async def run() -> None:
+        caller, other = (
+            Channel({}),
+            Channel({"note": note, "value": unserializable, "fail": fail, "ask": object}),
+        )
+        running = [asyncio.create_task(caller.run(ours)), asyncio.create_task(other.run(theirs))]
+        caller.tell("note")
+        for method in ("value", "fail", "ask"):
+            with pytest.raises(RequestError):
+                await caller.call(method)
+        assert errors == {"note": 1, "value": 1, "fail": 1, "ask": 1}
+        for task in running:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+BROKEN = """
+from de3.cli import main
+from de3.server.processes.channel import Channel
+from de3.server.processes.connections import Connections
+from de3.server.processes.metrics import SharedMetrics
+from tests.test_background import FailsOnce
+
+for owner, name in ((SharedMetrics, "_read"), (Channel, "_receive"), (Connections, "_accept")):
+    setattr(owner, name, FailsOnce(getattr(owner, name)))
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_a_supervisor_goes_on(store: Path) -> None:
+    running = Running(store, "--default-model", "tiny", code=BROKEN)
+    try:
+        running.wait()
+        for task in ("reading metrics", "process", "event loop"):
+            until(lambda task=task: running.metric("de3_background_errors_total", task=task) == 1, task)
+            assert running.logged(f"{task} failed")
+        assert running.metric("de3_replaced_processes_total") == 1
+        assert running.get("/ready").status_code == 200
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(60) == 0
+    finally:
+        running.process.kill()
