@@ -39,7 +39,7 @@ class Admission:
         self._short_s = first.timing.full_depth_s(8)
         objective_s = self._settings.slo_p99_ms / 1000
         controller = self._controller = Controller(objective_s, self._max_level, guess, threads)
-        keep_running("load control", lambda: self._tick(controller, engine))
+        keep_running("load_control", lambda: self._tick(controller, engine))
 
     def _max_level(self) -> int:
         """The highest load level of any model."""

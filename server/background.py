@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from threading import Lock, Thread
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from de3.server.failures import FailureLog
 
@@ -16,19 +16,48 @@ failures = FailureLog(logging.getLogger("de3"))
 # Pause before a task that failed is started again. It doubles, unless the task ran for MAX_PAUSE_S.
 PAUSE_S, MAX_PAUSE_S = 0.1, 30.0
 
-errors = Counter[str]()  # unexpected errors in this process, by task; see metrics.BackgroundErrors
+# Names of the tasks, and of parts of them that fail alone: the values of a metric's label.
+Task = Literal[
+    "audits",
+    "channel",
+    "connection",
+    "connection_deadlines",
+    "counting_audits",
+    "counting_texts",
+    "engine",
+    "engine_callback",
+    "engine_watchdog",
+    "event_loop",
+    "fit",
+    "freeing_memory",
+    "last_audits",
+    "learning",
+    "load_control",
+    "message",
+    "metrics",
+    "model_change",
+    "pausing_fit",
+    "process",
+    "process_loading",
+    "reading_metrics",
+    "report",
+    "request_start",
+    "saving_audits",
+    "traces",
+]
+errors = Counter[str](dict.fromkeys(get_args(Task), 0))  # unexpected errors in this process
 _counting = Lock()
 _running: set[asyncio.Task[Any]] = set()  # asyncio itself keeps only weak references to tasks
 
 
-def report(task: str, error: BaseException) -> None:
-    """Log and count an unexpected error; safe to call from any thread. task: name of what failed."""
+def report(task: Task, error: BaseException) -> None:
+    """Log and count an unexpected error; safe to call from any thread."""
     with _counting:
         errors[task] += 1
-    failures.log(f"{task} failed", error=error)  # errors of different tasks are of different kinds
+    failures.log(f"{task.replace('_', ' ')} failed", error=error)
 
 
-def report_error(task: str, ended: asyncio.Task[Any], expected: type[Exception] | tuple[()] = ()) -> None:
+def report_error(task: Task, ended: asyncio.Task[Any], expected: type[Exception] | tuple[()] = ()) -> None:
     """Report the error, if any, of an asyncio task that has ended, unless it is of the type `expected`."""
     if ended.cancelled():
         return
@@ -52,7 +81,7 @@ class Backoff:
         return pause_s
 
 
-def keep_running(task: str, run: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+def keep_running(task: Task, run: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
     """Start a task that ends only if `run` returns or if it is cancelled; after an error, it is started again."""
 
     async def keep() -> None:
@@ -68,7 +97,7 @@ def keep_running(task: str, run: Callable[[], Coroutine[Any, Any, None]]) -> asy
     return run_once(task, keep())
 
 
-def run_once(task: str, running: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+def run_once(task: Task, running: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     """Start a task, and log and count its error, even if nobody awaits it."""
 
     def ended(done: asyncio.Task[T]) -> None:
@@ -85,7 +114,7 @@ def report_unhandled(loop: asyncio.AbstractEventLoop) -> None:
     """Log and count errors that reach the event loop, such as those of its callbacks; the loop continues."""
 
     def handle(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        report("event loop", context.get("exception") or RuntimeError(context["message"]))
+        report("event_loop", context.get("exception") or RuntimeError(context["message"]))
 
     loop.set_exception_handler(handle)
 

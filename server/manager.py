@@ -268,7 +268,7 @@ class Manager:
             if self._models.find(served.model.full_name) is None:
                 self.plans.pop(served.model.full_name, None)
             log.info("%s is unloaded", served.model.full_name)
-        run_once("freeing memory", _give_back([ref(served.model) for served in gone]))
+        run_once("freeing_memory", _give_back([ref(served.model) for served in gone]))
 
 
 async def _give_back(models: list[ref[Model]]) -> None:

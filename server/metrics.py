@@ -175,7 +175,7 @@ class BackgroundErrors(Collector):
             "Unexpected errors of background tasks, which are logged; the server goes on",
             labels=["task"],
         )
-        for task, count in sorted(errors.items()):
+        for task, count in list(errors.items()):  # rate() needs a 0 before the first error
             counter.add_metric([task], count)
         yield counter
 

@@ -129,7 +129,7 @@ class Service:
             models = [served.model for served in self.models.all]
             self.engine.start(lambda: run_longest(models), _on(asyncio.get_running_loop()))
             self.shared.start()
-            keep_running("engine watchdog", lambda: self._watch_engine(on_failure))
+            keep_running("engine_watchdog", lambda: self._watch_engine(on_failure))
             # Most objects that exist now are permanent. Later garbage collections, which delay requests, skip them.
             gc.collect()
             gc.freeze()

@@ -29,11 +29,11 @@ def test_an_error_in_the_observer_costs_no_answer_and_no_thread(
         raise Worse
 
     with serving(store, models=["tiny"], threads=1) as server:
-        before = errors["counting texts"]
+        before = errors["counting_texts"]
         monkeypatch.setattr(server.service.engine, "_observe", broken)
         for _ in range(3):
             assert server.classify(input=["good", "bad"]).status_code == 200
-        assert errors["counting texts"] == before + 6
+        assert errors["counting_texts"] == before + 6
         assert all(thread.is_alive() for thread in server.service.engine._threads)
         assert httpx.get(server.url + "/ready").status_code == 200
 

@@ -161,4 +161,4 @@ class Audits:
         try:
             auditor.answered(job, draw)
         except Exception as error:  # must not fail a request that was answered
-            report("counting audits", error)
+            report("counting_audits", error)

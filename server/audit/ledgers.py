@@ -114,7 +114,7 @@ class Ledgers:
     def start(self) -> None:
         """Start the task that saves changes."""
         if self._state is not None:
-            keep_running("saving audits", self._save_often)
+            keep_running("saving_audits", self._save_often)
 
     async def _save_often(self) -> None:
         while True:

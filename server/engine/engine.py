@@ -47,7 +47,7 @@ def _call_each(callbacks: Iterable[Callable[[], object]]) -> None:
         try:
             callback()
         except Exception as error:
-            report("engine callback", error)
+            report("engine_callback", error)
 
 
 class Engine:
@@ -273,4 +273,4 @@ class Engine:
         try:
             self._observe(served, outcomes)
         except BaseException as error:
-            report("counting texts", error)
+            report("counting_texts", error)

@@ -124,4 +124,4 @@ _abandoned: set[asyncio.Task[Any]] = set()  # changes whose clients are gone
 
 def _ended(task: asyncio.Task[Any]) -> None:
     _abandoned.discard(task)
-    report_error("change of the models", task, RequestError)
+    report_error("model_change", task, RequestError)

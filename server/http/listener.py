@@ -246,4 +246,4 @@ class Listener:
             try:
                 connection.expire(now)
             except Exception as error:  # must not prevent that the others expire
-                report("connection deadlines", error)
+                report("connection_deadlines", error)

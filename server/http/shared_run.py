@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
-from de3.server.background import report_error
+from de3.server.background import Task, report_error
 from de3.server.errors import RequestError
 
 MAX_WAITING = 16
@@ -14,7 +14,7 @@ T = TypeVar("T")
 class SharedRun(Generic[T]):
     """Runs a coroutine once for all concurrent requests; the run continues even if they are cancelled."""
 
-    def __init__(self, what: str, most: int = MAX_WAITING) -> None:
+    def __init__(self, what: Task, most: int = MAX_WAITING) -> None:
         """what: name of the result, for errors. most: more requests than this may not wait."""
         self._what, self._most, self._waiting = what, most, 0
         self._running: asyncio.Task[T] | None = None

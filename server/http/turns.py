@@ -48,7 +48,7 @@ class Turns:
             try:
                 starts.popleft()()
             except Exception as error:  # must not stop the rounds
-                report("start of a request", error)
+                report("request_start", error)
             if starts:
                 self._pending[network] = starts  # moves the network to the end
         if self._is_scheduled and self._loop is not None:

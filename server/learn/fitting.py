@@ -58,7 +58,7 @@ async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
         env={**os.environ, **dict.fromkeys(threads, "1")},
         limit=MAX_OUTPUT,
     )
-    slowed = keep_running("pausing a fit", lambda: _slow_down(process, _has_quota()))
+    slowed = keep_running("pausing_fit", lambda: _slow_down(process, _has_quota()))
     try:
         output, errors = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
     except TimeoutError:

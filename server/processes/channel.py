@@ -93,7 +93,7 @@ class Channel:
         if isinstance(method, str):
             result = self._run(number, method, value)
             if result is not None:
-                run_once(method, result)
+                run_once("message", result)
         elif (future := self._calls.get(number)) is not None and not future.done():
             if method:  # an error
                 future.set_exception(_error_of(value))
@@ -123,7 +123,7 @@ class Channel:
 
     def _fail(self, number: int, method: str, error: Exception) -> None:
         if not isinstance(error, RequestError | ChannelClosedError):
-            report(method, error)
+            report("message", error)
         if number:
             self._send([number, True, _row(error)])
 

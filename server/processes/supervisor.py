@@ -92,7 +92,7 @@ class Supervisor:
         )
         for number in self._starts:
             self._begin_life(number)
-        keep_running("reading metrics", self._metrics.keep)
+        keep_running("reading_metrics", self._metrics.keep)
         failure = await self._over
         await self._drain()
         if failure is not None:
@@ -228,7 +228,7 @@ class Supervisor:
 
     def _handlers(self, process: Process) -> dict[str, Callable[..., Any]]:
         def running() -> None:
-            run_once("loading of a process", self._load(process))
+            run_once("process_loading", self._load(process))
 
         def listening() -> None:
             process.is_listening = True

@@ -243,7 +243,7 @@ class Worker:
             except (TimeoutError, ChannelClosedError):
                 log.warning("the supervisor did not confirm the last audits")
             except Exception as error:
-                report("last audits", error)
+                report("last_audits", error)
 
     async def _flush(self) -> None:
         self._send_settled()
