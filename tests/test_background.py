@@ -34,6 +34,8 @@ from de3.server.learn import fitting, learners
 from de3.server.learn.learners import Learners
 from de3.server.overload import Controller
 from de3.server.processes.channel import Channel
+from de3.server.processes.worker import CLOSED, CONNECTION, Worker
+from de3.server.settings import Settings
 from tests.fixtures import make_rows
 from tests.serving import Server, serving, until
 from tests.test_processes import Running
@@ -341,6 +343,38 @@ def test_errors_of_messages_between_processes_are_reported_where_they_occur() ->
             task.cancel()
 
     asyncio.run(run())
+
+
+def test_a_process_that_cannot_read_its_channel_drains(store: Path) -> None:
+    """The supervisor then replaces it. A connection that cannot be served is closed, and reported as closed."""
+    (ours, its), (sockets, its_sockets) = (
+        socket.socketpair(socket.AF_UNIX, kind) for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
+    )
+    client, accepted = socket.socketpair()
+
+    def create() -> asyncio.Protocol:
+        raise RuntimeError("unexpected")
+
+    async def run() -> None:
+        worker, served = Worker(Settings(store=store), its, its_sockets), mock.Mock()
+        worker.attach(served, served.stop)
+        worker.run()
+        worker.listen(create)
+        socket.send_fds(sockets, [CONNECTION], [accepted.fileno()])
+        accepted.close()
+        assert await asyncio.to_thread(client.recv, 1) == b""
+        assert await asyncio.to_thread(sockets.recv, 10) == CLOSED + b"1"
+        assert errors == {"connection": 1} and not served.drain.called
+        worker.channel.call = FailsOnce(None)  # type: ignore[method-assign,assignment]
+        await asyncio.to_thread(worker.stop)
+        assert errors["last_audits"] == 1
+        ours.send(b"\x00\x00\x00\x01?")
+        while not errors["channel"]:
+            await asyncio.sleep(0)
+        assert served.drain.called and served.stop.called
+
+    with ours, its, sockets, its_sockets, client:
+        asyncio.run(run())
 
 
 BROKEN = """

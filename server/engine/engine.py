@@ -178,8 +178,8 @@ class Engine:
     def _work(self, number: int) -> None:
         try:
             self._warm_ups.pop()()
-        except BaseException:
-            log.exception("an engine thread failed to warm up, and continues anyway")
+        except BaseException as error:  # the thread continues: only the first texts are slower
+            report("engine", error)
         self._failures[number] = 0
         while self._step(number):  # a separate call, so that a waiting thread keeps no model alive
             if self._failures[number] > MAX_FAILURES:
