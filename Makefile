@@ -66,11 +66,11 @@ format: $(DEV)/ready
 setup: $(DEV)/ready
 
 # An environment is recreated only if pyproject.toml or the kernels have changed. Serving has its own, which needs
-# neither torch nor transformers. In the other, modules are compiled when they are first imported: most never are.
+# neither torch nor transformers. Modules are compiled when they are first imported: most never are.
 $(SERVE)/ready: pyproject.toml $(NATIVE)
 	@echo "Installing what serving needs into $(SERVE): once, about a minute (75 MB to download)."
 	$(PYTHON) -m venv $(SERVE)
-	$(SERVE)/bin/pip install $(QUIET) --editable .
+	$(SERVE)/bin/pip install $(QUIET) --no-compile --editable .
 	touch $@
 
 $(DEV)/ready: pyproject.toml $(NATIVE)
