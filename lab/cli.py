@@ -18,6 +18,11 @@ from lab.options import Core, Int8Model, show
 from lab.studies.cli import app as studies_app
 
 EXPERIMENTS = ("cells", "drift", "joined", "shift", "signals", "stock", "sweep")
+# The modules that decide, which `mutate` changes.
+MUTATED = (
+    *("exits", "server/audit", "server/learn", "server/processes"),
+    *("export/cache.py", "export/hub.py", "export/fit.py"),
+)
 app = typer.Typer(no_args_is_help=True, help="Measurements, attacks and studies behind the documentation.")
 app.add_typer(studies_app, name="study")
 app.add_typer(audit_app, name="audit")
@@ -315,6 +320,61 @@ def faults(
     write_json(out / "faults.json", [asdict(row) for row in rows])
     if any(row.lost for row in rows):
         raise typer.Exit(1)
+
+
+@app.command()
+def mutate(
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Folder or file whose code to change; repeat for more. Default: {', '.join(MUTATED)}.",
+            show_default=False,
+        ),
+    ] = None,
+    tests: Annotated[
+        list[str] | None,
+        typer.Option(help="Test file; repeat for more. Default: tests/.", show_default=False),
+    ] = None,
+    count: Annotated[int, typer.Option(help="Number of mutants.", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 1,
+    minutes: Annotated[float, typer.Option(help="Time limit, the run for coverage included.", min=0)] = 60.0,
+    tests_s: Annotated[
+        float, typer.Option(help="Normal duration of the tests of one mutant, at most: the fastest are run.")
+    ] = 60.0,
+    workers: Annotated[int, typer.Option(help="Processes of the run for coverage.", min=1)] = 2,
+    out: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,
+) -> None:
+    """Change a random sample of the product's statements, one at a time, and count the changes that the tests notice.
+
+    Works on a copy of the checkout. A first run of the tests, cached until a file changes, finds which of them cover
+    each line; only those are run. Tests marked slow are not.
+
+    Example: python -m lab mutate --modules exits --count 50
+    """
+    import signal
+    import sys
+
+    from lab import mutate as mutation
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copy is removed
+    chosen = [module.rstrip("/") for module in modules or MUTATED]
+    root = Path(__file__).parents[1]
+    results = mutation.mutate(
+        root,
+        chosen,
+        tests or [],
+        count,
+        seed,
+        minutes,
+        tests_s,
+        workers,
+        lambda line: print(line, flush=True),
+    )
+    columns = ["module", "mutants", "killed", "timeout", "survived", "not covered", "score"]
+    show(columns, mutation.table(results, chosen), out, mutation.numbers(results, seed))
+    for result in results:
+        if result.outcome in ("survived", "not covered"):
+            print(result)
 
 
 @app.command()

@@ -1,0 +1,111 @@
+"""Mutation testing of a tiny package, whose tests check one function well and the other badly."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lab.mutants import mutants
+from lab.mutate import mutate, table
+
+SOURCE = '''"""A docstring with 1 number."""
+
+LIMIT = 2
+
+
+def strong(a: int, b: int = 1) -> int:
+    """Subtract 1 from 2."""
+    return a - b
+
+
+def weak(a: int) -> bool:
+    return a > LIMIT
+
+
+def untested(a: int) -> int:
+    return a + 1
+
+
+def endless(a: int) -> int:
+    while a < 3:
+        a += 1
+    return a
+'''
+TESTS = """
+import os
+import subprocess
+import sys
+
+from tiny.code import endless, strong
+
+
+def test_strong():
+    assert strong(3) == 2 and strong(5, 2) == 3
+
+
+def test_weak_in_another_process():
+    code = "from tiny.code import weak; raise SystemExit(weak(9) is None)"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd="/")
+
+
+def test_that_fails_anyway():
+    assert False
+
+
+def test_endless():
+    assert endless(0) == 3
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with the package `tiny`, linked to its folder `real`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("lab.mutate.START_S", 10.0)
+    root = tmp_path / "checkout"
+    for name, text in (("real/__init__.py", ""), ("real/code.py", SOURCE), ("tests/test_code.py", TESTS)):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "tiny").symlink_to("real")
+    (root / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+    return root
+
+
+def files_of(root: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+def test_only_code_that_runs_is_changed() -> None:
+    changes = {(mutant.line, mutant.after) for mutant in mutants("code.py", SOURCE)}
+    assert changes == {
+        *((3, "LIMIT = 3"), (3, "LIMIT = 1")),
+        *((6, "def strong(a: int, b: int = 2) -> int:"), (6, "def strong(a: int, b: int = 0) -> int:")),
+        *((8, "return (a + b)"), (8, "return None"), (12, "return (a >= LIMIT)"), (12, "return None")),
+        *((16, "return (a - 1)"), (16, "return a + 2"), (16, "return a + 0"), (16, "return None")),
+        *((20, "while (a <= 3):"), (20, "while a < 4:"), (20, "while a < 2:")),
+        *((21, "a -= 1"), (21, "pass"), (21, "a += 2"), (21, "a += 0"), (22, "return None")),
+    }
+
+
+def test_mutants_that_a_test_notices_are_killed(checkout: Path) -> None:
+    before, said = files_of(checkout), list[str]()
+    results = mutate(checkout, ["real"], [], 100, 1, 10.0, 60.0, 1, said.append)
+    assert files_of(checkout) == before
+    outcomes = {(result.mutant.line, result.mutant.after): result.outcome for result in results}
+    assert len(outcomes) == len(results) == len(mutants("real/code.py", SOURCE))
+    survived = {change for change, outcome in outcomes.items() if outcome == "survived"}
+    assert survived == {(3, "LIMIT = 3"), (3, "LIMIT = 1"), (12, "return (a >= LIMIT)")}
+    assert {line for (line, _), outcome in outcomes.items() if outcome == "not covered"} == {16}
+    assert {change for change, outcome in outcomes.items() if outcome == "timeout"} == {
+        *((21, "a -= 1"), (21, "pass"), (21, "a += 0"))
+    }
+    by = {result.mutant.line: result.by for result in results if result.outcome == "killed"}
+    assert by[8] == by[6] == "tests/test_code.py::test_strong"
+    assert by[12] == "tests/test_code.py::test_weak_in_another_process"
+    assert list(table(results, ["real"]))[-1] == ["all", "21", "11", "3", "3", "4", "67%"]
+    again = list[str]()
+    assert mutate(checkout, ["real"], [], 2, 1, 10.0, 60.0, 1, again.append) == mutate(
+        checkout, ["real"], [], 2, 1, 10.0, 60.0, 1, again.append
+    )
+    assert said[0].startswith("running the tests") and not again[0].startswith("running the tests")
