@@ -12,8 +12,8 @@ import time
 import venv
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,8 @@ from lab.mutants import Mutant, mutants
 PATIENCE = 4.0  # the time limit of a mutant, relative to the normal duration of its tests
 START_S = 60.0  # and what pytest may need besides
 RUN = ("-m", "pytest", "-q", "-p", "mutate_plugin", "-p", "no:cacheprovider", "-m", "not slow")
+ONE = ("-x", "-p", "no:xdist")
+NOT_PASSED = ("PYTEST", "COVERAGE", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")  # prefixes of variables
 COVERAGE = """
 [run]
 branch = false
@@ -44,19 +46,36 @@ class Covered:
     """Who covers what, without mutants.
 
     Attributes:
-        lines: for each file and line, the tests and test files that run it; of a file, each test may.
-        seconds: duration of each test that passes.
+        lines: for each file and line, the tests and test files that run it. A file stands for all its tests: a fixture
+            runs the line, or if the name ends in "::", a process that a fixture starts.
+        seconds: duration of each test that passes, without its fixtures.
+        fixtures: duration of the fixtures of each test file.
     """
 
     lines: dict[str, dict[int, list[str]]]
     seconds: dict[str, float]
+    fixtures: dict[str, float]
+
+    def limit(self, tests: list[str]) -> float:
+        """Time limit of a run of these tests, seconds."""
+        files = {test.partition("::")[0] for test in tests}
+        normal = sum(self.seconds[test] for test in tests) + sum(self.fixtures[file] for file in files)
+        return START_S + PATIENCE * normal
 
     def tests_of(self, mutant: Mutant) -> set[str]:
-        """The tests that run the mutant's statement, or for one that runs on import, any line of its file."""
+        """The tests that run the mutant's statement."""
+        by = {name.removesuffix("::") for name in self._names(mutant)}
+        return {test for test in self.seconds if test in by or test.partition("::")[0] in by}
+
+    def is_in_fixture(self, mutant: Mutant) -> bool:
+        """True if a fixture runs the mutant's statement in the process of the tests."""
+        return any("::" not in name for name in self._names(mutant))
+
+    def _names(self, mutant: Mutant) -> set[str]:
+        """The tests and files that run the statement; for one that runs on import, any line of its file."""
         lines = self.lines.get(mutant.file, {})
         first, last = mutant.lines if mutant.lines != (0, 0) else (0, sys.maxsize)
-        by = {name for line, names in lines.items() if first <= line <= last for name in names}
-        return {test for test in self.seconds if test in by or test.partition("::")[0] in by}
+        return {name for line, names in lines.items() if first <= line <= last for name in names}
 
 
 @dataclass(frozen=True)
@@ -82,9 +101,8 @@ class Checkout:
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.folder = folder / "copy", folder
         listed = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-        names = subprocess.run(listed, cwd=root, check=True, capture_output=True, text=True).stdout.split(
-            "\0"
-        )
+        output = subprocess.run(listed, cwd=root, check=True, capture_output=True, text=True).stdout
+        names = output.split("\0")
         names += [str(file.relative_to(root)) for file in root.glob("*/*.so")]
         digest = hashlib.sha256()
         for name in sorted(filter(None, set(names))):
@@ -93,6 +111,8 @@ class Checkout:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target, follow_symlinks=False)
                 content = os.fsencode(source.readlink()) if source.is_symlink() else source.read_bytes()
+                if name.startswith(("lab/", "docs/")):  # they cover nothing of the product's tests
+                    continue
                 digest.update(f"{name}\0{len(content)}\0".encode() + content)
         self.state = digest.hexdigest()
         venv.create(folder / "venv", symlinks=True)
@@ -105,16 +125,12 @@ class Checkout:
         )
         shutil.copy(Path(__file__).with_name("mutate_plugin.py"), site)
         (folder / "tmp").mkdir()
+        self._made = folder / "made"
+        self._made.mkdir()
         self._environment = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("PYTEST", "COVERAGE"))
-            },
+            **{name: value for name, value in os.environ.items() if not name.startswith(NOT_PASSED)},
             **{"TMPDIR": str(folder / "tmp"), "MUTATE_FOLDER": str(folder)},
         }
-        for name in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):
-            self._environment.pop(name, None)
         self._times = count(1)
 
     def pytest(self, *arguments: str, limit: float, **environment: str) -> tuple[int | None, dict[str, Any]]:
@@ -136,7 +152,11 @@ class Checkout:
             finally:
                 self._kill_all()
                 process.wait()
-        found = json.loads(results.read_text()) if results.exists() else {"seconds": {}, "failed": []}
+        found = (
+            json.loads(results.read_text())
+            if results.exists()
+            else {"seconds": {}, "fixtures": {}, "failed": []}
+        )
         return status, found
 
     def _kill_all(self) -> None:
@@ -167,30 +187,43 @@ class Checkout:
             }
             for file in by_file.measured_files()
         }
-        failed = set(found["failed"])
-        return Covered(lines, {test: s for test, s in found["seconds"].items() if test not in failed})
+        for test in found["failed"]:
+            found["seconds"].pop(test, None)
+        return Covered(lines, found["seconds"], found["fixtures"])
 
-    @contextmanager
-    def changed(self, mutant: Mutant) -> Iterator[None]:
-        """Apply a mutant, and undo it afterwards."""
-        file = self.root / mutant.file
+    def run_changed(
+        self, mutant: Mutant, tests: list[str], limit: float, apart: bool
+    ) -> tuple[int | None, str]:
+        """Run tests with a mutant; returns what `run` returns. Fixtures made with it are made again without it."""
+        file, made = self.root / mutant.file, set(self._made.glob("shared-*"))
         before = file.read_text()
         self._write(file, mutant.source)
         try:
-            yield
+            ended = self.run(tests, limit, apart)
         finally:
             self._write(file, before)
+        if changed := set(self._made.glob("shared-*")) - made:
+            for path in changed:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self.run(list({test.partition("::")[0]: test for test in reversed(tests)}.values()), limit)
+        return ended
 
     def _write(self, file: Path, source: str) -> None:
         """Write a file with a time that it never had, in 1970: Python compares it with that of the compiled code."""
         file.write_text(source)
         os.utime(file, (at := next(self._times), at))
 
-    def run(self, tests: list[str], limit: float) -> tuple[int | None, str]:
-        """Run tests in this order until one fails; returns the exit status, and the test that failed."""
+    def run(self, tests: list[str], limit: float, apart: bool = False) -> tuple[int | None, str]:
+        """Run tests in this order until one fails; returns the exit status, and the test that failed.
+
+        The fixtures that tests/fixtures.py makes once for all workers of pytest-xdist are made once for all runs, or
+        again if the run is apart.
+        """
         (order := self.folder / "tests.json").write_text(json.dumps(tests))
         files = dict.fromkeys(test.partition("::")[0] for test in tests)
-        status, found = self.pytest(*files, "-x", "-p", "no:xdist", limit=limit)
+        shared = {} if apart else {"PYTEST_XDIST_WORKER": "mutant"}  # what made_once asks for
+        base = f"--basetemp={self._made / 'run'}"
+        status, found = self.pytest(*files, *ONE, base, limit=limit, **shared)
         order.unlink()
         return status, next(iter(found["failed"]), "")
 
@@ -281,11 +314,11 @@ def _covered(
         lines = {
             name: {int(line): by for line, by in found.items()} for name, found in content["lines"].items()
         }
-        return Covered(lines, content["seconds"])
+        return Covered(lines, content["seconds"], content["fixtures"])
     say("running the tests once, to see which lines they cover")
     covered = checkout.cover(modules, tests or ["tests"], workers, end - time.monotonic())
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"lines": covered.lines, "seconds": covered.seconds}))
+    file.write_text(json.dumps(asdict(covered)))
     return covered
 
 
@@ -299,27 +332,31 @@ def _test(
 ) -> Result | None:
     """Run a mutant's tests; None if there was no time left.
 
-    A test only counts if it passes alone without the mutant. `reliable` holds this for the tests that failed so far.
+    A failing test only counts if it passes alone without the mutant, which `reliable` holds for those tried so far; and
+    a timeout only if the tests end in time without it.
     """
     while True:
         tests = {test for test in covered.tests_of(mutant) if reliable.get(test, True)}
         chosen = _chosen(tests, covered.seconds, tests_s)
         if not chosen:
             return Result(mutant, "not covered")
-        limit = START_S + PATIENCE * sum(covered.seconds[test] for test in chosen)
-        left = end - time.monotonic()
+        limit, left = covered.limit(chosen), end - time.monotonic()
         if left <= 0:
             return None
-        with checkout.changed(mutant):
-            status, failed = checkout.run(chosen, min(limit, left))
+        apart = covered.is_in_fixture(mutant)
+        status, failed = checkout.run_changed(mutant, chosen, min(limit, left), apart)
         if status is None:
-            return Result(mutant, "timeout") if limit <= left else None
+            if limit > left:
+                return None
+            is_slow_anyway = checkout.run(chosen, limit, apart)[0] is None
+            return Result(mutant, "survived" if is_slow_anyway else "timeout")
         if status in (0, 5):  # passed, or the tests have other names now
             return Result(mutant, "survived")
-        if failed and failed not in reliable:
-            reliable[failed] = checkout.run([failed], 5 * limit)[0] == 0
-        if reliable.get(failed, True):
-            return Result(mutant, "killed", failed or "no test can be collected")
+        witness = failed or chosen[0]  # none failed if even the import of a test file did
+        if witness not in reliable:
+            reliable[witness] = checkout.run([witness], 5 * limit)[0] == 0
+        if reliable[witness]:
+            return Result(mutant, "killed", failed or "no test can be imported")
 
 
 def _chosen(tests: set[str], seconds: dict[str, float], most_s: float) -> list[str]:

@@ -11,12 +11,13 @@ import pytest
 FOLDER = Path(os.environ["MUTATE_FOLDER"])
 TESTS = FOLDER / "tests.json"  # the tests to run, in order; all of them if there is no such file
 seconds: dict[str, float] = {}
+fixtures: dict[str, float] = {}
 failed: list[str] = []
 
 
 def _record(context: str) -> None:
     """Record what runs from now on, here and in processes that are started now, as covered by this test or file."""
-    os.environ["MUTATE_CONTEXT"] = context  # for .coveragerc
+    os.environ["MUTATE_CONTEXT"] = context if "::" in context else f"{context}::"  # for the file coveragerc
     if current := coverage.Coverage.current():
         current.switch_context(context)
 
@@ -39,8 +40,12 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keep the duration, and the failures."""
-    seconds[report.nodeid] = seconds.get(report.nodeid, 0.0) + report.duration
+    """Keep the durations, and the failures."""
+    if report.when == "call" and report.passed:
+        seconds[report.nodeid] = report.duration
+    elif report.when != "call":
+        file = report.nodeid.partition("::")[0]
+        fixtures[file] = fixtures.get(file, 0.0) + report.duration
     if report.failed:
         failed.append(report.nodeid)
 
@@ -56,4 +61,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the results."""
     if not hasattr(session.config, "workerinput"):  # the workers' reports come here
-        (FOLDER / "results.json").write_text(json.dumps({"seconds": seconds, "failed": failed}))
+        (FOLDER / "results.json").write_text(
+            json.dumps({"seconds": seconds, "fixtures": fixtures, "failed": failed})
+        )
