@@ -39,15 +39,8 @@ async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
 
     Raises FitError if the fit fails or exceeds a limit.
     """
-    # An argument, not standard input: the process may end before it has read anything.
-    arguments = (
-        "-P",
-        "-X",
-        "utf8",
-        "-c",
-        PROGRAM,
-        json.dumps(job),
-    )  # -P: no modules from the working directory
+    # -P: import no modules from the working directory. The job is an argument, as the process may end before it reads.
+    arguments = ("-P", "-X", "utf8", "-c", PROGRAM, json.dumps(job))
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     process = await asyncio.create_subprocess_exec(
         sys.executable,

@@ -133,7 +133,8 @@ class Supervisor:
             await self._start_and_watch(number, pause_s)
         except Exception as error:
             report("process", error)
-            self._failed(number, f"the supervisor failed: {error}")
+            if not (self._is_draining or self._over.done()):
+                self._failed(number, f"the supervisor failed: {error}")
 
     async def _start_and_watch(self, number: int, pause_s: float) -> None:
         loop = asyncio.get_running_loop()
