@@ -1,7 +1,6 @@
 """The supervisor's parts, with real sockets; `test_processes.py` runs whole servers."""
 
 import asyncio
-import os
 import signal
 import socket
 import subprocess
@@ -9,25 +8,30 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from de3.model_store.store import Store
+from de3.server.audit.ledger import Settled
 from de3.server.errors import RequestError
 from de3.server.http.access import Access
+from de3.server.learn.record import Record
 from de3.server.manager import Plan
-from de3.server.processes import group
+from de3.server.processes import group, supervisor, worker
 from de3.server.processes.books import SharedBooks
 from de3.server.processes.channel import Channel, ChannelClosedError
 from de3.server.processes.connections import Connections
 from de3.server.processes.group import Group, Process
+from de3.server.processes.metrics import SharedMetrics
 from de3.server.processes.models import SharedModels
-from de3.server.processes.supervisor import Supervisor
+from de3.server.processes.samples import Family
+from de3.server.processes.supervisor import ENDS_S, MAX_ENDS, MAX_STARTS, RETRY_S, ServerError, Supervisor
 from de3.server.processes.weights import Weights
 from de3.server.processes.worker import CONNECTION, MAX_UNSENT_BYTES, Worker, plan_row
 from de3.server.settings import Settings
-from tests.test_processes import Running
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 STATE: dict[str, Any] = {"models": [], "routes": {}}
@@ -133,6 +137,134 @@ def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: Path) -
     asyncio.run(run())
 
 
+def test_a_process_that_loads_the_models_during_a_change_loads_them_again(store: Path) -> None:
+    plan = plan_row(Plan("load", "tiny", "current", 0.0, None, Store(store).open("tiny-int8")))
+    states = [{"models": [{"plan": plan}], "routes": {name: {}}} for name in ("before", "after")]
+    settings, loaded, opened = Settings(store=store, processes=2), list[str](), list[int]()
+
+    async def run() -> None:
+        group = Group(2)
+        models = SharedModels(settings, group, Weights(), SharedBooks(settings, group, no_change))
+        models._set_state(states[0])
+
+        def load(said: list[Any]) -> dict[str, Any]:
+            loaded.extend(said[1])
+            if len(loaded) == 1:
+                models._set_state(states[1])
+            return states[len(loaded) - 1]
+
+        async with member(1, load=load, open=lambda: opened.append(len(loaded)), sync=lambda: None) as process:
+            process.is_member = False
+            await models.load(process)
+            await process.call("sync")
+            assert loaded == ["before", "after"] and opened == [2] and process.is_member
+
+    asyncio.run(run())
+
+
+def test_failed_starts_in_a_row_end_the_server_unless_another_process_is_ready(store: Path) -> None:
+    async def run() -> None:
+        async with member(1) as starting, member(2) as other:
+            server, pauses = Supervisor(Settings(store=store, processes=2), (), []), list[float]()
+            server._over = asyncio.get_running_loop().create_future()
+
+            async def live(number: int, pause_s: float = 0.0) -> None:
+                pauses.append(pause_s)
+
+            async def fail(times: int) -> None:
+                pauses.clear()
+                for _ in range(times):
+                    server._failed(1, "no memory")
+                await asyncio.sleep(0)
+
+            server._live = live  # type: ignore[method-assign]
+            for _ in range(2):  # a process that has been ready begins anew
+                await fail(MAX_STARTS)
+                assert pauses == [0.0] * MAX_STARTS and not server._over.done()
+                server._handlers(starting)["ready"]()
+            other.is_ready = True
+            server._group.add(other)
+            await fail(MAX_STARTS + 6)
+            assert pauses[MAX_STARTS:] == [2.0, 4.0, 8.0, 16.0, RETRY_S, RETRY_S] and not server._over.done()
+            other.is_ready = False
+            await fail(1)
+            assert pauses == [] and isinstance(await server._over, ServerError)
+
+    asyncio.run(run())
+
+
+def test_processes_that_end_again_and_again_end_the_server(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(supervisor, "monotonic", lambda: now)
+
+    async def run() -> None:
+        nonlocal now
+        server = Supervisor(Settings(store=store, processes=1), (), [])
+        server._over = asyncio.get_running_loop().create_future()
+        server._live = lambda *_: asyncio.sleep(0)  # type: ignore[assignment, method-assign]
+        for end in (0.0, *(ENDS_S + 0.1 * i for i in range(MAX_ENDS))):
+            assert not server._over.done()
+            now = end
+            process = Process(1, SimpleNamespace(exitcode=-signal.SIGSEGV), Channel({}), socket.socket())
+            server._group.add(process)
+            server._handlers(process)["ready"]()
+            server._gone(process)
+        assert isinstance(await server._over, ServerError)
+
+    asyncio.run(run())
+
+
+def test_the_counts_of_processes_that_have_ended_are_added(store: Path) -> None:
+    def samples(count: int) -> list[Family]:
+        counter = Family("x", "", "counter", [("x_total", {"model": "a"}, count)])
+        return [counter, Family("queue", "", "gauge", [("queue", {}, count)])]
+
+    async def run() -> None:
+        group = Group(1)
+        metrics = SharedMetrics(group, None)
+        for count in (3, 40):
+            metrics.remove(Process(1, None, Channel({}), socket.socket(), samples=samples(count)))
+        async with member(1, samples=lambda: samples(500)) as process:
+            group.add(process)
+            for _ in range(2):
+                text = await metrics.scrape()
+                assert 'x_total{model="a"} 543.0\n' in text and "\nqueue 500.0\n" in text
+
+    asyncio.run(run())
+
+
+def test_a_process_that_stops_first_sends_what_it_has_collected(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "SEND_S", 600)
+    (ours, its), (sockets, its_sockets) = (socket.socketpair() for _ in range(2))
+    counted, records = list[Any](), list[Any]()
+    handlers = {
+        "running": lambda: None,
+        "count": lambda name, rows, *rest: counted.append([name, [row["skipped"] for row in rows], *rest]),
+        "records": records.extend,
+        "sync": lambda: None,
+    }
+
+    async def run() -> None:
+        process = Worker(Settings(store=store), its, its_sockets)
+        process.run()
+        supervisor = asyncio.create_task(Channel(handlers).run(ours))
+        for epoch, skipped in ((1, 5), (2, 6), (1, 7)):
+            process.count("tiny:1", [Settled("me", 0.5, skipped)], epoch, True)
+        record = Record("me", 0.5, 9, np.zeros((2, 4), np.float16), np.ones(2, np.float32))
+        process.learn("tiny:1", record)
+        await asyncio.to_thread(process.stop)
+        assert counted == [["tiny:1", [5, 7], 1, True], ["tiny:1", [6], 2, True]]
+        assert [row[:4] for row in records] == [["tiny:1", "me", 0.5, 9]]
+        supervisor.cancel()
+
+    with sockets, its_sockets:
+        asyncio.run(run())
+
+
 def test_a_failing_process_gets_no_more_connections(store: Path) -> None:
     with socket.socket() as listening, socket.socket() as client, socket.socket() as other:
         listening.bind(("127.0.0.1", 0))
@@ -212,25 +344,6 @@ def test_audits_pause_while_the_supervisor_reads_too_slowly(store: Path) -> None
 
     with ours, its, sockets, its_sockets:
         asyncio.run(run())
-
-
-def test_a_connection_that_waits_to_be_accepted_is_answered_at_the_end(store: Path) -> None:
-    server = Running(store, "--model", "tiny-int8")
-    try:
-        server.wait()
-        os.kill(server.process.pid, signal.SIGSTOP)
-        port = int(server.url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            body = b'{"input": "good"}'
-            head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-            client.sendall(head % len(body) + body)
-            os.kill(server.process.pid, signal.SIGTERM)
-            os.kill(server.process.pid, signal.SIGCONT)
-            client.settimeout(30)
-            assert client.recv(2**16).startswith(b"HTTP/1.1 200")
-        assert server.process.wait(30) == 0
-    finally:
-        server.stop()
 
 
 def test_a_replacement_has_the_keys_with_which_the_server_started(tmp_path: Path, store: Path) -> None:
