@@ -153,13 +153,45 @@ def test_a_process_that_loads_the_models_during_a_change_loads_them_again(store:
                 models._set_state(states[1])
             return states[len(loaded) - 1]
 
-        async with member(1, load=load, open=lambda: opened.append(len(loaded)), sync=lambda: None) as process:
+        async with member(
+            1, load=load, open=lambda: opened.append(len(loaded)), sync=lambda: None
+        ) as process:
             process.is_member = False
             await models.load(process)
             await process.call("sync")
             assert loaded == ["before", "after"] and opened == [2] and process.is_member
 
     asyncio.run(run())
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(store: Path) -> None:
+    (ours, its), (sockets, its_sockets) = (socket.socketpair() for _ in range(2))
+    sockets.setblocking(False)
+
+    class Manager:
+        async def begin(self, *_: object) -> None:
+            raise ValueError("layer_02.onnx: damaged")
+
+    async def run() -> None:
+        server = Supervisor(Settings(store=store, processes=2), (), [])
+        server._over = asyncio.get_running_loop().create_future()
+        process = Process(1, SimpleNamespace(exitcode=0), Channel({}), sockets)
+        process.channel = Channel(server._handlers(process))
+        server._group.add(process)
+        running = asyncio.create_task(process.channel.run(ours))
+        its_end = Worker(Settings(store=store), its, its_sockets)
+        its_end.run()
+        with pytest.raises(ValueError, match="damaged"):
+            await its_end.begin(Manager(), (), False)  # type: ignore[arg-type]
+        await its_end.channel.call("sync")
+        assert process.reason == "layer_02.onnx: damaged"
+        server._gone(process)
+        reason = await server._over
+        assert isinstance(reason, ValueError) and str(reason) == process.reason
+        running.cancel()
+
+    with its_sockets:
+        asyncio.run(run())
 
 
 def test_failed_starts_in_a_row_end_the_server_unless_another_process_is_ready(store: Path) -> None:
