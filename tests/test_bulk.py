@@ -9,26 +9,33 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as arrow
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 import de3
-from de3.bulk import run, source
+from de3.bulk import formats, parts, pool, run, source
+from de3.bulk.formats import KINDS
 from de3.bulk.parts import Parts
+from de3.bulk.report import report
 from de3.bulk.source import Source
-from de3.client import Input
+from de3.client import Input, ServerError
 from de3.columns import Answers
 from de3.loadtest.servers import process_tree
-from de3.tables import Columns
+from de3.model_store.store import Store
+from de3.tables import SEPARATOR, Columns
 from tests.commands import de3 as command
 from tests.commands import refusal
 from tests.fixtures import make_rows
 from tests.serving import serving, until
 
 TEXTS = [text for text, _ in make_rows(100, 23) if text.strip()]
+LONG = "good film " * 60  # more than the model takes
 READING = Columns(label=None)
 
 
@@ -39,34 +46,46 @@ def model(store: Path) -> Iterator[de3.Classifier]:
 
 
 class Here:
-    """A pool that answers in this process; after `stops_at` slices it raises KeyboardInterrupt."""
+    """A pool that answers in this process; after `stops_at` slices it raises KeyboardInterrupt.
+
+    Attributes:
+        texts: number of texts that it was given.
+        most: the most slices that it had at a time.
+    """
 
     size = 2
 
     def __init__(self, model: de3.Classifier, stops_at: int = 10**9) -> None:
-        self._model, self._left = model, stops_at
-        self.texts = 0
+        self._model, self._left, self._waiting = model, stops_at, 0
+        self.texts = self.most = 0
 
     def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
         self._left -= 1
         if self._left < 0:
             raise KeyboardInterrupt
         self.texts += len(texts)
+        self._waiting += 1
+        self.most = max(self.most, self._waiting)
+        answers = self._model.answers(texts, tau=0.3, long="error")
         future = Future[Answers]()
-        future.set_result(self._model.answers(texts, tau=0.3))
+        future.result = lambda timeout=None: self._taken(answers)  # type: ignore[method-assign]
         return future
+
+    def _taken(self, answers: Answers) -> Answers:
+        self._waiting -= 1
+        return answers
 
     def close(self) -> None:
         pass
 
 
 def classify(pool: Here, file: Path, out: Path, part_rows: int = 16, keep: list[str] | None = None) -> Any:
-    parts = Parts(out, out.suffix or ".parquet", {"a": 1})
+    output = Parts(out, out.suffix or ".parquet", {"a": 1})
     try:
-        summary = run.classify(Source(file, READING, keep), pool, parts, lambda name: name, part_rows)
-        return summary, parts.finish(summary.parts)
+        summary = run.classify(Source(file, READING, keep), pool, output, lambda name: name, part_rows)
+        return summary, output.finish(summary.parts)
     finally:
-        parts.close()
+        output.close()
 
 
 def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -101,13 +120,21 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "SLICE_ROWS", 8)
 
 
-@pytest.mark.parametrize("kind_in", [".parquet", ".csv", ".tsv", ".jsonl", ".txt"])
-@pytest.mark.parametrize("kind_out", [".parquet", ".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize(
+    ("kind_in", "kind_out"),
+    [
+        *((".parquet", kind) for kind in KINDS),
+        *((kind, ".jsonl") for kind in (".csv", ".tsv", ".txt")),
+        (".jsonl", ".csv"),
+    ],
+)
 def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_out: str) -> None:
     file, out = tmp_path / f"in{kind_in}", tmp_path / f"out{kind_out}"
     write(file, [{"id": f"a{i}", "text": text} for i, text in enumerate(TEXTS)])
-    summary, refused = classify(Here(model), file, out)
+    pool = Here(model)
+    summary, refused = classify(pool, file, out)
     rows, expected = read(out), model.classify(TEXTS, tau=0.3)
+    assert pool.most == 5  # two for each process, and one
     assert summary.rows == summary.answered == len(TEXTS) and refused is None
     assert [row["text"] for row in rows] == [text.strip() for text in TEXTS] or kind_in == ".txt"
     if kind_in != ".txt":
@@ -116,6 +143,7 @@ def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_
     assert [int(row["exit_layer"]) for row in rows] == [row.exit.layer for row in expected]
     probs = [row["probs"] if isinstance(row["probs"], list) else json.loads(row["probs"]) for row in rows]
     assert probs == [row.probs for row in expected]
+    assert {str(row["truncated"]).lower() for row in rows} == {"false"}
     assert sum(summary.layers.values()) == len(TEXTS) and summary.layers == {
         layer: [row.exit.layer for row in expected].count(layer) for layer in summary.layers
     }
@@ -129,41 +157,64 @@ def test_a_folder_in_and_out(model: de3.Classifier, tmp_path: Path, kind: str) -
     for number in range(3):
         write(folder / f"{number}{kind}", [{"text": text} for text in TEXTS[number * 20 : number * 20 + 20]])
     (folder / "_SUCCESS").touch()
-    parts = Parts(out, kind, {})
-    summary = run.classify(Source(folder, READING), Here(model), parts, lambda name: f"de3_{name}", 16)
-    parts.finish(summary.parts)
-    parts.close()
-    files = sorted(file for file in out.iterdir() if file.name[0] not in "._")
-    assert [file.name for file in files] == [f"part-{n:06}{kind}" for n in range(summary.parts)]
-    rows = [row for file in files for row in read(file)]
+    output = Parts(out, kind, {})
+    summary = run.classify(Source(folder, READING), Here(model), output, lambda name: f"de3_{name}", 16)
+    output.finish(summary.parts)
+    output.close()
+    files = sorted(file for file in out.iterdir() if file.name[0] != ".")
+    assert [file.name for file in files] == ["_run.json", *(f"part-{n:06}{kind}" for n in range(4))]
+    assert [len(read(file)) for file in files[1:]] == [16, 20, 20, 4]  # slices of 8, 8, 4, 8, 8, 4, ...
+    rows = [row for file in files[1:] for row in read(file)]
     assert [row["de3_label"] for row in rows] == [row.label for row in model.classify(TEXTS[:60], tau=0.3)]
     again = Parts(out, kind, {})
     assert again.is_complete
     again.close()
 
 
-@pytest.mark.parametrize("kind", [".parquet", ".csv", ".jsonl"])
-@pytest.mark.parametrize("stops_at", [0, 1, 8, 11])
-def test_a_run_that_was_killed_goes_on_with_the_same_bytes(
-    model: de3.Classifier, tmp_path: Path, kind: str, stops_at: int
+@pytest.mark.parametrize("kind", [".parquet", ".csv"])
+def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
+    model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    file, whole, out = tmp_path / "in.jsonl", tmp_path / f"whole{kind}", tmp_path / f"out{kind}"
-    rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
-    rows[37]["text"] = " "
+    file, whole, part_rows, many = tmp_path / "in.jsonl", tmp_path / f"whole{kind}", 16, 10**6
+    rows: list[dict[str, Any]] = [{"id": i, "text": text} for i, text in enumerate(TEXTS[:40])]
+    rows[17]["text"], rows[18]["text"], rows[19]["text"] = LONG, " ", LONG
     write(file, rows)
-    _, refused = classify(Here(model), file, whole)
-    with pytest.raises(KeyboardInterrupt):
-        classify(Here(model, stops_at), file, out)
-    pool = Here(model)
-    _, refused_again = classify(pool, file, out)
-    assert out.read_bytes() == whole.read_bytes()
-    assert refused.read_bytes() == refused_again.read_bytes()
-    assert pool.texts == 99 if stops_at < 2 else pool.texts < 99
+    left, publish = many, formats.publish
+
+    def interrupted(draft: Path, into: Path) -> None:
+        nonlocal left
+        for step in (lambda: None, lambda: publish(draft, into)):  # before and after the file appears
+            step()
+            left -= 1
+            if not left:
+                raise KeyboardInterrupt
+
+    for module in (formats, parts):
+        monkeypatch.setattr(module, "publish", interrupted)
+    summary, refused = classify(Here(model), file, whole, part_rows)
+    assert (summary.rows, summary.answered, summary.refused) == (40, 37, 3)
+    assert [row["row"] for row in read(refused)] == [17, 18, 19]
+    for steps in range(1, many - left + 1):
+        out, left = tmp_path / f"out{steps}{kind}", steps
+        with pytest.raises(KeyboardInterrupt):
+            classify(Here(model), file, out, part_rows)
+        left, pool = many, Here(model)
+        rows_left = max(0, 40 - part_rows * len(list(Path(f"{out}.parts").glob("part-*"))))
+        if out.exists():  # complete, but for the folder of parts
+            again = Parts(out, kind, {"a": 1})
+            assert again.is_complete and not Path(f"{out}.parts").exists()
+            again.close()
+        else:
+            summary, refused_again = classify(pool, file, out, part_rows)
+            assert summary.rows == 40 and summary.answered + summary.refused == rows_left
+            assert pool.texts == rows_left - (rows_left > 8)
+            assert refused.read_bytes() == refused_again.read_bytes()
+        assert out.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("kind_in", [".parquet", ".csv"])
 @pytest.mark.parametrize("kind_out", [".parquet", ".csv", ".tsv", ".jsonl"])
-def test_columns_in_another_order_keep_their_values(
+def test_columns_in_another_order_or_missing_keep_their_values(
     model: de3.Classifier, tmp_path: Path, kind_in: str, kind_out: str
 ) -> None:
     folder, out = tmp_path / "in", tmp_path / f"out{kind_out}"
@@ -172,9 +223,11 @@ def test_columns_in_another_order_keep_their_values(
     second = [{"text": text, "id": f"b{i}"} for i, text in enumerate(TEXTS[30:60])]
     write(folder / f"1{kind_in}", first)
     write(folder / f"2{kind_in}", second)
+    write(folder / f"3{kind_in}", [{"text": "good"}])
     classify(Here(model), folder, out)
-    assert [row["id"] for row in read(out)] == [row["id"] for row in [*first, *second]]
-    assert [row["text"] for row in read(out)] == TEXTS[:60]
+    none = None if kind_out in (".parquet", ".jsonl") else ""
+    assert [row.get("id", none) for row in read(out)] == [*(row["id"] for row in [*first, *second]), none]
+    assert [row["text"] for row in read(out)] == [*TEXTS[:60], "good"]
 
 
 @pytest.mark.parametrize("kind", [".parquet", ".csv", ".jsonl", ".tsv"])
@@ -228,9 +281,11 @@ def test_without_rows(model: de3.Classifier, tmp_path: Path) -> None:
     assert not (tmp_path / "out.csv.parts").exists()
 
 
-def test_an_interrupted_end(model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_that_is_interrupted_while_the_parts_are_removed(
+    model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out.jsonl"
-    write(tmp_path / "in.jsonl", [{"text": text} for text in [*TEXTS, " "]])
+    write(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -242,13 +297,6 @@ def test_an_interrupted_end(model: de3.Classifier, tmp_path: Path, monkeypatch: 
     again = Parts(out, ".jsonl", {"a": 1})
     assert again.is_complete and not (tmp_path / "out.jsonl.parts").exists() and len(read(out)) == 100
     again.close()
-    out.unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr("de3.bulk.formats.Format.join", stop)
-        with pytest.raises(KeyboardInterrupt):
-            classify(Here(model), tmp_path / "in.jsonl", out)
-    _, refused = classify(Here(model), tmp_path / "in.jsonl", out)
-    assert len(read(out)) == 100 and len(read(refused)) == 1
 
 
 def test_large_columns_end_slices_and_parts(
@@ -290,12 +338,23 @@ def test_rows_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -
     assert (summary.rows, summary.answered, summary.refused) == (9, 3, 6)
 
 
-def test_values_that_orjson_cannot_write_are_copied(model: de3.Classifier, tmp_path: Path) -> None:
-    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    file.write_text('{"text": "good", "n": [1e999, {"big": 36893488147419103232}]}\n')
-    classify(Here(model), file, out)
-    (row,) = read(out)
+def test_values_of_other_types_are_written_as_text(model: de3.Classifier, tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text(
+        '{"text": "good", "n": [1e999, {"big": 36893488147419103232}], "yes": true, "names": ["a", "b"]}\n'
+    )
+    classify(Here(model), file, tmp_path / "out.jsonl")
+    (row,) = read(tmp_path / "out.jsonl")
     assert row["n"] == [None, {"big": 2**65}]
+    classify(Here(model), file, tmp_path / "out.csv")
+    (row,) = read(tmp_path / "out.csv")
+    assert json.loads(row["n"]) == [None, {"big": 2**65}]
+    assert (row["yes"], row["names"]) == ("true", f"a{SEPARATOR}b")
+    table = arrow.table({"text": ["good"], "data": [b"\xff\x00"]})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    for kind in (".jsonl", ".csv"):
+        classify(Here(model), tmp_path / "in.parquet", tmp_path / f"bytes{kind}")
+        assert read(tmp_path / f"bytes{kind}")[0]["data"].strip('"') == "/wA="
 
 
 def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
@@ -394,17 +453,21 @@ def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier,
     assert [row["n"] for row in read(tmp_path / "numbers.parquet")][39:42] == [39, 40, 41]
     rows[40]["n"] = 40.5  # the previous part has whole numbers in this column
     write(file, rows)
-    with pytest.raises(ValueError, match="a column cannot be written as parquet"):
-        classify(Here(model), file, tmp_path / "more.parquet", keep=["n"])
+    for _ in range(2):  # also after the run is continued, when the previous part is only a file
+        with pytest.raises(ValueError, match="a column cannot be written as parquet"):
+            classify(Here(model), file, tmp_path / "more.parquet", keep=["n"])
+    assert len(list((tmp_path / "more.parquet.parts").glob("part-*"))) == 2
 
 
 def test_columns_of_input_and_answers_may_not_have_the_same_name(
     model: de3.Classifier, tmp_path: Path
 ) -> None:
-    write(tmp_path / "in.parquet", [{"text": "good", "label": 1}])
-    with pytest.raises(ValueError, match="label: is a column of the input and of the answers"):
-        classify(Here(model), tmp_path / "in.parquet", tmp_path / "out.parquet")
-    classify(Here(model), tmp_path / "in.parquet", tmp_path / "out.parquet", keep=["text"])
+    for kind in (".parquet", ".jsonl"):
+        file, out = tmp_path / f"in{kind}", tmp_path / f"out{kind}"
+        write(file, [{"text": "good", "label": 1}])
+        with pytest.raises(ValueError, match="label: is a column of the input and of the answers"):
+            classify(Here(model), file, out)
+        classify(Here(model), file, out, keep=["text"])
 
 
 @pytest.mark.parametrize(
@@ -452,6 +515,81 @@ def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:
     assert "1 rows cannot be classified" in output
     about = json.loads(parquet.read_schema(out).metadata[b"de3"])
     assert about["model"] == "tiny-int8:1" and len(about["labels"]) == 2
+
+
+class Refusing:
+    """A client whose server refuses texts with "bad", and requests with more than `most` texts."""
+
+    def __init__(self, most: int, names_first: bool) -> None:
+        self._most, self._names_first = most, names_first
+        self.asked = list[list[Input]]()
+
+    def classify(self, texts: list[Input], **options: Any) -> Any:
+        self.asked.append(texts)
+        named = {
+            i: f"input[{i}]" if len(texts) > 1 else "input" for i, text in enumerate(texts) if "bad" in text
+        }
+        if len(texts) > self._most:
+            raise ServerError(413 if self._names_first else 422, "too many", "input", None)
+        if named:
+            index = min(named) if self._names_first else max(named)
+            raise ServerError(422, str(texts[index]), named[index] + (".text" if index % 2 else ""), None)
+        given = {"reason": "threshold", "tau": 0.1, "score": 0.0}
+        rows = [
+            {"label": text, "probs": [1.0], "exit": {"layer": i, **given}} for i, text in enumerate(texts)
+        ]
+        return SimpleNamespace(model=options["model"], rows=[SimpleNamespace(raw=row) for row in rows])
+
+
+@given(
+    st.lists(st.text("ab ", max_size=9).map(lambda text: text.replace("ab", "bad")), max_size=24),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_a_server_that_refuses_texts_and_large_requests_answers_the_others_in_order(
+    texts: list[Input], most: int, names_first: bool
+) -> None:
+    client = Refusing(most, names_first)
+    one = pool.RemotePool(client, {"model": "m", "long": "windows"}, 1)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "MAX_BATCH", 7)
+        patch.setattr(pool, "MAX_BATCH_CHARS", 20)
+        answers = one.submit(texts).result()
+    one.close()
+    assert answers.errors == {i: text for i, text in enumerate(texts) if "bad" in text}
+    good = [text for text in texts if "bad" not in text]
+    assert answers.values.get("label", []) == good
+    assert answers.values.get("windows_of", []) == answers.values.get("windows_run", []) == [1] * len(good)
+    for asked in client.asked:
+        assert len(asked) == 1 or (len(asked) <= 7 and sum(map(len, asked)) <= 20)
+    assert max(map(len, client.asked), default=7) > 1 or sum(map(len, texts[:2])) > 20 or len(texts) < 2
+
+
+def test_a_server_whose_answers_cannot_be_combined_is_an_error() -> None:
+    client = Refusing(9, names_first=True)
+    one = pool.RemotePool(client, {"model": "m:1"}, 1)  # type: ignore[arg-type]
+    one.submit(["good"]).result()
+    one._options = {"model": "m:2"}
+    with pytest.raises(ValueError, match="m:1, m:2"):
+        one.submit(["good"]).result()
+    for status, field in ((422, "tau"), (422, None), (401, None), (0, None)):
+        error = ServerError(status, "no", field, None)
+        client.classify = lambda *_, error=error, **__: (_ for _ in ()).throw(error)  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="no"):
+            one.submit(["good", "fine"]).result()
+    one.close()
+
+
+def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> None:
+    artifact, summary = Store(store).open("tiny"), run.Summary(rows=9, answered=5, refused=1)
+
+    def certifies(**options: Any) -> bool:
+        return any("with 95% confidence" in line for line in report(summary, artifact, options))
+
+    assert certifies(max_disagreement=0.5)
+    assert not certifies() and not certifies(tau=0.1) and not certifies(max_disagreement=0.5, long="windows")
+    assert not certifies(max_disagreement=1e-9)  # every text runs to full depth
+    assert "3 of them by an earlier run" in report(summary, None, {})[0]
 
 
 def test_texts_without_a_server(store: Path) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -268,28 +267,18 @@ def test_the_processes_end_with_their_supervisor(server: Running) -> None:
 
 
 def test_no_accepted_request_is_lost_at_the_end(versions: Path) -> None:
-    body, head = (
-        b'{"input": "good"}',
-        b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n",
-    )
     with (
         running(versions, "--model", "tiny:1") as server,
         server.both() as clients,
         ThreadPoolExecutor(2) as pool,
     ):
-        long = {"input": ["good " * 60] * 256}
-        answers = [pool.submit(client.post, "/classify", json=long) for client in clients]
+        body = {"input": ["good " * 60] * 256}
+        answers = [pool.submit(client.post, "/classify", json=body) for client in clients]
         until(
             lambda: server.metric("de3_in_flight_requests") == 2 or all(a.done() for a in answers),
             "the requests",
         )
-        os.kill(server.process.pid, signal.SIGSTOP)
-        address = "127.0.0.1", int(server.url.rpartition(":")[2])
-        with socket.create_connection(address, timeout=60) as client:  # waits to be accepted
-            client.sendall(head % len(body) + body)
-            os.kill(server.process.pid, signal.SIGTERM)
-            os.kill(server.process.pid, signal.SIGCONT)
-            assert client.recv(2**16).startswith(b"HTTP/1.1 200")
+        server.process.send_signal(signal.SIGTERM)
         assert [answer.result().status_code for answer in answers] == [200, 200]
         assert server.process.wait(60) == 0
         until(lambda: not server.pids, "the processes to end")

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from de3.server.errors import RequestError
 from de3.server.http.access import Access
 from de3.server.learn.record import Record
 from de3.server.manager import Plan
-from de3.server.processes import group, supervisor, worker
+from de3.server.processes import connections, group, supervisor, worker
 from de3.server.processes.books import SharedBooks
 from de3.server.processes.channel import Channel, ChannelClosedError
 from de3.server.processes.connections import Connections
@@ -256,13 +256,13 @@ def test_the_counts_of_processes_that_have_ended_are_added(store: Path) -> None:
     async def run() -> None:
         group = Group(1)
         metrics = SharedMetrics(group, None)
-        for count in (3, 40):
+        for count in (300, 40):
             metrics.remove(Process(1, None, Channel({}), socket.socket(), samples=samples(count)))
-        async with member(1, samples=lambda: samples(500)) as process:
+        async with member(1, samples=lambda: samples(5)) as process:
             group.add(process)
             for _ in range(2):
                 text = await metrics.scrape()
-                assert 'x_total{model="a"} 543.0\n' in text and "\nqueue 500.0\n" in text
+                assert 'x_total{model="a"} 345.0\n' in text and "\nqueue 5.0\n" in text
 
     asyncio.run(run())
 
@@ -283,12 +283,15 @@ def test_a_process_that_stops_first_sends_what_it_has_collected(
     async def run() -> None:
         process = Worker(Settings(store=store), its, its_sockets)
         process.run()
-        supervisor = asyncio.create_task(Channel(handlers).run(ours))
         for epoch, skipped in ((1, 5), (2, 6), (1, 7)):
             process.count("tiny:1", [Settled("me", 0.5, skipped)], epoch, True)
         record = Record("me", 0.5, 9, np.zeros((2, 4), np.float16), np.ones(2, np.float32))
         process.learn("tiny:1", record)
-        await asyncio.to_thread(process.stop)
+        stopping = asyncio.create_task(asyncio.to_thread(process.stop))
+        done, _ = await asyncio.wait({stopping}, timeout=0.1)
+        assert not done  # the supervisor has not received it yet
+        supervisor = asyncio.create_task(Channel(handlers).run(ours))
+        await stopping
         assert counted == [["tiny:1", [5, 7], 1, True], ["tiny:1", [6], 2, True]]
         assert [row[:4] for row in records] == [["tiny:1", "me", 0.5, 9]]
         supervisor.cancel()
@@ -308,14 +311,53 @@ def test_a_failing_process_gets_no_more_connections(store: Path) -> None:
                 for process in (leaving, staying):
                     supervisor._group.add(process)
                     process.is_ready = True
-                connections = supervisor._connections
-                assert connections._pass_on(client) and leaving.connections == 1
+                pass_on = supervisor._connections._pass_on
+                assert pass_on(client) and leaving.connections == 1
+                staying.is_ready = False
+                assert pass_on(other) and leaving.connections == 2  # ready processes first
+                staying.is_ready = True
                 supervisor._handlers(leaving)["leaving"]()
                 assert not supervisor._group.is_ready
-                assert connections._pass_on(client) and connections._pass_on(other)
-                assert (leaving.connections, staying.connections) == (1, 2)
+                assert pass_on(client) and pass_on(other)
+                assert (leaving.connections, staying.connections) == (2, 2)
 
         asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_connections_that_wait_to_be_accepted_at_the_end_are_passed_on_or_closed(
+    monkeypatch: pytest.MonkeyPatch, is_busy: bool
+) -> None:
+    group, taken = Group(1), list[socket.socket]()
+    monkeypatch.setattr(connections, "ACCEPT_S", 0.02 if is_busy else 30.0)
+
+    def take(client: socket.socket) -> bool:
+        """Take connections at every second attempt, or never."""
+        attempts.append(client)
+        if is_busy or len(attempts) % 2:
+            return False
+        taken.append(client.dup())
+        return True
+
+    attempts = list[socket.socket]()
+
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            group.add(SimpleNamespace(number=1, is_listening=True, is_ready=True, connections=0, take=take))  # type: ignore[arg-type]
+            accepting = Connections(group, [listening])
+            accepting.start()
+            clients = [socket.create_connection(listening.getsockname(), timeout=30) for _ in range(2)]
+            await accepting.drain()
+            assert len(taken) == (0 if is_busy else 2) and listening.fileno() == -1
+            for client in clients:
+                if is_busy:
+                    with suppress(ConnectionResetError):
+                        assert client.recv(1) == b""
+                client.close()
+
+    asyncio.run(run())
+    for one in taken:
+        one.close()
 
 
 def test_a_connection_for_which_there_is_no_file_descriptor_is_counted_as_closed(store: Path) -> None:
