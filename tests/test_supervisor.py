@@ -1,6 +1,7 @@
 """The supervisor's parts, with real sockets; `test_processes.py` runs whole servers."""
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -29,7 +30,7 @@ from de3.server.processes.metrics import SharedMetrics
 from de3.server.processes.models import SharedModels
 from de3.server.processes.samples import Family
 from de3.server.processes.supervisor import ENDS_S, MAX_ENDS, MAX_STARTS, RETRY_S, ServerError, Supervisor
-from de3.server.processes.weights import Weights
+from de3.server.processes.weights import Weights, key_of
 from de3.server.processes.worker import CONNECTION, MAX_UNSENT_BYTES, Worker, plan_row
 from de3.server.settings import Settings
 
@@ -111,30 +112,43 @@ def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: Path) -
     settings = Settings(store=store, processes=2)
     plan = plan_row(Plan("load", "tiny", "current", 0.0, None, Store(store).open("tiny-int8")))
     aborted: list[int] = []
+    weights, memory = Weights(), [os.memfd_create("weights") for _ in range(2)]
+
+    def prepare(plan: dict[str, Any]) -> dict[str, str]:
+        for fd in memory:
+            weights.put(key_of(plan["artifact"]), fd)
+        return {"no_kernels": ""}
 
     def refuse(plan: dict[str, Any]) -> None:
         raise RequestError("no memory", cause="conflict")
 
     async def run() -> None:
         group = Group(2)
-        models = SharedModels(settings, group, Weights(), SharedBooks(settings, group, no_change))
+        models = SharedModels(settings, group, weights, SharedBooks(settings, group, no_change))
         models._set_state(STATE)
         async with (
             member(
                 1,
                 plan=lambda change: plan,
-                prepare=lambda plan: {"no_kernels": ""},
+                prepare=prepare,
                 abort=lambda: aborted.append(1),
             ) as first,
             member(2, prepare=refuse, abort=lambda: aborted.append(2)) as second,
         ):
             for process in (first, second):
                 group.add(process)
-            with pytest.raises(RequestError, match="no memory"):
+            changing = asyncio.create_task(models.change({"what": "load"}))
+            await asyncio.sleep(0)
+            with pytest.raises(RequestError, match="in progress"):
                 await models.change({"what": "load"})
+            with pytest.raises(RequestError, match="no memory"):
+                await changing
             assert sorted(aborted) == [1, 2]
 
     asyncio.run(run())
+    for fd in memory:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 def test_a_process_that_loads_the_models_during_a_change_loads_them_again(store: Path) -> None:
@@ -360,14 +374,23 @@ def test_connections_that_wait_to_be_accepted_at_the_end_are_passed_on_or_closed
         one.close()
 
 
-def test_a_connection_for_which_there_is_no_file_descriptor_is_counted_as_closed(store: Path) -> None:
+def test_connections_that_close_are_counted_also_those_without_a_file_descriptor(store: Path) -> None:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, its:
         worker = Worker(Settings(store=store), socket.socket(), its)
-        its.setblocking(False)
+        for one in (ours, its):
+            one.setblocking(False)
+        process = Process(1, None, Channel({}), ours, connections=5)
         ours.send(CONNECTION)  # as if the system had dropped the descriptor
         worker._receive()
-        assert worker._closed == 1
+        worker.closed()
+        worker._tell_closed()
+        process.receive(Weights())
+        assert process.connections == 3
+        worker.closed()
+        worker._tell_closed()
+        process.receive(Weights())
+        assert process.connections == 2
 
 
 def test_accepting_without_a_free_file_descriptor_goes_on_later() -> None:
