@@ -6,8 +6,8 @@ import json
 import re
 import socketserver
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 
 from de3 import client as de3_client
-from de3.client import AsyncClient, Client, ServerError
+from de3.client import Answer, AsyncClient, Client, ServerError
 from tests.commands import de3, invoke
 from tests.fixtures import make_rows
-from tests.serving import Gate, Server, serving, until
+from tests.serving import Server, serving
 
 TEXTS = [text for text, _ in make_rows(100, 11)]
-KEY = "alice-has-a-long-key"
 
 
 @pytest.fixture(scope="module")
@@ -58,37 +57,6 @@ def test_errors_name_the_field(server: Server) -> None:
     assert (error.value.status, error.value.field, error.value.retry_after_s) == (422, "tau", None)
 
 
-def test_a_refused_request_is_retried_after_the_servers_retry_after(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate, pauses = Gate(monkeypatch), []
-    with serving(store, models=["tiny"], max_queue=4, max_texts=4, threads=1) as server:
-
-        def pause(seconds: float) -> None:
-            pauses.append(seconds)
-            gate.open()  # the queue empties
-            until(lambda: server.service.admission.texts.total == 0, "the room")
-
-        monkeypatch.setattr(de3_client, "time", SimpleNamespace(sleep=pause))
-        full = threading.Thread(target=lambda: server.classify(input=["good"] * 4))
-        full.start()
-        until(lambda: server.service.admission.texts.total == 4, "the queue to be full")
-        with Client(server.url) as client:
-            assert client.classify("good").rows[0].label in ("positive", "negative")
-        full.join()
-        assert len(pauses) == 1 and 1.0 <= pauses[0] <= 1.5  # Retry-After: 1
-
-
-def test_a_request_that_cannot_succeed_is_not_retried(store: Path) -> None:
-    with (
-        serving(store, models=["tiny"], api_keys=f"alice {KEY}", rate_limit="3/hour") as server,
-        Client(server.url, KEY) as client,
-        pytest.raises(ServerError, match="costs 4 texts"),
-    ):
-        client.classify(["good"] * 4)
-    assert server.metric("de3_rejected_total", cause="rate_limited") == 1
-
-
 def response(body: bytes, status: int = 200, **headers: str) -> bytes:
     fields = {"content-length": str(len(body))} | {name.replace("_", "-"): v for name, v in headers.items()}
     head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
@@ -96,18 +64,22 @@ def response(body: bytes, status: int = 200, **headers: str) -> bytes:
 
 
 @contextmanager
-def answering(*parts: bytes, pause_s: float = 0.0) -> Iterator[str]:
-    """The URL of a server that answers each request with these parts, with a pause after each."""
+def answering(*parts: bytes, pause_s: float = 0.0, first: Sequence[bytes] = ()) -> Iterator[str]:
+    """The URL of a server that answers each request with these parts, with a pause after each.
+
+    first: the answers to the first requests.
+    """
 
     class Answer(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             self.request.recv(65536)
+            answer = next(firsts, None)
             with suppress(OSError):
-                for part in parts:
+                for part in parts if answer is None else [answer]:
                     self.request.sendall(part)
                     stopped.wait(pause_s)
 
-    stopped = threading.Event()
+    stopped, firsts = threading.Event(), iter(first)
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
@@ -118,17 +90,25 @@ def answering(*parts: bytes, pause_s: float = 0.0) -> Iterator[str]:
             server.shutdown()
 
 
-def both(url: str, **options: Any) -> list[Exception]:
-    """The errors that the client and the async client raise, each for one request."""
+def ask(url: str, **options: Any) -> Answer:
+    with Client(url, **options) as client:
+        return client.classify("good")
 
-    async def go() -> None:
+
+def ask_async(url: str, **options: Any) -> Answer:
+    async def go() -> Answer:
         async with AsyncClient(url, **options) as client:
-            await client.classify("good")
+            return await client.classify("good")
 
+    return asyncio.run(go())
+
+
+def both(url: str, **options: Any) -> list[ServerError]:
+    """The errors that the client and the async client raise, each for one request."""
     errors = []
-    for call in (lambda: Client(url, **options).classify("good"), lambda: asyncio.run(go())):
+    for call in (ask, ask_async):
         with pytest.raises(ServerError) as caught:
-            call()
+            call(url, **options)
         errors.append(caught.value)
     return errors
 
@@ -152,8 +132,6 @@ ROW = {"label": "good", "probs": [1.0], "exit": GOOD_EXIT}
         (response(b"x", content_encoding="br"), 200, "the Content-Encoding is br"),
         (response(b"xx", content_encoding="gzip"), 200, "not gzip"),
         (response(gzip.compress(b"x" * 99)[:20], content_encoding="gzip"), 200, "incomplete gzip"),
-        (response(gzip.compress(bytes(2**26 + 1)), content_encoding="gzip"), 200, "more than 67108864 bytes"),
-        (response(gzip.compress(bytes(2**26 + 1)), 500, content_encoding="gzip"), 500, "more than 67108864"),
     ],
     ids=lambda value: "sent" if isinstance(value, bytes) else None,
 )
@@ -164,13 +142,51 @@ def test_a_malformed_answer_is_a_server_error(sent: bytes, status: int, says: st
             assert (error.status, error.retry_after_s) == (status, None)
 
 
-def test_an_answer_may_be_compressed() -> None:
+def test_an_answer_may_be_compressed_and_is_limited_when_it_is_decompressed() -> None:
     whole = {"data": [ROW], "model": "m:1", "usage": {"total_tokens": 3}}
-    sent = response(gzip.compress(json.dumps(whole).encode()), content_encoding="gzip")
-    with answering(sent) as url:
-        assert Client(url).classify("good").raw == whole
-        with pytest.raises(ServerError, match="more than 20 bytes"):
-            Client(url, max_answer_bytes=20).classify("good")
+    body = json.dumps(whole).encode()
+    for status in (200, 500):
+        with answering(response(gzip.compress(body), status, content_encoding="gzip")) as url:
+            for error in both(url, max_answer_bytes=len(body) - 1):
+                assert error.status == status and f"more than {len(body) - 1} bytes" in str(error)
+            if status == 200:
+                for call in (ask, ask_async):
+                    assert call(url, max_answer_bytes=len(body)).raw == whole
+    assert Client()._max_bytes == AsyncClient()._max_bytes == 2**26
+
+
+@pytest.mark.parametrize(
+    ("after", "pauses"),
+    [("0", [0.15, 0.3, 0.6, 1.2]), ("1", [1.5, 1.5, 1.5, 1.5]), ("100", [30.0] * 4)],
+)
+@pytest.mark.parametrize("call", [ask, ask_async])
+def test_a_refused_request_is_retried_after_pauses_that_grow(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[..., Answer], after: str, pauses: list[float]
+) -> None:
+    slept = list[float]()
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(de3_client, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(de3_client, "asyncio", SimpleNamespace(sleep=sleep, timeout=asyncio.timeout))
+    monkeypatch.setattr(de3_client, "random", SimpleNamespace(uniform=lambda low, high: high))
+    busy, good = (
+        response(b"busy", 429, retry_after=after),
+        {"data": [ROW], "model": "m", "usage": {"total_tokens": 1}},
+    )
+    with answering(response(json.dumps(good).encode()), first=[busy] * 4) as url:
+        assert call(url).raw == good
+    assert slept == pytest.approx(pauses)
+    slept.clear()
+    with answering(busy) as url, pytest.raises(ServerError) as refused:
+        call(url, retries=2)
+    assert refused.value.retry_after_s == float(after) and slept == pytest.approx(pauses[:2])
+    slept.clear()
+    for unusual in (response(b"busy", 500, retry_after=after), response(b"busy", 503)):
+        with answering(unusual) as url, pytest.raises(ServerError, match="busy"):
+            call(url)
+    assert slept == []
 
 
 @pytest.mark.parametrize("after", ["\xb2", "9" * 400, "-1", "1e3", "Wed, 21 Oct 2026 07:28:00 GMT"])
@@ -180,17 +196,22 @@ def test_a_retry_after_that_is_not_a_number_of_seconds_is_ignored(after: str) ->
             assert isinstance(error, ServerError) and error.retry_after_s is None
 
 
-@pytest.mark.parametrize("head", [True, False])
-def test_the_time_of_an_answer_is_limited_in_total(head: bool) -> None:
+def test_the_time_of_an_answer_is_limited_in_total() -> None:
     """Each byte arrives within the time-out, but the whole answer does not."""
     sent = response(b"x" * 1000)
-    parts = [sent[:-1000], *[b"x"] * 1000] if head else [bytes([byte]) for byte in sent]
-    with answering(*parts, pause_s=0.05) as url:
-        started = time.monotonic()
-        for error in both(url, timeout_s=1.0):
+    slow_body, slow_head = [sent[:-1000], *[b"x"] * 1000], [bytes([byte]) for byte in sent]
+    with (
+        answering(*slow_body, pause_s=0.05) as body,
+        answering(*slow_head, pause_s=0.05) as head,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        calls = [
+            (url, pool.submit(call, url, timeout_s=1.0)) for url in (body, head) for call in (ask, ask_async)
+        ]
+        for url, call in calls:
+            error = call.exception(timeout=20)
             assert isinstance(error, ServerError) and "incomplete within 1 s" in str(error)
-            assert error.status == (200 if head else 0)
-        assert time.monotonic() - started < 20
+            assert error.status == (200 if url == body else 0)
 
 
 def test_the_command_classifies_texts(server: Server) -> None:
@@ -203,13 +224,6 @@ def test_the_command_classifies_texts(server: Server) -> None:
     with Client(server.url) as client:
         (row,) = client.classify("a good film " * 60, tau=0, long="windows").rows
     assert row.raw["windows"]["of"] > 1 and f"{row.label}  {max(row.probs):.3f}  layer 3" in output
-
-
-def test_the_command_sends_long_texts_in_small_batches(server: Server, tmp_path: Path) -> None:
-    file, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
-    file.write_text(("good " * 20_000 + "\n") * 32)  # 3.2 MB; the server takes 1 MiB
-    de3(f"classify --file {file} --out {out} --url {server.url}")
-    assert out.read_text().count("\n") == 32
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """`de3.load`: the server's answers without a server."""
 
 import gc
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,13 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas
-import pyarrow as arrow
 import pytest
 
 import de3
 from de3.client import Input
 from de3.library import WINDOW
+from de3.server.engine.job import Job
 from tests.fixtures import make_rows
 from tests.serving import Server, serving
 
@@ -25,8 +26,14 @@ TEXTS: list[Input] = [text for text, _ in make_rows(60, 17) if text.strip()]
 LONG = "a good film and a dull plot " * 40
 
 
+@pytest.fixture(scope="module")
+def model(store: Path) -> Iterator[de3.Classifier]:
+    with de3.load("tiny-int8", store=store, threads=2) as one:
+        yield one
+
+
 @pytest.fixture(scope="module", params=["tiny", "tiny-int8"])
-def model(request: pytest.FixtureRequest, store: Path) -> Iterator[de3.Classifier]:
+def either(request: pytest.FixtureRequest, store: Path) -> Iterator[de3.Classifier]:
     with de3.load(request.param, store=store, threads=2) as one:
         yield one
 
@@ -50,15 +57,15 @@ def server(store: Path) -> Iterator[Server]:
         {"latency_budget_ms": 60_000.0},
     ],
 )
-def test_an_answer_is_the_servers(model: de3.Classifier, server: Server, options: dict[str, Any]) -> None:
+def test_an_answer_is_the_servers(either: de3.Classifier, server: Server, options: dict[str, Any]) -> None:
     texts: list[Input] = [*TEXTS[:9], LONG, ("a good film", "a dull plot"), TEXTS[0]]
-    rows = [row.raw for row in model.classify(texts, **options)]
+    rows = [row.raw for row in either.classify(texts, **options)]
     sent = [{"text": t[0], "text_pair": t[1]} if isinstance(t, tuple) else t for t in texts]
     named = {("lambda" if name == "lam" else name): value for name, value in options.items()}
-    answer = server.classify(input=sent, model=model.name.split(":")[0], **named).json()
+    answer = server.classify(input=sent, model=either.name.split(":")[0], **named).json()
     assert rows == answer["data"]
     if "max_disagreement" in options:
-        assert model.certificate(max_disagreement=0.5) == answer["certificate"]
+        assert either.certificate(max_disagreement=0.5) == answer["certificate"]
 
 
 def test_a_single_text_or_pair(model: de3.Classifier) -> None:
@@ -116,6 +123,9 @@ def test_an_error_names_the_field(
 
 
 def test_a_column_is_a_list_of_texts(model: de3.Classifier) -> None:
+    import pandas
+    import pyarrow as arrow
+
     table = arrow.table({"id": [1, 2], "text": ["good", "bad"]})
     expected = model.classify(["good", "bad"])
     assert model.classify(table.column("text")) == list(model.stream(table.column("text"))) == expected
@@ -135,7 +145,7 @@ def test_answers_of_texts_with_errors_in_between(model: de3.Classifier) -> None:
     assert found.errors.keys() == {1, 2} and "at most 64" in found.errors[2]
     assert found.values["label"] == [row.label for row in model.classify(["good", "bad"], tau=0)]
     assert found.full_depth_s == pytest.approx(found.model_s)  # at τ = 0 nothing exits early
-    column = model.answers(arrow.array(["good", None]), tau=0)
+    column = model.answers(["good", None], tau=0)  # type: ignore[list-item]
     assert column.values["label"] == found.values["label"][:1] and column.errors.keys() == {1}
     assert model.answers("good", tau=0).values == column.values
     assert list(model.stream("good", tau=0)) == model.classify("good", tau=0)
@@ -159,12 +169,25 @@ def test_a_stream_is_answered_in_order_with_bounded_memory(model: de3.Classifier
     assert taken == 3 * len(TEXTS)
 
 
-def test_a_stream_that_is_left_drops_its_texts(model: de3.Classifier) -> None:
-    rows = model.stream(iter(TEXTS * 50), window=200)
+def test_a_stream_that_is_left_drops_its_texts(
+    model: de3.Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted, dropped, submit = list[Job](), list[Job](), model._engine.submit
+
+    def run_the_first(job: Job) -> None:
+        submitted.append(job)
+        if len(submitted) == 1:
+            submit(job)
+
+    monkeypatch.setattr(model._engine, "submit", run_the_first)
+    monkeypatch.setattr(model._engine, "drop", dropped.append)
+    rows = model.stream(iter(TEXTS), window=5)
     next(rows)
-    del rows
-    gc.collect()
-    assert model.classify("good")
+    rows.close()  # type: ignore[attr-defined]
+    assert len(submitted) == 2 and dropped == submitted[1:]
+
+
+def test_a_stream_ends_with_an_error_after_the_windows_before_it(model: de3.Classifier) -> None:
     with pytest.raises(de3.InputError, match="window: must be at least 1"):
         model.stream([], window=0)
     found = []
@@ -235,6 +258,16 @@ print(one.classify("a good film")[0].probs)
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == str(model.classify("a good film")[0].probs)
+
+
+def test_it_is_not_unpickled_from_another_artifact(store: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(store / "tiny-int8" / "1", tmp_path / "1")
+    with de3.load(folder, store=tmp_path, threads=1) as model:
+        pickled = pickle.dumps(model)
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
+    with pytest.raises(ValueError, match="another artifact"):
+        pickle.loads(pickled)
 
 
 def test_after_a_fork_the_error_says_what_to_do(model: de3.Classifier) -> None:
