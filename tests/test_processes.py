@@ -357,6 +357,14 @@ def test_every_gauge_has_a_rule(store: Path) -> None:
     assert gauges <= SUMS | MAXIMA | MINIMA, gauges - (SUMS | MAXIMA | MINIMA)
 
 
+@pytest.mark.parametrize(("names", "expected"), [(SUMS, 6.0), (MAXIMA, 3.0), (MINIMA, 1.0)])
+def test_gauges_are_merged_by_their_rules(names: set[str], expected: float) -> None:
+    for name in names:
+        parts = [[Family(name, "", "gauge", [(name, {}, value)])] for value in (2.0, 1.0, 3.0)]
+        assert merged(parts)[0].samples == [(name, {}, expected)]
+    assert "de3_ready" in MINIMA and "de3_queue_texts" in SUMS and "de3_load_level" in MAXIMA
+
+
 LABELS = st.dictionaries(st.sampled_from(["model", "status"]), st.sampled_from(["a", "b"]), max_size=2)
 SAMPLES = st.lists(st.tuples(st.just("x_total"), LABELS, st.integers(0, 100).map(float)), max_size=4)
 

@@ -32,6 +32,7 @@ from de3.server.processes.samples import Family
 from de3.server.processes.supervisor import ENDS_S, MAX_ENDS, MAX_STARTS, RETRY_S, ServerError, Supervisor
 from de3.server.processes.weights import Weights, key_of
 from de3.server.processes.worker import CONNECTION, MAX_UNSENT_BYTES, Worker, plan_row
+from de3.server.rules import Rules
 from de3.server.settings import Settings
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
@@ -74,6 +75,69 @@ def test_a_process_that_does_not_answer_is_killed(monkeypatch: pytest.MonkeyPatc
             with pytest.raises(ChannelClosedError, match="does not answer"):
                 await process.call("state")
             assert await asyncio.to_thread(process.os_process.wait) == -signal.SIGKILL
+
+    asyncio.run(run())
+
+
+def test_a_call_ends_with_the_process_that_it_asks() -> None:
+    ours, its = socket.socketpair()
+
+    async def run() -> None:
+        channel = Channel({})
+        running = asyncio.create_task(channel.run(ours))
+        call = asyncio.create_task(channel.call("state"))
+        await asyncio.sleep(0)
+        its.close()
+        for one in (call, channel.call("state")):
+            with pytest.raises(ChannelClosedError):
+                await asyncio.wait_for(one, 30)
+        await running
+
+    asyncio.run(run())
+
+
+def test_memory_of_weights_is_shared_once_it_is_filled(store: Path) -> None:
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    artifact = Store(store).open("tiny-int8")
+    plan, weights = plan_row(Plan("load", "tiny", "current", 0.0, None, artifact)), Weights()
+    with ours, its:
+        worker, process = (
+            Worker(Settings(store=store), socket.socket(), its),
+            Process(1, None, Channel({}), ours),
+        )
+        for one in (ours, its):
+            one.setblocking(False)
+        for is_filled in (False, True):
+            memory = worker.memory_of(artifact)
+            assert memory is not None and not memory.is_filled
+            worker._release_weights(is_filled)
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(memory.fd)
+            process.receive(weights)
+            assert len(weights._fds) == is_filled
+        weights.send(its, [plan["artifact"]])  # to another process
+        other = Worker(Settings(store=store), socket.socket(), ours)
+        other._receive()
+        memory = other.memory_of(artifact)
+        assert memory is not None and memory.is_filled
+        other._release_weights()
+        weights.keep([])
+
+
+def test_a_reset_is_known_to_every_process_when_it_returns(store: Path) -> None:
+    settings = Settings(store=store, processes=2, guarantee=0.2)
+    manifest, known = Store(store).open("tiny-int8").manifest, list[int]()
+
+    async def run() -> None:
+        group = Group(2)
+        books = SharedBooks(settings, group, no_change)
+        before = books.ledgers.serve(manifest, Rules(manifest, settings), "native", 1.0)
+        both = {"standing": lambda key, epoch, promised: known.append(epoch), "sync": lambda: None}
+        async with member(1, **both) as first, member(2, **both) as second:
+            for process in (first, second):
+                group.add(process)
+            assert (await books.reset("tiny-int8:1", 0))["tau"] == 0
+            assert known == [before.epoch + 1] * 2
 
     asyncio.run(run())
 
