@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from de3.server.errors import RequestError
-from de3.server.http.access import MAX_KEYS, Charge, Keys, RateLimit
+from de3.server.http.access import MAX_FILE_BYTES, MAX_KEYS, Access, Charge, Keys, RateLimit
 from de3.server.http.app import PROTOCOLS
 from de3.server.http.frontend import Frontend
 from de3.server.service import Service
@@ -197,6 +197,16 @@ def test_settings_do_not_show_keys() -> None:
     assert ALICE not in str(error.value)
 
 
+def test_as_many_keys_as_are_allowed_and_as_short(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("".join(f"n{i} {i:016}\n" for i in range(MAX_KEYS)))
+    scope = {"headers": [(b"authorization", b"Bearer " + b"0" * 15 + b"7")]}
+    assert Keys.from_file(file).owner(scope) == "n7"
+    file.write_text(file.read_text() + "#" * MAX_FILE_BYTES)
+    with pytest.raises(ValueError, match="larger than"):
+        Keys.from_file(file)
+
+
 def test_a_key_may_contain_the_comment_sign() -> None:
     keys = Keys.read(f"alice {ALICE}#and-more  # her second", "where")
     for key, known in ((ALICE, False), (f"{ALICE}#and-more", True)):
@@ -327,6 +337,7 @@ def test_refusals_are_counted_on_every_route(store: Path) -> None:
             ("GET", "/info", "nobody-has-this-key", b"", 401, "no_key"),
             ("POST", load, "", b"{}", 401, "no_key"),
             ("POST", load, ALICE, b"{}", 403, "forbidden"),
+            ("PUT", load, ALICE, b"{}", 403, "forbidden"),
             ("POST", load, root, b"{", 400, "not_json"),
             ("POST", load, root, b'{"role": "\xff"}', 400, "not_json"),
             ("POST", load, root, b'{"version": 0}', 422, "bad_request"),
@@ -374,14 +385,21 @@ def test_the_cost_of_a_request(server: Server) -> None:
     assert cost(b'{"input": ["good", "bad"], "user": "' + b"x" * 5000 + b'"}', 200) == 2
     limit = RateLimit("10/hour")
     charge = Charge(limit, "alice")
-    asyncio.run(charge.raise_to(4))
-    asyncio.run(charge.raise_to(2))
-    charge.settle(30)  # more than is left: charges the rest of the limit
-    assert limit._limiter.get_window_stats(limit._rate, "alice").remaining == 0
+
+    def remaining() -> int:
+        return int(limit._limiter.get_window_stats(limit._rate, "alice").remaining)
+
+    for texts, then in ((4, 6), (2, 6), (5, 5)):
+        asyncio.run(charge.raise_to(texts))
+        assert remaining() == then
+    for texts, then in ((7, 3), (7, 3), (30, 0)):  # 30 is more than is left: charges the rest of the limit
+        charge.settle(texts)
+        assert remaining() == then
     with pytest.raises(RequestError, match="over your limit"):
         asyncio.run(Charge(limit, "alice").raise_to(1))
     with pytest.raises(RequestError, match="costs 11 texts"):
         asyncio.run(Charge(limit, "bob").raise_to(11))
+    asyncio.run(Charge(limit, "bob").raise_to(10))
 
 
 def test_shares_behind_a_trusted_proxy_are_by_forwarded_address(
@@ -444,6 +462,9 @@ def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_while(
         assert left() == 487
         assert [await take(other, 1) for _ in range(600)].count(True) == 487
         assert not await take(one, 1)
+        options = Settings(api_keys=f"me {ALICE}", rate_limit="4800/minute", processes=4)  # type: ignore[arg-type]
+        of_four = Access(options).limit
+        assert of_four is not None and of_four.grant("me", 1) == 10  # a fourth of half a second's texts
         daily = RateLimit("640/day", Supervisor())  # slow: leases hold no more than is needed
         whole._rate = daily._rate
         assert [await take(daily, 1) for _ in range(641)].count(True) == 640

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +185,7 @@ def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
 
     def interrupted(draft: Path, into: Path) -> None:
         nonlocal left
+        assert draft != into
         for step in (lambda: None, lambda: publish(draft, into)):  # before and after the file appears
             step()
             left -= 1
@@ -365,15 +367,12 @@ def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_pat
     _, refused = classify(Here(model), table, tmp_path / "a.csv")
     assert [row["id"] for row in read(tmp_path / "a.csv")] == ["1", "3", "6"]
     assert [one["where"].rpartition(":")[2] for one in read(refused)] == ["3", "6", "7"]
-    parquet.write_table(arrow.table({"id": [1, 2, 3], "text": ["good", None, "fine"]}), text)
+    parquet.write_table(arrow.table({"id": range(1, 13), "text": ["good", None, *["fine"] * 9, None]}), text)
     _, refused = classify(Here(model), text, tmp_path / "b.parquet")
-    assert [row["id"] for row in read(tmp_path / "b.parquet")] == [1, 3]
-    (one,) = read(refused)
-    assert (
-        one["row"] == 1
-        and one["where"] == f"{text}:1"
-        and json.loads(one["content"]) == {"id": 2, "text": None}
-    )
+    assert [row["id"] for row in read(tmp_path / "b.parquet")] == [1, *range(3, 12)]
+    for one, row in zip(read(refused), (1, 11), strict=True):
+        assert (one["row"], one["where"]) == (row, f"{text}:{row}")
+        assert json.loads(one["content"]) == {"id": row + 1, "text": None}
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in ("a", "b"):
@@ -390,6 +389,9 @@ def test_single_texts_and_pairs_in_one_file(model: de3.Classifier, tmp_path: Pat
     rows = [{"n": 0, "text": "good", "text_pair": None}, {"n": 1, "text": "bad", "text_pair": "good"}]
     write(file, rows)
     classify(Here(model), file, tmp_path / "out.parquet", keep=["n"])
+    write(tmp_path / "in.jsonl", [{"n": 0, "text": "good"}, {"text": "bad"}])
+    classify(Here(model), tmp_path / "in.jsonl", tmp_path / "out.jsonl", keep=["n"])
+    assert [row["n"] for row in read(tmp_path / "out.jsonl")] == [0, None]
     expected = model.classify(["good", ("bad", "good")], tau=0.3)
     found = read(tmp_path / "out.parquet")
     assert [row["probs"] for row in found] == [row.probs for row in expected]
@@ -551,20 +553,25 @@ class Refusing:
 def test_a_server_that_refuses_texts_and_large_requests_answers_the_others_in_order(
     texts: list[Input], most: int, names_first: bool
 ) -> None:
+    def fits(batch: Sequence[Input]) -> bool:
+        return len(batch) == 1 or (len(batch) <= 4 and sum(map(len, batch)) <= 20)
+
     client = Refusing(most, names_first)
     one = pool.RemotePool(client, {"model": "m", "long": "windows"}, 1)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool, "MAX_BATCH", 7)
+        patch.setattr(pool, "MAX_BATCH", 4)
         patch.setattr(pool, "MAX_BATCH_CHARS", 20)
-        answers = one.submit(texts).result()
+        answers, found = one.submit(texts).result(), list(pool._batches(texts))
     one.close()
     assert answers.errors == {i: text for i, text in enumerate(texts) if "bad" in text}
     good = [text for text in texts if "bad" not in text]
     assert answers.values.get("label", []) == good
     assert answers.values.get("windows_of", []) == answers.values.get("windows_run", []) == [1] * len(good)
-    for asked in client.asked:
-        assert len(asked) == 1 or (len(asked) <= 7 and sum(map(len, asked)) <= 20)
-    assert max(map(len, client.asked), default=7) > 1 or sum(map(len, texts[:2])) > 20 or len(texts) < 2
+    assert all(fits(asked) for asked in client.asked)
+    starts, batches = zip(*found, strict=True) if found else ((), ())
+    assert [text for batch in batches for text in batch] == texts
+    assert starts == tuple(sum(map(len, batches[:i])) for i in range(len(batches)))
+    assert not any(fits([*batch, following[0]]) for batch, following in pairwise(batches))
 
 
 def test_a_server_whose_answers_cannot_be_combined_is_an_error() -> None:

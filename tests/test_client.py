@@ -38,7 +38,7 @@ def test_both_clients_return_the_servers_answer(server: Server) -> None:
         assert (answer.model, answer.tokens) == ("tiny:1", expected["usage"]["total_tokens"])
         first = answer.rows[0]
         assert first.exit.lam == first.raw["exit"]["lambda"] and first.label == first.raw["label"]
-        pair = client.classify(("good film", "a dull plot"), tau=0, lam=2).rows[0]
+        (pair,) = client.classify(("good film", "a dull plot"), tau=0, lam=2).rows
         assert (pair.exit.lam, pair.exit.layer) == (2, 3)
         assert [m["id"] for m in client.models()] == ["tiny:1", "tiny-int8:1"]
 

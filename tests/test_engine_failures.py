@@ -4,6 +4,7 @@ If a thread is lost nevertheless, the server exits, so that its supervisor resta
 """
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,14 @@ from de3.server.service import EngineError
 from tests.serving import Server, process, serving, until, url_when_ready
 
 
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    with serving(store, models=["tiny"], threads=1) as running:
+        yield running
+
+
 def test_an_error_in_the_observer_costs_no_answer_and_no_thread(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Worse(BaseException):
         """An error like the panics of Rust libraries, which do not derive from Exception."""
@@ -28,24 +35,22 @@ def test_an_error_in_the_observer_costs_no_answer_and_no_thread(
     def broken(*_: object) -> None:
         raise Worse
 
-    with serving(store, models=["tiny"], threads=1) as server:
-        before = errors["counting_texts"]
-        monkeypatch.setattr(server.service.engine, "_observe", broken)
-        for _ in range(3):
-            assert server.classify(input=["good", "bad"]).status_code == 200
-        assert errors["counting_texts"] == before + 6
-        assert all(thread.is_alive() for thread in server.service.engine._threads)
-        assert httpx.get(server.url + "/ready").status_code == 200
+    before = errors["counting_texts"]
+    monkeypatch.setattr(server.service.engine, "_observe", broken)
+    for _ in range(3):
+        assert server.classify(input=["good", "bad"]).status_code == 200
+    assert errors["counting_texts"] == before + 6
+    assert all(thread.is_alive() for thread in server.service.engine._threads)
+    assert httpx.get(server.url + "/ready").status_code == 200
 
 
 def test_an_error_in_the_engine_fails_the_request_and_ends_no_thread(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(store, models=["tiny"], threads=1) as server:
-        with monkeypatch.context() as patch:
-            patch.setattr(Engine, "_finish", lambda *_: 1 / 0)
-            assert server.classify(input="good").status_code == 500
-        assert server.classify(input="good").status_code == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_finish", lambda *_: 1 / 0)
+        assert server.classify(input="good").status_code == 500
+    assert server.classify(input="good").status_code == 200
 
 
 def test_an_error_in_the_queue_ends_no_thread(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +129,7 @@ main()
 
 
 def test_a_server_with_a_stuck_thread_exits_non_zero(store: Path) -> None:
-    options = ["--model", "tiny", "--threads", "1", "--timeout-s", "1"]
+    options = ["--model", "tiny", "--threads", "1", "--timeout-s", "0.3"]
     with process(store, *options, code=STUCK) as running:
         url = url_when_ready(running)
         assert httpx.post(url + "/classify", json={"input": "good"}, timeout=30).status_code == 504

@@ -135,9 +135,15 @@ def test_a_column_is_a_list_of_texts(model: de3.Classifier) -> None:
     assert model.classify(pandas.Series(["good", "bad"])) == expected
 
 
-def test_a_budget_can_follow_another(model: de3.Classifier) -> None:
-    for _ in range(3):
+def test_a_budget_is_for_all_texts_together(model: de3.Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, submit = list[Job](), model._engine.submit
+    monkeypatch.setattr("de3.library.WINDOW", 5)
+    monkeypatch.setattr(model._engine, "submit", lambda job: (jobs.append(job), submit(job)))
+    for expected in (1, 2, 3):
         assert len(model.classify(TEXTS, latency_budget_ms=50_000)) == len(TEXTS)
+        assert len(jobs) == expected
+    model.classify(TEXTS)
+    assert len(jobs) == 3 + len(range(0, len(set(TEXTS)), 5))
 
 
 def test_answers_of_texts_with_errors_in_between(model: de3.Classifier) -> None:
@@ -194,6 +200,8 @@ def test_a_stream_ends_with_an_error_after_the_windows_before_it(model: de3.Clas
     with pytest.raises(de3.InputError, match=r"input\[3\]"):
         found.extend(model.stream(["a", "b", "c", ""], window=2))
     assert len(found) == 2  # the texts of the first window
+    with pytest.raises(de3.InputError, match=r"input\[3\]"):
+        list(model.stream(["a", "b", "c", LONG], window=2, long="error"))
 
 
 def test_threads_share_a_classifier(model: de3.Classifier) -> None:

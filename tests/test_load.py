@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from de3.server import overload
 from de3.server.admission import Admission
 from de3.server.models import Models
 from de3.server.overload import CALM_S, CALM_STEP_S, TICK_S, Controller
@@ -145,10 +146,11 @@ def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_ar
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
+    monkeypatch.setattr(overload, "CALM_S", 0.05)
     with serving(
         store, models=["tiny"], tau=0, slo_p99_ms=100, min_accuracy=0, threads=2, max_queue=4000
     ) as server:
-        texts = [text for text, _ in make_rows(200, 5)]
+        texts = [text for text, _ in make_rows(50, 5)]
         waiting = _ask_in_threads(server, [{"input": texts}] * 8)
         controller = server.service.admission._controller
         assert controller is not None
@@ -160,9 +162,7 @@ def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_ar
         def shed() -> float:
             return server.metric("de3_rejected_total", cause="shed")
 
-        until(
-            lambda: server.service.admission.texts.total / 200 + shed() == 8, "all lists to be held or shed"
-        )
+        until(lambda: server.service.admission.texts.total / 50 + shed() == 8, "all lists to be held or shed")
         before = shed()
         refused = server.classify(input="a film")
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"

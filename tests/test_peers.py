@@ -23,21 +23,27 @@ SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
 TEXTS = [text for text, _ in make_rows(20, 5)]
 
 
+@pytest.fixture(scope="module")
+def graph(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-int8 at full depth, as one graph."""
+    folder = tmp_path_factory.mktemp("full-depth") / "graph"
+    export_full_depth(Store(store).open("tiny-int8").path, folder, int8=True)
+    return folder
+
+
 def fused(graph: Path, name: str = "fused graph, FastAPI, int8") -> Server:
     """The lean peer that needs no environment of its own."""
     script = servers.PEERS / "fused_app.py"
     return Server(name, [sys.executable, str(script), str(graph), "--port", "{port}"])
 
 
-def test_a_lean_peer_prints_its_measurement_in_one_line(store: Path, tmp_path: Path) -> None:
-    artifact = Store(store).open("tiny-int8")
-    export_full_depth(artifact.path, tmp_path / "graph", int8=True)
+def test_a_lean_peer_prints_its_measurement_in_one_line(store: Path, graph: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
-    command = fused(tmp_path / "graph").measuring(tmp_path / "texts.json", 0.1)
+    command = fused(graph).measuring(tmp_path / "texts.json", 0.1)
     (line,) = subprocess.run(command, check=True, capture_output=True, timeout=60).stdout.splitlines()
     measured = json.loads(line)
     assert measured["texts_per_s"] > 0 and measured["passes"] >= 1
-    model = Model(artifact, "onnxruntime")
+    model = Model(Store(store).open("tiny-int8"), "onnxruntime")
     logits = [model.full_depth(model.tokenize(text))[-1].logits for text in TEXTS]
     # The graph has one scale per text for activations; the segments have one per token.
     assert np.abs(np.array(measured["logits"]) - np.array(logits)).max() < 0.1 * np.ptp(logits)
@@ -72,17 +78,8 @@ def test_a_peer_that_cannot_convert_its_model_is_left_out(
         comparison._best_peer()
 
 
-def test_the_strongest_peer_gives_the_answers_of_full_depth(store: Path, tmp_path: Path) -> None:
-    artifact = Store(store).open("tiny-int8")
-    export_full_depth(artifact.path, tmp_path / "graph", int8=True)
-    command = [
-        sys.executable,
-        str(servers.PEERS / "fused_app.py"),
-        str(tmp_path / "graph"),
-        "--port",
-        "{port}",
-    ]
-    with servers.running(servers.Server("fused", command), free_port(), tmp_path / "log") as peer:
+def test_the_strongest_peer_gives_the_answers_of_full_depth(store: Path, graph: Path, tmp_path: Path) -> None:
+    with servers.running(fused(graph), free_port(), tmp_path / "log") as peer:
         theirs = ask_alone(peer.target, SAMPLES)
         assert peer.memory_mb() > 20
     with serving(store, models=["tiny-int8"]) as server:
