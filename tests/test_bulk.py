@@ -2,8 +2,6 @@
 
 import csv
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -269,38 +267,18 @@ def test_a_slice_of_refused_rows_at_the_start_of_a_part(model: de3.Classifier, t
         assert summary.rows == 100 and [row["id"] for row in read(out)] == [*range(16), *range(32, 100)]
 
 
-def test_without_rows(model: de3.Classifier, tmp_path: Path) -> None:
+def test_files_without_rows(model: de3.Classifier, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
     (tmp_path / "empty.csv").write_text("id,text\n")
     parquet.write_table(arrow.table({"text": arrow.array([], arrow.string())}), tmp_path / "empty.parquet")
     for file in ("empty.csv", "empty.parquet"):
         with pytest.raises(ValueError, match=f"{file}: no rows"):
             classify(Here(model), tmp_path / file, tmp_path / "out.csv")
-    folder = tmp_path / "in"
-    folder.mkdir()
-    write(folder / "a.csv", [{"text": "good"}])
-    (folder / "b.csv").write_text("text\n")
-    write(folder / "c.csv", [{"text": "bad"}])
+    for name, text in (("a", "text\ngood\n"), ("b", "text\n"), ("c", "text\nbad\n")):
+        (folder / f"{name}.csv").write_text(text)
     classify(Here(model), folder, tmp_path / "out.csv")
-    assert len(read(tmp_path / "out.csv")) == 2
-    assert not (tmp_path / "out.csv.parts").exists()
-
-
-def test_an_end_that_is_interrupted_while_the_parts_are_removed(
-    model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out.jsonl"
-    write(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
-
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.rmtree", stop)
-        with pytest.raises(KeyboardInterrupt):
-            classify(Here(model), tmp_path / "in.jsonl", out)
-    again = Parts(out, ".jsonl", {"a": 1})
-    assert again.is_complete and not (tmp_path / "out.jsonl.parts").exists() and len(read(out)) == 100
-    again.close()
+    assert [row["text"] for row in read(tmp_path / "out.csv")] == ["good", "bad"]
 
 
 def test_large_columns_end_slices_and_parts(
@@ -318,27 +296,23 @@ def test_large_columns_end_slices_and_parts(
 
 def test_rows_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    lines = [
-        '{"text": "good"}',
-        "not json",
-        '"bad"',
-        "[1]",
-        '{"text": null}',
-        '{"text": "\\ud800"}',
-        '{"b": 1}',
-    ]
-    file.write_bytes("\n".join(lines).encode() + b'\n"caf\xe9"\n' + b'"fine"\n')
+    rows = {
+        b'{"text": "good"}': "",
+        b"not json": "not JSON",
+        b'"bad"': "",
+        b"[1]": "not an object",
+        b'{"text": null}': "is empty",
+        b'{"text": "\\ud800"}': "surrogate",
+        b'{"b": 1}': "no column",
+        b'"caf\xe9"': "UTF-8",
+        b'"fine"': "",
+    }
+    file.write_bytes(b"\n".join(rows) + b"\n")
     summary, refused = classify(Here(model), file, out)
     assert [row["text"] for row in read(out)] == ["good", "bad", "fine"]
-    found = read(refused)
-    assert [(one["row"], one["where"]) for one in found] == [
-        (row, f"{file}:{row + 1}") for row in (1, 3, 4, 5, 6, 7)
-    ]
-    reasons = [one["reason"] for one in found]
-    for reason, says in zip(
-        reasons, ("not JSON", "not an object", "is empty", "surrogate", "no column", "UTF-8"), strict=True
-    ):
-        assert says in reason, reasons
+    expected = [(row, f"{file}:{row + 1}", reason) for row, reason in enumerate(rows.values()) if reason]
+    for one, (row, where, reason) in zip(read(refused), expected, strict=True):
+        assert (one["row"], one["where"]) == (row, where) and reason in one["reason"]
     assert (summary.rows, summary.answered, summary.refused) == (9, 3, 6)
 
 
@@ -477,25 +451,15 @@ def test_columns_of_input_and_answers_may_not_have_the_same_name(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--model tiny --file {0}/none.csv --out {0}/out.csv", "there is no such file or folder"),
-        ("--model tiny --file {0} --out {0}/out", "must contain files of one kind"),
-        ("--model tiny --file {0}/in.jsonl --out {0}/out.csv --format csv", "--format: is for a folder"),
-        (
-            "--model tiny --file {0}/in.jsonl --out {0}/out --format xml",
-            "--format must be parquet, csv, tsv or jsonl",
-        ),
-        ("--file {0}/in.jsonl --out {0}/o --latency-budget-ms 5", "--latency-budget-ms: only for texts"),
-        ("--file {0}/in.jsonl", "--out is missing: give texts, or --file and --out"),
-        ("good", "--model: is required, as"),
-        ("good --model nothing", "has no model 'nothing' either: set --store, or --demo"),
-        (
-            "--model tiny --file {0}/in.jsonl --out {0}/out.xlsx",
-            "expected .csv, .jsonl, .parquet, .tsv, or a folder",
-        ),
-        (
-            "--model tiny --file {0}/in.jsonl --out {0}/o.csv --keep nothing",
-            "no column 'nothing'; it has 'text'",
-        ),
+        ("--model tiny --file {0}/none.csv --out {0}/out.csv", "none.csv: "),
+        ("--model tiny --file {0} --out {0}/out", "files of one kind"),
+        ("--model tiny --file {0}/in.jsonl --out {0}/out.csv --format csv", "--format: "),
+        ("--model tiny --file {0}/in.jsonl --out {0}/out --format xml", "--format "),
+        ("--file {0}/in.jsonl --out {0}/o --latency-budget-ms 5", "--latency-budget-ms: "),
+        ("--file {0}/in.jsonl", "--out is missing"),
+        ("--model tiny --file {0}/in.jsonl --out {0}/out.xlsx", "expected .csv, .jsonl"),
+        ("--model tiny --file {0}/in.jsonl --out {0}/o.csv --keep nothing", "no column 'nothing'"),
+        ("good --model nothing", "'nothing'"),
         ("good --model tiny --tau 7", "tau: "),
     ],
 )
@@ -620,24 +584,6 @@ def test_the_processes_end_with_their_parent(store: Path, tmp_path: Path) -> Non
     running.wait()
     assert len(pids) >= 4  # the command, the fork server and two worker processes
     until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), "the processes to end")
-
-
-@pytest.mark.slow
-def test_kill_9_and_go_on(store: Path, tmp_path: Path) -> None:
-    file, out, whole = tmp_path / "in.parquet", tmp_path / "out.parquet", tmp_path / "whole.parquet"
-    write(file, [{"id": i, "text": f"{TEXTS[i % 100]} {i}"} for i in range(40_000)])
-    options = f"--store {store} --model tiny-int8 --file {file} --part-rows 4096"
-    arguments = [sys.executable, "-m", "de3.cli", "classify", *options.split()]
-    subprocess.run([*arguments, "--out", str(whole)], check=True, timeout=200)
-    running = subprocess.Popen([*arguments, "--out", str(out)], start_new_session=True)
-    folder = tmp_path / "out.parquet.parts"
-    until(lambda: len(list(folder.glob("part-*"))) >= 3, "three parts")
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
-    assert not out.exists()
-    subprocess.run([*arguments, "--out", str(out)], check=True, timeout=200)
-    assert out.read_bytes() == whole.read_bytes()
-    assert len(read(out)) == 40_000
 
 
 def test_a_server_answers_files(store: Path, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from de3.model_store.store import Store
+from de3.model_store.store import Artifact, Store
 from de3.server.audit.ledger import Settled
 from de3.server.errors import RequestError
 from de3.server.http.access import Access
@@ -59,6 +59,34 @@ async def member(number: int, **handlers: Callable[..., Any]) -> AsyncIterator[P
             one.close()
 
 
+def shared_models(store: Path, weights: Weights | None = None) -> tuple[Group, SharedModels]:
+    settings, group = Settings(store=store, processes=2), Group(2)
+    books = SharedBooks(settings, group, no_change)
+    return group, SharedModels(settings, group, weights or Weights(), books)
+
+
+def plan_to(what: str, artifact: Artifact | None = None) -> dict[str, Any]:
+    return plan_row(Plan(what, "tiny", "current", 0.0, None, artifact))
+
+
+def supervised(store: Path, processes: int = 2) -> Supervisor:
+    """A supervisor that has started; call it in an event loop."""
+    server = Supervisor(Settings(store=store, processes=processes), (), [])
+    server._over = asyncio.get_running_loop().create_future()
+    return server
+
+
+@contextmanager
+def attached(store: Path) -> Iterator[tuple[Worker, socket.socket, socket.socket]]:
+    """A worker, and the supervisor's ends of its channel and of the socket that carries file descriptors."""
+    ours, its = socket.socketpair()
+    sockets, its_sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, its, sockets, its_sockets:
+        for one in (sockets, its_sockets):
+            one.setblocking(False)
+        yield Worker(Settings(store=store), its, its_sockets), ours, sockets
+
+
 async def no_change(_: dict[str, Any]) -> dict[str, Any]:
     raise AssertionError("nothing is learned")
 
@@ -97,16 +125,9 @@ def test_a_call_ends_with_the_process_that_it_asks() -> None:
 
 
 def test_memory_of_weights_is_shared_once_it_is_filled(store: Path) -> None:
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    artifact = Store(store).open("tiny-int8")
-    plan, weights = plan_row(Plan("load", "tiny", "current", 0.0, None, artifact)), Weights()
-    with ours, its:
-        worker, process = (
-            Worker(Settings(store=store), socket.socket(), its),
-            Process(1, None, Channel({}), ours),
-        )
-        for one in (ours, its):
-            one.setblocking(False)
+    artifact, weights = Store(store).open("tiny-int8"), Weights()
+    with attached(store) as (worker, _, ours), attached(store) as (other, _, others):
+        process = Process(1, None, Channel({}), ours)
         for is_filled in (False, True):
             memory = worker.memory_of(artifact)
             assert memory is not None and not memory.is_filled
@@ -115,8 +136,7 @@ def test_memory_of_weights_is_shared_once_it_is_filled(store: Path) -> None:
                 os.fstat(memory.fd)
             process.receive(weights)
             assert len(weights._fds) == is_filled
-        weights.send(its, [plan["artifact"]])  # to another process
-        other = Worker(Settings(store=store), socket.socket(), ours)
+        weights.send(others, [plan_to("load", artifact)["artifact"]])
         other._receive()
         memory = other.memory_of(artifact)
         assert memory is not None and memory.is_filled
@@ -143,16 +163,13 @@ def test_a_reset_is_known_to_every_process_when_it_returns(store: Path) -> None:
 
 
 def test_a_process_that_cannot_commit_is_replaced_and_the_change_stands(store: Path) -> None:
-    settings = Settings(store=store, processes=2)
-    plan = plan_row(Plan("unload", "tiny", "current", 0.0, None, None))
+    group, models = shared_models(store)
+    plan, said = plan_to("unload"), list[str]()
 
     def refuse() -> None:
         raise ValueError("no")
 
     async def run() -> None:
-        group = Group(2)
-        models = SharedModels(settings, group, Weights(), SharedBooks(settings, group, no_change))
-        said: list[str] = []
         both = {
             "prepare": lambda plan: {"no_kernels": ""},
             "abort": lambda: said.append("abort"),
@@ -173,10 +190,10 @@ def test_a_process_that_cannot_commit_is_replaced_and_the_change_stands(store: P
 
 
 def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: Path) -> None:
-    settings = Settings(store=store, processes=2)
-    plan = plan_row(Plan("load", "tiny", "current", 0.0, None, Store(store).open("tiny-int8")))
-    aborted: list[int] = []
+    plan, aborted = plan_to("load", Store(store).open("tiny-int8")), list[int]()
     weights, memory = Weights(), [os.memfd_create("weights") for _ in range(2)]
+    group, models = shared_models(store, weights)
+    models._set_state(STATE)
 
     def prepare(plan: dict[str, Any]) -> dict[str, str]:
         for fd in memory:
@@ -187,16 +204,9 @@ def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: Path) -
         raise RequestError("no memory", cause="conflict")
 
     async def run() -> None:
-        group = Group(2)
-        models = SharedModels(settings, group, weights, SharedBooks(settings, group, no_change))
-        models._set_state(STATE)
+        first_has = {"plan": lambda change: plan, "prepare": prepare, "abort": lambda: aborted.append(1)}
         async with (
-            member(
-                1,
-                plan=lambda change: plan,
-                prepare=prepare,
-                abort=lambda: aborted.append(1),
-            ) as first,
+            member(1, **first_has) as first,
             member(2, prepare=refuse, abort=lambda: aborted.append(2)) as second,
         ):
             for process in (first, second):
@@ -216,21 +226,19 @@ def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: Path) -
 
 
 def test_a_process_that_loads_the_models_during_a_change_loads_them_again(store: Path) -> None:
-    plan = plan_row(Plan("load", "tiny", "current", 0.0, None, Store(store).open("tiny-int8")))
+    plan = plan_to("load", Store(store).open("tiny-int8"))
     states = [{"models": [{"plan": plan}], "routes": {name: {}}} for name in ("before", "after")]
-    settings, loaded, opened = Settings(store=store, processes=2), list[str](), list[int]()
+    loaded, opened = list[str](), list[int]()
+    _, models = shared_models(store)
+    models._set_state(states[0])
+
+    def load(said: list[Any]) -> dict[str, Any]:
+        loaded.extend(said[1])
+        if len(loaded) == 1:
+            models._set_state(states[1])
+        return states[len(loaded) - 1]
 
     async def run() -> None:
-        group = Group(2)
-        models = SharedModels(settings, group, Weights(), SharedBooks(settings, group, no_change))
-        models._set_state(states[0])
-
-        def load(said: list[Any]) -> dict[str, Any]:
-            loaded.extend(said[1])
-            if len(loaded) == 1:
-                models._set_state(states[1])
-            return states[len(loaded) - 1]
-
         async with member(
             1, load=load, open=lambda: opened.append(len(loaded)), sync=lambda: None
         ) as process:
@@ -243,40 +251,33 @@ def test_a_process_that_loads_the_models_during_a_change_loads_them_again(store:
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(store: Path) -> None:
-    (ours, its), (sockets, its_sockets) = (socket.socketpair() for _ in range(2))
-    sockets.setblocking(False)
-
     class Manager:
         async def begin(self, *_: object) -> None:
             raise ValueError("layer_02.onnx: damaged")
 
-    async def run() -> None:
-        server = Supervisor(Settings(store=store, processes=2), (), [])
-        server._over = asyncio.get_running_loop().create_future()
+    async def run(worker: Worker, ours: socket.socket, sockets: socket.socket) -> None:
+        server = supervised(store)
         process = Process(1, SimpleNamespace(exitcode=0), Channel({}), sockets)
         process.channel = Channel(server._handlers(process))
         server._group.add(process)
         running = asyncio.create_task(process.channel.run(ours))
-        its_end = Worker(Settings(store=store), its, its_sockets)
-        its_end.run()
+        worker.run()
         with pytest.raises(ValueError, match="damaged"):
-            await its_end.begin(Manager(), (), False)  # type: ignore[arg-type]
-        await its_end.channel.call("sync")
-        assert process.reason == "layer_02.onnx: damaged"
+            await worker.begin(Manager(), (), False)  # type: ignore[arg-type]
+        await worker.channel.call("sync")
         server._gone(process)
         reason = await server._over
-        assert isinstance(reason, ValueError) and str(reason) == process.reason
+        assert isinstance(reason, ValueError) and str(reason) == "layer_02.onnx: damaged"
         running.cancel()
 
-    with its_sockets:
-        asyncio.run(run())
+    with attached(store) as parts:
+        asyncio.run(run(*parts))
 
 
 def test_failed_starts_in_a_row_end_the_server_unless_another_process_is_ready(store: Path) -> None:
     async def run() -> None:
         async with member(1) as starting, member(2) as other:
-            server, pauses = Supervisor(Settings(store=store, processes=2), (), []), list[float]()
-            server._over = asyncio.get_running_loop().create_future()
+            server, pauses = supervised(store), list[float]()
 
             async def live(number: int, pause_s: float = 0.0) -> None:
                 pauses.append(pause_s)
@@ -311,8 +312,7 @@ def test_processes_that_end_again_and_again_end_the_server(
 
     async def run() -> None:
         nonlocal now
-        server = Supervisor(Settings(store=store, processes=1), (), [])
-        server._over = asyncio.get_running_loop().create_future()
+        server = supervised(store, processes=1)
         server._live = lambda *_: asyncio.sleep(0)  # type: ignore[assignment, method-assign]
         for end in (0.0, *(ENDS_S + 0.1 * i for i in range(MAX_ENDS))):
             assert not server._over.done()
@@ -349,7 +349,6 @@ def test_a_process_that_stops_first_sends_what_it_has_collected(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "SEND_S", 600)
-    (ours, its), (sockets, its_sockets) = (socket.socketpair() for _ in range(2))
     counted, records = list[Any](), list[Any]()
     handlers = {
         "running": lambda: None,
@@ -358,13 +357,12 @@ def test_a_process_that_stops_first_sends_what_it_has_collected(
         "sync": lambda: None,
     }
 
-    async def run() -> None:
-        process = Worker(Settings(store=store), its, its_sockets)
+    async def run(process: Worker, ours: socket.socket, _: socket.socket) -> None:
         process.run()
         for epoch, skipped in ((1, 5), (2, 6), (1, 7)):
             process.count("tiny:1", [Settled("me", 0.5, skipped)], epoch, True)
-        record = Record("me", 0.5, 9, np.zeros((2, 4), np.float16), np.ones(2, np.float32))
-        process.learn("tiny:1", record)
+        states, logits = np.zeros((2, 4), np.float16), np.ones(2, np.float32)
+        process.learn("tiny:1", Record("me", 0.5, 9, states, logits))
         stopping = asyncio.create_task(asyncio.to_thread(process.stop))
         done, _ = await asyncio.wait({stopping}, timeout=0.1)
         assert not done  # the supervisor has not received it yet
@@ -374,8 +372,8 @@ def test_a_process_that_stops_first_sends_what_it_has_collected(
         assert [row[:4] for row in records] == [["tiny:1", "me", 0.5, 9]]
         supervisor.cancel()
 
-    with sockets, its_sockets:
-        asyncio.run(run())
+    with attached(store) as parts:
+        asyncio.run(run(*parts))
 
 
 def test_a_failing_process_gets_no_more_connections(store: Path) -> None:
@@ -439,11 +437,7 @@ def test_connections_that_wait_to_be_accepted_at_the_end_are_passed_on_or_closed
 
 
 def test_connections_that_close_are_counted_also_those_without_a_file_descriptor(store: Path) -> None:
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, its:
-        worker = Worker(Settings(store=store), socket.socket(), its)
-        for one in (ours, its):
-            one.setblocking(False)
+    with attached(store) as (worker, _, ours):
         process = Process(1, None, Channel({}), ours, connections=5)
         ours.send(CONNECTION)  # as if the system had dropped the descriptor
         worker._receive()
@@ -479,32 +473,23 @@ def test_accepting_without_a_free_file_descriptor_goes_on_later() -> None:
 
 
 def test_audits_pause_while_the_supervisor_reads_too_slowly(store: Path) -> None:
-    ours, its = socket.socketpair()
-    sockets, its_sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-    async def run() -> None:
-        worker = Worker(Settings(store=store), its, its_sockets)
+    async def run(worker: Worker, ours: socket.socket, _: socket.socket) -> None:
         worker.run()
         await asyncio.sleep(0)
-        for _ in range(10_000):
+        for _ in range(2 * MAX_UNSENT_BYTES // 1000):
+            assert not worker.is_behind or worker.channel.unsent > MAX_UNSENT_BYTES
             worker.write("x" * 1000)
             await asyncio.sleep(0)
-            if worker.is_behind:
-                break
-        assert worker.is_behind and worker.channel.unsent > MAX_UNSENT_BYTES
+        assert worker.is_behind
         ours.setblocking(False)
-
-        for _ in range(10_000):
-            try:
+        while worker.channel.unsent:
+            with suppress(BlockingIOError):
                 ours.recv(2**20)
-            except BlockingIOError:
-                if not worker.channel.unsent:
-                    break
             await asyncio.sleep(0)
         assert not worker.is_behind
 
-    with ours, its, sockets, its_sockets:
-        asyncio.run(run())
+    with attached(store) as parts:
+        asyncio.run(asyncio.wait_for(run(*parts), 60))
 
 
 def test_a_replacement_has_the_keys_with_which_the_server_started(tmp_path: Path, store: Path) -> None:
