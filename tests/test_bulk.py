@@ -177,7 +177,8 @@ def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
     file, whole, part_rows, many = tmp_path / "in.jsonl", tmp_path / f"whole{kind}", 16, 10**6
     rows: list[dict[str, Any]] = [{"id": i, "text": text} for i, text in enumerate(TEXTS[:40])]
     rows[part_rows:] = [dict(reversed(row.items())) for row in rows[part_rows:]]
-    rows[17]["text"], rows[18]["text"], rows[19]["text"] = LONG, " ", LONG
+    for i in range(part_rows, 2 * part_rows):  # a part without answers
+        rows[i]["text"] = " " if i % 8 else LONG
     write(file, rows)
     left, publish = many, formats.publish
 
@@ -193,9 +194,9 @@ def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
     for module in (formats, parts):
         monkeypatch.setattr(module, "publish", interrupted)
     summary, refused = classify(Here(model), file, whole, part_rows)
-    assert (summary.rows, summary.answered, summary.refused) == (40, 37, 3)
-    assert [row["row"] for row in read(refused)] == [17, 18, 19]
-    assert [int(row["id"]) for row in read(whole)] == [*range(17), *range(20, 40)]
+    assert (summary.rows, summary.answered, summary.refused) == (40, 24, 16)
+    assert [row["row"] for row in read(refused)] == [*range(16, 32)]
+    assert [int(row["id"]) for row in read(whole)] == [*range(16), *range(32, 40)]
     for steps in range(1, many - left + 1):
         out, left = tmp_path / f"out{steps}{kind}", steps
         with pytest.raises(KeyboardInterrupt):
@@ -209,7 +210,7 @@ def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
         else:
             summary, refused_again = classify(pool, file, out, part_rows)
             assert summary.rows == 40 and summary.answered + summary.refused == rows_left
-            assert pool.texts == rows_left - (rows_left > 8)
+            assert pool.texts == rows_left - (14 if rows_left > 8 else 0)
             assert refused.read_bytes() == refused_again.read_bytes()
         assert out.read_bytes() == whole.read_bytes()
 
@@ -254,17 +255,6 @@ def test_values_that_need_care(model: de3.Classifier, tmp_path: Path, kind: str)
         expected = [value.replace("\n", " ").replace("\r", " ").replace("\t", " ") for value in expected]
     assert [row.get("my id" if kind == ".tsv" else "my\nid") for row in found] == expected
     assert [row["label"] for row in found] == [row.label for row in model.classify(TEXTS[:32], tau=0.3)]
-
-
-def test_a_slice_of_refused_rows_at_the_start_of_a_part(model: de3.Classifier, tmp_path: Path) -> None:
-    rows = [{"text": " " if 16 <= i < 32 else TEXTS[i], "id": i} for i in range(100)]
-    for kind in (".parquet", ".jsonl"):
-        file, out = tmp_path / f"in{kind}", tmp_path / f"out-{kind[1:]}.parquet"
-        write(file, [{**row, "text": None} if row["text"] == " " else row for row in rows])
-        with pytest.raises(KeyboardInterrupt):
-            classify(Here(model, 8), file, out)
-        summary, _ = classify(Here(model), file, out)
-        assert summary.rows == 100 and [row["id"] for row in read(out)] == [*range(16), *range(32, 100)]
 
 
 def test_files_without_rows(model: de3.Classifier, tmp_path: Path) -> None:
@@ -429,12 +419,13 @@ def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier,
         classify(Here(model), file, tmp_path / "out.csv")
     classify(Here(model), file, tmp_path / "numbers.parquet", keep=["n"])
     assert [row["n"] for row in read(tmp_path / "numbers.parquet")][39:42] == [39, 40, 41]
-    rows[40]["n"] = 40.5  # the previous part has whole numbers in this column
+    for row in rows[48:]:  # the earlier parts have whole numbers in this column
+        row["n"] += 0.5
     write(file, rows)
     for _ in range(2):  # also after the run is continued, when the previous part is only a file
         with pytest.raises(ValueError, match="a column cannot be written as parquet"):
             classify(Here(model), file, tmp_path / "more.parquet", keep=["n"])
-    assert len(list((tmp_path / "more.parquet.parts").glob("part-*"))) == 2
+        assert len(list((tmp_path / "more.parquet.parts").glob("part-*"))) == 3
 
 
 def test_columns_of_input_and_answers_may_not_have_the_same_name(

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from de3.loadtest.client import post
-from de3.model_store.store import Store, StoreError
+from de3.model_store.store import Store
 from de3.model_store.tokenizer import TextTokenizer
 from de3.server.http import connection
 from de3.server.http.http_server import ACCEPTS
@@ -204,13 +204,6 @@ def test_not_ready_while_loading_then_ready(store: Path, monkeypatch: pytest.Mon
     finally:
         go_on.set()
         server.stop()
-
-
-def test_a_store_without_models_is_refused_before_the_port_opens(tmp_path: Path, store: Path) -> None:
-    with pytest.raises(StoreError, match="holds no model"):
-        Service(Settings(store=tmp_path))
-    with pytest.raises(StoreError, match="no model 'other'"):
-        Service(Settings(store=store, models=["other"]))
 
 
 def test_without_a_store_the_message_names_the_next_command(
