@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import hypothesis
 import pytest
 from filelock import FileLock
 from httpx._config import DEFAULT_TIMEOUT_CONFIG
+from httpx._transports import default as transports
 
 from tests.commands import de3
 
@@ -41,6 +43,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("de3")
 for phase in ("connect", "read", "write", "pool"):
     setattr(DEFAULT_TIMEOUT_CONFIG, phase, 60.0)
+# httpx loads the certificates for each request, which takes longer than most requests.
+transports.create_ssl_context = cache(transports.create_ssl_context)
 
 GOOD = "good great lovely superb fine warm funny charming bright fresh".split()  # noqa: SIM905
 BAD = "bad awful dull poor weak cold boring tired messy stale".split()  # noqa: SIM905

@@ -353,6 +353,8 @@ def test_single_texts_and_pairs_in_one_file(model: de3.Classifier, tmp_path: Pat
     rows = [{"n": 0, "text": "good", "text_pair": None}, {"n": 1, "text": "bad", "text_pair": "good"}]
     write(file, rows)
     classify(Here(model), file, tmp_path / "out.parquet", keep=["n"])
+    with pytest.raises(ValueError, match=r"no column 'm'.*--keep"):
+        classify(Here(model), file, tmp_path / "other.parquet", keep=["m"])
     write(tmp_path / "in.jsonl", [{"n": 0, "text": "good"}, {"text": "bad"}])
     classify(Here(model), tmp_path / "in.jsonl", tmp_path / "out.jsonl", keep=["n"])
     assert [row["n"] for row in read(tmp_path / "out.jsonl")] == [0, None]

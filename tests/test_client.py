@@ -58,7 +58,9 @@ def test_errors_name_the_field(server: Server) -> None:
 
 
 def response(body: bytes, status: int = 200, **headers: str) -> bytes:
-    fields = {"content-length": str(len(body))} | {name.replace("_", "-"): v for name, v in headers.items()}
+    fields = {"content-length": str(len(body)), "connection": "close"} | {
+        name.replace("_", "-"): v for name, v in headers.items()
+    }
     head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     return f"HTTP/1.1 {status} x\r\n{head}\r\n".encode("latin-1") + body
 

@@ -193,6 +193,8 @@ def test_a_change_is_seen_in_every_process_or_in_none(server: Running) -> None:
         assert server.change("unload", version=2).json() == {"unloaded": ["tiny:2"]}
         assert served() == [["tiny:1", "current"]]
         assert server.change("unload").status_code == 409
+        audited = re.findall(r'de3_audit_tau{model="(.*?)"', server.get("/metrics").text)
+        assert audited == ["tiny:1"]
 
 
 def test_a_guarantee_is_one(server: Running) -> None:

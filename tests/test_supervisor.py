@@ -438,17 +438,16 @@ def test_connections_that_wait_to_be_accepted_at_the_end_are_passed_on_or_closed
 
 def test_connections_that_close_are_counted_also_those_without_a_file_descriptor(store: Path) -> None:
     with attached(store) as (worker, _, ours):
+        soon = list[Callable[[], None]]()
+        worker._loop = SimpleNamespace(call_soon=soon.append)  # type: ignore[assignment]
         process = Process(1, None, Channel({}), ours, connections=5)
         ours.send(CONNECTION)  # as if the system had dropped the descriptor
         worker._receive()
-        worker.closed()
-        worker._tell_closed()
-        process.receive(Weights())
-        assert process.connections == 3
-        worker.closed()
-        worker._tell_closed()
-        process.receive(Weights())
-        assert process.connections == 2
+        for then in (3, 2):
+            worker.closed()
+            soon.pop()()
+            process.receive(Weights())
+            assert process.connections == then and not soon
 
 
 def test_accepting_without_a_free_file_descriptor_goes_on_later() -> None:
@@ -490,6 +489,15 @@ def test_audits_pause_while_the_supervisor_reads_too_slowly(store: Path) -> None
 
     with attached(store) as parts:
         asyncio.run(asyncio.wait_for(run(*parts), 60))
+
+
+def test_the_supervisor_counts_what_the_processes_take_from_a_rate_limit(store: Path) -> None:
+    keys: Any = "someone a-key-of-some-length"
+    server = Supervisor(Settings(store=store, processes=2, api_keys=keys, rate_limit="100/day"), (), [])
+    handlers, limit = server._handlers(Process(1, None, Channel({}), socket.socket())), server._access.limit
+    assert limit is not None and handlers["lease"]("someone", 3) == 3
+    handlers["charge"]("someone", 5)
+    assert limit._limiter.get_window_stats(limit._rate, "someone").remaining == 92
 
 
 def test_a_replacement_has_the_keys_with_which_the_server_started(tmp_path: Path, store: Path) -> None:
