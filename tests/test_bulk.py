@@ -371,6 +371,8 @@ def test_an_output_is_only_continued_by_the_same_run(model: de3.Classifier, tmp_
         classify(Here(model, 9), tmp_path / "in.jsonl", out)
     with pytest.raises(ValueError, match=r"was begun differently \(a\): use the same command, or remove"):
         Parts(out, ".jsonl", {"a": 2})
+    with pytest.raises(ValueError, match=r"begun differently \(b\)"):
+        Parts(out, ".jsonl", {"a": 1, "b": 2})
     first = Parts(out, ".jsonl", {"a": 1})
     with pytest.raises(ValueError, match="another run writes to it"):
         Parts(out, ".jsonl", {"a": 1})

@@ -1,12 +1,14 @@
 """The search for a server's capacity: with a stub that has a known limit, and on a real server."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from de3.loadtest import capacity
-from de3.loadtest.client import Target
+from de3.loadtest.client import Answer, Run, Target
+from de3.loadtest.texts import Sample
 from tests.commands import de3
 from tests.fixtures import make_rows
 from tests.serving import free_port
@@ -31,8 +33,19 @@ def test_a_step_with_refusals_or_a_high_p99_misses_the_objective() -> None:
     assert not capacity.Step(100, 60, 0.0).keeps(50)
 
 
+def test_requests_without_an_answer_count_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [Answer(0, 0.0, 0.0, done=0.5, status=200), Answer(0, 0.0, 0.0, done=0.1, status=503)]
+    monkeypatch.setattr(
+        capacity, "send_traffic", lambda *_, **__: Run([Sample("a")], answers, 1.0, 2.0, 1, 0.0)
+    )
+    assert capacity._try(Target("http://x"), [], 2.0, 1) == capacity.Step(2.0, 500.0, 0.5)
+    answers.pop(0)
+    assert capacity._try(Target("http://x"), [], 2.0, 1) == capacity.Step(2.0, math.inf, 1.0)
+
+
 def test_advice_leaves_room_for_bursts() -> None:
     text = "\n".join(capacity.advice(500, 50, 10_000, 2))
+    assert " 2 replicas of 2 cores" in "\n".join(capacity.advice(500, 50, 100, 2))  # one may be replaced
     assert "29 replicas of 2 cores" in text  # 10,000 / (0.7 * 500)
     assert "averageValue of de3_queue_texts: 6" in text and "target_requests=8" in text
 

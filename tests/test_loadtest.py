@@ -115,6 +115,10 @@ def test_a_run_counts_what_was_answered_in_time() -> None:
     run = client.Run([*SAMPLES[:4], Sample("long", long=True)], answers, 1.0, None, 2, 0.0)
     assert run.rate() == 2 and run.statuses() == {200: 3, 503: 1, 0: 1}
     assert run.latencies_ms() == pytest.approx([400, 700, 700]) and run.latencies_ms(long=True) == []
+    run.labels = [SAMPLES[0].label, "neither", "neither", None, None]
+    assert accuracy(run) == pytest.approx(1 / 3)
+    run.labels = ["unknown"] * 5
+    assert accuracy(run) is None  # other names of labels
     assert run.lateness_ms(1) == pytest.approx(400) and run.lateness_ms(0) == 0
 
 
@@ -191,15 +195,19 @@ def test_another_server_on_the_port_is_not_measured(store: Path, tmp_path: Path)
 
 def test_texts_are_read_made_long_and_given_taus(tmp_path: Path) -> None:
     file = tmp_path / "x.tsv"
-    file.write_text('sentence\tlabel\na "film\t1\ndull\t0\n')
-    samples = read(file, "sentence", "label", "bad, good")
-    assert samples == [Sample('a "film', "good"), Sample("dull", "bad")]
+    file.write_text('sentence\tlabel\na "film\t1\ndull\t0\nodd\tother\n')
+    *samples, other = read(file, "sentence", "label", "bad, good")
+    assert [*samples, other] == [Sample('a "film', "good"), Sample("dull", "bad"), Sample("odd", "other")]
     long = with_long(samples * 200, 0.1, 50)
     assert 20 < sum(s.long for s in long) < 60
     assert {len(s.text.split()) for s in long if s.long} == {50}
     assert [s.tau for s in with_taus(samples, [0.0, 0.2])] == [0.0, 0.2, 0.0, 0.2]
     with pytest.raises(ValueError, match="no column 'text'"):
         read(file, "text")
+    parts = tmp_path / "x.jsonl"
+    parts.write_text('{"text": "a film", "of": "f"}\n{"text": "film", "of": "f", "fragment": true}\n')
+    assert [s.text for s in read(parts, "text")] == ["a film"]
+    assert [s.group for s in read(parts, "text", group_column="of")] == ["f", "f"]
     (tmp_path / "x.txt").write_text("one\n\ntwo\n")
     assert [s.text for s in read(tmp_path / "x.txt", "sentence")] == ["one", "two"]
 
