@@ -100,7 +100,8 @@ def test_a_closed_loop_sends_the_samples_in_turn() -> None:
         run = send_traffic(target, SAMPLES[:3], seconds=0.2, connections=4)
     assert run.offered is None and len(run.answers) >= 4
     assert [a.sample for a in run.answers] == [i % 3 for i in range(len(run.answers))]
-    assert max(sum(a.sent <= b.sent < a.done for a in run.answers) for b in run.answers) <= 4
+    first = run.answers[:50]
+    assert max(sum(a.sent <= b.sent < a.done for a in first) for b in first) <= 4
 
 
 def test_a_run_counts_what_was_answered_in_time() -> None:
