@@ -1,9 +1,8 @@
 """Trade-offs over HTTP: speed-up, certified disagreement, latency budgets on slow layers, OOD texts, drift."""
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,17 @@ from de3.model_store.manifest import TradeOff
 from de3.model_store.segments import OnnxSegment
 from de3.model_store.store import Store
 from de3.server.engine import timing
+from de3.server.engine.job import REPLY_S, REPLY_TEXT_S, Item, Job
 from de3.server.errors import RequestError
 from de3.server.models import load
 from de3.server.ood import WINDOW
 from de3.server.rules import MAX_LOAD_LOSS, Choice, Rules
 from de3.server.settings import ExitOptions, Settings
 from tests.fixtures import make_rows
-from tests.serving import Server, serving, until
+from tests.serving import Gate, Server, serving, until
 
 TEXTS = [text for text, _ in make_rows(60, 21)]
 LAYER_S = 0.03
-NOISE_S = 0.05  # tolerance for the client's own time
-ATTEMPTS = 30  # on a busy machine, a check of timing is retried
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +41,46 @@ def rows(store: Path) -> list[TradeOff]:
     return manifest.trade_offs()[manifest.defaults.signal, manifest.defaults.lam]
 
 
+class Clock:
+    """The engine's clock: it stands still, except that the embeddings and each layer of a text take LAYER_S.
+
+    Attributes:
+        ended: the time at which each text was finished, by its job and its index.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = time.perf_counter()
+        self.ended: dict[tuple[Job, int], float] = {}
+        run, init, finish = OnnxSegment._run, Job.__post_init__, Job.finish
+
+        def later(segment: OnnxSegment, *arguments: Any) -> Any:
+            self.now += LAYER_S
+            return run(segment, *arguments)
+
+        def submitted_now(job: Job) -> None:
+            job.submitted = self.now
+            init(job)
+
+        def finished(job: Job, item: Item, result: Any) -> bool:
+            self.ended[job, item.index] = self.now
+            return finish(job, item, result)
+
+        monkeypatch.setattr(OnnxSegment, "_run", later)
+        monkeypatch.setattr(Job, "__post_init__", submitted_now)
+        monkeypatch.setattr(Job, "finish", finished)
+        for module in ("run", "deadlines", "engine", "queue", "timing"):
+            monkeypatch.setattr(f"de3.server.engine.{module}.perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing, "thread_time", lambda: self.now)
+
+
 @pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every layer take LAYER_S longer, as in a large model."""
-    run = OnnxSegment.run
-
-    def later(self: OnnxSegment, *arguments: Any) -> Any:
-        time.sleep(LAYER_S)
-        return run(self, *arguments)
-
-    monkeypatch.setattr(OnnxSegment, "run", later)
-    monkeypatch.setattr(timing, "thread_time", time.perf_counter)  # thread_time does not count sleep
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
 
 
-def eventually(attempt: Callable[[], bool]) -> None:
-    """Call `attempt`, which asserts invariants itself, until it returns True; fails the test after ATTEMPTS calls."""
-    assert any(attempt() for _ in range(ATTEMPTS)), f"not once in {ATTEMPTS} attempts"
+def budget_ms(layers: float, texts: int = 1) -> float:
+    """A budget in which one thread can run this many layers, those of all texts together."""
+    return 1000 * (layers * LAYER_S + REPLY_S + texts * REPLY_TEXT_S)
 
 
 def test_a_speed_up_is_looked_up(server: Server, rows: list[TradeOff]) -> None:
@@ -114,42 +136,34 @@ def test_the_calibration_is_published(server: Server, rows: list[TradeOff]) -> N
     assert "there are: tiny:1, tiny-int8:1" in missing.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    ("setting", "by"),
-    [
+def test_a_setting_applies_to_requests_without_exit_options(store: Path) -> None:
+    manifest = Store(store).open("tiny").manifest
+    for setting, by in (
         ({"tau": 0.3}, "default"),
         ({"target_speedup": 2}, "target_speedup"),
         ({"max_disagreement": 0.1}, "max_disagreement"),
-    ],
-)
-def test_a_setting_applies_to_requests_without_exit_options(
-    store: Path, setting: dict[str, float], by: str
-) -> None:
-    with serving(store, models=["tiny"], **setting) as server:
-        choice = server.classify(input="a film", explain=True).json()["tau_choice"]
-        assert choice["by"] == by
-        if "tau" in setting:
-            assert choice["tau"] == 0.3
-        own = server.classify(input="a film", tau=0.5, explain=True).json()["tau_choice"]
-        assert (own["by"], own["tau"]) == ("tau", 0.5)
+    ):
+        rules = Rules(manifest, Settings(store=store, **setting))
+        choice, own = rules.of(ExitOptions()), rules.of(ExitOptions(tau=0.5))
+        assert choice.by == by and choice.rule.tau == setting.get("tau", choice.rule.tau)
+        assert (own.by, own.rule.tau) == ("tau", 0.5)
+    with serving(store, models=["tiny"], target_speedup=2) as server:
+        answer = server.classify(input="a film", explain=True).json()
+        assert answer["tau_choice"]["by"] == "target_speedup"
+        assert server.metric("de3_tau", model="tiny:1") == answer["data"][0]["exit"]["tau"] != 0
 
 
 def test_the_settings_tau_applies_if_a_request_only_limits_the_layer(store: Path) -> None:
-    with serving(store, models=["tiny"], tau=0) as server:
-        assert server.classify(input="a film", max_layer=2).json()["data"][0]["exit"]["tau"] == 0
-        manifest = server.service.artifacts[0].manifest
-        other = next(name for name in ("risk", "entropy") if name != manifest.defaults.signal)
-        tau = server.classify(input="a film", signal=other).json()["data"][0]["exit"]["tau"]
-        row = next(r for r in manifest.trade_offs()[other, None] if r.tau == tau)
-        assert row.disagreement == 0  # as cautious as the setting's τ = 0, which is for the default signal
-        refused = server.classify(input="a film", **{"lambda": 50})  # the calibration has no rows for this λ
-        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "tau")
-
-
-def test_the_tau_in_force_is_a_metric(store: Path) -> None:
-    with serving(store, models=["tiny"], target_speedup=2) as server:
-        tau = server.classify(input="a film").json()["data"][0]["exit"]["tau"]
-        assert server.metric("de3_tau", model="tiny:1") == tau != 0
+    manifest = Store(store).open("tiny").manifest
+    rules = Rules(manifest, Settings(store=store, tau=0))
+    assert rules.of(ExitOptions(max_layer=2)).rule.tau == 0
+    other = next(name for name in ("risk", "entropy") if name != manifest.defaults.signal)
+    tau = rules.of(ExitOptions(signal=other)).rule.tau
+    row = next(r for r in manifest.trade_offs()[other, None] if r.tau == tau)
+    assert row.disagreement == 0  # as cautious as the setting's τ = 0, which is for the default signal
+    with pytest.raises(RequestError) as refused:
+        rules.of(ExitOptions(lam=50))  # the calibration has no rows for this λ
+    assert refused.value.field == "tau"
 
 
 def test_a_setting_that_a_model_cannot_meet_prevents_the_start(store: Path) -> None:
@@ -163,76 +177,58 @@ def test_settings_choose_tau_in_one_way_only(store: Path) -> None:
         Settings(store=store, tau=0.1, target_speedup=2)
 
 
-def test_an_answer_leaves_at_its_deadline(store: Path, slow: None) -> None:
-    with serving(store, models=["tiny"], threads=2, tau=0) as server:
+def test_an_answer_leaves_at_its_deadline(store: Path, clock: Clock) -> None:
+    with serving(store, models=["tiny"], threads=1, tau=0) as server:
         full = server.classify(input=TEXTS[0], explain=True).json()["data"][0]
-        assert full["exit"]["layer"] == 3
-        for budget_ms, deepest in (
-            (20, 0),
-            (1.5 * 1000 * LAYER_S, 1),
-            (2.5 * 1000 * LAYER_S, 2),
-            (10_000, 3),
-        ):
-            wish = {"latency_budget_ms": budget_ms, "best_effort": True}  # not refused on a busy machine
-
-            def in_time(wish: dict[str, Any] = wish, deepest: int = deepest) -> bool:
-                started = time.perf_counter()
-                row = server.classify(input=TEXTS[0], explain=True, **wish).json()["data"][0]
-                took = time.perf_counter() - started
-                layer = row["exit"]["layer"]
-                assert layer <= deepest  # a busy machine may stop earlier, never later
-                assert row["exit"]["reason"] == ("last_layer" if layer == 3 else "deadline")
-                assert row["layers"] == full["layers"][: layer + 1]  # the same layers bit for bit, but fewer
-                if deepest == 3:
-                    return bool(layer == 3)
-                return took < wish["latency_budget_ms"] / 1000 + LAYER_S + NOISE_S
-
-            eventually(in_time)
-        assert server.metric("de3_exit_layer_count", model="tiny:1", reason="deadline") >= 1
+        for layers, deepest in ((0.5, 0), (1.5, 0), (2.5, 1), (3.5, 2), (4.5, 3)):
+            wish = {"latency_budget_ms": budget_ms(layers), "best_effort": True}
+            row = server.classify(input=TEXTS[0], explain=True, **wish).json()["data"][0]
+            assert row["exit"]["layer"] == deepest
+            assert row["exit"]["reason"] == ("last_layer" if deepest == 3 else "deadline")
+            assert row["layers"] == full["layers"][: deepest + 1]  # bit for bit
+        assert server.metric("de3_exit_layer_count", model="tiny:1", reason="deadline") == 4
 
 
-def test_a_budget_covers_every_text_of_a_batch(store: Path, slow: None) -> None:
-    with serving(store, models=["tiny"], threads=2, tau=0) as server:
-        budget_s = 8 * LAYER_S  # 10 texts of 3 layers on two threads would take 15 layer times
-        wish = {"latency_budget_ms": 1000 * budget_s, "best_effort": True}
-
-        def in_time() -> bool:
-            started = time.perf_counter()
-            data = server.classify(input=TEXTS[:10], **wish).json()["data"]
-            took = time.perf_counter() - started
-            layers = [row["exit"]["layer"] for row in data]
-            assert len(layers) == 10 and sum(layers) <= 16
-            assert {row["exit"]["reason"] for row in data} <= {"deadline", "last_layer"}
-            # The first texts did not use up the budget.
-            return took < budget_s + LAYER_S + NOISE_S and sum(layers[5:]) >= 4
-
-        eventually(in_time)
+def test_a_budget_covers_every_text_of_a_batch(store: Path, clock: Clock) -> None:
+    with serving(store, models=["tiny"], threads=1, tau=0) as server:
+        started = clock.now
+        wish = {"latency_budget_ms": budget_ms(25.5, 10)}  # all layers of all texts would be 40
+        data = server.classify(input=TEXTS[:10], **wish).json()["data"]
+        layers = [row["exit"]["layer"] for row in data]
+        ran = sum(layers) + len(layers)
+        assert ran == round((clock.now - started) / LAYER_S) and 20 <= ran <= 25
+        assert {row["exit"]["reason"] for row in data} <= {"deadline", "last_layer"}
+        assert sum(layers[5:]) >= 4  # the first texts did not use up the budget
 
 
-def test_concurrent_budgets_are_all_kept(store: Path, slow: None) -> None:
-    """Each batch alone could use its whole budget; together they share the threads."""
-    with serving(store, models=["tiny"], threads=2, tau=0) as server, ThreadPoolExecutor(12) as pool:
-        budget_s = 8 * LAYER_S
+def test_concurrent_budgets_are_all_kept_and_overtake_a_loaded_queue(
+    store: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with serving(store, models=["tiny"], threads=1, tau=0) as server, ThreadPoolExecutor(4) as pool:
+        queue = server.service.engine.queue
 
-        def ask(texts: list[str]) -> tuple[int, float, list[int]]:
-            started = time.perf_counter()
-            answer = server.classify(input=texts, latency_budget_ms=1000 * budget_s)
-            took = time.perf_counter() - started
-            layers = [row["exit"]["layer"] for row in answer.json().get("data", [])]
-            return answer.status_code, took, layers
+        def ask(layers: float) -> Future[httpx.Response]:
+            before = len(queue)
+            wish = {"latency_budget_ms": budget_ms(layers, 10)} if layers else {}
+            asked = pool.submit(server.classify, input=TEXTS[:10], **wish)
+            until(lambda: asked.done() or len(queue) == before + 10, "the texts to be pending, or refused")
+            return asked
 
-        def all_in_time() -> bool:
-            long = [pool.submit(server.classify, input=TEXTS[:20]) for _ in range(2)]  # without a budget
-            asked = [pool.submit(ask, TEXTS[10 * i : 10 * i + 10]) for i in range(5)]
-            found = [one.result(30) for one in asked]
-            kept = [(took, layers) for status, took, layers in found if status == 200]
-            assert {status for status, _, _ in found} <= {200, 503}
-            assert all(one.result(60).status_code == 200 for one in long)
-            in_time = all(took < budget_s + LAYER_S + NOISE_S for took, _ in kept)
-            depth = sum(sum(layers) for _, layers in kept)  # the time that was left was used for more layers
-            return in_time and len(kept) >= 3 and depth >= 5
-
-        eventually(all_in_time)
+        # Ten texts take ten times LAYER_S to their first exits. Each batch alone could use its whole budget.
+        asked = [ask(layers) for layers in (0, 15.5, 15.5, 25.5, 35.5)]
+        gate.open()
+        assert [one.result(60).status_code for one in asked] == [200, 200, 503, 200, 200]
+    kept = {at: job for (job, _), at in clock.ended.items() if job.deadline is not None}
+    assert all(at <= (job.deadline or 0) for at, job in kept.items())
+    assert max(kept) < min(at for (job, _), at in clock.ended.items() if job.deadline is None)
+    layers = [
+        row["exit"]["layer"]
+        for one in asked[1:]
+        if one.result()
+        for row in one.result().json().get("data", [])
+    ]
+    assert len(layers) == 30 and sum(layers) >= 4  # the time that was left was used for more layers
 
 
 def test_the_tokenizer_is_predicted_too(server: Server) -> None:
@@ -252,53 +248,40 @@ def test_a_budget_that_no_exit_can_meet_is_refused_unless_best_effort(server: Se
     assert row["data"][0]["exit"]["reason"] in ("deadline", "threshold")
 
 
-def test_a_deadline_overtakes_a_loaded_queue(store: Path, slow: None) -> None:
-    with serving(store, models=["tiny"], threads=2, tau=0) as server, ThreadPoolExecutor(8) as pool:
-        lists = [pool.submit(server.classify, input=TEXTS[:30]) for _ in range(4)]  # seconds of work
-        until(lambda: len(server.service.engine.queue) > 60, "a full queue")
-        for _ in range(5):
-            assert server.classify(input=TEXTS[1], latency_budget_ms=10_000).status_code == 200
-            assert len(server.service.engine.queue) > 0  # the others are still pending
-        threading.Thread(target=server.service.engine.stop).start()
-        assert all(found.result(60).status_code == 200 for found in lists)
-
-
 FAR = "zzz qqq xxx"  # none of these words is in the vocabulary
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
-def test_ood_texts_are_flagged_or_go_deeper(store: Path, name: str) -> None:
+def test_ood_texts_are_flagged_or_go_deeper(store: Path) -> None:
     texts = [*TEXTS, FAR, *(" ".join([w] * 30) for w in ("the", "film", "good", "plot"))]
-    found = {}
+    names = ("tiny", "tiny-int8")
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
     for policy in ("off", "flag", "deepen"):
-        with serving(store, models=[name], ood_policy=policy, tau=0.5) as server:
-            found[policy] = server.classify(input=texts, ood=True).json()["data"]
-            far = server.metric("de3_ood_texts_total", model=f"{name}:1")
-        flagged = [row.get("out_of_distribution", False) for row in found[policy]]
-        assert sum(flagged) == far and (far > 0) == (policy != "off")
-    for off, flag, deepen in zip(found["off"], found["flag"], found["deepen"], strict=True):
-        is_far = flag.pop("out_of_distribution", False)
-        assert flag == off
-        if is_far:
-            assert deepen["exit"]["layer"] >= off["exit"]["layer"]
-            assert deepen["exit"]["tau"] in (
-                0.25,
-                0.5,
-            )  # it may have been OOD only at its exit
-        elif not deepen.get("out_of_distribution"):
-            assert deepen == off
-
-
-@pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
-def test_ood_texts_are_flagged_at_full_depth_too_and_explain_changes_nothing(store: Path, name: str) -> None:
-    texts = [*TEXTS, FAR]
-    with serving(store, models=[name], ood_policy="flag", tau=0) as server:
-        plain = server.classify(input=texts).json()["data"]
-        explained = server.classify(input=texts, explain=True).json()["data"]
-    flags = [row.get("out_of_distribution", False) for row in plain]
-    assert any(flags)
-    assert flags == [row.get("out_of_distribution", False) for row in explained]
-    assert {row["exit"]["layer"] for row in plain} == {3}
+        with serving(store, models=names, ood_policy=policy, tau=0.5) as server:
+            for name in names:
+                rows = server.classify(input=texts, model=name, ood=True).json()["data"]
+                found[name][policy] = rows
+                far = server.metric("de3_ood_texts_total", model=f"{name}:1")
+                flagged = sum(row.get("out_of_distribution", False) for row in rows)
+                assert flagged == far and (far > 0) == (policy != "off")
+                if policy != "flag":
+                    continue
+                # At full depth, too, and `explain` changes nothing.
+                plain, explained = (
+                    server.classify(input=texts, model=name, tau=0, explain=explain).json()["data"]
+                    for explain in (False, True)
+                )
+                flags = [row.get("out_of_distribution", False) for row in plain]
+                assert any(flags) and {row["exit"]["layer"] for row in plain} == {3}
+                assert flags == [row.get("out_of_distribution", False) for row in explained]
+    for by_policy in found.values():
+        for off, flag, deepen in zip(by_policy["off"], by_policy["flag"], by_policy["deepen"], strict=True):
+            is_far = flag.pop("out_of_distribution", False)
+            assert flag == off
+            if is_far:
+                assert deepen["exit"]["layer"] >= off["exit"]["layer"]
+                assert deepen["exit"]["tau"] in (0.25, 0.5)  # it may have been OOD only at its exit
+            elif not deepen.get("out_of_distribution"):
+                assert deepen == off
 
 
 def test_the_ood_score_is_optional_and_independent_of_the_batch(server: Server) -> None:

@@ -9,7 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import numpy as np
@@ -118,7 +118,7 @@ def test_the_demo_model_matches_onnx_runtime(kernels: Any) -> None:
     artifact = Store(Path(__file__).parents[1] / "models").open("sst2")
     native, onnx = Model(artifact, "native"), Model(artifact, "onnxruntime")
     differences = []
-    for text in TEXTS[:30]:
+    for text in TEXTS[:10]:
         tokens = native.tokenize(text)
         for ours, theirs in zip(native.full_depth(tokens), onnx.full_depth(tokens), strict=True):
             assert ours.logits is not None and theirs.logits is not None
@@ -293,6 +293,12 @@ LOCAL = st.fixed_dictionaries(
         "local_layers": st.sampled_from([[], [1]]),
     }
 )
+HEADS = st.builds(
+    Head,
+    activation=st.sampled_from(["tanh", "relu", "gelu"]),
+    pooling=st.sampled_from(["mean", "cls"]),
+    norm=st.sampled_from([None, 1e-5]),
+)
 DISENTANGLED = st.fixed_dictionaries(
     {
         "type": st.just("deberta-v2"),
@@ -308,7 +314,7 @@ DISENTANGLED = st.fixed_dictionaries(
 @settings(max_examples=40)
 @given(
     *(LOCAL | DISENTANGLED, st.sampled_from([(64, 1), (64, 4), (128, 2), (192, 4)])),
-    *(st.sampled_from([64, 320]), st.booleans(), st.booleans()),
+    *(st.sampled_from([64, 320]), st.booleans(), st.booleans(), HEADS),
     *(st.integers(1, 40) | st.sampled_from([127, 128, 129, 260, 333]), st.integers(0, 2**32 - 1)),
 )
 def test_modernbert_and_deberta_match_onnx_runtime(
@@ -317,11 +323,11 @@ def test_modernbert_and_deberta_match_onnx_runtime(
     inner: int,
     gelu: bool,
     mean: bool,
+    head: Head,
     tokens: int,
     seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
-    head = Head(activation="gelu", pooling="cls" if mean else "mean", norm=1e-5)
     architecture = random_architecture(*width, inner, 3, 32, gelu, mean, head, family, 333)
     network, built = random_network(rng, architecture)
     model = build(network)
@@ -376,33 +382,28 @@ def test_processes_share_the_memory_of_the_weights() -> None:
     assert len(maps) == 2 and all(line.split()[1] == "r--s" for line in maps)
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_the_head_of_a_stock_classifier(
-    activation: Literal["tanh", "relu", "gelu"], pooling: Literal["mean", "cls"]
-) -> None:
-    head = Head(activation=activation, pooling=pooling)
-    rng, tokens = np.random.default_rng(5), 17
-    # the other exits use the other kind of pooling
-    architecture = random_architecture(128, 4, 64, 3, 0, True, pooling == "cls", head)
-    network, built = random_network(rng, architecture)
-    model = build(network)
-    before = rng.normal(size=(1, tokens, 128)).astype(np.float32)
-    session = ort.InferenceSession(built[1].SerializeToString(), session_options())
-    expected = session.run(None, {"hidden": before, "with_exit": np.array(True)})
-    for name in ALL:
-        hidden, logits = run(name, model, 1, before, None, None, expected)
-        assert is_near(hidden, expected[0])
-        np.testing.assert_allclose(logits, expected[1], atol=0.02)
-    dense, bias = np.zeros((128, 128), np.float32), np.zeros(128, np.float32)
-    for wrong in (
-        (dense[:-1], bias, 0, True),
-        (dense, bias[:-1], 0, True),
-        (dense, bias, 3, True),
-        (dense, bias, 0, True),
-    ):
-        with pytest.raises(ValueError, match=r"has \d+ bytes|no such activation|is set already"):
-            kernels.set_head(model, *wrong)
+@pytest.mark.parametrize("activation", [None, "tanh", "relu", "gelu"])
+def test_one_value_that_is_not_finite_is_enough_for_an_exit_without_an_answer(activation: Any) -> None:
+    """A logit that is not finite leaves no distances, whichever label has it, and a head keeps NaN."""
+    rng, head = np.random.default_rng(5), activation and Head(activation=activation, pooling="mean")
+    network, _ = random_network(rng, random_architecture(64, 4, 64, 3, 32, True, True, head))
+    name = "dense.bias" if head else "classifier.bias"
+    prototypes = None if head else rng.normal(size=(3, 32)).astype(np.float32)
+    shapes = [np.empty(shape) for shape in ((1, 5, 64), 3, 3)][: 2 if head else 3]
+    hidden = rng.normal(size=(1, 5, 64)).astype(np.float32)
+    for place in range(3):
+        for value in (np.nan,) if head else (np.nan, np.inf):
+            changed = dict(network.segments[1])
+            changed[name] = changed[name].copy()
+            changed[name][place] = value
+            model = build(replace(network, segments=[network.segments[0], changed]))
+            for kernel in ALL:
+                _, logits, *distances = run(kernel, model, 1, hidden, None, prototypes, shapes)
+                if head:
+                    assert not np.isfinite(logits).any()
+                else:
+                    assert np.flatnonzero(~np.isfinite(logits)).tolist() == [place]
+                    assert np.isnan(distances).all()
 
 
 @pytest.mark.parametrize("names", [("amx", "vnni"), ("avxvnni", "avx2"), ("i8mm", "dotprod")], ids="-".join)
@@ -623,28 +624,17 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
             kernels.run(model, *arguments)
     with pytest.raises(ValueError, match="no kernels for these sizes"):
         kernels.new(65, 1, 64, 1, 0, True, False, True)
+    dense, bias = np.zeros((64, 64), np.float32), np.zeros(64, np.float32)
+    for head in ((dense[:-1], bias, 0), (dense, bias[:-1], 0), (dense, bias, 3), (dense, bias, -1)):
+        with pytest.raises(ValueError, match=r"has \d+ bytes|no such activation"):
+            kernels.set_head(model, *head, True)
     prototypes = [segment._prototypes for segment in native.segments]  # type: ignore[attr-defined]
     logits, distances = np.zeros((4, 2), np.float32), np.zeros((4, 2), np.float32)
 
     def text(**wrong: Any) -> tuple[Any, ...]:
-        fields = {
-            "ids": ids,
-            "types": ids,
-            "tau": 0.0,
-            "signal": 1,
-            "lam": 1.0,
-            "weights": None,
-            "deepest": 3,
-            "ask_all": False,
-        }
-        fields |= {
-            "caution": 1.0,
-            "thresholds": None,
-            "logits": logits,
-            "distances": distances,
-            "hidden": None,
-            "states": None,
-        }
+        fields = {"ids": ids, "types": ids, "tau": 0.0, "signal": 1, "lam": 1.0, "weights": None}
+        fields |= {"deepest": 3, "ask_all": False, "caution": 1.0, "thresholds": None}
+        fields |= {"logits": logits, "distances": distances, "hidden": None, "states": None}
         return tuple((fields | wrong).values())
 
     assert kernels.forward(model, [text()], prototypes, None, 0, 3)[0][1][0] == 3
@@ -703,34 +693,11 @@ def test_a_text_that_fails_does_not_fail_the_rest_of_its_group(
     with serving(store, threads=1, models=["tiny-int8"]) as server, ThreadPoolExecutor(5) as pool:
         texts = ["good", "dull", "broken", "bad", "fine"]
         answers = [pool.submit(server.classify, input=text) for text in texts]
+        (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert (model["runtime"], model["instructions"]) == ("native", kernels.supported())
         until(lambda: len(server.service.engine.queue) == 5, "the texts to wait together")
         gate.open()
         assert [a.result().status_code for a in answers] == [200, 200, 500, 200, 200]
-
-
-def test_explain_max_layer_and_reasons_match_onnx_runtime(store: Path) -> None:
-    asked = [
-        {"input": TEXTS[:9], **fields}
-        for fields in (
-            {"tau": 0},
-            {"tau": 0.3},
-            {"tau": 1, "lambda": 0},
-            {"tau": 1e-6, "max_layer": 1, "explain": True},
-        )
-    ]
-    found = []
-    for runtime in ("native", "onnxruntime"):
-        with serving(store, models=["tiny-int8"], runtime=runtime) as server:
-            (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
-            rows = [row for body in asked for row in server.classify(**body).json()["data"]]
-        found.append(
-            [(r["label"], r["exit"]["layer"], r["exit"]["reason"], len(r.get("layers", ""))) for r in rows]
-        )
-        instructions = kernels.supported() if runtime == "native" else None
-        assert (model["runtime"], model["instructions"]) == (runtime, instructions)
-    same = sum(a == b for a, b in zip(*found, strict=True))
-    assert same >= len(found[0]) - 1  # a rounding error may change one exit
-    assert {reason for _, _, reason, _ in found[0]} == {"threshold", "last_layer", "max_layer"}
 
 
 def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
