@@ -6,13 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from de3.server.engine.engine import MAX_LEAD_S, Engine
 from de3.server.engine.job import Job
-from de3.server.engine.queue import MAX_SHADOWS, MAX_STRETCH, PREEMPTION_LEAD_S, WorkQueue
+from de3.server.engine.queue import MAX_GROUP, MAX_SHADOWS, MAX_STRETCH, PREEMPTION_LEAD_S, WorkQueue
 from de3.server.engine.served import MAX_STEP_S
 from de3.server.errors import RequestError
 from tests import jobs
@@ -141,6 +141,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 TestQueue = QueueMachine.TestCase
+TestQueue.settings = settings(max_examples=50)
 
 
 def test_short_texts_overtake_a_long_one_but_not_forever() -> None:
@@ -252,49 +253,7 @@ class FairMachine(RuleBasedStateMachine):
 
 
 TestFairQueue = FairMachine.TestCase
-
-
-@given(
-    backlogs=st.lists(st.integers(1, 60), min_size=1, max_size=6),
-    costs=st.lists(st.sampled_from([0.125, 0.25, 0.5]), min_size=1, max_size=6),
-)
-def test_a_client_waits_only_for_its_share_whatever_others_send(
-    backlogs: list[int], costs: list[float]
-) -> None:
-    """The text of a new client is served after at most one text of each other client."""
-    queue = WorkQueue(10_000)
-    for number, texts in enumerate(backlogs):
-        queue.put(job(texts, client=f"other {number}"))
-    for turn in range(sum(backlogs) // 2):
-        (item,) = queue.next()
-        queue.charge((item.job, costs[turn % len(costs)]))
-    queue.put(new := job(1, submitted=10**6, client="new"))
-    before = []
-    while (item := queue.next()[0]) is not new.items[0]:
-        before.append(item.job.client)
-        queue.charge((item.job, costs[len(before) % len(costs)]))
-    assert len(before) == len(set(before))
-
-
-def test_a_client_can_neither_save_up_time_nor_lose_debts_by_pausing() -> None:
-    queue = WorkQueue(100)
-    for _ in range(10):
-        queue.put(job(1, client="busy"))
-    for _ in range(5):
-        queue.charge((queue.next()[0].job, 1.0))
-    queue.put(job(3, client="late"))  # it has had no engine time, but does not get 5 s at once
-    order = []
-    for _ in range(6):
-        (item,) = queue.next()
-        order.append(item.job.client)
-        queue.charge((item.job, 1.0))
-    assert sorted(order[:2]) == sorted(order[2:4]) == sorted(order[4:]) == ["busy", "late"]
-    queue.put(job(2, client="late"))
-    while len(queue) > 2:
-        queue.charge((queue.next()[0].job, 1.0))
-    queue.charge((debtor := job(1, client="debtor"), 100.0))
-    queue.put(debtor)
-    assert [queue.next()[0].job.client for _ in range(3)][-1] == "debtor"
+TestFairQueue.settings = settings(max_examples=50)
 
 
 def test_a_client_ahead_of_others_that_wait_gets_no_promises() -> None:
@@ -308,21 +267,6 @@ def test_a_client_ahead_of_others_that_wait_gets_no_promises() -> None:
     engine.queue.next()
     engine.submit(asking)  # no other client is waiting
     assert asking.is_promised
-
-
-def test_a_client_whose_promises_ran_alone_owes_nothing_to_later_clients() -> None:
-    queue = WorkQueue(100)
-    for _ in range(50):
-        queue.put(promised(0, "early"))
-        queue.charge((queue.next()[0].job, 1.0))
-    queue.put(job(20, client="late"))
-    queue.put(job(1, client="early"))
-    order = []
-    while "early" not in order:
-        (item,) = queue.next()
-        order.append(item.job.client)
-        queue.charge((item.job, 0.5))
-    assert len(order) <= 4
 
 
 def test_a_client_whose_promises_are_done_has_none_left() -> None:
@@ -350,15 +294,7 @@ def test_dropped_items_do_not_count_as_others_that_are_pending() -> None:
     assert queue._clients["late"].spent == queue._clients["early"].spent == 5.0
 
 
-def test_clients_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("de3.server.engine.queue.MAX_CLIENTS", 10)
-    queue = WorkQueue(100)
-    for number in range(100):
-        queue.put(job(1, client=str(number)))
-        queue.charge((queue.next()[0].job, 0.5))
-        assert len(queue._clients) <= 10
-
-
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 4), max_size=12), st.integers(1, 4))
 def test_a_closed_queue_schedules_each_accepted_item_once(sizes: list[int], threads: int) -> None:
     queue = WorkQueue(100)
@@ -369,7 +305,7 @@ def test_a_closed_queue_schedules_each_accepted_item_once(sizes: list[int], thre
         while items := queue.next(threads):
             taken.extend(items)
 
-    workers = [Thread(target=work) for _ in range(threads)]
+    workers = [Thread(target=work, daemon=True) for _ in range(threads)]
     for worker in workers:
         worker.start()
     for j in submitted:
@@ -377,6 +313,7 @@ def test_a_closed_queue_schedules_each_accepted_item_once(sizes: list[int], thre
     queue.close()
     for worker in workers:
         worker.join(10)
+    assert not any(worker.is_alive() for worker in workers)
     assert sorted(map(id, taken)) == sorted(id(item) for j in submitted for item in j.items)
     with pytest.raises(RequestError, match="the server is stopping"):
         queue.put(job(1))
@@ -432,12 +369,19 @@ def test_short_texts_are_grouped_within_their_limits() -> None:
     assert len(queue.next(threads=4)) == 2  # one thread's share of the 8 pending texts
     assert len(queue.next(threads=1)) == 4  # as many as fit in a step
     assert [len(queue.next(threads=1)) for _ in range(2)] == [1, 1]  # the last is too long to share
+    queue.put(job(2 * MAX_GROUP, group_s=MAX_STEP_S / 1000))
+    group = queue.next(threads=8)
+    assert len(group) == 2 * MAX_GROUP // 8
+    queue.join(group, threads=8)  # a share of the 28 texts that are still pending
+    assert len(group) == 2 * MAX_GROUP // 8 + 4
+    queue.join(group)
+    assert len(group) == MAX_GROUP
 
 
 def test_a_short_text_does_not_wait_for_long_ones() -> None:
     queue = WorkQueue(100)
-    for share in (16, 16, 4, 16):
-        queue.put(job(1, group_s=MAX_STEP_S / share))
+    for times in (1, MAX_STRETCH, MAX_STRETCH + 1, 1):
+        queue.put(job(1, group_s=times * (MAX_STEP_S / 16)))
     assert [len(queue.next()) for _ in range(2)] == [2, 2]  # the last would wait for the long one in any case
 
 
