@@ -444,7 +444,8 @@ def test_half_of_the_idle_clients_are_forgotten_and_no_pending_one(
         queue.charge((job(1, client=str(number)), float(number)))
     queue.put(job(1, client="new"))
     assert set(queue._clients) == {"pending", "6", "7", "8", "9", "new"}
-    assert queue._clients["new"].spent == 5.0
+    queue.charge((job(1, client="newer"), 0.0))
+    assert queue._clients["new"].spent == queue._clients["newer"].spent == 5.0
     queue.charge((pending, 9.0))  # the queue still knows this client, and counts the time
     assert [queue.next()[0].job.client for _ in range(2)] == ["new", "pending"]
 
