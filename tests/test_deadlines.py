@@ -132,14 +132,14 @@ def test_the_longest_text_of_all_promises_limits_what_a_text_may_use(monkeypatch
     """While it runs, the other threads may be idle: it may have to wait for them, and they cannot help it."""
     clock = Clock(monkeypatch)
     deadlines = Deadlines(THREADS)
-    one, long, short = (job(clock, [first], 0.1) for first in (0.001, 0.02, 0.002))
-    for deadline, new in ((0.1, one), (0.1, long), (0.2, short)):
-        new.deadline = clock.now + deadline
+    one, *others = (job(clock, firsts, 0.1) for firsts in ([0.001], [0.02], [0.002] * 10))
+    for new in (one, *others):
+        new.deadline = clock.now + 0.1
         assert deadlines.promise(new) == 0
     # Until the deadline, two threads have 0.2 s; one may be idle while the longest text runs.
-    spare = 0.2 - (0.001 + 0.02) - 0.02
+    spare = 0.2 - (0.001 + 0.02 + 0.02) - 0.02
     ends = deadlines.begin(one.items[0], 0)
-    assert ends - clock.now == pytest.approx(0.001 + spare * 0.001 / (0.001 + 0.02))
+    assert ends - clock.now == pytest.approx(0.001 + spare * 0.001 / (0.001 + 0.02 + 0.02))
 
 
 def test_a_refusal_says_which_budget_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
