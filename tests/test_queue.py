@@ -283,6 +283,18 @@ def test_a_client_whose_promises_are_done_has_none_left() -> None:
     assert not queue._clients["hurried"].is_pending and queue._clients["hurried"].promised == 0
 
 
+def test_a_dropped_job_takes_only_its_own_promises_with_it() -> None:
+    queue = WorkQueue(100)
+    first, second = job(2, client="hurried"), job(2, client="hurried")
+    for deadline, new in ((1.0, first), (2.0, second)):
+        new.deadline = deadline
+        new.promise()
+        queue.put(new)
+    queue.next()
+    queue.drop(first)
+    assert queue._clients["hurried"].promised == 2.0
+
+
 def test_dropped_items_do_not_count_as_others_that_are_pending() -> None:
     queue = WorkQueue(100)
     queue.put(gone := job(2, client="early"))
