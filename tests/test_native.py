@@ -80,52 +80,6 @@ def test_the_kernels_match_onnx_runtime(native: Model, onnx: Model, implementati
     assert_equal_but_for_rounding(differences)
 
 
-def by_each(native: Model, hidden: np.ndarray) -> list[np.ndarray]:
-    """The hidden states after layer 1 with each implementation, the reference last."""
-    found = []
-    for name in ALL:
-        with using(name):
-            found.append(native.segments[1].run(hidden, False).hidden)
-    return found
-
-
-def test_every_number_of_tokens_matches_onnx_runtime(native: Model, onnx: Model) -> None:
-    size = native.manifest.hidden_size
-    for tokens in (*range(1, 38), 47, 48, 49, 64, 65):
-        hidden = np.random.default_rng(tokens).standard_normal((1, tokens, size)).astype(np.float32)
-        expected = onnx.segments[1].run(hidden, False).hidden
-        found = by_each(native, hidden)
-        for ours in found:
-            assert_equal_but_for_rounding(np.abs(ours - expected))
-            assert_equal_but_for_rounding(np.abs(ours - found[-1]))
-
-
-@pytest.mark.parametrize("tokens", [127, 128, 129, 200, 333])
-def test_long_texts_attend_in_bfloat16(native: Model, onnx: Model, tokens: int) -> None:
-    hidden = np.random.default_rng(tokens).standard_normal((1, tokens, 64)).astype(np.float32)
-    expected = onnx.segments[1].run(hidden, False).hidden
-    found = by_each(native, hidden)
-    for ours in found:
-        assert_equal_but_for_rounding(np.abs(ours - found[-1]))
-        if tokens < 128:
-            assert_equal_but_for_rounding(np.abs(ours - expected))
-        else:
-            assert np.median(np.abs(ours - expected)) < 5e-3 and np.abs(ours - expected).max() < 0.1
-
-
-def test_the_demo_model_matches_onnx_runtime(kernels: Any) -> None:
-    """Over six layers, rounding errors cross a quantization step in nearly every text."""
-    artifact = Store(Path(__file__).parents[1] / "models").open("sst2")
-    native, onnx = Model(artifact, "native"), Model(artifact, "onnxruntime")
-    differences = []
-    for text in TEXTS[:10]:
-        tokens = native.tokenize(text)
-        for ours, theirs in zip(native.full_depth(tokens), onnx.full_depth(tokens), strict=True):
-            assert ours.logits is not None and theirs.logits is not None
-            differences.append(np.abs(ours.logits - theirs.logits).max())
-    assert np.median(differences) < 5e-3 and np.max(differences) < 0.2
-
-
 def random_network(rng: np.random.Generator, architecture: Architecture) -> tuple[Network, list[Any]]:
     """An encoder of one layer with random weights: the kernels' network, and the segments as export builds them."""
     encoder, max_tokens = architecture.encoder, architecture.max_tokens
@@ -542,23 +496,15 @@ def test_the_decision_is_that_of_the_exit_rule(
         assert kernels.exits(score, tau) == ExitRule(tau, signal).exits(expected)
 
 
-def test_logits_that_are_not_numbers_never_exit_early() -> None:
+def test_exits_without_a_score_never_exit_early() -> None:
     for logits in ([math.nan, 0.0], [0.0, math.nan], [math.nan, math.nan]):
         for signal in (Entropy(), Edr(1.0), Risk(((-9.0, 0.0, 0.0, 0.0, 0.0),)), Risk(((-9.0,) * 5,))):
             assert not kernels.exits(in_c(signal, [(logits, [0.1, 0.2])]), 1.0)
             assert not ExitRule(1, signal).exits(signal.score([read(0, logits, [0.1, 0.2])]))
-
-
-def test_a_risk_that_needs_distances_never_exits_without_them() -> None:
-    signal = Risk(((-9.0, 0.0, 0.0, 0.0, 1.0),))
-    assert signal.score([read(0, [5.0, 0.0], None)]) is None
-    assert math.isnan(in_c(signal, [([5.0, 0.0], None)]))
-
-
-def test_the_last_exit_has_no_risk() -> None:
-    signal = Risk(((0.0,) * 5, None))
-    assert signal.score([read(0, [5.0, 0.0], None), read(1, [5.0, 0.0], None)]) is None
-    assert math.isnan(in_c(signal, [([5.0, 0.0], None)] * 2))
+    needs_distances, ends = Risk(((-9.0, 0.0, 0.0, 0.0, 1.0),)), Risk(((0.0,) * 5, None))
+    for signal, exits in ((needs_distances, 1), (ends, 2)):  # the last exit has no risk
+        assert signal.score([read(layer, [5.0, 0.0], None) for layer in range(exits)]) is None
+        assert math.isnan(in_c(signal, [([5.0, 0.0], None)] * exits))
 
 
 def test_without_kernels_one_warning_says_why_and_what_it_costs(
@@ -567,8 +513,7 @@ def test_without_kernels_one_warning_says_why_and_what_it_costs(
     monkeypatch.setitem(sys.modules, "de3.native.kernels", None)
     assert Model(Store(store).open("tiny-int8")).runtime == "onnxruntime"
     (line,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
-    assert "tiny-int8:1: runs on ONNX Runtime: the int8 kernels were not built" in line
-    assert line.endswith("texts take up to four times as long as with the kernels")
+    assert "tiny-int8:1" in line and "were not built" in line and "four times as long" in line
 
 
 def test_only_int8_has_kernels(store: Path) -> None:
@@ -713,7 +658,7 @@ def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
     assert [len(queue.next()) for _ in range(2)] == [1, 1]  # each alone, so it can be preempted
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(
     st.integers(1, 9),
     st.sampled_from([1e-20, 1e-3, 1.0, 1e4]),

@@ -4,6 +4,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -58,21 +59,20 @@ class SharesMachine(RuleBasedStateMachine):
 
 
 TestShares = SharesMachine.TestCase
+TestShares.settings = settings(max_examples=50)
 
 
 def test_a_lone_client_may_hold_everything_and_others_still_find_room() -> None:
     shares = Shares(LIMIT, "texts", lambda: 7)
     for _ in range(LIMIT):
         shares.take("greedy", 1)
-    with pytest.raises(RequestError, match="40 texts are in flight, at most 40") as full:
+    with pytest.raises(RequestError, match="overloaded") as full:
         shares.take("greedy", 1)
     assert (full.value.cause, full.value.retry_after_s) == ("queue_full", 7)
     shares.take("new", 2)
-    with pytest.raises(
-        RequestError, match="over your share: 40 of your texts are in flight, and 1 more"
-    ) as over:
+    with pytest.raises(RequestError, match="over your share") as over:
         shares.take("greedy", 1)
-    assert over.value.cause == "over_share"
+    assert (over.value.cause, over.value.retry_after_s) == ("over_share", 7)
 
 
 def test_however_many_are_greedy_a_newcomer_finds_room() -> None:
@@ -113,7 +113,7 @@ def test_clients_are_told_apart_by_address(peer: str | None, forwarded: list[str
 
 
 def test_an_invalid_network_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"trusted_proxies: .*'10.0.0.1/99'.*give for example 10.0.0.0/8"):
+    with pytest.raises(ValueError, match=r"trusted_proxies: .*'10.0.0.1/99'"):
         Clients(["10.0.0.1/99"])
 
 
