@@ -17,6 +17,7 @@ from de3.server.engine.outcome import Outcome
 from de3.server.engine.queue import WorkQueue
 from de3.server.engine.run import Result, run
 from de3.server.engine.served import MAX_STEP_S
+from de3.server.errors import RequestError
 from tests import jobs
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -164,6 +165,17 @@ def test_dropped_texts_leave_between_two_steps(model: Model) -> None:
     steps = Steps(queue, {2: lambda: queue.drop(dropped)})
     steps.run()
     assert steps.results.keys() == set(stays.items) and len(queue) == 0
+
+
+def test_a_text_that_may_not_be_truncated_fails_alone(model: Model) -> None:
+    queue = WorkQueue(100)
+    queue.put(new := job(model, ["good", "a film " * 40, "bad"]))
+    new.request.truncate = False
+    steps = Steps(queue)
+    _, long, _ = steps.run()
+    error = steps.results.pop(long)
+    assert isinstance(error, RequestError) and error.field == "input[1]"
+    assert answers(steps.results) == alone(model, ["good", "bad"])
 
 
 def test_a_group_that_fails_runs_alone_from_the_start(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
