@@ -29,7 +29,7 @@ def test_one_at_a_time_and_clients_in_rotation() -> None:
                 order.append(client)
                 inside -= 1
 
-        async with asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
             for client in ["greedy"] * 5 + ["other", "third"]:
                 tasks.create_task(one(client))
         assert not lane._pending
