@@ -71,6 +71,9 @@ class Clock:
         for module in ("run", "deadlines", "engine", "queue", "timing"):
             monkeypatch.setattr(f"de3.server.engine.{module}.perf_counter", lambda: self.now)
         monkeypatch.setattr(timing, "thread_time", lambda: self.now)
+        monkeypatch.setattr(
+            "de3.server.service.run_longest", lambda models: None
+        )  # by each thread as it starts
 
 
 @pytest.fixture

@@ -129,7 +129,8 @@ def test_all_layers_run_in_one_step_if_they_fit(model: Model) -> None:
     queue.put(job(model, layer_s=MAX_STEP_S / 100))
     steps = Steps(queue)
     steps.run()
-    assert len(steps.seconds) == 2 and answers(steps.results) == alone(model, TEXTS)  # one step tokenizes
+    assert answers(steps.results) == alone(model, TEXTS)
+    assert len(steps.seconds) == 2 and min(steps.seconds) > 0.9 * MAX_STEP_S  # one step tokenizes
 
 
 def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> None:

@@ -360,6 +360,21 @@ def test_one_value_that_is_not_finite_is_enough_for_an_exit_without_an_answer(ac
                     assert np.isnan(distances).all()
 
 
+def test_a_text_without_a_direction_is_as_far_from_every_prototype() -> None:
+    rng = np.random.default_rng(5)
+    network, _ = random_network(rng, random_architecture(64, 4, 64, 3, 32, True, True))
+    last = {
+        **network.segments[1],
+        "space.weight": np.zeros((64, 32), np.int8),
+        "space.bias": np.zeros(32, np.float32),
+    }
+    model = build(replace(network, segments=[network.segments[0], last]))
+    prototypes, hidden = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 32), (1, 5, 64)))
+    for kernel in ALL:
+        *_, distances = run(kernel, model, 1, hidden, None, prototypes, [hidden, np.empty(3), np.empty(3)])
+        assert distances.tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("names", [("amx", "vnni"), ("avxvnni", "avx2"), ("i8mm", "dotprod")], ids="-".join)
 def test_instruction_sets_that_differ_only_in_the_int8_product_give_the_same_bits(
     native: Model, names: tuple[str, str]

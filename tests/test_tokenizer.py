@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from de3.model_store.segments import Tokens
 from de3.model_store.tokenizer import MAX_CHARS_PER_TOKEN, PIECE, TextTokenizer
 
 WORDS = ["good", "film", "not", "bad", "a", "the", "plot", "dull", "x1", "qxzj", "scene", "long", "very"]
@@ -156,6 +157,20 @@ def test_wordpiece_has_the_same_tokens_without_white_space_too(text: str, room: 
     tokenizer, limit = MADE["wordpiece"], room + 2
     tokens = TextTokenizer(tokenizer, limit).start(text, None, True).all()
     assert tokens.ids[0].tolist() == whole(tokenizer, text[: MAX_CHARS_PER_TOKEN * limit], None, limit)[0]
+
+
+def test_an_odd_token_goes_to_the_longer_text_or_to_the_second() -> None:
+    tokenizer = TextTokenizer(MADE["wordpiece"], 64)  # room for 61 tokens of a pair
+    for first, second, kept in (
+        ("good " * 50, "film " * 40, 31),
+        ("good " * 40, "film " * 50, 30),
+        ("good " * 50, "film " * 50, 30),
+        ("scene " * 1000, "a " * 2000, 31),  # texts that are not read to the end are compared by characters
+        ("a " * 2000, "scene " * 1000, 30),
+    ):
+        tokens = tokenizer.start(first, second, True).all()
+        assert isinstance(tokens, Tokens) and len(tokens) == 64
+        assert (tokens.type_ids == 0).sum() == kept + 2
 
 
 def test_a_text_that_is_too_long_is_refused_without_truncation() -> None:
