@@ -568,14 +568,18 @@ def test_kernels_whose_hidden_states_differ_are_not_used(
 def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
     model = native.segments[0]._model  # type: ignore[attr-defined]
     hidden = np.zeros((1, 2, 64), np.float32)
-    ids, big = np.zeros((1, 2), np.int64), np.full((1, 2), 10**6, np.int64)
+    encoder: Any = native.manifest.encoder
+    ids, longer = np.zeros((1, 2), np.int64), np.zeros((1, encoder.positions + 1), np.int64)
+    big, other = (np.full((1, 2), n, np.int64) for n in (encoder.vocabulary, encoder.token_types))
     for arguments in (
         (9, hidden, None, hidden.copy(), None, None, None),  # no such layer
         (1, hidden[:, :1].copy(), None, hidden.copy(), None, None, None),  # wrong shapes
         (1, hidden, None, np.zeros((1, 2, 63), np.float32), None, None, None),
         (0, big, ids, hidden.copy(), None, None, None),  # ids outside the table
-        (0, -big, ids, hidden.copy(), None, None, None),
-        (0, ids, big, hidden.copy(), None, None, None),
+        (0, ids - 1, ids, hidden.copy(), None, None, None),
+        (0, ids, other, hidden.copy(), None, None, None),
+        (0, ids, ids - 1, hidden.copy(), None, None, None),
+        (0, longer, longer, np.zeros((1, longer.size, 64), np.float32), None, None, None),
         (0, ids, None, hidden.copy(), None, None, None),
         (1, hidden, None, hidden.copy(), None, np.zeros(2, np.float32), None),  # no prototypes
         (1, hidden, None, hidden.copy(), None, np.zeros(1, np.float32), None),
@@ -611,7 +615,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         [text(signal=-1)],
         [text(thresholds=bytes(8))],
         [text(ids=big)],
-        [text(types=big)],
+        [text(types=other)],
         [text(types=None)],
         [text(ids=ids[:, :0].copy(), types=ids[:, :0].copy())],
         [text(logits=logits[:2].copy())],

@@ -141,9 +141,10 @@ def test_no_piece_is_long_and_text_beyond_the_window_is_not_tokenized(
     # This run of characters cannot be cut. It takes little time, because a tokenizer does not try every part of it.
     tokenizer.start("x" * 6400, None, True).all()
     assert pieces == [6400]
-    pieces.clear()
-    tokenizer.start("good film " * 640, None, True).all()
-    assert len(pieces) == 1  # one piece has more tokens than the model's maximum
+    for pair in (None, "good film " * 640):
+        pieces.clear()
+        tokenizer.start("good film " * 640, pair, True).all()
+        assert len(pieces) == (1 if pair is None else 2)  # a piece has more tokens than the model's maximum
 
 
 MARKS = ".€。中\u0301\x0cカ'\uf900\u3000\xa0\x85\u200b👍"
