@@ -56,6 +56,7 @@ def test_a_valid_table_normalizes() -> None:
         ("?", "not base64"),
         ("AAAA", "not have the stated length"),
         (base64.b64encode(b"\4\0\0\0" + bytes(4)).decode(), "index outside it"),
+        (table(size=511), "index outside it"),  # the root's children end at 511
         (table(size=700), "index outside it"),
         (table(end=1 << 18), "index outside it"),
         (table(value=3), "outside it"),

@@ -230,6 +230,7 @@ def test_parts_of_a_tokenizer_are_limited(most: int, part: Callable[[int], dict[
         ({"normalizer": regex("Replace", "(a+)+$")}, "pattern of Replace"),
         ({"normalizer": regex("Replace", ["a"])}, "pattern of Replace"),
         ({"normalizer": replace("a", "")}, "pattern of Replace"),
+        ({"normalizer": replace("a") | {"pattern": {"String": "a", "Regex": "a+"}}}, "pattern of Replace"),
         ({"normalizer": {"type": []}}, "is not one of"),
         ({"normalizer": 3}, "not an object"),
         ({"pre_tokenizer": regex("Split", " {2,}")}, "pattern of Split"),
@@ -276,6 +277,18 @@ def test_a_tokenizer_has_no_ids_beyond_the_models_tables(
     rehash(folder, "tokenizer.json")
     with pytest.raises(StoreError, match=rf"tokenizer.json: .*{message}"):
         Model(Store(copies).open("tiny"))
+
+
+def test_a_tokenizer_neither_pads_nor_truncates(copies: Path) -> None:
+    file = copies / "tiny" / "1" / "tokenizer.json"
+    padding, truncation = (Tokenizer.from_file(str(file)) for _ in range(2))
+    padding.enable_padding(length=32)
+    truncation.enable_truncation(32)
+    for tokenizer in (padding, truncation):
+        tokenizer.save(str(file))
+        rehash(file.parent, file.name)
+        with pytest.raises(StoreError, match="must not pad or truncate"):
+            TextTokenizer.of(Store(copies).open("tiny"))
 
 
 TWICE = b'{"model": {"unk_token": "a", "unk_token": "b"}}'  # parsers differ in the value that they use

@@ -625,6 +625,8 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
             kernels.forward(model, texts, prototypes, None, 0, 3)
     with pytest.raises(ValueError, match="prototypes"):
         kernels.forward(model, [text()], prototypes[:3], None, 0, 3)
+    with pytest.raises(ValueError, match="far"):
+        kernels.forward(model, [text()], prototypes, np.zeros(3), 0, 3)
     for first, last in ((-1, 3), (0, 4), (2, 1), (0, 2), (1, 3)):  # the last two lack hidden states
         with pytest.raises(ValueError):
             kernels.forward(model, [text()], prototypes, None, first, last)

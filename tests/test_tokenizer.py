@@ -186,6 +186,12 @@ def test_a_text_that_is_too_long_is_refused_without_truncation() -> None:
     assert len(tokenizer.start("good film " * 20, None, False).all()) == 42
 
 
+def test_a_window_has_room_for_a_token_of_each_text_of_a_pair() -> None:
+    assert TextTokenizer(MADE["wordpiece"], 5).start("good", "film", True).all()
+    with pytest.raises(ValueError, match="leave no room"):
+        TextTokenizer(MADE["wordpiece"], 4)
+
+
 def test_a_tokenizer_whose_texts_cannot_be_cut_is_refused() -> None:
     tokenizer = wordpiece()
     tokenizer.post_processor = processors.TemplateProcessing(
