@@ -48,6 +48,7 @@ def test_a_valid_table_normalizes() -> None:
     assert opened.normalizer.normalize_str("\ufb01ne") == "fine"
     assert opened.encode("\ufb01ne").ids == [1]
     assert isinstance(opened.normalizer, normalizers.Sequence)
+    check_charsmap(table(text=b"x" * MAX_REPLACEMENT + b"\0"))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,7 @@ def test_a_valid_table_normalizes() -> None:
     [
         ("?", "not base64"),
         ("AAAA", "not have the stated length"),
+        (base64.b64encode(b"\5\0\0\0" + bytes(5)).decode(), "not have the stated length"),
         (base64.b64encode(b"\4\0\0\0" + bytes(4)).decode(), "index outside it"),
         (table(size=511), "index outside it"),  # the root's children end at 511
         (table(size=700), "index outside it"),
