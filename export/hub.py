@@ -1,5 +1,6 @@
 """Finds stock classifiers by name: local folders, or repositories of the Hugging Face hub."""
 
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -85,6 +86,11 @@ def _snapshot(
     describe(name, config, label_names, multi_label)
     folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(FILES)))
     check_files(name, [path.name for path in folder.iterdir()])
+    if commit and commit != revision:  # offline, the files of a branch or tag are found by this entry
+        entry = folder.parents[1] / "refs" / (revision or "main")
+        with suppress(OSError):  # a read-only cache
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            entry.write_text(commit)
     return folder
 
 

@@ -1,5 +1,6 @@
 """A small server with the routes of the Hugging Face hub."""
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ class Hub(BaseHTTPRequestHandler):
     folder: ClassVar[Path]
     asked: ClassVar[list[str]]
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
+    REVISIONS = ("main", "v1", COMMIT)
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -23,24 +25,29 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.asked.append(f"{self.command} {path}")
         files = sorted(self.folder.iterdir())
-        if path == "/api/models/org/model" or path.startswith("/api/models/org/model/revision/"):
+        if path.startswith("/api/models/org/gated"):
+            self._answer(b"", code=403, error="GatedRepo")
+        elif path.startswith("/api/models/org/model/revision/") and path.split("/")[-1] not in self.REVISIONS:
+            self._answer(b"", code=404, error="RevisionNotFound")
+        elif path == "/api/models/org/model" or path.startswith("/api/models/org/model/revision/"):
             names = [{"rfilename": p.name, "size": p.stat().st_size} for p in files]
             self._answer(json.dumps({"id": "org/model", "sha": self.COMMIT, "siblings": names}).encode())
         elif path.startswith("/api/models/org/model/tree/"):
             rows = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0"} for p in files]
             self._answer(json.dumps(rows).encode())
-        elif path.startswith("/org/model/resolve/") and path.split("/")[4] in ("main", "v1", self.COMMIT):
+        elif path.startswith("/org/model/resolve/") and path.split("/")[4] in self.REVISIONS:
             file = self.folder / path.split("/")[-1]
             if file.is_file():
-                self._answer(file.read_bytes(), file.name)
+                self._answer(file.read_bytes())
             else:
                 self._answer(b"", code=404, error="EntryNotFound")
         else:
             self._answer(b"", code=404, error="RepoNotFound")
 
-    def _answer(self, data: bytes, name: str = "", code: int = 200, error: str = "") -> None:
+    def _answer(self, data: bytes, code: int = 200, error: str = "") -> None:
         self.send_response(code)
-        headers = {"Content-Length": str(len(data)), "X-Repo-Commit": self.COMMIT, "ETag": f'"{name}-1"'}
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        headers = {"Content-Length": str(len(data)), "X-Repo-Commit": self.COMMIT, "ETag": etag}
         for key, value in (headers | ({"X-Error-Code": error} if error else {})).items():
             self.send_header(key, value)
         self.end_headers()
@@ -56,7 +63,7 @@ def hub_of(folder: Path, host: str = "127.0.0.1") -> Iterator[tuple[type[Hub], i
     """Serve the files of a folder as org/model; yields the handler class, which records the requests, and the port."""
     handler = type("OfFolder", (Hub,), {"folder": folder, "asked": []})
     server = ThreadingHTTPServer((host, 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield handler, server.server_port
     finally:

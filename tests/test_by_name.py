@@ -1,18 +1,24 @@
 """Stock classifiers served by name, at full depth, read without PyTorch."""
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from huggingface_hub import constants
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
@@ -25,6 +31,7 @@ from transformers import (
 
 from de3.export import cache, vocabulary
 from de3.export.cache import artifact_of, evict, model_name
+from de3.export.hub import fetch
 from de3.model_store.families import FAMILIES
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact
@@ -279,37 +286,132 @@ def test_a_bad_folder_is_a_one_line_error_and_leaves_nothing(copy: Path, tmp_pat
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix != ".lock"]
 
 
-def test_an_artifact_is_made_once_and_the_oldest_is_removed(
+def test_an_artifact_is_made_once_and_made_again_when_it_is_not_whole(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "cache"
-    first = artifact_of(str(bert), "int8", folder)
     made: list[str] = []
     convert = cache.convert
     monkeypatch.setattr(cache, "convert", lambda of, *rest: (made.append(of.name), convert(of, *rest))[1])
-    assert artifact_of(str(bert), "int8", folder).path == first.path and not made
-    second = artifact_of(str(bert), "fp32", folder)
-    assert made == [str(bert)] and second.path != first.path and first.path.exists()
-    evict(folder, [second], 1e-9)
-    assert second.path.exists() and not first.path.exists()
-    (second.path / "manifest.json").unlink()  # as an interrupted start leaves it
-    assert artifact_of(str(bert), "fp32", folder).manifest == second.manifest.model_copy(
-        update={"created": artifact_of(str(bert), "fp32", folder).manifest.created}
-    )
+
+    def artifact(precision: Any = "int8") -> Artifact:
+        return artifact_of(str(bert), precision, tmp_path / "cache")
+
+    first = artifact()
+    place = first.path.parents[1]
+    os.utime(place, (0, 0))
+    assert artifact() == first and made == [str(bert)]
+    assert place.stat().st_mtime > 0  # it was used last
+    for damage in (
+        (first.path / "manifest.json").unlink,
+        (first.path / "tokenizer.json").unlink,
+        lambda: (first.path / "layer_03.onnx").write_bytes(b""),
+        lambda: (first.path / "layer_03.onnx").open("ab").write(b"more"),
+    ):
+        damage()
+        artifact().verify()
+    assert len(made) == 5
+    second = artifact("fp32")
+    assert len(made) == 6 and second.path != first.path and first.path.exists()
+    evict(tmp_path / "cache", [second], 1e-9)
+    assert second.path.exists() and not place.exists()
 
 
-def test_two_starts_at_once_make_one_artifact(bert: Path, tmp_path: Path) -> None:
-    found: list[Artifact] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(artifact_of(str(bert), "int8", tmp_path / "cache")))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4 and len({artifact.path for artifact in found}) == 1
-    assert not list((tmp_path / "cache").rglob(".draft-*"))
+FILES = st.dictionaries(
+    st.sampled_from(["config.json", "vocab.txt", "tokenizer.json"]), st.binary(max_size=2)
+)
+
+
+@hypothesis_settings(max_examples=30)
+@given(FILES, FILES)
+@example({"config.json": b"a", "vocab.txt": b"b"}, {"config.json": b"b", "vocab.txt": b"a"})
+@example({"vocab.txt": b"a"}, {"tokenizer.json": b"a"})
+def test_an_artifact_is_used_only_for_the_files_it_was_made_from(
+    files: dict[str, bytes], others: dict[str, bytes]
+) -> None:
+    made_from = ("shown", "model", "int8")
+    with TemporaryDirectory() as one, TemporaryDirectory() as two:
+        for folder, content in ((one, files), (two, others)):
+            for name, data in content.items():
+                (Path(folder) / name).write_bytes(data)
+        key = cache._key(Path(one), *made_from)
+        assert (key == cache._key(Path(two), *made_from)) == (files == others)
+        (Path(one) / "README.md").write_text("not read")
+        assert key == cache._key(Path(one), *made_from)
+        for other in (("other", "model", "int8"), ("shown", "other", "int8"), ("shown", "model", "fp32")):
+            assert key != cache._key(Path(one), *other)
+
+
+def test_a_second_start_waits_and_uses_the_artifact_of_the_first(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = artifact_of(str(bert), "int8", tmp_path / "first")
+    made, waits = first.path.parents[1], threading.Event()
+
+    class Lock(FileLock):
+        def acquire(self, *arguments: Any, **options: Any) -> Any:
+            waits.set()
+            return super().acquire(*arguments, **options)
+
+    monkeypatch.setattr(cache, "FileLock", Lock)
+    monkeypatch.setattr(cache, "convert", lambda *_: pytest.fail("converted again"))
+    place = tmp_path / "cache" / made.name
+    place.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(place.with_suffix(".lock")):  # as held by the first start
+            second = pool.submit(artifact_of, str(bert), "int8", tmp_path / "cache")
+            assert waits.wait(60)
+            shutil.copytree(made, place, dirs_exist_ok=True)
+        assert second.result(60).path == place / first.path.relative_to(made)
+
+
+def test_the_least_recently_used_are_removed_until_the_rest_fits(tmp_path: Path) -> None:
+    def places() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+
+    for age, name in enumerate(("new", "used", "converting", "old", "oldest")):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model/file").write_bytes(b"x" * 1000)
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    manifest: Any = None
+    used = [Artifact(tmp_path / "used/model/1", manifest)]
+    evict(tmp_path, used, 5000 / 1e9)
+    assert len(places()) == 5
+    evict(tmp_path, used, 4999 / 1e9)
+    assert places() == ["converting", "new", "old", "used"]
+    with FileLock(tmp_path / "converting.lock"):
+        evict(tmp_path, used, 2000 / 1e9)
+        assert places() == ["converting", "used"]
+    evict(tmp_path, used, 0)
+    assert places() == ["used"]
+    evict(tmp_path / "none", used, 0)
+
+
+def test_a_conversion_that_fails_leaves_nothing(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(draft: Any, files: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("de3.model_store.store.Draft.write", full)
+    with pytest.raises(ValueError, match="no space left") as caught:
+        artifact_of(str(bert), "int8", tmp_path / "cache")
+    assert str(caught.value).startswith(str(bert))
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="DE3_CACHE"):
+        artifact_of(str(bert), "int8", tmp_path / "file")
+
+
+def test_the_folder_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value, folder in (
+        ("HOME", "/home/one", "/home/one/.cache/de3/classifiers"),
+        ("XDG_CACHE_HOME", "/xdg", "/xdg/de3/classifiers"),
+        ("DE3_CACHE", "~/mine", "/home/one/mine/classifiers"),
+    ):
+        for unset in ("XDG_CACHE_HOME", "DE3_CACHE") if name == "HOME" else ():
+            monkeypatch.delenv(unset, raising=False)
+        monkeypatch.setenv(name, value)
+        assert cache.cache_folder() == Path(folder)
 
 
 @pytest.mark.parametrize(
@@ -385,26 +487,24 @@ def test_a_folder_with_a_vocabulary_alone_is_served(copy: Path, tmp_path: Path) 
 
 @pytest.fixture
 def hub(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The handler class of a hub that serves org/model; the environment directs new processes to this hub."""
+    """The handler class of a hub that serves org/model to this process and to new ones."""
     with hub_of(copy) as (handler, port):
+        url, kept = f"http://127.0.0.1:{port}", str(tmp_path / "hf")
         environment = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{port}",
-            "HF_HOME": str(tmp_path / "hf"),
+            "HF_ENDPOINT": url,
+            "HF_HOME": kept,
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "DE3_CACHE": str(tmp_path / "cache"),
         }
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", kept)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield handler
-
-
-def refused(name: str) -> str:
-    """The error of `de3 serve NAME` without PyTorch."""
-    command = [sys.executable, "-c", WITHOUT_TORCH, "serve", name]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode != 0
-    return " ".join(result.stderr.replace("│", " ").split())
 
 
 def test_a_model_of_the_hub_is_served_without_pytorch(hub: Any, tmp_path: Path) -> None:
@@ -431,17 +531,67 @@ def test_a_model_of_the_hub_is_served_without_pytorch(hub: Any, tmp_path: Path) 
     assert sum("model.safetensors" in line for line in downloads) == 1
 
 
-def test_an_unsupported_config_is_refused_before_the_weights_are_downloaded(
-    hub: Any,
-    monkeypatch: pytest.MonkeyPatch,
+def downloads(hub: Any) -> list[str]:
+    """The revision and the name of each file that was downloaded, as REVISION/NAME."""
+    start = "GET /org/model/resolve/"
+    return [line.removeprefix(start) for line in hub.asked if line.startswith(start)]
+
+
+@pytest.mark.parametrize("name", ["org/model", "org/model@v1"])
+def test_all_files_of_a_model_are_of_the_commit_that_was_checked(
+    hub: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (hub.folder / "pytorch_model.bin").write_bytes(b"could run code")
+    folder = fetch(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert fetch(name) == folder  # as downloaded before
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert sorted(downloads(hub)) == sorted(f"{hub.COMMIT}/{file}" for file in wanted)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        file: (hub.folder / file).read_bytes() for file in wanted
+    }
+
+
+def test_a_model_that_cannot_be_served_is_refused_before_its_weights_are_downloaded(
+    hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (hub.folder / "pytorch_model.bin").write_bytes(b"is not read" * 1000)
+    total = sum(path.stat().st_size for path in hub.folder.iterdir() if path.suffix != ".bin")
+    monkeypatch.setattr("de3.export.hub.MAX_DOWNLOAD_BYTES", total - 1)
+    with pytest.raises(ValueError, match=f"^org/model: .* {total} bytes"):
+        fetch("org/model")
+    assert not downloads(hub)
+    monkeypatch.setattr("de3.export.hub.MAX_DOWNLOAD_BYTES", total)
+    fetch("org/model")
     edit(hub.folder, model_type="t5")
-    result = refused("org/model")
-    assert "encoders of type 't5' cannot be exported" in result
-    assert not any("safetensors" in line for line in hub.asked)
-    assert "no such repository on the hub; for a private one, set HF_TOKEN" in refused("org/other")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "the hub cannot be reached" in refused("org/third")
+    hub.COMMIT = "f" * 40
+    hub.REVISIONS = ("main", hub.COMMIT)
+    hub.asked.clear()
+    with pytest.raises(ValueError, match=r"^org/model: encoders of type 't5'"):
+        fetch("org/model")
+    assert downloads(hub) == [f"{hub.COMMIT}/config.json"]
+    without("tokenizer.json")(hub.folder)
+    hub.asked.clear()
+    with pytest.raises(ValueError, match=r"^org/model has no tokenizer\.json"):
+        fetch("org/model")
+    assert not downloads(hub)
+
+
+def test_the_reason_for_which_the_hub_has_no_model(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, reason in (
+        ("org/other", "no such repository"),
+        ("org/gated", "HF_TOKEN"),
+        ("org/model@v2", "no revision 'v2'"),
+        ("not a name!", "not an id"),
+        ("./org/model", "no such folder$"),
+        ("~nobody/model", "no such folder$"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: .*{reason}"):
+            fetch(name)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"^org/third: .*the hub cannot be reached"):
+        fetch("org/third")
 
 
 # Requests
