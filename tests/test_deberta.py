@@ -19,6 +19,8 @@ from de3.export.classifier import Stock
 from de3.export.exporter import ExportSettings
 from de3.export.full_depth import export_full_depth, stitch
 from de3.model_store.families import family
+from de3.model_store.families.deberta import _check_row_numbers, _row_numbers
+from de3.model_store.graph import GraphError
 from de3.model_store.model import Model
 from de3.model_store.segments import full_depth, session_options
 from de3.model_store.store import Store, StoreError
@@ -271,6 +273,33 @@ def store_of_both(tmp_path_factory: pytest.TempPathFactory) -> Path:
             exporter.export(checkpoint, Store(folder / "store"), settings)
 
     return made_once(tmp_path_factory, "deberta-both", make) / "store"
+
+
+def test_the_bucket_numbers_of_an_artifact_are_checked() -> None:
+    for buckets, farthest, longest in ((8, 24, 64), (3, 4, 9), (256, 512, 40), (-1, 24, 64), (-1, 64, 64)):
+        sizes = {"position_buckets": buckets, "max_relative_positions": farthest}
+        numbers = _row_numbers(sizes, longest)
+        _check_row_numbers(numbers, 2 * (buckets if buckets > 0 else farthest))
+    numbers, middle = _row_numbers({"position_buckets": 8, "max_relative_positions": 24}, 64), 63
+    for rows, changes in (
+        (16, {20: -1}),  # the numbers at this distance, to both sides, are those of a shorter distance
+        (16, {1: -1}),
+        (16, {4: -1}),
+        (16, {63: 2}),  # outside of the table
+        (15, {}),
+        (18, {}),
+    ):
+        changed = numbers.copy()
+        for distance, more in changes.items():
+            changed[middle + distance] += more
+            changed[middle - distance] = min(16 - changed[middle + distance], 15)
+        with pytest.raises(GraphError):
+            _check_row_numbers(changed, rows)
+    for offset in (-63, -1, 0, 1, 63):  # to one side only
+        changed = numbers.copy()
+        changed[middle + offset] += 2 if offset < 0 else -1
+        with pytest.raises(GraphError):
+            _check_row_numbers(changed, 16)
 
 
 @pytest.fixture

@@ -282,26 +282,51 @@ def test_any_changed_byte_of_a_manifest_is_refused_or_harmless(
         assert "manifest.json" in str(error)
 
 
-def test_a_version_appears_whole_or_not_at_all(store: Path, tmp_path: Path) -> None:
-    source = Store(store).open("tiny")
-    target = Store(tmp_path / "new")
+def test_a_version_appears_whole_or_not_at_all(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = Store(store).open("tiny"), Store(tmp_path / "new")
+    files = {name: source.read(name) for name in source.manifest.files}
     with pytest.raises(RuntimeError, match="stop"), target.new_version("tiny") as draft:
-        draft.write({name: source.read(name) for name in source.manifest.files})
+        draft.write(files)
         raise RuntimeError("stop")
-    assert target.versions() == {}
-    assert list((tmp_path / "new" / "tiny").iterdir()) == []
-    with target.new_version("tiny") as draft:
+    assert target.versions() == {} and list((tmp_path / "new/tiny").iterdir()) == []
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(file: int) -> None:
+        events.append(Path(f"/proc/self/fd/{file}").readlink().name)
+        fsync(file)
+
+    def renamed(path: Path, to: Path) -> Path:
         assert target.versions() == {}
-        draft.write({name: source.read(name) for name in source.manifest.files})
-        draft.publish(source.manifest.model_copy(update={"version": draft.next_version()}))
-    assert target.versions() == {"tiny": [1]}
-    Model(target.open("tiny"))
+        result = rename(path, to)
+        # From its first moment on, the version is complete, and readable by a server that runs as another user.
+        target.open("tiny").verify()
+        assert to.stat().st_mode & 0o777 == 0o755
+        events.append("published")
+        return result
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    with target.new_version("tiny") as draft:
+        assert draft.path.stat().st_mode & 0o777 == 0o700
+        draft.write(files)
+        published = draft.publish(source.manifest.model_copy(update={"version": draft.next_version()}))
+    assert published == tmp_path / "new/tiny/1" and target.versions() == {"tiny": [1]}
+    assert events == [
+        *files,
+        "manifest.json",
+        "published",
+        "tiny",
+    ]  # so a power failure loses nothing, either
 
 
 def test_a_taken_version_is_never_replaced(copy: Path) -> None:
     found = Store(copy.parent.parent)
     manifest = found.open("tiny").manifest
     with pytest.raises(OSError, match=r"not empty|exists"), found.new_version("tiny") as draft:
+        assert draft.next_version() == 2
         draft.write({"tokenizer.json": b"{}"})
         draft.publish(manifest)  # version 1 again
     found.open("tiny").verify()
@@ -356,15 +381,6 @@ def test_only_abandoned_drafts_are_removed(tmp_path: Path) -> None:
     os.utime(old, (0, 0))
     with Store(tmp_path).new_version("m"):
         assert new.exists() and not old.exists()
-
-
-def test_a_published_version_may_be_read_by_other_users(store: Path, tmp_path: Path) -> None:
-    """The server may run as a different user from the export, so only a draft is private."""
-    source = Store(store).open("tiny")
-    with Store(tmp_path).new_version("tiny") as draft:
-        assert draft.path.stat().st_mode & 0o777 == 0o700
-        published = draft.publish(source.manifest)
-    assert published.stat().st_mode & 0o777 == 0o755
 
 
 def test_an_artifact_has_a_limit_for_all_of_its_files(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
