@@ -16,7 +16,11 @@ class Hub(BaseHTTPRequestHandler):
     folder: ClassVar[Path]
     asked: ClassVar[list[str]]
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
-    REVISIONS = ("main", "v1", COMMIT)
+    LATER = "f" * 40
+    REVISIONS = ("main", "v1", COMMIT, LATER)
+    moves: ClassVar[bool] = (
+        False  # once a client has asked for the newest commit, every branch moves on to LATER
+    )
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -31,7 +35,9 @@ class Hub(BaseHTTPRequestHandler):
             self._answer(b"", code=404, error="RevisionNotFound")
         elif path == "/api/models/org/model" or path.startswith("/api/models/org/model/revision/"):
             names = [{"rfilename": p.name, "size": p.stat().st_size} for p in files]
-            self._answer(json.dumps({"id": "org/model", "sha": self.COMMIT, "siblings": names}).encode())
+            commit = self._commit(path.split("/")[-1])
+            self._answer(json.dumps({"id": "org/model", "sha": commit, "siblings": names}).encode())
+            type(self).COMMIT = self.LATER if self.moves else self.COMMIT
         elif path.startswith("/api/models/org/model/tree/"):
             rows = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0"} for p in files]
             self._answer(json.dumps(rows).encode())
@@ -47,12 +53,16 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self, data: bytes, code: int = 200, error: str = "") -> None:
         self.send_response(code)
         etag = f'"{hashlib.sha256(data).hexdigest()}"'
-        headers = {"Content-Length": str(len(data)), "X-Repo-Commit": self.COMMIT, "ETag": etag}
+        commit = self._commit(self.path.split("/")[4] if "/resolve/" in self.path else "main")
+        headers = {"Content-Length": str(len(data)), "X-Repo-Commit": commit, "ETag": etag}
         for key, value in (headers | ({"X-Error-Code": error} if error else {})).items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(data)
+
+    def _commit(self, revision: str) -> str:
+        return revision if revision in (Hub.COMMIT, Hub.LATER) else self.COMMIT
 
     def log_message(self, *_: object) -> None:
         pass

@@ -1,5 +1,7 @@
 """Stock classifiers: fine-tuned once for all workers, and imported by the command a user types."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from de3.exits.calibration import FINE_TAUS
 from de3.export.classifier import Stock
 from de3.export.fit import Exits
 from de3.export.trained import Trained
@@ -42,6 +45,14 @@ def fine_tuned(
     return made_once(factory, name, make)
 
 
+@contextmanager
+def coarse_calibration() -> Iterator[None]:
+    """As the fixture few_taus, for fixtures that outlive a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("de3.export.calibrate.FINE_TAUS", FINE_TAUS[::24])
+        yield
+
+
 def imported_as(factory: pytest.TempPathFactory, name: str, stock: Path, options: str = "") -> Path:
     """A folder with the import of a stock model: the artifact store/NAME/1, and its checkpoint in work.
 
@@ -53,10 +64,11 @@ def imported_as(factory: pytest.TempPathFactory, name: str, stock: Path, options
     def make(folder: Path) -> None:
         texts = folder / "texts.txt"
         texts.write_text("".join(f"{text}\n" for text, _ in make_rows(1500, 12)))
-        de3(
-            f"import {stock} --texts {texts} --name {name} --store {folder}/store --work {folder}/work "
-            f"--max-loss 5 {options}"
-        )
+        with coarse_calibration():
+            de3(
+                f"import {stock} --texts {texts} --name {name} --store {folder}/store --work {folder}/work "
+                f"--max-loss 5 {options}"
+            )
 
     return made_once(factory, f"imported-{name}", make)
 

@@ -14,10 +14,9 @@ import torch
 from onnx import numpy_helper
 from transformers import AutoConfig, DebertaV2Tokenizer
 
-from de3.export import exporter
+from de3.export.cache import artifact_of
 from de3.export.classifier import Stock
-from de3.export.exporter import ExportSettings
-from de3.export.full_depth import export_full_depth, stitch
+from de3.export.full_depth import stitch
 from de3.model_store.families import family
 from de3.model_store.families.deberta import _check_row_numbers, _row_numbers
 from de3.model_store.graph import GraphError
@@ -25,9 +24,9 @@ from de3.model_store.model import Model
 from de3.model_store.segments import full_depth, session_options
 from de3.model_store.store import Store, StoreError
 from tests.commands import de3, refusal
-from tests.fixtures import BAD, FILLER, GOOD, OTHER, made_once, make_rows, save_encoder
+from tests.fixtures import BAD, FILLER, GOOD, OTHER, make_rows, save_encoder
 from tests.stock import segments_of, transformers_model
-from tests.test_export import untrained
+from tests.test_export import exported
 from tests.test_hostile_models import forge
 
 FAMILY = "deberta-v2"
@@ -231,48 +230,10 @@ def test_a_classifier_for_pairs_with_its_own_tokenizer_is_imported(tmp_path: Pat
         np.testing.assert_allclose(model.full_depth(tokens)[-1].logits, expected[0].numpy(), atol=0.1)
 
 
-def test_it_runs_on_the_kernels(kernels: Any, store_of_both: Path) -> None:
-    model = Model(Store(store_of_both).open("plain-int8"))
+def test_it_runs_on_the_kernels(kernels: Any, tmp_path: Path) -> None:
+    stock = stock_classifier(tmp_path / "stock", layers=1, embedding_size=64)  # without a projection
+    model = Model(artifact_of(str(stock), "int8", tmp_path / "cache"))
     assert model.runtime == "native", model.why_not_native
-
-
-def test_full_depth_of_an_artifact_is_its_segments(store_of_both: Path, tmp_path: Path) -> None:
-    for name in ("plain", "plain-int8"):
-        artifact = Store(store_of_both).open(name)
-        model = Model(artifact, "onnxruntime")
-        export_full_depth(artifact.path, tmp_path / name, int8=name == "plain-int8")
-        export_full_depth(artifact.path, tmp_path / f"{name}-fp32", int8=False)
-        same, fp32 = (
-            ort.InferenceSession((tmp_path / kind / "model.onnx").read_bytes(), session_options())
-            for kind in (name, f"{name}-fp32")
-        )
-        for text in ("good", "a dull plot and a bad film", "good " * 80):
-            tokens = model.tokenize(text)
-            feed = {"input_ids": tokens.ids, "token_type_ids": tokens.type_ids}
-            wanted = model.full_depth(tokens)[-1].logits
-            np.testing.assert_allclose(
-                same.run(None, feed)[0][0], wanted, atol=0.2 if name == "plain-int8" else 0
-            )
-            np.testing.assert_allclose(fp32.run(None, feed)[0][0], wanted, atol=0.1)
-
-
-@pytest.fixture(scope="session")
-def store_of_both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of models with random weights: plain, keys-only and queries-only in fp32, and plain-int8."""
-
-    def make(folder: Path) -> None:
-        for name, quantize, options in (
-            ("plain", "none", {}),
-            ("plain-int8", "int8", {"embedding_size": 64}),  # no projection: the kernels run it
-            ("keys-only", "none", {"pos_att_type": ["c2p"]}),
-            ("queries-only", "none", {"pos_att_type": ["p2c"]}),
-        ):
-            encoder = save_encoder(folder / f"e-{name}", FAMILY, layers=2, **options)
-            checkpoint = untrained(folder / f"c-{name}", encoder)
-            settings = ExportSettings(name, quantize, max_int8_loss=1.0)
-            exporter.export(checkpoint, Store(folder / "store"), settings)
-
-    return made_once(tmp_path_factory, "deberta-both", make) / "store"
 
 
 def test_the_bucket_numbers_of_an_artifact_are_checked() -> None:
@@ -303,11 +264,11 @@ def test_the_bucket_numbers_of_an_artifact_are_checked() -> None:
 
 
 @pytest.fixture
-def copies(store_of_both: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(store_of_both, tmp_path / "store"))
+def copies(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported(tmp_path_factory, FAMILY) / "store", tmp_path / "store"))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(15))
 def test_a_mutated_graph_is_refused_or_runs(copies: Path, seed: int) -> None:
     """Only the values of weights may be changed, so any graph that loads also runs, at every length."""
     rng = random.Random(seed)

@@ -31,7 +31,8 @@ from de3.training.encoded import encode
 from de3.training.model import De3Model
 from de3.training.predict import predict
 from tests.commands import de3
-from tests.fixtures import make_rows, save_encoder
+from tests.fixtures import made_once, make_rows, save_encoder
+from tests.stock import coarse_calibration
 
 LABELS = ["a", "b", "c"]
 
@@ -58,26 +59,37 @@ def untrained(folder: Path, encoder: Path, **settings: object) -> Path:
     return folder
 
 
+def exported(factory: pytest.TempPathFactory, family: str) -> Path:
+    """A folder with an untrained checkpoint, and a store of plain:1 (fp32) and plain-int8:1 made from it."""
+
+    def make(folder: Path) -> None:
+        checkpoint = untrained(folder / "checkpoint", save_encoder(folder / "encoder", family))
+        with coarse_calibration():
+            for name, quantize in (("plain", "none"), ("plain-int8", "int8")):
+                settings = ExportSettings(name, quantize, max_int8_loss=1.0)
+                exporter.export(checkpoint, Store(folder / "store"), settings)
+
+    return made_once(factory, f"exported-{family}", make)
+
+
 @pytest.mark.usefixtures("few_taus")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_parity_of_every_family(tmp_path: Path, family: str, quantize: str) -> None:
+def test_parity_of_every_family(tmp_path: Path, family: str) -> None:
     encoder = save_encoder(tmp_path / "encoder", family)
     checkpoint = untrained(tmp_path / "checkpoint", encoder, exit_layers=[0, 1, 2, 3])
-    settings = ExportSettings("m", quantize, max_int8_loss=1.0)
+    settings = ExportSettings("m", "int8", max_int8_loss=1.0)
     path = exporter.export(checkpoint, Store(tmp_path / "store"), settings)
     artifact = Store(tmp_path / "store").open("m")
     parity = artifact.manifest.export["parity"]
     assert parity["longest"] == 64
     assert len(parity["logits"]) == 4 and len(parity["distances"]) == 3
     assert 0 < max(parity["logits"] + parity["distances"]) < 1e-3
-    if quantize == "int8":
-        opened = Checkpoint(checkpoint)
-        certify = opened.held_out("certify")
-        theirs = predict(opened.model, encode(certify, opened.tokenizer, 64), opened.tokenizer.pad_token_id)
-        ours = record(Model(artifact, "onnxruntime"), certify)
-        np.testing.assert_allclose(ours.logits, theirs.logits, atol=0.3)
-        np.testing.assert_allclose(ours.distances[:, :-1], theirs.distances[:, :-1], atol=0.3)
+    opened = Checkpoint(checkpoint)
+    certify = opened.held_out("certify")
+    theirs = predict(opened.model, encode(certify, opened.tokenizer, 64), opened.tokenizer.pad_token_id)
+    ours = record(Model(artifact, "onnxruntime"), certify)
+    np.testing.assert_allclose(ours.logits, theirs.logits, atol=0.3)
+    np.testing.assert_allclose(ours.distances[:, :-1], theirs.distances[:, :-1], atol=0.3)
     assert (path / "layer_03.onnx").exists()
 
 
@@ -172,11 +184,14 @@ def test_exits_in_int8_are_compared_with_those_in_fp32(
     assert "int8" not in Store(store).open("tiny").manifest.export
 
 
-def test_missing_samples_are_asked_for(tmp_path: Path, checkpoint: Path) -> None:
+def test_missing_files_are_asked_for(tmp_path: Path, checkpoint: Path) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "c")
-    (copy / "tune.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"tune.jsonl: missing"):
-        exporter.export(copy, Store(tmp_path / "s"), ExportSettings("m", "none"))
+    for file in ("tune.jsonl", "certify.jsonl", "tokenizer.json"):
+        kept = (copy / file).read_bytes()
+        (copy / file).unlink()
+        with pytest.raises(ValueError, match=f"{file}: missing"):
+            exporter.export(copy, Store(tmp_path / "s"), ExportSettings("m", "none"))
+        (copy / file).write_bytes(kept)
 
 
 def test_samples_that_tune_do_not_certify(tmp_path: Path, checkpoint: Path) -> None:
@@ -197,51 +212,38 @@ def test_quantization_is_within_half_a_step() -> None:
 
 def test_calibration_is_honest(store: Path, checkpoint: Path) -> None:
     """The manifest's numbers come from running the held-out samples through the exported segments."""
-    for name in ("tiny", "tiny-int8"):
-        artifact = Store(store).open(name)
-        manifest = artifact.manifest
-        assert manifest.calibration is not None
-        parts = []
-        for name_of_part in ("tune", "certify"):
-            examples = datas.load_examples(checkpoint / f"{name_of_part}.jsonl", manifest.labels)
-            parts.append(Part.of(record(Model(artifact, "onnxruntime"), examples), examples))
-        found = exporter.calibrate(*parts, manifest.calibration.max_loss)
-        assert manifest.calibration == found.calibration
-        assert (manifest.risk, manifest.defaults) == (found.risk, found.defaults)
-        default = manifest.calibration.default
-        assert (default.tau, default.signal, default.lam) == tuple(
-            getattr(manifest.defaults, field) for field in ("tau", "signal", "lam")
-        )
-        assert default in manifest.calibration.table
-        assert default.speedup > 1
+    artifact = Store(store).open("tiny-int8")
+    manifest = artifact.manifest
+    assert manifest.calibration is not None
+    parts = []
+    for name in ("tune", "certify"):
+        examples = datas.load_examples(checkpoint / f"{name}.jsonl", manifest.labels)
+        parts.append(Part.of(record(Model(artifact, "onnxruntime"), examples), examples))
+    found = exporter.calibrate(*parts, manifest.calibration.max_loss)
+    assert manifest.calibration == found.calibration
+    assert (manifest.risk, manifest.defaults) == (found.risk, found.defaults)
+    default = manifest.calibration.default
+    assert (default.tau, default.signal, default.lam) == tuple(
+        getattr(manifest.defaults, field) for field in ("tau", "signal", "lam")
+    )
+    assert default in manifest.calibration.table
+    assert default.speedup > 1
 
 
-def test_a_damaged_checkpoint_tokenizer_is_named(tmp_path: Path, checkpoint: Path) -> None:
-    copy = shutil.copytree(checkpoint, tmp_path / "c")
-    (copy / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"tokenizer.json: missing"):
-        exporter.export(copy, Store(tmp_path / "s"), ExportSettings("m", "none"))
-
-
-def test_evaluate_prints_a_table_and_draws_a_plot(
-    tmp_path: Path, checkpoint: Path, store: Path, data_file: Path
-) -> None:
-    for model in (checkpoint, store / "tiny-int8" / "1"):
-        png = tmp_path / "plot.png"
-        arguments = ["evaluate", str(model), str(data_file), "--text-column", "sentence"]
-        arguments += ["--label-names", "negative,positive", "--png", str(png)]
-        output = de3(arguments)
+def test_evaluate_prints_a_table_and_draws_a_plot(tmp_path: Path, checkpoint: Path, store: Path) -> None:
+    artifact, png = store / "tiny-int8/1", tmp_path / "plot.png"
+    for model, more in ((checkpoint, ""), (artifact, ""), (artifact, " and it was so" * 9)):
+        file = tmp_path / "texts.tsv"
+        rows = [f"{text}{more}\t{label}\n" for text, label in make_rows(40 if more else 300, 1)]
+        file.write_text("sentence\tlabel\n" + "".join(rows))
+        arguments = ["evaluate", str(model), str(file), "--text-column", "sentence"]
+        output = de3([*arguments, "--label-names", "negative,positive", "--png", str(png)])
         assert "EDR λ=2" in output and "distance ratio" in output
         assert png.read_bytes().startswith(b"\x89PNG")
         png.unlink()
         assert ("risk" in output) == (model != checkpoint)  # a checkpoint has no fitted risk yet
-    assert "The default by length" in output and "≤ 2%" in output
-    long = tmp_path / "long.tsv"
-    rows = [f"{text} {'and it was so ' * 9}\t{label}\n" for text, label in make_rows(40, 1)]
-    long.write_text("sentence\tlabel\n" + "".join(rows))
-    arguments = ["evaluate", str(store / "tiny-int8/1"), str(long), "--text-column", "sentence"]
-    output = de3([*arguments, "--label-names", "negative,positive", "--png", str(png)])
-    assert "the calibration's guarantees may not hold for these texts" in output
+        assert ("The default by length" in output) == (model != checkpoint)
+        assert ("the calibration's guarantees may not hold for these texts" in output) == bool(more)
     default = Store(store).open("tiny-int8").manifest.defaults
     assert f"Default {default.signal}" in output.replace("EDR", "edr")  # the artifact's default
 
@@ -262,29 +264,29 @@ def test_prototypes_are_an_input_that_can_be_replaced(store: Path, tmp_path: Pat
     assert np.array_equal(a.logits, b.logits)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
-def test_full_depth_is_the_segments_in_one_graph(store: Path, tmp_path: Path, name: str) -> None:
-    artifact = Store(store).open(name)
-    model = Model(artifact, "onnxruntime")
-    export_full_depth(artifact.path, tmp_path / "same", int8=name == "tiny-int8")
-    export_full_depth(artifact.path, tmp_path / "fp32", int8=False)
-    same, fp32 = (
-        ort.InferenceSession((tmp_path / kind / "model.onnx").read_bytes(), session_options())
-        for kind in ("same", "fp32")
-    )
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])
+@pytest.mark.parametrize("name", ["plain", "plain-int8"])
+def test_full_depth_is_the_segments_in_one_graph(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, family: str, name: str
+) -> None:
+    folder, int8 = exported(tmp_path_factory, family), name == "plain-int8"
+    artifact = Store(folder / "store").open(name)
+    model, sessions = Model(artifact, "onnxruntime"), []
+    for source, in_int8 in ((artifact.path, int8), (folder / "checkpoint", int8), (artifact.path, False)):
+        out = tmp_path / str(len(sessions))
+        export_full_depth(source, out, in_int8)
+        sessions.append(ort.InferenceSession((out / "model.onnx").read_bytes(), session_options()))
+    names = {x.name for x in sessions[0].get_inputs()}
     for text in ("good", "a dull plot and a bad film", "good " * 80):
         tokens = model.tokenize(text)
         feed = {"input_ids": tokens.ids, "token_type_ids": tokens.type_ids}
+        feed = {key: value for key, value in feed.items() if key in names}
+        same, again, fp32 = (session.run(None, feed)[0][0] for session in sessions)
         wanted = model.full_depth(tokens)[-1].logits
-        np.testing.assert_allclose(same.run(None, feed)[0][0], wanted, atol=0.1 if name == "tiny-int8" else 0)
-        np.testing.assert_allclose(fp32.run(None, feed)[0][0], wanted, atol=0.1)
-    config = json.loads((tmp_path / "same" / "config.json").read_text())
+        np.testing.assert_array_equal(same, again)
+        np.testing.assert_allclose(same, wanted, atol=0.3 if int8 else 0)
+        np.testing.assert_allclose(fp32, wanted, atol=0.3)
+    config = json.loads((tmp_path / "0/config.json").read_text())
     assert config == {"labels": model.manifest.labels, "max_tokens": model.manifest.max_tokens}
     with pytest.raises(ValueError, match="exists already"):
-        export_full_depth(artifact.path, tmp_path / "same", int8=False)
-
-
-def test_full_depth_of_a_checkpoint(checkpoint: Path, store: Path, tmp_path: Path) -> None:
-    export_full_depth(checkpoint, tmp_path / "a", int8=False)
-    export_full_depth(Store(store).open("tiny").path, tmp_path / "b", int8=False)
-    assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
+        export_full_depth(artifact.path, tmp_path / "0", int8=False)

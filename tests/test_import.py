@@ -15,12 +15,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from onnxruntime import InferenceSession
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from de3.export import importing, states
 from de3.export.classifier import Stock
 from de3.export.fit import _held_out
+from de3.export.full_depth import stitch
 from de3.export.original import original_of
 from de3.model_store.families import FAMILIES
 from de3.model_store.model import Model
@@ -32,7 +34,8 @@ from de3.training.model import De3Model
 from tests.commands import WITHOUT_TORCH, de3, invoke, refusal
 from tests.fixtures import made_once, make_rows, save_encoder
 from tests.serving import serving
-from tests.stock import fine_tuned, transformers_model, with_random_exits
+from tests.stock import coarse_calibration, fine_tuned, segments_of, transformers_model, with_random_exits
+from tests.test_export import untrained
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +48,18 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "texts", make) / "texts.txt"
 
 
+@pytest.fixture
+def few(texts: Path, tmp_path: Path) -> Path:
+    """A file of the fewest texts that an import takes."""
+    file = tmp_path / "few.txt"
+    file.write_text("".join(texts.read_text().splitlines(keepends=True)[:500]))
+    return file
+
+
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
     """The folder of a stock classifier, fine-tuned on the labelled data."""
-    examples = data.to_examples(read_rows(data_file, Columns("sentence")), ["0", "1"])
+    examples = data.to_examples(read_rows(data_file, Columns("sentence"))[:1200], ["0", "1"])
     return fine_tuned(tmp_path_factory, "classifier", encoder, ["bad", "good"], examples, epochs=4)
 
 
@@ -58,10 +69,11 @@ def imported(tmp_path_factory: pytest.TempPathFactory, classifier: Path, texts: 
 
     def make(folder: Path) -> None:
         for name, precision in (("mine", "int8"), ("mine-fp32", "none")):
-            output = de3(
-                f"import {classifier} --texts {texts} --name {name} --store {folder}/store --work {folder}/work/{name} "
-                f"--quantize {precision}"
-            )
+            with coarse_calibration():
+                output = de3(
+                    f"import {classifier} --texts {texts} --name {name} --store {folder}/store "
+                    f"--work {folder}/work/{name} --quantize {precision}"
+                )
             (folder / f"{name}.log").write_text(output)
 
     return made_once(tmp_path_factory, "imported", make)
@@ -84,7 +96,7 @@ def logits_of(folder: Path, texts: list[str]) -> Any:
     [*((family, "float32") for family in FAMILIES), ("bert", "bfloat16"), ("modernbert", "float16")],
 )
 def test_the_last_exit_is_the_stock_classifier(family: str, dtype: str, tmp_path: Path) -> None:
-    """An import writes the checkpoint without PyTorch; PyTorch then reads it in float32."""
+    """An import writes the checkpoint without PyTorch; PyTorch then reads it in float32, and so does an export."""
     folder = save_encoder(tmp_path / "stock", family, labels=3)
     AutoModelForSequenceClassification.from_pretrained(folder, dtype=getattr(torch, dtype)).save_pretrained(
         folder
@@ -94,6 +106,8 @@ def test_the_last_exit_is_the_stock_classifier(family: str, dtype: str, tmp_path
     assert checkpoint.names == ["LABEL_0", "LABEL_1", "LABEL_2"]
     assert {weight.dtype for weight in checkpoint.model.parameters()} == {torch.float32}
     singles = [(" ".join(["good"] * n) or "a",) for n in (0, 1, 2, 5, 17, 40, 100)]
+    session = InferenceSession(stitch(segments_of(folder, False)[1]).SerializeToString())
+    names = {x.name for x in session.get_inputs()}
     for text in (*singles, ("good film", "bad"), ("a " * 50, "very " * 50)):
         inputs, same = (
             one(*text, return_tensors="pt", truncation=True, max_length=checkpoint.config.max_tokens)
@@ -101,18 +115,23 @@ def test_the_last_exit_is_the_stock_classifier(family: str, dtype: str, tmp_path
         )
         assert {k: v.tolist() for k, v in inputs.items()} == {k: v.tolist() for k, v in same.items()}
         with torch.no_grad():
+            expected = theirs(**inputs).logits
             last = checkpoint.model(**inputs).logits[:, -1]
-            torch.testing.assert_close(last, theirs(**inputs).logits, atol=1e-5, rtol=0)
+            torch.testing.assert_close(last, expected, atol=1e-5, rtol=0)
+        feed = {name: value.numpy() for name, value in inputs.items() if name in names}
+        np.testing.assert_allclose(session.run(None, feed)[0], expected.numpy(), atol=1e-4)
 
 
 @pytest.mark.usefixtures("few_taus")
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("precision", [pytest.param("none", marks=pytest.mark.slow), "int8"])
-def test_every_family_is_imported_and_served(
-    family: str, precision: str, tmp_path: Path, texts: Path
-) -> None:
-    folder, few = save_encoder(tmp_path / "stock", family, labels=3), tmp_path / "few.txt"
-    few.write_text("".join(texts.read_text().splitlines(keepends=True)[:500]))
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        *((family, "int8") for family in ("electra", "modernbert")),
+        *(pytest.param(family, "none", marks=pytest.mark.slow) for family in FAMILIES),
+    ],
+)
+def test_every_family_is_imported_and_served(family: str, precision: str, tmp_path: Path, few: Path) -> None:
+    folder = save_encoder(tmp_path / "stock", family, labels=3)
     de3(
         f"import {folder} --texts {few} --name m --store {tmp_path}/store --work {tmp_path}/work "
         f"--quantize {precision} --label-names a,b,c"
@@ -181,6 +200,7 @@ def test_an_imported_model_is_served(imported: Path, classifier: Path) -> None:
         assert full.disagreement_bound <= bound <= 0.2
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_an_import_is_a_checkpoint_that_can_be_exported_again(imported: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint(imported / "work/mine")
     assert isinstance(checkpoint.model, De3Model) and checkpoint.self_labelled
@@ -191,24 +211,41 @@ def test_an_import_is_a_checkpoint_that_can_be_exported_again(imported: Path, tm
 
 @pytest.mark.usefixtures("few_taus")
 def test_an_interrupted_import_continues(
-    classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is stopped twice, while the model runs and while the checkpoint is saved."""
     monkeypatch.setattr(states, "CHUNK", 100)
     ran: list[int] = []
-    run = states.run
+    run, save = states.run, importing.save_examples
 
     def counted(*arguments: Any) -> Any:
         ran.append(1)
-        if len(ran) == 4:
+        if len(ran) == 3:
             raise KeyboardInterrupt
         return run(*arguments)
 
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    work = tmp_path / "work"
+    kept = [work / name / "mine" for name in ("base", "states", "original")]
+    for file in kept:
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
     monkeypatch.setattr(states, "run", counted)
-    command = f"import {classifier} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
+    command = f"import {classifier} --texts {few} --name m --store {tmp_path}/store --work {work}"
     assert invoke(command).exit_code == 130
-    output = de3(command)
-    assert "fitting: 3 of 8 chunks are reused from an earlier run" in output
-    assert len(ran) == 4 + 5 + 6  # 4 in the first run; then 5 for fitting, 6 for tuning and certifying
+    monkeypatch.setattr(importing, "save_examples", stopped)
+    result = invoke(command)
+    assert result.exit_code == 130
+    assert "fitting: 2 of 3 chunks are reused from an earlier run" in result.output
+    assert len(ran) == 3 + 1 + 2  # 3 in the first run; then 1 for fitting, 2 for tuning and certifying
+    with pytest.raises(ValueError, match="is not finished"):
+        Checkpoint(work)
+    monkeypatch.setattr(importing, "save_examples", save)
+    assert "fitting: 3 of 3 chunks are reused" in de3(command)
+    assert len(ran) == 6 and Checkpoint(work).self_labelled
+    assert all(file.read_text() == "mine" for file in kept) and not (work / ".import").exists()
 
 
 @pytest.mark.slow
@@ -259,14 +296,14 @@ def test_labels_are_reported_where_there_are_some(classifier: Path, data_file: P
 
 @pytest.mark.usefixtures("few_taus")
 def test_states_of_another_head_are_not_reused(
-    classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The states of an interrupted import are kept, but not used for a model with the same encoder and another head."""
 
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    command = f"--texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
+    command = f"--texts {few} --name m --store {tmp_path}/store --work {tmp_path}/work"
     with monkeypatch.context() as patch:
         patch.setattr("de3.export.importing.export", stopped)
         assert invoke(f"import {classifier} {command}").exit_code == 130
@@ -283,6 +320,7 @@ def test_states_of_another_head_are_not_reused(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_taus")
 def test_a_new_calibration_counts_against_the_original_too(imported: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(imported / "store", tmp_path / "store"))
     tune, certify = (imported / f"work/mine/{part}.jsonl" for part in ("tune", "certify"))
@@ -298,24 +336,6 @@ def test_a_new_calibration_counts_against_the_original_too(imported: Path, tmp_p
     assert "do not have the original's answers" in output
     last = Store(store).open("mine:3").manifest.calibration
     assert last is not None and last.original_disagreement is None and not last.self_labelled
-
-
-@pytest.mark.usefixtures("few_taus")
-def test_an_import_that_was_stopped_while_saving_continues(
-    classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = f"import {classifier} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
-
-    def stopped(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("de3.export.importing.save_examples", stopped)
-        assert invoke(command).exit_code == 130
-    with pytest.raises(ValueError, match="is not finished"):
-        Checkpoint(tmp_path / "work")
-    de3(command)
-    assert Checkpoint(tmp_path / "work").self_labelled
 
 
 def test_what_would_fail_at_the_end_fails_at_the_beginning(
@@ -352,8 +372,10 @@ def test_a_class_that_no_text_has(tmp_path: Path, texts: Path) -> None:
 
 
 def test_models_that_cannot_be_imported_are_refused_with_advice(
-    tmp_path: Path, texts: Path, encoder: Path, checkpoint: Path, store: Path, classifier: Path
+    tmp_path: Path, texts: Path, encoder: Path, imported: Path, classifier: Path
 ) -> None:
+    checkpoint = untrained(tmp_path / "checkpoint", encoder)
+
     def refused(model: Path, more: str = "", file: Path = texts) -> str:
         return refusal(
             f"import {model} --texts {file} --name m --store {tmp_path}/s --work {tmp_path}/w {more}"
@@ -368,7 +390,7 @@ def test_models_that_cannot_be_imported_are_refused_with_advice(
 
     assert "is a BertModel, not a …ForSequenceClassification" in refused(encoder)
     assert "is a checkpoint of de3 train, with exits: de3 export" in refused(checkpoint)
-    assert "is an exported model already: de3 serve" in refused(store / "tiny/1")
+    assert "is an exported model already: de3 serve" in refused(imported / "store/mine/1")
     assert "no such folder" in refused(tmp_path / "nowhere")
     assert "type 'albert' cannot be exported; supported: bert" in refused(changed(model_type="albert"))
     assert "is a regression of 2 numbers" in refused(changed(problem_type="regression"))
@@ -476,19 +498,6 @@ def test_pickled_weights_are_rewritten_and_nothing_is_left(classifier: Path, tmp
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     with pytest.raises(ValueError, match="type 'albert' cannot be exported"), original_of(str(folder)):
         pass
-
-
-@pytest.mark.usefixtures("few_taus")
-def test_what_is_in_the_work_folder_stays(classifier: Path, texts: Path, tmp_path: Path) -> None:
-    few = tmp_path / "few.txt"
-    few.write_text("".join(texts.read_text().splitlines(keepends=True)[:500]))
-    for name in ("base", "states", "original"):
-        (tmp_path / "work" / name).mkdir(parents=True)
-        (tmp_path / "work" / name / "mine").write_text(name)
-    de3(f"import {classifier} --texts {few} --name m --store {tmp_path}/store --work {tmp_path}/work")
-    for name in ("base", "states", "original"):
-        assert (tmp_path / "work" / name / "mine").read_text() == name
-    assert not (tmp_path / "work/.import").exists()
 
 
 def test_label_names_replace_labels_that_are_equal(classifier: Path, tmp_path: Path) -> None:

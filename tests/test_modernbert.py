@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from transformers import AutoConfig, AutoModel
 
 from de3.export.classifier import Stock
-from de3.export.full_depth import dequantize, export_full_depth, fuse, stitch
+from de3.export.full_depth import dequantize, fuse, stitch
 from de3.model_store.families import family
 from de3.model_store.graph_check import read_model
 from de3.model_store.model import Model
@@ -27,6 +27,7 @@ from tests.commands import de3
 from tests.fixtures import made_once, make_rows, save_encoder
 from tests.serving import serving
 from tests.stock import segments_of, transformers_model, with_random_exits
+from tests.test_export import exported
 from tests.test_hostile_models import edit, forge
 
 LENGTHS = [*range(1, 28), 31, 32, 33, 40, 47, 63, 64]  # local attention spans 5 tokens on each side
@@ -298,37 +299,16 @@ def test_layers_keep_no_memory_of_texts_of_thousands_of_tokens() -> None:
     assert session_options(512).enable_cpu_mem_arena and not session_options(8192).enable_cpu_mem_arena
 
 
-@pytest.mark.parametrize("name", ["m", "m-int8"])
-def test_full_depth_is_the_segments_in_one_graph(trained: Path, tmp_path: Path, name: str) -> None:
-    artifact = Store(trained / "store").open(name)
-    model = Model(artifact, "onnxruntime")
-    sessions = []
-    for source, int8 in (
-        (artifact.path, name == "m-int8"),
-        (trained / "checkpoint", name == "m-int8"),
-        (artifact.path, False),
-    ):
-        folder = tmp_path / str(len(sessions))
-        export_full_depth(source, folder, int8)
-        data = (folder / "model.onnx").read_bytes()
-        sessions.append(ort.InferenceSession(data, session_options()))
-    for text in (("good", "bad"), ("a dull plot", "and a bad film " * 12)):
-        tokens = model.tokenize(*text)
-        wanted = model.full_depth(tokens)[-1].logits
-        same, again, fp32 = (session.run(None, {"input_ids": tokens.ids})[0][0] for session in sessions)
-        np.testing.assert_array_equal(same, again)
-        np.testing.assert_allclose(same, wanted, atol=0.1 if name == "m-int8" else 0)
-        np.testing.assert_allclose(fp32, wanted, atol=0.2)
-
-
 def other_window(proto: Any) -> None:
     node = next(n for n in proto.graph.node if n.op_type == "LessOrEqual")
     weight = next(w for w in proto.graph.initializer if w.name == node.input[1])
     weight.CopyFrom(numpy_helper.from_array(np.array(6, np.int64), weight.name))
 
 
-def test_an_artifact_that_was_tampered_with_is_not_loaded(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained / "store", tmp_path / "store")
-    name = forge(tmp_path / "store", "m-int8", 2, other_window)
-    with pytest.raises(StoreError, match=f"{name}: the constant w14 differs"):
-        Model(Store(tmp_path / "store").open("m-int8"))
+def test_an_artifact_that_was_tampered_with_is_not_loaded(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    shutil.copytree(exported(tmp_path_factory, "modernbert") / "store", tmp_path / "store")
+    name = forge(tmp_path / "store", "plain-int8", 2, other_window)
+    with pytest.raises(StoreError, match=f"{name}: the constant w[0-9]+ differs"):
+        Model(Store(tmp_path / "store").open("plain-int8"))

@@ -365,6 +365,7 @@ def test_labels_are_numbers(stock: Path, imported: Path, tmp_path: Path) -> None
         assert "texts.csv:2: label must be a finite number, got 'much'" in refusal(arguments)
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_a_recalibration_keeps_the_tolerance(imported: Path, tmp_path: Path) -> None:
     shutil.copytree(imported / "store", tmp_path / "store")
     parts = f"--tune {imported}/work/tune.jsonl --certify {imported}/work/certify.jsonl"
