@@ -212,7 +212,6 @@ PRECOMPILED = '{"model": {}, "normalizer": {"type": "Precompiled", "precompiled_
 CLASSIFIER, DENSE = "classifier.weight", "bert.encoder.layer.1.output.dense.weight"
 BAD: list[tuple[Callable[[Path], None], str]] = [
     (cut, "its model.safetensors cannot be read"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "its model.safetensors cannot be read"),
     (with_weight(DENSE, lambda w: w[:, :-1].contiguous()), r"ffn_out.weight is int8 of shape \(127, 64\)"),
     (with_weight(DENSE, lambda w: w * torch.nan), f"its weight {DENSE} is not finite"),
     (with_weight(CLASSIFIER, lambda w: w[:2].contiguous()), "classifier.weight is float32 of shape"),
@@ -221,17 +220,11 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
         "it has no weight classifier",
     ),
     (
-        lambda f: weights(f, lambda w: {k: v for k, v in w.items() if "layer.2" not in k}),
-        "it has no weight bert",
-    ),
-    (
         with_weight("second.weight", lambda _: torch.zeros(3, 64)),
         "include 'second.weight', which a",
     ),
     (in_half(torch.float8_e4m3fn), "its weights are F8_E4M3; de3 reads F32, F16, BF16"),
     (lambda f: edit(f, model_type="t5"), "encoders of type 't5' cannot be exported; supported: bert"),
-    (lambda f: edit(f, model_type="gpt2"), "encoders of type 'gpt2' cannot be exported"),
-    (lambda f: edit(f, model_type=None), "encoders of type None cannot be exported"),
     (
         lambda f: edit(f, architectures=["BertForMaskedLM"]),
         "it is a BertForMaskedLM, not a …ForSequenceClassif",
@@ -241,7 +234,6 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
     (lambda f: edit(f, layer_norm_eps="small"), "a wrong value: epsilon: Input should be a valid number"),
     (lambda f: edit(f, id2label={"0": "a", "2": "b"}), "must have the keys 0 to 1"),
     (lambda f: edit(f, id2label={"0": "a", "1": "a"}), "its labels must differ"),
-    (lambda f: edit(f, id2label={str(k): str(k) for k in range(5)}), "classifier.weight is float32 of shape"),
     (lambda f: edit(f, problem_type="regression"), "is a regression of 3 numbers"),
     (without("tokenizer.json"), "has no tokenizer.json: save one"),
     (lambda f: (f / "tokenizer.json").write_text("{}"), "its tokenizer.json cannot be used: not a tokenizer"),
@@ -250,18 +242,12 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
     (without("model.safetensors"), "has no model.safetensors: it has no weights"),
     (pickled, "its weights are in pytorch_model.bin, which could run code; import it with de3 import"),
     (lambda f: edit(f, architectures=["\x1b[2J" + "x" * 10**6]), r"it is a \\u001b\[2Jxxx"),
-    (lambda f: edit(f, hidden_act="x" * 10**6), "activation 'xxx"),
     (lambda f: edit(f, max_position_embeddings=32), r"position_embeddings.weight has the shape \(64, 64\)"),
-    (lambda f: edit(f, type_vocab_size=1), r"token_type_embeddings.weight has the shape \(2, 64\)"),
     (
         with_weight("bert.embeddings.word_embeddings.weight", lambda _: torch.tensor(1.0)),
         r"has the shape \[\]",
     ),
     (with_weight(DENSE, lambda _: torch.zeros(2**28, 0)), r"has the shape \[268435456, 0\]"),
-    (
-        lambda f: weights(f, lambda w: {k: v for k, v in w.items() if k != "classifier.bias"}),
-        "no weight classifier.bias",
-    ),
     (
         lambda f: weights(f, lambda w: w | {f"{i}.position_ids": torch.zeros(1) for i in range(20_000)}),
         "more than 20000",
@@ -427,19 +413,7 @@ def test_the_name_under_which_a_classifier_is_served(name: str, served: str) -> 
     assert model_name(name) == served
 
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    *"abcdefghijklmnopqrstuvwxyz.",
-    "##ing",
-    "##s",
-    "film",
-    "caf",
-    "##e",
-]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##ing", "##s", "film", "caf", "##e", *"abcfilmngx."]
 SENTENCES = ("A café  films\n", "filming 電影 [MASK] x.", "[SEP] Films", "")
 
 
@@ -611,44 +585,26 @@ def server(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     one.stop()
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("tau", 0.1),
-        ("signal", "entropy"),
-        ("lambda", 1.0),
-        ("target_speedup", 2),
-        ("latency_budget_ms", 1000),
-        ("max_disagreement", 0.02),
-        ("max_layer", 1),
-    ],
-)
-def test_a_request_for_an_early_exit_is_refused(server: Server, field: str, value: Any) -> None:
-    answer = server.classify(input="good", **{field: value})
-    assert answer.status_code == 422
-    error = answer.json()["error"]
-    assert error["param"] == field and "add exits with de3 import" in error["message"]
+def test_only_full_depth_is_answered(server: Server) -> None:
+    early = {"tau": 0.1, "signal": "entropy", "lambda": 1.0, "max_layer": 1}
+    early |= {"target_speedup": 2, "latency_budget_ms": 1000, "max_disagreement": 0.02}
+    for field, value in early.items():
+        answer = server.classify(input="good", **{field: value})
+        assert answer.status_code == 422
+        error = answer.json()["error"]
+        assert error["param"] == field and "add exits with de3 import" in error["message"]
+    for full in ({"tau": 0}, {"tau": 0, "signal": "entropy"}, {"max_layer": 3}, {"target_speedup": 1}):
+        answer = server.classify(input="good", **full)
+        assert answer.status_code == 200 and answer.json()["data"][0]["exit"]["layer"] == 3
 
 
-@pytest.mark.parametrize(
-    "options", [{"tau": 0}, {"tau": 0, "signal": "entropy"}, {"max_layer": 3}, {"target_speedup": 1}], ids=str
-)
-def test_a_request_for_full_depth_is_answered(server: Server, options: dict[str, Any]) -> None:
-    answer = server.classify(input="good", **options)
-    assert answer.status_code == 200 and answer.json()["data"][0]["exit"]["layer"] == 3
-
-
-@pytest.mark.parametrize(
-    "options", [{"tau": 0.5}, {"target_speedup": 2.0}, {"latency_budget_ms": 5.0}], ids=str
-)
-def test_a_setting_that_needs_an_early_exit_is_refused(
-    bert: Path, tmp_path: Path, options: dict[str, float]
-) -> None:
+def test_a_setting_that_needs_an_early_exit_is_refused(bert: Path, tmp_path: Path) -> None:
     from de3.server.models import load
 
     artifact = artifact_of(str(bert), "int8", tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"a setting cannot be met: .*add exits with de3 import"):
-        load(artifact, Settings(store=tmp_path, **options))
+    for options in ({"tau": 0.5}, {"target_speedup": 2.0}, {"latency_budget_ms": 5.0}):
+        with pytest.raises(ValueError, match=r"a setting cannot be met: .*add exits with de3 import"):
+            load(artifact, Settings(store=tmp_path, **options))
 
 
 def test_a_proof_is_not_repeated(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

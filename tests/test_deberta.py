@@ -23,30 +23,15 @@ from de3.model_store.graph import GraphError
 from de3.model_store.model import Model
 from de3.model_store.segments import full_depth, session_options
 from de3.model_store.store import Store, StoreError
-from tests.commands import de3, refusal
+from tests.commands import de3
 from tests.fixtures import BAD, FILLER, GOOD, OTHER, make_rows, save_encoder
 from tests.stock import segments_of, transformers_model
 from tests.test_export import exported
 from tests.test_hostile_models import forge
 
 FAMILY = "deberta-v2"
-LENGTHS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    8,
-    9,
-    12,
-    13,
-    23,
-    24,
-    25,
-    40,
-    63,
-    64,
-)  # each distance up to 4 has its own bucket; all from 24 on share one
+# Each distance up to 4 has its own bucket; all from 24 on share one.
+LENGTHS = (1, 2, 3, 4, 5, 8, 9, 12, 13, 23, 24, 25, 40, 63, 64)
 
 
 def stock_classifier(folder: Path, **options: Any) -> Path:
@@ -158,9 +143,6 @@ def test_options_that_are_refused_before_any_work(tmp_path: Path, options: dict,
         family(AutoConfig.from_pretrained(tmp_path).to_dict())
     with pytest.raises(ValueError, match=why):
         Stock.open("name", tmp_path)
-    command = f"train {tmp_path / 'none.tsv'} --encoder {tmp_path} --out {tmp_path / 'out'}"
-    (tmp_path / "none.tsv").write_text("text\tlabel\n" + "a\t0\nb\t1\n" * 50)
-    assert why.partition(" ")[0] in refusal(command)
 
 
 def pairs(path: Path) -> Path:
@@ -169,26 +151,6 @@ def pairs(path: Path) -> Path:
     lines = [f"{a}\t{b}\t{int(x == y)}\n" for (a, x), (b, y) in zip(rows, others, strict=True)]
     path.write_text("a\tb\tsame\n" + "".join(lines))
     return path
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("few_taus")
-def test_exits_are_trained_from_labels_of_pairs(tmp_path: Path) -> None:
-    encoder, file = save_encoder(tmp_path / "encoder", FAMILY), pairs(tmp_path / "pairs.tsv")
-    de3(
-        f"train {file} --text-column a --pair-column b --label-column same --encoder {encoder} --epochs 1 "
-        f"--embedding-exit --out {tmp_path}/run"
-    )
-    for name, quantize in (("m", "none"), ("m8", "int8")):
-        de3(
-            f"export {tmp_path}/run --name {name} --store {tmp_path}/store --quantize {quantize} --max-int8-loss 10"
-        )
-        model = Model(Store(tmp_path / "store").open(name))
-        assert model.runtime == "onnxruntime" and model.manifest.input == "pair"
-        assert model.manifest.export["parity"]["longest"] > 24
-        steps = model.full_depth(model.tokenize("a good film", "it was bad"))
-        assert all(np.isfinite(step.hidden).all() for step in steps)
-        assert max(model.manifest.export["parity"]["logits"]) < 1e-3
 
 
 def save_own_tokenizer(folder: Path) -> None:
@@ -300,20 +262,3 @@ def test_a_mutated_graph_is_refused_or_runs(copies: Path, seed: int) -> None:
     for text in ("good", "the film is not bad , but long and dull " * 10):
         steps = full_depth(model.segments, model.tokenize(text))
         assert all(np.isfinite(step.hidden).all() for step in steps)
-
-
-def test_every_table_matters(copies: Path) -> None:
-    """Different table values change the model, so parity with transformers is not a coincidence."""
-    before = Model(Store(copies).open("plain"))
-    tokens = before.tokenize("a dull plot and a bad film")
-    wanted = before.full_depth(tokens)[1].hidden
-    for which in (0, 1):
-
-        def without_table(proto: Any, which: int = which) -> None:
-            table = [w for w in proto.graph.initializer if len(w.dims) == 3][which]
-            table.raw_data = bytes(len(table.raw_data))
-
-        forge(copies, "plain", 1, without_table)
-        changed = Model(Store(copies).open("plain")).full_depth(tokens)[1].hidden
-        assert np.abs(changed - wanted).max() > 0.01
-        wanted = changed

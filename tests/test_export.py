@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
+from de3.exits.signals import Risk
 from de3.export import exporter
-from de3.export.calibrate import Part
+from de3.export.calibrate import Part, _choose
 from de3.export.errors import ExportError
 from de3.export.exporter import ExportSettings
 from de3.export.full_depth import export_full_depth
@@ -182,6 +183,34 @@ def test_exits_in_int8_are_compared_with_those_in_fp32(
     assert exporter.same_exit(int8, other, rule) < 0.2
     assert "warning" in capsys.readouterr().err
     assert "int8" not in Store(store).open("tiny").manifest.export
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "same"),
+    [
+        ({}, [[1.0, 0.0], [2.0, 0.0]], True),
+        ({}, [[1.0, 0.0], [0.0, 2.0]], False),
+        ({"thresholds": np.zeros(2)}, [[9.0, -1.0], [1.0, -1.0]], True),
+        ({"thresholds": np.zeros(2)}, [[9.0, -1.0], [1.0, 1.0]], False),  # one label of two
+        ({"tolerance": 0.5}, [[1.0], [1.5]], True),
+        ({"tolerance": 0.5}, [[1.0], [1.51]], False),
+        ({"tolerance": 0.5}, [[1.0], [np.nan]], False),
+    ],
+)
+def test_the_same_exit_needs_the_same_answer(kind: dict, other: list[list[float]], same: bool) -> None:
+    def recorded(logits: list[list[float]]) -> Recorded:
+        values = np.array([logits], np.float32)
+        return Recorded([0, 1], values, np.full_like(values, np.nan), np.zeros(1), **kind)
+
+    last = [[1.0], [1.0]] if "tolerance" in kind else [[9.0, -1.0], [1.0, -1.0]]
+    rule = ExitRule(0.0, Risk(((0.0,) * 5, None)))  # only the last exit is used
+    assert exporter.same_exit(recorded(last), recorded(other), rule) == same
+
+
+def test_another_signal_is_preferred_only_if_it_is_clearly_faster() -> None:
+    signal = Risk(())
+    for merit, name in ((1.0, "risk"), (2.1, "risk"), (2.11, "edr")):
+        assert _choose({"risk": (signal, 2.0), "entropy": (signal, 2.05), "edr": (signal, merit)}) == name
 
 
 def test_missing_files_are_asked_for(tmp_path: Path, checkpoint: Path) -> None:

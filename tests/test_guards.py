@@ -117,12 +117,18 @@ def test_detectors_of_fms(server: Server) -> None:
 
 
 def test_a_response_of_detectors_has_a_limit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detectors, "MAX_CHARS", 100)
-    body = {"contents": ["a " * 30], "detector_params": {"threshold": 0.01, "safe_labels": ["negative"] * 9}}
-    answer = post(server, "/api/v1/text/contents", body)
-    assert answer.status_code == 422 and "2 labels of texts with 60 characters" in answer.json()["message"]
-    body["detector_params"] = {"threshold": 0.9}  # at most one label reaches this threshold
-    assert post(server, "/api/v1/text/contents", body).status_code == 200
+    for limit, threshold, status in (
+        (120, 0.01, 200),
+        (119, 0.01, 422),
+        (119, 0.5, 422),  # both labels can have a probability of 0.5
+        (60, 0.51, 200),
+        (59, 0.51, 422),
+    ):
+        monkeypatch.setattr(detectors, "MAX_CHARS", limit)
+        params = {"threshold": threshold, "safe_labels": ["negative"] * 9}
+        body = {"contents": ["a " * 15] * 2, "detector_params": params}
+        answer = post(server, "/api/v1/text/contents", body)
+        assert answer.status_code == status, (limit, threshold, answer.text)
 
 
 # NeMo Guardrails

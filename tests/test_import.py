@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from de3.export import importing, states
+from de3.export.build import final_norm
+from de3.export.cache import artifact_of
 from de3.export.classifier import Stock
 from de3.export.fit import _held_out
 from de3.export.full_depth import stitch
@@ -120,6 +122,47 @@ def test_the_last_exit_is_the_stock_classifier(family: str, dtype: str, tmp_path
             torch.testing.assert_close(last, expected, atol=1e-5, rtol=0)
         feed = {name: value.numpy() for name, value in inputs.items() if name in names}
         np.testing.assert_allclose(session.run(None, feed)[0], expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_the_states_to_which_exits_are_fitted(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are transformers' own, after the norm that an exit sees, and in the order of the texts."""
+    monkeypatch.setattr(states, "CHUNK", 3)
+    folder = save_encoder(tmp_path / "stock", family, labels=3)
+    stock, (theirs, tokenizer) = Stock.open("stock", folder), transformers_model(folder)
+    model = Model(artifact_of(str(folder), "fp32", tmp_path / "cache"), "onnxruntime")
+    with stock.weights() as state:
+        norm = final_norm(stock.architecture("fp32"), state)
+    texts = ["the " * 40, "good", "a dull film", "bad plot and bad actor", "good , not bad"]
+
+    def found(texts: list[str]) -> states.States:
+        return states.states(model, norm, texts, tmp_path / "states", "some", None, None)
+
+    ours = found(texts)
+    for i, text in enumerate(texts):
+        with torch.no_grad():
+            inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=64)
+            outputs = theirs(**inputs, output_hidden_states=True)
+            after = theirs.model.final_norm if family == "modernbert" else torch.nn.Identity()
+            hidden = [after(one)[0].numpy() for one in outputs.hidden_states[:-1]]
+        np.testing.assert_allclose(ours.logits[i], outputs.logits[0], atol=1e-4)
+        for layer, tokens in enumerate(hidden):
+            np.testing.assert_allclose(ours.pooled("mean", layer)[i], tokens.mean(0), atol=5e-3)
+            np.testing.assert_allclose(ours.pooled("cls", layer)[i], tokens[0], atol=5e-3)
+    part = ours.part(np.array([4, 1, 0])).part(np.array([1, 2]))
+    np.testing.assert_array_equal(part.logits, ours.logits[[1, 0]])
+    np.testing.assert_array_equal(part.pooled("cls", 2), ours.pooled("cls", 2)[[1, 0]])
+    np.testing.assert_allclose(
+        found(texts[::-1]).logits, ours.logits[::-1], atol=1e-5
+    )  # not those in the folder
+    ours.chunks[0].write_bytes(ours.chunks[0].read_bytes()[:-1])
+    ran: list[int] = []
+    run = states.run
+    monkeypatch.setattr(states, "run", lambda *all_: (ran.append(len(all_[2])), run(*all_))[1])
+    np.testing.assert_array_equal(found(texts).logits, ours.logits)
+    assert ran == [3]
 
 
 @pytest.mark.usefixtures("few_taus")
@@ -381,24 +424,12 @@ def test_models_that_cannot_be_imported_are_refused_with_advice(
             f"import {model} --texts {file} --name m --store {tmp_path}/s --work {tmp_path}/w {more}"
         )
 
-    def changed(**values: Any) -> Path:
-        copy = tmp_path / f"changed{len(list(tmp_path.iterdir()))}"
-        save_encoder(copy, labels=2)
-        config = json.loads((copy / "config.json").read_text()) | values
-        (copy / "config.json").write_text(json.dumps(config))
-        return copy
-
     assert "is a BertModel, not a …ForSequenceClassification" in refused(encoder)
     assert "is a checkpoint of de3 train, with exits: de3 export" in refused(checkpoint)
     assert "is an exported model already: de3 serve" in refused(imported / "store/mine/1")
     assert "no such folder" in refused(tmp_path / "nowhere")
-    assert "type 'albert' cannot be exported; supported: bert" in refused(changed(model_type="albert"))
-    assert "is a regression of 2 numbers" in refused(changed(problem_type="regression"))
-    multi = changed(problem_type="multi_label_classification")
+    multi = save_encoder(tmp_path / "multi", labels=2, problem_type="multi_label_classification")
     assert "--finetune is for models whose classes are mutually exclusive" in refused(multi, "--finetune")
-    assert "activation 'silu' cannot be exported" in refused(changed(hidden_act="silu"))
-    three = changed(id2label={"0": "a", "1": "b", "2": "c"})
-    assert "classifier.weight is float32 of shape (64, 2), expected (64, 3)" in refused(three)
     assert "--label-names must name the labels ['bad', 'good']" in refused(classifier, "--label-names a,b,c")
     assert "must differ from each other" in refused(classifier, "--label-names a,a")
     few = tmp_path / "few.txt"
@@ -427,10 +458,8 @@ def data_of(folder: Path, name: str) -> Path:
     [
         ({"num_labels": 10**9}, "config.json says num_labels 1000000000; .* whole number from 1 to 10000"),
         ({"num_labels": 3.0}, "num_labels 3.0"),
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000; .* whole number from 1 to 99"),
         ({"num_hidden_layers": -1}, "num_hidden_layers -1"),
-        ({"num_attention_heads": 0}, "num_attention_heads 0"),
-        ({"vocab_size": 10**12}, "vocab_size 1000000000000"),
+        ({"num_hidden_layers": 100}, "num_hidden_layers 100; .* whole number from 1 to 99"),
         ({"id2label": {str(i): str(i) for i in range(10_001)}}, "at most 10000 labels"),
         ({"id2label": ["a", "b"]}, "id2label in its config.json must be an object"),
         ({"id2label": {"a": "b"}}, "must have whole numbers as keys"),
@@ -465,11 +494,7 @@ class Evil:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [
-        (pickle.dumps(Evil()), "pytorch_model.bin is damaged, or holds more than weights"),
-        (b"", "its weights are damaged .EOFError"),
-        (b"junk" * 100, "its weights are damaged .KeyError"),
-    ],
+    [(pickle.dumps(Evil()), "holds more than weights"), (b"", "damaged"), (b"junk" * 100, "damaged")],
     ids=["evil", "empty", "junk"],
 )
 def test_a_file_with_more_than_weights_is_refused_in_one_line(

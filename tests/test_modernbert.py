@@ -23,12 +23,10 @@ from de3.model_store.segments import session_options
 from de3.model_store.store import Store, StoreError
 from de3.training import pretrained
 from de3.training.model import De3Config, De3Model
-from tests.commands import de3
-from tests.fixtures import made_once, make_rows, save_encoder
-from tests.serving import serving
+from tests.fixtures import save_encoder
 from tests.stock import segments_of, transformers_model, with_random_exits
 from tests.test_export import exported
-from tests.test_hostile_models import edit, forge
+from tests.test_hostile_models import forge
 
 LENGTHS = [*range(1, 28), 31, 32, 33, 40, 47, 63, 64]  # local attention spans 5 tokens on each side
 SMALL = {"layers": 5, "labels": 3}
@@ -211,88 +209,6 @@ def test_a_head_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
     for wrong in ({"norm": "1e-5"}, {"norm": True}, {"more": 1}):
         with pytest.raises(ValueError, match="head must have a pooling and an activation"):
             De3Config(head=head | wrong)
-
-
-# From the command line
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data.jsonl (pairs of texts), the checkpoint trained on it, and a store of m:1 and m-int8:1.
-
-    The checkpoint and the store are made by the commands a user types.
-    """
-
-    def make(folder: Path) -> None:
-        encoder = save_encoder(
-            folder / "encoder", "modernbert", classifier_activation="silu"
-        )  # the head is not used
-        rows = [{"a": text, "b": text, "label": label} for text, label in make_rows(900, 3)]
-        (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        de3(
-            f"train {folder}/data.jsonl --text-column a --pair-column b --encoder {encoder} --epochs 3 --lr 2e-3 "
-            f"--batch-size 32 --held-back 120 --no-bf16 --label-names good,bad --out {folder}/checkpoint"
-        )
-        for name, precision in (("m", "none"), ("m-int8", "int8")):
-            de3(
-                f"export {folder}/checkpoint --name {name} --store {folder}/store --quantize {precision} "
-                "--max-int8-loss 5"
-            )
-
-    return made_once(tmp_path_factory, "modernbert", make)
-
-
-@pytest.mark.slow
-def test_training_on_pairs(trained: Path) -> None:
-    for name in ("m", "m-int8"):
-        model = Model(Store(trained / "store").open(name))
-        assert model.manifest.input == "pair" and model.runtime == (
-            "native" if name == "m-int8" else "onnxruntime"
-        )
-        assert model.manifest.calibration is not None
-        assert model.manifest.calibration.exit_accuracy[-1] > 0.85
-        parity = model.manifest.export["parity"]
-        assert max(parity["logits"] + parity["distances"]) < 1e-4
-    tokens = model.tokenize("a good film", "a bad film")
-    assert model.full_depth(tokens)[-1].logits is not None
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("few_taus")
-def test_a_stock_classifier_of_pairs_is_imported(trained: Path, tmp_path: Path) -> None:
-    folder = save_encoder(tmp_path / "stock", "modernbert", labels=2, classifier_pooling="cls")
-    de3(
-        f"import {folder} --texts {trained}/data.jsonl --text-column a --pair-column b --name m --work {tmp_path}/w "
-        f"--store {tmp_path}/store --quantize none"
-    )
-    artifact = Store(tmp_path / "store").open("m")
-    head = artifact.manifest.head
-    assert head is not None and (head.pooling, head.activation, head.norm) == ("cls", "gelu", 1e-5)
-    model, (stock, tokenizer) = Model(artifact), transformers_model(folder)
-    for pair in (("good", "bad"), ("the film " * 9, "a " * 70)):
-        inputs = tokenizer(*pair, return_tensors="pt", truncation=True, max_length=64)
-        with torch.no_grad():
-            theirs = stock(**inputs).logits[0].numpy()
-        ours = model.full_depth(model.tokenize(*pair))[-1].logits
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    edit(tmp_path / "store/m/1", lambda m: m["head"].update(norm=None))
-    with pytest.raises(
-        StoreError, match=r"layer_03.onnx: the weight yesw5 .classifier.weight. must be float32"
-    ):
-        Model(Store(tmp_path / "store").open("m"))
-
-
-@pytest.mark.slow
-def test_a_server_answers_pairs(trained: Path) -> None:
-    with serving(trained / "store") as server:
-        for name in ("m", "m-int8"):
-            pairs = [
-                {"text": "good", "text_pair": "good"},
-                {"text": "a dull film", "text_pair": "dull " * 90},
-            ]
-            answer = server.classify(input=pairs, model=name)
-            assert answer.status_code == 200, answer.text
-            assert [row["label"] for row in answer.json()["data"]] == ["good", "bad"]
 
 
 def test_layers_keep_no_memory_of_texts_of_thousands_of_tokens() -> None:
