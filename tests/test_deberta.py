@@ -1,8 +1,6 @@
-"""DeBERTa-v2 and v3: options, lengths and tokenizer, and forged graphs of disentangled attention."""
+"""DeBERTa-v2 and v3: options, lengths, tokenizer, and the numbers of its buckets."""
 
 import json
-import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import numpy_helper
 from transformers import AutoConfig, DebertaV2Tokenizer
 
 from de3.export.cache import artifact_of
@@ -21,13 +18,11 @@ from de3.model_store.families import family
 from de3.model_store.families.deberta import _check_row_numbers, _row_numbers
 from de3.model_store.graph import GraphError
 from de3.model_store.model import Model
-from de3.model_store.segments import full_depth, session_options
-from de3.model_store.store import Store, StoreError
+from de3.model_store.segments import session_options
+from de3.model_store.store import Store
 from tests.commands import de3
 from tests.fixtures import BAD, FILLER, GOOD, OTHER, make_rows, save_encoder
 from tests.stock import segments_of, transformers_model
-from tests.test_export import exported
-from tests.test_hostile_models import forge
 
 FAMILY = "deberta-v2"
 # Each distance up to 4 has its own bucket; all from 24 on share one.
@@ -89,7 +84,6 @@ def difference(stock: Path, graph: Any, lengths: tuple[int, ...]) -> float:
 def test_full_depth_is_transformers_own_model(tmp_path: Path, options: dict[str, Any]) -> None:
     stock = stock_classifier(tmp_path, **options)
     assert difference(stock, stitched(stock, int8=False), LENGTHS) < 1e-5
-    assert difference(stock, stitched(stock, int8=True), LENGTHS) < 0.1
 
 
 def test_the_sizes_of_a_real_model(tmp_path: Path) -> None:
@@ -106,8 +100,9 @@ def test_token_types_that_a_tokenizer_does_not_return(tmp_path: Path) -> None:
         assert difference(stock, stitched(stock, int8=False, token_types=False), (1, 5, 64)) < 1e-5
 
 
-def test_the_word_table_stays_int8(tmp_path: Path) -> None:
+def test_in_int8(tmp_path: Path) -> None:
     stock = stock_classifier(tmp_path)
+    assert difference(stock, stitched(stock, int8=True), LENGTHS) < 0.1
     embeddings = segments_of(stock, int8=True, token_types=True)[1][0]
     rows = len(transformers_model(stock)[1])
     tables = [w for w in embeddings.graph.initializer if w.dims[:1] == [rows]]
@@ -223,42 +218,3 @@ def test_the_bucket_numbers_of_an_artifact_are_checked() -> None:
         changed[middle + offset] += 2 if offset < 0 else -1
         with pytest.raises(GraphError):
             _check_row_numbers(changed, 16)
-
-
-@pytest.fixture
-def copies(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported(tmp_path_factory, FAMILY) / "store", tmp_path / "store"))
-
-
-@pytest.mark.parametrize("seed", range(15))
-def test_a_mutated_graph_is_refused_or_runs(copies: Path, seed: int) -> None:
-    """Only the values of weights may be changed, so any graph that loads also runs, at every length."""
-    rng = random.Random(seed)
-
-    def mutate(proto: Any) -> None:
-        plain = [n for n in proto.graph.node if n.op_type != "If"]
-        one, other = rng.choice(plain), rng.choice(plain)
-        match rng.randrange(5):
-            case 0:
-                proto.graph.node.remove(one)
-            case 1:
-                i, j = rng.randrange(len(one.input)), rng.randrange(len(other.input))
-                one.input[i], other.input[j] = other.input[j], one.input[i]
-            case 2:
-                one.op_type, one.domain = other.op_type, other.domain
-            case 3:
-                for a in one.attribute:
-                    a.i, a.f = a.i + 1, -a.f
-            case _:
-                tensor = rng.choice(proto.graph.initializer)
-                array = np.flip(numpy_helper.to_array(tensor)).copy()
-                tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-
-    forge(copies, "plain", 1, mutate)
-    try:
-        model = Model(Store(copies).open("plain"))
-    except StoreError:
-        return
-    for text in ("good", "the film is not bad , but long and dull " * 10):
-        steps = full_depth(model.segments, model.tokenize(text))
-        assert all(np.isfinite(step.hidden).all() for step in steps)

@@ -23,9 +23,10 @@ from de3.export import importing, states
 from de3.export.build import final_norm
 from de3.export.cache import artifact_of
 from de3.export.classifier import Stock
-from de3.export.fit import _held_out
+from de3.export.fit import _fitted, _held_out
 from de3.export.full_depth import stitch
 from de3.export.original import original_of
+from de3.export.weights import save
 from de3.model_store.families import FAMILIES
 from de3.model_store.model import Model
 from de3.model_store.store import Store
@@ -533,6 +534,37 @@ def test_label_names_replace_labels_that_are_equal(classifier: Path, tmp_path: P
         pass
     with original_of(str(folder), ["a", "b"]) as source:
         assert Stock.open("stock", source, ["a", "b"]).description.labels == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "value"])
+def test_a_fitted_exit_has_the_smallest_penalized_loss(kind: str, tmp_path: Path) -> None:
+    rng, ridge = np.random.default_rng(0), 0.1
+    x = (rng.normal(size=(60, 4)) * [1, 3, 0.5, 1] + [0, 1, 2, 0]).astype(np.float32)
+    outputs = 1 if kind == "value" else 3
+    logits = (x @ rng.normal(size=(4, outputs)) + rng.normal(size=(60, outputs)) + 1).astype(np.float32)
+    save({"rows": np.arange(60), "mean_00": x, "logits": logits}, tmp_path / "chunk")
+    limits, tolerance = np.zeros(3) if kind == "labels" else None, 0.5 if kind == "value" else None
+    of = states.States([tmp_path / "chunk"], logits, limits, tolerance)
+    ((_, (weight, bias)),) = _fitted(of, "mean", 0, (ridge,), {})
+
+    def objective(weight: Any, bias: Any) -> float:
+        found, wanted = torch.tensor(x @ weight.T + bias), torch.tensor(of.probabilities)
+        match kind:
+            case "classes":
+                loss = torch.nn.functional.cross_entropy(found, wanted)
+            case "labels":
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(found, wanted) * outputs
+            case _:
+                loss = (found - torch.tensor(logits)).square().mean()
+        return float(loss) + ridge * float(np.square(weight * (x.std(0) + 1e-4)).sum())
+
+    smallest = objective(weight, bias)
+    for part in (weight, bias):
+        for at in np.ndindex(part.shape):
+            for change in (-0.05, 0.05):
+                part[at] += change
+                assert objective(weight, bias) > smallest
+                part[at] -= change
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=300), st.integers(0, 5))

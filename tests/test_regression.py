@@ -212,17 +212,6 @@ def test_the_page_shows_values(server: Server) -> None:
         browser.close()
 
 
-def test_only_a_regression_model_has_a_value(store: Path) -> None:
-    with serving(store, models=["tiny"]) as server:
-        body = {
-            "inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}],
-            "outputs": [{"name": "value"}],
-        }
-        answer = httpx.post(f"{server.url}/v2/models/tiny/infer", json=body)
-        assert answer.status_code == 422 and "label, probs, exit_layer of tiny" in answer.json()["error"]
-        assert "value" not in server.classify(input="a").json()["data"][0]
-
-
 def test_a_shadow_differs_by_more_than_the_tolerance(imported: Path, tmp_path: Path) -> None:
     """The shadow is the same model with another default τ, so its answers are known in advance."""
     for version, tau in ((1, 0.0), (2, 0.9)):
