@@ -248,10 +248,6 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
         r"has the shape \[\]",
     ),
     (with_weight(DENSE, lambda _: torch.zeros(2**28, 0)), r"has the shape \[268435456, 0\]"),
-    (
-        lambda f: weights(f, lambda w: w | {f"{i}.position_ids": torch.zeros(1) for i in range(20_000)}),
-        "more than 20000",
-    ),
     (lambda f: (f / "tokenizer.json").write_text(PRECOMPILED), "its tokenizer.json cannot be used"),
     (
         lambda f: edit(f, id2label={str(k): "x" * (1500 + k) for k in range(3)}),
@@ -270,6 +266,17 @@ def test_a_bad_folder_is_a_one_line_error_and_leaves_nothing(copy: Path, tmp_pat
     assert str(caught.value).startswith(str(copy)) and str(caught.value).isprintable()
     assert len(str(caught.value)) <= cache.MAX_MESSAGE + 50
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix != ".lock"]
+
+
+def test_the_number_of_weights_is_limited(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = len(load_file(bert / "model.safetensors"))
+    monkeypatch.setattr("de3.export.weights.MAX_TENSORS", count - 1)
+    with pytest.raises(ValueError, match=f"more than {count - 1} weights"):
+        artifact_of(str(bert), "int8", tmp_path)
+    monkeypatch.setattr("de3.export.weights.MAX_TENSORS", count)
+    artifact_of(str(bert), "int8", tmp_path)
 
 
 def test_an_artifact_is_made_once_and_made_again_when_it_is_not_whole(

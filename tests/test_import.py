@@ -586,11 +586,6 @@ def test_a_checkpoint_with_damaged_weights_is_refused_in_a_line(imported: Path, 
     assert not list((tmp_path / "s").rglob("*")) if (tmp_path / "s").exists() else True
 
 
-def test_export_points_to_import(classifier: Path, tmp_path: Path) -> None:
-    message = refusal(f"export {classifier} --name m --store {tmp_path}")
-    assert f"de3 import {classifier} --texts" in message
-
-
 def test_the_pooling_with_the_higher_speedup_is_chosen(imported: Path) -> None:
     said = (imported / "mine.log").read_text()
     merits = {

@@ -50,7 +50,8 @@ def stock(tmp_path: Path, encoder: Path) -> Path:
     "command", ["export {} --full-depth {}/out", "export {} --name x --store {}/s", "evaluate {}"]
 )
 def test_a_plain_classifier_is_not_taken_for_a_checkpoint(stock: Path, tmp_path: Path, command: str) -> None:
-    assert "is a plain bert model, without exits" in refusal(command.format(stock, tmp_path))
+    message = refusal(command.format(stock, tmp_path))
+    assert "is a plain bert model, without exits" in message and f"de3 import {stock} --texts" in message
     assert not (tmp_path / "out").exists() and not (tmp_path / "s").exists()
 
 
