@@ -19,9 +19,7 @@ from de3.model_store.families.deberta import _check_row_numbers, _row_numbers
 from de3.model_store.graph import GraphError
 from de3.model_store.model import Model
 from de3.model_store.segments import session_options
-from de3.model_store.store import Store
-from tests.commands import de3
-from tests.fixtures import BAD, FILLER, GOOD, OTHER, make_rows, save_encoder
+from tests.fixtures import BAD, FILLER, GOOD, OTHER, save_encoder
 from tests.stock import segments_of, transformers_model
 
 FAMILY = "deberta-v2"
@@ -140,14 +138,6 @@ def test_options_that_are_refused_before_any_work(tmp_path: Path, options: dict,
         Stock.open("name", tmp_path)
 
 
-def pairs(path: Path) -> Path:
-    """A file of pairs, labelled by whether both texts have the same label."""
-    rows, others = make_rows(1200, 21), make_rows(1200, 22)
-    lines = [f"{a}\t{b}\t{int(x == y)}\n" for (a, x), (b, y) in zip(rows, others, strict=True)]
-    path.write_text("a\tb\tsame\n" + "".join(lines))
-    return path
-
-
 def save_own_tokenizer(folder: Path) -> None:
     """Replace the tokenizer in a folder with one of the family's own type."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
@@ -159,19 +149,12 @@ def save_own_tokenizer(folder: Path) -> None:
     DebertaV2Tokenizer(vocab=vocabulary, unk_id=3).save_pretrained(folder)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("few_taus")
-def test_a_classifier_for_pairs_with_its_own_tokenizer_is_imported(tmp_path: Path) -> None:
+def test_pairs_with_its_own_tokenizer(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "stock", FAMILY, labels=3, vocab_size=100, type_vocab_size=0)
     save_own_tokenizer(folder)
-    file = pairs(tmp_path / "pairs.tsv")
-    de3(
-        f"import {folder} --texts {file} --text-column a --pair-column b --name m --store {tmp_path}/store "
-        f"--work {tmp_path}/work"
-    )
-    artifact = Store(tmp_path / "store").open("m")
-    model, (stock, tokenizer) = Model(artifact), transformers_model(folder)
-    assert (model.runtime, artifact.manifest.max_tokens) == ("onnxruntime", 64)
+    model = Model(artifact_of(str(folder), "fp32", tmp_path / "cache"))
+    stock, tokenizer = transformers_model(folder)
+    assert (model.runtime, model.manifest.max_tokens) == ("onnxruntime", 64)
     text = "it  was\ta good film, \n\n and very  bright." + " not bad" * 300
     for first, second in (
         ("good", "bad"),
@@ -184,7 +167,7 @@ def test_a_classifier_for_pairs_with_its_own_tokenizer_is_imported(tmp_path: Pat
         assert tokens.ids.tolist() == theirs["input_ids"].tolist()
         with torch.no_grad():
             expected = stock(**{k: v for k, v in theirs.items() if k != "token_type_ids"}).logits
-        np.testing.assert_allclose(model.full_depth(tokens)[-1].logits, expected[0].numpy(), atol=0.1)
+        np.testing.assert_allclose(model.full_depth(tokens)[-1].logits, expected[0].numpy(), atol=1e-5)
 
 
 def test_it_runs_on_the_kernels(kernels: Any, tmp_path: Path) -> None:
