@@ -206,7 +206,7 @@ def test_a_server_refuses_inputs_that_the_model_does_not_take(pairs: Callable[[s
     single = Path(shutil.copytree(pairs("store") / "pairs", pairs("store") / "single")) / "1/manifest.json"
     single.write_text(json.dumps(json.loads(single.read_text()) | {"name": "single", "input": "text"}))
     pair = {"text": "good", "text_pair": "bad"}
-    with serving(pairs("store")) as server:
+    with serving(pairs("store"), default_model="pairs") as server:
         for model, right, wrong, names in (
             ("pairs", pair, "good", ["text", "text_pair"]),
             ("single", "good", pair, ["text"]),
