@@ -130,19 +130,19 @@ def test_the_mean_wealth_of_the_detector_is_its_stake(rate: float, share: float)
 
 
 def test_the_detector_fires_after_a_rise_and_not_before() -> None:
-    rng, delays = np.random.default_rng(2), []
-    for _ in range(20):
-        detector, audits = ChangeDetector(0.02, 1e5), 0
+    rng = np.random.default_rng(2)
+    for _ in range(6):
+        detector = ChangeDetector(0.02, 1e5)
         for _ in range(4000):
             detector.add(0.05, bool(rng.random() < 0.012))
             detector.skip(0.05, int(rng.geometric(0.05)) - 1)
         assert not detector.has_fired
-        while not detector.has_fired:
+        for _ in range(1000):
             detector.add(0.05, bool(rng.random() < 0.06))
             detector.skip(0.05, int(rng.geometric(0.05)) - 1)
-            audits += 1
-        delays.append(audits)
-    assert np.median(delays) < 500 and max(delays) < 1500
+            if detector.has_fired:
+                break
+        assert detector.has_fired
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
@@ -158,9 +158,10 @@ def test_each_bound_is_where_its_e_value_reaches_2_over_the_error_probability(co
 def test_the_detector_fires_once_all_gamblers_together_own_enough() -> None:
     """The wealth at one bet size must not suffice: that would violate the guaranteed mean time to a false alarm."""
     detector, before = ChangeDetector(0.1, 1000.0), 0.0
-    while not detector.has_fired:
-        before = detector.wealth.mean()
-        detector.add(1.0, True)
+    for _ in range(100):
+        if not detector.has_fired:
+            before = detector.wealth.mean()
+            detector.add(1.0, True)
     assert before < 1000 <= detector.wealth.mean() < detector.wealth.max() / 2
 
 

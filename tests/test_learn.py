@@ -51,7 +51,6 @@ from de3.training.data import Example
 from tests.commands import de3, refusal
 from tests.fixtures import made_once, make_rows, save_encoder
 from tests.serving import Server, process, serving, until, url_when_ready
-from tests.stock import fine_tuned
 
 LABELS = ["negative", "positive"]
 FIRST = LEARNED_FROM + 1  # the first learned version
@@ -60,6 +59,8 @@ FIRST = LEARNED_FROM + 1  # the first learned version
 @pytest.fixture(scope="module")
 def stock_store(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
     """A store with a fine-tuned classifier whose only exit is the last layer: `base` in int8, `plain` in fp32."""
+    from tests.stock import fine_tuned
+
     examples = [Example(text, int(label)) for text, label in make_rows(600, 5)]
     stock = fine_tuned(tmp_path_factory, "stock-learn", encoder, LABELS, examples, 4)
 
