@@ -661,11 +661,12 @@ def test_a_change_of_the_traffic_asks_for_new_records(base: Artifact, some: Reco
     assert (one.count, one.next_fit, one.journal.first_new) == (0, FIRST_FIT, 1201)
     assert one.needs_saving
     one.observe(InService(2, 1.0, 1.0, 1))
+    one.add(Record("one", 1.0, 1, some.states[0], some.logits[0]))
     one.observe(InService(3, 1.0, 1.0, 2))  # a new version is not a change of the traffic
-    assert one.journal.first_new == 1201
+    assert (one.count, one.journal.first_new) == (1, 1201)
     one.save(all_records=True)
     again = learner_of(base, tmp_path)
-    assert (again.count, again.next_fit, again.journal.first_new) == (0, FIRST_FIT, 1201)
+    assert (again.count, again.next_fit, again.journal.first_new) == (1, FIRST_FIT, 1201)
 
 
 def test_a_learner_continues_after_a_restart(base: Artifact, some: Records, tmp_path: Path) -> None:
