@@ -804,6 +804,21 @@ def test_a_change_discards_the_texts_that_were_drawn_before_it(store: Path) -> N
     assert single.resets[0].audits == reset.audits
 
 
+def test_tau_rises_only_after_the_last_text_of_a_request(store: Path) -> None:
+    served = made(store)
+    served.rules = Rules(served.model.manifest, Settings(guarantee=0.1))
+    ledger = served_ledger(books_of(guarantee=0.1), served)
+    alike = Audited([0.0, None], [False, False], [0, 3], False)
+    texts = [Settled("one", 1.0, keys=[key], audit=alike) for key in range(100)]
+    for _ in range(2):
+        ledger.count(texts[:99], ledger.standing.epoch, False)
+        assert served.rules.default.rule.tau == 0
+        ledger.count(texts[99:], ledger.standing.epoch, True)
+        assert served.rules.default.rule.tau > 0 and ledger.evidence.audits == 100
+        ledger.reset()  # after which the same texts may count again
+        assert served.rules.default.rule.tau == 0 and ledger.evidence.audits == 0
+
+
 # For each entry: the keys of its texts, whether the last was drawn, and whether its answer differs.
 entries = st.lists(
     st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.booleans(), st.booleans())

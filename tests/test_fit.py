@@ -70,6 +70,14 @@ def test_the_ridge_has_the_smallest_loss_on_held_out_texts(kind: str) -> None:
     assert loss(kind, y @ weight.T + bias, held) == pytest.approx(losses[ridge], rel=1e-4)
 
 
+def test_about_a_fifth_of_the_texts_is_held_out_in_whole_groups() -> None:
+    for copies in (1, 4):
+        groups = (np.arange(400) // copies).tolist()
+        is_held = fit._held_out(groups, np.random.default_rng(0))
+        assert 0.2 <= is_held.mean() < 0.23
+        assert len({(group, held) for group, held in zip(groups, is_held, strict=True)}) == 400 // copies
+
+
 def test_prototypes_are_the_class_means_in_their_space_and_distances_are_cosine() -> None:
     texts = texts_of("classes", 80)
     exits = fit._with_spaces(
@@ -113,3 +121,32 @@ def test_adam_takes_the_steps_of_adamw() -> None:
         change = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
         expected = expected * (1 - rate * 0.01) - rate * change
     np.testing.assert_allclose(part, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prototypical_network_is_trained_by_the_equations_for_one_epoch() -> None:
+    states = np.random.default_rng(4).normal(size=(90, 3)).astype(np.float32)
+    answers = np.arange(90) % 2
+    weight, bias = fit._space(states, answers, 2, 5)
+    rng = np.random.default_rng(5)
+    theta, m, v, prototypes = np.append(rng.normal(0, 0.02, (3, 3)), np.zeros(3)), 0.0, 0.0, np.zeros((2, 3))
+    for step, rows in enumerate(np.array_split(rng.permutation(90), 2)):
+        own = answers[rows]
+
+        def hidden(theta: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
+            return np.asarray(states[rows] @ theta[:9].reshape(3, 3).T + theta[9:])
+
+        means = np.stack([hidden(theta)[own == k].mean(0) for k in (0, 1)])
+        prototypes = means if step == 0 else 0.99 * prototypes + 0.01 * means  # Eq. 1
+
+        def distance(theta: np.ndarray, target: np.ndarray = prototypes[own], hidden: Any = hidden) -> float:
+            h = hidden(theta)
+            norms = np.linalg.norm(h, axis=1) * np.linalg.norm(target, axis=1)
+            return float((1 - (h * target).sum(1) / norms).mean())  # Eq. 2
+
+        steps = 1e-6 * np.eye(12)
+        gradient = np.array([(distance(theta + e) - distance(theta - e)) / 2e-6 for e in steps])
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        rate = 1e-3 * (1 - step / 2)
+        change = m / (1 - 0.9 ** (step + 1)) / (np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
+        theta = theta * (1 - rate * 0.01) - rate * change
+    np.testing.assert_allclose(np.append(weight, bias), theta, atol=2e-6)

@@ -39,7 +39,7 @@ from de3.server.audit.ledger import Audited, Ledger, Settled
 from de3.server.errors import RequestError
 from de3.server.learn import fitting, learner
 from de3.server.learn.fitting import FitError, run_fit
-from de3.server.learn.journal import LEARNED_FROM, Journal, LearnFolder, Result
+from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, Journal, LearnFolder, Result
 from de3.server.learn.learner import FIRST_FIT, InService, Learner, result_of
 from de3.server.learn.learners import Learners, served_before
 from de3.server.learn.record import HeldOut, Record
@@ -641,12 +641,14 @@ def test_a_fit_is_due_after_500_records_and_then_after_half_as_many_more(
     base: Artifact, some: Records, tmp_path: Path
 ) -> None:
     one = filled(base, tmp_path, some, FIRST_FIT - 1)
-    assert not one.is_due
+    assert not one.is_due and not one.needs_saving
     one.add(record(0, shape=some.states.shape[1:]))  # type: ignore[arg-type]
-    assert one.is_due
+    assert one.is_due and one.needs_saving
     assert one.begin() == 1
     assert not one.is_due and one.next_fit == 750
-    one.end(result_of(1, dict.fromkeys(FOUND, 1), None))
+    for attempt in range(1, MAX_RESULTS + 3):
+        one.end(result_of(attempt, dict.fromkeys(FOUND, 1), None))
+    assert [result.attempt for result in one.journal.results] == list(range(3, MAX_RESULTS + 3))
     one.is_asked = True
     assert one.is_due
 
@@ -671,10 +673,13 @@ def test_a_change_of_the_traffic_asks_for_new_records(base: Artifact, some: Reco
 
 def test_a_learner_continues_after_a_restart(base: Artifact, some: Records, tmp_path: Path) -> None:
     one = filled(base, tmp_path, some, 700)
-    one.begin()
     one.save(all_records=True)
+    assert learner_of(base, tmp_path).is_due  # as no fit was begun
+    one.begin()
+    one.save()
     again = learner_of(base, tmp_path)
     assert (len(again.reservoir), again.count, again.next_fit) == (700, 700, 750)
+    assert not again.needs_saving
     assert again.journal.attempts == 1  # so no attempt uses another's part of the error probability
     found, saved = again.reservoir.records(), one.reservoir.records()
     assert (found.keys == saved.keys).all() and (found.states == saved.states).all()
@@ -730,16 +735,17 @@ def test_a_learned_version_is_served_after_a_restart_unless_the_operator_changed
 
 
 def test_records_that_come_while_others_are_saved_are_added_later(
-    base: Artifact, some: Records, tmp_path: Path
+    base: Artifact, some: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(learner, "MAX_WAITING", 3)
     one = filled(base, tmp_path, some, 60)
     one.hold()
-    one.add(Record("one", 1.0, 99, some.states[0], some.logits[0]))
-    assert len(one.reservoir) == 60 and one.count == 61
-    one.resume()
-    assert len(one.reservoir) == 61
-    one.resume()
-    assert len(one.reservoir) == 61
+    for _ in range(5):
+        one.add(Record("one", 1.0, 99, some.states[0], some.logits[0]))
+    assert len(one.reservoir) == 60 and one.count == 65
+    for _ in range(2):
+        one.resume()
+        assert len(one.reservoir) == 63
 
 
 def test_exits_that_a_model_came_with_count_as_an_attempt(
