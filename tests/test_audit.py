@@ -28,7 +28,7 @@ from de3.model_store.store import Store
 from de3.server.audit import ledgers
 from de3.server.audit.auditor import MAX_PENDING, ROOM, Auditor, Draw
 from de3.server.audit.audits import Audits
-from de3.server.audit.ledger import MAX_RESETS, Audited, Ledger, Settled
+from de3.server.audit.ledger import MAX_RESETS, MIN_AUDITS, Audited, Ledger, Settled
 from de3.server.audit.local_books import LocalBooks
 from de3.server.audit.log import AuditLog, line_of
 from de3.server.audit.report import Live, report
@@ -817,6 +817,25 @@ def test_tau_rises_only_after_the_last_text_of_a_request(store: Path) -> None:
         assert served.rules.default.rule.tau > 0 and ledger.evidence.audits == 100
         ledger.reset()  # after which the same texts may count again
         assert served.rules.default.rule.tau == 0 and ledger.evidence.audits == 0
+
+
+def test_the_speedup_is_that_of_the_audits_at_the_tau_in_force_and_within_the_promise(store: Path) -> None:
+    """Half of the texts exit at layer 0 above τ = 0; the others above τ = 0.9, with another answer."""
+    found = []
+    for settings in ({}, {"guarantee": 0.3}):
+        served = made(store)
+        served.rules = Rules(served.model.manifest, Settings(**settings or {"tau": TAU}))
+        ledger = served_ledger(books_of(**settings), served)
+        for n in range(MIN_AUDITS):
+            found.append((ledger.speedup(), ledger.allowed()))
+            easy, hard = (
+                Audited([0.0, None], [False] * 2, [0, 3], False),
+                Audited([0.9, None], [True, False], [0, 3], False),
+            )
+            ledger.count([Settled("one", 1.0, audit=(easy, hard)[n % 2])], ledger.standing.epoch, False)
+        assert set(found) == {(1.0, 1.0)}  # too few audits
+        assert ledger.speedup() == (1.0 if settings else 2.0)  # with the guarantee, τ is still 0
+        assert ledger.allowed() == 2.0
 
 
 # For each entry: the keys of its texts, whether the last was drawn, and whether its answer differs.

@@ -704,6 +704,7 @@ def test_a_lost_journal_does_not_use_an_attempt_twice(
 ) -> None:
     shutil.copytree(learned[0].path.parent, LearnFolder(tmp_path).store.path / "base")
     assert learner_of(base, tmp_path).journal.attempts == 4
+    assert LearnFolder(tmp_path).journal("base", "another base").attempts == 0
 
 
 def test_a_learned_version_is_served_after_a_restart_unless_the_operator_changed_the_model(
