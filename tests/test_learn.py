@@ -691,10 +691,13 @@ def test_damaged_files_are_set_aside(base: Artifact, some: Records, tmp_path: Pa
     name = f"learned/base-{base_of(base.manifest)[:12]}"
     records, journal = tmp_path / f"{name}.records", tmp_path / f"{name}.json"
     records.write_bytes(b"no records")
-    journal.write_text('{"attempts": -1}')
-    one = learner_of(base, tmp_path)
-    assert len(one.reservoir) == 0 and one.journal == Journal.model_validate({"base": base_of(base.manifest)})
-    assert Path(f"{records}.old").exists() and Path(f"{journal}.old").exists()
+    for damaged in ('{"attempts": -1}', Journal(base="other", attempts=3).model_dump_json()):
+        journal.write_text(damaged)
+        one = learner_of(base, tmp_path)
+        assert len(one.reservoir) == 0 and one.journal == Journal(base=base_of(base.manifest))
+        Path(f"{journal}.old").unlink()
+    assert Path(f"{records}.old").exists()
+    assert (tmp_path / "learned").stat().st_mode & 0o777 == 0o700  # records are user data
     replace(some, base="x").write(records)
     assert len(learner_of(base, tmp_path).reservoir) == 0
 
@@ -731,8 +734,12 @@ def test_a_learned_version_is_served_after_a_restart_unless_the_operator_changed
     one.serve(version_of(base, 2))  # a rollback
     assert restarted(version_of(base, 2)) == "base:2"
     one.serve(learned[0])
-    (versions / f"{FIRST}/manifest.json").write_text("{}")
-    assert restarted(version_of(base, 2)) == "base:2"
+    manifest = versions / f"{FIRST}/manifest.json"
+    for damaged in (manifest.read_text().replace(base_of(base.manifest), "0" * 64), "{}"):
+        assert restarted(version_of(base, 2)) == f"base:{FIRST}"
+        manifest.write_text(damaged)
+        assert restarted(version_of(base, 2)) == "base:2"
+        shutil.copy(learned[0].path / "manifest.json", manifest)
 
 
 def test_records_that_come_while_others_are_saved_are_added_later(
