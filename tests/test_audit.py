@@ -26,9 +26,9 @@ from de3.exits.reading import read
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Store
 from de3.server.audit import ledgers
-from de3.server.audit.auditor import MAX_PENDING, ROOM, Auditor, Draw
+from de3.server.audit.auditor import LEARN_TEXTS, MAX_PENDING, ROOM, Auditor, Draw, Traffic
 from de3.server.audit.audits import Audits
-from de3.server.audit.ledger import MAX_RESETS, MIN_AUDITS, Audited, Ledger, Settled
+from de3.server.audit.ledger import MAX_RESETS, MIN_AUDITS, Audited, Ledger, Settled, Standing
 from de3.server.audit.local_books import LocalBooks
 from de3.server.audit.log import AuditLog, line_of
 from de3.server.audit.report import Live, report
@@ -821,20 +821,17 @@ def test_tau_rises_only_after_the_last_text_of_a_request(store: Path) -> None:
 
 def test_the_speedup_is_that_of_the_audits_at_the_tau_in_force_and_within_the_promise(store: Path) -> None:
     """Half of the texts exit at layer 0 above τ = 0; the others above τ = 0.9, with another answer."""
-    found = []
-    for settings in ({}, {"guarantee": 0.3}):
-        served = made(store)
-        served.rules = Rules(served.model.manifest, Settings(**settings or {"tau": TAU}))
-        ledger = served_ledger(books_of(**settings), served)
+    easy = Audited([0.0, None], [False, False], [0, 3], False)
+    hard = Audited([0.9, None], [True, False], [0, 3], False)
+    for promised in ({}, {"guarantee": 0.3}):
+        found, served = [], made(store)
+        served.rules = Rules(served.model.manifest, Settings(**promised or {"tau": TAU}))
+        ledger = served_ledger(books_of(**promised), served)
         for n in range(MIN_AUDITS):
             found.append((ledger.speedup(), ledger.allowed()))
-            easy, hard = (
-                Audited([0.0, None], [False] * 2, [0, 3], False),
-                Audited([0.9, None], [True, False], [0, 3], False),
-            )
             ledger.count([Settled("one", 1.0, audit=(easy, hard)[n % 2])], ledger.standing.epoch, False)
         assert set(found) == {(1.0, 1.0)}  # too few audits
-        assert ledger.speedup() == (1.0 if settings else 2.0)  # with the guarantee, τ is still 0
+        assert ledger.speedup() == (1.0 if promised else 2.0)  # with the guarantee, τ is still 0
         assert ledger.allowed() == 2.0
 
 
@@ -897,6 +894,24 @@ def test_records_have_only_finite_values(store: Path, value: float, is_kept: boo
         assert (
             one.states.dtype == np.float16 and np.isfinite(one.states).all() and np.isfinite(one.logits).all()
         )
+
+
+def test_after_a_reset_exits_are_learned_fast_again(store: Path) -> None:
+    served, traffic = made(store), Traffic(1)
+    auditor = Auditor(
+        served,
+        Settings(audit_share=0.1),
+        lambda _: None,
+        lambda *_: None,
+        learn=list[Record]().append,
+        traffic=traffic,
+    )
+    shares = []
+    for epoch in (1, 1, 2):
+        traffic.texts = traffic.texts or 3 * LEARN_TEXTS
+        auditor.apply(Standing(epoch, None))
+        shares.append(auditor.share)
+    assert shares == [0.25, 0.25, 1.0]
 
 
 def test_nothing_is_drawn_while_too_many_texts_wait_to_be_counted(

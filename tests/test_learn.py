@@ -977,6 +977,19 @@ def test_a_fit_is_not_served_if_the_traffic_or_the_models_changed_meanwhile(
         assert learners.of("base").count == {"traffic": 0, "version": 62, "weights": 1}[change]
 
 
+@pytest.mark.parametrize("is_unloaded", [True, False])
+def test_records_of_a_model_that_is_no_longer_current_are_saved(
+    learning_of_base: Learning, base: Artifact, is_unloaded: bool
+) -> None:
+    one = learning_of_base
+    one.learners.of("base").restore(None)
+    one.learners.serve(version_of(base, 2, other_weights=True))
+    one.learners.note_current({} if is_unloaded else {"base": 2})
+    one.learners.stop()
+    saved = one.folder.records("base", base_of(base.manifest))
+    assert saved is not None and len(saved) == 60
+
+
 @pytest.mark.parametrize(
     ("canary", "is_served", "rival"), [(2.0, True, 2.0), (1.4, True, 1.5), (2.0, False, 1.5)]
 )
