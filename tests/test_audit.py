@@ -132,15 +132,6 @@ def test_an_answer_does_not_depend_on_being_audited(store: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_the_share_is_of_texts_not_of_requests(store: Path) -> None:
-    with serving(store, models=["tiny-int8"], audit_share=0.1, tau=TAU) as server:
-        for _ in range(10):
-            server.classify(input=TEXTS)
-            until(lambda: not auditor_of(server).pending, "the audits")
-        until(lambda: ledger_of(server).evidence.texts == 2000, "all to be counted")
-        assert 133 < ledger_of(server).evidence.audits < 267  # 5 standard deviations
-
-
 def test_ood_texts_count_at_their_lower_tau(store: Path) -> None:
     """With --ood-policy deepen, the audited mean exit layer is that of the answers, OOD texts included."""
     options: dict[str, Any] = {"models": ["tiny-int8"], "ood_policy": "deepen", "tau": TAU}
@@ -434,23 +425,25 @@ def test_a_server_without_audits_says_how_to_enable_them(store: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "field"),
     [
-        ({"guarantee": 0.02, "tau": 0.1}, "guarantee: cannot be combined with tau"),
-        ({"guarantee": 0.02, "target_speedup": 2}, "guarantee: cannot be combined with target_speedup"),
-        ({"guarantee": 0.02, "max_disagreement": 0.1}, "guarantee: cannot be combined with max_disagreement"),
-        ({"guarantee": 0.02, "latency_budget_ms": 9}, "guarantee: cannot be combined with latency_budget_ms"),
-        ({"guarantee": 0.02, "audit_share": 0}, "guarantee: needs audits"),
-        ({"guarantee": 0}, "greater than 0"),
-        ({"guarantee": 1}, "less than 1"),
-        ({"audit_share": 1.1}, "less than or equal to 1"),
-        ({"guarantee_start": "calibrated"}, "guarantee_start: is only valid with guarantee"),
-        ({"log_audits": "x"}, "log_audits: there are no audits"),
-        ({"log_audit_texts": True}, "log_audit_texts: is only valid with log_audits"),
+        ({"guarantee": 0.02, "tau": 0.1}, "guarantee: .* tau"),
+        ({"guarantee": 0.02, "target_speedup": 2}, "guarantee: .* target_speedup"),
+        ({"guarantee": 0.02, "max_disagreement": 0.1}, "guarantee: .* max_disagreement"),
+        ({"guarantee": 0.02, "latency_budget_ms": 9}, "guarantee: .* latency_budget_ms"),
+        ({"guarantee": 0.02, "audit_share": 0}, "guarantee: "),
+        ({"guarantee": 0}, "guarantee"),
+        ({"guarantee": 1}, "guarantee"),
+        ({"audit_share": 1.1}, "audit_share"),
+        ({"guarantee_start": "calibrated"}, "guarantee_start: "),
+        ({"log_audits": "x"}, "log_audits: "),
+        ({"log_audit_texts": True}, "log_audit_texts: .* log_audits"),
+        ({"learn": True}, "learn: .* guarantee"),
+        ({"learn_canary": 1.0}, "learn_canary"),
     ],
 )
-def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_settings_that_do_not_go_together(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=field):
         Settings(**values)
 
 
@@ -502,19 +495,6 @@ def test_audits_in_a_group_match_single_ones_and_wait_for_requests(store: Path) 
             assert [reading.logits for reading in one.passed] == exits
         run_audits(audits, queue, lambda: True)
         assert all(one.is_dropped for one in audits)
-
-
-def test_audits_without_kernels_run_alone_with_the_same_answers(store: Path) -> None:
-    with serving(store, models=["tiny"], audit_share=1.0, tau=TAU) as server:
-        server.classify(input=TEXTS)
-        assert settled(server, len(TEXTS), "tiny")["audits"] == len(TEXTS)
-        (served,) = server.service.models.all
-        text = served.model.tokenizer.start("a dull film", None, True, 1).step()
-        assert isinstance(text, Tokens)
-        one = Audit(served, served.rules.default.rule, text, lambda _: None)
-        run_audits([one], WorkQueue(1))
-        alone = [s.logits.tolist() for s in served.model.full_depth(text) if s.logits is not None]
-        assert [reading.logits for reading in one.passed] == alone and one.model_s > 0
 
 
 def test_texts_drawn_before_a_reset_do_not_count_after_it(store: Path) -> None:
@@ -642,7 +622,7 @@ def test_texts_drawn_under_load_count_with_the_share_in_force(store: Path) -> No
             server.classify(input=TEXTS[start : start + texts])  # no text reaches full depth by itself
             counted[share] = texts, auditor.pending - before
             start += texts
-        assert counted[1.0] == (ROOM // 8, ROOM // 8)
+        assert counted[1.0] == (ROOM // 8, ROOM // 8) and 35 < counted[0.5][1] < 65
         until(lambda: len(waiting) == auditor.pending, "the audits")
         submit(waiting)
         until(lambda: ledger_of(server).evidence.texts == start, "all to be counted")
@@ -898,6 +878,9 @@ def test_records_have_only_finite_values(store: Path, value: float, is_kept: boo
 
 def test_after_a_reset_exits_are_learned_fast_again(store: Path) -> None:
     served, traffic = made(store), Traffic(1)
+    served.rules = Rules(
+        served.model.manifest, Settings(tau=0.0)
+    )  # only a guarantee audits all texts at τ = 0
     auditor = Auditor(
         served,
         Settings(audit_share=0.1),

@@ -40,7 +40,7 @@ from de3.server.errors import RequestError
 from de3.server.learn import fitting, learner
 from de3.server.learn.fitting import FitError, run_fit
 from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, Journal, LearnFolder, Result
-from de3.server.learn.learner import FIRST_FIT, InService, Learner, result_of
+from de3.server.learn.learner import FIRST_FIT, MIN_RECORDS, InService, Learner, result_of
 from de3.server.learn.learners import Learners, served_before
 from de3.server.learn.record import HeldOut, Record
 from de3.server.learn.reservoir import OTHERS, Reservoir
@@ -165,12 +165,23 @@ def test_pooled_states_are_the_means_of_the_hidden_states_alone_and_in_a_group(b
 
 
 def test_newer_texts_replace_older_ones() -> None:
-    kept = reservoir(100, half_life=1000)
+    kept = reservoir(400, half_life=2000)
     for number in range(20_000):
         kept.add(record(number % 1000))
-    numbers = kept.records().numbers
-    assert numbers.min() > 20_000 - 15_000 and numbers.max() > 19_000
-    assert 500 < 20_000 - np.median(numbers) < 2000  # the median age is the half-life
+    ages = 20_000 - kept.records().numbers
+    assert ages.min() < 100 and 1700 < np.median(ages) < 2400  # about the half-life
+
+
+def test_a_reservoir_continues_with_the_newest_of_saved_records() -> None:
+    full, small = reservoir(8), reservoir(5)
+    for number in range(8):
+        full.add(record(number, f"client-{number % 2}", share=0.5))
+    small.restore(full.records())
+    found = small.records()
+    assert found.keys.tolist() == [3, 4, 5, 6, 7] and found.numbers.tolist() == [8, 10, 12, 14, 16]
+    assert (found.names, found.texts) == (["client-0", "client-1"], [8.0, 8.0])
+    assert small.texts == 16 and small._held[:2].tolist() == [2, 3]
+    assert (found.states[:, 0, 0] == found.keys).all() and (found.shares == 0.5).all()
 
 
 def test_a_text_that_was_drawn_rarely_stands_for_more_texts() -> None:
@@ -834,15 +845,6 @@ def test_the_share_of_audits_falls_with_the_traffic() -> None:
     assert one.share == 1 / 16
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"learn": True}, "learn: needs guarantee"), ({"learn_canary": 1.0}, "less than 1")],
-)
-def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Settings(**settings)
-
-
 # The learners of a server
 
 
@@ -925,7 +927,7 @@ def learning_of_base(
     learners.serve(base)
     learners.note_current({"base": 1})
     one = Record("one", 1.0, 1, some.states[0], some.logits[0])
-    for _ in range(60):
+    for _ in range(MIN_RECORDS):
         learners.add("base:1", one)
     return Learning(learners, around, LearnFolder(tmp_path), one, monkeypatch)
 
@@ -940,7 +942,7 @@ def test_a_fit_is_served_with_its_evidence(learning_of_base: Learning, base: Art
     assert one.around.prepared == {f"base:{FIRST}": [HeldOut("one", 1, [0.5, None], [True, False])]}
     assert one.learners.fits == {("base", "served"): 1}
     path = one.folder.records_path("base", base_of(base.manifest))
-    assert len(read(path, 2**30)) == 60 and one.job["records"] == str(path)
+    assert len(read(path, 2**30)) == MIN_RECORDS and one.job["records"] == str(path)
     assert one.job["base"] == str(base.path)
     assert {name: one.job[name] for name in ("version", "attempt", "rate", "first_new")} == {
         "version": FIRST,
@@ -974,7 +976,7 @@ def test_a_fit_is_not_served_if_the_traffic_or_the_models_changed_meanwhile(
     if change == "unloaded":
         assert learners.all == []
     else:  # records of other weights are of no use
-        assert learners.of("base").count == {"traffic": 0, "version": 62, "weights": 1}[change]
+        assert learners.of("base").count == {"traffic": 0, "version": 52, "weights": 1}[change]
 
 
 @pytest.mark.parametrize("is_unloaded", [True, False])
@@ -987,7 +989,7 @@ def test_records_of_a_model_that_is_no_longer_current_are_saved(
     one.learners.note_current({} if is_unloaded else {"base": 2})
     one.learners.stop()
     saved = one.folder.records("base", base_of(base.manifest))
-    assert saved is not None and len(saved) == 60
+    assert saved is not None and len(saved) == MIN_RECORDS
 
 
 @pytest.mark.parametrize(
