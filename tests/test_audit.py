@@ -133,15 +133,11 @@ def test_an_answer_does_not_depend_on_being_audited(store: Path) -> None:
 
 
 def test_ood_texts_count_at_their_lower_tau(store: Path) -> None:
-    """With --ood-policy deepen, the audited mean exit layer is that of the answers, OOD texts included."""
-    options: dict[str, Any] = {"models": ["tiny-int8"], "ood_policy": "deepen", "tau": TAU}
-    with serving(store, audit_share=1.0, **options) as server:
-        rows = server.classify(input=TEXTS).json()["data"]
-        said = settled(server, len(TEXTS))
-        assert any(row.get("out_of_distribution") for row in rows)
-        assert said["measured"]["mean_exit_layer"] == pytest.approx(
-            sum(row["exit"]["layer"] for row in rows) / len(rows)
-        )
+    """A raised score has the same effect, from the first exit on at which the text is out of distribution."""
+    served = made(store)
+    served.monitor = SimpleNamespace(caution=0.5, is_far=lambda reading: reading.layer == 1)
+    passed: list[Any] = [SimpleNamespace(layer=n, score=x) for n, x in enumerate((0.2, 0.2, 0.3, None))]
+    assert audits_of(served)[0]._scores(passed) == [0.2, 0.4, 0.6, None]
 
 
 def test_texts_with_windows_or_a_layer_limit_are_excluded(store: Path) -> None:
@@ -279,21 +275,23 @@ def test_evidence_does_not_depend_on_which_audits_are_quick(store: Path) -> None
         assert ledger_of(server).evidence.audits == 32
 
 
-def test_an_audit_that_fails_counts_as_a_disagreement(store: Path) -> None:
-    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
-        auditor = auditor_of(server)
+def test_an_audit_that_fails_counts_as_a_disagreement_and_a_dropped_one_not_at_all(store: Path) -> None:
+    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=1.0) as server:
+        auditor, fields = auditor_of(server), {"is_dropped": True}
 
         def fail(audits: Sequence[Audit]) -> None:
             for one in audits:
-                one.error = RuntimeError("broken")
+                for name, value in fields.items():
+                    setattr(one, name, value)
                 one.on_done(one)
 
         auditor._submit = fail
-        text = next(
-            t for t in TEXTS if server.classify(input=t, tau=TAU).json()["data"][0]["exit"]["layer"] < 3
-        )
-        server.classify(input=text)
-        said = settled(server, 1)
+        server.classify(input=TEXTS[:3])
+        until(lambda: not auditor.pending, "the audits")
+        fields = {"error": RuntimeError("broken")}
+        server.classify(input=TEXTS[3:5])
+        said = settled(server, 2)
+        assert said["texts"] == said["audits"] == auditor.audits == 2
         assert said["measured"]["disagreement"] == 1
         assert said["taus"][0]["disagreement"] == 0
 
@@ -869,6 +867,9 @@ def test_records_have_only_finite_values(store: Path, value: float, is_kept: boo
     auditor._record(entry, tokens, states, read(3, [1.0, 2.0], None))
     auditor._record(entry, tokens, np.ones((3, 4), np.float32), read(3, [1.0, value], None))
     assert len(kept) == int(is_kept) + int(np.isfinite(value))
+    pair = Tokens(tokens.ids, np.array([[0, 1]]), truncated=False)
+    auditor._record(entry, pair, np.ones((3, 4), np.float32), read(3, [1.0, 2.0], None))
+    assert kept[-1].key not in {one.key for one in kept[:-1]}
     for one in kept:
         assert (one.client, one.share) == ("one", 0.5)
         assert (
