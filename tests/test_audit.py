@@ -309,7 +309,7 @@ def test_a_request_that_is_not_answered_leaves_nothing_behind(
         assert ledger_of(server).evidence.texts == 1
 
 
-def test_pending_audits_are_limited(store: Path) -> None:
+def test_pending_audits_are_limited(store: Path, caplog: pytest.LogCaptureFixture) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
         auditor = auditor_of(server)
         shares = []
@@ -320,6 +320,7 @@ def test_pending_audits_are_limited(store: Path) -> None:
         assert shares == sorted(shares, reverse=True)
         server.classify(input="good")  # not drawn, and not counted
         assert ledger_of(server).evidence.texts == 0
+        assert not [line for line in caplog.records if line.levelno >= logging.ERROR]
         auditor._outstanding = 0
 
 
@@ -875,6 +876,18 @@ def test_records_have_only_finite_values(store: Path, value: float, is_kept: boo
         assert (
             one.states.dtype == np.float16 and np.isfinite(one.states).all() and np.isfinite(one.logits).all()
         )
+
+
+def test_texts_that_are_settled_together_have_one_client_and_one_share(store: Path) -> None:
+    auditor, ledger = audits_of(made(store))
+    wanted = [("one", 1.0), ("one", 1.0), ("two", 1.0), ("two", 0.5)]
+    entries = [auditor._open(*each) for each in wanted]
+    assert [(e.settled.client, e.settled.share) for e in entries] == wanted
+    assert entries[0] is entries[1] and list(auditor._entries) == entries[1:]
+    for entry in entries:
+        entry.settled.skipped += 1
+    auditor._settle()
+    assert {q: tally.texts for q, tally in ledger.evidence.tallies.items()} == {1.0: 3, 0.5: 1}
 
 
 def test_after_a_reset_exits_are_learned_fast_again(store: Path) -> None:
