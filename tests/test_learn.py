@@ -433,6 +433,10 @@ def test_the_model_answers_as_the_fit_measured(
             if score is not None and row["scores"][layer] is not None:
                 worst.append(abs(score - row["scores"][layer]))
     assert max(worst) < 0.05 and np.mean(worst) < 0.005
+    rounded = learning._as_served(
+        fitted.exits, model.manifest
+    )  # the fit already has the weights that int8 stores
+    np.testing.assert_allclose(rounded.spaces[0][0], fitted.exits.spaces[0][0], rtol=1e-5, atol=1e-9)
 
 
 def test_too_few_records_are_refused(some: Records, base: Artifact) -> None:
@@ -440,13 +444,15 @@ def test_too_few_records_are_refused(some: Records, base: Artifact) -> None:
         learning.fit_exits(some.part(np.arange(8)), base.manifest, 1, 0.02)
 
 
-def test_fp32_models_learn_too(stock_store: Path, tmp_path: Path) -> None:
+def test_fp32_models_learn_too(stock_store: Path, base: Artifact, tmp_path: Path) -> None:
     plain = Store(stock_store).open("plain")
     found = records_of(Model(plain, "onnxruntime"), texts_of(120, 6))
     fitted = learning.fit_exits(found, plain.manifest, 1, 0.1)
     made = Store(tmp_path)
     model = Model(made.open_path(learning.publish(plain, fitted, made, 1, 120)))
     assert model.runtime == "onnxruntime" and len(model.manifest.exit_layers) > 1
+    rounded = learning._as_served(fitted.exits, base.manifest)
+    assert (rounded.spaces[0][0] != fitted.exits.spaces[0][0]).any()
 
 
 def test_exits_are_imported_from_the_records_of_several_servers(
