@@ -589,12 +589,12 @@ def test_states_are_saved_once_the_disk_has_room_again(
 def test_only_its_user_can_read_the_files_of_a_server(store: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"state_dir": tmp_path / "state", "log_audits": tmp_path / "audits.jsonl"}
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=1e-9, **options) as server:
-        answer = server.classify(input="good").json()["data"][0]
-        assert answer["exit"]["layer"] == 3  # so the answer is its own audit, and none is pending
-        assert settled(server, 1)["pending"] == 0
+        layers = {row["exit"]["layer"] for row in server.classify(input=TEXTS[:60]).json()["data"]}
+        assert layers >= {2, 3}  # an answer at full depth is its own audit
+        assert settled(server, 60)["pending"] == 0
     for file in (tmp_path / "audits.jsonl", tmp_path / "state/tiny-int8-1.json"):
         assert file.stat().st_mode & 0o777 == 0o600
-    assert "text" not in json.loads((tmp_path / "audits.jsonl").read_text())
+    assert '"text"' not in (tmp_path / "audits.jsonl").read_text()
 
 
 def test_audits_run_slowly_if_requests_are_always_pending(

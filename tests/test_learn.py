@@ -1036,9 +1036,10 @@ def test_a_full_disk_stops_a_fit(learning_of_base: Learning, monkeypatch: pytest
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/a/secret/file")
 
-    monkeypatch.setattr(LearnFolder, "write", full)
+    monkeypatch.setattr(os, "fsync", full)
     result = learning_of_base.fit()
     assert (result.outcome, result.error) == ("failed", "No space left on device")  # the path is not shown
+    assert not list(learning_of_base.folder.path.glob("*.records*"))
 
 
 def test_an_error_names_no_folders(learning_of_base: Learning) -> None:
