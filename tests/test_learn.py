@@ -527,13 +527,6 @@ def job(base: Artifact, records: Path, store: Path, **fields: Any) -> dict[str, 
     return plan | fields
 
 
-def test_a_fit_runs_in_a_process_of_its_own(base: Artifact, some: Records, tmp_path: Path) -> None:
-    some.write(tmp_path / "r")
-    found = asyncio.run(run_fit(job(base, tmp_path / "r", tmp_path / "store")))
-    assert found["records"] == 400 and found["held_out"] == 160 == len(found["evidence"])
-    assert Path(found["path"]) == tmp_path / "store/base/2"
-
-
 @pytest.mark.parametrize(
     ("speedup", "allowed", "is_published"),
     [
@@ -1103,6 +1096,7 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
         until(lambda: report(server)["fits"], "the fit that was asked for")
         fit = report(server)["fits"][0]
         assert fit["outcome"] == "served" and fit["version"] == FIRST and fit["attempt"] == 1, fit
+        assert fit["records"] == 140 and 40 < fit["held_out"] < 70
         listed = httpx.get(f"{server.url}/v1/models").json()["data"]
         assert {row["id"]: row["role"] for row in listed} == {"base:1": "current", f"base:{FIRST}": "canary"}
         assert [row["learned"]["attempt"] for row in listed if row["learned"]] == [1]
