@@ -815,6 +815,38 @@ def test_the_speedup_is_that_of_the_audits_at_the_tau_in_force_and_within_the_pr
         assert ledger.allowed() == 2.0
 
 
+def test_tau_may_rise_once_all_texts_of_a_request_are_settled(store: Path) -> None:
+    counted, served = list[tuple[int, bool]](), made(store)
+
+    def count_texts(settled: Sequence[Settled], _: int, may_rise: bool) -> None:
+        counted.append((sum(one.skipped + (one.audit is not None) for one in settled), may_rise))
+
+    auditor = Auditor(served, Settings(audit_share=1.0), lambda _: None, count_texts)
+    auditor._enqueue = lambda entry, *_: setattr(entry, "is_pending", True)  # type: ignore[method-assign]
+
+    def answer(*is_drawn: bool) -> None:
+        tokens = Tokens(np.array([[1]]), np.array([[0]]), truncated=False)
+        item = SimpleNamespace(progress=SimpleNamespace(tokens=tokens), text=None)
+        outcome = SimpleNamespace(windows=None, reason="threshold", passed=[], reading=None)
+        choice = SimpleNamespace(rule=SimpleNamespace(tau=TAU))
+        job: Any = SimpleNamespace(client="one", items=[item] * len(is_drawn), choice=choice)
+        job.outcomes = lambda: [outcome] * len(is_drawn)
+        auditor.answered(job, Draw(1.0, 0, list(is_drawn)))
+
+    def settle_first() -> None:
+        entry = next(entry for entry in auditor._entries if entry.is_pending)
+        entry.is_pending, entry.settled.audit = False, Audited([0.0, None], [False, False], [0, 3], False)
+        auditor._settle()
+
+    answer(False)
+    answer(False, True, True)
+    answer(False)
+    assert counted == [(1, True)]
+    settle_first()
+    settle_first()
+    assert counted == [(1, True), (2, False), (2, True)]
+
+
 # For each entry: the keys of its texts, whether the last was drawn, and whether its answer differs.
 entries = st.lists(
     st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.booleans(), st.booleans())
