@@ -7,7 +7,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from errno import ENOSPC
 from itertools import count
 from pathlib import Path
@@ -386,33 +386,23 @@ def test_the_log_has_the_outputs_of_every_exit(store: Path, tmp_path: Path) -> N
 ADMIN = {"Authorization": "Bearer an-admins-key-0123456789abcdef"}
 
 
-@pytest.fixture
-def managed(store: Path) -> Iterator[Server]:
+def test_a_reloaded_model_keeps_its_evidence_until_an_admin_resets_it(store: Path) -> None:
     keys = f"boss {ADMIN['Authorization'].partition(' ')[2]}"
     with serving(store, models=["tiny-int8"], guarantee=0.2, admin_keys=keys) as server:
-        yield server
-
-
-def test_an_admin_resets_the_evidence(managed: Server) -> None:
-    raise_tau(managed)
-    path = f"{managed.url}/v1/models/tiny-int8/audit/reset"
-    assert httpx.post(path).status_code == 401
-    response = httpx.post(path, headers=ADMIN)
-    assert response.json() == {"model": "tiny-int8:1", "tau": {"tau": 0.0, "reason": "reset"}}
-    said = audit(managed)
-    assert (said["audits"], said["texts"], said["resets"][0]["reason"]) == (0, 0, "reset")
-    assert managed.metric("de3_audit_resets_total", reason="reset") == 1
-    assert httpx.post(f"{managed.url}/v1/models/other/audit/reset", headers=ADMIN).status_code == 404
-
-
-def test_a_reloaded_model_keeps_its_evidence(managed: Server) -> None:
-    raise_tau(managed)
-    before = audit(managed)
-    response = httpx.post(f"{managed.url}/v1/models/tiny-int8/load", headers=ADMIN, timeout=60)
-    assert response.status_code == 200, response.text
-    after = audit(managed)
-    assert after["tau"] == before["tau"]
-    assert managed.classify(input="good", explain=True).json()["tau_choice"]["tau"] == before["tau"]["tau"]
+        raise_tau(server)
+        tau, models = audit(server)["tau"], f"{server.url}/v1/models"
+        response = httpx.post(f"{models}/tiny-int8/load", headers=ADMIN, timeout=60)
+        assert response.status_code == 200, response.text
+        assert audit(server)["tau"] == tau
+        choice = server.classify(input="good", explain=True).json()["tau_choice"]
+        assert choice["tau"] == tau["tau"] > 0
+        assert httpx.post(f"{models}/tiny-int8/audit/reset").status_code == 401
+        assert httpx.post(f"{models}/other/audit/reset", headers=ADMIN).status_code == 404
+        response = httpx.post(f"{models}/tiny-int8/audit/reset", headers=ADMIN)
+        assert response.json() == {"model": "tiny-int8:1", "tau": {"tau": 0.0, "reason": "reset"}}
+        said = audit(server)
+        assert (said["audits"], said["texts"], said["resets"][0]["reason"]) == (0, 0, "reset")
+        assert server.metric("de3_audit_resets_total", reason="reset") == 1
 
 
 def test_a_server_without_audits_says_how_to_enable_them(store: Path) -> None:
@@ -684,6 +674,20 @@ def test_evidence_of_an_unloaded_model_does_not_count_for_another_of_its_name(st
     books.forget(changed)
     changed.model.runtime = "native"
     assert served_ledger(books, changed).evidence.audits == 0
+
+
+def test_evidence_of_unloaded_models_is_saved_and_limited_in_memory(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledgers, "MAX_KEPT", 2)
+    found, versions = [], [made(store, version) for version in (1, 2, 3)]
+    for folder in (None, tmp_path):
+        books = books_of(state_dir=folder)
+        for served in versions:
+            agree(served_ledger(books, served))
+            books.forget(served)
+        found.append([served_ledger(books, served).evidence.audits for served in versions])
+    assert found == [[0, 1, 1], [1, 1, 1]]
 
 
 @pytest.mark.parametrize(
