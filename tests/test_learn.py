@@ -944,6 +944,8 @@ def test_a_fit_is_served_with_its_evidence(learning_of_base: Learning, base: Art
     path = one.folder.records_path("base", base_of(base.manifest))
     assert len(read(path, 2**30)) == MIN_RECORDS and one.job["records"] == str(path)
     assert one.job["base"] == str(base.path)
+    copies = 4 * (base.size() + path.stat().st_size)
+    assert one.job["memory"] == fitting.MEMORY_BYTES + copies
     assert {name: one.job[name] for name in ("version", "attempt", "rate", "first_new")} == {
         "version": FIRST,
         "attempt": 1,

@@ -200,9 +200,10 @@ def test_a_saved_promise_that_does_not_fit_is_not_restored(change: dict[str, Any
 
 def test_tau_rises_only_when_told_to() -> None:
     promise = Promise(0.1, GRID)
-    for _ in range(200):
+    for _ in range(600):
         promise.add(1.0, CLEAN)
         assert promise.tau == 0
+    assert promise.recent.weight < 300  # at τ = 0, as few audits as possible count as recent
     promise.advance()
     assert promise.tau == 0.4
     for _ in range(200):
@@ -252,7 +253,9 @@ def test_recent_audits_lower_tau_and_let_it_rise_again() -> None:
         step(promise, 1.0, unlike_from((3, 4)[n % 9 > 0]))  # 11%
     assert (promise.tau, promise.reason, promise.proved) == (0.2, "recent", 3)
     for n in range(900):
-        step(promise, 1.0, unlike_from((3, 4)[n % 20 > 0]))  # 5%
+        promise.add(1.0, unlike_from((3, 4)[n % 20 > 0]))  # 5%
+    assert (promise.tau, promise.reason) == (0.2, "recent")
+    promise.advance()
     assert (promise.tau, promise.reason) == (0.4, "evidence")
 
 
@@ -334,6 +337,8 @@ def test_few_recent_audits_do_not_lower_tau() -> None:
     until_lower(recent)
     assert 100 <= recent.weight < 101  # a third of the window's 300
     assert recent.allows(3) == 1
+    recent.weight, recent.differing = 150.0, np.full(4, 0.08 * 150)
+    assert recent.allows(3) == 3  # the standard error is that of a full window
 
 
 def test_the_change_detector_counts_texts_that_were_not_drawn() -> None:
