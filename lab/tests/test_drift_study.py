@@ -21,7 +21,7 @@ from lab.experiments.drift import (
     slide,
     stream,
 )
-from lab.experiments.shift import at, cautious, guaranteed, limits, tau_for_speedup, tau_within
+from lab.experiments.shift import at, guaranteed, tau_within
 
 TAU = 0.4
 
@@ -127,12 +127,6 @@ def test_a_refitted_risk_is_that_of_the_first_audits(monkeypatch: pytest.MonkeyP
     assert result["disagreement"] < run(of, order, begin, Arm())["disagreement"]
 
 
-def test_prototypes_follow_texts_that_have_moved_together() -> None:
-    home, away = texts(), texts(turned=0.7)
-    begin, order = start(home), in_turn(audited=0.2)
-    assert run(away, order, begin, Arm(follow=True))["auroc"] > run(away, order, begin, Arm())["auroc"]
-
-
 def test_a_guard_that_fires_goes_back_to_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     of, order = texts(), in_turn(measured=300)
     begin = start(of, gamma=0.9)
@@ -146,25 +140,6 @@ def test_a_guard_that_fires_goes_back_to_the_start(monkeypatch: pytest.MonkeyPat
     )
     assert guarded == {**frozen, "fired": 1.0}
     assert bare["auroc"] < frozen["auroc"] and bare["fired"] == 0
-
-
-def test_tau_is_the_first_that_is_fast_enough_and_the_last_that_agrees() -> None:
-    r = recorded()
-    scores = r.entropy
-    tau = tau_for_speedup(scores, r, 3.0)
-    slower = scores[:, :-1][scores[:, :-1] < tau].max()  # the next smaller τ with a different result
-    assert at(scores, r, tau)["speedup"] >= 3 > at(scores, r, slower)["speedup"]
-    tau = tau_within(scores, r, 0.05)
-    assert at(scores, r, tau)["disagreement"] <= 0.05 < at(scores, r, tau + 0.05)["disagreement"]
-
-
-def test_the_policy_is_half_of_tau_from_the_first_far_exit_on() -> None:
-    scores = np.array([[0.3, 0.3, np.nan], [0.3, 0.3, np.nan]])
-    distances = np.array([[[0.1, 0.9], [0.6, 0.9], [np.nan] * 2], [[0.7, 0.9], [0.1, 0.9], [np.nan] * 2]])
-    r = Recorded([0, 1, 2], np.zeros((2, 3, 2), np.float32), distances.astype(np.float32), np.zeros(2, int))
-    changed = cautious(scores, r, np.array([0.5, 0.5, np.inf]))
-    np.testing.assert_array_equal(changed[:, :2], [[0.3, 0.6], [0.6, 0.6]])
-    assert np.isinf(limits(r)[2])
 
 
 def test_the_guarantee_takes_back_a_tau_that_breaks_it() -> None:

@@ -62,11 +62,6 @@ def test_random_weights_are_those_of_the_stock_model(small: Path) -> None:
         assert np.corrcoef(a[:, k], b[:, k])[0, 1] > 0.9
 
 
-def test_random_weights_overwrite_nothing(small: Path) -> None:
-    with pytest.raises(ValueError, match="exists already"):
-        untrained(small, 2, 64, 4, 128, str(small / "tokenizer"))
-
-
 def test_engines_take_turns_and_broken_ones_are_left_out(
     kernels: Any, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,21 +109,6 @@ def test_shares_and_ratios_are_of_the_same_round() -> None:
     assert ours["of_peak"] == "0.50 (0.50 … 0.50)" and ours["of_bandwidth"] == "0.10 (0.10 … 0.10)"
     assert ours["against"]["ONNX Runtime, int8"] == "2.00 (2.00 … 2.00)"
     assert ours["against"]["OpenVINO, int8"] == "1.62 (1.25 … 2.00)"
-
-
-def test_texts_that_share_a_call_read_the_weights_once() -> None:
-    results = {
-        "rounds": {name_of(4): [100.0]},
-        "ours": [name_of(4)],
-        "texts": 10,
-        "calls": {name_of(4): 3},
-        "multiply_adds": 1e6,
-        "weights": 1e6,
-        "peak_multiply_adds_per_s": [1e9],
-        "read_bytes_per_s": [1e8],
-    }
-    assert compared(results)["engines"][name_of(4)]["of_bandwidth"] == "0.30 (0.30 … 0.30)"
-    assert compared(results)["best_int8"] is None
 
 
 def test_pinning_to_a_core_is_undone() -> None:

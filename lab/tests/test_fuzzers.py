@@ -9,11 +9,9 @@ import pytest
 from de3.exits.promise import Promise
 from de3.model_store import graph_check, store, tokenizer_check
 from de3.server.http.connection import Connection
-from lab.cli import app
-from lab.fuzzers import NAMES, connection, manifest, state, tokenizer
+from lab.fuzzers import NAMES, connection, state, tokenizer
 from lab.fuzzers.run import Fuzzer, fuzz
 from lab.tests.commands import lab
-from tests.commands import invoke
 
 
 def fuzzer(name: str) -> Fuzzer:
@@ -64,10 +62,6 @@ def test_a_half_closed_connection_is_written_nothing_after_its_response() -> Non
     assert connection.check(connection.Stream(request, [], [0], "half-close"))[1] == "requests"
 
 
-def test_a_saved_state_is_continued() -> None:
-    assert state.check(json.dumps(state._valid()).encode())[1] == "accepted"
-
-
 @pytest.mark.parametrize("field", ["texts", "layers"])
 def test_a_state_whose_counts_leave_no_room_is_refused(field: str) -> None:
     value = json.loads(json.dumps(state._valid()))
@@ -87,11 +81,3 @@ def test_a_template_with_an_unknown_token_is_refused(special: str) -> None:
     parts = {"normalizer": None, "pre_tokenizer": None, "post_processor": template}
     value = tokenizer.BASE | parts | {"model": tokenizer.MODEL_OF["BPE"]}
     assert tokenizer.check(json.dumps(value).encode())[1] == "refused"
-
-
-def test_the_manifests_from_which_the_edits_start_are_accepted() -> None:
-    assert {manifest.check(json.dumps(value).encode())[1] for value in manifest._valid()} == {"accepted"}
-
-
-def test_an_unknown_fuzzer_is_named() -> None:
-    assert "no fuzzer 'x'; there are: connection" in str(invoke("fuzz-inputs --only x", app).exception)

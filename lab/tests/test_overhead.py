@@ -48,38 +48,6 @@ def test_without_prototypes_all_else_is_as_before(artifact: Artifact) -> None:
         assert len(Stripped.of(artifact).read(name)) < len(artifact.read(name))
 
 
-def test_the_kernels_run_a_model_without_prototypes(kernels: Any, store: Path) -> None:
-    artifact = Store(store).open("tiny-int8")
-    stripped = Model(Stripped.of(artifact), "native")
-    assert stripped.forward is not None
-    tokens = stripped.tokenize("a good film")
-    whole = Model(artifact, "native").full_depth(tokens)
-    for ours, theirs in zip(stripped.full_depth(tokens), whole, strict=True):
-        assert ours.distances is None and ours.logits is not None and theirs.logits is not None
-        assert ours.logits.tobytes() == theirs.logits.tobytes()
-
-
-def test_layers_run_with_their_exits_only_if_asked(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model(Store(store).open("tiny"), "onnxruntime")
-    asked: list[tuple[int, bool]] = []
-    for segment in model.segments:
-
-        def note(x: Any, with_exit: bool, segment: Any = segment, plain: Any = segment._run) -> Any:
-            asked.append((segment.layer, with_exit))
-            return plain(x, with_exit)
-
-        monkeypatch.setattr(segment, "_run", note)
-    run_layers = study.layers(model, model.tokenize("a good film"))
-    between = list(range(1, model.manifest.num_layers))
-    for with_exits in (False, True):
-        asked.clear()
-        assert run_layers(with_exits) > 0
-        assert asked == [(layer, with_exits) for layer in between]
-        asked.clear()
-        assert study.embeddings(model, model.tokenize("a good film"))(with_exits) > 0
-        assert asked == [(0, with_exits)]
-
-
 def test_the_kernels_compute_exits_only_if_asked(kernels: Any, store: Path) -> None:
     model = Model(Store(store).open("tiny-int8"), "native")
     tokens, last = model.tokenize("a good film"), model.manifest.num_layers
@@ -102,12 +70,6 @@ def test_an_exit_costs_what_it_adds_to_its_own_copy() -> None:
     assert costs["all"][0] == pytest.approx(0.010)
     assert costs["classifier"][0] == pytest.approx(0.0015)
     assert costs["prototypical"][0] == pytest.approx(0.004 - 0.0015)
-
-
-def test_the_interval_is_that_of_a_median() -> None:
-    generator = np.random.default_rng(3)
-    found = [study.median_of(generator.normal(5, 2, 200)) for _ in range(400)]
-    assert 0.9 < np.mean([abs(middle - 5) <= half for middle, half in found]) < 0.99
 
 
 def test_by_flops_a_prototypical_network_is_what_the_paper_says(store: Path) -> None:
@@ -136,11 +98,6 @@ def test_the_overhead_of_each_runtime(kernels: Any, store: Path, tmp_path: Path)
     shown = tmp_path / "shown.json"
     lab(f"study overhead --store {tmp_path} --show {numbers} --show {numbers} --json {shown}")
     assert json.loads(shown.read_text()) == rows * 2
-
-
-def test_a_model_without_prototypes_has_no_overhead(artifact: Artifact) -> None:
-    with pytest.raises(ValueError, match="no prototypes"):
-        study.overhead(Stripped.of(artifact))
 
 
 @pytest.mark.parametrize("runtime", ["native", "onnxruntime"])

@@ -47,16 +47,6 @@ def test_a_speedup_is_met_exactly_by_mixing_two_neighbouring_taus(seed: int, spe
     assert measures.right_at(scores, depths, speedup).mean() == pytest.approx(3 / speedup)
 
 
-def test_a_speedup_beyond_the_first_exit_is_not_met() -> None:
-    recorded = made_up(50, 1)
-    deeper = Recorded([1, 2, 3, 4], recorded.logits, recorded.distances, recorded.labels)
-    assert np.isnan(measures.right_at(deeper.entropy, deeper, 4.5)).all()
-    assert measures.right_at(deeper.entropy, deeper, 4.0) == pytest.approx(deeper.correct[:, 0].astype(float))
-    assert measures.right_at(deeper.entropy, deeper, 1.0) == pytest.approx(
-        deeper.correct[:, -1].astype(float)
-    )
-
-
 def test_no_tau_up_to_the_chosen_one_loses_more() -> None:
     recorded = made_up(400, 3)
     found = measures.tau_within(recorded.entropy, recorded, 0.01)
@@ -69,31 +59,6 @@ def test_no_tau_up_to_the_chosen_one_loses_more() -> None:
             assert loss > 0.01
             break
         assert loss <= 0.01 + 1e-9
-
-
-def test_the_knee_is_where_the_curve_bends() -> None:
-    assert measures.knee([1, 2, 3, 4, 5], [0.9, 0.899, 0.898, 0.8, 0.7]) == 2
-    assert measures.knee([1, 2, 3], [0.9, 0.8, 0.7]) is None
-
-
-def test_auroc_counts_ties_half() -> None:
-    values, positive = np.array([0.1, 0.5, 0.5, 0.9]), np.array([False, True, False, True])
-    assert measures.auroc(values, positive) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
-    assert np.isnan(measures.auroc(values, np.ones(4, bool)))
-
-
-def test_patience_counts_equal_answers_in_a_row() -> None:
-    logits = np.eye(2, dtype=np.float32)[[0, 0, 1, 1, 1]][None]
-    recorded = Recorded([0, 1, 2, 3, 4], logits, np.full_like(logits, np.nan), np.array([1]))
-    states = States(np.zeros((1, 5, 2), np.float16), recorded)
-    assert scores.patience(states)[0] == pytest.approx([1, 1 / 2, 1, 1 / 2, 1 / 3])
-
-
-def test_energy_is_small_where_a_logit_is_large() -> None:
-    logits = np.array([[[0.0, 0.0], [5.0, 0.0], [800.0, 0.0]]], np.float32)
-    recorded = Recorded([0, 1, 2], logits, np.full_like(logits, np.nan), np.array([0]))
-    found = scores.energy(States(np.zeros((1, 3, 2), np.float16), recorded), 1.0)[0]
-    assert found == pytest.approx([1 / 3, 1 / (2 + np.exp(5)), 0])
 
 
 def test_cap_is_large_where_the_classifier_cannot_see_the_state() -> None:
@@ -122,13 +87,6 @@ def test_cap_is_large_where_the_classifier_cannot_see_the_state() -> None:
 )
 def test_a_cell_is_known_by_its_name(cell: Cell) -> None:
     assert Cell.parse(cell.name) == cell
-
-
-def test_what_is_no_cell_is_refused() -> None:
-    with pytest.raises(ValueError, match="mrpc-minilm-D-0"):
-        Cell.parse("mrpc-bert-D-0")
-    with pytest.raises(ValueError, match="unknown setting gama"):
-        Cell.parse("mrpc-minilm-D-gama=0.1-0")
 
 
 @pytest.fixture(scope="module")

@@ -68,11 +68,6 @@ def test_a_fault_that_fails_is_a_row_that_says_so(tmp_path: Path, monkeypatch: p
     assert (row.happened, row.lost) == ("FAILED: timed out", 1)
 
 
-def test_an_unknown_fault_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no fault 'flood'; there are: sigterm, "):
-        faults.faults(faults.Testbed(tmp_path, "tiny", [], 0, tmp_path), ["flood"])
-
-
 def test_drafts_of_exports_that_were_killed_go_after_a_day(tmp_path: Path) -> None:
     old, new = (tmp_path / "m" / name for name in (".draft-old", ".draft-new"))
     for path in (old, new):
