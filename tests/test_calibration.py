@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +71,12 @@ def test_wilson_against_published_values() -> None:
 def test_speedup_counts_layer_0_as_free() -> None:
     assert calibration.speedup(6, 2.0) == 3
     assert calibration.speedup(6, 0.0) == calibration.MAX_SPEEDUP
+
+
+def test_merit_is_the_geometric_mean_of_the_highest_speed_ups_at_1_2_and_5_percent() -> None:
+    cells = ((0.0, 1.0, 0.0), (0.1, 2.0, 0.01), (0.2, 4.0, 0.03), (0.3, 3.0, 0.05), (0.4, 9.0, 0.051))
+    rows: list[Any] = [SimpleNamespace(tau=t, speedup=s, disagreement=d) for t, s, d in cells]
+    assert calibration.merit(rows) == pytest.approx((2 * 2 * 4) ** (1 / 3))
 
 
 def test_full_depth_is_exact_and_always_allowed() -> None:
