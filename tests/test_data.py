@@ -1,10 +1,11 @@
 """Reading labelled text, splitting it, batching it."""
 
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from de3 import tables
@@ -47,22 +48,17 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        (
-            "a.tsv",
-            "sentence\tlabel\nx\t1\n",
-            "a.tsv:2: no column 'text'; it has 'sentence', 'label': set --text-column",
-        ),
+        ("a.tsv", "sentence\tlabel\nx\t1\n", "a.tsv:2: no column 'text'.*--text-column"),
         ("a.tsv", "text\tlabel\nx\t1\ny\n", "a.tsv:3: label is empty"),
-        ("a.txt", "x", "a .txt file has no columns: leave out the label column, or give a .tsv file"),
-        ("a.xlsx", "x", "expected a .tsv, .csv or .jsonl file; rename it, or give --delimiter"),
+        ("a.txt", "x", "a.txt: .*no columns"),
+        ("a.xlsx", "x", "a.xlsx: .*--delimiter"),
         ("a.tsv", "text\tlabel\n", "has no rows"),
         ("a.tsv", "text\tlabel\n \t1\n", "a.tsv:2: text is empty"),
         ("a.jsonl", '{"text": "x", "label": 1}\n[1]\n', "a.jsonl:2: not an object"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{', "a.jsonl:2: not JSON"),
         ("a.jsonl", '{"text": ["x"], "label": 1}', "a.jsonl:1: text must be text, got \\['x'\\]"),
         ("a.jsonl", '{"text": "x", "label": null}', "a.jsonl:1: label is empty"),
-        ("a.csv", "text;label\nx;1\n", "separated by semicolons or tabs. Give --delimiter"),
-        ("a.csv", "text,label\n" + "x" * 2**24 + "x,1\n", "a.csv:2: a line of more than 16777216"),
+        ("a.csv", "text;label\nx;1\n", "--delimiter"),
         ("a.csv", 'text,label\n"' + ("x" * 2**23 + "\n") * 3, "a.csv:[34]: field larger"),
     ],
 )
@@ -102,36 +98,26 @@ def test_labels_are_renamed_in_order_and_unknown_ones_refused() -> None:
         data.to_examples(rows, ["0"])
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from("abcdefghijklmnopqrst"), st.integers(0, 1)), min_size=30),
-    st.integers(),
-)
-def test_a_split_keeps_everything_once_and_shares_no_text(rows: list[tuple[str, int]], seed: int) -> None:
-    examples = [Example(text * 3, label) for text, label in rows]
-    try:
-        parts = splits.split(examples, seed, held_back=2)
-    except ValueError:
-        return
-    together = parts.train + parts.tune + parts.certify
-    assert sorted(map(repr, together)) == sorted(map(repr, examples))
-    texts = [{e.text for e in part} for part in (parts.train, parts.tune, parts.certify)]
-    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
-    assert splits.split(examples, seed, held_back=2) == parts
-
-
+@settings(max_examples=60)
 @given(
     st.lists(
-        st.tuples(st.sampled_from("abcdefghijklmnopqrst"), st.none() | st.integers(0, 12).map(str)),
+        st.tuples(
+            st.sampled_from("abcdefghijklmnopqrst"),
+            st.integers(0, 1),
+            st.none() | st.integers(0, 12).map(str),
+        ),
         min_size=30,
+        max_size=60,
     ),
     st.integers(),
+    st.integers(1, 6),
 )
-def test_a_group_falls_into_one_part_and_so_do_groups_that_share_a_text(
-    rows: list[tuple[str, str | None]], seed: int
+def test_a_split_keeps_everything_once_and_no_text_or_group_is_in_two_parts(
+    rows: list[tuple[str, int, str | None]], seed: int, held_back: int
 ) -> None:
-    examples = [Example(text * 3, 0, group) for text, group in rows]
+    examples = [Example(text * 3, label, group) for text, label, group in rows]
     try:
-        parts = splits.split(examples, seed, held_back=3)
+        parts = splits.split(examples, seed, held_back)
     except ValueError:
         return
     held = (parts.train, parts.tune, parts.certify)
@@ -140,6 +126,17 @@ def test_a_group_falls_into_one_part_and_so_do_groups_that_share_a_text(
     for of in (lambda e: e.text, lambda e: e.group):
         values = [{of(e) for e in part} - {None} for part in held]
         assert not (values[0] & values[1] or values[0] & values[2] or values[1] & values[2])
+    assert splits.split(examples, seed, held_back) == parts
+
+
+def test_the_seed_draws_the_parts_and_shuffles_the_training_data() -> None:
+    examples = [Example(f"t{i}", 0) for i in range(200)]
+    one, other = (splits.split(examples, seed) for seed in (0, 1))
+    assert len(one.tune) == len(one.certify) == 20  # a tenth
+    assert one.tune != other.tune and not set(one.certify) <= set(other.tune + other.certify)
+    by_rank = splits.split(examples, 0, 60).certify  # not shuffled: in the order in which parts are filled
+    after = [e for e in by_rank if e in one.train]
+    assert [e for e in one.train if e in after] != after
 
 
 def test_texts_linked_by_a_chain_of_groups_are_one() -> None:
@@ -149,14 +146,12 @@ def test_texts_linked_by_a_chain_of_groups_are_one() -> None:
     assert len(set(one_of.values())) == 3
 
 
-def test_groups_too_large_to_split_say_so() -> None:
-    with pytest.raises(ValueError, match="too few distinct texts or groups"):
-        splits.split([Example(f"t{i}", 0, "one") for i in range(50)], 0)
-
-
-def test_a_split_too_large_says_so() -> None:
-    with pytest.raises(ValueError, match="--held-back"):
-        splits.split([Example("a", 0)] * 10, 0, held_back=5)
+@pytest.mark.parametrize(
+    ("texts", "held_back"), [(["t"] * 50, 5), (list("abcdefghij"), 5), (list("abc"), None)]
+)
+def test_data_that_cannot_be_split_say_so(texts: list[str], held_back: int | None) -> None:
+    with pytest.raises(ValueError, match="hold out"):
+        splits.split([Example(text, 0) for text in texts], 0, held_back)
 
 
 def test_saved_examples_come_back(tmp_path: Path) -> None:
@@ -192,28 +187,29 @@ def test_a_group_column(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"b.jsonl:2: user is empty"):
         tables.read_groups(tables.records(rows, Columns()), "user")
-    with pytest.raises(
-        ValueError, match=r"a.csv:2: no column 'who'; it has 'text', 'label', 'user': set --group-column"
-    ):
+    with pytest.raises(ValueError, match=r"a.csv:2: no column 'who'.*--group-column"):
         tables.read_groups(tables.records(file, Columns()), "who")
 
 
-@given(st.lists(st.integers(1, 90), min_size=1, max_size=200), st.integers(1, 40), st.integers(0, 9))
-def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int) -> None:
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=100), st.integers(1, 40), st.integers(0, 9))
+def test_batches_hold_every_row_once_and_rows_of_similar_length(
+    lengths: list[int], size: int, seed: int
+) -> None:
     batches = training_batches(lengths, size, seed)
     assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
     assert all(len(b) <= size for b in batches)
-    for batch in batches:
-        assert len(batch) == len(set(batch))
+    spans = sorted((min(lengths[i] for i in b), max(lengths[i] for i in b)) for b in batches)
+    assert all(longest <= shortest + 4 for (_, longest), (shortest, _) in pairwise(spans))
 
 
 def test_padding_is_masked() -> None:
     import torch
 
-    encoded = Encoded([[2, 7, 3], [2, 3]], [[0, 0, 0], [0, 0]], torch.tensor([1, 0]))
+    encoded = Encoded([[2, 7, 3], [2, 3]], [[0, 1, 1], [0, 1]], torch.tensor([1, 0]))
     inputs, labels = encoded.batch([1, 0], pad_id=9)
     assert inputs["input_ids"].tolist() == [[2, 3, 9], [2, 7, 3]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert inputs["token_type_ids"].tolist() == [[0, 1, 0], [0, 1, 1]]
     assert labels.tolist() == [0, 1]
 
 
@@ -222,6 +218,7 @@ SENTENCES = [
 ]
 
 
+@settings(max_examples=50)
 @given(
     st.sets(st.tuples(st.integers(0, 29), st.integers(0, 3), st.integers(1, 4)), min_size=5),
     st.integers(0, 99),
@@ -246,18 +243,14 @@ def test_whole_texts_are_found_through_any_depth() -> None:
     assert whole["f"] == {"f"} and whole[("a", "b")] == {("a", "b")}
 
 
-UTF16 = "has a zero byte; convert the file, for example with iconv -f UTF-16"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("in.txt", "good\ncafé".encode("latin-1"), "in.txt:2: not UTF-8; .* -f WINDOWS-1252"),
-        ("in.csv", "text\ncafé".encode("latin-1"), "in.csv:2: not UTF-8; .* -f WINDOWS-1252"),
-        ("in.txt", "good".encode("utf-16"), f"in.txt:1: {UTF16}"),
-        ("in.jsonl", '"good"'.encode("utf-16-be"), f"in.jsonl:1: {UTF16}"),
-        ("in.txt", "好".encode("utf-16"), "in.txt:1: not UTF-8; .* -f UTF-16"),
-        ("in.txt", b"good\nba\0d", f"in.txt:2: {UTF16}"),
+        ("in.txt", "good".encode("utf-16"), "in.txt:1: .* -f UTF-16"),
+        ("in.jsonl", '"good"'.encode("utf-16-be"), "in.jsonl:1: .* -f UTF-16"),
+        ("in.txt", "好".encode("utf-16"), "in.txt:1: .* -f UTF-16"),
+        ("in.txt", b"good\nba\0d", "in.txt:2: .*zero byte"),
         ("in.jsonl", b'"good"\n"a \\ud800"', r"in.jsonl:2: text has '.ud800', half of a surrogate pair"),
         ("in.jsonl", b"[" * 100_000, "in.jsonl:1: not JSON: maximum recursion"),
     ],
@@ -278,11 +271,11 @@ def test_a_line_is_not_read_beyond_its_limit(
     file = tmp_path / name
     with file.open("wb") as opened:
         opened.write(b'"text"\n')
-        opened.truncate(2**27)  # zero bytes, which take no space on the disk
+        opened.truncate(2**25)  # zero bytes, which take no space on the disk
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=f"{name}:2: a line of more than 65536 characters"):
+        with pytest.raises(ValueError, match=f"{name}:2: .* 65536"):
             list(tables.records(file, tables.Columns(label=None)))
-        assert tracemalloc.get_traced_memory()[1] < 2**22
+        assert tracemalloc.get_traced_memory()[1] < 2**21
     finally:
         tracemalloc.stop()

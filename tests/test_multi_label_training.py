@@ -109,46 +109,26 @@ def test_labels_in_cells_new_names_and_no_early_exit(encoder: Path, tmp_path: Pa
     de3(f"export {tmp_path}/out --full-depth {tmp_path}/plain --quantize none")
 
 
-def test_a_training_is_not_resumed_once_finished_or_with_other_settings(
-    data_file: Path, encoder: Path, tmp_path: Path
-) -> None:
-    short = tmp_path / "t.jsonl"
-    short.write_text("".join(data_file.read_text().splitlines(keepends=True)[:400]))
-    command = (
-        f"train {short} --multi-label --encoder {encoder} --held-back 40 --no-bf16 --epochs 2 "
-        f"--out {tmp_path}/out"
-    )
-    de3(command)
-    assert "nothing to resume" in de3(f"{command} --resume")
-    assert "other settings or data" in refusal(f"{command} --resume --threshold 0.3")
-
-
 @pytest.mark.parametrize(
-    ("option", "message"),
+    "option",
     [
-        (
-            "--alpha 0.1",
-            "--alpha cannot be combined with --multi-label: a multi-label model has no prototypes",
-        ),
-        ("--gamma 0.01", "--gamma cannot"),
-        ("--metric-dim 8", "--metric-dim cannot"),
-        ("--last-prototypes", "--last-prototypes cannot"),
-        ("--prototypes means", "--prototypes cannot"),
-        (
-            "--teacher x",
-            "--teacher cannot be combined with --multi-label: distillation is for mutually exclusive labels",
-        ),
-        ("--distill 0.5", "--distill cannot"),
-        ("--temperature 2", "--temperature cannot"),
-        ("--augment 1", "--augment cannot"),
-        ("--label-names a,b", "--label-names must name each once"),
+        "--alpha 0.1",
+        "--gamma 0.01",
+        "--metric-dim 8",
+        "--last-prototypes",
+        "--prototypes means",
+        "--teacher x",
+        "--distill 0.5",
+        "--temperature 2",
+        "--augment 1",
+        "--label-names a,b",
     ],
 )
 def test_options_that_make_no_sense_are_refused(
-    data_file: Path, encoder: Path, tmp_path: Path, option: str, message: str
+    data_file: Path, encoder: Path, tmp_path: Path, option: str
 ) -> None:
     command = f"train {data_file} --multi-label --encoder {encoder} --out {tmp_path}/out {option}"
-    assert message in refusal(command)
+    assert refusal(command).startswith(option.split(maxsplit=1)[0])
     assert not (tmp_path / "out").exists()
 
 

@@ -8,37 +8,43 @@ import pytest
 from de3.model_store.store import Store
 from tests.commands import de3
 from tests.fixtures import make_rows, write_rows
+from tests.test_signal_choice import without_risk
+from tests.test_store import edit
 
 
 def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "store"
-    shutil.copytree(store, mine)
+    """The first version has no risk."""
+    mine = shutil.copytree(store, tmp_path / "store")
+    edit(mine / "tiny-int8" / "1", lambda m: without_risk(m, "entropy"))
     tune, certify = (
         write_rows(tmp_path / f"{part}.jsonl", make_rows(n, seed))
         for part, n, seed in (("t", 120, 31), ("c", 150, 32))
     )
-    de3(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3")
+    de3(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3 --signal risk")
     old, new = (Store(mine).open(f"tiny-int8:{version}").manifest for version in (1, 2))
     assert new.calibration is not None and old.calibration is not None
     # With so few samples, both files certify.
     assert (new.calibration.tune_size, new.calibration.certify_size) == (120, 270)
-    assert new.calibration != old.calibration
+    assert not new.calibration.self_labelled
     assert (new.files, new.labels, new.export) == (old.files, old.labels, old.export)
     default = new.calibration.default
-    assert (new.defaults.tau, new.defaults.signal, new.defaults.lam) == (
-        default.tau,
-        default.signal,
-        default.lam,
-    )
-    assert new.risk is not None and new.risk != old.risk
+    assert (new.defaults.tau, new.defaults.signal, new.defaults.lam) == (default.tau, "risk", None)
+    assert {row.signal for row in new.calibration.table} == {"risk", "edr", "entropy"}
+    assert old.risk is None and [row.layer for row in new.risk or ()] == [0, 1, 2]
 
 
-def test_a_calibration_on_unknown_labels_publishes_nothing(store: Path, tmp_path: Path) -> None:
+def test_a_calibration_on_unknown_labels_or_the_wrong_input_publishes_nothing(
+    store: Path, tmp_path: Path
+) -> None:
     mine = tmp_path / "store"
     shutil.copytree(store, mine)
     odd = write_rows(tmp_path / "odd.jsonl", [("a film", "mixed")])
     with pytest.raises(ValueError, match="mixed"):
         de3(f"calibrate tiny --tune {odd} --certify {odd} --store {mine}")
+    edit(mine / "tiny" / "1", lambda m: m.update(input="pair"))
+    single = write_rows(tmp_path / "single.jsonl", make_rows(30, 36))
+    with pytest.raises(ValueError, match=r"single.jsonl: .*pairs"):
+        de3(f"calibrate tiny --tune {single} --certify {single} --store {mine}")
     assert [p.name for p in (mine / "tiny").iterdir()] == ["1"]
 
 

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from de3.exits import formulas
 from de3.exits.reading import Answer, differs, read
 from de3.exits.rule import ExitRule, exit_index
-from de3.exits.signals import Edr, Entropy, signal_of
+from de3.exits.signals import Edr, Entropy, ModelTraits, signal_of
 
 
 @pytest.mark.parametrize(("tau", "lam"), [(-0.1, 1), (1.1, 1), (float("nan"), 1), (0.5, -1), (0.5, 101)])
@@ -61,6 +61,11 @@ def test_a_reading_is_what_the_signals_say(data: st.DataObject, classes: int, la
 def test_ties_go_to_the_lowest_index() -> None:
     assert read(0, [1.0, 1.0], None).label == 0
     assert read(0, [0.0, 1.0, 0.0], [0.2, 0.4, 0.9]).distance_ratio == pytest.approx(0.75)
+
+
+def test_distances_that_rounding_put_outside_their_range_are_its_ends() -> None:
+    assert read(0, [1.0, 0.0], [2.5, 1.0]).distance_ratio == 0.75
+    assert read(0, [0.0, 1.0], [2.5, -0.5]).distance_ratio == 0
 
 
 def test_logits_that_are_not_numbers_never_exit_early() -> None:
@@ -114,5 +119,10 @@ def test_answers_differ_in_the_class_in_any_label_or_beyond_the_tolerance(
     assert differs(one, other, tolerance) == differs(other, one, tolerance) == unlike
 
 
-def test_lambda_may_be_as_large_as_its_limit() -> None:
+def test_lambda_may_be_as_large_as_its_limit_and_only_edr_has_one() -> None:
     assert signal_of("edr", 100).lam == 100
+    risky = ModelTraits(risk=((0.0,) * 5, None))
+    assert signal_of("risk", None, risky).lam is signal_of("entropy", 0, risky).lam is None
+    for name, lam in (("risk", 0), ("risk", 1), ("entropy", 1)):
+        with pytest.raises(ValueError, match="lambda"):
+            signal_of(name, lam, risky)

@@ -150,9 +150,12 @@ def _parts(data_file: Path, encoder: Path, held_back: int = 300) -> tuple[De3Mod
     return model, tokenizer, splits.split(datas.to_examples(rows, names), 0, held_back)
 
 
-def test_resuming_with_other_settings_is_refused(tmp_path: Path, few: Path, encoder: Path) -> None:
+def test_resuming_a_finished_training_or_with_other_settings_changes_nothing(
+    tmp_path: Path, few: Path, encoder: Path
+) -> None:
     de3(common(few, encoder, tmp_path, 30) + " --epochs 1")
     kept_back = (tmp_path / "certify.jsonl").read_bytes()
+    assert "nothing to resume" in de3(common(few, encoder, tmp_path, 30) + " --epochs 1 --resume")
     for other in ("--held-back 20", "--gamma 0.5", "--exits last", "--seed 1", "--epochs 2"):
         with pytest.raises(ValueError, match="other settings or data"):
             de3(common(few, encoder, tmp_path, 30) + f" --epochs 1 --resume {other}")

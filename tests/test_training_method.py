@@ -8,7 +8,7 @@ import torch
 
 from de3.model_store.families import family
 from de3.training import loss as losses
-from de3.training.model import De3Config, De3Model
+from de3.training.model import De3Model
 from tests.fixtures import save_encoder
 
 
@@ -112,11 +112,6 @@ def test_a_pretrained_encoder_keeps_its_weights(encoder: Path) -> None:
 def test_exit_layers_that_make_no_sense_are_refused(encoder: Path, exits: list[int]) -> None:
     with pytest.raises(ValueError, match="exit_layers must"):
         De3Model.from_encoder(str(encoder), ["a", "b"], exit_layers=exits)
-
-
-def test_pooling_must_be_known() -> None:
-    with pytest.raises(ValueError, match="mean, cls"):
-        De3Config(pooling="max")
 
 
 def test_max_tokens_counts_from_the_first_position(tmp_path: Path) -> None:
