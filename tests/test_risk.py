@@ -88,12 +88,6 @@ def test_the_weights_of_exits_that_are_always_sure_fit_a_manifest() -> None:
     RiskWeights(layer=0, weights=list(fitted.weights[0]))
 
 
-def test_an_exit_without_prototypes_has_no_weight_for_them() -> None:
-    r = recorded(300)
-    fitted = risk.fit(Recorded(r.exit_layers, r.logits, np.full_like(r.distances, np.nan), r.labels))
-    assert [w[4] for w in fitted.weights[:2] if w is not None] == [0, 0]
-
-
 def test_the_fit_needs_no_labels() -> None:
     r = recorded(300)
     assert risk.fit(r) == risk.fit(Recorded(r.exit_layers, r.logits, r.distances, np.zeros_like(r.labels)))
@@ -124,12 +118,6 @@ def test_no_group_is_scored_by_a_fit_that_saw_it(
         assert scored == [] and np.isnan(scores).all()
     else:
         assert sorted(scored) == list(range(n)) and not scores.any()
-
-
-def test_cross_fitted_scores_do_not_depend_on_the_groups_names() -> None:
-    r = recorded(100)
-    group = np.arange(100) // 4
-    np.testing.assert_array_equal(risk.cross_fit(r, group), risk.cross_fit(r, (7 * group + 3).tolist()))
 
 
 def weights(rng: np.random.Generator) -> Weights:

@@ -26,13 +26,6 @@ def test_a_case_computed_by_hand() -> None:
     assert formulas.edr(h, dr, 2.0) == pytest.approx(0.263500, abs=1e-6)
 
 
-def test_three_classes_by_hand() -> None:
-    # ranked: class 2, then class 0; r1 = 0.9, r2 = 0.3: DR = ½·(1 + 0.6/0.9) = 0.8333
-    assert formulas.distance_ratio([1.0, 0.0, 2.0], [0.3, 0.1, 0.9]) == pytest.approx(5 / 6)
-    # p = (½, ¼, ¼): H = 1.5·ln 2, / ln 3 = 0.946395
-    assert formulas.entropy([0.5, 0.25, 0.25]) == pytest.approx(0.946395, abs=1e-6)
-
-
 @pytest.mark.parametrize("k", [2, 3, 150])
 def test_entropy_limits(k: int) -> None:
     assert formulas.entropy(np.eye(k)[1]) == 0

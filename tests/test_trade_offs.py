@@ -138,6 +138,8 @@ def test_many_equal_values_are_not_drift() -> None:
     window = rng.choice(values, 500).tolist()
     assert reference.psi(window, known) < 0.2 and reference.ks(window, known) < 0.1
     assert reference.psi([0.5] * 500, known) > 1
+    third = reference.quantiles(np.full(9, 1 / 3))  # they are rounded, and so must be the window's values
+    assert reference.ks([1 / 3] * 50, third) == 0 and reference.psi([1 / 3] * 50, third) < 0.3
 
 
 @given(st.floats(-5, 50), st.floats(-5, 50))
@@ -152,6 +154,7 @@ def test_farther_values_are_more_unusual(a: float, b: float) -> None:
 def test_a_tail_is_the_share_of_calibration_beyond_a_value() -> None:
     for level in (0.1, 0.5, 0.95, 0.99):
         assert reference.tail(float(np.quantile(SAMPLE, level)), KNOWN) == pytest.approx(1 - level, abs=0.01)
+    assert reference.tail(0.9 * KNOWN[-2] + 0.1 * KNOWN[-1], KNOWN) == pytest.approx(0.0009)
     assert reference.tail(99.0, KNOWN) == reference.MIN_TAIL
     assert reference.ood_score([], []) is None
 

@@ -143,20 +143,6 @@ def test_a_new_user_classifies_a_file_without_a_server(user: Path, tmp_path: Pat
     assert [line.split(",")[:2] for line in lines] == [["id", "label"], ["1", "positive"], ["2", "negative"]]
 
 
-def test_a_new_user_without_a_store_is_told_of_the_demo(user: Path) -> None:
-    done = subprocess.run(
-        [user / "env/bin/de3", "serve"],
-        cwd=user,
-        env=ENVIRONMENT,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith("error: models: no such store") and "de3 serve --demo" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @contextmanager
 def demo_server(user: Path) -> Iterator[tuple[str, str]]:
     """The URL and the log of `de3 serve --demo`, once it is ready."""

@@ -1,14 +1,10 @@
 """The decisions in the studies of drift and shift, on small arrays."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
-from de3.exits.calibration import FINE_TAUS
 from de3.exits.recorded import Recorded
 from de3.exits.risk import fit
-from de3.exits.rule import exit_index
 from lab.experiments.drift import (
     AWAY,
     Arm,
@@ -16,12 +12,11 @@ from lab.experiments.drift import (
     Start,
     Stream,
     Texts,
-    pseudo_labels,
     run,
     slide,
     stream,
 )
-from lab.experiments.shift import at, guaranteed, tau_within
+from lab.experiments.shift import at
 
 TAU = 0.4
 
@@ -66,16 +61,6 @@ def test_a_step_moves_each_prototype_by_the_texts_of_its_class_that_passed_its_e
     assert prototypes[0, 0, 0] == 1  # the initial ones are unchanged
 
 
-def test_pseudo_labels_are_full_depths_where_known_and_else_those_of_sure_exits() -> None:
-    logits = np.array([[[2, 0], [0, 2]]] * 4, np.float32)  # the first exit says 0, full depth 1
-    r = Recorded([0, 1], logits, np.full((4, 2, 2), np.nan, np.float32), np.zeros(4, int))
-    scores = np.array([[0.1, np.nan], [0.3, np.nan], [0.9, np.nan], [0.3, np.nan]])
-    audited = np.array([False, False, False, True])
-    labels, use = pseudo_labels(r, scores, exit_index(scores, TAU), TAU, audited)
-    assert labels.tolist() == [0, 0, 1, 1]
-    assert use.tolist() == [True, False, True, True]
-
-
 def test_the_guard_fires_on_harm_only_and_not_before_it_has_seen_enough() -> None:
     right, wrong = np.array([True, True]), np.array([True, False])
     guard = Guard()
@@ -112,21 +97,6 @@ def test_an_arm_that_adapts_nothing_is_the_rule_on_the_measured_texts() -> None:
     assert result["fired"] == 0
 
 
-def test_a_refitted_risk_is_that_of_the_first_audits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lab.experiments.drift.AUDITS", 30)
-    of, order = texts(), in_turn()
-    begin = start(of)
-    begin = replace(
-        begin, risk=replace(begin.risk, weights=((-9.0, 0, 0, 0, 0),) * 2 + (None,))
-    )  # certain of everything
-    audits = order.order[order.audited][:30]
-    fitted = fit(of.rows(audits, begin.prototypes))
-    r = of.rows(order.order[order.measured :], begin.prototypes)
-    result = run(of, order, begin, Arm(refit=True))
-    assert result["disagreement"] == at(fitted.scores(r), r, TAU)["disagreement"]
-    assert result["disagreement"] < run(of, order, begin, Arm())["disagreement"]
-
-
 def test_a_guard_that_fires_goes_back_to_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     of, order = texts(), in_turn(measured=300)
     begin = start(of, gamma=0.9)
@@ -140,13 +110,3 @@ def test_a_guard_that_fires_goes_back_to_the_start(monkeypatch: pytest.MonkeyPat
     )
     assert guarded == {**frozen, "fired": 1.0}
     assert bare["auroc"] < frozen["auroc"] and bare["fired"] == 0
-
-
-def test_the_guarantee_takes_back_a_tau_that_breaks_it() -> None:
-    r = recorded(2_000)
-    scores = r.entropy
-    begin = int(np.searchsorted(FINE_TAUS, tau_within(scores, r, 0.06)))
-    disagreement, depth, tau = guaranteed(scores, r, begin, 20_000, 0)
-    frozen = at(scores, r, FINE_TAUS[begin])
-    assert frozen["disagreement"] > 0.05 and disagreement < 0.03 and tau < FINE_TAUS[begin]
-    assert 2 / frozen["speedup"] < depth < 2

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,7 @@ from de3.model_store.store import Store
 from lab.engines import (
     Engines,
     compared,
-    layer_weights,
-    multiply_adds,
     name_of,
-    pinned,
     read_bandwidth,
     tables,
 )
@@ -84,13 +80,6 @@ def test_engines_take_turns_and_broken_ones_are_left_out(
     assert len(tables(results)[0].rows) == 4
 
 
-def test_work_is_counted_by_weights_and_tokens(small: Path) -> None:
-    artifact = Store(small / "store").open(NAME)
-    weights = layer_weights(artifact)
-    assert weights == 2 * (4 * 64 * 64 + 2 * 64 * 128)  # without biases, norms, exits and embeddings
-    assert multiply_adds(artifact, weights, 10) == 10 * weights + 2 * 2 * 10 * 10 * 64
-
-
 def test_shares_and_ratios_are_of_the_same_round() -> None:
     rounds = {name_of(1): [100.0, 50.0], "ONNX Runtime, int8": [50.0, 25.0], "OpenVINO, int8": [80.0, 25.0]}
     rounds |= {"OpenVINO, bf16": [500.0, 500.0], "CTranslate2, int8": [400.0, 400.0]}
@@ -109,18 +98,3 @@ def test_shares_and_ratios_are_of_the_same_round() -> None:
     assert ours["of_peak"] == "0.50 (0.50 … 0.50)" and ours["of_bandwidth"] == "0.10 (0.10 … 0.10)"
     assert ours["against"]["ONNX Runtime, int8"] == "2.00 (2.00 … 2.00)"
     assert ours["against"]["OpenVINO, int8"] == "1.62 (1.25 … 2.00)"
-
-
-def test_pinning_to_a_core_is_undone() -> None:
-    before = os.sched_getaffinity(0)
-    with pinned(min(before)):
-        assert os.sched_getaffinity(0) == {min(before)}
-        child = subprocess.run(
-            [sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"],
-            capture_output=True,
-            check=True,
-        )
-        assert child.stdout.split() == [b"{%d}" % min(before)]
-    assert os.sched_getaffinity(0) == before
-    with pytest.raises(ValueError, match="--core 100000: this process may run on"), pinned(100000):
-        pass

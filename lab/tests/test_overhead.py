@@ -48,17 +48,6 @@ def test_without_prototypes_all_else_is_as_before(artifact: Artifact) -> None:
         assert len(Stripped.of(artifact).read(name)) < len(artifact.read(name))
 
 
-def test_the_kernels_compute_exits_only_if_asked(kernels: Any, store: Path) -> None:
-    model = Model(Store(store).open("tiny-int8"), "native")
-    tokens, last = model.tokenize("a good film"), model.manifest.num_layers
-    assert model.forward is not None
-    for with_exits in (False, True):
-        one = study._pass(model, tokens, with_exits)
-        model.forward([one], layers=1)
-        model.forward([one], layers=last - 1)
-        assert one.logits.any(1).tolist() == [with_exits] * last + [False]
-
-
 def test_an_exit_costs_what_it_adds_to_its_own_copy() -> None:
     """The copy's own time and disturbances in some of its runs do not matter."""
 
@@ -70,16 +59,6 @@ def test_an_exit_costs_what_it_adds_to_its_own_copy() -> None:
     assert costs["all"][0] == pytest.approx(0.010)
     assert costs["classifier"][0] == pytest.approx(0.0015)
     assert costs["prototypical"][0] == pytest.approx(0.004 - 0.0015)
-
-
-def test_by_flops_a_prototypical_network_is_what_the_paper_says(store: Path) -> None:
-    tiny = Store(store).open("tiny").manifest
-    encoder = tiny.encoder.model_copy(update={"hidden_size": 768})
-    bert = tiny.model_copy(update={"metric_dim": 768, "encoder": encoder})
-    found = study.flops(bert, 12 * 768 * 768, 128)
-    assert found["prototypical_mflops"] == pytest.approx(1.2, rel=0.02)
-    assert found["layer_mflops"] == pytest.approx(1813.5 + 50.3, rel=0.001)  # with attention's products
-    assert found["prototypical_mflops"] / found["layer_mflops"] == pytest.approx(study.PAPER, rel=0.06)
 
 
 def test_the_overhead_of_each_runtime(kernels: Any, store: Path, tmp_path: Path) -> None:
@@ -122,22 +101,6 @@ def test_by_the_clock_texts_leave_where_the_rule_says(
     full, deep = result["rows"][0], result["rows"][-1]
     assert full["on_clock"] == full["predicted"] == full["in_layers"] == 1
     assert deep["mean_exit_layer"] < full["mean_exit_layer"] and deep["predicted"] > 1
-
-
-def test_by_the_clock_by_command(store: Path, tmp_path: Path) -> None:
-    texts = write_rows(tmp_path / "texts.jsonl", make_rows(70, 42))
-    numbers, plot = tmp_path / "numbers.json", tmp_path / "plot.png"
-    command = f"study wall {texts} --store {store} --model tiny --tau 0.4 --rounds 1 --core {CORE}"
-    lab(f"{command} --json {numbers} --png {plot}")
-    (result,) = json.loads(numbers.read_text())
-    assert [row["tau"] for row in result["rows"]] == [0, 0.4]
-    assert plot.stat().st_size > 5_000
-    assert "0.4" in lab(f"study wall --store {tmp_path} --show {numbers}")
-    with pytest.raises(ValueError, match="labelled texts"):
-        lab("study wall")
-    with pytest.raises(ValueError, match="'odd'"):
-        odd = write_rows(tmp_path / "odd.jsonl", [("a film", "odd")])
-        lab(f"study wall {odd} --store {store} --model tiny --core {CORE}")
 
 
 def test_a_text_that_fails_says_why(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,7 @@ import pytest
 from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Entropy
-from lab.studies import speedup
 from lab.studies.deadlines import Costs, deadlines
-from lab.studies.far import auroc
 from lab.studies.promise import promise
 from lab.tests.commands import lab
 from tests.fixtures import make_rows, write_rows
@@ -37,12 +35,6 @@ def test_the_studies_run_on_any_model(store: Path, checkpoint: Path, tmp_path: P
 
     lab(f"study deadlines {texts} {common}")
     assert len(json.loads((tmp_path / "numbers.json").read_text())) == 9
-
-
-def test_auroc_counts_pairs() -> None:
-    home, away = np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0])
-    pairs = [(a > h) + 0.5 * (a == h) for a in away for h in home]
-    assert auroc(home, away) == pytest.approx(np.mean(pairs))
 
 
 def known(n: int) -> Recorded:
@@ -92,15 +84,6 @@ def test_the_speed_up_that_is_shown_against_the_true_one(store: Path, tmp_path: 
     )
     (row,) = json.loads(numbers.read_text())
     assert row["rate"] == 40 and row["reported"] > 0 and row["measured"] > 0
-
-
-def test_the_speed_up_is_full_depth_to_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(_: Path, __: str, options: list[str], *___: object) -> list[tuple[float, float]]:
-        return [(0.003, 0.003)] if options else [(0.001, 0.0025)]  # model time, estimate at full depth
-
-    monkeypatch.setattr(speedup, "_run", run)
-    (row,) = speedup.speedup(Path(), "m", [], [40.0], 1, 1.0, 0)
-    assert (row.reported, row.measured) == (pytest.approx(2.5), pytest.approx(3))
 
 
 @pytest.mark.slow

@@ -1,31 +1,25 @@
 """The studies of lab/docs/experiments.md: their measures on synthetic exits, and most of them on tiny models."""
 
 import json
-import random
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from de3.exits.recorded import Recorded
-from de3.exits.rule import exit_index
 from lab.experiments import (
     cells,
     drift,
-    joined,
     measures,
-    scores,
     shift,
     signals,
     sweep,
 )
-from lab.experiments.cells import Cell, States
+from lab.experiments.cells import Cell
 from tests.fixtures import make_rows
 
 
@@ -45,48 +39,6 @@ def test_a_speedup_is_met_exactly_by_mixing_two_neighbouring_taus(seed: int, spe
     # Ties must not matter.
     scores = np.round(recorded.entropy, 1)
     assert measures.right_at(scores, depths, speedup).mean() == pytest.approx(3 / speedup)
-
-
-def test_no_tau_up_to_the_chosen_one_loses_more() -> None:
-    recorded = made_up(400, 3)
-    found = measures.tau_within(recorded.entropy, recorded, 0.01)
-    rows = np.arange(400)
-    for tau in measures.thresholds(recorded.entropy):
-        loss = (
-            recorded.correct[:, -1].mean() - recorded.correct[rows, exit_index(recorded.entropy, tau)].mean()
-        )
-        if tau > found:
-            assert loss > 0.01
-            break
-        assert loss <= 0.01 + 1e-9
-
-
-def test_cap_is_large_where_the_classifier_cannot_see_the_state() -> None:
-    classifier = torch.nn.Linear(3, 2)
-    with torch.no_grad():
-        classifier.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]))
-        classifier.bias.zero_()
-    model: Any = SimpleNamespace(classifiers=[classifier])
-    pooled = np.array([[[1, 1, 0]], [[0, 0, 2]], [[3, 0, 4]]], np.float16)
-    logits = (pooled @ np.array([[1, 0], [0, 1], [0, 0]])).astype(np.float32)
-    recorded = Recorded([1], logits, np.full_like(logits, np.nan), np.zeros(3, int))
-    found = scores.cap(model, States(pooled, recorded), 1.0, 0)[:, 0]
-    assert found[0] == pytest.approx(1 / (2 * np.e + 1))
-    assert found[1] == pytest.approx(np.e / (2 + np.e))
-    assert found[2] == pytest.approx(np.exp(0.8) / (np.exp(3) + 1 + np.exp(0.8)), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    "cell",
-    [
-        Cell("mrpc"),
-        Cell("rte", fold=3),
-        Cell("sst2", "mpnet", "TD", 2),
-        Cell("mrpc", recipe="D,pooling=cls,gamma=0.1"),
-    ],
-)
-def test_a_cell_is_known_by_its_name(cell: Cell) -> None:
-    assert Cell.parse(cell.name) == cell
 
 
 @pytest.fixture(scope="module")
@@ -195,19 +147,3 @@ def test_all_studies_run_on_tiny_models(root: Path, tiny: Path, monkeypatch: pyt
     ]
     for study in (signals, sweep):
         study.main(redraw=True)
-
-
-@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=60), st.integers())
-def test_joined_questions_are_each_in_one_text_with_their_intents(intents: list[str], seed: int) -> None:
-    questions = [(f"question {i:03}", intent) for i, intent in enumerate(intents)]
-    rows = joined.join(questions, random.Random(seed))
-    of = dict(questions)
-    found = []
-    for text, labels in rows:
-        parts = [f"question {number}" for number in text.replace("question", "").split()]
-        assert labels == sorted({of[part] for part in parts}) and len(labels) == len(parts) <= 2
-        found += parts
-    assert sorted(found) == sorted(of)
-    pairs = sum(len(labels) == 2 for _, labels in rows)
-    most = max(Counter(intents).values())
-    assert pairs <= len(questions) * 3 / 8 and (pairs > 0 or len(questions) < 3 or most > len(questions) / 2)
