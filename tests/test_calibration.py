@@ -16,7 +16,8 @@ from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
 from de3.exits.signals import Edr, Entropy, Signal, signal_of
 from de3.exits.trade_offs import TradeOffs
-from de3.export.calibrate import Calibrated, Part, calibrate, joined
+from de3.export import calibrate as export_calibrate
+from de3.export.calibrate import MIN_CERTIFY, Calibrated, Part, calibrate, joined
 from de3.training.data import Example
 
 
@@ -209,23 +210,20 @@ def test_fragments_neither_choose_nor_certify() -> None:
 
 @pytest.mark.usefixtures("few_taus")
 def test_with_many_samples_only_the_certifying_part_certifies() -> None:
-    tune, certify = recorded(900, 1), recorded(900, 2)
-    parts = [Part.of(r, examples(900)) for r in (tune, certify)]
+    n = MIN_CERTIFY
+    tune, certify = recorded(n, 1), recorded(n, 2)
+    parts = [Part.of(r, examples(n)) for r in (tune, certify)]
     found = calibrate(*parts, 0.02)
     fitted = risk.fit(tune)
     assert [tuple(row.weights) for row in found.risk] == [w for w in fitted.weights if w is not None]
-    assert (found.calibration.tune_size, found.calibration.certify_size, found.calibration.groups) == (
-        900,
-        900,
-        900,
-    )
+    sizes = found.calibration.tune_size, found.calibration.certify_size, found.calibration.groups
+    assert sizes == (n, n, n)
     assert_certified(found, Samples.independent(certify), fitted.scores(certify))
 
 
 @pytest.mark.usefixtures("few_taus")
-@pytest.mark.parametrize("group_of", [1, 3])
-def test_with_few_samples_both_parts_certify_each_with_a_fit_on_the_other(group_of: int) -> None:
-    n = 600 * group_of
+@pytest.mark.parametrize(("group_of", "n"), [(1, MIN_CERTIFY + 59), (3, 1800)])
+def test_with_few_samples_both_parts_certify_each_with_a_fit_on_the_other(group_of: int, n: int) -> None:
     tune, certify = recorded(n, 1, group_of), recorded(n, 2, group_of)
     whole = n - 60
     parts = [Part.of(r, examples(n, group_of, fragments=60)) for r in (tune, certify)]
@@ -256,6 +254,30 @@ def assert_certified(found: Calibrated, samples: Samples, scores: np.ndarray) ->
         if row.tau > 0:
             least = guarantee.upper_bound(math.ceil(differs.mean() * n - 1e-9), n)
             assert row.disagreement_bound >= least - 1e-6
+
+
+@pytest.mark.usefixtures("few_taus")
+def test_rivals_are_the_risk_fitted_on_other_groups_and_edr_at_its_best_lambda() -> None:
+    part = Part.of(recorded(600, 1, 3), examples(600, 3, fragments=60))
+    fitted = risk.fit(part.samples.recorded)
+    scores = risk.cross_fit(part.samples.recorded, part.samples.groups)[part.is_whole]
+
+    def merit(signal: Signal, scores: np.ndarray | None = None) -> float:
+        return calibration.merit(
+            calibration.trade_off(part.whole, signal, export_calibrate.FINE_TAUS, scores)
+        )
+
+    rivals = export_calibrate._rivals(part, fitted)
+    assert rivals["risk"] == (fitted, merit(fitted, scores))
+    merits = {Edr(lam): merit(Edr(lam)) for lam in calibration.LAMS}
+    best, found = rivals["edr"]
+    assert isinstance(best, Edr) and found == merits[best] == max(merits.values()) > min(merits.values())
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(1.04, "risk"), (1.06, "edr")])
+def test_another_signal_than_risk_is_chosen_only_if_clearly_faster(gain: float, chosen: str) -> None:
+    merits = {"entropy": 1.0, "edr": 2.0 * gain, "risk": 2.0}
+    assert export_calibrate._choose({name: (Entropy(), merit) for name, merit in merits.items()}) == chosen
 
 
 @pytest.mark.usefixtures("few_taus")
