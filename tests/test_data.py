@@ -154,6 +154,13 @@ def test_data_that_cannot_be_split_say_so(texts: list[str], held_back: int | Non
         splits.split([Example(text, 0) for text in texts], 0, held_back)
 
 
+def test_at_most_a_twentieth_of_the_certifying_texts_may_have_been_tuned_on() -> None:
+    tune, others = ([Example(f"{name}{i}", 0) for i in range(100)] for name in "tc")
+    data.check_apart(tune, [tune[0], *others[:19]], Path("t"), Path("c"))
+    with pytest.raises(ValueError, match="c: 2 of its texts are in t"):
+        data.check_apart(tune, [*tune[:2], *others[:18]], Path("t"), Path("c"))
+
+
 def test_saved_examples_come_back(tmp_path: Path) -> None:
     pairs = [Example(("a\nb", "ü"), 1), Example(("c", "d"), 0)]
     data.save_examples(tmp_path / "x.jsonl", pairs, ["no", "yes"])
