@@ -57,9 +57,7 @@ def test_it_answers_what_de3_serve_answers(port: int, versions: Path) -> None:
     assert httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"] == "tiny:1"
 
 
-@pytest.mark.parametrize(
-    ("sent", "is_kept"), [([], False), (["my-own"], True), (["a b"], False), (["{}", "my-own"], True)]
-)
+@pytest.mark.parametrize(("sent", "is_kept"), [([], False), (["my-own"], True), (["{}", "my-own"], True)])
 def test_a_response_has_one_request_id(port: int, sent: list[str], is_kept: bool) -> None:
     """The answer's `id` contains the id that the replica logs."""
     headers = [("X-Request-ID", one) for one in sent]
