@@ -128,7 +128,7 @@ def test_options_that_make_no_sense_are_refused(
     data_file: Path, encoder: Path, tmp_path: Path, option: str
 ) -> None:
     command = f"train {data_file} --multi-label --encoder {encoder} --out {tmp_path}/out {option}"
-    assert refusal(command).startswith(option.split(maxsplit=1)[0])
+    assert option.split(maxsplit=1)[0] in refusal(command)
     assert not (tmp_path / "out").exists()
 
 
