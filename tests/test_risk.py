@@ -12,7 +12,6 @@ from de3.exits import formulas, risk
 from de3.exits.reading import read
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Risk, Weights
-from de3.model_store.manifest import RiskWeights
 from tests.test_calibration import recorded
 
 
@@ -74,18 +73,6 @@ def test_a_feature_that_does_not_vary_gets_no_weight() -> None:
     assert found[2] == found[4] == 0 != found[1]
     alone = risk.regress(x[:, [0, 1, 3]], targets)
     assert found[[0, 1, 3]] == pytest.approx(alone, rel=1e-6)
-
-
-def test_the_weights_of_exits_that_are_always_sure_fit_a_manifest() -> None:
-    rng = np.random.default_rng(3)
-    labels = rng.integers(0, 2, 500)
-    margin = 17 + rng.random(500)  # entropies of about 1e-6, all similar
-    logits = np.zeros((500, 2, 2), np.float32)
-    logits[np.arange(500), :, labels] = margin[:, None]
-    logits[:40, 0] = logits[:40, 0, ::-1]
-    fitted = risk.fit(Recorded([0, 1], logits, np.full_like(logits, np.nan), labels))
-    assert fitted.weights[0] is not None
-    RiskWeights(layer=0, weights=list(fitted.weights[0]))
 
 
 def test_the_fit_needs_no_labels() -> None:

@@ -83,16 +83,6 @@ def test_exit_index_is_the_first_below_tau_else_the_last(edr: np.ndarray, tau: f
         assert found == expected
 
 
-@given(
-    arrays(np.float64, st.tuples(st.integers(1, 20), st.integers(1, 7)), elements=st.floats(0, 1)),
-    st.floats(0, 1),
-    st.floats(0, 1),
-)
-def test_a_larger_tau_never_exits_later(edr: np.ndarray, a: float, b: float) -> None:
-    low, high = sorted((a, b))
-    assert (exit_index(edr, high) <= exit_index(edr, low)).all()
-
-
 def test_exit_index_ignores_missing_prototypes() -> None:
     edr = np.array([[0.5, np.nan], [np.nan, np.nan]])
     assert exit_index(edr, 1.0).tolist() == [0, 1]

@@ -18,7 +18,7 @@ from de3.exits.recorded import Recorded
 from de3.training import data as datas
 from de3.training import progress, trainer
 from de3.training import split as splits
-from de3.training.encoded import Encoded, encode
+from de3.training.encoded import Encoded, encode, training_batches
 from de3.training.model import De3Model
 from de3.training.predict import predict
 from de3.training.settings import TrainSettings
@@ -106,11 +106,19 @@ def test_the_best_epoch_is_kept_and_training_stops_when_none_is_better(
         states.append(model.classifiers[0].weight.detach().clone())
         return predict(model, *args, **kwargs)
 
+    seeds = []
+
+    def drawn(lengths: list[int], size: int, seed: int) -> list[list[int]]:
+        seeds.append(seed)
+        return training_batches(lengths, size, seed)
+
+    monkeypatch.setattr(trainer, "training_batches", drawn)
     monkeypatch.setattr(trainer, "predict", remember)
     monkeypatch.setattr(trainer, "exit_scores", lambda _: ("accuracy", next(by_epoch)))
     de3(common(few, encoder, tmp_path, 30) + " --epochs 5 --patience 2")
     record = json.loads((tmp_path / "training.json").read_text())
     assert (record["best_epoch"], len(record["history"])) == (2, 4)
+    assert len(set(seeds)) == 4  # every epoch has its own batches
     kept = De3Model.from_pretrained(tmp_path).classifiers[0].weight
     assert torch.equal(kept, states[1]) and not torch.equal(kept, states[3])
 

@@ -13,7 +13,6 @@ from lab.studies.deadlines import Costs, deadlines
 from lab.studies.promise import promise
 from lab.tests.commands import lab
 from tests.fixtures import make_rows, write_rows
-from tests.serving import free_port
 
 
 def test_the_studies_run_on_any_model(store: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -72,18 +71,6 @@ def test_no_simulated_answer_passes_its_deadline() -> None:
     assert [row["default"]["layers"] for row in alone] == [0, 1, 2]
     loaded = deadlines(found, 0.0, Entropy(), costs, [(5.0, 3.0)])[0]["default"]
     assert 0 < loaded["refused"] < 1 and 1 <= loaded["layers"] < 2
-
-
-@pytest.mark.slow
-def test_the_speed_up_that_is_shown_against_the_true_one(store: Path, tmp_path: Path) -> None:
-    texts, numbers = tmp_path / "texts.txt", tmp_path / "numbers.json"
-    texts.write_text("".join(text + "\n" for text, _ in make_rows(100, 9) if text.strip()))
-    lab(
-        f"study speedup --texts {texts} --store {store} --model tiny --rate 40 --rounds 1 "
-        f"--seconds 1 --port {free_port()} --json {numbers}"
-    )
-    (row,) = json.loads(numbers.read_text())
-    assert row["rate"] == 40 and row["reported"] > 0 and row["measured"] > 0
 
 
 @pytest.mark.slow
