@@ -26,6 +26,12 @@ def test_copies_of_texts_and_pairs(texts: list[str | tuple[str, str]], copies: i
     assert augment([Example(t, 0) for t in texts], near, copies, seed) == altered
 
 
+def test_words_are_replaced_by_neighbours_and_texts_joined() -> None:
+    altered = augment([Example("good film", 0)] * 50, {"good": ["fine"], "film": ["movie"]}, 2, 0)
+    assert all(set(text.split()) & {"fine", "movie", "good", "film"} for text in altered)
+    assert {"fine", "movie", "and", "but"} <= {word for text in altered for word in text.split()}
+
+
 def test_neighbours_are_the_nearest_words_of_the_texts(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -61,6 +61,11 @@ def test_total_loss_by_hand() -> None:
     weights = torch.tensor([0.25, 0.75])
     total = losses.total(logits, distances, torch.tensor([1]), weights, alpha=0.1)
     assert total == pytest.approx(0.25 * (math.log(2) + 0.1 * 0.4) + 0.75 * math.log(4 / 3))
+    teacher = torch.tensor([[0.0, 2.0]])
+    taught = losses.total(logits, distances, torch.tensor([1]), weights, 0.0, teacher, 0.3, 2.0)
+    own = torch.tensor([math.log(2), math.log(4 / 3)])
+    expected = (weights * (0.7 * own + 0.3 * losses.distillation(logits, teacher, 2.0))).sum()
+    assert taught == pytest.approx(float(expected))
 
 
 def test_distillation_is_0_for_a_perfect_student_and_scales_with_t_squared() -> None:
