@@ -45,28 +45,64 @@ def server() -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def keyed(store: Path) -> Iterator[Server]:
+    with serving(store, models=["tiny"], api_keys=f"alice {KEY}") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tab(browser: Browser) -> Iterator[Page]:
+    """A tab that the tests share, because a new one takes longer than most of them."""
+    with browser.new_context() as context:
+        yield context.new_page()
+
+
+@pytest.fixture(scope="module")
+def clocked_tab(browser: Browser) -> Iterator[Page]:
+    """A tab whose clock a test can advance."""
+    with browser.new_context() as context:
+        context.clock.install()
+        yield context.new_page()
+
+
 @pytest.fixture
-def page(browser: Browser, server: Server) -> Iterator[Page]:
-    yield from opened(browser, server)
+def page(tab: Page, server: Server) -> Iterator[Page]:
+    yield from visited(tab, server)
+
+
+@pytest.fixture
+def clocked(clocked_tab: Page, server: Server) -> Iterator[Page]:
+    yield from visited(clocked_tab, server)
 
 
 def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
-    """The page; fails the test on a script error, a request to another server or a violation of its security policy.
-
-    context: options of the browser context.
-    """
+    """The page in a new tab, checked as in `visited`. context: options of the browser context."""
     with browser.new_context(**context) as contexts:
-        page = contexts.new_page()
-        wrong: list[str] = []
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda line: wrong.append(line.text) if "Refused to" in line.text else None)
-        page.on(
-            "request",
-            lambda sent: None if sent.url.startswith((server.url, "data:")) else wrong.append(sent.url),
-        )
+        yield from visited(contexts.new_page(), server)
+
+
+def visited(page: Page, server: Server) -> Iterator[Page]:
+    """The page; fails the test on a script error, a request to another server or a violation of its security policy."""
+    wrong: list[str] = []
+    handlers: dict[Any, Any] = {
+        "pageerror": lambda error: wrong.append(str(error)),
+        "console": lambda line: wrong.append(line.text) if "Refused to" in line.text else None,
+        "request": lambda sent: (
+            None if sent.url.startswith((server.url, "data:", "about:")) else wrong.append(sent.url)
+        ),
+    }
+    for event, handler in handlers.items():
+        page.on(event, handler)
+    try:
         page.goto(server.url + "/")
         yield page
-        assert wrong == []
+    finally:
+        page.unroute_all()
+        page.goto("about:blank")
+        for event, handler in handlers.items():
+            page.remove_listener(event, handler)
+    assert wrong == []
 
 
 def slide(page: Page, end: float) -> None:
@@ -112,19 +148,34 @@ def test_full_depth_is_shown_beside_an_early_answer(page: Page) -> None:
     expect(page.locator("#layers .saved small").first).to_have_text("not run")
 
 
-@pytest.mark.parametrize(
-    ("choice", "field", "words"),
-    [
+def test_other_choices_send_their_field(page: Page) -> None:
+    for choice, field, words in (
         ("Speed-up", "target_speedup", "3.00×"),
         ("Disagreement", "max_disagreement", "2%"),
         ("Latency budget", "latency_budget_ms", "2 ms"),
-    ],
-)
-def test_other_choices_send_their_field(page: Page, choice: str, field: str, words: str) -> None:
-    with page.expect_request(lambda sent: sent.method == "POST" and field in (sent.post_data or "")):
-        page.get_by_label(choice, exact=True).check()
-    expect(page.locator("#value")).to_have_text(words)
-    expect(page.locator("#layers .exit")).to_have_count(1)
+    ):
+        with page.expect_request(lambda sent, field=field: field in (sent.post_data or "")):  # type: ignore[misc]
+            page.get_by_label(choice, exact=True).check()
+        expect(page.locator("#value")).to_have_text(words)
+        expect(page.locator("#layers .exit")).to_have_count(1)
+
+
+def test_full_depth_is_compared_by_all_labels_of_a_multi_label_model(page: Page) -> None:
+    at_full_depth = ["negative", "positive"]
+
+    def classify(route: Route) -> None:
+        body = route.fetch().json()
+        is_full_depth = json.loads(route.request.post_data or "")["tau"] == 0
+        labels = at_full_depth if is_full_depth else ["positive"]
+        body["data"][0] |= {"label": "positive", "labels": labels}
+        route.fulfill(json=body)
+
+    page.route("**/classify", classify)
+    page.fill("#text", "A wonderful film.")
+    expect(page.locator("#summary")).to_contain_text("Full depth disagrees: positive")
+    at_full_depth.remove("negative")
+    page.fill("#text", "A fine film.")
+    expect(page.locator("#summary")).to_contain_text("Full depth agrees")
 
 
 def test_everything_by_keyboard_alone(page: Page) -> None:
@@ -167,76 +218,83 @@ def test_refusals_are_the_servers_own_words(page: Page) -> None:
     expect(page.locator("#summary")).to_contain_text("Type a text")
 
 
-def test_an_unreachable_server_is_reported_and_retried(page: Page) -> None:
+def test_an_unreachable_server_is_reported_and_retried(clocked: Page) -> None:
+    page = clocked
     expect(page.locator("#layers .exit")).to_have_count(1)
     page.route("**/classify", lambda route: route.abort())
     page.fill("#text", "anything")
     expect(page.locator("#problem")).to_contain_text("The server cannot be reached. Is it still running?")
     page.unroute("**/classify")
+    page.clock.run_for(3000)
     expect(page.locator("#layers .exit")).to_have_count(1)  # the page has retried by itself
 
 
-def test_live_figures_come_from_the_metrics(page: Page, server: Server) -> None:
+def test_live_figures_come_from_the_metrics(clocked: Page, server: Server) -> None:
+    page = clocked
+    expect(page.locator("#layers .exit")).to_have_count(1)
     expect(page.locator("#exits li")).to_have_count(7)
-    for _ in range(3):
-        server.classify(input=["A wonderful film."] * 8)
+    until(lambda: server.service.in_flight == 0, "the page's own texts to be counted")
+    poll(page, 1)
+    server.classify(input=["A wonderful film."] * 60, tau=1)  # exit at the embeddings
+    server.classify(input=["A wonderful film."] * 30, tau=0)
+    until(lambda: server.service.in_flight == 0, "these texts to be counted")
+    poll(page, 1)
+    expect(page.locator("#speedup")).to_have_text("3.0×")
+    shares = [text.rpartition("\n")[2] for text in page.locator("#exits li").all_inner_texts()]
+    assert shares == ["67%", *["0%"] * 5, "33%"]
     expect(page.locator("#rate")).not_to_have_text("–")
     expect(page.locator("#p99")).to_contain_text("ms")
 
 
-@pytest.mark.parametrize(
-    "context",
-    [
-        {"color_scheme": "light"},
-        {"color_scheme": "dark"},
-        {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True},
-    ],
-    ids=["light", "dark", "phone"],
-)
-def test_wcag(browser: Browser, server: Server, context: dict[str, Any]) -> None:
-    for page in opened(browser, server, reduced_motion="reduce", **context):
+def check_accessibility(page: Page) -> None:
+    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+    found = Axe().run(page, options={"runOnly": {"type": "tag", "values": tags}})
+    assert found.violations_count == 0, found.generate_report()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # no horizontal scrolling
+
+
+def test_wcag(page: Page) -> None:
+    for scheme in ("light", "dark"):
+        page.emulate_media(reduced_motion="reduce", color_scheme=scheme)  # type: ignore[arg-type]
+        page.reload()
         expect(page.locator("#layers .exit")).to_have_count(1)
         expect(page.locator("#exits li")).to_have_count(7)
-        tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
-        found = Axe().run(page, options={"runOnly": {"type": "tag", "values": tags}})
-        assert found.violations_count == 0, found.generate_report()
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # no horizontal scrolling
+        check_accessibility(page)
+    page.emulate_media(reduced_motion="null", color_scheme="null")
 
 
-def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:
-    with serving(DEMO, api_keys=f"alice {KEY}") as server:
-        assert httpx.get(server.url + "/").status_code == 200
-        assert httpx.get(server.url + "/v1/models").status_code == 401
-        for page in opened(browser, server):
-            expect(page.get_by_role("heading", name="This server needs an API key")).to_be_visible()
-            expect(page.locator("#main")).to_be_hidden()
-            page.keyboard.type("a-wrong-key-of-mine")
-            page.keyboard.press("Enter")
-            expect(page.locator("#key-error")).to_have_text("The server does not know this key.")
-            page.fill("#key", KEY)
-            page.get_by_role("button", name="Use this key").click()
-            expect(page.locator("#layers .exit")).to_have_count(1)
-            page.reload()
-            expect(page.locator("#layers .exit")).to_have_count(1)
-            assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Page, keyed: Server) -> None:
+    for page in visited(tab, keyed):
+        expect(page.get_by_role("heading", name="This server needs an API key")).to_be_visible()
+        expect(page.locator("#main")).to_be_hidden()
+        page.keyboard.type("a-wrong-key-of-mine")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-error")).to_have_text("The server does not know this key.")
+        page.fill("#key", KEY)
+        page.get_by_role("button", name="Use this key").click()
+        expect(page.locator("#layers .exit")).to_have_count(1)
+        page.reload()
+        expect(page.locator("#layers .exit")).to_have_count(1)
+        assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+        page.evaluate("sessionStorage.clear()")
 
 
-def test_a_key_that_cannot_be_kept_or_sent(browser: Browser) -> None:
+def test_a_key_that_cannot_be_kept_or_sent(tab: Page, keyed: Server) -> None:
     blocked = "Object.defineProperty(window, 'sessionStorage', {get() { throw new DOMException('', 'SecurityError') }})"
-    with serving(DEMO, api_keys=f"alice {KEY}") as server:
-        for page in opened(browser, server):
-            page.add_init_script(blocked)
-            page.reload()
-            page.fill("#key", "schlüssel-für-alles")
-            page.keyboard.press("Enter")
-            expect(page.locator("#key-error")).to_contain_text("only ASCII characters")
-            page.route("**/v1/models", lambda route: route.abort())
-            page.fill("#key", KEY)
-            page.keyboard.press("Enter")
-            expect(page.locator("#key-error")).to_contain_text("The server cannot be reached")
-            page.unroute("**/v1/models")
-            expect(page.locator("#layers .exit")).to_have_count(1)
-            assert page.evaluate("document.activeElement.id") == "text"
+    for page in visited(tab, keyed):
+        page.evaluate(blocked)
+        page.fill("#key", "schlüssel-für-alles")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-error")).to_contain_text("only ASCII characters")
+        page.route("**/v1/models", lambda route: route.abort())
+        page.fill("#key", KEY)
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-error")).to_contain_text("The server cannot be reached")
+        page.unroute("**/v1/models")
+        page.fill("#key", KEY)
+        page.keyboard.press("Enter")
+        expect(page.locator("#layers .exit")).to_have_count(1)
+        assert page.evaluate("document.activeElement.id") == "text"
 
 
 def test_full_depth_is_that_of_the_same_text(page: Page) -> None:
@@ -281,32 +339,27 @@ def test_an_older_answer_is_never_drawn(page: Page) -> None:
     )
     page.fill("#text", "An awful film.")
     older = caught(page, held)
-    page.fill("#text", "A wonderful film.")
-    expect(page.locator("#summary strong")).to_contain_text("positive")
-    older.continue_()
-    page.wait_for_timeout(200)  # time to draw the older answer, which must not happen
+    with page.expect_event("requestfailed", lambda failed: failed == older.request):  # the page gives it up
+        page.fill("#text", "A wonderful film.")
     expect(page.locator("#summary strong")).to_contain_text("positive")
 
 
-def test_typing_while_the_models_load(browser: Browser, server: Server) -> None:
+def test_typing_while_the_models_load(clocked: Page, server: Server) -> None:
+    page = clocked
     models = httpx.get(server.url + "/v1/models").json()
     for model in models["data"]:
         del model["role"]  # models have no role while they load
-    with browser.new_context() as context:
-        page = context.new_page()
-        wrong: list[str] = []
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.route("**/v1/models", lambda route: route.fulfill(json=models))
-        page.goto(server.url + "/")
-        expect(page.locator("#problem")).to_contain_text("The models are still loading.")
-        page.fill("#text", "A wonderful film.")
-        for choice in ("Speed-up", "Threshold τ"):
-            page.get_by_label(choice, exact=True).check()
-        page.unroute("**/v1/models")
-        expect(page.locator("#summary strong")).to_contain_text("positive")
-        expect(page.locator("#curve")).to_be_visible()
-        expect(page.locator("#problem")).to_be_empty()
-        assert wrong == []
+    page.route("**/v1/models", lambda route: route.fulfill(json=models))
+    page.reload()
+    expect(page.locator("#problem")).to_contain_text("The models are still loading.")
+    page.fill("#text", "A wonderful film.")
+    for choice in ("Speed-up", "Threshold τ"):
+        page.get_by_label(choice, exact=True).check()
+    page.unroute("**/v1/models")
+    page.clock.run_for(1000)
+    expect(page.locator("#summary strong")).to_contain_text("positive")
+    expect(page.locator("#curve")).to_be_visible()
+    expect(page.locator("#problem")).to_be_empty()
 
 
 def odd_model() -> dict[str, Any]:
@@ -333,7 +386,7 @@ def odd_answer(model: dict[str, Any]) -> dict[str, Any]:
     return {"label": model["labels"][0], "probs": reading["probs"], "exit": left, "layers": layers}
 
 
-def test_models_of_every_shape_one_after_the_other(browser: Browser, server: Server) -> None:
+def test_models_of_every_shape_one_after_the_other(page: Page, server: Server) -> None:
     real, odd = httpx.get(server.url + "/v1/models").json()["data"][0], odd_model()
     answer = {"data": [odd_answer(odd)]}
     held: list[Route] = []
@@ -345,68 +398,54 @@ def test_models_of_every_shape_one_after_the_other(browser: Browser, server: Ser
         asks_odd = json.loads(route.request.post_data or "")["model"] == odd["id"]
         route.fulfill(json=answer) if asks_odd else route.continue_()
 
-    phone = {"viewport": {"width": 320, "height": 700}}
-    for page in opened(browser, server, reduced_motion="reduce", **phone):
-        page.route("**/v1/models", lambda route: route.fulfill(json={"data": [real, odd]}))
-        page.route("**/classify", classify)
-        page.route("**/v1/models/odd*/calibration", hold)
-        page.reload()
-        expect(page.locator("#layers li")).to_have_count(7)
-        page.locator("#model").select_option(odd["id"])
-        late = caught(page, held)
-        # Choose another model while the first one's calibration is in flight.
-        page.locator("#model").select_option(real["id"])
-        expect(page.locator("#layers li")).to_have_count(7)
-        point = {
-            "signal": "entropy",
-            "lambda": None,
-            "tau": 0,
-            "speedup": 1,
-            "accuracy": 1,
-            "disagreement": 0,
-        }
-        with page.expect_response("**/calibration"):
-            late.fulfill(json={"table": [point, point]})
-        drawn(page)
-        expect(page.locator("#slider")).to_have_attribute("max", "240")
+    page.set_viewport_size({"width": 320, "height": 700})
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [real, odd]}))
+    page.route("**/classify", classify)
+    page.route("**/v1/models/odd*/calibration", hold)
+    page.reload()
+    expect(page.locator("#layers li")).to_have_count(7)
+    page.locator("#model").select_option(odd["id"])
+    late = caught(page, held)
+    # Choose another model while the first one's calibration is in flight.
+    page.locator("#model").select_option(real["id"])
+    expect(page.locator("#layers li")).to_have_count(7)
+    point = {"signal": "entropy", "lambda": None, "tau": 0, "speedup": 1, "accuracy": 1, "disagreement": 0}
+    with page.expect_response("**/calibration"):
+        late.fulfill(json={"table": [point, point]})
+    drawn(page)
+    expect(page.locator("#slider")).to_have_attribute("max", "240")
 
-        page.locator("#model").select_option(odd["id"])
-        caught(page, held).fulfill(status=404, json={"error": {"message": "none"}})
-        expect(page.locator("#layers li")).to_have_count(25)
-        expect(page.locator("#layers .exit small")).to_have_text("deadline reached")
-        expect(page.locator("#curve-help")).to_have_text("This model has no calibration to show.")
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        assert page.title().startswith("DE3")
+    page.locator("#model").select_option(odd["id"])
+    caught(page, held).fulfill(status=404, json={"error": {"message": "none"}})
+    expect(page.locator("#layers li")).to_have_count(25)
+    expect(page.locator("#layers .exit small")).to_have_text("deadline reached")
+    expect(page.locator("#curve-help")).to_have_text("This model has no calibration to show.")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.title().startswith("DE3")
+    page.set_viewport_size({"width": 1280, "height": 720})
 
 
-def test_a_model_that_was_replaced(browser: Browser, server: Server) -> None:
+def test_a_model_that_was_replaced(page: Page, server: Server) -> None:
     real = httpx.get(server.url + "/v1/models").json()["data"][0]
     old = {**real, "id": "sst2:0", "version": 0}
-    for page in opened(browser, server):
-        page.route("**/v1/models", lambda route: route.fulfill(json={"data": [old]}), times=1)
-        page.reload()
-        # A request to version 0 gets a 404; the page then asks again which models are served.
-        expect(page.locator("#model")).to_have_value("sst2:1")
-        expect(page.locator("#layers .exit")).to_have_count(1)
-
-
-def test_markup_in_a_text_stays_text(page: Page) -> None:
-    page.fill("#text", "<img src=x onerror=document.title='owned'> a fine film")
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [old]}), times=1)
+    page.reload()
+    # A request to version 0 gets a 404; the page then asks again which models are served.
+    expect(page.locator("#model")).to_have_value("sst2:1")
     expect(page.locator("#layers .exit")).to_have_count(1)
-    assert page.title().startswith("DE3")
 
 
-def test_pairs_where_the_model_takes_them(page: Page, browser: Browser, store: Path) -> None:
+def test_pairs_where_the_model_takes_them(page: Page, store: Path) -> None:
     expect(page.locator("#layers .exit")).to_have_count(1)
     expect(page.get_by_label("A pair of texts")).to_be_disabled()  # the demo model takes single texts
     with serving(store, models=["tiny"]) as server:
-        for page in opened(browser, server):
-            page.fill("#text", "good")
-            page.get_by_label("A pair of texts").check()
-            expect(page.locator("#summary")).to_contain_text("Type both texts")
-            with page.expect_request(lambda sent: "text_pair" in (sent.post_data or "")):
-                page.get_by_label("Second text of the pair").fill("bad")
-            expect(page.locator("#layers .exit")).to_have_count(1)
+        for other in visited(page.context.new_page(), server):
+            other.fill("#text", "good")
+            other.get_by_label("A pair of texts").check()
+            expect(other.locator("#summary")).to_contain_text("Type both texts")
+            with other.expect_request(lambda sent: "text_pair" in (sent.post_data or "")):
+                other.get_by_label("Second text of the pair").fill("bad")
+            expect(other.locator("#layers .exit")).to_have_count(1)
 
 
 def poll(page: Page, times: int) -> None:
@@ -461,36 +500,10 @@ def test_the_page_shows_the_promise_and_the_measurement(browser: Browser) -> Non
                 f"{share(found['upper'])} with 95% confidence); on held-out texts "
                 f"{share(report['calibrated']['disagreement'])}. Promised: at most 40%."
             )
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            assert Axe().run(page).violations_count == 0
+            check_accessibility(page)
 
 
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        (
-            {"promise": None},
-            "Measured on 3 live texts that also ran to full depth, at the server's default τ = 0.25: 1.23% of labels "
-            "differ (0.01% to 4.57% with 95% confidence); on held-out texts 0.3%.",
-        ),
-        (
-            {"promise": None, "calibrated": None, "audits": 1},
-            "Measured on 1 live text that also ran to full depth, at the server's default τ = 0.25: 1.23% of labels "
-            "differ (0.01% to 4.57% with 95% confidence).",
-        ),
-        (
-            {"audits": 0, "measured": {"disagreement": None, "lower": 0, "upper": 1, "confidence": 0.95}},
-            "No live text has been measured against full depth yet. Promised: at most 0.5%.",
-        ),
-        (
-            {"tau": {"tau": 0, "reason": "change"}},
-            "The server promises that at most 0.5% of labels differ from full depth. More did, so for now every text "
-            "runs to full depth, until enough live texts show that earlier exits keep the promise (3 so far).",
-        ),
-    ],
-    ids=["no promise", "no calibration", "no audits yet", "a broken promise"],
-)
-def test_the_sentence_about_audits(page: Page, changed: dict[str, Any], words: str) -> None:
+def test_the_sentence_about_audits(page: Page) -> None:
     audit = {
         "audits": 3,
         "tau": {"tau": 0.25, "reason": "evidence"},
@@ -498,41 +511,49 @@ def test_the_sentence_about_audits(page: Page, changed: dict[str, Any], words: s
         "measured": {"disagreement": 0.0123, "lower": 0.0001, "upper": 0.0457, "confidence": 0.95},
         "calibrated": {"disagreement": 0.003, "disagreement_bound": 0.01, "speedup": 3},
     }
-    page.route("**/audit", lambda route: route.fulfill(json=audit | changed))
+    measured = (
+        "that also ran to full depth, at the server's default τ = 0.25: 1.23% of labels differ (0.01% to 4.57% with "
+        "95% confidence)"
+    )
+    nothing = {"audits": 0, "measured": {"disagreement": None, "lower": 0, "upper": 1, "confidence": 0.95}}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"promise": None}, f"Measured on 3 live texts {measured}; on held-out texts 0.3%."),
+        ({"promise": None, "calibrated": None, "audits": 1}, f"Measured on 1 live text {measured}."),
+        (nothing, "No live text has been measured against full depth yet. Promised: at most 0.5%."),
+        (
+            {"tau": {"tau": 0, "reason": "change"}},
+            "The server promises that at most 0.5% of labels differ from full depth. More did, so for now every text "
+            "runs to full depth, until enough live texts show that earlier exits keep the promise (3 so far).",
+        ),
+    ]
+    report: dict[str, Any] = {}
+    page.route("**/audit", lambda route: route.fulfill(json=report))
+    for changed, words in cases:
+        report = audit | changed
+        page.reload()
+        expect(page.locator("#measured")).to_have_text(words)
+    page.route("**/learn", lambda route: route.fulfill(json={"records": 64, "said": "a fit has begun"}))
     page.reload()
-    expect(page.locator("#measured")).to_have_text(words)
+    expect(page.locator("#measured")).to_have_text(
+        f"{cases[-1][1]} Exits are learned from live texts (64 records): a fit has begun."
+    )
 
 
-def test_the_page_says_what_is_learned(browser: Browser, tmp_path: Path) -> None:
-    with serving(DEMO, guarantee=0.4, learn=True, state_dir=tmp_path) as server:
-        for page in opened(browser, server):
-            page.clock.install()
-            page.reload()
-            said = httpx.get(f"{server.url}/v1/models/sst2/learn").json()["said"]
-            sentence = page.locator("#measured")
-            expect(sentence).to_contain_text(f"Exits are learned from live texts (0 records): {said}.")
-            send_texts(server, range(64))
-            until(lambda: httpx.get(f"{server.url}/v1/models/sst2/learn").json()["records"] == 64, "records")
-            poll(page, 6)
-            said = httpx.get(f"{server.url}/v1/models/sst2/learn").json()["said"]
-            expect(sentence).to_contain_text(f"Exits are learned from live texts (64 records): {said}.")
-
-
-def test_a_server_that_audits_nothing_is_asked_once(page: Page, server: Server) -> None:
-    page.goto("about:blank")  # ends the requests of the first page
-    page.clock.install()
+def test_a_server_that_audits_nothing_is_asked_once(clocked: Page) -> None:
+    page = clocked
     with page.expect_response("**/audit") as answer:
-        page.goto(server.url + "/")
+        page.reload()
     assert answer.value.status == 409
-    asked: list[str] = []
-    page.on("request", lambda sent: asked.append(sent.url.rpartition("/")[2]))
-    poll(page, 11)
+    asked: list[Route] = []
+    page.route("**/audit", lambda route: asked.append(route))
+    poll(page, 6)
     expect(page.locator("#measured")).to_be_hidden()
-    assert "audit" not in asked
+    assert asked == []
 
 
-def test_the_sentence_about_audits_stays_while_the_server_is_busy(page: Page) -> None:
+def test_the_sentence_about_audits_stays_while_the_server_is_busy(clocked: Page) -> None:
     """A 503 does not mean that audits are off."""
+    page = clocked
     audit = {
         "audits": 0,
         "tau": {"tau": 0.25, "reason": "default"},
@@ -541,14 +562,13 @@ def test_the_sentence_about_audits_stays_while_the_server_is_busy(page: Page) ->
         "calibrated": None,
     }
     busy = {"error": {"message": "busy"}}
-    page.clock.install()
     page.route("**/audit", lambda route: route.fulfill(status=503, json=busy))
     page.reload()
     expect(page.locator("#layers .exit")).to_have_count(1)
     expect(page.locator("#measured")).to_be_hidden()
     page.unroute("**/audit")
     page.route("**/audit", lambda route: route.fulfill(json=audit))
-    poll(page, 6)
+    poll(page, 5)
     expect(page.locator("#measured")).to_have_text("No live text has been measured against full depth yet.")
     page.unroute("**/audit")
     page.route("**/audit", lambda route: route.fulfill(status=503, json=busy))
