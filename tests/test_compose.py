@@ -60,7 +60,7 @@ def test_limits_can_be_set() -> None:
     assert int(services["grafana"]["mem_limit"]) == 2**28
 
 
-@pytest.mark.parametrize("unset", [{}, {"GRAFANA_PASSWORD": ""}])
+@pytest.mark.parametrize("unset", [{}, {"GRAFANA_PASSWORD": ""}], ids=["unset", "empty"])
 def test_grafana_creates_no_admin_without_a_password(unset: dict[str, str]) -> None:
     """Grafana's default, which an empty variable leaves unchanged, is the user admin with the password admin."""
     environment = config(**unset)["services"]["grafana"]["environment"]
@@ -95,8 +95,7 @@ def test_a_key_file_is_mounted(which: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variable", ["DE3_API_KEYS", "DE3_ADMIN_KEYS"])
-@pytest.mark.parametrize("value", ["alice 0123456789abcdef", ""])
-@pytest.mark.parametrize("file", ["", "/etc/hostname"])
+@pytest.mark.parametrize(("value", "file"), [("alice 0123456789abcdef", ""), ("", "/etc/hostname")])
 def test_keys_in_a_variable_prevent_the_start(variable: str, value: str, file: str) -> None:
     """docker inspect would show such keys, and a server that ignored the variable would be open."""
     project = config(**{variable: value, f"{variable}_FILE": file})

@@ -115,21 +115,6 @@ def test_malformed_http_gets_a_json_400_and_is_closed(server: Server, data: byte
     works(server)
 
 
-def test_a_chunk_extension_sent_bytewise_is_refused_after_1000_packets() -> None:
-    parser = RequestParser()
-    parser.data = CHUNKED + b"1;"
-    assert parser.parse_head()
-
-    def feed(packets: int) -> None:
-        for _ in range(packets):
-            parser.data += b"x"
-            parser.parse_body()
-
-    feed(900)
-    with pytest.raises(ValueError, match="chunk sizes and trailers"):
-        feed(200)
-
-
 def test_connect_is_405_in_json(server: Server) -> None:
     with connect(server) as s:
         s.sendall(b"CONNECT x:1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -162,20 +147,16 @@ def test_an_answer_before_the_body_ends_the_connection(
 
 
 def test_a_slow_body_is_408_and_closed(store: Path) -> None:
-    with serving(store, models=["tiny"], body_timeout_s=0.1) as server, connect(server) as s:
-        s.sendall(REQUEST[:-3])
-        status, body = answer(s)
-        assert status == 408 and "did not arrive within 0.1 s" in body["error"]["message"]
-        assert is_closed(s)
-        works(server)
-        assert server.metric("de3_rejected_total", cause="slow_body") == 1
-
-
-def test_an_unfinished_trailer_is_late_too(store: Path) -> None:
-    with serving(store, models=["tiny"], body_timeout_s=0.3) as server, connect(server) as s:
-        s.sendall(CHUNKED + b"16\r\n" + BODY + b"\r\n0\r\nX: a")
-        assert answer(s)[0] == 408 and is_closed(s)
-        works(server)
+    """An unfinished trailer is late, too."""
+    with serving(store, models=["tiny"], body_timeout_s=0.1) as server:
+        for request in (REQUEST[:-3], CHUNKED + b"16\r\n" + BODY + b"\r\n0\r\nX: a"):
+            with connect(server) as s:
+                s.sendall(request)
+                status, body = answer(s)
+                assert status == 408 and "did not arrive within 0.1 s" in body["error"]["message"]
+                assert is_closed(s)
+            works(server)
+        assert server.metric("de3_rejected_total", cause="slow_body") == 2
 
 
 def test_empty_lines_do_not_keep_a_connection_open(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +309,7 @@ def test_http_1_0_is_answered_and_closed(server: Server) -> None:
         assert answer(s)[0] == 200 and is_closed(s)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     cuts=st.lists(st.integers(1, 400), max_size=12),
     chunks=st.lists(st.integers(1, 22), min_size=1, max_size=8),
@@ -387,28 +368,22 @@ def test_urls_in_absolute_form(server: Server) -> None:
         assert answer(s)[0] == 405
 
 
-def test_a_chunked_body_that_is_refused_leaves_nothing_behind(store: Path) -> None:
+def test_a_body_that_is_too_large_is_refused_and_leaves_nothing_behind(store: Path) -> None:
+    """Chunked, or with its head in one packet."""
     body = b'{"input": "' + b"a" * 2000 + b'"}'
-    with serving(store, models=["tiny"], max_body_bytes=1024) as server, connect(server) as s:
-        s.sendall(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
-        assert answer(s)[0] == 413
-        send(s, REQUEST)
-        status = s.recv(12)
-        assert status in (b"", b"HTTP/1.1 200")  # closed, or in sync
-    with serving(store, models=["tiny"]) as server, connect(server) as s:
-        s.sendall(CHUNKED + b"0\r\n\r\n")
-        assert answer(s)[0] == 400  # an empty body is not JSON
+    framed = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    with serving(store, models=["tiny"], max_body_bytes=1024) as server:
+        for request in (CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), framed):
+            with connect(server) as s:
+                s.sendall(request)
+                status, error = answer(s)
+                assert status == 413 and "1024 bytes" in error["error"]["message"]
+                send(s, REQUEST)
+                assert s.recv(12) in (b"", b"HTTP/1.1 200")  # closed, or in sync
+        with connect(server) as s:
+            s.sendall(CHUNKED + b"0\r\n\r\n")
+            assert answer(s)[0] == 400  # an empty body is not JSON
         until(lambda: not server.frontend.bytes_in_flight._held, "the body's bytes to be given back")
-
-
-def test_a_request_whose_body_is_arriving_at_shutdown_is_answered(server: Server) -> None:
-    with connect(server) as s:
-        s.sendall(REQUEST[:-3])
-        until(lambda: server.bodies_awaited() == 1, "the head to come")
-        (waiting,) = [c for c in server.listener.connections if c.state == listener.BODY]
-        waiting.loop.call_soon_threadsafe(waiting.shutdown)
-        s.sendall(REQUEST[-3:])
-        assert answer(s)[0] == 200 and is_closed(s)
 
 
 def test_pipelined_requests_are_paced_however_they_arrive(
@@ -465,16 +440,6 @@ def test_unfinished_bodies_make_room_for_clients_within_their_share(store: Path)
         status, body = answer(given_up)
         assert status == 429 and "unfinished body" in body["error"]["message"]
         assert server.bodies_awaited() == 8
-
-
-def test_a_body_that_is_too_large_is_refused_even_if_it_came_with_its_head(store: Path) -> None:
-    with serving(store, models=["tiny"], max_body_bytes=2000) as server, connect(server) as s:
-        body = b'{"input": "good", "user": "' + b"x" * 2000 + b'"}'
-        s.sendall(
-            b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-        )
-        status, error = answer(s)
-        assert status == 413 and "2000 bytes" in error["error"]["message"]
 
 
 def test_a_chunk_extension_is_limited(server: Server) -> None:
@@ -558,7 +523,8 @@ def test_a_body_that_comes_after_a_shutdown_began_is_read(server: Server) -> Non
         s.sendall(REQUEST[:-3])
         until(lambda: server.bodies_awaited() == 1, "the head to come")
         (waiting,) = [c for c in server.listener.connections if c.state == connection.BODY]
-        on_loop(waiting, lambda: (waiting.shutdown(), waiting.data_received(REQUEST[-3:])))  # type: ignore[attr-defined]
+        on_loop(waiting, waiting.shutdown)  # type: ignore[attr-defined]
+        s.sendall(REQUEST[-3:])
         assert answer(s)[0] == 200 and is_closed(s)
 
 

@@ -17,10 +17,10 @@ UNITS = {"Mi": 2**20, "Gi": 2**30}
 DOCUMENTS: dict[str, dict[str, Any]] = {d["kind"]: d for d in yaml.safe_load_all(FILE.read_text())}
 
 
-@pytest.mark.parametrize("version", ["1.28", "1.31", "1.33"])
-@pytest.mark.parametrize("kind", DOCUMENTS)
-def test_manifests_are_valid(kind: str, version: str) -> None:
-    kubernetes_validate.validate(DOCUMENTS[kind], version, strict=True)
+@pytest.mark.parametrize("version", ["1.28", "1.33"])
+def test_manifests_are_valid(version: str) -> None:
+    for document in DOCUMENTS.values():
+        kubernetes_validate.validate(document, version, strict=True)
 
 
 def test_the_check_can_fail() -> None:
