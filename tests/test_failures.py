@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from de3.model_store.tokenizer import TextTokenizer
@@ -70,6 +71,8 @@ def test_texts_that_fail_are_not_all_logged(
             patch.setattr(TextTokenizer, "encode", broken)
             for model in ("tiny", "tiny-int8") * 5:
                 assert server.classify(input="good", model=model).status_code == 500
+            failed = httpx.post(server.url + "/predict", json={"inputs": "good"})
+            assert (failed.status_code, failed.json()["error_type"]) == (500, "backend")
         assert server.classify(input="good", model="tiny").status_code == 200
     logged = [record.getMessage().split()[0] for record in caplog.records if record.module == "failures"]
     assert sorted(logged) == ["a", "an", "request"]  # one line each for "a group", "an item" and "request"
