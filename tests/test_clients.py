@@ -19,8 +19,11 @@ from tritonclient.http import InferenceServerClient, InferInput, InferRequestedO
 from tritonclient.utils import InferenceServerException
 
 from de3.client import AsyncClient, Client
+from de3.server.errors import RequestError
 from de3.server.http.app import PROTOCOLS, create_api
+from de3.server.http.errors import STATUSES
 from de3.server.http.frontend import Frontend
+from de3.server.http.tei import PREDICT
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.commands import de3
@@ -366,7 +369,14 @@ def test_triton_asks_about_the_server(triton: InferenceServerClient) -> None:
     assert triton.get_server_metadata()["name"] == "de3"
     metadata = triton.get_model_metadata("tiny")
     assert metadata["versions"] == ["1"]
-    assert [x["name"] for x in metadata["outputs"]] == ["label", "probs", "exit_layer"]
+    found = {x["name"]: (x["datatype"], x["shape"]) for x in metadata["inputs"] + metadata["outputs"]}
+    assert found == {
+        "text": ("BYTES", [-1]),
+        "text_pair": ("BYTES", [-1]),
+        "label": ("BYTES", [-1]),
+        "probs": ("FP64", [-1, 2]),
+        "exit_layer": ("INT64", [-1]),
+    }
 
 
 def test_triton_reports_errors(triton: InferenceServerClient) -> None:
@@ -525,8 +535,25 @@ def test_bodies_with_inputs_on_classify_get_a_flat_list(server: Server) -> None:
     for path, expected in (("/classify", flat), ("/", [flat])):
         answer = httpx.post(server.url + path, json={"inputs": TEXTS[0], "options": {"use_cache": False}})
         assert answer.json() == expected, path
-    both = httpx.post(server.url + "/classify", json={"inputs": TEXTS[:2], "parameters": {"tau": 0}}).json()
-    assert [len(one) for one in both] == [2, 2]
+    for texts in (TEXTS[:1], TEXTS[:2]):  # a list of texts gets a list of lists, even if it has one text
+        answer = server.classify(inputs=texts, parameters={"tau": 0}).json()
+        assert answer == [
+            [{"label": label, "score": score} for label, score in ranked(row)]
+            for row in ours(server, input=texts, tau=0)
+        ]
+    for truncation in (None, True, "only_first", "longest_first"):
+        answer = server.classify(inputs="good film " * 100, parameters={"truncation": truncation})
+        assert answer.status_code == 200, truncation
+    pair = {"text": TEXTS[0], "text_pair": TEXTS[1]}
+    (row,) = ours(server, input=pair, tau=0)
+    answer = server.classify(inputs=pair, parameters={"tau": 0, "top_k": 1}).json()
+    assert answer == [{"label": row["label"], "score": max(row["probs"])}]
+    for wrong in (
+        {"text_pair": "good"},
+        {"text": "good", "other": "bad"},
+        {"text": "good", "text_pair": " "},
+    ):
+        assert server.classify(inputs=wrong).json()["error"]["param"] == "inputs"
 
 
 # Text Embeddings Inference
@@ -571,7 +598,29 @@ def test_answers_have_the_shape_of_teis(server: Server, request_: Any, response:
 def test_info_has_the_fields_of_teis(server: Server) -> None:
     info = httpx.get(server.url + "/info").json()
     assert TEI_INFO["required"] <= info.keys() <= TEI_INFO["required"] | TEI_INFO["optional"]
-    assert info["model_type"]["classifier"].keys() == {"id2label", "label2id"}
+    assert info["model_type"]["classifier"] == {
+        "id2label": {"0": "negative", "1": "positive"},
+        "label2id": {"negative": 0, "positive": 1},
+    }
+    limits = {name: info[name] for name in info if name.startswith("max_")}
+    assert limits == {
+        "max_concurrent_requests": server.service.settings.max_queue,
+        "max_input_length": 64,
+        "max_batch_tokens": 512,
+        "max_batch_requests": 8,
+        "max_client_batch_size": 8,
+    }
+
+
+def test_each_cause_of_an_error_has_teis_type() -> None:
+    kinds = {429: "overloaded", 503: "overloaded", 500: "backend", 504: "backend"}
+    for cause, status in STATUSES.items():
+        if cause not in (
+            "busy",
+            "client_gone",
+        ):  # which are not of classification requests, or are never sent
+            body = json.loads(PREDICT.error(RequestError("refused", cause=cause)))
+            assert body == {"error": "refused", "error_type": kinds.get(status, "validation")}, cause
 
 
 @pytest.mark.parametrize(
@@ -604,8 +653,6 @@ def test_tei_refuses_long_texts_unless_told_to_truncate(server: Server) -> None:
     assert np.exp(raw[0]["score"] - raw[1]["score"]) == pytest.approx(ranked(row)[0][1] / ranked(row)[1][1])
     too_many = httpx.post(server.url + "/predict", json={"inputs": [["good"]] * 9})
     assert too_many.status_code == 422 and "at most 8" in too_many.json()["error"]
-    info = httpx.get(server.url + "/info").json()
-    assert info["model_id"] == "tiny:1" and info["model_type"]["classifier"]["id2label"]["1"] == "positive"
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,23 @@ def test_moderation_with_openais_client(server: Server, store: Path) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (422, "thresholds")
 
 
+def test_detectors_find_each_label_that_reaches_its_threshold(server: Server) -> None:
+    text = "good and bad"
+    row = server.classify(input=text, tau=0).json()["data"][0]
+    probs = dict(zip(NAMES, row["probs"], strict=True))
+
+    def found(**parameters: Any) -> dict[str, float]:
+        body = {"contents": [text], "detector_params": {"tau": 0, **parameters}}
+        (detections,) = httpx.post(f"{server.url}/api/v1/text/contents", json=body).json()
+        assert all((one["start"], one["end"], one["text"]) == (0, len(text), text) for one in detections)
+        return {one["detection"]: one["score"] for one in detections}
+
+    assert found() == {name: probs[name] for name in row["labels"]}  # no label is safe by default
+    for limit in probs.values():
+        assert found(threshold=limit) == {name: prob for name, prob in probs.items() if prob >= limit}
+    assert found(threshold=0, safe_labels=["praise"]).keys() == {"blame", "story"}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_taus")
 def test_labels_of_the_data_are_reported(classifier: Path, imported: Path, tmp_path: Path) -> None:

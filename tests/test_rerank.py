@@ -14,6 +14,9 @@ import pytest
 from de3.exits.reading import sigmoid
 from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
+from de3.server.engine.request import Text
+from de3.server.errors import RequestError
+from de3.server.http.rerank import MAX_QUERY_CHARS, RerankRequest
 from tests.fixtures import installed, save_encoder
 from tests.serving import Server, serving
 
@@ -82,16 +85,25 @@ def test_jina_and_cohere(server: Server, path: str) -> None:
         ({"query": QUERY, "documents": ["a"], "tau": 2}, "tau: "),
         ({"query": QUERY, "documents": ["a"], "other": 2}, "other: unknown field; known fields: "),
         ({"query": QUERY, "texts": ["a"]}, "texts: unknown field; known fields: "),
-        (
-            {"query": "a" * 2**18, "documents": ["a"] * 5},
-            "query: 262144 characters before each of 5 documents, at most ",
-        ),
         ({"query": QUERY, "documents": ["a"], "model": "two"}, "model: two:1 has 2 outputs; reranking needs"),
     ],
 )
 def test_errors_name_the_field(server: Server, body: dict[str, Any], says: str) -> None:
     answer = post(server, "/v1/rerank", **body)
     assert answer.status_code == 422 and answer.json()["error"]["message"].startswith(says), answer.text
+
+
+def test_a_model_of_single_texts_does_not_rerank(server: Server) -> None:
+    manifest = server.service.models.get("ranker").model.manifest
+    request = RerankRequest([Text(QUERY, document) for document in DOCUMENTS])
+    for takes in ("pair", None):
+        request.check(manifest.model_copy(update={"input": takes}))
+    with pytest.raises(RequestError, match="takes single texts"):
+        request.check(manifest.model_copy(update={"input": "text"}))
+    longest = [Text("a" * (MAX_QUERY_CHARS // 4), "a")] * 4
+    RerankRequest(longest).check(manifest)
+    with pytest.raises(RequestError, match="query"):
+        RerankRequest([*longest, longest[0]]).check(manifest)
 
 
 def test_errors_have_the_form_of_the_peer(server: Server) -> None:
