@@ -224,10 +224,10 @@ class Models:
         before = self.all
         self._versions.setdefault(name, {})[version] = served
         route = self.routes.setdefault(name, Route(version))
-        used = route.used()
+        used, earlier = route.used(), route.before[:-1]
         route.give(role, version, share)
         if back:
-            del route.before[-2:]  # this version, and the one that it replaces
+            route.before = earlier
         for lost in used - route.used() - {version}:
             del self._versions[name][lost]
         return _gone(before, self.all)

@@ -303,6 +303,14 @@ def test_a_body_sent_after_100_continue(server: Server) -> None:
         assert answer(s)[0] == 413  # without a 100 Continue before it
 
 
+def test_a_wish_to_upgrade_is_ignored(server: Server) -> None:
+    with connect(server) as s:
+        for name in (b"Upgrade", b"uPGRADE"):
+            wish = b"Connection: Upgrade, HTTP2-Settings\r\n%s: h2c\r\nContent-Length" % name
+            s.sendall(REQUEST.replace(b"Content-Length", wish))
+            assert answer(s)[0] == 200
+
+
 def test_http_1_0_is_answered_and_closed(server: Server) -> None:
     with connect(server) as s:
         s.sendall(REQUEST.replace(b"HTTP/1.1", b"HTTP/1.0"))

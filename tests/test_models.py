@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,7 +16,8 @@ import pytest
 
 from de3.model_store.store import Store, StoreError
 from de3.server import manager
-from de3.server.models import MAX_LOADED, find
+from de3.server.errors import RequestError
+from de3.server.models import MAX_HISTORY, MAX_LOADED, Models, find
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.commands import de3, refusal
@@ -397,6 +399,46 @@ def test_the_command_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> No
     assert models("unload tiny:1") == "tiny:1 is unloaded"
     assert models("rollback tiny") == "tiny:1 is current again, by onnxruntime"
     assert "layer_02.onnx: damaged" in refusal(f"models load tiny:3 --url {server.url}")
+
+
+def fake(version: int, name: str = "a", source: str | None = None) -> Any:
+    """A loaded model, as far as Models needs one."""
+    manifest = SimpleNamespace(name=name, version=version, source=source)
+    return SimpleNamespace(model=SimpleNamespace(manifest=manifest, full_name=f"{name}:{version}"))
+
+
+def test_the_last_versions_can_be_rolled_back_one_by_one() -> None:
+    models = Models()
+    versions = [fake(n) for n in range(1, MAX_HISTORY + 4)]
+    for before, one in zip([None, *versions], versions, strict=False):
+        assert models.add(one) == ([] if before is None else [before])
+    for current in reversed(versions[3:]):
+        assert models.routes["a"].before == list(range(3, current.model.manifest.version))
+        models.add(versions[models.routes["a"].before[-1] - 1], back=True)
+    assert (models.routes["a"].current, models.routes["a"].before, len(models.all)) == (3, [], 1)
+
+
+def test_a_canary_and_a_shadow_lose_their_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "random", lambda: 0.4)
+    models, (one, two, three, four) = Models(), (fake(n) for n in range(1, 5))
+    models.add(one)
+    models.add(two, "canary", 0.5)
+    models.add(three, "shadow")
+    assert (models.get("a"), models.get("a:1"), models.current("a")) == (two, one, one)
+    assert [models.shadow_of(x) for x in (one, two, three)] == [three, None, None]
+    assert [models.role_of(x.model.manifest) for x in models.all] == ["current", "canary", "shadow"]
+    assert models.add(four, "canary", 0.4) == [two]  # the share of texts is below it, not up to it
+    assert models.get("a") is one
+    assert models.remove("a", 4) == [four] and models.get("a") is one
+    assert (models.routes["a"].canary, models.routes["a"].share) == (None, 0.0)
+    assert models.remove("a", 3) == [three] and models.shadow_of(one) is None
+    assert models.is_default("a") and models.get(None) is one
+    models.add(other := fake(7, "b", "org/b@v1"))
+    assert not models.is_default("a") and models.current("org/b") is models.current("org/b@v1") is other
+    for name, version in (("org/b", None), ("b", 8), ("c", None)):
+        with pytest.raises(RequestError):
+            models.check_remove(name, version)
+    assert models.remove("b", 7) == [other] and models.get(None) is one
 
 
 @pytest.mark.parametrize("names", [["tiny:2", "tiny:1"], ["tiny:1", "tiny:2"]])
