@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from http.client import HTTPResponse
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from httptools import HttpParserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -490,6 +491,18 @@ def test_a_request_is_parsed_however_it_is_cut_and_the_next_one_is_left() -> Non
         parser.data += chunks[cut:] + b"GET /next"
         parser.parse_body()
         assert parser.is_complete and (parser.take_body(), parser.data) == (b"hi", b"GET /next")
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "is_accepted"), [(1040, 1, True), (1041, 1, False), (9000, 64, True), (1200, 8, False)]
+)
+def test_small_chunks_are_limited_by_their_mean_size(count: int, size: int, is_accepted: bool) -> None:
+    parser = RequestParser()
+    parser.data = CHUNKED + b"%x\r\n%s\r\n" % (size, b"a" * size) * count + b"0\r\n\r\n"
+    assert parser.parse_head()
+    with nullcontext() if is_accepted else pytest.raises(HttpParserError):
+        parser.parse_body()
+    assert (parser.is_complete and parser.take_body() == b"a" * size * count) == is_accepted
 
 
 def test_a_trailer_is_not_a_header() -> None:

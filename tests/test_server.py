@@ -19,7 +19,9 @@ from de3.exits.reading import read
 from de3.exits.signals import Signal, edr
 from de3.model_store.model import Model
 from de3.model_store.store import Store
-from de3.server.errors import Cause
+from de3.server.errors import Cause, RequestError
+from de3.server.rules import Rules
+from de3.server.settings import ExitOptions, Settings
 from tests.fixtures import make_rows
 from tests.serving import Server, serving, until
 
@@ -142,6 +144,47 @@ def test_max_layer_ends_a_text(server: Server) -> None:
         assert row["exit"]["reason"] == ("last_layer" if max_layer == 3 else "max_layer")
 
 
+def test_which_option_sets_the_rule(model: Model) -> None:
+    manifest = model.manifest
+    assert manifest.calibration is not None
+    rules, defaults = Rules(manifest, Settings()), manifest.defaults
+    plain = rules.of(ExitOptions())
+    assert (plain.by, plain.wanted, plain.rule.tau, plain.budget_s) == ("default", None, defaults.tau, None)
+    assert plain.expected is not None and plain.expected.tau == defaults.tau
+    limited = rules.of(ExitOptions(max_layer=1))
+    assert (limited.by, limited.rule.tau, limited.rule.max_layer) == ("default", defaults.tau, 1)
+    assert limited.expected is None  # the calibration has no such limit
+    exact = rules.of(ExitOptions(tau=0.0, max_layer=2))
+    assert (exact.by, exact.wanted, exact.rule.tau, exact.rule.max_layer) == ("tau", 0.0, 0.0, 2)
+    fast = rules.of(ExitOptions(target_speedup=1.5))
+    assert (fast.by, fast.wanted) == ("target_speedup", 1.5)
+    assert fast.expected is not None and fast.expected.speedup >= 1.5 and fast.rule.tau == fast.expected.tau
+
+    certified = Rules(manifest, Settings(max_disagreement=0.5))
+    promise = certified.of(ExitOptions()).certificate
+    assert promise is not None and promise["bound"] <= promise["max_disagreement"] == 0.5
+    assert promise["samples"] == manifest.calibration.certify_size
+    hurried = certified.of(ExitOptions(latency_budget_ms=50))  # may exit earlier, so nothing is certified
+    assert (hurried.by, hurried.wanted, hurried.budget_s, hurried.certificate) == (
+        "latency_budget_ms",
+        50,
+        0.05,
+        None,
+    )
+    assert hurried.rule == certified.default.rule
+    timed = Rules(manifest, Settings(latency_budget_ms=20))
+    assert (timed.default.rule.tau, timed.default.budget_s) == (defaults.tau, 0.02)
+    assert Rules(manifest, Settings(tau=0.25)).default.rule.tau == 0.25
+    assert timed.of(ExitOptions(tau=0.5)).budget_s is None  # a request's own option replaces the server's
+    assert timed.of(ExitOptions(signal="entropy")).budget_s is None
+
+    later = Rules(manifest.model_copy(update={"exit_layers": [1, 2, 3]}), Settings())
+    assert [later.of(ExitOptions(max_layer=n)).rule.max_layer for n in (1, 3)] == [1, 3]
+    for layer in (0, 4):
+        with pytest.raises(RequestError, match="max_layer: must be from 1 to 3"):
+            later.of(ExitOptions(max_layer=layer))
+
+
 def test_a_long_text_is_cut_or_refused(server: Server, model: Model) -> None:
     words = "good film and a dull plot " * 30
     row = server.classify(input=words, tau=0).json()
@@ -187,7 +230,7 @@ BAD: list[tuple[bytes, int, str | None, str]] = [
     (b'{"input": "\\ud800"}', 400, None, "not JSON"),
     (b"[" * 50_000, 400, None, "not JSON"),
     (
-        b'{"input": "a", "user": [' + b"[]," * 140_000 + b"[]]}",
+        b'{"input": "a", "user": [' + b"[{}]," * 66_000 + b"[]]}",
         422,
         None,
         "more than 131072 opening brackets",
