@@ -152,6 +152,20 @@ def test_a_shadow_is_compared_and_answers_nobody(server: Server, versions: Path)
         assert server.metric("de3_shadow_disagreements_total", **names) == disagreements
 
 
+def test_a_shadow_is_not_compared_with_answers_cut_short_by_a_deadline(server: Server) -> None:
+    change(server, "load", version=2, role="shadow")
+    hurried = server.classify(input=TEXTS, latency_budget_ms=0.001, best_effort=True).json()["data"]
+    whole = sum(row["exit"]["reason"] != "deadline" for row in hurried)
+    assert whole < len(TEXTS) - 1
+    server.classify(input=TEXTS[0])
+    until(lambda: server.metric("de3_shadow_disagreements_total") >= whole + 1, "the shadow")
+    assert (
+        server.metric("de3_shadow_texts_total")
+        == server.metric("de3_shadow_disagreements_total")
+        == whole + 1
+    )
+
+
 def test_a_shadow_takes_nobodys_room(versions: Path) -> None:
     """A shadow's texts do not count as pending, so the autoscaler and the load controller do not see them."""
     settings = {"models": ["tiny:1"], "admin_keys": f"root {KEY}", "max_queue": 8, "max_texts": 8}
