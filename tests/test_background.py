@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import httpx
+import orjson
 import pytest
 import uvloop
 
@@ -33,7 +34,7 @@ from de3.server.http.turns import AT_ONCE
 from de3.server.learn import fitting, learners
 from de3.server.learn.learners import Learners
 from de3.server.overload import Controller
-from de3.server.processes.channel import Channel
+from de3.server.processes.channel import Channel, _row
 from de3.server.processes.worker import CLOSED, CONNECTION, Worker
 from de3.server.settings import Settings
 from tests.fixtures import make_rows
@@ -326,7 +327,7 @@ def test_errors_of_messages_between_processes_are_reported_where_they_occur() ->
         return object()
 
     async def fail() -> None:
-        raise RuntimeError("half a pair: \ud800")
+        raise RuntimeError("unexpected")
 
     async def run() -> None:
         caller, other = (
@@ -339,6 +340,7 @@ def test_errors_of_messages_between_processes_are_reported_where_they_occur() ->
             with pytest.raises(RequestError):
                 await caller.call(method)
         assert errors == {"message": 4}
+        orjson.dumps(_row(RuntimeError("half of a surrogate pair: \ud800")))
         for task in running:
             task.cancel()
 
