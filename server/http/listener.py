@@ -21,6 +21,7 @@ MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
 MAX_BODY_BYTES_PER_S = 2.5e8
 PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, over all connections
 SWEEP_S = 0.25
+MAX_LATE_S = 1.0  # time since the last sweep, after which nothing expires
 MAX_NETWORK_RATIO = 8  # limit on one network's connections, as a multiple of the number that are still free
 EVICTION_SAMPLE = 256  # number of connections from which the one to evict is chosen
 FRESH_S = 0.25  # a new connection has this long to send its first request before it counts as silent
@@ -123,7 +124,7 @@ class Listener:
         self.turns = Turns()
         self._per_network = Counter[str]()
         self._paused: set[BaseConnection] = set()
-        self._sweeping = False
+        self._sweeping, self._swept_at = False, 0.0
         self._read_at = 0.0  # when the next part of a body may be read (monotonic seconds)
         self._pipelined_at = 0.0  # when the next pipelined request may be answered
 
@@ -139,7 +140,7 @@ class Listener:
         if self._per_network[connection.network] > MAX_NETWORK_RATIO * free:
             self._evict(connection)
         if not self._sweeping:
-            self._sweeping = True
+            self._sweeping, self._swept_at = True, monotonic()
             connection.loop.call_later(SWEEP_S, self._sweep, connection.loop)
 
     def _grow_older(self, connection: BaseConnection, turns: int) -> None:
@@ -237,11 +238,18 @@ class Listener:
         self._paused.discard(connection)
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Expire connections past a deadline. One periodic sweep is cheaper than a timer for each request."""
+        """Expire connections past a deadline. One periodic sweep is cheaper than a timer for each request.
+
+        If the sweep is late, the process was stalled, and data may have arrived that it has not read yet: the next sweep
+        decides.
+        """
         self._sweeping = bool(self.connections)
         if self._sweeping:
             loop.call_later(SWEEP_S, self._sweep, loop)
         now = monotonic()
+        before, self._swept_at = self._swept_at, now
+        if now - before > MAX_LATE_S:
+            return
         for connection in [c for c in self.connections if c.deadline < now or c.write_deadline < now]:
             try:
                 connection.expire(now)
