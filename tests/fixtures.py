@@ -45,7 +45,7 @@ hypothesis.settings.load_profile("de3")
 for phase in ("connect", "read", "write", "pool"):
     setattr(DEFAULT_TIMEOUT_CONFIG, phase, 60.0)
 # httpx loads the certificates for each request, which takes longer than most requests.
-transports.create_ssl_context = cache(transports.create_ssl_context)
+transports.create_ssl_context = cache(transports.create_ssl_context)  # type: ignore[attr-defined]
 
 GOOD = "good great lovely superb fine warm funny charming bright fresh".split()  # noqa: SIM905
 BAD = "bad awful dull poor weak cold boring tired messy stale".split()  # noqa: SIM905

@@ -240,8 +240,8 @@ class Listener:
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         """Expire connections past a deadline. One periodic sweep is cheaper than a timer for each request.
 
-        If the sweep is late, the process was stalled, and data may have arrived that it has not read yet: the next sweep
-        decides.
+        If the sweep is late, the process was stalled, and data may have arrived that it has not read yet: the next
+        sweep decides.
         """
         self._sweeping = bool(self.connections)
         if self._sweeping:
