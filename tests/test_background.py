@@ -289,7 +289,9 @@ def test_one_connection_or_request_does_not_stop_the_others() -> None:
         shared = listener.Listener(mock.Mock(), 10, 100, 1.0)
         for expire in (fail, lambda now: done.append("expired")) * 3:
             shared.connections.add(mock.Mock(deadline=0.0, write_deadline=0.0, expire=expire))
-        shared._swept_at = monotonic() - 10  # the process was stalled: what has arrived meanwhile is read first
+        shared._swept_at = (
+            monotonic() - 10
+        )  # the process was stalled: what has arrived meanwhile is read first
         shared._sweep(asyncio.get_running_loop())
         assert not errors
         shared._sweep(asyncio.get_running_loop())
