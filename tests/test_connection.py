@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 from httptools import HttpParserError
 from hypothesis import given, settings
@@ -23,7 +22,13 @@ from hypothesis import strategies as st
 
 from de3.server.http import connection, listener
 from de3.server.http.listener import BaseConnection, Listener
-from de3.server.http.parser import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS, RequestParser
+from de3.server.http.parser import (
+    MAX_FRAMING_BYTES,
+    MAX_HEAD_BYTES,
+    MAX_HEADERS,
+    MIN_CHUNK_BYTES,
+    RequestParser,
+)
 from de3.server.http.shared_run import MAX_WAITING
 from de3.server.shares import Shares
 from tests.serving import Gate, Server, serving, until
@@ -89,21 +94,23 @@ def works(server: Server) -> None:
     ("data", "says"),
     [
         (b"POST /classify HTTP/1.1\r\nX: " + b"a" * MAX_HEAD_BYTES, "head is larger than 32768 bytes"),
-        (b"GET /" + b"a" * MAX_HEAD_BYTES + b" HTTP/1.1\r\n\r\n", "head is larger"),
         (b"GET / HTTP/1.1\r\n" + b"a:\r\n" * (MAX_HEADERS + 1) + b"\r\n", "more than 100 headers"),
         (b"\r\n" * MAX_HEAD_BYTES, "head is larger"),
         (b"\x16\x03\x01", "does not begin with a method"),
         (CHUNKED + b"1\r\na\r\n" * 2000, "small chunks"),
         (CHUNKED + b"2\r\n{}\r\n0\r\nX: " + b"a" * 2 * MAX_FRAMING_BYTES, "chunk sizes and trailers"),
         (CHUNKED + b"1;" + b"x" * 2 * MAX_FRAMING_BYTES, "chunk sizes and trailers"),
-        (CHUNKED + b"4\r\n\r\n\r\n\r\n" * 2000, "chunk"),
         (CHUNKED + b"zz\r\n", "chunk size"),
         (b"POST / HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", "Transfer-Encoding"),
         (b"POST / HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n", "Content-Length"),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\n folded\r\n\r\n", "whitespace"),
         (b"GET / HTTP/1.1\nHost: localhost\n\n\r\n\r\n", "CRLF"),
+        (b"GET / HTTP/1.1\r\n\r\n", "has 0 Host headers"),
+        (b"GET / HTTP/1.0\r\nHost: a\r\nHost: a\r\n\r\n", "has 2 Host headers"),
+        (b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", "HTTP/2.0 is not supported"),
+        (b"GET / HTTP/0.9\r\nHost: a\r\n\r\n", "HTTP/0.9 is not supported"),
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_malformed_http_gets_a_json_400_and_is_closed(server: Server, data: bytes, says: str) -> None:
     before = server.metric("de3_rejected_total", cause="malformed")
@@ -147,43 +154,35 @@ def test_an_answer_before_the_body_ends_the_connection(
     works(server)
 
 
-def test_a_slow_body_is_408_and_closed(store: Path) -> None:
+def test_a_slow_body_is_408_and_closed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unfinished trailer is late, too."""
-    with serving(store, models=["tiny"], body_timeout_s=0.1) as server:
-        for request in (REQUEST[:-3], CHUNKED + b"16\r\n" + BODY + b"\r\n0\r\nX: a"):
-            with connect(server) as s:
-                s.sendall(request)
-                status, body = answer(s)
-                assert status == 408 and "did not arrive within 0.1 s" in body["error"]["message"]
-                assert is_closed(s)
-            works(server)
-        assert server.metric("de3_rejected_total", cause="slow_body") == 2
+    for request in (REQUEST[:-3], CHUNKED + b"16\r\n" + BODY + b"\r\n0\r\nX: a"):
+        with monkeypatch.context() as patch, connect(server) as s:
+            patch.setattr(server.listener, "body_timeout_s", 0.1)
+            s.sendall(request)
+            status, body = answer(s)
+            assert status == 408 and "did not arrive within 0.1 s" in body["error"]["message"]
+            assert is_closed(s)
+        works(server)
+    assert server.metric("de3_rejected_total", cause="slow_body") == 2
 
 
 def test_empty_lines_do_not_keep_a_connection_open(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.1)
     monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.1)
-    stop = threading.Event()
     with connect(server) as s:
+        s.settimeout(0.01)
 
-        def drip() -> None:
-            while not stop.wait(0.01):
-                send(s, b"\r\n")
+        def is_cut() -> bool:
+            send(s, b"\r\n")
+            with suppress(TimeoutError):
+                return is_closed(s)
+            return False
 
-        dripping = threading.Thread(target=drip)
-        dripping.start()
-        try:
-            assert is_closed(s)
-        finally:
-            stop.set()
-            dripping.join()
+        until(is_cut, "the end")
 
 
-def test_pipelined_requests_are_answered_in_turn_and_unread_ones_wait(server: Server) -> None:
-    with connect(server) as s:
-        s.sendall(REQUEST * 50)
-        for _ in range(50):
-            assert answer(s)[0] == 200
+def test_pipelined_requests_wait_while_their_client_reads_no_answers(server: Server) -> None:
     before = server.metric("de3_rejected_total", cause="client_gone")
     with connect(server) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -196,7 +195,7 @@ def test_pipelined_requests_are_answered_in_turn_and_unread_ones_wait(server: Se
 
         until(server_stops_writing, "the server to stop writing")
         (paused,) = server.listener._paused
-        assert paused.unread() < 2**18 and len(paused._parser.data) < 2**19
+        assert 0 < paused.unread() < 2**18 and len(paused._parser.data) < 2**19
         works(server)
     until(lambda: not server.listener.paused_connections, "the connection to be forgotten")
     assert server.metric("de3_rejected_total", cause="client_gone") == before
@@ -222,44 +221,6 @@ def test_pipelined_requests_are_read_no_faster_than_they_are_answered(server: Se
         works(server)
 
 
-def test_clients_that_do_not_read_are_cut_before_they_fill_the_memory(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(listener, "MAX_UNREAD_BYTES", 300_000)
-    with serving(store, models=["tiny"], max_texts=1024, max_queue=8192) as server, ExitStack() as stack:
-        body = json.dumps({"input": ["good"] * 1024, "explain": True}).encode()
-        request = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (
-            len(body),
-            body,
-        )
-        for _ in range(4):
-            s = stack.enter_context(socket.socket())
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            s.connect(("127.0.0.1", server.port))
-            s.settimeout(20)
-            send(s, request * 5)
-        until(lambda: server.metric("de3_dropped_connections_total", reason="unread") >= 2, "two to be cut")
-        assert server.classify(input="good").status_code == 200
-
-
-def test_at_the_limit_the_busiest_address_loses_a_connection(store: Path) -> None:
-    with serving(store, models=["tiny"], max_connections=20) as server, ExitStack() as stack:
-        mine = stack.enter_context(connect(server))
-        mine.sendall(REQUEST)
-        assert answer(mine)[0] == 200
-        others = [stack.enter_context(connect(server, "127.0.0.2")) for _ in range(60)]
-        for other in others:
-            send(other, b"POST /classify HTTP/1.1\r\n")
-        until(
-            lambda: server.metric("de3_dropped_connections_total", reason="connection_limit") >= 41,
-            "those over the limit to be closed",
-        )
-        assert len(server.listener.connections) < 20
-        mine.sendall(REQUEST)
-        assert answer(mine)[0] == 200  # this idle connection was not closed
-        assert server.classify(input="good").status_code == 200  # there is room for a new one
-
-
 def test_unfinished_bodies_occupy_no_slots(store: Path) -> None:
     with serving(store, models=["tiny"], max_queue=4, max_texts=4) as server, ExitStack() as stack:
         for _ in range(30):
@@ -269,28 +230,6 @@ def test_unfinished_bodies_occupy_no_slots(store: Path) -> None:
         assert server.service.in_flight == 0
         assert server.classify(input="good").status_code == 200
     assert server.frontend.bytes_in_flight.total == 0
-
-
-def test_body_bytes_are_shared_between_addresses(store: Path) -> None:
-    sizes = {"max_body_bytes": 8000, "max_inflight_bytes": 16_000}
-    head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000\r\n\r\n"
-    with serving(store, models=["tiny"], **sizes) as server, ExitStack() as stack:
-        for _ in range(2):
-            s = stack.enter_context(connect(server, "127.0.0.2"))
-            s.sendall(head + b"x" * 7999)
-        until(lambda: server.frontend.bytes_in_flight.total == 15_998, "the bodies to come")
-        greedy = stack.enter_context(connect(server, "127.0.0.2"))
-        greedy.sendall(head + b"x" * 7000)
-        assert answer(greedy)[0] == 503  # not 429: a client that is alone may use everything
-        assert server.classify(input="good").status_code == 200  # from the reserve
-        other = stack.enter_context(connect(server))
-        other.sendall(head + b"x" * 1000)
-        until(lambda: server.frontend.bytes_in_flight.total == 16_998, "the other's body")
-        greedy = stack.enter_context(connect(server, "127.0.0.2"))
-        greedy.sendall(head + b"x" * 7000)
-        status, body = answer(greedy)
-        assert status == 429 and "over your share" in body["error"]["message"]
-        assert is_closed(greedy)
 
 
 def test_a_body_sent_after_100_continue(server: Server) -> None:
@@ -316,6 +255,9 @@ def test_http_1_0_is_answered_and_closed(server: Server) -> None:
     with connect(server) as s:
         s.sendall(REQUEST.replace(b"HTTP/1.1", b"HTTP/1.0"))
         assert answer(s)[0] == 200 and is_closed(s)
+    with connect(server) as s:
+        s.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert answer(s)[0] == 200  # it needs no Host
 
 
 @settings(max_examples=40)
@@ -354,13 +296,6 @@ def test_however_requests_are_cut_and_framed_each_is_answered(
             assert ("data" in body) == (kind != "g")
 
 
-def test_one_pair_of_long_texts_is_answered_soon(server: Server) -> None:
-    for text in ("a " * 25_600, "." * 51_200, ("qxzj" * 25 + " ") * 507):
-        row = server.classify(input={"text": text, "text_pair": text}).json()
-        assert row["data"][0]["truncated"] is True and row["usage"]["prompt_tokens"] == 64
-        assert httpx.get(server.url + "/health", timeout=5).status_code == 200
-
-
 def test_connection_close_is_heeded_without_a_body_too(server: Server) -> None:
     with connect(server) as s:
         s.sendall(
@@ -377,37 +312,21 @@ def test_urls_in_absolute_form(server: Server) -> None:
         assert answer(s)[0] == 405
 
 
-def test_a_body_that_is_too_large_is_refused_and_leaves_nothing_behind(store: Path) -> None:
+def test_a_body_that_is_too_large_is_refused_and_leaves_nothing_behind(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chunked, or with its head in one packet."""
     body = b'{"input": "' + b"a" * 2000 + b'"}'
     framed = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-    with serving(store, models=["tiny"], max_body_bytes=1024) as server:
-        for request in (CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), framed):
-            with connect(server) as s:
-                s.sendall(request)
-                status, error = answer(s)
-                assert status == 413 and "1024 bytes" in error["error"]["message"]
-                send(s, REQUEST)
-                assert s.recv(12) in (b"", b"HTTP/1.1 200")  # closed, or in sync
+    monkeypatch.setattr(server.listener, "max_body_bytes", 1024)
+    for request in (CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), framed):
         with connect(server) as s:
-            s.sendall(CHUNKED + b"0\r\n\r\n")
-            assert answer(s)[0] == 400  # an empty body is not JSON
-        until(lambda: not server.frontend.bytes_in_flight._held, "the body's bytes to be given back")
-
-
-def test_pipelined_requests_are_paced_however_they_arrive(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(listener, "PIPELINE_PAUSE_S", 0.02)
-    request = b"GET /nope HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with connect(server) as s:
-        s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        started = time.monotonic()
-        for _ in range(10):
-            s.sendall(request * 3)
-        for _ in range(30):
-            assert answer(s)[0] == 404
-        assert time.monotonic() - started > 0.3  # most of them had to wait
+            s.sendall(request)
+            status, error = answer(s)
+            assert status == 413 and "1024 bytes" in error["error"]["message"]
+            send(s, REQUEST)
+            assert s.recv(12) in (b"", b"HTTP/1.1 200")  # closed, or in sync
+    until(lambda: not server.frontend.bytes_in_flight._held, "the body's bytes to be given back")
 
 
 def test_a_refusal_does_not_depend_on_when_the_body_arrives(
@@ -451,28 +370,16 @@ def test_unfinished_bodies_make_room_for_clients_within_their_share(store: Path)
         assert server.bodies_awaited() == 8
 
 
-def test_a_chunk_extension_is_limited(server: Server) -> None:
-    """Each packet costs a call to the parser, so it counts as MIN_CHUNK_BYTES towards MAX_FRAMING_BYTES.
-
-    With the byte that each carries, about 1,000 packets are allowed.
-    """
-    with connect(server) as s:
-        s.sendall(CHUNKED + b"1;")
-        until(lambda: server.bodies_awaited() == 1, "the head to come")
-        (waiting,) = [c for c in server.listener.connections if c.state == connection.BODY]
-        packets: list[int] = []
-
-        def drip() -> None:
-            while waiting.state == connection.BODY and len(packets) < 10_000:
-                packets.append(1)
-                waiting.data_received(b"x")
-
-        waiting.loop.call_soon_threadsafe(drip)
-        status, body = answer(s)
-        assert status == 400 and "chunk sizes and trailers" in body["error"]["message"]
-        assert len(packets) == pytest.approx(1000, rel=0.05)
-        assert is_closed(s)
-    works(server)
+def test_each_packet_of_a_chunk_extension_counts_as_a_small_chunk() -> None:
+    parser, packets = RequestParser(), 0
+    parser.data = CHUNKED + b"1;"
+    assert parser.parse_head()
+    with pytest.raises(ValueError, match="chunk sizes and trailers"):
+        while packets < 10_000:
+            packets += 1
+            parser.data += b"x"
+            parser.parse_body()
+    assert packets == pytest.approx(MAX_FRAMING_BYTES / (MIN_CHUNK_BYTES + 1), abs=5)
 
 
 def test_a_request_is_parsed_however_it_is_cut_and_the_next_one_is_left() -> None:
@@ -664,8 +571,7 @@ def test_a_network_has_no_more_than_its_share_of_the_connections() -> None:
     assert len(shared.connections) == 80 == sum(not one.is_aborted for one in many)
 
 
-@pytest.mark.parametrize("is_answered", [False, True])
-def test_idle_connections_from_many_addresses_evict_no_active_client(store: Path, is_answered: bool) -> None:
+def test_idle_connections_from_many_addresses_evict_no_active_client(store: Path) -> None:
     with serving(store, models=["tiny"], max_connections=40) as server, ExitStack() as stack:
         pool = [stack.enter_context(connect(server, "127.9.9.9")) for _ in range(8)]
         for mine in pool:
@@ -673,9 +579,8 @@ def test_idle_connections_from_many_addresses_evict_no_active_client(store: Path
             assert answer(mine)[0] == 200
         for number in range(120):
             other = stack.enter_context(connect(server, f"127.{1 + number % 8}.{number}.1"))
-            if is_answered:
-                send(other, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                answer(other)
+            send(other, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer(other)
             if number % 4 == 0:
                 for mine in pool:
                     mine.sendall(REQUEST)
@@ -773,39 +678,17 @@ def test_a_request_whose_client_leaves_before_its_turn_is_counted(
             until(lambda: server.metric("de3_requests_total", status="499") == 2, "the count")
 
 
-@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_a_client_that_has_closed_is_detected(
-    store: Path, monkeypatch: pytest.MonkeyPatch, version: bytes
-) -> None:
+def test_a_client_that_has_closed_is_detected(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     monkeypatch.setattr(connection, "HALF_CLOSED_S", 0.2)
     with serving(store, models=["tiny"], timeout_s=60) as server:
-        with connect(server) as s:
-            s.sendall(REQUEST.replace(b"1.1", version))
-            until(lambda: server.service.admission.texts.total == 1, "the text")
-        until(lambda: server.metric("de3_rejected_total", cause="client_gone") == 1, "the departure")
-        until(lambda: server.service.admission.texts.total == 0, "the text to be dropped")
+        for version in (b"1.0", b"1.1"):
+            with connect(server) as s:
+                s.sendall(REQUEST.replace(b"1.1", version))
+                until(lambda: server.service.admission.texts.total == 1, "the text")
+            until(lambda: server.service.admission.texts.total == 0, "the text to be dropped")
+        assert server.metric("de3_rejected_total", cause="client_gone") == 2
         gate.open()
-
-
-@pytest.mark.parametrize(
-    ("head", "says"),
-    [
-        (b"GET / HTTP/1.1\r\n", "has 0 Host headers"),
-        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n", "has 2 Host headers"),
-        (b"GET / HTTP/1.0\r\nHost: a\r\nHost: a\r\n", "has 2 Host headers"),
-        (b"GET / HTTP/2.0\r\nHost: a\r\n", "HTTP/2.0 is not supported"),
-        (b"GET / HTTP/0.9\r\nHost: a\r\n", "HTTP/0.9 is not supported"),
-    ],
-)
-def test_a_request_has_one_host_and_a_known_version(server: Server, head: bytes, says: str) -> None:
-    with connect(server) as s:
-        s.sendall(head + b"\r\n")
-        status, body = answer(s)
-        assert status == 400 and says in body["error"]["message"] and is_closed(s)
-    with connect(server) as s:
-        s.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-        assert answer(s)[0] == 200
 
 
 def test_the_largest_body_of_the_client_with_the_most_bytes_makes_room() -> None:
@@ -821,13 +704,15 @@ def test_the_largest_body_of_the_client_with_the_most_bytes_makes_room() -> None
 
 def test_the_client_that_has_read_least_is_cut_off_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "MAX_UNREAD_BYTES", 35)
-    shared = made_listener(100)
+    shared, dropped = made_listener(100), list[str]()
+    shared.gate.dropped = dropped.append  # type: ignore[method-assign]
     connections = [Made(shared) for _ in range(3)]
     for one, left in zip(connections, (10, 20, 30), strict=True):
         one.left = left
         shared.opened(one)
         shared.paused(one)
     assert [one.is_aborted for one in connections] == [False, False, True]
+    assert dropped == ["unread"]
 
 
 def test_all_connections_share_the_rate_at_which_bodies_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
