@@ -47,7 +47,8 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def keyed(store: Path) -> Iterator[Server]:
-    with serving(store, models=["tiny"], api_keys=f"alice {KEY}") as running:
+    """A server with keys and a guarantee, whose model takes pairs."""
+    with serving(store, models=["tiny"], api_keys=f"alice {KEY}", guarantee=0.4, audit_share=1.0) as running:
         yield running
 
 
@@ -180,18 +181,18 @@ def test_full_depth_is_compared_by_all_labels_of_a_multi_label_model(page: Page)
 
 def test_everything_by_keyboard_alone(page: Page) -> None:
     expect(page.locator("#layers .exit")).to_have_count(1)
-    stops = []
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        stops.append(page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
-        if page.evaluate("document.activeElement.id") == "text":
-            break
+
+    def press_tab_until(name: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.id") == name:
+                return
+        pytest.fail(f"{name} does not get the focus")
+
+    press_tab_until("text")
     page.keyboard.press("Control+A")
     page.keyboard.type("I expected to hate it, and I did not.")
-    while page.evaluate("document.activeElement.id") != "slider":
-        page.keyboard.press("Tab")
-        stops.append(page.evaluate("document.activeElement.id || document.activeElement.value"))
-        assert len(stops) < 40, stops
+    press_tab_until("slider")
     page.keyboard.press("End")
     expect(page.locator("#value")).to_have_text("1.000")
     expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "0")
@@ -205,12 +206,10 @@ def test_everything_by_keyboard_alone(page: Page) -> None:
 
 
 def test_refusals_are_the_servers_own_words(page: Page) -> None:
-    page.locator("#text").fill("word " * 250_000)
-    expect(page.get_by_role("alert")).to_contain_text("larger than 1048576 bytes")
-    expect(page.locator("#layers li")).to_have_count(0)
-    page.locator("#text").fill("word " * 100_000)
+    page.locator("#text").fill("word " * 20_000)
     page.get_by_label("Latency budget").check()
     expect(page.get_by_role("alert")).to_contain_text("cannot be met")
+    expect(page.locator("#layers li")).to_have_count(0)
     page.locator("#text").fill("A wonderful film.")
     expect(page.locator("#problem")).to_be_empty()
     expect(page.locator("#layers .exit")).to_have_count(1)
@@ -246,21 +245,18 @@ def test_live_figures_come_from_the_metrics(clocked: Page, server: Server) -> No
     expect(page.locator("#p99")).to_contain_text("ms")
 
 
-def check_accessibility(page: Page) -> None:
-    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
-    found = Axe().run(page, options={"runOnly": {"type": "tag", "values": tags}})
-    assert found.violations_count == 0, found.generate_report()
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # no horizontal scrolling
-
-
 def test_wcag(page: Page) -> None:
-    for scheme in ("light", "dark"):
+    expect(page.locator("#layers .exit")).to_have_count(1)
+    expect(page.locator("#exits li")).to_have_count(7)
+    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+    for scheme, width in (("light", 1280), ("dark", 360)):
         page.emulate_media(reduced_motion="reduce", color_scheme=scheme)  # type: ignore[arg-type]
-        page.reload()
-        expect(page.locator("#layers .exit")).to_have_count(1)
-        expect(page.locator("#exits li")).to_have_count(7)
-        check_accessibility(page)
+        page.set_viewport_size({"width": width, "height": 720})
+        found = Axe().run(page, options={"runOnly": {"type": "tag", "values": tags}})
+        assert found.violations_count == 0, found.generate_report()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # no horizontal scrolling
     page.emulate_media(reduced_motion="null", color_scheme="null")
+    page.set_viewport_size({"width": 1280, "height": 720})
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Page, keyed: Server) -> None:
@@ -273,6 +269,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Page, keyed: Server) -> Non
         page.fill("#key", KEY)
         page.get_by_role("button", name="Use this key").click()
         expect(page.locator("#layers .exit")).to_have_count(1)
+        expect(page.locator("#measured")).to_contain_text("promises that at most 40% of labels differ")
         page.reload()
         expect(page.locator("#layers .exit")).to_have_count(1)
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
@@ -435,17 +432,18 @@ def test_a_model_that_was_replaced(page: Page, server: Server) -> None:
     expect(page.locator("#layers .exit")).to_have_count(1)
 
 
-def test_pairs_where_the_model_takes_them(page: Page, store: Path) -> None:
+def test_pairs_where_the_model_takes_them(page: Page, keyed: Server) -> None:
     expect(page.locator("#layers .exit")).to_have_count(1)
     expect(page.get_by_label("A pair of texts")).to_be_disabled()  # the demo model takes single texts
-    with serving(store, models=["tiny"]) as server:
-        for other in visited(page.context.new_page(), server):
-            other.fill("#text", "good")
-            other.get_by_label("A pair of texts").check()
-            expect(other.locator("#summary")).to_contain_text("Type both texts")
-            with other.expect_request(lambda sent: "text_pair" in (sent.post_data or "")):
-                other.get_by_label("Second text of the pair").fill("bad")
-            expect(other.locator("#layers .exit")).to_have_count(1)
+    for other in visited(page.context.new_page(), keyed):
+        other.fill("#key", KEY)
+        other.keyboard.press("Enter")
+        other.fill("#text", "good")
+        other.get_by_label("A pair of texts").check()
+        expect(other.locator("#summary")).to_contain_text("Type both texts")
+        with other.expect_request(lambda sent: "text_pair" in (sent.post_data or "")):
+            other.get_by_label("Second text of the pair").fill("bad")
+        expect(other.locator("#layers .exit")).to_have_count(1)
 
 
 def poll(page: Page, times: int) -> None:
@@ -455,62 +453,16 @@ def poll(page: Page, times: int) -> None:
             page.clock.run_for(2000)
 
 
-def audit_of(server: Server) -> dict[str, Any]:
-    report: dict[str, Any] = httpx.get(server.url + "/v1/models/sst2/audit").json()
-    return report
-
-
-def send_texts(server: Server, numbers: range) -> None:
-    """Send texts without exit options, and wait for their audits.
-
-    numbers: one text for each. For multiples of 8, answers at early exits differ from full depth.
-    """
-    answer = server.classify(
-        input=[f"A wonderful film, all {n} of it." if n % 8 else f"Not bad, the {n}." for n in numbers]
-    )
-    assert answer.status_code == 200
-    until(lambda: audit_of(server)["pending"] == 0, "audits")
-
-
-def test_the_page_shows_the_promise_and_the_measurement(browser: Browser) -> None:
-    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-    with serving(DEMO, guarantee=0.4, audit_share=1.0) as server:
-        for page in opened(browser, server, reduced_motion="reduce", **phone):
-            measured = page.locator("#measured")
-            expect(measured).to_have_text(
-                "The server promises that at most 40% of labels differ from full depth. For now every text runs to "
-                "full depth, until enough live texts show that earlier exits keep the promise (0 so far)."
-            )
-            page.clock.install()
-            page.reload()
-            expect(page.locator("#layers .exit")).to_have_count(1)
-            send_texts(server, range(64))
-            send_texts(server, range(64, 128))
-            poll(page, 6)
-            report = audit_of(server)
-            tau, found = report["tau"]["tau"], report["measured"]
-            assert tau > 0 and report["audits"] == 128 and found["disagreement"] > 0
-
-            def share(value: float) -> str:
-                return f"{round(100 * value, 2):g}%"
-
-            expect(measured).to_have_text(
-                f"Measured on 128 live texts that also ran to full depth, at the server's default τ = {tau:.4g}: "
-                f"{share(found['disagreement'])} of labels differ ({share(found['lower'])} to "
-                f"{share(found['upper'])} with 95% confidence); on held-out texts "
-                f"{share(report['calibrated']['disagreement'])}. Promised: at most 40%."
-            )
-            check_accessibility(page)
+AUDIT = {
+    "audits": 3,
+    "tau": {"tau": 0.25, "reason": "evidence"},
+    "promise": {"max_disagreement": 0.005, "confidence": 0.95, "reason": "evidence"},
+    "measured": {"disagreement": 0.0123, "lower": 0.0001, "upper": 0.0457, "confidence": 0.95},
+    "calibrated": {"disagreement": 0.003, "disagreement_bound": 0.01, "speedup": 3},
+}
 
 
 def test_the_sentence_about_audits(page: Page) -> None:
-    audit = {
-        "audits": 3,
-        "tau": {"tau": 0.25, "reason": "evidence"},
-        "promise": {"max_disagreement": 0.005, "confidence": 0.95, "reason": "evidence"},
-        "measured": {"disagreement": 0.0123, "lower": 0.0001, "upper": 0.0457, "confidence": 0.95},
-        "calibrated": {"disagreement": 0.003, "disagreement_bound": 0.01, "speedup": 3},
-    }
     measured = (
         "that also ran to full depth, at the server's default τ = 0.25: 1.23% of labels differ (0.01% to 4.57% with "
         "95% confidence)"
@@ -529,7 +481,7 @@ def test_the_sentence_about_audits(page: Page) -> None:
     report: dict[str, Any] = {}
     page.route("**/audit", lambda route: route.fulfill(json=report))
     for changed, words in cases:
-        report = audit | changed
+        report = AUDIT | changed
         page.reload()
         expect(page.locator("#measured")).to_have_text(words)
     page.route("**/learn", lambda route: route.fulfill(json={"records": 64, "said": "a fit has begun"}))
@@ -560,26 +512,15 @@ def test_a_server_that_audits_nothing_is_asked_once(clocked: Page, server: Serve
 def test_the_sentence_about_audits_stays_while_the_server_is_busy(clocked: Page) -> None:
     """A 503 does not mean that audits are off."""
     page = clocked
-    audit = {
-        "audits": 0,
-        "tau": {"tau": 0.25, "reason": "default"},
-        "promise": None,
-        "measured": {"disagreement": None},
-        "calibrated": None,
-    }
-    busy = {"error": {"message": "busy"}}
-    page.route("**/audit", lambda route: route.fulfill(status=503, json=busy))
+    busy: dict[str, Any] = {"status": 503, "json": {"error": {"message": "busy"}}}
+    page.route("**/audit", lambda route: route.fulfill(**busy))
     page.reload()
     expect(page.locator("#layers .exit")).to_have_count(1)
     expect(page.locator("#measured")).to_be_hidden()
-    page.unroute("**/audit")
-    page.route("**/audit", lambda route: route.fulfill(json=audit))
-    poll(page, 5)
-    expect(page.locator("#measured")).to_have_text("No live text has been measured against full depth yet.")
-    page.unroute("**/audit")
-    page.route("**/audit", lambda route: route.fulfill(status=503, json=busy))
-    poll(page, 6)
-    expect(page.locator("#measured")).to_be_visible()
+    for answer in ({"json": AUDIT}, busy):
+        page.route("**/audit", lambda route, _, answer=answer: route.fulfill(**answer))  # type: ignore[misc]
+        poll(page, 6)
+        expect(page.locator("#measured")).to_contain_text("Measured on 3 live texts")
 
 
 def test_the_page_is_one_response_with_a_strict_policy(server: Server) -> None:
