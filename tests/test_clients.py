@@ -1,24 +1,22 @@
-"""Existing clients, and our own, against a running server, with only the address changed."""
+"""Existing clients against a running server, with only the address changed."""
 
-import asyncio
-import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import httpx
 import numpy as np
 import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
-from openapi_spec_validator import OpenAPIV31SpecValidator
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
-from de3.client import AsyncClient, Client
 from de3.server.errors import RequestError
 from de3.server.http.app import PROTOCOLS, create_api
 from de3.server.http.errors import STATUSES
@@ -26,8 +24,7 @@ from de3.server.http.frontend import Frontend
 from de3.server.http.tei import PREDICT
 from de3.server.service import Service
 from de3.server.settings import Settings
-from tests.commands import de3
-from tests.serving import Server, serving
+from tests.serving import Server, serving, until
 
 TEXTS = ["a good film", "dull and boring", "it is not bad"]
 KEY = "alice-has-a-long-key"
@@ -55,105 +52,23 @@ def ranked(row: dict[str, Any]) -> list[tuple[str, float]]:
     return sorted(zip(["negative", "positive"], row["probs"], strict=True), key=lambda pair: -pair[1])
 
 
-# Every client
-
-
-def by_vllm(url: str, texts: list[str]) -> Any:
-    rows = httpx.post(url + "/classify", json={"model": "tiny", "input": texts}).json()["data"]
-    return [(row["label"], max(row["probs"])) for row in rows]
-
-
-def by_sglang(url: str, texts: list[str]) -> Any:
-    rows = [httpx.post(url + "/v1/classify", json={"model": "tiny", "input": t}).json() for t in texts]
-    return [(row["data"][0]["label"], max(row["data"][0]["probs"])) for row in rows]
-
-
-def by_triton(url: str, texts: list[str]) -> Any:
-    client = InferenceServerClient(url.removeprefix("http://"))
-    result = client.infer("tiny", [tensor("text", texts, binary=True)])
-    client.close()
-    return list(
-        zip(result.as_numpy("label").tolist(), result.as_numpy("probs").max(axis=1).tolist(), strict=True)
-    )
-
-
-def by_hugging_face(url: str, texts: list[str]) -> Any:
-    ranked = [InferenceClient(url).text_classification(text, top_k=1) for text in texts]
-    return [(first.label, first.score) for (first,) in ranked]
-
-
-def by_tei(url: str, texts: list[str]) -> Any:
-    rows = httpx.post(url + "/predict", json={"inputs": [[text] for text in texts]}).json()
-    return [(row[0]["label"], row[0]["score"]) for row in rows]
-
-
-def by_our_client(url: str, texts: list[str]) -> Any:
-    with Client(url) as client:
-        return [(row.label, max(row.probs)) for row in client.classify(texts).rows]
-
-
-def by_our_async_client(url: str, texts: list[str]) -> Any:
-    async def answers() -> Any:
-        async with AsyncClient(url) as client:
-            rows = await asyncio.gather(*(client.classify(text) for text in texts))
-            return [(row.rows[0].label, max(row.rows[0].probs)) for row in rows]
-
-    return asyncio.run(answers())
-
-
-def by_our_command(url: str, texts: list[str]) -> Any:
-    rows = [line.split() for line in de3(["classify", *texts, "--url", url]).splitlines()]
-    return [(row[0], float(row[1])) for row in rows]
-
-
-OTHERS = (by_vllm, by_sglang, by_triton, by_hugging_face, by_tei)
-OURS = (by_our_client, by_our_async_client, by_our_command)
-
-
-@pytest.mark.parametrize("client", [*OTHERS, *OURS])
-def test_every_client_gets_the_same_answer(
-    server: Server, client: Callable[[str, list[str]], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # fixtures.py sets it
-    expected = [(row["label"], max(row["probs"])) for row in ours(server, input=TEXTS)]
-    assert [(label, round(score, 2)) for label, score in client(server.url, TEXTS)] == [
-        (label, round(score, 2)) for label, score in expected
-    ]
-
-
 # A client generated from the OpenAPI schema
 
 
-@pytest.fixture(scope="module")
-def generated(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Generate a package with openapi-python-client from /openapi.json; fails the tests if there is a warning.
-
-    Yields a function that imports a module of the package by its full name.
-    """
-    folder = tmp_path_factory.mktemp("generated")
-    (folder / "config.yaml").write_text("post_hooks: []\n")  # do not format the code
-    command = [sys.executable, "-m", "openapi_python_client", "generate"]
-    command += [
-        "--url",
-        server.url + "/openapi.json",
-        "--meta",
-        "none",
-        "--output-path",
-        str(folder / "de3_generated"),
-        "--fail-on-warning",
-    ]
-    command += ["--config", str(folder / "config.yaml")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+def test_a_client_generated_by_openapi_python_client_reads_typed_answers(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text("post_hooks: []\n")  # do not format the code
+    command = (
+        f"{sys.executable} -m openapi_python_client generate --url {server.url}/openapi.json --meta none "
+    )
+    command += f"--config {tmp_path}/config.yaml --output-path {tmp_path}/de3_generated --fail-on-warning"
+    done = subprocess.run(command.split(), check=False, capture_output=True, text=True)
     assert done.returncode == 0 and "arning" not in done.stdout, done.stdout + done.stderr
-    sys.path.insert(0, str(folder))
-    yield importlib.import_module
-    sys.path.remove(str(folder))
-
-
-def test_a_generated_client_reads_typed_answers(server: Server, generated: Any) -> None:
-    classify = generated("de3_generated.api.classify.classify")
-    models = generated("de3_generated.models")
-    client = generated("de3_generated").Client(server.url)
+    monkeypatch.syspath_prepend(tmp_path)
+    classify: Any = import_module("de3_generated.api.classify.classify")
+    models: Any = import_module("de3_generated.models")
+    client = import_module("de3_generated").Client(server.url)
     pair = models.TextPair(text="a good film", text_pair="dull")
     body = models.ClassifyRequest(input_=[*TEXTS, pair], model="tiny", tau=0.1, explain=True)
     answer = classify.sync(client=client, body=body)
@@ -170,18 +85,15 @@ def test_a_generated_client_reads_typed_answers(server: Server, generated: Any) 
     refused = classify.sync(client=client, body=models.ClassifyRequest(input_="good", tau=2.0))
     assert isinstance(refused, models.ErrorResponse)
     assert (refused.error.code, refused.error.param) == (422, "tau")
-
-    async def ask() -> Any:
-        return await classify.asyncio(client=client, body=models.ClassifyRequest(input_="good"))
-
-    assert asyncio.run(ask()).data[0].index == 0
-    (listed, _) = generated("de3_generated.api.models.models").sync(client=client).data
-    assert (listed.id, listed.labels) == ("tiny:1", ["negative", "positive"])
-    metadata = generated("de3_generated.api.open_inference_protocol.model_metadata")
+    listed = import_module("de3_generated.api.models.models").sync(client=client).data
+    assert [one.id for one in listed] == ["tiny:1", "tiny-int8:1"]
+    metadata = import_module("de3_generated.api.open_inference_protocol.model_metadata")
     assert "no model 'x' is served" in metadata.sync("x", client=client).error
 
 
 def test_the_schema_is_valid(store: Path) -> None:
+    from openapi_spec_validator import OpenAPIV31SpecValidator
+
     settings = Settings(store=store, api_keys=f"alice {KEY}", admin_keys="root root-has-a-long-key")  # type: ignore[arg-type]
     api = create_api(Frontend(Service(settings), PROTOCOLS), lambda: None)
     schema = json.loads(json.dumps(api.openapi()))
@@ -301,23 +213,6 @@ def test_sglangs_own_classify(server: Server) -> None:
         refused = server.classify(**wrong)
         assert refused.status_code == 422, wrong
         assert refused.json()["error"]["message"].startswith(says)
-
-
-def test_vllms_semantic_router(server: Server) -> None:
-    """Our answer is a valid label_distribution.v1, which the router's http_classify reads.
-
-    That is a flat list that has every label once, by name, with scores in [0, 1] whose sum is within 0.02 of 1.
-    tests/test_regression.py covers score.v1, which reads one entry of the same list.
-    """
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    answer = httpx.post(
-        server.url + "/classify", content=json.dumps({"inputs": CAFE}), headers=headers
-    ).json()
-    assert [one.keys() for one in answer] == [{"label", "score"}] * 2
-    assert {one["label"] for one in answer} == {"negative", "positive"}
-    assert sum(one["score"] for one in answer) == pytest.approx(1) and all(
-        0 <= one["score"] <= 1 for one in answer
-    )
 
 
 # tritonclient
@@ -443,14 +338,31 @@ def test_tensors_in_json_that_do_not_fit(server: Server, change: dict[str, Any])
     assert refused.status_code == 422  # one second text for two
 
 
-def test_a_shed_request_is_answered_in_its_protocols_format(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+def test_refusals_before_a_request_is_read_have_their_protocols_format(
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.frontend, "sheds", lambda _: True)
-    answer = httpx.post(server.url + "/predict", json={"inputs": "good"})
-    assert (answer.status_code, answer.json()["error_type"]) == (503, "overloaded")
-    assert "overloaded" in httpx.post(server.url + "/v2/models/tiny/infer", json={}).json()["error"]
-    assert server.classify(input="good").json()["error"]["code"] == 503
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["good"]}
+    with serving(store, models=["tiny"], api_keys=f"alice {KEY}", rate_limit="1/hour") as server:
+
+        def refused(status: int, key: str = KEY) -> None:
+            with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {key}"}) as client:
+                tei = client.post("/predict", json={"inputs": "good"})
+                triton = client.post("/v2/models/tiny/infer", json={"inputs": [tensor]})
+                own = client.post("/classify", json={"input": "good"})
+            kind = "validation" if status == 401 else "overloaded"
+            assert (tei.status_code, tei.json()) == (status, {"error": ANY, "error_type": kind})
+            assert (triton.status_code, triton.json()) == (status, {"error": ANY})
+            assert own.json()["error"]["code"] == status
+
+        refused(401, key="wrong")
+        assert httpx.get(server.url + "/v2/health/ready").status_code == 200
+        headers = {"Authorization": f"Bearer {KEY}"}
+        allowed = httpx.post(server.url + "/predict", json={"inputs": "good"}, headers=headers)
+        assert allowed.status_code == 200 and "server-timing" in allowed.headers
+        refused(429)
+        until(lambda: server.metric("de3_rejected_total", cause="rate_limited") == 3, "the counts")
+        monkeypatch.setattr(server.frontend, "sheds", lambda _: True)
+        refused(503)
 
 
 @pytest.mark.parametrize(
@@ -556,46 +468,19 @@ def test_bodies_with_inputs_on_classify_get_a_flat_list(server: Server) -> None:
 
 # Text Embeddings Inference
 
-# Requests and responses are from TEI's README and from its router/tests/test_http_predict.rs and snapshots. Only the
-# first labels of the snapshots are given here. Errors are as in TEI's docs/openapi.json.
-TEI_TRANSCRIPT: list[tuple[Any, Any]] = [
-    ({"inputs": "I like you."}, [{"score": 0.9, "label": "love"}]),
-    (
-        {"inputs": "test"},
-        [{"score": 0.9972132, "label": "neutral"}, {"score": 0.0007965705, "label": "approval"}],
-    ),
-    ({"inputs": [["test"]] * 5}, [[{"score": 0.9972132, "label": "neutral"}]] * 5),
-    ({"inputs": [["test"]] * 9}, {"error": "Batch size error", "error_type": "validation"}),
-]
-TEI_INFO = {
-    "required": {"model_id", "model_dtype", "model_type", "max_concurrent_requests", "max_input_length"}
-    | {"max_batch_tokens", "max_client_batch_size", "auto_truncate", "tokenization_workers", "version"},
-    "optional": {"docker_label", "max_batch_requests", "model_sha", "sha"},
-}
 
-
-def shape(value: Any) -> Any:
-    """The types of a JSON value; for a list, the type of its entries, which must all be the same."""
-    if isinstance(value, dict):
-        return {key: shape(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        first, *rest = [shape(entry) for entry in value]
-        assert all(entry == first for entry in rest)
-        return [first]
-    return type(value)
-
-
-@pytest.mark.parametrize(("request_", "response"), TEI_TRANSCRIPT)
-def test_answers_have_the_shape_of_teis(server: Server, request_: Any, response: Any) -> None:
-    answer = httpx.post(server.url + "/predict", json=request_).json()
-    assert shape(answer) == shape(response)
-    if isinstance(answer, dict):
-        assert answer["error_type"] == response["error_type"]
-
-
-def test_info_has_the_fields_of_teis(server: Server) -> None:
+def test_info_has_the_fields_of_teis_openapi_json(server: Server) -> None:
+    required = {"model_id", "model_dtype", "model_type", "max_concurrent_requests", "max_input_length"}
+    required |= {
+        "max_batch_tokens",
+        "max_client_batch_size",
+        "auto_truncate",
+        "tokenization_workers",
+        "version",
+    }
+    optional = {"docker_label", "max_batch_requests", "model_sha", "sha"}
     info = httpx.get(server.url + "/info").json()
-    assert TEI_INFO["required"] <= info.keys() <= TEI_INFO["required"] | TEI_INFO["optional"]
+    assert required <= info.keys() <= required | optional
     assert info["model_type"]["classifier"] == {
         "id2label": {"0": "negative", "1": "positive"},
         "label2id": {"negative": 0, "positive": 1},
@@ -680,25 +565,3 @@ def test_every_protocol_has_the_same_limit_on_texts(server: Server) -> None:
     (row,) = ours(server, input="good")
     predicted = httpx.post(server.url + "/v1/models/tiny:predict", json={"instances": ["good"]}).json()
     assert predicted == {"predictions": [{"0": row["probs"][0], "1": row["probs"][1]}]}
-
-
-def test_every_protocol_needs_a_key_if_there_are_keys(store: Path) -> None:
-    with serving(store, models=["tiny"], api_keys=f"alice {KEY}") as server:
-        calls = {
-            "/": {"inputs": "good"},
-            "/predict": {"inputs": "good"},
-            "/v2/models/tiny/infer": {
-                "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["good"]}]
-            },
-        }
-        for path, body in calls.items():
-            assert httpx.post(server.url + path, json=body).status_code == 401, path
-            answer = httpx.post(server.url + path, json=body, headers={"Authorization": f"Bearer {KEY}"})
-            assert answer.status_code == 200, path
-        for path, status in {
-            "/info": 401,
-            "/v2/models/tiny": 401,
-            "/v2": 401,
-            "/v2/health/ready": 200,
-        }.items():
-            assert httpx.get(server.url + path).status_code == status, path

@@ -168,8 +168,8 @@ def test_a_slow_body_is_408_and_closed(server: Server, monkeypatch: pytest.Monke
 
 
 def test_empty_lines_do_not_keep_a_connection_open(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.1)
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.3)
     with connect(server) as s:
         s.settimeout(0.01)
 

@@ -39,9 +39,15 @@ def model(store: Path) -> Model:
     return Model(Store(store).open("tiny"))
 
 
-def expected(model: Model, text: str, tau: float, signal: Signal) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def steps(model: Model) -> list[list[Any]]:
+    """For each text, the outputs of every exit of the plain model."""
+    return [model.full_depth(model.tokenize(text)) for text in TEXTS]
+
+
+def expected(model: Model, steps: list[Any], tau: float, signal: Signal) -> dict[str, Any]:
     """The expected answer: the plain model at full depth, and the paper's formulas at each exit."""
-    for layer, step in enumerate(model.full_depth(model.tokenize(text))):
+    for layer, step in enumerate(steps):
         assert step.logits is not None
         distances = None if step.distances is None else step.distances.tolist()
         reading = read(layer, step.logits.tolist(), distances)  # test_rule.py compares it with the paper
@@ -79,14 +85,20 @@ def expected(model: Model, text: str, tau: float, signal: Signal) -> dict[str, A
     ],
 )
 def test_answers_are_those_of_the_full_model(
-    server: Server, model: Model, tau: float, asked: dict[str, Any], name: str, lam: float | None
+    server: Server,
+    model: Model,
+    steps: list[list[Any]],
+    tau: float,
+    asked: dict[str, Any],
+    name: str,
+    lam: float | None,
 ) -> None:
     signal = model.manifest.signal(name, lam)
     answer = server.classify(**{"input": TEXTS, "tau": tau, **asked}).json()
     assert answer["object"] == "list" and answer["model"] == "tiny:1"
     layers = set()
-    for i, (text, row) in enumerate(zip(TEXTS, answer["data"], strict=True)):
-        want = expected(model, text, tau, signal)
+    for i, (passed, row) in enumerate(zip(steps, answer["data"], strict=True)):
+        want = expected(model, passed, tau, signal)
         layers.add(want["exit"]["layer"])
         assert row == {"index": i, "num_classes": 2, **want}
     assert layers == {3} if tau == 0 else max(layers) < 3 or tau < 1
@@ -107,13 +119,6 @@ def test_64_at_once_get_the_same_bits_as_one_at_a_time(server: Server) -> None:
         assert [json.dumps([{**row, "index": 0}]) for row in in_one_list] == alone
 
 
-def test_the_default_rule_is_the_manifests(server: Server, model: Model) -> None:
-    row = server.classify(input=TEXTS[0]).json()["data"][0]
-    defaults = model.manifest.defaults
-    found = row["exit"]
-    assert (found["tau"], found["signal"], found["lambda"]) == (defaults.tau, defaults.signal, defaults.lam)
-
-
 def test_a_pair_is_not_its_texts_joined(server: Server, model: Model) -> None:
     pair = {"text": "good film", "text_pair": "a dull plot"}
     row = server.classify(input=pair, tau=0).json()["data"][0]
@@ -128,10 +133,6 @@ def test_a_pair_is_not_its_texts_joined(server: Server, model: Model) -> None:
 def test_explain_shows_every_exit_passed(server: Server) -> None:
     row = server.classify(input=TEXTS[3], tau=0, explain=True).json()["data"][0]
     assert [x["layer"] for x in row["layers"]] == [0, 1, 2, 3]
-    assert set(row["layers"][0]) == {
-        "layer", "score", "entropy", "distance_ratio", "edr", "label", "probs",
-    }  # fmt: skip
-
     assert row["layers"][-1]["distance_ratio"] is None  # the last layer has no prototypes
     assert row["layers"][-1]["probs"] == row["probs"]
     assert "layers" not in server.classify(input=TEXTS[3], tau=0).json()["data"][0]
@@ -185,16 +186,10 @@ def test_which_option_sets_the_rule(model: Model) -> None:
             later.of(ExitOptions(max_layer=layer))
 
 
-def test_a_long_text_is_cut_or_refused(server: Server, model: Model) -> None:
+def test_a_long_text_is_cut_or_refused(server: Server) -> None:
     words = "good film and a dull plot " * 30
     row = server.classify(input=words, tau=0).json()
     assert row["data"][0]["truncated"] is True and row["usage"]["prompt_tokens"] == 64
-    ids = model.tokenize(words).ids[0]
-    assert ids[0] == 2 and ids[-1] == 3 and len(ids) == 64  # [CLS] … [SEP]
-    pair = model.tokenize(words, "a good film")
-    assert len(pair) == 64 and pair.type_ids.sum() == 4  # the longer text is cut, the shorter one stays whole
-    both = model.tokenize(words, words)
-    assert len(both) == 64 and 30 <= both.type_ids.sum() <= 32
     refused = server.classify(input=["fine", words], truncate=False)
     assert refused.status_code == 422
     assert refused.json()["error"]["param"] == "input[1]"
@@ -223,24 +218,33 @@ def test_models_by_name_and_version(server: Server) -> None:
     assert listed[0]["calibration"]["speedup"] > 1
 
 
+def test_a_request_without_a_model_where_several_are_served(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.service.models, "_default", None)
+    for path, body in (
+        ("/classify", {"input": "good"}),
+        ("/predict", {"inputs": "good"}),
+        ("/", {"inputs": "good"}),
+    ):
+        response = httpx.post(server.url + path, json=body)
+        assert response.status_code == 422, path
+        assert "model: is required, as several are served: tiny, tiny-int8" in response.text
+    assert server.classify(input="good", model="tiny").status_code == 200
+    rows = httpx.get(server.url + "/v1/models").json()["data"]
+    assert [row["is_default"] for row in rows] == [False, False]
+
+
 BAD: list[tuple[bytes, int, str | None, str]] = [
     (b"", 400, None, "not JSON"),
     (b"{", 400, None, "not JSON"),
     (b'{"input": "\xff\xfe"}', 400, None, "not JSON"),
     (b'{"input": "\\ud800"}', 400, None, "not JSON"),
     (b"[" * 50_000, 400, None, "not JSON"),
-    (
-        b'{"input": "a", "user": [' + b"[{}]," * 66_000 + b"[]]}",
-        422,
-        None,
-        "more than 131072 opening brackets",
-    ),
     (b'["x"]', 422, None, "must be a JSON object"),
-    (b'"x"', 422, None, "must be a JSON object"),
     (b"{}", 422, "input", "is required"),
     (b'{"input": null}', 422, "input", "got null"),
     (b'{"input": 3}', 422, "input", "got a number"),
-    (b'{"input": true}', 422, "input", "got a boolean"),
     (b'{"input": ""}', 422, "input", "must not be empty"),
     (b'{"input": " \\n\\t"}', 422, "input", "must not be only white space"),
     (b'{"input": []}', 422, "input", "must not be an empty list"),
@@ -252,39 +256,24 @@ BAD: list[tuple[bytes, int, str | None, str]] = [
     (b'{"input": "a", "tau": -0.01}', 422, "tau", "allowed: 0 to 1"),
     (b'{"input": "a", "tau": 1.01}', 422, "tau", "allowed: 0 to 1"),
     (b'{"input": "a", "tau": NaN}', 422, "tau", "finite"),
-    (b'{"input": "a", "tau": Infinity}', 422, "tau", "finite"),
     (b'{"input": "a", "tau": "0.5"}', 422, "tau", "number"),
-    (b'{"input": "a", "tau": true}', 422, "tau", "number"),
     (b'{"input": "a", "lambda": -1}', 422, "lambda", "allowed: 0 to 100"),
     (b'{"input": "a", "lambda": 100.5}', 422, "lambda", "allowed: 0 to 100"),
-    (b'{"input": "a", "lambda": NaN}', 422, "lambda", "finite"),
     (b'{"input": "a", "lam": 1}', 422, "lam", "unknown field"),
     (b'{"input": "a", "' + b"x" * 5000 + b'": 1}', 422, "x" * 100, "unknown field"),
     (b'{"input": "a", "max_layer": 4}', 422, "max_layer", "from 0 to 3"),
-    (b'{"input": "a", "max_layer": -1}', 422, "max_layer", "greater than or equal to 0"),
     (b'{"input": "a", "max_layer": 1.5}', 422, "max_layer", "integer"),
     (b'{"input": "a", "truncate": "yes"}', 422, "truncate", "boolean"),
-    (b'{"input": "a", "explain": 1}', 422, "explain", "boolean"),
     (b'{"input": "a", "model": 7}', 422, "model", "string"),
     (b'{"input": "a", "model": "other"}', 404, "model", "there are: tiny:1, tiny-int8:1"),
     (b'{"input": "a", "model": "tiny:2"}', 404, "model", "there are"),
     (b'{"input": "a", "target_speedup": 0.5}', 422, "target_speedup", "allowed: 1 or more"),
     (b'{"input": "a", "target_speedup": 1001}', 422, "target_speedup", "at most"),
-    (b'{"input": "a", "target_speedup": NaN}', 422, "target_speedup", "finite"),
     (b'{"input": "a", "latency_budget_ms": 0}', 422, "latency_budget_ms", "more than 0, at most 60000"),
     (b'{"input": "a", "latency_budget_ms": 60001}', 422, "latency_budget_ms", "at most 60000"),
-    (b'{"input": "a", "latency_budget_ms": "8"}', 422, "latency_budget_ms", "number"),
     (b'{"input": "a", "max_disagreement": 1.5}', 422, "max_disagreement", "allowed: 0 to 1"),
     (b'{"input": "a", "tau": 0, "target_speedup": 2}', 422, "target_speedup", "cannot be combined with tau"),
-    (
-        b'{"input": "a", "max_disagreement": 0.1, "latency_budget_ms": 9}',
-        422,
-        "max_disagreement",
-        "give one of tau, target_speedup, latency_budget_ms, max_disagreement",
-    ),
     (b'{"input": "a", "max_layer": 1, "latency_budget_ms": 9}', 422, "max_layer", "is only valid with tau"),
-    (b'{"input": "a", "best_effort": 1}', 422, "best_effort", "boolean"),
-    (b'{"input": "a", "ood": "yes"}', 422, "ood", "boolean"),
     (b'{"input": ' + json.dumps(["a"] * 151).encode() + b"}", 422, "input", "151 texts, at most 150"),
     (b'{"input": "' + b"a" * 2**20 + b'"}', 413, None, "larger than 1048576 bytes"),
 ]
@@ -371,14 +360,6 @@ def test_the_schema_describes_answers(store: Path) -> None:
     ].keys()
 
 
-def test_server_timing_adds_up(server: Server) -> None:
-    response = server.classify(input=TEXTS[:5])
-    stages = dict(x.split(";dur=") for x in response.headers["server-timing"].split(", "))
-    assert list(stages) == ["read", "queue", "tokenize", "model", "total"]
-    # The times of two threads are added.
-    assert all(0 <= float(v) <= 2 * float(stages["total"]) for v in stages.values())
-
-
 def test_a_slow_body_is_not_queue_time(server: Server) -> None:
     def slow() -> Iterator[bytes]:
         yield b'{"input": '
@@ -387,10 +368,9 @@ def test_a_slow_body_is_not_queue_time(server: Server) -> None:
         yield b'"good"}'
 
     response = httpx.post(server.url + "/classify", content=slow())
-    stages = {
-        name: float(took)
-        for name, took in (x.split(";dur=") for x in response.headers["server-timing"].split(", "))
-    }
+    times = [x.split(";dur=") for x in response.headers["server-timing"].split(", ")]
+    stages = {name: float(took) for name, took in times}
+    assert list(stages) == ["read", "queue", "tokenize", "model", "total"]
     assert stages["read"] > 250 and stages["queue"] <= stages["total"] - stages["read"] + 0.1
 
 
@@ -461,28 +441,11 @@ def test_expected_accuracy_is_that_of_the_calibration(server: Server) -> None:
     assert server.metric("de3_tau", model="tiny:1") == served.rules.default.rule.tau
 
 
-def test_every_cause_has_a_series_before_it_happens(store: Path) -> None:
-    with serving(store) as server:
-        causes = {
-            s.labels["cause"]
-            for f in server.service.metrics.registry.collect()
-            for s in f.samples
-            if s.name == "de3_rejected_total"
-        }
-    assert causes == set(get_args(Cause)) >= {"shed", "client_gone"}
-
-
-def test_the_schema_names_its_parts(server: Server) -> None:
-    schema = httpx.get(server.url + "/openapi.json").json()
-    components = schema["components"]["schemas"]
-    assert {"ClassifyRequest", "ClassifyResponse", "ErrorResponse"} <= components.keys()
-    assert "HTTPValidationError" not in components
-    operation = schema["paths"]["/classify"]["post"]
-    content = operation["requestBody"]["content"]["application/json"]
-    assert content["schema"] == {"$ref": "#/components/schemas/ClassifyRequest"}
-    assert operation["responses"]["503"]["content"]["application/json"]["schema"] == {
-        "$ref": "#/components/schemas/ErrorResponse"
+def test_every_cause_has_a_series_before_it_happens(server: Server) -> None:
+    causes = {
+        s.labels["cause"]
+        for f in server.service.metrics.registry.collect()
+        for s in f.samples
+        if s.name == "de3_rejected_total"
     }
-    for path, operations in schema["paths"].items():
-        for one in operations.values():
-            assert one["summary"] and one["summary"] != path
+    assert causes == set(get_args(Cause)) >= {"shed", "client_gone"}
