@@ -46,17 +46,6 @@ def test_every_panel_says_what_it_shows() -> None:
         assert all(panel.description and panel.queries for panel in board.panels)
 
 
-def test_a_row_begins_below_the_panels_before_it() -> None:
-    panels = json.loads((generate.FOLDER / "quality.json").read_text())["panels"]
-    number = next(i for i, panel in enumerate(panels) if panel["type"] == "row")
-    row = panels[number]
-    assert (row["title"], row["collapsed"], row["panels"]) == ("Promise", False, [])
-    ends = [panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels[:number]]
-    assert row["gridPos"]["y"] == max(ends)
-    assert panels[number + 1]["title"] == "Measured disagreement"
-    assert panels[number + 1]["gridPos"] == {"x": 0, "y": max(ends) + 1, "w": 12, "h": 8}
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("npm") is None, reason="no npm here")
 def test_dashboards_fit_grafanas_own_schema(tmp_path: Path) -> None:
@@ -177,17 +166,6 @@ def test_every_panel_has_data(prometheus: Prometheus) -> None:
         until(all_have_data, "every panel to have data", 60)
     except AssertionError:
         pytest.fail("no data for:\n" + "\n".join(sorted(empty)))
-
-
-@pytest.mark.slow
-@needs_prometheus
-def test_panels_of_a_server_that_audits_nothing_are_empty(prometheus: Prometheus) -> None:
-    """No model none:0 is served, so its series are absent, as they are without audits."""
-    audits = [expr for expr in EXPRESSIONS if "de3_audit" in expr]
-    assert len(audits) > 5
-    for expr in audits:
-        asked = expr.replace("$__rate_interval", "5s").replace("$model", "none:0")
-        assert prometheus.query(asked) == [], expr
 
 
 @pytest.mark.slow

@@ -61,8 +61,6 @@ def test_an_artifact_records_that_it_is_multi_label(imported: Path, classifier: 
     assert all(isinstance(e.label, tuple) and e.label == e.original for e in certify)
     recorded = record(Model(artifact, "onnxruntime"), certify)
     assert recorded.correct[:, -1].mean() > 0.97  # the original's answers, except where int8 changes them
-    share = np.mean([labels_of(str(e.text)) == e.label for e in certify])
-    assert share > 0.6  # the original is much better than chance
     micro, macro = f1(recorded)
     assert micro[-1] > 0.98 and macro[-1] > 0.95 and micro[0] <= micro[-1]
 
@@ -141,10 +139,9 @@ def test_thresholds_void_what_the_server_promises(imported: Path) -> None:
 
 
 def test_many_thresholds_are_refused_at_the_first_wrong_one(server: Server) -> None:
-    answer = server.classify(input="a", thresholds={f"label {i}": 7 for i in range(50_000)})
-    assert answer.status_code == 422 and "at most 10000 are allowed" in answer.json()["error"]["message"]
-    answer = server.classify(input="a", thresholds={f"label {i}": 7 for i in range(5_000)})
-    assert answer.status_code == 422 and "thresholds['label 0']: must be" in answer.json()["error"]["message"]
+    for count, says in ((50_000, "at most 10000 are allowed"), (5_000, "thresholds['label 0']: must be")):
+        answer = server.classify(input="a", thresholds={f"label {i}": 7 for i in range(count)})
+        assert answer.status_code == 422 and says in answer.json()["error"]["message"]
 
 
 def test_edr_needs_classes_that_exclude_each_other(server: Server) -> None:

@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from de3.server.http import traces
 from de3.server.http.traces import MAX_TEXTS, Traces
-from tests.serving import Server, free_port, process, serving, until
+from tests.serving import Server, process, serving, until
 
 
 def post(server: Server, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
@@ -38,11 +38,7 @@ def test_a_request_id_comes_back(server: Server) -> None:
     for method, path in (("POST", "/classify"), ("GET", "/health"), ("GET", "/nothing-here")):
         answer = httpx.request(method, server.url + path, headers=ids)
         assert answer.headers["x-request-id"] == ids["X-Request-ID"], path
-
-
-def test_the_answer_has_the_request_id(server: Server) -> None:
-    answer = post(server, {"X-Request-ID": "my-own"}, input="good")
-    assert (answer.headers["x-request-id"], answer.json()["id"]) == ("my-own", "classify-my-own")
+    assert post(server, ids, input="good").json()["id"] == "classify-" + ids["X-Request-ID"]
     one, two = (post(server, input="good") for _ in range(2))
     assert one.json()["id"] == "classify-" + one.headers["x-request-id"] != two.json()["id"]
 
@@ -59,9 +55,8 @@ def test_a_shed_request_has_its_id(server: Server, monkeypatch: pytest.MonkeyPat
     assert (answer.status_code, answer.headers["x-request-id"]) == (503, "mine")
 
 
-def log_of(store: Path, *arguments: str) -> list[dict[str, Any]]:
-    """The whole log, as JSON, of a server that received four requests."""
-    with process(store, "--model", "tiny", "--log-format", "json", *arguments) as running:
+def test_requests_are_logged_as_json_without_their_texts(store: Path) -> None:
+    with process(store, "--model", "tiny", "--log-format", "json", "--log-requests") as running:
         assert running.stderr is not None
         head: list[str] = []
         for line in running.stderr:
@@ -76,11 +71,7 @@ def log_of(store: Path, *arguments: str) -> list[dict[str, Any]]:
         httpx.post(url, json={"input": "a good film", "a good film": 1})
         httpx.post(url, content="a good film")
         running.terminate()
-        return [json.loads(line) for line in [*head, *running.stderr]]
-
-
-def test_requests_are_logged_as_json_without_their_texts(store: Path) -> None:
-    whole = log_of(store, "--log-requests")
+        whole = [json.loads(line) for line in [*head, *running.stderr]]
     assert {"uvicorn.error", "de3", "de3.requests"} == {line["logger"] for line in whole}
     good, bad, odd, broken = (line for line in whole if line["logger"] == "de3.requests")
     assert good["request_id"] == "r1" and good["status"] == 200 and good["model"] == "tiny:1"
@@ -151,28 +142,16 @@ def test_a_trace_has_a_span_for_each_stage(server: Server, spans: InMemorySpanEx
 
 @pytest.mark.parametrize(
     ("path", "route"),
-    [
-        ("/v1/classify", "/v1/classify"),
-        ("/predict", "/predict"),
-        ("/v2/models/tiny/infer", "/v2/models/{model}/infer"),
-        ("/v2/models/tiny/versions/1/infer", "/v2/models/{model}/versions/{version}/infer"),
-    ],
+    [("/classify", "/classify"), ("/v2/models/tiny/infer", "/v2/models/{model}/infer")],
 )
-def test_a_span_has_the_name_of_its_route(
+def test_a_failed_request_says_which_route_and_why_in_its_trace(
     server: Server, spans: InMemorySpanExporter, path: str, route: str
 ) -> None:
     httpx.post(server.url + path, json={})
     until(spans.get_finished_spans, "the span")
     (root,) = spans.get_finished_spans()
-    assert root.name == f"POST {route}"
-    assert root.attributes is not None and root.attributes["http.route"] == route
-
-
-def test_a_failed_request_says_why_in_its_trace(server: Server, spans: InMemorySpanExporter) -> None:
-    post(server, input="good", tau=7)
-    until(spans.get_finished_spans, "the span")
-    (root,) = spans.get_finished_spans()
-    assert root.attributes is not None
+    assert root.name == f"POST {route}" and root.attributes is not None
+    assert root.attributes["http.route"] == route
     assert (root.attributes["http.response.status_code"], root.attributes["error.type"]) == (
         422,
         "bad_request",
@@ -190,12 +169,7 @@ def test_traces_reach_a_collector(store: Path, monkeypatch: pytest.MonkeyPatch) 
 
     class Collector(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            import gzip
-
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.headers.get("Content-Encoding") == "gzip":
-                body = gzip.decompress(body)
-            received.MergeFromString(body)
+            received.MergeFromString(self.rfile.read(int(self.headers["Content-Length"])))
             self.send_response(200)
             self.end_headers()
 
@@ -213,13 +187,6 @@ def test_traces_reach_a_collector(store: Path, monkeypatch: pytest.MonkeyPatch) 
     names = [s.name for scope in resource.scope_spans for s in scope.spans]
     assert sorted(names) == ["POST /classify", "model", "queue", "read", "text", "tokenize"]
     assert ("service.name", "de3") in [(a.key, a.value.string_value) for a in resource.resource.attributes]
-
-
-def test_a_dead_collector_harms_no_request(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
-    with serving(store, models=["tiny"], traces=True) as server:
-        assert [post(server, input="good").status_code for _ in range(5)] == [200] * 5
 
 
 def test_a_collector_that_hangs_does_not_hold_up_a_stop(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

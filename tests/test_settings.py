@@ -2,14 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
-import httpx
 import pytest
 import yaml
 
 from de3.server.settings import Settings, option, unknown_variables, variable
 from tests.commands import de3
-from tests.serving import process, url_when_ready
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = {variable(name) for name in Settings.model_fields}
@@ -34,19 +33,17 @@ def test_unknown_variables_are_found() -> None:
     assert unknown_variables(environment) == ["DE3_MAX_QUEU", "DE3_TUA"]
 
 
-def test_the_start_warns_of_unknown_variables(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DE3_MODELS", "tiny-int8 tiny")
-    monkeypatch.setenv("DE3_MAX_QUEU", "5")
-    monkeypatch.setenv("DE3_MAX_TEXTS", "3")
-    with process(store) as running:
-        assert running.stderr is not None
-        warning = next(line for line in running.stderr if "WARNING" in line)
-        assert "DE3_MAX_QUEU: unknown setting, ignored" in warning
-        url = url_when_ready(running)
-        models = httpx.get(url + "/v1/models").json()["data"]
-        assert [m["id"] for m in models] == ["tiny-int8:1", "tiny:1"]
-        too_many = httpx.post(url + "/classify", json={"input": ["good"] * 4})
-        assert "at most 3" in too_many.json()["error"]["message"]
+def test_variables_are_settings_and_unknown_ones_are_warned_about(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("MODELS", "tiny-int8 tiny"), ("MAX_QUEU", "5"), ("MAX_TEXTS", "3")):
+        monkeypatch.setenv(f"DE3_{name}", value)
+    started: list[Any] = []
+    monkeypatch.setattr("de3.server.main.serve", lambda *arguments: started.append(arguments))
+    de3(f"serve --store {store}")
+    ((set_, (warning,), _),) = started
+    assert "DE3_MAX_QUEU: unknown setting, ignored" in warning
+    assert (set_.store, set_.models, set_.max_texts) == (store, ["tiny-int8", "tiny"], 3)
 
 
 def test_compose_offers_every_setting_and_no_other() -> None:
