@@ -108,8 +108,7 @@ def test_the_schema_is_valid(store: Path) -> None:
 @pytest.mark.parametrize(("path", "texts"), [("/classify", CAFE), ("/v1/classify", [CAFE, BROKEN])])
 def test_the_documented_request_of_vllm_and_sglang(server: Server, path: str, texts: Any) -> None:
     model = httpx.get(server.url + "/v1/models").json()["data"][0]["id"]  # as vLLM's example does
-    headers = {"accept": "application/json", "Content-Type": "application/json"}
-    answer = httpx.post(server.url + path, json={"model": model, "input": texts}, headers=headers)
+    answer = httpx.post(server.url + path, json={"model": model, "input": texts})
     assert answer.status_code == 200, answer.text
     body = answer.json()
     count = len(texts) if isinstance(texts, list) else 1
@@ -177,6 +176,7 @@ def test_the_most_probable_labels(server: Server) -> None:
         ),
         ({"input": [9707, 11, 847]}, "input[0]: must be a text"),
         ({"text": CAFE}, "text: unknown field"),
+        ({"thresholds": 0.3}, "thresholds: tiny:1 is not a multi-label model"),
     ],
 )
 def test_unsupported_fields_of_vllm_are_refused_by_name(
@@ -544,6 +544,11 @@ def test_tei_says_what_is_wrong(server: Server, inputs: Any) -> None:
     assert answer.status_code == 422 and answer.json()["error"].startswith("inputs")
 
 
+def test_moderation_needs_a_multi_label_model(server: Server) -> None:
+    answer = httpx.post(server.url + "/v1/moderations", json={"input": "good"})
+    assert answer.status_code == 422 and "is not a multi-label model" in answer.json()["error"]["message"]
+
+
 def test_every_protocol_has_the_same_limit_on_texts(server: Server) -> None:
     def tensors(texts: list[str]) -> list[dict[str, Any]]:
         return [{"name": "text", "datatype": "BYTES", "shape": [len(texts)], "data": texts}]
@@ -562,6 +567,3 @@ def test_every_protocol_has_the_same_limit_on_texts(server: Server) -> None:
             answer = httpx.post(server.url + path, json=body(["good"] * count))
             assert answer.status_code == status, (path, count, answer.text)
             assert status == 200 or "9 texts, at most 8" in answer.text
-    (row,) = ours(server, input="good")
-    predicted = httpx.post(server.url + "/v1/models/tiny:predict", json={"instances": ["good"]}).json()
-    assert predicted == {"predictions": [{"0": row["probs"][0], "1": row["probs"][1]}]}

@@ -189,8 +189,8 @@ def test_other_protocols_give_each_label_its_own_probability(server: Server) -> 
     assert labels == [", ".join(row["labels"])]
 
 
-def test_moderation_with_openais_client(server: Server, store: Path) -> None:
-    from openai import OpenAI, UnprocessableEntityError
+def test_moderation_with_openais_client(server: Server) -> None:
+    from openai import OpenAI
 
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     texts = ["good and bad", "a the"]
@@ -211,12 +211,6 @@ def test_moderation_with_openais_client(server: Server, store: Path) -> None:
     for body in ({"input": []}, {"input": ["a", ""]}, {"input": 7}, {}):
         answer = httpx.post(f"{server.url}/v1/moderations", json=body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, "input"), answer.text
-    with serving(store, models=["tiny"]) as other:
-        client = OpenAI(base_url=f"{other.url}/v1", api_key="none", max_retries=0)
-        with pytest.raises(UnprocessableEntityError, match="is not a multi-label model"):
-            client.moderations.create(input="a")
-        refused = other.classify(input="a", thresholds=0.3)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "thresholds")
 
 
 def test_detectors_find_each_label_that_reaches_its_threshold(server: Server) -> None:
@@ -279,10 +273,8 @@ def test_labels_as_arrays_and_back(tmp_path: Path) -> None:
     (tmp_path / "z.jsonl").write_text(
         '{"text": "a", "label": "praise | story"}\n{"text": "b", "label": ""}\n'
     )
-    assert [e.label for e in data.load_examples(tmp_path / "z.jsonl", NAMES, multi_label=True)] == [
-        (0, 2),
-        (),
-    ]
+    read = data.load_examples(tmp_path / "z.jsonl", NAMES, multi_label=True)
+    assert [example.label for example in read] == [(0, 2), ()]
     (tmp_path / "z.jsonl").write_text('{"text": "a", "label": ["praise"]}\n')
     with pytest.raises(ValueError, match="must be a label, text or a whole number"):
         data.load_examples(tmp_path / "z.jsonl", NAMES)

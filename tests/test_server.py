@@ -321,8 +321,6 @@ def test_health_ready_and_docs(server: Server) -> None:
     schema = httpx.get(server.url + "/openapi.json").json()
     operation = schema["paths"]["/classify"]["post"]
     body = operation["requestBody"]["content"]["application/json"]
-    fields = schema["components"]["schemas"]["ClassifyRequest"]["properties"]
-    assert {"input", "tau", "lambda", "max_layer", "truncate", "explain"} <= fields.keys()
     for name, example in body["examples"].items():
         accepted = httpx.post(server.url + "/classify", json=example["value"])
         assert accepted.status_code == 200, (name, accepted.text)
