@@ -20,17 +20,17 @@ from tests.prometheus import CONFIG, Prometheus, needs_prometheus, scraping
 from tests.serving import serving, until
 
 EXPRESSIONS = sorted({q.expr for board in DASHBOARDS for panel in board.panels for q in panel.queries})
-RULES = [
-    rule
-    for name in ("rules.yml", "alerts.yml")
-    for group in yaml.safe_load((CONFIG / name).read_text())["groups"]
-    for rule in group["rules"]
-]
 GRAFANA = next(
     line.partition(":")[2]
     for line in Path(".env").read_text().splitlines()
     if line.startswith("GRAFANA_IMAGE=")
 )
+
+
+def rules() -> list[dict[str, Any]]:
+    """The rules and alerts of Prometheus."""
+    texts = [(CONFIG / name).read_text() for name in ("rules.yml", "alerts.yml")]
+    return [rule for text in texts for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
 
 
 def test_committed_dashboards_are_those_that_the_code_generates() -> None:
@@ -95,7 +95,7 @@ def test_every_alert_is_tested_to_fire_and_to_stay_silent() -> None:
         for test in yaml.safe_load((CONFIG / "alerts_test.yml").read_text())["tests"]
         for case in test.get("alert_rule_test", [])
     ]
-    for rule in RULES:
+    for rule in rules():
         if "alert" in rule:
             fires = {bool(c.get("exp_alerts")) for c in cases if c["alertname"] == rule["alert"]}
             assert fires == {True, False}, rule["alert"]
@@ -164,7 +164,7 @@ def test_every_panel_has_data(prometheus: Prometheus) -> None:
 @pytest.mark.slow
 @needs_prometheus
 def test_rules_have_data_and_no_alert_fires(prometheus: Prometheus) -> None:
-    for rule in RULES:
+    for rule in rules():
         if "record" in rule:
             until(lambda rule=rule: numbers(prometheus.query(rule["record"])), rule["record"], 60)  # type: ignore[misc]
     assert prometheus.query('ALERTS{alertstate="firing"}') == []

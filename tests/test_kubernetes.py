@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 
@@ -14,24 +13,32 @@ from de3.server.settings import Settings
 
 FILE = Path("deploy/kubernetes/de3.yaml")
 UNITS = {"Mi": 2**20, "Gi": 2**30}
-DOCUMENTS: dict[str, dict[str, Any]] = {d["kind"]: d for d in yaml.safe_load_all(FILE.read_text())}
+Documents = dict[str, dict[str, Any]]
 
 
-def test_manifests_are_valid() -> None:
-    for document in DOCUMENTS.values():
+@pytest.fixture(scope="module")
+def documents() -> Documents:
+    """The objects of the manifest, by their kind."""
+    return {document["kind"]: document for document in yaml.safe_load_all(FILE.read_text())}
+
+
+def test_manifests_are_valid(documents: Documents) -> None:
+    import kubernetes_validate
+
+    for document in documents.values():
         for version in ("1.28", "1.33"):
             kubernetes_validate.validate(document, version, strict=True)
 
 
-def test_manifests_match_each_other_and_the_image() -> None:
-    pod = DOCUMENTS["Deployment"]["spec"]["template"]
+def test_manifests_match_each_other_and_the_image(documents: Documents) -> None:
+    pod = documents["Deployment"]["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     labels = pod["metadata"]["labels"]
     for selector in (
-        DOCUMENTS["Deployment"]["spec"]["selector"]["matchLabels"],
-        DOCUMENTS["Service"]["spec"]["selector"],
-        DOCUMENTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
-        DOCUMENTS["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+        documents["Deployment"]["spec"]["selector"]["matchLabels"],
+        documents["Service"]["spec"]["selector"],
+        documents["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        documents["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
     ):
         assert selector.items() <= labels.items()
     (port,) = container["ports"]
@@ -47,12 +54,12 @@ def test_manifests_match_each_other_and_the_image() -> None:
     assert settings["threads"] == container["resources"]["limits"]["cpu"]
 
 
-def test_the_network_policy_admits_named_peers_and_blocks_egress() -> None:
-    policy = DOCUMENTS["NetworkPolicy"]["spec"]
+def test_the_network_policy_admits_named_peers_and_blocks_egress(documents: Documents) -> None:
+    policy = documents["NetworkPolicy"]["spec"]
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     assert policy["egress"] == []
     (rule,) = policy["ingress"]
-    (container,) = DOCUMENTS["Deployment"]["spec"]["template"]["spec"]["containers"]
+    (container,) = documents["Deployment"]["spec"]["template"]["spec"]["containers"]
     assert rule["ports"] == [{"protocol": "TCP", "port": container["ports"][0]["containerPort"]}]
     # A peer without selectors, or with an empty one, would admit everyone.
     for peer in rule["from"]:
@@ -65,8 +72,8 @@ def test_the_network_policy_admits_named_peers_and_blocks_egress() -> None:
     assert {"namespaceSelector": wanted} in rule["from"]
 
 
-def test_keys_come_as_files_that_the_server_can_read() -> None:
-    pod = DOCUMENTS["Deployment"]["spec"]["template"]["spec"]
+def test_keys_come_as_files_that_the_server_can_read(documents: Documents) -> None:
+    pod = documents["Deployment"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     env = {e["name"]: e["value"] for e in container["env"]}
     assert not {"DE3_API_KEYS", "DE3_ADMIN_KEYS"} & set(env)
@@ -89,13 +96,13 @@ def test_keys_come_as_files_that_the_server_can_read() -> None:
     assert not made
 
 
-def test_the_memory_limit_covers_what_the_server_admits() -> None:
+def test_the_memory_limit_covers_what_the_server_admits(documents: Documents) -> None:
     """The limit is above a calculated upper bound, which leaves out the kernel's socket buffers."""
 
     def size(text: str) -> int:
         return int(text[:-2]) * UNITS[text[-2:]]
 
-    pod = DOCUMENTS["Deployment"]["spec"]["template"]["spec"]
+    pod = documents["Deployment"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     memory = {kind: size(amounts["memory"]) for kind, amounts in container["resources"].items()}
     env = {e["name"]: e["value"] for e in container["env"]}
@@ -109,10 +116,10 @@ def test_the_memory_limit_covers_what_the_server_admits() -> None:
     assert memory["limits"] > reload + tmp + bodies + connections + unread
 
 
-def test_the_autoscaler_asks_for_an_existing_metric() -> None:
+def test_the_autoscaler_asks_for_an_existing_metric(documents: Documents) -> None:
     names = [
         m["pods"]["metric"]["name"]
-        for m in DOCUMENTS["HorizontalPodAutoscaler"]["spec"]["metrics"]
+        for m in documents["HorizontalPodAutoscaler"]["spec"]["metrics"]
         if m["type"] == "Pods"
     ]
     adapter = yaml.safe_load((FILE.parent / "adapter.yaml").read_text())

@@ -105,7 +105,6 @@ def test_a_bad_artifact_changes_nothing_and_says_why(server: Server) -> None:
 def test_a_change_that_makes_no_sense_is_refused(server: Server) -> None:
     cases: list[tuple[str, dict[str, Any], int, str]] = [
         ("load", {"version": 9}, 404, "no version '9'"),
-        ("load", {"version": "2"}, 422, "version: input should be a valid integer"),
         ("load", {"role": "king"}, 422, "role: input should be"),
         ("load", {"share": 0.5}, 422, "share: required for a canary"),
         ("load", {"role": "canary"}, 422, "share: required for a canary"),
@@ -113,7 +112,6 @@ def test_a_change_that_makes_no_sense_is_refused(server: Server) -> None:
         ("load", {"role": "shadow", "version": 1}, 409, "role: tiny:1 is current"),
         ("load", {"vresion": 2}, 422, "vresion: extra inputs"),
         ("unload", {}, 409, "tiny is the only model"),
-        ("unload", {"version": 1}, 409, "tiny is the only model"),
         ("unload", {"version": 2}, 404, "no model 'tiny:2'"),
     ]
     for what, body, status, says in cases:
