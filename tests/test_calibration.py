@@ -15,7 +15,6 @@ from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
 from de3.exits.signals import Edr, Entropy, Signal, signal_of
-from de3.exits.trade_offs import TradeOffs
 from de3.export import calibrate as export_calibrate
 from de3.export.calibrate import MIN_CERTIFY, Calibrated, Part, calibrate, joined
 from de3.training.data import Example
@@ -80,13 +79,6 @@ def test_merit_is_the_geometric_mean_of_the_highest_speed_ups_at_1_2_and_5_perce
     assert calibration.merit(rows) == pytest.approx((2 * 2 * 4) ** (1 / 3))
 
 
-def test_full_depth_is_exact_and_always_allowed() -> None:
-    r, signal = recorded(40), Edr(1.0)
-    full = calibration.outcome(Samples.independent(r), signal.scores(r), 0.0, signal)
-    assert (full.loss, full.loss_interval, full.mean_exit_layer) == (0, (0, 0), 2)
-    assert calibration.within_loss([full], max_loss=0.0) == full
-
-
 @given(
     st.lists(st.tuples(st.sampled_from([0.0, 0.01, 0.02]), st.sampled_from([0.0, 0.003, 0.011])), max_size=5),
     st.sampled_from([0.0, 0.01, 0.02, 0.03]),
@@ -141,33 +133,6 @@ def test_one_group_is_one_sample() -> None:
     assert calibration.effective_size(hits, group) <= 1
     mean, error = calibration.mean_and_error(hits.astype(float), group)
     assert (mean, error) == (pytest.approx(0.1), 1.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 5])
-def test_the_promise_holds_also_for_samples_that_come_in_groups(size: int) -> None:
-    population, groups, trials, most = recorded(40_000, 1, of_a_group=size), 500 // size, 200, 0.08
-    signal = Entropy()
-    taus = calibration.TAUS[::3]
-    rows = calibration.trade_off(Samples.independent(population), signal, taus)
-    truth = {row.tau: row.disagreement for row in rows}
-    scores = signal.scores(population)
-    rng, chosen, naive = np.random.default_rng(0), [], 0
-    for _ in range(trials):
-        group = rng.choice(len(population.labels) // size, groups, replace=False)
-        drawn = (size * group[:, None] + np.arange(size)).ravel()
-        samples = Samples(population.rows(drawn), np.repeat(np.arange(groups), size))
-        for s in (samples, Samples.independent(samples.recorded)):
-            table = TradeOffs(calibration.trade_off(s, signal, taus, scores[drawn]))
-            tau = table.within_disagreement(most).tau
-            if s is samples:
-                chosen.append(tau)
-            else:
-                naive += truth[tau] > most
-    broken = sum(truth[tau] > most for tau in chosen)
-    assert broken / trials <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / trials)
-    assert naive >= broken
-    assert np.median(chosen) > 0  # a certificate with τ > 0 exists
 
 
 def examples(n: int, group_of: int = 1, fragments: int = 0) -> list[Example]:
@@ -289,14 +254,6 @@ def test_a_chosen_signal_is_the_default() -> None:
         assert {row.signal for row in found.calibration.table} == {"risk", "edr", "entropy"}
     with pytest.raises(ValueError, match="--signal must be one of auto, entropy, edr, risk, got 'margin'"):
         calibrate(*parts, 0.02, "margin")
-
-
-def test_groups_that_share_a_text_are_one_group() -> None:
-    rows = [("a", "x"), ("b", "x"), ("b", "y"), ("c", "y"), ("d", "z"), ("e", None)]
-    part = Part.of(recorded(6), [Example(text, 0, group) for text, group in rows])
-    assert part.samples.num_groups == 3 and len(set(part.samples.groups[:4].tolist())) == 1
-    part = Part.of(recorded(4), [Example("a", 0), Example("b", 0), Example("a", 1), Example(("a", "b"), 0)])
-    assert part.samples.num_groups == 3 and part.samples.groups[0] == part.samples.groups[2]
 
 
 def test_a_bound_never_falls_even_where_the_disagreement_does() -> None:

@@ -161,12 +161,6 @@ def test_at_most_a_twentieth_of_the_certifying_texts_may_have_been_tuned_on() ->
         data.check_apart(tune, [*tune[:2], *others[:18]], Path("t"), Path("c"))
 
 
-def test_saved_examples_come_back(tmp_path: Path) -> None:
-    pairs = [Example(("a\nb", "ü"), 1), Example(("c", "d"), 0)]
-    data.save_examples(tmp_path / "x.jsonl", pairs, ["no", "yes"])
-    assert data.load_examples(tmp_path / "x.jsonl", ["no", "yes"]) == pairs
-
-
 def test_groups_and_fragments_come_back(tmp_path: Path) -> None:
     saved = [Example("a b", 1, "a b"), Example("b", 0, "a b", True), Example("c", 0), Example("d", 1, "0")]
     data.save_examples(tmp_path / "x.jsonl", saved, ["no", "yes"])

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import threading
@@ -145,11 +144,6 @@ def limit(container: str, controller: str, v1: str, v2: str) -> int:
     return int(docker("exec", container, "sh", "-c", f"cat {places} 2>/dev/null || true"))
 
 
-def python(container: str, code: str) -> subprocess.CompletedProcess[str]:
-    command = ["docker", "exec", container, "python3", "-c", code]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-
-
 def test_its_limits_are_in_force(compose: Compose) -> None:
     server = compose.container("server")
     assert limit(server, "memory", "memory.limit_in_bytes", "memory.max") == 2**30
@@ -178,13 +172,6 @@ def test_its_limits_are_in_force(compose: Compose) -> None:
     assert httpx.get(compose.url + "/ready").status_code == 200
 
 
-def test_it_classifies(compose: Compose) -> None:
-    answer = httpx.post(
-        compose.url + "/classify", json={"input": ["a warm , funny , engaging film", "awful"]}
-    )
-    assert [row["label"] for row in answer.json()["data"]] == ["positive", "negative"]
-
-
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that every user can read, with a stock classifier in model/, and texts.txt."""
@@ -194,39 +181,6 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return folder
-
-
-def test_a_classifier_is_served_by_name(compose: Compose, stock: Path) -> None:
-    """The model is in a folder, and the file system is read-only; a second container reuses the converted model."""
-    cache, port = f"{PROJECT}-cache", free_port()
-    options = (
-        "--read-only",
-        "--tmpfs",
-        "/tmp",
-        "--volume",
-        f"{cache}:/cache",
-        "--volume",
-        f"{stock}:/stock:ro",
-    )
-    answers = []
-    try:
-        for _ in range(2):
-            published = f"127.0.0.1:{port}:8000"
-            container = docker(
-                "run", "--detach", *options, "--publish", published, IMAGE, "serve", "/stock/model"
-            )
-            try:
-                until(lambda: ready(f"http://127.0.0.1:{port}"), "the container to be ready")
-                answer = httpx.post(f"http://127.0.0.1:{port}/classify", json={"input": "a good film"}).json()
-                changed = docker(
-                    "exec", container, "find", "/cache", "-name", "manifest.json", "-printf", "%T@"
-                )
-                answers.append((answer["data"], changed))
-            finally:
-                docker("rm", "--force", container)
-    finally:
-        docker("volume", "rm", cache)
-    assert answers[0] == answers[1] and answers[0][0][0]["exit"]["layer"] == 3
 
 
 def test_compose_serves_a_classifier_of_the_hub(compose: Compose, stock: Path) -> None:
@@ -255,14 +209,6 @@ def test_the_image_imports(compose: Compose, stock: Path, tmp_path: Path) -> Non
     docker("run", "--rm", "--read-only", *folders, IMAGE, *command.split())
     calibration = Store(tmp_path / "models").open("mine").manifest.calibration
     assert calibration is not None and calibration.self_labelled
-
-
-def ready(url: str) -> bool:
-    """True if a server is ready."""
-    try:
-        return httpx.get(f"{url}/ready", timeout=2).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_prometheus_scrapes_it(compose: Compose) -> None:
@@ -349,19 +295,6 @@ def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
     done = {line["request_id"] for line in logged if line["status"] == 200}
     assert (sorted(done - answered), sorted(answered - done)) == ([], [])
     assert len(answered) > 100
-
-
-def test_docker_stop_drains(compose: Compose) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(lambda: httpx.post(compose.url + "/classify", json=SLOW, timeout=60).status_code)
-        until(lambda: waiting(compose) > 40, "the long request to be accepted")
-        server = compose.container("server")
-        docker("stop", server)
-        assert long.result() == 200
-    assert docker("inspect", "--format", "{{.State.ExitCode}}", server) == "0"
-    port = compose.ports["SERVER_PORT"]
-    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), 1):
-        pass
 
 
 def test_a_store_can_be_mounted(compose: Compose, store: Path) -> None:

@@ -12,12 +12,11 @@ from torch.nn import functional as F
 
 from de3 import tables
 from de3.exits.recorded import Recorded
-from de3.exits.signals import Entropy
 from de3.model_store.store import Store
 from de3.training import checks, data
 from de3.training import loss as losses
 from de3.training.checkpoint import Checkpoint
-from de3.training.evaluate import Times, default_line, exit_scores, f1, weaknesses
+from de3.training.evaluate import exit_scores, f1, weaknesses
 from de3.training.model import De3Model
 from tests.commands import de3, refusal
 from tests.fixtures import BAD, FILLER, GOOD, made_once, make_rows
@@ -94,19 +93,6 @@ def test_what_was_trained_is_served(trained: Path, data_file: Path, tmp_path: Pa
     for model in (trained / "store/topics/1", trained / "checkpoint"):
         output = de3(f"evaluate {model} {file} --png {tmp_path}/plot.png")
         assert "macro F1" in output
-
-
-def test_labels_in_cells_new_names_and_no_early_exit(encoder: Path, tmp_path: Path) -> None:
-    """Trains on a .csv with all labels of a row in one cell, renames them, and exports one plain graph."""
-    rows = [(text, "|".join(reversed(names_of(text)))) for text, _ in make_rows(200, 43)]
-    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"{text},{cell}\n" for text, cell in rows))
-    output = de3(
-        f"train {tmp_path}/t.csv --multi-label --label-names bad,good,tale --encoder {encoder} --exits last "
-        f"--out {tmp_path}/out --epochs 1 --held-back 20 --no-bf16 --pooling cls"
-    )
-    assert f"Next: de3 evaluate {tmp_path}/out\n" in output
-    assert Checkpoint(tmp_path / "out").names == ["bad", "good", "tale"]
-    de3(f"export {tmp_path}/out --full-depth {tmp_path}/plain --quantize none")
 
 
 @pytest.mark.parametrize(
@@ -225,16 +211,3 @@ def test_micro_f1_chooses_the_epoch_and_labels_that_are_never_assigned_are_named
     silent = recorded([[-1, 1, -1], [-1, 1, -1]], [[True, True, False], [False, True, False]])
     (warning,) = weaknesses(silent, NAMES)
     assert "assigns 1 of 3 labels to none of 2 samples, though they are correct for some: blame;" in warning
-
-
-def test_the_default_is_reported_in_f1() -> None:
-    """Two texts exit at the first exit; full depth would have given the second one its correct label."""
-    logits = np.array([[[9, -9], [9, -9]], [[9, -9], [-9, 9]]], np.float32)
-    labels = np.array([[True, False], [False, True]])
-    two = Recorded(
-        [0, 3], logits, np.full_like(logits, np.nan), labels, np.array([9, 9]), thresholds=np.zeros(2)
-    )
-    said = default_line(two, 0.5, Entropy(), Times(np.array([8.0, 0.0]), np.array([[2.0, 0.0], [9.0, 0.0]])))
-    assert "all labels right 50.00%" in said and "50.00% of answers differ from full depth" in said
-    assert "4.00× in time" in said
-    assert "micro F1 50.00 (full depth 100.00), macro F1 33.33 (full depth 100.00)" in said

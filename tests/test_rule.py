@@ -27,12 +27,6 @@ def test_below_is_strict() -> None:
     assert ExitRule(np.nextafter(score, 1), Edr(1.0)).exits(score)
 
 
-def test_tau_0_never_exits_even_at_edr_0() -> None:
-    sure = Edr(1.0).score([read(0, [1000.0, 0.0], [0.0, 1.0])])
-    assert sure == 0
-    assert not ExitRule(0, Edr(1.0)).exits(sure)
-
-
 def test_an_exit_without_prototypes_decides_only_by_entropy() -> None:
     readings = [read(0, [5.0, 0.0], None)]
     assert Edr(1.0).score(readings) is None

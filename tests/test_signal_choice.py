@@ -169,14 +169,6 @@ def test_risk_that_was_not_certified_needs_tau(store: Path, tmp_path: Path) -> N
         assert error.value.field == field
 
 
-def test_models_say_which_signals_they_have(server: Server, manifest: Manifest) -> None:
-    for row in httpx.get(server.url + "/v1/models").json()["data"]:
-        assert row["signals"] == ["entropy", "edr", "risk"]
-        assert row["defaults"].keys() == {"tau", "signal", "lambda"}
-    listed = httpx.get(server.url + "/v1/models").json()["data"][0]["defaults"]
-    assert listed == manifest.defaults.model_dump(by_alias=True)
-
-
 @dataclass(frozen=True)
 class Mean:
     """A new signal, written as `exits/signals.py` says: the mean entropy of the exits passed; no kernel computes it."""

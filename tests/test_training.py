@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from de3 import tables
 from de3.cli import app
 from de3.exits.recorded import Recorded
 from de3.training import data as datas
-from de3.training import progress, trainer
 from de3.training import split as splits
+from de3.training import trainer
 from de3.training.encoded import Encoded, encode, training_batches
 from de3.training.model import De3Model
 from de3.training.predict import predict
@@ -205,15 +204,6 @@ def test_a_teacher_with_other_held_out_samples_or_labels_in_another_order_is_ref
         open_teacher(checkpoint, parts, ["positive", "negative"])
 
 
-def test_texts_are_cut_to_what_the_encoder_takes(tmp_path: Path, encoder: Path) -> None:
-    file = tmp_path / "long.tsv"
-    file.write_text("text\tlabel\n" + "".join(f"{'good film ' * (i + 20)}\t{i % 2}\n" for i in range(40)))
-    de3(
-        f"train {file} --encoder {encoder} --out {tmp_path / 'out'} --epochs 1 --held-back 5 --no-bf16 "
-        "--max-length 500"
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -286,27 +276,3 @@ def test_many_classes_pairs_and_a_dataset_folder(tmp_path: Path, encoder: Path) 
     assert record["history"][-1]["tune_accuracy"][-1] > 0.9
     output = de3(f"export {tmp_path / 'out'} --name pairs --store {tmp_path / 'store'} --quantize none")
     assert "published" in output
-
-
-@pytest.mark.slow
-def test_altered_copies_are_labelled_by_the_teacher(tmp_path: Path, few: Path, encoder: Path) -> None:
-    teacher = tmp_path / "teacher"
-    de3(common(few, encoder, teacher, 30) + " --epochs 1")
-    de3(common(few, encoder, tmp_path / "out", 30) + f" --epochs 1 --teacher {teacher} --augment 2")
-    from safetensors.torch import load_file
-
-    _, _, parts = _parts(few, encoder, 30)
-    (cache,) = teacher.glob("logits-*.safetensors")
-    assert len(load_file(cache)["logits"]) == 3 * len(parts.train)
-
-
-def test_long_work_logs_its_progress(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter(range(0, 1000, 15))
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-    assert list(progress.track(iter(range(4)), "Counting", 4)) == [0, 1, 2, 3]
-    lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
-    assert lines == ["Counting …", "Counting: 25%, about 2 min left", "Counting: 75%, about 20 s left"]
-    assert list(progress.track(iter(range(3)), "Counting")) == [0, 1, 2]  # the total is unknown
-    assert capsys.readouterr().err.strip() == "Counting …"

@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from de3.model_store.families import family
 from de3.training import loss as losses
 from de3.training.model import De3Model
-from tests.fixtures import save_encoder
 
 
 @pytest.fixture
@@ -117,15 +115,6 @@ def test_a_pretrained_encoder_keeps_its_weights(encoder: Path) -> None:
 def test_exit_layers_that_make_no_sense_are_refused(encoder: Path, exits: list[int]) -> None:
     with pytest.raises(ValueError, match="exit_layers must"):
         De3Model.from_encoder(str(encoder), ["a", "b"], exit_layers=exits)
-
-
-def test_max_tokens_counts_from_the_first_position(tmp_path: Path) -> None:
-    from transformers import AutoConfig
-
-    for name in ("bert", "roberta"):
-        folder = save_encoder(tmp_path / name, name)
-        config = AutoConfig.from_pretrained(folder).to_dict()
-        assert family(config).max_tokens(config) == 64
 
 
 def test_prototypes_as_means_are_those_of_every_sample(model: De3Model) -> None:

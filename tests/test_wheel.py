@@ -132,17 +132,6 @@ def labels(texts: list[str]) -> list[str]:
     assert 'Unexpected keyword argument "tua"' in done.stdout
 
 
-def test_a_new_user_classifies_a_file_without_a_server(user: Path, tmp_path: Path) -> None:
-    (tmp_path / "in.csv").write_text("id,text\n1,a fine film\n2,a dull one\n")
-    run(
-        user / "env/bin/de3",
-        *["classify", "--demo", "--file", "in.csv", "--out", "out.csv", "--keep", "id"],
-        cwd=tmp_path,
-    )
-    lines = (tmp_path / "out.csv").read_text().splitlines()
-    assert [line.split(",")[:2] for line in lines] == [["id", "label"], ["1", "positive"], ["2", "negative"]]
-
-
 @contextmanager
 def demo_server(user: Path) -> Iterator[tuple[str, str]]:
     """The URL and the log of `de3 serve --demo`, once it is ready."""

@@ -28,14 +28,3 @@ def test_one_attacker_breaks_only_what_is_promised_to_all_alike(
     alike = clients.run(attack, 1, population, 0.05, 0.2, True, 1)
     assert quiet[0] <= 0.05 and kept[0] <= 0.05
     assert alike[0] > kept[0]
-
-
-def test_a_row_for_each_attack(population: Population, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "TEXTS", 50)
-    monkeypatch.setattr(clients, "ATTACKS", ATTACKS[:2])
-    rows = clients.study(population, [1, 3], 0.05, 0.2, 2, False)
-    assert [(row["others"], row["attack"]) for row in rows] == [
-        (count, attack.name) for count in (1, 3) for attack in ATTACKS[:2]
-    ]
-    assert all(row["held"] == 1 for row in rows)
-    assert len(clients.table(rows)[1]) == 4

@@ -16,7 +16,6 @@ from lab.experiments.drift import (
     slide,
     stream,
 )
-from lab.experiments.shift import at
 
 TAU = 0.4
 
@@ -85,16 +84,6 @@ def test_a_stream_measures_each_text_once_and_none_that_came_before() -> None:
     assert len(before) == len(set(home) - set(last)) + AWAY
     assert 0.04 < s.audited.mean() < 0.06
     assert set(stream(home, away, 4).order[-450:]) != set(last)
-
-
-def test_an_arm_that_adapts_nothing_is_the_rule_on_the_measured_texts() -> None:
-    of = texts()
-    begin, order = start(of), in_turn()
-    r = of.rows(order.order[order.measured :], begin.prototypes)
-    expected = at(begin.risk.scores(r), r, TAU)
-    result = run(of, order, begin, Arm())
-    assert (result["speedup"], result["disagreement"]) == (expected["speedup"], expected["disagreement"])
-    assert result["fired"] == 0
 
 
 def test_a_guard_that_fires_goes_back_to_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,11 @@
 """The numbers that the studies of learning compute."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from de3.exits.calibration import FINE_TAUS
-from de3.loadtest.texts import Sample
 from lab.learn import WINDOW, Answer, Story, _measure, table
-from lab.learn_cost import cost_of_states
 from lab.studies.learn import SIZES, Version, stream
-from tests.fixtures import save_encoder
 
 G = len(np.unique(FINE_TAUS))
 
@@ -49,10 +44,3 @@ def test_the_numbers_of_a_story() -> None:
     assert story.recovery == WINDOW + 9 + WINDOW
     columns, rows = table([story, story])
     assert len(rows) == 3 and all(len(row) == len(columns) for row in rows)
-
-
-def test_the_cost_of_states_is_measured_with_each_runtime(tmp_path: Path) -> None:
-    stock = save_encoder(tmp_path, labels=2)
-    ratios = cost_of_states(stock, [Sample("a fine film", None), Sample("dull", None)], 2)
-    assert "onnxruntime" in ratios
-    assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in ratios.values())

@@ -1,13 +1,10 @@
 """Short runs of the soak test and of each fault: nothing is lost, and a loss would be reported."""
 
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
 
-from de3.model_store.store import Store
 from lab import faults
 from lab.cli import app as lab_app
 from lab.soak import Soak
@@ -66,12 +63,3 @@ def test_a_fault_that_fails_is_a_row_that_says_so(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(faults, "FAULTS", (broken,))
     (row,) = faults.faults(faults.Testbed(tmp_path, "tiny", [], 0, tmp_path))
     assert (row.happened, row.lost) == ("FAILED: timed out", 1)
-
-
-def test_drafts_of_exports_that_were_killed_go_after_a_day(tmp_path: Path) -> None:
-    old, new = (tmp_path / "m" / name for name in (".draft-old", ".draft-new"))
-    for path in (old, new):
-        path.mkdir(parents=True)
-    os.utime(old, (time.time() - 90_000, time.time() - 90_000))
-    with Store(tmp_path).new_version("m"):
-        assert (old.exists(), new.exists()) == (False, True)
