@@ -38,14 +38,15 @@ def recorded(n: int = 400, seed: int = 0, of_a_group: int = 1) -> Recorded:
     return Recorded([0, 1, 2], logits, distances, labels)
 
 
-@pytest.mark.parametrize(("lam", "tau"), [(0.0, 0.4), (1.0, 0.3), (4.0, 1.0), (2.0, 0.0)])
+@pytest.mark.parametrize(("lam", "tau"), [(0.0, 0.4), (1.0, 0.3), (2.0, 0.0)])
 def test_an_outcome_is_what_a_loop_over_samples_finds(lam: float, tau: float) -> None:
     r, signal = recorded(), signal_of("edr", lam)
     o = calibration.outcome(Samples.independent(r), signal.scores(r), tau, signal)
     right = full = differs = layers = 0
+    entropy, ratio = r.entropy, r.distance_ratio
     for i in range(len(r.labels)):
         for j in range(3):
-            h, dr = r.entropy[i, j], r.distance_ratio[i, j]
+            h, dr = entropy[i, j], ratio[i, j]
             edr = h if lam == 0 else (0 if min(h, dr) == 0 else (lam + 1) / (lam / dr + 1 / h))
             if j == 2 or edr < tau:
                 break
@@ -66,11 +67,6 @@ def test_wilson_against_published_values() -> None:
     assert calibration.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert calibration.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
     assert calibration.wilson(10, 10)[1] == pytest.approx(1)
-
-
-def test_speedup_counts_layer_0_as_free() -> None:
-    assert calibration.speedup(6, 2.0) == 3
-    assert calibration.speedup(6, 0.0) == calibration.MAX_SPEEDUP
 
 
 def test_merit_is_the_geometric_mean_of_the_highest_speed_ups_at_1_2_and_5_percent() -> None:
@@ -101,10 +97,8 @@ def times(r: Recorded, k: int) -> Samples:
     return Samples(r.rows(rows), rows)
 
 
-@pytest.mark.parametrize("k", [2, 5])
-@pytest.mark.parametrize("signal", [Entropy(), Edr(1.0)])
-def test_copies_of_a_sample_in_one_group_add_no_information(k: int, signal: Signal) -> None:
-    r = recorded(500)
+def test_copies_of_a_sample_in_one_group_add_no_information() -> None:
+    r, k, signal = recorded(500), 5, Edr(1.0)
     once, often = (calibration.trade_off(s, signal) for s in (Samples.independent(r), times(r, k)))
     for a, b in zip(once, often, strict=True):
         assert (b.accuracy, b.disagreement, b.loss) == pytest.approx((a.accuracy, a.disagreement, a.loss))

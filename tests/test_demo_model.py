@@ -4,9 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from de3.exits.reading import read
-from de3.exits.rule import ExitRule
-from de3.model_store.model import Model
+import de3
 from de3.model_store.store import Store
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -29,17 +27,7 @@ def test_it_is_sound_and_small() -> None:
 
 
 def test_it_tells_good_from_bad_and_exits_early() -> None:
-    model = Model(Store(MODELS).open("sst2"))
-    defaults = model.manifest.defaults
-    rule = ExitRule(defaults.tau, model.manifest.default_signal)
-    layers = []
-    for text, label in TEXTS.items():
-        for layer, step in enumerate(model.full_depth(model.tokenize(text))):
-            assert step.logits is not None
-            distances = None if step.distances is None else step.distances.tolist()
-            reading = read(layer, step.logits.tolist(), distances)
-            if rule.exits(rule.signal.score([reading])) or layer == model.manifest.num_layers:
-                layers.append(layer)
-                break
-        assert model.manifest.labels[reading.label] == label, text
-    assert np.mean(layers) < 4
+    with de3.load("sst2", store=MODELS) as model:
+        rows = model.classify(list(TEXTS))
+    assert [row.label for row in rows] == list(TEXTS.values())
+    assert np.mean([row.exit.layer for row in rows]) < 4

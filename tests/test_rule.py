@@ -1,7 +1,5 @@
 """The decision: the first exit whose score is strictly below τ, else the last exit."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from de3.exits import formulas
-from de3.exits.reading import Answer, differs, read
+from de3.exits.reading import read
 from de3.exits.rule import ExitRule, exit_index
 from de3.exits.signals import Edr, Entropy, ModelTraits, signal_of
 
@@ -81,26 +79,6 @@ def test_exit_index_ignores_missing_prototypes() -> None:
     edr = np.array([[0.5, np.nan], [np.nan, np.nan]])
     assert exit_index(edr, 1.0).tolist() == [0, 1]
     assert np.isnan(edr[0, 1])  # the input is not changed
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "tolerance", "unlike"),
-    [
-        (1.0, 1.5, 0.5, False),
-        (1.0, 1.5, 0.25, True),
-        (1.0, 1.0, None, False),
-        (1.0, math.nan, 0.5, True),
-        (math.nan, math.nan, 0.5, True),
-        (1, 1, None, False),
-        (1, 2, None, True),
-        ([1, 2], [1, 2], None, False),
-        ([1, 2], [1], None, True),
-    ],
-)
-def test_answers_differ_in_the_class_in_any_label_or_beyond_the_tolerance(
-    one: Answer, other: Answer, tolerance: float | None, unlike: bool
-) -> None:
-    assert differs(one, other, tolerance) == differs(other, one, tolerance) == unlike
 
 
 def test_lambda_may_be_as_large_as_its_limit_and_only_edr_has_one() -> None:

@@ -1,6 +1,5 @@
 """A request's choice of signal over HTTP, with and without risk, with the kernels and layer by layer."""
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ import pytest
 from de3.exits.reading import Reading, read
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
-from de3.exits.signals import SIGNALS, Edr, Entropy, ModelTraits, Signal
+from de3.exits.signals import SIGNALS, ModelTraits, Signal
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
-from de3.model_store.store import Store, StoreError
+from de3.model_store.store import Store
 from de3.server.errors import RequestError
 from de3.server.rules import Rules
 from de3.server.settings import ExitOptions, Settings
@@ -219,30 +218,6 @@ def test_a_new_signal_is_served_once_it_is_listed(store: Path, monkeypatch: pyte
             assert (refused.status_code, refused.json()["error"]["param"]) == (422, param)
 
 
-def test_an_artifact_may_name_a_new_signal(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mine = shutil.copytree(store, tmp_path / "store")
-
-    def by_mean(m: dict[str, Any]) -> None:
-        for row in (*m["calibration"]["table"], m["calibration"]["default"]):
-            row["signal"] = "mean" if row["signal"] == "entropy" else row["signal"]
-        m["defaults"] = table_default(m, "mean")
-
-    edit(mine / "tiny" / "1", by_mean)
-    with pytest.raises(StoreError, match="must be one of entropy, edr, risk"):
-        Store(mine).open("tiny")
-    monkeypatch.setitem(SIGNALS, "mean", Mean)
-    rules = Rules(Store(mine).open("tiny").manifest, Settings())
-    for options in (
-        ExitOptions(),
-        ExitOptions(signal="mean"),
-        ExitOptions(signal="mean", target_speedup=1.5),
-    ):
-        choice = rules.of(options)
-        assert choice.rule.signal == Mean() and choice.expected is not None
-
-
 def table_default(manifest: dict[str, Any], signal: str) -> dict[str, Any]:
     """Defaults for a signal, from the middle one of its calibration rows."""
     rows = [r for r in manifest["calibration"]["table"] if r["signal"] == signal]
@@ -259,23 +234,17 @@ def without_risk(manifest: dict[str, Any], signal: str) -> None:
     del manifest["risk"]
 
 
-@pytest.mark.parametrize(("name", "signal"), [("tiny", "edr"), ("tiny-int8", "entropy")])
+@pytest.mark.parametrize("signal", ["edr", "entropy"])
 def test_an_artifact_without_risk_is_served_by_its_other_signals(
-    store: Path, tmp_path: Path, name: str, signal: str
+    store: Path, tmp_path: Path, signal: str
 ) -> None:
     mine = shutil.copytree(store, tmp_path / "store")
-    edit(mine / name / "1", lambda m: without_risk(m, signal))
-    written = json.loads((mine / name / "1/manifest.json").read_text())
-    assert "risk" not in written
-    with serving(mine, models=[name]) as server:
-        (served,) = server.service.models.all
-        tau, lam = written["defaults"]["tau"], written["defaults"]["lambda"]
-        by = Edr(lam) if lam else Entropy()
-        rows = server.classify(input=TEXTS).json()["data"]
-        for text, row in zip(TEXTS, rows, strict=True):
-            found = row["exit"]
-            assert (found["layer"], found["score"]) == by_the_rule(served.model, text, tau, by)
-            assert (found["tau"], found["signal"], found["lambda"]) == (tau, signal, lam)
-        refused = server.classify(input="a film", signal="risk", tau=0.1)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "signal")
-        assert httpx.get(server.url + "/v1/models").json()["data"][0]["signals"] == ["entropy", "edr"]
+    edit(mine / "tiny" / "1", lambda m: without_risk(m, signal))
+    manifest = Store(mine).open("tiny").manifest
+    rules = Rules(manifest, Settings())
+    rule = rules.of(ExitOptions()).rule
+    assert (rule.tau, rule.signal) == (manifest.defaults.tau, manifest.default_signal)
+    assert rule.signal.name == signal
+    with pytest.raises(RequestError, match="has no risk") as error:
+        rules.of(ExitOptions(signal="risk", tau=0.1))
+    assert error.value.field == "signal"

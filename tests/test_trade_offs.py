@@ -24,6 +24,7 @@ def test_a_bound_needs_errors_among_samples(errors: int, n: int) -> None:
 def test_at_the_bound_so_few_errors_have_a_probability_of_5_percent(n: int, data: st.DataObject) -> None:
     errors = data.draw(st.integers(0, n - 1))
     bound = guarantee.upper_bound(errors, n)
+    assert guarantee.upper_bound(n, n) == 1
     cdf = sum(math.comb(n, k) * bound**k * (1 - bound) ** (n - k) for k in range(errors + 1))
     assert errors / n < bound <= 1
     assert cdf == pytest.approx(0.05, abs=1e-6)

@@ -82,14 +82,6 @@ def test_a_phase_counts_each_request_once() -> None:
     assert phase == Phase(7, 10.0, 10.0, 10.0, refused=2, errors=2, unanswered=1, reopened=0)
 
 
-def test_an_attack_that_cannot_be_tried_is_a_row_that_says_so(tmp_path: Path) -> None:
-    arena = resilience.Arena(tmp_path, "tiny", free_port(), tmp_path)
-    (found,) = resilience.attack_all(arena, ["pipelined"])  # no such model, so the server does not start
-    assert "did not start" in found.problems[0] and not found.survived
-    assert json.loads(resilience.as_json([found]))[0]["phases"] == {}
-    assert resilience.table([found]).row_count == 1
-
-
 def test_a_server_has_its_limits(tmp_path: Path) -> None:
     said = (
         "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE), flush=True); bytearray(3 * 10**8)"

@@ -11,7 +11,7 @@ import pytest
 from de3.commands.timing import Engine
 from de3.exits.rule import exit_index
 from de3.model_store.model import Model
-from de3.model_store.store import Artifact, Store
+from de3.model_store.store import Store
 from de3.server.engine.request import Text
 from de3.server.models import load
 from de3.server.settings import ExitOptions, Settings
@@ -26,12 +26,8 @@ from tests.fixtures import make_rows, write_rows
 CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 
 
-@pytest.fixture(params=["tiny", "tiny-int8"])
-def artifact(request: pytest.FixtureRequest, store: Path) -> Artifact:
-    return Store(store).open(request.param)
-
-
-def test_without_prototypes_all_else_is_as_before(artifact: Artifact) -> None:
+def test_without_prototypes_all_else_is_as_before(store: Path) -> None:
+    artifact = Store(store).open("tiny-int8")
     whole, stripped = (Model(each, "onnxruntime") for each in (artifact, Stripped.of(artifact)))
     tokens = whole.tokenize("a good film , but not a great one")
     manifest = artifact.manifest
@@ -73,20 +69,11 @@ def test_the_overhead_of_each_runtime(kernels: Any, store: Path, tmp_path: Path)
     ]
     assert all(row["layer_us"] > 0 and row["precision"] == "int8" for row in rows)
     assert plot.stat().st_size > 5_000
-    # Shown again, without a model.
-    shown = tmp_path / "shown.json"
-    lab(f"study overhead --store {tmp_path} --show {numbers} --show {numbers} --json {shown}")
-    assert json.loads(shown.read_text()) == rows * 2
 
 
-@pytest.mark.parametrize("runtime", ["native", "onnxruntime"])
-def test_by_the_clock_texts_leave_where_the_rule_says(
-    request: pytest.FixtureRequest, store: Path, tmp_path: Path, runtime: str
-) -> None:
-    if runtime == "native":
-        request.getfixturevalue("kernels")
+def test_by_the_clock_texts_leave_where_the_rule_says(kernels: Any, store: Path, tmp_path: Path) -> None:
     rows = [row for row in make_rows(90, 41) if row[0].strip()]
-    served = load(Store(store).open("tiny-int8"), Settings(runtime=runtime))
+    served = load(Store(store).open("tiny-int8"), Settings(runtime="native"))
     model, taus = served.model, (0.0, 0.1, 0.3, 0.6)
     texts = recorded(model, [write_rows(tmp_path / "texts.jsonl", rows)], ("text", "label")).recorded
     result = wall(served, [Example(text, int(label)) for text, label in rows], taus, 2)

@@ -93,13 +93,3 @@ def test_a_model_is_changed_without_an_error(port: int, versions: Path) -> None:
         measure.deploy(store=versions, models="tiny:2", min_replicas=2, max_replicas=2)
         until(lambda: clients.counts["200 tiny:2"] > 20, "answers of the new version")
     assert set(clients.counts) == {"200 tiny:1", "200 tiny:2"}
-
-
-def test_replicas_are_added_under_load_and_removed_after_it(port: int, versions: Path) -> None:
-    delays = {"upscale_delay_s": 1, "downscale_delay_s": 3}
-    measure.deploy(store=versions, models="tiny:2", min_replicas=1, max_replicas=2, **delays)
-    until(lambda: len(measure.replicas()) == 1, "one replica", 60)
-    with measure.Clients(port, TEXTS, count=16) as clients:
-        until(lambda: len(measure.replicas()) == 2, "another replica", 90)
-    until(lambda: len(measure.replicas()) == 1, "one replica again", 90)
-    assert set(clients.counts) == {"200 tiny:2"}
