@@ -139,13 +139,6 @@ def test_the_seed_draws_the_parts_and_shuffles_the_training_data() -> None:
     assert [e for e in one.train if e in after] != after
 
 
-def test_texts_linked_by_a_chain_of_groups_are_one() -> None:
-    rows = [("a", "x"), ("b", "x"), ("b", "y"), ("c", "y"), ("d", None), ("d", "z"), ("e", "z"), ("f", None)]
-    one_of = splits.related([Example(text, 0, group) for text, group in rows])
-    assert len({one_of[text] for text in "abc"}) == len({one_of[text] for text in "de"}) == 1
-    assert len(set(one_of.values())) == 3
-
-
 @pytest.mark.parametrize(
     ("texts", "held_back"), [(["t"] * 50, 5), (list("abcdefghij"), 5), (list("abc"), None)]
 )

@@ -152,22 +152,6 @@ def test_a_refused_signal_is_explained(server: Server, fields: dict[str, Any], p
         assert server.classify(input="a film", tau=0.1, **fields).status_code == 200
 
 
-def test_risk_that_was_not_certified_needs_tau(store: Path, tmp_path: Path) -> None:
-    mine = shutil.copytree(store, tmp_path / "store")
-
-    def uncertified(m: dict[str, Any]) -> None:
-        m["defaults"] = table_default(m, "entropy")
-        m["calibration"]["table"] = [r for r in m["calibration"]["table"] if r["signal"] != "risk"]
-
-    edit(mine / "tiny" / "1", uncertified)
-    rules = Rules(Store(mine).open("tiny").manifest, Settings())
-    assert rules.of(ExitOptions(signal="risk", tau=0.1)).rule.signal.name == "risk"
-    for options, field in (({}, "tau"), ({"target_speedup": 2.0}, "target_speedup")):
-        with pytest.raises(RequestError) as error:
-            rules.of(ExitOptions(signal="risk", **options))
-        assert error.value.field == field
-
-
 @dataclass(frozen=True)
 class Mean:
     """A new signal, written as `exits/signals.py` says: the mean entropy of the exits passed; no kernel computes it."""
@@ -209,13 +193,6 @@ def test_a_new_signal_is_served_once_it_is_listed(store: Path, monkeypatch: pyte
         assert row["signals"] == ["entropy", "edr", "risk", "mean"]
         names = httpx.get(server.url + "/openapi.json").json()["components"]["schemas"]
         assert names["Exit"]["properties"]["signal"]["enum"] == row["signals"]
-        for fields, param in (
-            ({"signal": "median"}, "signal"),
-            ({"signal": "mean"}, "tau"),  # it was not calibrated
-            ({"signal": "mean", "tau": 0.1, "lambda": 2}, "lambda"),
-        ):
-            refused = server.classify(input="a film", **fields)
-            assert (refused.status_code, refused.json()["error"]["param"]) == (422, param)
 
 
 def table_default(manifest: dict[str, Any], signal: str) -> dict[str, Any]:

@@ -217,9 +217,8 @@ def test_wrong_arguments_are_named(
 
 def test_groups_of_a_column_stay_in_one_part(tmp_path: Path, encoder: Path) -> None:
     names = [("good", "bad")[i % 2] for i in range(240)]
-    texts = [
-        f"{names[i]} {'film ' * (6 * (i // 17))}{FILLER[i % 17]}" for i in range(240)
-    ]  # some are too long
+    texts = [f"{names[i]} {'film ' * (i // 17)}{FILLER[i % 17]}" for i in range(240)]
+    texts[0] += " film" * 80  # more tokens than the encoder takes
     rows = [{"text": text, "label": names[i], "user": f"u{i % 40}"} for i, text in enumerate(texts)]
     (tmp_path / "data").mkdir()
     file = tmp_path / "data" / "train.jsonl"

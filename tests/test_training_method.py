@@ -27,15 +27,6 @@ def test_prototypes_slide_as_in_equation_1(model: De3Model) -> None:
     assert model.prototypes[2].tolist() == [[3.0, 2.0], [10.0, 10.0], [0.0, 0.0]]
 
 
-def test_no_gradient_flows_through_prototypes(model: De3Model) -> None:
-    inputs = {"input_ids": torch.tensor([[2, 5, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-    out = model(**inputs)
-    model.update_prototypes(out.embedded, torch.tensor([1]))
-    assert not model.prototypes.requires_grad
-    losses.dar(model.distances(out.embedded), torch.tensor([1])).sum().backward()
-    assert model.prototypical[0].weight.grad is not None
-
-
 def test_dar_is_the_mean_cosine_distance_to_the_true_class(model: De3Model) -> None:
     model.prototypes[0] = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
     embedded = torch.tensor([[3.0, 0.0], [1.0, 1.0]])[:, None].expand(2, 3, 2)

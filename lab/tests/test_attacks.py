@@ -1,18 +1,14 @@
 """A short run of every attack: the server survives, and a well-behaved client is answered, even if late."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from de3.loadtest.servers import Server
 from lab import resilience
 from lab.attacks import ATTACKS
 from lab.cli import app as lab_app
-from lab.limits import limits
 from lab.well_behaved import Answer, Phase
 from tests.commands import invoke
 from tests.serving import free_port
@@ -80,15 +76,3 @@ def test_a_phase_counts_each_request_once() -> None:
     statuses = [200, 200, 429, 503, 500, 422, 0]
     phase = Phase.of([Answer(0.0, 10.0 * i, status) for i, status in enumerate(statuses)])
     assert phase == Phase(7, 10.0, 10.0, 10.0, refused=2, errors=2, unanswered=1, reopened=0)
-
-
-def test_a_server_has_its_limits(tmp_path: Path) -> None:
-    said = (
-        "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE), flush=True); bytearray(3 * 10**8)"
-    )
-    with limits(f"de3-test-{free_port()}", 10**8, 100) as limit:
-        server = limit.apply(Server("x", [sys.executable, "-c", said]))
-        done = subprocess.run(server.command, check=False, capture_output=True, text=True)
-        assert done.stdout == "(100, 100)\n"
-        assert limit.killed() == (limit.group is not None) == (done.returncode != 0)
-    assert limit.group is None or not limit.group.exists()

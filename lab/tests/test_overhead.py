@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from de3.commands.timing import Engine
 from de3.exits.rule import exit_index
 from de3.model_store.model import Model
 from de3.model_store.store import Store
-from de3.server.engine.request import Text
 from de3.server.models import load
-from de3.server.settings import ExitOptions, Settings
+from de3.server.settings import Settings
 from de3.training.data import Example
 from lab.studies import overhead as study
 from lab.studies.overhead import Stripped
@@ -88,16 +86,3 @@ def test_by_the_clock_texts_leave_where_the_rule_says(kernels: Any, store: Path,
     full, deep = result["rows"][0], result["rows"][-1]
     assert full["on_clock"] == full["predicted"] == full["in_layers"] == 1
     assert deep["mean_exit_layer"] < full["mean_exit_layer"] and deep["predicted"] > 1
-
-
-def test_a_text_that_fails_says_why(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served = load(Store(store).open("tiny"), Settings(runtime="onnxruntime"))
-    engine, choice = Engine(served), served.rules.of(ExitOptions(tau=0.1))
-    assert engine.classify(Text("a good film"), choice).layer >= 0
-
-    def broken(*_: object) -> None:
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr(served.model.segments[0], "_run", broken)
-    with pytest.raises(RuntimeError, match="no memory"):
-        engine.classify(Text("a good film"), choice)
