@@ -60,7 +60,10 @@ def test_an_outcome_is_what_a_loop_over_samples_finds(lam: float, tau: float) ->
     assert o.loss == pytest.approx((full - right) / n)
     assert o.disagreement == pytest.approx(differs / n)
     assert o.mean_exit_layer == pytest.approx(layers / n)
+    assert o.speedup == 2 / o.mean_exit_layer
+    assert calibration.speedup(6, 0.0) == calibration.MAX_SPEEDUP == calibration.speedup(6, 1e-9)
     assert sum(o.histogram) == pytest.approx(1)
+    assert (o.loss_interval == (0, 0)) == (tau == 0)
 
 
 def test_wilson_against_published_values() -> None:
@@ -124,6 +127,12 @@ def test_one_group_is_one_sample() -> None:
     assert calibration.effective_size(hits, group) <= 1
     mean, error = calibration.mean_and_error(hits.astype(float), group)
     assert (mean, error) == (pytest.approx(0.1), 1.0)
+
+
+def test_the_standard_error_of_equal_sized_groups_is_that_of_their_means() -> None:
+    means = np.arange(30) % 3 / 2
+    _, error = calibration.mean_and_error(np.repeat(means, 4), np.repeat(np.arange(30), 4))
+    assert error == pytest.approx(means.std(ddof=1) / math.sqrt(30))
 
 
 def examples(n: int, group_of: int = 1, fragments: int = 0) -> list[Example]:

@@ -218,7 +218,8 @@ def test_wrong_arguments_are_named(
 def test_groups_of_a_column_stay_in_one_part(tmp_path: Path, encoder: Path) -> None:
     names = [("good", "bad")[i % 2] for i in range(240)]
     texts = [f"{names[i]} {'film ' * (i // 17)}{FILLER[i % 17]}" for i in range(240)]
-    texts[0] += " film" * 80  # more tokens than the encoder takes
+    # More tokens than the encoder takes, in every part.
+    texts[:40] = [text + " film" * 80 for text in texts[:40]]
     rows = [{"text": text, "label": names[i], "user": f"u{i % 40}"} for i, text in enumerate(texts)]
     (tmp_path / "data").mkdir()
     file = tmp_path / "data" / "train.jsonl"

@@ -17,8 +17,9 @@ def model(encoder: Path) -> De3Model:
 
 def test_prototypes_slide_as_in_equation_1(model: De3Model) -> None:
     model.config.gamma = 0.25
-    first = torch.tensor([[1.0, 0.0], [3.0, 2.0], [10.0, 10.0]])[:, None].expand(3, 3, 2)
+    first = torch.tensor([[1.0, 0.0], [3.0, 2.0], [10.0, 10.0]], requires_grad=True)[:, None].expand(3, 3, 2)
     model.update_prototypes(first, torch.tensor([0, 0, 1]))
+    assert not model.prototypes.requires_grad
     # The first mean initializes a prototype; class c did not occur.
     assert model.prototypes[0].tolist() == [[2.0, 1.0], [10.0, 10.0], [0.0, 0.0]]
     assert model.prototype_seen[0].tolist() == [True, True, False]
