@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from de3.exits import formulas, risk
+from de3.exits import risk
 from de3.exits.reading import read
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Risk, Weights
@@ -123,14 +123,6 @@ def test_scores_of_any_size_are_probabilities_or_nan() -> None:
     assert signal.score(readings[:1]) == pytest.approx(1)
     assert 0 < (signal.score(readings) or 0) < 1e-300
     assert math.isnan(signal.score([read(0, [math.nan, 0.0], None)]) or 0)
-
-
-def test_the_features_are_what_they_say() -> None:
-    (row,) = formulas.risk_features([[2.0, 0.5, -1.0]], [[0.2, 0.5, 0.9]])
-    h = float(formulas.entropy(formulas.softmax([2.0, 0.5, -1.0])))
-    assert row == pytest.approx([1, 1.5, h, math.log(h), math.log(0.2)])
-    (bare,) = formulas.risk_features([[2.0, 0.5, -1.0]], [[math.nan] * 3])
-    assert bare == pytest.approx([*row[:4], 0])
 
 
 def test_each_exit_is_fitted_to_its_own_disagreement() -> None:

@@ -120,8 +120,6 @@ def test_tau_is_the_one_of_the_chosen_signals_calibration(server: Server, manife
                 assert (found["by"], found["wanted"]) == (*wish, *wish.values())
         answer = server.classify(input="a film", max_disagreement=0.1, **fields).json()
         assert answer["certificate"]["bound"] == row.disagreement_bound
-    budget = asked(server, signal="entropy", latency_budget_ms=5000)
-    assert (budget["by"], budget["signal"]) == ("latency_budget_ms", "entropy")
 
 
 UNKNOWN = {"lambda": 77}  # the calibration has no such signal

@@ -49,9 +49,6 @@ def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
     assert accuracy[0] < accuracy[-1]
     model = De3Model.from_pretrained(checkpoint)
     assert model.prototype_seen.all()
-    assert {"tune.jsonl", "certify.jsonl", "tokenizer.json", "config.json"} <= {
-        p.name for p in checkpoint.iterdir()
-    }
 
 
 def test_held_back_samples_are_not_trained_on(checkpoint: Path, data_file: Path) -> None:

@@ -84,7 +84,6 @@ def test_long_texts_are_compared_with_their_beginnings(store: Path, tmp_path: Pa
         f"--max-tokens 32 --json {numbers}"
     )
     found = json.loads(numbers.read_text())
-    assert {row["count"] for row in found if row["texts"] == "long" and row["max_tokens"] == 64} <= {29, 30}
     for size in (64, 32):
         at_0 = {
             r["strategy"]: r for r in found if (r["max_tokens"], r["tau"], r["texts"]) == (size, 0, "long")
