@@ -226,7 +226,7 @@ def test_groups_of_a_column_stay_in_one_part(tmp_path: Path, encoder: Path) -> N
         out = tmp_path / f"out{len(exits)}"
         de3(
             f"train {source} --group-column user --encoder {encoder} --out {out} --epochs 1 --held-back 30 "
-            "--no-bf16 --max-length 500"
+            "--no-bf16 --max-length 500 --batch-size 64"
         )
         config = De3Model.from_pretrained(out).config
         assert (config.exit_layers, config.pooling) == (exits, "mean" if len(exits) == 4 else "cls")
