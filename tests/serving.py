@@ -1,5 +1,6 @@
 """A real server in a thread, on a real socket; the test can pause its engine."""
 
+import asyncio
 import hashlib
 import os
 import random
@@ -10,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec
 
 import httpx
 import jsonschema
@@ -29,6 +31,7 @@ from de3.server.prove import Prover
 from de3.server.service import Service
 from de3.server.settings import Settings
 
+P = ParamSpec("P")
 RESERVED: list[socket.socket] = []
 CERTIFICATES = ssl.create_default_context()  # httpx would load them for each request, which is slow
 
@@ -39,6 +42,16 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
         time.sleep(0.002)
+
+
+def in_event_loop(test: "Callable[P, Coroutine[Any, Any, None]]") -> "Callable[P, None]":
+    """Make a test of a coroutine function, which runs in an event loop of its own."""
+
+    @wraps(test)
+    def run(*arguments: P.args, **named: P.kwargs) -> None:
+        asyncio.run(test(*arguments, **named))
+
+    return run
 
 
 def free_port() -> int:

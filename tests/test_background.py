@@ -39,7 +39,7 @@ from de3.server.processes.channel import Channel, _row
 from de3.server.processes.worker import CLOSED, CONNECTION, Worker
 from de3.server.settings import Settings
 from tests.fixtures import make_rows
-from tests.serving import Server, serving, until
+from tests.serving import Server, in_event_loop, serving, until
 from tests.test_processes import Running
 
 ADMIN = "an-admin-key-of-some-length"
@@ -191,7 +191,8 @@ def test_pauses_grow_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backoff.pause_s() == 0.1
 
 
-def test_a_task_is_started_again_until_it_returns_or_is_cancelled() -> None:
+@in_event_loop
+async def test_a_task_is_started_again_until_it_returns_or_is_cancelled() -> None:
     calls = 0
 
     async def task() -> None:
@@ -200,15 +201,12 @@ def test_a_task_is_started_again_until_it_returns_or_is_cancelled() -> None:
         if calls == 1:
             raise RuntimeError("unexpected")
 
-    async def run() -> None:
-        await keep_running("a task", task)
-        forever = keep_running("forever", asyncio.Event().wait)
-        await asyncio.sleep(0)
-        forever.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await forever
-
-    asyncio.run(run())
+    await keep_running("a task", task)
+    forever = keep_running("forever", asyncio.Event().wait)
+    await asyncio.sleep(0)
+    forever.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await forever
     assert calls == 2 and errors == {"a task": 1}
 
 
@@ -258,50 +256,44 @@ def test_a_report_that_nobody_waits_for_any_more_is_not_silent() -> None:
     assert errors == {"report": 1}
 
 
-def test_a_change_whose_client_is_gone_runs_to_its_end_and_its_error_is_reported() -> None:
-    async def run() -> None:
-        may_fail = asyncio.Event()
+@in_event_loop
+async def test_a_change_whose_client_is_gone_runs_to_its_end_and_its_error_is_reported() -> None:
+    may_fail = asyncio.Event()
 
-        async def change() -> None:
-            await may_fail.wait()
-            raise RuntimeError("unexpected")
+    async def change() -> None:
+        await may_fail.wait()
+        raise RuntimeError("unexpected")
 
-        request = asyncio.create_task(admin._to_its_end(change()))
+    request = asyncio.create_task(admin._to_its_end(change()))
+    await asyncio.sleep(0)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    may_fail.set()
+    while not errors:
         await asyncio.sleep(0)
-        request.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await request
-        may_fail.set()
-        while not errors:
-            await asyncio.sleep(0)
-
-    asyncio.run(run())
     assert errors == {"model_change": 1}
 
 
-def test_one_connection_or_request_does_not_stop_the_others() -> None:
+@in_event_loop
+async def test_one_connection_or_request_does_not_stop_the_others() -> None:
     done: list[str] = []
 
     def fail(*_: Any) -> None:
         raise RuntimeError("unexpected")
 
-    async def run() -> None:
-        shared = listener.Listener(mock.Mock(), 10, 100, 1.0)
-        for expire in (fail, lambda now: done.append("expired")) * 3:
-            shared.connections.add(mock.Mock(deadline=0.0, write_deadline=0.0, expire=expire))
-        shared._swept_at = (
-            monotonic() - 10
-        )  # the process was stalled: what has arrived meanwhile is read first
-        shared._sweep(asyncio.get_running_loop())
-        assert not errors
-        shared._sweep(asyncio.get_running_loop())
-        shared.turns._left = 0  # as in a round that has started its requests
-        for number in range(3 * AT_ONCE):
-            shared.turns.take("a network", partial(done.append, "started") if number % 2 else fail)
-        while len(done) < 3 + 3 * AT_ONCE // 2:
-            await asyncio.sleep(0)
-
-    asyncio.run(run())
+    shared = listener.Listener(mock.Mock(), 10, 100, 1.0)
+    for expire in (fail, lambda now: done.append("expired")) * 3:
+        shared.connections.add(mock.Mock(deadline=0.0, write_deadline=0.0, expire=expire))
+    shared._swept_at = monotonic() - 10  # the process was stalled: what has arrived meanwhile is read first
+    shared._sweep(asyncio.get_running_loop())
+    assert not errors
+    shared._sweep(asyncio.get_running_loop())
+    shared.turns._left = 0  # as in a round that has started its requests
+    for number in range(3 * AT_ONCE):
+        shared.turns.take("a network", partial(done.append, "started") if number % 2 else fail)
+    while len(done) < 3 + 3 * AT_ONCE // 2:
+        await asyncio.sleep(0)
     assert errors == {"connection_deadlines": 3, "request_start": 3 * AT_ONCE // 2}
 
 
@@ -323,7 +315,8 @@ def test_a_process_of_a_pool_ends_even_if_it_cannot_wait_for_its_parent(
     assert ended == [1]
 
 
-def test_errors_of_messages_between_processes_are_reported_where_they_occur() -> None:
+@in_event_loop
+async def test_errors_of_messages_between_processes_are_reported_where_they_occur() -> None:
     ours, theirs = socket.socketpair()
 
     def note() -> None:
@@ -335,22 +328,19 @@ def test_errors_of_messages_between_processes_are_reported_where_they_occur() ->
     async def fail() -> None:
         raise RuntimeError("unexpected")
 
-    async def run() -> None:
-        caller, other = (
-            Channel({}),
-            Channel({"note": note, "value": unserializable, "fail": fail, "ask": object}),
-        )
-        running = [asyncio.create_task(caller.run(ours)), asyncio.create_task(other.run(theirs))]
-        caller.tell("note")
-        for method in ("value", "fail", "ask"):
-            with pytest.raises(RequestError):
-                await caller.call(method)
-        assert errors == {"message": 4}
-        orjson.dumps(_row(RuntimeError("half of a surrogate pair: \ud800")))
-        for task in running:
-            task.cancel()
-
-    asyncio.run(run())
+    caller, other = (
+        Channel({}),
+        Channel({"note": note, "value": unserializable, "fail": fail, "ask": object}),
+    )
+    running = [asyncio.create_task(caller.run(ours)), asyncio.create_task(other.run(theirs))]
+    caller.tell("note")
+    for method in ("value", "fail", "ask"):
+        with pytest.raises(RequestError):
+            await caller.call(method)
+    assert errors == {"message": 4}
+    orjson.dumps(_row(RuntimeError("half of a surrogate pair: \ud800")))
+    for task in running:
+        task.cancel()
 
 
 def test_a_process_that_cannot_read_its_channel_drains(store: Path) -> None:

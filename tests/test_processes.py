@@ -286,24 +286,6 @@ def test_no_accepted_request_is_lost_at_the_end(versions: Path) -> None:
         until(lambda: not server.pids, "the processes to end")
 
 
-@pytest.mark.slow
-def test_a_crash_loop_ends_the_server_with_the_reason(versions: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    shutil.copytree(versions / "tiny" / "1", store / "tiny" / "1")
-    with running(store) as server:
-        (store / "tiny" / "1" / "layer_01.onnx").unlink()
-        first, second = server.pids
-        os.kill(first, signal.SIGKILL)
-        until(lambda: sum("layer_01.onnx" in line for line in server.log) > 4, "a few attempts")
-        assert server.process.poll() is None  # the other process still answers
-        assert httpx.post(f"{server.url}/classify", json={"input": "good"}).status_code == 200
-        os.kill(second, signal.SIGKILL)
-        assert server.process.wait(60) == 1
-        until(lambda: not server.pids, "the processes to end")
-        server._reader.join(10)
-        assert any("again and again" in line and "layer_01.onnx" in line for line in server.log)
-
-
 def test_a_process_has_its_part_of_the_limits(store: Path) -> None:
     settings = Settings(store=store, threads=3, max_queue=1000, max_connections=101, processes=2)
     part = part_of(settings, 2)

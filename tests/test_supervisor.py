@@ -11,6 +11,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from de3.server.processes.weights import Weights, key_of
 from de3.server.processes.worker import CONNECTION, MAX_UNSENT_BYTES, Worker, plan_row
 from de3.server.rules import Rules
 from de3.server.settings import Settings
+from tests.serving import in_event_loop
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 STATE: dict[str, Any] = {"models": [], "routes": {}}
@@ -95,33 +98,27 @@ async def never() -> None:
     await asyncio.Event().wait()
 
 
-def test_a_process_that_does_not_answer_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+@in_event_loop
+async def test_a_process_that_does_not_answer_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "ANSWER_S", 0.1)
-
-    async def run() -> None:
-        async with member(1, state=never) as process:
-            with pytest.raises(ChannelClosedError, match="does not answer"):
-                await process.call("state")
-            assert await asyncio.to_thread(process.os_process.wait) == -signal.SIGKILL
-
-    asyncio.run(run())
+    async with member(1, state=never) as process:
+        with pytest.raises(ChannelClosedError, match="does not answer"):
+            await process.call("state")
+        assert await asyncio.to_thread(process.os_process.wait) == -signal.SIGKILL
 
 
-def test_a_call_ends_with_the_process_that_it_asks() -> None:
+@in_event_loop
+async def test_a_call_ends_with_the_process_that_it_asks() -> None:
     ours, its = socket.socketpair()
-
-    async def run() -> None:
-        channel = Channel({})
-        running = asyncio.create_task(channel.run(ours))
-        call = asyncio.create_task(channel.call("state"))
-        await asyncio.sleep(0)
-        its.close()
-        for one in (call, channel.call("state")):
-            with pytest.raises(ChannelClosedError):
-                await asyncio.wait_for(one, 30)
-        await running
-
-    asyncio.run(run())
+    channel = Channel({})
+    running = asyncio.create_task(channel.run(ours))
+    call = asyncio.create_task(channel.call("state"))
+    await asyncio.sleep(0)
+    its.close()
+    for one in (call, channel.call("state")):
+        with pytest.raises(ChannelClosedError):
+            await asyncio.wait_for(one, 30)
+    await running
 
 
 def test_memory_of_weights_is_shared_once_it_is_filled(store: Path) -> None:
@@ -144,52 +141,48 @@ def test_memory_of_weights_is_shared_once_it_is_filled(store: Path) -> None:
         weights.keep([])
 
 
-def test_a_reset_is_known_to_every_process_when_it_returns(store: Path) -> None:
+@in_event_loop
+async def test_a_reset_is_known_to_every_process_when_it_returns(store: Path) -> None:
     settings = Settings(store=store, processes=2, guarantee=0.2)
     manifest, known = Store(store).open("tiny-int8").manifest, list[int]()
-
-    async def run() -> None:
-        group = Group(2)
-        books = SharedBooks(settings, group, no_change)
-        before = books.ledgers.serve(manifest, Rules(manifest, settings), "native", 1.0)
-        both = {"standing": lambda key, epoch, promised: known.append(epoch), "sync": lambda: None}
-        async with member(1, **both) as first, member(2, **both) as second:
-            for process in (first, second):
-                group.add(process)
-            assert (await books.reset("tiny-int8:1", 0))["tau"] == 0
-            assert known == [before.epoch + 1] * 2
-
-    asyncio.run(run())
+    group = Group(2)
+    books = SharedBooks(settings, group, no_change)
+    before = books.ledgers.serve(manifest, Rules(manifest, settings), "native", 1.0)
+    both = {"standing": lambda key, epoch, promised: known.append(epoch), "sync": lambda: None}
+    async with member(1, **both) as first, member(2, **both) as second:
+        for process in (first, second):
+            group.add(process)
+        assert (await books.reset("tiny-int8:1", 0))["tau"] == 0
+        assert known == [before.epoch + 1] * 2
 
 
-def test_a_process_that_cannot_commit_is_replaced_and_the_change_stands(store: Path) -> None:
+@in_event_loop
+async def test_a_process_that_cannot_commit_is_replaced_and_the_change_stands(store: Path) -> None:
     group, models = shared_models(store)
     plan, said = plan_to("unload"), list[str]()
 
     def refuse() -> None:
         raise ValueError("no")
 
-    async def run() -> None:
-        both = {
-            "prepare": lambda plan: {"no_kernels": ""},
-            "abort": lambda: said.append("abort"),
-            "state": lambda: STATE,
-            "plan": lambda change: plan,
-        }
-        async with (
-            member(1, **both, commit=lambda: {"unloaded": ["tiny:1"]}) as good,
-            member(2, **both, commit=refuse) as bad,
-        ):
-            for process in (good, bad):
-                group.add(process)
-            assert await models.change({"what": "unload"}) == {"unloaded": ["tiny:1"]}
-            assert await asyncio.to_thread(bad.os_process.wait) == -signal.SIGKILL
-            assert good.os_process.poll() is None and said == [] and models.are_loaded
-
-    asyncio.run(run())
+    both = {
+        "prepare": lambda plan: {"no_kernels": ""},
+        "abort": lambda: said.append("abort"),
+        "state": lambda: STATE,
+        "plan": lambda change: plan,
+    }
+    async with (
+        member(1, **both, commit=lambda: {"unloaded": ["tiny:1"]}) as good,
+        member(2, **both, commit=refuse) as bad,
+    ):
+        for process in (good, bad):
+            group.add(process)
+        assert await models.change({"what": "unload"}) == {"unloaded": ["tiny:1"]}
+        assert await asyncio.to_thread(bad.os_process.wait) == -signal.SIGKILL
+        assert good.os_process.poll() is None and said == [] and models.are_loaded
 
 
-def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: Path) -> None:
+@in_event_loop
+async def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: Path) -> None:
     plan, aborted = plan_to("load", Store(store).open("tiny-int8")), list[int]()
     weights, memory = Weights(), [os.memfd_create("weights") for _ in range(2)]
     group, models = shared_models(store, weights)
@@ -203,29 +196,27 @@ def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: Path) -
     def refuse(plan: dict[str, Any]) -> None:
         raise RequestError("no memory", cause="conflict")
 
-    async def run() -> None:
-        first_has = {"plan": lambda change: plan, "prepare": prepare, "abort": lambda: aborted.append(1)}
-        async with (
-            member(1, **first_has) as first,
-            member(2, prepare=refuse, abort=lambda: aborted.append(2)) as second,
-        ):
-            for process in (first, second):
-                group.add(process)
-            changing = asyncio.create_task(models.change({"what": "load"}))
-            await asyncio.sleep(0)
-            with pytest.raises(RequestError, match="in progress"):
-                await models.change({"what": "load"})
-            with pytest.raises(RequestError, match="no memory"):
-                await changing
-            assert sorted(aborted) == [1, 2]
-
-    asyncio.run(run())
+    first_has = {"plan": lambda change: plan, "prepare": prepare, "abort": lambda: aborted.append(1)}
+    async with (
+        member(1, **first_has) as first,
+        member(2, prepare=refuse, abort=lambda: aborted.append(2)) as second,
+    ):
+        for process in (first, second):
+            group.add(process)
+        changing = asyncio.create_task(models.change({"what": "load"}))
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="in progress"):
+            await models.change({"what": "load"})
+        with pytest.raises(RequestError, match="no memory"):
+            await changing
+        assert sorted(aborted) == [1, 2]
     for fd in memory:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
 
 
-def test_a_process_that_loads_the_models_during_a_change_loads_them_again(store: Path) -> None:
+@in_event_loop
+async def test_a_process_that_loads_the_models_during_a_change_loads_them_again(store: Path) -> None:
     plan = plan_to("load", Store(store).open("tiny-int8"))
     states = [{"models": [{"plan": plan}], "routes": {name: {}}} for name in ("before", "after")]
     loaded, opened = list[str](), list[int]()
@@ -238,24 +229,18 @@ def test_a_process_that_loads_the_models_during_a_change_loads_them_again(store:
             models._set_state(states[1])
         return states[len(loaded) - 1]
 
-    async def run() -> None:
-        async with member(
-            1, load=load, open=lambda: opened.append(len(loaded)), sync=lambda: None
-        ) as process:
-            process.is_member = False
-            await models.load(process)
-            await process.call("sync")
-            assert loaded == ["before", "after"] and opened == [2] and process.is_member
-
-    asyncio.run(run())
+    async with member(1, load=load, open=lambda: opened.append(len(loaded)), sync=lambda: None) as process:
+        process.is_member = False
+        await models.load(process)
+        await process.call("sync")
+        assert loaded == ["before", "after"] and opened == [2] and process.is_member
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(store: Path) -> None:
-    class Manager:
-        async def begin(self, *_: object) -> None:
-            raise ValueError("layer_02.onnx: damaged")
-
-    async def run(worker: Worker, ours: socket.socket, sockets: socket.socket) -> None:
+@in_event_loop
+async def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(store: Path) -> None:
+    manager = AsyncMock()
+    manager.begin.side_effect = ValueError("layer_02.onnx: damaged")
+    with attached(store) as (worker, ours, sockets):
         server = supervised(store)
         process = Process(1, SimpleNamespace(exitcode=0), Channel({}), sockets)
         process.channel = Channel(server._handlers(process))
@@ -263,89 +248,79 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(store: Pa
         running = asyncio.create_task(process.channel.run(ours))
         worker.run()
         with pytest.raises(ValueError, match="damaged"):
-            await worker.begin(Manager(), (), False)  # type: ignore[arg-type]
+            await worker.begin(manager, (), False)
         await worker.channel.call("sync")
         server._gone(process)
         reason = await server._over
         assert isinstance(reason, ValueError) and str(reason) == "layer_02.onnx: damaged"
         running.cancel()
 
-    with attached(store) as parts:
-        asyncio.run(run(*parts))
+
+@in_event_loop
+async def test_failed_starts_in_a_row_end_the_server_unless_another_process_is_ready(store: Path) -> None:
+    async with member(1) as starting, member(2) as other:
+        server, pauses = supervised(store), list[float]()
+
+        async def live(number: int, pause_s: float = 0.0) -> None:
+            pauses.append(pause_s)
+
+        async def fail(times: int) -> None:
+            pauses.clear()
+            for _ in range(times):
+                server._failed(1, "no memory")
+            await asyncio.sleep(0)
+
+        server._live = live  # type: ignore[method-assign]
+        for _ in range(2):  # a process that has been ready begins anew
+            await fail(MAX_STARTS)
+            assert pauses == [0.0] * MAX_STARTS and not server._over.done()
+            server._handlers(starting)["ready"]()
+        other.is_ready = True
+        server._group.add(other)
+        await fail(MAX_STARTS + 6)
+        assert pauses[MAX_STARTS:] == [2.0, 4.0, 8.0, 16.0, RETRY_S, RETRY_S] and not server._over.done()
+        other.is_ready = False
+        await fail(1)
+        assert pauses == [] and isinstance(await server._over, ServerError)
 
 
-def test_failed_starts_in_a_row_end_the_server_unless_another_process_is_ready(store: Path) -> None:
-    async def run() -> None:
-        async with member(1) as starting, member(2) as other:
-            server, pauses = supervised(store), list[float]()
-
-            async def live(number: int, pause_s: float = 0.0) -> None:
-                pauses.append(pause_s)
-
-            async def fail(times: int) -> None:
-                pauses.clear()
-                for _ in range(times):
-                    server._failed(1, "no memory")
-                await asyncio.sleep(0)
-
-            server._live = live  # type: ignore[method-assign]
-            for _ in range(2):  # a process that has been ready begins anew
-                await fail(MAX_STARTS)
-                assert pauses == [0.0] * MAX_STARTS and not server._over.done()
-                server._handlers(starting)["ready"]()
-            other.is_ready = True
-            server._group.add(other)
-            await fail(MAX_STARTS + 6)
-            assert pauses[MAX_STARTS:] == [2.0, 4.0, 8.0, 16.0, RETRY_S, RETRY_S] and not server._over.done()
-            other.is_ready = False
-            await fail(1)
-            assert pauses == [] and isinstance(await server._over, ServerError)
-
-    asyncio.run(run())
-
-
-def test_processes_that_end_again_and_again_end_the_server(
+@in_event_loop
+async def test_processes_that_end_again_and_again_end_the_server(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
     monkeypatch.setattr(supervisor, "monotonic", lambda: now)
-
-    async def run() -> None:
-        nonlocal now
-        server = supervised(store, processes=1)
-        server._live = lambda *_: asyncio.sleep(0)  # type: ignore[assignment, method-assign]
-        for end in (0.0, *(ENDS_S + 0.1 * i for i in range(MAX_ENDS))):
-            assert not server._over.done()
-            now = end
-            process = Process(1, SimpleNamespace(exitcode=-signal.SIGSEGV), Channel({}), socket.socket())
-            server._group.add(process)
-            server._handlers(process)["ready"]()
-            server._gone(process)
-        assert isinstance(await server._over, ServerError)
-
-    asyncio.run(run())
+    server = supervised(store, processes=1)
+    server._live = lambda *_: asyncio.sleep(0)  # type: ignore[assignment, method-assign]
+    for end in (0.0, *(ENDS_S + 0.1 * i for i in range(MAX_ENDS))):
+        assert not server._over.done()
+        now = end
+        process = Process(1, SimpleNamespace(exitcode=-signal.SIGSEGV), Channel({}), socket.socket())
+        server._group.add(process)
+        server._handlers(process)["ready"]()
+        server._gone(process)
+    assert isinstance(await server._over, ServerError)
 
 
-def test_the_counts_of_processes_that_have_ended_are_added(store: Path) -> None:
+@in_event_loop
+async def test_the_counts_of_processes_that_have_ended_are_added(store: Path) -> None:
     def samples(count: int) -> list[Family]:
         counter = Family("x", "", "counter", [("x_total", {"model": "a"}, count)])
         return [counter, Family("queue", "", "gauge", [("queue", {}, count)])]
 
-    async def run() -> None:
-        group = Group(1)
-        metrics = SharedMetrics(group, None)
-        for count in (300, 40):
-            metrics.remove(Process(1, None, Channel({}), socket.socket(), samples=samples(count)))
-        async with member(1, samples=lambda: samples(5)) as process:
-            group.add(process)
-            for _ in range(2):
-                text = await metrics.scrape()
-                assert 'x_total{model="a"} 345.0\n' in text and "\nqueue 5.0\n" in text
-
-    asyncio.run(run())
+    group = Group(1)
+    metrics = SharedMetrics(group, None)
+    for count in (300, 40):
+        metrics.remove(Process(1, None, Channel({}), socket.socket(), samples=samples(count)))
+    async with member(1, samples=lambda: samples(5)) as process:
+        group.add(process)
+        for _ in range(2):
+            text = await metrics.scrape()
+            assert 'x_total{model="a"} 345.0\n' in text and "\nqueue 5.0\n" in text
 
 
-def test_a_process_that_stops_first_sends_what_it_has_collected(
+@in_event_loop
+async def test_a_process_that_stops_first_sends_what_it_has_collected(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "SEND_S", 600)
@@ -357,7 +332,7 @@ def test_a_process_that_stops_first_sends_what_it_has_collected(
         "sync": lambda: None,
     }
 
-    async def run(process: Worker, ours: socket.socket, _: socket.socket) -> None:
+    with attached(store) as (process, ours, _):
         process.run()
         for epoch, skipped in ((1, 5), (2, 6), (1, 7)):
             process.count("tiny:1", [Settled("me", 0.5, skipped)], epoch, True)
@@ -372,36 +347,29 @@ def test_a_process_that_stops_first_sends_what_it_has_collected(
         assert [row[:4] for row in records] == [["tiny:1", "me", 0.5, 9]]
         supervisor.cancel()
 
-    with attached(store) as parts:
-        asyncio.run(run(*parts))
 
-
-def test_a_failing_process_gets_no_more_connections(store: Path) -> None:
-    with socket.socket() as listening, socket.socket() as client, socket.socket() as other:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        supervisor = Supervisor(Settings(store=store, processes=2), (), [listening])
-
-        async def run() -> None:
-            async with member(1) as leaving, member(2) as staying:
-                for process in (leaving, staying):
-                    supervisor._group.add(process)
-                    process.is_ready = True
-                pass_on = supervisor._connections._pass_on
-                assert pass_on(client) and leaving.connections == 1
-                staying.is_ready = False
-                assert pass_on(other) and leaving.connections == 2  # ready processes first
-                staying.is_ready = True
-                supervisor._handlers(leaving)["leaving"]()
-                assert not supervisor._group.is_ready
-                assert pass_on(client) and pass_on(other)
-                assert (leaving.connections, staying.connections) == (2, 2)
-
-        asyncio.run(run())
+@in_event_loop
+async def test_a_failing_process_gets_no_more_connections(store: Path) -> None:
+    server = supervised(store)
+    pass_on = server._connections._pass_on
+    with socket.socket() as client:
+        async with member(1) as leaving, member(2) as staying:
+            for process in (leaving, staying):
+                server._group.add(process)
+                process.is_ready = True
+            assert pass_on(client) and leaving.connections == 1
+            staying.is_ready = False
+            assert pass_on(client) and leaving.connections == 2  # ready processes first
+            staying.is_ready = True
+            server._handlers(leaving)["leaving"]()
+            assert not server._group.is_ready
+            assert pass_on(client) and pass_on(client)
+            assert (leaving.connections, staying.connections) == (2, 2)
 
 
 @pytest.mark.parametrize("is_busy", [False, True])
-def test_connections_that_wait_to_be_accepted_at_the_end_are_passed_on_or_closed(
+@in_event_loop
+async def test_connections_that_wait_to_be_accepted_at_the_end_are_passed_on_or_closed(
     monkeypatch: pytest.MonkeyPatch, is_busy: bool
 ) -> None:
     group, taken = Group(1), list[socket.socket]()
@@ -416,22 +384,18 @@ def test_connections_that_wait_to_be_accepted_at_the_end_are_passed_on_or_closed
         return True
 
     attempts = list[socket.socket]()
-
-    async def run() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            group.add(SimpleNamespace(number=1, is_listening=True, is_ready=True, connections=0, take=take))  # type: ignore[arg-type]
-            accepting = Connections(group, [listening])
-            accepting.start()
-            clients = [socket.create_connection(listening.getsockname(), timeout=30) for _ in range(2)]
-            await accepting.drain()
-            assert len(taken) == (0 if is_busy else 2) and listening.fileno() == -1
-            for client in clients:
-                if is_busy:
-                    with suppress(ConnectionResetError):
-                        assert client.recv(1) == b""
-                client.close()
-
-    asyncio.run(run())
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        group.add(SimpleNamespace(number=1, is_listening=True, is_ready=True, connections=0, take=take))  # type: ignore[arg-type]
+        accepting = Connections(group, [listening])
+        accepting.start()
+        clients = [socket.create_connection(listening.getsockname(), timeout=30) for _ in range(2)]
+        await accepting.drain()
+        assert len(taken) == (0 if is_busy else 2) and listening.fileno() == -1
+        for client in clients:
+            if is_busy:
+                with suppress(ConnectionResetError):
+                    assert client.recv(1) == b""
+            client.close()
     for one in taken:
         one.close()
 
@@ -450,29 +414,21 @@ def test_connections_that_close_are_counted_also_those_without_a_file_descriptor
             assert process.connections == then and not soon
 
 
-def test_accepting_without_a_free_file_descriptor_goes_on_later() -> None:
-    with socket.socket() as listening, socket.socket() as client:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
+@in_event_loop
+async def test_accepting_without_a_free_file_descriptor_goes_on_later() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as client:
         listening.setblocking(False)
         client.connect(listening.getsockname())
         connections = Connections(Group(1), [listening])
-
-        def fail() -> None:
-            raise OSError(24, "Too many open files")
-
-        async def run() -> None:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(socket.socket, "accept", lambda self: fail())
-                assert connections._accept(listening)
-            assert not connections._accept(listening) and connections._held is not None
-            connections._held.close()
-
-        asyncio.run(run())
+        with mock.patch("socket.socket.accept", side_effect=OSError(24, "Too many open files")):
+            assert connections._accept(listening)
+        assert not connections._accept(listening) and connections._held is not None
+        connections._held.close()
 
 
-def test_audits_pause_while_the_supervisor_reads_too_slowly(store: Path) -> None:
-    async def run(worker: Worker, ours: socket.socket, _: socket.socket) -> None:
+@in_event_loop
+async def test_audits_pause_while_the_supervisor_reads_too_slowly(store: Path) -> None:
+    with attached(store) as (worker, ours, _):
         worker.run()
         await asyncio.sleep(0)
         for _ in range(2 * MAX_UNSENT_BYTES // 1000):
@@ -486,18 +442,6 @@ def test_audits_pause_while_the_supervisor_reads_too_slowly(store: Path) -> None
                 ours.recv(2**20)
             await asyncio.sleep(0)
         assert not worker.is_behind
-
-    with attached(store) as parts:
-        asyncio.run(asyncio.wait_for(run(*parts), 60))
-
-
-def test_the_supervisor_counts_what_the_processes_take_from_a_rate_limit(store: Path) -> None:
-    keys: Any = "someone a-key-of-some-length"
-    server = Supervisor(Settings(store=store, processes=2, api_keys=keys, rate_limit="100/day"), (), [])
-    handlers, limit = server._handlers(Process(1, None, Channel({}), socket.socket())), server._access.limit
-    assert limit is not None and handlers["lease"]("someone", 3) == 3
-    handlers["charge"]("someone", 5)
-    assert limit._limiter.get_window_stats(limit._rate, "someone").remaining == 92
 
 
 def test_a_replacement_has_the_keys_with_which_the_server_started(tmp_path: Path, store: Path) -> None:
