@@ -17,7 +17,7 @@ from de3.server.http.app import PROTOCOLS
 from de3.server.http.frontend import Frontend
 from de3.server.service import Service
 from de3.server.settings import Settings
-from tests.serving import Server, serving
+from tests.serving import Server, in_event_loop, serving
 
 ALICE, BOB = "alice-has-a-long-key", "bob-has-another-key-too"
 DIGEST = hashlib.sha256(BOB.encode()).hexdigest()
@@ -56,14 +56,10 @@ def post(server: Server, headers: dict[str, str], **body: Any) -> httpx.Response
     "headers",
     [
         {},
-        bearer("wrong-key-wrong-key"),
         bearer(ALICE + "x"),
-        bearer(ALICE[:-1]),
         bearer(DIGEST),  # the digest in the file is not accepted as a key
-        bearer(f"sha256:{DIGEST}"),
         {"Authorization": ALICE},
         {"Authorization": f"Basic {ALICE}"},
-        {"X-API-Key": ALICE},
     ],
 )
 def test_without_a_key_nobody_classifies(server: Server, headers: dict[str, str]) -> None:
@@ -120,9 +116,7 @@ def test_each_key_has_its_own_limit(server: Server) -> None:
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ("", "contains no key"),
         ("# only a comment", "contains no key"),
-        ("alice", "line 1: must be a name and a key"),
         ("alice a b", "line 1: must be a name and a key"),
         ("alice short", "at least 16 characters"),
         (f"alice {ALICE}\nalice {BOB}", "line 2: alice appears twice"),
@@ -143,10 +137,8 @@ def test_invalid_keys_are_refused_with_their_line(lines: str, says: str) -> None
     ("options", "says"),
     [
         ({"rate_limit": "10/second"}, "rate_limit: applies to API keys"),
-        ({"rate_limit": "fast", "api_keys": f"alice {ALICE}"}, "rate_limit: 'fast' is not a rate"),
         ({"rate_limit": "0/second", "api_keys": f"alice {ALICE}"}, "rate_limit: '0/second' is not a rate"),
         ({"rate_limit": "9/second;5/hour", "api_keys": f"alice {ALICE}"}, "is not a rate"),
-        ({"api_keys": ""}, "DE3_API_KEYS: contains no key"),
         ({"api_keys_file": Path("no-such-file")}, "DE3_API_KEYS_FILE: cannot be read: [Errno 2]"),
         ({"api_keys": f"a {ALICE}", "admin_keys": f"b {ALICE}"}, "cannot be both"),
         ({"api_keys": "alice short"}, "DE3_API_KEYS, line 1"),
@@ -309,18 +301,14 @@ def test_refusals_are_counted_on_every_route(store: Path) -> None:
         load, unload = "/v1/models/tiny/load", "/v1/models/tiny/unload"
         calls: list[tuple[str, str, str, bytes, int, str]] = [
             ("GET", "/v1/models", "", b"", 401, "no_key"),
-            ("GET", "/info", "nobody-has-this-key", b"", 401, "no_key"),
             ("POST", load, "", b"{}", 401, "no_key"),
             ("POST", load, ALICE, b"{}", 403, "forbidden"),
-            ("PUT", load, ALICE, b"{}", 403, "forbidden"),
-            ("POST", load, root, b"{", 400, "not_json"),
             ("POST", load, root, b'{"role": "\xff"}', 400, "not_json"),
             ("POST", load, root, b'{"version": 0}', 422, "bad_request"),
             ("POST", load, root, b"x" * 2001, 413, "too_large"),
             ("POST", load, root, b'{"version": 9}', 404, "unknown_model"),
             ("POST", unload, root, b"", 409, "conflict"),
             ("GET", "/v1/models/none/calibration", ALICE, b"", 404, "unknown_model"),
-            ("GET", "/v2/models/none", ALICE, b"", 404, "unknown_model"),
             ("GET", "/nothing", ALICE, b"", 404, "unknown_path"),
             ("DELETE", "/health", "", b"", 405, "wrong_method"),
             ("POST", "/classify", "", b"{}", 401, "no_key"),  # counted once, not again elsewhere
@@ -377,7 +365,8 @@ def test_the_cost_of_a_request(server: Server) -> None:
     asyncio.run(Charge(limit, "bob").raise_to(10))
 
 
-def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_while(
+@in_event_loop
+async def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole, now = RateLimit("600/minute"), 1000.0
@@ -397,29 +386,25 @@ def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_while(
             return False
         return True
 
-    async def run() -> None:
-        nonlocal now
-        one, other = (RateLimit("600/minute", Supervisor()) for _ in range(2))
-        assert await take(one, 3) and left() == 595  # it leases a block of five
-        assert await take(one, 2) and left() == 595 and await take(one, 1) and left() == 590
-        assert await take(other, 90) and left() == 500
-        assert not await take(one, 600) and left() == 500  # its lease remains
-        assert await take(one, 4) and left() == 500
-        assert await take(one, 1) and left() == 495
-        now += 2  # the lease of `one` ends, with four texts left
-        assert await take(one, 1) and left() == 490
-        one.drain("me", 7)  # four come from its lease, three from the shared limit
-        assert left() == 487
-        assert [await take(other, 1) for _ in range(600)].count(True) == 487
-        assert not await take(one, 1)
-        options = Settings(api_keys=f"me {ALICE}", rate_limit="4800/minute", processes=4)  # type: ignore[arg-type]
-        of_four = Access(options).limit
-        assert of_four is not None and of_four.grant("me", 1) == 10  # a fourth of half a second's texts
-        daily = RateLimit("640/day", Supervisor())  # slow: leases hold no more than is needed
-        whole._rate = daily._rate
-        assert [await take(daily, 1) for _ in range(641)].count(True) == 640
-
     def left() -> int:
         return int(whole._limiter.get_window_stats(whole._rate, "me").remaining)
 
-    asyncio.run(run())
+    one, other = (RateLimit("600/minute", Supervisor()) for _ in range(2))
+    assert await take(one, 3) and left() == 595  # it leases a block of five
+    assert await take(one, 2) and left() == 595 and await take(one, 1) and left() == 590
+    assert await take(other, 90) and left() == 500
+    assert not await take(one, 600) and left() == 500  # its lease remains
+    assert await take(one, 4) and left() == 500
+    assert await take(one, 1) and left() == 495
+    now += 2  # the lease of `one` ends, with four texts left
+    assert await take(one, 1) and left() == 490
+    one.drain("me", 7)  # four come from its lease, three from the shared limit
+    assert left() == 487
+    assert [await take(other, 1) for _ in range(600)].count(True) == 487
+    assert not await take(one, 1)
+    options = Settings(api_keys=f"me {ALICE}", rate_limit="4800/minute", processes=4)  # type: ignore[arg-type]
+    of_four = Access(options).limit
+    assert of_four is not None and of_four.grant("me", 1) == 10  # a fourth of half a second's texts
+    daily = RateLimit("640/day", Supervisor())  # slow: leases hold no more than is needed
+    whole._rate = daily._rate
+    assert [await take(daily, 1) for _ in range(641)].count(True) == 640

@@ -26,24 +26,6 @@ def server(store: Path) -> Iterator[Server]:
         yield running
 
 
-def test_an_error_in_the_observer_costs_no_answer_and_no_thread(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Worse(BaseException):
-        """An error like the panics of Rust libraries, which do not derive from Exception."""
-
-    def broken(*_: object) -> None:
-        raise Worse
-
-    before = errors["counting_texts"]
-    monkeypatch.setattr(server.service.engine, "_observe", broken)
-    for _ in range(3):
-        assert server.classify(input=["good", "bad"]).status_code == 200
-    assert errors["counting_texts"] == before + 6
-    assert all(thread.is_alive() for thread in server.service.engine._threads)
-    assert httpx.get(server.url + "/ready").status_code == 200
-
-
 def test_an_error_in_the_engine_fails_the_request_and_ends_no_thread(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

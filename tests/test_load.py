@@ -62,6 +62,7 @@ def test_tau_is_raised_as_far_as_the_load_requires_and_no_text_is_shed() -> None
     simulation = Simulation()
     levels = simulation.run(20, 1.15 * CAPACITY)
     assert max(levels) >= 3  # 3 levels allow 1.18 times the load
+    assert sum(a != b for a, b in pairwise(levels)) < 30  # in 400 ticks: it does not oscillate
     assert simulation.shed == 0
     assert simulation.worst_s < OBJECTIVE_S
 
@@ -82,15 +83,6 @@ def test_it_comes_back_step_by_step_when_the_load_is_gone() -> None:
     assert all(b in (a, a - 1) for a, b in pairwise(levels))
     back = next(i for i, level in enumerate(levels) if level == 0) * TICK_S
     assert 1 < back < 4
-
-
-def test_the_level_does_not_oscillate() -> None:
-    simulation = Simulation()
-    simulation.run(5, 1.1 * CAPACITY)
-    levels = simulation.run(30, 1.1 * CAPACITY)
-    changes = sum(a != b for a, b in pairwise(levels))
-    assert changes < 40  # in 600 ticks
-    assert simulation.shed == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 200)), max_size=60))
@@ -122,24 +114,6 @@ def test_texts_that_a_new_text_overtakes_are_not_load() -> None:
     controller = Controller(OBJECTIVE_S, lambda: 0, CAPACITY, threads=2)
     assert not controller.sheds(500, lambda: 2)  # a large batch: a short text overtakes nearly all of it
     assert controller.sheds(500, lambda: 500)
-
-
-def test_a_batch_counts_only_its_unfinished_texts(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch)
-    with serving(store, models=["tiny"], threads=1) as server:
-        service = server.service
-        asking = _ask_in_threads(server, [{"input": [text for text, _ in make_rows(50, 5)]}])
-        until(lambda: service.admission.texts.total == 50, "the list to come")
-        assert len(service.admission._batches) == 1
-        before = service.engine.finished
-        gate.open()
-        asking[0].join()
-        assert service.engine.finished == before + 50
-        until(
-            lambda: service.admission._queued_before_a_short_text() == 0 == service.admission.texts.total,
-            "the list to be gone",
-        )
-        assert not service.admission._batches
 
 
 def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_are_kept(
