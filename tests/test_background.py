@@ -230,16 +230,15 @@ def test_errors_that_nobody_awaits_are_reported(loop: str, caplog: pytest.LogCap
     assert "in a task" in caplog.text and "in a callback" in caplog.text
 
 
-def test_a_report_that_nobody_waits_for_any_more_is_not_silent() -> None:
+@in_event_loop
+async def test_a_report_that_nobody_waits_for_any_more_is_not_silent() -> None:
     running = SharedRun[str]("report")
-    errors_to_raise: list[Exception] = [RuntimeError("unexpected"), RequestError("expected")]
-
-    async def abandon() -> None:
+    for error in (RuntimeError("unexpected"), RequestError("expected")):
         may_fail = asyncio.Event()
 
-        async def fail() -> str:
+        async def fail(may_fail: asyncio.Event = may_fail, error: Exception = error) -> str:
             await may_fail.wait()
-            raise errors_to_raise.pop(0)
+            raise error
 
         request = asyncio.create_task(running.result(fail))
         await asyncio.sleep(0)
@@ -249,11 +248,7 @@ def test_a_report_that_nobody_waits_for_any_more_is_not_silent() -> None:
         may_fail.set()
         await asyncio.wait([running._running])  # type: ignore[list-item]
         await asyncio.sleep(0)
-
-    asyncio.run(abandon())
-    assert errors == {"report": 1}
-    asyncio.run(abandon())
-    assert errors == {"report": 1}
+        assert errors == {"report": 1}
 
 
 @in_event_loop
@@ -328,10 +323,8 @@ async def test_errors_of_messages_between_processes_are_reported_where_they_occu
     async def fail() -> None:
         raise RuntimeError("unexpected")
 
-    caller, other = (
-        Channel({}),
-        Channel({"note": note, "value": unserializable, "fail": fail, "ask": object}),
-    )
+    caller = Channel({})
+    other = Channel({"note": note, "value": unserializable, "fail": fail, "ask": object})
     running = [asyncio.create_task(caller.run(ours)), asyncio.create_task(other.run(theirs))]
     caller.tell("note")
     for method in ("value", "fail", "ask"):

@@ -117,6 +117,7 @@ def both(url: str, **options: Any) -> list[ServerError]:
 
 GOOD_EXIT = {"layer": 1, "num_layers": 3, "reason": "threshold"}
 ROW = {"label": "good", "probs": [1.0], "exit": GOOD_EXIT}
+WHOLE = {"data": [ROW], "model": "m:1", "usage": {"total_tokens": 3}}
 
 
 @pytest.mark.parametrize(
@@ -124,11 +125,8 @@ ROW = {"label": "good", "probs": [1.0], "exit": GOOD_EXIT}
     [
         (response(b"<html>bad gateway", 502), 502, "HTTP 502: <html>"),
         (response(b"[" * 100_000, 503), 503, r"HTTP 503: \[\["),
-        (response(b'{"error": 3}', 500), 500, "HTTP 500"),
         (response(b"{", retry_after="1"), 200, "malformed answer .*JSONDecodeError"),
         (response(b"[" * 100_000), 200, "malformed answer .*RecursionError"),
-        (response(b"\xff"), 200, "malformed answer"),
-        (response(b"{}"), 200, "malformed answer .*KeyError: 'data'"),
         (response(b'{"data": [[]], "model": "m"}'), 200, "malformed answer"),
         (response(b'{"data": [], "model": "m", "usage": {"total_tokens": 1}}'), 200, "0 rows for 1 texts"),
         (response(b"x", content_encoding="br"), 200, "the Content-Encoding is br"),
@@ -145,15 +143,14 @@ def test_a_malformed_answer_is_a_server_error(sent: bytes, status: int, says: st
 
 
 def test_an_answer_may_be_compressed_and_is_limited_when_it_is_decompressed() -> None:
-    whole = {"data": [ROW], "model": "m:1", "usage": {"total_tokens": 3}}
-    body = json.dumps(whole).encode()
+    body = json.dumps(WHOLE).encode()
     for status in (200, 500):
         with answering(response(gzip.compress(body), status, content_encoding="gzip")) as url:
             for error in both(url, max_answer_bytes=len(body) - 1):
                 assert error.status == status and f"more than {len(body) - 1} bytes" in str(error)
             if status == 200:
                 for call in (ask, ask_async):
-                    assert call(url, max_answer_bytes=len(body)).raw == whole
+                    assert call(url, max_answer_bytes=len(body)).raw == WHOLE
     assert Client()._max_bytes == AsyncClient()._max_bytes == 2**26
 
 
@@ -173,12 +170,9 @@ def test_a_refused_request_is_retried_after_pauses_that_grow(
     monkeypatch.setattr(de3_client, "time", SimpleNamespace(sleep=slept.append))
     monkeypatch.setattr(de3_client, "asyncio", SimpleNamespace(sleep=sleep, timeout=asyncio.timeout))
     monkeypatch.setattr(de3_client, "random", SimpleNamespace(uniform=lambda low, high: high))
-    busy, good = (
-        response(b"busy", 429, retry_after=after),
-        {"data": [ROW], "model": "m", "usage": {"total_tokens": 1}},
-    )
-    with answering(response(json.dumps(good).encode()), first=[busy] * 4) as url:
-        assert call(url).raw == good
+    busy = response(b"busy", 429, retry_after=after)
+    with answering(response(json.dumps(WHOLE).encode()), first=[busy] * 4) as url:
+        assert call(url).raw == WHOLE
     assert slept == pytest.approx(pauses)
     slept.clear()
     with answering(busy) as url, pytest.raises(ServerError) as refused:
