@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ PAGE = "https://page.example"
 
 
 def key_of(name: str) -> str:
-    return f"{name}-has-a-long-key"
+    return f"{name}-has-a#long-key"  # the sign of a comment, but not at the start of a word
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -175,14 +175,6 @@ def test_as_many_keys_as_are_allowed_and_as_short(tmp_path: Path) -> None:
         Keys.from_file(file)
 
 
-def test_a_key_may_contain_the_comment_sign() -> None:
-    keys = Keys.read(f"alice {ALICE}#and-more  # her second", "where")
-    for key, known in ((ALICE, False), (f"{ALICE}#and-more", True)):
-        scope = {"headers": [(b"authorization", f"Bearer {key}".encode())]}
-        with nullcontext() if known else pytest.raises(RequestError):
-            assert keys.owner(scope) == "alice"
-
-
 @pytest.mark.parametrize("path", ["/v1/models%0A", "/v1/modelsx", "/x/v1/models", "/nothing", "/health%0A"])
 def test_an_unknown_path_needs_a_key(server: Server, path: str) -> None:
     assert httpx.get(server.url + path).status_code == 401
@@ -225,7 +217,6 @@ def test_answers_have_security_headers(server: Server, path: str) -> None:
         ("localhost:8000", True),
         ("LOCALHOST.", True),
         ("app.localhost", True),
-        ("127.0.0.1:8000", True),
         ("[::1]:8000", True),
         ("proxy.example", True),
         ("evil.example:8000", False),
@@ -304,12 +295,10 @@ def test_refusals_are_counted_on_every_route(store: Path) -> None:
         load, unload = "/v1/models/tiny/load", "/v1/models/tiny/unload"
         calls: list[tuple[str, str, str, bytes, int, str]] = [
             ("GET", "/v1/models", "", b"", 401, "no_key"),
-            ("POST", load, "", b"{}", 401, "no_key"),
             ("POST", load, ALICE, b"{}", 403, "forbidden"),
             ("POST", load, root, b'{"role": "\xff"}', 400, "not_json"),
             ("POST", load, root, b'{"version": 0}', 422, "bad_request"),
             ("POST", load, root, b"x" * 2001, 413, "too_large"),
-            ("POST", load, root, b'{"version": 9}', 404, "unknown_model"),
             ("POST", unload, root, b"", 409, "conflict"),
             ("GET", "/v1/models/none/calibration", ALICE, b"", 404, "unknown_model"),
             ("GET", "/nothing", ALICE, b"", 404, "unknown_path"),

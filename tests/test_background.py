@@ -40,7 +40,7 @@ from de3.server.processes.worker import CLOSED, CONNECTION, Worker
 from de3.server.settings import Settings
 from tests.fixtures import make_rows
 from tests.serving import Server, in_event_loop, serving, until
-from tests.test_processes import Running
+from tests.test_processes import running
 
 ADMIN = "an-admin-key-of-some-length"
 
@@ -71,14 +71,10 @@ def no_errors_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with every background task, each of which runs often."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in (
-            (service, "CHECK_S"),
-            (ledgers, "SAVE_S"),
-            (learners, "CHECK_S"),
-            (listener, "SWEEP_S"),
-            (audit, "MOST_WAIT_S"),
-        ):
-            patch.setattr(module, name, 0.02)
+        for module in (service, learners):
+            patch.setattr(module, "CHECK_S", 0.02)
+        patch.setattr(ledgers, "SAVE_S", 0.02)
+        patch.setattr(audit, "MOST_WAIT_S", 0.02)
         patch.setattr("de3.server.learn.learner.FIRST_FIT", 10**9)
         options = {"learn": True, "guarantee": 0.2, "audit_share": 1.0, "slo_p99_ms": 60_000.0}
         folder = tmp_path_factory.mktemp("state")
@@ -383,15 +379,11 @@ main()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_a_supervisor_goes_on(store: Path) -> None:
-    running = Running(store, "--default-model", "tiny", code=BROKEN)
-    try:
-        running.wait()
+    with running(store, "--default-model", "tiny", code=BROKEN) as server:
         for task in ("reading_metrics", "process", "event_loop"):
-            until(lambda task=task: running.metric("de3_background_errors_total", task=task) == 1, task)
-            assert running.logged(f"{task.replace('_', ' ')} failed")
-        assert running.metric("de3_replaced_processes_total") == 1
-        assert running.get("/ready").status_code == 200
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(60) == 0
-    finally:
-        running.process.kill()
+            until(lambda task=task: server.metric("de3_background_errors_total", task=task) == 1, task)
+            assert server.logged(f"{task.replace('_', ' ')} failed")
+        assert server.metric("de3_replaced_processes_total") == 1
+        assert server.get("/ready").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0

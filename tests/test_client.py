@@ -216,10 +216,6 @@ def test_the_command_classifies_texts(server: Server) -> None:
         row["label"] for row in server.classify(input=["a good film", "a dull plot"], tau=0).json()["data"]
     ]
     assert "layer 3" in output
-    output = de3(["classify", "a good film " * 60, "--tau", "0", "--long", "windows", "--url", server.url])
-    with Client(server.url) as client:
-        (row,) = client.classify("a good film " * 60, tau=0, long="windows").rows
-    assert row.raw["windows"]["of"] > 1 and f"{row.label}  {max(row.probs):.3f}  layer 3" in output
 
 
 @pytest.mark.parametrize(

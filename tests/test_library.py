@@ -254,14 +254,19 @@ print(one.classify("a good film")[0].probs)
     assert done.stdout.strip() == str(model.classify("a good film")[0].probs)
 
 
-def test_it_is_not_unpickled_from_another_artifact(store: Path, tmp_path: Path) -> None:
+def test_by_folder_and_not_unpickled_from_another_artifact(store: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(store / "tiny-int8" / "1", tmp_path / "1")
     with de3.load(folder, store=tmp_path, threads=1) as model:
+        assert model.name == "tiny-int8:1"
         pickled = pickle.dumps(model)
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
     with pytest.raises(ValueError, match="another artifact"):
         pickle.loads(pickled)
+    with pytest.raises(ValueError, match="no version '7'"):
+        de3.load("tiny:7", store=store)
+    with pytest.raises(ValueError, match="quantize: must be int8 or none"):
+        de3.load("tiny", store=store, quantize="int4")  # type: ignore[arg-type]
 
 
 def test_after_a_fork_the_error_says_what_to_do(model: de3.Classifier) -> None:
@@ -278,15 +283,6 @@ def test_after_a_fork_the_error_says_what_to_do(model: de3.Classifier) -> None:
     os.close(writing)
     with os.fdopen(reading) as said:
         assert "load it in this process" in said.read()
-
-
-def test_by_folder_and_without_a_store(store: Path, tmp_path: Path) -> None:
-    with de3.load(store / "tiny-int8" / "1", store=tmp_path, threads=1) as model:
-        assert model.name == "tiny-int8:1"
-    with pytest.raises(ValueError, match="no version '7'"):
-        de3.load("tiny:7", store=store)
-    with pytest.raises(ValueError, match="quantize: must be int8 or none"):
-        de3.load("tiny", store=store, quantize="int4")  # type: ignore[arg-type]
 
 
 def test_the_import_is_cheap_and_changes_nothing_of_the_process() -> None:

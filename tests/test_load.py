@@ -22,14 +22,29 @@ from tests.serving import Gate, Server, serving, until
 OBJECTIVE_S, LEVELS, CAPACITY, GAIN = 0.05, 5, 1000.0, 0.06
 
 
-class Simulation:
+class Ticking:
+    """A controller whose clock moves by TICK_S with each tick."""
+
+    def __init__(self) -> None:
+        self.now, self.finished = 0.0, 0.0
+        self.controller = Controller(OBJECTIVE_S, lambda: LEVELS, CAPACITY, threads=2, clock=lambda: self.now)
+
+    def tick(self, in_flight: int, rate: float) -> None:
+        self.now += TICK_S
+        self.finished += rate * TICK_S
+        self.controller.tick(in_flight, 0, round(self.finished))
+
+    @property
+    def capacity(self) -> float:
+        return 1 / self.controller.predicted_s(3)  # of three texts on two threads, one waits
+
+
+class Simulation(Ticking):
     """A server that answers CAPACITY texts/s at level 0, and GAIN · CAPACITY more for each level above it."""
 
     def __init__(self) -> None:
-        self.now = self.in_flight = self.answered = 0.0
-        self.shed = self.asked = 0.0
-        self.controller = Controller(OBJECTIVE_S, lambda: LEVELS, CAPACITY, threads=2, clock=lambda: self.now)
-        self.worst_s = 0.0
+        super().__init__()
+        self.in_flight = self.answered = self.shed = self.asked = self.worst_s = 0.0
 
     def run(self, seconds: float, rate: float) -> list[int]:
         """Run with `rate` texts/s for some seconds; returns the level at the end of each tick."""
@@ -75,16 +90,6 @@ def test_beyond_the_last_level_it_sheds_the_excess_and_keeps_the_objective() -> 
     assert simulation.shed / simulation.asked == pytest.approx(too_much, abs=0.05)
 
 
-def test_it_comes_back_step_by_step_when_the_load_is_gone() -> None:
-    simulation = Simulation()
-    simulation.run(5, 2 * CAPACITY)
-    levels = simulation.run(5, 0.5 * CAPACITY)
-    assert levels[-1] == 0
-    assert all(b in (a, a - 1) for a, b in pairwise(levels))
-    back = next(i for i, level in enumerate(levels) if level == 0) * TICK_S
-    assert 1 < back < 4
-
-
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 200)), max_size=60))
 def test_whatever_it_sees_the_level_stays_in_range_and_only_the_last_one_sheds(
     ticks: list[tuple[int, int]],
@@ -99,7 +104,9 @@ def test_whatever_it_sees_the_level_stays_in_range_and_only_the_last_one_sheds(
         assert abs(controller.level - before) <= 1
         assert 0 <= controller.level <= LEVELS
         before = controller.level
+        assert not controller.sheds(5, lambda: pytest.fail("so few texts need not be counted"))
         assert controller.sheds(10**9, lambda: 10**9) == (before == LEVELS)
+        assert controller.level == LEVELS
         controller.level = before  # undo the jump to the last level
 
 
@@ -131,7 +138,6 @@ def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_ar
         until(lambda: controller.level == len(server.service.models.all[0].rules.steps) > 0, "the last level")
         client = {"client": ("127.0.0.1", 1), "headers": []}
         until(lambda: server.frontend.sheds(client), "shedding")
-        assert not server.frontend.sheds(client | {"client": ("192.0.2.1", 1)})  # it has nothing in flight
 
         def shed() -> float:
             return server.metric("de3_rejected_total", cause="shed")
@@ -140,7 +146,6 @@ def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_ar
         before = shed()
         refused = server.classify(input="a film")
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
-        assert "objective of 100 ms cannot be met" in refused.json()["error"]["message"]
         assert shed() == before + 1
         assert server.metric("de3_tau", model="tiny:1") > 0
         tick = controller.tick
@@ -168,23 +173,6 @@ def _ask_in_threads(server: Server, bodies: list[dict[str, object]]) -> list[Thr
     return threads
 
 
-class Ticking:
-    """A controller whose clock moves by TICK_S with each tick."""
-
-    def __init__(self) -> None:
-        self.now, self.finished = 0.0, 0.0
-        self.controller = Controller(OBJECTIVE_S, lambda: LEVELS, CAPACITY, threads=2, clock=lambda: self.now)
-
-    def tick(self, in_flight: int, rate: float) -> None:
-        self.now += TICK_S
-        self.finished += rate * TICK_S
-        self.controller.tick(in_flight, 0, round(self.finished))
-
-    @property
-    def capacity(self) -> float:
-        return 1 / self.controller.predicted_s(3)  # of three texts on two threads, one waits
-
-
 def test_only_a_server_that_was_never_idle_lowers_its_capacity() -> None:
     ticking = Ticking()
     for _ in range(5):
@@ -205,14 +193,6 @@ def test_tau_falls_slowly_if_the_load_is_near_the_capacity(rate: float, step_s: 
     while ticking.controller.level:
         ticking.tick(0, rate)
     assert ticking.now == pytest.approx(CALM_S + (LEVELS - 1) * step_s, abs=LEVELS * TICK_S)
-
-
-def test_a_burst_raises_tau_to_its_last_step_before_anything_is_shed() -> None:
-    controller = Ticking().controller
-    assert not controller.sheds(5, lambda: pytest.fail("so few texts need not be counted"))
-    assert not controller.sheds(10**6, lambda: 10**6)
-    assert controller.level == LEVELS
-    assert controller.sheds(10**6, lambda: 10**6)
 
 
 def test_admission_tells_the_controller_what_a_short_text_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:

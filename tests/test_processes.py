@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -42,12 +43,10 @@ class Running:
 
     def __init__(self, store: Path, *arguments: str, code: str = "") -> None:
         program = ["-c", code] if code else ["-m", "de3.cli"]
-        command = [sys.executable, *program, "serve", "--store", str(store), "--processes", "2"]
+        command = [sys.executable, *program, "serve", "--store", str(store), "--processes", "2", *arguments]
         environment = {**os.environ, "DE3_PORT": "0", "DE3_ADMIN_KEYS": f"root {ADMIN}"}
         self.headers: dict[str, str] = {}
-        self.process = subprocess.Popen(
-            [*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment
-        )
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -161,11 +160,7 @@ def test_the_processes_share_the_weights_and_count_together(server: Running) -> 
         answers = [classify(client, input=TEXTS[:5], tau=0)["data"] for client in clients for _ in range(3)]
         assert all(answer == answers[0] for answer in answers)
     assert server.metric("de3_requests_total", status="200") == before + 6
-    assert (
-        server.metric("de3_processes")
-        == 2
-        == server.metric("de3_engine_threads") / server.metric("de3_ready")
-    )
+    assert server.metric("de3_processes") == server.metric("de3_engine_threads") == 2
     for pid in server.pids:
         maps = Path(f"/proc/{pid}/maps").read_text()
         assert [line.split()[1] for line in maps.splitlines() if "memfd:de3-weights" in line] == ["r--s"]
@@ -225,11 +220,6 @@ def test_a_guarantee_is_one(server: Running) -> None:
         assert (
             server.metric("de3_audit_tau", model="tiny:1") == tau == server.metric("de3_tau", model="tiny:1")
         )
-        assert server.change("audit/reset").json()["tau"] == {"tau": 0.0, "reason": "reset"}
-        choices = [classify(client, input="good", explain=True)["tau_choice"] for client in clients]
-        assert [choice["tau"] for choice in choices] == [0, 0]
-        sent = 0
-        assert report()["texts"] < 10
 
 
 def test_a_killed_process_is_replaced_and_its_counts_remain(server: Running) -> None:
@@ -315,11 +305,7 @@ def test_the_number_of_processes(store: Path, monkeypatch: pytest.MonkeyPatch) -
     assert number(large(int8), threads=3) == 1 and number(int8, large(int8), threads=9) == 3
     assert number(large(int8), threads=3, processes=2) == 2
     with monkeypatch.context() as patch:  # a read-only file system
-
-        def nowhere() -> str:
-            raise FileNotFoundError
-
-        patch.setattr("tempfile.gettempdir", nowhere)
+        patch.setattr("tempfile.gettempdir", mock.Mock(side_effect=FileNotFoundError))
         patch.setattr("tempfile.tempdir", None)
         assert number(int8, threads=3) == 3
         patch.setattr("de3.server.processes.number.SHARED_MEMORY", "/nowhere")
