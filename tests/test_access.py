@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -355,12 +357,7 @@ async def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_wh
     whole, now = RateLimit("600/minute"), 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
 
-    class Supervisor:
-        async def lease(self, owner: str, texts: int) -> int:
-            return whole.grant(owner, texts)
-
-        def charge(self, owner: str, texts: int) -> None:
-            whole.drain(owner, texts)
+    supervisor: Any = SimpleNamespace(lease=AsyncMock(side_effect=whole.grant), charge=whole.drain)
 
     async def take(limit: RateLimit, texts: int) -> bool:
         try:
@@ -370,7 +367,7 @@ async def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_wh
         return True
 
     left = partial(remaining, whole, "me")
-    one, other = (RateLimit("600/minute", Supervisor()) for _ in range(2))
+    one, other = (RateLimit("600/minute", supervisor) for _ in range(2))
     assert await take(one, 3) and left() == 595  # it leases a block of five
     assert await take(one, 2) and left() == 595 and await take(one, 1) and left() == 590
     assert await take(other, 90) and left() == 500
@@ -386,6 +383,6 @@ async def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_wh
     options = Settings(api_keys=f"me {ALICE}", rate_limit="4800/minute", processes=4)  # type: ignore[arg-type]
     of_four = Access(options).limit
     assert of_four is not None and of_four.grant("me", 1) == 10  # a fourth of half a second's texts
-    daily = RateLimit("640/day", Supervisor())  # slow: leases hold no more than is needed
+    daily = RateLimit("640/day", supervisor)  # slow: leases hold no more than is needed
     whole._rate = daily._rate
     assert [await take(daily, 1) for _ in range(641)].count(True) == 640

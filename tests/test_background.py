@@ -43,6 +43,7 @@ from tests.serving import Server, in_event_loop, serving, until
 from tests.test_processes import running
 
 ADMIN = "an-admin-key-of-some-length"
+UNEXPECTED = RuntimeError("unexpected")
 
 
 class FailsOnce:
@@ -120,10 +121,7 @@ def test_a_task_of_the_server_goes_on(
 
 
 def test_unloading_a_model_survives_an_error(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fail(_: object) -> None:
-        raise RuntimeError("unexpected")
-
-    monkeypatch.setattr(manager, "_give_back", fail)
+    monkeypatch.setattr(manager, "_give_back", mock.AsyncMock(side_effect=UNEXPECTED))
     with serving(store, models=["tiny", "tiny-int8"], admin_keys=f"root {ADMIN}") as server:
         headers = {"Authorization": f"Bearer {ADMIN}"}
         answer = httpx.post(server.url + "/v1/models/tiny-int8/unload", json={}, headers=headers)
@@ -136,11 +134,7 @@ def test_a_fit_that_fails_unexpectedly_is_reported(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(learners, "MIN_RECORDS", 1)
-
-    async def broken(_: dict[str, Any]) -> dict[str, Any]:
-        raise RuntimeError("unexpected")
-
-    monkeypatch.setattr(learners, "run_fit", broken)
+    monkeypatch.setattr(learners, "run_fit", mock.AsyncMock(side_effect=UNEXPECTED))
     (learner,) = server.service.shared.books.learners.all  # type: ignore[attr-defined]
     server.classify(input=["good", "bad"])
     until(lambda: learner.count, "a record")
@@ -269,10 +263,7 @@ async def test_a_change_whose_client_is_gone_runs_to_its_end_and_its_error_is_re
 @in_event_loop
 async def test_one_connection_or_request_does_not_stop_the_others() -> None:
     done: list[str] = []
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("unexpected")
-
+    fail = mock.Mock(side_effect=UNEXPECTED)
     shared = listener.Listener(mock.Mock(), 10, 100, 1.0)
     for expire in (fail, lambda now: done.append("expired")) * 3:
         shared.connections.add(mock.Mock(deadline=0.0, write_deadline=0.0, expire=expire))
@@ -310,17 +301,14 @@ def test_a_process_of_a_pool_ends_even_if_it_cannot_wait_for_its_parent(
 async def test_errors_of_messages_between_processes_are_reported_where_they_occur() -> None:
     ours, theirs = socket.socketpair()
 
-    def note() -> None:
-        raise RuntimeError("unexpected")
-
     async def unserializable() -> object:
         return object()
 
-    async def fail() -> None:
-        raise RuntimeError("unexpected")
-
+    fail = mock.AsyncMock(side_effect=UNEXPECTED)
     caller = Channel({})
-    other = Channel({"note": note, "value": unserializable, "fail": fail, "ask": object})
+    other = Channel(
+        {"note": mock.Mock(side_effect=UNEXPECTED), "value": unserializable, "fail": fail, "ask": object}
+    )
     running = [asyncio.create_task(caller.run(ours)), asyncio.create_task(other.run(theirs))]
     caller.tell("note")
     for method in ("value", "fail", "ask"):
@@ -339,14 +327,11 @@ def test_a_process_that_cannot_read_its_channel_drains(store: Path) -> None:
     )
     client, accepted = socket.socketpair()
 
-    def create() -> asyncio.Protocol:
-        raise RuntimeError("unexpected")
-
     async def run() -> None:
         worker, served = Worker(Settings(store=store), its, its_sockets), mock.Mock()
         worker.attach(served, served.stop)
         worker.run()
-        worker.listen(create)
+        worker.listen(mock.Mock(side_effect=UNEXPECTED))
         socket.send_fds(sockets, [CONNECTION], [accepted.fileno()])
         accepted.close()
         assert await asyncio.to_thread(client.recv, 1) == b""

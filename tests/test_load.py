@@ -17,7 +17,7 @@ from de3.server.models import Models
 from de3.server.overload import CALM_S, CALM_STEP_S, TICK_S, Controller
 from de3.server.settings import Settings
 from tests.fixtures import make_rows
-from tests.serving import Gate, Server, serving, until
+from tests.serving import Gate, serving, until
 
 OBJECTIVE_S, LEVELS, CAPACITY, GAIN = 0.05, 5, 1000.0, 0.06
 
@@ -132,7 +132,9 @@ def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_ar
         store, models=["tiny"], tau=0, slo_p99_ms=100, min_accuracy=0, threads=2, max_queue=4000
     ) as server:
         texts = [text for text, _ in make_rows(50, 5)]
-        waiting = _ask_in_threads(server, [{"input": texts}] * 8)
+        waiting = [Thread(target=server.classify, kwargs={"input": texts}) for _ in range(8)]
+        for thread in waiting:
+            thread.start()
         controller = server.service.admission._controller
         assert controller is not None
         until(lambda: controller.level == len(server.service.models.all[0].rules.steps) > 0, "the last level")
@@ -164,13 +166,6 @@ def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_ar
         monkeypatch.setattr(controller, "tick", tick)
         until(lambda: controller.level == 0, "recovery")
         assert server.metric("de3_tau", model="tiny:1") == 0
-
-
-def _ask_in_threads(server: Server, bodies: list[dict[str, object]]) -> list[Thread]:
-    threads = [Thread(target=server.classify, kwargs=body) for body in bodies]
-    for thread in threads:
-        thread.start()
-    return threads
 
 
 def test_only_a_server_that_was_never_idle_lowers_its_capacity() -> None:

@@ -207,20 +207,14 @@ main()
 
 
 def test_sigterm_answers_everything_that_was_accepted(store: Path) -> None:
-    with (
-        process(store, "--model", "tiny", code=DRAINS_FIRST) as running,
-        ThreadPoolExecutor(4) as pool,
-    ):
+    with process(store, "--model", "tiny", code=DRAINS_FIRST) as running, ThreadPoolExecutor(4) as pool:
         url = url_when_ready(running)
         answers = [
             pool.submit(httpx.post, url + "/classify", json={"input": ["good"] * 8}, verify=CERTIFICATES)
             for _ in range(4)
         ]
-        with httpx.Client(base_url=url, verify=CERTIFICATES) as client:
-            until(
-                lambda: "de3_in_flight_requests 4.0" in client.get("/metrics").text,
-                "four requests in flight",
-            )
+        busy = "de3_in_flight_requests 4.0"
+        until(lambda: busy in httpx.get(url + "/metrics", verify=CERTIFICATES).text, "four requests")
         running.send_signal(signal.SIGTERM)
         assert [len(answer.result().json()["data"]) for answer in answers] == [8] * 4
         assert running.wait(30) == 0

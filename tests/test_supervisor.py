@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
-from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
@@ -161,9 +160,6 @@ async def test_a_process_that_cannot_commit_is_replaced_and_the_change_stands(st
     group, models = shared_models(store)
     plan, said = plan_to("unload"), list[str]()
 
-    def refuse() -> None:
-        raise ValueError("no")
-
     both = {
         "prepare": lambda plan: {"no_kernels": ""},
         "abort": lambda: said.append("abort"),
@@ -172,7 +168,7 @@ async def test_a_process_that_cannot_commit_is_replaced_and_the_change_stands(st
     }
     async with (
         member(1, **both, commit=lambda: {"unloaded": ["tiny:1"]}) as good,
-        member(2, **both, commit=refuse) as bad,
+        member(2, **both, commit=mock.Mock(side_effect=ValueError("no"))) as bad,
     ):
         for process in (good, bad):
             group.add(process)
@@ -193,9 +189,7 @@ async def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: P
             weights.put(key_of(plan["artifact"]), fd)
         return {"no_kernels": ""}
 
-    def refuse(plan: dict[str, Any]) -> None:
-        raise RequestError("no memory", cause="conflict")
-
+    refuse = mock.Mock(side_effect=RequestError("no memory", cause="conflict"))
     first_has = {"plan": lambda change: plan, "prepare": prepare, "abort": lambda: aborted.append(1)}
     async with (
         member(1, **first_has) as first,
@@ -238,8 +232,7 @@ async def test_a_process_that_loads_the_models_during_a_change_loads_them_again(
 
 @in_event_loop
 async def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(store: Path) -> None:
-    manager = AsyncMock()
-    manager.begin.side_effect = ValueError("layer_02.onnx: damaged")
+    manager = mock.Mock(begin=mock.AsyncMock(side_effect=ValueError("layer_02.onnx: damaged")))
     with attached(store) as (worker, ours, sockets):
         server = supervised(store)
         process = Process(1, SimpleNamespace(exitcode=0), Channel({}), sockets)
