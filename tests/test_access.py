@@ -297,7 +297,7 @@ def test_refusals_are_counted_on_every_route(store: Path) -> None:
         load, unload = "/v1/models/tiny/load", "/v1/models/tiny/unload"
         calls: list[tuple[str, str, str, bytes, int, str]] = [
             ("GET", "/v1/models", "", b"", 401, "no_key"),
-            ("POST", load, ALICE, b"{}", 403, "forbidden"),
+            ("PUT", load, ALICE, b"{}", 403, "forbidden"),
             ("POST", load, root, b'{"role": "\xff"}', 400, "not_json"),
             ("POST", load, root, b'{"version": 0}', 422, "bad_request"),
             ("POST", load, root, b"x" * 2001, 413, "too_large"),

@@ -320,14 +320,14 @@ async def test_errors_of_messages_between_processes_are_reported_where_they_occu
         task.cancel()
 
 
-def test_a_process_that_cannot_read_its_channel_drains(store: Path) -> None:
+@in_event_loop
+async def test_a_process_that_cannot_read_its_channel_drains(store: Path) -> None:
     """The supervisor then replaces it. A connection that cannot be served is closed, and reported as closed."""
     (ours, its), (sockets, its_sockets) = (
         socket.socketpair(socket.AF_UNIX, kind) for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
     )
     client, accepted = socket.socketpair()
-
-    async def run() -> None:
+    with ours, its, sockets, its_sockets, client:
         worker, served = Worker(Settings(store=store), its, its_sockets), mock.Mock()
         worker.attach(served, served.stop)
         worker.run()
@@ -344,9 +344,6 @@ def test_a_process_that_cannot_read_its_channel_drains(store: Path) -> None:
         while not errors["channel"]:
             await asyncio.sleep(0)
         assert served.drain.called and served.stop.called
-
-    with ours, its, sockets, its_sockets, client:
-        asyncio.run(run())
 
 
 BROKEN = """

@@ -166,6 +166,7 @@ def test_a_folder_whose_files_have_their_columns_in_another_order_or_lack_one(
     assert [file.name for file in files] == ["_run.json", *(f"part-{n:06}{kind}" for n in range(4))]
     assert [len(read(file)) for file in files[1:]] == [16, 20, 20, 4]  # slices of 8, 8, 4, 8, 8, 4, ...
     rows = [row for file in files[1:] for row in read(file)]
+    assert kind == ".jsonl" or {tuple(row)[:2] for row in rows} == {("id", "text")}
     assert [row["text"] for row in rows] == TEXTS[:60]
     assert [row.get("id") or "" for row in rows] == [*map(str, range(40)), *[""] * 20]
     assert [row["de3_label"] for row in rows] == [row.label for row in model.classify(TEXTS[:60], tau=0.3)]

@@ -4,7 +4,6 @@ If a thread is lost nevertheless, the server exits, so that its supervisor resta
 """
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,9 @@ from de3.server.service import EngineError
 from tests.serving import Server, process, serving, until, url_when_ready
 
 
-@pytest.fixture(scope="module")
-def server(store: Path) -> Iterator[Server]:
-    with serving(store, models=["tiny"], threads=1) as running:
-        yield running
-
-
-def test_an_error_in_the_engine_fails_the_request_and_ends_no_thread(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+def test_an_error_in_the_queue_or_the_engine_ends_no_thread(
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_finish", lambda *_: 1 / 0)
-        assert server.classify(input="good").status_code == 500
-    assert server.classify(input="good").status_code == 200
-
-
-def test_an_error_in_the_queue_ends_no_thread(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take, failures = WorkQueue.next, []
 
     def broken(queue: WorkQueue, threads: int) -> Any:
@@ -49,6 +35,10 @@ def test_an_error_in_the_queue_ends_no_thread(store: Path, monkeypatch: pytest.M
     with serving(store, models=["tiny"], threads=1) as server:
         assert server.classify(input="good").status_code == 200
         assert errors["engine"] - before == len(failures) == 3
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "_finish", lambda *_: 1 / 0)
+            assert server.classify(input="good").status_code == 500
+        assert server.classify(input="good").status_code == 200
 
 
 def lost(server: Server) -> None:
