@@ -176,18 +176,23 @@ def test_a_server_says_that_it_is_loading_ready_or_draining(
         server.stop()
 
 
+def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """The exit code of `de3` with these arguments, in this process."""
+    from de3.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["de3", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code
+
+
 def test_demo_serves_the_demo_model_whatever_the_variable_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from de3.cli import main
-
     served: list[Settings] = []
     monkeypatch.setattr("de3.server.main.serve", lambda settings, *_: served.append(settings))
     monkeypatch.setenv("DE3_STORE", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["de3", "serve", "--demo", "--port", "8001"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 0
+    assert exit_code(monkeypatch, "serve", "--demo", "--port", "8001") == 0
     (settings,) = served
     artifact = Store(settings.store).open(settings.models[0])
     assert artifact.full_name == "sst2:1" and settings.port == 8001
@@ -247,17 +252,12 @@ def test_wrong_settings_are_one_line_before_models_are_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from de3.cli import main
-
     monkeypatch.setattr("de3.server.main.Service", lambda *_: pytest.fail("the models are loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         words = arguments.format(taken=taken.getsockname()[1]).split()
-        monkeypatch.setattr(sys, "argv", ["de3", "serve", "--store", str(store), *words])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 1 and len(lines) == 1
-    assert lines[0].startswith("error: ") and names in lines[0]
+        assert exit_code(monkeypatch, "serve", "--store", str(store), *words) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and names in line
 
 
 def test_a_client_that_does_not_read_is_cut_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

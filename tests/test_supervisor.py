@@ -437,6 +437,15 @@ async def test_audits_pause_while_the_supervisor_reads_too_slowly(store: Path) -
         assert not worker.is_behind
 
 
+def test_the_supervisor_counts_what_the_processes_take_from_a_rate_limit(store: Path) -> None:
+    keys: Any = "someone a-key-of-some-length"
+    server = Supervisor(Settings(store=store, processes=2, api_keys=keys, rate_limit="100/day"), (), [])
+    handlers, limit = server._handlers(Process(1, None, Channel({}), socket.socket())), server._access.limit
+    assert limit is not None and handlers["lease"]("someone", 3) == 3
+    handlers["charge"]("someone", 5)
+    assert limit._limiter.get_window_stats(limit._rate, "someone").remaining == 92
+
+
 def test_a_replacement_has_the_keys_with_which_the_server_started(tmp_path: Path, store: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("someone a-key-of-some-length # one; two\n")
