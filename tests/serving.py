@@ -44,7 +44,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
         time.sleep(0.002)
 
 
-def in_event_loop(test: "Callable[P, Coroutine[Any, Any, None]]") -> "Callable[P, None]":
+def in_event_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
     """Make a test of a coroutine function, which runs in an event loop of its own."""
 
     @wraps(test)
