@@ -4,7 +4,7 @@
  *     compare NAME     exit code 0: they agree with the reference; 1: they do not; 2: this machine cannot run them
  *     compare NAME few the same with fewer texts
  *     compare NAME emulated
- *                      fewer still, and attention only with the reference, as an emulator takes a second for a long text
+ *                      fewer still, as an emulator takes a second for a long text
  *
  * tests/test_kernels.py builds and runs it. All values come from one seed.
  */
@@ -15,7 +15,7 @@
 
 #include "../../native/attention.h"
 #include "../../native/kernels.h"
-#include "../../native/layers.h"
+#include "../../native/model.h"
 
 static const Kernels *ours;
 static int failures, is_emulated; /* is_emulated implies `few` */
@@ -268,64 +268,13 @@ static void free_attention(Attention *a) {
     }
 }
 
-static double product_of(const float *a, const float *b, int width) {
-    double sum = 0.0;
-    for (int i = 0; i < width; i++) sum += (double)a[i] * b[i];
-    return sum;
-}
-
-/* Attention by its definition, one query at a time; in long texts factors are rounded to bfloat16. */
-static void define_attention(const Attention *a, float *qkv, int tokens, int hidden, float *to) {
-    int width = hidden / a->num_heads, half = width / 2, stride = 3 * hidden, rounds = tokens >= LONG;
-    for (int t = 0; t < tokens && a->rotation; t++)
-        for (int i = 0; i < 2 * hidden; i++) {
-            float *x = qkv + (size_t)t * stride + i, u = *x, v = x[half];
-            if (i % width >= half) continue;
-            float c = a->rotation->cos[t * half + i % width], s = a->rotation->sin[t * half + i % width];
-            x[0] = u * c - v * s;
-            x[half] = v * c + u * s;
-        }
-    if (rounds) round_to_bfloat16(qkv, (size_t)tokens * stride);
-    double *weights = memory(tokens * sizeof(double));
-    float *row = memory(width * 4);
-    for (int t = 0; t < tokens; t++)
-        for (int head = 0; head < a->num_heads; head++) {
-            const float *q = qkv + (size_t)t * stride + head * width;
-            double largest = -INFINITY, total = 0.0;
-            for (int j = 0; j < tokens; j++) {
-                const float *k = qkv + (size_t)j * stride + hidden + head * width;
-                weights[j] = a->window && abs(j - t) > a->window ? -INFINITY : product_of(q, k, width) * a->scale;
-                if (a->offsets.values)
-                    weights[j] += a->offsets.values[head * offsets_stride(a->offsets.positions) + a->offsets.positions - 1 + j - t];
-                const float *tables[] = {a->terms.keys, a->terms.queries}, *others[] = {q, k};
-                for (int i = 0; i < 2; i++) {
-                    if (tables[i] == NULL) continue;
-                    int number = a->terms.buckets[a->terms.positions - 1 + j - t];
-                    memcpy(row, tables[i] + ((size_t)head * a->terms.rows + number) * width, width * 4);
-                    if (rounds) round_to_bfloat16(row, width);
-                    weights[j] += product_of(others[i], row, width);
-                }
-                if (weights[j] > largest) largest = weights[j];
-            }
-            for (int j = 0; j < tokens; j++) total += weights[j] = exp(weights[j] - largest);
-            for (int i = 0; i < width; i++) {
-                double sum = 0.0;
-                for (int j = 0; j < tokens; j++) sum += weights[j] * qkv[(size_t)j * stride + 2 * hidden + head * width + i];
-                to[(size_t)t * hidden + head * width + i] = (float)(sum / total);
-            }
-        }
-    free(weights);
-    free(row);
-}
-
 static void compare_attention(int tokens, int hidden, int heads, float spread, Parts parts, float odd) {
     size_t count = (size_t)tokens * hidden;
     float *qkv = normals(3 * count, spread), *expected = memory(count * 4), *found = memory((count + 16) * 4);
     Attention a = attention_of(parts, hidden, heads, tokens);
-    float *copy = memory(3 * count * 4), *original = memory(3 * count * 4), *work = memory(attention_work(&a, hidden / heads, tokens) * 4);
+    float *copy = memory(3 * count * 4), *work = memory(attention_work(&a, hidden / heads, tokens) * 4);
     if (odd != 0.0f) qkv[next() % (3 * count)] = odd;
     memcpy(copy, qkv, 3 * count * 4);
-    memcpy(original, qkv, 3 * count * 4);
     const char *name = odd != 0.0f ? "attention of values that are not finite" : parts.rows ? "attention with terms"
                        : parts.window ? "local attention" : "attention";
     kernels = &reference_kernels;
@@ -339,15 +288,8 @@ static void compare_attention(int tokens, int hidden, int heads, float spread, P
     int ok = are_near(found, expected, count, tokens < LONG ? floor : 200.0f * spread);
     for (int i = 0; i < 16; i++) ok = ok && found[count + i] == -1e30f;
     check(ok, name, tokens, hidden / heads, parts.window + parts.offsets);
-    if (odd == 0.0f && !is_emulated && (ours == &reference_kernels || tokens >= LONG)) {
-        memcpy(copy, original, 3 * count * 4);
-        define_attention(&a, copy, tokens, hidden, expected);
-        check(are_near(found, expected, count, tokens < LONG ? floor : 600.0f * spread), "attention's definition", tokens,
-              hidden / heads, parts.window + parts.offsets);
-    }
     free(qkv);
     free(copy);
-    free(original);
     free(expected);
     free(found);
     free(work);
@@ -425,67 +367,6 @@ static void compare_rest(void) {
         }
 }
 
-/* ---- a layer ---------------------------------------------------------------------------------------- */
-
-/* kind: 0 BERT, 1 MPNet, 2 ModernBERT, 3 DeBERTa. */
-static Model *model_of(int hidden, int heads, int inner, int kind) {
-    int is_modern = kind == 2;
-    Sizes sizes = {hidden, heads, inner, 1, 0, is_modern};
-    Model *m = new_model(&sizes, -1, 0);
-    if (m == NULL) exit(3);
-    m->has_gelu = 1;
-    Layer *layer = &m->layers[1];
-    for (int i = 0; i < NUM_LINEARS; i++) {
-        Place place = place_of(m, 1, i);
-        if (place.out) *place.linear = linear_of(place.in, place.out, RANDOM, place.tiles, end_of_tiles(m));
-    }
-    Norm *norms[2][2] = {{&layer->after_attention, &layer->after_ffn}, {&layer->before_attention, &layer->before_ffn}};
-    for (int i = 0; i < 2; i++) *norms[is_modern][i] = (Norm){normals(hidden, 1.0f), normals(hidden, 1.0f), 1e-12f};
-    Parts parts[] = {{0}, {.offsets = 160}, {.rotation = 160, .window = 20}, {.rows = 32, .has_ours = 1, .has_theirs = 1}};
-    layer->attention = attention_of(parts[kind], hidden, heads, 160);
-    if (is_modern) {
-        m->rotations[0] = rotation;
-        layer->attention.rotation = &m->rotations[0];
-    }
-    return m;
-}
-
-/* Texts in a group give the same results as alone, to the last bit; and they are near the reference's results, except for
- * the few rounding errors that cross a quantization step. */
-static void compare_layer(const Model *m, int kind) {
-    int hidden = m->hidden, tokens[6], rows = 0, far = 0;
-    for (int i = 0; i < 6; i++) rows += tokens[i] = i == 3 ? whole(65, 150) : whole(1, 40);
-    size_t count = (size_t)rows * hidden;
-    float *x = normals(count, 1.0f), *together = memory(count * 4), *alone = memory(count * 4);
-    kernels = ours;
-    int failed = run_layer(m, 1, x, tokens, 6, together);
-    for (int i = 0, row = 0; i < 6; row += tokens[i++])
-        failed = failed || run_layer(m, 1, x + (size_t)row * hidden, tokens + i, 1, alone + (size_t)row * hidden);
-    check(!failed && !memcmp(together, alone, count * 4), "a text in a group", hidden, kind, 0);
-    kernels = &reference_kernels;
-    failed = run_layer(m, 1, x, tokens, 6, alone);
-    for (size_t i = 0; i < count; i++) {
-        float error = fabsf(together[i] - alone[i]);
-        far += !(error < 1e-4f);
-        check(error < 0.2f, "a layer", hidden, kind, (int)i);
-    }
-    check(!failed && far < (int)count / 2, "a layer's values", hidden, kind, far);
-    free(x);
-    free(together);
-    free(alone);
-}
-
-static void compare_layers(int few) {
-    static const int sizes[][3] = {{64, 4, 64}, {128, 2, 320}, {192, 4, 128}};
-    for (int i = 0; i < 3; i++)
-        for (int kind = 0; kind < 4; kind++) {
-            if (few && i != kind % 3) continue;
-            Model *m = model_of(sizes[i][0], sizes[i][1], sizes[i][2], kind);
-            compare_layer(m, kind);
-            free_model(m);
-        }
-}
-
 int main(int count, char **arguments) {
     for (int i = 0; i < num_kernels; i++) {
         if (count < 2 && all_kernels[i]->why_not() == NULL) puts(all_kernels[i]->name);
@@ -505,12 +386,11 @@ int main(int count, char **arguments) {
         compare_gelu();
         compare_quantize();
         compare_rest();
+        compare_attentions(few);
+        compare_parts(few);
     }
-    compare_attentions(few);
-    compare_parts(few);
     check(ours->multiply_adds() > 0, "the number of multiply-adds", 0, 0, 0);
     if (ours->end) ours->end();
-    compare_layers(few);
     printf("%s: %d differences\n", ours->name, failures);
     return failures > 0;
 }
