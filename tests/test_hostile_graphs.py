@@ -17,7 +17,7 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 from de3.model_store.architecture import Architecture, Head
 from de3.model_store.families import FAMILIES
 from de3.model_store.graph import GraphError
-from de3.model_store.graph_check import FIELDS, MAX_NAME, read_model
+from de3.model_store.graph_check import FIELDS, MAX_NAME, MAX_VALUE_BYTES, read_model
 from de3.model_store.segment_graph import read_segment
 from tests.fixtures import save_encoder
 
@@ -244,6 +244,9 @@ def test_names_are_short_and_printable(name: str) -> None:
         with pytest.raises(GraphError, match="is not a name"):
             read_model(model.SerializeToString())
         setattr(message, field, kept)
+    model.graph.node[0].output[0] = "x" * (MAX_VALUE_BYTES + 1)
+    with pytest.raises(GraphError, match=f"of {MAX_VALUE_BYTES + 1} bytes"):
+        read_model(model.SerializeToString())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -312,20 +315,9 @@ def replaced(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) ->
     return copy
 
 
-def with_value(index: int, value: int) -> Callable[[Any], Any]:
-    def change(array: Any) -> Any:
-        array[index] = value
-        return array
-
-    return change
-
-
 @pytest.mark.parametrize(
     "change",
-    [
-        *(with_value(*at) for at in ((126, 16), (126, 2**31 - 1), (0, -1), (63, 9), (64, 8), (126, 9))),
-        lambda rows: rows[::-1].copy(),
-    ],
+    [lambda rows: rows[::-1].copy(), lambda rows: np.r_[rows[:-1], 16], lambda rows: np.r_[-1, rows[1:]]],
 )
 def test_distances_are_numbered_by_buckets(change: Callable[[Any], Any]) -> None:
     architecture, segments = built("deberta-v2", False)
@@ -346,20 +338,12 @@ def test_frequencies_descend(change: Callable[[Any], Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "field"), [("bert", "positions"), ("mpnet", "distances"), ("deberta-v2", "distances")]
-)
-def test_tables_reach_as_far_as_texts(family: str, field: str) -> None:
-    architecture, _ = built(family, True)
-    raw = architecture.model_dump()
-    raw["encoder"][field] = architecture.max_tokens - 1
-    with pytest.raises(ValueError, match=f"max_tokens must be at most {architecture.max_tokens - 1}"):
-        Architecture.model_validate(raw)
-
-
-@pytest.mark.parametrize(
     ("family", "change", "message"),
     [
         ("bert", {"positions": 0}, "positions"),
+        ("bert", {"positions": 63}, "max_tokens must be at most 63"),
+        ("mpnet", {"distances": 63}, "max_tokens must be at most 63"),
+        ("deberta-v2", {"distances": 63}, "max_tokens must be at most 63"),
         ("bert", {"token_types": 1}, "token_types"),
         *(("bert", {"num_heads": heads}, "num_heads") for heads in (0, 3, 65, 128, -4)),
         ("roberta", {"width": 32}, "width"),
@@ -386,12 +370,3 @@ def test_sums_that_overflow_are_refused() -> None:
     name = next(w.name for w in segments[1].graph.initializer if w.raw_data == scale)
     with pytest.raises(GraphError, match="qkv: its weights are too large"):
         read_segment(replaced(segments[1], name, lambda x: np.full_like(x, 3e38)), architecture, 1)
-
-
-def test_a_message_is_short_whatever_the_graph_contains() -> None:
-    architecture, segments = built("bert", False)
-    copy = deepcopy(segments[1])
-    copy.graph.node[0].attribute.extend(helper.make_attribute("x" * 190 + str(i), 1) for i in range(2000))
-    with pytest.raises(GraphError) as caught:
-        read_segment(copy, architecture, 1)
-    assert len(str(caught.value)) < 300

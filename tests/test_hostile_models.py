@@ -94,11 +94,9 @@ def test_no_tensor_is_read_from_another_file(copies: Path, monkeypatch: pytest.M
     monkeypatch.chdir(copies)
     proto = onnx.load_model_from_string((copies / "tiny" / "1" / "layer_01.onnx").read_bytes())
     Path("weights").write_bytes(proto.graph.initializer[0].raw_data)
-    for model in ("tiny", "tiny-int8"):
-        name = forge(copies, model, 1, lambda p: external(p.graph.initializer[0]))
-        for runtime in ("onnxruntime", "auto"):
-            with pytest.raises(StoreError, match=rf"{name}: TensorProto has the field"):
-                Model(Store(copies).open(model), runtime)
+    name = forge(copies, "tiny", 1, lambda p: external(p.graph.initializer[0]))
+    with pytest.raises(StoreError, match=rf"{name}: TensorProto has the field"):
+        Model(Store(copies).open("tiny"))
     # If the check missed it, the session would look for the file in a folder that does not exist.
     external(proto.graph.initializer[0])
     with pytest.raises(Exception, match=r"nonexistent|external|not exist|No such file"):
@@ -107,23 +105,6 @@ def test_no_tensor_is_read_from_another_file(copies: Path, monkeypatch: pytest.M
 
 def huge() -> Any:
     return helper.make_node("ConstantOfShape", ["shape"], ["x"])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda p: p.graph.node.append(huge()), "it has 14 operators"),
-        (lambda p: p.graph.node.extend([onnx.NodeProto()] * 20_000), "more than 10000 fields"),
-        (lambda p: p.opset_import.add(domain="evil", version=1), "operators 'evil'"),
-        (lambda p: node(p, "Add").output.append("x" * 2**20), "1048576 bytes"),
-    ],
-)
-def test_a_graph_holds_only_the_operators_of_a_segment(
-    copies: Path, change: Callable[[Any], None], message: str
-) -> None:
-    name = forge(copies, "tiny", 1, change)
-    with pytest.raises(StoreError, match=rf"{name}: .*{message}"):
-        Model(Store(copies).open("tiny"))
 
 
 def test_bytes_that_are_not_a_graph_are_refused() -> None:
@@ -313,19 +294,6 @@ def other_activation(store: Path) -> None:
     edit(store / "tiny-int8" / "1", lambda m: m["encoder"].update(activation="gelu_tanh"))
 
 
-def test_a_model_without_kernels_runs_on_onnx_runtime(
-    kernels: Any, copies: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    other_activation(copies)
-    artifact = Store(copies).open("tiny-int8")
-    with caplog.at_level(logging.INFO, "de3"):
-        model = Model(artifact)
-    assert model.runtime == "onnxruntime" and model.full_depth(model.tokenize("good"))
-    assert "gelu_tanh" in model.why_not_native and model.why_not_native in caplog.text
-    with pytest.raises(StoreError, match="gelu_tanh"):
-        Model(artifact, "native")
-
-
 def test_a_file_with_many_fields_is_refused_before_it_is_parsed() -> None:
     inner = b"\x0a\x00" * 12_000_000  # empty operators, which take a hundred bytes each in memory
     size = b"".join(bytes([len(inner) >> shift & 127 | 128]) for shift in (0, 7, 14)) + bytes(
@@ -340,26 +308,6 @@ def test_a_file_with_many_fields_is_refused_before_it_is_parsed() -> None:
         nested = b"\x32" + onnx.AttributeProto(s=nested).SerializeToString()[1:]
     with pytest.raises(GraphError):
         read_model(nested)
-
-
-def test_the_kernels_give_no_distances_without_a_metric_space(kernels: Any, store: Path) -> None:
-    model = Model(Store(store).open("tiny-int8"), "native")
-    last: Any = model.segments[-1]
-    hidden = np.zeros((1, 2, 64), np.float32)
-    logits, distances = np.zeros(2, np.float32), np.zeros(2, np.float32)
-    with pytest.raises(ValueError, match="no metric space"):
-        kernels.run(last._model, last.layer, hidden, None, hidden.copy(), None, logits, distances)
-
-
-def test_refused_weights_leave_the_earlier_ones_in_place(kernels: Any, store: Path) -> None:
-    model = Model(Store(store).open("tiny-int8"), "native")
-    layer: Any = model.segments[1]
-    hidden = np.random.default_rng(1).normal(size=(1, 5, 64)).astype(np.float32)
-    before = layer.run(hidden, True)
-    with pytest.raises(ValueError, match="weight"):
-        kernels.set_linear(layer._model, 1, 0, np.zeros(3, np.int8), *[np.zeros(1, np.float32)] * 2)
-    after = layer.run(hidden, True)
-    assert (before.hidden == after.hidden).all() and (before.logits == after.logits).all()
 
 
 def test_a_text_without_tokens_is_an_error(store: Path) -> None:
@@ -532,35 +480,6 @@ def test_a_manifest_has_no_oversized_number(copies: Path) -> None:
     assert len(paths) > 10
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda m: m["files"].update({"x" * 10**5: m["files"]["layer_01.onnx"]}), "may not contain 'xxx"),
-        (lambda m: m.update({"y" * 10**5: 1}), "yyy: Extra inputs"),
-        (lambda m: m.update(schema_version="z" * 10**5), "schema version 'zzz"),
-    ],
-)
-def test_a_long_name_in_a_manifest_is_refused_in_few_words(
-    copies: Path, change: Callable, message: str
-) -> None:
-    edit(copies / "tiny" / "1", change)
-    with pytest.raises(StoreError, match=message) as caught:
-        Store(copies).open("tiny")
-    assert len(str(caught.value)) < 600
-
-
-def test_memory_limits_follow_the_actual_files(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = copies / "tiny" / "1"
-    artifact = Store(copies).open("tiny")
-    files = [folder / name for name in artifact.manifest.required_files()]
-    assert artifact.size() == sum(file.stat().st_size for file in files)
-    edit(folder, lambda m: m["files"]["layer_01.onnx"].update(bytes=2**31 - 1))
-    assert Store(copies).open("tiny").size() == artifact.size()
-    monkeypatch.setattr("de3.model_store.store.MAX_ARTIFACT_BYTES", 1000)
-    with pytest.raises(StoreError, match="bytes, at most 1000 are allowed"):
-        prove.Prover().prove(artifact, "auto")
-
-
 def test_any_error_in_one_model_leaves_the_others(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = copies / "loop" / "1"
     loop.mkdir(parents=True)
@@ -642,12 +561,9 @@ def test_a_log_record_cannot_be_forged() -> None:
     [
         (lambda m: m["risk"][0].update(weights=[float("nan")] * 5), "risk.0.weights"),
         (lambda m: m["risk"][0]["weights"].__setitem__(1, -1e300), "risk.0.weights.1"),
-        (lambda m: m["risk"][0]["weights"].append(0.0), "risk.0.weights"),
         (lambda m: m["risk"][0]["weights"].pop(), "risk.0.weights"),
-        (lambda m: m["risk"][0].update(layer=3), "risk"),
         (lambda m: m["risk"].reverse(), "risk"),
         (lambda m: m["risk"].pop(), "risk"),
-        (lambda m: m.update(risk=[m["risk"][0]] * 5000), "risk"),
         (lambda m: m.update(risk=None), "risk"),
         (lambda m: m["defaults"].update(signal="margin"), "defaults.signal"),
         (lambda m: m["defaults"].update({"signal": "edr", "lambda": None}), "lambda"),
