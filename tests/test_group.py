@@ -73,13 +73,8 @@ def answers(results: dict[Item, Result]) -> dict[str, Any]:
     found = {}
     for item, outcome in results.items():
         assert isinstance(outcome, Outcome)
-        found[item.text.text] = (
-            outcome.layer,
-            outcome.reason,
-            outcome.rule.tau,
-            outcome.is_far,
-            outcome.passed,
-        )
+        decision = outcome.layer, outcome.reason, outcome.rule.tau, outcome.is_far
+        found[item.text.text] = decision, outcome.passed
     return found
 
 
