@@ -173,18 +173,6 @@ def test_an_answer_leaves_at_its_deadline(store: Path, clock: Clock) -> None:
         assert server.metric("de3_exit_layer_count", model="tiny:1", reason="deadline") == 4
 
 
-def test_a_budget_covers_every_text_of_a_batch(store: Path, clock: Clock) -> None:
-    with serving(store, models=["tiny"], threads=1, tau=0) as server:
-        started = clock.now
-        wish = {"latency_budget_ms": budget_ms(25.5, 10)}  # all layers of all texts would be 40
-        data = server.classify(input=TEXTS[:10], **wish).json()["data"]
-        layers = [row["exit"]["layer"] for row in data]
-        ran = sum(layers) + len(layers)
-        assert ran == round((clock.now - started) / LAYER_S) and 20 <= ran <= 25
-        assert {row["exit"]["reason"] for row in data} <= {"deadline", "last_layer"}
-        assert sum(layers[5:]) >= 4  # the first texts did not use up the budget
-
-
 def test_concurrent_budgets_are_all_kept_and_overtake_a_loaded_queue(
     store: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

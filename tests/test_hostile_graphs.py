@@ -262,47 +262,29 @@ def test_segments_of_every_family_are_read_as_built(family: str, int8: bool) -> 
                 read_segment(model, architecture, other)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"head": None},
-        {"head": Head(pooling="cls", activation="relu")},
-        {"head": Head(pooling="mean", activation="tanh")},
-        {"head": Head(pooling="cls", activation="tanh", norm=1e-5)},
-        {"pooling": "cls"},
-        {"labels": ["a", "b"]},
-        {"metric_dim": 32},
-        {"exit_layers": [1, 2]},
-        {"prototype_layers": [0]},
-        {"precision": "int8"},
-        *({"encoder": {field: 2}} for field in ("num_heads", "positions", "inner", "vocabulary")),
-        {"encoder": {"hidden_size": 32, "width": 32}},
-        {"encoder": {"token_types": 0}},
-        {"encoder": {"token_types": 3}},
-        {"encoder": {"activation": "relu"}},
-        {"encoder": {"epsilon": 1e-5}},
-        *(("modernbert", {"encoder": change}) for change in ({"window": 4}, {"local_layers": [1]})),
-        *(("deberta-v2", {"encoder": {field: 2}}) for field in ("rows", "distances")),
-        *(("deberta-v2", {"encoder": {"terms": [term]}}) for term in ("c2p", "p2c")),
-        ("mpnet", {"encoder": {"distances": 2}}),
-    ],
-    ids=str,
-)
-def test_a_manifest_of_another_model_is_refused(change: Any) -> None:
-    family, change = change if isinstance(change, tuple) else ("bert", change)
+@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v2", "mpnet"])
+def test_a_manifest_of_another_model_is_refused(family: str) -> None:
     architecture, segments = built(family, False)
-    if "encoder" in change:
-        change = {"encoder": architecture.encoder.model_copy(update=change["encoder"])}
-    other = architecture.model_copy(update=change)
-
-    def is_refused(layer: int) -> bool:
-        try:
-            read_segment(segments[layer], other, layer)
-        except GraphError:
-            return True
-        return False
-
-    assert any(is_refused(layer) for layer in range(len(segments)))
+    encoder = architecture.encoder
+    changes: list[dict[str, Any]] = [
+        *({"head": head} for head in (None, Head(pooling="mean", activation="relu", norm=1e-3))),
+        *({"pooling": "cls"}, {"labels": ["a", "b"]}, {"metric_dim": 32}, {"precision": "int8"}),
+        *({"exit_layers": [1, 2]}, {"prototype_layers": [0]}),
+    ]
+    for name, value in encoder:
+        if name in ("type", "num_layers", "width", "hidden_size"):
+            continue
+        other = value * 2 if isinstance(value, int | float) else "relu" if name == "activation" else value[1:]
+        if other != value:
+            changes.append({"encoder": encoder.model_copy(update={name: other})})
+    for change in changes:
+        refused = 0
+        for layer, segment in enumerate(segments):
+            try:
+                read_segment(segment, architecture.model_copy(update=change), layer)
+            except GraphError:
+                refused += 1
+        assert refused, change
 
 
 def replaced(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) -> onnx.ModelProto:

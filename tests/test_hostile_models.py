@@ -9,8 +9,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from copy import deepcopy
+from collections.abc import Callable
 from pathlib import Path
 from time import thread_time  # CPU time of this thread, so that a busy machine does not matter
 from typing import Any
@@ -33,12 +32,10 @@ from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
 from de3.server import prove
 from de3.server.background import in_background
 from de3.server.engine.timing import Timing
-from de3.server.errors import RequestError
 from de3.server.logs import JsonFormatter, TextFormatter
 from de3.server.models import find, load, newest
-from de3.server.rules import Rules
 from de3.server.service import Service
-from de3.server.settings import ExitOptions, Settings
+from de3.server.settings import Settings
 from tests.commands import invoke
 from tests.serving import serving, until
 
@@ -128,21 +125,18 @@ def test_a_manifest_is_read_within_limits(copies: Path) -> None:
     assert thread_time() - started < 20
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "says"),
-    [
-        ("tokenizer.json", 2**30, f"tokenizer.json: {2**30} bytes, at most"),
-        ("prototypes.safetensors", 2**30, f"prototypes.safetensors: {2**30} bytes, at most"),
-        ("layer_01.onnx", 2**33, "layer_01.onnx.bytes: Input should be less than"),
-    ],
-)
-def test_a_sparse_file_is_not_read(copies: Path, name: str, size: int, says: str) -> None:
+def test_a_sparse_file_is_not_read(copies: Path) -> None:
     folder = copies / "tiny" / "1"
-    with (folder / name).open("wb") as file:
-        file.truncate(size)
-    edit(folder, lambda m: m["files"].update({name: {"sha256": "0" * 64, "bytes": size}}))
-    with pytest.raises(StoreError, match=says):
-        Model(Store(copies).open("tiny"))
+    for name, size, says in (
+        ("prototypes.safetensors", 2**30, f"prototypes.safetensors: {2**30} bytes, at most"),
+        ("tokenizer.json", 2**30, f"tokenizer.json: {2**30} bytes, at most"),
+        ("layer_01.onnx", 2**33, "layer_01.onnx.bytes: Input should be less than"),
+    ):
+        with (folder / name).open("wb") as file:
+            file.truncate(size)
+        edit(folder, lambda m: m["files"].update({name: {"sha256": "0" * 64, "bytes": size}}))  # noqa: B023
+        with pytest.raises(StoreError, match=says):
+            Model(Store(copies).open("tiny"))
 
 
 def replace(content: str, pattern: str = "a") -> dict:
@@ -452,32 +446,18 @@ def raise_(error: Exception) -> Any:
     raise error
 
 
-def integers(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of each integer in a JSON value; only the first item of a list is searched."""
-    if isinstance(part, dict):
-        for key, value in part.items():
-            yield from integers(value, (*path, key))
-    elif isinstance(part, list):
-        for value in part[:1]:
-            yield from integers(value, (*path, 0))
-    elif isinstance(part, int) and not isinstance(part, bool):
-        yield path
-
-
 def test_a_manifest_has_no_oversized_number(copies: Path) -> None:
     file = copies / "tiny" / "1" / "manifest.json"
-    sound = json.loads(file.read_text())
-    for path in (paths := [path for path in integers(sound) if path[0] not in ("schema_version", "export")]):
-        manifest = deepcopy(sound)
-        inside: Any = manifest
-        for key in path[:-1]:
-            inside = inside[key]
-        inside[path[-1]] = 10**4299
-        file.write_text(json.dumps(manifest))
-        with pytest.raises(StoreError, match=re.escape(str(path[-1]))) as caught:
+    sound = file.read_text()
+    before = sound[: sound.index('"export"')]  # this part may have any values
+    numbers = {m[1]: m.span(2) for m in re.finditer(r'"(\w+)": (\d+)(?=[,\n])', before)}
+    del numbers["schema_version"]
+    for name, (start, end) in numbers.items():
+        file.write_text(sound[:start] + "9" * 4300 + sound[end:])
+        with pytest.raises(StoreError, match=name) as caught:
             Store(copies).open("tiny")
         assert len(str(caught.value)) < 600
-    assert len(paths) > 10
+    assert len(numbers) > 10
 
 
 def test_any_error_in_one_model_leaves_the_others(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,29 +570,3 @@ def test_a_risk_with_a_weight_for_missing_distances_is_refused(copies: Path) -> 
     edit(copies / "tiny" / "1", without_prototypes)
     with pytest.raises(StoreError, match=r"prototype_layers must be|the last weight must be 0"):
         Store(copies).open("tiny")
-
-
-def test_a_table_of_thousands_of_signals_is_read_and_served_quickly(copies: Path) -> None:
-    def many(m: dict[str, Any]) -> None:
-        short = dict.fromkeys(("loss", "tau", "disagreement", "disagreement_bound", "mean_exit_layer"), 0)
-        short |= dict.fromkeys(("accuracy", "speedup"), 1)
-        full = {**short, "accuracy_interval": [0, 1], "loss_interval": [0, 1], "histogram": []}
-        lams = [round(0.01 * (i + 1), 2) for i in range(5000)]
-        rows = [{**full, "signal": "edr", "lambda": lam} for lam in lams]
-        m["calibration"]["table"] = rows
-        m["defaults"] = {"tau": 0, "signal": "edr", "lambda": 1.0}
-
-    edit(copies / "tiny" / "1", many)
-    file = copies / "tiny/1/manifest.json"  # with indentation, it would be too large
-    file.write_text(json.dumps(json.loads(file.read_text()), separators=(",", ":")))
-    started = thread_time()
-    manifest = Store(copies).open("tiny").manifest
-    rules = Rules(manifest, Settings(store=copies))
-    assert thread_time() - started < 2
-    started = thread_time()
-    for _ in range(20):
-        assert rules.of(ExitOptions(target_speedup=1.0, lam=50.0)).rule.signal.lam == 50
-        with pytest.raises(RequestError) as refused:
-            rules.of(ExitOptions(lam=77.0))
-        assert len(str(refused.value)) < 1000
-    assert thread_time() - started < 0.5
