@@ -19,7 +19,7 @@ from de3.server.engine.job import REPLY_S, REPLY_TEXT_S, Item, Job
 from de3.server.errors import RequestError
 from de3.server.models import load
 from de3.server.ood import WINDOW
-from de3.server.rules import MAX_LOAD_LOSS, Choice, Rules
+from de3.server.rules import Choice, Rules
 from de3.server.settings import ExitOptions, Settings
 from tests.fixtures import make_rows
 from tests.serving import Gate, Server, serving, until
@@ -116,17 +116,6 @@ def test_a_certificate_comes_with_the_answer(server: Server, rows: list[TradeOff
     }
     exact = server.classify(input=TEXTS[0], max_disagreement=0).json()
     assert exact["data"][0]["exit"]["tau"] == 0 and exact["certificate"]["bound"] == 0
-
-
-def test_the_calibration_is_published(server: Server, rows: list[TradeOff]) -> None:
-    answer = httpx.get(server.url + "/v1/models/tiny/calibration").json()
-    assert (answer["object"], answer["model"], answer["confidence"]) == ("calibration", "tiny:1", 0.95)
-    assert [r for r in answer["table"] if (r["signal"], r["lambda"]) == (rows[0].signal, rows[0].lam)] == [
-        r.model_dump(by_alias=True, mode="json") for r in rows
-    ]
-    missing = httpx.get(server.url + "/v1/models/other/calibration")
-    assert missing.status_code == 404
-    assert "there are: tiny:1, tiny-int8:1" in missing.json()["error"]["message"]
 
 
 def test_a_setting_applies_to_requests_without_exit_options(store: Path) -> None:
@@ -269,21 +258,6 @@ def test_drift_is_a_metric_once_the_window_is_full(store: Path, monkeypatch: pyt
         for _ in range(2):
             server.classify(input=[FAR] * 250)
         assert (drift("psi") or 0) > 1 and (drift("ks") or 0) > ks
-
-
-def test_under_load_tau_is_raised_in_the_steps_of_the_calibration(store: Path, rows: list[TradeOff]) -> None:
-    manifest = Store(store).open("tiny").manifest
-    manifest = manifest.model_copy(update={"defaults": manifest.defaults.model_copy(update={"tau": 0.0})})
-    rules = Rules(manifest, Settings(latency_budget_ms=50))
-    assert len(rules.steps) > 1
-    assert rules.in_force(0) is rules.default
-    for level in range(1, len(rules.steps) + 3):
-        assert rules.in_force(level) is rules.steps[min(level, len(rules.steps)) - 1]
-    for step in rules.steps:
-        assert (step.by, step.is_degraded, step.budget_s) == ("overload", True, 0.05)  # the budget is kept
-        assert step.expected is not None and step.expected.accuracy >= rows[0].accuracy - MAX_LOAD_LOSS
-    free = Rules(manifest, Settings(min_accuracy=0, max_load_disagreement=1))
-    assert len(free.steps) > len(rules.steps)
 
 
 def test_the_expected_time_of_a_text_counts_its_layers_and_one_for_the_tokenizer(

@@ -112,6 +112,7 @@ def test_a_text_alone_gets_the_whole_budget_and_a_batch_shares_it(monkeypatch: p
     many = job(clock, [0.01] * 4, 0.1)
     assert deadlines.promise(many) == 0
     left = (many.deadline or 0.0) - clock.now
+    assert left == pytest.approx(0.1 - REPLY_S - 4 * REPLY_TEXT_S)
     part = deadlines.begin(many.items[0], 0) - clock.now
     assert 0.8 * left / 2 < part <= left / 2 + 1e-9
 
@@ -144,16 +145,6 @@ def test_best_effort_takes_nothing_from_a_promise(monkeypatch: pytest.MonkeyPatc
     assert late.deadline is not None
     assert late.deadline >= promised.deadline
     assert deadlines.begin(late.items[0], 0) == clock.now  # it must stop at its first exit
-
-
-def test_a_dropped_job_reserves_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    deadlines = Deadlines(THREADS)
-    given_up = job(clock, [0.01] * 10, 0.055)
-    assert deadlines.promise(given_up) == 0
-    deadlines.drop(given_up)
-    assert deadlines.promise(job(clock, [0.01] * 10, 0.055)) == 0
-    assert deadlines.begin(given_up.items[0], 0) == clock.now
 
 
 def test_a_promise_that_is_broken_anyway_refuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from de3.exits.reading import Reading
 from de3.exits.rule import ExitRule
 from de3.model_store.model import Model
 from de3.model_store.store import Store
+from de3.model_store.tokenizer import PIECE
 from de3.server.engine.group import run_group
 from de3.server.engine.job import Item, Job
 from de3.server.engine.outcome import Outcome
@@ -117,6 +118,12 @@ def test_the_kernels_read_the_exits_as_python_does(
     steps = Steps(queue)
     steps.run()
     assert not steps.alone and answers(steps.results) == alone(model, TEXTS, **options)
+
+
+def test_long_texts_and_shadows_run_alone(model: Model) -> None:
+    fits, long = job(model, ["a" * 2 * PIECE, "a" * (2 * PIECE + 1)]).items
+    assert fits.can_share and not long.can_share
+    assert not job(model, is_shadow=True).in_groups
 
 
 def test_all_layers_run_in_one_step_if_they_fit(model: Model) -> None:

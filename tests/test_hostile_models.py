@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import random
 import re
 import shutil
 import sys
@@ -22,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from de3.model_store.graph import GraphError
-from de3.model_store.graph_check import read_model
+from de3.model_store.graph_check import MAX_FIELDS, read_model
 from de3.model_store.model import Model
 from de3.model_store.printable import printable
 from de3.model_store.segments import session_options
@@ -102,12 +101,6 @@ def test_no_tensor_is_read_from_another_file(copies: Path, monkeypatch: pytest.M
 
 def huge() -> Any:
     return helper.make_node("ConstantOfShape", ["shape"], ["x"])
-
-
-def test_bytes_that_are_not_a_graph_are_refused() -> None:
-    for data in (b"\x00\xff\x07", b"\x0a" * 1000, random.Random(1).randbytes(1000)):
-        with pytest.raises(GraphError):
-            read_model(data)
 
 
 def test_a_manifest_is_read_within_limits(copies: Path) -> None:
@@ -297,6 +290,12 @@ def test_a_file_with_many_fields_is_refused_before_it_is_parsed() -> None:
     with pytest.raises(GraphError, match="more than 10000 fields"):
         read_model(b"\x08\x08\x3a" + size + inner)
     assert thread_time() - started < 1
+    model = onnx.ModelProto()
+    model.graph.node.extend([onnx.NodeProto()] * (MAX_FIELDS - 1))
+    assert read_model(model.SerializeToString()) == model
+    model.opset_import.add()  # stored after the graph
+    with pytest.raises(GraphError, match="more than 10000 fields"):
+        read_model(model.SerializeToString())
     nested = b""
     for _ in range(3000):  # nested operators, each with a graph as its attribute
         nested = b"\x32" + onnx.AttributeProto(s=nested).SerializeToString()[1:]
@@ -478,15 +477,6 @@ def test_any_error_in_one_model_leaves_the_others(copies: Path, monkeypatch: pyt
         find(Store(copies), ["tiny"])
 
 
-def test_prototypes_of_a_type_that_numpy_lacks_are_refused(copies: Path) -> None:
-    head = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
-    folder = copies / "tiny" / "1"
-    (folder / "prototypes.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + b"\0\0")
-    rehash(folder, "prototypes.safetensors")
-    with pytest.raises(StoreError, match=r"prototypes.safetensors: (not a safetensors file|has no tensor)"):
-        Model(Store(copies).open("tiny"))
-
-
 def test_errors_are_short_and_have_no_control_characters() -> None:
     assert str(StoreError(EVIL)) == r"x\u001b[31m\u009b2K\n2026 INFO de3: forged\r\u2028\u202ey"
     assert len(str(StoreError("a" * 10**6))) == 501
@@ -558,15 +548,3 @@ def test_an_unsound_risk_is_refused_with_the_reason(
     with pytest.raises(StoreError, match=field) as refused:
         Store(copies).open("tiny")
     assert len(str(refused.value)) < 10_000
-
-
-def test_a_risk_with_a_weight_for_missing_distances_is_refused(copies: Path) -> None:
-    def without_prototypes(m: dict[str, Any]) -> None:
-        m["risk"] = [{"layer": layer, "weights": [0.0, 0.0, 0.0, 0.0, 1.0]} for layer in (0, 1, 2)]
-        m["prototype_layers"] = []
-        for reference in m["calibration"]["references"]:
-            reference.update(nearest=None, distance_ratio=None)
-
-    edit(copies / "tiny" / "1", without_prototypes)
-    with pytest.raises(StoreError, match=r"prototype_layers must be|the last weight must be 0"):
-        Store(copies).open("tiny")

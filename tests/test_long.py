@@ -272,6 +272,8 @@ def test_a_text_runs_window_by_window_and_preemption_changes_no_bit(model: Model
     assert alone.layer == left[len(alone.windows) - 1].layer
     assert (often.reading.probs, often.passed) == (alone.reading.probs, alone.passed)
     assert alone.tokens == often.tokens == sum(w.tokens for w in alone.windows)
+    for queue, outcome in ((free, alone), (busy, often)):  # each step is charged once
+        assert queue.charged == pytest.approx(outcome.tokenize_s + outcome.model_s)
     assert alone.model_s == pytest.approx(sum(w.model_s for w in alone.windows))
     pieces, layers = len(text) // PIECE, sum(w.layer for w in alone.windows)
     assert free.requeued == 0 and busy.requeued >= pieces - 1 + layers + len(alone.windows) - 1
