@@ -15,7 +15,6 @@ import pytest
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from de3.model_store.architecture import Architecture, Head
-from de3.model_store.families import FAMILIES
 from de3.model_store.graph import GraphError
 from de3.model_store.graph_check import FIELDS, MAX_NAME, MAX_VALUE_BYTES, read_model
 from de3.model_store.segment_graph import read_segment
@@ -247,19 +246,6 @@ def test_names_are_short_and_printable(name: str) -> None:
     model.graph.node[0].output[0] = "x" * (MAX_VALUE_BYTES + 1)
     with pytest.raises(GraphError, match=f"of {MAX_VALUE_BYTES + 1} bytes"):
         read_model(model.SerializeToString())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("int8", [False, True])
-def test_segments_of_every_family_are_read_as_built(family: str, int8: bool) -> None:
-    architecture, segments = built(family, int8)
-    assert Architecture.model_validate_json(architecture.model_dump_json()) == architecture
-    for layer, model in enumerate(segments):
-        weights = read_segment(model, architecture, layer)
-        assert weights["classifier.weight"].shape == (architecture.hidden_size, 3)
-        for other in {*range(len(segments))} - {layer}:
-            with pytest.raises(GraphError):
-                read_segment(model, architecture, other)
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v2", "mpnet"])

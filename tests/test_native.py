@@ -22,7 +22,7 @@ from de3.exits.rule import ExitRule, Thresholds
 from de3.exits.signals import Edr, Entropy, Risk, Signal
 from de3.model_store.architecture import Architecture, Head
 from de3.model_store.families.deberta import Deberta
-from de3.model_store.graph import source_of
+from de3.model_store.graph import Graph, source_of
 from de3.model_store.model import MAX_STATES_DIFFERENCE, Model, network_of
 from de3.model_store.segment_graph import build_segment, graph_name, read_segment
 from de3.model_store.segments import ForwardPass, NativeSegment, session_options
@@ -578,3 +578,15 @@ def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
     assert run_group(items, queue, 1, lambda _: None, results.extend) == []
     assert [item for item, _ in results] == items[:1]
     assert [len(queue.next()) for _ in range(2)] == [1, 1]  # each alone, so it can be preempted
+
+
+def test_an_int8_linear_layer_quantizes_each_token_by_itself() -> None:
+    rng = np.random.default_rng(1)
+    weight, bias = rng.normal(size=(64, 32)).astype(np.float32), rng.normal(size=32).astype(np.float32)
+    g = Graph(True, source_of({"a.weight": weight, "a.bias": bias}))
+    g.output(g.linear(g.input("x", [1, "T", 64]), "a", 64, 32), "y", [1, "T", 32])
+    session = ort.InferenceSession(g.model("linear").SerializeToString(), session_options())
+    x = rng.normal(size=(1, 5, 64)).astype(np.float32)
+    x[0, 0] *= 1000  # an outlier
+    (found,) = session.run(None, {"x": x})
+    assert np.abs(found - (x @ weight + bias))[0, 1:].max() < 0.5

@@ -144,17 +144,6 @@ TestQueue = QueueMachine.TestCase
 TestQueue.settings = settings(max_examples=50)
 
 
-def test_short_texts_overtake_a_long_one_but_not_forever() -> None:
-    queue = WorkQueue(100)
-    long = job(1, submitted=0.0, seconds=1.0)
-    queue.put(long)
-    for k in range(20):  # one short text every 0.1 s
-        queue.put(job(1, submitted=k / 10, seconds=0.05))
-    order = [queue.next()[0] for _ in range(21)]
-    # The long text runs after the ten short ones that arrived within the second that it was predicted to take.
-    assert order.index(long.items[0]) == 10
-
-
 def promised(deadline: float, client: str = "", texts: int = 1, seconds: float = 1.0) -> Job:
     new = job(texts, seconds=seconds, client=client)
     new.deadline = deadline
@@ -272,6 +261,12 @@ def test_a_client_ahead_of_others_that_wait_gets_no_promises() -> None:
     engine.queue.next()
     engine.submit(asking)  # no other client is waiting
     assert asking.is_promised
+    engine.queue.close()
+    refused = job(1, client="third")
+    refused.deadline = perf_counter() + 100
+    with pytest.raises(RequestError, match="stopping"):
+        engine.submit(refused)
+    assert refused not in engine.deadlines._promises
 
 
 def test_dropped_items_do_not_count_as_others_that_are_pending() -> None:
