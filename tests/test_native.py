@@ -534,7 +534,6 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         [text(signal=2)],  # risk without weights
         [text(signal=2, weights=bytes(8 * 5 * 4 - 8))],
         [text(signal=2, weights=bytes(8 * 5 * 4 + 8))],
-        [text(signal=2, weights=b"")],
         [text(signal=-1)],
         [text(thresholds=bytes(8))],
         [text(ids=big)],
