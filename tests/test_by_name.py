@@ -605,16 +605,6 @@ def test_only_full_depth_is_answered(server: Server) -> None:
         assert answer.status_code == 200 and answer.json()["data"][0]["exit"]["layer"] == 3
 
 
-def test_only_a_regression_model_has_a_value(server: Server, bert: Path) -> None:
-    body = {
-        "inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}],
-        "outputs": [{"name": "value"}],
-    }
-    answer = httpx.post(f"{server.url}/v2/models/{model_name(str(bert))}/infer", json=body)
-    assert answer.status_code == 422 and "label, probs, exit_layer of" in answer.json()["error"]
-    assert "value" not in server.classify(input="a").json()["data"][0]
-
-
 def test_a_setting_that_needs_an_early_exit_is_refused(bert: Path, tmp_path: Path) -> None:
     from de3.server.models import load
 

@@ -8,13 +8,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
 
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Risk
 from de3.export import exporter
-from de3.export.calibrate import Part, _choose
+from de3.export.calibrate import Part
 from de3.export.errors import ExportError
 from de3.export.exporter import ExportSettings
 from de3.export.full_depth import export_full_depth
@@ -207,12 +206,6 @@ def test_the_same_exit_needs_the_same_answer(kind: dict, other: list[list[float]
     assert exporter.same_exit(recorded(last), recorded(other), rule) == same
 
 
-def test_another_signal_is_preferred_only_if_it_is_clearly_faster() -> None:
-    signal = Risk(())
-    for merit, name in ((1.0, "risk"), (2.1, "risk"), (2.11, "edr")):
-        assert _choose({"risk": (signal, 2.0), "entropy": (signal, 2.05), "edr": (signal, merit)}) == name
-
-
 def test_missing_files_are_asked_for(tmp_path: Path, checkpoint: Path) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "c")
     for file in ("tune.jsonl", "certify.jsonl", "tokenizer.json"):
@@ -275,22 +268,6 @@ def test_evaluate_prints_a_table_and_draws_a_plot(tmp_path: Path, checkpoint: Pa
         assert ("the calibration's guarantees may not hold for these texts" in output) == bool(more)
     default = Store(store).open("tiny-int8").manifest.defaults
     assert f"Default {default.signal}" in output.replace("EDR", "edr")  # the artifact's default
-
-
-def test_prototypes_are_an_input_that_can_be_replaced(store: Path, tmp_path: Path) -> None:
-    """Swapping two prototypes in the file swaps the distances, so the prototypes are read from the file."""
-    copy = shutil.copytree(store, tmp_path / "s") / "tiny" / "1"
-    before = Model(Store(tmp_path / "s").open("tiny"))
-    tensors = load_file(copy / "prototypes.safetensors")
-    save_file({k: np.ascontiguousarray(v[::-1]) for k, v in tensors.items()}, copy / "prototypes.safetensors")
-    from tests.test_store import rehash
-
-    rehash(copy, "prototypes.safetensors")
-    after = Model(Store(tmp_path / "s").open("tiny"))
-    tokens = before.tokenize("a good film")
-    a, b = before.full_depth(tokens)[1], after.full_depth(tokens)[1]
-    assert np.array_equal(a.distances, b.distances[::-1])
-    assert np.array_equal(a.logits, b.logits)
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])

@@ -16,29 +16,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from onnxruntime import InferenceSession
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from de3.export import importing, states
 from de3.export.build import final_norm
 from de3.export.cache import artifact_of
 from de3.export.classifier import Stock
-from de3.export.fit import _fitted, _held_out
+from de3.export.fit import _held_out
 from de3.export.full_depth import stitch
 from de3.export.original import original_of
-from de3.export.weights import save
 from de3.model_store.families import FAMILIES
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.tables import Columns, read_rows
 from de3.training import data
 from de3.training.checkpoint import Checkpoint
-from de3.training.model import De3Model
 from tests.commands import WITHOUT_TORCH, de3, invoke, refusal
 from tests.fixtures import made_once, make_rows, save_encoder
 from tests.serving import serving
 from tests.stock import coarse_calibration, fine_tuned, segments_of, transformers_model, with_random_exits
-from tests.test_export import untrained
 
 
 @pytest.fixture(scope="session")
@@ -68,16 +65,15 @@ def classifier(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encode
 
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory: pytest.TempPathFactory, classifier: Path, texts: Path) -> Path:
-    """A folder with two imports of a classifier: store/mine/1 (int8), store/mine-fp32/1, and checkpoints in work/."""
+    """A folder with the import of a classifier: store/mine/1 (int8), store/mine-fp32/1, and its checkpoint in work."""
 
     def make(folder: Path) -> None:
-        for name, precision in (("mine", "int8"), ("mine-fp32", "none")):
-            with coarse_calibration():
-                output = de3(
-                    f"import {classifier} --texts {texts} --name {name} --store {folder}/store "
-                    f"--work {folder}/work/{name} --quantize {precision}"
-                )
-            (folder / f"{name}.log").write_text(output)
+        with coarse_calibration():
+            output = de3(
+                f"import {classifier} --texts {texts} --name mine --store {folder}/store --work {folder}/work"
+            )
+            de3(f"export {folder}/work --name mine-fp32 --store {folder}/store --quantize none")
+        (folder / "mine.log").write_text(output)
 
     return made_once(tmp_path_factory, "imported", make)
 
@@ -85,10 +81,9 @@ def imported(tmp_path_factory: pytest.TempPathFactory, classifier: Path, texts: 
 def logits_of(folder: Path, texts: list[str]) -> Any:
     """The logits of transformers' own model, run on one text at a time, (texts, num_labels)."""
     model, tokenizer = transformers_model(folder)
-    longest = Stock.open("stock", folder).max_tokens
     with torch.no_grad():
         rows = [
-            model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=longest)).logits[0]
+            model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=64)).logits[0]
             for text in texts
         ]
     return torch.stack(rows).numpy()
@@ -138,10 +133,10 @@ def test_the_states_to_which_exits_are_fitted(
         norm = final_norm(stock.architecture("fp32"), state)
     texts = ["the " * 40, "good", "a dull film", "bad plot and bad actor", "good , not bad"]
 
-    def found(texts: list[str]) -> states.States:
+    def found(model: Model, texts: list[str]) -> states.States:
         return states.states(model, norm, texts, tmp_path / "states", "some", None, None)
 
-    ours = found(texts)
+    ours = found(model, texts)
     for i, text in enumerate(texts):
         with torch.no_grad():
             inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=64)
@@ -155,46 +150,41 @@ def test_the_states_to_which_exits_are_fitted(
     part = ours.part(np.array([4, 1, 0])).part(np.array([1, 2]))
     np.testing.assert_array_equal(part.logits, ours.logits[[1, 0]])
     np.testing.assert_array_equal(part.pooled("cls", 2), ours.pooled("cls", 2)[[1, 0]])
-    np.testing.assert_allclose(
-        found(texts[::-1]).logits, ours.logits[::-1], atol=1e-5
-    )  # not those in the folder
+    # For other texts, or for another head, the states in the folder are not reused.
+    np.testing.assert_allclose(found(model, texts[::-1]).logits, ours.logits[::-1], atol=1e-5)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: -v if "classifier" in k else v for k, v in tensors.items()}, folder / "model.safetensors")
+    other = Model(artifact_of(str(folder), "fp32", tmp_path / "cache"), "onnxruntime")
+    np.testing.assert_allclose(found(other, texts).logits, -ours.logits, atol=1e-5)
     ours.chunks[0].write_bytes(ours.chunks[0].read_bytes()[:-1])
     ran: list[int] = []
     run = states.run
     monkeypatch.setattr(states, "run", lambda *all_: (ran.append(len(all_[2])), run(*all_))[1])
-    np.testing.assert_array_equal(found(texts).logits, ours.logits)
+    np.testing.assert_array_equal(found(model, texts).logits, ours.logits)
     assert ran == [3]
 
 
 @pytest.mark.usefixtures("few_taus")
-@pytest.mark.parametrize(
-    ("family", "precision"),
-    [
-        *((family, "int8") for family in ("electra", "modernbert")),
-        *(pytest.param(family, "none", marks=pytest.mark.slow) for family in FAMILIES),
-    ],
-)
-def test_every_family_is_imported_and_served(family: str, precision: str, tmp_path: Path, few: Path) -> None:
-    folder = save_encoder(tmp_path / "stock", family, labels=3)
-    de3(
-        f"import {folder} --texts {few} --name m --store {tmp_path}/store --work {tmp_path}/work "
-        f"--quantize {precision} --label-names a,b,c"
-    )
+@pytest.mark.parametrize("family", ["electra", "modernbert"])
+def test_another_family_is_imported_with_new_names_of_labels(family: str, tmp_path: Path, few: Path) -> None:
+    equal = {str(k): "same" for k in range(3)}
+    folder = save_encoder(tmp_path / "stock", family, labels=3, id2label=equal)
+    command = f"import {folder} --texts {few} --name m --store {tmp_path}/store --work {tmp_path}/work"
+    assert "its labels must differ" in refusal(command)
+    de3(f"{command} --label-names a,b,c")
     artifact = Store(tmp_path / "store").open("m")
     assert artifact.manifest.labels == ["a", "b", "c"] and artifact.manifest.encoder.type == family
     head = artifact.manifest.head
     stock_head = FAMILIES[family].head(AutoConfig.from_pretrained(folder).to_dict())
     assert head is not None and head.activation == stock_head.activation
     model = Model(artifact)
-    assert (model.runtime == "native") == (
-        precision == "int8" and family not in ("distilbert", "electra", "deberta-v2")
-    )
+    assert model.runtime == ("native" if family == "modernbert" else "onnxruntime")
     words = ["good", "a dull film and it was bad", "the " * 300]
     ours = np.array([model.full_depth(model.tokenize(text))[-1].logits for text in words], np.float32)
-    np.testing.assert_allclose(ours, logits_of(folder, words), atol=1e-4 if precision == "none" else 0.2)
+    np.testing.assert_allclose(ours, logits_of(folder, words), atol=0.2)
 
 
-def test_what_an_import_promises(imported: Path, classifier: Path, texts: Path) -> None:
+def test_what_an_import_promises(imported: Path, classifier: Path) -> None:
     for name in ("mine", "mine-fp32"):
         manifest = Store(imported / "store").open(name).manifest
         assert manifest.labels == ["bad", "good"] and manifest.input == "text"
@@ -207,22 +197,15 @@ def test_what_an_import_promises(imported: Path, classifier: Path, texts: Path) 
             assert full.disagreement == calibration.original_disagreement and full.disagreement_bound > 0
         else:
             assert calibration.original_disagreement is None and full.disagreement_bound == 0
-        held_out = [
-            json.loads(line) for line in (imported / f"work/{name}/certify.jsonl").read_text().splitlines()
-        ]
-        own = logits_of(classifier, [row["text"] for row in held_out[:100]]).argmax(-1)
-        assert [row["label"] for row in held_out[:100]] == [manifest.labels[i] for i in own]
-        assert {path.name for path in (imported / f"work/{name}").iterdir()} == {
-            *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-            *("training.json", "tune.jsonl", "certify.jsonl"),
-        }
-    said = (imported / "mine.log").read_text()
-    for words in (
-        "agreement with the original model",
-        "Next: de3 serve",
-    ):
-        assert words in said
-    assert "disagreement with the original model" in " ".join(said.split())
+    held_out = [json.loads(line) for line in (imported / "work/certify.jsonl").read_text().splitlines()[:100]]
+    own = logits_of(classifier, [row["text"] for row in held_out]).argmax(-1)
+    assert [row["label"] for row in held_out] == [manifest.labels[i] for i in own]
+    assert {path.name for path in (imported / "work").iterdir()} == {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("training.json", "tune.jsonl", "certify.jsonl"),
+    }
+    said = " ".join((imported / "mine.log").read_text().split())
+    assert "disagreement with the original model" in said and "agreement with the original model" in said
 
 
 def test_an_imported_model_is_served(imported: Path, classifier: Path) -> None:
@@ -232,7 +215,7 @@ def test_an_imported_model_is_served(imported: Path, classifier: Path) -> None:
     with serving(imported / "store", models=["mine"]) as server:
         row = httpx.get(f"{server.url}/v1/models").json()["data"][0]
         assert row["self_labelled"] and row["labels"] == ["bad", "good"]
-        wanted = [row["text"] for row in map(json.loads, (imported / "work/mine/certify.jsonl").open())][:20]
+        wanted = [row["text"] for row in map(json.loads, (imported / "work/certify.jsonl").open())][:20]
         answers = server.classify(input=wanted, tau=0).json()["data"]
         own = logits_of(classifier, wanted)
         assert [a["label"] for a in answers] == [manifest.labels[i] for i in own.argmax(-1)]
@@ -242,15 +225,6 @@ def test_an_imported_model_is_served(imported: Path, classifier: Path) -> None:
         assert message in refused.json()["error"]["message"]
         bound = server.classify(input="a", max_disagreement=0.2).json()["certificate"]["bound"]
         assert full.disagreement_bound <= bound <= 0.2
-
-
-@pytest.mark.usefixtures("few_taus")
-def test_an_import_is_a_checkpoint_that_can_be_exported_again(imported: Path, tmp_path: Path) -> None:
-    checkpoint = Checkpoint(imported / "work/mine")
-    assert isinstance(checkpoint.model, De3Model) and checkpoint.self_labelled
-    de3(f"export {imported}/work/mine --name again --store {tmp_path}")
-    again = Store(tmp_path).open("again").manifest.calibration
-    assert again == Store(imported / "store").open("mine").manifest.calibration
 
 
 @pytest.mark.usefixtures("few_taus")
@@ -328,46 +302,9 @@ def test_neither_import_nor_export_needs_pytorch(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_taus")
-def test_labels_are_reported_where_there_are_some(classifier: Path, data_file: Path, tmp_path: Path) -> None:
-    output = de3(
-        f"import {classifier} --texts {data_file} --text-column sentence --label-column label --name m "
-        f"--store {tmp_path}/store --work {tmp_path}/work"
-    )
-    calibration = Store(tmp_path / "store").open("m").manifest.calibration
-    assert calibration is not None and not calibration.self_labelled
-    assert "On the certifying samples: accuracy" in output
-
-
-@pytest.mark.usefixtures("few_taus")
-def test_states_of_another_head_are_not_reused(
-    classifier: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The states of an interrupted import are kept, but not used for a model with the same encoder and another head."""
-
-    def stopped(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    command = f"--texts {few} --name m --store {tmp_path}/store --work {tmp_path}/work"
-    with monkeypatch.context() as patch:
-        patch.setattr("de3.export.importing.export", stopped)
-        assert invoke(f"import {classifier} {command}").exit_code == 130
-    model = AutoModelForSequenceClassification.from_pretrained(classifier)
-    with torch.no_grad():
-        model.classifier.weight.neg_()
-        model.classifier.bias.neg_()
-    model.save_pretrained(tmp_path / "other")
-    transformers_model(classifier)[1].save_pretrained(tmp_path / "other")
-    output = de3(f"import {tmp_path}/other {command}")
-    assert "from an earlier run" not in output
-    calibration = Store(tmp_path / "store").open("m").manifest.calibration
-    assert calibration is not None and calibration.exit_accuracy[-1] > 0.9
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("few_taus")
 def test_a_new_calibration_counts_against_the_original_too(imported: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(imported / "store", tmp_path / "store"))
-    tune, certify = (imported / f"work/mine/{part}.jsonl" for part in ("tune", "certify"))
+    tune, certify = (imported / f"work/{part}.jsonl" for part in ("tune", "certify"))
     de3(f"calibrate mine --tune {tune} --certify {certify} --store {store}")
     before, after = (Store(store).open(f"mine:{version}").manifest.calibration for version in (1, 2))
     assert before is not None and after == before
@@ -400,25 +337,10 @@ def test_what_would_fail_at_the_end_fails_at_the_beginning(
         assert message in refusal(command.format(more))
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("few_taus")
-def test_a_class_that_no_text_has(tmp_path: Path, texts: Path) -> None:
-    folder = save_encoder(tmp_path / "stock", labels=3)
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    with torch.no_grad():
-        model.classifier.bias[1] = -100
-    model.save_pretrained(folder)
-    command = f"import {folder} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
-    de3(command)
-    model = Model(Store(tmp_path / "store").open("m"))
-    for step in model.full_depth(model.tokenize("good"))[:-1]:
-        assert step.distances is not None and np.isfinite(step.distances).all()
-
-
 def test_models_that_cannot_be_imported_are_refused_with_advice(
-    tmp_path: Path, texts: Path, encoder: Path, imported: Path, classifier: Path
+    tmp_path: Path, texts: Path, imported: Path, classifier: Path
 ) -> None:
-    checkpoint = untrained(tmp_path / "checkpoint", encoder)
+    encoder = save_encoder(tmp_path / "encoder")
 
     def refused(model: Path, more: str = "", file: Path = texts) -> str:
         return refusal(
@@ -426,7 +348,7 @@ def test_models_that_cannot_be_imported_are_refused_with_advice(
         )
 
     assert "is a BertModel, not a …ForSequenceClassification" in refused(encoder)
-    assert "is a checkpoint of de3 train, with exits: de3 export" in refused(checkpoint)
+    assert "is a checkpoint of de3 train, with exits: de3 export" in refused(imported / "work")
     assert "is an exported model already: de3 serve" in refused(imported / "store/mine/1")
     assert "no such folder" in refused(tmp_path / "nowhere")
     multi = save_encoder(tmp_path / "multi", labels=2, problem_type="multi_label_classification")
@@ -441,17 +363,11 @@ def test_models_that_cannot_be_imported_are_refused_with_advice(
     assert "labels such as ['nice'], the model ['bad', 'good']" in refused(
         classifier, "--label-column label", rows
     )
-    assert "no column 'label'" in refused(classifier, "--label-column label", data_of(tmp_path, "plain.tsv"))
+    assert "no column 'other'" in refused(classifier, "--label-column other", rows)
     assert "holds the model of another training or import" in refusal(
-        f"import {classifier} --texts {texts} --name m --store {tmp_path}/s --work {checkpoint}"
+        f"import {classifier} --texts {texts} --name m --store {tmp_path}/s --work {encoder}"
     )
     assert not (tmp_path / "s").exists()
-
-
-def data_of(folder: Path, name: str) -> Path:
-    file = folder / name
-    file.write_text("text\n" + "".join(f"{text}\n" for text, _ in make_rows(600, 3)))
-    return file
 
 
 @pytest.mark.parametrize(
@@ -526,47 +442,6 @@ def test_pickled_weights_are_rewritten_and_nothing_is_left(classifier: Path, tmp
         pass
 
 
-def test_label_names_replace_labels_that_are_equal(classifier: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(classifier, tmp_path / "stock"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"id2label": {"0": "same", "1": "same"}}))
-    with pytest.raises(ValueError, match="its labels must differ"), original_of(str(folder)):
-        pass
-    with original_of(str(folder), ["a", "b"]) as source:
-        assert Stock.open("stock", source, ["a", "b"]).description.labels == ["a", "b"]
-
-
-@pytest.mark.parametrize("kind", ["classes", "labels", "value"])
-def test_a_fitted_exit_has_the_smallest_penalized_loss(kind: str, tmp_path: Path) -> None:
-    rng, ridge = np.random.default_rng(0), 0.1
-    x = (rng.normal(size=(60, 4)) * [1, 3, 0.5, 1] + [0, 1, 2, 0]).astype(np.float32)
-    outputs = 1 if kind == "value" else 3
-    logits = (x @ rng.normal(size=(4, outputs)) + rng.normal(size=(60, outputs)) + 1).astype(np.float32)
-    save({"rows": np.arange(60), "mean_00": x, "logits": logits}, tmp_path / "chunk")
-    limits, tolerance = np.zeros(3) if kind == "labels" else None, 0.5 if kind == "value" else None
-    of = states.States([tmp_path / "chunk"], logits, limits, tolerance)
-    ((_, (weight, bias)),) = _fitted(of, "mean", 0, (ridge,), {})
-
-    def objective(weight: Any, bias: Any) -> float:
-        found, wanted = torch.tensor(x @ weight.T + bias), torch.tensor(of.probabilities)
-        match kind:
-            case "classes":
-                loss = torch.nn.functional.cross_entropy(found, wanted)
-            case "labels":
-                loss = torch.nn.functional.binary_cross_entropy_with_logits(found, wanted) * outputs
-            case _:
-                loss = (found - torch.tensor(logits)).square().mean()
-        return float(loss) + ridge * float(np.square(weight * (x.std(0) + 1e-4)).sum())
-
-    smallest = objective(weight, bias)
-    for part in (weight, bias):
-        for at in np.ndindex(part.shape):
-            for change in (-0.05, 0.05):
-                part[at] += change
-                assert objective(weight, bias) > smallest
-                part[at] -= change
-
-
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=300), st.integers(0, 5))
 def test_texts_of_a_group_are_held_out_together(groups: list[int], seed: int) -> None:
     held = _held_out(groups, np.random.default_rng(seed))
@@ -578,7 +453,7 @@ def test_texts_of_a_group_are_held_out_together(groups: list[int], seed: int) ->
 
 
 def test_a_checkpoint_with_damaged_weights_is_refused_in_a_line(imported: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(imported / "work/mine", tmp_path / "copy"))
+    copy = Path(shutil.copytree(imported / "work", tmp_path / "copy"))
     whole = (copy / "model.safetensors").read_bytes()
     for damaged in (whole[:-100], b"", whole[:4]):
         (copy / "model.safetensors").write_bytes(damaged)
@@ -629,35 +504,22 @@ def test_exits_are_fitted_neither_with_the_tuning_nor_with_the_certifying_texts(
     """
     folder, file = save_encoder(tmp_path / "stock", layers=1, labels=2), tmp_path / "texts.txt"
     file.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 5)))
-    given: list[Any] = []
+    computed: dict[str, tuple[set[str], Any]] = {}
+    run = importing.states.states
 
-    def stopped(*_: Any) -> None:
+    def watched(model: Any, norm: Any, texts: Any, folder: Any, what: str, *more: Any) -> Any:
+        found = run(model, norm, texts, folder, what, *more)
+        computed[what] = set(texts), found
+        return found
+
+    def fitted(layers: int, states: Any, groups: Any, *_: Any) -> Any:
+        assert states is computed["fitting"][1] and len(groups) == len(states.logits)
         raise KeyboardInterrupt
 
-    fit, run = importing.fit.fit, importing.states.states
-
-    def watched(layers: int, *arguments: Any) -> Any:
-        given.extend(arguments)
-        return fit(layers, *arguments)
-
-    computed: dict[str, list[Any]] = {}
-
-    def watched_run(model: Any, norm: Any, texts: Any, folder: Any, what: str, *more: Any) -> Any:
-        computed[what] = list(texts)
-        return run(model, norm, texts, folder, what, *more)
-
-    monkeypatch.setattr(importing.fit, "fit", watched)
-    monkeypatch.setattr(importing.states, "states", watched_run)
-    monkeypatch.setattr("de3.export.importing.export", stopped)
+    monkeypatch.setattr(importing.states, "states", watched)
+    monkeypatch.setattr(importing.fit, "fit", fitted)
     command = f"import {folder} --texts {file} --name m --store {tmp_path}/store --work {tmp_path}/work"
     assert invoke(command).exit_code == 130
-    fitting, groups, _ = given  # the last is the seed
-    assert len(groups) == len(fitting.logits)
-    tune, certify = (Checkpoint(tmp_path / "work").held_out(part) for part in ("tune", "certify"))
-    assert len(fitting.logits) == 600 - len(tune) - len(certify)
-    texts = {part: set(some) for part, some in computed.items()}
-    assert texts["tuning"] == {e.text for e in tune} and texts["certifying"] == {e.text for e in certify}
-    assert not texts["fitting"] & (texts["tuning"] | texts["certifying"])
-    assert not texts["tuning"] & texts["certifying"]
-    own = logits_of(folder, computed["fitting"])
-    np.testing.assert_allclose(fitting.logits, own, atol=0.2)  # the states were computed in int8
+    fitting, tuning, certifying = (computed[what][0] for what in ("fitting", "tuning", "certifying"))
+    assert min(map(len, (fitting, tuning, certifying))) > 50
+    assert not fitting & (tuning | certifying) and not tuning & certifying

@@ -232,13 +232,6 @@ def test_a_shadow_differs_by_more_than_the_tolerance(imported: Path, tmp_path: P
         assert server.metric("de3_shadow_disagreements_total") == (gaps > TOLERANCE).sum()
 
 
-def test_answers_differ_beyond_the_tolerance() -> None:
-    assert not differs(1.0, 1.5, 0.5) and differs(1.0, 1.51, 0.5)
-    assert differs(3, 4) and not differs([1, 2], [1, 2]) and differs([1], [1, 2])
-    assert differs("a", "b", None) and not differs("a", "a", None)
-    assert differs("praise", 1.0, 0.5) and differs(1.0, "praise", 0.5)
-
-
 @given(
     st.lists(st.floats(-(2.0**20), 2.0**20, width=32), min_size=3, max_size=3),
     st.tuples(*[st.tuples(*[st.floats(-1e6, 1e6) | st.floats(-5, 5)] * 3, st.just(0.0), st.just(0.0))] * 3),
