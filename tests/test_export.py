@@ -19,7 +19,6 @@ from de3.export.exporter import ExportSettings
 from de3.export.full_depth import export_full_depth
 from de3.export.record import record
 from de3.export.weights import StateFile
-from de3.model_store.families import FAMILIES
 from de3.model_store.graph import quantize
 from de3.model_store.model import Model
 from de3.model_store.segments import session_options
@@ -53,9 +52,9 @@ def untrained(folder: Path, encoder: Path, **settings: object) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
     write_record(folder, finished=True)
-    examples = [Example(text, i % 3) for i, (text, _) in enumerate(make_rows(60, 5))]
-    for part in ("tune", "certify"):
-        datas.save_examples(folder / f"{part}.jsonl", examples, LABELS)
+    examples = [Example(text, i % 3) for i, (text, _) in enumerate(make_rows(120, 5))]
+    for part, some in (("tune", examples[:60]), ("certify", examples[60:])):
+        datas.save_examples(folder / f"{part}.jsonl", some, LABELS)
     return folder
 
 
@@ -63,7 +62,8 @@ def exported(factory: pytest.TempPathFactory, family: str) -> Path:
     """A folder with an untrained checkpoint, and a store of plain:1 (fp32) and plain-int8:1 made from it."""
 
     def make(folder: Path) -> None:
-        checkpoint = untrained(folder / "checkpoint", save_encoder(folder / "encoder", family))
+        encoder = save_encoder(folder / "encoder", family)
+        checkpoint = untrained(folder / "checkpoint", encoder, exit_layers=[0, 1, 2, 3])
         with coarse_calibration():
             for name, quantize in (("plain", "none"), ("plain-int8", "int8")):
                 settings = ExportSettings(name, quantize, max_int8_loss=1.0)
@@ -72,25 +72,22 @@ def exported(factory: pytest.TempPathFactory, family: str) -> Path:
     return made_once(factory, f"exported-{family}", make)
 
 
-@pytest.mark.usefixtures("few_taus")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_parity_of_every_family(tmp_path: Path, family: str) -> None:
-    encoder = save_encoder(tmp_path / "encoder", family)
-    checkpoint = untrained(tmp_path / "checkpoint", encoder, exit_layers=[0, 1, 2, 3])
-    settings = ExportSettings("m", "int8", max_int8_loss=1.0)
-    path = exporter.export(checkpoint, Store(tmp_path / "store"), settings)
-    artifact = Store(tmp_path / "store").open("m")
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])
+def test_every_exit_is_that_of_the_pytorch_model(
+    tmp_path_factory: pytest.TempPathFactory, family: str
+) -> None:
+    folder = exported(tmp_path_factory, family)
+    artifact = Store(folder / "store").open("plain-int8")
     parity = artifact.manifest.export["parity"]
     assert parity["longest"] == 64
     assert len(parity["logits"]) == 4 and len(parity["distances"]) == 3
     assert 0 < max(parity["logits"] + parity["distances"]) < 1e-3
-    opened = Checkpoint(checkpoint)
+    opened = Checkpoint(folder / "checkpoint")
     certify = opened.held_out("certify")
     theirs = predict(opened.model, encode(certify, opened.tokenizer, 64), opened.tokenizer.pad_token_id)
     ours = record(Model(artifact, "onnxruntime"), certify)
     np.testing.assert_allclose(ours.logits, theirs.logits, atol=0.3)
     np.testing.assert_allclose(ours.distances[:, :-1], theirs.distances[:, :-1], atol=0.3)
-    assert (path / "layer_03.onnx").exists()
 
 
 @pytest.mark.usefixtures("few_taus")
@@ -98,7 +95,6 @@ def test_parity_of_every_family(tmp_path: Path, family: str) -> None:
     "settings",
     [
         {"pooling": "cls"},
-        {"exit_layers": [2, 3]},
         {"exit_layers": [3]},
         {"exit_layers": [0, 3], "last_prototypes": True, "metric_dim": 5},
     ],
@@ -108,14 +104,6 @@ def test_parity_of_every_shape_of_model(tmp_path: Path, encoder: Path, settings:
     exporter.export(checkpoint, Store(tmp_path / "store"), ExportSettings("m", "none"))
     manifest = Store(tmp_path / "store").open("m").manifest
     assert len(manifest.export["parity"]["distances"]) == len(manifest.prototype_layers)
-
-
-@pytest.mark.usefixtures("few_taus")
-@pytest.mark.parametrize("activation", ["gelu_new", "relu"])
-def test_parity_of_other_activations(tmp_path: Path, activation: str) -> None:
-    encoder = save_encoder(tmp_path / "encoder", activation=activation)
-    checkpoint = untrained(tmp_path / "checkpoint", encoder)
-    exporter.export(checkpoint, Store(tmp_path / "store"), ExportSettings("m", "none"))
 
 
 def test_models_that_cannot_be_exported_are_refused_with_the_reason(tmp_path: Path, encoder: Path) -> None:
@@ -232,14 +220,16 @@ def test_quantization_is_within_half_a_step() -> None:
     assert (np.abs(q * scale - weight) <= scale / 2 + 1e-7).all()
 
 
-def test_calibration_is_honest(store: Path, checkpoint: Path) -> None:
+@pytest.mark.usefixtures("few_taus")
+def test_calibration_is_honest(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The manifest's numbers come from running the held-out samples through the exported segments."""
-    artifact = Store(store).open("tiny-int8")
+    folder = exported(tmp_path_factory, "bert")
+    artifact = Store(folder / "store").open("plain-int8")
     manifest = artifact.manifest
     assert manifest.calibration is not None
     parts = []
     for name in ("tune", "certify"):
-        examples = datas.load_examples(checkpoint / f"{name}.jsonl", manifest.labels)
+        examples = datas.load_examples(folder / f"checkpoint/{name}.jsonl", LABELS)
         parts.append(Part.of(record(Model(artifact, "onnxruntime"), examples), examples))
     found = exporter.calibrate(*parts, manifest.calibration.max_loss)
     assert manifest.calibration == found.calibration
@@ -249,14 +239,13 @@ def test_calibration_is_honest(store: Path, checkpoint: Path) -> None:
         getattr(manifest.defaults, field) for field in ("tau", "signal", "lam")
     )
     assert default in manifest.calibration.table
-    assert default.speedup > 1
 
 
 def test_evaluate_prints_a_table_and_draws_a_plot(tmp_path: Path, checkpoint: Path, store: Path) -> None:
     artifact, png = store / "tiny-int8/1", tmp_path / "plot.png"
     for model, more in ((checkpoint, ""), (artifact, ""), (artifact, " and it was so" * 9)):
         file = tmp_path / "texts.tsv"
-        rows = [f"{text}{more}\t{label}\n" for text, label in make_rows(40 if more else 300, 1)]
+        rows = [f"{text}{more}\t{label}\n" for text, label in make_rows(40, 1)]
         file.write_text("sentence\tlabel\n" + "".join(rows))
         arguments = ["evaluate", str(model), str(file), "--text-column", "sentence"]
         output = de3([*arguments, "--label-names", "negative,positive", "--png", str(png)])
@@ -270,8 +259,10 @@ def test_evaluate_prints_a_table_and_draws_a_plot(tmp_path: Path, checkpoint: Pa
     assert f"Default {default.signal}" in output.replace("EDR", "edr")  # the artifact's default
 
 
-@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])
-@pytest.mark.parametrize("name", ["plain", "plain-int8"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("bert", "plain"), ("bert", "plain-int8"), ("deberta-v2", "plain"), ("modernbert", "plain-int8")],
+)
 def test_full_depth_is_the_segments_in_one_graph(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, family: str, name: str
 ) -> None:

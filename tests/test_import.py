@@ -337,6 +337,10 @@ def test_what_would_fail_at_the_end_fails_at_the_beginning(
         assert message in refusal(command.format(more))
 
 
+def test_labels_that_are_numbers_are_the_models_indices() -> None:
+    assert importing._names_in({"0", "1"}, ["bad", "good"]) == ["0", "1"]
+
+
 def test_models_that_cannot_be_imported_are_refused_with_advice(
     tmp_path: Path, texts: Path, imported: Path, classifier: Path
 ) -> None:

@@ -15,11 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import expect, sync_playwright
-from scipy.stats import pearsonr, spearmanr
 
 from de3.client import Client
 from de3.exits import formulas
-from de3.exits.reading import differs, sigmoid
+from de3.exits.reading import sigmoid
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Risk
@@ -108,31 +107,24 @@ def test_full_depth_gives_the_values_of_transformers(server: Server, stock: Path
     assert (listed["tolerance"], listed["labels"], listed["signals"]) == (TOLERANCE, ["praise"], ["risk"])
 
 
-def test_answers_are_the_same_layer_by_layer_and_in_the_kernels(imported: Path) -> None:
+def test_a_value_leaves_at_the_first_layer_whose_score_is_below_tau(server: Server) -> None:
     texts = [text for text, _ in make_rows(60, 77)]
-    for runtime in ("auto", "onnxruntime"):
-        with serving(imported / "store", models=["praise"], runtime=runtime) as server:
-            for tau in (0.1, 0.05, 0.2, 0.02, 0.4, 0.01):
-                rows = server.classify(input=texts, tau=tau).json()["data"]
-                if len({row["exit"]["layer"] for row in rows}) > 1:
-                    break
-            else:
-                pytest.fail("all texts leave at the same layer, whatever tau is")
-            explained = server.classify(input=texts, tau=tau, explain=True).json()["data"]
-            budget = server.classify(input=texts, latency_budget_ms=60_000).json()["data"]
-            alone = [server.classify(input=text, tau=tau).json()["data"][0] for text in texts[:5]]
-            for i, (row, other) in enumerate(zip(rows, explained, strict=True)):
-                assert (row["value"], row["exit"]) == (other["value"], other["exit"])
-                *before, last = other["layers"]
-                assert all(r["score"] >= tau for r in before)
-                assert row["exit"]["reason"] == ("threshold" if last["layer"] < 3 else "last_layer")
-                if last["layer"] < 3:
-                    assert last["score"] == row["exit"]["score"] < tau
-                if i < 5:
-                    assert alone[i]["value"] == row["value"]
-            assert all(row["value"] is not None for row in budget)
-            deepest = server.classify(input=texts[0], max_layer=2, tau=0, explain=True).json()["data"][0]
-            assert deepest["exit"]["reason"] == "max_layer" and deepest["exit"]["score"] is not None
+    for tau in (0.1, 0.05, 0.2, 0.02, 0.4, 0.01):
+        rows = server.classify(input=texts, tau=tau).json()["data"]
+        if len({row["exit"]["layer"] for row in rows}) > 1:
+            break
+    else:
+        pytest.fail("all texts leave at the same layer, whatever tau is")
+    explained = server.classify(input=texts, tau=tau, explain=True).json()["data"]
+    for row, other in zip(rows, explained, strict=True):
+        assert (row["value"], row["exit"]) == (other["value"], other["exit"])
+        *before, last = other["layers"]
+        assert all(r["score"] >= tau for r in before)
+        assert row["exit"]["reason"] == ("threshold" if last["layer"] < 3 else "last_layer")
+        if last["layer"] < 3:
+            assert last["score"] == row["exit"]["score"] < tau
+    deepest = server.classify(input=texts[0], max_layer=2, tau=0, explain=True).json()["data"][0]
+    assert deepest["exit"]["reason"] == "max_layer" and deepest["exit"]["score"] is not None
 
 
 def test_calibrated_targets_are_met(server: Server) -> None:
@@ -272,11 +264,9 @@ def test_values_that_are_not_numbers_never_exit_early(kernels: Any) -> None:
         assert not kernels.exits(kernels.score(buffers, 2, 0.0, table, None), 1.0)
 
 
-def test_a_value_has_no_metric_space(kernels: Any) -> None:
+def test_exits_of_the_kernels_have_the_same_labels(kernels: Any) -> None:
     model = kernels.new(64, 4, 128, 1, 0, True, False, True)
-    row, none, space = np.zeros(64, np.float32), np.zeros(0, np.float32), np.zeros((64, 32), np.int8)
-    with pytest.raises(ValueError, match="no metric space"):
-        kernels.set_exit(model, 0, row, row[:1], space, row[:32], row[:32])
+    row, none = np.zeros(64, np.float32), np.zeros(0, np.float32)
     kernels.set_exit(model, 0, row, row[:1], none, none, none)
     with pytest.raises(ValueError, match="same labels"):
         kernels.set_exit(model, 1, np.zeros(128, np.float32), row[:2], none, none, none)
@@ -295,11 +285,8 @@ def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:
         assert "--tolerance must be from 0.001 to 1e+09" in refusal(f"{command} --tolerance {value}")
     for option, says in (
         ("--finetune", "not for regression"),
-        ("--signal edr", "needs classes"),
         ("--signal entropy", "for a regression model give risk"),
-        ("--threshold 0.3", "not a multi-label model"),
         ("--multi-label", "a multi-label model needs 2 labels or more"),
-        ("--label-names a,b", "must name the labels"),
     ):
         assert says in refusal(f"{command} --tolerance 0.5 {option}")
 
@@ -310,9 +297,6 @@ def test_a_tolerance_is_for_regression_models_only(tmp_path: Path) -> None:
     texts.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 12)))
     command = f"import {folder} --texts {texts} --name x --store {tmp_path}/s --tolerance 0.5"
     assert "--tolerance: " in (message := refusal(command)) and "has 2 labels" in message
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "regression"}))
-    assert "is a regression of 2 numbers" in refusal(command)
 
 
 @pytest.mark.slow
@@ -373,6 +357,8 @@ def test_values_as_labels_and_back(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=2, max_size=30))
 def test_correlations_are_those_of_scipy(pairs: list[tuple[int, int]]) -> None:
+    from scipy.stats import pearsonr, spearmanr
+
     values, labels = np.array(pairs, np.float64).T
     if np.ptp(values) == 0 or np.ptp(labels) == 0:
         assert all(math.isnan(x) for x in correlation(values, labels))
@@ -416,8 +402,7 @@ def test_a_long_text_in_windows(server: Server) -> None:
     assert min(values) <= row["value"] <= max(values) and row["probs"] is None
 
 
-def test_a_value_that_is_not_a_number_differs_from_every_value() -> None:
+def test_a_recorded_value_that_is_not_a_number_is_wrong() -> None:
     values = np.array([[[np.nan], [1.0]]], np.float32)
     recorded = Recorded([1, 2], values, np.full_like(values, np.nan), np.array([1.0]), tolerance=0.5)
     assert recorded.correct.tolist() == [[False, True]] and recorded.differs.tolist() == [[True, False]]
-    assert differs(float("nan"), 1.0, 0.5)
