@@ -217,12 +217,6 @@ def test_the_first_window_over_the_threshold_is_the_last_to_run(server: Server) 
     assert early["windows"]["run"] == 1 < early["windows"]["of"]
 
 
-def test_a_short_text_is_its_own_window(server: Server) -> None:
-    row = windows(server, BAD)
-    assert row["flag"] == {"label": "positive", "prob": row["probs"][1], "flagged": True}
-    assert windows(server, GOOD)["flag"]["flagged"] is False
-
-
 @pytest.mark.parametrize(
     ("fields", "says"),
     [

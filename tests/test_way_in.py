@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoConfig, AutoTokenizer
 
 from de3.exits.recorded import Recorded
 from de3.export.errors import ExportError
@@ -33,23 +33,14 @@ def training(data_file: Path, encoder: Path, out: Path) -> str:
     )
 
 
-@pytest.fixture
-def stock(tmp_path: Path, encoder: Path) -> Path:
-    """The folder of a stock classifier with random weights, as transformers saves it."""
-    folder = tmp_path / "stock"
-    config = BertConfig.from_pretrained(encoder, num_labels=2)
-    BertForSequenceClassification(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
-    return folder
-
-
 # 1: missing weights
 
 
 @pytest.mark.parametrize(
     "command", ["export {} --full-depth {}/out", "export {} --name x --store {}/s", "evaluate {}"]
 )
-def test_a_plain_classifier_is_not_taken_for_a_checkpoint(stock: Path, tmp_path: Path, command: str) -> None:
+def test_a_plain_classifier_is_not_taken_for_a_checkpoint(tmp_path: Path, command: str) -> None:
+    stock = save_encoder(tmp_path / "stock", labels=2)
     message = refusal(command.format(stock, tmp_path))
     assert "is a plain bert model, without exits" in message and f"de3 import {stock} --texts" in message
     assert not (tmp_path / "out").exists() and not (tmp_path / "s").exists()
@@ -194,7 +185,7 @@ def test_a_model_of_pairs_takes_pairs(pairs: Callable[[str], Path]) -> None:
     for model in (pairs("checkpoint"), artifact):
         message = refusal(f"evaluate {model} {data} --text-column a")
         assert "trained on pairs of texts, and these are single texts: give --pair-column" in message
-        de3(f"evaluate {model} {data} --text-column a --pair-column b")
+    de3(f"evaluate {artifact} {data} --text-column a --pair-column b")
     single = pairs("single.jsonl")
     single.write_text("".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in make_rows(60, 3)))
     store = pairs("store")
