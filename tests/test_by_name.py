@@ -106,9 +106,15 @@ def test_full_depth_is_transformers_own_model(family: str, tmp_path: Path) -> No
     assert difference(folder, Model(artifact)) < 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_omitted_options_have_the_defaults_of_transformers(family: str) -> None:
-    given: dict[str, Any] = {"vocab_size": 100}
+OLD = {"global_attn_every_n_layers": 2, "global_rope_theta": 500.0, "local_rope_theta": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [*((family, {}) for family in FAMILIES), ("modernbert", OLD)],  # OLD: as transformers 4 writes them
+)
+def test_omitted_options_have_the_defaults_of_transformers(family: str, options: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"vocab_size": 100, **options}
     if family == "deberta-v2":
         given |= {"relative_attention": True, "pos_att_type": "c2p|p2c"}
     theirs, known = AutoConfig.for_model(family, **given).to_dict(), FAMILIES[family]
@@ -116,27 +122,13 @@ def test_omitted_options_have_the_defaults_of_transformers(family: str) -> None:
     known.check(ours)
     assert known.of(ours, True) == known.of(theirs, True)
     assert known.head(ours) == known.head(theirs)
+    assert ours.get("rope_parameters") == theirs.get("rope_parameters")
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mpnet"])
 def test_an_embedding_size_that_transformers_ignores_is_ignored(family: str) -> None:
     known = FAMILIES[family]
     assert known.of(known.complete({"model_type": family, "embedding_size": 16}), True).width == 768
-
-
-def test_a_modernbert_of_transformers_4(tmp_path: Path) -> None:
-    rope = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
-        "full_attention": {"rope_type": "default", "rope_theta": 500.0},
-    }
-    layers = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
-    more = {"layer_types": layers, "rope_parameters": rope}
-    folder = save_encoder(tmp_path / "new", "modernbert", layers=4, labels=2, **more)
-    old = Path(shutil.copytree(folder, tmp_path / "old"))
-    without = dict.fromkeys(("layer_types", "rope_parameters"))
-    edit(old, global_attn_every_n_layers=3, global_rope_theta=500.0, local_rope_theta=30.0, **without)
-    artifact = artifact_of(str(old), "fp32", tmp_path / "cache")
-    assert difference(folder, Model(artifact)) < 1e-5
 
 
 def in_half(kind: Any) -> Callable[[Path], None]:
@@ -219,15 +211,8 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
         "include 'second.weight', which a",
     ),
     (in_half(torch.float8_e4m3fn), "its weights are F8_E4M3; de3 reads F32, F16, BF16"),
-    (lambda f: edit(f, model_type="t5"), "encoders of type 't5' cannot be exported; supported: bert"),
-    (
-        lambda f: edit(f, architectures=["BertForMaskedLM"]),
-        "it is a BertForMaskedLM, not a …ForSequenceClassif",
-    ),
-    (lambda f: edit(f, hidden_size="wide"), "hidden_size 'wide'; it must be a whole number"),
     (lambda f: edit(f, layer_norm_eps="small"), "a wrong value: epsilon: Input should be a valid number"),
     (lambda f: edit(f, id2label={"0": "a", "2": "b"}), "must have the keys 0 to 1"),
-    (lambda f: edit(f, id2label={"0": "a", "1": "a"}), "its labels must differ"),
     (lambda f: edit(f, problem_type="regression"), "is a regression of 3 numbers"),
     (without("tokenizer.json"), "has no tokenizer.json: save one"),
     (lambda f: (f / "tokenizer.json").write_text("{}"), "its tokenizer.json cannot be used: not a tokenizer"),
@@ -237,10 +222,6 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
     (pickled, "its weights are in pytorch_model.bin, which could run code; import it with de3 import"),
     (lambda f: edit(f, architectures=["\x1b[2J" + "x" * 10**6]), r"it is a \\u001b\[2Jxxx"),
     (lambda f: edit(f, max_position_embeddings=32), r"position_embeddings.weight has the shape \(64, 64\)"),
-    (
-        with_weight("bert.embeddings.word_embeddings.weight", lambda _: torch.tensor(1.0)),
-        r"has the shape \[\]",
-    ),
     (with_weight(DENSE, lambda _: torch.zeros(2**28, 0)), r"has the shape \[268435456, 0\]"),
     (
         lambda f: edit(f, id2label={str(k): "x" * (1500 + k) for k in range(3)}),

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -16,7 +15,6 @@ from de3.export.classifier import Stock
 from de3.export.full_depth import stitch
 from de3.model_store.families import family
 from de3.model_store.families.deberta import _check_row_numbers, _row_numbers
-from de3.model_store.graph import GraphError
 from de3.model_store.model import Model
 from de3.model_store.segments import session_options
 from tests.fixtures import BAD, FILLER, GOOD, OTHER, save_encoder
@@ -31,9 +29,9 @@ def stock_classifier(folder: Path, **options: Any) -> Path:
     return save_encoder(folder, FAMILY, labels=3, **options)
 
 
-def stitched(stock: Path, int8: bool, token_types: bool = True) -> Any:
+def stitched(stock: Path, token_types: bool = True) -> Any:
     """The graph of a stock classifier: its segments, joined into one."""
-    return stitch(segments_of(stock, int8, token_types)[1])
+    return stitch(segments_of(stock, False, token_types)[1])
 
 
 def difference(stock: Path, graph: Any, lengths: tuple[int, ...]) -> float:
@@ -76,33 +74,21 @@ def difference(stock: Path, graph: Any, lengths: tuple[int, ...]) -> float:
 )
 def test_full_depth_is_transformers_own_model(tmp_path: Path, options: dict[str, Any]) -> None:
     stock = stock_classifier(tmp_path, **options)
-    assert difference(stock, stitched(stock, int8=False), LENGTHS) < 1e-5
+    assert difference(stock, stitched(stock), LENGTHS) < 1e-5
 
 
 def test_the_sizes_of_a_real_model(tmp_path: Path) -> None:
     """The model takes up to 512 tokens and has 256 buckets, as in v3."""
     sizes = {"max_position_embeddings": 512, "max_relative_positions": -1, "position_buckets": 256}
     stock = stock_classifier(tmp_path, layers=2, type_vocab_size=0, share_att_key=True, **sizes)
-    graph = stitched(stock, int8=False)
+    graph = stitched(stock)
     assert difference(stock, graph, (1, 2, 127, 128, 129, 130, 255, 256, 257, 400, 511, 512)) < 1e-5
 
 
 def test_token_types_that_a_tokenizer_does_not_return(tmp_path: Path) -> None:
     for biased in (False, True):
         stock = stock_classifier(tmp_path / str(biased), position_biased_input=biased)
-        assert difference(stock, stitched(stock, int8=False, token_types=False), (1, 5, 64)) < 1e-5
-
-
-def test_in_int8(tmp_path: Path) -> None:
-    stock = stock_classifier(tmp_path)
-    assert difference(stock, stitched(stock, int8=True), LENGTHS) < 0.1
-    embeddings = segments_of(stock, int8=True, token_types=True)[1][0]
-    rows = len(transformers_model(stock)[1])
-    tables = [w for w in embeddings.graph.initializer if w.dims[:1] == [rows]]
-    assert {(w.data_type, *w.dims) for w in tables} == {
-        (onnx.TensorProto.INT8, rows, 48),
-        (onnx.TensorProto.FLOAT, rows, 1),
-    }
+        assert difference(stock, stitched(stock, token_types=False), (1, 5, 64)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -110,14 +96,12 @@ def test_in_int8(tmp_path: Path) -> None:
     [
         ({"relative_attention": False}, "without relative_attention"),
         ({"pos_att_type": []}, "pos_att_type must have c2p, p2c or both, and nothing else"),
-        ({"pos_att_type": None}, "pos_att_type must have"),
         ({"pos_att_type": "c2p|p2p"}, r"nothing else, got \['c2p', 'p2p'\]"),
         ({"norm_rel_ebd": "batch_norm"}, "norm_rel_ebd 'batch_norm' cannot be exported"),
         ({"conv_kernel_size": 3}, r"a convolution \(conv_kernel_size 3\)"),
         ({"attention_head_size": 8}, "attention_head_size must be hidden_size / num_attention_heads, 64/4"),
         ({"position_buckets": 1}, "1 position_buckets cannot be exported with 24"),
         ({"position_buckets": 46}, "46 position_buckets cannot be exported with 24"),
-        ({"hidden_act": "silu"}, "activation 'silu' cannot be exported"),
         ({"pooler_hidden_act": "silu"}, "pooler_hidden_act 'silu' cannot be exported"),
         ({"pooler_hidden_size": 32}, "pooler_hidden_size must be hidden_size, 64"),
     ],
@@ -165,28 +149,7 @@ def test_pairs_with_its_own_tokenizer(tmp_path: Path) -> None:
         np.testing.assert_allclose(model.full_depth(tokens)[-1].logits, expected[0].numpy(), atol=1e-5)
 
 
-def test_the_bucket_numbers_of_an_artifact_are_checked() -> None:
+def test_the_bucket_numbers_of_every_model_are_accepted() -> None:
     for buckets, farthest, longest in ((8, 24, 64), (3, 4, 9), (256, 512, 40), (-1, 24, 64), (-1, 64, 64)):
-        sizes = {"position_buckets": buckets, "max_relative_positions": farthest}
-        numbers = _row_numbers(sizes, longest)
+        numbers = _row_numbers({"position_buckets": buckets, "max_relative_positions": farthest}, longest)
         _check_row_numbers(numbers, 2 * (buckets if buckets > 0 else farthest))
-    numbers, middle = _row_numbers({"position_buckets": 8, "max_relative_positions": 24}, 64), 63
-    for rows, changes in (
-        (16, {20: -1}),  # the numbers at this distance, to both sides, are those of a shorter distance
-        (16, {1: -1}),
-        (16, {4: -1}),
-        (16, {63: 2}),  # outside of the table
-        (15, {}),
-        (18, {}),
-    ):
-        changed = numbers.copy()
-        for distance, more in changes.items():
-            changed[middle + distance] += more
-            changed[middle - distance] = min(16 - changed[middle + distance], 15)
-        with pytest.raises(GraphError):
-            _check_row_numbers(changed, rows)
-    for offset in (-63, -1, 0, 1, 63):  # to one side only
-        changed = numbers.copy()
-        changed[middle + offset] += 2 if offset < 0 else -1
-        with pytest.raises(GraphError):
-            _check_row_numbers(changed, 16)

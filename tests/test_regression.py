@@ -81,9 +81,6 @@ def test_an_artifact_records_its_tolerance(imported: Path) -> None:
     recorded = data.with_original(record(Model(artifact, "onnxruntime"), certify), certify)
     assert recorded.correct[:, -1].mean() > 0.97  # the original's answers, except where int8 changes them
     assert (recorded.differs == ~recorded.correct).all()
-    right = [value_of(str(e.text)) for e in certify]
-    # The original is accurate.
-    assert correlation(np.array([e.label for e in certify]), np.array(right))[0] > 0.8
     pearson, spearman = correlations(recorded)
     # Layer 1, not 0: if the import chose cls pooling, layer 0 sees only the first token's embedding, which is constant.
     assert pearson[-1] > 0.99 and spearman[-1] > 0.97 and pearson[1] < pearson[-1]
@@ -315,18 +312,10 @@ def test_labels_are_numbers(stock: Path, imported: Path, tmp_path: Path) -> None
     for model in (f"{imported}/store/praise/1", f"{imported}/work"):
         output = de3(f"evaluate {model} {file} --png {tmp_path}/plot.png --original {stock}")
         assert "Pearson" in output and f"within {TOLERANCE:g}" in output
-        has_default = f"within {TOLERANCE:g} of the label" in " ".join(output.split())
-        assert has_default == (model != f"{imported}/work")  # a checkpoint has no default τ
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"{text}\n" for text, _ in make_rows(300, 6)))
     output = de3(f"evaluate {tmp_path}/s/m/1 {texts} --original {stock} --png {tmp_path}/plot.png")
     assert "100.00" in output, output  # in fp32, full depth gives the original's answers
-    file.write_text("text,label\na good film,much\n")
-    for arguments in (
-        f"evaluate {imported}/work {file}",
-        f"import {stock} --texts {file} --label-column label --name m --tolerance 1",
-    ):
-        assert "texts.csv:2: label must be a finite number, got 'much'" in refusal(arguments)
 
 
 @pytest.mark.usefixtures("few_taus")
@@ -391,15 +380,6 @@ def test_an_unsound_manifest_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(StoreError, match=message):
         Store(tmp_path / "store").open("praise")
-
-
-def test_a_long_text_in_windows(server: Server) -> None:
-    text = "a good film and a dull plot . " * 30
-    row = server.classify(input=text, long="windows", tau=0, explain=True).json()["data"][0]
-    last = [layer for layer in row["layers"] if layer["layer"] == row["exit"]["num_layers"]]
-    assert row["windows"]["run"] == row["windows"]["of"] == len(last) > 1
-    values = [layer["value"] for layer in last]
-    assert min(values) <= row["value"] <= max(values) and row["probs"] is None
 
 
 def test_a_recorded_value_that_is_not_a_number_is_wrong() -> None:

