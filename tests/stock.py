@@ -1,6 +1,6 @@
 """Stock classifiers: fine-tuned once for all workers, and imported by the command a user types."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from de3.exits.calibration import FINE_TAUS
@@ -19,6 +20,7 @@ from de3.export.fit import Exits
 from de3.export.trained import Trained
 from de3.export.write_checkpoint import write_checkpoint
 from de3.model_store.architecture import Architecture
+from de3.model_store.segments import session_options
 from de3.training.checkpoint import Checkpoint, write_record
 from de3.training.data import Example
 from de3.training.settings import TrainSettings
@@ -54,7 +56,7 @@ def coarse_calibration() -> Iterator[None]:
 
 
 def imported_as(factory: pytest.TempPathFactory, name: str, stock: Path, options: str = "") -> Path:
-    """A folder with the import of a stock model: the artifact store/NAME/1, and its checkpoint in work.
+    """A folder with the import of a stock model: the artifact store/NAME/1, its checkpoint in work, and log.txt.
 
     The texts of the import are unlabelled, and the artifact is in int8 unless the options say otherwise.
 
@@ -63,12 +65,13 @@ def imported_as(factory: pytest.TempPathFactory, name: str, stock: Path, options
 
     def make(folder: Path) -> None:
         texts = folder / "texts.txt"
-        texts.write_text("".join(f"{text}\n" for text, _ in make_rows(1500, 12)))
+        texts.write_text("".join(f"{text}\n" for text, _ in make_rows(800, 12)))
         with coarse_calibration():
-            de3(
+            output = de3(
                 f"import {stock} --texts {texts} --name {name} --store {folder}/store --work {folder}/work "
                 f"--max-loss 5 {options}"
             )
+        (folder / "log.txt").write_text(output)
 
     return made_once(factory, f"imported-{name}", make)
 
@@ -77,6 +80,23 @@ def transformers_model(folder: Path) -> tuple[Any, Any]:
     """The classifier, in float32, and its tokenizer, as transformers opens them."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def largest_difference(folder: Path, graph: onnx.ModelProto, lengths: Sequence[int]) -> float:
+    """Largest absolute difference between the logits of transformers and of a graph; one text of each length."""
+    model, _ = transformers_model(folder)
+    session = InferenceSession(graph.SerializeToString(), session_options())
+    names = [x.name for x in session.get_inputs()]
+    rng = np.random.default_rng(1)
+    differences = []
+    for length in lengths:
+        ids, types = rng.integers(0, 40, (1, length)), np.sort(rng.integers(0, 2, (1, length)))
+        inputs = {"input_ids": ids, "token_type_ids": types}
+        feed = {name: inputs[name] for name in names}
+        theirs = model(**{name: torch.tensor(value) for name, value in feed.items()}).logits.numpy()
+        differences.append(np.abs(session.run(None, feed)[0] - theirs).max())
+    return float(max(differences))
 
 
 def segments_of(

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from transformers import AutoConfig, DebertaV2Tokenizer
@@ -16,9 +15,8 @@ from de3.export.full_depth import stitch
 from de3.model_store.families import family
 from de3.model_store.families.deberta import _check_row_numbers, _row_numbers
 from de3.model_store.model import Model
-from de3.model_store.segments import session_options
 from tests.fixtures import BAD, FILLER, GOOD, OTHER, save_encoder
-from tests.stock import segments_of, transformers_model
+from tests.stock import largest_difference, segments_of, transformers_model
 
 FAMILY = "deberta-v2"
 # Each distance up to 4 has its own bucket; all from 24 on share one.
@@ -32,25 +30,6 @@ def stock_classifier(folder: Path, **options: Any) -> Path:
 def stitched(stock: Path, token_types: bool = True) -> Any:
     """The graph of a stock classifier: its segments, joined into one."""
     return stitch(segments_of(stock, False, token_types)[1])
-
-
-def difference(stock: Path, graph: Any, lengths: tuple[int, ...]) -> float:
-    """Largest absolute difference from transformers' logits, over one random text of each length."""
-    model, _ = transformers_model(stock)
-    session = ort.InferenceSession(graph.SerializeToString(), session_options())
-    names = [x.name for x in session.get_inputs()]
-    rng = np.random.default_rng(1)
-    largest = 0.0
-    for length in lengths:
-        feed = {
-            "input_ids": rng.integers(0, 40, (1, length)),
-            "token_type_ids": np.sort(rng.integers(0, 2, (1, length))),
-        }
-        feed = {name: feed[name] for name in names}
-        with torch.no_grad():
-            theirs = model(**{k: torch.tensor(v) for k, v in feed.items()}).logits
-        largest = max(largest, float(np.abs(session.run(None, feed)[0] - theirs.numpy()).max()))
-    return largest
 
 
 @pytest.mark.parametrize(
@@ -74,7 +53,7 @@ def difference(stock: Path, graph: Any, lengths: tuple[int, ...]) -> float:
 )
 def test_full_depth_is_transformers_own_model(tmp_path: Path, options: dict[str, Any]) -> None:
     stock = stock_classifier(tmp_path, **options)
-    assert difference(stock, stitched(stock), LENGTHS) < 1e-5
+    assert largest_difference(stock, stitched(stock), LENGTHS) < 1e-5
 
 
 def test_the_sizes_of_a_real_model(tmp_path: Path) -> None:
@@ -82,13 +61,13 @@ def test_the_sizes_of_a_real_model(tmp_path: Path) -> None:
     sizes = {"max_position_embeddings": 512, "max_relative_positions": -1, "position_buckets": 256}
     stock = stock_classifier(tmp_path, layers=2, type_vocab_size=0, share_att_key=True, **sizes)
     graph = stitched(stock)
-    assert difference(stock, graph, (1, 2, 127, 128, 129, 130, 255, 256, 257, 400, 511, 512)) < 1e-5
+    assert largest_difference(stock, graph, (1, 2, 127, 128, 129, 130, 255, 256, 257, 400, 511, 512)) < 1e-5
 
 
 def test_token_types_that_a_tokenizer_does_not_return(tmp_path: Path) -> None:
     for biased in (False, True):
         stock = stock_classifier(tmp_path / str(biased), position_biased_input=biased)
-        assert difference(stock, stitched(stock, token_types=False), (1, 5, 64)) < 1e-5
+        assert largest_difference(stock, stitched(stock, token_types=False), (1, 5, 64)) < 1e-5
 
 
 @pytest.mark.parametrize(

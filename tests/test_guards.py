@@ -26,6 +26,7 @@ from tests.serving import Server, serving
 # The tests' model labels GOOD as "negative" and BAD as "positive", so here a guard blocks "positive".
 GOOD, BAD = "a superb fine film , good and lovely and charming", "a dull plot , bad and boring and awful"
 FILLER = " ".join(["the film and the plot"] * 30)
+PREDICT, CONTENTS = "/v1/models/tiny-int8:predict", "/api/v1/text/contents"
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def probs(server: Server, text: str) -> dict[str, float]:
 
 
 def test_kserve_predicts(server: Server) -> None:
-    answer = post(server, "/v1/models/tiny-int8:predict", {"instances": [GOOD, BAD]})
+    answer = post(server, PREDICT, {"instances": [GOOD, BAD]})
     assert answer.status_code == 200
     for text, found in zip((GOOD, BAD), answer.json()["predictions"], strict=True):
         assert list(found.values()) == list(probs(server, text).values())
@@ -62,22 +63,17 @@ def test_kserve_predicts(server: Server) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
     [
-        ("/v1/models/tiny-int8:predict", {}, 422, "instances: is required"),
-        ("/v1/models/tiny-int8:predict", {"instances": "a"}, 422, "instances: must be a list of texts"),
-        ("/v1/models/tiny-int8:predict", {"instances": []}, 422, "instances: must not be an empty list"),
-        ("/v1/models/tiny-int8:predict", {"instances": ["a"] * 9}, 422, "instances: 9 texts, at most 8"),
+        (PREDICT, {}, 422, "instances: is required"),
+        (PREDICT, {"instances": "a"}, 422, "instances: must be a list of texts"),
+        (PREDICT, {"instances": []}, 422, "instances: must not be an empty list"),
+        (PREDICT, {"instances": ["a"] * 9}, 422, "instances: 9 texts, at most 8"),
         ("/v1/models/other:predict", {"instances": ["a"]}, 404, "model: "),
-        ("/api/v1/text/contents", {}, 422, "contents: is required"),
-        ("/api/v1/text/contents", {"contents": ["a", ""]}, 422, "contents[1]: must not be empty"),
-        ("/api/v1/text/contents", {"contents": ["a"] * 9}, 422, "contents: 9 texts, at most 8"),
+        (CONTENTS, {}, 422, "contents: is required"),
+        (CONTENTS, {"contents": ["a", ""]}, 422, "contents[1]: must not be empty"),
+        (CONTENTS, {"contents": ["a"] * 9}, 422, "contents: 9 texts, at most 8"),
+        (CONTENTS, {"contents": ["a"], "detector_params": {"threshold": 2}}, 422, "threshold: "),
         (
-            "/api/v1/text/contents",
-            {"contents": ["a"], "detector_params": {"threshold": 2}},
-            422,
-            "threshold: ",
-        ),
-        (
-            "/api/v1/text/contents",
+            CONTENTS,
             {"contents": ["a"], "detector_params": {"safe_labels": ["x"]}},
             422,
             "detector_params: safe_labels: 'x' is not a label",
@@ -95,7 +91,7 @@ def test_detectors_of_fms(server: Server) -> None:
     texts = [GOOD, BAD]
     for threshold in (None, 0.0, 0.9999):
         params = {} if threshold is None else {"threshold": threshold}
-        found = post(server, "/api/v1/text/contents", {"contents": texts, "detector_params": params}).json()
+        found = post(server, CONTENTS, {"contents": texts, "detector_params": params}).json()
         for text, rows in zip(texts, found, strict=True):
             safe, *others = probs(server, text).items()  # the first label counts as safe
             expected = [(label, p) for label, p in others if p >= (0.5 if threshold is None else threshold)]
@@ -105,14 +101,14 @@ def test_detectors_of_fms(server: Server) -> None:
     score = probs(server, BAD)["positive"]
     for threshold, count in ((score, 1), (math.nextafter(score, 1), 0)):
         params = {"threshold": threshold}
-        (rows,) = post(server, "/api/v1/text/contents", {"contents": [BAD], "detector_params": params}).json()
+        (rows,) = post(server, CONTENTS, {"contents": [BAD], "detector_params": params}).json()
         assert len(rows) == count
     long = f"{GOOD} {FILLER} {FILLER} {BAD} {BAD} {BAD} {FILLER}"
-    ((row,),) = post(server, "/api/v1/text/contents", {"contents": [long]}).json()
+    ((row,),) = post(server, CONTENTS, {"contents": [long]}).json()
     assert row["detection"] == "positive" and 0 < row["start"] < long.index(BAD) < row["end"] < len(long)
     assert row["text"] == long[row["start"] : row["end"]] and "metadata" not in row
     params = {"threshold": 0.0, "safe_labels": []}
-    (rows,) = post(server, "/api/v1/text/contents", {"contents": [GOOD], "detector_params": params}).json()
+    (rows,) = post(server, CONTENTS, {"contents": [GOOD], "detector_params": params}).json()
     assert len(rows) == len(probs(server, GOOD))
 
 
@@ -127,7 +123,7 @@ def test_a_response_of_detectors_has_a_limit(server: Server, monkeypatch: pytest
         monkeypatch.setattr(detectors, "MAX_CHARS", limit)
         params = {"threshold": threshold, "safe_labels": ["negative"] * 9}
         body = {"contents": ["a " * 15] * 2, "detector_params": params}
-        answer = post(server, "/api/v1/text/contents", body)
+        answer = post(server, CONTENTS, body)
         assert answer.status_code == status, (limit, threshold, answer.text)
 
 
