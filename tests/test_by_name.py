@@ -33,6 +33,7 @@ from de3.export import cache, vocabulary
 from de3.export.cache import artifact_of, evict, model_name
 from de3.export.hub import fetch
 from de3.model_store.families import FAMILIES
+from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact
 from de3.server.settings import Settings
@@ -603,12 +604,9 @@ def test_two_classifiers_with_one_name_are_refused(bert: Path, tmp_path: Path) -
         Service(Settings(store=tmp_path / "none"), artifacts)
 
 
-@pytest.mark.parametrize(
-    ("options", "labels"),
-    [({"problem_type": "multi_label_classification"}, 3), ({}, 1)],
-    ids=["labels", "value"],
-)
-def test_other_kinds_of_answers(options: dict[str, Any], labels: int, tmp_path: Path) -> None:
-    folder = save_encoder(tmp_path / "stock", labels=labels, **options)
-    manifest = artifact_of(str(folder), "int8", tmp_path / "cache").manifest
-    assert (manifest.thresholds is None) == (labels == 1) and (manifest.tolerance is None) == (labels == 3)
+def test_other_kinds_of_answers(tmp_path: Path) -> None:
+    several = save_encoder(tmp_path / "labels", labels=3, problem_type="multi_label_classification")
+    folders = several, save_encoder(tmp_path / "value", labels=1)
+    found = [artifact_of(str(folder), "int8", tmp_path / "cache").manifest for folder in folders]
+    assert [manifest.thresholds for manifest in found] == [[0.5] * 3, None]
+    assert [manifest.tolerance for manifest in found] == [None, MIN_TOLERANCE]

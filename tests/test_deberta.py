@@ -13,7 +13,6 @@ from de3.export.cache import artifact_of
 from de3.export.classifier import Stock
 from de3.export.full_depth import stitch
 from de3.model_store.families import family
-from de3.model_store.families.deberta import _check_row_numbers, _row_numbers
 from de3.model_store.model import Model
 from tests.fixtures import BAD, FILLER, GOOD, OTHER, save_encoder
 from tests.stock import largest_difference, segments_of, transformers_model
@@ -126,9 +125,3 @@ def test_pairs_with_its_own_tokenizer(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = stock(**{k: v for k, v in theirs.items() if k != "token_type_ids"}).logits
         np.testing.assert_allclose(model.full_depth(tokens)[-1].logits, expected[0].numpy(), atol=1e-5)
-
-
-def test_the_bucket_numbers_of_every_model_are_accepted() -> None:
-    for buckets, farthest, longest in ((8, 24, 64), (3, 4, 9), (256, 512, 40), (-1, 24, 64), (-1, 64, 64)):
-        numbers = _row_numbers({"position_buckets": buckets, "max_relative_positions": farthest}, longest)
-        _check_row_numbers(numbers, 2 * (buckets if buckets > 0 else farthest))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -11,7 +12,7 @@ import torch
 
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
-from de3.exits.signals import Risk
+from de3.exits.signals import Entropy, Risk
 from de3.export import exporter
 from de3.export.calibrate import Part
 from de3.export.errors import ExportError
@@ -144,29 +145,27 @@ def test_int8_that_costs_too_much_is_refused(tmp_path: Path, checkpoint: Path) -
 def test_exits_in_int8_are_compared_with_those_in_fp32(
     store: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = Store(store).open("tiny-int8").manifest
-    opened = Checkpoint(checkpoint)
-    certify = opened.held_out("certify")
-    int8 = record(Model(Store(store).open("tiny-int8"), "onnxruntime"), certify)
+    artifact, opened = Store(store).open("tiny-int8"), Checkpoint(checkpoint)
+    manifest, certify = artifact.manifest, opened.held_out("certify")
+    int8 = record(Model(artifact, "onnxruntime"), certify)
     encoded = encode(certify, opened.tokenizer, manifest.max_tokens)
     fp32 = predict(opened.model, encoded, opened.tokenizer.pad_token_id)
     rule = ExitRule(manifest.defaults.tau, manifest.default_signal)
-    alike = 0
-    for i in range(len(certify)):
-        left = []
-        for r in (int8, fp32):
-            scores = rule.signal.scores(r.rows(np.array([i])))[0]
-            j = next((j for j, score in enumerate(scores[:-1]) if score < rule.tau), len(scores) - 1)
-            left.append((j, int(r.logits[i, j].argmax())))
-        alike += left[0] == left[1]
-    assert manifest.export["int8"]["same_exit"] == pytest.approx(alike / len(certify))
-    assert 0.5 < alike / len(certify) <= 1
+    share = exporter.same_exit(int8, fp32, rule)
+    assert manifest.export["int8"]["same_exit"] == pytest.approx(share) and 0.5 < share <= 1
+    capsys.readouterr()
     assert exporter.same_exit(int8, int8, rule) == 1
     assert "100.0% of the certifying samples" in (said := capsys.readouterr().err) and "warning" not in said
     other = Recorded(int8.exit_layers, -int8.logits, int8.distances, int8.labels)
     assert exporter.same_exit(int8, other, rule) < 0.2
     assert "warning" in capsys.readouterr().err
     assert "int8" not in Store(store).open("tiny").manifest.export
+
+
+def recorded(logits: list[list[float]], **kind: Any) -> Recorded:
+    """The logits of one sample at two exits."""
+    values = np.array([logits], np.float32)
+    return Recorded([0, 1], values, np.full_like(values, np.nan), np.zeros(1), **kind)
 
 
 @pytest.mark.parametrize(
@@ -182,13 +181,14 @@ def test_exits_in_int8_are_compared_with_those_in_fp32(
     ],
 )
 def test_the_same_exit_needs_the_same_answer(kind: dict, other: list[list[float]], same: bool) -> None:
-    def recorded(logits: list[list[float]]) -> Recorded:
-        values = np.array([logits], np.float32)
-        return Recorded([0, 1], values, np.full_like(values, np.nan), np.zeros(1), **kind)
-
     last = [[1.0], [1.0]] if "tolerance" in kind else [[9.0, -1.0], [1.0, -1.0]]
     rule = ExitRule(0.0, Risk(((0.0,) * 5, None)))  # only the last exit is used
-    assert exporter.same_exit(recorded(last), recorded(other), rule) == same
+    assert exporter.same_exit(recorded(last, **kind), recorded(other, **kind), rule) == same
+
+
+def test_the_same_answer_at_another_exit_is_not_the_same() -> None:
+    early, late = recorded([[9.0, -1.0], [9.0, -1.0]]), recorded([[0.1, 0.0], [9.0, -1.0]])
+    assert exporter.same_exit(early, late, ExitRule(0.5, Entropy())) == 0
 
 
 def test_missing_files_are_asked_for(tmp_path: Path, checkpoint: Path) -> None:

@@ -167,8 +167,6 @@ NEMO += " prompt_toolkit py_rust_stemmers simpleeval typing-inspect wcwidth"
 def test_an_input_rail_of_nemo_guardrails_blocks(server: Server, tmp_path: Path) -> None:
     site = installed(tmp_path / "nemoguardrails", NEMO)
     assert list(probs(server, GOOD)) == ["negative", "positive"]
-    answers = [max(probs(server, text), key=probs(server, text).__getitem__) for text in (GOOD, BAD)]
-    assert answers == ["negative", "positive"]
     done = subprocess.run(
         [sys.executable, "-c", RAIL, server.url, json.dumps([GOOD, BAD])],
         capture_output=True,

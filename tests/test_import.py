@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnxruntime import InferenceSession
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from de3.export import importing, states
 from de3.export.build import final_norm
@@ -158,9 +158,6 @@ def test_another_family_is_imported_with_new_names_of_labels(
     de3(f"{command} --label-names a,b,c")
     artifact = Store(tmp_path / "store").open("m")
     assert artifact.manifest.labels == ["a", "b", "c"] and artifact.manifest.encoder.type == family
-    head = artifact.manifest.head
-    stock_head = FAMILIES[family].head(AutoConfig.from_pretrained(folder).to_dict())
-    assert head is not None and head.activation == stock_head.activation
     model = Model(artifact)
     assert model.runtime == ("native" if family == "modernbert" else "onnxruntime")
     words = ["good", "a dull film and it was bad", "the " * 300]
@@ -269,8 +266,7 @@ def test_neither_import_nor_export_needs_pytorch(
     assert "published models/m/1" in run(command)
     assert "published models/again/1" in run("export runs/m --name again")
     tables = [Store(tmp_path / "models").open(name).manifest.calibration for name in ("m", "again")]
-    original = de3(f"export {tmp_path}/runs/m --name m --store {tmp_path}/with --quantize none")
-    assert "published" in original
+    de3(f"export {tmp_path}/runs/m --name m --store {tmp_path}/with --quantize none")
     assert Store(tmp_path / "with").open("m").manifest.calibration == tables[0] != tables[1]
     assert "the default by length" in run(f"evaluate models/m/1 {texts} --original {classifier}").lower()
     assert "needs the train extra" in run(f"evaluate runs/m {texts}")
@@ -280,25 +276,6 @@ def test_neither_import_nor_export_needs_pytorch(
         copy = Path(shutil.copytree(classifier, tmp_path / file))
         (copy / file).rename(copy / "pytorch_model.bin")
         assert "'de3[train]'" in run(f"import {copy} --texts {texts} --name m --work other")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("few_taus")
-def test_a_new_calibration_counts_against_the_original_too(imported: Path, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(imported / "store", tmp_path / "store"))
-    tune, certify = (imported / f"work/{part}.jsonl" for part in ("tune", "certify"))
-    de3(f"calibrate mine --tune {tune} --certify {certify} --store {store}")
-    before, after = (Store(store).open(f"mine:{version}").manifest.calibration for version in (1, 2))
-    assert before is not None and after == before
-    plain = []
-    for part in (tune, certify):
-        rows = [json.loads(line) for line in part.read_text().splitlines()]
-        plain.append(tmp_path / part.name)
-        plain[-1].write_text("".join(json.dumps({k: r[k] for k in ("text", "label")}) + "\n" for r in rows))
-    output = de3(f"calibrate mine --tune {plain[0]} --certify {plain[1]} --store {store}")
-    assert "do not have the original's answers" in output
-    last = Store(store).open("mine:3").manifest.calibration
-    assert last is not None and last.original_disagreement is None and not last.self_labelled
 
 
 def test_what_would_fail_at_the_end_fails_at_the_beginning(
@@ -336,11 +313,9 @@ def test_models_that_cannot_be_imported_are_refused_with_advice(
     assert "is a BertModel, not a …ForSequenceClassification" in refused(encoder)
     assert "is a checkpoint of de3 train, with exits: de3 export" in refused(imported / "work")
     assert "is an exported model already: de3 serve" in refused(imported / "store/mine/1")
-    assert "no such folder" in refused(tmp_path / "nowhere")
     multi = save_encoder(tmp_path / "multi", labels=2, problem_type="multi_label_classification")
     assert "--finetune is for models whose classes are mutually exclusive" in refused(multi, "--finetune")
     assert "--label-names must name the labels ['bad', 'good']" in refused(classifier, "--label-names a,b,c")
-    assert "must differ from each other" in refused(classifier, "--label-names a,a")
     few = tmp_path / "few.txt"
     few.write_text("a good film\n" * 499)
     assert "499 texts are too few" in refused(classifier, file=few)

@@ -17,7 +17,7 @@ from de3.exits.recorded import Recorded
 from de3.export.errors import ExportError
 from de3.export.exporter import int8_loss
 from de3.training import checks, trainer
-from de3.training.checkpoint import Checkpoint, read_record, write_record
+from de3.training.checkpoint import Checkpoint
 from de3.training.data import Example
 from de3.training.evaluate import weaknesses
 from de3.training.split import Split
@@ -91,26 +91,19 @@ def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> 
 # 2: unfinished training
 
 
-@pytest.fixture
-def interrupted(tmp_path: Path, data_file: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a checkpoint whose training was interrupted by Ctrl-C after its best epoch was saved."""
+def test_an_unfinished_training_is_not_used(
+    tmp_path: Path, data_file: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training is interrupted by Ctrl-C, after its best epoch was saved."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    out = tmp_path / "interrupted"
+    interrupted = tmp_path / "interrupted"
     with monkeypatch.context() as patch:
         patch.setattr(trainer.prototypes, "finish", interrupt)
-        result = invoke(training(data_file, encoder, out))
-    assert (
-        result.exit_code == 130 and "interrupted; continue" in result.output and "--resume" in result.output
-    )
-    return out
-
-
-def test_an_unfinished_training_is_not_used(
-    interrupted: Path, tmp_path: Path, data_file: Path, encoder: Path
-) -> None:
+        result = invoke(training(data_file, encoder, interrupted))
+    assert result.exit_code == 130 and "interrupted; continue" in result.output
     assert (interrupted / "model.safetensors").exists()
     commands = [
         f"evaluate {interrupted}",
@@ -138,12 +131,10 @@ def test_an_encoder_that_cannot_be_exported_is_not_trained(
     without_tokenizer = save_encoder(tmp_path / "encoder")
     for file in without_tokenizer.glob("tokenizer*"):
         file.unlink()
-    (tmp_path / "empty").mkdir()
     for encoder, message in (
         (tmp_path / "other", "'albert' cannot be exported; supported: bert, roberta"),
         (checkpoint, "is a checkpoint of de3 train; give the encoder that it was trained from"),
         (tmp_path / "nowhere", "no such folder"),
-        (tmp_path / "empty", "has no config.json"),
         (without_tokenizer, "tokenizer.json"),
     ):
         assert message in refusal(training(data_file, encoder, tmp_path / "out"))
@@ -296,10 +287,3 @@ def test_int8_is_judged_by_an_interval() -> None:
     labels = right * 20
     with pytest.raises(ExportError, match=r"int8 costs exit 1 at least 1.* points"):
         int8_loss(recorded(labels, five_off * 20), recorded(labels, labels), 0.01)
-
-
-def test_the_record_is_replaced_whole(tmp_path: Path) -> None:
-    write_record(tmp_path, finished=False, command="de3 train --resume")
-    assert read_record(tmp_path) == {"finished": False, "command": "de3 train --resume"}
-    (tmp_path / "training.json").write_text("{")
-    assert read_record(tmp_path) is None
