@@ -13,6 +13,8 @@ from de3.export.cache import artifact_of
 from de3.export.classifier import Stock
 from de3.export.full_depth import stitch
 from de3.model_store.families import family
+from de3.model_store.families.deberta import _check_row_numbers, _row_numbers
+from de3.model_store.graph import GraphError
 from de3.model_store.model import Model
 from tests.fixtures import BAD, FILLER, GOOD, OTHER, save_encoder
 from tests.stock import largest_difference, segments_of, transformers_model
@@ -125,3 +127,15 @@ def test_pairs_with_its_own_tokenizer(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = stock(**{k: v for k, v in theirs.items() if k != "token_type_ids"}).logits
         np.testing.assert_allclose(model.full_depth(tokens)[-1].logits, expected[0].numpy(), atol=1e-5)
+
+
+def test_the_bucket_numbers_of_an_artifact_are_checked() -> None:
+    numbers, middle = _row_numbers({"position_buckets": 8, "max_relative_positions": 24}, 64), 63
+    for distance, more in ((20, -1), (1, -1), (63, 2)):
+        for both_sides in (False, True):
+            changed = numbers.copy()
+            changed[middle + distance] += more
+            if both_sides:
+                changed[middle - distance] = min(16 - changed[middle + distance], 15)
+            with pytest.raises(GraphError):
+                _check_row_numbers(changed, 16)
