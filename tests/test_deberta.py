@@ -134,8 +134,8 @@ def test_the_bucket_numbers_of_an_artifact_are_checked() -> None:
     for distance, more in ((20, -1), (1, -1), (63, 2)):
         for both_sides in (False, True):
             changed = numbers.copy()
-            changed[middle + distance] += more
+            changed[middle - distance] -= more
             if both_sides:
-                changed[middle - distance] = min(16 - changed[middle + distance], 15)
+                changed[middle + distance] = 16 - changed[middle - distance]
             with pytest.raises(GraphError):
                 _check_row_numbers(changed, 16)
