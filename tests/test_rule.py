@@ -1,5 +1,7 @@
 """The decision: the first exit whose score is strictly below τ, else the last exit."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from de3.exits import formulas
-from de3.exits.reading import read
+from de3.exits.reading import Answer, differs, read
 from de3.exits.rule import ExitRule, exit_index
 from de3.exits.signals import Edr, Entropy, ModelTraits, signal_of
 
@@ -88,3 +90,23 @@ def test_lambda_may_be_as_large_as_its_limit_and_only_edr_has_one() -> None:
     for name, lam in (("risk", 0), ("risk", 1), ("entropy", 1)):
         with pytest.raises(ValueError, match="lambda"):
             signal_of(name, lam, risky)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "tolerance", "unlike"),
+    [
+        (1.0, 1.5, 0.5, False),
+        (1.0, 1.5, 0.25, True),
+        (1.0, 1.0, None, False),
+        (1.0, math.nan, 0.5, True),
+        (math.nan, math.nan, 0.5, True),
+        (1, 1, None, False),
+        (1, 2, None, True),
+        ([1, 2], [1, 2], None, False),
+        ([1, 2], [1], None, True),
+    ],
+)
+def test_answers_differ_in_the_class_in_any_label_or_beyond_the_tolerance(
+    one: Answer, other: Answer, tolerance: float | None, unlike: bool
+) -> None:
+    assert differs(one, other, tolerance) == differs(other, one, tolerance) == unlike
