@@ -11,12 +11,8 @@ import numpy as np
 import pytest
 
 from de3.export import audited
-from de3.export.calibrate import calibrate
-from de3.export.record import record
 from de3.model_store.manifest import Manifest
-from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
-from de3.training.data import Example
 from tests.commands import de3, refusal
 from tests.fixtures import make_rows
 from tests.serving import serving, until
@@ -57,6 +53,12 @@ def write(path: Path, rows: list[Row]) -> Path:
     return path
 
 
+def tokens_of(artifact: Artifact, *files: Path) -> list[int]:
+    """The number of tokens of each audit that is read, in ascending order."""
+    tokens = [p.samples.recorded.tokens for p in audited.parts(artifact, files)]
+    return sorted(np.concatenate([t for t in tokens if t is not None]).tolist())
+
+
 @pytest.fixture
 def tiny(store: Path) -> Artifact:
     return Store(store).open("tiny")
@@ -81,53 +83,27 @@ def test_a_server_s_audits_make_a_calibration_that_it_serves(
 ) -> None:
     log = tmp_path / "audits.jsonl"
     texts = [text for text, _ in make_rows(800, 61)]
-    texts += texts[:40]
-    with serving(
-        mine, audit_share=1.0, log_audits=log, log_audit_texts=True, max_disagreement=0.05
-    ) as server:
+    with serving(mine, audit_share=1.0, log_audits=log, max_disagreement=0.05) as server:
         (served,) = server.service.models.all
         ledger = server.service.shared.books.ledgers.get(served.model.full_name)  # type: ignore[attr-defined]
         evidence = ledger.evidence
         for i in range(0, len(texts), 8):  # few at a time, so that all are drawn
             assert server.classify(input=texts[i : i + 8]).status_code == 200
             until(lambda sent=i + 8: evidence.audits == sent, "the audits")
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert sorted(row["text"] for row in rows) == sorted(texts)
-
-    part = audited.parts(tiny, [log])
-    assert sum(len(p.samples.groups) for p in part) == 840
-    examples = [Example(text, 0) for text in texts]
-    again = record(Model(tiny, "onnxruntime"), examples)
-    found = np.concatenate([p.samples.recorded.logits for p in part])
-    for layer in (0, -1):
-        wanted = np.sort(again.logits[:, layer, 0])
-        assert np.sort(found[:, layer, 0]) == pytest.approx(wanted, abs=1e-3)
-
     output = de3(f"calibrate tiny --from-audits {log} --store {mine} --max-loss 3")
     assert "agreement with full depth" in output and "accuracy" not in output
     new = Store(mine).open("tiny:2").manifest
     assert new.calibration is not None and new.calibration.self_labelled
     assert new.files == tiny.manifest.files and new.risk != tiny.manifest.risk
     assert new.calibration.exit_accuracy[-1] == 1 and new.calibration.original_disagreement is None
-    for row in new.calibration.table:  # full depth's answer is the correct one
-        assert row.accuracy == pytest.approx(1 - row.disagreement, abs=2e-6)
     with serving(mine) as server:
         listed = httpx.get(f"{server.url}/v1/models").json()["data"][0]
         assert listed["id"] == "tiny:2" and listed["self_labelled"]
         assert listed["calibration"] == json.loads(new.calibration.default.model_dump_json(by_alias=True))
-        assert server.classify(input="a good film", max_disagreement=0.05).status_code == 200
 
 
 def change(key: str, value: Any) -> Callable[[Row], Any]:
     return lambda row: {**row, key: value}
-
-
-def drop(key: str) -> Callable[[Row], Any]:
-    return lambda row: {k: v for k, v in row.items() if k != key}
-
-
-def with_logit(value: Any) -> Callable[[Row], Any]:
-    return lambda row: {**row, "logits": [[value, 0.0], *row["logits"][1:]]}
 
 
 @pytest.mark.parametrize(
@@ -135,22 +111,16 @@ def with_logit(value: Any) -> Callable[[Row], Any]:
     [
         (lambda _: "[1]", "not a JSON object"),
         (lambda _: "", "not JSON"),
-        (lambda _: "[" * 100_000, "not JSON"),
         (lambda _: "\ud800", "not JSON"),
-        (drop("share"), "share"),
         (change("share", 0), "share"),
         (change("share", 1.5), "share"),
         (change("share", float("nan")), "not JSON"),
         (change("model", "tiny:1\n"), "model"),
         (change("tokens", 0), "tokens"),
-        (change("tokens", 2.5), "tokens"),
         (change("layers", [0, 1, 2]), "layers"),
         (change("logits", [[0.0, 1.0]]), "logits"),
-        (change("logits", [[0.0]] * 4), "logits"),
         (change("logits", [[0.0] * 20_000] * 4), "logits"),
-        (with_logit(None), "logits"),
-        (with_logit(1e39), "logits"),
-        (change("distances", [None] * 4), "distances"),
+        (change("logits", [[1e39, 0.0]] * 4), "logits"),
         (change("distances", [[0.0, 1.0]] * 4), "distances"),
         (change("distances", [[0.0, 3.0]] * 3 + [None]), "distances"),
     ],
@@ -179,11 +149,10 @@ def test_a_torn_last_line_is_skipped(tiny: Artifact, tmp_path: Path, said: list[
     whole = write(tmp_path / "whole", rows).read_text()
     for torn in (json.dumps(rows[0])[:-1], '{"text": "\u00e9'):
         (tmp_path / "torn").write_bytes((whole + torn).encode()[: -1 if torn.endswith("\u00e9") else None])
-        part = audited.parts(tiny, [tmp_path / "torn"])
-        assert sum(len(p.samples.groups) for p in part) == 600
+        assert len(tokens_of(tiny, tmp_path / "torn")) == 600
     assert len(said) == 2 and all(one.startswith(f"{tmp_path}/torn:601: ") for one in said)
     (tmp_path / "torn").write_text(whole.rstrip("\n"))  # only the newline is missing
-    assert sum(len(p.samples.groups) for p in audited.parts(tiny, [tmp_path / "torn"])) == 600
+    assert len(tokens_of(tiny, tmp_path / "torn")) == 600
     (tmp_path / "torn").write_text(whole + "{}")
     with pytest.raises(ValueError, match="torn:601: time: Field required"):
         audited.parts(tiny, [tmp_path / "torn"])
@@ -193,7 +162,7 @@ def test_rows_of_other_versions_are_skipped(tiny: Artifact, tmp_path: Path, said
     rows = make_audits(tiny.manifest, 600)
     others = [{**row, "model": f"tiny:{2 + i % 9}", "layers": [5]} for i, row in enumerate(rows[:100])]
     log = write(tmp_path / "log", [*others, *rows])
-    assert sum(len(p.samples.groups) for p in audited.parts(tiny, [log])) == 600
+    assert len(tokens_of(tiny, log)) == 600
     assert len(said) == 1 and "100 rows" in said[0] and "tiny:6)" in said[0]  # five are named
     write(log, others[:1])
     with pytest.raises(ValueError, match=r"no audits of tiny:1: only 1 rows of other .* \(tiny:2\)"):
@@ -231,8 +200,7 @@ def test_texts_that_were_drawn_more_often_are_thinned(
     log = write(tmp_path / "log", [*start, *usual, *busy])
 
     def kept() -> list[int]:
-        tokens = [p.samples.recorded.tokens for p in audited.parts(tiny, [log])]
-        return np.bincount(np.concatenate([t for t in tokens if t is not None]))[5:].tolist()
+        return np.bincount(tokens_of(tiny, log))[5:].tolist()
 
     first = kept()
     assert first[0] == 2000 and first[2] == 60
@@ -250,25 +218,15 @@ def test_only_the_newest_are_kept(
     rows = make_audits(tiny.manifest, 1000)
     old, new = write(tmp_path / "log.1", rows[:500]), write(tmp_path / "log", rows[500:])
     for files in ([new, old], [old, new]):
-        tokens = [p.samples.recorded.tokens for p in audited.parts(tiny, files)]
-        found = np.concatenate([t for t in tokens if t is not None])
-        assert sorted(found) == sorted(row["tokens"] for row in rows[300:])
+        assert tokens_of(tiny, *files) == sorted(row["tokens"] for row in rows[300:])
     assert said[0].endswith("1000 audits: only the newest 700 are used")
     with pytest.raises(ValueError, match="--from-audits: the same file is given twice"):
         audited.parts(tiny, [new, tmp_path / "." / "log"])
 
 
-@pytest.mark.usefixtures("few_taus")
 @pytest.mark.parametrize(
     "kind",
-    [
-        {
-            "labels": ["a", "b", "c"],
-            "thresholds": [0.5, 0.3, 0.8],
-            "defaults": {"signal": "risk", "tau": 0.0},
-        },
-        {"labels": ["praise"], "tolerance": 0.5, "defaults": {"signal": "risk", "tau": 0.0}},
-    ],
+    [{"labels": ["a", "b", "c"], "thresholds": [0.5, 0.3, 0.8]}, {"labels": ["praise"], "tolerance": 0.5}],
 )
 def test_models_of_every_kind(kind: dict[str, Any], tiny: Artifact, tmp_path: Path) -> None:
     plain = {**tiny.manifest.model_dump(), "calibration": None, "prototype_layers": []}
@@ -276,13 +234,10 @@ def test_models_of_every_kind(kind: dict[str, Any], tiny: Artifact, tmp_path: Pa
     plain["risk"] = [{"layer": layer, "weights": [0.0] * 5} for layer in range(3)]
     manifest = Manifest.model_validate({**plain, **kind})
     log = write(tmp_path / "log", make_audits(manifest, 1000))
-    tune, certify = audited.parts(Artifact(tiny.path, manifest), [log])
+    _, certify = audited.parts(Artifact(tiny.path, manifest), [log])
     recorded = certify.samples.recorded
     assert recorded.correct[:, -1].all() and not recorded.differs[:, -1].any()
     assert 0.1 < recorded.differs[:, 0].mean() < 0.9
-    calibrated = calibrate(tune, certify, 0.05, self_labelled=True)
-    Manifest.model_validate({**manifest.model_dump(), **calibrated.fields()})
-    assert calibrated.calibration.default.speedup > 1
 
 
 @pytest.mark.usefixtures("few_taus")
@@ -307,5 +262,4 @@ def test_audits_or_samples_but_not_both(mine: Path, tmp_path: Path) -> None:
     for more in ("--tune", "--certify"):
         assert message in refusal(f"calibrate tiny --from-audits {log} {more} {log} --store {mine}")
     assert "--tune is required, or --from-audits" in refusal(f"calibrate tiny --store {mine}")
-    assert "--certify is required, or" in refusal(f"calibrate tiny --tune {log} --store {mine}")
     assert [p.name for p in (mine / "tiny").iterdir()] == ["1"]

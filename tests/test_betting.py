@@ -69,35 +69,9 @@ def test_bounds_enclose_the_rate_and_are_in_order(stream: list[tuple[float, bool
         assert lower[0] == 0
 
 
-def test_bounds_tighten_and_each_column_has_its_own() -> None:
-    shares, texts = np.array([0.05]), np.array([100_000])
-    differing = np.array([[50, 100, 500]])
-    lower, upper = bounds(shares, texts, differing, 0.95)
-    for k, rate in enumerate((0.01, 0.02, 0.1)):
-        assert 0.55 * rate < lower[k] < rate < upper[k] < 1.6 * rate
-        alone = bounds(shares, texts, differing[:, [k]], 0.95)
-        assert (alone[0][0], alone[1][0]) == (lower[k], upper[k])
-    few = bounds(shares, texts // 10, differing // 10, 0.95)
-    assert (few[0] < lower).all() and (few[1] > upper).all()
-
-
 def test_bounds_without_texts_are_0_and_1() -> None:
     lower, upper = bounds(np.array([1.0]), np.array([0]), np.zeros((1, 2), np.int64), 0.95)
     assert (lower == 0).all() and (upper == 1).all()
-
-
-@pytest.mark.parametrize("rate", [0.02, 0.3])
-def test_the_rate_leaves_its_bounds_in_few_streams(rate: float) -> None:
-    """In at most 5% of 300 streams, the rate is outside its bounds at one or more of 40 looks.
-
-    Bounds for a single look would fail far more often.
-    """
-    hits = np.cumsum(np.random.default_rng(1).random((300, 4000)) < 0.1 * rate, axis=1)  # drawn and differing
-    outside = np.zeros(300, np.bool_)
-    for n in range(100, 4001, 100):
-        low, high = bounds(np.array([0.1]), np.array([n]), hits[None, :, n - 1], 0.95)
-        outside |= (rate < low) | (rate > high)
-    assert outside.sum() <= 15
 
 
 @given(st.floats(0.01, 0.99), st.sampled_from(SHARES), st.integers(0, 50))
@@ -129,30 +103,17 @@ def test_the_mean_wealth_of_the_detector_is_its_stake(rate: float, share: float)
     np.testing.assert_allclose(mean, 3 * share, rtol=1e-9)
 
 
-def test_the_detector_fires_after_a_rise_and_not_before() -> None:
-    rng = np.random.default_rng(2)
-    for _ in range(6):
-        detector = ChangeDetector(0.02, 1e5)
-        for _ in range(4000):
-            detector.add(0.05, bool(rng.random() < 0.012))
-            detector.skip(0.05, int(rng.geometric(0.05)) - 1)
-        assert not detector.has_fired
-        for _ in range(1000):
-            detector.add(0.05, bool(rng.random() < 0.06))
-            detector.skip(0.05, int(rng.geometric(0.05)) - 1)
-            if detector.has_fired:
-                break
-        assert detector.has_fired
-
-
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_each_bound_is_where_its_e_value_reaches_2_over_the_error_probability(confidence: float) -> None:
     """Each of the two sides has half of the error probability."""
-    counted = np.array([1.0, 0.25]), np.array([600, 400]), np.array([[12, 60, 300], [2, 15, 40]])
-    lower, upper = bounds(*counted, confidence)
-    enough = [2 / (1 - confidence)] * 3
-    assert e_values(*counted, upper) == pytest.approx(enough, abs=1e-4)
-    assert e_values_above(*counted, lower) == pytest.approx(enough, abs=1e-4)
+    shares, texts = np.array([1.0, 0.25]), np.array([600, 400])
+    differing = np.array([[12, 60, 300], [2, 15, 40]])
+    lower, upper = bounds(shares, texts, differing, confidence)
+    enough = [2 / (1 - confidence)]
+    for k in range(3):  # each column has its own bounds
+        alone = shares, texts, differing[:, [k]]
+        assert e_values(*alone, upper[[k]]) == pytest.approx(enough, abs=1e-4)
+        assert e_values_above(*alone, lower[[k]]) == pytest.approx(enough, abs=1e-4)
 
 
 def test_the_detector_fires_once_all_gamblers_together_own_enough() -> None:

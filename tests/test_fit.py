@@ -91,9 +91,6 @@ def test_prototypes_are_the_class_means_in_their_space_and_distances_are_cosine(
     norms = np.linalg.norm(h, axis=1)[:, None] * np.linalg.norm(means, axis=1)
     np.testing.assert_allclose(found.distances[:, 0], 1 - h @ means.T / norms, atol=1e-4)
     assert np.isnan(found.distances[:, 1]).all() and (found.logits[:, 1] == texts.logits).all()
-    # Training brings texts closer to the prototype of their class.
-    own = found.distances[np.arange(80), 0, texts.answers]
-    assert own.mean() < found.distances[:, 0].mean() - 0.1
     for kind in ("labels", "values"):  # which have no prototypes
         plain = Exits("mean", exits.classifiers, [], [])
         assert fit._with_spaces(plain, texts_of(kind, 20), 0).prototypes == []

@@ -92,20 +92,6 @@ def test_tau_does_not_rise_before_the_evidence_suffices() -> None:
     assert promise.tau == 0.4  # in one step, because all texts agree
 
 
-def test_texts_that_were_not_drawn_count_by_the_share() -> None:
-    promise = Promise(0.1, GRID)
-    for _ in range(40):
-        promise.skip(0.05, 19)
-        step(promise, 0.05, CLEAN)
-    evidence = promise.evidence
-    assert (evidence.texts, evidence.audits) == (800, 40)
-    many = Evidence(GRID)
-    for _ in range(40):
-        many.add(1.0, CLEAN)
-    # 40 audits carry about the same evidence, whether every text was audited or one in 20.
-    np.testing.assert_allclose(np.log(evidence.e_values(0.1)), np.log(many.e_values(0.1)), rtol=0.05)
-
-
 def test_each_audit_is_weighted_by_the_inverse_of_its_share() -> None:
     evidence = Evidence(GRID)
     for share, differ in ((1.0, 1), (0.1, 3)):
@@ -133,9 +119,6 @@ def test_a_rise_above_the_promise_discards_the_evidence() -> None:
     assert promise.tau == 0.0
     assert (promise.evidence.audits, promise.evidence.texts, promise.recent.weight) == (0, 0, 0)
     assert not any(promise.saved().detector)
-    for _ in range(400):
-        step(promise, 1.0, unlike_from(3 if rng.random() < 0.4 else 4))
-    assert promise.tau == 0.2  # values of τ up to this one still keep the promise
 
 
 def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
@@ -144,21 +127,6 @@ def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
     for _ in range(100):
         step(promise, 0.1, unlike_from(2))
     assert (promise.tau, promise.reason) == (0.0, "change")
-
-
-@pytest.mark.slow
-def test_few_streams_ever_break_the_promise() -> None:
-    """At τ = 0.2, the rate is just above the promise; at most 5% of 60 streams of 3,000 audits may reach that τ."""
-    rng, broken = np.random.default_rng(4), 0
-    for _ in range(60):
-        promise = Promise(0.1, GRID)
-        for differs in rng.random(3000) < 0.105:
-            step(promise, 1.0, unlike_from(2 if differs else 4))
-            assert promise.index <= promise.proved
-            if promise.proved > 1:
-                broken += 1
-                break
-    assert 0 < broken <= 3
 
 
 def test_a_promise_continues_where_another_left_off() -> None:
@@ -170,9 +138,10 @@ def test_a_promise_continues_where_another_left_off() -> None:
     for promise in (first, second):
         step(promise, 0.1, unlike_from(2))
     assert first.saved() == second.saved()
-    other = Promise(0.01, GRID)
-    other.restore(first.evidence, first.saved())  # the proof was for another rate
-    assert other.tau == 0
+    # Only the evidence is used if the proof was for another rate, or had a larger error probability.
+    for other in (Promise(0.01, GRID), Promise(0.1, GRID, error=1e-9)):
+        other.restore(first.evidence, first.saved())
+        assert other.tau == 0 and other.evidence is first.evidence
 
 
 @pytest.mark.parametrize(
@@ -198,38 +167,20 @@ def test_a_saved_promise_that_does_not_fit_is_not_restored(change: dict[str, Any
     assert promise.tau == 0.1
 
 
-def test_tau_rises_only_when_told_to() -> None:
-    promise = Promise(0.1, GRID)
-    for _ in range(600):
-        promise.add(1.0, CLEAN)
-        assert promise.tau == 0
-    assert promise.recent.weight < 300  # at τ = 0, as few audits as possible count as recent
-    promise.advance()
-    assert promise.tau == 0.4
-    for _ in range(200):
-        promise.add(1.0, unlike_from(2))
-    assert promise.tau < 0.4  # it falls at once
-
-
 def test_a_repeat_counts_only_against_a_higher_tau() -> None:
-    promise, without = Promise(0.1, GRID), Promise(0.1, GRID)
+    evidence, other = Evidence(GRID), Evidence(GRID)
     for n in range(30):
-        step(promise, 1.0, unlike_from(3 if n % 10 == 0 else 4))
-        step(without, 1.0, unlike_from(3 if n % 10 == 0 else 4))
-    before = promise.evidence.e_values(0.1)
-    for _ in range(500):
-        step(promise, 1.0, CLEAN, is_repeat=True)
-    assert promise.evidence.e_values(0.1).tolist() == before.tolist()
-    assert promise.index == without.index == promise.proved
-    step(promise, 1.0, unlike_from(2), is_repeat=True)
-    after = promise.evidence.e_values(0.1)
-    assert after[:2].tolist() == before[:2].tolist() and (after[2:] < before[2:]).all()
-    many = Evidence(GRID)
-    for n in range(30):
-        many.add(1.0, unlike_from(3 if n % 10 == 0 else 4))
-    many.add(1.0, unlike_from(2))
-    assert after[2:].tolist() == many.e_values(0.1)[2:].tolist()
-    assert [promise.evidence.e_value(0.1, k) for k in range(4)] == pytest.approx(after.tolist())
+        for one in (evidence, other):
+            one.add(1.0, unlike_from(3 if n % 10 == 0 else 4))
+    before = evidence.e_values(0.1)
+    evidence.add_repeat(1.0, CLEAN.differs)
+    assert evidence.e_values(0.1).tolist() == before.tolist()
+    evidence.add_repeat(1.0, unlike_from(2).differs)
+    other.add(1.0, unlike_from(2))
+    after = evidence.e_values(0.1)
+    assert after.tolist() == [*before[:2], *other.e_values(0.1)[2:]]
+    assert (after[2:] < before[2:]).all()
+    assert [evidence.e_value(0.1, k) for k in range(4)] == pytest.approx(after.tolist())
 
 
 def test_repeated_texts_are_not_a_change() -> None:
@@ -244,30 +195,23 @@ def test_repeated_texts_are_not_a_change() -> None:
     assert (promise.tau, promise.reason) == (0.4, "evidence")
 
 
-def test_recent_audits_lower_tau_and_let_it_rise_again() -> None:
+def test_recent_audits_lower_tau_at_once_and_it_rises_again_only_when_told_to() -> None:
     """The disagreement rises too little for the change detector, so the proof stays valid."""
     promise = Promise(0.1, GRID)
-    for _ in range(100):
-        step(promise, 1.0, CLEAN)
-    for n in range(600):
-        step(promise, 1.0, unlike_from((3, 4)[n % 9 > 0]))  # 11%
+    for _ in range(600):
+        promise.add(1.0, CLEAN)
+    assert promise.tau == 0
+    assert promise.recent.weight < 300  # at τ = 0, as few audits as possible count as recent
+    promise.advance()
+    assert promise.tau == 0.4
+    for n in range(3000):
+        promise.add(1.0, unlike_from((3, 4)[n % 9 > 0]))  # 11%
     assert (promise.tau, promise.reason, promise.proved) == (0.2, "recent", 3)
-    for n in range(900):
+    for n in range(1200):
         promise.add(1.0, unlike_from((3, 4)[n % 20 > 0]))  # 5%
     assert (promise.tau, promise.reason) == (0.2, "recent")
     promise.advance()
     assert (promise.tau, promise.reason) == (0.4, "evidence")
-
-
-@pytest.mark.parametrize("rate", [0.001, 0.02, 0.3])
-def test_the_recent_window_is_long_enough_for_a_small_promise(rate: float) -> None:
-    recent = RecentRates(rate, 4)
-    for _ in range(20_000):
-        recent.add(0.05, CLEAN.differs)
-    assert recent.allows(3) == 3
-    added = until_lower(recent)
-    assert added < 100 and recent.allows(3) == 1 and recent.allows(1) == 1
-    assert recent.differing[2] > 1
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan")])
@@ -309,7 +253,7 @@ def test_a_calibrated_start_is_not_a_proof_for_a_strict_one() -> None:
     assert (again.tau, again.reason) == (0.2, "calibrated")
 
 
-def test_more_audits_are_recent_while_more_texts_are_audited() -> None:
+def test_more_audits_are_recent_while_more_texts_are_audited_or_the_promise_is_small() -> None:
     weights = []
     for share in (0.01, 0.05, 0.25, 0.5, 1.0):
         recent = RecentRates(0.02, 4)
@@ -320,6 +264,10 @@ def test_more_audits_are_recent_while_more_texts_are_audited() -> None:
         recent.differing = np.full(4, 0.015 * recent.weight)
         assert recent.allows(3) == (3 if share > 0.5 else 0)
     assert weights == [300, 300, 300, 600, 1200]
+    recent = RecentRates(0.01, 4)
+    for _ in range(10_000):
+        recent.add(0.05, CLEAN.differs)
+    assert round(recent.weight) == 600  # which have 6 disagreements at the promised rate
 
 
 def test_recent_rates_follow_at_once_when_fewer_texts_are_audited() -> None:
