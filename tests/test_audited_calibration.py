@@ -14,8 +14,7 @@ from de3.export import audited
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact, Store
 from tests.commands import de3, refusal
-from tests.fixtures import make_rows
-from tests.serving import serving, until
+from tests.serving import serving
 
 Row = dict[str, Any]
 
@@ -75,31 +74,6 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     warnings: list[str] = []
     monkeypatch.setattr(audited, "warn", warnings.extend)
     return warnings
-
-
-@pytest.mark.slow
-def test_a_server_s_audits_make_a_calibration_that_it_serves(
-    tiny: Artifact, mine: Path, tmp_path: Path
-) -> None:
-    log = tmp_path / "audits.jsonl"
-    texts = [text for text, _ in make_rows(800, 61)]
-    with serving(mine, audit_share=1.0, log_audits=log, max_disagreement=0.05) as server:
-        (served,) = server.service.models.all
-        ledger = server.service.shared.books.ledgers.get(served.model.full_name)  # type: ignore[attr-defined]
-        evidence = ledger.evidence
-        for i in range(0, len(texts), 8):  # few at a time, so that all are drawn
-            assert server.classify(input=texts[i : i + 8]).status_code == 200
-            until(lambda sent=i + 8: evidence.audits == sent, "the audits")
-    output = de3(f"calibrate tiny --from-audits {log} --store {mine} --max-loss 3")
-    assert "agreement with full depth" in output and "accuracy" not in output
-    new = Store(mine).open("tiny:2").manifest
-    assert new.calibration is not None and new.calibration.self_labelled
-    assert new.files == tiny.manifest.files and new.risk != tiny.manifest.risk
-    assert new.calibration.exit_accuracy[-1] == 1 and new.calibration.original_disagreement is None
-    with serving(mine) as server:
-        listed = httpx.get(f"{server.url}/v1/models").json()["data"][0]
-        assert listed["id"] == "tiny:2" and listed["self_labelled"]
-        assert listed["calibration"] == json.loads(new.calibration.default.model_dump_json(by_alias=True))
 
 
 def change(key: str, value: Any) -> Callable[[Row], Any]:
@@ -250,10 +224,16 @@ def test_disagreement_of_an_imported_model_is_with_full_depth(
     assert file.read_text() != text
     log = write(tmp_path / "log", make_audits(tiny.manifest, 1000))
     output = de3(f"calibrate tiny --from-audits {log} --store {mine} --max-loss 5")
+    assert "agreement with full depth" in output and "accuracy" not in output
     assert "tiny:1 was imported, and audits do not have the original's answers" in output
     calibration = Store(mine).open("tiny:2").manifest.calibration
     assert calibration is not None and calibration.original_disagreement is None and calibration.self_labelled
     assert calibration.certify_size == 1000 and calibration.groups == 1000  # few texts, so both parts certify
+    assert calibration.exit_accuracy[-1] == 1
+    with serving(mine) as server:
+        listed = httpx.get(f"{server.url}/v1/models").json()["data"][0]
+        assert listed["id"] == "tiny:2" and listed["self_labelled"]
+        assert listed["calibration"] == json.loads(calibration.default.model_dump_json(by_alias=True))
 
 
 def test_audits_or_samples_but_not_both(mine: Path, tmp_path: Path) -> None:
