@@ -69,11 +69,6 @@ def test_bounds_enclose_the_rate_and_are_in_order(stream: list[tuple[float, bool
         assert lower[0] == 0
 
 
-def test_bounds_without_texts_are_0_and_1() -> None:
-    lower, upper = bounds(np.array([1.0]), np.array([0]), np.zeros((1, 2), np.int64), 0.95)
-    assert (lower == 0).all() and (upper == 1).all()
-
-
 @given(st.floats(0.01, 0.99), st.sampled_from(SHARES), st.integers(0, 50))
 def test_texts_that_were_not_drawn_count_together_as_one_by_one(
     rate: float, share: float, texts: int

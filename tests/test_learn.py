@@ -110,14 +110,6 @@ def some(base: Artifact) -> Records:
 
 # Run fits at the priority of the tests: at the lowest one, they would wait for everything else on the machine.
 PROGRAM = "from de3.export import learn; learn._run_at_idle = lambda: None; learn.child()"
-NORMAL_PRIORITY = f"""
-from de3.server.learn import fitting
-fitting.IDLE_CORES, fitting.PROGRAM = -1.0, "{PROGRAM}"
-"""
-SERVE = """
-from de3.cli import app
-app()
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -866,12 +858,7 @@ def test_a_fit_is_served_with_its_evidence(learning_of_base: Learning, base: Art
     assert one.job["base"] == str(base.path)
     copies = 4 * (base.size() + path.stat().st_size)
     assert one.job["memory"] == fitting.MEMORY_BYTES + copies
-    assert {name: one.job[name] for name in ("version", "attempt", "rate", "first_new")} == {
-        "version": FIRST,
-        "attempt": 1,
-        "rate": 0.2,
-        "first_new": 0,
-    }
+    assert [one.job[name] for name in ("version", "attempt", "rate", "first_new")] == [FIRST, 1, 0.2, 0]
     assert one.folder.journal("base", base_of(base.manifest)).latest == FIRST
 
 
@@ -967,30 +954,10 @@ def test_an_error_names_no_folders(learning_of_base: Learning) -> None:
 # The server
 
 
-def learning_server(store: Path, folder: Path, **settings: Any) -> Any:
-    on = {
-        "learn": True,
-        "guarantee": 0.2,
-        "state_dir": folder,
-        "models": ["base"],
-        "max_texts": 200,
-    } | settings
-    return serving(store, **on)
-
-
 def report(server: Server) -> dict[str, Any]:
     answer = httpx.get(f"{server.url}/v1/models/base/learn")
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
-
-
-def send(server: Server, texts: Sequence[str]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for i in range(0, len(texts), 50):
-        answer = server.classify(input=list(texts[i : i + 50]))
-        assert answer.status_code == 200, answer.text
-        rows += [row | {"model": answer.json()["model"]} for row in answer.json()["data"]]
-    return rows
 
 
 def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
@@ -999,11 +966,13 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
     monkeypatch.setattr(learner, "FIRST_FIT", 150)
     monkeypatch.setattr(learner, "GROWTH", 100)  # later fits start only on request
     monkeypatch.setattr("de3.server.learn.learners.CHECK_S", 0.05)
-    texts, keys, last = texts_of(300, 9), {"admin_keys": "root " + "k" * 32}, base.manifest.num_layers
-    with learning_server(stock_store, tmp_path, learn_canary=0.5, **keys) as server:
+    options: dict[str, Any] = {"learn": True, "guarantee": 0.2, "state_dir": tmp_path, "models": ["base"]}
+    keys, texts, last = {"admin_keys": "root " + "k" * 32}, texts_of(300, 9), base.manifest.num_layers
+    with serving(stock_store, learn_canary=0.5, **options, **keys) as server:
         admin = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer " + "k" * 32})
         assert admin.post("/v1/models/base/learn").status_code == 409  # too few records
-        assert {row["exit"]["layer"] for row in send(server, texts[:140])} == {last}
+        rows = server.classify(input=texts[:140]).json()["data"]
+        assert {row["exit"]["layer"] for row in rows} == {last}
         assert admin.post("/v1/models/base/learn").json()["object"] == "learn"  # with fewer than 150 records
         until(lambda: report(server)["fits"], "the fit that was asked for")
         fit = report(server)["fits"][0]
@@ -1014,34 +983,33 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
         assert [row["learned"]["attempt"] for row in listed if row["learned"]] == [1]
         assert report(server)["serving"] == 1  # the canary waits for an admin
         assert admin.post("/v1/models/base/load", json={"version": FIRST}).status_code == 200
-        rows = send(server, texts[140:])
-        assert {row["model"] for row in rows} == {f"base:{FIRST}"}
-        assert min(row["exit"]["layer"] for row in rows) < last
+        answer = server.classify(input=texts[140:]).json()
+        assert answer["model"] == f"base:{FIRST}"
+        assert min(row["exit"]["layer"] for row in answer["data"]) < last
         until(lambda: server.metric("de3_learn_records", model="base") > 140, "more records")
         assert server.metric("de3_learn_fits_total", model="base", outcome="served") == 1
         said = report(server)
-    with learning_server(stock_store, tmp_path) as server:
-        assert send(server, ["a film"])[0]["model"] == f"base:{said['serving']}" == f"base:{FIRST}"
+    with serving(stock_store, **options) as server:
+        assert server.classify(input="a film").json()["model"] == f"base:{said['serving']}" == f"base:{FIRST}"
         until(lambda: report(server)["records"] >= said["records"], "the records")
         assert report(server)["fits"] == said["fits"]
     (tmp_path / f"learned/versions/base/{FIRST}/layer_01.onnx").write_bytes(b"damaged")
-    with learning_server(stock_store, tmp_path) as server:
-        assert send(server, ["a film"])[0]["model"] == "base:1"
+    with serving(stock_store, **options) as server:
+        assert server.classify(input="a film").json()["model"] == "base:1"
 
 
 @pytest.mark.slow
-def test_a_fit_runs_only_while_nothing_else_does(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    shown = "learn._run_at_idle(); import os; print(os.sched_getscheduler(0)); raise SystemExit"
-    monkeypatch.setattr(fitting, "PROGRAM", f"from de3.export import learn; {shown}")
-    done = subprocess.run([sys.executable, "-c", fitting.PROGRAM], capture_output=True, text=True, check=True)
+def test_a_fit_runs_only_while_nothing_else_does() -> None:
+    shown = "from de3.export import learn; learn._run_at_idle(); import os; print(os.sched_getscheduler(0))"
+    done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
     assert int(done.stdout) == os.SCHED_IDLE
 
 
-KILLED = """
+KILLED = f"""
 import os, signal, sys
-from de3.server.learn import journal, learner, learners
+from de3.cli import app
+from de3.server.learn import fitting, journal, learner, learners
+fitting.IDLE_CORES, fitting.PROGRAM = -1.0, "{PROGRAM}"
 learner.FIRST_FIT, learners.CHECK_S = 150, 0.05
 
 def die(*given, **named):
@@ -1064,6 +1032,7 @@ if step == "served":
     learners.Learners._serve = after_serving
 if step == "saving":
     journal.os.fsync = die
+app()
 """
 
 
@@ -1079,7 +1048,7 @@ def test_a_server_that_is_killed_at_any_step_learns_again(
     texts, attempts = texts_of(1200, 15), set[int]()
     options = f"--learn --guarantee 0.2 --state-dir {tmp_path} --model base --processes 2"
     for run, wanted in enumerate((step, step, "never")):
-        with process(stock_store, *options.split(), wanted, code=NORMAL_PRIORITY + KILLED + SERVE) as running:
+        with process(stock_store, *options.split(), wanted, code=KILLED) as running:
             url = url_when_ready(running)
             for i in range(400 * run, 400 * run + 400, 50):
                 with suppress(httpx.TransportError):

@@ -293,16 +293,6 @@ def test_the_change_detector_counts_texts_that_were_not_drawn() -> None:
     assert promise.saved().detector == detector.wealth.tolist()
 
 
-def test_a_copy_of_the_evidence_stays_as_it_was() -> None:
-    evidence = Evidence(GRID)
-    evidence.add(0.5, unlike_from(2))
-    copy = evidence.copy()
-    for _ in range(3):
-        evidence.add(0.5, CLEAN)
-    assert copy.rates().tolist() == [0, 0, 1, 1] and copy.mean_layers().tolist() == [3, 2, 1, 0]
-    assert (copy.texts, copy.audits) == (1, 1)
-
-
 def test_counted_shares_are_limited() -> None:
     evidence = Evidence(GRID)
     for number in range(MAX_SHARES):
