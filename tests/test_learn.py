@@ -422,10 +422,11 @@ def test_the_model_answers_as_the_fit_measured(
             if score is not None and row["scores"][layer] is not None:
                 worst.append(abs(score - row["scores"][layer]))
     assert max(worst) < 0.05 and np.mean(worst) < 0.005
-    rounded = learning._as_served(
-        fitted.exits, model.manifest
-    )  # the fit already has the weights that int8 stores
-    np.testing.assert_allclose(rounded.spaces[0][0], fitted.exits.spaces[0][0], rtol=1e-5, atol=1e-9)
+    weight, bias = fitted.exits.spaces[0]
+    exits = learning.Exits("mean", [], [(weight, bias), (weight**3, bias)], [])
+    same, other = (rounded for rounded, _ in learning._as_served(exits, model.manifest).spaces)
+    np.testing.assert_allclose(same, weight, rtol=1e-5, atol=1e-9)  # already what int8 stores
+    assert not np.allclose(other, weight**3, rtol=1e-5, atol=1e-9)
 
 
 def test_too_few_records_are_refused(some: Records, base: Artifact) -> None:
