@@ -63,6 +63,7 @@ def test_texts_that_fail_are_not_all_logged(
     for module in (engine, group, endpoint):  # the modules' own logs are shared with other tests
         monkeypatch.setattr(module, "failures", FailureLog(logging.getLogger("de3")))
     with serving(store, models=["tiny", "tiny-int8"], threads=1) as server:
+        assert server.classify(input="good").status_code == 200  # the engine's thread has warmed up
 
         def broken(*_: Any) -> Any:
             raise RuntimeError("forged")
