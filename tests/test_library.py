@@ -19,6 +19,7 @@ import pytest
 import de3
 from de3.client import Input
 from de3.library import WINDOW
+from de3.server.engine.engine import Engine
 from de3.server.engine.job import Job
 from tests.fixtures import make_rows
 from tests.serving import Server, serving
@@ -205,8 +206,8 @@ def test_a_failed_engine_and_a_closed_classifier_are_errors(
 ) -> None:
     monkeypatch.setattr("de3.library.CHECK_S", 0.01)
     with de3.load("tiny-int8", store=store, threads=1) as model:
-        monkeypatch.setattr(model._engine, "submit", lambda job: None)
-        monkeypatch.setattr(model._engine, "problem", lambda: "engine thread 0 has ended")
+        monkeypatch.setattr(Engine, "_step", lambda *_: False)  # the thread ends after the text that it awaits
+        model.classify("good")
         with pytest.raises(RuntimeError, match="engine thread 0 has ended"):
             model.classify("good")
     with pytest.raises(RuntimeError, match="closed"):
