@@ -642,10 +642,12 @@ class Answering(Auditor):
         entry.is_pending = True
         self.waiting.append(entry)
 
-    def answer(self, *is_drawn: float, tau: float = TAU, exits: int = 1, epoch: int = 0) -> None:
+    def answer(
+        self, *is_drawn: float, tau: float = TAU, exits: int = 1, epoch: int = 0, fails: bool = False
+    ) -> None:
         """Answer a request; a text is drawn with a share of more than 1 - is_drawn.
 
-        exits: number of exits passed. epoch: begins before the answer.
+        exits: number of exits passed. epoch: begins before the answer. fails: there is no answer.
         """
         tokens, texts = Tokens(np.array([[1]]), np.array([[0]]), truncated=False), iter(is_drawn)
         progress = SimpleNamespace(tokens=tokens, states=None)
@@ -657,6 +659,10 @@ class Answering(Auditor):
         job.outcomes = lambda: [outcome] * len(items)
         self._random = SimpleNamespace(random=lambda: 1.0 - next(texts))  # type: ignore[assignment]
         draw = self.draw(job)
+        if fails:
+            assert draw is not None
+            self.abandon(job, draw)
+            return
         self.apply(Standing(epoch, None))
         self.answered(job, draw)
 
@@ -700,6 +706,7 @@ def test_an_answer_at_full_depth_is_its_own_audit(store: Path, tau: float) -> No
     one = Answering(made(store))
     one.answer(True, False, True, tau=tau, exits=4)
     assert one.counted == [(3, True)] and one.audits == 2
+    one.answer(True, tau=tau, fails=True)
     assert not one.waiting and one.pending == 0
 
 

@@ -334,6 +334,8 @@ def test_single_texts_and_pairs_in_one_file(model: de3.Classifier, tmp_path: Pat
     rows = [{"n": 0, "text": "good", "text_pair": None}, {"n": 1, "text": "bad", "text_pair": "good"}]
     write(file, rows)
     classify(Here(model), file, tmp_path / "out.parquet", keep=["n"])
+    (only_pairs,) = Source(file, Columns(label=None, text_pair="text_pair")).slices()
+    assert only_pairs.texts == [("bad", "good")] and len(only_pairs.refused) == 1
     with pytest.raises(ValueError, match=r"no column 'm'.*--keep"):
         classify(Here(model), file, tmp_path / "other.parquet", keep=["m"])
     write(tmp_path / "in.jsonl", [{"n": 0, "text": "good"}, {"text": "bad"}])
@@ -372,6 +374,9 @@ def test_a_run_without_a_part_leaves_nothing(model: de3.Classifier, tmp_path: Pa
     with pytest.raises(ValueError, match=r"none of the first 1 rows .*no column 'text'; it has 'sentence'"):
         classify(Here(model), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+    (tmp_path / "mine").mkdir()
+    Parts(tmp_path / "mine", ".jsonl", {}).close()
+    assert (tmp_path / "mine").exists()
 
 
 @pytest.mark.parametrize("kind", [".parquet", ".jsonl"])

@@ -167,12 +167,15 @@ def test_another_family_is_imported_with_new_names_of_labels(
 
 @pytest.mark.usefixtures("few_taus")
 def test_what_an_import_promises(imported: Path, classifier: Path, tmp_path: Path) -> None:
-    de3(f"export {imported}/work --name mine --store {tmp_path} --quantize none --max-loss 5")
+    given = f"--certify {imported}/work/certify.jsonl"
+    de3(f"export {imported}/work --name mine --store {tmp_path} --quantize none --max-loss 5 {given}")
     for store, is_int8 in ((imported / "store", True), (tmp_path, False)):
         manifest = Store(store).open("mine").manifest
         assert manifest.labels == ["bad", "good"] and manifest.input == "text"
         calibration = manifest.calibration
-        assert calibration is not None and calibration.self_labelled
+        assert (
+            calibration is not None and calibration.self_labelled == is_int8
+        )  # not with samples of one's own
         assert calibration.default.speedup > 1.5
         full = next(row for row in calibration.table if row.tau == 0)
         if is_int8:

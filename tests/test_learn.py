@@ -364,6 +364,8 @@ def test_after_a_change_only_new_texts_test_and_old_ones_are_at_most_as_many(som
     assert tests.numbers.min() >= 300
     assert (fits.numbers < 300).sum() == (fits.numbers >= 300).sum() == 60
     assert (np.diff(fits.numbers) > 0).all()
+    repeated = replace(some, keys=some.keys[np.arange(len(some)) % 100])
+    assert learning._split(repeated, 1, first_new=300)[1].numbers.min() >= 300
 
 
 def check_full_depth(old: Model, new: Model, text: str) -> Sequence[Any]:

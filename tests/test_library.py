@@ -206,7 +206,9 @@ def test_a_failed_engine_and_a_closed_classifier_are_errors(
 ) -> None:
     monkeypatch.setattr("de3.library.CHECK_S", 0.01)
     with de3.load("tiny-int8", store=store, threads=1) as model:
-        monkeypatch.setattr(Engine, "_step", lambda *_: False)  # the thread ends after the text that it awaits
+        monkeypatch.setattr(
+            Engine, "_step", lambda *_: False
+        )  # the thread ends after the text that it awaits
         model.classify("good")
         with pytest.raises(RuntimeError, match="engine thread 0 has ended"):
             model.classify("good")

@@ -328,8 +328,8 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected(
 
     with attached(store) as (process, ours, _):
         process.run()
-        for epoch, skipped in ((1, 5), (2, 6), (1, 7)):
-            process.count("tiny:1", [Settled("me", 0.5, skipped)], epoch, True)
+        for epoch, skipped, may_rise in ((1, 5, True), (2, 6, True), (1, 7, False)):
+            process.count("tiny:1", [Settled("me", 0.5, skipped)], epoch, may_rise)
         states, logits = np.zeros((2, 4), np.float16), np.ones(2, np.float32)
         process.learn("tiny:1", Record("me", 0.5, 9, states, logits))
         stopping = asyncio.create_task(asyncio.to_thread(process.stop))
@@ -337,7 +337,7 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected(
         assert not done  # the supervisor has not received it yet
         supervisor = asyncio.create_task(Channel(handlers).run(ours))
         await stopping
-        assert counted == [["tiny:1", [5, 7], 1, True], ["tiny:1", [6], 2, True]]
+        assert counted == [["tiny:1", [5, 7], 1, False], ["tiny:1", [6], 2, True]]
         assert [row[:4] for row in records] == [["tiny:1", "me", 0.5, 9]]
         supervisor.cancel()
 
