@@ -1,5 +1,6 @@
 """Finds stock classifiers by name: local folders, or repositories of the Hugging Face hub."""
 
+import re
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -86,12 +87,19 @@ def _snapshot(
     describe(name, config, label_names, multi_label)
     folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(FILES)))
     check_files(name, [path.name for path in folder.iterdir()])
-    if commit and commit != revision:  # offline, the files of a branch or tag are found by this entry
-        entry = folder.parents[1] / "refs" / (revision or "main")
-        with suppress(OSError):  # a read-only cache
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            entry.write_text(commit)
+    if commit and commit != revision:
+        _note_commit(folder.parents[1] / "refs", revision or "main", commit)
     return folder
+
+
+def _note_commit(refs: Path, revision: str, commit: str) -> None:
+    """Let the commit of a branch or tag be found offline; write nothing outside the folder `refs` of the hub's cache."""
+    entry = refs / revision
+    if not (entry.resolve().is_relative_to(refs.resolve()) and re.fullmatch("[0-9a-f]{40}", commit)):
+        return
+    with suppress(OSError):  # a read-only cache
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.write_text(commit)
 
 
 def _reason(error: Exception, repository: str, revision: str) -> str:

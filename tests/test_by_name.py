@@ -31,7 +31,7 @@ from transformers import (
 
 from de3.export import cache, vocabulary
 from de3.export.cache import artifact_of, evict, model_name
-from de3.export.hub import fetch
+from de3.export.hub import _note_commit, fetch
 from de3.model_store.families import FAMILIES
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
@@ -500,6 +500,25 @@ def test_all_files_of_a_model_are_of_the_commit_that_was_checked(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         file: (hub.folder / file).read_bytes() for file in wanted
     }
+
+
+@pytest.mark.parametrize(
+    ("revision", "commit"),
+    [
+        ("../../out", "a" * 40),
+        ("OUT", "a" * 40),
+        ("../refs-too", "a" * 40),
+        ("main", "../out"),
+        ("v/1", "a" * 40),
+    ],
+)
+def test_the_commit_of_a_revision_is_noted_only_in_the_cache(
+    tmp_path: Path, revision: str, commit: str
+) -> None:
+    refs = tmp_path / "cache/model/refs"
+    _note_commit(refs, revision.replace("OUT", str(tmp_path / "out")), commit)
+    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert written == ([Path("cache/model/refs/v/1")] if revision == "v/1" else [])
 
 
 def test_a_model_that_cannot_be_served_is_refused_before_its_weights_are_downloaded(
