@@ -93,7 +93,7 @@ def _snapshot(
 
 
 def _note_commit(refs: Path, revision: str, commit: str) -> None:
-    """Let the commit of a branch or tag be found offline; write nothing outside the folder `refs` of the hub's cache."""
+    """Let the commit of a branch or tag be found offline; writes only inside the folder `refs` of the hub's cache."""
     entry = refs / revision
     if not (entry.resolve().is_relative_to(refs.resolve()) and re.fullmatch("[0-9a-f]{40}", commit)):
         return
