@@ -276,6 +276,16 @@ def test_no_accepted_request_is_lost_at_the_end(versions: Path) -> None:
         until(lambda: not server.pids, "the processes to end")
 
 
+def test_a_second_signal_ends_processes_that_do_not(versions: Path) -> None:
+    with running(versions, "--model", "tiny:1", "--timeout-s", "600") as server:
+        os.kill(server.pids[0], signal.SIGSTOP)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: len(server.pids) == 1, "the end of the other process")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        until(lambda: not server.pids, "the end of the stopped process")
+
+
 def test_a_process_has_its_part_of_the_limits(store: Path) -> None:
     settings = Settings(store=store, threads=3, max_queue=1000, max_connections=101, processes=2)
     part = part_of(settings, 2)

@@ -32,8 +32,9 @@ from de3.server.processes.models import SharedModels
 from de3.server.processes.samples import Family
 from de3.server.processes.supervisor import ENDS_S, MAX_ENDS, MAX_STARTS, RETRY_S, ServerError, Supervisor
 from de3.server.processes.weights import Weights, key_of
-from de3.server.processes.worker import CONNECTION, MAX_UNSENT_BYTES, Worker, plan_row
+from de3.server.processes.worker import CONNECTION, MAX_UNSENT_BYTES, Worker, plan_row, record_of
 from de3.server.rules import Rules
+from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.serving import in_event_loop
 
@@ -210,6 +211,25 @@ async def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: P
 
 
 @in_event_loop
+async def test_a_process_releases_a_model_that_others_cannot_prepare(store: Path) -> None:
+    artifact, settings = Store(store).open("tiny-int8"), Settings(store=store)
+    with attached(store) as (worker, ours, _):
+        service = Service(settings, (artifact,), worker, worker.memory_of)
+        worker.attach(service, lambda: None)
+        channel = Channel({})
+        running = [
+            asyncio.create_task(channel.run(ours)),
+            asyncio.create_task(worker.channel.run(worker._control)),
+        ]
+        await channel.call("prepare", plan_to("load", artifact))
+        assert service.manager.prepared is not None
+        await channel.call("abort")
+        assert service.manager.prepared is None
+        for task in running:
+            task.cancel()
+
+
+@in_event_loop
 async def test_a_process_that_loads_the_models_during_a_change_loads_them_again(store: Path) -> None:
     plan = plan_to("load", Store(store).open("tiny-int8"))
     states = [{"models": [{"plan": plan}], "routes": {name: {}}} for name in ("before", "after")]
@@ -330,7 +350,7 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected(
         process.run()
         for epoch, skipped, may_rise in ((1, 5, True), (2, 6, True), (1, 7, False)):
             process.count("tiny:1", [Settled("me", 0.5, skipped)], epoch, may_rise)
-        states, logits = np.zeros((2, 4), np.float16), np.ones(2, np.float32)
+        states, logits = np.arange(8, dtype=np.float16).reshape(2, 4), np.array([0.1, -3], np.float32)
         process.learn("tiny:1", Record("me", 0.5, 9, states, logits))
         stopping = asyncio.create_task(asyncio.to_thread(process.stop))
         done, _ = await asyncio.wait({stopping}, timeout=0.1)
@@ -338,7 +358,9 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected(
         supervisor = asyncio.create_task(Channel(handlers).run(ours))
         await stopping
         assert counted == [["tiny:1", [5, 7], 1, False], ["tiny:1", [6], 2, True]]
-        assert [row[:4] for row in records] == [["tiny:1", "me", 0.5, 9]]
+        ((name, one),) = map(record_of, records)
+        assert (name, one.client, one.share, one.key) == ("tiny:1", "me", 0.5, 9)
+        assert np.array_equal(one.states, states) and np.array_equal(one.logits, logits)
         supervisor.cancel()
 
 

@@ -78,13 +78,23 @@ def fuzz_all(names: Iterable[str], seconds: float, first_seed: int) -> Iterator[
         yield fuzz(name, import_module(f"lab.fuzzers.{name}").FUZZER, seconds, first_seed)
 
 
-def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1, reduces: bool = True) -> Report:
-    """Run a fuzzer until the time is up or it has a finding. reduces: shrink the input of the finding."""
+def fuzz(
+    name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1, reduces: bool = True, at_least: int = 1
+) -> Report:
+    """Run a fuzzer until it has a finding, or the time is up.
+
+    Args:
+        reduces: shrink the input of the finding.
+        at_least: number of inputs to try even if the time is up.
+    """
     fuzzer.prepare()
     report, started, database = Report(name), monotonic(), InMemoryExampleDatabase()
 
+    def time_is_up() -> bool:
+        return monotonic() - started > seconds and report.inputs >= at_least
+
     def example(value: Any) -> None:
-        if monotonic() - started > seconds and not failed:
+        if time_is_up() and not failed:
             raise _TimeIsUp
         report.inputs += 1
         cpu_s = thread_time()
@@ -108,7 +118,7 @@ def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1, reduces
 
     failed: list[bool] = []
     number = first_seed
-    while monotonic() - started < seconds and not report.findings:
+    while not time_is_up() and not report.findings:
         run = given(fuzzer.inputs)(example)
         run = seed(number)(_settings(database, reduces)(run))
         try:
