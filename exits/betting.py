@@ -107,29 +107,35 @@ class ChangeDetector:
     so the mean number of audits before a false alarm is at least `patience`.
     """
 
-    BETS = np.array([0.5, 1.5, 4.0])  # κ, as in HIGHER
+    BETS = (0.5, 1.5, 4.0)  # κ, as in HIGHER
 
     def __init__(self, rate: float, patience: float) -> None:
         """rate: r, in (0, 1). patience: value of the statistic at which the detector fires."""
         self.rate, self.patience = rate, patience
-        self.wealth = np.zeros(len(self.BETS))
+        self.wealth = [0.0] * len(self.BETS)
 
-    @property
-    def has_fired(self) -> bool:
-        """True if the statistic has reached `patience`."""
-        return bool(self.wealth.mean() >= self.patience)
+    def count(self, share: float, differs: Sequence[bool], skipped: Sequence[int]) -> bool:
+        """Count consecutive texts at q = `share`; returns True if the statistic has reached `patience`.
 
-    def skip(self, share: float, texts: int) -> None:
-        """Count texts that were not audited, at q = `share`."""
-        if texts:
-            stays = 1.0 - self._bets(share) * self.rate
-            power = stays**texts
-            # A geometric series: each text adds its stake, and every stake shrinks with each text.
-            self.wealth = self.wealth * power + share * stays * (1.0 - power) / (1.0 - stays)
-
-    def add(self, share: float, differs: bool) -> None:
-        """Count an audited text, at q = `share`."""
-        self.wealth = (self.wealth + share) * (1.0 + self._bets(share) * (differs / share - self.rate))
-
-    def _bets(self, share: float) -> Floats:
-        return np.minimum(self.BETS * share, MOST_LOSS / self.rate)
+        differs: for each audited text, whether it differs. skipped: number of texts before each of them, and after the
+        last one, that were not audited. If the detector fires, later texts are not counted.
+        """
+        bets = [min(bet * share, MOST_LOSS / self.rate) for bet in self.BETS]  # λ
+        most = self.patience * len(bets)
+        agrees = [1.0 - bet * self.rate for bet in bets]
+        unlike = [1.0 + bet * (1.0 / share - self.rate) for bet in bets]
+        for i, texts in enumerate(skipped):
+            if texts:  # a geometric series: each text adds its stake, and every stake shrinks with each text
+                powers = [factor**texts for factor in agrees]
+                self.wealth = [
+                    wealth * power + share * factor * (1.0 - power) / (1.0 - factor)
+                    for wealth, factor, power in zip(self.wealth, agrees, powers, strict=True)
+                ]
+            if i < len(differs):
+                factors = unlike if differs[i] else agrees
+                self.wealth = [
+                    (wealth + share) * factor for wealth, factor in zip(self.wealth, factors, strict=True)
+                ]
+                if sum(self.wealth) >= most:
+                    return True
+        return False

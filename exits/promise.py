@@ -2,8 +2,8 @@
 
 An audit runs a text to full depth and shows, without a label, what every τ would have answered (`profile`). `Evidence`
 counts disagreements by τ. `Promise` raises τ as long as the evidence shows that the rate of answers that differ
-from full depth stays within the promised rate, and resets it when the rate has risen. `exits.promises` keeps one
-promise for each client that is left out of the evidence.
+from full depth stays within the promised rate, and resets it when the rate has risen. A server keeps a promise for each
+of its tenants, on the audits of that tenant alone.
 
 The values of τ are tested in a fixed order, ascending from 0, which makes this a single test: τ moves to the next value
 only once the e-value against "the rate at that value is above the promise" has reached 1/δ. From the start or a reset
@@ -16,7 +16,7 @@ soon as the rate of disagreement in recent audits is less than a standard error 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ MAX_SHARES = 128  # tallies in an Evidence; a server has about twenty, one that 
 # many as contain MIN_EXPECTED disagreements at the promised rate.
 RECENT_TEXTS, MIN_RECENT, MIN_EXPECTED = 1200, 300, 6
 
-Reason = Literal["start", "calibrated", "evidence", "recent", "change", "reset"]
+Reason = Literal["start", "evidence", "recent", "change", "reset"]
 
 
 def error_of(attempt: int) -> float:
@@ -50,7 +50,6 @@ class SavedPromise(NamedTuple):
     Attributes:
         rate: the promised rate.
         tau: the last proved τ.
-        start: the initial τ, not tested.
         reason: see Promise.
         detector: wealth of the change detector.
         weight, recent: `weight` and `differing` of RecentRates.
@@ -59,7 +58,6 @@ class SavedPromise(NamedTuple):
 
     rate: float
     tau: float
-    start: float
     reason: Reason
     detector: list[float]
     weight: float
@@ -67,28 +65,29 @@ class SavedPromise(NamedTuple):
     error: float = 1 - CONFIDENCE
 
 
-class Profile(NamedTuple):
-    """The result for one text at each τ of a grid, (G,): disagreement with full depth, and exit layer."""
+class Profiles(NamedTuple):
+    """The results for N texts at each τ of a grid, (N, G): disagreement with full depth, and exit layer."""
 
     differs: NDArray[np.bool_]
     layers: NDArray[np.int64]
 
 
-def profile(
-    scores: Sequence[float | None],
-    differs: Sequence[bool],
+def profiles(
+    scores: Sequence[Sequence[float | None]] | betting.Floats,
+    differs: Sequence[Sequence[bool]] | NDArray[np.bool_],
     layers: Sequence[int],
     taus: NDArray[np.float64],
-) -> Profile:
-    """The profile of a text that passed every exit, by the exit rule (`exits.rule`).
+) -> Profiles:
+    """The profiles of texts that passed every exit, by the exit rule (`exits.rule`).
 
-    scores: by exit; None or NaN at an exit without a score. differs: disagreement of each exit with the last one.
-    layers: layers of the exits. taus: the grid, (G,).
+    scores: by text and exit, (N, E); None or NaN at an exit without a score. differs: disagreement of each exit with
+    the last one, (N, E). layers: layers of the exits. taus: the grid, (G,).
     """
-    below = np.array([np.inf if score is None else score for score in scores[:-1]])
-    least = np.minimum.accumulate(np.where(np.isnan(below), np.inf, below))
-    index = (least[:, None] >= taus).sum(0)
-    return Profile(np.array(differs)[index], np.array(layers)[index])
+    below = np.array(scores, np.float64).reshape(len(scores), len(layers))[:, :-1]
+    least = np.minimum.accumulate(np.where(np.isnan(below), np.inf, below), 1)
+    index = (least[:, :, None] >= taus).sum(1)
+    unlike = np.array(differs, np.bool_).reshape(len(scores), len(layers))
+    return Profiles(np.take_along_axis(unlike, index, 1), np.array(layers)[index])
 
 
 @dataclass(slots=True)
@@ -126,38 +125,35 @@ class Evidence:
     taus: NDArray[np.float64]
     tallies: dict[float, Tally] = field(default_factory=dict)
 
-    def copy(self) -> "Evidence":
-        """A snapshot; safe to take while another thread adds audits."""
-        tallies = {
-            share: replace(
-                tally,
-                differing=tally.differing.copy(),
-                layers=tally.layers.copy(),
-                repeats=tally.repeats.copy(),
-            )
-            for share, tally in list(self.tallies.items())
-        }
-        return Evidence(self.taus, tallies)
-
     def skip(self, share: float, texts: int) -> None:
         """Count texts that were not audited. share: q, the audit probability of these texts."""
         if texts:
             self._tally(share).texts += texts
 
-    def add(self, share: float, audit: Profile, served_differs: bool = False) -> None:
-        """Count an audit. share: its probability. served_differs: see `Tally.served`."""
+    def add(self, share: float, audits: Profiles, served: int = 0) -> None:
+        """Count audits. share: their probability. served: see `Tally.served`."""
         tally = self._tally(share)
-        tally.texts += 1
-        tally.audits += 1
-        tally.served += served_differs
-        tally.differing += audit.differs
-        tally.layers += audit.layers
+        tally.texts += len(audits.differs)
+        tally.audits += len(audits.differs)
+        tally.served += served
+        tally.differing = tally.differing + audits.differs.sum(0)
+        tally.layers = tally.layers + audits.layers.sum(0)
 
-    def add_repeat(self, share: float, differs: NDArray[np.bool_]) -> None:
-        """Count the audit of a text that was counted before; it counts only against each τ at which it differs."""
+    def add_repeats(self, share: float, differs: NDArray[np.bool_]) -> None:
+        """Count audits of texts that were counted before, (N, G); each counts only against a τ at which it differs."""
         tally = self._tally(share)
-        tally.differing += differs
-        tally.repeats += differs
+        tally.differing = tally.differing + differs.sum(0)
+        tally.repeats = tally.repeats + differs.sum(0)
+
+    def merge(self, share: float, other: Tally) -> None:
+        """Add the counts of a tally of other texts. share: q of its texts."""
+        tally = self._tally(share)
+        tally.differing = tally.differing + other.differing
+        tally.layers = tally.layers + other.layers
+        tally.repeats = tally.repeats + other.repeats
+        tally.texts += other.texts
+        tally.audits += other.audits
+        tally.served += other.served
 
     def _tally(self, share: float) -> Tally:
         if not 0 < share <= 1:
@@ -257,12 +253,13 @@ class RecentRates:
         self.weight, self.differing = 0.0, np.zeros(count)
 
     def add(self, share: float, differs: NDArray[np.bool_]) -> None:
-        """Count an audit. share: its probability; 0: as few audits as possible count as recent."""
+        """Count audits, (N, G), in order. share: their probability; 0: as few audits as possible count as recent."""
         window = max(self._least, share * RECENT_TEXTS)
         # When the share falls, the older audits weigh less at once.
-        stays = (window - 1) / max(window, self.weight)
-        self.weight = self.weight * stays + 1
-        self.differing = self.differing * stays + differs
+        older = window / max(window, self.weight)
+        stays = (1.0 - 1.0 / window) ** np.arange(len(differs), -1.0, -1.0)
+        self.weight = float(self.weight * older * stays[0] + stays[1:].sum())
+        self.differing = self.differing * older * stays[0] + stays[1:] @ differs
 
     def allows(self, index: int) -> int:
         """Index of the highest τ that the recent audits allow, at most `index`.
@@ -282,25 +279,20 @@ class Promise:
 
     Attributes:
         evidence: audits since the start, or the last change or reset.
-        proved: index of the last proved τ, or of the initial τ.
+        proved: index of the last proved τ.
         index: index of the current τ, at most `proved`.
-        reason: start (τ = 0, without evidence), calibrated (τ of the offline certificate), evidence (raised by audits),
-            recent (lowered by recent audits), change (the rate had risen; evidence discarded) or reset (by an admin).
+        reason: start (τ = 0, without evidence), evidence (raised by audits), recent (lowered by recent audits), change
+            (the rate had risen; evidence discarded) or reset (by an admin).
     """
 
-    def __init__(
-        self, rate: float, taus: NDArray[np.float64], start: int = 0, error: float = 1 - CONFIDENCE
-    ) -> None:
-        """taus: the grid, (G,), ascending from 0. start: index of the initial τ, which is not tested. error: δ.
-
-        Raises ValueError for a rate outside (0, 1).
-        """
+    def __init__(self, rate: float, taus: NDArray[np.float64], error: float = 1 - CONFIDENCE) -> None:
+        """taus: the grid, (G,), ascending from 0. error: δ. Raises ValueError for a rate outside (0, 1)."""
         if not 0 < rate < 1:
             raise ValueError(f"a promised rate must be above 0 and below 1, got {rate}")
         self.rate, self.error = rate, error
         self.evidence = Evidence(taus)
-        self.proved = self.index = self._start = start
-        self._why: Reason = "calibrated" if start else "start"
+        self.proved = self.index = 0
+        self._why: Reason = "start"
         self.recent = RecentRates(rate, len(taus))
         self._detector = betting.ChangeDetector(rate, PATIENCE)
 
@@ -314,31 +306,36 @@ class Promise:
         """The reason for τ; see the class."""
         return "recent" if self.index < self.proved else self._why
 
-    def skip(self, share: float, texts: int, repeats: int = 0) -> None:
-        """Count texts that were not audited. repeats: number of these texts that were counted before."""
-        self.evidence.skip(share, texts - repeats)
-        if self.proved:
-            self._detector.skip(share, texts)
+    def count(
+        self,
+        share: float,
+        audits: Profiles,
+        skipped: Sequence[int],
+        repeats: NDArray[np.bool_] | None = None,
+        skipped_repeats: int = 0,
+    ) -> None:
+        """Count consecutive texts. They may lower τ; only `advance` raises it.
 
-    def add(self, share: float, audit: Profile, is_repeat: bool = False) -> None:
-        """Count an audit. It may lower τ; only `advance` raises it.
+        share: the probability with which each was audited. audits: the profiles of those that were, in order. skipped:
+        number of texts before each of them, and after the last one, that were not audited. repeats: for each audit,
+        whether the text was counted before. skipped_repeats: number of such texts among those not audited.
 
-        is_repeat: the text was counted before, so as evidence it counts only against each τ at which it differs. The
-            recent audits and the change detector count it like any other text: without the repeats that agree, their
-            rates would be too high.
+        As evidence, a text that was counted before counts only against each τ at which it differs. The recent audits
+        and the change detector count it like any other text: without the repeats that agree, their rates would be too
+        high.
         """
-        if is_repeat:
-            self.evidence.add_repeat(share, audit.differs)
+        self.evidence.skip(share, sum(skipped) - skipped_repeats)
+        if repeats is None or not repeats.any():
+            self.evidence.add(share, audits)
         else:
-            self.evidence.add(share, audit)
+            self.evidence.add(share, Profiles(audits.differs[~repeats], audits.layers[~repeats]))
+            self.evidence.add_repeats(share, audits.differs[repeats])
         # At τ = 0 every text is audited, but at the next τ only some are. A share of 0 keeps the number of audits that
         # count as recent as low as it is there.
-        self.recent.add(share if self.index else 0.0, audit.differs)
-        if self.proved:
-            self._detector.add(share, bool(audit.differs[self.proved]))
-            if self._detector.has_fired:
-                self.reset("change")
-                return
+        self.recent.add(share if self.index else 0.0, audits.differs)
+        if self.proved and self._detector.count(share, audits.differs[:, self.proved].tolist(), skipped):
+            self.reset("change")
+            return
         self.index = min(self.index, self.recent.allows(self.proved))
 
     def advance(self) -> None:
@@ -355,42 +352,40 @@ class Promise:
         """Discard the evidence, and return to τ = 0."""
         self.evidence = Evidence(self.evidence.taus)
         self.recent = RecentRates(self.rate, len(self.evidence.taus))
-        self.proved = self.index = self._start = 0
+        self.proved = self.index = 0
         self._why = reason
         self._detector = betting.ChangeDetector(self.rate, PATIENCE)
-
-    def copy(self) -> "Promise":
-        """An independent copy."""
-        other = Promise(self.rate, self.evidence.taus, self._start, self.error)
-        other.restore(self.evidence.copy(), self.saved())
-        other.index = self.index
-        return other
 
     def saved(self) -> SavedPromise:
         """The state to save besides the evidence, for `restore`."""
         taus, recent = self.evidence.taus, self.recent
         return SavedPromise(
-            *(self.rate, float(taus[self.proved]), float(taus[self._start]), self._why),
-            *(self._detector.wealth.tolist(), recent.weight, recent.differing.tolist(), self.error),
+            rate=self.rate,
+            tau=float(taus[self.proved]),
+            reason=self._why,
+            detector=list(self._detector.wealth),
+            weight=recent.weight,
+            recent=recent.differing.tolist(),
+            error=self.error,
         )
 
     def restore(self, evidence: Evidence, saved: SavedPromise) -> None:
         """Continue from a saved state.
 
-        If the saved rate differs from this promise's, or the saved start or δ is higher, only the evidence is used.
-        Otherwise raises ValueError if the saved τ is not on the grid, and for impossible values.
+        If the saved rate differs from this promise's, or the saved δ is higher, only the evidence is used. Otherwise
+        raises ValueError if the saved τ is not on the grid, and for impossible values.
         """
-        is_laxer = saved.start > evidence.taus[self._start] or saved.error > self.error
-        if saved.rate != self.rate or is_laxer:
+        if saved.rate != self.rate or saved.error > self.error:
             self.evidence = evidence
             self.advance()
             return
-        self._start = int(np.searchsorted(evidence.taus, saved.start))
         match = np.flatnonzero(evidence.taus == saved.tau)
-        wealth, differing = np.array(saved.detector, np.float64), np.array(saved.recent, np.float64)
-        fits = len(match) == 1 and wealth.shape == self._detector.wealth.shape
-        fits &= differing.shape == evidence.taus.shape and bool((differing <= saved.weight).all())
-        if not fits or not (wealth >= 0).all() or not (differing >= 0).all():
+        wealth, differing = list(saved.detector), np.array(saved.recent, np.float64)
+        fits = len(match) == 1 and len(wealth) == len(self._detector.wealth)
+        fits &= differing.shape == evidence.taus.shape and bool(
+            (differing <= saved.weight * (1 + 1e-9)).all()
+        )
+        if not fits or min(wealth) < 0 or not (differing >= 0).all():
             raise ValueError("the saved promise does not match the τ grid")
         self.evidence, self.proved, self._why = evidence, int(match[0]), saved.reason
         self._detector.wealth = wealth

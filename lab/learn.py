@@ -17,11 +17,9 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import numpy as np
-from numpy.typing import NDArray
 
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.promise import profile
-from de3.exits.recorded import Recorded
+from de3.exits.promise import profiles
 from de3.export.record import record
 from de3.loadtest.servers import Server, process_tree, running
 from de3.model_store.model import Model
@@ -232,21 +230,11 @@ def hindsight(model: Model, texts: Sequence[str], rate: float) -> float:
     """The speed-up in layers at the largest τ up to which the rate of disagreement on the texts is within `rate`."""
     recorded = record(model, [Example(text, 0) for text in texts], "unseen texts")
     taus = np.unique(FINE_TAUS)
-    differing, layers = profiles(recorded, model.manifest.signal("risk").scores(recorded), taus)
+    scores = model.manifest.signal("risk").scores(recorded)
+    differing, layers = profiles(scores, recorded.differs, recorded.exit_layers, taus)
     wrong = np.flatnonzero(differing.mean(0) > rate)
     index = (wrong[0] if len(wrong) else len(taus)) - 1
     return model.manifest.num_layers / max(float(layers[:, index].mean()), 0.01)
-
-
-def profiles(
-    recorded: Recorded, scores: NDArray[np.float64], taus: NDArray[np.float64]
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Disagreement with full depth and exit layer of each text at each τ, (n, taus) each."""
-    rows = [
-        profile(one.tolist(), differs.tolist(), recorded.exit_layers, taus)
-        for one, differs in zip(scores, recorded.differs, strict=True)
-    ]
-    return np.stack([row.differs for row in rows]), np.stack([row.layers for row in rows])
 
 
 def _report(url: str, name: str) -> dict[str, Any]:

@@ -140,9 +140,13 @@ class LedgerMetrics(Collector):
         )
         tau = GaugeMetricFamily(
             "de3_audit_tau",
-            "τ in force, by reason: start, calibrated, evidence, recent, change, reset; or the option that set it",
+            "τ in force, by reason: start, evidence, recent, change, reset; or the option that set it. With a "
+            "guarantee, the median over the tenants",
             labels=["model", "reason"],
         )
+        tenants = gauge("de3_audit_tenants", "Tenants with a guarantee that have sent texts")
+        lowest = gauge("de3_audit_tau_lowest", "Lowest τ of these tenants")
+        highest = gauge("de3_audit_tau_highest", "Highest τ of these tenants")
         resets = CounterMetricFamily(
             "de3_audit_resets",
             "Resets of the audit evidence, by reason: change (the rate at the proved τ rose above the promise), "
@@ -160,9 +164,12 @@ class LedgerMetrics(Collector):
             if ledger.promised_rate is not None:
                 promise.add_metric([name], ledger.promised_rate)
             tau.add_metric([name, row["reason"]], row["tau"])
+            if taus := ledger.tenant_taus():
+                for metric, value in ((tenants, len(taus)), (lowest, min(taus)), (highest, max(taus))):
+                    metric.add_metric([name], value)
             for reason, count in ledger.num_resets.items():
                 resets.add_metric([name, reason], count)
-        yield from (rate, lower, upper, promise, tau, resets)
+        yield from (rate, lower, upper, promise, tau, tenants, lowest, highest, resets)
 
 
 class BackgroundErrors(Collector):

@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv6Network, ip_address, ip_network
 def network_of(client: str) -> str:
     """The /24 (IPv6: /48) network of a client's address; any other name is returned unchanged.
 
-    client: an address, an IPv6 network, or the owner of a key, as `Frontend.client` returns it.
+    client: an address or an IPv6 network, as `Frontend.client` returns it.
     """
     try:
         address = IPv6Network(client).network_address if "/" in client else ip_address(client)
@@ -19,10 +19,6 @@ def network_of(client: str) -> str:
 
 
 @lru_cache(4096)
-def party(client: str) -> str:
-    """Hash of a client's party: the owner of the client's key, or the client's network.
-
-    A guarantee counts a party as one client, so that many addresses in one network cannot raise τ for others. The party
-    is hashed because it is saved to disk.
-    """
+def network_hash(client: str) -> str:
+    """Hash of a client's network, which is saved to disk with the records of its texts."""
     return hashlib.blake2b(network_of(client).encode(), digest_size=8).hexdigest()

@@ -12,7 +12,6 @@ from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest, TradeOff
 from de3.server.errors import RequestError
-from de3.server.networks import party
 from de3.server.settings import EXCLUSIVE, ExitOptions, Settings
 
 MAX_NAMED = 20  # signals or labels in a message
@@ -33,19 +32,30 @@ def _key(signal: Signal) -> Key:
     return Key(signal.name, signal.lam)
 
 
-class Promised(NamedTuple):
-    """With a guarantee: the τ of each client, and the reason for it.
+class InForce(NamedTuple):
+    """What the audits of a tenant allow.
 
     Attributes:
-        rate: the promised rate of disagreement.
-        newcomers: τ and reason of all clients that are not in `clients`.
-        clients: party (see networks.party), τ and reason of the clients with the most texts, in descending order of
-            texts.
+        epoch: identifies the tenant's evidence; texts that were drawn in an earlier epoch do not count.
+        tau: the tenant's τ, and the reason for it; None without a guarantee.
     """
 
-    rate: float
-    newcomers: tuple[float, Reason]
-    clients: list[tuple[str, float, Reason]]
+    epoch: int
+    tau: float | None
+    reason: Reason | None
+
+
+class Standing(NamedTuple):
+    """The part of a ledger's state that the processes need.
+
+    Attributes:
+        epoch: the epoch of tenants that have sent no texts. Each new ledger, and each reset of all tenants, begins a
+            new one.
+        tenants: the state of some tenants, by name; after a new epoch, of all.
+    """
+
+    epoch: int
+    tenants: dict[str, InForce]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +141,10 @@ class Rules:
             self._at_full_depth(settings.options)
         default = self._choice(tau, self._signal, "default")
         self.default = self._of(replace(settings.options, tau=None), default)
-        if settings.guarantee is not None:
-            tau = 0.0
-            # The guarantee tests learned exits on the texts that calibrated them, so their certificate cannot be the
-            # start as well.
-            has_start = not self._is_full_depth and manifest.learned is None
-            if settings.guarantee_start == "calibrated" and has_start:
-                tau = self._of(ExitOptions(max_disagreement=settings.guarantee), default).rule.tau
-            self.default = self._choice(tau, self._signal, "guarantee", settings.guarantee)
-        self._by_client: dict[str, Choice] = {}  # with a guarantee
-        self._of_newcomers: Choice | None = None
+        self._rate, self._epoch = settings.guarantee, 0
+        self._by_tenant: dict[str, Choice] = {}  # with a guarantee
+        if self._rate is not None:
+            self.default = self._start = self._guaranteed(0.0, "start")
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
@@ -158,28 +162,32 @@ class Rules:
         budget_s = self.default.budget_s
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
-    def apply_guarantee(self, promised: Promised) -> None:
-        """Take each client's τ from a promise, for requests without options.
+    def apply(self, standing: Standing) -> None:
+        """With a guarantee, take the τ of tenants' requests without options from the standing of the model's ledger.
 
-        `default` becomes the choice of the client with the most texts, or that of newcomers if there is none.
+        `default` becomes the choice of the tenant with the median τ.
         """
+        if self._rate is None:
+            return
+        if standing.epoch != self._epoch:
+            self._epoch, self._by_tenant = standing.epoch, {}
+        for name, (_, tau, reason) in standing.tenants.items():
+            if tau is not None and reason is not None:
+                self._by_tenant[name] = self._guaranteed(tau, reason)
+        ordered = sorted(self._by_tenant.values(), key=lambda choice: choice.rule.tau)
+        self.default = ordered[(len(ordered) - 1) // 2] if ordered else self._start
 
-        def choice(tau: float, reason: Reason) -> Choice:
-            row = {"max_disagreement": promised.rate, "confidence": CONFIDENCE, "reason": reason}
-            return replace(self._choice(tau, self._signal, "guarantee", promised.rate), promise=row)
+    def _guaranteed(self, tau: float, reason: Reason) -> Choice:
+        row = {"max_disagreement": self._rate, "confidence": CONFIDENCE, "reason": reason}
+        return replace(self._choice(tau, self._signal, "guarantee", self._rate), promise=row)
 
-        self._by_client = {client: choice(tau, reason) for client, tau, reason in promised.clients}
-        self._of_newcomers = choice(*promised.newcomers)
-        self.default = next(iter(self._by_client.values()), self._of_newcomers)
+    def of_tenant(self, tenant: str) -> Choice:
+        """The choice for a tenant's requests without options, unless load changes it."""
+        return self.default if self._rate is None else self._by_tenant.get(tenant, self._start)
 
     def in_force(self, level: int) -> Choice:
         """The choice for requests without options at a load level."""
         return self.steps[min(level, len(self.steps)) - 1] if level and self.steps else self.default
-
-    def _without_options(self, level: int, client: str) -> Choice:
-        if self._of_newcomers is None:
-            return self.in_force(level)
-        return self._by_client.get(party(client), self._of_newcomers)
 
     def _choice(
         self, tau: float, signal: Signal, by: str, wanted: float | None = None, max_layer: int | None = None
@@ -192,13 +200,13 @@ class Rules:
         rule = ExitRule(row.tau, self._signals[Key(row.signal, row.lam)], thresholds=self._thresholds)
         return Choice(rule, by, wanted, row)
 
-    def of(self, options: ExitOptions, level: int = 0, client: str = "") -> Choice:
+    def of(self, options: ExitOptions, level: int = 0, tenant: str = "") -> Choice:
         """The choice for a request's options; raises RequestError if they cannot be met.
 
-        level: load level. client: client of the request; with a guarantee, each client has its own τ.
+        level: load level. tenant: the request's tenant; with a guarantee, each has its own τ.
         """
         full_depth = self._is_full_depth
-        choice = self._at_full_depth(options) if full_depth else self._chosen(options, level, client)
+        choice = self._at_full_depth(options) if full_depth else self._chosen(options, level, tenant)
         if choice.promise is not None and options != ExitOptions():  # requests with options are not audited
             choice = replace(choice, promise=None)
         if options.thresholds is None:
@@ -247,12 +255,14 @@ class Rules:
         pairs = zip(self._labels, self._own_thresholds, strict=True)
         return Thresholds.of([wanted.get(name, own) for name, own in pairs])
 
-    def _chosen(self, options: ExitOptions, level: int, client: str) -> Choice:
+    def _chosen(self, options: ExitOptions, level: int, tenant: str) -> Choice:
         signal = self._signal_of(options)
         if options.tau is not None or options.max_layer is not None:
-            return self._explicit(options.tau, signal, options.max_layer)
+            return self._explicit(options.tau, signal, options.max_layer, tenant)
         if signal is self._signal:
-            return self._of(options, self._without_options(level, client))
+            return self._of(
+                options, self.of_tenant(tenant) if self._rate is not None else self.in_force(level)
+            )
         wishes = [w for w in ("target_speedup", "max_disagreement") if getattr(options, w) is not None]
         return self._of(options, self._default_of(signal, *wishes))
 
@@ -326,7 +336,7 @@ class Rules:
         }
         return replace(self.at(row, "max_disagreement", max_disagreement), certificate=certificate)
 
-    def _explicit(self, tau: float | None, signal: Signal, max_layer: int | None) -> Choice:
+    def _explicit(self, tau: float | None, signal: Signal, max_layer: int | None, tenant: str) -> Choice:
         if max_layer is not None and not self._exits[0] <= max_layer <= self._exits[-1]:
             raise RequestError(
                 f"max_layer: must be from {self._exits[0]} to {self._exits[-1]}, got {max_layer}",
@@ -334,7 +344,7 @@ class Rules:
             )
         if tau is not None:
             return self._choice(tau, signal, "tau", tau, max_layer)
-        default = self.default if signal is self._signal else self._default_of(signal)
+        default = self.of_tenant(tenant) if signal is self._signal else self._default_of(signal)
         return self._choice(default.rule.tau, signal, "default", None, max_layer)
 
     def _table(self, signal: Signal, field: str) -> TradeOffs:

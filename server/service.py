@@ -15,7 +15,6 @@ from de3.native.network import Memory
 from de3.server import memory
 from de3.server.admission import Admission
 from de3.server.audit.audits import Audits
-from de3.server.audit.ledger import Standing
 from de3.server.background import keep_running
 from de3.server.engine.engine import Engine
 from de3.server.engine.served import Served
@@ -25,7 +24,7 @@ from de3.server.learn.learners import served_before
 from de3.server.manager import Change, Manager
 from de3.server.metrics import Metrics
 from de3.server.models import Models, default_of, find, newest
-from de3.server.rules import Choice
+from de3.server.rules import Choice, Standing
 from de3.server.settings import Settings
 from de3.server.shared import OneProcess, Shared
 

@@ -220,13 +220,9 @@ class Settings(BaseModel):
         gt=0,
         lt=1,
         description="Rate of answers that may differ from full depth, at 95% confidence, for requests without exit "
-        "options. Texts run to full depth at first, and exit earlier as audits of live traffic prove that the rate "
-        "stays within this one. Instead of --tau, --target-speedup, --latency-budget-ms and --max-disagreement.",
-    )
-    guarantee_start: Annotated[Literal["strict", "calibrated"], AUDITS] = Field(
-        "strict",
-        description="With --guarantee: strict (start at full depth), or calibrated (start with the calibration's τ, "
-        "which assumes that texts are like the calibration's).",
+        "options, of each key's name. Texts run to full depth at first, and exit earlier as audits of texts of the "
+        "same name prove that the rate stays within this one. Instead of --tau, --target-speedup, --latency-budget-ms "
+        "and --max-disagreement.",
     )
     state_dir: Annotated[Path | None, AUDITS] = Field(
         None,
@@ -312,8 +308,6 @@ class Settings(BaseModel):
                 raise ValueError(f"guarantee: cannot be combined with {other}; give one of them")
             if self.audit_share == 0:
                 raise ValueError("guarantee: needs audits, and audit_share is 0")
-        elif self.guarantee_start != "strict":
-            raise ValueError("guarantee_start: is only valid with guarantee, which is not set")
         if self.learn and self.guarantee is None:
             raise ValueError("learn: needs guarantee, which decides how early its exits may answer")
         if self.log_audits is not None and not self.share_of_audits:
@@ -321,6 +315,11 @@ class Settings(BaseModel):
         if self.log_audit_texts and self.log_audits is None:
             raise ValueError("log_audit_texts: is only valid with log_audits, which is not set")
         return self
+
+    @property
+    def has_keys(self) -> bool:
+        """True if users need keys. Their names are then the server's tenants; otherwise all clients are one tenant."""
+        return self.api_keys is not None or self.api_keys_file is not None
 
     @property
     def share_of_audits(self) -> float:

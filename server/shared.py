@@ -9,12 +9,11 @@ from prometheus_client import generate_latest
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
 from de3.server.audit.audits import Books
-from de3.server.audit.ledger import Standing
 from de3.server.audit.local_books import LocalBooks
 from de3.server.engine.served import Served
 from de3.server.manager import Change, Manager
 from de3.server.metrics import Metrics
-from de3.server.rules import Choice
+from de3.server.rules import Choice, Standing
 from de3.server.settings import Settings
 
 

@@ -6,6 +6,7 @@ import os
 import resource
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from errno import ENOSPC
 from itertools import count
 from pathlib import Path
@@ -19,24 +20,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from de3.exits.promise import MAX_SHARES, Evidence, profile
+from de3.exits.promise import MAX_SHARES, Evidence, profiles
 from de3.exits.reading import read
 from de3.export import audited
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Store
 from de3.server.audit import ledgers
-from de3.server.audit.auditor import LEARN_TEXTS, MAX_PENDING, NO_OPTIONS, ROOM, Auditor, Traffic
-from de3.server.audit.ledger import MAX_RESETS, MIN_AUDITS, Audited, Ledger, Settled, Standing
+from de3.server.audit.auditor import LEARN_TEXTS, NO_OPTIONS, ROOM, Auditor, Traffic
+from de3.server.audit.ledger import MIN_AUDITS, Ledger
 from de3.server.audit.local_books import LocalBooks
 from de3.server.audit.log import AuditLog, line_of
 from de3.server.audit.report import Live, report
-from de3.server.audit.state import NEW_SHARES, StateDir, restore, state_of
+from de3.server.audit.state import NEW_SHARES, StateDir, restore, states_of
+from de3.server.audit.tenant import MAX_RESETS, Settled
 from de3.server.engine import audit as audit_engine
 from de3.server.engine.audit import Audit, run_audits
 from de3.server.engine.queue import WorkQueue
 from de3.server.engine.request import Text
 from de3.server.learn.record import Record
-from de3.server.rules import Rules
+from de3.server.rules import InForce, Rules, Standing
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests import jobs
@@ -73,7 +75,7 @@ def audit(server: Server, model: str = "tiny-int8") -> dict[str, Any]:
 
 def settled(server: Server, texts: int, model: str = "tiny-int8") -> dict[str, Any]:
     """The audit report, once at least this many texts have been counted."""
-    until(lambda: ledger_of(server).evidence.texts >= texts, f"{texts} texts to be counted")
+    until(lambda: ledger_of(server).total().texts >= texts, f"{texts} texts to be counted")
     return audit(server, model)
 
 
@@ -142,11 +144,6 @@ def test_texts_with_windows_or_a_layer_limit_are_excluded(store: Path) -> None:
 
 
 def test_a_guarantee_starts_at_full_depth_and_audits_raise_tau(store: Path) -> None:
-    def tau(address: str) -> float:
-        with httpx.Client(transport=httpx.HTTPTransport(local_address=address)) as client:
-            answer = client.post(server.url + "/classify", json={"input": "good", "explain": True})
-            return float(answer.json()["tau_choice"]["tau"])
-
     with serving(store, models=["tiny-int8"], guarantee=0.2) as server:
         assert server.service.settings.share_of_audits == 0.05
         first = server.classify(input=TEXTS[0], explain=True).json()
@@ -155,10 +152,9 @@ def test_a_guarantee_starts_at_full_depth_and_audits_raise_tau(store: Path) -> N
         assert first["tau_choice"]["by"] == "guarantee"
         assert first["tau_choice"]["promise"] == promise
         server.classify(input=["not bad"] * 256)
-        assert audit(server)["texts"] == 257
-        assert tau("127.0.0.1") == 0 == tau("127.5.0.1")  # copies do not raise τ
+        said = audit(server)
+        assert said["texts"] == 257 and said["tau"]["tau"] == 0  # copies do not raise τ
         raise_tau(server)
-        assert tau("127.0.0.1") > 0 == tau("127.5.0.1")  # the τ of another network stays at 0
         said = audit(server)
         after = server.classify(input=TEXTS, explain=True).json()
         assert after["tau_choice"]["promise"] == promise | {"reason": "evidence"}
@@ -172,12 +168,49 @@ def test_a_guarantee_starts_at_full_depth_and_audits_raise_tau(store: Path) -> N
         assert answer["data"][0]["exit"]["tau"] == 0.5
 
 
-def test_a_calibrated_start_has_the_certified_tau(store: Path) -> None:
-    with serving(store, models=["tiny-int8"], guarantee=0.3, guarantee_start="calibrated") as server:
-        certified = server.classify(input="good", max_disagreement=0.3).json()["data"][0]["exit"]["tau"]
-        answer = server.classify(input="good", explain=True).json()
-        assert answer["tau_choice"]["tau"] == certified > 0
-        assert answer["tau_choice"]["promise"]["reason"] == "calibrated"
+def test_each_keys_name_has_its_own_guarantee(store: Path) -> None:
+    """A name's new key continues with the name's τ; a user sees only the row of its own name."""
+    keys = {
+        "victim": "key-of-the-victim-0123",
+        "loud": "key-of-the-loud-01234",
+        "boss": "key-of-the-boss-01234",
+    }
+    users = ";".join(f"{name} {keys[name]}" for name in ("victim", "loud"))
+    on: dict[str, Any] = {"guarantee": 0.2, "api_keys": users, "admin_keys": f"boss {keys['boss']}"}
+    with serving(store, models=["tiny-int8"], **on) as server:
+
+        def head(name: str) -> dict[str, str]:
+            return {"Authorization": f"Bearer {keys[name]}"}
+
+        def tau(name: str) -> float:
+            body = {"input": "good", "explain": True}
+            answer = httpx.post(f"{server.url}/classify", json=body, headers=head(name)).json()
+            # With only max_layer, τ is the tenant's as well.
+            body |= {"max_layer": 2}
+            limited = httpx.post(f"{server.url}/classify", json=body, headers=head(name)).json()
+            assert limited["tau_choice"]["tau"] == answer["tau_choice"]["tau"]
+            return float(answer["tau_choice"]["tau"])
+
+        def seen(name: str) -> dict[str, dict[str, Any]]:
+            found = httpx.get(f"{server.url}/v1/models/tiny-int8/audit", headers=head(name)).json()
+            return {row["tenant"]: row for row in found["tenants"]}
+
+        while tau("loud") == 0:
+            httpx.post(
+                f"{server.url}/classify", json={"input": new_texts()}, headers=head("loud"), timeout=60
+            )
+        assert tau("victim") == 0
+        assert (
+            server.metric("de3_audit_tau_highest") == tau("loud") > 0 == server.metric("de3_audit_tau_lowest")
+        )
+        assert server.metric("de3_audit_tenants") == 2
+        assert (list(seen("loud")), list(seen("victim"))) == (["loud"], ["victim"])
+        rows = seen("boss")
+        assert list(rows) == ["loud", "victim"]
+        assert (rows["loud"]["tau"], rows["loud"]["reason"]) == (tau("loud"), "evidence")
+        assert rows["victim"]["texts"] == 1
+        reset = httpx.post(f"{server.url}/v1/models/tiny-int8/audit/reset", headers=head("boss"))
+        assert reset.status_code == 200 and tau("loud") == 0 == tau("victim")
 
 
 def test_load_never_raises_the_tau_of_a_guarantee(store: Path) -> None:
@@ -199,7 +232,7 @@ def test_a_request_that_is_not_answered_leaves_nothing_behind(
         gate.open()
         server.classify(input="good")
         settled(server, 1)
-        assert ledger_of(server).evidence.texts == 1
+        assert ledger_of(server).total().texts == 1
 
 
 def test_audits_continue_after_a_restart(
@@ -282,7 +315,8 @@ def test_a_reloaded_model_keeps_its_evidence_until_an_admin_resets_it(store: Pat
         response = httpx.post(f"{models}/tiny-int8/audit/reset", headers=ADMIN)
         assert response.json() == {"model": "tiny-int8:1", "tau": {"tau": 0.0, "reason": "reset"}}
         said = audit(server)
-        assert (said["audits"], said["texts"], said["resets"][0]["reason"]) == (0, 0, "reset")
+        assert (said["audits"], said["texts"]) == (0, 0)
+        assert said["tenants"][0]["resets"][0]["reason"] == "reset"
         assert server.metric("de3_audit_resets_total", reason="reset") == 1
 
 
@@ -304,7 +338,6 @@ def test_a_server_without_audits_says_how_to_enable_them(store: Path) -> None:
         ({"guarantee": 0}, "guarantee"),
         ({"guarantee": 1}, "guarantee"),
         ({"audit_share": 1.1}, "audit_share"),
-        ({"guarantee_start": "calibrated"}, "guarantee_start: "),
         ({"log_audits": "x"}, "log_audits: "),
         ({"log_audit_texts": True}, "log_audit_texts: .* log_audits"),
         ({"learn": True}, "learn: .* guarantee"),
@@ -325,7 +358,7 @@ def test_a_pending_audit_keeps_the_tokens_and_not_the_text(store: Path) -> None:
         until(lambda: waiting, "the audit")
         referred = gc.get_referents(waiting[0], *(waiting[0].on_done.__closure__ or ()))  # type: ignore[attr-defined]
         assert any(isinstance(one, Tokens) for one in referred)
-        assert not any(isinstance(one, Text | str) for one in referred)
+        assert not any(isinstance(one, Text) or (isinstance(one, str) and "good" in one) for one in referred)
 
 
 def test_an_unloaded_model_is_freed(store: Path) -> None:
@@ -447,13 +480,24 @@ def served_ledger(books: LocalBooks, served: Any) -> Ledger:
     return ledger
 
 
+# Scores and disagreement at the exits of the model that `made` stands for.
+ALIKE: tuple[list[float | None], list[bool]] = ([0.0, None, None, None], [False] * 4)
+UNLIKE: tuple[list[float | None], list[bool]] = ([0.0, None, None, None], [True, False, False, False])
+
+
+def settled_in(ledger: Ledger, share: float = 1.0, tenant: str = "", may_rise: bool = True) -> Settled:
+    """Texts that are drawn in the present epoch; none at first."""
+    return Settled(tenant, ledger.tenant(tenant).epoch, share, may_rise=may_rise)
+
+
 def agree(ledger: Ledger, share: float = 1.0, served_differs: bool = False) -> None:
     """Count an audited text that agrees with full depth at every τ.
 
     share: probability with which it was drawn. served_differs: True if the answer that was sent differs nevertheless.
     """
-    audit = Audited([0.0, None], [False, False], [0, 3], served_differs)
-    ledger.count([Settled("one", share, audit=audit)], ledger.standing.epoch, True)
+    one = settled_in(ledger, share)
+    one.add(None, *ALIKE, served_differs)
+    ledger.count([one])
 
 
 def test_evidence_of_an_unloaded_model_does_not_count_for_another_of_its_name(store: Path) -> None:
@@ -461,13 +505,13 @@ def test_evidence_of_an_unloaded_model_does_not_count_for_another_of_its_name(st
     agree(served_ledger(books, first))
     books.forget(first)
     ledger = served_ledger(books, changed := made(store, max_tokens=63))
-    assert ledger.evidence.audits == 0
+    assert ledger.total().audits == 0
     agree(ledger)
     books.forget(changed)
-    assert served_ledger(books, changed).evidence.audits == 1
+    assert served_ledger(books, changed).total().audits == 1
     books.forget(changed)
     changed.model.runtime = "native"
-    assert served_ledger(books, changed).evidence.audits == 0
+    assert served_ledger(books, changed).total().audits == 0
 
 
 def test_evidence_of_unloaded_models_is_saved_and_limited_in_memory(
@@ -480,7 +524,7 @@ def test_evidence_of_unloaded_models_is_saved_and_limited_in_memory(
         for served in versions:
             agree(served_ledger(books, served))
             books.forget(served)
-        found.append([served_ledger(books, served).evidence.audits for served in versions])
+        found.append([served_ledger(books, served).total().audits for served in versions])
     assert found == [[0, 1, 1], [1, 1, 1]]
 
 
@@ -491,7 +535,8 @@ def test_evidence_of_unloaded_models_is_saved_and_limited_in_memory(
         {"signal": "entropy"},
         {"runtime": "native"},
         {"taus": [0.0, 0.5]},
-        {"schema_version": 1},
+        {"schema_version": 2},
+        {"tenant": "../other"},
         {"since": 1e300},
         {"since": float("nan")},
         {"differing": 6},  # of 5 texts
@@ -521,7 +566,7 @@ def test_a_state_that_does_not_fit_is_set_aside(
         file.write_text(json.dumps(state | change))
     books = books_of(state_dir=tmp_path)
     ledger = served_ledger(books, made(store))
-    assert ledger.evidence.audits == 0 and "cannot be used" in caplog.text
+    assert ledger.total().audits == 0 and "cannot be used" in caplog.text
     assert (tmp_path / "tiny-1.json.old").exists()
     agree(ledger)
     books.stop()
@@ -532,10 +577,10 @@ def test_a_state_leaves_room_for_the_shares_that_a_server_adds(store: Path) -> N
     ledger = served_ledger(books_of(), made(store))
     for number in range(MAX_SHARES - NEW_SHARES):
         agree(ledger, (1 + number) / MAX_SHARES)
-    restore(ledger, state_of(ledger))
+    restore(ledger, *states_of(ledger))
     agree(ledger, 1.0)
     with pytest.raises(ValueError, match="shares"):
-        restore(ledger, state_of(ledger))
+        restore(ledger, *states_of(ledger))
 
 
 def test_the_report_separates_answers_as_served_from_those_of_the_tau_in_force(store: Path) -> None:
@@ -552,75 +597,99 @@ def test_only_the_last_resets_are_remembered_but_all_are_counted(store: Path) ->
         for _ in range(number):
             agree(ledger)
         ledger.reset()
-    assert [r.audits for r in ledger.resets] == list(range(3, MAX_RESETS + 3))
+    assert [r.audits for r in ledger.tenants[""].resets] == list(range(3, MAX_RESETS + 3))
     assert ledger.num_resets["reset"] == MAX_RESETS + 3
-    restore(ledger, state_of(ledger))
+    restore(ledger, *states_of(ledger))
 
 
 def test_a_change_falls_back_to_full_depth_and_discards_the_texts_that_were_drawn_before_it(
     store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def started() -> Ledger:
-        served = made(store)
-        served.rules = Rules(served.model.manifest, Settings(guarantee=0.3, guarantee_start="calibrated"))
-        return served_ledger(books_of(guarantee=0.1, guarantee_start="calibrated"), served)
-
-    ledger = started()
-    unlike = Settled("one", 1.0, audit=Audited([0.0, None], [True, False], [3, 3], True))
-    epoch = ledger.standing.epoch
-    ledger.count([unlike] * 100, epoch, True)
+    """Only the tenant whose rate has risen is affected."""
+    served = made(store)
+    served.rules = Rules(served.model.manifest, Settings(guarantee=0.1))
+    ledger = served_ledger(books_of(guarantee=0.1), served)
+    for name in ("one", "two"):
+        alike = settled_in(ledger, tenant=name)
+        for key in range(100):
+            alike.add(key, *ALIKE, False)
+        ledger.count([alike])
+    proved, epoch = served.rules.of_tenant("one").rule.tau, ledger.tenants["one"].epoch
+    assert proved > 0
+    late, unlike = settled_in(ledger, tenant="one"), settled_in(ledger, tenant="one")
+    for key in range(100, 200):
+        late.add(key, *UNLIKE, True)
+        unlike.add(key, *UNLIKE, True)
+    ledger.count([unlike, late])
     assert "differ from full depth more often than the promised 10%" in caplog.text
-    said = report(ledger, Live(1.0, 0, {}), ledger.rules.default)
-    assert said["tau"] == {"tau": 0.0, "reason": "change"}
-    (reset,) = said["resets"]
-    assert reset["reason"] == "change" and reset["tau"] > 0
-    assert 1 < reset["audits"] < 100  # the audit that showed the change included
-    assert ledger.evidence.texts == 0 and ledger.standing.epoch != epoch
-    ledger.count([unlike], epoch, True)
-    assert ledger.evidence.texts == 0
-    single = started()
-    for _ in range(reset["audits"]):
-        assert not single.resets
-        single.count([unlike], single.standing.epoch, True)
-    assert single.resets[0].audits == reset["audits"]
+    said = {row["tenant"]: row for row in report(ledger, Live(1.0, 0, {}), ledger.rules.default)["tenants"]}
+    assert (said["one"]["tau"], said["one"]["reason"]) == (0.0, "change")
+    ((reset),) = said["one"]["resets"]
+    assert (reset["reason"], reset["tau"], reset["audits"]) == ("change", proved, 200)
+    assert ledger.tenants["one"].evidence.texts == 0 and ledger.tenants["one"].epoch != epoch
+    assert (said["two"]["tau"], said["two"]["resets"], said["two"]["audits"]) == (proved, [], 100)
+    assert served.rules.of_tenant("two").rule.tau == proved > 0 == served.rules.of_tenant("one").rule.tau
+    # What was learned is void only after a change of at least half of the traffic.
+    assert (ledger.num_resets["change"], ledger.num_changes) == (1, 1)
+    for audits, changes in ((399, 1), (1, 2)):
+        more = settled_in(ledger, tenant="two")
+        for key in range(audits):
+            more.add(key, *ALIKE, False)
+        ledger.count([more])
+        before = ledger.num_changes
+        ledger.tenants["one"].reset(ledger.tenants["one"].epoch)
+        ledger.tenants["one"].resets[-1] = replace(ledger.tenants["one"].resets[-1], audits=500)
+        ledger._changed("one", ledger.tenants["one"])
+        assert ledger.num_changes - before == changes - 1 or audits == 399
 
 
 def test_tau_rises_only_after_the_last_text_of_a_request(store: Path) -> None:
     served = made(store)
     served.rules = Rules(served.model.manifest, Settings(guarantee=0.1))
     ledger = served_ledger(books_of(guarantee=0.1), served)
-    alike = Audited([0.0, None], [False, False], [0, 3], False)
-    texts = [Settled("one", 1.0, keys=[key], audit=alike) for key in range(100)]
     for _ in range(2):
-        ledger.count(texts[:99], ledger.standing.epoch, False)
-        assert served.rules.default.rule.tau == 0
-        ledger.count(texts[99:], ledger.standing.epoch, True)
-        assert served.rules.default.rule.tau > 0 and ledger.evidence.audits == 100
+        for keys, may_rise in ((range(99), False), (range(99, 100), True)):
+            one = settled_in(ledger, may_rise=may_rise)
+            for key in keys:
+                one.add(key, *ALIKE, False)
+            ledger.count([one])
+            assert (served.rules.default.rule.tau > 0) == may_rise
+        assert ledger.total().audits == 100
         ledger.reset()  # after which the same texts may count again
-        assert served.rules.default.rule.tau == 0 and ledger.evidence.audits == 0
+        assert served.rules.default.rule.tau == 0 and ledger.total().audits == 0
 
 
-def test_the_speedup_is_that_of_the_audits_at_the_tau_in_force_and_within_the_promise(store: Path) -> None:
+def test_the_speedup_is_that_of_the_audits_at_each_tenants_tau(store: Path) -> None:
     """Half of the texts exit at layer 0 above τ = 0; the others above τ = 0.9, with another answer."""
-    easy = Audited([0.0, None], [False, False], [0, 3], False)
-    hard = Audited([0.9, None], [True, False], [0, 3], False)
+    hard: tuple[list[float | None], list[bool]] = ([0.9, None, None, None], [True, False, False, False])
     for promised in ({}, {"guarantee": 0.3}):
         found, served = [], made(store)
         served.rules = Rules(served.model.manifest, Settings(**promised or {"tau": TAU}))
         ledger = served_ledger(books_of(**promised), served)
         for n in range(MIN_AUDITS):
-            found.append((ledger.speedup(), ledger.allowed()))
-            ledger.count([Settled("one", 1.0, audit=(easy, hard)[n % 2])], ledger.standing.epoch, False)
-        assert set(found) == {(1.0, 1.0)}  # too few audits
+            found.append(ledger.speedup())
+            one = settled_in(ledger, may_rise=False)
+            one.add(None, *(ALIKE, hard)[n % 2], False)
+            ledger.count([one])
+        assert set(found) == {1.0}  # too few audits
         assert ledger.speedup() == (1.0 if promised else 2.0)  # with the guarantee, τ is still 0
-        assert ledger.allowed() == 2.0
+    for key in range(150):
+        one = settled_in(ledger, tenant="fast")
+        one.add(key, *ALIKE, False)
+        ledger.count([one])
+    # 150 texts of the fast tenant at layer 0, 100 of the other one at layer 3.
+    assert ledger.tenants["fast"].index > 0 == ledger.tenants[""].index
+    assert ledger.speedup() == pytest.approx(3 / (100 * 3 / 250))
+    measured = report(ledger, Live(1.0, 0, {}), ledger.rules.default)["measured"]
+    assert (measured["disagreement"], measured["mean_exit_layer"]) == (0, pytest.approx(100 * 3 / 250))
+    assert ledger.rules.default.rule.tau == 0  # the lower median
 
 
 class Answering(Auditor):
     """An auditor of stand-ins for jobs, whose audits run when a test says so.
 
     Attributes:
-        waiting: entries whose audit has not run.
+        waiting: the tenants and entries whose audit has not run.
         counted: for each call, number of texts, and whether τ may rise.
         settled: the texts that were counted.
         is_behind: nothing is drawn.
@@ -634,16 +703,21 @@ class Answering(Auditor):
         settings = Settings(audit_share=1.0)
         super().__init__(served, settings, lambda _: None, self._note, is_behind=lambda: self.is_behind)
 
-    def _note(self, settled: Sequence[Settled], _: int, may_rise: bool) -> None:
+    def _note(self, settled: Sequence[Settled]) -> None:
         self.settled += settled
-        self.counted.append((sum(one.skipped + (one.audit is not None) for one in settled), may_rise))
+        self.counted.append((sum(sum(o.skipped) + len(o.scores) for o in settled), settled[-1].may_rise))
 
-    def _enqueue(self, entry: Any, *_: Any) -> None:
-        entry.is_pending = True
-        self.waiting.append(entry)
+    def _enqueue(self, tenant: Any, entry: Any, *_: Any) -> None:
+        self.waiting.append((tenant, entry))
 
     def answer(
-        self, *is_drawn: float, tau: float = TAU, exits: int = 1, epoch: int = 0, fails: bool = False
+        self,
+        *is_drawn: float,
+        tau: float = TAU,
+        exits: int = 1,
+        epoch: int = 0,
+        fails: bool = False,
+        tenant: str = "",
     ) -> None:
         """Answer a request; a text is drawn with a share of more than 1 - is_drawn.
 
@@ -651,25 +725,28 @@ class Answering(Auditor):
         """
         tokens, texts = Tokens(np.array([[1]]), np.array([[0]]), truncated=False), iter(is_drawn)
         progress = SimpleNamespace(tokens=tokens, states=None)
-        items = [SimpleNamespace(progress=progress, text=None, asks_all_exits=False) for _ in is_drawn]
         outcome = SimpleNamespace(windows=None, reason="", passed=self.PASSED[:exits], tokens=1)
         outcome.reading = outcome.passed[-1]
-        choice, request = SimpleNamespace(rule=SimpleNamespace(tau=tau)), SimpleNamespace(options=NO_OPTIONS)
+        items = [
+            SimpleNamespace(progress=progress, text=None, asks_all_exits=False, outcome=outcome)
+            for _ in is_drawn
+        ]
+        choice = SimpleNamespace(rule=SimpleNamespace(tau=tau))
+        request = SimpleNamespace(options=NO_OPTIONS, tenant=tenant)
         job: Any = SimpleNamespace(client="one", items=items, choice=choice, request=request)
-        job.outcomes = lambda: [outcome] * len(items)
         self._random = SimpleNamespace(random=lambda: 1.0 - next(texts))  # type: ignore[assignment]
         draw = self.draw(job)
         if fails:
             assert draw is not None
             self.abandon(job, draw)
             return
-        self.apply(Standing(epoch, None))
+        self.apply(Standing(epoch, {}))
         self.answered(job, draw)
 
     def run_audit(self, index: int, **result: Any) -> None:
         fields = {"is_dropped": False, "error": None, "passed": self.PASSED, "model_s": 0.0, "tokens": ""}
         audit: Any = SimpleNamespace(**fields | {"states": None} | result)
-        self._done(audit, self.waiting.pop(index), self.PASSED[0], None)
+        self._done(audit, *self.waiting.pop(index), "client", self.PASSED[0], None)
 
 
 def test_texts_are_counted_in_order_and_tau_may_rise_after_the_last_of_a_request(store: Path) -> None:
@@ -679,17 +756,17 @@ def test_texts_are_counted_in_order_and_tau_may_rise_after_the_last_of_a_request
     one.answer(False, True, True, True)
     one.answer(False)
     one.run_audit(2)
-    assert one.counted == [(1, True)] and one.pending == 2
+    assert one.counted == [(1, True), (1, False)] and one.pending == 2
     one.run_audit(0)
-    assert one.counted[1:] == [(2, False)]
+    assert one.counted[2:] == [(1, False)]
     one.run_audit(0)
-    assert one.counted[2:] == [(3, True)] and one.pending == 0
+    assert one.counted[3:] == [(3, True)] and one.pending == 0
 
 
 def test_texts_that_were_drawn_before_a_reset_or_with_share_0_do_not_count(store: Path) -> None:
     one = Answering(made(store))
     one.answer(False, True)
-    assert one.counted == [] and one.pending == 1
+    assert one.counted == [(1, False)] and one.pending == 1
     one.answer(True, False, epoch=1)
     assert len(one.waiting) == 1
     one.run_audit(0)
@@ -698,7 +775,7 @@ def test_texts_that_were_drawn_before_a_reset_or_with_share_0_do_not_count(store
     assert not one.waiting and one.pending == 0
     one.is_behind = False
     one.answer(False, epoch=1)
-    assert one.counted == [(1, True)]
+    assert one.counted[1:] == [(1, True)]
 
 
 @pytest.mark.parametrize("tau", [0.0, TAU])
@@ -715,7 +792,13 @@ def test_an_audit_that_fails_counts_as_a_disagreement_and_a_dropped_one_not_at_a
     one.answer(True, True)
     one.run_audit(0, is_dropped=True)
     one.run_audit(0, error=RuntimeError("broken"))
-    assert [each.audit for each in one.settled] == [Audited([0.0, None], [True, False], [3, 3], True)]
+    (worst,) = [each for each in one.settled if each.scores]
+    row = profiles(worst.scores, worst.differs, range(4), one.served.rules.taus) if False else worst
+    assert (row.scores, row.differs, row.served) == (
+        [[None, None, 0.0, None]],
+        [[False, False, True, False]],
+        1,
+    )
     assert one.pending == 0 and one.audits == one.disagreements == 1
 
 
@@ -723,20 +806,28 @@ def test_texts_drawn_under_load_count_with_the_share_in_force(store: Path) -> No
     """Each disagreement counts for 1/q texts, where q is the share in force, not --audit-share."""
     one = Answering(made(store))
     for share, pending in ((1.0, 0), (0.5, ROOM // 8), (0.25, ROOM // 4)):
-        one._outstanding = pending
+        one._tenant("").pending = pending
         one.answer(0.99 - share)
         one.answer(1.01 - share, exits=4)  # drawn
-    counted = [(each.share, each.skipped, each.audit is not None) for each in one.settled]
-    assert counted == [(q, *rest) for q in (1.0, 0.5, 0.25) for rest in ((1, False), (0, True))]
+    counted = [(each.share, each.skipped) for each in one.settled]
+    assert counted == [(q, rest) for q in (1.0, 0.5, 0.25) for rest in ([1], [0, 0])]
 
 
-def test_pending_audits_are_limited(store: Path) -> None:
+def test_pending_audits_are_limited_for_each_tenant(store: Path) -> None:
     auditor, shares = Answering(made(store)), []
-    for outstanding in range(MAX_PENDING + 1):
-        auditor._outstanding = outstanding
+    tenant = auditor._tenant("")
+    for pending in range(2 * ROOM + 1):
+        tenant.pending = pending
         shares.append(auditor.share)
     assert shares[0] == 1.0 and shares[ROOM] == 2**-8 and shares[-1] == 0.0
     assert shares == sorted(shares, reverse=True)
+    other = auditor._tenant("other")
+    assert auditor._share_of(other, TAU) == 1.0  # it has half of the room
+    other.pending = ROOM // 2
+    assert auditor._share_of(other, TAU) == 2**-8 > auditor._share_of(tenant, TAU) == 0.0
+    for number in range(1000):
+        auditor._tenant(str(number)).pending = 1
+    assert auditor._share_of(auditor._tenant("new"), TAU) == 1.0
 
 
 # For each entry: the keys of its texts, whether the last was drawn, and whether its answer differs.
@@ -750,9 +841,9 @@ entries = st.lists(
 def test_copies_count_only_against_a_higher_tau(
     store: Path, entries: list[tuple[list[int], bool, bool]]
 ) -> None:
-    """The report's e-values are those of the distinct texts; of these, at least the last MAX_SEEN / 2 are known."""
+    """The report's e-values are those of the distinct texts; of these, at least the last MOST_SEEN / 2 are known."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("de3.server.audit.ledger.MAX_SEEN", 8)
+        patch.setattr("de3.server.audit.ledger.MOST_SEEN", 8)
         ledger = served_ledger(books_of(guarantee=0.2), made(store))
         expected, fresh = Evidence(ledger.taus), list[int]()
 
@@ -763,19 +854,33 @@ def test_copies_count_only_against_a_higher_tau(
             return key not in known
 
         for keys, is_drawn, differs in entries:
-            one = Settled("one", 0.5, len(keys) - is_drawn, keys)
-            expected.skip(0.5, sum([is_new(key) for key in keys[: one.skipped]]))
+            one, skipped = settled_in(ledger, 0.5), keys[: len(keys) - is_drawn]
+            for key in skipped:
+                one.skip(key)
+            expected.skip(0.5, sum([is_new(key) for key in skipped]))
             if is_drawn:
-                one.audit = Audited([0.0, None], [differs, False], [0, 3], differs)
-                row = profile(one.audit.scores, one.audit.differs, one.audit.layers, ledger.taus)
+                one.add(keys[-1], *(UNLIKE if differs else ALIKE), differs)
+                row = profiles(one.scores, one.differs, range(4), ledger.taus)
                 if is_new(keys[-1]):
                     expected.add(0.5, row)
                 else:
-                    expected.add_repeat(0.5, row.differs)
-            ledger.count([one], ledger.standing.epoch, True)
-        if not ledger.resets:
+                    expected.add_repeats(0.5, row.differs)
+            ledger.count([one])
+        if not any(ledger.num_resets.values()) and ledger.tenants:
             rows = report(ledger, Live(1.0, 0, {}), ledger.rules.default)["taus"]
             assert [row["e_value"] for row in rows] == pytest.approx(expected.e_values(0.2).tolist())
+
+
+def test_many_tenants_share_the_room_for_hashes(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("de3.server.audit.ledger.MAX_SEEN", 40)
+    ledger = served_ledger(books_of(guarantee=0.2), made(store))
+    for key in range(40):
+        for name in map(str, range(10)):
+            one = settled_in(ledger, tenant=name)
+            one.add(key, *ALIKE, False)
+            ledger.count([one])
+    for tenant in ledger.tenants.values():
+        assert 2 <= len(tenant._seen._older | tenant._seen._newer) <= 4
 
 
 @pytest.mark.parametrize(
@@ -788,22 +893,33 @@ def test_records_have_only_finite_values(store: Path, value: float, is_kept: boo
     pair = Tokens(tokens.ids, np.array([[0, 1]]), truncated=False)
     ones, states = np.ones((3, 4), np.float32), np.ones((3, 4), np.float32)
     states[1, 2] = value
-    entry = auditor._open("one", 0.5)
-    auditor._record(entry, tokens, states, read(3, [1.0, 2.0], None))
-    auditor._record(entry, tokens, ones, read(3, [1.0, value], None))
+    auditor._record("one", 0.5, tokens, states, read(3, [1.0, 2.0], None))
+    auditor._record("one", 0.5, tokens, ones, read(3, [1.0, value], None))
     assert len(kept) == int(is_kept) + int(np.isfinite(value))
-    auditor._record(entry, pair, ones, read(3, [1.0, 2.0], None))
+    auditor._record("one", 0.5, pair, ones, read(3, [1.0, 2.0], None))
     assert kept[-1].key not in {one.key for one in kept[:-1]}
     assert (kept[-1].client, kept[-1].share, kept[-1].states.dtype) == ("one", 0.5, np.float16)
 
 
-def test_texts_that_are_settled_together_have_one_client_and_one_share(store: Path) -> None:
+def test_texts_that_are_settled_together_have_one_share(store: Path) -> None:
     auditor = Answering(made(store))
-    for client, share in [("one", 1.0), ("one", 1.0), ("two", 1.0), ("two", 0.5)]:
-        auditor._open(client, share).settled.skipped += 1
-    auditor._settle()
-    counted = [(one.client, one.share, one.skipped) for one in auditor.settled]
-    assert counted == [("one", 1.0, 2), ("two", 1.0, 1), ("two", 0.5, 1)]
+    tenant = auditor._tenant("one")
+    for share in (1.0, 1.0, 0.5):
+        auditor._open(tenant, Settled("one", 0, share), False).settled.skip(None)
+    auditor._settle(tenant)
+    assert [(one.share, one.skipped) for one in auditor.settled] == [(1.0, [2]), (0.5, [1])]
+
+
+def test_a_pending_audit_of_one_tenant_delays_no_other(store: Path) -> None:
+    one = Answering(made(store))
+    one.answer(True, tenant="slow")
+    one.answer(False, True, tenant="other", exits=4)
+    assert one.counted == [(2, True)] and one.settled[0].tenant == "other"
+    # A tenant's reset discards only its own texts.
+    one.apply(Standing(0, {"slow": InForce(7, None, None)}))
+    one.answer(False, tenant="other")
+    one.run_audit(0)
+    assert one.counted == [(2, True), (1, True)] and one.pending == 0
 
 
 def test_after_a_reset_exits_are_learned_fast_again(store: Path) -> None:
@@ -812,7 +928,7 @@ def test_after_a_reset_exits_are_learned_fast_again(store: Path) -> None:
     auditor = Auditor(served, on, lambda _: None, lambda *_: None, traffic=traffic)
     for epoch in (1, 1, 2):
         traffic.texts = traffic.texts or 3 * LEARN_TEXTS
-        auditor.apply(Standing(epoch, None))
+        auditor.apply(Standing(epoch, {}))
         shares.append(auditor.share)
     assert shares == [0.25, 0.25, 1.0]
 
@@ -820,12 +936,14 @@ def test_after_a_reset_exits_are_learned_fast_again(store: Path) -> None:
 def test_nothing_is_drawn_while_too_many_texts_wait_to_be_counted(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("de3.server.audit.auditor.MAX_ENTRIES", 3)
+    monkeypatch.setattr("de3.server.audit.auditor.MAX_ENTRIES", 6)
+    monkeypatch.setattr("de3.server.audit.auditor.LEAST_ENTRIES", 1)
     auditor, shares = Answering(made(store)), []
+    tenant, other = auditor._tenant("one"), auditor._tenant("other")
     for _ in range(4):
-        shares.append(auditor.share)
-        auditor._open("one", 1.0).is_open = False
-    assert shares == [1, 1, 1, 0]
+        shares.append(auditor._share_of(tenant, TAU))
+        auditor._open(tenant, Settled("one", 0, 1.0), True)
+    assert shares == [1, 1, 1, 0] and auditor._share_of(other, TAU) == 1
 
 
 def test_audits_with_nan_or_infinity_are_not_logged(store: Path) -> None:

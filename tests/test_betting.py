@@ -69,16 +69,25 @@ def test_bounds_enclose_the_rate_and_are_in_order(stream: list[tuple[float, bool
         assert lower[0] == 0
 
 
-@given(st.floats(0.01, 0.99), st.sampled_from(SHARES), st.integers(0, 50))
-def test_texts_that_were_not_drawn_count_together_as_one_by_one(
-    rate: float, share: float, texts: int
+@given(
+    st.floats(0.001, 0.9),
+    st.sampled_from(SHARES),
+    st.lists(st.tuples(st.integers(0, 300), st.booleans()), max_size=12),
+    st.integers(0, 9),
+)
+def test_texts_count_together_as_one_by_one(
+    rate: float, share: float, texts: list[tuple[int, bool]], after: int
 ) -> None:
-    together, single = ChangeDetector(rate, 1e5), ChangeDetector(rate, 1e5)
-    for detector in (together, single):
-        detector.add(share, True)
-    together.skip(share, texts)
-    for _ in range(texts):
-        single.skip(share, 1)
+    together, single, fired = ChangeDetector(rate, 50.0), ChangeDetector(rate, 50.0), False
+    for skipped, differs in texts:
+        for _ in range(skipped):
+            single.count(share, [], [1])
+        if fired := single.count(share, [differs], [0, 0]):
+            break
+    for _ in range(0 if fired else after):
+        single.count(share, [], [1])
+    found = together.count(share, [differs for _, differs in texts], [*(n for n, _ in texts), after])
+    assert found == fired
     np.testing.assert_allclose(together.wealth, single.wealth, rtol=1e-9)
 
 
@@ -90,11 +99,8 @@ def test_the_mean_wealth_of_the_detector_is_its_stake(rate: float, share: float)
         p, detector = 1.0, ChangeDetector(rate, 1e5)
         for drawn, differs in outcome:
             p *= share * (rate if differs else 1 - rate) if drawn else 1 - share
-            if drawn:
-                detector.add(share, differs)
-            else:
-                detector.skip(share, 1)
-        mean += p * detector.wealth
+            detector.count(share, [differs] * drawn, [0, 0] if drawn else [1])
+        mean += p * np.array(detector.wealth)
     np.testing.assert_allclose(mean, 3 * share, rtol=1e-9)
 
 
@@ -113,21 +119,18 @@ def test_each_bound_is_where_its_e_value_reaches_2_over_the_error_probability(co
 
 def test_the_detector_fires_once_all_gamblers_together_own_enough() -> None:
     """The wealth at one bet size must not suffice: that would violate the guaranteed mean time to a false alarm."""
-    detector, before = ChangeDetector(0.1, 1000.0), 0.0
-    for _ in range(100):
-        if not detector.has_fired:
-            before = detector.wealth.mean()
-            detector.add(1.0, True)
-    assert before < 1000 <= detector.wealth.mean() < detector.wealth.max() / 2
+    detector, means = ChangeDetector(0.1, 1000.0), [0.0]
+    while len(means) < 100 and not detector.count(1.0, [True], [0, 0]):
+        means.append(float(np.mean(detector.wealth)))
+    assert means[-1] < 1000 <= np.mean(detector.wealth) < max(detector.wealth) / 2
 
 
 @pytest.mark.parametrize("rate", [0.4, 0.9])
 def test_no_gambler_of_the_detector_can_owe_anything(rate: float) -> None:
     detector = ChangeDetector(rate, 1e5)
     for _ in range(5):
-        detector.add(1.0, False)
-        detector.skip(1.0, 3)
-        assert (detector.wealth > 0).all()
+        detector.count(1.0, [False], [0, 3])
+        assert min(detector.wealth) > 0
 
 
 def test_e_values_of_many_texts_are_finite() -> None:

@@ -14,29 +14,36 @@ from de3.exits.promise import (
     MAX_SHARES,
     PATIENCE,
     Evidence,
-    Profile,
+    Profiles,
     Promise,
     RecentRates,
     SavedPromise,
-    profile,
+    profiles,
 )
 from de3.exits.rule import ExitRule, exit_index
 from de3.exits.signals import Entropy
 
 TAUS = np.array(FINE_TAUS)
 GRID = np.array([0.0, 0.1, 0.2, 0.4])
-CLEAN = Profile(np.zeros(4, np.bool_), np.array([3, 2, 1, 0]))
+LAYERS = np.array([[3, 2, 1, 0]])
+CLEAN = Profiles(np.zeros((1, 4), np.bool_), LAYERS)
 
 
-def unlike_from(index: int) -> Profile:
+NONE = Profiles(CLEAN.differs[:0], CLEAN.layers[:0])
+
+
+def unlike_from(index: int) -> Profiles:
     """The profile of a text whose answer differs at every τ of GRID from this index on."""
-    return Profile(np.arange(4) >= index, np.array([3, 2, 1, 0]))
+    return Profiles(np.arange(4)[None] >= index, LAYERS)
 
 
-def step(promise: Promise, share: float, audit: Profile, is_repeat: bool = False) -> bool:
-    """Count an audit, and let τ rise if the evidence allows it; returns True if τ changed."""
+def step(promise: Promise, share: float, audit: Profiles, is_repeat: bool = False, skipped: int = 0) -> bool:
+    """Count an audit, and let τ rise if the evidence allows it; returns True if τ changed.
+
+    skipped: number of texts before it that were not audited; they are repeats like it.
+    """
     before = promise.index
-    promise.add(share, audit, is_repeat)
+    promise.count(share, audit, [skipped, 0], np.array([is_repeat]), skipped * is_repeat)
     promise.advance()
     return promise.index != before
 
@@ -62,20 +69,20 @@ scores = st.lists(
 def test_a_profile_is_what_the_rule_does(values: list[float | None], data: st.DataObject) -> None:
     differs = [*data.draw(st.lists(st.booleans(), min_size=len(values) - 1, max_size=len(values) - 1)), False]
     layers = list(range(len(values)))
-    audit = profile(values, differs, layers, TAUS)
+    audit = profiles([values], [differs], layers, TAUS)
     row = np.array([[np.nan if v is None else v for v in values]])
     for k, tau in enumerate(FINE_TAUS):
         rule = ExitRule(tau, Entropy())
         index = next((i for i, v in enumerate(values[:-1]) if rule.exits(v)), len(values) - 1)
         assert index == exit_index(row.copy(), tau)[0]
-        assert (audit.differs[k], audit.layers[k]) == (differs[index], layers[index])
+        assert (audit.differs[0, k], audit.layers[0, k]) == (differs[index], layers[index])
 
 
 def test_tau_rises_in_the_fixed_order_up_to_the_first_that_is_not_proved() -> None:
     promise = Promise(0.1, GRID)
     assert (promise.tau, promise.reason) == (0.0, "start")
     # At τ = 0.2 every fifth text differs, at τ = 0.4 none does. Even so, τ must stay at 0.1.
-    odd = Profile(np.array([False, False, True, False]), CLEAN.layers)
+    odd = Profiles(np.array([[False, False, True, False]]), LAYERS)
     for n in range(1000):
         step(promise, 1.0, odd if n % 5 == 0 else CLEAN)
     assert (promise.tau, promise.reason) == (0.1, "evidence")
@@ -96,7 +103,7 @@ def test_each_audit_is_weighted_by_the_inverse_of_its_share() -> None:
     evidence = Evidence(GRID)
     for share, differ in ((1.0, 1), (0.1, 3)):
         for n in range(10):
-            evidence.add(share, unlike_from(1 if n < differ else 4), served_differs=n < differ)
+            evidence.add(share, unlike_from(1 if n < differ else 4), n < differ)
     assert evidence.rates()[1] == pytest.approx((1 + 30) / (10 + 100))
     assert evidence.served() == evidence.rates()[1]
     assert evidence.mean_layers()[2] == pytest.approx(1)
@@ -119,14 +126,6 @@ def test_a_rise_above_the_promise_discards_the_evidence() -> None:
     assert promise.tau == 0.0
     assert (promise.evidence.audits, promise.evidence.texts, promise.recent.weight) == (0, 0, 0)
     assert not any(promise.saved().detector)
-
-
-def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
-    promise = Promise(0.1, GRID, start=2)
-    assert (promise.tau, promise.reason) == (0.2, "calibrated")
-    for _ in range(100):
-        step(promise, 0.1, unlike_from(2))
-    assert (promise.tau, promise.reason) == (0.0, "change")
 
 
 def test_a_promise_continues_where_another_left_off() -> None:
@@ -157,7 +156,7 @@ def test_a_promise_continues_where_another_left_off() -> None:
 )
 def test_a_saved_promise_that_does_not_fit_is_not_restored(change: dict[str, Any]) -> None:
     promise = Promise(0.1, GRID)
-    kept = SavedPromise(0.1, 0.1, 0.0, "evidence", [0.0] * 3, 2.0, [0.0] * 4)
+    kept = SavedPromise(0.1, 0.1, "evidence", [0.0] * 3, 2.0, [0.0] * 4)
     with pytest.raises(ValueError, match="does not match the τ grid"):
         promise.restore(Evidence(GRID), kept._replace(**change))
     assert promise.tau == 0
@@ -171,9 +170,9 @@ def test_a_repeat_counts_only_against_a_higher_tau() -> None:
         for one in (evidence, other):
             one.add(1.0, unlike_from(3 if n % 10 == 0 else 4))
     before = evidence.e_values(0.1)
-    evidence.add_repeat(1.0, CLEAN.differs)
+    evidence.add_repeats(1.0, CLEAN.differs)
     assert evidence.e_values(0.1).tolist() == before.tolist()
-    evidence.add_repeat(1.0, unlike_from(2).differs)
+    evidence.add_repeats(1.0, unlike_from(2).differs)
     other.add(1.0, unlike_from(2))
     after = evidence.e_values(0.1)
     assert after.tolist() == [*before[:2], *other.e_values(0.1)[2:]]
@@ -188,8 +187,7 @@ def test_repeated_texts_are_not_a_change() -> None:
         step(promise, 1.0, audit)
     assert promise.tau == 0.4
     for _ in range(5000):
-        promise.skip(0.2, 4, repeats=4)
-        step(promise, 0.2, texts[rng.integers(300)], is_repeat=True)
+        step(promise, 0.2, texts[rng.integers(300)], is_repeat=True, skipped=4)
     assert (promise.tau, promise.reason) == (0.4, "evidence")
 
 
@@ -197,16 +195,16 @@ def test_recent_audits_lower_tau_at_once_and_it_rises_again_only_when_told_to() 
     """The disagreement rises too little for the change detector, so the proof stays valid."""
     promise = Promise(0.1, GRID)
     for _ in range(600):
-        promise.add(1.0, CLEAN)
+        promise.count(1.0, CLEAN, [0, 0])
     assert promise.tau == 0
     assert promise.recent.weight < 300  # at τ = 0, as few audits as possible count as recent
     promise.advance()
     assert promise.tau == 0.4
     for n in range(3000):
-        promise.add(1.0, unlike_from((3, 4)[n % 9 > 0]))  # 11%
+        promise.count(1.0, unlike_from((3, 4)[n % 9 > 0]), [0, 0])  # 11%
     assert (promise.tau, promise.reason, promise.proved) == (0.2, "recent", 3)
     for n in range(1200):
-        promise.add(1.0, unlike_from((3, 4)[n % 20 > 0]))  # 5%
+        promise.count(1.0, unlike_from((3, 4)[n % 20 > 0]), [0, 0])  # 5%
     assert (promise.tau, promise.reason) == (0.2, "recent")
     promise.advance()
     assert (promise.tau, promise.reason) == (0.4, "evidence")
@@ -232,19 +230,6 @@ def test_bounds_are_around_the_rate_whatever_the_weights() -> None:
     # By its weights alone, the bound would be below the rate.
     bounds = betting.bounds(*evidence._counts(slice(1, 2)), CONFIDENCE)
     assert bounds[1][0] < rates[1] == upper[1]
-
-
-def test_a_calibrated_start_is_not_a_proof_for_a_strict_one() -> None:
-    calibrated, strict, again = Promise(0.1, GRID, start=2), Promise(0.1, GRID), Promise(0.1, GRID, start=3)
-    step(calibrated, 1.0, CLEAN)
-    strict.restore(calibrated.evidence, calibrated.saved())
-    assert (strict.tau, strict.reason) == (0.0, "start")
-    again.restore(calibrated.evidence, calibrated.saved())
-    assert (again.tau, again.reason) == (0.2, "calibrated")  # it keeps its earlier start
-    assert again.saved() == calibrated.saved()
-    calibrated.reset("reset")
-    strict.restore(calibrated.evidence, calibrated.saved())
-    assert (strict.tau, strict.reason) == (0.0, "reset")
 
 
 def test_more_audits_are_recent_while_more_texts_are_audited_or_the_promise_is_small() -> None:
@@ -284,13 +269,13 @@ def test_few_recent_audits_do_not_lower_tau() -> None:
 
 
 def test_the_change_detector_counts_texts_that_were_not_drawn() -> None:
-    promise, detector = Promise(0.1, GRID, start=2), betting.ChangeDetector(0.1, PATIENCE)
+    promise, detector = Promise(0.1, GRID), betting.ChangeDetector(0.1, PATIENCE)
+    promise.count(1.0, Profiles(np.zeros((150, 4), np.bool_), LAYERS.repeat(150, 0)), [0] * 151)
+    promise.advance()
     for differs in (True, False, True):
-        promise.skip(0.05, 19)
-        step(promise, 0.05, unlike_from(2 if differs else 4))
-        detector.skip(0.05, 19)
-        detector.add(0.05, differs)
-    assert promise.saved().detector == detector.wealth.tolist()
+        step(promise, 0.05, unlike_from(promise.proved if differs else 4), skipped=19)
+        detector.count(0.05, [differs], [19, 0])
+    assert promise.saved().detector == detector.wealth
 
 
 def test_counted_shares_are_limited() -> None:
@@ -300,3 +285,28 @@ def test_counted_shares_are_limited() -> None:
     evidence.skip(1 / MAX_SHARES, 1)  # not a new share
     with pytest.raises(ValueError, match=f"at most {MAX_SHARES} shares"):
         evidence.skip(0.99, 1)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([1.0, 0.5, 0.05]), st.lists(st.tuples(st.integers(0, 9), st.booleans()))),
+        max_size=4,
+    )
+)
+def test_audits_count_together_as_one_by_one(batches: list[tuple[float, list[tuple[int, bool]]]]) -> None:
+    """τ aside, which falls at the end of a request only."""
+    together, single = Promise(0.3, GRID), Promise(0.3, GRID)
+    for share, texts in batches:
+        found = [unlike_from(skipped % 5) for skipped, _ in texts]
+        differs = np.array([audit.differs[0] for audit in found], np.bool_).reshape(-1, 4)
+        audits = Profiles(differs, LAYERS.repeat(len(texts), 0))
+        repeats = np.array([is_repeat for _, is_repeat in texts], np.bool_)
+        together.count(share, audits, [*(skipped for skipped, _ in texts), 3], repeats)
+        for audit, (skipped, is_repeat) in zip(found, texts, strict=True):
+            single.count(share, audit, [skipped, 0], np.array([is_repeat]))
+        single.count(share, NONE, [3])
+    assert together.evidence.texts == single.evidence.texts
+    assert together.evidence.rates().tolist() == pytest.approx(single.evidence.rates().tolist(), nan_ok=True)
+    assert together.evidence.e_values(0.3).tolist() == pytest.approx(single.evidence.e_values(0.3).tolist())
+    assert together.recent.weight == pytest.approx(single.recent.weight)
+    assert together.recent.differing.tolist() == pytest.approx(single.recent.differing.tolist())

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from de3.model_store.store import Artifact, Store
-from de3.server.audit.ledger import Settled
+from de3.server.audit.tenant import Settled
 from de3.server.errors import RequestError
 from de3.server.http.access import Access
 from de3.server.learn.record import Record
@@ -148,7 +148,7 @@ async def test_a_reset_is_known_to_every_process_when_it_returns(store: Path) ->
     group = Group(2)
     books = SharedBooks(settings, group, no_change)
     before = books.ledgers.serve(manifest, Rules(manifest, settings), "native", 1.0)
-    both = {"standing": lambda key, epoch, promised: known.append(epoch), "sync": lambda: None}
+    both = {"standing": lambda key, epoch, tenants: known.append(epoch), "sync": lambda: None}
     async with member(1, **both) as first, member(2, **both) as second:
         for process in (first, second):
             group.add(process)
@@ -341,15 +341,16 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected(
     counted, records = list[Any](), list[Any]()
     handlers = {
         "running": lambda: None,
-        "count": lambda name, rows, *rest: counted.append([name, [row["skipped"] for row in rows], *rest]),
+        "count": lambda name, rows: counted.append([name, *((row["epoch"], row["skipped"]) for row in rows)]),
         "records": records.extend,
         "sync": lambda: None,
     }
 
     with attached(store) as (process, ours, _):
         process.run()
-        for epoch, skipped, may_rise in ((1, 5, True), (2, 6, True), (1, 7, False)):
-            process.count("tiny:1", [Settled("me", 0.5, skipped)], epoch, may_rise)
+        for epoch, skipped, scores in ((1, 5, [[0.5]]), (1, 7, []), (2, 6, [])):
+            one = Settled("me", epoch, 0.5, [skipped, *(0 for _ in scores)], scores=scores)  # type: ignore[arg-type]
+            process.count("tiny:1", [one])
         states, logits = np.arange(8, dtype=np.float16).reshape(2, 4), np.array([0.1, -3], np.float32)
         process.learn("tiny:1", Record("me", 0.5, 9, states, logits))
         stopping = asyncio.create_task(asyncio.to_thread(process.stop))
@@ -357,7 +358,7 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected(
         assert not done  # the supervisor has not received it yet
         supervisor = asyncio.create_task(Channel(handlers).run(ours))
         await stopping
-        assert counted == [["tiny:1", [5, 7], 1, False], ["tiny:1", [6], 2, True]]
+        assert counted == [["tiny:1", (1, [5, 7]), (2, [6])]]
         ((name, one),) = map(record_of, records)
         assert (name, one.client, one.share, one.key) == ("tiny:1", "me", 0.5, 9)
         assert np.array_equal(one.states, states) and np.array_equal(one.logits, logits)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from de3.exits import formulas, reference
 from de3.exits.betting import Floats
 from de3.exits.calibration import FINE_TAUS, LAMS, speedup
-from de3.exits.promise import Profile, Promise
+from de3.exits.promise import Profiles, Promise
 from de3.exits.recorded import Recorded
 from de3.exits.risk import cross_fit, fit
 from de3.exits.rule import exit_index
@@ -154,12 +154,10 @@ def cautious(scores: Floats, recorded: Recorded, limits: Floats) -> Floats:
     return np.where(far, scores / CAUTION, scores)
 
 
-def guaranteed(
-    scores: Floats, recorded: Recorded, start: int, texts: int, seed: int
-) -> tuple[float, float, float]:
+def guaranteed(scores: Floats, recorded: Recorded, texts: int, seed: int) -> tuple[float, float, float]:
     """Simulate a stream under a guarantee; returns disagreement with full depth, mean exit layer, and the last τ.
 
-    start: index of the initial τ in FINE_TAUS. texts: number of texts in the stream.
+    texts: number of texts in the stream.
 
     The texts are drawn at random from the recorded ones, whose rates are therefore the true rates. Audits add no
     layers, because a server runs them when it is idle.
@@ -169,7 +167,7 @@ def guaranteed(
     differs = recorded.differs[rows[:, None], index]
     layers = np.asarray(recorded.exit_layers)[index]
     rates, depths = differs.mean(0), layers.mean(0)
-    promise = Promise(DISAGREEMENT, np.array(FINE_TAUS), start)
+    promise = Promise(DISAGREEMENT, np.array(FINE_TAUS))
     text, disagreement, depth = 0, 0.0, 0.0
     while text < texts:
         share = AUDITED if promise.index else 1.0
@@ -177,8 +175,7 @@ def guaranteed(
         disagreement += float(rates[promise.index]) * (skipped + 1)
         depth += float(depths[promise.index]) * (skipped + 1)
         k = int(rng.integers(len(scores)))
-        promise.skip(share, skipped)
-        promise.add(share, Profile(differs[k], layers[k]))
+        promise.count(share, Profiles(differs[k, None], layers[k, None]), [skipped, 0])
         promise.advance()
         text += skipped + 1
     return disagreement / texts, depth / texts, promise.tau
@@ -216,7 +213,7 @@ def measure(held: Recorded, texts: dict[str, Recorded]) -> dict[str, Any]:
         ways = {"nothing": scores, "policy": cautious(scores, recorded, far)}
         rows = {name: at(s, recorded, FINE_TAUS[start]) for name, s in ways.items()}
         for name, s in (("guarantee", scores), ("both", ways["policy"])):
-            runs = np.array([guaranteed(s, recorded, start, TEXTS, seed) for seed in range(STREAMS)])
+            runs = np.array([guaranteed(s, recorded, TEXTS, seed) for seed in range(STREAMS)])
             rows[name] = {
                 "speedup": speedup(recorded.exit_layers[-1], float(runs[:, 1].mean())),
                 "disagreement": float(runs[:, 0].mean()),

@@ -1,7 +1,7 @@
-"""Fuzzer of the state file of audits: edits of a state that a server with a guarantee saved.
+"""Fuzzer of a tenant's state file of audits: edits of a state that a server with a guarantee saved.
 
 Reading a file must not raise. If it is refused, it must be set aside, and audits must start from zero. If it is
-accepted, the ledger must count audits of old and new clients, report, and save a state that restores to the same state.
+accepted, the ledger must count audits of old and new tenants, report, and save a state that restores to the same state.
 """
 
 import json
@@ -11,17 +11,17 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from de3.exits.promises import Promises
-from de3.server.audit.ledger import Audited, Ledger, Settled
+from de3.server.audit.ledger import Ledger
 from de3.server.audit.report import Live, report
-from de3.server.audit.state import StateDir, restore, state_of
+from de3.server.audit.state import StateDir, restore, states_of
+from de3.server.audit.tenant import Settled
 from de3.server.rules import Rules
 from de3.server.settings import Settings
 from lab.fuzzers.edits import edited, spliced
 from lab.fuzzers.run import Finding, Fuzzer
 from lab.fuzzers.seeds import demo, new_folder
 
-SETTINGS: dict[str, Any] = {"guarantee": 0.02, "guarantee_start": "calibrated"}
+SETTINGS: dict[str, Any] = {"guarantee": 0.02}
 FRAGMENTS = (
     b"{",
     b"}",
@@ -38,7 +38,7 @@ FRAGMENTS = (
     b"e5",
     b"9" * 20,
 )
-CLIENTS = ("a", "b", "c", "new")
+TENANTS = ("", "a", "b", "new")
 
 
 def _ledger() -> Ledger:
@@ -47,28 +47,27 @@ def _ledger() -> Ledger:
     return Ledger(manifest, Rules(manifest, settings), "kernels", 1.0, settings)
 
 
-def _promises(ledger: Ledger) -> Promises:
-    assert ledger.promises is not None
-    return ledger.promises
-
-
-def _count(ledger: Ledger, clients: tuple[str, ...], texts: int) -> None:
-    """Count audits of some clients; a few of the texts disagree with full depth at τ above 0.5."""
+def _count(ledger: Ledger, tenants: tuple[str, ...], texts: int) -> None:
+    """Count audits of some tenants; a few of the texts disagree with full depth at τ above 0.5."""
+    exits = len(ledger.manifest.exit_layers)
     for number in range(texts):
-        audit = Audited([0.5, None], [number % 40 == 0, False], [1, 6], False)
-        keys = [number % 7, number, number + 1, number + 2]
-        share = (1.0, 0.05)[number % 2]
-        settled = [Settled(client, share, 3, keys, audit) for client in clients]
-        ledger.count(settled, ledger.standing.epoch, True)
+        for name in tenants:
+            settled = Settled(name, ledger.tenant(name).epoch, (1.0, 0.05)[number % 2], may_rise=True)
+            for key in (number % 7, number, number + 1):
+                settled.skip(key)
+            differs = [number % 40 == 0] + [False] * (exits - 1)
+            settled.add(number + 2, [0.5] + [None] * (exits - 1), differs, False)
+            ledger.count([settled])
 
 
 @cache
 def _valid() -> Any:
-    """A state with the evidence of three clients and a reset."""
+    """The state of a tenant, with evidence and a reset."""
     ledger = _ledger()
+    ledger.tenant("a")
     ledger.reset()
-    _count(ledger, CLIENTS[:3], 100)
-    return json.loads(state_of(ledger).model_dump_json())
+    _count(ledger, ("a",), 100)
+    return json.loads(states_of(ledger)[0].model_dump_json())
 
 
 @cache
@@ -86,37 +85,37 @@ def _states(draw: st.DrawFn) -> bytes:
 def check(data: bytes) -> tuple[dict[str, float], str]:
     """Read a state as a server does at startup, and continue from it."""
     folder, ledger = _state_dir(), _ledger()
-    path = folder._file(ledger)
+    path = folder._file(ledger, "a")
     aside = path.with_suffix(".json.old")
     aside.unlink(missing_ok=True)
     path.write_bytes(data)
-    fresh = state_of(ledger)
     folder.read(ledger)
     if aside.exists():
-        if state_of(ledger).model_copy(update={"since": 0}) != fresh.model_copy(update={"since": 0}):
+        if ledger.tenants:
             raise Finding("a refused state changed the ledger")
         return {}, "refused"
-    audits = ledger.evidence.audits
+    if list(ledger.tenants) != ["a"]:
+        raise Finding(f"it was read as the state of {list(ledger.tenants)}")
+    audits = ledger.total().audits
     _compare(ledger)
-    _count(ledger, CLIENTS, 10)
+    _count(ledger, TENANTS, 10)
     _compare(ledger)
-    for client in CLIENTS:
-        tau, _ = _promises(ledger).choose(client)
-        if tau not in ledger.taus:
-            raise Finding(f"τ = {tau} is not in the grid")
+    for tenant in ledger.tenants.values():
+        if tenant.promise is None or tenant.promise.tau not in ledger.taus:
+            raise Finding("a tenant's τ is not in the grid")
     json.dumps(report(ledger, Live(1.0, 0, {}), ledger.rules.default), allow_nan=False)
-    if ledger.evidence.audits < min(10, audits):
+    if ledger.total().audits < min(10, audits):
         raise Finding("audits are lost")
-    return {"promises": float(len(_promises(ledger).by_left_out))}, "accepted"
+    return {"audits": float(min(1000, audits))}, "accepted"
 
 
 def _compare(ledger: Ledger) -> None:
-    """Raise Finding unless a saved state restores to the same state."""
-    state, other = state_of(ledger), _ledger()
-    restore(other, type(state).model_validate_json(state.model_dump_json()))
-    again = state_of(other)
-    if again != state:
-        raise Finding(f"it reads as another state: {again} instead of {state}"[:2000])
+    """Raise Finding unless saved states restore to the same states."""
+    states, other = states_of(ledger), _ledger()
+    for state in states:
+        restore(other, type(state).model_validate_json(state.model_dump_json()))
+    if (again := states_of(other)) != states:
+        raise Finding(f"they read as other states: {again} instead of {states}"[:2000])
 
 
 FUZZER = Fuzzer(_states(), check, _valid)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.promise import Profile, Promise
+from de3.exits.promise import Profiles, Promise
 from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
 from de3.exits.signals import Signal
@@ -56,7 +56,6 @@ class Setting:
         share: share of texts that are audited while τ is above 0.
         texts, change_at: number of texts in a stream, and before the switch or the drift.
         start_layers: cost of tokenizer, embeddings and their exit, in layers.
-        start: index of the initial τ.
     """
 
     home: Population
@@ -66,7 +65,6 @@ class Setting:
     texts: int
     change_at: int
     start_layers: float
-    start: int = 0
 
     def away_share(self, kind: Kind, text: int) -> float:
         """Share of texts from `away` at a text's place in the stream."""
@@ -94,7 +92,7 @@ def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
     broken, or not restored.
     """
     rng = np.random.default_rng(seed)
-    promise = Promise(setting.rate, np.array(FINE_TAUS), setting.start)
+    promise = Promise(setting.rate, np.array(FINE_TAUS))
     rates = {id(p): p.differs.mean(0) for p in (setting.home, setting.away)}
     costs = {id(p): p.layers.mean(0) + setting.start_layers for p in (setting.home, setting.away)}
 
@@ -123,8 +121,7 @@ def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
         from_away = rng.random() < setting.away_share(kind, text + skipped)
         texts = setting.away if from_away else setting.home
         k = int(rng.integers(len(texts.differs)))
-        promise.skip(share, skipped)
-        promise.add(share, Profile(texts.differs[k], texts.layers[k]))
+        promise.count(share, Profiles(texts.differs[k, None], texts.layers[k, None]), [skipped, 0])
         promise.advance()
         resets += promise.reason == "change" and promise.evidence.audits == 0
         text, audits = text + count, audits + 1

@@ -139,9 +139,6 @@ def audit(
     texts: Annotated[int, typer.Option(help="Number of texts in a stream.", min=1000)] = 100_000,
     change_at: Annotated[int, typer.Option(help="Number of texts before a switch or drift.", min=1)] = 50_000,
     start_layers: StartLayers = 0.6,
-    calibrated: Annotated[
-        bool, typer.Option("--calibrated", help="Start with the calibration's τ, not at full depth.")
-    ] = False,
     png: Annotated[
         Path | None, typer.Option(help="Write a plot here, a file for each rate.", show_default=False)
     ] = None,
@@ -153,11 +150,6 @@ def audit(
 
     Example: python -m lab study audit sst2/dev.tsv electronics.jsonl --png audit.png
     """
-    import numpy as np
-
-    from de3.exits.calibration import FINE_TAUS
-    from de3.server.rules import Rules
-    from de3.server.settings import Settings
     from lab.studies import audit as study
     from lab.studies.samples import recorded
 
@@ -169,12 +161,7 @@ def audit(
     ]
     rows = []
     for promised in rate or [0.02, 0.05]:
-        start = 0
-        if calibrated:
-            options: dict[str, Any] = {"guarantee": promised, "guarantee_start": "calibrated"}
-            rules = Rules(loaded.manifest, Settings(**options))
-            start = int(np.searchsorted(FINE_TAUS, rules.default.rule.tau))
-        setting = study.Setting(both[0], both[1], promised, share, texts, change_at, start_layers, start)
+        setting = study.Setting(both[0], both[1], promised, share, texts, change_at, start_layers)
         found, points = study.audit(setting, study.KINDS, streams, other_streams)
         rows += found
         if png:
@@ -184,36 +171,29 @@ def audit(
 
 
 @app.command()
-def clients(
-    home: Annotated[Path, typer.Argument(help="Texts of the other clients.")],
+def tenants(
+    home: Annotated[Path, typer.Argument(help="Texts of the tenants.")],
     store: Store = Path("models"),
     model: Model = "sst2",
     text_column: TextColumn = "sentence",
     rate: Annotated[float, typer.Option(help="The promised disagreement (--guarantee).")] = 0.02,
     share: AuditShare = 0.05,
-    others: Annotated[
-        list[int] | None,
-        typer.Option(help="Number of other clients; repeat for more.", show_default="1, 2, 19"),
-    ] = None,
-    streams: Annotated[int, typer.Option(help="Number of streams for each row.", min=1)] = 200,
-    alone: Annotated[
-        bool, typer.Option("--one-promise", help="One promise for all, as before version 0.2.")
-    ] = False,
+    count: Annotated[int, typer.Option(help="Number of tenants, the hostile one included.", min=2)] = 20,
+    texts: Annotated[int, typer.Option(help="Number of texts of each tenant in a stream.", min=100)] = 10_000,
+    streams: Annotated[int, typer.Option(help="Number of streams.", min=1)] = 1000,
     json_file: Json = None,
 ) -> None:
-    """Simulate clients of one server, one of which tries to break --guarantee for the others.
+    """Simulate the tenants of one server, one of which tries to break --guarantee for the others.
 
-    Example: python -m lab study clients sst2/dev.tsv
+    Example: python -m lab study tenants sst2/dev.tsv
     """
-    from lab.studies import audit as streams_of
-    from lab.studies import clients as study
+    from lab.studies import tenants as study
     from lab.studies.samples import recorded
 
     loaded = open_model(store, model)
-    texts = recorded(loaded, [home], (text_column, "label")).recorded
-    population = streams_of.Population.of(texts, loaded.manifest.default_signal)
-    rows = study.study(population, others or [1, 2, 19], rate, share, streams, alone)
-    show(*study.table(rows), json_file, rows)
+    found = recorded(loaded, [home], (text_column, "label")).recorded
+    rows = study.study(loaded.manifest, found, rate, share, count, texts, streams)
+    show(*study.table(rows, rate), json_file, rows)
 
 
 @app.command()

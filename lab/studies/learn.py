@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.promise import Profile, Promise, error_of
+from de3.exits.promise import Profiles, Promise, error_of, profiles
 from de3.export.classifier import Stock, convert
 from de3.export.learn import fit_exits, states_of
 from de3.model_store.manifest import Manifest, base_of
@@ -20,7 +20,6 @@ from de3.model_store.records import Records
 from de3.model_store.store import Store
 from de3.server.audit.auditor import Traffic
 from de3.training.progress import console, track
-from lab.learn import profiles
 
 SIZES = (500, 750, 1125, 1687, 2530, 3795)  # number of texts before each fit
 END = 8000  # number of texts in a stream
@@ -71,7 +70,7 @@ def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[
         fitted = fit_exits(records.part(np.sort(order[:size])), manifest, attempt, rate)
         recorded = fitted.exits.recorded(unseen)
         scores = fitted.risk.scores(recorded)
-        differs, layers = profiles(recorded, scores, taus)
+        differs, layers = profiles(scores, recorded.differs, recorded.exit_layers, taus)
         versions.append(Version(differs, layers, len(fitted.evidence), differs.mean(0)))
     return versions
 
@@ -86,8 +85,8 @@ def stream(versions: Sequence[Version], rate: float, seed: int) -> tuple[bool, f
     for attempt, version in enumerate(versions, 1):
         promise = Promise(rate, taus, error=error_of(attempt))
         n = len(version.differs)
-        for i in rng.integers(n, size=version.held_out):
-            promise.add(1.0, Profile(version.differs[i], version.layers[i]))
+        held = rng.integers(n, size=version.held_out)
+        promise.count(1.0, Profiles(version.differs[held], version.layers[held]), [0] * (len(held) + 1))
         promise.advance()
         end = SIZES[attempt] if attempt < len(SIZES) else END
         for i in rng.integers(n, size=end - traffic.texts):
@@ -96,10 +95,10 @@ def stream(versions: Sequence[Version], rate: float, seed: int) -> tuple[bool, f
             share = 1.0 if promise.index == 0 else max(0.05, traffic.share)
             traffic.texts += 1
             if rng.random() < share:
-                promise.add(share, Profile(version.differs[i], version.layers[i]))
+                promise.count(share, Profiles(version.differs[i, None], version.layers[i, None]), [0, 0])
                 promise.advance()
             else:
-                promise.skip(share, 1)
+                promise.count(share, Profiles(version.differs[:0], version.layers[:0]), [1])
     return is_broken, layers / (END - SIZES[0])
 
 
@@ -120,7 +119,8 @@ def sizes(
             continue
         fitted = fit_exits(records.part(np.sort(order[:count])), manifest, 1, RATES[1])
         recorded = fitted.exits.recorded(tested)
-        differs, layers = profiles(recorded, fitted.risk.scores(recorded), taus)
+        scores = fitted.risk.scores(recorded)
+        differs, layers = profiles(scores, recorded.differs, recorded.exit_layers, taus)
         found = []
         for rate in RATES:
             wrong = np.flatnonzero(differs.mean(0) > rate)

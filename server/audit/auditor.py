@@ -1,9 +1,10 @@
 """Samples texts of one process for audits, runs them to full depth while nothing else is pending, and settles them.
 
 A text is drawn with a probability that is fixed before anything about the text is known, and answered like any other.
-Texts are settled in the order of their answers, and then counted (`ledger.py`): a text is settled only after the audits
-of all earlier ones have run, so the counts do not depend on the duration of audits. (They depend on the order in which
-texts in flight were answered, but few texts are in flight compared with the number that a decision needs.)
+A tenant's texts are settled in the order of their answers, and then counted (`ledger.py`): a text is settled only after
+the audits of all earlier ones have run, so the counts do not depend on the duration of audits. (They depend on the
+order in which texts in flight were answered, but few texts are in flight compared with the number that a decision
+needs.)
 """
 
 import asyncio
@@ -12,54 +13,73 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
 
 from de3.exits.reading import Reading, differs
 from de3.model_store.segments import Array, Tokens
-from de3.server.audit.ledger import Audited, Settled, Standing
 from de3.server.audit.log import line_of
 from de3.server.audit.report import Live
+from de3.server.audit.tenant import Settled
 from de3.server.engine.audit import Audit
 from de3.server.engine.job import Job
 from de3.server.engine.request import Text
 from de3.server.engine.served import Served
 from de3.server.learn.record import Record
-from de3.server.networks import party
+from de3.server.networks import network_hash
+from de3.server.rules import Standing
 from de3.server.settings import ExitOptions, Settings
 
 log = logging.getLogger("de3")
 
-# The share of audited texts halves with every ROOM / 8 audits that have not run yet.
-ROOM = 256
+# The share of a tenant's texts that are audited halves with every eighth of its room that is taken by audits that have
+# not run yet; tenants with pending audits have equal parts of ROOM. Nothing is drawn beyond twice the part.
+ROOM, LEAST_ROOM = 256, 16
 LEARN_TEXTS = 4096
-MAX_PENDING = 2 * ROOM  # nothing is drawn beyond it; only large batches reach it
-MAX_ENTRIES = 2**15  # entries not yet settled, because the audit of an earlier one is pending
+# Entries that are not yet settled, because the audit of an earlier one is pending: over all tenants, and of one tenant.
+MAX_ENTRIES, LEAST_ENTRIES = 2**15, 2**9
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 EXCLUDED = ("deadline", "max_layer", "windows")  # answers that τ alone did not determine
 NO_OPTIONS = ExitOptions()
 
-# Counts the settled texts of a model: the texts, the epoch in which they were drawn, and whether they end with the last
-# text of a request, after which τ may rise.
-Count = Callable[[Sequence[Settled], int, bool], None]
+# Counts settled texts of a model.
+Count = Callable[[Sequence[Settled]], None]
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """Texts to be settled together.
+    """Texts to be settled together: some that are ready, or one whose audit has not run yet.
 
     Attributes:
-        is_open: more texts may be added: none of its texts was drawn, and it is the last entry.
-        is_pending: the audit of the drawn text has not run yet.
-        is_last: it ends with the last text of a request.
+        key: with a guarantee, hash of the text whose audit is pending.
     """
 
     settled: Settled
-    is_open: bool = True
     is_pending: bool = False
-    is_last: bool = False
+    key: int | None = None
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """The audits of one tenant in this process.
+
+    Attributes:
+        epoch: epoch of the tenant's evidence.
+        entries: texts that are not yet settled, in the order of their answers.
+        pending: number of audits that have not run yet.
+    """
+
+    epoch: int
+    entries: deque[_Entry] = field(default_factory=deque)
+    pending: int = 0
+
+    def begin(self, epoch: int) -> None:
+        """If the epoch is new, discard texts that were drawn in an earlier one."""
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.entries.clear()
 
 
 @dataclass(slots=True)
@@ -126,12 +146,11 @@ class Auditor:
         self._submit, self._count_settled, self._write = submit, count, write
         self._logs_texts = settings.log_audit_texts
         self._random = random.Random()
-        self._epoch = 0  # of the evidence
+        self._epoch = 0  # of tenants that have sent no texts
         self._share = settings.share_of_audits
         self._has_guarantee = settings.guarantee is not None
-        self._entries: deque[_Entry] = deque()
+        self._tenants: dict[str, _Tenant] = {}
         self._fresh: list[Audit] = []
-        self._outstanding = 0  # drawn texts whose separate audit has not run yet
         self.audits, self.disagreements, self.seconds = 0, 0, 0.0
         self.excluded = dict.fromkeys(EXCLUDED, 0)
         self.served = served
@@ -144,17 +163,22 @@ class Auditor:
     def apply(self, standing: Standing) -> None:
         """Take τ from the ledger's standing; after a reset, discard texts that were drawn before it."""
         if standing.epoch != self._epoch:
-            self._entries.clear()
             if self._traffic is not None and self._epoch:  # a reset: the traffic has changed
                 self._traffic.texts = 0
             self._epoch = standing.epoch
-        if standing.promised is not None:
-            self.served.rules.apply_guarantee(standing.promised)
+            for tenant in self._tenants.values():
+                tenant.begin(standing.epoch)
+        for name, state in standing.tenants.items():
+            self._tenant(name).begin(state.epoch)
+        self.served.rules.apply(standing)
+
+    def _tenant(self, name: str) -> _Tenant:
+        return self._tenants.setdefault(name, _Tenant(self._epoch))
 
     @property
     def pending(self) -> int:
         """Number of audits that have not run yet."""
-        return self._outstanding
+        return sum(tenant.pending for tenant in self._tenants.values())
 
     @property
     def live(self) -> Live:
@@ -163,38 +187,44 @@ class Auditor:
 
     @property
     def share(self) -> float:
-        """Probability that the next text of a request without options is drawn."""
-        return self._share_at(self.served.rules.default.rule.tau)
+        """Probability that the next text of a request without options is drawn, of a tenant with the median τ."""
+        idle = _Tenant(self._epoch)
+        tenant = max(self._tenants.values(), key=lambda one: one.pending, default=idle)
+        return self._share_of(tenant, self.served.rules.default.rule.tau)
 
-    def _share_at(self, tau: float) -> float:
-        """The share at this τ; 0 while too many audits or texts are pending, or the ledgers are behind.
+    def _share_of(self, tenant: _Tenant, tau: float) -> float:
+        """A tenant's share at this τ; 0 while too many of its audits or texts are pending, or the ledgers are behind.
 
         With a guarantee it is 1 at τ = 0, as an answer at full depth is its own audit.
         """
-        if self._outstanding >= MAX_PENDING or len(self._entries) >= MAX_ENTRIES or self._is_behind():
+        waiting = sum(one.pending > 0 for one in self._tenants.values() if one is not tenant)
+        room = max(LEAST_ROOM, ROOM // (1 + waiting))
+        most = max(LEAST_ENTRIES, MAX_ENTRIES // max(1, len(self._tenants)))
+        if tenant.pending >= 2 * room or len(tenant.entries) >= most or self._is_behind():
             return 0.0
         if self._has_guarantee and tau == 0:
             return 1.0
         share = self._share if self._traffic is None else max(self._share, self._traffic.share)
-        return float(share * 0.5 ** (8 * self._outstanding // ROOM))
+        return float(share * 0.5 ** (8 * tenant.pending // room))
 
     def draw(self, job: Job) -> Draw | None:
         """Draw texts to audit from a job that is about to be submitted; None if its request sets exit options."""
         if job.request.options != NO_OPTIONS:
             return None
-        share = self._share_at(job.choice.rule.tau)
-        draw = Draw(share, self._epoch, [self._random.random() < share for _ in job.items])
+        tenant = self._tenant(job.request.tenant)
+        share = self._share_of(tenant, job.choice.rule.tau)
+        draw = Draw(share, tenant.epoch, [self._random.random() < share for _ in job.items])
         for item, is_drawn in zip(job.items, draw.is_drawn, strict=True):
             item.asks_all_exits |= is_drawn
             item.keeps_states = is_drawn and self._learn is not None
         if job.choice.rule.tau > 0:
-            self._outstanding += sum(draw.is_drawn)
+            tenant.pending += sum(draw.is_drawn)
         return draw
 
     def abandon(self, job: Job, draw: Draw) -> None:
         """Release the drawn texts of a job that was not answered; its texts do not count."""
         if job.choice.rule.tau > 0:
-            self._outstanding -= sum(draw.is_drawn)
+            self._tenant(job.request.tenant).pending -= sum(draw.is_drawn)
 
     def answered(self, job: Job, draw: Draw | None) -> None:
         """Count the texts of a finished job, and enqueue the audits of drawn texts that did not pass every exit.
@@ -202,56 +232,63 @@ class Auditor:
         draw: as returned by draw(). If it is None, is from before a reset, or has share 0, only excluded texts are
         counted.
         """
-        is_void = draw is None or draw.epoch != self._epoch or not draw.share
+        name = job.request.tenant
+        tenant = self._tenant(name)
+        is_void = draw is None or draw.epoch != tenant.epoch or not draw.share
         share, drawn = (0.0, [False] * len(job.items)) if draw is None else (draw.share, draw.is_drawn)
-        client, entry = party(job.client), None
-        for item, outcome, is_drawn in zip(job.items, job.outcomes(), drawn, strict=True):
-            needs_audit = is_drawn and job.choice.rule.tau > 0
+        client, exits = name or network_hash(job.client), len(self.served.model.manifest.exit_layers)
+        entry: _Entry | None = None
+        for item, is_drawn in zip(job.items, drawn, strict=True):
+            needs_audit, outcome = is_drawn and job.choice.rule.tau > 0, item.outcome
+            if outcome is None:  # the text failed, and the others of its request were answered
+                tenant.pending -= needs_audit
+                continue
             reason = "windows" if outcome.windows else outcome.reason
             if reason in EXCLUDED:
                 self.excluded[reason] += 1
             if reason in EXCLUDED or is_void:
-                self._outstanding -= needs_audit
+                tenant.pending -= needs_audit
                 continue
-            entry = self._open(client, share)
-            entry.is_last = False
             if self._traffic is not None:
                 self._traffic.texts += 1
-            if self._has_guarantee and item.progress.tokens is not None:
-                entry.settled.keys.append(_key(item.progress.tokens))
-            if not is_drawn:
-                entry.settled.skipped += 1
-                continue
-            entry.is_open = False
-            if len(outcome.passed) == len(self.served.model.manifest.exit_layers):
-                self._outstanding -= needs_audit
-                self._conclude(entry, outcome.reading, outcome.passed, outcome.tokens, item.text)
-                self._record(entry, item.progress.tokens, item.progress.states, outcome.passed[-1])
+            tokens = item.progress.tokens
+            assert tokens is not None
+            key = _key(tokens) if self._has_guarantee else None
+            is_pending = is_drawn and len(outcome.passed) < exits
+            if is_pending or entry is None or entry.is_pending:
+                entry = self._open(tenant, Settled(name, tenant.epoch, share), is_pending)
+            if is_pending:
+                entry.key = key
+                self._enqueue(tenant, entry, client, tokens, outcome.reading, item.text)
+            elif is_drawn:
+                tenant.pending -= needs_audit
+                self._conclude(entry.settled, key, outcome.reading, outcome.passed, outcome.tokens, item.text)
+                self._record(client, share, tokens, item.progress.states, outcome.passed[-1])
             else:
-                assert item.progress.tokens is not None
-                self._enqueue(entry, item.progress.tokens, outcome.reading, item.text)
+                entry.settled.skip(key)
         if entry is not None:
-            entry.is_last = True
-        self._settle()
+            entry.settled.may_rise = True
+        self._settle(tenant)
 
-    def _open(self, client: str, share: float) -> _Entry:
-        last = self._entries[-1] if self._entries else None
-        if last is not None and last.is_open and (last.settled.client, last.settled.share) == (client, share):
+    def _open(self, tenant: _Tenant, settled: Settled, is_pending: bool) -> _Entry:
+        """Begin an entry for a tenant's next texts, or return its last one if they can be added to it."""
+        last = tenant.entries[-1] if tenant.entries else None
+        if last is not None and not last.is_pending and not is_pending and settled.continues(last.settled):
+            last.settled.may_rise = False
             return last
-        if last is not None:
-            last.is_open = False
-        self._entries.append(_Entry(Settled(client, share)))
-        return self._entries[-1]
+        tenant.entries.append(_Entry(settled, is_pending))
+        return tenant.entries[-1]
 
-    def _enqueue(self, entry: _Entry, tokens: Tokens, answer: Reading, text: Text) -> None:
+    def _enqueue(
+        self, tenant: _Tenant, entry: _Entry, client: str, tokens: Tokens, answer: Reading, text: Text
+    ) -> None:
         """Schedule the audit of a text. Audits are submitted together after TICK_S, so that answers are sent first."""
-        entry.is_pending = True
         # The audit needs only the tokens, so large texts are not kept.
         logged = text if self._write is not None and self._logs_texts else None
         rule = self.served.rules.default.rule
 
         def done(audit: Audit) -> None:
-            self._done(audit, entry, answer, logged)
+            self._done(audit, tenant, entry, client, answer, logged)
 
         if not self._fresh:
             asyncio.get_running_loop().call_later(TICK_S, self._submit_fresh)
@@ -262,47 +299,63 @@ class Auditor:
         fresh, self._fresh = self._fresh, []
         self._submit(fresh)
 
-    def _done(self, audit: Audit, entry: _Entry, answer: Reading, text: Text | None) -> None:
-        self._outstanding -= 1
+    def _done(
+        self,
+        audit: Audit,
+        tenant: _Tenant,
+        entry: _Entry,
+        client: str,
+        answer: Reading,
+        text: Text | None,
+    ) -> None:
+        tenant.pending -= 1
         entry.is_pending = False  # first, so that no error below blocks the later entries
         if audit.is_dropped:  # a dropped audit is not evidence
             pass
         elif audit.error is not None:
             log.error("an audit failed, and counts as a disagreement: %s", audit.error)
-            last = self.served.model.manifest.num_layers
-            worst = Audited([0.0, None], [True, False], [last, last], True)  # differs at every τ above 0
-            self._count(entry, worst)
+            # The deepest exit before the last one differs, at every τ above 0.
+            exits = len(self.served.model.manifest.exit_layers)
+            scores, differing = list[float | None]([None] * exits), [False] * exits
+            if exits > 1:
+                scores[-2], differing[-2] = 0.0, True
+            self._count(entry.settled, entry.key, scores, differing, True)
         else:
             self.seconds += audit.model_s
-            self._conclude(entry, answer, audit.passed, len(audit.tokens), text)
-            self._record(entry, audit.tokens, audit.states, audit.passed[-1])
-        self._settle()
+            self._conclude(entry.settled, entry.key, answer, audit.passed, len(audit.tokens), text)
+            self._record(client, entry.settled.share, audit.tokens, audit.states, audit.passed[-1])
+        self._settle(tenant)
 
     def _conclude(
-        self, entry: _Entry, answer: Reading, passed: list[Reading], tokens: int, text: Text | None
+        self,
+        settled: Settled,
+        key: int | None,
+        answer: Reading,
+        passed: list[Reading],
+        tokens: int,
+        text: Text | None,
     ) -> None:
         """Record the audit of a text that passed every exit and was answered with `answer`."""
         tolerance = self.served.model.manifest.tolerance
         last = passed[-1]
         differing = [differs(reading.answer, last.answer, tolerance) for reading in passed]
-        layers = [reading.layer for reading in passed]
         served_differs = differs(answer.answer, last.answer, tolerance)
-        self._count(entry, Audited(self._scores(passed), differing, layers, served_differs))
+        self._count(settled, key, self._scores(passed), differing, served_differs)
         if self._write is not None:
             logged = text if self._logs_texts else None
-            line = line_of(self.served, entry.settled.share, passed, tokens, logged)
+            line = line_of(self.served, settled.share, passed, tokens, logged)
             if line is not None:
                 self._write(line)
 
-    def _record(self, entry: _Entry, tokens: Tokens | None, states: Array | None, last: Reading) -> None:
+    def _record(self, client: str, share: float, tokens: Tokens, states: Array | None, last: Reading) -> None:
         """Keep a record of a text that ran to full depth, if the server learns and all values are finite."""
-        if self._learn is None or tokens is None or states is None:
+        if self._learn is None or states is None:
             return
-        settled, logits = entry.settled, np.array(last.logits, np.float32)
+        logits = np.array(last.logits, np.float32)
         with np.errstate(over="ignore"):
             pooled = states.astype(np.float16)
         if np.isfinite(pooled).all() and np.isfinite(logits).all():
-            self._learn(Record(settled.client, settled.share, _key(tokens), pooled, logits))
+            self._learn(Record(client, share, _key(tokens), pooled, logits))
 
     def _scores(self, passed: list[Reading]) -> list[float | None]:
         """The scores of a text at its exits, raised from the first exit at which it is out of distribution.
@@ -316,25 +369,29 @@ class Auditor:
             scores.append(None if reading.score is None else reading.score / caution)
         return scores
 
-    def _count(self, entry: _Entry, audit: Audited) -> None:
-        entry.settled.audit = audit
+    def _count(
+        self,
+        settled: Settled,
+        key: int | None,
+        scores: list[float | None],
+        differing: list[bool],
+        served_differs: bool,
+    ) -> None:
+        settled.add(key, scores, differing, served_differs)
         self.audits += 1
-        self.disagreements += audit.served_differs
+        self.disagreements += served_differs
 
-    def _settle(self) -> None:
-        """Count the texts up to the first audit that has not run yet."""
-        settled, may_rise = list[Settled](), False
-        while self._entries and not self._entries[0].is_pending:
-            entry = self._entries[0]
-            if entry.settled.keys or entry.settled.skipped or entry.settled.audit is not None:
-                settled.append(entry.settled)
-            may_rise = entry.is_last
-            if entry.is_open:
-                entry.settled = Settled(entry.settled.client, entry.settled.share)
-                break
-            self._entries.popleft()
+    def _settle(self, tenant: _Tenant) -> None:
+        """Count a tenant's texts up to the first audit that has not run yet."""
+        settled = list[Settled]()
+        while tenant.entries and not tenant.entries[0].is_pending:
+            one = tenant.entries.popleft().settled
+            if settled and one.continues(settled[-1]):
+                settled[-1].extend(one)
+            else:
+                settled.append(one)
         if settled:
-            self._count_settled(settled, self._epoch, may_rise or not self._entries)
+            self._count_settled(settled)
 
 
 def _key(tokens: Tokens) -> int:

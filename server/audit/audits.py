@@ -6,14 +6,15 @@ from typing import Any, Protocol
 
 from de3.model_store.manifest import Manifest
 from de3.server.audit.auditor import Auditor, Traffic
-from de3.server.audit.ledger import Settled, Standing
 from de3.server.audit.report import Live
+from de3.server.audit.tenant import Settled
 from de3.server.background import report
 from de3.server.engine.audit import Audit
 from de3.server.engine.job import Job
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.learn.record import Record
+from de3.server.rules import Standing
 from de3.server.settings import Settings
 
 
@@ -26,7 +27,7 @@ class Books(Protocol):
     def forget(self, served: Served) -> None:
         """Stop counting for an unloaded model."""
 
-    def count(self, name: str, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
+    def count(self, name: str, settled: Sequence[Settled]) -> None:
         """Count settled texts of a model; see Ledger.count."""
 
     @property
@@ -76,8 +77,8 @@ class Audits:
         auditor = self._by_model.get(name)
         if auditor is None or auditor.served.model.manifest != served.model.manifest:
 
-            def count(settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
-                self._books.count(name, settled, epoch, may_rise)
+            def count(settled: Sequence[Settled]) -> None:
+                self._books.count(name, settled)
 
             def learn(record: Record) -> None:
                 self._books.learn(name, record)

@@ -1,4 +1,4 @@
-"""The counted audits of one model, from all processes of a server, and the τ that they allow with a guarantee.
+"""The counted audits of one model, from all processes of a server, by tenant.
 
 Each process settles the audits of its own texts (`auditor.py`) and sends them here in order. A text that was counted
 before, by any process, never counts towards a rise of τ, and τ rises only between two requests.
@@ -7,94 +7,28 @@ before, by any process, never counts towards a rise of τ, and τ rises only bet
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.guarantee import CONFIDENCE
-from de3.exits.promise import Evidence, Reason, error_of, profile
-from de3.exits.promises import ALL, NEWCOMER, Promises
+from de3.exits.promise import Evidence, Promise, Reason, Tally, error_of, profiles
 from de3.exits.signals import Signal
 from de3.model_store.manifest import Manifest
+from de3.server.audit.tenant import MAX_SEEN, MOST_SEEN, Settled, Tenant
 from de3.server.learn.record import HeldOut
-from de3.server.rules import Choice, Promised, Rules
+from de3.server.rules import Choice, InForce, Rules, Standing
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 
-MAX_SEEN = 2**16  # hashes of counted texts; when full, the older half is forgotten
 MIN_AUDITS = 100  # with fewer, the mean exit layer is not known well enough
-MAX_RESETS = 20  # resets kept for the report
 # Shared by all ledgers, so that texts drawn for a version are not counted for the same version exported anew.
 _EPOCHS = itertools.count(1)
-
-
-@dataclass(slots=True)
-class Audited:
-    """The exits of a text that ran to full depth.
-
-    Attributes:
-        scores: the score at each exit; None at an exit without one.
-        differs: disagreement of each exit with the last one.
-        layers: layers of the exits.
-        served_differs: disagreement of the sent answer with the last exit.
-    """
-
-    scores: list[float | None]
-    differs: list[bool]
-    layers: list[int]
-    served_differs: bool
-
-
-@dataclass(slots=True)
-class Settled:
-    """Consecutive texts of one client: some that were not drawn, then possibly one that was.
-
-    Attributes:
-        share: probability with which each text was drawn.
-        skipped: number of texts that were not drawn.
-        keys: with a guarantee, hashes of the texts, in order, the drawn one last.
-        audit: audit of the drawn text; None if no text was drawn, or if its audit was dropped.
-    """
-
-    client: str
-    share: float
-    skipped: int = 0
-    keys: list[int] = field(default_factory=list)
-    audit: Audited | None = None
-
-
-class Standing(NamedTuple):
-    """The part of a ledger's state that the processes need.
-
-    Attributes:
-        epoch: identifies the current evidence. Each new ledger and each reset starts a new epoch; texts that were drawn
-            in an earlier epoch do not count.
-        promised: τ of each client; None without a guarantee.
-    """
-
-    epoch: int
-    promised: Promised | None
-
-
-@dataclass(frozen=True, slots=True)
-class Reset:
-    """A reset of the evidence.
-
-    Attributes:
-        at: seconds since 1970.
-        tau: τ in force before the reset.
-        audits: number of audits counted before the reset.
-    """
-
-    at: float
-    reason: Reason
-    tau: float
-    audits: int
 
 
 class Ledger:
@@ -104,11 +38,12 @@ class Ledger:
         manifest, rules, runtime: those of the model.
         caution: factor applied to the τ of out-of-distribution texts.
         taus: the grid of τ, ascending from 0.
-        evidence: the audits since the start, or the last change or reset.
-        promises: the tests that choose each client's τ so that the promised rate is kept; None without a guarantee.
-        since: start of the evidence, in seconds since 1970.
-        resets, num_resets: the latest resets, and the total number by reason.
-        is_changed: the ledger has changed since it was last saved.
+        epoch: see Standing.
+        since: when it began, in seconds since 1970.
+        tenants: the audits of each tenant that has sent texts, by name.
+        num_resets: number of resets by reason; an admin's reset of all tenants counts once.
+        num_changes: number of resets that void what was learned: those by an admin, and those of tenants that sent at
+            least half of the texts.
     """
 
     def __init__(
@@ -120,32 +55,24 @@ class Ledger:
         settings: Settings,
         publish: Callable[[Standing], None] = lambda _: None,
     ) -> None:
-        """publish: called with the standing whenever it has changed."""
-        self.manifest, self._publish = manifest, publish
+        """publish: called with the standing of the tenants whose τ or epoch has changed."""
+        self.manifest, self._publish, self._has_keys = manifest, publish, settings.has_keys
         self.taus = np.unique([*FINE_TAUS, *(c.rule.tau for c in [rules.default, *rules.steps])])
-        self.evidence = Evidence(self.taus)
-        self.promises: Promises | None = None
-        if settings.guarantee is not None:
-            start = int(np.searchsorted(self.taus, rules.default.rule.tau))
-            error = error_of(1 if manifest.learned is None else manifest.learned.attempt)
-            # Without --learn no other exits will be tested, so this test may use all of δ.
-            error = error if settings.learn else 1 - CONFIDENCE
-            self.promises = Promises(settings.guarantee, self.taus, start, error)
-        self._seen: list[set[int]] = [set(), set()]  # the older, and the newer half
-        self._epoch = next(_EPOCHS)
-        self._published: Standing | None = None
-        self.since = time.time()
-        self.resets: list[Reset] = []
+        self.rate = settings.guarantee
+        # Without --learn no other exits will be tested, so the tests may use all of δ.
+        attempt = 1 if manifest.learned is None or not settings.learn else manifest.learned.attempt
+        self.error = error_of(attempt) if settings.learn else 1 - CONFIDENCE
+        self.epoch, self.since = next(_EPOCHS), time.time()
+        self.tenants: dict[str, Tenant] = {}
         self.num_resets: dict[Reason, int] = {"change": 0, "reset": 0}
-        self.is_changed = False
-        self._held_out_layers: NDArray[np.float64] | None = None  # mean exit layer at each τ
+        self.num_changes = 0
+        self._start_layers: float | None = None  # mean exit layer, by held-out texts
         self.serve(rules, runtime, caution)
 
     def serve(self, rules: Rules, runtime: str, caution: float) -> None:
         """Continue with the same model after it was reloaded."""
         self.rules, self.runtime, self.caution = rules, runtime, caution
-        self._published = None
-        self._apply()
+        self._tell(self.tenants)
 
     @property
     def full_name(self) -> str:
@@ -154,25 +81,33 @@ class Ledger:
 
     @property
     def standing(self) -> Standing:
-        """The epoch, and τ of each client."""
-        return Standing(self._epoch, self._promised())
+        """The epoch, and the τ of each tenant."""
+        return Standing(self.epoch, {name: _in_force(tenant) for name, tenant in self.tenants.items()})
 
-    def _promised(self) -> Promised | None:
-        promises = self.promises
-        if promises is None:
-            return None
-        clients = [(client, *promises.choose(client)) for client in promises.tracked()]
-        return Promised(promises.rate, promises.choose(NEWCOMER), clients)
+    def tenant(self, name: str) -> Tenant:
+        """The audits of a tenant, which begin with its first text."""
+        if name not in self.tenants:
+            promise = None if self.rate is None else Promise(self.rate, self.taus, self.error)
+            self.tenants[name] = Tenant(self.taus, promise, self.epoch)
+            self._tell([name])
+        return self.tenants[name]
 
-    def _apply(self) -> None:
-        """If the standing has changed, take τ from it, and tell the processes."""
-        standing = self.standing
-        if standing == self._published:
-            return
-        self._published = standing
-        if standing.promised is not None:
-            self.rules.apply_guarantee(standing.promised)
+    def restore(self, name: str, tenant: Tenant) -> None:
+        """Continue with the saved audits of a tenant."""
+        tenant.epoch = self.epoch
+        self.tenants[name] = tenant
+        self._tell([name])
+
+    def _tell(self, names: Iterable[str]) -> None:
+        """Apply the τ of some tenants, and tell the processes."""
+        standing = Standing(self.epoch, {name: _in_force(self.tenants[name]) for name in names})
+        self.rules.apply(standing)
         self._publish(standing)
+
+    @property
+    def _room(self) -> int:
+        """Number of hashes that each tenant may remember."""
+        return min(MOST_SEEN, MAX_SEEN // max(1, len(self.tenants)))
 
     @property
     def signal(self) -> Signal:
@@ -185,135 +120,124 @@ class Ledger:
         default = self.rules.default
         return default.wanted if default.by in ("guarantee", "max_disagreement") else None
 
-    def count(self, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
-        """Count texts that one process has settled.
-
-        epoch: the epoch in which the texts were drawn; those of an earlier one are ignored. may_rise: they end with the
-        last text of a request, so τ may rise.
-        """
-        if epoch != self._epoch:  # drawn before a reset
-            return
-        audits, tau = self.evidence.audits, self.rules.default.rule.tau
+    def count(self, settled: Sequence[Settled]) -> None:
+        """Count texts that one process has settled; those that were drawn in an earlier epoch are ignored."""
         for one in settled:
-            is_repeat = [self._was_counted(key) for key in one.keys]
-            self._skip(one, sum(is_repeat[: one.skipped]))
-            if one.audit is not None:
-                self._add(one, one.audit, bool(is_repeat) and is_repeat[-1])
-            if epoch != self._epoch:
-                return
-        self.is_changed = True
-        if self.promises is not None and self.evidence.audits != audits:
-            if may_rise:
-                self.promises.advance()
-            self._apply()
-            if self.rules.default.rule.tau > tau:
-                log.info("%s: audits allow τ = %g", self.full_name, self.rules.default.rule.tau)
+            tenant = self.tenant(one.tenant)
+            if one.epoch != tenant.epoch:  # drawn before a reset
+                continue
+            before, index = _in_force(tenant), tenant.index
+            if tenant.count(one, self.manifest.exit_layers, self._room):
+                self._changed(one.tenant, tenant)
+            if _in_force(tenant) != before:
+                self._tell([one.tenant])
+            if tenant.index > index:
+                of = f" for {one.tenant}" if one.tenant else ""
+                log.info("%s: audits allow τ = %g%s", self.full_name, self.taus[tenant.index], of)
 
-    def count_held_out(self, rows: Sequence[HeldOut]) -> None:
-        """Count held-out texts towards the guarantee, if there is one.
-
-        They were recorded before the model was served, and its exits were not fitted to them. They are not audits of
-        its answers, so the report does not count them.
-        """
-        if self.promises is None:
-            return
-        for one in rows:
-            row = profile(one.scores, one.differs, self.manifest.exit_layers, self.taus)
-            self.promises.add(one.client, 1.0, row, self._was_counted(one.key))
-        self.promises.advance()
-        self.is_changed = True
-        self._apply()
-        layers = [profile(r.scores, r.differs, self.manifest.exit_layers, self.taus).layers for r in rows]
-        self._held_out_layers = np.mean(layers, 0) if layers else None
-
-    def _skip(self, one: Settled, repeats: int) -> None:
-        self.evidence.skip(one.share, one.skipped)
-        if self.promises is not None:
-            self.promises.skip(one.client, one.share, one.skipped, repeats)
-
-    def _was_counted(self, key: int) -> bool:
-        """True if the text with this hash is known to have been counted before; otherwise remembers it."""
-        older, newer = self._seen
-        if key in newer or key in older:
-            return True
-        newer.add(key)
-        if len(newer) >= MAX_SEEN // 2:
-            self._seen = [newer, set()]
-        return False
-
-    def _add(self, one: Settled, audit: Audited, is_repeat: bool) -> None:
-        """Count an audit, and discard the evidence of every promise that finds that the rate has risen."""
-        before, tau = self.evidence.audits, self.rules.default.rule.tau
-        row = profile(audit.scores, audit.differs, audit.layers, self.taus)
-        self.evidence.add(one.share, row, audit.served_differs)
-        if self.promises is None:
-            return
-        changed = self.promises.add(one.client, one.share, row, is_repeat)
-        if not changed:
-            return
+    def _changed(self, name: str, tenant: Tenant) -> None:
+        """Begin a new epoch for a tenant whose rate had risen."""
+        of = f" of {name}" if name else ""
         log.warning(
             "%s: at the τ that audits had proved, answers now differ from full depth more often than the promised "
-            "%g%%: texts run to full depth until audits of new texts allow more",
+            "%g%%: texts%s run to full depth until audits of new texts allow more",
             self.full_name,
-            100 * self.promises.rate,
+            100 * (self.rate or 0),
+            of,
         )
-        if ALL in changed:
-            self._begin_anew(Reset(time.time(), "change", tau, before + 1))
+        tenant.epoch = next(_EPOCHS)
+        self.num_resets["change"] += 1
+        others = sum(other.evidence.audits for key, other in self.tenants.items() if key != name)
+        self.num_changes += tenant.resets[-1].audits >= others
+
+    def count_held_out(self, rows: Sequence[HeldOut], traffic: Mapping[str, int]) -> None:
+        """Count held-out texts towards the guarantee of the tenants that sent them.
+
+        They were recorded before the model was served, and its exits were not fitted to them. traffic: number of texts
+        of each tenant; texts of other clients are not counted.
+        """
+        layers, by_tenant = self.manifest.exit_layers, defaultdict[str, list[HeldOut]](list)
+        for one in rows:
+            by_tenant[one.client if self._has_keys else ""].append(one)
+        total, mean = max(1, sum(traffic.values())), 0.0
+        for name, texts in traffic.items():
+            exit_layer = float(self.manifest.num_layers)
+            if held := by_tenant[name]:
+                tenant = self.tenant(name)
+                found = profiles([r.scores for r in held], [r.differs for r in held], layers, self.taus)
+                if tenant.promise is not None:
+                    tenant.count_held_out([one.key for one in held], found, self._room)
+                exit_layer = float(found.layers[:, tenant.index].mean())
+            mean += texts / total * exit_layer
+        self._start_layers = mean
+        self._tell(traffic.keys() & self.tenants.keys())
 
     def reset(self) -> None:
-        """Discard the evidence at an admin's request; with a guarantee, τ returns to 0."""
-        tau, audits = self.rules.default.rule.tau, self.evidence.audits
-        if self.promises is not None:
-            self.promises.reset("reset")
-        self._begin_anew(Reset(time.time(), "reset", tau, audits))
+        """Discard the evidence of all tenants at an admin's request; with a guarantee, τ returns to 0."""
+        self.epoch = next(_EPOCHS)
+        for tenant in self.tenants.values():
+            tenant.reset(self.epoch)
+        self.num_resets["reset"] += 1
+        self.num_changes += 1
+        self._tell(self.tenants)
 
-    def _begin_anew(self, reset: Reset) -> None:
-        # The evidence from the texts seen so far is discarded, so they may count again.
-        self.evidence, self._seen = Evidence(self.taus), [set(), set()]
-        self._epoch = next(_EPOCHS)
-        self.since, self.is_changed = reset.at, True
-        self.resets = [*self.resets, reset][-MAX_RESETS:]
-        self.num_resets[reset.reason] += 1
-        self._apply()
+    def traffic(self) -> dict[str, int]:
+        """Number of texts of each tenant, audited or not."""
+        return {name: tenant.evidence.texts for name, tenant in list(self.tenants.items())}
 
-    def restore(
-        self, evidence: Evidence, since: float, resets: list[Reset], promises: Promises | None
-    ) -> None:
-        """Continue from saved audits. promises: None unless they were saved by a server with a guarantee."""
-        self.evidence, self.since, self.resets = evidence, since, resets
-        if promises is not None and self.promises is not None:
-            self.promises = promises
-        self._apply()
+    def tenant_taus(self) -> list[float]:
+        """With a guarantee, the τ of each tenant."""
+        promises = [tenant.promise for tenant in list(self.tenants.values())]
+        return [promise.tau for promise in promises if promise is not None]
+
+    def total(self, tau: float = 0.0) -> Evidence:
+        """The audits of all tenants. The last column is for the τ in force: with a guarantee, each tenant's own.
+
+        tau: the τ in force without a guarantee. Any thread may call this.
+        """
+        here = int(np.searchsorted(self.taus, tau))
+        total = Evidence(np.append(self.taus, np.nan))
+        for tenant in list(self.tenants.values()):
+            index = here if self.rate is None else tenant.index
+            for share, tally in list(tenant.evidence.tallies.items()):
+
+                def with_own(counts: NDArray[np.int64], index: int = index) -> NDArray[np.int64]:
+                    return np.append(counts, counts[index])
+
+                total.merge(
+                    share,
+                    Tally(
+                        *(tally.texts, tally.audits, tally.served, with_own(tally.differing)),
+                        *(with_own(tally.layers), with_own(tally.repeats)),
+                    ),
+                )
+        return total
 
     def speedup(self) -> float:
-        """Speed-up in layers at the τ in force, by the audits, or by held-out texts if audits are few; 1 if unknown."""
-        tau, means = self.rules.default.rule.tau, self._held_out_layers
-        if self.evidence.audits >= MIN_AUDITS:
-            means = self.evidence.mean_layers()
-        if len(self.manifest.exit_layers) == 1 or tau == 0 or means is None:
-            return 1.0
-        return self.manifest.num_layers / max(float(means[int(np.searchsorted(self.taus, tau))]), 1e-3)
+        """Speed-up in layers over the traffic at the τ in force; 1 if unknown.
 
-    def allowed(self) -> float:
-        """Speed-up in layers at the highest τ up to which the audited rate is within the promise; at least speedup().
-
-        Returns speedup() without a guarantee, with fewer than MIN_AUDITS audits, or for a model with a single exit.
+        It is measured by the audits, or by held-out texts while audits are few.
         """
-        evidence, speedup = self.evidence, self.speedup()
-        if self.promises is None or evidence.audits < MIN_AUDITS or len(self.manifest.exit_layers) == 1:
-            return speedup
-        above = np.flatnonzero(evidence.rates() > self.promises.rate)
-        index = max(0, (int(above[0]) if len(above) else len(self.taus)) - 1)
-        return max(speedup, self.manifest.num_layers / max(float(evidence.mean_layers()[index]), 1e-3))
+        total, layers = self.total(self.rules.default.rule.tau), self._start_layers
+        if total.audits >= MIN_AUDITS:
+            layers = float(total.mean_layers()[-1])
+        if len(self.manifest.exit_layers) == 1 or layers is None:
+            return 1.0
+        return self.manifest.num_layers / max(layers, 1e-3)
 
     def measured(self, in_force: Choice) -> tuple[float, float, float] | None:
         """The rate of disagreement at the τ in force, and its lower and upper bound; None without audits."""
-        index = int(np.searchsorted(self.taus, in_force.rule.tau))
-        evidence = self.evidence.copy()  # a scrape calls this in another thread
-        if not evidence.audits:
+        total = self.total(in_force.rule.tau)
+        if not total.audits:
             return None
-        lower, upper = evidence.bounds(slice(index, index + 1))
-        return float(evidence.rates()[index]), float(lower[0]), float(upper[0])
+        lower, upper = total.bounds(slice(-1, None))
+        return float(total.rates()[-1]), float(lower[0]), float(upper[0])
+
+
+def _in_force(tenant: Tenant) -> InForce:
+    if tenant.promise is None:
+        return InForce(tenant.epoch, None, None)
+    return InForce(tenant.epoch, float(tenant.taus[tenant.index]), tenant.promise.reason)
 
 
 def tau_row(choice: Choice) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from threading import Lock
 from typing import Any
 
 from de3.model_store.manifest import Manifest, base_of, fingerprint
-from de3.server.audit.ledger import Ledger, Settled, Standing
+from de3.server.audit.ledger import Ledger
 from de3.server.audit.report import Live, report
-from de3.server.audit.state import State, StateDir, restore, state_of
+from de3.server.audit.state import StateDir, TenantState, restore, states_of
+from de3.server.audit.tenant import Settled
 from de3.server.background import keep_running
 from de3.server.learn.learner import InService
 from de3.server.learn.record import HeldOut
-from de3.server.rules import Choice, Rules
+from de3.server.rules import Choice, Rules, Standing
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
@@ -28,8 +29,9 @@ class Ledgers:
         """publish: called with a model's manifest and new standing. Raises ValueError if state_dir cannot be used."""
         self._settings, self._publish = settings, publish
         self._by_model: dict[str, Ledger] = {}
-        self._unloaded: dict[str, State] = {}
-        self._held_out: dict[str, Sequence[HeldOut]] = {}  # of a learned version that is about to be served
+        self._unloaded: dict[str, list[TenantState]] = {}
+        # Of a learned version that is about to be served: held-out texts, and the tenants' traffic.
+        self._held_out: dict[str, tuple[Sequence[HeldOut], dict[str, int]]] = {}
         is_on, state_dir = settings.share_of_audits > 0, settings.state_dir
         self._state = StateDir(state_dir) if is_on and state_dir is not None else None
         self._writing, self._has_failed = Lock(), False
@@ -49,14 +51,15 @@ class Ledgers:
             self._publish(manifest, standing)
 
         ledger = self._by_model[name] = Ledger(manifest, rules, runtime, caution, self._settings, publish)
-        state = self._unloaded.pop(name, None)
-        if state is not None and state.fingerprint == fingerprint(manifest):
+        states = self._unloaded.pop(name, [])
+        if states and states[0].fingerprint == fingerprint(manifest):
             try:
-                restore(ledger, state)
+                for state in states:
+                    restore(ledger, state)
             except ValueError as error:
                 log.warning("%s: its earlier audits cannot be used (%s); audits start from zero", name, error)
-        elif (rows := self._held_out.pop(name, None)) is not None:
-            ledger.count_held_out(rows)
+        elif (held_out := self._held_out.pop(name, None)) is not None:
+            ledger.count_held_out(*held_out)
         elif self._state is not None:
             self._state.read(ledger)
         return ledger.standing
@@ -67,19 +70,30 @@ class Ledgers:
         return None if ledger is None else base_of(ledger.manifest)
 
     def in_service(self, name: str, version: int) -> InService:
-        """The performance of a served version; if it is not served, speed-ups of 1 and no resets."""
+        """The performance of a served version; if it is not served, a speed-up of 1 and no changes."""
         ledger = self._by_model.get(f"{name}:{version}")
-        if ledger is None:
-            return InService(version, 1.0, 1.0, 0)
-        return InService(version, ledger.speedup(), ledger.allowed(), sum(ledger.num_resets.values()))
+        return (
+            InService(version, 1.0, 0)
+            if ledger is None
+            else InService(version, ledger.speedup(), ledger.num_changes)
+        )
 
     def versions(self, name: str) -> set[int]:
         """The served versions of a model name."""
         return {one.manifest.version for one in self.all if one.manifest.name == name}
 
-    def prepare(self, name: str, rows: Sequence[HeldOut]) -> None:
-        """Set the held-out evidence of a learned version, name:version, that is about to be served."""
-        self._held_out = {name: rows}
+    def start_speedup(self, manifest: Manifest, rows: Sequence[HeldOut], current: str) -> float:
+        """The speed-up over the traffic with which a version would start, given held-out texts.
+
+        current: name:version of the served version, whose tenants and traffic are assumed.
+        """
+        ledger = Ledger(manifest, Rules(manifest, self._settings), "", 1.0, self._settings)
+        ledger.count_held_out(rows, self._by_model[current].traffic())
+        return ledger.speedup()
+
+    def prepare(self, name: str, rows: Sequence[HeldOut], current: str) -> None:
+        """Set the held-out texts of a learned version, name:version, that is about to be served; see start_speedup."""
+        self._held_out = {name: (rows, self._by_model[current].traffic())}
 
     def forget(self, name: str) -> None:
         """Stop counting for an unloaded model; the evidence of the last MAX_KEPT such models stays in memory."""
@@ -88,7 +102,7 @@ class Ledgers:
             return
         self._save(ledger)
         del self._by_model[name]
-        self._unloaded[name] = state_of(ledger)
+        self._unloaded[name] = states_of(ledger)
         while len(self._unloaded) > MAX_KEPT:
             del self._unloaded[next(iter(self._unloaded))]
 
@@ -101,11 +115,11 @@ class Ledgers:
         """All ledgers; safe to call from another thread."""
         return list(self._by_model.values())
 
-    def count(self, name: str, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
+    def count(self, name: str, settled: Sequence[Settled]) -> None:
         """Count settled texts of a model; see Ledger.count."""
         ledger = self._by_model.get(name)
         if ledger is not None:
-            ledger.count(settled, epoch, may_rise)
+            ledger.count(settled)
 
     async def report(self, name: str, live: Live, in_force: Choice) -> dict[str, Any]:
         """The audit results of a served model, by name:version; raises KeyError if it is not served."""
@@ -124,14 +138,12 @@ class Ledgers:
 
     def _save(self, ledger: Ledger) -> None:
         with self._writing:
-            if self._state is None or not ledger.is_changed:
+            if self._state is None:
                 return
-            ledger.is_changed = False
             try:
                 self._state.write(ledger)
                 self._has_failed = False
             except Exception as error:  # no error must prevent the server from answering requests
-                ledger.is_changed = True
                 if not self._has_failed:
                     log.error("state_dir: cannot be written; retrying every %g s: %s", SAVE_S, error)
                 self._has_failed = True

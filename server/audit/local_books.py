@@ -5,14 +5,15 @@ from typing import Any
 
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
-from de3.server.audit.ledger import Settled, Standing, tau_row
+from de3.server.audit.ledger import tau_row
 from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.log import AuditLog
 from de3.server.audit.report import Live
+from de3.server.audit.tenant import Settled
 from de3.server.engine.served import Served
 from de3.server.learn.learners import Learners
 from de3.server.learn.record import Record
-from de3.server.rules import Choice
+from de3.server.rules import Choice, Standing
 from de3.server.settings import Settings
 
 
@@ -54,9 +55,9 @@ class LocalBooks:
         """Stop counting for an unloaded model."""
         self.ledgers.forget(served.model.full_name)
 
-    def count(self, name: str, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
+    def count(self, name: str, settled: Sequence[Settled]) -> None:
         """Count settled texts of a model; see Ledger.count."""
-        self.ledgers.count(name, settled, epoch, may_rise)
+        self.ledgers.count(name, settled)
 
     def write(self, line: str) -> None:
         """Write a line of the audit log."""

@@ -1,27 +1,30 @@
-"""Keeps audit results across restarts, in a small file for each model."""
+"""Keeps audit results across restarts, in a small file for each tenant of a model."""
 
 import fcntl
+import glob
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from de3.exits.guarantee import CONFIDENCE
-from de3.exits.promise import MAX_SHARES, Evidence, Promise, Reason, RecentRates, SavedPromise, Tally
-from de3.exits.promises import ALL, MAX_CLIENTS, Promises
+from de3.exits.promise import MAX_SHARES, Evidence, Promise, Reason, SavedPromise, Tally
 from de3.model_store.manifest import fingerprint
 from de3.model_store.regular_file import read_regular_file
-from de3.server.audit.ledger import MAX_RESETS, Ledger, Reset
+from de3.server.audit.ledger import Ledger
+from de3.server.audit.tenant import MAX_RESETS, Reset, Tenant
 
 log = logging.getLogger("de3")
 MAX_BYTES = 2**22
 MAX_TAUS = 1024
 MAX_TIME = 2**38  # seconds since 1970: the year 10680
+MAX_TENANTS = 512  # files of a model: the present tenants', and some of former ones
 NEW_SHARES = 64  # shares that a server may still add to a restored state
 MAX_COUNT, NEW_COUNT = 2**53, 2**52  # largest count, and the part of it that a server may add
 
@@ -44,47 +47,34 @@ class Counts(_Part):
     served: Count
     differing: list[Count] = Field(max_length=MAX_TAUS)
     layers: list[Count] = Field(max_length=MAX_TAUS)
-
-
-class PromiseCounts(_Part):
-    """The part of a saved de3.exits.promise.Tally that a Promise needs, and its share."""
-
-    share: Annotated[float, Field(gt=0, le=1)]
-    texts: Count
-    differing: list[Count] = Field(max_length=MAX_TAUS)
     repeats: list[Count] = Field(max_length=MAX_TAUS)
 
+    def check(self, taus: int) -> None:
+        """Raise ValueError for impossible counts. taus: length of the grid."""
+        if not len(self.differing) == len(self.layers) == len(self.repeats) == taus:
+            raise ValueError("differing, layers and repeats need a number for each τ")
+        first = [d - r for d, r in zip(self.differing, self.repeats, strict=True)]
+        if max(self.served, self.audits) > self.texts or max(first, default=0) > self.audits:
+            raise ValueError("more audits than texts, or more disagreements than audits")
+        if min(first, default=0) < 0:
+            raise ValueError("more disagreements of repeats than of all texts")
 
-class OwnAudits(_Part):
-    """A saved de3.exits.promise.RecentRates: the recent audits of one client."""
 
-    weight: Annotated[float, Field(ge=0)] = 0.0
-    differing: list[Annotated[float, Field(ge=0)]] = Field(default=[], max_length=MAX_TAUS)
+class PromiseState(_Part):
+    """The state of a tenant's promise; see de3.exits.promise.SavedPromise."""
 
-
-class Promised(_Part):
-    """A saved de3.exits.promise.Promise: the fields of SavedPromise, and its evidence.
-
-    left_out: the client whose evidence is left out; `ALL` (empty): none is. texts, own: that client's number of texts,
-    and its recent audits.
-    """
-
-    left_out: Annotated[str, Field(max_length=16)]
-    texts: Count
-    counts: list[PromiseCounts] = Field(max_length=MAX_SHARES)
-    rate: Rate
+    counts: list[Counts] = Field(max_length=MAX_SHARES)
+    rate: Annotated[float, Field(gt=0, lt=1)]
     tau: Rate
-    start: Rate
     reason: Reason
-    detector: list[Annotated[float, Field(ge=0)]] = Field(max_length=16)
+    detector: list[Annotated[float, Field(ge=0)]] = Field(max_length=MAX_TAUS)
     weight: Annotated[float, Field(ge=0)]
     recent: list[Annotated[float, Field(ge=0)]] = Field(max_length=MAX_TAUS)
-    error: Rate = 1 - CONFIDENCE
-    own: OwnAudits = OwnAudits()
+    error: Rate
 
 
 class ResetRow(_Part):
-    """A saved de3.server.audit.ledger.Reset."""
+    """A saved de3.server.audit.tenant.Reset."""
 
     at: Annotated[float, Field(ge=0, le=MAX_TIME)]
     reason: Reason
@@ -92,14 +82,15 @@ class ResetRow(_Part):
     audits: Count
 
 
-class State(_Part):
-    """Saved audits of a model; valid only for the same model files, runtime, OOD policy, signal and grid of τ.
+class TenantState(_Part):
+    """Saved audits of a tenant; valid only for the same model files, runtime, OOD policy, signal and grid of τ.
 
     caution: factor applied to the τ of out-of-distribution texts.
     """
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     model: str
+    tenant: Annotated[str, Field(max_length=64)]
     fingerprint: str
     runtime: str
     caution: float
@@ -108,151 +99,100 @@ class State(_Part):
     taus: list[Rate] = Field(max_length=MAX_TAUS)
     since: Annotated[float, Field(ge=0, le=MAX_TIME)]
     counts: list[Counts] = Field(max_length=MAX_SHARES)
-    promises: list[Promised] = Field(max_length=MAX_CLIENTS + 2)  # empty without a guarantee
+    promise: PromiseState | None  # None without a guarantee
     resets: list[ResetRow] = Field(max_length=MAX_RESETS)
 
     @model_validator(mode="after")
-    def _check(self) -> "State":
-        for row in self.counts:
-            if not len(row.differing) == len(row.layers) == len(self.taus):
-                raise ValueError("differing and layers need a number for each τ")
-            if max(row.served, row.audits, *row.differing) > row.texts or max(row.differing) > row.audits:
-                raise ValueError("more audits than texts, or more disagreements than audits")
-        for promise in self.promises:
-            if promise.own.differing and len(promise.own.differing) != len(self.taus):
-                raise ValueError("the recent audits of a client need a number for each τ")
-            for part in promise.counts:
-                if not len(part.differing) == len(part.repeats) == len(self.taus):
-                    raise ValueError("differing and repeats need a number for each τ")
-                first = [d - r for d, r in zip(part.differing, part.repeats, strict=True)]
-                if min(first, default=0) < 0 or max(first, default=0) > part.texts:
-                    raise ValueError("more disagreements than texts, or more of repeats than of all")
-        names = [promise.left_out for promise in self.promises]
-        if names and (ALL not in names or len(set(names)) < len(names)):
-            raise ValueError("the promises must leave out different clients, and one of them none")
+    def _check(self) -> "TenantState":
+        for row in self.all_counts():
+            row.check(len(self.taus))
         return self
 
+    def all_counts(self) -> list[Counts]:
+        """The counts of all audits, and those that the promise rests on."""
+        return [*self.counts, *(self.promise.counts if self.promise is not None else ())]
 
-def state_of(ledger: Ledger) -> State:
-    """The state of a ledger, to be saved."""
-    manifest, promises = ledger.manifest, ledger.promises
-    signal = ledger.signal
-    return State(
+
+def states_of(ledger: Ledger) -> list[TenantState]:
+    """The states of a ledger's tenants, to be saved."""
+    return [_state_of(ledger, name, tenant) for name, tenant in list(ledger.tenants.items())]
+
+
+def _state_of(ledger: Ledger, name: str, tenant: Tenant) -> TenantState:
+    promise = tenant.promise
+    return TenantState(
         model=ledger.full_name,
-        fingerprint=fingerprint(manifest),
+        tenant=name,
+        fingerprint=fingerprint(ledger.manifest),
         runtime=ledger.runtime,
         caution=ledger.caution,
-        signal=signal.name,
-        lam=signal.lam,
+        signal=ledger.signal.name,
+        lam=ledger.signal.lam,
         taus=ledger.taus.tolist(),
-        since=ledger.since,
-        counts=[
-            Counts(
-                share=share,
-                texts=tally.texts,
-                audits=tally.audits,
-                served=tally.served,
-                differing=tally.differing.tolist(),
-                layers=tally.layers.tolist(),
-            )
-            for share, tally in ledger.evidence.copy().tallies.items()
-        ],
-        promises=[] if promises is None else _promised(promises),
-        resets=[ResetRow(at=r.at, reason=r.reason, tau=r.tau, audits=r.audits) for r in ledger.resets],
+        since=tenant.since,
+        counts=_counts_of(tenant.evidence),
+        promise=None
+        if promise is None
+        else PromiseState(counts=_counts_of(promise.evidence), **promise.saved()._asdict()),
+        resets=[ResetRow(at=r.at, reason=r.reason, tau=r.tau, audits=r.audits) for r in tenant.resets],
     )
 
 
-def _promised(promises: Promises) -> list[Promised]:
+def _counts_of(evidence: Evidence) -> list[Counts]:
+    arrays = ("differing", "layers", "repeats")
     return [
-        Promised(
-            left_out=left_out,
-            texts=promises.texts[left_out],
-            counts=[
-                PromiseCounts(
-                    share=share,
-                    texts=tally.texts,
-                    differing=tally.differing.tolist(),
-                    repeats=tally.repeats.tolist(),
-                )
-                for share, tally in promise.evidence.copy().tallies.items()
-            ],
-            **promise.saved()._asdict(),
-            own=_own(promises, left_out),
+        Counts(
+            share=share,
+            texts=tally.texts,
+            audits=tally.audits,
+            served=tally.served,
+            **{name: getattr(tally, name).tolist() for name in arrays},
         )
-        for left_out, promise in list(promises.by_left_out.items())
+        for share, tally in list(evidence.tallies.items())
     ]
 
 
-def _own(promises: Promises, client: str) -> OwnAudits:
-    own = promises.own.get(client)
-    return OwnAudits() if own is None else OwnAudits(weight=own.weight, differing=own.differing.tolist())
+def _evidence(counts: list[Counts], taus: NDArray[np.float64]) -> Evidence:
+    evidence = Evidence(taus)
+    for row in counts:
+        arrays = (np.array(part, np.int64) for part in (row.differing, row.layers, row.repeats))
+        evidence.tallies[row.share] = Tally(row.texts, row.audits, row.served, *arrays)
+    return evidence
 
 
-def _restored(saved: list[Promised], like: Promises) -> Promises:
-    """The promises of a state, restored for the rate, grid of τ, start and error probability of `like`.
-
-    Raises ValueError if they do not match the grid; see Promise.restore.
-    """
-    promises = Promises(like.rate, like.taus, like.start, like.error)
-    for row in saved:
-        evidence = Evidence(like.taus)
-        for part in row.counts:
-            differing, repeats = np.array(part.differing, np.int64), np.array(part.repeats, np.int64)
-            evidence.tallies[part.share] = Tally(
-                part.texts, 0, 0, differing, np.zeros_like(differing), repeats
-            )
-        promise = promises.by_left_out[row.left_out] = Promise(like.rate, like.taus, like.start, like.error)
-        state = row.model_dump(exclude={"left_out", "texts", "counts", "own"})
-        promise.restore(evidence, SavedPromise(**state))
-        if row.left_out != ALL:
-            own = promises.own[row.left_out] = RecentRates(like.rate, len(like.taus))
-            if row.own.differing:
-                own.weight, own.differing = row.own.weight, np.array(row.own.differing)
-            promises.texts[row.left_out] = row.texts
-    return promises
-
-
-def _counts(state: State) -> Iterator[int]:
-    """Every count that grows with further texts."""
-    for row in state.counts:
-        yield from (row.texts, row.audits, row.served, *row.differing, *row.layers)
-    for promise in state.promises:
-        yield promise.texts
-        for part in promise.counts:
-            yield from (part.texts, *part.differing, *part.repeats)
-
-
-def restore(ledger: Ledger, state: State) -> None:
-    """Restore a ledger from a state.
+def restore(ledger: Ledger, state: TenantState) -> None:
+    """Restore a tenant of a ledger from a state.
 
     Raises ValueError if the state belongs to another model, signal, runtime, OOD policy or grid of τ, or if its shares
     or counts leave too little room for new audits.
     """
-    manifest, signal = ledger.manifest, ledger.signal
+    manifest, signal, taus = ledger.manifest, ledger.signal, ledger.taus
     if state.fingerprint != fingerprint(manifest):
         raise ValueError("it belongs to another model")
     if (state.signal, state.lam) != (signal.name, signal.lam):
         raise ValueError("it belongs to another signal")
     if (state.runtime, state.caution) != (ledger.runtime, ledger.caution):
         raise ValueError("it belongs to another runtime, or another --ood-policy")
-    most = max(len(state.counts), *(len(promise.counts) for promise in state.promises), 0)
-    if most + NEW_SHARES > MAX_SHARES:
+    saved = state.promise
+    if max(len(state.counts), len(saved.counts) if saved is not None else 0) + NEW_SHARES > MAX_SHARES:
         raise ValueError("it has too many shares")
-    if max(_counts(state), default=0) > MAX_COUNT - NEW_COUNT:
+    if max((count for row in state.all_counts() for count in _all(row)), default=0) > MAX_COUNT - NEW_COUNT:
         raise ValueError("its counts are too large")
-    if state.taus != ledger.taus.tolist():
+    if state.taus != taus.tolist():
         raise ValueError("it has other values of τ")
-    evidence = Evidence(ledger.taus)
-    for row in state.counts:
-        differing, layers = np.array(row.differing, np.int64), np.array(row.layers, np.int64)
-        evidence.tallies[row.share] = Tally(
-            row.texts, row.audits, row.served, differing, layers, np.zeros_like(differing)
-        )
-    promises = None
-    if ledger.promises is not None and state.promises:
-        promises = _restored(state.promises, ledger.promises)
-    resets = [Reset(row.at, row.reason, row.tau, row.audits) for row in state.resets]
-    ledger.restore(evidence, state.since, resets, promises)
+    promise = None if ledger.rate is None else Promise(ledger.rate, taus, ledger.error)
+    if promise is not None and saved is not None:
+        fields = saved.model_dump(exclude={"counts"})
+        promise.restore(_evidence(saved.counts, taus), SavedPromise(**fields))
+    tenant = Tenant(taus, promise, ledger.epoch)
+    tenant.evidence, tenant.since = _evidence(state.counts, taus), state.since
+    tenant.resets = [Reset(row.at, row.reason, row.tau, row.audits) for row in state.resets]
+    ledger.restore(state.tenant, tenant)
+
+
+def _all(row: Counts) -> Iterator[int]:
+    """Every count that grows with further texts."""
+    yield from (row.texts, row.audits, row.served, *row.differing, *row.layers, *row.repeats)
 
 
 class StateDir:
@@ -276,32 +216,61 @@ class StateDir:
         """Release the folder, which another server can then use."""
         os.close(self._lock)
 
-    def _file(self, ledger: Ledger) -> Path:
-        return self.path / f"{ledger.full_name.replace(':', '-')}.json"
+    def _file(self, ledger: Ledger, tenant: str) -> Path:
+        name = ledger.full_name.replace(":", "-")
+        return self.path / (f"{name}@{tenant}.json" if tenant else f"{name}.json")
 
     def read(self, ledger: Ledger) -> None:
-        """Restore a ledger from its file, if there is one; an unusable file is renamed, with a warning."""
-        path = self._file(ledger)
-        try:
-            restore(ledger, State.model_validate_json(read_regular_file(path, MAX_BYTES)))
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError) as error:
-            what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            aside = path.with_suffix(".json.old")
-            log.warning("%s cannot be used (%s); audits start from zero; kept as %s", path, what, aside.name)
-            with suppress(OSError):
-                path.replace(aside)
-        else:
-            log.info("%s: %d audits from %s", ledger.full_name, ledger.evidence.audits, path)
+        """Restore a ledger from its tenants' files; an unusable file is renamed, with a warning."""
+        own = self._file(ledger, "")
+        paths = [own, *islice(self.path.glob(f"{glob.escape(own.stem)}@*.json"), MAX_TENANTS)]
+        audits = 0
+        for path in paths:
+            try:
+                state = TenantState.model_validate_json(read_regular_file(path, MAX_BYTES))
+                if path != self._file(ledger, state.tenant):
+                    raise ValueError("it belongs to another tenant")
+                restore(ledger, state)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+                aside = path.with_suffix(".json.old")
+                log.warning(
+                    "%s cannot be used (%s); audits start from zero; kept as %s", path, what, aside.name
+                )
+                with suppress(OSError):
+                    path.replace(aside)
+            else:
+                audits += ledger.tenants[state.tenant].evidence.audits
+        if ledger.tenants:
+            log.info(
+                "%s: %d audits of %d tenants from %s",
+                ledger.full_name,
+                audits,
+                len(ledger.tenants),
+                self.path,
+            )
 
     def write(self, ledger: Ledger) -> None:
-        """Write a ledger's state atomically; raises OSError. Any thread may call this, but only one at a time."""
-        path = self._file(ledger)
+        """Write the state of each tenant that has changed, atomically; raises OSError.
+
+        Any thread may call this, but only one at a time.
+        """
+        for name, tenant in list(ledger.tenants.items()):
+            if tenant.is_changed:
+                tenant.is_changed = False  # first, so that no later change is missed
+                try:
+                    self._write(self._file(ledger, name), _state_of(ledger, name, tenant))
+                except Exception:
+                    tenant.is_changed = True
+                    raise
+
+    def _write(self, path: Path, state: TenantState) -> None:
         new = path.with_suffix(".json.new")
         new.unlink(missing_ok=True)  # O_EXCL refuses any file, such as one that a killed server left
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(state_of(ledger).model_dump_json().encode())
+            file.write(state.model_dump_json().encode())
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)

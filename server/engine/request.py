@@ -35,6 +35,7 @@ class Request:
         flag: name of a label to watch for in the windows, and the probability from which a text is flagged (None: the
             label's own threshold, or 0.5 if it has none). None: no label is watched.
         client: fair-share key; the engine's time is shared between clients.
+        tenant: name of the request's API key, or empty; a guarantee holds for each tenant.
         expires_at: time at which the request times out (perf_counter seconds); None: `timeout_s` (see Settings) after
             its submission.
         keeps_errors: the RequestError of a text, such as one that is too long, is recorded in the text's item, and the
@@ -52,6 +53,7 @@ class Request:
     windows: int = 1
     flag: tuple[str, float | None] | None = None
     client: str = ""
+    tenant: str = ""
     expires_at: float | None = None
     keeps_errors: bool = False
 

@@ -151,14 +151,20 @@ class Access:
         """
         return "" if self.users is None else self.users.owner(scope)
 
-    def _check_reader(self, scope: Scope) -> None:
-        """Raise RequestError unless the client may read, as a user or an admin."""
+    def reader(self, scope: Scope) -> str | None:
+        """The tenant that reads its own data, or None for a client that may read everything.
+
+        This is an admin, or any client of a server without user keys. Raises RequestError unless the client may read.
+        """
+        if self.users is None:
+            return None
         try:
-            self.user(scope)
+            return self.users.owner(scope)
         except RequestError:
             if self.admins is None:
                 raise
             self.admins.owner(scope)
+            return None
 
     def charge(self, owner: str) -> "Charge":
         """The charge for a new request of an owner."""
@@ -175,7 +181,7 @@ class Access:
         if _OPEN.fullmatch(path):
             return False
         if self.admins is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            self._check_reader(scope)
+            self.reader(scope)
             return False
         try:
             self.admins.owner(scope)

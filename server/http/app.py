@@ -235,7 +235,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         """Classify a text, a pair of texts or a batch; each text exits at the first layer whose score is below tau."""
         raise HTTPException(404)  # for paths such as /classify%0A: create_app answers /classify itself
 
-    models.add_routes(app, service, dependencies=users)
+    models.add_routes(app, service, users, frontend.access)
     open_inference.add_routes(app, service, dependencies=users)
     tei.add_routes(app, service, dependencies=users)
     if frontend.access.admins is not None:

@@ -103,7 +103,8 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
         raise
     await charge.raise_to(len(request.texts))
     exchange.inference = inference = Inference(request)
-    request.client, request.expires_at = client, exchange.started + settings.timeout_s
+    request.client, request.tenant = client, exchange.owner
+    request.expires_at = exchange.started + settings.timeout_s
     try:
         return await inference.run(service)
     finally:  # a failed request is also charged for the texts that ran

@@ -6,19 +6,22 @@ from weakref import WeakKeyDictionary
 
 import orjson
 from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.responses import Response
 
 from de3.exits.guarantee import CONFIDENCE
 from de3.exits.signals import signals_of
 from de3.model_store.manifest import Manifest
 from de3.server.audit.auditor import Auditor
+from de3.server.audit.report import seen_by
 from de3.server.errors import RequestError
 from de3.server.http import openapi
+from de3.server.http.access import Access
 from de3.server.http.shared_run import SharedRun
 from de3.server.service import Service
 
 
-def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
+def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], access: Access) -> None:
     """Add the routes to an application. dependencies: FastAPI dependencies of each route."""
     reporting: WeakKeyDictionary[Auditor, SharedRun[dict[str, Any]]] = WeakKeyDictionary()
     calibrations: dict[str, tuple[Manifest, bytes]] = {}  # only the last one requested, as each takes 170 KB
@@ -56,12 +59,16 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
         dependencies=dependencies,
         responses={404: {"description": "no such model"}, 409: {"description": "audits are off"}},
     )
-    async def audit(name: str) -> dict[str, Any]:
-        """Disagreement of early answers with full depth at each τ, measured on live traffic."""
+    async def audit(name: str, request: Request) -> dict[str, Any]:
+        """Disagreement of early answers with full depth at each τ, measured on live traffic.
+
+        A user's key sees the row of its own name in `tenants`; an admin's key sees all rows.
+        """
         service.check_open()
         served = service.models.current(name)
         running = reporting.setdefault(service.audits.of(served), SharedRun("report"))
-        return {"object": "audit"} | await running.result(lambda: service.audits.report(served))
+        found = await running.result(lambda: service.audits.report(served))
+        return {"object": "audit"} | seen_by(found, access.reader(request.scope))
 
     @app.get(
         "/v1/models/{name}/learn",

@@ -23,7 +23,7 @@ MAX_RESULTS = 20
 MAX_KEPT = 8  # learned versions on disk, besides those in use
 LEARNED_FROM = 1_000_000  # learned versions have higher numbers, so that they differ from versions of a store
 
-Outcome = Literal["served", "not_faster", "outdated", "failed"]
+Outcome = Literal["served", "waits", "not_faster", "outdated", "failed"]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -33,12 +33,13 @@ class Result(BaseModel):
     Attributes:
         at: seconds since 1970.
         attempt: number of the fit.
-        outcome: served, not_faster, outdated (the traffic or the models changed meanwhile), or failed.
-        version: number of the new version; None unless it is served.
+        outcome: served, waits (until newer texts prove more), not_faster, outdated (the traffic or the models changed
+            meanwhile), or failed.
+        version: number of the new version; None unless it is served or waits.
         records, held_out: number of records, and number of those that tested the exits.
         speedup: speed-up in layers at the best τ in hindsight, on the held-out records.
-        proved_speedup: speed-up in layers at the highest τ that these records prove.
-        served_speedup: speed-up in layers, at the best τ in hindsight, of the version that the fit had to beat.
+        proved_speedup: speed-up in layers at the τ that these records prove for each tenant.
+        served_speedup: speed-up in layers of the version that the fit had to beat.
             The three speed-ups are None if the fit failed.
         seconds: duration of the fit.
         error: reason for a failure; None otherwise.

@@ -8,13 +8,14 @@ from de3.model_store.manifest import base_of
 from de3.model_store.records import Records
 from de3.model_store.store import Artifact
 from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, LearnFolder, Outcome, Result
-from de3.server.learn.record import Record
+from de3.server.learn.record import HeldOut, Record
 from de3.server.learn.reservoir import Reservoir
 from de3.server.settings import Settings
 
 FIRST_FIT, GROWTH = 500, 1.5  # records; each further fit needs GROWTH times as many as the one before
 MIN_RECORDS = 50
-MAX_WAITING = 4096
+MAX_HELD = 4096
+MAX_TESTS = 10_000  # held-out texts of a version that waits
 SAVE_GROWTH = 1.25  # records are saved when there are this many times as many as at the last save
 
 Phase = Literal["recording", "fitting"]
@@ -26,15 +27,38 @@ class InService:
 
     Attributes:
         version: number of the version.
-        speedup: speed-up in layers at the τ in force; 1: full depth.
-        allowed: speed-up in layers at the best τ in hindsight.
-        num_resets: number of resets of its audit evidence, by the server because the rate had risen, or by an admin.
+        speedup: speed-up in layers over the traffic, at the τ in force; 1: full depth.
+        num_changes: see Ledger.
     """
 
     version: int
     speedup: float
-    allowed: float
-    num_resets: int
+    num_changes: int
+
+
+@dataclass
+class Waiting:
+    """A learned version that is not served yet, because what its tests prove is not faster than what is served.
+
+    Attributes:
+        artifact: the version.
+        current: the version that was current at the fit.
+        found: the result of the fit; see run_fit.
+        attempt: number of the fit.
+        rows: the held-out texts that test its exits.
+        keys: hashes of the texts that were recorded at the fit; a repeat of one of them is no test.
+        after: number of the last record that may be among `rows`.
+        next_test: value of Learner.count at which newer records test the exits, too.
+    """
+
+    artifact: Artifact
+    current: int
+    found: dict[str, Any]
+    attempt: int
+    rows: list[HeldOut]
+    keys: set[int]
+    after: int
+    next_test: int
 
 
 class Learner:
@@ -49,6 +73,7 @@ class Learner:
         count: number of records since the start or the last change of the traffic, including restored ones.
         next_fit: value of `count` at which the next fit starts.
         is_asked: an admin has asked for a fit.
+        waiting: the last version that is not served yet; None if there is none. It is lost when the server ends.
         journal: the state that is kept across restarts, besides the records.
     """
 
@@ -59,8 +84,9 @@ class Learner:
         self.base = base_of(manifest)
         self.phase: Phase = "recording"
         self.is_asked = False
-        self._waiting: list[Record] | None = []  # records held back (see hold); None: add at once
-        self._changes: tuple[int, int] = (0, 0)  # version in service, and its `num_resets`
+        self.waiting: Waiting | None = None
+        self._held: list[Record] | None = []  # records held back (see hold); None: add at once
+        self._changes: tuple[int, int] = (0, 0)  # version in service, and its `num_changes`
         self.reservoir = Reservoir(
             self.base,
             (manifest.num_layers, manifest.hidden_size),
@@ -99,30 +125,31 @@ class Learner:
         self.resume()
 
     def add(self, record: Record) -> None:
-        """Keep a record, perhaps in place of another; it is discarded if MAX_WAITING records are already held back."""
+        """Keep a record, perhaps in place of another; it is discarded if MAX_HELD records are already held back."""
         self.count += 1
-        if self._waiting is None:
+        if self._held is None:
             self.reservoir.add(record)
-        elif len(self._waiting) < MAX_WAITING:
-            self._waiting.append(record)
+        elif len(self._held) < MAX_HELD:
+            self._held.append(record)
 
     def hold(self) -> None:
         """Hold back new records until resume(), while another thread reads the reservoir."""
-        self._waiting = []
+        self._held = []
 
     def resume(self) -> None:
         """Add the records that were held back."""
-        waiting, self._waiting = self._waiting or [], None
-        for record in waiting:
+        held, self._held = self._held or [], None
+        for record in held:
             self.reservoir.add(record)
 
     def observe(self, served: InService) -> None:
         """Record the version in service. If its evidence was reset, the next fit needs new records."""
         version, changes = self._changes
-        if served.version == version and served.num_resets > changes:
+        if served.version == version and served.num_changes > changes:
             self.journal.first_new = int(self.reservoir.texts) + 1
             self.count, self.next_fit, self._is_changed = 0, FIRST_FIT, True
-        self._changes = served.version, served.num_resets
+            self.waiting = None
+        self._changes = served.version, served.num_changes
 
     @property
     def is_due(self) -> bool:
@@ -130,6 +157,17 @@ class Learner:
         return (
             self.phase == "recording" and self.is_restored and (self.is_asked or self.count >= self.next_fit)
         )
+
+    @property
+    def is_test_due(self) -> bool:
+        """True if newer records should test the version that waits."""
+        waiting = self.waiting
+        return self.phase == "recording" and waiting is not None and self.count >= waiting.next_test
+
+    def wait_for_tests(self, waiting: Waiting) -> None:
+        """Keep a version that is not served yet, until newer records have tested it."""
+        self.waiting = waiting if len(waiting.rows) < MAX_TESTS else None
+        waiting.next_test = self.count + max(MIN_RECORDS, len(waiting.rows) // 4)
 
     @property
     def needs_saving(self) -> bool:
@@ -154,16 +192,17 @@ class Learner:
 
     def begin(self) -> int:
         """Record the start of a fit; returns its attempt number."""
-        self.phase, self.is_asked = "fitting", False
+        self.phase, self.is_asked, self.waiting = "fitting", False, None
         while self.next_fit <= self.count:
             self.next_fit = int(GROWTH * self.next_fit)
         self.journal.attempts += 1
         return self.journal.attempts
 
     def end(self, result: Result) -> None:
-        """Record the end of a fit, and its result."""
+        """Record the end of a fit or of a test, and the result of the fit."""
         self.phase = "recording"
-        self.journal.results = [*self.journal.results, result][-MAX_RESULTS:]
+        others = [one for one in self.journal.results if one.attempt != result.attempt]
+        self.journal.results = [*others, result][-MAX_RESULTS:]
         self._is_changed = True
 
     def report(self) -> dict[str, Any]:
@@ -200,6 +239,11 @@ def sentence(result: Result) -> str:
         f"on {result.held_out} held-out records its exits allow {result.speedup:.2f}× at the promised rate, and prove "
         f"{result.proved_speedup:.2f}×"
     )
+    if result.outcome == "waits":
+        return (
+            f"fit {result.attempt} waits until newer texts prove more than the {result.served_speedup:.2f}× that is "
+            f"served: {measured}"
+        )
     if result.outcome == "served":
         return f"fit {result.attempt} is served as version {result.version}: {measured}"
     if result.outcome == "outdated":
@@ -211,13 +255,10 @@ def sentence(result: Result) -> str:
     )
 
 
-def result_of(attempt: int, found: dict[str, Any], version: int | None, is_outdated: bool = False) -> Result:
-    """The result of a fit that ran.
-
-    found: see run_fit. version: number of the new version; None: it is not served. is_outdated: it is not served
-    because the traffic or the models changed meanwhile.
-    """
+def result_of(
+    attempt: int, found: dict[str, Any], outcome: Outcome = "not_faster", version: int | None = None
+) -> Result:
+    """The result of a fit that ran. found: see run_fit. version: number of the new version, if there is one."""
     names = ("records", "held_out", "speedup", "proved_speedup", "served_speedup", "seconds")
-    outcome: Outcome = "outdated" if is_outdated else "not_faster" if version is None else "served"
     numbers = {name: found[name] for name in names}
     return Result(at=time.time(), attempt=attempt, outcome=outcome, version=version, **numbers)

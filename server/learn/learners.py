@@ -5,22 +5,24 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from de3.model_store.manifest import base_of
+from de3.model_store.manifest import Manifest, base_of
 from de3.model_store.store import Artifact, StoreError
 from de3.server.background import keep_running, report, run_once
 from de3.server.errors import RequestError
 from de3.server.learn.fitting import FitError, memory_limit, run_fit
 from de3.server.learn.journal import LEARNED_FROM, LearnFolder, Result
-from de3.server.learn.learner import MIN_RECORDS, InService, Learner, result_of, sentence
+from de3.server.learn.learner import MIN_RECORDS, InService, Learner, Waiting, result_of, sentence
 from de3.server.learn.record import HeldOut, Record
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 CHECK_S = 0.5
+# A version is served if the speed-up that it starts with is so many times what is served now.
+MIN_GAIN = 1.02
 RETRIES = 30  # of loading a version while an admin changes the models
 _FOLDERS = re.compile(r"(?:/[^/\s:'\"]+)+/")
 
@@ -32,13 +34,19 @@ class Ledgers(Protocol):
         """The base of a served model, by name:version; None if it is not served."""
 
     def in_service(self, name: str, version: int) -> InService:
-        """The performance of a served version; if it is not served, speed-ups of 1 and no resets."""
+        """The performance of a served version; if it is not served, a speed-up of 1 and no changes."""
 
     def versions(self, name: str) -> set[int]:
         """The served versions of a model name."""
 
-    def prepare(self, name: str, rows: Sequence[HeldOut]) -> None:
-        """Set the held-out evidence of a learned version, name:version, that is about to be served."""
+    def start_speedup(self, manifest: Manifest, rows: Sequence[HeldOut], current: str) -> float:
+        """The speed-up over the traffic with which a version would start, given held-out texts.
+
+        current: name:version of the served version, whose tenants and traffic are assumed.
+        """
+
+    def prepare(self, name: str, rows: Sequence[HeldOut], current: str) -> None:
+        """Set the held-out texts of a learned version, name:version, that is about to be served; see start_speedup."""
 
 
 class Learners:
@@ -150,9 +158,14 @@ class Learners:
             learner.observe(self._in_service(learner))
             if learner.needs_saving and learner.phase == "recording":
                 await self._save_aside(learner)
+        if self._fitting is not None and not self._fitting.done():
+            return
         due = next((one for one in self.all if one.is_due and one.count >= MIN_RECORDS), None)
-        if due is not None and (self._fitting is None or self._fitting.done()):
+        tested = next((one for one in self.all if one.is_test_due), None)
+        if due is not None:
             self._fitting = run_once("fit", self._fit(due))
+        elif tested is not None and tested.waiting is not None:
+            self._fitting = run_once("fit", self._test(tested, tested.waiting))
 
     def _in_service(self, learner: Learner) -> InService:
         """The performance of the current version."""
@@ -172,8 +185,17 @@ class Learners:
     async def _fit(self, learner: Learner) -> None:
         attempt = learner.begin()
         log.info("%s: fit %d begins, on %d records", learner.name, attempt, learner.count)
+        await self._conclude(learner, attempt, self._try(learner, attempt))
+
+    async def _test(self, learner: Learner, waiting: Waiting) -> None:
+        learner.phase = "fitting"
+        learner.wait_for_tests(waiting)  # first, so that a test that fails is not tried again at once
+        await self._conclude(learner, waiting.attempt, self._try_again(learner, waiting))
+
+    async def _conclude(self, learner: Learner, attempt: int, trial: Coroutine[Any, Any, Result]) -> None:
+        """Wait for a fit or a test, and record its result."""
         try:
-            result = await self._try(learner, attempt)
+            result = await trial
         except (FitError, RequestError, StoreError, OSError) as error:
             log.warning("%s: fit %d failed: %s", learner.name, attempt, error)
             message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -189,26 +211,69 @@ class Learners:
         if result.outcome != "failed":
             log.info("%s: %s", learner.name, sentence(result))
         used = self._ledgers.versions(learner.name) | {self._current.get(learner.name, 0)}
+        if learner.waiting is not None:
+            used.add(learner.waiting.artifact.manifest.version)
         await asyncio.to_thread(self._folder.remove_old, learner.name, used)
 
     async def _try(self, learner: Learner, attempt: int) -> Result:
-        current, first_new = self._current.get(learner.name), learner.journal.first_new
+        current, first_new = self._current.get(learner.name, 0), learner.journal.first_new
         # Other weights of this name may have learned versions, too.
         version = max([LEARNED_FROM, *self._folder.versions(learner.name)]) + 1
         rival = self._rival(learner)
         # Saved before the fit, so that no attempt number is used twice after a crash.
         await self._save_aside(learner, must=True)
+        after, keys = int(learner.reservoir.texts), learner.reservoir.keys()
         found = await run_fit(self._job(learner, rival, attempt, version))
         if found["path"] is None:
-            return result_of(attempt, found, None)
+            return result_of(attempt, found)
+        artifact = await asyncio.to_thread(self._folder.store.open, f"{learner.name}:{version}")
+        rows = [HeldOut(**row) for row in found.pop("evidence")]
+        waiting = Waiting(artifact, current, found, attempt, rows, keys, after, 0)
+        return await self._serve_if_faster(learner, waiting, first_new)
+
+    async def _try_again(self, learner: Learner, waiting: Waiting) -> Result:
+        """Test a version that waits on the newer records, too."""
+        first_new = learner.journal.first_new
+        await self._save_aside(learner, must=True)
+        after, manifest = int(learner.reservoir.texts), waiting.artifact.manifest
+        job = self._job(learner, self._rival(learner), waiting.attempt, manifest.version)
+        job |= {"base": str(waiting.artifact.path.absolute()), "after": waiting.after}
+        found = await run_fit(job)
+        newer = [HeldOut(**row) for row in found["evidence"] if row["key"] not in waiting.keys]
+        waiting.rows, waiting.after = [*waiting.rows, *newer], after
+        return await self._serve_if_faster(learner, waiting, first_new)
+
+    async def _serve_if_faster(self, learner: Learner, waiting: Waiting, first_new: int) -> Result:
+        """Serve a version if it starts faster than what is served, otherwise keep it until newer texts have tested it.
+
+        first_new: that of the journal before the fit or test.
+        """
         learner.observe(self._in_service(learner))
-        is_same = self._by_name.get(learner.name) is learner and self._current.get(learner.name) == current
+        current = f"{learner.name}:{self._current.get(learner.name, 0)}"
+        is_same = (
+            self._by_name.get(learner.name) is learner and self._current[learner.name] == waiting.current
+        )
         if not is_same or learner.journal.first_new != first_new:
-            await asyncio.to_thread(shutil.rmtree, found["path"], ignore_errors=True)
-            return result_of(attempt, found, None, is_outdated=True)
-        await self._serve(learner, version, found["evidence"])
-        learner.journal.latest = version
-        return result_of(attempt, found, version)
+            learner.waiting = None
+            await asyncio.to_thread(shutil.rmtree, waiting.artifact.path, ignore_errors=True)
+            return result_of(waiting.attempt, waiting.found, "outdated")
+        manifest, rival = waiting.artifact.manifest, self._rival(learner)
+        speedup = await asyncio.to_thread(self._ledgers.start_speedup, manifest, waiting.rows, current)
+        waiting.found |= {
+            "held_out": len(waiting.rows),
+            "proved_speedup": round(speedup, 3),
+            "served_speedup": round(rival.speedup, 3),
+        }
+        if speedup < MIN_GAIN * rival.speedup:
+            learner.wait_for_tests(waiting)
+            if learner.waiting is None:
+                return result_of(waiting.attempt, waiting.found)
+            return result_of(waiting.attempt, waiting.found, "waits", manifest.version)
+        learner.waiting = None
+        self._ledgers.prepare(waiting.artifact.full_name, waiting.rows, current)
+        await self._serve(learner, manifest.version)
+        learner.journal.latest = manifest.version
+        return result_of(waiting.attempt, waiting.found, "served", manifest.version)
 
     def _job(self, learner: Learner, rival: InService, attempt: int, version: int) -> dict[str, Any]:
         records = self._folder.records_path(learner.name, learner.base)
@@ -222,13 +287,11 @@ class Learners:
             "rate": self._settings.guarantee,
             "first_new": learner.journal.first_new,
             "speedup": rival.speedup,
-            "allowed": rival.allowed,
             "memory": memory_limit(served.size(), records.stat().st_size),
         }
 
-    async def _serve(self, learner: Learner, version: int, evidence: list[dict[str, Any]]) -> None:
+    async def _serve(self, learner: Learner, version: int) -> None:
         """Load a learned version in every process; raises RequestError if it cannot be loaded."""
-        self._ledgers.prepare(f"{learner.name}:{version}", [HeldOut(**row) for row in evidence])
         share = self._settings.learn_canary
         change = {"what": "load", "name": learner.name, "version": version}
         change |= {"role": "canary", "share": share} if share else {"role": "current", "share": 0.0}

@@ -12,7 +12,7 @@ class Record:
     """A text that was drawn for an audit, and that ran to full depth.
 
     Attributes:
-        client: hash of the client, as networks.party returns it.
+        client: name of the API key, or a hash of the client's network on a server without keys.
         share: probability with which the text was drawn, before anything about it was known.
         key: hash of its tokens.
         states: mean hidden state of the tokens after each layer but the last, (num_layers, hidden) float16.

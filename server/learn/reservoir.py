@@ -48,6 +48,10 @@ class Reservoir:
     def __len__(self) -> int:
         return self._count
 
+    def keys(self) -> set[int]:
+        """Hashes of the recorded texts."""
+        return set(self._keys[: self._count].tolist())
+
     def add(self, record: Record) -> None:
         """Add a record; if there is no room, it replaces another one or is not kept."""
         self.texts += 1 / record.share

@@ -6,15 +6,17 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from de3.model_store.manifest import Manifest, fingerprint
-from de3.server.audit.ledger import Audited, Ledger, Settled, Standing, tau_row
+from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.log import AuditLog
 from de3.server.audit.report import Live
+from de3.server.audit.tenant import Settled
 from de3.server.errors import RequestError
 from de3.server.http.shared_run import SharedRun
 from de3.server.learn.learners import Learners
 from de3.server.processes.group import Group, ask_all
 from de3.server.processes.worker import record_of
+from de3.server.rules import Standing
 from de3.server.settings import Settings
 
 
@@ -48,16 +50,9 @@ class SharedBooks:
         for process in self._group.all:
             process.channel.tell("standing", key, *standing)
 
-    def count(self, name: str, rows: list[dict[str, Any]], epoch: int, may_rise: bool) -> None:
-        """Count settled texts that a process has sent. name: the model's name:version. rows: `Settled` as JSON objects.
-
-        epoch, may_rise: see Ledger.count.
-        """
-        settled = [
-            Settled(**{**row, "audit": None if row["audit"] is None else Audited(**row["audit"])})
-            for row in rows
-        ]
-        self.ledgers.count(name, settled, epoch, may_rise)
+    def count(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Count texts of a model, name:version, that a process has settled. rows: `Settled` as JSON objects."""
+        self.ledgers.count(name, [Settled(**row) for row in rows])
 
     def learn(self, rows: list[list[Any]]) -> None:
         """Keep records of live traffic that a process has sent, on a server that learns. rows: see record_row()."""

@@ -24,8 +24,8 @@ from de3.model_store.manifest import Manifest, fingerprint
 from de3.model_store.store import Artifact
 from de3.native.network import Memory
 from de3.server import logs
-from de3.server.audit.ledger import Settled, Standing
 from de3.server.audit.report import Live
+from de3.server.audit.tenant import Settled
 from de3.server.background import report, run_once
 from de3.server.engine.served import Served
 from de3.server.http.http_server import HttpServer, max_connections, uvicorn_config
@@ -34,7 +34,7 @@ from de3.server.manager import Change, Manager, Plan
 from de3.server.models import Route
 from de3.server.processes.channel import Channel, ChannelClosedError
 from de3.server.processes.samples import Family, families_of
-from de3.server.rules import Promised
+from de3.server.rules import InForce, Standing
 from de3.server.service import Service
 from de3.server.settings import Settings
 
@@ -130,7 +130,7 @@ class Worker:
         self._standings: dict[str, Standing] = {}  # by fingerprint, as are the manifests
         self._manifests: dict[str, Manifest] = {}
         self._shares_weights = can_share_memory()
-        self._settled: dict[tuple[str, int], tuple[list[Settled], bool]] = {}
+        self._settled: dict[str, list[Settled]] = {}  # not yet sent, by name:version
         self._records: list[list[Any]] = []  # not yet sent
         self._weights: dict[str, int] = {}  # file descriptors of filled memory, by fingerprint
         self._new_weights: dict[str, int] = {}  # the same for memory that this process fills
@@ -256,7 +256,7 @@ class Worker:
         """The standing of a model's ledger, as the supervisor last sent it; epoch 0 without τ if it has sent none."""
         key = fingerprint(served.model.manifest)
         self._manifests[key] = served.model.manifest
-        return self._standings.get(key, Standing(0, None))
+        return self._standings.get(key, Standing(0, {}))
 
     def forget(self, served: Served) -> None:
         """Forget an unloaded model."""
@@ -269,18 +269,21 @@ class Worker:
         """True while the supervisor does not read as fast as texts are settled."""
         return self.channel.unsent > MAX_UNSENT_BYTES
 
-    def count(self, name: str, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
+    def count(self, name: str, settled: Sequence[Settled]) -> None:
         """Send settled texts to the supervisor, those of several requests together; see Ledger.count."""
         if not self._settled and self._loop is not None:
             self._loop.call_later(SEND_S, self._send_settled)
-        texts, _ = self._settled.get((name, epoch), ([], False))
-        texts.extend(settled)
-        self._settled[name, epoch] = texts, may_rise
+        all_ = self._settled.setdefault(name, [])
+        for one in settled:
+            if all_ and one.continues(all_[-1]):
+                all_[-1].extend(one)
+            else:
+                all_.append(one)
 
     def _send_settled(self) -> None:
         sent, self._settled = self._settled, {}
-        for (name, epoch), (settled, may_rise) in sent.items():
-            self.channel.tell("count", name, [asdict(one) for one in settled], epoch, may_rise)
+        for name, settled in sent.items():
+            self.channel.tell("count", name, settled)
 
     def learn(self, name: str, record: Record) -> None:
         """Send a record of a model's traffic to the supervisor, together with others."""
@@ -356,14 +359,16 @@ class Worker:
         auditor = self.service.audits.get(self.service.models.current(name))
         return [] if auditor is None else list(auditor.live)
 
-    def _standing(self, key: str, epoch: int, row: list[Any] | None) -> None:
-        promised = None
-        if row is not None:
-            rate, newcomers, clients = row
-            promised = Promised(rate, tuple(newcomers), [tuple(one) for one in clients])
-        standing = self._standings[key] = Standing(epoch, promised)
+    def _standing(self, key: str, epoch: int, tenants: dict[str, list[Any]]) -> None:
+        """Take a change of a ledger's standing."""
+        changed = Standing(epoch, {name: InForce(*row) for name, row in tenants.items()})
+        known = self._standings.get(key)
+        if known is None or known.epoch != epoch:
+            self._standings[key] = changed
+        else:
+            known.tenants.update(changed.tenants)
         if key in self._manifests:
-            self.service.audits.apply(self._manifests[key], standing)
+            self.service.audits.apply(self._manifests[key], changed)
 
     def _all_ready(self, is_ready: bool) -> None:
         self.is_ready = is_ready

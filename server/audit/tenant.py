@@ -1,0 +1,185 @@
+"""The audits of one tenant of a model, and the τ that they allow with a guarantee.
+
+A tenant is the name of an API key; a server without keys has a single one, whose name is empty. Everything that decides
+a tenant's τ is here, so nothing that another tenant sends can change it.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from de3.exits.promise import Evidence, Profiles, Promise, Reason, profiles
+
+MAX_SEEN = 2**18  # hashes of counted texts that a model remembers, over all tenants
+MOST_SEEN = 2**16  # and of one tenant; when full, the older half is forgotten
+MAX_RESETS = 20  # resets kept for the report
+
+
+@dataclass(slots=True)
+class Settled:
+    """Consecutive texts of one tenant, all drawn with the same probability; some were audited.
+
+    Attributes:
+        epoch: epoch of the tenant's evidence in which the texts were drawn; see Tenant.
+        share: the probability with which each text was drawn.
+        skipped: number of texts before each audited one, and after the last one, that were not audited.
+        keys: with a guarantee, hashes of the texts, in order.
+        scores: score of each audited text at each exit; None at an exit without one.
+        differs: disagreement of each audited text's exits with the last one.
+        served: number of audited texts whose answer, as sent, differs from the last exit's.
+        may_rise: they end with the last text of a request, so τ may rise.
+    """
+
+    tenant: str
+    epoch: int
+    share: float
+    skipped: list[int] = field(default_factory=lambda: [0])
+    keys: list[int] = field(default_factory=list)
+    scores: list[list[float | None]] = field(default_factory=list)
+    differs: list[list[bool]] = field(default_factory=list)
+    served: int = 0
+    may_rise: bool = False
+
+    def skip(self, key: int | None) -> None:
+        """Add a text that was not audited. key: its hash; None without a guarantee."""
+        self.skipped[-1] += 1
+        if key is not None:
+            self.keys.append(key)
+
+    def add(
+        self, key: int | None, scores: list[float | None], differs: list[bool], served_differs: bool
+    ) -> None:
+        """Add a text that was audited; see the attributes."""
+        self.skipped.append(0)
+        if key is not None:
+            self.keys.append(key)
+        self.scores.append(scores)
+        self.differs.append(differs)
+        self.served += served_differs
+
+    def continues(self, other: "Settled") -> bool:
+        """True if `other`, which was settled before, can take these texts up."""
+        return (self.tenant, self.epoch, self.share) == (other.tenant, other.epoch, other.share)
+
+    def extend(self, later: "Settled") -> None:
+        """Take up later texts, which continue these."""
+        self.skipped[-1] += later.skipped[0]
+        self.skipped += later.skipped[1:]
+        self.keys += later.keys
+        self.scores += later.scores
+        self.differs += later.differs
+        self.served += later.served
+        self.may_rise = later.may_rise
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """A reset of a tenant's evidence.
+
+    Attributes:
+        at: seconds since 1970.
+        tau: τ in force before the reset.
+        audits: number of audits counted before the reset.
+    """
+
+    at: float
+    reason: Reason
+    tau: float
+    audits: int
+
+
+class Seen:
+    """Remembers hashes of counted texts: at least the last half of the room."""
+
+    def __init__(self) -> None:
+        self._older, self._newer = set[int](), set[int]()
+
+    def was_counted(self, key: int, room: int) -> bool:
+        """True if this hash is remembered; otherwise remembers it. room: number of hashes, of both halves."""
+        if key in self._newer or key in self._older:
+            return True
+        self._newer.add(key)
+        if len(self._newer) >= room // 2:
+            self._older, self._newer = self._newer, set()
+        return False
+
+
+class Tenant:
+    """The audits of one tenant.
+
+    Attributes:
+        evidence: all audits since the start, or the last change or reset.
+        promise: the test that chooses τ; None without a guarantee.
+        epoch: identifies the evidence: texts that were drawn in an earlier epoch do not count.
+        since: start of the evidence, in seconds since 1970.
+        resets: the latest resets.
+        is_changed: it has changed since it was last saved.
+    """
+
+    def __init__(self, taus: NDArray[np.float64], promise: Promise | None, epoch: int) -> None:
+        """taus: the grid, (G,), ascending from 0."""
+        self.taus, self.promise, self.epoch = taus, promise, epoch
+        self.evidence = Evidence(taus)
+        self.since = time.time()
+        self.resets: list[Reset] = []
+        self.is_changed = False
+        self._seen = Seen()
+
+    @property
+    def index(self) -> int:
+        """Index of the τ in force in the grid; 0 without a guarantee."""
+        return 0 if self.promise is None else self.promise.index
+
+    def count(self, one: Settled, layers: Sequence[int], room: int) -> bool:
+        """Count texts; returns True if the rate had risen, which discards all evidence.
+
+        layers: layers of the exits. room: number of hashes that this tenant may remember.
+        """
+        before, tau = self.evidence.audits, float(self.taus[self.index])
+        found = profiles(one.scores, one.differs, layers, self.taus)
+        self.is_changed = True
+        self.evidence.skip(one.share, sum(one.skipped))
+        if one.scores:
+            self.evidence.add(one.share, found, one.served)
+        if self.promise is None:
+            return False
+        seen = np.array([self._seen.was_counted(key, room) for key in one.keys], np.bool_)
+        places = [place + i for i, place in enumerate(accumulate(one.skipped[:-1]))]
+        repeats = seen[places] if len(seen) else None
+        skipped_repeats = int(seen.sum()) - (0 if repeats is None else int(repeats.sum()))
+        self.promise.count(one.share, found, one.skipped, repeats, skipped_repeats)
+        if self.promise.reason == "change" and not self.promise.evidence.tallies:
+            self._begin_anew(Reset(time.time(), "change", tau, before + len(one.scores)))
+            return True
+        if one.may_rise:
+            self.promise.advance()
+        return False
+
+    def count_held_out(self, keys: Sequence[int], found: Profiles, room: int) -> None:
+        """Count texts that were recorded before the model was served, towards the guarantee only.
+
+        They are not audits of the model's answers, so the evidence that is reported leaves them out.
+        """
+        assert self.promise is not None
+        seen = np.array([self._seen.was_counted(key, room) for key in keys], np.bool_)
+        self.promise.count(1.0, found, [0] * (len(keys) + 1), seen)
+        self.promise.advance()
+        self.is_changed = True
+
+    def reset(self, epoch: int) -> None:
+        """Discard the evidence at an admin's request; with a guarantee, τ returns to 0."""
+        tau, audits = float(self.taus[self.index]), self.evidence.audits
+        if self.promise is not None:
+            self.promise.reset("reset")
+        self.epoch = epoch
+        self._begin_anew(Reset(time.time(), "reset", tau, audits))
+
+    def _begin_anew(self, reset: Reset) -> None:
+        # The evidence from the texts seen so far is discarded, so they may count again.
+        self.evidence, self._seen = Evidence(self.taus), Seen()
+        self.since, self.is_changed = reset.at, True
+        self.resets = [*self.resets, reset][-MAX_RESETS:]
