@@ -12,6 +12,7 @@ CONSONANTS = "bcdfghjklmnpqrstvwxz"
 WORDS = "the a film movie plot actor scene it is was and with of this one story very quite good bad".split()  # noqa: SIM905
 TEXT_CHARACTERS = 51_200
 FOREVER_S = 3600.0
+ATTACKERS_KEY, OWN_KEY = "the-attackers-api-key", "the-well-behaved-api-key"
 
 
 class Answer:
@@ -38,6 +39,7 @@ class Attack:
         with_budgets: the well-behaved client also sends requests with a latency budget.
         networks: number of networks that the attack comes from, each with one address.
         options: further options of de3 serve.
+        has_keys: users need keys; the attacker has ATTACKERS_KEY, and the well-behaved client OWN_KEY.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Attack:
     with_budgets: bool
     networks: int
     options: tuple[str, ...]
+    has_keys: bool
 
     def address(self, number: int) -> str:
         """The attacker's address for a connection; the well-behaved client is in another network."""
@@ -66,21 +69,23 @@ def _attack(
     with_budgets: bool = False,
     networks: int = 8,
     options: tuple[str, ...] = (),
+    has_keys: bool = False,
 ) -> Callable[[Script], Script]:
     def register(script: Script) -> Script:
         name, what = script.__name__, (script.__doc__ or "").strip().rstrip(".")
         ATTACKS[name] = Attack(
-            name, what, script, connections, reads, may_refuse, with_budgets, networks, options
+            *(name, what, script, connections, reads, may_refuse, with_budgets, networks, options, has_keys)
         )
         return script
 
     return register
 
 
-def _head(length: int | str, path: str = "/classify") -> bytes:
-    """The head of a POST whose body has this length, or this transfer encoding."""
-    framing = f"Content-Length: {length}" if isinstance(length, int) else f"Transfer-Encoding: {length}"
-    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n".encode()
+def _head(length: int | str, path: str = "/classify", key: str = "") -> bytes:
+    """The head of a POST whose body has this length, or this transfer encoding. key: an API key; empty: none."""
+    fields = f"Content-Length: {length}" if isinstance(length, int) else f"Transfer-Encoding: {length}"
+    fields += f"\r\nAuthorization: Bearer {key}" if key else ""
+    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n\r\n".encode()
 
 
 def _post(body: bytes) -> bytes:
@@ -324,3 +329,16 @@ def promises(_: int) -> Iterator[Step]:
     """Requests with twenty long texts and a latency budget of a minute, which are scheduled before others."""
     texts = ["a " * (TEXT_CHARACTERS // 2)] * 20
     return _repeat(_post(json.dumps({"input": texts, "latency_budget_ms": 60_000}).encode()))
+
+
+@_attack(connections=2, options=("--guarantee", "0.02"), has_keys=True)
+def easy_texts(number: int) -> Iterator[Step]:
+    """Batches of 256 copies or distinct easy texts, with another key than the well-behaved client's."""
+    rng = random.Random(number)
+    while True:
+        texts = ["a lovely , funny , engaging film"] * 256
+        if number:
+            texts = [f"a lovely , funny , engaging film {rng.randrange(10**9)}" for _ in texts]
+        body = json.dumps({"input": texts}).encode()
+        yield _head(len(body), key=ATTACKERS_KEY) + body
+        yield ANSWER

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from http.client import HTTPConnection
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -78,7 +77,7 @@ class Window:
         true: disagreement over all texts of the phase, at the τ in force at the end of the window.
         speedup: in layers, by the server's audits; None if there are no audits.
         p99_ms: latency (p99) of the requests in this window.
-        resets: number of resets in the server's report, which lists the latest 20.
+        resets: number of resets in the server's report, which lists the latest 20 of each tenant.
     """
 
     phase: str
@@ -151,7 +150,7 @@ def story(
                         truth.rate(said["tau"]["tau"]),
                         measured["speedup"],
                         quantile(run.latencies_ms(), 0.99),
-                        len(said["resets"]),
+                        sum(len(row["resets"]) for row in said["tenants"]),
                     )
                 )
                 on_window(told[-1])
@@ -199,45 +198,6 @@ def plot(path: Path, told: list[Window], rate: float) -> None:
         axis.axvline(switch, linestyle="--", color="gray")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-
-
-def copies(
-    store: Path, model: str, samples: Sequence[Sample], rate: float, port: int
-) -> dict[str, float | int]:
-    """Let one client send copies of an easy text, and compare another client's answers with full depth's.
-
-    The attacker begins with 256 copies in one request. Then the other client sends each sample once, each after
-    another copy from the attacker. `tau` and `attackers_tau` in the result are the τ of each client's last answer.
-    """
-    with (
-        TemporaryDirectory() as folder,
-        running(ours(store, model, options=["--guarantee", str(rate)]), port, Path(folder) / "log") as server,
-    ):
-        truth = Truth.ask(server.target.url, samples)
-        easy = samples[int(truth.differs.any(1).argmin())].text
-        attacker, other = (HTTPConnection("127.0.0.1", port, 60, (a, 0)) for a in ("127.9.0.1", "127.0.0.1"))
-
-        def ask(client: HTTPConnection, texts: Any) -> dict[str, Any]:
-            client.request("POST", "/classify", json.dumps({"input": texts, "explain": True}))
-            answer: dict[str, Any] = json.load(client.getresponse())
-            return answer
-
-        ask(attacker, [easy] * 256)
-        after_burst = float(ask(other, samples[0].text)["tau_choice"]["tau"])
-        wrong, layers = 0, 0
-        for sample, label in zip(samples, truth.labels, strict=True):
-            attackers = float(ask(attacker, easy)["tau_choice"]["tau"])
-            answer = ask(other, sample.text)
-            wrong += answer["data"][0]["label"] != label
-            layers += answer["data"][0]["exit"]["layer"]
-        return {
-            "texts": len(samples),
-            "tau_after_the_burst": after_burst,
-            "tau": float(answer["tau_choice"]["tau"]),
-            "attackers_tau": attackers,
-            "disagreement": wrong / len(samples),
-            "mean_layer": layers / len(samples),
-        }
 
 
 @dataclass(frozen=True)

@@ -65,28 +65,6 @@ def story(
 
 
 @app.command()
-def copies(
-    texts: Annotated[Path, typer.Argument(help="Texts of the other client, each sent once.")],
-    store: options.Store = Path("models"),
-    model: options.ModelName = "sst2",
-    text_column: options.TextColumn = "sentence",
-    rate: Annotated[float, typer.Option(help="The guarantee.", min=0.0001, max=0.99)] = 0.02,
-    limit: Annotated[int, typer.Option(help="Maximum number of texts.", min=1)] = 5000,
-    port: options.Port = 8100,
-    json_file: options.Json = None,
-) -> None:
-    """Serve with a guarantee while one client sends copies of an easy text; measure another client's disagreement.
-
-    Example: python -m lab audit copies sst2/train.tsv
-    """
-    from lab import audit
-
-    samples = list({sample.text: sample for sample in read(texts, text_column)}.values())[:limit]
-    found = audit.copies(store, model, samples, rate, port)
-    show(list(found), [[f"{value:g}" for value in found.values()]], json_file, found)
-
-
-@app.command()
 def cost(
     texts: options.Texts,
     store: options.Store = Path("models"),

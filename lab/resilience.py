@@ -7,14 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.request import Request, urlopen
 
 from de3.loadtest.servers import Running, ours, running
-from lab.attacks import ATTACKS, Attack
+from lab.attacks import ATTACKERS_KEY, ATTACKS, OWN_KEY, Attack
 from lab.limits import limits
 from lab.well_behaved import Phase, WellBehavedClient
 
@@ -111,18 +111,22 @@ class Arena:
         Raises ValueError if the server does not start, or if the attacking process fails.
         """
         row = Row(attack.name, attack.what, self.connections or attack.connections, self.seconds)
+        own, command = "", ours(self.store, self.model, options=attack.options)
+        if attack.has_keys:
+            own, keys = OWN_KEY, f"DE3_API_KEYS=attacker {ATTACKERS_KEY};client {OWN_KEY}"
+            command = replace(command, command=["env", keys, *command.command])
         with (
             limits(f"de3-attack-{self.port}", MEMORY_BYTES, FILES) as limit,
             running(
-                limit.apply(ours(self.store, self.model, options=attack.options)),
+                limit.apply(command),
                 self.port,
                 self.folder / "server.log",
             ) as server,
             self._attacker(row) as attacker,
         ):
-            expected = self._answer()
+            expected = self._answer(own)
             budget = BUDGET_MS if attack.with_budgets else None
-            with WellBehavedClient(self.port, budget) as client:
+            with WellBehavedClient(self.port, budget, own) as client:
                 start = time.monotonic()
                 time.sleep(self.quiet_s)
                 memory = Memory(limit.group is not None, server.memory_mb())
@@ -135,7 +139,7 @@ class Arena:
             row.phases = {name: Phase.of(client.between(*span)) for name, span in times.items()}
             if attack.with_budgets:
                 row.budgets = client.budgets(begin, end)
-            row.survived = self._answer() == expected and server.process.poll() is None
+            row.survived = self._answer(own) == expected and server.process.poll() is None
             row.memory = self._await_memory(memory, server, peak, end)
             was_killed = limit.killed()
         row.problems = problems(row, attack.may_refuse)
@@ -143,9 +147,10 @@ class Arena:
             row.problems.insert(0, "killed for lack of memory")
         return row
 
-    def _answer(self) -> Any:
-        """The answer to a valid request; None if the request fails."""
-        request = Request(f"http://127.0.0.1:{self.port}/classify", json.dumps(VALID).encode())
+    def _answer(self, key: str) -> Any:
+        """The answer to a valid request, with the τ of each text; None if the request fails. key: see post()."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        request = Request(f"http://127.0.0.1:{self.port}/classify", json.dumps(VALID).encode(), headers)
         try:
             with urlopen(request, timeout=ANSWER_TIMEOUT_S) as answer:
                 return json.load(answer)["data"]

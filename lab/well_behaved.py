@@ -89,10 +89,11 @@ class WellBehavedClient:
 
     Args:
         budget_ms: latency budget of additional requests, at half the rate; None: no such requests.
+        key: the client's API key; empty: it has none.
     """
 
-    def __init__(self, port: int, budget_ms: float | None = None) -> None:
-        self._port, self._budget_ms = port, budget_ms
+    def __init__(self, port: int, budget_ms: float | None = None, key: str = "") -> None:
+        self._port, self._budget_ms, self._key = port, budget_ms, key
         self._answers: list[Answer] = []
         self._end = math.inf
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
@@ -130,7 +131,10 @@ class WellBehavedClient:
         fields: dict[str, Any] = {"input": SENTENCES[number % len(SENTENCES)]}
         if with_budget:
             fields["latency_budget_ms"] = self._budget_ms
-        return post(fields)
+        request = post(fields)
+        if self._key:
+            request = request.replace(b"\r\n", f"\r\nAuthorization: Bearer {self._key}\r\n".encode(), 1)
+        return request
 
     async def _kept(self, with_budget: bool) -> None:
         """Send requests on one connection, which is reopened if the server closes it between requests."""

@@ -139,10 +139,14 @@ _PROMISE = (
         "τ by reason",
         "lines",
         "none",
-        "τ for requests without exit options, by reason. With a guarantee: start, calibrated, evidence (raised by "
-        "audits), recent (lowered by recent audits), change (the rate rose) or reset (by an admin). Without one: "
-        "the option that set it.",
-        (Query(f"max by (model, reason) (de3_audit_tau{M})", "{{reason}} {{model}}"),),
+        "τ for requests without exit options, by reason. With a guarantee, the median over the tenants, and the lowest "
+        "and highest: start, evidence (raised by audits), recent (lowered by recent audits), change (the rate rose) or "
+        "reset (by an admin). Without one: the option that set it.",
+        (
+            Query(f"max by (model, reason) (de3_audit_tau{M})", "{{reason}} {{model}}"),
+            Query(f"min by (model) (de3_audit_tau_lowest{M})", "lowest {{model}}"),
+            Query(f"max by (model) (de3_audit_tau_highest{M})", "highest {{model}}"),
+        ),
     ),
     Panel(
         "Audits",
