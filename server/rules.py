@@ -51,10 +51,12 @@ class Standing(NamedTuple):
     Attributes:
         epoch: the epoch of tenants that have sent no texts. Each new ledger, and each reset of all tenants, begins a
             new one.
+        num_changes: see Ledger.
         tenants: the state of some tenants, by name; after a new epoch, of all.
     """
 
     epoch: int
+    num_changes: int
     tenants: dict[str, InForce]
 
 

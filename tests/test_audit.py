@@ -6,7 +6,6 @@ import os
 import resource
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from errno import ENOSPC
 from itertools import count
 from pathlib import Path
@@ -32,7 +31,7 @@ from de3.server.audit.local_books import LocalBooks
 from de3.server.audit.log import AuditLog, line_of
 from de3.server.audit.report import Live, report
 from de3.server.audit.state import NEW_SHARES, StateDir, restore, states_of
-from de3.server.audit.tenant import MAX_RESETS, Settled
+from de3.server.audit.tenant import MAX_RESETS, Reset, Settled
 from de3.server.engine import audit as audit_engine
 from de3.server.engine.audit import Audit, run_audits
 from de3.server.engine.queue import WorkQueue
@@ -629,18 +628,14 @@ def test_a_change_falls_back_to_full_depth_and_discards_the_texts_that_were_draw
     assert ledger.tenants["one"].evidence.texts == 0 and ledger.tenants["one"].epoch != epoch
     assert (said["two"]["tau"], said["two"]["resets"], said["two"]["audits"]) == (proved, [], 100)
     assert served.rules.of_tenant("two").rule.tau == proved > 0 == served.rules.of_tenant("one").rule.tau
-    # What was learned is void only after a change of at least half of the traffic.
+    # What was learned is void only if the tenant had sent at least half of the audited texts.
     assert (ledger.num_resets["change"], ledger.num_changes) == (1, 1)
-    for audits, changes in ((399, 1), (1, 2)):
-        more = settled_in(ledger, tenant="two")
-        for key in range(audits):
-            more.add(key, *ALIKE, False)
-        ledger.count([more])
-        before = ledger.num_changes
-        ledger.tenants["one"].reset(ledger.tenants["one"].epoch)
-        ledger.tenants["one"].resets[-1] = replace(ledger.tenants["one"].resets[-1], audits=500)
-        ledger._changed("one", ledger.tenants["one"])
-        assert ledger.num_changes - before == changes - 1 or audits == 399
+    small, large = ledger.tenants["one"], ledger.tenants["two"]
+    for audits, num_changes in ((101, 2), (99, 2)):
+        small.resets = [Reset(0.0, "change", 0.1, audits)]
+        assert large.evidence.audits == 100
+        ledger._changed("one", small)
+        assert ledger.standing.num_changes == num_changes
 
 
 def test_tau_rises_only_after_the_last_text_of_a_request(store: Path) -> None:
@@ -740,7 +735,7 @@ class Answering(Auditor):
             assert draw is not None
             self.abandon(job, draw)
             return
-        self.apply(Standing(epoch, {}))
+        self.apply(Standing(epoch, 0, {}))
         self.answered(job, draw)
 
     def run_audit(self, index: int, **result: Any) -> None:
@@ -916,7 +911,7 @@ def test_a_pending_audit_of_one_tenant_delays_no_other(store: Path) -> None:
     one.answer(False, True, tenant="other", exits=4)
     assert one.counted == [(2, True)] and one.settled[0].tenant == "other"
     # A tenant's reset discards only its own texts.
-    one.apply(Standing(0, {"slow": InForce(7, None, None)}))
+    one.apply(Standing(0, 0, {"slow": InForce(7, None, None)}))
     one.answer(False, tenant="other")
     one.run_audit(0)
     assert one.counted == [(2, True), (1, True)] and one.pending == 0
@@ -926,9 +921,9 @@ def test_after_a_reset_exits_are_learned_fast_again(store: Path) -> None:
     served, traffic, shares = made(store), Traffic(1), []
     on = Settings(audit_share=0.1)
     auditor = Auditor(served, on, lambda _: None, lambda *_: None, traffic=traffic)
-    for epoch in (1, 1, 2):
+    for num_changes in (0, 0, 1):
         traffic.texts = traffic.texts or 3 * LEARN_TEXTS
-        auditor.apply(Standing(epoch, {}))
+        auditor.apply(Standing(num_changes, num_changes, {}))
         shares.append(auditor.share)
     assert shares == [0.25, 0.25, 1.0]
 

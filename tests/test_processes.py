@@ -214,12 +214,14 @@ def test_a_guarantee_is_one(server: Running) -> None:
                 classify(client, input=[text for text, _ in make_rows(100, next(seeds))])
                 sent += 100
         assert report()["texts"] == sent
-        tau = report()["tau"]["tau"]
-        choices = [classify(client, input="good", explain=True)["tau_choice"] for client in clients]
-        assert [choice["tau"] for choice in choices] == [tau, tau]
-        assert (
-            server.metric("de3_audit_tau", model="tiny:1") == tau == server.metric("de3_tau", model="tiny:1")
-        )
+
+        def taus() -> set[float]:
+            """τ as each process applies it, as the supervisor reports it, and in the metrics of both."""
+            choices = [classify(client, input="good", explain=True)["tau_choice"] for client in clients]
+            metrics = [server.metric(name, model="tiny:1") for name in ("de3_audit_tau", "de3_tau")]
+            return {*(choice["tau"] for choice in choices), *metrics, report()["tau"]["tau"]}
+
+        until(lambda: len(taus()) == 1, "one τ")  # these texts are audited, too, and may change it
 
 
 def test_a_killed_process_is_replaced_and_its_counts_remain(server: Running) -> None:

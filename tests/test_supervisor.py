@@ -148,7 +148,7 @@ async def test_a_reset_is_known_to_every_process_when_it_returns(store: Path) ->
     group = Group(2)
     books = SharedBooks(settings, group, no_change)
     before = books.ledgers.serve(manifest, Rules(manifest, settings), "native", 1.0)
-    both = {"standing": lambda key, epoch, tenants: known.append(epoch), "sync": lambda: None}
+    both = {"standing": lambda key, epoch, *_: known.append(epoch), "sync": lambda: None}
     async with member(1, **both) as first, member(2, **both) as second:
         for process in (first, second):
             group.add(process)

@@ -147,6 +147,7 @@ class Auditor:
         self._logs_texts = settings.log_audit_texts
         self._random = random.Random()
         self._epoch = 0  # of tenants that have sent no texts
+        self._num_changes = 0
         self._share = settings.share_of_audits
         self._has_guarantee = settings.guarantee is not None
         self._tenants: dict[str, _Tenant] = {}
@@ -162,9 +163,10 @@ class Auditor:
 
     def apply(self, standing: Standing) -> None:
         """Take τ from the ledger's standing; after a reset, discard texts that were drawn before it."""
+        if self._traffic is not None and standing.num_changes != self._num_changes:
+            self._traffic.texts = 0
+        self._num_changes = standing.num_changes
         if standing.epoch != self._epoch:
-            if self._traffic is not None and self._epoch:  # a reset: the traffic has changed
-                self._traffic.texts = 0
             self._epoch = standing.epoch
             for tenant in self._tenants.values():
                 tenant.begin(standing.epoch)

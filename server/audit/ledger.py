@@ -82,7 +82,10 @@ class Ledger:
     @property
     def standing(self) -> Standing:
         """The epoch, and the τ of each tenant."""
-        return Standing(self.epoch, {name: _in_force(tenant) for name, tenant in self.tenants.items()})
+        return self._standing_of(self.tenants)
+
+    def _standing_of(self, names: Iterable[str]) -> Standing:
+        return Standing(self.epoch, self.num_changes, {name: _in_force(self.tenants[name]) for name in names})
 
     def tenant(self, name: str) -> Tenant:
         """The audits of a tenant, which begin with its first text."""
@@ -100,7 +103,7 @@ class Ledger:
 
     def _tell(self, names: Iterable[str]) -> None:
         """Apply the τ of some tenants, and tell the processes."""
-        standing = Standing(self.epoch, {name: _in_force(self.tenants[name]) for name in names})
+        standing = self._standing_of(names)
         self.rules.apply(standing)
         self._publish(standing)
 

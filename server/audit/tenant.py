@@ -128,6 +128,7 @@ class Tenant:
         self.resets: list[Reset] = []
         self.is_changed = False
         self._seen = Seen()
+        self._has_new_audits = False  # since τ could last rise
 
     @property
     def index(self) -> int:
@@ -155,7 +156,9 @@ class Tenant:
         if self.promise.reason == "change" and not self.promise.evidence.tallies:
             self._begin_anew(Reset(time.time(), "change", tau, before + len(one.scores)))
             return True
-        if one.may_rise:
+        self._has_new_audits |= bool(one.scores)
+        if one.may_rise and self._has_new_audits:
+            self._has_new_audits = False
             self.promise.advance()
         return False
 

@@ -256,7 +256,7 @@ class Worker:
         """The standing of a model's ledger, as the supervisor last sent it; epoch 0 without τ if it has sent none."""
         key = fingerprint(served.model.manifest)
         self._manifests[key] = served.model.manifest
-        return self._standings.get(key, Standing(0, {}))
+        return self._standings.get(key, Standing(0, 0, {}))
 
     def forget(self, served: Served) -> None:
         """Forget an unloaded model."""
@@ -359,14 +359,12 @@ class Worker:
         auditor = self.service.audits.get(self.service.models.current(name))
         return [] if auditor is None else list(auditor.live)
 
-    def _standing(self, key: str, epoch: int, tenants: dict[str, list[Any]]) -> None:
+    def _standing(self, key: str, epoch: int, num_changes: int, tenants: dict[str, list[Any]]) -> None:
         """Take a change of a ledger's standing."""
-        changed = Standing(epoch, {name: InForce(*row) for name, row in tenants.items()})
+        changed = Standing(epoch, num_changes, {name: InForce(*row) for name, row in tenants.items()})
         known = self._standings.get(key)
-        if known is None or known.epoch != epoch:
-            self._standings[key] = changed
-        else:
-            known.tenants.update(changed.tenants)
+        of_all = {} if known is None or known.epoch != epoch else known.tenants
+        self._standings[key] = changed._replace(tenants=of_all | changed.tenants)
         if key in self._manifests:
             self.service.audits.apply(self._manifests[key], changed)
 
