@@ -1,24 +1,17 @@
 """Finds stock classifiers by name: local folders, or repositories of the Hugging Face hub."""
 
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from de3.export.classifier import CONFIG, FILES, check_files, describe
+from de3.export.download import MAX_DOWNLOAD_BYTES, MAX_OTHER_BYTES, File, HubError, download, list_files
 from de3.model_store.sizes import read_config
-
-MAX_DOWNLOAD_BYTES = 2**34
 
 
 def fetch(name: str, label_names: list[str] | None = None, multi_label: bool = False) -> Path:
@@ -41,16 +34,22 @@ def fetch(name: str, label_names: list[str] | None = None, multi_label: bool = F
         raise ValueError(f"{name}: no such folder")
     try:
         return _snapshot(name, repository, revision or None, label_names, multi_label)
-    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{name}: {_reason(error, repository, revision)}") from None
+    except HubError as error:
+        raise ValueError(f"{name}: {error}") from None
+    except HFValidationError:
+        raise ValueError(f"{name}: no such folder here, and not an id of the Hugging Face hub") from None
     except LocalEntryNotFoundError:
         raise ValueError(
             f"{name}: no such folder here, and the hub cannot be reached: check the name, the network, HF_ENDPOINT and "
             "HF_HUB_OFFLINE"
         ) from None
+    except OSError as error:
+        raise ValueError(
+            f"{name}: cannot be downloaded into {constants.HF_HUB_CACHE} ({error}): set HF_HOME to another folder"
+        ) from None
     except ValueError:
         raise
-    except Exception as error:  # from the HTTP client and its transports
+    except Exception as error:  # from the HTTP client
         reason = str(error).partition("\n")[0][:200]
         raise ValueError(
             f"{name}: no such folder here, and it cannot be read from the hub ({type(error).__name__}: {reason}): "
@@ -69,27 +68,38 @@ def is_folder(name: str) -> bool:
 def _snapshot(
     name: str, repository: str, revision: str | None, label_names: list[str] | None, multi_label: bool
 ) -> Path:
-    commit = revision
-    try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-    except OfflineModeIsEnabled:
-        pass  # use the files that were downloaded before
-    else:
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        check_files(name, list(sizes))
-        total = sum(size for file, size in sizes.items() if any(fnmatch(file, pattern) for pattern in FILES))
-        if total > MAX_DOWNLOAD_BYTES:
-            raise ValueError(
-                f"{name}: its files have {total} bytes, at most {MAX_DOWNLOAD_BYTES} are allowed"
-            )
-        commit = info.sha
-    config = read_config(Path(hf_hub_download(repository, CONFIG, revision=commit)))
-    describe(name, config, label_names, multi_label)
-    folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(FILES)))
-    check_files(name, [path.name for path in folder.iterdir()])
-    if commit and commit != revision:
-        _note_commit(folder.parents[1] / "refs", revision or "main", commit)
+    if constants.HF_HUB_OFFLINE:  # use the files that were downloaded before
+        folder = Path(hf_hub_download(repository, CONFIG, revision=revision, local_files_only=True)).parent
+        check_files(name, [path.name for path in folder.iterdir()])
+        describe(name, read_config(folder / CONFIG), label_names, multi_label)
+        return folder
+    listing = list_files(repository, revision or "main")
+    check_files(name, [file.name for file in listing.files])
+    files = {file.name: file for file in listing.files if _is_read(file.name)}
+    _check_sizes(name, files.values())
+    folder = download(repository, listing.commit, [files[CONFIG]])
+    describe(name, read_config(folder / CONFIG), label_names, multi_label)
+    download(repository, listing.commit, files.values())
+    if listing.commit != revision:
+        _note_commit(folder.parents[1] / "refs", revision or "main", listing.commit)
     return folder
+
+
+def _is_read(name: str) -> bool:
+    """True for a file that is downloaded; its name is a plain one, which leads into no other folder."""
+    return bool(re.fullmatch(r"[\w.-]+", name)) and any(fnmatch(name, pattern) for pattern in FILES)
+
+
+def _check_sizes(name: str, files: Collection[File]) -> None:
+    """Raise ValueError if a file, or all together, are too large."""
+    for file in files:
+        if (file.size or 0) > MAX_OTHER_BYTES and not file.name.endswith(".safetensors"):
+            raise ValueError(
+                f"{name}: its {file.name} has {file.size} bytes, at most {MAX_OTHER_BYTES} are allowed"
+            )
+    total = sum(file.size or 0 for file in files)
+    if total > MAX_DOWNLOAD_BYTES:
+        raise ValueError(f"{name}: its files have {total} bytes, at most {MAX_DOWNLOAD_BYTES} are allowed")
 
 
 def _note_commit(refs: Path, revision: str, commit: str) -> None:
@@ -100,13 +110,3 @@ def _note_commit(refs: Path, revision: str, commit: str) -> None:
     with suppress(OSError):  # a read-only cache
         entry.parent.mkdir(parents=True, exist_ok=True)
         entry.write_text(commit)
-
-
-def _reason(error: Exception, repository: str, revision: str) -> str:
-    if isinstance(error, GatedRepoError):
-        return "access to it is restricted: accept its terms on the hub, and set HF_TOKEN"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repository} has no revision {revision!r}"
-    if isinstance(error, HFValidationError):
-        return "no such folder here, and not an id of the Hugging Face hub"
-    return "no such folder here, and no such repository on the hub; for a private one, set HF_TOKEN"

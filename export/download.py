@@ -1,0 +1,247 @@
+"""Downloads from the Hugging Face hub into the cache of huggingface_hub, with limits on what the hub can do.
+
+A hub or mirror is untrusted. huggingface_hub takes paths from the hub's headers, writes as many bytes as it sends, and
+waits as long as a byte arrives now and then. So this module shares its cache and settings, but not its downloads.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Collection, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from io import BufferedRandom, BytesIO
+from pathlib import Path
+from typing import IO, Annotated, Any, TypeVar
+from urllib.parse import quote
+from uuid import uuid4
+
+import httpx
+from huggingface_hub import constants, get_token
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import WeakFileLock, tqdm, validate_repo_id  # type: ignore[attr-defined]
+from pydantic import BaseModel, Field, ValidationError
+
+from de3.model_store.store import MAX_FILE_BYTES
+
+MAX_LIST_BYTES = 2**24
+MAX_OTHER_BYTES = MAX_FILE_BYTES["tokenizer.json"]  # of a file that is not .safetensors
+MAX_DOWNLOAD_BYTES = 2**34
+STALL_S, STALL_BYTES = 60.0, 2**20  # a download fails if it receives fewer bytes than these in this time
+RETRY_S = 1.0  # before a lost connection is opened again
+
+Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+T = TypeVar("T")
+
+
+class HubError(ValueError):
+    """The hub cannot be reached, refuses, or sends something else than it announced."""
+
+
+class Large(BaseModel):
+    """The entry of a file in large file storage."""
+
+    sha256: Sha256
+
+
+class File(BaseModel):
+    """A file as the hub lists it.
+
+    Attributes:
+        name: its path in the repository.
+        size: in bytes; None if the hub does not say.
+        git: git's hash of the file or, if `large` is set, of a pointer to it.
+    """
+
+    name: str = Field(alias="rfilename")
+    size: int | None = Field(None, ge=0)
+    git: Commit | None = Field(None, alias="blobId")
+    large: Large | None = Field(None, alias="lfs")
+
+    @property
+    def hash(self) -> str | None:
+        """The hash under which the cache keeps the file; None if the hub does not say."""
+        return self.large.sha256 if self.large else self.git
+
+    def hash_of(self, file: BufferedRandom) -> str:
+        """The hash of a file's contents, of the same kind as `hash`; a sha256 if the hub lists none."""
+        prefix = b"blob %d\0" % file.seek(0, 2) if self.git and not self.large else b""
+        file.seek(0)
+        kind = hashlib.sha1 if prefix else hashlib.sha256
+        return hashlib.file_digest(file, lambda: kind(prefix, usedforsecurity=False)).hexdigest()
+
+
+class Listing(BaseModel):
+    """The commit of a revision, and its files."""
+
+    commit: Commit = Field(alias="sha")
+    files: list[File] = Field(alias="siblings")
+
+
+def list_files(repository: str, revision: str) -> Listing:
+    """The files of a revision; raises HubError, and HFValidationError for an invalid id of a repository."""
+    validate_repo_id(repository)
+    url = f"{constants.ENDPOINT}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
+
+    async def get(transfer: _Transfer) -> bytes:
+        body = BytesIO()
+        await transfer.receive("no such folder here, and its list of files", url, MAX_LIST_BYTES, body)
+        return body.getvalue()
+
+    try:
+        return Listing.model_validate_json(_run(get))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise HubError(
+            f"the hub's list of its files is invalid: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
+
+
+def download(repository: str, commit: str, files: Collection[File]) -> Path:
+    """The folder in huggingface_hub's cache with the files of a commit, after downloading those that are missing.
+
+    files: whose names contain no "/". Raises HubError, and OSError if the cache cannot be written.
+    """
+    cache, name = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repository, repo_type="model")
+    folder, blobs = cache / name / "snapshots" / commit, cache / name / "blobs"
+
+    async def get(transfer: _Transfer) -> None:
+        for file in files:
+            if not (folder / file.name).exists():
+                url = f"{constants.ENDPOINT}/{repository}/resolve/{commit}/{file.name}"
+                _link(folder / file.name, await transfer.blob(file, url, blobs))
+
+    if not all((folder / file.name).exists() for file in files):
+        lock = cache / ".locks" / name / "de3.lock"
+        for parent in (lock.parent, folder, blobs):
+            parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):  # a second server waits for the first, and then uses its files
+            _run(get, sum(file.size or 0 for file in files))
+    return folder
+
+
+def _link(path: Path, blob: Path) -> None:
+    path.unlink(missing_ok=True)  # a link to a file that was removed
+    try:
+        path.symlink_to(Path("../../blobs") / blob.name)
+    except OSError:  # a file system without links
+        blob.rename(path)
+
+
+def _run(work: "Callable[[_Transfer], Coroutine[Any, Any, T]]", total: int = 0) -> T:
+    """Run a transfer in an event loop, whose timeouts also end a connection attempt, or headers that never end."""
+
+    async def run() -> T:
+        token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+        trusted = httpx.create_ssl_context()
+        trusted.load_default_certs()  # the system's, besides those of certifi
+        client = httpx.AsyncClient(
+            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}),
+            verify=trusted,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            follow_redirects=True,
+        )
+        transfer = _Transfer(client)
+        hidden = None if total > STALL_BYTES else True  # None: unless stderr is a terminal
+        try:
+            with tqdm(total=total, unit="B", unit_scale=True, disable=hidden) as transfer.bar:  # type: ignore[no-untyped-call]
+                async with asyncio.timeout(STALL_S) as transfer.stall, client:
+                    return await work(transfer)
+        except TimeoutError:
+            raise HubError(
+                f"{transfer.what} comes too slowly from the hub: less than {STALL_BYTES} bytes in "
+                f"{STALL_S:g} s: try again, or check the network and HF_ENDPOINT"
+            ) from None
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(run())
+    with ThreadPoolExecutor(1) as thread:  # the caller's thread has a loop, as in a notebook
+        return thread.submit(asyncio.run, run()).result()
+
+
+class _Transfer:
+    """The requests of one run.
+
+    Attributes:
+        what: the file in progress, for messages.
+        stall: when the run ends, unless it makes progress.
+    """
+
+    bar: Any
+    stall: asyncio.Timeout
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self.what = ""
+        self._client = client
+        self._received = self._seen = 0  # bytes of the run; and at the last progress
+
+    async def receive(self, what: str, url: str, limit: int, file: IO[bytes]) -> None:
+        """Write the contents of an address to a file; raises HubError.
+
+        what: the file, for messages. limit: maximum number of bytes.
+        """
+        self.what, received = what, 0
+        while True:
+            resume = {"Range": f"bytes={received}-"} if received else {}
+            try:
+                async with self._client.stream("GET", url, headers=resume) as response:
+                    if response.status_code != (206 if received else 200):
+                        raise HubError(_reason(what, response))
+                    async for chunk in response.aiter_raw():
+                        received += len(chunk)
+                        if received > limit:
+                            raise HubError(f"the hub sends more for {what} than the expected {limit} bytes")
+                        file.write(chunk)
+                        self._count(len(chunk))
+                return
+            except httpx.RequestError as error:
+                if not received:
+                    said = f"{type(error).__name__}: {error!s:.200}"
+                    raise HubError(
+                        f"{what} cannot be read from the hub ({said}): check the name, the network and HF_ENDPOINT"
+                    ) from None
+                await asyncio.sleep(RETRY_S)
+
+    def _count(self, received: int) -> None:
+        self.bar.update(received)
+        self._received += received
+        if self._received - self._seen >= STALL_BYTES:
+            self._seen = self._received
+            self.stall.reschedule(asyncio.get_running_loop().time() + STALL_S)
+
+    async def blob(self, file: File, url: str, folder: Path) -> Path:
+        """The path of a file in the cache's folder of blobs, after downloading it if it is missing; raises HubError."""
+        if file.hash and (folder / file.hash).is_file():
+            return folder / file.hash
+        limit = MAX_DOWNLOAD_BYTES - self._received if file.size is None else file.size
+        draft = folder / f"{uuid4().hex}.incomplete"
+        try:
+            with draft.open("xb+") as opened:
+                await self.receive(file.name, url, limit, opened)
+                if file.size not in (None, opened.tell()):
+                    raise HubError(
+                        f"the hub sends {opened.tell()} bytes for {file.name}, and lists {file.size}: try again"
+                    )
+                found = file.hash_of(opened)
+            if file.hash not in (None, found):
+                raise HubError(
+                    f"the hub sends other contents for {file.name} than it lists ({found}, {file.hash}): try again"
+                )
+            return draft.replace(folder / found)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _reason(what: str, response: httpx.Response) -> str:
+    """Why the hub refuses."""
+    code = response.headers.get("X-Error-Code")
+    if code == "GatedRepo":
+        return "access to it is restricted: accept its terms on the hub, and set HF_TOKEN"
+    if code == "RevisionNotFound":
+        return "the hub has no such revision"
+    if code == "RepoNotFound" or response.status_code == 401:
+        return "no such folder here, and no such repository on the hub; for a private one, set HF_TOKEN"
+    if response.is_success:
+        return f"the connection broke off while {what} was read, and the hub does not continue it: try again"
+    return f"{what} cannot be read from the hub, which answers {response.status_code}: try again later"

@@ -1,0 +1,211 @@
+"""Downloads from a hub, which is untrusted, into the cache of huggingface_hub."""
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from time import sleep
+
+import pytest
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+
+from de3.export import download
+from de3.export.download import File, HubError, list_files
+from de3.export.hub import fetch
+from tests.hub import Hub, hub_of, use_hub
+
+WEIGHTS = bytes(range(256)) * 400
+FILES = {"config.json", "tokenizer.json", "model.safetensors"}
+CONFIG = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "vocab_size": 10}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """The handler class of a hub that serves org/model, whose weights nothing can read."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    with hub_of(folder) as (handler, port):
+        use_hub(monkeypatch, port, tmp_path / "hf")
+        yield handler
+
+
+def weights_of(hub: type[Hub]) -> File:
+    """The weights, as the hub lists them."""
+    (file,) = [file for file in list_files("org/model", "main").files if file.name == "model.safetensors"]
+    return file
+
+
+def files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if not path.is_dir()}
+
+
+@pytest.mark.parametrize("path", ["OUT/file", "../../../../out", "../file", "..", "x/../../../../../out"])
+@pytest.mark.parametrize("what", ["etag", "commit", "sha", "blobId", "lfs", "rfilename"])
+def test_a_hub_chooses_no_path(hub: type[Hub], tmp_path: Path, what: str, path: str) -> None:
+    path = path.replace("OUT", str(tmp_path / "out"))
+    if what in ("etag", "commit"):
+        hub.headers_of = {"etag": {"ETag": f'"{path}"'}, "commit": {"X-Repo-Commit": path}}[what]
+    elif what == "sha":
+        hub.listed = {"sha": path}
+    elif what == "rfilename":
+        hub.listed = {
+            "siblings": [{"rfilename": name} for name in (*FILES, f"model-/{path}-of-.safetensors")]
+        }
+    else:
+        hub.other = {what: {"sha256": path} if what == "lfs" else path}
+    before = files(tmp_path)
+    if what in ("etag", "commit", "rfilename"):  # not used
+        assert {file.name for file in fetch("org/model").iterdir()} == FILES
+    else:
+        with pytest.raises(ValueError, match=f"^org/model: .*list of its files is invalid: .*{what}"):
+            fetch("org/model")
+    assert all((tmp_path / "hf") in file.parents for file in files(tmp_path) - before)
+    assert all(file.resolve().parent.name == "blobs" for file in (tmp_path / "hf").rglob("snapshots/*/*"))
+
+
+def endless(self: Hub, _: bytes) -> None:
+    while True:
+        self.wfile.write(bytes(2**16))
+
+
+@pytest.mark.parametrize("size", [100, None])
+def test_no_more_is_downloaded_than_announced_or_allowed(
+    hub: type[Hub], size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = File(rfilename="model.safetensors", size=size)
+    monkeypatch.setattr(download, "MAX_DOWNLOAD_BYTES", 2**20)
+    hub.send_contents = endless
+    hub.headers_of = {"Content-Length": str(2**40)}
+    with pytest.raises(HubError, match=rf"sends more for model\.safetensors than .* {size or 2**20} bytes"):
+        download.download("org/model", hub.COMMIT, [file])
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("blobs/*"))
+
+
+def slow_body(self: Hub, _: bytes) -> None:
+    while True:
+        self.wfile.write(b"x")
+        self.wfile.flush()
+        sleep(0.01)
+
+
+def slow_headers(self: Hub) -> None:
+    self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    slow_body(self, b"")
+
+
+def silent(self: Hub) -> None:
+    self.rfile.read(1)  # until the client closes the connection
+
+
+@pytest.mark.parametrize("how", ["body", "headers", "silent"])
+def test_a_download_without_progress_ends(hub: type[Hub], how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "body":
+        hub.send_contents = slow_body
+        hub.headers_of = {"Content-Length": str(2**30)}
+    else:
+        hub.do_GET = slow_headers if how == "headers" else silent
+    monkeypatch.setattr(download, "STALL_S", 0.3)
+    large = File(rfilename="model.safetensors", size=2**30)
+    with pytest.raises(HubError, match=r"^model\.safetensors comes too slowly .* in 0\.3 s: try again"):
+        download.download("org/model", hub.COMMIT, [large])
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("blobs/*"))
+    with pytest.raises(ValueError, match=r"^org/model: .* its list of files comes too slowly"):
+        fetch("org/model")
+
+
+def test_progress_sets_a_new_time_limit(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(self: Hub, data: bytes) -> None:
+        download.STALL_S = 0  # the limit from the next progress on
+        self.wfile.write(data[: download.STALL_BYTES])
+        self.rfile.read(1)  # until the client closes the connection
+
+    file = weights_of(hub)
+    hub.send_contents = send
+    monkeypatch.setattr(download, "STALL_S", 60.0)
+    monkeypatch.setattr(download, "STALL_BYTES", len(WEIGHTS) // 2)
+    with pytest.raises(HubError, match=rf"less than {len(WEIGHTS) // 2} bytes in 0 s"):
+        download.download("org/model", hub.COMMIT, [file])
+
+
+def test_a_lost_connection_is_resumed(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(self: Hub, data: bytes) -> None:
+        self.wfile.write(data[:50_000])
+        self.close_connection = True
+
+    file = weights_of(hub)
+    hub.send_contents = send
+    monkeypatch.setattr(download, "RETRY_S", 0)
+    path = download.download("org/model", hub.COMMIT, [file]) / file.name
+    assert path.read_bytes() == WEIGHTS
+    assert len(hub.asked) == 1 + -(-len(WEIGHTS) // 50_000)
+
+
+def test_other_contents_than_listed_are_refused(hub: type[Hub]) -> None:
+    listed = list_files("org/model", "main").files
+    hub.send_contents = lambda self, data: Hub.send_contents(self, data[::-1])
+    for file in listed:
+        with pytest.raises(HubError, match=f"sends other contents for {file.name} than it lists"):
+            download.download("org/model", hub.COMMIT, [file])
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("blobs/*"))
+
+
+def test_the_cache_is_that_of_huggingface_hub(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = snapshot_download("org/model")
+    hub.asked.clear()
+    assert fetch("org/model") == Path(theirs)
+    assert len(hub.asked) == 1  # the list of files
+    with hub_of(hub.folder) as (_, port), monkeypatch.context() as patch:
+        use_hub(patch, port, hub.folder.parent / "other")
+        folder = fetch("org/model@v1")
+        ours = {path.name: path.resolve().name for path in folder.iterdir()}
+        assert ours == {path.name: path.resolve().name for path in Path(theirs).iterdir()}
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert snapshot_download("org/model", revision="v1") == str(folder)
+        assert hf_hub_download("org/model", "config.json", revision="v1") == str(folder / "config.json")
+
+
+def test_files_that_a_new_commit_keeps_are_not_downloaded_again(hub: type[Hub]) -> None:
+    before = fetch("org/model")
+    (hub.folder / "tokenizer.json").write_text("[]")
+    hub.COMMIT = hub.LATER
+    hub.asked.clear()
+    folder = fetch("org/model")
+    assert folder.name == hub.LATER and (folder / "tokenizer.json").read_text() == "[]"
+    assert (folder / "model.safetensors").samefile(before / "model.safetensors")
+    assert [line.split("/")[-1] for line in hub.asked[1:]] == ["tokenizer.json"]
+
+
+def test_the_token_is_sent_to_the_hub_and_to_nobody_else(
+    hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with hub_of(hub.folder) as (storage, port):
+
+        def redirect(self: Hub) -> None:
+            self.tokens.append(self.headers.get("Authorization"))
+            if "/resolve/" not in self.path:
+                return Hub.do_GET(self)
+            self.send_response(302)
+            self.send_header("Location", f"http://127.0.0.1:{port}{self.path}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+
+        hub.do_GET = redirect
+        assert {path.name for path in fetch("org/model").iterdir()} == FILES
+    assert set(hub.tokens) == {"Bearer hf_secret"} and set(storage.tokens) == {None}
+
+
+def test_a_hub_that_does_not_resume_is_reported(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(self: Hub, data: bytes) -> None:
+        self.wfile.write(data[:50_000])
+        self.close_connection = True
+        hub.send_response = lambda self, _: BaseHTTPRequestHandler.send_response(self, 200)
+
+    file = weights_of(hub)
+    hub.send_contents = send
+    monkeypatch.setattr(download, "RETRY_S", 0)
+    with pytest.raises(HubError, match=r"broke off while model\.safetensors was read"):
+        download.download("org/model", hub.COMMIT, [file])
