@@ -1,10 +1,10 @@
 """An LRU cache of artifacts converted from stock classifiers."""
 
+import fcntl
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,10 @@ from de3.model_store.store import Artifact, Store, StoreError
 
 FORMAT = 1  # format of the artifacts that classifier.py writes; changing it invalidates the cache
 MAX_MESSAGE = 500
-PROOF = ".proof"
+PROOF, USED = ".proof", ".used"
+_used: dict[
+    Path, int
+] = {}  # open files, whose locks keep artifacts that this process uses from being removed
 
 
 def cache_folder() -> Path:
@@ -76,9 +79,9 @@ def model_name(name: str) -> str:
     return re.sub(r"[^a-z0-9._-]", "-", last).lstrip("._-")[:64] or "model"
 
 
-def evict(folder: Path, used: Collection[Artifact], limit_gb: float) -> None:
-    """Remove the least recently used artifacts, except those in `used`, until the cache fits the limit."""
-    keep, sizes = {artifact.path.parents[1] for artifact in used}, {}
+def evict(folder: Path, limit_gb: float) -> None:
+    """Remove the least recently used artifacts, except those that a process uses, until the cache fits the limit."""
+    sizes = {}
     with suppress(OSError):
         for place in folder.iterdir():
             if place.is_dir():
@@ -89,14 +92,15 @@ def evict(folder: Path, used: Collection[Artifact], limit_gb: float) -> None:
     for place in sorted(sizes, key=lambda p: sizes[p]):
         if total <= limit_gb * 1e9:
             break
-        if place not in keep and _remove(place):
+        if _remove(place):
             total -= sizes[place][1]
 
 
 def _remove(place: Path) -> bool:
-    """Remove an artifact atomically, unless a server is converting it; true if it was removed."""
+    """Remove an artifact atomically, unless a process converts or uses it; true if it was removed."""
     try:
-        with FileLock(_lock(place), timeout=0):
+        with FileLock(_lock(place), timeout=0), (place / USED).open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             removed = Path(mkdtemp(prefix=".removed-", dir=place.parent))
             place.rename(removed / place.name)
     except (OSError, Timeout):
@@ -105,12 +109,31 @@ def _remove(place: Path) -> bool:
     return True
 
 
+def _use(place: Path) -> None:
+    """Keep an artifact from being removed until this process ends; raises OSError if that is not possible."""
+    path = place / USED
+    while (
+        True
+    ):  # until the locked file is the one in the folder: another process may have removed the artifact before
+        file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+        if path in _used and os.path.samestat(os.fstat(_used[path]), os.fstat(file)):
+            return os.close(file)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        _used[path] = file
+
+
 def _lock(place: Path) -> Path:
     return place.with_suffix(".lock")
 
 
 def _existing(place: Path, model: str) -> Artifact | None:
-    """The artifact in a folder of the cache; None if it is missing or incomplete."""
+    """The artifact in a folder of the cache, which is then used; None if it is missing or incomplete."""
+    try:
+        _use(place)
+    except FileNotFoundError:
+        return None
+    except OSError:  # a read-only cache, or a file system without locks
+        pass
     try:
         artifact = Store(place).open(model)
         sizes = {name: (artifact.path / name).stat().st_size for name in artifact.manifest.files}

@@ -1,8 +1,11 @@
 """Stock classifiers served by name, at full depth, read without PyTorch."""
 
+import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -280,8 +283,42 @@ def test_an_artifact_is_made_once_and_made_again_when_it_is_not_whole(
     assert len(made) == 5
     second = artifact("fp32")
     assert len(made) == 6 and second.path != first.path and first.path.exists()
-    evict(tmp_path / "cache", [second], 1e-9)
-    assert second.path.exists() and not place.exists()
+
+
+def test_an_artifact_is_kept_while_a_process_uses_it(bert: Path, tmp_path: Path) -> None:
+    use = "from de3.export.cache import *; artifact_of(*sys.argv[1:3], Path(sys.argv[3])); print(flush=True); input()"
+    command = [sys.executable, "-c", f"import sys; {use}", str(bert), "int8", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
+        assert user.stdout is not None
+        user.stdout.readline()
+        (place,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+        evict(tmp_path, 0)
+        assert place.exists()
+        user.communicate(b"\n", 60)
+    evict(tmp_path, 0)
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("others_make_it", [False, True])
+def test_an_artifact_that_is_removed_as_it_is_opened_is_made_again(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others_make_it: bool
+) -> None:
+    made = artifact_of(str(bert), "int8", tmp_path / "first").path.parents[1]
+    place = Path(shutil.copytree(made, tmp_path / "cache" / made.name))
+    flock, before = fcntl.flock, (place / cache.USED).stat()
+
+    def lock(file: Any, how: int) -> None:
+        if how == fcntl.LOCK_SH and os.path.samestat(before, os.fstat(file)):
+            evict(tmp_path / "cache", 0)
+            assert not place.exists()
+            if others_make_it:
+                shutil.copytree(made, place)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    artifact = artifact_of(str(bert), "int8", tmp_path / "cache")
+    evict(tmp_path / "cache", 0)
+    artifact.verify()
 
 
 FILES = st.dictionaries(
@@ -340,18 +377,17 @@ def test_the_least_recently_used_are_removed_until_the_rest_fits(tmp_path: Path)
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "model/file").write_bytes(b"x" * 1000)
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    manifest: Any = None
-    used = [Artifact(tmp_path / "used/model/1", manifest)]
-    evict(tmp_path, used, 5000 / 1e9)
+    cache._use(tmp_path / "used")
+    evict(tmp_path, 5000 / 1e9)
     assert len(places()) == 5
-    evict(tmp_path, used, 4900 / 1e9)
+    evict(tmp_path, 4900 / 1e9)
     assert places() == ["converting", "new", "old", "used"]
     with FileLock(tmp_path / "converting.lock"):
-        evict(tmp_path, used, 2000 / 1e9)
+        evict(tmp_path, 2000 / 1e9)
         assert places() == ["converting", "used"]
-    evict(tmp_path, used, 0)
+    evict(tmp_path, 0)
     assert places() == ["used"]
-    evict(tmp_path / "none", used, 0)
+    evict(tmp_path / "none", 0)
 
 
 def test_a_conversion_that_fails_leaves_nothing(

@@ -76,7 +76,7 @@ def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) ->
         else:
             console.print(f"reading {name}; it is converted once, into {cache_folder()}", highlight=False)
             artifacts.append(artifact_of(name, precision, cache_folder()))
-    evict(cache_folder(), artifacts, cache_gb)
+    evict(cache_folder(), cache_gb)
     return artifacts
 
 
