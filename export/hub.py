@@ -1,7 +1,7 @@
 """Finds stock classifiers by name: local folders, or repositories of the Hugging Face hub."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,7 +10,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from de3.export.classifier import CONFIG, FILES, check_files, describe
-from de3.export.download import MAX_DOWNLOAD_BYTES, MAX_OTHER_BYTES, File, HubError, download, list_files
+from de3.export.download import MAX_DOWNLOAD_BYTES, MAX_OTHER_BYTES, HubError, download, list_files
 from de3.model_store.sizes import read_config
 
 
@@ -27,8 +27,7 @@ def fetch(name: str, label_names: list[str] | None = None, multi_label: bool = F
     looks_like_path = name.startswith((".", "/", "~")) or repository.count("/") > 1 or "\\" in name
     if is_folder(name):
         folder = Path(name).expanduser()
-        check_files(name, [path.name for path in folder.iterdir() if path.is_file()])
-        describe(name, read_config(folder / CONFIG), label_names, multi_label)
+        _check(name, folder, label_names, multi_label)
         return folder
     if looks_like_path:
         raise ValueError(f"{name}: no such folder")
@@ -70,13 +69,12 @@ def _snapshot(
 ) -> Path:
     if constants.HF_HUB_OFFLINE:  # use the files that were downloaded before
         folder = Path(hf_hub_download(repository, CONFIG, revision=revision, local_files_only=True)).parent
-        check_files(name, [path.name for path in folder.iterdir()])
-        describe(name, read_config(folder / CONFIG), label_names, multi_label)
+        _check(name, folder, label_names, multi_label)
         return folder
     listing = list_files(repository, revision or "main")
-    check_files(name, [file.name for file in listing.files])
-    files = {file.name: file for file in listing.files if _is_read(file.name)}
-    _check_sizes(name, files.values())
+    _check_files(name, {file.name: file.size or 0 for file in listing.files})
+    plain = re.compile(r"[\w.-]+")  # names that lead into no other folder
+    files = {file.name: file for file in listing.files if _is_read(file.name) and plain.fullmatch(file.name)}
     folder = download(repository, listing.commit, [files[CONFIG]])
     describe(name, read_config(folder / CONFIG), label_names, multi_label)
     download(repository, listing.commit, files.values())
@@ -86,19 +84,24 @@ def _snapshot(
 
 
 def _is_read(name: str) -> bool:
-    """True for a file that is downloaded; its name is a plain one, which leads into no other folder."""
-    return bool(re.fullmatch(r"[\w.-]+", name)) and any(fnmatch(name, pattern) for pattern in FILES)
+    """True for a file that is downloaded, read and hashed."""
+    return any(fnmatch(name, pattern) for pattern in FILES)
 
 
-def _check_sizes(name: str, files: Collection[File]) -> None:
-    """Raise ValueError if a file, or all together, are too large."""
-    for file in files:
-        if (file.size or 0) > MAX_OTHER_BYTES and not file.name.endswith(".safetensors"):
-            raise ValueError(
-                f"{name}: its {file.name} has {file.size} bytes, at most {MAX_OTHER_BYTES} are allowed"
-            )
-    total = sum(file.size or 0 for file in files)
-    if total > MAX_DOWNLOAD_BYTES:
+def _check(name: str, folder: Path, label_names: list[str] | None, multi_label: bool) -> None:
+    """Raise ValueError for a local folder whose model cannot be served."""
+    _check_files(name, {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()})
+    describe(name, read_config(folder / CONFIG), label_names, multi_label)
+
+
+def _check_files(name: str, sizes: Mapping[str, int]) -> None:
+    """Raise ValueError if a file is missing, or too large to be downloaded or hashed. sizes: bytes by file."""
+    check_files(name, sizes)
+    read = {file: size for file, size in sizes.items() if _is_read(file)}
+    for file, size in read.items():
+        if size > MAX_OTHER_BYTES and not file.endswith(".safetensors"):
+            raise ValueError(f"{name}: its {file} has {size} bytes, at most {MAX_OTHER_BYTES} are allowed")
+    if (total := sum(read.values())) > MAX_DOWNLOAD_BYTES:
         raise ValueError(f"{name}: its files have {total} bytes, at most {MAX_DOWNLOAD_BYTES} are allowed")
 
 

@@ -231,6 +231,11 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
         lambda f: edit(f, id2label={str(k): "x" * (1500 + k) for k in range(3)}),
         "labels.0: String should have at most",
     ),
+    (lambda f: os.truncate(f / "model.safetensors", 2**34), r"its files have 171798\d+ bytes, at most"),
+    (
+        lambda f: os.truncate(f / "tokenizer.json", 2**26 + 1),
+        r"its tokenizer\.json has 67108865 bytes, at most 67108864 are",
+    ),
     (adapter, r"is an adapter \(LoRA\) without its model: merge it"),
 ]
 
