@@ -112,12 +112,12 @@ class Format:
 
         Raises ValueError for values that the format cannot hold, or whose types differ from those of earlier parts.
         """
-        draft = file.with_name(f".{file.name}")
+        draft = new_draft(file)
         if self.kind == ".parquet":
             self._write_parquet(draft, rows)
         else:
             # Half of a surrogate pair, which JSON may contain but UTF-8 cannot encode, is escaped.
-            with draft.open("w", encoding="utf-8", errors="backslashreplace", newline="") as opened:
+            with draft.open("x", encoding="utf-8", errors="backslashreplace", newline="") as opened:
                 if self.kind == ".jsonl":
                     for row in rows.dicts():
                         opened.write(_json(row) + "\n")
@@ -146,7 +146,8 @@ class Format:
             raise ValueError(
                 f"a column cannot be written as parquet ({error}): leave it out with --keep"
             ) from None
-        parquet.write_table(table.combine_chunks(), draft, compression="zstd", row_group_size=ROW_GROUP)
+        with draft.open("xb") as opened:
+            parquet.write_table(table.combine_chunks(), opened, compression="zstd", row_group_size=ROW_GROUP)
 
     def _kept(self, piece: Any) -> Any:
         """A piece as a table with the columns `names`, in this order."""
@@ -160,12 +161,12 @@ class Format:
 
     def join(self, parts: Sequence[Path], file: Path) -> None:
         """Write the rows of all parts to one file, which appears only once it is complete."""
-        draft = file.with_name(f".{file.name}")
+        draft = new_draft(file)
         with_rows = [part for part in parts if _has_rows(part)] or parts[:1]
         if self.kind == ".parquet":
             _join_parquet(with_rows, draft)
         else:
-            with draft.open("wb") as opened:
+            with draft.open("xb") as opened:
                 for number, part in enumerate(with_rows):
                     with part.open("rb") as rows:
                         if number and self.kind != ".jsonl":
@@ -179,6 +180,13 @@ def _array(name: str, values: list[Any]) -> Any:
         return pyarrow_module().array(values)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def new_draft(file: Path) -> Path:
+    """The path of a file's draft, beside it. Create it by mode x, which follows no link that others put there."""
+    draft = file.with_name(f".{file.name}")
+    draft.unlink(missing_ok=True)  # of an interrupted run
+    return draft
 
 
 def publish(draft: Path, file: Path) -> None:
@@ -275,6 +283,6 @@ def _join_parquet(parts: Sequence[Path], draft: Path) -> None:
     from pyarrow import parquet
 
     schema = _unified([parquet.read_schema(part) for part in parts])
-    with parquet.ParquetWriter(draft, schema, compression="zstd") as writer:
+    with draft.open("xb") as opened, parquet.ParquetWriter(opened, schema, compression="zstd") as writer:
         for part in parts:
             writer.write_table(parquet.read_table(part).cast(schema), row_group_size=ROW_GROUP)

@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from de3.bulk.formats import KINDS, Format, Rows, publish
+from de3.bulk.formats import KINDS, Format, Rows, new_draft, publish
 from de3.bulk.source import Slice
 
 RUN, REFUSED = "_run.json", "_refused.jsonl"  # programs that read a folder skip names that begin with _ or .
@@ -73,9 +73,10 @@ class Parts:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _note(self, is_complete: bool) -> None:
-        draft = self._folder / f".{RUN}"
+        draft = new_draft(self._folder / RUN)
         noted = {"run": self._run, "names": self._format.names, "is_complete": is_complete}
-        draft.write_text(json.dumps(noted, indent=1))
+        with draft.open("x") as opened:
+            json.dump(noted, opened, indent=1)
         publish(draft, self._folder / RUN)
 
     def _path(self, number: int) -> Path:
@@ -99,8 +100,8 @@ class Parts:
         self._format.prepare(rows, [self._path(n) for n in range(number)])
         if known != self._format.names or not (self._folder / RUN).exists():
             self._note(False)
-        draft = self._folder / f".refused-{number:06}"
-        with draft.open("w", encoding="utf-8", errors="backslashreplace") as opened:
+        draft = new_draft(self._refused(number))
+        with draft.open("x", encoding="utf-8", errors="backslashreplace") as opened:
             for one in slices:
                 opened.writelines(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in one.refused)
         publish(draft, self._refused(number))  # before the part, so that every part has this file

@@ -220,6 +220,23 @@ def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
         assert out.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("kind", [".parquet", ".csv"])
+def test_drafts_follow_no_links(model: de3.Classifier, tmp_path: Path, kind: str) -> None:
+    out, other = tmp_path / f"out{kind}", tmp_path / "other"
+    other.write_text("kept")
+    write(tmp_path / "in.jsonl", [{"text": text} for text in (*TEXTS[:4], " ")])
+    parts = (f"part-000000{kind}", "_refused-000000.jsonl", "_run.json")
+    names = (out.name, f"{out.name}.refused.jsonl", *(f"{out.name}.parts/{part}" for part in parts))
+    for name in names:
+        draft = formats.new_draft(tmp_path / name)
+        draft.parent.mkdir(exist_ok=True)
+        draft.symlink_to(other)
+    summary, refused = classify(Here(model), tmp_path / "in.jsonl", out, 8)
+    assert (summary.answered, summary.refused) == (4, 1)
+    assert len(read(out)) == 4 and len(read(refused)) == 1
+    assert other.read_text() == "kept"
+
+
 @pytest.mark.parametrize("kind", [".parquet", ".csv", ".jsonl", ".tsv"])
 def test_values_that_need_care(model: de3.Classifier, tmp_path: Path, kind: str) -> None:
     """Quotation marks, line breaks and tabs in values and names; a part without rows; columns that a row lacks."""
