@@ -1,7 +1,7 @@
 """Finds stock classifiers by name: local folders, or repositories of the Hugging Face hub."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -9,30 +9,60 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from de3.export.classifier import CONFIG, FILES, check_files, describe
+from de3.export.classifier import CONFIG, FILES, OldFormError, check_files, describe
 from de3.export.download import MAX_DOWNLOAD_BYTES, MAX_OTHER_BYTES, HubError, download, list_files
+from de3.export.weights import INDEX, WEIGHTS
 from de3.model_store.sizes import read_config
 
+# With those that only transformers reads.
+OLD_FILES = (
+    *FILES,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model-*-of-*.bin",
+)
 
-def fetch(name: str, label_names: list[str] | None = None, multi_label: bool = False) -> Path:
+
+def fetch(
+    name: str,
+    label_names: list[str] | None = None,
+    multi_label: bool = False,
+    patterns: Collection[str] = FILES,
+) -> Path:
     """The local folder of a classifier; name: a folder, or a hub repository to download, as id or id@revision.
 
     The file list and config.json are checked before the weights are downloaded. label_names, multi_label: as in
-    `describe`.
+    `describe`. patterns: the files to download, FILES or OLD_FILES.
 
     Raises ValueError if there is no such folder or repository, if the hub cannot be reached, or if the model cannot be
-    served, and OldFormError if only transformers can read its files.
+    served; with FILES, OldFormError if only transformers can read its files.
     """
+
+    def check(sizes: Mapping[str, int]) -> None:
+        _check_files(name, sizes, patterns)
+
+    def check_config(folder: Path) -> None:
+        describe(name, read_config(folder / CONFIG), label_names, multi_label)
+
+    def checked(folder: Path) -> Path:
+        check({path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()})
+        check_config(folder)
+        return folder
+
     repository, _, revision = name.partition("@")
     looks_like_path = name.startswith((".", "/", "~")) or repository.count("/") > 1 or "\\" in name
     if is_folder(name):
-        folder = Path(name).expanduser()
-        _check(name, folder, label_names, multi_label)
-        return folder
+        return checked(Path(name).expanduser())
     if looks_like_path:
         raise ValueError(f"{name}: no such folder")
     try:
-        return _snapshot(name, repository, revision or None, label_names, multi_label)
+        if constants.HF_HUB_OFFLINE:  # use the files that were downloaded before
+            config = hf_hub_download(repository, CONFIG, revision=revision or None, local_files_only=True)
+            return checked(Path(config).parent)
+        return _snapshot(repository, revision or "main", patterns, check, check_config)
     except HubError as error:
         raise ValueError(f"{name}: {error}") from None
     except HFValidationError:
@@ -65,43 +95,46 @@ def is_folder(name: str) -> bool:
 
 
 def _snapshot(
-    name: str, repository: str, revision: str | None, label_names: list[str] | None, multi_label: bool
+    repository: str,
+    revision: str,
+    patterns: Collection[str],
+    check: Callable[[Mapping[str, int]], None],
+    check_config: Callable[[Path], None],
 ) -> Path:
-    if constants.HF_HUB_OFFLINE:  # use the files that were downloaded before
-        folder = Path(hf_hub_download(repository, CONFIG, revision=revision, local_files_only=True)).parent
-        _check(name, folder, label_names, multi_label)
-        return folder
-    listing = list_files(repository, revision or "main")
-    _check_files(name, {file.name: file.size or 0 for file in listing.files})
+    listing = list_files(repository, revision)
+    check({file.name: file.size or 0 for file in listing.files})
     plain = re.compile(r"[\w.-]+")  # names that lead into no other folder
-    files = {file.name: file for file in listing.files if _is_read(file.name) and plain.fullmatch(file.name)}
+    names = (file.name for file in listing.files if plain.fullmatch(file.name))
+    wanted = set(_matching(names, patterns))
+    if wanted & {WEIGHTS, INDEX}:  # transformers, too, prefers these
+        wanted = {name for name in wanted if not name.endswith(".bin")}
+    files = {file.name: file for file in listing.files if file.name in wanted}
     folder = download(repository, listing.commit, [files[CONFIG]])
-    describe(name, read_config(folder / CONFIG), label_names, multi_label)
+    check_config(folder)
     download(repository, listing.commit, files.values())
     if listing.commit != revision:
-        _note_commit(folder.parents[1] / "refs", revision or "main", listing.commit)
+        _note_commit(folder.parents[1] / "refs", revision, listing.commit)
     return folder
 
 
-def _is_read(name: str) -> bool:
-    """True for a file that is downloaded, read and hashed."""
-    return any(fnmatch(name, pattern) for pattern in FILES)
+def _matching(names: Iterable[str], patterns: Collection[str]) -> list[str]:
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
-def _check(name: str, folder: Path, label_names: list[str] | None, multi_label: bool) -> None:
-    """Raise ValueError for a local folder whose model cannot be served."""
-    _check_files(name, {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()})
-    describe(name, read_config(folder / CONFIG), label_names, multi_label)
-
-
-def _check_files(name: str, sizes: Mapping[str, int]) -> None:
+def _check_files(name: str, sizes: Mapping[str, int], patterns: Collection[str]) -> None:
     """Raise ValueError if a file is missing, or too large to be downloaded or hashed. sizes: bytes by file."""
-    check_files(name, sizes)
-    read = {file: size for file, size in sizes.items() if _is_read(file)}
-    for file, size in read.items():
-        if size > MAX_OTHER_BYTES and not file.endswith(".safetensors"):
-            raise ValueError(f"{name}: its {file} has {size} bytes, at most {MAX_OTHER_BYTES} are allowed")
-    if (total := sum(read.values())) > MAX_DOWNLOAD_BYTES:
+    try:
+        check_files(name, sizes)
+    except OldFormError:
+        if patterns is FILES:
+            raise
+    read = _matching(sizes, patterns)
+    for file in read:
+        if sizes[file] > MAX_OTHER_BYTES and not file.endswith((".safetensors", ".bin")):
+            raise ValueError(
+                f"{name}: its {file} has {sizes[file]} bytes, at most {MAX_OTHER_BYTES} are allowed"
+            )
+    if (total := sum(sizes[file] for file in read)) > MAX_DOWNLOAD_BYTES:
         raise ValueError(f"{name}: its files have {total} bytes, at most {MAX_DOWNLOAD_BYTES} are allowed")
 
 

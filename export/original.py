@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from de3.export.classifier import OldFormError, describe
-from de3.export.hub import fetch
-from de3.model_store.sizes import read_config
+from de3.export.classifier import OldFormError
+from de3.export.hub import OLD_FILES, fetch
 from de3.model_store.store import MANIFEST
 
 
@@ -22,20 +21,16 @@ def original_of(name: str, label_names: list[str] | None = None, multi_label: bo
     if (folder / MANIFEST).exists():
         raise ValueError(f"{name} is an exported model already: de3 serve --store {folder.parent.parent}")
     try:
-        found: Path | None = fetch(name, label_names, multi_label)
+        source, is_old = fetch(name, label_names, multi_label), False
     except OldFormError as error:
-        found = None
         try:
             from de3.training import pretrained
         except ImportError:
             raise error from None
-    if found is not None:
-        yield found
+        source, is_old = fetch(name, label_names, multi_label, OLD_FILES), True
+    if not is_old:
+        yield source
         return
     with TemporaryDirectory(prefix="de3-") as made:
-
-        def check(config: Path) -> None:
-            describe(name, read_config(config), label_names, multi_label)
-
-        pretrained.rewrite(name, Path(made), check)
+        pretrained.rewrite(name, source, Path(made))
         yield Path(made)

@@ -35,6 +35,7 @@ from transformers import (
 from de3.export import cache, vocabulary
 from de3.export.cache import artifact_of, evict, model_name
 from de3.export.hub import _note_commit, fetch
+from de3.export.original import original_of
 from de3.model_store.families import FAMILIES
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
@@ -547,6 +548,23 @@ def test_the_commit_of_a_revision_is_noted_only_in_the_cache(
     _note_commit(refs, revision.replace("OUT", str(tmp_path / "out")), commit)
     written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
     assert written == ([Path("cache/model/refs/v/1")] if revision == "v/1" else [])
+
+
+def test_old_files_of_the_hub_are_imported(hub: Any, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(load_file(bert / "model.safetensors"), hub.folder / "pytorch_model.bin")
+    without("model.safetensors")(hub.folder)
+    (hub.folder / "special_tokens_map.json").write_text("{}")
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(ValueError, match="import it with de3 import"):
+            fetch("org/model")
+        with original_of("org/model") as source:
+            ours, theirs = (load_file(folder / "model.safetensors") for folder in (source, bert))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    files = ("pytorch_model.bin", "config.json", "tokenizer.json", "tokenizer_config.json")
+    assert sorted(downloads(hub)) == sorted(
+        f"{hub.COMMIT}/{file}" for file in (*files, "special_tokens_map.json")
+    )
 
 
 def test_a_model_that_cannot_be_served_is_refused_before_its_weights_are_downloaded(

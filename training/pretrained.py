@@ -1,6 +1,6 @@
 """Reads models and tokenizers with PyTorch and transformers, without running code from their repositories."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -113,22 +113,17 @@ def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
         )
 
 
-def rewrite(name: str, folder: Path, check: Callable[[Path], None]) -> None:
+def rewrite(name: str, source: Path, folder: Path) -> None:
     """Save a classifier to `folder` as model.safetensors and tokenizer.json, without running pickled code.
 
-    name: a folder, or a hub id with an optional @revision. check: called with the path of config.json before the
-    weights are read; raises ValueError for a classifier that cannot be used.
+    name: for messages. source: its folder, whose config.json has been checked.
 
     Raises ValueError, whose message begins with `name`, if the classifier cannot be read.
     """
     quiet()
-    local = Path(name).expanduser()
-    repository, _, revision = name.partition("@")
-    source, options = (str(local), {}) if local.is_dir() else (repository, {"revision": revision or None})
     try:
-        check(Path(cached_file(source, "config.json", **options)))
-        tokenizer = _tokenizer(name, source, options)
-        model, loaded = _model(name, source, options)
+        tokenizer = _tokenizer(name, source)
+        model, loaded = _model(name, source)
     except StrictDataclassError as error:
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -139,7 +134,7 @@ def rewrite(name: str, folder: Path, check: Callable[[Path], None]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _model(name: str, source: str, options: dict[str, Any]) -> tuple[Any, Any]:
+def _model(name: str, source: Path) -> tuple[Any, Any]:
     """The classifier, and the loading report of from_pretrained."""
     try:
         return AutoModelForSequenceClassification.from_pretrained(  # type: ignore[no-any-return]
@@ -149,7 +144,6 @@ def _model(name: str, source: str, options: dict[str, Any]) -> tuple[Any, Any]:
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
             weights_only=True,
-            **options,
         )
     except UnpicklingError:  # its message suggests loading the file without this protection
         raise ValueError(
@@ -162,9 +156,9 @@ def _model(name: str, source: str, options: dict[str, Any]) -> tuple[Any, Any]:
         ) from None
 
 
-def _tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
+def _tokenizer(name: str, source: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for missing or damaged files
         raise ValueError(
             f"{name}: its tokenizer cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]}); "
