@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from de3.model_store.store import MAX_FILE_BYTES
 
-MAX_LIST_BYTES = 2**24
+MAX_LIST_BYTES, MAX_FILES = 2**23, 10_000  # such a list takes 0.4 GB to parse
 MAX_OTHER_BYTES = MAX_FILE_BYTES["tokenizer.json"]  # of a file that is not .safetensors
 MAX_DOWNLOAD_BYTES = 2**34
 STALL_S, STALL_BYTES = 60.0, 2**20  # a download fails if it receives fewer bytes than these in this time
@@ -74,7 +74,7 @@ class Listing(BaseModel):
     """The commit of a revision, and its files."""
 
     commit: Commit = Field(alias="sha")
-    files: list[File] = Field(alias="siblings")
+    files: list[File] = Field(alias="siblings", max_length=MAX_FILES)
 
 
 def list_files(repository: str, revision: str) -> Listing:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from time import sleep
+from typing import Any
 
 import pytest
 from huggingface_hub import constants, hf_hub_download, snapshot_download
@@ -82,6 +83,20 @@ def test_no_more_is_downloaded_than_announced_or_allowed(
     with pytest.raises(HubError, match=rf"sends more for model\.safetensors than .* {size or 2**20} bytes"):
         download.download("org/model", hub.COMMIT, [file])
     assert not list(Path(constants.HF_HUB_CACHE).rglob("blobs/*"))
+
+
+@pytest.mark.parametrize(
+    ("listed", "says"),
+    [
+        ({"siblings": [{}] * 10_001}, "siblings: List should have at most 10000 items"),
+        ({"more": "x" * 2**23}, r"more for .* list of files than the expected 8388608 bytes"),
+    ],
+    ids=["files", "bytes"],
+)
+def test_a_list_of_files_is_limited(hub: type[Hub], listed: dict[str, Any], says: str) -> None:
+    hub.listed = listed
+    with pytest.raises(ValueError, match=f"^org/model: .*{says}"):
+        fetch("org/model")
 
 
 def slow_body(self: Hub, _: bytes) -> None:
