@@ -206,6 +206,13 @@ def test_other_contents_than_listed_are_refused(hub: type[Hub]) -> None:
     assert not list(Path(constants.HF_HUB_CACHE).rglob("blobs/*"))
 
 
+def test_a_smaller_file_than_listed_is_refused(hub: type[Hub]) -> None:
+    size = len(WEIGHTS)
+    file = File(rfilename="model.safetensors", size=size + 1)  # without a hash
+    with pytest.raises(HubError, match=rf"sends {size} bytes for model\.safetensors, and lists {size + 1}"):
+        download.download("org/model", hub.COMMIT, [file])
+
+
 def test_the_cache_is_that_of_huggingface_hub(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = snapshot_download("org/model")
     hub.asked.clear()
