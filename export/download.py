@@ -210,6 +210,10 @@ class _Transfer:
             self._seen = self._received
             self.stall.reschedule(asyncio.get_running_loop().time() + STALL_S)
 
+    def _extend(self, seconds: float) -> None:
+        if (end := self.stall.when()) is not None:
+            self.stall.reschedule(end + seconds)
+
     async def blob(self, file: File, url: str, folder: Path) -> Path:
         """The path of a file in the cache's folder of blobs, after downloading it if it is missing; raises HubError."""
         if file.hash and (folder / file.hash).is_file():
@@ -223,7 +227,9 @@ class _Transfer:
                     raise HubError(
                         f"the hub sends {opened.tell()} bytes for {file.name}, and lists {file.size}: try again"
                     )
+                start = asyncio.get_running_loop().time()
                 found = file.hash_of(opened)
+                self._extend(asyncio.get_running_loop().time() - start)  # by the time of hashing a large file
             if file.hash not in (None, found):
                 raise HubError(
                     f"the hub sends other contents for {file.name} than it lists ({found}, {file.hash}): try again"

@@ -148,6 +148,22 @@ def test_progress_sets_a_new_time_limit(hub: type[Hub], monkeypatch: pytest.Monk
         download.download("org/model", hub.COMMIT, [file])
 
 
+def test_hashing_a_large_file_takes_no_time_from_the_download(
+    hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, time, hash_of = list[str](), asyncio.BaseEventLoop.time, File.hash_of
+    late = 2 * download.STALL_S
+
+    def slow(self: File, file: Any) -> str:
+        hashed.append(self.name)
+        return hash_of(self, file)
+
+    monkeypatch.setattr(File, "hash_of", slow)
+    monkeypatch.setattr(asyncio.BaseEventLoop, "time", lambda loop: time(loop) + late * len(hashed))
+    download.download("org/model", hub.COMMIT, list_files("org/model", "main").files)
+    assert set(hashed) == FILES
+
+
 def test_a_lost_connection_is_resumed(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     def send(self: Hub, data: bytes) -> None:
         self.wfile.write(data[:50_000])
