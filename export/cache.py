@@ -52,13 +52,14 @@ def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
     artifact = _existing(place, model)
     if artifact is None:
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(_lock(place)).acquire()
         except OSError as error:
             raise ValueError(
                 f"{name}: the cache {folder} cannot be written ({error}): set DE3_CACHE to another folder"
             ) from None
         with lock:  # a second server waits for the first, and then uses its artifact
+            place.mkdir(exist_ok=True)
             artifact = _existing(place, model)
             if artifact is None:
                 shutil.rmtree(place / model, ignore_errors=True)  # left by an interrupted start
@@ -112,9 +113,8 @@ def _remove(place: Path) -> bool:
 def _use(place: Path) -> None:
     """Keep an artifact from being removed until this process ends; raises OSError if that is not possible."""
     path = place / USED
-    while (
-        True
-    ):  # until the locked file is the one in the folder: another process may have removed the artifact before
+    # Another process may remove the artifact just before: repeat until the locked file is the one in the folder.
+    while True:
         file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
         if path in _used and os.path.samestat(os.fstat(_used[path]), os.fstat(file)):
             return os.close(file)

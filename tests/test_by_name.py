@@ -327,6 +327,23 @@ def test_an_artifact_that_is_removed_as_it_is_opened_is_made_again(
     artifact.verify()
 
 
+def test_an_artifact_whose_empty_folder_is_removed_is_kept(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lock(FileLock):
+        def acquire(self, *arguments: Any, **options: Any) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(cache, "FileLock", FileLock)
+                evict(tmp_path, -1)  # just before the conversion
+            return super().acquire(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "FileLock", Lock)
+        artifact = artifact_of(str(bert), "int8", tmp_path)
+    evict(tmp_path, 0)
+    artifact.verify()
+
+
 FILES = st.dictionaries(
     st.sampled_from(["config.json", "vocab.txt", "tokenizer.json"]), st.binary(max_size=2)
 )
