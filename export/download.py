@@ -23,9 +23,10 @@ from pydantic import BaseModel, Field, ValidationError
 from de3.model_store.store import MAX_FILE_BYTES
 
 MAX_LIST_BYTES, MAX_FILES = 2**23, 10_000  # such a list takes 0.4 GB to parse
-MAX_OTHER_BYTES = MAX_FILE_BYTES["tokenizer.json"]  # of a file that is not .safetensors
+MAX_OTHER_BYTES = MAX_FILE_BYTES["tokenizer.json"]  # of a file without weights
 MAX_DOWNLOAD_BYTES = 2**34
 STALL_S, STALL_BYTES = 60.0, 2**20  # a download fails if it receives fewer bytes than these in this time
+NEXT = ": try again, or check HF_ENDPOINT"
 RETRY_S = 1.0  # before a lost connection is opened again
 
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
@@ -75,6 +76,11 @@ class Listing(BaseModel):
 
     commit: Commit = Field(alias="sha")
     files: list[File] = Field(alias="siblings", max_length=MAX_FILES)
+
+
+def limit_of(name: str) -> int:
+    """Maximum size of a file with this name, in bytes."""
+    return MAX_DOWNLOAD_BYTES if name.endswith((".safetensors", ".bin")) else MAX_OTHER_BYTES
 
 
 def list_files(repository: str, revision: str) -> Listing:
@@ -191,7 +197,9 @@ class _Transfer:
                     async for chunk in response.aiter_raw():
                         received += len(chunk)
                         if received > limit:
-                            raise HubError(f"the hub sends more for {what} than the expected {limit} bytes")
+                            raise HubError(
+                                f"the hub sends more for {what} than the expected {limit} bytes{NEXT}"
+                            )
                         file.write(chunk)
                         self._count(len(chunk))
                 return
@@ -218,21 +226,23 @@ class _Transfer:
         """The path of a file in the cache's folder of blobs, after downloading it if it is missing; raises HubError."""
         if file.hash and (folder / file.hash).is_file():
             return folder / file.hash
-        limit = MAX_DOWNLOAD_BYTES - self._received if file.size is None else file.size
+        limit = file.size
+        if limit is None:
+            limit = min(limit_of(file.name), MAX_DOWNLOAD_BYTES - self._received)
         draft = folder / f"{uuid4().hex}.incomplete"
         try:
             with draft.open("xb+") as opened:
                 await self.receive(file.name, url, limit, opened)
                 if file.size not in (None, opened.tell()):
                     raise HubError(
-                        f"the hub sends {opened.tell()} bytes for {file.name}, and lists {file.size}: try again"
+                        f"the hub sends {opened.tell()} bytes for {file.name}, and lists {file.size}{NEXT}"
                     )
                 start = asyncio.get_running_loop().time()
                 found = file.hash_of(opened)
                 self._extend(asyncio.get_running_loop().time() - start)  # by the time of hashing a large file
             if file.hash not in (None, found):
                 raise HubError(
-                    f"the hub sends other contents for {file.name} than it lists ({found}, {file.hash}): try again"
+                    f"the hub sends other contents for {file.name} than it lists ({found}, {file.hash}){NEXT}"
                 )
             return draft.replace(folder / found)
         finally:

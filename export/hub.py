@@ -10,7 +10,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from de3.export.classifier import CONFIG, FILES, OldFormError, check_files, describe
-from de3.export.download import MAX_DOWNLOAD_BYTES, MAX_OTHER_BYTES, HubError, download, list_files
+from de3.export.download import MAX_DOWNLOAD_BYTES, HubError, download, limit_of, list_files
 from de3.export.weights import INDEX, WEIGHTS
 from de3.model_store.sizes import read_config
 
@@ -130,10 +130,8 @@ def _check_files(name: str, sizes: Mapping[str, int], patterns: Collection[str])
             raise
     read = _matching(sizes, patterns)
     for file in read:
-        if sizes[file] > MAX_OTHER_BYTES and not file.endswith((".safetensors", ".bin")):
-            raise ValueError(
-                f"{name}: its {file} has {sizes[file]} bytes, at most {MAX_OTHER_BYTES} are allowed"
-            )
+        if sizes[file] > (limit := limit_of(file)):
+            raise ValueError(f"{name}: its {file} has {sizes[file]} bytes, at most {limit} are allowed")
     if (total := sum(sizes[file] for file in read)) > MAX_DOWNLOAD_BYTES:
         raise ValueError(f"{name}: its files have {total} bytes, at most {MAX_DOWNLOAD_BYTES} are allowed")
 

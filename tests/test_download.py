@@ -75,16 +75,23 @@ def endless(self: Hub, _: bytes) -> None:
         self.wfile.write(bytes(2**16))
 
 
-@pytest.mark.parametrize("size", [100, None])
+@pytest.mark.parametrize(
+    ("name", "size", "limit"),
+    [
+        ("model.safetensors", 100, 100),
+        ("model.safetensors", None, 2**20),
+        ("tokenizer.json", None, 2**10),
+    ],
+)
 def test_no_more_is_downloaded_than_announced_or_allowed(
-    hub: type[Hub], size: int | None, monkeypatch: pytest.MonkeyPatch
+    hub: type[Hub], name: str, size: int | None, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = File(rfilename="model.safetensors", size=size)
     monkeypatch.setattr(download, "MAX_DOWNLOAD_BYTES", 2**20)
+    monkeypatch.setattr(download, "MAX_OTHER_BYTES", 2**10)
     hub.send_contents = endless
     hub.headers_of = {"Content-Length": str(2**40)}
-    with pytest.raises(HubError, match=rf"sends more for model\.safetensors than .* {size or 2**20} bytes"):
-        download.download("org/model", hub.COMMIT, [file])
+    with pytest.raises(HubError, match=rf"sends more for {name} than .* {limit} bytes: try again"):
+        download.download("org/model", hub.COMMIT, [File(rfilename=name, size=size)])
     assert not list(Path(constants.HF_HUB_CACHE).rglob("blobs/*"))
 
 
