@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from de3.bulk.pages import rows_at_once
 from de3.client import Input
 from de3.columns import pyarrow_module
-from de3.tables import SHOWN, BadRow, Columns, records, text_of
+from de3.tables import MAX_LINE, SHOWN, BadRow, Columns, records, text_of
 
 SLICE_ROWS = 2048
 SLICE_CHARS = 2**22  # a slice ends once it has this many characters, which bounds memory
@@ -51,7 +52,7 @@ class Slice:
     def refuse(self, number: int, where: str, reason: str, content: object) -> None:
         """Add a row that cannot be classified. content: the row or its text, of which the beginning is kept."""
         shown = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
-        self.refused.append(Refused(number, where, reason.removeprefix(": "), shown[:SHOWN]))
+        self.refused.append(Refused(number, where, reason.removeprefix(": ")[:SHOWN], shown[:SHOWN]))
 
     def remove(self, errors: dict[int, str]) -> None:
         """Move texts that could not be classified to `refused`; errors: the reasons, by index in `texts`."""
@@ -141,35 +142,42 @@ class Source:
                 raise ValueError(f"{file}: no column {name!r}; it has {_list(names)}: set {option}")
         wanted, start = [name for name in names if name in text_names or name in kept], 0
         try:
-            for batch in opened.iter_batches(_batch_rows(opened.metadata), columns=wanted):
-                table = pyarrow_module().Table.from_batches([batch])
+            for table, large in _tables(file, opened, wanted, self._columns.text):
                 texts = [table.column(name).to_pylist() for name in text_names]
-                yield self._slice(file, number, start, texts, table.select(kept))
-                start += table.num_rows
-                number += table.num_rows
-        except OSError as error:  # a damaged file
+                one = self._slice(file, number, start, texts, table.select(kept), large)
+                yield one
+                start += one.rows
+                number += one.rows
+        except (OSError, UnicodeDecodeError, pyarrow_module().ArrowException) as error:  # a damaged file
             raise ValueError(f"{file}: {error}") from None
 
-    def _slice(self, file: Path, number: int, start: int, texts: list[list[Any]], kept: Any) -> Slice:
-        """The slice of a batch of a parquet file.
+    def _slice(
+        self, file: Path, number: int, start: int, texts: list[list[Any]], kept: Any, large: dict[int, str]
+    ) -> Slice:
+        """A slice of a parquet file.
 
-        number, start: index of the batch's first row in the input and in the file. texts: the text columns.
+        number, start: index of the slice's first row in the input and in the file. texts: the text columns. large: as
+            of _tables.
         """
         rows = len(texts[0])
-        one, stay = Slice(rows=rows, chars=kept.nbytes), []
-        for index in range(rows):
-            where = f"{file}:{start + index}"
+        one, stay = Slice(rows=rows + len(large), chars=kept.nbytes), []
+        for offset, beginning in large.items():
+            reason = f"a row of more than {MAX_LINE} bytes"
+            one.refuse(number + offset, f"{file}:{start + offset}", reason, beginning)
+        for index, offset in enumerate(offset for offset in range(one.rows) if offset not in large):
+            where = f"{file}:{start + offset}"
             try:
                 text = self._checked([column[index] for column in texts])
             except ValueError as error:
                 (row,) = kept.slice(index, 1).to_pylist() or [{}]
-                one.refuse(number + index, where, str(error), {**row, self._columns.text: texts[0][index]})
+                one.refuse(number + offset, where, str(error), {**row, self._columns.text: texts[0][index]})
                 continue
             one.texts.append(text)
-            one.numbers.append(number + index)
+            one.numbers.append(number + offset)
             one.places.append(where)
             one.chars += _chars(text)
             stay.append(index)
+        one.refused.sort(key=lambda refused: refused.row)
         one.kept = kept if len(stay) == rows else _taken(kept, stay)
         return one
 
@@ -221,19 +229,75 @@ def _open_parquet(file: Path) -> Any:
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(file)
+        # The default reads whole row groups, before they are decompressed.
+        return parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**16)
     except (ValueError, OSError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _batch_rows(metadata: Any) -> int:
-    """Number of rows of a slice, by the sizes in the file's metadata."""
-    size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-    return max(1, min(SLICE_ROWS, int(SLICE_CHARS * metadata.num_rows // max(1, size))))
+def _tables(file: Path, opened: Any, columns: list[str], text: str) -> Iterator[tuple[Any, dict[int, str]]]:
+    """Yield the rows of a parquet file in tables for slices: up to SLICE_ROWS rows, or SLICE_CHARS bytes and a row.
+
+    With each table come the rows that it lacks because they are larger than MAX_LINE bytes, by their index among all
+    rows of the slice: the beginning of the column `text`.
+    """
+    pieces, large = list[Any](), dict[int, str]()
+    rows = held = 0
+    for batch in _batches(file, opened, columns):
+        done = 0
+        while done < batch.num_rows:
+            piece = batch.slice(done, SLICE_ROWS - rows)
+            while (size := sum(map(_bytes, piece.columns))) > SLICE_CHARS - held and piece.num_rows > 1:
+                piece = piece.slice(0, piece.num_rows // 2)
+            if size > MAX_LINE:
+                large[rows] = _beginning(piece.column(text))
+            else:
+                pieces.append(piece)
+                held += size
+            rows += piece.num_rows
+            done += piece.num_rows
+            if rows == SLICE_ROWS or held >= SLICE_CHARS:
+                yield pyarrow_module().Table.from_batches(pieces, batch.schema).combine_chunks(), large
+                pieces, large, rows, held = [], {}, 0, 0
+    if rows:
+        yield pyarrow_module().Table.from_batches(pieces, batch.schema).combine_chunks(), large
+
+
+def _batches(file: Path, opened: Any, columns: list[str]) -> Iterator[Any]:
+    with file.open("rb") as raw:
+        for group in range(opened.num_row_groups):
+            try:
+                rows = rows_at_once(raw, opened.metadata, group, set(columns))
+            except ValueError as error:
+                raise ValueError(f"{file}: row group {group}: {error}") from None
+            # With threads, a read of a few rows takes five times as long.
+            yield from opened.iter_batches(min(SLICE_ROWS, rows), [group], columns, use_threads=False)
+
+
+def _bytes(array: Any) -> int:
+    """Approximate size of the values, each counted as often as it occurs."""
+    arrow = pyarrow_module()
+    if isinstance(array, arrow.ExtensionArray):
+        return _bytes(array.storage)
+    if isinstance(array, arrow.StructArray):
+        return sum(map(_bytes, array.flatten()))
+    if isinstance(array, arrow.ListArray | arrow.LargeListArray | arrow.FixedSizeListArray):
+        return 8 * len(array) + _bytes(array.flatten())
+    return int((array.dictionary_decode() if isinstance(array, arrow.DictionaryArray) else array).nbytes)
+
+
+def _beginning(array: Any) -> str:
+    """The first characters of the only text in an array; "" if it is of another type."""
+    value = (
+        None
+        if isinstance(array, pyarrow_module().ListArray | pyarrow_module().StructArray)
+        else array[0].as_py()
+    )
+    return value[:SHOWN] if isinstance(value, str) else ""
 
 
 def _list(names: Any) -> str:
-    return ", ".join(map(repr, names))
+    return ", ".join(map(repr, names))[:SHOWN]
 
 
 def _chars(text: Input) -> int:
@@ -241,8 +305,10 @@ def _chars(text: Input) -> int:
 
 
 def _size(value: Any) -> int:
-    """Approximate number of characters of a value."""
-    return len(value) if isinstance(value, str) else len(str(value)) if isinstance(value, list | dict) else 8
+    """Approximate number of characters of a value, or of as much memory."""
+    if isinstance(value, list | dict):
+        return 8 * len(str(value))  # an empty list in a list takes 64 bytes
+    return len(value) if isinstance(value, str) else 8
 
 
 def _lines_in(file: Path) -> int:

@@ -15,7 +15,8 @@ Text = str | tuple[str, str]
 SEPARATOR = "|"  # between the labels of a text in a cell of a file
 JOINT = "\x1f"  # between the labels of a text in a row, because labels in a JSON list may contain |
 PANEL = "Data"
-MAX_LINE = 2**24  # largest number of characters of a line, and of a field of a .csv or .tsv file
+MAX_LINE = 2**24  # largest number of characters of a line, and of a row of several lines
+MAX_DEPTH = 100  # levels of lists and objects; pyarrow can write 124
 SHOWN = 1000  # number of characters kept of a bad row
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -134,9 +135,16 @@ def _delimited(
     file: TextIO, path: Path, columns: Columns, delimiter: str, quoted: bool
 ) -> Iterator[tuple[int, Any]]:
     problems: list[tuple[int, str]] = []  # line number and problem, for the lines of the current row
+    size = 0  # of the current row, characters
 
     def lines() -> Iterator[str]:
+        nonlocal size
         for number, line, problem in _lines(file):
+            size += len(line)
+            if size > MAX_LINE:
+                raise csv.Error(
+                    f"a row of more than {MAX_LINE} characters; is a quotation mark never closed?"
+                )
             if problem:
                 problems.append((number, problem))
             yield line
@@ -147,6 +155,7 @@ def _delimited(
     is_first = True
     while True:
         problems.clear()
+        size = 0
         try:
             row = next(reader, None)
         except csv.Error as error:  # such as a quotation mark that is never closed
@@ -203,9 +212,25 @@ def _lines(file: TextIO) -> Iterator[tuple[int, str, str]]:
 
 def _json(line: str) -> Any:
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError) as error:
         return BadRow(f"not JSON: {error}", line[:SHOWN])
+    if line.count("[") + line.count("{") > MAX_DEPTH and _is_deep(value):
+        return BadRow(f"nested more than {MAX_DEPTH} levels deep", line[:SHOWN])
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """True if lists and objects are nested in more than MAX_DEPTH levels."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            child
+            for one in level
+            if isinstance(one, list | dict)
+            for child in (one if isinstance(one, list) else one.values())
+        ]
+    return bool(level)
 
 
 def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
@@ -250,7 +275,7 @@ def _value(record: Any, column: str, where: str, option: str) -> Any:
         names = list(record)
         hint = "; is it separated by semicolons or tabs? Give --delimiter" if len(names) == 1 else ""
         raise ValueError(
-            f"{where}: no column {column!r}; it has {', '.join(map(repr, names))}: set {option}{hint}"
+            f"{where}: no column {column!r}; it has {', '.join(map(repr, names)):.1000}: set {option}{hint}"
         )
     value = record[column]
     if value is None or (isinstance(value, str) and not value.strip()):

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import de3
-from de3.bulk import formats, parts, pool, run, source
+from de3 import tables
+from de3.bulk import formats, pages, parts, pool, run, source
 from de3.bulk.formats import KINDS
 from de3.bulk.parts import Parts
 from de3.bulk.report import report
@@ -27,7 +28,7 @@ from de3.client import Input, ServerError
 from de3.columns import Answers
 from de3.loadtest.servers import process_tree
 from de3.model_store.store import Store
-from de3.tables import SEPARATOR, Columns
+from de3.tables import MAX_DEPTH, SEPARATOR, Columns
 from tests.commands import de3 as command
 from tests.commands import refusal
 from tests.fixtures import make_rows
@@ -286,6 +287,149 @@ def test_large_columns_end_slices_and_parts(
         assert max(one.rows for one in slices) <= 4 and sum(one.rows for one in slices) == 100
         summary, _ = classify(Here(model), tmp_path / f"in{kind}", tmp_path / f"out{kind}", 10**6)
         assert 10 < summary.parts <= len(slices) / 2 + 1  # two slices have enough characters
+
+
+LARGE = "good film " * 10_000
+
+
+def repeated(text: str, rows: int, kind: str) -> Any:
+    """A column of equal texts that a file can have as a single text and a few bytes."""
+    if kind == "delta":
+        return arrow.array([text] * rows)
+    column = arrow.DictionaryArray.from_arrays(arrow.array([0] * rows, arrow.int32()), arrow.array([text]))
+    if kind == "struct":
+        return arrow.StructArray.from_arrays([column], ["inner"])
+    if kind == "list":
+        return arrow.ListArray.from_arrays(list(range(rows + 1)), column)
+    return column
+
+
+@pytest.mark.parametrize("stores_types", [False, True])
+@pytest.mark.parametrize("kind", ["dictionary", "struct", "list", "delta"])
+@pytest.mark.parametrize("compression", ["zstd", "none", "lz4"])
+def test_memory_does_not_grow_with_texts_that_a_file_has_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stores_types: bool, compression: str
+) -> None:
+    monkeypatch.setattr(source, "SLICE_ROWS", 2048)
+    monkeypatch.setattr(source, "SLICE_CHARS", 2**20)
+    monkeypatch.setattr(pages, "READ_BYTES", 2**21)
+    file, rows = tmp_path / "in.parquet", 300
+    texts = arrow.array([f"good {i}" for i in range(rows)])
+    columns = {"text": texts, "more": repeated(LARGE, rows, kind)}
+    if kind in ("dictionary", "delta"):
+        columns = {"text": columns["more"], "more": texts}
+    delta = {next(iter(columns)): "DELTA_BYTE_ARRAY"} if kind == "delta" else None
+    parquet.write_table(
+        arrow.table(columns),
+        file,
+        compression=compression,
+        use_dictionary=not delta,
+        column_encoding=delta,
+        store_schema=stores_types,
+    )
+    before, seen = arrow.total_allocated_bytes(), 0
+    for one in Source(file, READING).slices():
+        assert one.rows <= 12 and not one.refused
+        assert arrow.total_allocated_bytes() - before < 2**23  # of 30 MB
+        assert one.numbers == list(range(seen, seen + one.rows))
+        seen += one.rows
+    assert seen == rows
+
+
+@pytest.mark.parametrize("values", ["texts", "dictionary", "large page", "nulls"])
+def test_pages_that_are_too_large_are_refused_unless_their_column_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str
+) -> None:
+    monkeypatch.setattr(pages, "PAGES_BYTES", 2**16)
+    file, rows = tmp_path / "in.parquet", 20
+    more = {
+        "texts": arrow.array([LARGE, *["x"] * (rows - 1)]),
+        "dictionary": repeated(LARGE, rows, "dictionary"),
+        "large page": arrow.array([float(i) for i in range(1000 * rows)], arrow.float64()),
+        "nulls": arrow.nulls(1000 * rows, arrow.int8()),
+    }[values]
+    if len(more) > rows:
+        more = arrow.ListArray.from_arrays([1000 * i for i in range(rows + 1)], more)
+    table = arrow.table({"text": [f"good {i}" for i in range(rows)], "more": more})
+    parquet.write_table(table, file, use_dictionary=values == "dictionary")
+    assert file.stat().st_size < 2**16 or values == "large page"
+    with pytest.raises(ValueError, match=r"in.parquet: row group 0: the pages of .*'more.*leave columns out"):
+        list(Source(file, READING).slices())
+    assert sum(one.rows for one in Source(file, READING, ["text"]).slices()) == rows
+
+
+def test_a_row_that_is_too_large_is_refused(
+    model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MAX_LINE", "SLICE_CHARS"):
+        monkeypatch.setattr(source, name, 2**16)
+    rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS[:20])]
+    for i in (0, 3, 19):
+        rows[i]["text"] = LARGE
+    write(tmp_path / "in.parquet", rows)
+    summary, refused = classify(Here(model), tmp_path / "in.parquet", tmp_path / "out.jsonl")
+    assert (summary.rows, summary.refused) == (20, 3)
+    assert [row["id"] for row in read(tmp_path / "out.jsonl")] == [1, 2, *range(4, 19)]
+    for one, row in zip(read(refused), (0, 3, 19), strict=True):
+        assert (one["row"], one["where"]) == (row, f"{tmp_path}/in.parquet:{row}")
+        assert one["reason"] == "a row of more than 65536 bytes" and one["content"] == LARGE[:1000]
+
+
+def test_a_row_of_several_lines_is_not_read_beyond_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MAX_LINE", 2**16)
+    row = ",".join(['"' + ("x" * 999 + "\n") * 30 + '"'] * 3)
+    (tmp_path / "in.csv").write_text(f"text,a,b\ngood,1,2\n{row}\n")
+    with pytest.raises(ValueError, match=r"in.csv:\d+: a row of more than 65536 characters"):
+        list(Source(tmp_path / "in.csv", READING).slices())
+
+
+def test_damaged_pages_are_errors(tmp_path: Path) -> None:
+    file = tmp_path / "in.parquet"
+    write(file, [{"text": text} for text in TEXTS[:20]])
+    content, errors = file.read_bytes(), 0
+    for at in range(4, 60):  # the header of the first page, and the page
+        for byte in (0, 0x15, 0x7F, 0xFF):
+            file.write_bytes(content[:at] + bytes([byte]) + content[at + 1 :])
+            try:
+                list(Source(file, READING).slices())
+            except ValueError as error:
+                errors += 1
+                assert str(file) in str(error)
+    assert errors > 50
+
+
+def test_values_that_are_nested_too_deeply(model: de3.Classifier, tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    good, deep = (
+        {"text": "good", "x": json.loads("[" * depth + "]" * depth)} for depth in (1, MAX_DEPTH - 1)
+    )
+    nested = [
+        json.dumps({"text": "good", "x": []})[:-2] + "[" * n + "]" * n + "]}" for n in (MAX_DEPTH, 10**5)
+    ]
+    file.write_text("\n".join([*map(json.dumps, (good, deep)), *nested, ""]))
+    for kind in KINDS:
+        summary, refused = classify(Here(model), file, tmp_path / f"out{kind}")
+        assert (summary.answered, summary.refused) == (2, 2), kind
+    assert [one["reason"][:11] for one in read(refused)] == ["nested more", "not JSON: m"]
+    column = arrow.array([1])
+    for _ in range(MAX_DEPTH + 1):
+        column = arrow.StructArray.from_arrays([column], ["x"])
+    parquet.write_table(arrow.table({"text": ["good"], "x": column}), tmp_path / "in.parquet")
+    with pytest.raises(
+        ValueError, match=r"in.parquet: row group 0: the column x.x.* levels deep: see --keep"
+    ):
+        list(Source(tmp_path / "in.parquet", READING).slices())
+
+
+def test_nested_values_and_names_count_with_the_memory_that_they_take(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text(
+        json.dumps({"text": "good", "x": [[]] * 1000}) + "\n" + json.dumps({"b" * 5000: 1}) + "\n"
+    )
+    (one,) = Source(file, READING).slices()
+    assert one.chars > 30_000 and len(one.refused[0].reason) <= 1000
 
 
 def test_rows_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:

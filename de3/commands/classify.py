@@ -153,6 +153,7 @@ def classify(
                 _print(texts, _run_here(artifact, texts, options, threads))
                 return
         assert file is not None and out is not None
+        from de3.bulk.pages import READ_BYTES
         from de3.bulk.parts import Parts
         from de3.bulk.pool import LocalPool, RemotePool
         from de3.bulk.run import PART_CHARS
@@ -162,7 +163,7 @@ def classify(
         columns = Columns(**fields_of(Columns, reading), label=None)
         source = Source(file, columns, kept)
         what = {
-            "version": [version("de3"), SLICE_ROWS, SLICE_CHARS, PART_CHARS],
+            "version": [version("de3"), SLICE_ROWS, SLICE_CHARS, PART_CHARS, READ_BYTES],
             "input": [_identity(one) for one in source.files],
             "columns": [vars(columns), kept, prefix],
             "options": options,
