@@ -145,16 +145,6 @@ class Evidence:
         tally.differing = tally.differing + differs.sum(0)
         tally.repeats = tally.repeats + differs.sum(0)
 
-    def merge(self, share: float, other: Tally) -> None:
-        """Add the counts of a tally of other texts. share: q of its texts."""
-        tally = self._tally(share)
-        tally.differing = tally.differing + other.differing
-        tally.layers = tally.layers + other.layers
-        tally.repeats = tally.repeats + other.repeats
-        tally.texts += other.texts
-        tally.audits += other.audits
-        tally.served += other.served
-
     def _tally(self, share: float) -> Tally:
         if not 0 < share <= 1:
             raise ValueError(f"a share must be above 0 and at most 1, got {share}")
@@ -229,6 +219,11 @@ class Evidence:
             for share, t in self.tallies.items()
         ]
         return betting.e_value(counts, rate)
+
+    def e_value_above(self, rate: float, index: int) -> float:
+        """E-value against "the rate at this τ is at most `rate`", for one τ of the grid."""
+        counts = self._counts(slice(index, index + 1))
+        return float(betting.e_values_above(*counts, np.full(1, rate))[0])
 
     def _counts(self, index: slice) -> tuple[betting.Floats, betting.Counts, betting.Counts]:
         tallies = list(self.tallies.values())

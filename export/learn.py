@@ -93,16 +93,25 @@ class Fitted:
     evidence: list[dict[str, Any]]
 
 
-def fit_exits(records: Records, manifest: Manifest, attempt: int, rate: float, first_new: int = 0) -> Fitted:
+def fit_exits(
+    records: Records,
+    manifest: Manifest,
+    attempt: int,
+    rate: float,
+    first_new: int = 0,
+    by_client: bool = False,
+) -> Fitted:
     """Fit exits and risk to records, and test them on held-out ones.
 
     attempt: number of the fit, from 1; decides the split and the error probability of the test (see `error_of`). rate:
     the promised rate of disagreement. first_new: number of the first record that tests may use; earlier records are
-    from before a change in the traffic.
+    from before a change in the traffic. by_client: each client has a guarantee of its own, so all its held-out records
+    are evidence, and as many of them are held out as if it were alone.
 
     Raises ValueError if there are too few records.
     """
-    fitted, held = _split(records, attempt, first_new)
+    fitted, tests = _split(records, attempt, first_new, by_client)
+    held = tests.part(_thinned(tests, np.arange(len(tests)), np.random.default_rng([SEED, attempt])))
     if len(held) < fit.HELD_OUT or len(np.unique(fitted.keys)) < 2 * FOLDS:
         raise ValueError(f"{len(records)} records are too few")
     texts, layers = states_of(fitted, manifest), manifest.num_layers
@@ -118,18 +127,26 @@ def fit_exits(records: Records, manifest: Manifest, attempt: int, rate: float, f
     risk = _risk(calibrated, manifest)
     scores = risk.scores(tested)
     proved, speedup = _speedups(tested, scores, rate, error_of(attempt))
+    if by_client:
+        held, tested = tests, exits.recorded(states_of(tests, manifest))
+        scores = risk.scores(tested)
     return Fitted(exits, calibrated, risk, speedup, proved, list(_evidence(held, tested, scores)))
 
 
-def _split(records: Records, attempt: int, first_new: int) -> tuple[Records, Records]:
+def _split(
+    records: Records, attempt: int, first_new: int, by_client: bool = False
+) -> tuple[Records, Records]:
     """The records to fit exits to, and those to test them on; equal texts are on the same side."""
     is_new = records.numbers >= first_new
     rng = np.random.default_rng([SEED, attempt])
-    keys = rng.permutation(np.unique(records.keys[is_new]))
-    count = min(round(HELD_OUT * len(keys)), MAX_HELD_OUT)
-    is_tested = np.isin(records.keys, keys[:count])
+    of_client = records.clients[is_new] if by_client else np.zeros(int(is_new.sum()), np.int32)
+    tested = list[NDArray[np.uint64]]()
+    for client in np.unique(of_client):
+        keys = rng.permutation(np.unique(records.keys[is_new][of_client == client]))
+        tested.append(keys[: min(round(HELD_OUT * len(keys)), MAX_HELD_OUT)])
+    is_tested = np.isin(records.keys, np.concatenate(tested)) if tested else np.zeros(len(records), bool)
     others = np.flatnonzero(~is_tested)
-    held = _thinned(records, np.flatnonzero(is_tested & is_new), rng)
+    held = np.flatnonzero(is_tested & is_new)
     # At most as many records from before a change in the traffic as from after it.
     old, new = others[~is_new[others]], others[is_new[others]]
     if first_new and len(old) > len(new):
@@ -233,6 +250,7 @@ def _evidence(records: Records, recorded: Recorded, scores: NDArray[np.float64])
         yield {
             "client": records.names[records.clients[i]],
             "key": int(records.keys[i]),
+            "number": int(records.numbers[i]),
             "scores": [None if np.isnan(score) else float(score) for score in one],
             "differs": differs.tolist(),
         }
@@ -331,7 +349,7 @@ def learn(base: Artifact, records: Records, store: Store, job: "Job") -> dict[st
     manifest = base.manifest
     _check(records, manifest)
     started = time.monotonic()
-    fitted = fit_exits(records, manifest, job.attempt, job.rate, job.first_new)
+    fitted = fit_exits(records, manifest, job.attempt, job.rate, job.first_new, job.by_client)
     path, is_better = None, fitted.speedup > job.speedup
     if is_better:
         path = str(publish(base, fitted, store, job.attempt, len(records), version=job.version))
@@ -359,13 +377,16 @@ def exits_of(model: Artifact) -> Exits:
     return Exits(manifest.pooling, classifiers, spaces, list(unit_prototypes(model).values()))
 
 
-def test(model: Artifact, records: Records, after: int) -> dict[str, Any]:
+def test(model: Artifact, records: Records, after: int, by_client: bool = False) -> dict[str, Any]:
     """Test the exits of a learned version on the records with higher numbers than `after`; returns the evidence.
 
-    Raises ValueError for records of another model, and StoreError for a damaged model.
+    by_client: see fit_exits. Raises ValueError for records of another model, and StoreError for a damaged model.
     """
     _check(records, model.manifest)
-    rows = _thinned(records, np.flatnonzero(records.numbers > after), np.random.default_rng([SEED, after]))
+    rows = np.arange(len(records))
+    if not by_client:
+        rows = _thinned(records, rows, np.random.default_rng([SEED, after]))
+    rows = rows[records.numbers[rows] > after]
     if not len(rows):
         return {"evidence": []}
     newer = records.part(rows)
@@ -385,7 +406,7 @@ class Job:
         version: number of the new version.
         attempt: number of this fit.
         rate: the promised rate of disagreement.
-        first_new: see fit_exits.
+        first_new, by_client: see fit_exits.
         speedup: speed-up in layers that is served now.
         memory: memory limit, bytes.
         after: for a test, the highest number of the records that are too old; None for a fit.
@@ -398,6 +419,7 @@ class Job:
     attempt: int
     rate: float
     first_new: int
+    by_client: bool
     speedup: float
     memory: int
     after: int | None = None
@@ -418,7 +440,7 @@ def child() -> None:
         if job.after is None:
             result = learn(artifact, records, Store(Path(job.store)), job)
         else:
-            result = test(artifact, records, job.after)
+            result = test(artifact, records, job.after, job.by_client)
     except MemoryError:
         result = {"error": f"it needs more than {job.memory // 2**20} MiB"}
     except (ValueError, OSError) as error:

@@ -266,7 +266,7 @@ class Rules:
                 options, self.of_tenant(tenant) if self._rate is not None else self.in_force(level)
             )
         wishes = [w for w in ("target_speedup", "max_disagreement") if getattr(options, w) is not None]
-        return self._of(options, self._default_of(signal, *wishes))
+        return self._of(options, self._default_of(signal, tenant, *wishes))
 
     def _signal_of(self, options: ExitOptions) -> Signal:
         """The signal that a request names, or the model's default; raises RequestError if it is not supported."""
@@ -288,14 +288,14 @@ class Rules:
             instead = f"; give {self._names}" if self._names else ""
             raise RequestError(f"{field}: {error}{instead}", field) from None
 
-    def _default_of(self, signal: Signal, field: str = "tau") -> Choice:
+    def _default_of(self, signal: Signal, tenant: str, field: str = "tau") -> Choice:
         """The choice for a request that names a signal other than the model's default, and no τ.
 
         Its τ is the largest up to which the calibrated disagreement is at most the default's. Raises RequestError,
         which names `field`, if the signal is not calibrated.
         """
         trade_offs = self._table(signal, field)
-        expected = self.default.expected
+        expected = self.of_tenant(tenant).expected
         row = trade_offs.at_disagreement(expected.disagreement if expected is not None else 0.0)
         return self.at(row, "default")
 
@@ -346,7 +346,7 @@ class Rules:
             )
         if tau is not None:
             return self._choice(tau, signal, "tau", tau, max_layer)
-        default = self.of_tenant(tenant) if signal is self._signal else self._default_of(signal)
+        default = self.of_tenant(tenant) if signal is self._signal else self._default_of(signal, tenant)
         return self._choice(default.rule.tau, signal, "default", None, max_layer)
 
     def _table(self, signal: Signal, field: str) -> TradeOffs:

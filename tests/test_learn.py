@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from de3.exits.promise import error_of
 from de3.exits.recorded import Recorded
@@ -39,7 +41,7 @@ from de3.server.errors import RequestError
 from de3.server.learn import fitting, learner
 from de3.server.learn.fitting import FitError, run_fit
 from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, Journal, LearnFolder, Result
-from de3.server.learn.learner import FIRST_FIT, MIN_RECORDS, InService, Learner, result_of
+from de3.server.learn.learner import FIRST_FIT, MIN_RECORDS, Changes, InService, Learner, result_of
 from de3.server.learn.learners import MIN_GAIN, Learners, served_before
 from de3.server.learn.record import HeldOut, Record
 from de3.server.learn.reservoir import OTHERS, Reservoir
@@ -353,11 +355,27 @@ def test_held_out_texts_prove_a_tau_once_their_e_value_is_1_over_the_error_proba
 def test_each_client_tests_in_proportion_to_its_traffic(some: Records) -> None:
     """One client has sent 9 of 10 texts, but has half of the records."""
     loud = replace(some, texts=[3600.0, 400.0])
-    _, tests = learning._split(loud, 1, 0)
-    counts = np.bincount(tests.clients)
+    rng = np.random.default_rng(0)
+
+    def thinned(records: Records) -> NDArray[np.int32]:
+        _, tests = learning._split(records, 1, 0)
+        return tests.clients[learning._thinned(tests, np.arange(len(tests)), rng)]
+
+    counts = np.bincount(thinned(loud))
     assert 6 < counts[0] / counts[1] < 14
-    _, all_tests = learning._split(replace(some, texts=[400.0, 400.0]), 1, 0)
-    assert len(all_tests) > 145
+    assert len(thinned(replace(some, texts=[400.0, 400.0]))) > 145
+
+
+def test_a_clients_own_tests_do_not_depend_on_others(
+    some: Records, base: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If each client has a guarantee of its own, its held-out records are neither thinned nor limited by others."""
+    loud = replace(some, texts=[360_000.0, 200.0])
+    monkeypatch.setattr(learning, "MAX_HELD_OUT", 70)
+    _, tests = learning._split(loud, 1, 0, by_client=True)
+    assert np.bincount(tests.clients).tolist() == [70, 70]
+    found = learning.fit_exits(loud, base.manifest, 1, 0.2, by_client=True).evidence
+    assert Counter(row["client"] for row in found) == {"one": 70, "two": 70}
 
 
 def test_after_a_change_only_new_texts_test_and_old_ones_are_at_most_as_many(some: Records) -> None:
@@ -492,6 +510,7 @@ def job(base: Artifact, records: Path, store: Path, **fields: Any) -> dict[str, 
         "attempt": 1,
         "rate": 0.05,
         "first_new": 0,
+        "by_client": False,
         "speedup": 1.0,
         "memory": 2**31,
     }
@@ -635,14 +654,14 @@ def test_a_change_of_the_traffic_asks_for_new_records(base: Artifact, some: Reco
     one = filled(base, tmp_path, some, 1200)
     one.begin()
     one.save(all_records=True)
-    one.observe(InService(2, 2.0, 0))
+    one.observe(Changes(2, 0, {}))
     assert one.count == 1200
-    one.observe(InService(2, 1.0, 1))
+    one.observe(Changes(2, 1, {}))
     assert (one.count, one.next_fit, one.journal.first_new) == (0, FIRST_FIT, 1201)
     assert one.needs_saving
-    one.observe(InService(2, 1.0, 1))
+    one.observe(Changes(2, 1, {}))
     one.add(Record("one", 1.0, 1, some.states[0], some.logits[0]))
-    one.observe(InService(3, 1.0, 2))  # a new version is not a change of the traffic
+    one.observe(Changes(3, 2, {}))  # a new version is not a change of the traffic
     assert (one.count, one.journal.first_new) == (1, 1201)
     one.save(all_records=True)
     again = learner_of(base, tmp_path)
@@ -750,7 +769,7 @@ def test_held_out_texts_prove_a_tau_but_are_no_audits_and_later_attempts_need_mo
 ) -> None:
     """The e-value of 160 texts that agree is 140. Attempt 2 needs 120, attempt 3 needs 240."""
     (first, _), taus = learned, []
-    rows = [HeldOut("one", key, [0.0, 0.0, 0.0, None], [False] * 4) for key in range(160)]
+    rows = [HeldOut("one", key, key, [0.0, 0.0, 0.0, None], [False] * 4) for key in range(160)]
     for attempt, learn in ((1, True), (2, True), (3, True), (3, False)):
         assert first.manifest.learned is not None
         one = first.manifest.learned.model_copy(update={"attempt": attempt})
@@ -760,7 +779,7 @@ def test_held_out_texts_prove_a_tau_but_are_no_audits_and_later_attempts_need_mo
         # Texts that were counted before are no evidence.
         ledger.count_held_out([*rows[:120], *rows], {"": 1})
         taus.append(ledger.rules.default.rule.tau)
-        assert ledger.total().audits == 0
+        assert ledger.audits == 0
         assert (ledger.speedup() > 1) == (taus[-1] > 0)  # from the held-out texts, until there are audits
     assert [tau > 0 for tau in taus] == [True, True, False, True]
 
@@ -774,7 +793,7 @@ def test_held_out_texts_prove_the_tau_of_the_tenant_that_sent_them(
     manifest = learned[0].manifest
     ledger = Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings)
     rows = [
-        HeldOut(name, key, [0.0, 0.0, 0.0, None], [False] * 4)
+        HeldOut(name, key, key, [0.0, 0.0, 0.0, None], [False] * 4)
         for name in ("one", "gone")
         for key in range(400)
     ]
@@ -798,7 +817,8 @@ class Around:
     """A stand-in for the rest of the server: the served versions, and the changes that the learners ask for."""
 
     def __init__(self, base: Artifact) -> None:
-        self.speeds = {1: InService(1, 1.5, 0)}
+        self.speeds = {1: 1.5}
+        self.found = Changes(1, 0, {})
         self.starts = [9.0]  # speed-ups with which a version would start; the last one stays
         self.others = dict[str, str]()  # bases of models with other weights
         self.prepared, self.changes = dict[str, Any](), list[dict[str, Any]]()
@@ -811,7 +831,10 @@ class Around:
 
     def in_service(self, name: str, version: int) -> InService:
         assert name == "base"
-        return self.speeds.get(version, InService(version, 1.0, 0))
+        return InService(version, self.speeds.get(version, 1.0))
+
+    def traffic_changes(self, name: str, version: int) -> Changes:
+        return self.found._replace(version=version)
 
     def versions(self, _: str) -> set[int]:
         return set(self.speeds)
@@ -850,7 +873,7 @@ class Learning:
 
         async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
             self.job = job
-            row = {"client": "one", "key": 1, "scores": [0.5, None], "differs": [True, False]}
+            row = {"client": "one", "key": 1, "number": 10, "scores": [0.5, None], "differs": [True, False]}
             if job.get("after") is not None:
                 return {"evidence": [row | {"key": key} for key in (1, 7, 8)]}
             during()
@@ -902,7 +925,7 @@ def test_a_fit_is_served_with_its_evidence(learning_of_base: Learning, base: Art
     assert (result.outcome, result.version, result.attempt) == ("served", FIRST, 1)
     change = {"what": "load", "name": "base", "version": FIRST, "role": "current", "share": 0.0}
     assert one.around.changes == [change]
-    held = [HeldOut("one", 1, [0.5, None], [True, False])]
+    held = [HeldOut("one", 1, 10, [0.5, None], [True, False])]
     assert one.around.prepared == {f"base:{FIRST}": (held, "base:1")}
     assert one.learners.fits == {("base", "served"): 1}
     path = one.folder.records_path("base", base_of(base.manifest))
@@ -939,6 +962,25 @@ def test_a_version_waits_until_newer_texts_have_proved_that_it_starts_faster(
     assert learner.waiting is None
 
 
+def test_texts_from_before_a_change_of_their_tenant_prove_nothing(learning_of_base: Learning) -> None:
+    """The change of a tenant with few texts does not void what was learned from the others."""
+    one = learning_of_base
+    learner = one.learners.of("base")
+
+    def during() -> None:
+        one.around.found = Changes(1, 0, {"two": 1})
+
+    assert one.fit(during).outcome == "served"
+    assert one.around.tested == [[1]] and learner.journal.void == {"two": MIN_RECORDS + 1}
+    assert learner.journal.first_new == 0
+    learner.journal.void["one"] = 11
+    assert not learner.may_prove(HeldOut("one", 1, 10, [], [])) and learner.may_prove(
+        HeldOut("one", 1, 11, [], [])
+    )
+    again = Journal.model_validate_json(learner.journal.model_dump_json())
+    assert again.void == {"two": MIN_RECORDS + 1, "one": 11}
+
+
 def test_a_version_does_not_wait_for_ever(learning_of_base: Learning) -> None:
     one = learning_of_base
     one.around.starts = [1.0]
@@ -954,7 +996,7 @@ def test_a_fit_is_not_served_if_the_traffic_or_the_models_changed_meanwhile(
 
     def during() -> None:
         if change == "traffic":
-            one.around.speeds[1] = InService(1, 1.0, 1)
+            one.around.found = Changes(1, 1, {})
             return
         other = version_of(base, 2, other_weights=change == "weights")
         learners.serve(other)
@@ -999,7 +1041,7 @@ def test_a_fit_has_to_beat_the_faster_of_the_current_version_and_its_canary(
     one.learners.of("base").journal.latest = FIRST
     one.learners.serve(learned[0])
     if is_served:
-        one.around.speeds[FIRST] = InService(FIRST, canary, 0)
+        one.around.speeds[FIRST] = canary
     one.fit()
     assert one.job["speedup"] == rival
     assert (one.job["base"] == str(learned[0].path)) == (rival == 2)
@@ -1011,7 +1053,7 @@ def test_old_learned_versions_are_removed_unless_they_are_in_use(
     one = learning_of_base
     for version in range(FIRST, FIRST + 12):
         (one.folder.store.path / f"base/{version}").mkdir(parents=True)
-    one.around.speeds[FIRST + 2] = InService(FIRST + 2, 1.0, 0)
+    one.around.speeds[FIRST + 2] = 1.0
     one.learners.serve(learned[0])
     one.learners.note_current({"base": FIRST})
     assert one.fit().version == FIRST + 12

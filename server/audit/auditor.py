@@ -81,6 +81,15 @@ class _Tenant:
             self.epoch = epoch
             self.entries.clear()
 
+    def discard(self, entry: _Entry) -> None:
+        """Discard an entry whose audit did not run, and all later ones, whatever their results.
+
+        If only the texts without a result were left out, those that were not drawn would count too much.
+        """
+        if entry in self.entries:
+            while self.entries.pop() is not entry:
+                pass
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -174,6 +183,10 @@ class Auditor:
             self._tenant(name).begin(state.epoch)
         self.served.rules.apply(standing)
 
+    def _name(self, job: Job) -> str:
+        """The tenant of a request; without a guarantee, all requests are counted together."""
+        return job.request.tenant if self._has_guarantee else ""
+
     def _tenant(self, name: str) -> _Tenant:
         return self._tenants.setdefault(name, _Tenant(self._epoch))
 
@@ -213,7 +226,7 @@ class Auditor:
         """Draw texts to audit from a job that is about to be submitted; None if its request sets exit options."""
         if job.request.options != NO_OPTIONS:
             return None
-        tenant = self._tenant(job.request.tenant)
+        tenant = self._tenant(self._name(job))
         share = self._share_of(tenant, job.choice.rule.tau)
         draw = Draw(share, tenant.epoch, [self._random.random() < share for _ in job.items])
         for item, is_drawn in zip(job.items, draw.is_drawn, strict=True):
@@ -226,7 +239,7 @@ class Auditor:
     def abandon(self, job: Job, draw: Draw) -> None:
         """Release the drawn texts of a job that was not answered; its texts do not count."""
         if job.choice.rule.tau > 0:
-            self._tenant(job.request.tenant).pending -= sum(draw.is_drawn)
+            self._tenant(self._name(job)).pending -= sum(draw.is_drawn)
 
     def answered(self, job: Job, draw: Draw | None) -> None:
         """Count the texts of a finished job, and enqueue the audits of drawn texts that did not pass every exit.
@@ -234,11 +247,14 @@ class Auditor:
         draw: as returned by draw(). If it is None, is from before a reset, or has share 0, only excluded texts are
         counted.
         """
-        name = job.request.tenant
+        name = self._name(job)
         tenant = self._tenant(name)
         is_void = draw is None or draw.epoch != tenant.epoch or not draw.share
         share, drawn = (0.0, [False] * len(job.items)) if draw is None else (draw.share, draw.is_drawn)
-        client, exits = name or network_hash(job.client), len(self.served.model.manifest.exit_layers)
+        client, exits = (
+            job.request.tenant or network_hash(job.client),
+            len(self.served.model.manifest.exit_layers),
+        )
         entry: _Entry | None = None
         for item, is_drawn in zip(job.items, drawn, strict=True):
             needs_audit, outcome = is_drawn and job.choice.rule.tau > 0, item.outcome
@@ -312,8 +328,8 @@ class Auditor:
     ) -> None:
         tenant.pending -= 1
         entry.is_pending = False  # first, so that no error below blocks the later entries
-        if audit.is_dropped:  # a dropped audit is not evidence
-            pass
+        if audit.is_dropped:  # its model was unloaded or reloaded
+            tenant.discard(entry)
         elif audit.error is not None:
             log.error("an audit failed, and counts as a disagreement: %s", audit.error)
             # The deepest exit before the last one differs, at every τ above 0.

@@ -37,8 +37,8 @@ class Books(Protocol):
     def write(self, line: str) -> None:
         """Write a line of the audit log."""
 
-    async def report(self, served: Served, live: Live) -> dict[str, Any]:
-        """The audit results of a model.
+    async def report(self, served: Served, live: Live, reader: str | None) -> dict[str, Any]:
+        """The audit results of a model; see report.report.
 
         Raises RequestError if the supervisor no longer serves it, or if too many requests wait for its report.
         """
@@ -122,9 +122,12 @@ class Audits:
             )
         return auditor
 
-    async def report(self, served: Served) -> dict[str, Any]:
-        """The audit results of a model; raises RequestError if audits are off, or as Books.report does."""
-        return await self._books.report(served, self.of(served).live)
+    async def report(self, served: Served, reader: str | None) -> dict[str, Any]:
+        """The audit results of a model; see report.report.
+
+        Raises RequestError if audits are off, or as Books.report does.
+        """
+        return await self._books.report(served, self.of(served).live, reader)
 
     async def reset(self, served: Served) -> dict[str, Any]:
         """Discard the audit results of a model; returns the τ that is then in force, and the reason for it.

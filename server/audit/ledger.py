@@ -7,7 +7,7 @@ before, by any process, never counts towards a rise of τ, and τ rises only bet
 import itertools
 import logging
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.guarantee import CONFIDENCE
-from de3.exits.promise import Evidence, Promise, Reason, Tally, error_of, profiles
+from de3.exits.promise import Promise, Reason, error_of, profiles
 from de3.exits.signals import Signal
 from de3.model_store.manifest import Manifest
 from de3.server.audit.tenant import MAX_SEEN, MOST_SEEN, Settled, Tenant
@@ -27,6 +27,7 @@ from de3.server.settings import Settings
 log = logging.getLogger("de3")
 
 MIN_AUDITS = 100  # with fewer, the mean exit layer is not known well enough
+RECENT_TEXTS = 20_000  # texts after which the tenants' shares of the traffic count half as much
 # Shared by all ledgers, so that texts drawn for a version are not counted for the same version exported anew.
 _EPOCHS = itertools.count(1)
 
@@ -43,7 +44,7 @@ class Ledger:
         tenants: the audits of each tenant that has sent texts, by name.
         num_resets: number of resets by reason; an admin's reset of all tenants counts once.
         num_changes: number of resets that void what was learned: those by an admin, and those of tenants that sent at
-            least half of the texts.
+            least half of the recent texts.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Ledger:
     ) -> None:
         """publish: called with the standing of the tenants whose τ or epoch has changed."""
         self.manifest, self._publish, self._has_keys = manifest, publish, settings.has_keys
-        self.taus = np.unique([*FINE_TAUS, *(c.rule.tau for c in [rules.default, *rules.steps])])
+        self.taus = _grid(rules)
         self.rate = settings.guarantee
         # Without --learn no other exits will be tested, so the tests may use all of δ.
         attempt = 1 if manifest.learned is None or not settings.learn else manifest.learned.attempt
@@ -66,6 +67,7 @@ class Ledger:
         self.tenants: dict[str, Tenant] = {}
         self.num_resets: dict[Reason, int] = {"change": 0, "reset": 0}
         self.num_changes = 0
+        self._texts = Counter[str]()  # by tenant, recent ones
         self._start_layers: float | None = None  # mean exit layer, by held-out texts
         self.serve(rules, runtime, caution)
 
@@ -73,6 +75,17 @@ class Ledger:
         """Continue with the same model after it was reloaded."""
         self.rules, self.runtime, self.caution = rules, runtime, caution
         self._tell(self.tenants)
+
+    def can_continue(self, manifest: Manifest, rules: Rules, runtime: str, caution: float) -> bool:
+        """True if the evidence also holds for a model that is loaded like this."""
+        signal = rules.default.rule.signal
+        same = (self.manifest, self.signal, self.runtime, self.caution) == (
+            manifest,
+            signal,
+            runtime,
+            caution,
+        )
+        return same and self.taus.tolist() == _grid(rules).tolist()
 
     @property
     def full_name(self) -> str:
@@ -90,10 +103,13 @@ class Ledger:
     def tenant(self, name: str) -> Tenant:
         """The audits of a tenant, which begin with its first text."""
         if name not in self.tenants:
-            promise = None if self.rate is None else Promise(self.rate, self.taus, self.error)
-            self.tenants[name] = Tenant(self.taus, promise, self.epoch)
+            self.tenants[name] = Tenant(self.taus, self.new_promise(), self.epoch)
             self._tell([name])
         return self.tenants[name]
+
+    def new_promise(self) -> Promise | None:
+        """The promise to a tenant without evidence; None without a guarantee."""
+        return None if self.rate is None else Promise(self.rate, self.taus, self.error)
 
     def restore(self, name: str, tenant: Tenant) -> None:
         """Continue with the saved audits of a tenant."""
@@ -130,6 +146,7 @@ class Ledger:
             if one.epoch != tenant.epoch:  # drawn before a reset
                 continue
             before, index = _in_force(tenant), tenant.index
+            self._texts[one.tenant] += sum(one.skipped) + len(one.scores)
             if tenant.count(one, self.manifest.exit_layers, self._room):
                 self._changed(one.tenant, tenant)
             if _in_force(tenant) != before:
@@ -137,6 +154,8 @@ class Ledger:
             if tenant.index > index:
                 of = f" for {one.tenant}" if one.tenant else ""
                 log.info("%s: audits allow τ = %g%s", self.full_name, self.taus[tenant.index], of)
+        if self._texts.total() > RECENT_TEXTS:
+            self._texts = Counter({name: texts // 2 for name, texts in self._texts.items() if texts > 1})
 
     def _changed(self, name: str, tenant: Tenant) -> None:
         """Begin a new epoch for a tenant whose rate had risen."""
@@ -150,19 +169,20 @@ class Ledger:
         )
         tenant.epoch = next(_EPOCHS)
         self.num_resets["change"] += 1
-        others = sum(other.evidence.audits for key, other in self.tenants.items() if key != name)
-        self.num_changes += tenant.resets[-1].audits >= others
+        all_texts = self._texts.total()
+        self.num_changes += all_texts >= MIN_AUDITS and 2 * self._texts[name] >= all_texts
 
     def count_held_out(self, rows: Sequence[HeldOut], traffic: Mapping[str, int]) -> None:
         """Count held-out texts towards the guarantee of the tenants that sent them.
 
-        They were recorded before the model was served, and its exits were not fitted to them. traffic: number of texts
-        of each tenant; texts of other clients are not counted.
+        They were recorded before the model was served, and its exits were not fitted to them. traffic: recent texts of
+        each tenant; held-out texts of other clients are not counted.
         """
+        self._texts = Counter(traffic)
         layers, by_tenant = self.manifest.exit_layers, defaultdict[str, list[HeldOut]](list)
         for one in rows:
             by_tenant[one.client if self._has_keys else ""].append(one)
-        total, mean = max(1, sum(traffic.values())), 0.0
+        total, mean = sum(traffic.values()), 0.0
         for name, texts in traffic.items():
             exit_layer = float(self.manifest.num_layers)
             if held := by_tenant[name]:
@@ -172,7 +192,7 @@ class Ledger:
                     tenant.count_held_out([one.key for one in held], found, self._room)
                 exit_layer = float(found.layers[:, tenant.index].mean())
             mean += texts / total * exit_layer
-        self._start_layers = mean
+        self._start_layers = mean if traffic else None
         self._tell(traffic.keys() & self.tenants.keys())
 
     def reset(self) -> None:
@@ -185,56 +205,72 @@ class Ledger:
         self._tell(self.tenants)
 
     def traffic(self) -> dict[str, int]:
-        """Number of texts of each tenant, audited or not."""
-        return {name: tenant.evidence.texts for name, tenant in list(self.tenants.items())}
+        """Number of recent texts of each tenant, audited or not."""
+        return dict(self._texts)
+
+    def changes(self) -> dict[str, int]:
+        """Number of changes of each tenant's traffic that were found."""
+        return {name: tenant.num_changes for name, tenant in self.tenants.items() if tenant.num_changes}
+
+    @property
+    def texts(self) -> int:
+        """Number of texts in the evidence, audited or not."""
+        return sum(tenant.evidence.texts for tenant in list(self.tenants.values()))
+
+    @property
+    def audits(self) -> int:
+        """Number of audited texts in the evidence."""
+        return sum(tenant.evidence.audits for tenant in list(self.tenants.values()))
 
     def tenant_taus(self) -> list[float]:
         """With a guarantee, the τ of each tenant."""
         promises = [tenant.promise for tenant in list(self.tenants.values())]
         return [promise.tau for promise in promises if promise is not None]
 
-    def total(self, tau: float = 0.0) -> Evidence:
-        """The audits of all tenants. The last column is for the τ in force: with a guarantee, each tenant's own.
-
-        tau: the τ in force without a guarantee. Any thread may call this.
-        """
-        here = int(np.searchsorted(self.taus, tau))
-        total = Evidence(np.append(self.taus, np.nan))
-        for tenant in list(self.tenants.values()):
-            index = here if self.rate is None else tenant.index
-            for share, tally in list(tenant.evidence.tallies.items()):
-
-                def with_own(counts: NDArray[np.int64], index: int = index) -> NDArray[np.int64]:
-                    return np.append(counts, counts[index])
-
-                total.merge(
-                    share,
-                    Tally(
-                        *(tally.texts, tally.audits, tally.served, with_own(tally.differing)),
-                        *(with_own(tally.layers), with_own(tally.repeats)),
-                    ),
-                )
-        return total
+    def index(self, tenant: Tenant, tau: float) -> int:
+        """Index of a tenant's τ in the grid. tau: the τ in force without a guarantee."""
+        return int(np.searchsorted(self.taus, tau)) if self.rate is None else tenant.index
 
     def speedup(self) -> float:
-        """Speed-up in layers over the traffic at the τ in force; 1 if unknown.
+        """Speed-up in layers over the traffic, with each tenant at its τ; 1 if unknown. Any thread may call this.
 
         It is measured by the audits, or by held-out texts while audits are few.
         """
-        total, layers = self.total(self.rules.default.rule.tau), self._start_layers
-        if total.audits >= MIN_AUDITS:
-            layers = float(total.mean_layers()[-1])
+        tau, layers, weight, total = self.rules.default.rule.tau, self._start_layers, 0.0, 0.0
+        for tenant in list(self.tenants.values()):
+            index = self.index(tenant, tau)
+            for share, tally in list(tenant.evidence.tallies.items()):
+                total += int(tally.layers[index]) / share
+                weight += tally.audits / share
+        if self.audits >= MIN_AUDITS:
+            layers = total / weight
         if len(self.manifest.exit_layers) == 1 or layers is None:
             return 1.0
         return self.manifest.num_layers / max(layers, 1e-3)
 
     def measured(self, in_force: Choice) -> tuple[float, float, float] | None:
-        """The rate of disagreement at the τ in force, and its lower and upper bound; None without audits."""
-        total = self.total(in_force.rule.tau)
-        if not total.audits:
+        """The rate of disagreement at the τ in force, and its lower and upper bound; None without audits.
+
+        With a guarantee, they are those of the tenant whose audits speak most against its promise: bounds hold for the
+        texts of one tenant, as others are drawn with other probabilities. Any thread may call this.
+        """
+        tau, rate = in_force.rule.tau, self.promised_rate or 0.5
+
+        def doubt(tenant: Tenant) -> float:
+            return tenant.evidence.e_value_above(rate, self.index(tenant, tau))
+
+        tenants = [tenant for tenant in list(self.tenants.values()) if tenant.evidence.audits]
+        if not tenants:
             return None
-        lower, upper = total.bounds(slice(-1, None))
-        return float(total.rates()[-1]), float(lower[0]), float(upper[0])
+        worst = max(tenants, key=doubt)
+        index, evidence = self.index(worst, tau), worst.evidence
+        lower, upper = evidence.bounds(slice(index, index + 1))
+        return float(evidence.rates()[index]), float(lower[0]), float(upper[0])
+
+
+def _grid(rules: Rules) -> NDArray[np.float64]:
+    """The grid of τ: a fine one, and the values that may be in force."""
+    return np.unique([*FINE_TAUS, *(choice.rule.tau for choice in [rules.default, *rules.steps])])
 
 
 def _in_force(tenant: Tenant) -> InForce:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
-from de3.model_store.manifest import Manifest, base_of, fingerprint
+from de3.model_store.manifest import Manifest, base_of
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.report import Live, report
-from de3.server.audit.state import StateDir, TenantState, restore, states_of
+from de3.server.audit.state import StateDir
 from de3.server.audit.tenant import Settled
 from de3.server.background import keep_running
-from de3.server.learn.learner import InService
+from de3.server.learn.learner import Changes, InService
 from de3.server.learn.record import HeldOut
 from de3.server.rules import Choice, Rules, Standing
 from de3.server.settings import Settings
@@ -29,9 +29,10 @@ class Ledgers:
         """publish: called with a model's manifest and new standing. Raises ValueError if state_dir cannot be used."""
         self._settings, self._publish = settings, publish
         self._by_model: dict[str, Ledger] = {}
-        self._unloaded: dict[str, list[TenantState]] = {}
-        # Of a learned version that is about to be served: held-out texts, and the tenants' traffic.
-        self._held_out: dict[str, tuple[Sequence[HeldOut], dict[str, int]]] = {}
+        self._unloaded: dict[str, Ledger] = {}
+        # Of a learned version that is about to be served: held-out texts, and the ledger of the version in service with
+        # its number of resets.
+        self._held_out: dict[str, tuple[Sequence[HeldOut], Ledger, int]] = {}
         is_on, state_dir = settings.share_of_audits > 0, settings.state_dir
         self._state = StateDir(state_dir) if is_on and state_dir is not None else None
         self._writing, self._has_failed = Lock(), False
@@ -50,17 +51,17 @@ class Ledgers:
         def publish(standing: Standing) -> None:
             self._publish(manifest, standing)
 
+        earlier, held_out = self._unloaded.pop(name, None), self._held_out.pop(name, None)
+        if earlier is not None and earlier.can_continue(manifest, rules, runtime, caution):
+            self._by_model[name] = earlier
+            earlier.serve(rules, runtime, caution)
+            return earlier.standing
         ledger = self._by_model[name] = Ledger(manifest, rules, runtime, caution, self._settings, publish)
-        states = self._unloaded.pop(name, [])
-        if states and states[0].fingerprint == fingerprint(manifest):
-            try:
-                for state in states:
-                    restore(ledger, state)
-            except ValueError as error:
-                log.warning("%s: its earlier audits cannot be used (%s); audits start from zero", name, error)
-        elif (held_out := self._held_out.pop(name, None)) is not None:
-            ledger.count_held_out(*held_out)
-        elif self._state is not None:
+        if held_out is not None:
+            rows, current, resets = held_out
+            if sum(current.num_resets.values()) == resets:  # else the texts may be from before a change
+                ledger.count_held_out(rows, current.traffic())
+        elif self._state is not None and earlier is None:
             self._state.read(ledger)
         return ledger.standing
 
@@ -70,12 +71,17 @@ class Ledgers:
         return None if ledger is None else base_of(ledger.manifest)
 
     def in_service(self, name: str, version: int) -> InService:
-        """The performance of a served version; if it is not served, a speed-up of 1 and no changes."""
+        """The performance of a served version; a speed-up of 1 if it is not served. Any thread may call this."""
+        ledger = self._by_model.get(f"{name}:{version}")
+        return InService(version, 1.0 if ledger is None else ledger.speedup())
+
+    def traffic_changes(self, name: str, version: int) -> Changes:
+        """The changes of the traffic that the audits of a version have found; none if it is not served."""
         ledger = self._by_model.get(f"{name}:{version}")
         return (
-            InService(version, 1.0, 0)
+            Changes(version, 0, {})
             if ledger is None
-            else InService(version, ledger.speedup(), ledger.num_changes)
+            else Changes(version, ledger.num_changes, ledger.changes())
         )
 
     def versions(self, name: str) -> set[int]:
@@ -93,18 +99,18 @@ class Ledgers:
 
     def prepare(self, name: str, rows: Sequence[HeldOut], current: str) -> None:
         """Set the held-out texts of a learned version, name:version, that is about to be served; see start_speedup."""
-        self._held_out = {name: (rows, self._by_model[current].traffic())}
+        ledger = self._by_model[current]
+        self._held_out = {name: (rows, ledger, sum(ledger.num_resets.values()))}
 
     def forget(self, name: str) -> None:
         """Stop counting for an unloaded model; the evidence of the last MAX_KEPT such models stays in memory."""
         ledger = self._by_model.get(name)
         if ledger is None:
             return
-        self._save(ledger)
         del self._by_model[name]
-        self._unloaded[name] = states_of(ledger)
+        self._unloaded[name] = ledger
         while len(self._unloaded) > MAX_KEPT:
-            del self._unloaded[next(iter(self._unloaded))]
+            self._save(self._unloaded.pop(next(iter(self._unloaded))))
 
     def get(self, name: str) -> Ledger | None:
         """The ledger of a model; None if it is not served."""
@@ -121,9 +127,12 @@ class Ledgers:
         if ledger is not None:
             ledger.count(settled)
 
-    async def report(self, name: str, live: Live, in_force: Choice) -> dict[str, Any]:
-        """The audit results of a served model, by name:version; raises KeyError if it is not served."""
-        return await asyncio.to_thread(report, self._by_model[name], live, in_force)
+    async def report(self, name: str, live: Live, in_force: Choice, reader: str | None) -> dict[str, Any]:
+        """The audit results of a served model, by name:version; see report.report.
+
+        Raises KeyError if it is not served.
+        """
+        return await asyncio.to_thread(report, self._by_model[name], live, in_force, reader)
 
     def start(self) -> None:
         """Start the task that saves changes."""
@@ -133,7 +142,7 @@ class Ledgers:
     async def _save_often(self) -> None:
         while True:
             await asyncio.sleep(SAVE_S)
-            for ledger in self.all:
+            for ledger in [*self.all, *self._unloaded.values()]:
                 await asyncio.to_thread(self._save, ledger)
 
     def _save(self, ledger: Ledger) -> None:
@@ -150,7 +159,7 @@ class Ledgers:
 
     def stop(self) -> None:
         """Save all evidence and close the files; called once no more texts are counted."""
-        for ledger in self.all:
+        for ledger in [*self.all, *self._unloaded.values()]:
             self._save(ledger)
         with self._writing:
             if self._state is not None:

@@ -64,9 +64,9 @@ class LocalBooks:
         if self._log is not None:
             self._log.write(line)
 
-    async def report(self, served: Served, live: Live) -> dict[str, Any]:
-        """The audit results of a model."""
-        return await self.ledgers.report(served.model.full_name, live, self._in_force(served))
+    async def report(self, served: Served, live: Live, reader: str | None) -> dict[str, Any]:
+        """The audit results of a model; see report.report."""
+        return await self.ledgers.report(served.model.full_name, live, self._in_force(served), reader)
 
     async def reset(self, served: Served) -> dict[str, Any]:
         """Discard the audit results of a model; returns the τ that is then in force, and the reason for it."""

@@ -27,39 +27,42 @@ class Live(NamedTuple):
     excluded: Mapping[str, int]
 
 
-def report(ledger: Ledger, live: Live, in_force: Choice) -> dict[str, Any]:
-    """The audit results of one model: evidence by τ, the promise, and each tenant's state and resets.
+def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = None) -> dict[str, Any]:
+    """The audit results of one model for one of its tenants, and the state of each tenant that the reader may see.
 
-    in_force: the choice for requests without options.
+    in_force: the choice for requests without options. reader: a tenant, which sees only its own data; None: a reader
+    who may see everything, and gets the results of the tenant with the most texts.
     """
-    signal, manifest, tau = ledger.signal, ledger.manifest, tau_row(in_force)
-    tenants = dict(ledger.tenants)
-    evidence = ledger.total(tau["tau"])
+    signal, manifest, tenants = ledger.signal, ledger.manifest, dict(ledger.tenants)
+    name = max(tenants, key=lambda one: tenants[one].evidence.texts, default="") if reader is None else reader
+    tenant = tenants[name] if name in tenants else Tenant(ledger.taus, ledger.new_promise(), ledger.epoch)
+    evidence, promise, tau = tenant.evidence, tenant.promise, _tau(tenant, in_force)
     lower, upper = evidence.bounds()
     rates, layers = evidence.rates(), evidence.mean_layers()
-    e_values = None
-    if len(tenants) == 1 and (promise := next(iter(tenants.values())).promise) is not None:
-        e_values = promise.evidence.e_values(promise.rate)
+    e_values = None if promise is None else promise.evidence.e_values(promise.rate)
 
     def row(k: int) -> dict[str, Any]:
-        return {
+        known: dict[str, Any] = {
+            "tau": float(ledger.taus[k]),
             "disagreement": _number(rates[k]),
             "lower": float(lower[k]),
             "upper": float(upper[k]),
             "mean_exit_layer": _number(layers[k]),
             "speedup": None if np.isnan(layers[k]) else speedup(manifest.num_layers, float(layers[k])),
         }
-
-    def at(k: int) -> dict[str, Any]:
-        proof = {} if e_values is None else {"e_value": float(e_values[k])}
-        return {"tau": float(ledger.taus[k]), **row(k), **proof}
+        if e_values is not None:
+            known["e_value"] = float(e_values[k])
+        return known
 
     expected = ledger.rules.default.expected
+    here = int(np.searchsorted(ledger.taus, tau["tau"]))
+    visible = tenants if reader is None else {reader: tenant}
     return {
         "model": ledger.full_name,
+        "tenant": name,
         "signal": signal.name,
         "lambda": signal.lam,
-        "since": _time(min((tenant.since for tenant in tenants.values()), default=ledger.since)),
+        "since": _time(tenant.since),
         "share": live.share,
         "texts": evidence.texts,
         "audits": evidence.audits,
@@ -73,7 +76,7 @@ def report(ledger: Ledger, live: Live, in_force: Choice) -> dict[str, Any]:
             "confidence": CONFIDENCE,
             "reason": tau["reason"],
         },
-        "measured": row(-1) | {"confidence": CONFIDENCE, "as_served": evidence.served()},
+        "measured": row(here) | {"confidence": CONFIDENCE, "as_served": evidence.served()},
         "calibrated": None
         if expected is None
         else {
@@ -81,35 +84,26 @@ def report(ledger: Ledger, live: Live, in_force: Choice) -> dict[str, Any]:
             "disagreement_bound": expected.disagreement_bound,
             "speedup": expected.speedup,
         },
-        "taus": [at(k) for k in range(len(ledger.taus))],
-        "tenants": [_tenant(name, tenant, tau) for name, tenant in sorted(tenants.items())],
-    }
-
-
-def _tenant(name: str, tenant: Tenant, tau: dict[str, Any]) -> dict[str, Any]:
-    """The state of a tenant. tau: the τ in force without a guarantee."""
-    evidence, promise = tenant.evidence, tenant.promise
-    if promise is not None:
-        tau = {"tau": promise.tau, "reason": promise.reason}
-    index = int(np.searchsorted(tenant.taus, tau["tau"]))
-    lower, upper = evidence.bounds(slice(index, index + 1))
-    return {
-        "tenant": name,
-        **tau,
-        "texts": evidence.texts,
-        "audits": evidence.audits,
-        "disagreement": _number(evidence.rates()[index]),
-        "lower": float(lower[0]),
-        "upper": float(upper[0]),
+        "taus": [row(k) for k in range(len(ledger.taus))],
         "resets": [
             {"at": _time(r.at), "reason": r.reason, "tau": r.tau, "audits": r.audits} for r in tenant.resets
+        ],
+        "tenants": [
+            {
+                "tenant": each,
+                **_tau(one, in_force),
+                "texts": one.evidence.texts,
+                "audits": one.evidence.audits,
+            }
+            for each, one in sorted(visible.items())
         ],
     }
 
 
-def seen_by(found: dict[str, Any], tenant: str | None) -> dict[str, Any]:
-    """A report as a tenant may see it, without the rows of others. tenant: None: all rows."""
-    return found | {"tenants": [row for row in found["tenants"] if tenant in (None, row["tenant"])]}
+def _tau(tenant: Tenant, in_force: Choice) -> dict[str, Any]:
+    """A tenant's τ for requests without exit options, and the reason for it."""
+    promise = tenant.promise
+    return tau_row(in_force) if promise is None else {"tau": promise.tau, "reason": promise.reason}
 
 
 def _number(value: float) -> float | None:

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from de3.exits.promise import MAX_SHARES, Evidence, Promise, Reason, SavedPromise, Tally
+from de3.exits.promise import MAX_SHARES, Evidence, Reason, SavedPromise, Tally
 from de3.model_store.manifest import fingerprint
 from de3.model_store.regular_file import read_regular_file
 from de3.server.audit.ledger import Ledger
@@ -113,12 +112,9 @@ class TenantState(_Part):
         return [*self.counts, *(self.promise.counts if self.promise is not None else ())]
 
 
-def states_of(ledger: Ledger) -> list[TenantState]:
-    """The states of a ledger's tenants, to be saved."""
-    return [_state_of(ledger, name, tenant) for name, tenant in list(ledger.tenants.items())]
-
-
-def _state_of(ledger: Ledger, name: str, tenant: Tenant) -> TenantState:
+def state_of(ledger: Ledger, name: str) -> TenantState:
+    """The state of a tenant, to be saved."""
+    tenant = ledger.tenants[name]
     promise = tenant.promise
     return TenantState(
         model=ledger.full_name,
@@ -180,7 +176,7 @@ def restore(ledger: Ledger, state: TenantState) -> None:
         raise ValueError("its counts are too large")
     if state.taus != taus.tolist():
         raise ValueError("it has other values of τ")
-    promise = None if ledger.rate is None else Promise(ledger.rate, taus, ledger.error)
+    promise = ledger.new_promise()
     if promise is not None and saved is not None:
         fields = saved.model_dump(exclude={"counts"})
         promise.restore(_evidence(saved.counts, taus), SavedPromise(**fields))
@@ -223,7 +219,9 @@ class StateDir:
     def read(self, ledger: Ledger) -> None:
         """Restore a ledger from its tenants' files; an unusable file is renamed, with a warning."""
         own = self._file(ledger, "")
-        paths = [own, *islice(self.path.glob(f"{glob.escape(own.stem)}@*.json"), MAX_TENANTS)]
+        others = self.path.glob(f"{glob.escape(own.stem)}@*.json")
+        newest = sorted(others, key=lambda path: path.lstat().st_mtime, reverse=True)[:MAX_TENANTS]
+        paths = [own, *newest]
         audits = 0
         for path in paths:
             try:
@@ -261,7 +259,7 @@ class StateDir:
             if tenant.is_changed:
                 tenant.is_changed = False  # first, so that no later change is missed
                 try:
-                    self._write(self._file(ledger, name), _state_of(ledger, name, tenant))
+                    self._write(self._file(ledger, name), state_of(ledger, name))
                 except Exception:
                     tenant.is_changed = True
                     raise

@@ -100,12 +100,13 @@ class Seen:
 
     def was_counted(self, key: int, room: int) -> bool:
         """True if this hash is remembered; otherwise remembers it. room: number of hashes, of both halves."""
-        if key in self._newer or key in self._older:
+        if key in self._newer:
             return True
+        was_counted = key in self._older
         self._newer.add(key)
         if len(self._newer) >= room // 2:
             self._older, self._newer = self._newer, set()
-        return False
+        return was_counted
 
 
 class Tenant:
@@ -117,6 +118,7 @@ class Tenant:
         epoch: identifies the evidence: texts that were drawn in an earlier epoch do not count.
         since: start of the evidence, in seconds since 1970.
         resets: the latest resets.
+        num_changes: number of changes of the traffic that were found.
         is_changed: it has changed since it was last saved.
     """
 
@@ -126,6 +128,7 @@ class Tenant:
         self.evidence = Evidence(taus)
         self.since = time.time()
         self.resets: list[Reset] = []
+        self.num_changes = 0
         self.is_changed = False
         self._seen = Seen()
         self._has_new_audits = False  # since τ could last rise
@@ -154,6 +157,7 @@ class Tenant:
         skipped_repeats = int(seen.sum()) - (0 if repeats is None else int(repeats.sum()))
         self.promise.count(one.share, found, one.skipped, repeats, skipped_repeats)
         if self.promise.reason == "change" and not self.promise.evidence.tallies:
+            self.num_changes += 1
             self._begin_anew(Reset(time.time(), "change", tau, before + len(one.scores)))
             return True
         self._has_new_audits |= bool(one.scores)

@@ -13,7 +13,6 @@ from de3.exits.guarantee import CONFIDENCE
 from de3.exits.signals import signals_of
 from de3.model_store.manifest import Manifest
 from de3.server.audit.auditor import Auditor
-from de3.server.audit.report import seen_by
 from de3.server.errors import RequestError
 from de3.server.http import openapi
 from de3.server.http.access import Access
@@ -23,7 +22,7 @@ from de3.server.service import Service
 
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], access: Access) -> None:
     """Add the routes to an application. dependencies: FastAPI dependencies of each route."""
-    reporting: WeakKeyDictionary[Auditor, SharedRun[dict[str, Any]]] = WeakKeyDictionary()
+    reporting: WeakKeyDictionary[Auditor, dict[str | None, SharedRun[dict[str, Any]]]] = WeakKeyDictionary()
     calibrations: dict[str, tuple[Manifest, bytes]] = {}  # only the last one requested, as each takes 170 KB
 
     @app.get("/v1/models", tags=["models"], dependencies=dependencies, **openapi.MODELS)
@@ -62,13 +61,15 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], acce
     async def audit(name: str, request: Request) -> dict[str, Any]:
         """Disagreement of early answers with full depth at each τ, measured on live traffic.
 
-        A user's key sees the row of its own name in `tenants`; an admin's key sees all rows.
+        A user's key sees the results of its own name, and an admin's key those of the name with the most texts, and the
+        state of all.
         """
         service.check_open()
         served = service.models.current(name)
-        running = reporting.setdefault(service.audits.of(served), SharedRun("report"))
-        found = await running.result(lambda: service.audits.report(served))
-        return {"object": "audit"} | seen_by(found, access.reader(request.scope))
+        reader = access.reader(request.scope) if service.settings.guarantee is not None else None
+        runs = reporting.setdefault(service.audits.of(served), {})
+        running = runs.setdefault(reader, SharedRun("report"))
+        return {"object": "audit"} | await running.result(lambda: service.audits.report(served, reader))
 
     @app.get(
         "/v1/models/{name}/learn",

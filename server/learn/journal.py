@@ -20,6 +20,7 @@ from de3.model_store.store import Artifact, NoModelsError, Store, StoreError
 log = logging.getLogger("de3")
 MAX_BYTES = 2**20
 MAX_RESULTS = 20
+MAX_VOID = 1024
 MAX_KEPT = 8  # learned versions on disk, besides those in use
 LEARNED_FROM = 1_000_000  # learned versions have higher numbers, so that they differ from versions of a store
 
@@ -72,6 +73,7 @@ class Journal(BaseModel):
         origin: the last version that was current and not learned; after a restart, a learned version is served only in
             place of this one.
         first_new: number of the first record after the last change of the traffic.
+        void: by tenant, number of the first record after the last change of its traffic.
         results: the results of the latest fits, the latest last.
     """
 
@@ -84,6 +86,7 @@ class Journal(BaseModel):
     latest: int | None = None
     origin: int | None = None
     first_new: int = Field(0, ge=0, le=2**53)
+    void: dict[str, int] = Field({}, max_length=MAX_VOID)
     results: list[Result] = Field([], max_length=MAX_RESULTS)
 
 

@@ -1,8 +1,9 @@
 """Learns exits for one model: keeps records of its traffic, and decides when to fit."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from de3.model_store.manifest import base_of
 from de3.model_store.records import Records
@@ -28,12 +29,24 @@ class InService:
     Attributes:
         version: number of the version.
         speedup: speed-up in layers over the traffic, at the τ in force; 1: full depth.
-        num_changes: see Ledger.
     """
 
     version: int
     speedup: float
-    num_changes: int
+
+
+class Changes(NamedTuple):
+    """The changes of the traffic that the audits of a served version have found.
+
+    Attributes:
+        version: number of the version.
+        total: those that void what was learned; see Ledger.num_changes.
+        by_tenant: those of each tenant's texts.
+    """
+
+    version: int
+    total: int
+    by_tenant: Mapping[str, int]
 
 
 @dataclass
@@ -86,7 +99,7 @@ class Learner:
         self.is_asked = False
         self.waiting: Waiting | None = None
         self._held: list[Record] | None = []  # records held back (see hold); None: add at once
-        self._changes: tuple[int, int] = (0, 0)  # version in service, and its `num_changes`
+        self._observed = Changes(0, 0, {})
         self.reservoir = Reservoir(
             self.base,
             (manifest.num_layers, manifest.hidden_size),
@@ -142,14 +155,23 @@ class Learner:
         for record in held:
             self.reservoir.add(record)
 
-    def observe(self, served: InService) -> None:
-        """Record the version in service. If its evidence was reset, the next fit needs new records."""
-        version, changes = self._changes
-        if served.version == version and served.num_changes > changes:
+    def observe(self, found: Changes) -> None:
+        """Record the changes that the version in service has found. After one, the next fit needs new records."""
+        before, self._observed = self._observed, found
+        if found.version != before.version:
+            before = Changes(found.version, found.total, {})
+        if found.total > before.total:
             self.journal.first_new = int(self.reservoir.texts) + 1
             self.count, self.next_fit, self._is_changed = 0, FIRST_FIT, True
             self.waiting = None
-        self._changes = served.version, served.num_changes
+        for tenant, changes in found.by_tenant.items():
+            if changes > before.by_tenant.get(tenant, 0):
+                self.journal.void[tenant] = int(self.reservoir.texts) + 1
+                self._is_changed = True
+
+    def may_prove(self, row: HeldOut) -> bool:
+        """True unless a held-out text is from before the last change of its tenant's traffic."""
+        return row.number >= self.journal.void.get(row.client, 0)
 
     @property
     def is_due(self) -> bool:

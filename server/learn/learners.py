@@ -15,7 +15,7 @@ from de3.server.background import keep_running, report, run_once
 from de3.server.errors import RequestError
 from de3.server.learn.fitting import FitError, memory_limit, run_fit
 from de3.server.learn.journal import LEARNED_FROM, LearnFolder, Result
-from de3.server.learn.learner import MIN_RECORDS, InService, Learner, Waiting, result_of, sentence
+from de3.server.learn.learner import MIN_RECORDS, Changes, InService, Learner, Waiting, result_of, sentence
 from de3.server.learn.record import HeldOut, Record
 from de3.server.settings import Settings
 
@@ -34,7 +34,10 @@ class Ledgers(Protocol):
         """The base of a served model, by name:version; None if it is not served."""
 
     def in_service(self, name: str, version: int) -> InService:
-        """The performance of a served version; if it is not served, a speed-up of 1 and no changes."""
+        """The performance of a served version; a speed-up of 1 if it is not served. Any thread may call this."""
+
+    def traffic_changes(self, name: str, version: int) -> Changes:
+        """The changes of the traffic that the audits of a version have found; none if it is not served."""
 
     def versions(self, name: str) -> set[int]:
         """The served versions of a model name."""
@@ -155,7 +158,7 @@ class Learners:
         for learner in self.all:
             if not learner.is_restored:
                 learner.restore(await asyncio.to_thread(self._folder.records, learner.name, learner.base))
-            learner.observe(self._in_service(learner))
+            learner.observe(self._changes(learner))
             if learner.needs_saving and learner.phase == "recording":
                 await self._save_aside(learner)
         if self._fitting is not None and not self._fitting.done():
@@ -166,6 +169,10 @@ class Learners:
             self._fitting = run_once("fit", self._fit(due))
         elif tested is not None and tested.waiting is not None:
             self._fitting = run_once("fit", self._test(tested, tested.waiting))
+
+    def _changes(self, learner: Learner) -> Changes:
+        """The changes that the current version has found."""
+        return self._ledgers.traffic_changes(learner.name, self._current.get(learner.name, 0))
 
     def _in_service(self, learner: Learner) -> InService:
         """The performance of the current version."""
@@ -219,10 +226,10 @@ class Learners:
         current, first_new = self._current.get(learner.name, 0), learner.journal.first_new
         # Other weights of this name may have learned versions, too.
         version = max([LEARNED_FROM, *self._folder.versions(learner.name)]) + 1
-        rival = self._rival(learner)
+        rival = await asyncio.to_thread(self._rival, learner)
+        after, keys = int(learner.reservoir.texts), learner.reservoir.keys()
         # Saved before the fit, so that no attempt number is used twice after a crash.
         await self._save_aside(learner, must=True)
-        after, keys = int(learner.reservoir.texts), learner.reservoir.keys()
         found = await run_fit(self._job(learner, rival, attempt, version))
         if found["path"] is None:
             return result_of(attempt, found)
@@ -234,9 +241,10 @@ class Learners:
     async def _try_again(self, learner: Learner, waiting: Waiting) -> Result:
         """Test a version that waits on the newer records, too."""
         first_new = learner.journal.first_new
-        await self._save_aside(learner, must=True)
         after, manifest = int(learner.reservoir.texts), waiting.artifact.manifest
-        job = self._job(learner, self._rival(learner), waiting.attempt, manifest.version)
+        await self._save_aside(learner, must=True)
+        rival = await asyncio.to_thread(self._rival, learner)
+        job = self._job(learner, rival, waiting.attempt, manifest.version)
         job |= {"base": str(waiting.artifact.path.absolute()), "after": waiting.after}
         found = await run_fit(job)
         newer = [HeldOut(**row) for row in found["evidence"] if row["key"] not in waiting.keys]
@@ -248,7 +256,8 @@ class Learners:
 
         first_new: that of the journal before the fit or test.
         """
-        learner.observe(self._in_service(learner))
+        rival = await asyncio.to_thread(self._rival, learner)
+        learner.observe(self._changes(learner))
         current = f"{learner.name}:{self._current.get(learner.name, 0)}"
         is_same = (
             self._by_name.get(learner.name) is learner and self._current[learner.name] == waiting.current
@@ -257,7 +266,8 @@ class Learners:
             learner.waiting = None
             await asyncio.to_thread(shutil.rmtree, waiting.artifact.path, ignore_errors=True)
             return result_of(waiting.attempt, waiting.found, "outdated")
-        manifest, rival = waiting.artifact.manifest, self._rival(learner)
+        manifest = waiting.artifact.manifest
+        waiting.rows = [row for row in waiting.rows if learner.may_prove(row)]
         speedup = await asyncio.to_thread(self._ledgers.start_speedup, manifest, waiting.rows, current)
         waiting.found |= {
             "held_out": len(waiting.rows),
@@ -286,6 +296,7 @@ class Learners:
             "attempt": attempt,
             "rate": self._settings.guarantee,
             "first_new": learner.journal.first_new,
+            "by_client": self._settings.has_keys,
             "speedup": rival.speedup,
             "memory": memory_limit(served.size(), records.stat().st_size),
         }

@@ -32,11 +32,13 @@ class HeldOut:
 
     Attributes:
         client, key: as in Record.
+        number: position of the text in the traffic, as in Records.
         scores: the signal's score at each exit; None at an exit where it is not defined.
         differs: for each exit, true if its answer disagrees with the last exit's.
     """
 
     client: str
     key: int
+    number: int
     scores: Sequence[float | None]
     differs: Sequence[bool]

@@ -10,7 +10,7 @@ from de3.server.learn.record import Record
 
 MOST_RECORDS = 100_000
 MAX_NAMES = 1024  # clients counted separately; all others count as one
-OTHERS = "others"
+OTHERS = "*others"  # no client has this name
 
 
 class Reservoir:

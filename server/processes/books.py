@@ -43,7 +43,8 @@ class SharedBooks:
         self.ledgers = Ledgers(settings, self._publish)
         self.learners = Learners(settings, self.ledgers, change) if settings.learn else None
         self._log = None if settings.log_audits is None else AuditLog(settings.log_audits)
-        self._reporting: WeakKeyDictionary[Ledger, SharedRun[dict[str, Any]]] = WeakKeyDictionary()
+        self._reporting: WeakKeyDictionary[Ledger, dict[str | None, SharedRun[dict[str, Any]]]]
+        self._reporting = WeakKeyDictionary()  # by reader
 
     def _publish(self, manifest: Manifest, standing: Standing) -> None:
         key = fingerprint(manifest)
@@ -85,16 +86,17 @@ class SharedBooks:
             raise RequestError(f"{name} is no longer served", "name", "unknown_model")
         return ledger
 
-    async def report(self, name: str, level: int) -> dict[str, Any]:
-        """The audit results of a model, name:version, at a load level.
+    async def report(self, name: str, level: int, reader: str | None) -> dict[str, Any]:
+        """The audit results of a model, name:version, at a load level; see report.report.
 
         Raises RequestError if the model is not served, or if too many requests wait for its report.
         """
         ledger = self._ledger(name)
-        running = self._reporting.setdefault(ledger, SharedRun("report", self._group.size))
-        return await running.result(lambda: self._report(ledger, level))
+        runs = self._reporting.setdefault(ledger, {})
+        running = runs.setdefault(reader, SharedRun("report", self._group.size))
+        return await running.result(lambda: self._report(ledger, level, reader))
 
-    async def _report(self, ledger: Ledger, level: int) -> dict[str, Any]:
+    async def _report(self, ledger: Ledger, level: int, reader: str | None) -> dict[str, Any]:
         name = ledger.full_name
         rows = [Live(*row) for row in await ask_all(self._group.ready, "live", name) if row]
         excluded = {
@@ -102,7 +104,7 @@ class SharedBooks:
         }
         share = mean(row.share for row in rows) if rows else 0.0
         live = Live(share, sum(row.pending for row in rows), excluded)
-        return await self.ledgers.report(name, live, ledger.rules.in_force(level))
+        return await self.ledgers.report(name, live, ledger.rules.in_force(level), reader)
 
     async def reset(self, name: str, level: int) -> dict[str, Any]:
         """Discard the audit results of a model; returns the τ that is then in force at a load level, and the reason.

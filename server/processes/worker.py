@@ -304,10 +304,10 @@ class Worker:
         """Write a line of the audit log."""
         self.channel.tell("audit_line", line)
 
-    async def report(self, served: Served, live: Live) -> dict[str, Any]:
+    async def report(self, served: Served, live: Live, reader: str | None) -> dict[str, Any]:
         """The audit results of a model; raises RequestError as SharedBooks.report does."""
         level = self.service.admission.level
-        answer: dict[str, Any] = await self.channel.call("report", served.model.full_name, level)
+        answer: dict[str, Any] = await self.channel.call("report", served.model.full_name, level, reader)
         return answer
 
     async def reset(self, served: Served) -> dict[str, Any]:
