@@ -1,11 +1,17 @@
-"""Serving on Ray: the middleware that retries, and options that are refused; lab/tests/test_ray.py starts a cluster."""
+"""Serving on Ray: the retrying middleware, refused options, a lost client; lab/tests/test_ray.py starts a cluster."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from de3.deploy.ray import repeat
+from de3.server.http.app import PROTOCOLS, create_app
+from de3.server.http.frontend import Frontend
+from de3.server.service import Service
+from de3.server.settings import Settings
 
 
 def answer_of(middleware: repeat.Repeat, *incoming: dict[str, Any]) -> list[Any]:
@@ -53,3 +59,34 @@ def test_a_wrong_option_is_refused_where_it_was_typed(arguments: dict[str, str])
 
     with pytest.raises(ValueError, match=next(iter(arguments))):
         build(arguments)
+
+
+@pytest.mark.slow
+def test_a_client_that_leaves_in_the_middle_of_its_body_causes_no_error(store: Path) -> None:
+    """Ray's `receive` raises an error then, in some of the cases."""
+    pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
+    from ray.exceptions import TaskCancelledError
+
+    from de3.deploy.ray.app import _on_ray
+
+    key = "root-has-a-long-key-too"
+    settings = Settings(store=store, default_model="tiny", admin_keys=SecretStr(f"root {key}"))
+    service, sent = Service(settings), []
+    incoming: Any = iter(
+        [{"type": "http.request", "body": b'{"ver', "more_body": True}, TaskCancelledError()]
+    )
+
+    async def receive() -> Any:
+        message = next(incoming)
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    path, headers = "/v1/models/tiny/load", [(b"authorization", f"Bearer {key}".encode())]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "client": ("127.0.0.1", 1)}
+    asyncio.run(_on_ray(create_app(Frontend(service, PROTOCOLS)))(scope, receive, send))
+    assert sent == []
+    assert service.metrics.rejected.labels("client_gone")._value.get() == 1

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.exceptions import TaskCancelledError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from de3.server.http.app import PROTOCOLS, create_app
@@ -65,7 +66,7 @@ class De3:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The ASGI application that Ray serves."""
-        return _without_id(create_app(self._frontend))
+        return _on_ray(create_app(self._frontend))
 
     def check_health(self) -> None:
         """Ray's health check: a replica that raises is replaced."""
@@ -73,18 +74,28 @@ class De3:
             raise self.service.failure
 
 
-def _without_id(app: ASGIApp) -> ASGIApp:
-    """Remove X-Request-ID from responses: Ray sets the id that the server uses, and adds the header itself."""
+def _on_ray(app: ASGIApp) -> ASGIApp:
+    """Adapt the application to Ray, which does two things of its own.
 
-    async def without_id(scope: Scope, receive: Receive, send: Send) -> None:
+    Ray sets the id that the server uses and adds X-Request-ID itself, so the header is removed from responses. And if a
+    client disconnects before its body has arrived, Ray's `receive` may raise an error instead of reporting it.
+    """
+
+    async def on_ray(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [header for header in message["headers"] if header[0] != HEADER]
             await send(message)
 
-        await app(scope, receive, send_without_id)
+        async def receive_without_error() -> Message:
+            try:
+                return await receive()
+            except TaskCancelledError:
+                return {"type": "http.disconnect"}
 
-    return without_id
+        await app(scope, receive_without_error, send_without_id)
+
+    return on_ray
 
 
 def build(arguments: dict[str, str]) -> serve.Application:
