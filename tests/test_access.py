@@ -2,20 +2,19 @@
 
 import asyncio
 import hashlib
-import time
+import math
+import random
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock
 
 import httpx
 import pytest
 
 from de3.server.errors import RequestError
-from de3.server.http.access import MAX_FILE_BYTES, MAX_KEYS, Access, Charge, Keys, RateLimit
+from de3.server.http.access import MAX_FILE_BYTES, MAX_KEYS, WINDOW_PARTS, Access, Charge, Keys, RateLimit
 from de3.server.http.app import PROTOCOLS
 from de3.server.http.frontend import Frontend
 from de3.server.service import Service
@@ -182,11 +181,6 @@ def test_an_unknown_path_needs_a_key(server: Server, path: str) -> None:
     assert httpx.get(server.url + path).status_code == 401
 
 
-def remaining(limit: RateLimit | None, owner: str) -> int:
-    assert limit is not None
-    return int(limit._limiter.get_window_stats(limit._rate, owner).remaining)
-
-
 def preflight(server: Server, origin: str) -> httpx.Response:
     headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
     return httpx.options(server.url + "/classify", headers=headers)
@@ -245,21 +239,35 @@ def test_any_host_name_is_accepted_where_a_page_could_do_no_harm(store: Path, se
             assert httpx.get(other.url + "/health", headers=headers).status_code == 200
 
 
-def test_a_clock_that_is_set_back_and_forth_blocks_nobody_for_longer_than_a_window(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("rate", "period_s"), [("200/second", 1.0), ("7 per 2 minute", 120.0)])
+def test_no_period_has_more_texts_than_the_limit(
+    rate: str, period_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, limit = 1e9, RateLimit("10/second")
-    monkeypatch.setattr(time, "time", lambda: now)
-    for step in (0.0, -3600.0, 7200.0, -1e6, 1e6):
-        now += step
-        with suppress(RequestError):  # the window may hold counts from when the clock last showed this time
-            limit._hit("me", 10)
-        with pytest.raises(RequestError) as refused:
-            for _ in range(2):
-                limit._hit("me", 10)
-        assert refused.value.retry_after_s == 1
-        now += 2
-        limit._hit("me", 10)
+    now, rng, limit = 1000.0, random.Random(1), RateLimit(rate)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("time.time", lambda: rng.uniform(0, 1e9))  # may be set back and forth
+    amount, counted = limit.remaining("me"), list[tuple[float, int]]()
+
+    def texts_of_the_last(seconds: float) -> int:
+        return sum(texts for at, texts in counted if at > now - seconds)
+
+    for _ in range(2000):
+        # Powers of two, so that there are no rounding errors.
+        now += period_s * rng.choices((0, 2**-10, 2**-7, 0.25, 0.9375), (90, 300, 90, 3, 3))[0]
+        texts = rng.choices((1, amount // 3, amount - 1), (90, 1, 1))[0]
+        try:
+            limit.hit("me", texts)
+            counted.append((now, texts))
+        except RequestError as refused:
+            assert texts_of_the_last(1.01 * period_s) + texts > amount
+            assert refused.retry_after_s is not None and 1 <= refused.retry_after_s <= math.ceil(period_s)
+            if rng.random() < 0.3:
+                now += refused.retry_after_s
+                limit.hit("me", texts)
+                counted.append((now, texts))
+        assert texts_of_the_last(period_s) <= amount
+        assert len(limit._windows["me"]._parts) <= WINDOW_PARTS + 1
+    assert len(counted) > 500
 
 
 def test_a_page_of_another_origin_cannot_use_a_server_without_keys(open_server: Server) -> None:
@@ -324,10 +332,10 @@ def test_the_cost_of_a_request(server: Server) -> None:
     """
 
     def cost(content: bytes, status: int) -> int:
-        before = remaining(server.frontend.access.limit, "erin")
+        before = server.frontend.access.limit.remaining("erin")
         answer = httpx.post(server.url + "/classify", content=content, headers=bearer(key_of("erin")))
         assert answer.status_code == status, answer.text
-        return before - remaining(server.frontend.access.limit, "erin")
+        return int(before - server.frontend.access.limit.remaining("erin"))
 
     assert cost(b'{"input": "good"}', 200) == 1
     assert cost(b'{"input": ["good", "bad", "fine"]}', 200) == 3
@@ -339,10 +347,10 @@ def test_the_cost_of_a_request(server: Server) -> None:
     charge = Charge(limit, "alice")
     for texts, then in ((4, 6), (2, 6), (5, 5)):
         asyncio.run(charge.raise_to(texts))
-        assert remaining(limit, "alice") == then
+        assert limit.remaining("alice") == then
     for texts, then in ((7, 3), (7, 3), (30, 0)):  # 30 is more than is left: charges the rest of the limit
         charge.settle(texts)
-        assert remaining(limit, "alice") == then
+        assert limit.remaining("alice") == then
     with pytest.raises(RequestError, match="over your limit"):
         asyncio.run(Charge(limit, "alice").raise_to(1))
     with pytest.raises(RequestError, match="costs 11 texts"):
@@ -351,38 +359,41 @@ def test_the_cost_of_a_request(server: Server) -> None:
 
 
 @in_event_loop
-async def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_while(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    whole, now = RateLimit("600/minute"), 1000.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
+async def test_processes_lease_a_fiftieth_of_a_limit_in_advance() -> None:
+    whole = RateLimit("400/day")
+    asked: list[int] = []
 
-    supervisor: Any = SimpleNamespace(lease=AsyncMock(side_effect=whole.grant), charge=whole.drain)
+    async def lease(owner: str, texts: int) -> int:
+        asked.append(texts)
+        await asyncio.sleep(0)
+        whole.hit(owner, texts)
+        return texts
 
-    async def take(limit: RateLimit, texts: int) -> bool:
-        try:
-            await limit.take("me", texts)
-        except RequestError:
-            return False
-        return True
+    supervisor: Any = SimpleNamespace(lease=lease, charge=whole.drain)
+    one, other = (RateLimit("400/day", supervisor, processes=2) for _ in range(2))
 
-    left = partial(remaining, whole, "me")
-    one, other = (RateLimit("600/minute", supervisor) for _ in range(2))
-    assert await take(one, 3) and left() == 595  # it leases a block of five
-    assert await take(one, 2) and left() == 595 and await take(one, 1) and left() == 590
-    assert await take(other, 90) and left() == 500
-    assert not await take(one, 600) and left() == 500  # its lease remains
-    assert await take(one, 4) and left() == 500
-    assert await take(one, 1) and left() == 495
-    now += 2  # the lease of `one` ends, with four texts left
-    assert await take(one, 1) and left() == 490
-    one.drain("me", 7)  # four come from its lease, three from the shared limit
-    assert left() == 487
-    assert [await take(other, 1) for _ in range(600)].count(True) == 487
-    assert not await take(one, 1)
-    options = Settings(api_keys=f"me {ALICE}", rate_limit="4800/minute", processes=4)  # type: ignore[arg-type]
-    of_four = Access(options).limit
-    assert of_four is not None and of_four.grant("me", 1) == 10  # a fourth of half a second's texts
-    daily = RateLimit("640/day", supervisor)  # slow: leases hold no more than is needed
-    whole._rate = daily._rate
-    assert [await take(daily, 1) for _ in range(641)].count(True) == 640
+    async def take(limit: RateLimit, *texts: int) -> list[bool]:
+        results = await asyncio.gather(*(limit.take("me", n) for n in texts), return_exceptions=True)
+        assert all(result is None or isinstance(result, RequestError) for result in results)
+        return [result is None for result in results]
+
+    left = partial(whole.remaining, "me")
+    assert await take(one, 1) == [True] and (asked, left()) == ([4], 396)
+    assert await take(one, 3) == [True] and left() == 396  # the rest of the block
+    assert await take(one, *[1] * 20) == [True] * 20 and left() == 396 - 4 - 19  # only one block at a time
+    one.drain("me", 5)  # three from its lease, two from the shared limit
+    assert (one._leased["me"], left()) == (0, 371)
+    assert (
+        await take(one, 3) == [True] and await take(one, 2, 1) == [True] * 2
+    )  # 2 leases, 1 uses the first lease
+    assert (one._leased["me"], left()) == (2, 363)
+    assert await take(other, 3, 3) == [True] * 2 and left() == 356  # a block, and three
+    assert await take(other, 354) == [True] and left() == 2
+    assert await take(other, 3) == [False] and await take(other, 1) == [True]  # the lease remains
+    asked.clear()
+    assert await take(other, 1) == [True] and (asked, left()) == ([4, 1], 1)  # too few for a block
+    assert await take(one, 3, 2, 1) == [False, True, True] and left() == 0
+    assert await take(one, 1) == [False]
+    settings = Settings(api_keys=f"me {ALICE}", rate_limit="4800/minute", processes=4)  # type: ignore[arg-type]
+    limit = Access(settings, supervisor).limit
+    assert limit is not None and limit._block == 24

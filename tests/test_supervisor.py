@@ -467,7 +467,7 @@ def test_the_supervisor_counts_what_the_processes_take_from_a_rate_limit(store: 
     handlers, limit = server._handlers(Process(1, None, Channel({}), socket.socket())), server._access.limit
     assert limit is not None and handlers["lease"]("someone", 3) == 3
     handlers["charge"]("someone", 5)
-    assert limit._limiter.get_window_stats(limit._rate, "someone").remaining == 92
+    assert limit.remaining("someone") == 92
 
 
 def test_a_replacement_has_the_keys_with_which_the_server_started(tmp_path: Path, store: Path) -> None:

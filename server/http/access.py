@@ -5,12 +5,12 @@ import hmac
 import math
 import re
 import time
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from limits import RateLimitItem, parse, parse_many
-from limits.storage import MemoryStorage
-from limits.strategies import SlidingWindowCounterRateLimiter
 from pydantic import SecretStr
 from starlette.types import Scope
 
@@ -23,7 +23,8 @@ MAX_KEYS = 256  # the key of each request is compared with all of them
 MAX_FILE_BYTES = 2**20
 # For the rate limit, this many bytes of a body, or tokens of a text, count as one text.
 BYTES_PER_TEXT, TOKENS_PER_TEXT = 4096, 128
-LEASE_S = 1.0  # after this time, a process loses the unused part of a lease
+LEASED_SHARE = 0.02  # of a limit, which the processes together may lease before they need it
+WINDOW_PARTS = 100
 # Paths that need no key: they reveal nothing about users or texts.
 _OPEN = re.compile(
     r"/(|health|ready|metrics|v2/health/(live|ready)|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)"
@@ -230,11 +231,55 @@ class Charge:
             self._texts = texts
 
 
+@dataclass(slots=True)
+class _Part:
+    """Texts that were counted shortly after one another; times in monotonic seconds."""
+
+    first: float
+    last: float
+    texts: int
+
+
+class _Window:
+    """The texts of one owner in the last `period_s` seconds.
+
+    Those that were counted within a hundredth of the period expire together, with the last of them: this bounds the
+    memory, and no period has more texts than the limit.
+    """
+
+    def __init__(self, period_s: float) -> None:
+        self._period_s, self._texts = period_s, 0
+        self._parts: deque[_Part] = deque()
+
+    def texts(self, now: float) -> int:
+        while self._parts and self._parts[0].last + self._period_s <= now:
+            self._texts -= self._parts.popleft().texts
+        return self._texts
+
+    def add(self, texts: int, now: float) -> None:
+        if not self._parts or now >= self._parts[-1].first + self._period_s / WINDOW_PARTS:
+            self._parts.append(_Part(now, now, 0))
+        self._parts[-1].last = now
+        self._parts[-1].texts += texts
+        self._texts += texts
+
+    def wait_s(self, texts: int, now: float) -> float:
+        """Seconds until at least this many texts have expired."""
+        for part in self._parts:
+            texts -= part.texts
+            if texts <= 0:
+                return part.last + self._period_s - now
+        return self._period_s
+
+
 class RateLimit:
     """A limit on the texts of each key per second, minute, hour or day, over a sliding window.
 
     A request costs the largest of: the number of its texts; its body in units of 4 KiB, rounded up; and the tokens
     of its texts in units of 128, rounded up for each text.
+
+    Processes that share a limit lease texts in advance: LEASED_SHARE of the limit, each an equal part. A window may
+    have that many texts more than the limit, if they were leased before it began, or fewer, if they are not used.
     """
 
     def __init__(self, rate: str, leases: Leases | None = None, processes: int = 1) -> None:
@@ -248,9 +293,11 @@ class RateLimit:
                 raise ValueError
         except ValueError:
             raise ValueError(f"rate_limit: {rate!r} is not a rate; give for example 100/second") from None
-        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
-        self._leases, self._processes = leases, processes
-        self._leased: dict[str, tuple[int, float]] = {}  # by owner: texts left, and end (monotonic seconds)
+        period_s = self._rate.get_expiry()
+        self._windows: defaultdict[str, _Window] = defaultdict(lambda: _Window(period_s))  # by owner
+        self._leases, self._block = leases, int(LEASED_SHARE * self._rate.amount / processes)
+        self._leased = Counter[str]()  # unused texts by owner, at most _block
+        self._leasing: set[str] = set()  # owners for whom a block is being leased
 
     def check(self, texts: int) -> None:
         """Raise RequestError for a request that costs more than the limit ever allows."""
@@ -260,63 +307,46 @@ class RateLimit:
                 cause="rate_limited",
             )
 
-    async def take(self, owner: str, texts: int) -> None:
+    def remaining(self, owner: str) -> int:
+        """Number of texts that the limit still allows an owner now."""
+        return self._rate.amount - self._windows[owner].texts(time.monotonic())
+
+    def hit(self, owner: str, texts: int) -> None:
         """Count texts of an owner; raises RequestError if that would exceed the limit."""
-        if self._leases is None:
-            self._hit(owner, texts)
-            return
-        left = self._take_leased(owner, texts)
-        if left < texts:
-            try:
-                granted = await self._leases.lease(owner, texts - left)
-            except RequestError:
-                self._keep(owner, left)
-                raise
-            self._keep(owner, granted - (texts - left))
-
-    def _take_leased(self, owner: str, texts: int) -> int:
-        """Take up to this many texts from an owner's lease; returns the number taken."""
-        left, end = self._leased.pop(owner, (0, 0.0))
-        if time.monotonic() > end:
-            return 0
-        taken = min(left, texts)
-        if left > taken:
-            self._leased[owner] = left - taken, end
-        return taken
-
-    def _keep(self, owner: str, texts: int) -> None:
-        left, _ = self._leased.get(owner, (0, 0.0))
-        if left + texts:
-            self._leased[owner] = left + texts, time.monotonic() + LEASE_S
-
-    def grant(self, owner: str, texts: int) -> int:
-        """Count at least this many texts of an owner, for a process that needs them; returns the number counted.
-
-        The number may be larger than `texts`, so that the process need not ask again for its next requests. In advance,
-        the processes together may lease half of what the limit allows in LEASE_S, each an equal part. Raises
-        RequestError if the limit does not permit `texts` more.
-        """
-        per_second = self._rate.amount / self._rate.get_expiry()
-        block = max(texts, int(per_second * LEASE_S / (2 * self._processes)))
-        if block > texts and self._limiter.hit(self._rate, owner, cost=block):
-            return block
-        self._hit(owner, texts)
-        return texts
-
-    def drain(self, owner: str, texts: int) -> None:
-        """Count texts of an owner that already ran, as far as the limit permits."""
-        if self._leases is not None:
-            if left := texts - self._take_leased(owner, texts):
-                self._leases.charge(owner, left)
-            return
-        remaining = self._limiter.get_window_stats(self._rate, owner).remaining
-        if cost := min(texts, remaining):
-            self._limiter.hit(self._rate, owner, cost=cost)
-
-    def _hit(self, owner: str, texts: int) -> None:
-        if not self._limiter.hit(self._rate, owner, cost=texts):
-            reset = self._limiter.get_window_stats(self._rate, owner).reset_time
-            wait = max(1, math.ceil(reset - time.time()))
+        window, now = self._windows[owner], time.monotonic()
+        missing = window.texts(now) + texts - self._rate.amount
+        if missing > 0:
+            wait = max(1, math.ceil(window.wait_s(missing, now)))
             raise RequestError(
                 f"over your limit, in texts: {self._rate}", cause="rate_limited", retry_after_s=wait
             )
+        window.add(texts, now)
+
+    async def take(self, owner: str, texts: int) -> None:
+        """Count texts of an owner, in all processes; raises RequestError if that would exceed the limit."""
+        if self._leases is None:
+            self.hit(owner, texts)
+        elif self._leased[owner] >= texts:
+            self._leased[owner] -= texts
+        elif self._block <= texts or owner in self._leasing:
+            await self._leases.lease(owner, texts)
+        else:
+            self._leasing.add(owner)
+            try:
+                granted = await self._leases.lease(owner, self._block)
+                self._leased[owner] += granted - texts
+            except RequestError:  # not so many are left
+                await self._leases.lease(owner, texts)
+            finally:
+                self._leasing.discard(owner)
+
+    def drain(self, owner: str, texts: int) -> None:
+        """Count texts of an owner that already ran, as far as the limit permits."""
+        if self._leases is None:
+            if cost := min(texts, self.remaining(owner)):
+                self.hit(owner, cost)
+            return
+        leased = min(texts, self._leased[owner])
+        self._leased[owner] -= leased
+        if texts > leased:
+            self._leases.charge(owner, texts - leased)

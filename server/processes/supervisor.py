@@ -272,7 +272,8 @@ class Supervisor:
 
     def _lease(self, owner: str, texts: int) -> int:
         assert self._access.limit is not None
-        return self._access.limit.grant(owner, texts)
+        self._access.limit.hit(owner, texts)
+        return texts
 
     def _charge(self, owner: str, texts: int) -> None:
         if self._access.limit is not None:
