@@ -38,6 +38,7 @@ def bearer(key: str) -> dict[str, str]:
 def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     file = tmp_path_factory.mktemp("keys") / "keys"
     others = "".join(f"{name} {key_of(name)}\n" for name in ("carol", "dave", "erin"))
+    others += f"carol {key_of('carols-new')}\n"
     file.write_text(f"# who may ask\nalice {ALICE}\n\nbob sha256:{DIGEST}  # only the digest\n{others}")
     with serving(store, models=["tiny"], api_keys_file=file, rate_limit="20/hour") as running:
         yield running
@@ -101,15 +102,16 @@ def test_the_schema_marks_the_paths_that_need_a_key(server: Server, open_server:
     assert [httpx.head(open_server.url + path).status_code for path in ("/health", "/ready")] == [200] * 2
 
 
-def test_each_key_has_its_own_limit(server: Server) -> None:
-    carol, dave = bearer(key_of("carol")), bearer(key_of("dave"))
+def test_each_name_has_its_own_limit_whatever_key_it_uses(server: Server) -> None:
+    carol, new, dave = (bearer(key_of(name)) for name in ("carol", "carols-new", "dave"))
     before = server.metric("de3_rejected_total", cause="rate_limited")
-    assert post(server, carol, input=["good"] * 15).status_code == 200
+    assert post(server, carol, input=["good"] * 14).status_code == 200
+    assert post(server, new, input="good").status_code == 200
     over = post(server, carol, input=["good"] * 6)
     assert over.status_code == 429 and over.json()["error"]["type"] == "RateLimitError"
     assert 1 <= int(over.headers["retry-after"]) <= 3600
     assert post(server, dave, input=["good"] * 6).status_code == 200
-    assert post(server, carol, input=["good"] * 5).status_code == 200  # the rest of the limit
+    assert post(server, new, input=["good"] * 5).status_code == 200  # the rest of the limit
     never = post(server, dave, input=["good"] * 21)
     assert never.status_code == 429 and "retry-after" not in never.headers
     assert server.metric("de3_rejected_total", cause="rate_limited") == before + 2
@@ -121,11 +123,12 @@ def test_each_key_has_its_own_limit(server: Server) -> None:
         ("# only a comment", "contains no key"),
         ("alice a b", "line 1: must be a name and a key"),
         ("alice short", "at least 16 characters"),
-        (f"alice {ALICE}\nalice {BOB}", "line 2: alice appears twice"),
+        (f"alice {ALICE}\nbob {ALICE}", "line 2: alice already has this key"),
+        (f"bob {BOB}\nbob sha256:{DIGEST}", "line 2: bob already has this key"),
         (f"al/ice {ALICE}", "line 1: a name is"),
         ("alice sha256:abc", "a digest 64 hex digits"),
         (f"alice {ALICE} #{BOB}\nbob short#comment", "line 2: a key has"),
-        ("\n".join(f"n{i} {ALICE}{i}" for i in range(MAX_KEYS + 1)), f"at most {MAX_KEYS}"),
+        ("\n".join(f"alice {ALICE}{i}" for i in range(MAX_KEYS + 1)), f"at most {MAX_KEYS}"),
     ],
 )
 def test_invalid_keys_are_refused_with_their_line(lines: str, says: str) -> None:
@@ -142,7 +145,7 @@ def test_invalid_keys_are_refused_with_their_line(lines: str, says: str) -> None
         ({"rate_limit": "0/second", "api_keys": f"alice {ALICE}"}, "rate_limit: '0/second' is not a rate"),
         ({"rate_limit": "9/second;5/hour", "api_keys": f"alice {ALICE}"}, "is not a rate"),
         ({"api_keys_file": Path("no-such-file")}, "DE3_API_KEYS_FILE: cannot be read: [Errno 2]"),
-        ({"api_keys": f"a {ALICE}", "admin_keys": f"b {ALICE}"}, "cannot be both"),
+        ({"api_keys": f"a {BOB};a {ALICE}", "admin_keys": f"b {ALICE}"}, "cannot be both"),
         ({"api_keys": "alice short"}, "DE3_API_KEYS, line 1"),
         ({"api_keys": f"alice {ALICE}", "api_keys_file": Path("x")}, "not both"),
     ],

@@ -35,22 +35,23 @@ _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 class Keys:
-    """API keys by the name of their owner, stored as SHA-256 digests.
+    """API keys, stored as SHA-256 digests. Each has an owner, who may have several keys.
 
     A key is compared with every digest, in constant time, so that timing reveals nothing about the keys.
     """
 
-    def __init__(self, digests: dict[str, bytes]) -> None:
-        self._digests = digests
+    def __init__(self, owners: dict[bytes, str]) -> None:
+        """owners: owners by the digest of their key."""
+        self._owners = owners
 
     @classmethod
     def read(cls, text: str, where: str) -> "Keys":
         """Keys from lines of `name key` or `name sha256:digest`, with comments after #.
 
-        where: source of the lines, for messages, which never show a key. Raises ValueError for an invalid line, and if
-        there is no key or more than MAX_KEYS.
+        where: source of the lines, for messages, which never show a key. Raises ValueError for an invalid line, for a
+        key that appears twice, and if there is no key or more than MAX_KEYS.
         """
-        digests: dict[str, bytes] = {}
+        owners: dict[bytes, str] = {}
         for number, line in enumerate(text.splitlines(), 1):
             parts = _COMMENT.sub("", line).split()
             if not parts:
@@ -61,19 +62,20 @@ class Keys:
             name, key = parts
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{place}: a name is up to 64 letters, digits and _ . -")
-            if name in digests:
-                raise ValueError(f"{place}: {name} appears twice")
             hashed = _DIGEST.fullmatch(key)
             if hashed is None and (key.startswith("sha256:") or len(key) < MIN_KEY_CHARS):
                 raise ValueError(
                     f"{place}: a key has at least {MIN_KEY_CHARS} characters, a digest 64 hex digits"
                 )
-            digests[name] = bytes.fromhex(hashed[1]) if hashed else _digest(key.encode())
-        if not digests:
+            digest = bytes.fromhex(hashed[1]) if hashed else _digest(key.encode())
+            if digest in owners:
+                raise ValueError(f"{place}: {owners[digest]} already has this key")
+            owners[digest] = name
+        if not owners:
             raise ValueError(f"{where}: contains no key")
-        if len(digests) > MAX_KEYS:
-            raise ValueError(f"{where}: {len(digests)} keys, at most {MAX_KEYS} are allowed")
-        return cls(digests)
+        if len(owners) > MAX_KEYS:
+            raise ValueError(f"{where}: {len(owners)} keys, at most {MAX_KEYS} are allowed")
+        return cls(owners)
 
     @classmethod
     def from_file(cls, path: Path) -> "Keys":
@@ -89,11 +91,11 @@ class Keys:
     @property
     def lines(self) -> str:
         """The keys' digests, as lines for read()."""
-        return "\n".join(f"{name} sha256:{digest.hex()}" for name, digest in self._digests.items())
+        return "\n".join(f"{name} sha256:{digest.hex()}" for digest, name in self._owners.items())
 
     def shares_with(self, others: "Keys") -> bool:
         """True if the two have a key in common."""
-        return not set(self._digests.values()).isdisjoint(others._digests.values())
+        return not self._owners.keys().isdisjoint(others._owners)
 
     def owner(self, scope: Scope) -> str:
         """The owner of the key in `Authorization: Bearer KEY`; raises RequestError if it is missing or unknown."""
@@ -107,7 +109,7 @@ class Keys:
 
     def _find(self, key: bytes) -> str | None:
         sent, owner = _digest(key), None
-        for name, digest in self._digests.items():
+        for digest, name in self._owners.items():
             if hmac.compare_digest(sent, digest):
                 owner = name
         return owner
@@ -212,7 +214,7 @@ def _digest(key: bytes) -> bytes:
 
 
 class Charge:
-    """The charge of a request against its key's rate limit, in texts; it grows as the cost becomes known."""
+    """The charge of a request against its owner's rate limit, in texts; it grows as the cost becomes known."""
 
     def __init__(self, limit: "RateLimit | None", owner: str) -> None:
         self._limit, self._owner, self._texts = limit, owner, 0
@@ -273,7 +275,7 @@ class _Window:
 
 
 class RateLimit:
-    """A limit on the texts of each key per second, minute, hour or day, over a sliding window.
+    """A limit on the texts of each owner of keys per second, minute, hour or day, over a sliding window.
 
     A request costs the largest of: the number of its texts; its body in units of 4 KiB, rounded up; and the tokens
     of its texts in units of 128, rounded up for each text.
