@@ -15,7 +15,7 @@ import pytest
 
 from de3.server.errors import RequestError
 from de3.server.http.access import MAX_FILE_BYTES, MAX_KEYS, WINDOW_PARTS, Access, Charge, Keys, RateLimit
-from de3.server.http.app import PROTOCOLS
+from de3.server.http.app import PROTOCOLS, _is_loopback
 from de3.server.http.frontend import Frontend
 from de3.server.service import Service
 from de3.server.settings import Settings
@@ -47,7 +47,7 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 @pytest.fixture(scope="module")
 def open_server(store: Path) -> Iterator[Server]:
     """A server without keys."""
-    with serving(store, models=["tiny"], cors_origins=[PAGE], allowed_hosts=["proxy.example"]) as running:
+    with serving(store, models=["tiny"], cors_origins=[PAGE], allowed_hosts=["Proxy.example"]) as running:
         yield running
 
 
@@ -217,10 +217,19 @@ def test_answers_have_security_headers(server: Server, path: str) -> None:
         ("LOCALHOST.", True),
         ("app.localhost", True),
         ("[::1]:8000", True),
-        ("proxy.example", True),
+        ("127.0.0.1:", True),
+        ("proxy.Example", True),
         ("evil.example:8000", False),
         ("localhost.evil.example", False),
         ("127.0.0.1.evil.example", False),
+        ("[::1]evil.example", False),
+        ("[::1", False),
+        ("[::1%25evil.example]", False),
+        ("[127.0.0.1]", False),
+        ("127.0.0.1:evil.example", False),
+        ("localhost:80@evil.example", False),
+        ("evil.example/.localhost", False),
+        (":8000", False),
     ],
 )
 def test_dns_rebinding_is_refused(open_server: Server, host: str, is_own: bool) -> None:
@@ -232,6 +241,14 @@ def test_dns_rebinding_is_refused(open_server: Server, host: str, is_own: bool) 
     ):
         assert answer.status_code == (200 if is_own else 403), answer.text
         assert is_own or "--allowed-host" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [("LOCALHOST", True), ("127.1", True), ("::ffff:127.0.0.1", True), ("0.0.0.0", False), ("a b", False)],
+)
+def test_the_host_is_checked_however_the_loopback_address_is_written(host: str, is_loopback: bool) -> None:
+    assert _is_loopback(host) is is_loopback
 
 
 def test_any_host_name_is_accepted_where_a_page_could_do_no_harm(store: Path, server: Server) -> None:

@@ -1,11 +1,13 @@
 """The HTTP application: checks, protocols and the other routes."""
 
 import asyncio
+import re
+import socket
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
 from importlib.metadata import version
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -78,7 +80,7 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
     has_keys = frontend.access.users is not None
     checks_origin = not has_keys and "*" not in origins
     checks_host = not has_keys and "*" not in settings.allowed_hosts and _is_loopback(settings.host)
-    is_own_name = lru_cache(256)(partial(_is_own_name, frozenset(settings.allowed_hosts)))
+    is_own_name = lru_cache(256)(partial(_is_own_name, frozenset(map(str.lower, settings.allowed_hosts))))
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -133,10 +135,12 @@ OTHER_HOST = RequestError(
 
 
 def _is_loopback(host: str) -> bool:
+    """True if all addresses of a host are loopback addresses. A name is resolved, as for listening."""
     try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
+        found = [ip_address(row[4][0]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except (OSError, ValueError):
         return False
+    return all((getattr(ip, "ipv4_mapped", None) or ip).is_loopback for ip in found)
 
 
 def _host_of(scope: Scope) -> bytes:
@@ -145,18 +149,22 @@ def _host_of(scope: Scope) -> bytes:
     return host if host is not None else next((v for name, v in scope["headers"] if name == b"host"), b"")
 
 
+_HOST = re.compile(r"(?:\[(?P<ipv6>[\d:.a-f]+)\]|(?P<name>[\w.-]+))(?::\d*)?", re.ASCII | re.IGNORECASE)
+
+
 def _is_own_name(allowed: Collection[str], header: bytes) -> bool:
     """True for an address, localhost or an allowed name; any other name may be an attempt at DNS rebinding.
 
-    header: the Host header; empty if an HTTP/1.0 request has none.
+    allowed: names in lower case. header: the Host header; empty if an HTTP/1.0 request has none.
     """
-    host = header.decode("latin-1") or "localhost"
-    name = host.partition("]")[0][1:] if host[:1] == "[" else host.partition(":")[0]
-    name = name.lower().removesuffix(".")
+    parts = _HOST.fullmatch(header.decode("latin-1") or "localhost")
+    if parts is None:
+        return False
+    name = (parts["name"] or "").lower().removesuffix(".")
     if name == "localhost" or name.endswith(".localhost") or name in allowed:
         return True
     try:
-        return bool(ip_address(name))
+        return bool(IPv6Address(parts["ipv6"]) if parts["ipv6"] else IPv4Address(name))
     except ValueError:
         return False
 
