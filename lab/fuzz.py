@@ -249,11 +249,12 @@ def send(connection: socket.socket, raw: RawRequest, result: Result, idle_s: flo
 
     idle_s: seconds since the connection was last used, for the message if the server closed it.
     """
-    request = raw.data
+    request, can_send = raw.data, True
     try:
         connection.sendall(request)
         if not raw.is_http and not select.select([connection], [], [], FIRST_BYTE_S)[0]:
-            connection.shutdown(socket.SHUT_WR)  # the server waits for more data
+            connection.shutdown(socket.SHUT_WR)  # the server is slow, or waits for more data
+            can_send = False
         answer = HTTPResponse(connection, method=request.split(b" ", 1)[0].decode("latin-1"))
         answer.begin()
         body = answer.read()
@@ -270,4 +271,4 @@ def send(connection: socket.socket, raw: RawRequest, result: Result, idle_s: flo
     if problem := check(answer.status, headers, body, request):
         result.problem(problem, request)
     # The server may refuse a request without reading all of it.
-    return answer.status == 200 and not answer.will_close
+    return can_send and answer.status == 200 and not answer.will_close

@@ -1,14 +1,16 @@
 """Invalid input: requests generated from the OpenAPI schema, mutated valid requests, and damaged artifacts."""
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from lab.fuzz import check, fuzz
+from lab.fuzz import RawRequest, Result, check, fuzz, send
 from tests.serving import Server, serving
 
 KEY = "an-admin-key-of-some-length"
@@ -59,3 +61,20 @@ def test_the_check_finds_what_is_wrong() -> None:
     assert "wrong shape" in check(404, {"content-type": "text/plain"}, b"no", b"POST ")
     assert check(503, {}, b"", b"POST ") == "503 without Retry-After"
     assert check(503, {"retry-after": "1"}, b"", b"POST ") == ""
+
+
+def test_a_connection_is_not_used_again_once_it_is_half_closed() -> None:
+    """The fuzzer half-closes if a request may be incomplete; a slow server may still answer it with 200."""
+    ours, servers = socket.socketpair()
+    with ours, servers, ThreadPoolExecutor(1) as pool:
+
+        def answer() -> None:
+            while servers.recv(100):
+                pass
+            servers.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        answering = pool.submit(answer)
+        result = Result()
+        assert not send(ours, RawRequest(b"GET / HTTP/1.1\r\n\r\n", is_http=False), result)
+        answering.result()
+    assert result.statuses == {"200": 1} and result.problems == []
