@@ -342,6 +342,9 @@ def test_the_command_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> No
     assert models("unload tiny:1") == "tiny:1 is unloaded"
     assert models("rollback tiny") == "tiny:1 is current again, by onnxruntime"
     assert "layer_02.onnx: damaged" in refusal(f"models load tiny:3 --url {server.url}")
+    assert "--url: Invalid port" in refusal("models load tiny:3 --url http://[::1")
+    assert "control characters" in refusal(["models", "load", "tiny:3", "--url", "http://a b"])
+    assert "--url: Invalid port" in refusal("classify good --url http://[::1]evil:80")
 
 
 def fake(version: int, name: str = "a", source: str | None = None) -> Any:

@@ -2,9 +2,10 @@
 
 import json
 import os
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
@@ -106,9 +107,15 @@ Url = Annotated[str, typer.Option(envvar="DE3_URL", help="URL of the running ser
 
 
 def check_url(url: str) -> str:
-    """The URL of a server without a trailing slash; raises ValueError unless it begins with http:// or https://."""
+    """The URL of a server without a trailing slash; raises ValueError for an invalid one."""
+    import httpx
+
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"--url: must begin with http:// or https://; did you mean http://{url}?")
+    try:
+        httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"--url: {error}") from None
     return url.rstrip("/")
 
 
@@ -199,5 +206,5 @@ def _change(url: str, model: str, action: str, body: dict[str, Any]) -> dict[str
         if error.code == 404 and "no such path" in message:
             message = "the server has no admin keys, so its models cannot be changed"
         raise ValueError(message) from None
-    except URLError as error:
-        raise ValueError(f"{url}: {error.reason}") from None
+    except (OSError, HTTPException) as error:
+        raise ValueError(f"{url}: {getattr(error, 'reason', error)}") from None
