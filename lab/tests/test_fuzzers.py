@@ -7,7 +7,7 @@ import pytest
 from de3.exits.promise import Promise
 from de3.model_store import graph_check, store, tokenizer_check
 from de3.server.http.connection import Connection
-from lab.fuzzers import NAMES
+from lab.fuzzers import NAMES, connection
 from lab.fuzzers.run import Fuzzer, fuzz
 
 
@@ -48,3 +48,11 @@ def test_a_planted_fault_is_found(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 # Inputs that were once findings.
+
+
+@pytest.mark.parametrize("cuts", [[], [4200]])
+def test_a_body_may_be_refused_as_too_large_or_as_malformed(cuts: list[int]) -> None:
+    """It is too large after the first piece; if it arrives whole, its invalid trailer is noticed first."""
+    head = b"GET /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    data = head + b"1388\r\n" + b"a" * 5000 + b"\r\n0\r\nContent-Length: 5\r\n\r\n"
+    connection.check(connection.Stream(data, cuts, [0], "expire"))
