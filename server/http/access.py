@@ -23,7 +23,7 @@ MAX_KEYS = 256  # the key of each request is compared with all of them
 MAX_FILE_BYTES = 2**20
 # For the rate limit, this many bytes of a body, or tokens of a text, count as one text.
 BYTES_PER_TEXT, TOKENS_PER_TEXT = 4096, 128
-LEASED_SHARE = 0.02  # of a limit, which the processes together may lease before they need it
+LEASED_PART = 50  # the processes together may lease a 50th of a limit before they need it
 WINDOW_PARTS = 100
 # Paths that need no key: they reveal nothing about users or texts.
 _OPEN = re.compile(
@@ -280,7 +280,7 @@ class RateLimit:
     A request costs the largest of: the number of its texts; its body in units of 4 KiB, rounded up; and the tokens
     of its texts in units of 128, rounded up for each text.
 
-    Processes that share a limit lease texts in advance: LEASED_SHARE of the limit, each an equal part. A window may
+    Processes that share a limit lease texts in advance: together a 50th of the limit, each an equal part. A window may
     have that many texts more than the limit, if they were leased before it began, or fewer, if they are not used.
     """
 
@@ -297,7 +297,7 @@ class RateLimit:
             raise ValueError(f"rate_limit: {rate!r} is not a rate; give for example 100/second") from None
         period_s = self._rate.get_expiry()
         self._windows: defaultdict[str, _Window] = defaultdict(lambda: _Window(period_s))  # by owner
-        self._leases, self._block = leases, int(LEASED_SHARE * self._rate.amount / processes)
+        self._leases, self._block = leases, self._rate.amount // (LEASED_PART * processes)
         self._leased = Counter[str]()  # unused texts by owner, at most _block
         self._leasing: set[str] = set()  # owners for whom a block is being leased
 
