@@ -5,6 +5,7 @@ import logging
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -221,43 +222,29 @@ def test_errors_that_nobody_awaits_are_reported(loop: str, caplog: pytest.LogCap
 
 
 @in_event_loop
-async def test_a_report_that_nobody_waits_for_any_more_is_not_silent() -> None:
-    running = SharedRun[str]("report")
-    for error in (RuntimeError("unexpected"), RequestError("expected")):
+async def test_a_change_or_report_whose_client_is_gone_runs_to_its_end_and_its_error_is_reported_once() -> (
+    None
+):
+    report_unhandled(asyncio.get_running_loop())
+    running = SharedRun[None]("report")
+    for error, reported in ((RequestError("refused"), 0), (RuntimeError("unexpected"), 1)):
         may_fail = asyncio.Event()
 
-        async def fail(may_fail: asyncio.Event = may_fail, error: Exception = error) -> str:
+        async def run(may_fail: asyncio.Event = may_fail, error: Exception = error) -> None:
             await may_fail.wait()
             raise error
 
-        request = asyncio.create_task(running.result(fail))
+        requests = [asyncio.create_task(admin._to_its_end(run())), asyncio.create_task(running.result(run))]
         await asyncio.sleep(0)
-        request.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await request
+        for request in requests:
+            request.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await request
         may_fail.set()
-        await asyncio.wait([running._running])  # type: ignore[list-item]
+        while admin._abandoned or (running._running and not running._running.done()):
+            await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert errors == {"report": 1}
-
-
-@in_event_loop
-async def test_a_change_whose_client_is_gone_runs_to_its_end_and_its_error_is_reported() -> None:
-    may_fail = asyncio.Event()
-
-    async def change() -> None:
-        await may_fail.wait()
-        raise RuntimeError("unexpected")
-
-    request = asyncio.create_task(admin._to_its_end(change()))
-    await asyncio.sleep(0)
-    request.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await request
-    may_fail.set()
-    while not errors:
-        await asyncio.sleep(0)
-    assert errors == {"model_change": 1}
+        assert errors == Counter(model_change=reported, report=reported)
 
 
 @in_event_loop

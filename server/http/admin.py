@@ -112,11 +112,12 @@ async def _to_its_end(change: Coroutine[Any, Any, T]) -> T:
     """Run a change of the models to completion, even if the client disconnects."""
     task = asyncio.create_task(change)
     try:
-        return await asyncio.shield(task)
+        await asyncio.wait([task])  # asyncio.shield would log errors of its own in Python 3.14
     except asyncio.CancelledError:
         _abandoned.add(task)
         task.add_done_callback(_ended)
         raise
+    return task.result()
 
 
 _abandoned: set[asyncio.Task[Any]] = set()  # changes whose clients are gone

@@ -27,11 +27,13 @@ class SharedRun(Generic[T]):
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(run())
             self._running.add_done_callback(self._ended)
+        running = self._running
         self._waiting += 1
         try:
-            return await asyncio.shield(self._running)
+            await asyncio.wait([running])  # asyncio.shield would log errors of its own in Python 3.14
         finally:
             self._waiting -= 1
+        return running.result()
 
     def _ended(self, task: asyncio.Task[T]) -> None:
         """Report an error that no request is waiting for; otherwise the requests report it."""
