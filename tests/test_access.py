@@ -144,6 +144,7 @@ def test_invalid_keys_are_refused_with_their_line(lines: str, says: str) -> None
         ({"rate_limit": "10/second"}, "rate_limit: applies to API keys"),
         ({"rate_limit": "0/second", "api_keys": f"alice {ALICE}"}, "rate_limit: '0/second' is not a rate"),
         ({"rate_limit": "9/second;5/hour", "api_keys": f"alice {ALICE}"}, "is not a rate"),
+        ({"rate_limit": "9/0 second", "api_keys": f"alice {ALICE}"}, "is not a rate"),
         ({"api_keys_file": Path("no-such-file")}, "DE3_API_KEYS_FILE: cannot be read: [Errno 2]"),
         ({"api_keys": f"a {BOB};a {ALICE}", "admin_keys": f"b {ALICE}"}, "cannot be both"),
         ({"api_keys": "alice short"}, "DE3_API_KEYS, line 1"),
@@ -259,7 +260,7 @@ def test_any_host_name_is_accepted_where_a_page_could_do_no_harm(store: Path, se
             assert httpx.get(other.url + "/health", headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize(("rate", "period_s"), [("200/second", 1.0), ("7 per 2 minute", 120.0)])
+@pytest.mark.parametrize(("rate", "period_s"), [("200/second", 1.0), (" 07 PER 2 minutes", 120.0)])
 def test_no_period_has_more_texts_than_the_limit(
     rate: str, period_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

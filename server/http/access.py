@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limits import RateLimitItem, parse, parse_many
 from pydantic import SecretStr
 from starlette.types import Scope
 
@@ -32,6 +31,18 @@ _OPEN = re.compile(
 _COMMENT = re.compile(r"(^|\s)#.*")
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_RATE = re.compile(
+    r"\s*0*([1-9]\d{,14})\s*(?:/|per)\s*([1-9]\d{,5})?\s*(second|minute|hour|day|month|year)s?\s*",
+    re.ASCII | re.I,
+)
+_SECONDS = {
+    "second": 1,
+    "minute": 60,
+    "hour": 3600,
+    "day": 86_400,
+    "month": 30 * 86_400,
+    "year": 360 * 86_400,
+}
 
 
 class Keys:
@@ -289,21 +300,19 @@ class RateLimit:
 
         processes: number of processes that share the limit. Raises ValueError for an invalid rate.
         """
-        try:
-            self._rate: RateLimitItem = parse(rate)
-            if len(parse_many(rate)) > 1 or self._rate.amount < 1:
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"rate_limit: {rate!r} is not a rate; give for example 100/second") from None
-        period_s = self._rate.get_expiry()
+        parts = _RATE.fullmatch(rate)
+        if parts is None:
+            raise ValueError(f"rate_limit: {rate!r} is not a rate; give for example 100/second")
+        self._rate, self._amount = rate.strip(), int(parts[1])
+        period_s = int(parts[2] or 1) * _SECONDS[parts[3].lower()]
         self._windows: defaultdict[str, _Window] = defaultdict(lambda: _Window(period_s))  # by owner
-        self._leases, self._block = leases, self._rate.amount // (LEASED_PART * processes)
+        self._leases, self._block = leases, self._amount // (LEASED_PART * processes)
         self._leased = Counter[str]()  # unused texts by owner, at most _block
         self._leasing: set[str] = set()  # owners for whom a block is being leased
 
     def check(self, texts: int) -> None:
         """Raise RequestError for a request that costs more than the limit ever allows."""
-        if texts > self._rate.amount:
+        if texts > self._amount:
             raise RequestError(
                 f"this request costs {texts} texts, and your limit is {self._rate}: send fewer at a time",
                 cause="rate_limited",
@@ -311,12 +320,12 @@ class RateLimit:
 
     def remaining(self, owner: str) -> int:
         """Number of texts that the limit still allows an owner now."""
-        return self._rate.amount - self._windows[owner].texts(time.monotonic())
+        return self._amount - self._windows[owner].texts(time.monotonic())
 
     def hit(self, owner: str, texts: int) -> None:
         """Count texts of an owner; raises RequestError if that would exceed the limit."""
         window, now = self._windows[owner], time.monotonic()
-        missing = window.texts(now) + texts - self._rate.amount
+        missing = window.texts(now) + texts - self._amount
         if missing > 0:
             wait = max(1, math.ceil(window.wait_s(missing, now)))
             raise RequestError(
