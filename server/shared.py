@@ -27,7 +27,7 @@ class Leases(Protocol):
         """
 
     def charge(self, owner: str, texts: int) -> None:
-        """Count texts that already ran, as far as the owner's limit permits."""
+        """Count texts that already ran, even beyond the owner's limit."""
 
 
 class Shared(Protocol):

@@ -185,6 +185,29 @@ def test_an_unknown_path_needs_a_key(server: Server, path: str) -> None:
     assert httpx.get(server.url + path).status_code == 401
 
 
+def test_texts_beyond_the_limit_count_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, limit = 1000.0, RateLimit("100/second")
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    limit.hit("me", 60)
+    now += 0.5
+    limit.drain("me", 240)  # 200 more than the limit, which need two seconds
+    now += 0.25
+    limit.drain("me", 10)  # another tenth of a second
+    assert limit.remaining("me") == 0
+    now += 0.25
+    limit.drain("me", 1)  # the first 60 have expired, but it is still beyond the limit
+    for seconds in (1.0, 1.0, 0.49):
+        now += seconds
+        with pytest.raises(RequestError) as refused:
+            limit.hit("me", 1)
+    assert refused.value.retry_after_s == 1
+    left = []
+    for seconds in (0.06, 0.055, 0.01):
+        now += seconds
+        left.append(limit.remaining("me"))
+    assert left == [89, 99, 100]
+
+
 def preflight(server: Server, origin: str) -> httpx.Response:
     headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
     return httpx.options(server.url + "/classify", headers=headers)
@@ -364,16 +387,20 @@ def test_the_cost_of_a_request(server: Server) -> None:
     assert cost(b'{"input": "good", "user": "' + b"x" * 10_000 + b'"}', 200) == 3
     assert cost(b'{"input": "' + b"x" * 20_000, 400) == 5
     assert cost(b'{"input": ["good", "bad"], "user": "' + b"x" * 5000 + b'"}', 200) == 2
+    assert [cost(b"{", 400) for _ in range(4)] == [1] * 4
+    assert cost(b"{", 429) == 0
+    assert server.frontend.access.limit._windows["erin"]._texts == 20
     limit = RateLimit("10/hour")
     charge = Charge(limit, "alice")
     for texts, then in ((4, 6), (2, 6), (5, 5)):
         asyncio.run(charge.raise_to(texts))
         assert limit.remaining("alice") == then
-    for texts, then in ((7, 3), (7, 3), (30, 0)):  # 30 is more than is left: charges the rest of the limit
+    for texts, then in ((7, 3), (7, 3), (30, 0)):  # 30 is more than is left
         charge.settle(texts)
         assert limit.remaining("alice") == then
-    with pytest.raises(RequestError, match="over your limit"):
+    with pytest.raises(RequestError, match="over your limit") as refused:
         asyncio.run(Charge(limit, "alice").raise_to(1))
+    assert refused.value.retry_after_s in (3 * 3600 - 1, 3 * 3600)  # for 30 texts, at 10 per hour
     with pytest.raises(RequestError, match="costs 11 texts"):
         asyncio.run(Charge(limit, "bob").raise_to(11))
     asyncio.run(Charge(limit, "bob").raise_to(10))

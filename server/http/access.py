@@ -238,7 +238,7 @@ class Charge:
             self._texts = texts
 
     def settle(self, texts: int) -> None:
-        """Increase the charge to this many texts in total, for work already done, as far as the limit permits."""
+        """Increase the charge to this many texts in total, for work already done, even beyond the limit."""
         if self._limit is not None and texts > self._texts:
             self._limit.drain(self._owner, texts - self._texts)
             self._texts = texts
@@ -246,7 +246,12 @@ class Charge:
 
 @dataclass(slots=True)
 class _Part:
-    """Texts that were counted shortly after one another; times in monotonic seconds."""
+    """Texts that were counted shortly after one another.
+
+    Attributes:
+        first, last: times of the first and the last of them (monotonic seconds); `last` is later if they exceed the
+            limit.
+    """
 
     first: float
     last: float
@@ -257,11 +262,12 @@ class _Window:
     """The texts of one owner in the last `period_s` seconds.
 
     Those that were counted within a hundredth of the period expire together, with the last of them: this bounds the
-    memory, and no period has more texts than the limit.
+    memory, and no period has more texts than the limit. Texts that exceed the limit, because their cost was not known
+    before they ran, expire as much later as the limit needs for them.
     """
 
-    def __init__(self, period_s: float) -> None:
-        self._period_s, self._texts = period_s, 0
+    def __init__(self, limit: int, period_s: float) -> None:
+        self._limit, self._period_s, self._texts = limit, period_s, 0
         self._parts: deque[_Part] = deque()
 
     def texts(self, now: float) -> int:
@@ -270,11 +276,13 @@ class _Window:
         return self._texts
 
     def add(self, texts: int, now: float) -> None:
+        self._texts = self.texts(now) + texts
+        latest = self._parts[-1].last if self._parts else now
         if not self._parts or now >= self._parts[-1].first + self._period_s / WINDOW_PARTS:
             self._parts.append(_Part(now, now, 0))
-        self._parts[-1].last = now
-        self._parts[-1].texts += texts
-        self._texts += texts
+        part, excess = self._parts[-1], min(texts, max(0, self._texts - self._limit))
+        part.texts += texts
+        part.last = max(latest, now) + excess / self._limit * self._period_s
 
     def wait_s(self, texts: int, now: float) -> float:
         """Seconds until at least this many texts have expired."""
@@ -305,7 +313,8 @@ class RateLimit:
             raise ValueError(f"rate_limit: {rate!r} is not a rate; give for example 100/second")
         self._rate, self._amount = rate.strip(), int(parts[1])
         period_s = int(parts[2] or 1) * _SECONDS[parts[3].lower()]
-        self._windows: defaultdict[str, _Window] = defaultdict(lambda: _Window(period_s))  # by owner
+        # By owner.
+        self._windows: defaultdict[str, _Window] = defaultdict(lambda: _Window(self._amount, period_s))
         self._leases, self._block = leases, self._amount // (LEASED_PART * processes)
         self._leased = Counter[str]()  # unused texts by owner, at most _block
         self._leasing: set[str] = set()  # owners for whom a block is being leased
@@ -320,7 +329,7 @@ class RateLimit:
 
     def remaining(self, owner: str) -> int:
         """Number of texts that the limit still allows an owner now."""
-        return self._amount - self._windows[owner].texts(time.monotonic())
+        return max(0, self._amount - self._windows[owner].texts(time.monotonic()))
 
     def hit(self, owner: str, texts: int) -> None:
         """Count texts of an owner; raises RequestError if that would exceed the limit."""
@@ -352,10 +361,9 @@ class RateLimit:
                 self._leasing.discard(owner)
 
     def drain(self, owner: str, texts: int) -> None:
-        """Count texts of an owner that already ran, as far as the limit permits."""
+        """Count texts of an owner that already ran, even beyond the limit: then the next ones wait for longer."""
         if self._leases is None:
-            if cost := min(texts, self.remaining(owner)):
-                self.hit(owner, cost)
+            self._windows[owner].add(texts, time.monotonic())
             return
         leased = min(texts, self._leased[owner])
         self._leased[owner] -= leased

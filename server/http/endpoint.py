@@ -99,7 +99,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
         else:
             request = await _parse_in_turn(call, client, exchange, frontend, protocol)
     except RequestError:
-        charge.settle(1)
+        await charge.raise_to(1)
         raise
     await charge.raise_to(len(request.texts))
     exchange.inference = inference = Inference(request)
