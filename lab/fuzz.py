@@ -215,7 +215,8 @@ def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> 
 def fuzz(url: str, requests: int, seed: int, on_progress: Callable[[int], None] = lambda _: None) -> Result:
     """Send requests one after the other; raises OSError if the server stops listening.
 
-    A connection is reused only after a 200 that keeps it open: leftovers of a refused request would affect the next.
+    A connection is reused only after a well-formed request and a 200 that keeps it open: leftovers of other requests
+    would affect the next.
     """
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 80)
@@ -249,12 +250,11 @@ def send(connection: socket.socket, raw: RawRequest, result: Result, idle_s: flo
 
     idle_s: seconds since the connection was last used, for the message if the server closed it.
     """
-    request, can_send = raw.data, True
+    request = raw.data
     try:
         connection.sendall(request)
         if not raw.is_http and not select.select([connection], [], [], FIRST_BYTE_S)[0]:
             connection.shutdown(socket.SHUT_WR)  # the server is slow, or waits for more data
-            can_send = False
         answer = HTTPResponse(connection, method=request.split(b" ", 1)[0].decode("latin-1"))
         answer.begin()
         body = answer.read()
@@ -270,5 +270,5 @@ def send(connection: socket.socket, raw: RawRequest, result: Result, idle_s: flo
     headers = {name.lower(): value for name, value in answer.getheaders()}
     if problem := check(answer.status, headers, body, request):
         result.problem(problem, request)
-    # The server may refuse a request without reading all of it.
-    return can_send and answer.status == 200 and not answer.will_close
+    # The server may refuse a request without reading all of it, and answer a malformed one before its last bytes.
+    return raw.is_http and answer.status == 200 and not answer.will_close

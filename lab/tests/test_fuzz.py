@@ -63,7 +63,7 @@ def test_the_check_finds_what_is_wrong() -> None:
     assert check(503, {"retry-after": "1"}, b"", b"POST ") == ""
 
 
-def test_a_connection_is_not_used_again_once_it_is_half_closed() -> None:
+def test_a_connection_is_not_used_again_after_a_malformed_request() -> None:
     """The fuzzer half-closes if a request may be incomplete; a slow server may still answer it with 200."""
     ours, servers = socket.socketpair()
     with ours, servers, ThreadPoolExecutor(1) as pool:
