@@ -143,11 +143,14 @@ static PyObject *py_new(PyObject *self, PyObject *args) {
 /* seal(model, fd): the model must be complete; see seal_model */
 static PyObject *py_seal(PyObject *self, PyObject *args) {
     PyObject *capsule;
-    int fd;
+    int fd, failed;
     if (!PyArg_ParseTuple(args, "Oi", &capsule, &fd)) return NULL;
     Model *m = model_of(capsule);
     if (m == NULL) return NULL;
-    if (seal_model(m, fd)) return PyErr_SetFromErrno(PyExc_OSError);
+    Py_BEGIN_ALLOW_THREADS; /* collecting 300 MB into huge pages takes seconds on a busy machine */
+    failed = seal_model(m, fd);
+    Py_END_ALLOW_THREADS;
+    if (failed) return PyErr_SetFromErrno(PyExc_OSError);
     Py_RETURN_NONE;
 }
 
