@@ -244,6 +244,16 @@ def test_a_killed_process_is_replaced_and_its_counts_remain(server: Running) -> 
     assert server.change("rollback").status_code == 200
 
 
+def test_a_stopped_process_is_replaced_and_its_counts_remain(server: Running) -> None:
+    counted, pids = server.metric("de3_requests_total", status="200"), server.pids
+    os.kill(pids[0], signal.SIGSTOP)
+    # Requests could wait for the stopped process, so none is sent before it has ended.
+    until(lambda: pids[0] not in server.pids, "the end of the stopped process")
+    assert len(server.logged("does not answer")) == 1
+    until(lambda: server.get("/ready").status_code == 200, "the replacement")
+    assert server.metric("de3_requests_total", status="200") >= counted
+
+
 def test_a_rate_limit_is_one(server: Running) -> None:
     body = b"x" * (4096 * 250)  # costs 250 texts, although it is refused
     with server.both() as clients:
@@ -279,7 +289,10 @@ def test_no_accepted_request_is_lost_at_the_end(versions: Path) -> None:
 
 
 def test_a_second_signal_ends_processes_that_do_not(versions: Path) -> None:
-    with running(versions, "--model", "tiny:1", "--timeout-s", "600") as server:
+    patient = (
+        "from de3.server.processes import group; group.LOOP_CHECKS = 600; from de3.cli import app; app()"
+    )
+    with running(versions, "--model", "tiny:1", "--timeout-s", "600", code=patient) as server:
         os.kill(server.pids[0], signal.SIGSTOP)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: len(server.pids) == 1, "the end of the other process")

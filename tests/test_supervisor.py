@@ -26,7 +26,7 @@ from de3.server.processes import connections, group, supervisor, worker
 from de3.server.processes.books import SharedBooks
 from de3.server.processes.channel import Channel, ChannelClosedError
 from de3.server.processes.connections import Connections
-from de3.server.processes.group import Group, Process
+from de3.server.processes.group import ANSWER_CHECKS, LOAD_CHECKS, LOOP_CHECKS, Group, Process
 from de3.server.processes.metrics import SharedMetrics
 from de3.server.processes.models import SharedModels
 from de3.server.processes.samples import Family
@@ -98,13 +98,78 @@ async def never() -> None:
     await asyncio.Event().wait()
 
 
+@pytest.mark.parametrize(
+    ("method", "state", "expected"),
+    [
+        ("state", {"is_ready": True}, ANSWER_CHECKS),
+        ("prepare", {"is_ready": True}, LOAD_CHECKS),
+        ("sync", {"is_ready": True}, LOOP_CHECKS),
+        ("sync", {"is_ready": True, "is_preparing": True}, LOAD_CHECKS),
+        ("sync", {}, LOAD_CHECKS),
+    ],
+)
 @in_event_loop
-async def test_a_process_that_does_not_answer_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "ANSWER_S", 0.1)
-    async with member(1, state=never) as process:
+async def test_a_process_that_does_not_answer_in_a_number_of_checks_is_killed(
+    monkeypatch: pytest.MonkeyPatch, method: str, state: dict[str, bool], expected: int
+) -> None:
+    """Seconds do not count: a supervisor that was paused would have seen many of them."""
+    checks, wait = 0, asyncio.wait
+
+    async def check(answers: Any, timeout: float) -> Any:
+        nonlocal checks
+        checks += 1
+        return await wait(answers, timeout=0)
+
+    async with member(1, **{method: never}) as process:
+        monkeypatch.setattr(asyncio, "wait", check)
+        vars(process).update(state)
         with pytest.raises(ChannelClosedError, match="does not answer"):
-            await process.call("state")
+            await process.call(method)
         assert await asyncio.to_thread(process.os_process.wait) == -signal.SIGKILL
+        assert checks == expected and process.is_preparing == state.get("is_preparing", False)
+
+
+@in_event_loop
+async def test_a_process_is_late_while_its_event_loop_hangs_and_killed_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(group, "CHECK_S", 0.01)
+    monkeypatch.setattr(group, "LOAD_CHECKS", 10**6)
+    answers = asyncio.Event()
+
+    async def until_late(is_late: bool) -> None:
+        while process.is_late != is_late:
+            await asyncio.sleep(0.001)
+
+    async with member(1, sync=answers.wait) as process:
+        watching = asyncio.create_task(process.watch())
+        await until_late(True)
+        answers.set()
+        await until_late(False)
+        process.is_ready = True
+        answers.clear()
+        await watching
+        assert process.is_late and await asyncio.to_thread(process.os_process.wait) == -signal.SIGKILL
+
+
+@in_event_loop
+async def test_a_late_process_gets_no_connections_and_delays_no_metrics(
+    monkeypatch: pytest.MonkeyPatch, store: Path
+) -> None:
+    monkeypatch.setattr("de3.server.processes.metrics.SAMPLES_S", 600)
+    server, counted = supervised(store), Family("x", "", "counter", [("x_total", {}, 5)])
+    async with member(1, samples=never) as late, member(2, samples=lambda: [counted]) as other:
+        late.samples, late.is_late = [counted], True
+        for process in (late, other):
+            server._group.add(process)
+            process.is_ready = True
+        other.connections = 9
+        for _ in range(2):
+            assert "x_total 10.0\n" in await server._metrics.scrape()
+        with socket.socket() as client:
+            assert server._connections._pass_on(client) and other.connections == 10
+            other.is_ready = False  # such a process does not answer requests at all
+            assert server._connections._pass_on(client) and late.connections == 1
 
 
 @in_event_loop
@@ -402,7 +467,11 @@ async def test_connections_that_wait_to_be_accepted_at_the_end_are_passed_on_or_
 
     attempts = list[socket.socket]()
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        group.add(SimpleNamespace(number=1, is_listening=True, is_ready=True, connections=0, take=take))  # type: ignore[arg-type]
+        group.add(
+            SimpleNamespace(
+                number=1, is_listening=True, is_ready=True, is_late=False, connections=0, take=take
+            )
+        )  # type: ignore[arg-type]
         accepting = Connections(group, [listening])
         accepting.start()
         clients = [socket.create_connection(listening.getsockname(), timeout=30) for _ in range(2)]

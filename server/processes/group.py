@@ -15,7 +15,13 @@ from de3.server.processes.weights import Weights
 from de3.server.processes.worker import CONNECTION, FD_MESSAGE_BYTES, WEIGHTS
 
 log = logging.getLogger("de3")
-ANSWER_S, LOAD_S = 30.0, 300.0  # time for a process to answer, and to prepare a change; then it is killed
+# A process is killed if it does not answer a call in this many checks, one every CHECK_S: in general; while it loads
+# models; and if only its event loop must answer ("sync"). Nothing blocks the event loop of a ready process for so long:
+# a garbage collection, a fork or a large report takes far less than a second. A load runs in other threads, but some of
+# its steps hold the GIL, so it has more time. Checks are counted, not seconds, so a pause of the supervisor or of the
+# whole machine does not count; nor does one of all processes that ends for all at about the same time.
+CHECK_S = 1.0
+ANSWER_CHECKS, LOAD_CHECKS, LOOP_CHECKS = 30, 300, 7
 
 
 @dataclass(eq=False)
@@ -31,10 +37,13 @@ class Process:
         is_listening: it takes connections.
         is_ready: it answers requests.
         has_opened: it has been ready at least once.
+        is_late: its event loop has not answered for at least CHECK_S.
+        is_preparing: it loads models for a change.
         is_member: it takes part in changes of the models.
         models: the models that it loaded when it started (see Worker._state); empty before that.
         reason: why it failed; empty if it did not fail, or gave no reason.
         samples: its metrics, as last read.
+        reading: the last read of its metrics, which may not have ended; None before the first.
     """
 
     number: int
@@ -45,24 +54,48 @@ class Process:
     is_listening: bool = False
     is_ready: bool = False
     has_opened: bool = False
+    is_late: bool = False
+    is_preparing: bool = False
     is_member: bool = False
     models: list[Any] = field(default_factory=list)
     reason: str = ""
     samples: list[Family] = field(default_factory=list)
+    reading: asyncio.Task[None] | None = None
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call a handler of the process; returns its result. Kills the process if it does not answer in time.
 
         Raises RequestError if the handler fails, and ChannelClosedError if the process ends or is killed.
         """
-        limit_s = LOAD_S if method == "prepare" else ANSWER_S
+        answer, checks = asyncio.ensure_future(self.channel.call(method, *arguments)), 0
+        self.is_preparing |= method == "prepare"
         try:
-            async with asyncio.timeout(limit_s):
-                return await self.channel.call(method, *arguments)
-        except TimeoutError:
-            log.critical("process %d does not answer: it is killed", self.number)
-            self.os_process.kill()
-            raise ChannelClosedError("the process does not answer") from None
+            while checks < self._most_checks(method):
+                await asyncio.wait([answer], timeout=CHECK_S)
+                if answer.done():
+                    return answer.result()
+                checks += 1
+        finally:
+            answer.cancel()
+            self.is_preparing &= method != "prepare"
+        log.critical("process %d does not answer: it is killed", self.number)
+        self.os_process.kill()
+        raise ChannelClosedError("the process does not answer")
+
+    def _most_checks(self, method: str) -> int:
+        if method == "prepare" or (method == "sync" and (self.is_preparing or not self.is_ready)):
+            return LOAD_CHECKS
+        return LOOP_CHECKS if method == "sync" else ANSWER_CHECKS
+
+    async def watch(self) -> None:
+        """Kill the process once its event loop does not answer; returns when the process has ended or is killed."""
+        with suppress(ChannelClosedError):
+            while True:
+                answer = asyncio.ensure_future(self.call("sync"))
+                await asyncio.sleep(CHECK_S)
+                self.is_late = not answer.done()
+                await answer
+                self.is_late = False
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         """Like call(), for changes of the models: raises RequestError even if the process ends."""

@@ -8,6 +8,7 @@ from time import monotonic
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 
 from de3.server.audit.ledger import Ledger
+from de3.server.background import run_once
 from de3.server.errors import RequestError
 from de3.server.http.shared_run import SharedRun
 from de3.server.learn.metrics import LearnMetrics
@@ -18,7 +19,7 @@ from de3.server.processes.group import Group, Process
 from de3.server.processes.samples import Family, families_from, families_of, growing, merged, text_of
 from de3.server.rules import Choice
 
-SAMPLES_S = 5.0  # time for a process to send its metrics
+SAMPLES_S = 1.0  # time for a process to send its metrics; then its last ones are used
 KEEP_S = 0.5  # interval between reads of the counters; a killed process loses its counts since the last read
 
 
@@ -34,6 +35,7 @@ class SharedMetrics:
         self._group = group
         self._departed: list[Family] = []  # counters of processes that have ended
         self._read_at = 0.0
+        self._reading = asyncio.Lock()
         self._scraping = SharedRun[str]("metrics", group.size)
         self._registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
@@ -77,12 +79,23 @@ class SharedMetrics:
         return text.decode()
 
     async def _read(self) -> None:
-        async def read(process: Process) -> None:
-            with suppress(TimeoutError, ChannelClosedError, RequestError):
-                async with asyncio.timeout(SAMPLES_S):
-                    process.samples = families_from(await process.channel.call("samples"))
+        """Read the metrics of all processes that answer in time; later answers are for the next read."""
 
-        await asyncio.gather(*(read(process) for process in self._group.all if process.is_listening))
+        async def read(process: Process) -> None:
+            with suppress(ChannelClosedError, RequestError):
+                process.samples = families_from(await process.channel.call("samples"))
+
+        async with (
+            self._reading
+        ):  # one at a time, so that a scrape has all counts of answers that were sent before it
+            waiting = []
+            for process in self._group.all:
+                if process.is_listening and (process.reading is None or process.reading.done()):
+                    process.reading = run_once("reading_metrics", read(process))
+                if process.reading is not None and not process.is_late:
+                    waiting.append(process.reading)
+            if waiting:
+                await asyncio.wait(waiting, timeout=SAMPLES_S)
 
 
 def _text(parts: list[list[Family]]) -> bytes:

@@ -151,6 +151,7 @@ class Supervisor:
         process = Process(number, os_process, Channel({}), sockets)
         process.channel = Channel(self._handlers(process))
         self._group.add(process)
+        run_once("process", process.watch())
         loop.add_reader(sockets, process.receive, self._weights)
         if self._is_draining:
             process.close()
