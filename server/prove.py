@@ -22,6 +22,7 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.printable import printable
 from de3.model_store.regular_file import read_regular_file
 from de3.model_store.store import Artifact, StoreError
+from de3.server.child import program_of
 
 TIMEOUT_S = 120.0
 MEMORY_BYTES = 2**30  # limit of the process, besides COPIES of the artifact's files
@@ -57,8 +58,8 @@ class Prover:
 
     def _prove(self, artifact: Artifact, runtime: str) -> str:
         # -P: import no modules from the working directory.
-        command = [sys.executable, "-P", "-X", "utf8", "-c", PROGRAM, str(artifact.path.absolute()), runtime]
-        command.append(str(MEMORY_BYTES + COPIES * artifact.size()))
+        command = [sys.executable, "-P", "-X", "utf8", "-c", program_of(PROGRAM)]
+        command += [str(artifact.path.absolute()), runtime, str(MEMORY_BYTES + COPIES * artifact.size())]
         with self._lock:
             self._check(artifact)
             pipe = subprocess.PIPE

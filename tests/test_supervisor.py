@@ -198,10 +198,11 @@ def test_memory_of_weights_is_shared_once_it_is_filled(store: Path) -> None:
                 os.fstat(memory.fd)
             process.receive(weights)
             assert len(weights._fds) == is_filled
+            assert not any(map(os.get_inheritable, weights._fds.values()))  # a fit inherits none
         weights.send(others, [plan_to("load", artifact)["artifact"]])
         other._receive()
         memory = other.memory_of(artifact)
-        assert memory is not None and memory.is_filled
+        assert memory is not None and memory.is_filled and not os.get_inheritable(memory.fd)
         other._release_weights()
         weights.keep([])
 

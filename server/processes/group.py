@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -120,6 +121,10 @@ class Process:
                 data, fds, _, _ = socket.recv_fds(self.sockets, FD_MESSAGE_BYTES, 1)
             except OSError:
                 return
+            for fd in fds:
+                os.set_inheritable(
+                    fd, False
+                )  # recv_fds ignores MSG_CMSG_CLOEXEC; a fit would keep the memory
             if not data:
                 asyncio.get_running_loop().remove_reader(self.sockets)
                 return

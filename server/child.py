@@ -1,0 +1,27 @@
+"""Starts the Python code of a child process that must not outlive its parent."""
+
+import ctypes
+import os
+from contextlib import suppress
+from signal import SIGKILL
+
+PR_SET_PDEATHSIG = 1
+
+
+def program_of(code: str) -> str:
+    """Code for `python -c` that runs `code` in a process that ends with this one, also if this one is killed."""
+    return f"from de3.server.child import end_with; end_with({os.getpid()})\n{code}"
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel kill this process, even a stopped one, once its parent has ended; exit if it already has.
+
+    parent: pid of the process that started this one. On systems other than Linux, the process may outlive it.
+
+    The kernel acts when the thread that started this process ends. So that thread must wait for this process, or be one
+    that runs an event loop.
+    """
+    with suppress(OSError, AttributeError):  # no C library, or not Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(SIGKILL))
+    if os.getppid() != parent:  # it ended before that call
+        os._exit(1)

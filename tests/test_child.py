@@ -1,0 +1,71 @@
+"""Child processes end with their parent, however that ends."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from de3.server import child
+from de3.server.learn import fitting
+from tests.serving import until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+# Starts a child process, prints its pid once its code runs, and waits for it.
+PARENT = """
+import subprocess, sys
+from de3.server.child import program_of
+code = program_of("import time; print(flush=True); time.sleep(600)")
+child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_child_ends_with_a_parent_that_is_killed(is_stopped: bool) -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        if is_stopped:
+            os.kill(pid, signal.SIGSTOP)
+        parent.kill()
+    until(lambda: not is_running(pid), "the end of the child")
+
+
+def is_running(pid: int) -> bool:
+    """False if the process has ended, even if nobody has waited for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_child_whose_parent_has_ended_first_does_not_run() -> None:
+    """As if the parent had ended while this process started: it has another parent now."""
+    code = child.program_of("print('runs')").replace(str(os.getpid()), "999999999")
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_a_fit_is_not_stopped_before_it_would_end_with_the_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun, was_begun = tmp_path / "begun", list[bool]()
+
+    def program_of(code: str) -> str:
+        return f"import time; time.sleep(0.2); open({str(begun)!r}, 'w')\n{child.program_of(code)}"
+
+    async def slow_down(*_: Any) -> None:
+        was_begun.append(begun.exists())
+
+    monkeypatch.setattr(fitting, "program_of", program_of)
+    monkeypatch.setattr(fitting, "_slow_down", slow_down)
+    monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.1); print('{}')")
+    assert asyncio.run(fitting.run_fit({})) == {}
+    assert was_begun == [True]
