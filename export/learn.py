@@ -3,7 +3,6 @@
 A server runs this in a separate process: see `child`.
 """
 
-import ctypes
 import json
 import os
 import resource
@@ -13,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGKILL
 from typing import Any
 
 import numpy as np
@@ -48,7 +46,6 @@ MAX_FITTED = 20_000  # records
 MAX_LOSS = 0.01  # of accuracy, at the default τ, which a server without a guarantee uses
 MAX_CPU_S = 3600
 SEED = 0
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,13 +446,11 @@ def child() -> None:
 
 
 def _run_at_idle() -> None:
-    """Run only while no other process needs the processor, and exit when the server does."""
+    """Run only while no other process needs the processor."""
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with suppress(OSError):  # if memory runs out, the kernel should kill this process, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(SIGKILL))
 
 
 def _weights(exits: Exits, layer: int) -> dict[str, Array]:

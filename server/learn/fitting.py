@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from de3.server.background import keep_running
+from de3.server.child import program_of
 
 log = logging.getLogger("de3")
 PROGRAM = "from de3.export.learn import child; child()"
@@ -40,7 +41,8 @@ async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
     Raises FitError if the fit fails or exceeds a limit.
     """
     # -P: import no modules from the working directory. The job is an argument, as the process may end before it reads.
-    arguments = ("-P", "-X", "utf8", "-c", PROGRAM, json.dumps(job))
+    code = program_of("print(flush=True)\n" + PROGRAM)
+    arguments = ("-P", "-X", "utf8", "-c", code, json.dumps(job))
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -51,13 +53,20 @@ async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
         env={**os.environ, **dict.fromkeys(threads, "1")},
         limit=MAX_OUTPUT,
     )
-    slowed = keep_running("pausing_fit", lambda: _slow_down(process, _has_quota()))
+    slowed = None
     try:
-        output, errors = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
+        async with asyncio.timeout(TIMEOUT_S):
+            assert process.stdout is not None
+            await (
+                process.stdout.readline()
+            )  # from here on it ends with this process, also while it is stopped
+            slowed = keep_running("pausing_fit", lambda: _slow_down(process, _has_quota()))
+            output, errors = await process.communicate()
     except TimeoutError:
         raise FitError(f"it takes more than {TIMEOUT_S:g} s") from None
     finally:
-        slowed.cancel()
+        if slowed is not None:
+            slowed.cancel()
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 process.kill()

@@ -428,6 +428,8 @@ class Worker:
                 return
             except ConnectionError:
                 data, fds = b"", []
+            for fd in fds:
+                os.set_inheritable(fd, False)
             if not data:
                 self._drain()  # the supervisor sends no more connections
                 return
