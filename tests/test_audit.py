@@ -34,7 +34,7 @@ from de3.server.audit.report import Live, report
 from de3.server.audit.state import NEW_SHARES, StateDir, restore, state_of
 from de3.server.audit.tenant import MAX_RESETS, Settled
 from de3.server.engine import audit as audit_engine
-from de3.server.engine.audit import Audit, run_audits
+from de3.server.engine.audit import OVERDUE_SHARE, Audit, AuditThreads, run_audits
 from de3.server.engine.queue import WorkQueue
 from de3.server.engine.request import Text
 from de3.server.learn.record import Record
@@ -405,6 +405,59 @@ def test_audits_in_a_group_match_single_ones_and_wait_for_requests(
             assert [reading.logits for reading in one.passed] == exits
         run_audits(audits, queue, lambda: True)
         assert all(one.is_dropped for one in audits)
+
+
+def test_overdue_audits_run_at_normal_priority_while_requests_are_pending(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
+        (served,) = server.service.models.all
+        if (forward := served.model.forward) is None:
+            pytest.skip("no kernels")
+        auditor, audits, done, at_idle = auditor_of(server), list[Audit](), list[Audit](), list[bool]()
+        auditor._submit = audits.extend
+        server.classify(input=TEXTS[:12])
+        until(lambda: len(audits) > 1, "the audits")
+
+        def note(*arguments: Any, **named: Any) -> None:
+            at_idle.append(named["at_idle"])
+            forward(*arguments, **named)
+
+        monkeypatch.setattr(served.model, "forward", note)
+        for name in ("MOST_WAIT_S", "OVERDUE_S"):
+            monkeypatch.setattr(audit_engine, name, 600)
+        queue = WorkQueue(10)
+        queue.put(jobs.job(["text"], [1.0]))
+        threads = AuditThreads(2, queue, done.extend)
+        threads.put(audits[:1])
+        until(lambda: not threads._pending, "the thread that waits for an empty queue to take the first one")
+        monkeypatch.setattr(audit_engine, "OVERDUE_S", 0)
+        threads.put(audits[1:])
+        until(lambda: len(done) == len(audits) - 1, "the overdue audits")
+        assert audits[0] not in done and all(one.passed for one in done) and not any(at_idle)
+        queue.next()
+        until(lambda: audits[0] in done, "the first audit")
+        assert audits[0].passed and at_idle[-1]
+        threads.close()
+
+
+@pytest.mark.parametrize("threads", [1, 4, 100])
+def test_overdue_audits_take_a_share_of_the_engines_time(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    now, paused = 0.0, 0.0
+
+    def pause(seconds: float) -> None:
+        nonlocal paused
+        paused += seconds
+
+    running = AuditThreads(threads, WorkQueue(10), lambda _: None)
+    monkeypatch.setattr(audit_engine, "thread_time", lambda: now)
+    monkeypatch.setattr(running._closed, "wait", pause)
+    for step_s in (0.0, 0.001, 0.2, 0.01):
+        now += step_s
+        running._pause()
+    assert now / (now + paused) == pytest.approx(min(1.0, OVERDUE_SHARE * threads))
 
 
 def test_a_torn_line_of_the_log_is_cut_off(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """Audits: answered texts run once more, to full depth, in separate threads, while nothing else is pending.
 
 The kernels run the layers of several texts together, at the lowest thread priority. When audits ran on the engine's
-threads, one text at a time, they delayed other texts (docs/design.md).
+threads, one text at a time, they delayed other texts (docs/design.md). At the lowest priority, audits hardly run on a
+machine that is never idle. So one more thread runs those that have waited for long, at normal priority, but for a small
+share of the time.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from threading import Condition, Thread
-from time import perf_counter, sleep
+from threading import Condition, Event, Thread
+from time import perf_counter, sleep, thread_time
 
 from de3.exits.reading import Reading
 from de3.exits.rule import ExitRule
@@ -20,6 +22,8 @@ from de3.server.engine.served import MAX_STEP_S, Served
 STEP_S = 0.001  # time between two checks of the queue, unless one layer takes longer
 # Longest wait for an empty queue before each step: under sustained overload, audits are slow but do not stop.
 MOST_WAIT_S = 1.0
+OVERDUE_S = 2.0  # an audit that has waited longer runs at normal priority
+OVERDUE_SHARE = 0.02  # limit on the share of the engine's time that such audits take
 STOP_S = 5.0
 
 
@@ -36,6 +40,7 @@ class Audit:
         model_s: compute time, seconds.
         error: the error of an audit that failed; None otherwise.
         is_dropped: its model was unloaded before it ran, or the server is stopping.
+        created: time at which it was made (perf_counter).
     """
 
     served: Served
@@ -47,6 +52,7 @@ class Audit:
     model_s: float = 0.0
     error: Exception | None = None
     is_dropped: bool = False
+    created: float = field(default_factory=perf_counter)
 
     @property
     def in_group(self) -> bool:
@@ -57,20 +63,24 @@ class Audit:
 class AuditThreads:
     """Threads that run audits; they start when the first audit is enqueued."""
 
-    def __init__(self, count: int, queue: WorkQueue, finish: Callable[[Sequence[Audit]], None]) -> None:
-        """queue: audits run while it is empty. finish: called with audits that ran, failed or were dropped."""
+    def __init__(self, threads: int, queue: WorkQueue, finish: Callable[[Sequence[Audit]], None]) -> None:
+        """threads: number of engine threads. queue: audits run while it is empty. finish: called with audits that ran,
+        failed or were dropped."""
         self._queue, self._finish = queue, finish
         self._pending: deque[Audit] = deque()
         self._changed = Condition()
-        self._closed = False
+        self._closed = Event()
+        self._share = min(1.0, OVERDUE_SHARE * threads)  # of one core
+        self._paid = 0.0  # CPU time for which the thread of overdue audits has paused
         self._threads = [
-            Thread(target=self._work, name=f"audits-{number}", daemon=True) for number in range(count)
+            Thread(target=self._work, args=(number > 0,), name=f"audits-{number}", daemon=True)
+            for number in range(1 + max(1, threads // 2))
         ]
 
     def put(self, audits: Sequence[Audit]) -> None:
         """Enqueue audits. Their number needs no limit here, because the auditor draws fewer texts as it grows."""
         with self._changed:
-            if self._closed:
+            if self._closed.is_set():
                 self._drop(audits)
                 return
             self._pending += audits
@@ -95,28 +105,28 @@ class AuditThreads:
     def close(self) -> None:
         """Reject new audits, discard pending ones without reporting them, and wait up to STOP_S for each thread."""
         with self._changed:
-            self._closed = True
+            self._closed.set()
             self._pending.clear()
             self._changed.notify_all()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(STOP_S)
 
-    def _work(self) -> None:
+    def _work(self, at_idle: bool) -> None:
         backoff = Backoff()
-        while not self._closed:
+        while not self._closed.is_set():
             try:
-                self._step()  # a separate call, so that a waiting thread keeps no model alive
+                self._step(at_idle)  # a separate call, so that a waiting thread keeps no model alive
             except BaseException as error:  # Rust panics are not Exceptions; the thread must survive
                 report("audits", error)
                 sleep(backoff.pause_s())
 
-    def _step(self) -> None:
+    def _step(self, at_idle: bool) -> None:
         """Run the next audits, which then have a result or an error; returns at once if closed."""
-        audits = self._next()
+        audits = self._next(at_idle)
         try:
             if audits:
-                run_audits(audits, self._queue, lambda: self._closed)
+                run_audits(audits, self._queue, self._closed.is_set, None if at_idle else self._pause)
         except BaseException as error:
             for audit in audits:
                 audit.error = RuntimeError(str(error))
@@ -125,12 +135,23 @@ class AuditThreads:
             if audits:
                 self._finish(audits)
 
-    def _next(self) -> list[Audit]:
-        """Wait for an audit; returns it with others of its model that fit into a step, or an empty list once closed."""
+    def _pause(self) -> None:
+        """Pause the thread of overdue audits, in proportion to the CPU time of its last step."""
+        self._closed.wait((thread_time() - self._paid) * (1 / self._share - 1))
+        self._paid = thread_time()
+
+    def _next(self, at_idle: bool) -> list[Audit]:
+        """Wait for an audit; returns it with others of its model that fit into a step, or an empty list once closed.
+
+        at_idle: False: wait for an overdue audit.
+        """
         with self._changed:
-            while not self._pending and not self._closed:
-                self._changed.wait()
-            audits, left = list[Audit](), MAX_STEP_S
+            while not self._closed.is_set():
+                due = self._pending[0].created + OVERDUE_S if self._pending else None
+                if due is not None and (at_idle or due <= perf_counter()):
+                    break
+                self._changed.wait(None if due is None else due - perf_counter())
+            audits, left = list[Audit](), MAX_STEP_S if at_idle else STEP_S
             while self._pending and len(audits) < MAX_GROUP:
                 audit = self._pending[0]
                 left -= audit.served.group_s(len(audit.tokens))
@@ -140,27 +161,36 @@ class AuditThreads:
             return audits
 
 
-def run_audits(audits: Sequence[Audit], queue: WorkQueue, stops: Callable[[], bool] = lambda: False) -> None:
+def run_audits(
+    audits: Sequence[Audit],
+    queue: WorkQueue,
+    stops: Callable[[], bool] = lambda: False,
+    pause: Callable[[], None] | None = None,
+) -> None:
     """Run audits of one model, in a group if the kernels can, and fill in their results.
 
     Before each step, waits up to MOST_WAIT_S while anything but shadow items is pending in the queue. stops: True once
-    the server is stopping; the audits are then dropped.
+    the server is stopping; the audits are then dropped. pause: called before each step instead of that wait; the audits
+    then run at normal priority.
     """
 
     def may_go_on() -> bool:
-        queue.wait_until_empty(MOST_WAIT_S)
+        if pause is None:
+            queue.wait_until_empty(MOST_WAIT_S)
+        else:
+            pause()
         for audit in audits if (has_stopped := stops()) else ():
             audit.is_dropped = True
         return not has_stopped
 
     if audits[0].in_group:
-        _run_group(audits, may_go_on)
+        _run_group(audits, may_go_on, at_idle=pause is None)
     else:
         for audit in audits:
             _run_alone(audit, may_go_on)
 
 
-def _run_group(audits: Sequence[Audit], may_go_on: Callable[[], bool]) -> None:
+def _run_group(audits: Sequence[Audit], may_go_on: Callable[[], bool], at_idle: bool) -> None:
     served = audits[0].served
     forward, timing, num_layers = served.model.forward, served.timing, served.model.manifest.num_layers
     assert forward is not None
@@ -176,7 +206,7 @@ def _run_group(audits: Sequence[Audit], may_go_on: Callable[[], bool]) -> None:
         if not may_go_on():
             return
         # The time of the embeddings is negligible.
-        forward(passes, None, layers + (passes[0].layer == 0), at_idle=True)
+        forward(passes, None, layers + (passes[0].layer == 0), at_idle=at_idle)
     for audit, one in zip(audits, passes, strict=True):
         audit.passed, audit.model_s = one.readings, one.seconds
 

@@ -66,7 +66,7 @@ class Engine:
             Thread(target=self._work, args=(i,), name=f"engine-{i}", daemon=True) for i in range(threads)
         ]
         self.deadlines = Deadlines(threads)
-        self._audits = AuditThreads(max(1, threads // 2), self.queue, self._report_audits)
+        self._audits = AuditThreads(threads, self.queue, self._report_audits)
         self._dispatch: Dispatch = call_here
         self._finished = [0] * threads
         self._seconds = [0.0] * threads
@@ -128,7 +128,7 @@ class Engine:
             raise
 
     def audit(self, audits: Sequence[Audit]) -> None:
-        """Enqueue audits, which run while nothing else is pending."""
+        """Enqueue audits, which run while nothing else is pending, or slowly once they have waited for long."""
         self._audits.put(audits)
 
     def _promise(self, job: Job) -> None:
