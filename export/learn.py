@@ -446,9 +446,13 @@ def child() -> None:
 
 
 def _run_at_idle() -> None:
-    """Run only while no other process needs the processor."""
+    """Run at a low priority, which still gets a small share of a processor that is never idle.
+
+    The server lowers it further once processors are idle.
+    """
     with suppress(OSError, AttributeError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    os.nice(10)
     with suppress(OSError):  # if memory runs out, the kernel should kill this process, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
 

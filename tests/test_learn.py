@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -119,6 +121,7 @@ PROGRAM = "from de3.export import learn; learn._run_at_idle = lambda: None; lear
 def at_normal_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "PROGRAM", PROGRAM)
     monkeypatch.setattr(fitting, "IDLE_CORES", -1.0)
+    monkeypatch.setattr(fitting, "SPARE_CORES", float("inf"))
 
 
 def record(
@@ -608,6 +611,49 @@ def test_under_a_quota_a_fit_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.2); print('{}')")
     assert asyncio.run(run_fit({})) == {}
     assert stops[:2] == [signal.SIGSTOP, signal.SIGCONT]
+
+
+def test_on_a_busy_machine_a_fit_is_paused_only_after_it_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    signals, ran, now = list[int](), iter([1, 1, 1, 2, 2, 3]), count()
+    process: Any = SimpleNamespace(pid=1, returncode=None, send_signal=signals.append)
+
+    def times(pid: int) -> tuple[int, int, int]:
+        """All time is that of other processes."""
+        own = next(ran, None)
+        if own is None:
+            raise ProcessLookupError
+        ticks = 100 * next(now)
+        return ticks, ticks, own
+
+    monkeypatch.setattr(fitting, "IDLE_CORES", 0.75)
+    monkeypatch.setattr(fitting, "_times", times)
+    for name in ("RUN_S", "PAUSE_S"):
+        monkeypatch.setattr(fitting, name, 0.0)
+    asyncio.run(fitting._slow_down(process, False))
+    assert signals == [signal.SIGSTOP, signal.SIGCONT] * 3
+
+
+@pytest.mark.parametrize("idle", [8, 20])
+def test_a_fit_gets_the_lowest_priority_once_cores_are_idle(
+    monkeypatch: pytest.MonkeyPatch, idle: int
+) -> None:
+    """idle: ticks, of 100, in which one of two cores is idle; the fit itself runs as many."""
+    now, policies = iter(range(5)), list[tuple[int, int]]()
+    process: Any = SimpleNamespace(pid=7, returncode=None, send_signal=lambda _: None)
+
+    def times(pid: int) -> tuple[int, int, int]:
+        """Ticks so far; the process has ended once there are no more."""
+        for at in now:
+            return 200 * at, (200 - 2 * idle) * at, idle * at
+        raise ProcessLookupError
+
+    monkeypatch.setattr(fitting, "SPARE_CORES", 0.1)
+    monkeypatch.setattr(fitting, "_times", times)
+    monkeypatch.setattr(fitting, "RUN_S", 0.0)
+    monkeypatch.setattr(os, "sysconf", lambda _: 2)
+    monkeypatch.setattr(os, "sched_setscheduler", lambda pid, policy, _: policies.append((pid, policy)))
+    asyncio.run(fitting._slow_down(process, False))
+    assert policies == ([(7, os.SCHED_IDLE)] * 4 if idle == 20 else [])
 
 
 # The learner
@@ -1125,17 +1171,20 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
 
 
 @pytest.mark.slow
-def test_a_fit_runs_only_while_nothing_else_does() -> None:
-    shown = "from de3.export import learn; learn._run_at_idle(); import os; print(os.sched_getscheduler(0))"
+def test_a_fit_gets_a_small_share_of_a_busy_processor() -> None:
+    shown = (
+        "from de3.export import learn; learn._run_at_idle();"
+        "import os; print(os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0))"
+    )
     done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == os.SCHED_IDLE
+    assert done.stdout.split() == [str(os.SCHED_BATCH), "10"]
 
 
 KILLED = f"""
 import os, signal, sys
 from de3.cli import app
 from de3.server.learn import fitting, journal, learner, learners
-fitting.IDLE_CORES, fitting.PROGRAM = -1.0, "{PROGRAM}"
+fitting.IDLE_CORES, fitting.SPARE_CORES, fitting.PROGRAM = -1.0, float("inf"), "{PROGRAM}"
 learner.FIRST_FIT, learners.CHECK_S = 150, 0.05
 
 def die(*given, **named):

@@ -22,6 +22,9 @@ MAX_OUTPUT = 2**25
 RUN_S, PAUSE_S, LONG_PAUSE_S = 0.01, 0.02, 0.05
 SAMPLE_TICKS = 100
 IDLE_CORES = 0.75  # a fit does not pause if other processes leave this many cores idle
+# It starts at a low priority, which gets a small share of cores that are never idle, and gets the lowest one once this
+# many cores are idle. (It cannot be raised again without privileges.)
+SPARE_CORES = 0.1
 MEMORY_BYTES = 400 * 2**20  # besides COPIES of the model's and the records' files
 COPIES = 4
 
@@ -86,14 +89,21 @@ async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> None:
-    """Pause the process most of the time: while other processes keep the cores busy, or always under a quota."""
-    before, cores = _times(process.pid), os.sysconf("SC_NPROCESSORS_ONLN")
+    """Pause the process most of the time: while other processes keep the cores busy, or always under a quota.
+
+    It is not paused again before it has run. Each pause costs it its turn, so on a busy machine it would never run.
+    """
+    before, cores, ran = _times(process.pid), os.sysconf("SC_NPROCESSORS_ONLN"), -1
     try:
         while process.returncode is None:
             await asyncio.sleep(RUN_S)
             now = _times(process.pid)
-            total, used = (b - a for a, b in zip(before, now, strict=True))
-            if has_quota or (total > 0 and (total - used) * cores < IDLE_CORES * total):
+            total, used, own = (b - a for a, b in zip(before, now, strict=True))
+            is_busy = has_quota or (total > 0 and (total - used) * cores < IDLE_CORES * total)
+            if is_busy and ran == now[2] > 0:
+                await asyncio.sleep(PAUSE_S)
+            elif is_busy:
+                ran = now[2]
                 process.send_signal(signal.SIGSTOP)
                 try:
                     await asyncio.sleep(LONG_PAUSE_S if has_quota else PAUSE_S)
@@ -101,19 +111,22 @@ async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> 
                     process.send_signal(signal.SIGCONT)
             if total >= SAMPLE_TICKS:
                 before = now
+                if (total - used - own) * cores >= SPARE_CORES * total:
+                    with suppress(PermissionError, AttributeError):
+                        os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
     except ProcessLookupError:
         pass
 
 
-def _times(pid: int) -> tuple[int, int]:
-    """Ticks so far: of all cores, idle time included, and of processes other than `pid`; 0, 0 if unknown."""
+def _times(pid: int) -> tuple[int, int, int]:
+    """Ticks so far: of all cores, idle time included, of processes other than `pid`, and of `pid`; 0 if unknown."""
     try:
         fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         own = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
-        return 0, 0
-    total, idle = sum(fields), fields[3] + fields[4]
-    return total, total - idle - int(own[11]) - int(own[12])
+        return 0, 0, 0
+    total, idle, ran = sum(fields), fields[3] + fields[4], int(own[11]) + int(own[12])
+    return total, total - idle - ran, ran
 
 
 def _has_quota() -> bool:
