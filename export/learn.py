@@ -452,7 +452,7 @@ def _run_at_idle() -> None:
     """
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    os.nice(10)
+    os.nice(19)
     with suppress(OSError):  # if memory runs out, the kernel should kill this process, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
 
