@@ -23,7 +23,7 @@ STEP_S = 0.001  # time between two checks of the queue, unless one layer takes l
 # Longest wait for an empty queue before each step: under sustained overload, audits are slow but do not stop.
 MOST_WAIT_S = 1.0
 OVERDUE_S = 2.0  # an audit that has waited longer runs at normal priority
-OVERDUE_SHARE = 0.02  # limit on the share of the engine's time that such audits take
+OVERDUE_SHARE = 0.01  # limit on the share of the engine's time that such audits take
 STOP_S = 5.0
 
 
