@@ -240,7 +240,7 @@ class Settings(BaseModel):
     learn: Annotated[bool, LEARN] = Field(
         False,
         description="Fit exits to live traffic, without labels: texts that are audited are recorded (as numbers), a "
-        "process at the lowest priority fits exits to 500, 750, 1125, … of them, and the server uses the new exits if "
+        "process at a low priority fits exits to 500, 750, 1125, … of them, and the server uses the new exits if "
         "they make it faster within the guarantee. Needs --guarantee and the fit extra.",
     )
     learn_bytes: Annotated[int, LEARN] = Field(
@@ -261,7 +261,8 @@ class Settings(BaseModel):
     api_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
         description="File of API keys, which clients need to classify and to read /v1/models: each line has a name and "
-        "a key, or a name and sha256:digest. Or set DE3_API_KEYS, with lines separated by ;. Default: no key needed.",
+        "a key, or a name and sha256:digest; a name may have several keys. Or set DE3_API_KEYS, with lines separated by "
+        ";. Default: no key needed.",
     )
     api_keys: SecretStr | None = None
     admin_keys_file: Annotated[Path | None, ACCESS] = Field(
@@ -271,7 +272,7 @@ class Settings(BaseModel):
     )
     admin_keys: SecretStr | None = None
     rate_limit: Annotated[str | None, ACCESS] = Field(
-        None, description="Rate limit for each API key, in texts, such as 100/second."
+        None, description="Rate limit for each name of an API key, in texts, such as 100/second."
     )
     cors_origins: Annotated[
         list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]], Option("Access", "--cors-origin")

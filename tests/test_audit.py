@@ -959,6 +959,20 @@ def test_copies_count_only_against_a_higher_tau(
             assert [row["e_value"] for row in rows] == pytest.approx(expected.e_values(0.2).tolist())
 
 
+def test_tenants_take_turns_in_the_queue_of_audits(store: Path) -> None:
+    """So a tenant's audit waits for at most one of each other tenant."""
+    served = SimpleNamespace(group_s=lambda _: 0.0, model=SimpleNamespace(forward=None))
+    threads = audit_engine.AuditThreads(1, WorkQueue(10), lambda _: None)
+    threads._threads = [SimpleNamespace(ident=1)]  # type: ignore[list-item]
+    for tenant, texts in (("loud", 5), ("quiet", 2), ("loud", 5)):
+        threads.put([Audit(served, None, [], print, tenant=tenant) for _ in range(texts)])  # type: ignore[arg-type]
+    order = [threads._next(True)[0].tenant for _ in range(12)]
+    assert order == ["loud", "quiet"] * 2 + ["loud"] * 8
+    threads.put([Audit(served, None, [], print, tenant=tenant) for tenant in "aab"])  # type: ignore[arg-type]
+    threads.drop([served])  # type: ignore[list-item]
+    assert threads._pending == {}
+
+
 def test_many_tenants_share_the_room_for_hashes(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("de3.server.audit.ledger.MAX_SEEN", 40)
     ledger = served_ledger(books_of(guarantee=0.2), made(store))

@@ -311,7 +311,7 @@ class Auditor:
         if not self._fresh:
             asyncio.get_running_loop().call_later(TICK_S, self._submit_fresh)
         states = None if self._learn is None else self.served.model.empty_states()
-        self._fresh.append(Audit(self.served, rule, tokens, done, states))
+        self._fresh.append(Audit(self.served, rule, tokens, done, states, tenant=entry.settled.tenant))
 
     def _submit_fresh(self) -> None:
         fresh, self._fresh = self._fresh, []

@@ -41,6 +41,7 @@ class Audit:
         error: the error of an audit that failed; None otherwise.
         is_dropped: its model was unloaded before it ran, or the server is stopping.
         created: time at which it was made (perf_counter).
+        tenant: the tenant that sent the text; tenants take turns.
     """
 
     served: Served
@@ -53,6 +54,7 @@ class Audit:
     error: Exception | None = None
     is_dropped: bool = False
     created: float = field(default_factory=perf_counter)
+    tenant: str = ""
 
     @property
     def in_group(self) -> bool:
@@ -67,7 +69,7 @@ class AuditThreads:
         """threads: number of engine threads. queue: audits run while it is empty. finish: called with audits that ran,
         failed or were dropped."""
         self._queue, self._finish = queue, finish
-        self._pending: deque[Audit] = deque()
+        self._pending: dict[str, deque[Audit]] = {}  # by tenant; the first one is next
         self._changed = Condition()
         self._closed = Event()
         self._share = min(1.0, OVERDUE_SHARE * threads)  # of one core
@@ -83,7 +85,8 @@ class AuditThreads:
             if self._closed.is_set():
                 self._drop(audits)
                 return
-            self._pending += audits
+            for audit in audits:
+                self._pending.setdefault(audit.tenant, deque()).append(audit)
             self._changed.notify_all()
             if self._threads[0].ident is None:
                 for thread in self._threads:
@@ -92,9 +95,12 @@ class AuditThreads:
     def drop(self, gone: Sequence[Served]) -> None:
         """Drop the pending audits of these models."""
         with self._changed:
-            dropped = [audit for audit in self._pending if audit.served in gone]
-            self._pending = deque(audit for audit in self._pending if audit.served not in gone)
-        self._drop(dropped)
+            pending = [audit for queue in self._pending.values() for audit in queue]
+            self._pending = {}
+            for audit in pending:
+                if audit.served not in gone:
+                    self._pending.setdefault(audit.tenant, deque()).append(audit)
+        self._drop([audit for audit in pending if audit.served in gone])
 
     def _drop(self, audits: Sequence[Audit]) -> None:
         for audit in audits:
@@ -147,17 +153,22 @@ class AuditThreads:
         """
         with self._changed:
             while not self._closed.is_set():
-                due = self._pending[0].created + OVERDUE_S if self._pending else None
+                oldest = min((queue[0].created for queue in self._pending.values()), default=None)
+                due = None if oldest is None else oldest + OVERDUE_S
                 if due is not None and (at_idle or due <= perf_counter()):
                     break
                 self._changed.wait(None if due is None else due - perf_counter())
             audits, left = list[Audit](), MAX_STEP_S if at_idle else STEP_S
             while self._pending and len(audits) < MAX_GROUP:
-                audit = self._pending[0]
+                name, queue = next(iter(self._pending.items()))
+                audit = queue[0]
                 left -= audit.served.group_s(len(audit.tokens))
                 if audits and (left < 0 or not audit.in_group or audit.served is not audits[0].served):
                     break
-                audits.append(self._pending.popleft())
+                audits.append(queue.popleft())
+                del self._pending[name]
+                if queue:  # the other tenants' turn
+                    self._pending[name] = queue
             return audits
 
 

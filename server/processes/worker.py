@@ -220,7 +220,7 @@ class Worker:
         return granted
 
     def charge(self, owner: str, texts: int) -> None:
-        """Count texts that already ran, as far as the owner's rate limit permits."""
+        """Count texts that already ran, even beyond the owner's rate limit."""
         self.channel.tell("charge", owner, texts)
 
     def leave(self) -> None:
