@@ -261,8 +261,8 @@ class Settings(BaseModel):
     api_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
         description="File of API keys, which clients need to classify and to read /v1/models: each line has a name and "
-        "a key, or a name and sha256:digest; a name may have several keys. Or set DE3_API_KEYS, with lines separated by "
-        ";. Default: no key needed.",
+        "a key, or a name and sha256:digest; a name may have several keys. Or set DE3_API_KEYS, with lines separated "
+        "by ;. Default: no key needed.",
     )
     api_keys: SecretStr | None = None
     admin_keys_file: Annotated[Path | None, ACCESS] = Field(
