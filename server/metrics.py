@@ -126,7 +126,8 @@ class LedgerMetrics(Collector):
         gauge = partial(GaugeMetricFamily, labels=["model"])
         rate = gauge(
             "de3_audit_disagreement",
-            "Rate of disagreement with full depth at the τ in force, by the audits since the last reset",
+            "Rate of disagreement with full depth at the τ in force, by the audits since the last reset; with a "
+            "guarantee, of the tenant whose audits speak most against its promise",
         )
         lower = gauge(
             "de3_audit_disagreement_lower", "Anytime-valid 95% lower bound of de3_audit_disagreement"
