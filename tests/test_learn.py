@@ -692,6 +692,11 @@ def test_a_fit_is_due_after_500_records_and_then_after_half_as_many_more(
         for outcome in ("waits", "not_faster"):  # the result of an attempt replaces its earlier one
             one.end(result_of(attempt, dict.fromkeys(FOUND, 1), outcome))  # type: ignore[arg-type]
     assert [result.attempt for result in one.journal.results] == list(range(3, MAX_RESULTS + 3))
+    for _ in range(750 - FIRST_FIT):
+        one.add(record(0, shape=some.states.shape[1:]))  # type: ignore[arg-type]
+    assert one.is_due
+    one.waiting = SimpleNamespace(next_test=0)  # type: ignore[assignment]
+    assert not one.is_due and one.is_test_due and one.due_at == 1125  # a version that waits needs newer texts
     one.is_asked = True
     assert one.is_due
 

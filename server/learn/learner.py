@@ -174,11 +174,14 @@ class Learner:
         return row.number >= self.journal.void.get(row.client, 0)
 
     @property
+    def due_at(self) -> int:
+        """Value of `count` at which the next fit starts: later if a version waits, which needs newer texts as tests."""
+        return self.next_fit if self.waiting is None else int(GROWTH * self.next_fit)
+
+    @property
     def is_due(self) -> bool:
         """True if a fit should start."""
-        return (
-            self.phase == "recording" and self.is_restored and (self.is_asked or self.count >= self.next_fit)
-        )
+        return self.phase == "recording" and self.is_restored and (self.is_asked or self.count >= self.due_at)
 
     @property
     def is_test_due(self) -> bool:
@@ -238,7 +241,7 @@ class Learner:
             "max_records": self.reservoir.capacity,
             "texts": round(self.reservoir.texts),
             "records_since_change": self.count,
-            "next_fit_at": self.next_fit,
+            "next_fit_at": self.due_at,
             "said": self._said(latest),
             "fits": [one.model_dump(exclude_none=True) for one in reversed(self.journal.results)],
         }
@@ -247,7 +250,7 @@ class Learner:
         """The latest result and the next step, in words."""
         if self.phase == "fitting":
             return f"fit {self.journal.attempts} is running"
-        after = f"the next fit starts after {max(0, self.next_fit - self.count)} more records"
+        after = f"the next fit starts after {max(0, self.due_at - self.count)} more records"
         if latest is None:
             return after
         return f"{sentence(latest)}; {after}"
