@@ -41,7 +41,7 @@ class LearnMetrics(Collector):
         for learner in learners.all:
             name, results = [learner.name], learner.journal.results
             records.add_metric(name, len(learner.reservoir))
-            next_fit.add_metric(name, max(0, learner.next_fit - learner.count))
+            next_fit.add_metric(name, max(0, learner.due_at - learner.count))
             fitting.add_metric(name, learner.phase == "fitting")
             measured = [one for one in results if one.speedup is not None]
             speedup.add_metric(name, (measured[-1].speedup if measured else None) or 1.0)
