@@ -61,7 +61,7 @@ class Waiting:
         rows: the held-out texts that test its exits.
         keys: hashes of the texts that were recorded at the fit; a repeat of one of them is no test.
         after: number of the last record that may be among `rows`.
-        next_test: value of Learner.count at which newer records test the exits, too.
+        count: value of Learner.count at that record.
     """
 
     artifact: Artifact
@@ -71,7 +71,12 @@ class Waiting:
     rows: list[HeldOut]
     keys: set[int]
     after: int
-    next_test: int
+    count: int
+
+    @property
+    def next_test(self) -> int:
+        """Value of Learner.count at which newer records test the exits, too."""
+        return self.count + max(MIN_RECORDS, len(self.rows) // 4)
 
 
 class Learner:
@@ -192,7 +197,6 @@ class Learner:
     def wait_for_tests(self, waiting: Waiting) -> None:
         """Keep a version that is not served yet, until newer records have tested it."""
         self.waiting = waiting if len(waiting.rows) < MAX_TESTS else None
-        waiting.next_test = self.count + max(MIN_RECORDS, len(waiting.rows) // 4)
 
     @property
     def needs_saving(self) -> bool:

@@ -165,10 +165,12 @@ class Learners:
             return
         due = next((one for one in self.all if one.is_due and one.count >= MIN_RECORDS), None)
         tested = next((one for one in self.all if one.is_test_due), None)
-        if due is not None:
-            self._fitting = run_once("fit", self._fit(due))
-        elif tested is not None and tested.waiting is not None:
+        if (
+            tested is not None and tested.waiting is not None
+        ):  # first, as a fit replaces the version that waits
             self._fitting = run_once("fit", self._test(tested, tested.waiting))
+        elif due is not None:
+            self._fitting = run_once("fit", self._fit(due))
 
     def _changes(self, learner: Learner) -> Changes:
         """The changes that the current version has found."""
@@ -196,7 +198,6 @@ class Learners:
 
     async def _test(self, learner: Learner, waiting: Waiting) -> None:
         learner.phase = "fitting"
-        learner.wait_for_tests(waiting)  # first, so that a test that fails is not tried again at once
         await self._conclude(learner, waiting.attempt, self._try_again(learner, waiting))
 
     async def _conclude(self, learner: Learner, attempt: int, trial: Coroutine[Any, Any, Result]) -> None:
@@ -227,7 +228,7 @@ class Learners:
         # Other weights of this name may have learned versions, too.
         version = max([LEARNED_FROM, *self._folder.versions(learner.name)]) + 1
         rival = await asyncio.to_thread(self._rival, learner)
-        after, keys = int(learner.reservoir.texts), learner.reservoir.keys()
+        after, keys, count = int(learner.reservoir.texts), learner.reservoir.keys(), learner.count
         # Saved before the fit, so that no attempt number is used twice after a crash.
         await self._save_aside(learner, must=True)
         found = await run_fit(self._job(learner, rival, attempt, version))
@@ -235,13 +236,14 @@ class Learners:
             return result_of(attempt, found)
         artifact = await asyncio.to_thread(self._folder.store.open, f"{learner.name}:{version}")
         rows = [HeldOut(**row) for row in found.pop("evidence")]
-        waiting = Waiting(artifact, current, found, attempt, rows, keys, after, 0)
+        waiting = Waiting(artifact, current, found, attempt, rows, keys, after, count)
         return await self._serve_if_faster(learner, waiting, first_new)
 
     async def _try_again(self, learner: Learner, waiting: Waiting) -> Result:
         """Test a version that waits on the newer records, too."""
         first_new = learner.journal.first_new
         after, manifest = int(learner.reservoir.texts), waiting.artifact.manifest
+        waiting.count = learner.count  # also if the test fails, so that it is not tried again at once
         await self._save_aside(learner, must=True)
         rival = await asyncio.to_thread(self._rival, learner)
         job = self._job(learner, rival, waiting.attempt, manifest.version)
