@@ -15,7 +15,8 @@ from de3.tables import MAX_DEPTH
 
 PAGES_BYTES = 2**29  # limit on the largest pages of all columns together
 READ_BYTES = 2**26  # limit on the values of one read, if the largest of a dictionary are repeated
-DICTIONARY, DATA, DATA_V2 = 7, 5, 8  # fields of a page's header, of which each page has one
+DICTIONARY, DATA, DATA_V2 = 7, 5, 8  # fields of a page's header: the one that counts is said by its type
+TYPES = {0: DATA, 2: DICTIONARY, 3: DATA_V2}
 DELTA_BYTE_ARRAY = 7  # encoding in which a value has only the characters that differ from the previous value
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12}  # bytes of a value; 8 for other numbers
 
@@ -77,13 +78,14 @@ def _pages(file: BinaryIO, column: Any, length: int) -> Iterator[Page]:
         header = _struct(file)
         stored, at = file.tell(), file.tell() + max(0, header[3])
         size = max(header[2], header[3])
-        if DICTIONARY in header:
+        kind = TYPES.get(header[1])
+        if kind == DICTIONARY:
             if is_text and header[2] >= 0 and size <= PAGES_BYTES:
                 longest = _longest(file.read(at - stored), header[2], column.compression)
             yield Page(size, 0, longest)
-        elif DATA in header or DATA_V2 in header:
-            about = header.get(DATA) or header[DATA_V2]
-            is_delta = about[2 if DATA in header else 4] == DELTA_BYTE_ARRAY
+        elif kind is not None:
+            about = header[kind]
+            is_delta = about[2 if kind == DATA else 4] == DELTA_BYTE_ARRAY
             yield Page(size, about[1], size if is_delta else max(longest, size / max(1, about[1])))
             left -= about[1]
 

@@ -17,6 +17,7 @@ JOINT = "\x1f"  # between the labels of a text in a row, because labels in a JSO
 PANEL = "Data"
 MAX_LINE = 2**24  # largest number of characters of a line, and of a row of several lines
 MAX_DEPTH = 100  # levels of lists and objects; pyarrow can write 124
+MAX_COLUMNS = 10_000  # of a .csv or .tsv file with a header
 SHOWN = 1000  # number of characters kept of a bad row
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -165,6 +166,8 @@ def _delimited(
         if is_first and columns.header:
             if problems:
                 raise ValueError(f"{path}:{problems[0][0]}: {problems[0][1]}")
+            if len(row) > MAX_COLUMNS:  # each row takes as much memory as it has columns, even if it is short
+                raise ValueError(f"{path}:1: {len(row)} columns, at most {MAX_COLUMNS} are allowed")
             names, is_first = row, False
             continue
         is_first = False

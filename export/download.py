@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from io import BufferedRandom, BytesIO
 from pathlib import Path
 from typing import IO, Annotated, Any, TypeVar
@@ -27,6 +28,7 @@ MAX_OTHER_BYTES = MAX_FILE_BYTES["tokenizer.json"]  # of a file without weights
 MAX_DOWNLOAD_BYTES = 2**34
 STALL_S, STALL_BYTES = 60.0, 2**20  # a download fails if it receives fewer bytes than these in this time
 NEXT = ": try again, or check HF_ENDPOINT"
+MAX_REDIRECTS = 10
 RETRY_S = 1.0  # before a lost connection is opened again
 
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
@@ -121,6 +123,8 @@ def download(repository: str, commit: str, files: Collection[File]) -> Path:
         for parent in (lock.parent, folder, blobs):
             parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):  # a second server waits for the first, and then uses its files
+            for left in blobs.glob("?" * 32 + ".incomplete"):  # drafts of a process that was killed
+                left.unlink(missing_ok=True)
             _run(get, sum(file.size or 0 for file in files))
     return folder
 
@@ -144,7 +148,6 @@ def _run(work: "Callable[[_Transfer], Coroutine[Any, Any, T]]", total: int = 0) 
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}),
             verify=trusted,
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            follow_redirects=True,
         )
         transfer = _Transfer(client)
         hidden = None if total > STALL_BYTES else True  # None: unless stderr is a terminal
@@ -191,7 +194,7 @@ class _Transfer:
         while True:
             resume = {"Range": f"bytes={received}-"} if received else {}
             try:
-                async with self._client.stream("GET", url, headers=resume) as response:
+                async with aclosing(await self._open(url, resume)) as response:
                     if response.status_code != (206 if received else 200):
                         raise HubError(_reason(what, response))
                     async for chunk in response.aiter_raw():
@@ -210,6 +213,17 @@ class _Transfer:
                         f"{what} cannot be read from the hub ({said}): check the name, the network and HF_ENDPOINT"
                     ) from None
                 await asyncio.sleep(RETRY_S)
+
+    async def _open(self, url: str, headers: dict[str, str]) -> httpx.Response:
+        """The response after redirects. httpx would read the body of a redirect, decompressed, without a limit."""
+        request = self._client.build_request("GET", url, headers=headers)
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await self._client.send(request, stream=True)
+            if response.next_request is None:
+                return response
+            await response.aclose()
+            request = response.next_request
+        raise HubError(f"{self.what} is redirected too often{NEXT}")
 
     def _count(self, received: int) -> None:
         self.bar.update(received)

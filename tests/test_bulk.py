@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -339,6 +340,34 @@ def test_memory_does_not_grow_with_texts_that_a_file_has_only_once(
         assert one.numbers == list(range(seen, seen + one.rows))
         seen += one.rows
     assert seen == rows
+
+
+def test_a_page_is_of_the_kind_that_its_type_says(tmp_path: Path) -> None:
+    """Otherwise a second description in its header, which pyarrow ignores, could hide how large its texts are."""
+    file, rows = tmp_path / "in.parquet", 300
+    parquet.write_table(
+        arrow.table({"text": [LARGE] * rows}),
+        file,
+        use_dictionary=False,
+        column_encoding={"text": "DELTA_BYTE_ARRAY"},
+        data_page_version="2.0",
+        compression="none",
+        write_statistics=False,
+    )
+    start = parquet.read_metadata(file).row_group(0).column(0).data_page_offset
+    opened = BytesIO(file.read_bytes())
+    opened.seek(start)
+    (true,) = list(pages._pages(opened, parquet.read_metadata(file).row_group(0).column(0), rows))[:1]
+    data = opened.getvalue()
+    # Field 5, a page of plain values, before field 8: the header says how far apart the numbers of fields are.
+    place = data.index(b"\x5c", start)
+    plain = b"\x2c" + b"\x15\xd8\x04" + b"\x15\x00" * 3 + b"\x00"
+    opened = BytesIO(data[:place] + plain + b"\x3c" + data[place + 1 :])
+    opened.seek(start)
+    assert pages._struct(opened)[5][1] == rows
+    opened.seek(start)
+    (page,) = list(pages._pages(opened, parquet.read_metadata(file).row_group(0).column(0), rows))[:1]
+    assert page.value_bytes == true.value_bytes >= len(LARGE)
 
 
 @pytest.mark.parametrize("values", ["texts", "dictionary", "large page", "nulls"])

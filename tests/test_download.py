@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from threading import Semaphore
@@ -260,6 +261,42 @@ def test_files_that_a_new_commit_keeps_are_not_downloaded_again(hub: type[Hub]) 
     assert folder.name == hub.LATER and (folder / "tokenizer.json").read_text() == "[]"
     assert (folder / "model.safetensors").samefile(before / "model.safetensors")
     assert [line.split("/")[-1] for line in hub.asked[1:]] == ["tokenizer.json"]
+
+
+def test_the_body_of_a_redirect_is_not_read(hub: type[Hub], tmp_path: Path) -> None:
+    """It could be endless, or grow a thousandfold when it is decompressed."""
+    with hub_of(hub.folder) as (_, port):
+
+        def redirect(self: Hub) -> None:
+            self.send_response(302)
+            self.send_header("Location", f"http://127.0.0.1:{port}{self.path}")
+            self.end_headers()
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(b"x" * 2**16)
+
+        hub.do_GET = redirect
+        assert {path.name for path in fetch("org/model").iterdir()} == FILES
+
+
+def test_endless_redirects_and_drafts_of_killed_downloads(hub: type[Hub]) -> None:
+    folder = fetch("org/model")
+    (blobs,) = folder.parent.parent.parent.glob("**/blobs")
+    draft = blobs / ("0" * 32 + ".incomplete")
+    draft.write_bytes(b"half of a file")
+    next(iter(folder.iterdir())).unlink()
+    fetch("org/model")
+    assert not draft.exists()
+
+    def redirect(self: Hub) -> None:
+        self.send_response(302)
+        self.send_header("Location", self.path)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    hub.do_GET = redirect
+    with pytest.raises(ValueError, match="redirected too often"):
+        fetch("org/model", "v1")
 
 
 def test_the_token_is_sent_to_the_hub_and_to_nobody_else(

@@ -42,7 +42,7 @@ from de3.server.audit.ledger import Ledger
 from de3.server.errors import RequestError
 from de3.server.learn import fitting, learner
 from de3.server.learn.fitting import FitError, run_fit
-from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, Journal, LearnFolder, Result
+from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, MAX_VOID, Journal, LearnFolder, Result
 from de3.server.learn.learner import FIRST_FIT, MIN_RECORDS, Changes, InService, Learner, result_of
 from de3.server.learn.learners import MIN_GAIN, Learners, served_before
 from de3.server.learn.record import HeldOut, Record
@@ -712,7 +712,7 @@ def test_a_change_of_the_traffic_asks_for_new_records(base: Artifact, some: Reco
     assert one.needs_saving
     one.observe(Changes(2, 1, {}))
     one.add(Record("one", 1.0, 1, some.states[0], some.logits[0]))
-    one.observe(Changes(3, 2, {}))  # a new version is not a change of the traffic
+    one.observe(Changes(3, 0, {}))  # a new version is not a change of the traffic
     assert (one.count, one.journal.first_new) == (1, 1201)
     one.save(all_records=True)
     again = learner_of(base, tmp_path)
@@ -1024,12 +1024,14 @@ def test_texts_from_before_a_change_of_their_tenant_prove_nothing(learning_of_ba
     assert one.fit(during).outcome == "served"
     assert one.around.tested == [[1]] and learner.journal.void == {"two": MIN_RECORDS + 1}
     assert learner.journal.first_new == 0
-    learner.journal.void["one"] = 11
-    assert not learner.may_prove(HeldOut("one", 1, 10, [], [])) and learner.may_prove(
-        HeldOut("one", 1, 11, [], [])
-    )
+    for has_keys, tenant in ((True, "one"), (False, "")):  # without keys, all clients are one tenant
+        learner._has_keys, learner.journal.void = has_keys, {tenant: 11}
+        for number in (10, 11):
+            assert learner.may_prove(HeldOut("one", 1, number, [], [])) == (number == 11)
+    learner.journal.void = {str(number): 1 for number in range(MAX_VOID)}
+    learner.observe(Changes(2, 0, {"another": 1}))  # the first one that a new version finds counts, too
     again = Journal.model_validate_json(learner.journal.model_dump_json())
-    assert again.void == {"two": MIN_RECORDS + 1, "one": 11}
+    assert again.void == {"another": learner.journal.first_new} and learner.journal.first_new > 1
 
 
 def test_a_version_does_not_wait_for_ever(learning_of_base: Learning) -> None:

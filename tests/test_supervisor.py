@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -372,12 +373,14 @@ async def test_processes_that_end_again_and_again_end_the_server(
     monkeypatch.setattr(supervisor, "monotonic", lambda: now)
     server = supervised(store, processes=1)
     server._live = lambda *_: asyncio.sleep(0)  # type: ignore[assignment, method-assign]
-    for end in (0.0, *(ENDS_S + 0.1 * i for i in range(MAX_ENDS))):
+    ends = (0.0, *(ENDS_S + 0.1 * i for i in range(MAX_ENDS)))
+    for end, is_hung in product(ends, (True, False)):  # a stall of the machine is no reason to stop
         assert not server._over.done()
         now = end
         process = Process(1, SimpleNamespace(exitcode=-signal.SIGSEGV), Channel({}), socket.socket())
         server._group.add(process)
         server._handlers(process)["ready"]()
+        process.is_hung = is_hung
         server._gone(process)
     assert isinstance(await server._over, ServerError)
 

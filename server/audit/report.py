@@ -54,7 +54,7 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
             known["e_value"] = float(e_values[k])
         return known
 
-    expected = ledger.rules.default.expected
+    expected = ledger.rules.of_tenant(name).expected
     here = int(np.searchsorted(ledger.taus, tau["tau"]))
     visible = tenants if reader is None else {reader: tenant}
     return {

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from de3.model_store.manifest import base_of
 from de3.model_store.records import Records
 from de3.model_store.store import Artifact
-from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, LearnFolder, Outcome, Result
+from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, MAX_VOID, LearnFolder, Outcome, Result
 from de3.server.learn.record import HeldOut, Record
 from de3.server.learn.reservoir import Reservoir
 from de3.server.settings import Settings
@@ -104,7 +104,8 @@ class Learner:
         self.is_asked = False
         self.waiting: Waiting | None = None
         self._held: list[Record] | None = []  # records held back (see hold); None: add at once
-        self._observed = Changes(0, 0, {})
+        self._observed: dict[int, Changes] = {}  # by version
+        self._has_keys = settings.has_keys
         self.reservoir = Reservoir(
             self.base,
             (manifest.num_layers, manifest.hidden_size),
@@ -162,21 +163,24 @@ class Learner:
 
     def observe(self, found: Changes) -> None:
         """Record the changes that the version in service has found. After one, the next fit needs new records."""
-        before, self._observed = self._observed, found
-        if found.version != before.version:
-            before = Changes(found.version, found.total, {})
+        before = self._observed.get(found.version, Changes(found.version, 0, {}))
+        self._observed[found.version] = found
         if found.total > before.total:
             self.journal.first_new = int(self.reservoir.texts) + 1
             self.count, self.next_fit, self._is_changed = 0, FIRST_FIT, True
             self.waiting = None
+            self.journal.void.clear()
         for tenant, changes in found.by_tenant.items():
             if changes > before.by_tenant.get(tenant, 0):
+                if len(self.journal.void) == MAX_VOID:
+                    self.journal.first_new = int(self.reservoir.texts) + 1
+                    self.journal.void.clear()
                 self.journal.void[tenant] = int(self.reservoir.texts) + 1
                 self._is_changed = True
 
     def may_prove(self, row: HeldOut) -> bool:
         """True unless a held-out text is from before the last change of its tenant's traffic."""
-        return row.number >= self.journal.void.get(row.client, 0)
+        return row.number >= self.journal.void.get(row.client if self._has_keys else "", 0)
 
     @property
     def due_at(self) -> int:
@@ -218,6 +222,12 @@ class Learner:
         if all_records and self.is_restored and len(self.reservoir) > 0:
             self._saved, records = self.count, self.reservoir.records()
         self._folder.write(self.name, self.journal, records)
+
+    def save_journal(self) -> None:
+        """Write the journal, if it has changed, but not the records; raises OSError."""
+        if self._is_changed:
+            self._is_changed = False
+            self._folder.write(self.name, self.journal, None)
 
     def begin(self) -> int:
         """Record the start of a fit; returns its attempt number."""

@@ -159,7 +159,9 @@ class Learners:
             if not learner.is_restored:
                 learner.restore(await asyncio.to_thread(self._folder.records, learner.name, learner.base))
             learner.observe(self._changes(learner))
-            if learner.needs_saving and learner.phase == "recording":
+            if learner.phase == "fitting":  # the process of the fit reads the records
+                await asyncio.to_thread(self._logged, learner, learner.save_journal)
+            elif learner.needs_saving:
                 await self._save_aside(learner)
         if self._fitting is not None and not self._fitting.done():
             return
@@ -327,11 +329,15 @@ class Learners:
 
     def _save(self, learner: Learner, all_records: bool = False, must: bool = False) -> None:
         """Save a learner. An OSError is logged; with `must`, it is raised."""
-        try:
+        if must:
             learner.save(all_records)
+        else:
+            self._logged(learner, lambda: learner.save(all_records))
+
+    def _logged(self, learner: Learner, save: Callable[[], None]) -> None:
+        try:
+            save()
         except OSError as error:
-            if must:
-                raise
             log.error("state_dir: what %s has learned cannot be written: %s", learner.name, error)
 
     def stop(self) -> None:

@@ -39,6 +39,7 @@ class Process:
         is_ready: it answers requests.
         has_opened: it has been ready at least once.
         is_late: its event loop has not answered for at least CHECK_S.
+        is_hung: it was killed because it did not answer.
         is_preparing: it loads models for a change.
         is_member: it takes part in changes of the models.
         models: the models that it loaded when it started (see Worker._state); empty before that.
@@ -56,6 +57,7 @@ class Process:
     is_ready: bool = False
     has_opened: bool = False
     is_late: bool = False
+    is_hung: bool = False
     is_preparing: bool = False
     is_member: bool = False
     models: list[Any] = field(default_factory=list)
@@ -79,8 +81,9 @@ class Process:
         finally:
             answer.cancel()
             self.is_preparing &= method != "prepare"
+        self.is_hung = True
+        self.os_process.kill()  # before the log, which may block as well
         log.critical("process %d does not answer: it is killed", self.number)
-        self.os_process.kill()
         raise ChannelClosedError("the process does not answer")
 
     def _most_checks(self, method: str) -> int:

@@ -207,7 +207,7 @@ class Supervisor:
         if process.reason and not self._models.are_loaded:  # the models cannot be served
             self._stop(ValueError(reason))
             return
-        if process.has_opened:
+        if process.has_opened and not process.is_hung:  # a stall of the machine may stop all of them at once
             self._ends.append(monotonic())
         self._failed(number, reason)
 
