@@ -162,8 +162,9 @@ def classify(
         kept = None if keep is None else [n.strip() for n in keep.split(",") if n.strip() and keep != "none"]
         columns = Columns(**fields_of(Columns, reading), label=None)
         source = Source(file, columns, kept)
+        reader = [version("pyarrow")] if any(one.suffix == ".parquet" for one in source.files) else []
         what = {
-            "version": [version("de3"), SLICE_ROWS, SLICE_CHARS, PART_CHARS, READ_BYTES],
+            "version": [version("de3"), SLICE_ROWS, SLICE_CHARS, PART_CHARS, READ_BYTES, *reader],
             "input": [_identity(one) for one in source.files],
             "columns": [vars(columns), kept, prefix],
             "options": options,
