@@ -26,7 +26,7 @@ from de3.export import audited
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Store
 from de3.server.audit import ledgers
-from de3.server.audit.auditor import LEARN_TEXTS, NO_OPTIONS, ROOM, Auditor, Traffic
+from de3.server.audit.auditor import ENTRY_TEXTS, LEARN_TEXTS, NO_OPTIONS, ROOM, Auditor, Traffic
 from de3.server.audit.ledger import MIN_AUDITS, Ledger
 from de3.server.audit.local_books import LocalBooks
 from de3.server.audit.log import AuditLog, line_of
@@ -1010,6 +1010,9 @@ def test_texts_that_are_settled_together_have_one_share(store: Path) -> None:
         auditor._open(tenant, Settled("one", 0, share), False).settled.skip(None)
     auditor._settle(tenant)
     assert [(one.share, one.skipped) for one in auditor.settled] == [(1.0, [2]), (0.5, [1])]
+    for _ in range(ENTRY_TEXTS + 1):  # an entry does not grow for ever behind a pending audit
+        auditor._open(tenant, Settled("one", 0, 1.0), False).settled.skip(None)
+    assert [one.settled.texts for one in tenant.entries] == [ENTRY_TEXTS, 1]
 
 
 def test_a_pending_audit_of_one_tenant_delays_no_other(store: Path) -> None:

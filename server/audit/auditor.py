@@ -38,8 +38,9 @@ log = logging.getLogger("de3")
 # not run yet; tenants with pending audits have equal parts of ROOM. Nothing is drawn beyond twice the part.
 ROOM, LEAST_ROOM = 256, 16
 LEARN_TEXTS = 4096
-# Entries that are not yet settled, because the audit of an earlier one is pending: over all tenants, and of one tenant.
-MAX_ENTRIES, LEAST_ENTRIES = 2**15, 2**9
+# Entries that are not yet settled, because the audit of an earlier one is pending: over all tenants, and of one tenant;
+# and the number of texts from which on an entry takes no more.
+MAX_ENTRIES, LEAST_ENTRIES, ENTRY_TEXTS = 2**12, 2**9, 256
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 EXCLUDED = ("deadline", "max_layer", "windows")  # answers that τ alone did not determine
 NO_OPTIONS = ExitOptions()
@@ -290,8 +291,9 @@ class Auditor:
 
     def _open(self, tenant: _Tenant, settled: Settled, is_pending: bool) -> _Entry:
         """Begin an entry for a tenant's next texts, or return its last one if they can be added to it."""
-        last = tenant.entries[-1] if tenant.entries else None
-        if last is not None and not last.is_pending and not is_pending and settled.continues(last.settled):
+        last = tenant.entries[-1] if tenant.entries and not is_pending else None
+        is_open = last is not None and not last.is_pending and last.settled.texts < ENTRY_TEXTS
+        if last is not None and is_open and settled.continues(last.settled):
             last.settled.may_rise = False
             return last
         tenant.entries.append(_Entry(settled, is_pending))

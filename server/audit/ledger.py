@@ -146,7 +146,7 @@ class Ledger:
             if one.epoch != tenant.epoch:  # drawn before a reset
                 continue
             before, index = _in_force(tenant), tenant.index
-            self._texts[one.tenant] += sum(one.skipped) + len(one.scores)
+            self._texts[one.tenant] += one.texts
             if tenant.count(one, self.manifest.exit_layers, self._room):
                 self._changed(one.tenant, tenant)
             if _in_force(tenant) != before:

@@ -44,6 +44,11 @@ class Settled:
     served: int = 0
     may_rise: bool = False
 
+    @property
+    def texts(self) -> int:
+        """Number of texts, audited or not."""
+        return sum(self.skipped) + len(self.scores)
+
     def skip(self, key: int | None) -> None:
         """Add a text that was not audited. key: its hash; None without a guarantee."""
         self.skipped[-1] += 1

@@ -169,13 +169,14 @@ class Learner:
             self.journal.first_new = int(self.reservoir.texts) + 1
             self.count, self.next_fit, self._is_changed = 0, FIRST_FIT, True
             self.waiting = None
-            self.journal.void.clear()
+            self.journal.void = {}
         for tenant, changes in found.by_tenant.items():
             if changes > before.by_tenant.get(tenant, 0):
-                if len(self.journal.void) == MAX_VOID:
-                    self.journal.first_new = int(self.reservoir.texts) + 1
-                    self.journal.void.clear()
-                self.journal.void[tenant] = int(self.reservoir.texts) + 1
+                void = self.journal.void
+                if len(void) >= MAX_VOID:
+                    self.journal.first_new, void = int(self.reservoir.texts) + 1, {}
+                # A new dictionary, as another thread may be writing the journal.
+                self.journal.void = void | {tenant: int(self.reservoir.texts) + 1}
                 self._is_changed = True
 
     def may_prove(self, row: HeldOut) -> bool:
