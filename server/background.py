@@ -52,9 +52,9 @@ _running: set[asyncio.Task[Any]] = set()  # asyncio itself keeps only weak refer
 
 def report(task: Task, error: BaseException) -> None:
     """Log and count an unexpected error; safe to call from any thread."""
-    with _counting:
-        errors[task] += 1
     failures.log(f"{task.replace('_', ' ')} failed", error=error)
+    with _counting:  # after the log, so that an error that is counted can be read there
+        errors[task] += 1
 
 
 def report_error(task: Task, ended: asyncio.Task[Any], expected: type[Exception] | tuple[()] = ()) -> None:
