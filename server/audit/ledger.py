@@ -60,8 +60,8 @@ class Ledger:
         self.manifest, self._publish, self._has_keys = manifest, publish, settings.has_keys
         self.taus = _grid(rules)
         self.rate = settings.guarantee
+        attempt = 1 if manifest.learned is None else manifest.learned.attempt
         # Without --learn no other exits will be tested, so the tests may use all of δ.
-        attempt = 1 if manifest.learned is None or not settings.learn else manifest.learned.attempt
         self.error = error_of(attempt) if settings.learn else 1 - CONFIDENCE
         self.epoch, self.since = next(_EPOCHS), time.time()
         self.tenants: dict[str, Tenant] = {}
