@@ -33,11 +33,15 @@ def test_an_unanswered_request_is_repeated_once_unless_its_client_left() -> None
 
     async def dies(_: Any, receive: Any, send: Any) -> None:
         calls.append(await receive())
+        await send({"type": "http.response.start", "status": 199 + len(calls)})
         if len(calls) == 2:
-            await send("an answer")
+            await send({"type": "http.response.body", "body": b"an answer"})
 
     body = {"type": "http.request", "body": b"{}"}
-    assert answer_of(repeat.Repeat(dies), body) == ["an answer"]
+    assert answer_of(repeat.Repeat(dies), body) == [
+        {"type": "http.response.start", "status": 201},
+        {"type": "http.response.body", "body": b"an answer"},
+    ]
     assert calls == [body, body]
 
     async def waits(_: Any, receive: Any, __: Any) -> None:

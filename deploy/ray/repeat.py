@@ -22,7 +22,10 @@ MAX_WAIT_S = 5.0  # the same for bodies that take longer to arrive
 
 
 class Repeat:
-    """ASGI middleware that retries a classification once if the proxy returns no answer, as when a replica dies."""
+    """ASGI middleware that retries a classification once if the proxy returns no answer, as when a replica dies.
+
+    The status and headers wait for the first part of the body: a replica may die between the two.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -33,17 +36,24 @@ class Repeat:
             await self._app(scope, receive, send)
             return
         messages, is_complete = await _read(receive)
-        is_done = False  # the response has begun, or the client has disconnected
+        is_done = False  # a part of the body was sent, or the client has disconnected
+        start: Message | None = None  # status and headers, unsent
 
         async def reply(message: Message) -> None:
-            nonlocal is_done
+            nonlocal is_done, start
+            if message["type"] == "http.response.start":
+                start = message
+                return
             is_done = True
+            if start is not None:
+                await send(start)
+                start = None
             await send(message)
 
         for attempt in range(TRIES if is_complete else 1):
             if attempt:
                 log.warning("no answer from a replica: retrying")
-            unread = list(messages)
+            unread, start = list(messages), None
 
             async def replay(unread: list[Message] = unread) -> Message:
                 nonlocal is_done
