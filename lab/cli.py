@@ -16,6 +16,7 @@ from lab.audit_cli import app as audit_app
 from lab.fuzzers import NAMES as FUZZERS
 from lab.options import Core, Int8Model, show
 from lab.studies.cli import app as studies_app
+from lab.tenants import app as tenants_app
 
 EXPERIMENTS = ("cells", "drift", "joined", "shift", "signals", "stock", "sweep")
 # The modules that decide, which `mutate` changes.
@@ -26,6 +27,7 @@ MUTATED = (
 app = typer.Typer(no_args_is_help=True, help="Measurements, attacks and studies behind the documentation.")
 app.add_typer(studies_app, name="study")
 app.add_typer(audit_app, name="audit")
+app.add_typer(tenants_app, name="tenants")
 
 
 @app.command()

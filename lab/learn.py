@@ -34,11 +34,12 @@ UNSEEN = 2000  # maximum number of texts held back for the speed-ups in hindsigh
 
 @dataclass
 class Answer:
-    """The answer to a text of the stream. model_ms: model time, without queue time."""
+    """The answer to a text of the stream. model_ms: model time, without queue time. model: as name:version."""
 
     layer: int
     label: str
     model_ms: float
+    model: str = ""
 
 
 @dataclass
@@ -79,8 +80,11 @@ class Story:
     fits: list[dict[str, Any]] = field(default_factory=list)
 
 
-def send(url: str, texts: Sequence[str], per_second: float) -> list[Answer]:
-    """Send texts in their order at `per_second`, one per request. Raises the first error of a request."""
+def send(url: str, texts: Sequence[str], per_second: float, keys: Sequence[str] = ("",)) -> list[Answer]:
+    """Send texts in their order at `per_second`, one per request. Raises the first error of a request.
+
+    keys: API keys, used in turn; empty: none.
+    """
     answers: list[Answer | None] = [None] * len(texts)
     numbers, lock, start = iter(range(len(texts))), threading.Lock(), time.monotonic()
     errors: list[Exception] = []
@@ -94,7 +98,7 @@ def send(url: str, texts: Sequence[str], per_second: float) -> list[Answer]:
                 if i is None:
                     return
                 time.sleep(max(0.0, start + i / per_second - time.monotonic()))
-                answers[i] = _one(connection, texts[i])
+                answers[i] = _one(connection, texts[i], keys[i % len(keys)])
         except Exception as error:
             errors.append(error)
 
@@ -108,9 +112,9 @@ def send(url: str, texts: Sequence[str], per_second: float) -> list[Answer]:
     return [answer for answer in answers if answer is not None]
 
 
-def _one(connection: http.client.HTTPConnection, text: str, **fields: Any) -> Answer:
-    body = json.dumps({"input": text, **fields})
-    connection.request("POST", "/classify", body, {"Content-Type": "application/json"})
+def _one(connection: http.client.HTTPConnection, text: str, key: str) -> Answer:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    connection.request("POST", "/classify", json.dumps({"input": text}), headers)
     response = connection.getresponse()
     data = json.loads(response.read())
     if response.status != 200:
@@ -118,7 +122,7 @@ def _one(connection: http.client.HTTPConnection, text: str, **fields: Any) -> An
     stages = response.headers["server-timing"].split(",")
     model_ms = next(float(stage.split("dur=")[1]) for stage in stages if stage.strip().startswith("model"))
     row = data["data"][0]
-    return Answer(row["exit"]["layer"], row["label"], model_ms)
+    return Answer(row["exit"]["layer"], row["label"], model_ms, data["model"])
 
 
 def truth(url: str, texts: Sequence[str]) -> list[str]:
