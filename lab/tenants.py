@@ -23,6 +23,7 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.store import Store
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.tenant import Settled
+from de3.server.learn.learners import CHECK_S
 from de3.server.rules import Rules
 from de3.server.settings import Settings
 from lab.attacks import WORDS
@@ -112,19 +113,27 @@ def versions(
 ) -> tuple[list[Answer], list[dict[str, Any]]]:
     """The answers of a server that learns to texts that tenants send in turn, and the server's reports on its fits.
 
-    rate: the guarantee.
+    After every WINDOW texts, no more are sent until the fit ends, so the result does not depend on its duration. rate:
+    the guarantee.
     """
+    keys, answers = [_key(tenant) for tenant in range(tenants)], list[Answer]()
+    report: dict[str, Any] = {}
     with TemporaryDirectory(prefix="de3-lab-") as folder:
         command = [sys.executable, "-m", "de3.cli", "serve", str(stock), "--port", "{port}", "--learn"]
         command += ["--guarantee", f"{rate:g}", "--state-dir", f"{folder}/state"]
         server = _with_keys(Server("de3", command, ready="/ready"), tenants)
         with running(server, port, Path(folder) / "log") as started:
             url = started.target.url
-            answers = send(url, texts, per_second, [_key(tenant) for tenant in range(tenants)])
-            name = answers[0].model.partition(":")[0]
-            headers = {"Authorization": f"Bearer {_key(0)}"}
-            with urlopen(Request(f"{url}/v1/models/{name}/learn", headers=headers)) as response:
-                return answers, json.load(response)["fits"]
+            for start in range(0, len(texts), WINDOW):
+                answers += send(url, texts[start : start + WINDOW], per_second, keys)
+                path = f"/v1/models/{answers[0].model.partition(':')[0]}/learn"
+                request = Request(url + path, headers={"Authorization": f"Bearer {keys[0]}"})
+                report = {"phase": "fitting"}
+                while report["phase"] == "fitting":
+                    time.sleep(2 * CHECK_S)  # a fit that is due has begun after that
+                    with urlopen(request) as response:
+                        report = json.load(response)
+        return answers, report["fits"]
 
 
 def table(answers: Sequence[Answer], fits: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -184,12 +193,15 @@ def version(
     per_second: Annotated[float, typer.Option(help="Texts per second.", min=1)] = 80.0,
     text_column: options.TextColumn = "text",
     port: options.Port = 8100,
+    json_file: options.Json = None,
 ) -> None:
     """Serve a stock classifier with --learn, and measure the speed-up in layers with each version.
+
+    --json writes the server's reports on its fits.
 
     Example: python -m lab tenants version runs/clinc/model --texts runs/clinc/texts.jsonl
     """
     found = list(dict.fromkeys(sample.text for sample in read(texts, text_column)))
     random.Random(1).shuffle(found)
     answers, fits = versions(stock, found, tenants, guarantee, per_second, port)
-    show(*table(answers, fits))
+    show(*table(answers, fits), json_file, fits)
