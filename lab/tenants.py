@@ -113,7 +113,7 @@ def versions(
 ) -> tuple[list[Answer], list[dict[str, Any]]]:
     """The answers of a server that learns to texts that tenants send in turn, and the server's reports on its fits.
 
-    After every WINDOW texts, no more are sent until the fit ends, so the result does not depend on its duration. rate:
+    After every WINDOW texts, no more are sent until the fit ends, so the result hardly depends on its duration. rate:
     the guarantee.
     """
     keys, answers = [_key(tenant) for tenant in range(tenants)], list[Answer]()
