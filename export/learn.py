@@ -134,16 +134,19 @@ def _split(
     records: Records, attempt: int, first_new: int, by_client: bool = False
 ) -> tuple[Records, Records]:
     """The records to fit exits to, and those to test them on; equal texts are on the same side."""
-    is_new = records.numbers >= first_new
+    is_new, is_held = records.numbers >= first_new, np.zeros(len(records), np.bool_)
     rng = np.random.default_rng([SEED, attempt])
-    of_client = records.clients[is_new] if by_client else np.zeros(int(is_new.sum()), np.int32)
+    clients = records.clients if by_client else np.zeros(len(records), np.int32)
     tested = list[NDArray[np.uint64]]()
-    for client in np.unique(of_client):
-        keys = rng.permutation(np.unique(records.keys[is_new][of_client == client]))
+    for client in np.unique(clients[is_new]):
+        own = np.flatnonzero(is_new & (clients == client))
+        keys = rng.permutation(np.unique(records.keys[own]))
         tested.append(keys[: min(round(HELD_OUT * len(keys)), MAX_HELD_OUT)])
-    is_tested = np.isin(records.keys, np.concatenate(tested)) if tested else np.zeros(len(records), bool)
+        # Only texts that were drawn for this client: another one could send the easy ones of its texts.
+        is_held[own] = np.isin(records.keys[own], tested[-1])
+    is_tested = np.isin(records.keys, np.concatenate(tested)) if tested else is_held
     others = np.flatnonzero(~is_tested)
-    held = np.flatnonzero(is_tested & is_new)
+    held = np.flatnonzero(is_held)
     # At most as many records from before a change in the traffic as from after it.
     old, new = others[~is_new[others]], others[is_new[others]]
     if first_new and len(old) > len(new):

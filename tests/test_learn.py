@@ -377,6 +377,10 @@ def test_a_clients_own_tests_do_not_depend_on_others(
     monkeypatch.setattr(learning, "MAX_HELD_OUT", 70)
     _, tests = learning._split(loud, 1, 0, by_client=True)
     assert np.bincount(tests.clients).tolist() == [70, 70]
+    keys = some.keys.copy()
+    keys[some.clients == 1] = some.keys[some.clients == 0][:100].repeat(2)  # the other sends the same texts
+    same = learning._split(replace(loud, keys=keys), 1, 0, by_client=True)[1]
+    assert same.keys[same.clients == 0].tolist() == tests.keys[tests.clients == 0].tolist()
     found = learning.fit_exits(loud, base.manifest, 1, 0.2, by_client=True).evidence
     assert Counter(row["client"] for row in found) == {"one": 70, "two": 70}
 
