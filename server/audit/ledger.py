@@ -189,7 +189,8 @@ class Ledger:
                 tenant = self.tenant(name)
                 found = profiles([r.scores for r in held], [r.differs for r in held], layers, self.taus)
                 if tenant.promise is not None:
-                    tenant.count_held_out([one.key for one in held], found, self._room)
+                    repeats = [one.is_repeat for one in held]
+                    tenant.count_held_out([one.key for one in held], found, self._room, repeats)
                 exit_layer = float(found.layers[:, tenant.index].mean())
             mean += texts / total * exit_layer
         self._start_layers = mean if traffic else None

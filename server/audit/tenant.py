@@ -171,13 +171,17 @@ class Tenant:
             self.promise.advance()
         return False
 
-    def count_held_out(self, keys: Sequence[int], found: Profiles, room: int) -> None:
+    def count_held_out(
+        self, keys: Sequence[int], found: Profiles, room: int, repeats: Sequence[bool]
+    ) -> None:
         """Count texts that were recorded before the model was served, towards the guarantee only.
 
-        They are not audits of the model's answers, so the evidence that is reported leaves them out.
+        They are not audits of the model's answers, so the evidence that is reported leaves them out. repeats: see
+        HeldOut.is_repeat.
         """
         assert self.promise is not None
-        seen = np.array([self._seen.was_counted(key, room) for key in keys], np.bool_)
+        counted = np.array([self._seen.was_counted(key, room) for key in keys], np.bool_)
+        seen = counted | np.array(repeats, np.bool_)
         self.promise.count(1.0, found, [0] * (len(keys) + 1), seen)
         self.promise.advance()
         self.is_changed = True

@@ -59,7 +59,7 @@ class Waiting:
         found: the result of the fit; see run_fit.
         attempt: number of the fit.
         rows: the held-out texts that test its exits.
-        keys: hashes of the texts that were recorded at the fit; a repeat of one of them is no test.
+        keys: hashes of the texts that were recorded at the fit; a repeat of one of them proves nothing for the version.
         after: number of the last record that may be among `rows`.
         count: value of Learner.count at that record.
     """

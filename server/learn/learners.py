@@ -251,7 +251,8 @@ class Learners:
         job = self._job(learner, rival, waiting.attempt, manifest.version)
         job |= {"base": str(waiting.artifact.path.absolute()), "after": waiting.after}
         found = await run_fit(job)
-        newer = [HeldOut(**row) for row in found["evidence"] if row["key"] not in waiting.keys]
+        newer = [HeldOut(**row, is_repeat=row["key"] in waiting.keys) for row in found["evidence"]]
+        newer = [row for row in newer if not row.is_repeat or any(row.differs)]
         waiting.rows, waiting.after = [*waiting.rows, *newer], after
         return await self._serve_if_faster(learner, waiting, first_new)
 
