@@ -850,12 +850,16 @@ def test_texts_are_counted_in_order_and_tau_may_rise_after_the_last_of_a_request
 
 
 def test_texts_that_were_drawn_before_a_reset_or_with_share_0_do_not_count(store: Path) -> None:
-    one = Answering(made(store))
+    """Nor are exits learned from them."""
+    one, kept = Answering(made(store)), list[Record]()
+    one._learn = kept.append
+    tokens = Tokens(np.array([[1]]), np.array([[0]]), truncated=False)
     one.answer(False, True)
     assert one.counted == [(1, False)] and one.pending == 1
     one.answer(True, False, epoch=1)
     assert len(one.waiting) == 1
-    one.run_audit(0)
+    one.run_audit(0, tokens=tokens, states=np.ones((3, 4), np.float32))
+    assert not kept
     one.is_behind = True
     one.answer(True, False, epoch=1)
     assert not one.waiting and one.pending == 0

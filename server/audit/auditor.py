@@ -343,7 +343,8 @@ class Auditor:
         else:
             self.seconds += audit.model_s
             self._conclude(entry.settled, entry.key, answer, audit.passed, len(audit.tokens), text)
-            self._record(client, entry.settled.share, audit.tokens, audit.states, audit.passed[-1])
+            if entry.settled.epoch == tenant.epoch:  # else it is a text from before a change
+                self._record(client, entry.settled.share, audit.tokens, audit.states, audit.passed[-1])
         self._settle(tenant)
 
     def _conclude(
