@@ -77,7 +77,14 @@ class Rows:
 def _dicts(piece: Any) -> list[dict[str, Any]]:
     if isinstance(piece, list):
         return piece
-    return list(piece.to_pylist()) if piece.column_names else [{} for _ in range(piece.num_rows)]
+    if not piece.column_names:
+        return [{} for _ in range(piece.num_rows)]
+    try:
+        return list(piece.to_pylist())
+    except (ValueError, OverflowError) as error:  # such as a date after the year 9999
+        raise ValueError(
+            f"a column has a value that only .parquet can hold ({error}): leave it out with --keep"
+        ) from None
 
 
 class Format:

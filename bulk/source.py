@@ -148,7 +148,8 @@ class Source:
                 yield one
                 start += one.rows
                 number += one.rows
-        except (OSError, UnicodeDecodeError, pyarrow_module().ArrowException) as error:  # a damaged file
+        except (OSError, OverflowError, UnicodeDecodeError, pyarrow_module().ArrowException) as error:
+            # a damaged file
             raise ValueError(f"{file}: {error}") from None
 
     def _slice(
@@ -169,7 +170,10 @@ class Source:
             try:
                 text = self._checked([column[index] for column in texts])
             except ValueError as error:
-                (row,) = kept.slice(index, 1).to_pylist() or [{}]
+                try:
+                    (row,) = kept.slice(index, 1).to_pylist() or [{}]
+                except (ValueError, OverflowError):  # such as a date after the year 9999
+                    row = {}
                 one.refuse(number + offset, where, str(error), {**row, self._columns.text: texts[0][index]})
                 continue
             one.texts.append(text)

@@ -505,6 +505,17 @@ def test_values_of_other_types_are_written_as_text(model: de3.Classifier, tmp_pa
     for kind in (".jsonl", ".csv"):
         classify(Here(model), tmp_path / "in.parquet", tmp_path / f"bytes{kind}")
         assert read(tmp_path / f"bytes{kind}")[0]["data"].strip('"') == "/wA="
+    dates = arrow.array([2**31 - 1, 0], arrow.int32()).cast(arrow.date32())  # Python's end with the year 9999
+    parquet.write_table(arrow.table({"text": [None, "good"], "on": dates}), tmp_path / "in.parquet")
+    _, refused = classify(Here(model), tmp_path / "in.parquet", tmp_path / "dates.jsonl")
+    assert read(tmp_path / "dates.jsonl")[0]["on"] == "1970-01-01"
+    assert read(refused)[0]["content"] == '{"text": null}'
+    with pytest.raises(ValueError, match=r"in\.parquet: days=2147483647"):
+        list(Source(tmp_path / "in.parquet", Columns("on", label=None)).slices())
+    parquet.write_table(arrow.table({"text": ["good", "bad"], "on": dates}), tmp_path / "in.parquet")
+    classify(Here(model), tmp_path / "in.parquet", tmp_path / "dates.parquet")
+    with pytest.raises(ValueError, match=r"only \.parquet can hold .*--keep"):
+        classify(Here(model), tmp_path / "in.parquet", tmp_path / "no.csv")
 
 
 def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
