@@ -39,6 +39,8 @@ from de3.model_store.segments import ForwardPass
 from de3.model_store.store import Artifact, Store
 from de3.server.audit.auditor import LEARN_TEXTS, Traffic
 from de3.server.audit.ledger import Ledger
+from de3.server.audit.ledgers import Ledgers
+from de3.server.audit.tenant import Settled
 from de3.server.errors import RequestError
 from de3.server.learn import fitting, learner
 from de3.server.learn.fitting import FitError, run_fit
@@ -56,6 +58,7 @@ from tests.serving import Server, process, serving, until, url_when_ready
 
 LABELS = ["negative", "positive"]
 FIRST = LEARNED_FROM + 1  # the first learned version
+KEYS = "one " + "k" * 20
 
 
 @pytest.fixture(scope="module")
@@ -844,8 +847,7 @@ def test_held_out_texts_prove_the_tau_of_the_tenant_that_sent_them(
     learned: tuple[Artifact, Artifact],
 ) -> None:
     """The speed-up is that of the traffic: a tenant without held-out texts starts at full depth."""
-    keys = "one " + "k" * 20
-    settings = Settings(guarantee=0.05, learn=True, api_keys=keys)  # type: ignore[arg-type]
+    settings = Settings(guarantee=0.05, learn=True, api_keys=KEYS)  # type: ignore[arg-type]
     manifest = learned[0].manifest
     ledger = Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings)
     rows = [
@@ -856,6 +858,39 @@ def test_held_out_texts_prove_the_tau_of_the_tenant_that_sent_them(
     ledger.count_held_out([*rows, *rows[:1]], {"one": 3, "silent": 1})
     assert {name: tenant.index > 0 for name, tenant in ledger.tenants.items()} == {"one": True}
     assert ledger.speedup() == pytest.approx(manifest.num_layers / (manifest.num_layers / 4))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_texts_from_before_a_change_while_a_version_is_loaded_prove_nothing(
+    learned: tuple[Artifact, Artifact], reset: bool
+) -> None:
+    """A change of one tenant's traffic is no change of another's."""
+    manifest, settings = learned[0].manifest, Settings(guarantee=0.05, learn=True, api_keys=KEYS)  # type: ignore[arg-type]
+    ledgers, rules = Ledgers(settings, lambda *_: None), Rules(manifest, settings)
+    ledgers.serve(manifest, rules, "native", 1.0)
+    current = ledgers.get(learned[0].full_name)
+    assert current is not None
+
+    def count(name: str, differs: bool) -> None:
+        texts = Settled(name, current.tenant(name).epoch, 1.0, may_rise=True)
+        for key in range(400):
+            texts.add(key, [0.0, 0.0, 0.0, None], [differs] * 3 + [False], differs)
+        current.count([texts])
+
+    count("one", False)
+    count("two", False)
+    rows = [
+        HeldOut(n, key, key, [0.0, 0.0, 0.0, None], [False] * 4) for n in ("one", "two") for key in range(400)
+    ]
+    ledgers.prepare("base:7", rows, current.full_name)
+    count("one", True)
+    assert current.changes() == {"one": 1}
+    if reset:
+        current.reset()
+    ledgers.serve(manifest.model_copy(update={"version": 7}), rules, "native", 1.0)
+    new = ledgers.get("base:7")
+    assert new is not None
+    assert {n for n in ("one", "two") if new.tenant(n).index > 0} == (set() if reset else {"two"})
 
 
 def test_the_share_of_audits_falls_with_the_traffic() -> None:
@@ -1040,6 +1075,17 @@ def test_texts_from_before_a_change_of_their_tenant_prove_nothing(learning_of_ba
     learner.observe(Changes(2, 0, {"another": 1}))  # the first one that a new version finds counts, too
     again = Journal.model_validate_json(learner.journal.model_dump_json())
     assert again.void == {"another": learner.journal.first_new} and learner.journal.first_new > 1
+
+
+def test_a_change_while_the_speed_up_is_computed_voids_the_tests(learning_of_base: Learning) -> None:
+    one = learning_of_base
+
+    def start_speedup(*_: object) -> float:
+        one.around.found = Changes(1, 0, {"": 1})
+        return 9.0
+
+    one.monkeypatch.setattr(one.around, "start_speedup", start_speedup)
+    assert one.fit().outcome == "served" and one.around.prepared == {f"base:{FIRST}": ([], "base:1")}
 
 
 def test_a_version_does_not_wait_for_ever(learning_of_base: Learning) -> None:

@@ -31,8 +31,8 @@ class Ledgers:
         self._by_model: dict[str, Ledger] = {}
         self._unloaded: dict[str, Ledger] = {}
         # Of a learned version that is about to be served: held-out texts, and the ledger of the version in service with
-        # its number of resets.
-        self._held_out: dict[str, tuple[Sequence[HeldOut], Ledger, int]] = {}
+        # its number of resets, and of changes of each tenant's traffic.
+        self._held_out: dict[str, tuple[Sequence[HeldOut], Ledger, int, dict[str, int]]] = {}
         is_on, state_dir = settings.share_of_audits > 0, settings.state_dir
         self._state = StateDir(state_dir) if is_on and state_dir is not None else None
         self._writing, self._has_failed = Lock(), False
@@ -58,8 +58,11 @@ class Ledgers:
             return earlier.standing
         ledger = self._by_model[name] = Ledger(manifest, rules, runtime, caution, self._settings, publish)
         if held_out is not None:
-            rows, current, resets = held_out
-            if sum(current.num_resets.values()) == resets:  # else the texts may be from before a change
+            rows, current, resets, before = held_out
+            # The texts of tenants that have changed meanwhile may be from before the change.
+            changed = dict(current.changes().items() - before.items())
+            if current.num_resets["reset"] == resets:
+                rows = [row for row in rows if (row.client if self._settings.has_keys else "") not in changed]
                 ledger.count_held_out(rows, current.traffic())
         elif self._state is not None and earlier is None:
             self._state.read(ledger)
@@ -100,7 +103,7 @@ class Ledgers:
     def prepare(self, name: str, rows: Sequence[HeldOut], current: str) -> None:
         """Set the held-out texts of a learned version, name:version, that is about to be served; see start_speedup."""
         ledger = self._by_model[current]
-        self._held_out = {name: (rows, ledger, sum(ledger.num_resets.values()))}
+        self._held_out = {name: (rows, ledger, ledger.num_resets["reset"], ledger.changes())}
 
     def forget(self, name: str) -> None:
         """Stop counting for an unloaded model; the evidence of the last MAX_KEPT such models stays in memory."""

@@ -285,7 +285,9 @@ class Learners:
                 return result_of(waiting.attempt, waiting.found)
             return result_of(waiting.attempt, waiting.found, "waits", manifest.version)
         learner.waiting = None
-        self._ledgers.prepare(waiting.artifact.full_name, waiting.rows, current)
+        learner.observe(self._changes(learner))
+        rows = [row for row in waiting.rows if learner.may_prove(row)]
+        self._ledgers.prepare(waiting.artifact.full_name, rows, current)
         await self._serve(learner, manifest.version)
         learner.journal.latest = manifest.version
         return result_of(waiting.attempt, waiting.found, "served", manifest.version)
