@@ -149,12 +149,14 @@ class Format:
             table = table.replace_schema_metadata({"de3": json.dumps(self._about, sort_keys=True)})
             if pieces:
                 self._schema = _unified([*([self._schema] if self._schema else []), table.schema])
-        except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are of these kinds
+            with draft.open("xb") as opened:
+                table = table.combine_chunks()
+                parquet.write_table(table, opened, compression="zstd", row_group_size=ROW_GROUP)
+        # pyarrow's errors are of these kinds
+        except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
             raise ValueError(
                 f"a column cannot be written as parquet ({error}): leave it out with --keep"
             ) from None
-        with draft.open("xb") as opened:
-            parquet.write_table(table.combine_chunks(), opened, compression="zstd", row_group_size=ROW_GROUP)
 
     def _kept(self, piece: Any) -> Any:
         """A piece as a table with the columns `names`, in this order."""

@@ -500,6 +500,9 @@ def test_values_of_other_types_are_written_as_text(model: de3.Classifier, tmp_pa
     (row,) = read(tmp_path / "out.csv")
     assert json.loads(row["n"]) == [None, {"big": 2**65}]
     assert (row["yes"], row["names"]) == ("true", f"a{SEPARATOR}b")
+    file.write_text('{"text": "good", "more": {}}\n')
+    with pytest.raises(ValueError, match=r"cannot be written as parquet .*'more'.*--keep"):
+        classify(Here(model), file, tmp_path / "out.parquet")
     table = arrow.table({"text": ["good"], "data": [b"\xff\x00"]})
     parquet.write_table(table, tmp_path / "in.parquet")
     for kind in (".jsonl", ".csv"):
