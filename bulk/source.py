@@ -285,6 +285,10 @@ def _bytes(array: Any) -> int:
         return _bytes(array.storage)
     if isinstance(array, arrow.StructArray):
         return sum(map(_bytes, array.flatten()))
+    if isinstance(array, arrow.MapArray):  # a ListArray that cannot be flattened
+        start, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        parts = (array.keys, array.items)
+        return 8 * len(array) + sum(_bytes(part.slice(start, end - start)) for part in parts)
     if isinstance(array, arrow.ListArray | arrow.LargeListArray | arrow.FixedSizeListArray):
         return 8 * len(array) + _bytes(array.flatten())
     return int((array.dictionary_decode() if isinstance(array, arrow.DictionaryArray) else array).nbytes)

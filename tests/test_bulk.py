@@ -508,6 +508,12 @@ def test_values_of_other_types_are_written_as_text(model: de3.Classifier, tmp_pa
     for kind in (".jsonl", ".csv"):
         classify(Here(model), tmp_path / "in.parquet", tmp_path / f"bytes{kind}")
         assert read(tmp_path / f"bytes{kind}")[0]["data"].strip('"') == "/wA="
+    pairs = arrow.array([[("a", 1)], None, [("b" * 10**7, 2)], [("c", 3)]], arrow.map_("string", "int64"))
+    parquet.write_table(arrow.table({"text": ["good"] * 4, "more": pairs}), tmp_path / "in.parquet")
+    sizes = [one.rows for one in Source(tmp_path / "in.parquet", READING).slices()]
+    classify(Here(model), tmp_path / "in.parquet", tmp_path / "pairs.jsonl")
+    assert [row["more"] for row in read(tmp_path / "pairs.jsonl")][::3] == [[["a", 1]], [["c", 3]]]
+    assert sizes == [3, 1]  # slices end once they are large
     dates = arrow.array([2**31 - 1, 0], arrow.int32()).cast(arrow.date32())  # Python's end with the year 9999
     parquet.write_table(arrow.table({"text": [None, "good"], "on": dates}), tmp_path / "in.parquet")
     _, refused = classify(Here(model), tmp_path / "in.parquet", tmp_path / "dates.jsonl")
