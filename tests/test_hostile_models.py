@@ -521,27 +521,3 @@ def test_a_log_record_cannot_be_forged() -> None:
     (line,) = JsonFormatter("%(levelname)s %(message)s").format(record).splitlines()
     assert line.isprintable() and json.loads(line)["message"] == EVIL
     assert "forged" in json.loads(line)["exc_info"]
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        (lambda m: m["risk"][0].update(weights=[float("nan")] * 5), "risk.0.weights"),
-        (lambda m: m["risk"][0]["weights"].__setitem__(1, -1e300), "risk.0.weights.1"),
-        (lambda m: m["risk"][0]["weights"].pop(), "risk.0.weights"),
-        (lambda m: m["risk"].reverse(), "risk"),
-        (lambda m: m["risk"].pop(), "risk"),
-        (lambda m: m.update(risk=None), "risk"),
-        (lambda m: m["defaults"].update(signal="margin"), "defaults.signal"),
-        (lambda m: m["defaults"].update({"signal": "edr", "lambda": None}), "lambda"),
-        (lambda m: m["defaults"].update({"signal": "risk", "lambda": 2}), "lambda"),
-        (lambda m: m["defaults"].update({"signal": "edr", "lambda": 3.5}), "default signal"),
-    ],
-)
-def test_an_unsound_risk_is_refused_with_the_reason(
-    copies: Path, change: Callable[[dict], Any], field: str
-) -> None:
-    edit(copies / "tiny" / "1", change)
-    with pytest.raises(StoreError, match=field) as refused:
-        Store(copies).open("tiny")
-    assert len(str(refused.value)) < 10_000

@@ -23,7 +23,7 @@ from de3.server.rules import Rules
 from de3.server.settings import ExitOptions, Settings
 from tests.fixtures import make_rows
 from tests.serving import Server, serving
-from tests.test_store import edit
+from tests.test_hostile_models import edit
 
 TEXTS = [text for text, _ in make_rows(60, 41)]
 
