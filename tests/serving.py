@@ -185,10 +185,7 @@ def process(store: Path, *arguments: str, code: str = "") -> Iterator[subprocess
     program = ["-c", code] if code else ["-m", "de3.cli"]
     command = [sys.executable, *program, "serve", "--store", str(store), *arguments]
     running = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={"DE3_PROCESSES": "1", **os.environ, "DE3_PORT": "0"},
+        command, stderr=subprocess.PIPE, text=True, env={"DE3_PROCESSES": "1", **os.environ, "DE3_PORT": "0"}
     )
     try:
         yield running

@@ -123,10 +123,7 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("kind_in", "kind_out"),
-    [
-        *((".parquet", kind) for kind in KINDS),
-        *((kind, ".jsonl") for kind in (".csv", ".tsv", ".txt")),
-    ],
+    [*((".parquet", kind) for kind in KINDS), *((kind, ".jsonl") for kind in (".csv", ".tsv", ".txt"))],
 )
 def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_out: str) -> None:
     file, out = tmp_path / f"in{kind_in}", tmp_path / f"out{kind_out}"

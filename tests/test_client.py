@@ -155,8 +155,7 @@ def test_an_answer_may_be_compressed_and_is_limited_when_it_is_decompressed() ->
 
 
 @pytest.mark.parametrize(
-    ("after", "pauses"),
-    [("0", [0.15, 0.3, 0.6, 1.2]), ("1", [1.5, 1.5, 1.5, 1.5]), ("100", [30.0] * 4)],
+    ("after", "pauses"), [("0", [0.15, 0.3, 0.6, 1.2]), ("1", [1.5, 1.5, 1.5, 1.5]), ("100", [30.0] * 4)]
 )
 @pytest.mark.parametrize("call", [ask, ask_async])
 def test_a_refused_request_is_retried_after_pauses_that_grow(

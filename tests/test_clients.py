@@ -162,12 +162,7 @@ def test_the_most_probable_labels(server: Server) -> None:
         ({"raw": 1}, "raw: input should be a valid boolean"),
         ({"use_activation": "no"}, "use_activation: input should be a valid boolean"),
         ({"request_id": 7}, "request_id: input should be a valid string"),
-        (
-            {"messages": [{"role": "user", "content": CAFE}]},
-            "messages: unknown field; known fields: ",
-        ),
-        ({"chat_template": "{{ x }}"}, "chat_template: unknown field"),
-        ({"softmax": True}, "softmax: unknown field"),
+        ({"messages": [{"role": "user", "content": CAFE}]}, "messages: unknown field; known fields: "),
         (
             {"input": [[9707, 11, 847], [791]]},
             "input[0]: must be a text, or an object with text and text_pair",
@@ -194,10 +189,8 @@ def test_sglangs_own_classify(server: Server) -> None:
     for one, row in zip(answer.json(), rows, strict=True):
         weights = np.exp(one["embedding"])
         assert weights / weights.sum() == pytest.approx(row["probs"])
-        assert one["meta_info"] == {
-            "id": answer.headers["x-request-id"],
-            "prompt_tokens": one["meta_info"]["prompt_tokens"],
-        }
+        assert one["meta_info"].keys() == {"id", "prompt_tokens"}
+        assert one["meta_info"]["id"] == answer.headers["x-request-id"]
     assert len(server.classify(text=[CAFE]).json()) == 1  # a list, as the request has one
     single = server.classify(text=CAFE, tau=0).json()
     assert len(single["embedding"]) == 2 and single["meta_info"]["prompt_tokens"] > 2
@@ -415,9 +408,7 @@ def test_a_text_that_is_too_long_is_named_as_its_protocol_does(
     answer = httpx.post(server.url + path, content=content)
     error = answer.json()["error"]
     message = error["message"] if isinstance(error, dict) else error
-    assert answer.status_code == 422 and message.startswith(f"{name}: has 202 tokens, the model takes"), (
-        message
-    )
+    assert answer.status_code == 422 and message.startswith(f"{name}: has 202 tokens, the model"), message
 
 
 # huggingface_hub
@@ -497,10 +488,7 @@ def test_info_has_the_fields_of_teis_openapi_json(server: Server) -> None:
 def test_each_cause_of_an_error_has_teis_type() -> None:
     kinds = {429: "overloaded", 503: "overloaded", 500: "backend", 504: "backend"}
     for cause, status in STATUSES.items():
-        if cause not in (
-            "busy",
-            "client_gone",
-        ):  # which are not of classification requests, or are never sent
+        if cause not in ("busy", "client_gone"):  # not of classification requests, or never sent
             body = json.loads(PREDICT.error(RequestError("refused", cause=cause)))
             assert body == {"error": "refused", "error_type": kinds.get(status, "validation")}, cause
 

@@ -336,15 +336,8 @@ def test_unfinished_bodies_make_room_for_clients_within_their_share(store: Path)
     head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000\r\n\r\n"
     with serving(store, models=["tiny"], **sizes) as server, ExitStack() as stack:
         holders = []
-        for address, size in (
-            (2, 7999),
-            (2, 7999),
-            (3, 1000),
-            (4, 500),
-            (5, 250),
-            (6, 125),
-            (7, 62),
-            (8, 32),
+        for address, size in zip(
+            (2, 2, 3, 4, 5, 6, 7, 8), (7999, 7999, 1000, 500, 250, 125, 62, 32), strict=True
         ):
             s = stack.enter_context(connect(server, f"127.0.0.{address}"))
             before = server.frontend.bytes_in_flight.total
@@ -372,10 +365,7 @@ def test_each_packet_of_a_chunk_extension_counts_as_a_small_chunk() -> None:
 
 
 def test_a_request_is_parsed_however_it_is_cut_and_the_next_one_is_left() -> None:
-    head, chunks = (
-        b"POST /a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
-        b"2\r\nhi\r\n0\r\n\r\n",
-    )
+    head, chunks = CHUNKED, b"2\r\nhi\r\n0\r\n\r\n"
     for cut in range(len(chunks)):
         parser = RequestParser()
         for at in range(len(head)):

@@ -78,11 +78,7 @@ def endless(self: Hub, _: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "limit"),
-    [
-        ("model.safetensors", 100, 100),
-        ("model.safetensors", None, 2**20),
-        ("tokenizer.json", None, 2**10),
-    ],
+    [("model.safetensors", 100, 100), ("model.safetensors", None, 2**20), ("tokenizer.json", None, 2**10)],
 )
 def test_no_more_is_downloaded_than_announced_or_allowed(
     hub: type[Hub], name: str, size: int | None, limit: int, monkeypatch: pytest.MonkeyPatch

@@ -84,8 +84,7 @@ def assert_emulated(program: Path, emulator: str, processor: str, *names: str) -
 @pytest.mark.slow
 @arm
 @pytest.mark.parametrize(
-    ("processor", "names"),
-    [("cortex-a72", ""), ("neoverse-n1", "dotprod"), ("max", "i8mm dotprod")],
+    ("processor", "names"), [("cortex-a72", ""), ("neoverse-n1", "dotprod"), ("max", "i8mm dotprod")]
 )
 def test_arm_kernels_match_the_reference(for_arm: Path, processor: str, names: str) -> None:
     assert_emulated(for_arm, QEMU, processor, *names.split())
@@ -96,9 +95,6 @@ def test_arm_kernels_match_the_reference(for_arm: Path, processor: str, names: s
     shutil.which("qemu-x86_64") is None or platform.machine() != "x86_64",
     reason="no qemu-x86_64 here, or another processor: tests/docker/packages.sh",
 )
-@pytest.mark.parametrize(
-    ("processor", "names"),
-    [("Nehalem", ""), ("Haswell", "avx2")],
-)
+@pytest.mark.parametrize(("processor", "names"), [("Nehalem", ""), ("Haswell", "avx2")])
 def test_x86_processors_without_avx512(native: Path, processor: str, names: str) -> None:
     assert_emulated(native, "qemu-x86_64", processor, *names.split())

@@ -512,19 +512,8 @@ def test_every_kind_of_model_learns(options: dict[str, Any], precision: Any, tmp
 
 
 def job(base: Artifact, records: Path, store: Path, **fields: Any) -> dict[str, Any]:
-    plan = {
-        "base": str(base.path),
-        "records": str(records),
-        "store": str(store),
-        "version": 2,
-        "attempt": 1,
-        "rate": 0.05,
-        "first_new": 0,
-        "by_client": False,
-        "speedup": 1.0,
-        "memory": 2**31,
-    }
-    return plan | fields
+    plan = {"base": str(base.path), "records": str(records), "store": str(store), "version": 2, "attempt": 1}
+    return plan | {"rate": 0.05, "first_new": 0, "by_client": False, "speedup": 1.0, "memory": 2**31} | fields
 
 
 def test_exits_are_published_if_they_may_be_faster(
@@ -761,9 +750,8 @@ def test_a_lost_journal_does_not_use_an_attempt_twice(
     base: Artifact, learned: tuple[Artifact, Artifact], tmp_path: Path
 ) -> None:
     assert learner_of(base, tmp_path / "new").journal.attempts == 0
-    assert (
-        learner_of(learned[0], tmp_path / "new").journal.attempts == 1
-    )  # the exits that the model came with
+    came_with = learner_of(learned[0], tmp_path / "new").journal
+    assert came_with.attempts == 1  # the exits that the model came with
     shutil.copytree(learned[0].path.parent, LearnFolder(tmp_path).store.path / "base")
     assert learner_of(base, tmp_path).journal.attempts == 4
     assert LearnFolder(tmp_path).journal("base", "another base").attempts == 0

@@ -183,10 +183,7 @@ HEADS = st.builds(
 
 @settings(max_examples=80)
 @given(
-    *(
-        FAMILIES,
-        st.sampled_from([(64, 1), (64, 4), (128, 2), (128, 8), (192, 4), (192, 12), (48, 1)]),
-    ),
+    *(FAMILIES, st.sampled_from([(64, 1), (64, 4), (128, 2), (128, 8), (192, 4), (192, 12), (48, 1)])),
     *(st.sampled_from([64, 320, 64, 320, 40]), st.integers(2, 40), st.sampled_from([0, 32, 64, 96, 100])),
     *(st.booleans(), st.booleans(), st.none() | HEADS),
     *(st.integers(1, 40) | st.sampled_from([96, 127, 128, 129, 260, 333]), st.integers(0, 2**32 - 1)),

@@ -16,14 +16,9 @@ from tests.serving import Server, serving, until
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
 # With these flags, the browser makes no requests of its own.
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+FLAGS = ["--no-sandbox", "--no-first-run"]
+FLAGS += [
+    f"--disable-{part}" for part in ("gpu", "quic", "background-networking", "component-update", "sync")
 ]
 KEY = "alice-has-a-long-key"
 DEMO = Path(__file__).parents[1] / "models"

@@ -420,9 +420,7 @@ def test_a_client_is_preempted_once_it_leads_by_enough() -> None:
     assert queue._clients[running.client].spent == 1.25 * PREEMPTION_LEAD_S
 
 
-def test_half_of_the_idle_clients_are_forgotten_and_no_pending_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_half_of_the_idle_clients_are_forgotten_and_no_pending_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("de3.server.engine.queue.MAX_CLIENTS", 10)
     queue = WorkQueue(100)
     queue.put(pending := job(1, client="pending"))

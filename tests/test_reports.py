@@ -141,8 +141,7 @@ def test_a_trace_has_a_span_for_each_stage(server: Server, spans: InMemorySpanEx
 
 
 @pytest.mark.parametrize(
-    ("path", "route"),
-    [("/classify", "/classify"), ("/v2/models/tiny/infer", "/v2/models/{model}/infer")],
+    ("path", "route"), [("/classify", "/classify"), ("/v2/models/tiny/infer", "/v2/models/{model}/infer")]
 )
 def test_a_failed_request_says_which_route_and_why_in_its_trace(
     server: Server, spans: InMemorySpanExporter, path: str, route: str

@@ -2,12 +2,7 @@
 
 import numpy as np
 
-from lab.experiments.drift import (
-    AWAY,
-    Guard,
-    slide,
-    stream,
-)
+from lab.experiments.drift import AWAY, Guard, slide, stream
 
 
 def test_a_step_moves_each_prototype_by_the_texts_of_its_class_that_passed_its_exit() -> None:

@@ -11,13 +11,7 @@ import pytest
 from de3.export.full_depth import export_full_depth
 from de3.loadtest.servers import Server
 from de3.model_store.store import Store
-from lab.engines import (
-    Engines,
-    compared,
-    name_of,
-    read_bandwidth,
-    tables,
-)
+from lab.engines import Engines, compared, name_of, read_bandwidth, tables
 from lab.studies.untrained import NAME, untrained
 from tests.fixtures import make_rows, save_tokenizer
 from tests.test_peers import fused

@@ -11,14 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from de3.exits.recorded import Recorded
-from lab.experiments import (
-    cells,
-    drift,
-    measures,
-    shift,
-    signals,
-    sweep,
-)
+from lab.experiments import cells, drift, measures, shift, signals, sweep
 from lab.experiments.cells import Cell
 from tests.fixtures import make_rows
 
