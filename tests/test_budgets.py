@@ -17,7 +17,6 @@ from de3.model_store.store import Store
 from de3.server.engine import timing
 from de3.server.engine.job import REPLY_S, REPLY_TEXT_S, Item, Job
 from de3.server.errors import RequestError
-from de3.server.models import load
 from de3.server.ood import WINDOW
 from de3.server.rules import Choice, Rules
 from de3.server.settings import ExitOptions, Settings
@@ -144,12 +143,6 @@ def test_the_settings_tau_applies_if_a_request_only_limits_the_layer(store: Path
     assert refused.value.field == "tau"
 
 
-def test_a_setting_that_a_model_cannot_meet_prevents_the_start(store: Path) -> None:
-    artifact = Store(store).open("tiny")
-    with pytest.raises(ValueError, match="a setting cannot be met: target_speedup: at most"):
-        load(artifact, Settings(store=store, target_speedup=5000))
-
-
 def test_an_answer_leaves_at_its_deadline(store: Path, clock: Clock) -> None:
     with serving(store, models=["tiny"], threads=1, tau=0) as server:
         full = server.classify(input=TEXTS[0], explain=True).json()["data"][0]
@@ -267,16 +260,3 @@ def test_the_expected_time_of_a_text_counts_its_layers_and_one_for_the_tokenizer
     assert Choice(rule, "default").share(6) == 1
     row = rows[0].model_copy(update={"mean_exit_layer": 2.5})
     assert Choice(rule, "default", expected=row).share(6) == 0.5
-
-
-def test_max_layer_is_at_least_the_first_exit_and_is_not_calibrated(store: Path) -> None:
-    manifest = Store(store).open("tiny").manifest
-    rules = Rules(manifest.model_copy(update={"exit_layers": [1, 2, 3]}), Settings())
-    tau = rules.default.rule.tau
-    assert rules.of(ExitOptions(tau=tau)).expected is not None
-    for layer in (1, 3):
-        choice = rules.of(ExitOptions(tau=tau, max_layer=layer))
-        assert choice.rule.max_layer == layer and choice.expected is None
-    for layer in (0, 4):
-        with pytest.raises(RequestError, match=f"must be from 1 to 3, got {layer}"):
-            rules.of(ExitOptions(max_layer=layer))

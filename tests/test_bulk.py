@@ -649,12 +649,16 @@ def test_columns_of_input_and_answers_may_not_have_the_same_name(
         ("--model tiny --file {0}/in.jsonl --out {0}/out.xlsx", "expected .csv, .jsonl"),
         ("good --model nothing", "'nothing'"),
         ("good --model tiny --tau 7", "tau: "),
+        ("", "give texts"),
+        ("good --url localhost:8000", "http://localhost:8000"),
+        ("good --url http://127.0.0.1:9", "de3 serve"),
     ],
 )
 def test_errors_of_the_command(store: Path, tmp_path: Path, arguments: str, says: str) -> None:
     write(tmp_path / "in.jsonl", [{"text": "good"}])
     (tmp_path / "in.csv").touch()
-    assert says in refusal(f"classify --store {store} {arguments.format(tmp_path)}")
+    where = f"--store {store}" if "--model" in arguments else ""
+    assert says in refusal(f"classify {where} {arguments.format(tmp_path)}")
 
 
 def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:

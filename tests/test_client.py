@@ -215,17 +215,5 @@ def test_the_command_classifies_texts(server: Server) -> None:
         row["label"] for row in server.classify(input=["a good film", "a dull plot"], tau=0).json()["data"]
     ]
     assert "layer 3" in output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ("", "give texts"),
-        ("good --url localhost:8000", "http://localhost:8000"),
-        ("good --url http://127.0.0.1:9", "de3 serve"),
-        ("good --tau 7 --url {0}", "the server answers 422: tau: "),
-    ],
-)
-def test_errors_of_the_command_say_what_is_wrong(server: Server, arguments: str, says: str) -> None:
-    result = invoke(f"classify {arguments.format(server.url)}")
-    assert result.exit_code == 1 and says in str(result.exception)
+    refused = invoke(f"classify good --tau 7 --url {server.url}")
+    assert refused.exit_code == 1 and "the server answers 422: tau: " in str(refused.exception)

@@ -35,6 +35,11 @@ from tests.serving import Gate, Server, serving, until
 
 BODY = b'{"input": "good film"}'
 REQUEST = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+# Java's client asks for h2c in its first request; by itself, the parser would lose that request's body.
+UPGRADES = [
+    REQUEST.replace(b"localhost", b"localhost\r\nConnection: Upgrade, HTTP2-Settings\r\n" + wish)
+    for wish in (b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABk", b"upGRADE: websocket")
+]
 CHUNKED = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -232,14 +237,6 @@ def test_a_body_sent_after_100_continue(server: Server) -> None:
         assert answer(s)[0] == 413  # without a 100 Continue before it
 
 
-def test_a_wish_to_upgrade_is_ignored(server: Server) -> None:
-    with connect(server) as s:
-        for name in (b"Upgrade", b"uPGRADE"):
-            wish = b"Connection: Upgrade, HTTP2-Settings\r\n%s: h2c\r\nContent-Length" % name
-            s.sendall(REQUEST.replace(b"Content-Length", wish))
-            assert answer(s)[0] == 200
-
-
 def test_http_1_0_is_answered_and_closed(server: Server) -> None:
     with connect(server) as s:
         s.sendall(REQUEST.replace(b"HTTP/1.1", b"HTTP/1.0"))
@@ -253,36 +250,32 @@ def test_http_1_0_is_answered_and_closed(server: Server) -> None:
 @given(
     cuts=st.lists(st.integers(1, 400), max_size=12),
     chunks=st.lists(st.integers(1, 22), min_size=1, max_size=8),
-    kinds=st.lists(st.sampled_from("lcg"), min_size=1, max_size=5),
+    kinds=st.lists(st.sampled_from("lcghw"), min_size=1, max_size=5),
 )
 def test_however_requests_are_cut_and_framed_each_is_answered(
     server: Server, cuts: list[int], chunks: list[int], kinds: list[str]
 ) -> None:
-    """Requests with a Content-Length, chunked ones whose body contains a blank line, and ones without a body."""
-    inner = b'{"input":\r\n\r\n "good film"}'
-    data, expected = b"", []
-    for kind in kinds:
-        if kind == "l":
-            data, expected = data + REQUEST, [*expected, 200]
-        elif kind == "g":
-            data, expected = data + b"\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", [*expected, 200]
-        else:
-            body, rest = b"", inner
-            for size in [*chunks, len(inner)]:
-                piece, rest = rest[:size], rest[size:]
-                body += b"%x\r\n%s\r\n" % (len(piece), piece) if piece else b""
-            data += CHUNKED + body + b"0\r\nTrailer: x\r\n\r\n"
-            expected.append(200)
+    """Requests with a Content-Length, chunked ones with a blank line in the body, without a body, and with upgrades."""
+    rest, body = b'{"input":\r\n\r\n "good film"}', b""
+    for size in [*chunks, len(rest)]:
+        piece, rest = rest[:size], rest[size:]
+        body += b"%x\r\n%s\r\n" % (len(piece), piece) if piece else b""
+    requests = {
+        "l": REQUEST,
+        "c": CHUNKED + body + b"0\r\nTrailer: x\r\n\r\n",
+        "g": b"\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        **dict(zip("hw", UPGRADES, strict=True)),
+    }
+    data = b"".join(requests[kind] for kind in kinds)
     with connect(server) as s:
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         at = 0
         for cut in [*cuts, len(data)]:
             s.sendall(data[at : at + cut])
             at += cut
-        for kind, status in zip(kinds, expected, strict=True):
-            got, body = answer(s)
-            assert got == status, body
-            assert ("data" in body) == (kind != "g")
+        for kind in kinds:
+            status, said = answer(s)
+            assert status == 200 and ("data" in said) == (kind != "g"), said
 
 
 def test_connection_close_is_heeded_without_a_body_too(server: Server) -> None:

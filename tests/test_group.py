@@ -88,15 +88,6 @@ def alone(model: Model, texts: list[str], **options: Any) -> dict[str, Any]:
     return answers(results)
 
 
-def test_a_group_runs_in_steps_and_each_text_answers_as_alone(model: Model) -> None:
-    queue = WorkQueue(100)
-    queue.put(job(model))
-    steps = Steps(queue)
-    steps.run()
-    assert len(steps.seconds) == 1 + model.manifest.num_layers and not steps.alone
-    assert answers(steps.results) == alone(model, TEXTS)
-
-
 @pytest.mark.parametrize("far", [None, 0.2, -1.0], ids=["any", "far", "all far"])
 @pytest.mark.parametrize("max_layer", [None, 2])
 @pytest.mark.parametrize("tau", [0.0, 0.3, 0.9])
@@ -118,6 +109,8 @@ def test_the_kernels_read_the_exits_as_python_does(
     steps = Steps(queue)
     steps.run()
     assert not steps.alone and answers(steps.results) == alone(model, TEXTS, **options)
+    if tau == 0:
+        assert len(steps.seconds) == 1 + (max_layer or model.manifest.num_layers)
 
 
 def test_long_texts_and_shadows_run_alone(model: Model) -> None:
@@ -146,6 +139,12 @@ def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> No
     later = Steps(queue)
     assert later.run() == [*urgent.items, *items]  # the group joined the urgent text before layer 2
     assert answers(later.results) == alone(model, ["an urgent one", *TEXTS]) and len(queue) == 0
+    took = 0.0
+    for outcome in later.results.values():
+        assert isinstance(outcome, Outcome) and min(outcome.tokenize_s, outcome.model_s) > 0
+        took += outcome.model_s + outcome.tokenize_s
+    # Each step of a text is charged once, whether it ran before or after the preemption.
+    assert queue._clients[""].spent == pytest.approx(took, rel=1e-9)
 
 
 def test_a_text_found_to_be_longer_than_a_step_is_resumed(model: Model) -> None:
@@ -208,21 +207,3 @@ def test_a_group_that_fails_runs_alone_from_the_start(model: Model, monkeypatch:
         assert outcome is not None and not item.can_share
         results[item] = outcome
     assert answers(results) == alone(model, TEXTS)
-
-
-def test_a_preempted_group_is_charged_what_its_texts_took(model: Model) -> None:
-    """Each step of a text is charged once, whether it ran before or after the preemption."""
-    queue = WorkQueue(100)
-    queue.put(first := job(model, due=5.0))
-    urgent = job(model, ["an urgent one"], due=1.0)
-    preempted = Steps(queue, {1: lambda: queue.put(urgent)})
-    preempted.run()
-    assert not preempted.results and len(queue) == len(TEXTS) + 1
-    later = Steps(queue)
-    later.run()
-    assert later.results.keys() == {*first.items, *urgent.items} and len(later.seconds) > 2
-    took = 0.0
-    for outcome in later.results.values():
-        assert isinstance(outcome, Outcome) and min(outcome.tokenize_s, outcome.model_s) > 0
-        took += outcome.model_s + outcome.tokenize_s
-    assert queue._clients[""].spent == pytest.approx(took, rel=1e-9)

@@ -363,7 +363,8 @@ def test_long_and_truncate_must_not_contradict(server: Server) -> None:
         refused = server.classify(input=long, **options)
         assert refused.status_code == 422 and "102 tokens" in refused.text
     for options in ({"truncate": True}, {"long": "truncate"}, {"long": None}, {}):
-        assert server.classify(input=long, **options).json()["data"][0]["truncated"] is True
+        answer = server.classify(input=long, **options).json()
+        assert answer["data"][0]["truncated"] is True and answer["usage"]["prompt_tokens"] == 64
     assert server.classify(input=long, long="windows", truncate=True).json()["data"][0]["windows"]["of"] == 2
     assert server.classify(input="good", long="cut").json()["error"]["param"] == "long"
 

@@ -288,27 +288,6 @@ def test_a_slow_client_that_reads_is_not_cut_off(server: Server) -> None:
         assert reading.write_deadline == inf
 
 
-@pytest.mark.parametrize(("protocol", "header"), [("websocket", "upGRADE"), ("h2c", "Upgrade")])
-def test_an_upgrade_is_not_offered_and_costs_no_request(server: Server, protocol: str, header: str) -> None:
-    """Java's client asks for an upgrade in its first request; by itself, the parser would lose that request's body."""
-    body = b'{"input": "good film"}'
-    head = "POST /classify HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\n"
-    head += f"{header}: {protocol}\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
-    head += f"Content-Length: {len(body)}\r\n\r\n"
-    request = head.encode() + body
-    for cut in range(0, len(request), 5):  # the request may arrive in any two parts
-        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
-            s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            s.sendall(request[:cut])
-            s.sendall(request[cut:])
-            for last in (False, True):  # then a second request on the same connection
-                answer = HTTPResponse(s)
-                answer.begin()
-                assert (answer.status, json.loads(answer.read())["data"][0]["index"]) == (200, 0)
-                if not last:
-                    s.sendall(request)
-
-
 def test_many_connections_are_accepted_in_one_iteration_of_the_event_loop(server: Server) -> None:
     count, connections, all_wait, seen = 64, server.listener.connections, threading.Event(), list[int]()
     with ExitStack() as clients:

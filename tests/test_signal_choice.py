@@ -60,38 +60,6 @@ def asked(server: Server, **fields: Any) -> dict[str, Any]:
     return {**answer.json()["tau_choice"], "exit": answer.json()["data"][0]["exit"]}
 
 
-@pytest.mark.parametrize(
-    ("fields", "signal", "lam"),
-    [
-        ({"signal": "risk"}, "risk", None),
-        ({"signal": "entropy"}, "entropy", None),
-        ({"signal": "entropy", "lambda": 0}, "entropy", None),
-        ({"signal": "edr", "lambda": 0}, "entropy", None),
-        ({"signal": "edr", "lambda": 3}, "edr", 3.0),
-        ({"lambda": 3}, "edr", 3.0),
-        ({"lambda": 0}, "entropy", None),
-    ],
-)
-def test_a_request_chooses_its_signal(
-    server: Server, fields: dict[str, Any], signal: str, lam: float | None
-) -> None:
-    for name, tau in (("tiny", 0.2), ("tiny-int8", 0.02), ("tiny-int8", 0.6)):
-        rows = server.classify(input=TEXTS, model=name, tau=tau, **fields).json()["data"]
-        whole = server.classify(input=TEXTS, model=name, tau=tau, explain=True, **fields).json()["data"]
-        for plain, row in zip(rows, whole, strict=True):
-            found = row["exit"]
-            assert (found["signal"], found["lambda"], found["tau"]) == (signal, lam, tau)
-            assert found == plain["exit"]
-            for layer in row["layers"][:-1]:
-                assert layer["score"] is None or layer["score"] >= tau
-            assert found["score"] == row["layers"][-1]["score"]
-            assert (found["reason"] == "threshold") == (found["layer"] < 3)
-            if signal != "risk":
-                assert found["score"] == found[signal]
-            elif found["layer"] == 3:
-                assert found["score"] is None  # full depth has no risk
-
-
 def test_tau_is_the_one_of_the_chosen_signals_calibration(server: Server, manifest: Manifest) -> None:
     """Without τ or a target, another signal is about as cautious as the default."""
     calibration = manifest.calibration
