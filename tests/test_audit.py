@@ -6,7 +6,7 @@ import os
 import resource
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from errno import ENOSPC
 from itertools import count
 from pathlib import Path
@@ -170,11 +170,7 @@ def test_a_guarantee_starts_at_full_depth_and_audits_raise_tau(store: Path) -> N
 
 def test_each_keys_name_has_its_own_guarantee(store: Path) -> None:
     """A name's new key continues with the name's τ; a user sees only the row of its own name."""
-    keys = {
-        "victim": "key-of-the-victim-0123",
-        "loud": "key-of-the-loud-01234",
-        "boss": "key-of-the-boss-01234",
-    }
+    keys = {name: f"key-of-the-{name}-01234" for name in ("victim", "loud", "boss")}
     users = ";".join(f"{name} {keys[name]}" for name in ("victim", "loud"))
     on: dict[str, Any] = {"guarantee": 0.2, "api_keys": users, "admin_keys": f"boss {keys['boss']}"}
     with serving(store, models=["tiny-int8"], **on) as server:
@@ -194,20 +190,20 @@ def test_each_keys_name_has_its_own_guarantee(store: Path) -> None:
         def seen(name: str) -> dict[str, Any]:
             return dict(httpx.get(f"{server.url}/v1/models/tiny-int8/audit", headers=head(name)).json())
 
+        def send(texts: list[str]) -> None:
+            httpx.post(f"{server.url}/classify", json={"input": texts}, headers=head("loud"), timeout=60)
+
         # Of the others' texts a user sees nothing.
-        httpx.post(f"{server.url}/classify", json={"input": "good"}, headers=head("loud"))
+        send(["good"])
         fresh = seen("victim")
         assert (fresh["tenant"], fresh["texts"], fresh["audits"]) == ("victim", 0, 0)
         assert [row["tenant"] for row in fresh["tenants"]] == ["victim"]
 
         while tau("loud") == 0:
-            httpx.post(
-                f"{server.url}/classify", json={"input": new_texts()}, headers=head("loud"), timeout=60
-            )
+            send(new_texts())
         assert tau("victim") == 0
-        assert (
-            server.metric("de3_audit_tau_highest") == tau("loud") > 0 == server.metric("de3_audit_tau_lowest")
-        )
+        lowest, highest = (server.metric(f"de3_audit_tau_{end}") for end in ("lowest", "highest"))
+        assert lowest == 0 < highest == tau("loud")
         assert server.metric("de3_audit_tenants") == 2
         assert [row["tenant"] for row in seen("loud")["tenants"]] == ["loud"]
         assert seen("victim")["texts"] == 1 and seen("victim")["tau"]["tau"] == 0
@@ -560,6 +556,21 @@ def agree(ledger: Ledger, share: float = 1.0, served_differs: bool = False) -> N
     ledger.count([one])
 
 
+def count_all(ledger: Ledger, keys: Iterable[int | None], kind: Any = ALIKE, **of: Any) -> None:
+    """Count together audited texts with these keys. of: as for `settled_in`."""
+    one = settled_in(ledger, **of)
+    for key in keys:
+        one.add(key, *kind, False)
+    ledger.count([one])
+
+
+def guaranteed(store: Path, rate: float) -> Ledger:
+    """The ledger of a model with a guarantee."""
+    served = made(store)
+    served.rules = Rules(served.model.manifest, Settings(guarantee=rate))
+    return served_ledger(books_of(guarantee=rate), served)
+
+
 def test_evidence_of_an_unloaded_model_does_not_count_for_another_of_its_name(store: Path) -> None:
     books, first = books_of(), made(store)
     agree(served_ledger(books, first))
@@ -666,15 +677,10 @@ def test_a_change_falls_back_to_full_depth_and_discards_the_texts_that_were_draw
     store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only the tenant whose rate has risen is affected."""
-    served = made(store)
-    served.rules = Rules(served.model.manifest, Settings(guarantee=0.1))
-    ledger = served_ledger(books_of(guarantee=0.1), served)
+    ledger = guaranteed(store, 0.1)
     for name in ("one", "two"):
-        alike = settled_in(ledger, tenant=name)
-        for key in range(100):
-            alike.add(key, *ALIKE, False)
-        ledger.count([alike])
-    proved, epoch = served.rules.of_tenant("one").rule.tau, ledger.tenants["one"].epoch
+        count_all(ledger, range(100), tenant=name)
+    proved, epoch = ledger.rules.of_tenant("one").rule.tau, ledger.tenants["one"].epoch
     assert proved > 0
     late, unlike = settled_in(ledger, tenant="one"), settled_in(ledger, tenant="one")
     for key in range(100, 200):
@@ -692,7 +698,7 @@ def test_a_change_falls_back_to_full_depth_and_discards_the_texts_that_were_draw
     assert ledger.tenants["one"].evidence.texts == 0 and ledger.tenants["one"].epoch != epoch
     two = seen("two")
     assert (two["tau"]["tau"], two["resets"], two["audits"]) == (proved, [], 100)
-    assert served.rules.of_tenant("two").rule.tau == proved > 0 == served.rules.of_tenant("one").rule.tau
+    assert ledger.rules.of_tenant("two").rule.tau == proved > 0 == ledger.rules.of_tenant("one").rule.tau
     # What was learned is void only if the tenant had sent at least half of the recent texts.
     assert (ledger.num_resets["change"], ledger.num_changes, ledger.changes()) == (1, 1, {"one": 1})
     for texts, num_changes in ((99, 1), (100, 2)):
@@ -706,16 +712,12 @@ def test_a_change_falls_back_to_full_depth_and_discards_the_texts_that_were_draw
 
 def test_what_is_measured_is_the_tenant_that_speaks_most_against_its_promise(store: Path) -> None:
     """A tenant with many texts that agree does not hide one whose answers differ."""
-    served = made(store)
-    served.rules = Rules(served.model.manifest, Settings(guarantee=0.1))
-    ledger = served_ledger(books_of(guarantee=0.1), served)
-    for name, texts, unlike in (("large", 3000, 0), ("small", 200, 50)):
-        one = settled_in(ledger, tenant=name, may_rise=False)
-        for key in range(texts):
-            one.add(key, *(UNLIKE if key < unlike else ALIKE), False)
-        ledger.count([one])
+    ledger = guaranteed(store, 0.1)
+    count_all(ledger, range(50), UNLIKE, tenant="small", may_rise=False)
+    for name, keys in (("large", range(3000)), ("small", range(50, 200))):
+        count_all(ledger, keys, tenant=name, may_rise=False)
         ledger.tenants[name].promise.index = 1  # type: ignore[union-attr]
-    measured = ledger.measured(served.rules.default)
+    measured = ledger.measured(ledger.rules.default)
     assert measured is not None and measured[0] == 0.25 and measured[1] > 0.1
 
 
@@ -732,19 +734,14 @@ def test_the_traffic_of_a_tenant_that_is_gone_is_forgotten(
 
 
 def test_tau_rises_only_after_the_last_text_of_a_request(store: Path) -> None:
-    served = made(store)
-    served.rules = Rules(served.model.manifest, Settings(guarantee=0.1))
-    ledger = served_ledger(books_of(guarantee=0.1), served)
+    ledger = guaranteed(store, 0.1)
     for _ in range(2):
         for keys, may_rise in ((range(99), False), (range(99, 100), True)):
-            one = settled_in(ledger, may_rise=may_rise)
-            for key in keys:
-                one.add(key, *ALIKE, False)
-            ledger.count([one])
-            assert (served.rules.default.rule.tau > 0) == may_rise
+            count_all(ledger, keys, may_rise=may_rise)
+            assert (ledger.rules.default.rule.tau > 0) == may_rise
         assert ledger.audits == 100
         ledger.reset()  # after which the same texts may count again
-        assert served.rules.default.rule.tau == 0 and ledger.audits == 0
+        assert ledger.rules.default.rule.tau == 0 and ledger.audits == 0
 
 
 def test_the_speedup_is_that_of_the_audits_at_each_tenants_tau(store: Path) -> None:
@@ -756,15 +753,11 @@ def test_the_speedup_is_that_of_the_audits_at_each_tenants_tau(store: Path) -> N
         ledger = served_ledger(books_of(**promised), served)
         for n in range(MIN_AUDITS):
             found.append(ledger.speedup())
-            one = settled_in(ledger, may_rise=False)
-            one.add(None, *(ALIKE, hard)[n % 2], False)
-            ledger.count([one])
+            count_all(ledger, [None], (ALIKE, hard)[n % 2], may_rise=False)
         assert set(found) == {1.0}  # too few audits
         assert ledger.speedup() == (1.0 if promised else 2.0)  # with the guarantee, τ is still 0
     for key in range(150):
-        one = settled_in(ledger, tenant="fast")
-        one.add(key, *ALIKE, False)
-        ledger.count([one])
+        count_all(ledger, [key], tenant="fast")
     # 150 texts of the fast tenant at layer 0, 100 of the other one at layer 3.
     assert ledger.tenants["fast"].index > 0 == ledger.tenants[""].index
     assert ledger.speedup() == pytest.approx(3 / (100 * 3 / 250))
@@ -884,12 +877,8 @@ def test_an_audit_that_fails_counts_as_a_disagreement_and_a_dropped_one_not_at_a
     one.run_audit(0, is_dropped=True)
     assert sum(sum(each.skipped) for each in one.settled) == 0  # nor later texts, which were not drawn
     (worst,) = [each for each in one.settled if each.scores]
-    row = profiles(worst.scores, worst.differs, range(4), one.served.rules.taus) if False else worst
-    assert (row.scores, row.differs, row.served) == (
-        [[None, None, 0.0, None]],
-        [[False, False, True, False]],
-        1,
-    )
+    assert (worst.scores, worst.differs) == ([[None, None, 0.0, None]], [[False, False, True, False]])
+    assert worst.served == 1
     assert one.pending == 0 and one.audits == one.disagreements == 1
 
 
@@ -982,9 +971,7 @@ def test_many_tenants_share_the_room_for_hashes(store: Path, monkeypatch: pytest
     ledger = served_ledger(books_of(guarantee=0.2), made(store))
     for key in range(40):
         for name in map(str, range(10)):
-            one = settled_in(ledger, tenant=name)
-            one.add(key, *ALIKE, False)
-            ledger.count([one])
+            count_all(ledger, [key], tenant=name)
     for tenant in ledger.tenants.values():
         assert 2 <= len(tenant._seen._older | tenant._seen._newer) <= 4
 

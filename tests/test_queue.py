@@ -78,7 +78,7 @@ class QueueMachine(RuleBasedStateMachine):
         submitted=st.integers(0, 5),
         seconds=st.sampled_from([0.125, 1, 9]),  # their sums are exact: rounding would matter at the limit
         model=st.sampled_from(MODELS),
-        share=st.sampled_from([0.125, 0.25, 0.375, 0.5, 2]),  # 0.375 is MAX_STRETCH times as long as 0.125
+        share=st.sampled_from([0.125, 0.25, 0.5, 2]),
     )
     def put(self, texts: int, submitted: int, seconds: float, model: Any, share: float) -> None:
         new = job(texts, submitted, seconds, share * MAX_STEP_S, model)
@@ -355,6 +355,13 @@ def test_short_texts_are_grouped_within_their_limits() -> None:
     assert len(group) == 2 * MAX_GROUP // 8 + 4
     queue.join(group)
     assert len(group) == MAX_GROUP
+
+
+def test_a_short_text_does_not_wait_for_long_ones() -> None:
+    queue = WorkQueue(100)
+    for times in (1, MAX_STRETCH, MAX_STRETCH + 1, 1):
+        queue.put(job(1, group_s=times * (MAX_STEP_S / 16)))
+    assert [len(queue.next()) for _ in range(2)] == [2, 2]  # the last would wait for the long one in any case
 
 
 def test_texts_before_the_same_layer_share_their_steps() -> None:

@@ -44,12 +44,16 @@ STATE: dict[str, Any] = {"models": [], "routes": {}}
 
 
 @asynccontextmanager
-async def member(number: int, **handlers: Callable[..., Any]) -> AsyncIterator[Process]:
-    """A stand-in for a process: it runs `sleep`; only its channel is real, and answers with the handlers."""
+async def member(
+    number: int, group: Group | None = None, **handlers: Callable[..., Any]
+) -> AsyncIterator[Process]:
+    """A stand-in for a process in a group: it runs `sleep`; only its channel is real, and answers with the handlers."""
     (ours, its), (sockets, its_sockets) = (socket.socketpair() for _ in range(2))
     sockets.setblocking(False)
     os_process = subprocess.Popen(["sleep", "60"])
     process = Process(number, os_process, Channel({}), sockets, is_member=True, is_listening=True)
+    if group is not None:
+        group.add(process)
     running = [asyncio.create_task(process.channel.run(ours))]
     running.append(asyncio.create_task(Channel(handlers).run(its)))
     try:
@@ -159,11 +163,10 @@ async def test_a_late_process_gets_no_connections_and_delays_no_metrics(
 ) -> None:
     monkeypatch.setattr("de3.server.processes.metrics.SAMPLES_S", 600)
     server, counted = supervised(store), Family("x", "", "counter", [("x_total", {}, 5)])
-    async with member(1, samples=never) as late, member(2, samples=lambda: [counted]) as other:
+    group = server._group
+    async with member(1, group, samples=never) as late, member(2, group, samples=lambda: [counted]) as other:
         late.samples, late.is_late = [counted], True
-        for process in (late, other):
-            server._group.add(process)
-            process.is_ready = True
+        late.is_ready = other.is_ready = True
         other.connections = 9
         for _ in range(2):
             assert "x_total 10.0\n" in await server._metrics.scrape()
@@ -216,9 +219,7 @@ async def test_a_reset_is_known_to_every_process_when_it_returns(store: Path) ->
     books = SharedBooks(settings, group, no_change)
     before = books.ledgers.serve(manifest, Rules(manifest, settings), "native", 1.0)
     both = {"standing": lambda key, epoch, *_: known.append(epoch), "sync": lambda: None}
-    async with member(1, **both) as first, member(2, **both) as second:
-        for process in (first, second):
-            group.add(process)
+    async with member(1, group, **both), member(2, group, **both):
         assert (await books.reset("tiny-int8:1", 0))["tau"] == 0
         assert known == [before.epoch + 1] * 2
 
@@ -235,11 +236,9 @@ async def test_a_process_that_cannot_commit_is_replaced_and_the_change_stands(st
         "plan": lambda change: plan,
     }
     async with (
-        member(1, **both, commit=lambda: {"unloaded": ["tiny:1"]}) as good,
-        member(2, **both, commit=mock.Mock(side_effect=ValueError("no"))) as bad,
+        member(1, group, **both, commit=lambda: {"unloaded": ["tiny:1"]}) as good,
+        member(2, group, **both, commit=mock.Mock(side_effect=ValueError("no"))) as bad,
     ):
-        for process in (good, bad):
-            group.add(process)
         assert await models.change({"what": "unload"}) == {"unloaded": ["tiny:1"]}
         assert await asyncio.to_thread(bad.os_process.wait) == -signal.SIGKILL
         assert good.os_process.poll() is None and said == [] and models.are_loaded
@@ -260,11 +259,9 @@ async def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: P
     refuse = mock.Mock(side_effect=RequestError("no memory", cause="conflict"))
     first_has = {"plan": lambda change: plan, "prepare": prepare, "abort": lambda: aborted.append(1)}
     async with (
-        member(1, **first_has) as first,
-        member(2, prepare=refuse, abort=lambda: aborted.append(2)) as second,
+        member(1, group, **first_has),
+        member(2, group, prepare=refuse, abort=lambda: aborted.append(2)),
     ):
-        for process in (first, second):
-            group.add(process)
         changing = asyncio.create_task(models.change({"what": "load"}))
         await asyncio.sleep(0)
         with pytest.raises(RequestError, match="in progress"):
@@ -284,10 +281,8 @@ async def test_a_process_releases_a_model_that_others_cannot_prepare(store: Path
         service = Service(settings, (artifact,), worker, worker.memory_of)
         worker.attach(service, lambda: None)
         channel = Channel({})
-        running = [
-            asyncio.create_task(channel.run(ours)),
-            asyncio.create_task(worker.channel.run(worker._control)),
-        ]
+        ends = channel.run(ours), worker.channel.run(worker._control)
+        running = [asyncio.create_task(one) for one in ends]
         await channel.call("prepare", plan_to("load", artifact))
         assert service.manager.prepared is not None
         await channel.call("abort")
@@ -395,8 +390,7 @@ async def test_the_counts_of_processes_that_have_ended_are_added(store: Path) ->
     metrics = SharedMetrics(group, None)
     for count in (300, 40):
         metrics.remove(Process(1, None, Channel({}), socket.socket(), samples=samples(count)))
-    async with member(1, samples=lambda: samples(5)) as process:
-        group.add(process)
+    async with member(1, group, samples=lambda: samples(5)):
         for _ in range(2):
             text = await metrics.scrape()
             assert 'x_total{model="a"} 345.0\n' in text and "\nqueue 5.0\n" in text
@@ -439,10 +433,8 @@ async def test_a_failing_process_gets_no_more_connections(store: Path) -> None:
     server = supervised(store)
     pass_on = server._connections._pass_on
     with socket.socket() as client:
-        async with member(1) as leaving, member(2) as staying:
-            for process in (leaving, staying):
-                server._group.add(process)
-                process.is_ready = True
+        async with member(1, server._group) as leaving, member(2, server._group) as staying:
+            leaving.is_ready = staying.is_ready = True
             assert pass_on(client) and leaving.connections == 1
             staying.is_ready = False
             assert pass_on(client) and leaving.connections == 2  # ready processes first
@@ -471,11 +463,8 @@ async def test_connections_that_wait_to_be_accepted_at_the_end_are_passed_on_or_
 
     attempts = list[socket.socket]()
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        group.add(
-            SimpleNamespace(
-                number=1, is_listening=True, is_ready=True, is_late=False, connections=0, take=take
-            )
-        )  # type: ignore[arg-type]
+        state = {"is_listening": True, "is_ready": True, "is_late": False, "connections": 0}
+        group.add(SimpleNamespace(number=1, take=take, **state))  # type: ignore[arg-type]
         accepting = Connections(group, [listening])
         accepting.start()
         clients = [socket.create_connection(listening.getsockname(), timeout=30) for _ in range(2)]
