@@ -272,9 +272,7 @@ def test_any_host_name_is_accepted_where_a_page_could_do_no_harm(store: Path, se
 
 
 @pytest.mark.parametrize(("rate", "period_s"), [("200/second", 1.0), (" 07 PER 2 minutes", 120.0)])
-def test_no_period_has_more_texts_than_the_limit(
-    rate: str, period_s: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_period_exceeds_the_limit(rate: str, period_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     now, rng, limit = 1000.0, random.Random(1), RateLimit(rate)
     monkeypatch.setattr("time.monotonic", lambda: now)
     monkeypatch.setattr("time.time", lambda: rng.uniform(0, 1e9))  # may be set back and forth

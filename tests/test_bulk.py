@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from io import BytesIO
@@ -141,9 +142,7 @@ def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_
     probs = [row["probs"] if isinstance(row["probs"], list) else json.loads(row["probs"]) for row in rows]
     assert probs == [row.probs for row in expected]
     assert {str(row["truncated"]).lower() for row in rows} == {"false"}
-    assert sum(summary.layers.values()) == len(TEXTS) and summary.layers == {
-        layer: [row.exit.layer for row in expected].count(layer) for layer in summary.layers
-    }
+    assert summary.layers == Counter(row.exit.layer for row in expected)
     assert [file.name for file in tmp_path.iterdir() if "parts" in file.name] == []
 
 
@@ -241,9 +240,7 @@ def test_values_that_need_care(model: de3.Classifier, tmp_path: Path, kind: str)
     """Quotation marks, line breaks and tabs in values and names; a part without rows; columns that a row lacks."""
     file, out = tmp_path / "in.jsonl", tmp_path / f"out{kind}"
     values = ['a "fine" one', "two\nlines", "a\rreturn", "a\ttab", "", "café"]
-    rows: list[dict[str, Any]] = [
-        {"my\nid": values[i % 6], "text": TEXTS[i], "none": None} for i in range(64)
-    ]
+    rows: list[Any] = [{"my\nid": values[i % 6], "text": TEXTS[i], "none": None} for i in range(64)]
     for i in (20, 21):
         del rows[i]["my\nid"]
     for i in range(32, 64):
@@ -433,13 +430,10 @@ def test_damaged_pages_are_errors(tmp_path: Path) -> None:
 
 def test_values_that_are_nested_too_deeply(model: de3.Classifier, tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
-    good, deep = (
-        {"text": "good", "x": json.loads("[" * depth + "]" * depth)} for depth in (1, MAX_DEPTH - 1)
-    )
-    nested = [
-        json.dumps({"text": "good", "x": []})[:-2] + "[" * n + "]" * n + "]}" for n in (MAX_DEPTH, 10**5)
+    lines = [
+        '{"text": "good", "x": %s}' % ("[" * n + "]" * n) for n in (1, MAX_DEPTH - 1, MAX_DEPTH + 1, 10**5)
     ]
-    file.write_text("\n".join([*map(json.dumps, (good, deep)), *nested, ""]))
+    file.write_text("\n".join([*lines, ""]))
     for kind in KINDS:
         summary, refused = classify(Here(model), file, tmp_path / f"out{kind}")
         assert (summary.answered, summary.refused) == (2, 2), kind
@@ -448,17 +442,13 @@ def test_values_that_are_nested_too_deeply(model: de3.Classifier, tmp_path: Path
     for _ in range(MAX_DEPTH + 1):
         column = arrow.StructArray.from_arrays([column], ["x"])
     parquet.write_table(arrow.table({"text": ["good"], "x": column}), tmp_path / "in.parquet")
-    with pytest.raises(
-        ValueError, match=r"in.parquet: row group 0: the column x.x.* levels deep: see --keep"
-    ):
+    with pytest.raises(ValueError, match=r"in.parquet: row group 0: the column x.x.* levels deep"):
         list(Source(tmp_path / "in.parquet", READING).slices())
 
 
 def test_nested_values_and_names_count_with_the_memory_that_they_take(tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
-    file.write_text(
-        json.dumps({"text": "good", "x": [[]] * 1000}) + "\n" + json.dumps({"b" * 5000: 1}) + "\n"
-    )
+    write(file, [{"text": "good", "x": [[]] * 1000}, {"b" * 5000: 1}])
     (one,) = Source(file, READING).slices()
     assert one.chars > 30_000 and len(one.refused[0].reason) <= 1000
 
@@ -500,8 +490,7 @@ def test_values_of_other_types_are_written_as_text(model: de3.Classifier, tmp_pa
     file.write_text('{"text": "good", "more": {}}\n')
     with pytest.raises(ValueError, match=r"cannot be written as parquet .*'more'.*--keep"):
         classify(Here(model), file, tmp_path / "out.parquet")
-    table = arrow.table({"text": ["good"], "data": [b"\xff\x00"]})
-    parquet.write_table(table, tmp_path / "in.parquet")
+    write(tmp_path / "in.parquet", [{"text": "good", "data": b"\xff\x00"}])
     for kind in (".jsonl", ".csv"):
         classify(Here(model), tmp_path / "in.parquet", tmp_path / f"bytes{kind}")
         assert read(tmp_path / f"bytes{kind}")[0]["data"].strip('"') == "/wA="
@@ -607,9 +596,7 @@ def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier,
     rows: list[dict[str, Any]] = [{"text": text, "n": i} for i, text in enumerate(TEXTS)]
     rows[40]["n"] = "forty"
     write(file, rows)
-    with pytest.raises(
-        ValueError, match=r"a column cannot be written as parquet \(n: .*leave it out with --keep"
-    ):
+    with pytest.raises(ValueError, match=r"a column cannot be written as parquet \(n: .* --keep"):
         classify(Here(model), file, tmp_path / "out.parquet")
     rows[40]["n"], rows[41]["half"] = 40, "\ud800"
     write(file, rows)
@@ -686,18 +673,15 @@ class Refusing:
 
     def classify(self, texts: list[Input], **options: Any) -> Any:
         self.asked.append(texts)
-        named = {
-            i: f"input[{i}]" if len(texts) > 1 else "input" for i, text in enumerate(texts) if "bad" in text
-        }
+        bad = (i for i, text in enumerate(texts) if "bad" in text)
+        named = {i: f"input[{i}]" if len(texts) > 1 else "input" for i in bad}
         if len(texts) > self._most:
             raise ServerError(413 if self._names_first else 422, "too many", "input", None)
         if named:
             index = min(named) if self._names_first else max(named)
             raise ServerError(422, str(texts[index]), named[index] + (".text" if index % 2 else ""), None)
-        given = {"reason": "threshold", "tau": 0.1, "score": 0.0}
-        rows = [
-            {"label": text, "probs": [1.0], "exit": {"layer": i, **given}} for i, text in enumerate(texts)
-        ]
+        exits = [{"layer": i, "reason": "threshold", "tau": 0.1, "score": 0.0} for i in range(len(texts))]
+        rows = [{"label": t, "probs": [1.0], "exit": one} for t, one in zip(texts, exits, strict=True)]
         return SimpleNamespace(model=options["model"], rows=[SimpleNamespace(raw=row) for row in rows])
 
 
@@ -766,10 +750,9 @@ def test_texts_without_a_server(store: Path) -> None:
 def test_the_processes_end_with_their_parent(store: Path, tmp_path: Path) -> None:
     file = tmp_path / "in.parquet"
     write(file, [{"text": f"{TEXTS[i % 100]} {i}"} for i in range(200_000)])
-    options = (
-        f"--store {store} --model tiny-int8 --file {file} --out {tmp_path}/out --threads 2 --part-rows 2048"
-    )
-    running = subprocess.Popen([sys.executable, "-m", "de3.cli", "classify", *options.split()])
+    options = f"--store {store} --file {file} --out {tmp_path}/out --model tiny-int8 --threads 2"
+    command = [sys.executable, "-m", "de3.cli", "classify", *options.split(), "--part-rows", "2048"]
+    running = subprocess.Popen(command)
     until((tmp_path / "out" / "part-000000.parquet").exists, "a part")
     pids = process_tree(running.pid)
     running.kill()
@@ -790,8 +773,7 @@ def test_a_server_answers_files(store: Path, tmp_path: Path, model: de3.Classifi
     assert [row["id"] for row in found] == [row["id"] for row in sent]
     inputs = [(row["text"], row["text_pair"]) if "text_pair" in row else row["text"] for row in sent]
     expected = model.classify(inputs, tau=0.1)
-    assert [(row["probs"], row["exit_layer"]) for row in found] == [
-        (row.probs, row.exit.layer) for row in expected
-    ]
+    for row, one in zip(found, expected, strict=True):
+        assert (row["probs"], row["exit_layer"]) == (one.probs, one.exit.layer)
     (refused,) = read(tmp_path / "out.jsonl.refused.jsonl")
     assert refused["row"] == 9 and "at most 64" in refused["reason"]

@@ -57,10 +57,9 @@ def test_a_client_generated_by_openapi_python_client_reads_typed_answers(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.yaml").write_text("post_hooks: []\n")  # do not format the code
-    command = (
-        f"{sys.executable} -m openapi_python_client generate --url {server.url}/openapi.json --meta none "
-    )
-    command += f"--config {tmp_path}/config.yaml --output-path {tmp_path}/de3_generated --fail-on-warning"
+    command = f"{sys.executable} -m openapi_python_client generate --meta none --fail-on-warning "
+    command += f"--url {server.url}/openapi.json --config {tmp_path}/config.yaml "
+    command += f"--output-path {tmp_path}/de3_generated"
     done = subprocess.run(command.split(), check=False, capture_output=True, text=True)
     assert done.returncode == 0 and "arning" not in done.stdout, done.stdout + done.stderr
     monkeypatch.syspath_prepend(tmp_path)
@@ -421,10 +420,8 @@ def test_hugging_face_classifies(server: Server, monkeypatch: pytest.MonkeyPatch
     result = client.text_classification(TEXTS[0])
     assert [(one.label, one.score) for one in result] == ranked(row)
     assert len(client.text_classification(TEXTS[0], top_k=1)) == 1
-    scores = {
-        f: client.text_classification(TEXTS[0], function_to_apply=f)[0].score for f in ("none", "sigmoid")
-    }  # type: ignore[arg-type]
-    assert scores["sigmoid"] == pytest.approx(1 / (1 + np.exp(-scores["none"])))
+    raw, p = (client.text_classification(TEXTS[0], function_to_apply=f)[0].score for f in ("none", "sigmoid"))  # type: ignore[arg-type]
+    assert p == pytest.approx(1 / (1 + np.exp(-raw)))
     with pytest.raises(HfHubHTTPError, match="422"):
         client.text_classification("")
 
@@ -437,10 +434,8 @@ def test_bodies_with_inputs_on_classify_get_a_flat_list(server: Server) -> None:
         assert answer.json() == expected, path
     for texts in (TEXTS[:1], TEXTS[:2]):  # a list of texts gets a list of lists, even if it has one text
         answer = server.classify(inputs=texts, parameters={"tau": 0}).json()
-        assert answer == [
-            [{"label": label, "score": score} for label, score in ranked(row)]
-            for row in ours(server, input=texts, tau=0)
-        ]
+        for scores, row in zip(answer, ours(server, input=texts, tau=0), strict=True):
+            assert [(one["label"], one["score"]) for one in scores] == ranked(row)
     for truncation in (None, True, "only_first", "longest_first"):
         answer = server.classify(inputs="good film " * 100, parameters={"truncation": truncation})
         assert answer.status_code == 200, truncation

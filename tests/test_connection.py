@@ -280,9 +280,7 @@ def test_however_requests_are_cut_and_framed_each_is_answered(
 
 def test_connection_close_is_heeded_without_a_body_too(server: Server) -> None:
     with connect(server) as s:
-        s.sendall(
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\nGET /health HTTP/1.1\r\n\r\n"
-        )
+        s.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" + REQUEST)
         assert answer(s)[0] == 200 and s.recv(1) == b""
 
 
@@ -394,10 +392,8 @@ def test_a_trailer_is_not_a_header() -> None:
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
 def test_http_1_0_is_neither_kept_alive_nor_invited_to_continue(version: bytes) -> None:
     parser = RequestParser()
-    parser.data = (
-        b"POST / HTTP/%s\r\nConnection: keep-alive\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n"
-        % version
-    )
+    headers = b"Connection: keep-alive\r\nExpect: 100-continue\r\nContent-Length: 1"
+    parser.data = b"POST / HTTP/%s\r\n%s\r\n\r\n" % (version, headers)
     assert parser.parse_head()
     assert parser.keep_alive == parser.expects_continue == (version == b"1.1")
 
@@ -571,20 +567,16 @@ def test_a_get_is_cancelled_when_its_client_leaves(
 ) -> None:
     going_on = threading.Event()
     monkeypatch.setattr("de3.server.audit.ledgers.report", lambda *_: (going_on.wait(60), {"tenants": []})[1])
-    monkeypatch.setattr(
-        "de3.server.shared.generate_latest", lambda _: (going_on.wait(60), b'{"tenants": []}')[1]
-    )
+    metrics = b'{"tenants": []}'
+    monkeypatch.setattr("de3.server.shared.generate_latest", lambda _: (going_on.wait(60), metrics)[1])
     request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     with serving(store, models=["tiny"], audit_share=1.0) as server, ExitStack() as stack:
         stack.callback(going_on.set)
         for _ in range(60):
             with connect(server) as leaving:
                 leaving.sendall(request)
-        ended = {"client_gone", "busy"}
-        until(
-            lambda: sum(server.metric("de3_rejected_total", cause=cause) for cause in ended) == 60,
-            "the requests to end",
-        )
+        rejected = partial(server.metric, "de3_rejected_total")
+        until(lambda: rejected(cause="client_gone") + rejected(cause="busy") == 60, "the requests to end")
         until(lambda: not server.listener.connections, "the connections to end")
         staying = [stack.enter_context(connect(server)) for _ in range(MAX_WAITING)]
         for one in staying:

@@ -56,9 +56,8 @@ def test_a_hub_chooses_no_path(hub: type[Hub], tmp_path: Path, what: str, path: 
     elif what == "sha":
         hub.listed = {"sha": path}
     elif what == "rfilename":
-        hub.listed = {
-            "siblings": [{"rfilename": name} for name in (*FILES, f"model-/{path}-of-.safetensors")]
-        }
+        names = (*FILES, f"model-/{path}-of-.safetensors")
+        hub.listed = {"siblings": [{"rfilename": name} for name in names]}
     else:
         hub.other = {what: {"sha256": path} if what == "lfs" else path}
     before = files(tmp_path)
@@ -211,9 +210,7 @@ def test_a_thread_with_an_event_loop_can_download(hub: type[Hub]) -> None:
 
 def test_a_cache_that_cannot_be_written_is_named(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub.folder / "config.json"))
-    with pytest.raises(
-        ValueError, match=r"^org/model: .* into .*config\.json .*: set HF_HOME to another folder"
-    ):
+    with pytest.raises(ValueError, match=r"^org/model: .* into .*config\.json .*: set HF_HOME"):
         fetch("org/model")
 
 

@@ -48,6 +48,5 @@ def test_an_example_gives_the_librarys_answers(
     rows = sorted(parquet.read_table(out).to_pylist(), key=lambda row: row["id"])
     with de3.load("tiny-int8", store=store) as model:
         expected = model.classify(TEXTS)
-    assert [(row["label"], row["exit_layer"]) for row in rows] == [
-        (row.label, row.exit.layer) for row in expected
-    ]
+    for row, one in zip(rows, expected, strict=True):
+        assert (row["label"], row["exit_layer"]) == (one.label, one.exit.layer)

@@ -54,10 +54,8 @@ def test_kserve_predicts(server: Server) -> None:
     for text, found in zip((GOOD, BAD), answer.json()["predictions"], strict=True):
         assert list(found.values()) == list(probs(server, text).values())
         assert list(found) == [str(k) for k in range(len(found))]
-    versioned = post(
-        server, "/v1/models/tiny-int8:1:predict", {"instances": [GOOD], "parameters": {"tau": 0.1}}
-    )
-    assert versioned.status_code == 200
+    body = {"instances": [GOOD], "parameters": {"tau": 0.1}}
+    assert post(server, "/v1/models/tiny-int8:1:predict", body).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -225,9 +223,8 @@ def test_wrong_flags_are_refused(server: Server, fields: dict[str, Any], says: s
     assert answer.status_code == 422 and answer.json()["error"]["message"].startswith(says), answer.text
 
 
-SHARES = st.sampled_from(
-    [0.01, 0.25, 0.5, 0.75, 0.99]
-)  # few, so that windows are often equal, and at the threshold
+# Few, so that windows are often equal, and at the threshold.
+SHARES = st.sampled_from([0.01, 0.25, 0.5, 0.75, 0.99])
 
 
 @given(st.lists(SHARES, min_size=1, max_size=16), SHARES, st.booleans())

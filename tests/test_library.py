@@ -22,7 +22,7 @@ from de3.library import WINDOW
 from de3.server.engine.engine import Engine
 from de3.server.engine.job import Job
 from tests.fixtures import make_rows
-from tests.serving import Server, serving
+from tests.serving import Server
 
 TEXTS: list[Input] = [text for text, _ in make_rows(60, 17) if text.strip()]
 LONG = "a good film and a dull plot " * 40
@@ -31,12 +31,6 @@ LONG = "a good film and a dull plot " * 40
 @pytest.fixture(scope="module")
 def model(store: Path) -> Iterator[de3.Classifier]:
     with de3.load("tiny-int8", store=store, threads=2) as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
-def server(store: Path) -> Iterator[Server]:
-    with serving(store) as one:
         yield one
 
 
@@ -206,9 +200,7 @@ def test_a_failed_engine_and_a_closed_classifier_are_errors(
 ) -> None:
     monkeypatch.setattr("de3.library.CHECK_S", 0.01)
     with de3.load("tiny-int8", store=store, threads=1) as model:
-        monkeypatch.setattr(
-            Engine, "_step", lambda *_: False
-        )  # the thread ends after the text that it awaits
+        monkeypatch.setattr(Engine, "_step", lambda *_: False)  # the thread ends after the next text
         model.classify("good")
         with pytest.raises(RuntimeError, match="engine thread 0 has ended"):
             model.classify("good")

@@ -1,7 +1,6 @@
 """Texts longer than a window: windows, their combined answer, and when it is settled; in the engine and over HTTP."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -34,7 +33,7 @@ from de3.server.engine.outcome import Outcome
 from de3.server.rules import Choice
 from tests import jobs
 from tests.fixtures import BAD, FILLER, GOOD
-from tests.serving import Server, serving
+from tests.serving import Server
 from tests.test_tokenizer import MADE, texts
 
 ROOM = 62  # tokens of a single text in a window of the tests' models
@@ -311,12 +310,6 @@ def test_a_dropped_job_stops_between_its_layers(model: Model) -> None:
 
 
 # Over HTTP
-
-
-@pytest.fixture(scope="module")
-def server(store: Path) -> Iterator[Server]:
-    with serving(store, models=["tiny", "tiny-int8"], threads=2) as running:
-        yield running
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-int8"])

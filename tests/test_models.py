@@ -76,20 +76,14 @@ def served(server: Server) -> list[str]:
 
 
 def test_a_new_version_takes_over_and_can_be_rolled_back(server: Server) -> None:
-    assert change(server, "load", version=2).json() == {
-        "model": "tiny:2",
-        "role": "current",
-        "runtime": "onnxruntime",
-    }
+    loaded = change(server, "load", version=2).json()
+    assert loaded == {"model": "tiny:2", "role": "current", "runtime": "onnxruntime"}
     assert server.classify(input="good").json()["data"][0]["label"] in ("no", "yes")
     assert (answering(server), served(server)) == ("tiny:2", ["tiny:2"])
     assert change(server, "rollback").json()["model"] == "tiny:1"
     assert (answering(server), served(server)) == ("tiny:1", ["tiny:1"])
     again = change(server, "rollback")
-    assert (again.status_code, again.json()["error"]["message"]) == (
-        409,
-        "tiny: no version was current before",
-    )
+    assert again.status_code == 409 and "no version was current before" in again.text
 
 
 def test_a_bad_artifact_changes_nothing_and_says_why(server: Server) -> None:
@@ -170,11 +164,8 @@ def test_a_shadow_is_not_compared_with_answers_cut_short_by_a_deadline(server: S
     assert whole < len(TEXTS) - 1
     server.classify(input=TEXTS[0])
     until(lambda: server.metric("de3_shadow_disagreements_total") >= whole + 1, "the shadow")
-    assert (
-        server.metric("de3_shadow_texts_total")
-        == server.metric("de3_shadow_disagreements_total")
-        == whole + 1
-    )
+    compared = server.metric("de3_shadow_texts_total")
+    assert compared == server.metric("de3_shadow_disagreements_total") == whole + 1
 
 
 def test_a_shadow_takes_nobodys_room(versions: Path) -> None:

@@ -146,9 +146,8 @@ def test_other_protocols_answer_as_their_peers(server: Server) -> None:
     value = server.classify(input=text).json()["data"][0]["value"]
     for function, score in ((None, value), ("none", value), ("sigmoid", sigmoid(value)), ("softmax", 1.0)):
         parameters = {} if function is None else {"function_to_apply": function}
-        assert server.classify(inputs=text, parameters=parameters).json() == [
-            {"label": "praise", "score": score}
-        ]
+        found = server.classify(inputs=text, parameters=parameters).json()
+        assert found == [{"label": "praise", "score": score}]
     for raw, score in ((True, value), (False, sigmoid(value))):  # as in Text Embeddings Inference
         tei = httpx.post(f"{server.url}/predict", json={"inputs": text, "raw_scores": raw}).json()
         assert tei == [{"label": "praise", "score": score}]

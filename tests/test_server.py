@@ -397,15 +397,14 @@ def test_expected_accuracy_is_that_of_the_calibration(server: Server) -> None:
     assert served.rules.trade_offs is not None
     full = served.rules.trade_offs.rows[0]
 
-    def counts() -> tuple[float, float]:
-        return tuple(
-            server.metric(f"de3_{x}_texts_total", model="tiny:1") for x in ("calibrated", "expected_correct")
-        )
+    def counts() -> list[float]:
+        kinds = ("calibrated", "expected_correct")
+        return [server.metric(f"de3_{kind}_texts_total", model="tiny:1") for kind in kinds]
 
     known, right = counts()
     server.classify(input=["good", "bad"], tau=0)
     server.classify(input="good", tau=0.123456)  # the calibration has no such τ
-    assert counts() == pytest.approx((known + 2, right + 2 * full.accuracy))
+    assert counts() == pytest.approx([known + 2, right + 2 * full.accuracy])
     assert server.metric("de3_full_depth_accuracy", model="tiny:1") == full.accuracy
     assert server.metric("de3_tau", model="tiny:1") == served.rules.default.rule.tau
 

@@ -1,7 +1,7 @@
 """A request's choice of signal over HTTP, with and without risk, with the kernels and layer by layer."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,12 +26,6 @@ from tests.serving import Server, serving
 from tests.test_hostile_models import edit
 
 TEXTS = [text for text, _ in make_rows(60, 41)]
-
-
-@pytest.fixture(scope="module")
-def server(store: Path) -> Iterator[Server]:
-    with serving(store, models=["tiny", "tiny-int8"], threads=2) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
