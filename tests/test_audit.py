@@ -225,9 +225,7 @@ def test_load_never_raises_the_tau_of_a_guarantee(store: Path) -> None:
             assert (rules.in_force(level) is rules.default) == (not steps)
 
 
-def test_a_request_that_is_not_answered_leaves_nothing_behind(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unanswered_request_leaves_nothing_behind(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU, timeout_s=0.2) as server:
         assert server.classify(input=TEXTS).status_code == 504
@@ -238,9 +236,7 @@ def test_a_request_that_is_not_answered_leaves_nothing_behind(
         assert ledger_of(server).texts == 1
 
 
-def test_audits_continue_after_a_restart(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_audits_go_on_after_a_restart(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledgers, "SAVE_S", 0.02)
     file, log = tmp_path / "state/tiny-int8-1.json", tmp_path / "audits.jsonl"
     options: dict[str, Any] = {"guarantee": 0.2, "state_dir": tmp_path / "state", "log_audits": log}
@@ -375,9 +371,7 @@ def test_an_unloaded_model_is_freed(store: Path) -> None:
         until(lambda: gc.collect() is not None and freed() is None, "the model's memory")
 
 
-def test_audits_in_a_group_match_single_ones_and_wait_for_requests(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grouped_audits_match_single_ones_and_wait(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
         (served,) = server.service.models.all
         if served.model.forward is None:
@@ -438,9 +432,7 @@ def test_overdue_audits_run_at_normal_priority_while_requests_are_pending(
 
 
 @pytest.mark.parametrize("threads", [1, 4, 100])
-def test_overdue_audits_take_a_share_of_the_engines_time(
-    monkeypatch: pytest.MonkeyPatch, threads: int
-) -> None:
+def test_overdue_audits_take_a_share_of_engine_time(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     now, paused = 0.0, 0.0
 
     def pause(seconds: float) -> None:
@@ -721,9 +713,7 @@ def test_what_is_measured_is_the_tenant_that_speaks_most_against_its_promise(sto
     assert measured is not None and measured[0] == 0.25 and measured[1] > 0.1
 
 
-def test_the_traffic_of_a_tenant_that_is_gone_is_forgotten(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_traffic_of_a_gone_tenant_is_forgotten(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("de3.server.audit.ledger.RECENT_TEXTS", 100)
     ledger = served_ledger(books_of(guarantee=0.1), made(store))
     for name in ["gone"] * 90 + ["present"] * 1000:
@@ -1029,9 +1019,7 @@ def test_after_a_reset_exits_are_learned_fast_again(store: Path) -> None:
     assert shares == [0.25, 0.25, 1.0]
 
 
-def test_nothing_is_drawn_while_too_many_texts_wait_to_be_counted(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_drawn_while_too_many_texts_wait(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("de3.server.audit.auditor.MAX_ENTRIES", 6)
     monkeypatch.setattr("de3.server.audit.auditor.LEAST_ENTRIES", 1)
     auditor, shares = Answering(made(store)), []

@@ -272,9 +272,7 @@ def test_an_error_while_the_last_traces_are_sent_is_reported() -> None:
     assert errors == {"traces": 1}
 
 
-def test_a_process_of_a_pool_ends_even_if_it_cannot_wait_for_its_parent(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_pools_process_ends_even_if_it_cannot_wait_for_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     parent = SimpleNamespace(join=FailsOnce(lambda: None))
     monkeypatch.setattr(pool, "parent_process", lambda: parent)

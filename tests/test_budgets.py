@@ -240,9 +240,7 @@ def test_drift_is_a_metric_once_the_window_is_full(store: Path, monkeypatch: pyt
         assert (drift("psi") or 0) > 1 and (drift("ks") or 0) > ks
 
 
-def test_the_expected_time_of_a_text_counts_its_layers_and_one_for_the_tokenizer(
-    rows: list[TradeOff],
-) -> None:
+def test_the_expected_time_of_a_text_counts_its_layers_and_the_tokenizer(rows: list[TradeOff]) -> None:
     rule = ExitRule(0.5, Entropy())
     assert Choice(rule, "default").share(6) == 1
     row = rows[0].model_copy(update={"mean_exit_layer": 2.5})

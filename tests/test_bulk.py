@@ -403,9 +403,7 @@ def test_a_row_that_is_too_large_is_refused(
         assert one["reason"] == "a row of more than 65536 bytes" and one["content"] == LARGE[:1000]
 
 
-def test_a_row_of_several_lines_is_not_read_beyond_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_row_of_several_lines_exceeds_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "MAX_LINE", 2**16)
     row = ",".join(['"' + ("x" * 999 + "\n") * 30 + '"'] * 3)
     (tmp_path / "in.csv").write_text(f"text,a,b\ngood,1,2\n{row}\n")
@@ -615,9 +613,7 @@ def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier,
         assert len(list((tmp_path / "more.parquet.parts").glob("part-*"))) == 3
 
 
-def test_columns_of_input_and_answers_may_not_have_the_same_name(
-    model: de3.Classifier, tmp_path: Path
-) -> None:
+def test_columns_of_input_and_answers_may_not_share_a_name(model: de3.Classifier, tmp_path: Path) -> None:
     for kind in (".parquet", ".jsonl"):
         file, out = tmp_path / f"in{kind}", tmp_path / f"out{kind}"
         write(file, [{"text": "good", "label": 1}])

@@ -243,9 +243,7 @@ def test_a_bad_folder_is_a_one_line_error_and_leaves_nothing(copy: Path, tmp_pat
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix != ".lock"]
 
 
-def test_the_number_of_weights_is_limited(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_weights_are_refused(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(load_file(bert / "model.safetensors"))
     monkeypatch.setattr("de3.export.weights.MAX_TENSORS", count - 1)
     with pytest.raises(ValueError, match=f"more than {count - 1} weights"):
@@ -442,9 +440,7 @@ SENTENCES = ("A café  films\n", "filming 電影 [MASK] x.", "[SEP] Films", "")
 
 
 @pytest.mark.parametrize("options", [{}, {"do_lower_case": False}, {"strip_accents": False}], ids=str)
-def test_the_tokenizer_of_a_vocabulary_is_that_of_transformers(
-    tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_a_vocabularys_tokenizer_is_that_of_transformers(tmp_path: Path, options: dict[str, Any]) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     theirs = BertTokenizer.from_pretrained(tmp_path, **options)
     files = {"vocab.txt": (tmp_path / "vocab.txt").read_bytes()}

@@ -171,9 +171,7 @@ def test_the_most_probable_labels(server: Server) -> None:
         ({"thresholds": 0.3}, "thresholds: tiny:1 is not a multi-label model"),
     ],
 )
-def test_unsupported_fields_of_vllm_are_refused_by_name(
-    server: Server, fields: dict[str, Any], says: str
-) -> None:
+def test_unsupported_fields_of_vllm_are_named(server: Server, fields: dict[str, Any], says: str) -> None:
     answer = server.classify(**{"input": CAFE, **fields})
     assert answer.status_code == 422
     error = answer.json()["error"]
@@ -369,9 +367,7 @@ def test_refusals_before_a_request_is_read_have_their_protocols_format(
         ("GET", "/v1/models/other/calibration", 404),
     ],
 )
-def test_errors_of_all_routes_have_their_protocols_format(
-    server: Server, method: str, path: str, status: int
-) -> None:
+def test_errors_have_their_protocols_format(server: Server, method: str, path: str, status: int) -> None:
     answer = httpx.request(method, server.url + path)
     assert answer.status_code == status
     error = answer.json()["error"]

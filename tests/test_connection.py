@@ -309,9 +309,7 @@ def test_a_body_that_is_too_large_is_refused_and_leaves_nothing_behind(
     until(lambda: not server.frontend.bytes_in_flight._held, "the body's bytes to be given back")
 
 
-def test_a_refusal_does_not_depend_on_when_the_body_arrives(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refusal_stands_whenever_the_body_arrives(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server may be full when the head arrives, and have room again when the application starts."""
     answers = iter([True])
     monkeypatch.setattr(server.frontend, "sheds", lambda _: next(answers, False))
@@ -562,9 +560,7 @@ def waiting(server: Server) -> int:
 
 
 @pytest.mark.parametrize("path", ["/v1/models/tiny/audit", "/metrics"])
-def test_a_get_is_cancelled_when_its_client_leaves(
-    store: Path, monkeypatch: pytest.MonkeyPatch, path: str
-) -> None:
+def test_a_get_ends_when_its_client_leaves(store: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     going_on = threading.Event()
     monkeypatch.setattr("de3.server.audit.ledgers.report", lambda *_: (going_on.wait(60), {"tenants": []})[1])
     metrics = b'{"tenants": []}'
@@ -591,9 +587,7 @@ def test_a_get_is_cancelled_when_its_client_leaves(
             assert answer(one) == (200, {"tenants": []} | ({"object": "audit"} if "audit" in path else {}))
 
 
-def test_a_client_that_ends_only_its_own_half_gets_its_answers(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_half_closed_client_gets_its_answers(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(store, models=["tiny"]) as server:
         with connect(server) as s:
             s.sendall(2 * REQUEST)

@@ -186,9 +186,7 @@ def test_a_group_column(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=100), st.integers(1, 40), st.integers(0, 9))
-def test_batches_hold_every_row_once_and_rows_of_similar_length(
-    lengths: list[int], size: int, seed: int
-) -> None:
+def test_batches_hold_each_row_once_and_similar_lengths(lengths: list[int], size: int, seed: int) -> None:
     batches = training_batches(lengths, size, seed)
     assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
     assert all(len(b) <= size for b in batches)
@@ -257,9 +255,7 @@ def test_an_invalid_line_is_named(tmp_path: Path, name: str, content: bytes, say
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.csv"])
-def test_a_line_is_not_read_beyond_its_limit(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_line_is_read_beyond_its_limit(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "MAX_LINE", 2**16)
     file = tmp_path / name
     with file.open("wb") as opened:

@@ -19,9 +19,7 @@ from de3.server.service import EngineError
 from tests.serving import Server, process, serving, until, url_when_ready
 
 
-def test_an_error_in_the_queue_or_the_engine_ends_no_thread(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_in_queue_or_engine_ends_no_thread(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take, failures = WorkQueue.next, []
 
     def broken(queue: WorkQueue, threads: int) -> Any:
@@ -61,9 +59,7 @@ def test_an_ended_thread_is_detected(store: Path, monkeypatch: pytest.MonkeyPatc
         server.stop()
 
 
-def test_a_stuck_thread_is_detected_and_a_slow_one_is_not_reported(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stuck_thread_is_detected_and_no_slow_one(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from de3.model_store.segments import OnnxSegment
 
     monkeypatch.setattr(service, "CHECK_S", 0.05)

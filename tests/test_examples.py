@@ -21,9 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     ("example", "package"), [("ray_data", "ray"), ("polars_frame", "polars"), ("daft_frame", "daft")]
 )
-def test_an_example_gives_the_librarys_answers(
-    store: Path, tmp_path: Path, example: str, package: str
-) -> None:
+def test_an_example_has_the_librarys_answers(store: Path, tmp_path: Path, example: str, package: str) -> None:
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"

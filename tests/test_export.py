@@ -74,9 +74,7 @@ def exported(factory: pytest.TempPathFactory, family: str) -> Path:
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])
-def test_every_exit_is_that_of_the_pytorch_model(
-    tmp_path_factory: pytest.TempPathFactory, family: str
-) -> None:
+def test_every_exit_is_the_pytorch_models(tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
     folder = exported(tmp_path_factory, family)
     artifact = Store(folder / "store").open("plain-int8")
     parity = artifact.manifest.export["parity"]

@@ -30,9 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_one_traceback_a_minute_is_logged_for_each_kind(
-    caplog: pytest.LogCaptureFixture, clock: list[float]
-) -> None:
+def test_one_traceback_a_minute_for_each_kind(caplog: pytest.LogCaptureFixture, clock: list[float]) -> None:
     errors = FailureLog(logging.getLogger("de3"))
     for i in range(5):
         fail(errors, ValueError, f"a{i}")

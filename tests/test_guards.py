@@ -228,9 +228,7 @@ SHARES = st.sampled_from([0.01, 0.25, 0.5, 0.75, 0.99])
 
 
 @given(st.lists(SHARES, min_size=1, max_size=16), SHARES, st.booleans())
-def test_a_flag_is_settled_at_the_first_window_that_raises_it(
-    found: list[float], at: float, has_labels: bool
-) -> None:
+def test_a_flag_is_settled_by_the_first_window(found: list[float], at: float, has_labels: bool) -> None:
     flag, readings = Flag(1, at), []
     combination = Combination([1] * len(found), [0.0, 0.0] if has_labels else None, flag)
     for p in found:

@@ -237,9 +237,7 @@ def special(t: dict[str, Any], **fields: Any) -> None:
         (lambda t: t["post_processor"]["pair"][3]["Sequence"].update(type_id=2), "the token type 2"),
     ],
 )
-def test_a_tokenizer_has_no_ids_beyond_the_models_tables(
-    copies: Path, change: Callable, message: str
-) -> None:
+def test_a_tokenizer_has_no_id_beyond_the_tables(copies: Path, change: Callable, message: str) -> None:
     folder = copies / "tiny" / "1"
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     change(tokenizer)
@@ -402,9 +400,7 @@ def test_proving_says_what_is_wrong_and_can_be_stopped(
         prover.prove(Store(store).open("tiny"), "auto")
 
 
-def test_loading_in_the_server_can_be_stopped_and_takes_no_longer(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_can_be_stopped_and_takes_no_longer(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact, prover = Store(store).open("tiny-int8"), prove.Prover()
     calls = 0
 

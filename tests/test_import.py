@@ -148,9 +148,7 @@ def test_the_states_to_which_exits_are_fitted(
 
 @pytest.mark.usefixtures("few_taus")
 @pytest.mark.parametrize("family", ["electra", "modernbert"])
-def test_another_family_is_imported_with_new_names_of_labels(
-    family: str, tmp_path: Path, texts: Path
-) -> None:
+def test_another_family_is_imported_with_new_label_names(family: str, tmp_path: Path, texts: Path) -> None:
     equal = {str(k): "same" for k in range(3)}
     folder = save_encoder(tmp_path / "stock", family, labels=3, id2label=equal)
     command = f"import {folder} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"

@@ -310,9 +310,7 @@ def test_a_fit_is_tested_on_texts_that_it_did_not_see(some: Records) -> None:
     assert len(tests) == 160  # as many, although most texts are repeats
 
 
-def test_the_newest_texts_are_fitted_and_tests_are_limited(
-    some: Records, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_newest_are_fitted_and_tests_are_limited(some: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "MAX_FITTED", 50)
     monkeypatch.setattr(learning, "MAX_HELD_OUT", 30)
     fits, tests = learning._split(some, 1, 0)
@@ -322,9 +320,7 @@ def test_the_newest_texts_are_fitted_and_tests_are_limited(
 
 
 @pytest.mark.parametrize(("count", "copies"), [(100, 1), (300, 3), (700, 1)])
-def test_outputs_for_the_risk_are_of_exits_fitted_without_the_text(
-    base: Artifact, count: int, copies: int
-) -> None:
+def test_risk_is_fitted_to_exits_that_did_not_see_the_text(base: Artifact, count: int, copies: int) -> None:
     """Answers are random, so an exit is right by chance unless it was fitted to the text, or to a copy of it."""
     rng, keys = np.random.default_rng(count), np.arange(count) // copies
     states = rng.normal(size=(count, 1, 192)).astype(np.float16)[keys * copies]
@@ -372,9 +368,7 @@ def test_each_client_tests_in_proportion_to_its_traffic(some: Records) -> None:
     assert len(thinned(replace(some, texts=[400.0, 400.0]))) > 145
 
 
-def test_a_clients_own_tests_do_not_depend_on_others(
-    some: Records, base: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clients_tests_are_its_own(some: Records, base: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """If each client has a guarantee of its own, its held-out records are neither thinned nor limited by others."""
     loud = replace(some, texts=[360_000.0, 200.0])
     monkeypatch.setattr(learning, "MAX_HELD_OUT", 70)
@@ -578,9 +572,7 @@ def test_a_fit_ends_with_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_a_fit_that_cannot_be_made_says_why(
-    base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_fit_says_why(base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "r"
     path.write_bytes(b"no")
     with pytest.raises(FitError, match="damaged"):
@@ -630,9 +622,7 @@ def test_on_a_busy_machine_a_fit_is_paused_only_after_it_has_run(monkeypatch: py
 
 
 @pytest.mark.parametrize("idle", [8, 20])
-def test_a_fit_gets_the_lowest_priority_once_cores_are_idle(
-    monkeypatch: pytest.MonkeyPatch, idle: int
-) -> None:
+def test_a_fit_gets_the_lowest_priority_if_cores_are_idle(monkeypatch: pytest.MonkeyPatch, idle: int) -> None:
     """idle: ticks, of 100, in which one of two cores is idle; the fit itself runs as many."""
     now, policies = iter(range(5)), list[tuple[int, int]]()
     process: Any = SimpleNamespace(pid=7, returncode=None, send_signal=lambda _: None)
@@ -831,9 +821,7 @@ def test_held_out_texts_prove_a_tau_but_are_no_audits_and_later_attempts_need_mo
     assert [tau > 0 for tau in taus] == [True, True, False, True]
 
 
-def test_held_out_texts_prove_the_tau_of_the_tenant_that_sent_them(
-    learned: tuple[Artifact, Artifact],
-) -> None:
+def test_held_out_texts_prove_the_tau_of_their_tenant(learned: tuple[Artifact, Artifact]) -> None:
     """The speed-up is that of the traffic: a tenant without held-out texts starts at full depth."""
     settings = Settings(guarantee=0.05, learn=True, api_keys=KEYS)  # type: ignore[arg-type]
     manifest = learned[0].manifest
@@ -1017,9 +1005,7 @@ def test_a_fit_is_served_with_its_evidence(learning_of_base: Learning, base: Art
     assert one.folder.journal("base", base_of(base.manifest)).latest == FIRST
 
 
-def test_a_version_waits_until_newer_texts_have_proved_that_it_starts_faster(
-    learning_of_base: Learning,
-) -> None:
+def test_a_version_waits_until_newer_texts_prove_that_it_starts_faster(learning_of_base: Learning) -> None:
     """Texts that were recorded at the fit count only against it; it is not served if it starts as fast as today's."""
     one = learning_of_base
     learner = one.learners.of("base")
@@ -1262,9 +1248,7 @@ app()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["saving", "published", "served"])
-def test_a_server_that_is_killed_at_any_step_learns_again(
-    stock_store: Path, tmp_path: Path, step: str
-) -> None:
+def test_a_server_killed_at_any_step_learns_again(stock_store: Path, tmp_path: Path, step: str) -> None:
     """No two fits have the same attempt number: each number stands for a part of the promise's error probability.
 
     The server has two processes, so this also tests that they learn together.

@@ -160,9 +160,7 @@ def test_a_stream_is_answered_in_order_with_bounded_memory(model: de3.Classifier
     assert taken == 3 * len(TEXTS)
 
 
-def test_a_stream_that_is_left_drops_its_texts(
-    model: de3.Classifier, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_left_early_drops_its_texts(model: de3.Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
     submitted, dropped, submit = list[Job](), list[Job](), model._engine.submit
 
     def run_the_first(job: Job) -> None:
@@ -195,9 +193,7 @@ def test_threads_share_a_classifier(model: de3.Classifier) -> None:
         assert list(pool.map(model.classify, [TEXTS] * 8)) == [expected] * 8
 
 
-def test_a_failed_engine_and_a_closed_classifier_are_errors(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_engine_and_a_closed_model_are_errors(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("de3.library.CHECK_S", 0.01)
     with de3.load("tiny-int8", store=store, threads=1) as model:
         monkeypatch.setattr(Engine, "_step", lambda *_: False)  # the thread ends after the next text

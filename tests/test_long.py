@@ -109,9 +109,7 @@ def test_a_value_is_the_mean_by_new_tokens_and_settled_by_the_last_window(
 
 
 @given(rows=rows, ran=st.integers(1, 8), limits=logits)
-def test_settled_labels_are_final_too(
-    rows: list[tuple[int, list[float]]], ran: int, limits: list[float]
-) -> None:
+def test_settled_labels_are_final(rows: list[tuple[int, list[float]]], ran: int, limits: list[float]) -> None:
     combination = Combination([weight for weight, _ in rows], limits)
     readings = [read_labels(3, values, limits) for _, values in rows]
     for one in readings[:ran]:
@@ -279,9 +277,7 @@ def test_a_text_runs_window_by_window_and_preemption_changes_no_bit(model: Model
     assert free.requeued == 0 and busy.requeued >= pieces - 1 + layers + len(alone.windows) - 1
 
 
-def test_a_deadline_keeps_the_answer_of_the_windows_that_ran(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_deadline_keeps_the_windows_that_ran(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     text, depths = words(200), []
     for ends in (0, 10, 20, 30, 40, 10_000):
         clock = count()

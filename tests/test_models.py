@@ -226,9 +226,7 @@ def test_the_start_is_a_change_too(versions: Path, loading: tuple[threading.Even
         running.stop()
 
 
-def test_a_request_keeps_the_model_that_it_began_with(
-    versions: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_keeps_the_model_it_began_with(versions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}") as server:
         found: list[httpx.Response] = []

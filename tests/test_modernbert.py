@@ -46,9 +46,7 @@ def full_depth_of(folder: Path, int8: bool = False) -> onnx.ModelProto:
     ],
     ids=str,
 )
-def test_full_depth_is_the_stock_classifier_with_every_option(
-    tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_full_depth_is_the_stock_model_with_every_option(tmp_path: Path, options: dict[str, Any]) -> None:
     folder = save_encoder(tmp_path, "modernbert", **SMALL | options)
     architecture, segments = segments_of(folder, False)
     assert largest_difference(folder, stitch(segments), LENGTHS) < 2e-5

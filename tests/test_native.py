@@ -408,9 +408,7 @@ def risks(has_distances: bool) -> st.SearchStrategy[Signal]:
 
 
 @given(st.data(), st.integers(2, 6), st.booleans())
-def test_the_decision_is_that_of_the_exit_rule(
-    data: st.DataObject, classes: int, has_distances: bool
-) -> None:
+def test_the_decision_is_the_exit_rules(data: st.DataObject, classes: int, has_distances: bool) -> None:
     signal = data.draw(
         st.sampled_from([Entropy(), Edr(0.5), Edr(1.0), Edr(30.0)]) | risks(has_distances), "signal"
     )
@@ -458,9 +456,7 @@ def test_only_int8_has_kernels(store: Path) -> None:
         Model(Store(store).open("tiny"), "native")
 
 
-def test_kernels_whose_hidden_states_differ_are_not_used(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_whose_states_differ_are_not_used(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = NativeSegment.run
 
     def wrong(segment: NativeSegment, hidden: Any, with_exit: bool) -> Any:

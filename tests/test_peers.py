@@ -58,9 +58,7 @@ def test_ctranslate2_needs_a_stock_model(tmp_path: Path) -> None:
     assert converted.conversion[-1] == "--convert"
 
 
-def test_a_peer_that_cannot_convert_its_model_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_peer_that_cannot_convert_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; sys.exit('runs no MPNet')"
     monkeypatch.setattr(servers, "peer_command", lambda script: [sys.executable, "-c", code])
     ours = Server("de3", [])

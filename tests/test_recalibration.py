@@ -33,9 +33,7 @@ def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_p
     assert old.risk is None and [row.layer for row in new.risk or ()] == [0, 1, 2]
 
 
-def test_a_calibration_on_unknown_labels_or_the_wrong_input_publishes_nothing(
-    store: Path, tmp_path: Path
-) -> None:
+def test_unknown_labels_or_the_wrong_input_publish_no_calibration(store: Path, tmp_path: Path) -> None:
     mine = tmp_path / "store"
     shutil.copytree(store, mine)
     odd = write_rows(tmp_path / "odd.jsonl", [("a film", "mixed")])

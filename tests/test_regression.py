@@ -199,9 +199,7 @@ def test_a_shadow_differs_by_more_than_the_tolerance(imported: Path, tmp_path: P
     st.lists(st.floats(-(2.0**20), 2.0**20, width=32), min_size=3, max_size=3),
     st.tuples(*[st.tuples(*[st.floats(-1e6, 1e6) | st.floats(-5, 5)] * 3, st.just(0.0), st.just(0.0))] * 3),
 )
-def test_the_decision_on_a_value_is_that_of_the_exit_rule(
-    kernels: Any, values: list[float], weights: Any
-) -> None:
+def test_the_decision_on_a_value_is_the_exit_rules(kernels: Any, values: list[float], weights: Any) -> None:
     signal = Risk(weights)
     rule = ExitRule(0.5, signal)
     readings = [rule.read(layer, [x], None) for layer, x in enumerate(values)]
@@ -289,9 +287,7 @@ def test_labels_are_numbers(stock: Path, imported: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("few_taus")
-def test_a_recalibration_keeps_the_tolerance_and_counts_against_the_original(
-    imported: Path, tmp_path: Path
-) -> None:
+def test_a_recalibration_keeps_tolerance_and_counts_against_original(imported: Path, tmp_path: Path) -> None:
     shutil.copytree(imported / "store", tmp_path / "store")
     parts = f"--tune {imported}/work/tune.jsonl --certify {imported}/work/certify.jsonl"
     de3(f"calibrate praise --store {tmp_path}/store {parts} --max-loss 5")

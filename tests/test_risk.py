@@ -67,9 +67,7 @@ def test_a_feature_that_does_not_vary_gets_no_weight() -> None:
 
 
 @pytest.mark.parametrize(("n", "groups"), [(200, 40), (31, 3), (12, 12), (20, 1)])
-def test_no_group_is_scored_by_a_fit_that_saw_it(
-    n: int, groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_fit_scores_a_group_that_it_saw(n: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     group = np.random.default_rng(0).integers(0, groups, n)
     r = recorded(n)
     number = {row.tobytes(): i for i, row in enumerate(r.logits)}
@@ -137,9 +135,7 @@ def test_each_exit_is_fitted_to_its_own_disagreement() -> None:
 
 
 @pytest.mark.parametrize(("margin", "distance"), [(1.0, 0.5), (25.0, 1e-11), (60.0, 0.0)])
-def test_exits_that_are_always_sure_have_the_same_risk_alone_and_in_arrays(
-    margin: float, distance: float
-) -> None:
+def test_sure_exits_have_the_same_risk_alone_and_in_arrays(margin: float, distance: float) -> None:
     """Both computations take the logarithm of max(value, 1e-12)."""
     signal = Risk(((1.0, 0.1, 0.5, 0.2, 0.1), None))
     logits, distances = np.float32([margin, 0.0]), np.float32([distance, 1.0])

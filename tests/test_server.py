@@ -197,9 +197,7 @@ def test_models_by_name_and_version(server: Server) -> None:
     assert listed[0]["calibration"]["speedup"] > 1
 
 
-def test_a_request_without_a_model_where_several_are_served(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_without_a_model_among_several(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.service.models, "_default", None)
     for path, field in (("/classify", "input"), ("/predict", "inputs"), ("/", "inputs")):
         response = httpx.post(server.url + path, json={field: "good"})

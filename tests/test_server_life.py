@@ -36,9 +36,7 @@ def server(store: Path) -> Iterator[Server]:
         yield running
 
 
-def test_a_full_queue_is_503_with_retry_after_and_loses_nothing(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_queue_is_503_and_loses_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     with (
         serving(store, models=["tiny"], threads=1, max_queue=4, max_texts=4) as server,
@@ -70,9 +68,7 @@ def test_a_request_without_an_answer_in_time_is_504(store: Path, monkeypatch: py
         assert server.metric("de3_exit_layer_count", model="tiny:1") == 1  # those texts never ran
 
 
-def test_a_client_that_leaves_stops_its_text_at_the_next_layer(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_whose_client_leaves_stops_at_a_layer(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     from de3.model_store.segments import OnnxSegment as Segment
 
     entered, go_on, ran = threading.Event(), threading.Event(), []
@@ -98,9 +94,7 @@ def test_a_client_that_leaves_stops_its_text_at_the_next_layer(
     assert ran == [1]
 
 
-def test_an_item_that_crashes_is_500_and_the_server_goes_on(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_is_500_and_the_server_goes_on(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise Panic("division")
 

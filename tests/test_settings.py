@@ -33,9 +33,7 @@ def test_unknown_variables_are_found() -> None:
     assert unknown_variables(environment) == ["DE3_MAX_QUEU", "DE3_TUA"]
 
 
-def test_variables_are_settings_and_unknown_ones_are_warned_about(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variables_are_settings_and_unknown_ones_warn(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MODELS", "tiny-int8 tiny"), ("MAX_QUEU", "5"), ("MAX_TEXTS", "3")):
         monkeypatch.setenv(f"DE3_{name}", value)
     started: list[Any] = []

@@ -172,9 +172,7 @@ def without_risk(manifest: dict[str, Any], signal: str) -> None:
 
 
 @pytest.mark.parametrize("signal", ["edr", "entropy"])
-def test_an_artifact_without_risk_is_served_by_its_other_signals(
-    store: Path, tmp_path: Path, signal: str
-) -> None:
+def test_without_risk_the_other_signals_are_served(store: Path, tmp_path: Path, signal: str) -> None:
     mine = shutil.copytree(store, tmp_path / "store")
     edit(mine / "tiny" / "1", lambda m: without_risk(m, signal))
     manifest = Store(mine).open("tiny").manifest

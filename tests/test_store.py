@@ -310,9 +310,7 @@ def test_only_abandoned_drafts_are_removed(tmp_path: Path) -> None:
         assert new.exists() and not old.exists()
 
 
-def test_an_artifact_may_have_as_many_bytes_as_the_limit(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_artifact_may_be_as_large_as_the_limit(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = Store(store).open("tiny")
     size = artifact.size()
     monkeypatch.setattr("de3.model_store.store.MAX_ARTIFACT_BYTES", size)
@@ -331,9 +329,7 @@ def test_a_file_that_never_ends_is_refused(copy: Path) -> None:
         open_model(copy)
 
 
-def test_a_link_that_is_swapped_in_after_the_check_is_not_followed(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_link_swapped_in_after_the_check_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = copy / "tokenizer.json"
     opened = os.open
 

@@ -69,9 +69,7 @@ def test_a_speed_up_is_met_by_the_smallest_tau(rows: list[Any], data: st.DataObj
 
 
 @given(tables, limits)
-def test_a_limit_of_disagreement_is_met_by_the_largest_tau_up_to_which_it_holds(
-    rows: list[Any], most: float
-) -> None:
+def test_a_limit_of_disagreement_is_met_by_the_last_tau_within_it(rows: list[Any], most: float) -> None:
     trade_offs = TradeOffs(rows)
     certified = takewhile(lambda row: row.disagreement_bound <= most, rows[1:])
     assert trade_offs.within_disagreement(most) is [rows[0], *certified][-1]

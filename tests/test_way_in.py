@@ -123,9 +123,7 @@ def test_an_unfinished_training_is_not_used(
 # 3: encoders that cannot be exported
 
 
-def test_an_encoder_that_cannot_be_exported_is_not_trained(
-    checkpoint: Path, data_file: Path, tmp_path: Path
-) -> None:
+def test_no_encoder_that_cannot_export_is_trained(checkpoint: Path, data_file: Path, tmp_path: Path) -> None:
     AutoConfig.for_model("albert").save_pretrained(tmp_path / "other")
     without_tokenizer = save_encoder(tmp_path / "encoder")
     for file in without_tokenizer.glob("tokenizer*"):

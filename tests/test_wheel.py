@@ -75,9 +75,7 @@ def user(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_wheel_holds_every_module_the_kernels_the_demo_model_and_no_more(
-    wheel: Path, tracked: list[str]
-) -> None:
+def test_the_wheel_holds_modules_kernels_the_demo_model_and_no_more(wheel: Path, tracked: list[str]) -> None:
     assert re.fullmatch(r"de3-[0-9.]+-cp311-abi3-manylinux_\w+_x86_64\.whl", wheel.name)
     with ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name and name[-1] != "/"}
@@ -150,9 +148,7 @@ def demo_server(user: Path) -> Iterator[tuple[str, str]]:
         server.wait(30)
 
 
-def test_the_sdist_installs_without_a_compiler_and_the_log_says_what_that_costs(
-    user: Path, dist: Path
-) -> None:
+def test_the_sdist_installs_without_a_compiler_and_the_log_says_the_cost(user: Path, dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     # Use the wheel's environment, as the dependencies are the same.
     again = ("install", "--quiet", "--no-deps", "--force-reinstall")
