@@ -182,17 +182,10 @@ def save_encoder(
         ):
             del settings[key]
     if family == "deberta-v2":
-        settings |= {
-            "embedding_size": 48,
-            "type_vocab_size": 2,
-            "relative_attention": True,
-            "position_biased_input": False,
-            "pos_att_type": ["c2p", "p2c"],
-            "position_buckets": 8,  # fewer than the maximum number of tokens
-            "max_relative_positions": 24,
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-        }
+        settings |= {"embedding_size": 48, "type_vocab_size": 2, "position_biased_input": False}
+        settings |= {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True}
+        # Fewer buckets than the maximum number of tokens.
+        settings |= {"position_buckets": 8, "max_relative_positions": 24, "norm_rel_ebd": "layer_norm"}
     if family == "modernbert":
         settings |= {
             "hidden_activation": settings.pop("hidden_act"),

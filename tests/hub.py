@@ -22,9 +22,7 @@ class Hub(BaseHTTPRequestHandler):
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
     LATER = "f" * 40
     REVISIONS = ("main", "v1", COMMIT, LATER)
-    moves: ClassVar[bool] = (
-        False  # once a client has asked for the newest commit, every branch moves on to LATER
-    )
+    moves: ClassVar[bool] = False  # once a client has asked for a branch's commit, all move on to LATER
     listed: ClassVar[dict[str, Any]] = {}  # values that replace those of the list of files
     other: ClassVar[dict[str, Any]] = {}  # values that replace those of each file in this list
     headers_of: ClassVar[dict[str, str]] = {}  # headers of files that replace the right ones
@@ -43,12 +41,9 @@ class Hub(BaseHTTPRequestHandler):
             self._answer(b"", code=404, error="RevisionNotFound")
         elif path == "/api/models/org/model" or path.startswith("/api/models/org/model/revision/"):
             commit = self._commit(path.split("/")[-1])
-            listed = {
-                "id": "org/model",
-                "sha": commit,
-                "siblings": [self._entry(p) | self.other for p in files],
-            }
-            self._answer(json.dumps(listed | self.listed).encode())
+            siblings = [self._entry(p) | self.other for p in files]
+            listed = {"id": "org/model", "sha": commit, "siblings": siblings} | self.listed
+            self._answer(json.dumps(listed).encode())
             type(self).COMMIT = self.LATER if self.moves else self.COMMIT
         elif path.startswith("/api/models/org/model/tree/"):
             rows = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0"} for p in files]

@@ -901,9 +901,8 @@ def test_pending_audits_are_limited_for_each_tenant(store: Path) -> None:
 
 
 # For each entry: the keys of its texts, whether the last was drawn, and whether its answer differs.
-entries = st.lists(
-    st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.booleans(), st.booleans())
-)
+texts_of_entry = st.lists(st.integers(0, 9), min_size=1, max_size=4)
+entries = st.lists(st.tuples(texts_of_entry, st.booleans(), st.booleans()))
 
 
 @settings(max_examples=20)

@@ -291,9 +291,8 @@ async def test_errors_of_messages_between_processes_are_reported_where_they_occu
 
     fail = mock.AsyncMock(side_effect=UNEXPECTED)
     caller = Channel({})
-    other = Channel(
-        {"note": mock.Mock(side_effect=UNEXPECTED), "value": unserializable, "fail": fail, "ask": object}
-    )
+    note = mock.Mock(side_effect=UNEXPECTED)
+    other = Channel({"note": note, "value": unserializable, "fail": fail, "ask": object})
     running = [asyncio.create_task(caller.run(ours)), asyncio.create_task(other.run(theirs))]
     caller.tell("note")
     for method in ("value", "fail", "ask"):

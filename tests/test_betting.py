@@ -17,9 +17,7 @@ streams = st.lists(st.tuples(st.sampled_from(SHARES), st.booleans(), st.booleans
 
 def counts(stream: list[tuple[float, bool, bool]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     texts = [sum(q == share for q, _, _ in stream) for share in SHARES]
-    differing = [
-        [sum(q == share and (drawn and differs) for q, drawn, differs in stream)] for share in SHARES
-    ]
+    differing = [[sum(q == share and drawn and differs for q, drawn, differs in stream)] for share in SHARES]
     return np.array(SHARES), np.array(texts), np.array(differing)
 
 

@@ -428,10 +428,8 @@ def test_damaged_pages_are_errors(tmp_path: Path) -> None:
 
 def test_values_that_are_nested_too_deeply(model: de3.Classifier, tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
-    lines = [
-        '{"text": "good", "x": %s}' % ("[" * n + "]" * n) for n in (1, MAX_DEPTH - 1, MAX_DEPTH + 1, 10**5)
-    ]
-    file.write_text("\n".join([*lines, ""]))
+    lists = ["[" * n + "]" * n for n in (1, MAX_DEPTH - 1, MAX_DEPTH + 1, 10**5)]
+    file.write_text("".join(f'{{"text": "good", "x": {one}}}\n' for one in lists))
     for kind in KINDS:
         summary, refused = classify(Here(model), file, tmp_path / f"out{kind}")
         assert (summary.answered, summary.refused) == (2, 2), kind
@@ -475,9 +473,8 @@ def test_rows_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -
 
 def test_values_of_other_types_are_written_as_text(model: de3.Classifier, tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
-    file.write_text(
-        '{"text": "good", "n": [1e999, {"big": 36893488147419103232}], "yes": true, "names": ["a", "b"]}\n'
-    )
+    numbers = '"n": [1e999, {"big": 36893488147419103232}]'
+    file.write_text(f'{{"text": "good", {numbers}, "yes": true, "names": ["a", "b"]}}\n')
     classify(Here(model), file, tmp_path / "out.jsonl")
     (row,) = read(tmp_path / "out.jsonl")
     assert row["n"] == [None, {"big": 2**65}]

@@ -153,11 +153,8 @@ def as_from_tensorflow(folder: Path) -> None:
 
 
 def with_buffers(folder: Path) -> None:
-    buffers = {
-        "bert.embeddings.position_ids": torch.arange(64),
-        "bert.embeddings.token_type_ids": torch.zeros(64),
-    }
-    weights(folder, lambda w: w | buffers)
+    buffers = {"position_ids": torch.arange(64), "token_type_ids": torch.zeros(64)}
+    weights(folder, lambda w: w | {f"bert.embeddings.{name}": x for name, x in buffers.items()})
 
 
 @pytest.mark.parametrize(
@@ -219,15 +216,9 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
     (lambda f: edit(f, architectures=["\x1b[2J" + "x" * 10**6]), r"it is a \\u001b\[2Jxxx"),
     (lambda f: edit(f, max_position_embeddings=32), r"position_embeddings.weight has the shape \(64, 64\)"),
     (with_weight(DENSE, lambda _: torch.zeros(2**28, 0)), r"has the shape \[268435456, 0\]"),
-    (
-        lambda f: edit(f, id2label={str(k): "x" * (1500 + k) for k in range(3)}),
-        "labels.0: String should have at most",
-    ),
+    (lambda f: edit(f, id2label={str(k): "x" * (1500 + k) for k in range(3)}), "labels.0: String should"),
     (lambda f: os.truncate(f / "model.safetensors", 2**34), r"its files have 171798\d+ bytes, at most"),
-    (
-        lambda f: os.truncate(f / "tokenizer.json", 2**26 + 1),
-        r"its tokenizer\.json has 67108865 bytes, at most 67108864 are",
-    ),
+    (lambda f: os.truncate(f / "tokenizer.json", 2**26 + 1), r"its tokenizer\.json has 67108865 bytes, at"),
     (adapter, r"is an adapter \(LoRA\) without its model: merge it"),
 ]
 
@@ -333,9 +324,8 @@ def test_an_artifact_whose_empty_folder_is_removed_is_kept(
     artifact.verify()
 
 
-FILES = st.dictionaries(
-    st.sampled_from(["config.json", "vocab.txt", "tokenizer.json"]), st.binary(max_size=2)
-)
+NAMES = st.sampled_from(["config.json", "vocab.txt", "tokenizer.json"])
+FILES = st.dictionaries(NAMES, st.binary(max_size=2))
 
 
 @hypothesis_settings(max_examples=30)
@@ -519,9 +509,8 @@ def test_all_files_of_a_model_are_of_the_commit_that_was_checked(
         assert fetch(name) == folder  # as downloaded before
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert sorted(downloads(hub)) == sorted(f"{commit}/{file}" for file in wanted)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        file: (hub.folder / file).read_bytes() for file in wanted
-    }
+    assert {path.name for path in folder.iterdir()} == wanted
+    assert all((folder / file).read_bytes() == (hub.folder / file).read_bytes() for file in wanted)
 
 
 def test_the_commit_of_a_revision_is_noted_only_in_the_cache(tmp_path: Path) -> None:
@@ -543,10 +532,9 @@ def test_old_files_of_the_hub_are_imported(hub: Any, bert: Path, monkeypatch: py
         with original_of("org/model") as source:
             ours, theirs = (load_file(folder / "model.safetensors") for folder in (source, bert))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    files = ("pytorch_model.bin", "config.json", "tokenizer.json", "tokenizer_config.json")
-    assert sorted(downloads(hub)) == sorted(
-        f"{hub.COMMIT}/{file}" for file in (*files, "special_tokens_map.json")
-    )
+    files = {"pytorch_model.bin", "config.json", "tokenizer.json", "tokenizer_config.json"}
+    wanted = files | {"special_tokens_map.json"}
+    assert sorted(downloads(hub)) == sorted(f"{hub.COMMIT}/{file}" for file in wanted)
 
 
 def test_a_model_that_cannot_be_served_is_refused_before_its_weights_are_downloaded(

@@ -163,11 +163,8 @@ def test_fragments_neither_choose_nor_certify() -> None:
         found.append(calibrate(*parts, 0.02, "entropy"))
     one, other = (f.calibration for f in found)
     assert one.certify_size == one.groups == 1000
-    assert (one.default, one.exit_accuracy, one.references) == (
-        other.default,
-        other.exit_accuracy,
-        other.references,
-    )
+    assert (one.default, one.exit_accuracy) == (other.default, other.exit_accuracy)
+    assert one.references == other.references
     rows = [[row for row in c.table if row.signal != "risk"] for c in (one, other)]
     assert rows[0] == rows[1] and rows[0]
     assert found[0].risk != found[1].risk
@@ -194,9 +191,8 @@ def test_with_few_samples_both_parts_certify_each_with_a_fit_on_the_other(group_
     parts = [Part.of(r, examples(n, group_of, fragments=60)) for r in (tune, certify)]
     found = calibrate(*parts, 0.02)
     scores = [risk.fit(b).scores(a)[:whole] for a, b in ((tune, certify), (certify, tune))]
-    samples = joined(
-        [Samples(r, np.arange(n) // group_of).rows(np.arange(n) < whole) for r in (tune, certify)]
-    )
+    number = np.arange(n)
+    samples = joined([Samples(r, number // group_of).rows(number < whole) for r in (tune, certify)])
     assert found.calibration.certify_size == 2 * whole
     assert found.calibration.groups == 2 * whole // group_of
     assert_certified(found, samples, np.concatenate(scores))
@@ -228,9 +224,8 @@ def test_rivals_are_the_risk_fitted_on_other_groups_and_edr_at_its_best_lambda()
     scores = risk.cross_fit(part.samples.recorded, part.samples.groups)[part.is_whole]
 
     def merit(signal: Signal, scores: np.ndarray | None = None) -> float:
-        return calibration.merit(
-            calibration.trade_off(part.whole, signal, export_calibrate.FINE_TAUS, scores)
-        )
+        taus = export_calibrate.FINE_TAUS
+        return calibration.merit(calibration.trade_off(part.whole, signal, taus, scores))
 
     rivals = export_calibrate._rivals(part, fitted)
     assert rivals["risk"] == (fitted, merit(fitted, scores))

@@ -29,9 +29,8 @@ def test_the_search_finds_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_requests_without_an_answer_count_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [Answer(0, 0.0, 0.0, done=0.5, status=200), Answer(0, 0.0, 0.0, done=0.1, status=503)]
-    monkeypatch.setattr(
-        capacity, "send_traffic", lambda *_, **__: Run([Sample("a")], answers, 1.0, 2.0, 1, 0.0)
-    )
+    run = Run([Sample("a")], answers, 1.0, 2.0, 1, 0.0)
+    monkeypatch.setattr(capacity, "send_traffic", lambda *_, **__: run)
     step = capacity._try(Target("http://x"), [], 2.0, 1)
     assert step == capacity.Step(2.0, 500.0, 0.5) and not step.keeps(1000)
     answers.pop(0)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -200,9 +201,8 @@ def test_the_time_of_an_answer_is_limited_in_total() -> None:
         answering(*slow_head, pause_s=0.05) as head,
         ThreadPoolExecutor(4) as pool,
     ):
-        calls = [
-            (url, pool.submit(call, url, timeout_s=1.0)) for url in (body, head) for call in (ask, ask_async)
-        ]
+        both_ways = product((body, head), (ask, ask_async))
+        calls = [(url, pool.submit(call, url, timeout_s=1.0)) for url, call in both_ways]
         for url, call in calls:
             error = call.exception(timeout=20)
             assert isinstance(error, ServerError) and "incomplete within 1 s" in str(error)

@@ -162,10 +162,7 @@ def test_the_most_probable_labels(server: Server) -> None:
         ({"use_activation": "no"}, "use_activation: input should be a valid boolean"),
         ({"request_id": 7}, "request_id: input should be a valid string"),
         ({"messages": [{"role": "user", "content": CAFE}]}, "messages: unknown field; known fields: "),
-        (
-            {"input": [[9707, 11, 847], [791]]},
-            "input[0]: must be a text, or an object with text and text_pair",
-        ),
+        ({"input": [[9707, 11, 847], [791]]}, "input[0]: must be a text, or an object with text and"),
         ({"input": [9707, 11, 847]}, "input[0]: must be a text"),
         ({"text": CAFE}, "text: unknown field"),
         ({"thresholds": 0.3}, "thresholds: tiny:1 is not a multi-label model"),
@@ -255,13 +252,8 @@ def test_triton_asks_about_the_server(triton: Any) -> None:
     metadata = triton.get_model_metadata("tiny")
     assert metadata["versions"] == ["1"]
     found = {x["name"]: (x["datatype"], x["shape"]) for x in metadata["inputs"] + metadata["outputs"]}
-    assert found == {
-        "text": ("BYTES", [-1]),
-        "text_pair": ("BYTES", [-1]),
-        "label": ("BYTES", [-1]),
-        "probs": ("FP64", [-1, 2]),
-        "exit_layer": ("INT64", [-1]),
-    }
+    words = dict.fromkeys(("text", "text_pair", "label"), ("BYTES", [-1]))
+    assert found == {**words, "probs": ("FP64", [-1, 2]), "exit_layer": ("INT64", [-1])}
 
 
 def test_triton_reports_errors(triton: Any) -> None:
@@ -467,13 +459,9 @@ def test_info_has_the_fields_of_teis_openapi_json(server: Server) -> None:
         "label2id": {"negative": 0, "positive": 1},
     }
     limits = {name: info[name] for name in info if name.startswith("max_")}
-    assert limits == {
-        "max_concurrent_requests": server.service.settings.max_queue,
-        "max_input_length": 64,
-        "max_batch_tokens": 512,
-        "max_batch_requests": 8,
-        "max_client_batch_size": 8,
-    }
+    assert limits.pop("max_concurrent_requests") == server.service.settings.max_queue
+    texts = dict.fromkeys(("max_batch_requests", "max_client_batch_size"), 8)
+    assert limits == {"max_input_length": 64, "max_batch_tokens": 512, **texts}
 
 
 def test_each_cause_of_an_error_has_teis_type() -> None:

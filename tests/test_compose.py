@@ -16,9 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 def config(**variables: str) -> dict[str, Any]:
     """The project's configuration with these variables and those of .env."""
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith(("DE3_", "GRAFANA_"))
-    }
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("DE3_", "GRAFANA_"))}
     done = subprocess.run(
         ["docker-compose", "--profile", "*", "config", "--format", "json"],
         env=inherited | variables,
@@ -46,9 +44,8 @@ def test_every_service_has_limits() -> None:
 
 
 def test_limits_can_be_set() -> None:
-    services = config(SERVER_MEMORY="3g", SERVER_PIDS="99", SERVER_FILES="77", GRAFANA_MEMORY="256m")[
-        "services"
-    ]
+    limits = {"SERVER_MEMORY": "3g", "SERVER_PIDS": "99", "SERVER_FILES": "77", "GRAFANA_MEMORY": "256m"}
+    services = config(**limits)["services"]
     server = services["server"]
     assert int(server["mem_limit"]) == int(server["memswap_limit"]) == 3 * 2**30
     assert (server["pids_limit"], server["ulimits"]["nofile"]) == (99, 77)

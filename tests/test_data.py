@@ -176,9 +176,8 @@ def test_parts_mark_fragments_and_name_their_whole_text() -> None:
 def test_a_group_column(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "text,label,user\ngood,1, ann \nbad,0,7\n")
     assert tables.read_groups(tables.records(file, Columns()), "user") == ["ann", "7"]
-    rows = write(
-        tmp_path / "b.jsonl", '{"text": "a", "label": 1, "user": 3}\n{"text": "a", "label": 1, "user": " "}\n'
-    )
+    row = '{"text": "a", "label": 1, "user": %s}\n'
+    rows = write(tmp_path / "b.jsonl", row % "3" + row % '" "')
     with pytest.raises(ValueError, match=r"b.jsonl:2: user is empty"):
         tables.read_groups(tables.records(rows, Columns()), "user")
     with pytest.raises(ValueError, match=r"a.csv:2: no column 'who'.*--group-column"):

@@ -84,9 +84,8 @@ class Compose:
 
 @pytest.fixture(scope="module")
 def compose() -> Iterator[Compose]:
-    made = subprocess.run(
-        ["tests/docker/stand-ins.sh"], check=False, capture_output=True, text=True, timeout=900
-    )
+    make = "tests/docker/stand-ins.sh"
+    made = subprocess.run([make], check=False, capture_output=True, text=True, timeout=900)
     if made.returncode != 0:
         pytest.skip(f"no base images: they can neither be pulled nor stood in for: {made.stderr[-500:]}")
     images = dict(line.split("=", 1) for line in made.stdout.splitlines())
@@ -156,9 +155,7 @@ def test_compose_serves_a_classifier_of_the_hub(compose: Compose, stock: Path) -
 def test_the_image_imports(compose: Compose, stock: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     folders = ("--volume", f"{stock}:/stock:ro", "--volume", f"{tmp_path}:/data")
-    command = (
-        "import /stock/model --texts /stock/texts.txt --name mine --store /data/models --work /data/work"
-    )
+    command = "import /stock/model --texts /stock/texts.txt --name mine --store /data/models --work /data/w"
     docker("run", "--rm", "--read-only", *folders, IMAGE, *command.split())
     calibration = Store(tmp_path / "models").open("mine").manifest.calibration
     assert calibration is not None and calibration.self_labelled

@@ -47,6 +47,13 @@ def files(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if not path.is_dir()}
 
 
+def redirect_to(self: Hub, url: str) -> None:
+    self.send_response(302)
+    self.send_header("Location", url)
+    self.send_header("Content-Length", "0")
+    self.end_headers()
+
+
 @pytest.mark.parametrize("path", ["OUT/file", "../../../../out", "../file"])
 @pytest.mark.parametrize("what", ["etag", "commit", "sha", "blobId", "lfs", "rfilename"])
 def test_a_hub_chooses_no_path(hub: type[Hub], tmp_path: Path, what: str, path: str) -> None:
@@ -279,13 +286,7 @@ def test_endless_redirects_and_drafts_of_killed_downloads(hub: type[Hub]) -> Non
     fetch("org/model")
     assert not draft.exists()
 
-    def redirect(self: Hub) -> None:
-        self.send_response(302)
-        self.send_header("Location", self.path)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    hub.do_GET = redirect
+    hub.do_GET = lambda self: redirect_to(self, self.path)
     with pytest.raises(ValueError, match="redirected too often"):
         fetch("org/model", "v1")
 
@@ -300,10 +301,7 @@ def test_the_token_is_sent_to_the_hub_and_to_nobody_else(
             self.tokens.append(self.headers.get("Authorization"))
             if "/resolve/" not in self.path:
                 return Hub.do_GET(self)
-            self.send_response(302)
-            self.send_header("Location", f"http://127.0.0.1:{port}{self.path}")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
+            return redirect_to(self, f"http://127.0.0.1:{port}{self.path}")
 
         hub.do_GET = redirect
         assert {path.name for path in fetch("org/model").iterdir()} == FILES

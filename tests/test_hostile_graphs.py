@@ -94,9 +94,8 @@ def changes(
         nodes = list(graph.node)
         yield path, "name", OTHER
         yield from ((path, "node", other) for other in (nodes[:-1], [*nodes, nodes[-1]], nodes[::-1]))
-        yield from (
-            (path, "output", other) for other in ([*graph.output, graph.output[0]], list(graph.output)[1:])
-        )
+        outputs = list(graph.output)
+        yield from ((path, "output", other) for other in ([*outputs, outputs[0]], outputs[1:]))
         for n, node in enumerate(nodes):
             kind = (node.op_type, len(node.input), len(node.output))
             yield from once(kind, n, list(changes_of_node(node, (*path, ("node", n)), values)))
@@ -112,9 +111,8 @@ def changes(
     for w, tensor in enumerate(tensors):
         is_constant = tensor.name in constants
         kind = (tensor.data_type, len(tensor.dims), is_constant)
-        yield from once(
-            kind, w, list(changes_of_tensor(tensor, (("graph", None), ("initializer", w)), is_constant))
-        )
+        at = (("graph", None), ("initializer", w))
+        yield from once(kind, w, list(changes_of_tensor(tensor, at, is_constant)))
     for other in (tensors[1:], [*tensors[1:], tensors[0]], [*tensors, tensors[0]]):
         yield (("graph", None),), "initializer", other
     yield (), "ir_version", 9

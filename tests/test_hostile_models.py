@@ -283,9 +283,7 @@ def other_activation(store: Path) -> None:
 
 def test_a_file_with_many_fields_is_refused_before_it_is_parsed() -> None:
     inner = b"\x0a\x00" * 12_000_000  # empty operators, which take a hundred bytes each in memory
-    size = b"".join(bytes([len(inner) >> shift & 127 | 128]) for shift in (0, 7, 14)) + bytes(
-        [len(inner) >> 21]
-    )
+    size = bytes([*(len(inner) >> shift & 127 | 128 for shift in (0, 7, 14)), len(inner) >> 21])
     started = thread_time()
     with pytest.raises(GraphError, match="more than 10000 fields"):
         read_model(b"\x08\x08\x3a" + size + inner)
@@ -331,6 +329,9 @@ def test_a_store_with_a_bad_model_serves_the_others(copies: Path, monkeypatch: p
         Service(Settings(store=copies, models=["worse"]))
 
 
+TIMING_ABORTS = "import os, de3.server.engine.timing as t; t._run = lambda *_: os.abort(); "
+
+
 @pytest.mark.parametrize(
     ("code", "says"),
     [
@@ -341,10 +342,7 @@ def test_a_store_with_a_bad_model_serves_the_others(copies: Path, monkeypatch: p
         (f"print({EVIL!r} + 'x' * 1000); import sys; sys.exit(3)", r"^\\u2028\\u202eyxxx"),
         (f"raise RuntimeError({EVIL!r})", r"\(1\): \S*y"),
         # The server's own measurements of a model are a part of the proof.
-        (
-            "import os, de3.server.engine.timing as t; t._run = lambda *a: os.abort(); " + prove.PROGRAM,
-            "crashes",
-        ),
+        (TIMING_ABORTS + prove.PROGRAM, "crashes"),
     ],
 )
 def test_an_error_that_ends_the_proving_process_ends_no_other(
@@ -366,9 +364,7 @@ def test_a_valid_graph_cannot_take_all_memory(copies: Path) -> None:
         weight.CopyFrom(numpy_helper.from_array(np.ones((tokens, 64), np.float32), name))
 
     forge(copies, "tiny", 0, more_positions)
-    edit(
-        copies / "tiny" / "1", lambda m: (m.update(max_tokens=tokens), m["encoder"].update(positions=tokens))
-    )
+    edit(copies / "tiny/1", lambda m: (m.update(max_tokens=tokens), m["encoder"].update(positions=tokens)))
     with pytest.raises(StoreError, match=r"allocate|alloc|memory"):
         prove.Prover().prove(Store(copies).open("tiny"), "auto")
 
@@ -489,9 +485,8 @@ def test_verify_goes_on_after_any_error_and_prints_no_control_characters(kernels
     rehash(folder, "tokenizer.json")
     worse = Path(shutil.copytree(folder, copies / "worse" / "1"))
     edit(worse, lambda m: m.update({"name": "worse", EVIL: 1}))
-    results = {
-        command: invoke(f"models {command} --store {copies}") for command in ("verify", "list", "show tiny")
-    }
+    commands = ("verify", "list", "show tiny")
+    results = {command: invoke(f"models {command} --store {copies}") for command in commands}
     for result in results.values():
         assert all(line.isprintable() for line in result.output.split("\n")), result.output
     lines = results["verify"].output.splitlines()

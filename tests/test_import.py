@@ -78,9 +78,8 @@ def logits_of(folder: Path, texts: list[str]) -> Any:
 def test_the_last_exit_is_the_stock_classifier(family: str, dtype: str, tmp_path: Path) -> None:
     """An import writes the checkpoint without PyTorch; PyTorch then reads it in float32, and so does an export."""
     folder = save_encoder(tmp_path / "stock", family, labels=3)
-    AutoModelForSequenceClassification.from_pretrained(folder, dtype=getattr(torch, dtype)).save_pretrained(
-        folder
-    )
+    stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=getattr(torch, dtype))
+    stock.save_pretrained(folder)
     theirs, tokenizer = transformers_model(folder)
     checkpoint = with_random_exits(folder, tmp_path / "checkpoint")
     assert checkpoint.names == ["LABEL_0", "LABEL_1", "LABEL_2"]
@@ -171,9 +170,8 @@ def test_what_an_import_promises(imported: Path, classifier: Path, tmp_path: Pat
         manifest = Store(store).open("mine").manifest
         assert manifest.labels == ["bad", "good"] and manifest.input == "text"
         calibration = manifest.calibration
-        assert (
-            calibration is not None and calibration.self_labelled == is_int8
-        )  # not with samples of one's own
+        # Not with samples of one's own.
+        assert calibration is not None and calibration.self_labelled == is_int8
         assert calibration.default.speedup > 1.5
         full = next(row for row in calibration.table if row.tau == 0)
         if is_int8:
@@ -307,9 +305,8 @@ def test_models_that_cannot_be_imported_are_refused_with_advice(
     encoder = save_encoder(tmp_path / "encoder")
 
     def refused(model: Path, more: str = "", file: Path = texts) -> str:
-        return refusal(
-            f"import {model} --texts {file} --name m --store {tmp_path}/s --work {tmp_path}/w {more}"
-        )
+        folders = f"--store {tmp_path}/s --work {tmp_path}/w"
+        return refusal(f"import {model} --texts {file} --name m {folders} {more}")
 
     assert "is a BertModel, not a …ForSequenceClassification" in refused(encoder)
     assert "is a checkpoint of de3 train, with exits: de3 export" in refused(imported / "work")
@@ -322,9 +319,8 @@ def test_models_that_cannot_be_imported_are_refused_with_advice(
     assert "499 texts are too few" in refused(classifier, file=few)
     rows = tmp_path / "rows.tsv"
     rows.write_text("text\tlabel\n" + "".join(f"{text}\tnice\n" for text, _ in make_rows(600, 3)))
-    assert "labels such as ['nice'], the model ['bad', 'good']" in refused(
-        classifier, "--label-column label", rows
-    )
+    message = refused(classifier, "--label-column label", rows)
+    assert "labels such as ['nice'], the model ['bad', 'good']" in message
     assert "no column 'other'" in refused(classifier, "--label-column other", rows)
     assert "holds the model of another training or import" in refusal(
         f"import {classifier} --texts {texts} --name m --store {tmp_path}/s --work {encoder}"
@@ -402,9 +398,7 @@ def test_texts_of_a_group_are_held_out_together(groups: list[int], seed: int) ->
     held = _held_out(groups, np.random.default_rng(seed))
     assert 0 < held.sum() < len(groups)
     if len(set(groups)) > 5:
-        assert not {g for g, out in zip(groups, held, strict=True) if out} & {
-            g for g, out in zip(groups, held, strict=True) if not out
-        }
+        assert not set(np.array(groups)[held]) & set(np.array(groups)[~held])
 
 
 def test_a_checkpoint_with_damaged_weights_is_refused_in_a_line(imported: Path, tmp_path: Path) -> None:

@@ -67,10 +67,8 @@ def test_native_kernels_match_the_reference(native: Path, lengths: list[str]) ->
 
 
 def test_the_program_for_emulators_runs_on_this_machine(kernels: Any) -> None:
-    names = [
-        line.partition(":")[0] for line in run(sys.executable, "tests/native/layer.py", ROOT).splitlines()
-    ]
-    assert names == kernels.implementations()
+    lines = run(sys.executable, "tests/native/layer.py", ROOT).splitlines()
+    assert [line.partition(":")[0] for line in lines] == kernels.implementations()
 
 
 def assert_emulated(program: Path, emulator: str, processor: str, *names: str) -> None:

@@ -93,9 +93,8 @@ def records_of(model: Model, texts: Sequence[str], clients: Sequence[str] = ("on
     owners = (number % len(clients)).astype(np.int32)
     keys = number.astype(np.uint64)
     texts_by = [float(n) / len(clients)] * len(clients)
-    return Records(
-        base_of(manifest), states, logits, np.ones(n), keys, number, owners, list(clients), texts_by
-    )
+    names, shares = list(clients), np.ones(n)
+    return Records(base_of(manifest), states, logits, shares, keys, number, owners, names, texts_by)
 
 
 @pytest.fixture(scope="module")
@@ -345,9 +344,8 @@ def test_held_out_texts_prove_a_tau_once_their_e_value_is_1_over_the_error_proba
         logits = np.tile(np.array([[0, 1], [0, 1], [1, 0], [1, 0]], np.float32), (texts, 1, 1))
         logits[::2, :2] = [1, 0]
         recorded = Recorded([0, 1, 2, 3], logits, np.full_like(logits, np.nan), np.zeros(texts, np.int64))
-        return learning._speedups(
-            recorded, np.tile([0.9, 0.9, 0.0, np.nan], (texts, 1)), 0.1, error_of(attempt)
-        )
+        scores = np.tile([0.9, 0.9, 0.0, np.nan], (texts, 1))
+        return learning._speedups(recorded, scores, 0.1, error_of(attempt))
 
     wealth = [np.mean([(1 + 0.1 * c) ** n for c in (0.25, 0.5, 0.75)]) for n in range(200)]
     enough = next(n for n, value in enumerate(wealth) if value >= 1 / error_of(attempt))
@@ -414,10 +412,9 @@ def test_learned_exits_leave_full_depth_as_it_was(base: Artifact, learned: tuple
     for number, made in enumerate(learned):
         manifest = made.manifest
         assert made.full_name == f"base:{FIRST + number}"
-        assert manifest.learned == Learned(
-            base=base_of(base.manifest), attempt=3 + number, records=400 + 100 * number
-        )
-        assert base_of(manifest) == base_of(base.manifest)
+        records, base_name = 400 + 100 * number, base_of(base.manifest)
+        assert manifest.learned == Learned(base=base_name, attempt=3 + number, records=records)
+        assert base_of(manifest) == base_name
         assert manifest.exit_layers == list(range(manifest.num_layers + 1))
         for runtime in ("onnxruntime", "auto"):
             old, new = Model(base, runtime), Model(made, runtime)
@@ -538,9 +535,8 @@ def test_a_published_version_is_tested_on_newer_records_as_at_its_fit(
     for row in again:
         before = at_fit[row["key"]]
         assert (row["client"], row["differs"]) == (before["client"], before["differs"])
-        np.testing.assert_allclose(
-            np.array(row["scores"], float), np.array(before["scores"], float), rtol=1e-4, atol=1e-6
-        )
+        scores = (np.array(one["scores"], float) for one in (row, before))
+        np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-6)
     assert learning.test(learned[0], some, 399) == {"evidence": []}
 
 
@@ -826,11 +822,8 @@ def test_held_out_texts_prove_the_tau_of_their_tenant(learned: tuple[Artifact, A
     settings = Settings(guarantee=0.05, learn=True, api_keys=KEYS)  # type: ignore[arg-type]
     manifest = learned[0].manifest
     ledger = Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings)
-    rows = [
-        HeldOut(name, key, key, [0.0, 0.0, 0.0, None], [False] * 4)
-        for name in ("one", "gone")
-        for key in range(400)
-    ]
+    alike: Any = ([0.0, 0.0, 0.0, None], [False] * 4)
+    rows = [HeldOut(name, key, key, *alike) for name in ("one", "gone") for key in range(400)]
     ledger.count_held_out([*rows, *rows[:1]], {"one": 3, "silent": 1})
     assert {name: tenant.index > 0 for name, tenant in ledger.tenants.items()} == {"one": True}
     assert ledger.speedup() == pytest.approx(manifest.num_layers / (manifest.num_layers / 4))

@@ -128,9 +128,8 @@ def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_ar
 ) -> None:
     gate = Gate(monkeypatch)
     monkeypatch.setattr(overload, "CALM_S", 0.05)
-    with serving(
-        store, models=["tiny"], tau=0, slo_p99_ms=100, min_accuracy=0, threads=2, max_queue=4000
-    ) as server:
+    limits = {"slo_p99_ms": 100, "min_accuracy": 0, "max_queue": 4000}
+    with serving(store, models=["tiny"], tau=0, threads=2, **limits) as server:
         texts = [text for text, _ in make_rows(50, 5)]
         waiting = [Thread(target=server.classify, kwargs={"input": texts}) for _ in range(8)]
         for thread in waiting:

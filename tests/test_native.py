@@ -57,10 +57,8 @@ def random_network(rng: np.random.Generator, architecture: Architecture) -> tupl
             weights[name] = (100.0 ** -(np.arange(shape[0]) / shape[0])).astype(np.float32)
         elif name == "row_numbers":
             assert isinstance(encoder, Deberta)
-            offsets = np.clip(
-                np.arange(1 - max_tokens, max_tokens), -(encoder.rows // 2), encoder.rows // 2 - 1
-            )
-            weights[name] = (offsets + encoder.rows // 2).astype(np.int32)
+            half, distances = encoder.rows // 2, np.arange(1 - max_tokens, max_tokens)
+            weights[name] = (np.clip(distances, -half, half - 1) + half).astype(np.int32)
         elif not name.endswith(".scale") and name not in weights:
             spread = 0.1 if len(shape) == 1 else 1.0 if name.split(".", maxsplit=1)[0] in TABLES else 0.08
             values = rng.normal(0, spread, shape) + ("norm.weight" in name)
@@ -71,9 +69,8 @@ def random_network(rng: np.random.Generator, architecture: Architecture) -> tupl
     stored = source_of(weights)
     graphs = [build_segment(architecture, layer, take) for layer in range(2)]
     segments = [g.model(graph_name(layer)) for layer, g in enumerate(graphs)]
-    return network_of(
-        architecture, [read_segment(s, architecture, m) for m, s in enumerate(segments)]
-    ), segments
+    read_back = [read_segment(s, architecture, m) for m, s in enumerate(segments)]
+    return network_of(architecture, read_back), segments
 
 
 TABLES = ("word", "position", "token_type", "offsets")
@@ -97,33 +94,13 @@ def random_architecture(
     head of the last exit; None: a linear one. family: fields of an encoder that is not BERT.
     """
     bert = {"type": "bert", "positions": 96, "token_types": 2}
-    encoder = (
-        {"positions": 0, "token_types": 0}
-        | (family or bert)
-        | {
-            "num_layers": 1,
-            "hidden_size": hidden,
-            "width": hidden,
-            "vocabulary": 20,
-            "num_heads": heads,
-            "inner": inner,
-            "activation": "gelu" if gelu else "relu",
-            "epsilon": 1e-12,
-        }
-    )
-    return Architecture.model_validate(
-        {
-            "encoder": encoder,
-            "labels": ["label"] * labels,
-            "exit_layers": [0, 1],
-            "prototype_layers": [0, 1] if metric and not head else [0] if metric else [],
-            "metric_dim": metric or 1,
-            "max_tokens": max_tokens,
-            "pooling": "mean" if mean else "cls",
-            "head": head,
-            "precision": "int8",
-        }
-    )
+    encoder: dict[str, Any] = {"positions": 0, "token_types": 0} | (family or bert)
+    encoder |= {"num_layers": 1, "hidden_size": hidden, "width": hidden, "num_heads": heads, "inner": inner}
+    encoder |= {"vocabulary": 20, "activation": "gelu" if gelu else "relu", "epsilon": 1e-12}
+    exits = {"exit_layers": [0, 1], "prototype_layers": [0, 1][: 1 if head else 2] if metric else []}
+    exits |= {"metric_dim": metric or 1, "pooling": "mean" if mean else "cls", "head": head}
+    names = {"labels": ["label"] * labels, "max_tokens": max_tokens, "precision": "int8"}
+    return Architecture.model_validate({"encoder": encoder, **exits, **names})
 
 
 def run(
@@ -150,28 +127,19 @@ def logits_of(
     return [values[0].tobytes() for values in found]
 
 
+def family(kind: str, **choices: list[Any]) -> Any:
+    """Fields of an encoder, each with one of these values."""
+    return st.fixed_dictionaries(
+        {"type": st.just(kind)} | {k: st.sampled_from(v) for k, v in choices.items()}
+    )
+
+
+DEBERTA = {"terms": [["c2p"], ["p2c"], ["c2p", "p2c"]], "rows": [2, 6, 40, 128], "distances": [333]}
 FAMILIES = st.one_of(
-    st.fixed_dictionaries(
-        {"type": st.just("bert"), "positions": st.just(333), "token_types": st.sampled_from([0, 2])}
-    ),
-    st.fixed_dictionaries({"type": st.just("mpnet"), "positions": st.just(333), "distances": st.just(333)}),
-    st.fixed_dictionaries(
-        {
-            "type": st.just("modernbert"),
-            "window": st.sampled_from([1, 3, 16, 40, 200]),
-            "local_layers": st.sampled_from([[], [1]]),
-        }
-    ),
-    st.fixed_dictionaries(
-        {
-            "type": st.just("deberta-v2"),
-            "positions": st.sampled_from([0, 333]),
-            "token_types": st.sampled_from([0, 2]),
-            "terms": st.sampled_from([["c2p"], ["p2c"], ["c2p", "p2c"]]),
-            "rows": st.sampled_from([2, 6, 40, 128]),
-            "distances": st.just(333),
-        }
-    ),
+    family("bert", positions=[333], token_types=[0, 2]),
+    family("mpnet", positions=[333], distances=[333]),
+    family("modernbert", window=[1, 3, 16, 40, 200], local_layers=[[], [1]]),
+    family("deberta-v2", positions=[0, 333], token_types=[0, 2], **DEBERTA),
 )
 HEADS = st.builds(
     Head,
@@ -294,11 +262,8 @@ def test_one_value_that_is_not_finite_is_enough_for_an_exit_without_an_answer(ac
 def test_a_text_without_a_direction_is_as_far_from_every_prototype() -> None:
     rng = np.random.default_rng(5)
     network, _ = random_network(rng, random_architecture(64, 4, 64, 3, 32, True, True))
-    last = {
-        **network.segments[1],
-        "space.weight": np.zeros((64, 32), np.int8),
-        "space.bias": np.zeros(32, np.float32),
-    }
+    zeros = {"space.weight": np.zeros((64, 32), np.int8), "space.bias": np.zeros(32, np.float32)}
+    last = network.segments[1] | zeros
     model = build(replace(network, segments=[network.segments[0], last]))
     prototypes, hidden = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 32), (1, 5, 64)))
     for kernel in ALL:
@@ -332,12 +297,13 @@ def test_the_best_implementation_is_in_use() -> None:
         kernels.use("quantum")
 
 
+TAUS = st.sampled_from([0.0, 0.03, 0.2, 0.6, 1.0])
+
+
 @each
 @settings(max_examples=30)
 @given(
-    st.lists(
-        st.tuples(st.sampled_from(TEXTS), st.sampled_from([0.0, 0.03, 0.2, 0.6, 1.0])), min_size=1, max_size=9
-    ),
+    st.lists(st.tuples(st.sampled_from(TEXTS), TAUS), min_size=1, max_size=9),
     st.sampled_from([Entropy(), Edr(0.5), Edr(4.0), RISK]),
     st.integers(0, 3),
     st.integers(1, 4),
@@ -383,9 +349,8 @@ def in_c(signal: Signal, passed: list[tuple[list[float], list[float] | None]]) -
 @given(st.data(), st.integers(2, 9))
 def test_the_decision_on_labels_is_that_of_the_exit_rule(data: st.DataObject, classes: int) -> None:
     signal = data.draw(st.just(Entropy()) | risks(False), "signal")
-    thresholds = Thresholds.of(
-        data.draw(st.lists(st.floats(1e-3, 0.999), min_size=classes, max_size=classes))
-    )
+    limits = st.lists(st.floats(1e-3, 0.999), min_size=classes, max_size=classes)
+    thresholds = Thresholds.of(data.draw(limits))
     logits = st.lists(st.floats(-1000, 1000, width=32), min_size=classes, max_size=classes)
     passed = [data.draw(logits) for _ in range(3)]
     rule = ExitRule(0.5, signal, thresholds=thresholds)
@@ -409,9 +374,8 @@ def risks(has_distances: bool) -> st.SearchStrategy[Signal]:
 
 @given(st.data(), st.integers(2, 6), st.booleans())
 def test_the_decision_is_the_exit_rules(data: st.DataObject, classes: int, has_distances: bool) -> None:
-    signal = data.draw(
-        st.sampled_from([Entropy(), Edr(0.5), Edr(1.0), Edr(30.0)]) | risks(has_distances), "signal"
-    )
+    others = st.sampled_from([Entropy(), Edr(0.5), Edr(1.0), Edr(30.0)])
+    signal = data.draw(others | risks(has_distances), "signal")
 
     def floats(low: float, high: float) -> list[float]:
         return data.draw(st.lists(st.floats(low, high, width=32), min_size=classes, max_size=classes))
@@ -495,9 +459,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         with pytest.raises((ValueError, TypeError, BufferError)):
             kernels.run(model, *arguments)
     with pytest.raises(ValueError, match="no metric space"):  # the last exit has none
-        kernels.run(
-            model, 3, hidden, None, hidden.copy(), None, np.zeros(2, np.float32), np.zeros(2, np.float32)
-        )
+        kernels.run(model, 3, hidden, None, hidden.copy(), None, *[np.zeros(2, np.float32)] * 2)
     before = native.segments[1].run(hidden, True)
     with pytest.raises(ValueError, match="weight"):
         kernels.set_linear(model, 1, 0, np.zeros(3, np.int8), *[np.zeros(1, np.float32)] * 2)

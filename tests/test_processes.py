@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -93,9 +94,7 @@ class Running:
             clients: dict[str, httpx.Client] = {}
 
             def connect() -> bool:
-                client = httpx.Client(
-                    base_url=self.url, headers=self.headers, verify=CERTIFICATES, timeout=60
-                )
+                client = httpx.Client(base_url=self.url, headers=self.headers, timeout=60)
                 clients[process_of(stack.enter_context(client).get("/v1/models"))] = client
                 return len(clients) == 2
 
@@ -147,10 +146,8 @@ def versions(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(versions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"someone {USER}\nother {OTHER}\n")
-    options = (
-        f"--model tiny:1 --guarantee 0.2 --log-format text --api-keys-file {keys} --rate-limit 10000/day"
-    )
-    with running(versions, *options.split(), key=USER) as one:
+    options = f"--model tiny:1 --guarantee 0.2 --log-format text --api-keys-file {keys}"
+    with running(versions, *options.split(), "--rate-limit", "10000/day", key=USER) as one:
         yield one
 
 
@@ -259,9 +256,8 @@ def test_a_rate_limit_is_one(server: Running) -> None:
     with server.both() as clients:
         for client in clients:
             client.headers["Authorization"] = f"Bearer {OTHER}"
-        statuses = [
-            client.post("/classify", content=body).status_code for _ in range(22) for client in clients
-        ]
+        answers = [client.post("/classify", content=body) for _ in range(22) for client in clients]
+    statuses = [answer.status_code for answer in answers]
     assert statuses == [400] * 40 + [429] * 4
 
 
@@ -278,10 +274,8 @@ def test_no_accepted_request_is_lost_at_the_end(versions: Path) -> None:
     ):
         body = {"input": ["good " * 60] * 256}
         answers = [pool.submit(client.post, "/classify", json=body) for client in clients]
-        until(
-            lambda: server.metric("de3_in_flight_requests") == 2 or all(a.done() for a in answers),
-            "the requests",
-        )
+        in_flight = partial(server.metric, "de3_in_flight_requests")
+        until(lambda: in_flight() == 2 or all(a.done() for a in answers), "the requests")
         server.process.send_signal(signal.SIGTERM)
         assert [answer.result().status_code for answer in answers] == [200, 200]
         assert server.process.wait(60) == 0
@@ -290,7 +284,7 @@ def test_no_accepted_request_is_lost_at_the_end(versions: Path) -> None:
 
 def test_a_second_signal_ends_processes_that_do_not(versions: Path) -> None:
     patient = (
-        "from de3.server.processes import group; group.LOOP_CHECKS = 600; from de3.cli import app; app()"
+        "from de3.server.processes import group; group.LOOP_CHECKS = 600\nfrom de3.cli import app; app()"
     )
     with running(versions, "--model", "tiny:1", "--timeout-s", "600", code=patient) as server:
         os.kill(server.pids[0], signal.SIGSTOP)

@@ -92,9 +92,8 @@ def test_tau_rises_in_the_fixed_order_up_to_the_first_that_is_not_proved() -> No
 def test_tau_does_not_rise_before_the_evidence_suffices() -> None:
     promise = Promise(0.1, GRID)
     changes = [n for n in range(200) if step(promise, 1.0, CLEAN)]
-    first = next(
-        n for n in range(200) if np.mean([(1 + 0.1 * c) ** (n + 1) for c in (0.25, 0.5, 0.75)]) >= 20
-    )
+    wealth = [np.mean([(1 + 0.1 * c) ** (n + 1) for c in (0.25, 0.5, 0.75)]) for n in range(200)]
+    first = next(n for n, value in enumerate(wealth) if value >= 20)
     assert changes == [first]
     assert promise.tau == 0.4  # in one step, because all texts agree
 

@@ -236,9 +236,8 @@ class FairMachine(RuleBasedStateMachine):
     @invariant()
     def it_counts_what_waits(self) -> None:
         assert len(self.queue) == len(self.waiting)
-        assert self.queue._stored == sum(len(c.items) for c in self.queue._clients.values()) + len(
-            self.queue._promised
-        )
+        of_clients = sum(len(client.items) for client in self.queue._clients.values())
+        assert self.queue._stored == of_clients + len(self.queue._promised)
         for name, client in self.queue._clients.items():
             left = [x.predicted_s for x in self.waiting if x.job.is_promised and x.job.client == name]
             assert client.num_promised == len(left)

@@ -76,9 +76,8 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_causes_no_error(store: P
     key = "root-has-a-long-key-too"
     settings = Settings(store=store, default_model="tiny", admin_keys=SecretStr(f"root {key}"))
     service, sent = Service(settings), []
-    incoming: Any = iter(
-        [{"type": "http.request", "body": b'{"ver', "more_body": True}, TaskCancelledError()]
-    )
+    begun: Any = {"type": "http.request", "body": b'{"ver', "more_body": True}
+    incoming = iter([begun, TaskCancelledError()])
 
     async def receive() -> Any:
         message = next(incoming)

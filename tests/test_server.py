@@ -54,22 +54,16 @@ def expected(model: Model, steps: list[Any], tau: float, signal: Signal) -> dict
         score = signal.score([reading])
         last = layer == model.manifest.num_layers
         if last or (score is not None and score < tau):
-            return {
-                "label": model.manifest.labels[int(np.argmax(step.logits))],
-                "probs": reading.probs,
-                "exit": {
-                    "layer": layer,
-                    "num_layers": model.manifest.num_layers,
-                    "reason": "last_layer" if last else "threshold",
-                    "tau": tau,
-                    "signal": signal.name,
-                    "lambda": signal.lam,
-                    "score": score,
-                    "entropy": reading.entropy,
-                    "distance_ratio": reading.distance_ratio,
-                    "edr": edr(reading, signal.lam or 1.0),
-                },
+            label = model.manifest.labels[int(np.argmax(step.logits))]
+            left = {"layer": layer, "num_layers": model.manifest.num_layers, "tau": tau, "score": score}
+            left |= {
+                "reason": "last_layer" if last else "threshold",
+                "signal": signal.name,
+                "lambda": signal.lam,
             }
+            left |= {"entropy": reading.entropy, "distance_ratio": reading.distance_ratio}
+            left |= {"edr": edr(reading, signal.lam or 1.0)}
+            return {"label": label, "probs": reading.probs, "exit": left}
     raise AssertionError
 
 

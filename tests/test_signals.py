@@ -49,9 +49,8 @@ def test_ties_rank_the_lowest_index_first() -> None:
 
 
 def test_logits_too_far_apart_for_softmax_are_still_ranked() -> None:
-    assert formulas.distance_ratio([0.0, -2000.0, -1000.0], [0.2, 0.1, 0.8]) == pytest.approx(
-        0.5 * (1 - 0.75)
-    )
+    found = formulas.distance_ratio([0.0, -2000.0, -1000.0], [0.2, 0.1, 0.8])
+    assert found == pytest.approx(0.5 * (1 - 0.75))
 
 
 def test_edr_limits() -> None:

@@ -160,12 +160,9 @@ def test_distillation_follows_the_teacher(
     for p in opposite.classifiers.parameters():
         p.data.neg_()
     opposite.save_pretrained(teacher)
-    de3(
-        common(data_file, encoder, tmp_path / "student").replace(
-            "1e-3 --batch-size 64", "2e-3 --batch-size 32"
-        )
-        + f" --epochs 4 --teacher {teacher} --distill 1 --temperature 1 --augment 1"
-    )
+    command = common(data_file, encoder, tmp_path / "student")
+    command = command.replace("1e-3 --batch-size 64", "2e-3 --batch-size 32")
+    de3(f"{command} --epochs 4 --teacher {teacher} --distill 1 --temperature 1 --augment 1")
     (cache,) = teacher.glob("logits-*.safetensors")  # kept for the next student
     student = De3Model.from_pretrained(tmp_path / "student")
     parts, tokenizer = parts_of(data_file), AutoTokenizer.from_pretrained(encoder)

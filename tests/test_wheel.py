@@ -105,9 +105,8 @@ def test_a_new_user_gets_an_answer_from_the_kernels(user: Path) -> None:
     print(output)  # shows the timings with pytest -rP
     assert '"label":"positive"' in output
     assert re.search(r"^runtime: (native, \w+|onnxruntime)$", output, re.M)  # depends on the processor
-    assert run(user / "env/bin/python", "-c", "import de3; print(de3.__file__)", cwd=user).startswith(
-        str(user)
-    )
+    where = run(user / "env/bin/python", "-c", "import de3; print(de3.__file__)", cwd=user)
+    assert where.startswith(str(user))
     assert "torch" not in run(user / "env/bin/pip", "list", cwd=user)
 
 
