@@ -29,6 +29,7 @@ typedef struct {
     float *ours, *theirs; /* the terms of a block's queries (ATTENTION_ROWS, rows), and of a tile's keys (keys, rows) */
 } Work;
 
+/* Set the parts of `work`, if it is not NULL; returns the number of floats that it needs. */
 static size_t plan(const Attention *a, int width, int tokens, float *work, Work *w) {
     int wide = ROUND_UP(keys_of_tile(a, tokens), 16), rows = rows_of_terms(a, tokens);
     size_t table = (size_t)width * rows;
@@ -42,16 +43,17 @@ static size_t plan(const Attention *a, int width, int tokens, float *work, Work 
                  {&w->ours, (size_t)ATTENTION_ROWS * rows}, {&w->theirs, (size_t)wide * rows}};
     size_t total = 0;
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
-        *parts[i].at = work + total;
+        *parts[i].at = work ? work + total : NULL;
         total += ROUND_UP(parts[i].count, 16);
+        if (work) ASAN_POISON_MEMORY_REGION(work + total, GAP);
+        total += GAP / 4;
     }
     return total;
 }
 
 size_t attention_work(const Attention *a, int width, int tokens) {
     Work w;
-    float none;
-    return plan(a, width, tokens, &none, &w);
+    return plan(a, width, tokens, NULL, &w);
 }
 
 /* A head of a text, with its queries, keys and values. */
@@ -195,7 +197,7 @@ void attend(const Attention *a, float *qkv, int tokens, int hidden, float *work,
     const Kernels *k = kernels;
     int width = hidden / a->num_heads, rounds = tokens >= LONG;
     Work parts;
-    plan(a, width, tokens, work, &parts);
+    size_t used = plan(a, width, tokens, work, &parts);
     Text h = {.a = a, .work = &parts, .stride = 3 * (size_t)hidden, .tokens = tokens, .width = width, .hidden = hidden,
                .rounds = rounds, .pairs = rounds && k->has_pairs && k->has_pairs(width)};
     h.rows = h.pairs ? k->paired_rows : k->rows;
@@ -211,4 +213,5 @@ void attend(const Attention *a, float *qkv, int tokens, int hidden, float *work,
         for (int i = 0; i < parts_of_text; i++)
             attend_queries(&h, (int)((long)tokens * i / parts_of_text), (int)((long)tokens * (i + 1) / parts_of_text));
     }
+    ASAN_UNPOISON_MEMORY_REGION(work, used * 4); /* the next text has other parts */
 }

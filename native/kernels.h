@@ -41,6 +41,16 @@ typedef struct {
     float *to;          /* (tokens, w->out) */
 } Product;
 
+/* Under AddressSanitizer, GAP bytes that nothing may use follow each part of a buffer that several parts share. */
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+enum { GAP = 256 };
+#else
+enum { GAP = 0 };
+#define ASAN_POISON_MEMORY_REGION(start, bytes) ((void)(start), (void)(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(start, bytes) ((void)(start), (void)(bytes))
+#endif
+
 /* In texts of at least this many tokens, attention multiplies in bfloat16, because some processors have instructions
  * for it that are twice as fast: queries, keys, values and attention weights are rounded, sums are float32. */
 enum { LONG = 128 };

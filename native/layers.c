@@ -28,6 +28,10 @@ static void *scratch(size_t bytes) {
         if (buffer == NULL) size = 0;
         pthread_setspecific(buffer_key, buffer);
     }
+    if (buffer != NULL) {
+        ASAN_UNPOISON_MEMORY_REGION(buffer, bytes);
+        ASAN_POISON_MEMORY_REGION((char *)buffer + bytes, size - bytes);
+    }
     return buffer;
 }
 
@@ -69,12 +73,16 @@ static int get_memory(const Model *m, const Layer *layer, int rows, int part, in
     size_t sizes[] = {ROUND_UP(widest, 64), rows * 3 * hidden * 4, rows * hidden * 4, part * hidden * 4, (size_t)part * m->inner * 4,
                       ROUND_UP(work * 4, 64)};
     size_t total = 0;
-    for (int i = 0; i < 6; i++) total += sizes[i];
+    for (int i = 0; i < 6; i++) total += sizes[i] + GAP;
     char *memory = scratch(total);
     if (memory == NULL) return -1;
     float **places[] = {&to->qkv, &to->context, &to->middle, &to->inner, &to->work};
     to->quantized = memory;
-    for (int i = 0; i < 5; i++) *places[i] = (float *)(memory += sizes[i]);
+    for (int i = 0; i < 6; i++) {
+        ASAN_POISON_MEMORY_REGION(memory + sizes[i], GAP);
+        memory += sizes[i] + GAP;
+        if (i < 5) *places[i] = (float *)memory;
+    }
     return 0;
 }
 

@@ -209,6 +209,32 @@ def test_any_encoder_matches_onnx_runtime_or_has_no_kernels(
         kernels.run(model, 1, longer, None, longer, None, None, None)
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        {"type": "bert", "positions": 1100, "token_types": 2},
+        {"type": "mpnet", "positions": 1100, "distances": 1100},
+        {"type": "modernbert", "window": 40, "local_layers": [1]},
+        {"type": "modernbert", "window": 40, "local_layers": []},
+        {"type": "deberta-v2", "positions": 1100, "token_types": 0, "terms": ["c2p", "p2c"], "rows": 40}
+        | {"distances": 1100},
+    ],
+    ids=["bert", "mpnet", "local", "global", "deberta"],
+)
+def test_a_text_of_several_tiles_runs_in_a_group_as_alone(family: dict[str, Any]) -> None:
+    """Under AddressSanitizer, this also checks the memory of the longest texts and the largest group."""
+    rng = np.random.default_rng(7)
+    architecture = random_architecture(64, 1, 64, 2, 0, True, True, None, family, 1100)
+    model = build(random_network(rng, architecture)[0])
+    lengths = [1100, 1, 513, 64, 63, *rng.integers(1, 40, 59).tolist()]
+    types = rng.integers(0, 2, (1, 1100))
+    texts = [rng.integers(0, 20, (1, length)) for length in rng.permutation(lengths)]
+    for name in ALL:
+        with using(name):
+            together = logits_of(texts, model, types, [None, None], 2)
+            assert together == [logits_of([x], model, types, [None, None], 2)[0] for x in texts]
+
+
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
 def test_processes_share_the_memory_of_the_weights() -> None:
     rng = np.random.default_rng(8)
