@@ -1127,11 +1127,13 @@ def test_old_learned_versions_are_removed_unless_they_are_in_use(
     one = learning_of_base
     for version in range(FIRST, FIRST + 12):
         (one.folder.store.path / f"base/{version}").mkdir(parents=True)
+    (one.folder.store.path / "base/.draft-of-a-fit-that-was-killed").mkdir()
     one.around.speeds[FIRST + 2] = 1.0
     one.learners.serve(learned[0])
     one.learners.note_current({"base": FIRST})
     assert one.fit().version == FIRST + 12
-    assert one.folder.versions("base") == [FIRST, FIRST + 2, *range(FIRST + 5, FIRST + 13)]
+    left = [FIRST, FIRST + 2, *range(FIRST + 5, FIRST + 13)]
+    assert {path.name for path in (one.folder.store.path / "base").iterdir()} == set(map(str, left))
 
 
 def test_a_full_disk_stops_a_fit(learning_of_base: Learning, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1229,6 +1231,9 @@ async def after_serving(*given):
     die()
 
 step = sys.argv.pop()
+if step == "publishing":  # with one file of the new version
+    stop = f"(os.kill({{os.getpid()}}, signal.SIGKILL), signal.pause())"
+    fitting.PROGRAM = f"import os, signal; os.fsync = lambda _: {{stop}}; " + fitting.PROGRAM
 if step == "published":
     learners.run_fit = after_fit
 if step == "served":
@@ -1240,13 +1245,13 @@ app()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["saving", "published", "served"])
+@pytest.mark.parametrize("step", ["saving", "publishing", "published", "served"])
 def test_a_server_killed_at_any_step_learns_again(stock_store: Path, tmp_path: Path, step: str) -> None:
     """No two fits have the same attempt number: each number stands for a part of the promise's error probability.
 
     The server has two processes, so this also tests that they learn together.
     """
-    texts, attempts = texts_of(1200, 15), set[int]()
+    texts, attempts, drafts = texts_of(1200, 15), set[int](), set[Path]()
     options = f"--learn --guarantee 0.2 --state-dir {tmp_path} --model base --processes 2"
     for run, wanted in enumerate((step, step, "never")):
         with process(stock_store, *options.split(), wanted, code=KILLED) as running:
@@ -1264,7 +1269,11 @@ def test_a_server_killed_at_any_step_learns_again(stock_store: Path, tmp_path: P
                 metrics = httpx.get(f"{url}/metrics").text
                 assert 'de3_learn_fits_total{model="base",outcome="served"}' in metrics
         folder = LearnFolder(tmp_path)
+        before, drafts = drafts, set(folder.store.path.glob("base/.draft-*"))
+        assert not drafts & before  # removed at the start
+        assert len(drafts) == 1 or wanted != "publishing"
         for number in folder.versions("base"):
+            folder.store.open(f"base:{number}").verify()
             learned = folder.store.open(f"base:{number}").manifest.learned
             assert learned is not None
             attempts.add(learned.attempt)

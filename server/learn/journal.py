@@ -103,9 +103,15 @@ class LearnFolder:
         self._writing = Lock()
 
     def prepare(self) -> None:
-        """Create the folder; raises OSError."""
+        """Create the folder, and remove what a killed server left unfinished; raises OSError."""
         self.store.path.mkdir(parents=True, exist_ok=True)
         self.path.chmod(0o700)  # records are user data
+        self._remove_drafts()
+
+    def _remove_drafts(self) -> None:
+        """Remove what fits that were killed left in the store."""
+        for draft in self.store.path.glob("*/.draft-*"):
+            shutil.rmtree(draft, ignore_errors=True)
 
     def records_path(self, name: str, base: str) -> Path:
         """The file of a model's records."""
@@ -201,7 +207,11 @@ class LearnFolder:
         return found if base_of(found.manifest) == base else artifact
 
     def remove_old(self, name: str, used: set[int]) -> None:
-        """Remove the learned versions of a model, except the MAX_KEPT newest and those in `used`."""
+        """Remove drafts, and the learned versions of a model, except the MAX_KEPT newest and those in `used`.
+
+        No fit may be running.
+        """
+        self._remove_drafts()
         for version in self.versions(name)[:-MAX_KEPT]:
             if version not in used:
                 shutil.rmtree(self.store.path / name / str(version), ignore_errors=True)
