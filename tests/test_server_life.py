@@ -257,14 +257,17 @@ def test_wrong_settings_are_one_line_before_models_are_loaded(
 def test_a_client_that_does_not_read_is_cut_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", 0.5)
     answered = server.metric("de3_requests_total", status="200")
-    request = post({"input": ["good"] * 1024, "explain": True})
+    dropped = server.metric("de3_dropped_connections_total", reason="unread")
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", server.port))
-        for _ in range(20):  # more than the system's buffers hold
-            client.sendall(request)
+        # The answer is more than the buffers hold.
+        client.sendall(post({"input": ["good"] * 1024, "explain": True}))
         until(lambda: server.metric("de3_requests_total", status="200") > answered, "the first answer")
         until(lambda: not server.listener.connections, "the connection to be cut")
+        info = (socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        until(lambda: client.getsockopt(*info)[0] == connection.TCP_CLOSE, "the reset of the connection")
+    assert server.metric("de3_dropped_connections_total", reason="unread") == dropped + 1
     assert server.classify(input="good").status_code == 200
 
 

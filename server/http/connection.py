@@ -9,6 +9,7 @@ end, the connection is closed after the response.
 import asyncio
 import re
 import socket
+import struct
 from collections.abc import Callable, Coroutine
 from functools import partial
 from http import HTTPStatus
@@ -199,7 +200,10 @@ class Connection(BaseConnection, asyncio.Protocol):
 
     def expire(self, now: float) -> None:
         """Close the connection or refuse its request, because a deadline has passed."""
-        if self.write_deadline < now or self.state == LINGER:
+        if self.write_deadline < now:
+            self._listener.gate.dropped("unread")
+            self.abort()
+        elif self.state == LINGER:
             self.abort()
         elif self.state == BODY:
             limit = self._listener.body_timeout_s
@@ -215,8 +219,11 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._transport.close()
 
     def abort(self) -> None:
-        """Close at once."""
+        """Close at once; a client that has not read its response gets a reset."""
         self._listener.closed(self)
+        if self.unread():  # otherwise the system would keep what is in its buffer until the client reads
+            linger = struct.pack("ii", 1, 0)
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self._transport.abort()
 
     def _linger(self) -> None:
