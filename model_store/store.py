@@ -177,12 +177,16 @@ class Draft:
     model_path: Path
 
     def write(self, files: Mapping[str, bytes]) -> None:
-        """Write files into the draft."""
+        """Write files into the draft; raises OSError, which names the file."""
         for name, data in files.items():
-            with (self.path / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with (self.path / name).open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:  # a full disk
+                error.filename = error.filename or str(self.path / name)
+                raise
 
     def next_version(self) -> int:
         """One more than the newest version of the model; 1 if there is none."""

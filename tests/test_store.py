@@ -211,6 +211,12 @@ def test_a_version_appears_whole_or_not_at_all(
 ) -> None:
     source, target = Store(store).open("tiny"), Store(tmp_path / "new")
     files = {name: source.read(name) for name in source.manifest.files}
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*full\.onnx'"),
+        target.new_version("tiny") as draft,
+    ):
+        (draft.path / "full.onnx").symlink_to("/dev/full")
+        draft.write({"full.onnx": b"1"})
     with pytest.raises(RuntimeError, match="stop"), target.new_version("tiny") as draft:
         draft.write(files)
         raise RuntimeError("stop")

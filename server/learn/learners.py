@@ -323,7 +323,7 @@ class Learners:
                 await asyncio.sleep(1.0)
 
     async def _save_aside(self, learner: Learner, must: bool = False) -> None:
-        """Save a learner in another thread; new records wait meanwhile. must: save all records, or raise OSError."""
+        """Save a learner in another thread; new records wait meanwhile. must: save all records, or raise FitError."""
         learner.hold()
         try:
             await asyncio.to_thread(self._save, learner, must, must)
@@ -331,9 +331,12 @@ class Learners:
             learner.resume()
 
     def _save(self, learner: Learner, all_records: bool = False, must: bool = False) -> None:
-        """Save a learner. An OSError is logged; with `must`, it is raised."""
+        """Save a learner. If that fails, the error is logged; with `must`, raises FitError."""
         if must:
-            learner.save(all_records)
+            try:
+                learner.save(all_records)
+            except OSError as error:
+                raise FitError(f"state_dir: the records cannot be written: {error.strerror}") from None
         else:
             self._logged(learner, lambda: learner.save(all_records))
 
