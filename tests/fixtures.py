@@ -308,12 +308,3 @@ def store(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
             manifest.write_text(manifest.read_text().replace('"input": "text"', '"input": null'))
 
     return made_once(tmp_path_factory, "store", make)
-
-
-@pytest.fixture(scope="module")
-def server(store: Path) -> Iterator[Any]:
-    """A server of both models, for the tests of a file that needs no settings of its own."""
-    from tests.serving import serving
-
-    with serving(store, models=["tiny", "tiny-int8"], threads=2) as running:
-        yield running

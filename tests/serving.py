@@ -19,6 +19,7 @@ from typing import Any, ClassVar, ParamSpec
 
 import httpx
 import jsonschema
+import pytest
 
 from de3.model_store.store import Artifact
 from de3.server import manager
@@ -154,6 +155,13 @@ def serving(store: Path, **settings: Any) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    """A server of both models, for the tests of a file that needs no settings of its own."""
+    with serving(store, models=["tiny", "tiny-int8"], threads=2) as running:
+        yield running
 
 
 class Gate:
