@@ -1,12 +1,16 @@
-"""The ONNX segments of a model: one for the embeddings and one for each layer, each with its exit if it has one."""
+"""The ONNX segments of a model, one for the embeddings and one for each layer, and the manifest of its files."""
 
+import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from de3.export.weights import StateFile
 from de3.model_store.architecture import Architecture
 from de3.model_store.families.encoder import Config, Weights, named
 from de3.model_store.graph import source_of
+from de3.model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Manifest
 from de3.model_store.segment_graph import build_segment, graph_name
+from de3.model_store.store import Draft
 
 Modules = Mapping[str, str]  # module names by part of an exit, such as classifier
 
@@ -36,3 +40,24 @@ def final_norm(architecture: Architecture, state: StateFile) -> Weights:
     if not encoder.FINAL_NORM:
         return {}
     return named(state, "", {"final_norm": encoder.FINAL_NORM}, not encoder.HAS_BIASES)
+
+
+def manifest_of(architecture: Architecture, draft: Draft, name: str, **fields: Any) -> Manifest:
+    """The manifest of a draft's files, without a calibration: a request exits early only if it gives a τ.
+
+    name: name of the model. fields: other fields of the manifest; the version is by default the store's next.
+    """
+    return Manifest.model_validate(
+        {
+            **dict(architecture),
+            "schema_version": SCHEMA_VERSION,
+            "name": name,
+            "version": draft.next_version(),
+            "created": int(time.time()),
+            "defaults": Defaults(tau=0, signal="entropy"),
+            "calibration": None,
+            "export": {},
+            **fields,
+            "files": {file: FileEntry.model_validate(entry) for file, entry in draft.entries().items()},
+        }
+    )

@@ -3,7 +3,6 @@
 The classifier's files may come from the hub, so they are untrusted.
 """
 
-import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from de3.export.weights import INDEX, SHARDS, WEIGHTS, StateFile
 from de3.model_store.architecture import Architecture, Head
 from de3.model_store.families import family_named
 from de3.model_store.families.encoder import Config, Encoder, StockHead
-from de3.model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Manifest
 from de3.model_store.sizes import check_sizes, read_config
 from de3.model_store.store import MAX_FILE_BYTES, Store
 
@@ -252,19 +250,14 @@ def convert(stock: Stock, store: Store, model: str, precision: Precision, source
             draft.write({file: segment})
         state.check_all_read()
         draft.write({"prototypes.safetensors": save_tensors({}), "tokenizer.json": stock.tokenizer})
-        manifest = Manifest(
-            **dict(architecture),
-            schema_version=SCHEMA_VERSION,
-            name=model,
+        manifest = build.manifest_of(
+            architecture,
+            draft,
+            model,
             version=1,
-            created=int(time.time()),
             source=(source or stock.name)[-200:],
             thresholds=[0.5] * len(description.labels) if description.kind == "labels" else None,
             tolerance=MIN_TOLERANCE if description.kind == "value" else None,
-            defaults=Defaults(tau=0, signal="entropy"),
-            calibration=None,
-            export={},
-            files={file: FileEntry.model_validate(entry) for file, entry in draft.entries().items()},
         )
         return draft.publish(manifest)
 

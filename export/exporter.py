@@ -1,6 +1,6 @@
 """Export of a checkpoint as an artifact: build the segments, check and calibrate them, and publish a version."""
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,17 @@ from rich.table import Table
 from de3.exits.calibration import paired_interval
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule, exit_index
+from de3.export.build import manifest_of
 from de3.export.calibrate import CHOICES, Part, calibrate
 from de3.export.classifier import Precision
 from de3.export.errors import ExportError
 from de3.export.record import record
 from de3.export.trained import Trained
-from de3.model_store.manifest import NAME, SCHEMA_VERSION, Defaults, FileEntry, Manifest
+from de3.model_store.manifest import NAME, Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
 from de3.training.checkpoint import Checkpoint
-from de3.training.data import check_apart, with_original
+from de3.training.data import Example, check_apart, with_original
 from de3.training.evaluate import weaknesses
 from de3.training.progress import console, warn
 
@@ -81,41 +82,15 @@ def export(
             tune_file or checkpoint / "tune.jsonl",
             certify_file or checkpoint / "certify.jsonl",
         )
+    from de3.export.parity import parity
+
     int8 = settings.quantize == "int8"
     trained = Trained(opened)
     with store.new_version(settings.name) as draft, store.new_version(settings.name) as reference:
         exported = write(trained, "int8" if int8 else "fp32", draft, settings.name)
         plain = write(trained, "fp32", reference, settings.name) if int8 else exported
-        proof: dict[str, Any] = {}
-        # An import without fine-tuning needs no PyTorch, so it skips this; tests compare every family's segments with
-        # transformers.
-        if not opened.is_frozen_import:
-            from de3.export.parity import parity
-
-            proof["parity"] = parity(opened, plain, certify)
-        tuned = record(exported, tune, "the tuning samples")
-        certified = record(exported, certify, "the certifying samples")
-        if int8 or opened.is_finetuned:  # otherwise full depth is the imported classifier itself
-            tuned, certified = with_original(tuned, tune), with_original(certified, certify)
-            if opened.is_finetuned and (tuned.original is None or certified.original is None):
-                raise ValueError(
-                    f"{checkpoint} was fine-tuned from another classifier, and the given samples lack its "
-                    'answers ("original", as in tune.jsonl and certify.jsonl there)'
-                )
-        if int8:
-            expected = record(plain, certify, "fp32 for comparison")
-            proof["int8"] = int8_loss(certified, expected, settings.max_int8_loss)
-        warn(weaknesses(certified, opened.names))
-        certifying = Part.of(certified, certify)
-        own = opened.self_labelled and certify_file is None
-        calibrated = calibrate(Part.of(tuned, tune), certifying, settings.max_loss, settings.signal, own)
-        final = exported.manifest.model_copy(update=calibrated.fields())
-        if int8:
-            whole = certifying.is_whole
-            rule = ExitRule(final.defaults.tau, final.default_signal)
-            proof["int8"]["same_exit"] = same_exit(certified.rows(whole), expected.rows(whole), rule)
-        # Validate: model_copy does not.
-        return draft.publish(Manifest.model_validate({**final.model_dump(), "export": proof}))
+        proof = {"parity": parity(opened, plain, certify)}
+        return certified(draft, exported, plain, tune, certify, settings, proof)
 
 
 def write(trained: Trained, precision: Precision, draft: Draft, name: str) -> Model:
@@ -123,21 +98,51 @@ def write(trained: Trained, precision: Precision, draft: Draft, name: str) -> Mo
     architecture, config = trained.architecture(precision), trained.checkpoint.config
     for file, data in trained.files(architecture):
         draft.write({file: data})
-    manifest = Manifest(
-        **dict(architecture),
-        schema_version=SCHEMA_VERSION,
-        name=name,
-        version=draft.next_version(),
-        created=int(time.time()),
+    manifest = manifest_of(
+        architecture,
+        draft,
+        name,
         thresholds=config.thresholds,
-        tolerance=config.tolerance,
         input=config.input,
-        defaults=Defaults(tau=0, signal="entropy"),
-        calibration=None,
-        export={},
-        files={file: FileEntry.model_validate(entry) for file, entry in draft.entries().items()},
     )
     return Model(Artifact(draft.path, manifest), "onnxruntime")
+
+
+def certified(
+    draft: Draft,
+    exported: Model,
+    plain: Model,
+    tune: Sequence[Example],
+    certify: Sequence[Example],
+    settings: ExportSettings,
+    proof: dict[str, Any],
+    self_labelled: bool = False,
+) -> Path:
+    """Calibrate a model on held-out samples and publish it; returns its folder. The samples run through this model.
+
+    draft: has the model's files. plain: the model in fp32; `exported` if that is fp32. proof: results of other checks,
+    for the manifest. self_labelled: see `calibrate`. Raises ExportError if an exit loses too much in int8.
+    """
+    is_int8 = exported is not plain
+    tuned = record(exported, tune, "the tuning samples")
+    recorded = record(exported, certify, "the certifying samples")
+    if is_int8:
+        # In fp32, full depth is the imported classifier itself.
+        tuned, recorded = with_original(tuned, tune), with_original(recorded, certify)
+        expected = record(plain, certify, "fp32 for comparison")
+        proof["int8"] = int8_loss(recorded, expected, settings.max_int8_loss)
+    warn(weaknesses(recorded, exported.manifest.labels))
+    certifying = Part.of(recorded, certify)
+    calibrated = calibrate(
+        Part.of(tuned, tune), certifying, settings.max_loss, settings.signal, self_labelled
+    )
+    final = exported.manifest.model_copy(update=calibrated.fields())
+    if is_int8:
+        whole = certifying.is_whole
+        rule = ExitRule(final.defaults.tau, final.default_signal)
+        proof["int8"]["same_exit"] = same_exit(recorded.rows(whole), expected.rows(whole), rule)
+    # Validate: model_copy does not.
+    return draft.publish(Manifest.model_validate({**final.model_dump(), "export": proof}))
 
 
 def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:

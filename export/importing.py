@@ -1,10 +1,8 @@
-"""Import of a stock classifier as an artifact with early exits; only fine-tuning changes its weights.
-
-PyTorch is needed only to fine-tune the encoder, and for files that only transformers can read.
-"""
+"""Import of a stock classifier as an artifact with early exits; its weights do not change."""
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,15 +13,13 @@ from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import fit, states
 from de3.export.build import final_norm
 from de3.export.classifier import Precision, Stock, convert
-from de3.export.exporter import ExportSettings, export
-from de3.export.fit import Exits
+from de3.export.exporter import ExportSettings, certified
+from de3.export.publish import write_exits
 from de3.export.states import States
-from de3.export.write_checkpoint import write_checkpoint
 from de3.model_store.model import Model
-from de3.model_store.store import Store
+from de3.model_store.store import Artifact, Draft, Store
 from de3.tables import Text, labels_in
-from de3.training.checkpoint import read_record, write_record
-from de3.training.data import Example, Label, input_of, label_of, save_examples, to_examples
+from de3.training.data import Example, Label, input_of, label_of, to_examples
 from de3.training.progress import console
 from de3.training.split import Split, groups_of, split
 
@@ -43,9 +39,6 @@ class ImportSettings:
         tolerance: in a regression model, which needs it, the largest difference between two values that count as equal.
         labelled: true if the texts have labels; otherwise the model's own answers are the labels.
         fragments: true if some texts are fragments of others.
-        finetune: also train the encoder towards the original's probabilities, for better early exits.
-        epochs, lr, bf16: settings of the fine-tuning.
-        command: command line that resumes the import, shown if its unfinished checkpoint is opened.
     """
 
     threshold: float | None = None
@@ -53,11 +46,6 @@ class ImportSettings:
     labelled: bool = False
     fragments: bool = False
     seed: int = 0
-    finetune: bool = False
-    epochs: int = 3
-    lr: float = 3e-5
-    bf16: bool = True
-    command: str | None = None
 
 
 def import_classifier(
@@ -72,9 +60,9 @@ def import_classifier(
     """Fit exits to a stock classifier on texts, and publish it as a model's next version; returns its folder.
 
     rows: texts and labels, "" if unlabelled. groups: group of each row; None if the rows are unrelated. work: folder
-    for the checkpoint and, until the end, for intermediate results, from which an interrupted import resumes.
+    for intermediate results until the end; an interrupted import resumes from them.
 
-    Call `check_work` first. Raises ValueError for unusable texts and options, and ExportError as `export` does.
+    Raises ValueError for unusable texts and options, and ExportError as `exporter.certified` does.
     """
     _check(stock, settings, exporting)
     parts = _parts(rows, groups, stock, settings)
@@ -90,6 +78,7 @@ def import_classifier(
     except ValueError:
         shutil.rmtree(work / BASE)
         raise
+    quantized = _base(stock, work / BASE, "int8")
     with stock.weights() as state:
         norm = final_norm(stock.architecture("fp32"), state)
     # Even for an fp32 export, exits are fitted to int8 states, which take a fraction of the time to compute.
@@ -105,21 +94,37 @@ def import_classifier(
             poolings,
         )
         for model, part, what, poolings in (
-            (_base(stock, work / BASE, "int8"), parts.train, "fitting", states.POOLINGS),
+            (quantized, parts.train, "fitting", states.POOLINGS),
             (reference, parts.tune, "tuning", ()),  # states are not needed
             (reference, parts.certify, "certifying", ()),
         )
     ]
     groups_fitted = groups_of(parts.train, settings.fragments)
     exits = fit.fit(stock.num_layers, computed[0], groups_fitted, settings.seed)
-    answered = _answered(parts, computed, settings.labelled)
-    if settings.finetune:
-        _check_every_label(answered.train, stock.description.labels)
-        _finetune(stock, exits, answered, computed[0], work, settings)
-    else:
-        _save(stock, exits, answered, work, settings)
-    path = export(work, store, exporting)
+    tune, certify = (
+        _answered(part, of, settings.labelled)
+        for part, of in zip((parts.tune, parts.certify), computed[1:], strict=True)
+    )
+    fields = {
+        "source": None,  # that of a classifier without exits
+        "thresholds": _thresholds(stock, settings.threshold),
+        "tolerance": settings.tolerance,
+        "input": input_of(parts.train),
+    }
+
+    def written(base: Model, draft: Draft) -> Model:
+        artifact = Artifact(base.path, base.manifest)
+        manifest = write_exits(artifact, exits, draft, name=exporting.name, **fields)
+        return Model(Artifact(draft.path, manifest), "onnxruntime")
+
+    with store.new_version(exporting.name) as draft, store.new_version(exporting.name) as other:
+        is_int8 = exporting.quantize == "int8"
+        model = written(quantized if is_int8 else reference, draft)
+        plain = written(reference, other) if is_int8 else model
+        path = certified(draft, model, plain, tune, certify, exporting, {}, not settings.labelled)
     shutil.rmtree(work / UNFINISHED, ignore_errors=True)
+    with suppress(OSError):  # it is not empty
+        work.rmdir()
     return path
 
 
@@ -159,9 +164,6 @@ def _check(stock: Stock, settings: ImportSettings, exporting: ExportSettings) ->
             f'--threshold: by its config.json ("problem_type") {name} is not a multi-label model; if it is one, add '
             "--multi-label"
         )
-    if settings.finetune and kind != "classes":
-        what = "regression" if kind == "value" else "multi-label ones"
-        raise ValueError(f"--finetune is for models whose classes are mutually exclusive, not for {what}")
     if kind == "labels" and exporting.signal == "edr":
         raise ValueError("--signal edr: needs mutually exclusive classes; give risk or entropy")
     if kind == "value" and exporting.signal not in ("auto", "risk"):
@@ -232,85 +234,8 @@ def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
     )
 
 
-def _check_every_label(examples: Sequence[Example], names: Sequence[str]) -> None:
-    """Raise ValueError if the original never answers with some label, as training would lose this label."""
-    found = {e.original for e in examples}
-    missing = [name for k, name in enumerate(names) if k not in found]
-    if missing:
-        raise ValueError(
-            f"--finetune: the model gives no text the label {', '.join(missing[:5])}: add such texts, or import "
-            "without --finetune"
-        )
-
-
-def _answered(parts: Split, computed: Sequence[States], labelled: bool) -> Split:
-    """The parts with the original's answers, which are also the labels unless the texts have their own."""
-
-    def with_answers(part: list[Example], states: States) -> list[Example]:
-        answers = [label_of(row) for row in states.answers]
-        part = [replace(e, original=answer) for e, answer in zip(part, answers, strict=True)]
-        return part if labelled else [replace(e, label=a) for e, a in zip(part, answers, strict=True)]
-
-    both = zip((parts.train, parts.tune, parts.certify), computed, strict=True)
-    return Split(*(with_answers(part, states) for part, states in both))
-
-
-def check_work(work: Path, finetune: bool) -> None:
-    """Raise ValueError if `work` is a file, or has the model of a training or of an import with another `finetune`."""
-    if work.exists() and not work.is_dir():
-        raise ValueError(f"--work {work}: is a file; give a folder (it is created)")
-    record = read_record(work) or {}
-    is_other = record.get("imported") is not True or bool(record.get("finetuned")) != finetune
-    if (work / "config.json").exists() and is_other:
-        raise ValueError(f"{work} holds the model of another training or import: choose another --work")
-
-
-def _save(stock: Stock, exits: Exits, parts: Split, work: Path, settings: ImportSettings) -> None:
-    """Write the checkpoint and its held-out texts into `work`, in the format of de3 train."""
-    work.mkdir(parents=True, exist_ok=True)
-    record = {"imported": True, "self_labelled": not settings.labelled}
-    write_record(work, finished=False, **record, command=settings.command)
-    limits = _thresholds(stock, settings.threshold)
-    write_checkpoint(stock, exits, work, input_of(parts.train), limits, settings.tolerance)
-    for name, part in (("tune", parts.tune), ("certify", parts.certify)):
-        save_examples(work / f"{name}.jsonl", part, stock.description.labels)
-    write_record(work, finished=True, **record)
-
-
-def _finetune(
-    stock: Stock, exits: Exits, parts: Split, states: States, work: Path, settings: ImportSettings
-) -> None:
-    """Train the whole model, at every exit, towards the original's probabilities, and write the checkpoint."""
-    import torch
-
-    from de3.training.checkpoint import Checkpoint
-    from de3.training.settings import TrainSettings
-    from de3.training.trainer import train
-
-    start = work / BASE / "exits"
-    start.mkdir()
-    write_checkpoint(stock, exits, start, input_of(parts.train))
-    opened = Checkpoint(start, unfinished=True)
-    how = TrainSettings(
-        epochs=settings.epochs,
-        batch_size=32,
-        lr=settings.lr,
-        distill=1.0,
-        temperature=1.0,
-        max_length=opened.config.max_tokens,
-        seed=settings.seed,
-        bf16=settings.bf16,
-    )
-    train(
-        opened.model,
-        opened.tokenizer,
-        parts,
-        how,
-        work,
-        resume=read_record(work) is not None,
-        command=settings.command,
-        logits=torch.from_numpy(states.logits),
-        imported=True,
-        finetuned=True,
-        self_labelled=not settings.labelled,
-    )
+def _answered(part: Sequence[Example], states: States, labelled: bool) -> list[Example]:
+    """The examples with the original's answers, which are also the labels unless the texts have their own."""
+    answers = [label_of(row) for row in states.answers]
+    known = [replace(e, original=answer) for e, answer in zip(part, answers, strict=True)]
+    return known if labelled else [replace(e, label=a) for e, a in zip(known, answers, strict=True)]

@@ -8,17 +8,14 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
-from safetensors.numpy import save as save_tensors
 
 from de3.exits import betting
 from de3.exits.calibration import FINE_TAUS, Samples
@@ -28,13 +25,13 @@ from de3.exits.signals import Risk
 from de3.export import fit
 from de3.export.calibrate import Calibrated, Part, calibrate
 from de3.export.fit import Exits
+from de3.export.publish import write_exits
 from de3.export.states import States
-from de3.model_store.graph import Array, Source, quantize, source_of
-from de3.model_store.manifest import FileEntry, Learned, Manifest, base_of
+from de3.model_store.graph import quantize
+from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.model import check_segment, unit_prototypes
 from de3.model_store.printable import printable
 from de3.model_store.records import MAX_FILE_BYTES, Records, joined, read
-from de3.model_store.segment_graph import build_segment, graph_name
 from de3.model_store.store import Artifact, Store, read_manifest
 from de3.training.progress import console
 
@@ -272,41 +269,15 @@ def publish(
     the base's name and the next version in the store. Raises StoreError for a damaged base, and OSError if the version
     exists.
     """
-    manifest, exits = base.manifest, fitted.exits
-    layers = list(range(manifest.num_layers))
+    manifest = base.manifest
     fields = {
-        "exit_layers": [*layers, manifest.num_layers],
-        "prototype_layers": layers if exits.spaces else [],
-        "metric_dim": manifest.hidden_size,
-        "pooling": exits.pooling,
-        "name": name or manifest.name,
-        "created": int(time.time()),
-        "source": manifest.source,
         "learned": attempt and Learned(base=base_of(manifest), attempt=attempt, records=records),
-        "export": {},
+        **({} if version is None else {"version": version}),
         **fitted.calibrated.fields(),
     }
-    made = manifest.model_copy(update=fields)
-    with store.new_version(made.name) as draft:
-        norm: Mapping[str, Array] = {}
-        # From the last layer down, as its exit has the norm that all exits share.
-        for layer in reversed(range(manifest.num_layers + 1)):
-            file = manifest.segment_files()[layer]
-            old = check_segment(base, layer, base.read(file))
-            norm = norm or {name: old[name] for name in old if name.startswith("final_norm.")}
-            new = {} if layer == manifest.num_layers else _weights(exits, layer)
-            built = build_segment(made, layer, _source(old, {**norm, **new}))
-            draft.write({file: built.model(graph_name(layer)).SerializeToString()})
-        prototypes = {
-            f"layer_{layer:02}": np.ascontiguousarray(rows, np.float32)
-            for layer, rows in enumerate(exits.prototypes)
-        }
-        draft.write({"prototypes.safetensors": save_tensors(prototypes)})
-        draft.write({"tokenizer.json": base.read("tokenizer.json")})
-        entries = {file: FileEntry.model_validate(entry) for file, entry in draft.entries().items()}
-        number = version or draft.next_version()
-        final = made.model_copy(update={"files": entries, "version": number})
-        return draft.publish(Manifest.model_validate(final.model_dump()))
+    made = name or manifest.name
+    with store.new_version(made) as draft:
+        return draft.publish(write_exits(base, fitted.exits, draft, name=made, **fields))
 
 
 def import_records(base: Artifact, files: Sequence[Path], store: Store, name: str, rate: float) -> Path:
@@ -458,26 +429,3 @@ def _run_at_idle() -> None:
     os.nice(19)
     with suppress(OSError):  # if memory runs out, the kernel should kill this process, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
-
-
-def _weights(exits: Exits, layer: int) -> dict[str, Array]:
-    """The weights of an exit, under the names that `build_segment` uses."""
-    weight, bias = exits.classifiers[layer]
-    weights = {"classifier.weight": np.ascontiguousarray(weight.T), "classifier.bias": bias}
-    if exits.spaces:
-        weight, bias = exits.spaces[layer]
-        weights |= {"space.weight": np.ascontiguousarray(weight.T), "space.bias": bias}
-    return weights
-
-
-def _source(old: Mapping[str, Array], new: dict[str, Array]) -> Source:
-    """A source of weights: those of a new exit come from `new`, all others unchanged from the artifact's, `old`."""
-    added = source_of(new)
-    modules = {name.partition(".")[0] for name in new if not name.startswith("final_norm.")}
-
-    def take(tensor: str, name: str, dtype: type, shape: tuple[int, ...]) -> tuple[onnx.TensorProto, Array]:
-        if name.partition(".")[0] in modules or name not in old:
-            return added(tensor, name, dtype, shape)
-        return numpy_helper.from_array(old[name], tensor), old[name]
-
-    return take

@@ -4,14 +4,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from de3.exits.recorded import Recorded
 from de3.export import audited
 from de3.export.calibrate import Calibrated, Part, calibrate
 from de3.export.record import record
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
-from de3.training.data import Example, check_apart, check_input, load_examples, with_original
+from de3.training.data import check_apart, check_input, load_examples
 from de3.training.progress import warn
 
 
@@ -43,11 +42,11 @@ def recalibrate(
     check_apart(tune, certify, tune_file, certify_file)
     model = Model(artifact, "onnxruntime")
     parts = [
-        Part.of(_with_original(record(model, part, f"the {what} samples"), part, artifact), part)
+        Part.of(record(model, part, f"the {what} samples"), part)
         for part, what in ((tune, "tuning"), (certify, "certifying"))
     ]
-    own = all(e.original is not None and e.label == e.original for e in certify)
-    return _publish(artifact, store, calibrate(parts[0], parts[1], max_loss, signal, own))
+    _warn_of_full_depth(artifact)
+    return _publish(artifact, store, calibrate(parts[0], parts[1], max_loss, signal))
 
 
 def recalibrate_on_audits(
@@ -55,8 +54,7 @@ def recalibrate_on_audits(
 ) -> Path:
     """As `recalibrate`, on the audits of live traffic in a server's logs, labelled with full depth's answers."""
     tune, certify = audited.parts(artifact, files)
-    if _counts_against_original(artifact):
-        _warn_of_full_depth(artifact, "audits do not have the original's answers")
+    _warn_of_full_depth(artifact)
     return _publish(artifact, store, calibrate(tune, certify, max_loss, signal, self_labelled=True))
 
 
@@ -74,29 +72,13 @@ def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:
         return draft.publish(Manifest.model_validate(manifest.model_dump()))
 
 
-def _with_original(recorded: Recorded, examples: Sequence[Example], artifact: Artifact) -> Recorded:
-    """The recording, with the imported classifier's answers if disagreement is counted against these."""
-    if not _counts_against_original(artifact):
-        return recorded
-    known = with_original(recorded, examples)
-    if known.original is None:
-        _warn_of_full_depth(
-            artifact,
-            'the samples do not have the original\'s answers ("original", as in the files of the import)',
-        )
-    return known
-
-
-def _counts_against_original(artifact: Artifact) -> bool:
-    """True if the current calibration counts disagreement against the imported classifier."""
+def _warn_of_full_depth(artifact: Artifact) -> None:
+    """Warn if the present calibration counts disagreement against the imported classifier."""
     calibration = artifact.manifest.calibration
-    return calibration is not None and calibration.original_disagreement is not None
-
-
-def _warn_of_full_depth(artifact: Artifact, reason: str) -> None:
-    warn(
-        [
-            f"{artifact.full_name} was imported, and {reason}: disagreement is counted against full depth, and "
-            "excludes that caused by int8"
-        ]
-    )
+    if calibration is not None and calibration.original_disagreement is not None:
+        warn(
+            [
+                f"{artifact.full_name} was imported: its new calibration counts disagreement against full depth, "
+                "which excludes that caused by int8"
+            ]
+        )

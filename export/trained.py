@@ -51,7 +51,6 @@ class Trained:
                 "metric_dim": config.metric_dim or config.hidden_size,
                 "max_tokens": config.max_tokens,
                 "pooling": config.pooling,
-                "head": config.head,
                 "precision": precision,
             }
         )
@@ -63,10 +62,6 @@ class Trained:
         }
         for i, layer in enumerate(architecture.prototype_layers):
             exits[layer]["space"] = f"prototypical.{i}"
-        if architecture.head is not None:
-            exits[architecture.num_layers]["dense"] = "head"
-            if architecture.head.norm is not None:
-                exits[architecture.num_layers]["norm"] = "head_norm"
         with self._weights() as state:
             yield from build.segments(architecture, self.checkpoint.config.encoder, state, exits)
             state.check_all_read((PROTOTYPES, SEEN))

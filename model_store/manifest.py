@@ -194,6 +194,11 @@ class Manifest(Architecture):
     export: dict[str, Any]
     files: dict[str, FileEntry] = Field(max_length=2 * MAX_LAYERS)
 
+    @property
+    def architecture(self) -> Architecture:
+        """The fields that determine the segments' graphs."""
+        return Architecture.model_validate({name: getattr(self, name) for name in Architecture.model_fields})
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self._check_kind()

@@ -322,7 +322,7 @@ class Rules:
             if row.disagreement_bound > options.max_disagreement:
                 raise RequestError(
                     f"max_disagreement: at least {row.disagreement_bound:g} with {self.name}: even full depth "
-                    "sometimes differs from the original model, because of int8 or --finetune",
+                    "sometimes differs from the original model, because of int8",
                     "max_disagreement",
                 )
             return self._certified_at(row, options.max_disagreement)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,13 +16,12 @@ from onnxruntime import InferenceSession
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from de3.exits.calibration import FINE_TAUS
-from de3.export.classifier import Stock
+from de3.export.classifier import Precision, Stock, convert
 from de3.export.fit import Exits
-from de3.export.trained import Trained
-from de3.export.write_checkpoint import write_checkpoint
+from de3.export.publish import write_exits
 from de3.model_store.architecture import Architecture
 from de3.model_store.segments import session_options
-from de3.training.checkpoint import Checkpoint, write_record
+from de3.model_store.store import Artifact, Store
 from de3.training.data import Example
 from de3.training.settings import TrainSettings
 from tests.commands import de3
@@ -56,7 +56,7 @@ def coarse_calibration() -> Iterator[None]:
 
 
 def imported_as(factory: pytest.TempPathFactory, name: str, stock: Path, options: str = "") -> Path:
-    """A folder with the import of a stock model: the artifact store/NAME/1, its checkpoint in work, and log.txt.
+    """A folder with the import of a stock model: the artifact store/NAME/1, and log.txt.
 
     The texts of the import are unlabelled, and the artifact is in int8 unless the options say otherwise.
 
@@ -107,20 +107,25 @@ def segments_of(
     token_types: True if the tokenizer returns token types; None: as its files say.
     """
     with TemporaryDirectory() as made:
-        trained = Trained(with_random_exits(folder, Path(made) / "checkpoint"))
-        architecture = trained.architecture("int8" if int8 else "fp32")
-        if token_types is not None:
-            config = trained.checkpoint.config
-            encoder = config.family.of(config.encoder, token_types)
-            architecture = architecture.model_copy(update={"encoder": encoder})
-        files = trained.files(architecture)
-        return architecture, [onnx.load_model_from_string(f) for name, f in files if name.endswith(".onnx")]
+        store = Store(Path(made))
+        artifact = with_random_exits(folder, store, "m", "int8" if int8 else "fp32", token_types=token_types)
+        names = artifact.manifest.segment_files()
+        segments = [onnx.load_model_from_string(artifact.read(name)) for name in names]
+        return artifact.manifest.architecture, segments
 
 
-def with_random_exits(folder: Path, out: Path, seed: int = 0) -> Checkpoint:
-    """A checkpoint in a new folder: a stock classifier with an exit of random weights at every layer but the last."""
+def with_random_exits(
+    folder: Path,
+    store: Store,
+    name: str,
+    precision: Precision,
+    seed: int = 0,
+    token_types: bool | None = None,
+) -> Artifact:
+    """Publish a stock classifier with an exit of random weights at every layer but the last. See segments_of."""
     stock, rng = Stock.open(str(folder), folder), np.random.default_rng(seed)
-    width, labels = stock.architecture("fp32").hidden_size, len(stock.description.labels)
+    stock = stock if token_types is None else replace(stock, token_types=token_types)
+    width, labels = stock.architecture(precision).hidden_size, len(stock.description.labels)
 
     def random(*shape: int) -> NDArray[np.float32]:
         return rng.normal(0, 0.02 if len(shape) > 1 else 0, shape).astype(np.float32)
@@ -132,7 +137,8 @@ def with_random_exits(folder: Path, out: Path, seed: int = 0) -> Checkpoint:
         [(random(width, width), random(width)) for _ in layers],
         [rng.normal(size=(labels, width)).astype(np.float32) for _ in layers],
     )
-    out.mkdir(parents=True)
-    write_checkpoint(stock, exits, out, "text")
-    write_record(out, finished=True)
-    return Checkpoint(out)
+    with TemporaryDirectory() as made, store.new_version(name) as draft:
+        base = Store(Path(made))
+        convert(stock, base, "base", precision)
+        draft.publish(write_exits(base.open("base"), exits, draft, name=name, source=None, input="text"))
+    return store.open(name)

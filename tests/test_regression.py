@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +20,14 @@ from de3.exits.reading import sigmoid
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Risk
+from de3.export.classifier import Stock
+from de3.export.importing import answers
 from de3.export.record import record
 from de3.loadtest.client import label_of
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
 from de3.model_store.store import Store, StoreError
 from de3.training import data
-from de3.training.checkpoint import Checkpoint
 from de3.training.data import Example
 from de3.training.evaluate import correlation, correlations
 from tests.commands import de3, refusal
@@ -65,17 +65,17 @@ def server(imported: Path) -> Iterator[Server]:
         yield running
 
 
-def test_an_artifact_records_its_tolerance(imported: Path) -> None:
+def test_an_artifact_records_its_tolerance(imported: Path, stock: Path) -> None:
     artifact = Store(imported / "store").open("praise")
     manifest = artifact.manifest
     assert (manifest.labels, manifest.tolerance, manifest.prototype_layers) == (["praise"], TOLERANCE, [])
     assert manifest.calibration is not None and manifest.calibration.default.speedup > 1.1
     assert {row.signal for row in manifest.calibration.table} == {"risk"} == {manifest.defaults.signal}
     assert all(r.entropy is None for r in manifest.calibration.references)
-    checkpoint = Checkpoint(imported / "work")
-    certify = checkpoint.held_out("certify")
-    assert all(isinstance(e.label, float) and e.label == e.original for e in certify)
-    recorded = data.with_original(record(Model(artifact, "onnxruntime"), certify), certify)
+    texts = (imported / "texts.txt").read_text().splitlines()
+    theirs = answers(Stock.open("", stock), texts, None, TOLERANCE)
+    examples = [Example(text, one, original=one) for text, one in zip(texts, theirs, strict=True)]
+    recorded = data.with_original(record(Model(artifact, "onnxruntime"), examples), examples)
     assert recorded.correct[:, -1].mean() > 0.97  # the original's answers, except where int8 changes them
     assert (recorded.differs == ~recorded.correct).all()
     pearson, spearman = correlations(recorded)
@@ -247,7 +247,6 @@ def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:
     for value in ("0", "-1", "nan", "inf", "1e10", str(MIN_TOLERANCE / 2)):
         assert "--tolerance must be from 0.001 to 1e+09" in refusal(f"{command} --tolerance {value}")
     for option, says in (
-        ("--finetune", "not for regression"),
         ("--signal entropy", "for a regression model give risk"),
         ("--multi-label", "a multi-label model needs 2 labels or more"),
     ):
@@ -275,43 +274,36 @@ def test_labels_are_numbers(stock: Path, imported: Path, tmp_path: Path) -> None
     calibration = Store(tmp_path / "s").open("m").manifest.calibration
     assert calibration is not None and not calibration.self_labelled
     assert calibration.original_disagreement is None
-    for model in (f"{imported}/store/praise/1", f"{imported}/work"):
-        output = de3(f"evaluate {model} {file} --png {tmp_path}/plot.png --original {stock}")
-        assert "Pearson" in output and f"within {TOLERANCE:g}" in output
+    output = de3(f"evaluate {imported}/store/praise/1 {file} --png {tmp_path}/plot.png --original {stock}")
+    assert "Pearson" in output and f"within {TOLERANCE:g}" in output
 
 
 @pytest.mark.usefixtures("few_taus")
-def test_a_recalibration_keeps_tolerance_and_counts_against_original(imported: Path, tmp_path: Path) -> None:
+def test_a_recalibration_keeps_the_tolerance_and_counts_against_full_depth(
+    imported: Path, tmp_path: Path
+) -> None:
     shutil.copytree(imported / "store", tmp_path / "store")
-    parts = f"--tune {imported}/work/tune.jsonl --certify {imported}/work/certify.jsonl"
-    de3(f"calibrate praise --store {tmp_path}/store {parts} --max-loss 5")
-    old, new = (Store(tmp_path / "store").open(f"praise:{version}").manifest for version in (1, 2))
-    assert new.tolerance == TOLERANCE and new.defaults == old.defaults and new.risk == old.risk
-    assert new.calibration == old.calibration and old.calibration.original_disagreement is not None
-    for part in ("tune", "certify"):
-        text = (imported / f"work/{part}.jsonl").read_text()
-        (tmp_path / f"{part}.jsonl").write_text(re.sub(r', "original": [^,}]+', "", text))
+    for part, seed in (("tune", 21), ("certify", 22)):
+        examples = [Example(text, value_of(text)) for text, _ in make_rows(400, seed)]
+        data.save_examples(tmp_path / f"{part}.jsonl", examples, ["praise"])
     parts = f"--tune {tmp_path}/tune.jsonl --certify {tmp_path}/certify.jsonl"
     output = de3(f"calibrate praise --store {tmp_path}/store {parts} --max-loss 5")
-    assert "do not have the original's answers" in output
-    last = Store(tmp_path / "store").open("praise:3").manifest.calibration
-    assert last.original_disagreement is None and not last.self_labelled
+    assert "counts disagreement against full depth" in " ".join(output.split())
+    old, new = (Store(tmp_path / "store").open(f"praise:{version}").manifest for version in (1, 2))
+    assert new.tolerance == TOLERANCE and old.calibration.original_disagreement is not None
+    assert new.calibration.original_disagreement is None and not new.calibration.self_labelled
 
 
 def test_values_as_labels_and_back(tmp_path: Path) -> None:
-    examples = [Example("a", 1.5, original=-2.0), Example(("b", "c"), 0.0, original=0.25)]
+    examples = [Example("a", 1.5), Example(("b", "c"), 0.0)]
     path = tmp_path / "x.jsonl"
     for part in ([examples[0]], [examples[1]]):
         data.save_examples(path, part, ["praise"])
-        again = data.load_examples(path, ["praise"], regression=True)
-        assert again == part and [e.original for e in again] == [e.original for e in part]
+        assert data.load_examples(path, ["praise"], regression=True) == part
     for label in ("true", '"much"', "null", "[1]", "1e999", '"nan"'):
         path.write_text(f'{{"text": "a", "label": {label}}}\n')
         with pytest.raises(ValueError, match="label"):
             data.load_examples(path, ["praise"], regression=True)
-    path.write_text('{"text": "a", "label": "1.5", "original": "x"}\n')
-    with pytest.raises(ValueError, match="original must be a finite number"):
-        data.load_examples(path, ["praise"], regression=True)
 
 
 @given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=2, max_size=30))

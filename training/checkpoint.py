@@ -1,4 +1,4 @@
-"""Checkpoints of `de3 train` and `de3 import`. Every command opens them here. Only `Checkpoint.model` imports PyTorch.
+"""Checkpoints of `de3 train`. Every command opens them here. Only `Checkpoint.model` imports PyTorch.
 
 A checkpoint's training.json records whether the training is finished, and the command that resumes it.
 """
@@ -55,30 +55,13 @@ class Checkpoint:
 
         return AutoTokenizer.from_pretrained(self.folder)
 
-    @property
-    def self_labelled(self) -> bool:
-        """True if the held-out samples are labelled with the imported classifier's answers."""
-        return bool((read_record(self.folder) or {}).get("self_labelled"))
-
-    @property
-    def is_finetuned(self) -> bool:
-        """True if an imported classifier was trained further, so that its full depth may answer differently."""
-        return bool((read_record(self.folder) or {}).get("finetuned"))
-
-    @property
-    def is_frozen_import(self) -> bool:
-        """True if `de3 import` has fitted exits to a classifier whose weights it did not change."""
-        return bool((read_record(self.folder) or {}).get("imported")) and not self.is_finetuned
-
     def held_out(self, part: str, file: Path | None = None) -> list[Example]:
         """The samples of a part (tune or certify), or of `file` if given; raises ValueError if they are unusable."""
         path = file or self.folder / f"{part}.jsonl"
         if file is None and not path.exists():
             raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")
         config = self.config
-        examples = load_examples(
-            path, self.names, config.thresholds is not None, config.tolerance is not None
-        )
+        examples = load_examples(path, self.names, config.thresholds is not None)
         check_input(examples, self.config.input, str(file or self.folder))
         return examples
 

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from de3.exits.rule import Thresholds
-from de3.model_store.architecture import Head
 from de3.model_store.families import family, family_named
 from de3.model_store.families.encoder import Encoder
 from de3.model_store.sizes import check_sizes, read_config
@@ -23,9 +22,7 @@ class CheckpointConfig(BaseModel):
     pooling: Literal["mean", "cls"] = "mean"
     metric_dim: int | None = None
     last_prototypes: bool = False
-    head: Head | None = None
     thresholds: list[float] | None = None
-    tolerance: float | None = None
     gamma: float = 0.01
     max_tokens: int = 512
     input: Literal["text", "pair"] | None = None
@@ -91,9 +88,9 @@ class CheckpointConfig(BaseModel):
     def prototype_layers(self) -> list[int]:
         """Layers of the exits with a prototype space: all exits but the last, or all with `last_prototypes`.
 
-        Empty for multi-label and regression models.
+        Empty for multi-label models.
         """
-        if self.thresholds is not None or self.tolerance is not None:
+        if self.thresholds is not None:
             return []
         return self.exit_layers if self.last_prototypes else self.exit_layers[:-1]
 

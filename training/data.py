@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits.recorded import Recorded
-from de3.tables import JOINT, Columns, Text, is_number, labels_in, records, row_of
+from de3.tables import JOINT, Columns, Text, labels_in, records, row_of
 
 Label = int | float | tuple[int, ...]
 MAX_SHARED = 0.05  # share of the certifying texts that may be in the tuning file: real traffic repeats texts
@@ -120,7 +120,7 @@ def rename(
 
 
 def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str]) -> None:
-    """Write examples as jsonl: text, text_pair, label, original, group and fragment, as far as they are set.
+    """Write examples as jsonl: text, text_pair, label, group and fragment, as far as they are set.
 
     A label is written as its name, as a list of names, or as a value.
     """
@@ -129,8 +129,6 @@ def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str])
             text, pair = e.text if isinstance(e.text, tuple) else (e.text, None)
             row: dict[str, Any] = {"text": text, **({} if pair is None else {"text_pair": pair})}
             row["label"] = _named(e.label, names)
-            if e.original is not None:
-                row["original"] = _named(e.original, names)
             if e.group is not None:
                 row["group"] = e.group
             if e.is_fragment:
@@ -142,20 +140,6 @@ def _named(label: Label, names: Sequence[str]) -> str | float | list[str]:
     if isinstance(label, float):
         return label
     return [names[k] for k in label] if isinstance(label, tuple) else names[label]
-
-
-def _original(name: Any, names: Sequence[str], regression: bool, where: str) -> Label:
-    """Parse an original answer: a name, a list of names, or a value; raises ValueError for anything else."""
-    if regression:
-        if not is_number(name):
-            raise ValueError(f"{where}: original must be a finite number, got {name!r:.50}")
-        return float(name)
-    many = name if isinstance(name, list) else [str(name)]
-    unknown = [one for one in many if one not in names]
-    if unknown:
-        raise ValueError(f"{where}: label {unknown[0]!r} is not among {list(names)[:20]}")
-    indices = sorted({names.index(one) for one in many})
-    return tuple(indices) if isinstance(name, list) else indices[0]
 
 
 def load_examples(
@@ -178,11 +162,8 @@ def load_examples(
             e,
             group=None if record.get("group") is None else str(record["group"]),
             is_fragment=record.get("fragment") is True,
-            original=None
-            if record.get("original") is None
-            else _original(record["original"], names, regression, where),
         )
-        for e, (where, record) in zip(examples, rows, strict=True)
+        for e, (_, record) in zip(examples, rows, strict=True)
     ]
 
 

@@ -3,7 +3,6 @@
 It is saved and loaded like any Hugging Face model (config.json, model.safetensors).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,13 +14,12 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from de3.exits.rule import Thresholds
 
 POOLINGS = ("mean", "cls")
-HEAD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}
 
 
 class De3Config(PretrainedConfig):
     """The configuration of a DE3-BERT, including its encoder's configuration.
 
-    Raises ValueError if `exit_layers`, `pooling` or `head` is invalid.
+    Raises ValueError if `exit_layers` or `pooling` is invalid.
 
     Args:
         encoder: the encoder's configuration as a dict, with its `model_type`. Default: BERT's.
@@ -30,14 +28,9 @@ class De3Config(PretrainedConfig):
         pooling: pooling of a layer's states to h^(m): "mean", over the sample's tokens, or "cls", the first token's.
         metric_dim: width of the prototype space; default: the encoder's hidden size.
         last_prototypes: give the last layer a prototype space too, for drift monitoring and experiments.
-        head: the stock head of an imported classifier, for the last exit: {"pooling": …, "activation": "tanh", "relu"
-            or "gelu"}, with a dense layer between the two. If a layer norm follows the activation, "norm" is its
-            epsilon. None: the last exit is like the others.
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
         thresholds: in a multi-label model, the probability above which each label is assigned. Such a model has no
             prototypes. None: not a multi-label model.
-        tolerance: in a regression model, the largest difference, in the model's units, between two answers that count
-            as the same. Such a model has one label and no prototypes. None: the model has classes.
         max_tokens: maximum input length of the encoder.
         input: kind of input in training, "text" or "pair"; None: unknown.
     """
@@ -51,9 +44,7 @@ class De3Config(PretrainedConfig):
         pooling: str = "mean",
         metric_dim: int | None = None,
         last_prototypes: bool = False,
-        head: dict[str, Any] | None = None,
         thresholds: list[float] | None = None,
-        tolerance: float | None = None,
         gamma: float = 0.01,
         max_tokens: int = 512,
         input: str | None = None,
@@ -67,9 +58,7 @@ class De3Config(PretrainedConfig):
         self.pooling = pooling
         self.metric_dim = metric_dim or self.hidden_size
         self.last_prototypes = last_prototypes
-        self.head = head
         self.thresholds = thresholds
-        self.tolerance = tolerance
         self.gamma = gamma
         self.max_tokens = max_tokens
         self.input = input
@@ -79,14 +68,6 @@ class De3Config(PretrainedConfig):
             raise ValueError(f"exit_layers must end at the last layer, {self.num_layers}: {self.exit_layers}")
         if pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
-        if head is not None and (
-            head.keys() - {"norm"} != {"pooling", "activation"}
-            or head["pooling"] not in POOLINGS
-            or head["activation"] not in HEAD_ACTIVATIONS
-            or not isinstance(head.get("norm", 0.0), float)
-            or last_prototypes
-        ):
-            raise ValueError(f"head must have a pooling and an activation, and no prototypes, got {head}")
         super().__init__(**kwargs)
 
     def encoder_config(self) -> PretrainedConfig:
@@ -107,9 +88,9 @@ class De3Config(PretrainedConfig):
     def prototype_layers(self) -> list[int]:
         """Layers of the exits with a prototype space: all exits but the last, or all with `last_prototypes`.
 
-        Empty for multi-label and regression models.
+        Empty for multi-label models.
         """
-        if self.thresholds is not None or self.tolerance is not None:
+        if self.thresholds is not None:
             return []
         return self.exit_layers if self.last_prototypes else self.exit_layers[:-1]
 
@@ -147,9 +128,6 @@ class De3Model(PreTrainedModel):
         width, labels, spaces = config.hidden_size, config.num_labels, len(config.prototype_layers)
         self.dropout = nn.Dropout(getattr(config.encoder_config(), "hidden_dropout_prob", 0.1))
         self.classifiers = nn.ModuleList(nn.Linear(width, labels) for _ in config.exit_layers)
-        self.head = nn.Linear(width, width) if config.head is not None else None
-        epsilon = (config.head or {}).get("norm")
-        self.head_norm = nn.LayerNorm(width, epsilon) if epsilon is not None else None
         self.prototypical = nn.ModuleList(nn.Linear(width, config.metric_dim) for _ in range(spaces))
         self.register_buffer("prototypes", torch.zeros(spaces, labels, config.metric_dim))
         self.register_buffer("prototype_seen", torch.zeros(spaces, labels, dtype=torch.bool))
@@ -203,8 +181,7 @@ class De3Model(PreTrainedModel):
         # The heads run in float32: they cost little, and a prototype distance is a difference of nearly
         # equal numbers.
         with torch.autocast(input_ids.device.type, enabled=False):
-            seen = pooled if self.head is None else torch.cat([pooled[:, :-1], self.through_head(pooled)], 1)
-            logits = [f(self.dropout(seen[:, i])) for i, f in enumerate(self.classifiers)]
+            logits = [f(self.dropout(pooled[:, i])) for i, f in enumerate(self.classifiers)]
             embedded = self.embed(pooled)
             return De3Output(torch.stack(logits, 1), embedded, self.distances(embedded))
 
@@ -212,12 +189,8 @@ class De3Model(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         """h^(m) of every exit, (batch, exits, hidden), in float32."""
-        poolings = dict.fromkeys(self.config.exit_layers, self.config.pooling)
-        if self.config.head is not None:
-            poolings[self.config.num_layers] = self.config.head["pooling"]
         states = self.states(input_ids, attention_mask, token_type_ids)
-        parts = zip(states, poolings.values(), strict=True)
-        return torch.stack([self.pool(x, attention_mask, pooling) for x, pooling in parts], 1)
+        return torch.stack([self.pool(x, attention_mask, self.config.pooling) for x in states], 1)
 
     def states(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
@@ -233,16 +206,6 @@ class De3Model(PreTrainedModel):
         if (final_norm := getattr(self.encoder, "final_norm", None)) is not None:
             states, last = [final_norm(x) for x in states], output.last_hidden_state.float()
         return [*states, last]
-
-    def through_head(self, pooled: Tensor) -> Tensor:
-        """Input of the last classifier, (batch, 1, hidden): the stock head applied to the last exit's h^(m).
-
-        pooled: h^(m) of every exit, (batch, exits, hidden).
-        """
-        assert self.head is not None
-        activation = HEAD_ACTIVATIONS[self.config.head["activation"]]
-        seen = activation(self.head(self.dropout(pooled[:, -1:])))
-        return seen if self.head_norm is None else self.head_norm(seen)
 
     def embed(self, pooled: Tensor) -> Tensor:
         """h'^(m), (batch, spaces, metric_dim), of h^(m), (batch, exits, hidden). Exits without a space are ignored."""

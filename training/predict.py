@@ -37,7 +37,6 @@ def predict(
         distances,
         data.labels.numpy(),
         thresholds=logit_thresholds(config),
-        tolerance=config.tolerance,
     )
 
 

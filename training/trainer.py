@@ -38,8 +38,6 @@ def train(
     teacher: Path | None = None,
     resume: bool = False,
     command: str | None = None,
-    logits: torch.Tensor | None = None,
-    **more: Any,
 ) -> De3Model:
     """Train, write the best epoch to `out` as a checkpoint, and return it.
 
@@ -48,8 +46,7 @@ def train(
     read, and, until the training is finished, the state from which `resume` continues.
 
     teacher: checkpoint to distil from. resume: continue after the last complete epoch in `out`; a finished checkpoint
-    is returned as it is. command: the command that resumes this run, recorded in the checkpoint. logits: a teacher's
-    logits for split.train, (n, num_labels), in place of `teacher`. more: further entries of the checkpoint's record.
+    is returned as it is. command: the command that resumes this run, recorded in the checkpoint.
 
     Raises ValueError if `out` is a file or has a checkpoint that this run does not continue, if the settings ask for
     augmentation without a teacher, if the teacher does not fit the data, or if the training diverges.
@@ -69,10 +66,10 @@ def train(
     save_examples(out / "tune.jsonl", split.tune, names)
     save_examples(out / "certify.jsonl", split.certify, names)
     tokenizer.save_pretrained(out)
-    record = {"settings": asdict(settings), "identity": identity, "command": command, **more}
+    record = {"settings": asdict(settings), "identity": identity, "command": command}
     write_record(out, finished=False, **record)
     max_length = min(settings.max_length, model.config.max_tokens)
-    train_data, teacher_logits = _training_data(model, tokenizer, split, settings, opened, logits)
+    train_data, teacher_logits = _training_data(model, tokenizer, split, settings, opened)
     del opened  # frees its memory
     tune_data = encode(split.tune, tokenizer, max_length, "tune", len(names))
     pad_id = tokenizer.pad_token_id
@@ -123,12 +120,9 @@ def _training_data(
     split: Split,
     settings: TrainSettings,
     teacher: Checkpoint | None,
-    logits: torch.Tensor | None,
 ) -> tuple[Encoded, torch.Tensor | None]:
-    """The training data with its altered copies, and the teacher's logits for both, (n, num_labels).
-
-    Without a teacher, `logits` is returned unchanged.
-    """
+    """The training data with its altered copies, and the logits of a teacher for both, (n, num_labels)."""
+    logits = None
     examples = list(split.train)
     if settings.augment:
         examples += altered(model, tokenizer, split.train, settings)
@@ -170,12 +164,8 @@ class _Run:
     def _groups(self) -> list[dict[str, Any]]:
         """Parameter groups by learning rate and weight decay; biases and norms do not decay."""
         groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-        # An imported head is already trained, like the encoder, so it gets the encoder's learning rate.
-        learned = ["encoder."]
-        if self.model.config.head is not None:
-            learned += ["head.", f"classifiers.{len(self.model.config.exit_layers) - 1}."]
         for name, p in self.model.named_parameters():
-            groups.setdefault((name.startswith(tuple(learned)), p.ndim > 1), []).append(p)
+            groups.setdefault((name.startswith("encoder."), p.ndim > 1), []).append(p)
         s = self.settings
         return [
             {

@@ -68,8 +68,8 @@ def evaluate(
         has_labels = original is None or not (options["label"] == "" or (file and file.suffix == ".txt"))
         columns = Columns(
             **fields_of(Columns, options),
-            multi_label=subject.config.thresholds is not None,
-            regression=subject.config.tolerance is not None,
+            multi_label=subject.thresholds is not None,
+            regression=subject.tolerance is not None,
         )
         columns = columns if has_labels else replace(columns, label=None)
         rows = read_rows(file, dataset, split, columns)
@@ -81,12 +81,12 @@ def evaluate(
         if original is not None:
             examples = _answered(original, examples, subject, has_labels)
     elif original is not None:
-        raise ValueError("--original: needs a file or --dataset; held-out samples already have its answers")
+        raise ValueError("--original: needs a file or --dataset")
     elif subject.checkpoint is None:
         raise ValueError(f"give the data: {model} has no held-out samples, unlike a checkpoint of de3 train")
     else:
         examples = subject.checkpoint.held_out("certify")
-    data.check_input(examples, subject.config.input, str(file or dataset or model))
+    data.check_input(examples, subject.input, str(file or dataset or model))
     recorded = data.with_original(subject.record(examples), examples)
     curves = evaluation.curves(recorded, lams, subject.risk)
     output = Console()
@@ -106,7 +106,7 @@ class _Subject:
 
     Attributes:
         names: the labels.
-        config: the checkpoint's configuration or the artifact's manifest: `input`, `thresholds` and `tolerance`.
+        input, thresholds, tolerance: as in the artifact's manifest.
         record: runs examples and returns their recorded exits.
         risk: the artifact's risk signal; None: it has none.
         beside: default file of the plot.
@@ -116,10 +116,12 @@ class _Subject:
 
     title: str
     names: Sequence[str]
-    config: Any
+    input: str | None
+    thresholds: list[float] | None
     record: Callable[[list[Any]], Any]
     risk: Any
     beside: Path
+    tolerance: float | None = None
     served: Any = None
     checkpoint: Any = None
 
@@ -139,8 +141,10 @@ def _open(path: Path) -> _Subject:
             encoded = encode(examples, tokenizer, most, num_labels=len(names))
             return predict(checkpoint.model, encoded, tokenizer.pad_token_id)
 
-        png = path / "evaluation.png"
-        return _Subject(path.name, names, checkpoint.config, run, None, png, checkpoint=checkpoint)
+        config, png = checkpoint.config, path / "evaluation.png"
+        return _Subject(
+            path.name, names, config.input, config.thresholds, run, None, png, checkpoint=checkpoint
+        )
     from de3.export.record import record
     from de3.model_store.store import Store
     from de3.server.models import load
@@ -153,10 +157,12 @@ def _open(path: Path) -> _Subject:
     return _Subject(
         model.full_name,
         manifest.labels,
-        manifest,
+        manifest.input,
+        manifest.thresholds,
         lambda examples: record(model, examples),
         manifest.signal("risk") if manifest.risk is not None else None,
         path.parent / f"evaluation-{path.name}.png",
+        tolerance=manifest.tolerance,
         served=served,
     )
 
@@ -170,14 +176,14 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
     from de3.export.importing import answers
     from de3.export.original import original_of
 
-    names, config = list(subject.names), subject.config
+    names = list(subject.names)
     with original_of(original) as source:
         stock = Stock.open(original, source)
         theirs = stock.description.labels
         same = sorted(theirs) == sorted(names)  # otherwise the labels were renamed, in order
         if len(theirs) != len(names) or (same and theirs != names):
             raise ValueError(f"--original {original}: has the labels {theirs[:20]}, the model {names[:20]}")
-        found = answers(stock, [e.text for e in examples], config.thresholds, config.tolerance)
+        found = answers(stock, [e.text for e in examples], subject.thresholds, subject.tolerance)
     known = [replace(e, original=answer) for e, answer in zip(examples, found, strict=True)]
     return known if has_labels else [replace(e, label=e.original) for e in known]
 

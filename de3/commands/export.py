@@ -52,8 +52,7 @@ def export(
 ) -> None:
     """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
 
-    The segments of a trained checkpoint are compared with its PyTorch model, and nothing is published if they differ
-    too much. Exporting such a checkpoint needs the train extra; exporting an import without --finetune does not.
+    The segments are compared with the PyTorch model, and nothing is published if they differ too much.
     With --full-depth, one plain ONNX graph is written instead, for other servers; in int8 the graph uses ONNX Runtime's
     fused operators, with one scale for all activations of a text.
 
@@ -72,11 +71,9 @@ def export(
     from de3.export.exporter import ExportSettings
     from de3.export.exporter import export as run
     from de3.model_store.store import Store
-    from de3.training.checkpoint import Checkpoint
 
     settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
-    if not Checkpoint(checkpoint).is_frozen_import:
-        need_train_extra()
+    need_train_extra()
     path = run(checkpoint, Store(store), settings, tune, certify)
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
     say(f"published {path} ({size:.1f} MB). Next: {next_serve(store, name)}")

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 from de3.commands.models import StoreOption
 from de3.commands.options import (
     DATA,
-    TRAINING,
     Fragments,
     GroupColumn,
     MaxInt8Loss,
@@ -21,7 +20,6 @@ from de3.commands.options import (
     check_groups,
     fields_of,
     need_fit_extra,
-    need_train_extra,
     next_serve,
     with_fields,
 )
@@ -58,8 +56,7 @@ def import_model(
     work: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the checkpoint with exits. An interrupted run continues from there. "
-            "Default: runs/NAME, or runs/NAME-finetuned.",
+            help="Folder for intermediate results, from which an interrupted run continues. Default: runs/NAME.",
             show_default=False,
         ),
     ] = None,
@@ -110,25 +107,12 @@ def import_model(
         ),
     ] = 1.0,
     signal: SignalOption = "auto",
-    finetune: Annotated[
-        bool,
-        typer.Option(
-            help="Also train the encoder afterwards, for better early exits. Full depth is trained on the original's "
-            "answers; differences from them count as disagreement.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = False,
-    epochs: Annotated[int, typer.Option(help="Epochs of --finetune.", rich_help_panel=TRAINING)] = 3,
-    lr: Annotated[float, typer.Option(help="Learning rate of --finetune.", rich_help_panel=TRAINING)] = 3e-5,
-    bf16: Annotated[bool, typer.Option(help="Use bfloat16 in --finetune.", rich_help_panel=TRAINING)] = True,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the split, of the fit of the exits and of --finetune.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split and of the fit of the exits.")] = 0,
     **options: Any,
 ) -> None:
-    """Add early exits to a stock classifier. Without --finetune its weights do not change.
+    """Add early exits to a stock classifier; its weights do not change.
 
-    Full depth then gives the same answers as before, except for the few that int8 changes. Exits are fitted to the
+    Full depth gives the same answers as before, except for the few that int8 changes. Exits are fitted to the
     model's own answers on unlabelled texts; the rate of disagreement is certified on held-out texts. Use texts
     that the model was not trained on: it is more confident on its training texts, so a certificate from them would not
     hold for other texts.
@@ -143,12 +127,10 @@ def import_model(
         _import_records(model, records_files, name, store, quantize)
         return
     assert texts is not None
-    if finetune:
-        need_train_extra()
     from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
     from de3.export.classifier import Stock
     from de3.export.exporter import ExportSettings
-    from de3.export.importing import ImportSettings, check_work, import_classifier
+    from de3.export.importing import ImportSettings, import_classifier
     from de3.export.original import original_of
     from de3.model_store.store import Store
     from de3.training import checks, data
@@ -160,8 +142,9 @@ def import_model(
             f"--tolerance must be from {MIN_TOLERANCE:g} to {MAX_TOLERANCE:g}, got {tolerance:g}"
         )
     settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
-    folder = work or Path("runs") / (f"{name}-finetuned" if finetune else name)
-    check_work(folder, finetune)
+    folder = work or Path("runs") / name
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--work {folder}: is a file; give a folder (it is created)")
     given = None if label_names is None else [one.strip() for one in label_names.split(",")]
     with original_of(model, given, multi_label) as source:
         stock = Stock.open(model, source, given, multi_label)
@@ -175,19 +158,16 @@ def import_model(
         groups = None if group_column is None else read_groups(records(texts, columns), group_column)
         tokenizer = Tokenizer.from_str(stock.tokenizer.decode())
         warn(checks.unknown_tokens(tokenizer, [data.Example(text, 0) for text, _ in rows]))
-        command = shlex.join(["de3", *sys.argv[1:]])
-        how = ImportSettings(
-            threshold, tolerance, label is not None, fragments, seed, finetune, epochs, lr, bf16, command
-        )
+        how = ImportSettings(threshold, tolerance, label is not None, fragments, seed)
         try:
             path = import_classifier(stock, rows, groups, folder, how, Store(store), settings)
         except KeyboardInterrupt:
+            command = shlex.join(["de3", *sys.argv[1:]])
             console.print(f"interrupted; continue with: {command}", markup=False, soft_wrap=True)
             sys.exit(130)
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
     console.print(
-        f"published {path} ({size:.1f} MB); the checkpoint with exits is {folder}. Next: "
-        f"{next_serve(store, name)}",
+        f"published {path} ({size:.1f} MB). Next: {next_serve(store, name)}",
         markup=False,
         soft_wrap=True,
     )

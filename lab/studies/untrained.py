@@ -8,14 +8,11 @@ OUT/model is a stock classifier of transformers. OUT/store has an artifact of th
 """
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
 
-from de3.export.exporter import write
-from de3.export.trained import Trained
 from de3.model_store.store import Store
 from de3.training.pretrained import quiet
 from tests.stock import with_random_exits
@@ -78,9 +75,7 @@ def untrained(
     )
     AutoModelForSequenceClassification.from_config(config).save_pretrained(out / "model")
     opened.save_pretrained(out / "model")
-    with TemporaryDirectory() as folder, Store(out / "store").new_version(NAME) as draft:
-        trained = Trained(with_random_exits(out / "model", Path(folder) / "checkpoint", seed))
-        return draft.publish(write(trained, precision, draft, NAME).manifest)
+    return with_random_exits(out / "model", Store(out / "store"), NAME, precision, seed).path
 
 
 def main(

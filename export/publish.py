@@ -1,0 +1,76 @@
+"""Writes a model with other exits; its other weights do not change."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from safetensors.numpy import save as save_tensors
+
+from de3.export.build import manifest_of
+from de3.export.fit import Exits
+from de3.model_store.architecture import Architecture
+from de3.model_store.graph import Array, Source, source_of
+from de3.model_store.manifest import Manifest
+from de3.model_store.model import check_segment
+from de3.model_store.segment_graph import build_segment, graph_name
+from de3.model_store.store import Artifact, Draft
+
+
+def write_exits(base: Artifact, exits: Exits, draft: Draft, **fields: Any) -> Manifest:
+    """Write a model with these exits, in place of its own, into a draft; its other weights do not change.
+
+    fields: fields of the manifest that differ from the base's. Returns the manifest, which has no calibration unless
+    `fields` has one. Raises StoreError for a damaged base.
+    """
+    manifest, layers = base.manifest, list(range(base.manifest.num_layers))
+    architecture = Architecture.model_validate(
+        {
+            **dict(manifest.architecture),
+            "exit_layers": [*layers, manifest.num_layers],
+            "prototype_layers": layers if exits.spaces else [],
+            "metric_dim": manifest.hidden_size,
+            "pooling": exits.pooling,
+        }
+    )
+    norm: Mapping[str, Array] = {}
+    # From the last layer down, as its exit has the norm that all exits share.
+    for layer in (manifest.num_layers, *reversed(layers)):
+        file = manifest.segment_files()[layer]
+        old = check_segment(base, layer, base.read(file))
+        norm = norm or {name: old[name] for name in old if name.startswith("final_norm.")}
+        new = {} if layer == manifest.num_layers else _weights(exits, layer)
+        built = build_segment(architecture, layer, _source(old, {**norm, **new}))
+        draft.write({file: built.model(graph_name(layer)).SerializeToString()})
+    prototypes = {
+        f"layer_{layer:02}": np.ascontiguousarray(rows, np.float32)
+        for layer, rows in enumerate(exits.prototypes)
+    }
+    draft.write({"prototypes.safetensors": save_tensors(prototypes)})
+    draft.write({"tokenizer.json": base.read("tokenizer.json")})
+    kept = {name: getattr(manifest, name) for name in ("source", "thresholds", "tolerance", "input")}
+    return manifest_of(architecture, draft, **{"name": manifest.name, **kept, **fields})
+
+
+def _weights(exits: Exits, layer: int) -> dict[str, Array]:
+    """The weights of an exit, under the names that `build_segment` uses."""
+    weight, bias = exits.classifiers[layer]
+    weights = {"classifier.weight": np.ascontiguousarray(weight.T), "classifier.bias": bias}
+    if exits.spaces:
+        weight, bias = exits.spaces[layer]
+        weights |= {"space.weight": np.ascontiguousarray(weight.T), "space.bias": bias}
+    return weights
+
+
+def _source(old: Mapping[str, Array], new: dict[str, Array]) -> Source:
+    """A source of weights: those of a new exit come from `new`, all others unchanged from the artifact's, `old`."""
+    added = source_of(new)
+    modules = {name.partition(".")[0] for name in new if not name.startswith("final_norm.")}
+
+    def take(tensor: str, name: str, dtype: type, shape: tuple[int, ...]) -> tuple[onnx.TensorProto, Array]:
+        if name.partition(".")[0] in modules or name not in old:
+            return added(tensor, name, dtype, shape)
+        return numpy_helper.from_array(old[name], tensor), old[name]
+
+    return take
