@@ -1,71 +1,37 @@
-"""Fits exits to records of live traffic, and publishes the model with them; its other weights do not change.
+"""Fits exits to records of live traffic, and publishes the model with them; its other weights do not change."""
 
-A server runs this in a separate process: see `child`.
-"""
-
-import json
-import os
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits import betting
-from de3.exits.calibration import FINE_TAUS, Samples
+from de3.exits.calibration import FINE_TAUS
 from de3.exits.promise import error_of, profiles
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Risk
 from de3.export import fit
-from de3.export.calibrate import Calibrated, Part, calibrate
+from de3.export.calibrate import Calibrated, calibrate
 from de3.export.fit import Exits
 from de3.export.publish import write_exits
+from de3.export.records import check, exits_of, opened, part_of, states_of, thinned
 from de3.export.states import States
 from de3.model_store.graph import quantize
 from de3.model_store.manifest import Learned, Manifest, base_of
-from de3.model_store.model import check_segment, unit_prototypes
-from de3.model_store.printable import printable
-from de3.model_store.records import MAX_FILE_BYTES, Records, joined, read
-from de3.model_store.store import Artifact, Store, read_manifest
+from de3.model_store.records import Records
+from de3.model_store.store import Artifact, Store
+from de3.server.learn.job import Found, Job
+from de3.server.learn.record import HeldOut
 from de3.training.progress import console
 
 FOLDS = 4  # of cross-fitting: the risk is fitted to outputs of exits that were fitted without the text
 HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and maximum number of the new texts that test the exits
-SLACK = 1.25  # over-representation of a client up to this factor is not corrected: it may be chance
-MIN_OF_CLIENT = 30  # held-out records of a client that make its weight reliable
 MAX_FITTED = 20_000  # records
 MAX_LOSS = 0.01  # of accuracy, at the default τ, which a server without a guarantee uses
-MAX_CPU_S = 3600
 SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordedStates(States):
-    """The states of records, in memory; they are always mean-pooled.
-
-    Attributes:
-        states: (texts, num_layers, hidden) float16.
-    """
-
-    states: NDArray[np.float16]
-
-    def pooled(self, pooling: str, layer: int) -> NDArray[np.float32]:
-        """The pooled states of a layer, (n, hidden)."""
-        values = self.states[:, layer] if self.rows is None else self.states[self.rows, layer]
-        return values.astype(np.float32)
-
-
-def states_of(records: Records, manifest: Manifest) -> States:
-    """The states of records of a model."""
-    limits = manifest.label_thresholds
-    thresholds = None if limits is None else np.array(limits.logits)
-    return RecordedStates([], records.logits, thresholds, manifest.tolerance, states=records.states)
 
 
 @dataclass(frozen=True)
@@ -76,7 +42,7 @@ class Fitted:
         risk: the signal of the exits; `calibrated` has its weights.
         speedup: speed-up in layers at the best τ in hindsight whose disagreement is within the promised rate.
         proved_speedup: speed-up in layers at the highest τ that the held-out records prove.
-        evidence: client, key, scores and differs of each held-out record, in order.
+        evidence: the held-out records, in order.
     """
 
     exits: Exits
@@ -84,7 +50,7 @@ class Fitted:
     risk: Risk
     speedup: float
     proved_speedup: float
-    evidence: list[dict[str, Any]]
+    evidence: list[HeldOut]
 
 
 def fit_exits(
@@ -105,7 +71,7 @@ def fit_exits(
     Raises ValueError if there are too few records.
     """
     fitted, tests = _split(records, attempt, first_new, by_client)
-    held = tests.part(_thinned(tests, np.arange(len(tests)), np.random.default_rng([SEED, attempt])))
+    held = tests.part(thinned(tests, np.arange(len(tests)), np.random.default_rng([SEED, attempt])))
     if len(held) < fit.HELD_OUT or len(np.unique(fitted.keys)) < 2 * FOLDS:
         raise ValueError(f"{len(records)} records are too few")
     texts, layers = states_of(fitted, manifest), manifest.num_layers
@@ -116,7 +82,7 @@ def fit_exits(
     apart = _apart(texts, fitted, exits, ridges, axes, manifest)
     exits = _as_served(exits, manifest)
     tested = exits.recorded(states_of(held, manifest))
-    tune, certify = _part(apart, fitted), _part(tested, held)
+    tune, certify = part_of(apart, fitted), part_of(tested, held)
     calibrated = calibrate(tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
     risk = _risk(calibrated, manifest)
     scores = risk.scores(tested)
@@ -149,19 +115,6 @@ def _split(
     if first_new and len(old) > len(new):
         old = np.sort(rng.permutation(old)[: len(new)])
     return records.part(np.sort(np.concatenate([old, new]))[-MAX_FITTED:]), records.part(held)
-
-
-def _thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Thin out rows at random, so that each client's share of them is about its share of the traffic.
-
-    Records over-represent clients whose texts were drawn more often, and those that the reservoir protects.
-    """
-    clients = records.clients[rows]
-    counts = np.bincount(clients, minlength=len(records.names))
-    weights = np.array(records.texts) / np.maximum(counts, 1)  # number of texts that a record stands for
-    known = counts >= MIN_OF_CLIENT
-    most = weights[known].max() if known.any() else np.inf
-    return rows[rng.random(len(rows)) * most <= SLACK * weights[clients]] if np.isfinite(most) else rows
 
 
 def _apart(
@@ -210,11 +163,6 @@ def _as_served(exits: Exits, manifest: Manifest) -> Exits:
     return Exits(exits.pooling, exits.classifiers, spaces, exits.prototypes)
 
 
-def _part(recorded: Recorded, records: Records) -> Part:
-    groups = np.unique(records.keys, return_inverse=True)[1].astype(np.int64)
-    return Part(Samples(recorded, groups), np.ones(len(records), np.bool_))
-
-
 def _risk(calibrated: Calibrated, manifest: Manifest) -> Risk:
     weights: list[tuple[float, ...] | None] = [None] * (manifest.num_layers + 1)
     for row in calibrated.risk:
@@ -241,16 +189,16 @@ def _speedups(
     return last(evidence >= 1 / error), last(differing.mean(0) <= rate)
 
 
-def _evidence(records: Records, recorded: Recorded, scores: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
-    """Yield the evidence of each held-out record, in the form that a server counts."""
+def _evidence(records: Records, recorded: Recorded, scores: NDArray[np.float64]) -> Iterator[HeldOut]:
+    """Yield the evidence of each held-out record."""
     for i, (one, differs) in enumerate(zip(scores, recorded.differs, strict=True)):
-        yield {
-            "client": records.names[records.clients[i]],
-            "key": int(records.keys[i]),
-            "number": int(records.numbers[i]),
-            "scores": [None if np.isnan(score) else float(score) for score in one],
-            "differs": differs.tolist(),
-        }
+        yield HeldOut(
+            records.names[records.clients[i]],
+            int(records.keys[i]),
+            int(records.numbers[i]),
+            [None if np.isnan(score) else float(score) for score in one],
+            differs.tolist(),
+        )
 
 
 def publish(
@@ -287,15 +235,7 @@ def import_records(base: Artifact, files: Sequence[Path], store: Store, name: st
 
     Raises ValueError for unusable files or too few records, and StoreError for a damaged model.
     """
-    found = []
-    for file in files:
-        try:
-            found.append(read(file, MAX_FILE_BYTES))
-            _check(found[-1], base.manifest)
-        except (ValueError, OSError) as error:
-            message = str(error)
-            raise ValueError(message if message.startswith(str(file)) else f"{file}: {message}") from None
-    records = joined(found)
+    records = opened(files, base.manifest)
     fitted = fit_exits(records, base.manifest, 1, rate)
     console.print(
         f"on {len(fitted.evidence)} held-out records the exits allow {fitted.speedup:.2f}× in layers at "
@@ -305,127 +245,44 @@ def import_records(base: Artifact, files: Sequence[Path], store: Store, name: st
     return publish(base, fitted, store, None, len(records), name)
 
 
-def _check(records: Records, manifest: Manifest) -> None:
-    """Raise ValueError if the records are of another model."""
-    records.check(base_of(manifest), manifest.num_layers, manifest.hidden_size, len(manifest.labels))
-
-
-def learn(base: Artifact, records: Records, store: Store, job: "Job") -> dict[str, Any]:
+def learn(base: Artifact, records: Records, store: Store, job: Job) -> Found:
     """Fit exits to records of a model; publish them if they allow a higher speed-up than is served now.
 
-    Whether they are served is up to the server, as it depends on how much each tenant's held-out records prove. Returns
-    the result, as fields of JSON; its path is None if nothing was published. Raises ValueError for too few records or
-    those of another model, and StoreError for a damaged model.
+    Whether they are served is up to the server, as it depends on how much each tenant's held-out records prove. Raises
+    ValueError for too few records or those of another model, and StoreError for a damaged model.
     """
     manifest = base.manifest
-    _check(records, manifest)
+    check(records, manifest)
     started = time.monotonic()
     fitted = fit_exits(records, manifest, job.attempt, job.rate, job.first_new, job.by_client)
     path, is_better = None, fitted.speedup > job.speedup
     if is_better:
-        path = str(publish(base, fitted, store, job.attempt, len(records), version=job.version))
-    return {
-        "path": path,
-        "speedup": round(fitted.speedup, 3),
-        "proved_speedup": round(fitted.proved_speedup, 3),
-        "served_speedup": round(job.speedup, 3),
-        "held_out": len(fitted.evidence),
-        "records": len(records),
-        "seconds": round(time.monotonic() - started, 2),
-        "evidence": fitted.evidence if is_better else [],
-    }
+        path = publish(base, fitted, store, job.attempt, len(records), version=job.version)
+    return Found(
+        path=path,
+        speedup=round(fitted.speedup, 3),
+        proved_speedup=round(fitted.proved_speedup, 3),
+        served_speedup=round(job.speedup, 3),
+        held_out=len(fitted.evidence),
+        records=len(records),
+        seconds=round(time.monotonic() - started, 2),
+        evidence=fitted.evidence if is_better else [],
+    )
 
 
-def exits_of(model: Artifact) -> Exits:
-    """The exits of a learned version; raises StoreError for a damaged model."""
-    manifest = model.manifest
-    classifiers, spaces = [], []
-    for layer in range(manifest.num_layers):
-        weights = check_segment(model, layer, model.read(manifest.segment_files()[layer]))
-        classifiers.append((weights["classifier.weight"].T, weights["classifier.bias"]))
-        if manifest.prototype_layers:
-            spaces.append((weights["space.weight"].T, weights["space.bias"]))
-    return Exits(manifest.pooling, classifiers, spaces, list(unit_prototypes(model).values()))
-
-
-def test(model: Artifact, records: Records, after: int, by_client: bool = False) -> dict[str, Any]:
+def test(model: Artifact, records: Records, after: int, by_client: bool = False) -> Found:
     """Test the exits of a learned version on the records with higher numbers than `after`; returns the evidence.
 
     by_client: see fit_exits. Raises ValueError for records of another model, and StoreError for a damaged model.
     """
-    _check(records, model.manifest)
+    check(records, model.manifest)
     rows = np.arange(len(records))
     if not by_client:
-        rows = _thinned(records, rows, np.random.default_rng([SEED, after]))
+        rows = thinned(records, rows, np.random.default_rng([SEED, after]))
     rows = rows[records.numbers[rows] > after]
     if not len(rows):
-        return {"evidence": []}
+        return Found()
     newer = records.part(rows)
     recorded = exits_of(model).recorded(states_of(newer, model.manifest))
     scores = model.manifest.default_signal.scores(recorded)
-    return {"evidence": list(_evidence(newer, recorded, scores))}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A fit that a server requests, or a test of exits that were fitted before.
-
-    Attributes:
-        base: folder of the model, or of the version to be tested.
-        records: file of records.
-        store: folder of the store for the new version.
-        version: number of the new version.
-        attempt: number of this fit.
-        rate: the promised rate of disagreement.
-        first_new, by_client: see fit_exits.
-        speedup: speed-up in layers that is served now.
-        memory: memory limit, bytes.
-        after: for a test, the highest number of the records that are too old; None for a fit.
-    """
-
-    base: str
-    records: str
-    store: str
-    version: int
-    attempt: int
-    rate: float
-    first_new: int
-    by_client: bool
-    speedup: float
-    memory: int
-    after: int | None = None
-
-
-def child() -> None:
-    """Entry point of a server's child process: its argument is a Job as JSON; prints the result or an error as JSON."""
-    job = Job(**json.loads(sys.argv[1]))
-    _run_at_idle()
-    resource.setrlimit(resource.RLIMIT_DATA, (job.memory, job.memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    console.quiet = True
-    try:
-        base = Path(job.base)
-        artifact = Artifact(base, read_manifest(base))
-        records = read(Path(job.records), MAX_FILE_BYTES)
-        if job.after is None:
-            result = learn(artifact, records, Store(Path(job.store)), job)
-        else:
-            result = test(artifact, records, job.after, job.by_client)
-    except MemoryError:
-        result = {"error": f"it needs more than {job.memory // 2**20} MiB"}
-    except (ValueError, OSError) as error:
-        result = {"error": printable(str(error))[:500]}
-    print(json.dumps(result))
-
-
-def _run_at_idle() -> None:
-    """Run at a low priority, which still gets a small share of a processor that is never idle.
-
-    The server lowers it further once processors are idle.
-    """
-    with suppress(OSError, AttributeError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    os.nice(19)
-    with suppress(OSError):  # if memory runs out, the kernel should kill this process, not the server
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    return Found(evidence=list(_evidence(newer, recorded, scores)))

@@ -1,10 +1,12 @@
-"""Recalibration of an artifact on other samples or audits: a new signal, τ and guarantees for the same model."""
+"""Recalibration of an artifact on other samples or records: a new signal, τ and guarantees for the same model."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from de3.export import audited
+import numpy as np
+
+from de3.export import records
 from de3.export.calibrate import Calibrated, Part, calibrate
 from de3.export.record import record
 from de3.model_store.manifest import Manifest
@@ -12,6 +14,9 @@ from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
 from de3.training.data import check_apart, check_input, load_examples
 from de3.training.progress import warn
+
+MIN_TEXTS = 500  # distinct, as for de3 import: fewer certify hardly any τ
+SEED = 0
 
 
 def recalibrate(
@@ -49,11 +54,26 @@ def recalibrate(
     return _publish(artifact, store, calibrate(parts[0], parts[1], max_loss, signal))
 
 
-def recalibrate_on_audits(
+def recalibrate_on_records(
     artifact: Artifact, store: Store, files: Sequence[Path], max_loss: float, signal: str = "auto"
 ) -> Path:
-    """As `recalibrate`, on the audits of live traffic in a server's logs, labelled with full depth's answers."""
-    tune, certify = audited.parts(artifact, files)
+    """As `recalibrate`, on records of live traffic: the artifact's exits run on their states.
+
+    The answers of full depth count as correct. Equal texts form a group; one half of the groups is to tune on, the
+    other to certify. Raises ValueError for unusable files and too few texts.
+    """
+    exits = records.exits_of(artifact)
+    found = records.opened(files, artifact.manifest)
+    rng = np.random.default_rng(SEED)
+    found = found.part(records.thinned(found, np.arange(len(found)), rng))
+    whole = records.part_of(exits.recorded(records.states_of(found, artifact.manifest)), found)
+    count = whole.samples.num_groups
+    if count < MIN_TEXTS:
+        raise ValueError(
+            f"{count} different texts are too few to calibrate on: at least {MIN_TEXTS} are needed"
+        )
+    in_tune = (rng.permutation(count) < count // 2)[whole.samples.groups]
+    tune, certify = (Part(whole.samples.rows(rows), whole.is_whole[rows]) for rows in (in_tune, ~in_tune))
     _warn_of_full_depth(artifact)
     return _publish(artifact, store, calibrate(tune, certify, max_loss, signal, self_labelled=True))
 

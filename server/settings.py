@@ -226,16 +226,8 @@ class Settings(BaseModel):
     )
     state_dir: Annotated[Path | None, AUDITS] = Field(
         None,
-        description="Folder in which audit results, and with --learn records and learned versions, are kept across "
-        "restarts; each replica needs its own. Default: they are not kept.",
-    )
-    log_audits: Annotated[Path | None, AUDITS] = Field(
-        None,
-        description="File in which the outputs of every exit are logged for each audited text, without the text; for "
-        "de3 calibrate --from-audits. It is rotated at 100 MB; the previous file is kept as FILE.1.",
-    )
-    log_audit_texts: Annotated[bool, AUDITS] = Field(
-        False, description="Also log the audited texts in the file of --log-audits. They are user data."
+        description="Folder in which audit results, with --learn or --audit-share records of audited texts, and with "
+        "--learn learned versions are kept across restarts; each replica needs its own. Default: they are not kept.",
     )
     learn: Annotated[bool, LEARN] = Field(
         False,
@@ -311,10 +303,6 @@ class Settings(BaseModel):
                 raise ValueError("guarantee: needs audits, and audit_share is 0")
         if self.learn and self.guarantee is None:
             raise ValueError("learn: needs guarantee, which decides how early its exits may answer")
-        if self.log_audits is not None and not self.share_of_audits:
-            raise ValueError("log_audits: there are no audits; give audit_share or guarantee")
-        if self.log_audit_texts and self.log_audits is None:
-            raise ValueError("log_audit_texts: is only valid with log_audits, which is not set")
         return self
 
     @property
@@ -328,6 +316,11 @@ class Settings(BaseModel):
         if self.audit_share is None:
             return GUARANTEE_SHARE if self.guarantee is not None else 0.0
         return self.audit_share
+
+    @property
+    def keeps_records(self) -> bool:
+        """True if audited texts are recorded, as numbers: for learning, or for de3 calibrate and de3 import."""
+        return self.learn or (bool(self.audit_share) and self.state_dir is not None)
 
     @property
     def options(self) -> ExitOptions:

@@ -35,7 +35,7 @@ class Shared(Protocol):
 
     @property
     def books(self) -> Books:
-        """The ledgers of audits, and the audit log."""
+        """The ledgers of audits."""
 
     @property
     def leases(self) -> Leases | None:

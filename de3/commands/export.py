@@ -92,11 +92,11 @@ def calibrate(
         Path | None,
         typer.Option(help="Other samples, for the reported numbers and the guarantees.", show_default=False),
     ] = None,
-    from_audits: Annotated[
+    records: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Instead of samples: a log of de3 serve --log-audits with audits of this version; repeat the "
-            "option for more logs, such as FILE.1.",
+            help="Instead of samples: records of live traffic, from the state folders of servers with --audit-share or "
+            "--learn (learned/NAME.records); repeat for several replicas.",
             show_default=False,
         ),
     ] = None,
@@ -104,7 +104,7 @@ def calibrate(
     max_loss: Annotated[
         float,
         typer.Option(
-            help="Accuracy that the default τ may lose against full depth, in percentage points; with --from-audits: "
+            help="Accuracy that the default τ may lose against full depth, in percentage points; with --records: "
             "agreement with full depth.",
         ),
     ] = 1.0,
@@ -112,24 +112,24 @@ def calibrate(
 ) -> None:
     """Recalibrate a model, for example on your own traffic: its next version gets a new signal, τ and guarantees.
 
-    A model that was exported without the risk signal gets it. --from-audits needs no labels and runs no texts: the
+    A model that was exported without the risk signal gets it. --records needs no labels and runs no texts: the
     answers of full depth count as correct.
 
     Example: de3 calibrate sst2 --tune tune.jsonl --certify certify.jsonl
     """
-    if from_audits and (tune is not None or certify is not None):
+    if records and (tune is not None or certify is not None):
         raise ValueError(
-            "--from-audits cannot be combined with --tune or --certify: audits are split into both sets"
+            "--records cannot be combined with --tune or --certify: they are split into both sets"
         )
-    from de3.export.recalibrate import recalibrate, recalibrate_on_audits
+    from de3.export.recalibrate import recalibrate, recalibrate_on_records
     from de3.model_store.store import Store
 
     models = Store(store)
-    if from_audits:
-        path = recalibrate_on_audits(models.open(model), models, from_audits, max_loss / 100, signal)
+    if records:
+        path = recalibrate_on_records(models.open(model), models, records, max_loss / 100, signal)
     else:
         if tune is None or certify is None:
             missing = "--tune" if tune is None else "--certify"
-            raise ValueError(f"{missing} is required, or --from-audits")
+            raise ValueError(f"{missing} is required, or --records")
         path = recalibrate(models.open(model), models, tune, certify, max_loss / 100, signal)
     say(f"published {path}. Next: {next_serve(store, path.parent.name)}")

@@ -107,7 +107,7 @@ def build(arguments: dict[str, str]) -> serve.Application:
     Settings.model_validate(settings)  # report errors in the terminal of `serve run`
     settings.setdefault("store", "models")
     # Replicas have another working directory, so paths must be absolute.
-    for name in ("store", "api_keys_file", "admin_keys_file", "state_dir", "log_audits"):
+    for name in ("store", "api_keys_file", "admin_keys_file", "state_dir"):
         if name in settings:
             settings[name] = str(Path(settings[name]).absolute())
     deployment = De3.options(  # type: ignore[attr-defined]  # the decorator is untyped

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.promise import Profiles, Promise, error_of, profiles
 from de3.export.classifier import Stock, convert
-from de3.export.learn import fit_exits, states_of
+from de3.export.learn import fit_exits
+from de3.export.records import states_of
 from de3.model_store.manifest import Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records

@@ -20,12 +20,10 @@ import numpy as np
 
 from de3.exits.reading import Reading, differs
 from de3.model_store.segments import Array, Tokens
-from de3.server.audit.log import line_of
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
 from de3.server.engine.audit import Audit
 from de3.server.engine.job import Job
-from de3.server.engine.request import Text
 from de3.server.engine.served import Served
 from de3.server.learn.record import Record
 from de3.server.networks import network_hash
@@ -144,17 +142,15 @@ class Auditor:
         settings: Settings,
         submit: Callable[[Sequence[Audit]], None],
         count: Count,
-        write: Callable[[str], None] | None = None,
         is_behind: Callable[[], bool] = lambda: False,
         learn: Callable[[Record], None] | None = None,
         traffic: Traffic | None = None,
     ) -> None:
-        """submit: enqueues audits. count: counts settled texts. write: writes a line of the audit log; None: there is
-        no log. is_behind: see Books. learn: keeps a record of each audited text. traffic: the traffic of the model's
-        name. learn and traffic are None if the server does not learn."""
+        """submit: enqueues audits. count: counts settled texts. is_behind: see Books. learn: keeps a record of each
+        audited text; None: there are no records. traffic: the traffic of the model's name; None if the server does not
+        learn."""
         self._is_behind, self._learn, self._traffic = is_behind, learn, traffic
-        self._submit, self._count_settled, self._write = submit, count, write
-        self._logs_texts = settings.log_audit_texts
+        self._submit, self._count_settled = submit, count
         self._random = random.Random()
         self._epoch = 0  # of tenants that have sent no texts
         self._num_changes = 0
@@ -278,10 +274,10 @@ class Auditor:
                 entry = self._open(tenant, Settled(name, tenant.epoch, share), is_pending)
             if is_pending:
                 entry.key = key
-                self._enqueue(tenant, entry, client, tokens, outcome.reading, item.text)
+                self._enqueue(tenant, entry, client, tokens, outcome.reading)
             elif is_drawn:
                 tenant.pending -= needs_audit
-                self._conclude(entry.settled, key, outcome.reading, outcome.passed, outcome.tokens, item.text)
+                self._conclude(entry.settled, key, outcome.reading, outcome.passed)
                 self._record(client, share, tokens, item.progress.states, outcome.passed[-1])
             else:
                 entry.settled.skip(key)
@@ -299,16 +295,12 @@ class Auditor:
         tenant.entries.append(_Entry(settled, is_pending))
         return tenant.entries[-1]
 
-    def _enqueue(
-        self, tenant: _Tenant, entry: _Entry, client: str, tokens: Tokens, answer: Reading, text: Text
-    ) -> None:
+    def _enqueue(self, tenant: _Tenant, entry: _Entry, client: str, tokens: Tokens, answer: Reading) -> None:
         """Schedule the audit of a text. Audits are submitted together after TICK_S, so that answers are sent first."""
-        # The audit needs only the tokens, so large texts are not kept.
-        logged = text if self._write is not None and self._logs_texts else None
         rule = self.served.rules.default.rule
 
         def done(audit: Audit) -> None:
-            self._done(audit, tenant, entry, client, answer, logged)
+            self._done(audit, tenant, entry, client, answer)
 
         if not self._fresh:
             asyncio.get_running_loop().call_later(TICK_S, self._submit_fresh)
@@ -326,7 +318,6 @@ class Auditor:
         entry: _Entry,
         client: str,
         answer: Reading,
-        text: Text | None,
     ) -> None:
         tenant.pending -= 1
         entry.is_pending = False  # first, so that no error below blocks the later entries
@@ -342,7 +333,7 @@ class Auditor:
             self._count(entry.settled, entry.key, scores, differing, True)
         else:
             self.seconds += audit.model_s
-            self._conclude(entry.settled, entry.key, answer, audit.passed, len(audit.tokens), text)
+            self._conclude(entry.settled, entry.key, answer, audit.passed)
             if entry.settled.epoch == tenant.epoch:  # else it is a text from before a change
                 self._record(client, entry.settled.share, audit.tokens, audit.states, audit.passed[-1])
         self._settle(tenant)
@@ -353,8 +344,6 @@ class Auditor:
         key: int | None,
         answer: Reading,
         passed: list[Reading],
-        tokens: int,
-        text: Text | None,
     ) -> None:
         """Record the audit of a text that passed every exit and was answered with `answer`."""
         tolerance = self.served.model.manifest.tolerance
@@ -362,14 +351,9 @@ class Auditor:
         differing = [differs(reading.answer, last.answer, tolerance) for reading in passed]
         served_differs = differs(answer.answer, last.answer, tolerance)
         self._count(settled, key, self._scores(passed), differing, served_differs)
-        if self._write is not None:
-            logged = text if self._logs_texts else None
-            line = line_of(self.served, settled.share, passed, tokens, logged)
-            if line is not None:
-                self._write(line)
 
     def _record(self, client: str, share: float, tokens: Tokens, states: Array | None, last: Reading) -> None:
-        """Keep a record of a text that ran to full depth, if the server learns and all values are finite."""
+        """Keep a record of a text that ran to full depth, if there are records and all values are finite."""
         if self._learn is None or states is None:
             return
         logits = np.array(last.logits, np.float32)

@@ -34,9 +34,6 @@ class Books(Protocol):
     def is_behind(self) -> bool:
         """True while the ledgers cannot count as fast as texts are settled; no texts are drawn then."""
 
-    def write(self, line: str) -> None:
-        """Write a line of the audit log."""
-
     async def report(self, served: Served, live: Live, reader: str | None) -> dict[str, Any]:
         """The audit results of a model; see report.report.
 
@@ -83,10 +80,10 @@ class Audits:
             def learn(record: Record) -> None:
                 self._books.learn(name, record)
 
-            write = None if self._settings.log_audits is None else self._books.write
             auditor = self._by_model[name] = Auditor(
-                *(served, self._settings, self._submit, count, write, lambda: self._books.is_behind),
-                *((learn, self._traffic_of(served)) if self._settings.learn else ()),
+                *(served, self._settings, self._submit, count, lambda: self._books.is_behind),
+                learn if self._settings.keeps_records else None,
+                self._traffic_of(served) if self._settings.learn else None,
             )
         auditor.serve(served, self._books.serve(served))
 

@@ -1,4 +1,4 @@
-"""The ledgers and the audit log of a server of one process."""
+"""The ledgers of a server of one process."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -7,7 +7,6 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
 from de3.server.audit.ledger import tau_row
 from de3.server.audit.ledgers import Ledgers
-from de3.server.audit.log import AuditLog
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
 from de3.server.engine.served import Served
@@ -22,7 +21,7 @@ class LocalBooks:
 
     Attributes:
         ledgers: the ledgers of all served models.
-        learners: the learners of all served models; None unless the server learns.
+        learners: the learners of all served models; None without records.
     """
 
     is_behind = False
@@ -37,12 +36,11 @@ class LocalBooks:
         """in_force: returns the present choice for requests without options; load may change it. publish: see Ledgers.
         change: see Learners.
 
-        Raises ValueError if state_dir or log_audits cannot be used, or a package that learning needs is not installed.
+        Raises ValueError if state_dir cannot be used, or a package that learning needs is not installed.
         """
         self._in_force = in_force
         self.ledgers = Ledgers(settings, publish)
-        self.learners = Learners(settings, self.ledgers, change) if settings.learn else None
-        self._log = None if settings.log_audits is None else AuditLog(settings.log_audits)
+        self.learners = Learners(settings, self.ledgers, change) if settings.keeps_records else None
 
     def serve(self, served: Served) -> Standing:
         """Start counting for a model, or continue; returns the standing of its ledger."""
@@ -58,11 +56,6 @@ class LocalBooks:
     def count(self, name: str, settled: Sequence[Settled]) -> None:
         """Count settled texts of a model; see Ledger.count."""
         self.ledgers.count(name, settled)
-
-    def write(self, line: str) -> None:
-        """Write a line of the audit log."""
-        if self._log is not None:
-            self._log.write(line)
 
     async def report(self, served: Served, live: Live, reader: str | None) -> dict[str, Any]:
         """The audit results of a model; see report.report."""
@@ -99,5 +92,3 @@ class LocalBooks:
         if self.learners is not None:
             self.learners.stop()
         self.ledgers.stop()
-        if self._log is not None:
-            self._log.close()

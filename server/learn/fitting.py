@@ -8,14 +8,14 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from de3.server.background import keep_running
 from de3.server.child import program_of
+from de3.server.learn.job import Found, Job
 
 log = logging.getLogger("de3")
 # At a low priority from the start: the imports take half a second of processor time.
-PROGRAM = "import os; os.nice(19); from de3.export.learn import child; child()"
+PROGRAM = "import os; os.nice(19); from de3.export.fit_process import child; child()"
 TIMEOUT_S = 86_400.0  # long, as a server that is always busy leaves a fit little time
 MAX_OUTPUT = 2**25
 # Even at the lowest priority a fit slows others down: it displaces their data from the caches, and uses up a CPU quota.
@@ -39,14 +39,11 @@ def memory_limit(model_bytes: int, record_bytes: int) -> int:
     return MEMORY_BYTES + COPIES * (model_bytes + record_bytes)
 
 
-async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
-    """Run a fit; returns the result of de3.export.learn.learn. job: the fields of a de3.export.learn.Job.
-
-    Raises FitError if the fit fails or exceeds a limit.
-    """
+async def run_fit(job: Job) -> Found:
+    """Run a fit, or a test of a version; raises FitError if it fails or exceeds a limit."""
     # -P: import no modules from the working directory. The job is an argument, as the process may end before it reads.
     code = program_of("print(flush=True)\n" + PROGRAM)
-    arguments = ("-P", "-X", "utf8", "-c", code, json.dumps(job))
+    arguments = ("-P", "-X", "utf8", "-c", code, job.model_dump_json())
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -80,13 +77,14 @@ async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
     if process.returncode == -signal.SIGKILL:
         raise FitError("its process was killed, probably for lack of memory")
     try:
-        result = json.loads(output.splitlines()[-1])
+        last_line = output.splitlines()[-1]
+        result = json.loads(last_line)
     except (ValueError, IndexError):
         last = errors.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
         raise FitError(f"its process ended with {process.returncode}: {last[0][:300]}") from None
     if "error" in result:
         raise FitError(str(result["error"]))
-    return dict(result)
+    return Found.model_validate_json(last_line)
 
 
 async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from de3.model_store.manifest import base_of
 from de3.model_store.records import Records
 from de3.model_store.store import Artifact
+from de3.server.learn.job import Found
 from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, MAX_VOID, LearnFolder, Outcome, Result
 from de3.server.learn.record import HeldOut, Record
 from de3.server.learn.reservoir import Reservoir
@@ -56,7 +57,7 @@ class Waiting:
     Attributes:
         artifact: the version.
         current: the version that was current at the fit.
-        found: the result of the fit; see run_fit.
+        found: the result of the fit.
         attempt: number of the fit.
         rows: the held-out texts that test its exits.
         keys: hashes of the texts that were recorded at the fit; a repeat of one of them proves nothing for the version.
@@ -66,7 +67,7 @@ class Waiting:
 
     artifact: Artifact
     current: int
-    found: dict[str, Any]
+    found: Found
     attempt: int
     rows: list[HeldOut]
     keys: set[int]
@@ -296,9 +297,9 @@ def sentence(result: Result) -> str:
 
 
 def result_of(
-    attempt: int, found: dict[str, Any], outcome: Outcome = "not_faster", version: int | None = None
+    attempt: int, found: Found, outcome: Outcome = "not_faster", version: int | None = None
 ) -> Result:
-    """The result of a fit that ran. found: see run_fit. version: number of the new version, if there is one."""
+    """The result of a fit that ran. version: number of the new version, if there is one."""
     names = ("records", "held_out", "speedup", "proved_speedup", "served_speedup", "seconds")
-    numbers = {name: found[name] for name in names}
+    numbers = {name: getattr(found, name) for name in names}
     return Result(at=time.time(), attempt=attempt, outcome=outcome, version=version, **numbers)

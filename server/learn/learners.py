@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from de3.model_store.store import Artifact, StoreError
 from de3.server.background import keep_running, report, run_once
 from de3.server.errors import RequestError
 from de3.server.learn.fitting import FitError, memory_limit, run_fit
+from de3.server.learn.job import Job
 from de3.server.learn.journal import LEARNED_FROM, LearnFolder, Result
 from de3.server.learn.learner import MIN_RECORDS, Changes, InService, Learner, Waiting, result_of, sentence
 from de3.server.learn.record import HeldOut, Record
@@ -68,7 +70,8 @@ class Learners:
         """
         if settings.state_dir is None:
             raise ValueError("learn: needs state_dir here, a folder for the learned versions")
-        check_can_fit()
+        if settings.learn:
+            check_can_fit()
         self._settings, self._ledgers, self._change = settings, ledgers, change
         self._folder = LearnFolder(settings.state_dir)
         try:
@@ -163,7 +166,7 @@ class Learners:
                 await asyncio.to_thread(self._logged, learner, learner.save_journal)
             elif learner.needs_saving:
                 await self._save_aside(learner)
-        if self._fitting is not None and not self._fitting.done():
+        if not self._settings.learn or (self._fitting is not None and not self._fitting.done()):
             return
         due = next((one for one in self.all if one.is_due and one.count >= MIN_RECORDS), None)
         tested = next((one for one in self.all if one.is_test_due), None)
@@ -234,11 +237,10 @@ class Learners:
         # Saved before the fit, so that no attempt number is used twice after a crash.
         await self._save_aside(learner, must=True)
         found = await run_fit(self._job(learner, rival, attempt, version))
-        if found["path"] is None:
+        if found.path is None:
             return result_of(attempt, found)
         artifact = await asyncio.to_thread(self._folder.store.open, f"{learner.name}:{version}")
-        rows = [HeldOut(**row) for row in found.pop("evidence")]
-        waiting = Waiting(artifact, current, found, attempt, rows, keys, after, count)
+        waiting = Waiting(artifact, current, found, attempt, found.evidence, keys, after, count)
         return await self._serve_if_faster(learner, waiting, first_new)
 
     async def _try_again(self, learner: Learner, waiting: Waiting) -> Result:
@@ -249,9 +251,9 @@ class Learners:
         await self._save_aside(learner, must=True)
         rival = await asyncio.to_thread(self._rival, learner)
         job = self._job(learner, rival, waiting.attempt, manifest.version)
-        job |= {"base": str(waiting.artifact.path.absolute()), "after": waiting.after}
-        found = await run_fit(job)
-        newer = [HeldOut(**row, is_repeat=row["key"] in waiting.keys) for row in found["evidence"]]
+        test = job.model_copy(update={"base": waiting.artifact.path.absolute(), "after": waiting.after})
+        found = await run_fit(test)
+        newer = [replace(row, is_repeat=row.key in waiting.keys) for row in found.evidence]
         newer = [row for row in newer if not row.is_repeat or any(row.differs)]
         waiting.rows, waiting.after = [*waiting.rows, *newer], after
         return await self._serve_if_faster(learner, waiting, first_new)
@@ -274,11 +276,8 @@ class Learners:
         manifest = waiting.artifact.manifest
         waiting.rows = [row for row in waiting.rows if learner.may_prove(row)]
         speedup = await asyncio.to_thread(self._ledgers.start_speedup, manifest, waiting.rows, current)
-        waiting.found |= {
-            "held_out": len(waiting.rows),
-            "proved_speedup": round(speedup, 3),
-            "served_speedup": round(rival.speedup, 3),
-        }
+        measured = {"proved_speedup": round(speedup, 3), "served_speedup": round(rival.speedup, 3)}
+        waiting.found = waiting.found.model_copy(update={"held_out": len(waiting.rows), **measured})
         if speedup < MIN_GAIN * rival.speedup:
             learner.wait_for_tests(waiting)
             if learner.waiting is None:
@@ -292,21 +291,22 @@ class Learners:
         learner.journal.latest = manifest.version
         return result_of(waiting.attempt, waiting.found, "served", manifest.version)
 
-    def _job(self, learner: Learner, rival: InService, attempt: int, version: int) -> dict[str, Any]:
+    def _job(self, learner: Learner, rival: InService, attempt: int, version: int) -> Job:
+        assert self._settings.guarantee is not None  # which the setting learn needs
         records = self._folder.records_path(learner.name, learner.base)
         served = self._served.get(f"{learner.name}:{rival.version}", learner.artifact)
-        return {
-            "base": str(served.path.absolute()),
-            "records": str(records.absolute()),
-            "store": str(self._folder.store.path.absolute()),
-            "version": version,
-            "attempt": attempt,
-            "rate": self._settings.guarantee,
-            "first_new": learner.journal.first_new,
-            "by_client": self._settings.has_keys,
-            "speedup": rival.speedup,
-            "memory": memory_limit(served.size(), records.stat().st_size),
-        }
+        return Job(
+            base=served.path.absolute(),
+            records=records.absolute(),
+            store=self._folder.store.path.absolute(),
+            version=version,
+            attempt=attempt,
+            rate=self._settings.guarantee,
+            first_new=learner.journal.first_new,
+            by_client=self._settings.has_keys,
+            speedup=rival.speedup,
+            memory=memory_limit(served.size(), records.stat().st_size),
+        )
 
     async def _serve(self, learner: Learner, version: int) -> None:
         """Load a learned version in every process; raises RequestError if it cannot be loaded."""

@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 from de3.model_store.manifest import Manifest, fingerprint
 from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.audit.ledgers import Ledgers
-from de3.server.audit.log import AuditLog
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
 from de3.server.errors import RequestError
@@ -21,11 +20,11 @@ from de3.server.settings import Settings
 
 
 class SharedBooks:
-    """The ledgers, learners and audit log that all processes share.
+    """The ledgers and learners that all processes share.
 
     Attributes:
         ledgers: the ledgers of all served models.
-        learners: the learners of all served models; None unless the server learns.
+        learners: the learners of all served models; None without records.
     """
 
     def __init__(
@@ -36,13 +35,11 @@ class SharedBooks:
     ) -> None:
         """change: see Learners.
 
-        Raises ValueError if state_dir cannot be used, log_audits cannot be written, or a package that learning needs is
-        not installed.
+        Raises ValueError if state_dir cannot be used, or a package that learning needs is not installed.
         """
         self._group = group
         self.ledgers = Ledgers(settings, self._publish)
-        self.learners = Learners(settings, self.ledgers, change) if settings.learn else None
-        self._log = None if settings.log_audits is None else AuditLog(settings.log_audits)
+        self.learners = Learners(settings, self.ledgers, change) if settings.keeps_records else None
         self._reporting: WeakKeyDictionary[Ledger, dict[str | None, SharedRun[dict[str, Any]]]]
         self._reporting = WeakKeyDictionary()  # by reader
 
@@ -74,11 +71,6 @@ class SharedBooks:
         self.ledgers.start()
         if self.learners is not None:
             self.learners.start()
-
-    def write(self, line: str) -> None:
-        """Write a line of the audit log, if there is one."""
-        if self._log is not None:
-            self._log.write(line)
 
     def _ledger(self, name: str) -> Ledger:
         ledger = self.ledgers.get(name)
@@ -121,5 +113,3 @@ class SharedBooks:
         if self.learners is not None:
             self.learners.stop()
         self.ledgers.stop()
-        if self._log is not None:
-            self._log.close()

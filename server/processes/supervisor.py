@@ -261,7 +261,6 @@ class Supervisor:
             "lease": self._lease,
             "charge": self._charge,
             "count": self._books.count,
-            "audit_line": self._books.write,
             "records": self._books.learn,
             "learning": self._books.learning,
             "report": self._books.report,

@@ -300,10 +300,6 @@ class Worker:
         answer: dict[str, Any] = await self.channel.call("learning", name, starts)
         return answer
 
-    def write(self, line: str) -> None:
-        """Write a line of the audit log."""
-        self.channel.tell("audit_line", line)
-
     async def report(self, served: Served, live: Live, reader: str | None) -> dict[str, Any]:
         """The audit results of a model; raises RequestError as SharedBooks.report does."""
         level = self.service.admission.level

@@ -1,0 +1,103 @@
+"""Records of live traffic, as texts to which exits are fitted or on which they are tested."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from de3.exits.calibration import Samples
+from de3.exits.recorded import Recorded
+from de3.export.calibrate import Part
+from de3.export.fit import Exits
+from de3.export.states import States
+from de3.model_store.manifest import Manifest, base_of
+from de3.model_store.model import check_segment, unit_prototypes
+from de3.model_store.records import MAX_FILE_BYTES, Records, joined, read
+from de3.model_store.store import Artifact
+
+SLACK = 1.25  # over-representation of a client up to this factor is not corrected: it may be chance
+MIN_OF_CLIENT = 30  # records of a client that make its weight reliable
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedStates(States):
+    """The states of records, in memory; they are always mean-pooled.
+
+    Attributes:
+        states: (texts, num_layers, hidden) float16.
+    """
+
+    states: NDArray[np.float16]
+
+    def pooled(self, pooling: str, layer: int) -> NDArray[np.float32]:
+        """The pooled states of a layer, (n, hidden)."""
+        values = self.states[:, layer] if self.rows is None else self.states[self.rows, layer]
+        return values.astype(np.float32)
+
+
+def states_of(records: Records, manifest: Manifest) -> States:
+    """The states of records of a model."""
+    limits = manifest.label_thresholds
+    thresholds = None if limits is None else np.array(limits.logits)
+    return RecordedStates([], records.logits, thresholds, manifest.tolerance, states=records.states)
+
+
+def opened(files: Sequence[Path], manifest: Manifest) -> Records:
+    """The records of one or more servers of a model; raises ValueError for unusable files."""
+    found = []
+    for file in files:
+        try:
+            found.append(read(file, MAX_FILE_BYTES))
+            check(found[-1], manifest)
+        except (ValueError, OSError) as error:
+            message = str(error)
+            raise ValueError(message if message.startswith(str(file)) else f"{file}: {message}") from None
+    return joined(found)
+
+
+def check(records: Records, manifest: Manifest) -> None:
+    """Raise ValueError if the records are of another model."""
+    records.check(base_of(manifest), manifest.num_layers, manifest.hidden_size, len(manifest.labels))
+
+
+def thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Thin out rows at random, so that each client's share of them is about its share of the traffic.
+
+    Records over-represent clients whose texts were drawn more often, and those that the reservoir protects.
+    """
+    clients = records.clients[rows]
+    counts = np.bincount(clients, minlength=len(records.names))
+    weights = np.array(records.texts) / np.maximum(counts, 1)  # number of texts that a record stands for
+    known = counts >= MIN_OF_CLIENT
+    most = weights[known].max() if known.any() else np.inf
+    return rows[rng.random(len(rows)) * most <= SLACK * weights[clients]] if np.isfinite(most) else rows
+
+
+def part_of(recorded: Recorded, records: Records) -> Part:
+    """The recorded outputs of records, all of them whole texts; equal texts form a group."""
+    groups = np.unique(records.keys, return_inverse=True)[1].astype(np.int64)
+    return Part(Samples(recorded, groups), np.ones(len(records), np.bool_))
+
+
+def exits_of(model: Artifact) -> Exits:
+    """The exits of a model, to run on records.
+
+    Raises ValueError if it has no exits of the form that is fitted to records, and StoreError for a damaged model.
+    """
+    manifest = model.manifest
+    layers = list(range(manifest.num_layers))
+    has_all = manifest.exit_layers == [*layers, manifest.num_layers]
+    if manifest.pooling != "mean" or not has_all or manifest.prototype_layers not in ([], layers):
+        raise ValueError(
+            f"{model.full_name}: records hold the mean of a text's tokens after each layer, and its exits do not take "
+            f"these: pooling {manifest.pooling}, exits at {manifest.exit_layers}"
+        )
+    classifiers, spaces = [], []
+    for layer in range(manifest.num_layers):
+        weights = check_segment(model, layer, model.read(manifest.segment_files()[layer]))
+        classifiers.append((weights["classifier.weight"].T, weights["classifier.bias"]))
+        if manifest.prototype_layers:
+            spaces.append((weights["space.weight"].T, weights["space.bias"]))
+    return Exits(manifest.pooling, classifiers, spaces, list(unit_prototypes(model).values()))
