@@ -28,6 +28,7 @@ import orjson
 
 from de3.client import Input, Row
 from de3.columns import AnswerColumns, Answers
+from de3.model_store.architecture import precision_of
 from de3.model_store.manifest import Manifest, fingerprint
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError, read_manifest
 from de3.native.network import Memory
@@ -108,8 +109,7 @@ def load(
 
 def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
     """The artifact with a name, as `load` looks it up; raises ValueError if it cannot be found or used."""
-    if quantize not in ("int8", "none"):
-        raise ValueError(f"quantize: must be int8 or none, got {quantize!r}")
+    precision = precision_of(quantize, "quantize:")
     try:
         stored = set(Store(store).versions())
     except NoModelsError:
@@ -120,7 +120,7 @@ def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
         return Artifact(Path(name).absolute(), read_manifest(Path(name)))
     from de3.export import cache
 
-    return cache.artifact_of(name, "int8" if quantize == "int8" else "fp32", cache.cache_folder())
+    return cache.artifact_of(name, precision, cache.cache_folder())
 
 
 class Classifier:

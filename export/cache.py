@@ -12,8 +12,9 @@ from tempfile import mkdtemp
 
 from filelock import FileLock, Timeout
 
-from de3.export.classifier import FILES, Precision, Stock, convert
+from de3.export.classifier import FILES, Stock, convert
 from de3.export.hub import fetch, is_folder
+from de3.model_store.architecture import Precision
 from de3.model_store.manifest import SCHEMA_VERSION
 from de3.model_store.printable import printable
 from de3.model_store.store import Artifact, Store, StoreError

@@ -17,13 +17,12 @@ from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import build, weights
 from de3.export.vocabulary import tokenizer_of
 from de3.export.weights import INDEX, SHARDS, WEIGHTS, StateFile
-from de3.model_store.architecture import Architecture, Head
+from de3.model_store.architecture import Architecture, Head, Precision
 from de3.model_store.families import family_named
 from de3.model_store.families.encoder import Config, Encoder, StockHead
 from de3.model_store.sizes import check_sizes, read_config
 from de3.model_store.store import MAX_FILE_BYTES, Store
 
-Precision = Literal["fp32", "int8"]
 CONFIG = "config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCABULARIES = (("vocab.txt",), ("vocab.json", "merges.txt"))  # alternatives to tokenizer.json

@@ -13,10 +13,10 @@ from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule, exit_index
 from de3.export.build import manifest_of
 from de3.export.calibrate import CHOICES, Part, calibrate
-from de3.export.classifier import Precision
 from de3.export.errors import ExportError
 from de3.export.record import record
 from de3.export.trained import Trained
+from de3.model_store.architecture import Precision, precision_of
 from de3.model_store.manifest import NAME, Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
@@ -47,8 +47,7 @@ class ExportSettings:
     signal: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.quantize not in ("int8", "none"):
-            raise ValueError(f"--quantize must be int8 or none, got {self.quantize!r}")
+        _ = self.precision
         if not NAME.fullmatch(self.name):
             raise ValueError(
                 "--name must have at most 64 lower-case letters, digits, dots, dashes and underscores, got "
@@ -56,6 +55,11 @@ class ExportSettings:
             )
         if self.signal not in CHOICES:
             raise ValueError(f"--signal must be one of {', '.join(CHOICES)}, got {self.signal!r}")
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of the artifact; raises ValueError for another `quantize`."""
+        return precision_of(self.quantize)
 
 
 def export(
@@ -84,11 +88,11 @@ def export(
         )
     from de3.export.parity import parity
 
-    int8 = settings.quantize == "int8"
     trained = Trained(opened)
     with store.new_version(settings.name) as draft, store.new_version(settings.name) as reference:
-        exported = write(trained, "int8" if int8 else "fp32", draft, settings.name)
-        plain = write(trained, "fp32", reference, settings.name) if int8 else exported
+        exported = write(trained, settings.precision, draft, settings.name)
+        is_int8 = settings.precision == "int8"
+        plain = write(trained, "fp32", reference, settings.name) if is_int8 else exported
         proof = {"parity": parity(opened, plain, certify)}
         return certified(draft, exported, plain, tune, certify, settings, proof)
 

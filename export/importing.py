@@ -12,10 +12,11 @@ import numpy as np
 from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import fit, states
 from de3.export.build import final_norm
-from de3.export.classifier import Precision, Stock, convert
+from de3.export.classifier import Stock, convert
 from de3.export.exporter import ExportSettings, certified
 from de3.export.publish import write_exits
 from de3.export.states import States
+from de3.model_store.architecture import Precision
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
 from de3.tables import Text, labels_in
@@ -118,7 +119,7 @@ def import_classifier(
         return Model(Artifact(draft.path, manifest), "onnxruntime")
 
     with store.new_version(exporting.name) as draft, store.new_version(exporting.name) as other:
-        is_int8 = exporting.quantize == "int8"
+        is_int8 = exporting.precision == "int8"
         model = written(quantized if is_int8 else reference, draft)
         plain = written(reference, other) if is_int8 else model
         path = certified(draft, model, plain, tune, certify, exporting, {}, not settings.labelled)

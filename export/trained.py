@@ -10,9 +10,9 @@ from safetensors.numpy import save as save_tensors
 from tokenizers import Tokenizer
 
 from de3.export import build, weights
-from de3.export.classifier import TOKENIZER_CONFIG, Precision
+from de3.export.classifier import TOKENIZER_CONFIG
 from de3.export.weights import StateFile
-from de3.model_store.architecture import Architecture
+from de3.model_store.architecture import Architecture, Precision
 from de3.model_store.sizes import read_config
 from de3.training.checkpoint import Checkpoint
 

@@ -8,6 +8,7 @@ from de3.model_store.families import AnyEncoder
 from de3.model_store.part import MAX_LABELS, MAX_LAYERS, MAX_TOKENS, Layer, Part, Width
 
 Label = Annotated[str, Field(max_length=1000)]
+Precision = Literal["fp32", "int8"]
 
 
 class Head(Part):
@@ -42,7 +43,7 @@ class Architecture(Part):
     max_tokens: int = Field(ge=3, le=MAX_TOKENS)
     pooling: Literal["mean", "cls"]
     head: Head | None = None
-    precision: Literal["fp32", "int8"]
+    precision: Precision
 
     @property
     def num_layers(self) -> int:
@@ -75,3 +76,10 @@ class Architecture(Part):
     def segment_files(self) -> list[str]:
         """Files of the segments in execution order; index = layer."""
         return ["embeddings.onnx", *(f"layer_{m:02}.onnx" for m in range(1, self.num_layers + 1))]
+
+
+def precision_of(quantize: str, option: str = "--quantize") -> Precision:
+    """The precision that `quantize` names, int8 or none; raises ValueError, which names the option, for others."""
+    if quantize not in ("int8", "none"):
+        raise ValueError(f"{option} must be int8 or none, got {quantize!r}")
+    return "int8" if quantize == "int8" else "fp32"

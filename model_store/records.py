@@ -5,7 +5,6 @@ nearly a bag of words, so a file of records is user data.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+
+from de3.model_store.regular_file import write_private_file
 
 MAX_RECORDS = 1_000_000
 MAX_CLIENTS = 2**16
@@ -69,19 +70,11 @@ class Records:
 
     def write(self, path: Path) -> None:
         """Write the records atomically to a file that only its owner can read; raises OSError."""
-        new = path.with_name(path.name + ".new")
-        new.unlink(missing_ok=True)
         clients = json.dumps([self.names, self.texts])
         metadata = {"format": FORMAT, "base": self.base, "clients": clients}
         arrays = {name: getattr(self, name) for name in _SHAPES}
-        try:
-            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
+        content = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata)
+        write_private_file(path, content)
 
 
 # By tensor: type, number of dimensions, and the type's name in the file.

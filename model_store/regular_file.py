@@ -1,4 +1,4 @@
-"""Bounded reads of untrusted files."""
+"""Bounded reads of untrusted files, and atomic writes."""
 
 import os
 import stat
@@ -28,3 +28,17 @@ def read_regular_file(path: Path, limit: int) -> bytes:
     if len(data) > status.st_size:
         raise ValueError("grows while it is read")
     return data
+
+
+def write_private_file(path: Path, content: bytes) -> None:
+    """Write a file atomically, such that only its owner can read it; raises OSError."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)  # O_EXCL refuses any file, such as one that a killed server left
+    try:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)

@@ -16,10 +16,10 @@ from onnxruntime import InferenceSession
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from de3.exits.calibration import FINE_TAUS
-from de3.export.classifier import Precision, Stock, convert
+from de3.export.classifier import Stock, convert
 from de3.export.fit import Exits
 from de3.export.publish import write_exits
-from de3.model_store.architecture import Architecture
+from de3.model_store.architecture import Architecture, Precision
 from de3.model_store.segments import session_options
 from de3.model_store.store import Artifact, Store
 from de3.training.data import Example

@@ -60,10 +60,9 @@ def export(
     """
     if full_depth is not None:
         from de3.export.full_depth import export_full_depth
+        from de3.model_store.architecture import precision_of
 
-        if quantize not in ("int8", "none"):
-            raise ValueError(f"--quantize must be int8 or none, got {quantize!r}")
-        export_full_depth(checkpoint, full_depth, quantize == "int8")
+        export_full_depth(checkpoint, full_depth, precision_of(quantize) == "int8")
         say(f"wrote {full_depth / 'model.onnx'}: no exits, {quantize}")
         return
     if name is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 import typer
 
 from de3.commands.options import console, declare
+from de3.model_store.architecture import precision_of
 from de3.server.settings import OTHER_VARIABLES, Settings, option, unknown_variables, variable
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) ->
 
     Raises ValueError if an option is invalid, or an artifact cannot be found or made.
     """
-    if quantize not in ("int8", "none"):
-        raise ValueError(f"--quantize must be int8 or none, got {quantize!r}")
+    precision = precision_of(quantize)
     if not isfinite(cache_gb):
         raise ValueError(f"--cache-gb must be a number, got {cache_gb}")
     if not names:
@@ -68,7 +68,6 @@ def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) ->
         stored = set(Store(store).versions())
     except NoModelsError:
         stored = set()
-    precision: Literal["int8", "fp32"] = "int8" if quantize == "int8" else "fp32"
     artifacts = []
     for name in names:
         if name.partition(":")[0] in stored:

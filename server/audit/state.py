@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from de3.exits.promise import MAX_SHARES, Evidence, Reason, SavedPromise, Tally
 from de3.model_store.manifest import fingerprint
-from de3.model_store.regular_file import read_regular_file
+from de3.model_store.regular_file import read_regular_file, write_private_file
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.tenant import MAX_RESETS, Reset, Tenant
 
@@ -259,16 +259,8 @@ class StateDir:
             if tenant.is_changed:
                 tenant.is_changed = False  # first, so that no later change is missed
                 try:
-                    self._write(self._file(ledger, name), state_of(ledger, name))
+                    content = state_of(ledger, name).model_dump_json().encode()
+                    write_private_file(self._file(ledger, name), content)
                 except Exception:
                     tenant.is_changed = True
                     raise
-
-    def _write(self, path: Path, state: TenantState) -> None:
-        new = path.with_suffix(".json.new")
-        new.unlink(missing_ok=True)  # O_EXCL refuses any file, such as one that a killed server left
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(state.model_dump_json().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)

@@ -1,7 +1,6 @@
 """The files that a learner keeps across restarts, in the state folder: its journal, records and learned versions."""
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from de3.model_store.manifest import MAX_ATTEMPTS, base_of
 from de3.model_store.records import MAX_FILE_BYTES, Records
 from de3.model_store.records import read as read_records
-from de3.model_store.regular_file import read_regular_file
+from de3.model_store.regular_file import read_regular_file, write_private_file
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError
 
 log = logging.getLogger("de3")
@@ -152,13 +151,7 @@ class LearnFolder:
             if records is not None:
                 records.write(self.records_path(name, journal.base))
             path = self._journal_path(name, journal.base)
-            new = path.with_suffix(".json.new")
-            new.unlink(missing_ok=True)
-            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(journal.model_dump_json(indent=1).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(path)
+            write_private_file(path, journal.model_dump_json(indent=1).encode())
 
     def records(self, name: str, base: str) -> Records | None:
         """The saved records of a model; None if there are none, or if the file is damaged, which is then set aside."""
