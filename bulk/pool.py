@@ -15,9 +15,8 @@ from de3.columns import TYPES, Answers
 from de3.library import Classifier, Options
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact
-from de3.native.network import Memory
+from de3.native.network import Memory, can_share_memory
 from de3.server.processes.number import most_processes
-from de3.server.processes.worker import can_share_memory
 from de3.server.settings import Settings
 
 # Limits on one request, in texts and in characters: 2¹⁸ characters of 4 bytes are 1 MiB, a server's default body limit.

@@ -12,6 +12,13 @@ from typing import Annotated, Any, TextIO
 from typer import Option
 
 Text = str | tuple[str, str]
+
+
+def pair_of(text: Text) -> tuple[str, str | None]:
+    """A text, or the first text of a pair, and the second one; None: it is not a pair."""
+    return text if isinstance(text, tuple) else (text, None)
+
+
 SEPARATOR = "|"  # between the labels of a text in a cell of a file
 JOINT = "\x1f"  # between the labels of a text in a row, because labels in a JSON list may contain |
 PANEL = "Data"

@@ -19,7 +19,7 @@ from de3.export.states import States
 from de3.model_store.architecture import Precision
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
-from de3.tables import Text, labels_in
+from de3.tables import Text, labels_in, pair_of
 from de3.training.data import Example, Label, input_of, label_of, to_examples
 from de3.training.progress import console
 from de3.training.split import Split, groups_of, split
@@ -175,8 +175,7 @@ def _check_tolerance(stock: Stock, tolerance: float | None, model: Model, some: 
     """Raise ValueError for a regression model without a tolerance; the message describes the values of some texts."""
     if stock.description.kind != "value" or tolerance is not None:
         return
-    texts = [e.text if isinstance(e.text, tuple) else (e.text, None) for e in some]
-    logits = [model.full_depth(model.tokenize(*text))[-1].logits for text in texts]
+    logits = [model.full_depth(model.tokenize(*pair_of(e.text)))[-1].logits for e in some]
     values = np.array([float(one[0]) for one in logits if one is not None])
     low, high = np.quantile(values, (0.05, 0.95))
     spread = float(values.std())

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from de3.export.errors import ExportError
 from de3.model_store.model import Model
+from de3.tables import pair_of
 from de3.training.checkpoint import Checkpoint
 from de3.training.data import Example
 from de3.training.encoded import encode
@@ -45,7 +46,7 @@ def parity(checkpoint: Checkpoint, exported: Model, examples: Sequence[Example])
         )
         inputs, _ = encoded.batch([0], tokenizer.pad_token_id)
         expected = model(**inputs)
-        text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)
+        text, pair = pair_of(example.text)
         tokens = exported.tokenize(text, pair)
         if tokens.ids[0].tolist() != encoded.ids[0]:
             raise ExportError(f"the exported tokenizer differs from the checkpoint's on {text[:80]!r}")

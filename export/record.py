@@ -9,6 +9,7 @@ import numpy as np
 from de3.exits.recorded import Recorded
 from de3.model_store.model import Model
 from de3.model_store.segments import Step
+from de3.tables import pair_of
 from de3.training.data import Example, label_array
 from de3.training.progress import track
 
@@ -20,8 +21,7 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
     """
 
     def full_depth(example: Example) -> tuple[int, list[Step]]:
-        text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)
-        tokens = model.tokenize(text, pair)
+        tokens = model.tokenize(*pair_of(example.text))
         return len(tokens), model.full_depth(tokens)
 
     exits = model.manifest.exit_layers

@@ -20,7 +20,7 @@ from de3.export.weights import save
 from de3.model_store.families.encoder import Weights
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
-from de3.tables import Text
+from de3.tables import Text, pair_of
 from de3.training.progress import console, track
 
 CHUNK = 1024  # texts
@@ -93,7 +93,7 @@ def states(
     regression model, see exits.recorded.Recorded. poolings: the poolings of the states to keep; if empty, only the
     logits are kept. Chunks in `folder` from an earlier run with the same model and texts are reused.
     """
-    tokens = [model.tokenize(*(text if isinstance(text, tuple) else (text,))) for text in texts]
+    tokens = [model.tokenize(*pair_of(text)) for text in texts]
     files = {name: entry.sha256 for name, entry in model.manifest.files.items()}
     digest = hashlib.sha256(
         repr((model.full_runtime, sorted(files.items()), poolings, CHUNK, version("de3"))).encode()

@@ -1,5 +1,7 @@
 """The kernels' model, built from the weights of an artifact's segments."""
 
+import fcntl
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -42,6 +44,21 @@ KNOWN |= {
     "space",
     "dense",
 }
+
+
+def can_share_memory() -> bool:
+    """True if the system has memory that processes can share and seal; some sandboxes have none."""
+    try:
+        fd = os.memfd_create("de3-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError:
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 @dataclass(frozen=True)

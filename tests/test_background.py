@@ -30,7 +30,6 @@ from de3.server.engine.engine import Engine
 from de3.server.errors import RequestError
 from de3.server.failures import FailureLog
 from de3.server.http import admin, listener
-from de3.server.http.shared_run import SharedRun
 from de3.server.http.traces import Traces
 from de3.server.http.turns import AT_ONCE
 from de3.server.learn import fitting, learners
@@ -39,6 +38,7 @@ from de3.server.overload import Controller
 from de3.server.processes.channel import Channel, _row
 from de3.server.processes.worker import CLOSED, CONNECTION, Worker
 from de3.server.settings import Settings
+from de3.server.shared_run import SharedRun
 from tests.fixtures import make_rows
 from tests.serving import Server, in_event_loop, serving, until
 from tests.test_processes import running

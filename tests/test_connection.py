@@ -29,7 +29,7 @@ from de3.server.http.parser import (
     MIN_CHUNK_BYTES,
     RequestParser,
 )
-from de3.server.http.shared_run import MAX_WAITING
+from de3.server.shared_run import MAX_WAITING
 from de3.server.shares import Shares
 from tests.serving import Gate, Server, serving, until
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits.recorded import Recorded
-from de3.tables import JOINT, Columns, Text, labels_in, records, row_of
+from de3.tables import JOINT, Columns, Text, labels_in, pair_of, records, row_of
 
 Label = int | float | tuple[int, ...]
 MAX_SHARED = 0.05  # share of the certifying texts that may be in the tuning file: real traffic repeats texts
@@ -126,7 +126,7 @@ def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str])
     """
     with path.open("w", encoding="utf-8") as file:
         for e in examples:
-            text, pair = e.text if isinstance(e.text, tuple) else (e.text, None)
+            text, pair = pair_of(e.text)
             row: dict[str, Any] = {"text": text, **({} if pair is None else {"text_pair": pair})}
             row["label"] = _named(e.label, names)
             if e.group is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from de3.tables import pair_of
 from de3.training.data import Example, label_array
 from de3.training.progress import track
 
@@ -53,7 +54,7 @@ def encode(
     step = 1000
     for i in track(range(0, len(examples), step), f"Tokenizing {what}"):
         texts = [e.text for e in examples[i : i + step]]
-        first = [t[0] if isinstance(t, tuple) else t for t in texts]
+        first = [pair_of(t)[0] for t in texts]
         pair = [t[1] for t in texts if isinstance(t, tuple)] or None
         out = tokenizer(first, pair, truncation=True, max_length=max_length, padding=False)
         ids += out["input_ids"]

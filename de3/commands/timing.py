@@ -15,6 +15,7 @@ from de3.server.engine.run import Result, run
 from de3.server.engine.served import Served
 from de3.server.rules import Choice
 from de3.server.settings import ExitOptions
+from de3.tables import pair_of
 from de3.training.data import Example
 from de3.training.evaluate import Times
 
@@ -44,7 +45,7 @@ class Engine:
 
 def text_of(example: Example) -> Text:
     """The text or pair of an example, as the engine takes it."""
-    return Text(*(example.text if isinstance(example.text, tuple) else (example.text,)))
+    return Text(*pair_of(example.text))
 
 
 def measure_times(served: Served, examples: Sequence[Example], count: int = 100) -> Times:

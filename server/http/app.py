@@ -40,7 +40,7 @@ from de3.server.http.frontend import Frontend, route_path
 from de3.server.http.moderations import MODERATIONS
 from de3.server.http.page import page
 from de3.server.http.protocol import Protocol
-from de3.server.http.shared_run import SharedRun
+from de3.server.shared_run import SharedRun
 
 # Errors on other paths have the format of the last protocol here with the same first path segment.
 PROTOCOLS: dict[str, Protocol] = {

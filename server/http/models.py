@@ -16,8 +16,8 @@ from de3.server.audit.auditor import Auditor
 from de3.server.errors import RequestError
 from de3.server.http import openapi
 from de3.server.http.access import Access
-from de3.server.http.shared_run import SharedRun
 from de3.server.service import Service
+from de3.server.shared_run import SharedRun
 
 
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], access: Access) -> None:

@@ -11,12 +11,12 @@ from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
 from de3.server.errors import RequestError
-from de3.server.http.shared_run import SharedRun
 from de3.server.learn.learners import Learners
 from de3.server.processes.group import Group, ask_all
 from de3.server.processes.worker import record_of
 from de3.server.rules import Standing
 from de3.server.settings import Settings
+from de3.server.shared_run import SharedRun
 
 
 class SharedBooks:

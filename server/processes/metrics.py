@@ -10,7 +10,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollecto
 from de3.server.audit.ledger import Ledger
 from de3.server.background import run_once
 from de3.server.errors import RequestError
-from de3.server.http.shared_run import SharedRun
 from de3.server.learn.metrics import LearnMetrics
 from de3.server.metrics import BackgroundErrors, LedgerMetrics
 from de3.server.processes.books import SharedBooks
@@ -18,6 +17,7 @@ from de3.server.processes.channel import ChannelClosedError
 from de3.server.processes.group import Group, Process
 from de3.server.processes.samples import Family, families_from, families_of, growing, merged, text_of
 from de3.server.rules import Choice
+from de3.server.shared_run import SharedRun
 
 SAMPLES_S = 1.0  # time for a process to send its metrics; then its last ones are used
 KEEP_S = 0.5  # interval between reads of the counters; a killed process loses its counts since the last read

@@ -1,7 +1,6 @@
 """A process that serves models, for a supervisor: it has the HTTP server and the engine, but does not listen."""
 
 import asyncio
-import fcntl
 import logging
 import os
 import random
@@ -22,7 +21,7 @@ import numpy as np
 
 from de3.model_store.manifest import Manifest, fingerprint
 from de3.model_store.store import Artifact
-from de3.native.network import Memory
+from de3.native.network import Memory, can_share_memory
 from de3.server import logs
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
@@ -102,21 +101,6 @@ def record_of(row: list[Any]) -> tuple[str, Record]:
     name, client, share, key, layers, states, logits = row
     pooled = np.frombuffer(b64decode(states), np.float16).reshape(layers, -1)
     return name, Record(client, share, key, pooled, np.frombuffer(b64decode(logits), np.float32))
-
-
-def can_share_memory() -> bool:
-    """True if the system has memory that processes can share and seal; some sandboxes have none."""
-    try:
-        fd = os.memfd_create("de3-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except OSError:
-        return False
-    try:
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return True
 
 
 class Worker:
