@@ -39,7 +39,7 @@ def _certified(artifact: Artifact, options: Mapping[str, Any]) -> str:
     if options.get("long") == "windows":
         return "certified: nothing, as texts may have several windows"
     rules = Rules(artifact.manifest, Settings.model_validate({}))
-    choice = rules.of(ExitOptions(max_disagreement=wanted, signal=options.get("signal")), 0, "")
+    choice = rules.choose(ExitOptions(max_disagreement=wanted, signal=options.get("signal")), 0, "")
     if choice.rule.tau == 0 or choice.certificate is None:
         return "certified: every text runs to full depth, as no τ is certified for this rate"
     return (

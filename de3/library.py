@@ -171,7 +171,7 @@ class Classifier:
         option, and RuntimeError if the classifier is closed or was loaded before a fork.
         """
         with _input_errors():
-            return self._served.rules.of(self._request(options).options, 0, "").certificate
+            return self._served.rules.choose(self._request(options).options, 0, "").certificate
 
     @overload
     def classify(

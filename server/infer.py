@@ -125,7 +125,7 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
 
     try:
         check_texts(job.request, shadow)
-        choice = shadow.rules.of(job.request.options, level)
+        choice = shadow.rules.choose(job.request.options, level)
         request = Request(job.request.texts, windows=job.request.windows)
         second = Job(shadow, replace(choice, budget_s=None), request, compare, is_shadow=True)
         service.engine.submit(second)

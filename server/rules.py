@@ -141,8 +141,8 @@ class Rules:
         tau = manifest.defaults.tau if settings.tau is None else settings.tau
         if self._is_full_depth:
             self._at_full_depth(settings.options)
-        default = self._choice(tau, self._signal, "default")
-        self.default = self._of(replace(settings.options, tau=None), default)
+        default = self._at_tau(tau, self._signal, "default")
+        self.default = self._by_target(replace(settings.options, tau=None), default)
         self._rate, self._epoch = settings.guarantee, 0
         self._by_tenant: dict[str, Choice] = {}  # with a guarantee
         if self._rate is not None:
@@ -162,7 +162,7 @@ class Rules:
             least = self.trade_offs.rows[0].accuracy - MAX_LOAD_LOSS
         rows = self.trade_offs.under_load(self.default.rule.tau, least, settings.max_load_disagreement)
         budget_s = self.default.budget_s
-        return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
+        return [replace(self._at_row(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
     def apply(self, standing: Standing) -> None:
         """With a guarantee, take the τ of tenants' requests without options from the standing of the model's ledger.
@@ -181,7 +181,7 @@ class Rules:
 
     def _guaranteed(self, tau: float, reason: Reason) -> Choice:
         row = {"max_disagreement": self._rate, "confidence": CONFIDENCE, "reason": reason}
-        return replace(self._choice(tau, self._signal, "guarantee", self._rate), promise=row)
+        return replace(self._at_tau(tau, self._signal, "guarantee", self._rate), promise=row)
 
     def of_tenant(self, tenant: str) -> Choice:
         """The choice for a tenant's requests without options, unless load changes it."""
@@ -191,24 +191,24 @@ class Rules:
         """The choice for requests without options at a load level."""
         return self.steps[min(level, len(self.steps)) - 1] if level and self.steps else self.default
 
-    def _choice(
+    def _at_tau(
         self, tau: float, signal: Signal, by: str, wanted: float | None = None, max_layer: int | None = None
     ) -> Choice:
         expected = self._rows.get((tau, *_key(signal))) if max_layer is None else None
         return Choice(ExitRule(tau, signal, max_layer, self._thresholds), by, wanted, expected)
 
-    def at(self, row: TradeOff, by: str, wanted: float | None = None) -> Choice:
+    def _at_row(self, row: TradeOff, by: str, wanted: float | None = None) -> Choice:
         """The choice for a row of the calibration table."""
         rule = ExitRule(row.tau, self._signals[Key(row.signal, row.lam)], thresholds=self._thresholds)
         return Choice(rule, by, wanted, row)
 
-    def of(self, options: ExitOptions, level: int = 0, tenant: str = "") -> Choice:
+    def choose(self, options: ExitOptions, level: int = 0, tenant: str = "") -> Choice:
         """The choice for a request's options; raises RequestError if they cannot be met.
 
         level: load level. tenant: the request's tenant; with a guarantee, each has its own τ.
         """
         full_depth = self._is_full_depth
-        choice = self._at_full_depth(options) if full_depth else self._chosen(options, level, tenant)
+        choice = self._at_full_depth(options) if full_depth else self._by_options(options, level, tenant)
         if choice.promise is not None and options != ExitOptions():  # requests with options are not audited
             choice = replace(choice, promise=None)
         if options.thresholds is None:
@@ -231,7 +231,7 @@ class Rules:
                 "server's operator can add exits with de3 import",
                 field,
             )
-        return self._choice(0.0, self._signal, "default" if options.tau is None else "tau")
+        return self._at_tau(0.0, self._signal, "default" if options.tau is None else "tau")
 
     def _thresholds_of(self, wanted: float | Mapping[str, float]) -> Thresholds:
         """A request's thresholds, one for all labels or by label; raises RequestError if the model cannot use them."""
@@ -257,16 +257,16 @@ class Rules:
         pairs = zip(self._labels, self._own_thresholds, strict=True)
         return Thresholds.of([wanted.get(name, own) for name, own in pairs])
 
-    def _chosen(self, options: ExitOptions, level: int, tenant: str) -> Choice:
+    def _by_options(self, options: ExitOptions, level: int, tenant: str) -> Choice:
         signal = self._signal_of(options)
         if options.tau is not None or options.max_layer is not None:
             return self._explicit(options.tau, signal, options.max_layer, tenant)
         if signal is self._signal:
-            return self._of(
+            return self._by_target(
                 options, self.of_tenant(tenant) if self._rate is not None else self.in_force(level)
             )
         wishes = [w for w in ("target_speedup", "max_disagreement") if getattr(options, w) is not None]
-        return self._of(options, self._default_of(signal, tenant, *wishes))
+        return self._by_target(options, self._default_with(signal, tenant, *wishes))
 
     def _signal_of(self, options: ExitOptions) -> Signal:
         """The signal that a request names, or the model's default; raises RequestError if it is not supported."""
@@ -288,7 +288,7 @@ class Rules:
             instead = f"; give {self._names}" if self._names else ""
             raise RequestError(f"{field}: {error}{instead}", field) from None
 
-    def _default_of(self, signal: Signal, tenant: str, field: str = "tau") -> Choice:
+    def _default_with(self, signal: Signal, tenant: str, field: str = "tau") -> Choice:
         """The choice for a request that names a signal other than the model's default, and no τ.
 
         Its τ is the largest up to which the calibrated disagreement is at most the default's. Raises RequestError,
@@ -297,9 +297,9 @@ class Rules:
         trade_offs = self._table(signal, field)
         expected = self.of_tenant(tenant).expected
         row = trade_offs.at_disagreement(expected.disagreement if expected is not None else 0.0)
-        return self.at(row, "default")
+        return self._at_row(row, "default")
 
-    def _of(self, options: ExitOptions, otherwise: Choice) -> Choice:
+    def _by_target(self, options: ExitOptions, otherwise: Choice) -> Choice:
         """The choice for options without τ; `otherwise` if they set no target.
 
         Raises RequestError if the target cannot be met.
@@ -316,7 +316,7 @@ class Rules:
             if row is None:
                 most = trade_offs.rows[-1].speedup
                 raise RequestError(f"target_speedup: at most {most:g} with {self.name}", "target_speedup")
-            return self.at(row, "target_speedup", options.target_speedup)
+            return self._at_row(row, "target_speedup", options.target_speedup)
         if options.max_disagreement is not None:
             row = self._table(signal, "max_disagreement").within_disagreement(options.max_disagreement)
             if row.disagreement_bound > options.max_disagreement:
@@ -336,7 +336,7 @@ class Rules:
             "confidence": CONFIDENCE,
             "samples": self._samples,
         }
-        return replace(self.at(row, "max_disagreement", max_disagreement), certificate=certificate)
+        return replace(self._at_row(row, "max_disagreement", max_disagreement), certificate=certificate)
 
     def _explicit(self, tau: float | None, signal: Signal, max_layer: int | None, tenant: str) -> Choice:
         if max_layer is not None and not self._exits[0] <= max_layer <= self._exits[-1]:
@@ -345,9 +345,9 @@ class Rules:
                 "max_layer",
             )
         if tau is not None:
-            return self._choice(tau, signal, "tau", tau, max_layer)
-        default = self.of_tenant(tenant) if signal is self._signal else self._default_of(signal, tenant)
-        return self._choice(default.rule.tau, signal, "default", None, max_layer)
+            return self._at_tau(tau, signal, "tau", tau, max_layer)
+        default = self.of_tenant(tenant) if signal is self._signal else self._default_with(signal, tenant)
+        return self._at_tau(default.rule.tau, signal, "default", None, max_layer)
 
     def _table(self, signal: Signal, field: str) -> TradeOffs:
         """The trade-offs of a signal; raises RequestError, which names `field`, if the signal was not calibrated."""

@@ -106,7 +106,7 @@ def test_a_setting_applies_to_requests_without_exit_options(store: Path) -> None
         ({"max_disagreement": 0.1}, "max_disagreement"),
     ):
         rules = Rules(manifest, Settings(store=store, **setting))
-        choice, own = rules.of(ExitOptions()), rules.of(ExitOptions(tau=0.5))
+        choice, own = rules.choose(ExitOptions()), rules.choose(ExitOptions(tau=0.5))
         assert choice.by == by and choice.rule.tau == setting.get("tau", choice.rule.tau)
         assert (own.by, own.rule.tau) == ("tau", 0.5)
 
@@ -114,13 +114,13 @@ def test_a_setting_applies_to_requests_without_exit_options(store: Path) -> None
 def test_the_settings_tau_applies_if_a_request_only_limits_the_layer(store: Path) -> None:
     manifest = Store(store).open("tiny").manifest
     rules = Rules(manifest, Settings(store=store, tau=0))
-    assert rules.of(ExitOptions(max_layer=2)).rule.tau == 0
+    assert rules.choose(ExitOptions(max_layer=2)).rule.tau == 0
     other = next(name for name in ("risk", "entropy") if name != manifest.defaults.signal)
-    tau = rules.of(ExitOptions(signal=other)).rule.tau
+    tau = rules.choose(ExitOptions(signal=other)).rule.tau
     row = next(r for r in manifest.trade_offs()[other, None] if r.tau == tau)
     assert row.disagreement == 0  # as cautious as the setting's τ = 0, which is for the default signal
     with pytest.raises(RequestError) as refused:
-        rules.of(ExitOptions(lam=50))  # the calibration has no rows for this λ
+        rules.choose(ExitOptions(lam=50))  # the calibration has no rows for this λ
     assert refused.value.field == "tau"
 
 

@@ -137,16 +137,16 @@ def test_which_option_sets_the_rule(model: Model) -> None:
     manifest = model.manifest
     assert manifest.calibration is not None
     rules, defaults = Rules(manifest, Settings()), manifest.defaults
-    plain = rules.of(ExitOptions())
+    plain = rules.choose(ExitOptions())
     assert (plain.by, plain.wanted, plain.rule.tau, plain.budget_s) == ("default", None, defaults.tau, None)
     assert plain.expected is not None and plain.expected.tau == defaults.tau
-    limited = rules.of(ExitOptions(max_layer=1))
+    limited = rules.choose(ExitOptions(max_layer=1))
     assert (limited.by, limited.rule.tau, limited.rule.max_layer) == ("default", defaults.tau, 1)
     assert limited.expected is None  # the calibration has no such limit
-    exact = rules.of(ExitOptions(tau=0.0, max_layer=2))
+    exact = rules.choose(ExitOptions(tau=0.0, max_layer=2))
     assert (exact.by, exact.wanted, exact.rule.tau, exact.rule.max_layer) == ("tau", 0.0, 0.0, 2)
-    assert exact.expected is None and rules.of(ExitOptions(tau=0.0)).expected is not None
-    fast = rules.of(ExitOptions(target_speedup=1.5))
+    assert exact.expected is None and rules.choose(ExitOptions(tau=0.0)).expected is not None
+    fast = rules.choose(ExitOptions(target_speedup=1.5))
     assert (fast.by, fast.wanted) == ("target_speedup", 1.5)
     assert fast.expected is not None and fast.expected.speedup >= 1.5 and fast.rule.tau == fast.expected.tau
 

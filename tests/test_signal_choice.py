@@ -177,9 +177,9 @@ def test_without_risk_the_other_signals_are_served(store: Path, tmp_path: Path, 
     edit(mine / "tiny" / "1", lambda m: without_risk(m, signal))
     manifest = Store(mine).open("tiny").manifest
     rules = Rules(manifest, Settings())
-    rule = rules.of(ExitOptions()).rule
+    rule = rules.choose(ExitOptions()).rule
     assert (rule.tau, rule.signal) == (manifest.defaults.tau, manifest.default_signal)
     assert rule.signal.name == signal
     with pytest.raises(RequestError, match="has no risk") as error:
-        rules.of(ExitOptions(signal="risk", tau=0.1))
+        rules.choose(ExitOptions(signal="risk", tau=0.1))
     assert error.value.field == "signal"

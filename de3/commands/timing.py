@@ -55,7 +55,7 @@ def measure_times(served: Served, examples: Sequence[Example], count: int = 100)
     """
     manifest, texts = served.model.manifest, [text_of(example) for example in list(examples)[:count]]
     options = [ExitOptions(tau=EVERY_EXIT, max_layer=layer) for layer in manifest.exit_layers]
-    choices = [served.rules.of(each) for each in (ExitOptions(tau=0.0), *options)]
+    choices = [served.rules.choose(each) for each in (ExitOptions(tau=0.0), *options)]
     tokens = np.array([len(served.model.tokenize(text.text, text.text_pair)) for text in texts])
     seconds = np.zeros((len(choices), len(texts)))
     engine = Engine(served)

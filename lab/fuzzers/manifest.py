@@ -86,7 +86,7 @@ def _use(manifest: Manifest) -> None:
             ExitOptions(tau=0.1),
         ):
             try:
-                choice = rules.of(options)
+                choice = rules.choose(options)
             except RequestError:
                 continue
             if not 0 <= choice.rule.tau <= 1:

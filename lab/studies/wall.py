@@ -34,7 +34,7 @@ def wall(served: Served, examples: Sequence[Example], taus: Sequence[float], rou
     times = measure_times(served, examples)
     index_of = {layer: j for j, layer in enumerate(manifest.exit_layers)}
     tokens = np.array([len(served.model.tokenize(text.text, text.text_pair)) for text in texts])
-    choices = [served.rules.of(ExitOptions(tau=tau)) for tau in taus]
+    choices = [served.rules.choose(ExitOptions(tau=tau)) for tau in taus]
     seconds = np.zeros((rounds, len(taus), len(texts)))
     labels, layers = np.zeros((2, len(taus), len(texts)), np.int64)
     engine = Engine(served)

@@ -230,7 +230,7 @@ def job_of(served: Served, request: Request, level: int, on_done: Callable[[Exce
     request.check(manifest)
     request.windows = min(request.windows, most_windows(manifest.max_tokens))
     check_texts(request, served)
-    choice = served.rules.of(request.options, level, request.tenant)
+    choice = served.rules.choose(request.options, level, request.tenant)
     return Job(served, choice, request, on_done, flag=_flag_of(request, manifest, choice))
 
 
