@@ -1,1 +1,1 @@
-"""Grafana dashboards: panels.py defines them, generate.py writes them, pictures.py draws them."""
+"""Grafana dashboards: panels.py defines them, generate.py writes them."""

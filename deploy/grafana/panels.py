@@ -1,4 +1,4 @@
-"""The panels of the dashboards, with their PromQL. Dashboards, pictures and tests are generated from them."""
+"""The panels of the dashboards, with their PromQL. Dashboards and tests are generated from them."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Draw the dashboards from the data of Prometheus, for the docs: python -m de3.deploy.grafana.pictures --help"""
+"""Draw the dashboards from the data of Prometheus, for the docs: python -m lab.dashboards --help"""
 
 import re
 from datetime import UTC, datetime
