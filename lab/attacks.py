@@ -325,7 +325,7 @@ def too_long(_: int) -> Iterator[Step]:
 
 
 @_attack(connections=40, with_budgets=True)
-def promises(_: int) -> Iterator[Step]:
+def deadlines(_: int) -> Iterator[Step]:
     """Requests with twenty long texts and a latency budget of a minute, which are scheduled before others."""
     texts = ["a " * (TEXT_CHARACTERS // 2)] * 20
     return _repeat(_post(json.dumps({"input": texts, "latency_budget_ms": 60_000}).encode()))

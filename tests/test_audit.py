@@ -17,6 +17,7 @@ from weakref import ref
 import httpx
 import numpy as np
 import pytest
+from de3.server.audit.log import AuditLog, line_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,6 @@ from de3.server.audit import ledgers
 from de3.server.audit.auditor import ENTRY_TEXTS, LEARN_TEXTS, NO_OPTIONS, ROOM, Auditor, Traffic
 from de3.server.audit.ledger import MIN_AUDITS, Ledger
 from de3.server.audit.local_books import LocalBooks
-from de3.server.audit.log import AuditLog, line_of
 from de3.server.audit.report import Live, report
 from de3.server.audit.state import NEW_SHARES, StateDir, restore, state_of
 from de3.server.audit.tenant import MAX_RESETS, Settled

@@ -50,7 +50,7 @@ asked = st.tuples(
     uses=st.lists(st.floats(0, 1), min_size=1, max_size=30),
     others=st.lists(st.floats(0, 0.03), max_size=20),
 )
-def test_every_promise_is_kept(
+def test_every_admitted_deadline_is_met(
     asked_jobs: list[tuple[float, list[float], float]], uses: list[float], others: list[float]
 ) -> None:
     """A text stops between its first exit and the time that begin() allows; work without a deadline fills the gaps."""
@@ -70,13 +70,13 @@ def test_every_promise_is_kept(
             if arrivals and arrivals[-1][0] <= free[thread]:
                 clock.now, firsts, budget_s = arrivals.pop()
                 new = job(clock, firsts, budget_s)
-                if needed := deadlines.promise(new):
+                if needed := deadlines.admit(new):
                     last = max(*free, *(deadline for deadline, _, _ in waiting))
-                    while needed:  # a larger budget may be in the way of a later promise
+                    while needed:  # a larger budget may be in the way of a later job
                         assert budget_s < needed + REPLY_S + REPLY_TEXT_S * len(firsts) + 1e-9
                         assert needed <= last - clock.now + sum(firsts) + 1e-9
                         budget_s = needed + REPLY_S + REPLY_TEXT_S * len(firsts) + 1e-6
-                        needed = deadlines.promise(again := job(clock, firsts, budget_s))
+                        needed = deadlines.admit(again := job(clock, firsts, budget_s))
                     deadlines.drop(again)
                     continue
                 for item in new.items:
@@ -106,54 +106,54 @@ def test_a_text_alone_gets_the_whole_budget_and_a_batch_shares_it(monkeypatch: p
     clock = Clock(monkeypatch)
     deadlines = Deadlines(THREADS)
     alone = job(clock, [0.01], 0.1)
-    assert deadlines.promise(alone) == 0
+    assert deadlines.admit(alone) == 0
     assert deadlines.begin(alone.items[0], 0) == pytest.approx(alone.deadline)
     deadlines.occupy(0, 0.0)
     many = job(clock, [0.01] * 4, 0.1)
-    assert deadlines.promise(many) == 0
+    assert deadlines.admit(many) == 0
     left = (many.deadline or 0.0) - clock.now
     assert left == pytest.approx(0.1 - REPLY_S - 4 * REPLY_TEXT_S)
     part = deadlines.begin(many.items[0], 0) - clock.now
     assert 0.8 * left / 2 < part <= left / 2 + 1e-9
 
 
-def test_the_longest_text_of_all_promises_limits_what_a_text_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_text_of_all_jobs_limits_what_a_text_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """While it runs, the other threads may be idle: it may have to wait for them, and they cannot help it."""
     clock = Clock(monkeypatch)
     deadlines = Deadlines(THREADS)
     one, *others = (job(clock, firsts, 0.1) for firsts in ([0.001], [0.02], [0.002] * 10))
     for new in (one, *others):
         new.deadline = clock.now + 0.1
-        assert deadlines.promise(new) == 0
+        assert deadlines.admit(new) == 0
     # Until the deadline, two threads have 0.2 s; one may be idle while the longest text runs.
     spare = 0.2 - (0.001 + 0.02 + 0.02) - 0.02
     ends = deadlines.begin(one.items[0], 0)
     assert ends - clock.now == pytest.approx(0.001 + spare * 0.001 / (0.001 + 0.02 + 0.02))
 
 
-def test_best_effort_takes_nothing_from_a_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_effort_takes_nothing_from_an_admitted_job(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     deadlines = Deadlines(THREADS)
-    promised = job(clock, [0.01] * 10, 0.055)
+    admitted = job(clock, [0.01] * 10, 0.055)
     late = job(clock, [0.01], 0.001, best_effort=True)
-    assert deadlines.promise(promised) == 0
-    assert promised.deadline is not None
-    needed = deadlines.promise(job(clock, [0.01], 0.03))
-    assert needed == pytest.approx(promised.deadline - clock.now + 0.01)
-    assert deadlines.promise(late) == 0
-    assert late.is_late and not promised.is_late
+    assert deadlines.admit(admitted) == 0
+    assert admitted.deadline is not None
+    needed = deadlines.admit(job(clock, [0.01], 0.03))
+    assert needed == pytest.approx(admitted.deadline - clock.now + 0.01)
+    assert deadlines.admit(late) == 0
+    assert late.is_late and not admitted.is_late
     assert late.deadline is not None
-    assert late.deadline >= promised.deadline
+    assert late.deadline >= admitted.deadline
     assert deadlines.begin(late.items[0], 0) == clock.now  # it must stop at its first exit
 
 
-def test_a_promise_that_is_broken_anyway_refuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deadline_that_is_missed_anyway_refuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer has taken longer than was measured; the new job is not the cause."""
     clock = Clock(monkeypatch)
     deadlines = Deadlines(1)
-    assert deadlines.promise(job(clock, [0.05] * 5, 0.3)) == 0
+    assert deadlines.admit(job(clock, [0.05] * 5, 0.3)) == 0
     deadlines.occupy(0, clock.now + 0.2)
-    assert deadlines.promise(job(clock, [0.01], 0.25)) == 0
+    assert deadlines.admit(job(clock, [0.01], 0.25)) == 0
 
 
 def test_a_text_that_begins_has_its_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_text_that_begins_has_its_own_thread(monkeypatch: pytest.MonkeyPatch) 
     clock = Clock(monkeypatch)
     deadlines = Deadlines(1)
     alone = job(clock, [0.01], 0.1)
-    assert deadlines.promise(alone) == 0
+    assert deadlines.admit(alone) == 0
     deadlines.occupy(0, clock.now + 0.05)
     assert deadlines.begin(alone.items[0], 0) == pytest.approx(alone.deadline)
 
@@ -170,17 +170,17 @@ def test_a_late_text_occupies_its_thread_to_its_first_exit(monkeypatch: pytest.M
     clock = Clock(monkeypatch)
     deadlines = Deadlines(1)
     late = job(clock, [0.05], 0.001, best_effort=True)
-    assert deadlines.promise(late) == 0
+    assert deadlines.admit(late) == 0
     assert deadlines.begin(late.items[0], 0) == clock.now
-    assert deadlines.promise(job(clock, [0.01], 0.04)) == pytest.approx(0.06)
+    assert deadlines.admit(job(clock, [0.01], 0.04)) == pytest.approx(0.06)
 
 
 def test_a_job_whose_texts_have_all_begun_reserves_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     deadlines = Deadlines(1)
     begun = job(clock, [0.01], 5.0)
-    assert deadlines.promise(begun) == 0
+    assert deadlines.admit(begun) == 0
     deadlines.begin(begun.items[0], 0)
     deadlines.occupy(0, 0.0)
     late = job(clock, [0.01], 0.001, best_effort=True)
-    assert deadlines.promise(late) == 0 and late.deadline == pytest.approx(clock.now + 0.01)
+    assert deadlines.admit(late) == 0 and late.deadline == pytest.approx(clock.now + 0.01)

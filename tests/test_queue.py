@@ -144,10 +144,10 @@ TestQueue = QueueMachine.TestCase
 TestQueue.settings = settings(max_examples=50)
 
 
-def promised(deadline: float, client: str = "", texts: int = 1, seconds: float = 1.0) -> Job:
+def admitted(deadline: float, client: str = "", texts: int = 1, seconds: float = 1.0) -> Job:
     new = job(texts, seconds=seconds, client=client)
     new.deadline = deadline
-    new.promise()
+    new.admit()
     return new
 
 
@@ -165,11 +165,11 @@ class FairMachine(RuleBasedStateMachine):
         self.known: set[str] = set()
 
     def lowest(self) -> float:
-        return min(self.spent[item.job.client] for item in self.waiting if not item.job.is_promised)
+        return min(self.spent[item.job.client] for item in self.waiting if not item.job.is_admitted)
 
     def add(self, item: Any) -> None:
         self.known.add(item.job.client)
-        if not any(x.job.client == item.job.client and not x.job.is_promised for x in self.waiting):
+        if not any(x.job.client == item.job.client and not x.job.is_admitted for x in self.waiting):
             self.spent[item.job.client] = max(self.spent[item.job.client], self.floor)
         self.waiting.append(item)
 
@@ -181,10 +181,10 @@ class FairMachine(RuleBasedStateMachine):
             self.add(item)
 
     @rule(client=st.sampled_from(CLIENTS), deadline=st.integers(0, 50), texts=st.integers(1, 3))
-    def put_promised(self, client: str, deadline: int, texts: int) -> None:
-        new = promised(deadline, client, texts, texts / 10)
+    def put_admitted(self, client: str, deadline: int, texts: int) -> None:
+        new = admitted(deadline, client, texts, texts / 10)
         self.queue.put(new)
-        # A known client keeps its virtual time, because promised items go first in any case.
+        # A known client keeps its virtual time, because admitted items go first in any case.
         if client not in self.known:
             self.spent[client] = max(self.spent[client], self.floor)
         self.known.add(client)
@@ -194,7 +194,7 @@ class FairMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.25, 1.0, 4.0]), back=st.booleans())
     def run(self, seconds: float, back: bool) -> None:
         (item,) = self.queue.next()
-        urgent = [x for x in self.waiting if x.job.is_promised]
+        urgent = [x for x in self.waiting if x.job.is_admitted]
         if urgent:
             assert item.due == min(x.due for x in urgent) and item in urgent
             if len(urgent) == len(self.waiting):
@@ -206,10 +206,10 @@ class FairMachine(RuleBasedStateMachine):
         self.waiting.remove(item)
         preempts = self.queue.has_more_urgent_than(item, seconds)
         self.spent[item.job.client] = max(self.spent[item.job.client], 0.0) + seconds
-        others = [x for x in self.waiting if not x.job.is_promised]
-        if item.job.is_promised:
-            assert preempts == any(x.due < item.due for x in self.waiting if x.job.is_promised)
-        elif any(x.job.is_promised for x in self.waiting):
+        others = [x for x in self.waiting if not x.job.is_admitted]
+        if item.job.is_admitted:
+            assert preempts == any(x.due < item.due for x in self.waiting if x.job.is_admitted)
+        elif any(x.job.is_admitted for x in self.waiting):
             assert preempts
         elif others:
             lowest, own = self.lowest(), self.spent[item.job.client]
@@ -221,7 +221,7 @@ class FairMachine(RuleBasedStateMachine):
             assert not preempts
         if back:
             self.queue.requeue(item)
-            if item.job.is_promised:
+            if item.job.is_admitted:
                 self.waiting.append(item)
             else:
                 self.add(item)
@@ -237,19 +237,19 @@ class FairMachine(RuleBasedStateMachine):
     def it_counts_what_waits(self) -> None:
         assert len(self.queue) == len(self.waiting)
         of_clients = sum(len(client.items) for client in self.queue._clients.values())
-        assert self.queue._stored == of_clients + len(self.queue._promised)
+        assert self.queue._stored == of_clients + len(self.queue._admitted)
         for name, client in self.queue._clients.items():
-            left = [x.predicted_s for x in self.waiting if x.job.is_promised and x.job.client == name]
-            assert client.num_promised == len(left)
-            assert client.promised == pytest.approx(sum(left))
-            assert left or client.promised == 0  # exactly, so that it can be forgotten
+            left = [x.predicted_s for x in self.waiting if x.job.is_admitted and x.job.client == name]
+            assert client.num_admitted == len(left)
+            assert client.admitted == pytest.approx(sum(left))
+            assert left or client.admitted == 0  # exactly, so that it can be forgotten
 
 
 TestFairQueue = FairMachine.TestCase
 TestFairQueue.settings = settings(max_examples=50)
 
 
-def test_a_client_ahead_of_others_that_wait_gets_no_promises() -> None:
+def test_a_client_ahead_of_others_that_wait_gets_no_admitted() -> None:
     engine = Engine(1, 100)
     engine.submit(job(1, client="patient"))
     engine.queue.charge((job(1, client="greedy"), 2 * MAX_LEAD_S))
@@ -259,13 +259,13 @@ def test_a_client_ahead_of_others_that_wait_gets_no_promises() -> None:
         engine.submit(asking)
     engine.queue.next()
     engine.submit(asking)  # no other client is waiting
-    assert asking.is_promised
+    assert asking.is_admitted
     engine.queue.close()
     refused = job(1, client="third")
     refused.deadline = perf_counter() + 100
     with pytest.raises(RequestError, match="stopping"):
         engine.submit(refused)
-    assert refused not in engine.deadlines._promises
+    assert refused not in engine.deadlines._admitted
 
 
 def test_dropped_items_do_not_count_as_others_that_are_pending() -> None:
@@ -273,7 +273,7 @@ def test_dropped_items_do_not_count_as_others_that_are_pending() -> None:
     queue.put(gone := job(2, client="early"))
     queue.charge((queue.next()[0].job, 5.0))
     queue.drop(gone)  # its other item is still in a heap
-    queue.put(promised(0, "early"))
+    queue.put(admitted(0, "early"))
     queue.next()  # the only pending item, so it advances the virtual time
     queue.put(job(1, client="late"))
     assert queue._clients["late"].spent == queue._clients["early"].spent == 5.0
@@ -386,13 +386,13 @@ def test_texts_before_the_same_layer_share_their_steps() -> None:
     assert len(full) == 4 and queue.next() == [fifth]
 
 
-def test_only_another_recently_active_client_limits_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_another_recently_active_client_limits_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("de3.server.engine.queue.perf_counter", lambda: now)
     queue, asking = WorkQueue(100), job(1, client="asking")
     queue.charge((asking, 5.0))
     assert queue.lead(asking) < 0  # its own activity does not count
-    queue.put(promised(200.0, "asking"))  # a text of 1 s
+    queue.put(admitted(200.0, "asking"))  # a text of 1 s
     queue.put(job(1, client="other"))
     assert queue.lead(asking) == 1.0 + 5.0
     queue.drop(queue.next()[0].job)
@@ -438,7 +438,7 @@ def test_shadows_are_charged_to_no_client() -> None:
 def test_texts_that_are_due_later_are_counted_without_dropped_ones() -> None:
     queue = WorkQueue(100)
     queue.put(job(2, submitted=0.0, seconds=1.0))  # due at 1 and 2
-    queue.put(promised(3.0))
+    queue.put(admitted(3.0))
     queue.put(dropped := job(3, submitted=5.0))
     assert [queue.later_than(due) for due in (0.5, 1.0, 2.0, 3.0, 9.0)] == [6, 5, 4, 3, 0]
     queue.drop(dropped)

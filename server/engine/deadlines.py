@@ -1,7 +1,7 @@
-"""Decides which deadlines can be promised, and how long each text may take so that every promise is kept.
+"""Decides which deadlines can be admitted, and how long each text may take so that every one is met.
 
-Texts with a promised deadline run before all others, the earliest deadline first. A deadline is promised only if, by
-the times measured during warm-up, the job's texts reach their first exits in time and make no promised text late; the
+Texts with an admitted deadline run before all others, the earliest deadline first. A deadline is admitted only if, by
+the times measured during warm-up, the job's texts reach their first exits in time and make no admitted text late; the
 remaining time is divided among the texts as they start.
 """
 
@@ -14,8 +14,8 @@ from de3.server.engine.job import Item, Job
 
 
 @dataclass(slots=True)
-class _Promise:
-    """The texts of a promised job that have not started.
+class _Admitted:
+    """The texts of an admitted job that have not started.
 
     Attributes:
         deadline: perf_counter seconds.
@@ -31,10 +31,10 @@ class _Promise:
 
 
 class Deadlines:
-    """The promises in force, and the time until which each engine thread is occupied."""
+    """The admitted jobs, and the time until which each engine thread is occupied."""
 
     def __init__(self, threads: int) -> None:
-        self._promises: dict[Job, _Promise] = {}
+        self._admitted: dict[Job, _Admitted] = {}
         self._free_at = [0.0] * threads  # perf_counter seconds
         self._lock = Lock()
 
@@ -42,17 +42,17 @@ class Deadlines:
         """Record that a thread cannot be preempted before `until` (perf_counter seconds)."""
         self._free_at[thread] = until
 
-    def promise(self, job: Job) -> float:
-        """Promise a job's deadline if it can be kept without making an earlier promise late.
+    def admit(self, job: Job) -> float:
+        """Admit a job's deadline if it can be kept without making an earlier job late.
 
-        Returns 0 if it was promised, else the approximate seconds from now by which the job's texts could reach their
-        first exits. With best_effort, a job whose deadline cannot be promised gets a later one that can be kept, after
-        all earlier promises; its texts then exit at their first exits, and 0 is returned.
+        Returns 0 if it was admitted, else the approximate seconds from now by which the job's texts could reach their
+        first exits. With best_effort, a job whose deadline cannot be admitted gets a later one that can be kept, after
+        all earlier ones; its texts then exit at their first exits, and 0 is returned.
         """
         assert job.deadline is not None
         now = perf_counter()
         firsts = {item.index: item.first_exit_s for item in job.items}
-        new = _Promise(
+        new = _Admitted(
             job.deadline, firsts, sum(firsts.values()), sum(item.predicted_s for item in job.items)
         )
         with self._lock:
@@ -60,68 +60,68 @@ class Deadlines:
             if needed and not job.request.options.best_effort:
                 return needed
             if needed:
-                last = max((p.deadline for p in self._promises.values()), default=0.0)
+                last = max((p.deadline for p in self._admitted.values()), default=0.0)
                 job.deadline = new.deadline = max(job.deadline, last, now + needed)
                 job.is_late = True
-            self._promises[job] = new
+            self._admitted[job] = new
         return 0.0
 
-    def _needed(self, new: _Promise, now: float) -> float:
-        """0 if the new promise can be kept without making another one late.
+    def _needed(self, new: _Admitted, now: float) -> float:
+        """0 if the new job can be kept without making another one late.
 
         Otherwise, the approximate seconds from now by which it could be kept. Simulates the schedule: the most urgent
         text goes to the thread that is free first.
         """
         free = [max(now, t) for t in self._free_at]
         heapify(free)
-        for promise in sorted([*self._promises.values(), new], key=lambda p: p.deadline):
+        for one in sorted([*self._admitted.values(), new], key=lambda p: p.deadline):
             end = now
-            for first in promise.firsts.values():
+            for first in one.firsts.values():
                 start = free[0]
                 heapreplace(free, start + first)
                 end = max(end, start + first)
-            if end > promise.deadline:
-                if promise is new:
+            if end > one.deadline:
+                if one is new:
                     return end - now
-                if promise.deadline >= new.deadline and end - new.first_s <= promise.deadline:
-                    return promise.deadline - now + new.first_s  # the new promise would make this one late
+                if one.deadline >= new.deadline and end - new.first_s <= one.deadline:
+                    return one.deadline - now + new.first_s  # the new job would make this one late
         return 0.0
 
     def begin(self, item: Item, thread: int) -> float:
         """The time (perf_counter seconds) by which a text that starts now must exit; occupies its thread until then.
 
-        After its first exit, the text gets a share of the time that no promise needs, in proportion to its part of
-        the promised work. A text of a late job gets none: the returned time is now, and the text exits at its
+        After its first exit, the text gets a share of the time that no admitted job needs, in proportion to its part of
+        the admitted work. A text of a late job gets none: the returned time is now, and the text exits at its
         first exit.
         """
         now, job = perf_counter(), item.job
         with self._lock:
-            own = self._promises.get(job)
+            own = self._admitted.get(job)
             if own is None:  # dropped in the meantime
                 return now
             own.firsts.pop(item.index)
             own.first_s -= item.first_exit_s
             own.predicted_s -= item.predicted_s
             extra, first_s, predicted_s, longest = float("inf"), item.first_exit_s, item.predicted_s, 0.0
-            for promise in sorted(self._promises.values(), key=lambda p: p.deadline):
-                first_s += promise.first_s
-                predicted_s += promise.predicted_s
-                longest = max(longest, max(promise.firsts.values(), default=0.0))
-                if promise.deadline >= own.deadline:
+            for one in sorted(self._admitted.values(), key=lambda p: p.deadline):
+                first_s += one.first_s
+                predicted_s += one.predicted_s
+                longest = max(longest, max(one.firsts.values(), default=0.0))
+                if one.deadline >= own.deadline:
                     left = sum(
-                        max(0.0, promise.deadline - max(now, 0.0 if i == thread else t))
+                        max(0.0, one.deadline - max(now, 0.0 if i == thread else t))
                         for i, t in enumerate(self._free_at)
                     )
                     # List scheduling on n threads wastes at most n − 1 times the longest text (Graham's bound).
                     spare = left - first_s - (len(self._free_at) - 1) * longest
                     extra = min(extra, spare * item.predicted_s / max(predicted_s, 1e-9))
             if not own.firsts:
-                del self._promises[job]
+                del self._admitted[job]
             ends = now if job.is_late else min(own.deadline, now + item.first_exit_s + max(0.0, extra))
             self._free_at[thread] = max(ends, now + item.first_exit_s)
             return ends
 
     def drop(self, job: Job) -> None:
-        """Remove the promise of a dropped job."""
+        """Remove a dropped job."""
         with self._lock:
-            self._promises.pop(job, None)
+            self._admitted.pop(job, None)

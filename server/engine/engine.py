@@ -27,7 +27,7 @@ from de3.server.failures import FailureLog
 log = logging.getLogger("de3.engine")
 failures = FailureLog(log)
 
-# A client's deadlines are promised only up to this lead in engine time over other clients.
+# A client's deadlines are admitted only up to this lead in engine time over other clients.
 MAX_LEAD_S = 0.1
 STUCK_CHECKS = 30  # checks without progress, after which a thread counts as stuck
 MAX_FAILURES = 100  # consecutive failed steps, after which a thread ends
@@ -118,9 +118,9 @@ class Engine:
         self._audits.close()
 
     def submit(self, job: Job) -> None:
-        """Accept a job; raises RequestError if the queue is full or closed, or if the deadline cannot be promised."""
+        """Accept a job; raises RequestError if the queue is full or closed, or if the deadline cannot be admitted."""
         if job.deadline is not None:
-            self._promise(job)
+            self._admit(job)
         try:
             self.queue.put(job)
         except RequestError:
@@ -131,18 +131,18 @@ class Engine:
         """Enqueue audits, which run while nothing else is pending, or slowly once they have waited for long."""
         self._audits.put(audits)
 
-    def _promise(self, job: Job) -> None:
-        """Promise a job's deadline; raises RequestError if it cannot be met, or if the client is over its share."""
+    def _admit(self, job: Job) -> None:
+        """Admit a job's deadline; raises RequestError if it cannot be met, or if the client is over its share."""
         predicted_s = sum(item.predicted_s for item in job.items)
         lead_s = self.queue.lead(job)
-        # A single text may be promised whatever its length; the predicted time of a batch adds to the lead.
+        # A single text may be admitted whatever its length; the predicted time of a batch adds to the lead.
         if lead_s > MAX_LEAD_S or (lead_s >= 0 and len(job.items) > 1 and lead_s + predicted_s > MAX_LEAD_S):
             message = (
                 "latency_budget_ms: over your share of the engine's time while other clients wait; "
                 "try again later, or without a budget"
             )
             raise RequestError(message, "latency_budget_ms", "over_share", retry_after_s=1)
-        needed_s = self.deadlines.promise(job)
+        needed_s = self.deadlines.admit(job)
         if needed_s:
             assert job.choice.budget_s is not None and job.deadline is not None
             needed_s += job.submitted + job.choice.budget_s - job.deadline  # plus the time for the response
@@ -151,7 +151,7 @@ class Engine:
                 f"take about {1000 * needed_s:.1f} ms now; allow more, or set best_effort"
             )
             raise RequestError(message, "latency_budget_ms", "budget", retry_after_s=1)
-        job.promise()
+        job.admit()
 
     def drop(self, job: Job) -> None:
         """Drop a job; a running item stops at its next layer."""

@@ -93,7 +93,7 @@ class Job:
 
     The due time of an item is the job's submission plus the predicted time of the item itself and of all items
     before it in the batch. So short texts overtake long ones and single texts overtake large batches, but no text
-    waits forever. If the job's deadline is promised, it is the due time of every item.
+    waits forever. If the job's deadline is admitted, it is the due time of every item.
 
     Attributes:
         on_done: called through the engine's `dispatch`: with None once every item has finished, or with the error of an
@@ -103,10 +103,10 @@ class Job:
         asks_all_exits: every exit is evaluated, even those at which its items cannot exit.
         is_dropped: its result is no longer needed.
         deadline: time by which the last text must exit (perf_counter seconds); None: no deadline.
-        is_promised: its deadline was promised, so it is scheduled before jobs without one.
+        is_admitted: its deadline was admitted, so it is scheduled before jobs without one.
         is_late: the requested deadline cannot be met, and the request accepts a later one (best_effort).
         pending: number of its items in the queue; set by the queue.
-        promised_s: predicted seconds of these items if the deadline was promised, else 0; set by the queue.
+        admitted_s: predicted seconds of these items if the deadline was admitted, else 0; set by the queue.
         flag: label to watch for in the windows; None: no label.
     """
 
@@ -121,10 +121,10 @@ class Job:
     asks_all_exits: bool = field(init=False)
     is_dropped: bool = False
     deadline: float | None = None
-    is_promised: bool = False
+    is_admitted: bool = False
     is_late: bool = False
     pending: int = 0
-    promised_s: float = 0.0
+    admitted_s: float = 0.0
     flag: Flag | None = None
     _left: int = field(init=False)
     _lock: Lock = field(default_factory=Lock)
@@ -178,10 +178,10 @@ class Job:
         """Number of texts that have exited or failed."""
         return len(self.items) - self._left
 
-    def promise(self) -> None:
-        """Mark the deadline as promised: the job then overtakes jobs without a promised deadline."""
+    def admit(self) -> None:
+        """Mark the deadline as admitted: the job then overtakes jobs without an admitted deadline."""
         assert self.deadline is not None
-        self.is_promised = True
+        self.is_admitted = True
         for item in self.items:
             item.due = self.deadline
 

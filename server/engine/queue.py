@@ -29,27 +29,27 @@ class _Client:
     Attributes:
         spent: virtual time: engine seconds received. A new client, or one that was idle, starts at the virtual
             time of the clients that are being served, so it cannot save up time.
-        promised, num_promised: predicted seconds and number of its pending items whose deadline is promised.
-        items: heap of its pending items without a promised deadline.
+        admitted, num_admitted: predicted seconds and number of its pending items whose deadline is admitted.
+        items: heap of its pending items without an admitted deadline.
         is_listed: the client is in the queue's heap of clients to serve next.
     """
 
     spent: float = 0.0
-    promised: float = 0.0
-    num_promised: int = 0
+    admitted: float = 0.0
+    num_admitted: int = 0
     items: list[Entry] = field(default_factory=list)
     is_listed: bool = False
 
     @property
     def is_pending(self) -> bool:
         """True if the client may have items in the queue; items of dropped jobs are removed later."""
-        return self.is_listed or self.num_promised > 0
+        return self.is_listed or self.num_admitted > 0
 
 
 class WorkQueue:
     """A queue of at most `limit` pending items, from which the engine threads take their work.
 
-    Items with a promised deadline are scheduled first, the earliest deadline before the others. After them, the client
+    Items with an admitted deadline are scheduled first, the earliest deadline before the others. After them, the client
     that has received the least engine time is served next, with its item that is due first. So each client gets its
     share of the engine whatever others send, and a client that is alone gets all of it.
 
@@ -59,7 +59,7 @@ class WorkQueue:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._promised: list[Entry] = []  # a heap
+        self._admitted: list[Entry] = []  # a heap
         self._clients: dict[str, _Client] = {}
         # A heap of clients. Its copy of `spent` may be out of date; `_first` updates it.
         self._listed: list[tuple[float, int, _Client]] = []
@@ -69,7 +69,7 @@ class WorkQueue:
         self._shadows: deque[Item] = deque()
         self._order = count()  # items that are due at the same time are served in order of arrival
         self._pending = 0  # items of jobs that are not dropped
-        self._pending_promised = 0  # pending items whose deadline is promised
+        self._pending_admitted = 0  # pending items whose deadline is admitted
         self._stored = 0  # pending items, and items of dropped jobs that are still in a heap
         self._closed = False
         lock = RLock()
@@ -162,7 +162,7 @@ class WorkQueue:
     def lead(self, job: Job) -> float:
         """Lead of a job's client over other clients in engine time, seconds.
 
-        The lead is the client's promised time, plus the engine time that it has received in excess of the pending
+        The lead is the client's admitted time, plus the engine time that it has received in excess of the pending
         client with the least. It is negative if no other client was active within RECENT_S.
         """
         with self._changed:
@@ -171,13 +171,13 @@ class WorkQueue:
                 return -1.0
             client = self._client(job.client)
             others = [c.spent for _, _, c in self._listed if c is not client and c.items]
-            return client.promised + (max(0.0, client.spent - min(others)) if others else 0.0)
+            return client.admitted + (max(0.0, client.spent - min(others)) if others else 0.0)
 
     def has_more_urgent_than(self, item: Item, seconds: float = 0.0) -> bool:
         """True if a pending item preempts this one; first charges this item's client `seconds` more of engine time.
 
-        Any item but a shadow item preempts a shadow item. An item with a promised deadline preempts items without one
-        or with a later one. If neither item has a promised deadline, an item of the same client preempts if it is due
+        Any item but a shadow item preempts a shadow item. An item with an admitted deadline preempts items without one
+        or with a later one. If neither item has an admitted deadline, an item of the same client preempts if it is due
         earlier, and an item of another client if that client has received less engine time by more than
         PREEMPTION_LEAD_S.
         """
@@ -192,8 +192,8 @@ class WorkQueue:
             if own is None:
                 return True
             due, _, first = heap[0]
-            if item.job.is_promised or first.job.is_promised:
-                return first.job.is_promised and not (item.job.is_promised and item.due <= due)
+            if item.job.is_admitted or first.job.is_admitted:
+                return first.job.is_admitted and not (item.job.is_admitted and item.due <= due)
             other = self._clients[first.job.client]
             return due < item.due if other is own else other.spent + PREEMPTION_LEAD_S < own.spent
 
@@ -205,7 +205,7 @@ class WorkQueue:
     def later_than(self, due: float) -> int:
         """Number of pending items that are due after this time (perf_counter seconds)."""
         with self._changed:
-            heaps = [self._promised, *(client.items for _, _, client in self._listed)]
+            heaps = [self._admitted, *(client.items for _, _, client in self._listed)]
             return sum(when > due and not item.job.is_dropped for heap in heaps for when, _, item in heap)
 
     def drop(self, job: Job) -> None:
@@ -214,7 +214,7 @@ class WorkQueue:
             job.is_dropped = True
             self._forget(job)
             if self._stored > 2 * self._pending + MAX_GROUP:  # most are dropped: free their texts
-                for heap in (self._promised, *(client.items for client in self._clients.values())):
+                for heap in (self._admitted, *(client.items for client in self._clients.values())):
                     heap[:] = [entry for entry in heap if not entry[2].job.is_dropped]
                     heapify(heap)
                 self._stored = self._pending
@@ -231,8 +231,8 @@ class WorkQueue:
 
         Removes items of dropped jobs from the top of the heaps.
         """
-        if self._clean(self._promised):
-            return self._promised
+        if self._clean(self._admitted):
+            return self._admitted
         listed = self._listed
         while listed:
             spent, _, client = listed[0]
@@ -253,14 +253,14 @@ class WorkQueue:
 
     def _take(self, heap: list[Entry]) -> Item:
         item = heappop(heap)[2]
-        # A client that is served out of turn, for a promised deadline, advances the virtual time only if all pending
-        # items are promised.
-        if self._pending == self._pending_promised or not item.job.is_promised:
+        # A client that is served out of turn, for an admitted deadline, advances the virtual time only if all pending
+        # items are admitted.
+        if self._pending == self._pending_admitted or not item.job.is_admitted:
             self._floor = max(self._floor, self._client(item.job.client).spent)
-        if item.job.is_promised:
-            self._pending_promised -= 1
-            item.job.promised_s -= item.predicted_s
-            self._unpromise(item.job.client, 1, item.predicted_s)
+        if item.job.is_admitted:
+            self._pending_admitted -= 1
+            item.job.admitted_s -= item.predicted_s
+            self._release(item.job.client, 1, item.predicted_s)
         item.job.pending -= 1
         self._pending -= 1
         self._stored -= 1
@@ -279,12 +279,12 @@ class WorkQueue:
         entry = (item.due, next(self._order), item)
         client = self._client(item.job.client)
         self._note(item.job.client)
-        if item.job.is_promised:
-            heappush(self._promised, entry)
-            self._pending_promised += 1
-            item.job.promised_s += item.predicted_s
-            client.promised += item.predicted_s
-            client.num_promised += 1
+        if item.job.is_admitted:
+            heappush(self._admitted, entry)
+            self._pending_admitted += 1
+            item.job.admitted_s += item.predicted_s
+            client.admitted += item.predicted_s
+            client.num_admitted += 1
         else:
             if not self._clean(client.items):
                 client.spent = max(client.spent, self._floor)
@@ -315,14 +315,14 @@ class WorkQueue:
         self._pending -= job.pending
         if not self._pending:
             self._emptied.notify_all()
-        if job.is_promised and job.pending:
-            self._pending_promised -= job.pending
-            self._unpromise(job.client, job.pending, job.promised_s)
-            job.promised_s = 0.0
+        if job.is_admitted and job.pending:
+            self._pending_admitted -= job.pending
+            self._release(job.client, job.pending, job.admitted_s)
+            job.admitted_s = 0.0
         job.pending = 0
 
-    def _unpromise(self, name: str, items: int, seconds: float) -> None:
+    def _release(self, name: str, items: int, seconds: float) -> None:
         client = self._client(name)
-        client.num_promised -= items
+        client.num_admitted -= items
         # Rounding may keep the sum from returning to 0.
-        client.promised = client.promised - seconds if client.num_promised else 0.0
+        client.admitted = client.admitted - seconds if client.num_admitted else 0.0
