@@ -3,7 +3,7 @@
 import gc
 import json
 import os
-import resource
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,17 +17,17 @@ from weakref import ref
 import httpx
 import numpy as np
 import pytest
-from de3.server.audit.log import AuditLog, line_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from de3.exits.promise import MAX_SHARES, Evidence, profiles
 from de3.exits.reading import read
-from de3.export import audited
+from de3.export import recalibrate, records
+from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Store
 from de3.server.audit import ledgers
-from de3.server.audit.auditor import ENTRY_TEXTS, LEARN_TEXTS, NO_OPTIONS, ROOM, Auditor, Traffic
+from de3.server.audit.auditor import ENTRY_TEXTS, LEARN_TEXTS, NO_OPTIONS, ROOM, Auditor, Traffic, _key
 from de3.server.audit.ledger import MIN_AUDITS, Ledger
 from de3.server.audit.local_books import LocalBooks
 from de3.server.audit.report import Live, report
@@ -42,6 +42,7 @@ from de3.server.rules import InForce, Rules, Standing
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests import jobs
+from tests.commands import de3, refusal
 from tests.fixtures import make_rows
 from tests.serving import Gate, Server, serving, until
 
@@ -238,8 +239,8 @@ def test_an_unanswered_request_leaves_nothing_behind(store: Path, monkeypatch: p
 
 def test_audits_go_on_after_a_restart(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledgers, "SAVE_S", 0.02)
-    file, log = tmp_path / "state/tiny-int8-1.json", tmp_path / "audits.jsonl"
-    options: dict[str, Any] = {"guarantee": 0.2, "state_dir": tmp_path / "state", "log_audits": log}
+    file = tmp_path / "state/tiny-int8-1.json"
+    options: dict[str, Any] = {"guarantee": 0.2, "state_dir": tmp_path / "state"}
     with serving(store, models=["tiny-int8"], **options) as server:
         raise_tau(server)
         before = audit(server)
@@ -252,9 +253,7 @@ def test_audits_go_on_after_a_restart(store: Path, tmp_path: Path, monkeypatch: 
     with serving(store, models=["tiny-int8"], **options) as server:
         assert audit(server) == before
         assert server.metric("de3_tau", model="tiny-int8:1") == before["tau"]["tau"] > 0
-    for kept in (file, log):  # only the server's user can read them
-        assert kept.stat().st_mode & 0o777 == 0o600
-    assert '"text"' not in log.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600  # only the server's user can read it
 
 
 def test_a_state_folder_is_for_one_server(tmp_path: Path) -> None:
@@ -269,31 +268,42 @@ def test_a_state_folder_that_cannot_be_written_is_an_error_at_start(store: Path,
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"state_dir: .* cannot be written"):
         Service(Settings(store=store, audit_share=0.1, state_dir=tmp_path / "file/state"))
-    with pytest.raises(ValueError, match=r"log_audits: .* cannot be written"):
-        Service(Settings(store=store, audit_share=0.1, log_audits=tmp_path / "file/log"))
 
 
-def test_the_log_has_the_outputs_of_every_exit(
+@pytest.mark.usefixtures("few_taus")
+def test_a_model_is_calibrated_on_records_of_its_audits(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "audits.jsonl"
-    options: dict[str, Any] = {"log_audits": file, "log_audit_texts": True}
-    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU, **options) as server:
-        full = server.classify(input=TEXTS[:20], tau=0, raw=True, explain=True).json()["data"]
-        server.classify(input=TEXTS[:20])
-        settled(server, 20)
-    monkeypatch.setattr(audited, "MIN_TEXTS", 2)
-    found = audited.parts(Store(store).open("tiny-int8"), [file])
-    assert sum(len(part.samples.groups) for part in found) == 20
-    rows = {row["text"]: row for row in map(json.loads, file.read_text().splitlines())}
-    for text, answer in zip(TEXTS[:20], full, strict=True):
-        row = rows.pop(text)
-        assert row["tokens"] == len(text.split()) + 2
-        assert row["logits"][-1] == pytest.approx(answer["probs"], rel=1e-6)
-        assert row["layers"] == [x["layer"] for x in answer["layers"]] == [0, 1, 2, 3]
-        assert (row["model"], row["share"]) == ("tiny-int8:1", 1.0)
-        assert row["distances"][-1] is None and len(row["distances"][0]) == 2
-    assert not rows
+    """The server keeps the records, also of texts that exited early; the model's own exits run on them."""
+    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU, state_dir=tmp_path) as server:
+        assert httpx.get(f"{server.url}/v1/models/tiny-int8/learn").status_code == 409  # it fits no exits
+        server.classify(input=TEXTS)
+        settled(server, len(TEXTS))
+    (file,) = (tmp_path / "learned").glob("*.records")
+    assert file.stat().st_mode & 0o777 == 0o600  # only the server's user can read them
+    artifact = Store(store).open("tiny-int8")
+    found = records.opened([file], artifact.manifest)
+    rows = records.exits_of(artifact).recorded(records.states_of(found, artifact.manifest))
+    model = Model(artifact, "onnxruntime")
+    tokens = [model.tokenize(text) for text in TEXTS]
+    steps = {_key(one): model.full_depth(one) for one in tokens}
+    assert set(found.keys.tolist()) == set(steps)
+    for key, logits, distances in zip(found.keys.tolist(), rows.logits, rows.distances, strict=True):
+        for step, ours, far in zip(steps[key], logits, distances, strict=True):
+            np.testing.assert_allclose(ours, step.logits, atol=0.02)  # states are in float16
+            if step.distances is not None:
+                np.testing.assert_allclose(far, step.distances, atol=0.02)
+    own = shutil.copytree(store, tmp_path / "store")
+    command = f"calibrate tiny-int8 --store {own} --max-loss 5 --records {file}"
+    assert "different texts are too few to calibrate on" in refusal(command)
+    monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
+    de3(command)
+    calibration = Store(own).open("tiny-int8:2").manifest.calibration
+    assert calibration is not None and calibration.self_labelled
+    assert calibration.tune_size + calibration.certify_size >= len(found)
+    assert "--records cannot be combined" in refusal(f"{command} --tune {file}")
+    assert "another model" in refusal(command.replace("tiny-int8", "tiny"))
+    assert "--tune is required, or --records" in refusal(f"calibrate tiny --store {own}")
 
 
 ADMIN = {"Authorization": "Bearer an-admins-key-0123456789abcdef"}
@@ -337,8 +347,6 @@ def test_a_server_without_audits_says_how_to_enable_them(store: Path) -> None:
         ({"guarantee": 0}, "guarantee"),
         ({"guarantee": 1}, "guarantee"),
         ({"audit_share": 1.1}, "audit_share"),
-        ({"log_audits": "x"}, "log_audits: "),
-        ({"log_audit_texts": True}, "log_audit_texts: .* log_audits"),
         ({"learn": True}, "learn: .* guarantee"),
         ({"learn_canary": 1.0}, "learn_canary"),
     ],
@@ -446,36 +454,6 @@ def test_overdue_audits_take_a_share_of_engine_time(monkeypatch: pytest.MonkeyPa
         now += step_s
         running._pause()
     assert now / (now + paused) == pytest.approx(min(1.0, OVERDUE_SHARE * threads))
-
-
-def test_a_torn_line_of_the_log_is_cut_off(tmp_path: Path) -> None:
-    for torn in ("", "{}\n", '{}\n{"time": 1', '{"time": 1'):
-        file = tmp_path / f"audits-{len(torn)}.jsonl"
-        file.write_text(torn)
-        log = AuditLog(file)
-        log.write("[1]")
-        log.close()
-        assert file.read_text() == ("{}\n[1]\n" if "\n" in torn else "[1]\n")
-
-
-def test_a_full_disk_is_reported_once_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A limit on the file size stands in for a full disk: only a part of a line can be written."""
-    file, line = tmp_path / "audits.jsonl", json.dumps("good " * 5000)  # longer than the buffer
-    log, (_, most) = AuditLog(file), resource.getrlimit(resource.RLIMIT_FSIZE)
-    log.write(line)
-    for written in (1, 2):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 100, most))
-        try:
-            for _ in range(3):
-                log.write(line)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-        assert file.read_text() == f"{line}\n" * written
-        log.write(line)
-    log.close()
-    assert file.read_text() == f"{line}\n" * 3
-    assert caplog.text.count("no audits are logged until it can") == 2
-    assert caplog.text.count("written again; 3 audits were not logged") == 2
 
 
 def test_states_are_saved_once_the_disk_has_room_again(
@@ -1027,10 +1005,3 @@ def test_nothing_is_drawn_while_too_many_texts_wait(store: Path, monkeypatch: py
         shares.append(auditor._share_of(tenant, TAU))
         auditor._open(tenant, Settled("one", 0, 1.0), True)
     assert shares == [1, 1, 1, 0] and auditor._share_of(other, TAU) == 1
-
-
-def test_audits_with_nan_or_infinity_are_not_logged(store: Path) -> None:
-    for logit in (1.0, float("nan"), float("inf")):
-        passed = [read(0, [1.0, 0.0], None), read(3, [logit, 0.0], None)]
-        line = line_of(made(store), 1.0, passed, 5, None)
-        assert (line is not None and json.loads(line)["logits"] == [[1, 0], [1, 0]]) == (logit == 1)

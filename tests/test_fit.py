@@ -7,7 +7,7 @@ import pytest
 
 from de3.export import fit
 from de3.export.fit import Exits
-from de3.export.learn import RecordedStates
+from de3.export.records import RecordedStates
 
 KINDS = ["classes", "labels", "values"]
 

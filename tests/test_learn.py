@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +31,7 @@ from de3.exits.signals import Entropy
 from de3.export import fit
 from de3.export import learn as learning
 from de3.export.classifier import Stock, convert
+from de3.export.records import RecordedStates
 from de3.model_store import records as files
 from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.model import Model
@@ -44,6 +45,7 @@ from de3.server.audit.tenant import Settled
 from de3.server.errors import RequestError
 from de3.server.learn import fitting, learner
 from de3.server.learn.fitting import FitError, run_fit
+from de3.server.learn.job import Found, Job
 from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, MAX_VOID, Journal, LearnFolder, Result
 from de3.server.learn.learner import FIRST_FIT, MIN_RECORDS, Changes, InService, Learner, result_of
 from de3.server.learn.learners import MIN_GAIN, Learners, served_before
@@ -116,7 +118,7 @@ def some(base: Artifact) -> Records:
 
 
 # Run fits at the priority of the tests: at the lowest one, they would wait for everything else on the machine.
-PROGRAM = "from de3.export import learn; learn._run_at_idle = lambda: None; learn.child()"
+PROGRAM = "from de3.export import fit_process as fit; fit._run_at_idle = lambda: None; fit.child()"
 
 
 @pytest.fixture(autouse=True)
@@ -324,7 +326,7 @@ def test_risk_is_fitted_to_exits_that_did_not_see_the_text(base: Artifact, count
     rng, keys = np.random.default_rng(count), np.arange(count) // copies
     states = rng.normal(size=(count, 1, 192)).astype(np.float16)[keys * copies]
     logits = rng.normal(size=(count, 2)).astype(np.float32)[keys * copies] * 3
-    texts = learning.RecordedStates([], logits, None, None, states=states)
+    texts = RecordedStates([], logits, None, None, states=states)
     axes = dict[Any, Any]()
     near = next(fit._fitted(texts, "mean", 0, (1e-4,), axes))[1]
     exits = fit.Exits("mean", [near], [], [])
@@ -357,13 +359,13 @@ def test_each_client_tests_in_proportion_to_its_traffic(some: Records) -> None:
     loud = replace(some, texts=[3600.0, 400.0])
     rng = np.random.default_rng(0)
 
-    def thinned(records: Records) -> NDArray[np.int32]:
+    def tested(records: Records) -> NDArray[np.int32]:
         _, tests = learning._split(records, 1, 0)
-        return tests.clients[learning._thinned(tests, np.arange(len(tests)), rng)]
+        return tests.clients[thinned(tests, np.arange(len(tests)), rng)]
 
-    counts = np.bincount(thinned(loud))
+    counts = np.bincount(tested(loud))
     assert 6 < counts[0] / counts[1] < 14
-    assert len(thinned(replace(some, texts=[400.0, 400.0]))) > 145
+    assert len(tested(replace(some, texts=[400.0, 400.0]))) > 145
 
 
 def test_a_clients_tests_are_its_own(some: Records, base: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,9 +504,10 @@ def test_every_kind_of_model_learns(options: dict[str, Any], precision: Any, tmp
 # The process
 
 
-def job(base: Artifact, records: Path, store: Path, **fields: Any) -> dict[str, Any]:
-    plan = {"base": str(base.path), "records": str(records), "store": str(store), "version": 2, "attempt": 1}
-    return plan | {"rate": 0.05, "first_new": 0, "by_client": False, "speedup": 1.0, "memory": 2**31} | fields
+def job(base: Artifact, records: Path, store: Path, **fields: Any) -> Job:
+    plan = {"base": base.path, "records": records, "store": store, "version": 2, "attempt": 1, "rate": 0.05}
+    more = {"first_new": 0, "by_client": False, "speedup": 1.0, "memory": 2**31}
+    return Job.model_validate(plan | more | fields)
 
 
 def test_exits_are_published_if_they_may_be_faster(
@@ -514,10 +517,10 @@ def test_exits_are_published_if_they_may_be_faster(
     monkeypatch.setattr(learning, "fit_exits", lambda *_: measured)
     monkeypatch.setattr(learning, "publish", lambda *_, version, **__: tmp_path / str(version))
     for speedup, is_published in ((2.99, True), (3.0, False)):
-        plan = learning.Job(**job(base, tmp_path, tmp_path, speedup=speedup))
+        plan = job(base, tmp_path, tmp_path, speedup=speedup)
         found = learning.learn(base, some, Store(tmp_path), plan)
-        assert found["path"] == (str(tmp_path / "2") if is_published else None)
-        assert found["evidence"] == (fitted.evidence if is_published else [])
+        assert found.path == (tmp_path / "2" if is_published else None)
+        assert found.evidence == (fitted.evidence if is_published else [])
     with pytest.raises(ValueError, match="another model"):
         learning.learn(base, replace(some, base="x"), Store(tmp_path), plan)
 
@@ -527,36 +530,38 @@ def test_a_published_version_is_tested_on_newer_records_as_at_its_fit(
 ) -> None:
     """The server's process tests the exits in the artifact's files; the evidence is that of the fit."""
     some.write(tmp_path / "r")
-    found = asyncio.run(run_fit(job(learned[0], tmp_path / "r", tmp_path, after=299)))["evidence"]
-    assert {row["key"] for row in found} == set(range(300, 400))
-    at_fit = {row["key"]: row for row in fitted.evidence}
-    again = [row for row in found if row["key"] in at_fit]
+    found = asyncio.run(run_fit(job(learned[0], tmp_path / "r", tmp_path, after=299))).evidence
+    assert {row.key for row in found} == set(range(300, 400))
+    at_fit = {row.key: row for row in fitted.evidence}
+    again = [row for row in found if row.key in at_fit]
     assert len(again) > 20
     for row in again:
-        before = at_fit[row["key"]]
-        assert (row["client"], row["differs"]) == (before["client"], before["differs"])
-        scores = (np.array(one["scores"], float) for one in (row, before))
+        before = at_fit[row.key]
+        assert (row.client, row.differs) == (before.client, before.differs)
+        scores = (np.array(one.scores, float) for one in (row, before))
         np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-6)
-    assert learning.test(learned[0], some, 399) == {"evidence": []}
+    assert learning.test(learned[0], some, 399) == Found()
 
 
 def test_a_fit_that_needs_too_much_memory_fails(
     base: Artifact, tmp_path: Path, some: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some.write(tmp_path / "r")
-    large = "from de3.export import learn; learn.learn = lambda *_: bytes(2**30); learn.child()"
+    large = (
+        "from de3.export import fit_process as fit; fit.learn.learn = lambda *_: bytes(2**30); fit.child()"
+    )
     monkeypatch.setattr(fitting, "PROGRAM", large)
     with pytest.raises(FitError, match="512 MiB"):
         asyncio.run(run_fit(job(base, tmp_path / "r", tmp_path, memory=2**29)))
 
 
-def test_a_fit_ends_with_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_ends_with_its_server(base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = tmp_path / "pid"
     program = f"import os, time; os.symlink(str(os.getpid()), {str(started)!r}); time.sleep(100)"
     monkeypatch.setattr(fitting, "PROGRAM", program)
 
     async def cancelled() -> None:
-        running = asyncio.create_task(run_fit({}))
+        running = asyncio.create_task(run_fit(job(base, tmp_path, tmp_path)))
         await asyncio.to_thread(until, started.is_symlink, "the fit")
         running.cancel()
         ended, _ = await asyncio.wait([running], timeout=20)
@@ -583,7 +588,9 @@ def test_a_failed_fit_says_why(base: Artifact, tmp_path: Path, monkeypatch: pyte
         asyncio.run(run_fit(job(base, path, tmp_path)))
 
 
-def test_under_a_quota_a_fit_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_a_quota_a_fit_is_slowed_down(
+    base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stops, send = list[int](), asyncio.subprocess.Process.send_signal
 
     def note(process: "asyncio.subprocess.Process", number: int) -> None:
@@ -593,7 +600,7 @@ def test_under_a_quota_a_fit_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(asyncio.subprocess.Process, "send_signal", note)
     monkeypatch.setattr(fitting, "_has_quota", lambda: True)
     monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.2); print('{}')")
-    assert asyncio.run(run_fit({})) == {}
+    assert asyncio.run(run_fit(job(base, tmp_path, tmp_path))) == Found()
     assert stops[:2] == [signal.SIGSTOP, signal.SIGCONT]
 
 
@@ -641,7 +648,7 @@ def test_a_fit_gets_the_lowest_priority_if_cores_are_idle(monkeypatch: pytest.Mo
 # The learner
 
 
-FOUND = ("records", "held_out", "speedup", "proved_speedup", "served_speedup", "seconds")
+FOUND = Found(records=1, held_out=1, speedup=1, proved_speedup=1, served_speedup=1, seconds=1)
 
 
 def learner_of(base: Artifact, folder: Path, **settings: Any) -> Learner:
@@ -672,7 +679,7 @@ def test_a_fit_is_due_after_500_records_and_then_after_half_as_many_more(
     assert not one.is_due and one.next_fit == 750
     for attempt in range(1, MAX_RESULTS + 3):
         for outcome in ("waits", "not_faster"):  # the result of an attempt replaces its earlier one
-            one.end(result_of(attempt, dict.fromkeys(FOUND, 1), outcome))  # type: ignore[arg-type]
+            one.end(result_of(attempt, FOUND, outcome))  # type: ignore[arg-type]
     assert [result.attempt for result in one.journal.results] == list(range(3, MAX_RESULTS + 3))
     for _ in range(750 - FIRST_FIT):
         one.add(record(0, shape=some.states.shape[1:]))  # type: ignore[arg-type]
@@ -924,25 +931,25 @@ class Learning:
     record: Record
     monkeypatch: pytest.MonkeyPatch
     base: Artifact
-    job: dict[str, Any] = field(default_factory=dict)
+    job: Job | None = None
     outcome: str = ""  # wait for this one of the latest fit; empty: for any
 
     def fit(self, during: Callable[[], object] = lambda: None) -> Result:
         """Run a fit, which takes no time. during: called while it runs."""
         learner = self.learners.of("base")
 
-        async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
+        async def run_fit(job: Job) -> Found:
             self.job = job
-            row = {"client": "one", "key": 1, "number": 10, "scores": [0.5, None], "differs": [True, False]}
-            if job.get("after") is not None:
-                newer = [row | {"key": key} for key in (1, 7, 8)]
-                return {"evidence": [*newer, row | {"differs": [False, False]}]}
+            row = HeldOut("one", 1, 10, [0.5, None], [True, False])
+            if job.after is not None:
+                newer = [replace(row, key=key) for key in (1, 7, 8)]
+                return Found(evidence=[*newer, replace(row, differs=[False, False])])
             during()
-            path = Path(job["store"]) / "base" / str(job["version"])
+            path = job.store / "base" / str(job.version)
             shutil.copytree(self.base.path, path)
-            manifest = json.loads((path / "manifest.json").read_text()) | {"version": job["version"]}
+            manifest = json.loads((path / "manifest.json").read_text()) | {"version": job.version}
             (path / "manifest.json").write_text(json.dumps(manifest))
-            return dict.fromkeys(FOUND, 1) | {"path": str(path), "evidence": [row]}
+            return FOUND.model_copy(update={"path": path, "evidence": [row]})
 
         async def run() -> None:
             self.learners.start()
@@ -1117,8 +1124,8 @@ def test_a_fit_has_to_beat_the_faster_of_the_current_version_and_its_canary(
     if is_served:
         one.around.speeds[FIRST] = canary
     one.fit()
-    assert one.job["speedup"] == rival
-    assert (one.job["base"] == str(learned[0].path)) == (rival == 2)
+    assert one.job is not None and one.job.speedup == rival
+    assert (one.job.base == learned[0].path) == (rival == 2)
 
 
 def test_old_learned_versions_are_removed_unless_they_are_in_use(
@@ -1204,7 +1211,7 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
 @pytest.mark.slow
 def test_a_fit_gets_a_small_share_of_a_busy_processor() -> None:
     shown = (
-        "from de3.export import learn; learn._run_at_idle();"
+        "from de3.export.fit_process import _run_at_idle; _run_at_idle();"
         "import os; print(os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0))"
     )
     done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
