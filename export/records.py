@@ -99,5 +99,7 @@ def exits_of(model: Artifact) -> Exits:
         weights = check_segment(model, layer, model.read(manifest.segment_files()[layer]))
         classifiers.append((weights["classifier.weight"].T, weights["classifier.bias"]))
         if manifest.prototype_layers:
-            spaces.append((weights["space.weight"].T, weights["space.bias"]))
+            # In an int8 artifact, only this network of an exit is int8.
+            space = weights["space.weight"] * weights.get("space.scale", np.ones(1, np.float32))
+            spaces.append((np.ascontiguousarray(space.T), weights["space.bias"]))
     return Exits(manifest.pooling, classifiers, spaces, list(unit_prototypes(model).values()))

@@ -31,7 +31,7 @@ from de3.exits.signals import Entropy
 from de3.export import fit
 from de3.export import learn as learning
 from de3.export.classifier import Stock, convert
-from de3.export.records import RecordedStates
+from de3.export.records import RecordedStates, thinned
 from de3.model_store import records as files
 from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.model import Model
@@ -379,7 +379,7 @@ def test_a_clients_tests_are_its_own(some: Records, base: Artifact, monkeypatch:
     same = learning._split(replace(loud, keys=keys), 1, 0, by_client=True)[1]
     assert same.keys[same.clients == 0].tolist() == tests.keys[tests.clients == 0].tolist()
     found = learning.fit_exits(loud, base.manifest, 1, 0.2, by_client=True).evidence
-    assert Counter(row["client"] for row in found) == {"one": 70, "two": 70}
+    assert Counter(row.client for row in found) == {"one": 70, "two": 70}
 
 
 def test_after_a_change_only_new_texts_test_and_old_ones_are_at_most_as_many(some: Records) -> None:
@@ -434,17 +434,17 @@ def test_the_model_answers_as_the_fit_measured(
     assert signal.name == "risk"
     worst = []
     for row in fitted.evidence[:50]:
-        steps = model.full_depth(model.tokenize(texts[row["key"]]))
+        steps = model.full_depth(model.tokenize(texts[row.key]))
         labels = [int(step.logits.argmax()) for step in steps if step.logits is not None]
-        assert [label != labels[-1] for label in labels] == row["differs"]
+        assert [label != labels[-1] for label in labels] == row.differs
         rule, passed = ExitRule(0.0, signal), []
         for layer, step in enumerate(steps):
             assert step.logits is not None
             distances = None if step.distances is None else step.distances.tolist()
             passed.append(rule.read(layer, step.logits.tolist(), distances))
             score = signal.score(passed)
-            if score is not None and row["scores"][layer] is not None:
-                worst.append(abs(score - row["scores"][layer]))
+            if score is not None and row.scores[layer] is not None:
+                worst.append(abs(score - row.scores[layer]))
     assert max(worst) < 0.05 and np.mean(worst) < 0.005
     weight, bias = fitted.exits.spaces[0]
     exits = learning.Exits("mean", [], [(weight, bias), (weight**3, bias)], [])
@@ -997,11 +997,11 @@ def test_a_fit_is_served_with_its_evidence(learning_of_base: Learning, base: Art
     assert one.around.prepared == {f"base:{FIRST}": (held, "base:1")}
     assert one.learners.fits == {("base", "served"): 1}
     path = one.folder.records_path("base", base_of(base.manifest))
-    assert len(read(path, 2**30)) == MIN_RECORDS and one.job["records"] == str(path)
-    assert one.job["base"] == str(base.path)
+    assert len(read(path, 2**30)) == MIN_RECORDS and one.job.records == path
+    assert one.job.base == base.path
     copies = 4 * (base.size() + path.stat().st_size)
-    assert one.job["memory"] == fitting.MEMORY_BYTES + copies
-    assert [one.job[name] for name in ("version", "attempt", "rate", "first_new")] == [FIRST, 1, 0.2, 0]
+    assert one.job.memory == fitting.MEMORY_BYTES + copies
+    assert (one.job.version, one.job.attempt, one.job.rate, one.job.first_new) == (FIRST, 1, 0.2, 0)
     assert one.folder.journal("base", base_of(base.manifest)).latest == FIRST
 
 
@@ -1024,7 +1024,7 @@ def test_a_version_waits_until_newer_texts_prove_that_it_starts_faster(learning_
     assert one.around.tested == [[1], [1, 1, 7, 8], [1, 1, 7, 8, 1, 7, 8]]
     rows, _ = one.around.prepared[f"base:{FIRST}"]
     assert [row.is_repeat for row in rows] == [False, *[True, False, False] * 2]
-    assert one.job["base"].endswith(f"base/{FIRST}") and one.job["after"] >= 2 * MIN_RECORDS
+    assert one.job.base.name == str(FIRST) and one.job.after >= 2 * MIN_RECORDS
     assert [change["version"] for change in one.around.changes] == [FIRST]
     assert one.learners.fits == {("base", "waits"): 2, ("base", "served"): 1}
     assert learner.waiting is None
@@ -1221,7 +1221,7 @@ def test_a_fit_gets_a_small_share_of_a_busy_processor() -> None:
 KILLED = f"""
 import os, signal, sys
 from de3.cli import app
-from de3.server.learn import fitting, journal, learner, learners
+from de3.server.learn import fitting, learner, learners
 fitting.IDLE_CORES, fitting.SPARE_CORES, fitting.PROGRAM = -1.0, float("inf"), "{PROGRAM}"
 learner.FIRST_FIT, learners.CHECK_S = 150, 0.05
 
@@ -1247,7 +1247,7 @@ if step == "published":
 if step == "served":
     learners.Learners._serve = after_serving
 if step == "saving":
-    journal.os.fsync = die
+    os.fsync = die
 app()
 """
 
