@@ -8,6 +8,7 @@ from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
+from de3.server.learn.job import Job as FitJob
 from de3.server.rules import Choice
 from de3.server.settings import ExitOptions
 
@@ -53,3 +54,10 @@ def job(
     choice = Choice(rule or ExitRule(0, Edr(1.0)), "default", budget_s=budget_s)
     new = {} if submitted is None else {"submitted": submitted}
     return Job(served, choice, request, lambda _: None, is_shadow, **new)
+
+
+def fit_job(**fields: Any) -> FitJob:
+    """A job for the process of a fit, with these fields."""
+    folders = {"base": ".", "records": ".", "store": ".", "version": 2, "attempt": 1, "rate": 0.05}
+    more = {"first_new": 0, "by_client": False, "speedup": 1.0, "memory": 2**31}
+    return FitJob.model_validate(folders | more | fields)

@@ -33,6 +33,7 @@ from de3.server.http import admin, listener
 from de3.server.http.traces import Traces
 from de3.server.http.turns import AT_ONCE
 from de3.server.learn import fitting, learners
+from de3.server.learn.job import Found
 from de3.server.learn.learners import Learners
 from de3.server.overload import Controller
 from de3.server.processes.channel import Channel, _row
@@ -40,6 +41,7 @@ from de3.server.processes.worker import CLOSED, CONNECTION, Worker
 from de3.server.settings import Settings
 from de3.server.shared_run import SharedRun
 from tests.fixtures import make_rows
+from tests.jobs import fit_job
 from tests.serving import Server, in_event_loop, serving, until
 from tests.test_processes import running
 
@@ -158,7 +160,7 @@ def test_a_fit_whose_process_ends_at_once_says_so(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start_slowly)
     with pytest.raises(fitting.FitError, match="no"):
-        uvloop.run(fitting.run_fit({"base": "x" * 2**16}))
+        uvloop.run(fitting.run_fit(fit_job(base="x" * 2**16)))
     assert not errors
 
 
@@ -166,7 +168,7 @@ def test_a_paused_fit_is_resumed_after_an_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fitting, "IDLE_CORES", float("inf"))  # always pause
     monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.2); print('{}')")
     monkeypatch.setattr(fitting, "_times", FailsOnce(fitting._times))
-    assert uvloop.run(fitting.run_fit({})) == {}
+    assert uvloop.run(fitting.run_fit(fit_job())) == Found()
     assert errors["pausing_fit"] == 1
 
 

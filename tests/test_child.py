@@ -12,6 +12,8 @@ import pytest
 
 from de3.server import child
 from de3.server.learn import fitting
+from de3.server.learn.job import Found
+from tests.jobs import fit_job
 from tests.serving import until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
@@ -67,5 +69,5 @@ def test_a_fit_is_not_stopped_before_it_would_end_with_the_server(
     monkeypatch.setattr(fitting, "program_of", program_of)
     monkeypatch.setattr(fitting, "_slow_down", slow_down)
     monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.1); print('{}')")
-    assert asyncio.run(fitting.run_fit({})) == {}
+    assert asyncio.run(fitting.run_fit(fit_job())) == Found()
     assert was_begun == [True]

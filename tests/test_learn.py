@@ -56,6 +56,7 @@ from de3.server.settings import Settings
 from de3.training.data import Example
 from tests.commands import de3, refusal
 from tests.fixtures import made_once, make_rows, save_encoder
+from tests.jobs import fit_job
 from tests.serving import Server, process, serving, until, url_when_ready
 
 LABELS = ["negative", "positive"]
@@ -505,9 +506,7 @@ def test_every_kind_of_model_learns(options: dict[str, Any], precision: Any, tmp
 
 
 def job(base: Artifact, records: Path, store: Path, **fields: Any) -> Job:
-    plan = {"base": base.path, "records": records, "store": store, "version": 2, "attempt": 1, "rate": 0.05}
-    more = {"first_new": 0, "by_client": False, "speedup": 1.0, "memory": 2**31}
-    return Job.model_validate(plan | more | fields)
+    return fit_job(base=base.path, records=records, store=store, **fields)
 
 
 def test_exits_are_published_if_they_may_be_faster(
@@ -555,13 +554,13 @@ def test_a_fit_that_needs_too_much_memory_fails(
         asyncio.run(run_fit(job(base, tmp_path / "r", tmp_path, memory=2**29)))
 
 
-def test_a_fit_ends_with_its_server(base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_ends_with_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = tmp_path / "pid"
     program = f"import os, time; os.symlink(str(os.getpid()), {str(started)!r}); time.sleep(100)"
     monkeypatch.setattr(fitting, "PROGRAM", program)
 
     async def cancelled() -> None:
-        running = asyncio.create_task(run_fit(job(base, tmp_path, tmp_path)))
+        running = asyncio.create_task(run_fit(fit_job()))
         await asyncio.to_thread(until, started.is_symlink, "the fit")
         running.cancel()
         ended, _ = await asyncio.wait([running], timeout=20)
@@ -588,9 +587,7 @@ def test_a_failed_fit_says_why(base: Artifact, tmp_path: Path, monkeypatch: pyte
         asyncio.run(run_fit(job(base, path, tmp_path)))
 
 
-def test_under_a_quota_a_fit_is_slowed_down(
-    base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_under_a_quota_a_fit_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
     stops, send = list[int](), asyncio.subprocess.Process.send_signal
 
     def note(process: "asyncio.subprocess.Process", number: int) -> None:
@@ -600,7 +597,7 @@ def test_under_a_quota_a_fit_is_slowed_down(
     monkeypatch.setattr(asyncio.subprocess.Process, "send_signal", note)
     monkeypatch.setattr(fitting, "_has_quota", lambda: True)
     monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.2); print('{}')")
-    assert asyncio.run(run_fit(job(base, tmp_path, tmp_path))) == Found()
+    assert asyncio.run(run_fit(fit_job())) == Found()
     assert stops[:2] == [signal.SIGSTOP, signal.SIGCONT]
 
 

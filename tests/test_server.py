@@ -151,23 +151,23 @@ def test_which_option_sets_the_rule(model: Model) -> None:
     assert fast.expected is not None and fast.expected.speedup >= 1.5 and fast.rule.tau == fast.expected.tau
 
     certified = Rules(manifest, Settings(max_disagreement=0.5))
-    promise = certified.of(ExitOptions()).certificate
+    promise = certified.choose(ExitOptions()).certificate
     assert promise is not None and promise["bound"] <= promise["max_disagreement"] == 0.5
     assert promise["samples"] == manifest.calibration.certify_size
-    hurried = certified.of(ExitOptions(latency_budget_ms=50))  # may exit earlier, so nothing is certified
+    hurried = certified.choose(ExitOptions(latency_budget_ms=50))  # may exit earlier, so nothing is certified
     assert (hurried.by, hurried.wanted, hurried.budget_s) == ("latency_budget_ms", 50, 0.05)
     assert hurried.certificate is None and hurried.rule == certified.default.rule
     timed = Rules(manifest, Settings(latency_budget_ms=20))
     assert (timed.default.rule.tau, timed.default.budget_s) == (defaults.tau, 0.02)
     assert Rules(manifest, Settings(tau=0.25)).default.rule.tau == 0.25
-    assert timed.of(ExitOptions(tau=0.5)).budget_s is None  # a request's own option replaces the server's
-    assert timed.of(ExitOptions(signal="entropy")).budget_s is None
+    assert timed.choose(ExitOptions(tau=0.5)).budget_s is None  # a request's own option replaces the server's
+    assert timed.choose(ExitOptions(signal="entropy")).budget_s is None
 
     later = Rules(manifest.model_copy(update={"exit_layers": [1, 2, 3]}), Settings())
-    assert [later.of(ExitOptions(max_layer=n)).rule.max_layer for n in (1, 3)] == [1, 3]
+    assert [later.choose(ExitOptions(max_layer=n)).rule.max_layer for n in (1, 3)] == [1, 3]
     for layer in (0, 4):
         with pytest.raises(RequestError, match="max_layer: must be from 1 to 3"):
-            later.of(ExitOptions(max_layer=layer))
+            later.choose(ExitOptions(max_layer=layer))
 
 
 def test_truncation_is_that_of_transformers(server: Server, model: Model, checkpoint: Path) -> None:

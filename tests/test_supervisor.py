@@ -512,7 +512,7 @@ async def test_audits_pause_while_the_supervisor_reads_too_slowly(store: Path) -
         await asyncio.sleep(0)
         for _ in range(2 * MAX_UNSENT_BYTES // 1000):
             assert not worker.is_behind or worker.channel.unsent > MAX_UNSENT_BYTES
-            worker.write("x" * 1000)
+            worker.charge("x" * 1000, 1)
             await asyncio.sleep(0)
         assert worker.is_behind
         ours.setblocking(False)
