@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits import guarantee
+from de3.exits import bound
 from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
 from de3.exits.signals import Edr, Entropy, Signal
@@ -162,7 +162,7 @@ def paired_interval(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tupl
 def trade_off(
     samples: Samples, signal: Signal, taus: Sequence[float] = TAUS, scores: Floats | None = None
 ) -> list[Outcome]:
-    """The outcomes of one signal by ascending τ; their disagreement bounds never decrease (see `exits.guarantee`).
+    """The outcomes of one signal by ascending τ; their disagreement bounds never decrease (see `exits.bound`).
 
     scores: cross-fitted scores, (n, exits); None for the signal's own.
     """
@@ -179,7 +179,7 @@ def trade_off(
         n = round(effective_size(differs, samples.groups))
         key = (row.disagreement, n)
         if key not in cache:
-            cache[key] = guarantee.upper_bound(math.ceil(row.disagreement * n - 1e-9), n)
+            cache[key] = bound.upper_bound(math.ceil(row.disagreement * n - 1e-9), n)
         bounds.append(max(bounds[-1], cache[key]) if bounds else cache[key])
     return [replace(row, disagreement_bound=b) for row, b in zip(rows, bounds, strict=True)]
 

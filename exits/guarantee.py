@@ -1,36 +1,388 @@
-"""Statistical bound on the rate of early answers that differ from full depth.
+"""Online risk control: chooses τ from the disagreement that audits of live traffic find.
 
-Risk control by Learn-then-Test with fixed-sequence testing ("Fast yet Safe: Early-Exiting with Risk
-Control", NeurIPS 2024): τ ascends from 0, an exact binomial bound limits the rate of differing answers at
-each step, and the first step whose bound is too high ends the sequence. The order is fixed before the data
-are seen, so every step may use the full error probability. The true rate exceeds the requested one in at
-most 5% of calibrations.
+An audit runs a text to full depth and shows, without a label, what every τ would have answered (`profile`). `Evidence`
+counts disagreements by τ. `Guarantee` raises τ as long as the evidence shows that the rate of answers that differ from
+full depth stays within the guaranteed rate, and resets it when the rate has risen. A server keeps a guarantee for each
+of its tenants, on the audits of that tenant alone.
+
+The values of τ are tested in a fixed order, ascending from 0, which makes this a single test: τ moves to the next value
+only once the e-value against "the rate at that value is above the guarantee" has reached 1/δ. From the start or a reset
+until the traffic changes, the probability that τ ever reaches a value whose rate is above the guarantee is at most δ.
+
+It takes many audits to tell a small change in the traffic from chance. Therefore τ is also lowered, without a test, as
+soon as the rate of disagreement in recent audits is less than a standard error below the guaranteed rate
+(`RecentRates`), and all evidence is discarded when the change detector fires.
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
 import numpy as np
+from numpy.typing import NDArray
 
-CONFIDENCE = 0.95
+from de3.exits import betting
+from de3.exits.bound import CONFIDENCE
+
+# Mean number of audits before a false alarm at exactly the guaranteed rate; far more at a lower rate.
+PATIENCE = 1e5
+MAX_SHARES = 128  # tallies in an Evidence; a server has about twenty, one that learns up to about 50
+# Number of audits that count as recent: those of the last RECENT_TEXTS texts, but at least MIN_RECENT, and at least as
+# many as contain MIN_EXPECTED disagreements at the guaranteed rate.
+RECENT_TEXTS, MIN_RECENT, MIN_EXPECTED = 1200, 300, 6
+
+Reason = Literal["start", "evidence", "recent", "change", "reset"]
 
 
-def upper_bound(errors: int, n: int, confidence: float = CONFIDENCE) -> float:
-    """One-sided Clopper–Pearson upper bound of an error rate, in [0, 1], for `errors` in n samples.
+def error_of(attempt: int) -> float:
+    """The error probability of a guarantee for the exits of one fit. attempt: number of the fit, from 1.
 
-    The p for which P(Binomial(n, p) ≤ errors) = 1 − confidence. Raises ValueError unless 0 ≤ errors ≤ n and n ≥ 1.
+    A server that fits exits again tests each version separately. The error probabilities of all attempts sum to
+    1 − CONFIDENCE, so the probability that any version ever breaks the guarantee is at most that.
     """
-    if not 0 <= errors <= n or n < 1:
-        raise ValueError(f"errors must be from 0 to n and n at least 1, got {errors} of {n}")
-    if errors == n:
-        return 1.0
-    k = np.arange(errors + 1)
-    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    log_binomials = log_factorials[n] - log_factorials[k] - log_factorials[n - k]
-    low, high = errors / n, 1.0
-    for _ in range(60):
-        p = (low + high) / 2
-        if p == 1.0:  # low and high are adjacent floats
-            break
-        if np.exp(log_binomials + k * np.log(p) + (n - k) * np.log1p(-p)).sum() > 1 - confidence:
-            low = p
+    return (1 - CONFIDENCE) / (attempt * (attempt + 1))
+
+
+class SavedGuarantee(NamedTuple):
+    """The saved state of a guarantee, besides its evidence.
+
+    Attributes:
+        rate: the guaranteed rate.
+        tau: the last proved τ.
+        reason: see Guarantee.
+        detector: wealth of the change detector.
+        weight, recent: `weight` and `differing` of RecentRates.
+        error: δ.
+    """
+
+    rate: float
+    tau: float
+    reason: Reason
+    detector: list[float]
+    weight: float
+    recent: list[float]
+    error: float = 1 - CONFIDENCE
+
+
+class Profiles(NamedTuple):
+    """The results for N texts at each τ of a grid, (N, G): disagreement with full depth, and exit layer."""
+
+    differs: NDArray[np.bool_]
+    layers: NDArray[np.int64]
+
+
+def profiles(
+    scores: Sequence[Sequence[float | None]] | betting.Floats,
+    differs: Sequence[Sequence[bool]] | NDArray[np.bool_],
+    layers: Sequence[int],
+    taus: NDArray[np.float64],
+) -> Profiles:
+    """The profiles of texts that passed every exit, by the exit rule (`exits.rule`).
+
+    scores: by text and exit, (N, E); None or NaN at an exit without a score. differs: disagreement of each exit with
+    the last one, (N, E). layers: layers of the exits. taus: the grid, (G,).
+    """
+    below = np.array(scores, np.float64).reshape(len(scores), len(layers))[:, :-1]
+    least = np.minimum.accumulate(np.where(np.isnan(below), np.inf, below), 1)
+    index = (least[:, :, None] >= taus).sum(1)
+    unlike = np.array(differs, np.bool_).reshape(len(scores), len(layers))
+    return Profiles(np.take_along_axis(unlike, index, 1), np.array(layers)[index])
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of the texts with one audit probability.
+
+    Attributes:
+        texts: number of texts, audited or not.
+        audits: number of audited texts.
+        served: number of audited texts whose answer, as served, differs from full depth's.
+        differing: number of audited texts whose answer at each τ would differ, (G,).
+        layers: sum of the audited texts' exit layers at each τ, (G,).
+        repeats: the repeated texts among `differing`, (G,); they are not counted in `texts`, `audits` and `layers`.
+    """
+
+    texts: int
+    audits: int
+    served: int
+    differing: NDArray[np.int64]
+    layers: NDArray[np.int64]
+    repeats: NDArray[np.int64]
+
+
+@dataclass
+class Evidence:
+    """The audits of one model and signal so far.
+
+    The methods that count raise ValueError for a q outside (0, 1], and for more than MAX_SHARES different q.
+
+    Attributes:
+        taus: the grid, (G,), ascending from 0.
+        tallies: counts by audit probability q.
+    """
+
+    taus: NDArray[np.float64]
+    tallies: dict[float, Tally] = field(default_factory=dict)
+
+    def skip(self, share: float, texts: int) -> None:
+        """Count texts that were not audited. share: q, the audit probability of these texts."""
+        if texts:
+            self._tally(share).texts += texts
+
+    def add(self, share: float, audits: Profiles, served: int = 0) -> None:
+        """Count audits. share: their probability. served: see `Tally.served`."""
+        tally = self._tally(share)
+        tally.texts += len(audits.differs)
+        tally.audits += len(audits.differs)
+        tally.served += served
+        tally.differing = tally.differing + audits.differs.sum(0)
+        tally.layers = tally.layers + audits.layers.sum(0)
+
+    def add_repeats(self, share: float, differs: NDArray[np.bool_]) -> None:
+        """Count audits of texts that were counted before, (N, G); each counts only against a τ at which it differs."""
+        tally = self._tally(share)
+        tally.differing = tally.differing + differs.sum(0)
+        tally.repeats = tally.repeats + differs.sum(0)
+
+    def _tally(self, share: float) -> Tally:
+        if not 0 < share <= 1:
+            raise ValueError(f"a share must be above 0 and at most 1, got {share}")
+        if share not in self.tallies:
+            if len(self.tallies) == MAX_SHARES:
+                raise ValueError(f"at most {MAX_SHARES} shares are counted")
+            zeros = np.zeros(len(self.taus), np.int64)
+            self.tallies[share] = Tally(0, 0, 0, zeros, zeros.copy(), zeros.copy())
+        return self.tallies[share]
+
+    @property
+    def texts(self) -> int:
+        """Number of texts, audited or not."""
+        return sum(tally.texts for tally in self.tallies.values())
+
+    @property
+    def audits(self) -> int:
+        """Number of audited texts."""
+        return sum(tally.audits for tally in self.tallies.values())
+
+    def served(self) -> float | None:
+        """Rate of disagreement of the answers as served, each audit weighted by 1/q; None without audits."""
+        weight = self._weight()
+        return sum(t.served / share for share, t in self.tallies.items()) / weight if weight else None
+
+    def rates(self) -> betting.Floats:
+        """Rate of disagreement at each τ, (G,), each audit weighted by 1/q; NaN without audits.
+
+        Repeats count only in the numerator, so they can make the rate too high but not too low.
+        """
+        return self._mean([tally.differing for tally in self.tallies.values()])
+
+    def mean_layers(self) -> betting.Floats:
+        """Mean exit layer at each τ, (G,), each audit weighted by 1/q; NaN without audits."""
+        return self._mean([tally.layers for tally in self.tallies.values()])
+
+    def _weight(self) -> float:
+        return sum(tally.audits / share for share, tally in self.tallies.items())
+
+    def _mean(self, sums: Sequence[NDArray[np.int64]]) -> betting.Floats:
+        weight = self._weight()
+        if not weight:
+            return np.full(len(self.taus), np.nan)
+        return np.asarray(sum(s / share for share, s in zip(self.tallies, sums, strict=True)) / weight)
+
+    def bounds(self, index: slice = slice(None)) -> tuple[betting.Floats, betting.Floats]:
+        """Bounds of the rates at a slice of the τ grid, anytime-valid with 95% confidence for each τ.
+
+        The bets weight audits differently from rates(), so a rate may lie outside its bounds, which are then widened.
+        """
+        if not self.audits:
+            count = len(self.taus[index])
+            return np.zeros(count), np.ones(count)
+        shares, texts, differing = self._counts(index)
+        lower, upper = betting.bounds(shares, texts, differing, CONFIDENCE)
+        rates = self.rates()[index]
+        return np.minimum(lower, rates), np.maximum(upper, rates)
+
+    def e_values(self, rate: float) -> betting.Floats:
+        """E-values against "the rate at this τ is above `rate`", at each τ of the grid."""
+        count = len(self.taus)
+        if not self.tallies:
+            return np.ones(count)
+        shares, texts, differing = self._counts(slice(None))
+        repeats = np.stack([tally.repeats for tally in self.tallies.values()])
+        return betting.e_values(shares, texts[:, None] + repeats, differing, np.full(count, rate))
+
+    def e_value(self, rate: float, index: int) -> float:
+        """E-value against "the rate at this τ is above `rate`", for one τ of the grid."""
+        counts = [
+            (share, t.texts + int(t.repeats[index]), int(t.differing[index]))
+            for share, t in self.tallies.items()
+        ]
+        return betting.e_value(counts, rate)
+
+    def e_value_above(self, rate: float, index: int) -> float:
+        """E-value against "the rate at this τ is at most `rate`", for one τ of the grid."""
+        counts = self._counts(slice(index, index + 1))
+        return float(betting.e_values_above(*counts, np.full(1, rate))[0])
+
+    def _counts(self, index: slice) -> tuple[betting.Floats, betting.Counts, betting.Counts]:
+        tallies = list(self.tallies.values())
+        texts = np.array([tally.texts for tally in tallies])
+        return np.array(list(self.tallies)), texts, np.stack([tally.differing[index] for tally in tallies])
+
+
+class RecentRates:
+    """Exponentially weighted rates of disagreement in recent audits, by τ.
+
+    While a large share of the texts is audited, more audits count as recent: the rates are then more precise, and still
+    follow the traffic as quickly.
+
+    Attributes:
+        weight: total weight of the audits; approaches the number of audits that count as recent.
+        differing: total weight of the audits whose answer at each τ would differ, (G,).
+    """
+
+    def __init__(self, rate: float, count: int) -> None:
+        """rate: the guaranteed rate. count: number of values of τ, G."""
+        self._rate, self._least = rate, max(MIN_RECENT, MIN_EXPECTED / rate)
+        self.weight, self.differing = 0.0, np.zeros(count)
+
+    def add(self, share: float, differs: NDArray[np.bool_]) -> None:
+        """Count audits, (N, G), in order. share: their probability; 0: as few audits as possible count as recent."""
+        window = max(self._least, share * RECENT_TEXTS)
+        # When the share falls, the older audits weigh less at once.
+        older = window / max(window, self.weight)
+        stays = (1.0 - 1.0 / window) ** np.arange(len(differs), -1.0, -1.0)
+        self.weight = float(self.weight * older * stays[0] + stays[1:].sum())
+        self.differing = self.differing * older * stays[0] + stays[1:] @ differs
+
+    def allows(self, index: int) -> int:
+        """Index of the highest τ that the recent audits allow, at most `index`.
+
+        Up to this τ, every recent rate is at least a standard error below the guaranteed rate. Returns 0 if there is no
+        such τ, and `index` itself while there are too few audits to judge.
+        """
+        if self.weight < self._least / 3:
+            return index
+        error = math.sqrt(self._rate * (1 - self._rate) / max(self.weight, self._least))
+        above = self.differing[: index + 1] > (self._rate - error) * self.weight
+        return max(0, int(above.argmax()) - 1) if above.any() else index
+
+
+class Guarantee:
+    """Chooses τ so that the rate of answers that differ from full depth stays within `rate`.
+
+    Attributes:
+        evidence: audits since the start, or the last change or reset.
+        proved: index of the last proved τ.
+        index: index of the current τ, at most `proved`.
+        reason: start (τ = 0, without evidence), evidence (raised by audits), recent (lowered by recent audits), change
+            (the rate had risen; evidence discarded) or reset (by an admin).
+    """
+
+    def __init__(self, rate: float, taus: NDArray[np.float64], error: float = 1 - CONFIDENCE) -> None:
+        """taus: the grid, (G,), ascending from 0. error: δ. Raises ValueError for a rate outside (0, 1)."""
+        if not 0 < rate < 1:
+            raise ValueError(f"a guaranteed rate must be above 0 and below 1, got {rate}")
+        self.rate, self.error = rate, error
+        self.evidence = Evidence(taus)
+        self.proved = self.index = 0
+        self._why: Reason = "start"
+        self.recent = RecentRates(rate, len(taus))
+        self._detector = betting.ChangeDetector(rate, PATIENCE)
+
+    @property
+    def tau(self) -> float:
+        """The current τ; at 0, every text runs to full depth."""
+        return float(self.evidence.taus[self.index])
+
+    @property
+    def reason(self) -> Reason:
+        """The reason for τ; see the class."""
+        return "recent" if self.index < self.proved else self._why
+
+    def count(
+        self,
+        share: float,
+        audits: Profiles,
+        skipped: Sequence[int],
+        repeats: NDArray[np.bool_] | None = None,
+        skipped_repeats: int = 0,
+    ) -> None:
+        """Count consecutive texts. They may lower τ; only `advance` raises it.
+
+        share: the probability with which each was audited. audits: the profiles of those that were, in order. skipped:
+        number of texts before each of them, and after the last one, that were not audited. repeats: for each audit,
+        whether the text was counted before. skipped_repeats: number of such texts among those not audited.
+
+        As evidence, a text that was counted before counts only against each τ at which it differs. The recent audits
+        and the change detector count it like any other text: without the repeats that agree, their rates would be too
+        high.
+        """
+        self.evidence.skip(share, sum(skipped) - skipped_repeats)
+        if repeats is None or not repeats.any():
+            self.evidence.add(share, audits)
         else:
-            high = p
-    return float(high)
+            self.evidence.add(share, Profiles(audits.differs[~repeats], audits.layers[~repeats]))
+            self.evidence.add_repeats(share, audits.differs[repeats])
+        # At τ = 0 every text is audited, but at the next τ only some are. A share of 0 keeps the number of audits that
+        # count as recent as low as it is there.
+        self.recent.add(share if self.index else 0.0, audits.differs)
+        if self.proved and self._detector.count(share, audits.differs[:, self.proved].tolist(), skipped):
+            self.reset("change")
+            return
+        self.index = min(self.index, self.recent.allows(self.proved))
+
+    def advance(self) -> None:
+        """Raise τ as far as the evidence and the recent audits allow."""
+        while self.proved + 1 < len(self.evidence.taus) and self._may_pass(self.proved + 1):
+            self.proved += 1
+            self._why = "evidence"
+        self.index = self.recent.allows(self.proved)
+
+    def _may_pass(self, index: int) -> bool:
+        return self.evidence.e_value(self.rate, index) >= 1 / self.error
+
+    def reset(self, reason: Reason) -> None:
+        """Discard the evidence, and return to τ = 0."""
+        self.evidence = Evidence(self.evidence.taus)
+        self.recent = RecentRates(self.rate, len(self.evidence.taus))
+        self.proved = self.index = 0
+        self._why = reason
+        self._detector = betting.ChangeDetector(self.rate, PATIENCE)
+
+    def saved(self) -> SavedGuarantee:
+        """The state to save besides the evidence, for `restore`."""
+        taus, recent = self.evidence.taus, self.recent
+        return SavedGuarantee(
+            rate=self.rate,
+            tau=float(taus[self.proved]),
+            reason=self._why,
+            detector=list(self._detector.wealth),
+            weight=recent.weight,
+            recent=recent.differing.tolist(),
+            error=self.error,
+        )
+
+    def restore(self, evidence: Evidence, saved: SavedGuarantee) -> None:
+        """Continue from a saved state.
+
+        If the saved rate differs from this guarantee's, or the saved δ is higher, only the evidence is used. Otherwise
+        raises ValueError if the saved τ is not on the grid, and for impossible values.
+        """
+        if saved.rate != self.rate or saved.error > self.error:
+            self.evidence = evidence
+            self.advance()
+            return
+        match = np.flatnonzero(evidence.taus == saved.tau)
+        wealth, differing = list(saved.detector), np.array(saved.recent, np.float64)
+        fits = len(match) == 1 and len(wealth) == len(self._detector.wealth)
+        fits &= differing.shape == evidence.taus.shape and bool(
+            (differing <= saved.weight * (1 + 1e-9)).all()
+        )
+        if not fits or min(wealth) < 0 or not (differing >= 0).all():
+            raise ValueError("the saved guarantee does not match the τ grid")
+        self.evidence, self.proved, self._why = evidence, int(match[0]), saved.reason
+        self._detector.wealth = wealth
+        self.recent.weight, self.recent.differing = saved.weight, differing
+        self.index = self.recent.allows(self.proved)

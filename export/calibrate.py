@@ -196,8 +196,10 @@ def _report(
         mark = "  (default)" if rows[0].signal == default.signal else ""
         certified = TradeOffs(rows)
         speeds = [f"{calibration.speed_within(rows, d):.2f}×" for d in calibration.MERIT_AT]
-        promised = [(d, certified.within_disagreement(d)) for d in calibration.MERIT_AT]
-        speeds += ["–" if row.disagreement_bound > most else f"{row.speedup:.2f}×" for most, row in promised]
+        guaranteed = [(d, certified.within_disagreement(d)) for d in calibration.MERIT_AT]
+        speeds += [
+            "–" if row.disagreement_bound > most else f"{row.speedup:.2f}×" for most, row in guaranteed
+        ]
         table.add_row(label(rows[0]) + mark, *speeds)
     console.print(table)
     measure = f"agreement with {reference}" if self_labelled else "accuracy"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from de3.exits import betting
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.promise import error_of, profiles
+from de3.exits.guarantee import error_of, profiles
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Risk
 from de3.export import fit
@@ -40,7 +40,7 @@ class Fitted:
 
     Attributes:
         risk: the signal of the exits; `calibrated` has its weights.
-        speedup: speed-up in layers at the best τ in hindsight whose disagreement is within the promised rate.
+        speedup: speed-up in layers at the best τ in hindsight whose disagreement is within the guaranteed rate.
         proved_speedup: speed-up in layers at the highest τ that the held-out records prove.
         evidence: the held-out records, in order.
     """
@@ -64,7 +64,7 @@ def fit_exits(
     """Fit exits and risk to records, and test them on held-out ones.
 
     attempt: number of the fit, from 1; decides the split and the error probability of the test (see `error_of`). rate:
-    the promised rate of disagreement. first_new: number of the first record that tests may use; earlier records are
+    the guaranteed rate of disagreement. first_new: number of the first record that tests may use; earlier records are
     from before a change in the traffic. by_client: each client has a guarantee of its own, so all its held-out records
     are evidence, and as many of them are held out as if it were alone.
 

@@ -167,7 +167,7 @@ def summary(told: list[Window], rate: float) -> dict[str, Any]:
     before = max((w.texts for w in told if w.phase == "home"), default=0)
     breached = [w for w in away if w.true > rate]
     return {
-        "promised": rate,
+        "guaranteed": rate,
         "seen_mean": float(np.mean([w.seen for w in told])),
         "true_highest": max(w.true for w in told),
         "home_highest": max((w.true for w in told if w.phase == "home"), default=None),
@@ -189,7 +189,7 @@ def plot(path: Path, told: list[Window], rate: float) -> None:
         x, [float("nan") if w.measured is None else 100 * w.measured for w in told], label="measured"
     )
     axes[0].plot(x, [100 * w.true for w in told], label="true")
-    axes[0].axhline(100 * rate, linestyle=":", color="black", label="promised")
+    axes[0].axhline(100 * rate, linestyle=":", color="black", label="guaranteed")
     axes[0].set_ylabel("differ from full depth, %")
     axes[0].legend(fontsize=8)
     axes[1].step(x, [w.tau for w in told], where="post")

@@ -53,9 +53,9 @@ def story(
     result = audit.summary(told, rate)
     restored = result["texts_to_restore"]
     print(
-        f"promised {100 * rate:g}%: clients saw {100 * result['seen_mean']:.2f}% in all; before the switch the true "
+        f"guaranteed {100 * rate:g}%: clients saw {100 * result['seen_mean']:.2f}% in all; before the switch the true "
         f"rate was at most {100 * result['home_highest']:.2f}%, overall at most {100 * result['true_highest']:.2f}%; "
-        + (f"permanently within it after {restored} texts" if restored else "never above the promise")
+        + (f"permanently within it after {restored} texts" if restored else "never above the guarantee")
         + f"; {result['resets']} resets"
     )
     if png:

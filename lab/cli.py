@@ -63,7 +63,7 @@ def learn(
     texts: Annotated[Path, typer.Option(help="Texts that the classifier was not trained on.")],
     then: Annotated[Path, typer.Option(help="Texts of another kind, sent after those of --texts.")],
     out: Annotated[Path, typer.Option(help="Folder for learn.json and learn.png.")] = Path("runs/learn"),
-    guarantee: Annotated[float, typer.Option(help="The promised rate of disagreement.")] = 0.02,
+    guarantee: Annotated[float, typer.Option(help="The guaranteed rate of disagreement.")] = 0.02,
     orders: Annotated[int, typer.Option(help="Number of streams, each in its own order.", min=1)] = 3,
     per_second: Annotated[float, typer.Option(help="Texts per second.", min=1)] = 100.0,
     then_column: Annotated[str, typer.Option(help="Column of the texts of another kind.")] = "text",

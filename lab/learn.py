@@ -19,7 +19,7 @@ from urllib.request import urlopen
 import numpy as np
 
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.promise import profiles
+from de3.exits.guarantee import profiles
 from de3.export.record import record
 from de3.loadtest.servers import Server, process_tree, running
 from de3.model_store.model import Model
@@ -47,7 +47,7 @@ class Story:
     """One stream through one server.
 
     Attributes:
-        rate: the promised rate of disagreement.
+        rate: the guaranteed rate of disagreement.
         num_texts: number of texts of the first kind; the texts of the second kind follow.
         first_early: number of texts before the first early exit; None if there was none.
         disagreement: rates over the whole stream, before the switch, and after it.
@@ -55,7 +55,7 @@ class Story:
         model_speedup, with_audits: speed-up in model time over all texts of the first kind, without and with the time
             of audits.
         recovery: number of texts of the second kind after which the rate of the latest WINDOW texts stays within the
-            promise; 0 if the rate never exceeds the promise, and all of these texts if it exceeds it at the end.
+            guarantee; 0 if the rate never exceeds the guarantee, and all of these texts if it exceeds it at the end.
         learned, imported: speed-ups in hindsight on unseen texts: of the version that was served before the switch, and
             of an offline import from as many texts as were recorded.
         records: number of records before the switch.

@@ -189,7 +189,7 @@ def version(
     stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
     texts: Annotated[Path, typer.Option(help="Texts that the classifier was not trained on.")],
     tenants: Annotated[int, typer.Option(help="Number of tenants, which send texts in turn.", min=1)] = 20,
-    guarantee: Annotated[float, typer.Option(help="The promised rate of disagreement.")] = 0.05,
+    guarantee: Annotated[float, typer.Option(help="The guaranteed rate of disagreement.")] = 0.05,
     per_second: Annotated[float, typer.Option(help="Texts per second.", min=1)] = 80.0,
     text_column: options.TextColumn = "text",
     port: options.Port = 8100,

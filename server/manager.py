@@ -109,7 +109,7 @@ class Manager:
             for artifact in artifacts:
                 is_first = artifact.manifest.name not in self._models.routes
                 try:
-                    role: Role = "current" if is_first else "beside"
+                    role: Role = "current" if is_first else "loaded"
                     self._plan = Plan("load", artifact.manifest.name, role, artifact=artifact)
                     self._loaded = await self._load_or_base(self._plan, artifact)
                     self.commit()

@@ -122,12 +122,12 @@ class LedgerMetrics(Collector):
         self._ledgers, self._in_force = ledgers, in_force
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        """The metrics; measured rates only for models with audits, promised rates only for models with a promise."""
+        """The metrics; measured rates only for models with audits, the guarantee only for models with one."""
         gauge = partial(GaugeMetricFamily, labels=["model"])
         rate = gauge(
             "de3_audit_disagreement",
             "Rate of disagreement with full depth at the τ in force, by the audits since the last reset; with a "
-            "guarantee, of the tenant whose audits speak most against its promise",
+            "guarantee, of the tenant whose audits speak most against its guarantee",
         )
         lower = gauge(
             "de3_audit_disagreement_lower", "Anytime-valid 95% lower bound of de3_audit_disagreement"
@@ -135,9 +135,9 @@ class LedgerMetrics(Collector):
         upper = gauge(
             "de3_audit_disagreement_upper", "Anytime-valid 95% upper bound of de3_audit_disagreement"
         )
-        promise = gauge(
-            "de3_audit_promise",
-            "Promised rate of disagreement: --guarantee, or --max-disagreement",
+        guarantee = gauge(
+            "de3_audit_guarantee",
+            "Guaranteed rate of disagreement: --guarantee, or --max-disagreement",
         )
         tau = GaugeMetricFamily(
             "de3_audit_tau",
@@ -150,7 +150,7 @@ class LedgerMetrics(Collector):
         highest = gauge("de3_audit_tau_highest", "Highest τ of these tenants")
         resets = CounterMetricFamily(
             "de3_audit_resets",
-            "Resets of the audit evidence, by reason: change (the rate at the proved τ rose above the promise), "
+            "Resets of the audit evidence, by reason: change (the rate at the proved τ rose above the guarantee), "
             "or reset (by an admin)",
             labels=["model", "reason"],
         )
@@ -162,15 +162,15 @@ class LedgerMetrics(Collector):
             if measured is not None:
                 for metric, value in zip((rate, lower, upper), measured, strict=True):
                     metric.add_metric([name], value)
-            if ledger.promised_rate is not None:
-                promise.add_metric([name], ledger.promised_rate)
+            if ledger.guaranteed_rate is not None:
+                guarantee.add_metric([name], ledger.guaranteed_rate)
             tau.add_metric([name, row["reason"]], row["tau"])
             if taus := ledger.tenant_taus():
                 for metric, value in ((tenants, len(taus)), (lowest, min(taus)), (highest, max(taus))):
                     metric.add_metric([name], value)
             for reason, count in ledger.num_resets.items():
                 resets.add_metric([name, reason], count)
-        yield from (rate, lower, upper, promise, tau, tenants, lowest, highest, resets)
+        yield from (rate, lower, upper, guarantee, tau, tenants, lowest, highest, resets)
 
 
 class BackgroundErrors(Collector):

@@ -100,7 +100,7 @@ def load(
         raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
 
 
-Role = Literal["current", "canary", "shadow", "beside"]
+Role = Literal["current", "canary", "shadow", "loaded"]
 
 
 @dataclass(slots=True)
@@ -135,10 +135,10 @@ class Route:
             self.shadow = version
 
     def version_in(self, role: Role) -> int | None:
-        """The version in a role; None if there is none, and for `beside`, which several versions can have."""
+        """The version in a role; None if there is none, and for `loaded`, which several versions can have."""
         return (
             None
-            if role == "beside"
+            if role == "loaded"
             else {"current": self.current, "canary": self.canary, "shadow": self.shadow}[role]
         )
 
@@ -203,7 +203,7 @@ class Models:
         """The role of a loaded version."""
         route = self.routes[manifest.name]
         roles: tuple[Role, ...] = ("current", "canary", "shadow")
-        return next((r for r in roles if route.version_in(r) == manifest.version), "beside")
+        return next((r for r in roles if route.version_in(r) == manifest.version), "loaded")
 
     def shadow_of(self, served: Served) -> Served | None:
         """The shadow of a model; None if it has none, or is not the current version."""
@@ -259,7 +259,7 @@ class Models:
         if version is None or self._versions[name].keys() == {version}:
             del self.routes[name], self._versions[name]
         else:
-            self.routes[name].give("beside", version)
+            self.routes[name].give("loaded", version)
             del self._versions[name][version]
         return _gone(before, self.all)
 

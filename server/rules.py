@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
-from de3.exits.guarantee import CONFIDENCE
-from de3.exits.promise import Reason
+from de3.exits.bound import CONFIDENCE
+from de3.exits.guarantee import Reason
 from de3.exits.rule import ExitRule, Thresholds
 from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
@@ -65,24 +65,24 @@ class Choice:
     """An exit rule, and how it was chosen.
 
     Attributes:
-        by: the option that set the rule; without one, default or overload.
-        wanted: value of that option; None without one.
+        set_by: the option that set the rule; without one, default or overload.
+        requested: value of that option; None without one.
         expected: row of the calibration table for this signal and τ; None if none applies.
         budget_s: latency budget, seconds; None if there is none.
         is_degraded: τ was raised under load.
         certificate: with max_disagreement, the certified bound, its confidence and the number of samples; else None.
-        promise: with a guarantee, the promised rate, its confidence and the reason for τ; None without one, and for
+        guarantee: with a guarantee, the guaranteed rate, its confidence and the reason for τ; None without one, and for
             requests with options.
     """
 
     rule: ExitRule
-    by: str
-    wanted: float | None = None
+    set_by: str
+    requested: float | None = None
     expected: TradeOff | None = None
     budget_s: float | None = None
     is_degraded: bool = False
     certificate: Mapping[str, Any] | None = None
-    promise: Mapping[str, Any] | None = None
+    guarantee: Mapping[str, Any] | None = None
 
     def share(self, num_layers: int) -> float:
         """Expected time of a text, as a share of its time at full depth; 1 if nothing is known."""
@@ -95,18 +95,18 @@ class Choice:
         """The choice as JSON, for `explain`."""
         signal = self.rule.signal
         row: dict[str, Any] = {
-            "by": self.by,
+            "set_by": self.set_by,
             "tau": self.rule.tau,
             "signal": signal.name,
             "lambda": signal.lam,
         }
-        if self.wanted is not None:
-            row["wanted"] = self.wanted
+        if self.requested is not None:
+            row["requested"] = self.requested
         if self.expected is not None:
             fields = ("accuracy", "speedup", "disagreement", "disagreement_bound")
             row["expected"] = {name: getattr(self.expected, name) for name in fields}
-        if self.promise is not None:
-            row["promise"] = self.promise
+        if self.guarantee is not None:
+            row["guarantee"] = self.guarantee
         return row
 
 
@@ -181,7 +181,7 @@ class Rules:
 
     def _guaranteed(self, tau: float, reason: Reason) -> Choice:
         row = {"max_disagreement": self._rate, "confidence": CONFIDENCE, "reason": reason}
-        return replace(self._at_tau(tau, self._signal, "guarantee", self._rate), promise=row)
+        return replace(self._at_tau(tau, self._signal, "guarantee", self._rate), guarantee=row)
 
     def of_tenant(self, tenant: str) -> Choice:
         """The choice for a tenant's requests without options, unless load changes it."""
@@ -192,15 +192,20 @@ class Rules:
         return self.steps[min(level, len(self.steps)) - 1] if level and self.steps else self.default
 
     def _at_tau(
-        self, tau: float, signal: Signal, by: str, wanted: float | None = None, max_layer: int | None = None
+        self,
+        tau: float,
+        signal: Signal,
+        set_by: str,
+        requested: float | None = None,
+        max_layer: int | None = None,
     ) -> Choice:
         expected = self._rows.get((tau, *_key(signal))) if max_layer is None else None
-        return Choice(ExitRule(tau, signal, max_layer, self._thresholds), by, wanted, expected)
+        return Choice(ExitRule(tau, signal, max_layer, self._thresholds), set_by, requested, expected)
 
-    def _at_row(self, row: TradeOff, by: str, wanted: float | None = None) -> Choice:
+    def _at_row(self, row: TradeOff, set_by: str, requested: float | None = None) -> Choice:
         """The choice for a row of the calibration table."""
         rule = ExitRule(row.tau, self._signals[Key(row.signal, row.lam)], thresholds=self._thresholds)
-        return Choice(rule, by, wanted, row)
+        return Choice(rule, set_by, requested, row)
 
     def choose(self, options: ExitOptions, level: int = 0, tenant: str = "") -> Choice:
         """The choice for a request's options; raises RequestError if they cannot be met.
@@ -209,15 +214,15 @@ class Rules:
         """
         full_depth = self._is_full_depth
         choice = self._at_full_depth(options) if full_depth else self._by_options(options, level, tenant)
-        if choice.promise is not None and options != ExitOptions():  # requests with options are not audited
-            choice = replace(choice, promise=None)
+        if choice.guarantee is not None and options != ExitOptions():  # requests with options are not audited
+            choice = replace(choice, guarantee=None)
         if options.thresholds is None:
             return choice
         rule = replace(choice.rule, thresholds=self._thresholds_of(options.thresholds))
-        if choice.by in ("target_speedup", "max_disagreement"):
+        if choice.set_by in ("target_speedup", "max_disagreement"):
             raise RequestError(
-                f"thresholds: cannot be combined with this server's {choice.by}, which was calibrated with the model's "
-                "own thresholds; give tau",
+                f"thresholds: cannot be combined with this server's {choice.set_by}, which was calibrated with the "
+                "model's own thresholds; give tau",
                 "thresholds",
             )
         return replace(choice, rule=rule, expected=None)  # the calibration does not cover other thresholds
@@ -309,7 +314,7 @@ class Rules:
             # Running until the deadline is more accurate than a predicted earlier exit (docs/budgets.md).
             budget = options.latency_budget_ms
             field, seconds = "latency_budget_ms", budget / 1000
-            return replace(otherwise, by=field, wanted=budget, budget_s=seconds, certificate=None)
+            return replace(otherwise, set_by=field, requested=budget, budget_s=seconds, certificate=None)
         if options.target_speedup is not None:
             trade_offs = self._table(signal, "target_speedup")
             row = trade_offs.at_speedup(options.target_speedup)

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from de3.exits.promise import MAX_SHARES, Evidence, profiles
+from de3.exits.guarantee import MAX_SHARES, Evidence, profiles
 from de3.exits.reading import read
 from de3.export import recalibrate, records
 from de3.model_store.model import Model
@@ -106,7 +106,7 @@ def test_audits_count_the_disagreement_with_full_depth(store: Path, model: str) 
         assert differing > 0
         assert (said["texts"], said["audits"], said["pending"]) == (200, 200, 0)
         assert said["tau"] == {"tau": TAU, "reason": "default"}
-        assert said["promise"] is None
+        assert said["guarantee"] is None
         measured = said["measured"]
         assert measured["disagreement"] == measured["as_served"] == pytest.approx(differing / 200)
         assert measured["lower"] <= measured["disagreement"] <= measured["upper"]
@@ -149,23 +149,23 @@ def test_a_guarantee_starts_at_full_depth_and_audits_raise_tau(store: Path) -> N
         assert server.service.settings.share_of_audits == 0.05
         first = server.classify(input=TEXTS[0], explain=True).json()
         assert first["data"][0]["exit"]["reason"] == "last_layer"
-        promise = {"max_disagreement": 0.2, "confidence": 0.95, "reason": "start"}
-        assert first["tau_choice"]["by"] == "guarantee"
-        assert first["tau_choice"]["promise"] == promise
+        guarantee = {"max_disagreement": 0.2, "confidence": 0.95, "reason": "start"}
+        assert first["tau_choice"]["set_by"] == "guarantee"
+        assert first["tau_choice"]["guarantee"] == guarantee
         server.classify(input=["not bad"] * 256)
         said = audit(server)
         assert said["texts"] == 257 and said["tau"]["tau"] == 0  # copies do not raise τ
         raise_tau(server)
         said = audit(server)
         after = server.classify(input=TEXTS, explain=True).json()
-        assert after["tau_choice"]["promise"] == promise | {"reason": "evidence"}
+        assert after["tau_choice"]["guarantee"] == guarantee | {"reason": "evidence"}
         assert after["tau_choice"]["tau"] == said["tau"]["tau"]
         assert any(row["exit"]["reason"] == "threshold" for row in after["data"])
-        assert server.metric("de3_audit_promise", model="tiny-int8:1") == 0.2
-        # A request's own options take precedence, and have no promise.
+        assert server.metric("de3_audit_guarantee", model="tiny-int8:1") == 0.2
+        # A request's own options take precedence, and have no guarantee.
         for options in ({"signal": "edr", "lambda": 0.5}, {"latency_budget_ms": 30_000}, {"tau": 0.5}):
             answer = server.classify(input="good", explain=True, **options).json()
-            assert "promise" not in answer["tau_choice"]
+            assert "guarantee" not in answer["tau_choice"]
         assert answer["data"][0]["exit"]["tau"] == 0.5
 
 
@@ -659,7 +659,7 @@ def test_a_change_falls_back_to_full_depth_and_discards_the_texts_that_were_draw
         late.add(key, *UNLIKE, True)
         unlike.add(key, *UNLIKE, True)
     ledger.count([unlike, late])
-    assert "differ from full depth more often than the promised 10%" in caplog.text
+    assert "differ from full depth more often than the guaranteed 10%" in caplog.text
 
     def seen(name: str) -> dict[str, Any]:
         return report(ledger, Live(1.0, 0, {}), ledger.rules.default, name)
@@ -682,13 +682,13 @@ def test_a_change_falls_back_to_full_depth_and_discards_the_texts_that_were_draw
     assert ledger.num_changes == 2
 
 
-def test_what_is_measured_is_the_tenant_that_speaks_most_against_its_promise(store: Path) -> None:
+def test_what_is_measured_is_the_tenant_that_speaks_most_against_its_guarantee(store: Path) -> None:
     """A tenant with many texts that agree does not hide one whose answers differ."""
     ledger = guaranteed(store, 0.1)
     count_all(ledger, range(50), UNLIKE, tenant="small", may_rise=False)
     for name, keys in (("large", range(3000)), ("small", range(50, 200))):
         count_all(ledger, keys, tenant=name, may_rise=False)
-        ledger.tenants[name].promise.index = 1  # type: ignore[union-attr]
+        ledger.tenants[name].guarantee.index = 1  # type: ignore[union-attr]
     measured = ledger.measured(ledger.rules.default)
     assert measured is not None and measured[0] == 0.25 and measured[1] > 0.1
 
@@ -717,15 +717,15 @@ def test_tau_rises_only_after_the_last_text_of_a_request(store: Path) -> None:
 def test_the_speedup_is_that_of_the_audits_at_each_tenants_tau(store: Path) -> None:
     """Half of the texts exit at layer 0 above τ = 0; the others above τ = 0.9, with another answer."""
     hard: tuple[list[float | None], list[bool]] = ([0.9, None, None, None], [True, False, False, False])
-    for promised in ({}, {"guarantee": 0.3}):
+    for guaranteed in ({}, {"guarantee": 0.3}):
         found, served = [], made(store)
-        served.rules = Rules(served.model.manifest, Settings(**promised or {"tau": TAU}))
-        ledger = served_ledger(books_of(**promised), served)
+        served.rules = Rules(served.model.manifest, Settings(**guaranteed or {"tau": TAU}))
+        ledger = served_ledger(books_of(**guaranteed), served)
         for n in range(MIN_AUDITS):
             found.append(ledger.speedup())
             count_all(ledger, [None], (ALIKE, hard)[n % 2], may_rise=False)
         assert set(found) == {1.0}  # too few audits
-        assert ledger.speedup() == (1.0 if promised else 2.0)  # with the guarantee, τ is still 0
+        assert ledger.speedup() == (1.0 if guaranteed else 2.0)  # with the guarantee, τ is still 0
     for key in range(150):
         count_all(ledger, [key], tenant="fast")
     # 150 texts of the fast tenant at layer 0, 100 of the other one at layer 3.

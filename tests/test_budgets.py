@@ -81,19 +81,25 @@ def test_a_speed_up_is_looked_up(server: Server, rows: list[TradeOff]) -> None:
     row = next(r for r in rows if r.speedup >= 1.5)
     assert [r["exit"]["tau"] for r in answer["data"]] == [row.tau] * 3
     names = ("accuracy", "speedup", "disagreement", "disagreement_bound")
-    choice = {"by": "target_speedup", "wanted": 1.5, "tau": row.tau, "signal": row.signal, "lambda": row.lam}
+    choice = {
+        "set_by": "target_speedup",
+        "requested": 1.5,
+        "tau": row.tau,
+        "signal": row.signal,
+        "lambda": row.lam,
+    }
     assert answer["tau_choice"] == choice | {"expected": {name: getattr(row, name) for name in names}}
     assert "tau_choice" not in server.classify(input=TEXTS[0], target_speedup=2).json()
     budget = server.classify(input="a film", explain=True, latency_budget_ms=5000).json()["tau_choice"]
-    assert (budget["by"], budget["wanted"]) == ("latency_budget_ms", 5000)
+    assert (budget["set_by"], budget["requested"]) == ("latency_budget_ms", 5000)
 
 
 def test_a_certificate_comes_with_the_answer(server: Server, rows: list[TradeOff]) -> None:
     answer = server.classify(input=TEXTS[0], max_disagreement=0.1).json()
     row = [r for r in rows if r.disagreement_bound <= 0.1][-1]
     assert answer["data"][0]["exit"]["tau"] == row.tau > 0
-    promise = {"max_disagreement": 0.1, "bound": row.disagreement_bound, "confidence": 0.95}
-    assert answer["certificate"] == promise | {"samples": 600}  # with so few, both held-out parts certify
+    guarantee = {"max_disagreement": 0.1, "bound": row.disagreement_bound, "confidence": 0.95}
+    assert answer["certificate"] == guarantee | {"samples": 600}  # with so few, both held-out parts certify
     exact = server.classify(input=TEXTS[0], max_disagreement=0).json()
     assert exact["data"][0]["exit"]["tau"] == 0 and exact["certificate"]["bound"] == 0
 
@@ -107,8 +113,8 @@ def test_a_setting_applies_to_requests_without_exit_options(store: Path) -> None
     ):
         rules = Rules(manifest, Settings(store=store, **setting))
         choice, own = rules.choose(ExitOptions()), rules.choose(ExitOptions(tau=0.5))
-        assert choice.by == by and choice.rule.tau == setting.get("tau", choice.rule.tau)
-        assert (own.by, own.rule.tau) == ("tau", 0.5)
+        assert choice.set_by == by and choice.rule.tau == setting.get("tau", choice.rule.tau)
+        assert (own.set_by, own.rule.tau) == ("tau", 0.5)
 
 
 def test_the_settings_tau_applies_if_a_request_only_limits_the_layer(store: Path) -> None:

@@ -1,4 +1,4 @@
-"""Exits that a server learns from live traffic: records, fits, learned versions, restarts, and the promise."""
+"""Exits that a server learns from live traffic: records, fits, learned versions, restarts, and the guarantee."""
 
 import asyncio
 import errno
@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from de3.exits.promise import error_of
+from de3.exits.guarantee import error_of
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
@@ -793,10 +793,10 @@ def test_records_that_come_while_others_are_saved_are_added_later(
         assert len(one.reservoir) == 63
 
 
-# The promise
+# The guarantee
 
 
-def test_the_error_probabilities_of_all_attempts_sum_to_that_of_the_promise() -> None:
+def test_the_error_probabilities_of_all_attempts_sum_to_that_of_the_guarantee() -> None:
     assert sum(error_of(attempt) for attempt in range(1, 100_000)) == pytest.approx(0.05, rel=1e-4)
 
 
@@ -1252,7 +1252,7 @@ app()
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["saving", "publishing", "published", "served"])
 def test_a_server_killed_at_any_step_learns_again(stock_store: Path, tmp_path: Path, step: str) -> None:
-    """No two fits have the same attempt number: each number stands for a part of the promise's error probability.
+    """No two fits have the same attempt number: each number stands for a part of the guarantee's error probability.
 
     The server has two processes, so this also tests that they learn together.
     """

@@ -155,10 +155,10 @@ def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_ar
         until(lambda: server.service.admission.texts.total < 5, "the queue to empty")
         degraded = server.metric("de3_degraded_texts_total", model="tiny:1")
         raised = server.classify(input="a film", explain=True)
-        assert raised.json()["tau_choice"]["by"] == "overload"
+        assert raised.json()["tau_choice"]["set_by"] == "overload"
         assert server.classify(input="a film", tau=0.01, explain=True).json()["tau_choice"]["tau"] == 0.01
         wish = server.classify(input="a film", target_speedup=2, explain=True).json()["tau_choice"]
-        assert wish["by"] == "target_speedup"
+        assert wish["set_by"] == "target_speedup"
         assert server.metric("de3_degraded_texts_total", model="tiny:1") == degraded + 1
         for thread in waiting:
             thread.join()

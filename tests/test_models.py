@@ -115,7 +115,7 @@ def test_a_change_that_makes_no_sense_is_refused(server: Server) -> None:
 
 
 def test_several_versions_are_served_side_by_side(server: Server) -> None:
-    assert change(server, "load", version=2, role="beside").status_code == 200
+    assert change(server, "load", version=2, role="loaded").status_code == 200
     assert (answering(server), answering(server, "tiny:2")) == ("tiny:1", "tiny:2")
     refused = change(server, "unload", version=1)
     assert refused.status_code == 409 and "loaded are tiny:2" in refused.text
@@ -140,10 +140,10 @@ def test_a_version_gets_a_role_can_lose_it_and_stays(
     assert (answering(server), answering(server, "tiny:1")) == ("tiny:2", "tiny:1")
     assert httpx.get(server.url + "/v1/models/tiny/calibration").json()["model"] == "tiny:1"
     for version in (2, 4):
-        assert change(server, "load", version=version, role="beside").status_code == 200
+        assert change(server, "load", version=version, role="loaded").status_code == 200
     assert (answering(server), answering(server, "tiny:2")) == ("tiny:1", "tiny:2")
     rows = httpx.get(server.url + "/v1/models").json()["data"]
-    assert [row["role"] for row in rows] == ["current", "beside", "beside"]
+    assert [row["role"] for row in rows] == ["current", "loaded", "loaded"]
 
 
 def test_a_shadow_is_compared_and_answers_nobody(server: Server, versions: Path) -> None:
@@ -203,8 +203,8 @@ def test_a_full_server_can_still_change_versions(
     monkeypatch.setattr(manager, "MAX_LOADED", 3)
     for version in (4, 5):
         copy(versions, version)
-        assert change(server, "load", version=version, role="beside").status_code == 200
-    refused = change(server, "load", version=2, role="beside")
+        assert change(server, "load", version=version, role="loaded").status_code == 200
+    refused = change(server, "load", version=2, role="loaded")
     assert refused.status_code == 409 and "3 models are loaded" in refused.text
     assert change(server, "load", version=2).status_code == 200
     assert change(server, "rollback").status_code == 200

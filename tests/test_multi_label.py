@@ -128,7 +128,7 @@ def test_a_request_may_set_thresholds(server: Server) -> None:
         assert answer.json()["error"]["param"] == "thresholds"
 
 
-def test_thresholds_void_what_the_server_promises(imported: Path) -> None:
+def test_thresholds_void_what_the_server_guarantees(imported: Path) -> None:
     """The calibration does not cover a request's own thresholds."""
     with serving(imported / "store", models=["topics"], max_disagreement=0.5) as server:
         assert "certificate" in server.classify(input="a good film").json()

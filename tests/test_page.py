@@ -263,7 +263,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Page, keyed: Server) -> Non
         page.fill("#key", KEY)
         page.get_by_role("button", name="Use this key").click()
         expect(page.locator("#layers .exit")).to_have_count(1)
-        expect(page.locator("#measured")).to_contain_text("promises that at most 40% of labels differ")
+        expect(page.locator("#measured")).to_contain_text("guarantees that at most 40% of labels differ")
         page.reload()
         expect(page.locator("#layers .exit")).to_have_count(1)
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
@@ -318,7 +318,7 @@ def caught(page: Page, held: list[Route]) -> Route:
 
 def drawn(page: Page) -> None:
     """Wait until the page has handled every answer that it has received, drawing included."""
-    page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+    page.evaluate("new Guarantee((done) => requestAnimationFrame(() => setTimeout(done)))")
 
 
 def test_an_older_answer_is_never_drawn(page: Page) -> None:
@@ -444,7 +444,7 @@ def poll(page: Page, times: int) -> None:
 AUDIT = {
     "audits": 3,
     "tau": {"tau": 0.25, "reason": "evidence"},
-    "promise": {"max_disagreement": 0.005, "confidence": 0.95, "reason": "evidence"},
+    "guarantee": {"max_disagreement": 0.005, "confidence": 0.95, "reason": "evidence"},
     "measured": {"disagreement": 0.0123, "lower": 0.0001, "upper": 0.0457, "confidence": 0.95},
     "calibrated": {"disagreement": 0.003, "disagreement_bound": 0.01, "speedup": 3},
 }
@@ -454,9 +454,9 @@ def test_the_sentence_about_audits(page: Page) -> None:
     measured = "τ = 0.25: 1.23% of labels differ (0.01% to 4.57% with 95% confidence)"
     nothing = {"audits": 0, "measured": {"disagreement": None, "lower": 0, "upper": 1, "confidence": 0.95}}
     cases: list[tuple[dict[str, Any], list[str]]] = [
-        ({"promise": None}, ["on 3 live texts", measured, "; on held-out texts 0.3%."]),
-        ({"promise": None, "calibrated": None, "audits": 1}, ["on 1 live text ", f"{measured}."]),
-        (nothing, ["No live text has been measured", "Promised: at most 0.5%."]),
+        ({"guarantee": None}, ["on 3 live texts", measured, "; on held-out texts 0.3%."]),
+        ({"guarantee": None, "calibrated": None, "audits": 1}, ["on 1 live text ", f"{measured}."]),
+        (nothing, ["No live text has been measured", "Guaranteed: at most 0.5%."]),
         (
             {"tau": {"tau": 0, "reason": "change"}},
             ["0.5%", "for now every text runs to full depth", "3 so far"],
@@ -469,7 +469,7 @@ def test_the_sentence_about_audits(page: Page) -> None:
         page.reload()
         for part in words:
             expect(page.locator("#measured")).to_contain_text(part)
-    page.route("**/learn", lambda route: route.fulfill(json={"records": 64, "said": "a fit has begun"}))
+    page.route("**/learn", lambda route: route.fulfill(json={"records": 64, "message": "a fit has begun"}))
     page.reload()
     expect(page.locator("#measured")).to_contain_text("from live texts (64 records): a fit has begun.")
 

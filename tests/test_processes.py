@@ -181,7 +181,7 @@ def test_a_change_is_seen_in_every_process_or_in_none(server: Running) -> None:
         assert [classify(client, input="good")["model"] for client in clients] == ["tiny:2"] * 2
         assert server.change("rollback").status_code == 200
         assert served() == [["tiny:1", "current"]]
-        assert server.change("load", version=2, role="beside").status_code == 200
+        assert server.change("load", version=2, role="loaded").status_code == 200
         assert server.change("unload", version=2).json() == {"unloaded": ["tiny:2"]}
         assert served() == [["tiny:1", "current"]]
         assert server.change("unload").status_code == 409
@@ -341,7 +341,7 @@ def test_every_gauge_has_a_rule(store: Path) -> None:
     with serving(store, models=["tiny-int8"], guarantee=0.2, slo_p99_ms=50) as server:
         families = families_of(server.service.metrics.registry)
     # The supervisor itself has these.
-    audits = {f.name for f in families if re.match("de3_audit_(dis|promise|tau|tenants)", f.name)}
+    audits = {f.name for f in families if re.match("de3_audit_(dis|guarantee|tau|tenants)", f.name)}
     gauges = {f.name for f in families if f.kind in ("gauge", "info")} - audits
     assert gauges <= SUMS | MAXIMA | MINIMA, gauges - (SUMS | MAXIMA | MINIMA)
 

@@ -138,24 +138,29 @@ def test_which_option_sets_the_rule(model: Model) -> None:
     assert manifest.calibration is not None
     rules, defaults = Rules(manifest, Settings()), manifest.defaults
     plain = rules.choose(ExitOptions())
-    assert (plain.by, plain.wanted, plain.rule.tau, plain.budget_s) == ("default", None, defaults.tau, None)
+    assert (plain.set_by, plain.requested, plain.rule.tau, plain.budget_s) == (
+        "default",
+        None,
+        defaults.tau,
+        None,
+    )
     assert plain.expected is not None and plain.expected.tau == defaults.tau
     limited = rules.choose(ExitOptions(max_layer=1))
-    assert (limited.by, limited.rule.tau, limited.rule.max_layer) == ("default", defaults.tau, 1)
+    assert (limited.set_by, limited.rule.tau, limited.rule.max_layer) == ("default", defaults.tau, 1)
     assert limited.expected is None  # the calibration has no such limit
     exact = rules.choose(ExitOptions(tau=0.0, max_layer=2))
-    assert (exact.by, exact.wanted, exact.rule.tau, exact.rule.max_layer) == ("tau", 0.0, 0.0, 2)
+    assert (exact.set_by, exact.requested, exact.rule.tau, exact.rule.max_layer) == ("tau", 0.0, 0.0, 2)
     assert exact.expected is None and rules.choose(ExitOptions(tau=0.0)).expected is not None
     fast = rules.choose(ExitOptions(target_speedup=1.5))
-    assert (fast.by, fast.wanted) == ("target_speedup", 1.5)
+    assert (fast.set_by, fast.requested) == ("target_speedup", 1.5)
     assert fast.expected is not None and fast.expected.speedup >= 1.5 and fast.rule.tau == fast.expected.tau
 
     certified = Rules(manifest, Settings(max_disagreement=0.5))
-    promise = certified.choose(ExitOptions()).certificate
-    assert promise is not None and promise["bound"] <= promise["max_disagreement"] == 0.5
-    assert promise["samples"] == manifest.calibration.certify_size
+    guarantee = certified.choose(ExitOptions()).certificate
+    assert guarantee is not None and guarantee["bound"] <= guarantee["max_disagreement"] == 0.5
+    assert guarantee["samples"] == manifest.calibration.certify_size
     hurried = certified.choose(ExitOptions(latency_budget_ms=50))  # may exit earlier, so nothing is certified
-    assert (hurried.by, hurried.wanted, hurried.budget_s) == ("latency_budget_ms", 50, 0.05)
+    assert (hurried.set_by, hurried.requested, hurried.budget_s) == ("latency_budget_ms", 50, 0.05)
     assert hurried.certificate is None and hurried.rule == certified.default.rule
     timed = Rules(manifest, Settings(latency_budget_ms=20))
     assert (timed.default.rule.tau, timed.default.budget_s) == (defaults.tau, 0.02)

@@ -77,9 +77,9 @@ def test_tau_is_the_one_of_the_chosen_signals_calibration(server: Server, manife
             else:
                 assert found["expected"]["disagreement_bound"] == row.disagreement_bound
             if row is default:
-                assert found["by"] == "default"
+                assert found["set_by"] == "default"
             else:
-                assert (found["by"], found["wanted"]) == (*wish, *wish.values())
+                assert (found["set_by"], found["requested"]) == (*wish, *wish.values())
         answer = server.classify(input="a film", max_disagreement=0.1, **fields).json()
         assert answer["certificate"]["bound"] == row.disagreement_bound
 

@@ -10,23 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from de3.exits import guarantee, reference
+from de3.exits import bound, reference
 from de3.exits.trade_offs import MIN_GAIN, TradeOffs
 
 
 @pytest.mark.parametrize(("errors", "n"), [(-1, 5), (6, 5), (0, 0)])
 def test_a_bound_needs_errors_among_samples(errors: int, n: int) -> None:
     with pytest.raises(ValueError, match="errors must be"):
-        guarantee.upper_bound(errors, n)
+        bound.upper_bound(errors, n)
 
 
 @given(st.integers(1, 400), st.data())
 def test_at_the_bound_so_few_errors_have_a_probability_of_5_percent(n: int, data: st.DataObject) -> None:
     errors = data.draw(st.integers(0, n - 1))
-    bound = guarantee.upper_bound(errors, n)
-    assert guarantee.upper_bound(n, n) == 1
-    cdf = sum(math.comb(n, k) * bound**k * (1 - bound) ** (n - k) for k in range(errors + 1))
-    assert errors / n < bound <= 1
+    most = bound.upper_bound(errors, n)
+    assert bound.upper_bound(n, n) == 1
+    cdf = sum(math.comb(n, k) * most**k * (1 - most) ** (n - k) for k in range(errors + 1))
+    assert errors / n < most <= 1
     assert cdf == pytest.approx(0.05, abs=1e-6)
 
 

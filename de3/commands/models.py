@@ -141,17 +141,20 @@ def models_load(
             help="Load it as a shadow: it runs the same texts, and different answers are counted.",
         ),
     ] = False,
-    beside: Annotated[
-        bool, typer.Option("--beside", help="Load it beside the current version, for requests that name it.")
+    only_load: Annotated[
+        bool,
+        typer.Option(
+            "--only-load", help="The current version stays; this one answers requests that name it."
+        ),
     ] = False,
 ) -> None:
     """Load or reload a version on a running server. By default, it becomes current once it is warmed up.
 
     Needs an admin key in DE3_ADMIN_KEY and a server with admin keys.
     """
-    if (canary is not None) + shadow + beside > 1:
-        raise ValueError("give at most one of --canary, --shadow and --beside")
-    role = "canary" if canary is not None else "shadow" if shadow else "beside" if beside else "current"
+    if (canary is not None) + shadow + only_load > 1:
+        raise ValueError("give at most one of --canary, --shadow and --only-load")
+    role = "canary" if canary is not None else "shadow" if shadow else "loaded" if only_load else "current"
     body: dict[str, Any] = {"role": role} | ({} if canary is None else {"share": canary})
     done = _change(url, model, "load", body)
     print(f"{done['model']} is {done['role']}, by {done['runtime']}")

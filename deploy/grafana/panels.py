@@ -119,21 +119,21 @@ _ACCURACY = Panel(
 )
 
 _AUDIT_SECONDS = _sum("de3_audit_seconds_total")
-_PROMISE = (
+_GUARANTEE = (
     Panel(
         "Measured disagreement",
         "lines",
         "percentunit",
         "Rate of disagreement with full depth at the τ in force, measured by audits of live traffic, with its 95% "
-        "bounds; and the promised rate, which is exceeded where the lower bound is above it. For several replicas, the "
+        "bounds; and the guarantee, which is broken where the lower bound is above it. For several replicas, the "
         "highest value of each.",
         (
             Query(f"max by (model) (de3_audit_disagreement{M})", "measured {{model}}"),
             Query(f"max by (model) (de3_audit_disagreement_lower{M})", "lower bound {{model}}"),
             Query(f"max by (model) (de3_audit_disagreement_upper{M})", "upper bound {{model}}"),
-            Query(f"max by (model) (de3_audit_promise{M})", "promised {{model}}"),
+            Query(f"max by (model) (de3_audit_guarantee{M})", "guaranteed {{model}}"),
         ),
-        row="Promise",
+        row="Guarantee",
     ),
     Panel(
         "τ by reason",
@@ -179,7 +179,7 @@ _PROMISE = (
         "Resets",
         "lines",
         "none",
-        "Resets of the audit evidence. change: the rate at the proved τ rose above the promise; "
+        "Resets of the audit evidence. change: the rate at the proved τ rose above the guarantee; "
         "reset: by an admin.",
         (Query(f"sum by (model, reason) (increase(de3_audit_resets_total{M}{R}))", "{{reason}} {{model}}"),),
         width=8,
@@ -203,10 +203,10 @@ _LEARN = (
         "Speed-up of the latest fit",
         "lines",
         "none",
-        "Speed-up in layers of the exits of the latest fit on held-out records: what they allow at the promised rate, "
+        "Speed-up in layers of the exits of the latest fit on held-out records: what they allow at the guarantee, "
         "and what these records prove. Served exits become faster as audits of live traffic prove more.",
         (
-            Query("max by (model) (de3_learn_speedup)", "at the promised rate {{model}}"),
+            Query("max by (model) (de3_learn_speedup)", "at the guaranteed rate {{model}}"),
             Query("max by (model) (de3_learn_proved_speedup)", "proved {{model}}"),
         ),
         width=8,
@@ -500,7 +500,7 @@ QUALITY = Dashboard(
             "Number of steps by which the default τ is raised.",
             (Query("max(de3_load_level)", "level"),),
         ),
-        *_PROMISE,
+        *_GUARANTEE,
         *_LEARN,
     ),
 )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from de3.exits import formulas, reference
 from de3.exits.betting import Floats
 from de3.exits.calibration import FINE_TAUS, LAMS, speedup
-from de3.exits.promise import Profiles, Promise
+from de3.exits.guarantee import Guarantee, Profiles
 from de3.exits.recorded import Recorded
 from de3.exits.risk import cross_fit, fit
 from de3.exits.rule import exit_index
@@ -167,18 +167,18 @@ def guaranteed(scores: Floats, recorded: Recorded, texts: int, seed: int) -> tup
     differs = recorded.differs[rows[:, None], index]
     layers = np.asarray(recorded.exit_layers)[index]
     rates, depths = differs.mean(0), layers.mean(0)
-    promise = Promise(DISAGREEMENT, np.array(FINE_TAUS))
+    guarantee = Guarantee(DISAGREEMENT, np.array(FINE_TAUS))
     text, disagreement, depth = 0, 0.0, 0.0
     while text < texts:
-        share = AUDITED if promise.index else 1.0
+        share = AUDITED if guarantee.index else 1.0
         skipped = min(int(rng.geometric(share)), texts - text) - 1
-        disagreement += float(rates[promise.index]) * (skipped + 1)
-        depth += float(depths[promise.index]) * (skipped + 1)
+        disagreement += float(rates[guarantee.index]) * (skipped + 1)
+        depth += float(depths[guarantee.index]) * (skipped + 1)
         k = int(rng.integers(len(scores)))
-        promise.count(share, Profiles(differs[k, None], layers[k, None]), [skipped, 0])
-        promise.advance()
+        guarantee.count(share, Profiles(differs[k, None], layers[k, None]), [skipped, 0])
+        guarantee.advance()
         text += skipped + 1
-    return disagreement / texts, depth / texts, promise.tau
+    return disagreement / texts, depth / texts, guarantee.tau
 
 
 def measure(held: Recorded, texts: dict[str, Recorded]) -> dict[str, Any]:

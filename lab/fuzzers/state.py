@@ -101,7 +101,7 @@ def check(data: bytes) -> tuple[dict[str, float], str]:
     _count(ledger, TENANTS, 10)
     _compare(ledger)
     for tenant in ledger.tenants.values():
-        if tenant.promise is None or tenant.promise.tau not in ledger.taus:
+        if tenant.guarantee is None or tenant.guarantee.tau not in ledger.taus:
             raise Finding("a tenant's τ is not in the grid")
     json.dumps(report(ledger, Live(1.0, 0, {}), ledger.rules.default), allow_nan=False)
     if ledger.audits < min(10, audits):

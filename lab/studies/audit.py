@@ -1,7 +1,7 @@
 """Guarantees on live traffic, and their cost: simulated streams of texts whose true rates are known.
 
 A stream draws its texts at random from recorded texts, whose rate of disagreement at each τ is therefore the true rate.
-Each stream runs through the server's own code (`exits.promise`), text by text.
+Each stream runs through the server's own code (`exits.guarantee`), text by text.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.promise import Profiles, Promise
+from de3.exits.guarantee import Guarantee, Profiles
 from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
 from de3.exits.signals import Signal
@@ -52,7 +52,7 @@ class Setting:
 
     Attributes:
         home, away: the populations; a stream begins with texts of home.
-        rate: promised rate of disagreement.
+        rate: guaranteed rate of disagreement.
         share: share of texts that are audited while τ is above 0.
         texts, change_at: number of texts in a stream, and before the switch or the drift.
         start_layers: cost of tokenizer, embeddings and their exit, in layers.
@@ -85,14 +85,14 @@ class Setting:
 def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
     """Simulate one stream; returns its results.
 
-    The promise is broken while the true rate at the τ in force exceeds `setting.rate`. `above` is the share of texts
+    The guarantee is broken while the true rate at the τ in force exceeds `setting.rate`. `above` is the share of texts
     during which it is broken, `wrong` the mean rate, and `cost` the mean cost of a text in layers. `early` and `last`
-    are the indices of τ after EARLY audits and at the end. `broken` is True if the promise was broken after
-    `change_at`. `to_restore` is the number of texts from then until the promise first held again; None if it was not
+    are the indices of τ after EARLY audits and at the end. `broken` is True if the guarantee was broken after
+    `change_at`. `to_restore` is the number of texts from then until the guarantee first held again; None if it was not
     broken, or not restored.
     """
     rng = np.random.default_rng(seed)
-    promise = Promise(setting.rate, np.array(FINE_TAUS))
+    guarantee = Guarantee(setting.rate, np.array(FINE_TAUS))
     rates = {id(p): p.differs.mean(0) for p in (setting.home, setting.away)}
     costs = {id(p): p.layers.mean(0) + setting.start_layers for p in (setting.home, setting.away)}
 
@@ -104,9 +104,9 @@ def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
     points: list[tuple[float, float, int]] = []
     every = setting.texts / POINTS
     while text < setting.texts:
-        share = 1.0 if promise.index == 0 else setting.share
+        share = 1.0 if guarantee.index == 0 else setting.share
         skipped = int(rng.geometric(share)) - 1
-        now, index = rate_at(text), promise.index
+        now, index = rate_at(text), guarantee.index
         here = float(now[index])
         count = skipped + 1
         wrong += here * count
@@ -117,17 +117,17 @@ def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
         elif broken_at is not None and restored_at is None:
             restored_at = text
         while len(points) * every <= text:
-            points.append((here, float(promise.tau), audits))
+            points.append((here, float(guarantee.tau), audits))
         from_away = rng.random() < setting.away_share(kind, text + skipped)
         texts = setting.away if from_away else setting.home
         k = int(rng.integers(len(texts.differs)))
-        promise.count(share, Profiles(texts.differs[k, None], texts.layers[k, None]), [skipped, 0])
-        promise.advance()
-        resets += promise.reason == "change" and promise.evidence.audits == 0
+        guarantee.count(share, Profiles(texts.differs[k, None], texts.layers[k, None]), [skipped, 0])
+        guarantee.advance()
+        resets += guarantee.reason == "change" and guarantee.evidence.audits == 0
         text, audits = text + count, audits + 1
         if audits == EARLY:
-            early = promise.index
-    early = promise.index if early is None else early
+            early = guarantee.index
+    early = guarantee.index if early is None else early
     return {
         "ever_above": ever_above,
         "above": above / text,
@@ -136,7 +136,7 @@ def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
         "audits": audits,
         "resets": resets,
         "early": early,
-        "last": promise.index,
+        "last": guarantee.index,
         "broken": broken_at is not None,
         "to_restore": None if restored_at is None or broken_at is None else restored_at - broken_at,
         "points": points[:POINTS],
@@ -144,7 +144,7 @@ def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def oracle(population: Population, rate: float, start_layers: float) -> float:
-    """The lowest cost, in layers, of a τ whose true rate is within the promise."""
+    """The lowest cost, in layers, of a τ whose true rate is within the guarantee."""
     fits = population.differs.mean(0) <= rate
     return float(population.layers.mean(0)[fits].min()) + start_layers
 
@@ -165,7 +165,7 @@ def audit(
     for kind in kinds:
         count = streams if kind == "stationary" else other_streams
         with ProcessPoolExecutor() as pool:
-            what = f"{kind}, promised {100 * setting.rate:g}%"
+            what = f"{kind}, guaranteed {100 * setting.rate:g}%"
             results = list(
                 track(pool.map(partial(run, kind, setting), range(count), chunksize=4), what, count)
             )
@@ -173,7 +173,7 @@ def audit(
         rows.append(
             {
                 "kind": kind,
-                "promised": setting.rate,
+                "guaranteed": setting.rate,
                 "streams": count,
                 "ever_above": float(np.mean([r["ever_above"] for r in results])),
                 "above": float(np.mean([r["above"] for r in results])),
@@ -197,7 +197,7 @@ def audit(
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """The columns and rows of a table."""
-    columns = ["streams", "promised", "ever above", "time above", "disagreement, mean (worst)", "speed-up"]
+    columns = ["streams", "guaranteed", "ever above", "time above", "disagreement, mean (worst)", "speed-up"]
     columns += [f"of the oracle's at {EARLY} audits", "at the end", "changes detected"]
     columns += ["broken", "restored", "texts until then: median, worst"]
 
@@ -205,7 +205,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
         delays = "–" if r["restore_worst"] is None else f"{r['restore_median']:.0f}, {r['restore_worst']}"
         is_stationary = r["kind"] == "stationary"
         return [
-            *(f"{r['streams']} {r['kind']}", f"{100 * r['promised']:g}%", f"{100 * r['ever_above']:.1f}%"),
+            *(f"{r['streams']} {r['kind']}", f"{100 * r['guaranteed']:g}%", f"{100 * r['ever_above']:.1f}%"),
             f"{100 * r['above']:.2f}%",
             f"{100 * r['wrong_mean']:.2f}% ({100 * r['wrong_worst']:.2f}%)",
             f"{r['speedup']:.2f}×",
@@ -225,7 +225,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
 def plot(path: Path, setting: Setting, points: dict[str, list[list[tuple[float, float, int]]]]) -> None:
     """Plot the true rate at the τ in force along each kind of stream: median, 90% of streams, and the highest."""
     figure, axes = report.panels(
-        len(points), f"True rate of disagreement, {100 * setting.rate:g}% promised", "texts"
+        len(points), f"True rate of disagreement, {100 * setting.rate:g}% guaranteed", "texts"
     )
     x = np.arange(POINTS) * setting.texts / POINTS
     for axis, (kind, streams) in zip(axes, points.items(), strict=True):
@@ -234,7 +234,7 @@ def plot(path: Path, setting: Setting, points: dict[str, list[list[tuple[float, 
         axis.fill_between(x, low, high, alpha=0.25, label="90% of streams")
         axis.plot(x, middle, label="median")
         axis.plot(x, rates.max(0), linewidth=0.7, color="gray", label="highest of all")
-        axis.axhline(100 * setting.rate, linestyle=":", color="black", label="promised")
+        axis.axhline(100 * setting.rate, linestyle=":", color="black", label="guaranteed")
         axis.set_ylabel(f"{kind}, %")
     axes[0].legend(fontsize=8)
     figure.tight_layout()

@@ -34,12 +34,12 @@ def learn(
     texts: Annotated[
         Path, typer.Option(help="Texts that the classifier was not trained on; at least 6,000.")
     ],
-    rate: Annotated[float, typer.Option(help="The promised rate of disagreement.")] = 0.02,
+    rate: Annotated[float, typer.Option(help="The guaranteed rate of disagreement.")] = 0.02,
     fits: Annotated[int, typer.Option(help="Number of servers, each with its own fits.", min=1)] = 20,
     streams: Annotated[int, typer.Option(help="Number of simulated streams over all servers.", min=1)] = 1000,
     workers: Annotated[int, typer.Option(help="Number of processes.", min=1)] = 2,
 ) -> None:
-    """Count the simulated streams in which a server that learns breaks its promise with any of its versions.
+    """Count the simulated streams in which a server that learns breaks its guarantee with any of its versions.
 
     Example: python -m lab study learn runs/stock/model --texts runs/stock/texts.jsonl
     """
@@ -75,7 +75,7 @@ def learn_sizes(
 
 
 @app.command()
-def promise(
+def guarantee(
     texts: Annotated[list[Path], typer.Argument(help="Labelled texts; together they are the population.")],
     store: Store = Path("models"),
     model: Model = "sst2",
@@ -102,10 +102,10 @@ def promise(
 ) -> None:
     """Measure violations of `max_disagreement`, and the speed-up relative to an oracle's, over many calibrations.
 
-    Example: python -m lab study promise runs/sst2/tune.jsonl runs/sst2/certify.jsonl
+    Example: python -m lab study guarantee runs/sst2/tune.jsonl runs/sst2/certify.jsonl
     """
-    from lab.studies.promise import promise as run
-    from lab.studies.promise import table
+    from lab.studies.guarantee import guarantee as run
+    from lab.studies.guarantee import table
     from lab.studies.samples import recorded
 
     loaded = open_model(store, model)
@@ -131,7 +131,9 @@ def audit(
     text_column: TextColumn = "sentence",
     rate: Annotated[
         list[float] | None,
-        typer.Option(help="A promised disagreement (--guarantee); repeat for more. Default: 0.02 and 0.05."),
+        typer.Option(
+            help="A guaranteed disagreement (--guarantee); repeat for more. Default: 0.02 and 0.05."
+        ),
     ] = None,
     share: AuditShare = 0.05,
     streams: Annotated[int, typer.Option(help="Number of stationary streams.", min=1)] = 1000,
@@ -160,13 +162,13 @@ def audit(
         for path in (home, away)
     ]
     rows = []
-    for promised in rate or [0.02, 0.05]:
-        setting = study.Setting(both[0], both[1], promised, share, texts, change_at, start_layers)
+    for guaranteed in rate or [0.02, 0.05]:
+        setting = study.Setting(both[0], both[1], guaranteed, share, texts, change_at, start_layers)
         found, points = study.audit(setting, study.KINDS, streams, other_streams)
         rows += found
         if png:
             several = len(rate or [1, 2]) > 1
-            study.plot(png.with_stem(f"{png.stem}-{100 * promised:g}") if several else png, setting, points)
+            study.plot(png.with_stem(f"{png.stem}-{100 * guaranteed:g}") if several else png, setting, points)
     show(*study.table(rows), json_file, rows)
 
 
@@ -176,7 +178,7 @@ def tenants(
     store: Store = Path("models"),
     model: Model = "sst2",
     text_column: TextColumn = "sentence",
-    rate: Annotated[float, typer.Option(help="The promised disagreement (--guarantee).")] = 0.02,
+    rate: Annotated[float, typer.Option(help="The guaranteed disagreement (--guarantee).")] = 0.02,
     share: AuditShare = 0.05,
     count: Annotated[int, typer.Option(help="Number of tenants, the hostile one included.", min=2)] = 20,
     texts: Annotated[int, typer.Option(help="Number of texts of each tenant in a stream.", min=100)] = 10_000,

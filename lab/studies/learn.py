@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.promise import Profiles, Promise, error_of, profiles
+from de3.exits.guarantee import Guarantee, Profiles, error_of, profiles
 from de3.export.classifier import Stock, convert
 from de3.export.learn import fit_exits
 from de3.export.records import states_of
@@ -79,27 +79,27 @@ def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[
 def stream(versions: Sequence[Version], rate: float, seed: int) -> tuple[bool, float]:
     """Simulate one stream of resampled texts after the first fit.
 
-    Returns True if the true rate at the τ in force ever exceeded the promise, and the mean exit layer.
+    Returns True if the true rate at the τ in force ever exceeded the guarantee, and the mean exit layer.
     """
     rng, taus = np.random.default_rng(seed), np.unique(FINE_TAUS)
     is_broken, layers, traffic = False, 0.0, Traffic(processes=1, texts=SIZES[0])
     for attempt, version in enumerate(versions, 1):
-        promise = Promise(rate, taus, error=error_of(attempt))
+        guarantee = Guarantee(rate, taus, error=error_of(attempt))
         n = len(version.differs)
         held = rng.integers(n, size=version.held_out)
-        promise.count(1.0, Profiles(version.differs[held], version.layers[held]), [0] * (len(held) + 1))
-        promise.advance()
+        guarantee.count(1.0, Profiles(version.differs[held], version.layers[held]), [0] * (len(held) + 1))
+        guarantee.advance()
         end = SIZES[attempt] if attempt < len(SIZES) else END
         for i in rng.integers(n, size=end - traffic.texts):
-            is_broken |= bool(version.rates[promise.index] > rate)
-            layers += float(version.layers[i, promise.index])
-            share = 1.0 if promise.index == 0 else max(0.05, traffic.share)
+            is_broken |= bool(version.rates[guarantee.index] > rate)
+            layers += float(version.layers[i, guarantee.index])
+            share = 1.0 if guarantee.index == 0 else max(0.05, traffic.share)
             traffic.texts += 1
             if rng.random() < share:
-                promise.count(share, Profiles(version.differs[i, None], version.layers[i, None]), [0, 0])
-                promise.advance()
+                guarantee.count(share, Profiles(version.differs[i, None], version.layers[i, None]), [0, 0])
+                guarantee.advance()
             else:
-                promise.count(share, Profiles(version.differs[:0], version.layers[:0]), [1])
+                guarantee.count(share, Profiles(version.differs[:0], version.layers[:0]), [1])
     return is_broken, layers / (END - SIZES[0])
 
 
@@ -134,7 +134,7 @@ def sizes(
 def run(
     stock: Path, texts: Sequence[str], rate: float, fits: int, streams: int, workers: int
 ) -> tuple[int, int, float]:
-    """Simulate streams; returns how many ever broke the promise, how many there were, and the speed-up in layers."""
+    """Simulate streams; returns how many ever broke the guarantee, how many there were, and the speed-up in layers."""
     manifest, records = records_of(stock, texts)
     broken, layers = 0, list[float]()
     with ProcessPoolExecutor(workers) as pool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from de3.exits.promise import profiles
+from de3.exits.guarantee import profiles
 from de3.exits.recorded import Recorded
 from de3.model_store.manifest import Manifest
 from de3.server.audit.ledger import Ledger

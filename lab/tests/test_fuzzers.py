@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 
-from de3.exits.promise import Promise
+from de3.exits.guarantee import Guarantee
 from de3.model_store import graph_check, store, tokenizer_check
 from de3.server.http.connection import Connection
 from lab.fuzzers import NAMES, connection
@@ -33,7 +33,7 @@ def planted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         case "manifest":
             monkeypatch.setattr(store, "ValidationError", KeyError)
         case "state":
-            monkeypatch.setattr(Promise, "restore", lambda *_: {}["x"])
+            monkeypatch.setattr(Guarantee, "restore", lambda *_: {}["x"])
         case "tokenizer":
             monkeypatch.setattr(tokenizer_check, "_components", lambda *_: iter(()))
 

@@ -10,7 +10,7 @@ from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Entropy
 from lab.studies.deadlines import Costs, deadlines
-from lab.studies.promise import promise
+from lab.studies.guarantee import guarantee
 from lab.tests.commands import lab
 from tests.fixtures import make_rows, write_rows
 
@@ -22,7 +22,7 @@ def test_the_studies_run_on_any_model(store: Path, checkpoint: Path, tmp_path: P
     tune, certify = checkpoint / "tune.jsonl", checkpoint / "certify.jsonl"
     common = f"--store {store} --model tiny --text-column text --json {tmp_path}/numbers.json"
 
-    lab(f"study promise {tune} {certify} --trials 20 {common}")
+    lab(f"study guarantee {tune} {certify} --trials 20 {common}")
     rows = json.loads((tmp_path / "numbers.json").read_text())
     assert [row["wish"] for row in rows] == [0.02, 0.05, 0.1]
 
@@ -50,12 +50,12 @@ def known(n: int) -> Recorded:
 
 
 @pytest.mark.parametrize("copies", [1, 8])
-def test_promises_are_kept_and_an_oracle_is_not_beaten_by_those_who_keep_them(copies: int) -> None:
+def test_guarantees_are_kept_and_an_oracle_is_not_beaten_by_those_who_keep_them(copies: int) -> None:
     """This also holds for groups, here of equal samples: only the number of groups counts."""
     rows = np.repeat(np.arange(1500), copies)
     population = Samples(known(1500).rows(rows), rows)
     taus = [(i / 60) ** 2 for i in range(45)]
-    found = promise(population, Entropy(), 750, [0.02, 0.05], 50, start_layers=0.5, taus=taus)
+    found = guarantee(population, Entropy(), 750, [0.02, 0.05], 50, start_layers=0.5, taus=taus)
     for row in found:
         assert row["broken"] <= 0.12  # 5% are expected at most; 50 trials may have more by chance
         assert 0.7 < row["of_oracle_layers"] < 1.05

@@ -1,4 +1,4 @@
-"""The simulated tenants keep the promise beside a hostile one."""
+"""The simulated tenants keep the guarantee beside a hostile one."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from lab.studies.samples import recorded
 from tests.fixtures import make_rows, write_rows
 
 
-def test_tenants_keep_the_promise_beside_a_hostile_one(store: Path, tmp_path: Path) -> None:
+def test_tenants_keep_the_guarantee_beside_a_hostile_one(store: Path, tmp_path: Path) -> None:
     texts = write_rows(tmp_path / "texts.jsonl", make_rows(300, 35))
     loaded = open_model(store, "tiny")
     found = recorded(loaded, [texts], ("text", "label")).recorded

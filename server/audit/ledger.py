@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.guarantee import CONFIDENCE
-from de3.exits.promise import Promise, Reason, error_of, profiles
+from de3.exits.guarantee import Guarantee, Reason, error_of, profiles
 from de3.exits.signals import Signal
 from de3.model_store.manifest import Manifest
 from de3.server.audit.tenant import MAX_SEEN, MOST_SEEN, Settled, Tenant
@@ -103,13 +103,13 @@ class Ledger:
     def tenant(self, name: str) -> Tenant:
         """The audits of a tenant, which begin with its first text."""
         if name not in self.tenants:
-            self.tenants[name] = Tenant(self.taus, self.new_promise(), self.epoch)
+            self.tenants[name] = Tenant(self.taus, self.new_guarantee(), self.epoch)
             self._tell([name])
         return self.tenants[name]
 
-    def new_promise(self) -> Promise | None:
-        """The promise to a tenant without evidence; None without a guarantee."""
-        return None if self.rate is None else Promise(self.rate, self.taus, self.error)
+    def new_guarantee(self) -> Guarantee | None:
+        """The guarantee to a tenant without evidence; None without a guarantee."""
+        return None if self.rate is None else Guarantee(self.rate, self.taus, self.error)
 
     def restore(self, name: str, tenant: Tenant) -> None:
         """Continue with the saved audits of a tenant."""
@@ -134,10 +134,10 @@ class Ledger:
         return self.rules.default.rule.signal
 
     @property
-    def promised_rate(self) -> float | None:
-        """The promised rate of disagreement: the guarantee, or the default max_disagreement; None without either."""
+    def guaranteed_rate(self) -> float | None:
+        """The guaranteed rate of disagreement: the guarantee, or the default max_disagreement; None without either."""
         default = self.rules.default
-        return default.wanted if default.by in ("guarantee", "max_disagreement") else None
+        return default.requested if default.set_by in ("guarantee", "max_disagreement") else None
 
     def count(self, settled: Sequence[Settled]) -> None:
         """Count texts that one process has settled; those that were drawn in an earlier epoch are ignored."""
@@ -161,7 +161,7 @@ class Ledger:
         """Begin a new epoch for a tenant whose rate had risen."""
         of = f" of {name}" if name else ""
         log.warning(
-            "%s: at the τ that audits had proved, answers now differ from full depth more often than the promised "
+            "%s: at the τ that audits had proved, answers now differ from full depth more often than the guaranteed "
             "%g%%: texts%s run to full depth until audits of new texts allow more",
             self.full_name,
             100 * (self.rate or 0),
@@ -188,7 +188,7 @@ class Ledger:
             if held := by_tenant[name]:
                 tenant = self.tenant(name)
                 found = profiles([r.scores for r in held], [r.differs for r in held], layers, self.taus)
-                if tenant.promise is not None:
+                if tenant.guarantee is not None:
                     repeats = [one.is_repeat for one in held]
                     tenant.count_held_out([one.key for one in held], found, self._room, repeats)
                 exit_layer = float(found.layers[:, tenant.index].mean())
@@ -225,8 +225,8 @@ class Ledger:
 
     def tenant_taus(self) -> list[float]:
         """With a guarantee, the τ of each tenant."""
-        promises = [tenant.promise for tenant in list(self.tenants.values())]
-        return [promise.tau for promise in promises if promise is not None]
+        guarantees = [tenant.guarantee for tenant in list(self.tenants.values())]
+        return [guarantee.tau for guarantee in guarantees if guarantee is not None]
 
     def index(self, tenant: Tenant, tau: float) -> int:
         """Index of a tenant's τ in the grid. tau: the τ in force without a guarantee."""
@@ -252,10 +252,10 @@ class Ledger:
     def measured(self, in_force: Choice) -> tuple[float, float, float] | None:
         """The rate of disagreement at the τ in force, and its lower and upper bound; None without audits.
 
-        With a guarantee, they are those of the tenant whose audits speak most against its promise: bounds hold for the
-        texts of one tenant, as others are drawn with other probabilities. Any thread may call this.
+        With a guarantee, they are those of the tenant whose audits speak most against it: bounds hold for the texts of
+        one tenant, as others are drawn with other probabilities. Any thread may call this.
         """
-        tau, rate = in_force.rule.tau, self.promised_rate or 0.5
+        tau, rate = in_force.rule.tau, self.guaranteed_rate or 0.5
 
         def doubt(tenant: Tenant) -> float:
             return tenant.evidence.e_value_above(rate, self.index(tenant, tau))
@@ -275,11 +275,14 @@ def _grid(rules: Rules) -> NDArray[np.float64]:
 
 
 def _in_force(tenant: Tenant) -> InForce:
-    if tenant.promise is None:
+    if tenant.guarantee is None:
         return InForce(tenant.epoch, None, None)
-    return InForce(tenant.epoch, float(tenant.taus[tenant.index]), tenant.promise.reason)
+    return InForce(tenant.epoch, float(tenant.taus[tenant.index]), tenant.guarantee.reason)
 
 
 def tau_row(choice: Choice) -> dict[str, Any]:
     """τ for requests without exit options, and the reason for it."""
-    return {"tau": choice.rule.tau, "reason": choice.promise["reason"] if choice.promise else choice.by}
+    return {
+        "tau": choice.rule.tau,
+        "reason": choice.guarantee["reason"] if choice.guarantee else choice.set_by,
+    }

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import speedup
-from de3.exits.guarantee import CONFIDENCE
 from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.audit.tenant import Tenant
 from de3.server.rules import Choice
@@ -35,11 +35,11 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
     """
     signal, manifest, tenants = ledger.signal, ledger.manifest, dict(ledger.tenants)
     name = max(tenants, key=lambda one: tenants[one].evidence.texts, default="") if reader is None else reader
-    tenant = tenants[name] if name in tenants else Tenant(ledger.taus, ledger.new_promise(), ledger.epoch)
-    evidence, promise, tau = tenant.evidence, tenant.promise, _tau(tenant, in_force)
+    tenant = tenants[name] if name in tenants else Tenant(ledger.taus, ledger.new_guarantee(), ledger.epoch)
+    evidence, guarantee, tau = tenant.evidence, tenant.guarantee, _tau(tenant, in_force)
     lower, upper = evidence.bounds()
     rates, layers = evidence.rates(), evidence.mean_layers()
-    e_values = None if promise is None else promise.evidence.e_values(promise.rate)
+    e_values = None if guarantee is None else guarantee.evidence.e_values(guarantee.rate)
 
     def row(k: int) -> dict[str, Any]:
         known: dict[str, Any] = {
@@ -69,10 +69,10 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
         "pending": live.pending,
         "excluded": live.excluded,
         "tau": tau,
-        "promise": None
-        if ledger.promised_rate is None
+        "guarantee": None
+        if ledger.guaranteed_rate is None
         else {
-            "max_disagreement": ledger.promised_rate,
+            "max_disagreement": ledger.guaranteed_rate,
             "confidence": CONFIDENCE,
             "reason": tau["reason"],
         },
@@ -102,8 +102,8 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
 
 def _tau(tenant: Tenant, in_force: Choice) -> dict[str, Any]:
     """A tenant's τ for requests without exit options, and the reason for it."""
-    promise = tenant.promise
-    return tau_row(in_force) if promise is None else {"tau": promise.tau, "reason": promise.reason}
+    guarantee = tenant.guarantee
+    return tau_row(in_force) if guarantee is None else {"tau": guarantee.tau, "reason": guarantee.reason}
 
 
 def _number(value: float) -> float | None:

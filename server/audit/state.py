@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from de3.exits.promise import MAX_SHARES, Evidence, Reason, SavedPromise, Tally
+from de3.exits.guarantee import MAX_SHARES, Evidence, Reason, SavedGuarantee, Tally
 from de3.model_store.manifest import fingerprint
 from de3.model_store.regular_file import read_regular_file, write_private_file
 from de3.server.audit.ledger import Ledger
@@ -38,7 +38,7 @@ class _Part(BaseModel):
 
 
 class Counts(_Part):
-    """A saved de3.exits.promise.Tally, and its share."""
+    """A saved de3.exits.guarantee.Tally, and its share."""
 
     share: Annotated[float, Field(gt=0, le=1)]
     texts: Count
@@ -59,8 +59,8 @@ class Counts(_Part):
             raise ValueError("more disagreements of repeats than of all texts")
 
 
-class PromiseState(_Part):
-    """The state of a tenant's promise; see de3.exits.promise.SavedPromise."""
+class GuaranteeState(_Part):
+    """The state of a tenant's guarantee; see de3.exits.guarantee.SavedGuarantee."""
 
     counts: list[Counts] = Field(max_length=MAX_SHARES)
     rate: Annotated[float, Field(gt=0, lt=1)]
@@ -98,7 +98,7 @@ class TenantState(_Part):
     taus: list[Rate] = Field(max_length=MAX_TAUS)
     since: Annotated[float, Field(ge=0, le=MAX_TIME)]
     counts: list[Counts] = Field(max_length=MAX_SHARES)
-    promise: PromiseState | None  # None without a guarantee
+    guarantee: GuaranteeState | None  # None without a guarantee
     resets: list[ResetRow] = Field(max_length=MAX_RESETS)
 
     @model_validator(mode="after")
@@ -108,14 +108,14 @@ class TenantState(_Part):
         return self
 
     def all_counts(self) -> list[Counts]:
-        """The counts of all audits, and those that the promise rests on."""
-        return [*self.counts, *(self.promise.counts if self.promise is not None else ())]
+        """The counts of all audits, and those that the guarantee rests on."""
+        return [*self.counts, *(self.guarantee.counts if self.guarantee is not None else ())]
 
 
 def state_of(ledger: Ledger, name: str) -> TenantState:
     """The state of a tenant, to be saved."""
     tenant = ledger.tenants[name]
-    promise = tenant.promise
+    guarantee = tenant.guarantee
     return TenantState(
         model=ledger.full_name,
         tenant=name,
@@ -127,9 +127,9 @@ def state_of(ledger: Ledger, name: str) -> TenantState:
         taus=ledger.taus.tolist(),
         since=tenant.since,
         counts=_counts_of(tenant.evidence),
-        promise=None
-        if promise is None
-        else PromiseState(counts=_counts_of(promise.evidence), **promise.saved()._asdict()),
+        guarantee=None
+        if guarantee is None
+        else GuaranteeState(counts=_counts_of(guarantee.evidence), **guarantee.saved()._asdict()),
         resets=[ResetRow(at=r.at, reason=r.reason, tau=r.tau, audits=r.audits) for r in tenant.resets],
     )
 
@@ -169,18 +169,18 @@ def restore(ledger: Ledger, state: TenantState) -> None:
         raise ValueError("it belongs to another signal")
     if (state.runtime, state.caution) != (ledger.runtime, ledger.caution):
         raise ValueError("it belongs to another runtime, or another --ood-policy")
-    saved = state.promise
+    saved = state.guarantee
     if max(len(state.counts), len(saved.counts) if saved is not None else 0) + NEW_SHARES > MAX_SHARES:
         raise ValueError("it has too many shares")
     if max((count for row in state.all_counts() for count in _all(row)), default=0) > MAX_COUNT - NEW_COUNT:
         raise ValueError("its counts are too large")
     if state.taus != taus.tolist():
         raise ValueError("it has other values of τ")
-    promise = ledger.new_promise()
-    if promise is not None and saved is not None:
+    guarantee = ledger.new_guarantee()
+    if guarantee is not None and saved is not None:
         fields = saved.model_dump(exclude={"counts"})
-        promise.restore(_evidence(saved.counts, taus), SavedPromise(**fields))
-    tenant = Tenant(taus, promise, ledger.epoch)
+        guarantee.restore(_evidence(saved.counts, taus), SavedGuarantee(**fields))
+    tenant = Tenant(taus, guarantee, ledger.epoch)
     tenant.evidence, tenant.since = _evidence(state.counts, taus), state.since
     tenant.resets = [Reset(row.at, row.reason, row.tau, row.audits) for row in state.resets]
     ledger.restore(state.tenant, tenant)

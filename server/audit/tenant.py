@@ -12,7 +12,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.promise import Evidence, Profiles, Promise, Reason, profiles
+from de3.exits.guarantee import Evidence, Guarantee, Profiles, Reason, profiles
 
 MAX_SEEN = 2**18  # hashes of counted texts that a model remembers, over all tenants
 MOST_SEEN = 2**16  # and of one tenant; when full, the older half is forgotten
@@ -119,7 +119,7 @@ class Tenant:
 
     Attributes:
         evidence: all audits since the start, or the last change or reset.
-        promise: the test that chooses τ; None without a guarantee.
+        guarantee: the test that chooses τ; None without a guarantee.
         epoch: identifies the evidence: texts that were drawn in an earlier epoch do not count.
         since: start of the evidence, in seconds since 1970.
         resets: the latest resets.
@@ -127,9 +127,9 @@ class Tenant:
         is_changed: it has changed since it was last saved.
     """
 
-    def __init__(self, taus: NDArray[np.float64], promise: Promise | None, epoch: int) -> None:
+    def __init__(self, taus: NDArray[np.float64], guarantee: Guarantee | None, epoch: int) -> None:
         """taus: the grid, (G,), ascending from 0."""
-        self.taus, self.promise, self.epoch = taus, promise, epoch
+        self.taus, self.guarantee, self.epoch = taus, guarantee, epoch
         self.evidence = Evidence(taus)
         self.since = time.time()
         self.resets: list[Reset] = []
@@ -141,7 +141,7 @@ class Tenant:
     @property
     def index(self) -> int:
         """Index of the τ in force in the grid; 0 without a guarantee."""
-        return 0 if self.promise is None else self.promise.index
+        return 0 if self.guarantee is None else self.guarantee.index
 
     def count(self, one: Settled, layers: Sequence[int], room: int) -> bool:
         """Count texts; returns True if the rate had risen, which discards all evidence.
@@ -154,21 +154,21 @@ class Tenant:
         self.evidence.skip(one.share, sum(one.skipped))
         if one.scores:
             self.evidence.add(one.share, found, one.served)
-        if self.promise is None:
+        if self.guarantee is None:
             return False
         seen = np.array([self._seen.was_counted(key, room) for key in one.keys], np.bool_)
         places = [place + i for i, place in enumerate(accumulate(one.skipped[:-1]))]
         repeats = seen[places] if len(seen) else None
         skipped_repeats = int(seen.sum()) - (0 if repeats is None else int(repeats.sum()))
-        self.promise.count(one.share, found, one.skipped, repeats, skipped_repeats)
-        if self.promise.reason == "change" and not self.promise.evidence.tallies:
+        self.guarantee.count(one.share, found, one.skipped, repeats, skipped_repeats)
+        if self.guarantee.reason == "change" and not self.guarantee.evidence.tallies:
             self.num_changes += 1
             self._begin_anew(Reset(time.time(), "change", tau, before + len(one.scores)))
             return True
         self._has_new_audits |= bool(one.scores)
         if one.may_rise and self._has_new_audits:
             self._has_new_audits = False
-            self.promise.advance()
+            self.guarantee.advance()
         return False
 
     def count_held_out(
@@ -179,18 +179,18 @@ class Tenant:
         They are not audits of the model's answers, so the evidence that is reported leaves them out. repeats: see
         HeldOut.is_repeat.
         """
-        assert self.promise is not None
+        assert self.guarantee is not None
         counted = np.array([self._seen.was_counted(key, room) for key in keys], np.bool_)
         seen = counted | np.array(repeats, np.bool_)
-        self.promise.count(1.0, found, [0] * (len(keys) + 1), seen)
-        self.promise.advance()
+        self.guarantee.count(1.0, found, [0] * (len(keys) + 1), seen)
+        self.guarantee.advance()
         self.is_changed = True
 
     def reset(self, epoch: int) -> None:
         """Discard the evidence at an admin's request; with a guarantee, τ returns to 0."""
         tau, audits = float(self.taus[self.index]), self.evidence.audits
-        if self.promise is not None:
-            self.promise.reset("reset")
+        if self.guarantee is not None:
+            self.guarantee.reset("reset")
         self.epoch = epoch
         self._begin_anew(Reset(time.time(), "reset", tau, audits))
 

@@ -33,7 +33,7 @@ class Load(BaseModel):
     role: Role = Field(
         default="current",
         description="current: answers requests that name no version; canary: answers a share of these; shadow: "
-        "runs copies of them for comparison; beside: answers only requests that name its version",
+        "runs copies of them for comparison; loaded: answers only requests that name its version",
     )
     share: float | None = Field(default=None, gt=0, lt=1, description="share of the requests, for a canary")
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from de3.exits.guarantee import CONFIDENCE
+from de3.exits.bound import CONFIDENCE
 from de3.exits.signals import signals_of
 from de3.model_store.manifest import Manifest
 from de3.server.audit.auditor import Auditor

@@ -16,7 +16,7 @@ class Job(BaseModel):
         store: folder of the store for the new version.
         version: number of the new version.
         attempt: number of this fit.
-        rate: the promised rate of disagreement.
+        rate: the guaranteed rate of disagreement.
         first_new, by_client: see export.learn.fit_exits.
         speedup: speed-up in layers that is served now.
         memory: memory limit, bytes.

@@ -258,11 +258,11 @@ class Learner:
             "texts": round(self.reservoir.texts),
             "records_since_change": self.count,
             "next_fit_at": self.due_at,
-            "said": self._said(latest),
+            "message": self._message(latest),
             "fits": [one.model_dump(exclude_none=True) for one in reversed(self.journal.results)],
         }
 
-    def _said(self, latest: Result | None) -> str:
+    def _message(self, latest: Result | None) -> str:
         """The latest result and the next step, in words."""
         if self.phase == "fitting":
             return f"fit {self.journal.attempts} is running"
@@ -277,7 +277,7 @@ def sentence(result: Result) -> str:
     if result.outcome == "failed":
         return f"fit {result.attempt} failed: {result.error}"
     measured = (
-        f"on {result.held_out} held-out records its exits allow {result.speedup:.2f}× at the promised rate, and prove "
+        f"on {result.held_out} held-out records its exits allow {result.speedup:.2f}× at the guarantee, and prove "
         f"{result.proved_speedup:.2f}×"
     )
     if result.outcome == "waits":

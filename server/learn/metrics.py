@@ -27,7 +27,7 @@ class LearnMetrics(Collector):
         fitting = gauge("de3_learn_fitting", "1 while a fit of exits runs, else 0")
         speedup = gauge(
             "de3_learn_speedup",
-            "Speed-up in layers that the exits of the latest fit allow at the promised rate, on held-out records",
+            "Speed-up in layers that the exits of the latest fit allow at the guaranteed rate, on held-out records",
         )
         proved = gauge(
             "de3_learn_proved_speedup", "Speed-up in layers that the held-out records of the latest fit prove"

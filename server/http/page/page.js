@@ -434,16 +434,16 @@ function drawCurve(exit) {
   $("curve").replaceChildren(...parts);
 }
 
-/** The disagreement that audits measured at the τ in force, the calibration's, and the promise. */
-function drawMeasured({ audits, measured, calibrated, promise, tau }, learned) {
+/** The disagreement that audits measured at the τ in force, the calibration's, and the guarantee. */
+function drawMeasured({ audits, measured, calibrated, guarantee, tau }, learned) {
   const share = (value) => `${+(value * 100).toFixed(2)}%`;
   const things = hasClasses() ? "labels" : "values";
   const parts = [];
-  if (promise && tau.tau === 0) {
+  if (guarantee && tau.tau === 0) {
     const why = tau.reason === "change" ? "More did, so for now" : "For now";
     parts.push(
-      `The server promises that at most ${share(promise.max_disagreement)} of ${things} differ from full depth.`,
-      `${why} every text runs to full depth, until enough live texts show that earlier exits keep the promise ` +
+      `The server guarantees that at most ${share(guarantee.max_disagreement)} of ${things} differ from full depth.`,
+      `${why} every text runs to full depth, until enough live texts show that earlier exits keep the guarantee ` +
         `(${audits} so far).`,
     );
   } else if (measured.disagreement === null) {
@@ -458,8 +458,8 @@ function drawMeasured({ audits, measured, calibrated, promise, tau }, learned) {
         `${heldOut}.`,
     );
   }
-  if (promise && tau.tau > 0) parts.push(`Promised: at most ${share(promise.max_disagreement)}.`);
-  if (learned) parts.push(`Exits are learned from live texts (${plural(learned.records, "record")}): ${learned.said}.`);
+  if (guarantee && tau.tau > 0) parts.push(`Guaranteed: at most ${share(guarantee.max_disagreement)}.`);
+  if (learned) parts.push(`Exits are learned from live texts (${plural(learned.records, "record")}): ${learned.message}.`);
   $("measured").textContent = parts.join(" ");
 }
 

@@ -1,4 +1,4 @@
-"""The τ that a promise allows: profiles, the fixed order of the tests, the fall after a change, and restarts."""
+"""The τ that a guarantee allows: profiles, the fixed order of the tests, the fall after a change, and restarts."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from de3.exits import betting
+from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.guarantee import CONFIDENCE
-from de3.exits.promise import (
+from de3.exits.guarantee import (
     MAX_SHARES,
     PATIENCE,
     Evidence,
+    Guarantee,
     Profiles,
-    Promise,
     RecentRates,
-    SavedPromise,
+    SavedGuarantee,
     profiles,
 )
 from de3.exits.rule import ExitRule, exit_index
@@ -37,15 +37,17 @@ def unlike_from(index: int) -> Profiles:
     return Profiles(np.arange(4)[None] >= index, LAYERS)
 
 
-def step(promise: Promise, share: float, audit: Profiles, is_repeat: bool = False, skipped: int = 0) -> bool:
+def step(
+    guarantee: Guarantee, share: float, audit: Profiles, is_repeat: bool = False, skipped: int = 0
+) -> bool:
     """Count an audit, and let τ rise if the evidence allows it; returns True if τ changed.
 
     skipped: number of texts before it that were not audited; they are repeats like it.
     """
-    before = promise.index
-    promise.count(share, audit, [skipped, 0], np.array([is_repeat]), skipped * is_repeat)
-    promise.advance()
-    return promise.index != before
+    before = guarantee.index
+    guarantee.count(share, audit, [skipped, 0], np.array([is_repeat]), skipped * is_repeat)
+    guarantee.advance()
+    return guarantee.index != before
 
 
 def until_lower(recent: RecentRates) -> int:
@@ -79,23 +81,23 @@ def test_a_profile_is_what_the_rule_does(values: list[float | None], data: st.Da
 
 
 def test_tau_rises_in_the_fixed_order_up_to_the_first_that_is_not_proved() -> None:
-    promise = Promise(0.1, GRID)
-    assert (promise.tau, promise.reason) == (0.0, "start")
+    guarantee = Guarantee(0.1, GRID)
+    assert (guarantee.tau, guarantee.reason) == (0.0, "start")
     # At τ = 0.2 every fifth text differs, at τ = 0.4 none does. Even so, τ must stay at 0.1.
     odd = Profiles(np.array([[False, False, True, False]]), LAYERS)
     for n in range(1000):
-        step(promise, 1.0, odd if n % 5 == 0 else CLEAN)
-    assert (promise.tau, promise.reason) == (0.1, "evidence")
-    assert promise.evidence.e_values(0.1)[3] > 20
+        step(guarantee, 1.0, odd if n % 5 == 0 else CLEAN)
+    assert (guarantee.tau, guarantee.reason) == (0.1, "evidence")
+    assert guarantee.evidence.e_values(0.1)[3] > 20
 
 
 def test_tau_does_not_rise_before_the_evidence_suffices() -> None:
-    promise = Promise(0.1, GRID)
-    changes = [n for n in range(200) if step(promise, 1.0, CLEAN)]
+    guarantee = Guarantee(0.1, GRID)
+    changes = [n for n in range(200) if step(guarantee, 1.0, CLEAN)]
     wealth = [np.mean([(1 + 0.1 * c) ** (n + 1) for c in (0.25, 0.5, 0.75)]) for n in range(200)]
     first = next(n for n, value in enumerate(wealth) if value >= 20)
     assert changes == [first]
-    assert promise.tau == 0.4  # in one step, because all texts agree
+    assert guarantee.tau == 0.4  # in one step, because all texts agree
 
 
 def test_each_audit_is_weighted_by_the_inverse_of_its_share() -> None:
@@ -108,36 +110,36 @@ def test_each_audit_is_weighted_by_the_inverse_of_its_share() -> None:
     assert evidence.mean_layers()[2] == pytest.approx(1)
 
 
-def test_a_rise_above_the_promise_discards_the_evidence() -> None:
-    promise, rng = Promise(0.1, GRID), np.random.default_rng(3)
+def test_a_rise_above_the_guarantee_discards_the_evidence() -> None:
+    guarantee, rng = Guarantee(0.1, GRID), np.random.default_rng(3)
     for _ in range(100):
-        step(promise, 1.0, CLEAN)
-    assert promise.tau == 0.4
+        step(guarantee, 1.0, CLEAN)
+    assert guarantee.tau == 0.4
     for _ in range(500):
-        step(promise, 1.0, unlike_from(3 if rng.random() < 0.05 else 4))
-    assert (promise.tau, promise.reason) == (0.4, "evidence")
+        step(guarantee, 1.0, unlike_from(3 if rng.random() < 0.05 else 4))
+    assert (guarantee.tau, guarantee.reason) == (0.4, "evidence")
     reasons = []
-    while promise.reason != "change":
-        step(promise, 1.0, unlike_from(3 if rng.random() < 0.15 else 4))
-        reasons.append(promise.reason)
+    while guarantee.reason != "change":
+        step(guarantee, 1.0, unlike_from(3 if rng.random() < 0.15 else 4))
+        reasons.append(guarantee.reason)
         assert len(reasons) < 3000
     assert set(reasons) == {"evidence", "recent", "change"}  # τ falls before the change is certain
-    assert promise.tau == 0.0
-    assert (promise.evidence.audits, promise.evidence.texts, promise.recent.weight) == (0, 0, 0)
-    assert not any(promise.saved().detector)
+    assert guarantee.tau == 0.0
+    assert (guarantee.evidence.audits, guarantee.evidence.texts, guarantee.recent.weight) == (0, 0, 0)
+    assert not any(guarantee.saved().detector)
 
 
-def test_a_promise_continues_where_another_left_off() -> None:
-    first, second = Promise(0.1, GRID), Promise(0.1, GRID)
+def test_a_guarantee_continues_where_another_left_off() -> None:
+    first, second = Guarantee(0.1, GRID), Guarantee(0.1, GRID)
     for n in range(150):
         step(first, 1.0, unlike_from(3 if n % 3 == 0 else 4))
     second.restore(first.evidence, first.saved())
     assert (second.tau, second.reason) == (first.tau, first.reason) == (0.2, "evidence")
-    for promise in (first, second):
-        step(promise, 0.1, unlike_from(2))
+    for guarantee in (first, second):
+        step(guarantee, 0.1, unlike_from(2))
     assert first.saved() == second.saved()
     # Only the evidence is used if the proof was for another rate, or had a larger error probability.
-    for other in (Promise(0.01, GRID), Promise(0.1, GRID, error=1e-9)):
+    for other in (Guarantee(0.01, GRID), Guarantee(0.1, GRID, error=1e-9)):
         other.restore(first.evidence, first.saved())
         assert other.tau == 0 and other.evidence is first.evidence
 
@@ -153,14 +155,14 @@ def test_a_promise_continues_where_another_left_off() -> None:
         {"recent": [0, 0, 0, -1.0]},
     ],
 )
-def test_a_saved_promise_that_does_not_fit_is_not_restored(change: dict[str, Any]) -> None:
-    promise = Promise(0.1, GRID)
-    kept = SavedPromise(0.1, 0.1, "evidence", [0.0] * 3, 2.0, [0.0] * 4)
+def test_a_saved_guarantee_that_does_not_fit_is_not_restored(change: dict[str, Any]) -> None:
+    guarantee = Guarantee(0.1, GRID)
+    kept = SavedGuarantee(0.1, 0.1, "evidence", [0.0] * 3, 2.0, [0.0] * 4)
     with pytest.raises(ValueError, match="does not match the τ grid"):
-        promise.restore(Evidence(GRID), kept._replace(**change))
-    assert promise.tau == 0
-    promise.restore(Evidence(GRID), kept)
-    assert promise.tau == 0.1
+        guarantee.restore(Evidence(GRID), kept._replace(**change))
+    assert guarantee.tau == 0
+    guarantee.restore(Evidence(GRID), kept)
+    assert guarantee.tau == 0.1
 
 
 def test_a_repeat_counts_only_against_a_higher_tau() -> None:
@@ -180,41 +182,41 @@ def test_a_repeat_counts_only_against_a_higher_tau() -> None:
 
 
 def test_repeated_texts_are_not_a_change() -> None:
-    promise, rng = Promise(0.1, GRID), np.random.default_rng(5)
+    guarantee, rng = Guarantee(0.1, GRID), np.random.default_rng(5)
     texts = [unlike_from(3) if n % 30 == 0 else CLEAN for n in range(300)]
     for audit in texts:
-        step(promise, 1.0, audit)
-    assert promise.tau == 0.4
+        step(guarantee, 1.0, audit)
+    assert guarantee.tau == 0.4
     for _ in range(5000):
-        step(promise, 0.2, texts[rng.integers(300)], is_repeat=True, skipped=4)
-    assert (promise.tau, promise.reason) == (0.4, "evidence")
+        step(guarantee, 0.2, texts[rng.integers(300)], is_repeat=True, skipped=4)
+    assert (guarantee.tau, guarantee.reason) == (0.4, "evidence")
 
 
 def test_recent_audits_lower_tau_at_once_and_it_rises_again_only_when_told_to() -> None:
     """The disagreement rises too little for the change detector, so the proof stays valid."""
-    promise = Promise(0.1, GRID)
+    guarantee = Guarantee(0.1, GRID)
     for _ in range(600):
-        promise.count(1.0, CLEAN, [0, 0])
-    assert promise.tau == 0
-    assert promise.recent.weight < 300  # at τ = 0, as few audits as possible count as recent
-    promise.advance()
-    assert promise.tau == 0.4
+        guarantee.count(1.0, CLEAN, [0, 0])
+    assert guarantee.tau == 0
+    assert guarantee.recent.weight < 300  # at τ = 0, as few audits as possible count as recent
+    guarantee.advance()
+    assert guarantee.tau == 0.4
     for n in range(3000):
-        promise.count(1.0, unlike_from((3, 4)[n % 9 > 0]), [0, 0])  # 11%
-    assert (promise.tau, promise.reason, promise.proved) == (0.2, "recent", 3)
+        guarantee.count(1.0, unlike_from((3, 4)[n % 9 > 0]), [0, 0])  # 11%
+    assert (guarantee.tau, guarantee.reason, guarantee.proved) == (0.2, "recent", 3)
     for n in range(1200):
-        promise.count(1.0, unlike_from((3, 4)[n % 20 > 0]), [0, 0])  # 5%
-    assert (promise.tau, promise.reason) == (0.2, "recent")
-    promise.advance()
-    assert (promise.tau, promise.reason) == (0.4, "evidence")
+        guarantee.count(1.0, unlike_from((3, 4)[n % 20 > 0]), [0, 0])  # 5%
+    assert (guarantee.tau, guarantee.reason) == (0.2, "recent")
+    guarantee.advance()
+    assert (guarantee.tau, guarantee.reason) == (0.4, "evidence")
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.1, float("nan")])
-def test_a_share_and_a_promised_rate_are_probabilities_above_0(value: float) -> None:
+def test_a_share_and_a_guaranteed_rate_are_probabilities_above_0(value: float) -> None:
     with pytest.raises(ValueError, match="share"):
         Evidence(GRID).add(value, CLEAN)
-    with pytest.raises(ValueError, match="promise"):
-        Promise(value, GRID)
+    with pytest.raises(ValueError, match="guarantee"):
+        Guarantee(value, GRID)
 
 
 def test_bounds_are_around_the_rate_whatever_the_weights() -> None:
@@ -231,7 +233,7 @@ def test_bounds_are_around_the_rate_whatever_the_weights() -> None:
     assert bounds[1][0] < rates[1] == upper[1]
 
 
-def test_more_audits_are_recent_while_more_texts_are_audited_or_the_promise_is_small() -> None:
+def test_more_audits_are_recent_while_more_texts_are_audited_or_the_guarantee_is_small() -> None:
     weights = []
     for share in (0.01, 0.05, 0.25, 0.5, 1.0):
         recent = RecentRates(0.02, 4)
@@ -245,7 +247,7 @@ def test_more_audits_are_recent_while_more_texts_are_audited_or_the_promise_is_s
     recent = RecentRates(0.01, 4)
     for _ in range(10_000):
         recent.add(0.05, CLEAN.differs)
-    assert round(recent.weight) == 600  # which have 6 disagreements at the promised rate
+    assert round(recent.weight) == 600  # which have 6 disagreements at the guaranteed rate
 
 
 def test_recent_rates_follow_at_once_when_fewer_texts_are_audited() -> None:
@@ -268,13 +270,13 @@ def test_few_recent_audits_do_not_lower_tau() -> None:
 
 
 def test_the_change_detector_counts_texts_that_were_not_drawn() -> None:
-    promise, detector = Promise(0.1, GRID), betting.ChangeDetector(0.1, PATIENCE)
-    promise.count(1.0, Profiles(np.zeros((150, 4), np.bool_), LAYERS.repeat(150, 0)), [0] * 151)
-    promise.advance()
+    guarantee, detector = Guarantee(0.1, GRID), betting.ChangeDetector(0.1, PATIENCE)
+    guarantee.count(1.0, Profiles(np.zeros((150, 4), np.bool_), LAYERS.repeat(150, 0)), [0] * 151)
+    guarantee.advance()
     for differs in (True, False, True):
-        step(promise, 0.05, unlike_from(promise.proved if differs else 4), skipped=19)
+        step(guarantee, 0.05, unlike_from(guarantee.proved if differs else 4), skipped=19)
         detector.count(0.05, [differs], [19, 0])
-    assert promise.saved().detector == detector.wealth
+    assert guarantee.saved().detector == detector.wealth
 
 
 def test_counted_shares_are_limited() -> None:
@@ -294,7 +296,7 @@ def test_counted_shares_are_limited() -> None:
 )
 def test_audits_count_together_as_one_by_one(batches: list[tuple[float, list[tuple[int, bool]]]]) -> None:
     """τ aside, which falls at the end of a request only."""
-    together, single = Promise(0.3, GRID), Promise(0.3, GRID)
+    together, single = Guarantee(0.3, GRID), Guarantee(0.3, GRID)
     for share, texts in batches:
         found = [unlike_from(skipped % 5) for skipped, _ in texts]
         differs = np.array([audit.differs[0] for audit in found], np.bool_).reshape(-1, 4)

@@ -11,7 +11,7 @@ from de3.exits.signals import Signal
 from de3.training.progress import track
 
 
-def promise(
+def guarantee(
     population: Samples,
     signal: Signal,
     size: int,
