@@ -23,7 +23,7 @@ FINE_TAUS = tuple(round((i / 240) ** 2, 6) for i in range(241))
 Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 Z95_ONE_SIDED = 1.644854
 MAX_SPEEDUP = 1000.0
-MERIT_AT = (0.01, 0.02, 0.05)
+DISAGREEMENTS = (0.01, 0.02, 0.05)
 
 Floats = NDArray[np.float64]
 
@@ -209,9 +209,9 @@ def speed_within(table: Iterable[Outcome], disagreement: float) -> float:
     return max(row.speedup for row in table if row.tau == 0 or row.disagreement <= disagreement)
 
 
-def merit(table: Sequence[Outcome]) -> float:
-    """Merit of a signal: the geometric mean of its speed-ups at 1, 2 and 5% disagreement.
+def mean_speedup(table: Sequence[Outcome]) -> float:
+    """The geometric mean of a signal's speed-ups at 1, 2 and 5% disagreement.
 
     Disagreement is with full depth or, for an import, with the original.
     """
-    return math.exp(sum(math.log(speed_within(table, d)) for d in MERIT_AT) / len(MERIT_AT))
+    return math.exp(sum(math.log(speed_within(table, d)) for d in DISAGREEMENTS) / len(DISAGREEMENTS))

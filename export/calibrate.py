@@ -131,7 +131,7 @@ def calibrate(
 
 
 def _rivals(tune: Part, fitted: Risk) -> dict[str, tuple[Signal, float]]:
-    """The signals by name (EDR at its best λ), each with its merit on the tuning samples."""
+    """The signals by name (EDR at its best λ), each with its mean speed-up on the tuning samples."""
     whole = tune.whole
     scores = risk.cross_fit(tune.samples.recorded, tune.samples.groups)[tune.is_whole]
     tables = [
@@ -141,9 +141,9 @@ def _rivals(tune: Part, fitted: Risk) -> dict[str, tuple[Signal, float]]:
     tables.append((fitted, calibration.trade_off(whole, fitted, FINE_TAUS, scores)))
     best: dict[str, tuple[Signal, float]] = {}
     for signal, table in tables:
-        merit = calibration.merit(table)
-        if signal.name not in best or merit > best[signal.name][1]:
-            best[signal.name] = signal, merit
+        mean_speedup = calibration.mean_speedup(table)
+        if signal.name not in best or mean_speedup > best[signal.name][1]:
+            best[signal.name] = signal, mean_speedup
     return best
 
 
@@ -192,11 +192,11 @@ def _report(
     table = Table(title=f"Speed-up in layers at a disagreement with {reference}, {n} certifying samples")
     for column in ("signal", "1%", "2%", "5%", "certified: 1%", "2%", "5%"):
         table.add_column(column, justify="left" if column == "signal" else "right")
-    for rows in sorted(tables.values(), key=calibration.merit, reverse=True):
+    for rows in sorted(tables.values(), key=calibration.mean_speedup, reverse=True):
         mark = "  (default)" if rows[0].signal == default.signal else ""
         certified = TradeOffs(rows)
-        speeds = [f"{calibration.speed_within(rows, d):.2f}×" for d in calibration.MERIT_AT]
-        guaranteed = [(d, certified.within_disagreement(d)) for d in calibration.MERIT_AT]
+        speeds = [f"{calibration.speed_within(rows, d):.2f}×" for d in calibration.DISAGREEMENTS]
+        guaranteed = [(d, certified.within_disagreement(d)) for d in calibration.DISAGREEMENTS]
         speeds += [
             "–" if row.disagreement_bound > most else f"{row.speedup:.2f}×" for most, row in guaranteed
         ]

@@ -72,23 +72,23 @@ class Exits:
 def fit(num_layers: int, texts: States, groups: Sequence[object], seed: int) -> Exits:
     """Fit exits on every layer but the last, with the pooling and the ridges that `choose` finds."""
     axes: Axes = {}
-    pooling, ridges, near = choose(num_layers, texts, groups, seed, axes)
+    pooling, ridges, start = choose(num_layers, texts, groups, seed, axes)
     axes = {key: basis for key, basis in axes.items() if key[0] == pooling}  # frees the others
-    return fit_with(texts, pooling, ridges, seed, near, axes)
+    return fit_with(texts, pooling, ridges, seed, start, axes)
 
 
 def fit_with(
-    texts: States, pooling: str, ridges: Sequence[float], seed: int, near: Sequence[Linear], axes: Axes
+    texts: States, pooling: str, ridges: Sequence[float], seed: int, start: Sequence[Linear], axes: Axes
 ) -> Exits:
     """Fit exits to texts, with a given pooling.
 
-    ridges: the ridge of each layer but the last. near: classifiers from which the fits start, fitted to most of these
+    ridges: the ridge of each layer but the last. start: classifiers from which the fits start, fitted to most of these
     texts, or to these and others. The loss is convex, so the start changes the time that a fit takes, not its result.
     axes: principal axes that are known already; those computed here are added.
     """
     layers = track(range(len(ridges)), f"Fitting exits ({pooling})")
     classifiers = [
-        next(_fitted(texts, pooling, layer, (ridges[layer],), axes, near[layer]))[1] for layer in layers
+        next(_fitted(texts, pooling, layer, (ridges[layer],), axes, start[layer]))[1] for layer in layers
     ]
     return _with_spaces(Exits(pooling, classifiers, [], []), texts, seed)
 
@@ -119,17 +119,17 @@ def choose(
             return pooling, ridges, classifiers
         exits = Exits(pooling, classifiers, [], [])
         recorded = _with_spaces(exits, others, seed).recorded(held)
-        merit = _merit(recorded)
+        mean_speedup = _mean_speedup(recorded)
         agreement = ", ".join(f"{100 * share:.1f}" for share in recorded.correct.mean(0)[:-1])
         console.print(
             f"exits on the {'mean of the tokens' if pooling == 'mean' else 'first token'} agree with full depth on "
             f"{agreement}% of {len(held.logits)} texts, from the embeddings to the last layer but one; speed-up about "
-            f"{merit:.2f}×",
+            f"{mean_speedup:.2f}×",
             soft_wrap=True,
             highlight=False,
         )
-        if merit > largest or not best[1]:
-            best, largest = (pooling, ridges, classifiers), merit
+        if mean_speedup > largest or not best[1]:
+            best, largest = (pooling, ridges, classifiers), mean_speedup
     return best
 
 
@@ -143,10 +143,12 @@ def _held_out(groups: Sequence[object], rng: np.random.Generator) -> NDArray[np.
     return is_held if not is_held.all() else rank < rank.max()
 
 
-def _merit(of: Recorded) -> float:
-    """Merit of the risk signal, cross-fitted: each sample is scored by a risk that was fitted without it."""
+def _mean_speedup(of: Recorded) -> float:
+    """Mean speed-up of the risk signal, cross-fitted: each sample is scored by a risk that was fitted without it."""
     samples = Samples.independent(of)
-    return calibration.merit(calibration.trade_off(samples, risk.fit(of), FINE_TAUS, risk.cross_fit(of)))
+    return calibration.mean_speedup(
+        calibration.trade_off(samples, risk.fit(of), FINE_TAUS, risk.cross_fit(of))
+    )
 
 
 def _chosen(texts: States, held: States, pooling: str, layer: int, axes: Axes) -> tuple[float, Linear]:

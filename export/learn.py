@@ -77,12 +77,12 @@ def fit_exits(
     texts, layers = states_of(fitted, manifest), manifest.num_layers
     keys = fitted.keys.tolist()
     axes: fit.Axes = {}
-    pooling, ridges, near = fit.choose(layers, texts, keys, SEED, axes, ("mean",))
-    exits = fit.fit_with(texts, pooling, ridges, SEED, near, axes)
-    apart = _apart(texts, fitted, exits, ridges, axes, manifest)
+    pooling, ridges, start = fit.choose(layers, texts, keys, SEED, axes, ("mean",))
+    exits = fit.fit_with(texts, pooling, ridges, SEED, start, axes)
+    cross_fitted = _cross_fitted(texts, fitted, exits, ridges, axes, manifest)
     exits = _as_served(exits, manifest)
     tested = exits.recorded(states_of(held, manifest))
-    tune, certify = part_of(apart, fitted), part_of(tested, held)
+    tune, certify = part_of(cross_fitted, fitted), part_of(tested, held)
     calibrated = calibrate(tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
     risk = _risk(calibrated, manifest)
     scores = risk.scores(tested)
@@ -117,17 +117,17 @@ def _split(
     return records.part(np.sort(np.concatenate([old, new]))[-MAX_FITTED:]), records.part(held)
 
 
-def _apart(
+def _cross_fitted(
     texts: States,
     records: Records,
-    near: Exits,
+    fitted: Exits,
     ridges: Sequence[float],
     axes: fit.Axes,
     manifest: Manifest,
 ) -> Recorded:
     """Cross-fitted outputs, in the order of the texts: each text is run through exits that were fitted without it.
 
-    near: exits that were fitted to all texts, with these ridges.
+    fitted: exits that were fitted to all texts, with these ridges.
     """
     groups = np.unique(records.keys, return_inverse=True)[1]
     fold = np.random.default_rng(SEED).permutation(int(groups.max()) + 1)[groups] % FOLDS
@@ -135,7 +135,7 @@ def _apart(
     for k in range(FOLDS):
         inside, outside = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
         others = texts.part(outside)
-        exits = fit.fit_with(others, near.pooling, ridges, SEED, near.classifiers, axes)
+        exits = fit.fit_with(others, fitted.pooling, ridges, SEED, fitted.classifiers, axes)
         exits = _as_served(exits, manifest)
         parts.append(exits.recorded(texts.part(inside)))
         rows.append(inside)

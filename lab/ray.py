@@ -33,7 +33,7 @@ def cluster(nodes: int, cores: int, port: int) -> Iterator[Cluster]:
     """A Ray cluster on this machine, with Ray Serve's proxy on `port`; each node is a raylet with `cores` cores."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
     # Retry the requests of a replica that died, in Ray's own proxy and in HAProxy, if Ray uses it.
-    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "de3.deploy.ray.repeat:middlewares"
+    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "de3.deploy.ray.retry:middlewares"
     os.environ["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response junk-response"
     # On a busy machine a proxy may need more than the 5 s after which Ray kills it and starts another.
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"

@@ -105,7 +105,7 @@ class ForwardPass:
         tau, signal: the sample exits at the first layer where the signal's score is below tau.
         deepest: the last layer to run, one with an exit.
         ask_all: compute every exit up to `deepest`; if false and tau is 0, only the exit at `deepest` is computed.
-        caution: factor by which tau is multiplied once the sample is too far from every prototype of an exit.
+        tau_factor: factor by which tau is multiplied once the sample is too far from every prototype of an exit.
         thresholds: label thresholds of a multi-label model; None for other models.
         states: output array for the mean over the tokens after each layer but the last, (num_layers, hidden); None if
             they are not needed.
@@ -124,7 +124,7 @@ class ForwardPass:
     signal: Signal
     deepest: int
     ask_all: bool
-    caution: float = 1.0
+    tau_factor: float = 1.0
     thresholds: Thresholds | None = None
     states: Array | None = None
     layer: int = field(default=0, init=False)
@@ -186,7 +186,7 @@ class NativeForward:
                     p.hidden = np.empty((1, len(p.tokens), self._hidden), np.float32)
             signal = (p.signal.code, p.signal.lam or 0.0, p.signal.table)
             table = None if p.thresholds is None else p.thresholds.table
-            rule = (p.tau, *signal, p.deepest, p.ask_all, p.caution, table)
+            rule = (p.tau, *signal, p.deepest, p.ask_all, p.tau_factor, table)
             texts.append((p.tokens.ids, p.tokens.type_ids, *rule, p.logits, p.distances, p.hidden, p.states))
         results = self._forward(self._model, texts, self._prototypes, far, first, last, at_idle)
         for p, (seconds, left) in zip(passes, results, strict=True):

@@ -67,7 +67,7 @@ class OodMonitor:
     Attributes:
         limits: by layer, the distance to the nearest prototype above which a text is flagged, (layers + 1,) float64;
             inf at layers without prototypes. None: nothing is flagged.
-        caution: factor applied to the τ of flagged texts; 1: texts are only flagged.
+        tau_factor: factor applied to the τ of flagged texts; 1: texts are only flagged.
         drift: measures drift; None for a model without calibration, or without prototypes at its first exit.
     """
 
@@ -75,7 +75,7 @@ class OodMonitor:
         references = manifest.calibration.references if manifest.calibration else []
         self._nearest = {r.layer: r.nearest for r in references if r.nearest is not None}
         self.drift = Drift(references[0]) if references and references[0].nearest is not None else None
-        self.caution = CAUTION if policy == "deepen" else 1.0
+        self.tau_factor = CAUTION if policy == "deepen" else 1.0
         self.limits: NDArray[np.float64] | None = None
         if policy != "off":
             limits = [math.inf] * (manifest.num_layers + 1)

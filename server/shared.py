@@ -100,7 +100,7 @@ class OneProcess:
 
     def _note_current(self) -> None:
         if self.books.learners is not None:
-            self.books.learners.note_current(self._current())
+            self.books.learners.set_current(self._current())
 
     async def scrape(self) -> bytes:
         """The metrics, in the text format of Prometheus."""

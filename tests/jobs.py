@@ -13,7 +13,7 @@ from de3.server.rules import Choice
 from de3.server.settings import ExitOptions
 
 NO_MODEL, WITH_KERNELS = SimpleNamespace(forward=None), SimpleNamespace(forward=object())
-NO_MONITOR = SimpleNamespace(samples=lambda: False, is_far=lambda *_: False, limits=None, caution=1.0)
+NO_MONITOR = SimpleNamespace(samples=lambda: False, is_far=lambda *_: False, limits=None, tau_factor=1.0)
 
 
 def job(

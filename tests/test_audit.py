@@ -128,7 +128,7 @@ def test_audits_count_the_disagreement_with_full_depth(store: Path, model: str) 
 def test_ood_texts_count_at_their_lower_tau(store: Path) -> None:
     """A raised score has the same effect, from the first exit on at which the text is out of distribution."""
     served = made(store)
-    served.monitor = SimpleNamespace(caution=0.5, is_far=lambda reading: reading.layer == 1)
+    served.monitor = SimpleNamespace(tau_factor=0.5, is_far=lambda reading: reading.layer == 1)
     passed: list[Any] = [SimpleNamespace(layer=n, score=x) for n, x in enumerate((0.2, 0.2, 0.3, None))]
     assert Answering(served)._scores(passed) == [0.2, 0.4, 0.6, None]
 
@@ -487,7 +487,7 @@ def made(store: Path, version: int = 1, **changes: Any) -> Any:
     manifest = Store(store).open("tiny").manifest.model_copy(update={"version": version, **changes})
     model = SimpleNamespace(manifest=manifest, full_name=f"tiny:{version}", runtime="onnxruntime", path=store)
     rules = Rules(manifest, Settings(tau=TAU))
-    monitor = SimpleNamespace(caution=1.0, is_far=lambda _: False)
+    monitor = SimpleNamespace(tau_factor=1.0, is_far=lambda _: False)
     return SimpleNamespace(model=model, rules=rules, monitor=monitor)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from de3.exits import calibration, guarantee, risk
+from de3.exits import bound, calibration, risk
 from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
@@ -72,10 +72,10 @@ def test_wilson_against_published_values() -> None:
     assert calibration.wilson(10, 10)[1] == pytest.approx(1)
 
 
-def test_merit_is_the_geometric_mean_of_the_highest_speed_ups_at_1_2_and_5_percent() -> None:
+def test_the_mean_is_the_geometric_mean_of_the_highest_speed_ups_at_1_2_and_5_percent() -> None:
     cells = ((0.0, 1.0, 0.0), (0.1, 2.0, 0.01), (0.2, 4.0, 0.03), (0.3, 3.0, 0.05), (0.4, 9.0, 0.051))
     rows: list[Any] = [SimpleNamespace(tau=t, speedup=s, disagreement=d) for t, s, d in cells]
-    assert calibration.merit(rows) == pytest.approx((2 * 2 * 4) ** (1 / 3))
+    assert calibration.mean_speedup(rows) == pytest.approx((2 * 2 * 4) ** (1 / 3))
 
 
 @given(
@@ -213,7 +213,7 @@ def assert_certified(found: Calibrated, samples: Samples, scores: np.ndarray) ->
         assert row.disagreement == pytest.approx(differs.mean(), abs=1e-6)
         n = round(calibration.effective_size(differs, samples.groups))
         if row.tau > 0:
-            least = guarantee.upper_bound(math.ceil(differs.mean() * n - 1e-9), n)
+            least = bound.upper_bound(math.ceil(differs.mean() * n - 1e-9), n)
             assert row.disagreement_bound >= least - 1e-6
 
 
@@ -223,21 +223,24 @@ def test_rivals_are_the_risk_fitted_on_other_groups_and_edr_at_its_best_lambda()
     fitted = risk.fit(part.samples.recorded)
     scores = risk.cross_fit(part.samples.recorded, part.samples.groups)[part.is_whole]
 
-    def merit(signal: Signal, scores: np.ndarray | None = None) -> float:
+    def mean_speedup(signal: Signal, scores: np.ndarray | None = None) -> float:
         taus = export_calibrate.FINE_TAUS
-        return calibration.merit(calibration.trade_off(part.whole, signal, taus, scores))
+        return calibration.mean_speedup(calibration.trade_off(part.whole, signal, taus, scores))
 
     rivals = export_calibrate._rivals(part, fitted)
-    assert rivals["risk"] == (fitted, merit(fitted, scores))
-    merits = {Edr(lam): merit(Edr(lam)) for lam in calibration.LAMS}
+    assert rivals["risk"] == (fitted, mean_speedup(fitted, scores))
+    speedups = {Edr(lam): mean_speedup(Edr(lam)) for lam in calibration.LAMS}
     best, found = rivals["edr"]
-    assert isinstance(best, Edr) and found == merits[best] == max(merits.values()) > min(merits.values())
+    assert isinstance(best, Edr) and found == speedups[best] == max(speedups.values()) > min(
+        speedups.values()
+    )
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(1.04, "risk"), (1.06, "edr")])
 def test_another_signal_than_risk_is_chosen_only_if_clearly_faster(gain: float, chosen: str) -> None:
-    merits = {"entropy": 1.0, "edr": 2.0 * gain, "risk": 2.0}
-    assert export_calibrate._choose({name: (Entropy(), merit) for name, merit in merits.items()}) == chosen
+    speedups = {"entropy": 1.0, "edr": 2.0 * gain, "risk": 2.0}
+    signals = {name: (Entropy(), value) for name, value in speedups.items()}
+    assert export_calibrate._choose(signals) == chosen
 
 
 @pytest.mark.usefixtures("few_taus")

@@ -80,8 +80,8 @@ def test_about_a_fifth_of_the_texts_is_held_out_in_whole_groups() -> None:
 
 def test_prototypes_are_the_class_means_in_their_space_and_distances_are_cosine() -> None:
     texts = texts_of("classes", 80)
-    near = next(fit._fitted(texts, "mean", 0, (0.1,), {}))[1]
-    exits = fit._with_spaces(Exits("mean", [near], [], []), texts, 0)
+    classifier = next(fit._fitted(texts, "mean", 0, (0.1,), {}))[1]
+    exits = fit._with_spaces(Exits("mean", [classifier], [], []), texts, 0)
     x, ((weight, bias),) = texts.pooled("mean", 0), exits.spaces
     h = x @ weight.T + bias
     means = np.stack([h[texts.answers == k].mean(0) for k in range(3)])

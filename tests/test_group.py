@@ -102,7 +102,7 @@ def test_the_kernels_read_the_exits_as_python_does(
     def is_far(reading: Reading) -> bool:
         return far is not None and reading.nearest is not None and reading.nearest > far
 
-    monitor = SimpleNamespace(samples=lambda: False, is_far=is_far, limits=limits, caution=0.5)
+    monitor = SimpleNamespace(samples=lambda: False, is_far=is_far, limits=limits, tau_factor=0.5)
     options = {"rule": ExitRule(tau, chosen, max_layer), "monitor": monitor}
     queue = WorkQueue(100)
     queue.put(job(model, **options))

@@ -163,7 +163,7 @@ def test_another_family_is_imported_with_new_label_names(family: str, tmp_path: 
     np.testing.assert_allclose(ours, logits_of(folder, words), atol=0.2)
 
 
-def test_what_an_import_guarantees(imported: Path, classifier: Path, tmp_path: Path) -> None:
+def test_what_an_import_promises(imported: Path, classifier: Path, tmp_path: Path) -> None:
     with coarse_calibration():
         de3(
             f"import {classifier} --texts {imported}/texts.txt --name mine --store {tmp_path} --work {tmp_path}/w "

@@ -329,12 +329,12 @@ def test_risk_is_fitted_to_exits_that_did_not_see_the_text(base: Artifact, count
     logits = rng.normal(size=(count, 2)).astype(np.float32)[keys * copies] * 3
     texts = RecordedStates([], logits, None, None, states=states)
     axes = dict[Any, Any]()
-    near = next(fit._fitted(texts, "mean", 0, (1e-4,), axes))[1]
-    exits = fit.Exits("mean", [near], [], [])
+    classifier = next(fit._fitted(texts, "mean", 0, (1e-4,), axes))[1]
+    exits = fit.Exits("mean", [classifier], [], [])
     records = Records("", states, logits, np.ones(count), keys.astype(np.uint64), keys, keys, [""], [1.0])
     shuffled = records.part(rng.permutation(count))
     texts = replace(texts, states=shuffled.states, logits=shuffled.logits)
-    apart = learning._apart(texts, shuffled, exits, (1e-4,), axes, base.manifest)
+    apart = learning._cross_fitted(texts, shuffled, exits, (1e-4,), axes, base.manifest)
     assert (apart.labels == shuffled.logits.argmax(1)).all()  # in the order of the texts
     assert (apart.logits[:, 1] == shuffled.logits).all()
     assert (apart.answers[:, 0] == apart.labels).mean() < 0.5 + 3 * 0.5 / (count / copies) ** 0.5
@@ -976,7 +976,7 @@ def learning_of_base(
     settings = Settings(learn=True, guarantee=0.2, state_dir=tmp_path)
     learners = Learners(settings, around, around.change)
     learners.serve(base)
-    learners.note_current({"base": 1})
+    learners.set_current({"base": 1})
     one = Record("one", 1.0, 1, some.states[0], some.logits[0])
     for _ in range(MIN_RECORDS):
         learners.add("base:1", one)
@@ -1079,7 +1079,7 @@ def test_a_fit_is_not_served_if_the_traffic_or_the_models_changed_meanwhile(
         other = version_of(base, 2, other_weights=change == "weights")
         learners.serve(other)
         one.around.others["base:2"] = base_of(other.manifest)
-        learners.note_current({} if change == "unloaded" else {"base": 2})
+        learners.set_current({} if change == "unloaded" else {"base": 2})
         for version in (1, 2):
             learners.add(f"base:{version}", one.record)
 
@@ -1099,7 +1099,7 @@ def test_records_of_a_model_that_is_no_longer_current_are_saved(
     one = learning_of_base
     one.learners.of("base").restore(None)
     one.learners.serve(version_of(base, 2, other_weights=True))
-    one.learners.note_current({} if is_unloaded else {"base": 2})
+    one.learners.set_current({} if is_unloaded else {"base": 2})
     one.learners.stop()
     saved = one.folder.records("base", base_of(base.manifest))
     assert saved is not None and len(saved) == MIN_RECORDS
@@ -1134,7 +1134,7 @@ def test_old_learned_versions_are_removed_unless_they_are_in_use(
     (one.folder.store.path / "base/.draft-of-a-fit-that-was-killed").mkdir()
     one.around.speeds[FIRST + 2] = 1.0
     one.learners.serve(learned[0])
-    one.learners.note_current({"base": FIRST})
+    one.learners.set_current({"base": FIRST})
     assert one.fit().version == FIRST + 12
     left = [FIRST, FIRST + 2, *range(FIRST + 5, FIRST + 13)]
     assert {path.name for path in (one.folder.store.path / "base").iterdir()} == set(map(str, left))

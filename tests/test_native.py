@@ -501,7 +501,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
 
     def text(**wrong: Any) -> tuple[Any, ...]:
         fields = {"ids": ids, "types": ids, "tau": 0.0, "signal": 1, "lam": 1.0, "weights": None}
-        fields |= {"deepest": 3, "ask_all": False, "caution": 1.0, "thresholds": None}
+        fields |= {"deepest": 3, "ask_all": False, "tau_factor": 1.0, "thresholds": None}
         fields |= {"logits": logits, "distances": distances, "hidden": None, "states": None}
         return tuple((fields | wrong).values())
 

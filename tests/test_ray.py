@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from de3.deploy.ray import repeat
+from de3.deploy.ray import retry
 from de3.server.http.app import PROTOCOLS, create_app
 from de3.server.http.frontend import Frontend
 from de3.server.service import Service
 from de3.server.settings import Settings
 
 
-def answer_of(middleware: repeat.Repeat, *incoming: dict[str, Any]) -> list[Any]:
+def answer_of(middleware: retry.Retry, *incoming: dict[str, Any]) -> list[Any]:
     """The ASGI messages that the middleware sends in response to these incoming ones."""
     sent, left = [], list(incoming)
 
@@ -38,7 +38,7 @@ def test_an_unanswered_request_is_repeated_once_unless_its_client_left() -> None
             await send({"type": "http.response.body", "body": b"an answer"})
 
     body = {"type": "http.request", "body": b"{}"}
-    assert answer_of(repeat.Repeat(dies), body) == [
+    assert answer_of(retry.Retry(dies), body) == [
         {"type": "http.response.start", "status": 201},
         {"type": "http.response.body", "body": b"an answer"},
     ]
@@ -49,7 +49,7 @@ def test_an_unanswered_request_is_repeated_once_unless_its_client_left() -> None
             calls.append(message)
 
     calls.clear()
-    assert answer_of(repeat.Repeat(waits), body, {"type": "http.disconnect"}) == []
+    assert answer_of(retry.Retry(waits), body, {"type": "http.disconnect"}) == []
     assert calls == [body]
 
 

@@ -1,4 +1,4 @@
-"""Measures of the studies: accuracy at an exact speed-up, intervals of differences, merit, AUROC; and result files."""
+"""Measures of the studies: accuracy at an exact speed-up, intervals of differences, AUROC; and result files."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.calibration import MERIT_AT
+from de3.exits.calibration import DISAGREEMENTS
 from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
 
@@ -70,9 +70,9 @@ def bootstrap(difference: Floats, seed: int = 0) -> tuple[float, float]:
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def merit(scores: Floats, recorded: Recorded) -> float:
+def mean_speedup(scores: Floats, recorded: Recorded) -> float:
     """The geometric mean of the speed-ups in layers at 1, 2 and 5% disagreement, with the best τ in hindsight."""
-    return float(np.exp(np.mean(np.log([speed_within(scores, recorded, d) for d in MERIT_AT]))))
+    return float(np.exp(np.mean(np.log([speed_within(scores, recorded, d) for d in DISAGREEMENTS]))))
 
 
 def speed_within(scores: Floats, recorded: Recorded, disagreement: float) -> float:

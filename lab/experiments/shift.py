@@ -31,7 +31,7 @@ from lab.experiments.measures import (
     joined,
     markdown,
     mean_auroc,
-    merit,
+    mean_speedup,
     number,
     thresholds,
 )
@@ -80,7 +80,7 @@ def signals(held: Recorded) -> dict[str, Signal]:
     def unsure(recorded: Recorded) -> Floats:
         return np.asarray(1 - formulas.softmax(recorded.logits).max(-1))
 
-    lam = max(LAMS, key=lambda lam: merit(Edr(lam).scores(held), held))
+    lam = max(LAMS, key=lambda lam: mean_speedup(Edr(lam).scores(held), held))
     plain: dict[str, Callable[[Recorded], Floats]] = {
         "maximum probability": unsure,
         "entropy": lambda r: r.entropy,

@@ -367,11 +367,11 @@ class Auditor:
 
         A raised score has the same effect as the lowered τ of the OOD policy.
         """
-        monitor, scores, caution = self.served.monitor, list[float | None](), 1.0
+        monitor, scores, tau_factor = self.served.monitor, list[float | None](), 1.0
         for reading in passed:
             if monitor.is_far(reading):
-                caution = monitor.caution
-            scores.append(None if reading.score is None else reading.score / caution)
+                tau_factor = monitor.tau_factor
+            scores.append(None if reading.score is None else reading.score / tau_factor)
         return scores
 
     def _count(

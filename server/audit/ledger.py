@@ -37,7 +37,7 @@ class Ledger:
 
     Attributes:
         manifest, rules, runtime: those of the model.
-        caution: factor applied to the τ of out-of-distribution texts.
+        tau_factor: factor applied to the τ of out-of-distribution texts.
         taus: the grid of τ, ascending from 0.
         epoch: see Standing.
         since: when it began, in seconds since 1970.
@@ -52,7 +52,7 @@ class Ledger:
         manifest: Manifest,
         rules: Rules,
         runtime: str,
-        caution: float,
+        tau_factor: float,
         settings: Settings,
         publish: Callable[[Standing], None] = lambda _: None,
     ) -> None:
@@ -69,21 +69,21 @@ class Ledger:
         self.num_changes = 0
         self._texts = Counter[str]()  # by tenant, recent ones
         self._start_layers: float | None = None  # mean exit layer, by held-out texts
-        self.serve(rules, runtime, caution)
+        self.serve(rules, runtime, tau_factor)
 
-    def serve(self, rules: Rules, runtime: str, caution: float) -> None:
+    def serve(self, rules: Rules, runtime: str, tau_factor: float) -> None:
         """Continue with the same model after it was reloaded."""
-        self.rules, self.runtime, self.caution = rules, runtime, caution
+        self.rules, self.runtime, self.tau_factor = rules, runtime, tau_factor
         self._tell(self.tenants)
 
-    def can_continue(self, manifest: Manifest, rules: Rules, runtime: str, caution: float) -> bool:
+    def can_continue(self, manifest: Manifest, rules: Rules, runtime: str, tau_factor: float) -> bool:
         """True if the evidence also holds for a model that is loaded like this."""
         signal = rules.default.rule.signal
-        same = (self.manifest, self.signal, self.runtime, self.caution) == (
+        same = (self.manifest, self.signal, self.runtime, self.tau_factor) == (
             manifest,
             signal,
             runtime,
-            caution,
+            tau_factor,
         )
         return same and self.taus.tolist() == _grid(rules).tolist()
 

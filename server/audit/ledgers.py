@@ -37,26 +37,26 @@ class Ledgers:
         self._state = StateDir(state_dir) if is_on and state_dir is not None else None
         self._writing, self._has_failed = Lock(), False
 
-    def serve(self, manifest: Manifest, rules: Rules, runtime: str, caution: float) -> Standing:
+    def serve(self, manifest: Manifest, rules: Rules, runtime: str, tau_factor: float) -> Standing:
         """Start counting for a model, or continue with its earlier evidence; returns its standing.
 
-        caution: factor applied to the τ of out-of-distribution texts.
+        tau_factor: factor applied to the τ of out-of-distribution texts.
         """
         name = f"{manifest.name}:{manifest.version}"
         known = self._by_model.get(name)
         if known is not None and known.manifest == manifest:  # reloaded
-            known.serve(rules, runtime, caution)
+            known.serve(rules, runtime, tau_factor)
             return known.standing
 
         def publish(standing: Standing) -> None:
             self._publish(manifest, standing)
 
         earlier, held_out = self._unloaded.pop(name, None), self._held_out.pop(name, None)
-        if earlier is not None and earlier.can_continue(manifest, rules, runtime, caution):
+        if earlier is not None and earlier.can_continue(manifest, rules, runtime, tau_factor):
             self._by_model[name] = earlier
-            earlier.serve(rules, runtime, caution)
+            earlier.serve(rules, runtime, tau_factor)
             return earlier.standing
-        ledger = self._by_model[name] = Ledger(manifest, rules, runtime, caution, self._settings, publish)
+        ledger = self._by_model[name] = Ledger(manifest, rules, runtime, tau_factor, self._settings, publish)
         if held_out is not None:
             rows, current, resets, before = held_out
             # The texts of tenants that have changed meanwhile may be from before the change.

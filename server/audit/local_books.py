@@ -47,7 +47,7 @@ class LocalBooks:
         model = served.model
         if self.learners is not None:
             self.learners.serve(Artifact(model.path, model.manifest))
-        return self.ledgers.serve(model.manifest, served.rules, model.runtime, served.monitor.caution)
+        return self.ledgers.serve(model.manifest, served.rules, model.runtime, served.monitor.tau_factor)
 
     def forget(self, served: Served) -> None:
         """Stop counting for an unloaded model."""

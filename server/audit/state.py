@@ -84,7 +84,7 @@ class ResetRow(_Part):
 class TenantState(_Part):
     """Saved audits of a tenant; valid only for the same model files, runtime, OOD policy, signal and grid of τ.
 
-    caution: factor applied to the τ of out-of-distribution texts.
+    tau_factor: factor applied to the τ of out-of-distribution texts.
     """
 
     schema_version: Literal[3] = 3
@@ -92,7 +92,7 @@ class TenantState(_Part):
     tenant: Annotated[str, Field(max_length=64)]
     fingerprint: str
     runtime: str
-    caution: float
+    tau_factor: float
     signal: str
     lam: float | None
     taus: list[Rate] = Field(max_length=MAX_TAUS)
@@ -121,7 +121,7 @@ def state_of(ledger: Ledger, name: str) -> TenantState:
         tenant=name,
         fingerprint=fingerprint(ledger.manifest),
         runtime=ledger.runtime,
-        caution=ledger.caution,
+        tau_factor=ledger.tau_factor,
         signal=ledger.signal.name,
         lam=ledger.signal.lam,
         taus=ledger.taus.tolist(),
@@ -167,7 +167,7 @@ def restore(ledger: Ledger, state: TenantState) -> None:
         raise ValueError("it belongs to another model")
     if (state.signal, state.lam) != (signal.name, signal.lam):
         raise ValueError("it belongs to another signal")
-    if (state.runtime, state.caution) != (ledger.runtime, ledger.caution):
+    if (state.runtime, state.tau_factor) != (ledger.runtime, ledger.tau_factor):
         raise ValueError("it belongs to another runtime, or another --ood-policy")
     saved = state.guarantee
     if max(len(state.counts), len(saved.counts) if saved is not None else 0) + NEW_SHARES > MAX_SHARES:

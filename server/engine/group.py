@@ -83,12 +83,12 @@ def _begin(
             too_long.append(item)
             continue
         seconds += layer_s
-        deepest, caution = model.deepest_exit(rule.max_layer), monitor.caution if monitor else 1.0
+        deepest, tau_factor = model.deepest_exit(rule.max_layer), monitor.tau_factor if monitor else 1.0
         item.group_s = served.group_s(len(tokens))
         item.start(tokens)
         item.progress.num_tokens = len(tokens)
         item.progress.forward = ForwardPass(
-            *(tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, caution, rule.thresholds),
+            *(tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, tau_factor, rule.thresholds),
             states=item.progress.states,
         )
         ready.append(item)

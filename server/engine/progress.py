@@ -26,7 +26,7 @@ class Progress:
     """The state of a text at a layer boundary, where it can be preempted and requeued.
 
     Attributes:
-        rule: the job's rule; once is_far is set, the same rule with τ multiplied by the monitor's caution.
+        rule: the job's rule; once is_far is set, the same rule with τ multiplied by the monitor's tau_factor.
         tokenization: the tokenization in progress; None before it starts and after it ends.
         tokens: tokens of the text, or of the window that is running; None until the text is tokenized.
         num_tokens: number of tokens that have been passed to the model so far, over all windows.
@@ -85,6 +85,6 @@ class Progress:
             self.be_cautious(monitor)
 
     def be_cautious(self, monitor: OodMonitor) -> None:
-        """Mark the text as out of distribution, and multiply its τ by the monitor's caution."""
+        """Mark the text as out of distribution, and multiply its τ by the monitor's tau_factor."""
         self.is_far = True
-        self.rule = replace(self.rule, tau=self.rule.tau * monitor.caution)
+        self.rule = replace(self.rule, tau=self.rule.tau * monitor.tau_factor)

@@ -90,7 +90,7 @@ class Learners:
         """Record that a version is served, in any role."""
         self._served[artifact.full_name] = artifact
 
-    def note_current(self, versions: dict[str, int]) -> None:
+    def set_current(self, versions: dict[str, int]) -> None:
         """Record the current version of each served name.
 
         A name whose weights have changed gets a new learner; a name that is no longer served loses its learner.

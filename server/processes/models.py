@@ -88,7 +88,7 @@ class SharedModels:
     def _note_current(self) -> None:
         if self._books.learners is not None and self._state is not None:
             routes = self._state["routes"]
-            self._books.learners.note_current({name: route["current"] for name, route in routes.items()})
+            self._books.learners.set_current({name: route["current"] for name, route in routes.items()})
 
     def _open_ledger(self, model: dict[str, Any]) -> None:
         if self._settings.share_of_audits:
@@ -97,7 +97,7 @@ class SharedModels:
                 self._books.learners.serve(artifact)
             manifest = artifact.manifest
             rules = Rules(manifest, self._settings)
-            self._ledgers.serve(manifest, rules, model["runtime"], model["caution"])
+            self._ledgers.serve(manifest, rules, model["runtime"], model["tau_factor"])
 
     async def change(self, change: dict[str, Any]) -> dict[str, Any]:
         """Change the models of all processes, or of none; returns the body of the admin route's response.

@@ -465,7 +465,7 @@ class Worker:
 
 def _identity(served: Served) -> dict[str, Any]:
     model = served.model
-    return {"full_name": model.full_name, "runtime": model.runtime, "caution": served.monitor.caution}
+    return {"full_name": model.full_name, "runtime": model.runtime, "tau_factor": served.monitor.tau_factor}
 
 
 class WorkerServer(HttpServer):

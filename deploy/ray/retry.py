@@ -1,7 +1,7 @@
 """Middlewares for Ray's proxy that retry the requests of a replica that died, and drop unsafe request ids.
 
 Classification has no side effects, so its requests can be retried.
-Start Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=de3.deploy.ray.repeat:middlewares.
+Start Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=de3.deploy.ray.retry:middlewares.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ MAX_BODY_BYTES = 2**20  # requests with larger bodies are not buffered and not r
 MAX_WAIT_S = 5.0  # the same for bodies that take longer to arrive
 
 
-class Repeat:
+class Retry:
     """ASGI middleware that retries a classification once if the proxy returns no answer, as when a replica dies.
 
     The status and headers wait for the first part of the body: a replica may die between the two.
@@ -102,4 +102,4 @@ class SafeIds:
 
 def middlewares() -> list[Middleware]:
     """The middlewares for Ray's proxy."""
-    return [Middleware(Repeat), Middleware(SafeIds)]
+    return [Middleware(Retry), Middleware(SafeIds)]
