@@ -318,7 +318,7 @@ def caught(page: Page, held: list[Route]) -> Route:
 
 def drawn(page: Page) -> None:
     """Wait until the page has handled every answer that it has received, drawing included."""
-    page.evaluate("new Guarantee((done) => requestAnimationFrame(() => setTimeout(done)))")
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
 
 
 def test_an_older_answer_is_never_drawn(page: Page) -> None:
