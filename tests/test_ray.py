@@ -28,7 +28,7 @@ def answer_of(middleware: retry.Retry, *incoming: dict[str, Any]) -> list[Any]:
     return sent
 
 
-def test_an_unanswered_request_is_repeated_once_unless_its_client_left() -> None:
+def test_an_unanswered_request_is_retried_unless_its_client_left() -> None:
     calls = []
 
     async def dies(_: Any, receive: Any, send: Any) -> None:

@@ -16,13 +16,14 @@ from de3.server.http.exchange import HEADER, WELL_FORMED
 from de3.server.http.frontend import route_path
 
 log = logging.getLogger("ray.serve")
-TRIES = 2
+TRIES = 4  # the next replica may be a dead one, too, until Ray has noticed
+PAUSE_S = 0.05  # before the first retry; each further pause is four times as long
 MAX_BODY_BYTES = 2**20  # requests with larger bodies are not buffered and not retried
 MAX_WAIT_S = 5.0  # the same for bodies that take longer to arrive
 
 
 class Retry:
-    """ASGI middleware that retries a classification once if the proxy returns no answer, as when a replica dies.
+    """ASGI middleware that retries a classification if the proxy returns no answer, as when a replica dies.
 
     The status and headers wait for the first part of the body: a replica may die between the two.
     """
@@ -53,6 +54,7 @@ class Retry:
         for attempt in range(TRIES if is_complete else 1):
             if attempt:
                 log.warning("no answer from a replica: retrying")
+                await asyncio.sleep(PAUSE_S * 4 ** (attempt - 1))
             unread, start = list(messages), None
 
             async def replay(unread: list[Message] = unread) -> Message:
