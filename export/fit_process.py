@@ -5,12 +5,12 @@ import os
 import resource
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 from de3.export import learn
 from de3.model_store.printable import printable
 from de3.model_store.records import MAX_FILE_BYTES, read
 from de3.model_store.store import Artifact, Store, read_manifest
+from de3.server.child import limit_memory
 from de3.server.learn.job import Job
 from de3.training.progress import console
 
@@ -21,9 +21,8 @@ def child() -> None:
     """Entry point: the argument is a Job as JSON; prints a Found, or an object with an error, as JSON."""
     job = Job.model_validate_json(sys.argv[1])
     _run_at_idle()
-    resource.setrlimit(resource.RLIMIT_DATA, (job.memory, job.memory))
+    limit_memory(job.memory)
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     console.quiet = True
     try:
         artifact = Artifact(job.base, read_manifest(job.base))
@@ -47,5 +46,3 @@ def _run_at_idle() -> None:
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.nice(19)
-    with suppress(OSError):  # if memory runs out, the kernel should kill this process, not the server
-        Path("/proc/self/oom_score_adj").write_text("1000")

@@ -100,6 +100,8 @@ def import_classifier(
             (reference, parts.certify, "certifying", ()),
         )
     ]
+    full, small = (Artifact(model.path, model.manifest) for model in (reference, quantized))
+    del reference, quantized  # frees their memory
     groups_fitted = groups_of(parts.train, settings.fragments)
     exits = fit.fit(stock.num_layers, computed[0], groups_fitted, settings.seed)
     tune, certify = (
@@ -113,15 +115,14 @@ def import_classifier(
         "input": input_of(parts.train),
     }
 
-    def written(base: Model, draft: Draft) -> Model:
-        artifact = Artifact(base.path, base.manifest)
-        manifest = write_exits(artifact, exits, draft, name=exporting.name, **fields)
+    def written(base: Artifact, draft: Draft) -> Model:
+        manifest = write_exits(base, exits, draft, name=exporting.name, **fields)
         return Model(Artifact(draft.path, manifest), "onnxruntime")
 
     with store.new_version(exporting.name) as draft, store.new_version(exporting.name) as other:
         is_int8 = exporting.precision == "int8"
-        model = written(quantized if is_int8 else reference, draft)
-        plain = written(reference, other) if is_int8 else model
+        model = written(small if is_int8 else full, draft)
+        plain = written(full, other) if is_int8 else model
         path = certified(draft, model, plain, tune, certify, exporting, {}, not settings.labelled)
     shutil.rmtree(work / UNFINISHED, ignore_errors=True)
     with suppress(OSError):  # it is not empty

@@ -1,8 +1,10 @@
-"""Starts the Python code of a child process that must not outlive its parent."""
+"""Starts the Python code of a child process that must not outlive its parent, and limits its memory."""
 
 import ctypes
 import os
+import resource
 from contextlib import suppress
+from pathlib import Path
 from signal import SIGKILL
 
 PR_SET_PDEATHSIG = 1
@@ -25,3 +27,12 @@ def end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(SIGKILL))
     if os.getppid() != parent:  # it ended before that call
         os._exit(1)
+
+
+def limit_memory(most: int) -> None:
+    """Limit the memory of this process, in bytes, and have the kernel kill it first if the machine's runs out."""
+    # RLIMIT_DATA limits the heap and private mappings; RLIMIT_AS would count reserved address space.
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")

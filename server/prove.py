@@ -5,7 +5,6 @@ tokenizer_check.py). This run finds problems that only appear at run time: slown
 """
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.printable import printable
 from de3.model_store.regular_file import read_regular_file
 from de3.model_store.store import Artifact, StoreError
-from de3.server.child import program_of
+from de3.server.child import limit_memory, program_of
 
 TIMEOUT_S = 120.0
 MEMORY_BYTES = 2**30  # limit of the process, besides COPIES of the artifact's files
@@ -169,11 +168,7 @@ def child() -> None:
     The line is empty if neither is the case. The exit code is REFUSED if the artifact is unsound, else 0.
     """
     path, runtime, memory = sys.argv[1:]
-    # RLIMIT_DATA limits the heap and private mappings; RLIMIT_AS would count reserved address space.
-    resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError):  # if memory runs out, the kernel should kill this process, not the server
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    limit_memory(int(memory))
     artifact = Artifact(Path(path), Manifest.model_validate_json(sys.stdin.read()))
     try:
         said, code = _load(artifact, runtime), 0

@@ -6,12 +6,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from de3.model_store.manifest import Manifest, fingerprint
+from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import Ledger, tau_row
-from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
 from de3.server.errors import RequestError
-from de3.server.learn.learners import Learners
 from de3.server.processes.group import Group, ask_all
 from de3.server.processes.worker import record_of
 from de3.server.rules import Standing
@@ -19,13 +18,8 @@ from de3.server.settings import Settings
 from de3.server.shared_run import SharedRun
 
 
-class SharedBooks:
-    """The ledgers and learners that all processes share.
-
-    Attributes:
-        ledgers: the ledgers of all served models.
-        learners: the learners of all served models; None without records.
-    """
+class SharedBooks(Coordinator):
+    """The ledgers and learners that all processes share."""
 
     def __init__(
         self,
@@ -33,13 +27,9 @@ class SharedBooks:
         group: Group,
         change: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
     ) -> None:
-        """change: see Learners.
-
-        Raises ValueError if state_dir cannot be used, or a package that learning needs is not installed.
-        """
+        """Raises ValueError as Coordinator does."""
         self._group = group
-        self.ledgers = Ledgers(settings, self._publish)
-        self.learners = Learners(settings, self.ledgers, change) if settings.keeps_records else None
+        super().__init__(settings, self._publish, change)
         self._reporting: WeakKeyDictionary[Ledger, dict[str | None, SharedRun[dict[str, Any]]]]
         self._reporting = WeakKeyDictionary()  # by reader
 
@@ -48,29 +38,14 @@ class SharedBooks:
         for process in self._group.all:
             process.channel.tell("standing", key, *standing)
 
-    def count(self, name: str, rows: list[dict[str, Any]]) -> None:
+    def count_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Count texts of a model, name:version, that a process has settled. rows: `Settled` as JSON objects."""
-        self.ledgers.count(name, [Settled(**row) for row in rows])
+        self.count(name, [Settled(**row) for row in rows])
 
-    def learn(self, rows: list[list[Any]]) -> None:
-        """Keep records of live traffic that a process has sent, on a server that learns. rows: see record_row()."""
-        if self.learners is not None:
-            for row in rows:
-                self.learners.add(*record_of(row))
-
-    def learning(self, name: str, starts: bool) -> dict[str, Any]:
-        """The learning report of a model name. starts: also start a fit as soon as possible.
-
-        Raises RequestError if the name is not served, or if there are too few records to start a fit.
-        """
-        assert self.learners is not None  # the process has checked that the server learns
-        return self.learners.ask(name) if starts else self.learners.report(name)
-
-    def start(self) -> None:
-        """Start the tasks that save changes and run fits."""
-        self.ledgers.start()
-        if self.learners is not None:
-            self.learners.start()
+    def learn_rows(self, rows: list[list[Any]]) -> None:
+        """Keep records of live traffic that a process has sent. rows: see record_row()."""
+        for row in rows:
+            self.learn(*record_of(row))
 
     def _ledger(self, name: str) -> Ledger:
         ledger = self.ledgers.get(name)
@@ -107,9 +82,3 @@ class SharedBooks:
         ledger.reset()
         await ask_all(self._group.all, "sync")  # a process answers after it has the new standing
         return tau_row(ledger.rules.in_force(level))
-
-    def stop(self) -> None:
-        """Stop learning, save all evidence and records, and close the files."""
-        if self.learners is not None:
-            self.learners.stop()
-        self.ledgers.stop()
