@@ -12,13 +12,6 @@ from typing import Annotated, Any, TextIO
 from typer import Option
 
 Text = str | tuple[str, str]
-
-
-def pair_of(text: Text) -> tuple[str, str | None]:
-    """A text, or the first text of a pair, and the second one; None: it is not a pair."""
-    return text if isinstance(text, tuple) else (text, None)
-
-
 SEPARATOR = "|"  # between the labels of a text in a cell of a file
 JOINT = "\x1f"  # between the labels of a text in a row, because labels in a JSON list may contain |
 PANEL = "Data"
@@ -27,6 +20,11 @@ MAX_DEPTH = 100  # levels of lists and objects; pyarrow can write 124
 MAX_COLUMNS = 10_000  # of a .csv or .tsv file with a header
 SHOWN = 1000  # number of characters kept of a bad row
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def pair_of(text: Text) -> tuple[str, str | None]:
+    """A text, or the first text of a pair, and the second one; None: it is not a pair."""
+    return text if isinstance(text, tuple) else (text, None)
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def _report(
         soft_wrap=True,
     )
     full = tables[default.signal][0]
-    if full.disagreement > 0:  # because of int8 or fine-tuning
+    if full.disagreement > 0:  # because of int8
         console.print(
             f"full depth differs from {reference} in {100 * full.disagreement:.2f}% (at most "
             f"{100 * full.disagreement_bound:.2f}%, the smallest max_disagreement that can be guaranteed)",

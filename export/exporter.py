@@ -131,7 +131,7 @@ def certified(
     tuned = record(exported, tune, "the tuning samples")
     recorded = record(exported, certify, "the certifying samples")
     if is_int8:
-        # In fp32, full depth is the imported classifier itself.
+        # Only int8 changes answers: in fp32, full depth is the imported classifier itself.
         tuned, recorded = with_original(tuned, tune), with_original(recorded, certify)
         expected = record(plain, certify, "fp32 for comparison")
         proof["int8"] = int8_loss(recorded, expected, settings.max_int8_loss)

@@ -19,7 +19,7 @@ from de3.model_store.store import Artifact, Draft
 
 
 def write_exits(base: Artifact, exits: Exits, draft: Draft, **fields: Any) -> Manifest:
-    """Write a model with these exits, in place of its own, into a draft; its other weights do not change.
+    """Write a model into a draft, with these exits instead of its own; its other weights do not change.
 
     fields: fields of the manifest that differ from the base's. Returns the manifest, which has no calibration unless
     `fields` has one. Raises StoreError for a damaged base.

@@ -159,7 +159,7 @@ def serving(store: Path, **settings: Any) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Server]:
-    """A server of both models, for the tests of a file that needs no settings of its own."""
+    """A server of both models, shared by the tests of a file."""
     with serving(store, models=["tiny", "tiny-int8"], threads=2) as running:
         yield running
 

@@ -1,4 +1,4 @@
-"""What passes, as JSON, between a server and the process of a fit (export/fit_process.py): the job and its result."""
+"""The messages between a server and the process of a fit (export/fit_process.py), as JSON: the job and its result."""
 
 from pathlib import Path
 
