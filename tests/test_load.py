@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from de3.server import overload
@@ -91,6 +91,7 @@ def test_beyond_the_last_level_it_sheds_the_excess_and_keeps_the_objective() -> 
 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 200)), max_size=60))
+@example([(5, 0)] * 6)
 def test_whatever_it_sees_the_level_stays_in_range_and_only_the_last_one_sheds(
     ticks: list[tuple[int, int]],
 ) -> None:
@@ -104,7 +105,8 @@ def test_whatever_it_sees_the_level_stays_in_range_and_only_the_last_one_sheds(
         assert abs(controller.level - before) <= 1
         assert 0 <= controller.level <= LEVELS
         before = controller.level
-        assert not controller.sheds(5, lambda: pytest.fail("so few texts need not be counted"))
+        if controller.predicted_s(5) <= overload.SHED_ABOVE * OBJECTIVE_S:  # not if nothing finishes for long
+            assert not controller.sheds(5, lambda: pytest.fail("so few texts need not be counted"))
         assert controller.sheds(10**9, lambda: 10**9) == (before == LEVELS)
         assert controller.level == LEVELS
         controller.level = before  # undo the jump to the last level
