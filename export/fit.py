@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from de3.exits import calibration, risk
 from de3.exits.calibration import FINE_TAUS, Samples
 from de3.exits.recorded import Recorded
-from de3.export.states import POOLINGS, States, sigmoid
+from de3.export.states import POOLINGS
+from de3.export.training_set import Target, TrainingSet, sigmoid
 from de3.training.progress import console, track
 
 HELD_OUT = 5  # the pooling and the ridges are chosen on a fifth of the texts
@@ -51,9 +52,9 @@ class Exits:
     spaces: list[Linear]
     prototypes: list[Array]
 
-    def recorded(self, of: States) -> Recorded:
+    def recorded(self, of: TrainingSet) -> Recorded:
         """Record the outputs of all exits, the last included, for texts; the labels are full depth's answers."""
-        logits, distances = [], []
+        target, logits, distances = of.target, [], []
         for layer, (weight, bias) in enumerate(self.classifiers):
             x = of.pooled(self.pooling, layer)
             logits.append(x @ weight.T + bias)
@@ -61,24 +62,27 @@ class Exits:
                 unit = _unit(x @ self.spaces[layer][0].T + self.spaces[layer][1])
                 distances.append(1 - unit @ _unit(self.prototypes[layer]).T)
             else:
-                distances.append(np.full_like(of.logits, np.nan))
-        logits.append(of.logits)
-        distances.append(np.full_like(of.logits, np.nan))
+                distances.append(np.full_like(target.logits, np.nan))
+        logits.append(target.logits)
+        distances.append(np.full_like(target.logits, np.nan))
         outputs, spaces = np.stack(logits, 1), np.stack(distances, 1)
-        layers = list(range(len(logits)))
-        return Recorded(layers, outputs, spaces, of.answers, thresholds=of.thresholds, tolerance=of.tolerance)
+        return Recorded(
+            *(list(range(len(logits))), outputs, spaces, target.answers),
+            thresholds=target.thresholds,
+            tolerance=target.tolerance,
+        )
 
 
-def fit(num_layers: int, texts: States, groups: Sequence[object], seed: int) -> Exits:
+def fit(num_layers: int, texts: TrainingSet, seed: int) -> Exits:
     """Fit exits on every layer but the last, with the pooling and the ridges that `choose` finds."""
     axes: Axes = {}
-    pooling, ridges, start = choose(num_layers, texts, groups, seed, axes)
+    pooling, ridges, start = choose(num_layers, texts, seed, axes)
     axes = {key: basis for key, basis in axes.items() if key[0] == pooling}  # frees the others
     return fit_with(texts, pooling, ridges, seed, start, axes)
 
 
 def fit_with(
-    texts: States, pooling: str, ridges: Sequence[float], seed: int, start: Sequence[Linear], axes: Axes
+    texts: TrainingSet, pooling: str, ridges: Sequence[float], seed: int, start: Sequence[Linear], axes: Axes
 ) -> Exits:
     """Fit exits to texts, with a given pooling.
 
@@ -95,8 +99,7 @@ def fit_with(
 
 def choose(
     num_layers: int,
-    texts: States,
-    groups: Sequence[object],
+    texts: TrainingSet,
     seed: int,
     axes: Axes,
     poolings: Sequence[str] = POOLINGS,
@@ -106,9 +109,9 @@ def choose(
     Both are chosen on a fifth of the texts, with exits fitted to the others. The tuning and certifying samples are not
     used.
 
-    groups: the group of each text; a group is split only if there are at most HELD_OUT groups. axes: as in `fit_with`.
+    A group of texts is split only if there are at most HELD_OUT groups. axes: as in `fit_with`.
     """
-    is_held = _held_out(groups, np.random.default_rng(seed))
+    is_held = _held_out(texts.groups, np.random.default_rng(seed))
     held, others = (texts.part(np.flatnonzero(rows)) for rows in (is_held, ~is_held))
     best, largest = (POOLINGS[0], list[float](), list[Linear]()), -1.0
     for pooling in poolings:
@@ -123,7 +126,7 @@ def choose(
         agreement = ", ".join(f"{100 * share:.1f}" for share in recorded.correct.mean(0)[:-1])
         console.print(
             f"exits on the {'mean of the tokens' if pooling == 'mean' else 'first token'} agree with full depth on "
-            f"{agreement}% of {len(held.logits)} texts, from the embeddings to the last layer but one; speed-up about "
+            f"{agreement}% of {len(held)} texts, from the embeddings to the last layer but one; speed-up about "
             f"{mean_speedup:.2f}×",
             soft_wrap=True,
             highlight=False,
@@ -133,12 +136,11 @@ def choose(
     return best
 
 
-def _held_out(groups: Sequence[object], rng: np.random.Generator) -> NDArray[np.bool_]:
+def _held_out(groups: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.bool_]:
     """True for about a fifth of the texts, in whole groups if there are enough groups, (n,)."""
-    group = np.unique([repr(one) for one in groups], return_inverse=True)[1]
-    if group.max() < HELD_OUT:
-        group = np.arange(len(groups))
-    rank = rng.permutation(int(group.max()) + 1)[group]
+    if groups.max() < HELD_OUT:
+        groups = np.arange(len(groups))
+    rank = rng.permutation(int(groups.max()) + 1)[groups]
     is_held: NDArray[np.bool_] = rank <= np.sort(rank)[len(rank) // HELD_OUT]
     return is_held if not is_held.all() else rank < rank.max()
 
@@ -151,22 +153,24 @@ def _mean_speedup(of: Recorded) -> float:
     )
 
 
-def _chosen(texts: States, held: States, pooling: str, layer: int, axes: Axes) -> tuple[float, Linear]:
+def _chosen(
+    texts: TrainingSet, held: TrainingSet, pooling: str, layer: int, axes: Axes
+) -> tuple[float, Linear]:
     """The ridge with the smallest loss on held-out texts, and its classifier, fitted to `texts`."""
     y = held.pooled(pooling, layer)
 
     def loss(found: tuple[float, Linear]) -> float:
         logits = y @ found[1][0].T + found[1][1]
-        if held.tolerance is not None:
-            return float(np.square(logits - held.logits).mean())
-        return _loss_of(held)(logits, held.probabilities)[0]
+        if held.target.tolerance is not None:
+            return float(np.square(logits - held.target.logits).mean())
+        return _loss_of(held.target)(logits, held.target.probabilities)[0]
 
-    ridges = RIDGES if texts.tolerance is None else VALUE_RIDGES
+    ridges = RIDGES if texts.target.tolerance is None else VALUE_RIDGES
     return min(_fitted(texts, pooling, layer, ridges, axes), key=loss)
 
 
 def _fitted(
-    texts: States,
+    texts: TrainingSet,
     pooling: str,
     layer: int,
     ridges: Sequence[float],
@@ -181,8 +185,8 @@ def _fitted(
     x = texts.pooled(pooling, layer)
     mean, spread = x.mean(0), x.std(0) + 1e-4
     x = (x - mean) / spread
-    if texts.tolerance is not None:
-        path = _values(x, texts.logits, ridges)
+    if texts.target.tolerance is not None:
+        path = _values(x, texts.target.logits, ridges)
     else:
         if len(x) < ENOUGH * x.shape[1]:
             basis = _principal_axes(x)
@@ -190,7 +194,7 @@ def _fitted(
             basis = axes.get((pooling, layer)) or _principal_axes(x)
             axes[pooling, layer] = basis
         first = None if start is None else (start[0] * spread, start[1] + start[0] @ mean)
-        path = _probabilities(x, texts, ridges, basis, first)
+        path = _probabilities(x, texts.target, ridges, basis, first)
     for ridge, (weight, bias) in zip(ridges, path, strict=True):
         scaled = weight / spread
         yield ridge, (scaled, np.asarray(bias - scaled @ mean, np.float32))
@@ -215,8 +219,8 @@ def _values(x: Array, wanted: Array, ridges: Sequence[float]) -> Iterator[Linear
         yield np.linalg.solve(moments + ridge * np.eye(len(moments)), products).T.astype(np.float32), mean
 
 
-def _loss_of(texts: States) -> Loss:
-    return _softmax_loss if texts.thresholds is None else _sigmoid_loss
+def _loss_of(target: Target) -> Loss:
+    return _softmax_loss if target.thresholds is None else _sigmoid_loss
 
 
 def _softmax_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
@@ -238,7 +242,7 @@ def _sigmoid_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
 
 def _probabilities(
     x: Array,
-    texts: States,
+    target: Target,
     ridges: Sequence[float],
     basis: Basis,
     start: Linear | None,
@@ -253,7 +257,7 @@ def _probabilities(
     """
     from scipy.optimize import minimize
 
-    wanted, loss, (variances, directions) = texts.probabilities, _loss_of(texts), basis
+    wanted, loss, (variances, directions) = target.probabilities, _loss_of(target), basis
     count, rank = wanted.shape[1], len(variances)
     weight, bias = start or (
         np.zeros((count, x.shape[1]), np.float32),
@@ -287,13 +291,14 @@ def _probabilities(
         yield weight, bias
 
 
-def _with_spaces(exits: Exits, train: States, seed: int) -> Exits:
+def _with_spaces(exits: Exits, train: TrainingSet, seed: int) -> Exits:
     """Add prototypical networks and prototypes, fitted to full depth's answers, if the answers are classes."""
-    if train.thresholds is not None or train.tolerance is not None:
+    target = train.target
+    if target.thresholds is not None or target.tolerance is not None:
         return exits
     spaces, prototypes = [], []
     for layer, (weights, _) in enumerate(track(exits.classifiers, "Fitting prototypes")):
-        states, answers = _with_every_class(train.pooled(exits.pooling, layer), train.answers, weights)
+        states, answers = _with_every_class(train.pooled(exits.pooling, layer), target.answers, weights)
         space = _space(states, answers, len(weights), seed)
         spaces.append(space)
         means = np.stack([states[answers == k].mean(0) for k in range(len(weights))])

@@ -11,11 +11,10 @@ import numpy as np
 
 from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import fit, states
-from de3.export.build import final_norm
 from de3.export.classifier import Stock, convert
 from de3.export.exporter import ExportSettings, certified
 from de3.export.publish import write_exits
-from de3.export.states import States
+from de3.export.training_set import Target, TrainingSet, numbered
 from de3.model_store.architecture import Precision
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
@@ -80,37 +79,30 @@ def import_classifier(
         shutil.rmtree(work / BASE)
         raise
     quantized = _base(stock, work / BASE, "int8")
-    with stock.weights() as state:
-        norm = final_norm(stock.architecture("fp32"), state)
     # Even for an fp32 export, exits are fitted to int8 states, which take a fraction of the time to compute.
-    computed = [
-        states.states(
-            model,
-            norm,
-            [e.text for e in part],
-            work / STATES,
-            what,
-            _thresholds(stock, settings.threshold),
-            settings.tolerance,
-            poolings,
-        )
+    groups_fitted = numbered(groups_of(parts.train, settings.fragments))
+    fitting, tuning, certifying = (
+        states.compute(model, [e.text for e in part], work / STATES, what, poolings)
         for model, part, what, poolings in (
             (quantized, parts.train, "fitting", states.POOLINGS),
             (reference, parts.tune, "tuning", ()),  # states are not needed
             (reference, parts.certify, "certifying", ()),
         )
-    ]
+    )
     full, small = (Artifact(model.path, model.manifest) for model in (reference, quantized))
     del reference, quantized  # frees their memory
-    groups_fitted = groups_of(parts.train, settings.fragments)
-    exits = fit.fit(stock.num_layers, computed[0], groups_fitted, settings.seed)
-    tune, certify = (
-        _answered(part, of, settings.labelled)
-        for part, of in zip((parts.tune, parts.certify), computed[1:], strict=True)
-    )
+    thresholds = _thresholds(stock, settings.threshold)
+    targets = [
+        Target.of(computed.logits, thresholds, settings.tolerance)
+        for computed in (fitting, tuning, certifying)
+    ]
+    texts = TrainingSet(targets[0], groups_fitted, fitting.states)
+    exits = fit.fit(stock.num_layers, texts, settings.seed)
+    tune = _answered(parts.tune, targets[1], settings.labelled)
+    certify = _answered(parts.certify, targets[2], settings.labelled)
     fields = {
         "source": None,  # that of a classifier without exits
-        "thresholds": _thresholds(stock, settings.threshold),
+        "thresholds": thresholds,
         "tolerance": settings.tolerance,
         "input": input_of(parts.train),
     }
@@ -136,8 +128,9 @@ def answers(
     """The classifier's full-depth answers to texts, in the order of the texts, computed in float32."""
     with TemporaryDirectory() as folder:
         model = _base(stock, Path(folder), "fp32")
-        found = states.states(model, {}, texts, Path(folder), "original", thresholds, tolerance, ())
-        return [label_of(row) for row in found.answers]
+        logits = states.compute(model, texts, Path(folder), "original", ()).logits
+    target = Target.of(logits, thresholds, tolerance)
+    return [label_of(row) for row in target.answers]
 
 
 def _base(stock: Stock, folder: Path, precision: Precision) -> Model:
@@ -235,8 +228,8 @@ def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
     )
 
 
-def _answered(part: Sequence[Example], states: States, labelled: bool) -> list[Example]:
+def _answered(part: Sequence[Example], target: Target, labelled: bool) -> list[Example]:
     """The examples with the original's answers, which are also the labels unless the texts have their own."""
-    answers = [label_of(row) for row in states.answers]
+    answers = [label_of(row) for row in target.answers]
     known = [replace(e, original=answer) for e, answer in zip(part, answers, strict=True)]
     return known if labelled else [replace(e, label=a) for e, a in zip(known, answers, strict=True)]

@@ -17,8 +17,8 @@ from de3.export import fit
 from de3.export.calibrate import Calibrated, calibrate
 from de3.export.fit import Exits
 from de3.export.publish import write_exits
-from de3.export.records import check, exits_of, opened, part_of, states_of, thinned
-from de3.export.states import States
+from de3.export.records import check, exits_of, opened, part_of, texts_of, thinned
+from de3.export.training_set import TrainingSet
 from de3.model_store.graph import quantize
 from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.records import Records
@@ -74,21 +74,20 @@ def fit_exits(
     held = tests.part(thinned(tests, np.arange(len(tests)), np.random.default_rng([SEED, attempt])))
     if len(held) < fit.HELD_OUT or len(np.unique(fitted.keys)) < 2 * FOLDS:
         raise ValueError(f"{len(records)} records are too few")
-    texts, layers = states_of(fitted, manifest), manifest.num_layers
-    keys = fitted.keys.tolist()
+    texts, layers = texts_of(fitted, manifest), manifest.num_layers
     axes: fit.Axes = {}
-    pooling, ridges, start = fit.choose(layers, texts, keys, SEED, axes, ("mean",))
+    pooling, ridges, start = fit.choose(layers, texts, SEED, axes, ("mean",))
     exits = fit.fit_with(texts, pooling, ridges, SEED, start, axes)
-    cross_fitted = _cross_fitted(texts, fitted, exits, ridges, axes, manifest)
+    cross_fitted = _cross_fitted(texts, exits, ridges, axes, manifest)
     exits = _as_served(exits, manifest)
-    tested = exits.recorded(states_of(held, manifest))
-    tune, certify = part_of(cross_fitted, fitted), part_of(tested, held)
+    tested = exits.recorded(held_out := texts_of(held, manifest))
+    tune, certify = part_of(cross_fitted, texts.groups), part_of(tested, held_out.groups)
     calibrated = calibrate(tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
     risk = _risk(calibrated, manifest)
     scores = risk.scores(tested)
     proved, speedup = _speedups(tested, scores, rate, error_of(attempt))
     if by_client:
-        held, tested = tests, exits.recorded(states_of(tests, manifest))
+        held, tested = tests, exits.recorded(texts_of(tests, manifest))
         scores = risk.scores(tested)
     return Fitted(exits, calibrated, risk, speedup, proved, list(_evidence(held, tested, scores)))
 
@@ -118,8 +117,7 @@ def _split(
 
 
 def _cross_fitted(
-    texts: States,
-    records: Records,
+    texts: TrainingSet,
     fitted: Exits,
     ridges: Sequence[float],
     axes: fit.Axes,
@@ -129,8 +127,7 @@ def _cross_fitted(
 
     fitted: exits that were fitted to all texts, with these ridges.
     """
-    groups = np.unique(records.keys, return_inverse=True)[1]
-    fold = np.random.default_rng(SEED).permutation(int(groups.max()) + 1)[groups] % FOLDS
+    fold = np.random.default_rng(SEED).permutation(int(texts.groups.max()) + 1)[texts.groups] % FOLDS
     parts, rows = [], []
     for k in range(FOLDS):
         inside, outside = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
@@ -283,6 +280,6 @@ def test(model: Artifact, records: Records, after: int, by_client: bool = False)
     if not len(rows):
         return Found()
     newer = records.part(rows)
-    recorded = exits_of(model).recorded(states_of(newer, model.manifest))
+    recorded = exits_of(model).recorded(texts_of(newer, model.manifest))
     scores = model.manifest.default_signal.scores(recorded)
     return Found(evidence=list(_evidence(newer, recorded, scores)))

@@ -66,7 +66,8 @@ def recalibrate_on_records(
     found = records.opened(files, artifact.manifest)
     rng = np.random.default_rng(SEED)
     found = found.part(records.thinned(found, np.arange(len(found)), rng))
-    whole = records.part_of(exits.recorded(records.states_of(found, artifact.manifest)), found)
+    texts = records.texts_of(found, artifact.manifest)
+    whole = records.part_of(exits.recorded(texts), texts.groups)
     count = whole.samples.num_groups
     if count < MIN_TEXTS:
         raise ValueError(

@@ -1,7 +1,6 @@
 """Records of live traffic, as texts to which exits are fitted or on which they are tested."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
 from de3.export.calibrate import Part
 from de3.export.fit import Exits
-from de3.export.states import States
+from de3.export.training_set import Target, TrainingSet
 from de3.model_store.manifest import Manifest, base_of
 from de3.model_store.model import check_segment, unit_prototypes
 from de3.model_store.records import MAX_FILE_BYTES, Records, joined, read
@@ -21,27 +20,11 @@ SLACK = 1.25  # over-representation of a client up to this factor is not correct
 MIN_OF_CLIENT = 30  # records of a client that make its weight reliable
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecordedStates(States):
-    """The states of records, in memory; they are always mean-pooled.
-
-    Attributes:
-        states: (texts, num_layers, hidden) float16.
-    """
-
-    states: NDArray[np.float16]
-
-    def pooled(self, pooling: str, layer: int) -> NDArray[np.float32]:
-        """The pooled states of a layer, (n, hidden)."""
-        values = self.states[:, layer] if self.rows is None else self.states[self.rows, layer]
-        return values.astype(np.float32)
-
-
-def states_of(records: Records, manifest: Manifest) -> States:
-    """The states of records of a model."""
-    limits = manifest.label_thresholds
-    thresholds = None if limits is None else np.array(limits.logits)
-    return RecordedStates([], records.logits, thresholds, manifest.tolerance, states=records.states)
+def texts_of(records: Records, manifest: Manifest) -> TrainingSet:
+    """Records of a model as texts to fit exits to; equal texts form a group. Their states are always mean-pooled."""
+    groups = np.unique(records.keys, return_inverse=True)[1].astype(np.int64)
+    target = Target.of(records.logits, manifest.thresholds, manifest.tolerance)
+    return TrainingSet(target, groups, lambda _, layer: records.states[:, layer])
 
 
 def opened(files: Sequence[Path], manifest: Manifest) -> Records:
@@ -75,10 +58,9 @@ def thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator)
     return rows[rng.random(len(rows)) * most <= SLACK * weights[clients]] if np.isfinite(most) else rows
 
 
-def part_of(recorded: Recorded, records: Records) -> Part:
-    """The recorded outputs of records, all of them whole texts; equal texts form a group."""
-    groups = np.unique(records.keys, return_inverse=True)[1].astype(np.int64)
-    return Part(Samples(recorded, groups), np.ones(len(records), np.bool_))
+def part_of(recorded: Recorded, groups: NDArray[np.int64]) -> Part:
+    """The recorded outputs of records, all of them whole texts, with the number of each text's group."""
+    return Part(Samples(recorded, groups), np.ones(len(groups), np.bool_))
 
 
 def exits_of(model: Artifact) -> Exits:

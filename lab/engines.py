@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
 from de3.loadtest import report
 from de3.loadtest.compare import cpu_name
 from de3.loadtest.servers import Server
+from de3.model_store.forward import ForwardPass
 from de3.model_store.model import Model
-from de3.model_store.segments import ForwardPass, Tokens
+from de3.model_store.segments import Tokens
 from de3.model_store.store import Artifact
 from lab.layers import weights_of
 
@@ -144,7 +146,7 @@ def name_of(size: int) -> str:
 
 
 def _passes(model: Model, tokens: Sequence[Tokens]) -> list[ForwardPass]:
-    return [ForwardPass(t, 0.0, Entropy(), model.manifest.num_layers, False) for t in tokens]
+    return [ForwardPass(t, ExitRule(0.0, Entropy()), model.manifest.num_layers, False) for t in tokens]
 
 
 def _logits(model: Model, tokens: Sequence[Tokens]) -> Any:

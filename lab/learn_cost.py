@@ -11,13 +11,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.request import Request, urlopen
 
+from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
 from de3.export.classifier import Stock, convert
 from de3.loadtest.client import Target, label_of, quantile, send_traffic
 from de3.loadtest.servers import Server, running
 from de3.loadtest.texts import Sample
+from de3.model_store.forward import ForwardPass
 from de3.model_store.model import Model
-from de3.model_store.segments import ForwardPass, Tokens
+from de3.model_store.segments import Tokens
 from de3.model_store.store import Store
 
 KEY = "k" * 32
@@ -93,10 +95,10 @@ def _ratio(model: Model, tokens: list[Tokens]) -> float:
                 steps = model.full_depth(one)
                 if states is not None:
                     for layer, step in enumerate(steps[:-1]):
-                        states[layer] = model.pooled(step.hidden)
+                        states[layer] = model.pooling.mean(step.hidden)
             else:
                 last = model.manifest.num_layers
-                model.forward([ForwardPass(one, 0.0, Entropy(), last, True, states=states)])
+                model.forward([ForwardPass(one, ExitRule(0.0, Entropy()), last, True, states=states)])
             spent[keeps] += time.perf_counter() - started
     return spent[True] / spent[False]
 

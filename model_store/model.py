@@ -8,15 +8,15 @@ import numpy as np
 import onnxruntime as ort
 from safetensors.numpy import load as load_tensors
 
+from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
 from de3.model_store.architecture import Architecture
+from de3.model_store.forward import ForwardPass, LayerByLayer, NativeForward, Pooling
 from de3.model_store.graph import GraphError
 from de3.model_store.graph_check import read_model
 from de3.model_store.segment_graph import read_segment
 from de3.model_store.segments import (
     Array,
-    ForwardPass,
-    NativeForward,
     NativeSegment,
     OnnxSegment,
     Segment,
@@ -52,11 +52,12 @@ class Model:
         path: folder of the artifact.
         tokenizer: its tokenizer.
         segments: one per layer, index = layer; 0 is the embeddings.
-        final_norm: scale and shift of the norm between hidden states and an exit, (hidden,) each; None without one.
+        pooling: pools the hidden states of a text.
         runtime: native (the kernels) or onnxruntime.
         instructions: instruction set of the kernels, such as amx, vnni or dotprod; empty unless runtime is native.
         why_not_native: reason why the kernels cannot run an int8 artifact; otherwise empty.
-        forward: runs several samples through all layers in one call; None unless runtime is native.
+        forward: runs several samples together, in the kernels; None unless runtime is native.
+        layer_by_layer: runs samples one after the other, on either runtime.
     """
 
     def __init__(
@@ -89,13 +90,13 @@ class Model:
         is_int8 = manifest.precision == "int8"
         no_kernels = "" if is_int8 else "only int8 artifacts have kernels"
         weights, segments = [], []
-        self.final_norm: tuple[Array, Array] | None = None
+        norm: tuple[Array, Array] | None = None
         for layer, name in enumerate(manifest.segment_files()):
             check()
             file, data = artifact.path / name, artifact.read(name)
             read = check_segment(artifact, layer, data)
             if "final_norm.weight" in read:
-                self.final_norm = read["final_norm.weight"].copy(), read["final_norm.bias"].copy()
+                norm = read["final_norm.weight"].copy(), read["final_norm.bias"].copy()
             if runtime != "onnxruntime" and not no_kernels:
                 weights.append(read)
             if is_proved:
@@ -107,6 +108,8 @@ class Model:
                 raise StoreError(f"{file}: not a model ONNX Runtime can run: {error}") from None
             segments.append(OnnxSegment(layer, session, manifest, prototypes.get(layer)))
         self.segments: Sequence[Segment] = segments
+        self.pooling = Pooling(norm, manifest.encoder.epsilon)
+        self.layer_by_layer = LayerByLayer(segments, self.pooling)
         if runtime == "onnxruntime":
             return
         try:
@@ -115,6 +118,7 @@ class Model:
             built = build(network_of(manifest, weights), memory)
             weights.clear()  # the kernels have their own copy
             self.segments, self.forward = self._native(artifact, built, prototypes, is_proved)
+            self.layer_by_layer = LayerByLayer(self.segments, self.pooling)
             self.runtime = "native"
         except NoKernelsError as error:
             self.why_not_native = str(error) if is_int8 else ""
@@ -202,7 +206,8 @@ class Model:
         self, tokens: Sequence[Tokens], native: Sequence[Segment], forward: NativeForward
     ) -> None:
         """Raise NoKernelsError unless texts in a group, run in two calls, give the same bits as alone."""
-        passes = [ForwardPass(t, 0.0, Entropy(), self.manifest.num_layers, True) for t in tokens]
+        rule = ExitRule(0.0, Entropy())
+        passes = [ForwardPass(t, rule, self.manifest.num_layers, ask_all=True) for t in tokens]
         try:
             for _ in range(2):
                 self._check()
@@ -213,7 +218,7 @@ class Model:
         for one, steps in zip(passes, alone, strict=True):
             for layer, step in enumerate(steps):
                 same = step.logits is None or one.logits[layer].tobytes() == step.logits.tobytes()
-                if not same or one.exit_layer != self.manifest.num_layers:
+                if not same or one.reason != "last_layer":
                     raise NoKernelsError(
                         f"layer {layer}: the kernels give different values for texts in a group"
                     )
@@ -230,17 +235,6 @@ class Model:
     def empty_states(self) -> Array:
         """A zero array for the pooled states of a text, (num_layers, hidden); see ForwardPass.states."""
         return np.zeros((self.manifest.num_layers, self.manifest.hidden_size), np.float32)
-
-    def pooled(self, hidden: Array) -> Array:
-        """Mean over tokens of hidden states (1, tokens, hidden), after the final norm if there is one: (hidden,)."""
-        rows = hidden[0]
-        if self.final_norm is not None:
-            scale, shift = self.final_norm
-            centred = rows - rows.mean(-1, keepdims=True)
-            rows = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + self.manifest.encoder.epsilon)
-            rows = rows * scale + shift
-        mean: Array = np.add.reduce(rows, 0) / np.float32(len(rows))  # as rows.mean(0), in half the time
-        return mean
 
     def deepest_exit(self, max_layer: int | None) -> int:
         """The deepest layer with an exit up to `max_layer`; the last layer if `max_layer` is None."""

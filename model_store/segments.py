@@ -1,7 +1,7 @@
 """The layers of a loaded artifact, run on unpadded samples by ONNX Runtime or by the kernels."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -9,9 +9,6 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from de3.exits.reading import Reading
-from de3.exits.rule import Thresholds
-from de3.exits.signals import Signal
 from de3.model_store.manifest import Manifest
 
 Array = NDArray[np.float32]
@@ -95,105 +92,6 @@ class OnnxSegment:
         if not (with_exit and self.is_exit):
             return Step(values[0])
         return Step(values[0], values[1][0], values[2][0] if len(values) > 2 else None)
-
-
-@dataclass(slots=True)
-class ForwardPass:
-    """Forward pass of one sample, with the exit rule between layers.
-
-    Attributes:
-        tau, signal: the sample exits at the first layer where the signal's score is below tau.
-        deepest: the last layer to run, one with an exit.
-        ask_all: compute every exit up to `deepest`; if false and tau is 0, only the exit at `deepest` is computed.
-        tau_factor: factor by which tau is multiplied once the sample is too far from every prototype of an exit.
-        thresholds: label thresholds of a multi-label model; None for other models.
-        states: output array for the mean over the tokens after each layer but the last, (num_layers, hidden); None if
-            they are not needed.
-        layer: the next layer to run.
-        hidden: input of that layer, (1, tokens, hidden); None if all layers run in one call.
-        exit_layer: the layer at which the sample exited; -1 before it exits.
-        seconds: compute time so far.
-        logits, distances: (num_layers + 1, K), index = layer; zeros where no exit was computed.
-        readings: scored readings of the computed exits; empty before the sample exits.
-        is_below_tau: the sample exited because its score was below tau.
-        is_far: the sample was too far from every prototype at some exit.
-    """
-
-    tokens: Tokens
-    tau: float
-    signal: Signal
-    deepest: int
-    ask_all: bool
-    tau_factor: float = 1.0
-    thresholds: Thresholds | None = None
-    states: Array | None = None
-    layer: int = field(default=0, init=False)
-    hidden: Array | None = field(default=None, init=False)
-    exit_layer: int = field(default=-1, init=False)
-    seconds: float = field(default=0.0, init=False)
-    logits: Array = field(init=False)
-    distances: Array = field(init=False)
-    readings: list[Reading] = field(default_factory=list, init=False)
-    is_below_tau: bool = field(default=False, init=False)
-    is_far: bool = field(default=False, init=False)
-
-    def leave(self, exit_layer: int, is_below_tau: bool, is_far: bool, rows: list[tuple[Any, ...]]) -> None:
-        """Record the kernels' decision. rows: the readings, as `reading_list` in `native/python.c` returns them."""
-        self.exit_layer, self.is_below_tau, self.is_far = exit_layer, is_below_tau, is_far
-        for layer, label, margin, entropy, ratio, nearest, score, probs in rows:
-            logits = self.logits[layer].tolist()
-            reading = Reading(layer, logits, probs, label, margin, entropy, ratio, nearest, score)
-            if len(logits) == 1:
-                reading.value = logits[0]
-            elif self.thresholds is not None:
-                limits = self.thresholds.logits
-                reading.labels = [k for k, limit in enumerate(limits) if logits[k] > limit]
-            elif nearest is not None:
-                reading.distances = self.distances[layer].tolist()
-            self.readings.append(reading)
-
-
-class NativeForward:
-    """The kernels' forward pass: all layers and the exit rule between them in one call, without the GIL."""
-
-    def __init__(self, kernels: Any, model: Any, manifest: Manifest, prototypes: dict[int, Array]) -> None:
-        self._forward, self._model = kernels.forward, model
-        self._prototypes = [prototypes.get(layer) for layer in range(manifest.num_layers + 1)]
-        self._shape = (manifest.num_layers + 1, len(manifest.labels))
-        self._hidden = manifest.hidden_size
-
-    def __call__(
-        self,
-        passes: Sequence[ForwardPass],
-        far: NDArray[np.float64] | None = None,
-        layers: int | None = None,
-        at_idle: bool = False,
-    ) -> None:
-        """Run 1 to 64 samples until each has exited or `layers` layers have run; updates the passes.
-
-        All passes must have the same next layer. layers: None for all. far: the distance to the nearest prototype above
-        which a sample is too far, by layer, (num_layers + 1,); None for no limit. at_idle: run at the lowest priority,
-        preempted by any other thread. Raises ValueError for an id outside the embedding tables, or if out of memory.
-        """
-        first, deepest = passes[0].layer, self._shape[0] - 1
-        last = deepest if layers is None else min(first + layers - 1, deepest)
-        is_part = first > 0 or last < deepest
-        texts = []
-        for p in passes:
-            if first == 0:
-                p.logits, p.distances = np.zeros(self._shape, np.float32), np.zeros(self._shape, np.float32)
-                if is_part:
-                    p.hidden = np.empty((1, len(p.tokens), self._hidden), np.float32)
-            signal = (p.signal.code, p.signal.lam or 0.0, p.signal.table)
-            table = None if p.thresholds is None else p.thresholds.table
-            rule = (p.tau, *signal, p.deepest, p.ask_all, p.tau_factor, table)
-            texts.append((p.tokens.ids, p.tokens.type_ids, *rule, p.logits, p.distances, p.hidden, p.states))
-        results = self._forward(self._model, texts, self._prototypes, far, first, last, at_idle)
-        for p, (seconds, left) in zip(passes, results, strict=True):
-            p.layer = last + 1
-            p.seconds += seconds
-            if left is not None:
-                p.leave(*left)
 
 
 class NativeSegment:

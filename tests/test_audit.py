@@ -285,7 +285,7 @@ def test_a_model_is_calibrated_on_records_of_its_audits(
     assert file.stat().st_mode & 0o777 == 0o600  # only the server's user can read them
     artifact = Store(store).open("tiny-int8")
     found = records.opened([file], artifact.manifest)
-    rows = records.exits_of(artifact).recorded(records.states_of(found, artifact.manifest))
+    rows = records.exits_of(artifact).recorded(records.texts_of(found, artifact.manifest))
     model = Model(artifact, "onnxruntime")
     tokens = [model.tokenize(text) for text in TEXTS]
     steps = {_key(one): model.full_depth(one) for one in tokens}

@@ -7,24 +7,28 @@ import pytest
 
 from de3.export import fit
 from de3.export.fit import Exits
-from de3.export.records import RecordedStates
+from de3.export.training_set import Target, TrainingSet
 
 KINDS = ["classes", "labels", "values"]
 
 
-def texts_of(kind: str, count: int, width: int = 12, noise: float = 1.0) -> RecordedStates:
+def texts_of(kind: str, count: int, width: int = 12, noise: float = 1.0) -> TrainingSet:
     """Random states of one layer, and logits that depend on some of them."""
     rng, labels = np.random.default_rng(count), 1 if kind == "values" else 3
     states = (rng.normal(size=(count, 1, width)) * rng.uniform(0.5, 3, width) + 1).astype(np.float16)
     logits = states[:, 0, :labels] * 2 - 1 + noise * rng.normal(size=(count, labels))
     thresholds = np.array([0.0, 0.5, -0.5]) if kind == "labels" else None
     tolerance = 0.5 if kind == "values" else None
-    return RecordedStates([], logits.astype(np.float32), thresholds, tolerance, states=states)
+    return TrainingSet(
+        Target(logits.astype(np.float32), thresholds, tolerance),
+        np.arange(count),
+        lambda _, layer: states[:, layer],
+    )
 
 
-def loss(kind: str, logits: np.ndarray, of: RecordedStates) -> float:
+def loss(kind: str, logits: np.ndarray, of: TrainingSet) -> float:
     """Cross-entropy or squared error against full depth, by the definitions."""
-    wanted = of.logits.astype(np.float64)
+    wanted = of.target.logits.astype(np.float64)
     if kind == "values":
         return float(((logits - wanted) ** 2).mean())
     if kind == "labels":
@@ -46,7 +50,7 @@ def test_a_fit_is_the_minimum_of_its_penalized_loss(kind: str, count: int) -> No
         return loss(kind, x @ weight.T + bias, texts) + penalty
 
     rng = np.random.default_rng(1)
-    far = (rng.normal(size=(texts.logits.shape[1], 12)), rng.normal(size=texts.logits.shape[1]))
+    far = (rng.normal(size=(texts.target.logits.shape[1], 12)), rng.normal(size=texts.target.logits.shape[1]))
     starts: list[Any] = [None, tuple(part.astype(np.float32) for part in far)]
     for start in starts[: 1 if count == 9 else 2]:
         fits = list(fit._fitted(texts, "mean", 0, ridges, {}, start))
@@ -72,7 +76,7 @@ def test_the_ridge_has_the_smallest_loss_on_held_out_texts(kind: str) -> None:
 
 def test_about_a_fifth_of_the_texts_is_held_out_in_whole_groups() -> None:
     for copies in (1, 4):
-        groups = (np.arange(400) // copies).tolist()
+        groups = np.arange(400) // copies
         is_held = fit._held_out(groups, np.random.default_rng(0))
         assert 0.2 <= is_held.mean() < 0.23
         assert len({(group, held) for group, held in zip(groups, is_held, strict=True)}) == 400 // copies
@@ -84,12 +88,12 @@ def test_prototypes_are_the_class_means_in_their_space_and_distances_are_cosine(
     exits = fit._with_spaces(Exits("mean", [classifier], [], []), texts, 0)
     x, ((weight, bias),) = texts.pooled("mean", 0), exits.spaces
     h = x @ weight.T + bias
-    means = np.stack([h[texts.answers == k].mean(0) for k in range(3)])
+    means = np.stack([h[texts.target.answers == k].mean(0) for k in range(3)])
     np.testing.assert_allclose(exits.prototypes[0], means, rtol=1e-3, atol=1e-5)
     found = exits.recorded(texts)
     norms = np.linalg.norm(h, axis=1)[:, None] * np.linalg.norm(means, axis=1)
     np.testing.assert_allclose(found.distances[:, 0], 1 - h @ means.T / norms, atol=1e-4)
-    assert np.isnan(found.distances[:, 1]).all() and (found.logits[:, 1] == texts.logits).all()
+    assert np.isnan(found.distances[:, 1]).all() and (found.logits[:, 1] == texts.target.logits).all()
     for kind in ("labels", "values"):  # which have no prototypes
         plain = Exits("mean", exits.classifiers, [], [])
         assert fit._with_spaces(plain, texts_of(kind, 20), 0).prototypes == []

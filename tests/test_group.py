@@ -194,7 +194,7 @@ def test_a_group_that_fails_runs_alone_from_the_start(model: Model, monkeypatch:
 
     broken = SimpleNamespace(
         forward=forward, tokenizer=model.tokenizer, manifest=model.manifest, deepest_exit=model.deepest_exit,
-        segments=model.segments,
+        layer_by_layer=model.layer_by_layer,
     )  # fmt: skip
     items = queue.next()
     for item in items:

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from de3.export import importing, states
-from de3.export.build import final_norm
 from de3.export.cache import artifact_of
 from de3.export.classifier import Stock
 from de3.export.fit import _held_out
 from de3.export.full_depth import stitch
 from de3.export.original import original_of
+from de3.export.training_set import Target, TrainingSet, numbered
 from de3.model_store.families import FAMILIES
 from de3.model_store.model import Model
 from de3.model_store.store import Store
@@ -109,14 +109,15 @@ def test_the_states_to_which_exits_are_fitted(
     """They are transformers' own, after the norm that an exit sees, and in the order of the texts."""
     monkeypatch.setattr(states, "CHUNK", 3)
     folder = save_encoder(tmp_path / "stock", family, labels=3)
-    stock, (theirs, tokenizer) = Stock.open("stock", folder), transformers_model(folder)
+    theirs, tokenizer = transformers_model(folder)
     model = Model(artifact_of(str(folder), "fp32", tmp_path / "cache"), "onnxruntime")
-    with stock.weights() as state:
-        norm = final_norm(stock.architecture("fp32"), state)
     texts = ["the " * 40, "good", "a dull film", "bad plot and bad actor", "good , not bad"]
 
-    def found(model: Model, texts: list[str]) -> states.States:
-        return states.states(model, norm, texts, tmp_path / "states", "some", None, None)
+    chunks: list[Path] = []
+
+    def found(model: Model, texts: list[str]) -> TrainingSet:
+        chunks[:] = (computed := states.compute(model, texts, tmp_path / "states", "some")).chunks
+        return TrainingSet(Target(computed.logits, None, None), np.arange(len(texts)), computed.states)
 
     ours = found(model, texts)
     for i, text in enumerate(texts):
@@ -125,24 +126,25 @@ def test_the_states_to_which_exits_are_fitted(
             outputs = theirs(**inputs, output_hidden_states=True)
             after = theirs.model.final_norm if family == "modernbert" else torch.nn.Identity()
             hidden = [after(one)[0].numpy() for one in outputs.hidden_states[:-1]]
-        np.testing.assert_allclose(ours.logits[i], outputs.logits[0], atol=1e-4)
+        np.testing.assert_allclose(ours.target.logits[i], outputs.logits[0], atol=1e-4)
         for layer, tokens in enumerate(hidden):
             np.testing.assert_allclose(ours.pooled("mean", layer)[i], tokens.mean(0), atol=5e-3)
             np.testing.assert_allclose(ours.pooled("cls", layer)[i], tokens[0], atol=5e-3)
     part = ours.part(np.array([4, 1, 0])).part(np.array([1, 2]))
-    np.testing.assert_array_equal(part.logits, ours.logits[[1, 0]])
+    np.testing.assert_array_equal(part.target.logits, ours.target.logits[[1, 0]])
     np.testing.assert_array_equal(part.pooled("cls", 2), ours.pooled("cls", 2)[[1, 0]])
     # For other texts, or for another head, the states in the folder are not reused.
-    np.testing.assert_allclose(found(model, texts[::-1]).logits, ours.logits[::-1], atol=1e-5)
+    np.testing.assert_allclose(found(model, texts[::-1]).target.logits, ours.target.logits[::-1], atol=1e-5)
     tensors = load_file(folder / "model.safetensors")
     save_file({k: -v if "classifier" in k else v for k, v in tensors.items()}, folder / "model.safetensors")
     other = Model(artifact_of(str(folder), "fp32", tmp_path / "cache"), "onnxruntime")
-    np.testing.assert_allclose(found(other, texts).logits, -ours.logits, atol=1e-5)
-    ours.chunks[0].write_bytes(ours.chunks[0].read_bytes()[:-1])
+    np.testing.assert_allclose(found(other, texts).target.logits, -ours.target.logits, atol=1e-5)
+    again = found(model, texts).target.logits
+    chunks[0].write_bytes(chunks[0].read_bytes()[:-1])
     ran: list[int] = []
-    run = states.run
-    monkeypatch.setattr(states, "run", lambda *all_: (ran.append(len(all_[2])), run(*all_))[1])
-    np.testing.assert_array_equal(found(model, texts).logits, ours.logits)
+    run = states._run
+    monkeypatch.setattr(states, "_run", lambda *all_: (ran.append(len(all_[1])), run(*all_))[1])
+    np.testing.assert_array_equal(found(model, texts).target.logits, again)
     assert ran == [3]
 
 
@@ -208,7 +210,7 @@ def test_an_interrupted_import_continues(
     """It is stopped twice, while the model runs and while the exits are certified."""
     monkeypatch.setattr(states, "CHUNK", 100)
     ran: list[int] = []
-    run, certified = states.run, importing.certified
+    run, certified = states._run, importing.certified
 
     def counted(*arguments: Any) -> Any:
         ran.append(1)
@@ -223,7 +225,7 @@ def test_an_interrupted_import_continues(
     kept = work / "base/mine"
     kept.parent.mkdir(parents=True)
     kept.write_text("mine")
-    monkeypatch.setattr(states, "run", counted)
+    monkeypatch.setattr(states, "_run", counted)
     command = f"import {classifier} --texts {texts} --name m --store {tmp_path}/store --work {work}"
     assert invoke(command).exit_code == 130
     monkeypatch.setattr(importing, "certified", stopped)
@@ -376,7 +378,7 @@ def test_pickled_weights_are_rewritten_and_nothing_is_left(classifier: Path, tmp
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=300), st.integers(0, 5))
 def test_texts_of_a_group_are_held_out_together(groups: list[int], seed: int) -> None:
-    held = _held_out(groups, np.random.default_rng(seed))
+    held = _held_out(numbered(groups), np.random.default_rng(seed))
     assert 0 < held.sum() < len(groups)
     if len(set(groups)) > 5:
         assert not set(np.array(groups)[held]) & set(np.array(groups)[~held])
@@ -410,18 +412,18 @@ def test_exits_are_fitted_neither_with_the_tuning_nor_with_the_certifying_texts(
     folder, file = save_encoder(tmp_path / "stock", layers=1, labels=2), tmp_path / "texts.txt"
     file.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 5)))
     computed: dict[str, tuple[set[str], Any]] = {}
-    run = importing.states.states
+    run = importing.states.compute
 
-    def watched(model: Any, norm: Any, texts: Any, folder: Any, what: str, *more: Any) -> Any:
-        found = run(model, norm, texts, folder, what, *more)
+    def watched(model: Any, texts: Any, folder: Any, what: str, *more: Any) -> Any:
+        found = run(model, texts, folder, what, *more)
         computed[what] = set(texts), found
         return found
 
-    def fitted(layers: int, states: Any, groups: Any, *_: Any) -> Any:
-        assert states is computed["fitting"][1] and len(groups) == len(states.logits)
+    def fitted(layers: int, texts: TrainingSet, *_: Any) -> Any:
+        assert texts.states == computed["fitting"][1].states and len(texts.groups) == len(texts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importing.states, "states", watched)
+    monkeypatch.setattr(importing.states, "compute", watched)
     monkeypatch.setattr(importing.fit, "fit", fitted)
     command = f"import {folder} --texts {file} --name m --store {tmp_path}/store --work {tmp_path}/work"
     assert invoke(command).exit_code == 130

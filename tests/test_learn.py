@@ -31,12 +31,13 @@ from de3.exits.signals import Entropy
 from de3.export import fit
 from de3.export import learn as learning
 from de3.export.classifier import Stock, convert
-from de3.export.records import RecordedStates, thinned
+from de3.export.records import texts_of as training_set
+from de3.export.records import thinned
 from de3.model_store import records as files
+from de3.model_store.forward import ForwardPass
 from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records, joined, read
-from de3.model_store.segments import ForwardPass
 from de3.model_store.store import Artifact, Store
 from de3.server.audit.auditor import LEARN_TEXTS, Traffic
 from de3.server.audit.ledger import Ledger
@@ -90,7 +91,7 @@ def records_of(model: Model, texts: Sequence[str], clients: Sequence[str] = ("on
     logits = np.zeros((n, len(manifest.labels)), np.float32)
     for i, text in enumerate(texts):
         steps = model.full_depth(model.tokenize(text))
-        states[i] = [model.pooled(step.hidden) for step in steps[:-1]]
+        states[i] = [model.pooling.mean(step.hidden) for step in steps[:-1]]
         logits[i] = steps[-1].logits
     number = np.arange(n)
     owners = (number % len(clients)).astype(np.int32)
@@ -148,14 +149,16 @@ def test_pooled_states_are_the_means_of_the_hidden_states_alone_and_in_a_group(b
     tokens = [model.tokenize(text) for text in texts_of(9, 7)]
     assert model.forward is not None
     last = model.manifest.num_layers
-    group = [ForwardPass(t, 0.0, Entropy(), last, True, states=model.empty_states()) for t in tokens]
+    group = [
+        ForwardPass(t, ExitRule(0.0, Entropy()), last, True, states=model.empty_states()) for t in tokens
+    ]
     for _ in range(2):  # preempted halfway
         model.forward(group, layers=last // 2 + 1)
     for one, token in zip(group, tokens, strict=True):
         expected = np.stack([step.hidden[0].mean(0) for step in model.full_depth(token)[:-1]])
         assert one.states is not None
         np.testing.assert_allclose(one.states, expected, rtol=1e-4, atol=1e-5)
-        single = ForwardPass(token, 0.0, Entropy(), last, True, states=model.empty_states())
+        single = ForwardPass(token, ExitRule(0.0, Entropy()), last, True, states=model.empty_states())
         model.forward([single])
         assert single.states is not None and single.states.tobytes() == one.states.tobytes()
 
@@ -327,14 +330,13 @@ def test_risk_is_fitted_to_exits_that_did_not_see_the_text(base: Artifact, count
     rng, keys = np.random.default_rng(count), np.arange(count) // copies
     states = rng.normal(size=(count, 1, 192)).astype(np.float16)[keys * copies]
     logits = rng.normal(size=(count, 2)).astype(np.float32)[keys * copies] * 3
-    texts = RecordedStates([], logits, None, None, states=states)
-    axes = dict[Any, Any]()
-    classifier = next(fit._fitted(texts, "mean", 0, (1e-4,), axes))[1]
-    exits = fit.Exits("mean", [classifier], [], [])
     records = Records("", states, logits, np.ones(count), keys.astype(np.uint64), keys, keys, [""], [1.0])
+    axes = dict[Any, Any]()
+    classifier = next(fit._fitted(training_set(records, base.manifest), "mean", 0, (1e-4,), axes))[1]
+    exits = fit.Exits("mean", [classifier], [], [])
     shuffled = records.part(rng.permutation(count))
-    texts = replace(texts, states=shuffled.states, logits=shuffled.logits)
-    apart = learning._cross_fitted(texts, shuffled, exits, (1e-4,), axes, base.manifest)
+    texts = training_set(shuffled, base.manifest)
+    apart = learning._cross_fitted(texts, exits, (1e-4,), axes, base.manifest)
     assert (apart.labels == shuffled.logits.argmax(1)).all()  # in the order of the texts
     assert (apart.logits[:, 1] == shuffled.logits).all()
     assert (apart.answers[:, 0] == apart.labels).mean() < 0.5 + 3 * 0.5 / (count / copies) ** 0.5
@@ -498,7 +500,7 @@ def test_every_kind_of_model_learns(options: dict[str, Any], precision: Any, tmp
     for text in texts_of(5, 14):
         after = check_full_depth(old, new, text)
         for layer, (weight, bias) in enumerate(fitted.exits.classifiers):
-            expected = weight @ new.pooled(after[layer].hidden) + bias
+            expected = weight @ new.pooling.mean(after[layer].hidden) + bias
             np.testing.assert_allclose(after[layer].logits, expected, rtol=1e-3, atol=1e-3)  # type: ignore[arg-type]
 
 

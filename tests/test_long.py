@@ -220,7 +220,6 @@ def item_of(model: Model, text: str, tau: float = 0.0, **options: Any) -> Item:
     job.request.windows = MAX_WINDOWS
     (item,) = job.items
     item.asks_all_exits = "first_exit_s" in options
-    item.progress.rule = job.choice.rule
     return item
 
 
@@ -278,7 +277,7 @@ def test_a_text_runs_window_by_window_and_preemption_changes_no_bit(model: Model
 
 def test_a_deadline_keeps_the_windows_that_ran(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     text, depths = words(200), []
-    for ends in (0, 10, 20, 30, 40, 10_000):
+    for ends in (0, 4, 8, 12, 16, 10_000):
         clock = count()
         monkeypatch.setattr(engine, "perf_counter", lambda clock=clock: float(next(clock)))
         item = item_of(model, text, first_exit_s=[0.1], budget_s=1.0)

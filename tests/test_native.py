@@ -22,10 +22,11 @@ from de3.exits.rule import ExitRule, Thresholds
 from de3.exits.signals import Edr, Entropy, Risk, Signal
 from de3.model_store.architecture import Architecture, Head
 from de3.model_store.families.deberta import Deberta
+from de3.model_store.forward import ForwardPass
 from de3.model_store.graph import Graph, source_of
 from de3.model_store.model import MAX_STATES_DIFFERENCE, Model, network_of
 from de3.model_store.segment_graph import build_segment, graph_name, read_segment
-from de3.model_store.segments import ForwardPass, NativeSegment, session_options
+from de3.model_store.segments import NativeSegment, session_options
 from de3.model_store.store import Store, StoreError
 from de3.native import NoKernelsError
 from de3.native.network import Memory, Network, build
@@ -344,22 +345,25 @@ def test_in_a_group_each_text_exits_as_alone_and_as_the_rule_says(
     layers: int,
     at_idle: bool,
 ) -> None:
-    passes = [ForwardPass(native.tokenize(text), tau, signal, deepest, False) for text, tau in batch]
+    passes = [ForwardPass(native.tokenize(text), ExitRule(tau, signal), deepest) for text, tau in batch]
+    alone = [ForwardPass(p.tokens, p.rule, deepest) for p in passes]
     assert native.forward is not None
     with using(implementation):
-        while left := [p for p in passes if p.exit_layer < 0]:
+        while left := [p for p in passes if p.reason is None]:
             native.forward(left, layers=layers, at_idle=at_idle)
-        alone = [list(native.full_depth(p.tokens)) for p in passes]
-    for p, steps in zip(passes, alone, strict=True):
-        rule = ExitRule(p.tau, signal)
+        native.layer_by_layer(alone)
+        steps_of = [native.full_depth(p.tokens) for p in passes]
+    for p, one, steps in zip(passes, alone, steps_of, strict=True):
+        assert (p.reason, p.readings) == (one.reason, one.readings)
+        rule = p.rule
         for layer, step in enumerate(steps):
             assert step.logits is not None
-            if p.tau > 0 or layer == deepest:
+            if rule.tau > 0 or layer == deepest:
                 assert p.logits[layer].tolist() == step.logits.tolist()  # bit for bit
             distances = None if step.distances is None else step.distances.tolist()
             if layer == deepest or rule.exits(signal.score([read(layer, step.logits.tolist(), distances)])):
                 break
-        assert p.exit_layer == layer
+        assert p.readings[-1].layer == layer
         assert not p.logits[layer + 1 :].any()
 
 

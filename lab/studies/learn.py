@@ -14,7 +14,7 @@ from de3.exits.calibration import FINE_TAUS
 from de3.exits.guarantee import Guarantee, Profiles, error_of, profiles
 from de3.export.classifier import Stock, convert
 from de3.export.learn import fit_exits
-from de3.export.records import states_of
+from de3.export.records import texts_of
 from de3.model_store.manifest import Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records
@@ -53,7 +53,7 @@ def records_of(stock: Path, texts: Sequence[str]) -> tuple[Manifest, Records]:
     logits = np.zeros((n, len(manifest.labels)), np.float32)
     for i, text in enumerate(track(texts, "Running the model")):
         steps = model.full_depth(model.tokenize(text))
-        states[i], logits[i] = [model.pooled(step.hidden) for step in steps[:-1]], steps[-1].logits
+        states[i], logits[i] = [model.pooling.mean(step.hidden) for step in steps[:-1]], steps[-1].logits
     number = np.arange(n)
     keys, clients = number.astype(np.uint64), np.zeros(n, np.int32)
     return manifest, Records(
@@ -65,7 +65,7 @@ def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[
     """The versions of one server: a fit for each of SIZES, measured on the texts that none of the fits saw."""
     console.quiet = True
     order = np.random.default_rng(seed).permutation(len(records))
-    unseen = states_of(records.part(order[SIZES[-1] :]), manifest)
+    unseen = texts_of(records.part(order[SIZES[-1] :]), manifest)
     versions, taus = [], np.unique(FINE_TAUS)
     for attempt, size in enumerate(SIZES, 1):
         fitted = fit_exits(records.part(np.sort(order[:size])), manifest, attempt, rate)
@@ -113,7 +113,7 @@ def sizes(
     """
     manifest, records = records_of(stock, texts)
     order, taus = np.random.default_rng(0).permutation(len(records)), np.unique(FINE_TAUS)
-    tested, rows = states_of(records.part(order[-unseen:]), manifest), []
+    tested, rows = texts_of(records.part(order[-unseen:]), manifest), []
     console.quiet = True
     for count in counts:
         if count > len(records) - unseen:

@@ -16,10 +16,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
+from de3.model_store.forward import ForwardPass
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
-from de3.model_store.segments import ForwardPass, Tokens
+from de3.model_store.segments import Tokens
 from de3.model_store.store import Artifact
 from lab.layers import weights_of
 
@@ -112,7 +114,7 @@ def layers(model: Model, tokens: Tokens) -> Run:
 
 def _pass(model: Model, tokens: Tokens, with_exits: bool) -> ForwardPass:
     """A pass at τ = 0: no early exit, and exits are computed only if `with_exits`."""
-    return ForwardPass(tokens, 0.0, Entropy(), model.manifest.num_layers, with_exits)
+    return ForwardPass(tokens, ExitRule(0.0, Entropy()), model.manifest.num_layers, with_exits)
 
 
 def pairs_of(runs: Sequence[Run], seconds: float) -> Floats:

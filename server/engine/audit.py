@@ -8,13 +8,14 @@ share of the time.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Condition, Event, Thread
 from time import perf_counter, sleep, thread_time
 
 from de3.exits.reading import Reading
 from de3.exits.rule import ExitRule
-from de3.model_store.segments import Array, ForwardPass, Tokens
+from de3.model_store.forward import ForwardPass
+from de3.model_store.segments import Array, Tokens
 from de3.server.background import Backoff, report
 from de3.server.engine.queue import MAX_GROUP, WorkQueue
 from de3.server.engine.served import MAX_STEP_S, Served
@@ -178,64 +179,31 @@ def run_audits(
     stops: Callable[[], bool] = lambda: False,
     pause: Callable[[], None] | None = None,
 ) -> None:
-    """Run audits of one model, in a group if the kernels can, and fill in their results.
+    """Run audits of one model, which the kernels can run in a group if there are several, and fill in their results.
 
     Before each step, waits up to MOST_WAIT_S while anything but shadow items is pending in the queue. stops: True once
     the server is stopping; the audits are then dropped. pause: called before each step instead of that wait; the audits
     then run at normal priority.
     """
-
-    def may_go_on() -> bool:
+    served, in_group = audits[0].served, audits[0].in_group
+    model, num_layers = served.model, served.model.manifest.num_layers
+    forward = model.forward if in_group and model.forward is not None else model.layer_by_layer
+    passes = [
+        ForwardPass(a.tokens, replace(a.rule, tau=0.0), num_layers, ask_all=True, states=a.states)
+        for a in audits
+    ]
+    layer_s = sum(served.timing.layer_s(len(audit.tokens)) for audit in audits) if in_group else STEP_S
+    layers = max(1, int(STEP_S / layer_s)) if layer_s > 0 else num_layers
+    while passes[0].reason is None:
         if pause is None:
             queue.wait_until_empty(MOST_WAIT_S)
         else:
             pause()
-        for audit in audits if (has_stopped := stops()) else ():
-            audit.is_dropped = True
-        return not has_stopped
-
-    if audits[0].in_group:
-        _run_group(audits, may_go_on, at_idle=pause is None)
-    else:
-        for audit in audits:
-            _run_alone(audit, may_go_on)
-
-
-def _run_group(audits: Sequence[Audit], may_go_on: Callable[[], bool], at_idle: bool) -> None:
-    served = audits[0].served
-    forward, timing, num_layers = served.model.forward, served.timing, served.model.manifest.num_layers
-    assert forward is not None
-    passes = [
-        ForwardPass(
-            *(a.tokens, 0.0, a.rule.signal, num_layers, True), thresholds=a.rule.thresholds, states=a.states
-        )
-        for a in audits
-    ]
-    layer_s = sum(timing.layer_s(len(audit.tokens)) for audit in audits)
-    layers = max(1, int(STEP_S / layer_s)) if layer_s > 0 else num_layers
-    while passes[0].layer <= num_layers:
-        if not may_go_on():
+        if stops():
+            for audit in audits:
+                audit.is_dropped = True
             return
         # The time of the embeddings is negligible.
-        forward(passes, None, layers + (passes[0].layer == 0), at_idle=at_idle)
+        forward(passes, None, layers + (passes[0].layer == 0), at_idle=pause is None)
     for audit, one in zip(audits, passes, strict=True):
         audit.passed, audit.model_s = one.readings, one.seconds
-
-
-def _run_alone(audit: Audit, may_go_on: Callable[[], bool]) -> None:
-    hidden: Array | None = None
-    passed: list[Reading] = []
-    for segment in audit.served.model.segments:
-        if not may_go_on():
-            return
-        started = perf_counter()
-        step = segment.embed(audit.tokens, True) if hidden is None else segment.run(hidden, True)
-        hidden = step.hidden
-        if audit.states is not None and segment.layer < len(audit.states):
-            audit.states[segment.layer] = audit.served.model.pooled(hidden)
-        if step.logits is not None:
-            distances = None if step.distances is None else step.distances.tolist()
-            passed.append(audit.rule.read(segment.layer, step.logits.tolist(), distances))
-            passed[-1].score = audit.rule.signal.score(passed)
-        audit.model_s += perf_counter() - started
-    audit.passed = passed

@@ -8,10 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-from de3.exits.rule import ExitReason
-from de3.model_store.segments import ForwardPass
 from de3.server.engine.job import Item
-from de3.server.engine.outcome import Outcome
 from de3.server.engine.queue import WorkQueue
 from de3.server.engine.run import Result, outcome_of, too_long_error
 from de3.server.engine.served import MAX_STEP_S
@@ -60,14 +57,14 @@ def _begin(
     """Tokenize a group. Dropped and failed items leave it; items too long for it are requeued, to run alone."""
     started = perf_counter()
     items, served = list(group), group[0].job.served
-    model, monitor = served.model, items[0].job.monitor
+    model = served.model
     encodings = model.tokenizer.encode([(item.text.text, item.text.text_pair) for item in items])
     ready: list[Item] = []
     too_long: list[Item] = []
     failed: list[tuple[Item, Result]] = []
     seconds = 0.0
     for item, encoding in zip(items, encodings, strict=True):
-        job, rule = item.job, item.job.choice.rule
+        job = item.job
         if job.is_dropped:
             continue
         if job.request.windows > 1 and len(encoding) > model.tokenizer.max_tokens:
@@ -83,14 +80,9 @@ def _begin(
             too_long.append(item)
             continue
         seconds += layer_s
-        deepest, tau_factor = model.deepest_exit(rule.max_layer), monitor.tau_factor if monitor else 1.0
         item.group_s = served.group_s(len(tokens))
         item.start(tokens)
-        item.progress.num_tokens = len(tokens)
-        item.progress.forward = ForwardPass(
-            *(tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, tau_factor, rule.thresholds),
-            states=item.progress.states,
-        )
+        item.progress.num_tokens, item.progress.is_grouped = len(tokens), True
         ready.append(item)
     spent = (perf_counter() - started) / len(items)
     for item in items:  # failed and requeued items took this time, too
@@ -125,9 +117,8 @@ def _step(
     for item, one in zip(items, passes, strict=True):
         progress = item.progress
         progress.model_s, progress.layer = one.seconds, one.layer
-        if one.exit_layer >= 0:
-            left.append((item, _outcome_of_pass(item, one)))
-            progress.forward = None  # releases its hidden states
+        if one.reason:
+            left.append((item, outcome_of(item)))
         else:
             staying.append(item)
     group[:] = staying
@@ -140,15 +131,3 @@ def _step(
     preempted = [item for item in group if queue.has_more_urgent_than(item)]
     group[:] = [item for item in group if item not in preempted]
     queue.requeue(*preempted)
-
-
-def _outcome_of_pass(item: Item, one: ForwardPass) -> Outcome:
-    """The outcome of a forward pass of the kernels, which chose the exit."""
-    progress, monitor = item.progress, item.job.monitor
-    progress.passed = one.readings
-    if one.is_far and monitor is not None:
-        progress.be_cautious(monitor)
-    reason: ExitReason = "threshold" if one.is_below_tau else "max_layer"
-    if one.exit_layer == item.job.model.manifest.num_layers:
-        reason = "last_layer"
-    return outcome_of(item, reason)

@@ -7,6 +7,7 @@ from time import perf_counter
 
 from de3.exits.reading import sigmoid
 from de3.exits.windows import Flag, most_windows
+from de3.model_store.forward import ForwardPass
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
@@ -65,23 +66,34 @@ class Item:
         self.is_short = self.text.chars <= 2 * PIECE
         self.is_sampled = monitor is not None and monitor.samples()
         self.asks_all_exits = self.job.asks_all_exits or self.is_sampled
-        self.progress = Progress(self.job.choice.rule)
+        self.progress = Progress()
 
     @property
     def can_share(self) -> bool:
         """True if it may run in a group; a text that started in a group stays in one."""
-        fits = self.group_s <= MAX_STEP_S or self.progress.forward is not None
+        fits = self.group_s <= MAX_STEP_S or self.progress.is_grouped
         return self.is_short and self.job.in_groups and fits
 
     def restart(self) -> None:
         """Reset a text whose group failed, so that it runs again from the start, alone."""
-        self.is_short, self.progress = False, Progress(self.job.choice.rule)
+        self.is_short, self.progress = False, Progress()
 
     def start(self, tokens: Tokens) -> None:
-        """Set the text's tokens, before its first layer runs."""
-        self.progress.tokens = tokens
-        if self.keeps_states:
-            self.progress.states = self.job.model.empty_states()
+        """Begin the forward pass of the text, or of its next window."""
+        progress, monitor, rule = self.progress, self.job.monitor, self.job.choice.rule
+        before = progress.forward  # of the window before
+        if self.keeps_states and progress.windows is None:
+            progress.states = self.job.model.empty_states()
+        progress.tokens, progress.layer = tokens, 0
+        progress.forward = ForwardPass(
+            tokens,
+            rule if before is None else before.rule,
+            self.job.model.deepest_exit(rule.max_layer),
+            self.asks_all_exits,
+            1.0 if monitor is None else monitor.tau_factor,
+            before is not None and before.is_far,
+            progress.states,
+        )
 
 
 @dataclass(slots=True, eq=False)

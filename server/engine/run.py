@@ -6,11 +6,11 @@ The windows of a text that has several run one after the other, until its answer
 from collections.abc import Callable
 from time import perf_counter
 
-from de3.exits.rule import ExitReason
 from de3.exits.windows import EXPECTED_CHANGE
 from de3.model_store.segments import Tokens
 from de3.server.engine.job import Item
 from de3.server.engine.outcome import Decisive, Outcome
+from de3.server.engine.progress import WindowProgress
 from de3.server.engine.queue import WorkQueue
 from de3.server.errors import RequestError
 
@@ -25,88 +25,60 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
     before each stretch that cannot be preempted.
     """
     progress = item.progress
-    if progress.tokens is None and not _tokenize(item, queue, occupy):
+    if progress.forward is None and not _tokenize(item, queue, occupy):
         return None
-    while True:
-        reason = _run_layers(item, queue, occupy)
-        if reason is None:
-            return None
-        if progress.windows is None:
-            return outcome_of(item, reason)
+    while _run_layers(item, queue, occupy):
+        forward, windows = progress.forward, progress.windows
+        assert forward is not None and forward.reason is not None
+        if windows is None:
+            return outcome_of(item)
         progress.end_window()
-        change = EXPECTED_CHANGE if progress.rule.tau > 0 else 1.0
-        if reason == "deadline" or progress.windows.combination.is_settled(change):
-            return outcome_of(item, reason)
+        change = EXPECTED_CHANGE if forward.rule.tau > 0 else 1.0
+        if forward.reason == "deadline" or windows.combination.is_settled(change):
+            return outcome_of(item)
+        item.start(windows.all[len(windows.ran)])
         if item.job.is_dropped:
             return None
         if queue.has_more_urgent_than(item):
             queue.requeue(item)
             return None
+    return None
 
 
-def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> ExitReason | None:
-    """Run a text, or its current window, through the layers until it exits; returns the reason, or None as in run()."""
-    job, model, rule, progress = item.job, item.job.model, item.job.choice.rule, item.progress
-    assert progress.tokens is not None
-    started = last = perf_counter()
-    deepest = model.deepest_exit(rule.max_layer)
-    # At τ = 0 only the deepest exit is needed.
-    may_leave_early = rule.tau > 0 or item.asks_all_exits
-    layer_s = job.served.timing.layer_s(len(progress.tokens))
-    reason: ExitReason | None = None
-    for layer in range(progress.layer, deepest + 1):
+def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> bool:
+    """Run a text, or its current window, through the layers until it exits; False where run() returns None."""
+    job, progress, forward = item.job, item.progress, item.progress.forward
+    assert forward is not None
+    layer_s, monitor = job.served.timing.layer_s(len(forward.tokens)), job.monitor
+    while True:
         if item.ends is not None and progress.has_answer and perf_counter() + layer_s > item.ends:
-            reason = "deadline"
-            break
+            forward.exit("deadline")
+            return True
         occupy(layer_s)
-        segment = model.segments[layer]
-        asked = segment.is_exit and (may_leave_early or layer == deepest)
-        if progress.hidden is None:
-            progress.num_tokens += len(progress.tokens)
-            step = segment.embed(progress.tokens, asked)
-        else:
-            step = segment.run(progress.hidden, asked)
-        progress.hidden = step.hidden
-        if progress.states is not None and layer < len(progress.states):
-            progress.states[layer] = model.pooled(step.hidden)
-        if step.logits is not None:
-            distances = None if step.distances is None else step.distances.tolist()
-            progress.record(rule.read(layer, step.logits.tolist(), distances), job.monitor)
-            reason = _exit_reason(item, deepest)
-            if reason:
-                break
-        now = perf_counter()
-        last, spent = now, now - last
-        if job.is_dropped:
+        if forward.layer == 0:
+            progress.num_tokens += len(forward.tokens)
+        before = forward.seconds
+        job.model.layer_by_layer([forward], monitor.limits if monitor else None, layers=1)
+        spent = forward.seconds - before
+        progress.model_s += spent
+        progress.layer = forward.layer
+        if forward.reason or job.is_dropped:
             queue.charge((job, spent))
-            return None
+            return forward.reason is not None
         if queue.has_more_urgent_than(item, spent):
-            progress.layer = layer + 1
-            progress.model_s += now - started
             queue.requeue(item)
-            return None
-    now = perf_counter()
-    progress.model_s += now - started
-    queue.charge((job, now - last))
-    progress.hidden = None
-    return reason
+            return False
 
 
-def _exit_reason(item: Item, deepest: int) -> ExitReason | None:
-    """The reason for a text to exit at the exit that was just evaluated; None if it continues."""
-    reading = item.progress.passed[-1]
-    if reading.layer == item.job.model.manifest.num_layers:
-        return "last_layer"
-    if item.progress.rule.exits(reading.score):
-        return "threshold"
-    return "max_layer" if reading.layer == deepest else None
+def outcome_of(item: Item) -> Outcome:
+    """The outcome of an item that exited; releases its forward pass.
 
-
-def outcome_of(item: Item, reason: ExitReason) -> Outcome:
-    """The outcome of an item that exited. If the item is sampled, also adds its first reading to the drift sample."""
-    progress = item.progress
-    assert progress.tokens is not None
-    passed, ran, num_windows, combination, decisive = progress.passed, [], 1, None, None
+    If the item is sampled, also adds its first reading to the drift sample.
+    """
+    progress, forward = item.progress, item.progress.forward
+    assert forward is not None and forward.reason is not None
+    progress.forward = None
+    passed, ran, num_windows, combination, decisive = forward.readings, [], 1, None, None
     if progress.windows is not None:
         ran, num_windows = progress.windows.ran, len(progress.windows.all)
         passed, combination = [r for window in ran for r in window.passed], progress.windows.combination
@@ -120,16 +92,16 @@ def outcome_of(item: Item, reason: ExitReason) -> Outcome:
         item.job.monitor.sample(passed[0])
     return Outcome(
         layer=reading.layer,
-        reason=reason,
-        rule=progress.rule,
+        reason=forward.reason,
+        rule=forward.rule,
         reading=reading,
         passed=passed,
         tokens=progress.num_tokens,
-        truncated=progress.tokens.truncated,
+        truncated=forward.tokens.truncated,
         queue_s=0.0 if item.job.is_shadow else pending_s,  # shadow jobs report no queue time
         tokenize_s=progress.tokenize_s,
         model_s=progress.model_s,
-        is_far=progress.is_far,
+        is_far=forward.is_far,
         windows=ran,
         num_windows=num_windows,
         decisive=decisive,
@@ -160,11 +132,10 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
             spent = perf_counter() - started
             progress.tokenize_s += spent
         if tokens is not None:
-            if isinstance(tokens, Tokens):
-                item.start(tokens)
-            else:
-                progress.split(tokens, job.flag)
-                item.is_short = False  # too long for a group
+            if not isinstance(tokens, Tokens):
+                progress.windows = WindowProgress(tokens, job.choice.rule, job.flag)
+                tokens, item.is_short = tokens[0], False  # too long for a group
+            item.start(tokens)
             progress.tokenization = None
             queue.charge((job, spent))
             return True
