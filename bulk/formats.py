@@ -17,7 +17,7 @@ import orjson
 
 from de3.bulk.source import Slice
 from de3.columns import pyarrow_module, table_of
-from de3.tables import SEPARATOR
+from de3.data.tables import SEPARATOR
 
 KINDS = (".csv", ".jsonl", ".parquet", ".tsv")
 ROW_GROUP = 2**16

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any, BinaryIO
 
 from de3.columns import pyarrow_module
-from de3.tables import MAX_DEPTH
+from de3.data.tables import MAX_DEPTH
 
 PAGES_BYTES = 2**29  # limit on the largest pages of all columns together
 READ_BYTES = 2**26  # limit on the values of one read, if the largest of a dictionary are repeated

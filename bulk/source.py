@@ -9,7 +9,7 @@ from typing import Any
 from de3.bulk.pages import rows_at_once
 from de3.client import Input
 from de3.columns import pyarrow_module
-from de3.tables import MAX_LINE, SHOWN, BadRow, Columns, records, text_of
+from de3.data.tables import MAX_LINE, SHOWN, BadRow, Columns, records, text_of
 
 SLICE_ROWS = 2048
 SLICE_CHARS = 2**22  # a slice ends once it has this many characters, which bounds memory

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from de3.data.examples import Example
+from de3.data.split import related
 from de3.exits import calibration, risk
 from de3.exits.calibration import FINE_TAUS, Outcome, Samples
 from de3.exits.recorded import Recorded
@@ -15,9 +17,7 @@ from de3.exits.reference import quantiles
 from de3.exits.signals import SIGNALS, Risk, Signal
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Calibration, Defaults, RiskWeights
-from de3.training.data import Example
-from de3.training.progress import console
-from de3.training.split import related
+from de3.progress import console
 
 CHOICES = ("auto", *SIGNALS)
 MIN_CERTIFY = 850  # groups

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from de3.data.examples import Example, check_apart, with_original
 from de3.exits.calibration import paired_interval
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule, exit_index
@@ -20,10 +21,9 @@ from de3.model_store.architecture import Precision, precision_of
 from de3.model_store.manifest import NAME, Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
+from de3.progress import console, warn
 from de3.training.checkpoint import Checkpoint
-from de3.training.data import Example, check_apart, with_original
 from de3.training.evaluate import weaknesses
-from de3.training.progress import console, warn
 
 MIN_SAME_EXIT = 0.8  # share of samples; a lower share gives a warning
 

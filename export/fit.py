@@ -11,7 +11,7 @@ from de3.exits.calibration import FINE_TAUS, Samples
 from de3.exits.recorded import Recorded
 from de3.export.states import POOLINGS
 from de3.export.training_set import Target, TrainingSet, sigmoid
-from de3.training.progress import console, track
+from de3.progress import console, track
 
 HELD_OUT = 5  # the pooling and the ridges are chosen on a fifth of the texts
 RIDGES = (1e-2, 1e-3, 1e-4)  # strongest first

@@ -9,6 +9,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from de3.data.examples import Example, Label, input_of, label_of, to_examples
+from de3.data.split import Split, groups_of, split
+from de3.data.tables import Text, labels_in, pair_of
 from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import fit, states
 from de3.export.classifier import Stock, convert
@@ -18,10 +21,7 @@ from de3.export.training_set import Target, TrainingSet, numbered
 from de3.model_store.architecture import Precision
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
-from de3.tables import Text, labels_in, pair_of
-from de3.training.data import Example, Label, input_of, label_of, to_examples
-from de3.training.progress import console
-from de3.training.split import Split, groups_of, split
+from de3.progress import console
 
 MAX_HELD_BACK = 4000
 FEW_TEXTS = 500

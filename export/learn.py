@@ -23,9 +23,9 @@ from de3.model_store.graph import quantize
 from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.records import Records
 from de3.model_store.store import Artifact, Store
+from de3.progress import console
 from de3.server.learn.job import Found, Job
 from de3.server.learn.record import HeldOut
-from de3.training.progress import console
 
 FOLDS = 4  # of cross-fitting: the risk is fitted to outputs of exits that were fitted without the text
 HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and maximum number of the new texts that test the exits

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from de3.data.examples import Example
+from de3.data.tables import pair_of
 from de3.export.errors import ExportError
 from de3.model_store.model import Model
-from de3.tables import pair_of
+from de3.progress import console
 from de3.training.checkpoint import Checkpoint
-from de3.training.data import Example
 from de3.training.encoded import encode
-from de3.training.progress import console
 
 MAX_FP32_DIFFERENCE = 1e-3
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from de3.data.examples import check_apart, check_input, load_examples
 from de3.export import records
 from de3.export.calibrate import Calibrated, Part, calibrate
 from de3.export.record import record
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
-from de3.training.data import check_apart, check_input, load_examples
-from de3.training.progress import warn
+from de3.progress import warn
 
 MIN_TEXTS = 500  # distinct, as for de3 import: fewer certify hardly any τ
 SEED = 0

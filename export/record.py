@@ -6,12 +6,12 @@ from os import cpu_count
 
 import numpy as np
 
+from de3.data.examples import Example, label_array
+from de3.data.tables import pair_of
 from de3.exits.recorded import Recorded
 from de3.model_store.model import Model
 from de3.model_store.segments import Step
-from de3.tables import pair_of
-from de3.training.data import Example, label_array
-from de3.training.progress import track
+from de3.progress import track
 
 
 def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:

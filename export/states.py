@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from de3.data.tables import Text, pair_of
 from de3.export.weights import save
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
-from de3.tables import Text, pair_of
-from de3.training.progress import console, track
+from de3.progress import console, track
 
 CHUNK = 1024  # texts
 POOLINGS = ("mean", "cls")

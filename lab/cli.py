@@ -74,7 +74,7 @@ def learn(
 
     Example: python -m lab learn runs/stock/model --texts runs/stock/texts.jsonl --then electronics.tsv
     """
-    from de3.tables import Columns, read_rows
+    from de3.data.tables import Columns, read_rows
     from lab import learn as learning
     from lab.soak import check_plots
 

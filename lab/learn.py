@@ -18,13 +18,13 @@ from urllib.request import urlopen
 
 import numpy as np
 
+from de3.data.examples import Example
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.guarantee import profiles
 from de3.export.record import record
 from de3.loadtest.servers import Server, process_tree, running
 from de3.model_store.model import Model
 from de3.model_store.store import Store, StoreError
-from de3.training.data import Example
 
 CONNECTIONS = 8
 WINDOW = 500  # texts in each window of the rates over time

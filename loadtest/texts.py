@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from de3.tables import Columns, records, text_of
+from de3.data.tables import Columns, records, text_of
 
 
 @dataclass(frozen=True, slots=True)

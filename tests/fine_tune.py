@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from de3.training.data import Example
+from de3.data.examples import Example
+from de3.progress import Meter
 from de3.training.encoded import encode
-from de3.training.progress import Meter
 from de3.training.settings import TrainSettings
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from de3.data.examples import Example
 from de3.exits.calibration import FINE_TAUS
 from de3.export.classifier import Stock, convert
 from de3.export.fit import Exits
@@ -22,7 +23,6 @@ from de3.export.publish import write_exits
 from de3.model_store.architecture import Architecture, Precision
 from de3.model_store.segments import session_options
 from de3.model_store.store import Artifact, Store
-from de3.training.data import Example
 from de3.training.settings import TrainSettings
 from tests.commands import de3
 from tests.fine_tune import fine_tune

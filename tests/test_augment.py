@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from de3.data.examples import Example
 from de3.training.augment import augment, neighbours
-from de3.training.data import Example
 from tests.fixtures import save_encoder
 
 words = st.lists(st.sampled_from("good bad film plot the".split()), min_size=1, max_size=8).map(" ".join)  # noqa: SIM905

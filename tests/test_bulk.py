@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import de3
-from de3 import tables
 from de3.bulk import formats, pages, parts, pool, run, source
 from de3.bulk.formats import KINDS
 from de3.bulk.parts import Parts
@@ -28,9 +27,10 @@ from de3.bulk.report import report
 from de3.bulk.source import Source
 from de3.client import Input, ServerError
 from de3.columns import Answers
+from de3.data import tables
+from de3.data.tables import MAX_DEPTH, SEPARATOR, Columns
 from de3.loadtest.servers import process_tree
 from de3.model_store.store import Store
-from de3.tables import MAX_DEPTH, SEPARATOR, Columns
 from tests.commands import de3 as command
 from tests.commands import refusal
 from tests.fixtures import make_rows

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from de3.data.examples import Example
 from de3.exits import bound, calibration, risk
 from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
@@ -17,7 +18,6 @@ from de3.exits.rule import exit_index
 from de3.exits.signals import Edr, Entropy, Signal, signal_of
 from de3.export import calibrate as export_calibrate
 from de3.export.calibrate import MIN_CERTIFY, Calibrated, Part, calibrate, joined
-from de3.training.data import Example
 
 
 def recorded(n: int = 400, seed: int = 0, of_a_group: int = 1) -> Recorded:

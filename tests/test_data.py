@@ -8,11 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from de3 import tables
-from de3.tables import Columns
-from de3.training import data
-from de3.training import split as splits
-from de3.training.data import Example
+from de3.data import split as splits
+from de3.data import tables
+from de3.data.examples import (
+    Example,
+    check_apart,
+    label_order,
+    load_examples,
+    rename,
+    save_examples,
+    to_examples,
+)
+from de3.data.tables import Columns
 from de3.training.encoded import Encoded, training_batches
 
 
@@ -84,18 +91,18 @@ def test_a_datasets_folder(tmp_path: Path) -> None:
 
 
 def test_labels_are_ordered_as_numbers_if_they_are_numbers() -> None:
-    assert data.label_order([("x", "10"), ("x", "9"), ("x", "1")]) == ["1", "9", "10"]
-    assert data.label_order([("x", "b"), ("x", "a")]) == ["a", "b"]
-    assert data.label_order([("x", "²"), ("x", "--1"), ("x", "-1")]) == ["-1", "--1", "²"]
+    assert label_order([("x", "10"), ("x", "9"), ("x", "1")]) == ["1", "9", "10"]
+    assert label_order([("x", "b"), ("x", "a")]) == ["a", "b"]
+    assert label_order([("x", "²"), ("x", "--1"), ("x", "-1")]) == ["-1", "--1", "²"]
 
 
 def test_labels_are_renamed_in_order_and_unknown_ones_refused() -> None:
     rows = [("x", "1"), ("y", "0")]
-    assert data.rename(rows, "bad, good") == [("x", "good"), ("y", "bad")]
+    assert rename(rows, "bad, good") == [("x", "good"), ("y", "bad")]
     with pytest.raises(ValueError, match="--label-names must name each once"):
-        data.rename(rows, "bad")
+        rename(rows, "bad")
     with pytest.raises(ValueError, match=r"labels \['1'\] are not among"):
-        data.to_examples(rows, ["0"])
+        to_examples(rows, ["0"])
 
 
 @settings(max_examples=60)
@@ -149,18 +156,18 @@ def test_data_that_cannot_be_split_say_so(texts: list[str], held_back: int | Non
 
 def test_at_most_a_twentieth_of_the_certifying_texts_may_have_been_tuned_on() -> None:
     tune, others = ([Example(f"{name}{i}", 0) for i in range(100)] for name in "tc")
-    data.check_apart(tune, [tune[0], *others[:19]], Path("t"), Path("c"))
+    check_apart(tune, [tune[0], *others[:19]], Path("t"), Path("c"))
     with pytest.raises(ValueError, match="c: 2 of its texts are in t"):
-        data.check_apart(tune, [*tune[:2], *others[:18]], Path("t"), Path("c"))
+        check_apart(tune, [*tune[:2], *others[:18]], Path("t"), Path("c"))
 
 
 def test_groups_and_fragments_come_back(tmp_path: Path) -> None:
     saved = [Example("a b", 1, "a b"), Example("b", 0, "a b", True), Example("c", 0), Example("d", 1, "0")]
-    data.save_examples(tmp_path / "x.jsonl", saved, ["no", "yes"])
-    loaded = data.load_examples(tmp_path / "x.jsonl", ["no", "yes"])
+    save_examples(tmp_path / "x.jsonl", saved, ["no", "yes"])
+    loaded = load_examples(tmp_path / "x.jsonl", ["no", "yes"])
     assert [repr(e) for e in loaded] == [repr(e) for e in saved]  # == ignores groups and fragments
     numbers = write(tmp_path / "y.jsonl", '{"text": "a", "label": "no", "group": 0}\n' * 2)
-    assert [e.group for e in data.load_examples(numbers, ["no", "yes"])] == ["0", "0"]
+    assert [e.group for e in load_examples(numbers, ["no", "yes"])] == ["0", "0"]
 
 
 def test_parts_mark_fragments_and_name_their_whole_text() -> None:

@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from de3.data.examples import Example, load_examples, save_examples
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy, Risk
@@ -24,9 +25,7 @@ from de3.model_store.graph import quantize
 from de3.model_store.model import Model
 from de3.model_store.segments import session_options
 from de3.model_store.store import Store
-from de3.training import data as datas
 from de3.training.checkpoint import Checkpoint, write_record
-from de3.training.data import Example
 from de3.training.encoded import encode
 from de3.training.model import De3Model
 from de3.training.predict import predict
@@ -55,7 +54,7 @@ def untrained(folder: Path, encoder: Path, **settings: object) -> Path:
     write_record(folder, finished=True)
     examples = [Example(text, i % 3) for i, (text, _) in enumerate(make_rows(120, 5))]
     for part, some in (("tune", examples[:60]), ("certify", examples[60:])):
-        datas.save_examples(folder / f"{part}.jsonl", some, LABELS)
+        save_examples(folder / f"{part}.jsonl", some, LABELS)
     return folder
 
 
@@ -224,7 +223,7 @@ def test_calibration_is_honest(tmp_path_factory: pytest.TempPathFactory) -> None
     assert manifest.calibration is not None
     parts = []
     for name in ("tune", "certify"):
-        examples = datas.load_examples(folder / f"checkpoint/{name}.jsonl", LABELS)
+        examples = load_examples(folder / f"checkpoint/{name}.jsonl", LABELS)
         parts.append(Part.of(record(Model(artifact, "onnxruntime"), examples), examples))
     found = exporter.calibrate(*parts, manifest.calibration.max_loss)
     assert manifest.calibration == found.calibration

@@ -19,6 +19,8 @@ from onnxruntime import InferenceSession
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from de3.data.examples import to_examples
+from de3.data.tables import Columns, read_rows
 from de3.export import importing, states
 from de3.export.cache import artifact_of
 from de3.export.classifier import Stock
@@ -29,8 +31,6 @@ from de3.export.training_set import Target, TrainingSet, numbered
 from de3.model_store.families import FAMILIES
 from de3.model_store.model import Model
 from de3.model_store.store import Store
-from de3.tables import Columns, read_rows
-from de3.training import data
 from de3.training.checkpoint import Checkpoint
 from tests.commands import WITHOUT_TORCH, de3, invoke, refusal
 from tests.fixtures import made_once, make_rows, save_encoder
@@ -58,7 +58,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
     """The folder of a stock classifier, fine-tuned on the labelled data."""
-    examples = data.to_examples(read_rows(data_file, Columns("sentence"))[:1200], ["0", "1"])
+    examples = to_examples(read_rows(data_file, Columns("sentence"))[:1200], ["0", "1"])
     return fine_tuned(tmp_path_factory, "classifier", encoder, ["bad", "good"], examples, epochs=4)
 
 

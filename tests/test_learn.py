@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from de3.data.examples import Example
 from de3.exits.guarantee import error_of
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
@@ -54,7 +55,6 @@ from de3.server.learn.record import HeldOut, Record
 from de3.server.learn.reservoir import OTHERS, Reservoir
 from de3.server.rules import Rules
 from de3.server.settings import Settings
-from de3.training.data import Example
 from tests.commands import de3, refusal
 from tests.fixtures import made_once, make_rows, save_encoder
 from tests.jobs import fit_job

@@ -10,13 +10,12 @@ import httpx
 import numpy as np
 import pytest
 
+from de3.data.examples import Example, label_array, label_of, load_examples, save_examples
 from de3.export.classifier import Stock
 from de3.export.importing import answers
 from de3.export.record import record
 from de3.model_store.model import Model
 from de3.model_store.store import Store, StoreError
-from de3.training import data
-from de3.training.data import Example, label_array, label_of
 from de3.training.evaluate import f1
 from tests.commands import de3
 from tests.fixtures import BAD, FILLER, GOOD, make_rows
@@ -255,8 +254,8 @@ def test_labels_as_arrays_and_back(tmp_path: Path) -> None:
     labels = [(0, 2), (), (1,)]
     assert [label_of(row) for row in label_array(labels, 3)] == labels
     examples = [Example(f"text {i}", label) for i, label in enumerate(labels)]
-    data.save_examples(tmp_path / "x.jsonl", examples, NAMES)
-    assert data.load_examples(tmp_path / "x.jsonl", NAMES, multi_label=True) == examples
+    save_examples(tmp_path / "x.jsonl", examples, NAMES)
+    assert load_examples(tmp_path / "x.jsonl", NAMES, multi_label=True) == examples
     for label, message in (
         ('["praise", "anger"]', "'anger'"),
         ("0", "a label, text or a whole number|'0'"),
@@ -265,14 +264,14 @@ def test_labels_as_arrays_and_back(tmp_path: Path) -> None:
     ):
         (tmp_path / "y.jsonl").write_text(f'{{"text": "a", "label": {label}}}\n')
         with pytest.raises(ValueError, match=message):
-            data.load_examples(tmp_path / "y.jsonl", NAMES, multi_label=True)
+            load_examples(tmp_path / "y.jsonl", NAMES, multi_label=True)
     rows = [{"text": "a", "label": "praise | story"}, {"text": "b", "label": ""}]
     (tmp_path / "z.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = data.load_examples(tmp_path / "z.jsonl", NAMES, multi_label=True)
+    read = load_examples(tmp_path / "z.jsonl", NAMES, multi_label=True)
     assert [example.label for example in read] == [(0, 2), ()]
     (tmp_path / "z.jsonl").write_text('{"text": "a", "label": ["praise"]}\n')
     with pytest.raises(ValueError, match="must be a label, text or a whole number"):
-        data.load_examples(tmp_path / "z.jsonl", NAMES)
+        load_examples(tmp_path / "z.jsonl", NAMES)
 
 
 def test_an_unsound_manifest_is_refused(imported: Path, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from de3 import tables
+from de3.data import tables
+from de3.data.examples import Example, label_order, load_examples, save_examples, to_examples
 from de3.exits.recorded import Recorded
 from de3.model_store.store import Store
-from de3.training import checks, data
+from de3.training import checks
 from de3.training import loss as losses
 from de3.training.checkpoint import Checkpoint
 from de3.training.evaluate import exit_scores, f1, weaknesses
@@ -116,9 +117,9 @@ def test_labels_are_checked() -> None:
             checks.labels(Counter(counts), 9)
     with pytest.raises(ValueError, match="80 labels in 100 rows"):
         checks.labels(Counter({str(i): 3 for i in range(80)}), 100)
-    one, many = data.Example("a", (1,)), data.Example("b", (0, 2))
+    one, many = Example("a", (1,)), Example("b", (0, 2))
     assert "train without --multi-label" in checks.label_counts([one, one])[0]
-    assert checks.label_counts([one, many]) == checks.label_counts([one, data.Example("c", ())]) == []
+    assert checks.label_counts([one, many]) == checks.label_counts([one, Example("c", ())]) == []
     with pytest.raises(ValueError, match="no sample of y is left"):
         checks.held_out(checks.Split([one, many], [one], [one]), ["a", "b", "c", "y"])
 
@@ -128,11 +129,11 @@ def test_a_label_may_have_a_bar_in_it_where_labels_are_a_list(tmp_path: Path) ->
     file = tmp_path / "x.jsonl"
     file.write_text('{"text": "a", "label": ["x|y", "z", "z"]}\n{"text": "b", "label": "x | y"}\n')
     rows = tables.read_rows(file, columns)
-    assert data.label_order(rows, multi_label=True) == ["x", "x|y", "y", "z"]
-    examples = data.to_examples(rows, ["x", "x|y", "y", "z"], multi_label=True)
+    assert label_order(rows, multi_label=True) == ["x", "x|y", "y", "z"]
+    examples = to_examples(rows, ["x", "x|y", "y", "z"], multi_label=True)
     assert [e.label for e in examples] == [(1, 3), (0, 2)]
-    data.save_examples(file, examples, ["x", "x|y", "y", "z"])
-    assert data.load_examples(file, ["x", "x|y", "y", "z"], multi_label=True) == examples
+    save_examples(file, examples, ["x", "x|y", "y", "z"])
+    assert load_examples(file, ["x", "x|y", "y", "z"], multi_label=True) == examples
 
 
 def test_a_dataset_of_numbers_has_the_names_of_its_labels(tmp_path: Path) -> None:

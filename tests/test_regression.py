@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from de3.client import Client
+from de3.data.examples import Example, load_examples, save_examples, with_original
 from de3.exits import formulas
 from de3.exits.reading import sigmoid
 from de3.exits.recorded import Recorded
@@ -27,8 +28,6 @@ from de3.loadtest.client import label_of
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
 from de3.model_store.store import Store, StoreError
-from de3.training import data
-from de3.training.data import Example
 from de3.training.evaluate import correlation, correlations
 from tests.commands import de3, refusal
 from tests.fixtures import BAD, GOOD, make_rows, save_encoder
@@ -75,7 +74,7 @@ def test_an_artifact_records_its_tolerance(imported: Path, stock: Path) -> None:
     texts = (imported / "texts.txt").read_text().splitlines()
     theirs = answers(Stock.open("", stock), texts, None, TOLERANCE)
     examples = [Example(text, one, original=one) for text, one in zip(texts, theirs, strict=True)]
-    recorded = data.with_original(record(Model(artifact, "onnxruntime"), examples), examples)
+    recorded = with_original(record(Model(artifact, "onnxruntime"), examples), examples)
     assert recorded.correct[:, -1].mean() > 0.97  # the original's answers, except where int8 changes them
     assert (recorded.differs == ~recorded.correct).all()
     pearson, spearman = correlations(recorded)
@@ -285,7 +284,7 @@ def test_a_recalibration_keeps_the_tolerance_and_counts_against_full_depth(
     shutil.copytree(imported / "store", tmp_path / "store")
     for part, seed in (("tune", 21), ("certify", 22)):
         examples = [Example(text, value_of(text)) for text, _ in make_rows(400, seed)]
-        data.save_examples(tmp_path / f"{part}.jsonl", examples, ["praise"])
+        save_examples(tmp_path / f"{part}.jsonl", examples, ["praise"])
     parts = f"--tune {tmp_path}/tune.jsonl --certify {tmp_path}/certify.jsonl"
     output = de3(f"calibrate praise --store {tmp_path}/store {parts} --max-loss 5")
     assert "counts disagreement against full depth" in " ".join(output.split())
@@ -298,12 +297,12 @@ def test_values_as_labels_and_back(tmp_path: Path) -> None:
     examples = [Example("a", 1.5), Example(("b", "c"), 0.0)]
     path = tmp_path / "x.jsonl"
     for part in ([examples[0]], [examples[1]]):
-        data.save_examples(path, part, ["praise"])
-        assert data.load_examples(path, ["praise"], regression=True) == part
+        save_examples(path, part, ["praise"])
+        assert load_examples(path, ["praise"], regression=True) == part
     for label in ("true", '"much"', "null", "[1]", "1e999", '"nan"'):
         path.write_text(f'{{"text": "a", "label": {label}}}\n')
         with pytest.raises(ValueError, match="label"):
-            data.load_examples(path, ["praise"], regression=True)
+            load_examples(path, ["praise"], regression=True)
 
 
 @given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=2, max_size=30))

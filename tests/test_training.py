@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from de3 import tables
+from de3.data import split as splits
+from de3.data import tables
+from de3.data.examples import load_examples, rename, to_examples
 from de3.exits.recorded import Recorded
-from de3.training import data as datas
-from de3.training import split as splits
 from de3.training import trainer
 from de3.training.encoded import Encoded, encode, training_batches
 from de3.training.model import De3Model
@@ -53,8 +53,8 @@ def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
 
 def test_held_back_samples_are_not_trained_on(checkpoint: Path, data_file: Path) -> None:
     parts = parts_of(data_file)
-    assert datas.load_examples(checkpoint / "tune.jsonl", NAMES) == parts.tune
-    assert datas.load_examples(checkpoint / "certify.jsonl", NAMES) == parts.certify
+    assert load_examples(checkpoint / "tune.jsonl", NAMES) == parts.tune
+    assert load_examples(checkpoint / "certify.jsonl", NAMES) == parts.certify
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
@@ -134,8 +134,8 @@ def test_rates_warm_up_and_fall_to_0_and_gradients_are_clipped(tmp_path: Path, e
 
 def parts_of(data_file: Path) -> splits.Split:
     """The split that the command makes."""
-    rows = datas.rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
-    return splits.split(datas.to_examples(rows, NAMES), 0, 300)
+    rows = rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
+    return splits.split(to_examples(rows, NAMES), 0, 300)
 
 
 def test_resuming_a_finished_training_or_with_other_settings_changes_nothing(
@@ -227,7 +227,7 @@ def test_groups_of_a_column_stay_in_one_part(tmp_path: Path, encoder: Path) -> N
         )
         config = De3Model.from_pretrained(out).config
         assert (config.exit_layers, config.pooling) == (exits, "mean" if len(exits) == 4 else "cls")
-        parts = [datas.load_examples(out / f"{part}.jsonl", ["bad", "good"]) for part in ("tune", "certify")]
+        parts = [load_examples(out / f"{part}.jsonl", ["bad", "good"]) for part in ("tune", "certify")]
         users = [{e.group for e in part} for part in parts]
         assert [len(part) for part in parts] == [30, 30]  # 5 users with 6 rows each
         assert [len(group) for group in users] == [5, 5] and not users[0] & users[1]

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
+from de3.data.examples import Example
 from de3.exits.recorded import Recorded
 from de3.export.errors import ExportError
 from de3.export.exporter import int8_loss
 from de3.training import checks, trainer
 from de3.training.checkpoint import Checkpoint
-from de3.training.data import Example
 from de3.training.evaluate import weaknesses
 from tests.commands import de3, invoke, refusal
 from tests.fixtures import make_rows, save_encoder

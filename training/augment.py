@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from de3.tables import Text
-from de3.training.data import Example
+from de3.data.examples import Example
+from de3.data.tables import Text
 
 JOINTS = (" ", " , ", " and ", " but ", " . ")
 JOINED, REPLACED, DELETED = 0.5, 0.2, 0.05  # shares of texts joined, and of words replaced and deleted

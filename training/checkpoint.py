@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from de3.data.examples import Example, check_input, load_examples
 from de3.model_store.sizes import read_config
 from de3.training.config import MODEL_TYPE, CheckpointConfig, model_type
-from de3.training.data import Example, check_input, load_examples
 
 if TYPE_CHECKING:
     from de3.training.model import De3Model

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from de3.tables import SEPARATOR, Text
-from de3.training.data import Example
-from de3.training.split import Split
+from de3.data.examples import Example
+from de3.data.split import Split
+from de3.data.tables import SEPARATOR, Text
 
 MAX_LABELS = 1000
 FEW = 5  # a label with fewer rows gets a warning

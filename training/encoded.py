@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from de3.tables import pair_of
-from de3.training.data import Example, label_array
-from de3.training.progress import track
+from de3.data.examples import Example, label_array
+from de3.data.tables import pair_of
+from de3.progress import track
 
 
 @dataclass(frozen=True)

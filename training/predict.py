@@ -5,9 +5,9 @@ import torch
 from numpy.typing import NDArray
 
 from de3.exits.recorded import Recorded
+from de3.progress import track
 from de3.training.encoded import Encoded, evaluation_batches
 from de3.training.model import De3Config, De3Model
-from de3.training.progress import track
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from de3.progress import track
 from de3.training import loss as losses
 from de3.training.encoded import Encoded, training_batches
 from de3.training.model import De3Model
-from de3.training.progress import track
 
 
 def finish(model: De3Model, data: Encoded, pad_id: int, how: str, lr: float, seed: int, bf16: bool) -> None:

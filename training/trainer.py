@@ -14,17 +14,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from de3.data.examples import Example, save_examples
+from de3.data.split import Split
+from de3.progress import Meter, console, warn
 from de3.training import augment, prototypes
 from de3.training import loss as losses
 from de3.training.checkpoint import Checkpoint, is_finished, read_record, write_record
-from de3.training.data import Example, save_examples
 from de3.training.encoded import Encoded, encode, training_batches
 from de3.training.evaluate import exit_scores, exit_table, weaknesses
 from de3.training.model import De3Model
 from de3.training.predict import predict
-from de3.training.progress import Meter, console, warn
 from de3.training.settings import TrainSettings
-from de3.training.split import Split
 
 RESUME = "resume.safetensors"
 

@@ -11,8 +11,8 @@ import typer
 
 from de3.commands.models import check_url
 from de3.commands.options import console, fields_of, with_fields
+from de3.data.tables import Columns
 from de3.exits.signals import SIGNALS
-from de3.tables import Columns
 
 if TYPE_CHECKING:
     from de3.bulk.pool import Pool

@@ -20,7 +20,7 @@ from de3.commands.options import (
     say,
     with_fields,
 )
-from de3.tables import Columns
+from de3.data.tables import Columns
 
 
 @with_fields(Columns)
@@ -58,9 +58,9 @@ def evaluate(
 
     Example: de3 evaluate runs/sst2 data/dev.tsv --text-column sentence --label-names negative,positive
     """
-    from de3.training import data
+    from de3.data.examples import check_input, rename, to_examples, with_original
+    from de3.progress import warn
     from de3.training import evaluate as evaluation
-    from de3.training.progress import warn
 
     lams = _lambdas(lambdas)
     subject = _open(model)
@@ -76,8 +76,8 @@ def evaluate(
         if not (has_labels or columns.regression):
             rows = [(text, subject.names[0]) for text, _ in rows]  # replaced by the original's answers below
         elif not columns.regression:
-            rows = data.rename(rows, label_names, columns.multi_label)
-        examples = data.to_examples(rows, subject.names, columns.multi_label, columns.regression)
+            rows = rename(rows, label_names, columns.multi_label)
+        examples = to_examples(rows, subject.names, columns.multi_label, columns.regression)
         if original is not None:
             examples = _answered(original, examples, subject, has_labels)
     elif original is not None:
@@ -86,8 +86,8 @@ def evaluate(
         raise ValueError(f"give the data: {model} has no held-out samples, unlike a checkpoint of de3 train")
     else:
         examples = subject.checkpoint.held_out("certify")
-    data.check_input(examples, subject.input, str(file or dataset or model))
-    recorded = data.with_original(subject.record(examples), examples)
+    check_input(examples, subject.input, str(file or dataset or model))
+    recorded = with_original(subject.record(examples), examples)
     curves = evaluation.curves(recorded, lams, subject.risk)
     output = Console()
     output.print(evaluation.exit_table(recorded))
@@ -223,8 +223,8 @@ def _report_artifact(served: Any, recorded: Any, examples: list[Any], output: Co
     """
     from de3.commands.timing import measure_times
     from de3.exits.trade_offs import TradeOffs
+    from de3.progress import warn
     from de3.training import evaluate as evaluation
-    from de3.training.progress import warn
 
     manifest, times = served.model.manifest, measure_times(served, examples)
     tau, signal, calibration = manifest.defaults.tau, manifest.default_signal, manifest.calibration

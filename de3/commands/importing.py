@@ -23,7 +23,7 @@ from de3.commands.options import (
     next_serve,
     with_fields,
 )
-from de3.tables import Columns, read_groups, read_rows, records
+from de3.data.tables import Columns, read_groups, read_rows, records
 
 RATE = 0.02  # disagreement rate at which the speed-up is reported
 WITH_RECORDS = ("model", "name", "records_files", "store", "quantize")
@@ -127,14 +127,15 @@ def import_model(
         _import_records(model, records_files, name, store, quantize)
         return
     assert texts is not None
+    from de3.data.examples import Example
     from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
     from de3.export.classifier import Stock
     from de3.export.exporter import ExportSettings
     from de3.export.importing import ImportSettings, import_classifier
     from de3.export.original import original_of
     from de3.model_store.store import Store
-    from de3.training import checks, data
-    from de3.training.progress import console, warn
+    from de3.progress import console, warn
+    from de3.training import checks
 
     check_groups(fragments, group_column)
     if tolerance is not None and not MIN_TOLERANCE <= tolerance <= MAX_TOLERANCE:  # also rejects NaN
@@ -157,7 +158,7 @@ def import_model(
         rows = read_rows(texts, columns)
         groups = None if group_column is None else read_groups(records(texts, columns), group_column)
         tokenizer = Tokenizer.from_str(stock.tokenizer.decode())
-        warn(checks.unknown_tokens(tokenizer, [data.Example(text, 0) for text, _ in rows]))
+        warn(checks.unknown_tokens(tokenizer, [Example(text, 0) for text, _ in rows]))
         how = ImportSettings(threshold, tolerance, label is not None, fragments, seed)
         try:
             path = import_classifier(stock, rows, groups, folder, how, Store(store), settings)
@@ -187,7 +188,7 @@ def _import_records(model: str, files: list[Path], name: str, store: Path, quant
     from de3.export.learn import import_records
     from de3.library import artifact_of
     from de3.model_store.store import Store
-    from de3.training.progress import console
+    from de3.progress import console
 
     ExportSettings(name, quantize)  # validates both
     path = import_records(artifact_of(model, store, quantize), files, Store(store), name, RATE)

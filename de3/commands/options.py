@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from typer.models import OptionInfo
 
-from de3 import tables
+from de3.data import tables
+from de3.data.tables import Columns, Text
 from de3.exits.signals import SIGNALS
-from de3.tables import Columns, Text
 from de3.training import settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -6,6 +6,8 @@ from time import thread_time
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.data.examples import Example
+from de3.data.tables import pair_of
 from de3.server.engine.group import run_group
 from de3.server.engine.job import Item, Job
 from de3.server.engine.outcome import Outcome
@@ -15,8 +17,6 @@ from de3.server.engine.run import Result, run
 from de3.server.engine.served import Served
 from de3.server.rules import Choice
 from de3.server.settings import ExitOptions
-from de3.tables import pair_of
-from de3.training.data import Example
 from de3.training.evaluate import Times
 
 BLOCK = 25  # texts that run to one depth before the next depth

@@ -27,7 +27,7 @@ from de3.commands.options import (
     say,
     with_fields,
 )
-from de3.tables import Columns, Text, dataset_records, labels_in, read_groups, records
+from de3.data.tables import Columns, Text, dataset_records, labels_in, read_groups, records
 from de3.training.settings import MULTI_LABEL_HEAD_LR, Recipe, TrainSettings
 
 # Options that do not apply to a multi-label model.
@@ -137,12 +137,13 @@ def train(
     need_train_extra()
     import torch
 
+    from de3.data.examples import input_of
+    from de3.data.split import split as split_examples
     from de3.model_store.families import family
-    from de3.training import checks, data, pretrained
+    from de3.progress import warn
+    from de3.training import checks, pretrained
     from de3.training import recipe as recipes
     from de3.training.model import De3Model
-    from de3.training.progress import warn
-    from de3.training.split import split as split_examples
     from de3.training.trainer import train as run
 
     check_groups(fragments, group_column)
@@ -183,7 +184,7 @@ def train(
         gamma=gamma,
         thresholds=[0.5 if threshold is None else threshold] * len(names) if multi_label else None,
         max_tokens=min(tokenizer.model_max_length, family(described).max_tokens(described)),
-        input=data.input_of(examples),
+        input=input_of(examples),
     )
     command = shlex.join(["de3", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
     try:
@@ -208,14 +209,15 @@ def _labelled(
 
     Raises ValueError for labels that a model cannot be trained on.
     """
-    from de3.training import checks, data
+    from de3.data.examples import label_order, rename, to_examples
+    from de3.training import checks
 
     counts = Counter(label for _, cell in rows for label in labels_in(cell, multi_label))
     warnings = checks.labels(counts, len(rows) if multi_label else None)
-    rows = data.rename(rows, label_names, multi_label)
-    order = data.label_order(rows, multi_label)
+    rows = rename(rows, label_names, multi_label)
+    order = label_order(rows, multi_label)
     names = [name.strip() for name in label_names.split(",")] if label_names else order
-    examples = data.to_examples(rows, names, multi_label)
+    examples = to_examples(rows, names, multi_label)
     return examples, names, warnings + (checks.label_counts(examples) if multi_label else [])
 
 

@@ -20,18 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
+from de3.data.examples import Example, input_of, label_order, to_examples
+from de3.data.split import Split, split
 from de3.exits.recorded import Recorded
-from de3.training import data
+from de3.progress import console, track
 from de3.training.checkpoint import Checkpoint, is_finished
 from de3.training.config import CheckpointConfig
-from de3.training.data import Example
 from de3.training.encoded import Encoded, encode, evaluation_batches
 from de3.training.model import De3Model
 from de3.training.pretrained import quiet
-from de3.training.progress import console, track
 from de3.training.recipe import by_size
 from de3.training.settings import TrainSettings
-from de3.training.split import Split, split
 from de3.training.trainer import train
 from lab.experiments.tasks import TASKS, minilm
 
@@ -165,9 +164,7 @@ class Trained:
             return self.checkpoint.held_out("certify")
         split, names = _parts(self.cell, self.root)
         return (
-            data.to_examples(TASKS[self.cell.task].unseen(self.root), names)
-            if part == "unseen"
-            else split.train
+            to_examples(TASKS[self.cell.task].unseen(self.root), names) if part == "unseen" else split.train
         )
 
     def states(self, part: str) -> States:
@@ -235,8 +232,8 @@ def _parts(cell: Cell, root: Path) -> tuple[Split, list[str]]:
     """The samples of a cell, split into parts, and the names of the labels."""
     task = TASKS[cell.task]
     rows = task.train(root)
-    names = data.label_order(rows)
-    examples = data.to_examples(rows, names)
+    names = label_order(rows)
+    examples = to_examples(rows, names)
     if cell.fold is not None:
         if task.fragments:
             raise ValueError(f"{cell.name}: folds would put a text and its fragments apart")
@@ -281,7 +278,7 @@ def _train(cell: Cell, root: Path, runs: Path, out: Path, encoder: str) -> None:
         encoder,
         names,
         exit_layers=list(range(layers + 1)),
-        input=data.input_of(parts.train),
+        input=input_of(parts.train),
         gamma=gamma,
         pooling=pooling,
     )

@@ -28,7 +28,7 @@ from de3.exits.recorded import Recorded
 from de3.exits.risk import cross_fit, fit
 from de3.exits.rule import exit_index
 from de3.exits.signals import Risk
-from de3.training.progress import track
+from de3.progress import track
 from lab.experiments.cells import Cell, States, Trained
 from lab.experiments.command import command
 from lab.experiments.measures import (

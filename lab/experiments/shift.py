@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.data.examples import Example
 from de3.exits import formulas, reference
 from de3.exits.betting import Floats
 from de3.exits.calibration import FINE_TAUS, LAMS, speedup
@@ -24,7 +25,6 @@ from de3.exits.recorded import Recorded
 from de3.exits.risk import cross_fit, fit
 from de3.exits.rule import exit_index
 from de3.exits.signals import Edr
-from de3.training.data import Example
 from lab.experiments.cells import Cell, States, Trained
 from lab.experiments.command import command
 from lab.experiments.measures import (

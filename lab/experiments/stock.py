@@ -12,11 +12,11 @@ from typing import Annotated
 
 import typer
 
-from de3.tables import Columns, read_rows
-from de3.training import data
+from de3.data.examples import label_order, save_examples, to_examples
+from de3.data.split import split
+from de3.data.tables import Columns, read_rows
 from de3.training.pretrained import quiet
 from de3.training.settings import TrainSettings
-from de3.training.split import split
 from lab.experiments.tasks import REGRESSIONS, TASKS, minilm
 from tests.fine_tune import fine_tune
 
@@ -50,8 +50,8 @@ def main(
         if multi_label
         else (TASKS | REGRESSIONS)[task].train(root)
     )
-    names = ["score"] if is_regression else data.label_order(read, is_multi)
-    examples = data.to_examples(read, names, is_multi, is_regression)
+    names = ["score"] if is_regression else label_order(read, is_multi)
+    examples = to_examples(read, names, is_multi, is_regression)
     parts = split(examples, seed, (len(examples) - rows) // 2, fragments)
     left_out = parts.tune + parts.certify
     if fragments:
@@ -60,7 +60,7 @@ def main(
     settings = TrainSettings(batch_size=batch_size, lr=lr, epochs=epochs, seed=seed)
     print(f"{len(parts.train)} rows to train on, {len(left_out)} texts left out")
     out.mkdir(parents=True, exist_ok=True)
-    data.save_examples(out / "texts.jsonl", left_out, names)
+    save_examples(out / "texts.jsonl", left_out, names)
     model, tokenizer = fine_tune(encoder or minilm(), names, parts.train[:rows], settings)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")

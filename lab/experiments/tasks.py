@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from de3.tables import Columns, Text, read_rows
+from de3.data.tables import Columns, Text, read_rows
 
 Rows = list[tuple[Text, str]]
 

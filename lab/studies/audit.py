@@ -20,7 +20,7 @@ from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
 from de3.exits.signals import Signal
 from de3.loadtest import report
-from de3.training.progress import track
+from de3.progress import track
 
 Kind = Literal["stationary", "switch", "drift", "bursts"]
 KINDS: tuple[Kind, ...] = ("stationary", "switch", "drift", "bursts")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from de3.commands.options import fields_of, with_fields
+from de3.data.tables import Columns, read_rows
 from de3.loadtest.options import (
     Json,
     LabelColumn,
@@ -20,7 +21,6 @@ from de3.loadtest.options import (
     Texts,
 )
 from de3.loadtest.texts import read
-from de3.tables import Columns, read_rows
 from lab.options import AuditShare, Core, Earlier, Png, StartLayers, open_model, show
 
 app = typer.Typer(
@@ -463,11 +463,11 @@ def wall(
 
     Example: python -m lab study wall dev.tsv --text-column sentence --label-names negative,positive
     """
+    from de3.data.examples import check_input, rename, to_examples
     from de3.loadtest import report
     from de3.model_store.store import Store
     from de3.server.models import load
     from de3.server.settings import Settings
-    from de3.training import data
     from lab.engines import pinned
     from lab.studies import wall as study
 
@@ -475,15 +475,15 @@ def wall(
     if not earlier:
         if texts is None:
             raise ValueError("wall: needs labelled texts, or results to --show")
-        rows = data.rename(read_rows(texts, Columns(**fields_of(Columns, reading))), label_names)
+        rows = rename(read_rows(texts, Columns(**fields_of(Columns, reading))), label_names)
         with pinned(core):
             settings: dict[str, Any] = {}  # the defaults
             served = load(Store(store).open(model), Settings(**settings))
             manifest = served.model.manifest
             if manifest.thresholds is not None or manifest.tolerance is not None:
                 raise ValueError(f"{model}: this study is of models whose classes are mutually exclusive")
-            examples = data.to_examples(rows, manifest.labels)
-            data.check_input(examples, manifest.input, str(texts))
+            examples = to_examples(rows, manifest.labels)
+            check_input(examples, manifest.input, str(texts))
             taus = sorted({0.0, *(tau or (*study.TAUS, manifest.defaults.tau))})
             results = [study.wall(served, examples, taus, rounds)]
     show(*study.table(results), json_file, results)

@@ -8,7 +8,7 @@ import numpy as np
 from de3.exits import calibration
 from de3.exits.calibration import Samples
 from de3.exits.signals import Signal
-from de3.training.progress import track
+from de3.progress import track
 
 
 def guarantee(

@@ -19,8 +19,8 @@ from de3.model_store.manifest import Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records
 from de3.model_store.store import Store
+from de3.progress import console, track
 from de3.server.audit.auditor import Traffic
-from de3.training.progress import console, track
 
 SIZES = (500, 750, 1125, 1687, 2530, 3795)  # number of texts before each fit
 END = 8000  # number of texts in a stream

@@ -14,7 +14,7 @@ from de3.exits.windows import EXPECTED_CHANGE, MAX_WINDOWS, OVERLAP, Combination
 from de3.loadtest.texts import Sample
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
-from de3.training.progress import track
+from de3.progress import track
 
 Exits = list[tuple[int, list[float], list[float] | None]]  # layer, logits, distances
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.data.examples import Example
 from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
 from de3.export.record import record
 from de3.loadtest.texts import read
 from de3.model_store.model import Model
-from de3.training.data import Example
 
 NO_LABEL = -1
 

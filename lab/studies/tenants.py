@@ -15,11 +15,11 @@ import numpy as np
 from de3.exits.guarantee import profiles
 from de3.exits.recorded import Recorded
 from de3.model_store.manifest import Manifest
+from de3.progress import track
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.tenant import Settled
 from de3.server.rules import Rules
 from de3.server.settings import Settings
-from de3.training.progress import track
 
 BATCH = 50
 SKEW = 2.0  # the hardest texts are drawn up to this many times as often by one tenant as by another

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from de3.data.examples import Example
 from de3.exits.rule import exit_index
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.server.models import load
 from de3.server.settings import Settings
-from de3.training.data import Example
 from lab.studies import overhead as study
 from lab.studies.overhead import Stripped
 from lab.studies.samples import recorded

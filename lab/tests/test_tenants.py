@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from de3.training.data import Example
+from de3.data.examples import Example
 from lab.learn import WINDOW, Answer
 from lab.tenants import table
 from lab.tests.commands import lab

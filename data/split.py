@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from de3.tables import Text
-from de3.training.data import Example
+from de3.data.examples import Example
+from de3.data.tables import Text
 
 SHORTEST_FRAGMENT = 3  # words; shorter fragments occur everywhere
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.data.tables import JOINT, Columns, Text, labels_in, pair_of, records, row_of
 from de3.exits.recorded import Recorded
-from de3.tables import JOINT, Columns, Text, labels_in, pair_of, records, row_of
 
 Label = int | float | tuple[int, ...]
 MAX_SHARED = 0.05  # share of the certifying texts that may be in the tuning file: real traffic repeats texts
