@@ -30,7 +30,7 @@ def texts_of(records: Records, manifest: Manifest) -> TrainingSet:
 def opened(files: Sequence[Path], manifest: Manifest) -> Records:
     """The records of one or more servers of a model; raises ValueError for unusable files."""
     found = []
-    for file in files:
+    for file in {file.resolve(): file for file in files}.values():  # a file given twice counts once
         try:
             found.append(read(file, MAX_FILE_BYTES))
             check(found[-1], manifest)

@@ -32,8 +32,8 @@ from de3.exits.signals import Entropy
 from de3.export import fit
 from de3.export import learn as learning
 from de3.export.classifier import Stock, convert
+from de3.export.records import opened, thinned
 from de3.export.records import texts_of as training_set
-from de3.export.records import thinned
 from de3.model_store import records as files
 from de3.model_store.forward import ForwardPass
 from de3.model_store.manifest import Learned, Manifest, base_of
@@ -468,6 +468,9 @@ def test_exits_are_imported_from_the_records_of_several_servers(
     some.part(np.arange(250, 400)).write(tmp_path / "b")
     store = tmp_path / "store"
     shutil.copytree(stock_store, store)
+    assert (
+        len(opened([tmp_path / "a", tmp_path / "b", tmp_path / "a"], base.manifest)) == 400
+    )  # one counts once
     said = de3(f"import base --records {tmp_path}/a --records {tmp_path}/b --name both --store {store}")
     assert "held-out records the exits allow" in said and "both/1" in said
     made = Store(store).open("both")

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,6 +167,9 @@ def import_model(
             command = shlex.join(["de3", *sys.argv[1:]])
             console.print(f"interrupted; continue with: {command}", markup=False, soft_wrap=True)
             sys.exit(130)
+    if work is None:
+        with suppress(OSError):  # it is not empty
+            folder.parent.rmdir()
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
     console.print(
         f"published {path} ({size:.1f} MB). Next: {next_serve(store, name)}",
