@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.data.tables import JOINT, Columns, Text, labels_in, pair_of, records, row_of
+from de3.data.tables import JOINT, Columns, TextOrPair, labels_in, pair_of, records, row_of
 from de3.exits.recorded import Recorded
 
 Label = int | float | tuple[int, ...]
@@ -30,14 +30,14 @@ class Example:
         original: the imported classifier's answer, as a label; None: unknown.
     """
 
-    text: Text
+    text: TextOrPair
     label: Label
     group: str | None = field(default=None, compare=False)
     is_fragment: bool = field(default=False, compare=False)
     original: Label | None = field(default=None, compare=False)
 
 
-def label_order(rows: Sequence[tuple[Text, str]], multi_label: bool = False) -> list[str]:
+def label_order(rows: Sequence[tuple[TextOrPair, str]], multi_label: bool = False) -> list[str]:
     """The distinct labels of rows: first whole numbers, in numeric order, then the others, alphabetically."""
     labels = {label for _, cell in rows for label in labels_in(cell, multi_label)}
     return sorted(labels, key=lambda x: (0, int(x), x) if re.fullmatch("-?[0-9]+", x) else (1, 0, x))
@@ -72,7 +72,7 @@ def label_of(row: NDArray[Any] | np.generic) -> Label:
 
 
 def to_examples(
-    rows: Sequence[tuple[Text, str]],
+    rows: Sequence[tuple[TextOrPair, str]],
     names: Sequence[str],
     multi_label: bool = False,
     regression: bool = False,
@@ -100,8 +100,8 @@ def to_examples(
 
 
 def rename(
-    rows: Sequence[tuple[Text, str]], label_names: str | None, multi_label: bool = False
-) -> list[tuple[Text, str]]:
+    rows: Sequence[tuple[TextOrPair, str]], label_names: str | None, multi_label: bool = False
+) -> list[tuple[TextOrPair, str]]:
     """Rows with their labels renamed.
 
     label_names: the new names, comma-separated, in the order of `label_order`; None keeps the labels. Raises ValueError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from de3.data.examples import Example
-from de3.data.tables import Text
+from de3.data.tables import TextOrPair
 
 SHORTEST_FRAGMENT = 3  # words; shorter fragments occur everywhere
 
@@ -41,16 +41,16 @@ def split(
         raise ValueError(f"cannot hold out 2 x {size} of {len(examples)} samples; set --held-back")
     texts = {e.text for e in examples}
     whole = whole_texts(texts) if fragments else {t: {one} for t, one in related(examples).items()}
-    members: dict[Text, list[Example]] = defaultdict(list)
+    members: dict[TextOrPair, list[Example]] = defaultdict(list)
     for example in examples:
         if len(whole[example.text]) == 1 or not _is_short(example.text):
             members[min(whole[example.text], key=repr)].append(example)
 
-    def rank(text: Text) -> bytes:
+    def rank(text: TextOrPair) -> bytes:
         return hashlib.sha256(f"{seed}\0{text!r}".encode()).digest()
 
     # Whole texts with their fragments, in an order given by the seed, fill tune first, then certify.
-    part_of: dict[Text, int] = {}
+    part_of: dict[TextOrPair, int] = {}
     filled = 0
     for text in sorted({text for texts in whole.values() for text in texts}, key=rank):
         part_of[text] = min(filled // size, 2)
@@ -71,11 +71,11 @@ def split(
     return Split(train=train, tune=tune, certify=certify)
 
 
-def _in_its_text(example: Example, whole: set[Text]) -> Example:
+def _in_its_text(example: Example, whole: set[TextOrPair]) -> Example:
     return replace(example, group=str(min(whole, key=repr)), is_fragment=whole != {example.text})
 
 
-def groups_of(examples: Sequence[Example], fragments: bool = False) -> list[Text]:
+def groups_of(examples: Sequence[Example], fragments: bool = False) -> list[TextOrPair]:
     """For each example, the representative of its group; with `fragments`, a text and its fragments form a group."""
     if not fragments:
         one_of = related(examples)
@@ -84,27 +84,27 @@ def groups_of(examples: Sequence[Example], fragments: bool = False) -> list[Text
     return [min(whole[e.text], key=repr) for e in examples]
 
 
-def related(examples: Sequence[Example]) -> dict[Text, Text]:
+def related(examples: Sequence[Example]) -> dict[TextOrPair, TextOrPair]:
     """For each text, a representative of the texts related to it by shared groups, directly or through others."""
-    parent: dict[Text, Text] = {e.text: e.text for e in examples}
+    parent: dict[TextOrPair, TextOrPair] = {e.text: e.text for e in examples}
 
-    def root(text: Text) -> Text:
+    def root(text: TextOrPair) -> TextOrPair:
         while parent[text] != text:
             parent[text] = text = parent[parent[text]]
         return text
 
-    first: dict[str, Text] = {}
+    first: dict[str, TextOrPair] = {}
     for example in examples:
         if example.group is not None:
             parent[root(example.text)] = root(first.setdefault(example.group, example.text))
     return {text: root(text) for text in parent}
 
 
-def whole_texts(texts: set[Text]) -> dict[Text, set[Text]]:
+def whole_texts(texts: set[TextOrPair]) -> dict[TextOrPair, set[TextOrPair]]:
     """For each text, the longest texts that contain it word for word; itself if it is a pair or in no other text."""
     by_words = {tuple(t.split()): t for t in texts if isinstance(t, str)}
     lengths = {len(words) for words in by_words}
-    inside: dict[Text, set[Text]] = defaultdict(set)
+    inside: dict[TextOrPair, set[TextOrPair]] = defaultdict(set)
     for words, text in by_words.items():
         for length in lengths:
             for start in range(len(words) - length + 1) if length < len(words) else ():
@@ -114,5 +114,5 @@ def whole_texts(texts: set[Text]) -> dict[Text, set[Text]]:
     return {text: {whole for whole in inside[text] if not inside[whole]} or {text} for text in texts}
 
 
-def _is_short(text: Text) -> bool:
+def _is_short(text: TextOrPair) -> bool:
     return isinstance(text, str) and len(text.split()) < SHORTEST_FRAGMENT

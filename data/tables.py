@@ -11,7 +11,7 @@ from typing import Annotated, Any, TextIO
 
 from typer import Option
 
-Text = str | tuple[str, str]
+TextOrPair = str | tuple[str, str]
 SEPARATOR = "|"  # between the labels of a text in a cell of a file
 JOINT = "\x1f"  # between the labels of a text in a row, because labels in a JSON list may contain |
 PANEL = "Data"
@@ -22,7 +22,7 @@ SHOWN = 1000  # number of characters kept of a bad row
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def pair_of(text: Text) -> tuple[str, str | None]:
+def pair_of(text: TextOrPair) -> tuple[str, str | None]:
     """A text, or the first text of a pair, and the second one; None: it is not a pair."""
     return text if isinstance(text, tuple) else (text, None)
 
@@ -241,7 +241,7 @@ def _is_deep(value: Any) -> bool:
     return bool(level)
 
 
-def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
+def read_rows(path: Path, columns: Columns) -> list[tuple[TextOrPair, str]]:
     """The (text, label) rows of a file; "" for no label.
 
     Raises ValueError, naming file, line and column, if a column or a value is missing or invalid.
@@ -249,7 +249,7 @@ def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
     return [row_of(record, columns, where) for where, record in records(path, columns)]
 
 
-def row_of(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
+def row_of(record: Any, columns: Columns, where: str) -> tuple[TextOrPair, str]:
     """The text or pair, and the label, of one record; raises ValueError with `where` and the reason."""
     label = "" if columns.label is None else _label(record, columns, where)
     _check_characters(label, str(columns.label), where)
@@ -335,7 +335,7 @@ def read_groups(records: Iterable[tuple[str, Any]], column: str) -> list[str]:
     return [str(_value(record, column, where, "--group-column")).strip() for where, record in records]
 
 
-def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, str]]:
+def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[TextOrPair, str]]:
     """The (text, label) rows of a Hugging Face data set, "path" or "path:config".
 
     Label numbers are replaced by label names if the data set has them. Raises ValueError as read_rows does, and without

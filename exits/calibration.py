@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TradeOff:
     """Accuracy and cost of one signal and τ on a set of samples; model_store.manifest.TradeOff documents the fields."""
 
     signal: str
@@ -96,7 +96,7 @@ def speedup(num_layers: int, mean_exit_layer: float) -> float:
     return min(MAX_SPEEDUP, num_layers / mean_exit_layer) if mean_exit_layer > 0 else MAX_SPEEDUP
 
 
-def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Outcome:
+def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> TradeOff:
     """The outcome of exiting at score < τ; scores are (n, exits)."""
     recorded = samples.recorded
     index = exit_index(scores, tau)
@@ -107,7 +107,7 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Out
     loss, error = mean_and_error(full.astype(float) - early, samples.groups) if tau > 0 else (0.0, 0.0)
     mean_layer = float(np.asarray(recorded.exit_layers)[index].mean())
     size = effective_size(early, samples.groups)
-    return Outcome(
+    return TradeOff(
         signal=signal.name,
         lam=signal.lam,
         tau=tau,
@@ -161,7 +161,7 @@ def paired_interval(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tupl
 
 def trade_off(
     samples: Samples, signal: Signal, taus: Sequence[float] = TAUS, scores: Floats | None = None
-) -> list[Outcome]:
+) -> list[TradeOff]:
     """The outcomes of one signal by ascending τ; their disagreement bounds never decrease (see `exits.bound`).
 
     scores: cross-fitted scores, (n, exits); None for the signal's own.
@@ -184,12 +184,12 @@ def trade_off(
     return [replace(row, disagreement_bound=b) for row, b in zip(rows, bounds, strict=True)]
 
 
-def upper_loss(row: Outcome) -> float:
+def upper_loss(row: TradeOff) -> float:
     """The one-sided 95% upper bound of a row's loss."""
     return row.loss + Z95_ONE_SIDED * (row.loss_interval[1] - row.loss) / Z95
 
 
-def within_loss(table: Iterable[Outcome], max_loss: float) -> Outcome:
+def within_loss(table: Iterable[TradeOff], max_loss: float) -> TradeOff:
     """The last row, by ascending τ, up to which every row's loss is below max_loss with 95% confidence.
 
     The rows of one signal are tested in this order, which was fixed before the data were seen. The first that fails
@@ -204,12 +204,12 @@ def within_loss(table: Iterable[Outcome], max_loss: float) -> Outcome:
     return chosen
 
 
-def speed_within(table: Iterable[Outcome], disagreement: float) -> float:
+def speed_within(table: Iterable[TradeOff], disagreement: float) -> float:
     """The highest speed-up of the rows whose disagreement is at most `disagreement`; the row τ = 0 always counts."""
     return max(row.speedup for row in table if row.tau == 0 or row.disagreement <= disagreement)
 
 
-def mean_speedup(table: Sequence[Outcome]) -> float:
+def mean_speedup(table: Sequence[TradeOff]) -> float:
     """The geometric mean of a signal's speed-ups at 1, 2 and 5% disagreement.
 
     Disagreement is with full depth or, for an import, with the original.

@@ -10,7 +10,7 @@ MIN_GAIN = 1.1  # least speed-up of a row of `under_load` relative to the previo
 class TradeOffs:
     """The rows of a calibration table for one signal, by ascending τ; raises ValueError without full depth (τ = 0).
 
-    A row is an exits.calibration.Outcome, or a manifest's TradeOff, which has the same fields.
+    A row is an exits.calibration.TradeOff, or a manifest's TradeOff, which has the same fields.
     """
 
     def __init__(self, rows: Sequence[Any]) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from de3.data.examples import Example
 from de3.data.split import related
 from de3.exits import calibration, risk
-from de3.exits.calibration import FINE_TAUS, Outcome, Samples
+from de3.exits.calibration import FINE_TAUS, Samples, TradeOff
 from de3.exits.recorded import Recorded
 from de3.exits.reference import quantiles
 from de3.exits.signals import SIGNALS, Risk, Signal
@@ -25,7 +25,7 @@ MIN_GAIN = 1.05  # least speed-up, relative to risk's, at which another signal i
 
 
 @dataclass(frozen=True)
-class Part:
+class CalibrationPart:
     """Recorded held-out samples.
 
     Attributes:
@@ -37,7 +37,7 @@ class Part:
     is_whole: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, recorded: Recorded, examples: Sequence[Example]) -> "Part":
+    def of(cls, recorded: Recorded, examples: Sequence[Example]) -> "CalibrationPart":
         """The part with these examples and their recorded outputs, in the same order."""
         one_of = related(examples)
         groups = np.unique([repr(one_of[e.text]) for e in examples], return_inverse=True)[1].astype(np.int64)
@@ -64,8 +64,8 @@ class Calibrated:
 
 
 def calibrate(
-    tune: Part,
-    certify: Part,
+    tune: CalibrationPart,
+    certify: CalibrationPart,
     max_loss: float,
     wanted: str = "auto",
     self_labelled: bool = False,
@@ -130,7 +130,7 @@ def calibrate(
     return Calibrated(calibrated, weights, defaults)
 
 
-def _rivals(tune: Part, fitted: Risk) -> dict[str, tuple[Signal, float]]:
+def _rivals(tune: CalibrationPart, fitted: Risk) -> dict[str, tuple[Signal, float]]:
     """The signals by name (EDR at its best λ), each with its mean speed-up on the tuning samples."""
     whole = tune.whole
     scores = risk.cross_fit(tune.samples.recorded, tune.samples.groups)[tune.is_whole]
@@ -153,7 +153,9 @@ def _choose(signals: dict[str, tuple[Signal, float]]) -> str:
     return name if signals[name][1] > MIN_GAIN * signals["risk"][1] else "risk"
 
 
-def _certifying(tune: Part, certify: Part, signal: Signal, pooled: bool) -> tuple[Samples, Any]:
+def _certifying(
+    tune: CalibrationPart, certify: CalibrationPart, signal: Signal, pooled: bool
+) -> tuple[Samples, Any]:
     """The samples that certify a signal, and their scores, (n, exits)."""
     if not pooled:
         return certify.whole, signal.scores(certify.whole.recorded)
@@ -185,7 +187,7 @@ def joined(parts: Sequence[Samples]) -> Samples:
 
 
 def _report(
-    tables: dict[str, list[Outcome]], default: Outcome, samples: Samples, self_labelled: bool
+    tables: dict[str, list[TradeOff]], default: TradeOff, samples: Samples, self_labelled: bool
 ) -> None:
     n = len(samples.recorded.labels)
     reference = "full depth" if samples.recorded.original is None else "the original model"
@@ -225,12 +227,12 @@ def _report(
         )
 
 
-def label(row: Outcome | Defaults) -> str:
+def label(row: TradeOff | Defaults) -> str:
     """Display name of a signal."""
     return f"EDR λ={row.lam:g}" if row.signal == "edr" else row.signal
 
 
-def meaning(row: Outcome | Defaults) -> str:
+def meaning(row: TradeOff | Defaults) -> str:
     """Explanation of the τ of a row, for messages."""
     if row.tau == 0:
         return "never exit early, as no larger τ can be certified on these samples"
@@ -258,7 +260,7 @@ def references(certified: Recorded) -> list[dict[str, Any]]:
     return references
 
 
-def rounded(outcome: Outcome) -> dict[str, Any]:
+def rounded(outcome: TradeOff) -> dict[str, Any]:
     """The fields of an outcome, rounded to six decimals, which is finer than their precision."""
 
     def rounded(value: Any) -> Any:

@@ -13,7 +13,7 @@ from de3.exits.calibration import paired_interval
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule, exit_index
 from de3.export.build import manifest_of
-from de3.export.calibrate import CHOICES, Part, calibrate
+from de3.export.calibrate import CHOICES, CalibrationPart, calibrate
 from de3.export.errors import ExportError
 from de3.export.record import record
 from de3.export.trained import Trained
@@ -136,9 +136,9 @@ def certified(
         expected = record(plain, certify, "fp32 for comparison")
         proof["int8"] = int8_loss(recorded, expected, settings.max_int8_loss)
     warn(weaknesses(recorded, exported.manifest.labels))
-    certifying = Part.of(recorded, certify)
+    certifying = CalibrationPart.of(recorded, certify)
     calibrated = calibrate(
-        Part.of(tuned, tune), certifying, settings.max_loss, settings.signal, self_labelled
+        CalibrationPart.of(tuned, tune), certifying, settings.max_loss, settings.signal, self_labelled
     )
     final = exported.manifest.model_copy(update=calibrated.fields())
     if is_int8:

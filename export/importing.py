@@ -11,7 +11,7 @@ import numpy as np
 
 from de3.data.examples import Example, Label, input_of, label_of, to_examples
 from de3.data.split import Split, groups_of, split
-from de3.data.tables import Text, labels_in, pair_of
+from de3.data.tables import TextOrPair, labels_in, pair_of
 from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import fit, states
 from de3.export.classifier import Stock, convert
@@ -50,7 +50,7 @@ class ImportSettings:
 
 def import_classifier(
     stock: Stock,
-    rows: Sequence[tuple[Text, str]],
+    rows: Sequence[tuple[TextOrPair, str]],
     groups: Sequence[str] | None,
     work: Path,
     settings: ImportSettings,
@@ -123,7 +123,7 @@ def import_classifier(
 
 
 def answers(
-    stock: Stock, texts: Sequence[Text], thresholds: list[float] | None, tolerance: float | None
+    stock: Stock, texts: Sequence[TextOrPair], thresholds: list[float] | None, tolerance: float | None
 ) -> list[Label]:
     """The classifier's full-depth answers to texts, in the order of the texts, computed in float32."""
     with TemporaryDirectory() as folder:
@@ -182,7 +182,7 @@ def _check_tolerance(stock: Stock, tolerance: float | None, model: Model, some: 
 
 
 def _parts(
-    rows: Sequence[tuple[Text, str]],
+    rows: Sequence[tuple[TextOrPair, str]],
     groups: Sequence[str] | None,
     stock: Stock,
     settings: ImportSettings,

@@ -8,7 +8,7 @@ import numpy as np
 
 from de3.data.examples import check_apart, check_input, load_examples
 from de3.export import records
-from de3.export.calibrate import Calibrated, Part, calibrate
+from de3.export.calibrate import Calibrated, CalibrationPart, calibrate
 from de3.export.record import record
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
@@ -47,7 +47,7 @@ def recalibrate(
     check_apart(tune, certify, tune_file, certify_file)
     model = Model(artifact, "onnxruntime")
     parts = [
-        Part.of(record(model, part, f"the {what} samples"), part)
+        CalibrationPart.of(record(model, part, f"the {what} samples"), part)
         for part, what in ((tune, "tuning"), (certify, "certifying"))
     ]
     _warn_of_full_depth(artifact)
@@ -74,7 +74,9 @@ def recalibrate_on_records(
             f"{count} different texts are too few to calibrate on: at least {MIN_TEXTS} are needed"
         )
     in_tune = (rng.permutation(count) < count // 2)[whole.samples.groups]
-    tune, certify = (Part(whole.samples.rows(rows), whole.is_whole[rows]) for rows in (in_tune, ~in_tune))
+    tune, certify = (
+        CalibrationPart(whole.samples.rows(rows), whole.is_whole[rows]) for rows in (in_tune, ~in_tune)
+    )
     _warn_of_full_depth(artifact)
     return _publish(artifact, store, calibrate(tune, certify, max_loss, signal, self_labelled=True))
 

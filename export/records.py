@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
-from de3.export.calibrate import Part
+from de3.export.calibrate import CalibrationPart
 from de3.export.fit import Exits
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.manifest import Manifest, base_of
@@ -58,9 +58,9 @@ def thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator)
     return rows[rng.random(len(rows)) * most <= SLACK * weights[clients]] if np.isfinite(most) else rows
 
 
-def part_of(recorded: Recorded, groups: NDArray[np.int64]) -> Part:
+def part_of(recorded: Recorded, groups: NDArray[np.int64]) -> CalibrationPart:
     """The recorded outputs of records, all of them whole texts, with the number of each text's group."""
-    return Part(Samples(recorded, groups), np.ones(len(groups), np.bool_))
+    return CalibrationPart(Samples(recorded, groups), np.ones(len(groups), np.bool_))
 
 
 def exits_of(model: Artifact) -> Exits:

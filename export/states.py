@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from de3.data.tables import Text, pair_of
+from de3.data.tables import TextOrPair, pair_of
 from de3.export.weights import save
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
@@ -59,7 +59,7 @@ class Computed:
 
 
 def compute(
-    model: Model, texts: Sequence[Text], folder: Path, what: str, poolings: Sequence[str] = POOLINGS
+    model: Model, texts: Sequence[TextOrPair], folder: Path, what: str, poolings: Sequence[str] = POOLINGS
 ) -> Computed:
     """Run texts through a classifier without early exits, in parallel on all cores.
 

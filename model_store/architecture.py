@@ -5,13 +5,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from de3.model_store.families import AnyEncoder
-from de3.model_store.part import MAX_LABELS, MAX_LAYERS, MAX_TOKENS, Layer, Part, Width
+from de3.model_store.part import MAX_LABELS, MAX_LAYERS, MAX_TOKENS, Layer, ManifestPart, Width
 
 Label = Annotated[str, Field(max_length=1000)]
 Precision = Literal["fp32", "int8"]
 
 
-class Head(Part):
+class Head(ManifestPart):
     """Last exit of an imported classifier: pooling, a dense layer, an activation, a norm, then the classifier.
 
     Attributes:
@@ -23,7 +23,7 @@ class Head(Part):
     norm: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
-class Architecture(Part):
+class Architecture(ManifestPart):
     """The encoder and the exits of a model.
 
     Attributes:

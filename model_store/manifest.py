@@ -12,7 +12,7 @@ from de3.exits.reference import LEVELS, is_ascending
 from de3.exits.rule import Thresholds
 from de3.exits.signals import FEATURES, Entropy, ModelTraits, Signal, Weights, check_name, signal_of
 from de3.model_store.architecture import Architecture
-from de3.model_store.part import MAX_INT, MAX_LABELS, MAX_LAYERS, Layer, Part, Share
+from de3.model_store.part import MAX_INT, MAX_LABELS, MAX_LAYERS, Layer, ManifestPart, Share
 
 SCHEMA_VERSION: Literal[6] = 6
 
@@ -30,14 +30,14 @@ SignalName = Annotated[str, AfterValidator(check_name)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class FileEntry(Part):
+class FileEntry(ManifestPart):
     """Hash and size of one file."""
 
     sha256: Sha256
     bytes: int = Field(ge=0, le=MAX_INT)
 
 
-class _Signal(Part):
+class _Signal(ManifestPart):
     """A signal, whose score is compared with τ, and its λ if it is edr."""
 
     signal: SignalName
@@ -81,14 +81,14 @@ class TradeOff(_Signal):
     histogram: list[Share] = Field(max_length=MAX_LAYERS)
 
 
-class RiskWeights(Part):
+class RiskWeights(ManifestPart):
     """Weights of exits.signals.Risk at one exit."""
 
     layer: Layer
     weights: list[Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(min_length=FEATURES, max_length=FEATURES)
 
 
-class Reference(Part):
+class Reference(ManifestPart):
     """Distribution of the certifying samples' signals at one exit, as quantiles at exits.reference.LEVELS.
 
     Attributes:
@@ -111,7 +111,7 @@ class Reference(Part):
         return self
 
 
-class Calibration(Part):
+class Calibration(ManifestPart):
     """The choice of the defaults, and the accuracy and cost of every certified signal.
 
     Attributes:
@@ -149,7 +149,7 @@ class Calibration(Part):
         return self
 
 
-class Learned(Part):
+class Learned(ManifestPart):
     """Origin of exits that were fitted to records of live traffic.
 
     Attributes:

@@ -15,7 +15,7 @@ Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 
 
-class Part(BaseModel):
+class ManifestPart(BaseModel):
     """A part of a manifest: immutable; refuses unknown fields, infinities and NaN."""
 
     model_config = ConfigDict(

@@ -17,7 +17,7 @@ from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
 from de3.exits.signals import Edr, Entropy, Signal, signal_of
 from de3.export import calibrate as export_calibrate
-from de3.export.calibrate import MIN_CERTIFY, Calibrated, Part, calibrate, joined
+from de3.export.calibrate import MIN_CERTIFY, Calibrated, CalibrationPart, calibrate, joined
 
 
 def recorded(n: int = 400, seed: int = 0, of_a_group: int = 1) -> Recorded:
@@ -159,7 +159,7 @@ def test_fragments_neither_choose_nor_certify() -> None:
         parts = []
         for r in (tune, certify):
             changed = broken_rows(r, slice(1000, 1200)) if change else r
-            parts.append(Part.of(changed, examples(1200, fragments=200)))
+            parts.append(CalibrationPart.of(changed, examples(1200, fragments=200)))
         found.append(calibrate(*parts, 0.02, "entropy"))
     one, other = (f.calibration for f in found)
     assert one.certify_size == one.groups == 1000
@@ -174,7 +174,7 @@ def test_fragments_neither_choose_nor_certify() -> None:
 def test_with_many_samples_only_the_certifying_part_certifies() -> None:
     n = MIN_CERTIFY
     tune, certify = recorded(n, 1), recorded(n, 2)
-    parts = [Part.of(r, examples(n)) for r in (tune, certify)]
+    parts = [CalibrationPart.of(r, examples(n)) for r in (tune, certify)]
     found = calibrate(*parts, 0.02)
     fitted = risk.fit(tune)
     assert [tuple(row.weights) for row in found.risk] == [w for w in fitted.weights if w is not None]
@@ -188,7 +188,7 @@ def test_with_many_samples_only_the_certifying_part_certifies() -> None:
 def test_with_few_samples_both_parts_certify_each_with_a_fit_on_the_other(group_of: int, n: int) -> None:
     tune, certify = recorded(n, 1, group_of), recorded(n, 2, group_of)
     whole = n - 60
-    parts = [Part.of(r, examples(n, group_of, fragments=60)) for r in (tune, certify)]
+    parts = [CalibrationPart.of(r, examples(n, group_of, fragments=60)) for r in (tune, certify)]
     found = calibrate(*parts, 0.02)
     scores = [risk.fit(b).scores(a)[:whole] for a, b in ((tune, certify), (certify, tune))]
     number = np.arange(n)
@@ -219,7 +219,7 @@ def assert_certified(found: Calibrated, samples: Samples, scores: np.ndarray) ->
 
 @pytest.mark.usefixtures("few_taus")
 def test_rivals_are_the_risk_fitted_on_other_groups_and_edr_at_its_best_lambda() -> None:
-    part = Part.of(recorded(600, 1, 3), examples(600, 3, fragments=60))
+    part = CalibrationPart.of(recorded(600, 1, 3), examples(600, 3, fragments=60))
     fitted = risk.fit(part.samples.recorded)
     scores = risk.cross_fit(part.samples.recorded, part.samples.groups)[part.is_whole]
 
@@ -245,7 +245,7 @@ def test_another_signal_than_risk_is_chosen_only_if_clearly_faster(gain: float, 
 
 @pytest.mark.usefixtures("few_taus")
 def test_a_chosen_signal_is_the_default() -> None:
-    parts = [Part.of(recorded(300, seed), examples(300)) for seed in (1, 2)]
+    parts = [CalibrationPart.of(recorded(300, seed), examples(300)) for seed in (1, 2)]
     for wanted in ("risk", "edr", "entropy"):
         found = calibrate(*parts, 0.02, wanted)
         assert found.defaults.signal == found.calibration.default.signal == wanted

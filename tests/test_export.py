@@ -15,7 +15,7 @@ from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy, Risk
 from de3.export import exporter
-from de3.export.calibrate import Part
+from de3.export.calibrate import CalibrationPart
 from de3.export.errors import ExportError
 from de3.export.exporter import ExportSettings
 from de3.export.full_depth import export_full_depth
@@ -224,7 +224,7 @@ def test_calibration_is_honest(tmp_path_factory: pytest.TempPathFactory) -> None
     parts = []
     for name in ("tune", "certify"):
         examples = load_examples(folder / f"checkpoint/{name}.jsonl", LABELS)
-        parts.append(Part.of(record(Model(artifact, "onnxruntime"), examples), examples))
+        parts.append(CalibrationPart.of(record(Model(artifact, "onnxruntime"), examples), examples))
     found = exporter.calibrate(*parts, manifest.calibration.max_loss)
     assert manifest.calibration == found.calibration
     assert (manifest.risk, manifest.defaults) == (found.risk, found.defaults)

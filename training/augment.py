@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from de3.data.examples import Example
-from de3.data.tables import Text
+from de3.data.tables import TextOrPair
 
 JOINTS = (" ", " , ", " and ", " but ", " . ")
 JOINED, REPLACED, DELETED = 0.5, 0.2, 0.05  # shares of texts joined, and of words replaced and deleted
 
 
 def neighbours(
-    texts: Sequence[Text], tokenizer: Any, table: torch.Tensor, k: int = 10
+    texts: Sequence[TextOrPair], tokenizer: Any, table: torch.Tensor, k: int = 10
 ) -> dict[str, list[str]]:
     """For each word in `texts`, the k nearest other words in `texts`, by cosine similarity of their embeddings.
 
@@ -36,7 +36,9 @@ def neighbours(
     return nearest_words
 
 
-def augment(examples: Sequence[Example], near: dict[str, list[str]], copies: int, seed: int) -> list[Text]:
+def augment(
+    examples: Sequence[Example], near: dict[str, list[str]], copies: int, seed: int
+) -> list[TextOrPair]:
     """`copies` altered texts per example: words are replaced or deleted.
 
     Half of the single texts are first joined to another text of the data. near: the result of `neighbours`.
@@ -53,7 +55,7 @@ def augment(examples: Sequence[Example], near: dict[str, list[str]], copies: int
                 words.append(word)
         return " ".join(words) or text
 
-    altered: list[Text] = []
+    altered: list[TextOrPair] = []
     for example in [e for e in examples for _ in range(copies)]:
         if isinstance(example.text, tuple):
             altered.append((alter(example.text[0]), alter(example.text[1])))
@@ -66,5 +68,5 @@ def augment(examples: Sequence[Example], near: dict[str, list[str]], copies: int
     return altered
 
 
-def _words(text: Text) -> list[str]:
+def _words(text: TextOrPair) -> list[str]:
     return (text if isinstance(text, str) else " ".join(text)).split()

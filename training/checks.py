@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from de3.data.examples import Example
 from de3.data.split import Split
-from de3.data.tables import SEPARATOR, Text
+from de3.data.tables import SEPARATOR, TextOrPair
 
 MAX_LABELS = 1000
 FEW = 5  # a label with fewer rows gets a warning
@@ -119,7 +119,7 @@ def _unknown(tokenizer: Tokenizer) -> int | None:
     return model.get("unk_id") if token is None else tokenizer.token_to_id(token)
 
 
-def _texts(text: Text) -> tuple[str, ...]:
+def _texts(text: TextOrPair) -> tuple[str, ...]:
     return text if isinstance(text, tuple) else (text,)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.models import OptionInfo
 
 from de3.data import tables
-from de3.data.tables import Columns, Text
+from de3.data.tables import Columns, TextOrPair
 from de3.exits.signals import SIGNALS
 from de3.training import settings
 
@@ -128,7 +128,9 @@ def need_fit_extra() -> None:
         raise ValueError(f"this command needs the fit extra ({error}): pip install 'de3[fit]'") from None
 
 
-def read_rows(file: Path | None, dataset: str | None, split: str, columns: Columns) -> list[tuple[Text, str]]:
+def read_rows(
+    file: Path | None, dataset: str | None, split: str, columns: Columns
+) -> list[tuple[TextOrPair, str]]:
     """The (text, label) rows of a file or a Hugging Face data set; raises ValueError unless exactly one is given."""
     if (file is None) == (dataset is None):
         raise ValueError("give the data either as a file or with --dataset")

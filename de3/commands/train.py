@@ -27,7 +27,7 @@ from de3.commands.options import (
     say,
     with_fields,
 )
-from de3.data.tables import Columns, Text, dataset_records, labels_in, read_groups, records
+from de3.data.tables import Columns, TextOrPair, dataset_records, labels_in, read_groups, records
 from de3.training.settings import MULTI_LABEL_HEAD_LR, Recipe, TrainSettings
 
 # Options that do not apply to a multi-label model.
@@ -203,7 +203,7 @@ def train(
 
 
 def _labelled(
-    rows: list[tuple[Text, str]], label_names: str | None, multi_label: bool
+    rows: list[tuple[TextOrPair, str]], label_names: str | None, multi_label: bool
 ) -> tuple[list[Any], list[str], list[str]]:
     """The rows as examples, the names of the labels, and warnings about the labels.
 

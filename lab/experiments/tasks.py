@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from de3.data.tables import Columns, Text, read_rows
+from de3.data.tables import Columns, TextOrPair, read_rows
 
-Rows = list[tuple[Text, str]]
+Rows = list[tuple[TextOrPair, str]]
 
 
 class Task(NamedTuple):

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from pydantic import Field, model_validator
 
 from de3.model_store.graph import Array, Graph
-from de3.model_store.part import MAX_INT, MAX_TOKENS, MAX_WIDTH, Part, Width
+from de3.model_store.part import MAX_INT, MAX_TOKENS, MAX_WIDTH, ManifestPart, Width
 
 Config = Mapping[str, Any]  # config.json of transformers
 State = Mapping[str, NDArray[np.float32]]  # weights in float32, by their names in transformers' model
@@ -46,7 +46,7 @@ class StockHead:
     epsilon: float = 0.0
 
 
-class Encoder(Part, ABC):
+class Encoder(ManifestPart, ABC):
     """An encoder's description; each family is a subclass.
 
     Attributes:

@@ -23,7 +23,7 @@ MAX_VOID = 1024
 MAX_KEPT = 8  # learned versions on disk, besides those in use
 LEARNED_FROM = 1_000_000  # learned versions have higher numbers, so that they differ from versions of a store
 
-Outcome = Literal["served", "waits", "not_faster", "outdated", "failed"]
+FitOutcome = Literal["served", "waits", "not_faster", "outdated", "failed"]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -49,7 +49,7 @@ class Result(BaseModel):
 
     at: Number
     attempt: int
-    outcome: Outcome
+    outcome: FitOutcome
     version: int | None = None
     records: int = 0
     held_out: int = 0

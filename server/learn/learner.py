@@ -9,7 +9,7 @@ from de3.model_store.manifest import base_of
 from de3.model_store.records import Records
 from de3.model_store.store import Artifact
 from de3.server.learn.job import Found
-from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, MAX_VOID, LearnFolder, Outcome, Result
+from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, MAX_VOID, FitOutcome, LearnFolder, Result
 from de3.server.learn.record import HeldOut, Record
 from de3.server.learn.reservoir import Reservoir
 from de3.server.settings import Settings
@@ -297,7 +297,7 @@ def sentence(result: Result) -> str:
 
 
 def result_of(
-    attempt: int, found: Found, outcome: Outcome = "not_faster", version: int | None = None
+    attempt: int, found: Found, outcome: FitOutcome = "not_faster", version: int | None = None
 ) -> Result:
     """The result of a fit that ran. version: number of the new version, if there is one."""
     names = ("records", "held_out", "speedup", "proved_speedup", "served_speedup", "seconds")

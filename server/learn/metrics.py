@@ -7,7 +7,7 @@ from typing import get_args
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from de3.server.learn.journal import Outcome
+from de3.server.learn.journal import FitOutcome
 from de3.server.learn.learners import Learners
 
 
@@ -46,6 +46,6 @@ class LearnMetrics(Collector):
             measured = [one for one in results if one.speedup is not None]
             speedup.add_metric(name, (measured[-1].speedup if measured else None) or 1.0)
             proved.add_metric(name, (measured[-1].proved_speedup if measured else None) or 1.0)
-            for outcome in get_args(Outcome):
+            for outcome in get_args(FitOutcome):
                 fits.add_metric([learner.name, outcome], learners.fits.get((learner.name, outcome), 0))
         yield from (records, next_fit, fitting, speedup, proved, fits)
