@@ -30,8 +30,8 @@ from de3.server.engine.engine import Engine
 from de3.server.errors import RequestError
 from de3.server.failures import FailureLog
 from de3.server.http import admin, listener
+from de3.server.http.fair import AT_ONCE
 from de3.server.http.traces import Traces
-from de3.server.http.turns import AT_ONCE
 from de3.server.learn import fitting, learners
 from de3.server.learn.job import Found
 from de3.server.learn.learners import Learners
@@ -260,9 +260,9 @@ async def test_one_connection_or_request_does_not_stop_the_others() -> None:
     shared._sweep(asyncio.get_running_loop())
     assert not errors
     shared._sweep(asyncio.get_running_loop())
-    shared.turns._left = 0  # as in a round that has started its requests
+    shared.starts._left = 0  # as in a round that has started its requests
     for number in range(3 * AT_ONCE):
-        shared.turns.take("a network", partial(done.append, "started") if number % 2 else fail)
+        shared.starts.add("a network", partial(done.append, "started") if number % 2 else fail)
     while len(done) < 3 + 3 * AT_ONCE // 2:
         await asyncio.sleep(0)
     assert errors == {"connection_deadlines": 3, "request_start": 3 * AT_ONCE // 2}

@@ -596,8 +596,8 @@ def test_a_half_closed_client_gets_its_answers(store: Path, monkeypatch: pytest.
             s.sendall(REQUEST[:-1])
             s.shutdown(socket.SHUT_WR)
             assert s.recv(1) == b""  # an incomplete request gets no answer
-        turns, starts = server.listener.turns, list[Callable[[], None]]()
-        monkeypatch.setattr(turns, "take", lambda _, start: starts.append(start))  # a slow server
+        queue, starts = server.listener.starts, list[Callable[[], None]]()
+        monkeypatch.setattr(queue, "add", lambda _, start: starts.append(start))  # a slow server
         with connect(server) as s:
             s.sendall(REQUEST)
             s.shutdown(socket.SHUT_WR)
@@ -616,8 +616,8 @@ def test_a_request_whose_client_leaves_before_its_turn_is_counted(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(store, models=["tiny"]) as server:
-        turns, starts = server.listener.turns, list[Callable[[], None]]()
-        monkeypatch.setattr(turns, "take", lambda _, start: starts.append(start))
+        queue, starts = server.listener.starts, list[Callable[[], None]]()
+        monkeypatch.setattr(queue, "add", lambda _, start: starts.append(start))
         for number, request in enumerate((REQUEST, b"GET /nope HTTP/1.1\r\nHost: localhost\r\n\r\n"), 1):
             with connect(server) as s:
                 s.sendall(request)

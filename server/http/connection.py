@@ -382,7 +382,7 @@ class Connection(BaseConnection, asyncio.Protocol):
     def _start(self, body: bytes | RequestError) -> None:
         """Start the handler in its turn, given the body or the error that prevented reading it."""
         self.state, self.deadline = RESPONSE, inf
-        self._listener.turns.take(self.network, partial(self._run, self._scope, body))
+        self._listener.starts.add(self.network, partial(self._run, self._scope, body))
 
     def _run(self, scope: Scope, body: bytes | RequestError) -> None:
         if self._gone:

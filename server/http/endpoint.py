@@ -120,7 +120,7 @@ async def _parse_in_turn(
     timeout_s = frontend.service.settings.timeout_s
     left_s = exchange.started + timeout_s - perf_counter()
     try:
-        async with asyncio.timeout(left_s), frontend.lane.turn(client):
+        async with asyncio.timeout(left_s), frontend.parse_lock.hold(client):
             return protocol.parse(call)
     except TimeoutError:
         raise timed_out(timeout_s) from None

@@ -12,7 +12,7 @@ from de3.server.http import errors
 from de3.server.http.access import Access
 from de3.server.http.clients import Clients
 from de3.server.http.exchange import HEADER, Exchange, Reporter, request_id
-from de3.server.http.lane import Lane
+from de3.server.http.fair import ParseLock
 from de3.server.http.protocol import Protocol, Route
 from de3.server.http.request_log import RequestLog
 from de3.server.http.traces import Traces, provider
@@ -25,7 +25,7 @@ class Frontend:
 
     Attributes:
         bytes_in_flight: shares of the body bytes in flight.
-        lane: turns for parsing large bodies.
+        parse_lock: held to parse a large body.
     """
 
     def __init__(self, service: Service, protocols: Mapping[str, Protocol]) -> None:
@@ -46,7 +46,7 @@ class Frontend:
         self.access = Access(settings, service.shared.leases)
         self._clients = Clients(settings.trusted_proxies)
         self.bytes_in_flight = Shares(settings.max_inflight_bytes, "bytes")
-        self.lane = Lane()
+        self.parse_lock = ParseLock()
         self._reporters: list[Reporter] = []
         if settings.log_requests or settings.log_texts:
             self._reporters.append(RequestLog(settings.log_format, settings.log_texts))

@@ -12,7 +12,7 @@ from typing import Protocol
 from starlette.types import Scope
 
 from de3.server.background import report
-from de3.server.http.turns import Turns
+from de3.server.http.fair import StartQueue
 from de3.server.shares import Shares
 
 MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
@@ -25,7 +25,7 @@ MAX_LATE_S = 1.0  # time since the last sweep, after which nothing expires
 MAX_NETWORK_RATIO = 8  # limit on one network's connections, as a multiple of the number that are still free
 EVICTION_SAMPLE = 256  # number of connections from which the one to evict is chosen
 FRESH_S = 0.25  # a new connection has this long to send its first request before it counts as silent
-READ_TURNS = (
+READ_ITERATIONS = (
     3  # iterations of the event loop after which a new connection has been read, if anything has arrived
 )
 
@@ -68,7 +68,7 @@ class BaseConnection(ABC):
         address: the client's address, as `Gate.address` returns it.
         network: /24 (IPv6: /48) network of the address.
         opened_at: when it was opened (monotonic seconds).
-        has_been_read: the event loop has had time to read what the client sent first (READ_TURNS iterations).
+        has_been_read: the event loop has had time to read what the client sent first (READ_ITERATIONS iterations).
         answered_at: when its last response was written (monotonic seconds); None before the first one.
         client: client of the current request, as `Gate.admit` names it.
         body_bytes: bytes of the request's body that count as in flight.
@@ -105,7 +105,7 @@ class Listener:
 
     Attributes:
         connections: the open connections.
-        turns: the order in which requests start.
+        starts: the requests that start next.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Listener:
         self.max_connections, self.max_body_bytes = max_connections, max_body_bytes
         self.body_timeout_s = body_timeout_s
         self.connections: set[BaseConnection] = set()
-        self.turns = Turns()
+        self.starts = StartQueue()
         self._per_network = Counter[str]()
         self._paused: set[BaseConnection] = set()
         self._sweeping, self._swept_at = False, 0.0
@@ -134,7 +134,7 @@ class Listener:
         If its network then has more than MAX_NETWORK_RATIO connections for each one that is still free, evict one.
         """
         self.connections.add(connection)
-        self._grow_older(connection, READ_TURNS)
+        self._grow_older(connection, READ_ITERATIONS)
         self._per_network[connection.network] += 1
         free = self.max_connections - len(self.connections)
         if self._per_network[connection.network] > MAX_NETWORK_RATIO * free:
@@ -143,9 +143,9 @@ class Listener:
             self._sweeping, self._swept_at = True, monotonic()
             connection.loop.call_later(SWEEP_S, self._sweep, connection.loop)
 
-    def _grow_older(self, connection: BaseConnection, turns: int) -> None:
-        if turns:
-            connection.loop.call_soon(self._grow_older, connection, turns - 1)
+    def _grow_older(self, connection: BaseConnection, iterations: int) -> None:
+        if iterations:
+            connection.loop.call_soon(self._grow_older, connection, iterations - 1)
         else:
             connection.has_been_read = True
 

@@ -1,7 +1,12 @@
-"""Large bodies are parsed one at a time, with pauses and clients in rotation, and none is forgotten."""
+"""Large bodies are parsed, and requests started, in rotation.
+
+Bodies are parsed one at a time, with pauses and clients in rotation, and none is forgotten. Requests that the event
+loop cannot start at once are started in rotation over their networks.
+"""
 
 import asyncio
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -10,18 +15,18 @@ import pytest
 from de3.server.errors import RequestError
 from de3.server.http.classify import parse
 from de3.server.http.errors import STATUSES
-from de3.server.http.lane import Lane
+from de3.server.http.fair import AT_ONCE, ParseLock, StartQueue
 from de3.server.http.protocol import Call
 from tests.serving import serving, until
 
 
 def test_one_at_a_time_and_clients_in_rotation() -> None:
     async def go() -> list[str]:
-        lane, order, inside = Lane(), [], 0
+        lock, order, inside = ParseLock(), [], 0
 
         async def one(client: str) -> None:
             nonlocal inside
-            async with lane.turn(client):
+            async with lock.hold(client):
                 assert inside == 0
                 inside += 1
                 await asyncio.sleep(0)
@@ -31,7 +36,7 @@ def test_one_at_a_time_and_clients_in_rotation() -> None:
         async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
             for client in ["greedy"] * 5 + ["other", "third"]:
                 tasks.create_task(one(client))
-        assert not lane._pending
+        assert not lock._waiting
         return order
 
     order = asyncio.run(go())
@@ -39,12 +44,12 @@ def test_one_at_a_time_and_clients_in_rotation() -> None:
     assert order.index("other") < 3 and order.index("third") < 4
 
 
-def test_cancelling_a_task_does_not_lose_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelling_a_task_does_not_lose_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     async def go() -> None:
-        lane, order, release = Lane(), list[int](), asyncio.Event()
+        lock, order, release = ParseLock(), list[int](), asyncio.Event()
 
         async def one(number: int) -> None:
-            async with lane.turn("a"):
+            async with lock.hold("a"):
                 order.append(number)
                 await release.wait()
 
@@ -54,15 +59,15 @@ def test_cancelling_a_task_does_not_lose_the_turn(monkeypatch: pytest.MonkeyPatc
         await asyncio.wait([waiting])
         for _ in range(3):
             await asyncio.sleep(0)
-        assert order == [0]  # the turn is still the first one's
-        pass_on = lane._pass_on
+        assert order == [0]  # the first one still holds the lock
+        pass_on = lock._pass_on
 
         def grant_and_cancel() -> None:
             monkeypatch.undo()
             pass_on()
             granted.cancel()
 
-        monkeypatch.setattr(lane, "_pass_on", grant_and_cancel)
+        monkeypatch.setattr(lock, "_pass_on", grant_and_cancel)
         release.set()
         await asyncio.wait(tasks, timeout=10)
         assert first.done() and granted.cancelled() and last.done() and order == [0, 3]
@@ -71,15 +76,15 @@ def test_cancelling_a_task_does_not_lose_the_turn(monkeypatch: pytest.MonkeyPatc
     asyncio.run(go())
 
 
-def test_a_turn_is_followed_by_a_pause_of_the_same_length() -> None:
+def test_a_pause_of_the_same_length_follows() -> None:
     async def go() -> None:
-        lane, loop = Lane(), asyncio.get_running_loop()
-        async with lane.turn("a"):
+        lock, loop = ParseLock(), asyncio.get_running_loop()
+        async with lock.hold("a"):
             started = loop.time()
             while loop.time() < started + 0.05:
                 pass
-            ended = loop.time()  # inside the turn, so the pause begins later
-        async with lane.turn("a"):
+            ended = loop.time()  # while the lock is held, so the pause begins later
+        async with lock.hold("a"):
             assert loop.time() >= ended + 0.049
 
     asyncio.run(go())
@@ -103,15 +108,63 @@ def test_cheap_checks_come_first(body: bytes, status: int, says: str) -> None:
 def test_a_large_body_stops_waiting_when_its_client_leaves(store: Path) -> None:
     body = b'{"input": "good", "user": "' + b"x" * 20_000 + b'"}'
     with serving(store, models=["tiny"]) as server:
-        lane = server.frontend.lane
-        lane._is_free = False  # the lane is taken and not released
+        lock = server.frontend.parse_lock
+        lock._is_free = False  # it is held, and not released
         with socket.create_connection(("127.0.0.1", server.port)) as s:
             s.sendall(
                 b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
                 % (len(body), body)
             )
-            until(lambda: lane._pending, "the body to wait")
+            until(lambda: lock._waiting, "the body to wait")
         until(lambda: server.metric("de3_rejected_total", cause="client_gone") == 1, "the request to end")
         until(lambda: server.service.in_flight == 0 == server.frontend.bytes_in_flight.total, "its release")
-        lane._is_free = True
+        lock._is_free = True
         assert httpx.post(server.url + "/classify", content=body).status_code == 200
+
+
+def order_of(requests: list[str]) -> list[list[str]]:
+    """For each iteration of the event loop, the networks whose requests start; all requests arrive in the first.
+
+    requests: the network of each request.
+    """
+
+    async def go() -> list[list[str]]:
+        queue, rounds = StartQueue(), [list[str]()]
+
+        def start(network: str) -> Callable[[], None]:
+            return lambda: rounds[-1].append(network)
+
+        for network in requests:
+            queue.add(network, start(network))
+        while sum(map(len, rounds)) < len(requests) and len(rounds) < len(requests):
+            rounds.append([])
+            await asyncio.sleep(0)
+        return rounds
+
+    return asyncio.run(go())
+
+
+def test_a_lone_client_starts_its_requests_without_delay() -> None:
+    assert order_of(["a"] * AT_ONCE) == [["a"] * AT_ONCE]
+    assert order_of(["a"] * 3 * AT_ONCE) == [["a"] * AT_ONCE] * 3
+
+
+def test_beside_a_crowd_another_network_starts_in_the_next_iteration() -> None:
+    rounds = order_of(["crowd"] * 1000 + ["other", "other"])
+    assert rounds[0] == ["crowd"] * AT_ONCE
+    assert rounds[1].count("other") == 2
+    assert len(rounds) == -(-1002 // AT_ONCE)
+
+
+def test_a_later_request_waits_only_behind_its_own_network() -> None:
+    async def go() -> int:
+        queue, started = StartQueue(), list[str]()
+        for _ in range(500):
+            queue.add("crowd", lambda: started.append("crowd"))
+        await asyncio.sleep(0)
+        queue.add("other", lambda: started.append("other"))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return started.index("other")
+
+    assert asyncio.run(go()) <= 2 * AT_ONCE + 2

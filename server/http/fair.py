@@ -1,0 +1,115 @@
+"""Work of the event loop in a fair order: parsing of large bodies by client, starts of requests by network."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from time import perf_counter
+from typing import Generic, TypeVar
+
+from de3.server.background import report
+
+AT_ONCE = 4  # requests started in one iteration of the event loop
+T = TypeVar("T")
+
+
+class RoundRobin(Generic[T]):
+    """Pending items, taken in rotation over their owners."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, deque[T]] = {}  # by owner, in the order of rotation
+
+    def __bool__(self) -> bool:
+        return bool(self._pending)
+
+    def add(self, owner: str, item: T) -> None:
+        """Add an item behind the others of its owner."""
+        self._pending.setdefault(owner, deque()).append(item)
+
+    def take(self) -> T:
+        """Remove the first item of the next owner, who moves to the end."""
+        owner = next(iter(self._pending))
+        items = self._pending.pop(owner)
+        item = items.popleft()
+        if items:
+            self._pending[owner] = items
+        return item
+
+
+class ParseLock:
+    """Held by one parser of a large body at a time, in rotation over the clients.
+
+    A pause of the same length follows, so parsing takes at most half the event loop's time.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = RoundRobin[asyncio.Future[None]]()
+        self._is_free = True
+
+    @asynccontextmanager
+    async def hold(self, client: str) -> AsyncIterator[None]:
+        """Hold the lock for the duration of the context."""
+        if not self._is_free:
+            own: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.add(client, own)
+            try:
+                await own
+            except asyncio.CancelledError:
+                if own.done() and not own.cancelled():  # the lock was granted at the same moment
+                    self._pass_on()
+                raise
+        self._is_free = False
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            asyncio.get_running_loop().call_later(perf_counter() - started, self._pass_on)
+
+    def _pass_on(self) -> None:
+        """Release the lock, or grant it to the next client."""
+        self._is_free = True
+        while self._waiting and self._is_free:
+            future = self._waiting.take()
+            if not future.done():
+                self._is_free = False
+                future.set_result(None)
+
+
+class StartQueue:
+    """Starts up to AT_ONCE requests in each iteration of the event loop.
+
+    Further requests wait for the next iterations, in rotation over the networks. So a thousand connections of one
+    network that send without pause delay a client in another network by only a few iterations. A request that is alone
+    starts at once.
+    """
+
+    def __init__(self) -> None:
+        self._pending = RoundRobin[Callable[[], None]]()
+        self._left = AT_ONCE
+        self._is_scheduled = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def add(self, network: str, start: Callable[[], None]) -> None:
+        """Start a request now, or when it is the turn of its network."""
+        if self._left and not self._pending:
+            self._left -= 1
+            start()
+        else:
+            self._pending.add(network, start)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            if self._loop is None:
+                self._loop = asyncio.get_running_loop()
+            self._loop.call_soon(self._begin_round)
+
+    def _begin_round(self) -> None:
+        """Start pending requests in a new iteration of the event loop."""
+        self._left, self._is_scheduled = AT_ONCE, bool(self._pending)
+        while self._left and self._pending:
+            self._left -= 1
+            try:
+                self._pending.take()()
+            except Exception as error:  # must not stop the rounds
+                report("request_start", error)
+        if self._is_scheduled and self._loop is not None:
+            self._loop.call_soon(self._begin_round)
