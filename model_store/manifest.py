@@ -195,6 +195,11 @@ class Manifest(Architecture):
     files: dict[str, FileEntry] = Field(max_length=2 * MAX_LAYERS)
 
     @property
+    def full_name(self) -> str:
+        """The name and version, as name:version."""
+        return f"{self.name}:{self.version}"
+
+    @property
     def architecture(self) -> Architecture:
         """The fields that determine the segments' graphs."""
         return Architecture.model_validate({name: getattr(self, name) for name in Architecture.model_fields})
@@ -278,7 +283,7 @@ class Manifest(Architecture):
         for row in self.risk or []:
             weights[row.layer] = tuple(row.weights)
         return ModelTraits(
-            name=f"{self.name}:{self.version}",
+            name=self.full_name,
             answer="value"
             if self.tolerance is not None
             else "classes"

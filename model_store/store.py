@@ -60,7 +60,7 @@ class Artifact:
     @property
     def full_name(self) -> str:
         """The name and version, as name:version."""
-        return f"{self.manifest.name}:{self.manifest.version}"
+        return self.manifest.full_name
 
     def read(self, name: str) -> bytes:
         """Read a file and check it against the manifest's hash; raises StoreError.
@@ -134,6 +134,13 @@ class Store:
             existing = ", ".join(map(str, versions[name]))
             raise UnknownModelError(f"no version {version!r} of model {name!r}; there are: {existing}")
         return self.open_path(self.path / name / str(number))
+
+    def find(self, model: str) -> Artifact | None:
+        """The artifact that open() returns; None if there is no store, or if it has no model of this name."""
+        with suppress(NoModelsError):
+            if model.partition(":")[0] in self.versions():
+                return self.open(model)
+        return None
 
     def open_path(self, path: Path) -> Artifact:
         """The artifact in <store>/<name>/<version>.

@@ -294,7 +294,7 @@ def default_of(settings: Settings, artifacts: list[Artifact], are_named: bool) -
 def aliases(manifest: Manifest) -> list[str]:
     """Other names of a version: name:version, and its source (a hub id or folder) with and without @revision."""
     source = manifest.source or ""
-    return [f"{manifest.name}:{manifest.version}", *([source, source.partition("@")[0]] if source else [])]
+    return [manifest.full_name, *([source, source.partition("@")[0]] if source else [])]
 
 
 def no_default(names: list[str]) -> RequestError:

@@ -197,7 +197,7 @@ class Service:
         if not self.is_open:
             return {}
         role = self.models.role_of(manifest)
-        model = self.models.current(f"{manifest.name}:{manifest.version}").model
+        model = self.models.current(manifest.full_name).model
         runtime = {"runtime": model.runtime, "instructions": model.instructions or None}
         share = {"share": self.models.routes[manifest.name].share} if role == "canary" else {}
         return {"role": role, **share, "is_default": self.models.is_default(manifest.name), **runtime}

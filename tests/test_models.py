@@ -338,8 +338,9 @@ def test_the_command_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> No
 
 def fake(version: int, name: str = "a", source: str | None = None) -> Any:
     """A loaded model, as far as Models needs one."""
-    manifest = SimpleNamespace(name=name, version=version, source=source)
-    return SimpleNamespace(model=SimpleNamespace(manifest=manifest, full_name=f"{name}:{version}"))
+    names: Any = {"full_name": f"{name}:{version}"}
+    manifest = SimpleNamespace(name=name, version=version, source=source, **names)
+    return SimpleNamespace(model=SimpleNamespace(manifest=manifest, **names))
 
 
 def test_the_last_versions_can_be_rolled_back_one_by_one() -> None:

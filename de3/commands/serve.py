@@ -62,19 +62,15 @@ def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) ->
     if not names:
         return []
     from de3.export.cache import artifact_of, cache_folder, evict
-    from de3.model_store.store import NoModelsError, Store
+    from de3.model_store.store import Store
 
-    try:
-        stored = set(Store(store).versions())
-    except NoModelsError:
-        stored = set()
     artifacts = []
     for name in names:
-        if name.partition(":")[0] in stored:
-            artifacts.append(Store(store).open(name))
-        else:
+        artifact = Store(store).find(name)
+        if artifact is None:
             console.print(f"reading {name}; it is converted once, into {cache_folder()}", highlight=False)
-            artifacts.append(artifact_of(name, precision, cache_folder()))
+            artifact = artifact_of(name, precision, cache_folder())
+        artifacts.append(artifact)
     evict(cache_folder(), cache_gb)
     return artifacts
 

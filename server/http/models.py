@@ -40,7 +40,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], acce
     async def calibration(name: str) -> Response:
         """Accuracy, speed-up and disagreement of each signal and τ on held-out samples."""
         manifest = service.manifest(name)
-        full_name = f"{manifest.name}:{manifest.version}"
+        full_name = manifest.full_name
         if manifest.calibration is None:
             message = f"{full_name} was exported without a calibration"
             raise RequestError(message, "name", "unknown_model")
@@ -87,7 +87,7 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
     """One model as /v1/models lists it."""
     c = manifest.calibration
     return {
-        "id": f"{manifest.name}:{manifest.version}",
+        "id": manifest.full_name,
         "object": "model",
         "created": manifest.created,
         "owned_by": "de3",
