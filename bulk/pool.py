@@ -10,9 +10,9 @@ from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import Any, Protocol
 
-from de3.client import Client, Input, ServerError
-from de3.columns import TYPES, Answers
-from de3.library import Classifier, Options
+from de3.client import Client, Input, Options, ServerError
+from de3.columns import Answers
+from de3.library import Classifier
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact
 from de3.native.network import Memory, can_share_memory
@@ -123,7 +123,12 @@ class RemotePool:
         errors: dict[int, str] = {}
         for start, batch in _batches(texts):
             self._ask(texts, list(range(start, start + len(batch))), rows, errors)
-        return _answers_of(rows, errors, self._options.get("long") == "windows")
+        if not rows:
+            return Answers({}, errors)
+        answers = Answers.of("value" in rows[0], "labels" in rows[0], self._options.get("long") == "windows")
+        answers.add(rows)
+        answers.errors = errors
+        return answers
 
     def _ask(
         self, texts: Sequence[Input], indices: list[int], rows: list[dict[str, Any]], errors: dict[int, str]
@@ -179,21 +184,3 @@ def _batches(texts: Sequence[Input]) -> Iterator[tuple[int, Sequence[Input]]]:
         chars += size
     if texts:
         yield start, texts[start:]
-
-
-def _answers_of(rows: Sequence[dict[str, Any]], errors: dict[int, str], has_windows: bool) -> Answers:
-    """A server's answers as columns, as Classifier.answers returns them. rows: the answered rows, as JSON."""
-    if not rows:
-        return Answers({}, {}, errors)
-    values: dict[str, list[Any]] = {"label": [row["label"] for row in rows]}
-    if "labels" in rows[0]:
-        values["labels"] = [row["labels"] for row in rows]
-    name = "value" if "value" in rows[0] else "probs"
-    values[name] = [row[name] for row in rows]
-    for name in ("layer", "reason", "tau", "score"):
-        values[f"exit_{name}"] = [row["exit"][name] for row in rows]
-    values["truncated"] = [row.get("truncated", False) for row in rows]
-    if has_windows:
-        for name in ("run", "of"):
-            values[f"windows_{name}"] = [row.get("windows", {}).get(name, 1) for row in rows]
-    return Answers(values, {name: TYPES[name] for name in values}, errors)

@@ -5,8 +5,9 @@ from typing import Any
 
 from de3.bulk.run import Summary
 from de3.model_store.store import Artifact
+from de3.server.options import ExitOptions
 from de3.server.rules import Rules
-from de3.server.settings import ExitOptions, Settings
+from de3.server.settings import Settings
 
 
 def report(summary: Summary, artifact: Artifact | None, options: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from de3.bulk.parts import Parts
 from de3.bulk.pool import Pool
 from de3.bulk.source import Slice, Source
-from de3.columns import Answers
+from de3.columns import COLUMNS, Answers
 
 PART_ROWS = 2**16
 PART_CHARS = 2**26  # a part ends once it has this many characters
@@ -141,9 +141,9 @@ class _Part:
             self.end()
             self._number = number
         self._slices.append(one)
-        for name, kind in answers.types.items():
-            self._types[self._rename(name)] = kind
-            self._values.setdefault(self._rename(name), []).extend(answers.values[name])
+        for name, values in answers.values.items():
+            self._types[self._rename(name)] = COLUMNS[name].type
+            self._values.setdefault(self._rename(name), []).extend(values)
 
     def end(self) -> None:
         """Write the part, if it has slices."""

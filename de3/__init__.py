@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from de3.library import DEMO, Classifier, InputError, Options, load
+    from de3.client import Options
+    from de3.library import DEMO, Classifier, InputError, load
 
 __all__ = ["DEMO", "Classifier", "InputError", "Options", "load"]
 

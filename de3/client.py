@@ -14,9 +14,9 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypedDict, TypeVar
 
 import httpx
 
@@ -28,6 +28,28 @@ MAX_PAUSE_S = 30.0
 MAX_ANSWER_BYTES = 2**26  # the answer to 64 texts with 10,000 labels takes 14 MB
 SECONDS = re.compile("[0-9]{1,9}")
 Input = str | dict[str, str] | tuple[str, str]
+
+
+class Options(TypedDict, total=False):
+    """The options of `/classify` (docs/api.md); `lam` is its `lambda`."""
+
+    tau: float
+    signal: str
+    lam: float
+    max_layer: int
+    target_speedup: float
+    latency_budget_ms: float
+    max_disagreement: float
+    best_effort: bool
+    thresholds: float | Mapping[str, float]
+    truncate: bool
+    long: Literal["truncate", "windows", "error"]
+    flag: str
+    flag_threshold: float
+    explain: bool
+    ood: bool
+    raw: bool
+    top_k: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +244,7 @@ def _models_in(json: Any) -> list[dict[str, Any]]:
 class Client:
     """A blocking client; threads may share it.
 
-    `classify` takes the fields of a request (docs/api.md) as keywords: model, tau, signal, lam, max_layer,
-    target_speedup, latency_budget_ms, max_disagreement, best_effort, thresholds, truncate, long, flag,
-    flag_threshold, explain, ood, raw, top_k, request_id.
+    `classify` takes the fields of a request (docs/api.md) as keywords: those of `Options`, model and request_id.
     """
 
     def __init__(

@@ -1,34 +1,40 @@
 """Answers as columns, for tables and files."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from de3.model_store.manifest import Manifest
+from de3.server.answer import row_of
 from de3.server.engine.job import Job
-from de3.server.engine.outcome import Outcome
 from de3.server.errors import RequestError
-from de3.server.http.classify import Classification
 
 if TYPE_CHECKING:
     import pyarrow
 
-# All columns, and their types, as names of pyarrow types.
-TYPES = {
-    "label": "string",
-    "labels": "list<string>",
-    "value": "double",
-    "probs": "list<double>",
-    "exit_layer": "int32",
-    "exit_reason": "string",
-    "exit_tau": "double",
-    "exit_score": "double",
-    "truncated": "bool",
-    "windows_run": "int32",
-    "windows_of": "int32",
-    "ood_score": "double",
-    "out_of_distribution": "bool",
+
+class Column(NamedTuple):
+    """A column: its type, as the name of a pyarrow type, and its value in an answer, a row of `data` in a response."""
+
+    type: str
+    value: Callable[[Mapping[str, Any]], Any]
+
+
+COLUMNS = {
+    "label": Column("string", lambda row: row["label"]),
+    "labels": Column("list<string>", lambda row: row["labels"]),
+    "value": Column("double", lambda row: row["value"]),
+    "probs": Column("list<double>", lambda row: row["probs"]),
+    "exit_layer": Column("int32", lambda row: row["exit"]["layer"]),
+    "exit_reason": Column("string", lambda row: row["exit"]["reason"]),
+    "exit_tau": Column("double", lambda row: row["exit"]["tau"]),
+    "exit_score": Column("double", lambda row: row["exit"]["score"]),
+    "truncated": Column("bool", lambda row: row.get("truncated", False)),
+    "windows_run": Column("int32", lambda row: row["windows"]["run"] if "windows" in row else 1),
+    "windows_of": Column("int32", lambda row: row["windows"]["of"] if "windows" in row else 1),
+    "ood_score": Column("double", lambda row: row["ood_score"]),
+    "out_of_distribution": Column("bool", lambda row: row.get("out_of_distribution", False)),
 }
 
 
@@ -37,110 +43,66 @@ class Answers:
     """The answers to texts, by column.
 
     Attributes:
-        values: the columns, without rows for texts that have no answer.
-        types: the type of each column, as in TYPES.
-        errors: the reason why a text has no answer, by the text's index.
+        values: the columns.
+        errors: the reason why a text has no answer, by the text's index; the columns have None for it, or no row.
         model_s: time in the model, seconds; 0 if it is unknown.
         full_depth_s: predicted time in the model at full depth, seconds.
     """
 
     values: dict[str, list[Any]]
-    types: dict[str, str]
-    errors: dict[int, str]
+    errors: dict[int, str] = field(default_factory=dict)
     model_s: float = 0.0
     full_depth_s: float = 0.0
 
+    @classmethod
+    def of(cls, has_value: bool, has_labels: bool, windows: bool, ood: bool = False) -> Self:
+        """No answers yet. has_value: of a regression model; has_labels: of a multi-label model.
 
-class AnswerColumns:
-    """The answers of finished jobs, by column.
+        windows, ood: the requests have several windows, or set `ood`; `explain`, `flag` and `top_k` add no columns.
+        """
+        absent = {"probs" if has_value else "value"}
+        absent |= set() if has_labels else {"labels"}
+        absent |= set() if windows else {"windows_run", "windows_of"}
+        absent |= set() if ood else {"ood_score", "out_of_distribution"}
+        return cls({name: [] for name in COLUMNS if name not in absent})
 
-    Attributes:
-        values: the columns; a text without an answer has None in each.
-        errors: the reason why a text has no answer, by the text's index.
-        model_s, full_depth_s: as in Answers.
-    """
+    def add(self, rows: Sequence[Mapping[str, Any] | None]) -> None:
+        """Append answers, given as rows of `data` in a response; None: a text without an answer."""
+        for name, values in self.values.items():
+            value = COLUMNS[name].value
+            values += [None if row is None else value(row) for row in rows]
 
-    def __init__(self, manifest: Manifest, request: Classification) -> None:
-        """request: the options of the jobs; `explain`, `flag` and `top_k` add no columns."""
-        self._name, self._labels, self._request = (
-            f"{manifest.name}:{manifest.version}",
-            manifest.labels,
-            request,
-        )
-        self.types = types_of(manifest, request)
-        self.values: dict[str, list[Any]] = {name: [] for name in self.types}
-        self.errors: dict[int, str] = {}
-        self.model_s = self.full_depth_s = 0.0
-
-    def add(self, job: Job) -> None:
+    def add_job(self, job: Job) -> None:
         """Append the answers of a finished job, and release it."""
-        nothing = dict.fromkeys(self.types)
-        for item in job.items:
+        for index, item in enumerate(job.items, len(self.values["label"])):
             if item.outcome is None:
-                reason = str(item.error)
-                if isinstance(item.error, RequestError) and item.error.field:
-                    reason = reason.removeprefix(f"{item.error.field}: ")
-                self.errors[len(self.values["label"])] = reason
-            row = nothing if item.outcome is None else self._answer(item.outcome, job)
-            for name, value in row.items():
-                self.values[name].append(value)
+                where = item.error.field if isinstance(item.error, RequestError) else None
+                self.errors[index] = str(item.error).removeprefix(f"{where}: ")
+                continue
+            for part in item.outcome.windows or (item.outcome,):
+                self.model_s += part.model_s
+                self.full_depth_s += part.model_s * job.served.timing.speedup(part.tokens, part.layer)
+        self.add([None if item.outcome is None else row_of(item) for item in job.items])
         job.release()
-
-    def _answer(self, outcome: Outcome, job: Job) -> dict[str, Any]:
-        for part in outcome.windows or (outcome,):
-            self.model_s += part.model_s
-            self.full_depth_s += part.model_s * job.served.timing.speedup(part.tokens, part.layer)
-        reading, labels = outcome.reading, self._labels
-        row: dict[str, Any] = {"label": labels[reading.label]}
-        if reading.labels is not None:
-            row["labels"] = [labels[k] for k in reading.labels]
-        if reading.value is not None:
-            row["value"] = reading.value
-        else:
-            row["probs"] = reading.logits if self._request.raw else reading.probs
-        row["exit_layer"] = outcome.layer
-        row["exit_reason"] = outcome.reason
-        row["exit_tau"] = outcome.rule.tau
-        row["exit_score"] = reading.score
-        row["truncated"] = outcome.truncated
-        if self._request.windows > 1:
-            row["windows_run"] = len(outcome.windows) or 1
-            row["windows_of"] = outcome.num_windows
-        if self._request.ood:
-            row["ood_score"] = job.served.monitor.score(outcome.passed)
-            row["out_of_distribution"] = outcome.is_far
-        return row
 
     def ordered(self, order: Sequence[int]) -> dict[str, list[Any]]:
         """The columns with the rows in this order, given as row indices, which may be repeated."""
         return {name: [values[i] for i in order] for name, values in self.values.items()}
 
-    def table(self, order: Sequence[int]) -> "pyarrow.Table":
+    def table(self, order: Sequence[int], manifest: Manifest) -> "pyarrow.Table":
         """The columns as a table with the rows in this order (see `ordered`), and metadata about the model.
 
         Raises ValueError without pyarrow.
         """
-        about = {"model": self._name, "labels": self._labels}
-        return table_of(self.ordered(order), self.types).replace_schema_metadata({"de3": json.dumps(about)})
-
-
-def types_of(manifest: Manifest, request: Classification) -> dict[str, str]:
-    """The type of each column of the answers to a request."""
-    names = {"label", "exit_layer", "exit_reason", "exit_tau", "exit_score", "truncated"}
-    names.add("probs" if manifest.tolerance is None else "value")
-    if manifest.thresholds is not None:
-        names.add("labels")
-    if request.windows > 1:
-        names |= {"windows_run", "windows_of"}
-    if request.ood:
-        names |= {"ood_score", "out_of_distribution"}
-    return {name: kind for name, kind in TYPES.items() if name in names}
+        about = {"model": manifest.full_name, "labels": manifest.labels}
+        types = {name: COLUMNS[name].type for name in self.values}
+        return table_of(self.ordered(order), types).replace_schema_metadata({"de3": json.dumps(about)})
 
 
 def table_of(values: dict[str, Any], types: dict[str, str]) -> "pyarrow.Table":
     """A table of columns, which may be lists or arrays; raises ValueError without pyarrow.
 
-    types: as in TYPES; pyarrow infers the type of any other column.
+    types: as in COLUMNS; pyarrow infers the type of any other column.
     """
     arrow = pyarrow_module()
     known = {

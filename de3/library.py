@@ -22,22 +22,21 @@ from itertools import islice
 from pathlib import Path
 from threading import Event, Lock
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
-import orjson
-
-from de3.client import Input, Row
-from de3.columns import AnswerColumns, Answers
+from de3.client import Input, Options, Row
+from de3.columns import Answers
 from de3.model_store.architecture import precision_of
 from de3.model_store.manifest import Manifest, fingerprint
-from de3.model_store.store import Artifact, NoModelsError, Store, StoreError, read_manifest
+from de3.model_store.store import Artifact, Store, StoreError, read_manifest
 from de3.native.network import Memory
+from de3.server.answer import ClassifiedText, row_of
+from de3.server.classification import Classification, ClassifyRequest, request_of, text_of
 from de3.server.engine.engine import Engine
 from de3.server.engine.job import Job, check_texts, job_of
 from de3.server.engine.request import Text
 from de3.server.errors import RequestError
-from de3.server.http.classify import Classification, ClassifyRequest, request_of, row_of, text_of
-from de3.server.http.fields import check_fields
+from de3.server.fields import check_fields
 from de3.server.models import load as load_model
 from de3.server.settings import Settings
 
@@ -61,28 +60,6 @@ class InputError(ValueError):
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
-
-
-class Options(TypedDict, total=False):
-    """The options of `/classify` (docs/api.md); `lam` is its `lambda`."""
-
-    tau: float
-    signal: str
-    lam: float
-    max_layer: int
-    target_speedup: float
-    latency_budget_ms: float
-    max_disagreement: float
-    best_effort: bool
-    thresholds: float | Mapping[str, float]
-    truncate: bool
-    long: Literal["truncate", "windows", "error"]
-    flag: str
-    flag_threshold: float
-    explain: bool
-    ood: bool
-    raw: bool
-    top_k: int
 
 
 def load(
@@ -110,12 +87,8 @@ def load(
 def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
     """The artifact with a name, as `load` looks it up; raises ValueError if it cannot be found or used."""
     precision = precision_of(quantize, "quantize:")
-    try:
-        stored = set(Store(store).versions())
-    except NoModelsError:
-        stored = set()
-    if name.partition(":")[0] in stored:
-        return Store(store).open(name)
+    if (stored := Store(store).find(name)) is not None:
+        return stored
     if (Path(name) / "manifest.json").is_file():
         return Artifact(Path(name).absolute(), read_manifest(Path(name)))
     from de3.export import cache
@@ -199,12 +172,12 @@ class Classifier:
         size = max(1, len(given)) if request.options.latency_budget_ms is not None else WINDOW
         jobs = self._run(request, batch.parts(size))
         if as_arrow:
-            columns = AnswerColumns(self.manifest, request)
+            answers = self._no_answers(request)
             for job in jobs:
-                columns.add(job)
-            return columns.table(batch.order)
-        rows = [row for job in jobs for row in _rows(job, request)]
-        return [_row(rows[i], index) for index, i in enumerate(batch.order)]
+                answers.add_job(job)
+            return answers.table(batch.order, self.manifest)
+        rows = [row for job in jobs for row in _rows(job)]
+        return [Row.parse({**rows[i], "index": index}) for index, i in enumerate(batch.order)]
 
     def stream(
         self, texts: Input | Iterable[Input], *, window: int = WINDOW, **options: Unpack[Options]
@@ -229,9 +202,9 @@ class Classifier:
 
         def rows() -> Iterator[Row]:
             for job in self._run(request, parts()):
-                batch, found = batches.popleft(), _rows(job, request)
+                batch, found = batches.popleft(), _rows(job)
                 for index, i in enumerate(batch.order, batch.first):
-                    yield _row(found[i], index)
+                    yield Row.parse({**found[i], "index": index})
 
         return rows()
 
@@ -252,16 +225,13 @@ class Classifier:
             else:
                 checked.append(text)
                 indices.append(index)
-        batch, columns = _Batch(checked), AnswerColumns(self.manifest, request)
+        batch, found = _Batch(checked), self._no_answers(request)
         for job in self._run(request, batch.parts(WINDOW)):
-            columns.add(job)
-        errors |= {
-            index: columns.errors[i]
-            for index, i in zip(indices, batch.order, strict=True)
-            if i in columns.errors
-        }
-        values = columns.ordered([i for i in batch.order if i not in columns.errors])
-        return Answers(values, columns.types, errors, columns.model_s, columns.full_depth_s)
+            found.add_job(job)
+        places = zip(indices, batch.order, strict=True)
+        errors |= {index: found.errors[i] for index, i in places if i in found.errors}
+        values = found.ordered([i for i in batch.order if i not in found.errors])
+        return Answers(values, errors, found.model_s, found.full_depth_s)
 
     def close(self) -> None:
         """End the threads; running calls end with RuntimeError, unless the engine has all their texts."""
@@ -278,6 +248,10 @@ class Classifier:
     def __reduce__(self) -> tuple[Any, ...]:
         artifact = self._artifact
         return _loaded_once, (artifact.path.absolute(), fingerprint(artifact.manifest), self._threads)
+
+    def _no_answers(self, request: Classification) -> Answers:
+        has_value, has_labels = self.manifest.tolerance is not None, self.manifest.thresholds is not None
+        return Answers.of(has_value, has_labels, request.windows > 1, request.ood)
 
     def _request(self, options: Mapping[str, Any]) -> Classification:
         """The request with these options, without texts.
@@ -436,15 +410,11 @@ def _text(one: Input, where: str) -> Text:
     return text
 
 
-def _rows(job: Job, request: Classification) -> list[bytes]:
-    """The rows of a finished job as JSON, as the server sends them; releases the job."""
-    rows = [orjson.dumps(row_of(item, job, request)) for item in job.items]
+def _rows(job: Job) -> list[ClassifiedText]:
+    """The answers to the texts of a finished job, which is released."""
+    rows = [row_of(item) for item in job.items]
     job.release()
     return rows
-
-
-def _row(row: bytes, index: int) -> Row:
-    return Row.parse({**orjson.loads(row), "index": index})
 
 
 @contextmanager

@@ -22,8 +22,9 @@ from pyarrow import parquet
 from de3.bulk.pool import LocalPool
 from de3.bulk.run import PART_ROWS
 from de3.bulk.source import SLICE_ROWS
+from de3.client import Options
 from de3.columns import Answers
-from de3.library import Classifier, Options
+from de3.library import Classifier
 from de3.loadtest.servers import dependencies, environment, process_tree, pss_mb
 from de3.model_store.store import Artifact
 

@@ -12,7 +12,8 @@ from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest, TradeOff
 from de3.server.errors import RequestError
-from de3.server.settings import EXCLUSIVE, ExitOptions, Settings
+from de3.server.options import CALIBRATED, EXCLUSIVE, NO_OPTIONS, ExitOptions
+from de3.server.settings import Settings
 
 MAX_NAMED = 20  # signals or labels in a message
 MAX_LOAD_LOSS = 0.02  # accuracy that raising τ under load may cost, without --min-accuracy
@@ -128,7 +129,7 @@ class Rules:
         self._own_thresholds = manifest.thresholds
         self._traits = manifest.traits
         self._thresholds = manifest.label_thresholds
-        self.name = f"{manifest.name}:{manifest.version}"
+        self.name = manifest.full_name
         table = manifest.calibration.table if manifest.calibration else []
         self._samples = manifest.calibration.certify_size if manifest.calibration else 0
         self._rows = {(row.tau, row.signal, row.lam): row for row in table}
@@ -154,8 +155,8 @@ class Rules:
 
         Empty if a target or a guarantee sets the default, or without a calibration.
         """
-        targets = (settings.target_speedup, settings.max_disagreement, settings.guarantee)
-        if self.trade_offs is None or any(value is not None for value in targets):
+        targets = (*CALIBRATED, "guarantee")
+        if self.trade_offs is None or any(getattr(settings, name) is not None for name in targets):
             return []
         least = settings.min_accuracy
         if least is None:
@@ -214,12 +215,12 @@ class Rules:
         """
         full_depth = self._is_full_depth
         choice = self._at_full_depth(options) if full_depth else self._by_options(options, level, tenant)
-        if choice.guarantee is not None and options != ExitOptions():  # requests with options are not audited
+        if choice.guarantee is not None and options != NO_OPTIONS:  # requests with options are not audited
             choice = replace(choice, guarantee=None)
         if options.thresholds is None:
             return choice
         rule = replace(choice.rule, thresholds=self._thresholds_of(options.thresholds))
-        if choice.set_by in ("target_speedup", "max_disagreement"):
+        if choice.set_by in CALIBRATED:
             raise RequestError(
                 f"thresholds: cannot be combined with this server's {choice.set_by}, which was calibrated with the "
                 "model's own thresholds; give tau",
@@ -270,8 +271,8 @@ class Rules:
             return self._by_target(
                 options, self.of_tenant(tenant) if self._rate is not None else self.in_force(level)
             )
-        wishes = [w for w in ("target_speedup", "max_disagreement") if getattr(options, w) is not None]
-        return self._by_target(options, self._default_with(signal, tenant, *wishes))
+        targets = [name for name in CALIBRATED if getattr(options, name) is not None]
+        return self._by_target(options, self._default_with(signal, tenant, *targets))
 
     def _signal_of(self, options: ExitOptions) -> Signal:
         """The signal that a request names, or the model's default; raises RequestError if it is not supported."""

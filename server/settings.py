@@ -11,60 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from de3.server.options import EXCLUSIVE, MAX_BUDGET_MS, ExitOptions
+
 PREFIX = "DE3_"
 # Variables with the same prefix that are read by clients, or by `de3 serve NAME` before it starts the server.
 OTHER_VARIABLES = ("DE3_ADMIN_KEY", "DE3_API_KEY", "DE3_CACHE", "DE3_CACHE_GB", "DE3_URL")
-MAX_BUDGET_MS = 60_000
-EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
-
-
-@dataclass(frozen=True, slots=True)
-class ExitOptions:
-    """The options of a request that decide where its texts exit; None: not set.
-
-    Raises ValueError for options that cannot be combined.
-
-    Attributes:
-        tau: exit at the first layer whose score is below it.
-        signal: a name in `exits.signals.SIGNALS`; None: the model's default, or edr if `lam` is set.
-        lam: EDR's λ; 0 is entropy alone.
-        max_layer: deepest layer that a text may reach.
-        target_speedup: mean speed-up over full depth, by the calibration.
-        latency_budget_ms: time limit; the answer is that of the deepest exit reached by then.
-        max_disagreement: highest rate of answers that differ from full depth, at 95% confidence.
-        best_effort: answer at the first exit if the budget cannot be met.
-        thresholds: for a multi-label model, the probability above which a label is assigned: one value for all labels,
-            or values by label.
-    """
-
-    tau: float | None = None
-    signal: str | None = None
-    lam: float | None = None
-    max_layer: int | None = None
-    target_speedup: float | None = None
-    latency_budget_ms: float | None = None
-    max_disagreement: float | None = None
-    best_effort: bool = False
-    thresholds: float | Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        is_entropy = self.lam == 0 and self.signal == "entropy"  # λ = 0 is entropy
-        if self.lam is not None and self.signal not in (None, "edr") and not is_entropy:
-            raise ValueError(f"lambda: is only valid with the signal edr, not with {self.signal}")
-        values = (self.tau, self.target_speedup, self.latency_budget_ms, self.max_disagreement)
-        if values == (None, None, None, None):
-            return
-        asked = [name for name, value in zip(EXCLUSIVE, values, strict=True) if value is not None]
-        if len(asked) > 1:
-            raise ValueError(
-                f"{asked[1]}: cannot be combined with {asked[0]}; give one of {', '.join(EXCLUSIVE)}"
-            )
-        if self.thresholds is not None and asked[0] in ("target_speedup", "max_disagreement"):
-            raise ValueError(
-                f"thresholds: cannot be combined with {asked[0]}, which was calibrated with the model's own thresholds"
-            )
-        if asked != ["tau"] and self.max_layer is not None:
-            raise ValueError(f"max_layer: is only valid with tau, not with {asked[0]}")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from de3.exits.signals import Edr
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
 from de3.server.learn.job import Job as FitJob
+from de3.server.options import ExitOptions
 from de3.server.rules import Choice
-from de3.server.settings import ExitOptions
 
 NO_MODEL, WITH_KERNELS = SimpleNamespace(forward=None), SimpleNamespace(forward=object())
 NO_MONITOR = SimpleNamespace(samples=lambda: False, is_far=lambda *_: False, limits=None, tau_factor=1.0)

@@ -17,8 +17,9 @@ from de3.server.engine import timing
 from de3.server.engine.job import REPLY_S, REPLY_TEXT_S, Item, Job
 from de3.server.errors import RequestError
 from de3.server.ood import WINDOW
+from de3.server.options import ExitOptions
 from de3.server.rules import Choice, Rules
-from de3.server.settings import ExitOptions, Settings
+from de3.server.settings import Settings
 from tests.fixtures import make_rows
 from tests.serving import Gate, Server, serving, until
 

@@ -273,7 +273,7 @@ import de3
 assert not {"numpy", "onnxruntime", "httpx", "fastapi"} & sys.modules.keys()
 with de3.load("sst2", store=de3.DEMO) as model:
     assert model.classify(["a fine film"])[0].label == "positive"
-assert not {"fastapi", "uvicorn", "prometheus_client", "torch", "pyarrow"} & sys.modules.keys(), sys.modules.keys()
+assert not {"de3.server.http", "starlette", "uvicorn", "prometheus_client", "torch", "pyarrow"} & sys.modules.keys()
 after = sys.getswitchinterval(), gc.get_freeze_count(), signal.getsignal(signal.SIGTERM), logging.root.handlers[:]
 assert before == after
 """

@@ -20,8 +20,9 @@ from de3.exits.signals import Signal, edr
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.server.errors import Cause, RequestError
+from de3.server.options import ExitOptions
 from de3.server.rules import Rules
-from de3.server.settings import ExitOptions, Settings
+from de3.server.settings import Settings
 from tests.fixtures import make_rows
 from tests.serving import Server, serving, until
 

@@ -27,8 +27,9 @@ from de3.server.engine.job import Job
 from de3.server.engine.served import Served
 from de3.server.learn.record import Record
 from de3.server.networks import network_hash
+from de3.server.options import ExitOptions
 from de3.server.rules import Standing
-from de3.server.settings import ExitOptions, Settings
+from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 

@@ -1,11 +1,11 @@
 """A request, independent of its protocol: the texts to classify, and their options."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from de3.model_store.manifest import Manifest
-from de3.server.settings import ExitOptions
+from de3.server.options import NO_OPTIONS, ExitOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Request:
     input_name: ClassVar[str] = "input"
 
     texts: Sequence[Text]
-    options: ExitOptions = field(default_factory=ExitOptions)
+    options: ExitOptions = NO_OPTIONS
     model: str | None = None
     truncate: bool = True
     explain: bool = False

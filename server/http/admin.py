@@ -6,11 +6,12 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Body, FastAPI, Path
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from de3.model_store.manifest import NAME
 from de3.server.background import report_error
 from de3.server.errors import RequestError
+from de3.server.fields import JsonObject
 from de3.server.http.openapi import error
 from de3.server.manager import Change
 from de3.server.models import Role
@@ -24,10 +25,8 @@ T = TypeVar("T")
 Version = Annotated[int, Field(ge=1, le=10**9)]
 
 
-class Load(BaseModel):
+class Load(JsonObject):
     """The body of a request to load a model."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     version: Version | None = Field(default=None, description="default: the newest in the store")
     role: Role = Field(
@@ -44,10 +43,8 @@ class Load(BaseModel):
         return self
 
 
-class Unload(BaseModel):
+class Unload(JsonObject):
     """The body of a request to unload a model."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     version: Version | None = Field(default=None, description="default: all versions of the name")
 

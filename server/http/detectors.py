@@ -4,23 +4,18 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
-from de3.server.engine.job import Item, Job
+from de3.server.engine.job import Job
+from de3.server.engine.outcome import Outcome
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
+from de3.server.fields import JsonObject, check_count, check_fields, checked_text, load_json, one_or_more
 from de3.server.http.errors import STATUSES
-from de3.server.http.fields import (
-    OptionFields,
-    check_count,
-    check_fields,
-    checked_text,
-    load_json,
-    one_or_more,
-)
 from de3.server.http.protocol import Call, Protocol
+from de3.server.options import OptionFields
 
 THRESHOLD = 0.5
 MAX_CHARS = 2**24  # of texts in a response; each detection repeats its text
@@ -50,7 +45,7 @@ class ContentsRequest(Request):
         Raises RequestError for a regression model, for a safe label that the model does not have, and if the response
         could be too long.
         """
-        name, labels, params = f"{manifest.name}:{manifest.version}", manifest.labels, "detector_params"
+        name, labels, params = manifest.full_name, manifest.labels, "detector_params"
         if manifest.tolerance is not None:
             raise RequestError(f"model: {name} is a regression model: it detects no labels", "model")
         if self.safe is None and manifest.thresholds is None:
@@ -89,10 +84,8 @@ class Parameters(OptionFields):
     model: str | None = None
 
 
-class ContentsFields(BaseModel):
+class ContentsFields(JsonObject):
     """The body of a request."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     contents: Annotated[list[Text], BeforeValidator(_contents)]
     detector_params: dict[str, Any] | None = None
@@ -101,8 +94,7 @@ class ContentsFields(BaseModel):
 def parse(call: Call) -> ContentsRequest:
     """The request in a call; raises RequestError if it is invalid."""
     value = load_json(call.body)
-    if isinstance(value, dict):
-        check_count(value.get("contents"), "contents", call.max_texts)
+    check_count(value, "contents", call.max_texts)
     fields = check_fields(ContentsFields, value, '{"contents": ["a text"]}')
     parameters = check_fields(Parameters, fields.detector_params or {}, '{"threshold": 0.5}')
     return ContentsRequest(
@@ -117,18 +109,20 @@ def parse(call: Call) -> ContentsRequest:
 def serialize(_: str, job: Job) -> bytes:
     """The detections of each text: labels, other than safe ones, whose probability reaches the threshold."""
     assert isinstance(job.request, ContentsRequest)
-    return orjson.dumps([_detections(item, job, job.request) for item in job.items])
+    request, labels = job.request, job.model.manifest.labels
+    both = zip(request.texts, job.outcomes(), strict=True)
+    return orjson.dumps([_detections(text.text, outcome, labels, request) for text, outcome in both])
 
 
-def _detections(item: Item, job: Job, request: ContentsRequest) -> list[dict[str, Any]]:
-    outcome = item.outcome
-    assert outcome is not None  # the job is finished
-    reading, text, found = outcome.reading, item.text.text, []
+def _detections(
+    text: str, outcome: Outcome, labels: list[str], request: ContentsRequest
+) -> list[dict[str, Any]]:
+    reading, found = outcome.reading, []
     start, end = (
         (0, len(text)) if outcome.decisive is None else (outcome.decisive.start, outcome.decisive.end)
     )
     more = {"metadata": {"truncated": True}} if outcome.truncated else {}
-    for k, (label, prob) in enumerate(zip(job.model.manifest.labels, reading.probs, strict=True)):
+    for k, (label, prob) in enumerate(zip(labels, reading.probs, strict=True)):
         if request.threshold is not None or reading.labels is None:
             is_found = prob >= (THRESHOLD if request.threshold is None else request.threshold)
         else:

@@ -14,12 +14,13 @@ from de3.server.engine.job import Job
 from de3.server.engine.request import Request
 from de3.server.errors import RequestError
 from de3.server.failures import FailureLog
+from de3.server.fields import LARGE_BODY_BYTES
 from de3.server.http import errors
 from de3.server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT
 from de3.server.http.asgi import AsgiRequest
 from de3.server.http.exchange import HEADER, Exchange, request_id
 from de3.server.http.frontend import Frontend
-from de3.server.http.protocol import LARGE_BODY_BYTES, Call, Protocol, Route
+from de3.server.http.protocol import Call, Protocol, Route
 from de3.server.infer import Inference, timed_out
 
 failures = FailureLog(logging.getLogger("de3"))

@@ -3,14 +3,10 @@
 The body is {"error": {"message", "type", "param", "code"}}; a protocol may replace it.
 """
 
-from typing import TYPE_CHECKING
-
 import orjson
+from starlette.responses import Response
 
 from de3.server.errors import Cause, RequestError
-
-if TYPE_CHECKING:
-    from starlette.responses import Response
 
 TYPES = {
     400: "BadRequestError",
@@ -67,20 +63,21 @@ def openai_body(error: RequestError) -> bytes:
     return body(STATUSES[error.cause], error.message, error.field)
 
 
-def plain_response(status: int, message: str) -> "Response":
-    """The response to input that is not HTTP, or to CONNECT."""
-    from starlette.responses import Response  # the library parses requests, too, but answers none over HTTP
+def message_body(error: RequestError) -> bytes:
+    """The body of the response to a failed request, as {"error": message}."""
+    return orjson.dumps({"error": error.message})
 
+
+def plain_response(status: int, message: str) -> Response:
+    """The response to input that is not HTTP, or to CONNECT."""
     return Response(body(status, message), status, media_type="application/json")
 
 
-def response(error: RequestError, request_id: str | None = None, content: bytes | None = None) -> "Response":
+def response(error: RequestError, request_id: str | None = None, content: bytes | None = None) -> Response:
     """The HTTP response to a failed request.
 
     request_id: for the X-Request-ID header; None: no such header. content: the body; None: in OpenAI's format.
     """
-    from starlette.responses import Response
-
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if error.cause == "no_key":
         headers["WWW-Authenticate"] = "Bearer"

@@ -7,21 +7,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from de3.exits.reading import Reading, read, sigmoid
-from de3.server.engine.job import Item, Job
+from de3.server.answer import ranked
+from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
-from de3.server.errors import RequestError
-from de3.server.http.fields import (
-    OptionFields,
-    check_count,
-    check_fields,
-    checked_text,
-    load_json,
-    one_or_more,
-)
+from de3.server.fields import JsonObject, check_count, check_fields, checked_text, load_json, one_or_more
+from de3.server.http.errors import message_body
 from de3.server.http.protocol import Call, Protocol
+from de3.server.options import OptionFields
 
 Function = Literal["softmax", "sigmoid", "none"]
 
@@ -72,10 +67,8 @@ class Parameters(OptionFields):
     max_length: Any = Field(None, description="accepted and ignored")
 
 
-class TaskFields(BaseModel):
+class TaskFields(JsonObject):
     """The body of a request."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     inputs: Annotated[list[Text], BeforeValidator(_inputs)]
@@ -94,7 +87,7 @@ def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskReques
     """
     if isinstance(value, dict):
         value.pop("options", None)  # options of the hosted API, such as use_cache
-        check_count(value.get("inputs"), "inputs", max_texts)
+    check_count(value, "inputs", max_texts)
     fields = check_fields(TaskFields, value, '{"inputs": "a text"}')
     parameters = check_fields(Parameters, fields.parameters or {}, '{"top_k": 2}')
     return TaskRequest(
@@ -111,15 +104,14 @@ def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskReques
 def serialize(_: str, job: Job) -> bytes:
     """[{"label", "score"}, …], the most probable first; if nested, a list of such lists."""
     assert isinstance(job.request, TaskRequest)
-    rows = [_scores(item, job, job.request) for item in job.items]
+    labels, request = job.model.manifest.labels, job.request
+    rows = [_scores(outcome.reading, labels, request) for outcome in job.outcomes()]
     return orjson.dumps(rows if job.request.is_nested else rows[0])
 
 
-def _scores(item: Item, job: Job, request: TaskRequest) -> list[dict[str, Any]]:
-    assert item.outcome is not None  # the job is finished
-    scores = _apply(request.function, item.outcome.reading)
-    ranked = sorted(zip(scores, job.model.manifest.labels, strict=True), key=lambda pair: -pair[0])
-    return [{"label": label, "score": score} for score, label in ranked[: request.top_k]]
+def _scores(reading: Reading, labels: list[str], request: TaskRequest) -> list[dict[str, Any]]:
+    best = ranked(_apply(request.function, reading), labels)[: request.top_k]
+    return [{"label": label, "score": score} for score, label in best]
 
 
 def _apply(function: Function | None, reading: Reading) -> list[float]:
@@ -132,9 +124,4 @@ def _apply(function: Function | None, reading: Reading) -> list[float]:
     return [sigmoid(x) for x in reading.logits]
 
 
-def error(problem: RequestError) -> bytes:
-    """The body of an error, {"error"}."""
-    return orjson.dumps({"error": problem.message})
-
-
-TEXT_CLASSIFICATION = Protocol(parse, serialize, error)
+TEXT_CLASSIFICATION = Protocol(parse, serialize, message_body)

@@ -6,14 +6,15 @@ The response has the format in which KServe's Hugging Face server returns probab
 from typing import Annotated, Any, ClassVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BeforeValidator, Field
 
+from de3.server.classification import text_of
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
-from de3.server.errors import RequestError
-from de3.server.http.classify import text_of
-from de3.server.http.fields import OptionFields, check_count, check_fields, load_json, one_or_more
+from de3.server.fields import JsonObject, check_count, check_fields, load_json, one_or_more
+from de3.server.http.errors import message_body
 from de3.server.http.protocol import Call, Protocol
+from de3.server.options import OptionFields
 
 
 class PredictRequest(Request):
@@ -28,20 +29,17 @@ def _instances(value: Any) -> list[Text]:
     return one_or_more(value, text_of)
 
 
-class PredictFields(BaseModel):
+class PredictFields(JsonObject):
     """The body of a request; the exit options in `parameters` are an extension."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     instances: Annotated[list[Text], BeforeValidator(_instances)]
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field({})
 
 
 def parse(call: Call) -> PredictRequest:
     """The request in a call; raises RequestError if it is invalid."""
     value = load_json(call.body)
-    if isinstance(value, dict):
-        check_count(value.get("instances"), "instances", call.max_texts)
+    check_count(value, "instances", call.max_texts)
     fields = check_fields(PredictFields, value, '{"instances": ["a text"]}')
     parameters = check_fields(OptionFields, fields.parameters, '{"tau": 0.1}')
     return PredictRequest(fields.instances, parameters.options, call.path["model"])
@@ -59,9 +57,4 @@ def serialize(_: str, job: Job) -> bytes:
     )
 
 
-def error(problem: RequestError) -> bytes:
-    """The body of an error, {"error"}."""
-    return orjson.dumps({"error": problem.message})
-
-
-PREDICT = Protocol(parse, serialize, error)
+PREDICT = Protocol(parse, serialize, message_body)

@@ -7,18 +7,13 @@ import orjson
 from pydantic import BeforeValidator, Field
 
 from de3.model_store.manifest import Manifest
-from de3.server.engine.job import Item, Job
+from de3.server.engine.job import Job
+from de3.server.engine.outcome import Outcome
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
-from de3.server.http.fields import (
-    OptionFields,
-    check_count,
-    check_fields,
-    checked_text,
-    load_json,
-    one_or_more,
-)
+from de3.server.fields import check_count, check_fields, checked_text, load_json, one_or_more
 from de3.server.http.protocol import Call, Protocol
+from de3.server.options import OptionFields
 
 
 @dataclass(slots=True, eq=False)
@@ -34,7 +29,7 @@ class ModerationRequest(Request):
                 else "its answer is a number"
             )
             raise RequestError(
-                f"model: {manifest.name}:{manifest.version} is not a multi-label model, which moderation requires: "
+                f"model: {manifest.full_name} is not a multi-label model, which moderation requires: "
                 f"{why}; use /classify",
                 "model",
             )
@@ -61,21 +56,19 @@ class ModerationFields(OptionFields):
 def parse(call: Call) -> ModerationRequest:
     """The request in a call; raises RequestError if it is invalid."""
     value = load_json(call.body)
-    if isinstance(value, dict):
-        check_count(value.get("input"), "input", call.max_texts)
+    check_count(value, "input", call.max_texts)
     fields = check_fields(ModerationFields, value, '{"input": "a text"}')
     return ModerationRequest(fields.input, fields.options, fields.model)
 
 
 def serialize(request_id: str, job: Job) -> bytes:
     """{"id", "model", "results"}: for each text, the labels above their thresholds, and all probabilities."""
-    results = [_result(item, job.model.manifest.labels) for item in job.items]
+    results = [_result(outcome, job.model.manifest.labels) for outcome in job.outcomes()]
     return orjson.dumps({"id": f"modr-{request_id}", "model": job.model.full_name, "results": results})
 
 
-def _result(item: Item, names: list[str]) -> dict[str, Any]:
-    assert item.outcome is not None  # the job is finished
-    reading = item.outcome.reading
+def _result(outcome: Outcome, names: list[str]) -> dict[str, Any]:
+    reading = outcome.reading
     given = set(reading.labels or ())
     return {
         "flagged": bool(given),
@@ -84,7 +77,7 @@ def _result(item: Item, names: list[str]) -> dict[str, Any]:
         "category_applied_input_types": {
             name: ["text"] if k in given else [] for k, name in enumerate(names)
         },
-        "exit_layer": item.outcome.layer,
+        "exit_layer": outcome.layer,
     }
 
 

@@ -13,14 +13,16 @@ from typing import Any, ClassVar
 import orjson
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from de3.model_store.manifest import Manifest
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
-from de3.server.http.fields import OptionFields, check_fields, checked_text, load_json
+from de3.server.fields import JsonObject, check_fields, checked_text, load_json
+from de3.server.http.errors import message_body
 from de3.server.http.protocol import Call, Protocol
+from de3.server.options import OptionFields
 from de3.server.service import Service
 
 INPUTS = ("text", "text_pair")
@@ -67,34 +69,28 @@ class Parameters(OptionFields):
     timeout: Any = Field(None, description="accepted and ignored")
 
 
-class Tensor(BaseModel):
+class Tensor(JsonObject):
     """An input tensor."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str
     datatype: str
     shape: list[int]
     data: list[Any] | None = None
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field({})
 
 
-class Output(BaseModel):
+class Output(JsonObject):
     """A requested output."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field({})
 
 
-class InferFields(BaseModel):
+class InferFields(JsonObject):
     """The JSON of a request."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     id: str | None = None
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field({})
     inputs: list[Tensor] = Field(max_length=len(INPUTS))
     outputs: list[Output] = Field([], max_length=len(OUTPUTS))
 
@@ -206,7 +202,7 @@ def serialize(_: str, job: Job) -> bytes:
     """The requested outputs, one row for each text."""
     request, manifest = job.request, job.model.manifest
     assert isinstance(request, InferRequest)
-    outcomes = [item.outcome for item in job.items if item.outcome is not None]
+    outcomes = job.outcomes()
     tensors: dict[str, dict[str, Any]] = {
         "label": _tensor("BYTES", [len(outcomes)], job.labels()),
         "probs": _tensor(
@@ -226,11 +222,6 @@ def serialize(_: str, job: Job) -> bytes:
 
 def _tensor(datatype: str, shape: list[int], data: list[Any]) -> dict[str, Any]:
     return {"datatype": datatype, "shape": shape, "data": data}
-
-
-def error(problem: RequestError) -> bytes:
-    """The body of an error, {"error"}."""
-    return orjson.dumps({"error": problem.message})
 
 
 def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
@@ -305,4 +296,4 @@ def _metadata(manifest: Manifest, service: Service) -> dict[str, Any]:
     }
 
 
-INFER = Protocol(parse, serialize, error)
+INFER = Protocol(parse, serialize, message_body)

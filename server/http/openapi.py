@@ -6,9 +6,9 @@ import orjson
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from de3.server.answer import ClassifyResponse
+from de3.server.classification import ClassifyRequest
 from de3.server.http import errors
-from de3.server.http.classify import ClassifyRequest
-from de3.server.http.response import ClassifyResponse
 
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """

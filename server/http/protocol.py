@@ -9,8 +9,6 @@ from de3.server.engine.request import Request
 from de3.server.errors import RequestError
 from de3.server.http import errors
 
-LARGE_BODY_BYTES = 16 * 1024  # a larger body may take milliseconds to parse
-
 
 @dataclass(frozen=True, slots=True)
 class Call:

@@ -16,10 +16,11 @@ from de3.model_store.manifest import Manifest
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
+from de3.server.fields import check_count, check_fields, checked_text, load_json
 from de3.server.http import tei
 from de3.server.http.errors import openai_body
-from de3.server.http.fields import OptionFields, check_count, check_fields, checked_text, load_json
 from de3.server.http.protocol import Call, Protocol
+from de3.server.options import OptionFields
 
 MAX_QUERY_CHARS = 2**20  # over all documents, as the query is repeated before each
 
@@ -51,7 +52,7 @@ class RerankRequest(Request):
                 else f"has {len(manifest.labels)} outputs"
             )
             raise RequestError(
-                f"model: {manifest.name}:{manifest.version} {why}; reranking needs a model of pairs with one output, "
+                f"model: {manifest.full_name} {why}; reranking needs a model of pairs with one output, "
                 "such as a cross-encoder",
                 "model",
             )
@@ -126,7 +127,7 @@ def parse(call: Call) -> RerankRequest:
     """The request in a call to /rerank; raises RequestError if it is invalid."""
     value = load_json(call.body)
     if isinstance(value, dict) and "texts" in value:
-        check_count(value["texts"], "texts", call.max_texts)
+        check_count(value, "texts", call.max_texts)
         return _of_tei(check_fields(TeiFields, value, '{"query": "a text", "texts": ["a text"]}'))
     return _of_jina(value, call.max_texts)
 
@@ -137,8 +138,7 @@ def parse_jina(call: Call) -> RerankRequest:
 
 
 def _of_jina(value: Any, max_texts: int) -> RerankRequest:
-    if isinstance(value, dict):
-        check_count(value.get("documents"), "documents", max_texts)
+    check_count(value, "documents", max_texts)
     fields = check_fields(RerankFields, value, '{"query": "a text", "documents": ["a text"]}')
     return RerankRequest(
         [Text(fields.query, document) for document in fields.documents],

@@ -6,9 +6,10 @@ from typing import Annotated, Any, ClassVar
 import orjson
 from pydantic import BeforeValidator, Field
 
-from de3.server.engine.job import Item, Job
+from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
-from de3.server.http.fields import OptionFields, check_count, check_fields, checked_text, one_or_more
+from de3.server.fields import check_count, check_fields, checked_text, one_or_more
+from de3.server.options import OptionFields
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +43,7 @@ class LogitsFields(OptionFields):
 def request_of(value: dict[str, Any], max_texts: int) -> LogitsRequest:
     """The request in a JSON object; raises RequestError if it is invalid or has more than `max_texts` texts."""
     value.pop("rid", None)
-    check_count(value["text"], "text", max_texts)
+    check_count(value, "text", max_texts)
     fields = check_fields(LogitsFields, value, '{"text": "a text"}')
     texts, is_batch = fields.text
     return LogitsRequest(texts, fields.options, fields.model, fields.truncate, is_batch=is_batch)
@@ -51,11 +52,11 @@ def request_of(value: dict[str, Any], max_texts: int) -> LogitsRequest:
 def serialize(request_id: str, job: Job) -> bytes:
     """{"embedding", "meta_info"}; for a batch, a list of such objects."""
     assert isinstance(job.request, LogitsRequest)
-    rows = [_row(item, request_id) for item in job.items]
+    rows = [
+        {
+            "embedding": outcome.reading.logits,
+            "meta_info": {"id": request_id, "prompt_tokens": outcome.tokens},
+        }
+        for outcome in job.outcomes()
+    ]
     return orjson.dumps(rows if job.request.is_batch else rows[0])
-
-
-def _row(item: Item, request_id: str) -> dict[str, Any]:
-    assert item.outcome is not None  # the job is finished
-    meta_info = {"id": request_id, "prompt_tokens": item.outcome.tokens}
-    return {"embedding": item.outcome.reading.logits, "meta_info": meta_info}

@@ -9,11 +9,13 @@ from fastapi import FastAPI
 from pydantic import BeforeValidator, Field
 
 from de3.exits.reading import Reading, sigmoid
-from de3.server.engine.job import Item, Job
+from de3.server.answer import ranked
+from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
 from de3.server.errors import Cause, RequestError
-from de3.server.http.fields import OptionFields, check_count, check_fields, checked_text, load_json
+from de3.server.fields import check_count, check_fields, checked_text, load_json
 from de3.server.http.protocol import Call, Protocol
+from de3.server.options import OptionFields
 from de3.server.service import Service
 
 # TEI's error types by cause; any other cause is a validation error.
@@ -72,7 +74,7 @@ def parse(call: Call) -> PredictRequest:
     if isinstance(value, dict):
         inputs = value.get("inputs")
         if isinstance(inputs, list) and inputs and isinstance(inputs[0], list):  # else one text or one pair
-            check_count(inputs, "inputs", call.max_texts)
+            check_count(value, "inputs", call.max_texts)
     fields = check_fields(PredictFields, value, '{"inputs": "a text"}')
     texts, is_batch = fields.inputs
     return PredictRequest(
@@ -83,18 +85,17 @@ def parse(call: Call) -> PredictRequest:
 def serialize(_: str, job: Job) -> bytes:
     """[{"score", "label"}, …], the most probable first; for a batch, a list of such lists."""
     assert isinstance(job.request, PredictRequest)
-    rows = [_scores(item, job, job.request.raw_scores) for item in job.items]
+    labels, raw = job.model.manifest.labels, job.request.raw_scores
+    rows = [_scores(outcome.reading, labels, raw) for outcome in job.outcomes()]
     return orjson.dumps(rows if job.request.is_batch else rows[0])
 
 
-def _scores(item: Item, job: Job, raw: bool) -> list[dict[str, Any]]:
-    assert item.outcome is not None  # the job is finished
-    reading: Reading = item.outcome.reading
+def _scores(reading: Reading, labels: list[str], raw: bool) -> list[dict[str, Any]]:
     # TEI applies the sigmoid to a single output.
     probs = reading.probs if reading.value is None else [sigmoid(reading.value)]
-    scores = reading.logits if raw else probs
-    ranked = sorted(zip(scores, job.model.manifest.labels, strict=True), key=lambda pair: -pair[0])
-    return [{"score": score, "label": label} for score, label in ranked]
+    return [
+        {"score": score, "label": label} for score, label in ranked(reading.logits if raw else probs, labels)
+    ]
 
 
 def error(problem: RequestError) -> bytes:
@@ -112,7 +113,7 @@ def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
         manifest, settings = service.default_manifest(), service.settings
         ids = {str(k): label for k, label in enumerate(manifest.labels)}
         return {
-            "model_id": f"{manifest.name}:{manifest.version}",
+            "model_id": manifest.full_name,
             "model_sha": None,
             "model_dtype": manifest.precision,
             "model_type": {

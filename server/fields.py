@@ -1,20 +1,21 @@
-"""Parsing that the protocols share: JSON bodies, texts and the exit options."""
+"""Checks of JSON bodies that the protocols share: fields and texts."""
 
 import gc
 from collections.abc import Callable
-from functools import cache, cached_property
-from typing import Annotated, Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
-from de3.exits.signals import MAX_LAM, SIGNALS, check_name
+from de3.exits.signals import MAX_LAM
 from de3.server.engine.request import Text
 from de3.server.errors import RequestError
-from de3.server.http.protocol import LARGE_BODY_BYTES
-from de3.server.settings import MAX_BUDGET_MS, ExitOptions
+from de3.server.options import MAX_BUDGET_MS
 
+LARGE_BODY_BYTES = 16 * 1024  # a larger body may take milliseconds to parse
 MAX_BRACKETS = 2**17  # in a body, including those in texts: each may allocate a list or an object
+# Allowed values, for messages.
 ALLOWED = {
     "tau": " (allowed: 0 to 1)",
     "lambda": f" (allowed: 0 to {MAX_LAM:g})",
@@ -25,111 +26,13 @@ ALLOWED = {
     "truncation_side": " or null: texts are truncated at their end",
     "add_special_tokens": " or null: the model needs them",
 }
-
-
-MAX_THRESHOLDS = 10_000
-THRESHOLD = "a number above 0 and below 1"
-Threshold = Annotated[float, Field(gt=0, lt=1)]
-
-
-def _thresholds(value: Any) -> Any:
-    """The value, if it is a threshold, an object of thresholds, or None; raises ValueError at the first invalid one."""
-    if isinstance(value, dict):
-        if len(value) > MAX_THRESHOLDS:
-            raise ValueError(f"has {len(value)} labels, at most {MAX_THRESHOLDS} are allowed")
-        for name, one in value.items():
-            if not _is_threshold(one):
-                raise ValueError(f"[{name[:100]!r}]: must be {THRESHOLD}")
-    elif value is not None and not _is_threshold(value):
-        raise ValueError(f"must be {THRESHOLD}, or an object of such numbers by label")
-    return value
-
-
-def _is_threshold(value: Any) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1
-
-
-def _signal(value: Any) -> str:
-    return check_name(value if isinstance(value, str) else "")
-
-
-SignalName = Annotated[
-    str, BeforeValidator(_signal), Field(json_schema_extra=lambda schema: schema.update(enum=[*SIGNALS]))
-]
-
-
-class OptionFields(BaseModel):
-    """The exit options, which are the same in the JSON of every protocol."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-    tau: float | None = Field(
-        None, ge=0, le=1, description="exit at the first layer whose score is below tau; 0: never early"
-    )
-    signal: SignalName | None = Field(
-        None,
-        description=f"signal compared with tau: {', '.join(SIGNALS)} (see docs/signals.md); default: the model's",
-    )
-    lam: float | None = Field(
-        None,
-        ge=0,
-        le=MAX_LAM,
-        alias="lambda",
-        description="of the signal edr: weight of the distance ratio against entropy; 0: entropy alone",
-    )
-    max_layer: int | None = Field(None, ge=0, description="deepest layer to run")
-    target_speedup: float | None = Field(
-        None, ge=1, description="instead of tau: the mean speed-up over full depth, by the calibration"
-    )
-    latency_budget_ms: float | None = Field(
-        None,
-        gt=0,
-        le=MAX_BUDGET_MS,
-        description="instead of tau: answer within this time, at the deepest exit reached by then",
-    )
-    best_effort: bool = Field(
-        False, description="with a budget that cannot be met: answer at the first exit instead of 503"
-    )
-    max_disagreement: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="instead of tau: maximum rate of answers that differ from full depth, at 95% confidence",
-    )
-
-    thresholds: Annotated[
-        float | dict[str, float] | None,
-        BeforeValidator(_thresholds, json_schema_input_type=Threshold | dict[str, Threshold] | None),
-    ] = Field(
-        None,
-        description="for a multi-label model: probability above which a label is assigned, for all labels or by name",
-    )
-
-    @model_validator(mode="after")
-    def _check_together(self) -> "OptionFields":
-        _ = self.options
-        return self
-
-    @cached_property
-    def options(self) -> ExitOptions:
-        """The exit options in these fields; raises ValueError for options that cannot be combined."""
-        if self.model_fields_set.isdisjoint(OPTION_NAMES):
-            return NO_OPTIONS
-        return ExitOptions(
-            self.tau,
-            self.signal,
-            self.lam,
-            self.max_layer,
-            self.target_speedup,
-            self.latency_budget_ms,
-            self.max_disagreement,
-            self.best_effort,
-            self.thresholds,
-        )
-
-
-OPTION_NAMES, NO_OPTIONS = frozenset(OptionFields.model_fields), ExitOptions()
 Fields = TypeVar("Fields", bound=BaseModel)
+
+
+class JsonObject(BaseModel):
+    """A JSON object: refuses unknown fields, and values of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def load_json(body: bytes) -> Any:
@@ -174,8 +77,9 @@ def known_fields(kind: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in kind.model_fields.items()]
 
 
-def check_count(texts: Any, field: str, most: int) -> None:
-    """Raise RequestError if a list has too many texts, before any is checked."""
+def check_count(value: Any, field: str, most: int) -> None:
+    """Raise RequestError if a field of a JSON value is a list of too many texts, before any is checked."""
+    texts = value.get(field) if isinstance(value, dict) else None
     if isinstance(texts, list) and len(texts) > most:
         raise RequestError(f"{field}: {len(texts)} texts, at most {most} are allowed", field)
 

@@ -1,13 +1,21 @@
-"""The schema of the response of /classify: mypy checks the serializer against it, and /openapi.json is made from it."""
+"""The answer to a classified text: its fields, from which /openapi.json is made, and their values."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import isnan
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict  # before Python 3.12 pydantic does not accept typing.TypedDict
 
+from de3.exits.reading import Reading
 from de3.exits.rule import ExitReason
-from de3.server.http.fields import SignalName
+from de3.exits.signals import edr
+from de3.server.classification import Classification
+from de3.server.engine.job import Item
+from de3.server.engine.outcome import Outcome
+from de3.server.options import SignalName
+
+DISPLAY_LAM = 1.0  # λ of the reported EDR if the signal has no λ, or λ = 0
 
 
 class Signals(TypedDict):
@@ -153,3 +161,94 @@ class ClassifyResponse(TypedDict):
             dict[str, Any], Field(description="with explain: how tau was chosen, and the expected results")
         ]
     ]
+
+
+def row_of(item: Item) -> ClassifiedText:
+    """The answer to a text of a finished job whose request is a Classification."""
+    job, outcome = item.job, item.outcome
+    request, manifest = job.request, job.model.manifest
+    assert isinstance(request, Classification)
+    assert outcome is not None  # the job is finished
+    reading, signal, labels = outcome.reading, outcome.rule.signal, manifest.labels
+    lam = signal.lam or DISPLAY_LAM
+    row: ClassifiedText = {
+        "index": item.index,
+        "label": labels[reading.label],
+        "probs": _probs(reading, request.raw),
+        "num_classes": len(labels),
+        "exit": {
+            "layer": outcome.layer,
+            "num_layers": manifest.num_layers,
+            "reason": outcome.reason,
+            "tau": outcome.rule.tau,
+            "signal": signal.name,
+            "lambda": signal.lam,
+            "score": _or_none(reading.score),
+            "entropy": _or_none(reading.entropy),
+            "distance_ratio": reading.distance_ratio,
+            "edr": edr(reading, lam),
+        },
+    }
+    if reading.value is not None:
+        row["value"] = reading.value
+    if reading.labels is not None:
+        row["labels"] = [labels[k] for k in reading.labels]
+    if request.top_k:
+        best = ranked(row["probs"] or [], labels)[: request.top_k]
+        row["top"] = [{"label": label, "prob": prob} for prob, label in best]
+    if outcome.truncated:
+        row["truncated"] = True
+    if outcome.windows:
+        layers = [window.layer for window in outcome.windows]
+        row["windows"] = {"run": len(layers), "of": outcome.num_windows, "layers": layers}
+    if job.flag is not None:
+        prob = reading.probs[job.flag.label]
+        row["flag"] = {"label": labels[job.flag.label], "prob": prob, "flagged": prob >= job.flag.threshold}
+        if (decisive := outcome.decisive) is not None:
+            row["flag"] |= {"window": decisive.window, "start": decisive.start, "end": decisive.end}
+    if request.ood:
+        row["ood_score"] = job.served.monitor.score(outcome.passed)
+    if outcome.is_far:
+        row["out_of_distribution"] = True
+    if request.explain:
+        row["layers"] = _passed_exits(outcome, labels, lam, request.raw)
+    return row
+
+
+def _passed_exits(outcome: Outcome, labels: list[str], lam: float, raw: bool) -> list[PassedExit]:
+    """A row for every exit passed, with the window's index if the text has several windows."""
+    rows: list[PassedExit] = []
+    windows = [window.passed for window in outcome.windows] or [outcome.passed]
+    for number, passed in enumerate(windows):
+        for reading in passed:
+            row: PassedExit = {
+                "layer": reading.layer,
+                "label": labels[reading.label],
+                "probs": _probs(reading, raw),
+                "score": _or_none(reading.score),
+                "entropy": _or_none(reading.entropy),
+                "distance_ratio": reading.distance_ratio,
+                "edr": edr(reading, lam),
+            }
+            if reading.value is not None:
+                row["value"] = reading.value
+            if outcome.windows:
+                row["window"] = number
+            rows.append(row)
+    return rows
+
+
+def _probs(reading: Reading, raw: bool) -> list[float] | None:
+    if reading.value is not None:
+        return None
+    return reading.logits if raw else reading.probs
+
+
+def _or_none(number: float | None) -> float | None:
+    """The number; None for NaN, which a regression model has as entropy."""
+    return None if number is None or isnan(number) else number
+
+
+def ranked(scores: Iterable[float], labels: Iterable[str]) -> list[tuple[float, str]]:
+    """The labels with their scores, the highest first."""
+    return sorted(zip(scores, labels, strict=True), key=lambda pair: -pair[0])

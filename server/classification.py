@@ -1,0 +1,157 @@
+"""A request to classify texts, its fields in JSON, and its options, which the server and `de3.load` share."""
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from de3.exits.windows import MAX_WINDOWS
+from de3.model_store.manifest import Manifest
+from de3.server.engine.request import Request, Text
+from de3.server.errors import RequestError
+from de3.server.fields import checked_text, one_or_more
+from de3.server.options import OptionFields
+
+
+@dataclass(slots=True, eq=False)
+class Classification(Request):
+    """A request with the options of its answer (answer.py).
+
+    Attributes:
+        id: the client's `request_id`, for the id of the response; None: the server's request id.
+        raw: respond with logits instead of probabilities.
+        top_k: number of labels to list as `top`, the most probable first; 0: none.
+    """
+
+    id: str | None = None
+    raw: bool = False
+    top_k: int = 0
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise RequestError for `top_k` with a regression model, which has no labels to rank."""
+        if self.top_k and manifest.tolerance is not None:
+            raise RequestError(
+                f"top_k: {manifest.full_name} is a regression model: it has no labels to rank",
+                "top_k",
+            )
+
+
+def _texts(value: Any) -> list[Text]:
+    return one_or_more(value, text_of)
+
+
+def text_of(value: Any, where: str) -> Text:
+    """The text or pair in a JSON value; raises ValueError for any other value, and for a blank text.
+
+    where: position of the value, for the message.
+    """
+    if not isinstance(value, dict):
+        return Text(checked_text(value, where, "a text, or an object with text and text_pair"))
+    if len(value) != 2 or "text" not in value or "text_pair" not in value:
+        missing = [key for key in ("text", "text_pair") if key not in value]
+        surplus = sorted({*islice(value, 6)} - {"text", "text_pair"})  # the first few of perhaps 100,000
+        problem = f"{' and '.join(missing)} missing" if missing else f"unknown field {surplus[0][:100]!r}"
+        raise ValueError(f"{where}: an object must have exactly text and text_pair: {problem}")
+    return Text(
+        checked_text(value["text"], f"{where}.text"), checked_text(value["text_pair"], f"{where}.text_pair")
+    )
+
+
+class TextPair(BaseModel):
+    """Two texts that are classified together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    text_pair: str
+
+
+# For the schema only. `_texts` checks the values, as a pydantic model for each text would be slower.
+OneText = Annotated[str, Field(min_length=1)] | TextPair
+OneOrMore = OneText | Annotated[list[OneText], Field(min_length=1)]
+Long = Literal["truncate", "windows", "error"]
+
+
+class ClassifyRequest(OptionFields):
+    """A request to classify one or more texts."""
+
+    model: str | None = Field(
+        None,
+        description="name (its current version, or a canary) or name:version; required if several models are "
+        "served and none is the default",
+    )
+    input: Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=OneOrMore)] = Field(
+        description="a text, a pair, or a list of them"
+    )
+    truncate: bool = Field(True, description="false: the same as long: error")
+    long: Long | None = Field(
+        None,
+        description="how to handle texts longer than the model's limit: truncate (the default), windows (run "
+        "overlapping windows until their combined answer is settled), or error",
+    )
+    flag: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1000,
+        description="a label to watch for: with long: windows, the answer is that of the window where it is most "
+        "probable, and the first window that reaches flag_threshold is the last to run",
+    )
+    flag_threshold: float | None = Field(
+        None, gt=0, lt=1, description="default: 0.5, or the label's threshold in a multi-label model"
+    )
+    explain: bool = Field(False, description="report every exit passed")
+    ood: bool = Field(
+        False, description="report how far a text is from the calibration's distribution, as ood_score"
+    )
+
+    raw: bool = Field(False, description="logits instead of probabilities, in probs")
+    top_k: int | None = Field(None, ge=1, description="report this many of the most probable labels, as top")
+    request_id: str | None = Field(None, max_length=128, description="id of the response")
+    use_activation: bool | None = Field(None, description="false: the same as raw: true")
+    activation: bool | None = Field(None, description="the former name of use_activation")
+    truncate_prompt_tokens: Literal[-1] | None = Field(
+        None, description="accepted; texts are truncated to the model's limit"
+    )
+    truncation_side: Literal["right"] | None = Field(
+        None, description="accepted; texts are truncated at their end"
+    )
+    add_special_tokens: Literal[True] | None = Field(None, description="accepted; the model needs them")
+    user: Any = Field(None, description="accepted and ignored")
+    rid: Any = Field(None, description="accepted and ignored")
+    priority: Any = Field(None, description="accepted and ignored")
+    padding: Any = Field(None, description="accepted and ignored")
+    cache_salt: Any = Field(None, description="accepted and ignored")
+    mm_processor_kwargs: Any = Field(None, description="accepted and ignored")
+
+    @model_validator(mode="after")
+    def _check_more(self) -> "ClassifyRequest":
+        if (
+            self.long is not None
+            and "truncate" in self.model_fields_set
+            and self.truncate == (self.long == "error")
+        ):
+            raise ValueError(
+                f"long: {self.long} contradicts truncate: {str(self.truncate).lower()}; give one of them "
+                "(truncate: false is the same as long: error)"
+            )
+        if self.flag_threshold is not None and self.flag is None:
+            raise ValueError("flag_threshold: needs flag, the label to watch for")
+        return self
+
+
+def request_of(fields: ClassifyRequest) -> Classification:
+    """The request that these fields describe."""
+    return Classification(
+        fields.input,
+        fields.options,
+        fields.model,
+        fields.truncate and fields.long != "error",
+        fields.explain,
+        fields.ood,
+        MAX_WINDOWS if fields.long == "windows" else 1,
+        None if fields.flag is None else (fields.flag, fields.flag_threshold),
+        id=fields.request_id,
+        raw=fields.raw or fields.use_activation is False or fields.activation is False,
+        top_k=fields.top_k or 0,
+    )
