@@ -5,6 +5,7 @@ import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
 from threading import Thread
@@ -121,8 +122,9 @@ class RemotePool:
     def _answer(self, texts: Sequence[Input]) -> Answers:
         rows: list[dict[str, Any]] = []
         errors: dict[int, str] = {}
-        for start, batch in _batches(texts):
-            self._ask(texts, list(range(start, start + len(batch))), rows, errors)
+        with server_errors():
+            for start, batch in _batches(texts):
+                self._ask(texts, list(range(start, start + len(batch))), rows, errors)
         if not rows:
             return Answers({}, errors)
         answers = Answers.of("value" in rows[0], "labels" in rows[0], self._options.get("long") == "windows")
@@ -135,8 +137,8 @@ class RemotePool:
     ) -> None:
         """Classify the texts with these indices, in one request or, if the server refuses it, in several.
 
-        Appends the answers to `rows`, and puts the reasons for refused texts into `errors`, by index. Raises ValueError
-        if the server refuses the options or does not answer, or if several models answer.
+        Appends the answers to `rows`, and puts the reasons for refused texts into `errors`, by index. Raises
+        ServerError if the server refuses the options or does not answer, and ValueError if several models answer.
         """
         try:
             answer = self._client.classify([texts[index] for index in indices], **self._options)
@@ -144,7 +146,7 @@ class RemotePool:
             # Matches if a text is refused; group 1 is its index in a batch.
             named = re.fullmatch(r"input(?:\[([0-9]+)\])?(?:\..*)?", error.field or "")
             if error.status not in (413, 422) or (named is None and error.status == 422):
-                raise ValueError(message_of(error)) from None
+                raise
             if len(indices) == 1:
                 errors[indices[0]] = error.message
             elif named is not None and named[1] is not None:
@@ -166,11 +168,17 @@ class RemotePool:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
-def message_of(error: ServerError) -> str:
-    """The message for an error response, or for a server that does not answer."""
-    if not error.status:
-        return f"{error.message}: start it with de3 serve, or give its address with --url"
-    return f"the server answers {error.status}: {error.message}"
+@contextmanager
+def server_errors() -> Iterator[None]:
+    """Turn a ServerError, from an error response or a server that does not answer, into a ValueError."""
+    try:
+        yield
+    except ServerError as error:
+        if error.status:
+            raise ValueError(f"the server answers {error.status}: {error.message}") from None
+        raise ValueError(
+            f"{error.message}: start it with de3 serve, or give its address with --url"
+        ) from None
 
 
 def _batches(texts: Sequence[Input]) -> Iterator[tuple[int, Sequence[Input]]]:

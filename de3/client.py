@@ -14,9 +14,10 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, TypedDict, TypeVar
+from typing import Any, Generic, Literal, Self, TypedDict, TypeVar
 
 import httpx
 
@@ -165,14 +166,10 @@ class _Received:
         return cls(response.status_code, response.headers.get("retry-after", ""), body.whole())
 
 
-def _unusable(response: httpx.Response, reason: object) -> ServerError:
-    return ServerError(response.status_code, f"the answer cannot be used: {reason}", None, None)
-
-
-def _no_answer(response: httpx.Response | None, reason: object) -> ServerError:
-    """The error for a response that did not arrive completely. response: None if not even its headers arrived."""
-    if response is not None:
-        return _unusable(response, reason)
+def _no_answer(received: Sequence[httpx.Response], reason: object) -> ServerError:
+    """The error for a response that did not arrive completely. received: empty if not even its headers arrived."""
+    if received:
+        return ServerError(received[0].status_code, f"the answer cannot be used: {reason}", None, None)
     return ServerError(0, f"no answer from the server: {reason}", None, None)
 
 
@@ -241,11 +238,11 @@ def _models_in(json: Any) -> list[dict[str, Any]]:
     return list(json["data"])
 
 
-class Client:
-    """A blocking client; threads may share it.
+Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
-    `classify` takes the fields of a request (docs/api.md) as keywords: those of `Options`, model and request_id.
-    """
+
+class _Client(Generic[Http]):
+    """What both clients have in common."""
 
     def __init__(
         self,
@@ -261,7 +258,35 @@ class Client:
         retries: maximum number of retries of `classify` if the server sheds or rate-limits the request.
         """
         self._retries, self._timeout_s, self._max_bytes = retries, timeout_s, max_answer_bytes
-        self._http = httpx.Client(base_url=url, headers=_headers(key), timeout=timeout_s)
+        self._http: Http = self._open(base_url=url, headers=_headers(key), timeout=timeout_s)
+
+    def _open(self, **options: Any) -> Http:
+        raise NotImplementedError
+
+    @contextmanager
+    def _errors(self) -> Iterator[list[httpx.Response]]:
+        """Turn errors into ServerError. Yields a list, which is to receive the response once its head has arrived."""
+        received: list[httpx.Response] = []
+        try:
+            yield received
+        except (TimeoutError, httpx.ReadTimeout):
+            raise _no_answer(received, f"incomplete within {self._timeout_s:g} s") from None
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise _no_answer(received, error) from None
+        except ValueError as error:
+            if not received:
+                raise
+            raise _no_answer(received, error) from None
+
+
+class Client(_Client[httpx.Client]):
+    """A blocking client; threads may share it.
+
+    `classify` takes the fields of a request (docs/api.md) as keywords: those of `Options`, model and request_id.
+    """
+
+    def _open(self, **options: Any) -> httpx.Client:
+        return httpx.Client(**options)
 
     def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
         """Classify a text, a pair or a batch; raises ServerError."""
@@ -276,24 +301,16 @@ class Client:
         return _parsed(self._send("GET", "/v1/models"), _models_in)
 
     def _send(self, method: str, path: str, json: Any = None) -> _Received:
-        response: httpx.Response | None = None
-        try:
-            with (
-                time_limit(self._timeout_s),
-                self._http.stream(method, path, json=json, extensions={"trace": trace}) as response,
-            ):
-                body = Body(response, self._max_bytes)
-                for chunk in response.iter_raw():
-                    body.add(chunk)
-                return _Received.whole(response, body)
-        except httpx.ReadTimeout:
-            raise _no_answer(response, f"incomplete within {self._timeout_s:g} s") from None
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise _no_answer(response, error) from None
-        except ValueError as error:
-            if response is None:
-                raise
-            raise _unusable(response, error) from None
+        with (
+            self._errors() as received,
+            time_limit(self._timeout_s),
+            self._http.stream(method, path, json=json, extensions={"trace": trace}) as response,
+        ):
+            received.append(response)
+            body = Body(response, self._max_bytes)
+            for chunk in response.iter_raw():
+                body.add(chunk)
+            return _Received.whole(response, body)
 
     def close(self) -> None:
         """Close the connections."""
@@ -306,24 +323,11 @@ class Client:
         self.close()
 
 
-class AsyncClient:
+class AsyncClient(_Client[httpx.AsyncClient]):
     """The asyncio version of Client."""
 
-    def __init__(
-        self,
-        url: str = URL,
-        key: str | None = None,
-        *,
-        timeout_s: float = 60.0,
-        retries: int = 4,
-        max_answer_bytes: int = MAX_ANSWER_BYTES,
-    ) -> None:
-        """key: API key. timeout_s: limit on each attempt. max_answer_bytes: limit on an answer, decompressed.
-
-        retries: maximum number of retries of `classify` if the server sheds or rate-limits the request.
-        """
-        self._retries, self._timeout_s, self._max_bytes = retries, timeout_s, max_answer_bytes
-        self._http = httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout_s)
+    def _open(self, **options: Any) -> httpx.AsyncClient:
+        return httpx.AsyncClient(**options)
 
     async def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
         """Classify a text, a pair or a batch; raises ServerError."""
@@ -338,24 +342,16 @@ class AsyncClient:
         return _parsed(await self._send("GET", "/v1/models"), _models_in)
 
     async def _send(self, method: str, path: str, json: Any = None) -> _Received:
-        response: httpx.Response | None = None
-        try:
+        with self._errors() as received:
             async with (
                 asyncio.timeout(self._timeout_s),
                 self._http.stream(method, path, json=json) as response,
             ):
+                received.append(response)
                 body = Body(response, self._max_bytes)
                 async for chunk in response.aiter_raw():
                     body.add(chunk)
                 return _Received.whole(response, body)
-        except (TimeoutError, httpx.ReadTimeout):
-            raise _no_answer(response, f"incomplete within {self._timeout_s:g} s") from None
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise _no_answer(response, error) from None
-        except ValueError as error:
-            if response is None:
-                raise
-            raise _unusable(response, error) from None
 
     async def close(self) -> None:
         """Close the connections."""

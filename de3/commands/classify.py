@@ -16,7 +16,7 @@ from de3.exits.signals import SIGNALS
 
 if TYPE_CHECKING:
     from de3.bulk.pool import Pool
-    from de3.client import Client
+    from de3.client import Row
     from de3.model_store.store import Artifact
 
 FILES = "Files"
@@ -133,24 +133,30 @@ def classify(
         "latency_budget_ms": latency_budget_ms,
         "long": long,
     }
-    options = {name: value for name, value in given.items() if value is not None}
+    options: Any = {
+        name: value for name, value in given.items() if value is not None
+    }  # the engine checks them
     if file is not None and latency_budget_ms is not None:
         raise ValueError(
             "--latency-budget-ms: only for texts; for --file, choose --max-disagreement or --tau"
         )
     with ExitStack() as stack:
         if url is not None:
+            from de3.bulk.pool import server_errors
             from de3.client import Client
 
             client = stack.enter_context(Client(check_url(url), key))
             remote = options | ({"model": model} if model else {})
             if texts:
-                _print(texts, _ask(client, texts, remote))
+                with server_errors():
+                    _print(texts, client.classify(texts, **remote).rows)
                 return
         else:
             artifact = _artifact(model, store, demo)
             if texts:
-                _print(texts, _run_here(artifact, texts, options, threads))
+                from de3.library import Classifier
+
+                _print(texts, stack.enter_context(Classifier(artifact, threads)).classify(texts, **options))
                 return
         assert file is not None and out is not None
         from de3.bulk.pages import READ_BYTES
@@ -179,17 +185,15 @@ def classify(
                 "artifact": fingerprint(artifact.manifest),
             }
         else:
-            what |= {"model": [url, model, _served(client)]}
+            with server_errors():
+                what |= {"model": [url, model, sorted(str(row["id"]) for row in client.models())]}
         parts = Parts(out, _kind(out, output_format, source.kind), what)
         stack.callback(parts.close)
         if parts.is_complete:
             _say(f"{out} is complete: nothing to do")
             return
-        pool: Pool
-        pool = (
-            LocalPool(artifact, options, threads)  # type: ignore[arg-type]  # the engine checks them
-            if url is None
-            else RemotePool(client, remote, parallel)
+        pool: Pool = (
+            LocalPool(artifact, options, threads) if url is None else RemotePool(client, remote, parallel)
         )
         stack.callback(pool.close)
         try:
@@ -211,17 +215,6 @@ def _identity(file: Path) -> list[str | int]:
         opened.seek(max(0, size - SAMPLE_BYTES))
         digest.update(opened.read(SAMPLE_BYTES))
     return [file.name, size, digest.hexdigest()]
-
-
-def _served(client: "Client") -> list[str]:
-    """The names of the models that a server has loaded; raises ValueError if it does not answer."""
-    from de3.bulk.pool import message_of
-    from de3.client import ServerError
-
-    try:
-        return sorted(str(row["id"]) for row in client.models())
-    except ServerError as error:
-        raise ValueError(message_of(error)) from None
 
 
 def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
@@ -279,30 +272,11 @@ def _kind(out: Path, wanted: str | None, kind: str) -> str:
     return f".{wanted}"
 
 
-def _ask(client: Any, inputs: list[str], options: dict[str, Any]) -> list[dict[str, Any]]:
-    from de3.bulk.pool import message_of
-    from de3.client import ServerError
-
-    try:
-        return [row.raw for row in client.classify(inputs, **options).rows]
-    except ServerError as error:
-        raise ValueError(message_of(error)) from None
-
-
-def _run_here(
-    artifact: "Artifact", inputs: list[str], options: Any, threads: int | None
-) -> list[dict[str, Any]]:
-    from de3.library import Classifier
-
-    with Classifier(artifact, threads) as classifier:
-        return [row.raw for row in classifier.classify(inputs, **options)]
-
-
-def _print(texts: list[str], rows: list[dict[str, Any]]) -> None:
+def _print(texts: list[str], rows: "list[Row]") -> None:
     for text, row in zip(texts, rows, strict=True):
-        label = ", ".join(row["labels"]) or "none" if "labels" in row else row["label"]
-        number = row["value"] if "value" in row else max(row["probs"])
-        print(f"{label}  {number:.3f}  layer {row['exit']['layer']}  {text}")
+        label = ", ".join(row.raw["labels"]) or "none" if "labels" in row.raw else row.label
+        number = max(row.probs) if row.value is None else row.value
+        print(f"{label}  {number:.3f}  layer {row.exit.layer}  {text}")
 
 
 def _run(
