@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from threading import Event, Lock
@@ -292,7 +292,8 @@ class Classifier:
                         failure = error
                         break
                     done = _Done()
-                    job = job_of(self._served, _Part.of(request, texts, indices), 0, done)
+                    part = replace(request, texts=texts, indices=indices)
+                    job = job_of(self._served, part, 0, done)
                     self._engine.submit(job)
                     running.append((job, done))
                     if len(running) > 1:
@@ -336,22 +337,6 @@ class _Done:
         if not self.event.is_set():
             self.error = error
             self.event.set()
-
-
-@dataclass(slots=True, eq=False)
-class _Part(Classification):
-    """Some of a call's texts; indices: their indices in the call."""
-
-    indices: Sequence[int] = ()
-
-    @classmethod
-    def of(cls, request: Classification, texts: list[Text], indices: list[int]) -> "_Part":
-        given = {field.name: getattr(request, field.name) for field in fields(Classification)}
-        return cls(**{**given, "texts": texts}, indices=indices)
-
-    def name_of(self, index: int) -> str:
-        """The name, in error messages, of the text with this index in the part."""
-        return f"input[{self.indices[index]}]"
 
 
 class _Batch:

@@ -1,6 +1,8 @@
 """A request to classify texts, its fields in JSON, and its options, which the server and `de3.load` share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -22,11 +24,13 @@ class Classification(Request):
         id: the client's `request_id`, for the id of the response; None: the server's request id.
         raw: respond with logits instead of probabilities.
         top_k: number of labels to list as `top`, the most probable first; 0: none.
+        indices: the texts' indices in the input, of which they are a part, for messages; empty: they are all of it.
     """
 
     id: str | None = None
     raw: bool = False
     top_k: int = 0
+    indices: Sequence[int] = ()
 
     def check(self, manifest: Manifest) -> None:
         """Raise RequestError for `top_k` with a regression model, which has no labels to rank."""
@@ -36,9 +40,10 @@ class Classification(Request):
                 "top_k",
             )
 
-
-def _texts(value: Any) -> list[Text]:
-    return one_or_more(value, text_of)
+    def name_of(self, index: int) -> str:
+        """The name of one text in error messages."""
+        # super() does not work in a dataclass with slots.
+        return f"input[{self.indices[index]}]" if self.indices else Request.name_of(self, index)
 
 
 def text_of(value: Any, where: str) -> Text:
@@ -67,9 +72,12 @@ class TextPair(BaseModel):
     text_pair: str
 
 
-# For the schema only. `_texts` checks the values, as a pydantic model for each text would be slower.
+# For the schema only. `text_of` checks the values, as a pydantic model for each text would be slower.
 OneText = Annotated[str, Field(min_length=1)] | TextPair
 OneOrMore = OneText | Annotated[list[OneText], Field(min_length=1)]
+Texts = Annotated[
+    list[Text], BeforeValidator(partial(one_or_more, text_of), json_schema_input_type=OneOrMore)
+]
 Long = Literal["truncate", "windows", "error"]
 
 
@@ -81,9 +89,7 @@ class ClassifyRequest(OptionFields):
         description="name (its current version, or a canary) or name:version; required if several models are "
         "served and none is the default",
     )
-    input: Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=OneOrMore)] = Field(
-        description="a text, a pair, or a list of them"
-    )
+    input: Texts = Field(description="a text, a pair, or a list of them")
     truncate: bool = Field(True, description="false: the same as long: error")
     long: Long | None = Field(
         None,

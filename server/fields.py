@@ -1,7 +1,7 @@
 """Checks of JSON bodies that the protocols share: fields and texts."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -68,7 +68,8 @@ def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise _explain(error, example) from None
+        first = error.errors(include_url=False)[0]
+        raise explain(first, first["loc"], f"the body must be a JSON object like {example}") from None
 
 
 @cache
@@ -84,7 +85,7 @@ def check_count(value: Any, field: str, most: int) -> None:
         raise RequestError(f"{field}: {len(texts)} texts, at most {most} are allowed", field)
 
 
-def one_or_more(value: Any, text_of: Callable[[Any, str], Text]) -> list[Text]:
+def one_or_more(text_of: Callable[[Any, str], Text], value: Any) -> list[Text]:
     """The texts of a field that is one text or a list of them; raises ValueError for an empty list.
 
     text_of: converts a value to a text, given its position in the field for messages; may raise ValueError.
@@ -109,20 +110,19 @@ def checked_text(value: Any, where: str, expected: str = "a text") -> str:
     return value
 
 
-def _explain(error: ValidationError, example: str) -> RequestError:
-    """A RequestError for the first of pydantic's errors, with the field's name and the allowed values."""
-    first = error.errors(include_url=False)[0]
-    kind, loc, message = first["type"], first["loc"], first["msg"]
+def explain(first: Mapping[str, Any], loc: Sequence[int | str], no_object: str) -> RequestError:
+    """A RequestError for an error of pydantic's, with the field's name and the allowed values.
+
+    loc: the error's place in the body. no_object: the message for a body that is not an object.
+    """
+    kind, message = first["type"], first["msg"]
+    # The message of our validators: a field's may begin with a position in it, a model's begins with a field.
+    ours = str(first["ctx"]["error"]) if kind == "value_error" else ""
     if not loc:
-        # Either a model validator failed, whose message begins with a field, or the body is not an object.
-        text = str(first["ctx"]["error"]) if kind == "value_error" else ""
-        text = text or f"the body must be a JSON object like {example}"
-        return RequestError(text, text.partition(":")[0] if kind == "value_error" else None)
+        return RequestError(ours or no_object, ours.partition(":")[0] or None)
     field = str(loc[0])[:100]
     if kind == "missing":
         return RequestError(f"{field}: is required", field)
-    if kind == "value_error":  # from our validators; the message may begin with a position in the field
-        inner = str(first["ctx"]["error"])
-        return RequestError(f"{field}{inner if inner[:1] in '[:.' else ': ' + inner}", field)
-    allowed = ALLOWED.get(field, "")
-    return RequestError(f"{field}: {message[0].lower()}{message[1:]}{allowed}", field)
+    if ours:
+        return RequestError(f"{field}{ours if ours[0] in '[:.' else ': ' + ours}", field)
+    return RequestError(f"{field}: {message[0].lower()}{message[1:]}{ALLOWED.get(field, '')}", field)

@@ -60,9 +60,6 @@ class Inference:
         """Make run() raise an error; has no effect unless run() is waiting for the engine."""
         self._settle(error)
 
-    def _time_out(self, timeout_s: float) -> None:
-        self._settle(timed_out(timeout_s))
-
     def _settle(self, error: Exception | None) -> None:
         if self._done is None or self._done.done():  # the client disconnected, or another text failed first
             return
@@ -76,7 +73,7 @@ class Inference:
         service.engine.submit(job)
         timeout_s, expires_at = service.settings.timeout_s, job.request.expires_at
         left_s = timeout_s if expires_at is None else expires_at - perf_counter()
-        timer = asyncio.get_running_loop().call_later(left_s, self._time_out, timeout_s)
+        timer = asyncio.get_running_loop().call_later(left_s, lambda: self._settle(timed_out(timeout_s)))
         try:
             await done
         except BaseException:

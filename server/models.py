@@ -187,7 +187,11 @@ class Models:
             return str(self._default)
         if len(self.routes) == 1:
             return next(iter(self.routes))
-        raise no_default(list(self.routes))
+        raise RequestError(
+            f"model: is required, as several are served: {', '.join(self.routes)}; the server's operator may set a "
+            "default with --default-model",
+            "model",
+        )
 
     def current(self, name: str) -> Served:
         """The current version of a name, or the version with this alias; raises RequestError if there is neither."""
@@ -295,15 +299,6 @@ def aliases(manifest: Manifest) -> list[str]:
     """Other names of a version: name:version, and its source (a hub id or folder) with and without @revision."""
     source = manifest.source or ""
     return [manifest.full_name, *([source, source.partition("@")[0]] if source else [])]
-
-
-def no_default(names: list[str]) -> RequestError:
-    """The error for a request that names no model while several are served."""
-    return RequestError(
-        f"model: is required, as several are served: {', '.join(names)}; the server's operator may set a default with "
-        "--default-model",
-        "model",
-    )
 
 
 def unknown_model(name: str, served: list[str]) -> RequestError:

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field, model_validator
 
 from de3.model_store.manifest import NAME
+from de3.server import fields
 from de3.server.background import report_error
 from de3.server.errors import RequestError
 from de3.server.fields import JsonObject
@@ -94,15 +95,10 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
 def explain(wrong: RequestValidationError) -> RequestError:
     """The first validation error of a request to these routes, as a RequestError."""
     first = wrong.errors()[0]
-    place, message = [str(part) for part in first["loc"]], first["msg"]
     if first["type"] == "json_invalid":
         return RequestError("the body is not JSON", cause="not_json")
-    if first["type"] == "value_error":  # from _fits, whose message begins with the field
-        message = message.removeprefix("Value error, ")
-        return RequestError(message, message.partition(":")[0])
-    if len(place) < 2:
-        return RequestError(f"the body must be a JSON object, sent as application/json: {message}")
-    return RequestError(f"{place[1]}: {message[0].lower()}{message[1:]}", place[1])
+    no_object = f"the body must be a JSON object, sent as application/json: {first['msg']}"
+    return fields.explain(first, first["loc"][1:], no_object)
 
 
 async def _to_its_end(change: Coroutine[Any, Any, T]) -> T:

@@ -72,7 +72,6 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._scope: Scope = {}
         self._resumed: asyncio.Event | None = None  # set when the client reads again
         self._task: asyncio.Task[None] | None = None  # of the current request
-        self._ended_at: float | None = None  # when the client closed its half of the connection
         self._is_responding = False  # part of the response has been written
         self._is_probed = False
         self._closing = False  # close after the current response
@@ -117,32 +116,28 @@ class Connection(BaseConnection, asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Return True, to keep the connection, if a response is due: the client may have closed only its half."""
-        self._ended_at = monotonic()
         if self.state == RESPONSE and not self._closing:
-            self.loop.call_later(PROBE_S, self._probe)
+            self.loop.call_later(PROBE_S, self._probe, monotonic() + HALF_CLOSED_S)
             return True
         return False
 
-    def _probe(self) -> None:
+    def _probe(self, patience_ends: float) -> None:
         """Abort if a client that closed its half is gone or, with HTTP/1.0, has waited too long; else probe again.
 
         If the client has closed the whole connection, its system answers an interim response with a reset. HTTP/1.0
-        has no interim responses, so an HTTP/1.0 client is aborted after HALF_CLOSED_S.
+        has no interim responses, so an HTTP/1.0 client is aborted at `patience_ends` (monotonic seconds).
         """
         if self._gone or self._transport.is_closing():
             return
         if self.state != RESPONSE:
             self._close()  # nothing more can arrive
-        elif self._is_closed() or (self._parser.version == "1.0" and self._waits_too_long()):
+        elif self._is_closed() or (self._parser.version == "1.0" and monotonic() > patience_ends):
             self.abort()
         else:
             if not self._is_probed and not self._is_responding and self._parser.version == "1.1":
                 self._is_probed = True
                 self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.loop.call_later(PROBE_S, self._probe)
-
-    def _waits_too_long(self) -> bool:
-        return self._ended_at is not None and monotonic() > self._ended_at + HALF_CLOSED_S
+            self.loop.call_later(PROBE_S, self._probe, patience_ends)
 
     def _is_closed(self) -> bool:
         """True if a reset has arrived; the transport no longer reads, so it does not notice."""

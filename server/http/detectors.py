@@ -73,7 +73,7 @@ class ContentsRequest(Request):
 def _contents(value: Any) -> list[Text]:
     if not isinstance(value, list):
         raise ValueError("must be a list of texts")
-    return one_or_more(value, lambda text, where: Text(checked_text(text, where)))
+    return one_or_more(lambda text, where: Text(checked_text(text, where)), value)
 
 
 class Parameters(OptionFields):

@@ -59,9 +59,9 @@ async def _answer(
         # The traceback would keep this frame and the parsed body in memory until the next garbage collection.
         failure = error.with_traceback(None)
     except ClientDisconnect:  # no client is left to read a response
-        exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
+        exchange.fail("client_gone")
     except asyncio.CancelledError:  # the client disconnected (connection.py)
-        exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
+        exchange.fail("client_gone")
         raise
     except Exception:
         failures.exception("request %s failed", exchange.id)
@@ -69,7 +69,7 @@ async def _answer(
     finally:
         service.in_flight -= 1
         if failure is not None:
-            exchange.status, exchange.cause = errors.STATUSES[failure.cause], failure.cause
+            exchange.fail(failure.cause)
         exchange.ended = perf_counter()
         latency_s = exchange.ended - exchange.started
         service.metrics.responded(exchange.model, exchange.status, exchange.cause, latency_s)

@@ -11,6 +11,7 @@ from starlette.types import Scope
 
 from de3.server.engine.job import Job
 from de3.server.errors import Cause
+from de3.server.http.errors import STATUSES
 from de3.server.infer import Inference
 
 HEADER = b"x-request-id"
@@ -62,6 +63,10 @@ class Exchange:
     status: int = 500
     cause: Cause | None = None
     inference: Inference | None = None
+
+    def fail(self, cause: Cause) -> None:
+        """Set the cause of the failure, and its status."""
+        self.status, self.cause = STATUSES[cause], cause
 
     @property
     def job(self) -> Job | None:

@@ -144,7 +144,7 @@ class Frontend:
             self.service.metrics.rejected.labels("client_gone").inc()
             return
         exchange = Exchange(request_id(scope), scope, route.template, scope["de3.started"], ended)
-        exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
+        exchange.fail("client_gone")
         latency_s = ended - exchange.started
         self.service.metrics.responded(exchange.model, exchange.status, exchange.cause, latency_s)
         self.report(exchange)

@@ -4,6 +4,7 @@ It answers POST /, which InferenceClient(base_url) sends, and bodies with `input
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
@@ -39,11 +40,6 @@ class TaskRequest(Request):
     function: Function | None = None
 
 
-def _inputs(value: Any) -> list[Text]:
-    """The texts of `inputs`: a text, {"text", "text_pair"}, or a list of them."""
-    return one_or_more(value, _text)
-
-
 def _text(value: Any, where: str) -> Text:
     if not isinstance(value, dict):
         return Text(checked_text(value, where, "a text, or an object with text"))
@@ -71,7 +67,7 @@ class TaskFields(JsonObject):
     """The body of a request."""
 
     model: str | None = None
-    inputs: Annotated[list[Text], BeforeValidator(_inputs)]
+    inputs: Annotated[list[Text], BeforeValidator(partial(one_or_more, _text))]
     parameters: dict[str, Any] | None = None
 
 

@@ -26,7 +26,7 @@ class PredictRequest(Request):
 def _instances(value: Any) -> list[Text]:
     if not isinstance(value, list):
         raise ValueError("must be a list of texts, or of objects with text and text_pair")
-    return one_or_more(value, text_of)
+    return one_or_more(text_of, value)
 
 
 class PredictFields(JsonObject):

@@ -1,6 +1,7 @@
 """The protocol of OpenAI's moderation API, for multi-label models: POST /v1/moderations."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import orjson
@@ -35,11 +36,6 @@ class ModerationRequest(Request):
             )
 
 
-def _input(value: Any) -> list[Text]:
-    """The texts of `input`: a text, or a list of them."""
-    return one_or_more(value, _text)
-
-
 def _text(value: Any, where: str) -> Text:
     if isinstance(value, dict):
         raise ValueError(f"{where}: must be a text; parts with a type, such as images, cannot be classified")
@@ -49,7 +45,7 @@ def _text(value: Any, where: str) -> Text:
 class ModerationFields(OptionFields):
     """The body of a request; the exit options are an extension."""
 
-    input: Annotated[list[Text], BeforeValidator(_input)]
+    input: Annotated[list[Text], BeforeValidator(partial(one_or_more, _text))]
     model: str | None = Field(None, description="name, or name:version; default: the server's")
 
 

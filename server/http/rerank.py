@@ -70,10 +70,6 @@ class RerankRequest(Request):
         return f"{'texts' if self.is_tei else 'documents'}[{index}]"
 
 
-def _query(value: Any) -> str:
-    return checked_text(value, "")
-
-
 def _texts(value: Any) -> list[str]:
     if not isinstance(value, list) or not value:
         raise ValueError("must be a list of texts, at least one")
@@ -87,7 +83,7 @@ def _text_of(document: Any) -> Any:
     return document
 
 
-Query = Annotated[str, BeforeValidator(_query)]
+Query = Annotated[str, BeforeValidator(lambda value: checked_text(value, ""))]
 Texts = Annotated[list[str], BeforeValidator(_texts)]
 
 
@@ -128,7 +124,15 @@ def parse(call: Call) -> RerankRequest:
     value = load_json(call.body)
     if isinstance(value, dict) and "texts" in value:
         check_count(value, "texts", call.max_texts)
-        return _of_tei(check_fields(TeiFields, value, '{"query": "a text", "texts": ["a text"]}'))
+        fields = check_fields(TeiFields, value, '{"query": "a text", "texts": ["a text"]}')
+        return RerankRequest(
+            [Text(fields.query, text) for text in fields.texts],
+            fields.options,
+            truncate=bool(fields.truncate),
+            is_tei=True,
+            with_documents=fields.return_text,
+            raw_scores=fields.raw_scores,
+        )
     return _of_jina(value, call.max_texts)
 
 
@@ -146,17 +150,6 @@ def _of_jina(value: Any, max_texts: int) -> RerankRequest:
         fields.model,
         top_n=fields.top_n,
         with_documents=fields.return_documents,
-        raw_scores=fields.raw_scores,
-    )
-
-
-def _of_tei(fields: TeiFields) -> RerankRequest:
-    return RerankRequest(
-        [Text(fields.query, text) for text in fields.texts],
-        fields.options,
-        truncate=bool(fields.truncate),
-        is_tei=True,
-        with_documents=fields.return_text,
         raw_scores=fields.raw_scores,
     )
 

@@ -27,7 +27,7 @@ class LogitsRequest(Request):
 
 def _texts(value: Any) -> tuple[list[Text], bool]:
     """The texts of `text`, which is one text or a list of texts, and whether they are a batch."""
-    texts = one_or_more(value, lambda text, where: Text(checked_text(text, where)))
+    texts = one_or_more(lambda text, where: Text(checked_text(text, where)), value)
     return texts, isinstance(value, list)
 
 
