@@ -15,7 +15,7 @@ WINDOW = 500  # texts; with fewer, a change is hard to tell from noise
 MAX_PER_S = 200  # texts sampled for drift each second: enough, and cheap under any load
 # Factor applied to τ from the first exit at which a text is far from every prototype. Running such texts to full depth
 # would halve the speed-up in their domain, and was measured to be hardly more accurate (docs/budgets.md).
-CAUTION = 0.5
+OOD_TAU_FACTOR = 0.5
 
 
 class Drift:
@@ -75,7 +75,7 @@ class OodMonitor:
         references = manifest.calibration.references if manifest.calibration else []
         self._nearest = {r.layer: r.nearest for r in references if r.nearest is not None}
         self.drift = Drift(references[0]) if references and references[0].nearest is not None else None
-        self.tau_factor = CAUTION if policy == "deepen" else 1.0
+        self.tau_factor = OOD_TAU_FACTOR if policy == "deepen" else 1.0
         self.limits: NDArray[np.float64] | None = None
         if policy != "off":
             limits = [math.inf] * (manifest.num_layers + 1)

@@ -171,14 +171,14 @@ def child() -> None:
     limit_memory(int(memory))
     artifact = Artifact(Path(path), Manifest.model_validate_json(sys.stdin.read()))
     try:
-        said, code = _load(artifact, runtime), 0
+        message, code = _load(artifact, runtime), 0
     except StoreError as error:
-        said, code = str(error), REFUSED
+        message, code = str(error), REFUSED
     except MemoryError:
-        said, code = f"{path}: needs more than {int(memory) // 2**20} MiB to load and run", REFUSED
+        message, code = f"{path}: needs more than {int(memory) // 2**20} MiB to load and run", REFUSED
     except Exception as error:
-        said, code = str(StoreError(f"{path}: {type(error).__name__}: {error}")), REFUSED
-    print(printable(said))
+        message, code = str(StoreError(f"{path}: {type(error).__name__}: {error}")), REFUSED
+    print(printable(message))
     sys.exit(code)
 
 

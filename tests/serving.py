@@ -97,7 +97,7 @@ class Server:
         self.service = service
         config = uvicorn_config(service, lambda: None, protocols)
         self.listener: Listener = config.http.args[0]  # type: ignore[union-attr]
-        self.frontend: Any = self.listener.gate
+        self.frontend: Any = self.listener.frontend
         self._uvicorn = HttpServer(config, service)
         self._thread = threading.Thread(target=self._uvicorn.run)
 

@@ -488,8 +488,8 @@ class Made(BaseConnection):
 
 
 def made_listener(limit: int = 5) -> Listener:
-    gate: Any = SimpleNamespace(bytes_in_flight=Shares(1000, "bytes"), dropped=lambda _: None)
-    return Listener(gate, limit, 1000, 5.0)
+    frontend: Any = SimpleNamespace(bytes_in_flight=Shares(1000, "bytes"), dropped=lambda _: None)
+    return Listener(frontend, limit, 1000, 5.0)
 
 
 # Connections in the order of eviction; of each: its network, seconds idle, has been answered, has not been read yet.
@@ -655,7 +655,7 @@ def test_the_largest_body_of_the_client_with_the_most_bytes_makes_room() -> None
     for client, size in (("x", 10), ("x", 20), ("y", 25)):
         connections.append(one := Made(shared, state=connection.BODY))
         one.client, one.body_bytes = client, size
-        shared.gate.bytes_in_flight.take(client, size)
+        shared.frontend.bytes_in_flight.take(client, size)
         shared.opened(one)
     assert shared.make_room("new")
     assert [one.is_refused for one in connections] == [False, True, False]
@@ -664,7 +664,7 @@ def test_the_largest_body_of_the_client_with_the_most_bytes_makes_room() -> None
 def test_the_client_that_has_read_least_is_cut_off_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "MAX_UNREAD_BYTES", 35)
     shared, dropped = made_listener(100), list[str]()
-    shared.gate.dropped = dropped.append  # type: ignore[method-assign]
+    shared.frontend.dropped = dropped.append  # type: ignore[method-assign]
     connections = [Made(shared) for _ in range(3)]
     for one, left in zip(connections, (10, 20, 30), strict=True):
         one.left = left

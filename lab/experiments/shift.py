@@ -41,7 +41,7 @@ NAME = "shift"
 REVIEWS = ("books", "electronics")
 TEST_OUT_OF_SCOPE = 1_000  # the last questions, which are those of the test part
 SPEEDUP, DISAGREEMENT = 3.0, 0.02
-CAUTION = 0.5  # factor of τ in the OOD policy (server.ood)
+OOD_TAU_FACTOR = 0.5  # factor of τ in the OOD policy (server.ood)
 STREAMS, TEXTS, AUDITED = 20, 20_000, 0.05
 
 
@@ -151,7 +151,7 @@ def cautious(scores: Floats, recorded: Recorded, limits: Floats) -> Floats:
     The policy halves τ from the first exit at which a text is far from every prototype, as if the scores were doubled.
     """
     far = np.maximum.accumulate(recorded.distances.min(-1) > limits, axis=1)
-    return np.where(far, scores / CAUTION, scores)
+    return np.where(far, scores / OOD_TAU_FACTOR, scores)
 
 
 def guaranteed(scores: Floats, recorded: Recorded, texts: int, seed: int) -> tuple[float, float, float]:

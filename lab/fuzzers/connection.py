@@ -252,7 +252,7 @@ class _Transport:
         self.is_reading = True
 
 
-class _Gate:
+class _Frontend:
     """Admits every request except those for REFUSED; a request for NEEDS_NO_BODY is answered without its body."""
 
     def __init__(self) -> None:
@@ -285,8 +285,8 @@ class Client:
     def __init__(self, answers_at_once: bool) -> None:
         self._answers_at_once, self.handled = answers_at_once, list[tuple[dict[str, Any], Any]]()
         self._pending, self._is_paused = 0, False
-        self.gate, self.loop, self.transport = _Gate(), _Loop(), _Transport()
-        self.listener = Listener(self.gate, 10, MAX_BODY_BYTES, 5.0)
+        self.frontend, self.loop, self.transport = _Frontend(), _Loop(), _Transport()
+        self.listener = Listener(self.frontend, 10, MAX_BODY_BYTES, 5.0)  # type: ignore[arg-type]
         state = SimpleNamespace(connections=set(), tasks=set(), default_headers=[], total_requests=0)
         self.connection = Connection(
             self.listener,
@@ -376,8 +376,8 @@ class Client:
         self.transport.close()
         self.connection.connection_lost(None)
         self.loop.run()  # timers that fire after the connection is lost
-        if self.gate.bytes_in_flight.total or self.gate.bytes_in_flight._held:
-            raise Finding(f"{self.gate.bytes_in_flight.total} bytes of a body are still counted")
+        if self.frontend.bytes_in_flight.total or self.frontend.bytes_in_flight._held:
+            raise Finding(f"{self.frontend.bytes_in_flight.total} bytes of a body are still counted")
         if self.listener.connections or self.listener.paused_connections:
             raise Finding("the connection is still counted")
 
@@ -466,13 +466,13 @@ def check(stream: Stream) -> tuple[dict[str, float], str]:
         whole.receive(stream.data)
         whole.settle()
         rows = _seen(whole)
-        refused = whole.gate.malformed_requests
+        refused = whole.frontend.malformed_requests
         whole.end(stream.ends)
     with cut.loop.running():
         cut.open()
         is_settled = _in_pieces(cut, stream)
         others = _seen(cut)
-        refused_too = cut.gate.malformed_requests
+        refused_too = cut.frontend.malformed_requests
         cut.end(stream.ends)
     if refused and len(others) > len(rows) and others[-1][-1] == "too_large":
         # This body is also malformed, and is refused for that if it arrives whole.

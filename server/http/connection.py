@@ -87,7 +87,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         peer, local = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self._peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
         self._local = (str(local[0]), int(local[1])) if isinstance(local, tuple) else None
-        self.address = self._listener.gate.address(self._peer)
+        self.address = self._listener.frontend.address(self._peer)
         self.network = network_of(self.address)
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         # By default the kernel buffers up to megabytes for each connection.
@@ -107,7 +107,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         if self._task is not None:
             coroutine: Any = self._task.get_coro()
             if getcoroutinestate(coroutine) == CORO_CREATED:  # cancelled before it begins
-                self._listener.gate.abandoned(self._scope)
+                self._listener.frontend.abandoned(self._scope)
             self._task.cancel()
         self._scope = {}  # the scope refers back to this connection
         if self._resumed is not None:
@@ -196,7 +196,7 @@ class Connection(BaseConnection, asyncio.Protocol):
     def expire(self, now: float) -> None:
         """Close the connection or refuse its request, because a deadline has passed."""
         if self.write_deadline < now:
-            self._listener.gate.dropped("unread")
+            self._listener.frontend.dropped("unread")
             self.abort()
         elif self.state == LINGER:
             self.abort()
@@ -306,7 +306,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         refusal: RequestError | None = None
         client = None
         try:
-            client = self._listener.gate.admit(scope)
+            client = self._listener.frontend.admit(scope)
         except RequestError as error:
             refusal = error
         if parser.length > self._listener.max_body_bytes:
@@ -349,7 +349,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         """
         if not size:
             return
-        shares = self._listener.gate.bytes_in_flight
+        shares = self._listener.frontend.bytes_in_flight
         try:
             shares.take(self.client, size)
         except RequestError as error:
@@ -368,7 +368,7 @@ class Connection(BaseConnection, asyncio.Protocol):
 
     def _release(self) -> None:
         if self.body_bytes:
-            self._listener.gate.bytes_in_flight.release(self.client, self.body_bytes)
+            self._listener.frontend.bytes_in_flight.release(self.client, self.body_bytes)
             self.body_bytes = 0
         self._parser.release_body()
 
@@ -381,7 +381,7 @@ class Connection(BaseConnection, asyncio.Protocol):
 
     def _run(self, scope: Scope, body: bytes | RequestError) -> None:
         if self._gone:
-            self._listener.gate.abandoned(scope)
+            self._listener.frontend.abandoned(scope)
             return
         self._task = self.loop.create_task(self._handle(self, scope, body))
         self._server_state.tasks.add(self._task)
@@ -389,7 +389,7 @@ class Connection(BaseConnection, asyncio.Protocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """Refuse CONNECT, or input that is not HTTP, and close."""
-        self._listener.gate.malformed()
+        self._listener.frontend.malformed()
         error = errors.plain_response(status, message)
         self.write(status, [*error.raw_headers, (b"connection", b"close")], bytes(error.body))
         self._linger()

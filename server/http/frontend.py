@@ -21,7 +21,7 @@ from de3.server.shares import Shares
 
 
 class Frontend:
-    """Admits, sheds, refuses and reports the requests to a service; implements `Gate` (listener.py).
+    """Admits, sheds, refuses and reports the requests to a service.
 
     Attributes:
         bytes_in_flight: shares of the body bytes in flight.

@@ -7,13 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from math import inf
 from time import monotonic
-from typing import Protocol
-
-from starlette.types import Scope
 
 from de3.server.background import report
 from de3.server.http.fair import StartQueue
-from de3.server.shares import Shares
+from de3.server.http.frontend import Frontend
 
 MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
 # Maximum reading rate of bodies that arrive in pieces, over all connections; reading at this rate takes a fifth of the
@@ -34,30 +31,6 @@ READ_ITERATIONS = (
 HEAD, BODY, RESPONSE, LINGER = range(4)
 
 
-class Gate(Protocol):
-    """Admission of requests before their bodies are read; `Frontend` implements it."""
-
-    bytes_in_flight: Shares
-
-    def admit(self, scope: Scope) -> str | None:
-        """The client of a request; None if no body is needed to answer it.
-
-        Raises RequestError for a request that is refused whatever its body contains.
-        """
-
-    def address(self, peer: tuple[str, int] | None) -> str:
-        """The address, or the IPv6 network, of a connection's peer; empty if it has no address."""
-
-    def malformed(self) -> None:
-        """Count a request that is not HTTP."""
-
-    def abandoned(self, scope: Scope) -> None:
-        """Count a request whose client left before its handler started; report it if it is a classification request."""
-
-    def dropped(self, reason: str) -> None:
-        """Count a connection that was closed to keep a limit. reason: the limit, as a metric label."""
-
-
 class BaseConnection(ABC):
     """A connection as the listener sees it.
 
@@ -65,12 +38,12 @@ class BaseConnection(ABC):
         state: HEAD, BODY, RESPONSE or LINGER.
         deadline: time by which the client must have sent the awaited data (monotonic seconds).
         write_deadline: time by which the client must have read the written data (monotonic seconds).
-        address: the client's address, as `Gate.address` returns it.
+        address: the client's address, as `Frontend.address` returns it.
         network: /24 (IPv6: /48) network of the address.
         opened_at: when it was opened (monotonic seconds).
         has_been_read: the event loop has had time to read what the client sent first (READ_ITERATIONS iterations).
         answered_at: when its last response was written (monotonic seconds); None before the first one.
-        client: client of the current request, as `Gate.admit` names it.
+        client: client of the current request, as `Frontend.admit` names it.
         body_bytes: bytes of the request's body that count as in flight.
     """
 
@@ -110,14 +83,14 @@ class Listener:
 
     def __init__(
         self,
-        gate: Gate,
+        frontend: Frontend,
         max_connections: int,
         max_body_bytes: int,
         body_timeout_s: float,
         on_closed: Callable[[], None] = lambda: None,
     ) -> None:
         """on_closed: called for each closed connection."""
-        self.gate, self._on_closed = gate, on_closed
+        self.frontend, self._on_closed = frontend, on_closed
         self.max_connections, self.max_body_bytes = max_connections, max_body_bytes
         self.body_timeout_s = body_timeout_s
         self.connections: set[BaseConnection] = set()
@@ -180,7 +153,7 @@ class Listener:
 
         sample = random.sample(tuple(self.connections), min(EVICTION_SAMPLE, len(self.connections)))
         spare = [new, *(c for c in sample if c.state != RESPONSE and c is not new)]
-        self.gate.dropped("connection_limit")
+        self.frontend.dropped("connection_limit")
         max(spare, key=loss).abort()
 
     def closed(self, connection: BaseConnection) -> None:
@@ -213,7 +186,7 @@ class Listener:
         while sum(unread.values()) > MAX_UNREAD_BYTES:
             worst = max(unread, key=lambda c: unread[c])
             del unread[worst]
-            self.gate.dropped("unread")
+            self.frontend.dropped("unread")
             worst.abort()
 
     @property
@@ -226,7 +199,7 @@ class Listener:
 
         The refused body is the largest one of the client with the most bytes in flight.
         """
-        shares = self.gate.bytes_in_flight
+        shares = self.frontend.bytes_in_flight
         unfinished = [c for c in self.connections if c.state == BODY and c.body_bytes and c.client != client]
         if not unfinished:
             return False
