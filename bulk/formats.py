@@ -112,7 +112,8 @@ class Format:
         if self.kind != ".jsonl" and self.names is not None:
             rows.check(self.names)
         if self.kind == ".parquet" and self._schema is None and parts:
-            self._schema = _unified([_schema_of(part) for part in parts if _has_rows(part)])
+            read = pyarrow_module().parquet.read_schema
+            self._schema = _unified([read(part) for part in parts if _has_rows(part)])
 
     def write(self, file: Path, rows: Rows) -> None:
         """Write rows to a new file, which appears only once it is complete.
@@ -136,8 +137,6 @@ class Format:
         publish(draft, file)
 
     def _write_parquet(self, draft: Path, rows: Rows) -> None:
-        from pyarrow import parquet
-
         arrow = pyarrow_module()
         try:
             pieces = [self._kept(piece) for piece in rows.kept]
@@ -151,7 +150,7 @@ class Format:
                 self._schema = _unified([*([self._schema] if self._schema else []), table.schema])
             with draft.open("xb") as opened:
                 table = table.combine_chunks()
-                parquet.write_table(table, opened, compression="zstd", row_group_size=ROW_GROUP)
+                arrow.parquet.write_table(table, opened, compression="zstd", row_group_size=ROW_GROUP)
         # pyarrow's errors are of these kinds
         except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
             raise ValueError(
@@ -263,19 +262,11 @@ def _skip_record(rows: Any, kind: str) -> None:
 def _has_rows(part: Path) -> bool:
     """True if a part has rows. A part whose rows were all refused has none, and lacks the columns of the input."""
     if part.suffix == ".parquet":
-        from pyarrow import parquet
-
-        return bool(parquet.read_metadata(part).num_rows)
+        return bool(pyarrow_module().parquet.read_metadata(part).num_rows)
     with part.open("rb") as rows:
         if part.suffix != ".jsonl":
             _skip_record(rows, part.suffix)
         return bool(rows.read(1))
-
-
-def _schema_of(part: Path) -> Any:
-    from pyarrow import parquet
-
-    return parquet.read_schema(part)
 
 
 def _unified(schemas: Sequence[Any]) -> Any:
@@ -289,8 +280,7 @@ def _unified(schemas: Sequence[Any]) -> Any:
 
 
 def _join_parquet(parts: Sequence[Path], draft: Path) -> None:
-    from pyarrow import parquet
-
+    parquet = pyarrow_module().parquet
     schema = _unified([parquet.read_schema(part) for part in parts])
     with draft.open("xb") as opened, parquet.ParquetWriter(opened, schema, compression="zstd") as writer:
         for part in parts:

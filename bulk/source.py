@@ -229,9 +229,7 @@ def files_in(path: Path, columns: Columns) -> list[Path]:
 
 
 def _open_parquet(file: Path) -> Any:
-    pyarrow_module()
-    from pyarrow import parquet
-
+    parquet = pyarrow_module().parquet
     try:
         # The default reads whole row groups, before they are decompressed.
         return parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**16)

@@ -121,9 +121,9 @@ def table_of(values: dict[str, Any], types: dict[str, str]) -> "pyarrow.Table":
 
 
 def pyarrow_module() -> Any:
-    """The module pyarrow; raises ValueError, with the command that installs it, if it is missing."""
+    """The module pyarrow, with pyarrow.parquet; raises ValueError, with the command that installs it, without it."""
     try:
-        import pyarrow
+        import pyarrow.parquet
     except ImportError:
         raise ValueError("this needs pyarrow: pip install 'de3[bulk]'") from None
     return pyarrow

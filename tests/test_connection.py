@@ -196,13 +196,13 @@ def test_pipelined_requests_wait_while_their_client_reads_no_answers(server: Ser
         def server_stops_writing() -> bool:
             with suppress(BlockingIOError):
                 s.send(b"GET /nope HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
-            return bool(server.listener.paused_connections)
+            return bool(server.listener._paused)
 
         until(server_stops_writing, "the server to stop writing")
         (paused,) = server.listener._paused
         assert 0 < paused.unread() < 2**18 and len(paused._parser.data) < 2**19
         works(server)
-    until(lambda: not server.listener.paused_connections, "the connection to be forgotten")
+    until(lambda: not server.listener._paused, "the connection to be forgotten")
     assert server.metric("de3_rejected_total", cause="client_gone") == before
 
 

@@ -378,7 +378,7 @@ class Client:
         self.loop.run()  # timers that fire after the connection is lost
         if self.frontend.bytes_in_flight.total or self.frontend.bytes_in_flight._held:
             raise Finding(f"{self.frontend.bytes_in_flight.total} bytes of a body are still counted")
-        if self.listener.connections or self.listener.paused_connections:
+        if self.listener.connections or self.listener._paused:
             raise Finding("the connection is still counted")
 
 

@@ -96,7 +96,7 @@ class Listener:
         self.connections: set[BaseConnection] = set()
         self.starts = StartQueue()
         self._per_network = Counter[str]()
-        self._paused: set[BaseConnection] = set()
+        self._paused: set[BaseConnection] = set()  # whose clients do not read their responses
         self._sweeping, self._swept_at = False, 0.0
         self._read_at = 0.0  # when the next part of a body may be read (monotonic seconds)
         self._pipelined_at = 0.0  # when the next pipelined request may be answered
@@ -188,11 +188,6 @@ class Listener:
             del unread[worst]
             self.frontend.dropped("unread")
             worst.abort()
-
-    @property
-    def paused_connections(self) -> int:
-        """Number of clients that do not read their responses."""
-        return len(self._paused)
 
     def make_room(self, client: str) -> bool:
         """Refuse another client's unfinished body to make room for a client within its share; False if there is none.
