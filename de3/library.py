@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 WINDOW = 2048  # texts per engine job; while one job runs, the next is queued
 CHECK_S = 1.0  # interval between checks of the engine's threads
-DEMO = Path(__file__).parent / "demo"  # the store of the demo model, sst2
+DEMO = Path(__file__).parent / "demo"  # the store of the demo model, sst2; in a checkout a link to models/
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

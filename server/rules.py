@@ -12,7 +12,7 @@ from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest, TradeOff
 from de3.server.errors import RequestError
-from de3.server.options import CALIBRATED, EXCLUSIVE, NO_OPTIONS, ExitOptions
+from de3.server.options import CALIBRATED, NEED_AN_EXIT, NO_OPTIONS, ExitOptions
 from de3.server.settings import Settings
 
 MAX_NAMED = 20  # signals or labels in a message
@@ -115,8 +115,8 @@ def _needs_an_exit(options: ExitOptions, last: int) -> str | None:
     """Name of the first option that needs an exit before the last layer; None if full depth meets the options."""
     if options.tau == 0 or options.max_layer == last or options.target_speedup == 1:
         return None
-    fields = {name: name for name in (*EXCLUSIVE, "signal", "max_layer")} | {"lam": "lambda"}
-    return next((name for field, name in fields.items() if getattr(options, field) is not None), None)
+    name = next((name for name in NEED_AN_EXIT if getattr(options, name) is not None), None)
+    return "lambda" if name == "lam" else name
 
 
 class Rules:

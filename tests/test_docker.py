@@ -106,7 +106,7 @@ def test_the_image_is_small_and_without_torch(compose: Compose) -> None:
     listed = docker("exec", server, "python3", "-c", f"import importlib.util as u; print({unwanted})")
     assert listed == "[]"
     assert docker("exec", server, "python3", "-c", "import de3.native.kernels; print(1)") == "1"
-    demo = "from de3.commands.serve import demo_store; print(demo_store().resolve())"
+    demo = "import de3; print(de3.DEMO.resolve())"
     assert docker("exec", server, "python3", "-c", demo) == "/models"
 
 

@@ -15,8 +15,6 @@ from de3.server.settings import OTHER_VARIABLES, Settings, option, unknown_varia
 if TYPE_CHECKING:
     from de3.model_store.store import Artifact
 
-DEMO_MODEL = "sst2"
-
 
 def serve(
     context: typer.Context, names: list[str], demo: bool, quantize: str, cache_gb: float, **values: Any
@@ -33,10 +31,12 @@ def serve(
 
     given = {name: value for name, value in values.items() if value is not None}
     if demo:
+        from de3.library import DEMO
+
         source = context.get_parameter_source("store")
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError("--demo: cannot be combined with --store; give one of them")
-        given["store"], given["models"] = demo_store(), given.get("models") or [DEMO_MODEL]
+        given["store"], given["models"] = DEMO, given.get("models") or ["sst2"]
     for name in Settings.model_fields:
         # An empty secret is not skipped, because Settings rejects it.
         if option(name) is None and (secret := os.environ.get(variable(name))) is not None:
@@ -73,11 +73,6 @@ def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) ->
         artifacts.append(artifact)
     evict(cache_folder(), cache_gb)
     return artifacts
-
-
-def demo_store() -> Path:
-    """The store of the demo model; in a checkout de3/demo is a link to models/."""
-    return Path(__file__).parents[1] / "demo"
 
 
 def _warnings() -> list[str]:
