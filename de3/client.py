@@ -244,6 +244,8 @@ Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 class _Client(Generic[Http]):
     """What both clients have in common."""
 
+    _kind: type[Http]
+
     def __init__(
         self,
         url: str = URL,
@@ -258,10 +260,7 @@ class _Client(Generic[Http]):
         retries: maximum number of retries of `classify` if the server sheds or rate-limits the request.
         """
         self._retries, self._timeout_s, self._max_bytes = retries, timeout_s, max_answer_bytes
-        self._http: Http = self._open(base_url=url, headers=_headers(key), timeout=timeout_s)
-
-    def _open(self, **options: Any) -> Http:
-        raise NotImplementedError
+        self._http: Http = self._kind(base_url=url, headers=_headers(key), timeout=timeout_s)
 
     @contextmanager
     def _errors(self) -> Iterator[list[httpx.Response]]:
@@ -285,8 +284,7 @@ class Client(_Client[httpx.Client]):
     `classify` takes the fields of a request (docs/api.md) as keywords: those of `Options`, model and request_id.
     """
 
-    def _open(self, **options: Any) -> httpx.Client:
-        return httpx.Client(**options)
+    _kind = httpx.Client
 
     def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
         """Classify a text, a pair or a batch; raises ServerError."""
@@ -326,8 +324,7 @@ class Client(_Client[httpx.Client]):
 class AsyncClient(_Client[httpx.AsyncClient]):
     """The asyncio version of Client."""
 
-    def _open(self, **options: Any) -> httpx.AsyncClient:
-        return httpx.AsyncClient(**options)
+    _kind = httpx.AsyncClient
 
     async def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
         """Classify a text, a pair or a batch; raises ServerError."""

@@ -6,13 +6,13 @@ from functools import partial
 from itertools import islice
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
-from de3.server.fields import checked_text, one_or_more
+from de3.server.fields import JsonObject, checked_text, one_or_more
 from de3.server.options import OptionFields
 
 
@@ -63,10 +63,8 @@ def text_of(value: Any, where: str) -> Text:
     )
 
 
-class TextPair(BaseModel):
+class TextPair(JsonObject):
     """Two texts that are classified together."""
-
-    model_config = ConfigDict(extra="forbid")
 
     text: str
     text_pair: str
@@ -78,7 +76,6 @@ OneOrMore = OneText | Annotated[list[OneText], Field(min_length=1)]
 Texts = Annotated[
     list[Text], BeforeValidator(partial(one_or_more, text_of), json_schema_input_type=OneOrMore)
 ]
-Long = Literal["truncate", "windows", "error"]
 
 
 class ClassifyRequest(OptionFields):
@@ -91,7 +88,7 @@ class ClassifyRequest(OptionFields):
     )
     input: Texts = Field(description="a text, a pair, or a list of them")
     truncate: bool = Field(True, description="false: the same as long: error")
-    long: Long | None = Field(
+    long: Literal["truncate", "windows", "error"] | None = Field(
         None,
         description="how to handle texts longer than the model's limit: truncate (the default), windows (run "
         "overlapping windows until their combined answer is settled), or error",

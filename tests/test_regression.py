@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from de3 import load
 from de3.client import Client
 from de3.data.examples import Example, load_examples, save_examples, with_original
 from de3.exits import formulas
@@ -82,7 +83,7 @@ def test_an_artifact_records_its_tolerance(imported: Path, stock: Path) -> None:
     assert pearson[-1] > 0.99 and spearman[-1] > 0.97 and pearson[1] < pearson[-1]
 
 
-def test_full_depth_gives_the_values_of_transformers(server: Server, stock: Path) -> None:
+def test_full_depth_gives_the_values_of_transformers(server: Server, imported: Path, stock: Path) -> None:
     model, tokenizer = transformers_model(stock)
     texts = ["good and bad", "a superb fine film", "the plot", "a", "not great , awful"]
     rows = server.described(input=texts, tau=0, explain=True)["data"]
@@ -94,6 +95,8 @@ def test_full_depth_gives_the_values_of_transformers(server: Server, stock: Path
         assert row["exit"]["entropy"] is row["exit"]["distance_ratio"] is row["exit"]["edr"] is None
         assert [r["layer"] for r in row["layers"]] == [0, 1, 2, 3]
         assert row["layers"][-1]["value"] == row["value"]
+    with load("praise", store=imported / "store", threads=1) as here:
+        assert [row.raw for row in here.classify(texts, tau=0, explain=True)] == rows
     raw = server.classify(input=texts, tau=0, raw=True).json()["data"]
     assert [row["value"] for row in raw] == [row["value"] for row in rows]
     listed = httpx.get(f"{server.url}/v1/models").json()["data"][0]

@@ -390,8 +390,9 @@ class Connection(BaseConnection, asyncio.Protocol):
     def _refuse(self, status: int, message: str) -> None:
         """Refuse CONNECT, or input that is not HTTP, and close."""
         self._listener.frontend.malformed()
-        error = errors.plain_response(status, message)
-        self.write(status, [*error.raw_headers, (b"connection", b"close")], bytes(error.body))
+        body = errors.body(status, message)
+        headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+        self.write(status, [*headers, (b"connection", b"close")], body)
         self._linger()
 
     def write(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:

@@ -68,11 +68,6 @@ def message_body(error: RequestError) -> bytes:
     return orjson.dumps({"error": error.message})
 
 
-def plain_response(status: int, message: str) -> Response:
-    """The response to input that is not HTTP, or to CONNECT."""
-    return Response(body(status, message), status, media_type="application/json")
-
-
 def response(error: RequestError, request_id: str | None = None, content: bytes | None = None) -> Response:
     """The HTTP response to a failed request.
 
