@@ -15,7 +15,7 @@ from de3.data.tables import MAX_DEPTH
 
 PAGES_BYTES = 2**29  # limit on the largest pages of all columns together
 READ_BYTES = 2**26  # limit on the values of one read, if the largest of a dictionary are repeated
-DICTIONARY, DATA, DATA_V2 = 7, 5, 8  # fields of a page's header: the one that counts is said by its type
+DICTIONARY, DATA, DATA_V2 = 7, 5, 8  # fields of a page's header; its type decides which one counts
 TYPES = {0: DATA, 2: DICTIONARY, 3: DATA_V2}
 DELTA_BYTE_ARRAY = 7  # encoding in which a value has only the characters that differ from the previous value
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12}  # bytes of a value; 8 for other numbers

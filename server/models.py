@@ -136,11 +136,7 @@ class Route:
 
     def version_in(self, role: Role) -> int | None:
         """The version in a role; None if there is none, and for `loaded`, which several versions can have."""
-        return (
-            None
-            if role == "loaded"
-            else {"current": self.current, "canary": self.canary, "shadow": self.shadow}[role]
-        )
+        return {"current": self.current, "canary": self.canary, "shadow": self.shadow, "loaded": None}[role]
 
     def used(self) -> set[int]:
         """The current, canary and shadow versions."""
