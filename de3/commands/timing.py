@@ -17,8 +17,6 @@ from de3.server.engine.run import Result, run
 from de3.server.engine.served import Served
 from de3.server.options import ExitOptions
 from de3.server.rules import Choice
-from de3.data.tables import pair_of
-from de3.data.examples import Example
 from de3.training.evaluate import Times
 
 BLOCK = 25  # texts that run to one depth before the next depth
