@@ -52,6 +52,7 @@ class Plan:
         version: version to unload; None: all versions.
         artifact: artifact to load; None to unload.
         no_kernels: reason why the kernels cannot run the artifact, as Prover.prove returns it; None before the proof.
+        runtime, tau_factor: those of the loaded model; see Ledger.
         seconds: time that loading took.
     """
 
@@ -62,6 +63,8 @@ class Plan:
     version: int | None = None
     artifact: Artifact | None = None
     no_kernels: str | None = None
+    runtime: str = ""
+    tau_factor: float = 1.0
     seconds: float = 0.0
 
 
@@ -221,6 +224,7 @@ class Manager:
         is_proved = artifact.manifest.precision == "int8" and runtime != "onnxruntime" and not plan.no_kernels
         check, shared = self._prover.limit(artifact), self._memory_of(artifact) if is_proved else None
         served = await in_background(lambda: load(artifact, self._settings, check, is_proved, shared))
+        plan.runtime, plan.tau_factor = served.model.runtime, served.monitor.tau_factor
         plan.seconds = perf_counter() - started
         return served
 
@@ -239,11 +243,6 @@ class Manager:
         self._forget(self._models.add(served, plan.role, plan.share, plan.what == "rollback"))
         log.info("%s is %s (%s), after %.1f s", model.full_name, plan.role, model.full_runtime, plan.seconds)
         return {"model": model.full_name, "role": plan.role, "runtime": model.runtime}
-
-    @property
-    def prepared(self) -> Served | None:
-        """The model that was prepared but is not yet served; None if there is none."""
-        return self._loaded
 
     def abort(self) -> None:
         """Release the prepared model, which will not be served."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from time import perf_counter
-from typing import Any
 
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact, Store
@@ -21,10 +20,10 @@ from de3.server.engine.served import Served
 from de3.server.engine.timing import run_longest
 from de3.server.errors import RequestError
 from de3.server.learn.learners import served_before
-from de3.server.manager import Change, Manager
+from de3.server.manager import Manager
 from de3.server.metrics import Metrics
 from de3.server.models import Models, default_of, find, newest
-from de3.server.rules import Choice, Standing
+from de3.server.rules import Choice
 from de3.server.settings import Settings
 from de3.server.shared import OneProcess, Shared
 
@@ -64,7 +63,7 @@ class Service:
         """artifacts: served in addition to the models of the store that the settings name.
 
         shared: state that the processes of a server share; None: this is the only process. memory_of: see Manager.
-        Raises ValueError as LocalBooks does, if this is the only process.
+        Raises ValueError as Coordinator does, if this is the only process.
         """
         self.settings = settings
         store = Store(settings.store)
@@ -78,11 +77,10 @@ class Service:
         self.metrics = Metrics(settings, deepest, self.in_force)
         self.admission = Admission(settings, self.models, self._retry_after_s)
         self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.texts.observe)
-        self.shared = shared or OneProcess(
-            *(settings, self.metrics, self.in_force, self.audits_changed, self._change),
-            lambda: {name: route.current for name, route in self.models.routes.items()},
+        self.shared = shared or OneProcess(settings, self.metrics, self.models, lambda: self.audits)
+        self.audits = Audits(
+            settings, self.engine.audit, lambda: self.admission.level, self.shared.audit_store
         )
-        self.audits = Audits(settings, self.engine.audit, self.shared.books)
         if self.audits.is_on:
             self.metrics.read_audits(self.audits.get)
         self.manager = Manager(
@@ -103,13 +101,6 @@ class Service:
     def in_force(self, served: Served) -> Choice:
         """The choice for requests without options, which may change under load."""
         return served.rules.in_force(self.admission.level)
-
-    async def _change(self, change: Change) -> dict[str, Any]:
-        return await self.manager.change(change)
-
-    def audits_changed(self, manifest: Manifest, standing: Standing) -> None:
-        """Apply the standing of a model's ledger, which includes τ."""
-        self.audits.apply(manifest, standing)
 
     def _retry_after_s(self) -> int:
         return self.engine.retry_after_s()

@@ -1,45 +1,45 @@
 """State that the processes of a server share, and its implementation for a server of one process."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from prometheus_client import generate_latest
 
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
-from de3.server.audit.audits import Books
-from de3.server.audit.local_books import LocalBooks
-from de3.server.engine.served import Served
+from de3.server.audit.audits import Audits, AuditStore
+from de3.server.audit.coordinator import Coordinator
+from de3.server.audit.report import Live
 from de3.server.manager import Change, Manager
 from de3.server.metrics import Metrics
-from de3.server.rules import Choice, Standing
+from de3.server.models import Models
+from de3.server.rules import Standing
 from de3.server.settings import Settings
 
 
-class Leases(Protocol):
-    """Rate limits that the supervisor keeps for all processes."""
+class Leases(NamedTuple):
+    """Rate limits that the supervisor keeps for all processes.
 
-    async def lease(self, owner: str, texts: int) -> int:
-        """Take at least this many texts from an owner's limit; returns the number taken.
+    Attributes:
+        lease: takes texts from an owner's limit; raises RequestError if the limit does not permit that many.
+        charge: counts texts that already ran, even beyond the owner's limit.
+    """
 
-        Raises RequestError if the limit does not permit that many.
-        """
-
-    def charge(self, owner: str, texts: int) -> None:
-        """Count texts that already ran, even beyond the owner's limit."""
+    lease: Callable[[str, int], Awaitable[None]]
+    charge: Callable[[str, int], None]
 
 
 class Shared(Protocol):
     """The server as a whole, as one of its processes sees it."""
 
     @property
-    def books(self) -> Books:
-        """The ledgers of audits."""
+    def audit_store(self) -> AuditStore:
+        """The counted audits."""
 
     @property
     def leases(self) -> Leases | None:
-        """Rate limits of all processes; None: this process keeps them."""
+        """Rate limits of all processes; None: this is the only process."""
 
     @property
     def is_ready(self) -> bool:
@@ -67,40 +67,44 @@ class OneProcess:
     is_ready, leases = True, None
 
     def __init__(
-        self,
-        settings: Settings,
-        metrics: Metrics,
-        in_force: Callable[[Served], Choice],
-        publish: Callable[[Manifest, Standing], None],
-        change: Callable[[Change], Coroutine[Any, Any, dict[str, Any]]],
-        current: Callable[[], dict[str, int]],
+        self, settings: Settings, metrics: Metrics, models: Models, audits: Callable[[], Audits]
     ) -> None:
-        """in_force, publish: see LocalBooks. change: changes the served models.
-
-        current: returns the current version of each name. Raises ValueError as LocalBooks does.
-        """
-        self._registry, self._change, self._current = metrics.registry, change, current
-        self.books = LocalBooks(settings, in_force, publish, lambda row: self.change(Change(**row)))
-        learners = self.books.learners
+        """audits: returns the auditors of this process. Raises ValueError as Coordinator does."""
+        self._registry, self._models, self._audits = metrics.registry, models, audits
+        self._manager: Manager
+        self.audit_store = Coordinator(
+            settings, lambda row: self.change(Change(**row)), self._publish, self._live_of, self._sync
+        )
+        learners = self.audit_store.learners
         if learners is not None:
             metrics.read_learners(lambda: learners)
         if settings.share_of_audits:
-            metrics.read_ledgers(lambda: self.books.ledgers.all)
+            metrics.read_ledgers(lambda: self.audit_store.ledgers.all)
+
+    def _publish(self, manifest: Manifest, standing: Standing) -> None:
+        self._audits().apply(manifest, standing)
+
+    async def _live_of(self, name: str) -> list[Live]:
+        live = self._audits().live(name)
+        return [] if live is None else [live]
+
+    async def _sync(self) -> None:
+        """What is published is applied at once."""
 
     async def begin(self, manager: Manager, artifacts: Sequence[Artifact], are_named: bool) -> None:
         """Load the models at startup; see Manager.begin."""
+        self._manager = manager
         await manager.begin(artifacts, are_named)
         self._note_current()
 
     async def change(self, change: Change) -> dict[str, Any]:
         """Change the served models; raises RequestError."""
-        answer = await self._change(change)
+        answer = await self._manager.change(change)
         self._note_current()
         return answer
 
     def _note_current(self) -> None:
-        if self.books.learners is not None:
-            self.books.learners.set_current(self._current())
+        self.audit_store.set_current({name: route.current for name, route in self._models.routes.items()})
 
     async def scrape(self) -> bytes:
         """The metrics, in the text format of Prometheus."""
@@ -108,8 +112,8 @@ class OneProcess:
 
     def start(self) -> None:
         """Start saving audit results, and learning."""
-        self.books.start()
+        self.audit_store.start()
 
     def stop(self) -> None:
         """Stop learning, and save the audit results."""
-        self.books.stop()
+        self.audit_store.stop()

@@ -7,18 +7,27 @@ import random
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from de3.server.errors import RequestError
-from de3.server.http.access import MAX_FILE_BYTES, MAX_KEYS, WINDOW_PARTS, Access, Charge, Keys, RateLimit
+from de3.server.http.access import (
+    MAX_FILE_BYTES,
+    MAX_KEYS,
+    WINDOW_PARTS,
+    Access,
+    Charge,
+    Keys,
+    LeasedRateLimit,
+    RateLimit,
+)
 from de3.server.http.app import PROTOCOLS, _is_loopback
 from de3.server.http.frontend import Frontend
 from de3.server.service import Service
 from de3.server.settings import Settings
+from de3.server.shared import Leases
 from tests.serving import Server, in_event_loop, serving
 
 ALICE, BOB = "alice-has-a-long-key", "bob-has-another-key-too"
@@ -397,14 +406,13 @@ async def test_processes_lease_a_fiftieth_of_a_limit_in_advance() -> None:
     whole = RateLimit("400/day")
     asked: list[int] = []
 
-    async def lease(owner: str, texts: int) -> int:
+    async def lease(owner: str, texts: int) -> None:
         asked.append(texts)
         await asyncio.sleep(0)
         whole.hit(owner, texts)
-        return texts
 
-    supervisor: Any = SimpleNamespace(lease=lease, charge=whole.drain)
-    one, other = (RateLimit("400/day", supervisor, processes=2) for _ in range(2))
+    leases = Leases(lease, whole.drain)
+    one, other = (LeasedRateLimit("400/day", leases, processes=2) for _ in range(2))
 
     async def take(limit: RateLimit, *texts: int) -> list[bool]:
         results = await asyncio.gather(*(limit.take("me", n) for n in texts), return_exceptions=True)
@@ -428,5 +436,5 @@ async def test_processes_lease_a_fiftieth_of_a_limit_in_advance() -> None:
     assert await take(one, 3, 2, 1) == [False, True, True] and left() == 0
     assert await take(one, 1) == [False]
     settings = Settings(api_keys=f"me {ALICE}", rate_limit="4800/minute", processes=4)  # type: ignore[arg-type]
-    limit = Access(settings, supervisor).limit
-    assert limit is not None and limit._block == 24
+    limit = Access(settings, leases).limit
+    assert isinstance(limit, LeasedRateLimit) and limit._block == 24

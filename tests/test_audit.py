@@ -25,11 +25,11 @@ from de3.exits.reading import read
 from de3.export import recalibrate, records
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
-from de3.model_store.store import Store
+from de3.model_store.store import Artifact, Store
 from de3.server.audit import ledgers
 from de3.server.audit.auditor import ENTRY_TEXTS, LEARN_TEXTS, NO_OPTIONS, ROOM, Auditor, Traffic, _key
+from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import MIN_AUDITS, Ledger
-from de3.server.audit.local_books import LocalBooks
 from de3.server.audit.report import Live, report
 from de3.server.audit.state import NEW_SHARES, StateDir, restore, state_of
 from de3.server.audit.tenant import MAX_RESETS, Settled
@@ -63,7 +63,7 @@ def auditor_of(server: Server) -> Auditor:
 
 def ledger_of(server: Server) -> Ledger:
     (served,) = server.service.models.all
-    ledger = server.service.shared.books.ledgers.get(served.model.full_name)  # type: ignore[attr-defined]
+    ledger = server.service.shared.audit_store.ledgers.get(served.model.full_name)  # type: ignore[attr-defined]
     assert isinstance(ledger, Ledger)
     return ledger
 
@@ -279,7 +279,7 @@ def test_a_model_is_calibrated_on_records_of_its_audits(
         assert httpx.get(f"{server.url}/v1/models/tiny-int8/learn").status_code == 409  # it fits no exits
         server.classify(input=TEXTS)
         settled(server, len(TEXTS))
-        learner = server.service.shared.books.learners.of("tiny-int8")  # type: ignore[attr-defined]
+        learner = server.service.shared.audit_store.learners.of("tiny-int8")  # type: ignore[attr-defined]
         until(lambda: learner.is_restored, "the learner to be ready")
     (file,) = (tmp_path / "learned").glob("*.records")
     assert file.stat().st_mode & 0o777 == 0o600  # only the server's user can read them
@@ -464,19 +464,19 @@ def test_states_are_saved_once_the_disk_has_room_again(
     def full(_: int) -> None:
         raise OSError(ENOSPC, "No space left on device")
 
-    books = books_of(state_dir=tmp_path)
-    versions = [served_ledger(books, made(store, version)) for version in (1, 2)]
+    coordinator = coordinator_of(state_dir=tmp_path)
+    versions = [served_ledger(coordinator, made(store, version)) for version in (1, 2)]
     for _ in range(2):
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
             for _ in range(3):
                 for ledger in versions:
                     agree(ledger)
-                    books.ledgers._save(ledger)
-        books.ledgers._save(versions[0])
+                    coordinator.ledgers._save(ledger)
+        coordinator.ledgers._save(versions[0])
     assert caplog.text.count("No space left on device") == 2
     assert [path.name for path in tmp_path.glob("*.json")] == ["tiny-1.json"]
-    books.stop()
+    coordinator.stop()
     for version in (1, 2):
         state = json.loads((tmp_path / f"tiny-{version}.json").read_text())
         assert (state["model"], state["counts"][0]["audits"]) == (f"tiny:{version}", 6)
@@ -491,19 +491,21 @@ def made(store: Path, version: int = 1, **changes: Any) -> Any:
     return SimpleNamespace(model=model, rules=rules, monitor=monitor)
 
 
-def books_of(**settings: Any) -> LocalBooks:
-    """Ledgers of audits that never run."""
+def coordinator_of(**settings: Any) -> Coordinator:
+    """The ledgers of audits that never run."""
 
-    async def no_change(_: dict[str, Any]) -> dict[str, Any]:
-        raise AssertionError("nothing is learned")
+    async def unused(*_: Any) -> Any:
+        raise AssertionError
 
-    on = Settings(audit_share=1.0, **settings)
-    return LocalBooks(on, lambda served: served.rules.default, lambda *_: None, no_change)
+    return Coordinator(Settings(audit_share=1.0, **settings), unused, lambda *_: None, unused, unused)
 
 
-def served_ledger(books: LocalBooks, served: Any) -> Ledger:
-    books.serve(served)
-    ledger = books.ledgers.get(served.model.full_name)
+def served_ledger(coordinator: Coordinator, served: Any) -> Ledger:
+    model = served.model
+    coordinator.serve(
+        Artifact(model.path, model.manifest), served.rules, model.runtime, served.monitor.tau_factor
+    )
+    ledger = coordinator.ledgers.get(served.model.full_name)
     assert ledger is not None
     return ledger
 
@@ -540,21 +542,21 @@ def guaranteed(store: Path, rate: float) -> Ledger:
     """The ledger of a model with a guarantee."""
     served = made(store)
     served.rules = Rules(served.model.manifest, Settings(guarantee=rate))
-    return served_ledger(books_of(guarantee=rate), served)
+    return served_ledger(coordinator_of(guarantee=rate), served)
 
 
 def test_evidence_of_an_unloaded_model_does_not_count_for_another_of_its_name(store: Path) -> None:
-    books, first = books_of(), made(store)
-    agree(served_ledger(books, first))
-    books.forget(first)
-    ledger = served_ledger(books, changed := made(store, max_tokens=63))
+    coordinator, first = coordinator_of(), made(store)
+    agree(served_ledger(coordinator, first))
+    coordinator.forget(first.model.manifest)
+    ledger = served_ledger(coordinator, changed := made(store, max_tokens=63))
     assert ledger.audits == 0
     agree(ledger)
-    books.forget(changed)
-    assert served_ledger(books, changed).audits == 1
-    books.forget(changed)
+    coordinator.forget(changed.model.manifest)
+    assert served_ledger(coordinator, changed).audits == 1
+    coordinator.forget(changed.model.manifest)
     changed.model.runtime = "native"
-    assert served_ledger(books, changed).audits == 0
+    assert served_ledger(coordinator, changed).audits == 0
 
 
 def test_evidence_of_unloaded_models_is_saved_and_limited_in_memory(
@@ -563,11 +565,11 @@ def test_evidence_of_unloaded_models_is_saved_and_limited_in_memory(
     monkeypatch.setattr(ledgers, "MAX_KEPT", 2)
     found, versions = [], [made(store, version) for version in (1, 2, 3)]
     for folder in (None, tmp_path):
-        books = books_of(state_dir=folder)
+        coordinator = coordinator_of(state_dir=folder)
         for served in versions:
-            agree(served_ledger(books, served))
-            books.forget(served)
-        found.append([served_ledger(books, served).audits for served in versions])
+            agree(served_ledger(coordinator, served))
+            coordinator.forget(served.model.manifest)
+        found.append([served_ledger(coordinator, served).audits for served in versions])
     assert found == [[0, 1, 1], [1, 1, 1]]
 
 
@@ -592,10 +594,10 @@ def test_a_state_that_does_not_fit_is_set_aside(
     store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Any
 ) -> None:
     file = tmp_path / "tiny-1.json"
-    books = books_of(state_dir=tmp_path)
+    coordinator = coordinator_of(state_dir=tmp_path)
     for _ in range(5):
-        agree(served_ledger(books, made(store)))
-    books.stop()
+        agree(served_ledger(coordinator, made(store)))
+    coordinator.stop()
     state = json.loads(file.read_text())
     if change is None:
         file.unlink()
@@ -607,17 +609,17 @@ def test_a_state_that_does_not_fit_is_set_aside(
         for name in change.keys() & state["counts"][0].keys():
             state["counts"][0][name][3] = change.pop(name)
         file.write_text(json.dumps(state | change))
-    books = books_of(state_dir=tmp_path)
-    ledger = served_ledger(books, made(store))
+    coordinator = coordinator_of(state_dir=tmp_path)
+    ledger = served_ledger(coordinator, made(store))
     assert ledger.audits == 0 and "cannot be used" in caplog.text
     assert (tmp_path / "tiny-1.json.old").exists()
     agree(ledger)
-    books.stop()
+    coordinator.stop()
     assert json.loads(file.read_text())["counts"][0]["audits"] == 1
 
 
 def test_a_state_leaves_room_for_the_shares_that_a_server_adds(store: Path) -> None:
-    ledger = served_ledger(books_of(), made(store))
+    ledger = served_ledger(coordinator_of(), made(store))
     for number in range(MAX_SHARES - NEW_SHARES):
         agree(ledger, (1 + number) / MAX_SHARES)
     restore(ledger, state_of(ledger, ""))
@@ -627,7 +629,7 @@ def test_a_state_leaves_room_for_the_shares_that_a_server_adds(store: Path) -> N
 
 
 def test_the_report_separates_answers_as_served_from_those_of_the_tau_in_force(store: Path) -> None:
-    ledger = served_ledger(books_of(), made(store))
+    ledger = served_ledger(coordinator_of(), made(store))
     for differs in (True, True, False, False):
         agree(ledger, 1.0, differs)
     measured = report(ledger, Live(1.0, 0, {}), ledger.rules.default)["measured"]
@@ -635,7 +637,7 @@ def test_the_report_separates_answers_as_served_from_those_of_the_tau_in_force(s
 
 
 def test_only_the_last_resets_are_remembered_but_all_are_counted(store: Path) -> None:
-    ledger = served_ledger(books_of(), made(store))
+    ledger = served_ledger(coordinator_of(), made(store))
     for number in range(MAX_RESETS + 3):
         for _ in range(number):
             agree(ledger)
@@ -695,7 +697,7 @@ def test_what_is_measured_is_the_tenant_that_speaks_most_against_its_guarantee(s
 
 def test_the_traffic_of_a_gone_tenant_is_forgotten(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("de3.server.audit.ledger.RECENT_TEXTS", 100)
-    ledger = served_ledger(books_of(guarantee=0.1), made(store))
+    ledger = served_ledger(coordinator_of(guarantee=0.1), made(store))
     for name in ["gone"] * 90 + ["present"] * 1000:
         one = settled_in(ledger, tenant=name)
         one.skip(0)
@@ -720,7 +722,7 @@ def test_the_speedup_is_that_of_the_audits_at_each_tenants_tau(store: Path) -> N
     for guaranteed in ({}, {"guarantee": 0.3}):
         found, served = [], made(store)
         served.rules = Rules(served.model.manifest, Settings(**guaranteed or {"tau": TAU}))
-        ledger = served_ledger(books_of(**guaranteed), served)
+        ledger = served_ledger(coordinator_of(**guaranteed), served)
         for n in range(MIN_AUDITS):
             found.append(ledger.speedup())
             count_all(ledger, [None], (ALIKE, hard)[n % 2], may_rise=False)
@@ -893,7 +895,7 @@ def test_copies_count_only_against_a_higher_tau(
     """The report's e-values are those of the distinct texts; of these, at least the last MOST_SEEN / 2 are known."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("de3.server.audit.ledger.MOST_SEEN", 8)
-        ledger = served_ledger(books_of(guarantee=0.2), made(store))
+        ledger = served_ledger(coordinator_of(guarantee=0.2), made(store))
         expected, fresh = Evidence(ledger.taus), list[int]()
 
         def is_new(key: int) -> bool:
@@ -937,7 +939,7 @@ def test_tenants_take_turns_in_the_queue_of_audits(store: Path) -> None:
 
 def test_many_tenants_share_the_room_for_hashes(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("de3.server.audit.ledger.MAX_SEEN", 40)
-    ledger = served_ledger(books_of(guarantee=0.2), made(store))
+    ledger = served_ledger(coordinator_of(guarantee=0.2), made(store))
     for key in range(40):
         for name in map(str, range(10)):
             count_all(ledger, [key], tenant=name)

@@ -37,8 +37,8 @@ from de3.server.learn.job import Found
 from de3.server.learn.learners import Learners
 from de3.server.overload import Controller
 from de3.server.processes.channel import Channel, _row
-from de3.server.processes.worker import CLOSED, CONNECTION, Worker
-from de3.server.settings import Settings
+from de3.server.processes.receiver import CLOSED, CONNECTION
+from de3.server.processes.worker import Worker
 from de3.server.shared_run import SharedRun
 from tests.fixtures import make_rows
 from tests.jobs import fit_job
@@ -138,7 +138,7 @@ def test_a_fit_that_fails_unexpectedly_is_reported(
 ) -> None:
     monkeypatch.setattr(learners, "MIN_RECORDS", 1)
     monkeypatch.setattr(learners, "run_fit", mock.AsyncMock(side_effect=UNEXPECTED))
-    (learner,) = server.service.shared.books.learners.all  # type: ignore[attr-defined]
+    (learner,) = server.service.shared.audit_store.learners.all  # type: ignore[attr-defined]
     server.classify(input=["good", "bad"])
     until(lambda: learner.count, "a record")
     learner.is_asked = True
@@ -292,10 +292,10 @@ async def test_errors_of_messages_between_processes_are_reported_where_they_occu
         return object()
 
     fail = mock.AsyncMock(side_effect=UNEXPECTED)
-    caller = Channel({})
+    caller, other = Channel(), Channel()
     note = mock.Mock(side_effect=UNEXPECTED)
-    other = Channel({"note": note, "value": unserializable, "fail": fail, "ask": object})
-    running = [asyncio.create_task(caller.run(ours)), asyncio.create_task(other.run(theirs))]
+    handlers = {"note": note, "value": unserializable, "fail": fail, "ask": object}
+    running = [asyncio.create_task(caller.run(ours, {})), asyncio.create_task(other.run(theirs, handlers))]
     caller.tell("note")
     for method in ("value", "fail", "ask"):
         with pytest.raises(RequestError):
@@ -307,14 +307,14 @@ async def test_errors_of_messages_between_processes_are_reported_where_they_occu
 
 
 @in_event_loop
-async def test_a_process_that_cannot_read_its_channel_drains(store: Path) -> None:
+async def test_a_process_that_cannot_read_its_channel_drains() -> None:
     """The supervisor then replaces it. A connection that cannot be served is closed, and reported as closed."""
     (ours, its), (sockets, its_sockets) = (
         socket.socketpair(socket.AF_UNIX, kind) for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
     )
     client, accepted = socket.socketpair()
     with ours, its, sockets, its_sockets, client:
-        worker, served = Worker(Settings(store=store), its, its_sockets), mock.Mock()
+        worker, served = Worker(its, its_sockets), mock.Mock()
         worker.attach(served, served.stop)
         worker.run()
         worker.listen(mock.Mock(side_effect=UNEXPECTED))

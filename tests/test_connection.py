@@ -561,7 +561,9 @@ def waiting(server: Server) -> int:
 @pytest.mark.parametrize("path", ["/v1/models/tiny/audit", "/metrics"])
 def test_a_get_ends_when_its_client_leaves(store: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     going_on = threading.Event()
-    monkeypatch.setattr("de3.server.audit.ledgers.report", lambda *_: (going_on.wait(60), {"tenants": []})[1])
+    monkeypatch.setattr(
+        "de3.server.audit.coordinator.report", lambda *_: (going_on.wait(60), {"tenants": []})[1]
+    )
     metrics = b'{"tenants": []}'
     monkeypatch.setattr("de3.server.shared.generate_latest", lambda _: (going_on.wait(60), metrics)[1])
     request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()

@@ -17,30 +17,33 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from de3.model_store.manifest import fingerprint
 from de3.model_store.store import Artifact, Store
 from de3.server.audit.tenant import Settled
 from de3.server.errors import RequestError
 from de3.server.http.access import Access
 from de3.server.learn.record import Record
 from de3.server.manager import Plan
-from de3.server.processes import connections, group, supervisor, worker
-from de3.server.processes.books import SharedBooks
+from de3.server.models import Route
+from de3.server.processes import connections, group, remote, supervisor
 from de3.server.processes.channel import Channel, ChannelClosedError
 from de3.server.processes.connections import Connections
 from de3.server.processes.group import ANSWER_CHECKS, LOAD_CHECKS, LOOP_CHECKS, Group, Process
 from de3.server.processes.metrics import SharedMetrics
 from de3.server.processes.models import SharedModels
+from de3.server.processes.receiver import CONNECTION
+from de3.server.processes.remote import MAX_UNSENT_BYTES
 from de3.server.processes.samples import Family
 from de3.server.processes.supervisor import ENDS_S, MAX_ENDS, MAX_STARTS, RETRY_S, ServerError, Supervisor
-from de3.server.processes.weights import Weights, key_of
-from de3.server.processes.worker import CONNECTION, MAX_UNSENT_BYTES, Worker, plan_row, record_of
-from de3.server.rules import Rules
+from de3.server.processes.weights import Weights
+from de3.server.processes.worker import State, Worker
+from de3.server.rules import Rules, Standing
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.serving import in_event_loop
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-STATE: dict[str, Any] = {"models": [], "routes": {}}
+STATE = State([], {})
 
 
 @asynccontextmanager
@@ -51,11 +54,11 @@ async def member(
     (ours, its), (sockets, its_sockets) = (socket.socketpair() for _ in range(2))
     sockets.setblocking(False)
     os_process = subprocess.Popen(["sleep", "60"])
-    process = Process(number, os_process, Channel({}), sockets, is_member=True, is_listening=True)
+    process = Process(number, os_process, sockets, is_member=True, is_listening=True)
     if group is not None:
         group.add(process)
-    running = [asyncio.create_task(process.channel.run(ours))]
-    running.append(asyncio.create_task(Channel(handlers).run(its)))
+    running = [asyncio.create_task(process.channel.run(ours, {}))]
+    running.append(asyncio.create_task(Channel().run(its, handlers)))
     try:
         yield process
     finally:
@@ -68,13 +71,12 @@ async def member(
 
 
 def shared_models(store: Path, weights: Weights | None = None) -> tuple[Group, SharedModels]:
-    settings, group = Settings(store=store, processes=2), Group(2)
-    books = SharedBooks(settings, group, no_change)
-    return group, SharedModels(settings, group, weights or Weights(), books)
+    group = Group(2)
+    return group, SharedModels(Settings(store=store, processes=2), group, weights or Weights())
 
 
-def plan_to(what: str, artifact: Artifact | None = None) -> dict[str, Any]:
-    return plan_row(Plan(what, "tiny", "current", 0.0, None, artifact))
+def plan_to(what: Any, artifact: Artifact | None = None) -> Plan:
+    return Plan(what, "tiny", artifact=artifact)
 
 
 def supervised(store: Path, processes: int = 2) -> Supervisor:
@@ -85,18 +87,16 @@ def supervised(store: Path, processes: int = 2) -> Supervisor:
 
 
 @contextmanager
-def attached(store: Path) -> Iterator[tuple[Worker, socket.socket, socket.socket]]:
+def attached() -> Iterator[tuple[Worker, socket.socket, socket.socket]]:
     """A worker, and the supervisor's ends of its channel and of the socket that carries file descriptors."""
     ours, its = socket.socketpair()
     sockets, its_sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, its, sockets, its_sockets:
         for one in (sockets, its_sockets):
             one.setblocking(False)
-        yield Worker(Settings(store=store), its, its_sockets), ours, sockets
-
-
-async def no_change(_: dict[str, Any]) -> dict[str, Any]:
-    raise AssertionError("nothing is learned")
+        worker = Worker(its, its_sockets)
+        worker.attach(mock.Mock(), mock.Mock())
+        yield worker, ours, sockets
 
 
 async def never() -> None:
@@ -179,8 +179,8 @@ async def test_a_late_process_gets_no_connections_and_delays_no_metrics(
 @in_event_loop
 async def test_a_call_ends_with_the_process_that_it_asks() -> None:
     ours, its = socket.socketpair()
-    channel = Channel({})
-    running = asyncio.create_task(channel.run(ours))
+    channel = Channel()
+    running = asyncio.create_task(channel.run(ours, {}))
     call = asyncio.create_task(channel.call("state"))
     await asyncio.sleep(0)
     its.close()
@@ -192,22 +192,22 @@ async def test_a_call_ends_with_the_process_that_it_asks() -> None:
 
 def test_memory_of_weights_is_shared_once_it_is_filled(store: Path) -> None:
     artifact, weights = Store(store).open("tiny-int8"), Weights()
-    with attached(store) as (worker, _, ours), attached(store) as (other, _, others):
-        process = Process(1, None, Channel({}), ours)
+    with attached() as (one, _, ours), attached() as (two, _, others):
+        worker, other, process = one.receiver, two.receiver, Process(1, None, ours)
         for is_filled in (False, True):
             memory = worker.memory_of(artifact)
             assert memory is not None and not memory.is_filled
-            worker._release_weights(is_filled)
+            worker.release_weights(is_filled)
             with pytest.raises(OSError, match="Bad file descriptor"):
                 os.fstat(memory.fd)
             process.receive(weights)
             assert len(weights._fds) == is_filled
             assert not any(map(os.get_inheritable, weights._fds.values()))  # a fit inherits none
-        weights.send(others, [plan_to("load", artifact)["artifact"]])
-        other._receive()
+        weights.send(others, [artifact])
+        other.receive()
         memory = other.memory_of(artifact)
         assert memory is not None and memory.is_filled and not os.get_inheritable(memory.fd)
-        other._release_weights()
+        other.release_weights()
         weights.keep([])
 
 
@@ -216,11 +216,16 @@ async def test_a_reset_is_known_to_every_process_when_it_returns(store: Path) ->
     settings = Settings(store=store, processes=2, guarantee=0.2)
     manifest, known = Store(store).open("tiny-int8").manifest, list[int]()
     group = Group(2)
-    books = SharedBooks(settings, group, no_change)
-    before = books.ledgers.serve(manifest, Rules(manifest, settings), "native", 1.0)
-    both = {"standing": lambda key, epoch, *_: known.append(epoch), "sync": lambda: None}
+    coordinator = SharedModels(settings, group, Weights()).coordinator
+    before = coordinator.ledgers.serve(manifest, Rules(manifest, settings), "native", 1.0)
+
+    def publish(key: str, standing: Standing) -> None:
+        assert key == fingerprint(manifest)
+        known.append(standing.epoch)
+
+    both = {"standing": publish, "sync": lambda: None}
     async with member(1, group, **both), member(2, group, **both):
-        assert (await books.reset("tiny-int8:1", 0))["tau"] == 0
+        assert (await coordinator.reset("tiny-int8:1", 0))["tau"] == 0
         assert known == [before.epoch + 1] * 2
 
 
@@ -230,7 +235,7 @@ async def test_a_process_that_cannot_commit_is_replaced_and_the_change_stands(st
     plan, said = plan_to("unload"), list[str]()
 
     both = {
-        "prepare": lambda plan: {"no_kernels": ""},
+        "prepare": lambda plan: plan,
         "abort": lambda: said.append("abort"),
         "state": lambda: STATE,
         "plan": lambda change: plan,
@@ -251,10 +256,11 @@ async def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: P
     group, models = shared_models(store, weights)
     models._set_state(STATE)
 
-    def prepare(plan: dict[str, Any]) -> dict[str, str]:
+    def prepare(plan: Plan) -> Plan:
+        assert plan.artifact is not None
         for fd in memory:
-            weights.put(key_of(plan["artifact"]), fd)
-        return {"no_kernels": ""}
+            weights.put(fingerprint(plan.artifact.manifest), fd)
+        return plan
 
     refuse = mock.Mock(side_effect=RequestError("no memory", cause="conflict"))
     first_has = {"plan": lambda change: plan, "prepare": prepare, "abort": lambda: aborted.append(1)}
@@ -277,30 +283,29 @@ async def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: P
 @in_event_loop
 async def test_a_process_releases_a_model_that_others_cannot_prepare(store: Path) -> None:
     artifact, settings = Store(store).open("tiny-int8"), Settings(store=store)
-    with attached(store) as (worker, ours, _):
-        service = Service(settings, (artifact,), worker, worker.memory_of)
+    with attached() as (worker, ours, _):
+        service = Service(settings, (artifact,), worker, worker.receiver.memory_of)
         worker.attach(service, lambda: None)
-        channel = Channel({})
-        ends = channel.run(ours), worker.channel.run(worker._control)
-        running = [asyncio.create_task(one) for one in ends]
+        worker.run()
+        channel = Channel()
+        running = asyncio.create_task(channel.run(ours, {"running": lambda: None}))
         await channel.call("prepare", plan_to("load", artifact))
-        assert service.manager.prepared is not None
+        assert service.manager._loaded is not None
         await channel.call("abort")
-        assert service.manager.prepared is None
-        for task in running:
-            task.cancel()
+        assert service.manager._loaded is None
+        running.cancel()
 
 
 @in_event_loop
 async def test_a_process_that_loads_the_models_during_a_change_loads_them_again(store: Path) -> None:
     plan = plan_to("load", Store(store).open("tiny-int8"))
-    states = [{"models": [{"plan": plan}], "routes": {name: {}}} for name in ("before", "after")]
+    states = [State([plan], {name: Route(1)}) for name in ("before", "after")]
     loaded, opened = list[str](), list[int]()
     _, models = shared_models(store)
     models._set_state(states[0])
 
-    def load(said: list[Any]) -> dict[str, Any]:
-        loaded.extend(said[1])
+    def load(state: State) -> State:
+        loaded.extend(state.routes)
         if len(loaded) == 1:
             models._set_state(states[1])
         return states[len(loaded) - 1]
@@ -315,12 +320,11 @@ async def test_a_process_that_loads_the_models_during_a_change_loads_them_again(
 @in_event_loop
 async def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(store: Path) -> None:
     manager = mock.Mock(begin=mock.AsyncMock(side_effect=ValueError("layer_02.onnx: damaged")))
-    with attached(store) as (worker, ours, sockets):
+    with attached() as (worker, ours, sockets):
         server = supervised(store)
-        process = Process(1, SimpleNamespace(exitcode=0), Channel({}), sockets)
-        process.channel = Channel(server._handlers(process))
+        process = Process(1, SimpleNamespace(exitcode=0), sockets)
         server._group.add(process)
-        running = asyncio.create_task(process.channel.run(ours))
+        running = asyncio.create_task(process.channel.run(ours, server._handlers(process)))
         worker.run()
         with pytest.raises(ValueError, match="damaged"):
             await worker.begin(manager, (), False)
@@ -372,7 +376,7 @@ async def test_processes_that_end_again_and_again_end_the_server(
     for end, is_hung in product(ends, (True, False)):  # a stall of the machine is no reason to stop
         assert not server._over.done()
         now = end
-        process = Process(1, SimpleNamespace(exitcode=-signal.SIGSEGV), Channel({}), socket.socket())
+        process = Process(1, SimpleNamespace(exitcode=-signal.SIGSEGV), socket.socket())
         server._group.add(process)
         server._handlers(process)["ready"]()
         process.is_hung = is_hung
@@ -389,7 +393,7 @@ async def test_the_counts_of_processes_that_have_ended_are_added(store: Path) ->
     group = Group(1)
     metrics = SharedMetrics(group, None)
     for count in (300, 40):
-        metrics.remove(Process(1, None, Channel({}), socket.socket(), samples=samples(count)))
+        metrics.remove(Process(1, None, socket.socket(), samples=samples(count)))
     async with member(1, group, samples=lambda: samples(5)):
         for _ in range(2):
             text = await metrics.scrape()
@@ -400,30 +404,33 @@ async def test_the_counts_of_processes_that_have_ended_are_added(store: Path) ->
 async def test_a_process_that_stops_first_sends_what_it_has_collected(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "SEND_S", 600)
-    counted, records = list[Any](), list[Any]()
-    handlers = {
-        "running": lambda: None,
-        "count": lambda name, rows: counted.append([name, *((row["epoch"], row["skipped"]) for row in rows)]),
-        "records": records.extend,
-        "sync": lambda: None,
-    }
+    monkeypatch.setattr(remote, "SEND_S", 600)
+    counted, records = list[Any](), list[Record]()
 
-    with attached(store) as (process, ours, _):
+    def count(name: str, settled: list[Settled]) -> None:
+        counted.append([name, *((one.epoch, one.skipped) for one in settled)])
+
+    def learn(name: str, record: Record) -> None:
+        assert name == "tiny:1"
+        records.append(record)
+
+    handlers = {"running": lambda: None, "count": count, "learn": learn, "sync": lambda: None}
+
+    with attached() as (process, ours, _):
         process.run()
         for epoch, skipped, scores in ((1, 5, [[0.5]]), (1, 7, []), (2, 6, [])):
             one = Settled("me", epoch, 0.5, [skipped, *(0 for _ in scores)], scores=scores)  # type: ignore[arg-type]
-            process.count("tiny:1", [one])
+            process.audit_store.count("tiny:1", [one])
         states, logits = np.arange(8, dtype=np.float16).reshape(2, 4), np.array([0.1, -3], np.float32)
-        process.learn("tiny:1", Record("me", 0.5, 9, states, logits))
+        process.audit_store.learn("tiny:1", Record("me", 0.5, 9, states, logits))
         stopping = asyncio.create_task(asyncio.to_thread(process.stop))
         done, _ = await asyncio.wait({stopping}, timeout=0.1)
         assert not done  # the supervisor has not received it yet
-        supervisor = asyncio.create_task(Channel(handlers).run(ours))
+        supervisor = asyncio.create_task(Channel().run(ours, handlers))
         await stopping
         assert counted == [["tiny:1", (1, [5, 7]), (2, [6])]]
-        ((name, one),) = map(record_of, records)
-        assert (name, one.client, one.share, one.key) == ("tiny:1", "me", 0.5, 9)
+        (one,) = records
+        assert (one.client, one.share, one.key) == ("me", 0.5, 9)
         assert np.array_equal(one.states, states) and np.array_equal(one.logits, logits)
         supervisor.cancel()
 
@@ -479,18 +486,17 @@ async def test_connections_that_wait_to_be_accepted_at_the_end_are_passed_on_or_
         one.close()
 
 
-def test_connections_that_close_are_counted_also_those_without_a_file_descriptor(store: Path) -> None:
-    with attached(store) as (worker, _, ours):
-        soon = list[Callable[[], None]]()
-        worker._loop = SimpleNamespace(call_soon=soon.append)  # type: ignore[assignment]
-        process = Process(1, None, Channel({}), ours, connections=5)
+@in_event_loop
+async def test_connections_that_close_are_counted_also_those_without_a_file_descriptor() -> None:
+    with attached() as (worker, _, ours):
+        process = Process(1, None, ours, connections=5)
         ours.send(CONNECTION)  # as if the system had dropped the descriptor
-        worker._receive()
+        worker.receiver.receive()
         for then in (3, 2):
-            worker.closed()
-            soon.pop()()
+            worker.receiver.closed()
+            await asyncio.sleep(0)
             process.receive(Weights())
-            assert process.connections == then and not soon
+            assert process.connections == then
 
 
 @in_event_loop
@@ -506,28 +512,29 @@ async def test_accepting_without_a_free_file_descriptor_goes_on_later() -> None:
 
 
 @in_event_loop
-async def test_audits_pause_while_the_supervisor_reads_too_slowly(store: Path) -> None:
-    with attached(store) as (worker, ours, _):
+async def test_audits_pause_while_the_supervisor_reads_too_slowly() -> None:
+    with attached() as (worker, ours, _):
         worker.run()
         await asyncio.sleep(0)
         for _ in range(2 * MAX_UNSENT_BYTES // 1000):
-            assert not worker.is_behind or worker.channel.unsent > MAX_UNSENT_BYTES
-            worker.charge("x" * 1000, 1)
+            assert not worker.audit_store.is_behind or worker.channel.unsent > MAX_UNSENT_BYTES
+            worker.leases.charge("x" * 1000, 1)
             await asyncio.sleep(0)
-        assert worker.is_behind
+        assert worker.audit_store.is_behind
         ours.setblocking(False)
         while worker.channel.unsent:
             with suppress(BlockingIOError):
                 ours.recv(2**20)
             await asyncio.sleep(0)
-        assert not worker.is_behind
+        assert not worker.audit_store.is_behind
 
 
 def test_the_supervisor_counts_what_the_processes_take_from_a_rate_limit(store: Path) -> None:
     keys: Any = "someone a-key-of-some-length"
     server = Supervisor(Settings(store=store, processes=2, api_keys=keys, rate_limit="100/day"), (), [])
-    handlers, limit = server._handlers(Process(1, None, Channel({}), socket.socket())), server._access.limit
-    assert limit is not None and handlers["lease"]("someone", 3) == 3
+    handlers, limit = server._handlers(Process(1, None, socket.socket())), server._access.limit
+    assert limit is not None
+    handlers["lease"]("someone", 3)
     handlers["charge"]("someone", 5)
     assert limit.remaining("someone") == 92
 

@@ -147,9 +147,9 @@ class Auditor:
         learn: Callable[[Record], None] | None = None,
         traffic: Traffic | None = None,
     ) -> None:
-        """submit: enqueues audits. count: counts settled texts. is_behind: see Books. learn: keeps a record of each
-        audited text; None: there are no records. traffic: the traffic of the model's name; None if the server does not
-        learn."""
+        """submit: enqueues audits. count: counts settled texts. is_behind: see AuditStore. learn: keeps a record of
+        each audited text; None: there are no records. traffic: the traffic of the model's name; None if the server does
+        not learn."""
         self._is_behind, self._learn, self._traffic = is_behind, learn, traffic
         self._submit, self._count_settled = submit, count
         self._random = random.Random()

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from de3.model_store.manifest import Manifest
+from de3.model_store.store import Artifact
 from de3.server.audit.auditor import Auditor, Traffic
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
@@ -14,36 +16,36 @@ from de3.server.engine.job import Job
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.learn.record import Record
-from de3.server.rules import Standing
+from de3.server.rules import Rules, Standing
 from de3.server.settings import Settings
 
 
-class Books(Protocol):
-    """The server's ledgers, as a process sees them: its own, or those of the supervisor."""
+class AuditStore(Protocol):
+    """The counted audits and the records of a server: a `Coordinator`, or that of the supervisor by messages."""
 
-    def serve(self, served: Served) -> Standing:
-        """Start counting for a model, or continue; returns the standing of its ledger."""
+    def serve(self, artifact: Artifact, rules: Rules, runtime: str, tau_factor: float) -> Standing:
+        """Start counting for a model, or continue; returns the standing of its ledger. See Ledgers.serve."""
 
-    def forget(self, served: Served) -> None:
+    def forget(self, manifest: Manifest) -> None:
         """Stop counting for an unloaded model."""
 
     def count(self, name: str, settled: Sequence[Settled]) -> None:
-        """Count settled texts of a model; see Ledger.count."""
+        """Count settled texts of a model, name:version; see Ledger.count."""
 
     @property
     def is_behind(self) -> bool:
-        """True while the ledgers cannot count as fast as texts are settled; no texts are drawn then."""
+        """True while texts are settled faster than they can be counted; no texts are drawn then."""
 
-    async def report(self, served: Served, live: Live, reader: str | None) -> dict[str, Any]:
-        """The audit results of a model; see report.report.
+    async def report(self, name: str, level: int, reader: str | None) -> dict[str, Any]:
+        """The audit results of a model, name:version, at a load level; see report.report.
 
-        Raises RequestError if the supervisor no longer serves it, or if too many requests wait for its report.
+        Raises RequestError if the model is no longer served, or if too many requests wait for its report.
         """
 
-    async def reset(self, served: Served) -> dict[str, Any]:
-        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it.
+    async def reset(self, name: str, level: int) -> dict[str, Any]:
+        """Discard the audit results of a model; returns the τ that is then in force at a load level, and the reason.
 
-        Raises RequestError if the supervisor no longer serves the model.
+        Raises RequestError if the model is no longer served.
         """
 
     def learn(self, name: str, record: Record) -> None:
@@ -59,9 +61,15 @@ class Books(Protocol):
 class Audits:
     """One auditor for each served model; none if audits are off."""
 
-    def __init__(self, settings: Settings, submit: Callable[[Sequence[Audit]], None], books: Books) -> None:
-        """submit: enqueues audits."""
-        self._settings, self._submit, self._books = settings, submit, books
+    def __init__(
+        self,
+        settings: Settings,
+        submit: Callable[[Sequence[Audit]], None],
+        level: Callable[[], int],
+        store: AuditStore,
+    ) -> None:
+        """submit: enqueues audits. level: returns the load level."""
+        self._settings, self._submit, self._level, self._store = settings, submit, level, store
         self.is_on = settings.share_of_audits > 0
         self._by_model: dict[str, Auditor] = {}
         self._traffic: dict[str, Traffic] = {}  # by model name, on a server that learns
@@ -70,22 +78,17 @@ class Audits:
         """Start auditing a model, or continue if the same model was reloaded."""
         if not self.is_on:
             return
-        name = served.model.full_name
+        model, name = served.model, served.model.full_name
         auditor = self._by_model.get(name)
-        if auditor is None or auditor.served.model.manifest != served.model.manifest:
-
-            def count(settled: Sequence[Settled]) -> None:
-                self._books.count(name, settled)
-
-            def learn(record: Record) -> None:
-                self._books.learn(name, record)
-
+        if auditor is None or auditor.served.model.manifest != model.manifest:
             auditor = self._by_model[name] = Auditor(
-                *(served, self._settings, self._submit, count, lambda: self._books.is_behind),
-                learn if self._settings.keeps_records else None,
+                *(served, self._settings, self._submit, partial(self._store.count, name)),
+                lambda: self._store.is_behind,
+                partial(self._store.learn, name) if self._settings.keeps_records else None,
                 self._traffic_of(served) if self._settings.learn else None,
             )
-        auditor.serve(served, self._books.serve(served))
+        artifact, tau_factor = Artifact(model.path, model.manifest), served.monitor.tau_factor
+        auditor.serve(served, self._store.serve(artifact, served.rules, model.runtime, tau_factor))
 
     def _traffic_of(self, served: Served) -> Traffic:
         name = served.model.manifest.name
@@ -103,7 +106,7 @@ class Audits:
         auditor = self._by_model.get(name)
         if auditor is not None and auditor.served is served:
             del self._by_model[name]
-            self._books.forget(served)
+            self._store.forget(served.model.manifest)
 
     def get(self, served: Served) -> Auditor | None:
         """The auditor of a model; None if audits are off, or if the model was unloaded."""
@@ -119,31 +122,37 @@ class Audits:
             )
         return auditor
 
+    def live(self, name: str) -> Live | None:
+        """The current state of the audits of a model, name:version; None if it is not audited."""
+        auditor = self._by_model.get(name)
+        return None if auditor is None else auditor.live
+
     async def report(self, served: Served, reader: str | None) -> dict[str, Any]:
         """The audit results of a model; see report.report.
 
-        Raises RequestError if audits are off, or as Books.report does.
+        Raises RequestError if audits are off, or as AuditStore.report does.
         """
-        return await self._books.report(served, self.of(served).live, reader)
+        self.of(served)
+        return await self._store.report(served.model.full_name, self._level(), reader)
 
     async def reset(self, served: Served) -> dict[str, Any]:
         """Discard the audit results of a model; returns the τ that is then in force, and the reason for it.
 
-        Raises RequestError if audits are off, or as Books.reset does.
+        Raises RequestError if audits are off, or as AuditStore.reset does.
         """
         self.of(served)
-        return await self._books.reset(served)
+        return await self._store.reset(served.model.full_name, self._level())
 
     async def learning(self, served: Served, starts: bool = False) -> dict[str, Any]:
         """The learning report of a model. starts: also start a fit, as soon as possible.
 
-        Raises RequestError if the server does not learn, or as Books.learning does.
+        Raises RequestError if the server does not learn, or as AuditStore.learning does.
         """
         if not self._settings.learn:
             raise RequestError(
                 "the server does not learn; its operator can start it with --learn", cause="conflict"
             )
-        return await self._books.learning(served.model.manifest.name, starts)
+        return await self._store.learning(served.model.manifest.name, starts)
 
     @contextmanager
     def watch(self, job: Job) -> Iterator[None]:

@@ -1,37 +1,69 @@
 """The ledgers and learners of a server, in the one process that counts: the server's own, or the supervisor."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from statistics import mean
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from de3.model_store.manifest import Manifest
+from de3.model_store.store import Artifact
+from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.audit.ledgers import Ledgers
+from de3.server.audit.report import Live, report
 from de3.server.audit.tenant import Settled
+from de3.server.errors import RequestError
 from de3.server.learn.learners import Learners
 from de3.server.learn.record import Record
-from de3.server.rules import Standing
+from de3.server.rules import Rules, Standing
 from de3.server.settings import Settings
+from de3.server.shared_run import MAX_WAITING, SharedRun
 
 
 class Coordinator:
-    """Counts settled texts, keeps records, and has the fits run.
+    """Counts the settled texts of all processes, keeps their records, reports, and has the fits run.
 
     Attributes:
         ledgers: the ledgers of all served models.
         learners: the learners of all served models; None without records.
     """
 
+    is_behind = False  # see AuditStore
+
     def __init__(
         self,
         settings: Settings,
-        publish: Callable[[Manifest, Standing], None],
         change: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
+        publish: Callable[[Manifest, Standing], None],
+        live_of: Callable[[str], Awaitable[Sequence[Live]]],
+        sync: Callable[[], Awaitable[None]],
     ) -> None:
-        """publish: see Ledgers. change: see Learners.
+        """change: see Learners. publish: see Ledgers. live_of: returns the state of a model's audits in each process.
 
-        Raises ValueError if state_dir cannot be used, or a package that learning needs is not installed.
+        sync: returns once every process has applied what was published. Raises ValueError if state_dir cannot be used,
+        or a package that learning needs is not installed.
         """
         self.ledgers = Ledgers(settings, publish)
         self.learners = Learners(settings, self.ledgers, change) if settings.keeps_records else None
+        self._live_of, self._sync = live_of, sync
+        self._most = max(MAX_WAITING, settings.processes)
+        self._reporting: WeakKeyDictionary[Ledger, dict[str | None, SharedRun[dict[str, Any]]]]
+        self._reporting = WeakKeyDictionary()  # by reader
+
+    def serve(self, artifact: Artifact, rules: Rules, runtime: str, tau_factor: float) -> Standing:
+        """Start counting for a model, or continue; returns the standing of its ledger. See Ledgers.serve."""
+        if self.learners is not None:
+            self.learners.serve(artifact)
+        return self.ledgers.serve(artifact.manifest, rules, runtime, tau_factor)
+
+    def set_current(self, versions: dict[str, int]) -> None:
+        """Record the current version of each served name."""
+        if self.learners is not None:
+            self.learners.set_current(versions)
+
+    def forget(self, manifest: Manifest) -> None:
+        """Stop counting for an unloaded model."""
+        self.ledgers.forget(f"{manifest.name}:{manifest.version}")
 
     def count(self, name: str, settled: Sequence[Settled]) -> None:
         """Count settled texts of a model; see Ledger.count."""
@@ -43,12 +75,38 @@ class Coordinator:
             self.learners.add(name, record)
 
     async def learning(self, name: str, starts: bool) -> dict[str, Any]:
-        """The learning report of a model name. starts: also start a fit, as soon as possible.
-
-        Raises RequestError if the name is not served, or if there are too few records for the fit.
-        """
+        """The learning report of a model name; see AuditStore.learning."""
         assert self.learners is not None  # Audits has checked it
         return self.learners.ask(name) if starts else self.learners.report(name)
+
+    async def report(self, name: str, level: int, reader: str | None) -> dict[str, Any]:
+        """The audit results of a model; see AuditStore.report."""
+        ledger = self._ledger(name)
+        runs = self._reporting.setdefault(ledger, {})
+        running = runs.setdefault(reader, SharedRun("report", self._most))
+        return await running.result(lambda: self._report(ledger, level, reader))
+
+    async def _report(self, ledger: Ledger, level: int, reader: str | None) -> dict[str, Any]:
+        rows = await self._live_of(ledger.full_name)
+        excluded = {
+            reason: sum(row.excluded[reason] for row in rows) for reason in (rows[0].excluded if rows else ())
+        }
+        share = mean(row.share for row in rows) if rows else 0.0
+        live = Live(share, sum(row.pending for row in rows), excluded)
+        return await asyncio.to_thread(report, ledger, live, ledger.rules.in_force(level), reader)
+
+    async def reset(self, name: str, level: int) -> dict[str, Any]:
+        """Discard the audit results of a model; see AuditStore.reset. Every process then uses the τ that it returns."""
+        ledger = self._ledger(name)
+        ledger.reset()
+        await self._sync()
+        return tau_row(ledger.rules.in_force(level))
+
+    def _ledger(self, name: str) -> Ledger:
+        ledger = self.ledgers.get(name)
+        if ledger is None:
+            raise RequestError(f"{name} is no longer served", "name", "unknown_model")
+        return ledger
 
     def start(self) -> None:
         """Start the tasks that save changes and run fits."""

@@ -4,17 +4,15 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import Any
 
 from de3.model_store.manifest import Manifest, base_of
 from de3.server.audit.ledger import Ledger
-from de3.server.audit.report import Live, report
 from de3.server.audit.state import StateDir
 from de3.server.audit.tenant import Settled
 from de3.server.background import keep_running
 from de3.server.learn.learner import Changes, InService
 from de3.server.learn.record import HeldOut
-from de3.server.rules import Choice, Rules, Standing
+from de3.server.rules import Rules, Standing
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
@@ -129,13 +127,6 @@ class Ledgers:
         ledger = self._by_model.get(name)
         if ledger is not None:
             ledger.count(settled)
-
-    async def report(self, name: str, live: Live, in_force: Choice, reader: str | None) -> dict[str, Any]:
-        """The audit results of a served model, by name:version; see report.report.
-
-        Raises KeyError if it is not served.
-        """
-        return await asyncio.to_thread(report, self._by_model[name], live, in_force, reader)
 
     def start(self) -> None:
         """Start the task that saves changes."""

@@ -135,7 +135,7 @@ class Access:
     """
 
     def __init__(self, settings: Settings, leases: Leases | None = None) -> None:
-        """leases: the rate limits of all processes, kept by the supervisor; None: they are kept here.
+        """leases: the rate limits of all processes, kept by the supervisor; None: this is the only process.
 
         Raises ValueError for keys that are invalid, cannot be read, or are set both directly and by a file; for a key
         of both a user and an admin; and for a rate limit that is invalid or set without user keys.
@@ -145,8 +145,10 @@ class Access:
         if self.users is not None and self.admins is not None and self.users.shares_with(self.admins):
             raise ValueError("admin_keys: a key cannot be both a user's and an admin's")
         self.limit: RateLimit | None = None
-        if settings.rate_limit:
-            self.limit = RateLimit(settings.rate_limit, leases, max(1, settings.processes))
+        if settings.rate_limit and leases is not None:
+            self.limit = LeasedRateLimit(settings.rate_limit, leases, settings.processes)
+        elif settings.rate_limit:
+            self.limit = RateLimit(settings.rate_limit)
         if self.limit is not None and self.users is None:
             raise ValueError("rate_limit: applies to API keys, and there are none; give api_keys_file")
 
@@ -298,16 +300,10 @@ class RateLimit:
 
     A request costs the largest of: the number of its texts; its body in units of 4 KiB, rounded up; and the tokens
     of its texts in units of 128, rounded up for each text.
-
-    Processes that share a limit lease texts in advance: together a 50th of the limit, each an equal part. A window may
-    have that many texts more than the limit, if they were leased before it began, or fewer, if they are not used.
     """
 
-    def __init__(self, rate: str, leases: Leases | None = None, processes: int = 1) -> None:
-        """rate: such as 100/second or 5000/minute. leases: the limit of all processes; None: it is kept here.
-
-        processes: number of processes that share the limit. Raises ValueError for an invalid rate.
-        """
+    def __init__(self, rate: str) -> None:
+        """rate: such as 100/second or 5000/minute. Raises ValueError for an invalid one."""
         parts = _RATE.fullmatch(rate)
         if parts is None:
             raise ValueError(f"rate_limit: {rate!r} is not a rate; give for example 100/second")
@@ -315,9 +311,6 @@ class RateLimit:
         period_s = int(parts[2] or 1) * _SECONDS[parts[3].lower()]
         # By owner.
         self._windows: defaultdict[str, _Window] = defaultdict(lambda: _Window(self._amount, period_s))
-        self._leases, self._block = leases, self._amount // (LEASED_PART * processes)
-        self._leased = Counter[str]()  # unused texts by owner, at most _block
-        self._leasing: set[str] = set()  # owners for whom a block is being leased
 
     def check(self, texts: int) -> None:
         """Raise RequestError for a request that costs more than the limit ever allows."""
@@ -344,27 +337,45 @@ class RateLimit:
 
     async def take(self, owner: str, texts: int) -> None:
         """Count texts of an owner, in all processes; raises RequestError if that would exceed the limit."""
-        if self._leases is None:
-            self.hit(owner, texts)
-        elif self._leased[owner] >= texts:
+        self.hit(owner, texts)
+
+    def drain(self, owner: str, texts: int) -> None:
+        """Count texts of an owner that already ran, even beyond the limit: then the next ones wait for longer."""
+        self._windows[owner].add(texts, time.monotonic())
+
+
+class LeasedRateLimit(RateLimit):
+    """A rate limit that several processes share: each leases texts in advance.
+
+    Together they lease at most a 50th of the limit, each an equal part. A window may have that many texts more than the
+    limit, if they were leased before it began, or fewer, if they are not used.
+    """
+
+    def __init__(self, rate: str, leases: Leases, processes: int) -> None:
+        """leases: the limit of all processes. processes: their number. Raises ValueError as RateLimit does."""
+        super().__init__(rate)
+        self._leases, self._block = leases, self._amount // (LEASED_PART * processes)
+        self._leased = Counter[str]()  # unused texts by owner, at most _block
+        self._leasing: set[str] = set()  # owners for whom a block is being leased
+
+    async def take(self, owner: str, texts: int) -> None:
+        """Count texts of an owner, leased ones if there are enough; raises RequestError as RateLimit.take does."""
+        if self._leased[owner] >= texts:
             self._leased[owner] -= texts
         elif self._block <= texts or owner in self._leasing:
             await self._leases.lease(owner, texts)
         else:
             self._leasing.add(owner)
             try:
-                granted = await self._leases.lease(owner, self._block)
-                self._leased[owner] += granted - texts
+                await self._leases.lease(owner, self._block)
+                self._leased[owner] += self._block - texts
             except RequestError:  # not so many are left
                 await self._leases.lease(owner, texts)
             finally:
                 self._leasing.discard(owner)
 
     def drain(self, owner: str, texts: int) -> None:
-        """Count texts of an owner that already ran, even beyond the limit: then the next ones wait for longer."""
-        if self._leases is None:
-            self._windows[owner].add(texts, time.monotonic())
-            return
+        """Count texts of an owner that already ran, leased ones first, even beyond the limit."""
         leased = min(texts, self._leased[owner])
         self._leased[owner] -= leased
         if texts > leased:

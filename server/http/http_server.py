@@ -41,17 +41,18 @@ class HttpServer(uvicorn.Server):
         libuv accepts one connection per socket in each iteration of the event loop, which is too few when iterations
         are long. So each socket is duplicated, and the event loop watches ACCEPTS copies.
         """
-        loop, config = asyncio.get_running_loop(), self.config
+        loop = asyncio.get_running_loop()
         report_unhandled(loop)
         await super().startup(sockets)
-        create: Callable[..., asyncio.Protocol] = config.http_protocol_class
-        protocol = partial(
-            create, config=config, server_state=self.server_state, app_state=self.lifespan.state
-        )
         for listening in [s for server in self.servers for s in server.sockets]:
             for _ in range(ACCEPTS - 1):
                 again = socket.socket(fileno=dup(listening.fileno()))
-                self.servers.append(await loop.create_server(protocol, sock=again, backlog=BACKLOG))
+                self.servers.append(await loop.create_server(self.connect, sock=again, backlog=BACKLOG))
+
+    def connect(self) -> asyncio.Protocol:
+        """The protocol of a new connection; called once the server has started."""
+        create: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        return create(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start to drain, then have uvicorn stop."""

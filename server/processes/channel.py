@@ -3,13 +3,15 @@
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from itertools import count
+from inspect import signature
+from itertools import chain, count, repeat
 from typing import Any
 
 import orjson
 
 from de3.server.background import report, run_once
 from de3.server.errors import RequestError
+from de3.server.processes.messages import decode, encode
 
 HEAD_BYTES = 4  # of the length that precedes each message
 
@@ -24,22 +26,27 @@ class ChannelClosedError(Exception):
 class Channel:
     """One end of a Unix socket that carries JSON messages.
 
+    The arguments of a handler are of its annotated types; all other values are parsed JSON (see messages.py).
+
     A RequestError of a handler is raised again in the caller. Any other error is raised in the caller as a RequestError
     with the cause "internal"; the handler's side logs it unless it is a ChannelClosedError. Handlers that are plain
     functions run in the order of the messages. Coroutine functions also start in this order, but a plain function that
     a later message calls may run before them.
     """
 
-    def __init__(self, handlers: Mapping[str, Handler]) -> None:
-        self._handlers = handlers
+    def __init__(self) -> None:
+        self._handlers: dict[str, tuple[Handler, list[Any]]] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._numbers = count(1)
         self._writer: asyncio.StreamWriter | None = None
         self._unsent: list[bytes] = []  # messages sent before the channel runs
         self.is_closed = False
 
-    async def run(self, sock: socket.socket) -> None:
+    async def run(self, sock: socket.socket, handlers: Mapping[str, Handler]) -> None:
         """Receive messages until the other side closes the channel; calls in progress then raise ChannelClosedError."""
+        for name, handler in handlers.items():
+            kinds = [parameter.annotation for parameter in signature(handler).parameters.values()]
+            self._handlers[name] = handler, kinds
         reader, self._writer = await asyncio.open_unix_connection(sock=sock)
         self._writer.writelines(self._unsent)
         self._unsent.clear()
@@ -57,7 +64,7 @@ class Channel:
                     future.set_exception(ChannelClosedError("the process has ended"))
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """Call a handler of the other side; returns its result.
+        """Call a handler of the other side; returns its result as parsed JSON.
 
         Raises RequestError if the handler fails, and ChannelClosedError if the channel is closed before the answer.
         """
@@ -81,7 +88,7 @@ class Channel:
         return 0 if self._writer is None else self._writer.transport.get_write_buffer_size()
 
     def _send(self, message: list[Any]) -> None:
-        data = orjson.dumps(message, default=list)  # named tuples become lists
+        data = encode(message)
         data = len(data).to_bytes(HEAD_BYTES) + data
         if self._writer is None:
             self._unsent.append(data)
@@ -96,14 +103,15 @@ class Channel:
                 run_once("message", result)
         elif (future := self._calls.get(number)) is not None and not future.done():
             if method:  # an error
-                future.set_exception(_error_of(value))
+                future.set_exception(RequestError(**value))
             else:
                 future.set_result(value)
 
     def _run(self, number: int, method: str, arguments: list[Any]) -> Coroutine[Any, Any, None] | None:
         """Run a handler; returns a coroutine that finishes the call, or None if the handler has already finished it."""
         try:
-            result = self._handlers[method](*arguments)
+            handler, kinds = self._handlers[method]
+            result = handler(*map(decode, chain(kinds, repeat(Any)), arguments))
             if asyncio.iscoroutine(result):
                 return self._finish(number, method, result)
             self._answer(number, result)
@@ -136,7 +144,3 @@ def _row(error: Exception) -> dict[str, Any]:
         errors="replace"
     ).decode()  # may have half a surrogate pair
     return {"message": message, "cause": "internal"}
-
-
-def _error_of(row: dict[str, Any]) -> RequestError:
-    return RequestError(**row)

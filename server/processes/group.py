@@ -2,18 +2,21 @@
 
 import asyncio
 import logging
-import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from de3.model_store.manifest import Manifest, fingerprint
+from de3.server.audit.report import Live
 from de3.server.errors import RequestError
 from de3.server.processes.channel import Channel, ChannelClosedError
+from de3.server.processes.messages import decode
+from de3.server.processes.receiver import CONNECTION, WEIGHTS, receive_fd
 from de3.server.processes.samples import Family
 from de3.server.processes.weights import Weights
-from de3.server.processes.worker import CONNECTION, FD_MESSAGE_BYTES, WEIGHTS
+from de3.server.rules import Standing
 
 log = logging.getLogger("de3")
 # A process is killed if it does not answer a call in this many checks, one every CHECK_S: in general; while it loads
@@ -32,8 +35,8 @@ class Process:
     Attributes:
         number: from 1; a process that replaces it has the same number.
         os_process: its multiprocessing.Process.
-        channel: the channel to it.
         sockets: socket that carries connections and weights, as file descriptors.
+        channel: the channel to it.
         connections: number of its open connections.
         is_listening: it takes connections.
         is_ready: it answers requests.
@@ -42,7 +45,6 @@ class Process:
         is_hung: it was killed because it did not answer.
         is_preparing: it loads models for a change.
         is_member: it takes part in changes of the models.
-        models: the models that it loaded when it started (see Worker._state); empty before that.
         reason: why it failed; empty if it did not fail, or gave no reason.
         samples: its metrics, as last read.
         reading: the last read of its metrics, which may not have ended; None before the first.
@@ -50,8 +52,8 @@ class Process:
 
     number: int
     os_process: Any
-    channel: Channel
     sockets: socket.socket
+    channel: Channel = field(default_factory=Channel)
     connections: int = 0
     is_listening: bool = False
     is_ready: bool = False
@@ -60,7 +62,6 @@ class Process:
     is_hung: bool = False
     is_preparing: bool = False
     is_member: bool = False
-    models: list[Any] = field(default_factory=list)
     reason: str = ""
     samples: list[Family] = field(default_factory=list)
     reading: asyncio.Task[None] | None = None
@@ -121,13 +122,9 @@ class Process:
         """Receive the process's messages about closed connections, and the weights that it has filled."""
         while True:
             try:
-                data, fds, _, _ = socket.recv_fds(self.sockets, FD_MESSAGE_BYTES, 1)
+                data, fds = receive_fd(self.sockets)
             except OSError:
                 return
-            for fd in fds:
-                os.set_inheritable(
-                    fd, False
-                )  # recv_fds ignores MSG_CMSG_CLOEXEC; a fit would keep the memory
             if not data:
                 asyncio.get_running_loop().remove_reader(self.sockets)
                 return
@@ -179,6 +176,21 @@ class Group:
         is_ready = self.is_ready
         for process in self.all:
             process.channel.tell("all_ready", is_ready)
+
+    def publish(self, manifest: Manifest, standing: Standing) -> None:
+        """Send every process the standing of a model's ledger."""
+        key = fingerprint(manifest)
+        for process in self.all:
+            process.channel.tell("standing", key, standing)
+
+    async def live_of(self, name: str) -> list[Live]:
+        """The state of a model's audits, name:version, in each process that audits it."""
+        rows = await ask_all(self.ready, "live", name)
+        return [decode(Live, row) for row in rows if row is not None]
+
+    async def sync(self) -> None:
+        """Wait until every process has handled what it was sent."""
+        await ask_all(self.all, "sync")
 
 
 async def ask_all(processes: Sequence[Process], method: str, *arguments: Any) -> list[Any]:

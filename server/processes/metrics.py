@@ -7,12 +7,12 @@ from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 
+from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import Ledger
 from de3.server.background import run_once
 from de3.server.errors import RequestError
 from de3.server.learn.metrics import LearnMetrics
 from de3.server.metrics import BackgroundErrors, LedgerMetrics
-from de3.server.processes.books import SharedBooks
 from de3.server.processes.channel import ChannelClosedError
 from de3.server.processes.group import Group, Process
 from de3.server.processes.samples import Family, families_from, families_of, growing, merged, text_of
@@ -30,8 +30,8 @@ class SharedMetrics:
         replaced: counter of the starts of a process that replaces one that ended, failed starts included.
     """
 
-    def __init__(self, group: Group, books: SharedBooks | None) -> None:
-        """books: None if there are no audits."""
+    def __init__(self, group: Group, coordinator: Coordinator | None) -> None:
+        """coordinator: None if there are no audits."""
         self._group = group
         self._departed: list[Family] = []  # counters of processes that have ended
         self._read_at = 0.0
@@ -44,9 +44,9 @@ class SharedMetrics:
         self.replaced = Counter(
             "de3_replaced_processes", "Starts of a process that replaces one that ended", registry=r
         )
-        if books is not None:
-            r.register(LedgerMetrics(lambda: books.ledgers.all, self._in_force))
-            if (learners := books.learners) is not None:
+        if coordinator is not None:
+            r.register(LedgerMetrics(lambda: coordinator.ledgers.all, self._in_force))
+            if (learners := coordinator.learners) is not None:
                 r.register(LearnMetrics(lambda: learners))
 
     def _in_force(self, ledger: Ledger) -> Choice:

@@ -5,23 +5,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from de3.model_store.manifest import fingerprint
+from de3.server.audit.coordinator import Coordinator
 from de3.server.errors import RequestError
-from de3.server.processes.books import SharedBooks
+from de3.server.manager import Plan
 from de3.server.processes.group import Group, Process, ask_all
+from de3.server.processes.messages import decode
 from de3.server.processes.weights import Weights
-from de3.server.processes.worker import artifact_of
+from de3.server.processes.worker import State
 from de3.server.rules import Rules
 from de3.server.settings import Settings
 
 
 class SharedModels:
-    """The models that the processes serve. The first process proves them (prove.py), then the others load them."""
+    """The models that the processes serve. The first process proves them (prove.py), then the others load them.
 
-    def __init__(self, settings: Settings, group: Group, weights: Weights, books: SharedBooks) -> None:
-        self._settings, self._group, self._weights, self._books = settings, group, weights, books
-        self._ledgers = books.ledgers
-        # Models and their roles; None until the first process has loaded them.
-        self._state: dict[str, Any] | None = None
+    Attributes:
+        coordinator: counts the audits of the models.
+    """
+
+    def __init__(self, settings: Settings, group: Group, weights: Weights) -> None:
+        """Raises ValueError as Coordinator does."""
+        self._settings, self._group, self._weights = settings, group, weights
+        self.coordinator = Coordinator(settings, self.change, group.publish, group.live_of, group.sync)
+        self._state: State | None = None  # None until the first process has loaded the models
         self._version = 0  # incremented at each change of the state
         self._changing = asyncio.Lock()
         self._is_changing = False
@@ -38,66 +44,55 @@ class SharedModels:
         it ends before it has answered.
         """
         while not await self._load(process):
-            process.models = []  # the served models have changed in the meantime
+            pass
 
     async def _load(self, process: Process) -> bool:
         """Have a process load the served models; False if these changed meanwhile, so that it must load them again."""
+        is_first = False
         if self._state is None:
             async with self._changing:
                 if self._state is None:
-                    answer = await process.channel.call("load", None)
-                    if not self._loaded(process, answer):
+                    state, is_first = await self._ask_to_load(process, None), True
+                    if state.failed:
                         return True
-                    self._set_state(answer)
-                    for model in answer["models"]:
-                        self._open_ledger(model)
-                    self._note_current()
+                    self._set_state(state)
+                    for plan in state.plans:
+                        self._open_ledger(plan)
+                    self._note_current(state)
         assert self._state is not None
         version = self._version
-        if not process.models:
-            plans = [model["plan"] for model in self._state["models"]]
-            self._weights.send(process.sockets, [plan["artifact"] for plan in plans])
-            answer = await process.channel.call("load", [plans, self._state["routes"]])
-            if not self._loaded(process, answer):
+        if not is_first:
+            self._weights.send(process.sockets, self._state.artifacts)
+            if (await self._ask_to_load(process, self._state)).failed:
                 return True
         async with self._changing:
             if version != self._version:
                 return False
-            for ledger in self._ledgers.all:
-                process.channel.tell("standing", fingerprint(ledger.manifest), *ledger.standing)
+            for ledger in self.coordinator.ledgers.all:
+                process.channel.tell("standing", fingerprint(ledger.manifest), ledger.standing)
             process.channel.tell("open")
             process.is_member = True
             return True
 
-    def _loaded(self, process: Process, answer: dict[str, Any]) -> bool:
-        """Record the models that a process has loaded; False if it could not load them, in which case it ends."""
+    async def _ask_to_load(self, process: Process, state: State | None) -> State:
+        """Have a process load models (see Worker._load); returns those that it has loaded. If it fails, it ends."""
+        loaded = decode(State, await process.channel.call("load", state))
         process.receive(self._weights)  # the weights that it sent before its answer
-        process.reason = answer.get("failed", "")
-        process.models = answer.get("models", [])
-        return not process.reason
+        process.reason = loaded.failed
+        return loaded
 
-    def _set_state(self, state: dict[str, Any]) -> None:
+    def _set_state(self, state: State) -> None:
         self._state = state
         self._version += 1
-        self._forget_weights()
+        self._weights.keep(state.artifacts)
 
-    def _forget_weights(self) -> None:
-        assert self._state is not None
-        self._weights.keep(model["plan"]["artifact"] for model in self._state["models"])
+    def _note_current(self, state: State) -> None:
+        self.coordinator.set_current({name: route.current for name, route in state.routes.items()})
 
-    def _note_current(self) -> None:
-        if self._books.learners is not None and self._state is not None:
-            routes = self._state["routes"]
-            self._books.learners.set_current({name: route["current"] for name, route in routes.items()})
-
-    def _open_ledger(self, model: dict[str, Any]) -> None:
-        if self._settings.share_of_audits:
-            artifact = artifact_of(model["plan"]["artifact"])
-            if self._books.learners is not None:
-                self._books.learners.serve(artifact)
-            manifest = artifact.manifest
-            rules = Rules(manifest, self._settings)
-            self._ledgers.serve(manifest, rules, model["runtime"], model["tau_factor"])
+    def _open_ledger(self, plan: Plan) -> None:
+        if self._settings.share_of_audits and plan.artifact is not None:
+            rules = Rules(plan.artifact.manifest, self._settings)
+            self.coordinator.serve(plan.artifact, rules, plan.runtime, plan.tau_factor)
 
     async def change(self, change: dict[str, Any]) -> dict[str, Any]:
         """Change the models of all processes, or of none; returns the body of the admin route's response.
@@ -119,29 +114,28 @@ class SharedModels:
         if not members:
             raise RequestError("the models are still loading", cause="loading", retry_after_s=1)
         first, *others = members
-        plan = await first.ask("plan", change)
+        plan = decode(Plan, await first.ask("plan", change))
         try:
-            loaded = await first.ask("prepare", plan)
+            plan = decode(Plan, await first.ask("prepare", plan))
             first.receive(self._weights)
-            plan["no_kernels"] = loaded["no_kernels"]
             for process in others:
-                self._weights.send(process.sockets, [plan["artifact"]] if plan["artifact"] else [])
+                self._weights.send(process.sockets, [plan.artifact] if plan.artifact else [])
             await ask_all(others, "prepare", plan)
         except Exception:
             await ask_all(members, "abort")
-            self._forget_weights()
+            assert self._state is not None
+            self._weights.keep(self._state.artifacts)
             raise
-        if plan["artifact"]:
-            self._open_ledger({**loaded, "plan": plan})
+        self._open_ledger(plan)
         answers = await _commit(members)
         if states := await ask_all(members, "state"):
-            self._set_state(states[0])
+            self._set_state(decode(State, states[0]))
         assert self._state is not None
-        names = {model["full_name"] for model in self._state["models"]}
-        for ledger in self._ledgers.all:
+        names = {artifact.full_name for artifact in self._state.artifacts}
+        for ledger in self.coordinator.ledgers.all:
             if ledger.full_name not in names:
-                self._ledgers.forget(ledger.full_name)
-        self._note_current()
+                self.coordinator.forget(ledger.manifest)
+        self._note_current(self._state)
         if not answers:
             raise RequestError("every process ended during this change; try again", cause="conflict")
         return answers[0]

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
+
+from de3.server.processes.messages import decode
 
 # How the values of a gauge in several processes are merged; counters and histograms are always added up.
 MAXIMA = {
@@ -108,15 +111,7 @@ def text_of(families: Sequence[Family]) -> bytes:
 
 def families_from(rows: Sequence[dict[str, Any]]) -> list[Family]:
     """The metrics in parsed JSON, where null stands for NaN."""
-    return [
-        Family(
-            row["name"],
-            row["help"],
-            row["kind"],
-            [
-                (name, labels, float("nan") if value is None else value)
-                for name, labels, value in row["samples"]
-            ],
-        )
-        for row in rows
-    ]
+    families = decode(list[Family], rows)
+    for one in families:
+        one.samples = [(name, labels, nan if value is None else value) for name, labels, value in one.samples]
+    return families

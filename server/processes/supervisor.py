@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from multiprocessing import get_context
 from time import monotonic, perf_counter
@@ -22,8 +22,7 @@ from de3.server.background import keep_running, report, report_unhandled, run_on
 from de3.server.http.access import Access
 from de3.server.models import find
 from de3.server.processes import worker
-from de3.server.processes.books import SharedBooks
-from de3.server.processes.channel import Channel, ChannelClosedError
+from de3.server.processes.channel import ChannelClosedError, Handler
 from de3.server.processes.connections import Connections
 from de3.server.processes.group import Group, Process
 from de3.server.processes.metrics import SharedMetrics
@@ -61,9 +60,9 @@ class Supervisor:
         self._context.set_forkserver_preload(["__main__", worker.__name__])
         self._group, self._weights = Group(settings.processes), Weights()
         self._connections = Connections(self._group, listening)
-        self._books = SharedBooks(settings, self._group, self._change)
-        self._models = SharedModels(settings, self._group, self._weights, self._books)
-        self._metrics = SharedMetrics(self._group, self._books if settings.share_of_audits else None)
+        self._models = SharedModels(settings, self._group, self._weights)
+        self._coordinator = self._models.coordinator
+        self._metrics = SharedMetrics(self._group, self._coordinator if settings.share_of_audits else None)
         # By process number: times that the process has ended or failed to start since it was last ready.
         self._starts = dict.fromkeys(range(1, settings.processes + 1), 0)
         self._ends: deque[float] = deque(maxlen=MAX_ENDS)
@@ -84,7 +83,7 @@ class Supervisor:
         for one in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(one, self._signalled)
         self._connections.start()
-        self._books.start()
+        self._coordinator.start()
         host, port = self._listening[0].getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         logging.getLogger("uvicorn.error").info(
@@ -120,7 +119,7 @@ class Supervisor:
         for process in self._group.all:
             log.error("process %d does not end: it is killed", process.number)
             process.os_process.kill()
-        await asyncio.to_thread(self._books.stop)
+        await asyncio.to_thread(self._coordinator.stop)
 
     # The life of a process
 
@@ -148,15 +147,14 @@ class Supervisor:
         except (OSError, EOFError) as error:  # no memory, too many processes, or too many open files
             self._failed(number, f"it cannot be started: {error}")
             return
-        process = Process(number, os_process, Channel({}), sockets)
-        process.channel = Channel(self._handlers(process))
+        process = Process(number, os_process, sockets)
         self._group.add(process)
         run_once("process", process.watch())
         loop.add_reader(sockets, process.receive, self._weights)
         if self._is_draining:
             process.close()
         try:
-            await _end_of(process, control)
+            await _end_of(process, control, self._handlers(process))
         except Exception as error:  # its messages cannot be read
             report("process", error)
             os_process.kill()
@@ -228,7 +226,9 @@ class Supervisor:
         pause_s = 0.0 if starts <= MAX_STARTS else min(RETRY_S, 2.0 ** (starts - MAX_STARTS))
         self._begin_life(number, pause_s)
 
-    def _handlers(self, process: Process) -> dict[str, Callable[..., Any]]:
+    def _handlers(self, process: Process) -> dict[str, Handler]:
+        limit = self._access.limit
+
         def running() -> None:
             run_once("process_loading", self._load(process))
 
@@ -258,32 +258,19 @@ class Supervisor:
             "ready": ready,
             "scrape": self._metrics.scrape,
             "change": self._models.change,
-            "lease": self._lease,
-            "charge": self._charge,
-            "count": self._books.count_rows,
-            "records": self._books.learn_rows,
-            "learning": self._books.learning,
-            "report": self._books.report,
-            "reset": self._books.reset,
+            "count": self._coordinator.count,
+            "learn": self._coordinator.learn,
+            "learning": self._coordinator.learning,
+            "report": self._coordinator.report,
+            "reset": self._coordinator.reset,
+            **({} if limit is None else {"lease": limit.hit, "charge": limit.drain}),
         }
 
-    async def _change(self, change: dict[str, Any]) -> dict[str, Any]:
-        return await self._models.change(change)
 
-    def _lease(self, owner: str, texts: int) -> int:
-        assert self._access.limit is not None
-        self._access.limit.hit(owner, texts)
-        return texts
-
-    def _charge(self, owner: str, texts: int) -> None:
-        if self._access.limit is not None:
-            self._access.limit.drain(owner, texts)
-
-
-async def _end_of(process: Process, control: socket.socket) -> None:
+async def _end_of(process: Process, control: socket.socket, handlers: dict[str, Handler]) -> None:
     """Run the channel of a process until the process has ended; raises an error if its messages cannot be read."""
     loop = asyncio.get_running_loop()
-    running, ended = asyncio.ensure_future(process.channel.run(control)), asyncio.Event()
+    running, ended = asyncio.ensure_future(process.channel.run(control, handlers)), asyncio.Event()
     waiting = asyncio.ensure_future(ended.wait())
     sentinel = process.os_process.sentinel
     loop.add_reader(sentinel, ended.set)

@@ -2,21 +2,16 @@
 
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
 
 from de3.model_store.manifest import fingerprint
-from de3.server.processes.worker import WEIGHTS, artifact_of
-
-
-def key_of(artifact: Sequence[Any]) -> str:
-    """The key of an artifact's weights. artifact: [path, manifest, proof]."""
-    return fingerprint(artifact_of(artifact).manifest)
+from de3.model_store.store import Artifact
+from de3.server.processes.receiver import WEIGHTS
 
 
 class Weights:
-    """The served models' weights: a file descriptor of shared memory for each, by key (see `key_of`)."""
+    """The served models' weights: a file descriptor of shared memory for each, by the manifest's fingerprint."""
 
     def __init__(self) -> None:
         self._fds: dict[str, int] = {}
@@ -27,14 +22,18 @@ class Weights:
             os.close(old)
         self._fds[key] = fd
 
-    def send(self, sockets: socket.socket, artifacts: Iterable[Sequence[Any]]) -> None:
+    def send(self, sockets: socket.socket, artifacts: Iterable[Artifact]) -> None:
         """Send a process the memory of models that it will load; it fills its own for those that have none."""
-        for key in map(key_of, artifacts):
+        for key in _keys(artifacts):
             if (fd := self._fds.get(key)) is not None:
                 with suppress(OSError):
                     socket.send_fds(sockets, [WEIGHTS + key.encode()], [fd])
 
-    def keep(self, artifacts: Iterable[Sequence[Any]]) -> None:
+    def keep(self, artifacts: Iterable[Artifact]) -> None:
         """Close the file descriptors of all models but these; processes that still use their memory have mapped it."""
-        for key in self._fds.keys() - set(map(key_of, artifacts)):
+        for key in self._fds.keys() - set(_keys(artifacts)):
             os.close(self._fds.pop(key))
+
+
+def _keys(artifacts: Iterable[Artifact]) -> list[str]:
+    return [fingerprint(artifact.manifest) for artifact in artifacts]

@@ -1,0 +1,82 @@
+"""The audit store of a server of several processes, as each of them sees it: messages to the supervisor."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from de3.model_store.manifest import Manifest, fingerprint
+from de3.model_store.store import Artifact
+from de3.server.audit.tenant import Settled
+from de3.server.learn.record import Record
+from de3.server.processes.channel import Channel
+from de3.server.rules import Rules, Standing
+
+MAX_UNSENT_BYTES = 2**20
+SEND_S = 0.02  # settled texts and records are collected for this long, then sent together
+
+
+class RemoteAuditStore:
+    """Implements `AuditStore` (audits.py) in a process of several; the supervisor's `Coordinator` does the work."""
+
+    def __init__(self, channel: Channel, apply: Callable[[Manifest, Standing], None]) -> None:
+        """channel: to the supervisor. apply: called with a served model's manifest when its standing has changed."""
+        self._channel, self._apply = channel, apply
+        self.report, self.reset, self.learning = (
+            partial(channel.call, name) for name in ("report", "reset", "learning")
+        )
+        self._standings: dict[str, Standing] = {}  # by fingerprint, as are the manifests
+        self._manifests: dict[str, Manifest] = {}
+        self._settled: dict[str, list[Settled]] = {}  # not yet sent, by name:version
+        self._records: list[tuple[str, Record]] = []  # not yet sent
+
+    def serve(self, artifact: Artifact, rules: Rules, runtime: str, tau_factor: float) -> Standing:
+        """The standing of a model's ledger, as the supervisor last sent it; epoch 0 without τ if it has sent none."""
+        key = fingerprint(artifact.manifest)
+        self._manifests[key] = artifact.manifest
+        return self._standings.get(key, Standing(0, 0, {}))
+
+    def forget(self, manifest: Manifest) -> None:
+        """Forget an unloaded model."""
+        key = fingerprint(manifest)
+        for known in (self._manifests, self._standings):
+            known.pop(key, None)
+
+    def published(self, key: str, changed: Standing) -> None:
+        """Take a change of a ledger's standing. key: fingerprint of the manifest; its model may not be served yet."""
+        known = self._standings.get(key)
+        of_all = {} if known is None or known.epoch != changed.epoch else known.tenants
+        self._standings[key] = changed._replace(tenants=of_all | changed.tenants)
+        if key in self._manifests:
+            self._apply(self._manifests[key], changed)
+
+    @property
+    def is_behind(self) -> bool:
+        """True while the supervisor does not read as fast as texts are settled."""
+        return self._channel.unsent > MAX_UNSENT_BYTES
+
+    def count(self, name: str, settled: Sequence[Settled]) -> None:
+        """Send settled texts to the supervisor, those of several requests together; see Ledger.count."""
+        self._send_soon()
+        all_ = self._settled.setdefault(name, [])
+        for one in settled:
+            if all_ and one.continues(all_[-1]):
+                all_[-1].extend(one)
+            else:
+                all_.append(one)
+
+    def learn(self, name: str, record: Record) -> None:
+        """Send a record of a model's traffic to the supervisor, together with others."""
+        self._send_soon()
+        self._records.append((name, record))
+
+    def _send_soon(self) -> None:
+        if not self._settled and not self._records:
+            asyncio.get_running_loop().call_later(SEND_S, self.send)
+
+    def send(self) -> None:
+        """Send the settled texts and the records that were collected."""
+        settled, records, self._settled, self._records = self._settled, self._records, {}, []
+        for name, texts in settled.items():
+            self._channel.tell("count", name, texts)
+        for name, record in records:
+            self._channel.tell("learn", name, record)
