@@ -18,12 +18,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from de3.server.audit.auditor import Auditor
+from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import Ledger, tau_row
+from de3.server.audit.ledgers import Ledgers
 from de3.server.background import errors
 from de3.server.engine.job import Job
 from de3.server.engine.served import Served
 from de3.server.errors import Cause
-from de3.server.learn.learners import Learners
 from de3.server.learn.metrics import LearnMetrics
 from de3.server.rules import Choice
 from de3.server.settings import Settings
@@ -112,13 +113,8 @@ class _AuditMetrics(Collector):
 class LedgerMetrics(Collector):
     """Audit results of the server, by model."""
 
-    def __init__(
-        self, ledgers: Callable[[], Iterable[Ledger]], in_force: Callable[[Ledger], Choice | None]
-    ) -> None:
-        """ledgers: returns the ledgers of the served models.
-
-        in_force: returns the choice for requests without options; None for a model that is no longer served.
-        """
+    def __init__(self, ledgers: Ledgers, in_force: Callable[[Ledger], Choice | None]) -> None:
+        """in_force: returns the choice for requests without options; None for a model that is no longer served."""
         self._ledgers, self._in_force = ledgers, in_force
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
@@ -154,7 +150,7 @@ class LedgerMetrics(Collector):
             "or reset (by an admin)",
             labels=["model", "reason"],
         )
-        for ledger in self._ledgers():
+        for ledger in self._ledgers.all:
             choice = self._in_force(ledger)
             if choice is None:
                 continue
@@ -171,6 +167,15 @@ class LedgerMetrics(Collector):
             for reason, count in ledger.num_resets.items():
                 resets.add_metric([name, reason], count)
         yield from (rate, lower, upper, guarantee, tau, tenants, lowest, highest, resets)
+
+
+def register_results(
+    registry: CollectorRegistry, coordinator: Coordinator, in_force: Callable[[Ledger], Choice | None]
+) -> None:
+    """Register the results of audits and of learning. in_force: see LedgerMetrics."""
+    registry.register(LedgerMetrics(coordinator.ledgers, in_force))
+    if coordinator.learners is not None:
+        registry.register(LearnMetrics(coordinator.learners))
 
 
 class BackgroundErrors(Collector):
@@ -297,18 +302,14 @@ class Metrics:
         """Export the metrics of audits, which are read at each scrape."""
         self.registry.register(_AuditMetrics(self._served, auditor_of))
 
-    def read_ledgers(self, ledgers: Callable[[], Iterable[Ledger]]) -> None:
-        """Export the audit results, which are read at each scrape."""
+    def read_results(self, coordinator: Coordinator) -> None:
+        """Export the results of audits and of learning, which are read at each scrape."""
 
         def in_force(ledger: Ledger) -> Choice | None:
             served = self._served.get(ledger.full_name)
             return None if served is None else self._in_force(served)
 
-        self.registry.register(LedgerMetrics(ledgers, in_force))
-
-    def read_learners(self, learners: Callable[[], Learners]) -> None:
-        """Export the metrics of learning, which are read at each scrape."""
-        self.registry.register(LearnMetrics(learners))
+        register_results(self.registry, coordinator, in_force)
 
     def add(self, served: Served) -> None:
         """Start counting for a model, or continue with the metrics that were kept when it was unloaded."""

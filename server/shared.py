@@ -75,18 +75,14 @@ class OneProcess:
         self.audit_store = Coordinator(
             settings, lambda row: self.change(Change(**row)), self._publish, self._live_of, self._sync
         )
-        learners = self.audit_store.learners
-        if learners is not None:
-            metrics.read_learners(lambda: learners)
         if settings.share_of_audits:
-            metrics.read_ledgers(lambda: self.audit_store.ledgers.all)
+            metrics.read_results(self.audit_store)
 
     def _publish(self, manifest: Manifest, standing: Standing) -> None:
         self._audits().apply(manifest, standing)
 
     async def _live_of(self, name: str) -> list[Live]:
-        live = self._audits().live(name)
-        return [] if live is None else [live]
+        return [live] if (live := self._audits().live(name)) else []
 
     async def _sync(self) -> None:
         """What is published is applied at once."""

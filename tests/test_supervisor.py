@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import orjson
 import pytest
 
 from de3.model_store.manifest import fingerprint
 from de3.model_store.store import Artifact, Store
+from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
 from de3.server.errors import RequestError
 from de3.server.http.access import Access
@@ -29,15 +32,16 @@ from de3.server.processes import connections, group, remote, supervisor
 from de3.server.processes.channel import Channel, ChannelClosedError
 from de3.server.processes.connections import Connections
 from de3.server.processes.group import ANSWER_CHECKS, LOAD_CHECKS, LOOP_CHECKS, Group, Process
+from de3.server.processes.messages import decode, encode
 from de3.server.processes.metrics import SharedMetrics
 from de3.server.processes.models import SharedModels
 from de3.server.processes.receiver import CONNECTION
 from de3.server.processes.remote import MAX_UNSENT_BYTES
-from de3.server.processes.samples import Family
+from de3.server.processes.samples import Family, families_from
 from de3.server.processes.supervisor import ENDS_S, MAX_ENDS, MAX_STARTS, RETRY_S, ServerError, Supervisor
 from de3.server.processes.weights import Weights
 from de3.server.processes.worker import State, Worker
-from de3.server.rules import Rules, Standing
+from de3.server.rules import InForce, Rules, Standing
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.serving import in_event_loop
@@ -101,6 +105,20 @@ def attached() -> Iterator[tuple[Worker, socket.socket, socket.socket]]:
 
 async def never() -> None:
     await asyncio.Event().wait()
+
+
+def test_values_of_messages_arrive_as_they_were(store: Path) -> None:
+    artifact = replace(Store(store).open("tiny-int8"), proof=Path("proof"))
+    values = (
+        State([plan_to("load", artifact), plan_to("unload")], {"tiny": Route(2, before=[1])}),
+        Standing(2, 1, {"a": InForce(1, 0.5, "evidence"), "b": InForce(2, None, None)}),
+        Settled("me", 1, 0.5, [0, 1], [2**64 - 1], [[0.5, None]], [[True, False]]),
+        Live(0.5, 3, {"deadline": 1}),
+    )
+    for value in values:
+        assert decode(type(value), orjson.loads(encode(value))) == value
+    metric = Family("x", "", "gauge", [("x", {"a": "b"}, float("nan")), ("x", {}, 1.5)])
+    assert repr(families_from(orjson.loads(encode([metric])))) == repr([metric])
 
 
 @pytest.mark.parametrize(
@@ -218,12 +236,7 @@ async def test_a_reset_is_known_to_every_process_when_it_returns(store: Path) ->
     group = Group(2)
     coordinator = SharedModels(settings, group, Weights()).coordinator
     before = coordinator.ledgers.serve(manifest, Rules(manifest, settings), "native", 1.0)
-
-    def publish(key: str, standing: Standing) -> None:
-        assert key == fingerprint(manifest)
-        known.append(standing.epoch)
-
-    both = {"standing": publish, "sync": lambda: None}
+    both = {"standing": lambda key, standing: known.append(standing["epoch"]), "sync": lambda: None}
     async with member(1, group, **both), member(2, group, **both):
         assert (await coordinator.reset("tiny-int8:1", 0))["tau"] == 0
         assert known == [before.epoch + 1] * 2

@@ -20,8 +20,7 @@ import numpy as np
 
 from de3.exits.reading import Reading, differs
 from de3.model_store.segments import Array, Tokens
-from de3.server.audit.report import Live
-from de3.server.audit.tenant import Settled
+from de3.server.audit.tenant import Settled, add_settled
 from de3.server.engine.audit import Audit
 from de3.server.engine.job import Job
 from de3.server.engine.served import Served
@@ -192,11 +191,6 @@ class Auditor:
     def pending(self) -> int:
         """Number of audits that have not run yet."""
         return sum(tenant.pending for tenant in self._tenants.values())
-
-    @property
-    def live(self) -> Live:
-        """The current state of these audits, for the report."""
-        return Live(self.share, self.pending, self.excluded)
 
     @property
     def share(self) -> float:
@@ -391,11 +385,7 @@ class Auditor:
         """Count a tenant's texts up to the first audit that has not run yet."""
         settled = list[Settled]()
         while tenant.entries and not tenant.entries[0].is_pending:
-            one = tenant.entries.popleft().settled
-            if settled and one.continues(settled[-1]):
-                settled[-1].extend(one)
-            else:
-                settled.append(one)
+            add_settled(settled, [tenant.entries.popleft().settled])
         if settled:
             self._count_settled(settled)
 

@@ -124,30 +124,21 @@ class Audits:
 
     def live(self, name: str) -> Live | None:
         """The current state of the audits of a model, name:version; None if it is not audited."""
-        auditor = self._by_model.get(name)
-        return None if auditor is None else auditor.live
+        one = self._by_model.get(name)
+        return None if one is None else Live(one.share, one.pending, one.excluded)
 
     async def report(self, served: Served, reader: str | None) -> dict[str, Any]:
-        """The audit results of a model; see report.report.
-
-        Raises RequestError if audits are off, or as AuditStore.report does.
-        """
+        """The audit results of a model, as AuditStore.report; raises RequestError also if audits are off."""
         self.of(served)
         return await self._store.report(served.model.full_name, self._level(), reader)
 
     async def reset(self, served: Served) -> dict[str, Any]:
-        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it.
-
-        Raises RequestError if audits are off, or as AuditStore.reset does.
-        """
+        """Discard the audit results of a model as AuditStore.reset; raises RequestError also if audits are off."""
         self.of(served)
         return await self._store.reset(served.model.full_name, self._level())
 
     async def learning(self, served: Served, starts: bool = False) -> dict[str, Any]:
-        """The learning report of a model. starts: also start a fit, as soon as possible.
-
-        Raises RequestError if the server does not learn, or as AuditStore.learning does.
-        """
+        """The learning report of a model, as AuditStore.learning; raises RequestError if the server does not learn."""
         if not self._settings.learn:
             raise RequestError(
                 "the server does not learn; its operator can start it with --learn", cause="conflict"

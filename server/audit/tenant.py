@@ -5,7 +5,7 @@ a tenant's τ is here, so nothing that another tenant sends can change it.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -79,6 +79,15 @@ class Settled:
         self.differs += later.differs
         self.served += later.served
         self.may_rise = later.may_rise
+
+
+def add_settled(texts: list[Settled], later: Iterable[Settled]) -> None:
+    """Add texts that were settled later to a list; the last ones take up those that continue them."""
+    for one in later:
+        if texts and one.continues(texts[-1]):
+            texts[-1].extend(one)
+        else:
+            texts.append(one)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Prometheus metrics of learning from live traffic."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import get_args
 
@@ -14,7 +14,7 @@ from de3.server.learn.learners import Learners
 class LearnMetrics(Collector):
     """Metrics of records and fits, by model name."""
 
-    def __init__(self, learners: Callable[[], Learners]) -> None:
+    def __init__(self, learners: Learners) -> None:
         self._learners = learners
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
@@ -37,8 +37,7 @@ class LearnMetrics(Collector):
             "Fits of exits since the server started, by outcome: served, not_faster, outdated or failed",
             labels=["model", "outcome"],
         )
-        learners = self._learners()
-        for learner in learners.all:
+        for learner in self._learners.all:
             name, results = [learner.name], learner.journal.results
             records.add_metric(name, len(learner.reservoir))
             next_fit.add_metric(name, max(0, learner.due_at - learner.count))
@@ -47,5 +46,5 @@ class LearnMetrics(Collector):
             speedup.add_metric(name, (measured[-1].speedup if measured else None) or 1.0)
             proved.add_metric(name, (measured[-1].proved_speedup if measured else None) or 1.0)
             for outcome in get_args(FitOutcome):
-                fits.add_metric([learner.name, outcome], learners.fits.get((learner.name, outcome), 0))
+                fits.add_metric([learner.name, outcome], self._learners.fits.get((learner.name, outcome), 0))
         yield from (records, next_fit, fitting, speedup, proved, fits)

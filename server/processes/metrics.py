@@ -11,8 +11,7 @@ from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import Ledger
 from de3.server.background import run_once
 from de3.server.errors import RequestError
-from de3.server.learn.metrics import LearnMetrics
-from de3.server.metrics import BackgroundErrors, LedgerMetrics
+from de3.server.metrics import BackgroundErrors, register_results
 from de3.server.processes.channel import ChannelClosedError
 from de3.server.processes.group import Group, Process
 from de3.server.processes.samples import Family, families_from, families_of, growing, merged, text_of
@@ -45,9 +44,7 @@ class SharedMetrics:
             "de3_replaced_processes", "Starts of a process that replaces one that ended", registry=r
         )
         if coordinator is not None:
-            r.register(LedgerMetrics(lambda: coordinator.ledgers.all, self._in_force))
-            if (learners := coordinator.learners) is not None:
-                r.register(LearnMetrics(lambda: learners))
+            register_results(r, coordinator, self._in_force)
 
     def _in_force(self, ledger: Ledger) -> Choice:
         level = max((_gauge(p.samples, "de3_load_level") for p in self._group.all), default=0.0)

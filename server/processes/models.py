@@ -55,10 +55,9 @@ class SharedModels:
                     state, is_first = await self._ask_to_load(process, None), True
                     if state.failed:
                         return True
-                    self._set_state(state)
                     for plan in state.plans:
                         self._open_ledger(plan)
-                    self._note_current(state)
+                    self._set_state(state)
         assert self._state is not None
         version = self._version
         if not is_first:
@@ -85,8 +84,6 @@ class SharedModels:
         self._state = state
         self._version += 1
         self._weights.keep(state.artifacts)
-
-    def _note_current(self, state: State) -> None:
         self.coordinator.set_current({name: route.current for name, route in state.routes.items()})
 
     def _open_ledger(self, plan: Plan) -> None:
@@ -135,7 +132,6 @@ class SharedModels:
         for ledger in self.coordinator.ledgers.all:
             if ledger.full_name not in names:
                 self.coordinator.forget(ledger.manifest)
-        self._note_current(self._state)
         if not answers:
             raise RequestError("every process ended during this change; try again", cause="conflict")
         return answers[0]

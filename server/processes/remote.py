@@ -6,7 +6,7 @@ from functools import partial
 
 from de3.model_store.manifest import Manifest, fingerprint
 from de3.model_store.store import Artifact
-from de3.server.audit.tenant import Settled
+from de3.server.audit.tenant import Settled, add_settled
 from de3.server.learn.record import Record
 from de3.server.processes.channel import Channel
 from de3.server.rules import Rules, Standing
@@ -57,12 +57,7 @@ class RemoteAuditStore:
     def count(self, name: str, settled: Sequence[Settled]) -> None:
         """Send settled texts to the supervisor, those of several requests together; see Ledger.count."""
         self._send_soon()
-        all_ = self._settled.setdefault(name, [])
-        for one in settled:
-            if all_ and one.continues(all_[-1]):
-                all_[-1].extend(one)
-            else:
-                all_.append(one)
+        add_settled(self._settled.setdefault(name, []), settled)
 
     def learn(self, name: str, record: Record) -> None:
         """Send a record of a model's traffic to the supervisor, together with others."""

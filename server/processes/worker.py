@@ -146,10 +146,7 @@ class Worker:
         await self._may_open
 
     async def scrape(self) -> bytes:
-        """The metrics of all processes, in the text format of Prometheus.
-
-        Raises RequestError if too many requests wait for them.
-        """
+        """The metrics of all processes; raises RequestError if too many requests wait for them."""
         text: str = await self.channel.call("scrape")
         return text.encode()
 
