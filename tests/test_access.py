@@ -13,16 +13,7 @@ import httpx
 import pytest
 
 from de3.server.errors import RequestError
-from de3.server.http.access import (
-    MAX_FILE_BYTES,
-    MAX_KEYS,
-    WINDOW_PARTS,
-    Access,
-    Charge,
-    Keys,
-    LeasedRateLimit,
-    RateLimit,
-)
+from de3.server.http.access import MAX_FILE_BYTES, MAX_KEYS, WINDOW_PARTS, Access, Charge, Keys, RateLimit
 from de3.server.http.app import PROTOCOLS, _is_loopback
 from de3.server.http.frontend import Frontend
 from de3.server.service import Service
@@ -411,8 +402,11 @@ async def test_processes_lease_a_fiftieth_of_a_limit_in_advance() -> None:
         await asyncio.sleep(0)
         whole.hit(owner, texts)
 
-    leases = Leases(lease, whole.drain)
-    one, other = (LeasedRateLimit("400/day", leases, processes=2) for _ in range(2))
+    def limit_of(rate: str, processes: int) -> Any:
+        settings = Settings(api_keys=f"me {ALICE}", rate_limit=rate, processes=processes)  # type: ignore[arg-type]
+        return Access(settings, Leases(lease, whole.drain)).limit
+
+    one, other = (limit_of("400/day", 2) for _ in range(2))
 
     async def take(limit: RateLimit, *texts: int) -> list[bool]:
         results = await asyncio.gather(*(limit.take("me", n) for n in texts), return_exceptions=True)
@@ -435,6 +429,4 @@ async def test_processes_lease_a_fiftieth_of_a_limit_in_advance() -> None:
     assert await take(other, 1) == [True] and (asked, left()) == ([4, 1], 1)  # too few for a block
     assert await take(one, 3, 2, 1) == [False, True, True] and left() == 0
     assert await take(one, 1) == [False]
-    settings = Settings(api_keys=f"me {ALICE}", rate_limit="4800/minute", processes=4)  # type: ignore[arg-type]
-    limit = Access(settings, leases).limit
-    assert isinstance(limit, LeasedRateLimit) and limit._block == 24
+    assert limit_of("4800/minute", 4)._block == 24

@@ -952,7 +952,7 @@ def test_many_tenants_share_the_room_for_hashes(store: Path, monkeypatch: pytest
 )
 def test_records_have_only_finite_values(store: Path, value: float, is_kept: bool) -> None:
     on, kept = Settings(audit_share=1.0), list[Record]()
-    auditor = Auditor(made(store), on, lambda _: None, lambda *_: None, learn=kept.append)
+    auditor = Auditor(made(store), on, lambda _: None, lambda *_: None, learn=kept.extend)
     tokens = Tokens(np.array([[1, 2]]), np.array([[0, 0]]), truncated=False)
     pair = Tokens(tokens.ids, np.array([[0, 1]]), truncated=False)
     ones, states = np.ones((3, 4), np.float32), np.ones((3, 4), np.float32)

@@ -415,7 +415,7 @@ async def test_the_counts_of_processes_that_have_ended_are_added(store: Path) ->
 
 @in_event_loop
 async def test_a_process_that_stops_first_sends_what_it_has_collected(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(remote, "SEND_S", 600)
     counted, records = list[Any](), list[Record]()
@@ -423,9 +423,9 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected(
     def count(name: str, settled: list[Settled]) -> None:
         counted.append([name, *((one.epoch, one.skipped) for one in settled)])
 
-    def learn(name: str, record: Record) -> None:
+    def learn(name: str, some: list[Record]) -> None:
         assert name == "tiny:1"
-        records.append(record)
+        records.extend(some)
 
     handlers = {"running": lambda: None, "count": count, "learn": learn, "sync": lambda: None}
 
@@ -435,7 +435,7 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected(
             one = Settled("me", epoch, 0.5, [skipped, *(0 for _ in scores)], scores=scores)  # type: ignore[arg-type]
             process.audit_store.count("tiny:1", [one])
         states, logits = np.arange(8, dtype=np.float16).reshape(2, 4), np.array([0.1, -3], np.float32)
-        process.audit_store.learn("tiny:1", Record("me", 0.5, 9, states, logits))
+        process.audit_store.learn("tiny:1", [Record("me", 0.5, 9, states, logits)])
         stopping = asyncio.create_task(asyncio.to_thread(process.stop))
         done, _ = await asyncio.wait({stopping}, timeout=0.1)
         assert not done  # the supervisor has not received it yet

@@ -143,12 +143,12 @@ class Auditor:
         submit: Callable[[Sequence[Audit]], None],
         count: Count,
         is_behind: Callable[[], bool] = lambda: False,
-        learn: Callable[[Record], None] | None = None,
+        learn: Callable[[Sequence[Record]], None] | None = None,
         traffic: Traffic | None = None,
     ) -> None:
-        """submit: enqueues audits. count: counts settled texts. is_behind: see AuditStore. learn: keeps a record of
-        each audited text; None: there are no records. traffic: the traffic of the model's name; None if the server does
-        not learn."""
+        """submit: enqueues audits. count: counts settled texts. is_behind: see AuditStore. learn: keeps records of
+        audited texts; None: there are none. traffic: the traffic of the model's name; None if the server does not
+        learn."""
         self._is_behind, self._learn, self._traffic = is_behind, learn, traffic
         self._submit, self._count_settled = submit, count
         self._random = random.Random()
@@ -355,7 +355,7 @@ class Auditor:
         with np.errstate(over="ignore"):
             pooled = states.astype(np.float16)
         if np.isfinite(pooled).all() and np.isfinite(logits).all():
-            self._learn(Record(client, share, _key(tokens), pooled, logits))
+            self._learn([Record(client, share, _key(tokens), pooled, logits)])
 
     def _scores(self, passed: list[Reading]) -> list[float | None]:
         """The scores of a text at its exits, raised from the first exit at which it is out of distribution.

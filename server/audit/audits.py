@@ -48,8 +48,8 @@ class AuditStore(Protocol):
         Raises RequestError if the model is no longer served.
         """
 
-    def learn(self, name: str, record: Record) -> None:
-        """Keep a record of the traffic of a model, name:version, for learning."""
+    def learn(self, name: str, records: Sequence[Record]) -> None:
+        """Keep records of the traffic of a model, name:version, for learning."""
 
     async def learning(self, name: str, starts: bool) -> dict[str, Any]:
         """The learning report of a model name. starts: also start a fit, as soon as possible.

@@ -69,10 +69,11 @@ class Coordinator:
         """Count settled texts of a model; see Ledger.count."""
         self.ledgers.count(name, settled)
 
-    def learn(self, name: str, record: Record) -> None:
-        """Keep a record of the traffic of a model, name:version, for learning."""
+    def learn(self, name: str, records: Sequence[Record]) -> None:
+        """Keep records of the traffic of a model, name:version, for learning."""
         if self.learners is not None:
-            self.learners.add(name, record)
+            for record in records:
+                self.learners.add(name, record)
 
     async def learning(self, name: str, starts: bool) -> dict[str, Any]:
         """The learning report of a model name; see AuditStore.learning."""

@@ -22,10 +22,10 @@ def encode(value: Any) -> bytes:
 
 def _plain(value: Any) -> Any:
     """A value of a type that orjson does not know, by values of types that it knows."""
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, value.shape, b64encode(value.tobytes()).decode()]
     if isinstance(value, BaseModel):
         return value.model_dump_json()
-    if isinstance(value, np.ndarray):
-        return [value.dtype.name, value.shape, b64encode(value.tobytes()).decode()]
     return str(value) if isinstance(value, Path) else value._asdict()
 
 

@@ -27,7 +27,7 @@ class RemoteAuditStore:
         self._standings: dict[str, Standing] = {}  # by fingerprint, as are the manifests
         self._manifests: dict[str, Manifest] = {}
         self._settled: dict[str, list[Settled]] = {}  # not yet sent, by name:version
-        self._records: list[tuple[str, Record]] = []  # not yet sent
+        self._records: dict[str, list[Record]] = {}  # the same
 
     def serve(self, artifact: Artifact, rules: Rules, runtime: str, tau_factor: float) -> Standing:
         """The standing of a model's ledger, as the supervisor last sent it; epoch 0 without τ if it has sent none."""
@@ -59,10 +59,10 @@ class RemoteAuditStore:
         self._send_soon()
         add_settled(self._settled.setdefault(name, []), settled)
 
-    def learn(self, name: str, record: Record) -> None:
-        """Send a record of a model's traffic to the supervisor, together with others."""
+    def learn(self, name: str, records: Sequence[Record]) -> None:
+        """Send records of a model's traffic to the supervisor, together with others."""
         self._send_soon()
-        self._records.append((name, record))
+        self._records.setdefault(name, []).extend(records)
 
     def _send_soon(self) -> None:
         if not self._settled and not self._records:
@@ -70,8 +70,8 @@ class RemoteAuditStore:
 
     def send(self) -> None:
         """Send the settled texts and the records that were collected."""
-        settled, records, self._settled, self._records = self._settled, self._records, {}, []
-        for name, texts in settled.items():
-            self._channel.tell("count", name, texts)
-        for name, record in records:
-            self._channel.tell("learn", name, record)
+        unsent = ("count", self._settled), ("learn", self._records)
+        self._settled, self._records = {}, {}
+        for method, by_name in unsent:
+            for name, values in by_name.items():
+                self._channel.tell(method, name, values)

@@ -229,9 +229,6 @@ class Supervisor:
     def _handlers(self, process: Process) -> dict[str, Handler]:
         limit = self._access.limit
 
-        def running() -> None:
-            run_once("process_loading", self._load(process))
-
         def listening() -> None:
             process.is_listening = True
 
@@ -251,7 +248,7 @@ class Supervisor:
                 )
 
         return {
-            "running": running,
+            "running": lambda: run_once("process_loading", self._load(process)),
             "listening": listening,
             "leaving": leaving,
             "sync": lambda: None,
