@@ -138,9 +138,6 @@ class Channel:
 
 def _row(error: Exception) -> dict[str, Any]:
     if isinstance(error, RequestError):
-        names = ("message", "field", "cause", "retry_after_s")
-        return {name: getattr(error, name) for name in names}
-    message = f"{type(error).__name__}: {error}".encode(
-        errors="replace"
-    ).decode()  # may have half a surrogate pair
+        return vars(error)
+    message = f"{type(error).__name__}: {error}".encode(errors="replace").decode()  # half a surrogate pair
     return {"message": message, "cause": "internal"}
