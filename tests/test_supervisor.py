@@ -36,7 +36,7 @@ from de3.server.processes.messages import decode, encode
 from de3.server.processes.metrics import SharedMetrics
 from de3.server.processes.models import SharedModels
 from de3.server.processes.receiver import CONNECTION
-from de3.server.processes.remote import MAX_UNSENT_BYTES
+from de3.server.processes.remote import MAX_UNSENT_BYTES, RemoteAuditStore
 from de3.server.processes.samples import Family, families_from
 from de3.server.processes.supervisor import ENDS_S, MAX_ENDS, MAX_STARTS, RETRY_S, ServerError, Supervisor
 from de3.server.processes.weights import Weights
@@ -229,15 +229,34 @@ def test_memory_of_weights_is_shared_once_it_is_filled(store: Path) -> None:
         weights.keep([])
 
 
+def test_a_process_knows_the_standing_of_every_tenant_before_it_serves_the_model(store: Path) -> None:
+    artifact, applied = Store(store).open("tiny-int8"), list[Any]()
+    known = RemoteAuditStore(Channel(), lambda _, changed: applied.append(changed))
+    states = [InForce(epoch, None, None) for epoch in range(3)]
+    for changed in ({"a": states[0], "b": states[1]}, {"b": states[2]}):
+        known.published(fingerprint(artifact.manifest), Standing(1, 0, changed))
+    standing = known.serve(artifact, mock.Mock(), "native", 1.0)
+    assert standing.tenants == {"a": states[0], "b": states[2]} and not applied
+    known.published(fingerprint(artifact.manifest), last := Standing(2, 0, {}))
+    assert known.serve(artifact, mock.Mock(), "native", 1.0) == last and applied == [last]
+
+
 @in_event_loop
-async def test_a_reset_is_known_to_every_process_when_it_returns(store: Path) -> None:
+async def test_a_report_is_of_all_processes_and_a_reset_known_to_all_when_it_returns(store: Path) -> None:
     settings = Settings(store=store, processes=2, guarantee=0.2)
     manifest, known = Store(store).open("tiny-int8").manifest, list[int]()
     group = Group(2)
     coordinator = SharedModels(settings, group, Weights()).coordinator
     before = coordinator.ledgers.serve(manifest, Rules(manifest, settings), "native", 1.0)
-    both = {"standing": lambda key, standing: known.append(standing["epoch"]), "sync": lambda: None}
-    async with member(1, group, **both), member(2, group, **both):
+    both = {
+        "standing": lambda key, standing: known.append(standing["epoch"]),
+        "sync": lambda: None,
+        "live": lambda name: Live(0.5, 2, {"deadline": 1}),
+    }
+    async with member(1, group, **both) as one, member(2, group, **both) as two:
+        one.is_ready = two.is_ready = True
+        report = await coordinator.report("tiny-int8:1", 0, None)
+        assert [report[name] for name in ("share", "pending", "excluded")] == [0.5, 4, {"deadline": 2}]
         assert (await coordinator.reset("tiny-int8:1", 0))["tau"] == 0
         assert known == [before.epoch + 1] * 2
 
