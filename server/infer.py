@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 from de3.exits.reading import differs
+from de3.model_store.manifest import Manifest
 from de3.server.engine.job import Job, check_texts, job_of
 from de3.server.engine.request import Request
 from de3.server.engine.served import Served
@@ -17,6 +18,8 @@ from de3.server.errors import RequestError
 from de3.server.service import Service
 
 NOT_AUDITED = nullcontext()
+# Probabilities in a response, at most: of 2 million, TEI's takes the event loop 2 s and 0.8 GB.
+MAX_PROBS = 2**18
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +44,7 @@ class Inference:
         """
         service.check_open()
         self.served = served = service.models.get(self.request.model)
+        _check_response(self.request, served.model.manifest)
         level = service.admission.level
         self._done = asyncio.get_running_loop().create_future()
         self.job = job = job_of(served, self.request, level, self._settle)
@@ -88,6 +92,16 @@ class Inference:
         if self.job is not None:
             self.job.release()
             self.job = None
+
+
+def _check_response(request: Request, manifest: Manifest) -> None:
+    """Raise RequestError if the response could have more than MAX_PROBS probabilities; one text is always allowed."""
+    each = len(manifest.labels) * (len(manifest.exit_layers) if request.explain else 1)
+    if len(request.texts) > (most := max(1, MAX_PROBS // each)):
+        name, what = request.input_name, f"{each} probabilities for each text"
+        raise RequestError(
+            f"{name}: {len(request.texts)} texts, at most {most} are allowed with {what}", name
+        )
 
 
 def timed_out(timeout_s: float) -> RequestError:

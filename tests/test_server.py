@@ -19,6 +19,7 @@ from de3.exits.reading import read
 from de3.exits.signals import Signal, edr
 from de3.model_store.model import Model
 from de3.model_store.store import Store
+from de3.server import infer
 from de3.server.errors import Cause, RequestError
 from de3.server.options import ExitOptions
 from de3.server.rules import Rules
@@ -114,6 +115,18 @@ def test_64_at_once_get_the_same_bits_as_one_at_a_time(server: Server) -> None:
         assert together == alone * 2
         in_one_list = server.classify(input=TEXTS[:48], model=name, explain=True).json()["data"]
         assert [json.dumps([{**row, "index": 0}]) for row in in_one_list] == alone
+
+
+def test_a_response_has_a_limited_number_of_probabilities(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infer, "MAX_PROBS", 9)  # of two labels
+    cases = [(4, False, 200), (5, False, 422), (1, True, 200), (2, True, 422)]
+    for texts, explain, status in cases:
+        answer = server.classify(input=TEXTS[:texts], explain=explain)
+        assert answer.status_code == status, answer.text
+    said = "input: 2 texts, at most 1 are allowed with 8 probabilities for each text"
+    assert answer.json()["error"] | {"message": said, "param": "input"} == answer.json()["error"]
 
 
 def test_a_pair_is_not_its_texts_joined(server: Server, model: Model) -> None:
