@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from de3.model_store.families.encoder import Encoder
-from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
+from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer, check_values
 
 MAX_WORDS = 2**22
 WORD_PIECE = ("bert", "distilbert", "electra")
@@ -47,7 +47,7 @@ def _word_piece(vocabulary: bytes, options: Mapping[str, Any]) -> bytes:
         words = vocabulary.decode().splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"its vocab.txt is not UTF-8: {error}") from None
-    ids = {word: i for i, word in enumerate(words)}
+    ids = {word: i for i, word in enumerate(words[: MAX_WORDS + 1])}
     unknown, first, last = "[UNK]", "[CLS]", "[SEP]"
     if len(words) > MAX_WORDS or not {unknown, first, last} <= ids.keys():
         raise ValueError(f"its vocab.txt lacks {unknown}, {first} or {last}, or is too long")
@@ -73,8 +73,11 @@ def _word_piece(vocabulary: bytes, options: Mapping[str, Any]) -> bytes:
 def _byte_level(vocabulary: bytes, merges: bytes, options: Mapping[str, Any]) -> bytes:
     """RoBERTa's tokenizer, as transformers makes it from these files; raises ValueError for unusable ones."""
     try:
+        check_values(vocabulary)
         ids = json.loads(vocabulary)
         lines = merges.decode().splitlines()
+        if len(lines) > MAX_WORDS:
+            raise ValueError(f"more than {MAX_WORDS} lines")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its vocab.json or merges.txt cannot be read: {error}") from None
     pairs: list[Any] = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]

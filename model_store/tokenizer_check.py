@@ -32,6 +32,7 @@ MAX_WORD_CHARS = 200  # WordPiece's time is quadratic in this
 MAX_CHARS = 200  # of any string: vocabulary entries, added and special tokens, names
 MAX_MERGE_CHARS = 2 * MAX_CHARS + 1  # two entries and a space
 MAX_ADDED_TOKENS = 10_000
+MAX_VALUES = 2**22  # of a file in JSON; 64 MiB of empty lists would take 2 GB
 MAX_SPECIAL_TOKENS = 16  # around a text or a pair; also the most ids of one special token
 
 
@@ -41,6 +42,7 @@ class TokenizerError(ValueError):
 
 def check_tokenizer(data: bytes) -> None:
     """Raise TokenizerError for a tokenizer.json that must not be loaded."""
+    check_values(data)
     try:
         parts = json.loads(data, object_pairs_hook=_object)
     except TokenizerError:
@@ -75,6 +77,12 @@ def check_tokenizer(data: bytes) -> None:
         raise TokenizerError(f"normalizer: a text may become at most {MAX_GROWTH} times as long")
     _check_model(parts["model"])
     _check_added(parts.get("added_tokens") or [])
+
+
+def check_values(data: bytes) -> None:
+    """Raise TokenizerError for JSON with more than MAX_VALUES commas and opening brackets, those in texts included."""
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise TokenizerError(f"more than {MAX_VALUES} values")
 
 
 def _check_table(component: dict[str, Any]) -> None:

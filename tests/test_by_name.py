@@ -36,6 +36,7 @@ from de3.export import cache, vocabulary
 from de3.export.cache import artifact_of, evict, model_name
 from de3.export.hub import _note_commit, fetch
 from de3.export.original import original_of
+from de3.model_store import tokenizer_check
 from de3.model_store.families import FAMILIES
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
@@ -442,7 +443,9 @@ def test_a_vocabularys_tokenizer_is_that_of_transformers(tmp_path: Path, options
         assert [encoded.ids, encoded.type_ids] == [pair["input_ids"], pair["token_type_ids"]]
 
 
-def test_the_tokenizer_of_merges_is_that_of_transformers(tmp_path: Path) -> None:
+def test_the_tokenizer_of_merges_is_that_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     letters = [*"abcdefghijklmnopqrstuvwxyz.", "Ġ", "Ã", "©", "fi", "lm", "film", "Ġfilm"]
     ids = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters, "<mask>"])}
     (tmp_path / "vocab.json").write_text(json.dumps(ids))
@@ -453,6 +456,12 @@ def test_the_tokenizer_of_merges_is_that_of_transformers(tmp_path: Path) -> None
     for text in SENTENCES:
         assert ours.encode(text).ids == theirs(text)["input_ids"]
         assert ours.encode(text, "a film").ids == theirs(text, "a film")["input_ids"]
+    monkeypatch.setattr(vocabulary, "MAX_WORDS", len(ids))
+    with pytest.raises(ValueError, match=f"more than {len(ids)} lines"):
+        vocabulary.tokenizer_of(files | {"merges.txt": b"f i\n" * 99}, {}, FAMILIES["roberta"])
+    monkeypatch.setattr(tokenizer_check, "MAX_VALUES", len(ids) - 1)
+    with pytest.raises(ValueError, match=f"more than {len(ids) - 1} values"):
+        vocabulary.tokenizer_of(files, {}, FAMILIES["roberta"])
 
 
 def test_a_folder_with_a_vocabulary_alone_is_served(copy: Path, tmp_path: Path) -> None:

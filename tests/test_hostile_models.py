@@ -20,6 +20,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from de3.model_store import tokenizer_check
 from de3.model_store.graph import GraphError
 from de3.model_store.graph_check import MAX_FIELDS, read_model
 from de3.model_store.model import Model
@@ -257,6 +258,13 @@ def test_a_tokenizer_neither_pads_nor_truncates(copies: Path) -> None:
         rehash(file.parent, file.name)
         with pytest.raises(StoreError, match="must not pad or truncate"):
             TextTokenizer.of(Store(copies).open("tiny"))
+
+
+def test_values_of_a_tokenizer_are_counted_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_check, "MAX_VALUES", 4)
+    check(added_tokens=[])  # three brackets and a comma
+    with pytest.raises(TokenizerError, match="more than 4 values"):
+        check(added_tokens=[], unknown=1)
 
 
 TWICE = b'{"model": {"unk_token": "a", "unk_token": "b"}}'  # parsers differ in the value that they use
