@@ -40,8 +40,10 @@ class Parts:
             kind, {name: run[name] for name in ("model", "labels", "options") if name in run}
         )
         self._stack = ExitStack()
-        if self._file is not None and self._file.exists() and not (self._folder / RUN).exists():
-            raise ValueError(f"{out}: exists already; remove it, or choose another --out")
+        if self._file is not None and not (self._folder / RUN).exists():
+            for one in (self._file, self._all_refused):
+                if one.exists():
+                    raise ValueError(f"{one}: exists already; remove it, or choose another --out")
         self._is_new = not self._folder.exists()
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -85,6 +87,13 @@ class Parts:
     def _refused(self, number: int) -> Path:
         return self._folder / f"_refused-{number:06}.jsonl"
 
+    @property
+    def _all_refused(self) -> Path:
+        """The file of all refused rows, once the output is complete."""
+        if self._file is None:
+            return self._folder / REFUSED
+        return self._file.with_name(f"{self._file.name}.refused.jsonl")
+
     def has(self, number: int) -> bool:
         """True if an earlier run has written this part."""
         return self._path(number).exists()
@@ -109,9 +118,7 @@ class Parts:
 
     def finish(self, count: int) -> Path | None:
         """Complete the output, which has `count` parts; returns the file of refused rows, or None if there are none."""
-        refused = self._folder / REFUSED
-        if self._file is not None:
-            refused = self._file.with_name(f"{self._file.name}.refused.jsonl")
+        refused = self._all_refused
         Format(".jsonl", {}).join([self._refused(number) for number in range(count)], refused)
         has_some = refused.stat().st_size > 0
         if not has_some:

@@ -557,7 +557,11 @@ def test_an_output_is_only_continued_by_the_same_run(model: de3.Classifier, tmp_
         Parts(out, ".jsonl", {"a": 1})
     first.close()
     classify(Here(model), tmp_path / "in.jsonl", out)
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match=r"out\.jsonl: exists already"):
+        Parts(out, ".jsonl", {"a": 1})
+    out.unlink()
+    (tmp_path / "out.jsonl.refused.jsonl").write_text("may be this run's input")
+    with pytest.raises(ValueError, match=r"refused\.jsonl: exists already"):
         Parts(out, ".jsonl", {"a": 1})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
