@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,8 @@ def _delimited(
                 raise ValueError(f"{path}:{problems[0][0]}: {problems[0][1]}")
             if len(row) > MAX_COLUMNS:  # each row takes as much memory as it has columns, even if it is short
                 raise ValueError(f"{path}:1: {len(row)} columns, at most {MAX_COLUMNS} are allowed")
+            if twice := [name for name, number in Counter(row).items() if name and number > 1]:
+                raise ValueError(f"{path}:1: has several columns {twice[0]!r}")
             names, is_first = row, False
             continue
         is_first = False

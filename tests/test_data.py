@@ -66,12 +66,17 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": ["x"], "label": 1}', "a.jsonl:1: text must be text, got \\['x'\\]"),
         ("a.jsonl", '{"text": "x", "label": null}', "a.jsonl:1: label is empty"),
         ("a.csv", "text;label\nx;1\n", "--delimiter"),
+        ("a.csv", "text,label,text\nx,1,y\n", "a.csv:1: has several columns 'text'"),
         ("a.csv", 'text,label\n"' + ("x" * 2**23 + "\n") * 3, "a.csv:2: a row of more than"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_explained(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tables.read_rows(write(tmp_path / name, text), Columns())
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    assert tables.read_rows(write(tmp_path / "a.csv", "text,label,,\nx,1,,\n"), Columns()) == [("x", "1")]
 
 
 def test_any_delimiter(tmp_path: Path) -> None:
