@@ -112,13 +112,18 @@ def download(repository: str, commit: str, files: Collection[File]) -> Path:
     cache, name = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repository, repo_type="model")
     folder, blobs = cache / name / "snapshots" / commit, cache / name / "blobs"
 
+    def is_there(file: File) -> bool:
+        """True if the file is in the cache, unless it is a link to a blob with another hash, as from another hub."""
+        path = folder / file.name
+        return path.exists() and not (path.is_symlink() and file.hash and path.readlink().name != file.hash)
+
     async def get(transfer: _Transfer) -> None:
         for file in files:
-            if not (folder / file.name).exists():
+            if not is_there(file):
                 url = f"{constants.ENDPOINT}/{repository}/resolve/{commit}/{file.name}"
                 _link(folder / file.name, await transfer.blob(file, url, blobs))
 
-    if not all((folder / file.name).exists() for file in files):
+    if not all(map(is_there, files)):
         lock = cache / ".locks" / name / "de3.lock"
         for parent in (lock.parent, folder, blobs):
             parent.mkdir(parents=True, exist_ok=True)

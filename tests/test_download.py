@@ -261,6 +261,17 @@ def test_files_that_a_new_commit_keeps_are_not_downloaded_again(hub: type[Hub]) 
     assert [line.split("/")[-1] for line in hub.asked[1:]] == ["tokenizer.json"]
 
 
+def test_a_file_that_another_hub_has_sent_for_the_same_commit_is_replaced(hub: type[Hub]) -> None:
+    (hub.folder / "tokenizer.json").write_text(
+        "[]"
+    )  # by a hub that lists its own contents for a known commit
+    folder = fetch("org/model")
+    (hub.folder / "tokenizer.json").write_text("{}")
+    hub.asked.clear()
+    assert fetch("org/model") == folder and (folder / "tokenizer.json").read_text() == "{}"
+    assert [line.split("/")[-1] for line in hub.asked[1:]] == ["tokenizer.json"]
+
+
 def test_the_body_of_a_redirect_is_not_read(hub: type[Hub], tmp_path: Path) -> None:
     """It could be endless, or grow a thousandfold when it is decompressed."""
     with hub_of(hub.folder) as (_, port):
