@@ -793,9 +793,11 @@ def test_records_that_come_while_others_are_saved_are_added_later(
     for _ in range(5):
         one.add(Record("one", 1.0, 99, some.states[0], some.logits[0]))
     assert len(one.reservoir) == 60 and one.count == 65
+    assert one.resume(2) and len(one.reservoir) == 62
+    one.add(Record("one", 1.0, 99, some.states[0], some.logits[0]))  # is added after the one that is left
+    assert len(one.reservoir) == 62
     for _ in range(2):
-        one.resume()
-        assert len(one.reservoir) == 63
+        assert not one.resume(2) and len(one.reservoir) == 64
 
 
 # The guarantee

@@ -156,11 +156,13 @@ class Learner:
         """Hold back new records until resume(), while another thread reads the reservoir."""
         self._held = []
 
-    def resume(self) -> None:
-        """Add the records that were held back."""
-        held, self._held = self._held or [], None
-        for record in held:
+    def resume(self, most: int = MAX_HELD) -> bool:
+        """Add up to `most` of the records that were held back; returns True if others are left, until the next call."""
+        held = self._held or []
+        for record in held[:most]:
             self.reservoir.add(record)
+        self._held = held[most:] or None
+        return self._held is not None
 
     def observe(self, found: Changes) -> None:
         """Record the changes that the version in service has found. After one, the next fit needs new records."""
