@@ -66,6 +66,8 @@ def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
                 shutil.rmtree(place / model, ignore_errors=True)  # left by an interrupted start
                 try:
                     convert(Stock.open(name, source), Store(place), model, precision, shown)
+                    if place.name != _key(source, shown, model, precision):
+                        raise ValueError(f"{name}: its files changed while they were read; try again")
                 except (ValueError, OSError):  # such as a full disk
                     shutil.rmtree(place, ignore_errors=True)
                     raise

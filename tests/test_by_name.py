@@ -464,6 +464,22 @@ def test_the_tokenizer_of_merges_is_that_of_transformers(
         vocabulary.tokenizer_of(files, {}, FAMILIES["roberta"])
 
 
+def test_a_folder_that_changes_while_it_is_converted_is_not_cached(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change_and_convert(*arguments: Any) -> Path:
+        edit(copy, id2label={"0": "new", "1": "names"})
+        return convert(*arguments)
+
+    old, convert = (copy / "config.json").read_bytes(), cache.convert
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "convert", change_and_convert)
+        with pytest.raises(ValueError, match="its files changed while they were read"):
+            artifact_of(str(copy), "int8", tmp_path / "cache")
+    (copy / "config.json").write_bytes(old)
+    assert artifact_of(str(copy), "int8", tmp_path / "cache").manifest.labels != ["new", "names"]
+
+
 def test_a_folder_with_a_vocabulary_alone_is_served(copy: Path, tmp_path: Path) -> None:
     tokens = json.loads((copy / "tokenizer.json").read_text())["model"]["vocab"]
     without("tokenizer.json")(copy)
