@@ -15,7 +15,7 @@ soon as the rate of disagreement in recent audits is less than a standard error 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -152,7 +152,8 @@ class Evidence:
             if len(self.tallies) == MAX_SHARES:
                 raise ValueError(f"at most {MAX_SHARES} shares are counted")
             zeros = np.zeros(len(self.taus), np.int64)
-            self.tallies[share] = Tally(0, 0, 0, zeros, zeros.copy(), zeros.copy())
+            # A new dictionary, as a report in another thread may be reading the old one.
+            self.tallies = {**self.tallies, share: Tally(0, 0, 0, zeros, zeros.copy(), zeros.copy())}
         return self.tallies[share]
 
     @property
@@ -167,28 +168,25 @@ class Evidence:
 
     def served(self) -> float | None:
         """Rate of disagreement of the answers as served, each audit weighted by 1/q; None without audits."""
-        weight = self._weight()
-        return sum(t.served / share for share, t in self.tallies.items()) / weight if weight else None
+        tallies, weight = self.tallies, _weight(self.tallies)
+        return sum(t.served / share for share, t in tallies.items()) / weight if weight else None
 
     def rates(self) -> betting.Floats:
         """Rate of disagreement at each τ, (G,), each audit weighted by 1/q; NaN without audits.
 
         Repeats count only in the numerator, so they can make the rate too high but not too low.
         """
-        return self._mean([tally.differing for tally in self.tallies.values()])
+        return self._mean(lambda tally: tally.differing)
 
     def mean_layers(self) -> betting.Floats:
         """Mean exit layer at each τ, (G,), each audit weighted by 1/q; NaN without audits."""
-        return self._mean([tally.layers for tally in self.tallies.values()])
+        return self._mean(lambda tally: tally.layers)
 
-    def _weight(self) -> float:
-        return sum(tally.audits / share for share, tally in self.tallies.items())
-
-    def _mean(self, sums: Sequence[NDArray[np.int64]]) -> betting.Floats:
-        weight = self._weight()
+    def _mean(self, sums: Callable[[Tally], NDArray[np.int64]]) -> betting.Floats:
+        tallies, weight = self.tallies, _weight(self.tallies)
         if not weight:
             return np.full(len(self.taus), np.nan)
-        return np.asarray(sum(s / share for share, s in zip(self.tallies, sums, strict=True)) / weight)
+        return np.asarray(sum(sums(tally) / share for share, tally in tallies.items()) / weight)
 
     def bounds(self, index: slice = slice(None)) -> tuple[betting.Floats, betting.Floats]:
         """Bounds of the rates at a slice of the τ grid, anytime-valid with 95% confidence for each τ.
@@ -198,7 +196,7 @@ class Evidence:
         if not self.audits:
             count = len(self.taus[index])
             return np.zeros(count), np.ones(count)
-        shares, texts, differing = self._counts(index)
+        shares, texts, differing, _ = self._counts(index)
         lower, upper = betting.bounds(shares, texts, differing, CONFIDENCE)
         rates = self.rates()[index]
         return np.minimum(lower, rates), np.maximum(upper, rates)
@@ -208,8 +206,7 @@ class Evidence:
         count = len(self.taus)
         if not self.tallies:
             return np.ones(count)
-        shares, texts, differing = self._counts(slice(None))
-        repeats = np.stack([tally.repeats for tally in self.tallies.values()])
+        shares, texts, differing, repeats = self._counts(slice(None))
         return betting.e_values(shares, texts[:, None] + repeats, differing, np.full(count, rate))
 
     def e_value(self, rate: float, index: int) -> float:
@@ -222,13 +219,22 @@ class Evidence:
 
     def e_value_above(self, rate: float, index: int) -> float:
         """E-value against "the rate at this τ is at most `rate`", for one τ of the grid."""
-        counts = self._counts(slice(index, index + 1))
-        return float(betting.e_values_above(*counts, np.full(1, rate))[0])
+        shares, texts, differing, _ = self._counts(slice(index, index + 1))
+        return float(betting.e_values_above(shares, texts, differing, np.full(1, rate))[0])
 
-    def _counts(self, index: slice) -> tuple[betting.Floats, betting.Counts, betting.Counts]:
-        tallies = list(self.tallies.values())
+    def _counts(self, index: slice) -> tuple[betting.Floats, betting.Counts, betting.Counts, betting.Counts]:
+        """The shares, and the texts, differing audits and repeats of each."""
+        shares, tallies = zip(*self.tallies.items(), strict=True)
         texts = np.array([tally.texts for tally in tallies])
-        return np.array(list(self.tallies)), texts, np.stack([tally.differing[index] for tally in tallies])
+        differing, repeats = (
+            np.stack([getattr(tally, name)[index] for tally in tallies]) for name in ("differing", "repeats")
+        )
+        return np.array(shares), texts, differing, repeats
+
+
+def _weight(tallies: dict[float, Tally]) -> float:
+    """Number of texts that the audits stand for."""
+    return sum(tally.audits / share for share, tally in tallies.items())
 
 
 class RecentRates:

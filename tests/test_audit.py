@@ -923,15 +923,20 @@ def test_copies_count_only_against_a_higher_tau(
             assert [row["e_value"] for row in rows] == pytest.approx(expected.e_values(0.2).tolist())
 
 
-def test_tenants_take_turns_in_the_queue_of_audits(store: Path) -> None:
-    """So a tenant's audit waits for at most one of each other tenant."""
-    served = SimpleNamespace(group_s=lambda _: 0.0, model=SimpleNamespace(forward=None))
+def test_tenants_with_pending_audits_have_equal_shares_of_the_time(store: Path) -> None:
+    """Whatever the number of their audits, and the length of the texts."""
+    timing = SimpleNamespace(full_depth_s=lambda tokens: 1.0 + tokens)
+    served = SimpleNamespace(group_s=lambda _: 0.0, model=SimpleNamespace(forward=None), timing=timing)
     threads = audit_engine.AuditThreads(1, WorkQueue(10), lambda _: None)
     threads._threads = [SimpleNamespace(ident=1)]  # type: ignore[list-item]
     for tenant, texts in (("loud", 5), ("quiet", 2), ("loud", 5)):
         threads.put([Audit(served, None, [], print, tenant=tenant) for _ in range(texts)])  # type: ignore[arg-type]
     order = [threads._next(True)[0].tenant for _ in range(12)]
     assert order == ["loud", "quiet"] * 2 + ["loud"] * 8
+    for tenant, tokens in (("long", 2), ("short", 0)):  # 3 s and 1 s
+        threads.put([Audit(served, None, [0] * tokens, print, tenant=tenant) for _ in range(4)])  # type: ignore[arg-type]
+    order = [threads._next(True)[0].tenant for _ in range(8)]
+    assert order == ["long", "short", "short", "short", "long", "short", "long", "long"]
     threads.put([Audit(served, None, [], print, tenant=tenant) for tenant in "aab"])  # type: ignore[arg-type]
     threads.drop([served])  # type: ignore[list-item]
     assert threads._pending == {}

@@ -229,7 +229,7 @@ def test_bounds_are_around_the_rate_whatever_the_weights() -> None:
     rates = evidence.rates()
     assert (lower <= rates).all() and (rates <= upper).all()
     # By its weights alone, the bound would be below the rate.
-    bounds = betting.bounds(*evidence._counts(slice(1, 2)), CONFIDENCE)
+    bounds = betting.bounds(*evidence._counts(slice(1, 2))[:3], CONFIDENCE)
     assert bounds[1][0] < rates[1] == upper[1]
 
 

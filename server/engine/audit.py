@@ -42,7 +42,7 @@ class Audit:
         error: the error of an audit that failed; None otherwise.
         is_dropped: its model was unloaded before it ran, or the server is stopping.
         created: time at which it was made (perf_counter).
-        tenant: the tenant that sent the text; tenants take turns.
+        tenant: the tenant that sent the text; tenants with pending audits have equal shares of the time.
     """
 
     served: Served
@@ -70,7 +70,8 @@ class AuditThreads:
         """threads: number of engine threads. queue: audits run while it is empty. finish: called with audits that ran,
         failed or were dropped."""
         self._queue, self._finish = queue, finish
-        self._pending: dict[str, deque[Audit]] = {}  # by tenant; the first one is next
+        self._pending: dict[str, deque[Audit]] = {}  # by tenant
+        self._spent: dict[str, float] = {}  # predicted seconds of its audits that ran, while some are pending
         self._changed = Condition()
         self._closed = Event()
         self._share = min(1.0, OVERDUE_SHARE * threads)  # of one core
@@ -87,6 +88,7 @@ class AuditThreads:
                 self._drop(audits)
                 return
             for audit in audits:
+                self._spent.setdefault(audit.tenant, min(self._spent.values(), default=0.0))
                 self._pending.setdefault(audit.tenant, deque()).append(audit)
             self._changed.notify_all()
             if self._threads[0].ident is None:
@@ -101,6 +103,7 @@ class AuditThreads:
             for audit in pending:
                 if audit.served not in gone:
                     self._pending.setdefault(audit.tenant, deque()).append(audit)
+            self._spent = {name: self._spent[name] for name in self._pending}
         self._drop([audit for audit in pending if audit.served in gone])
 
     def _drop(self, audits: Sequence[Audit]) -> None:
@@ -161,15 +164,16 @@ class AuditThreads:
                 self._changed.wait(None if due is None else due - perf_counter())
             audits, left = list[Audit](), MAX_STEP_S if at_idle else STEP_S
             while self._pending and len(audits) < MAX_GROUP:
-                name, queue = next(iter(self._pending.items()))
-                audit = queue[0]
+                name = min(self._pending, key=self._spent.__getitem__)
+                queue = self._pending[name]
+                audit, seconds = queue[0], queue[0].served.timing.full_depth_s(len(queue[0].tokens))
                 left -= audit.served.group_s(len(audit.tokens))
                 if audits and (left < 0 or not audit.in_group or audit.served is not audits[0].served):
                     break
                 audits.append(queue.popleft())
-                del self._pending[name]
-                if queue:  # the other tenants' turn
-                    self._pending[name] = queue
+                self._spent[name] += seconds
+                if not queue:
+                    del self._pending[name], self._spent[name]
             return audits
 
 
