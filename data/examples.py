@@ -63,6 +63,12 @@ def with_original(recorded: Recorded, examples: Sequence[Example]) -> Recorded:
     return replace(recorded, original=label_array(answers, recorded.logits.shape[-1]))
 
 
+def answered(examples: Sequence[Example], answers: Sequence[Label], labelled: bool) -> list[Example]:
+    """Examples with the imported classifier's answers, which are also the labels unless the examples have their own."""
+    both = zip(examples, answers, strict=True)
+    return [replace(e, original=answer, label=e.label if labelled else answer) for e, answer in both]
+
+
 def label_of(row: NDArray[Any] | np.generic) -> Label:
     """Convert a row of the result of `label_array` back to a label."""
     values = np.asarray(row)

@@ -6,6 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from de3.data.examples import Example
 from de3.data.tables import TextOrPair
 
@@ -75,13 +78,14 @@ def _in_its_text(example: Example, whole: set[TextOrPair]) -> Example:
     return replace(example, group=str(min(whole, key=repr)), is_fragment=whole != {example.text})
 
 
-def groups_of(examples: Sequence[Example], fragments: bool = False) -> list[TextOrPair]:
-    """For each example, the representative of its group; with `fragments`, a text and its fragments form a group."""
-    if not fragments:
+def groups_of(examples: Sequence[Example], fragments: bool = False) -> NDArray[np.int64]:
+    """The number of each example's group, (n,); with `fragments`, a text and its fragments form a group."""
+    if fragments:
+        whole = whole_texts({e.text for e in examples})
+        one_of = {text: min(texts, key=repr) for text, texts in whole.items()}
+    else:
         one_of = related(examples)
-        return [one_of[e.text] for e in examples]
-    whole = whole_texts({e.text for e in examples})
-    return [min(whole[e.text], key=repr) for e in examples]
+    return np.unique([repr(one_of[e.text]) for e in examples], return_inverse=True)[1].astype(np.int64)
 
 
 def related(examples: Sequence[Example]) -> dict[TextOrPair, TextOrPair]:

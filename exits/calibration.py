@@ -122,23 +122,21 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Tra
     )
 
 
-def mean_and_error(values: Floats, groups: NDArray[np.int64] | None = None) -> tuple[float, float]:
-    """The mean of values (n,) and its standard error, clustered by group if groups are given.
+def mean_and_error(values: Floats, groups: NDArray[np.int64]) -> tuple[float, float]:
+    """The mean of values (n,) and its standard error, clustered by group.
 
-    The error is at least 1 / number of groups, or 1/n without groups: about the error if a single one differs.
+    The error is at least 1 / number of groups: about the error if a single one differs.
     """
-    count = len(values) if groups is None else len(np.unique(groups))
-    return float(values.mean()), max(_standard_error(values, groups), 1 / count)
+    return float(values.mean()), max(_standard_error(values, groups), 1 / len(np.unique(groups)))
 
 
-def _standard_error(values: Floats, groups: NDArray[np.int64] | None) -> float:
+def _standard_error(values: Floats, groups: NDArray[np.int64]) -> float:
     n = len(values)
     error = math.sqrt(float(values.var()) / n)
-    if groups is not None:
-        _, number = np.unique(groups, return_inverse=True)
-        if (count := int(number.max()) + 1) < n:
-            totals = np.bincount(number, values - values.mean(), count)
-            error = max(error, math.sqrt(float((totals**2).sum()) * count / max(1, count - 1)) / n)
+    _, number = np.unique(groups, return_inverse=True)
+    if (count := int(number.max()) + 1) < n:
+        totals = np.bincount(number, values - values.mean(), count)
+        error = max(error, math.sqrt(float((totals**2).sum()) * count / max(1, count - 1)) / n)
     return error
 
 
@@ -155,7 +153,7 @@ def paired_interval(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tupl
 
     before, after: True where the answer is correct, (n,).
     """
-    loss, error = mean_and_error(before.astype(float) - after)
+    loss, error = mean_and_error(before.astype(float) - after, np.arange(len(before)))
     return loss - Z95 * error, loss + Z95 * error
 
 

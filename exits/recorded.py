@@ -1,6 +1,7 @@
 """The outputs of every exit for every sample, for evaluation and calibration."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,13 @@ from numpy.typing import NDArray
 
 from de3.exits import formulas
 
+ARRAYS = (
+    "logits",
+    "distances",
+    "labels",
+    "tokens",
+    "original",
+)  # fields of Recorded with a row for each sample
 MIN_TOLERANCE, MAX_TOLERANCE = 1e-3, 1e9  # of a regression model
 
 
@@ -40,30 +48,37 @@ class Recorded:
 
     def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Recorded":
         """The samples at these rows: a mask, (n,), or indices."""
-        tokens, original = (x[which] if x is not None else None for x in (self.tokens, self.original))
-        arrays = (self.logits[which], self.distances[which], self.labels[which])
-        return Recorded(self.exit_layers, *arrays, tokens, original, self.thresholds, self.tolerance)
+        arrays: dict[str, Any] = {
+            name: None if (x := getattr(self, name)) is None else x[which] for name in ARRAYS
+        }
+        return replace(self, **arrays)
+
+    @staticmethod
+    def joined(parts: Sequence["Recorded"]) -> "Recorded":
+        """The samples of several parts of one model, with tokens and original answers only if every part has them."""
+        arrays: dict[str, Any] = {}
+        for name in ARRAYS:
+            values = [getattr(part, name) for part in parts]
+            arrays[name] = None if any(x is None for x in values) else np.concatenate(values)
+        return replace(parts[0], **arrays)
 
     @property
     def answers(self) -> NDArray[Any]:
         """The answer of each exit: a class or a value, (n, exits), or the assigned labels, (n, exits, K) bool."""
-        if self.tolerance is not None:
-            return self.logits[..., 0].astype(np.float64)
-        if self.thresholds is None:
-            return np.asarray(self.logits.argmax(-1))
-        return np.asarray(self.logits > self.thresholds)
+        return answers_of(self.logits, self.thresholds, self.tolerance)
 
     @property
     def correct(self) -> NDArray[np.bool_]:
         """True where an exit's answer is correct, in every label or within the tolerance, (n, exits)."""
-        return ~self._differs_from(self.labels)
+        return ~self.differs_from(self.labels)
 
     @property
     def differs(self) -> NDArray[np.bool_]:
         """True where an exit's answer differs from full depth's, or from the original's if it is known, (n, exits)."""
-        return self._differs_from(self.answers[:, -1] if self.original is None else self.original)
+        return self.differs_from(self.answers[:, -1] if self.original is None else self.original)
 
-    def _differs_from(self, expected: NDArray[Any]) -> NDArray[np.bool_]:
+    def differs_from(self, expected: NDArray[Any]) -> NDArray[np.bool_]:
+        """True where an exit's answer differs from the expected one, (n, exits). expected: shaped like labels."""
         if self.tolerance is not None:  # NaN differs from every value
             return np.asarray(~(np.abs(self.answers - expected[:, None]) <= self.tolerance))
         differs = self.answers != expected[:, None]
@@ -90,3 +105,15 @@ class Recorded:
             return formulas.risk_features(self.logits, self.distances)
         gaps = np.abs(self.logits.astype(np.float64) - self.thresholds)
         return formulas.stacked(gaps.min(-1), self.entropy, np.full(self.logits.shape[:2], np.nan))
+
+
+def answers_of(
+    logits: NDArray[np.float32], thresholds: NDArray[np.float64] | None, tolerance: float | None
+) -> NDArray[Any]:
+    """The answers that logits (..., K) give: classes or values, (...), or the assigned labels, (..., K) bool.
+
+    thresholds, tolerance: as in Recorded.
+    """
+    if tolerance is not None:
+        return logits[..., 0].astype(np.float64)
+    return np.asarray(logits.argmax(-1) if thresholds is None else logits > thresholds)

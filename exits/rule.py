@@ -38,6 +38,11 @@ class Thresholds:
         return cls(logits, np.array(logits, np.float64).tobytes())
 
 
+def logit_thresholds(probabilities: Iterable[float] | None) -> NDArray[np.float64] | None:
+    """The thresholds of a multi-label model as logits, (K,), for Recorded; None for other models."""
+    return None if probabilities is None else np.array(Thresholds.of(probabilities).logits)
+
+
 @dataclass(frozen=True, slots=True)
 class ExitRule:
     """The exit condition; raises ValueError for a τ outside [0, 1].

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from de3.data.examples import Example
-from de3.data.split import related
+from de3.data.split import groups_of
 from de3.exits import calibration, risk
 from de3.exits.calibration import FINE_TAUS, Samples, TradeOff
 from de3.exits.recorded import Recorded
@@ -39,10 +39,8 @@ class CalibrationPart:
     @classmethod
     def of(cls, recorded: Recorded, examples: Sequence[Example]) -> "CalibrationPart":
         """The part with these examples and their recorded outputs, in the same order."""
-        one_of = related(examples)
-        groups = np.unique([repr(one_of[e.text]) for e in examples], return_inverse=True)[1].astype(np.int64)
         is_whole = np.array([not e.is_fragment for e in examples])
-        return cls(Samples(recorded, groups), is_whole)
+        return cls(Samples(recorded, groups_of(examples)), is_whole)
 
     @property
     def whole(self) -> Samples:
@@ -55,12 +53,15 @@ class Calibrated:
     """The fields of a manifest that a calibration sets."""
 
     calibration: Calibration
-    risk: list[RiskWeights]
+    risk: Risk
     defaults: Defaults
 
     def fields(self) -> dict[str, Any]:
         """The fields by name, to update a manifest."""
-        return {"calibration": self.calibration, "risk": self.risk, "defaults": self.defaults}
+        weights = [
+            RiskWeights(layer=m, weights=list(w)) for m, w in enumerate(self.risk.weights) if w is not None
+        ]
+        return {"calibration": self.calibration, "risk": weights, "defaults": self.defaults}
 
 
 def calibrate(
@@ -123,11 +124,8 @@ def calibrate(
             else quantiles(samples.recorded.tokens.astype(np.float64)),
         }
     )
-    weights = [
-        RiskWeights(layer=layer, weights=list(w)) for layer, w in enumerate(fitted.weights) if w is not None
-    ]
     defaults = Defaults.model_validate({"tau": default.tau, "signal": default.signal, "lam": default.lam})
-    return Calibrated(calibrated, weights, defaults)
+    return Calibrated(calibrated, fitted, defaults)
 
 
 def _rivals(tune: CalibrationPart, fitted: Risk) -> dict[str, tuple[Signal, float]]:
@@ -167,23 +165,10 @@ def _certifying(
 
 
 def joined(parts: Sequence[Samples]) -> Samples:
-    """The samples of several parts as one; groups of different parts stay distinct.
-
-    The result has tokens and original answers only if every part has them.
-    """
-    first = parts[0].recorded
-    logits, distances, labels = (
-        np.concatenate([getattr(p.recorded, name) for p in parts])
-        for name in ("logits", "distances", "labels")
-    )
+    """The samples of several parts as one (see `Recorded.joined`); groups of different parts stay distinct."""
     offsets = np.cumsum([0, *(int(p.groups.max()) + 1 for p in parts)])[:-1]
     groups = np.concatenate([p.groups + offset for p, offset in zip(parts, offsets, strict=True)])
-    tokens, original = (
-        None if any(x is None for x in values) else np.concatenate([x for x in values if x is not None])
-        for values in ([p.recorded.tokens for p in parts], [p.recorded.original for p in parts])
-    )
-    arrays = (logits, distances, labels, tokens, original)
-    return Samples(Recorded(first.exit_layers, *arrays, first.thresholds, first.tolerance), groups)
+    return Samples(Recorded.joined([p.recorded for p in parts]), groups)
 
 
 def _report(

@@ -153,10 +153,8 @@ def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
     """Share of samples with the same exit and answer in int8 and fp32; warns if it is below MIN_SAME_EXIT."""
     rows = np.arange(len(int8.labels))
     index, expected = (exit_index(rule.signal.scores(r), rule.tau) for r in (int8, reference))
-    ours, theirs = int8.answers[rows, index], reference.answers[rows, expected]
-    differing = ours != theirs if int8.tolerance is None else ~(np.abs(ours - theirs) <= int8.tolerance)
-    same = (index == expected) & ~(differing if differing.ndim == 1 else differing.any(-1))
-    share = float(same.mean())
+    differs = int8.differs_from(reference.answers[rows, expected])[rows, index]
+    share = float(((index == expected) & ~differs).mean())
     message = f"{100 * share:.1f}% of the certifying samples have the same exit and answer as in fp32"
     if share < MIN_SAME_EXIT:
         warn([f"{message}: the reported numbers are those of int8; compare them with --quantize none"])

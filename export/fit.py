@@ -54,20 +54,17 @@ class Exits:
 
     def recorded(self, of: TrainingSet) -> Recorded:
         """Record the outputs of all exits, the last included, for texts; the labels are full depth's answers."""
-        target, logits, distances = of.target, [], []
+        target, layers = of.target, list(range(len(self.classifiers) + 1))
+        logits = np.stack([target.logits] * len(layers), 1)
+        distances = np.full_like(logits, np.nan)
         for layer, (weight, bias) in enumerate(self.classifiers):
             x = of.pooled(self.pooling, layer)
-            logits.append(x @ weight.T + bias)
+            logits[:, layer] = x @ weight.T + bias
             if self.spaces:
                 unit = _unit(x @ self.spaces[layer][0].T + self.spaces[layer][1])
-                distances.append(1 - unit @ _unit(self.prototypes[layer]).T)
-            else:
-                distances.append(np.full_like(target.logits, np.nan))
-        logits.append(target.logits)
-        distances.append(np.full_like(target.logits, np.nan))
-        outputs, spaces = np.stack(logits, 1), np.stack(distances, 1)
+                distances[:, layer] = 1 - unit @ _unit(self.prototypes[layer]).T
         return Recorded(
-            *(list(range(len(logits))), outputs, spaces, target.answers),
+            *(layers, logits, distances, target.answers),
             thresholds=target.thresholds,
             tolerance=target.tolerance,
         )

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from de3.data.examples import Example, Label, input_of, label_of, to_examples
+from de3.data.examples import Example, Label, answered, input_of, label_of, to_examples
 from de3.data.split import Split, groups_of, split
 from de3.data.tables import TextOrPair, labels_in, pair_of
 from de3.exits.recorded import MIN_TOLERANCE
@@ -17,7 +17,7 @@ from de3.export import fit, states
 from de3.export.classifier import Stock, convert
 from de3.export.exporter import ExportSettings, certified
 from de3.export.publish import write_exits
-from de3.export.training_set import Target, TrainingSet, numbered
+from de3.export.training_set import Target, TrainingSet
 from de3.model_store.architecture import Precision
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
@@ -80,7 +80,7 @@ def import_classifier(
         raise
     quantized = _base(stock, work / BASE, "int8")
     # Even for an fp32 export, exits are fitted to int8 states, which take a fraction of the time to compute.
-    groups_fitted = numbered(groups_of(parts.train, settings.fragments))
+    groups_fitted = groups_of(parts.train, settings.fragments)
     fitting, tuning, certifying = (
         states.compute(model, [e.text for e in part], work / STATES, what, poolings)
         for model, part, what, poolings in (
@@ -230,6 +230,4 @@ def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
 
 def _answered(part: Sequence[Example], target: Target, labelled: bool) -> list[Example]:
     """The examples with the original's answers, which are also the labels unless the texts have their own."""
-    answers = [label_of(row) for row in target.answers]
-    known = [replace(e, original=answer) for e, answer in zip(part, answers, strict=True)]
-    return known if labelled else [replace(e, label=a) for e, a in zip(known, answers, strict=True)]
+    return answered(part, [label_of(row) for row in target.answers], labelled)

@@ -12,7 +12,6 @@ from de3.exits import betting
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.guarantee import error_of, profiles
 from de3.exits.recorded import Recorded
-from de3.exits.signals import Risk
 from de3.export import fit
 from de3.export.calibrate import Calibrated, calibrate
 from de3.export.fit import Exits
@@ -39,7 +38,6 @@ class Fitted:
     """Exits with their risk, and their results on held-out records.
 
     Attributes:
-        risk: the signal of the exits; `calibrated` has its weights.
         speedup: speed-up in layers at the best τ in hindsight whose disagreement is within the guaranteed rate.
         proved_speedup: speed-up in layers at the highest τ that the held-out records prove.
         evidence: the held-out records, in order.
@@ -47,7 +45,6 @@ class Fitted:
 
     exits: Exits
     calibrated: Calibrated
-    risk: Risk
     speedup: float
     proved_speedup: float
     evidence: list[HeldOut]
@@ -83,13 +80,12 @@ def fit_exits(
     tested = exits.recorded(held_out := texts_of(held, manifest))
     tune, certify = part_of(cross_fitted, texts.groups), part_of(tested, held_out.groups)
     calibrated = calibrate(tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
-    risk = _risk(calibrated, manifest)
-    scores = risk.scores(tested)
+    scores = calibrated.risk.scores(tested)
     proved, speedup = _speedups(tested, scores, rate, error_of(attempt))
     if by_client:
         held, tested = tests, exits.recorded(texts_of(tests, manifest))
-        scores = risk.scores(tested)
-    return Fitted(exits, calibrated, risk, speedup, proved, list(_evidence(held, tested, scores)))
+        scores = calibrated.risk.scores(tested)
+    return Fitted(exits, calibrated, speedup, proved, list(_evidence(held, tested, scores)))
 
 
 def _split(
@@ -136,17 +132,7 @@ def _cross_fitted(
         exits = _as_served(exits, manifest)
         parts.append(exits.recorded(texts.part(inside)))
         rows.append(inside)
-    order = np.argsort(np.concatenate(rows), kind="stable")
-    logits, distances, labels = (
-        np.concatenate([getattr(part, name) for part in parts])[order]
-        for name in ("logits", "distances", "labels")
-    )
-    first = parts[0]
-    return Recorded(
-        *(first.exit_layers, logits, distances, labels),
-        thresholds=first.thresholds,
-        tolerance=first.tolerance,
-    )
+    return Recorded.joined(parts).rows(np.argsort(np.concatenate(rows), kind="stable"))
 
 
 def _as_served(exits: Exits, manifest: Manifest) -> Exits:
@@ -158,13 +144,6 @@ def _as_served(exits: Exits, manifest: Manifest) -> Exits:
         rounded, scale = quantize(np.ascontiguousarray(weight.T))
         spaces.append((np.ascontiguousarray((rounded * scale).T, np.float32), bias))
     return Exits(exits.pooling, exits.classifiers, spaces, exits.prototypes)
-
-
-def _risk(calibrated: Calibrated, manifest: Manifest) -> Risk:
-    weights: list[tuple[float, ...] | None] = [None] * (manifest.num_layers + 1)
-    for row in calibrated.risk:
-        weights[row.layer] = tuple(row.weights)
-    return Risk(tuple(weights))
 
 
 def _speedups(

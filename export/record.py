@@ -9,6 +9,7 @@ import numpy as np
 from de3.data.examples import Example, label_array
 from de3.data.tables import pair_of
 from de3.exits.recorded import Recorded
+from de3.exits.rule import logit_thresholds
 from de3.model_store.model import Model
 from de3.model_store.segments import Step
 from de3.progress import track
@@ -37,13 +38,12 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
                 if steps[layer].distances is not None:
                     distances[i, j] = steps[layer].distances
     labels = label_array([e.label for e in examples], len(model.manifest.labels))
-    thresholds = model.manifest.label_thresholds
     return Recorded(
         exits,
         logits,
         distances,
         labels,
         tokens,
-        thresholds=None if thresholds is None else np.array(thresholds.logits),
+        thresholds=logit_thresholds(model.manifest.thresholds),
         tolerance=model.manifest.tolerance,
     )

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.rule import Thresholds
+from de3.exits.recorded import answers_of
+from de3.exits.rule import logit_thresholds
 
 Array = NDArray[np.float32]
 
@@ -27,8 +28,7 @@ class Target:
     @classmethod
     def of(cls, logits: Array, thresholds: Sequence[float] | None, tolerance: float | None) -> "Target":
         """The target of logits, (n, K). thresholds: as probabilities."""
-        limits = None if thresholds is None else np.array(Thresholds.of(thresholds).logits)
-        return cls(logits, limits, tolerance)
+        return cls(logits, logit_thresholds(thresholds), tolerance)
 
     def part(self, rows: NDArray[np.int64]) -> "Target":
         """The target of the texts at these rows."""
@@ -37,9 +37,7 @@ class Target:
     @property
     def answers(self) -> NDArray[np.generic]:
         """The answers: classes or values, (n,), or the assigned labels, (n, K) bool."""
-        if self.tolerance is not None:
-            return self.logits[:, 0].astype(np.float64)
-        return self.logits.argmax(-1) if self.thresholds is None else self.logits > self.thresholds
+        return answers_of(self.logits, self.thresholds, self.tolerance)
 
     @property
     def probabilities(self) -> Array:
@@ -79,11 +77,6 @@ class TrainingSet:
         """The pooled states of a layer, (n, hidden)."""
         states = self.states(pooling, layer)
         return (states if self.rows is None else states[self.rows]).astype(np.float32)
-
-
-def numbered(groups: Sequence[object]) -> NDArray[np.int64]:
-    """The number of each text's group, given something that identifies the group, (n,)."""
-    return np.unique([repr(one) for one in groups], return_inverse=True)[1].astype(np.int64)
 
 
 def sigmoid(logits: Array) -> Array:

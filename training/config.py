@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from de3.exits.rule import Thresholds
 from de3.model_store.families import family, family_named
 from de3.model_store.families.encoder import Encoder
 from de3.model_store.sizes import check_sizes, read_config
@@ -78,11 +77,6 @@ class CheckpointConfig(BaseModel):
     def num_labels(self) -> int:
         """Number of labels."""
         return len(self.id2label)
-
-    @property
-    def label_thresholds(self) -> Thresholds | None:
-        """The thresholds of a multi-label model; None for others."""
-        return None if self.thresholds is None else Thresholds.of(self.thresholds)
 
     @property
     def prototype_layers(self) -> list[int]:

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from de3.exits.rule import Thresholds
-
 POOLINGS = ("mean", "cls")
 
 
@@ -73,11 +71,6 @@ class De3Config(PretrainedConfig):
     def encoder_config(self) -> PretrainedConfig:
         """The encoder's configuration as its own class."""
         return AutoConfig.for_model(**self.encoder)
-
-    @property
-    def label_thresholds(self) -> Thresholds | None:
-        """The thresholds of a multi-label model; None for others."""
-        return None if self.thresholds is None else Thresholds.of(self.thresholds)
 
     @property
     def label_names(self) -> list[str]:

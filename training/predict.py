@@ -2,12 +2,12 @@
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from de3.exits.recorded import Recorded
+from de3.exits.rule import logit_thresholds
 from de3.progress import track
 from de3.training.encoded import Encoded, evaluation_batches
-from de3.training.model import De3Config, De3Model
+from de3.training.model import De3Model
 
 
 @torch.no_grad()
@@ -36,11 +36,5 @@ def predict(
         logits,
         distances,
         data.labels.numpy(),
-        thresholds=logit_thresholds(config),
+        thresholds=logit_thresholds(config.thresholds),
     )
-
-
-def logit_thresholds(config: De3Config) -> NDArray[np.float64] | None:
-    """The thresholds of a multi-label model as logits, (num_labels,), for Recorded; None for other models."""
-    thresholds = config.label_thresholds
-    return None if thresholds is None else np.array(thresholds.logits)

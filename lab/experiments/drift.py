@@ -33,7 +33,6 @@ from lab.experiments.cells import Cell, States, Trained
 from lab.experiments.command import command
 from lab.experiments.measures import (
     bootstrap,
-    joined,
     markdown,
     mean_auroc,
     speed_within,
@@ -227,7 +226,7 @@ def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float
                     prototypes, texts.embedded[rows[use]], labels[use], passed[use], start.gamma
                 )
         if arm.refit and not fitted and sum(len(r.labels) for r in audits) >= AUDITS:
-            risk, fitted = fit(joined(audits).rows(np.arange(AUDITS))), True
+            risk, fitted = fit(Recorded.joined(audits).rows(np.arange(AUDITS))), True
     scores = np.concatenate(scored)[stream.measured :]
     last = texts.recorded.rows(stream.order[stream.measured :])
     index, n = exit_index(scores, start.tau), np.arange(len(scores))

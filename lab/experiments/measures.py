@@ -148,14 +148,6 @@ def mean_auroc(scores: Floats, recorded: Recorded) -> float:
     return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
 
-def joined(parts: Sequence[Recorded]) -> Recorded:
-    """The samples of several parts of one model, concatenated, with their logits, distances and labels only."""
-    logits, distances, labels = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "distances", "labels")
-    )
-    return Recorded(parts[0].exit_layers, logits, distances, labels)
-
-
 def save(name: str, results: Any) -> None:
     """Write a study's results to RESULTS/NAME.json, with 5 significant digits and null for NaN."""
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,6 @@ from de3.exits.signals import Edr
 from lab.experiments.cells import Cell, States, Trained
 from lab.experiments.command import command
 from lab.experiments.measures import (
-    joined,
     markdown,
     mean_auroc,
     mean_speedup,
@@ -68,7 +67,7 @@ def domains(trained: Trained, root: Path) -> dict[str, States]:
 def both(first: States, second: States) -> States:
     """Concatenate two sets of texts."""
     pooled = np.concatenate([first.pooled, second.pooled])
-    return States(pooled, joined([first.recorded, second.recorded]))
+    return States(pooled, Recorded.joined([first.recorded, second.recorded]))
 
 
 def signals(held: Recorded) -> dict[str, Signal]:

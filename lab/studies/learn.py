@@ -70,7 +70,7 @@ def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[
     for attempt, size in enumerate(SIZES, 1):
         fitted = fit_exits(records.part(np.sort(order[:size])), manifest, attempt, rate)
         recorded = fitted.exits.recorded(unseen)
-        scores = fitted.risk.scores(recorded)
+        scores = fitted.calibrated.risk.scores(recorded)
         differs, layers = profiles(scores, recorded.differs, recorded.exit_layers, taus)
         versions.append(Version(differs, layers, len(fitted.evidence), differs.mean(0)))
     return versions
@@ -120,7 +120,7 @@ def sizes(
             continue
         fitted = fit_exits(records.part(np.sort(order[:count])), manifest, 1, RATES[1])
         recorded = fitted.exits.recorded(tested)
-        scores = fitted.risk.scores(recorded)
+        scores = fitted.calibrated.risk.scores(recorded)
         differs, layers = profiles(scores, recorded.differs, recorded.exit_layers, taus)
         found = []
         for rate in RATES:
