@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -20,6 +21,7 @@ MAX_LINE = 2**24  # largest number of characters of a line, and of a row of seve
 MAX_DEPTH = 100  # levels of lists and objects; pyarrow can write 124
 MAX_COLUMNS = 10_000  # of a .csv or .tsv file with a header
 SHOWN = 1000  # number of characters kept of a bad row
+_option = partial(Option, rich_help_panel=PANEL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -42,38 +44,22 @@ class Columns:
     """
 
     text: Annotated[
-        str,
-        Option(
-            "--text-column",
-            help="Column of the text (with --no-header a number from 0).",
-            rich_help_panel=PANEL,
-        ),
+        str, _option("--text-column", help="Column of the text (with --no-header a number from 0).")
     ] = "text"
     text_pair: Annotated[
-        str | None,
-        Option("--pair-column", help="Column of the second text, for pairs.", rich_help_panel=PANEL),
+        str | None, _option("--pair-column", help="Column of the second text, for pairs.")
     ] = None
-    label: Annotated[
-        str | None, Option("--label-column", help="Column of the label.", rich_help_panel=PANEL)
-    ] = "label"
-    header: Annotated[
-        bool, Option(help="The first row has the names of the columns.", rich_help_panel=PANEL)
-    ] = True
+    label: Annotated[str | None, _option("--label-column", help="Column of the label.")] = "label"
+    header: Annotated[bool, _option(help="The first row has the names of the columns.")] = True
     quotes: Annotated[
         bool | None,
-        Option(
-            help="Quotation marks enclose fields. Default: no in .tsv (as in GLUE's files), else yes.",
-            show_default=False,
-            rich_help_panel=PANEL,
-        ),
+        _option(help="Quotation marks enclose fields. Default: no in .tsv (as in GLUE's files), else yes."),
     ] = None
     delimiter: Annotated[
         str | None,
-        Option(
+        _option(
             help="Separator of the fields: one character, or the word tab. A file read with it may have any "
-            "extension. Default: by extension.",
-            show_default=False,
-            rich_help_panel=PANEL,
+            "extension. Default: by extension."
         ),
     ] = None
     multi_label: bool = False

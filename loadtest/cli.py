@@ -21,28 +21,18 @@ def run(
     label_names: options.LabelNames = "",
     rate: Annotated[
         float | None,
-        typer.Option(
-            help="Requests per second, with Poisson arrivals (open loop). Default: closed loop.",
-            show_default=False,
-        ),
+        typer.Option(help="Requests per second, with Poisson arrivals (open loop). Default: closed loop."),
     ] = None,
     connections: Annotated[int, typer.Option(help="Connections of a closed loop.", min=1, max=500)] = 16,
     seconds: options.Seconds = 10.0,
     tau: Annotated[
         list[float] | None,
-        typer.Option(
-            help="τ of the requests; repeat for a mix. Default: the server's.",
-            min=0,
-            max=1,
-            show_default=False,
-        ),
+        typer.Option(help="τ of the requests; repeat for a mix. Default: the server's.", min=0, max=1),
     ] = None,
     long_share: Annotated[float, typer.Option(help="Share of long texts.", min=0, max=1)] = 0.0,
     long_words: Annotated[int, typer.Option(help="Number of words in a long text.", min=1)] = 450,
     json_file: options.Json = None,
-    png: Annotated[
-        Path | None, typer.Option(help="Plot the latency distribution to this file.", show_default=False)
-    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Plot the latency distribution to this file.")] = None,
 ) -> None:
     """Load a running server and report latency, throughput, errors and accuracy.
 
@@ -87,7 +77,7 @@ def ramp(
     label_names: options.LabelNames = "",
     slo_p99_ms: options.SloP99 = 50.0,
     min_accuracy: Annotated[
-        float | None, typer.Option(help="Accuracy floor. Default: that of de3 serve.", show_default=False)
+        float | None, typer.Option(help="Accuracy floor. Default: that of de3 serve.")
     ] = None,
     port: options.Port = 8100,
     out: Annotated[Path, typer.Option(help="Folder for ramp.json and ramp.png.")] = Path("loadtest-results"),
@@ -188,14 +178,10 @@ def compare(
     model: options.Model = "sst2",
     stock: options.Stock = None,
     peer: Annotated[
-        list[str] | None,
-        typer.Option(help="A peer, such as fused_app; repeat for more. Default: all.", show_default=False),
+        list[str] | None, typer.Option(help="A peer, such as fused_app; repeat for more. Default: all.")
     ] = None,
     tau: Annotated[
-        list[float] | None,
-        typer.Option(
-            min=0, max=1, help="A τ besides the default and 0; repeat for more.", show_default=False
-        ),
+        list[float] | None, typer.Option(min=0, max=1, help="A τ besides the default and 0; repeat for more.")
     ] = None,
     text_column: options.TextColumn = "sentence",
     label_column: options.LabelColumn = "label",

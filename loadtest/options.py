@@ -13,8 +13,7 @@ Stock = Annotated[
     Path | None,
     typer.Option(
         help="A stock sequence classifier with the same encoder, for the peers that support no other model: "
-        "transformers, Infinity, CTranslate2. Default: omit these peers.",
-        show_default=False,
+        "transformers, Infinity, CTranslate2. Default: omit these peers."
     ),
 ]
 Texts = Annotated[Path, typer.Option(help="Texts to send: tsv, csv or jsonl with named columns, or txt.")]
@@ -30,6 +29,4 @@ Rounds = Annotated[
 ]
 SloP99 = Annotated[float, typer.Option(help="Latency objective (p99), ms.", min=1)]
 Port = Annotated[int, typer.Option(help="Port of the started servers.")]
-Json = Annotated[
-    Path | None, typer.Option("--json", help="Write the results to this JSON file.", show_default=False)
-]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this JSON file.")]

@@ -1,6 +1,7 @@
 """`de3 classify`: classify texts, or files of texts, in process or with a running server."""
 
 from contextlib import ExitStack
+from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from de3.commands.models import check_url
+from de3.commands.models import StoreOption, check_url
 from de3.commands.options import console, fields_of, with_fields
 from de3.data.tables import Columns
 from de3.exits.signals import SIGNALS
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from de3.client import Row
     from de3.model_store.store import Artifact
 
-FILES = "Files"
 SAMPLE_BYTES = 2**16  # number of bytes hashed at each end of a file
+_file_option = partial(typer.Option, rich_help_panel="Files")
 
 
 @with_fields(Columns, without=["label"])
@@ -28,18 +29,16 @@ def classify(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to classify.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(
+        _file_option(
             help="File of texts, or a folder of such files: .parquet, .csv or .tsv with columns; .jsonl, each line a "
-            'text or an object; or .txt, one text per line. A column "text_pair" makes pairs.',
-            rich_help_panel=FILES,
+            'text or an object; or .txt, one text per line. A column "text_pair" makes pairs.'
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
+        _file_option(
             help="Answers to --file: a .parquet, .csv, .tsv or .jsonl file, or a folder of parts. The same command "
-            "continues a run that was interrupted.",
-            rich_help_panel=FILES,
+            "continues a run that was interrupted."
         ),
     ] = None,
     model: Annotated[
@@ -49,9 +48,7 @@ def classify(
             "Default: the store's only model; with --url, the server's default.",
         ),
     ] = None,
-    store: Annotated[Path, typer.Option(envvar="DE3_STORE", help="Folder of the model store.")] = Path(
-        "models"
-    ),
+    store: StoreOption = Path("models"),
     demo: Annotated[bool, typer.Option("--demo", help="Use the demo model that is part of de3.")] = False,
     url: Annotated[
         str | None,
@@ -84,30 +81,24 @@ def classify(
     ] = None,
     keep: Annotated[
         str | None,
-        typer.Option(
+        _file_option(
             help="Columns of the input that the output repeats, separated by commas; none: no column.",
             show_default="all",
-            rich_help_panel=FILES,
         ),
     ] = None,
-    prefix: Annotated[
-        str, typer.Option(help="Prefix of the names of the answers' columns.", rich_help_panel=FILES)
-    ] = "",
+    prefix: Annotated[str, _file_option(help="Prefix of the names of the answers' columns.")] = "",
     part_rows: Annotated[
         int,
-        typer.Option(
+        _file_option(
             min=1,
             help="Rows of a part, rounded up to whole slices of up to 2,048 rows; fewer if the texts are long.",
-            rich_help_panel=FILES,
         ),
     ] = 65_536,
     output_format: Annotated[
         str | None,
-        typer.Option(
+        _file_option(
             "--format",
             help="Format of the parts in a folder: parquet, csv, tsv or jsonl. Default: the input's; jsonl for .txt.",
-            show_default=False,
-            rich_help_panel=FILES,
         ),
     ] = None,
     threads: Annotated[

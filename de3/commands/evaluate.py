@@ -14,7 +14,7 @@ from de3.commands.options import (
     File,
     LabelNames,
     fields_of,
-    need_train_extra,
+    need_extra,
     read_rows,
     reason,
     say,
@@ -37,16 +37,14 @@ def evaluate(
         str | None,
         typer.Option(
             help="The original classifier of an imported model: disagreement is counted against its answers. With "
-            '--label-column "" or a .txt file, its answers are also the labels.',
-            show_default=False,
+            '--label-column "" or a .txt file, its answers are also the labels.'
         ),
     ] = None,
     png: Annotated[
         Path | None,
         typer.Option(
             help="File of the plot. Default: evaluation.png in the checkpoint, or evaluation-VERSION.png beside "
-            "the artifact.",
-            show_default=False,
+            "the artifact."
         ),
     ] = None,
     **options: Any,
@@ -129,7 +127,7 @@ class _Subject:
 def _open(path: Path) -> _Subject:
     """Open a checkpoint or an artifact; raises ValueError if it cannot be used."""
     if not (path / "manifest.json").exists():
-        need_train_extra()
+        need_extra("train")
         from de3.training.checkpoint import Checkpoint
         from de3.training.encoded import encode
         from de3.training.predict import predict
@@ -172,6 +170,7 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
 
     Raises ValueError if the classifier's labels do not fit the model's.
     """
+    from de3.data.examples import answered
     from de3.export.classifier import Stock
     from de3.export.importing import answers
     from de3.export.original import original_of
@@ -184,8 +183,7 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
         if len(theirs) != len(names) or (same and theirs != names):
             raise ValueError(f"--original {original}: has the labels {theirs[:20]}, the model {names[:20]}")
         found = answers(stock, [e.text for e in examples], subject.thresholds, subject.tolerance)
-    known = [replace(e, original=answer) for e, answer in zip(examples, found, strict=True)]
-    return known if has_labels else [replace(e, label=e.original) for e in known]
+    return answered(examples, found, has_labels)
 
 
 def _lambdas(values: str) -> list[float]:

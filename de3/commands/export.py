@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from de3.commands.models import StoreOption
-from de3.commands.options import MaxInt8Loss, Quantize, SignalOption, need_train_extra, next_serve, say
+from de3.commands.options import MaxInt8Loss, Quantize, SignalOption, need_extra, say, say_published
 
 
 def export(
@@ -15,10 +15,7 @@ def export(
         typer.Argument(help="A checkpoint of de3 train; with --full-depth also the folder of an artifact."),
     ],
     name: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of the model in the store; required without --full-depth.", show_default=False
-        ),
+        str | None, typer.Option(help="Name of the model in the store; required without --full-depth.")
     ] = None,
     store: StoreOption = Path("models"),
     quantize: Quantize = "int8",
@@ -26,15 +23,13 @@ def export(
         Path | None,
         typer.Option(
             help='Samples for fitting and choosing the signal, as jsonl with "text" (and "text_pair") and "label". '
-            "Default: the checkpoint's tune.jsonl.",
-            show_default=False,
+            "Default: the checkpoint's tune.jsonl."
         ),
     ] = None,
     certify: Annotated[
         Path | None,
         typer.Option(
-            help="Samples for the reported numbers and the guarantees. Default: the checkpoint's certify.jsonl.",
-            show_default=False,
+            help="Samples for the reported numbers and the guarantees. Default: the checkpoint's certify.jsonl."
         ),
     ] = None,
     max_loss: Annotated[
@@ -44,10 +39,7 @@ def export(
     max_int8_loss: MaxInt8Loss = 1.0,
     signal: SignalOption = "auto",
     full_depth: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write one plain ONNX graph without exits to this new folder instead.", show_default=False
-        ),
+        Path | None, typer.Option(help="Write one plain ONNX graph without exits to this new folder instead.")
     ] = None,
 ) -> None:
     """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
@@ -72,10 +64,9 @@ def export(
     from de3.model_store.store import Store
 
     settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
-    need_train_extra()
+    need_extra("train")
     path = run(checkpoint, Store(store), settings, tune, certify)
-    size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
-    say(f"published {path} ({size:.1f} MB). Next: {next_serve(store, name)}")
+    say_published(path, store, with_size=True)
 
 
 def calibrate(
@@ -83,20 +74,17 @@ def calibrate(
     tune: Annotated[
         Path | None,
         typer.Option(
-            help='Samples for fitting and choosing the signal, as jsonl with "text" (and "text_pair") and "label".',
-            show_default=False,
+            help='Samples for fitting and choosing the signal, as jsonl with "text" (and "text_pair") and "label".'
         ),
     ] = None,
     certify: Annotated[
-        Path | None,
-        typer.Option(help="Other samples, for the reported numbers and the guarantees.", show_default=False),
+        Path | None, typer.Option(help="Other samples, for the reported numbers and the guarantees.")
     ] = None,
     records: Annotated[
         list[Path] | None,
         typer.Option(
             help="Instead of samples: records of live traffic, from the state folders of servers with --audit-share or "
-            "--learn (learned/NAME.records); repeat for several replicas.",
-            show_default=False,
+            "--learn (learned/NAME.records); repeat for several replicas."
         ),
     ] = None,
     store: StoreOption = Path("models"),
@@ -131,4 +119,4 @@ def calibrate(
             missing = "--tune" if tune is None else "--certify"
             raise ValueError(f"{missing} is required, or --records")
         path = recalibrate(models.open(model), models, tune, certify, max_loss / 100, signal)
-    say(f"published {path}. Next: {next_serve(store, path.parent.name)}")
+    say_published(path, store)

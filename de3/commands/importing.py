@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 
 from de3.commands.models import StoreOption
 from de3.commands.options import (
-    DATA,
     Fragments,
     GroupColumn,
     MaxInt8Loss,
@@ -19,9 +18,12 @@ from de3.commands.options import (
     SignalOption,
     Threshold,
     check_groups,
+    data_option,
     fields_of,
-    need_fit_extra,
-    next_serve,
+    is_given,
+    need_extra,
+    say,
+    say_published,
     with_fields,
 )
 from de3.data.tables import Columns, read_groups, read_rows, records
@@ -40,8 +42,7 @@ def import_model(
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="Texts like those to be served: a .txt file with one text per line, or .csv, .tsv or .jsonl.",
-            show_default=False,
+            help="Texts like those to be served: a .txt file with one text per line, or .csv, .tsv or .jsonl."
         ),
     ] = None,
     records_files: Annotated[
@@ -50,50 +51,38 @@ def import_model(
             "--records",
             help="Instead of --texts: records of live traffic, from the state folders of servers that learn "
             "(learned/NAME.records); repeat for several replicas. Only --name, --store and --quantize then apply.",
-            show_default=False,
         ),
     ] = None,
     store: StoreOption = Path("models"),
     work: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for intermediate results, from which an interrupted run continues. Default: runs/NAME.",
-            show_default=False,
+            help="Folder for intermediate results, from which an interrupted run continues. Default: runs/NAME."
         ),
     ] = None,
     label: Annotated[
         str | None,
-        typer.Option(
+        data_option(
             "--label-column",
             help="Column of the correct labels, to report accuracy; for a multi-label model separated by |, for a "
             "regression model numbers. Default: none; accuracy is then agreement with the model's own answers.",
-            show_default=False,
-            rich_help_panel=DATA,
         ),
     ] = None,
     label_names: Annotated[
         str | None,
-        typer.Option(
-            help="New names of the model's labels, in the order of its logits, e.g. negative,positive.",
-            show_default=False,
-            rich_help_panel=DATA,
+        data_option(
+            help="New names of the model's labels, in the order of its logits, e.g. negative,positive."
         ),
     ] = None,
     multi_label: Annotated[
-        bool,
-        typer.Option(
-            help="Import a multi-label model whose config.json does not state problem_type.",
-            rich_help_panel=DATA,
-        ),
+        bool, data_option(help="Import a multi-label model whose config.json does not state problem_type.")
     ] = False,
     threshold: Threshold = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(
+        data_option(
             help="Required for a regression model (one output): the largest difference from full depth that counts as "
-            "the same answer, in the model's units.",
-            show_default=False,
-            rich_help_panel=DATA,
+            "the same answer, in the model's units."
         ),
     ] = None,
     group_column: GroupColumn = None,
@@ -120,7 +109,7 @@ def import_model(
 
     Example: de3 import my-org/my-classifier --texts traffic.txt --name mine
     """
-    need_fit_extra()
+    need_extra("fit")
     if (texts is None) == (not records_files):
         raise ValueError("give either --texts or --records")
     if records_files:
@@ -135,7 +124,7 @@ def import_model(
     from de3.export.importing import ImportSettings, import_classifier
     from de3.export.original import original_of
     from de3.model_store.store import Store
-    from de3.progress import console, warn
+    from de3.progress import warn
     from de3.training import checks
 
     check_groups(fragments, group_column)
@@ -164,25 +153,18 @@ def import_model(
         try:
             path = import_classifier(stock, rows, groups, folder, how, Store(store), settings)
         except KeyboardInterrupt:
-            command = shlex.join(["de3", *sys.argv[1:]])
-            console.print(f"interrupted; continue with: {command}", markup=False, soft_wrap=True)
+            say(f"interrupted; continue with: {shlex.join(['de3', *sys.argv[1:]])}")
             sys.exit(130)
     if work is None:
         with suppress(OSError):  # it is not empty
             folder.parent.rmdir()
-    size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
-    console.print(
-        f"published {path} ({size:.1f} MB). Next: {next_serve(store, name)}",
-        markup=False,
-        soft_wrap=True,
-    )
+    say_published(path, store, with_size=True)
 
 
 def _check_records(context: typer.Context) -> None:
     """Raise ValueError for an option that does not apply to records."""
     for parameter in context.command.params:
-        source = context.get_parameter_source(str(parameter.name))
-        if parameter.name not in WITH_RECORDS and source is not None and source.name != "DEFAULT":
+        if parameter.name not in WITH_RECORDS and is_given(context, str(parameter.name)):
             raise ValueError(f"{parameter.opts[0]}: cannot be combined with --records")
 
 
@@ -192,8 +174,7 @@ def _import_records(model: str, files: list[Path], name: str, store: Path, quant
     from de3.export.learn import import_records
     from de3.library import artifact_of
     from de3.model_store.store import Store
-    from de3.progress import console
 
     ExportSettings(name, quantize)  # validates both
     path = import_records(artifact_of(model, store, quantize), files, Store(store), name, RATE)
-    console.print(f"published {path}. Next: {next_serve(store, name)}", markup=False, soft_wrap=True)
+    say_published(path, store)

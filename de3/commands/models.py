@@ -65,9 +65,7 @@ def models_show(
 
 @app.command("verify")
 def models_verify(
-    model: Annotated[
-        str | None, typer.Argument(help="Model, as name or name:version. Default: all.", show_default=False)
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help="Model, as name or name:version. Default: all.")] = None,
     store: StoreOption = Path("models"),
 ) -> None:
     """Check the hash and the contents of every file of a model, and that it loads; exits with 1 on failure.
@@ -131,7 +129,6 @@ def models_load(
             help="Load it as a canary that answers this share of the requests that name no version.",
             min=0.001,
             max=0.999,
-            show_default=False,
         ),
     ] = None,
     shadow: Annotated[

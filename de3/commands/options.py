@@ -1,6 +1,8 @@
 """Options and checks that several commands share."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from importlib import import_module
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -16,41 +18,37 @@ from de3.training import settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 console = Console(stderr=True)
-DATA, MODEL, TRAINING = tables.PANEL, "Model", settings.PANEL
+EXTRAS = {"train": ("torch", "transformers"), "fit": ("scipy",)}  # modules that commands need, by extra
+data_option = partial(typer.Option, rich_help_panel=tables.PANEL)
+model_option = partial(typer.Option, rich_help_panel="Model")
+training_option = partial(typer.Option, rich_help_panel=settings.PANEL)
 
-File = Annotated[Path | None, typer.Argument(help="A .tsv, .csv or .jsonl file.", show_default=False)]
+File = Annotated[Path | None, typer.Argument(help="A .tsv, .csv or .jsonl file.")]
 Dataset = Annotated[
-    str | None,
-    typer.Option(
-        help="Instead of a file: a Hugging Face data set, as name or name:config.", rich_help_panel=DATA
-    ),
+    str | None, data_option(help="Instead of a file: a Hugging Face data set, as name or name:config.")
 ]
-DatasetSplit = Annotated[str, typer.Option("--split", help="Split of --dataset.", rich_help_panel=DATA)]
+DatasetSplit = Annotated[str, data_option("--split", help="Split of --dataset.")]
 Fragments = Annotated[
     bool,
-    typer.Option(
+    data_option(
         help="The data contains fragments of its own texts (such as SST-2's phrases): keep a text and its "
-        "fragments in the same part.",
-        rich_help_panel=DATA,
+        "fragments in the same part."
     ),
 ]
 GroupColumn = Annotated[
     str | None,
-    typer.Option(
+    data_option(
         help="Column that names the group of a row, e.g. document or user: rows of a group stay in the same part, and "
-        "count as related in the guarantees.",
-        show_default=False,
-        rich_help_panel=DATA,
+        "count as related in the guarantees."
     ),
 ]
 Threshold = Annotated[
     float | None,
-    typer.Option(
+    data_option(
         min=0.01,
         max=0.99,
         help="For a multi-label model: the probability above which a label is assigned. Requests may set others.",
         show_default="0.5",
-        rich_help_panel=DATA,
     ),
 ]
 
@@ -67,11 +65,9 @@ SignalOption = Annotated[
 ]
 LabelNames = Annotated[
     str | None,
-    typer.Option(
+    data_option(
         help="New names of the data's labels in their sorted order, e.g. negative,positive. "
-        "Default: as in the data.",
-        show_default=False,
-        rich_help_panel=DATA,
+        "Default: as in the data."
     ),
 ]
 
@@ -111,21 +107,15 @@ def fields_of(dataclass: type, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names and value is not None}
 
 
-def need_train_extra() -> None:
-    """Raise ValueError unless PyTorch and transformers are installed."""
+def need_extra(extra: str) -> None:
+    """Raise ValueError unless the modules of an extra (a key of EXTRAS) are installed."""
     try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+        for module in EXTRAS[extra]:
+            import_module(module)
     except ImportError as error:
-        raise ValueError(f"this command needs the train extra ({error}): pip install 'de3[train]'") from None
-
-
-def need_fit_extra() -> None:
-    """Raise ValueError unless SciPy is installed."""
-    try:
-        import scipy  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"this command needs the fit extra ({error}): pip install 'de3[fit]'") from None
+        raise ValueError(
+            f"this command needs the {extra} extra ({error}): pip install 'de3[{extra}]'"
+        ) from None
 
 
 def read_rows(
@@ -145,9 +135,17 @@ def check_groups(fragments: bool, group_column: str | None) -> None:
         )
 
 
-def next_serve(store: Path, name: str) -> str:
-    """The command that serves a model of a store."""
-    return f"de3 serve --model {name}" + ("" if store == Path("models") else f" --store {store}")
+def is_given(context: typer.Context, parameter: str) -> bool:
+    """True if a parameter of a command is set, on the command line or by a variable."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name != "DEFAULT"
+
+
+def say_published(path: Path, store: Path, with_size: bool = False) -> None:
+    """Print the folder of a published version, with its size if wanted, and the command that serves it."""
+    size = f" ({sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB)" if with_size else ""
+    serve = f"de3 serve --model {path.parent.name}" + ("" if store == Path("models") else f" --store {store}")
+    say(f"published {path}{size}. Next: {serve}")
 
 
 def say(message: str) -> None:

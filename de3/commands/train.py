@@ -10,9 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from de3.commands.options import (
-    DATA,
-    MODEL,
-    TRAINING,
     Dataset,
     DatasetSplit,
     File,
@@ -21,10 +18,14 @@ from de3.commands.options import (
     LabelNames,
     Threshold,
     check_groups,
+    data_option,
     fields_of,
-    need_train_extra,
+    is_given,
+    model_option,
+    need_extra,
     read_rows,
     say,
+    training_option,
     with_fields,
 )
 from de3.data.tables import Columns, TextOrPair, dataset_records, labels_in, read_groups, records
@@ -39,91 +40,61 @@ NO_TEACHER = ("teacher", "distill", "temperature", "augment")
 def train(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
-    encoder: Annotated[
-        str,
-        typer.Option(help="Folder or hub id of the encoder, e.g. bert-base-uncased.", rich_help_panel=MODEL),
-    ],
+    encoder: Annotated[str, model_option(help="Folder or hub id of the encoder, e.g. bert-base-uncased.")],
     file: File = None,
     dataset: Dataset = None,
     split: DatasetSplit = "train",
     label_names: LabelNames = None,
     held_back: Annotated[
         int | None,
-        typer.Option(
+        data_option(
             help="Number of samples in each of the two held-out parts (tune, certify). "
-            "Default: a tenth each, at most 4000.",
-            show_default=False,
-            rich_help_panel=DATA,
+            "Default: a tenth each, at most 4000."
         ),
     ] = None,
     rows: Annotated[
         int | None,
-        typer.Option(
+        data_option(
             min=1,
             help="Train on at most this many samples, chosen by seed. Default: on all that are not held out.",
-            show_default=False,
-            rich_help_panel=DATA,
         ),
     ] = None,
     fragments: Fragments = False,
     group_column: GroupColumn = None,
     multi_label: Annotated[
         bool,
-        typer.Option(
-            help="A text has any number of labels: a list in .jsonl, or separated by | in a cell.",
-            rich_help_panel=DATA,
-        ),
+        data_option(help="A text has any number of labels: a list in .jsonl, or separated by | in a cell."),
     ] = False,
     threshold: Threshold = None,
     exits: Annotated[
         str,
-        typer.Option(
-            help="Layers with an exit: all (1…M), last (a plain fine-tune), or a list like 0,2,4,6.",
-            rich_help_panel=MODEL,
+        model_option(
+            help="Layers with an exit: all (1…M), last (a plain fine-tune), or a list like 0,2,4,6."
         ),
     ] = "all",
     embedding_exit: Annotated[
-        bool,
-        typer.Option(
-            help="With --exits all, add an exit on the embedding output, layer 0.", rich_help_panel=MODEL
-        ),
+        bool, model_option(help="With --exits all, add an exit on the embedding output, layer 0.")
     ] = True,
     pooling: Annotated[
-        str,
-        typer.Option(
-            help="Pooling of a layer's tokens: mean, or cls as in the paper.",
-            rich_help_panel=MODEL,
-        ),
+        str, model_option(help="Pooling of a layer's tokens: mean, or cls as in the paper.")
     ] = "mean",
     metric_dim: Annotated[
-        int | None,
-        typer.Option(
-            help="Width of the prototype space. Default: the encoder's hidden size.",
-            show_default=False,
-            rich_help_panel=MODEL,
-        ),
+        int | None, model_option(help="Width of the prototype space. Default: the encoder's hidden size.")
     ] = None,
-    last_prototypes: Annotated[
-        bool, typer.Option(help="Add a prototype space at the last layer.", rich_help_panel=MODEL)
-    ] = False,
+    last_prototypes: Annotated[bool, model_option(help="Add a prototype space at the last layer.")] = False,
     gamma: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="γ, moving-average factor of the prototypes.", rich_help_panel=MODEL),
+        float, model_option(min=0, max=1, help="γ, moving-average factor of the prototypes.")
     ] = 0.01,
     recipe: Annotated[
         str,
-        typer.Option(
+        training_option(
             help="Epochs, batch size, learning rate and patience: auto (by the number of samples; printed when "
-            "training starts) or fixed (3 epochs, batches of 64, 5e-5). Each can be set by its own option.",
-            rich_help_panel=TRAINING,
+            "training starts) or fixed (3 epochs, batches of 64, 5e-5). Each can be set by its own option."
         ),
     ] = "auto",
     teacher: Annotated[
         Path | None,
-        typer.Option(
-            help="A checkpoint to distil from, trained on the same data with the same seed.",
-            rich_help_panel=TRAINING,
-        ),
+        training_option(help="A checkpoint to distil from, trained on the same data with the same seed."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue after the last complete epoch in --out.")] = False,
     **options: Any,
@@ -134,7 +105,7 @@ def train(
 
     Example: de3 train data/train.tsv --text-column sentence --encoder bert-base-uncased --out runs/sst2
     """
-    need_train_extra()
+    need_extra("train")
     import torch
 
     from de3.data.examples import input_of
@@ -223,19 +194,14 @@ def _labelled(
 
 def _check_multi_label(context: typer.Context, multi_label: bool) -> None:
     """Raise ValueError for options that do not fit the kind of model."""
-
-    def given(name: str) -> bool:
-        source = context.get_parameter_source(name)
-        return source is not None and source.name != "DEFAULT"
-
-    if not multi_label and given("threshold"):
+    if not multi_label and is_given(context, "threshold"):
         raise ValueError("--threshold: only a multi-label model has thresholds; add --multi-label")
     for names, reason in (
         (NO_PROTOTYPES, "a multi-label model has no prototypes, as its labels are not mutually exclusive"),
         (NO_TEACHER, "distillation is for mutually exclusive labels"),
     ):
         for name in names if multi_label else ():
-            if given(name):
+            if is_given(context, name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} cannot be combined with --multi-label: {reason}"
                 )
