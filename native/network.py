@@ -101,7 +101,7 @@ class Network:
         epsilon: epsilon of every norm except the head's.
         is_gated: the feed-forward networks have gates: ffn_in has the activated part, then the gate.
         is_pre_norm: norms come before attention and the feed-forward network, otherwise after.
-        score_scale: factor of Q·Kᵀ in the attention scores.
+        score_scale: factor of Q·Kᵀ in attention scores with relative terms; None without such terms.
         windows: largest distance between a token and its keys, for each layer from 1 on; 0: any distance.
         max_tokens: number of tokens of the longest text.
         head: stock head of the last exit; None: the last exit is like the others.
@@ -116,7 +116,7 @@ class Network:
     epsilon: float
     is_gated: bool
     is_pre_norm: bool
-    score_scale: float
+    score_scale: float | None
     windows: Sequence[int]
     max_tokens: int
     head: Head | None

@@ -1,6 +1,6 @@
 """BERT and encoders with its layout: RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from de3.model_store.families.encoder import Config, Encoder, StockHead, activation
 
@@ -52,37 +52,6 @@ class Bert(Encoder):
             raise ValueError("only encoders can be exported, not decoders (is_decoder is true)")
 
     @classmethod
-    def of(cls, config: Config, token_types: bool) -> Self:
-        """The encoder of a configuration that `check` accepts."""
-        return cls.model_validate(cls.fields(config, token_types))
-
-    @classmethod
-    def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """Field values of this class, from a config.json of transformers, completed by `complete`.
-
-        token_types: true if the tokenizer returns token types.
-        """
-        types = int(config["type_vocab_size"])
-        return {
-            "type": config["model_type"],
-            "num_layers": config["num_hidden_layers"],
-            "hidden_size": config["hidden_size"],
-            "width": config["hidden_size"],
-            "vocabulary": config["vocab_size"],
-            "positions": cls.max_tokens(config),
-            "token_types": types if token_types and types > 1 else 0,
-            "num_heads": config["num_attention_heads"],
-            "inner": config["intermediate_size"],
-            "activation": activation(config["hidden_act"]),
-            "epsilon": config["layer_norm_eps"],
-        }
-
-    @classmethod
-    def max_tokens(cls, config: Config) -> int:
-        """Maximum number of tokens of a text, special tokens included."""
-        return int(config["max_position_embeddings"])
-
-    @classmethod
     def head(cls, config: Config) -> StockHead:
         """The head of the stock classifier."""
         return StockHead("bert.pooler.dense", "tanh", "classifier")
@@ -103,7 +72,7 @@ class Electra(Bert):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """Field values of this class, from a config.json of transformers; see `Bert.fields`."""
+        """Field values of this class, from a config.json of transformers; see `Encoder.fields`."""
         return super().fields(config, token_types) | {"width": config["embedding_size"]}
 
     @classmethod

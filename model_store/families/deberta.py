@@ -111,7 +111,7 @@ class Deberta(Bert):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """Field values of this class, from a config.json of transformers; see `Bert.fields`."""
+        """Field values of this class, from a config.json of transformers; see `Encoder.fields`."""
         fields = super().fields(config, token_types)
         if not config.get("position_biased_input", True):
             fields["positions"] = 0
@@ -134,7 +134,7 @@ class Deberta(Bert):
 
     @property
     def score_scale(self) -> float:
-        """The factor by which attention scores are multiplied; it is smaller with more terms."""
+        """Factor of Q·Kᵀ in the attention scores; it is smaller with more terms."""
         return 1 / sqrt(self.hidden_size // self.num_heads * (1 + len(self.terms)))
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:

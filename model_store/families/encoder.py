@@ -6,7 +6,6 @@ The base class has the embeddings and the post-norm block that most families sha
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -110,9 +109,30 @@ class Encoder(ManifestPart, ABC):
         return {**cls.DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
 
     @classmethod
-    @abstractmethod
     def of(cls, config: Config, token_types: bool) -> Self:
         """The encoder of a configuration that `check` accepts; token_types: true if its tokenizer returns them."""
+        return cls.model_validate(cls.fields(config, token_types))
+
+    @classmethod
+    def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
+        """Field values of this class, from a config.json of transformers, completed by `complete`.
+
+        token_types: true if the tokenizer returns token types.
+        """
+        types = int(config["type_vocab_size"])
+        return {
+            "type": config["model_type"],
+            "num_layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+            "width": config["hidden_size"],
+            "vocabulary": config["vocab_size"],
+            "positions": cls.max_tokens(config),
+            "token_types": types if token_types and types > 1 else 0,
+            "num_heads": config["num_attention_heads"],
+            "inner": config["intermediate_size"],
+            "activation": activation(config["hidden_act"]),
+            "epsilon": config["layer_norm_eps"],
+        }
 
     @classmethod
     @abstractmethod
@@ -120,9 +140,9 @@ class Encoder(ManifestPart, ABC):
         """Raise ValueError for an option that cannot be exported."""
 
     @classmethod
-    @abstractmethod
     def max_tokens(cls, config: Config) -> int:
         """Maximum number of tokens of a text, special tokens included."""
+        return int(config["max_position_embeddings"])
 
     @classmethod
     @abstractmethod
@@ -162,9 +182,9 @@ class Encoder(ManifestPart, ABC):
         return self.positions or MAX_TOKENS
 
     @property
-    def score_scale(self) -> float:
-        """The factor by which attention scores are multiplied."""
-        return 1 / sqrt(self.hidden_size // self.num_heads)
+    def score_scale(self) -> float | None:
+        """Factor of Q·Kᵀ in attention scores with relative terms; None if the attention has no such terms."""
+        return None
 
     def window_of(self, layer: int) -> int:
         """The largest distance, in tokens, at which tokens attend to each other in a layer (from 1); 0: no limit."""

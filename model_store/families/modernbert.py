@@ -4,7 +4,7 @@ No weight depends on the maximum length: positions, angles and masks are compute
 local attention runs block by block, so its time and memory are linear in the number of tokens.
 """
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from onnx import TensorProto
@@ -133,29 +133,14 @@ class ModernBert(Encoder):
             raise ValueError("only encoders can be exported, not decoders (is_decoder is true)")
 
     @classmethod
-    def of(cls, config: Config, token_types: bool) -> Self:
-        """The encoder of a configuration that `check` accepts; it has no token types."""
-        kinds = config["layer_types"]
-        return cls(
-            type="modernbert",
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            width=config["hidden_size"],
-            vocabulary=config["vocab_size"],
-            positions=0,
-            token_types=0,
-            num_heads=config["num_attention_heads"],
-            inner=config["intermediate_size"],
-            activation=activation(config["hidden_activation"]),
-            epsilon=config["norm_eps"],
-            window=config["local_attention"] // 2,
-            local_layers=[m for m, kind in enumerate(kinds, 1) if kind == "sliding_attention"],
-        )
-
-    @classmethod
-    def max_tokens(cls, config: Config) -> int:
-        """Maximum number of tokens of a text, special tokens included."""
-        return int(config["max_position_embeddings"])
+    def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
+        """Field values of this class, from a config.json of transformers; see `Encoder.fields`."""
+        named = {"hidden_act": config["hidden_activation"], "layer_norm_eps": config["norm_eps"]}
+        return super().fields({**config, **named, "type_vocab_size": 0}, token_types) | {
+            "positions": 0,
+            "window": config["local_attention"] // 2,
+            "local_layers": [m for m, kind in enumerate(config["layer_types"], 1) if kind == KINDS[1]],
+        }
 
     @classmethod
     def head(cls, config: Config) -> StockHead:
