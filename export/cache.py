@@ -12,7 +12,7 @@ from tempfile import mkdtemp
 
 from filelock import FileLock, Timeout
 
-from de3.export.classifier import FILES, Stock, convert
+from de3.export.classifier import FILES, Stock, convert, message_of
 from de3.export.hub import fetch, is_folder
 from de3.model_store.architecture import Precision
 from de3.model_store.manifest import SCHEMA_VERSION
@@ -41,9 +41,8 @@ def artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
     try:
         return _artifact_of(name, precision, folder)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        said = str(error) or type(error).__name__
-        message = said if said.startswith(name) else f"{name}: {said}"
-        raise ValueError(printable(" ".join(message.split())[:MAX_MESSAGE])) from None
+        message = " ".join(message_of(name, error).split())
+        raise ValueError(printable(message[:MAX_MESSAGE])) from None
 
 
 def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:

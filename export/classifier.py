@@ -20,6 +20,7 @@ from de3.export.weights import INDEX, SHARDS, WEIGHTS, StateFile
 from de3.model_store.architecture import Architecture, Head, Precision
 from de3.model_store.families import family_named
 from de3.model_store.families.encoder import Config, Encoder, StockHead
+from de3.model_store.part import first_error
 from de3.model_store.sizes import check_sizes, read_config
 from de3.model_store.store import MAX_FILE_BYTES, Store
 
@@ -90,9 +91,8 @@ def describe(
         kind = "multi_label_classification" if multi_label else config.get("problem_type")
         return Description(config, known, head, labels, _kind(kind, labels))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "encoder"
-        raise ValueError(f"{name}: its config.json has a wrong value: {where}: {first['msg']}") from None
+        wrong = first_error(error, "encoder")
+        raise ValueError(f"{name}: its config.json has a wrong value: {wrong}") from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     except Exception as error:  # from values of unexpected types
@@ -181,7 +181,7 @@ class Stock:
 
         Raises ValueError, with a message that begins with the name, for a classifier that cannot be served.
         """
-        with _errors_of(name):
+        with errors_of(name):
             description = describe(name, read_config(folder / CONFIG), label_names, multi_label)
             return cls(name, folder, description, *_tokenizer(folder, description))
 
@@ -242,7 +242,7 @@ def convert(stock: Stock, store: Store, model: str, precision: Precision, source
     published.
     """
     description = stock.description
-    with _errors_of(stock.name), store.new_version(model) as draft, stock.weights() as state:
+    with errors_of(stock.name), store.new_version(model) as draft, stock.weights() as state:
         architecture = stock.architecture(precision)
         exits = {architecture.num_layers: stock.modules}
         for file, segment in build.segments(architecture, description.config, state, exits):
@@ -262,20 +262,24 @@ def convert(stock: Stock, store: Store, model: str, precision: Precision, source
 
 
 @contextmanager
-def _errors_of(name: str) -> Iterator[None]:
+def errors_of(name: str) -> Iterator[None]:
     """Turn every error but OSError into a ValueError with a message that begins with the name."""
     try:
         yield
     except KeyError as error:
         raise ValueError(f"{name}: it has no weight {error.args[0]}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ValueError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ValueError(f"{name}: {first_error(error)}") from None
     except OSError:
         raise
     except Exception as error:  # from malformed files
-        said = str(error) or type(error).__name__
-        raise ValueError(said if said.startswith(name) else f"{name}: {said}") from None
+        raise ValueError(message_of(name, error)) from None
+
+
+def message_of(name: str, error: BaseException) -> str:
+    """The message of an error, or its type if it has none, beginning with the name."""
+    message = str(error) or type(error).__name__
+    return message if message.startswith(name) else f"{name}: {message}"
 
 
 def _tokenizer(folder: Path, description: Description) -> tuple[bytes, dict[str, Any], int, bool]:

@@ -21,6 +21,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock, tqdm, validate_repo_id  # type: ignore[attr-defined]
 from pydantic import BaseModel, Field, ValidationError
 
+from de3.model_store.part import first_error
 from de3.model_store.store import MAX_FILE_BYTES
 
 MAX_LIST_BYTES, MAX_FILES = 2**23, 10_000  # such a list takes 0.4 GB to parse
@@ -98,10 +99,7 @@ def list_files(repository: str, revision: str) -> Listing:
     try:
         return Listing.model_validate_json(_run(get))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise HubError(
-            f"the hub's list of its files is invalid: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        ) from None
+        raise HubError(f"the hub's list of its files is invalid: {first_error(error)}") from None
 
 
 def download(repository: str, commit: str, files: Collection[File]) -> Path:

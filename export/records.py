@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
 from de3.export.calibrate import CalibrationPart
+from de3.export.classifier import message_of
 from de3.export.fit import Exits
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.manifest import Manifest, base_of
@@ -35,8 +36,7 @@ def opened(files: Sequence[Path], manifest: Manifest) -> Records:
             found.append(read(file, MAX_FILE_BYTES))
             check(found[-1], manifest)
         except (ValueError, OSError) as error:
-            message = str(error)
-            raise ValueError(message if message.startswith(str(file)) else f"{file}: {message}") from None
+            raise ValueError(message_of(str(file), error)) from None
     return joined(found)
 
 

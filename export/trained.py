@@ -1,7 +1,6 @@
 """Converts a checkpoint's files to an artifact's, without PyTorch."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +9,7 @@ from safetensors.numpy import save as save_tensors
 from tokenizers import Tokenizer
 
 from de3.export import build, weights
-from de3.export.classifier import TOKENIZER_CONFIG
-from de3.export.weights import StateFile
+from de3.export.classifier import TOKENIZER_CONFIG, errors_of
 from de3.model_store.architecture import Architecture, Precision
 from de3.model_store.sizes import read_config
 from de3.training.checkpoint import Checkpoint
@@ -56,29 +54,19 @@ class Trained:
         )
 
     def files(self, architecture: Architecture) -> Iterator[tuple[str, bytes]]:
-        """Yield the artifact's files, as name and contents; raises ValueError for weights that do not fit."""
+        """Yield the artifact's files, as name and contents; raises ValueError for unusable weights."""
         exits: dict[int, dict[str, str]] = {
             layer: {"classifier": f"classifiers.{i}"} for i, layer in enumerate(architecture.exit_layers)
         }
         for i, layer in enumerate(architecture.prototype_layers):
             exits[layer]["space"] = f"prototypical.{i}"
-        with self._weights() as state:
+        folder = self.checkpoint.folder
+        with errors_of(str(folder)), weights.opened(folder, "encoder.") as state:
             yield from build.segments(architecture, self.checkpoint.config.encoder, state, exits)
             state.check_all_read((PROTOTYPES, SEEN))
         tensors = {f"layer_{layer:02}": array for layer, array in self.prototypes.items()}
         yield "prototypes.safetensors", save_tensors(tensors)
         yield "tokenizer.json", self.tokenizer
-
-    @contextmanager
-    def _weights(self) -> Iterator[StateFile]:
-        """Open the weights; raises ValueError, with a message that begins with the folder, if they are unusable."""
-        try:
-            with weights.opened(self.checkpoint.folder, "encoder.") as state:
-                yield state
-        except KeyError as error:
-            raise ValueError(f"{self.checkpoint.folder}: it has no weight {error.args[0]}") from None
-        except ValueError as error:
-            raise ValueError(f"{self.checkpoint.folder}: {error}") from None
 
 
 def _prototypes(checkpoint: Checkpoint) -> dict[int, NDArray[np.float32]]:

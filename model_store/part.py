@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 # A manifest is untrusted. Without limits, a list of a million wrong entries would give a million errors.
 MAX_LAYERS, MAX_LABELS = 100, 10_000
@@ -21,3 +21,9 @@ class ManifestPart(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True, serialize_by_alias=True
     )
+
+
+def first_error(error: ValidationError, whole: str = "") -> str:
+    """The first error, with its field, or with `whole` if it concerns more than one field."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(str(part)[:100] for part in first['loc']) or whole}: {first['msg']}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from de3.model_store.manifest import NAME, SCHEMA_VERSION, VERSION, Manifest
-from de3.model_store.part import MAX_INT
+from de3.model_store.part import MAX_INT, first_error
 from de3.model_store.printable import printable
 from de3.model_store.regular_file import read_regular_file
 
@@ -241,9 +241,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(x)[:100] for x in first["loc"]) or "manifest"
-        raise StoreError(f"{file}: {where}: {first['msg']}") from None
+        raise StoreError(f"{file}: {first_error(error, 'manifest')}") from None
 
 
 def _read_inside(folder: Path, path: Path, limit: int) -> bytes:

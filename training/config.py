@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from de3.model_store.families import family, family_named
 from de3.model_store.families.encoder import Encoder
+from de3.model_store.part import first_error
 from de3.model_store.sizes import check_sizes, read_config
 
 MODEL_TYPE = "de3-bert"
@@ -40,9 +41,8 @@ class CheckpointConfig(BaseModel):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"])) or "encoder"
-            raise ValueError(f"{name}: its config.json has a wrong value: {where}: {first['msg']}") from None
+            wrong = first_error(error, "encoder")
+            raise ValueError(f"{name}: its config.json has a wrong value: {wrong}") from None
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -71,12 +71,7 @@ class CheckpointConfig(BaseModel):
     @property
     def label_names(self) -> list[str]:
         """The label names in the order of the logits."""
-        return [self.id2label[k] for k in range(self.num_labels)]
-
-    @property
-    def num_labels(self) -> int:
-        """Number of labels."""
-        return len(self.id2label)
+        return [self.id2label[k] for k in range(len(self.id2label))]
 
     @property
     def prototype_layers(self) -> list[int]:
