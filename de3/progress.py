@@ -1,4 +1,4 @@
-"""Progress of long operations: a bar on a terminal, lines in a log."""
+"""Output of commands: progress of long operations (a bar on a terminal, lines in a log), warnings, and tables."""
 
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import track as rich_track
+from rich.table import Column, Table
 
 console = Console(stderr=True)
 T = TypeVar("T")
@@ -39,6 +40,14 @@ def warn(warnings: Iterable[str]) -> None:
     """Print warnings, one per line."""
     for warning in warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def empty_table(columns: Iterable[str], title: str | None = None, no_wrap: bool = False) -> Table:
+    """An empty table of numbers: columns are aligned right, except those with the heading "signal" or none."""
+    return Table(
+        *(Column(c, justify="left" if c in ("signal", "") else "right", no_wrap=no_wrap) for c in columns),
+        title=title,
+    )
 
 
 class Meter:

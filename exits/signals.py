@@ -244,3 +244,8 @@ def signals_of(model: ModelTraits) -> list[Signal]:
         with suppress(ValueError):
             signals.append(kind.of(model, None))
     return signals
+
+
+def signal_label(name: str, lam: float | None) -> str:
+    """Display name of a signal. lam: the λ of edr; None for other signals."""
+    return name if lam is None else f"EDR λ={lam:g}"

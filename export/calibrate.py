@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
 
 from de3.data.examples import Example
 from de3.data.split import groups_of
@@ -14,10 +13,10 @@ from de3.exits import calibration, risk
 from de3.exits.calibration import FINE_TAUS, Samples, TradeOff
 from de3.exits.recorded import Recorded
 from de3.exits.reference import quantiles
-from de3.exits.signals import SIGNALS, Risk, Signal
+from de3.exits.signals import SIGNALS, Risk, Signal, signal_label
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Calibration, Defaults, RiskWeights
-from de3.progress import console
+from de3.progress import console, empty_table
 
 CHOICES = ("auto", *SIGNALS)
 MIN_CERTIFY = 850  # groups
@@ -176,9 +175,10 @@ def _report(
 ) -> None:
     n = len(samples.recorded.labels)
     reference = "full depth" if samples.recorded.original is None else "the original model"
-    table = Table(title=f"Speed-up in layers at a disagreement with {reference}, {n} certifying samples")
-    for column in ("signal", "1%", "2%", "5%", "certified: 1%", "2%", "5%"):
-        table.add_column(column, justify="left" if column == "signal" else "right")
+    columns = ("signal", "1%", "2%", "5%", "certified: 1%", "2%", "5%")
+    table = empty_table(
+        columns, f"Speed-up in layers at a disagreement with {reference}, {n} certifying samples"
+    )
     for rows in sorted(tables.values(), key=calibration.mean_speedup, reverse=True):
         mark = "  (default)" if rows[0].signal == default.signal else ""
         certified = TradeOffs(rows)
@@ -187,15 +187,15 @@ def _report(
         speeds += [
             "–" if row.disagreement_bound > most else f"{row.speedup:.2f}×" for most, row in guaranteed
         ]
-        table.add_row(label(rows[0]) + mark, *speeds)
+        table.add_row(signal_label(rows[0].signal, rows[0].lam) + mark, *speeds)
     console.print(table)
     measure = f"agreement with {reference}" if self_labelled else "accuracy"
     if samples.recorded.tolerance is not None:
         target = reference if self_labelled else "the labels"
         measure = f"answers within {samples.recorded.tolerance:g} of {target}"
     console.print(
-        f"default: {label(default)}, τ = {default.tau:g}: {meaning(default)}. On the certifying samples: "
-        f"{measure} {100 * default.accuracy:.2f}% "
+        f"default: {signal_label(default.signal, default.lam)}, τ = {default.tau:g}: {meaning(default)}. "
+        f"On the certifying samples: {measure} {100 * default.accuracy:.2f}% "
         f"({100 * default.accuracy_interval[0]:.2f} … {100 * default.accuracy_interval[1]:.2f}), loss against full "
         f"depth {100 * default.loss:+.2f} points "
         f"(at most {100 * calibration.upper_loss(default):+.2f} with 95% confidence), mean exit layer "
@@ -210,11 +210,6 @@ def _report(
             f"{100 * full.disagreement_bound:.2f}%, the smallest max_disagreement that can be guaranteed)",
             soft_wrap=True,
         )
-
-
-def label(row: TradeOff | Defaults) -> str:
-    """Display name of a signal."""
-    return f"EDR λ={row.lam:g}" if row.signal == "edr" else row.signal
 
 
 def meaning(row: TradeOff | Defaults) -> str:

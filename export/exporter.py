@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from de3.data.examples import Example, check_apart, with_original
 from de3.exits.calibration import paired_interval
@@ -21,7 +20,7 @@ from de3.model_store.architecture import Precision, precision_of
 from de3.model_store.manifest import NAME, Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
-from de3.progress import console, warn
+from de3.progress import console, empty_table, warn
 from de3.training.checkpoint import Checkpoint
 from de3.training.evaluate import weaknesses
 
@@ -169,9 +168,8 @@ def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, 
     Raises ExportError if the 95% interval of an exit's loss lies entirely above `allowed`, a fraction.
     """
     quantized, full = int8.correct.mean(0), reference.correct.mean(0)
-    table = Table(title=f"Correct answers by exit, int8 and fp32, % ({len(int8.labels)} certifying samples)")
-    for column in ("layer", "fp32", "int8", "loss", "95% interval"):
-        table.add_column(column, justify="right")
+    title = f"Correct answers by exit, int8 and fp32, % ({len(int8.labels)} certifying samples)"
+    table = empty_table(("layer", "fp32", "int8", "loss", "95% interval"), title)
     intervals = [paired_interval(a, b) for a, b in zip(reference.correct.T, int8.correct.T, strict=True)]
     for layer, a, b, (low, high) in zip(int8.exit_layers, full, quantized, intervals, strict=True):
         span = f"{100 * low:+.2f} … {100 * high:+.2f}"

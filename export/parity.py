@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from de3.data.examples import Example
 from de3.data.tables import pair_of
 from de3.export.errors import ExportError
 from de3.model_store.model import Model
-from de3.progress import console
+from de3.progress import console, empty_table
 from de3.training.checkpoint import Checkpoint
 from de3.training.encoded import encode
 
@@ -60,9 +59,8 @@ def parity(checkpoint: Checkpoint, exported: Model, examples: Sequence[Example])
                 difference = float(np.abs(getattr(steps[layer], output) - values[j]).max())
                 largest[output][j] = max(largest[output][j], difference)
     span = f"{min(lengths)} to {max(lengths)} tokens"
-    table = Table(title=f"Largest difference from PyTorch, {len(samples)} samples of {span}")
-    for column in ("layer", "logits", "distances"):
-        table.add_column(column, justify="right")
+    title = f"Largest difference from PyTorch, {len(samples)} samples of {span}"
+    table = empty_table(("layer", "logits", "distances"), title)
     for j, layer in enumerate(exits):
         distances = f"{largest['distances'][j]:.1e}" if layer in spaces else "–"
         table.add_row(str(layer), f"{largest['logits'][j]:.1e}", distances)

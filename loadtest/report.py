@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from de3.loadtest.client import Run, accuracy, quantile
+from de3.progress import empty_table
 
 console = Console(
     stderr=True, width=None if sys.stderr.isatty() else 120
@@ -57,9 +58,8 @@ def summary(run: Run, wrong: int | None = None) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
     """A table with a row for each summary; rows: results of `summary`, by name."""
-    table = Table()
-    for column in ("", "answers/s", "p50 ms", "p95 ms", "p99 ms", "accuracy", "errors", "wrong", "own CPU"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    columns = ("", "answers/s", "p50 ms", "p95 ms", "p99 ms", "accuracy", "errors", "wrong", "own CPU")
+    table = empty_table(columns, no_wrap=True)
     for name, row in rows.items():
         latency = row.get("latency_ms_all", {})
         errors = sum(n for status, n in row["statuses"].items() if status != "200")

@@ -227,7 +227,7 @@ def test_calibration_is_honest(tmp_path_factory: pytest.TempPathFactory) -> None
         parts.append(CalibrationPart.of(record(Model(artifact, "onnxruntime"), examples), examples))
     found = exporter.calibrate(*parts, manifest.calibration.max_loss)
     assert manifest.calibration == found.calibration
-    assert (manifest.risk, manifest.defaults) == (found.risk, found.defaults)
+    assert (manifest.risk, manifest.defaults) == (found.fields()["risk"], found.defaults)
     default = manifest.calibration.default
     assert (default.tau, default.signal, default.lam) == tuple(
         getattr(manifest.defaults, field) for field in ("tau", "signal", "lam")

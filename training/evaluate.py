@@ -13,11 +13,13 @@ from de3.exits import calibration
 from de3.exits.recorded import Recorded
 from de3.exits.reference import LEVELS
 from de3.exits.rule import exit_index
-from de3.exits.signals import Edr, Signal
+from de3.exits.signals import Edr, Signal, signal_label
 from de3.exits.trade_offs import TradeOffs
+from de3.progress import empty_table
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 HINDSIGHT = (0.01, 0.02, 0.03, 0.05)  # rates of disagreement
+OUTCOME_COLUMNS = ("in layers", "in time", "differ", "loss ± 95%")
 TARGET_SPEEDUPS, TARGET_DISAGREEMENTS = (3, 4, 5), (0.01, 0.02, 0.05)
 
 
@@ -68,7 +70,6 @@ def exit_table(recorded: Recorded, what: str = "") -> Table:
 
     what: kind of samples in the title, such as "tuning ".
     """
-    table = Table(title=f"Accuracy of each exit alone ({len(recorded.labels)} {what}samples)")
     multi, right_if, more_columns = recorded.thresholds is not None, "accuracy", tuple[str, ...]()
     scores: list[tuple[NDArray[np.float64], ...]] = []
     if multi:
@@ -76,8 +77,8 @@ def exit_table(recorded: Recorded, what: str = "") -> Table:
     elif recorded.tolerance is not None:
         right_if, more_columns = f"within {recorded.tolerance:g}", ("Pearson", "Spearman")
         scores = [correlations(recorded)]
-    for column in ("layer", right_if, "95% interval", *more_columns):
-        table.add_column(column, justify="right")
+    title = f"Accuracy of each exit alone ({len(recorded.labels)} {what}samples)"
+    table = empty_table(("layer", right_if, "95% interval", *more_columns), title)
     for j, (layer, right) in enumerate(zip(recorded.exit_layers, recorded.correct.T, strict=True)):
         low, high = calibration.wilson(int(right.sum()), len(right))
         more = [f"{100 * score[j]:.2f}" for both in scores for score in both]
@@ -174,10 +175,8 @@ def _labels_never_given(recorded: Recorded, names: Sequence[str]) -> list[str]:
 
 def curve_table(curves: Sequence[Curve]) -> Table:
     """The accuracy of every signal at each of SPEEDUPS."""
-    table = Table(title="Accuracy at a speed-up of M / mean exit layer")
-    table.add_column("signal")
-    for s in SPEEDUPS:
-        table.add_column(f"{s:g}×", justify="right")
+    columns = ("signal", *(f"{s:g}×" for s in SPEEDUPS))
+    table = empty_table(columns, "Accuracy at a speed-up of M / mean exit layer")
     for curve in curves:
         cells = [f"{100 * curve.at(s):.2f}" if not np.isnan(curve.at(s)) else "–" for s in SPEEDUPS]
         table.add_row(curve.name, *cells)
@@ -238,7 +237,8 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -
         pearson, spearman = at_tau(recorded, scores, tau)
         more = f"Pearson {100 * pearson:.2f}, Spearman {100 * spearman:.2f}, "
     return (
-        f"Default {signal_label(signal)}, τ = {tau:g}: {measure} {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
+        f"Default {signal_label(signal.name, signal.lam)}, τ = {tau:g}: "
+        f"{measure} {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
         f"{more}{100 * o.disagreement:.2f}% of {answer} differ from full depth, "
@@ -254,13 +254,11 @@ def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]]
 
     signals: each with the rows of its calibration table. Targets that no row meets are left out.
     """
-    samples = calibration.Samples.independent(recorded)
     title = "Targets: a speed-up, or a limit on the answers that differ from full depth"
-    table = Table(title=f"{title} ({len(recorded.labels)} samples)")
     is_regression = recorded.tolerance is not None
     correlated = ("Pearson", "Spearman") if is_regression else ()
-    for column in ("signal", "target", "τ", "in layers", "in time", "differ", "loss ± 95%", *correlated):
-        table.add_column(column, justify="left" if column == "signal" else "right", no_wrap=True)
+    columns = ("signal", "target", "τ", *OUTCOME_COLUMNS, *correlated)
+    table = empty_table(columns, f"{title} ({len(recorded.labels)} samples)", no_wrap=True)
     speedups = (2, *TARGET_SPEEDUPS) if is_regression else TARGET_SPEEDUPS
     for signal, trade_offs in signals:
         rows = [(f"{s:g}×", trade_offs.at_speedup(s)) for s in speedups]
@@ -269,59 +267,53 @@ def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]]
         for target, row in rows:
             if row is None:
                 continue
-            o = calibration.outcome(samples, scores, row.tau, signal)
-            low, high = (100 * x for x in o.loss_interval)
+            cells = _outcome_cells(recorded, scores, row.tau, signal, times)
             both = at_tau(recorded, scores, row.tau) if is_regression else ()
-            table.add_row(
-                signal_label(signal),
-                target,
-                f"{row.tau:.4f}",
-                f"{o.speedup:.2f}×",
-                f"{in_time(recorded, scores, row.tau, times):.2f}×",
-                f"{100 * o.disagreement:.2f}%",
-                f"{100 * o.loss:+.2f} ± {(high - low) / 2:.2f}",
-                *(f"{100 * x:.2f}" for x in both),
-            )
+            name = signal_label(signal.name, signal.lam)
+            table.add_row(name, target, f"{row.tau:.4f}", *cells, *(f"{100 * x:.2f}" for x in both))
         table.add_section()
     return table
+
+
+def _outcome_cells(
+    recorded: Recorded, scores: NDArray[np.float64], tau: float, signal: Signal, times: Times
+) -> list[str]:
+    """The cells of OUTCOME_COLUMNS for exiting at score < τ."""
+    o = calibration.outcome(calibration.Samples.independent(recorded), scores, tau, signal)
+    low, high = (100 * x for x in o.loss_interval)
+    return [
+        f"{o.speedup:.2f}×",
+        f"{in_time(recorded, scores, tau, times):.2f}×",
+        f"{100 * o.disagreement:.2f}%",
+        f"{100 * o.loss:+.2f} ± {(high - low) / 2:.2f}",
+    ]
 
 
 def hindsight_table(recorded: Recorded, signals: Sequence[Signal]) -> Table:
     """The highest speed-up of each signal within each rate of disagreement in HINDSIGHT, at the best τ in hindsight."""
     samples = calibration.Samples.independent(recorded)
-    table = Table(title="Speed-up in layers within a disagreement, with the best τ in hindsight")
-    for column in ("signal", *(f"{100 * d:g}%" for d in HINDSIGHT)):
-        table.add_column(column, justify="left" if column == "signal" else "right")
+    columns = ("signal", *(f"{100 * d:g}%" for d in HINDSIGHT))
+    table = empty_table(columns, "Speed-up in layers within a disagreement, with the best τ in hindsight")
     for signal in signals:
         scores = signal.scores(recorded)
         taus = np.unique(np.nanquantile(scores[:, :-1], np.linspace(0, 1, 500)))
         rows = [calibration.outcome(samples, scores, float(tau), signal) for tau in [0.0, *taus]]
         best = [max((r.speedup for r in rows if r.disagreement <= d), default=None) for d in HINDSIGHT]
-        table.add_row(signal_label(signal), *("–" if speed is None else f"{speed:.2f}×" for speed in best))
+        name = signal_label(signal.name, signal.lam)
+        table.add_row(name, *("–" if speed is None else f"{speed:.2f}×" for speed in best))
     return table
 
 
 def length_table(recorded: Recorded, tau: float, signal: Signal, times: Times) -> Table:
     """The outcome of the default signal and τ for each quarter of the samples, by number of tokens."""
     assert recorded.tokens is not None
-    table = Table(title="The default by length")
-    for column in ("tokens", "samples", "in layers", "in time", "differ", "loss ± 95%"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = empty_table(("tokens", "samples", *OUTCOME_COLUMNS), "The default by length", no_wrap=True)
     order = np.argsort(recorded.tokens, kind="stable")
     for part in np.array_split(order, min(4, len(order))):
         some = recorded.rows(part)
-        scores = signal.scores(some)
-        o = calibration.outcome(calibration.Samples.independent(some), scores, tau, signal)
-        low, high = (100 * x for x in o.loss_interval)
         assert some.tokens is not None
-        table.add_row(
-            f"{some.tokens.min()} to {some.tokens.max()}",
-            str(len(part)),
-            f"{o.speedup:.2f}×",
-            f"{in_time(some, scores, tau, times):.2f}×",
-            f"{100 * o.disagreement:.2f}%",
-            f"{100 * o.loss:+.2f} ± {(high - low) / 2:.2f}",
-        )
+        cells = _outcome_cells(some, signal.scores(some), tau, signal, times)
+        table.add_row(f"{some.tokens.min()} to {some.tokens.max()}", str(len(part)), *cells)
     return table
 
 
@@ -341,11 +333,6 @@ def unlike_lengths(tokens: NDArray[np.int64], calibrated: Sequence[float] | None
         f"the median text has {median:.0f} tokens, and {middle:.0f} in the calibration: the calibration's guarantees "
         "may not hold for these texts; see de3 calibrate"
     ]
-
-
-def signal_label(signal: Signal) -> str:
-    """Display name of a signal."""
-    return signal.name if signal.lam is None else f"EDR λ={signal.lam:g}"
 
 
 def plot(recorded: Recorded, curves: Sequence[Curve], path: Path, title: str) -> None:

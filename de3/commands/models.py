@@ -31,9 +31,7 @@ def models_list(store: StoreOption = Path("models")) -> None:
     from de3.model_store.store import Store
 
     models = Store(store)
-    table = Table()
-    for column in ("model", "labels", "layers", "precision", "default τ", "accuracy", "speed-up"):
-        table.add_column(column)
+    table = Table("model", "labels", "layers", "precision", "default τ", "accuracy", "speed-up")
     for name in models.names():
         try:
             m = models.open(name).manifest
