@@ -6,7 +6,7 @@ nearly a bag of words, so a file of records is user data.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,7 @@ class Records:
 
     def part(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> "Records":
         """The records at these rows."""
-        return Records(
-            *(self.base, self.states[rows], self.logits[rows], self.shares[rows], self.keys[rows]),
-            *(self.numbers[rows], self.clients[rows], self.names, self.texts),
-        )
+        return replace(self, **{name: getattr(self, name)[rows] for name in _SHAPES})
 
     def check(self, base: str, num_layers: int, hidden: int, labels: int) -> None:
         """Raise ValueError unless these are records of a model with this base and these sizes."""

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from de3.data.examples import Example
 from de3.data.split import Split
-from de3.data.tables import SEPARATOR, TextOrPair
+from de3.data.tables import SEPARATOR, pair_of
 
 MAX_LABELS = 1000
 FEW = 5  # a label with fewer rows gets a warning
@@ -97,7 +97,7 @@ def unknown_tokens(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[st
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    texts = [text for example in examples[:2000] for text in _texts(example.text)]
+    texts = [text for example in examples[:2000] for text in pair_of(example.text) if text is not None]
     ids = [i for one in tokenizer.encode_batch(texts, add_special_tokens=False) for i in one.ids]
     if not ids:
         raise ValueError(
@@ -117,10 +117,6 @@ def _unknown(tokenizer: Tokenizer) -> int | None:
     model = json.loads(tokenizer.to_str())["model"]
     token = model.get("unk_token")
     return model.get("unk_id") if token is None else tokenizer.token_to_id(token)
-
-
-def _texts(text: TextOrPair) -> tuple[str, ...]:
-    return text if isinstance(text, tuple) else (text,)
 
 
 def _is_number(label: str) -> bool:

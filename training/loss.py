@@ -38,15 +38,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return flat.view(logits.shape[:2]).mean(0)
 
 
-def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Binary cross-entropy of a multi-label model, summed over labels, averaged over the batch.
-
-    logits, wanted (target probabilities): (batch, …, num_labels). The result has the dimensions between batch and
-    num_labels.
-    """
-    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(-1).mean(0)
-
-
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T²·KL(teacher ‖ exit) of every exit, shape (exits,), averaged over the batch.
 
@@ -70,13 +61,15 @@ def total(
 ) -> Tensor:
     """Σ w_m·(CE_m + α·DAR_m) (Eq. 6), a scalar; with a teacher, CE becomes (1−d)·CE + d·distillation.
 
-    labels: classes, (batch,), or for a multi-label model, whose CE is binary, the correct labels, (batch, num_labels)
-    bool. weights: (exits,). distill: d. For the other shapes, see `cross_entropy`, `dar` and `distillation`.
+    labels: classes, (batch,), or for a multi-label model, whose CE is binary and summed over labels, the correct
+    labels, (batch, num_labels) bool. weights: (exits,). distill: d. For the other shapes, see `cross_entropy`, `dar`
+    and `distillation`.
     """
     if labels.ndim == 1:
         per_exit = cross_entropy(logits, labels)
     else:
-        per_exit = binary_cross_entropy(logits, labels[:, None].expand_as(logits).to(logits.dtype))
+        wanted = labels[:, None].expand_as(logits).to(logits.dtype)
+        per_exit = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(-1).mean(0)
     if teacher_logits is not None:
         per_exit = (1 - distill) * per_exit + distill * distillation(logits, teacher_logits, temperature)
     loss = (weights * per_exit).sum()

@@ -75,7 +75,7 @@ def train(
     pad_id = tokenizer.pad_token_id
 
     run = _Run(model, settings, train_data, pad_id, teacher_logits, out, identity)
-    weights = losses.layer_weights(model.config.exit_layers, settings.weights).numpy()
+    weights = run.weights.cpu().numpy()
     if resume:
         run.load()
     while run.epoch < settings.epochs:

@@ -80,8 +80,7 @@ def with_fields(*classes: type, without: Collection[str] = ()) -> Callable[[Comm
     """
 
     def decorate(command: Command) -> Command:
-        own = signature(command, eval_str=True).parameters.values()
-        parameters = [parameter for parameter in own if parameter.kind is not Parameter.VAR_KEYWORD]
+        parameters = []
         for field in [field for each in classes for field in signature(each).parameters.values()]:
             match get_args(field.annotation):
                 case [kind, OptionInfo() as info] if field.name not in without:
@@ -89,14 +88,16 @@ def with_fields(*classes: type, without: Collection[str] = ()) -> Callable[[Comm
                     if isinstance(info.show_default, str):
                         option = option.replace(annotation=Annotated[kind | None, info], default=None)
                     parameters.append(option)
-        declare(command, parameters)
+        add_parameters(command, parameters)
         return command
 
     return decorate
 
 
-def declare(command: Callable[..., Any], parameters: Sequence[Parameter]) -> None:
-    """Give a command these parameters: typer reads its options from the signature and the annotations."""
+def add_parameters(command: Callable[..., Any], more: Sequence[Parameter]) -> None:
+    """Replace **options of a command with parameters: typer reads options from the signature and the annotations."""
+    own = signature(command, eval_str=True).parameters.values()
+    parameters = [parameter for parameter in own if parameter.kind is not Parameter.VAR_KEYWORD] + [*more]
     command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 import typer
 
-from de3.commands.options import console, declare
+from de3.commands.options import add_parameters, console
 from de3.model_store.architecture import precision_of
 from de3.server.settings import OTHER_VARIABLES, Settings, option, unknown_variables, variable
 
@@ -17,7 +17,30 @@ if TYPE_CHECKING:
 
 
 def serve(
-    context: typer.Context, names: list[str], demo: bool, quantize: str, cache_gb: float, **values: Any
+    context: typer.Context,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Models to serve: names in the store, folders of Hugging Face classifiers, or ids of the Hugging Face "
+            "hub (id@revision). The first answers requests that name none.",
+        ),
+    ] = None,
+    quantize: Annotated[
+        str, typer.Option(help="Precision of Hugging Face classifiers: int8, or none for fp32.")
+    ] = "int8",
+    cache_gb: Annotated[
+        float,
+        typer.Option(
+            envvar="DE3_CACHE_GB",
+            help="Size limit, in GB, of the cache of converted classifiers (in DE3_CACHE or ~/.cache/de3).",
+            min=0,
+        ),
+    ] = 20.0,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Serve the demo model that is part of de3, instead of a store.")
+    ] = False,
+    **values: Any,
 ) -> None:
     """Serve models over HTTP: POST /classify, GET /docs, /metrics, /ready.
 
@@ -102,25 +125,4 @@ def _parameter(name: str) -> Parameter | None:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-_demo = typer.Option("--demo", help="Serve the demo model that is part of de3, instead of a store.")
-_names = typer.Argument(
-    metavar="[NAME]...",
-    help="Models to serve: names in the store, folders of Hugging Face classifiers, or ids of the Hugging Face hub "
-    "(id@revision). The first answers requests that name none.",
-    show_default=False,
-)
-_quantize = typer.Option(help="Precision of Hugging Face classifiers: int8, or none for fp32.")
-_cache_gb = typer.Option(
-    envvar="DE3_CACHE_GB",
-    help="Size limit, in GB, of the cache of converted classifiers (in DE3_CACHE or ~/.cache/de3).",
-    min=0,
-)
-_parameters = [
-    Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
-    Parameter("names", Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, _names]),
-    Parameter("quantize", Parameter.KEYWORD_ONLY, default="int8", annotation=Annotated[str, _quantize]),
-    Parameter("cache_gb", Parameter.KEYWORD_ONLY, default=20.0, annotation=Annotated[float, _cache_gb]),
-    Parameter("demo", Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _demo]),
-    *(parameter for name in Settings.model_fields if (parameter := _parameter(name)) is not None),
-]
-declare(serve, _parameters)
+add_parameters(serve, [p for name in Settings.model_fields if (p := _parameter(name)) is not None])
