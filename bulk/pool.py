@@ -11,6 +11,7 @@ from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import Any, Protocol
 
+from de3.bulk.source import chars_of
 from de3.client import Client, Input, Options, ServerError
 from de3.columns import Answers
 from de3.library import Classifier
@@ -185,7 +186,7 @@ def _batches(texts: Sequence[Input]) -> Iterator[tuple[int, Sequence[Input]]]:
     """Yield batches of texts, each small enough for one request, with the index of its first text."""
     start, chars = 0, 0
     for index, text in enumerate(texts):
-        size = len(text) if isinstance(text, str) else sum(map(len, text))
+        size = chars_of(text)
         if index > start and (index - start == MAX_BATCH or chars + size > MAX_BATCH_CHARS):
             yield start, texts[start:index]
             start, chars = index, 0

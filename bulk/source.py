@@ -49,6 +49,13 @@ class Slice:
     rows: int = 0
     chars: int = 0
 
+    def add(self, text: Input, number: int, where: str) -> None:
+        """Add a text, without its kept columns."""
+        self.texts.append(text)
+        self.numbers.append(number)
+        self.places.append(where)
+        self.chars += chars_of(text)
+
     def refuse(self, number: int, where: str, reason: str, content: object) -> None:
         """Add a row that cannot be classified. content: the row or its text, of which the beginning is kept."""
         shown = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
@@ -107,11 +114,9 @@ class Source:
                     raise ValueError(f"{where}: no column {unknown[0]!r}; it has {_list(row)}: set --keep")
                 is_first = False
                 kept = row if self._keep is None else {name: row.get(name) for name in self._keep}
-                one.texts.append(text)
-                one.numbers.append(number)
-                one.places.append(where)
+                one.add(text, number, where)
                 one.kept.append(kept)
-                one.chars += _chars(text) + sum(map(_size, kept.values()))
+                one.chars += sum(map(_size, kept.values()))
             one.rows += 1
             number += 1
             if one.rows >= SLICE_ROWS or one.chars >= SLICE_CHARS:
@@ -176,10 +181,7 @@ class Source:
                     row = {}
                 one.refuse(number + offset, where, str(error), {**row, self._columns.text: texts[0][index]})
                 continue
-            one.texts.append(text)
-            one.numbers.append(number + offset)
-            one.places.append(where)
-            one.chars += _chars(text)
+            one.add(text, number + offset, where)
             stay.append(index)
         one.refused.sort(key=lambda refused: refused.row)
         one.kept = kept if len(stay) == rows else _taken(kept, stay)
@@ -306,7 +308,8 @@ def _list(names: Any) -> str:
     return ", ".join(map(repr, names))[:SHOWN]
 
 
-def _chars(text: Input) -> int:
+def chars_of(text: Input) -> int:
+    """The number of characters of a text or pair."""
     return len(text) if isinstance(text, str) else sum(map(len, text))
 
 

@@ -173,7 +173,7 @@ def load_examples(
     ]
 
 
-def check_apart(
+def check_disjoint(
     tune: Sequence[Example], certify: Sequence[Example], tune_file: Path, certify_file: Path
 ) -> None:
     """Raise ValueError if the share of the certifying texts that are also in the tuning file is above MAX_SHARED."""

@@ -4,8 +4,6 @@ A logistic regression per exit, on held-out samples. It needs no labels: the tar
 or with the original model where its answers are known.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +13,7 @@ from de3.exits.signals import Risk, Weights
 Floats = NDArray[np.float64]
 RIDGE = 0.01  # on standardized weights; the loss is summed over samples
 MAX_STEPS = 100
+FOLDS = 5  # of cross-fitting
 MIN_SPREAD = (
     1e-4  # relative to 1 + |mean|; features that vary less are not used, as weights are divided by the spread
 )
@@ -30,21 +29,19 @@ def fit(recorded: Recorded) -> Risk:
     return Risk(tuple(weights))
 
 
-def cross_fit(
-    recorded: Recorded, groups: Sequence[int] | NDArray[np.int64] | None = None, folds: int = 5
-) -> Floats:
+def cross_fit(recorded: Recorded, groups: NDArray[np.int64] | None = None) -> Floats:
     """Cross-fitted scores, (n, exits): each sample is scored by a risk that was fitted without its group.
 
     Scores are NaN at the last exit, and at every exit if all samples are in one group.
 
-    groups: the group of each sample, (n,); if None, every sample is its own group. folds: number of parts into which
-    the groups are divided; each part is scored by a risk that was fitted on the others.
+    groups: the group of each sample, (n,); if None, every sample is its own group. The groups are divided into FOLDS
+    parts; each part is scored by a risk that was fitted on the others.
     """
     n = len(recorded.labels)
-    group = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    fold = np.random.default_rng(0).permutation(int(group.max()) + 1)[group] % folds
+    group = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+    fold = np.random.default_rng(0).permutation(int(group.max()) + 1)[group] % FOLDS
     scores = np.full(recorded.logits.shape[:2], np.nan)
-    for k in range(folds):
+    for k in range(FOLDS):
         inside = fold == k
         if inside.any() and not inside.all():
             scores[inside] = fit(recorded.rows(~inside)).scores(recorded.rows(inside))

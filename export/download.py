@@ -211,9 +211,9 @@ class _Transfer:
                 return
             except httpx.RequestError as error:
                 if not received:
-                    said = f"{type(error).__name__}: {error!s:.200}"
+                    reason = f"{type(error).__name__}: {error!s:.200}"
                     raise HubError(
-                        f"{what} cannot be read from the hub ({said}): check the name, the network and HF_ENDPOINT"
+                        f"{what} cannot be read from the hub ({reason}): check the name, the network and HF_ENDPOINT"
                     ) from None
                 await asyncio.sleep(RETRY_S)
 

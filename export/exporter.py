@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from de3.data.examples import Example, check_apart, with_original
+from de3.data.examples import Example, check_disjoint, with_original
 from de3.exits.calibration import paired_interval
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule, exit_index
@@ -79,7 +79,7 @@ def export(
     opened = Checkpoint(checkpoint)
     tune, certify = opened.held_out("tune", tune_file), opened.held_out("certify", certify_file)
     if tune_file or certify_file:  # the parts held out by training are disjoint
-        check_apart(
+        check_disjoint(
             tune,
             certify,
             tune_file or checkpoint / "tune.jsonl",

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
@@ -41,8 +42,7 @@ def fetch(
     served; with FILES, OldFormError if only transformers can read its files.
     """
 
-    def check(sizes: Mapping[str, int]) -> None:
-        _check_files(name, sizes, patterns)
+    check = partial(_check_files, name, patterns=patterns)
 
     def check_config(folder: Path) -> None:
         describe(name, read_config(folder / CONFIG), label_names, multi_label)
@@ -121,7 +121,7 @@ def _matching(names: Iterable[str], patterns: Collection[str]) -> list[str]:
     return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
-def _check_files(name: str, sizes: Mapping[str, int], patterns: Collection[str]) -> None:
+def _check_files(name: str, sizes: Mapping[str, int], *, patterns: Collection[str]) -> None:
     """Raise ValueError if a file is missing, or too large to be downloaded or hashed. sizes: bytes by file."""
     try:
         check_files(name, sizes)

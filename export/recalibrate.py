@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from de3.data.examples import check_apart, check_input, load_examples
+from de3.data.examples import check_disjoint, check_input, load_examples
 from de3.export import records
 from de3.export.calibrate import Calibrated, CalibrationPart, calibrate
 from de3.export.record import record
@@ -44,7 +44,7 @@ def recalibrate(
     )
     for file, examples in ((tune_file, tune), (certify_file, certify)):
         check_input(examples, artifact.manifest.input, str(file))
-    check_apart(tune, certify, tune_file, certify_file)
+    check_disjoint(tune, certify, tune_file, certify_file)
     model = Model(artifact, "onnxruntime")
     parts = [
         CalibrationPart.of(record(model, part, f"the {what} samples"), part)

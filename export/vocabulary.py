@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -37,8 +37,7 @@ def tokenizer_of(files: Mapping[str, bytes], options: Mapping[str, Any], family:
 
 
 def _is_one_of(family: type[Encoder], types: tuple[str, ...]) -> bool:
-    known = family.model_fields["type"].annotation
-    return bool(set(types) & set(getattr(known, "__args__", ())))
+    return not set(types).isdisjoint(get_args(family.model_fields["type"].annotation))
 
 
 def _word_piece(vocabulary: bytes, options: Mapping[str, Any]) -> bytes:

@@ -20,7 +20,7 @@ SHARDS = "model-*-of-*.safetensors"
 MAX_SHARDS, MAX_TENSORS = 1000, 20_000
 MAX_HEADER_BYTES = 2**24
 MAX_ELEMENTS = 2**29  # of a weight
-READ_TYPES = {"F32": 4, "F16": 2, "BF16": 2}
+READ_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # NumPy has no bfloat16
 # Buffers, and parts of the encoder that a classifier does not use.
 UNUSED = ("position_ids", "token_type_ids", "inv_freq", "pooler.dense.weight", "pooler.dense.bias")
 
@@ -84,8 +84,7 @@ class _Tensor:
             )
         if not 1 <= len(self.shape) <= 2 or min(self.shape) < 1 or prod(self.shape) > MAX_ELEMENTS:
             raise ValueError(f"its weight {name} has the shape {list(self.shape)[:10]}")
-        kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[self.dtype]
-        values = np.fromfile(self.path, kind, prod(self.shape), offset=self.at)
+        values = np.fromfile(self.path, READ_TYPES[self.dtype], prod(self.shape), offset=self.at)
         if self.dtype == "BF16":  # the upper half of a float32
             values = (values.astype(np.uint32) << 16).view(np.float32)
         array = values.astype(np.float32, copy=False).reshape(self.shape)

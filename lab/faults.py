@@ -21,10 +21,11 @@ from tempfile import TemporaryDirectory
 
 from de3.loadtest.client import post
 from de3.loadtest.metrics import Metrics
-from de3.loadtest.servers import ours, reload, running
+from de3.loadtest.servers import ours, running
 from de3.loadtest.texts import Sample
 from de3.model_store.store import Store, StoreError
 from de3.server.processes.supervisor import ENDS_S, MAX_ENDS
+from lab.soak import reload
 
 KEY = "an-admin-key-for-faults"
 TIMEOUT_S = 60.0

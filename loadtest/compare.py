@@ -231,17 +231,12 @@ class Comparison:
         """Ratios of our results to the peers', by name: median and range over the rounds, as text."""
         ours, ratios = self.servers[0].name, {}
         rows = self.results["saturation"]
-        for peer in self._peers():
-            pairs = zip(rows[ours], rows[peer.name], strict=True)
-            ratios[f"throughput, {ours} / {peer.name}"] = report.spread(
-                [a["answers_per_s"] / b["answers_per_s"] for a, b in pairs]
-            )
-        for name in rows:
-            if name.startswith("de3") and name != ours:
-                pairs = zip(rows[name], rows[best.name], strict=True)
-                ratios[f"throughput, {name} / {best.name}"] = report.spread(
-                    [a["answers_per_s"] / b["answers_per_s"] for a, b in pairs]
-                )
+        pairs = [(ours, peer.name) for peer in self._peers()]
+        pairs += [(name, best.name) for name in rows if name.startswith("de3") and name != ours]
+        for name, peer in pairs:
+            both = zip(rows[name], rows[peer], strict=True)
+            values = [a["answers_per_s"] / b["answers_per_s"] for a, b in both]
+            ratios[f"throughput, {name} / {peer}"] = report.spread(values)
         for what, group in (("latency", "all"), ("mixed", "short"), ("mixed", "long")):
             servers = self.results[what]["servers"]
             for q in ("p50", "p99"):

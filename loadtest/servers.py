@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 from de3.loadtest.client import Target, label_of
 from de3.model_store.store import Artifact
@@ -312,13 +312,6 @@ def running(server: Server, port: int, log: Path, in_session: bool = False) -> I
         with suppress(ProcessLookupError):  # workers that outlive the server would keep the port
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def reload(url: str, model: str, admin_key: str) -> None:
-    """Reload a model of our running server; raises OSError if that fails."""
-    headers = {"Authorization": f"Bearer {admin_key}", "Content-Type": "application/json"}
-    with urlopen(Request(f"{url}/v1/models/{model}/load", b"{}", headers), timeout=60):
-        pass
 
 
 def _answers(url: str) -> bool:

@@ -49,7 +49,7 @@ class ForwardPass:
     logits: Array = field(init=False)
     distances: Array = field(init=False)
 
-    def be_cautious(self) -> None:
+    def mark_ood(self) -> None:
         """Mark the sample as out of distribution, and multiply its τ by `tau_factor`."""
         self.is_far, self.rule = True, replace(self.rule, tau=self.rule.tau * self.tau_factor)
 
@@ -114,7 +114,7 @@ class LayerByLayer:
     def _step(self, one: ForwardPass, far: NDArray[np.float64] | None) -> None:
         layer, rule = one.layer, one.rule
         segment = self._segments[layer]
-        # At τ = 0 only the deepest exit is needed. A τ that `be_cautious` multiplied is 0 only if it was 0 before.
+        # At τ = 0 only the deepest exit is needed. A τ that `mark_ood` multiplied is 0 only if it was 0 before.
         asked = segment.is_exit and (rule.tau > 0 or one.ask_all or layer == one.deepest)
         step = segment.embed(one.tokens, asked) if one.hidden is None else segment.run(one.hidden, asked)
         one.hidden, one.layer = step.hidden, layer + 1
@@ -127,7 +127,7 @@ class LayerByLayer:
         reading.score = rule.signal.score(one.readings)
         is_far = far is not None and reading.nearest is not None and reading.nearest > far[layer]
         if is_far and not one.is_far:
-            one.be_cautious()
+            one.mark_ood()
         if layer == len(self._segments) - 1:
             one.exit("last_layer")
         elif one.rule.exits(reading.score):
@@ -184,7 +184,7 @@ class NativeForward:
         """Record the kernels' decision. rows: the readings, as `reading_list` in `native/python.c` returns them."""
         p.readings = [_reading(p, *row) for row in rows]
         if is_far:
-            p.be_cautious()
+            p.mark_ood()
         if layer == self._shape[0] - 1:
             p.exit("last_layer")
         else:

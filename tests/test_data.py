@@ -12,7 +12,7 @@ from de3.data import split as splits
 from de3.data import tables
 from de3.data.examples import (
     Example,
-    check_apart,
+    check_disjoint,
     label_order,
     load_examples,
     rename,
@@ -161,9 +161,9 @@ def test_data_that_cannot_be_split_say_so(texts: list[str], held_back: int | Non
 
 def test_at_most_a_twentieth_of_the_certifying_texts_may_have_been_tuned_on() -> None:
     tune, others = ([Example(f"{name}{i}", 0) for i in range(100)] for name in "tc")
-    check_apart(tune, [tune[0], *others[:19]], Path("t"), Path("c"))
+    check_disjoint(tune, [tune[0], *others[:19]], Path("t"), Path("c"))
     with pytest.raises(ValueError, match="c: 2 of its texts are in t"):
-        check_apart(tune, [*tune[:2], *others[:18]], Path("t"), Path("c"))
+        check_disjoint(tune, [*tune[:2], *others[:18]], Path("t"), Path("c"))
 
 
 def test_groups_and_fragments_come_back(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def neighbours(
     """For each word in `texts`, the k nearest other words in `texts`, by cosine similarity of their embeddings.
 
     table: the encoder's word embeddings, (vocabulary, width). Only alphabetic words that are a single token are
-    considered. Neighbours are synonyms and antonyms alike; the teacher tells them apart.
+    considered. Neighbours are nearest_words and antonyms alike; the teacher tells them apart.
     """
     ids_of = {w: tokenizer.encode(w, add_special_tokens=False) for t in texts for w in _words(t)}
     words = [w for w, ids in ids_of.items() if len(ids) == 1 and w.isalpha()]
@@ -37,11 +37,11 @@ def neighbours(
 
 
 def augment(
-    examples: Sequence[Example], near: dict[str, list[str]], copies: int, seed: int
+    examples: Sequence[Example], nearest_words: dict[str, list[str]], copies: int, seed: int
 ) -> list[TextOrPair]:
     """`copies` altered texts per example: words are replaced or deleted.
 
-    Half of the single texts are first joined to another text of the data. near: the result of `neighbours`.
+    Half of the single texts are first joined to another text of the data. nearest_words: the result of `neighbours`.
     """
     rng = random.Random(seed)
 
@@ -49,8 +49,8 @@ def augment(
         words = []
         for word in text.split():
             chance = rng.random()
-            if chance < REPLACED and near.get(word):
-                words.append(rng.choice(near[word]))
+            if chance < REPLACED and nearest_words.get(word):
+                words.append(rng.choice(nearest_words[word]))
             elif chance < 1 - DELETED:
                 words.append(word)
         return " ".join(words) or text

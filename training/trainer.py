@@ -304,8 +304,8 @@ def altered(
 ) -> list[Example]:
     """Altered copies of examples, with the label 0 until the teacher labels them."""
     table = model.encoder.get_input_embeddings().weight.detach()
-    near = augment.neighbours([e.text for e in examples], tokenizer, table)
-    texts = augment.augment(examples, near, settings.augment, settings.seed)
+    nearest_words = augment.neighbours([e.text for e in examples], tokenizer, table)
+    texts = augment.augment(examples, nearest_words, settings.augment, settings.seed)
     return [Example(text, 0) for text in texts]
 
 
