@@ -296,11 +296,9 @@ def _bytes(array: Any) -> int:
 
 def _beginning(array: Any) -> str:
     """The first characters of the only text in an array; "" if it is of another type."""
-    value = (
-        None
-        if isinstance(array, pyarrow_module().ListArray | pyarrow_module().StructArray)
-        else array[0].as_py()
-    )
+    if isinstance(array, pyarrow_module().ListArray | pyarrow_module().StructArray):
+        return ""
+    value = array[0].as_py()
     return value[:SHOWN] if isinstance(value, str) else ""
 
 

@@ -193,10 +193,11 @@ def input_of(examples: Sequence[Example]) -> str:
 def check_input(examples: Sequence[Example], expected: str | None, where: str) -> None:
     """Raise ValueError for single texts if the model takes pairs, or vice versa; if `expected` is None, do nothing."""
     if expected is not None and input_of(examples) != expected:
-        hint = (
-            "give --pair-column, the column of the second text"
-            if expected == "pair"
-            else "drop --pair-column"
-        )
-        takes, has = ("pairs of texts", "single texts") if expected == "pair" else ("single texts", "pairs")
+        takes, has, hint = "single texts", "pairs", "drop --pair-column"
+        if expected == "pair":
+            takes, has, hint = (
+                "pairs of texts",
+                "single texts",
+                "give --pair-column, the column of the second text",
+            )
         raise ValueError(f"{where}: the model was trained on {takes}, and these are {has}: {hint}")

@@ -91,12 +91,8 @@ def records(path: Path, columns: Columns, keeps_bad: bool = False) -> Iterator[t
 
 def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
     suffix, delimiter = path.suffix, columns.delimiter
-    if delimiter is None and suffix not in (
-        ".tsv",
-        ".csv",
-        ".jsonl",
-        *([".txt"] if columns.label is None else []),
-    ):
+    known = (".tsv", ".csv", ".jsonl", *([".txt"] if columns.label is None else []))
+    if delimiter is None and suffix not in known:
         if suffix == ".txt":
             raise ValueError(
                 f"{path}: a .txt file has no columns: leave out the label column, or give a .tsv file"

@@ -383,10 +383,9 @@ class Guarantee:
         match = np.flatnonzero(evidence.taus == saved.tau)
         wealth, differing = list(saved.detector), np.array(saved.recent, np.float64)
         fits = len(match) == 1 and len(wealth) == len(self._detector.wealth)
-        fits &= differing.shape == evidence.taus.shape and bool(
-            (differing <= saved.weight * (1 + 1e-9)).all()
-        )
-        if not fits or min(wealth) < 0 or not (differing >= 0).all():
+        fits &= differing.shape == evidence.taus.shape
+        is_possible = (differing >= 0).all() and (differing <= saved.weight * (1 + 1e-9)).all()
+        if not fits or min(wealth) < 0 or not is_possible:
             raise ValueError("the saved guarantee does not match the τ grid")
         self.evidence, self.proved, self._why = evidence, int(match[0]), saved.reason
         self._detector.wealth = wealth

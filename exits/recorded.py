@@ -9,13 +9,8 @@ from numpy.typing import NDArray
 
 from de3.exits import formulas
 
-ARRAYS = (
-    "logits",
-    "distances",
-    "labels",
-    "tokens",
-    "original",
-)  # fields of Recorded with a row for each sample
+# Fields of Recorded with a row for each sample.
+ARRAYS = ("logits", "distances", "labels", "tokens", "original")
 MIN_TOLERANCE, MAX_TOLERANCE = 1e-3, 1e9  # of a regression model
 
 

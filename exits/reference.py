@@ -23,7 +23,7 @@ BINS = 10  # bins of the PSI
 DIGITS = 6
 
 
-def quantiles(values: NDArray[np.floating]) -> list[float]:
+def quantiles(values: NDArray[np.floating] | NDArray[np.integer]) -> list[float]:
     """The quantiles at LEVELS of samples (n,), rounded to DIGITS."""
     return [round(float(x), DIGITS) for x in np.quantile(np.asarray(values, np.float64), LEVELS)]
 

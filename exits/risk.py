@@ -14,9 +14,8 @@ Floats = NDArray[np.float64]
 RIDGE = 0.01  # on standardized weights; the loss is summed over samples
 MAX_STEPS = 100
 FOLDS = 5  # of cross-fitting
-MIN_SPREAD = (
-    1e-4  # relative to 1 + |mean|; features that vary less are not used, as weights are divided by the spread
-)
+# Relative to 1 + |mean|; features that vary less are not used, as weights are divided by the spread.
+MIN_SPREAD = 1e-4
 
 
 def fit(recorded: Recorded) -> Risk:

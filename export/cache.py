@@ -22,9 +22,8 @@ from de3.model_store.store import Artifact, Store, StoreError
 FORMAT = 1  # format of the artifacts that classifier.py writes; changing it invalidates the cache
 MAX_MESSAGE = 500
 PROOF, USED = ".proof", ".used"
-_used: dict[
-    Path, int
-] = {}  # open files, whose locks keep artifacts that this process uses from being removed
+# Open files, whose locks keep artifacts that this process uses from being removed.
+_used: dict[Path, int] = {}
 
 
 def cache_folder() -> Path:

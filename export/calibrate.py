@@ -103,24 +103,23 @@ def calibrate(
         tables[signal.name] = calibration.trade_off(samples, signal, FINE_TAUS, scores)
     default = calibration.within_loss(tables[name], max_loss)
     samples = joined([tune.whole, certify.whole]) if pooled else certify.whole
+    recorded = samples.recorded
     _report(tables, default, samples, self_labelled)
     calibrated = Calibration.model_validate(
         {
             "tune_size": len(tune.samples.recorded.labels),
-            "certify_size": len(samples.recorded.labels),
+            "certify_size": len(recorded.labels),
             "groups": samples.num_groups,
             "max_loss": max_loss,
             "self_labelled": self_labelled,
             "original_disagreement": None
-            if samples.recorded.original is None
-            else round(float(samples.recorded.differs[:, -1].mean()), 6),
-            "exit_accuracy": samples.recorded.correct.mean(0).tolist(),
+            if recorded.original is None
+            else round(float(recorded.differs[:, -1].mean()), 6),
+            "exit_accuracy": recorded.correct.mean(0).tolist(),
             "default": rounded(default),
             "table": [rounded(row) for table in tables.values() for row in table],
-            "references": references(samples.recorded),
-            "tokens": None
-            if samples.recorded.tokens is None
-            else quantiles(samples.recorded.tokens.astype(np.float64)),
+            "references": references(recorded),
+            "tokens": None if recorded.tokens is None else quantiles(recorded.tokens),
         }
     )
     defaults = Defaults.model_validate({"tau": default.tau, "signal": default.signal, "lam": default.lam})
@@ -225,17 +224,13 @@ def references(certified: Recorded) -> list[dict[str, Any]]:
     """Quantiles of each exit's signals on the certifying samples, as fields of a manifest's Reference."""
     references = []
     for j, layer in enumerate(certified.exit_layers):
-        reference: dict[str, Any] = {
+        has_prototypes = not np.isnan(certified.distances[0, j]).any()
+        reference = {
             "layer": layer,
-            "entropy": None,
-            "distance_ratio": None,
-            "nearest": None,
+            "entropy": quantiles(certified.entropy[:, j]) if certified.tolerance is None else None,
+            "distance_ratio": quantiles(certified.distance_ratio[:, j]) if has_prototypes else None,
+            "nearest": quantiles(certified.distances[:, j].min(-1)) if has_prototypes else None,
         }
-        if certified.tolerance is None:
-            reference["entropy"] = quantiles(certified.entropy[:, j])
-        if not np.isnan(certified.distances[0, j]).any():
-            reference["distance_ratio"] = quantiles(certified.distance_ratio[:, j])
-            reference["nearest"] = quantiles(certified.distances[:, j].min(-1))
         references.append(reference)
     return references
 

@@ -4,7 +4,7 @@ The classifier's files may come from the hub, so they are untrusted.
 """
 
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors.numpy import save as save_tensors
 from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import build, weights
 from de3.export.vocabulary import tokenizer_of
-from de3.export.weights import INDEX, SHARDS, WEIGHTS, StateFile
+from de3.export.weights import INDEX, SHARDS, WEIGHTS
 from de3.model_store.architecture import Architecture, Head, Precision
 from de3.model_store.families import family_named
 from de3.model_store.families.encoder import Config, Encoder, StockHead
@@ -228,10 +228,6 @@ class Stock:
             }
         )
 
-    def weights(self) -> AbstractContextManager[StateFile]:
-        """Context manager that opens the weights; see `weights.opened`."""
-        return weights.opened(self.folder, self.description.family.PREFIX)
-
 
 def convert(stock: Stock, store: Store, model: str, precision: Precision, source: str | None = None) -> Path:
     """Write a classifier into a store as version 1 of a model; returns its folder.
@@ -242,7 +238,8 @@ def convert(stock: Stock, store: Store, model: str, precision: Precision, source
     published.
     """
     description = stock.description
-    with errors_of(stock.name), store.new_version(model) as draft, stock.weights() as state:
+    with errors_of(stock.name), store.new_version(model) as draft:
+        state = weights.opened(stock.folder, description.family.PREFIX)
         architecture = stock.architecture(precision)
         exits = {architecture.num_layers: stock.modules}
         for file, segment in build.segments(architecture, description.config, state, exits):

@@ -139,13 +139,12 @@ def certified(
     calibrated = calibrate(
         CalibrationPart.of(tuned, tune), certifying, settings.max_loss, settings.signal, self_labelled
     )
-    final = exported.manifest.model_copy(update=calibrated.fields())
+    final = Manifest.model_validate({**exported.manifest.model_dump(), **calibrated.fields()})
     if is_int8:
         whole = certifying.is_whole
         rule = ExitRule(final.defaults.tau, final.default_signal)
         proof["int8"]["same_exit"] = same_exit(recorded.rows(whole), expected.rows(whole), rule)
-    # Validate: model_copy does not.
-    return draft.publish(Manifest.model_validate({**final.model_dump(), "export": proof}))
+    return draft.publish(final.model_copy(update={"export": proof}))
 
 
 def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:

@@ -85,14 +85,8 @@ def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:
     """Publish an artifact's next version with this calibration; returns its folder."""
     with store.new_version(artifact.manifest.name) as draft:
         draft.write({name: artifact.read(name) for name in artifact.manifest.files})
-        manifest = artifact.manifest.model_copy(
-            update={
-                "version": draft.next_version(),
-                "created": int(time.time()),
-                **calibrated.fields(),
-            }
-        )
-        return draft.publish(Manifest.model_validate(manifest.model_dump()))
+        fields = {"version": draft.next_version(), "created": int(time.time()), **calibrated.fields()}
+        return draft.publish(Manifest.model_validate({**artifact.manifest.model_dump(), **fields}))
 
 
 def _warn_of_full_depth(artifact: Artifact) -> None:

@@ -61,7 +61,8 @@ class Trained:
         for i, layer in enumerate(architecture.prototype_layers):
             exits[layer]["space"] = f"prototypical.{i}"
         folder = self.checkpoint.folder
-        with errors_of(str(folder)), weights.opened(folder, "encoder.") as state:
+        with errors_of(str(folder)):
+            state = weights.opened(folder, "encoder.")
             yield from build.segments(architecture, self.checkpoint.config.encoder, state, exits)
             state.check_all_read((PROTOTYPES, SEEN))
         tensors = {f"layer_{layer:02}": array for layer, array in self.prototypes.items()}

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -93,36 +92,32 @@ class _Tensor:
         return array
 
 
-@contextmanager
-def opened(folder: Path, prefix: str) -> Iterator[StateFile]:
-    """Open the weights in a folder; the files stay open in the context. Raises ValueError for unusable files.
+def opened(folder: Path, prefix: str) -> StateFile:
+    """Open the weights in a folder; raises ValueError for unusable files.
 
     prefix: prefix of the names of the encoder's weights.
     """
     tensors: dict[str, _Tensor] = {}
-    with ExitStack() as files:
-        for path in _weight_files(folder):
-            try:
-                with path.open("rb") as file:
-                    size = int.from_bytes(file.read(8), "little")
-                    if size > MAX_HEADER_BYTES:
-                        raise ValueError(
-                            f"its header has {size} bytes, at most {MAX_HEADER_BYTES} are allowed"
-                        )
-                    header = json.loads(file.read(size))
-                files.enter_context(safe_open(path, "numpy"))  # checks the header against the file
-            except (SafetensorError, OSError, ValueError) as error:
-                raise ValueError(f"its {path.name} cannot be read: {error}") from None
-            for key, entry in header.items():
-                if key != "__metadata__":
-                    # Old checkpoints use TensorFlow's names for the weights of a norm.
-                    name = key.replace("LayerNorm.gamma", "LayerNorm.weight")
-                    name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-                    begin = 8 + size + entry["data_offsets"][0]
-                    tensors[name] = _Tensor(path, entry["dtype"], tuple(entry["shape"]), begin)
-            if len(tensors) > MAX_TENSORS:
-                raise ValueError(f"it has more than {MAX_TENSORS} weights")
-        yield StateFile(tensors, prefix, set())
+    for path in _weight_files(folder):
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                if size > MAX_HEADER_BYTES:
+                    raise ValueError(f"its header has {size} bytes, at most {MAX_HEADER_BYTES} are allowed")
+                header = json.loads(file.read(size))
+            safe_open(path, "numpy")  # checks the header against the file
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"its {path.name} cannot be read: {error}") from None
+        for key, entry in header.items():
+            if key != "__metadata__":
+                # Old checkpoints use TensorFlow's names for the weights of a norm.
+                name = key.replace("LayerNorm.gamma", "LayerNorm.weight")
+                name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+                begin = 8 + size + entry["data_offsets"][0]
+                tensors[name] = _Tensor(path, entry["dtype"], tuple(entry["shape"]), begin)
+        if len(tensors) > MAX_TENSORS:
+            raise ValueError(f"it has more than {MAX_TENSORS} weights")
+    return StateFile(tensors, prefix, set())
 
 
 def _weight_files(folder: Path) -> list[Path]:

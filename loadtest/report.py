@@ -12,9 +12,8 @@ from rich.table import Table
 from de3.loadtest.client import Run, accuracy, quantile
 from de3.progress import empty_table
 
-console = Console(
-    stderr=True, width=None if sys.stderr.isatty() else 120
-)  # for progress; results go to stdout
+# For progress; results go to stdout.
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 
 def show(table: Table, width: int = 120) -> None:

@@ -277,13 +277,10 @@ class Manifest(Architecture):
         weights: list[Weights | None] = [None] * (self.num_layers + 1)
         for row in self.risk or []:
             weights[row.layer] = tuple(row.weights)
+        kind: Literal["classes", "labels"] = "classes" if self.thresholds is None else "labels"
         return ModelTraits(
             name=self.full_name,
-            answer="value"
-            if self.tolerance is not None
-            else "classes"
-            if self.thresholds is None
-            else "labels",
+            answer=kind if self.tolerance is None else "value",
             risk=None if self.risk is None else tuple(weights),
         )
 

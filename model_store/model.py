@@ -34,9 +34,8 @@ log = logging.getLogger("de3")
 MAX_NATIVE_DIFFERENCE = 0.1  # relative to the range of a layer's logits or distances
 MAX_STATES_DIFFERENCE = 0.2  # mean over a token's values, relative to the layer's standard deviation
 MIN_SPREAD = 0.2  # lower limit of the range of logits or distances, as they may be nearly equal for all texts
-MAX_PROOF_TOKENS = (
-    1024  # ONNX Runtime's memory grows with the square of a text's length: 3 GB for 8,192 tokens
-)
+# ONNX Runtime's memory grows with the square of a text's length: 3 GB for 8,192 tokens.
+MAX_PROOF_TOKENS = 1024
 PROOF = (
     ("a", None),
     ("It was not what we had hoped for , but 3 of the 12 rooms were fine .", None),

@@ -155,8 +155,5 @@ def _difference(node: Any, wanted: Any) -> str:
     attributes = {a.name: a for a in wanted.attribute}
     wrong = [a.name for a in node.attribute if attributes.pop(a.name, None) != a]
     fields = [f for f in ("domain", "input", "output") if getattr(node, f) != getattr(wanted, f)]
-    return (
-        repr(first[:100])
-        if (first := next(iter(fields + wrong + list(attributes)), ""))
-        else "order of attributes"
-    )
+    first = next(iter(fields + wrong + list(attributes)), "")
+    return repr(first[:100]) if first else "order of attributes"

@@ -67,15 +67,11 @@ class OnnxSegment:
         self._inputs = ["hidden"] if layer else ["input_ids"]
         if layer == 0 and manifest.token_types:
             self._inputs.append("token_type_ids")
-        self._outputs = ["next_hidden" if layer else "hidden"]
-        self._with_exit: dict[str, Any] = {}
-        self._without_exit: dict[str, Any] = {}
-        if self.is_exit:
-            self._outputs.append("logits")
-            self._with_exit["with_exit"], self._without_exit["with_exit"] = np.array(True), np.array(False)
+        self._outputs = ["next_hidden" if layer else "hidden", *(["logits"] if self.is_exit else [])]
+        self._prototypes: dict[str, Any] = {}
         if prototypes is not None:
             self._outputs.append("distances")
-            self._with_exit["prototypes"] = self._without_exit["prototypes"] = prototypes
+            self._prototypes["prototypes"] = prototypes
 
     def embed(self, tokens: Tokens, with_exit: bool) -> Step:
         """Run the embeddings (layer 0) and, if `with_exit`, their exit."""
@@ -87,7 +83,8 @@ class OnnxSegment:
         return self._run({"hidden": hidden}, with_exit)
 
     def _run(self, feed: dict[str, Any], with_exit: bool) -> Step:
-        feed.update(self._with_exit if with_exit else self._without_exit)
+        if self.is_exit:
+            feed |= {"with_exit": np.array(with_exit), **self._prototypes}
         values = self._session.run(self._outputs, feed)
         if not (with_exit and self.is_exit):
             return Step(values[0])

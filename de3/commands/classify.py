@@ -124,9 +124,8 @@ def classify(
         "latency_budget_ms": latency_budget_ms,
         "long": long,
     }
-    options: Any = {
-        name: value for name, value in given.items() if value is not None
-    }  # the engine checks them
+    # The engine checks them.
+    options: Any = {name: value for name, value in given.items() if value is not None}
     if file is not None and latency_budget_ms is not None:
         raise ValueError(
             "--latency-budget-ms: only for texts; for --file, choose --max-disagreement or --tau"
@@ -223,13 +222,10 @@ def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
             return artifact_of(name, store.absolute())
         except ValueError as error:
             hint = (
-                ""
-                if demo or (store / name.partition(":")[0]).exists()
-                else (
-                    f"; the store {store} has no model {name!r} either: set --store, or --demo for the demo model"
-                )
+                f"; the store {store} has no model {name!r} either: set --store, or --demo for the demo model"
             )
-            raise ValueError(f"{error}{hint}") from None
+            is_in_store = demo or (store / name.partition(":")[0]).exists()
+            raise ValueError(f"{error}{'' if is_in_store else hint}") from None
     try:
         names = list(Store(store).versions())
     except NoModelsError as error:

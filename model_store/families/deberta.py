@@ -234,11 +234,8 @@ def _table(config: Config, state: State) -> NDArray[np.float32]:
 
 def _row_numbers(config: Config, distances: int) -> NDArray[np.int32]:
     """The tables' rows for the offsets (query − key) from 1 − distances to distances − 1, as in transformers."""
-    offsets, span, buckets = (
-        np.arange(1 - distances, distances),
-        _span(config),
-        config.get("position_buckets", -1),
-    )
+    span, buckets = _span(config), config.get("position_buckets", -1)
+    offsets = np.arange(1 - distances, distances)
     if buckets > 0:
         half, most = buckets // 2, _farthest(config)
         far = np.abs(offsets)

@@ -19,9 +19,8 @@ from de3.model_store.part import MAX_INT, MAX_TOKENS, MAX_WIDTH, ManifestPart, W
 Config = Mapping[str, Any]  # config.json of transformers
 State = Mapping[str, NDArray[np.float32]]  # weights in float32, by their names in transformers' model
 Weights = dict[str, Array]
-Names = Mapping[
-    str, str | tuple[str, ...]
-]  # from our name of a weight to its module's name, or the names of several modules to concatenate
+# From our name of a weight to its module's name, or the names of several modules to concatenate.
+Names = Mapping[str, str | tuple[str, ...]]
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
@@ -61,9 +60,7 @@ class Encoder(ManifestPart, ABC):
     RETURNS_TYPES: ClassVar[bool] = False  # its tokenizers return token types by default
     FINAL_NORM: ClassVar[str] = ""  # name of the norm between a layer's hidden states and its exit
     IS_GATED: ClassVar[bool] = False  # its feed-forward networks have gates
-    IS_PRE_NORM: ClassVar[bool] = (
-        False  # its norms come before attention and the feed-forward network, not after
-    )
+    IS_PRE_NORM: ClassVar[bool] = False  # its norms precede attention and the feed-forward network
     HAS_POSITIONS: ClassVar[bool] = True  # it must have a table of positions; if False, it may have one
     HAS_TOKEN_TYPES: ClassVar[bool] = True  # it may have a table of token types
     HAS_PROJECTION: ClassVar[bool] = False  # the width of its embeddings may differ from hidden_size
