@@ -6,6 +6,7 @@ See `export.calibrate` for the choice of the signal, and for the samples that ea
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,13 +194,9 @@ def within_loss(table: Iterable[TradeOff], max_loss: float) -> TradeOff:
     The rows of one signal are tested in this order, which was fixed before the data were seen. The first that fails
     ends the sequence, so the confidence holds for the chosen row. τ = 0 always passes.
     """
-    chosen = None
-    for row in sorted(table, key=lambda r: r.tau):
-        if row.tau > 0 and upper_loss(row) >= max_loss:
-            break
-        chosen = row
-    assert chosen is not None
-    return chosen
+    ascending = sorted(table, key=lambda row: row.tau)
+    passes = takewhile(lambda row: not (row.tau > 0 and upper_loss(row) >= max_loss), ascending)
+    return list(passes)[-1]
 
 
 def speed_within(table: Iterable[TradeOff], disagreement: float) -> float:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 MIN_GAIN = 1.1  # least speed-up of a row of `under_load` relative to the previous one
@@ -28,12 +29,8 @@ class TradeOffs:
 
     def at_disagreement(self, most: float) -> Any:
         """The row of the largest τ up to which the measured disagreement is at most `most`."""
-        chosen = self.rows[0]
-        for row in self.rows[1:]:
-            if row.disagreement > most:
-                break
-            chosen = row
-        return chosen
+        within = takewhile(lambda row: not row.disagreement > most, self.rows[1:])
+        return [self.rows[0], *within][-1]
 
     def within_disagreement(self, most: float) -> Any:
         """The row of the largest τ whose disagreement is certified to be at most `most`; τ = 0 if none is."""

@@ -4,6 +4,7 @@ It has the nodes and weights of all segments in order, and the last layer's clas
 """
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,13 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
             return inputs.get(value, prefix + value if value else "")
 
         for node in plain:
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
+            copy = deepcopy(node)
             copy.name = ""
             copy.input[:] = [name(x) for x in node.input]
             copy.output[:] = [name(x) for x in node.output]
             nodes.append(copy)
         for weight in graph.initializer:
-            tensor = onnx.TensorProto()
-            tensor.CopyFrom(weight)
+            tensor = deepcopy(weight)
             tensor.name = prefix + weight.name
             weights.append(tensor)
         hidden = name("next_hidden" if layer else "hidden")
@@ -75,8 +74,7 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Returns a new model; an fp32 model is copied unchanged.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     nodes = result.graph.node
     made_by = {name: node for node in nodes for name in node.output}
     taken_by: dict[str, list[onnx.NodeProto]] = {}
@@ -159,8 +157,7 @@ def dequantize(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(helper.make_node("Attention", inputs, [out], domain=node.domain, num_heads=heads))
         else:
             nodes.append(node)
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     del result.graph.initializer[:]
     result.graph.initializer.extend(
         numpy_helper.from_array(np.asarray(weights.get(name, array), order="C"), name)

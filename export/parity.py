@@ -15,14 +15,14 @@ from de3.training.checkpoint import Checkpoint
 from de3.training.encoded import encode
 
 MAX_FP32_DIFFERENCE = 1e-3
+SPREAD = 48  # samples, of all lengths
 
 
-def parity_samples(examples: Sequence[Example], model: Model, count: int = 48) -> list[Example]:
+def parity_samples(examples: Sequence[Example], model: Model) -> list[Example]:
     """Examples of many lengths up to max_tokens: a spread of the given ones, and longer ones joined from them."""
     by_length = sorted(examples, key=lambda e: len(repr(e.text)))
-    chosen = [
-        by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)
-    ]
+    count = min(SPREAD, len(by_length))
+    chosen = [by_length[i] for i in np.linspace(0, len(by_length) - 1, count).astype(int)]
     long = " ".join(e.text if isinstance(e.text, str) else e.text[0] for e in by_length[::-1][:400])
     limit = model.manifest.max_tokens
     return chosen + [Example(long[: 3 * n], 0) for n in (64, 128, 256, 512) if n < limit] + [Example(long, 0)]

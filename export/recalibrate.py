@@ -20,30 +20,18 @@ SEED = 0
 
 
 def recalibrate(
-    artifact: Artifact,
-    store: Store,
-    tune_file: Path,
-    certify_file: Path,
-    max_loss: float,
-    signal: str = "auto",
+    artifact: Artifact, store: Store, tune_file: Path, certify_file: Path, max_loss: float, signal: str
 ) -> Path:
     """Publish an artifact's next version: the same files with a new calibration; returns its folder.
 
     max_loss, signal: `max_loss` and `wanted` of `calibrate`. Raises ValueError for unusable samples or a signal that
     the model does not have, and StoreError for a damaged artifact.
     """
-    names = list(artifact.manifest.labels)
-    tune, certify = (
-        load_examples(
-            file,
-            names,
-            artifact.manifest.thresholds is not None,
-            artifact.manifest.tolerance is not None,
-        )
-        for file in (tune_file, certify_file)
-    )
+    manifest = artifact.manifest
+    kind = {"multi_label": manifest.thresholds is not None, "regression": manifest.tolerance is not None}
+    tune, certify = (load_examples(file, manifest.labels, **kind) for file in (tune_file, certify_file))
     for file, examples in ((tune_file, tune), (certify_file, certify)):
-        check_input(examples, artifact.manifest.input, str(file))
+        check_input(examples, manifest.input, str(file))
     check_disjoint(tune, certify, tune_file, certify_file)
     model = Model(artifact, "onnxruntime")
     parts = [
@@ -55,7 +43,7 @@ def recalibrate(
 
 
 def recalibrate_on_records(
-    artifact: Artifact, store: Store, files: Sequence[Path], max_loss: float, signal: str = "auto"
+    artifact: Artifact, store: Store, files: Sequence[Path], max_loss: float, signal: str
 ) -> Path:
     """As `recalibrate`, on records of live traffic: the artifact's exits run on their states.
 

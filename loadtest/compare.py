@@ -61,7 +61,7 @@ class Comparison:
         self._prepare()
         self._saturation()
         ours, best = self.servers[0], self._best_peer()
-        rate = self._median(best.name, "saturation", "answers_per_s") / 3
+        rate = self._throughput(best.name) / 3
         console.print(
             f"the fastest peer is {best.name}; measuring latency at a third of its throughput: {rate:.0f} requests/s"
         )
@@ -178,7 +178,7 @@ class Comparison:
     def _curve(self, servers: list[Server]) -> None:
         curves: dict[str, list[tuple[float, float]]] = {}
         for server in servers:
-            throughput = self._median(server.name, "saturation", "answers_per_s")
+            throughput = self._throughput(server.name)
             console.print(f"latency against request rate: {server.name}")
             with self._started(server) as started:
                 for share in CURVE:
@@ -211,7 +211,7 @@ class Comparison:
         curves = {"de3, by τ": [(p["answers_per_s"], 100 * p["accuracy"]) for p in points]}
         for name, rows in self.results["saturation"].items():
             if not name.startswith("de3") and rows[0]["accuracy"] is not None:
-                throughput = self._median(name, "saturation", "answers_per_s")
+                throughput = self._throughput(name)
                 curves[name] = [(throughput, 100 * rows[0]["accuracy"])]
         labels = ("Throughput against accuracy", "answers/s", "accuracy, %")
         report.plot_curves(self.out / "throughput-accuracy.png", curves, labels)
@@ -222,10 +222,10 @@ class Comparison:
     def _best_peer(self) -> Server:
         if not self._peers():
             raise ValueError("no peer could be started, so there is nothing to compare with")
-        return max(self._peers(), key=lambda s: self._median(s.name, "saturation", "answers_per_s"))
+        return max(self._peers(), key=lambda s: self._throughput(s.name))
 
-    def _median(self, server: str, what: str, key: str) -> float:
-        return float(median(row[key] for row in self.results[what][server]))
+    def _throughput(self, server: str) -> float:
+        return float(median(row["answers_per_s"] for row in self.results["saturation"][server]))
 
     def _ratios(self, best: Server) -> dict[str, str]:
         """Ratios of our results to the peers', by name: median and range over the rounds, as text."""
@@ -288,7 +288,6 @@ def _model_time(url: str) -> tuple[float, float, float]:
 
 def cpu_name() -> str:
     """The processor's name from /proc/cpuinfo, or Python's name for it if that file has none."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

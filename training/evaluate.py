@@ -86,14 +86,14 @@ def exit_table(recorded: Recorded, what: str = "") -> Table:
     return table
 
 
-def f1(recorded: Recorded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Micro and macro F1 of a multi-label model at every exit, each (exits,); a label without hits has an F1 of 0."""
-    return _f1(recorded.answers, recorded.labels)
+def f1(
+    recorded: Recorded, answers: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Micro and macro F1 of a multi-label model at every exit, each (exits,); a label without hits has an F1 of 0.
 
-
-def _f1(answers: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Micro and macro F1, each (exits,), of answers (n, exits, K) against labels (n, K), both bool."""
-    labels = labels[:, None]
+    answers: (n, exits, K); None: those of the exits.
+    """
+    answers, labels = recorded.answers if answers is None else answers, recorded.labels[:, None]
     hits = (answers & labels).sum(0).astype(np.float64)  # (exits, K)
     given = answers.sum(0) + labels.sum(0)
     micro = 2 * hits.sum(-1) / np.maximum(given.sum(-1), 1)
@@ -226,7 +226,7 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -
     if recorded.thresholds is not None:
         measure, answer = "all labels right", "answers"
         chosen = exit_index(scores, tau)[:, None, None]
-        micro, macro = _f1(np.take_along_axis(recorded.answers, chosen, 1), recorded.labels)
+        micro, macro = f1(recorded, np.take_along_axis(recorded.answers, chosen, 1))
         full = [100 * score[-1] for score in f1(recorded)]
         more = (
             f"micro F1 {100 * micro[0]:.2f} (full depth {full[0]:.2f}), "
