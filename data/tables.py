@@ -141,7 +141,6 @@ def _delimited(
     csv.field_size_limit(MAX_LINE)
     reader = csv.reader(lines(), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
     names: list[str] | None = None
-    is_first = True
     while True:
         problems.clear()
         size = 0
@@ -151,16 +150,15 @@ def _delimited(
             raise ValueError(f"{path}:{reader.line_num}: {error}") from None
         if row is None:
             return
-        if is_first and columns.header:
+        if columns.header and names is None:
             if problems:
                 raise ValueError(f"{path}:{problems[0][0]}: {problems[0][1]}")
             if len(row) > MAX_COLUMNS:  # each row takes as much memory as it has columns, even if it is short
                 raise ValueError(f"{path}:1: {len(row)} columns, at most {MAX_COLUMNS} are allowed")
             if twice := [name for name, number in Counter(row).items() if name and number > 1]:
                 raise ValueError(f"{path}:1: has several columns {twice[0]!r}")
-            names, is_first = row, False
+            names = row
             continue
-        is_first = False
         if not problems and names is not None and len(row) > len(names):
             problem = (
                 f"has {len(row)} fields, the header {len(names)}: put texts with {delimiter!r} in quotation marks; "

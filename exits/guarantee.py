@@ -291,11 +291,14 @@ class Guarantee:
         if not 0 < rate < 1:
             raise ValueError(f"a guaranteed rate must be above 0 and below 1, got {rate}")
         self.rate, self.error = rate, error
+        self._start(taus, "start")
+
+    def _start(self, taus: NDArray[np.float64], reason: Reason) -> None:
         self.evidence = Evidence(taus)
+        self.recent = RecentRates(self.rate, len(taus))
         self.proved = self.index = 0
-        self._why: Reason = "start"
-        self.recent = RecentRates(rate, len(taus))
-        self._detector = betting.ChangeDetector(rate, PATIENCE)
+        self._why = reason
+        self._detector = betting.ChangeDetector(self.rate, PATIENCE)
 
     @property
     def tau(self) -> float:
@@ -351,11 +354,7 @@ class Guarantee:
 
     def reset(self, reason: Reason) -> None:
         """Discard the evidence, and return to τ = 0."""
-        self.evidence = Evidence(self.evidence.taus)
-        self.recent = RecentRates(self.rate, len(self.evidence.taus))
-        self.proved = self.index = 0
-        self._why = reason
-        self._detector = betting.ChangeDetector(self.rate, PATIENCE)
+        self._start(self.evidence.taus, reason)
 
     def saved(self) -> SavedGuarantee:
         """The state to save besides the evidence, for `restore`."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,15 +28,8 @@ from de3.model_store.store import MAX_FILE_BYTES, Store
 CONFIG = "config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCABULARIES = (("vocab.txt",), ("vocab.json", "merges.txt"))  # alternatives to tokenizer.json
-FILES = (
-    CONFIG,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    WEIGHTS,
-    INDEX,
-    SHARDS,
-    *(file for v in VOCABULARIES for file in v),
-)
+TOKENIZER_FILES = (TOKENIZER, *chain(*VOCABULARIES))
+FILES = (CONFIG, *TOKENIZER_FILES, TOKENIZER_CONFIG, WEIGHTS, INDEX, SHARDS)
 
 
 class OldFormError(ValueError):
@@ -287,7 +281,7 @@ def _tokenizer(folder: Path, description: Description) -> tuple[bytes, dict[str,
         raise ValueError("its tokenizer_config.json is not a JSON object")
     if options.get("truncation_side", "right") != "right":
         raise ValueError("its tokenizer truncates at the beginning; only truncation at the end can be served")
-    files = {file: folder / file for file in (TOKENIZER, *(f for v in VOCABULARIES for f in v))}
+    files = {file: folder / file for file in TOKENIZER_FILES}
     data = {file: _read(path) for file, path in files.items() if path.is_file()}
     inputs = options.get("model_input_names")
     longest = options.get("model_max_length", options.get("max_len"))

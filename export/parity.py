@@ -51,12 +51,11 @@ def parity(checkpoint: Checkpoint, exported: Model, examples: Sequence[Example])
             raise ExportError(f"the exported tokenizer differs from the checkpoint's on {text[:80]!r}")
         lengths.append(len(tokens))
         steps = exported.full_depth(tokens)
-        for output, layers, values in (
-            ("logits", exits, expected.logits[0].numpy()),
-            ("distances", spaces, expected.distances[0].numpy()),
-        ):
-            for j, layer in enumerate(layers):
-                difference = float(np.abs(getattr(steps[layer], output) - values[j]).max())
+        for output, layers in (("logits", exits), ("distances", spaces)):
+            for j, (layer, values) in enumerate(
+                zip(layers, getattr(expected, output)[0].numpy(), strict=True)
+            ):
+                difference = float(np.abs(getattr(steps[layer], output) - values).max())
                 largest[output][j] = max(largest[output][j], difference)
     span = f"{min(lengths)} to {max(lengths)} tokens"
     title = f"Largest difference from PyTorch, {len(samples)} samples of {span}"

@@ -134,10 +134,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
         raise ValueError(f"its {INDEX} has no weight_map")
     shards = sorted(set(names.values()))
-    if (
-        not all(Path(shard).match(SHARDS) and "/" not in shard for shard in shards)
-        or len(shards) > MAX_SHARDS
-    ):
+    are_beside = all(Path(shard).match(SHARDS) and "/" not in shard for shard in shards)
+    if not are_beside or len(shards) > MAX_SHARDS:
         raise ValueError(f"its {INDEX} names files that are not weights beside it")
     return [folder / shard for shard in shards]
 

@@ -41,9 +41,9 @@ def summary(run: Run, wrong: int | None = None) -> dict[str, Any]:
             "late_p99_ms": round(run.lateness_ms(0.99), 2) if run.offered else None,
         },
     }
-    groups = (
-        {"all": None, "short": False, "long": True} if any(s.long for s in run.samples) else {"all": None}
-    )
+    groups: dict[str, bool | None] = {"all": None}
+    if any(s.long for s in run.samples):
+        groups |= {"short": False, "long": True}
     for name, long in groups.items():
         latencies = run.latencies_ms(long)
         numbers[f"latency_ms_{name}"] = {

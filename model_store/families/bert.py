@@ -21,6 +21,7 @@ class Bert(Encoder):
         "pad_token_id": 0,
     }
     PREFIX = "bert."
+    HEAD = StockHead("bert.pooler.dense", "tanh", "classifier")
     RETURNS_TYPES = True
     TABLES: ClassVar = {
         "word": "embeddings.word_embeddings",
@@ -51,11 +52,6 @@ class Bert(Encoder):
         if config.get("is_decoder"):
             raise ValueError("only encoders can be exported, not decoders (is_decoder is true)")
 
-    @classmethod
-    def head(cls, config: Config) -> StockHead:
-        """The head of the stock classifier."""
-        return StockHead("bert.pooler.dense", "tanh", "classifier")
-
 
 class Electra(Bert):
     """The ELECTRA family, whose embeddings may differ in width from the hidden states."""
@@ -67,6 +63,7 @@ class Electra(Bert):
         "intermediate_size": 1024,
     }
     PREFIX = "electra."
+    HEAD = StockHead("classifier.dense", "gelu", "classifier.out_proj")
     HAS_PROJECTION = True
     type: Literal["electra"]  # type: ignore[assignment]
 
@@ -75,17 +72,13 @@ class Electra(Bert):
         """Field values of this class, from a config.json of transformers; see `Encoder.fields`."""
         return super().fields(config, token_types) | {"width": config["embedding_size"]}
 
-    @classmethod
-    def head(cls, config: Config) -> StockHead:
-        """The head of the stock classifier."""
-        return StockHead("classifier.dense", "gelu", "classifier.out_proj")
-
 
 class Roberta(Bert):
     """RoBERTa and encoders like it, which number positions from the padding id + 1."""
 
     DEFAULTS: ClassVar = Bert.DEFAULTS | {"pad_token_id": 1}
     PREFIX = "roberta."
+    HEAD = StockHead("classifier.dense", "tanh", "classifier.out_proj")
     RETURNS_TYPES = False
     type: Literal["roberta", "xlm-roberta", "camembert"]  # type: ignore[assignment]
 
@@ -93,8 +86,3 @@ class Roberta(Bert):
     def max_tokens(cls, config: Config) -> int:
         """Maximum number of tokens of a text: the positions up to the padding id are not used."""
         return int(config["max_position_embeddings"]) - int(config["pad_token_id"]) - 1
-
-    @classmethod
-    def head(cls, config: Config) -> StockHead:
-        """The head of the stock classifier."""
-        return StockHead("classifier.dense", "tanh", "classifier.out_proj")

@@ -21,6 +21,7 @@ class DistilBert(Bert):
         "activation": "gelu",
     }
     PREFIX = "distilbert."
+    HEAD = StockHead("pre_classifier", "relu", "classifier")
     RETURNS_TYPES = False
     HAS_TOKEN_TYPES = False
     LAYER = "transformer.layer.{}."
@@ -53,8 +54,3 @@ class DistilBert(Bert):
         return super().fields(
             {**config, **named, "type_vocab_size": 0, "layer_norm_eps": EPSILON}, token_types
         )
-
-    @classmethod
-    def head(cls, config: Config) -> StockHead:
-        """The head of the stock classifier."""
-        return StockHead("pre_classifier", "relu", "classifier")

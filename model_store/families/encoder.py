@@ -66,6 +66,7 @@ class Encoder(ManifestPart, ABC):
     HAS_PROJECTION: ClassVar[bool] = False  # the width of its embeddings may differ from hidden_size
     HAS_BIASES: ClassVar[bool] = True  # its layers and norms have biases; if False, a missing bias is zero
     NORM_LAST: ClassVar[bool] = False  # the embeddings' norm follows the projection
+    HEAD: ClassVar[StockHead]  # of transformers' …ForSequenceClassification, unless `head` makes it
     TABLES: ClassVar[Mapping[str, str]] = {}  # names of the embeddings' weights and norm
     LAYER: ClassVar[str] = ""  # prefix of the names of layer {}, from 0
     NAMES: ClassVar[Names] = {}  # of its linear layers and norms, after LAYER
@@ -142,9 +143,9 @@ class Encoder(ManifestPart, ABC):
         return int(config["max_position_embeddings"])
 
     @classmethod
-    @abstractmethod
     def head(cls, config: Config) -> StockHead:
         """The head of transformers' …ForSequenceClassification; raises ValueError if it cannot be exported."""
+        return cls.HEAD
 
     def embedding_weights(self, config: Config, state: State) -> Weights:
         """The weights of `embed`; raises ValueError for tables whose sizes do not match the configuration.

@@ -75,13 +75,8 @@ class ModernBert(Encoder):
 
     @model_validator(mode="after")
     def _has_its_own_layers(self) -> Self:
-        layers = self.local_layers
-        if (
-            self.positions
-            or layers != sorted(set(layers))
-            or not {0, *layers} <= {*range(self.num_layers + 1)}
-            or 0 in layers
-        ):
+        layers, allowed = self.local_layers, range(1, self.num_layers + 1)
+        if self.positions or layers != sorted(set(layers)) or not set(layers) <= set(allowed):
             raise ValueError(
                 f"local_layers must ascend from 1 or more to {self.num_layers}, and positions must be 0"
             )
