@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Parts:
         self._format = Format(
             kind, {name: run[name] for name in ("model", "labels", "options") if name in run}
         )
-        self._stack = ExitStack()
+        self._lock = FileLock(self._folder / ".lock", timeout=0)
         if self._file is not None and not (self._folder / RUN).exists():
             for one in (self._file, self._all_refused):
                 if one.exists():
@@ -47,7 +47,7 @@ class Parts:
         self._is_new = not self._folder.exists()
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._stack.enter_context(FileLock(self._folder / ".lock", timeout=0))
+            self._lock.acquire()
         except Timeout:
             raise ValueError(f"{out}: another run writes to it") from None
         try:
@@ -134,7 +134,7 @@ class Parts:
 
     def close(self) -> None:
         """Release the output, so that another run can write to it; if no part was written, remove what was created."""
-        self._stack.close()
+        self._lock.release()
         if not (self._folder / RUN).exists():
             (self._folder / ".lock").unlink(missing_ok=True)
             if self._is_new:

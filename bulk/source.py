@@ -319,8 +319,5 @@ def _size(value: Any) -> int:
 
 
 def _lines_in(file: Path) -> int:
-    lines = 0
     with file.open("rb") as opened:
-        while chunk := opened.read(2**20):
-            lines += chunk.count(b"\n")
-    return lines
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: opened.read(2**20), b""))

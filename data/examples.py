@@ -92,8 +92,7 @@ def to_examples(
         return [Example(text, float(label or 0)) for text, label in rows]
     index = {label: i for i, label in enumerate(names)}
     cells = [labels_in(label, multi_label) for _, label in rows]
-    unknown = sorted({label for cell in cells for label in cell} - index.keys())
-    if unknown:
+    if unknown := sorted({label for cell in cells for label in cell} - index.keys()):
         raise ValueError(
             f"labels {unknown[:5]} are not among {list(index)[:20]}; if the data uses other names, "
             "give --label-names in the order of its sorted labels"

@@ -8,7 +8,7 @@ from de3.export.weights import StateFile
 from de3.model_store.architecture import Architecture
 from de3.model_store.families.encoder import Config, Weights, named
 from de3.model_store.graph import source_of
-from de3.model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Manifest
+from de3.model_store.manifest import SCHEMA_VERSION, Defaults, Manifest
 from de3.model_store.segment_graph import build_segment, graph_name
 from de3.model_store.store import Draft
 
@@ -58,6 +58,6 @@ def manifest_of(architecture: Architecture, draft: Draft, name: str, **fields: A
             "calibration": None,
             "export": {},
             **fields,
-            "files": {file: FileEntry.model_validate(entry) for file, entry in draft.entries().items()},
+            "files": draft.entries(),
         }
     )

@@ -79,12 +79,8 @@ def export(
     opened = Checkpoint(checkpoint)
     tune, certify = opened.held_out("tune", tune_file), opened.held_out("certify", certify_file)
     if tune_file or certify_file:  # the parts held out by training are disjoint
-        check_disjoint(
-            tune,
-            certify,
-            tune_file or checkpoint / "tune.jsonl",
-            certify_file or checkpoint / "certify.jsonl",
-        )
+        files = (tune_file or checkpoint / "tune.jsonl", certify_file or checkpoint / "certify.jsonl")
+        check_disjoint(tune, certify, *files)
     from de3.export.parity import parity
 
     trained = Trained(opened)

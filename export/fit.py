@@ -117,8 +117,7 @@ def choose(
         ridges, classifiers = [ridge for ridge, _ in found], [classifier for _, classifier in found]
         if len(poolings) == 1:
             return pooling, ridges, classifiers
-        exits = Exits(pooling, classifiers, [], [])
-        recorded = _with_spaces(exits, others, seed).recorded(held)
+        recorded = _with_spaces(Exits(pooling, classifiers, [], []), others, seed).recorded(held)
         mean_speedup = _mean_speedup(recorded)
         agreement = ", ".join(f"{100 * share:.1f}" for share in recorded.correct.mean(0)[:-1])
         console.print(
@@ -144,10 +143,8 @@ def _held_out(groups: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np
 
 def _mean_speedup(of: Recorded) -> float:
     """Mean speed-up of the risk signal, cross-fitted: each sample is scored by a risk that was fitted without it."""
-    samples = Samples.independent(of)
-    return calibration.mean_speedup(
-        calibration.trade_off(samples, risk.fit(of), FINE_TAUS, risk.cross_fit(of))
-    )
+    table = calibration.trade_off(Samples.independent(of), risk.fit(of), FINE_TAUS, risk.cross_fit(of))
+    return calibration.mean_speedup(table)
 
 
 def _chosen(

@@ -81,8 +81,7 @@ def _prototypes(checkpoint: Checkpoint) -> dict[int, NDArray[np.float32]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: the prototypes cannot be read: {error}") from None
     for layer, row in zip(layers, seen, strict=True):
-        missing = [name for name, one in zip(names, row, strict=True) if not one]
-        if missing:
+        if missing := [name for name, one in zip(names, row, strict=True) if not one]:
             raise ValueError(
                 f"layer {layer} has no prototype for {', '.join(missing[:5])}: the training data has no sample of it"
             )

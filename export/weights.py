@@ -54,8 +54,7 @@ class StateFile(Mapping[str, NDArray[np.float32]]):
     def check_all_read(self, others: Collection[str] = ()) -> None:
         """Raise ValueError if a weight outside UNUSED and `others` was not read: config.json is another model's."""
         read = self._read | set(others)
-        unread = [name for name in self._tensors if name not in read and not name.endswith(UNUSED)]
-        if unread:
+        if unread := [name for name in self._tensors if name not in read and not name.endswith(UNUSED)]:
             raise ValueError(
                 f"its weights include {min(unread)!r:.100}, which a model of this type does not use: config.json "
                 "and weights do not belong together"

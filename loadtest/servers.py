@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import urlopen
 
 from de3.loadtest.client import Target, label_of
@@ -258,12 +257,9 @@ def pss_mb(pid: int) -> float:
     """Current memory of a process and of all its descendants, MB: their proportional set size (PSS)."""
     total = 0
     for one in process_tree(pid):
-        try:
-            rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
-        except OSError:
-            continue
-        pss = re.search(r"^Pss:\s+(\d+)", rollup, re.M)
-        total += int(pss[1]) if pss else 0
+        with suppress(OSError):  # it has ended
+            pss = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{one}/smaps_rollup").read_text(), re.M)
+            total += int(pss[1]) if pss else 0
     return total / 1000
 
 
@@ -271,12 +267,9 @@ def process_tree(pid: int) -> list[int]:
     """The ids of a process and of all its descendants."""
     pids = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = task.read_text().split()
-        except OSError:
-            continue
-        for child in children:
-            pids += process_tree(int(child))
+        with suppress(OSError):  # it has ended
+            for child in task.read_text().split():
+                pids += process_tree(int(child))
     return pids
 
 
@@ -318,5 +311,5 @@ def _answers(url: str) -> bool:
     try:
         with urlopen(url, timeout=2) as response:
             return bool(response.status == 200)
-    except (URLError, OSError):
+    except OSError:
         return False

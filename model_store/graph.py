@@ -183,9 +183,7 @@ def source_of(weights: dict[str, Array]) -> Source:
     scales: dict[str, Array] = {}
 
     def take(tensor: str, name: str, dtype: type, shape: tuple[int, ...]) -> tuple[TensorProto, Array]:
-        array = scales.get(name)
-        if array is None:
-            array = weights[name]
+        array = scales[name] if name in scales else weights[name]
         if dtype is np.int8:
             is_table = name == "word.weight"
             array, scale = quantize(np.ascontiguousarray(array.T) if is_table else array)

@@ -137,12 +137,9 @@ def _compare(model: ModelProto, g: Graph, name: str) -> None:
             raise GraphError(f"the constant {made.name} differs from the one that export writes")
     if len(graph.initializer) != len(g.tensors):
         raise GraphError(f"it has {len(graph.initializer)} weights and constants, not {len(g.tensors)}")
-    for part, found, made in (
-        ("inputs", graph.input, expected.graph.input),
-        ("outputs", graph.output, expected.graph.output),
-    ):
-        if found != made:
-            raise GraphError(f"its {part} differ from those that export writes")
+    for part in ("input", "output"):
+        if getattr(graph, part) != getattr(expected.graph, part):
+            raise GraphError(f"its {part}s differ from those that export writes")
     file, wanted_file = (
         (m.graph.name, m.ir_version, m.producer_name, list(m.opset_import)) for m in (model, expected)
     )

@@ -70,8 +70,7 @@ def label_counts(examples: Sequence[Example]) -> list[str]:
 def held_out(parts: Split, names: Sequence[str]) -> list[str]:
     """Warnings about a split; raises ValueError if a label has no sample to train on."""
     trained = Counter(label for example in parts.train for label in labels_of(example))
-    missing = [name for i, name in enumerate(names) if not trained[i]]
-    if missing:
+    if missing := [name for i, name in enumerate(names) if not trained[i]]:
         raise ValueError(
             f"no sample of {', '.join(missing[:5])} is left to train on: give more rows of each label, or remove it"
         )

@@ -66,8 +66,10 @@ def serve(
             given[name] = secret
     settings = Settings(**given)
     artifacts = _artifacts(names or [], settings.store, quantize, cache_gb)
+    hint = f"see de3 serve --help; {', '.join(OTHER_VARIABLES)} have other uses"
+    warnings = [f"{name}: unknown setting, ignored: {hint}" for name in unknown_variables(os.environ)]
     try:
-        run(settings, _warnings(), artifacts)
+        run(settings, warnings, artifacts)
     except NoModelsError as error:
         raise ValueError(
             f"{error}, name another store with --store DIR, or serve the demo model with de3 serve --demo"
@@ -98,12 +100,6 @@ def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) ->
     return artifacts
 
 
-def _warnings() -> list[str]:
-    """Warnings about environment variables that look like settings but are not."""
-    hint = f"see de3 serve --help; {', '.join(OTHER_VARIABLES)} have other uses"
-    return [f"{name}: unknown setting, ignored: {hint}" for name in unknown_variables(os.environ)]
-
-
 def _parameter(name: str) -> Parameter | None:
     """A field of Settings as a parameter of the command; None for a secret."""
     field, how = Settings.model_fields[name], option(name)
@@ -115,13 +111,7 @@ def _parameter(name: str) -> Parameter | None:
         kind, default = list[str] | None, default or None
     flag = how.flag or "--" + name.replace("_", "-")
     # If the default is None, the description of the field says what that means.
-    info = typer.Option(
-        flag,
-        envvar=variable(name),
-        help=field.description,
-        rich_help_panel=how.panel,
-        show_default=default is not None,
-    )
+    info = typer.Option(flag, envvar=variable(name), help=field.description, rich_help_panel=how.panel)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
