@@ -23,7 +23,7 @@ def neighbours(
     """For each word in `texts`, the k nearest other words in `texts`, by cosine similarity of their embeddings.
 
     table: the encoder's word embeddings, (vocabulary, width). Only alphabetic words that are a single token are
-    considered. Neighbours are nearest_words and antonyms alike; the teacher tells them apart.
+    considered. Neighbours are synonyms and antonyms alike; the teacher tells them apart.
     """
     ids_of = {w: tokenizer.encode(w, add_special_tokens=False) for t in texts for w in _words(t)}
     words = [w for w, ids in ids_of.items() if len(ids) == 1 and w.isalpha()]
