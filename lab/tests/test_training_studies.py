@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from de3.data.examples import label_order, to_examples
 from de3.exits.recorded import Recorded
 from lab.experiments import cells, drift, measures, shift, signals, sweep
 from lab.experiments.cells import Cell
@@ -72,7 +73,7 @@ def shifted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def all_of(root: Path) -> list[Any]:
     rows = cells.TASKS["rte"].train(root)
-    return cells.data.to_examples(rows, cells.data.label_order(rows))
+    return to_examples(rows, label_order(rows))
 
 
 def test_folds_hold_out_every_sample_once(root: Path) -> None:
