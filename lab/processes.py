@@ -52,8 +52,9 @@ def sides(store: Path, model: str, options: Sequence[str], before: Path | None) 
     threads = ours(store, model, options=[*options, "--processes", "1"])
     found = [Side("one process", threads), Side("processes", ours(store, model, options=options))]
     if before is not None:
-        start = f"import sys; sys.path.insert(0, {str(before)!r}); from de3.cli import main; main()"
-        command = [sys.executable, "-c", start, *ours(store, model, options=options).command[3:]]
+        # PYTHONPATH, because the processes are forked from a server that imports the modules itself.
+        start = ["env", f"PYTHONPATH={before.absolute()}", sys.executable, "-P", "-m", "de3.cli"]
+        command = [*start, *ours(store, model, options=options).command[3:]]
         found.insert(0, Side("before", replace(threads, command=command)))
     return found
 
