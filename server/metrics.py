@@ -17,7 +17,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from de3.server.audit.auditor import Auditor
+from de3.server.audit.auditor import EXCLUDED, Auditor
 from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.audit.ledgers import Ledgers
@@ -93,7 +93,7 @@ class _AuditMetrics(Collector):
         seconds = counter("de3_audit_seconds", "Model time of audits", labels=["model"])
         excluded = counter(
             "de3_audit_excluded_texts",
-            "Texts excluded from audits, by reason: deadline, max_layer, windows",
+            f"Texts excluded from audits, by reason: {', '.join(EXCLUDED)}",
             labels=["model", "reason"],
         )
         for name, served in list(self._served.items()):
@@ -250,10 +250,9 @@ class Metrics:
             ["model", "precision", "runtime", "layers"],
             registry=r,
         )
-        self._by_model = (
-            *(self.request_latency, self.requests, self.degraded, self.calibrated, self.expected_correct),
-            *(self.shadow_texts, self.shadow_disagreements),
-        )
+        # Those with the label model alone start at 0 with the model: rate() needs a 0 before the first event.
+        self._start_at_0 = (self.request_latency, self.degraded, self.calibrated, self.expected_correct)
+        self._by_model = (*self._start_at_0, self.requests, self.shadow_texts, self.shadow_disagreements)
         self._gone: list[str] = []
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}  # see _child
         self._served: dict[str, Served] = {}
@@ -319,9 +318,8 @@ class Metrics:
         self._model.labels(*_info(served)).set(1)
         for status in STATUSES:
             self.requests.labels(name, status)
-        self.request_latency.labels(name)
-        for counter in (self.degraded, self.calibrated, self.expected_correct):
-            counter.labels(name)
+        for metric in self._start_at_0:
+            metric.labels(name)
         self.texts.add_model(name)
         self._served[name] = served
         if name in self._gone:
