@@ -7,7 +7,7 @@ and adds or removes replicas by the number of pending and in-flight requests.
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -107,8 +107,8 @@ def build(arguments: dict[str, str]) -> serve.Application:
     Settings.model_validate(settings)  # report errors in the terminal of `serve run`
     settings.setdefault("store", "models")
     # Replicas have another working directory, so paths must be absolute.
-    for name in ("store", "api_keys_file", "admin_keys_file", "state_dir"):
-        if name in settings:
+    for name, field in Settings.model_fields.items():
+        if name in settings and Path in (field.annotation, *get_args(field.annotation)):
             settings[name] = str(Path(settings[name]).absolute())
     deployment = De3.options(  # type: ignore[attr-defined]  # the decorator is untyped
         name="de3",
