@@ -65,6 +65,7 @@ const SIGNALS = {
   entropy: { name: "score: the entropy", below: "entropy is below it" },
 };
 const signal = (name) => SIGNALS[name] ?? { name, below: `${name} is below it` };
+// Exit reasons; others keep their name.
 const REASONS = {
   threshold: "exits here",
   last_layer: "full depth",
@@ -311,10 +312,11 @@ function drawAnswer(row, fullDepth, animate) {
   $("tau-name").textContent = `τ = ${+exit.tau.toFixed(4)}`;
   $("score-name").textContent = signal(exit.signal).name;
 
+  const reason = REASONS[exit.reason] ?? exit.reason;
   const layers = state.model.exit_layers.map((layer, i) => {
     const ran = row.layers.find((asked) => asked.layer === layer);
     const shown = ran ?? fullDepth?.layers.find((asked) => asked.layer === layer);
-    const status = layer === exit.layer ? REASONS[exit.reason] : ran ? "not sure yet" : shown ? "saved" : "not run";
+    const status = layer === exit.layer ? reason : ran ? "not sure yet" : shown ? "saved" : "not run";
     return drawLayer(layer, shown, status, layer === exit.layer ? "exit" : ran ? "ran" : "saved", exit.tau, i);
   });
   $("layers").classList.toggle("runs", animate);
