@@ -18,6 +18,9 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from de3.server.classification import ClassifyRequest
+from de3.server.fields import known_fields
+
 TIMEOUT_S = 60.0
 FIRST_BYTE_S = 0.3  # wait for the answer to a request that may be incomplete, before the client half-closes
 MAX_PROBLEMS = 20  # recorded examples
@@ -33,20 +36,9 @@ STRANGE: tuple[Any, ...] = (
     *({"text": "a", "text_pair": "b", "more": 1}, ["a", ""], ["a", {"text": "b"}], [["a"]]),
 )
 FIELDS = (
-    *("input", "model", "tau", "lambda", "max_layer", "truncate", "explain", "ood", "latency_budget_ms"),
-    *("target_speedup", "max_disagreement", "best_effort", "user", "rid", "priority", "unknown", "long"),
-    *(
-        "flag",
-        "flag_threshold",
-        "query",
-        "documents",
-        "texts",
-        "top_n",
-        "instances",
-        "contents",
-        "detector_params",
-    ),
-    *("__proto__", ""),
+    *known_fields(ClassifyRequest),
+    *("query", "documents", "texts", "top_n", "instances", "contents", "detector_params"),
+    *("unknown", "__proto__", ""),
 )
 GOOD = (
     {"input": "a warm , funny , engaging film"},
