@@ -21,6 +21,7 @@ from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.server import infer
 from de3.server.errors import Cause, RequestError
+from de3.server.http.errors import STATUSES
 from de3.server.options import ExitOptions
 from de3.server.rules import Rules
 from de3.server.settings import Settings
@@ -423,4 +424,4 @@ def test_expected_accuracy_is_that_of_the_calibration(server: Server) -> None:
 def test_every_cause_has_a_series_before_it_happens(server: Server) -> None:
     samples = (s for family in server.service.metrics.registry.collect() for s in family.samples)
     causes = {s.labels["cause"] for s in samples if s.name == "de3_rejected_total"}
-    assert causes == set(get_args(Cause)) >= {"shed", "client_gone"}
+    assert causes == set(get_args(Cause)) == set(STATUSES) >= {"shed", "client_gone"}

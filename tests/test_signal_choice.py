@@ -151,7 +151,7 @@ def test_a_new_signal_is_served_once_it_is_listed(store: Path, monkeypatch: pyte
                 left.add(layer)
         assert len(left) > 1
         (row,) = httpx.get(server.url + "/v1/models").json()["data"]
-        assert row["signals"] == ["entropy", "edr", "risk", "mean"]
+        assert row["signals"] == [*SIGNALS]
         names = httpx.get(server.url + "/openapi.json").json()["components"]["schemas"]
         assert names["Exit"]["properties"]["signal"]["enum"] == row["signals"]
 
