@@ -141,6 +141,15 @@ def test_full_depth_is_shown_beside_an_early_answer(page: Page) -> None:
     page.get_by_label("Compare with full depth").uncheck()
     expect(page.locator("#summary")).not_to_contain_text("Full depth")
     expect(page.locator("#layers .saved small").first).to_have_text("not run")
+    expect(page.locator("#layers .exit small")).to_have_text("exits here")
+
+    def with_another_reason(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, body=answer.text().replace('"threshold"', '"another"'))
+
+    page.route("**/classify", with_another_reason)
+    page.fill("#text", "A wonderful film.")
+    expect(page.locator("#layers .exit small")).to_have_text("another")
 
 
 def test_other_choices_send_their_field(page: Page) -> None:
