@@ -244,7 +244,7 @@ static void decide_exit(const Model *m, int layer, Pass *p, double far) {
                          head->num_labels);
     if (reading->nearest > far && !p->is_far) {
         p->is_far = 1;
-        p->tau *= p->caution;
+        p->tau *= p->tau_factor;
     }
     reading->score = score(p->signal, p->readings, p->num_readings);
     p->is_below_tau = exits(reading->score, p->tau);

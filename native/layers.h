@@ -31,7 +31,7 @@ typedef struct {
     double tau;
     Signal signal;
     const double *thresholds; /* of a multi-label model, as logits (num_labels); NULL: another kind of model */
-    double caution; /* factor applied to tau once the text is too far from every prototype of an exit */
+    double tau_factor; /* factor applied to tau once the text is too far from every prototype of an exit */
 
     float *hidden;             /* (tokens, hidden): input of the first layer, output of the last; or NULL */
     float *logits, *distances; /* (num_layers + 1, num_labels) */

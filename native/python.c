@@ -434,7 +434,7 @@ enum { PASS_BUFFERS = 8 };
  * is_part: the call does not run all layers. */
 static int open_pass(const Model *m, PyObject *text, int is_part, Pass *p, Py_buffer *b) {
     if (!PyArg_ParseTuple(text, "y*z*didz*ipdz*w*w*z*z*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam, &b[4],
-                          &p->deepest, &p->ask_all, &p->caution, &b[5], &b[2], &b[3], &b[6], &b[7]))
+                          &p->deepest, &p->ask_all, &p->tau_factor, &b[5], &b[2], &b[3], &b[6], &b[7]))
         return 0;
     size_t tokens = b[0].len / 8, labels = m->exits[m->num_layers].num_labels, size = labels * (m->num_layers + 1);
     int ok = in_range(m, p->deepest, 0) && holds(&b[0], tokens, 8, "ids") &&
@@ -493,7 +493,7 @@ static PyObject *reading_list(const Model *m, const Pass *p) {
 
 /* forward(model, texts, prototypes, far, first, last, at_idle=False) → [(seconds, exit)]; see run_passes.
  * exit: (layer, is_below_tau, is_far, readings), see reading_list; None if the text has not exited.
- * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, caution, thresholds,
+ * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, tau_factor, thresholds,
  * logits, distances, hidden, states)], where
  *   weights: float64 (num_layers + 1, 5) for the signal risk, or None
  *   thresholds: float64 (K) for a multi-label model, or None
