@@ -20,9 +20,9 @@ class Admission:
         texts: shares of the texts in flight.
     """
 
-    def __init__(self, settings: Settings, models: Models, retry_after_s: Callable[[], int]) -> None:
+    def __init__(self, settings: Settings, models: Models) -> None:
         self._settings, self._models = settings, models
-        self.texts = Shares(settings.max_queue, "texts", retry_after_s)
+        self.texts = Shares(settings.max_queue, "texts", self._retry_after_s)
         self._batches: set[Job] = set()  # jobs with several texts
         self._engine: Engine | None = None
         self._controller: Controller | None = None
@@ -40,6 +40,9 @@ class Admission:
         objective_s = self._settings.slo_p99_ms / 1000
         controller = self._controller = Controller(objective_s, self._max_level, guess, threads)
         keep_running("load_control", lambda: self._tick(controller, engine))
+
+    def _retry_after_s(self) -> int:
+        return 1 if self._engine is None else self._engine.retry_after_s()
 
     def _max_level(self) -> int:
         """The highest load level of any model."""

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 from signal import SIGKILL
@@ -10,9 +11,11 @@ from signal import SIGKILL
 PR_SET_PDEATHSIG = 1
 
 
-def program_of(code: str) -> str:
-    """Code for `python -c` that runs `code` in a process that ends with this one, also if this one is killed."""
-    return f"from de3.server.child import end_with; end_with({os.getpid()})\n{code}"
+def command_of(code: str, *arguments: str) -> list[str]:
+    """Command that runs Python code in a process that ends with this one, also if this one is killed."""
+    code = f"from de3.server.child import end_with; end_with({os.getpid()})\n{code}"
+    # -P: import no modules from the working directory.
+    return [sys.executable, "-P", "-X", "utf8", "-c", code, *arguments]
 
 
 def end_with(parent: int) -> None:

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 from threading import Lock
 from time import monotonic
+from traceback import walk_tb
 
 PERIOD_S = 60.0
 MAX_KINDS = 100  # kinds remembered; beyond it, the oldest is forgotten
@@ -65,9 +66,5 @@ class FailureLog:
 
 
 def _kind(message: str, error: BaseException) -> Kind:
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None:
-        return message, type(error), "", 0
-    return message, type(error), traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
+    lines = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    return message, type(error), *(lines[-1] if lines else ("", 0))

@@ -49,18 +49,13 @@ class Plan:
     """A change of the served models, as every process carries it out.
 
     Attributes:
-        version: version to unload; None: all versions.
         artifact: artifact to load; None to unload.
         no_kernels: reason why the kernels cannot run the artifact, as Prover.prove returns it; None before the proof.
         runtime, tau_factor: those of the loaded model; see Ledger.
         seconds: time that loading took.
     """
 
-    what: Literal["load", "rollback", "unload"]
-    name: str
-    role: Role = "current"
-    share: float = 0.0
-    version: int | None = None
+    change: Change
     artifact: Artifact | None = None
     no_kernels: str | None = None
     runtime: str = ""
@@ -94,11 +89,11 @@ class Manager:
         self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits
         self._drop_shadows = drop_shadows
         self._store, self._known = Store(settings.store), list(known)
-        is_learning = settings.learn and settings.state_dir is not None
-        self._learned = LearnFolder(settings.state_dir).store if is_learning and settings.state_dir else None
+        folder = settings.state_dir if settings.learn else None
+        self._learned = None if folder is None else LearnFolder(folder).store
         self._prover = Prover()
         self._changing = asyncio.Lock()
-        self._plan = Plan("load", "")
+        self._plan: Plan
         self._loaded: Served | None = None  # prepared, but not yet served
         self.plans: dict[str, Plan] = {}  # by name:version, the plan that loaded the model
 
@@ -113,7 +108,7 @@ class Manager:
                 is_first = artifact.manifest.name not in self._models.routes
                 try:
                     role: Role = "current" if is_first else "loaded"
-                    self._plan = Plan("load", artifact.manifest.name, role, artifact=artifact)
+                    self._plan = Plan(Change("load", artifact.manifest.name, role=role), artifact)
                     self._loaded = await self._load_or_base(self._plan, artifact)
                     self.commit()
                     self._note_base(self._plan)
@@ -124,10 +119,11 @@ class Manager:
 
     def _note_base(self, plan: Plan) -> None:
         """If the server starts with a learned version, let a rollback return to the model that it was learned from."""
-        if plan.artifact is None or plan.artifact in self._known or plan.role != "current":
+        if plan.artifact is None or plan.artifact in self._known or plan.change.role != "current":
             return
-        before = self._models.routes[plan.name].before
-        before += [a.manifest.version for a in self._known if a.manifest.name == plan.name][:1]
+        name = plan.change.name
+        before = self._models.routes[name].before
+        before += [a.manifest.version for a in self._known if a.manifest.name == name][:1]
 
     async def _load_or_base(self, plan: Plan, artifact: Artifact) -> Served:
         """Load a model. If a learned version cannot be loaded, load the model that it was learned from instead."""
@@ -161,7 +157,7 @@ class Manager:
         name, version, role = change.name, change.version, change.role
         if change.what == "unload":
             self._models.check_remove(name, version)
-            return Plan("unload", name, version=version)
+            return Plan(change)
         if change.what == "rollback":
             self._models.current(name)
             route = self._models.routes.get(name)
@@ -177,7 +173,7 @@ class Manager:
         replaces = route is not None and route.version_in(role) is not None
         if artifact.full_name not in loaded and len(loaded) >= MAX_LOADED and not replaces:
             raise RequestError(f"{MAX_LOADED} models are loaded, the maximum", cause="conflict")
-        return Plan(change.what, name, role, change.share, artifact=artifact)
+        return Plan(change, artifact)
 
     async def _open(self, name: str, version: int | None) -> Artifact:
         try:
@@ -230,19 +226,21 @@ class Manager:
 
     def commit(self) -> dict[str, Any]:
         """Carry out the prepared plan; returns the body of the admin route's response."""
-        plan, served = self._plan, self._loaded
+        plan, change, served = self._plan, self._plan.change, self._loaded
         self._loaded = None
         if served is None:  # to unload
-            gone = self._models.remove(plan.name, plan.version)
+            gone = self._models.remove(change.name, change.version)
             self._forget(gone)
             return {"unloaded": [one.model.full_name for one in gone]}
         model = served.model
         self.plans[model.full_name] = plan
         self._audits.serve(served)
         self._metrics.add(served)
-        self._forget(self._models.add(served, plan.role, plan.share, plan.what == "rollback"))
-        log.info("%s is %s (%s), after %.1f s", model.full_name, plan.role, model.full_runtime, plan.seconds)
-        return {"model": model.full_name, "role": plan.role, "runtime": model.runtime}
+        self._forget(self._models.add(served, change.role, change.share, change.what == "rollback"))
+        log.info(
+            "%s is %s (%s), after %.1f s", model.full_name, change.role, model.full_runtime, plan.seconds
+        )
+        return {"model": model.full_name, "role": change.role, "runtime": model.runtime}
 
     def abort(self) -> None:
         """Release the prepared model, which will not be served."""

@@ -19,14 +19,13 @@ from prometheus_client.registry import Collector
 
 from de3.server.audit.auditor import EXCLUDED, Auditor
 from de3.server.audit.coordinator import Coordinator
-from de3.server.audit.ledger import Ledger, tau_row
+from de3.server.audit.ledger import tau_row
 from de3.server.audit.ledgers import Ledgers
 from de3.server.background import errors
 from de3.server.engine.job import Job
 from de3.server.engine.served import Served
 from de3.server.errors import Cause
 from de3.server.learn.metrics import LearnMetrics
-from de3.server.rules import Choice
 from de3.server.settings import Settings
 from de3.server.text_metrics import STAGE_BUCKETS, TextMetrics
 
@@ -37,14 +36,13 @@ REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
 STATUSES = ("200", "422", "429", "499", "500", "503", "504")
 WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503")
 KEPT_MODELS = 8  # unloaded models whose metrics are kept
-InForce = Callable[[Served], Choice]
 
 
 class _ModelGauges(Collector):
     """Gauges by model that are computed at each scrape instead of for every text."""
 
-    def __init__(self, served: dict[str, Served], in_force: InForce) -> None:
-        self._served, self._in_force = served, in_force
+    def __init__(self, served: dict[str, Served], level: Callable[[], int]) -> None:
+        self._served, self._level = served, level
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """The gauges. Drift is included once its window is full, and accuracy if the model has a calibration."""
@@ -62,7 +60,7 @@ class _ModelGauges(Collector):
             labels=["model", "signal", "statistic"],
         )
         for name, served in list(self._served.items()):
-            tau.add_metric([name], self._in_force(served).rule.tau)
+            tau.add_metric([name], served.rules.in_force(self._level()).rule.tau)
             if served.rules.trade_offs is not None:
                 full.add_metric([name], served.rules.trade_offs.rows[0].accuracy)
             if served.monitor.drift is not None:
@@ -113,9 +111,9 @@ class _AuditMetrics(Collector):
 class LedgerMetrics(Collector):
     """Audit results of the server, by model."""
 
-    def __init__(self, ledgers: Ledgers, in_force: Callable[[Ledger], Choice | None]) -> None:
-        """in_force: returns the choice for requests without options; None for a model that is no longer served."""
-        self._ledgers, self._in_force = ledgers, in_force
+    def __init__(self, ledgers: Ledgers, level: Callable[[], int]) -> None:
+        """level: returns the load level."""
+        self._ledgers, self._level = ledgers, level
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         """The metrics; measured rates only for models with audits, the guarantee only for models with one."""
@@ -151,10 +149,8 @@ class LedgerMetrics(Collector):
             labels=["model", "reason"],
         )
         for ledger in self._ledgers.all:
-            choice = self._in_force(ledger)
-            if choice is None:
-                continue
-            name, measured, row = ledger.full_name, ledger.measured(choice), tau_row(choice)
+            choice = ledger.rules.in_force(self._level())
+            name, measured, row = ledger.manifest.full_name, ledger.measured(choice), tau_row(choice)
             if measured is not None:
                 for metric, value in zip((rate, lower, upper), measured, strict=True):
                     metric.add_metric([name], value)
@@ -169,11 +165,9 @@ class LedgerMetrics(Collector):
         yield from (rate, lower, upper, guarantee, tau, tenants, lowest, highest, resets)
 
 
-def register_results(
-    registry: CollectorRegistry, coordinator: Coordinator, in_force: Callable[[Ledger], Choice | None]
-) -> None:
-    """Register the results of audits and of learning. in_force: see LedgerMetrics."""
-    registry.register(LedgerMetrics(coordinator.ledgers, in_force))
+def register_results(registry: CollectorRegistry, coordinator: Coordinator, level: Callable[[], int]) -> None:
+    """Register the results of audits and of learning, which are read at each scrape. level: returns the load level."""
+    registry.register(LedgerMetrics(coordinator.ledgers, level))
     if coordinator.learners is not None:
         registry.register(LearnMetrics(coordinator.learners))
 
@@ -201,10 +195,10 @@ def _info(served: Served) -> tuple[str, ...]:
 class Metrics:
     """All metrics of a server, in a separate registry."""
 
-    def __init__(self, settings: Settings, deepest: int, in_force: InForce) -> None:
-        """deepest: largest number of layers of any model. in_force: returns the choice for requests without options."""
+    def __init__(self, settings: Settings, deepest: int, level: Callable[[], int]) -> None:
+        """deepest: largest number of layers of any model. level: returns the load level."""
         self.registry = r = CollectorRegistry()
-        self._in_force = in_force
+        self.level = level
         ProcessCollector(registry=r)
         r.register(BackgroundErrors())
         counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)
@@ -256,7 +250,7 @@ class Metrics:
         self._gone: list[str] = []
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}  # see _child
         self._served: dict[str, Served] = {}
-        r.register(_ModelGauges(self._served, in_force))
+        r.register(_ModelGauges(self._served, level))
         for cause in get_args(Cause):  # rate() needs a 0 before the first event
             self.rejected.labels(cause)
         for reason in ("connection_limit", "unread"):
@@ -282,7 +276,6 @@ class Metrics:
         queue_length: Callable[[], int],
         is_ready: Callable[[], bool],
         in_flight: Callable[[], int],
-        level: Callable[[], int],
     ) -> None:
         """Export gauges whose values are read at each scrape."""
         for name, help_, value in (
@@ -293,22 +286,13 @@ class Metrics:
                 is_ready,
             ),
             ("de3_queue_texts", "Texts pending in the queue", queue_length),
-            ("de3_load_level", "Load level: number of steps by which the default τ is raised", level),
+            ("de3_load_level", "Load level: number of steps by which the default τ is raised", self.level),
         ):
             Gauge(name, help_, registry=self.registry).set_function(value)
 
     def read_audits(self, auditor_of: Callable[[Served], Auditor | None]) -> None:
         """Export the metrics of audits, which are read at each scrape."""
         self.registry.register(_AuditMetrics(self._served, auditor_of))
-
-    def read_results(self, coordinator: Coordinator) -> None:
-        """Export the results of audits and of learning, which are read at each scrape."""
-
-        def in_force(ledger: Ledger) -> Choice | None:
-            served = self._served.get(ledger.full_name)
-            return None if served is None else self._in_force(served)
-
-        register_results(self.registry, coordinator, in_force)
 
     def add(self, served: Served) -> None:
         """Start counting for a model, or continue with the metrics that were kept when it was unloaded."""

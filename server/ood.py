@@ -25,14 +25,8 @@ class Drift:
     """
 
     def __init__(self, expected: Reference) -> None:
-        assert expected.entropy is not None
-        assert expected.distance_ratio is not None and expected.nearest is not None
         self.layer = expected.layer
-        self._expected = {
-            "entropy": expected.entropy,
-            "distance_ratio": expected.distance_ratio,
-            "nearest": expected.nearest,
-        }
+        self._expected = {name: getattr(expected, name) for name in ("entropy", "distance_ratio", "nearest")}
         self._window: deque[Reading] = deque(maxlen=WINDOW)
         self._next = 0.0
 

@@ -14,12 +14,8 @@ MAX_THRESHOLDS = 10_000
 THRESHOLD = "a number above 0 and below 1"
 EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")  # also settings
 CALIBRATED = ("target_speedup", "max_disagreement")  # those that choose τ by the calibration table
-NEED_AN_EXIT = (
-    *EXCLUSIVE,
-    "signal",
-    "max_layer",
-    "lam",
-)  # have an effect only with exits before the last layer
+# Those that have an effect only with exits before the last layer.
+NEED_AN_EXIT = (*EXCLUSIVE, "signal", "max_layer", "lam")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.printable import printable
 from de3.model_store.regular_file import read_regular_file
 from de3.model_store.store import Artifact, StoreError
-from de3.server.child import limit_memory, program_of
+from de3.server.child import command_of, limit_memory
 
 TIMEOUT_S = 120.0
 MEMORY_BYTES = 2**30  # limit of the process, besides COPIES of the artifact's files
@@ -56,9 +56,8 @@ class Prover:
         return str(proved["no_kernels"])
 
     def _prove(self, artifact: Artifact, runtime: str) -> str:
-        # -P: import no modules from the working directory.
-        command = [sys.executable, "-P", "-X", "utf8", "-c", program_of(PROGRAM)]
-        command += [str(artifact.path.absolute()), runtime, str(MEMORY_BYTES + COPIES * artifact.size())]
+        memory = str(MEMORY_BYTES + COPIES * artifact.size())
+        command = command_of(PROGRAM, str(artifact.path.absolute()), runtime, memory)
         with self._lock:
             self._check(artifact)
             pipe = subprocess.PIPE

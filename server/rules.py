@@ -119,19 +119,20 @@ def _needs_an_exit(options: ExitOptions, last: int) -> str | None:
     return "lambda" if name == "lam" else name
 
 
+def one_answer(manifest: Manifest) -> str:
+    """Why a model that is not multi-label has only one answer, in words."""
+    return "its classes are mutually exclusive" if manifest.tolerance is None else "its answer is a number"
+
+
 class Rules:
     """Chooses the exit rule of each request to one model."""
 
     def __init__(self, manifest: Manifest, settings: Settings) -> None:
-        self._exits = manifest.exit_layers
-        self._is_full_depth = len(manifest.exit_layers) == 1
-        self._labels, self._label_set = manifest.labels, frozenset(manifest.labels)
-        self._own_thresholds = manifest.thresholds
+        self._manifest, self._exits = manifest, manifest.exit_layers
         self._traits = manifest.traits
         self._thresholds = manifest.label_thresholds
         self.name = manifest.full_name
         table = manifest.calibration.table if manifest.calibration else []
-        self._samples = manifest.calibration.certify_size if manifest.calibration else 0
         self._rows = {(row.tau, row.signal, row.lam): row for row in table}
         self._signal = manifest.default_signal
         self._certified = {Key(*key): TradeOffs(rows) for key, rows in manifest.trade_offs().items()}
@@ -140,7 +141,7 @@ class Rules:
         self._signals |= {key: signal_of(*key, self._traits) for key in self._certified}
         self.trade_offs = self._certified.get(_key(self._signal))
         tau = manifest.defaults.tau if settings.tau is None else settings.tau
-        if self._is_full_depth:
+        if len(self._exits) == 1:
             self._at_full_depth(settings.options)
         default = self._at_tau(tau, self._signal, "default")
         self.default = self._by_target(replace(settings.options, tau=None), default)
@@ -213,8 +214,8 @@ class Rules:
 
         level: load level. tenant: the request's tenant; with a guarantee, each has its own τ.
         """
-        full_depth = self._is_full_depth
-        choice = self._at_full_depth(options) if full_depth else self._by_options(options, level, tenant)
+        is_full_depth = len(self._exits) == 1
+        choice = self._at_full_depth(options) if is_full_depth else self._by_options(options, level, tenant)
         if choice.guarantee is not None and options != NO_OPTIONS:  # requests with options are not audited
             choice = replace(choice, guarantee=None)
         if options.thresholds is None:
@@ -241,27 +242,21 @@ class Rules:
 
     def _thresholds_of(self, wanted: float | Mapping[str, float]) -> Thresholds:
         """A request's thresholds, one for all labels or by label; raises RequestError if the model cannot use them."""
-        if self._own_thresholds is None:
-            raise RequestError(
-                f"thresholds: {self.name} is not a multi-label model: "
-                + (
-                    "its answer is a number"
-                    if self._traits.answer == "value"
-                    else "its classes are mutually exclusive"
-                ),
-                "thresholds",
-            )
+        labels, thresholds = self._manifest.labels, self._manifest.thresholds
+        if thresholds is None:
+            why = one_answer(self._manifest)
+            raise RequestError(f"thresholds: {self.name} is not a multi-label model: {why}", "thresholds")
         if not isinstance(wanted, Mapping):
-            return Thresholds.of([wanted] * len(self._labels))
-        unknown = next((name for name in wanted if name not in self._label_set), None)
+            return Thresholds.of([wanted] * len(labels))
+        own = dict(zip(labels, thresholds, strict=True))
+        unknown = next((name for name in wanted if name not in own), None)
         if unknown is not None:
+            there_are = ", ".join(labels[:MAX_NAMED])
             raise RequestError(
-                f"thresholds: {self.name} has no label {unknown[:100]!r}; there are: "
-                f"{', '.join(self._labels[:MAX_NAMED])}",
+                f"thresholds: {self.name} has no label {unknown[:100]!r}; there are: {there_are}",
                 "thresholds",
             )
-        pairs = zip(self._labels, self._own_thresholds, strict=True)
-        return Thresholds.of([wanted.get(name, own) for name, own in pairs])
+        return Thresholds.of(list({**own, **wanted}.values()))
 
     def _by_options(self, options: ExitOptions, level: int, tenant: str) -> Choice:
         signal = self._signal_of(options)
@@ -331,18 +326,16 @@ class Rules:
                     "sometimes differs from the original model, because of int8",
                     "max_disagreement",
                 )
-            return self._certified_at(row, options.max_disagreement)
+            calibration = self._manifest.calibration
+            certificate = {
+                "max_disagreement": options.max_disagreement,
+                "bound": row.disagreement_bound,
+                "confidence": CONFIDENCE,
+                "samples": calibration.certify_size if calibration else 0,
+            }
+            choice = self._at_row(row, "max_disagreement", options.max_disagreement)
+            return replace(choice, certificate=certificate)
         return otherwise
-
-    def _certified_at(self, row: TradeOff, max_disagreement: float) -> Choice:
-        """The choice for a row that meets a maximum disagreement, with its certificate."""
-        certificate = {
-            "max_disagreement": max_disagreement,
-            "bound": row.disagreement_bound,
-            "confidence": CONFIDENCE,
-            "samples": self._samples,
-        }
-        return replace(self._at_row(row, "max_disagreement", max_disagreement), certificate=certificate)
 
     def _explicit(self, tau: float | None, signal: Signal, max_layer: int | None, tenant: str) -> Choice:
         if max_layer is not None and not self._exits[0] <= max_layer <= self._exits[-1]:

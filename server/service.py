@@ -23,7 +23,6 @@ from de3.server.learn.learners import served_before
 from de3.server.manager import Manager
 from de3.server.metrics import Metrics
 from de3.server.models import Models, default_of, find, newest
-from de3.server.rules import Choice
 from de3.server.settings import Settings
 from de3.server.shared import OneProcess, Shared
 
@@ -74,8 +73,8 @@ class Service:
         self._are_named = bool(settings.models or artifacts)
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *newest(store)])
         self.models = Models(default_of(settings, self.artifacts, self._are_named))
-        self.metrics = Metrics(settings, deepest, self.in_force)
-        self.admission = Admission(settings, self.models, self._retry_after_s)
+        self.metrics = Metrics(settings, deepest, lambda: self.admission.level)
+        self.admission = Admission(settings, self.models)
         self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.texts.observe)
         self.shared = shared or OneProcess(settings, self.metrics, self.models, lambda: self.audits)
         self.audits = Audits(
@@ -94,16 +93,8 @@ class Service:
             self.engine.queue.__len__,
             lambda: self.state == "ready",
             lambda: self.in_flight,
-            lambda: self.admission.level,
         )
         self.failure: Exception | None = None
-
-    def in_force(self, served: Served) -> Choice:
-        """The choice for requests without options, which may change under load."""
-        return served.rules.in_force(self.admission.level)
-
-    def _retry_after_s(self) -> int:
-        return self.engine.retry_after_s()
 
     async def load(self, on_failure: Callable[[], None]) -> None:
         """Load and warm up the models, then become ready.
@@ -193,18 +184,14 @@ class Service:
         share = {"share": self.models.routes[manifest.name].share} if role == "canary" else {}
         return {"role": role, **share, "is_default": self.models.is_default(manifest.name), **runtime}
 
-    def default_manifest(self) -> Manifest:
-        """Manifest of the version that answers requests that name no model.
+    def current(self, name: str | None) -> Served:
+        """The current version of a name, or the version with this alias (see models.aliases).
 
-        Raises RequestError if there is none, or while the models load.
+        None: of the default name. Raises RequestError if there is no such version, or while the models load.
         """
         self.check_open()
-        return self.models.current(self.models.default_name()).model.manifest
+        return self.models.current(self.models.default_name() if name is None else name)
 
-    def manifest(self, name: str) -> Manifest:
-        """Manifest of the current version of a name, or of the version with this alias (see models.aliases).
-
-        Raises RequestError if there is neither, or while the models load.
-        """
-        self.check_open()
-        return self.models.current(name).model.manifest
+    def manifest(self, name: str | None) -> Manifest:
+        """Manifest of the version that current() returns; raises RequestError as current() does."""
+        return self.current(name).model.manifest

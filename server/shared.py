@@ -12,7 +12,7 @@ from de3.server.audit.audits import Audits, AuditStore
 from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.report import Live
 from de3.server.manager import Change, Manager
-from de3.server.metrics import Metrics
+from de3.server.metrics import Metrics, register_results
 from de3.server.models import Models
 from de3.server.rules import Standing
 from de3.server.settings import Settings
@@ -76,7 +76,7 @@ class OneProcess:
             settings, lambda row: self.change(Change(**row)), self._publish, self._live_of, self._sync
         )
         if settings.share_of_audits:
-            metrics.read_results(self.audit_store)
+            register_results(metrics.registry, self.audit_store, metrics.level)
 
     def _publish(self, manifest: Manifest, standing: Standing) -> None:
         self._audits().apply(manifest, standing)

@@ -1,4 +1,4 @@
-"""Runs slow reports that many clients may request at the same time."""
+"""Runs slow reports, which many clients may request at the same time, and changes, to their end."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -9,6 +9,7 @@ from de3.server.errors import RequestError
 
 MAX_WAITING = 16
 T = TypeVar("T")
+_running: set[asyncio.Task[Any]] = set()  # asyncio itself keeps only weak references to tasks
 
 
 class SharedRun(Generic[T]):
@@ -26,6 +27,7 @@ class SharedRun(Generic[T]):
             raise RequestError(message, cause="busy", retry_after_s=1)
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(run())
+            _running.add(self._running)
             self._running.add_done_callback(self._ended)
         running = self._running
         self._waiting += 1
@@ -37,5 +39,6 @@ class SharedRun(Generic[T]):
 
     def _ended(self, task: asyncio.Task[T]) -> None:
         """Report an error that no request is waiting for; otherwise the requests report it."""
+        _running.discard(task)
         if not self._waiting:
             report_error(self._what, task, RequestError)

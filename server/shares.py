@@ -59,8 +59,6 @@ class Shares:
     def release(self, client: str, amount: int) -> None:
         """Return an amount that was taken."""
         self.total -= amount
-        left = self._held[client] - amount
-        if left:
-            self._held[client] = left
-        else:
+        self._held[client] -= amount
+        if not self._held[client]:
             del self._held[client]

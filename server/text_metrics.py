@@ -6,6 +6,7 @@ take as long as an early exit.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from threading import Lock
 from typing import get_args
 
@@ -40,11 +41,8 @@ class _Histogram:
 
     def rows(self) -> tuple[list[tuple[str, float]], float]:
         """Cumulative counts by upper bound, in the form that Prometheus expects, and the sum of all values."""
-        total, rows = 0, []
-        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
-            total += count
-            rows.append((bound, float(total)))
-        return rows, self.sum
+        bounds, totals = [*map(str, self.bounds), "+Inf"], map(float, accumulate(self.counts))
+        return list(zip(bounds, totals, strict=True)), self.sum
 
 
 class _Texts:

@@ -20,7 +20,7 @@ import pytest
 import uvloop
 
 from de3.bulk import pool
-from de3.server import background, manager, service
+from de3.server import background, manager, service, shared_run
 from de3.server.audit import ledgers
 from de3.server.audit.auditor import Auditor
 from de3.server.audit.ledgers import Ledgers
@@ -29,7 +29,7 @@ from de3.server.engine import audit
 from de3.server.engine.engine import Engine
 from de3.server.errors import RequestError
 from de3.server.failures import FailureLog
-from de3.server.http import admin, listener
+from de3.server.http import listener
 from de3.server.http.fair import AT_ONCE
 from de3.server.http.traces import Traces
 from de3.server.learn import fitting, learners
@@ -236,14 +236,16 @@ async def test_a_change_or_report_whose_client_is_gone_runs_to_its_end_and_its_e
             await may_fail.wait()
             raise error
 
-        requests = [asyncio.create_task(admin._to_its_end(run())), asyncio.create_task(running.result(run))]
+        requests = [
+            asyncio.create_task(one.result(run)) for one in (SharedRun[None]("model_change"), running)
+        ]
         await asyncio.sleep(0)
         for request in requests:
             request.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await request
         may_fail.set()
-        while admin._abandoned or (running._running and not running._running.done()):
+        while shared_run._running:
             await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert errors == Counter(model_change=reported, report=reported)

@@ -19,10 +19,10 @@ from tests.serving import until
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 # Starts a child process, prints its pid once its code runs, and waits for it.
 PARENT = """
-import subprocess, sys
-from de3.server.child import program_of
-code = program_of("import time; print(flush=True); time.sleep(600)")
-child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+import subprocess
+from de3.server.child import command_of
+command = command_of("import time; print(flush=True); time.sleep(600)")
+child = subprocess.Popen(command, stdout=subprocess.PIPE)
 child.stdout.readline()
 print(child.pid, flush=True)
 child.wait()
@@ -50,8 +50,8 @@ def is_running(pid: int) -> bool:
 
 def test_a_child_whose_parent_has_ended_first_does_not_run() -> None:
     """As if the parent had ended while this process started: it has another parent now."""
-    code = child.program_of("print('runs')").replace(str(os.getpid()), "999999999")
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    command = [part.replace(str(os.getpid()), "999999999") for part in child.command_of("print('runs')")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
@@ -60,13 +60,14 @@ def test_a_fit_is_not_stopped_before_it_would_end_with_the_server(
 ) -> None:
     begun, was_begun = tmp_path / "begun", list[bool]()
 
-    def program_of(code: str) -> str:
-        return f"import time; time.sleep(0.2); open({str(begun)!r}, 'w')\n{child.program_of(code)}"
+    def command_of(*arguments: str) -> list[str]:
+        late = f"import time; time.sleep(0.2); open({str(begun)!r}, 'w')\n"
+        return [late + part if "end_with" in part else part for part in child.command_of(*arguments)]
 
     async def slow_down(*_: Any) -> None:
         was_begun.append(begun.exists())
 
-    monkeypatch.setattr(fitting, "program_of", program_of)
+    monkeypatch.setattr(fitting, "command_of", command_of)
     monkeypatch.setattr(fitting, "_slow_down", slow_down)
     monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.1); print('{}')")
     assert asyncio.run(fitting.run_fit(fit_job())) == Found()

@@ -862,7 +862,7 @@ def test_texts_from_before_a_change_while_a_version_is_loaded_prove_nothing(
     rows = [
         HeldOut(n, key, key, [0.0, 0.0, 0.0, None], [False] * 4) for n in ("one", "two") for key in range(400)
     ]
-    ledgers.prepare("base:7", rows, current.full_name)
+    ledgers.prepare("base:7", rows, current.manifest.full_name)
     count("one", True)
     assert current.changes() == {"one": 1}
     if reset:
@@ -957,7 +957,7 @@ class Learning:
 
         async def run() -> None:
             self.learners.start()
-            self.learners.ask("base")
+            self.learners.report("base", starts=True)
             found = learner.journal
 
             def is_over() -> bool:

@@ -193,7 +193,7 @@ def test_tau_falls_slowly_if_the_load_is_near_the_capacity(rate: float, step_s: 
 
 def test_admission_tells_the_controller_what_a_short_text_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short text waits for the texts in flight, except those that have finished and those that it overtakes."""
-    admission, told = Admission(Settings(), Models(), lambda: 1), list[tuple[int, int]]()
+    admission, told = Admission(Settings(), Models()), list[tuple[int, int]]()
     queue = SimpleNamespace(later_than=lambda due: 3)
     monkeypatch.setattr(admission, "_engine", SimpleNamespace(queue=queue))
 

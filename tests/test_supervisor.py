@@ -27,7 +27,7 @@ from de3.server.audit.tenant import Settled
 from de3.server.errors import RequestError
 from de3.server.http.access import Access
 from de3.server.learn.record import Record
-from de3.server.manager import Plan
+from de3.server.manager import Change, Plan
 from de3.server.models import Route
 from de3.server.processes import connections, group, remote, supervisor
 from de3.server.processes.channel import Channel, ChannelClosedError
@@ -81,7 +81,7 @@ def shared_models(store: Path, weights: Weights | None = None) -> tuple[Group, S
 
 
 def plan_to(what: Any, artifact: Artifact | None = None) -> Plan:
-    return Plan(what, "tiny", artifact=artifact)
+    return Plan(Change(what, "tiny"), artifact)
 
 
 def supervised(store: Path, processes: int = 2) -> Supervisor:

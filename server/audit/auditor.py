@@ -26,7 +26,7 @@ from de3.server.engine.job import Job
 from de3.server.engine.served import Served
 from de3.server.learn.record import Record
 from de3.server.networks import network_hash
-from de3.server.options import ExitOptions
+from de3.server.options import NO_OPTIONS
 from de3.server.rules import Standing
 from de3.server.settings import Settings
 
@@ -41,7 +41,6 @@ LEARN_TEXTS = 4096
 MAX_ENTRIES, LEAST_ENTRIES, ENTRY_TEXTS = 2**12, 2**9, 256
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 EXCLUDED = ("deadline", "max_layer", "windows")  # answers that τ alone did not determine
-NO_OPTIONS = ExitOptions()
 
 # Counts settled texts of a model.
 Count = Callable[[Sequence[Settled]], None]
@@ -243,10 +242,8 @@ class Auditor:
         tenant = self._tenant(name)
         is_void = draw is None or draw.epoch != tenant.epoch or not draw.share
         share, drawn = (0.0, [False] * len(job.items)) if draw is None else (draw.share, draw.is_drawn)
-        client, exits = (
-            job.request.tenant or network_hash(job.client),
-            len(self.served.model.manifest.exit_layers),
-        )
+        client = job.request.tenant or network_hash(job.client)
+        exits = len(self.served.model.manifest.exit_layers)
         entry: _Entry | None = None
         for item, is_drawn in zip(job.items, drawn, strict=True):
             needs_audit, outcome = is_drawn and job.choice.rule.tau > 0, item.outcome

@@ -96,7 +96,7 @@ class Audits:
 
     def apply(self, manifest: Manifest, standing: Standing) -> None:
         """Apply the standing of a model's ledger, which includes τ."""
-        auditor = self._by_model.get(f"{manifest.name}:{manifest.version}")
+        auditor = self._by_model.get(manifest.full_name)
         if auditor is not None and auditor.served.model.manifest == manifest:
             auditor.apply(standing)
 

@@ -63,7 +63,7 @@ class Coordinator:
 
     def forget(self, manifest: Manifest) -> None:
         """Stop counting for an unloaded model."""
-        self.ledgers.forget(f"{manifest.name}:{manifest.version}")
+        self.ledgers.forget(manifest.full_name)
 
     def count(self, name: str, settled: Sequence[Settled]) -> None:
         """Count settled texts of a model; see Ledger.count."""
@@ -78,7 +78,7 @@ class Coordinator:
     async def learning(self, name: str, starts: bool) -> dict[str, Any]:
         """The learning report of a model name; see AuditStore.learning."""
         assert self.learners is not None  # Audits has checked it
-        return self.learners.ask(name) if starts else self.learners.report(name)
+        return self.learners.report(name, starts)
 
     async def report(self, name: str, level: int, reader: str | None) -> dict[str, Any]:
         """The audit results of a model; see AuditStore.report."""
@@ -88,7 +88,7 @@ class Coordinator:
         return await running.result(lambda: self._report(ledger, level, reader))
 
     async def _report(self, ledger: Ledger, level: int, reader: str | None) -> dict[str, Any]:
-        rows = await self._live_of(ledger.full_name)
+        rows = await self._live_of(ledger.manifest.full_name)
         excluded = {
             reason: sum(row.excluded[reason] for row in rows) for reason in (rows[0].excluded if rows else ())
         }

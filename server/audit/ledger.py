@@ -78,19 +78,9 @@ class Ledger:
 
     def can_continue(self, manifest: Manifest, rules: Rules, runtime: str, tau_factor: float) -> bool:
         """True if the evidence also holds for a model that is loaded like this."""
-        signal = rules.default.rule.signal
-        same = (self.manifest, self.signal, self.runtime, self.tau_factor) == (
-            manifest,
-            signal,
-            runtime,
-            tau_factor,
-        )
+        other = manifest, rules.default.rule.signal, runtime, tau_factor
+        same = (self.manifest, self.signal, self.runtime, self.tau_factor) == other
         return same and self.taus.tolist() == _grid(rules).tolist()
-
-    @property
-    def full_name(self) -> str:
-        """name:version."""
-        return f"{self.manifest.name}:{self.manifest.version}"
 
     @property
     def standing(self) -> Standing:
@@ -153,7 +143,7 @@ class Ledger:
                 self._tell([one.tenant])
             if tenant.index > index:
                 of = f" for {one.tenant}" if one.tenant else ""
-                log.info("%s: audits allow τ = %g%s", self.full_name, self.taus[tenant.index], of)
+                log.info("%s: audits allow τ = %g%s", self.manifest.full_name, self.taus[tenant.index], of)
         if self._texts.total() > RECENT_TEXTS:
             self._texts = Counter({name: texts // 2 for name, texts in self._texts.items() if texts > 1})
 
@@ -163,7 +153,7 @@ class Ledger:
         log.warning(
             "%s: at the τ that audits had proved, answers now differ from full depth more often than the guaranteed "
             "%g%%: texts%s run to full depth until audits of new texts allow more",
-            self.full_name,
+            self.manifest.full_name,
             100 * (self.rate or 0),
             of,
         )

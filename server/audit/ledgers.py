@@ -40,7 +40,7 @@ class Ledgers:
 
         tau_factor: factor applied to the τ of out-of-distribution texts.
         """
-        name = f"{manifest.name}:{manifest.version}"
+        name = manifest.full_name
         known = self._by_model.get(name)
         if known is not None and known.manifest == manifest:  # reloaded
             known.serve(rules, runtime, tau_factor)
@@ -79,11 +79,9 @@ class Ledgers:
     def traffic_changes(self, name: str, version: int) -> Changes:
         """The changes of the traffic that the audits of a version have found; none if it is not served."""
         ledger = self._by_model.get(f"{name}:{version}")
-        return (
-            Changes(version, 0, {})
-            if ledger is None
-            else Changes(version, ledger.num_changes, ledger.changes())
-        )
+        if ledger is None:
+            return Changes(version, 0, {})
+        return Changes(version, ledger.num_changes, ledger.changes())
 
     def versions(self, name: str) -> set[int]:
         """The served versions of a model name."""
@@ -105,10 +103,9 @@ class Ledgers:
 
     def forget(self, name: str) -> None:
         """Stop counting for an unloaded model; the evidence of the last MAX_KEPT such models stays in memory."""
-        ledger = self._by_model.get(name)
+        ledger = self._by_model.pop(name, None)
         if ledger is None:
             return
-        del self._by_model[name]
         self._unloaded[name] = ledger
         while len(self._unloaded) > MAX_KEPT:
             self._save(self._unloaded.pop(next(iter(self._unloaded))))

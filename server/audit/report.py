@@ -58,7 +58,7 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
     here = int(np.searchsorted(ledger.taus, tau["tau"]))
     visible = tenants if reader is None else {reader: tenant}
     return {
-        "model": ledger.full_name,
+        "model": ledger.manifest.full_name,
         "tenant": name,
         "signal": signal.name,
         "lambda": signal.lam,

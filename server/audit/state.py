@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -117,7 +118,7 @@ def state_of(ledger: Ledger, name: str) -> TenantState:
     tenant = ledger.tenants[name]
     guarantee = tenant.guarantee
     return TenantState(
-        model=ledger.full_name,
+        model=ledger.manifest.full_name,
         tenant=name,
         fingerprint=fingerprint(ledger.manifest),
         runtime=ledger.runtime,
@@ -130,20 +131,13 @@ def state_of(ledger: Ledger, name: str) -> TenantState:
         guarantee=None
         if guarantee is None
         else GuaranteeState(counts=_counts_of(guarantee.evidence), **guarantee.saved()._asdict()),
-        resets=[ResetRow(at=r.at, reason=r.reason, tau=r.tau, audits=r.audits) for r in tenant.resets],
+        resets=[ResetRow(**asdict(reset)) for reset in tenant.resets],
     )
 
 
 def _counts_of(evidence: Evidence) -> list[Counts]:
-    arrays = ("differing", "layers", "repeats")
     return [
-        Counts(
-            share=share,
-            texts=tally.texts,
-            audits=tally.audits,
-            served=tally.served,
-            **{name: getattr(tally, name).tolist() for name in arrays},
-        )
+        Counts(share=share, **{name: np.asarray(value).tolist() for name, value in asdict(tally).items()})
         for share, tally in list(evidence.tallies.items())
     ]
 
@@ -182,7 +176,7 @@ def restore(ledger: Ledger, state: TenantState) -> None:
         guarantee.restore(_evidence(saved.counts, taus), SavedGuarantee(**fields))
     tenant = Tenant(taus, guarantee, ledger.epoch)
     tenant.evidence, tenant.since = _evidence(state.counts, taus), state.since
-    tenant.resets = [Reset(row.at, row.reason, row.tau, row.audits) for row in state.resets]
+    tenant.resets = [Reset(**row.model_dump()) for row in state.resets]
     ledger.restore(state.tenant, tenant)
 
 
@@ -213,7 +207,7 @@ class StateDir:
         os.close(self._lock)
 
     def _file(self, ledger: Ledger, tenant: str) -> Path:
-        name = ledger.full_name.replace(":", "-")
+        name = ledger.manifest.full_name.replace(":", "-")
         return self.path / (f"{name}@{tenant}.json" if tenant else f"{name}.json")
 
     def read(self, ledger: Ledger) -> None:
@@ -244,7 +238,7 @@ class StateDir:
         if ledger.tenants:
             log.info(
                 "%s: %d audits of %d tenants from %s",
-                ledger.full_name,
+                ledger.manifest.full_name,
                 audits,
                 len(ledger.tenants),
                 self.path,

@@ -5,7 +5,6 @@ kernels release the GIL while a layer runs, so the threads share the model, and 
 layer boundary a text can be preempted by a more urgent one, so a long text does not delay short ones.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -15,17 +14,13 @@ from time import perf_counter, sleep
 from de3.server.background import report
 from de3.server.engine.audit import Audit, AuditThreads
 from de3.server.engine.deadlines import Deadlines
-from de3.server.engine.group import run_group
+from de3.server.engine.group import failures, run_group
 from de3.server.engine.job import Item, Job
 from de3.server.engine.outcome import Outcome
 from de3.server.engine.queue import WorkQueue
 from de3.server.engine.run import Result, run
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
-from de3.server.failures import FailureLog
-
-log = logging.getLogger("de3.engine")
-failures = FailureLog(log)
 
 # A client's deadlines are admitted only up to this lead in engine time over other clients.
 MAX_LEAD_S = 0.1
@@ -57,7 +52,10 @@ class Engine:
     """
 
     def __init__(
-        self, threads: int, max_queue: int, observe: Callable[[Served, Sequence[Outcome]], None] | None = None
+        self,
+        threads: int,
+        max_queue: int,
+        observe: Callable[[Served, Sequence[Outcome]], None] = lambda *_: None,
     ) -> None:
         self.threads = threads
         self.queue = WorkQueue(max_queue)
@@ -268,8 +266,6 @@ class Engine:
 
     def _count(self, served: Served, outcomes: Sequence[Outcome]) -> None:
         """Call `observe`; its errors do not fail the request."""
-        if self._observe is None:
-            return
         try:
             self._observe(served, outcomes)
         except BaseException as error:

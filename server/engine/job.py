@@ -252,11 +252,8 @@ def _flag_of(request: Request, manifest: Manifest, choice: Choice) -> Flag | Non
         return None
     name, threshold = request.flag
     if manifest.tolerance is not None or name not in manifest.labels:
-        why = (
-            "a regression model has no labels"
-            if manifest.tolerance is not None
-            else ", ".join(manifest.labels[:20])
-        )
+        labels = ", ".join(manifest.labels[:20])
+        why = labels if manifest.tolerance is None else "a regression model has no labels"
         raise RequestError(f"flag: {name[:100]!r} is not a label of {manifest.name}: {why}", "flag")
     label, thresholds = manifest.labels.index(name), choice.rule.thresholds
     if threshold is None:
@@ -272,10 +269,6 @@ def check_texts(request: Request, served: Served) -> None:
     wants_pair = takes == "pair"
     for index, text in enumerate(request.texts):
         if (text.text_pair is not None) != wants_pair:
-            what = (
-                "pairs of texts, and this is a single text"
-                if wants_pair
-                else "single texts, and this is a pair"
-            )
-            name = request.name_of(index)
-            raise RequestError(f"{name}: {served.model.full_name} takes {what}", name)
+            wanted, given = ("pairs of texts", "a single text") if wants_pair else ("single texts", "a pair")
+            name, model = request.name_of(index), served.model.full_name
+            raise RequestError(f"{name}: {model} takes {wanted}, and this is {given}", name)

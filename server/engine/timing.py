@@ -3,10 +3,11 @@
 Times are CPU times of the thread: under load, wall-clock time would include waits for a processor.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter, thread_time
+
+import numpy as np
 
 from de3.exits.windows import capacity, spans
 from de3.model_store.model import Model
@@ -35,16 +36,16 @@ class Timing:
         self._char_s = max(self._plain_s, *(_tokenizing(model, text, check, runs) for text in (ODD, LONG)))
         self._first_exit = model.manifest.exit_layers[0]
         self._layers = model.manifest.num_layers - self._first_exit  # number of layers after the first exit
-        self._lengths = sorted({min(n, self._most) for n in (*LENGTHS, self._most)})
-        self._first: list[float] = []
-        self._full: list[float] = []
-        for length in self._lengths:
-            times = [_run(model, "a " * (length - 2), check) for _ in range(runs if length <= 512 else 1)]
-            self._first.append(median(first for first, _ in times))
-            self._full.append(median(full for _, full in times))
+        lengths = sorted({min(n, self._most) for n in (*LENGTHS, self._most)})
+        times = []  # median seconds to the first exit, and through every layer
+        for length in lengths:
+            runs_of = [_run(model, "a " * (length - 2), check) for _ in range(runs if length <= 512 else 1)]
+            times.append([median(seconds) for seconds in zip(*runs_of, strict=True)])
         # Tables by number of tokens, as each text needs these values a dozen times.
-        self._first_s = [self._at(self._first, tokens) for tokens in range(self._most + 1)]
-        self._full_s = [self._at(self._full, tokens) for tokens in range(self._most + 1)]
+        self._first_s, self._full_s = (
+            list(map(float, np.interp(range(self._most + 1), lengths, seconds)))
+            for seconds in zip(*times, strict=True)
+        )
         self._layer_s = [self._one_layer_s(*pair) for pair in zip(self._first_s, self._full_s, strict=True)]
 
     def _one_layer_s(self, first: float, full: float) -> float:
@@ -100,14 +101,6 @@ class Timing:
 
     def _tokenizer_s(self, chars: int, windows: int) -> float:
         return self._char_s * min(chars, max_chars(self._most, windows))  # truncated characters cost nothing
-
-    def _at(self, y: list[float], tokens: int) -> float:
-        n, x = min(tokens, self._most), self._lengths
-        if len(x) == 1 or n <= x[0]:
-            return y[0]
-        right = min(bisect_left(x, n), len(x) - 1)
-        share = (n - x[right - 1]) / (x[right] - x[right - 1])
-        return y[right - 1] + share * (y[right] - y[right - 1])
 
 
 def tokens_of(chars: int) -> int:

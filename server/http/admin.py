@@ -1,8 +1,7 @@
 """Routes that change the served models; they exist only on a server with admin keys (access.py)."""
 
-import asyncio
-from collections.abc import Coroutine, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Path
 from fastapi.exceptions import RequestValidationError
@@ -10,19 +9,18 @@ from pydantic import Field, model_validator
 
 from de3.model_store.manifest import NAME
 from de3.server import fields
-from de3.server.background import report_error
 from de3.server.errors import RequestError
 from de3.server.fields import JsonObject
 from de3.server.http.openapi import error
 from de3.server.manager import Change
 from de3.server.models import Role
 from de3.server.service import Service
+from de3.server.shared_run import SharedRun
 
 Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$", description="name of a model, without a version")]
 NameOrVersion = Annotated[
     str, Path(pattern=f"^{NAME.pattern}(:[0-9]{{1,9}})?$", description="name of a model, or name:version")
 ]
-T = TypeVar("T")
 Version = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -52,7 +50,10 @@ class Unload(JsonObject):
 
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
     """Add the routes to an application. dependencies: FastAPI dependencies of each route."""
-    change = service.shared.change
+
+    async def changed(change: Change) -> dict[str, Any]:  # to its end, even if the client disconnects
+        return await SharedRun[dict[str, Any]]("model_change").result(lambda: service.shared.change(change))
+
     errors: dict[int | str, dict[str, Any]] = {
         400: error(400, "the body is not JSON"),
         401: error(401, "an API key is needed; send Authorization: Bearer KEY"),
@@ -66,30 +67,28 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
     @app.post("/v1/models/{name}/load", **common)
     async def load_model(name: Name, what: Annotated[Load, Body()] = Load()) -> dict[str, Any]:  # noqa: B008
         """Load and warm up a version, then give it its role. Loading a served version reloads it from the store."""
-        return await _to_its_end(change(Change("load", name, what.version, what.role, what.share or 0.0)))
+        return await changed(Change("load", name, what.version, what.role, what.share or 0.0))
 
     @app.post("/v1/models/{name}/rollback", **common)
     async def roll_back_model(name: Name) -> dict[str, Any]:
         """Make the previously current version current again."""
-        return await _to_its_end(change(Change("rollback", name)))
+        return await changed(Change("rollback", name))
 
     @app.post("/v1/models/{name}/unload", **common)
     async def unload_model(name: Name, what: Annotated[Unload, Body()] = Unload()) -> dict[str, Any]:  # noqa: B008
         """Stop serving a version, or all versions of a name."""
-        return await _to_its_end(change(Change("unload", name, what.version)))
+        return await changed(Change("unload", name, what.version))
 
     @app.post("/v1/models/{name}/audit/reset", **common)
     async def reset_audit(name: NameOrVersion) -> dict[str, Any]:
         """Discard the audit results; with a guarantee, requests without exit options run to full depth at first."""
-        service.check_open()
-        served = service.models.current(name)
+        served = service.current(name)
         return {"model": served.model.full_name, "tau": await service.audits.reset(served)}
 
     @app.post("/v1/models/{name}/learn", **common)
     async def start_fit(name: Name) -> dict[str, Any]:
         """Fit exits to the records of live traffic now, on a server that learns."""
-        service.check_open()
-        return {"object": "learn"} | await service.audits.learning(service.models.current(name), starts=True)
+        return {"object": "learn"} | await service.audits.learning(service.current(name), starts=True)
 
 
 def explain(wrong: RequestValidationError) -> RequestError:
@@ -99,23 +98,3 @@ def explain(wrong: RequestValidationError) -> RequestError:
         return RequestError("the body is not JSON", cause="not_json")
     no_object = f"the body must be a JSON object, sent as application/json: {first['msg']}"
     return fields.explain(first, first["loc"][1:], no_object)
-
-
-async def _to_its_end(change: Coroutine[Any, Any, T]) -> T:
-    """Run a change of the models to completion, even if the client disconnects."""
-    task = asyncio.create_task(change)
-    try:
-        await asyncio.wait([task])  # asyncio.shield would log errors of its own in Python 3.14
-    except asyncio.CancelledError:
-        _abandoned.add(task)
-        task.add_done_callback(_ended)
-        raise
-    return task.result()
-
-
-_abandoned: set[asyncio.Task[Any]] = set()  # changes whose clients are gone
-
-
-def _ended(task: asyncio.Task[Any]) -> None:
-    _abandoned.discard(task)
-    report_error("model_change", task, RequestError)

@@ -1,16 +1,13 @@
 """Passes the requests of a connection to an ASGI application."""
 
-import logging
 from collections.abc import Coroutine
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Scope
 
+from de3.server.background import failures
 from de3.server.errors import RequestError
-from de3.server.failures import FailureLog
 from de3.server.http.connection import Connection, Handler
-
-failures = FailureLog(logging.getLogger("de3"))
 
 
 def handler(app: ASGIApp) -> Handler:

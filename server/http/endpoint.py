@@ -4,16 +4,15 @@ Plain ASGI: a web framework's routing and request objects would cost as much as 
 """
 
 import asyncio
-import logging
 from time import perf_counter
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from de3.server.background import failures
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request
 from de3.server.errors import RequestError
-from de3.server.failures import FailureLog
 from de3.server.fields import LARGE_BODY_BYTES
 from de3.server.http import errors
 from de3.server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT
@@ -22,8 +21,6 @@ from de3.server.http.exchange import HEADER, Exchange, request_id
 from de3.server.http.frontend import Frontend
 from de3.server.http.protocol import Call, Protocol, Route
 from de3.server.infer import Inference, timed_out
-
-failures = FailureLog(logging.getLogger("de3"))
 
 
 async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend, route: Route) -> None:

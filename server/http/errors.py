@@ -8,54 +8,31 @@ from starlette.responses import Response
 
 from de3.server.errors import Cause, RequestError
 
-TYPES = {
-    400: "BadRequestError",
-    401: "AuthenticationError",
-    403: "PermissionDeniedError",
-    404: "NotFoundError",
-    405: "MethodNotAllowedError",
-    408: "RequestTimeoutError",
-    409: "ConflictError",
-    413: "RequestTooLargeError",
-    422: "UnprocessableEntityError",
-    429: "RateLimitError",
-    500: "InternalServerError",
-    503: "ServiceUnavailableError",
-    504: "TimeoutError",
+# By status: its type in OpenAI's format, and the causes that have it.
+_BY_STATUS: dict[int, tuple[str, tuple[Cause, ...]]] = {
+    400: ("BadRequestError", ("malformed", "not_json")),
+    401: ("AuthenticationError", ("no_key",)),
+    403: ("PermissionDeniedError", ("forbidden", "other_origin")),
+    404: ("NotFoundError", ("unknown_model", "unknown_path")),
+    405: ("MethodNotAllowedError", ("wrong_method",)),
+    408: ("RequestTimeoutError", ("slow_body",)),
+    409: ("ConflictError", ("conflict",)),
+    413: ("RequestTooLargeError", ("too_large",)),
+    422: ("UnprocessableEntityError", ("bad_request", "unknown_field", "too_long", "bad_artifact")),
+    429: ("RateLimitError", ("rate_limited", "over_share")),
+    499: ("Error", ("client_gone",)),  # never sent; used in metrics and logs
+    500: ("InternalServerError", ("internal",)),
+    503: ("ServiceUnavailableError", ("loading", "queue_full", "shed", "busy", "budget")),
+    504: ("TimeoutError", ("timeout",)),
 }
-STATUSES: dict[Cause, int] = {
-    "bad_request": 422,
-    "malformed": 400,
-    "not_json": 400,
-    "unknown_field": 422,
-    "unknown_model": 404,
-    "unknown_path": 404,
-    "wrong_method": 405,
-    "too_large": 413,
-    "too_long": 422,
-    "slow_body": 408,
-    "loading": 503,
-    "queue_full": 503,
-    "shed": 503,
-    "busy": 503,
-    "budget": 503,
-    "timeout": 504,
-    "client_gone": 499,  # never sent; used in metrics and logs
-    "no_key": 401,
-    "forbidden": 403,
-    "rate_limited": 429,
-    "over_share": 429,
-    "other_origin": 403,
-    "conflict": 409,
-    "bad_artifact": 422,
-    "internal": 500,
-}
+TYPES = {status: kind for status, (kind, _) in _BY_STATUS.items()}
+STATUSES = {cause: status for status, (_, causes) in _BY_STATUS.items() for cause in causes}
 
 
 def body(status: int, message: str, param: str | None = None) -> bytes:
     """The body of an error, in OpenAI's format as vLLM uses it."""
-    kind = TYPES.get(status, "Error")
-    return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}})
+    error = {"message": message, "type": TYPES[status], "param": param, "code": status}
+    return orjson.dumps({"error": error})
 
 
 def openai_body(error: RequestError) -> bytes:

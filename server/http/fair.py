@@ -87,7 +87,6 @@ class StartQueue:
         self._pending = RoundRobin[Callable[[], None]]()
         self._left = AT_ONCE
         self._is_scheduled = False
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     def add(self, network: str, start: Callable[[], None]) -> None:
         """Start a request now, or when it is the turn of its network."""
@@ -98,9 +97,7 @@ class StartQueue:
             self._pending.add(network, start)
         if not self._is_scheduled:
             self._is_scheduled = True
-            if self._loop is None:
-                self._loop = asyncio.get_running_loop()
-            self._loop.call_soon(self._begin_round)
+            asyncio.get_running_loop().call_soon(self._begin_round)
 
     def _begin_round(self) -> None:
         """Start pending requests in a new iteration of the event loop."""
@@ -111,5 +108,5 @@ class StartQueue:
                 self._pending.take()()
             except Exception as error:  # must not stop the rounds
                 report("request_start", error)
-        if self._is_scheduled and self._loop is not None:
-            self._loop.call_soon(self._begin_round)
+        if self._is_scheduled:
+            asyncio.get_running_loop().call_soon(self._begin_round)

@@ -22,9 +22,8 @@ MAX_LATE_S = 1.0  # time since the last sweep, after which nothing expires
 MAX_NETWORK_RATIO = 8  # limit on one network's connections, as a multiple of the number that are still free
 EVICTION_SAMPLE = 256  # number of connections from which the one to evict is chosen
 FRESH_S = 0.25  # a new connection has this long to send its first request before it counts as silent
-READ_ITERATIONS = (
-    3  # iterations of the event loop after which a new connection has been read, if anything has arrived
-)
+# Iterations of the event loop after which a new connection has been read, if anything has arrived.
+READ_ITERATIONS = 3
 
 
 # States of a connection, which awaits a head, a body, the application's response, or the client's close.

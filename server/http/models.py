@@ -64,8 +64,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], acce
         A user's key sees the results of its own name, and an admin's key those of the name with the most texts, and the
         state of all.
         """
-        service.check_open()
-        served = service.models.current(name)
+        served = service.current(name)
         reader = access.reader(request.scope) if service.settings.guarantee is not None else None
         runs = reporting.setdefault(service.audits.of(served), {})
         running = runs.setdefault(reader, SharedRun("report"))
@@ -79,8 +78,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], acce
     )
     async def learn(name: str) -> dict[str, Any]:
         """The exits that the server learns from live traffic: records, fits, and the next step."""
-        service.check_open()
-        return {"object": "learn"} | await service.audits.learning(service.models.current(name))
+        return {"object": "learn"} | await service.audits.learning(service.current(name))
 
 
 def model_row(manifest: Manifest) -> dict[str, Any]:

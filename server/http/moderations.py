@@ -15,6 +15,7 @@ from de3.server.errors import RequestError
 from de3.server.fields import check_count, check_fields, checked_text, load_json, one_or_more
 from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
+from de3.server.rules import one_answer
 
 
 @dataclass(slots=True, eq=False)
@@ -24,14 +25,9 @@ class ModerationRequest(Request):
     def check(self, manifest: Manifest) -> None:
         """Raise RequestError unless the model is multi-label."""
         if manifest.thresholds is None:
-            why = (
-                "its classes are mutually exclusive"
-                if manifest.tolerance is None
-                else "its answer is a number"
-            )
             raise RequestError(
                 f"model: {manifest.full_name} is not a multi-label model, which moderation requires: "
-                f"{why}; use /classify",
+                f"{one_answer(manifest)}; use /classify",
                 "model",
             )
 

@@ -46,11 +46,8 @@ class RerankRequest(Request):
     def check(self, manifest: Manifest) -> None:
         """Raise RequestError for a model that does not score a pair with a single number, and for too long a query."""
         if manifest.tolerance is None or manifest.input not in ("pair", None):
-            why = (
-                "takes single texts"
-                if manifest.tolerance is not None
-                else f"has {len(manifest.labels)} outputs"
-            )
+            has = f"has {len(manifest.labels)} outputs"
+            why = has if manifest.tolerance is None else "takes single texts"
             raise RequestError(
                 f"model: {manifest.full_name} {why}; reranking needs a model of pairs with one output, "
                 "such as a cross-encoder",

@@ -110,7 +110,7 @@ def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
     @app.get("/info", tags=["Text Embeddings Inference"], **common)
     async def info() -> dict[str, Any]:
         """The default model and the server's limits, in the format of Text Embeddings Inference."""
-        manifest, settings = service.default_manifest(), service.settings
+        manifest, settings = service.manifest(None), service.settings
         ids = {str(k): label for k, label in enumerate(manifest.labels)}
         return {
             "model_id": manifest.full_name,

@@ -5,12 +5,11 @@ import json
 import logging
 import os
 import signal
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 from de3.server.background import keep_running
-from de3.server.child import program_of
+from de3.server.child import command_of
 from de3.server.learn.job import Found, Job
 
 log = logging.getLogger("de3")
@@ -41,13 +40,11 @@ def memory_limit(model_bytes: int, record_bytes: int) -> int:
 
 async def run_fit(job: Job) -> Found:
     """Run a fit, or a test of a version; raises FitError if it fails or exceeds a limit."""
-    # -P: import no modules from the working directory. The job is an argument, as the process may end before it reads.
-    code = program_of("print(flush=True)\n" + PROGRAM)
-    arguments = ("-P", "-X", "utf8", "-c", code, job.model_dump_json())
+    # The job is an argument, as the process may end before it reads.
+    command = command_of("print(flush=True)\n" + PROGRAM, job.model_dump_json())
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *arguments,
+        *command,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -58,9 +55,8 @@ async def run_fit(job: Job) -> Found:
     try:
         async with asyncio.timeout(TIMEOUT_S):
             assert process.stdout is not None
-            await (
-                process.stdout.readline()
-            )  # from here on it ends with this process, also while it is stopped
+            await process.stdout.readline()
+            # From here on it ends with this process, also while it is stopped.
             slowed = keep_running("pausing_fit", lambda: _slow_down(process, _has_quota()))
             output, errors = await process.communicate()
     except TimeoutError:

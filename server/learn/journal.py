@@ -137,8 +137,7 @@ class LearnFolder:
         return journal
 
     def _attempts(self, name: str, base: str) -> Iterator[int]:
-        """Yield 0, and the attempt numbers of the learned versions on disk that have this base."""
-        yield 0
+        """Yield the attempt numbers of the learned versions on disk that have this base."""
         for version in self.versions(name):
             with suppress(StoreError):
                 learned = self.store.open(f"{name}:{version}").manifest.learned

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,23 +128,19 @@ class Learners:
             raise RequestError(f"{name} is not served", "name", "unknown_model")
         return learner
 
-    def report(self, name: str) -> dict[str, Any]:
-        """The state of the learner of a name; raises RequestError if the name is not served."""
-        return self.of(name).report()
+    def report(self, name: str, starts: bool = False) -> dict[str, Any]:
+        """The state of the learner of a name. starts: first request a fit, which starts as soon as possible.
 
-    def ask(self, name: str) -> dict[str, Any]:
-        """Request a fit, which starts as soon as possible; returns the learner's state.
-
-        Raises RequestError if the name is not served, or if there are too few records.
+        Raises RequestError if the name is not served, or if there are too few records for the fit.
         """
         learner = self.of(name)
-        if learner.count < MIN_RECORDS:
+        if starts and learner.count < MIN_RECORDS:
             raise RequestError(
                 f"{name}: {learner.count} records are too few to fit exits, at least {MIN_RECORDS} are needed",
                 "name",
                 "conflict",
             )
-        learner.is_asked = True
+        learner.is_asked |= starts
         return learner.report()
 
     def start(self) -> None:
@@ -158,22 +155,22 @@ class Learners:
     async def _check(self) -> None:
         self._served = {name: one for name, one in self._served.items() if self._ledgers.base(name)}
         while self._gone:
-            await asyncio.to_thread(self._save, self._gone.pop(), True)
+            gone = self._gone.pop()
+            await asyncio.to_thread(self._save, gone, partial(gone.save, True))
         for learner in self.all:
             if not learner.is_restored:
                 learner.restore(await asyncio.to_thread(self._folder.records, learner.name, learner.base))
             learner.observe(self._changes(learner))
             if learner.phase == "fitting":  # the process of the fit reads the records
-                await asyncio.to_thread(self._logged, learner, learner.save_journal)
+                await asyncio.to_thread(self._save, learner, learner.save_journal)
             elif learner.needs_saving:
                 await self._save_aside(learner)
         if not self._settings.learn or (self._fitting is not None and not self._fitting.done()):
             return
         due = next((one for one in self.all if one.is_due and one.count >= MIN_RECORDS), None)
         tested = next((one for one in self.all if one.is_test_due), None)
-        if (
-            tested is not None and tested.waiting is not None
-        ):  # first, as a fit replaces the version that waits
+        # A test comes first, as a fit replaces the version that waits.
+        if tested is not None and tested.waiting is not None:
             self._fitting = run_once("fit", self._test(tested, tested.waiting))
         elif due is not None:
             self._fitting = run_once("fit", self._fit(due))
@@ -182,16 +179,13 @@ class Learners:
         """The changes that the current version has found."""
         return self._ledgers.traffic_changes(learner.name, self._current.get(learner.name, 0))
 
-    def _in_service(self, learner: Learner) -> InService:
-        """The performance of the current version."""
-        return self._ledgers.in_service(learner.name, self._current.get(learner.name, 0))
-
     def _rival(self, learner: Learner) -> InService:
         """The version that a fit has to beat.
 
         This is the latest learned version if it is served and faster than the current version, else the current one.
         """
-        current, latest = self._in_service(learner), learner.journal.latest
+        current = self._ledgers.in_service(learner.name, self._current.get(learner.name, 0))
+        latest = learner.journal.latest
         if latest is None or latest not in self._ledgers.versions(learner.name):
             return current
         canary = self._ledgers.in_service(learner.name, latest)
@@ -327,25 +321,18 @@ class Learners:
         """Save a learner in another thread; new records wait meanwhile. must: save all records, or raise FitError."""
         learner.hold()
         try:
-            await asyncio.to_thread(self._save, learner, must, must)
+            await asyncio.to_thread(self._save, learner, partial(learner.save, must), must)
         finally:
             while learner.resume(ADDED_AT_ONCE):
                 await asyncio.sleep(0)
 
-    def _save(self, learner: Learner, all_records: bool = False, must: bool = False) -> None:
-        """Save a learner. If that fails, the error is logged; with `must`, raises FitError."""
-        if must:
-            try:
-                learner.save(all_records)
-            except OSError as error:
-                raise FitError(f"state_dir: the records cannot be written: {error.strerror}") from None
-        else:
-            self._logged(learner, lambda: learner.save(all_records))
-
-    def _logged(self, learner: Learner, save: Callable[[], None]) -> None:
+    def _save(self, learner: Learner, save: Callable[[], None], must: bool = False) -> None:
+        """Save a learner or its journal. If that fails, the error is logged; with `must`, raises FitError."""
         try:
             save()
         except OSError as error:
+            if must:
+                raise FitError(f"state_dir: the records cannot be written: {error.strerror}") from None
             log.error("state_dir: what %s has learned cannot be written: %s", learner.name, error)
 
     def stop(self) -> None:
@@ -354,7 +341,7 @@ class Learners:
             if task is not None and task.get_loop().is_running():
                 task.get_loop().call_soon_threadsafe(task.cancel)
         for learner in [*self._gone, *self.all]:
-            self._save(learner, True)  # waits for a thread that is saving it
+            self._save(learner, partial(learner.save, True))  # waits for a thread that is saving it
 
 
 def _failure(attempt: int, message: str) -> Result:

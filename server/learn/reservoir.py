@@ -40,8 +40,7 @@ class Reservoir:
         self._keys = np.empty(self.capacity, np.uint64)
         self._numbers = np.empty(self.capacity, np.int64)
         self._clients = np.empty(self.capacity, np.int32)
-        self._names: list[str] = []
-        self._index: dict[str, int] = {}
+        self._names: dict[str, int] = {}  # with the indices of the clients
         self._held = np.zeros(MAX_NAMES + 1, np.int64)  # records of each client
         self._texts = np.zeros(MAX_NAMES + 1)  # texts of each client, estimated
 
@@ -92,13 +91,9 @@ class Reservoir:
         return slot
 
     def _client(self, name: str) -> int:
-        if name not in self._index:
-            if len(self._names) >= MAX_NAMES:
-                name = OTHERS
-            if name not in self._index:
-                self._index[name] = len(self._names)
-                self._names.append(name)
-        return self._index[name]
+        if name not in self._names and len(self._names) >= MAX_NAMES:
+            name = OTHERS
+        return self._names.setdefault(name, len(self._names))
 
     def records(self) -> Records:
         """A copy of the records, in the order of their numbers."""

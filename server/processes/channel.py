@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from inspect import signature
 from itertools import chain, count, repeat
 from typing import Any
@@ -98,38 +98,36 @@ class Channel:
     def _receive(self, message: list[Any]) -> None:
         number, method, value = message
         if isinstance(method, str):
-            result = self._run(number, method, value)
-            if result is not None:
-                run_once("message", result)
+            self._run(number, method, value)
         elif (future := self._calls.get(number)) is not None and not future.done():
             if method:  # an error
                 future.set_exception(RequestError(**value))
             else:
                 future.set_result(value)
 
-    def _run(self, number: int, method: str, arguments: list[Any]) -> Coroutine[Any, Any, None] | None:
-        """Run a handler; returns a coroutine that finishes the call, or None if the handler has already finished it."""
+    def _run(self, number: int, method: str, arguments: list[Any]) -> None:
+        """Run a handler and answer the call, or start a task that does so if the handler is a coroutine function."""
         try:
             handler, kinds = self._handlers[method]
             result = handler(*map(decode, chain(kinds, repeat(Any)), arguments))
             if asyncio.iscoroutine(result):
-                return self._finish(number, method, result)
-            self._answer(number, result)
+                run_once("message", self._finish(number, result))
+            else:
+                self._answer(number, result)
         except Exception as error:
-            self._fail(number, method, error)
-        return None
+            self._fail(number, error)
 
-    async def _finish(self, number: int, method: str, running: Awaitable[Any]) -> None:
+    async def _finish(self, number: int, running: Awaitable[Any]) -> None:
         try:
             self._answer(number, await running)
         except Exception as error:
-            self._fail(number, method, error)
+            self._fail(number, error)
 
     def _answer(self, number: int, result: Any) -> None:
         if number:
             self._send([number, False, result])
 
-    def _fail(self, number: int, method: str, error: Exception) -> None:
+    def _fail(self, number: int, error: Exception) -> None:
         if not isinstance(error, RequestError | ChannelClosedError):
             report("message", error)
         if number:

@@ -8,14 +8,12 @@ from time import monotonic
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 
 from de3.server.audit.coordinator import Coordinator
-from de3.server.audit.ledger import Ledger
 from de3.server.background import run_once
 from de3.server.errors import RequestError
 from de3.server.metrics import BackgroundErrors, register_results
 from de3.server.processes.channel import ChannelClosedError
 from de3.server.processes.group import Group, Process
 from de3.server.processes.samples import Family, families_from, families_of, growing, merged, text_of
-from de3.server.rules import Choice
 from de3.server.shared_run import SharedRun
 
 SAMPLES_S = 1.0  # time for a process to send its metrics; then its last ones are used
@@ -44,11 +42,10 @@ class SharedMetrics:
             "de3_replaced_processes", "Starts of a process that replaces one that ended", registry=r
         )
         if coordinator is not None:
-            register_results(r, coordinator, self._in_force)
+            register_results(r, coordinator, self._level)
 
-    def _in_force(self, ledger: Ledger) -> Choice:
-        level = max((_gauge(p.samples, "de3_load_level") for p in self._group.all), default=0.0)
-        return ledger.rules.in_force(int(level))
+    def _level(self) -> int:
+        return int(max((_gauge(p.samples, "de3_load_level") for p in self._group.all), default=0.0))
 
     async def keep(self) -> None:
         """Read the processes' metrics every KEEP_S, so that little is lost if one is killed; runs until cancelled.
@@ -85,9 +82,8 @@ class SharedMetrics:
             with suppress(ChannelClosedError, RequestError):
                 process.samples = families_from(await process.channel.call("samples"))
 
-        async with (
-            self._reading
-        ):  # one at a time, so that a scrape has all counts of answers that were sent before it
+        # One at a time, so that a scrape has all counts of answers that were sent before it.
+        async with self._reading:
             waiting = []
             for process in self._group.all:
                 if process.is_listening and (process.reading is None or process.reading.done()):

@@ -130,7 +130,7 @@ class SharedModels:
         assert self._state is not None
         names = {artifact.full_name for artifact in self._state.artifacts}
         for ledger in self.coordinator.ledgers.all:
-            if ledger.full_name not in names:
+            if ledger.manifest.full_name not in names:
                 self.coordinator.forget(ledger.manifest)
         if not answers:
             raise RequestError("every process ended during this change; try again", cause="conflict")
