@@ -110,6 +110,11 @@ def checked_text(value: Any, where: str, expected: str = "a text") -> str:
     return value
 
 
+def plain_text(value: Any, where: str) -> Text:
+    """The text in a JSON value; raises ValueError as checked_text does."""
+    return Text(checked_text(value, where))
+
+
 def explain(first: Mapping[str, Any], loc: Sequence[int | str], no_object: str) -> RequestError:
     """A RequestError for an error of pydantic's, with the field's name and the allowed values.
 

@@ -24,7 +24,7 @@ MAX_PROBS = 2**18
 
 @dataclass(slots=True, eq=False)
 class Inference:
-    """A request in flight, which can be cancelled and whose progress can be reported.
+    """A request in flight, whose progress can be reported.
 
     Attributes:
         served: the model; None before run().
@@ -39,8 +39,7 @@ class Inference:
     async def run(self, service: Service) -> Job:
         """Classify the texts; returns the finished job, which has the outcomes.
 
-        Raises RequestError if the request is refused or times out, the error of a text that fails the job, or the error
-        passed to cancel().
+        Raises RequestError if the request is refused or times out, or the error of a text that fails the job.
         """
         service.check_open()
         self.served = served = service.models.get(self.request.model)
@@ -60,10 +59,6 @@ class Inference:
         service.metrics.answered(job)
         return job
 
-    def cancel(self, error: Exception) -> None:
-        """Make run() raise an error; has no effect unless run() is waiting for the engine."""
-        self._settle(error)
-
     def _settle(self, error: Exception | None) -> None:
         if self._done is None or self._done.done():  # the client disconnected, or another text failed first
             return
@@ -73,7 +68,7 @@ class Inference:
             self._done.set_exception(error)
 
     async def _wait(self, job: Job, done: "asyncio.Future[None]", service: Service) -> None:
-        """Submit a job and wait until it finishes; raises an error if it fails, times out or is cancelled."""
+        """Submit a job and wait until it finishes; raises an error if it fails or times out."""
         service.engine.submit(job)
         timeout_s, expires_at = service.settings.timeout_s, job.request.expires_at
         left_s = timeout_s if expires_at is None else expires_at - perf_counter()

@@ -19,7 +19,7 @@ from de3.server.engine.engine import Engine
 from de3.server.engine.served import Served
 from de3.server.engine.timing import run_longest
 from de3.server.errors import RequestError
-from de3.server.learn.learners import served_before
+from de3.server.learn.journal import LearnFolder
 from de3.server.manager import Manager
 from de3.server.metrics import Metrics
 from de3.server.models import Models, default_of, find, newest
@@ -69,7 +69,7 @@ class Service:
         found = find(store, settings.models, artifacts)
         self.artifacts: list[Artifact] = found
         if settings.learn and settings.state_dir is not None:
-            self.artifacts = served_before(found, settings.state_dir)
+            self.artifacts = list(map(LearnFolder(settings.state_dir).served_before, found))
         self._are_named = bool(settings.models or artifacts)
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *newest(store)])
         self.models = Models(default_of(settings, self.artifacts, self._are_named))

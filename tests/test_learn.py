@@ -50,7 +50,7 @@ from de3.server.learn.fitting import FitError, run_fit
 from de3.server.learn.job import Found, Job
 from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, MAX_VOID, Journal, LearnFolder, Result
 from de3.server.learn.learner import FIRST_FIT, MIN_RECORDS, Changes, InService, Learner, result_of
-from de3.server.learn.learners import MIN_GAIN, Learners, served_before
+from de3.server.learn.learners import MIN_GAIN, Learners
 from de3.server.learn.record import HeldOut, Record
 from de3.server.learn.reservoir import OTHERS, Reservoir
 from de3.server.rules import Rules
@@ -600,7 +600,7 @@ def test_under_a_quota_a_fit_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> 
         send(process, number)
 
     monkeypatch.setattr(asyncio.subprocess.Process, "send_signal", note)
-    monkeypatch.setattr(fitting, "_has_quota", lambda: True)
+    monkeypatch.setattr(fitting, "cpu_quota", lambda: 1)
     monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.2); print('{}')")
     assert asyncio.run(run_fit(fit_job())) == Found()
     assert stops[:2] == [signal.SIGSTOP, signal.SIGCONT]
@@ -761,9 +761,9 @@ def test_a_learned_version_is_served_after_a_restart_unless_the_operator_changed
 
     def restarted(artifact: Artifact = base) -> str:
         one.save()
-        return served_before([artifact], tmp_path)[0].full_name
+        return LearnFolder(tmp_path).served_before(artifact).full_name
 
-    assert served_before([base], tmp_path) == [base]  # nothing was learned yet
+    assert LearnFolder(tmp_path).served_before(base) is base  # nothing was learned yet
     one.serve(base)
     assert restarted() == "base:1"
     one.serve(learned[0])

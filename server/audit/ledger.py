@@ -6,7 +6,6 @@ before, by any process, never counts towards a rise of τ, and τ rises only bet
 
 import itertools
 import logging
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -40,7 +39,6 @@ class Ledger:
         tau_factor: factor applied to the τ of out-of-distribution texts.
         taus: the grid of τ, ascending from 0.
         epoch: see Standing.
-        since: when it began, in seconds since 1970.
         tenants: the audits of each tenant that has sent texts, by name.
         num_resets: number of resets by reason; an admin's reset of all tenants counts once.
         num_changes: number of resets that void what was learned: those by an admin, and those of tenants that sent at
@@ -63,7 +61,7 @@ class Ledger:
         attempt = 1 if manifest.learned is None else manifest.learned.attempt
         # Without --learn no other exits will be tested, so the tests may use all of δ.
         self.error = error_of(attempt) if settings.learn else 1 - CONFIDENCE
-        self.epoch, self.since = next(_EPOCHS), time.time()
+        self.epoch = next(_EPOCHS)
         self.tenants: dict[str, Tenant] = {}
         self.num_resets: dict[Reason, int] = {"change": 0, "reset": 0}
         self.num_changes = 0
@@ -202,11 +200,6 @@ class Ledger:
     def changes(self) -> dict[str, int]:
         """Number of changes of each tenant's traffic that were found."""
         return {name: tenant.num_changes for name, tenant in self.tenants.items() if tenant.num_changes}
-
-    @property
-    def texts(self) -> int:
-        """Number of texts in the evidence, audited or not."""
-        return sum(tenant.evidence.texts for tenant in list(self.tenants.values()))
 
     @property
     def audits(self) -> int:

@@ -182,10 +182,6 @@ class Access:
             self.admins.owner(scope)
             return None
 
-    def charge(self, owner: str) -> "Charge":
-        """The charge for a new request of an owner."""
-        return Charge(self.limit, owner)
-
     def check(self, path: str, scope: Scope) -> bool:
         """Authorize a request that does not classify; True if it needed an admin's key.
 

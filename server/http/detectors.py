@@ -12,7 +12,7 @@ from de3.server.engine.job import Job
 from de3.server.engine.outcome import Outcome
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
-from de3.server.fields import JsonObject, check_count, check_fields, checked_text, load_json, one_or_more
+from de3.server.fields import JsonObject, check_count, check_fields, load_json, one_or_more, plain_text
 from de3.server.http.errors import STATUSES
 from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
@@ -73,7 +73,7 @@ class ContentsRequest(Request):
 def _contents(value: Any) -> list[Text]:
     if not isinstance(value, list):
         raise ValueError("must be a list of texts")
-    return one_or_more(lambda text, where: Text(checked_text(text, where)), value)
+    return one_or_more(plain_text, value)
 
 
 class Parameters(OptionFields):

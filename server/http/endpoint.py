@@ -15,7 +15,7 @@ from de3.server.engine.request import Request
 from de3.server.errors import RequestError
 from de3.server.fields import LARGE_BODY_BYTES
 from de3.server.http import errors
-from de3.server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT
+from de3.server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT, Charge
 from de3.server.http.asgi import AsgiRequest
 from de3.server.http.exchange import HEADER, Exchange, request_id
 from de3.server.http.frontend import Frontend
@@ -87,7 +87,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     settings = service.settings
     body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s)
     client = frontend.client(scope, exchange.owner)
-    charge = frontend.access.charge(exchange.owner)
+    charge = Charge(frontend.access.limit, exchange.owner)
     if len(body) > BYTES_PER_TEXT:
         await charge.raise_to(-(-len(body) // BYTES_PER_TEXT))
     call = Call(body, route.path, scope["headers"], settings.max_texts)

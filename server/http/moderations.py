@@ -12,7 +12,7 @@ from de3.server.engine.job import Job
 from de3.server.engine.outcome import Outcome
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
-from de3.server.fields import check_count, check_fields, checked_text, load_json, one_or_more
+from de3.server.fields import check_count, check_fields, load_json, one_or_more, plain_text
 from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
 from de3.server.rules import one_answer
@@ -35,7 +35,7 @@ class ModerationRequest(Request):
 def _text(value: Any, where: str) -> Text:
     if isinstance(value, dict):
         raise ValueError(f"{where}: must be a text; parts with a type, such as images, cannot be classified")
-    return Text(checked_text(value, where))
+    return plain_text(value, where)
 
 
 class ModerationFields(OptionFields):

@@ -70,14 +70,10 @@ class RerankRequest(Request):
 def _texts(value: Any) -> list[str]:
     if not isinstance(value, list) or not value:
         raise ValueError("must be a list of texts, at least one")
-    return [checked_text(_text_of(one), f"[{i}]") for i, one in enumerate(value)]
-
-
-def _text_of(document: Any) -> Any:
-    """The text of a document that is an object with `text`; any other document is returned unchanged."""
-    if isinstance(document, dict) and document.keys() == {"text"}:
-        return document["text"]
-    return document
+    return [
+        checked_text(one["text"] if isinstance(one, dict) and one.keys() == {"text"} else one, f"[{i}]")
+        for i, one in enumerate(value)
+    ]
 
 
 Query = Annotated[str, BeforeValidator(lambda value: checked_text(value, ""))]

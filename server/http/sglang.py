@@ -1,6 +1,7 @@
 """SGLang's own format of /classify: bodies with `text`, answered with logits, which SGLang calls an embedding."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import orjson
@@ -8,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
-from de3.server.fields import check_count, check_fields, checked_text, one_or_more
+from de3.server.fields import check_count, check_fields, one_or_more, plain_text
 from de3.server.options import OptionFields
 
 
@@ -25,17 +26,11 @@ class LogitsRequest(Request):
     is_batch: bool = False
 
 
-def _texts(value: Any) -> tuple[list[Text], bool]:
-    """The texts of `text`, which is one text or a list of texts, and whether they are a batch."""
-    texts = one_or_more(lambda text, where: Text(checked_text(text, where)), value)
-    return texts, isinstance(value, list)
-
-
 class LogitsFields(OptionFields):
     """The body of a request; the exit options are an extension."""
 
     model: str | None = None
-    text: Annotated[tuple[list[Text], bool], BeforeValidator(_texts)]
+    text: Annotated[list[Text], BeforeValidator(partial(one_or_more, plain_text))]
     truncate: bool = Field(False, description="truncate texts that are too long instead of refusing them")
     rid: Any = Field(None, description="accepted and ignored")
 
@@ -45,8 +40,8 @@ def request_of(value: dict[str, Any], max_texts: int) -> LogitsRequest:
     value.pop("rid", None)
     check_count(value, "text", max_texts)
     fields = check_fields(LogitsFields, value, '{"text": "a text"}')
-    texts, is_batch = fields.text
-    return LogitsRequest(texts, fields.options, fields.model, fields.truncate, is_batch=is_batch)
+    is_batch = isinstance(value["text"], list)
+    return LogitsRequest(fields.text, fields.options, fields.model, fields.truncate, is_batch=is_batch)
 
 
 def serialize(request_id: str, job: Job) -> bytes:

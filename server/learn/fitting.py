@@ -11,6 +11,7 @@ from pathlib import Path
 from de3.server.background import keep_running
 from de3.server.child import command_of
 from de3.server.learn.job import Found, Job
+from de3.server.settings import cpu_quota
 
 log = logging.getLogger("de3")
 # At a low priority from the start: the imports take half a second of processor time.
@@ -57,7 +58,7 @@ async def run_fit(job: Job) -> Found:
             assert process.stdout is not None
             await process.stdout.readline()
             # From here on it ends with this process, also while it is stopped.
-            slowed = keep_running("pausing_fit", lambda: _slow_down(process, _has_quota()))
+            slowed = keep_running("pausing_fit", lambda: _slow_down(process, cpu_quota() is not None))
             output, errors = await process.communicate()
     except TimeoutError:
         raise FitError(f"it takes more than {TIMEOUT_S:g} s") from None
@@ -122,11 +123,3 @@ def _times(pid: int) -> tuple[int, int, int]:
         return 0, 0, 0
     total, idle, ran = sum(fields), fields[3] + fields[4], int(own[11]) + int(own[12])
     return total, total - idle - ran, ran
-
-
-def _has_quota() -> bool:
-    """True if a CPU quota limits this container."""
-    try:
-        return not Path("/sys/fs/cgroup/cpu.max").read_text().startswith("max")
-    except OSError:
-        return False

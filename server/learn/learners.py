@@ -8,7 +8,6 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 from de3.model_store.manifest import Manifest, base_of
@@ -355,9 +354,3 @@ def check_can_fit() -> None:
 
     if find_spec("scipy") is None:
         raise ValueError("learn: fits need SciPy, which is not installed: pip install 'de3[fit]'")
-
-
-def served_before(artifacts: list[Artifact], state_dir: Path) -> list[Artifact]:
-    """The artifacts, each replaced by its learned version if one was current when the server last ended."""
-    folder = LearnFolder(state_dir)
-    return [folder.served_before(artifact) for artifact in artifacts]
