@@ -313,8 +313,7 @@ class Client:
         """Respond to the current request, if there is one."""
         if self._pending:
             self._pending = 0
-            keeps = b"keep-alive" if self.connection.keeps_alive else b"close"
-            self.connection.write(200, [(b"content-length", b"2"), (b"connection", keeps)], b"ok")
+            self.connection.write(200, [(b"content-length", b"2")], b"ok")
             self.connection.responded()
 
     def toggle_reading(self) -> None:

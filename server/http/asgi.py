@@ -63,8 +63,6 @@ class AsgiRequest:
         self._over = True
         if connection.is_gone:
             return
-        if not connection.keeps_alive:
-            headers.append((b"connection", b"close"))
         connection.write(status, headers, b"" if self._is_head else body)
         connection.responded()
 
@@ -98,8 +96,6 @@ class AsgiRequest:
         if b"content-length" not in dict(headers) and status not in (204, 304):
             self._chunked = True
             headers.append((b"transfer-encoding", b"chunked"))
-        if not self._connection.keeps_alive:
-            headers.append((b"connection", b"close"))
         self._connection.write(status, headers, b"" if self._is_head else self._framed(body, more))
 
     def _framed(self, body: bytes, more: bool) -> bytes:

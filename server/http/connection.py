@@ -392,13 +392,15 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._listener.frontend.malformed()
         body = errors.body(status, message)
         headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
-        self.write(status, [*headers, (b"connection", b"close")], body)
+        self._closing = True
+        self.write(status, headers, body)
         self._linger()
 
     def write(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Write the head of the response, and the beginning of its body."""
         lines = [_STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status]
-        for name, value in (*self._server_state.default_headers, *headers):
+        close = () if self.keeps_alive else ((b"connection", b"close"),)
+        for name, value in (*self._server_state.default_headers, *headers, *close):
             lines += (name, b": ", value, b"\r\n")
         lines += (b"\r\n", body)
         self._is_responding = True
