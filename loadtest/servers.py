@@ -58,10 +58,12 @@ class Server:
         return Target(f"http://127.0.0.1:{port}", self.path, self.body, self.label)
 
     def prepare(self) -> None:
-        """Create the environment of a peer (not of our server) and convert its model, unless done before.
+        """Create a peer's environment and convert its model, unless done before.
 
         Raises ValueError if either fails; for a failed conversion, the message has the end of its output.
         """
+        if not self.script:
+            return
         try:
             command = peer_command(self.script)
             if self.conversion:
