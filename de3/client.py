@@ -242,7 +242,7 @@ Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
 
 class _Client(Generic[Http]):
-    """What both clients have in common."""
+    """Settings and errors of the two clients."""
 
     _kind: type[Http]
 

@@ -88,7 +88,8 @@ class AuditThreads:
                 self._drop(audits)
                 return
             for audit in audits:
-                self._spent.setdefault(audit.tenant, min(self._spent.values(), default=0.0))
+                if audit.tenant not in self._spent:
+                    self._spent[audit.tenant] = min(self._spent.values(), default=0.0)
                 self._pending.setdefault(audit.tenant, deque()).append(audit)
             self._changed.notify_all()
             if self._threads[0].ident is None:

@@ -23,7 +23,7 @@ class RoundRobin(Generic[T]):
         return bool(self._pending)
 
     def add(self, owner: str, item: T) -> None:
-        """Add an item behind the others of its owner."""
+        """Append an item to the queue of its owner."""
         self._pending.setdefault(owner, deque()).append(item)
 
     def take(self) -> T:
