@@ -184,8 +184,12 @@ def trade_off(
 
 
 def upper_loss(row: TradeOff) -> float:
-    """The one-sided 95% upper bound of a row's loss."""
-    return row.loss + Z95_ONE_SIDED * (row.loss_interval[1] - row.loss) / Z95
+    """The one-sided 95% upper bound of a row's loss.
+
+    Exits that were more accurate than full depth on these samples count as equally accurate: that is luck, which other
+    texts will not have.
+    """
+    return max(0.0, row.loss) + Z95_ONE_SIDED * (row.loss_interval[1] - row.loss) / Z95
 
 
 def within_loss(table: Iterable[TradeOff], max_loss: float) -> TradeOff:
