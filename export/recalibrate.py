@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from de3.data.examples import check_disjoint, check_input, load_examples
+from de3.data.examples import Example, check_disjoint, check_input, load_examples
+from de3.data.split import groups_of
+from de3.data.tables import TextOrPair
 from de3.export import records
 from de3.export.calibrate import Calibrated, CalibrationPart, calibrate
 from de3.export.record import record
@@ -47,16 +50,37 @@ def recalibrate_on_records(
 ) -> Path:
     """As `recalibrate`, on records of live traffic: the artifact's exits run on their states.
 
-    The answers of full depth count as correct. Equal texts form a group; one half of the groups is to tune on, the
-    other to certify. Raises ValueError for unusable files and too few texts.
+    The answers of full depth count as correct. Raises ValueError for unusable files and too few texts.
     """
     exits = records.exits_of(artifact)
     found = records.opened(files, artifact.manifest)
     rng = np.random.default_rng(SEED)
     found = found.part(records.thinned(found, np.arange(len(found)), rng))
     texts = records.texts_of(found, artifact.manifest)
-    whole = records.part_of(exits.recorded(texts), texts.groups)
-    count = whole.samples.num_groups
+    return _on_own_answers(
+        artifact, store, records.part_of(exits.recorded(texts), texts.groups), max_loss, signal
+    )
+
+
+def recalibrate_on_texts(
+    artifact: Artifact, store: Store, texts: Sequence[TextOrPair], file: Path, max_loss: float, signal: str
+) -> Path:
+    """As `recalibrate`, on unlabelled texts, read from a file: full depth's answers count as correct.
+
+    Raises ValueError for texts that the model does not take (single texts or pairs) and too few texts.
+    """
+    examples = [Example(text, 0) for text in texts]
+    check_input(examples, artifact.manifest.input, str(file))
+    recorded = record(Model(artifact, "onnxruntime"), examples, "the texts")
+    recorded = replace(recorded, labels=recorded.answers[:, -1])
+    return _on_own_answers(artifact, store, records.part_of(recorded, groups_of(examples)), max_loss, signal)
+
+
+def _on_own_answers(
+    artifact: Artifact, store: Store, whole: CalibrationPart, max_loss: float, signal: str
+) -> Path:
+    """Publish a version that is tuned on one half of the groups of equal texts and certified on the other."""
+    rng, count = np.random.default_rng(SEED), whole.samples.num_groups
     if count < MIN_TEXTS:
         raise ValueError(
             f"{count} different texts are too few to calibrate on: at least {MIN_TEXTS} are needed"

@@ -308,9 +308,10 @@ def test_a_model_is_calibrated_on_records_of_its_audits(
     calibration = Store(own).open("tiny-int8:2").manifest.calibration
     assert calibration is not None and calibration.self_labelled
     assert calibration.tune_size + calibration.certify_size >= len(found)
-    assert "--records cannot be combined" in refusal(f"{command} --tune {file}")
+    assert "give one of --texts, --records" in refusal(f"{command} --tune {file}")
     assert "another model" in refusal(f"calibrate tiny --store {own} --records {file}")
-    assert "--tune is required, or --records" in refusal(f"calibrate tiny --store {own}")
+    assert "give one of --texts, --records" in refusal(f"calibrate tiny --store {own}")
+    assert "--certify is required, too" in refusal(f"calibrate tiny --store {own} --tune {file}")
 
 
 ADMIN = {"Authorization": "Bearer an-admins-key-0123456789abcdef"}

@@ -79,7 +79,9 @@ def test_the_mean_is_the_geometric_mean_of_the_highest_speed_ups_at_1_2_and_5_pe
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from([-0.01, 0.0, 0.01, 0.02]), st.sampled_from([0.0, 0.003, 0.011])), max_size=5),
+    st.lists(
+        st.tuples(st.sampled_from([-0.01, 0.0, 0.01, 0.02]), st.sampled_from([0.0, 0.003, 0.011])), max_size=5
+    ),
     st.sampled_from([0.0, 0.01, 0.02, 0.03]),
 )
 def test_the_choice_is_the_last_row_before_the_first_whose_loss_may_reach_the_limit(

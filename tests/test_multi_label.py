@@ -227,6 +227,15 @@ def test_detectors_find_each_label_that_reaches_its_threshold(server: Server) ->
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_taus")
+def test_unlabelled_texts_calibrate_against_full_depth(imported: Path, tmp_path: Path) -> None:
+    store, texts = shutil.copytree(imported / "store", tmp_path / "store"), tmp_path / "texts.txt"
+    texts.write_text("\n".join(text for text, _ in make_rows(900, 6)))
+    de3(f"calibrate topics --texts {texts} --store {store} --max-loss 5")
+    calibration = Store(store).open("topics:2").manifest.calibration
+    assert calibration is not None and calibration.exit_accuracy[-1] == 1
+
+
+@pytest.mark.usefixtures("few_taus")
 def test_labels_of_the_data_are_reported(classifier: Path, imported: Path, tmp_path: Path) -> None:
     file = tmp_path / "texts.csv"
     rows = [(text, labels_of(text)) for text, _ in make_rows(900, 5)]

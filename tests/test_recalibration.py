@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from de3.export import recalibrate
 from de3.model_store.store import Store
 from tests.commands import de3
 from tests.fixtures import make_rows, write_rows
@@ -31,6 +32,23 @@ def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_p
     assert (new.defaults.tau, new.defaults.signal, new.defaults.lam) == (default.tau, "risk", None)
     assert {row.signal for row in new.calibration.table} == {"risk", "edr", "entropy"}
     assert old.risk is None and [row.layer for row in new.risk or ()] == [0, 1, 2]
+
+
+def test_unlabelled_texts_calibrate_against_full_depth(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = shutil.copytree(store, tmp_path / "store")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(text for text, _ in make_rows(200, 33)))
+    command = f"calibrate tiny-int8 --texts {texts} --store {mine} --max-loss 5"
+    with pytest.raises(ValueError, match="different texts are too few"):
+        de3(command)
+    monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
+    de3(command)
+    calibration = Store(mine).open("tiny-int8:2").manifest.calibration
+    assert calibration is not None and calibration.self_labelled
+    assert calibration.exit_accuracy[-1] == 1  # full depth's answers count as correct
+    assert calibration.table[-1].disagreement > 0
 
 
 def test_unknown_labels_or_the_wrong_input_publish_no_calibration(store: Path, tmp_path: Path) -> None:

@@ -1,12 +1,22 @@
 """`de3 export` and `de3 calibrate`, which publish a version of a model in a store."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from de3.commands.models import StoreOption
-from de3.commands.options import MaxInt8Loss, Quantize, SignalOption, need_extra, say, say_published
+from de3.commands.options import (
+    MaxInt8Loss,
+    Quantize,
+    SignalOption,
+    fields_of,
+    need_extra,
+    say,
+    say_published,
+    with_fields,
+)
+from de3.data.tables import Columns, read_rows
 
 
 def export(
@@ -69,12 +79,20 @@ def export(
     say_published(path, store, with_size=True)
 
 
+@with_fields(Columns, without=["label"])
 def calibrate(
     model: Annotated[str, typer.Argument(help="Model in the store, as name or name:version.")],
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Unlabelled texts like those to be served: .txt with one text per line, .csv, .tsv or .jsonl."
+        ),
+    ] = None,
     tune: Annotated[
         Path | None,
         typer.Option(
-            help='Samples for fitting and choosing the signal, as jsonl with "text" (and "text_pair") and "label".'
+            help="Instead of --texts, with --certify: labelled samples for fitting and choosing the signal, as jsonl "
+            'with "text" (and "text_pair") and "label".'
         ),
     ] = None,
     certify: Annotated[
@@ -83,7 +101,7 @@ def calibrate(
     records: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Instead of samples: records of live traffic, from the state folders of servers with --audit-share or "
+            help="Instead of --texts: records of live traffic, from the state folders of servers with --audit-share or "
             "--learn (learned/NAME.records); repeat for several replicas."
         ),
     ] = None,
@@ -91,32 +109,33 @@ def calibrate(
     max_loss: Annotated[
         float,
         typer.Option(
-            help="Accuracy that the default τ may lose against full depth, in percentage points; with --records: "
-            "agreement with full depth.",
+            help="Accuracy that the default τ may lose against full depth, in percentage points; without "
+            "labels: agreement with full depth.",
         ),
     ] = 1.0,
     signal: SignalOption = "auto",
+    **options: Any,
 ) -> None:
     """Recalibrate a model, for example on your own traffic: its next version gets a new signal, τ and guarantees.
 
-    A model that was exported without the risk signal gets it. --records needs no labels and runs no texts: the
-    answers of full depth count as correct.
+    A model that was exported without the risk signal gets it. Without labels, the answers of full depth count as
+    correct.
 
-    Example: de3 calibrate sst2 --tune tune.jsonl --certify certify.jsonl
+    Example: de3 calibrate sst2 --texts traffic.txt
     """
-    if records and (tune is not None or certify is not None):
-        raise ValueError(
-            "--records cannot be combined with --tune or --certify: they are split into both sets"
-        )
-    from de3.export.recalibrate import recalibrate, recalibrate_on_records
+    if (texts is not None) + bool(records) + (tune is not None or certify is not None) != 1:
+        raise ValueError("give one of --texts, --records, and --tune with --certify")
+    from de3.export.recalibrate import recalibrate, recalibrate_on_records, recalibrate_on_texts
     from de3.model_store.store import Store
 
     models = Store(store)
     if records:
         path = recalibrate_on_records(models.open(model), models, records, max_loss / 100, signal)
+    elif texts is not None:
+        found = [text for text, _ in read_rows(texts, Columns(**fields_of(Columns, options), label=None))]
+        path = recalibrate_on_texts(models.open(model), models, found, texts, max_loss / 100, signal)
     else:
         if tune is None or certify is None:
-            missing = "--tune" if tune is None else "--certify"
-            raise ValueError(f"{missing} is required, or --records")
+            raise ValueError(f"{'--tune' if tune is None else '--certify'} is required, too")
         path = recalibrate(models.open(model), models, tune, certify, max_loss / 100, signal)
     say_published(path, store)
