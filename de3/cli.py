@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from de3.commands.classify import classify
+from de3.commands.deploy import deploy
 from de3.commands.evaluate import evaluate
 from de3.commands.export import calibrate, export
 from de3.commands.importing import import_model
@@ -76,6 +77,7 @@ app.command()(calibrate)
 app.command("import")(import_model)
 app.command()(serve)
 app.command()(classify)
+app.command()(deploy)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tests.fixtures import make_rows
 from tests.prometheus import CONFIG, Prometheus, needs_prometheus, scraping
 from tests.serving import serving, until
 
+TESTS = Path("tests/alerts_test.yml").absolute()
 EXPRESSIONS = sorted({q.expr for board in DASHBOARDS for panel in board.panels for q in panel.queries})
 GRAFANA = next(
     line.partition(":")[2]
@@ -83,7 +84,7 @@ def check_types(folder: Path, boards: dict[str, Any]) -> str:
 
 @needs_prometheus
 def test_alert_rules() -> None:
-    for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", "alerts_test.yml"]):
+    for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", TESTS]):
         command = ["promtool", *arguments]
         done = subprocess.run(command, check=False, cwd=CONFIG, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -92,7 +93,7 @@ def test_alert_rules() -> None:
 def test_every_alert_is_tested_to_fire_and_to_stay_silent() -> None:
     cases = [
         case
-        for test in yaml.safe_load((CONFIG / "alerts_test.yml").read_text())["tests"]
+        for test in yaml.safe_load(TESTS.read_text())["tests"]
         for case in test.get("alert_rule_test", [])
     ]
     for rule in rules():

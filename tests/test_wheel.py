@@ -92,7 +92,13 @@ def test_the_wheel_holds_modules_kernels_the_demo_model_and_no_more(wheel: Path,
         and not name.startswith(("conftest.py", "tests/", "lab/", "deploy/grafana/", "examples/"))
     }
     demo = {n.replace("models/", "de3/demo/", 1) for n in tracked if n.startswith("models/")}
-    assert names == code | demo | {"de3/native/kernels.abi3.so"}
+    files = {
+        f"de3/{n}"
+        for n in tracked
+        if n.startswith(("deploy/prometheus/", "deploy/grafana/", "deploy/kubernetes/", "deploy/systemd/"))
+        and not n.endswith((".py", ".env"))
+    }
+    assert names == code | demo | files | {"de3/native/kernels.abi3.so"}
 
 
 def test_the_checksums_are_those_of_the_files(dist: Path) -> None:
