@@ -34,7 +34,7 @@ def pair_of(text: TextOrPair) -> tuple[str, str | None]:
 class Columns:
     """The columns of a file's texts and labels: names, or numbers from 0 if it has no header.
 
-    The annotated fields become options of the commands that read data (de3.commands.options.with_fields).
+    The annotated fields become options of the commands that read data (de3.commands.options.add_parameters).
 
     Attributes:
         label: None if the texts have no labels; then .txt files with one text per line can be read, too.

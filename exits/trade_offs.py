@@ -36,18 +36,18 @@ class TradeOffs:
         """The row of the largest τ whose disagreement is certified to be at most `most`; τ = 0 if none is."""
         return self.rows[max(0, bisect_right(self._bounds, most) - 1)]
 
-    def under_load(self, tau: float, min_accuracy: float, max_disagreement: float) -> list[Any]:
+    def under_load(self, tau: float, min_accuracy: float) -> list[Any]:
         """The rows to which a server under load may raise τ from `tau`, by ascending τ.
 
         Each is at least MIN_GAIN times as fast as the one before it; the first is compared with the fastest row up to
-        `tau`. The list ends before the first such row below min_accuracy or above max_disagreement.
+        `tau`. The list ends before the first such row below min_accuracy.
         """
         steps: list[Any] = []
         speed = max((row.speedup for row in self.rows if row.tau <= tau), default=1.0)
         for row in self.rows:
             if row.tau <= tau or row.speedup < MIN_GAIN * speed:
                 continue
-            if row.accuracy < min_accuracy or row.disagreement > max_disagreement:
+            if row.accuracy < min_accuracy:
                 break
             steps.append(row)
             speed = row.speedup

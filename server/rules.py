@@ -162,7 +162,7 @@ class Rules:
         least = settings.min_accuracy
         if least is None:
             least = self.trade_offs.rows[0].accuracy - MAX_LOAD_LOSS
-        rows = self.trade_offs.under_load(self.default.rule.tau, least, settings.max_load_disagreement)
+        rows = self.trade_offs.under_load(self.default.rule.tau, least)
         budget_s = self.default.budget_s
         return [replace(self._at_row(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 

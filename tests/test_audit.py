@@ -356,7 +356,6 @@ def test_a_server_without_audits_says_how_to_enable_them(store: Path) -> None:
         ({"guarantee": 1}, "guarantee"),
         ({"audit_share": 1.1}, "audit_share"),
         ({"learn": True}, "learn: .* guarantee"),
-        ({"learn_canary": 1.0}, "learn_canary"),
     ],
 )
 def test_settings_that_do_not_go_together(values: dict[str, Any], field: str) -> None:

@@ -255,7 +255,7 @@ async def test_a_change_or_report_whose_client_is_gone_runs_to_its_end_and_its_e
 async def test_one_connection_or_request_does_not_stop_the_others() -> None:
     done: list[str] = []
     fail = mock.Mock(side_effect=UNEXPECTED)
-    shared = listener.Listener(mock.Mock(), 10, 100, 1.0)
+    shared = listener.Listener(mock.Mock(), 10, 100)
     for expire in (fail, lambda now: done.append("expired")) * 3:
         shared.connections.add(mock.Mock(deadline=0.0, write_deadline=0.0, expire=expire))
     shared._swept_at = monotonic() - 10  # the process was stalled: what has arrived meanwhile is read first

@@ -45,7 +45,7 @@ CHUNKED = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chu
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Server]:
-    with serving(store, models=["tiny"], body_timeout_s=5) as running:
+    with serving(store, models=["tiny"]) as running:
         yield running
 
 
@@ -163,7 +163,7 @@ def test_a_slow_body_is_408_and_closed(server: Server, monkeypatch: pytest.Monke
     """An unfinished trailer is late, too."""
     for request in (REQUEST[:-3], CHUNKED + b"16\r\n" + BODY + b"\r\n0\r\nX: a"):
         with monkeypatch.context() as patch, connect(server) as s:
-            patch.setattr(server.listener, "body_timeout_s", 0.1)
+            patch.setattr(connection, "BODY_TIMEOUT_S", 0.1)
             s.sendall(request)
             status, body = answer(s)
             assert status == 408 and "did not arrive within 0.1 s" in body["error"]["message"]
@@ -489,7 +489,7 @@ class Made(BaseConnection):
 
 def made_listener(limit: int = 5) -> Listener:
     frontend: Any = SimpleNamespace(bytes_in_flight=Shares(1000, "bytes"), dropped=lambda _: None)
-    return Listener(frontend, limit, 1000, 5.0)
+    return Listener(frontend, limit, 1000)
 
 
 # Connections in the order of eviction; of each: its network, seconds idle, has been answered, has not been read yet.

@@ -1182,7 +1182,7 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
     monkeypatch.setattr("de3.server.learn.learners.CHECK_S", 0.05)
     options: dict[str, Any] = {"learn": True, "guarantee": 0.2, "state_dir": tmp_path, "models": ["base"]}
     keys, texts, last = {"admin_keys": "root " + "k" * 32}, texts_of(300, 9), base.manifest.num_layers
-    with serving(stock_store, learn_canary=0.5, **options, **keys) as server:
+    with serving(stock_store, **options, **keys) as server:
         admin = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer " + "k" * 32})
         assert admin.post("/v1/models/base/learn").status_code == 409  # too few records
         rows = server.classify(input=texts[:140]).json()["data"]
@@ -1193,10 +1193,8 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
         assert fit["outcome"] == "served" and fit["version"] == FIRST and fit["attempt"] == 1, fit
         assert fit["records"] == 140 and 40 < fit["held_out"] < 70
         listed = httpx.get(f"{server.url}/v1/models").json()["data"]
-        assert {row["id"]: row["role"] for row in listed} == {"base:1": "current", f"base:{FIRST}": "canary"}
+        assert {row["id"]: row["role"] for row in listed} == {f"base:{FIRST}": "current"}
         assert [row["learned"]["attempt"] for row in listed if row["learned"]] == [1]
-        assert report(server)["serving"] == 1  # the canary waits for an admin
-        assert admin.post("/v1/models/base/load", json={"version": FIRST}).status_code == 200
         answer = server.classify(input=texts[140:]).json()
         assert answer["model"] == f"base:{FIRST}"
         assert min(row["exit"]["layer"] for row in answer["data"]) < last

@@ -77,15 +77,15 @@ def test_a_limit_of_disagreement_is_met_by_the_last_tau_within_it(rows: list[Any
     assert trade_offs.at_disagreement(most) is [rows[0], *measured][-1]
 
 
-@given(tables, st.sampled_from([0.0, 0.05, 0.1, 0.25]), st.sampled_from([0.0, 0.8, 0.9]), limits)
-def test_steps_under_load_get_faster_and_stop_before_the_first_that_breaks_a_limit(
-    rows: list[Any], tau: float, accuracy: float, most: float
+@given(tables, st.sampled_from([0.0, 0.05, 0.1, 0.25]), st.sampled_from([0.0, 0.8, 0.9]))
+def test_steps_under_load_get_faster_and_stop_before_the_first_below_the_limit(
+    rows: list[Any], tau: float, accuracy: float
 ) -> None:
     steps = [
         max((row for row in rows if row.tau <= tau), key=lambda row: row.speedup),
-        *TradeOffs(rows).under_load(tau, accuracy, most),
+        *TradeOffs(rows).under_load(tau, accuracy),
     ]
-    assert all(row.accuracy >= accuracy and row.disagreement <= most for row in steps[1:])
+    assert all(row.accuracy >= accuracy for row in steps[1:])
     above = [row for row in rows if row.tau > tau]
     for step, after in pairwise([*steps, None]):
         faster = (row for row in above if row.tau > step.tau and row.speedup >= MIN_GAIN * step.speedup)
@@ -93,7 +93,7 @@ def test_steps_under_load_get_faster_and_stop_before_the_first_that_breaks_a_lim
         if after is not None or following is None:
             assert following is after
         else:
-            assert following.accuracy < accuracy or following.disagreement > most
+            assert following.accuracy < accuracy
 
 
 def test_a_table_without_full_depth_is_refused() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from de3.commands.models import StoreOption, check_url
-from de3.commands.options import console, fields_of, with_fields
+from de3.commands.options import add_parameters, console, fields_of
 from de3.data.tables import Columns
 from de3.exits.signals import SIGNALS
 
@@ -24,7 +24,7 @@ SAMPLE_BYTES = 2**16  # number of bytes hashed at each end of a file
 _file_option = partial(typer.Option, rich_help_panel="Files")
 
 
-@with_fields(Columns, without=["label"])
+@add_parameters(Columns, without=["label"])
 def classify(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to classify.")] = None,
     file: Annotated[

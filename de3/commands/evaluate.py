@@ -13,17 +13,17 @@ from de3.commands.options import (
     DatasetSplit,
     File,
     LabelNames,
+    add_parameters,
     fields_of,
     need_extra,
     read_rows,
     reason,
     say,
-    with_fields,
 )
 from de3.data.tables import Columns
 
 
-@with_fields(Columns)
+@add_parameters(Columns)
 def evaluate(
     model: Annotated[
         Path, typer.Argument(help="A checkpoint or an artifact's folder, <store>/<name>/<version>.")

@@ -17,6 +17,7 @@ from de3.commands.options import (
     Quantize,
     SignalOption,
     Threshold,
+    add_parameters,
     check_groups,
     data_option,
     fields_of,
@@ -24,7 +25,6 @@ from de3.commands.options import (
     need_extra,
     say,
     say_published,
-    with_fields,
 )
 from de3.data.tables import Columns, read_groups, read_rows, records
 
@@ -32,7 +32,7 @@ RATE = 0.02  # disagreement rate at which the speed-up is reported
 WITH_RECORDS = ("model", "name", "records_files", "store", "quantize")
 
 
-@with_fields(Columns, without=["label"])
+@add_parameters(Columns, without=["label"])
 def import_model(
     context: typer.Context,
     model: Annotated[

@@ -1,11 +1,11 @@
 """Options and checks that several commands share."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib import import_module
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -72,34 +72,37 @@ LabelNames = Annotated[
 ]
 
 
-def with_fields(*classes: type, without: Collection[str] = ()) -> Callable[[Command], Command]:
-    """A decorator that replaces **options of a command with the fields of dataclasses.
+def add_parameters(
+    *classes: type, without: Collection[str] = (), variable: Callable[[str], str] | None = None
+) -> Callable[[Command], Command]:
+    """A decorator that replaces **options of a command with the fields of settings classes: pydantic or dataclasses.
 
-    A field becomes an option if it is annotated with a typer.Option and not named in `without`. A field whose
+    A field becomes a parameter if it is annotated with a typer.Option and not named in `without`. A field whose
     `show_default` is a text has the default None, because its value depends on other options.
+
+    variable: the environment variable of a field. None: fields have none.
     """
 
     def decorate(command: Command) -> Command:
-        parameters = []
+        own = signature(command, eval_str=True).parameters.values()
+        parameters = [parameter for parameter in own if parameter.kind is not Parameter.VAR_KEYWORD]
         for field in [field for each in classes for field in signature(each).parameters.values()]:
             match get_args(field.annotation):
-                case [kind, OptionInfo() as info] if field.name not in without:
-                    option = field.replace(kind=Parameter.KEYWORD_ONLY)
+                case [kind, *_, OptionInfo() as info] if field.name not in without:
+                    if get_origin(kind) is list:
+                        kind = list[str]  # typer accepts no annotated items
+                    if variable is not None:
+                        info.envvar = variable(field.name)
+                    option = field.replace(kind=Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info])
                     if isinstance(info.show_default, str):
                         option = option.replace(annotation=Annotated[kind | None, info], default=None)
                     parameters.append(option)
-        add_parameters(command, parameters)
+        # typer reads options from the signature and the annotations
+        command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
 
     return decorate
-
-
-def add_parameters(command: Callable[..., Any], more: Sequence[Parameter]) -> None:
-    """Replace **options of a command with parameters: typer reads options from the signature and the annotations."""
-    own = signature(command, eval_str=True).parameters.values()
-    parameters = [parameter for parameter in own if parameter.kind is not Parameter.VAR_KEYWORD] + [*more]
-    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
 def fields_of(dataclass: type, options: Mapping[str, Any]) -> dict[str, Any]:

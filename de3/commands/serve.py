@@ -1,21 +1,21 @@
 """`de3 serve`, with its own options and those that server.settings.Settings defines."""
 
 import os
-from inspect import Parameter
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from de3.commands.options import add_parameters, console
 from de3.model_store.architecture import precision_of
-from de3.server.settings import OTHER_VARIABLES, Settings, option, unknown_variables, variable
+from de3.server.settings import OTHER_VARIABLES, SECRETS, Settings, unknown_variables, variable
 
 if TYPE_CHECKING:
     from de3.model_store.store import Artifact
 
 
+@add_parameters(Settings, variable=variable)
 def serve(
     context: typer.Context,
     names: Annotated[
@@ -60,9 +60,8 @@ def serve(
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError("--demo: cannot be combined with --store; give one of them")
         given["store"], given["models"] = DEMO, given.get("models") or ["sst2"]
-    for name in Settings.model_fields:
-        # An empty secret is not skipped, because Settings rejects it.
-        if option(name) is None and (secret := os.environ.get(variable(name))) is not None:
+    for name in SECRETS:
+        if (secret := os.environ.get(variable(name))) is not None:  # an empty one is not skipped but rejected
             given[name] = secret
     settings = Settings(**given)
     artifacts = _artifacts(names or [], settings.store, quantize, cache_gb)
@@ -98,21 +97,3 @@ def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) ->
         artifacts.append(artifact)
     evict(cache_folder(), cache_gb)
     return artifacts
-
-
-def _parameter(name: str) -> Parameter | None:
-    """A field of Settings as a parameter of the command; None for a secret."""
-    field, how = Settings.model_fields[name], option(name)
-    if how is None:
-        return None
-    kind: Any = str if get_origin(field.annotation) is Literal else field.annotation  # Settings checks it
-    default = field.get_default()
-    if get_origin(kind) is list:
-        kind, default = list[str] | None, default or None
-    flag = how.flag or "--" + name.replace("_", "-")
-    # If the default is None, the description of the field says what that means.
-    info = typer.Option(flag, envvar=variable(name), help=field.description, rich_help_panel=how.panel)
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
-
-
-add_parameters(serve, [p for name in Settings.model_fields if (p := _parameter(name)) is not None])

@@ -17,6 +17,7 @@ from de3.commands.options import (
     GroupColumn,
     LabelNames,
     Threshold,
+    add_parameters,
     check_groups,
     data_option,
     fields_of,
@@ -26,7 +27,6 @@ from de3.commands.options import (
     read_rows,
     say,
     training_option,
-    with_fields,
 )
 from de3.data.tables import Columns, TextOrPair, dataset_records, labels_in, read_groups, records
 from de3.training.settings import MULTI_LABEL_HEAD_LR, Recipe, TrainSettings
@@ -36,7 +36,7 @@ NO_PROTOTYPES = ("gamma", "metric_dim", "last_prototypes", "alpha", "prototypes"
 NO_TEACHER = ("teacher", "distill", "temperature", "augment")
 
 
-@with_fields(Columns, TrainSettings)
+@add_parameters(Columns, TrainSettings)
 def train(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],

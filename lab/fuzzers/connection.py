@@ -286,7 +286,7 @@ class Client:
         self._answers_at_once, self.handled = answers_at_once, list[tuple[dict[str, Any], Any]]()
         self._pending, self._is_paused = 0, False
         self.frontend, self.loop, self.transport = _Frontend(), _Loop(), _Transport()
-        self.listener = Listener(self.frontend, 10, MAX_BODY_BYTES, 5.0)  # type: ignore[arg-type]
+        self.listener = Listener(self.frontend, 10, MAX_BODY_BYTES)  # type: ignore[arg-type]
         state = SimpleNamespace(connections=set(), tasks=set(), default_headers=[], total_requests=0)
         self.connection = Connection(
             self.listener,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from de3.commands.options import fields_of, with_fields
+from de3.commands.options import add_parameters, fields_of
 from de3.data.tables import Columns, read_rows
 from de3.loadtest.options import (
     Json,
@@ -438,7 +438,7 @@ def overhead(
 
 
 @app.command()
-@with_fields(Columns)
+@add_parameters(Columns)
 def wall(
     texts: Annotated[
         Path | None, typer.Argument(help="Labelled texts, unless --show is given.", show_default=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from de3.server.http import connection
 from lab.fuzz import RawRequest, Result, check, fuzz, send
 from tests.serving import Server, serving
 
@@ -18,8 +19,10 @@ KEY = "an-admin-key-of-some-length"
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Server]:
-    with serving(store, models=["tiny"], admin_keys=f"root {KEY}", body_timeout_s=1) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "BODY_TIMEOUT_S", 1.0)
+        with serving(store, models=["tiny"], admin_keys=f"root {KEY}") as running:
+            yield running
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
             send = _with_headers(send, scope)
             try:
                 if frontend.access.check(route_path(scope), scope):
-                    body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s)
+                    body = await read_body(scope, receive, settings.max_body_bytes)
                     receive = _replay(body, receive)
                 await api(scope, receive, send)
             except RequestError as error:

@@ -24,7 +24,7 @@ from starlette.types import Scope
 
 from de3.server.errors import RequestError
 from de3.server.http import errors
-from de3.server.http.listener import BODY, HEAD, LINGER, RESPONSE, BaseConnection, Listener
+from de3.server.http.listener import BODY, BODY_TIMEOUT_S, HEAD, LINGER, RESPONSE, BaseConnection, Listener
 from de3.server.http.parser import RequestParser
 from de3.server.networks import network_of
 
@@ -201,8 +201,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         elif self.state == LINGER:
             self.abort()
         elif self.state == BODY:
-            limit = self._listener.body_timeout_s
-            error = RequestError(f"the body did not arrive within {limit:g} s", cause="slow_body")
+            error = RequestError(f"the body did not arrive within {BODY_TIMEOUT_S:g} s", cause="slow_body")
             self._start(error)
         else:
             self._close()
@@ -316,7 +315,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._start(refusal or b"")
             return
         self.client = client or ""
-        self._wait(BODY, self._listener.body_timeout_s)
+        self._wait(BODY, BODY_TIMEOUT_S)
         self._resume_reading()
         if parser.expects_continue and not parser.data:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -19,6 +19,7 @@ from de3.server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT, Charge
 from de3.server.http.asgi import AsgiRequest
 from de3.server.http.exchange import HEADER, Exchange, request_id
 from de3.server.http.frontend import Frontend
+from de3.server.http.listener import BODY_TIMEOUT_S
 from de3.server.http.protocol import Call, Protocol, Route
 from de3.server.infer import Inference, timed_out
 
@@ -85,7 +86,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     service.check_open()
     exchange.owner = frontend.access.user(scope)
     settings = service.settings
-    body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s)
+    body = await read_body(scope, receive, settings.max_body_bytes)
     client = frontend.client(scope, exchange.owner)
     charge = Charge(frontend.access.limit, exchange.owner)
     if len(body) > BYTES_PER_TEXT:
@@ -124,7 +125,7 @@ async def _parse_in_turn(
         raise timed_out(timeout_s) from None
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """The body of a request.
 
     Raises RequestError if it is too large or too slow, and ClientDisconnect if the client is gone.
@@ -141,7 +142,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
     chunks: list[bytes] = []
     size, more = 0, True
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(BODY_TIMEOUT_S):
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -153,7 +154,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
                 chunks.append(chunk)
                 more = message.get("more_body", False)
     except TimeoutError:
-        reason = f"the body did not arrive within {timeout_s:g} s"
+        reason = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
         raise RequestError(reason, cause="slow_body") from None
     return b"".join(chunks)
 

@@ -16,6 +16,7 @@ MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
 # Maximum reading rate of bodies that arrive in pieces, over all connections; reading at this rate takes a fifth of the
 # event loop's time.
 MAX_BODY_BYTES_PER_S = 2.5e8
+BODY_TIMEOUT_S = 10.0
 PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, over all connections
 SWEEP_S = 0.25
 MAX_LATE_S = 1.0  # time since the last sweep, after which nothing expires
@@ -85,13 +86,11 @@ class Listener:
         frontend: Frontend,
         max_connections: int,
         max_body_bytes: int,
-        body_timeout_s: float,
         on_closed: Callable[[], None] = lambda: None,
     ) -> None:
         """on_closed: called for each closed connection."""
         self.frontend, self._on_closed = frontend, on_closed
         self.max_connections, self.max_body_bytes = max_connections, max_body_bytes
-        self.body_timeout_s = body_timeout_s
         self.connections: set[BaseConnection] = set()
         self.starts = StartQueue()
         self._per_network = Counter[str]()

@@ -112,7 +112,6 @@ class Learner:
             (manifest.num_layers, manifest.hidden_size),
             len(manifest.labels),
             settings.learn_bytes,
-            settings.learn_half_life,
         )
         self.journal = folder.journal(self.name, self.base)
         if not self.journal.attempts and len(manifest.exit_layers) > 1:

@@ -304,9 +304,7 @@ class Learners:
 
     async def _serve(self, learner: Learner, version: int) -> None:
         """Load a learned version in every process; raises RequestError if it cannot be loaded."""
-        share = self._settings.learn_canary
-        change = {"what": "load", "name": learner.name, "version": version}
-        change |= {"role": "canary", "share": share} if share else {"role": "current", "share": 0.0}
+        change = {"what": "load", "name": learner.name, "version": version, "role": "current", "share": 0.0}
         for last in range(RETRIES):
             try:
                 await self._change(change)

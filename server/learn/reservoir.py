@@ -9,6 +9,7 @@ from de3.model_store.records import Records
 from de3.server.learn.record import Record
 
 MOST_RECORDS = 100_000
+HALF_LIFE = 200_000.0  # texts; exits thus follow traffic that changes, and forget rare texts slowly
 MAX_NAMES = 1024  # clients counted separately; all others count as one
 OTHERS = "*others"  # no client has this name
 
@@ -25,7 +26,13 @@ class Reservoir:
     """
 
     def __init__(
-        self, base: str, shape: tuple[int, int], labels: int, max_bytes: int, half_life: float, seed: int = 0
+        self,
+        base: str,
+        shape: tuple[int, int],
+        labels: int,
+        max_bytes: int,
+        half_life: float = HALF_LIFE,
+        seed: int = 0,
     ) -> None:
         """base: see Records. shape: (num_layers, hidden). labels: K. max_bytes: memory limit. half_life: in texts."""
         self.base, self._half_life, self._random = base, half_life, np.random.default_rng(seed)
