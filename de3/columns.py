@@ -82,7 +82,7 @@ class Answers:
             for part in item.outcome.windows or (item.outcome,):
                 self.model_s += part.model_s
                 self.full_depth_s += part.model_s * job.served.timing.speedup(part.tokens, part.layer)
-        self.add([None if item.outcome is None else row_of(item) for item in job.items])
+        self.add([None if item.outcome is None else row_of(item, exact=True) for item in job.items])
         job.release()
 
     def ordered(self, order: Sequence[int]) -> dict[str, list[Any]]:

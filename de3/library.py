@@ -7,7 +7,7 @@
             print(row.label, row.exit.layer)
 
 It runs the server's engine: options are named as in requests (but `lam` for `lambda`), and answers equal the server's,
-bit for bit.
+bit for bit; the columns of a table are not rounded.
 """
 
 import os

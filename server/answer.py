@@ -15,6 +15,7 @@ from de3.server.engine.job import Item
 from de3.server.engine.outcome import Outcome
 from de3.server.options import SignalName
 
+DECIMALS = 6  # of the probabilities in an answer
 DISPLAY_LAM = 1.0  # λ of the reported EDR if the signal has no λ, or λ = 0
 
 
@@ -163,8 +164,11 @@ class ClassifyResponse(TypedDict):
     ]
 
 
-def row_of(item: Item) -> ClassifiedText:
-    """The answer to a text of a finished job whose request is a Classification."""
+def row_of(item: Item, exact: bool = False) -> ClassifiedText:
+    """The answer to a text of a finished job whose request is a Classification.
+
+    exact: the probabilities and signals are not rounded.
+    """
     job, outcome = item.job, item.outcome
     request, manifest = job.request, job.model.manifest
     assert isinstance(request, Classification)
@@ -174,7 +178,7 @@ def row_of(item: Item) -> ClassifiedText:
     row: ClassifiedText = {
         "index": item.index,
         "label": labels[reading.label],
-        "probs": _probs(reading, request.raw),
+        "probs": _probs(reading, request.raw, exact),
         "num_classes": len(labels),
         "exit": {
             "layer": outcome.layer,
@@ -183,10 +187,7 @@ def row_of(item: Item) -> ClassifiedText:
             "tau": outcome.rule.tau,
             "signal": signal.name,
             "lambda": signal.lam,
-            "score": _or_none(reading.score),
-            "entropy": _or_none(reading.entropy),
-            "distance_ratio": reading.distance_ratio,
-            "edr": edr(reading, lam),
+            **_signals(reading, lam, exact),
         },
     }
     if reading.value is not None:
@@ -194,7 +195,9 @@ def row_of(item: Item) -> ClassifiedText:
     if reading.labels is not None:
         row["labels"] = [labels[k] for k in reading.labels]
     if request.top_k:
-        best = ranked(row["probs"] or [], labels)[: request.top_k]
+        best = ranked(
+            reading.logits if request.raw else reading.probs, labels, request.top_k, request.raw or exact
+        )
         row["top"] = [{"label": label, "prob": prob} for prob, label in best]
     if outcome.truncated:
         row["truncated"] = True
@@ -203,19 +206,26 @@ def row_of(item: Item) -> ClassifiedText:
         row["windows"] = {"run": len(layers), "of": outcome.num_windows, "layers": layers}
     if job.flag is not None:
         prob = reading.probs[job.flag.label]
-        row["flag"] = {"label": labels[job.flag.label], "prob": prob, "flagged": prob >= job.flag.threshold}
+        row["flag"] = {
+            "label": labels[job.flag.label],
+            "prob": prob if exact else round(prob, DECIMALS),
+            "flagged": prob >= job.flag.threshold,
+        }
         if (decisive := outcome.decisive) is not None:
             row["flag"] |= {"window": decisive.window, "start": decisive.start, "end": decisive.end}
     if request.ood:
-        row["ood_score"] = job.served.monitor.score(outcome.passed)
+        score = job.served.monitor.score(outcome.passed)
+        row["ood_score"] = score if exact else significant(score)
     if outcome.is_far:
         row["out_of_distribution"] = True
     if request.explain:
-        row["layers"] = _passed_exits(outcome, labels, lam, request.raw)
+        row["layers"] = _passed_exits(outcome, labels, lam, request.raw, exact)
     return row
 
 
-def _passed_exits(outcome: Outcome, labels: list[str], lam: float, raw: bool) -> list[PassedExit]:
+def _passed_exits(
+    outcome: Outcome, labels: list[str], lam: float, raw: bool, exact: bool
+) -> list[PassedExit]:
     """A row for every exit passed, with the window's index if the text has several windows."""
     rows: list[PassedExit] = []
     windows = [window.passed for window in outcome.windows] or [outcome.passed]
@@ -224,11 +234,8 @@ def _passed_exits(outcome: Outcome, labels: list[str], lam: float, raw: bool) ->
             row: PassedExit = {
                 "layer": reading.layer,
                 "label": labels[reading.label],
-                "probs": _probs(reading, raw),
-                "score": _or_none(reading.score),
-                "entropy": _or_none(reading.entropy),
-                "distance_ratio": reading.distance_ratio,
-                "edr": edr(reading, lam),
+                "probs": _probs(reading, raw, exact),
+                **_signals(reading, lam, exact),
             }
             if reading.value is not None:
                 row["value"] = reading.value
@@ -238,10 +245,22 @@ def _passed_exits(outcome: Outcome, labels: list[str], lam: float, raw: bool) ->
     return rows
 
 
-def _probs(reading: Reading, raw: bool) -> list[float] | None:
+def _probs(reading: Reading, raw: bool, exact: bool) -> list[float] | None:
     if reading.value is not None:
         return None
-    return reading.logits if raw else reading.probs
+    if raw:
+        return reading.logits
+    return reading.probs if exact else rounded(reading.probs)
+
+
+def _signals(reading: Reading, lam: float, exact: bool) -> Signals:
+    number = _or_none if exact else significant
+    return {
+        "score": number(reading.score),
+        "entropy": number(reading.entropy),
+        "distance_ratio": number(reading.distance_ratio),
+        "edr": number(edr(reading, lam)),
+    }
 
 
 def _or_none(number: float | None) -> float | None:
@@ -249,6 +268,22 @@ def _or_none(number: float | None) -> float | None:
     return None if number is None or isnan(number) else number
 
 
-def ranked(scores: Iterable[float], labels: Iterable[str]) -> list[tuple[float, str]]:
-    """The labels with their scores, the highest first."""
-    return sorted(zip(scores, labels, strict=True), key=lambda pair: -pair[0])
+def rounded(probs: Iterable[float]) -> list[float]:
+    """Probabilities as they are sent, with 6 decimals; call it after every decision."""
+    return [round(prob, DECIMALS) for prob in probs]
+
+
+def significant(number: float | None) -> float | None:
+    """A signal as it is sent, with 6 significant digits; None for NaN."""
+    return None if number is None or isnan(number) else float(f"{number:.6g}")
+
+
+def ranked(
+    scores: Iterable[float], labels: Iterable[str], top: int | None, exact: bool
+) -> list[tuple[float, str]]:
+    """The labels with their scores, the highest first, at most `top` of them.
+
+    exact: the scores, which may be logits, are not rounded.
+    """
+    best = sorted(zip(scores, labels, strict=True), key=lambda pair: -pair[0])[:top]
+    return best if exact else [(round(score, DECIMALS), label) for score, label in best]

@@ -132,6 +132,7 @@ def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_
     pool = Here(model)
     summary, refused = classify(pool, file, out)
     rows, expected = read(out), model.classify(TEXTS, tau=0.3)
+    exact = model.classify(TEXTS, tau=0.3, as_arrow=True)
     assert pool.most == 5  # two for each process, and one
     assert summary.rows == summary.answered == len(TEXTS) and refused is None
     assert [row["text"] for row in rows] == [text.strip() for text in TEXTS] or kind_in == ".txt"
@@ -140,7 +141,7 @@ def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_
     assert [row["label"] for row in rows] == [row.label for row in expected]
     assert [int(row["exit_layer"]) for row in rows] == [row.exit.layer for row in expected]
     probs = [row["probs"] if isinstance(row["probs"], list) else json.loads(row["probs"]) for row in rows]
-    assert probs == [row.probs for row in expected]
+    assert probs == exact.column("probs").to_pylist()
     assert {str(row["truncated"]).lower() for row in rows} == {"false"}
     assert summary.layers == Counter(row.exit.layer for row in expected)
     assert [file.name for file in tmp_path.iterdir() if "parts" in file.name] == []
@@ -537,9 +538,9 @@ def test_single_texts_and_pairs_in_one_file(model: de3.Classifier, tmp_path: Pat
     write(tmp_path / "in.jsonl", [{"n": 0, "text": "good"}, {"text": "bad"}])
     classify(Here(model), tmp_path / "in.jsonl", tmp_path / "out.jsonl", keep=["n"])
     assert [row["n"] for row in read(tmp_path / "out.jsonl")] == [0, None]
-    expected = model.classify(["good", ("bad", "good")], tau=0.3)
+    expected = model.classify(["good", ("bad", "good")], tau=0.3, as_arrow=True)
     found = read(tmp_path / "out.parquet")
-    assert [row["probs"] for row in found] == [row.probs for row in expected]
+    assert [row["probs"] for row in found] == expected.column("probs").to_pylist()
     assert [row["n"] for row in found] == [0, 1] and "text" not in found[0]
 
 
@@ -652,8 +653,8 @@ def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:
         f"classify --store {store} --model tiny-int8 --file {file} --out {out} --max-disagreement 0.5 --threads 2"
     )
     with de3.load("tiny-int8", store=store, threads=1) as model:
-        expected = model.classify(TEXTS, max_disagreement=0.5)
-    assert [row["probs"] for row in read(out)] == [row.probs for row in expected]
+        expected = model.classify(TEXTS, max_disagreement=0.5, as_arrow=True)
+    assert [row["probs"] for row in read(out)] == expected.column("probs").to_pylist()
     assert "101 rows" in output and "exits by layer: 0: " in output and "speed-up in model time: " in output
     assert "at most 50% of the answers differ from full depth (with 95% confidence)" in output
     assert "1 rows cannot be classified" in output

@@ -58,15 +58,16 @@ def expected(model: Model, steps: list[Any], tau: float, signal: Signal) -> dict
         last = layer == model.manifest.num_layers
         if last or (score is not None and score < tau):
             label = model.manifest.labels[int(np.argmax(step.logits))]
-            left = {"layer": layer, "num_layers": model.manifest.num_layers, "tau": tau, "score": score}
+            left = {"layer": layer, "num_layers": model.manifest.num_layers, "tau": tau}
             left |= {
                 "reason": "last_layer" if last else "threshold",
                 "signal": signal.name,
                 "lambda": signal.lam,
             }
-            left |= {"entropy": reading.entropy, "distance_ratio": reading.distance_ratio}
-            left |= {"edr": edr(reading, signal.lam or 1.0)}
-            return {"label": label, "probs": reading.probs, "exit": left}
+            signals = {"score": score, "entropy": reading.entropy, "distance_ratio": reading.distance_ratio}
+            signals |= {"edr": edr(reading, signal.lam or 1.0)}
+            left |= {name: None if x is None else float(f"{x:.6g}") for name, x in signals.items()}
+            return {"label": label, "probs": [round(p, 6) for p in reading.probs], "exit": left}
     raise AssertionError
 
 
@@ -135,7 +136,7 @@ def test_a_pair_is_not_its_texts_joined(server: Server, model: Model) -> None:
     row = server.classify(input=pair, tau=0).json()["data"][0]
     step = model.full_depth(model.tokenize("good film", "a dull plot"))[-1]
     assert step.logits is not None
-    assert row["probs"] == read(3, step.logits.tolist(), None).probs
+    assert row["probs"] == pytest.approx(read(3, step.logits.tolist(), None).probs, abs=5.1e-7)
     assert row["probs"] != server.classify(input="good film a dull plot", tau=0).json()["data"][0]["probs"]
     many = server.classify(input=[pair, pair], tau=0).json()["data"]
     assert [r["probs"] for r in many] == [row["probs"]] * 2

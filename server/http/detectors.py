@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
+from de3.server.answer import DECIMALS
 from de3.server.engine.job import Job
 from de3.server.engine.outcome import Outcome
 from de3.server.engine.request import Request, Text
@@ -135,7 +136,7 @@ def _detections(
                 "detection": label,
                 "detection_type": label,
             }
-            found.append(row | {"score": prob} | more)
+            found.append(row | {"score": round(prob, DECIMALS)} | more)
     return found
 
 

@@ -106,12 +106,13 @@ def serialize(_: str, job: Job) -> bytes:
 
 
 def _scores(reading: Reading, labels: list[str], request: TaskRequest) -> list[dict[str, Any]]:
-    best = ranked(_apply(request.function, reading), labels)[: request.top_k]
+    function = request.function or ("none" if reading.value is not None else None)
+    best = ranked(_apply(function, reading), labels, request.top_k, exact=function == "none")
     return [{"label": label, "score": score} for score, label in best]
 
 
 def _apply(function: Function | None, reading: Reading) -> list[float]:
-    if function == "none" or (function is None and reading.value is not None):
+    if function == "none":
         return reading.logits
     if function is None:
         return reading.probs

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 import orjson
 from pydantic import BeforeValidator, Field
 
+from de3.server.answer import rounded
 from de3.server.classification import text_of
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
@@ -51,7 +52,8 @@ def serialize(_: str, job: Job) -> bytes:
     return orjson.dumps(
         {
             "predictions": [
-                {str(k): p for k, p in enumerate(r.probs)} if r.value is None else r.value for r in readings
+                {str(k): p for k, p in enumerate(rounded(r.probs))} if r.value is None else r.value
+                for r in readings
             ]
         }
     )

@@ -8,6 +8,7 @@ import orjson
 from pydantic import BeforeValidator, Field
 
 from de3.model_store.manifest import Manifest
+from de3.server.answer import rounded
 from de3.server.engine.job import Job
 from de3.server.engine.outcome import Outcome
 from de3.server.engine.request import Request, Text
@@ -65,7 +66,7 @@ def _result(outcome: Outcome, names: list[str]) -> dict[str, Any]:
     return {
         "flagged": bool(given),
         "categories": {name: k in given for k, name in enumerate(names)},
-        "category_scores": dict(zip(names, reading.probs, strict=True)),
+        "category_scores": dict(zip(names, rounded(reading.probs), strict=True)),
         "category_applied_input_types": {
             name: ["text"] if k in given else [] for k, name in enumerate(names)
         },

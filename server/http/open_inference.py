@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from de3.model_store.manifest import Manifest
+from de3.server.answer import rounded
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
@@ -206,7 +207,9 @@ def serialize(_: str, job: Job) -> bytes:
     tensors: dict[str, dict[str, Any]] = {
         "label": _tensor("BYTES", [len(outcomes)], job.labels()),
         "probs": _tensor(
-            "FP64", [len(outcomes), len(manifest.labels)], [p for o in outcomes for p in o.reading.probs]
+            "FP64",
+            [len(outcomes), len(manifest.labels)],
+            [p for o in outcomes for p in rounded(o.reading.probs)],
         ),
         "value": _tensor("FP64", [len(outcomes)], [o.reading.value for o in outcomes]),
         "exit_layer": _tensor("INT64", [len(outcomes)], [o.layer for o in outcomes]),

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from de3.exits.reading import sigmoid
 from de3.model_store.manifest import Manifest
+from de3.server.answer import significant
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
@@ -156,7 +157,8 @@ def serialize(request_id: str, job: Job) -> bytes:
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[: request.top_n]
     rows: list[dict[str, Any]] = []
     for i in order:
-        row: dict[str, Any] = {"index": i, "score" if request.is_tei else "relevance_score": scores[i]}
+        score = scores[i] if request.raw_scores else significant(scores[i])
+        row: dict[str, Any] = {"index": i, "score" if request.is_tei else "relevance_score": score}
         if request.with_documents:
             text = request.texts[i].text_pair
             row |= {"text": text} if request.is_tei else {"document": {"text": text}}

@@ -93,9 +93,8 @@ def serialize(_: str, job: Job) -> bytes:
 def _scores(reading: Reading, labels: list[str], raw: bool) -> list[dict[str, Any]]:
     # TEI applies the sigmoid to a single output.
     probs = reading.probs if reading.value is None else [sigmoid(reading.value)]
-    return [
-        {"score": score, "label": label} for score, label in ranked(reading.logits if raw else probs, labels)
-    ]
+    best = ranked(reading.logits if raw else probs, labels, None, exact=raw)
+    return [{"score": score, "label": label} for score, label in best]
 
 
 def error(problem: RequestError) -> bytes:
