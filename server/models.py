@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
@@ -146,9 +146,12 @@ class Route:
 class Models:
     """The loaded models. Only the event loop changes them, each change in one step."""
 
-    def __init__(self, default: str | None = None) -> None:
-        """default: name of the model that answers requests that name none; None: the served model, if only one is."""
-        self._default = default
+    def __init__(self, default: str | None = None, targets: Mapping[str, str] | None = None) -> None:
+        """default: name of the model that answers requests that name none; None: the served model, if only one is.
+
+        targets: the models' names, by the aliases of the settings.
+        """
+        self._default, self._targets = default, targets or {}
         self._versions: dict[str, dict[int, Served]] = {}
         self.routes: dict[str, Route] = {}
 
@@ -161,13 +164,13 @@ class Models:
         """The loaded model with this name:version; None if there is none."""
         return next((one for one in self.all if one.model.full_name == full_name), None)
 
-    def get(self, name: str | None) -> Served:
+    def get(self, name: str | None, fits: Callable[[Manifest], bool] = lambda _: True) -> Served:
         """The model that answers a request, perhaps a canary. name: None if the request names no model.
 
-        Raises RequestError if the name is not served, or if there is no default.
+        fits: true for models that can answer the request; see default_name. Raises RequestError if the name is not
+        served, or if there is no default.
         """
-        if name is None:
-            name = self.default_name()
+        name = self.default_name(fits) if name is None else self._resolve(name)
         route = self.routes.get(name)
         if route is not None and route.canary is not None and random.random() < route.share:
             return self._versions[name][route.canary]
@@ -177,20 +180,33 @@ class Models:
         """True if this name answers requests that name no model."""
         return name == self._default or len(self.routes) == 1
 
-    def default_name(self) -> str:
-        """The name that answers requests that name no model; raises RequestError if there is none."""
-        if self._default in self.routes:
-            return str(self._default)
-        if len(self.routes) == 1:
-            return next(iter(self.routes))
+    def default_name(self, fits: Callable[[Manifest], bool] = lambda _: True) -> str:
+        """The name that answers requests that name no model: the default, or the only one.
+
+        fits: only models that it is true for count, if there is any. Raises RequestError if there is no such name.
+        """
+        default = self._default
+        if default in self.routes and fits(self.current(str(default)).model.manifest):
+            return str(default)
+        names = [name for name in self.routes if fits(self.current(name).model.manifest)] or list(self.routes)
+        if len(names) == 1:
+            return names[0]
+        if default in names:  # no model fits, and the request's check of this one says why
+            return str(default)
         raise RequestError(
-            f"model: is required, as several are served: {', '.join(self.routes)}; the server's operator may set a "
+            f"model: is required, as several are served: {', '.join(names)}; the server's operator may set a "
             "default with --default-model",
             "model",
         )
 
+    def _resolve(self, name: str) -> str:
+        """The name, or name:version, with its model's name in place of an alias."""
+        alias, colon, version = name.partition(":")
+        return self._targets[alias] + colon + version if alias in self._targets else name
+
     def current(self, name: str) -> Served:
         """The current version of a name, or the version with this alias; raises RequestError if there is neither."""
+        name = self._resolve(name)
         if name in self.routes:
             return self._versions[name][self.routes[name].current]
         served = self.all
@@ -279,16 +295,24 @@ def default_of(settings: Settings, artifacts: list[Artifact], are_named: bool) -
     """The name that answers requests that name no model; None: there is no default.
 
     are_named: the operator has named the artifacts, so the first is the default. Raises StoreError if the default model
-    of the settings is not served.
+    of the settings, or the model of an alias, is not served, and for an alias that is the name of a served model.
     """
-    name = settings.default_model
     served = list(dict.fromkeys(a.manifest.name for a in artifacts))
+
+    def name_of(model: str, flag: str) -> str:
+        name = next((a.manifest.name for a in artifacts if model in aliases(a.manifest)), model)
+        if name not in served:
+            raise StoreError(f"{flag}: {model} is not served; there are: {', '.join(served)}")
+        return name
+
+    for alias, target in settings.targets.items():
+        if alias in served:
+            raise StoreError(f"--alias {alias}={target}: {alias} is the name of a served model")
+        name_of(target, f"--alias {alias}={target}")
+    name = settings.default_model
     if name is None:  # the only model at startup remains the default when others are loaded
         return served[0] if are_named or len(served) == 1 else None
-    name = next((a.manifest.name for a in artifacts if name in aliases(a.manifest)), name)
-    if name not in served:
-        raise StoreError(f"--default-model {name}: is not served; there are: {', '.join(served)}")
-    return name
+    return name_of(settings.targets.get(name, name), "--default-model")
 
 
 def aliases(manifest: Manifest) -> list[str]:

@@ -72,7 +72,7 @@ class Service:
             self.artifacts = list(map(LearnFolder(settings.state_dir).served_before, found))
         self._are_named = bool(settings.models or artifacts)
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *newest(store)])
-        self.models = Models(default_of(settings, self.artifacts, self._are_named))
+        self.models = Models(default_of(settings, self.artifacts, self._are_named), settings.targets)
         self.metrics = Metrics(settings, deepest, lambda: self.admission.level)
         self.admission = Admission(settings, self.models)
         self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.texts.observe)

@@ -92,6 +92,14 @@ class Settings(BaseModel):
             "in the store."
         ),
     ] = None
+    aliases: Annotated[
+        list[Annotated[str, Field(pattern=r"^[^\s=:]+=[^\s=]+$")]],
+        engine_option(
+            "--alias",
+            help="Another name of a served model, as ALIAS=NAME or ALIAS=NAME:VERSION; repeat for more (in the "
+            "variable: separated by spaces).",
+        ),
+    ] = []
     runtime: Annotated[
         Literal["auto", "native", "onnxruntime"],
         engine_option(help="onnxruntime, native (int8 kernels), or auto: native if possible."),
@@ -256,6 +264,11 @@ class Settings(BaseModel):
         if self.learn and self.guarantee is None:
             raise ValueError("learn: needs guarantee, which decides how early its exits may answer")
         return self
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """The models' names, by alias."""
+        return dict(alias.split("=") for alias in self.aliases)
 
     @property
     def has_keys(self) -> bool:

@@ -510,11 +510,6 @@ def test_tei_says_what_is_wrong(server: Server, inputs: Any) -> None:
     assert answer.status_code == 422 and answer.json()["error"].startswith("inputs")
 
 
-def test_moderation_needs_a_multi_label_model(server: Server) -> None:
-    answer = httpx.post(server.url + "/v1/moderations", json={"input": "good"})
-    assert answer.status_code == 422 and "is not a multi-label model" in answer.json()["error"]["message"]
-
-
 def test_every_protocol_has_the_same_limit_on_texts(server: Server) -> None:
     def tensors(texts: list[str]) -> list[dict[str, Any]]:
         return [{"name": "text", "datatype": "BYTES", "shape": [len(texts)], "data": texts}]

@@ -30,7 +30,8 @@ PREDICT, CONTENTS = "/v1/models/tiny-int8:predict", "/api/v1/text/contents"
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Server]:
-    with serving(store, models=["tiny-int8"], tau=0, max_texts=8) as running:
+    aliases = ["omni-moderation-latest=tiny-int8"]
+    with serving(store, models=["tiny-int8"], tau=0, max_texts=8, aliases=aliases) as running:
         yield running
 
 
@@ -117,6 +118,29 @@ def test_a_response_of_detectors_has_a_limit(server: Server, monkeypatch: pytest
         body = {"contents": ["a " * 15] * 2, "detector_params": params}
         answer = post(server, CONTENTS, body)
         assert answer.status_code == status, (limit, threshold, answer.text)
+
+
+def test_moderation_by_two_classes_under_openais_name(server: Server) -> None:
+    from openai import NotFoundError, OpenAI
+
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    found = client.moderations.create(input=[GOOD, BAD], model="omni-moderation-latest")
+    assert found.model == "tiny-int8:1"
+    for text, result, flagged in zip([GOOD, BAD], found.results, [False, True], strict=True):
+        raw, score = result.model_dump(), probs(server, text)["positive"]
+        assert result.flagged is flagged is (score > 0.5)
+        for field, value in (("categories", flagged), ("category_scores", score)):
+            given = {
+                name: one for name, one in raw[field].items() if one is not None
+            }  # OpenAI's own have none
+            assert given == {"positive": value}
+    for name in ("omni-moderation-latest", "omni-moderation-latest:1", "tiny-int8", "tiny-int8:1"):
+        model = client.models.retrieve(name)
+        assert (model.id, model.object, model.owned_by) == ("tiny-int8:1", "model", "de3"), name
+        predicted = post(server, f"/v1/models/{name}:predict", {"instances": [GOOD]})
+        assert predicted.status_code == 200, name
+    with pytest.raises(NotFoundError, match="no model 'other' is served; there are: tiny-int8:1"):
+        client.models.retrieve("other")
 
 
 # NeMo Guardrails

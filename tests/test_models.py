@@ -21,7 +21,7 @@ from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.commands import de3, refusal
 from tests.fixtures import make_rows
-from tests.serving import Gate, Server, serving, until
+from tests.serving import Gate, Server, process, serving, until
 
 KEY = "an-admin-key-of-some-length"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -377,6 +377,22 @@ def test_a_canary_and_a_shadow_lose_their_roles(monkeypatch: pytest.MonkeyPatch)
     assert models.remove("b", 7) == [other] and models.get(None) is one
 
 
+def test_a_request_without_a_model_gets_the_default_or_the_only_one_that_fits() -> None:
+    models, (a, b, c) = Models("a", {"x": "b", "y": "c:1"}), (fake(1, name) for name in "abc")
+    for one in (a, b, c):
+        models.add(one)
+
+    def get(names: str) -> Any:
+        return models.get(None, lambda manifest: manifest.name in names)
+
+    assert [get(names) for names in ("abc", "ab", "b", "c", "")] == [a, a, b, c, a]
+    with pytest.raises(RequestError, match="model: is required, as several are served: b, c;"):
+        get("bc")
+    assert [models.get(name) for name in ("x", "x:1", "y")] == [models.current("x"), b, c] == [b, b, c]
+    with pytest.raises(RequestError, match="no model 'b:2' is served"):
+        models.get("x:2")
+
+
 def test_the_first_of_several_versions_answers(versions: Path) -> None:
     shutil.copytree(versions / "tiny" / "1", versions / "other" / "1")  # its manifest has another name
     (versions / "tiny" / "99").mkdir()
@@ -395,5 +411,27 @@ def test_the_default_is_the_settings_or_the_first_that_the_operator_named(store:
     assert default_of(Settings(default_model="tiny-int8"), found, False) == "tiny-int8"
     assert default_of(Settings(), found[::-1], True) == "tiny-int8"
     assert default_of(Settings(), found, False) is None  # not even the first in alphabetical order
-    with pytest.raises(StoreError, match="--default-model other: is not served; there are: tiny, tiny-int8"):
+    with pytest.raises(StoreError, match="--default-model: other is not served; there are: tiny, tiny-int8"):
         default_of(Settings(default_model="other"), found, False)
+    assert default_of(Settings(default_model="x", aliases=["x=tiny-int8:1"]), found, False) == "tiny-int8"
+    for alias, says in (
+        ("x=other", "other is not served; "),
+        ("tiny=tiny-int8", "tiny is the name of a served"),
+    ):
+        with pytest.raises(StoreError, match=f"--alias {alias}: {says}"):
+            default_of(Settings(aliases=[alias]), found, True)
+    for alias in ("x", "=x", "x=", "x=y=z", "a b=c", "x:1=y"):
+        with pytest.raises(ValueError, match=r"aliases\.0"):
+            Settings(aliases=[alias])
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_server_with_an_unknown_alias_does_not_start(
+    store: Path, processes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DE3_PROCESSES", processes)
+    with process(store, "--alias", "x=other") as running:
+        _, log = running.communicate(timeout=60)
+    assert (
+        running.returncode == 1 and "--alias x=other: other is not served" in log and "Traceback" not in log
+    )

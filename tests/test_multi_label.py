@@ -203,7 +203,19 @@ def test_moderation_with_openais_client(server: Server) -> None:
             assert applied[name] == (["text"] if name in row["labels"] else [])
     one = client.moderations.create(input="good", extra_body={"tau": 0, "thresholds": 1e-6}).results[0]
     assert one.flagged and one.model_dump()["exit_layer"] == 3
-    for body in ({"input": []}, {"input": ["a", ""]}, {"input": 7}, {}):
+    both = client.moderations.create(input=[{"type": "text", "text": text} for text in ("good", "bad")])
+    (good,), (bad,) = (client.moderations.create(input=text).results for text in ("good", "bad"))
+    (parts,) = both.model_dump()[
+        "results"
+    ]  # parts are one input: each label has its highest score in any of them
+    for name in NAMES:
+        alone = [one.model_dump() for one in (good, bad)]
+        assert parts["categories"][name] == any(one["categories"][name] for one in alone)
+        assert parts["category_scores"][name] == max(one["category_scores"][name] for one in alone)
+    assert parts["categories"]["praise"] and parts["categories"]["blame"]
+    image: Any = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+    wrong: tuple[Any, ...] = ([image], [{"type": "text", "text": "good"}, image], [{"type": "text"}])
+    for body in ({"input": []}, {"input": ["a", ""]}, {"input": 7}, {}, *({"input": one} for one in wrong)):
         answer = httpx.post(f"{server.url}/v1/moderations", json=body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, "input"), answer.text
 

@@ -111,6 +111,13 @@ def test_a_model_of_single_texts_does_not_rerank(server: Server) -> None:
         RerankRequest([*longest, longest[0]]).check(manifest)
 
 
+def test_a_moderation_without_a_model_gets_the_only_one_that_fits(server: Server) -> None:
+    answer = post(server, "/v1/moderations", input=QUERY)
+    assert (answer.status_code, answer.json()["model"]) == (200, "tiny-int8:1")
+    refused = post(server, "/v1/moderations", input=QUERY, model="ranker")
+    assert refused.status_code == 422 and refused.json()["error"]["param"] == "model"
+
+
 def test_errors_have_the_form_of_the_peer(server: Server) -> None:
     answer = post(server, "/rerank", query=QUERY, texts=["good " * 300])
     assert answer.status_code == 422 and answer.json()["error_type"] == "validation"

@@ -57,6 +57,10 @@ class Request:
     expires_at: float | None = None
     keeps_errors: bool = False
 
+    def fits(self, manifest: Manifest) -> bool:
+        """True if the model can answer this kind of request; chooses the model of a request that names none."""
+        return True
+
     def check(self, manifest: Manifest) -> None:
         """Raise RequestError if the model cannot answer this kind of request; subclasses override it."""
 

@@ -25,11 +25,27 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], acce
     reporting: WeakKeyDictionary[Auditor, dict[str | None, SharedRun[dict[str, Any]]]] = WeakKeyDictionary()
     calibrations: dict[str, tuple[Manifest, bytes]] = {}  # only the last one requested, as each takes 170 KB
 
-    @app.get("/v1/models", tags=["models"], dependencies=dependencies, **openapi.MODELS)
+    @app.get(
+        "/v1/models",
+        tags=["models"],
+        dependencies=dependencies,
+        responses=openapi.answer("ModelList", "The served models"),
+    )
     async def models() -> dict[str, Any]:
         """The served models: labels, layers, role, defaults, and the calibrated accuracy of the defaults."""
         rows = [model_row(m) | service.role(m) for m in service.manifests()]
         return {"object": "list", "data": rows}
+
+    @app.get(
+        "/v1/models/{name}",
+        tags=["models"],
+        dependencies=dependencies,
+        responses=openapi.answer("ServedModel", "The served model") | {404: {"description": "no such model"}},
+    )
+    async def model(name: str) -> dict[str, Any]:
+        """One served model, as /v1/models lists it."""
+        manifest = service.manifest(name)
+        return model_row(manifest) | service.role(manifest)
 
     @app.get(
         "/v1/models/{name}/calibration",

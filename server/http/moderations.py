@@ -1,14 +1,13 @@
-"""The protocol of OpenAI's moderation API, for multi-label models: POST /v1/moderations."""
+"""The protocol of OpenAI's moderation API, for multi-label models and those of two classes: POST /v1/moderations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
 import orjson
 from pydantic import BeforeValidator, Field
 
 from de3.model_store.manifest import Manifest
-from de3.server.answer import rounded
 from de3.server.engine.job import Job
 from de3.server.engine.outcome import Outcome
 from de3.server.engine.request import Request, Text
@@ -21,28 +20,46 @@ from de3.server.rules import one_answer
 
 @dataclass(slots=True, eq=False)
 class ModerationRequest(Request):
-    """A request that only a multi-label model can answer."""
+    """A request that a multi-label model, or one of two classes, can answer.
+
+    Attributes:
+        is_parts: the texts are parts of one input, which has one result.
+    """
+
+    is_parts: bool = False
+
+    def fits(self, manifest: Manifest) -> bool:
+        """True for a multi-label model, and for one of two classes."""
+        return manifest.thresholds is not None or len(manifest.labels) == 2
 
     def check(self, manifest: Manifest) -> None:
-        """Raise RequestError unless the model is multi-label."""
-        if manifest.thresholds is None:
+        """Raise RequestError for a regression model, and for one of more than two classes."""
+        if not self.fits(manifest):
             raise RequestError(
-                f"model: {manifest.full_name} is not a multi-label model, which moderation requires: "
-                f"{one_answer(manifest)}; use /classify",
+                f"model: {manifest.full_name} is neither a multi-label model nor one of two classes, which moderation "
+                f"requires: {one_answer(manifest)}; use /classify",
                 "model",
             )
 
 
-def _text(value: Any, where: str) -> Text:
-    if isinstance(value, dict):
-        raise ValueError(f"{where}: must be a text; parts with a type, such as images, cannot be classified")
-    return plain_text(value, where)
+def _part(value: Any, where: str) -> Text:
+    if not isinstance(value, dict) or value.get("type") != "text":
+        raise ValueError(
+            f'{where}: must be {{"type": "text", "text": "a text"}}; images cannot be classified'
+        )
+    return plain_text(value.get("text"), f"{where}.text")
+
+
+def _inputs(value: Any) -> tuple[list[Text], bool]:
+    """The texts of `input`, and whether they are the parts of one."""
+    is_parts = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+    return one_or_more(_part if is_parts else plain_text, value), is_parts
 
 
 class ModerationFields(OptionFields):
     """The body of a request; the exit options are an extension."""
 
-    input: Annotated[list[Text], BeforeValidator(partial(one_or_more, _text))]
+    input: Annotated[tuple[list[Text], bool], BeforeValidator(_inputs)]
     model: str | None = Field(None, description="name, or name:version; default: the server's")
 
 
@@ -51,26 +68,33 @@ def parse(call: Call) -> ModerationRequest:
     value = load_json(call.body)
     check_count(value, "input", call.max_texts)
     fields = check_fields(ModerationFields, value, '{"input": "a text"}')
-    return ModerationRequest(fields.input, fields.options, fields.model)
+    texts, is_parts = fields.input
+    return ModerationRequest(texts, fields.options, fields.model, is_parts=is_parts)
 
 
 def serialize(request_id: str, job: Job) -> bytes:
-    """{"id", "model", "results"}: for each text, the labels above their thresholds, and all probabilities."""
-    results = [_result(outcome, job.model.manifest.labels) for outcome in job.outcomes()]
-    return orjson.dumps({"id": f"modr-{request_id}", "model": job.model.full_name, "results": results})
+    """{"id", "model", "results"}: for each input, the labels that it is flagged for, and all probabilities."""
+    assert isinstance(job.request, ModerationRequest)
+    outcomes, manifest = job.outcomes(), job.model.manifest
+    inputs = [outcomes] if job.request.is_parts else [[outcome] for outcome in outcomes]
+    results = [_result(one, manifest) for one in inputs]
+    return orjson.dumps({"id": f"modr-{request_id}", "model": manifest.full_name, "results": results})
 
 
-def _result(outcome: Outcome, names: list[str]) -> dict[str, Any]:
-    reading = outcome.reading
-    given = set(reading.labels or ())
+def _result(outcomes: Sequence[Outcome], manifest: Manifest) -> dict[str, Any]:
+    """The result of one input, from its parts: the highest score of each label."""
+    readings = [outcome.reading for outcome in outcomes]
+    given = {k for r in readings for k in ([r.label] if r.labels is None else r.labels)}
+    safe = (
+        1 if manifest.thresholds is None else 0
+    )  # of two classes, the first counts as safe and is no category
+    names = list(enumerate(manifest.labels))[safe:]
     return {
-        "flagged": bool(given),
-        "categories": {name: k in given for k, name in enumerate(names)},
-        "category_scores": dict(zip(names, rounded(reading.probs), strict=True)),
-        "category_applied_input_types": {
-            name: ["text"] if k in given else [] for k, name in enumerate(names)
-        },
-        "exit_layer": outcome.layer,
+        "flagged": not given.isdisjoint(k for k, _ in names),
+        "categories": {name: k in given for k, name in names},
+        "category_scores": {name: round(max(r.probs[k] for r in readings), 6) for k, name in names},
+        "category_applied_input_types": {name: ["text"] if k in given else [] for k, name in names},
+        "exit_layer": max(outcome.layer for outcome in outcomes),
     }
 
 

@@ -77,14 +77,13 @@ def error(status: int, message: str, param: str | None = None) -> dict[str, Any]
 
 _WRONG_TAU = "tau: input should be less than or equal to 1 (allowed: 0 to 1)"
 
-MODELS: dict[str, Any] = {
-    "responses": {
-        200: {
-            "description": "The served models",
-            "content": {"application/json": {"schema": {"$ref": REF.format(model="ModelList")}}},
-        }
-    }
-}
+
+def answer(model: str, description: str) -> dict[int | str, Any]:
+    """The documentation of a response with one of the models below."""
+    content = {"application/json": {"schema": {"$ref": REF.format(model=model)}}}
+    return {200: {"description": description, "content": content}}
+
+
 CLASSIFY: dict[str, Any] = {
     "openapi_extra": {
         "requestBody": {

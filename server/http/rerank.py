@@ -44,9 +44,13 @@ class RerankRequest(Request):
     with_documents: bool = False
     raw_scores: bool = False
 
+    def fits(self, manifest: Manifest) -> bool:
+        """True for a model that scores a pair with a single number."""
+        return manifest.tolerance is not None and manifest.input in ("pair", None)
+
     def check(self, manifest: Manifest) -> None:
         """Raise RequestError for a model that does not score a pair with a single number, and for too long a query."""
-        if manifest.tolerance is None or manifest.input not in ("pair", None):
+        if not self.fits(manifest):
             has = f"has {len(manifest.labels)} outputs"
             why = has if manifest.tolerance is None else "takes single texts"
             raise RequestError(

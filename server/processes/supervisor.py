@@ -20,7 +20,7 @@ import uvloop
 from de3.model_store.store import Artifact, Store
 from de3.server.background import keep_running, report, report_unhandled, run_once
 from de3.server.http.access import Access
-from de3.server.models import find
+from de3.server.models import default_of, find
 from de3.server.processes import worker
 from de3.server.processes.channel import ChannelClosedError, Handler
 from de3.server.processes.connections import Connections
@@ -52,7 +52,8 @@ class Supervisor:
         Raises StoreError as find() does, and ValueError for a setting that cannot be met.
         """
         self._settings, self._artifacts, self._listening = settings, artifacts, listening
-        find(Store(settings.store), settings.models, artifacts)  # raises early, as a Service does
+        found = find(Store(settings.store), settings.models, artifacts)  # both raise early, as a Service does
+        default_of(settings, found, are_named=True)
         self._access = Access(settings)
         # A process that is started later has the same keys, whatever the files say then.
         self._part = worker.part_of(settings, settings.processes).model_copy(update=self._access.keys)
