@@ -10,11 +10,11 @@ from de3.commands.options import (
     MaxInt8Loss,
     Quantize,
     SignalOption,
+    add_parameters,
     fields_of,
     need_extra,
     say,
     say_published,
-    with_fields,
 )
 from de3.data.tables import Columns, read_rows
 
@@ -79,7 +79,7 @@ def export(
     say_published(path, store, with_size=True)
 
 
-@with_fields(Columns, without=["label"])
+@add_parameters(Columns, without=["label"])
 def calibrate(
     model: Annotated[str, typer.Argument(help="Model in the store, as name or name:version.")],
     texts: Annotated[
