@@ -10,8 +10,8 @@ is at most δ (Ville's inequality). The same holds for the mean of several such 
 against "the rate is r or more". (Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting",
 2024; Xu, Karampatziakis & Mineiro, "Active, anytime-valid risk controlling prediction sets", 2024.)
 
-As λ_t is proportional to q_t, an audit that finds a difference costs about the share c of W, whatever q_t is. Otherwise
-a few audits made when q was small would dominate.
+As λ_t is proportional to q_t, an audit that finds a difference costs about a fraction c of W, whatever q_t is.
+Otherwise a few audits made when q was small would dominate.
 
 W depends only on two counts for each q: all texts, and the audited texts that differ. So only these are stored.
 """
@@ -31,7 +31,7 @@ LOWER = np.array([0.25, 0.5, 0.75])
 HIGHER = np.array([0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 32.0])
 # Largest share of the wealth that a bet on a higher rate may lose when a text does not differ.
 MOST_LOSS = 0.9
-STEPS = 30  # of the bisection
+STEPS = 30  # bisection steps
 
 
 def e_value(counts: Sequence[tuple[float, int, int]], rate: float) -> float:

@@ -9,8 +9,8 @@ The values of τ are tested in a fixed order, ascending from 0, which makes this
 only once the e-value against "the rate at that value is above the guarantee" has reached 1/δ. From the start or a reset
 until the traffic changes, the probability that τ ever reaches a value whose rate is above the guarantee is at most δ.
 
-It takes many audits to tell a small change in the traffic from chance. Therefore τ is also lowered, without a test, as
-soon as the rate of disagreement in recent audits is less than a standard error below the guaranteed rate
+It takes many audits to distinguish a small change in the traffic from chance. Therefore τ is also lowered, without a
+test, as soon as the rate of disagreement in recent audits is less than a standard error below the guaranteed rate
 (`RecentRates`), and all evidence is discarded when the change detector fires.
 """
 
@@ -28,8 +28,8 @@ from de3.exits.bound import CONFIDENCE
 # Mean number of audits before a false alarm at exactly the guaranteed rate; far more at a lower rate.
 PATIENCE = 1e5
 MAX_SHARES = 128  # tallies in an Evidence; a server has about twenty, one that learns up to about 50
-# Number of audits that count as recent: those of the last RECENT_TEXTS texts, but at least MIN_RECENT, and at least as
-# many as contain MIN_EXPECTED disagreements at the guaranteed rate.
+# Length of the window of recent audits: those of the last RECENT_TEXTS texts, but at least MIN_RECENT, and enough to
+# expect MIN_EXPECTED disagreements at the guaranteed rate.
 RECENT_TEXTS, MIN_RECENT, MIN_EXPECTED = 1200, 300, 6
 
 Reason = Literal["start", "evidence", "recent", "change", "reset"]
@@ -233,18 +233,18 @@ class Evidence:
 
 
 def _weight(tallies: dict[float, Tally]) -> float:
-    """Number of texts that the audits stand for."""
+    """Number of texts that the audits represent."""
     return sum(tally.audits / share for share, tally in tallies.items())
 
 
 class RecentRates:
     """Exponentially weighted rates of disagreement in recent audits, by τ.
 
-    While a large share of the texts is audited, more audits count as recent: the rates are then more precise, and still
-    follow the traffic as quickly.
+    While a large share of the texts is audited, the window holds more audits: the rates are then more precise, and
+    still follow the traffic as quickly.
 
     Attributes:
-        weight: total weight of the audits; approaches the number of audits that count as recent.
+        weight: total weight of the audits; approaches the length of the window.
         differing: total weight of the audits whose answer at each τ would differ, (G,).
     """
 
@@ -254,9 +254,9 @@ class RecentRates:
         self.weight, self.differing = 0.0, np.zeros(count)
 
     def add(self, share: float, differs: NDArray[np.bool_]) -> None:
-        """Count audits, (N, G), in order. share: their probability; 0: as few audits as possible count as recent."""
+        """Count audits, (N, G), in order. share: their probability; 0 selects the shortest window."""
         window = max(self._least, share * RECENT_TEXTS)
-        # When the share falls, the older audits weigh less at once.
+        # If the share falls, the window shrinks, and older audits lose weight immediately.
         older = window / max(window, self.weight)
         stays = (1.0 - 1.0 / window) ** np.arange(len(differs), -1.0, -1.0)
         self.weight = float(self.weight * older * stays[0] + stays[1:].sum())
@@ -334,8 +334,8 @@ class Guarantee:
         else:
             self.evidence.add(share, Profiles(audits.differs[~repeats], audits.layers[~repeats]))
             self.evidence.add_repeats(share, audits.differs[repeats])
-        # At τ = 0 every text is audited, but at the next τ only some are. A share of 0 keeps the number of audits that
-        # count as recent as low as it is there.
+        # At τ = 0 every text is audited, but at the next τ only some are. A share of 0 keeps the window as short as it
+        # is there.
         self.recent.add(share if self.index else 0.0, audits.differs)
         if self.proved and self._detector.count(share, audits.differs[:, self.proved].tolist(), skipped):
             self.reset("change")

@@ -11,7 +11,7 @@ from de3.exits import formulas
 
 # Fields of Recorded with a row for each sample.
 ARRAYS = ("logits", "distances", "labels", "tokens", "original")
-MIN_TOLERANCE, MAX_TOLERANCE = 1e-3, 1e9  # of a regression model
+MIN_TOLERANCE, MAX_TOLERANCE = 1e-3, 1e9  # limits for regression models
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from de3.exits.recorded import Recorded
 MAX_LAM = 100.0
 DEFAULT_LAM = 1.0
 SMALLEST = 1e-12  # lower bound of the argument of a logarithm
-FEATURES = 5  # of Risk, at each exit
+FEATURES = 5  # number of Risk's features at each exit
 
 Weights = tuple[float, ...]
 
@@ -214,7 +214,7 @@ SIGNALS: dict[str, type[Signal]] = {"entropy": Entropy, "edr": Edr, "risk": Risk
 
 
 def check_name(name: str) -> str:
-    """Return a signal's name unchanged; raises ValueError if there is no such signal."""
+    """Validate a signal's name, and return it; raises ValueError if there is no such signal."""
     if name not in SIGNALS:
         raise ValueError(f"must be one of {', '.join(SIGNALS)}")
     return name

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-MIN_GAIN = 1.1  # least speed-up of a row of `under_load` relative to the previous one
+MIN_GAIN = 1.1  # minimum speed-up of a row of `under_load` relative to the previous one
 
 
 class TradeOffs:

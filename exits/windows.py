@@ -16,7 +16,7 @@ from typing import NamedTuple
 from de3.exits.reading import Reading
 
 MAX_WINDOWS = 16
-MAX_TOKENS = 16 * 512  # of all windows together: a text has fewer windows if they are long, but at least two
+MAX_TOKENS = 16 * 512  # limit over all windows: a text has fewer windows if they are long, but at least two
 OVERLAP = 0.25  # share of a window's tokens that are also in the next one
 # At τ > 0: assumed effect of the remaining windows, as a share of their largest possible effect. Measured on product
 # reviews (lab/docs/experiments/long-texts.md).
@@ -75,7 +75,7 @@ class Combination:
         self, weights: Sequence[int], thresholds: Sequence[float] | None = None, flag: Flag | None = None
     ) -> None:
         """weights: number of new tokens of each window, in execution order. thresholds: label thresholds of a
-        multi-label model, as logits; None for other models. flag: the label to watch for; None: there is none.
+        multi-label model, as logits; None for other models. flag: the label to watch for; None if there is none.
         """
         self._flag = flag
         self._best: Reading | None = None  # with a flag
