@@ -56,7 +56,7 @@ def label_array(labels: Sequence[Label], count: int) -> NDArray[Any]:
 
 
 def with_original(recorded: Recorded, examples: Sequence[Example]) -> Recorded:
-    """`recorded` with the imported classifier's answers; unchanged unless they are known for every sample."""
+    """`recorded` with the imported classifier's answers, if they are known for every sample; otherwise unchanged."""
     answers = [e.original for e in examples if e.original is not None]
     if len(answers) < len(examples):
         return recorded

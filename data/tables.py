@@ -14,12 +14,12 @@ from typing import Annotated, Any, TextIO
 from typer import Option
 
 TextOrPair = str | tuple[str, str]
-SEPARATOR = "|"  # between the labels of a text in a cell of a file
-JOINT = "\x1f"  # between the labels of a text in a row, because labels in a JSON list may contain |
+SEPARATOR = "|"  # separates the labels of a text in a cell of a file
+JOINT = "\x1f"  # separates the labels of a text in a row, because labels in a JSON list may contain |
 PANEL = "Data"
 MAX_LINE = 2**24  # largest number of characters of a line, and of a row of several lines
 MAX_DEPTH = 100  # levels of lists and objects; pyarrow can write 124
-MAX_COLUMNS = 10_000  # of a .csv or .tsv file with a header
+MAX_COLUMNS = 10_000  # limit for a .csv or .tsv file with a header
 SHOWN = 1000  # number of characters kept of a bad row
 _option = partial(Option, rich_help_panel=PANEL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -98,7 +98,7 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
                 f"{path}: a .txt file has no columns: leave out the label column, or give a .tsv file"
             )
         if path.is_dir():
-            raise ValueError(f"{path}: is a folder; give a file")
+            raise ValueError(f"{path}: is a folder, not a file")
         raise ValueError(
             f"{path}: expected a .tsv, .csv or .jsonl file; rename it, or give --delimiter (tab, ; or ,)"
         )
@@ -124,7 +124,7 @@ def _delimited(
     file: TextIO, path: Path, columns: Columns, delimiter: str, quoted: bool
 ) -> Iterator[tuple[int, Any]]:
     problems: list[tuple[int, str]] = []  # line number and problem, for the lines of the current row
-    size = 0  # of the current row, characters
+    size = 0  # characters of the current row
 
     def lines() -> Iterator[str]:
         nonlocal size
@@ -132,7 +132,7 @@ def _delimited(
             size += len(line)
             if size > MAX_LINE:
                 raise csv.Error(
-                    f"a row of more than {MAX_LINE} characters; is a quotation mark never closed?"
+                    f"a row of more than {MAX_LINE} characters; is a closing quotation mark missing?"
                 )
             if problem:
                 problems.append((number, problem))
@@ -327,7 +327,7 @@ def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[TextOrPa
     feature = _open_dataset(name, split).features.get(columns.label)
     from datasets import ClassLabel
 
-    named = getattr(feature, "feature", feature) if columns.multi_label else feature  # of a list's items
+    named = getattr(feature, "feature", feature) if columns.multi_label else feature  # a list's items
     rows = [row_of(record, columns, where) for where, record in dataset_records(name, split)]
     if not isinstance(named, ClassLabel):
         return rows
