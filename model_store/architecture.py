@@ -66,7 +66,7 @@ class Architecture(ManifestPart):
         if exits != sorted(set(exits)) or exits[-1] != self.num_layers:
             raise ValueError(f"exit_layers must ascend from 0 or more to {self.num_layers}, got {exits}")
         if self.head is not None and self.prototype_layers == exits:
-            raise ValueError("prototype_layers may not have the last layer, as it has a head")
+            raise ValueError("prototype_layers must not include the last layer, which has a head")
         if self.max_tokens > self.encoder.longest:
             raise ValueError(
                 f"max_tokens must be at most {self.encoder.longest}, the encoder's positions, got {self.max_tokens}"

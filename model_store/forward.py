@@ -82,7 +82,7 @@ class Pooling:
     def mean(self, hidden: Array) -> Array:
         """Mean over the tokens of normalized hidden states: (hidden,)."""
         rows = self.normalized(hidden)
-        mean: Array = np.add.reduce(rows, 0) / np.float32(len(rows))  # as rows.mean(0), in half the time
+        mean: Array = np.add.reduce(rows, 0) / np.float32(len(rows))  # equals rows.mean(0), in half the time
         return mean
 
 

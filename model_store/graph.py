@@ -32,7 +32,7 @@ Source = Callable[[str, str, type, tuple[int, ...]], tuple[TensorProto, Array]]
 
 
 class GraphError(ValueError):
-    """The graph is refused; the message says why."""
+    """An invalid graph; the message gives the reason."""
 
 
 class Graph:
@@ -45,7 +45,7 @@ class Graph:
     """
 
     def __init__(self, int8: bool, source: Source, prefix: str = "") -> None:
-        """int8: quantize linear layers. prefix: of generated names; a branch may not reuse names of the outer graph."""
+        """int8: quantize linear layers. prefix: start of generated names; a branch must not reuse the outer graph's."""
         self.int8, self._source, self._prefix = int8, source, prefix
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []

@@ -12,7 +12,7 @@ import onnx
 from de3.model_store.graph import OPSETS, GraphError
 
 MAX_FIELDS = 10_000  # in a file; the largest file that export writes has about 400
-MAX_VALUE_BYTES = 1000  # of a field that is neither a message nor a weight's data
+MAX_VALUE_BYTES = 1000  # limit for a field that is neither a message nor a weight's data
 MAX_NAME = 200  # characters
 FIELDS = {
     "ModelProto": "ir_version producer_name graph opset_import",
@@ -66,11 +66,11 @@ def _count_fields(data: memoryview, kind: Any, left: int) -> int:
         elif wire in (1, 5):
             size = 8 if wire == 1 else 4
         else:
-            raise GraphError("not an ONNX model: it has a field of no known type")
+            raise GraphError("not an ONNX model: it has a field of unknown type")
         if field is None:  # unknown to this release of onnx; ONNX Runtime might know it
             raise GraphError(f"it has a field {tag >> 3} that ONNX does not know")
         if at + size > len(data):
-            raise GraphError("not an ONNX model: it ends within a field")
+            raise GraphError("not an ONNX model: it has a truncated field")
         if wire == 2 and field.message_type is not None:
             left = _count_fields(data[at : at + size], field.message_type, left)
         elif size > MAX_VALUE_BYTES and field.name != "raw_data":
@@ -86,7 +86,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         value |= (byte & 127) << 7 * n
         if byte < 128:
             return value, at + n + 1
-    raise GraphError("not an ONNX model: it has a number that does not end")
+    raise GraphError("not an ONNX model: it has an unterminated number")
 
 
 def _check_fields(message: Any, kind: str) -> None:

@@ -206,12 +206,12 @@ class Manifest(Architecture):
     def _consistent(self) -> Self:
         self._check_kind()
         if len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels must differ from each other")
+            raise ValueError("labels must be distinct")
         required = self.required_files()
         if extra := self.files.keys() - {*required, "README.md"}:  # so no path leads out of the folder
-            raise ValueError(f"files may not contain {min(extra)!r}")
+            raise ValueError(f"files must not contain {min(extra)!r}")
         if missing := [name for name in required if name not in self.files]:
-            raise ValueError(f"files lacks {missing[0]!r}")
+            raise ValueError(f"files must include {missing[0]!r}")
         return self
 
     def _check_kind(self) -> None:
@@ -219,7 +219,7 @@ class Manifest(Architecture):
         if (len(self.labels) == 1) != (self.tolerance is not None):
             raise ValueError("labels must be two or more, or exactly one if there is a tolerance")
         if self.tolerance is not None and self.thresholds is not None:
-            raise ValueError("thresholds may not be set together with a tolerance")
+            raise ValueError("thresholds and tolerance must not both be set")
         if self.thresholds is not None and len(self.thresholds) != len(self.labels):
             raise ValueError("thresholds must have one entry for each label")
         if self.tolerance is None and self.thresholds is None:

@@ -104,7 +104,7 @@ class Model:
                 # From the checked bytes, as the file could have changed since the check.
                 session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime's exceptions have no common base class
-                raise StoreError(f"{file}: not a model ONNX Runtime can run: {error}") from None
+                raise StoreError(f"{file}: not a model that ONNX Runtime can run: {error}") from None
             segments.append(OnnxSegment(layer, session, manifest, prototypes.get(layer)))
         self.segments: Sequence[Segment] = segments
         self.pooling = Pooling(norm, manifest.encoder.epsilon)
@@ -129,7 +129,7 @@ class Model:
             else:
                 log.info("%s: runs on ONNX Runtime: %s", self.full_name, error)
             if runtime == "native" or is_proved:
-                raise StoreError(f"{artifact.path}: has no kernels here: {error}") from None
+                raise StoreError(f"{artifact.path}: the kernels cannot run it: {error}") from None
 
     @property
     def full_runtime(self) -> str:

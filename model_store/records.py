@@ -95,7 +95,7 @@ def read(path: Path, max_bytes: int) -> Records:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError("it is not a file of records of this release")
+                raise ValueError("it is not a records file of this release")
             _check_header(file)
             arrays = {name: file.get_tensor(name) for name in _SHAPES}
     except SafetensorError as error:

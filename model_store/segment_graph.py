@@ -144,7 +144,7 @@ def _compare(model: ModelProto, g: Graph, name: str) -> None:
         (m.graph.name, m.ir_version, m.producer_name, list(m.opset_import)) for m in (model, expected)
     )
     if file != wanted_file:
-        raise GraphError("its name, producer or versions differ from those that export writes")
+        raise GraphError("its name, producer or versions are not those that export writes")
 
 
 def _difference(node: Any, wanted: Any) -> str:

@@ -124,7 +124,7 @@ class Store:
         versions = self.versions()
         if name not in versions:
             raise UnknownModelError(
-                f"no model {name!r} in {self.path}; there are: {', '.join(versions) or 'none'}"
+                f"no model {name!r} in {self.path}; available: {', '.join(versions) or 'none'}"
             )
         if not version and ":" not in model:
             number = versions[name][-1]
@@ -132,7 +132,7 @@ class Store:
             number = int(version)
         else:
             existing = ", ".join(map(str, versions[name]))
-            raise UnknownModelError(f"no version {version!r} of model {name!r}; there are: {existing}")
+            raise UnknownModelError(f"no version {version!r} of model {name!r}; available: {existing}")
         return self.open_path(self.path / name / str(number))
 
     def find(self, model: str) -> Artifact | None:

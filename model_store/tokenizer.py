@@ -55,7 +55,7 @@ class _Frame:
         end = 0
         for own in positions:
             if not own or own != list(range(own[0], own[-1] + 1)):
-                raise ValueError("does not keep a text's tokens together")
+                raise ValueError("puts special tokens inside a text")
             self._special.append((encoding.ids[end : own[0]], encoding.type_ids[end : own[0]]))
             self._types.append(encoding.type_ids[own[0]])
             end = own[-1] + 1
@@ -362,5 +362,5 @@ def _offsets(encoding: Encoding, pair: bool) -> list[Offsets]:
 
 def _tokens(ids: Any, types: Any, truncated: bool) -> Tokens:
     if not ids:
-        raise ValueError("has no tokens: it contains nothing that the model reads")
+        raise ValueError("has no tokens: it contains nothing that the tokenizer keeps")
     return Tokens(np.array([ids], np.int64), np.array([types], np.int64), truncated)

@@ -25,19 +25,19 @@ PARTS = {
 # Regular expressions can take exponential time. These do not, and match at least one character.
 REGEXES = (r"\s{2,}|[\n\r\t]", " {2,}")  # DeBERTa's, and XLM-RoBERTa's
 MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
-MAX_PARTS = 16  # of a Sequence, nested ones included
+MAX_PARTS = 16  # limit on the parts of a Sequence, nested ones included
 MAX_CONTENT = 4  # characters inserted by a Replace or Prepend
 MAX_GROWTH = 4  # length of the normalized text relative to the original
 MAX_WORD_CHARS = 200  # WordPiece's time is quadratic in this
-MAX_CHARS = 200  # of any string: vocabulary entries, added and special tokens, names
+MAX_CHARS = 200  # limit for any string: vocabulary entries, added and special tokens, names
 MAX_MERGE_CHARS = 2 * MAX_CHARS + 1  # two entries and a space
 MAX_ADDED_TOKENS = 10_000
-MAX_VALUES = 2**22  # of a file in JSON; 64 MiB of empty lists would take 2 GB
-MAX_SPECIAL_TOKENS = 16  # around a text or a pair; also the most ids of one special token
+MAX_VALUES = 2**22  # limit for a JSON file; 64 MiB of empty lists would take 2 GB
+MAX_SPECIAL_TOKENS = 16  # limit around a text or a pair; also for the ids of one special token
 
 
 class TokenizerError(ValueError):
-    """The tokenizer is refused; the message says why."""
+    """An invalid tokenizer; the message gives the reason."""
 
 
 def check_tokenizer(data: bytes) -> None:

@@ -277,7 +277,7 @@ def test_a_foreign_or_cut_file_of_records_is_refused(some: Records, tmp_path: Pa
         with pytest.raises(ValueError, match="damaged"):
             read(path, 2**30)
     path.write_bytes(files.save({"x": np.zeros(1)}))
-    with pytest.raises(ValueError, match="not a file of records"):
+    with pytest.raises(ValueError, match="not a records file"):
         read(path, 2**30)
     with pytest.raises(ValueError, match="another model"):
         some.check("other", 1, 2, 3)

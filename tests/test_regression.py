@@ -330,7 +330,7 @@ def test_correlations_are_those_of_scipy(pairs: list[tuple[int, int]]) -> None:
     [
         ({"labels": ["a", "b"]}, "exactly one if there is a tolerance"),
         ({"tolerance": 0}, "greater than or equal to 0.001"),
-        ({"thresholds": [0.5]}, "thresholds may not be set together with a tolerance"),
+        ({"thresholds": [0.5]}, "thresholds and tolerance must not both be set"),
         ({"risk": [{"layer": m, "weights": [0, 0, 0, m / 2, 0]} for m in range(3)]}, "weights must be 0"),
         ({"prototype_layers": [0, 1, 2]}, "prototype_layers must be empty in a regression model"),
         (

@@ -53,8 +53,8 @@ def test_versions_are_numbers(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("absent", "no model 'absent'.*there are: tiny, tiny-int8"),
-        ("tiny:2", "no version '2'.*there are: 1"),
+        ("absent", "no model 'absent'.*available: tiny, tiny-int8"),
+        ("tiny:2", "no version '2'.*available: 1"),
         ("tiny:", "no version ''"),
         ("tiny:01", "no version '01'"),
         ("../store/tiny", "no model"),
@@ -101,7 +101,7 @@ def test_a_manifest_that_does_not_fit_its_segments_is_refused(copy: Path) -> Non
 )
 def test_a_manifest_may_not_name_other_files(copy: Path, name: str) -> None:
     edit(copy, lambda m: m["files"].update({name: m["files"]["layer_01.onnx"]}))
-    with pytest.raises(StoreError, match=r"manifest.json: .*files may not contain"):
+    with pytest.raises(StoreError, match=r"manifest.json: .*files must not contain"):
         open_model(copy)
 
 
@@ -117,7 +117,7 @@ def references(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         (lambda m: m.update(labels=["same", "same"]), "labels must differ"),
         (lambda m: m.update(exit_layers=[0, 2]), "exit_layers must ascend"),
         (lambda m: m["defaults"].update(tau=1.5), "defaults.tau"),
-        (lambda m: m["files"].pop("layer_02.onnx"), "files lacks 'layer_02.onnx'"),
+        (lambda m: m["files"].pop("layer_02.onnx"), "files must include 'layer_02.onnx'"),
         (lambda m: m.update(name="other"), "this is the manifest of other:1"),
         (lambda m: m.update(prototype_layers=[0]), "prototype_layers must be"),
         (lambda m: references(m).pop(), "references must have one entry for each exit layer"),

@@ -28,7 +28,7 @@ class Bert(Encoder):
         "position": "embeddings.position_embeddings",
         "token_type": "embeddings.token_type_embeddings",
         "norm": "embeddings.LayerNorm",
-        "projection": "embeddings_project",  # of ELECTRA's small models
+        "projection": "embeddings_project",  # only in ELECTRA's small models
     }
     LAYER = "encoder.layer.{}."
     NAMES: ClassVar = {

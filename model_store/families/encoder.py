@@ -56,7 +56,7 @@ class Encoder(ManifestPart, ABC):
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}  # fields that a config.json may omit
-    PREFIX: ClassVar[str] = ""  # of the names of the encoder's weights in …ForSequenceClassification
+    PREFIX: ClassVar[str] = ""  # prefix of the encoder's weights in …ForSequenceClassification
     RETURNS_TYPES: ClassVar[bool] = False  # its tokenizers return token types by default
     FINAL_NORM: ClassVar[str] = ""  # name of the norm between a layer's hidden states and its exit
     IS_GATED: ClassVar[bool] = False  # its feed-forward networks have gates
@@ -66,10 +66,10 @@ class Encoder(ManifestPart, ABC):
     HAS_PROJECTION: ClassVar[bool] = False  # the width of its embeddings may differ from hidden_size
     HAS_BIASES: ClassVar[bool] = True  # its layers and norms have biases; if False, a missing bias is zero
     NORM_LAST: ClassVar[bool] = False  # the embeddings' norm follows the projection
-    HEAD: ClassVar[StockHead]  # of transformers' …ForSequenceClassification, unless `head` makes it
+    HEAD: ClassVar[StockHead]  # used by `head`, unless a family overrides it
     TABLES: ClassVar[Mapping[str, str]] = {}  # names of the embeddings' weights and norm
     LAYER: ClassVar[str] = ""  # prefix of the names of layer {}, from 0
-    NAMES: ClassVar[Names] = {}  # of its linear layers and norms, after LAYER
+    NAMES: ClassVar[Names] = {}  # names of its linear layers and norms, after LAYER
 
     type: str
     num_layers: int = Field(ge=1, le=99)
