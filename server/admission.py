@@ -54,7 +54,7 @@ class Admission:
             controller.tick(self.texts.total, self._queued_before_a_short_text(), engine.finished)
 
     def _queued_before_a_short_text(self) -> int:
-        """Number of texts before a new short text: those in flight, minus finished ones and those that it overtakes."""
+        """Number of texts ahead of a new short text: those in flight, less finished ones and those it overtakes."""
         assert self._engine is not None
         later = self._engine.queue.later_than(perf_counter() + self._short_s)
         return max(0, self.texts.total - sum(job.finished for job in self._batches) - later)
@@ -67,7 +67,7 @@ class Admission:
     def sheds(self, client: Callable[[], str | None]) -> bool:
         """True if a new request must be shed to keep the latency objective.
 
-        A client without texts in flight is admitted while others have some, as the queue serves it first.
+        A client without texts in flight is admitted while others have some, because the queue serves it first.
         client: returns the request's client, or None if it is unauthorized; called only under load.
         """
         controller, texts = self._controller, self.texts

@@ -1,4 +1,4 @@
-"""Background work: each task has an owner here, so that no error goes unseen and no error ends a task for good."""
+"""Background tasks: errors are logged and counted, and a task that fails is started again."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ failures = FailureLog(logging.getLogger("de3"))
 # Pause before a task that failed is started again. It doubles, unless the task ran for MAX_PAUSE_S.
 PAUSE_S, MAX_PAUSE_S = 0.1, 30.0
 
-# Names of the tasks, and of parts of them that fail alone: the values of a metric's label.
+# Names of the tasks, and of parts of them that can fail separately: values of a metric label.
 Task = Literal[
     "audits",
     "channel",
@@ -53,7 +53,7 @@ _running: set[asyncio.Task[Any]] = set()  # asyncio itself keeps only weak refer
 def report(task: Task, error: BaseException) -> None:
     """Log and count an unexpected error; safe to call from any thread."""
     failures.log(f"{task.replace('_', ' ')} failed", error=error)
-    with _counting:  # after the log, so that an error that is counted can be read there
+    with _counting:  # after logging, so that a counted error is in the log
         errors[task] += 1
 
 
@@ -67,7 +67,7 @@ def report_error(task: Task, ended: asyncio.Task[Any], expected: type[Exception]
 
 
 class Backoff:
-    """The pauses of a task that fails again and again."""
+    """Pauses before a task that keeps failing is started again."""
 
     def __init__(self) -> None:
         self._next_s, self._started = PAUSE_S, monotonic()
@@ -98,7 +98,7 @@ def keep_running(task: Task, run: Callable[[], Coroutine[Any, Any, None]]) -> as
 
 
 def run_once(task: Task, running: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Start a task, and log and count its error, even if nobody awaits it."""
+    """Start a task; its error is logged and counted even if nobody awaits the task."""
 
     def ended(done: asyncio.Task[T]) -> None:
         _running.discard(done)

@@ -12,7 +12,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def command_of(code: str, *arguments: str) -> list[str]:
-    """Command that runs Python code in a process that ends with this one, also if this one is killed."""
+    """Command that runs Python code in a process that ends with this one, even if this one is killed."""
     code = f"from de3.server.child import end_with; end_with({os.getpid()})\n{code}"
     # -P: import no modules from the working directory.
     return [sys.executable, "-P", "-X", "utf8", "-c", code, *arguments]
@@ -28,12 +28,12 @@ def end_with(parent: int) -> None:
     """
     with suppress(OSError, AttributeError):  # no C library, or not Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(SIGKILL))
-    if os.getppid() != parent:  # it ended before that call
+    if os.getppid() != parent:  # the parent ended before that call
         os._exit(1)
 
 
 def limit_memory(most: int) -> None:
-    """Limit the memory of this process, in bytes, and have the kernel kill it first if the machine's runs out."""
+    """Limit the memory of this process, in bytes; the kernel kills it first if the machine runs out of memory."""
     # RLIMIT_DATA limits the heap and private mappings; RLIMIT_AS would count reserved address space.
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

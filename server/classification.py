@@ -24,7 +24,7 @@ class Classification(Request):
         id: the client's `request_id`, for the id of the response; None: the server's request id.
         raw: respond with logits instead of probabilities.
         top_k: number of labels to list as `top`, the most probable first; 0: none.
-        indices: the texts' indices in the input, of which they are a part, for messages; empty: they are all of it.
+        indices: indices of the texts in the input, for messages; empty if they are the whole input.
     """
 
     id: str | None = None
@@ -55,7 +55,7 @@ def text_of(value: Any, where: str) -> Text:
         return Text(checked_text(value, where, "a text, or an object with text and text_pair"))
     if len(value) != 2 or "text" not in value or "text_pair" not in value:
         missing = [key for key in ("text", "text_pair") if key not in value]
-        surplus = sorted({*islice(value, 6)} - {"text", "text_pair"})  # the first few of perhaps 100,000
+        surplus = sorted({*islice(value, 6)} - {"text", "text_pair"})  # the first few; there may be 100,000
         problem = f"{' and '.join(missing)} missing" if missing else f"unknown field {surplus[0][:100]!r}"
         raise ValueError(f"{where}: an object must have exactly text and text_pair: {problem}")
     return Text(
@@ -144,7 +144,7 @@ class ClassifyRequest(OptionFields):
 
 
 def request_of(fields: ClassifyRequest) -> Classification:
-    """The request that these fields describe."""
+    """The request with these fields."""
     return Classification(
         fields.input,
         fields.options,

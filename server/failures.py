@@ -8,7 +8,7 @@ from time import monotonic
 from traceback import walk_tb
 
 PERIOD_S = 60.0
-MAX_KINDS = 100  # kinds remembered; beyond it, the oldest is forgotten
+MAX_KINDS = 100  # kinds remembered; the oldest is forgotten first
 
 Kind = tuple[str, type[BaseException], str, int]
 

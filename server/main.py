@@ -69,7 +69,7 @@ def serve(settings: Settings, warnings: Sequence[str] = (), artifacts: Sequence[
     with ExitStack() as stack:
         if settings.learn:
             check_can_fit()
-            if settings.state_dir is None:  # learned versions need a place, if only until the server ends
+            if settings.state_dir is None:  # learned versions need a folder, at least until the server ends
                 folder = stack.enter_context(TemporaryDirectory(prefix="de3-learn-"))
                 settings = settings.model_copy(update={"state_dir": Path(folder)})
         _serve(settings, artifacts)

@@ -82,8 +82,8 @@ class Manager:
     ) -> None:
         """drop_shadows: called with unloaded models, which pending shadow jobs and audits would keep in memory.
 
-        memory_of: returns shared memory for the weights of an artifact; None if the server has one process. known:
-        artifacts that can be loaded although they may not be in the store.
+        memory_of: returns shared memory for the weights of an artifact; None if the weights are not shared between
+        processes. known: artifacts that can be loaded although they may not be in the store.
         """
         self._memory_of = memory_of
         self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits
@@ -94,7 +94,7 @@ class Manager:
         self._prover = Prover()
         self._changing = asyncio.Lock()
         self._plan: Plan
-        self._loaded: Served | None = None  # prepared, but not yet served
+        self._loaded: Served | None = None  # prepared but not yet served
         self.plans: dict[str, Plan] = {}  # by name:version, the plan that loaded the model
 
     async def begin(self, artifacts: Sequence[Artifact], are_named: bool) -> None:

@@ -121,7 +121,7 @@ class LedgerMetrics(Collector):
         rate = gauge(
             "de3_audit_disagreement",
             "Rate of disagreement with full depth at the τ in force, by the audits since the last reset; with a "
-            "guarantee, of the tenant whose audits speak most against its guarantee",
+            "guarantee, of the tenant whose audits are the strongest evidence against it",
         )
         lower = gauge(
             "de3_audit_disagreement_lower", "Anytime-valid 95% lower bound of de3_audit_disagreement"
@@ -179,7 +179,7 @@ class BackgroundErrors(Collector):
         """The counter, by task."""
         counter = CounterMetricFamily(
             "de3_background_errors",
-            "Unexpected errors of background tasks, which are logged; the server goes on",
+            "Unexpected errors of background tasks, which are logged; the server keeps running",
             labels=["task"],
         )
         for task, count in list(errors.items()):  # rate() needs a 0 before the first error
@@ -244,7 +244,7 @@ class Metrics:
             ["model", "precision", "runtime", "layers"],
             registry=r,
         )
-        # Those with the label model alone start at 0 with the model: rate() needs a 0 before the first event.
+        # Metrics with only the label `model` start at 0 with the model: rate() needs a 0 before the first event.
         self._start_at_0 = (self.request_latency, self.degraded, self.calibrated, self.expected_correct)
         self._by_model = (*self._start_at_0, self.requests, self.shadow_texts, self.shadow_disagreements)
         self._gone: list[str] = []

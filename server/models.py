@@ -302,7 +302,7 @@ def default_of(settings: Settings, artifacts: list[Artifact], are_named: bool) -
     def name_of(model: str, flag: str) -> str:
         name = next((a.manifest.name for a in artifacts if model in aliases(a.manifest)), model)
         if name not in served:
-            raise StoreError(f"{flag}: {model} is not served; there are: {', '.join(served)}")
+            raise StoreError(f"{flag}: {model} is not served; available: {', '.join(served)}")
         return name
 
     for alias, target in settings.targets.items():
@@ -324,7 +324,7 @@ def aliases(manifest: Manifest) -> list[str]:
 def unknown_model(name: str, served: list[str]) -> RequestError:
     """The error for a name that is not served."""
     return RequestError(
-        f"model: no model {name[:100]!r} is served; there are: {', '.join(served)}",
+        f"model: no model {name[:100]!r} is served; available: {', '.join(served)}",
         "model",
         "unknown_model",
     )

@@ -1,4 +1,4 @@
-"""Groups clients by network: an attacker can have many addresses, but seldom in many networks."""
+"""Groups clients by network: an attacker can have many addresses, but rarely in many networks."""
 
 import hashlib
 from functools import lru_cache
@@ -20,5 +20,5 @@ def network_of(client: str) -> str:
 
 @lru_cache(4096)
 def network_hash(client: str) -> str:
-    """Hash of a client's network, which is saved to disk with the records of its texts."""
+    """Hash of a client's network, saved to disk with the records of its texts."""
     return hashlib.blake2b(network_of(client).encode(), digest_size=8).hexdigest()

@@ -152,7 +152,7 @@ class Rules:
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
-        """The choices that replace the default under load, from level 1 on.
+        """Choices that replace the default under load, from level 1 up.
 
         Empty if a target or a guarantee sets the default, or without a calibration.
         """
@@ -253,7 +253,7 @@ class Rules:
         if unknown is not None:
             there_are = ", ".join(labels[:MAX_NAMED])
             raise RequestError(
-                f"thresholds: {self.name} has no label {unknown[:100]!r}; there are: {there_are}",
+                f"thresholds: {self.name} has no label {unknown[:100]!r}; available: {there_are}",
                 "thresholds",
             )
         return Thresholds.of(list({**own, **wanted}.values()))

@@ -128,7 +128,7 @@ class Service:
             on_failure()
 
     async def _watch_engine(self, on_failure: Callable[[], None]) -> None:
-        """Stop the server if an engine thread dies or hangs, so that a supervisor can restart the server."""
+        """Stop the server if an engine thread dies or hangs, so that a supervisor can restart it."""
         for check in count(1):
             if self.state == "stopping":
                 return
@@ -138,14 +138,14 @@ class Service:
             if check % TRIM_CHECKS == 0:
                 gc.collect()  # cheap, as most objects are frozen
                 await asyncio.to_thread(memory.trim)
-        log.critical("%s: the server stops", problem)
+        log.critical("%s; stopping the server", problem)
         self.state = "failed"
         self.metrics.engine_failures.inc()
         self.failure = EngineError(problem)
         on_failure()
 
     def drain(self) -> None:
-        """Become not ready; requests are still answered until stop()."""
+        """Report not ready; requests are still answered until stop()."""
         if self.state != "failed":
             self.state = "draining"
 

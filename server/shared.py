@@ -85,7 +85,7 @@ class OneProcess:
         return [live] if (live := self._audits().live(name)) else []
 
     async def _sync(self) -> None:
-        """Nothing to wait for: one process applies a new standing at once."""
+        """Do nothing: a single process applies a new standing at once."""
 
     async def begin(self, manager: Manager, artifacts: Sequence[Artifact], are_named: bool) -> None:
         """Load the models at startup; see Manager.begin."""

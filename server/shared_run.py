@@ -1,4 +1,4 @@
-"""Runs slow reports, which many clients may request at the same time, and changes, to their end."""
+"""Runs slow reports, which concurrent requests share, and changes of the models, to completion."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -16,7 +16,7 @@ class SharedRun(Generic[T]):
     """Runs a coroutine once for all concurrent requests; the run continues even if they are cancelled."""
 
     def __init__(self, what: Task, most: int = MAX_WAITING) -> None:
-        """what: name of the result, for errors. most: more requests than this may not wait."""
+        """what: name of the result, for errors. most: maximum number of waiting requests."""
         self._what, self._most, self._waiting = what, most, 0
         self._running: asyncio.Task[T] | None = None
 

@@ -98,7 +98,7 @@ class TextMetrics(Collector):
         depth, speedup = served.model.manifest.num_layers, served.timing.speedup
         with self._lock:
             texts = self._texts.get(served.model.full_name)
-            if texts is not None:  # the model may have been dropped with texts in flight
+            if texts is not None:  # the model may have been removed while its texts were in flight
                 for outcome in outcomes:
                     texts.add(outcome, depth, speedup)
 

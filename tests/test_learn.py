@@ -1153,7 +1153,7 @@ def test_a_full_disk_stops_a_fit(learning_of_base: Learning, monkeypatch: pytest
 
     monkeypatch.setattr(os, "fsync", full)
     result = learning_of_base.fit()
-    message = "state_dir: the records cannot be written: No space left on device"  # the path is not shown
+    message = "state_dir: cannot save the records: No space left on device"  # the path is not shown
     assert (result.outcome, result.error) == ("failed", message)
     assert not list(learning_of_base.folder.path.glob("*.records*"))
 

@@ -411,7 +411,7 @@ def test_the_default_is_the_settings_or_the_first_that_the_operator_named(store:
     assert default_of(Settings(default_model="tiny-int8"), found, False) == "tiny-int8"
     assert default_of(Settings(), found[::-1], True) == "tiny-int8"
     assert default_of(Settings(), found, False) is None  # not even the first in alphabetical order
-    with pytest.raises(StoreError, match="--default-model: other is not served; there are: tiny, tiny-int8"):
+    with pytest.raises(StoreError, match="--default-model: other is not served; available: tiny, tiny-int8"):
         default_of(Settings(default_model="other"), found, False)
     assert default_of(Settings(default_model="x", aliases=["x=tiny-int8:1"]), found, False) == "tiny-int8"
     for alias, says in (

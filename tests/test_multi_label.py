@@ -116,7 +116,7 @@ def test_a_request_may_set_thresholds(server: Server) -> None:
     assert "blame" not in labels(thresholds={"blame": 1 - 1e-6})
     # Unknown labels, values out of range, and combinations with a calibrated target are refused with a clear message.
     for options, says in (
-        ({"thresholds": {"anger": 0.5}}, "topics:1 has no label 'anger'; there are: praise, blame, story"),
+        ({"thresholds": {"anger": 0.5}}, "topics:1 has no label 'anger'; available: praise, blame, story"),
         ({"thresholds": 1.0}, "a number above 0 and below 1"),
         ({"thresholds": {"blame": 0}}, "a number above 0 and below 1"),
         ({"thresholds": 0.4, "max_disagreement": 0.1}, "cannot be combined with max_disagreement"),

@@ -229,7 +229,7 @@ def test_a_killed_process_is_replaced_and_its_counts_remain(server: Running) -> 
     counted = server.metric("de3_requests_total", status="200")
     pids = server.pids
     os.kill(pids[0], signal.SIGKILL)
-    until(lambda: server.logged("it is replaced"), "the report")
+    until(lambda: server.logged("replacing it"), "the report")
     with httpx.Client(base_url=server.url, headers=server.headers, verify=CERTIFICATES) as client:
         classify(client, input="good")  # the other process answers
     assert server.metric("de3_requests_total", status="200") == counted + 1

@@ -251,7 +251,7 @@ BAD: list[tuple[bytes, int, str | None, str]] = [
     (b'{"input": "a", "max_layer": 4}', 422, "max_layer", "from 0 to 3"),
     (b'{"input": "a", "max_layer": 1.5}', 422, "max_layer", "integer"),
     (b'{"input": "a", "truncate": "yes"}', 422, "truncate", "boolean"),
-    (b'{"input": "a", "model": "other"}', 404, "model", "there are: tiny:1, tiny-int8:1"),
+    (b'{"input": "a", "model": "other"}', 404, "model", "available: tiny:1, tiny-int8:1"),
     (b'{"input": "a", "target_speedup": 0.5}', 422, "target_speedup", "allowed: 1 or more"),
     (b'{"input": "a", "target_speedup": 1001}', 422, "target_speedup", "at most"),
     (b'{"input": "a", "latency_budget_ms": 0}', 422, "latency_budget_ms", "more than 0, at most 60000"),

@@ -2,9 +2,8 @@
 
 A text is drawn with a probability that is fixed before anything about the text is known, and answered like any other.
 A tenant's texts are settled in the order of their answers, and then counted (`ledger.py`): a text is settled only after
-the audits of all earlier ones have run, so the counts do not depend on the duration of audits. (They depend on the
-order in which texts in flight were answered, but few texts are in flight compared with the number that a decision
-needs.)
+the audits of all earlier ones have run, so the counts do not depend on how long audits take. (They depend on the order
+in which texts in flight were answered, but few texts are in flight compared with the number that a decision needs.)
 """
 
 import asyncio
@@ -32,12 +31,12 @@ from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 
-# The share of a tenant's texts that are audited halves with every eighth of its room that is taken by audits that have
-# not run yet; tenants with pending audits have equal parts of ROOM. Nothing is drawn beyond twice the part.
+# Tenants with pending audits share ROOM equally. A tenant's audit share halves with every eighth of its part that
+# pending audits fill; once they fill the part twice, no more texts are drawn.
 ROOM, LEAST_ROOM = 256, 16
 LEARN_TEXTS = 4096
-# Entries that are not yet settled, because the audit of an earlier one is pending: over all tenants, and of one tenant;
-# and the number of texts from which on an entry takes no more.
+# Limits on unsettled entries, which wait for the audit of an earlier one: over all tenants, and per tenant; and the
+# number of texts at which an entry is full.
 MAX_ENTRIES, LEAST_ENTRIES, ENTRY_TEXTS = 2**12, 2**9, 256
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 EXCLUDED = ("deadline", "max_layer", "windows")  # answers that τ alone did not determine
@@ -82,7 +81,7 @@ class _Tenant:
     def discard(self, entry: _Entry) -> None:
         """Discard an entry whose audit did not run, and all later ones, whatever their results.
 
-        If only the texts without a result were left out, those that were not drawn would count too much.
+        Leaving out only the texts without a result would give too much weight to those that were not drawn.
         """
         if entry in self.entries:
             while self.entries.pop() is not entry:
@@ -103,7 +102,7 @@ class Traffic:
 
     @property
     def share(self) -> float:
-        """Share of texts to audit so that exits are learned fast.
+        """Share of texts to audit for learning.
 
         It is 1 for the first LEARN_TEXTS texts of the server, and halves with each doubling of the number of texts.
         """
@@ -146,12 +145,12 @@ class Auditor:
         traffic: Traffic | None = None,
     ) -> None:
         """submit: enqueues audits. count: counts settled texts. is_behind: see AuditStore. learn: keeps records of
-        audited texts; None: there are none. traffic: the traffic of the model's name; None if the server does not
-        learn."""
+        audited texts; None if the server does not learn. traffic: the traffic of the model's name; None if the server
+        does not learn."""
         self._is_behind, self._learn, self._traffic = is_behind, learn, traffic
         self._submit, self._count_settled = submit, count
         self._random = random.Random()
-        self._epoch = 0  # of tenants that have sent no texts
+        self._epoch = 0  # epoch of tenants that have sent no texts
         self._num_changes = 0
         self._share = settings.share_of_audits
         self._has_guarantee = settings.guarantee is not None
@@ -180,7 +179,7 @@ class Auditor:
         self.served.rules.apply(standing)
 
     def _name(self, job: Job) -> str:
-        """The tenant of a request; without a guarantee, all requests are counted together."""
+        """The tenant of a request; without a guarantee, all requests share one tenant."""
         return job.request.tenant if self._has_guarantee else ""
 
     def _tenant(self, name: str) -> _Tenant:
@@ -312,7 +311,7 @@ class Auditor:
         answer: Reading,
     ) -> None:
         tenant.pending -= 1
-        entry.is_pending = False  # first, so that no error below blocks the later entries
+        entry.is_pending = False  # first, so that an error below does not block later entries
         if audit.is_dropped:  # its model was unloaded or reloaded
             tenant.discard(entry)
         elif audit.error is not None:
@@ -326,7 +325,7 @@ class Auditor:
         else:
             self.seconds += audit.model_s
             self._conclude(entry.settled, entry.key, answer, audit.passed)
-            if entry.settled.epoch == tenant.epoch:  # else it is a text from before a change
+            if entry.settled.epoch == tenant.epoch:  # otherwise it was drawn before a change
                 self._record(client, entry.settled.share, audit.tokens, audit.states, audit.passed[-1])
         self._settle(tenant)
 

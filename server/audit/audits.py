@@ -21,7 +21,7 @@ from de3.server.settings import Settings
 
 
 class AuditStore(Protocol):
-    """The counted audits and the records of a server: a `Coordinator`, or that of the supervisor by messages."""
+    """The counted audits and the records of a server: a `Coordinator`, or a connection to the supervisor's."""
 
     def serve(self, artifact: Artifact, rules: Rules, runtime: str, tau_factor: float) -> Standing:
         """Start counting for a model, or continue; returns the standing of its ledger. See Ledgers.serve."""
@@ -161,5 +161,5 @@ class Audits:
             raise
         try:
             auditor.answered(job, draw)
-        except Exception as error:  # must not fail a request that was answered
+        except Exception as error:  # an error here must not fail a request that was answered
             report("counting_audits", error)

@@ -1,4 +1,4 @@
-"""The ledgers and learners of a server, in the one process that counts: the server's own, or the supervisor."""
+"""The ledgers and learners of a server. They are in the process that counts: the only one, or the supervisor."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,7 +21,7 @@ from de3.server.shared_run import MAX_WAITING, SharedRun
 
 
 class Coordinator:
-    """Counts the settled texts of all processes, keeps their records, reports, and has the fits run.
+    """Counts the settled texts of all processes, keeps their records, reports results, and runs fits.
 
     Attributes:
         ledgers: the ledgers of all served models.
@@ -40,8 +40,8 @@ class Coordinator:
     ) -> None:
         """change: see Learners. publish: see Ledgers. live_of: returns the state of a model's audits in each process.
 
-        sync: returns once every process has applied what was published. Raises ValueError if state_dir cannot be used,
-        or a package that learning needs is not installed.
+        sync: returns once every process has applied what has been published. Raises ValueError if state_dir cannot be
+        used, or a package that learning needs is not installed.
         """
         self.ledgers = Ledgers(settings, publish)
         self.learners = Learners(settings, self.ledgers, change) if settings.keeps_records else None

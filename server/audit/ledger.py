@@ -25,7 +25,7 @@ from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 
-MIN_AUDITS = 100  # with fewer, the mean exit layer is not known well enough
+MIN_AUDITS = 100  # with fewer, the mean exit layer is too uncertain
 RECENT_TEXTS = 20_000  # texts after which the tenants' shares of the traffic count half as much
 # Shared by all ledgers, so that texts drawn for a version are not counted for the same version exported anew.
 _EPOCHS = itertools.count(1)
@@ -59,7 +59,7 @@ class Ledger:
         self.taus = _grid(rules)
         self.rate = settings.guarantee
         attempt = 1 if manifest.learned is None else manifest.learned.attempt
-        # Without --learn no other exits will be tested, so the tests may use all of δ.
+        # Without --learn no other exits will be tested, so these may use all of δ.
         self.error = error_of(attempt) if settings.learn else 1 - CONFIDENCE
         self.epoch = next(_EPOCHS)
         self.tenants: dict[str, Tenant] = {}
@@ -75,7 +75,7 @@ class Ledger:
         self._tell(self.tenants)
 
     def can_continue(self, manifest: Manifest, rules: Rules, runtime: str, tau_factor: float) -> bool:
-        """True if the evidence also holds for a model that is loaded like this."""
+        """True if the evidence also holds for a model with these properties."""
         other = manifest, rules.default.rule.signal, runtime, tau_factor
         same = (self.manifest, self.signal, self.runtime, self.tau_factor) == other
         return same and self.taus.tolist() == _grid(rules).tolist()
@@ -218,7 +218,7 @@ class Ledger:
     def speedup(self) -> float:
         """Speed-up in layers over the traffic, with each tenant at its τ; 1 if unknown. Any thread may call this.
 
-        It is measured by the audits, or by held-out texts while audits are few.
+        It is measured by audits or, while there are few, by held-out texts.
         """
         tau, layers, weight, total = self.rules.default.rule.tau, self._start_layers, 0.0, 0.0
         for tenant in list(self.tenants.values()):
@@ -235,8 +235,8 @@ class Ledger:
     def measured(self, in_force: Choice) -> tuple[float, float, float] | None:
         """The rate of disagreement at the τ in force, and its lower and upper bound; None without audits.
 
-        With a guarantee, they are those of the tenant whose audits speak most against it: bounds hold for the texts of
-        one tenant, as others are drawn with other probabilities. Any thread may call this.
+        With a guarantee, they are those of the tenant whose audits are the strongest evidence against it: bounds hold
+        for one tenant, because the texts of others are drawn with other probabilities. Any thread may call this.
         """
         tau, rate = in_force.rule.tau, self.guaranteed_rate or 0.5
 

@@ -28,8 +28,8 @@ class Ledgers:
         self._settings, self._publish = settings, publish
         self._by_model: dict[str, Ledger] = {}
         self._unloaded: dict[str, Ledger] = {}
-        # Of a learned version that is about to be served: held-out texts, and the ledger of the version in service with
-        # its number of resets, and of changes of each tenant's traffic.
+        # For a learned version that is about to be served: its held-out texts, the ledger of the version in service,
+        # that ledger's number of resets, and the number of changes of each tenant's traffic.
         self._held_out: dict[str, tuple[Sequence[HeldOut], Ledger, int, dict[str, int]]] = {}
         is_on, state_dir = settings.share_of_audits > 0, settings.state_dir
         self._state = StateDir(state_dir) if is_on and state_dir is not None else None
@@ -57,7 +57,7 @@ class Ledgers:
         ledger = self._by_model[name] = Ledger(manifest, rules, runtime, tau_factor, self._settings, publish)
         if held_out is not None:
             rows, current, resets, before = held_out
-            # The texts of tenants that have changed meanwhile may be from before the change.
+            # If a tenant's traffic has changed meanwhile, its texts may predate the change.
             changed = dict(current.changes().items() - before.items())
             if current.num_resets["reset"] == resets:
                 rows = [row for row in rows if (row.client if self._settings.has_keys else "") not in changed]
@@ -143,7 +143,7 @@ class Ledgers:
             try:
                 self._state.write(ledger)
                 self._has_failed = False
-            except Exception as error:  # no error must prevent the server from answering requests
+            except Exception as error:  # an error here must not stop the server from answering requests
                 if not self._has_failed:
                     log.error("state_dir: cannot be written; retrying every %g s: %s", SAVE_S, error)
                 self._has_failed = True

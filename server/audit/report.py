@@ -30,8 +30,8 @@ class Live(NamedTuple):
 def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = None) -> dict[str, Any]:
     """The audit results of one model for one of its tenants, and the state of each tenant that the reader may see.
 
-    in_force: the choice for requests without options. reader: a tenant, which sees only its own data; None: a reader
-    who may see everything, and gets the results of the tenant with the most texts.
+    in_force: the choice for requests without options. reader: a tenant, which sees only its own data; None for a reader
+    that may see everything, and gets the results of the tenant with the most texts.
     """
     signal, manifest, tenants = ledger.signal, ledger.manifest, dict(ledger.tenants)
     name = max(tenants, key=lambda one: tenants[one].evidence.texts, default="") if reader is None else reader

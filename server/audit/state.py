@@ -24,7 +24,7 @@ log = logging.getLogger("de3")
 MAX_BYTES = 2**22
 MAX_TAUS = 1024
 MAX_TIME = 2**38  # seconds since 1970: the year 10680
-MAX_TENANTS = 512  # files of a model: the present tenants', and some of former ones
+MAX_TENANTS = 512  # files of a model: those of current tenants, and some of former ones
 NEW_SHARES = 64  # shares that a server may still add to a restored state
 MAX_COUNT, NEW_COUNT = 2**53, 2**52  # largest count, and the part of it that a server may add
 
@@ -52,7 +52,7 @@ class Counts(_Part):
     def check(self, taus: int) -> None:
         """Raise ValueError for impossible counts. taus: length of the grid."""
         if not len(self.differing) == len(self.layers) == len(self.repeats) == taus:
-            raise ValueError("differing, layers and repeats need a number for each τ")
+            raise ValueError("differing, layers and repeats must have a number for each τ")
         first = [d - r for d, r in zip(self.differing, self.repeats, strict=True)]
         if max(self.served, self.audits) > self.texts or max(first, default=0) > self.audits:
             raise ValueError("more audits than texts, or more disagreements than audits")
@@ -154,7 +154,7 @@ def restore(ledger: Ledger, state: TenantState) -> None:
     """Restore a tenant of a ledger from a state.
 
     Raises ValueError if the state belongs to another model, signal, runtime, OOD policy or grid of τ, or if its shares
-    or counts leave too little room for new audits.
+    or counts are too near their limits.
     """
     manifest, signal, taus = ledger.manifest, ledger.signal, ledger.taus
     if state.fingerprint != fingerprint(manifest):
@@ -169,7 +169,7 @@ def restore(ledger: Ledger, state: TenantState) -> None:
     if max((count for row in state.all_counts() for count in _all(row)), default=0) > MAX_COUNT - NEW_COUNT:
         raise ValueError("its counts are too large")
     if state.taus != taus.tolist():
-        raise ValueError("it has other values of τ")
+        raise ValueError("it has a different grid of τ")
     guarantee = ledger.new_guarantee()
     if guarantee is not None and saved is not None:
         fields = saved.model_dump(exclude={"counts"})

@@ -1,4 +1,4 @@
-"""The audits of one tenant of a model, and the τ that they allow with a guarantee.
+"""Audits of one tenant of a model, and the τ that they allow with a guarantee.
 
 A tenant is the name of an API key; a server without keys has a single one, whose name is empty. Everything that decides
 a tenant's τ is here, so nothing that another tenant sends can change it.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from de3.exits.guarantee import Evidence, Guarantee, Profiles, Reason, profiles
 
 MAX_SEEN = 2**18  # hashes of counted texts that a model remembers, over all tenants
-MOST_SEEN = 2**16  # and of one tenant; when full, the older half is forgotten
+MOST_SEEN = 2**16  # the same for one tenant; when full, the older half is forgotten
 MAX_RESETS = 20  # resets kept for the report
 
 
@@ -67,11 +67,11 @@ class Settled:
         self.served += served_differs
 
     def continues(self, other: "Settled") -> bool:
-        """True if `other`, which was settled before, can take these texts up."""
+        """True if these texts can be appended to `other`, which was settled before."""
         return (self.tenant, self.epoch, self.share) == (other.tenant, other.epoch, other.share)
 
     def extend(self, later: "Settled") -> None:
-        """Take up later texts, which continue these."""
+        """Append later texts, which continue these."""
         self.skipped[-1] += later.skipped[0]
         self.skipped += later.skipped[1:]
         self.keys += later.keys
@@ -82,7 +82,7 @@ class Settled:
 
 
 def add_settled(texts: list[Settled], later: Iterable[Settled]) -> None:
-    """Add texts that were settled later to a list; the last ones take up those that continue them."""
+    """Append later texts to a list, merging those that continue its last entry."""
     for one in later:
         if texts and one.continues(texts[-1]):
             texts[-1].extend(one)
@@ -185,7 +185,7 @@ class Tenant:
     ) -> None:
         """Count texts that were recorded before the model was served, towards the guarantee only.
 
-        They are not audits of the model's answers, so the evidence that is reported leaves them out. repeats: see
+        They are not audits of the model's answers, so reports leave them out. repeats: see
         HeldOut.is_repeat.
         """
         assert self.guarantee is not None

@@ -2,8 +2,7 @@
 
 The kernels run the layers of several texts together, at the lowest thread priority. When audits ran on the engine's
 threads, one text at a time, they delayed other texts (docs/design.md). At the lowest priority, audits hardly run on a
-machine that is never idle. So one more thread runs those that have waited for long, at normal priority, but for a small
-share of the time.
+machine that is never idle. So another thread runs overdue audits at normal priority, for a small share of the time.
 """
 
 from collections import deque
@@ -74,7 +73,7 @@ class AuditThreads:
         self._spent: dict[str, float] = {}  # predicted seconds of its audits that ran, while some are pending
         self._changed = Condition()
         self._closed = Event()
-        self._share = min(1.0, OVERDUE_SHARE * threads)  # of one core
+        self._share = min(1.0, OVERDUE_SHARE * threads)  # share of one core
         self._paid = 0.0  # CPU time for which the thread of overdue audits has paused
         self._threads = [
             Thread(target=self._work, args=(number > 0,), name=f"audits-{number}", daemon=True)
@@ -82,7 +81,7 @@ class AuditThreads:
         ]
 
     def put(self, audits: Sequence[Audit]) -> None:
-        """Enqueue audits. Their number needs no limit here, because the auditor draws fewer texts as it grows."""
+        """Enqueue audits. Their number is not limited here, because the auditor draws fewer texts as it grows."""
         with self._changed:
             if self._closed.is_set():
                 self._drop(audits)

@@ -67,10 +67,9 @@ class Deadlines:
         return 0.0
 
     def _needed(self, new: _Admitted, now: float) -> float:
-        """0 if the new job can be kept without making another one late.
-
-        Otherwise, the approximate seconds from now by which it could be kept. Simulates the schedule: the most urgent
-        text goes to the thread that is free first.
+        """0 if the new job's deadline can be kept without making another job late. Otherwise, the approximate number of
+        seconds from now by which it could be. Simulates the schedule: the most urgent text goes to the thread that is
+        free first.
         """
         free = [max(now, t) for t in self._free_at]
         heapify(free)

@@ -126,7 +126,7 @@ class Engine:
             raise
 
     def audit(self, audits: Sequence[Audit]) -> None:
-        """Enqueue audits, which run while nothing else is pending, or slowly once they have waited for long."""
+        """Enqueue audits, which run while nothing else is pending, or slowly once they are overdue."""
         self._audits.put(audits)
 
     def _admit(self, job: Job) -> None:
@@ -198,7 +198,7 @@ class Engine:
                 item.job.is_dropped = True
             self._report([(item.job, RuntimeError(str(error))) for item in items])
             self._failures[number] += 1
-            sleep(0.01)  # no busy loop if every step fails at once
+            sleep(0.01)  # avoids a busy loop if every step fails
             return True
         finally:
             self._busy[number] = False
@@ -243,7 +243,7 @@ class Engine:
         """Record the results of items of one model, and report the jobs that finish or fail with them."""
         ended: list[tuple[Job, Exception | None]] = []
         outcomes = [(item, result) for item, result in results if isinstance(result, Outcome)]
-        if outcomes:  # counted first: a client may look for its text in the metrics once it has the answer
+        if outcomes:  # counted first, so that the metrics include a text before its client has the answer
             self._count(outcomes[0][0].job.served, [outcome for _, outcome in outcomes])
         for item, outcome in outcomes:
             job = item.job

@@ -44,7 +44,7 @@ def run_group(
                 before = len(group)
                 queue.join(group, threads)
                 items += group[before:]
-    except BaseException:  # caused by one item, which will fail again when each item runs alone
+    except BaseException:  # one item caused it, and will fail again when each runs alone
         failures.exception("a group of texts failed; each runs alone")
         for item in group:
             item.restart()
@@ -85,7 +85,7 @@ def _begin(
         item.progress.num_tokens, item.progress.is_grouped = len(tokens), True
         ready.append(item)
     spent = (perf_counter() - started) / len(items)
-    for item in items:  # failed and requeued items took this time, too
+    for item in items:  # includes failed and requeued items
         item.progress.tokenize_s = spent
     queue.charge(*((item.job, spent) for item in items))
     for item in too_long:

@@ -23,7 +23,7 @@ from de3.server.rules import Choice
 
 # Seconds from the last layer to the first byte of the response: a part per request, and a part per text.
 REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
-DEFAULT_THRESHOLD = 0.5  # of a flag whose label has no threshold
+DEFAULT_THRESHOLD = 0.5  # for a flag whose label has no threshold
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +81,7 @@ class Item:
     def start(self, tokens: Tokens) -> None:
         """Begin the forward pass of the text, or of its next window."""
         progress, monitor, rule = self.progress, self.job.monitor, self.job.choice.rule
-        before = progress.forward  # of the window before
+        before = progress.forward  # the previous window's
         if self.keeps_states and progress.windows is None:
             progress.states = self.job.model.empty_states()
         progress.tokens, progress.layer = tokens, 0

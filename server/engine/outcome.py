@@ -10,7 +10,7 @@ from de3.exits.rule import ExitReason, ExitRule
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A window that has run, of a text with several; the fields are as in Outcome."""
+    """A window that has run, of a text with several windows. Fields are as in Outcome."""
 
     layer: int
     passed: list[Reading]
@@ -36,7 +36,7 @@ class Outcome:
     Attributes:
         layer: layer of the exit; with several windows, the exit layer of the last window that ran.
         rule: the rule in force there; its τ may be lower than the job's if is_far is set.
-        reading: the answer; with several windows the combined answer, with the signals of the last window that ran.
+        reading: the answer; with several windows, the combined answer with the signals of the last window that ran.
         passed: readings of the exits passed, the text's exit last; with several windows, of all windows that ran.
         tokens: number of tokens passed to the model; with several windows, those of every window that started.
         queue_s: time since the job was submitted, less tokenize_s and model_s; 0 for shadow jobs.

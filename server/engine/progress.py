@@ -11,7 +11,7 @@ from de3.server.engine.outcome import Window
 
 
 class WindowProgress:
-    """The windows of a text that has several: all of them, those that have run, and their combined answer."""
+    """Windows of a text that has several: all of them, those that have run, and their combined answer."""
 
     def __init__(self, windows: Windows, rule: ExitRule, flag: Flag | None) -> None:
         thresholds = None if rule.thresholds is None else rule.thresholds.logits

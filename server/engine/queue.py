@@ -24,7 +24,7 @@ Entry = tuple[float, int, Item]  # due, order of arrival, item
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """A client's pending items by urgency, and the engine time that it has received.
+    """Pending items of a client by urgency, and the engine time that it has received.
 
     Attributes:
         spent: virtual time: engine seconds received. A new client, or one that was idle, starts at the virtual
@@ -51,7 +51,7 @@ class WorkQueue:
 
     Items with an admitted deadline are scheduled first, the earliest deadline before the others. After them, the client
     that has received the least engine time is served next, with its item that is due first. So each client gets its
-    share of the engine whatever others send, and a client that is alone gets all of it.
+    share of the engine regardless of what others send, and a lone client gets all of it.
 
     Items of dropped jobs are skipped. Shadow items are scheduled only when nothing else is pending, and are discarded
     when the queue is closed. Neither kind counts towards the limit or the length.

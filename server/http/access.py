@@ -22,7 +22,7 @@ MAX_KEYS = 256  # the key of each request is compared with all of them
 MAX_FILE_BYTES = 2**20
 # For the rate limit, this many bytes of a body, or tokens of a text, count as one text.
 BYTES_PER_TEXT, TOKENS_PER_TEXT = 4096, 128
-LEASED_PART = 50  # the processes together may lease a 50th of a limit before they need it
+LEASED_PART = 50  # all processes together may lease 1/50 of a limit in advance
 WINDOW_PARTS = 100
 # Paths that need no key: they reveal nothing about users or texts.
 _OPEN = re.compile(
@@ -105,7 +105,7 @@ class Keys:
         return "\n".join(f"{name} sha256:{digest.hex()}" for digest, name in self._owners.items())
 
     def shares_with(self, others: "Keys") -> bool:
-        """True if the two have a key in common."""
+        """True if both have a key in common."""
         return not self._owners.keys().isdisjoint(others._owners)
 
     def owner(self, scope: Scope) -> str:
@@ -260,8 +260,8 @@ class _Window:
     """The texts of one owner in the last `period_s` seconds.
 
     Those that were counted within a hundredth of the period expire together, with the last of them: this bounds the
-    memory, and no period has more texts than the limit. Texts that exceed the limit, because their cost was not known
-    before they ran, expire as much later as the limit needs for them.
+    memory, and no period has more texts than the limit. Texts beyond the limit, whose cost was not known before they
+    ran, expire later: by the time in which the limit would allow them.
     """
 
     def __init__(self, limit: int, period_s: float) -> None:
@@ -336,15 +336,15 @@ class RateLimit:
         self.hit(owner, texts)
 
     def drain(self, owner: str, texts: int) -> None:
-        """Count texts of an owner that already ran, even beyond the limit: then the next ones wait for longer."""
+        """Count texts of an owner that already ran, even beyond the limit; later texts then wait longer."""
         self._windows[owner].add(texts, time.monotonic())
 
 
 class LeasedRateLimit(RateLimit):
     """A rate limit that several processes share: each leases texts in advance.
 
-    Together they lease at most a 50th of the limit, each an equal part. A window may have that many texts more than the
-    limit, if they were leased before it began, or fewer, if they are not used.
+    Together they lease at most a 50th of the limit, each an equal part. So a window may have that many texts more than
+    the limit (leased before it began), or fewer (leased but unused).
     """
 
     def __init__(self, rate: str, leases: Leases, processes: int) -> None:
@@ -365,7 +365,7 @@ class LeasedRateLimit(RateLimit):
             try:
                 await self._leases.lease(owner, self._block)
                 self._leased[owner] += self._block - texts
-            except RequestError:  # not so many are left
+            except RequestError:  # fewer are left
                 await self._leases.lease(owner, texts)
             finally:
                 self._leasing.discard(owner)

@@ -58,7 +58,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
         400: error(400, "the body is not JSON"),
         401: error(401, "an API key is needed; send Authorization: Bearer KEY"),
         403: error(403, "this needs an admin's key"),
-        404: error(404, "no version '3' of model 'sst2'; there are: 1, 2", "name"),
+        404: error(404, "no version '3' of model 'sst2'; available: 1, 2", "name"),
         409: error(409, "sst2 is the only model that is served", "name"),
         422: error(422, "not loaded; the served models are unchanged: layer_02.onnx: damaged", "name"),
     }

@@ -42,7 +42,7 @@ from de3.server.http.page import page
 from de3.server.http.protocol import Protocol
 from de3.server.shared_run import SharedRun
 
-# Errors on other paths have the format of the last protocol here with the same first path segment.
+# Errors on other paths have the format of the last protocol listed here with the same first path segment.
 PROTOCOLS: dict[str, Protocol] = {
     "/rerank": rerank.TEI_OR_JINA,
     "/v1/rerank": rerank.JINA,

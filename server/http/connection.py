@@ -31,7 +31,7 @@ from de3.server.networks import network_of
 MAX_PIPELINED_BYTES = 16 * 1024  # buffered during a response; more stays in the kernel's buffers
 MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending gets the response
 SOCKET_BUFFER_BYTES = 2**16
-WRITE_BUFFER_BYTES = 2**14  # a client with more unread bytes counts as one that does not read
+WRITE_BUFFER_BYTES = 2**14  # a client with more unread bytes counts as not reading
 MIN_READ_PAUSE_S = 0.001  # a shorter pause is not worth a timer
 HEAD_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 5.0
@@ -71,7 +71,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._awaits_turn = False  # to parse a pipelined request
         self._scope: Scope = {}
         self._resumed: asyncio.Event | None = None  # set when the client reads again
-        self._task: asyncio.Task[None] | None = None  # of the current request
+        self._task: asyncio.Task[None] | None = None  # task of the current request
         self._is_responding = False  # part of the response has been written
         self._is_probed = False
         self._closing = False  # close after the current response

@@ -19,7 +19,7 @@ from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
 
 THRESHOLD = 0.5
-MAX_CHARS = 2**24  # of texts in a response; each detection repeats its text
+MAX_CHARS = 2**24  # characters of texts in a response; each detection repeats its text
 
 
 @dataclass(slots=True, eq=False)

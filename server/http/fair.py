@@ -1,4 +1,4 @@
-"""Work of the event loop in a fair order: parsing of large bodies by client, starts of requests by network."""
+"""Fair scheduling on the event loop: parsing of large bodies by client, starting of requests by network."""
 
 import asyncio
 from collections import deque
@@ -106,7 +106,7 @@ class StartQueue:
             self._left -= 1
             try:
                 self._pending.take()()
-            except Exception as error:  # must not stop the rounds
+            except Exception as error:  # an error must not stop the rotation
                 report("request_start", error)
         if self._is_scheduled:
             asyncio.get_running_loop().call_soon(self._begin_round)

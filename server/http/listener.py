@@ -17,7 +17,7 @@ MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
 # event loop's time.
 MAX_BODY_BYTES_PER_S = 2.5e8
 BODY_TIMEOUT_S = 10.0
-PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, over all connections
+PIPELINE_PAUSE_S = 0.001  # pause between two pipelined requests, over all connections
 SWEEP_S = 0.25
 MAX_LATE_S = 1.0  # time since the last sweep, after which nothing expires
 MAX_NETWORK_RATIO = 8  # limit on one network's connections, as a multiple of the number that are still free
@@ -219,5 +219,5 @@ class Listener:
         for connection in [c for c in self.connections if c.deadline < now or c.write_deadline < now]:
             try:
                 connection.expire(now)
-            except Exception as error:  # must not prevent that the others expire
+            except Exception as error:  # must not keep the others from expiring
                 report("connection_deadlines", error)

@@ -116,7 +116,7 @@ def parse(call: Call) -> InferRequest:
         raise RequestError("inputs: the body has more binary data than its tensors", "inputs")
     texts, pairs = columns.get("text"), columns.get("text_pair")
     if not texts or (pairs is not None and len(pairs) != len(texts)):
-        raise RequestError("inputs: text is required, and text_pair must be as long", "inputs")
+        raise RequestError("inputs: text is required, and text_pair must have the same length", "inputs")
     known = (*OUTPUTS, "value")
     unknown = [output.name for output in fields.outputs if output.name not in known]
     if unknown:

@@ -108,7 +108,7 @@ CLASSIFY: dict[str, Any] = {
         },
         400: error(400, "the body is not JSON in UTF-8: EOF while parsing an object at line 1 column 1"),
         401: error(401, "an API key is needed; send Authorization: Bearer KEY"),
-        404: error(404, "model: no model 'x' is served; there are: sst2:1", "model"),
+        404: error(404, "model: no model 'x' is served; available: sst2:1", "model"),
         408: error(408, "the body did not arrive within 10 s"),
         413: error(413, "the body is larger than 1048576 bytes, the limit"),
         422: error(422, _WRONG_TAU, "tau"),

@@ -23,7 +23,7 @@ from de3.server.http.errors import openai_body
 from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
 
-MAX_QUERY_CHARS = 2**20  # over all documents, as the query is repeated before each
+MAX_QUERY_CHARS = 2**20  # total over all documents, because the query is repeated before each
 
 
 @dataclass(slots=True, eq=False)

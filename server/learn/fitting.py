@@ -16,22 +16,22 @@ from de3.server.settings import cpu_quota
 log = logging.getLogger("de3")
 # At a low priority from the start: the imports take half a second of processor time.
 PROGRAM = "import os; os.nice(19); from de3.export.fit_process import child; child()"
-TIMEOUT_S = 86_400.0  # long, as a server that is always busy leaves a fit little time
+TIMEOUT_S = 86_400.0  # long, because a server that is always busy leaves a fit little time
 MAX_OUTPUT = 2**25
-# Even at the lowest priority a fit slows others down: it displaces their data from the caches, and uses up a CPU quota.
-# So under a quota it runs a sixth of the time, and otherwise a third of the time while few cores are idle.
+# Even at the lowest priority, a fit slows others down: it evicts their data from the caches, and uses up a CPU quota.
+# So it runs a sixth of the time under a quota, and otherwise a third of the time while few cores are idle.
 RUN_S, PAUSE_S, LONG_PAUSE_S = 0.01, 0.02, 0.05
 SAMPLE_TICKS = 100
 IDLE_CORES = 0.75  # a fit does not pause if other processes leave this many cores idle
-# It starts at a low priority, which gets a small share of cores that are never idle, and gets the lowest one once this
-# many cores are idle. (It cannot be raised again without privileges.)
+# A fit starts at a low priority, which still gets a small share of busy cores, and drops to the lowest one once this
+# many cores are idle. (Raising it again needs privileges.)
 SPARE_CORES = 0.1
-MEMORY_BYTES = 400 * 2**20  # besides COPIES of the model's and the records' files
+MEMORY_BYTES = 400 * 2**20  # in addition to COPIES of the model's and the records' files
 COPIES = 4
 
 
 class FitError(Exception):
-    """A fit failed; the message says why."""
+    """A failed fit; the message gives the reason."""
 
 
 def memory_limit(model_bytes: int, record_bytes: int) -> int:
@@ -41,7 +41,7 @@ def memory_limit(model_bytes: int, record_bytes: int) -> int:
 
 async def run_fit(job: Job) -> Found:
     """Run a fit, or a test of a version; raises FitError if it fails or exceeds a limit."""
-    # The job is an argument, as the process may end before it reads.
+    # The job is an argument, because the process may end before it reads its input.
     command = command_of("print(flush=True)\n" + PROGRAM, job.model_dump_json())
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     process = await asyncio.create_subprocess_exec(
@@ -57,7 +57,7 @@ async def run_fit(job: Job) -> Found:
         async with asyncio.timeout(TIMEOUT_S):
             assert process.stdout is not None
             await process.stdout.readline()
-            # From here on it ends with this process, also while it is stopped.
+            # From here on it ends with this process, even while it is stopped.
             slowed = keep_running("pausing_fit", lambda: _slow_down(process, cpu_quota() is not None))
             output, errors = await process.communicate()
     except TimeoutError:
@@ -87,7 +87,8 @@ async def run_fit(job: Job) -> Found:
 async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> None:
     """Pause the process most of the time: while other processes keep the cores busy, or always under a quota.
 
-    It is not paused again before it has run. Each pause costs it its turn, so on a busy machine it would never run.
+    It is not paused again before it has run: each pause costs it its time slice, so on a busy machine it would never
+    run.
     """
     before, cores, ran = _times(process.pid), os.sysconf("SC_NPROCESSORS_ONLN"), -1
     try:

@@ -1,4 +1,4 @@
-"""The files that a learner keeps across restarts, in the state folder: its journal, records and learned versions."""
+"""Files that a learner keeps across restarts, in the state folder: its journal, records and learned versions."""
 
 import logging
 import shutil
@@ -102,13 +102,13 @@ class LearnFolder:
         self._writing = Lock()
 
     def prepare(self) -> None:
-        """Create the folder, and remove what a killed server left unfinished; raises OSError."""
+        """Create the folder, and remove unfinished files of a killed server; raises OSError."""
         self.store.path.mkdir(parents=True, exist_ok=True)
         self.path.chmod(0o700)  # records are user data
         self._remove_drafts()
 
     def _remove_drafts(self) -> None:
-        """Remove what fits that were killed left in the store."""
+        """Remove drafts that killed fits left in the store."""
         for draft in self.store.path.glob("*/.draft-*"):
             shutil.rmtree(draft, ignore_errors=True)
 

@@ -18,7 +18,7 @@ FIRST_FIT, GROWTH = 500, 1.5  # records; each further fit needs GROWTH times as 
 MIN_RECORDS = 50
 MAX_HELD = 4096
 MAX_TESTS = 10_000  # held-out texts of a version that waits
-SAVE_GROWTH = 1.25  # records are saved when there are this many times as many as at the last save
+SAVE_GROWTH = 1.25  # records are saved once their number has grown by this factor since the last save
 
 Phase = Literal["recording", "fitting"]
 
@@ -52,7 +52,7 @@ class Changes(NamedTuple):
 
 @dataclass
 class Waiting:
-    """A learned version that is not served yet, because what its tests prove is not faster than what is served.
+    """A learned version that is not served yet, because its proved speed-up does not exceed that of the served version.
 
     Attributes:
         artifact: the version.
@@ -129,7 +129,7 @@ class Learner:
         self.journal.current = version
 
     def restore(self, saved: Records | None) -> None:
-        """Continue with saved records, or set them aside if they do not fit the model; None: there are none."""
+        """Continue with saved records, or set them aside if they do not fit the model; None if there are none."""
         self.is_restored = True
         if saved is not None:
             try:
@@ -156,7 +156,7 @@ class Learner:
         self._held = []
 
     def resume(self, most: int = MAX_HELD) -> bool:
-        """Add up to `most` of the records that were held back; returns True if others are left, until the next call."""
+        """Add up to `most` of the records that were held back; returns True if more are left for the next call."""
         held = self._held or []
         for record in held[:most]:
             self.reservoir.add(record)

@@ -23,10 +23,10 @@ from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 CHECK_S = 0.5
-# A version is served if the speed-up that it starts with is so many times what is served now.
+# Minimum speed-up of a version that is to be served, relative to the served one's.
 MIN_GAIN = 1.02
-ADDED_AT_ONCE = 64  # held records between two turns of the event loop: 1 to 8 ms
-RETRIES = 30  # of loading a version while an admin changes the models
+ADDED_AT_ONCE = 64  # held records in one iteration of the event loop: 1 to 8 ms
+RETRIES = 30  # attempts to load a version while an admin changes the models
 _FOLDERS = re.compile(r"(?:/[^/\s:'\"]+)+/")
 
 
@@ -70,7 +70,7 @@ class Learners:
         installed.
         """
         if settings.state_dir is None:
-            raise ValueError("learn: needs state_dir here, a folder for the learned versions")
+            raise ValueError("learn: requires state_dir, a folder for the learned versions")
         if settings.learn:
             check_can_fit()
         self._settings, self._ledgers, self._change = settings, ledgers, change
@@ -241,7 +241,7 @@ class Learners:
         """Test a version that waits on the newer records, too."""
         first_new = learner.journal.first_new
         after, manifest = int(learner.reservoir.texts), waiting.artifact.manifest
-        waiting.count = learner.count  # also if the test fails, so that it is not tried again at once
+        waiting.count = learner.count  # even if the test fails, so that it is not repeated at once
         await self._save_aside(learner, must=True)
         rival = await asyncio.to_thread(self._rival, learner)
         job = self._job(learner, rival, waiting.attempt, manifest.version)
@@ -253,7 +253,7 @@ class Learners:
         return await self._serve_if_faster(learner, waiting, first_new)
 
     async def _serve_if_faster(self, learner: Learner, waiting: Waiting, first_new: int) -> Result:
-        """Serve a version if it starts faster than what is served, otherwise keep it until newer texts have tested it.
+        """Serve a version if it starts out faster than the served one; otherwise keep it, to be tested on newer texts.
 
         first_new: that of the journal before the fit or test.
         """
@@ -329,8 +329,8 @@ class Learners:
             save()
         except OSError as error:
             if must:
-                raise FitError(f"state_dir: the records cannot be written: {error.strerror}") from None
-            log.error("state_dir: what %s has learned cannot be written: %s", learner.name, error)
+                raise FitError(f"state_dir: cannot save the records: {error.strerror}") from None
+            log.error("state_dir: cannot save the learned state of %s: %s", learner.name, error)
 
     def stop(self) -> None:
         """End a running fit, and save the records; called once no more texts are counted, not on the event loop."""

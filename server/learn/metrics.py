@@ -20,10 +20,8 @@ class LearnMetrics(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         """The metrics; a speed-up is 1 until a fit has measured one."""
         gauge = partial(GaugeMetricFamily, labels=["model"])
-        records = gauge("de3_learn_records", "Records of live traffic in memory, from which exits learn")
-        next_fit = gauge(
-            "de3_learn_missing_records", "Further records after which the next fit of exits starts"
-        )
+        records = gauge("de3_learn_records", "Records of live traffic in memory, to which exits are fitted")
+        next_fit = gauge("de3_learn_missing_records", "Records still needed before the next fit of exits")
         fitting = gauge("de3_learn_fitting", "1 while a fit of exits runs, else 0")
         speedup = gauge(
             "de3_learn_speedup",

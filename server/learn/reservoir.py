@@ -11,7 +11,7 @@ from de3.server.learn.record import Record
 MOST_RECORDS = 100_000
 HALF_LIFE = 200_000.0  # texts; exits thus follow traffic that changes, and forget rare texts slowly
 MAX_NAMES = 1024  # clients counted separately; all others count as one
-OTHERS = "*others"  # no client has this name
+OTHERS = "*others"  # not a possible name of a client
 
 
 class Reservoir:

@@ -1,4 +1,4 @@
-"""Messages between the supervisor and a process: calls, which have an answer, and notes, which have none."""
+"""Messages between the supervisor and a process: calls, which are answered, and notes, which are not."""
 
 import asyncio
 import socket
@@ -13,7 +13,7 @@ from de3.server.background import report, run_once
 from de3.server.errors import RequestError
 from de3.server.processes.messages import decode, encode
 
-HEAD_BYTES = 4  # of the length that precedes each message
+HEAD_BYTES = 4  # size of the length that precedes each message
 
 # Handles a call or a note, given its arguments; may be a coroutine function.
 Handler = Callable[..., Any]

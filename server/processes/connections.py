@@ -8,7 +8,7 @@ from time import monotonic
 from de3.server.http.http_server import BACKLOG
 from de3.server.processes.group import Group
 
-PAUSE_S = 0.005  # pause before connections are accepted again, when no process takes more
+PAUSE_S = 0.005  # pause before accepting again when no process takes more connections
 ACCEPT_S = 1.0  # time to pass on the last connections
 
 

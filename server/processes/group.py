@@ -47,7 +47,7 @@ class Process:
         is_member: it takes part in changes of the models.
         reason: why it failed; empty if it did not fail, or gave no reason.
         samples: its metrics, as last read.
-        reading: the last read of its metrics, which may not have ended; None before the first.
+        reading: the last read of its metrics, which may still be running; None before the first.
     """
 
     number: int
@@ -83,8 +83,8 @@ class Process:
             answer.cancel()
             self.is_preparing &= method != "prepare"
         self.is_hung = True
-        self.os_process.kill()  # before the log, which may block as well
-        log.critical("process %d does not answer: it is killed", self.number)
+        self.os_process.kill()  # before logging, which may block as well
+        log.critical("process %d does not answer; killing it", self.number)
         raise ChannelClosedError("the process does not answer")
 
     def _most_checks(self, method: str) -> int:

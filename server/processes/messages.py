@@ -1,4 +1,4 @@
-"""Values in the messages between processes: dataclasses, named tuples and arrays as JSON, and back by their types."""
+"""Encodes dataclasses, named tuples and arrays as JSON for messages between processes, and decodes them by type."""
 
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence

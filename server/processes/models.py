@@ -47,7 +47,7 @@ class SharedModels:
             pass
 
     async def _load(self, process: Process) -> bool:
-        """Have a process load the served models; False if these changed meanwhile, so that it must load them again."""
+        """Have a process load the served models; False if they changed meanwhile, so that it must load them again."""
         is_first = False
         if self._state is None:
             async with self._changing:

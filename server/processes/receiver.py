@@ -36,15 +36,15 @@ class Receiver:
         self._closed = 0  # closed connections not yet reported to the supervisor
         self._shares_weights = can_share_memory()
         self._weights: dict[str, int] = {}  # file descriptors of filled memory, by fingerprint
-        self._new_weights: dict[str, int] = {}  # the same for memory that this process fills
+        self._new_weights: dict[str, int] = {}  # the same, for memory that this process fills
 
     def start(self) -> None:
-        """Receive from now on; called in the event loop."""
+        """Start receiving; called in the event loop."""
         self._sockets.setblocking(False)
         asyncio.get_running_loop().add_reader(self._sockets, self.receive)
 
     def stop(self) -> None:
-        """Receive no more; called in the event loop."""
+        """Stop receiving; called in the event loop."""
         asyncio.get_running_loop().remove_reader(self._sockets)
 
     def receive(self, most: int = 16) -> None:

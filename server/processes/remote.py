@@ -1,4 +1,4 @@
-"""The audit store of a server of several processes, as each of them sees it: messages to the supervisor."""
+"""The audit store in a server of several processes: messages from each process to the supervisor."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ class RemoteAuditStore:
             known.pop(key, None)
 
     def published(self, key: str, changed: Standing) -> None:
-        """Take a change of a ledger's standing. key: fingerprint of the manifest; its model may not be served yet."""
+        """Apply a change of a ledger's standing. key: fingerprint of the manifest; its model may not be served yet."""
         known = self._standings.get(key)
         of_all = {} if known is None or known.epoch != changed.epoch else known.tenants
         self._standings[key] = changed._replace(tenants=of_all | changed.tenants)

@@ -38,7 +38,7 @@ STOP_S = 10.0  # time for a process to end after its last request
 
 
 class ServerError(Exception):
-    """The server cannot go on; the reason is already logged."""
+    """The server cannot continue; the reason is already logged."""
 
 
 class Supervisor:
@@ -75,7 +75,7 @@ class Supervisor:
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
 
-        Raises ValueError if the models cannot be loaded at startup, and ServerError if the server cannot go on for
+        Raises ValueError if the models cannot be loaded at startup, and ServerError if the server cannot continue for
         another reason.
         """
         loop = asyncio.get_running_loop()
@@ -118,7 +118,7 @@ class Supervisor:
         if lives := list(self._lives.values()):
             await asyncio.wait(lives, timeout=self._settings.timeout_s + 5 + STOP_S)
         for process in self._group.all:
-            log.error("process %d does not end: it is killed", process.number)
+            log.error("process %d does not end; killing it", process.number)
             process.os_process.kill()
         await asyncio.to_thread(self._coordinator.stop)
 
@@ -219,10 +219,10 @@ class Supervisor:
         starts = self._starts[number]
         is_loop = len(self._ends) == MAX_ENDS and monotonic() - self._ends[0] < ENDS_S
         if is_loop or (starts > MAX_STARTS and not self._group.ready):
-            log.critical("process %d ended again and again: %s: the server stops", number, reason)
+            log.critical("processes keep ending, the last one %d (%s); stopping the server", number, reason)
             self._stop(ServerError(reason))
             return
-        log.critical("process %d ended: %s: it is replaced", number, reason)
+        log.critical("process %d ended (%s); replacing it", number, reason)
         self._metrics.replaced.inc()
         pause_s = 0.0 if starts <= MAX_STARTS else min(RETRY_S, 2.0 ** (starts - MAX_STARTS))
         self._begin_life(number, pause_s)

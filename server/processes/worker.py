@@ -117,7 +117,7 @@ class Worker:
         try:
             await self.channel.run(self._control, handlers)
         finally:
-            self._drain()  # the supervisor has ended, or cannot be understood
+            self._drain()  # the supervisor has ended, or sent an invalid message
 
     def listen(self, create: Callable[[], asyncio.Protocol]) -> None:
         """Serve connections. create: makes the protocol of a connection."""
