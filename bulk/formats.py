@@ -101,7 +101,7 @@ class Format:
         """
         self.kind, self._about = kind, about
         self.names: list[str] | None = None
-        self._schema: Any = None  # of all parts so far, if they are .parquet files
+        self._schema: Any = None  # schema of all parts so far, if they are .parquet files
         if kind == ".parquet":
             pyarrow_module()
 
@@ -191,9 +191,9 @@ def _array(name: str, values: list[Any]) -> Any:
 
 
 def new_draft(file: Path) -> Path:
-    """The path of a file's draft, beside it. Create it by mode x, which follows no link that others put there."""
+    """Path of a file's draft, next to the file. Open it with mode x, which follows no link that others put there."""
     draft = file.with_name(f".{file.name}")
-    draft.unlink(missing_ok=True)  # of an interrupted run
+    draft.unlink(missing_ok=True)  # left by an interrupted run
     return draft
 
 
@@ -260,7 +260,7 @@ def _skip_record(rows: Any, kind: str) -> None:
 
 
 def _has_rows(part: Path) -> bool:
-    """True if a part has rows. A part whose rows were all refused has none, and lacks the columns of the input."""
+    """True if a part has rows. A part whose rows were all refused has none, and lacks the input's columns."""
     if part.suffix == ".parquet":
         return bool(pyarrow_module().parquet.read_metadata(part).num_rows)
     with part.open("rb") as rows:

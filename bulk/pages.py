@@ -1,7 +1,7 @@
 """The pages of .parquet files: how many rows of a row group can be read at a time in bounded memory.
 
-pyarrow decompresses whole pages, and decodes as many rows as it is asked for. A few hundred bytes of a file can be a
-page of 2 GiB, or 2,048 rows with a text of 1 MB that the file has only once. The sizes are in the headers of the pages,
+pyarrow decompresses whole pages, and decodes as many rows as it is asked for. A few hundred bytes of a file can
+decompress to a page of 2 GiB, or repeat one text of 1 MB in 2,048 rows. The sizes are in the headers of the pages,
 which pyarrow does not expose (https://parquet.apache.org/docs/file-format/data-pages).
 """
 
@@ -15,7 +15,7 @@ from de3.data.tables import MAX_DEPTH
 
 PAGES_BYTES = 2**29  # limit on the largest pages of all columns together
 READ_BYTES = 2**26  # limit on the values of one read, if the largest of a dictionary are repeated
-DICTIONARY, DATA, DATA_V2 = 7, 5, 8  # fields of a page's header; its type decides which one counts
+DICTIONARY, DATA, DATA_V2 = 7, 5, 8  # fields of a page's header; which one applies depends on its type
 TYPES = {0: DATA, 2: DICTIONARY, 3: DATA_V2}
 DELTA_BYTE_ARRAY = 7  # encoding in which a value has only the characters that differ from the previous value
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12}  # bytes of a value; 8 for other numbers

@@ -23,15 +23,13 @@ class Parts:
     """
 
     def __init__(self, out: Path, kind: str, run: Mapping[str, Any]) -> None:
-        """Begin or continue an output.
+        """Start or continue an output.
 
         Args:
             out: a file, whose suffix is `kind`, or a folder.
             kind: suffix of the parts, one of formats.KINDS.
-            run: everything that determines the output, as a JSON object. If the output was begun with a different
-                one, it is refused.
-
-        Raises ValueError for an output that cannot be begun or continued.
+            run: everything that determines the output, as a JSON object. If the output was started with a different
+            one, it is refused. Raises ValueError for an output that cannot be started or continued.
         """
         self._file = out if out.suffix in KINDS and not out.is_dir() else None
         self._folder = out if self._file is None else out.with_name(f"{out.name}.parts")
@@ -43,13 +41,13 @@ class Parts:
         if self._file is not None and not (self._folder / RUN).exists():
             for one in (self._file, self._all_refused):
                 if one.exists():
-                    raise ValueError(f"{one}: exists already; remove it, or choose another --out")
+                    raise ValueError(f"{one}: already exists; remove it, or choose another --out")
         self._is_new = not self._folder.exists()
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()
         except Timeout:
-            raise ValueError(f"{out}: another run writes to it") from None
+            raise ValueError(f"{out}: another run is writing to it") from None
         try:
             self._begin(out)
         except BaseException:
@@ -60,13 +58,13 @@ class Parts:
         file = self._folder / RUN
         if not file.exists():
             if any(one.name[0] != "." for one in self._folder.iterdir()):
-                raise ValueError(f"{out}: has other files; choose an empty folder, or a new one")
+                raise ValueError(f"{out}: contains other files; choose an empty folder, or a new one")
             return
         before = json.loads(file.read_text())
         if changed := [name for name in self._run if before["run"].get(name) != self._run[name]]:
             raise ValueError(
-                f"{out}: was begun differently ({', '.join(changed)}): use the same command, "
-                f"or remove {self._folder} to begin anew"
+                f"{out}: was started with other settings ({', '.join(changed)}): use the same command, "
+                f"or remove {self._folder} to start over"
             )
         self._format.names = before["names"]
         self.is_complete = before["is_complete"]
@@ -138,5 +136,5 @@ class Parts:
         if not (self._folder / RUN).exists():
             (self._folder / ".lock").unlink(missing_ok=True)
             if self._is_new:
-                with suppress(OSError):  # it has other files, or is gone
+                with suppress(OSError):  # it contains other files, or is gone
                     self._folder.rmdir()

@@ -77,7 +77,7 @@ class LocalPool:
             os.close(self._weights)
 
 
-_open_in_this_process: list[tuple[Classifier, Options]] = []  # one entry, in the processes of the pool
+_open_in_this_process: list[tuple[Classifier, Options]] = []  # one entry, only in the processes of the pool
 
 
 def _open(
@@ -161,7 +161,7 @@ class RemotePool:
         self._models.add(answer.model)
         if len(self._models) > 1:
             names = ", ".join(sorted(self._models))
-            raise ValueError(f"several models answer ({names}): choose one with --model name:version")
+            raise ValueError(f"several models answered ({names}): choose one with --model name:version")
         rows += [row.raw for row in answer.rows]
 
     def close(self) -> None:
@@ -176,7 +176,7 @@ def server_errors() -> Iterator[None]:
         yield
     except ServerError as error:
         if error.status:
-            raise ValueError(f"the server answers {error.status}: {error.message}") from None
+            raise ValueError(f"the server answered {error.status}: {error.message}") from None
         raise ValueError(
             f"{error.message}: start it with de3 serve, or give its address with --url"
         ) from None

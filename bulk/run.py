@@ -15,7 +15,7 @@ from de3.bulk.source import Slice, Source
 from de3.columns import COLUMNS, Answers
 
 PART_ROWS = 2**16
-PART_CHARS = 2**26  # a part ends once it has this many characters
+PART_CHARS = 2**26  # a part is complete once it has this many characters
 
 
 @dataclass
@@ -110,7 +110,7 @@ def _process_errors() -> Iterator[None]:
     except (BrokenProcessPool, RuntimeError) as error:
         reason = "perhaps for lack of memory" if isinstance(error, BrokenProcessPool) else error
         raise ValueError(
-            f"a process failed, {reason}; the parts that are written remain, and the same command continues"
+            f"a process failed, {reason}; the parts written so far remain, and the same command continues from them"
         ) from None
 
 

@@ -12,7 +12,7 @@ from de3.columns import pyarrow_module
 from de3.data.tables import MAX_LINE, SHOWN, BadRow, Columns, records, text_of
 
 SLICE_ROWS = 2048
-SLICE_CHARS = 2**22  # a slice ends once it has this many characters, which bounds memory
+SLICE_CHARS = 2**22  # a slice is complete once it has this many characters, which bounds memory
 KINDS = (".csv", ".jsonl", ".parquet", ".tsv", ".txt")
 PAIR = "text_pair"  # column of the second text, if it exists and no other is named
 
@@ -192,7 +192,7 @@ class Source:
         if len(values) > 1 and values[1] is None and self._columns.text_pair is None:
             values = values[:1]
         texts = [
-            # Skips text_of for most texts: it has nothing to check in them.
+            # Skips text_of for most texts, which need no checks.
             value.strip()
             if isinstance(value, str) and value.isascii() and not value.isspace() and value
             else text_of({name: value}, name, "")
@@ -218,7 +218,7 @@ def files_in(path: Path, columns: Columns) -> list[Path]:
     """
     if not path.is_dir():
         if not path.exists():
-            raise ValueError(f"{path}: there is no such file or folder")
+            raise ValueError(f"{path}: no such file or folder")
         if path.suffix not in KINDS and columns.delimiter is None:
             raise ValueError(f"{path}: expected {', '.join(KINDS)}; rename it, or give --delimiter")
         return [path]

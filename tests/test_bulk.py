@@ -549,24 +549,26 @@ def test_an_output_is_only_continued_by_the_same_run(model: de3.Classifier, tmp_
     write(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
     with pytest.raises(KeyboardInterrupt):
         classify(Here(model, 9), tmp_path / "in.jsonl", out)
-    with pytest.raises(ValueError, match=r"was begun differently \(a\): use the same command, or remove"):
+    with pytest.raises(
+        ValueError, match=r"was started with other settings \(a\): use the same command, or remove"
+    ):
         Parts(out, ".jsonl", {"a": 2})
     with pytest.raises(ValueError, match=r"begun differently \(b\)"):
         Parts(out, ".jsonl", {"a": 1, "b": 2})
     first = Parts(out, ".jsonl", {"a": 1})
-    with pytest.raises(ValueError, match="another run writes to it"):
+    with pytest.raises(ValueError, match="another run is writing to it"):
         Parts(out, ".jsonl", {"a": 1})
     first.close()
     classify(Here(model), tmp_path / "in.jsonl", out)
-    with pytest.raises(ValueError, match=r"out\.jsonl: exists already"):
+    with pytest.raises(ValueError, match=r"out\.jsonl: already exists"):
         Parts(out, ".jsonl", {"a": 1})
     out.unlink()
     (tmp_path / "out.jsonl.refused.jsonl").write_text("may be this run's input")
-    with pytest.raises(ValueError, match=r"refused\.jsonl: exists already"):
+    with pytest.raises(ValueError, match=r"refused\.jsonl: already exists"):
         Parts(out, ".jsonl", {"a": 1})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    with pytest.raises(ValueError, match="has other files"):
+    with pytest.raises(ValueError, match="contains other files"):
         Parts(tmp_path / "full", ".jsonl", {})
 
 
