@@ -22,7 +22,7 @@ from de3.model_store.store import Artifact, Store, StoreError
 FORMAT = 1  # format of the artifacts that classifier.py writes; changing it invalidates the cache
 MAX_MESSAGE = 500
 PROOF, USED = ".proof", ".used"
-# Open files, whose locks keep artifacts that this process uses from being removed.
+# Open files whose locks protect the artifacts that this process uses from removal.
 _used: dict[Path, int] = {}
 
 
@@ -99,7 +99,7 @@ def evict(folder: Path, limit_gb: float) -> None:
 
 
 def _remove(place: Path) -> bool:
-    """Remove an artifact atomically, unless a process converts or uses it; true if it was removed."""
+    """Remove an artifact atomically, unless a process is converting or using it; true if it was removed."""
     try:
         with FileLock(_lock(place), timeout=0), (place / USED).open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,7 +144,7 @@ def _existing(place: Path, model: str) -> Artifact | None:
 
 
 def _key(source: Path, shown: str, model: str, precision: Precision) -> str:
-    """A hash of everything that the artifact is made from."""
+    """Hash of everything that determines the artifact."""
     digest = hashlib.sha256(f"{FORMAT} {SCHEMA_VERSION} {shown} {model} {precision}".encode())
     for path in sorted({path for pattern in FILES for path in source.glob(pattern) if path.is_file()}):
         with path.open("rb") as file:

@@ -20,7 +20,7 @@ from de3.progress import console, empty_table
 
 CHOICES = ("auto", *SIGNALS)
 MIN_CERTIFY = 850  # groups
-MIN_GAIN = 1.05  # least speed-up, relative to risk's, at which another signal is preferred
+MIN_GAIN = 1.05  # minimum speed-up, relative to risk's, at which another signal is preferred
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def calibrate(
     pooled = may_pool and certify.whole.num_groups < MIN_CERTIFY
     if pooled:
         console.print(
-            f"fewer than {MIN_CERTIFY} certifying samples: the tuning samples certify too, each part scored by a risk "
-            "that is fitted on the other",
+            f"fewer than {MIN_CERTIFY} certifying samples: the tuning samples certify too, and each part is scored "
+            "by a risk fitted on the other",
             soft_wrap=True,
             highlight=False,
         )
@@ -96,7 +96,7 @@ def calibrate(
     signals = _rivals(tune, fitted)
     name = _choose(signals) if wanted == "auto" else wanted
     if name not in signals:
-        raise ValueError(f"--signal {name}: not for this model; give {' or '.join(signals)}")
+        raise ValueError(f"--signal {name}: not available for this model; give {' or '.join(signals)}")
     tables = {}
     for signal, _ in signals.values():
         samples, scores = _certifying(tune, certify, signal, pooled)

@@ -107,7 +107,7 @@ def _labels(raw: Config, given: list[str] | None) -> list[str]:
     labels = given or labels
     if len(set(labels)) != len(labels):
         raise ValueError(
-            f"its labels must differ from each other, got {labels[:20]}: rename them in its config.json, or with "
+            f"its labels must be distinct, got {labels[:20]}: rename them in its config.json, or with "
             "--label-names of de3 import"
         )
     return labels
@@ -116,7 +116,7 @@ def _labels(raw: Config, given: list[str] | None) -> list[str]:
 def _kind(problem: Any, labels: list[str]) -> Literal["classes", "labels", "value"]:
     if problem == "multi_label_classification":
         if len(labels) == 1:
-            raise ValueError("it has one output, and a multi-label model needs 2 labels or more")
+            raise ValueError("it has one output, but a multi-label model needs at least 2 labels")
         return "labels"
     if problem == "regression" and len(labels) > 1:
         raise ValueError(f"it is a regression of {len(labels)} numbers; with one output it can be served")
@@ -254,7 +254,7 @@ def convert(stock: Stock, store: Store, model: str, precision: Precision, source
 
 @contextmanager
 def errors_of(name: str) -> Iterator[None]:
-    """Turn every error but OSError into a ValueError with a message that begins with the name."""
+    """Convert every error except OSError to a ValueError with a message that begins with the name."""
     try:
         yield
     except KeyError as error:

@@ -1,7 +1,8 @@
 """Downloads from the Hugging Face hub into the cache of huggingface_hub, with limits on what the hub can do.
 
 A hub or mirror is untrusted. huggingface_hub takes paths from the hub's headers, writes as many bytes as it sends, and
-waits as long as a byte arrives now and then. So this module shares its cache and settings, but not its downloads.
+keeps waiting as long as a byte arrives now and then. So this module shares its cache and settings, but not its
+downloads.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from de3.model_store.part import first_error
 from de3.model_store.store import MAX_FILE_BYTES
 
 MAX_LIST_BYTES, MAX_FILES = 2**23, 10_000  # such a list takes 0.4 GB to parse
-MAX_OTHER_BYTES = MAX_FILE_BYTES["tokenizer.json"]  # of a file without weights
+MAX_OTHER_BYTES = MAX_FILE_BYTES["tokenizer.json"]  # limit for a file without weights
 MAX_DOWNLOAD_BYTES = 2**34
 STALL_S, STALL_BYTES = 60.0, 2**20  # a download fails if it receives fewer bytes than these in this time
 NEXT = ": try again, or check HF_ENDPOINT"
@@ -38,7 +39,7 @@ T = TypeVar("T")
 
 
 class HubError(ValueError):
-    """The hub cannot be reached, refuses, or sends something else than it announced."""
+    """The hub cannot be reached, refuses a request, or sends something other than it announced."""
 
 
 class Large(BaseModel):
@@ -160,7 +161,7 @@ def _run(work: "Callable[[_Transfer], Coroutine[Any, Any, T]]", total: int = 0) 
                     return await work(transfer)
         except TimeoutError:
             raise HubError(
-                f"{transfer.what} comes too slowly from the hub: less than {STALL_BYTES} bytes in "
+                f"{transfer.what} downloads too slowly from the hub: less than {STALL_BYTES} bytes in "
                 f"{STALL_S:g} s: try again, or check the network and HF_ENDPOINT"
             ) from None
 
@@ -252,14 +253,14 @@ class _Transfer:
                 await self.receive(file.name, url, limit, opened)
                 if file.size not in (None, opened.tell()):
                     raise HubError(
-                        f"the hub sends {opened.tell()} bytes for {file.name}, and lists {file.size}{NEXT}"
+                        f"the hub sends {opened.tell()} bytes for {file.name}, but lists {file.size}{NEXT}"
                     )
                 start = asyncio.get_running_loop().time()
                 found = file.hash_of(opened)
-                self._extend(asyncio.get_running_loop().time() - start)  # by the time of hashing a large file
+                self._extend(asyncio.get_running_loop().time() - start)  # by the time that hashing took
             if file.hash not in (None, found):
                 raise HubError(
-                    f"the hub sends other contents for {file.name} than it lists ({found}, {file.hash}){NEXT}"
+                    f"the hub sends wrong contents for {file.name} (hash {found}, not {file.hash}){NEXT}"
                 )
             return draft.replace(folder / found)
         finally:
@@ -267,7 +268,7 @@ class _Transfer:
 
 
 def _reason(what: str, response: httpx.Response) -> str:
-    """Why the hub refuses."""
+    """The reason why the hub refused a request, or why a download was not resumed."""
     code = response.headers.get("X-Error-Code")
     if code == "GatedRepo":
         return "access to it is restricted: accept its terms on the hub, and set HF_TOKEN"
@@ -276,5 +277,5 @@ def _reason(what: str, response: httpx.Response) -> str:
     if code == "RepoNotFound" or response.status_code == 401:
         return "no such folder here, and no such repository on the hub; for a private one, set HF_TOKEN"
     if response.is_success:
-        return f"the connection broke off while {what} was read, and the hub does not continue it: try again"
-    return f"{what} cannot be read from the hub, which answers {response.status_code}: try again later"
+        return f"the connection was lost while reading {what}, and the hub cannot resume it: try again"
+    return f"{what} cannot be read from the hub, which answered {response.status_code}: try again later"

@@ -24,7 +24,7 @@ from de3.progress import console, empty_table, warn
 from de3.training.checkpoint import Checkpoint
 from de3.training.evaluate import weaknesses
 
-MIN_SAME_EXIT = 0.8  # share of samples; a lower share gives a warning
+MIN_SAME_EXIT = 0.8  # share of samples; below it, export warns
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from de3.progress import console, track
 
 HELD_OUT = 5  # the pooling and the ridges are chosen on a fifth of the texts
 RIDGES = (1e-2, 1e-3, 1e-4)  # strongest first
-VALUE_RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # of a regression model
+VALUE_RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # ridges of a regression model
 STEPS, TOLERANCE = 100, 1e-6  # limits of L-BFGS, for each ridge
 CURVATURE = 0.1  # assumed second derivative of the cross-entropy by a logit: p(1 − p) at p ≈ 0.9
-LR = 1e-3  # of the prototypical networks
+LR = 1e-3  # learning rate of the prototypical networks
 BATCH = 64
-GAMMA = 0.01  # of Eq. 1
-BETAS, DECAY = (0.9, 0.999), 0.01  # of AdamW
+GAMMA = 0.01  # γ of Eq. 1
+BETAS, DECAY = (0.9, 0.999), 0.01  # parameters of AdamW
 
 Array = NDArray[np.float32]
 Linear = tuple[Array, Array]  # weights (outputs, inputs) and bias (outputs,)

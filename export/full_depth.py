@@ -55,7 +55,7 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
         [helper.make_tensor_value_info(logits, TensorProto.FLOAT, [1, labels.dim_value])],
         weights,
     )
-    _prune(result, nodes)  # drops the nodes that only the distances need
+    _prune(result, nodes)  # drops nodes that only the distances need
     for node in result.node:
         node.output[:] = ["logits" if x == logits else x for x in node.output]
     result.output[0].name = "logits"
@@ -187,7 +187,7 @@ def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
     StoreError for a damaged artifact.
     """
     if folder.exists():
-        raise ValueError(f"{folder} exists already; choose a new folder")
+        raise ValueError(f"{folder} already exists; choose a new folder")
     if (source / "manifest.json").exists():
         manifest = read_manifest(source)
         artifact = Artifact(source, manifest)

@@ -15,7 +15,7 @@ from de3.export.download import MAX_DOWNLOAD_BYTES, HubError, download, limit_of
 from de3.export.weights import INDEX, WEIGHTS
 from de3.model_store.sizes import read_config
 
-# With those that only transformers reads.
+# Including files that only transformers reads.
 OLD_FILES = (
     *FILES,
     "special_tokens_map.json",
@@ -103,7 +103,7 @@ def _snapshot(
 ) -> Path:
     listing = list_files(repository, revision)
     check({file.name: file.size or 0 for file in listing.files})
-    plain = re.compile(r"[\w.-]+")  # names that lead into no other folder
+    plain = re.compile(r"[\w.-]+")  # names that lead to no other folder
     names = (file.name for file in listing.files if plain.fullmatch(file.name))
     wanted = set(_matching(names, patterns))
     if wanted & {WEIGHTS, INDEX}:  # transformers, too, prefers these

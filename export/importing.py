@@ -174,8 +174,8 @@ def _check_tolerance(stock: Stock, tolerance: float | None, model: Model, some: 
     low, high = np.quantile(values, (0.05, 0.95))
     spread = float(values.std())
     raise ValueError(
-        "--tolerance: needed, as the answer is a number: the largest difference from full depth that counts as the "
-        f"same, in the model's units. It answers 9 in 10 of {len(values)} of these texts with {low:.3g} to "
+        "--tolerance: needed, because the answer is a number: the largest difference from full depth that counts as "
+        f"equal, in the model's units. For 90% of {len(values)} of these texts, the answer is from {low:.3g} to "
         f"{high:.3g}; the standard deviation is {spread:.3g}: for example --tolerance "
         f"{max(MIN_TOLERANCE, spread / 4):.1g}"
     )

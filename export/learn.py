@@ -26,7 +26,7 @@ from de3.progress import console
 from de3.server.learn.job import Found, Job
 from de3.server.learn.record import HeldOut
 
-FOLDS = 4  # of cross-fitting: the risk is fitted to outputs of exits that were fitted without the text
+FOLDS = 4  # cross-fitting: the risk is fitted to outputs of exits that were fitted without the text
 HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and maximum number of the new texts that test the exits
 MAX_FITTED = 20_000  # records
 MAX_LOSS = 0.01  # of accuracy, at the default τ, which a server without a guarantee uses
@@ -100,7 +100,7 @@ def _split(
         own = np.flatnonzero(is_new & (clients == client))
         keys = rng.permutation(np.unique(records.keys[own]))
         tested.append(keys[: min(round(HELD_OUT * len(keys)), MAX_HELD_OUT)])
-        # Only texts that were drawn for this client: another one could send the easy ones of its texts.
+        # Only texts that were drawn for this client: another client could resend its easy ones.
         is_held[own] = np.isin(records.keys[own], tested[-1])
     is_tested = np.isin(records.keys, np.concatenate(tested)) if tested else is_held
     others = np.flatnonzero(~is_tested)

@@ -65,7 +65,7 @@ def parity(checkpoint: Checkpoint, exported: Model, examples: Sequence[Example])
         table.add_row(str(layer), f"{largest['logits'][j]:.1e}", distances)
     console.print(table)
     worst = float(np.max(largest["logits"] + largest["distances"]))
-    if not worst <= MAX_FP32_DIFFERENCE:  # also if it is NaN
+    if not worst <= MAX_FP32_DIFFERENCE:  # true for NaN, too
         raise ExportError(
             f"the segments differ from the PyTorch model by {worst:.1e}, above {MAX_FP32_DIFFERENCE:g}"
         )

@@ -18,7 +18,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
 MAX_SHARDS, MAX_TENSORS = 1000, 20_000
 MAX_HEADER_BYTES = 2**24
-MAX_ELEMENTS = 2**29  # of a weight
+MAX_ELEMENTS = 2**29  # limit for a weight
 READ_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # NumPy has no bfloat16
 # Buffers, and parts of the encoder that a classifier does not use.
 UNUSED = ("position_ids", "token_type_ids", "inv_freq", "pooler.dense.weight", "pooler.dense.bias")
@@ -57,7 +57,7 @@ class StateFile(Mapping[str, NDArray[np.float32]]):
         if unread := [name for name in self._tensors if name not in read and not name.endswith(UNUSED)]:
             raise ValueError(
                 f"its weights include {min(unread)!r:.100}, which a model of this type does not use: config.json "
-                "and weights do not belong together"
+                "and weights do not match"
             )
 
 
@@ -78,7 +78,7 @@ class _Tensor:
         """The values in float32; raises ValueError for an unsupported type or shape, or values that are not finite."""
         if self.dtype not in READ_TYPES:
             raise ValueError(
-                f"its weights are {self.dtype:.20}; de3 reads {', '.join(READ_TYPES)}: save it in one of these"
+                f"its weights are {self.dtype:.20}; de3 reads {', '.join(READ_TYPES)}: save them as one of these"
             )
         if not 1 <= len(self.shape) <= 2 or min(self.shape) < 1 or prod(self.shape) > MAX_ELEMENTS:
             raise ValueError(f"its weight {name} has the shape {list(self.shape)[:10]}")
@@ -135,7 +135,7 @@ def _weight_files(folder: Path) -> list[Path]:
     shards = sorted(set(names.values()))
     are_beside = all(Path(shard).match(SHARDS) and "/" not in shard for shard in shards)
     if not are_beside or len(shards) > MAX_SHARDS:
-        raise ValueError(f"its {INDEX} names files that are not weights beside it")
+        raise ValueError(f"its {INDEX} names files that are not weights in the same folder")
     return [folder / shard for shard in shards]
 
 
@@ -143,5 +143,5 @@ def save(tensors: dict[str, NDArray[Any]], file: Path) -> None:
     """Write a safetensors file; raises OSError if it cannot be written."""
     try:
         save_file(tensors, file, {"format": "pt"})
-    except SafetensorError as error:  # also for a full disk
+    except SafetensorError as error:  # a full disk, too
         raise OSError(f"{file}: cannot be written: {error}") from None

@@ -279,5 +279,5 @@ def test_full_depth_is_the_segments_in_one_graph(
         np.testing.assert_allclose(fp32, wanted, atol=0.3)
     config = json.loads((tmp_path / "0/config.json").read_text())
     assert config == {"labels": model.manifest.labels, "max_tokens": model.manifest.max_tokens}
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         export_full_depth(artifact.path, tmp_path / "0", int8=False)

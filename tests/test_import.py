@@ -154,7 +154,7 @@ def test_another_family_is_imported_with_new_label_names(family: str, tmp_path: 
     equal = {str(k): "same" for k in range(3)}
     folder = save_encoder(tmp_path / "stock", family, labels=3, id2label=equal)
     command = f"import {folder} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
-    assert "its labels must differ" in refusal(command)
+    assert "its labels must be distinct" in refusal(command)
     de3(f"{command} --label-names a,b,c")
     artifact = Store(tmp_path / "store").open("m")
     assert artifact.manifest.labels == ["a", "b", "c"] and artifact.manifest.encoder.type == family

@@ -255,7 +255,7 @@ def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:
         assert "--tolerance must be from 0.001 to 1e+09" in refusal(f"{command} --tolerance {value}")
     for option, says in (
         ("--signal entropy", "for a regression model give risk"),
-        ("--multi-label", "a multi-label model needs 2 labels or more"),
+        ("--multi-label", "a multi-label model needs at least 2 labels"),
     ):
         assert says in refusal(f"{command} --tolerance 0.5 {option}")
 
