@@ -113,7 +113,7 @@ def test_an_unfinished_training_is_not_used(
     for command in commands:
         message = refusal(command)
         assert "is not finished" in message and "--resume" in message
-    assert "a training that --resume continues" in refusal(training(data_file, encoder, interrupted))
+    assert "a training run that --resume continues" in refusal(training(data_file, encoder, interrupted))
 
     de3(training(data_file, encoder, interrupted) + " --resume")
     assert Checkpoint(interrupted).names == ["0", "1"]
@@ -215,7 +215,7 @@ def test_other_folders_are_not_overwritten(data_file: Path, tmp_path: Path) -> N
     before = (encoder / "model.safetensors").read_bytes()
     for resume in ("", " --resume"):
         message = refusal(training(data_file, encoder, encoder) + resume)
-        assert "has the model of another training" in message
+        assert "contains the model of another training run" in message
     assert (encoder / "model.safetensors").read_bytes() == before
     (tmp_path / "file").touch()
     assert "is a file; give a folder" in refusal(training(data_file, encoder, tmp_path / "file"))

@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 def check(folder: Path) -> None:
-    """Raise ValueError unless the folder is a checkpoint; the message says what it is instead."""
+    """Raise ValueError unless the folder is a checkpoint; the message says what it is."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; de3 train writes a checkpoint to --out")
     if (folder / "manifest.json").exists():

@@ -11,7 +11,7 @@ from de3.data.split import Split
 from de3.data.tables import SEPARATOR, pair_of
 
 MAX_LABELS = 1000
-FEW = 5  # a label with fewer rows gets a warning
+FEW = 5  # labels with fewer rows cause a warning
 MAX_UNKNOWN, WARN_UNKNOWN = 0.2, 0.02  # shares of unknown tokens
 
 

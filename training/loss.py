@@ -23,7 +23,7 @@ def layer_weights(exit_layers: list[int], by: str) -> Tensor:
 
 
 def dar(distances: Tensor, labels: Tensor) -> Tensor:
-    """L_DAR per exit (Eq. 2), shape (spaces,), in [0, 2].
+    """L_DAR of each exit (Eq. 2), (spaces,), in [0, 2].
 
     The mean over the batch of the cosine distance between h' and the prototype of the true class;
     distances are (batch, spaces, num_labels), labels (batch,).

@@ -43,7 +43,7 @@ def _check_weights(model: De3Model, unexpected: Iterable[str], folder: Path) -> 
     if surplus := sorted(unexpected):
         raise ValueError(
             f"{folder}: its file has {len(surplus)} weights that are not in the model of its config.json, such as "
-            f"{surplus[0]}: they do not belong together"
+            f"{surplus[0]}: the two do not match"
         )
     for name, weight in model.state_dict().items():
         if not weight.isfinite().all():
@@ -108,8 +108,7 @@ def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
         raise ValueError(f"{name}: it has a slow tokenizer; a fast one (tokenizer.json) is needed")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the encoder {config.vocab_size}: they do not belong "
-            "together"
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the encoder {config.vocab_size}: they do not match"
         )
 
 

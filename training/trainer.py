@@ -281,7 +281,7 @@ def _check_out(out: Path, identity: str, resume: bool) -> None:
         raise ValueError(f"--out {out}: is a file; give a folder, which need not exist")
     has_other = (out / "config.json").exists() and read_record(out) is None and not (out / RESUME).exists()
     if has_other:
-        raise ValueError(f"--out {out}: has the model of another training: choose another --out")
+        raise ValueError(f"--out {out}: contains the model of another training run: choose another --out")
     if resume:
         file = out / RESUME
         before = _metadata(file)["identity"] if file.exists() else (read_record(out) or {}).get("identity")
@@ -290,7 +290,7 @@ def _check_out(out: Path, identity: str, resume: bool) -> None:
                 f"{out} belongs to a run with other settings or data: use the same, or another folder"
             )
     elif (out / "config.json").exists() or read_record(out) is not None:
-        what = "a finished checkpoint" if is_finished(out) else "a training that --resume continues"
+        what = "a finished checkpoint" if is_finished(out) else "a training run that --resume continues"
         raise ValueError(f"{out} has {what}: choose another --out, or delete the folder")
 
 
@@ -317,11 +317,11 @@ def open_teacher(teacher: Path, split: Split, names: list[str]) -> Checkpoint:
     opened = Checkpoint(teacher)
     if opened.config.thresholds is not None:
         raise ValueError(
-            f"--teacher {teacher}: is a multi-label model, and labels here are mutually exclusive"
+            f"--teacher {teacher}: is a multi-label model, but the labels here are mutually exclusive"
         )
     if (theirs := opened.names) != names:
         raise ValueError(
-            f"{teacher} has the labels {theirs}, this run {names}: they must be the same, in order"
+            f"{teacher} has the labels {theirs}, this run {names}: they must be the same, in the same order"
         )
     for part in ("tune", "certify"):
         if opened.held_out(part) != getattr(split, part):
