@@ -10,7 +10,7 @@ from de3.loadtest.texts import Sample
 WARM_S = 2.0
 STEPS = 7
 CONNECTIONS = 32
-HEADROOM = 0.7  # planned share of the capacity, to leave room for bursts and a replica being replaced
+HEADROOM = 0.7  # planned share of the capacity, which leaves room for bursts and the replacement of a replica
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ def _try(target: Target, samples: list[Sample], rate: float, seconds: float) -> 
 
 
 def advice(rate: float, slo_ms: float, wanted: float, threads: int) -> list[str]:
-    """The settings to use for `wanted` requests/s in total, as lines of text.
+    """Settings for a total of `wanted` requests/s, as lines of text.
 
     rate: the result of `capacity` for one replica. threads: cores of a replica.
     """
     planned = HEADROOM * rate
     replicas = max(2, math.ceil(wanted / planned)) if planned > 0 else 0
-    pending = max(1, round(rate * slo_ms / 1000 / 4))  # a quarter of the objective is queue time
+    pending = max(1, round(rate * slo_ms / 1000 / 4))  # allows a quarter of the objective as queue time
     return [
         f"one replica: {rate:.0f} requests/s within {slo_ms:g} ms at p99; plan with {planned:.0f}",
         f"for {wanted:g} requests/s: {replicas} replicas of {threads} cores",

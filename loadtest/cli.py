@@ -166,7 +166,7 @@ def peer(
 
     names = sorted(p.stem for p in PEERS.glob("*_app.py"))
     if name not in names:
-        raise ValueError(f"no peer {name!r}; there are {', '.join(names)}")
+        raise ValueError(f"no peer {name!r}; available: {', '.join(names)}")
     command = [*peer_command(name), *(arguments or [])]
     os.execv(command[0], command)
 
@@ -207,7 +207,7 @@ def compare(
     others = peers(*models, stock)
     if unknown := set(peer or []) - {server.script for server in others}:
         known = sorted({server.script for server in others})
-        raise ValueError(f"--peer {min(unknown)}: there are {', '.join(known)}; some need --stock")
+        raise ValueError(f"--peer {min(unknown)}: available: {', '.join(known)}; some need --stock")
     servers = [ours(store, model), ours(store, model, tau=0.0)]
     servers += [ours(store, model, tau=value) for value in tau or ()]
     servers += [ours(store, model, "onnxruntime"), ours(store, model, "onnxruntime", tau=0.0)]

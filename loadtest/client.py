@@ -316,7 +316,7 @@ def ask_alone(target: Target, samples: list[Sample]) -> list[str | None]:
 
 
 def wrong_labels(run: Run, alone: list[str | None]) -> int:
-    """Number of answers with status 200 whose label differs from the label of the same text sent alone."""
+    """Number of answers with status 200 whose label differs from that of the same text sent alone."""
     pairs = zip(run.answers, run.labels, strict=True)
     return sum(label is not None and label != alone[answer.sample] for answer, label in pairs)
 

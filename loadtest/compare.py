@@ -28,7 +28,7 @@ CURVE = (0.2, 0.4, 0.6, 0.8, 0.95)
 
 @dataclass
 class Comparison:
-    """Runs several servers in turn, each alone on the machine.
+    """Runs several servers in turn, each with the machine to itself.
 
     Attributes:
         servers: first ours, second ours at full depth; then other configurations of ours, and the peers.

@@ -132,7 +132,7 @@ def peer_models(artifact: Artifact, texts: list[str], out: Path) -> tuple[Path, 
 
 
 def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list[Server]:
-    """Peers that run another engine in our minimal app, in int8 or bf16; they can also be measured without HTTP.
+    """Peers with another engine in our minimal app, in int8 or bf16; they can also be measured without HTTP.
 
     Args:
         int8, fp32: folders of the full-depth graph.

@@ -75,10 +75,9 @@ class De3:
 
 
 def _on_ray(app: ASGIApp) -> ASGIApp:
-    """Adapt the application to Ray, which does two things of its own.
-
-    Ray sets the id that the server uses and adds X-Request-ID itself, so the header is removed from responses. And if a
-    client disconnects before its body has arrived, Ray's `receive` may raise an error instead of reporting it.
+    """Adapt the application to Ray. Ray sets the id that the server uses and adds X-Request-ID itself, so the header is
+    removed from responses. If a client disconnects before its body has arrived, Ray's `receive` may raise an error
+    instead of reporting it.
     """
 
     async def on_ray(scope: Scope, receive: Receive, send: Send) -> None:

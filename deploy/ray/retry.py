@@ -16,10 +16,10 @@ from de3.server.http.exchange import HEADER, WELL_FORMED
 from de3.server.http.frontend import route_path
 
 log = logging.getLogger("ray.serve")
-TRIES = 4  # the next replica may be a dead one, too, until Ray has noticed
+TRIES = 4  # until Ray notices, the next replica may be dead, too
 PAUSE_S = 0.05  # before the first retry; each further pause is four times as long
 MAX_BODY_BYTES = 2**20  # requests with larger bodies are not buffered and not retried
-MAX_WAIT_S = 5.0  # the same for bodies that take longer to arrive
+MAX_WAIT_S = 5.0  # the same holds for bodies that take longer to arrive
 
 
 class Retry:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # as in our server
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # same as in our server
 
 import numpy as np
 import onnxruntime as ort
@@ -15,7 +15,7 @@ class Graph(GraphClassifier):
         super().__init__(folder)
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        if not default_session:  # as in our server: the fastest level for its graphs
+        if not default_session:  # same as in our server: the fastest level for its graphs
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         self.session = ort.InferenceSession(self.file, options, providers=["CPUExecutionProvider"])
         self.names = [x.name for x in self.session.get_inputs()]

@@ -46,7 +46,7 @@ class OpenVino(GraphClassifier):
 
 
 def quantize(folder: Path, texts: list[str]) -> None:
-    """Write the int8 model, calibrated on the texts, unless it exists already."""
+    """Write the int8 model, calibrated on the texts, unless it already exists."""
     if (folder / INT8).exists():
         return
     import nncf
