@@ -30,7 +30,7 @@ app.add_typer(loadtest_app, name="loadtest")
 
 
 def main(commands: typer.Typer | None = None) -> None:
-    """Run the command line; an error that the user can fix is reported in one line, without a traceback.
+    """Run the command line; errors that the user can fix are reported in one line, without a traceback.
 
     commands: the commands to run; None: those of `de3`.
     """

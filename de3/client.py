@@ -26,7 +26,7 @@ from de3.response_limits import Body, time_limit, trace
 URL = "http://127.0.0.1:8000"
 RETRIED = (429, 503)
 MAX_PAUSE_S = 30.0
-MAX_ANSWER_BYTES = 2**26  # the answer to 64 texts with 10,000 labels takes 14 MB
+MAX_ANSWER_BYTES = 2**26  # an answer to 64 texts with 10,000 labels takes 14 MB
 SECONDS = re.compile("[0-9]{1,9}")
 Input = str | dict[str, str] | tuple[str, str]
 
@@ -188,7 +188,7 @@ def _parsed(received: _Received, parse: Callable[[Any], T]) -> T:
     try:
         refusal = json.loads(body)["error"]
         message, field = str(refusal["message"]), refusal["param"]
-    except (ValueError, KeyError, TypeError, RecursionError):  # perhaps a proxy's response
+    except (ValueError, KeyError, TypeError, RecursionError):  # may be a proxy's response
         message, field = f"HTTP {status}: {_start_of(body)}", None
     after = received.retry_after
     raise ServerError(status, message, field, float(after) if SECONDS.fullmatch(after) else None)

@@ -97,7 +97,7 @@ def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
 
 
 class Classifier:
-    """A loaded classifier with threads of its own; any number of threads may call it.
+    """A loaded classifier with its own threads; any number of threads may call it.
 
     Call close(), or leave that to the garbage collector. Pickling stores the artifact's path and fingerprint, not
     the model; each process loads the model once, however often it unpickles the classifier. After os.fork, the child
@@ -118,7 +118,7 @@ class Classifier:
         settings = Settings.model_validate({"threads": threads or 0})
         self._artifact, self._threads = artifact, threads
         self._served = load_model(artifact, settings, is_proved=is_proved, memory=memory)
-        self._served.monitor.drift = None  # nobody reads it
+        self._served.monitor.drift = None  # nothing reads it
         self._engine = Engine(settings.engine_threads(), sys.maxsize)
         self._engine.start()
         self._pid = os.getpid()
@@ -260,7 +260,7 @@ class Classifier:
         """
         if os.getpid() != self._pid:
             raise RuntimeError(
-                "the classifier was loaded before this process was forked: its threads are not here; "
+                "the classifier was loaded before this process was forked: its threads did not survive the fork; "
                 "load it in this process, for example when it is first needed"
             )
         if not self._end.alive:
@@ -428,6 +428,6 @@ def _loaded_once(path: Path, expected: str, threads: int | None) -> Classifier:
         if key not in _loaded or not _loaded[key]._end.alive:
             artifact = Artifact(path, read_manifest(path))
             if fingerprint(artifact.manifest) != expected:
-                raise StoreError(f"{path}: is another artifact than the one whose classifier was pickled")
+                raise StoreError(f"{path}: is not the artifact whose classifier was pickled")
             _loaded[key] = Classifier(artifact, threads)
         return _loaded[key]

@@ -54,7 +54,7 @@ class Meter:
     """Training progress, and the time left at the average speed so far."""
 
     def __init__(self) -> None:
-        self._spent_s, self._steps = 0.0, 0  # over all epochs of this process
+        self._spent_s, self._steps = 0.0, 0  # totals over all epochs of this process
 
     @contextmanager
     def epoch(self, epoch: int, epochs: int, steps: int) -> Iterator["Meter"]:

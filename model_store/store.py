@@ -211,7 +211,7 @@ class Draft:
     def publish(self, manifest: Manifest) -> Path:
         """Add the manifest and publish the version by one rename; returns its folder.
 
-        Raises OSError if the version exists already.
+        Raises OSError if the version already exists.
         """
         self.write({MANIFEST: _by_field(manifest).encode()})
         self.path.chmod(0o755)

@@ -216,4 +216,4 @@ def test_the_command_classifies_texts(server: Server) -> None:
     ]
     assert "layer 3" in output
     refused = invoke(f"classify good --tau 7 --url {server.url}")
-    assert refused.exit_code == 1 and "the server answers 422: tau: " in str(refused.exception)
+    assert refused.exit_code == 1 and "the server answered 422: tau: " in str(refused.exception)

@@ -114,7 +114,7 @@ def references(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     [
         (lambda m: m.update(schema_version=5), "schema version 5, this release reads 6: export the model"),
         (lambda m: m.pop("labels"), "labels: Field required"),
-        (lambda m: m.update(labels=["same", "same"]), "labels must differ"),
+        (lambda m: m.update(labels=["same", "same"]), "labels must be distinct"),
         (lambda m: m.update(exit_layers=[0, 2]), "exit_layers must ascend"),
         (lambda m: m["defaults"].update(tau=1.5), "defaults.tau"),
         (lambda m: m["files"].pop("layer_02.onnx"), "files must include 'layer_02.onnx'"),
