@@ -3,7 +3,7 @@
 L_DAR has no term that separates classes (Eq. 2). In joint training over several epochs, the prototypical networks map
 every sample to nearly the same direction, and cosine distances no longer separate classes. If the networks are trained
 with the same loss for one epoch on the finished encoder, the distances do separate classes, and EDR beats entropy
-(docs/demo-model.md).
+(lab/docs/experiments.md).
 """
 
 from collections.abc import Iterable, Iterator
