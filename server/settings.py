@@ -226,6 +226,11 @@ class Settings(BaseModel):
         Field(ge=1024),
         limit_option(help="Limit on request bodies in memory, over all requests, bytes."),
     ] = 2**26
+    keep_alive_s: Annotated[
+        float,
+        Field(gt=0),
+        limit_option(help="Limit on the time that a connection is idle between two requests, seconds."),
+    ] = 75.0
     max_connections: Annotated[
         int,
         Field(ge=0),

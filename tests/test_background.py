@@ -39,6 +39,7 @@ from de3.server.overload import Controller
 from de3.server.processes.channel import Channel, _row
 from de3.server.processes.receiver import CLOSED, CONNECTION
 from de3.server.processes.worker import Worker
+from de3.server.settings import Settings
 from de3.server.shared_run import SharedRun
 from tests.fixtures import make_rows
 from tests.jobs import fit_job
@@ -255,7 +256,7 @@ async def test_a_change_or_report_whose_client_is_gone_runs_to_its_end_and_its_e
 async def test_one_connection_or_request_does_not_stop_the_others() -> None:
     done: list[str] = []
     fail = mock.Mock(side_effect=UNEXPECTED)
-    shared = listener.Listener(mock.Mock(), 10, 100)
+    shared = listener.Listener(mock.Mock(), Settings(), 10)
     for expire in (fail, lambda now: done.append("expired")) * 3:
         shared.connections.add(mock.Mock(deadline=0.0, write_deadline=0.0, expire=expire))
     shared._swept_at = monotonic() - 10  # the process was stalled: what has arrived meanwhile is read first

@@ -29,6 +29,7 @@ from de3.server.http.parser import (
     MIN_CHUNK_BYTES,
     RequestParser,
 )
+from de3.server.settings import Settings
 from de3.server.shared_run import MAX_WAITING
 from de3.server.shares import Shares
 from tests.serving import Gate, Server, serving, until
@@ -174,7 +175,7 @@ def test_a_slow_body_is_408_and_closed(server: Server, monkeypatch: pytest.Monke
 
 def test_empty_lines_do_not_keep_a_connection_open(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.3)
+    monkeypatch.setattr(server.listener, "keep_alive_s", 0.3)
     with connect(server) as s:
         s.settimeout(0.01)
 
@@ -489,19 +490,21 @@ class Made(BaseConnection):
 
 def made_listener(limit: int = 5) -> Listener:
     frontend: Any = SimpleNamespace(bytes_in_flight=Shares(1000, "bytes"), dropped=lambda _: None)
-    return Listener(frontend, limit, 1000)
+    return Listener(frontend, Settings(), limit)
 
 
 # Connections in the order of eviction; of each: its network, seconds idle, has been answered, has not been read yet.
 LOSSES: list[Any] = [
     ("large", 1.0, False),  # silent: older than FRESH_S, without a response
+    ("other", 9.0, True),  # idle for more than IDLE_S
+    ("other", 6.0, True),
     ("other", 3.0, False),
     ("other", 2.0, False),
     ("large", 0.1, False),  # its network has the most connections
-    ("large", 5.0, True),
+    ("large", 4.0, True),
     ("large", 0.2, True),
     ("other", 0.2, False),
-    ("other", 9.0, True),
+    ("other", 4.0, True),
     ("other", 0.1, False, True),  # not read yet
     ("other", 0.1, True),
 ]
@@ -552,6 +555,26 @@ def test_idle_connections_from_many_addresses_evict_no_active_client(store: Path
                     assert answer(mine)[0] == 200
         assert server.metric("de3_dropped_connections_total", reason="connection_limit") >= 80
         assert len(server.listener.connections) <= 40
+
+
+def test_idle_clients_keep_no_new_one_out(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "IDLE_S", 0.0)
+    monkeypatch.setattr(listener, "FRESH_S", 0.0)  # new ones are silent at once
+    with serving(store, models=["tiny"], max_connections=9) as server, ExitStack() as stack:
+        idle = [stack.enter_context(connect(server)) for _ in range(8)]
+        for one in idle:
+            one.sendall(REQUEST)
+            assert answer(one)[0] == 200
+        until(
+            lambda: {c.state for c in server.listener.connections} == {connection.HEAD}, "the next requests"
+        )
+        ends = [c.deadline - time.monotonic() for c in server.listener.connections]
+        assert all(60 < end <= 75 for end in ends)  # most load balancers keep idle connections for 60 s
+        new = [stack.enter_context(connect(server)) for _ in range(4)]
+        for one in new + idle[4:]:  # the least recently used were closed
+            one.sendall(REQUEST)
+            assert answer(one)[0] == 200
+        assert all(map(is_closed, idle[:4]))
 
 
 def waiting(server: Server) -> int:

@@ -20,6 +20,7 @@ from de3.server.errors import RequestError
 from de3.server.http.connection import MAX_PIPELINED_BYTES, Connection
 from de3.server.http.listener import BODY, Listener
 from de3.server.http.parser import MAX_HEAD_BYTES
+from de3.server.settings import Settings
 from de3.server.shares import Shares
 from lab.fuzzers.edits import spliced
 from lab.fuzzers.run import Finding, Fuzzer
@@ -286,7 +287,7 @@ class Client:
         self._answers_at_once, self.handled = answers_at_once, list[tuple[dict[str, Any], Any]]()
         self._pending, self._is_paused = 0, False
         self.frontend, self.loop, self.transport = _Frontend(), _Loop(), _Transport()
-        self.listener = Listener(self.frontend, 10, MAX_BODY_BYTES)  # type: ignore[arg-type]
+        self.listener = Listener(self.frontend, Settings(max_body_bytes=MAX_BODY_BYTES), 10)  # type: ignore[arg-type]
         state = SimpleNamespace(connections=set(), tasks=set(), default_headers=[], total_requests=0)
         self.connection = Connection(
             self.listener,

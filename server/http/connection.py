@@ -34,7 +34,6 @@ SOCKET_BUFFER_BYTES = 2**16
 WRITE_BUFFER_BYTES = 2**14  # a client with more unread bytes counts as not reading
 MIN_READ_PAUSE_S = 0.001  # a shorter pause is not worth a timer
 HEAD_TIMEOUT_S = 10.0
-KEEP_ALIVE_S = 5.0
 WRITE_TIMEOUT_S = 30.0
 LINGER_S = 2.0
 PROBE_S = 0.05
@@ -443,7 +442,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             return
         if self.keeps_alive:
             self._release()
-            self._wait(HEAD, KEEP_ALIVE_S)
+            self._wait(HEAD, self._listener.keep_alive_s)
             if self._parser.data or self._reading_paused:
                 self._awaits_turn, self.deadline = True, inf
                 self.loop.call_later(self._listener.wait_for_pipelined(), self._take_turn)

@@ -74,7 +74,7 @@ def uvicorn_config(
     settings, frontend = service.settings, Frontend(service, protocols)
     app = create_app(frontend, on_failure)
     most = settings.max_connections or max_connections()
-    listener = Listener(frontend, most, settings.max_body_bytes, on_closed)
+    listener = Listener(frontend, settings, most, on_closed)
     return uvicorn.Config(
         app,
         host=settings.host,

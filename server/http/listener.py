@@ -11,6 +11,7 @@ from time import monotonic
 from de3.server.background import report
 from de3.server.http.fair import StartQueue
 from de3.server.http.frontend import Frontend
+from de3.server.settings import Settings
 
 MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
 # Maximum reading rate of bodies that arrive in pieces, over all connections; reading at this rate takes a fifth of the
@@ -23,6 +24,7 @@ MAX_LATE_S = 1.0  # time since the last sweep, after which nothing expires
 MAX_NETWORK_RATIO = 8  # limit on one network's connections, as a multiple of the number that are still free
 EVICTION_SAMPLE = 256  # number of connections from which the one to evict is chosen
 FRESH_S = 0.25  # a new connection has this long to send its first request before it counts as silent
+IDLE_S = 5.0  # an answered connection is not evicted before silent ones until it has been idle for this long
 # Iterations of the event loop after which a new connection has been read, if anything has arrived.
 READ_ITERATIONS = 3
 
@@ -84,13 +86,14 @@ class Listener:
     def __init__(
         self,
         frontend: Frontend,
+        settings: Settings,
         max_connections: int,
-        max_body_bytes: int,
         on_closed: Callable[[], None] = lambda: None,
     ) -> None:
-        """on_closed: called for each closed connection."""
+        """settings: of the server; but `max_connections` is the limit. on_closed: called for each closed connection."""
         self.frontend, self._on_closed = frontend, on_closed
-        self.max_connections, self.max_body_bytes = max_connections, max_body_bytes
+        self.max_connections, self.max_body_bytes = max_connections, settings.max_body_bytes
+        self.keep_alive_s = settings.keep_alive_s
         self.connections: set[BaseConnection] = set()
         self.starts = StartQueue()
         self._per_network = Counter[str]()
@@ -125,7 +128,7 @@ class Listener:
 
         Candidates are chosen in this order; the new connection is in group 2 or 6:
 
-        1. silent: older than FRESH_S, without a response so far;
+        1. spare: idle for IDLE_S since the last response, or silent: older than FRESH_S, without a response so far;
         2. from a network with more than half of all connections;
         3. without a response so far, unless 5 applies;
         4. idle for FRESH_S since the last response;
@@ -139,15 +142,11 @@ class Listener:
         def loss(c: BaseConnection) -> tuple[bool, bool, bool, bool, bool, float]:
             idle_s = now - (c.opened_at if c.answered_at is None else c.answered_at)
             is_new, is_old = c.answered_at is None and c is not new, idle_s > FRESH_S
-            is_unread = is_new and not c.has_been_read
-            return (
-                is_new and is_old,
-                self._per_network[c.network] > most,
-                is_new and not is_unread,
-                is_old and not is_new,
-                is_unread,
-                idle_s,
-            )
+            is_unread, is_large = is_new and not c.has_been_read, self._per_network[c.network] > most
+            is_idle = c.answered_at is not None and c.state == HEAD and idle_s > IDLE_S
+            if is_idle or (is_new and is_old):
+                return True, is_large, False, False, False, idle_s
+            return False, is_large, is_new and not is_unread, is_old and not is_new, is_unread, idle_s
 
         sample = random.sample(tuple(self.connections), min(EVICTION_SAMPLE, len(self.connections)))
         spare = [new, *(c for c in sample if c.state != RESPONSE and c is not new)]
