@@ -38,6 +38,7 @@ STRANGE: tuple[Any, ...] = (
 FIELDS = (
     *known_fields(ClassifyRequest),
     *("query", "documents", "texts", "top_n", "instances", "contents", "detector_params"),
+    *("queries", "items", "text_1", "text_2", "data_1", "additional_provider_specific_params", "label"),
     *("unknown", "__proto__", ""),
 )
 GOOD = (
@@ -52,6 +53,9 @@ GOOD = (
     {"query": "good", "documents": ["a film", "bad"], "top_n": 1},
     {"instances": ["good", "bad"], "parameters": {"tau": 0.1}},
     {"contents": ["good"], "detector_params": {"threshold": 0.5}},
+    {"texts": ["good", ""], "additional_provider_specific_params": {"label": "positive", "threshold": 0.5}},
+    {"input": [{"type": "text", "text": "good"}]},
+    {"text_1": "good", "text_2": ["bad", "a film"]},
 )
 PATHS = (
     *("/", "/classify/", "/v1/classify", "/v1/models", "/v1/models/x/calibration", "/metrics", "/docs"),
@@ -66,6 +70,9 @@ PATHS = (
         "/v1/models/sst2:predict",
         "/v1/models/:predict",
         "/api/v1/text/contents",
+        "/beta/litellm_basic_guardrail_api",
+        "/v1/moderations",
+        "/score",
     ),
 )
 STANDARD = ("POST", "GET", "PUT", "HEAD", "OPTIONS", "DELETE", "PATCH")
@@ -78,7 +85,7 @@ HEADERS = (
     *("X-Request-ID: " + "a" * 500, "traceparent: 00-zz-zz-zz", "Authorization: Bearer"),
     *("Authorization: Bearer \xff\xfe", "Connection: close", "Connection: upgrade\r\nUpgrade: websocket"),
     *("nocolon", ": empty", " folded: x", "Host:", "Content-Encoding: gzip", "Accept: */*;q=\x00"),
-    "Cookie: " + "a=b;" * 900,
+    *("Cookie: " + "a=b;" * 900, "detector-id: sst2", "detector-id: \xff"),
 )
 
 FRAGMENTS = (b"\x00", b"\xff\xfe", b'"', b"{", b"\\u", b"1e999", b"NaN", b"\r\n")

@@ -47,6 +47,8 @@ class Inference:
         level = service.admission.level
         self._done = asyncio.get_running_loop().create_future()
         self.job = job = job_of(served, self.request, level, self._settle)
+        if not job.items:  # a guardrail may be asked about images only
+            return job
         with service.audits.watch(job) if service.audits.is_on else NOT_AUDITED:
             service.admission.admit(job)
             try:

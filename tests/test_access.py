@@ -112,9 +112,12 @@ def test_each_name_has_its_own_limit_whatever_key_it_uses(server: Server) -> Non
     assert 1 <= int(over.headers["retry-after"]) <= 3600
     assert post(server, dave, input=["good"] * 6).status_code == 200
     assert post(server, new, input=["good"] * 5).status_code == 200  # the rest of the limit
+    path = "/beta/litellm_basic_guardrail_api"  # a request without texts costs as much as one
+    empty = httpx.post(server.url + path, json={}, headers=carol)
+    assert (empty.status_code, empty.json()["error"]["type"]) == (429, "RateLimitError")
     never = post(server, dave, input=["good"] * 21)
     assert never.status_code == 429 and "retry-after" not in never.headers
-    assert server.metric("de3_rejected_total", cause="rate_limited") == before + 2
+    assert server.metric("de3_rejected_total", cause="rate_limited") == before + 3
 
 
 @pytest.mark.parametrize(

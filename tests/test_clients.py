@@ -522,6 +522,8 @@ def test_every_protocol_has_the_same_limit_on_texts(server: Server) -> None:
         "/v1/models/tiny:predict": lambda texts: {"instances": texts},
         "/v2/models/tiny/infer": lambda texts: {"inputs": tensors(texts)},
         "/api/v1/text/contents": lambda texts: {"contents": texts},
+        "/v1/moderations": lambda texts: {"input": [{"type": "text", "text": text} for text in texts]},
+        "/beta/litellm_basic_guardrail_api": lambda texts: {"texts": texts},
     }
     for path, body in bodies.items():
         for count, status in ((1, 200), (8, 200), (9, 422)):

@@ -26,12 +26,13 @@ from tests.serving import Server, serving
 GOOD, BAD = "a superb fine film , good and lovely and charming", "a dull plot , bad and boring and awful"
 FILLER = " ".join(["the film and the plot"] * 30)
 PREDICT, CONTENTS = "/v1/models/tiny-int8:predict", "/api/v1/text/contents"
+GUARDRAIL, PARAMETERS = "/beta/litellm_basic_guardrail_api", "additional_provider_specific_params"
 
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Server]:
     aliases = ["omni-moderation-latest=tiny-int8"]
-    with serving(store, models=["tiny-int8"], tau=0, max_texts=8, aliases=aliases) as running:
+    with serving(store, models=["tiny-int8", "tiny"], tau=0, max_texts=8, aliases=aliases) as running:
         yield running
 
 
@@ -39,8 +40,8 @@ def post(server: Server, path: str, body: Any) -> httpx.Response:
     return httpx.post(server.url + path, json=body)
 
 
-def probs(server: Server, text: str) -> dict[str, float]:
-    row = server.classify(input=text).json()["data"][0]
+def probs(server: Server, text: str, model: str = "tiny-int8") -> dict[str, float]:
+    row = server.classify(input=text, model=model).json()["data"][0]
     labels = httpx.get(f"{server.url}/v1/models").json()["data"][0]["labels"]
     return dict(zip(labels, row["probs"], strict=True))
 
@@ -76,13 +77,27 @@ def test_kserve_predicts(server: Server) -> None:
             422,
             "detector_params: safe",
         ),
+        (GUARDRAIL, {"texts": "a"}, 422, "texts: must be a list of texts, or null"),
+        (GUARDRAIL, {"texts": ["a", 1]}, 422, "texts[1]: must be a text"),
+        (GUARDRAIL, {"texts": ["a"] * 9}, 422, "texts: 9 texts, at most 8"),
+        (GUARDRAIL, {PARAMETERS: {"treshold": 0.5}}, 422, "treshold: unknown field; known fields: "),
+        (GUARDRAIL, {PARAMETERS: {"threshold": 2}}, 422, "threshold: "),
+        (GUARDRAIL, {PARAMETERS: {"model": "x"}}, 404, "model: no model 'x' is served"),
+        (
+            GUARDRAIL,
+            {PARAMETERS: {"label": "x"}},
+            422,
+            f"{PARAMETERS}: label: 'x' is not a label of tiny-int8:1: ",
+        ),
+        (GUARDRAIL, [], 422, "the body must be a JSON object"),
     ],
 )
 def test_errors_name_the_field(server: Server, path: str, body: Any, status: int, says: str) -> None:
     answer = post(server, path, body)
-    message = answer.json().get("error") or answer.json()["message"]
+    body = answer.json()
+    message = body["error"]["message"] if path == GUARDRAIL else body.get("error") or body["message"]
     assert answer.status_code == status and message.startswith(says), answer.text
-    assert answer.json().keys() == ({"error"} if "predict" in path else {"code", "message"})
+    assert body.keys() == ({"code", "message"} if path == CONTENTS else {"error"})
 
 
 def test_detectors_of_fms(server: Server) -> None:
@@ -108,6 +123,57 @@ def test_detectors_of_fms(server: Server) -> None:
     params = {"threshold": 0.0, "safe_labels": []}
     (rows,) = post(server, CONTENTS, {"contents": [GOOD], "detector_params": params}).json()
     assert len(rows) == len(probs(server, GOOD))
+
+
+def test_the_header_detector_id_picks_the_model(store: Path) -> None:
+    with serving(store, default_model=None, aliases=["guard=tiny"]) as server:
+
+        def detected(header: str, **params: Any) -> httpx.Response:
+            body = {"contents": [BAD], "detector_params": {"tau": 0, **params}}
+            return httpx.post(server.url + CONTENTS, json=body, headers={"detector-id": header})
+
+        for asked, model in (("tiny", "tiny"), ("guard", "tiny"), ("tiny-int8:1", "tiny-int8")):
+            score = server.classify(input=BAD, model=model, tau=0).json()["data"][0]["probs"][1]
+            for answer in (detected(asked), detected("", model=asked), detected("other", model=asked)):
+                assert answer.json()[0][0]["score"] == score, answer.text
+        assert (detected("other").status_code, detected("").status_code) == (404, 422)
+        assert detected("").json()["message"].startswith("model: is required, as several are served: tiny, ")
+
+
+def guarded(server: Server, texts: Any, **params: Any) -> dict[str, str]:
+    more = {
+        "input_type": "request",
+        "request_data": {},
+        "images": ["aGk="],
+        "litellm_version": "9",
+        PARAMETERS: params,
+    }
+    answer = post(server, GUARDRAIL, {"texts": texts} | more)
+    assert answer.status_code == 200, answer.text
+    decision: dict[str, str] = answer.json()
+    return decision
+
+
+def test_litellms_guardrail_blocks(server: Server) -> None:
+    bad, good = probs(server, BAD), probs(server, GOOD)
+    blocked = {
+        "action": "BLOCKED",
+        "blocked_reason": f"positive with probability {bad['positive']:.2f}, by tiny-int8:1",
+    }
+    for texts in ([BAD], [GOOD, "", BAD, GOOD]):
+        assert guarded(server, texts) == blocked
+    for nothing in (None, [], ["", " \n"], [GOOD]):
+        assert guarded(server, nothing) == {"action": "NONE"}
+    assert post(server, GUARDRAIL, {}).json() == {"action": "NONE"}
+    score = bad["positive"]
+    for threshold, action in ((score, "BLOCKED"), (math.nextafter(score, 1), "NONE")):
+        assert guarded(server, [BAD], threshold=threshold)["action"] == action
+    assert guarded(server, [BAD], label="negative") == {"action": "NONE"}
+    reason = guarded(server, [GOOD], label="negative", model="tiny")["blocked_reason"]
+    assert reason == f"negative with probability {probs(server, GOOD, 'tiny')['negative']:.2f}, by tiny:1"
+    assert good["negative"] > 0.5
+    long = f"{GOOD} {FILLER} {FILLER} {BAD} {BAD} {BAD} {FILLER}"
+    assert guarded(server, [long])["action"] == "BLOCKED"
 
 
 def test_a_response_of_detectors_has_a_limit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +205,7 @@ def test_moderation_by_two_classes_under_openais_name(server: Server) -> None:
         assert (model.id, model.object, model.owned_by) == ("tiny-int8:1", "model", "de3"), name
         predicted = post(server, f"/v1/models/{name}:predict", {"instances": [GOOD]})
         assert predicted.status_code == 200, name
-    with pytest.raises(NotFoundError, match="no model 'other' is served; there are: tiny-int8:1"):
+    with pytest.raises(NotFoundError, match="no model 'other' is served; there are: tiny-int8:1, tiny:1"):
         client.models.retrieve("other")
 
 
@@ -179,12 +245,10 @@ NEMO = "nemoguardrails>=0.24,<0.26 aiohttp-retry dataclasses-json fastembed lark
 NEMO += " prompt_toolkit py_rust_stemmers simpleeval typing-inspect wcwidth"
 
 
-@pytest.mark.slow
-def test_an_input_rail_of_nemo_guardrails_blocks(server: Server, tmp_path: Path) -> None:
-    site = installed(tmp_path / "nemoguardrails", NEMO)
-    assert list(probs(server, GOOD)) == ["negative", "positive"]
+def output_of(code: str, site: Path, server: Server) -> str:
+    """The last line that a client's program prints. site: folder with its packages."""
     done = subprocess.run(
-        [sys.executable, "-c", RAIL, server.url, json.dumps([GOOD, BAD])],
+        [sys.executable, "-c", code, server.url, json.dumps([GOOD, BAD])],
         capture_output=True,
         text=True,
         timeout=120,
@@ -192,9 +256,67 @@ def test_an_input_rail_of_nemo_guardrails_blocks(server: Server, tmp_path: Path)
         env=os.environ | {"PYTHONPATH": str(site)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_an_input_rail_of_nemo_guardrails_blocks(server: Server, tmp_path: Path) -> None:
+    site = installed(tmp_path / "nemoguardrails", NEMO)
+    assert list(probs(server, GOOD)) == ["negative", "positive"]
+    said = json.loads(output_of(RAIL, site, server))
     refusal = "I'm sorry, I can't respond to that."
     assert said == {engine: ["an answer", refusal] for engine in ("vllm", "kserve", "fms")}
+
+
+# LiteLLM
+
+LITELLM = "litellm==1.80.17 fastuuid tiktoken importlib-metadata zipp"  # and packages that its import needs
+PROXY = """
+import asyncio, json, sys
+from litellm.caching.caching import DualCache
+from litellm.proxy._types import UserAPIKeyAuth
+from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api.generic_guardrail_api import GenericGuardrailAPI
+from litellm.proxy.guardrails.guardrail_hooks.ibm_guardrails.ibm_detector import IBMGuardrailDetector
+
+url, texts = sys.argv[1], json.loads(sys.argv[2])
+
+async def said(guard, text):
+    data = {"messages": [{"role": "user", "content": text}]}
+    try:
+        if isinstance(guard, IBMGuardrailDetector):
+            await guard.async_pre_call_hook(UserAPIKeyAuth(), DualCache(), data, "completion")
+        else:
+            assert await guard.apply_guardrail({"texts": [text]}, data, "request") == {"texts": [text]}
+    except Exception as error:
+        return str(error)
+
+async def main():
+    found = {}
+    for model in ("tiny", "tiny-int8", "other"):
+        params = {"model": model, "label": "positive", "threshold": 0.5}
+        generic = GenericGuardrailAPI(api_base=url, additional_provider_specific_params=params)
+        ibm = IBMGuardrailDetector(
+            auth_token="none", base_url=url, detector_id=model, default_on=True, event_hook="pre_call"
+        )
+        found[model] = [[await said(guard, text) for text in texts] for guard in (generic, ibm)]
+    return found
+
+print(json.dumps(asyncio.run(main())))
+"""
+
+
+@pytest.mark.slow
+def test_guardrails_of_litellm_block(store: Path, tmp_path: Path) -> None:
+    site = installed(tmp_path / "litellm", LITELLM)
+    with serving(store, default_model=None, tau=0) as server:
+        said = json.loads(output_of(PROXY, site, server))
+        scores = {model: probs(server, BAD, model)["positive"] for model in ("tiny", "tiny-int8")}
+    for model, score in scores.items():
+        (good, bad), (ibm_good, ibm_bad) = said[model]
+        assert good is ibm_good is None
+        assert bad == f"positive with probability {score:.2f}, by {model}:1"
+        assert f"POSITIVE (score: {score:.3f})" in ibm_bad
+    assert all("404" in problem for problems in said["other"] for problem in problems)  # it fails closed
 
 
 # Windows with a flag

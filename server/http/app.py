@@ -25,6 +25,7 @@ from de3.server.errors import Cause, RequestError
 from de3.server.http import (
     admin,
     detectors,
+    guardrail,
     hugging_face,
     kserve,
     models,
@@ -49,6 +50,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "/v2/rerank": rerank.JINA,
     "/v1/models/{model}:predict": kserve.PREDICT,
     "/api/v1/text/contents": detectors.CONTENTS,
+    "/beta/litellm_basic_guardrail_api": guardrail.GUARDRAIL,
     "/classify": CLASSIFY,
     "/v1/classify": CLASSIFY,
     "/v1/moderations": MODERATIONS,

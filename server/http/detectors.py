@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 import orjson
 from pydantic import BeforeValidator, Field
 
+from de3.exits.reading import Reading
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
 from de3.server.answer import DECIMALS
@@ -23,8 +24,8 @@ MAX_CHARS = 2**24  # characters of texts in a response; each detection repeats i
 
 
 @dataclass(slots=True, eq=False)
-class ContentsRequest(Request):
-    """A request in this protocol, with the options for its response.
+class Detection(Request):
+    """A request for the labels of texts that are not safe.
 
     Long texts are split into windows, because a prompt injection may be anywhere in a text.
 
@@ -35,25 +36,53 @@ class ContentsRequest(Request):
             none.
     """
 
-    input_name: ClassVar[str] = "contents"
-
     threshold: float | None = None
     safe: frozenset[str] | None = None
 
+    def fits(self, manifest: Manifest) -> bool:
+        """True for a model with classes or labels."""
+        return manifest.tolerance is None
+
     def check(self, manifest: Manifest) -> None:
-        """Set the windows, the safe label and the flag for a model.
+        """Set the windows, the safe labels and the flag for a model; raises RequestError for a regression model."""
+        if not self.fits(manifest):
+            name = manifest.full_name
+            raise RequestError(f"model: {name} is a regression model: it detects no labels", "model")
+        labels = manifest.labels
+        if self.safe is None:
+            self.safe = frozenset(labels[:1] if manifest.thresholds is None else ())
+        self.windows = MAX_WINDOWS
+        unsafe = set(labels) - self.safe
+        if len(unsafe) == 1:
+            self.flag = unsafe.pop(), self.threshold
+
+    def found(self, reading: Reading, labels: list[str]) -> list[tuple[str, float]]:
+        """The detected labels of a text, with their probabilities. labels: the model's."""
+        if self.threshold is None and reading.labels is not None:
+            indices = reading.labels
+        else:
+            least = THRESHOLD if self.threshold is None else self.threshold
+            indices = [k for k, prob in enumerate(reading.probs) if prob >= least]
+        return [(labels[k], reading.probs[k]) for k in indices if labels[k] not in (self.safe or ())]
+
+
+@dataclass(slots=True, eq=False)
+class ContentsRequest(Detection):
+    """A request in this protocol."""
+
+    input_name: ClassVar[str] = "contents"
+
+    def check(self, manifest: Manifest) -> None:
+        """Set the windows, the safe labels and the flag for a model.
 
         Raises RequestError for a regression model, for a safe label that the model does not have, and if the response
         could be too long.
         """
-        name, labels, params = manifest.full_name, manifest.labels, "detector_params"
-        if manifest.tolerance is not None:
-            raise RequestError(f"model: {name} is a regression model: it detects no labels", "model")
-        if self.safe is None and manifest.thresholds is None:
-            self.safe = frozenset(labels[:1])
+        Detection.check(self, manifest)  # super() does not work in a dataclass with slots
+        labels, params = manifest.labels, "detector_params"
         if unknown := sorted((self.safe or frozenset()) - set(labels)):
             raise RequestError(
-                f"{params}: safe_labels: {unknown[0][:100]!r} is not a label of {name}", params
+                f"{params}: safe_labels: {unknown[0][:100]!r} is not a label of {manifest.full_name}", params
             )
         most = len(labels)
         if manifest.thresholds is None:  # probabilities add up to 1
@@ -65,10 +94,6 @@ class ContentsRequest(Request):
                 "repeats its text; give a higher threshold or shorter texts",
                 params,
             )
-        self.windows = MAX_WINDOWS
-        if manifest.thresholds is None and len(labels) == 2 and len(self.safe or ()) == 1:
-            (unsafe,) = set(labels) - (self.safe or frozenset())
-            self.flag = unsafe, THRESHOLD if self.threshold is None else self.threshold
 
 
 def _contents(value: Any) -> list[Text]:
@@ -93,7 +118,7 @@ class ContentsFields(JsonObject):
 
 
 def parse(call: Call) -> ContentsRequest:
-    """The request in a call; raises RequestError if it is invalid."""
+    """The request in a call; raises RequestError if it is invalid. The header `detector-id` may name the model."""
     value = load_json(call.body)
     check_count(value, "contents", call.max_texts)
     fields = check_fields(ContentsFields, value, '{"contents": ["a text"]}')
@@ -101,7 +126,7 @@ def parse(call: Call) -> ContentsRequest:
     return ContentsRequest(
         fields.contents,
         parameters.options,
-        parameters.model,
+        parameters.model or dict(call.headers).get(b"detector-id", b"").decode("latin-1") or None,
         threshold=parameters.threshold,
         safe=None if parameters.safe_labels is None else frozenset(parameters.safe_labels),
     )
@@ -118,26 +143,15 @@ def serialize(_: str, job: Job) -> bytes:
 def _detections(
     text: str, outcome: Outcome, labels: list[str], request: ContentsRequest
 ) -> list[dict[str, Any]]:
-    reading, found = outcome.reading, []
     start, end = (
         (0, len(text)) if outcome.decisive is None else (outcome.decisive.start, outcome.decisive.end)
     )
+    row: dict[str, Any] = {"start": start, "end": end, "text": text[start:end]}
     more = {"metadata": {"truncated": True}} if outcome.truncated else {}
-    for k, (label, prob) in enumerate(zip(labels, reading.probs, strict=True)):
-        if request.threshold is not None or reading.labels is None:
-            is_found = prob >= (THRESHOLD if request.threshold is None else request.threshold)
-        else:
-            is_found = k in reading.labels
-        if is_found and label not in (request.safe or ()):
-            row = {
-                "start": start,
-                "end": end,
-                "text": text[start:end],
-                "detection": label,
-                "detection_type": label,
-            }
-            found.append(row | {"score": round(prob, DECIMALS)} | more)
-    return found
+    return [
+        row | {"detection": label, "detection_type": label, "score": round(prob, DECIMALS)} | more
+        for label, prob in request.found(outcome.reading, labels)
+    ]
 
 
 def error(problem: RequestError) -> bytes:

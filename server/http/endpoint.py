@@ -100,7 +100,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     except RequestError:
         await charge.raise_to(1)
         raise
-    await charge.raise_to(len(request.texts))
+    await charge.raise_to(max(1, len(request.texts)))
     exchange.inference = inference = Inference(request)
     request.client, request.tenant = client, exchange.owner
     request.expires_at = exchange.started + settings.timeout_s
