@@ -14,7 +14,7 @@ from de3.columns import pyarrow_module
 from de3.data.tables import MAX_DEPTH
 
 PAGES_BYTES = 2**29  # limit on the largest pages of all columns together
-READ_BYTES = 2**26  # limit on the values of one read, if the largest of a dictionary are repeated
+READ_BYTES = 2**26  # limit on the values of one read, if it repeats the largest of a dictionary
 DICTIONARY, DATA, DATA_V2 = 7, 5, 8  # fields of a page's header; which one applies depends on its type
 TYPES = {0: DATA, 2: DICTIONARY, 3: DATA_V2}
 DELTA_BYTE_ARRAY = 7  # encoding in which a value has only the characters that differ from the previous value

@@ -199,4 +199,4 @@ def check_input(examples: Sequence[Example], expected: str | None, where: str) -
                 "single texts",
                 "give --pair-column, the column of the second text",
             )
-        raise ValueError(f"{where}: the model was trained on {takes}, and these are {has}: {hint}")
+        raise ValueError(f"{where}: the model was trained on {takes}, but these are {has}: {hint}")

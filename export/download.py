@@ -147,7 +147,7 @@ def _run(work: "Callable[[_Transfer], Coroutine[Any, Any, T]]", total: int = 0) 
     async def run() -> T:
         token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
         trusted = httpx.create_ssl_context()
-        trusted.load_default_certs()  # the system's, besides those of certifi
+        trusted.load_default_certs()  # the system's, in addition to certifi's
         client = httpx.AsyncClient(
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}),
             verify=trusted,
@@ -187,7 +187,7 @@ class _Transfer:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self.what = ""
         self._client = client
-        self._received = self._seen = 0  # bytes of the run; and at the last progress
+        self._received = self._seen = 0  # bytes so far, and at the last progress
 
     async def receive(self, what: str, url: str, limit: int, file: IO[bytes]) -> None:
         """Write the contents of an address to a file; raises HubError.

@@ -223,7 +223,7 @@ def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
                 )
             return known
     raise ValueError(
-        f"the data has labels such as {sorted(found - set(names))[:5]}, the model {list(names)[:20]}: name the "
+        f"the data has labels such as {sorted(found - set(names))[:5]}, but the model {list(names)[:20]}: name the "
         "model's labels as the data does, with --label-names in the order of its logits"
     )
 

@@ -73,8 +73,8 @@ def exits_of(model: Artifact) -> Exits:
     has_all = manifest.exit_layers == [*layers, manifest.num_layers]
     if manifest.pooling != "mean" or not has_all or manifest.prototype_layers not in ([], layers):
         raise ValueError(
-            f"{model.full_name}: records hold the mean of a text's tokens after each layer, and its exits do not take "
-            f"these: pooling {manifest.pooling}, exits at {manifest.exit_layers}"
+            f"{model.full_name}: records hold the mean of a text's tokens after each layer, but its exits use other "
+            f"states: pooling {manifest.pooling}, exits at {manifest.exit_layers}"
         )
     classifiers, spaces = [], []
     for layer in range(manifest.num_layers):

@@ -171,10 +171,10 @@ class TextTokenizer:
         # The post-processor has ids of its own for special tokens, which need not be in the vocabulary.
         largest = max(*vocabulary, *(frame.largest_id for frame in frames))
         if largest >= words:
-            raise ValueError(f"has the id {largest}, but the model's word table only {words} rows")
+            raise ValueError(f"has the id {largest}, but the model's word table has only {words} rows")
         largest = max(frame.largest_type for frame in frames)
         if types is not None and largest >= types:
-            raise ValueError(f"has the token type {largest}, but the model's table only {types} rows")
+            raise ValueError(f"has the token type {largest}, but the model's table has only {types} rows")
 
     def encode(self, texts: Sequence[Pair], special: bool = True, offsets: bool = False) -> list[Encoding]:
         """Encode short texts or pairs. special: add special tokens. offsets: also compute the tokens' offsets.

@@ -13,7 +13,7 @@ from de3.server.failures import FailureLog
 
 T = TypeVar("T")
 failures = FailureLog(logging.getLogger("de3"))
-# Pause before a task that failed is started again. It doubles, unless the task ran for MAX_PAUSE_S.
+# Pause before a failed task is started again. It doubles, unless the task ran for MAX_PAUSE_S.
 PAUSE_S, MAX_PAUSE_S = 0.1, 30.0
 
 # Names of the tasks, and of parts of them that can fail separately: values of a metric label.
@@ -122,7 +122,7 @@ def report_unhandled(loop: asyncio.AbstractEventLoop) -> None:
 async def in_background(function: Callable[[], T]) -> T:
     """Run a function in a daemon thread, and return its result.
 
-    asyncio.to_thread is not used, because the interpreter joins that function's threads at exit: a server that stops
+    asyncio.to_thread is not used, because the interpreter joins that function's threads at exit: a stopping server
     would wait until a model is loaded.
     """
     result: Future[T] = Future()

@@ -38,7 +38,7 @@ class JsonObject(BaseModel):
 def load_json(body: bytes) -> Any:
     """The JSON value of a body; raises RequestError if it is not JSON in UTF-8 or has too many brackets."""
     if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
-        raise RequestError(f"the body has more than {MAX_BRACKETS} opening brackets, the limit")
+        raise RequestError(f"the body has more than the limit of {MAX_BRACKETS} opening brackets")
     collects = len(body) > LARGE_BODY_BYTES and gc.isenabled()
     if collects:
         gc.disable()  # the collector would traverse up to MAX_BRACKETS new lists repeatedly

@@ -18,7 +18,7 @@ from de3.server.errors import RequestError
 from de3.server.service import Service
 
 NOT_AUDITED = nullcontext()
-# Probabilities in a response, at most: of 2 million, TEI's takes the event loop 2 s and 0.8 GB.
+# Maximum number of probabilities in a response: in TEI's format, 2 million take the event loop 2 s and 0.8 GB.
 MAX_PROBS = 2**18
 
 

@@ -553,7 +553,7 @@ def test_an_output_is_only_continued_by_the_same_run(model: de3.Classifier, tmp_
         ValueError, match=r"was started with other settings \(a\): use the same command, or remove"
     ):
         Parts(out, ".jsonl", {"a": 2})
-    with pytest.raises(ValueError, match=r"begun differently \(b\)"):
+    with pytest.raises(ValueError, match=r"started with other settings \(b\)"):
         Parts(out, ".jsonl", {"a": 1, "b": 2})
     first = Parts(out, ".jsonl", {"a": 1})
     with pytest.raises(ValueError, match="another run is writing to it"):

@@ -247,7 +247,7 @@ def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:
     texts.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 12)))
     command = f"import {stock} --texts {texts} --name x --store {tmp_path}/s --work {tmp_path}/w"
     message = refusal(command)
-    assert "--tolerance: needed, as the answer is a number" in message and "units" in message
+    assert "--tolerance: needed, because the answer is a number" in message and "units" in message
     suggested = float(message.rpartition(" ")[2])
     assert 0.05 < suggested < 1 and "standard deviation" in message
     assert not (tmp_path / "s").exists()

@@ -179,7 +179,7 @@ def test_a_teacher_with_other_held_out_samples_or_labels_in_another_order_is_ref
     other = splits.Split(parts.train, parts.certify, parts.tune)
     with pytest.raises(ValueError, match="may have been trained on them"):
         open_teacher(checkpoint, other, NAMES)
-    with pytest.raises(ValueError, match="must be the same, in order"):
+    with pytest.raises(ValueError, match="must be the same, in the same order"):
         open_teacher(checkpoint, parts, NAMES[::-1])
 
 

@@ -171,7 +171,7 @@ def test_a_model_of_pairs_takes_pairs(pairs: Callable[[str], Path], checkpoint: 
     assert json.loads((artifact / "manifest.json").read_text())["input"] == "pair"
     for model in (pairs("checkpoint"), artifact):
         message = refusal(f"evaluate {model} {data} --text-column a")
-        assert "trained on pairs of texts, and these are single texts: give --pair-column" in message
+        assert "trained on pairs of texts, but these are single texts: give --pair-column" in message
     both = f"{data} --text-column a --pair-column b --label-names negative,positive"
     assert "drop --pair-column" in refusal(f"evaluate {checkpoint} {both}")
     single = pairs("single.jsonl")
@@ -249,7 +249,7 @@ def recorded(labels: list[int], answers: list[int]) -> Recorded:
 
 def test_weak_results_are_called_weak() -> None:
     few = weaknesses(recorded([0, 1] * 15, [0, 1] * 9 + [1, 0] * 6), ["no", "yes"])
-    assert "30 samples are few" in few[0] and "has learned little" in few[1]
+    assert "only 30 samples" in few[0] and "has learned little" in few[1]
     majority = weaknesses(recorded([0, 0, 0, 1] * 500, [0] * 2000), ["no", "yes"])
     assert majority == [
         "full depth is right for 75.0%, and 'no' alone would be right for 75.0%: the model has learned little"

@@ -150,7 +150,7 @@ def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
     low, high = calibration.wilson(right, n)
     if high - low > 0.1:
         warnings.append(
-            f"{n} samples are few: the accuracy at full depth lies between {100 * low:.0f}% and {100 * high:.0f}% "
+            f"only {n} samples: the accuracy at full depth is between {100 * low:.0f}% and {100 * high:.0f}% "
             "(95% confidence)"
         )
     if low <= counts[most] / n:

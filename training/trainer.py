@@ -287,7 +287,7 @@ def _check_out(out: Path, identity: str, resume: bool) -> None:
         before = _metadata(file)["identity"] if file.exists() else (read_record(out) or {}).get("identity")
         if before is not None and before != identity:
             raise ValueError(
-                f"{out} belongs to a run with other settings or data: use the same, or another folder"
+                f"{out} belongs to a run with other settings or data: use the same ones, or another folder"
             )
     elif (out / "config.json").exists() or read_record(out) is not None:
         what = "a finished checkpoint" if is_finished(out) else "a training run that --resume continues"

@@ -264,4 +264,4 @@ def _check_row_numbers(numbers: Array, rows: int) -> None:
         and (np.diff(high) >= 0).all()
     )
     if not sound:
-        raise GraphError("its attention does not have the bucket numbers of its distances")
+        raise GraphError("its bucket numbers do not match its distances")

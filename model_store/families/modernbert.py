@@ -108,7 +108,7 @@ class ModernBert(Encoder):
                 raise ValueError(f"layer_types {kind!r} cannot be exported; supported: {', '.join(KINDS)}")
             if rope[kind].get("rope_type", "default") != "default":
                 raise ValueError(
-                    f"rope_type {rope[kind]['rope_type']!r} cannot be exported, only RoPE without scaling (default)"
+                    f"rope_type {rope[kind]['rope_type']!r} cannot be exported; supported: default"
                 )
             if not 1 < rope[kind]["rope_theta"] < MAX_THETA:
                 raise ValueError(

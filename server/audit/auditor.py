@@ -79,7 +79,7 @@ class _Tenant:
             self.entries.clear()
 
     def discard(self, entry: _Entry) -> None:
-        """Discard an entry whose audit did not run, and all later ones, whatever their results.
+        """Discard an entry whose audit did not run, and all later ones, regardless of their results.
 
         Leaving out only the texts without a result would give too much weight to those that were not drawn.
         """

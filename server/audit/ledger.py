@@ -26,8 +26,8 @@ from de3.server.settings import Settings
 log = logging.getLogger("de3")
 
 MIN_AUDITS = 100  # with fewer, the mean exit layer is too uncertain
-RECENT_TEXTS = 20_000  # texts after which the tenants' shares of the traffic count half as much
-# Shared by all ledgers, so that texts drawn for a version are not counted for the same version exported anew.
+RECENT_TEXTS = 20_000  # half-life of the tenants' shares of the traffic, in texts
+# Shared by all ledgers, so that texts drawn for a version are not counted for the same version exported again.
 _EPOCHS = itertools.count(1)
 
 
@@ -150,7 +150,7 @@ class Ledger:
         of = f" of {name}" if name else ""
         log.warning(
             "%s: at the τ that audits had proved, answers now differ from full depth more often than the guaranteed "
-            "%g%%: texts%s run to full depth until audits of new texts allow more",
+            "%g%%: texts%s run to full depth until new audits allow early exits",
             self.manifest.full_name,
             100 * (self.rate or 0),
             of,

@@ -26,7 +26,7 @@ MAX_TAUS = 1024
 MAX_TIME = 2**38  # seconds since 1970: the year 10680
 MAX_TENANTS = 512  # files of a model: those of current tenants, and some of former ones
 NEW_SHARES = 64  # shares that a server may still add to a restored state
-MAX_COUNT, NEW_COUNT = 2**53, 2**52  # largest count, and the part of it that a server may add
+MAX_COUNT, NEW_COUNT = 2**53, 2**52  # largest count, and how much of it a server may add
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Rate = Annotated[float, Field(ge=0, le=1)]

@@ -145,7 +145,7 @@ class Tenant:
         self.num_changes = 0
         self.is_changed = False
         self._seen = Seen()
-        self._has_new_audits = False  # since τ could last rise
+        self._has_new_audits = False  # new audits since the last check of whether τ may rise
 
     @property
     def index(self) -> int:

@@ -271,4 +271,4 @@ def check_texts(request: Request, served: Served) -> None:
         if (text.text_pair is not None) != wants_pair:
             wanted, given = ("pairs of texts", "a single text") if wants_pair else ("single texts", "a pair")
             name, model = request.name_of(index), served.model.full_name
-            raise RequestError(f"{name}: {model} takes {wanted}, and this is {given}", name)
+            raise RequestError(f"{name}: {model} takes {wanted}, but this is {given}", name)

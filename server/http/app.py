@@ -228,7 +228,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         summary="Text classification that exits early",
         description=openapi.DESCRIPTION,
         redoc_url=None,
-        redirect_slashes=False,  # a redirect would go wherever the Host header says
+        redirect_slashes=False,  # a redirect would trust the Host header
         swagger_ui_parameters={"tryItOutEnabled": True},
         lifespan=lifespan,
         generate_unique_id_function=lambda route: route.name,  # function names in generated clients

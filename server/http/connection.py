@@ -338,7 +338,7 @@ class Connection(BaseConnection, asyncio.Protocol):
 
     def _too_large(self) -> RequestError:
         limit = self._listener.max_body_bytes
-        return RequestError(f"the body is larger than {limit} bytes, the limit", cause="too_large")
+        return RequestError(f"the body is larger than the limit of {limit} bytes", cause="too_large")
 
     def _count_body(self, size: int) -> None:
         """Count bytes of a body as in flight, if necessary in place of another client's unfinished body.

@@ -135,7 +135,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         return bytes(message["body"])
-    too_large = RequestError(f"the body is larger than {limit} bytes, the limit", cause="too_large")
+    too_large = RequestError(f"the body is larger than the limit of {limit} bytes", cause="too_large")
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and (len(value) > 18 or int(value) > limit):
             raise too_large

@@ -108,7 +108,9 @@ def parse(call: Call) -> InferRequest:
         size = tensor.parameters.get("binary_data_size")
         if size is not None:
             if type(size) is not int or not 0 <= size <= len(binary):
-                raise RequestError(f"inputs: {tensor.name}: binary_data_size does not fit the body", "inputs")
+                raise RequestError(
+                    f"inputs: {tensor.name}: binary_data_size does not match the body", "inputs"
+                )
             columns[tensor.name], binary = _decode(binary[:size], tensor, call.max_texts), binary[size:]
         else:
             columns[tensor.name] = _strings(tensor, call.max_texts)
@@ -135,12 +137,14 @@ def parse(call: Call) -> InferRequest:
 def _split(call: Call) -> tuple[bytes, bytes]:
     """The JSON of a body, and the binary tensors after it.
 
-    Raises RequestError if the length in the header Inference-Header-Content-Length does not fit the body.
+    Raises RequestError if the header Inference-Header-Content-Length does not match the body.
     """
     for name, value in call.headers:
         if name == HEADER_LENGTH:
             if not value.isdigit() or len(value) > 18 or int(value) > len(call.body):
-                raise RequestError("Inference-Header-Content-Length: does not fit the body", cause="not_json")
+                raise RequestError(
+                    "Inference-Header-Content-Length: does not match the body", cause="not_json"
+                )
             return call.body[: int(value)], call.body[int(value) :]
     return call.body, b""
 

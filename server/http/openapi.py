@@ -110,7 +110,7 @@ CLASSIFY: dict[str, Any] = {
         401: error(401, "an API key is needed; send Authorization: Bearer KEY"),
         404: error(404, "model: no model 'x' is served; available: sst2:1", "model"),
         408: error(408, "the body did not arrive within 10 s"),
-        413: error(413, "the body is larger than 1048576 bytes, the limit"),
+        413: error(413, "the body is larger than the limit of 1048576 bytes"),
         422: error(422, _WRONG_TAU, "tau"),
         429: error(429, "over your limit, in texts: 100 per 1 second"),
         503: error(503, "overloaded: 1024 texts are in flight, at most 1024 are allowed"),

@@ -17,7 +17,7 @@ from de3.server.settings import Settings
 FIRST_FIT, GROWTH = 500, 1.5  # records; each further fit needs GROWTH times as many as the one before
 MIN_RECORDS = 50
 MAX_HELD = 4096
-MAX_TESTS = 10_000  # held-out texts of a version that waits
+MAX_TESTS = 10_000  # held-out texts of a waiting version
 SAVE_GROWTH = 1.25  # records are saved once their number has grown by this factor since the last save
 
 Phase = Literal["recording", "fitting"]
@@ -76,7 +76,7 @@ class Waiting:
 
     @property
     def next_test(self) -> int:
-        """Value of Learner.count at which newer records test the exits, too."""
+        """Value of Learner.count at which newer records also test the exits."""
         return self.count + max(MIN_RECORDS, len(self.rows) // 4)
 
 
@@ -144,7 +144,7 @@ class Learner:
         self.resume()
 
     def add(self, record: Record) -> None:
-        """Keep a record, perhaps in place of another; it is discarded if MAX_HELD records are already held back."""
+        """Keep a record, which may replace another one; it is discarded if MAX_HELD records are already held back."""
         self.count += 1
         if self._held is None:
             self.reservoir.add(record)
@@ -197,7 +197,7 @@ class Learner:
 
     @property
     def is_test_due(self) -> bool:
-        """True if newer records should test the version that waits."""
+        """True if newer records should test the waiting version."""
         waiting = self.waiting
         return self.phase == "recording" and waiting is not None and self.count >= waiting.next_test
 

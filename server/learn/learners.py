@@ -168,7 +168,7 @@ class Learners:
             return
         due = next((one for one in self.all if one.is_due and one.count >= MIN_RECORDS), None)
         tested = next((one for one in self.all if one.is_test_due), None)
-        # A test comes first, as a fit replaces the version that waits.
+        # A test comes first, because a fit replaces the waiting version.
         if tested is not None and tested.waiting is not None:
             self._fitting = run_once("fit", self._test(tested, tested.waiting))
         elif due is not None:
@@ -238,7 +238,7 @@ class Learners:
         return await self._serve_if_faster(learner, waiting, first_new)
 
     async def _try_again(self, learner: Learner, waiting: Waiting) -> Result:
-        """Test a version that waits on the newer records, too."""
+        """Test a waiting version on newer records as well."""
         first_new = learner.journal.first_new
         after, manifest = int(learner.reservoir.texts), waiting.artifact.manifest
         waiting.count = learner.count  # even if the test fails, so that it is not repeated at once

@@ -35,7 +35,7 @@ class HeldOut:
         number: position of the text in the traffic, as in Records.
         scores: the signal's score at each exit; None at an exit where it is not defined.
         differs: for each exit, true if its answer disagrees with the last exit's.
-        is_repeat: it was recorded before the fit, too, perhaps by another tenant, so it counts only against the exits.
+        is_repeat: it was also recorded before the fit, perhaps for another tenant, so it counts only against the exits.
     """
 
     client: str

@@ -38,7 +38,7 @@ class Process:
         sockets: socket that carries connections and weights, as file descriptors.
         channel: the channel to it.
         connections: number of its open connections.
-        is_listening: it takes connections.
+        is_listening: it accepts connections.
         is_ready: it answers requests.
         has_opened: it has been ready at least once.
         is_late: its event loop has not answered for at least CHECK_S.

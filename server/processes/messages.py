@@ -30,16 +30,16 @@ def _plain(value: Any) -> Any:
 
 
 def decode(kind: type[T], value: Any) -> T:
-    """The value of a type from which encode() has made this parsed JSON.
+    """The value of a type that encode() converted to this parsed JSON.
 
-    Dataclasses, named tuples, pydantic's models, paths and arrays are made, also within lists, mappings and optional
-    values. All else is neither checked nor copied, so long lists of numbers take no time.
+    Decodes dataclasses, named tuples, pydantic's models, paths and arrays, also within lists, mappings and optional
+    values. Other values are neither checked nor copied, so long lists of numbers take no time.
     """
     make: Callable[[Any], T] | None = _maker(kind)  # type: ignore[arg-type]  # types are hashable
     return value if make is None else make(value)
 
 
-# Make the values of generic types, given the function that makes their parts.
+# Decoders of generic types, given the decoder of their parts.
 _GENERIC: dict[Any, Callable[[Callable[[Any], Any], Any], Any]] = {
     UnionType: lambda make, value: None if value is None else make(value),
     **dict.fromkeys((Sequence, list), lambda make, values: [make(value) for value in values]),
@@ -51,7 +51,7 @@ _GENERIC: dict[Any, Callable[[Callable[[Any], Any], Any], Any]] = {
 
 @cache
 def _maker(kind: Any) -> Callable[[Any], Any] | None:
-    """The function that makes a value of a type from parsed JSON; None if parsed JSON is of this type."""
+    """The decoder of a type from parsed JSON; None if parsed JSON already is of this type."""
     if (origin := get_origin(kind)) is np.ndarray:
         return lambda row: np.frombuffer(b64decode(row[2]), row[0]).reshape(row[1])
     if origin in _GENERIC:

@@ -55,7 +55,7 @@ class Supervisor:
         found = find(Store(settings.store), settings.models, artifacts)  # both raise early, as a Service does
         default_of(settings, found, are_named=True)
         self._access = Access(settings)
-        # A process that is started later has the same keys, whatever the files say then.
+        # A process that is started later has the same keys, even if the files have changed.
         self._part = worker.part_of(settings, settings.processes).model_copy(update=self._access.keys)
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload(["__main__", worker.__name__])

@@ -132,7 +132,7 @@ class Worker:
             self._stop()
 
     def leave(self) -> None:
-        """Tell the supervisor that this process has failed, and takes no more connections."""
+        """Tell the supervisor that this process has failed, and accepts no more connections."""
         self.channel.tell("leaving")
 
     # Shared
