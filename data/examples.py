@@ -125,7 +125,7 @@ def rename(
 
 
 def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str]) -> None:
-    """Write examples as jsonl: text, text_pair, label, group and fragment, as far as they are set.
+    """Write examples as jsonl: text, text_pair, label, group and fragment, each if it is set.
 
     A label is written as its name, as a list of names, or as a value.
     """

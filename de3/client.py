@@ -264,7 +264,7 @@ class _Client(Generic[Http]):
 
     @contextmanager
     def _errors(self) -> Iterator[list[httpx.Response]]:
-        """Turn errors into ServerError. Yields a list, which is to receive the response once its head has arrived."""
+        """Turn errors into ServerError. Yields a list, to which the caller adds the response once its head arrives."""
         received: list[httpx.Response] = []
         try:
             yield received

@@ -53,7 +53,7 @@ class Exits:
     prototypes: list[Array]
 
     def recorded(self, of: TrainingSet) -> Recorded:
-        """Record the outputs of all exits, the last included, for texts; the labels are full depth's answers."""
+        """Record the outputs of all exits, including the last, for texts; the labels are full depth's answers."""
         target, layers = of.target, list(range(len(self.classifiers) + 1))
         logits = np.stack([target.logits] * len(layers), 1)
         distances = np.full_like(logits, np.nan)

@@ -189,7 +189,7 @@ def publish(
     """Publish a model with these exits; returns its folder.
 
     attempt: number of the server's fit; None if a guarantee treats the result as a new model. records: number of
-    records that the fit was given, held-out ones included. name, version: the published name and version; by default,
+    records that the fit was given, including held-out ones. name, version: the published name and version; by default,
     the base's name and the next version in the store. Raises StoreError for a damaged base, and OSError if the version
     exists.
     """

@@ -30,7 +30,7 @@ class Architecture(ManifestPart):
         exit_layers: layers with an exit, ascending; 0 is the embedding output, the last is num_layers.
         prototype_layers: layers whose exits have prototypes.
         metric_dim: width of the prototype space.
-        max_tokens: longest input, special tokens included.
+        max_tokens: longest input, including special tokens.
         pooling: pooling of every exit, except a last exit with a head, which has its own.
         head: an imported classifier's head, as the last exit; None if the last exit is like the others.
     """

@@ -47,7 +47,7 @@ def read_model(data: bytes) -> Any:
 
 
 def _count_fields(data: memoryview, kind: Any, left: int) -> int:
-    """Subtract the number of a message's fields, nested ones included, from `left`, and return the rest.
+    """Subtract the number of a message's fields, including nested ones, from `left`, and return the rest.
 
     Runs before parsing, because parsing turns a field of two bytes into an object of a hundred bytes. Raises GraphError
     for more than `left` fields, and for unknown, malformed and oversized ones.

@@ -153,7 +153,7 @@ class Learned(ManifestPart):
     Attributes:
         base: hash of the model that the exits were fitted for; see `base_of`.
         attempt: number of the fit, from 1. A guarantee divides its error probability among the attempts.
-        records: number of records that the fit used, held-out ones included.
+        records: number of records that the fit used, including held-out ones.
     """
 
     base: Sha256

@@ -25,7 +25,7 @@ PARTS = {
 # Regular expressions can take exponential time. These do not, and match at least one character.
 REGEXES = (r"\s{2,}|[\n\r\t]", " {2,}")  # DeBERTa's, and XLM-RoBERTa's
 MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
-MAX_PARTS = 16  # limit on the parts of a Sequence, nested ones included
+MAX_PARTS = 16  # limit on the parts of a Sequence, including nested ones
 MAX_CONTENT = 4  # characters inserted by a Replace or Prepend
 MAX_GROWTH = 4  # length of the normalized text relative to the original
 MAX_WORD_CHARS = 200  # WordPiece's time is quadratic in this
@@ -80,7 +80,7 @@ def check_tokenizer(data: bytes) -> None:
 
 
 def check_values(data: bytes) -> None:
-    """Raise TokenizerError for JSON with more than MAX_VALUES commas and opening brackets, those in texts included."""
+    """Raise TokenizerError for JSON with more than MAX_VALUES commas and opening brackets, including those in texts."""
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise TokenizerError(f"more than {MAX_VALUES} values")
 
@@ -158,7 +158,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_strings(part: Any, most: int) -> None:
-    """Raise TokenizerError for a string, keys included, of more than `most` characters."""
+    """Raise TokenizerError for a string (or key) of more than `most` characters."""
     parts = [part]
     while parts:
         match parts.pop():

@@ -116,7 +116,7 @@ def plain_text(value: Any, where: str) -> Text:
 
 
 def explain(first: Mapping[str, Any], loc: Sequence[int | str], no_object: str) -> RequestError:
-    """A RequestError for an error of pydantic's, with the field's name and the allowed values.
+    """The RequestError for a pydantic error, with the field's name and the allowed values.
 
     loc: the error's place in the body. no_object: the message for a body that is not an object.
     """

@@ -139,7 +139,7 @@ class Encoder(ManifestPart, ABC):
 
     @classmethod
     def max_tokens(cls, config: Config) -> int:
-        """Maximum number of tokens of a text, special tokens included."""
+        """Maximum number of tokens of a text, including special tokens."""
         return int(config["max_position_embeddings"])
 
     @classmethod

@@ -16,7 +16,7 @@ from de3.model_store.tokenizer import PIECE, max_chars
 LENGTHS = (8, 32, 128, 512)
 RUNS = 5
 SPECIAL = 2  # special tokens around a text
-CHARS_PER_TOKEN = 4  # in English; the schedule and the groups depend on it
+CHARS_PER_TOKEN = 4  # typical of English; the schedule and the groups depend on it
 # Texts for timing the tokenizer: plain words; words that split into many pieces; and WordPiece's worst case, words of
 # the maximum length that split into single letters.
 PLAIN, ODD, LONG = "a plain word and another ", "x1-\u00e9\u4e2d?Zq;", "qxzj" * 25 + " "

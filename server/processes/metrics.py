@@ -24,7 +24,7 @@ class SharedMetrics:
     """The metrics of the processes, and the supervisor's own.
 
     Attributes:
-        replaced: counter of the starts of a process that replaces one that ended, failed starts included.
+        replaced: counter of processes started to replace others that ended, including failed starts.
     """
 
     def __init__(self, group: Group, coordinator: Coordinator | None) -> None:
