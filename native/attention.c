@@ -109,7 +109,7 @@ static void add_block_terms(const Text *h, const Block *b, int t, int key) {
     }
 }
 
-/* Offsets of a query's scores, from key `from` on; NULL: there are none. */
+/* Offsets of a query's scores, from key `from` on; NULL: none. */
 static const float *offsets_of(const Offsets *o, int head, int query, int from) {
     return o->values ? o->values + head * offsets_stride(o->positions) + o->positions - 1 - query + from : NULL;
 }

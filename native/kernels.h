@@ -73,7 +73,7 @@ enum { ATTENTION_ROWS = 16 }; /* largest number of queries in a block */
 
 /* Keys and values of a head for some of a text's tokens, or the rows of a table in place of keys. */
 typedef struct {
-    const float *k, *v; /* (tokens, stride); v NULL: there are no values */
+    const float *k, *v; /* (tokens, stride); v NULL: no values */
     size_t stride;
     int tokens, width; /* width is a multiple of 16 */
     int pairs;         /* keys and values are multiplied as pairs of bfloat16: see has_pairs */

@@ -268,7 +268,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Page, keyed: Server) -> Non
         expect(page.locator("#main")).to_be_hidden()
         page.keyboard.type("a-wrong-key-of-mine")
         page.keyboard.press("Enter")
-        expect(page.locator("#key-error")).to_have_text("The server does not know this key.")
+        expect(page.locator("#key-error")).to_have_text("Unknown API key.")
         page.fill("#key", KEY)
         page.get_by_role("button", name="Use this key").click()
         expect(page.locator("#layers .exit")).to_have_count(1)

@@ -249,7 +249,7 @@ async function isGone(model) {
 function refused(error, again) {
   if (!(error instanceof Refused)) throw error;
   if (error.status === 401) {
-    $("key-error").textContent = key() ? "The server does not know this key." : "";
+    $("key-error").textContent = key() ? "Unknown API key." : "";
     $("key-form").hidden = false;
     $("main").hidden = true;
     $("key").focus();
