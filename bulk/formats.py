@@ -40,7 +40,7 @@ class Rows:
     @classmethod
     def of(cls, slices: Sequence[Slice], answers: dict[str, list[Any]], types: dict[str, str]) -> "Rows":
         """The rows of slices; raises ValueError if an input column and an answers' column have the same name."""
-        kept = [one.kept for one in slices if one.texts]
+        kept = [one.kept for one in slices if len(one.kept)]
         for piece in kept:
             for names in piece if isinstance(piece, list) else [piece.column_names]:
                 if both := [name for name in names if name in types]:
@@ -51,9 +51,12 @@ class Rows:
         return cls(kept, answers, types)
 
     def names(self) -> list[str] | None:
-        """The names of the input's columns, from the first row; None if there are no rows."""
+        """The names of the input's columns, from the first row that could be read; None if there is none."""
         for piece in self.kept:
-            return list(piece[0]) if isinstance(piece, list) else list(piece.column_names)
+            if not isinstance(piece, list):
+                return list(piece.column_names)
+            for row in filter(None, piece):
+                return list(row)
         return None
 
     def check(self, names: Sequence[str]) -> None:

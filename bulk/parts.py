@@ -20,26 +20,34 @@ class Parts:
 
     Attributes:
         is_complete: an earlier run has written the whole output.
+        drops_refused: as given to __init__.
+        types: the types of the answers' columns (see de3.columns), by their names in the output; empty before the
+            first part, if no earlier run has written it.
     """
 
-    def __init__(self, out: Path, kind: str, run: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, kind: str, run: Mapping[str, Any], drops_refused: bool = False) -> None:
         """Start or continue an output.
 
         Args:
             out: a file, whose suffix is `kind`, or a folder.
             kind: suffix of the parts, one of formats.KINDS.
             run: everything that determines the output, as a JSON object. If the output was started with a different
-            one, it is refused. Raises ValueError for an output that cannot be started or continued.
+                one, it is refused.
+            drops_refused: rows that cannot be classified are written to a file of their own, instead of the output.
+
+        Raises ValueError for an output that cannot be started or continued.
         """
         self._file = out if out.suffix in KINDS and not out.is_dir() else None
         self._folder = out if self._file is None else out.with_name(f"{out.name}.parts")
-        self._run, self.is_complete = json.loads(json.dumps({**run, "format": kind})), False
+        noted = {**run, "format": kind, "drops_refused": drops_refused}
+        self._run, self.is_complete = json.loads(json.dumps(noted)), False
+        self.drops_refused, self.types = drops_refused, dict[str, str]()
         self._format = Format(
             kind, {name: run[name] for name in ("model", "labels", "options") if name in run}
         )
         self._lock = FileLock(self._folder / ".lock", timeout=0)
         if self._file is not None and not (self._folder / RUN).exists():
-            for one in (self._file, self._all_refused):
+            for one in (self._file, *([self._all_refused] if drops_refused else [])):
                 if one.exists():
                     raise ValueError(f"{one}: already exists; remove it, or choose another --out")
         self._is_new = not self._folder.exists()
@@ -66,7 +74,7 @@ class Parts:
                 f"{out}: was started with other settings ({', '.join(changed)}): use the same command, "
                 f"or remove {self._folder} to start over"
             )
-        self._format.names = before["names"]
+        self._format.names, self.types = before["names"], before["types"]
         self.is_complete = before["is_complete"]
         if self._file is not None and self._file.exists():  # interrupted while removing the parts
             self.is_complete = True
@@ -74,7 +82,8 @@ class Parts:
 
     def _note(self, is_complete: bool) -> None:
         draft = new_draft(self._folder / RUN)
-        noted = {"run": self._run, "names": self._format.names, "is_complete": is_complete}
+        columns = {"names": self._format.names, "types": self.types}
+        noted = {"run": self._run, **columns, "is_complete": is_complete}
         with draft.open("x") as opened:
             json.dump(noted, opened, indent=1)
         publish(draft, self._folder / RUN)
@@ -96,31 +105,32 @@ class Parts:
         """True if an earlier run has written this part."""
         return self._path(number).exists()
 
-    def write(
-        self, number: int, slices: list[Slice], answers: dict[str, list[Any]], types: dict[str, str]
-    ) -> None:
+    def write(self, number: int, slices: list[Slice], answers: dict[str, list[Any]]) -> None:
         """Write a part; raises ValueError if it does not fit the earlier parts, or the format cannot hold a value.
 
-        answers, types: columns for the texts of all slices, in order, and their types.
+        answers: the columns `types` for the rows of all slices, in order.
         """
-        rows, known = Rows.of(slices, answers, types), self._format.names
+        rows, known = Rows.of(slices, answers, self.types), self._format.names
         self._format.prepare(rows, [self._path(n) for n in range(number)])
         if known != self._format.names or not (self._folder / RUN).exists():
             self._note(False)
-        draft = new_draft(self._refused(number))
-        with draft.open("x", encoding="utf-8", errors="backslashreplace") as opened:
-            for one in slices:
-                opened.writelines(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in one.refused)
-        publish(draft, self._refused(number))  # before the part, so that every part has this file
+        if self.drops_refused:
+            draft = new_draft(self._refused(number))
+            with draft.open("x", encoding="utf-8", errors="backslashreplace") as opened:
+                for row in (row for one in slices for _, row in sorted(one.refused.items())):
+                    opened.write(json.dumps(vars(row), ensure_ascii=False) + "\n")
+            publish(draft, self._refused(number))  # before the part, so that every part has this file
         self._format.write(self._path(number), rows)
 
     def finish(self, count: int) -> Path | None:
-        """Complete the output, which has `count` parts; returns the file of refused rows, or None if there are none."""
-        refused = self._all_refused
-        Format(".jsonl", {}).join([self._refused(number) for number in range(count)], refused)
-        has_some = refused.stat().st_size > 0
-        if not has_some:
-            refused.unlink()
+        """Complete the output, which has `count` parts; returns the file of dropped rows, or None if there are none."""
+        refused = None
+        if self.drops_refused:
+            refused = self._all_refused
+            Format(".jsonl", {}).join([self._refused(number) for number in range(count)], refused)
+            if not refused.stat().st_size:
+                refused.unlink()
+                refused = None
         if self._file is not None:
             self._format.join([self._path(number) for number in range(count)], self._file)
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -128,7 +138,7 @@ class Parts:
             self._note(True)
             for number in range(count):
                 self._refused(number).unlink(missing_ok=True)
-        return refused if has_some else None
+        return refused
 
     def close(self) -> None:
         """Release the output, so that another run can write to it; if no part was written, remove what was created."""

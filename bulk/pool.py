@@ -34,8 +34,8 @@ class Pool(Protocol):
 
     size: int
 
-    def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
-        """Classify a slice."""
+    def submit(self, texts: Sequence[Input | None]) -> "Future[Answers]":
+        """Classify a slice; None: a row without a text."""
 
     def close(self) -> None:
         """Cancel the slices that are not started, and wait for the others."""
@@ -66,7 +66,7 @@ class LocalPool:
             context.set_forkserver_preload([__name__])
         self._processes = ProcessPoolExecutor(self.size, context, initializer=opened)
 
-    def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
+    def submit(self, texts: Sequence[Input | None]) -> "Future[Answers]":
         """Classify a slice in one of the processes."""
         return self._processes.submit(_answer, texts)
 
@@ -102,7 +102,7 @@ def _end_with_parent() -> None:
             os._exit(1)
 
 
-def _answer(texts: Sequence[Input]) -> Answers:
+def _answer(texts: Sequence[Input | None]) -> Answers:
     ((classifier, options),) = _open_in_this_process
     return classifier.answers(texts, **options)
 
@@ -116,53 +116,50 @@ class RemotePool:
         self._models: set[str] = set()  # names of the models that have answered
         self._threads = ThreadPoolExecutor(parallel)
 
-    def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
+    def submit(self, texts: Sequence[Input | None]) -> "Future[Answers]":
         """Classify a slice in consecutive requests of at most MAX_BATCH texts."""
         return self._threads.submit(self._answer, texts)
 
-    def _answer(self, texts: Sequence[Input]) -> Answers:
-        rows: list[dict[str, Any]] = []
-        errors: dict[int, str] = {}
+    def _answer(self, texts: Sequence[Input | None]) -> Answers:
+        given = [(index, text) for index, text in enumerate(texts) if text is not None]
+        rows: dict[int, dict[str, Any]] = {}
         with server_errors():
-            for start, batch in _batches(texts):
-                self._ask(texts, list(range(start, start + len(batch))), rows, errors)
-        if not rows:
-            return Answers({}, errors)
-        answers = Answers.of("value" in rows[0], "labels" in rows[0], self._options.get("long") == "windows")
-        answers.add(rows)
-        answers.errors = errors
+            for start, batch in _batches([text for _, text in given]):
+                self._ask(given[start : start + len(batch)], rows)
+        answers = Answers({"error": []})
+        if first := next((row for row in rows.values() if "error" not in row), None):
+            answers = Answers.of("value" in first, "labels" in first, self._options.get("long") == "windows")
+        answers.add([rows.get(index, {"error": "missing"}) for index in range(len(texts))])
         return answers
 
-    def _ask(
-        self, texts: Sequence[Input], indices: list[int], rows: list[dict[str, Any]], errors: dict[int, str]
-    ) -> None:
-        """Classify the texts with these indices, in one request or, if the server refuses it, in several.
+    def _ask(self, texts: list[tuple[int, Input]], rows: dict[int, dict[str, Any]]) -> None:
+        """Classify texts, given with their indices, in one request or, if the server refuses it, in several.
 
-        Appends the answers to `rows`, and puts the reasons for refused texts into `errors`, by index. Raises
-        ServerError if the server refuses the options or does not answer, and ValueError if several models answer.
+        Adds the answers to `rows`, by index, or {"error": reason} for a refused text. Raises ServerError if the server
+        refuses the options or does not answer, and ValueError if several models answer.
         """
         try:
-            answer = self._client.classify([texts[index] for index in indices], **self._options)
+            answer = self._client.classify([text for _, text in texts], **self._options)
         except ServerError as error:
             # Matches if a text is refused; group 1 is its index in a batch.
             named = re.fullmatch(r"input(?:\[([0-9]+)\])?(?:\..*)?", error.field or "")
             if error.status not in (413, 422) or (named is None and error.status == 422):
                 raise
-            if len(indices) == 1:
-                errors[indices[0]] = error.message
-            elif named is not None and named[1] is not None:
-                errors[indices.pop(int(named[1]))] = error.message
-                self._ask(texts, indices, rows, errors)
+            if len(texts) == 1 or (named is not None and named[1] is not None):
+                at = int(named[1]) if len(texts) > 1 and named is not None else 0
+                rows[texts.pop(at)[0]] = {"error": error.message.removeprefix(f"{error.field}: ")}
+                if texts:
+                    self._ask(texts, rows)
             else:  # too many, or too large together
-                half = len(indices) // 2
-                self._ask(texts, indices[:half], rows, errors)
-                self._ask(texts, indices[half:], rows, errors)
+                half = len(texts) // 2
+                self._ask(texts[:half], rows)
+                self._ask(texts[half:], rows)
             return
         self._models.add(answer.model)
         if len(self._models) > 1:
             names = ", ".join(sorted(self._models))
             raise ValueError(f"several models answered ({names}): choose one with --model name:version")
-        rows += [row.raw for row in answer.rows]
+        rows.update((index, row.raw) for (index, _), row in zip(texts, answer.rows, strict=True))
 
     def close(self) -> None:
         """Cancel the slices that are not started, and wait for the others."""

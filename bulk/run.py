@@ -42,9 +42,8 @@ class Summary:
 
     def add(self, one: Slice, answers: Answers) -> None:
         """Add the answers to a slice."""
-        layers = answers.values.get("exit_layer", [])
-        self.layers.update(layers)
-        self.answered += len(layers)
+        self.layers.update(layer for layer in answers.values.get("exit_layer", []) if layer is not None)
+        self.answered += one.rows - len(one.refused)
         self.refused += len(one.refused)
         self.model_s += answers.model_s
         self.full_depth_s += answers.full_depth_s
@@ -86,8 +85,8 @@ def classify(
         if future is not None:
             with _process_errors():
                 answers = future.result()
-            one.remove(answers.errors)
-            if is_first and not one.texts:  # probably the wrong columns or the wrong model
+            one.merge_errors(answers.values["error"])
+            if is_first and len(one.refused) == one.rows:  # probably the wrong columns or the wrong model
                 first = one.refused[0]
                 raise ValueError(
                     f"none of the first {one.rows} rows can be classified: {first.where}: {first.reason}"
@@ -133,7 +132,6 @@ class _Part:
         self._number = -1
         self._slices: list[Slice] = []
         self._values: dict[str, list[Any]] = {}
-        self._types: dict[str, str] = {}
 
     def add(self, number: int, one: Slice, answers: Answers) -> None:
         """Add a slice to part `number`; if that is another part, the current one is written first."""
@@ -141,12 +139,15 @@ class _Part:
             self.end()
             self._number = number
         self._slices.append(one)
-        for name, values in answers.values.items():
-            self._types[self._rename(name)] = COLUMNS[name].type
-            self._values.setdefault(self._rename(name), []).extend(values)
+        values = one.drop_refused(answers.values) if self._parts.drops_refused else answers.values
+        columns = {self._rename(name): column for name, column in values.items()}
+        types = self._parts.types or {self._rename(name): COLUMNS[name].type for name in values}
+        self._parts.types = types
+        for name in types:  # if a server refused all texts of a slice, its other columns are missing
+            self._values.setdefault(name, []).extend(columns.get(name) or [None] * len(one.kept))
 
     def end(self) -> None:
         """Write the part, if it has slices."""
         if self._slices:
-            self._parts.write(self._number, self._slices, self._values, self._types)
-        self._slices, self._values = [], {name: [] for name in self._types}
+            self._parts.write(self._number, self._slices, self._values)
+        self._slices, self._values = [], {}

@@ -32,47 +32,59 @@ class Slice:
     """Consecutive rows of the input.
 
     Attributes:
-        texts: the texts of the rows that can be classified.
-        numbers: the row number of each text in the input, from 0, not counting blank lines.
-        places: the place of each text: FILE:LINE or, in parquet files, FILE:ROW with rows from 0.
-        kept: the input's columns that the output repeats, for each text: a list of dicts, or a pyarrow table.
-        refused: the rows that cannot be classified.
-        rows: number of all rows.
+        number: the number of the first row in the input, from 0, not counting blank lines.
+        texts: the text of each row; None: it has none that can be classified.
+        places: the place of each row: FILE:LINE or, in parquet files, FILE:ROW with rows from 0.
+        kept: the input's columns that the output repeats, for each row: a list of dicts, or a pyarrow table.
+        refused: the rows that cannot be classified, by index.
         chars: approximate size of the rows, in characters.
     """
 
-    texts: list[Input] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    number: int
+    texts: list[Input | None] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     kept: Any = field(default_factory=list)
-    refused: list[Refused] = field(default_factory=list)
-    rows: int = 0
+    refused: dict[int, Refused] = field(default_factory=dict)
     chars: int = 0
 
-    def add(self, text: Input, number: int, where: str) -> None:
-        """Add a text, without its kept columns."""
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.texts)
+
+    def add(self, text: Input, where: str) -> None:
+        """Add a row, without its kept columns."""
         self.texts.append(text)
-        self.numbers.append(number)
         self.places.append(where)
         self.chars += chars_of(text)
 
-    def refuse(self, number: int, where: str, reason: str, content: object) -> None:
-        """Add a row that cannot be classified. content: the row or its text, of which the beginning is kept."""
-        shown = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
-        self.refused.append(Refused(number, where, reason.removeprefix(": ")[:SHOWN], shown[:SHOWN]))
+    def add_refused(self, where: str, reason: str, content: object) -> None:
+        """Add a row that cannot be classified, without its kept columns."""
+        self.texts.append(None)
+        self.places.append(where)
+        self.refuse(self.rows - 1, reason, content)
 
-    def remove(self, errors: dict[int, str]) -> None:
-        """Move texts that could not be classified to `refused`; errors: the reasons, by index in `texts`."""
-        if not errors:
-            return
-        for index, reason in errors.items():
-            self.refuse(self.numbers[index], self.places[index], reason, self.texts[index])
-        self.refused.sort(key=lambda refused: refused.row)
-        stay = [index for index in range(len(self.texts)) if index not in errors]
-        self.kept = _taken(self.kept, stay)
-        for name in ("texts", "numbers", "places"):
-            values = getattr(self, name)
-            setattr(self, name, [values[index] for index in stay])
+    def refuse(self, index: int, reason: str, content: object) -> None:
+        """Refuse a row. content: the row or its text, of which the beginning is kept."""
+        shown = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
+        reason = reason.removeprefix(": ")[:SHOWN]
+        self.refused[index] = Refused(self.number + index, self.places[index], reason, shown[:SHOWN])
+
+    def merge_errors(self, errors: list[str | None]) -> None:
+        """Refuse the texts that could not be classified, and complete `errors`: the reason for each row."""
+        for index, reason in enumerate(errors):
+            if index in self.refused:
+                errors[index] = self.refused[index].reason
+            elif reason is not None:
+                self.refuse(index, reason, self.texts[index])
+
+    def drop_refused(self, values: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Drop the refused rows from `kept`; returns the answers' columns without them, and without `error`."""
+        stay = [index for index in range(self.rows) if index not in self.refused]
+        if self.refused:
+            self.kept = _taken(self.kept, stay)
+        names = [name for name in values if name != "error"]
+        return {name: [values[name][index] for index in stay] for name in names}
 
 
 class Source:
@@ -100,7 +112,7 @@ class Source:
                 yield one
 
     def _read_rows(self, file: Path, number: int) -> Iterator[Slice]:
-        one, is_first = Slice(), True
+        one, is_first = Slice(number), True
         for where, record in records(file, self._columns, keeps_bad=True):
             row = {self._columns.text: record} if isinstance(record, str) else record
             try:
@@ -108,22 +120,27 @@ class Source:
                     raise ValueError(row.reason)
                 text = self._text(row)
             except ValueError as error:
-                one.refuse(number, where, str(error), row.content if isinstance(row, BadRow) else row)
+                one.add_refused(where, str(error), row.content if isinstance(row, BadRow) else row)
+                row = self._plain(row)
             else:
                 if is_first and (unknown := [name for name in self._keep or () if name not in row]):
                     raise ValueError(f"{where}: no column {unknown[0]!r}; it has {_list(row)}: set --keep")
                 is_first = False
-                kept = row if self._keep is None else {name: row.get(name) for name in self._keep}
-                one.add(text, number, where)
-                one.kept.append(kept)
-                one.chars += sum(map(_size, kept.values()))
-            one.rows += 1
-            number += 1
+                one.add(text, where)
+            kept = row if self._keep is None else {name: row.get(name) for name in self._keep}
+            one.kept.append(kept)
+            one.chars += sum(map(_size, kept.values()))
             if one.rows >= SLICE_ROWS or one.chars >= SLICE_CHARS:
                 yield one
-                one = Slice()
+                one = Slice(one.number + one.rows)
         if one.rows:
             yield one
+
+    def _plain(self, row: Any) -> dict[str, Any]:
+        """The columns of a refused row, if it is a row with texts; a text that is of another type becomes None."""
+        names = (self._columns.text, self._columns.text_pair or PAIR)
+        columns = row.items() if isinstance(row, dict) and names[0] in row else ()
+        return {name: value if name not in names or _is_text(value) else None for name, value in columns}
 
     def _text(self, row: Any) -> Input:
         """The text or pair of a row; raises ValueError if it is missing or invalid."""
@@ -165,26 +182,26 @@ class Source:
         number, start: index of the slice's first row in the input and in the file. texts: the text columns. large: as
             of _tables.
         """
-        rows = len(texts[0])
-        one, stay = Slice(rows=rows + len(large), chars=kept.nbytes), []
-        for offset, beginning in large.items():
-            reason = f"a row of more than {MAX_LINE} bytes"
-            one.refuse(number + offset, f"{file}:{start + offset}", reason, beginning)
-        for index, offset in enumerate(offset for offset in range(one.rows) if offset not in large):
+        one, indices = Slice(number), iter(range(len(texts[0])))
+        rows: list[int | None] = []  # of the table; None: it lacks the row
+        for offset in range(len(texts[0]) + len(large)):
             where = f"{file}:{start + offset}"
+            if offset in large:
+                one.add_refused(where, f"a row of more than {MAX_LINE} bytes", large[offset])
+                rows.append(None)
+                continue
+            index = next(indices)
+            rows.append(index)
             try:
-                text = self._checked([column[index] for column in texts])
+                one.add(self._checked([column[index] for column in texts]), where)
             except ValueError as error:
                 try:
                     (row,) = kept.slice(index, 1).to_pylist() or [{}]
                 except (ValueError, OverflowError):  # such as a date after the year 9999
                     row = {}
-                one.refuse(number + offset, where, str(error), {**row, self._columns.text: texts[0][index]})
-                continue
-            one.add(text, number + offset, where)
-            stay.append(index)
-        one.refused.sort(key=lambda refused: refused.row)
-        one.kept = kept if len(stay) == rows else _taken(kept, stay)
+                one.add_refused(where, str(error), {**row, self._columns.text: texts[0][index]})
+        one.kept = _taken(_nullable(kept), rows) if large else kept
+        one.chars += kept.nbytes
         return one
 
     def _checked(self, values: list[Any]) -> Input:
@@ -201,14 +218,20 @@ class Source:
         return texts[0] if len(texts) == 1 else (texts[0], texts[1])
 
 
-def _taken(kept: Any, rows: list[int]) -> Any:
-    """The kept columns (Slice.kept) of these rows only."""
+def _taken(kept: Any, rows: Sequence[int | None]) -> Any:
+    """The kept columns (Slice.kept) of these rows; None: a row of a table in which every column is null."""
     if isinstance(kept, list):
-        return [kept[index] for index in rows]
-    if not kept.column_names:
-        return kept.slice(0, len(rows))
+        return [kept[index] for index in rows if index is not None]
     arrow = pyarrow_module()
+    if not kept.column_names:
+        return arrow.table({"": arrow.nulls(len(rows))}).select([])
     return kept.take(arrow.array(rows, arrow.int64()))
+
+
+def _nullable(table: Any) -> Any:
+    """The table, with columns that may have nulls."""
+    schema = pyarrow_module().schema([one.with_nullable(True) for one in table.schema], table.schema.metadata)
+    return pyarrow_module().Table.from_arrays(table.columns, schema=schema)
 
 
 def files_in(path: Path, columns: Columns) -> list[Path]:
@@ -304,6 +327,11 @@ def _beginning(array: Any) -> str:
 
 def _list(names: Any) -> str:
     return ", ".join(map(repr, names))[:SHOWN]
+
+
+def _is_text(value: Any) -> bool:
+    """True for a text that UTF-8 can encode."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def chars_of(text: Input) -> int:

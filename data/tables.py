@@ -78,10 +78,11 @@ def records(path: Path, columns: Columns, keeps_bad: bool = False) -> Iterator[t
     """Yield the rows of a file, each with its place, FILE:LINE. A row is a dict by column, in .jsonl any JSON value.
 
     Blank lines are skipped. Raises ValueError for a row that cannot be read, a file that cannot be read as a table, or
-    a file without rows. keeps_bad: yield a BadRow for a row that cannot be read, and nothing for a file without rows.
+    a file without rows. keeps_bad: yield a BadRow for a row that cannot be read, a row also for a blank line in .txt,
+    and nothing for a file without rows.
     """
     line = 0
-    for line, record in _records(path, columns):
+    for line, record in _records(path, columns, keeps_bad):
         if isinstance(record, BadRow) and not keeps_bad:
             raise ValueError(f"{path}:{line}: {record.reason}")
         yield f"{path}:{line}", record
@@ -89,7 +90,7 @@ def records(path: Path, columns: Columns, keeps_bad: bool = False) -> Iterator[t
         raise ValueError(f"{path} has no rows")
 
 
-def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
+def _records(path: Path, columns: Columns, keeps_bad: bool) -> Iterator[tuple[int, Any]]:
     suffix, delimiter = path.suffix, columns.delimiter
     known = (".tsv", ".csv", ".jsonl", *([".txt"] if columns.label is None else []))
     if delimiter is None and suffix not in known:
@@ -108,7 +109,7 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
             for number, line, problem in _lines(file):
                 if problem:
                     yield number, BadRow(problem, line[:SHOWN])
-                elif line.strip():
+                elif line.strip() or (keeps_bad and suffix == ".txt"):
                     yield number, {columns.text: line.rstrip("\r\n")} if suffix == ".txt" else _json(line)
             return
         if delimiter is None:

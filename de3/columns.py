@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from de3.model_store.manifest import Manifest
@@ -35,6 +35,7 @@ COLUMNS = {
     "windows_of": Column("int32", lambda row: row["windows"]["of"] if "windows" in row else 1),
     "ood_score": Column("double", lambda row: row["ood_score"]),
     "out_of_distribution": Column("bool", lambda row: row.get("out_of_distribution", False)),
+    "error": Column("string", lambda row: row.get("error")),
 }
 
 
@@ -43,60 +44,62 @@ class Answers:
     """The answers to texts, by column.
 
     Attributes:
-        values: the columns.
-        errors: the reason why a text has no answer, by the text's index; the columns have None for it, or no row.
+        values: the columns, with a row for each text. If a text cannot be classified, `error` has the reason, and the
+            other columns None.
         model_s: time in the model, seconds; 0 if it is unknown.
         full_depth_s: predicted time in the model at full depth, seconds.
     """
 
     values: dict[str, list[Any]]
-    errors: dict[int, str] = field(default_factory=dict)
     model_s: float = 0.0
     full_depth_s: float = 0.0
 
     @classmethod
-    def of(cls, has_value: bool, has_labels: bool, windows: bool, ood: bool = False) -> Self:
+    def of(
+        cls, has_value: bool, has_labels: bool, windows: bool, ood: bool = False, errors: bool = True
+    ) -> Self:
         """No answers yet. has_value: of a regression model; has_labels: of a multi-label model.
 
         windows, ood: the requests have several windows, or set `ood`; `explain`, `flag` and `top_k` add no columns.
+        errors: add the column `error`.
         """
         absent = {"probs" if has_value else "value"}
         absent |= set() if has_labels else {"labels"}
         absent |= set() if windows else {"windows_run", "windows_of"}
         absent |= set() if ood else {"ood_score", "out_of_distribution"}
+        absent |= set() if errors else {"error"}
         return cls({name: [] for name in COLUMNS if name not in absent})
 
-    def add(self, rows: Sequence[Mapping[str, Any] | None]) -> None:
-        """Append answers, given as rows of `data` in a response; None: a text without an answer."""
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append answers, given as rows of `data` in a response; {"error": reason}: a text without an answer."""
         for name, values in self.values.items():
             value = COLUMNS[name].value
-            values += [None if row is None else value(row) for row in rows]
+            values += [None if "error" in row and name != "error" else value(row) for row in rows]
 
     def add_job(self, job: Job) -> None:
         """Append the answers of a finished job, and release it."""
-        for index, item in enumerate(job.items, len(self.values["label"])):
+        rows = list[Mapping[str, Any]]()
+        for item in job.items:
             if item.outcome is None:
                 where = item.error.field if isinstance(item.error, RequestError) else None
-                self.errors[index] = str(item.error).removeprefix(f"{where}: ")
+                rows.append({"error": str(item.error).removeprefix(f"{where}: ")})
                 continue
+            rows.append(row_of(item, exact=True))
             for part in item.outcome.windows or (item.outcome,):
                 self.model_s += part.model_s
                 self.full_depth_s += part.model_s * job.served.timing.speedup(part.tokens, part.layer)
-        self.add([None if item.outcome is None else row_of(item, exact=True) for item in job.items])
+        self.add(rows)
         job.release()
 
-    def ordered(self, order: Sequence[int]) -> dict[str, list[Any]]:
-        """The columns with the rows in this order, given as row indices, which may be repeated."""
-        return {name: [values[i] for i in order] for name, values in self.values.items()}
+    def reorder(self, order: Sequence[int]) -> None:
+        """Put the rows in this order, given as row indices, which may be repeated."""
+        self.values = {name: [values[i] for i in order] for name, values in self.values.items()}
 
-    def table(self, order: Sequence[int], manifest: Manifest) -> "pyarrow.Table":
-        """The columns as a table with the rows in this order (see `ordered`), and metadata about the model.
-
-        Raises ValueError without pyarrow.
-        """
+    def table(self, manifest: Manifest) -> "pyarrow.Table":
+        """The columns as a table, with metadata about the model; raises ValueError without pyarrow."""
         about = {"model": manifest.full_name, "labels": manifest.labels}
         types = {name: COLUMNS[name].type for name in self.values}
-        return table_of(self.ordered(order), types).replace_schema_metadata({"de3": json.dumps(about)})
+        return table_of(self.values, types).replace_schema_metadata({"de3": json.dumps(about)})
 
 
 def table_of(values: dict[str, Any], types: dict[str, str]) -> "pyarrow.Table":

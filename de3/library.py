@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from threading import Event, Lock
 from time import monotonic
@@ -166,17 +166,13 @@ class Classifier:
         RuntimeError if the classifier is closed or was loaded before a fork, or if its engine fails.
         """
         request = self._request(options)
-        given = list(_iterable(texts))
-        batch = _Batch(_texts(given))
+        given = _texts(list(_iterable(texts)))
         # A budget is for the whole call, so the engine must have all its texts.
         size = max(1, len(given)) if request.options.latency_budget_ms is not None else WINDOW
-        jobs = self._run(request, batch.parts(size))
         if as_arrow:
-            answers = self._no_answers(request)
-            for job in jobs:
-                answers.add_job(job)
-            return answers.table(batch.order, self.manifest)
-        rows = [row for job in jobs for row in _rows(job)]
+            return self._columns(request, given, size).table(self.manifest)
+        batch = _Batch(given)
+        rows = [row for job in self._run(request, batch.parts(size)) for row in _rows(job)]
         return [Row.parse({**rows[i], "index": index}) for index, i in enumerate(batch.order)]
 
     def stream(
@@ -208,30 +204,42 @@ class Classifier:
 
         return rows()
 
-    def answers(self, texts: Input | Iterable[Input], **options: Unpack[Options]) -> Answers:
-        """The answers to texts, or to pairs of texts, by column; for texts that cannot be classified, the reason.
+    @overload
+    def answers(
+        self,
+        texts: Input | Iterable[Input | None],
+        *,
+        as_arrow: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> Answers: ...
+    @overload
+    def answers(
+        self, texts: Input | Iterable[Input | None], *, as_arrow: Literal[True], **options: Unpack[Options]
+    ) -> "pyarrow.Table": ...
 
-        Raises InputError for an option that cannot be used, and RuntimeError as classify() does.
+    def answers(
+        self, texts: Input | Iterable[Input | None], *, as_arrow: bool = False, **options: Unpack[Options]
+    ) -> "Answers | pyarrow.Table":
+        """The answers to texts, or to pairs of texts, by column, with a row for each text, in order.
+
+        A text that cannot be classified, such as None or NaN, has the reason in the column `error`, and None in every
+        other. as_arrow: as in classify().
+
+        Raises InputError for an option that cannot be used, and ValueError and RuntimeError as classify() does.
         """
-        request, errors = self._request(options), dict[int, str]()
+        request = self._request(options)
         request.keeps_errors = True
-        checked, indices = list[Text](), list[int]()
-        for index, one in enumerate(_iterable(texts)):
+        given = list[Text | str]()
+        for one in _iterable(texts):
             try:
                 text = _text(one, "")
                 check_texts(replace(request, texts=[text]), self._served)
             except (InputError, RequestError) as error:
-                errors[index] = str(error)
+                given.append(str(error).removeprefix("input").lstrip(".: "))
             else:
-                checked.append(text)
-                indices.append(index)
-        batch, found = _Batch(checked), self._no_answers(request)
-        for job in self._run(request, batch.parts(WINDOW)):
-            found.add_job(job)
-        places = zip(indices, batch.order, strict=True)
-        errors |= {index: found.errors[i] for index, i in places if i in found.errors}
-        values = found.ordered([i for i in batch.order if i not in found.errors])
-        return Answers(values, errors, found.model_s, found.full_depth_s)
+                given.append(text)
+        found = self._columns(request, given)
+        return found.table(self.manifest) if as_arrow else found
 
     def close(self) -> None:
         """End the threads; running calls end with RuntimeError, unless the engine has all their texts."""
@@ -249,9 +257,18 @@ class Classifier:
         artifact = self._artifact
         return _loaded_once, (artifact.path.absolute(), fingerprint(artifact.manifest), self._threads)
 
-    def _no_answers(self, request: Classification) -> Answers:
+    def _columns(self, request: Classification, given: Sequence[Text | str], size: int = WINDOW) -> Answers:
+        """The answers to texts, in order; a str is the reason why there is no text. size: texts of a job."""
+        texts = [one for one in given if isinstance(one, Text)]
+        batch = _Batch(texts)
         has_value, has_labels = self.manifest.tolerance is not None, self.manifest.thresholds is not None
-        return Answers.of(has_value, has_labels, request.windows > 1, request.ood)
+        found = Answers.of(has_value, has_labels, request.windows > 1, request.ood, request.keeps_errors)
+        for job in self._run(request, batch.parts(size)):
+            found.add_job(job)
+        answered, refused = iter(batch.order), count(len(set(texts)))
+        found.add([{"error": one} for one in given if isinstance(one, str)])
+        found.reorder([next(answered if isinstance(one, Text) else refused) for one in given])
+        return found
 
     def _request(self, options: Mapping[str, Any]) -> Classification:
         """The request with these options, without texts.
@@ -363,7 +380,7 @@ class _Batch:
             yield self._texts[start : start + size], indices
 
 
-def _iterable(texts: Input | Iterable[Input]) -> Iterable[Input]:
+def _iterable(texts: Input | Iterable[Input | None]) -> Iterable[Input | None]:
     """The texts of a list or column, or a single text or pair; raises InputError for a table."""
     if isinstance(texts, str | tuple | dict):
         return [texts]
@@ -374,15 +391,17 @@ def _iterable(texts: Input | Iterable[Input]) -> Iterable[Input]:
     return texts.to_pylist() if hasattr(texts, "to_pylist") else texts  # a pyarrow column
 
 
-def _texts(given: Sequence[Input], first: int = 0) -> list[Text]:
+def _texts(given: Sequence[Input | None], first: int = 0) -> list[Text]:
     """The texts, checked; raises InputError for one that cannot be used. first: index in the call of the first text."""
     return [_text(one, f"input[{index}]") for index, one in enumerate(given, first)]
 
 
-def _text(one: Input, where: str) -> Text:
+def _text(one: Input | None, where: str) -> Text:
     """The text, checked; raises InputError, whose message begins with `where`, if it cannot be used."""
     value = {"text": one[0], "text_pair": one[1]} if isinstance(one, tuple) and len(one) == 2 else one
-    if not isinstance(value, str | dict | list | int | float | None):
+    if _is_missing(value):
+        raise InputError(f"{where}: missing: must be a text, or an object with text and text_pair", where)
+    if not isinstance(value, str | dict | list | int | float):
         raise InputError(f"{where}: must be a text or a pair; got {type(value).__name__}", where)
     try:
         text = text_of(value, where)
@@ -393,6 +412,11 @@ def _text(one: Input, where: str) -> Text:
             message = f"{where}: has {half[0]!a}, half of a surrogate pair, which is not a character"
             raise InputError(message, where)
     return text
+
+
+def _is_missing(value: object) -> bool:
+    """True for None and NaN, also those of NumPy and pandas."""
+    return not isinstance(value, str | dict | list) and str(value) in ("None", "nan", "<NA>", "NaT")
 
 
 def _rows(job: Job) -> list[ClassifiedText]:

@@ -11,12 +11,15 @@ main()
 """
 
 
-def invoke(arguments: str | list[str], app: Typer | None = None) -> Result:
-    """Run a command of `de3`, or of another app, on a terminal wide enough that no output line wraps."""
+def invoke(arguments: str | list[str], app: Typer | None = None, input: str = "") -> Result:
+    """Run a command of `de3`, or of another app, on a terminal wide enough that no output line wraps.
+
+    input: its standard input.
+    """
     from de3.cli import app as de3_app
 
     words = arguments.split() if isinstance(arguments, str) else arguments
-    return CliRunner().invoke(app or de3_app, words, env={"COLUMNS": "200"})
+    return CliRunner().invoke(app or de3_app, words, input, env={"COLUMNS": "200"})
 
 
 def output_of(result: Result) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from io import BytesIO
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,7 @@ from de3.data.tables import MAX_DEPTH, SEPARATOR, Columns
 from de3.loadtest.servers import process_tree
 from de3.model_store.store import Store
 from tests.commands import de3 as command
-from tests.commands import refusal
+from tests.commands import invoke, refusal
 from tests.fixtures import make_rows
 from tests.serving import serving, until
 
@@ -61,14 +61,16 @@ class Here:
         self._model, self._left, self._waiting = model, stops_at, 0
         self.texts = self.most = 0
 
-    def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
+    def submit(self, texts: Sequence[Input | None]) -> "Future[Answers]":
         self._left -= 1
         if self._left < 0:
             raise KeyboardInterrupt
-        self.texts += len(texts)
+        self.texts += sum(text is not None for text in texts)
         self._waiting += 1
         self.most = max(self.most, self._waiting)
         answers = self._model.answers(texts, tau=0.3, long="error")
+        if all(answers.values["error"]):  # as from a server, whose kind of model is then unknown
+            answers.values = {"error": answers.values["error"]}
         future = Future[Answers]()
         future.result = lambda timeout=None: self._taken(answers)  # type: ignore[method-assign]
         return future
@@ -81,8 +83,15 @@ class Here:
         pass
 
 
-def classify(pool: Here, file: Path, out: Path, part_rows: int = 16, keep: list[str] | None = None) -> Any:
-    output = Parts(out, out.suffix or ".parquet", {"a": 1})
+def classify(
+    pool: Here,
+    file: Path,
+    out: Path,
+    part_rows: int = 16,
+    keep: list[str] | None = None,
+    drops_refused: bool = False,
+) -> Any:
+    output = Parts(out, out.suffix or ".parquet", {"a": 1}, drops_refused)
     try:
         summary = run.classify(Source(file, READING, keep), pool, output, lambda name: name, part_rows)
         return summary, output.finish(summary.parts)
@@ -174,9 +183,9 @@ def test_a_folder_whose_files_have_their_columns_in_another_order_or_lack_one(
     again.close()
 
 
-@pytest.mark.parametrize("kind", [".parquet", ".csv"])
+@pytest.mark.parametrize(("kind", "drops"), [*product([".parquet", ".csv"], [False, True])])
 def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
-    model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, drops: bool
 ) -> None:
     file, whole, part_rows, many = tmp_path / "in.jsonl", tmp_path / f"whole{kind}", 16, 10**6
     rows: list[dict[str, Any]] = [{"id": i, "text": text} for i, text in enumerate(TEXTS[:40])]
@@ -197,25 +206,29 @@ def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
 
     for module in (formats, parts):
         monkeypatch.setattr(module, "publish", interrupted)
-    summary, refused = classify(Here(model), file, whole, part_rows)
+    summary, refused = classify(Here(model), file, whole, part_rows, drops_refused=drops)
     assert (summary.rows, summary.answered, summary.refused) == (40, 24, 16)
-    assert [row["row"] for row in read(refused)] == [*range(16, 32)]
-    assert [int(row["id"]) for row in read(whole)] == [*range(16), *range(32, 40)]
+    if drops:
+        assert [row["row"] for row in read(refused)] == [*range(16, 32)]
+        assert [int(row["id"]) for row in read(whole)] == [*range(16), *range(32, 40)]
+    else:
+        assert [int(row["id"]) for row in read(whole)] == [*range(40)] and refused is None
+        assert [i for i, row in enumerate(read(whole)) if row["error"]] == [*range(16, 32)]
     for steps in range(1, many - left + 1):
         out, left = tmp_path / f"out{steps}{kind}", steps
         with pytest.raises(KeyboardInterrupt):
-            classify(Here(model), file, out, part_rows)
+            classify(Here(model), file, out, part_rows, drops_refused=drops)
         left, pool = many, Here(model)
         rows_left = max(0, 40 - part_rows * len(list(Path(f"{out}.parts").glob("part-*"))))
         if out.exists():  # complete, but for the folder of parts
-            again = Parts(out, kind, {"a": 1})
+            again = Parts(out, kind, {"a": 1}, drops)
             assert again.is_complete and not Path(f"{out}.parts").exists()
             again.close()
         else:
-            summary, refused_again = classify(pool, file, out, part_rows)
+            summary, refused_again = classify(pool, file, out, part_rows, drops_refused=drops)
             assert summary.rows == 40 and summary.answered + summary.refused == rows_left
             assert pool.texts == rows_left - (14 if rows_left > 8 else 0)
-            assert refused.read_bytes() == refused_again.read_bytes()
+            assert not drops or refused.read_bytes() == refused_again.read_bytes()
         assert out.read_bytes() == whole.read_bytes()
 
 
@@ -230,14 +243,14 @@ def test_drafts_follow_no_links(model: de3.Classifier, tmp_path: Path, kind: str
         draft = formats.new_draft(tmp_path / name)
         draft.parent.mkdir(exist_ok=True)
         draft.symlink_to(other)
-    summary, refused = classify(Here(model), tmp_path / "in.jsonl", out, 8)
+    summary, refused = classify(Here(model), tmp_path / "in.jsonl", out, 8, drops_refused=True)
     assert (summary.answered, summary.refused) == (4, 1)
     assert len(read(out)) == 4 and len(read(refused)) == 1
     assert other.read_text() == "kept"
 
 
-@pytest.mark.parametrize("kind", [".parquet", ".csv", ".jsonl", ".tsv"])
-def test_values_that_need_care(model: de3.Classifier, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "drops"), [*product(KINDS, [False, True])])
+def test_values_that_need_care(model: de3.Classifier, tmp_path: Path, kind: str, drops: bool) -> None:
     """Quotation marks, line breaks and tabs in values and names; a part without rows; columns that a row lacks."""
     file, out = tmp_path / "in.jsonl", tmp_path / f"out{kind}"
     values = ['a "fine" one', "two\nlines", "a\rreturn", "a\ttab", "", "café"]
@@ -247,8 +260,15 @@ def test_values_that_need_care(model: de3.Classifier, tmp_path: Path, kind: str)
     for i in range(32, 64):
         rows[i]["text"] = " "
     write(file, rows)
-    classify(Here(model), file, out)
+    classify(Here(model), file, out, drops_refused=drops)
     found = read(out)
+    if drops:
+        assert "error" not in found[0]
+    else:
+        reason = "text is empty; remove the row, or fill it in"
+        assert {(row["label"], row["error"]) for row in found[32:]} <= {(None, reason), ("", reason)}
+        assert {row["error"] for row in found[:32]} <= {None, ""} and len(found) == 64
+        found = found[:32]
     expected = [row.get("my\nid") for row in rows[:32]]
     if kind in (".csv", ".tsv"):
         expected = [value or "" for value in expected]
@@ -332,7 +352,7 @@ def test_memory_does_not_grow_with_texts_that_a_file_has_only_once(
     for one in Source(file, READING).slices():
         assert one.rows <= 12 and not one.refused
         assert arrow.total_allocated_bytes() - before < 2**23  # of 30 MB
-        assert one.numbers == list(range(seen, seen + one.rows))
+        assert one.number == seen
         seen += one.rows
     assert seen == rows
 
@@ -395,10 +415,22 @@ def test_a_row_that_is_too_large_is_refused(
     rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS[:20])]
     for i in (0, 3, 19):
         rows[i]["text"] = LARGE
-    write(tmp_path / "in.parquet", rows)
-    summary, refused = classify(Here(model), tmp_path / "in.parquet", tmp_path / "out.jsonl")
+    types = arrow.schema([arrow.field("id", arrow.int64(), nullable=False), ("text", arrow.string())])
+    parquet.write_table(arrow.Table.from_pylist(rows, types), tmp_path / "in.parquet", row_group_size=7)
+    small = [1, 2, *range(4, 19)]
+    classify(Here(model), tmp_path / "in.parquet", tmp_path / "kept.parquet")
+    kept = read(tmp_path / "kept.parquet")
+    assert [row["id"] for row in kept] == [i if i in small else None for i in range(20)]
+    assert {row["error"] for i, row in enumerate(kept) if i not in small} == {
+        "a row of more than 65536 bytes"
+    }
+    classify(Here(model), tmp_path / "in.parquet", tmp_path / "none.csv", keep=[])
+    assert [i for i, row in enumerate(read(tmp_path / "none.csv")) if not row["error"]] == small
+    summary, refused = classify(
+        Here(model), tmp_path / "in.parquet", tmp_path / "out.jsonl", drops_refused=True
+    )
     assert (summary.rows, summary.refused) == (20, 3)
-    assert [row["id"] for row in read(tmp_path / "out.jsonl")] == [1, 2, *range(4, 19)]
+    assert [row["id"] for row in read(tmp_path / "out.jsonl")] == small
     for one, row in zip(read(refused), (0, 3, 19), strict=True):
         assert (one["row"], one["where"]) == (row, f"{tmp_path}/in.parquet:{row}")
         assert one["reason"] == "a row of more than 65536 bytes" and one["content"] == LARGE[:1000]
@@ -432,7 +464,7 @@ def test_values_that_are_nested_too_deeply(model: de3.Classifier, tmp_path: Path
     lists = ["[" * n + "]" * n for n in (1, MAX_DEPTH - 1, MAX_DEPTH + 1, 10**5)]
     file.write_text("".join(f'{{"text": "good", "x": {one}}}\n' for one in lists))
     for kind in KINDS:
-        summary, refused = classify(Here(model), file, tmp_path / f"out{kind}")
+        summary, refused = classify(Here(model), file, tmp_path / f"out{kind}", drops_refused=True)
         assert (summary.answered, summary.refused) == (2, 2), kind
     assert [one["reason"][:11] for one in read(refused)] == ["nested more", "not JSON: m"]
     column = arrow.array([1])
@@ -447,7 +479,7 @@ def test_nested_values_and_names_count_with_the_memory_that_they_take(tmp_path: 
     file = tmp_path / "in.jsonl"
     write(file, [{"text": "good", "x": [[]] * 1000}, {"b" * 5000: 1}])
     (one,) = Source(file, READING).slices()
-    assert one.chars > 30_000 and len(one.refused[0].reason) <= 1000
+    assert one.chars > 30_000 and len(one.refused[1].reason) <= 1000
 
 
 def test_rows_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
@@ -464,7 +496,13 @@ def test_rows_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -
         b'"fine"': "",
     }
     file.write_bytes(b"\n".join(rows) + b"\n")
-    summary, refused = classify(Here(model), file, out)
+    for kind in KINDS:
+        classify(Here(model), file, tmp_path / f"kept{kind}")
+        kept = read(tmp_path / f"kept{kind}")
+        for row, (line, reason) in zip(kept, rows.items(), strict=True):
+            assert reason in (row["error"] or "") and bool(row["label"]) == (not reason), (kind, line)
+        assert [row.get("text") or "" for row in kept] == ["good", "", "bad", "", "", "", "", "", "fine"]
+    summary, refused = classify(Here(model), file, out, drops_refused=True)
     assert [row["text"] for row in read(out)] == ["good", "bad", "fine"]
     expected = [(row, f"{file}:{row + 1}", reason) for row, reason in enumerate(rows.values()) if reason]
     for one, (row, where, reason) in zip(read(refused), expected, strict=True):
@@ -498,7 +536,7 @@ def test_values_of_other_types_are_written_as_text(model: de3.Classifier, tmp_pa
     assert sizes == [3, 1]  # slices end once they are large
     dates = arrow.array([2**31 - 1, 0], arrow.int32()).cast(arrow.date32())  # Python's end with the year 9999
     parquet.write_table(arrow.table({"text": [None, "good"], "on": dates}), tmp_path / "in.parquet")
-    _, refused = classify(Here(model), tmp_path / "in.parquet", tmp_path / "dates.jsonl")
+    _, refused = classify(Here(model), tmp_path / "in.parquet", tmp_path / "dates.jsonl", drops_refused=True)
     assert read(tmp_path / "dates.jsonl")[0]["on"] == "1970-01-01"
     assert read(refused)[0]["content"] == '{"text": null}'
     with pytest.raises(ValueError, match=r"in\.parquet: days=2147483647"):
@@ -512,14 +550,18 @@ def test_values_of_other_types_are_written_as_text(model: de3.Classifier, tmp_pa
 def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
     table = tmp_path / "in.csv"
     table.write_bytes(b'id,text\n1,good\n2,a,b\n3,"two\nlines"\n4,caf\xe9\n5,\n6,"a ""fine"" one"\n')
-    _, refused = classify(Here(model), table, tmp_path / "a.csv")
+    classify(Here(model), table, tmp_path / "kept.csv")
+    assert [row["id"] for row in read(tmp_path / "kept.csv")] == ["1", "", "3", "", "5", "6"]
+    _, refused = classify(Here(model), table, tmp_path / "a.csv", drops_refused=True)
     assert [row["id"] for row in read(tmp_path / "a.csv")] == ["1", "3", "6"]
     assert [one["where"].rpartition(":")[2] for one in read(refused)] == ["3", "6", "7"]
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in ("a", "b"):
         write(folder / f"{name}.parquet", [{"id": i, "text": None if i == 9 else "fine"} for i in range(10)])
-    _, refused = classify(Here(model), folder, tmp_path / "b.parquet")
+    classify(Here(model), folder, tmp_path / "kept.parquet")
+    assert [row["id"] for row in read(tmp_path / "kept.parquet")] == [*range(10), *range(10)]
+    _, refused = classify(Here(model), folder, tmp_path / "b.parquet", drops_refused=True)
     assert [row["id"] for row in read(tmp_path / "b.parquet")] == [*range(9), *range(9)]
     for one, row, name in zip(read(refused), (9, 19), ("a", "b"), strict=True):
         assert (one["row"], one["where"]) == (row, f"{folder}/{name}.parquet:9")
@@ -532,7 +574,7 @@ def test_single_texts_and_pairs_in_one_file(model: de3.Classifier, tmp_path: Pat
     write(file, rows)
     classify(Here(model), file, tmp_path / "out.parquet", keep=["n"])
     (only_pairs,) = Source(file, Columns(label=None, text_pair="text_pair")).slices()
-    assert only_pairs.texts == [("bad", "good")] and len(only_pairs.refused) == 1
+    assert only_pairs.texts == [None, ("bad", "good")] and len(only_pairs.refused) == 1
     with pytest.raises(ValueError, match=r"no column 'm'.*--keep"):
         classify(Here(model), file, tmp_path / "other.parquet", keep=["m"])
     write(tmp_path / "in.jsonl", [{"n": 0, "text": "good"}, {"text": "bad"}])
@@ -565,7 +607,7 @@ def test_an_output_is_only_continued_by_the_same_run(model: de3.Classifier, tmp_
     out.unlink()
     (tmp_path / "out.jsonl.refused.jsonl").write_text("may be this run's input")
     with pytest.raises(ValueError, match=r"refused\.jsonl: already exists"):
-        Parts(out, ".jsonl", {"a": 1})
+        Parts(out, ".jsonl", {"a": 1}, drops_refused=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(ValueError, match="contains other files"):
@@ -586,11 +628,12 @@ def test_a_run_without_a_part_leaves_nothing(model: de3.Classifier, tmp_path: Pa
 def test_no_column_of_the_input(model: de3.Classifier, tmp_path: Path, kind: str) -> None:
     write(tmp_path / f"in{kind}", [{"text": text} for text in [*TEXTS[:20], " ", "good"]])
     expected = [row.label for row in model.classify([*TEXTS[:20], "good"], tau=0.3)]
+    expected.insert(20, "")
     for kind_out in (".parquet", ".csv", ".jsonl"):
         classify(Here(model), tmp_path / f"in{kind}", tmp_path / f"out{kind_out}", keep=[])
         rows = read(tmp_path / f"out{kind_out}")
         assert next(iter(rows[0])) == "label" and "text" not in rows[0]
-        assert [row["label"] for row in rows] == expected
+        assert [row["label"] or "" for row in rows] == expected
 
 
 def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier, tmp_path: Path) -> None:
@@ -637,6 +680,9 @@ def test_columns_of_input_and_answers_may_not_share_a_name(model: de3.Classifier
         ("good --model nothing", "'nothing'"),
         ("good --model tiny --tau 7", "tau: "),
         ("", "give texts"),
+        ("-", "--file -"),
+        ("--file - --out - --refused drop", "--refused: "),
+        ("--file {0}/in.jsonl --out - --model tiny --format xlsx", "--format must be"),
         ("good --url localhost:8000", "http://localhost:8000"),
         ("good --url http://127.0.0.1:9", "de3 serve"),
     ],
@@ -656,10 +702,17 @@ def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:
     )
     with de3.load("tiny-int8", store=store, threads=1) as model:
         expected = model.classify(TEXTS, max_disagreement=0.5, as_arrow=True)
-    assert [row["probs"] for row in read(out)] == expected.column("probs").to_pylist()
+    assert [row["probs"] for row in read(out)] == [*expected.column("probs").to_pylist(), None]
     assert "101 rows" in output and "exits by layer: 0: " in output and "speed-up in model time: " in output
     assert "at most 50% of the answers differ from full depth (with 95% confidence)" in output
-    assert "1 rows cannot be classified" in output
+    assert "1 rows cannot be classified: error has the reasons" in output
+    dropped = tmp_path / "out.tsv"
+    output = command(
+        f"classify --store {store} --model tiny-int8 --file {file} --out {dropped} --refused drop --prefix de3_"
+    )
+    assert f"1 rows cannot be classified: {dropped}.refused.jsonl" in output
+    assert [row["id"] for row in read(dropped)] == [str(i) for i in range(len(TEXTS))]
+    assert "de3_label" in read(dropped)[0] and "de3_error" not in read(dropped)[0]
     about = json.loads(parquet.read_schema(out).metadata[b"de3"])
     assert about["model"] == "tiny-int8:1" and len(about["labels"]) == 2
 
@@ -686,13 +739,15 @@ class Refusing:
 
 
 @given(
-    st.lists(st.text("ab ", max_size=9).map(lambda text: text.replace("ab", "bad")), max_size=24),
+    st.lists(st.none() | st.text("ab ", max_size=9).map(lambda text: text.replace("ab", "bad")), max_size=24),
     st.integers(1, 9),
     st.booleans(),
 )
 def test_a_server_that_refuses_texts_and_large_requests_answers_the_others_in_order(
-    texts: list[Input], most: int, names_first: bool
+    given: list[str | None], most: int, names_first: bool
 ) -> None:
+    texts: list[Input] = [text for text in given if text is not None]
+
     def fits(batch: Sequence[Input]) -> bool:
         return len(batch) == 1 or (len(batch) <= 4 and sum(map(len, batch)) <= 20)
 
@@ -701,12 +756,16 @@ def test_a_server_that_refuses_texts_and_large_requests_answers_the_others_in_or
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "MAX_BATCH", 4)
         patch.setattr(pool, "MAX_BATCH_CHARS", 20)
-        answers, found = one.submit(texts).result(), list(pool._batches(texts))
+        answers, found = one.submit(given).result(), list(pool._batches(texts))
     one.close()
-    assert answers.errors == {i: text for i, text in enumerate(texts) if "bad" in text}
-    good = [text for text in texts if "bad" not in text]
-    assert answers.values.get("label", []) == good
-    assert answers.values.get("windows_of", []) == answers.values.get("windows_run", []) == [1] * len(good)
+    errors = ["missing" if text is None else text if "bad" in text else None for text in given]
+    assert answers.values.pop("error") == errors
+    if None in errors:  # otherwise the kind of the model is unknown
+        labels = [None if error else text for text, error in zip(given, errors, strict=True)]
+        assert answers.values["label"] == labels
+        assert answers.values["windows_of"] == [None if error else 1 for error in errors]
+    else:
+        assert not answers.values
     assert all(fits(asked) for asked in client.asked)
     starts, batches = zip(*found, strict=True) if found else ((), ())
     assert [text for batch in batches for text in batch] == texts
@@ -761,6 +820,26 @@ def test_the_processes_end_with_their_parent(store: Path, tmp_path: Path) -> Non
     until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), "the processes to end")
 
 
+def test_standard_input_and_output(
+    store: Path, tmp_path: Path, model: de3.Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("de3.progress.LOG_EVERY_S", 0.0)
+    texts = ["a good film", "", "café", 'a "dull" plot']
+    given = "\n".join([*texts, ""])
+    found = invoke(f"classify --file - --out - --store {store} --model tiny-int8 --tau 0", input=given)
+    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [row["text"] for row in rows] == texts and rows[1]["error"].startswith("text is empty")
+    expected = model.answers(texts, tau=0)
+    assert [row["probs"] for row in rows] == expected.values["probs"]
+    assert "  classifying: 4 of 4 rows, " in found.stderr and "about 0 s left" in found.stderr
+    options = f"--store {store} --model tiny-int8 --tau 0 --keep none"
+    found = invoke(f"classify --file - --out {tmp_path}/out.csv {options}", input=given)
+    (tmp_path / "in.txt").write_text(given)
+    table = invoke(f"classify --file {tmp_path}/in.txt --out - --format csv {options}")
+    assert found.stdout == "" and table.stdout == (tmp_path / "out.csv").read_text()
+    assert [row["label"] for row in read(tmp_path / "out.csv")] == [row["label"] or "" for row in rows]
+
+
 def test_a_server_answers_files(store: Path, tmp_path: Path, model: de3.Classifier) -> None:
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows: list[Any] = [{"text": text, "id": i} for i, text in enumerate(TEXTS)]
@@ -770,10 +849,10 @@ def test_a_server_answers_files(store: Path, tmp_path: Path, model: de3.Classifi
     with serving(store, models=["tiny-int8"], max_texts=3) as server:  # fewer than the command sends at once
         command(f"classify --file {file} --out {out} --url {server.url} --tau 0.1 --long error")
     found, sent = read(out), [row for row in rows if row["id"] != 9]
-    assert [row["id"] for row in found] == [row["id"] for row in sent]
+    assert [row["id"] for row in found] == list(range(len(TEXTS)))
+    refused = found.pop(9)
+    assert refused["label"] is None and refused["error"].startswith("has 122 tokens")
     inputs = [(row["text"], row["text_pair"]) if "text_pair" in row else row["text"] for row in sent]
     expected = model.classify(inputs, tau=0.1)
     for row, one in zip(found, expected, strict=True):
-        assert (row["probs"], row["exit_layer"]) == (one.probs, one.exit.layer)
-    (refused,) = read(tmp_path / "out.jsonl.refused.jsonl")
-    assert refused["row"] == 9 and "at most 64" in refused["reason"]
+        assert (row["probs"], row["exit_layer"], row["error"]) == (one.probs, one.exit.layer, None)

@@ -133,14 +133,34 @@ def test_a_budget_is_for_all_texts_together(model: de3.Classifier, monkeypatch: 
     assert len(jobs) == 3 + len(range(0, len(set(TEXTS)), 5))
 
 
-def test_answers_of_texts_with_errors_in_between(model: de3.Classifier) -> None:
-    found = model.answers(["good", " ", LONG, "bad"], long="error", tau=0)
-    assert found.errors.keys() == {1, 2} and "at most 64" in found.errors[2]
-    assert found.values["label"] == [row.label for row in model.classify(["good", "bad"], tau=0)]
-    assert found.full_depth_s == pytest.approx(found.model_s)  # at τ = 0 nothing exits early
-    column = model.answers(["good", None], tau=0)  # type: ignore[list-item]
-    assert column.values["label"] == found.values["label"][:1] and column.errors.keys() == {1}
-    assert model.answers("good", tau=0).values == column.values
+def test_answers_have_a_row_for_each_text(model: de3.Classifier) -> None:
+    import numpy
+    import pandas
+
+    missing: list[Any] = [None, float("nan"), numpy.float32("nan"), pandas.NA, pandas.NaT]
+    texts: list[Any] = ["good", "", *missing, LONG, "bad", ("a", None), 7, "good", "\ud800", "a 🎬 film"]
+    columns = model.answers(texts, long="error", tau=0).values
+    table = model.answers(texts, long="error", tau=0, as_arrow=True)
+    assert table.to_pydict() == columns
+    reasons = dict(enumerate(columns["error"]))
+    good = [index for index, reason in reasons.items() if reason is None]
+    assert good == [0, 8, 11, 13]
+    expected = model.classify([texts[index] for index in good], long="error", tau=0, as_arrow=True)
+    assert table.take(good).drop_columns("error") == expected
+    for name in expected.column_names:
+        assert [columns[name][index] for index in reasons if index not in good] == [None] * 10
+    assert {reasons[i] for i in range(2, 7)} == {
+        "missing: must be a text, or an object with text and text_pair"
+    }
+    assert reasons[1] == "must not be empty" and "at most 64" in reasons[7]
+    assert reasons[9] == "text_pair: must be a text; got null" and "surrogate" in reasons[12]
+    single = model.answers("good", tau=0)
+    assert single.values["label"] == columns["label"][:1]
+    assert single.full_depth_s == pytest.approx(single.model_s)  # at τ = 0 nothing exits early
+    assert not any(model.answers([]).values.values())
+    assert model.answers([None], as_arrow=True).schema == table.schema
+    with pytest.raises(de3.InputError, match=r"input\[1\]: missing: must be a text"):
+        model.classify(["good", float("nan")])  # type: ignore[list-item]
     assert list(model.stream("good", tau=0)) == model.classify("good", tau=0)
 
 

@@ -1,10 +1,14 @@
 """`de3 classify`: classify texts, or files of texts, in process or with a running server."""
 
-from contextlib import ExitStack
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,14 +35,15 @@ def classify(
         Path | None,
         _file_option(
             help="File of texts, or a folder of such files: .parquet, .csv or .tsv with columns; .jsonl, each line a "
-            'text or an object; or .txt, one text per line. A column "text_pair" makes pairs.'
+            'text or an object; or .txt, one text per line. A column "text_pair" makes pairs. "-": standard input, one '
+            "text per line."
         ),
     ] = None,
     out: Annotated[
         Path | None,
         _file_option(
             help="Answers to --file: a .parquet, .csv, .tsv or .jsonl file, or a folder of parts. The same command "
-            "continues a run that was interrupted."
+            'continues a run that was interrupted. "-": standard output, as .jsonl or in --format.'
         ),
     ] = None,
     model: Annotated[
@@ -86,6 +91,13 @@ def classify(
             show_default="all",
         ),
     ] = None,
+    refused: Annotated[
+        str,
+        _file_option(
+            help="Rows that cannot be classified: keep (in place, with the reason in the column error), or drop (list "
+            "them in OUT.refused.jsonl instead)."
+        ),
+    ] = "keep",
     prefix: Annotated[str, _file_option(help="Prefix of the names of the answers' columns.")] = "",
     part_rows: Annotated[
         int,
@@ -98,7 +110,8 @@ def classify(
         str | None,
         _file_option(
             "--format",
-            help="Format of the parts in a folder: parquet, csv, tsv or jsonl. Default: the input's; jsonl for .txt.",
+            help="Format of the parts in a folder, or of standard output: parquet, csv, tsv or jsonl. Default: the "
+            "input's; jsonl for .txt and standard output.",
         ),
     ] = None,
     threads: Annotated[
@@ -113,9 +126,7 @@ def classify(
 
     Example: de3 classify "a fine film" --demo, or de3 classify --file in.parquet --out out.parquet --model sst2
     """
-    if bool(texts) == (file is not None) or (file is None) != (out is None):
-        missing = f"{'--out' if out is None else '--file'} is missing: " if file or out else ""
-        raise ValueError(f"{missing}give texts, or --file and --out; see de3 classify --help")
+    _check(texts, file, out, latency_budget_ms, refused)
     given = {
         "tau": tau,
         "signal": signal,
@@ -126,10 +137,6 @@ def classify(
     }
     # The engine checks them.
     options: Any = {name: value for name, value in given.items() if value is not None}
-    if file is not None and latency_budget_ms is not None:
-        raise ValueError(
-            "--latency-budget-ms: only for texts; for --file, choose --max-disagreement or --tau"
-        )
     with ExitStack() as stack:
         if url is not None:
             from de3.bulk.pool import server_errors
@@ -157,6 +164,7 @@ def classify(
 
         kept = None if keep is None else [n.strip() for n in keep.split(",") if n.strip() and keep != "none"]
         columns = Columns(**fields_of(Columns, reading), label=None)
+        file, target = stack.enter_context(_files(file, out, output_format))
         source = Source(file, columns, kept)
         reader = [version("pyarrow")] if any(one.suffix == ".parquet" for one in source.files) else []
         what = {
@@ -177,7 +185,8 @@ def classify(
         else:
             with server_errors():
                 what |= {"model": [url, model, sorted(str(row["id"]) for row in client.models())]}
-        parts = Parts(out, _kind(out, output_format, source.kind), what)
+        kind = target.suffix if str(out) == "-" else _kind(out, output_format, source.kind)
+        parts = Parts(target, kind, what, refused == "drop")
         stack.callback(parts.close)
         if parts.is_complete:
             _say(f"{out} is complete: nothing to do")
@@ -193,8 +202,42 @@ def classify(
             raise typer.Exit(130) from None
 
 
+def _check(
+    texts: list[str] | None, file: Path | None, out: Path | None, budget_ms: float | None, refused: str
+) -> None:
+    """Raise ValueError for arguments of the command that exclude each other."""
+    if texts == ["-"]:
+        raise ValueError("-: to classify standard input, one text per line, use --file - --out -")
+    if bool(texts) == (file is not None) or (file is None) != (out is None):
+        missing = f"{'--out' if out is None else '--file'} is missing: " if file or out else ""
+        raise ValueError(f"{missing}give texts, or --file and --out; see de3 classify --help")
+    if file is not None and budget_ms is not None:
+        raise ValueError(
+            "--latency-budget-ms: only for texts; for --file, choose --max-disagreement or --tau"
+        )
+    if refused not in ("keep", "drop") or (refused == "drop" and str(out) == "-"):
+        raise ValueError(f"--refused: must be keep or, if --out is not -, drop; got {refused!r}")
+
+
 def _say(line: str, style: str = "") -> None:
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _files(file: Path, out: Path, output_format: str | None) -> Iterator[tuple[Path, Path]]:
+    """The paths of --file and --out; "-": a copy of standard input, or a file that is copied to standard output."""
+    with TemporaryDirectory(prefix="de3-") as folder:
+        if str(file) == "-":
+            file = Path(folder) / "stdin.txt"
+            with file.open("xb") as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
+        if str(out) != "-":
+            yield file, out
+            return
+        answers = Path(folder) / f"stdout{_kind(Path(folder), output_format or 'jsonl', '')}"
+        yield file, answers
+        with answers.open("rb") as copy:
+            shutil.copyfileobj(copy, sys.stdout.buffer)
 
 
 def _identity(file: Path) -> list[str | int]:
@@ -280,6 +323,7 @@ def _run(
 
     from de3.bulk.report import report
     from de3.bulk.run import classify as run
+    from de3.progress import LOG_EVERY_S, duration
 
     bars = (
         TextColumn("classifying"),
@@ -288,23 +332,27 @@ def _run(
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*bars, console=console) as progress:
-        task = progress.add_task("", total=source.rows(), rate="")
-
-        started, done = perf_counter(), 0
+    total, started, done, printed = source.rows(), perf_counter(), 0, perf_counter()
+    with Progress(*bars, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total, rate="")
 
         def advance(rows: int) -> None:
-            nonlocal done
-            done += rows
-            rate = f"{done / (perf_counter() - started):,.0f} rows/s"
-            progress.update(task, advance=rows, rate=rate)
+            nonlocal done, printed
+            done, now = done + rows, perf_counter()
+            rate = done / (now - started)
+            progress.update(task, advance=rows, rate=f"{rate:,.0f} rows/s")
+            if not console.is_terminal and now - printed >= LOG_EVERY_S:
+                printed, left = now, duration(max(0, total - done) / rate)
+                _say(f"  classifying: {done:,} of {total:,} rows, {rate:,.0f} rows/s, about {left} left")
 
         summary = run(source, pool, parts, lambda name: prefix + name, part_rows, advance)
         progress.update(task, total=summary.rows, completed=summary.rows)
-    refused = parts.finish(summary.parts)
+    dropped = parts.finish(summary.parts)
     for line in [*report(summary, artifact, options), f"written: {out}"]:
         _say(line)
-    if refused is not None:
-        with refused.open() as lines:
+    if dropped is not None:
+        with dropped.open() as lines:
             count = sum(1 for _ in lines)
-        _say(f"{count} rows cannot be classified: {refused}", "yellow")
+        _say(f"{count} rows cannot be classified: {dropped}", "yellow")
+    elif summary.refused:
+        _say(f"{summary.refused} rows cannot be classified: {prefix}error has the reasons", "yellow")
