@@ -205,7 +205,7 @@ def test_moderation_by_two_classes_under_openais_name(server: Server) -> None:
         assert (model.id, model.object, model.owned_by) == ("tiny-int8:1", "model", "de3"), name
         predicted = post(server, f"/v1/models/{name}:predict", {"instances": [GOOD]})
         assert predicted.status_code == 200, name
-    with pytest.raises(NotFoundError, match="no model 'other' is served; there are: tiny-int8:1, tiny:1"):
+    with pytest.raises(NotFoundError, match="no model 'other' is served; available: tiny-int8:1, tiny:1"):
         client.models.retrieve("other")
 
 
