@@ -14,17 +14,11 @@ STORE = os.environ.get("DE3_STORE", str(de3.DEMO))
 
 
 def main(source: str, out: str, model: str = "sst2") -> None:
-    """Add the label and the exit layer of each text to a parquet file."""
+    """Add each text's label and exit layer, or the reason why it has none, to a parquet file."""
+    frame = pl.read_parquet(source)
     with de3.load(model, store=STORE) as classifier:
-        answer = pl.Struct({"label": pl.String, "exit_layer": pl.Int32})
-
-        def classify(texts: pl.Series) -> pl.Series:
-            table = classifier.classify(texts.to_list(), as_arrow=True)
-            return pl.DataFrame(table.select(["label", "exit_layer"])).to_struct("answer")
-
-        frame = pl.read_parquet(source)
-        answers = pl.col("text").map_batches(classify, return_dtype=answer).alias("answer")
-        frame.with_columns(answers).unnest("answer").write_parquet(out)
+        answers = pl.DataFrame(classifier.answers(frame["text"], as_arrow=True))
+    frame.hstack(answers.select("label", "exit_layer", "error")).write_parquet(out)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ class Classify:
         self.model = de3.load(model, store=store, threads=1)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """The batch with the answers' columns added."""
-        answers = self.model.classify(batch.column("text").to_pylist(), as_arrow=True)
+        """The batch with the answers' columns added; `error` is the reason if a text has no answer."""
+        answers = self.model.answers(batch.column("text"), as_arrow=True)
         for name in answers.column_names:
             batch = batch.append_column(name, answers.column(name))
         return batch
