@@ -6,13 +6,23 @@ if TYPE_CHECKING:
     from de3.client import Options
     from de3.library import DEMO, Classifier, InputError, load
 
-__all__ = ["DEMO", "Classifier", "InputError", "Options", "load"]
+    __version__: str
+
+__all__ = ["DEMO", "Classifier", "InputError", "Options", "__version__", "load"]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:
     """Import the library when it is first used: `de3.client` alone needs none of it."""
     if name not in __all__:
         raise AttributeError(f"module 'de3' has no attribute {name!r}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("de3")
     from de3 import library
 
     return getattr(library, name)

@@ -83,22 +83,27 @@ class Row:
         label: the most probable label; for a regression model, the name of its output.
         probs: probability of each label (if the request sets `raw`, its logit), in the model's order; empty for a
             regression model.
-        raw: the JSON of the answer; some options and models add fields, such as a multi-label model's `labels`.
+        truncated: the text was truncated.
+        raw: the JSON of the answer; some options add fields, such as `flag` and `top`.
         value: the answer of a regression model; None for a model with classes.
+        labels: the labels that a multi-label model assigns; None for another model.
     """
 
     label: str
     probs: list[float]
     exit: Exit
-    is_truncated: bool
+    truncated: bool
     raw: dict[str, Any]
     value: float | None = None
+    labels: list[str] | None = None
 
     @classmethod
     def parse(cls, json: dict[str, Any]) -> "Row":
         """A row from its JSON."""
-        truncated, value = json.get("truncated", False), json.get("value")
-        return cls(json["label"], json["probs"] or [], Exit.parse(json["exit"]), truncated, json, value)
+        label, probs, exit_ = json["label"], json["probs"] or [], Exit.parse(json["exit"])
+        return cls(
+            label, probs, exit_, json.get("truncated", False), json, json.get("value"), json.get("labels")
+        )
 
 
 @dataclass(frozen=True, slots=True)

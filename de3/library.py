@@ -137,6 +137,15 @@ class Classifier:
         """The model's name and version, as name:version."""
         return self._served.model.full_name
 
+    @property
+    def labels(self) -> list[str]:
+        """The labels, in the order of the probabilities; of a regression model, the name of its output."""
+        return self.manifest.labels
+
+    def __repr__(self) -> str:
+        labels, layers, precision = len(self.labels), self.manifest.num_layers, self.manifest.precision
+        return f"<de3.Classifier {self.name}: labels={labels}, layers={layers}, precision={precision}>"
+
     def certificate(self, **options: Unpack[Options]) -> Mapping[str, Any] | None:
         """The certified bound on the rate of disagreement with these options, as in a response (docs/api.md).
 

@@ -81,7 +81,7 @@ def test_a_table_has_the_same_answers(model: de3.Classifier) -> None:
     assert table.column("exit_layer").to_pylist() == [row.exit.layer for row in rows]
     scores = table.column("exit_score").to_pylist()
     assert [float(f"{score:.6g}") for score in scores] == [row.exit.score for row in rows] != scores
-    assert table.column("truncated").to_pylist() == [row.is_truncated for row in rows]
+    assert table.column("truncated").to_pylist() == [row.truncated for row in rows]
     windows = model.classify(texts, long="windows", ood=True, as_arrow=True)
     assert windows.column("windows_of").to_pylist()[-2] > 1 and "ood_score" in windows.column_names
     assert model.classify([], long="windows", ood=True, as_arrow=True).schema == windows.schema
@@ -263,7 +263,8 @@ print(one.classify("a good film")[0].probs)
 def test_by_folder_and_not_unpickled_from_another_artifact(store: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(store / "tiny-int8" / "1", tmp_path / "1")
     with de3.load(folder, store=tmp_path, threads=1) as model:
-        assert model.name == "tiny-int8:1"
+        assert model.name == "tiny-int8:1" and model.labels == model.manifest.labels
+        assert repr(model) == "<de3.Classifier tiny-int8:1: labels=2, layers=3, precision=int8>"
         pickled = pickle.dumps(model)
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
@@ -292,6 +293,7 @@ def test_the_import_is_cheap_and_changes_nothing_of_the_process() -> None:
 import gc, logging, signal, sys
 before = sys.getswitchinterval(), gc.get_freeze_count(), signal.getsignal(signal.SIGTERM), logging.root.handlers[:]
 import de3
+assert {"load", "Classifier", "__version__"} < set(dir(de3)) and de3.__version__[0].isdigit()
 assert not {"numpy", "onnxruntime", "httpx", "fastapi"} & sys.modules.keys()
 with de3.load("sst2", store=de3.DEMO) as model:
     assert model.classify(["a fine film"])[0].label == "positive"

@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
+from de3.client import Client
 from de3.data.examples import Example, label_array, label_of, load_examples, save_examples
 from de3.export.classifier import Stock
 from de3.export.importing import answers
@@ -98,8 +99,9 @@ def test_a_label_of_any_window_is_given(server: Server) -> None:
     assert long["labels"] == [name for name, p in zip(NAMES, long["probs"], strict=True) if p > 0.5]
     assert {"praise", "blame"} <= {label for row in (long, *each) for label in row["labels"]}
     # Once every label is assigned, the remaining windows cannot change the answer.
-    row = server.classify(input=" ".join(parts), tau=0, long="windows", thresholds=1e-9).json()["data"][0]
-    assert row["labels"] == NAMES and row["windows"]["run"] == 1
+    with Client(server.url) as client:
+        (one,) = client.classify(" ".join(parts), tau=0, long="windows", thresholds=1e-9).rows
+    assert one.labels == NAMES and one.raw["windows"]["run"] == 1
 
 
 def test_a_request_may_set_thresholds(server: Server) -> None:

@@ -304,7 +304,7 @@ def _kind(out: Path, wanted: str | None, kind: str) -> str:
 
 def _print(texts: list[str], rows: "list[Row]") -> None:
     for text, row in zip(texts, rows, strict=True):
-        label = ", ".join(row.raw["labels"]) or "none" if "labels" in row.raw else row.label
+        label = row.label if row.labels is None else ", ".join(row.labels) or "none"
         number = max(row.probs) if row.value is None else row.value
         print(f"{label}  {number:.3f}  layer {row.exit.layer}  {text}")
 
