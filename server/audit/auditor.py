@@ -144,9 +144,11 @@ class Auditor:
         learn: Callable[[Sequence[Record]], None] | None = None,
         traffic: Traffic | None = None,
     ) -> None:
-        """submit: enqueues audits. count: counts settled texts. is_behind: see AuditStore. learn: keeps records of
-        audited texts; None if the server does not learn. traffic: the traffic of the model's name; None if the server
-        does not learn."""
+        """submit: enqueues audits. count: counts settled texts. is_behind: see AuditStore.
+
+        learn, traffic: keeps records of audited texts, and the traffic of the model's name; None if the server does
+        not learn.
+        """
         self._is_behind, self._learn, self._traffic = is_behind, learn, traffic
         self._submit, self._count_settled = submit, count
         self._random = random.Random()
