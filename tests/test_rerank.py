@@ -17,7 +17,7 @@ from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
 from de3.server.engine.request import Text
 from de3.server.errors import RequestError
-from de3.server.http.rerank import MAX_QUERY_CHARS, RerankRequest
+from de3.server.http.rerank import MAX_QUERY_CHARS, RerankRequest, pairs
 from tests.fixtures import installed, save_encoder
 from tests.serving import Server, serving
 
@@ -76,6 +76,72 @@ def test_jina_and_cohere(server: Server, path: str) -> None:
     assert [row.keys() for row in answer["results"]] == [{"index", "relevance_score"}] * 4
 
 
+@pytest.mark.parametrize("path", ["/score", "/v1/score"])
+@pytest.mark.parametrize(
+    "names", [("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2")]
+)
+def test_vllms_score(server: Server, path: str, names: tuple[str, str]) -> None:
+    def scored(first: Any, second: Any, **fields: Any) -> dict[str, Any]:
+        answer = post(server, path, **dict(zip(names, (first, second), strict=True)), **fields)
+        assert answer.status_code == 200, answer.text
+        body: dict[str, Any] = answer.json()
+        return body
+
+    raw = values(server)
+    scores = [sigmoid(value) for value in raw]
+    defaults = {
+        "user": None,
+        "priority": 0,
+        "truncate_prompt_tokens": -1,
+        "max_tokens_per_doc": 0,
+        "padding": None,
+    }
+    body = scored(QUERY, DOCUMENTS, model="ranker", request_id="mine", **defaults)
+    assert body["data"] == [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)]
+    assert (body["id"], body["object"], body["model"]) == ("score-mine", "list", "ranker:1")
+    assert (
+        body["usage"]["prompt_tokens"] == body["usage"]["total_tokens"] > 20
+        and body["created"] > 1_700_000_000
+    )
+    for first in ([QUERY], [QUERY] * 4):
+        assert scored(first, DOCUMENTS)["data"] == body["data"]
+    assert [row["score"] for row in scored(QUERY, DOCUMENTS, use_activation=False)["data"]] == raw
+    assert scored(QUERY, DOCUMENTS[1], tau=0)["data"] == [{"index": 0, "object": "score", "score": scores[1]}]
+    turned = scored([DOCUMENTS[0], QUERY], [QUERY, DOCUMENTS[0]])["data"]
+    assert turned[0]["score"] != turned[1]["score"] == scores[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({}, "text_1: is required"),
+        ({"text_1": QUERY}, "text_2: is required"),
+        ({"text_1": "", "text_2": "a"}, "text_1: must not be empty"),
+        ({"text_1": QUERY, "text_2": []}, "text_2: must not be an empty list"),
+        ({"queries": QUERY, "items": ["a", {"content": []}]}, "items[1]: must be a text; got an object"),
+        ({"data_1": QUERY, "data_2": ["a"] * 9}, "data_2: 9 texts, at most 8 are allowed"),
+        ({"text_1": ["a"] * 9, "text_2": "a"}, "text_1: 9 texts, at most 8 are allowed"),
+        (
+            {"queries": ["a"] * 2, "documents": ["a"] * 3},
+            "queries: 2 texts for 3 in documents; must be one, or",
+        ),
+        ({"text_1": ["a"] * 2, "text_2": "a"}, "text_1: 2 texts for 1 in text_2"),
+        ({"text_1": "a", "text_2": "a", "tau": 2}, "tau: "),
+        ({"text_1": "a", "text_2": "a", "max_tokens_per_doc": 3}, "max_tokens_per_doc: input should be 0"),
+        ({"text_1": "a", "text_2": "a", "instruction": "a"}, "instruction: unknown field; known fields: "),
+        ({"text_1": "a", "text_2": "a", "model": "tiny-int8"}, "model: tiny-int8:1 has 2 outputs"),
+        (
+            {"text_1": "a" * (MAX_QUERY_CHARS // 8 + 1), "text_2": ["a"] * 8},
+            "text_1: 131073 characters before each",
+        ),
+    ],
+)
+def test_errors_of_score_name_the_field(server: Server, body: dict[str, Any], says: str) -> None:
+    answer = post(server, "/score", **body)
+    assert answer.status_code == 422 and answer.json()["error"]["message"].startswith(says), answer.text
+    assert answer.json()["error"]["param"] == says.partition(":")[0].partition("[")[0]
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -105,10 +171,10 @@ def test_a_model_of_single_texts_does_not_rerank(server: Server) -> None:
         request.check(manifest.model_copy(update={"input": takes}))
     with pytest.raises(RequestError, match="takes single texts"):
         request.check(manifest.model_copy(update={"input": "text"}))
-    longest = [Text("a" * (MAX_QUERY_CHARS // 4), "a")] * 4
-    RerankRequest(longest).check(manifest)
+    longest = "a" * (MAX_QUERY_CHARS // 4)
+    assert pairs(longest, "abcd") == [Text(longest, document) for document in "abcd"]
     with pytest.raises(RequestError, match="query"):
-        RerankRequest([*longest, longest[0]]).check(manifest)
+        pairs(longest, "abcde")
 
 
 def test_a_moderation_without_a_model_gets_the_only_one_that_fits(server: Server) -> None:

@@ -32,6 +32,7 @@ from de3.server.http import (
     open_inference,
     openapi,
     rerank,
+    score,
     tei,
 )
 from de3.server.http.classify import CLASSIFY
@@ -48,6 +49,8 @@ PROTOCOLS: dict[str, Protocol] = {
     "/rerank": rerank.TEI_OR_JINA,
     "/v1/rerank": rerank.JINA,
     "/v2/rerank": rerank.JINA,
+    "/score": score.SCORE,
+    "/v1/score": score.SCORE,
     "/v1/models/{model}:predict": kserve.PREDICT,
     "/api/v1/text/contents": detectors.CONTENTS,
     "/beta/litellm_basic_guardrail_api": guardrail.GUARDRAIL,

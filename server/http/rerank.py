@@ -4,7 +4,7 @@ POST /rerank accepts bodies in the format of Text Embeddings Inference, Jina or 
 accept the formats of Jina and Cohere only, as vLLM does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -26,8 +26,27 @@ from de3.server.options import OptionFields
 MAX_QUERY_CHARS = 2**20  # total over all documents, because the query is repeated before each
 
 
+class PairsRequest(Request):
+    """A request that a model of pairs with one output can answer."""
+
+    def fits(self, manifest: Manifest) -> bool:
+        """True for a model that scores a pair with a single number."""
+        return manifest.tolerance is not None and manifest.input in ("pair", None)
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise RequestError for a model that does not score a pair with a single number."""
+        if not self.fits(manifest):
+            has = f"has {len(manifest.labels)} outputs"
+            why = has if manifest.tolerance is None else "takes single texts"
+            raise RequestError(
+                f"model: {manifest.full_name} {why}; reranking needs a model of pairs with one output, "
+                "such as a cross-encoder",
+                "model",
+            )
+
+
 @dataclass(slots=True, eq=False)
-class RerankRequest(Request):
+class RerankRequest(PairsRequest):
     """A query and its documents, as pairs, with the options of the response.
 
     Attributes:
@@ -44,29 +63,6 @@ class RerankRequest(Request):
     with_documents: bool = False
     raw_scores: bool = False
 
-    def fits(self, manifest: Manifest) -> bool:
-        """True for a model that scores a pair with a single number."""
-        return manifest.tolerance is not None and manifest.input in ("pair", None)
-
-    def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for a model that does not score a pair with a single number, and for too long a query."""
-        if not self.fits(manifest):
-            has = f"has {len(manifest.labels)} outputs"
-            why = has if manifest.tolerance is None else "takes single texts"
-            raise RequestError(
-                f"model: {manifest.full_name} {why}; reranking needs a model of pairs with one output, "
-                "such as a cross-encoder",
-                "model",
-            )
-
-        chars = len(self.texts[0].text) * len(self.texts)
-        if chars > MAX_QUERY_CHARS:
-            raise RequestError(
-                f"query: {len(self.texts[0].text)} characters before each of {len(self.texts)} documents, at most "
-                f"{MAX_QUERY_CHARS} in all are allowed",
-                "query",
-            )
-
     def name_of(self, index: int) -> str:
         """The name of a document in error messages, by its index."""
         return f"{'texts' if self.is_tei else 'documents'}[{index}]"
@@ -79,6 +75,26 @@ def _texts(value: Any) -> list[str]:
         checked_text(one["text"] if isinstance(one, dict) and one.keys() == {"text"} else one, f"[{i}]")
         for i, one in enumerate(value)
     ]
+
+
+def pairs(query: str, documents: Sequence[str], name: str = "query") -> list[Text]:
+    """The pairs of a query and each document; raises RequestError if the query is too long to be repeated so often.
+
+    name: the query's field.
+    """
+    if len(query) * len(documents) > MAX_QUERY_CHARS:
+        raise RequestError(
+            f"{name}: {len(query)} characters before each of {len(documents)} documents, at most {MAX_QUERY_CHARS} in "
+            "all are allowed",
+            name,
+        )
+    return [Text(query, document) for document in documents]
+
+
+def scores_of(job: Job, raw: bool) -> list[float]:
+    """The scores of a finished job's pairs: the sigmoid of the model's outputs, or the outputs themselves if `raw`."""
+    values = [outcome.reading.value or 0.0 for outcome in job.outcomes()]
+    return values if raw else [sigmoid(value) for value in values]
 
 
 Query = Annotated[str, BeforeValidator(lambda value: checked_text(value, ""))]
@@ -124,7 +140,7 @@ def parse(call: Call) -> RerankRequest:
         check_count(value, "texts", call.max_texts)
         fields = check_fields(TeiFields, value, '{"query": "a text", "texts": ["a text"]}')
         return RerankRequest(
-            [Text(fields.query, text) for text in fields.texts],
+            pairs(fields.query, fields.texts),
             fields.options,
             truncate=bool(fields.truncate),
             is_tei=True,
@@ -143,7 +159,7 @@ def _of_jina(value: Any, max_texts: int) -> RerankRequest:
     check_count(value, "documents", max_texts)
     fields = check_fields(RerankFields, value, '{"query": "a text", "documents": ["a text"]}')
     return RerankRequest(
-        [Text(fields.query, document) for document in fields.documents],
+        pairs(fields.query, fields.documents),
         fields.options,
         fields.model,
         top_n=fields.top_n,
@@ -156,8 +172,7 @@ def serialize(request_id: str, job: Job) -> bytes:
     """The documents by descending score; those with equal scores in the order of the request."""
     request = job.request
     assert isinstance(request, RerankRequest)
-    values = [outcome.reading.value or 0.0 for outcome in job.outcomes()]
-    scores = values if request.raw_scores else [sigmoid(value) for value in values]
+    scores = scores_of(job, request.raw_scores)
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[: request.top_n]
     rows: list[dict[str, Any]] = []
     for i in order:
