@@ -99,6 +99,17 @@ def test_the_schema_is_valid(store: Path) -> None:
     assert len({operation["operationId"] for operation in operations}) == len(operations) > 15
 
 
+def test_the_schema_lists_the_path_of_every_protocol_with_an_example(server: Server) -> None:
+    paths = httpx.get(server.url + "/openapi.json").json()["paths"]
+    for path in PROTOCOLS:
+        operation = paths[path]["post"]
+        content = operation["requestBody"]["content"]["application/json"]
+        example = content["examples"]["one text"]["value"] if path == "/classify" else content["example"]
+        answer = httpx.post(server.url + path.format(model="tiny", version=1), json=example)
+        needs_pairs = "needs a model of pairs" in answer.text and ("rerank" in path or "score" in path)
+        assert operation["summary"] and (answer.status_code == 200 or needs_pairs), (path, answer.text)
+
+
 # vLLM and SGLang
 
 
@@ -353,8 +364,8 @@ def test_refusals_before_a_request_is_read_have_their_protocols_format(
     ("method", "path", "status"),
     [
         ("GET", "/v2/models/other", 404),
-        ("GET", "/v2/models/tiny/infer", 404),
-        ("GET", "/predict", 404),
+        ("GET", "/v2/models/tiny/infer", 405),
+        ("GET", "/predict", 405),
         ("DELETE", "/info", 405),
         ("GET", "/v1/models/other/calibration", 404),
     ],

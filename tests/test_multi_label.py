@@ -237,6 +237,11 @@ def test_detectors_find_each_label_that_reaches_its_threshold(server: Server) ->
     for limit in (p - 1e-6 for p in probs.values()):  # the probabilities are rounded
         assert found(threshold=limit) == {name: prob for name, prob in probs.items() if prob >= limit}
     assert found(threshold=0, safe_labels=["praise"]).keys() == {"blame", "story"}
+    for name in NAMES:  # LiteLLM's guardrail blocks one label, at the model's own threshold
+        params = {"label": name, "tau": 0}
+        body = {"texts": [text], "additional_provider_specific_params": params}
+        answer = httpx.post(f"{server.url}/beta/litellm_basic_guardrail_api", json=body).json()
+        assert answer["action"] == ("BLOCKED" if name in row["labels"] else "NONE")
 
 
 @pytest.mark.slow

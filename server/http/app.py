@@ -213,7 +213,7 @@ def _with_headers(send: Send, scope: Scope) -> Send:
 
 
 def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
-    """The application with every route except those of PROTOCOLS; it has /classify for the documentation only."""
+    """The application with every route; it has those of the protocols for the documentation only."""
     service = frontend.service
 
     @asynccontextmanager
@@ -243,11 +243,13 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     users = bearer if frontend.access.users is not None else []
 
     @app.post("/classify", tags=["classify"], dependencies=users, **openapi.CLASSIFY)
-    @app.post("/v1/classify", include_in_schema=False)
     async def classify() -> Response:
         """Classify a text, a pair of texts or a batch; each text exits at the first layer whose score is below tau."""
         raise HTTPException(404)  # for paths such as /classify%0A: create_app answers /classify itself
 
+    for path, protocol in frontend.protocols.items():
+        if path != "/classify":
+            app.post(path, dependencies=users, **openapi.protocol_route(path, protocol))(classify)
     models.add_routes(app, service, users, frontend.access)
     open_inference.add_routes(app, service, dependencies=users)
     tei.add_routes(app, service, dependencies=users)

@@ -12,6 +12,8 @@ from de3.server.fields import check_count, check_fields, load_json
 from de3.server.http import hugging_face, sglang
 from de3.server.http.protocol import Call, Protocol
 
+EXAMPLE = '{"input": "a text"}'
+
 
 def parse(call: Call) -> Request:
     """The request in a call; raises RequestError if its body is not JSON or is invalid."""
@@ -26,7 +28,7 @@ def parse(call: Call) -> Request:
             if "text" in value:
                 return sglang.request_of(value, call.max_texts)
     check_count(value, "input", call.max_texts)
-    return request_of(check_fields(ClassifyRequest, value, '{"input": "a text"}'))
+    return request_of(check_fields(ClassifyRequest, value, EXAMPLE))
 
 
 def serialize(request_id: str, job: Job) -> bytes:
@@ -55,4 +57,4 @@ def serialize(request_id: str, job: Job) -> bytes:
     return orjson.dumps(body)
 
 
-CLASSIFY = Protocol(parse, serialize)
+CLASSIFY = Protocol(parse, serialize, example=EXAMPLE)

@@ -19,6 +19,7 @@ from de3.server.http.errors import STATUSES
 from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
 
+EXAMPLE = '{"contents": ["a text"]}'
 THRESHOLD = 0.5
 MAX_CHARS = 2**24  # characters of texts in a response; each detection repeats its text
 
@@ -121,7 +122,7 @@ def parse(call: Call) -> ContentsRequest:
     """The request in a call; raises RequestError if it is invalid. The header `detector-id` may name the model."""
     value = load_json(call.body)
     check_count(value, "contents", call.max_texts)
-    fields = check_fields(ContentsFields, value, '{"contents": ["a text"]}')
+    fields = check_fields(ContentsFields, value, EXAMPLE)
     parameters = check_fields(Parameters, fields.detector_params or {}, '{"threshold": 0.5}')
     return ContentsRequest(
         fields.contents,
@@ -159,4 +160,4 @@ def error(problem: RequestError) -> bytes:
     return orjson.dumps({"code": STATUSES[problem.cause], "message": problem.message})
 
 
-CONTENTS = Protocol(parse, serialize, error)
+CONTENTS = Protocol(parse, serialize, error, example=EXAMPLE)

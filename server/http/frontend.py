@@ -24,6 +24,7 @@ class Frontend:
     """Admits, sheds, refuses and reports the requests to a service.
 
     Attributes:
+        protocols: protocols by path.
         bytes_in_flight: shares of the body bytes in flight.
         parse_lock: held to parse a large body.
     """
@@ -31,7 +32,7 @@ class Frontend:
     def __init__(self, service: Service, protocols: Mapping[str, Protocol]) -> None:
         """protocols: protocols by path. Raises ValueError for a setting that cannot be met, such as invalid keys."""
         settings = service.settings
-        self.service = service
+        self.service, self.protocols = service, protocols
         self._routes = {
             path: Route(path, protocol, {}) for path, protocol in protocols.items() if "{" not in path
         }

@@ -15,6 +15,7 @@ from de3.server.http.detectors import Detection
 from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
 
+EXAMPLE = '{"texts": ["a text"]}'
 PARAMETERS = "additional_provider_specific_params"
 
 
@@ -76,7 +77,7 @@ def parse(call: Call) -> GuardrailRequest:
     check_count(value, "texts", call.max_texts)
     if isinstance(value, dict):
         value = {name: value.get(name) for name in ("texts", PARAMETERS)}
-    fields = check_fields(GuardrailFields, value, '{"texts": ["a text"]}')
+    fields = check_fields(GuardrailFields, value, EXAMPLE)
     given = fields.additional_provider_specific_params or {}
     parameters = check_fields(GuardrailParameters, given, '{"threshold": 0.5}')
     return GuardrailRequest(
@@ -100,4 +101,4 @@ def serialize(_: str, job: Job) -> bytes:
     return orjson.dumps({"action": "BLOCKED", "blocked_reason": reason})
 
 
-GUARDRAIL = Protocol(parse, serialize)
+GUARDRAIL = Protocol(parse, serialize, example=EXAMPLE)

@@ -20,6 +20,7 @@ from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
 
 Function = Literal["softmax", "sigmoid", "none"]
+EXAMPLE = '{"inputs": "a text"}'
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +85,7 @@ def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskReques
     if isinstance(value, dict):
         value.pop("options", None)  # options of the hosted API, such as use_cache
     check_count(value, "inputs", max_texts)
-    fields = check_fields(TaskFields, value, '{"inputs": "a text"}')
+    fields = check_fields(TaskFields, value, EXAMPLE)
     parameters = check_fields(Parameters, fields.parameters or {}, '{"top_k": 2}')
     return TaskRequest(
         fields.inputs,
@@ -121,4 +122,4 @@ def _apply(function: Function | None, reading: Reading) -> list[float]:
     return [sigmoid(x) for x in reading.logits]
 
 
-TEXT_CLASSIFICATION = Protocol(parse, serialize, message_body)
+TEXT_CLASSIFICATION = Protocol(parse, serialize, message_body, example=EXAMPLE)

@@ -17,6 +17,8 @@ from de3.server.http.errors import message_body
 from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
 
+EXAMPLE = '{"instances": ["a text"]}'
+
 
 class PredictRequest(Request):
     """A request in this protocol."""
@@ -41,7 +43,7 @@ def parse(call: Call) -> PredictRequest:
     """The request in a call; raises RequestError if it is invalid."""
     value = load_json(call.body)
     check_count(value, "instances", call.max_texts)
-    fields = check_fields(PredictFields, value, '{"instances": ["a text"]}')
+    fields = check_fields(PredictFields, value, EXAMPLE)
     parameters = check_fields(OptionFields, fields.parameters, '{"tau": 0.1}')
     return PredictRequest(fields.instances, parameters.options, call.path["model"])
 
@@ -59,4 +61,4 @@ def serialize(_: str, job: Job) -> bytes:
     )
 
 
-PREDICT = Protocol(parse, serialize, message_body)
+PREDICT = Protocol(parse, serialize, message_body, example=EXAMPLE)

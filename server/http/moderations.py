@@ -17,6 +17,8 @@ from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
 from de3.server.rules import one_answer
 
+EXAMPLE = '{"input": "a text"}'
+
 
 @dataclass(slots=True, eq=False)
 class ModerationRequest(Request):
@@ -67,7 +69,7 @@ def parse(call: Call) -> ModerationRequest:
     """The request in a call; raises RequestError if it is invalid."""
     value = load_json(call.body)
     check_count(value, "input", call.max_texts)
-    fields = check_fields(ModerationFields, value, '{"input": "a text"}')
+    fields = check_fields(ModerationFields, value, EXAMPLE)
     texts, is_parts = fields.input
     return ModerationRequest(texts, fields.options, fields.model, is_parts=is_parts)
 
@@ -98,4 +100,4 @@ def _result(outcomes: Sequence[Outcome], manifest: Manifest) -> dict[str, Any]:
     }
 
 
-MODERATIONS = Protocol(parse, serialize)
+MODERATIONS = Protocol(parse, serialize, example=EXAMPLE)

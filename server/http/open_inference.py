@@ -303,4 +303,4 @@ def _metadata(manifest: Manifest, service: Service) -> dict[str, Any]:
     }
 
 
-INFER = Protocol(parse, serialize, message_body)
+INFER = Protocol(parse, serialize, message_body, example=EXAMPLE)

@@ -1,5 +1,7 @@
 """The OpenAPI schema: named components, summaries, and examples to try in /docs."""
 
+import re
+from inspect import getmodule
 from typing import Any, Literal
 
 import orjson
@@ -8,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from de3.server.answer import ClassifyResponse
 from de3.server.classification import ClassifyRequest
+from de3.server.errors import RequestError
 from de3.server.http import errors
+from de3.server.http.protocol import Protocol
 
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """
@@ -76,6 +80,31 @@ def error(status: int, message: str, param: str | None = None) -> dict[str, Any]
 
 
 _WRONG_TAU = "tau: input should be less than or equal to 1 (allowed: 0 to 1)"
+
+
+def protocol_route(path: str, protocol: Protocol) -> dict[str, Any]:
+    """The documentation of a protocol's path, from its module's docstring, as arguments of FastAPI's decorator."""
+    problem = RequestError("model: no model 'x' is served; there are: sst2:1", "model", "unknown_model")
+    body = {"schema": {"type": "object"}, "example": orjson.loads(protocol.example)}
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", path)
+    ]
+    return {
+        "name": re.sub(r"\W+", "_", path).strip("_") or "root",
+        "tags": ["other protocols"],
+        "description": getattr(getmodule(protocol.parse), "__doc__", ""),
+        "openapi_extra": {
+            "parameters": parameters,
+            "requestBody": {"required": True, "content": {"application/json": body}},
+        },
+        "responses": {
+            404: {
+                "description": "An error: no such model",
+                "content": {"application/json": {"example": orjson.loads(protocol.error(problem))}},
+            }
+        },
+    }
 
 
 def answer(model: str, description: str) -> dict[int | str, Any]:
@@ -204,7 +233,7 @@ def _improve(schema: dict[str, Any]) -> None:
         for operation in operations.values():
             operation["summary"] = operation.get("description", "").partition("\n")[0].rstrip(".")
             for status, response in operation["responses"].items():
-                if status >= "400":
+                if status >= "400" and operation["tags"] != ["other protocols"]:
                     content = response.setdefault("content", {}).setdefault("application/json", {})
                     content["schema"] = {"$ref": REF.format(model=error_model)}
                     if status == "422":

@@ -53,12 +53,14 @@ class Protocol:
         serialize: converts a request id and a finished job to the JSON of the response.
         error: converts an error to JSON; the status is the same in every protocol (`errors.STATUSES`).
         others: first segments of other paths whose errors have this protocol's format.
+        example: JSON of a body, for /docs.
     """
 
     parse: Callable[[Call], Request]
     serialize: Callable[[str, Job], bytes]
     error: Callable[[RequestError], bytes] = errors.openai_body
     others: Sequence[str] = ()
+    example: str = "{}"
 
 
 class Route(NamedTuple):

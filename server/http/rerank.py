@@ -23,6 +23,7 @@ from de3.server.http.errors import openai_body
 from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
 
+EXAMPLE = '{"query": "a text", "documents": ["a text"]}'
 MAX_QUERY_CHARS = 2**20  # total over all documents, because the query is repeated before each
 
 
@@ -157,7 +158,7 @@ def parse_jina(call: Call) -> RerankRequest:
 
 def _of_jina(value: Any, max_texts: int) -> RerankRequest:
     check_count(value, "documents", max_texts)
-    fields = check_fields(RerankFields, value, '{"query": "a text", "documents": ["a text"]}')
+    fields = check_fields(RerankFields, value, EXAMPLE)
     return RerankRequest(
         pairs(fields.query, fields.documents),
         fields.options,
@@ -193,5 +194,5 @@ def serialize(request_id: str, job: Job) -> bytes:
     return orjson.dumps(body)
 
 
-TEI_OR_JINA = Protocol(parse, serialize, tei.error)
-JINA = Protocol(parse_jina, serialize, openai_body)
+TEI_OR_JINA = Protocol(parse, serialize, tei.error, example=EXAMPLE)
+JINA = Protocol(parse_jina, serialize, openai_body, example=EXAMPLE)

@@ -15,6 +15,7 @@ from de3.server.http.protocol import Call, Protocol
 from de3.server.http.rerank import PairsRequest, pairs, scores_of
 from de3.server.options import OptionFields
 
+EXAMPLE = '{"text_1": "a text", "text_2": ["a text"]}'
 # The names under which vLLM accepts the first and the second texts.
 NAMES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 
@@ -84,7 +85,7 @@ def parse(call: Call) -> ScoreRequest:
         names = next((pair for pair in NAMES if value.keys() >= {*pair}), names)
     for name in names:
         check_count(value, name, call.max_texts)
-    fields = check_fields(KINDS[names], value, '{"text_1": "a text", "text_2": ["a text"]}')
+    fields = check_fields(KINDS[names], value, EXAMPLE)
     first, second = names
     ones, others = getattr(fields, first), getattr(fields, second)
     if len(ones) not in (1, len(others)):
@@ -122,4 +123,4 @@ def serialize(request_id: str, job: Job) -> bytes:
     return orjson.dumps(body)
 
 
-SCORE = Protocol(parse, serialize)
+SCORE = Protocol(parse, serialize, example=EXAMPLE)

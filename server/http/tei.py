@@ -18,6 +18,7 @@ from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
 from de3.server.service import Service
 
+EXAMPLE = '{"inputs": "a text"}'
 # TEI's error types by cause; any other cause is a validation error.
 ERROR_TYPES: dict[Cause, str] = {
     **dict.fromkeys(("over_share", "rate_limited", "queue_full", "shed", "loading", "budget"), "overloaded"),
@@ -75,7 +76,7 @@ def parse(call: Call) -> PredictRequest:
         inputs = value.get("inputs")
         if isinstance(inputs, list) and inputs and isinstance(inputs[0], list):  # else one text or one pair
             check_count(value, "inputs", call.max_texts)
-    fields = check_fields(PredictFields, value, '{"inputs": "a text"}')
+    fields = check_fields(PredictFields, value, EXAMPLE)
     texts, is_batch = fields.inputs
     return PredictRequest(
         texts, fields.options, truncate=bool(fields.truncate), is_batch=is_batch, raw_scores=fields.raw_scores
@@ -129,4 +130,4 @@ def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
         }
 
 
-PREDICT = Protocol(parse, serialize, error, ("info",))
+PREDICT = Protocol(parse, serialize, error, ("info",), example=EXAMPLE)
