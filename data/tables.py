@@ -37,6 +37,7 @@ class Columns:
     The annotated fields become options of the commands that read data (de3.commands.options.add_parameters).
 
     Attributes:
+        quotes: quotation marks enclose fields. None: no in .tsv (as in GLUE's files), else yes.
         label: None if the texts have no labels; then .txt files with one text per line can be read, too.
         multi_label: a text has any number of labels: separated by | in a cell, or as a list in JSON. In the rows that
             this module returns, they are separated by JOINT.
@@ -51,10 +52,7 @@ class Columns:
     ] = None
     label: Annotated[str | None, _option("--label-column", help="Column of the label.")] = "label"
     header: Annotated[bool, _option(help="The first row has the names of the columns.")] = True
-    quotes: Annotated[
-        bool | None,
-        _option(help="Quotation marks enclose fields. Default: no in .tsv (as in GLUE's files), else yes."),
-    ] = None
+    quotes: bool | None = None
     delimiter: Annotated[
         str | None,
         _option(

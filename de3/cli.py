@@ -20,6 +20,7 @@ from de3.loadtest.cli import app as loadtest_app
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_show_locals=False,
     help="Train, export and serve text classifiers with early exit (DE3-BERT).",
     epilog="Typical order: de3 train → de3 evaluate → de3 export → de3 serve; for an existing classifier: de3 import → "

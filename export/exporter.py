@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from de3.data.examples import Example, check_disjoint, with_original
+from de3.data.examples import Example, with_original
 from de3.exits.calibration import paired_interval
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule, exit_index
 from de3.export.build import manifest_of
-from de3.export.calibrate import CHOICES, CalibrationPart, calibrate
+from de3.export.calibrate import CalibrationPart, calibrate
 from de3.export.errors import ExportError
 from de3.export.record import record
 from de3.export.trained import Trained
@@ -36,14 +36,12 @@ class ExportSettings:
         quantize: "int8" or "none".
         max_loss: largest accuracy loss against full depth at the default signal and τ, as a fraction.
         max_int8_loss: largest accuracy loss of any exit in int8 against fp32, as a fraction.
-        signal: the default signal, or auto.
     """
 
     name: str
     quantize: str = "int8"
     max_loss: float = 0.01
     max_int8_loss: float = 0.01
-    signal: str = "auto"
 
     def __post_init__(self) -> None:
         _ = self.precision
@@ -52,8 +50,6 @@ class ExportSettings:
                 "--name must have at most 64 lower-case letters, digits, dots, dashes and underscores, got "
                 f"{self.name!r}"
             )
-        if self.signal not in CHOICES:
-            raise ValueError(f"--signal must be one of {', '.join(CHOICES)}, got {self.signal!r}")
 
     @property
     def precision(self) -> Precision:
@@ -61,26 +57,17 @@ class ExportSettings:
         return precision_of(self.quantize)
 
 
-def export(
-    checkpoint: Path,
-    store: Store,
-    settings: ExportSettings,
-    tune_file: Path | None = None,
-    certify_file: Path | None = None,
-) -> Path:
+def export(checkpoint: Path, store: Store, settings: ExportSettings) -> Path:
     """Export a checkpoint into a store as the model's next version; returns its folder.
 
-    The risk is fitted, and the signal chosen, on tune_file; signal and τ are certified on certify_file (see
-    `calibrate`). By default, these files are the parts that training held out.
+    The risk is fitted, and the signal chosen, on the tuning samples that training held out; signal and τ are certified
+    on its certifying samples (see `calibrate`).
 
     Raises ExportError if the segments differ too much from the PyTorch model, or int8 from fp32, and ValueError if the
     checkpoint cannot be exported. In both cases nothing is published.
     """
     opened = Checkpoint(checkpoint)
-    tune, certify = opened.held_out("tune", tune_file), opened.held_out("certify", certify_file)
-    if tune_file or certify_file:  # the parts held out by training are disjoint
-        files = (tune_file or checkpoint / "tune.jsonl", certify_file or checkpoint / "certify.jsonl")
-        check_disjoint(tune, certify, *files)
+    tune, certify = opened.held_out("tune"), opened.held_out("certify")
     from de3.export.parity import parity
 
     trained = Trained(opened)
@@ -133,7 +120,7 @@ def certified(
     warn(weaknesses(recorded, exported.manifest.labels))
     certifying = CalibrationPart.of(recorded, certify)
     calibrated = calibrate(
-        CalibrationPart.of(tuned, tune), certifying, settings.max_loss, settings.signal, self_labelled
+        CalibrationPart.of(tuned, tune), certifying, settings.max_loss, self_labelled=self_labelled
     )
     final = Manifest.model_validate({**exported.manifest.model_dump(), **calibrated.fields()})
     if is_int8:

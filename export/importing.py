@@ -24,6 +24,7 @@ from de3.model_store.store import Artifact, Draft, Store
 from de3.progress import console
 
 MAX_HELD_BACK = 4000
+SEED = 0  # of the split and of the fit of the exits
 FEW_TEXTS = 500
 MAX_FITTED = 20_000  # texts
 UNFINISHED = ".import"  # folder of intermediate results, which is removed at the end
@@ -45,7 +46,6 @@ class ImportSettings:
     tolerance: float | None = None
     labelled: bool = False
     fragments: bool = False
-    seed: int = 0
 
 
 def import_classifier(
@@ -64,7 +64,7 @@ def import_classifier(
 
     Raises ValueError for unusable texts and options, and ExportError as `exporter.certified` does.
     """
-    _check(stock, settings, exporting)
+    _check(stock, settings)
     parts = _parts(rows, groups, stock, settings)
     console.print(
         f"{stock.architecture('fp32').encoder.type}, {stock.num_layers} layers; {len(parts.train)} texts to fit the "
@@ -97,7 +97,7 @@ def import_classifier(
         for computed in (fitting, tuning, certifying)
     ]
     texts = TrainingSet(targets[0], groups_fitted, fitting.states)
-    exits = fit.fit(stock.num_layers, texts, settings.seed)
+    exits = fit.fit(stock.num_layers, texts, SEED)
     tune = _answered(parts.tune, targets[1], settings.labelled)
     certify = _answered(parts.certify, targets[2], settings.labelled)
     fields = {
@@ -147,7 +147,7 @@ def _thresholds(stock: Stock, threshold: float | None) -> list[float] | None:
     return [0.5 if threshold is None else threshold] * len(stock.description.labels)
 
 
-def _check(stock: Stock, settings: ImportSettings, exporting: ExportSettings) -> None:
+def _check(stock: Stock, settings: ImportSettings) -> None:
     """Raise ValueError early for options that do not fit the classifier."""
     name, kind = stock.name, stock.description.kind
     if settings.tolerance is not None and kind != "value":
@@ -159,10 +159,6 @@ def _check(stock: Stock, settings: ImportSettings, exporting: ExportSettings) ->
             f'--threshold: by its config.json ("problem_type") {name} is not a multi-label model; if it is one, add '
             "--multi-label"
         )
-    if kind == "labels" and exporting.signal == "edr":
-        raise ValueError("--signal edr: needs mutually exclusive classes; give risk or entropy")
-    if kind == "value" and exporting.signal not in ("auto", "risk"):
-        raise ValueError(f"--signal {exporting.signal}: needs classes; for a regression model give risk")
 
 
 def _check_tolerance(stock: Stock, tolerance: float | None, model: Model, some: Sequence[Example]) -> None:
@@ -201,7 +197,7 @@ def _parts(
         raise ValueError(
             f"{len(examples)} texts are too few to fit and certify exits: give {FEW_TEXTS} or more"
         )
-    parts = split(examples, settings.seed, min(len(examples) // 5, MAX_HELD_BACK), settings.fragments)
+    parts = split(examples, SEED, min(len(examples) // 5, MAX_HELD_BACK), settings.fragments)
     if len(parts.train) > MAX_FITTED:
         console.print(
             f"{len(parts.train)} texts are more than needed to fit exits: {MAX_FITTED} of them are used"

@@ -13,6 +13,7 @@ from de3.model_store.store import Store
 
 Int8Model = Annotated[str, typer.Option(help="An int8 model, as name or name:version.")]
 AuditShare = Annotated[float, typer.Option(help="Share of the texts that are audited.", min=0.001, max=1)]
+LabelColumn = Annotated[str, typer.Option(help="Column of the correct labels, if there is one.")]
 StartLayers = Annotated[
     float, typer.Option(help="Cost of tokenizer, embeddings and their exit, in layers.", min=0)
 ]

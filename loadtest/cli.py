@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -17,7 +18,6 @@ def run(
     url: options.Url,
     texts: options.Texts,
     text_column: options.TextColumn = "sentence",
-    label_column: options.LabelColumn = "label",
     label_names: options.LabelNames = "",
     rate: Annotated[
         float | None,
@@ -30,9 +30,7 @@ def run(
         typer.Option(help="τ of the requests; repeat for a mix. Default: the server's.", min=0, max=1),
     ] = None,
     long_share: Annotated[float, typer.Option(help="Share of long texts.", min=0, max=1)] = 0.0,
-    long_words: Annotated[int, typer.Option(help="Number of words in a long text.", min=1)] = 450,
     json_file: options.Json = None,
-    png: Annotated[Path | None, typer.Option(help="Plot the latency distribution to this file.")] = None,
 ) -> None:
     """Load a running server and report latency, throughput, errors and accuracy.
 
@@ -45,7 +43,7 @@ def run(
     from de3.loadtest import report
     from de3.loadtest.client import Target, ask_alone, send_traffic, wrong_labels
 
-    samples = with_long(read(texts, text_column, label_column, label_names), long_share, long_words)
+    samples = with_long(read(texts, text_column, label_names=label_names), long_share)
     samples = with_taus(samples, tau or [])
     target = Target(url)
     try:
@@ -63,8 +61,6 @@ def run(
     report.show(report.table({url: row}))
     if json_file:
         report.write_json(json_file, row)
-    if png:
-        report.plot_cdf(png, {url: result.latencies_ms()}, f"{rate:g} requests/s" if rate else "closed loop")
 
 
 @app.command()
@@ -73,13 +69,8 @@ def ramp(
     store: options.Store = Path("models"),
     model: options.Model = "sst2",
     text_column: options.TextColumn = "sentence",
-    label_column: options.LabelColumn = "label",
     label_names: options.LabelNames = "",
     slo_p99_ms: options.SloP99 = 50.0,
-    min_accuracy: Annotated[
-        float | None, typer.Option(help="Accuracy floor. Default: that of de3 serve.")
-    ] = None,
-    port: options.Port = 8100,
     out: Annotated[Path, typer.Option(help="Folder for ramp.json and ramp.png.")] = Path("loadtest-results"),
 ) -> None:
     """Ramp the request rate up to twice the capacity and down, with the server's load controller off and on.
@@ -91,9 +82,8 @@ def ramp(
     from de3.loadtest.ramp import ramp as run_ramp
     from de3.loadtest.report import console, show
 
-    samples = read(texts, text_column, label_column, label_names)
-    floor = [] if min_accuracy is None else ["--min-accuracy", f"{min_accuracy:g}"]
-    results = run_ramp(store, model, samples, slo_p99_ms, floor, out, port)
+    samples = read(texts, text_column, label_names=label_names)
+    results = run_ramp(store, model, samples, slo_p99_ms, out)
     keys = ("offered_per_s", "answered", "within_slo", "p50_ms", "p99_ms", "accuracy", "tau")
     table = Table("controller", "phase", *keys)
     for name, result in results["runs"].items():
@@ -115,8 +105,6 @@ def capacity(
     model: options.Model = "sst2",
     text_column: options.TextColumn = "sentence",
     seconds: options.Seconds = 8.0,
-    port: options.Port = 8100,
-    out: Annotated[Path, typer.Option(help="Folder for the server's log.")] = Path("loadtest-results"),
 ) -> None:
     """Find the highest request rate within a latency objective on this machine; advise on Kubernetes and Ray.
 
@@ -126,10 +114,9 @@ def capacity(
     """
     from de3.loadtest import capacity as search
     from de3.loadtest.report import console
-    from de3.loadtest.servers import ours, running
+    from de3.loadtest.servers import free_port, ours, running
     from de3.server.settings import available_cores
 
-    out.mkdir(parents=True, exist_ok=True)
     samples = read(texts, text_column)
 
     def show(step: search.Step) -> None:
@@ -138,7 +125,10 @@ def capacity(
             f"{step.rate:.0f}/s: p99 {step.p99_ms:.1f} ms, {step.unanswered:.1%} unanswered: {verdict}"
         )
 
-    with running(ours(store, model), port, out / "server.log") as started:
+    with (
+        TemporaryDirectory() as folder,
+        running(ours(store, model), free_port(), Path(folder) / "log") as started,
+    ):
         rate = search.capacity(started.target, samples, slo_p99_ms, seconds, show)
     if rate == 0:
         raise ValueError(
@@ -184,11 +174,9 @@ def compare(
         list[float] | None, typer.Option(min=0, max=1, help="A τ besides the default and 0; repeat for more.")
     ] = None,
     text_column: options.TextColumn = "sentence",
-    label_column: options.LabelColumn = "label",
     label_names: options.LabelNames = "",
     seconds: options.Seconds = 6.0,
     rounds: options.Rounds = 3,
-    port: options.Port = 8100,
     out: Annotated[Path, typer.Option(help="Folder for results.json and plots.")] = Path("loadtest-results"),
 ) -> None:
     """Compare our server with its peers on this machine, in turn, and print the ratios.
@@ -202,7 +190,7 @@ def compare(
     from de3.loadtest.servers import ours, peer_models, peers
     from de3.model_store.store import Store
 
-    samples = read(texts, text_column, label_column, label_names)
+    samples = read(texts, text_column, label_names=label_names)
     models = peer_models(Store(store).open(model), [s.text for s in samples], out)
     others = peers(*models, stock)
     if unknown := set(peer or []) - {server.script for server in others}:
@@ -212,7 +200,7 @@ def compare(
     servers += [ours(store, model, tau=value) for value in tau or ()]
     servers += [ours(store, model, "onnxruntime"), ours(store, model, "onnxruntime", tau=0.0)]
     servers += [server for server in others if not peer or server.script in peer]
-    comparison = Comparison(servers, samples, out, seconds, rounds, port)
+    comparison = Comparison(servers, samples, out, seconds, rounds)
     results = comparison.all(lambda tau: ours(store, model, tau=tau))
     ratios = Table("ratio", "median (range)")
     for name, value in results["ratios"].items():

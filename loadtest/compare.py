@@ -17,11 +17,11 @@ from de3.loadtest import report
 from de3.loadtest.client import Run, Target, ask_alone, quantile, send_traffic, wrong_labels
 from de3.loadtest.metrics import Metrics
 from de3.loadtest.report import console, write_json
-from de3.loadtest.servers import Running, Server, running
+from de3.loadtest.servers import Running, Server, free_port, running
 from de3.loadtest.texts import Sample, with_long
 
 CONNECTIONS = 16
-LONG_SHARE, LONG_WORDS = 0.05, 450  # a long text has more than 512 tokens: every server truncates it to 512
+LONG_SHARE = 0.05
 TAUS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
 CURVE = (0.2, 0.4, 0.6, 0.8, 0.95)
 
@@ -40,7 +40,7 @@ class Comparison:
     out: Path
     seconds: float
     rounds: int
-    port: int
+    port: int = field(default_factory=free_port)
     results: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class Comparison:
 
         Raises ValueError if our server does not start, or if no peer does.
         """
-        mixed = with_long(self.samples, LONG_SHARE, LONG_WORDS)
+        mixed = with_long(self.samples, LONG_SHARE)
         self.results["machine"] = {
             "cpu": cpu_name(),
             "cores": len(os.sched_getaffinity(0)),

@@ -18,8 +18,7 @@ Stock = Annotated[
 ]
 Texts = Annotated[Path, typer.Option(help="Texts to send: tsv, csv or jsonl with named columns, or txt.")]
 TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
-LabelColumn = Annotated[str, typer.Option(help="Column of the correct labels, if there is one.")]
-LabelNames = Annotated[str, typer.Option(help="Comma-separated names of numeric labels.")]
+LabelNames = Annotated[str, typer.Option(help='Comma-separated names of numeric labels (column "label").')]
 Seconds = Annotated[float, typer.Option(help="Duration of one measurement.", min=0.5)]
 Rounds = Annotated[
     int,

@@ -1,7 +1,6 @@
 """An overload test: a ramp of the request rate past saturation, with the server's load controller off and on."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,7 +9,7 @@ from de3.client import Row
 from de3.loadtest import report
 from de3.loadtest.client import Answer, Run, quantile, send_traffic
 from de3.loadtest.report import console, write_json
-from de3.loadtest.servers import ours, running
+from de3.loadtest.servers import free_port, ours, running
 from de3.loadtest.texts import Sample
 
 # (name, seconds, request rate at the start and at the end as a share of the capacity)
@@ -25,26 +24,21 @@ def ramp(
     model: str,
     samples: list[Sample],
     slo_ms: float,
-    options: Sequence[str],
     out: Path,
-    port: int,
 ) -> dict[str, Any]:
-    """Run the ramp without and with the controller; write ramp.json and ramp.png to `out`, and return the results.
-
-    options: further options of de3 serve for the server with the controller.
-    """
+    """Run the ramp without and with the controller; write ramp.json and ramp.png to `out`, and return the results."""
     out.mkdir(parents=True, exist_ok=True)
     log = out / "server.log"
-    with running(ours(store, model), port, log) as started:
+    with running(ours(store, model), free_port(), log) as started:
         send_traffic(started.target, samples[:200], 1.0, connections=CONNECTIONS)
         capacity = median(
             send_traffic(started.target, samples, 3.0, connections=CONNECTIONS).rate() for _ in range(3)
         )
     console.print(f"capacity at the default τ: {capacity:.0f} answers/s")
     results: dict[str, Any] = {"capacity": capacity, "slo_ms": slo_ms, "runs": {}}
-    for name, extra in (("off", []), ("on", ["--slo-p99-ms", f"{slo_ms:g}", *options])):
+    for name, extra in (("off", []), ("on", ["--slo-p99-ms", f"{slo_ms:g}"])):
         console.print(f"the ramp, controller {name}: {SECONDS} s")
-        with running(ours(store, model, options=extra), port, log) as started:
+        with running(ours(store, model, options=extra), free_port(), log) as started:
             send_traffic(started.target, samples[:200], 1.0, connections=2)  # warm up
             run = send_traffic(
                 started.target, samples, float(SECONDS), lambda s: _rate(s) * capacity, CONNECTIONS

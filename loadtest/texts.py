@@ -7,6 +7,8 @@ from pathlib import Path
 
 from de3.data.tables import Columns, records, text_of
 
+LONG_WORDS = 450  # more than 512 tokens: every server truncates a long text to 512
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -62,7 +64,7 @@ def read(
     return samples
 
 
-def with_long(samples: list[Sample], share: float, words: int, seed: int = 0) -> list[Sample]:
+def with_long(samples: list[Sample], share: float, words: int = LONG_WORDS, seed: int = 0) -> list[Sample]:
     """The samples, with a share of them replaced by unlabelled texts of `words` words, joined from random samples."""
     rng = random.Random(seed)
     mixed = []

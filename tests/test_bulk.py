@@ -674,7 +674,6 @@ def test_columns_of_input_and_answers_may_not_share_a_name(model: de3.Classifier
     [
         ("--model tiny --file {0} --out {0}/out", "files of one kind"),
         ("--model tiny --file {0}/in.jsonl --out {0}/out.csv --format csv", "--format: "),
-        ("--file {0}/in.jsonl --out {0}/o --latency-budget-ms 5", "--latency-budget-ms: "),
         ("--file {0}/in.jsonl", "--out is missing"),
         ("--model tiny --file {0}/in.jsonl --out {0}/out.xlsx", "expected .csv, .jsonl"),
         ("good --model nothing", "'nothing'"),

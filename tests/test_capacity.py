@@ -11,7 +11,6 @@ from de3.loadtest.client import Answer, Run, Target
 from de3.loadtest.texts import Sample
 from tests.commands import de3
 from tests.fixtures import make_rows
-from tests.serving import free_port
 
 
 def test_the_search_finds_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +48,6 @@ def test_on_a_real_server(store: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(text + "\n" for text, _ in make_rows(200, 9) if text.strip()))
     output = de3(
-        f"loadtest capacity --texts {texts} --store {store} --model tiny --seconds 0.5 --slo-p99-ms 1000 "
-        f"--port {free_port()} --out {tmp_path}"
+        f"loadtest capacity --texts {texts} --store {store} --model tiny --seconds 0.5 --slo-p99-ms 1000"
     )
     assert "one replica:" in output and "within 1000 ms" in output

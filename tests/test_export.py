@@ -198,14 +198,6 @@ def test_missing_files_are_asked_for(tmp_path: Path, checkpoint: Path) -> None:
         (copy / file).write_bytes(kept)
 
 
-def test_samples_that_tune_do_not_certify(tmp_path: Path, checkpoint: Path) -> None:
-    tune, certify = checkpoint / "tune.jsonl", checkpoint / "certify.jsonl"
-    for given in ((certify, None), (None, tune), (tune, tune)):
-        with pytest.raises(ValueError, match=r"of its texts are in .*\.jsonl too; guarantees need samples"):
-            exporter.export(checkpoint, Store(tmp_path), ExportSettings("m", "none"), *given)
-    assert Store(tmp_path).versions() == {}
-
-
 def test_quantization_is_within_half_a_step() -> None:
     weight = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
     weight[:, 3] = 0

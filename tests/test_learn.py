@@ -477,8 +477,8 @@ def test_exits_are_imported_from_the_records_of_several_servers(
     assert made.manifest.learned is None and len(made.manifest.exit_layers) > 1
     (tmp_path / "b").write_bytes(b"no")
     assert "b: it is damaged" in refusal(f"import base --records {tmp_path}/b --name x --store {store}")
-    said = refusal(f"import base --records {tmp_path}/a --name x --store {store} --signal risk")
-    assert "--signal: cannot be combined with --records" in said
+    said = refusal(f"import base --records {tmp_path}/a --name x --store {store} --max-loss 1")
+    assert "--max-loss: cannot be combined with --records" in said
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from de3.loadtest.texts import Sample, read, with_long, with_taus
 from de3.model_store.store import Store
 from tests.commands import de3
 from tests.fixtures import make_rows, write_rows
-from tests.serving import free_port, serving
+from tests.serving import serving
 
 SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
 
@@ -159,12 +159,11 @@ def test_against_the_real_server(store: Path, tmp_path: Path) -> None:
         file.write_text("sentence\tlabel\n" + "".join(f"{s.text}\t{s.label}\n" for s in samples))
         command = (
             f"loadtest run {server.url} --texts {file} --seconds 0.5 --rate 50 --tau 0 --tau 0.5 "
-            f"--json {tmp_path}/r.json --png {tmp_path}/r.png"
+            f"--json {tmp_path}/r.json"
         )
         de3(command)
     numbers = json.loads((tmp_path / "r.json").read_text())
     assert numbers["wrong_labels"] == 0 and set(numbers["statuses"]) == {"200"}
-    assert (tmp_path / "r.png").stat().st_size > 1000
 
 
 def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
@@ -186,7 +185,7 @@ def test_another_server_on_the_port_is_not_measured(store: Path, tmp_path: Path)
 def test_texts_are_read_made_long_and_given_taus(tmp_path: Path) -> None:
     file = tmp_path / "x.tsv"
     file.write_text('sentence\tlabel\na "film\t1\ndull\t0\nodd\tother\n')
-    *samples, other = read(file, "sentence", "label", "bad, good")
+    *samples, other = read(file, "sentence", label_names="bad, good")
     assert [*samples, other] == [Sample('a "film', "good"), Sample("dull", "bad"), Sample("odd", "other")]
     long = with_long(samples * 200, 0.1, 50)
     assert 20 < sum(s.long for s in long) < 60
@@ -208,10 +207,7 @@ def test_the_ramp_reports_both_runs(store: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(ramp, "PHASES", phases)
     monkeypatch.setattr(ramp, "SECONDS", 3)
     texts = write_rows(tmp_path / "texts.jsonl", make_rows(60, 33))
-    de3(
-        f"loadtest ramp --store {store} --model tiny --texts {texts} --text-column text --out {tmp_path} "
-        f"--port {free_port()}"
-    )
+    de3(f"loadtest ramp --store {store} --model tiny --texts {texts} --text-column text --out {tmp_path}")
     found = json.loads((tmp_path / "ramp.json").read_text())
     assert set(found["runs"]) == {"off", "on"}
     for one in found["runs"].values():

@@ -93,7 +93,7 @@ def test_what_was_trained_is_served(trained: Path, data_file: Path, tmp_path: Pa
         assert "macro F1" in output
 
 
-@pytest.mark.parametrize("option", ["--alpha 0.1", "--last-prototypes", "--augment 1", "--label-names a,b"])
+@pytest.mark.parametrize("option", ["--distill 0.5", "--augment 1", "--label-names a,b"])
 def test_options_that_make_no_sense_are_refused(
     data_file: Path, encoder: Path, tmp_path: Path, option: str
 ) -> None:

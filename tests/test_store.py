@@ -274,7 +274,6 @@ def test_models_commands(copy: Path) -> None:
     assert "tiny:1" in models("list")[1]
     shown = json.loads(models("show tiny")[1])
     assert shown["labels"] == ["negative", "positive"] and "table" not in shown["calibration"]
-    assert len(json.loads(models("show tiny --table")[1])["calibration"]["table"]) > 100
     assert models("verify tiny-int8") == (0, "tiny-int8:1  valid\n")
     (copy / "layer_01.onnx").write_bytes(b"")
     code, text = models("verify")

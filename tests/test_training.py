@@ -101,7 +101,7 @@ def test_the_best_epoch_is_kept_and_training_stops_when_none_is_better(
     monkeypatch.setattr(trainer, "training_batches", drawn)
     monkeypatch.setattr(trainer, "predict", remember)
     monkeypatch.setattr(trainer, "exit_scores", lambda _: ("accuracy", next(by_epoch)))
-    de3(common(few, encoder, tmp_path, 30) + " --epochs 5 --patience 2")
+    de3(common(few, encoder, tmp_path, 30) + " --epochs 5")
     record = json.loads((tmp_path / "training.json").read_text())
     assert (record["best_epoch"], len(record["history"])) == (2, 4)
     assert len(set(seeds)) == 4  # every epoch has its own batches
@@ -144,7 +144,7 @@ def test_resuming_a_finished_training_or_with_other_settings_changes_nothing(
     de3(common(few, encoder, tmp_path, 30) + " --epochs 1")
     kept_back = (tmp_path / "certify.jsonl").read_bytes()
     assert "nothing to resume" in de3(common(few, encoder, tmp_path, 30) + " --epochs 1 --resume")
-    for other in ("--held-back 20", "--gamma 0.5", "--exits last", "--seed 1", "--epochs 2"):
+    for other in ("--held-back 20", "--pooling cls", "--exits last", "--seed 1", "--epochs 2"):
         with pytest.raises(ValueError, match="other settings or data"):
             de3(common(few, encoder, tmp_path, 30) + f" --epochs 1 --resume {other}")
     assert (tmp_path / "certify.jsonl").read_bytes() == kept_back
@@ -162,7 +162,7 @@ def test_distillation_follows_the_teacher(
     opposite.save_pretrained(teacher)
     command = common(data_file, encoder, tmp_path / "student")
     command = command.replace("1e-3 --batch-size 64", "2e-3 --batch-size 32")
-    de3(f"{command} --epochs 4 --teacher {teacher} --distill 1 --temperature 1 --augment 1")
+    de3(f"{command} --epochs 4 --teacher {teacher} --distill 1 --augment 1")
     (cache,) = teacher.glob("logits-*.safetensors")  # kept for the next student
     student = De3Model.from_pretrained(tmp_path / "student")
     parts, tokenizer = parts_of(data_file), AutoTokenizer.from_pretrained(encoder)
@@ -218,7 +218,7 @@ def test_groups_of_a_column_stay_in_one_part(tmp_path: Path, encoder: Path) -> N
     (tmp_path / "data").mkdir()
     file = tmp_path / "data" / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sources = str(file), f"--dataset {tmp_path / 'data'} --pooling cls --no-embedding-exit"
+    sources = str(file), f"--dataset {tmp_path / 'data'} --pooling cls --exits 1,2,3"
     for source, exits in zip(sources, ([0, 1, 2, 3], [1, 2, 3]), strict=True):
         out = tmp_path / f"out{len(exits)}"
         de3(

@@ -55,14 +55,14 @@ class Checkpoint:
 
         return AutoTokenizer.from_pretrained(self.folder)
 
-    def held_out(self, part: str, file: Path | None = None) -> list[Example]:
-        """The samples of a part (tune or certify), or of `file` if given; raises ValueError if they are unusable."""
-        path = file or self.folder / f"{part}.jsonl"
-        if file is None and not path.exists():
+    def held_out(self, part: str) -> list[Example]:
+        """The samples of a part (tune or certify); raises ValueError if they are unusable."""
+        path = self.folder / f"{part}.jsonl"
+        if not path.exists():
             raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")
         config = self.config
         examples = load_examples(path, self.names, config.thresholds is not None)
-        check_input(examples, self.config.input, str(file or self.folder))
+        check_input(examples, self.config.input, str(self.folder))
         return examples
 
 

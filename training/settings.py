@@ -1,4 +1,4 @@
-"""Training settings, whose fields become the options of `de3 train`. Does not import PyTorch."""
+"""Training settings. Those with a typer.Option are options of `de3 train`. Does not import PyTorch."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,21 +9,23 @@ from typer import Option
 PANEL = "Training"
 WEIGHTS = ("depth", "uniform")
 PROTOTYPES = ("refit", "means", "sliding")
-MULTI_LABEL_HEAD_LR = 1e-2  # default of --head-lr with --multi-label
+MULTI_LABEL_HEAD_LR = 1e-2  # head_lr of a multi-label model
 _option = partial(Option, rich_help_panel=PANEL)
-_by_recipe = partial(_option, show_default="by --recipe")
+_by_recipe = partial(_option, show_default="by number of samples")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Batch size, epochs, learning rate and patience of the training."""
+    """Batch size, epochs, learning rate and patience of the training.
+
+    Attributes:
+        patience: training stops after this many epochs without a better tuning score; 0: never.
+    """
 
     batch_size: Annotated[int, _by_recipe(help="Samples per step.")] = 64
     epochs: Annotated[int, _by_recipe(help="Passes over the data.")] = 3
     lr: Annotated[float, _by_recipe(help="Peak learning rate of the encoder.")] = 5e-5
-    patience: Annotated[
-        int, _by_recipe(help="Stop after this many epochs without a better tuning score; 0: never.")
-    ] = 0
+    patience: int = 0
 
     def __str__(self) -> str:
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
@@ -33,20 +35,27 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainSettings(Recipe):
-    """All settings of the training. Raises ValueError for values outside their ranges."""
+    """All settings of the training. Raises ValueError for values outside their ranges.
 
-    head_lr: Annotated[
-        float,
-        _option(help="Learning rate of the exits' heads.", show_default="1e-3; with --multi-label 1e-2"),
-    ] = 1e-3
-    weight_decay: Annotated[float, _option(help="Weight decay, for all weights but biases and norms.")] = 0.01
-    warmup: Annotated[float, _option(help="Share of the steps with learning-rate warm-up.")] = 0.06
-    alpha: Annotated[float, _option(help="α, weight of the distance-aware loss (Eq. 6).")] = 0.1
+    Attributes:
+        head_lr: learning rate of the exits' heads.
+        weight_decay: for all weights but biases and norms.
+        warmup: share of the steps with learning-rate warm-up.
+        alpha: α, weight of the distance-aware loss (Eq. 6).
+        temperature: of the distillation.
+        prototypes: final prototypes: refit (retrain the prototype spaces on the finished encoder), means (only
+            recompute the prototypes over the training data) or sliding (keep the moving averages).
+    """
+
+    head_lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.06
+    alpha: float = 0.1
     weights: Annotated[str, _option(help="Weights of the exits in the loss: depth or uniform.")] = "depth"
     distill: Annotated[
         float, _option(help="Share of the loss that uses the teacher's logits instead of the label.")
     ] = 0.5
-    temperature: Annotated[float, _option(help="Temperature of the distillation.")] = 2.0
+    temperature: float = 2.0
     augment: Annotated[
         int,
         _option(
@@ -54,14 +63,11 @@ class TrainSettings(Recipe):
         ),
     ] = 0
     max_length: Annotated[int, _option(help="Truncate training and tuning texts to this many tokens.")] = 128
-    prototypes: Annotated[
-        str,
-        _option(
-            help="Final prototypes: refit (retrain the prototype spaces on the finished encoder), means (only "
-            "recompute the prototypes over the training data) or sliding (keep the moving averages).",
-        ),
-    ] = "refit"
-    bf16: Annotated[bool, _option(help="Use bfloat16 autocast.")] = True
+    prototypes: str = "refit"
+    bf16: Annotated[
+        bool,
+        _option(help="Use bfloat16 autocast; --no-bf16 is faster on CPUs without bfloat16 instructions."),
+    ] = True
     seed: Annotated[int, Option(help="Seed of the split, the heads and the order of samples.")] = 0
 
     def __post_init__(self) -> None:

@@ -17,13 +17,13 @@ import typer
 from de3.commands.models import StoreOption, check_url
 from de3.commands.options import add_parameters, console, fields_of
 from de3.data.tables import Columns
-from de3.exits.signals import SIGNALS
 
 if TYPE_CHECKING:
     from de3.bulk.pool import Pool
     from de3.client import Row
     from de3.model_store.store import Artifact
 
+IN_FLIGHT = 8  # requests of a file to a server
 SAMPLE_BYTES = 2**16  # number of bytes hashed at each end of a file
 _file_option = partial(typer.Option, rich_help_panel="Files")
 
@@ -65,18 +65,12 @@ def classify(
     tau: Annotated[
         float | None, typer.Option(help="Exit at the first layer whose score is below τ; 0: never early.")
     ] = None,
-    signal: Annotated[
-        str | None, typer.Option(help=f"The score: {', '.join(SIGNALS)}. Default: the model's.")
-    ] = None,
     target_speedup: Annotated[
         float | None, typer.Option(help="Instead of --tau: the mean speed-up over full depth.")
     ] = None,
     max_disagreement: Annotated[
         float | None,
-        typer.Option(help="Instead of --tau: the largest rate of answers that differ from full depth."),
-    ] = None,
-    latency_budget_ms: Annotated[
-        float | None, typer.Option(help="Instead of --tau: the latency budget, ms; for texts, not --file.")
+        typer.Option(help="Instead of --tau: the maximum rate of answers that differ from full depth."),
     ] = None,
     long: Annotated[
         str | None,
@@ -117,22 +111,19 @@ def classify(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Engine threads.", show_default="one per core")
     ] = None,
-    parallel: Annotated[
-        int, typer.Option(min=1, help="With --url and --file: number of requests in flight.")
-    ] = 8,
     **reading: Any,
 ) -> None:
     """Classify texts or files: in this process, or with a running server if --url or DE3_URL is given.
 
     Example: de3 classify "a fine film" --demo, or de3 classify --file in.parquet --out out.parquet --model sst2
     """
-    _check(texts, file, out, latency_budget_ms, refused)
+    if texts == ["-"]:
+        texts, file, out = None, Path("-"), out or Path("-")
+    _check(texts, file, out, refused)
     given = {
         "tau": tau,
-        "signal": signal,
         "target_speedup": target_speedup,
         "max_disagreement": max_disagreement,
-        "latency_budget_ms": latency_budget_ms,
         "long": long,
     }
     # The engine checks them.
@@ -192,7 +183,7 @@ def classify(
             _say(f"{out} is complete: nothing to do")
             return
         pool: Pool = (
-            LocalPool(artifact, options, threads) if url is None else RemotePool(client, remote, parallel)
+            LocalPool(artifact, options, threads) if url is None else RemotePool(client, remote, IN_FLIGHT)
         )
         stack.callback(pool.close)
         try:
@@ -202,19 +193,11 @@ def classify(
             raise typer.Exit(130) from None
 
 
-def _check(
-    texts: list[str] | None, file: Path | None, out: Path | None, budget_ms: float | None, refused: str
-) -> None:
+def _check(texts: list[str] | None, file: Path | None, out: Path | None, refused: str) -> None:
     """Raise ValueError for arguments of the command that exclude each other."""
-    if texts == ["-"]:
-        raise ValueError("-: to classify standard input, one text per line, use --file - --out -")
     if bool(texts) == (file is not None) or (file is None) != (out is None):
         missing = f"{'--out' if out is None else '--file'} is missing: " if file or out else ""
         raise ValueError(f"{missing}give texts, or --file and --out; see de3 classify --help")
-    if file is not None and budget_ms is not None:
-        raise ValueError(
-            "--latency-budget-ms: only for texts; for --file, choose --max-disagreement or --tau"
-        )
     if refused not in ("keep", "drop") or (refused == "drop" and str(out) == "-"):
         raise ValueError(f"--refused: must be keep or, if --out is not -, drop; got {refused!r}")
 

@@ -22,6 +22,8 @@ from de3.commands.options import (
 )
 from de3.data.tables import Columns
 
+LAMBDAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of the curves of EDR
+
 
 @add_parameters(Columns)
 def evaluate(
@@ -32,7 +34,6 @@ def evaluate(
     dataset: Dataset = None,
     split: DatasetSplit = "test",
     label_names: LabelNames = None,
-    lambdas: Annotated[str, typer.Option(help="Values of λ for EDR.")] = "0.5,1,2,4,8",
     original: Annotated[
         str | None,
         typer.Option(
@@ -60,7 +61,6 @@ def evaluate(
     from de3.progress import warn
     from de3.training import evaluate as evaluation
 
-    lams = _lambdas(lambdas)
     subject = _open(model)
     if file is not None or dataset is not None:
         has_labels = original is None or not (options["label"] == "" or (file and file.suffix == ".txt"))
@@ -86,7 +86,7 @@ def evaluate(
         examples = subject.checkpoint.held_out("certify")
     check_input(examples, subject.input, str(file or dataset or model))
     recorded = with_original(subject.record(examples), examples)
-    curves = evaluation.curves(recorded, lams, subject.risk)
+    curves = evaluation.curves(recorded, LAMBDAS, subject.risk)
     output = Console()
     output.print(evaluation.exit_table(recorded))
     warn(evaluation.weaknesses(recorded, subject.names))
@@ -184,16 +184,6 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
             raise ValueError(f"--original {original}: has the labels {theirs[:20]}, the model {names[:20]}")
         found = answers(stock, [e.text for e in examples], subject.thresholds, subject.tolerance)
     return answered(examples, found, has_labels)
-
-
-def _lambdas(values: str) -> list[float]:
-    """The values of --lambdas; raises ValueError if one is not a valid λ."""
-    from de3.exits.signals import signal_of
-
-    try:
-        return [signal_of("edr", float(value)).lam or 0.0 for value in values.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--lambdas must be numbers like 0.5,1,2; got {values!r} ({error})") from None
 
 
 def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list[str]:

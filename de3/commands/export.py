@@ -9,7 +9,6 @@ from de3.commands.models import StoreOption
 from de3.commands.options import (
     MaxInt8Loss,
     Quantize,
-    SignalOption,
     add_parameters,
     fields_of,
     need_extra,
@@ -17,6 +16,7 @@ from de3.commands.options import (
     say_published,
 )
 from de3.data.tables import Columns, read_rows
+from de3.exits.signals import SIGNALS
 
 
 def export(
@@ -29,25 +29,11 @@ def export(
     ] = None,
     store: StoreOption = Path("models"),
     quantize: Quantize = "int8",
-    tune: Annotated[
-        Path | None,
-        typer.Option(
-            help='Samples for fitting and choosing the signal, as jsonl with "text" (and "text_pair") and "label". '
-            "Default: the checkpoint's tune.jsonl."
-        ),
-    ] = None,
-    certify: Annotated[
-        Path | None,
-        typer.Option(
-            help="Samples for the reported numbers and the guarantees. Default: the checkpoint's certify.jsonl."
-        ),
-    ] = None,
     max_loss: Annotated[
         float,
         typer.Option(help="Accuracy that the default τ may lose against full depth, in percentage points."),
     ] = 1.0,
     max_int8_loss: MaxInt8Loss = 1.0,
-    signal: SignalOption = "auto",
     full_depth: Annotated[
         Path | None, typer.Option(help="Write one plain ONNX graph without exits to this new folder instead.")
     ] = None,
@@ -73,9 +59,9 @@ def export(
     from de3.export.exporter import export as run
     from de3.model_store.store import Store
 
-    settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
+    settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100)
     need_extra("train")
-    path = run(checkpoint, Store(store), settings, tune, certify)
+    path = run(checkpoint, Store(store), settings)
     say_published(path, store, with_size=True)
 
 
@@ -113,7 +99,13 @@ def calibrate(
             "labels: agreement with full depth.",
         ),
     ] = 1.0,
-    signal: SignalOption = "auto",
+    signal: Annotated[
+        str,
+        typer.Option(
+            help=f"Default signal, which is compared with τ: {', '.join(SIGNALS)}; or auto: risk, unless "
+            "another is clearly faster on the tuning samples. Requests may name another.",
+        ),
+    ] = "auto",
     **options: Any,
 ) -> None:
     """Recalibrate a model, for example on your own traffic: its next version gets a new signal, τ and guarantees.

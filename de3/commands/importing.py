@@ -15,7 +15,6 @@ from de3.commands.options import (
     GroupColumn,
     MaxInt8Loss,
     Quantize,
-    SignalOption,
     Threshold,
     add_parameters,
     check_groups,
@@ -96,8 +95,6 @@ def import_model(
             "agreement with the model's own answers.",
         ),
     ] = 1.0,
-    signal: SignalOption = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the split and of the fit of the exits.")] = 0,
     **options: Any,
 ) -> None:
     """Add early exits to a stock classifier; its weights do not change.
@@ -132,7 +129,7 @@ def import_model(
         raise ValueError(
             f"--tolerance must be from {MIN_TOLERANCE:g} to {MAX_TOLERANCE:g}, got {tolerance:g}"
         )
-    settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
+    settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100)
     folder = work or Path("runs") / name
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--work {folder}: is a file; give a folder (it is created)")
@@ -149,7 +146,7 @@ def import_model(
         groups = None if group_column is None else read_groups(records(texts, columns), group_column)
         tokenizer = Tokenizer.from_str(stock.tokenizer.decode())
         warn(checks.unknown_tokens(tokenizer, [Example(text, 0) for text, _ in rows]))
-        how = ImportSettings(threshold, tolerance, label is not None, fragments, seed)
+        how = ImportSettings(threshold, tolerance, label is not None, fragments)
         try:
             path = import_classifier(stock, rows, groups, folder, how, Store(store), settings)
         except KeyboardInterrupt:

@@ -50,14 +50,12 @@ def models_list(store: StoreOption = Path("models")) -> None:
 def models_show(
     model: Annotated[str, typer.Argument(help="Model, as name or name:version.")],
     store: StoreOption = Path("models"),
-    table: Annotated[bool, typer.Option(help="Include the calibration table.")] = False,
 ) -> None:
-    """Print a model's manifest as JSON."""
+    """Print a model's manifest as JSON, without the calibration table, which has hundreds of rows."""
     from de3.model_store.store import Store
 
     manifest = Store(store).open(model).manifest
-    exclude = None if table else {"calibration": {"table"}}
-    text = manifest.model_dump_json(indent=2, exclude=exclude)
+    text = manifest.model_dump_json(indent=2, exclude={"calibration": {"table"}})
     print("\n".join(map(printable, text.split("\n"))))
 
 

@@ -13,7 +13,6 @@ from typer.models import OptionInfo
 
 from de3.data import tables
 from de3.data.tables import Columns, TextOrPair
-from de3.exits.signals import SIGNALS
 from de3.training import settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -55,13 +54,6 @@ Threshold = Annotated[
 Quantize = Annotated[str, typer.Option(help="int8, or none for fp32.")]
 MaxInt8Loss = Annotated[
     float, typer.Option(help="Accuracy that any exit may lose to int8, in percentage points.")
-]
-SignalOption = Annotated[
-    str,
-    typer.Option(
-        help=f"Default signal, which is compared with τ: {', '.join(SIGNALS)}; or auto: risk, unless "
-        "another is clearly faster on the tuning samples. Requests may name another.",
-    ),
 ]
 LabelNames = Annotated[
     str | None,

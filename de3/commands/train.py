@@ -32,8 +32,7 @@ from de3.data.tables import Columns, TextOrPair, dataset_records, labels_in, rea
 from de3.training.settings import MULTI_LABEL_HEAD_LR, Recipe, TrainSettings
 
 # Options that do not apply to a multi-label model.
-NO_PROTOTYPES = ("gamma", "metric_dim", "last_prototypes", "alpha", "prototypes")
-NO_TEACHER = ("teacher", "distill", "temperature", "augment")
+NO_TEACHER = ("teacher", "distill", "augment")
 
 
 @add_parameters(Columns, TrainSettings)
@@ -69,29 +68,13 @@ def train(
     exits: Annotated[
         str,
         model_option(
-            help="Layers with an exit: all (1…M), last (a plain fine-tune), or a list like 0,2,4,6."
+            help="Layers with an exit: all (with layer 0, the embeddings), last (a plain fine-tune), or a list like "
+            "1,2,4,6."
         ),
     ] = "all",
-    embedding_exit: Annotated[
-        bool, model_option(help="With --exits all, add an exit on the embedding output, layer 0.")
-    ] = True,
     pooling: Annotated[
         str, model_option(help="Pooling of a layer's tokens: mean, or cls as in the paper.")
     ] = "mean",
-    metric_dim: Annotated[
-        int | None, model_option(help="Width of the prototype space. Default: the encoder's hidden size.")
-    ] = None,
-    last_prototypes: Annotated[bool, model_option(help="Add a prototype space at the last layer.")] = False,
-    gamma: Annotated[
-        float, model_option(min=0, max=1, help="γ, moving-average factor of the prototypes.")
-    ] = 0.01,
-    recipe: Annotated[
-        str,
-        training_option(
-            help="Epochs, batch size, learning rate and patience: auto (by the number of samples; printed when "
-            "training starts) or fixed (3 epochs, batches of 64, 5e-5). Each can be set by its own option."
-        ),
-    ] = "auto",
     teacher: Annotated[
         Path | None,
         training_option(help="A checkpoint to distil from, trained on the same data with the same seed."),
@@ -113,8 +96,8 @@ def train(
     from de3.model_store.families import family
     from de3.progress import warn
     from de3.training import checks, pretrained
-    from de3.training import recipe as recipes
     from de3.training.model import De3Model
+    from de3.training.recipe import by_size
     from de3.training.trainer import train as run
 
     check_groups(fragments, group_column)
@@ -131,28 +114,25 @@ def train(
     parts = split_examples(examples, options["seed"], held_back, fragments)
     parts = replace(parts, train=parts.train[:rows])
     warnings += checks.held_out(parts, names)
-    chosen = recipes.choose(recipe, len(parts.train), **fields_of(Recipe, options))
-    if multi_label and options["head_lr"] is None:
-        options["head_lr"] = MULTI_LABEL_HEAD_LR
+    chosen = replace(by_size(len(parts.train)), **fields_of(Recipe, options))
     settings = TrainSettings(**{**fields_of(TrainSettings, options), **asdict(chosen)})
+    if multi_label:
+        settings = replace(settings, head_lr=MULTI_LABEL_HEAD_LR)
     say(
         f"{len(parts.train)} samples to train, {len(parts.tune)} to tune, {len(parts.certify)} to certify; "
         f"labels: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
     )
     if multi_label:
         say(f"{sum(e.label == () for e in examples)} of {len(examples)} texts have no label")
-    say(f"recipe ({recipe}): {chosen}")
+    say(f"recipe: {chosen}")
     warn(warnings)
     torch.manual_seed(settings.seed)
     described = encoder_config.to_dict()
     model = De3Model.from_encoder(
         encoder,
         names,
-        exit_layers=_exit_layers(exits, embedding_exit, encoder_config.num_hidden_layers),
+        exit_layers=_exit_layers(exits, encoder_config.num_hidden_layers),
         pooling=pooling,
-        metric_dim=metric_dim,
-        last_prototypes=last_prototypes,
-        gamma=gamma,
         thresholds=[0.5 if threshold is None else threshold] * len(names) if multi_label else None,
         max_tokens=min(tokenizer.model_max_length, family(described).max_tokens(described)),
         input=input_of(examples),
@@ -196,22 +176,18 @@ def _check_multi_label(context: typer.Context, multi_label: bool) -> None:
     """Raise ValueError for options that do not fit the kind of model."""
     if not multi_label and is_given(context, "threshold"):
         raise ValueError("--threshold: only a multi-label model has thresholds; add --multi-label")
-    for names, reason in (
-        (NO_PROTOTYPES, "a multi-label model has no prototypes, as its labels are not mutually exclusive"),
-        (NO_TEACHER, "distillation is for mutually exclusive labels"),
-    ):
-        for name in names if multi_label else ():
-            if is_given(context, name):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} cannot be combined with --multi-label: {reason}"
-                )
+    for name in NO_TEACHER if multi_label else ():
+        if is_given(context, name):
+            raise ValueError(
+                f"--{name} cannot be combined with --multi-label: distillation is for mutually exclusive labels"
+            )
 
 
-def _exit_layers(exits: str, embedding_exit: bool, num_layers: int) -> list[int]:
+def _exit_layers(exits: str, num_layers: int) -> list[int]:
     if exits == "last":
         return [num_layers]
     if exits == "all":
-        return list(range(0 if embedding_exit else 1, num_layers + 1))
+        return list(range(num_layers + 1))
     try:
         return [int(layer) for layer in exits.split(",")]
     except ValueError:

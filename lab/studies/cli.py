@@ -10,7 +10,6 @@ from de3.commands.options import add_parameters, fields_of
 from de3.data.tables import Columns, read_rows
 from de3.loadtest.options import (
     Json,
-    LabelColumn,
     LabelNames,
     Model,
     Port,
@@ -21,7 +20,7 @@ from de3.loadtest.options import (
     Texts,
 )
 from de3.loadtest.texts import read
-from lab.options import AuditShare, Core, Earlier, Png, StartLayers, open_model, show
+from lab.options import AuditShare, Core, Earlier, LabelColumn, Png, StartLayers, open_model, show
 
 app = typer.Typer(
     no_args_is_help=True, help="Studies of any model: certificates, audits, OOD, deadlines, time."
