@@ -13,7 +13,7 @@ from de3.commands.evaluate import evaluate
 from de3.commands.export import calibrate, export
 from de3.commands.importing import import_model
 from de3.commands.models import app as models_app
-from de3.commands.options import console, reason
+from de3.commands.options import ShortHelp, console, reason
 from de3.commands.serve import serve
 from de3.commands.train import train
 from de3.loadtest.cli import app as loadtest_app
@@ -71,12 +71,12 @@ def _commands(
     pass
 
 
-app.command()(train)
+app.command(cls=ShortHelp)(train)
 app.command()(evaluate)
 app.command()(export)
 app.command()(calibrate)
-app.command("import")(import_model)
-app.command()(serve)
+app.command("import", cls=ShortHelp)(import_model)
+app.command(cls=ShortHelp)(serve)
 app.command()(classify)
 app.command()(deploy)
 

@@ -38,51 +38,47 @@ class Settings(BaseModel):
         list[str],
         Option(
             "--model",
-            help="Model to serve, as name or name:version; repeat for more (in the variable: separated by spaces). "
-            "The first answers requests that name no model; the first version of a name answers those that name no "
-            "version. Default: the newest version of every model in the store.",
+            help="Model in the store, as name or name:version; repeat for more (in DE3_MODELS: separated by spaces). "
+            "Default: the newest version of each.",
         ),
     ] = []
     store: Annotated[Path, Option(help="Folder of the model store.")] = Path("models")
-    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0: all IPv4 addresses.")] = "127.0.0.1"
+    host: Annotated[str, Option(help="Address (0.0.0.0: all).")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535), Option(help="Port to listen on.")] = 8000
     guarantee: Annotated[
         float | None,
         Field(gt=0, lt=1),
         Option(
-            help="Maximum rate of answers that differ from full depth, at 95% confidence, for requests without exit "
-            "options. It holds for each name of an API key: its texts first run to full depth, and exit earlier once "
-            "audits prove that the rate is kept. Excludes --tau, --target-speedup, --latency-budget-ms and "
-            "--max-disagreement."
+            help="Maximum rate of answers that differ from full depth, proven by audits at 95% confidence. Replaces "
+            "--tau and the other default exit options."
         ),
     ] = None
     learn: Annotated[
         bool,
         Option(
-            help="Fit exits to live traffic, without labels: a background process fits them to recorded audits (after "
-            "500, 750, 1125, … texts), and the server uses those that make it faster within the guarantee. Needs "
-            "--guarantee and the fit extra."
+            "--learn",
+            help="Fit exits to live traffic, without labels. Needs --guarantee and the fit extra.",
         ),
     ] = False
     tau: Annotated[
         float | None,
         Field(ge=0, le=1),
-        Option(help="τ for requests without exit options. Default: each model's calibrated τ."),
+        Option(
+            help="τ for requests without exit options; 0: full depth. Default: each model's calibrated τ."
+        ),
     ] = None
     api_keys_file: Annotated[
         Path | None,
         Option(
-            help="File of API keys, which clients need to classify and to read /v1/models: each line has a name and a "
-            "key, or a name and sha256:digest; a name may have several keys. Or set DE3_API_KEYS, with lines separated "
-            "by ;. Default: no key needed."
+            help="File of API keys, which clients then need: lines of a name, and a key or sha256:digest. Or "
+            "DE3_API_KEYS, separated by ;."
         ),
     ] = None
     api_keys: SecretStr | None = None
     state_dir: Annotated[
         Path | None,
         Option(
-            help="Folder for what must survive a restart: audit results, with --learn or --audit-share records of "
-            "audited texts, and learned versions. Each replica needs its own. Default: nothing is kept."
+            help="Folder in which audit results and learned versions survive restarts; one for each replica."
         ),
     ] = None
     default_model: Annotated[
@@ -244,11 +240,15 @@ class Settings(BaseModel):
     log_format: Annotated[
         Literal["text", "json"], log_option(help="text, or json (one object per line).")
     ] = "text"
-    log_requests: Annotated[bool, log_option(help="Log a line for each request.")] = False
-    log_texts: Annotated[bool, log_option(help="Also log the texts. They are user data.")] = False
+    log_requests: Annotated[bool, log_option("--log-requests", help="Log a line for each request.")] = False
+    log_texts: Annotated[bool, log_option("--log-texts", help="Also log the texts. They are user data.")] = (
+        False
+    )
     traces: Annotated[
         bool,
-        log_option(help="Send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT; needs the otel extra."),
+        log_option(
+            "--traces", help="Send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT; needs the otel extra."
+        ),
     ] = False
 
     @model_validator(mode="after")

@@ -26,6 +26,15 @@ def test_every_setting_is_a_flag_and_a_variable_with_help() -> None:
         assert name in SECRETS or by_variable[variable(name)].help, name
 
 
+def test_help_is_short_unless_all_is_wanted() -> None:
+    short, everything = de3("serve --help"), de3("serve --help-all")
+    assert len(short.splitlines()) <= 40
+    for text in ("--guarantee", "Limits", "--help-all"):
+        assert text in short and text in everything
+    for text in ("--max-queue", "DE3_PORT"):
+        assert text not in short and text in everything
+
+
 def test_unknown_variables_are_found() -> None:
     environment = dict.fromkeys((*VARIABLES, "DE3_ADMIN_KEY", "HOME", "DE3_TUA", "DE3_MAX_QUEU"), "1")
     assert unknown_variables(environment) == ["DE3_MAX_QUEU", "DE3_TUA"]

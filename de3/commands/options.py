@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand, TyperOption
 from typer.models import OptionInfo
 
 from de3.data import tables
@@ -95,6 +96,35 @@ def add_parameters(
         return command
 
     return decorate
+
+
+class ShortHelp(TyperCommand):
+    """A command whose --help omits the options in groups and the variables; --help-all shows them."""
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        super().__init__(*args, **fields)
+        self._own: list[Any] = [*self.params]
+        groups = dict.fromkeys(each.rich_help_panel for each in self._own if each.rich_help_panel)
+        all_options = TyperOption(
+            param_decls=["--help-all"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=self._show_all,
+            help=f"Show all options, with their variables: also {', '.join(groups)}.",
+        )
+        self.params.append(all_options)
+        self._show(everything=False)
+
+    def _show_all(self, context: Any, _: Any, wanted: bool) -> None:
+        if wanted:
+            self._show(everything=True)
+            self.format_help(context, context.make_formatter())
+            context.exit()
+
+    def _show(self, everything: bool) -> None:
+        for each in self._own:
+            each.show_envvar, each.hidden = everything, not everything and each.rich_help_panel is not None
 
 
 def fields_of(dataclass: type, options: Mapping[str, Any]) -> dict[str, Any]:

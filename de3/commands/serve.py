@@ -9,7 +9,14 @@ import typer
 
 from de3.commands.options import add_parameters, console
 from de3.model_store.architecture import precision_of
-from de3.server.settings import OTHER_VARIABLES, SECRETS, Settings, unknown_variables, variable
+from de3.server.settings import (
+    OTHER_VARIABLES,
+    SECRETS,
+    Settings,
+    engine_option,
+    unknown_variables,
+    variable,
+)
 
 if TYPE_CHECKING:
     from de3.model_store.store import Artifact
@@ -22,30 +29,27 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="Models to serve: names in the store, folders of Hugging Face classifiers, or ids of the Hugging Face "
-            "hub (id@revision). The first answers requests that name none.",
+            help="Models: names in the store, or folders or hub ids (id@revision) of Hugging Face classifiers. The "
+            "first answers requests that name none.",
         ),
     ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Serve the demo model, instead of a store.")] = False,
     quantize: Annotated[
-        str, typer.Option(help="Precision of Hugging Face classifiers: int8, or none for fp32.")
+        str, engine_option(help="Precision of Hugging Face classifiers: int8, or none for fp32.")
     ] = "int8",
     cache_gb: Annotated[
         float,
-        typer.Option(
+        engine_option(
             envvar="DE3_CACHE_GB",
             help="Size limit, in GB, of the cache of converted classifiers (in DE3_CACHE or ~/.cache/de3).",
             min=0,
         ),
     ] = 20.0,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Serve the demo model that is part of de3, instead of a store.")
-    ] = False,
     **values: Any,
 ) -> None:
     """Serve models over HTTP: POST /classify, GET /docs, /metrics, /ready.
 
-    NAMES are looked up in the store, then as folders, then on the Hugging Face hub. A Hugging Face classifier is
-    served at full depth; de3 import gives it exits, which make it faster.
+    A Hugging Face classifier is served at full depth; de3 import gives it exits, which make it faster.
 
     Example: de3 serve my-org/my-classifier
     """
@@ -65,7 +69,7 @@ def serve(
             given[name] = secret
     settings = Settings(**given)
     artifacts = _artifacts(names or [], settings.store, quantize, cache_gb)
-    hint = f"see de3 serve --help; {', '.join(OTHER_VARIABLES)} have other uses"
+    hint = f"see de3 serve --help-all; {', '.join(OTHER_VARIABLES)} have other uses"
     warnings = [f"{name}: unknown setting, ignored: {hint}" for name in unknown_variables(os.environ)]
     try:
         run(settings, warnings, artifacts)

@@ -39,7 +39,7 @@ NO_TEACHER = ("teacher", "distill", "augment")
 def train(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
-    encoder: Annotated[str, model_option(help="Folder or hub id of the encoder, e.g. bert-base-uncased.")],
+    encoder: Annotated[str, typer.Option(help="Folder or hub id of the encoder, e.g. bert-base-uncased.")],
     file: File = None,
     dataset: Dataset = None,
     split: DatasetSplit = "train",
