@@ -231,7 +231,7 @@ def _passed_exits(
     windows = [window.passed for window in outcome.windows] or [outcome.passed]
     for number, passed in enumerate(windows):
         for reading in passed:
-            row: PassedExit = {
+            row: PassedExit = {  # type: ignore[typeddict-item]  # mypy: **_signals might have more keys
                 "layer": reading.layer,
                 "label": labels[reading.label],
                 "probs": _probs(reading, raw, exact),

@@ -679,7 +679,6 @@ def test_columns_of_input_and_answers_may_not_share_a_name(model: de3.Classifier
         ("good --model nothing", "'nothing'"),
         ("good --model tiny --tau 7", "tau: "),
         ("", "give texts"),
-        ("-", "--file -"),
         ("--file - --out - --refused drop", "--refused: "),
         ("--file {0}/in.jsonl --out - --model tiny --format xlsx", "--format must be"),
         ("good --url localhost:8000", "http://localhost:8000"),
@@ -825,7 +824,7 @@ def test_standard_input_and_output(
     monkeypatch.setattr("de3.progress.LOG_EVERY_S", 0.0)
     texts = ["a good film", "", "café", 'a "dull" plot']
     given = "\n".join([*texts, ""])
-    found = invoke(f"classify --file - --out - --store {store} --model tiny-int8 --tau 0", input=given)
+    found = invoke(f"classify - --store {store} --model tiny-int8 --tau 0", input=given)
     rows = [json.loads(line) for line in found.stdout.splitlines()]
     assert [row["text"] for row in rows] == texts and rows[1]["error"].startswith("text is empty")
     expected = model.answers(texts, tau=0)
