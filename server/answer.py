@@ -231,11 +231,11 @@ def _passed_exits(
     windows = [window.passed for window in outcome.windows] or [outcome.passed]
     for number, passed in enumerate(windows):
         for reading in passed:
-            row: PassedExit = {  # type: ignore[typeddict-item]  # mypy: **_signals might have more keys
+            row: PassedExit = {
                 "layer": reading.layer,
                 "label": labels[reading.label],
                 "probs": _probs(reading, raw, exact),
-                **_signals(reading, lam, exact),
+                **_signals(reading, lam, exact),  # type: ignore[typeddict-item]  # might have more keys
             }
             if reading.value is not None:
                 row["value"] = reading.value
