@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any, Protocol
 
 from de3.bulk.source import chars_of
-from de3.client import Client, Input, Options, ServerError
+from de3.client import Client, Input, Options, ServerError, batches
 from de3.columns import Answers
 from de3.library import Classifier
 from de3.model_store.model import Model
@@ -124,8 +124,8 @@ class RemotePool:
         given = [(index, text) for index, text in enumerate(texts) if text is not None]
         rows: dict[int, dict[str, Any]] = {}
         with server_errors():
-            for start, batch in _batches([text for _, text in given]):
-                self._ask(given[start : start + len(batch)], rows)
+            for batch in batches([chars_of(text) for _, text in given], MAX_BATCH, MAX_BATCH_CHARS):
+                self._ask(given[batch], rows)
         answers = Answers({"error": []})
         if first := next((row for row in rows.values() if "error" not in row), None):
             answers = Answers.of("value" in first, "labels" in first, self._options.get("long") == "windows")
@@ -147,7 +147,7 @@ class RemotePool:
                 raise
             if len(texts) == 1 or (named is not None and named[1] is not None):
                 at = int(named[1]) if len(texts) > 1 and named is not None else 0
-                rows[texts.pop(at)[0]] = {"error": error.message.removeprefix(f"{error.field}: ")}
+                rows[texts.pop(at)[0]] = {"error": re.sub(r"^input(\[[0-9]+\])?: ", "", error.message)}
                 if texts:
                     self._ask(texts, rows)
             else:  # too many, or too large together
@@ -177,16 +177,3 @@ def server_errors() -> Iterator[None]:
         raise ValueError(
             f"{error.message}: start it with de3 serve, or give its address with --url"
         ) from None
-
-
-def _batches(texts: Sequence[Input]) -> Iterator[tuple[int, Sequence[Input]]]:
-    """Yield batches of texts, each small enough for one request, with the index of its first text."""
-    start, chars = 0, 0
-    for index, text in enumerate(texts):
-        size = chars_of(text)
-        if index > start and (index - start == MAX_BATCH or chars + size > MAX_BATCH_CHARS):
-            yield start, texts[start:index]
-            start, chars = index, 0
-        chars += size
-    if texts:
-        yield start, texts[start:]

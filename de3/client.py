@@ -7,6 +7,7 @@
         print([(row.label, row.exit.layer) for row in answer.rows])
 
 `classify` retries a request that is shed or rate-limited, after the delay in the server's Retry-After (at most 30 s).
+It sends more texts than a server's limits allow in several requests, one after the other.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ URL = "http://127.0.0.1:8000"
 RETRIED = (429, 503)
 MAX_PAUSE_S = 30.0
 MAX_ANSWER_BYTES = 2**26  # an answer to 64 texts with 10,000 labels takes 14 MB
+MAX_TEXTS, MAX_BODY_BYTES = 256, 2**20  # a server's default limits on one request
 SECONDS = re.compile("[0-9]{1,9}")
 Input = str | dict[str, str] | tuple[str, str]
 
@@ -125,7 +127,7 @@ class Answer:
     def parse(cls, json: dict[str, Any]) -> "Answer":
         """An answer from the JSON of a response."""
         rows = [Row.parse(row) for row in json["data"]]
-        return cls(json["model"], rows, json["usage"]["total_tokens"], json)
+        return cls(json["model"], rows, int(json["usage"]["total_tokens"]), json)
 
 
 class ServerError(Exception):
@@ -146,15 +148,40 @@ def _headers(key: str | None) -> dict[str, str]:
     return {"Accept-Encoding": "gzip", **({"Authorization": f"Bearer {key}"} if key else {})}
 
 
-def _body(inputs: Input | Sequence[Input], options: dict[str, Any]) -> dict[str, Any]:
-    """The JSON of a request: tuples become pairs of texts, `lam` becomes lambda; options that are None are omitted."""
+def _bodies(
+    inputs: Input | Sequence[Input], options: dict[str, Any], max_texts: int
+) -> list[tuple[int, dict[str, Any]]]:
+    """The JSON of each request of a call, with the index of its first text.
+
+    Tuples become pairs of texts, `lam` becomes lambda; options that are None are omitted.
+    """
 
     def one(text: Input) -> Any:
         return {"text": text[0], "text_pair": text[1]} if isinstance(text, tuple) else text
 
-    is_batch = isinstance(inputs, Sequence) and not isinstance(inputs, str | tuple)
     given = {("lambda" if k == "lam" else k): v for k, v in options.items() if v is not None}
-    return {"input": [one(text) for text in inputs] if is_batch else one(inputs), **given}  # type: ignore[arg-type]
+    if isinstance(inputs, str | tuple) or not isinstance(inputs, Sequence):
+        return [(0, {"input": one(inputs), **given})]
+    texts = [one(text) for text in inputs]
+    room = MAX_BODY_BYTES - _json_bytes({"input": [], **given})
+    parts = batches([_json_bytes(text) + 1 for text in texts], max_texts, room) if texts else [slice(0)]
+    return [(part.start or 0, {"input": texts[part], **given}) for part in parts]
+
+
+def _json_bytes(value: Any) -> int:
+    return len(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+
+
+def batches(sizes: Sequence[int], most: int, most_size: int) -> Iterator[slice]:
+    """Yield consecutive batches of at most `most` items, and `most_size` in all unless it is a single larger item."""
+    start = total = 0
+    for end, size in enumerate(sizes):
+        if end > start and (end - start == most or total + size > most_size):
+            yield slice(start, end)
+            start, total = end, 0
+        total += size
+    if sizes:
+        yield slice(start, len(sizes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +233,10 @@ def _start_of(body: bytes) -> str:
 class _Attempts:
     """The attempts at one request, which is retried after some errors."""
 
-    def __init__(self, retries: int, texts: int) -> None:
-        """texts: the number of texts in the request."""
-        self._left, self._pause_s, self._texts = retries, 0.1, texts
+    def __init__(self, retries: int, body: dict[str, Any], first: int | None) -> None:
+        """first: index in the call of the request's first text; None: the request is the whole call."""
+        self._left, self._pause_s, self._first = retries, 0.1, first
+        self._texts = len(body["input"]) if isinstance(body["input"], list) else 1
         self.pause_s = 0.0  # before the next attempt
 
     def answer(self, received: _Received) -> Answer | None:
@@ -222,11 +250,25 @@ class _Attempts:
             return _parsed(received, self._parse)
         except ServerError as error:
             if self._left <= 0 or error.status not in RETRIED or error.retry_after_s is None:
-                raise
+                raise self._in_call(error) from None
             pause_s = max(error.retry_after_s, self._pause_s) * random.uniform(1.0, 1.5)
             self.pause_s = min(MAX_PAUSE_S, pause_s)
             self._left, self._pause_s = self._left - 1, 2 * self._pause_s
             return None
+
+    def _in_call(self, error: ServerError) -> ServerError:
+        """The error, which names a text as in the call: input[3] of a later request may be input[259]."""
+        if (first := self._first) is None:
+            return error
+
+        def renamed(name: str) -> str:
+            match = re.match(r"input\b(?:\[([0-9]+)\])?", name)
+            if match is None or (match[1] is None and self._texts > 1):
+                return name
+            return f"input[{first + int(match[1] or 0)}]{name[match.end() :]}"
+
+        field = error.field and renamed(error.field)
+        return ServerError(error.status, renamed(error.message), field, error.retry_after_s)
 
     def _parse(self, json: Any) -> Answer:
         answer = Answer.parse(json)
@@ -235,8 +277,20 @@ class _Attempts:
         return answer
 
 
-def _texts_in(body: dict[str, Any]) -> int:
-    return len(body["input"]) if isinstance(body["input"], list) else 1
+def _combined(answers: Sequence[Answer]) -> Answer:
+    """The answer to a call, from the answers to its requests; raises ServerError if several models answered."""
+    if len(answers) == 1:
+        return answers[0]
+    if len(models := {answer.model for answer in answers}) > 1:
+        names = ", ".join(sorted(models))
+        raise ServerError(200, f"several models answered ({names}): give model as name:version", None, None)
+    raw, tokens = dict(answers[0].raw), sum(answer.tokens for answer in answers)
+    rows = (row.raw for answer in answers for row in answer.rows)
+    raw["data"] = [{**row, "index": index} for index, row in enumerate(rows)]
+    raw["usage"] = {**raw["usage"], "prompt_tokens": tokens, "total_tokens": tokens}
+    if any(answer.raw.get("certificate") != raw.get("certificate") for answer in answers):
+        del raw["certificate"]
+    return Answer.parse(raw)
 
 
 def _models_in(json: Any) -> list[dict[str, Any]]:
@@ -258,13 +312,16 @@ class _Client(Generic[Http]):
         *,
         timeout_s: float = 60.0,
         retries: int = 4,
+        max_texts: int = MAX_TEXTS,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         """key: API key. timeout_s: limit on each attempt. max_answer_bytes: limit on an answer, decompressed.
 
-        retries: maximum number of retries of `classify` if the server sheds or rate-limits the request.
+        retries: maximum number of retries of each request if the server sheds or rate-limits it. max_texts: texts in
+        one request, at most the server's --max-texts.
         """
         self._retries, self._timeout_s, self._max_bytes = retries, timeout_s, max_answer_bytes
+        self._max_texts = max_texts
         self._http: Http = self._kind(base_url=url, headers=_headers(key), timeout=timeout_s)
 
     @contextmanager
@@ -292,12 +349,14 @@ class Client(_Client[httpx.Client]):
     _kind = httpx.Client
 
     def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
-        """Classify a text, a pair or a batch; raises ServerError."""
-        body = _body(inputs, options)
-        attempts = _Attempts(self._retries, _texts_in(body))
-        while (answer := attempts.answer(self._send("POST", "/classify", body))) is None:
-            time.sleep(attempts.pause_s)
-        return answer
+        """Classify a text, a pair or a batch, in as many requests as it needs; raises ServerError."""
+        answers, bodies = list[Answer](), _bodies(inputs, options, self._max_texts)
+        for first, body in bodies:
+            attempts = _Attempts(self._retries, body, first if len(bodies) > 1 else None)
+            while (answer := attempts.answer(self._send("POST", "/classify", body))) is None:
+                time.sleep(attempts.pause_s)
+            answers.append(answer)
+        return _combined(answers)
 
     def models(self) -> list[dict[str, Any]]:
         """The served models, as the rows of GET /v1/models; raises ServerError."""
@@ -332,12 +391,14 @@ class AsyncClient(_Client[httpx.AsyncClient]):
     _kind = httpx.AsyncClient
 
     async def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
-        """Classify a text, a pair or a batch; raises ServerError."""
-        body = _body(inputs, options)
-        attempts = _Attempts(self._retries, _texts_in(body))
-        while (answer := attempts.answer(await self._send("POST", "/classify", body))) is None:
-            await asyncio.sleep(attempts.pause_s)
-        return answer
+        """Classify a text, a pair or a batch, in as many requests as it needs; raises ServerError."""
+        answers, bodies = list[Answer](), _bodies(inputs, options, self._max_texts)
+        for first, body in bodies:
+            attempts = _Attempts(self._retries, body, first if len(bodies) > 1 else None)
+            while (answer := attempts.answer(await self._send("POST", "/classify", body))) is None:
+                await asyncio.sleep(attempts.pause_s)
+            answers.append(answer)
+        return _combined(answers)
 
     async def models(self) -> list[dict[str, Any]]:
         """The served models, as the rows of GET /v1/models; raises ServerError."""

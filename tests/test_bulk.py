@@ -25,7 +25,7 @@ from de3.bulk.formats import KINDS
 from de3.bulk.parts import Parts
 from de3.bulk.report import report
 from de3.bulk.source import Source
-from de3.client import Input, ServerError
+from de3.client import Input, ServerError, batches
 from de3.columns import Answers
 from de3.data import tables
 from de3.data.tables import MAX_DEPTH, SEPARATOR, Columns
@@ -754,7 +754,7 @@ def test_a_server_that_refuses_texts_and_large_requests_answers_the_others_in_or
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "MAX_BATCH", 4)
         patch.setattr(pool, "MAX_BATCH_CHARS", 20)
-        answers, found = one.submit(given).result(), list(pool._batches(texts))
+        answers = one.submit(given).result()
     one.close()
     errors = ["missing" if text is None else text if "bad" in text else None for text in given]
     assert answers.values.pop("error") == errors
@@ -765,10 +765,9 @@ def test_a_server_that_refuses_texts_and_large_requests_answers_the_others_in_or
     else:
         assert not answers.values
     assert all(fits(asked) for asked in client.asked)
-    starts, batches = zip(*found, strict=True) if found else ((), ())
-    assert [text for batch in batches for text in batch] == texts
-    assert starts == tuple(sum(map(len, batches[:i])) for i in range(len(batches)))
-    assert not any(fits([*batch, following[0]]) for batch, following in pairwise(batches))
+    found = [texts[part] for part in batches([len(str(text)) for text in texts], 4, 20)]
+    assert [text for batch in found for text in batch] == texts and all(map(fits, found))
+    assert not any(fits([*batch, following[0]]) for batch, following in pairwise(found))
 
 
 def test_a_server_whose_answers_cannot_be_combined_is_an_error() -> None:

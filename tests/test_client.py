@@ -6,7 +6,7 @@ import json
 import re
 import socketserver
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import product
@@ -93,15 +93,22 @@ def answering(*parts: bytes, pause_s: float = 0.0, first: Sequence[bytes] = ()) 
             server.shutdown()
 
 
-def ask(url: str, **options: Any) -> Answer:
-    with Client(url, **options) as client:
-        return client.classify("good")
+NO_OPTIONS: Mapping[str, Any] = {}
 
 
-def ask_async(url: str, **options: Any) -> Answer:
+def ask(
+    url: str, inputs: str | list[str] = "good", options: Mapping[str, Any] = NO_OPTIONS, **settings: Any
+) -> Answer:
+    with Client(url, **settings) as client:
+        return client.classify(inputs, **options)
+
+
+def ask_async(
+    url: str, inputs: str | list[str] = "good", options: Mapping[str, Any] = NO_OPTIONS, **settings: Any
+) -> Answer:
     async def go() -> Answer:
-        async with AsyncClient(url, **options) as client:
-            return await client.classify("good")
+        async with AsyncClient(url, **settings) as client:
+            return await client.classify(inputs, **options)
 
     return asyncio.run(go())
 
@@ -119,6 +126,39 @@ def both(url: str, **options: Any) -> list[ServerError]:
 GOOD_EXIT = {"layer": 1, "num_layers": 3, "reason": "threshold"}
 ROW = {"label": "good", "probs": [1.0], "exit": GOOD_EXIT}
 WHOLE = {"data": [ROW], "model": "m:1", "usage": {"total_tokens": 3}}
+
+
+@pytest.mark.parametrize("call", [ask, ask_async])
+def test_a_call_with_more_texts_than_the_server_allows_is_several_requests(
+    server: Server, call: Callable[..., Answer]
+) -> None:
+    options = {"model": "tiny", "max_disagreement": 0.5}
+    parts = [server.classify(input=TEXTS[i : i + 40], **options).json() for i in (0, 40, 80)]
+    rows = [row for part in parts for row in part["data"]]
+    tokens = sum(part["usage"]["total_tokens"] for part in parts)
+    answer = call(server.url, TEXTS, options, max_texts=40)
+    assert answer.raw["data"] == [row | {"index": index} for index, row in enumerate(rows)]
+    assert [row.raw for row in answer.rows] == answer.raw["data"] and answer.tokens == tokens
+    assert answer.raw["usage"] == {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+    assert answer.raw["certificate"] == parts[0]["certificate"]
+    answer = call(server.url, ["good " * 2**17] * 3, {"model": "tiny"})  # more bytes than it allows
+    assert [row.truncated for row in answer.rows] == [True] * 3
+    long = ["good", " ".join(["good"] * 100)]
+    answer = call(server.url, long, options | {"long": "windows"}, max_texts=1)
+    assert "certificate" not in answer.raw  # it holds for texts of one window
+    for most, index in ((40, 70), (33, 99), (1, 0)):  # the last two are alone in their requests
+        texts = [*TEXTS[:index], " ", *TEXTS[index + 1 :]]
+        with pytest.raises(ServerError, match=rf"^input\[{index}\]: must not be only white space") as error:
+            call(server.url, texts, {"model": "tiny"}, max_texts=most)
+        assert error.value.field == ("input" if index == 70 else f"input[{index}]")
+    with pytest.raises(ServerError, match=r"^input: 100 texts, at most 64 are allowed"):
+        call(server.url, TEXTS)
+    first = response(json.dumps(WHOLE).encode())
+    with (
+        answering(response(json.dumps(WHOLE | {"model": "m:2"}).encode()), first=[first]) as url,
+        pytest.raises(ServerError, match=r"several models answered \(m:1, m:2\)"),
+    ):
+        call(url, ["good", "bad"], max_texts=1)
 
 
 @pytest.mark.parametrize(
