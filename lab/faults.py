@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -146,17 +147,6 @@ class Testbed:
             time.sleep(0.02)
         return time.monotonic() - started
 
-    def is_ready(self) -> bool:
-        """True if /ready answers 200."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
-        try:
-            connection.request("GET", "/ready")
-            return connection.getresponse().status == 200
-        except (OSError, HTTPException):
-            return False
-        finally:
-            connection.close()
-
     def answered_during(self, fault: Callable[[], None], clients: int = CLIENTS) -> tuple[set[str], int]:
         """Send requests during a fault; returns the ids answered with 200, and the number without an answer.
 
@@ -271,11 +261,15 @@ def process_killed(testbed: Testbed) -> Row:
             started = re.findall(r"Started server process \[(\d+)\]", testbed.log.read_text(errors="replace"))
             return [pid for pid in map(int, started) if Path(f"/proc/{pid}/task").exists()]
 
+        def is_complete(times: int) -> bool:
+            """True once all processes have become ready this many times."""
+            return testbed.log.read_text(errors="replace").count(": 2 processes, ") == times
+
         def kill() -> None:
+            testbed.wait(partial(is_complete, 1))
             for number in range(PROCESS_KILLS):
                 os.kill(random.choice(alive()), signal.SIGKILL)
-                testbed.wait(lambda: not testbed.is_ready())
-                seconds.append(testbed.wait(lambda: testbed.is_ready() and len(alive()) == 2))
+                seconds.append(testbed.wait(partial(is_complete, number + 2)))
                 replaced = testbed.metric("de3_replaced_processes_total")
                 if replaced != number + 1:
                     raise ValueError(f"{number + 1} processes were killed, and {replaced:g} were replaced")

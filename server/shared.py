@@ -42,8 +42,8 @@ class Shared(Protocol):
         """Rate limits of all processes; None: this is the only process."""
 
     @property
-    def is_ready(self) -> bool:
-        """True once every process is ready."""
+    def others_ready(self) -> bool:
+        """True if the supervisor has said that a process answers requests; False if this is the only process."""
 
     async def begin(self, manager: Manager, artifacts: Sequence[Artifact], are_named: bool) -> None:
         """Load the models at startup; see Manager.begin."""
@@ -64,7 +64,7 @@ class Shared(Protocol):
 class OneProcess:
     """Implements `Shared` for a server of one process."""
 
-    is_ready, leases = True, None
+    others_ready, leases = False, None
 
     def __init__(
         self, settings: Settings, metrics: Metrics, models: Models, audits: Callable[[], Audits]

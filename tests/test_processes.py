@@ -266,6 +266,36 @@ def test_the_processes_end_with_their_supervisor(server: Running) -> None:
     server.stop()  # the next test would need a server of its own
 
 
+def test_a_server_is_ready_when_it_answers_and_as_long_as_a_process_does(versions: Path) -> None:
+    server = Running(versions, "--model", "tiny:1")
+    with ExitStack() as stack:
+        stack.callback(server.stop)
+        until(lambda: server.logged("running on") or server.process.poll() is not None, "the port")
+        (server.url,) = server.logged(r"running on (http://[0-9.:]+)")
+
+        def check(clients: list[httpx.Client]) -> bool:
+            """True if the server answers requests; fails unless /ready says the same."""
+            for client in clients:
+                before = client.get("/ready").status_code
+                status = client.post("/classify", json={"input": "good"}).status_code
+                assert status in (200, 503) and (status == 200 or before == 503)
+                statuses.add(status)
+                assert {one.get("/ready").status_code for one in clients} == {200} or status == 503
+            return len(server.logged(": 2 processes, ")) == 1 + was_killed
+
+        def connect() -> httpx.Client:
+            return stack.enter_context(httpx.Client(base_url=server.url, verify=CERTIFICATES, timeout=60))
+
+        was_killed, statuses, clients = False, set[int](), [connect(), connect()]  # one for each process
+        until(lambda: check(clients), "both processes")
+        assert statuses in ({503}, {200, 503})
+        os.kill(server.pids[0], signal.SIGKILL)
+        until(lambda: server.logged("it is replaced"), "the report")
+        was_killed, statuses = True, set()
+        until(lambda: check([connect()]), "the replacement")
+        assert statuses == {200}
+
+
 def test_no_accepted_request_is_lost_at_the_end(versions: Path) -> None:
     with (
         running(versions, "--model", "tiny:1") as server,
@@ -351,7 +381,7 @@ def test_gauges_are_merged_by_their_rules(names: set[str], expected: float) -> N
     for name in names:
         parts = [[Family(name, "", "gauge", [(name, {}, value)])] for value in (2.0, 1.0, 3.0)]
         assert merged(parts)[0].samples == [(name, {}, expected)]
-    assert "de3_ready" in MINIMA and "de3_queue_texts" in SUMS and "de3_load_level" in MAXIMA
+    assert "de3_ready" in MAXIMA and "de3_queue_texts" in SUMS and "de3_load_level" in MAXIMA
 
 
 LABELS = st.dictionaries(st.sampled_from(["model", "status"]), st.sampled_from(["a", "b"]), max_size=2)

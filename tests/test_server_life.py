@@ -170,6 +170,37 @@ def test_a_server_says_that_it_is_loading_ready_or_draining(
         server.stop()
 
 
+def test_requests_wait_for_the_models_while_another_process_is_ready(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from de3.server import manager
+
+    go_on, load = threading.Event(), manager.load
+    monkeypatch.setattr(manager, "load", lambda *a: (go_on.wait(60), load(*a))[1])
+    server = Server(Service(Settings(store=store, port=0, models=["tiny"])))
+    server.service.shared.others_ready = True  # type: ignore[misc]  # as the supervisor says
+    server.start()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            for path in ("/ready", "/v2/health/ready"):
+                assert httpx.get(server.url + path).status_code == 200
+            assert server.metric("de3_ready") == 1
+            with monkeypatch.context() as patch:
+                patch.setattr(server.service, "settings", Settings(timeout_s=0.01))
+                assert "loading" in server.classify(input="good").text  # it has waited for timeout_s
+            waiting = [
+                pool.submit(server.classify, input="good " * 1000),
+                pool.submit(httpx.get, server.url + "/v2/models/tiny"),
+            ]
+            until(lambda: len(server.listener.connections) == 2, "the requests")
+            assert not any(one.done() for one in waiting)
+            go_on.set()
+            assert [one.result().status_code for one in waiting] == [200, 200]
+        finally:
+            go_on.set()
+            server.stop()
+
+
 def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
     """The exit code of `de3` with these arguments, in this process."""
     from de3.cli import main

@@ -334,8 +334,9 @@ async def test_a_process_that_loads_the_models_during_a_change_loads_them_again(
     plan = plan_to("load", Store(store).open("tiny-int8"))
     states = [State([plan], {name: Route(1)}) for name in ("before", "after")]
     loaded, opened = list[str](), list[int]()
-    _, models = shared_models(store)
+    group, models = shared_models(store)
     models._set_state(states[0])
+    await group.open()  # other processes have loaded the models
 
     def load(state: State) -> State:
         loaded.extend(state.routes)
@@ -343,7 +344,8 @@ async def test_a_process_that_loads_the_models_during_a_change_loads_them_again(
             models._set_state(states[1])
         return states[len(loaded) - 1]
 
-    async with member(1, load=load, open=lambda: opened.append(len(loaded)), sync=lambda: None) as process:
+    handlers = {"open": lambda: opened.append(len(loaded)), "sync": lambda: None, "others_ready": mock.Mock()}
+    async with member(1, group, load=load, **handlers) as process:
         process.is_member = False
         await models.load(process)
         await process.call("sync")
@@ -483,9 +485,45 @@ async def test_a_failing_process_gets_no_more_connections(store: Path) -> None:
             assert pass_on(client) and leaving.connections == 2  # ready processes first
             staying.is_ready = True
             server._handlers(leaving)["leaving"]()
-            assert not server._group.is_ready
+            assert server._group.is_ready
             assert pass_on(client) and pass_on(client)
             assert (leaving.connections, staying.connections) == (2, 2)
+            staying.sockets.close()  # it takes no connection now
+            async with member(3, server._group) as loading:
+                assert not pass_on(client) and loading.connections == 0
+
+
+@in_event_loop
+async def test_processes_open_together_or_once_those_that_load_know_it() -> None:
+    group, said, may_answer = Group(3), list[str](), asyncio.Event()
+
+    def handlers(name: str) -> dict[str, Callable[..., Any]]:
+        return {
+            "others_ready": lambda are: said.append(f"{name} {are}"),
+            "open": lambda: said.append(f"{name} opens"),
+        }
+
+    async with (
+        member(1, group, **handlers("one"), sync=lambda: None) as one,
+        member(2, group, **handlers("two"), sync=lambda: None) as two,
+        member(3, group, **handlers("three"), sync=may_answer.wait) as three,
+    ):
+        for process in (one, two):
+            await group.loaded(process)
+            await process.call("sync")
+        assert said == [] and not group.is_ready  # the third one has not loaded the models
+        opening = asyncio.create_task(group.open())  # as after a failed start
+        while len(said) < 3:
+            await asyncio.sleep(0)
+        assert sorted(said) == ["one True", "three True", "two True"] and group.ready == [one, two]
+        may_answer.set()
+        await opening
+        for process in (one, two):
+            await process.call("sync")
+        assert sorted(said[3:]) == ["one opens", "two opens"]
+        await group.loaded(three)
+        await three.call("sync")
+        assert said[-1] == "three opens" and group.ready == [one, two, three]
 
 
 @pytest.mark.parametrize("is_busy", [False, True])

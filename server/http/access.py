@@ -25,7 +25,7 @@ BYTES_PER_TEXT, TOKENS_PER_TEXT = 4096, 128
 LEASED_PART = 50  # all processes together may lease 1/50 of a limit in advance
 WINDOW_PARTS = 100
 # Paths that need no key: they reveal nothing about users or texts.
-_OPEN = re.compile(
+OPEN = re.compile(
     r"/(|health|ready|metrics|v2/health/(live|ready)|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)"
 )
 _COMMENT = re.compile(r"(^|\s)#.*")
@@ -190,7 +190,7 @@ class Access:
         user's or an admin's key for all other requests. This includes unknown paths, so that no route is open by
         mistake. Raises RequestError if the key is missing, unknown or not sufficient.
         """
-        if _OPEN.fullmatch(path):
+        if OPEN.fullmatch(path):
             return False
         if self.admins is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             self.reader(scope)

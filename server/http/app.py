@@ -35,6 +35,7 @@ from de3.server.http import (
     score,
     tei,
 )
+from de3.server.http.access import OPEN
 from de3.server.http.classify import CLASSIFY
 from de3.server.http.endpoint import answer, read_body
 from de3.server.http.exchange import HEADER, request_id
@@ -102,7 +103,10 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
         else:
             send = _with_headers(send, scope)
             try:
-                if frontend.access.check(route_path(scope), scope):
+                path = route_path(scope)
+                if not OPEN.fullmatch(path):
+                    await service.wait_until_open()
+                if frontend.access.check(path, scope):
                     body = await read_body(scope, receive, settings.max_body_bytes)
                     receive = _replay(body, receive)
                 await api(scope, receive, send)
@@ -270,11 +274,9 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["operation"], responses={503: {"description": "loading, or draining"}})
     async def ready() -> JSONResponse:
-        """200 once every process has loaded and warmed up every model; 503 before that, and while the server drains."""
-        state = service.state
-        if state == "ready" and not service.shared.is_ready:  # another process is still loading the models
-            state = "loading"
-        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+        """200 while requests are answered: once every model is loaded and warmed up, until the server drains."""
+        status = service.status
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def metrics() -> Response:

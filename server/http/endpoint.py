@@ -83,6 +83,8 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     Raises RequestError if it cannot be answered, and ClientDisconnect if the client is gone.
     """
     service, scope, protocol = frontend.service, exchange.scope, route.protocol
+    if not service.is_open:
+        await service.wait_until_open()
     service.check_open()
     exchange.owner = frontend.access.user(scope)
     settings = service.settings

@@ -86,7 +86,8 @@ class Frontend:
             return self.client(scope, "") if needs_body else None
         if self.sheds(scope):
             raise self._shed_error
-        self.service.check_open()
+        if not self.service.shared.others_ready:  # otherwise the request waits for the models
+            self.service.check_open()
         return self.client(scope, self.access.user(scope))
 
     def client(self, scope: Scope, owner: str) -> str:

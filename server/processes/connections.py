@@ -69,10 +69,10 @@ class Connections:
             self._accept(listening)
 
     def _pass_on(self, client: socket.socket) -> bool:
-        """Pass a connection to the process with the fewest connections; ready processes first, late ones last.
+        """Pass a connection to the process with the fewest connections; late ones last.
 
-        Returns False if no process takes it now.
+        Processes that still load get connections only if no process is ready. Returns False if no process takes it now.
         """
-        takers = [process for process in self._group.all if process.is_listening]
-        takers.sort(key=lambda process: (not process.is_ready, process.is_late, process.connections))
+        takers = self._group.ready or [process for process in self._group.all if process.is_listening]
+        takers.sort(key=lambda process: (process.is_late, process.connections))
         return any(process.take(client) for process in takers)

@@ -39,7 +39,8 @@ class Process:
         channel: the channel to it.
         connections: number of its open connections.
         is_listening: it accepts connections.
-        is_ready: it answers requests.
+        is_loaded: it has loaded the models.
+        is_ready: it answers requests, or is about to.
         has_opened: it has been ready at least once.
         is_late: its event loop has not answered for at least CHECK_S.
         is_hung: it was killed because it did not answer.
@@ -56,6 +57,7 @@ class Process:
     channel: Channel = field(default_factory=Channel)
     connections: int = 0
     is_listening: bool = False
+    is_loaded: bool = False
     is_ready: bool = False
     has_opened: bool = False
     is_late: bool = False
@@ -145,6 +147,7 @@ class Group:
     def __init__(self, size: int) -> None:
         """size: number of processes when all are running."""
         self.size = size
+        self._waits = True  # the first processes open together
         self._by_number: dict[int, Process] = {}
 
     def add(self, process: Process) -> None:
@@ -168,14 +171,38 @@ class Group:
 
     @property
     def is_ready(self) -> bool:
-        """True if every process answers requests."""
-        return len(self.ready) == self.size
+        """True if a process answers requests."""
+        return bool(self.ready)
 
     def tell_ready(self) -> None:
         """Tell every process whether the server is ready."""
-        is_ready = self.is_ready
         for process in self.all:
-            process.channel.tell("all_ready", is_ready)
+            process.channel.tell("others_ready", self.is_ready)
+
+    async def loaded(self, process: Process) -> None:
+        """Let a process that has loaded the models answer requests; the first processes once all have loaded them.
+
+        Otherwise the first one to open would get all connections that are opened as soon as the server is ready.
+        """
+        process.is_loaded = True
+        if not self._waits or sum(one.is_loaded for one in self.all) == self.size:
+            await self.open()
+
+    async def open(self) -> None:
+        """Let the processes that have loaded the models answer requests, once all processes know it.
+
+        From then on, requests to a process that still loads wait until it has loaded: /ready and requests never have
+        different answers.
+        """
+        self._waits = False
+        opening = [one for one in self.all if one.is_loaded and not one.is_ready]
+        for process in opening:
+            process.is_ready = True
+        self.tell_ready()
+        with suppress(TimeoutError):  # one may hang
+            await asyncio.wait_for(ask_all([one for one in self.all if one.is_listening], "sync"), CHECK_S)
+        for process in opening:
+            process.channel.tell("open")
 
     def publish(self, manifest: Manifest, standing: Standing) -> None:
         """Send every process the standing of a model's ledger."""

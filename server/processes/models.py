@@ -69,8 +69,8 @@ class SharedModels:
                 return False
             for ledger in self.coordinator.ledgers.all:
                 process.channel.tell("standing", fingerprint(ledger.manifest), ledger.standing)
-            process.channel.tell("open")
             process.is_member = True
+            await self._group.loaded(process)
             return True
 
     async def _ask_to_load(self, process: Process, state: State | None) -> State:

@@ -22,9 +22,10 @@ MAXIMA = {
     "de3",
     "de3_latency_objective_seconds",
     "de3_load_level",
+    "de3_ready",
     "process_max_fds",
 }
-MINIMA = {"de3_ready", "process_start_time_seconds"}
+MINIMA = {"process_start_time_seconds"}
 SUMS = {
     "de3_audit_pending_texts",
     "de3_engine_threads",

@@ -223,6 +223,7 @@ class Supervisor:
             self._stop(ServerError(reason))
             return
         log.critical("process %d ended (%s); replacing it", number, reason)
+        run_once("opening", self._group.open())  # the others do not wait for it
         self._metrics.replaced.inc()
         pause_s = 0.0 if starts <= MAX_STARTS else min(RETRY_S, 2.0 ** (starts - MAX_STARTS))
         self._begin_life(number, pause_s)
@@ -232,6 +233,7 @@ class Supervisor:
 
         def listening() -> None:
             process.is_listening = True
+            self._group.tell_ready()
 
         def leaving() -> None:
             process.is_listening = process.is_ready = False
@@ -239,10 +241,9 @@ class Supervisor:
             self._group.tell_ready()
 
         def ready() -> None:
-            process.is_ready = process.has_opened = True
+            process.has_opened = True
             self._starts[process.number] = 0
-            self._group.tell_ready()
-            if self._group.is_ready:
+            if sum(one.has_opened for one in self._group.ready) == self._group.size:
                 log.info(
                     "ready in %.1f s: %d processes, %d engine threads each",
                     *(perf_counter() - self._started, self._group.size, self._part.threads),

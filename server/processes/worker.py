@@ -77,7 +77,7 @@ class Worker:
 
     def __init__(self, control: socket.socket, sockets: socket.socket) -> None:
         """control: carries the channel. sockets: carries connections and weights, as file descriptors."""
-        self.is_ready = False
+        self.others_ready = False
         self._control = control
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_draining = False
@@ -110,7 +110,7 @@ class Worker:
             "samples": self._samples,
             "live": service.audits.live,
             "standing": self.audit_store.published,
-            "all_ready": self._all_ready,
+            "others_ready": self._others_ready,
             "sync": lambda: None,
         }
         self.channel.tell("running")
@@ -215,8 +215,8 @@ class Worker:
     def _apply(self, manifest: Manifest, standing: Standing) -> None:
         self.service.audits.apply(manifest, standing)
 
-    def _all_ready(self, is_ready: bool) -> None:
-        self.is_ready = is_ready
+    def _others_ready(self, are_ready: bool) -> None:
+        self.others_ready = are_ready
 
 
 class WorkerServer(HttpServer):
