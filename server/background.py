@@ -36,6 +36,7 @@ Task = Literal[
     "message",
     "metrics",
     "model_change",
+    "opening",
     "pausing_fit",
     "process",
     "process_loading",

@@ -290,7 +290,7 @@ def test_a_server_is_ready_when_it_answers_and_as_long_as_a_process_does(version
         until(lambda: check(clients), "both processes")
         assert statuses in ({503}, {200, 503})
         os.kill(server.pids[0], signal.SIGKILL)
-        until(lambda: server.logged("it is replaced"), "the report")
+        until(lambda: server.logged("replacing it"), "the report")
         was_killed, statuses = True, set()
         until(lambda: check([connect()]), "the replacement")
         assert statuses == {200}
