@@ -237,6 +237,12 @@ def test_detectors_find_each_label_that_reaches_its_threshold(server: Server) ->
     for limit in (p - 1e-6 for p in probs.values()):  # the probabilities are rounded
         assert found(threshold=limit) == {name: prob for name, prob in probs.items() if prob >= limit}
     assert found(threshold=0, safe_labels=["praise"]).keys() == {"blame", "story"}
+    assert found(threshold=0, safe_labels=["praise", "story"]).keys() == {"blame"}
+    long = " ".join([*["good the a"] * 60, *["bad"] * 30, *["good the a"] * 60])
+    body: dict[str, Any] = {"contents": [long], "detector_params": {"safe_labels": ["praise", "story"]}}
+    ((one,),) = httpx.post(f"{server.url}/api/v1/text/contents", json=body).json()
+    assert (one["detection"], one["start"] < long.index("bad") < one["end"]) == ("blame", True)
+    assert one["start"] > 0 and one["end"] < len(long)  # the window in which blame is most probable
     for name in NAMES:  # LiteLLM's guardrail blocks one label, at the model's own threshold
         params = {"label": name, "tau": 0}
         body = {"texts": [text], "additional_provider_specific_params": params}

@@ -261,8 +261,9 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         admin.add_routes(app, service, bearer)
 
     @app.head("/", include_in_schema=False)
-    @app.get("/", include_in_schema=False)
+    @app.get("/", tags=["operation"], response_class=HTMLResponse)
     async def get_page() -> HTMLResponse:
+        """The page, which shows each layer at work."""
         return page()
 
     @app.head("/health", include_in_schema=False)
@@ -290,11 +291,11 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
 
 
 def _methods(app: FastAPI, scope: Scope) -> set[str]:
-    """The methods that are allowed on a request's path."""
+    """The methods that are allowed on a request's path, by the first template that matches it."""
     found = [
         route for route in app.routes if isinstance(route, Route) and route.matches(scope)[0] != Match.NONE
     ]
-    return {method for route in found for method in route.methods or ()}
+    return {method for route in found if route.path == found[0].path for method in route.methods or ()}
 
 
 def _add_error_handlers(app: FastAPI, frontend: Frontend) -> None:

@@ -87,9 +87,8 @@ def _result(outcomes: Sequence[Outcome], manifest: Manifest) -> dict[str, Any]:
     """The result of one input, from its parts: the highest score of each label."""
     readings = [outcome.reading for outcome in outcomes]
     given = {k for r in readings for k in ([r.label] if r.labels is None else r.labels)}
-    safe = (
-        1 if manifest.thresholds is None else 0
-    )  # of two classes, the first counts as safe and is no category
+    # Of two classes, the first counts as safe, as for detectors, and is no category.
+    safe = 1 if manifest.thresholds is None else 0
     names = list(enumerate(manifest.labels))[safe:]
     return {
         "flagged": not given.isdisjoint(k for k, _ in names),

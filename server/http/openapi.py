@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from de3.server.answer import ClassifyResponse
 from de3.server.classification import ClassifyRequest
-from de3.server.errors import RequestError
+from de3.server.errors import Cause, RequestError
 from de3.server.http import errors
 from de3.server.http.protocol import Protocol
 
@@ -80,11 +80,15 @@ def error(status: int, message: str, param: str | None = None) -> dict[str, Any]
 
 
 _WRONG_TAU = "tau: input should be less than or equal to 1 (allowed: 0 to 1)"
+# A cause of each status with which a protocol answers.
+_CAUSES: tuple[Cause, ...] = (
+    *("not_json", "no_key", "unknown_model", "slow_body", "too_large", "bad_request", "rate_limited"),
+    *("loading", "timeout"),
+)
 
 
 def protocol_route(path: str, protocol: Protocol) -> dict[str, Any]:
     """The documentation of a protocol's path, from its module's docstring, as arguments of FastAPI's decorator."""
-    problem = RequestError("model: no model 'x' is served; there are: sst2:1", "model", "unknown_model")
     body = {"schema": {"type": "object"}, "example": orjson.loads(protocol.example)}
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
@@ -98,12 +102,15 @@ def protocol_route(path: str, protocol: Protocol) -> dict[str, Any]:
             "parameters": parameters,
             "requestBody": {"required": True, "content": {"application/json": body}},
         },
-        "responses": {
-            404: {
-                "description": "An error: no such model",
-                "content": {"application/json": {"example": orjson.loads(protocol.error(problem))}},
-            }
-        },
+        "responses": {errors.STATUSES[cause]: _failure(cause, protocol) for cause in _CAUSES},
+    }
+
+
+def _failure(cause: Cause, protocol: Protocol) -> dict[str, Any]:
+    example = orjson.loads(protocol.error(RequestError("the problem", cause=cause)))
+    return {
+        "description": errors.TYPES[errors.STATUSES[cause]],
+        "content": {"application/json": {"example": example}},
     }
 
 

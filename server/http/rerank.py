@@ -40,7 +40,7 @@ class PairsRequest(Request):
             has = f"has {len(manifest.labels)} outputs"
             why = has if manifest.tolerance is None else "takes single texts"
             raise RequestError(
-                f"model: {manifest.full_name} {why}; reranking needs a model of pairs with one output, "
+                f"model: {manifest.full_name} {why}; scoring needs a model of pairs with one output, "
                 "such as a cross-encoder",
                 "model",
             )
