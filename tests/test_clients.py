@@ -367,12 +367,14 @@ def test_refusals_before_a_request_is_read_have_their_protocols_format(
         ("GET", "/v2/models/tiny/infer", 405),
         ("GET", "/predict", 405),
         ("DELETE", "/info", 405),
+        ("PUT", "/v1/models/tiny:predict", 405),
         ("GET", "/v1/models/other/calibration", 404),
     ],
 )
 def test_errors_have_their_protocols_format(server: Server, method: str, path: str, status: int) -> None:
     answer = httpx.request(method, server.url + path)
     assert answer.status_code == status
+    assert answer.headers.get("allow") == {404: None, 405: "GET" if path == "/info" else "POST"}[status]
     error = answer.json()["error"]
     if path.startswith("/v2"):
         assert answer.json().keys() == {"error"} and isinstance(error, str)

@@ -270,7 +270,8 @@ def test_an_input_rail_of_nemo_guardrails_blocks(server: Server, tmp_path: Path)
 
 # LiteLLM
 
-LITELLM = "litellm==1.80.17 fastuuid tiktoken importlib-metadata zipp"  # and packages that its import needs
+# An exact version, because 1.82.7 and 1.82.8 were published with malicious code; and what its import needs.
+LITELLM = "litellm==1.80.17 fastuuid tiktoken importlib-metadata zipp"
 PROXY = """
 import asyncio, json, sys
 from litellm.caching.caching import DualCache
