@@ -12,7 +12,7 @@ __all__ = ["DEMO", "Classifier", "InputError", "Options", "__version__", "load"]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -293,7 +293,7 @@ def test_the_import_is_cheap_and_changes_nothing_of_the_process() -> None:
 import gc, logging, signal, sys
 before = sys.getswitchinterval(), gc.get_freeze_count(), signal.getsignal(signal.SIGTERM), logging.root.handlers[:]
 import de3
-assert {"load", "Classifier", "__version__"} < set(dir(de3)) and de3.__version__[0].isdigit()
+assert {"load", "Classifier", "__version__"} <= set(dir(de3)) and de3.__version__[0].isdigit()
 assert not {"numpy", "onnxruntime", "httpx", "fastapi"} & sys.modules.keys()
 with de3.load("sst2", store=de3.DEMO) as model:
     assert model.classify(["a fine film"])[0].label == "positive"

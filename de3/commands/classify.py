@@ -208,7 +208,10 @@ def _say(line: str, style: str = "") -> None:
 
 @contextmanager
 def _files(file: Path, out: Path, output_format: str | None) -> Iterator[tuple[Path, Path]]:
-    """The paths of --file and --out; "-": a copy of standard input, or a file that is copied to standard output."""
+    """The paths of --file and --out; for "-", of a copy of standard input, and of one that standard output gets."""
+    if "-" not in (str(file), str(out)):
+        yield file, out
+        return
     with TemporaryDirectory(prefix="de3-") as folder:
         if str(file) == "-":
             file = Path(folder) / "stdin.txt"
