@@ -289,7 +289,7 @@ def _combined(answers: Sequence[Answer]) -> Answer:
     raw["data"] = [{**row, "index": index} for index, row in enumerate(rows)]
     raw["usage"] = {**raw["usage"], "prompt_tokens": tokens, "total_tokens": tokens}
     if any(answer.raw.get("certificate") != raw.get("certificate") for answer in answers):
-        del raw["certificate"]
+        raw.pop("certificate", None)
     return Answer.parse(raw)
 
 
