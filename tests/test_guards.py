@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from de3.exits.windows import Combination, Flag
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import TextTokenizer, Windows
 from de3.server.http import detectors
+from de3.server.http.detectors import safe_labels
 from tests.fixtures import installed
 from tests.serving import Server, serving
 
@@ -152,6 +154,27 @@ def guarded(server: Server, texts: Any, **params: Any) -> dict[str, str]:
     assert answer.status_code == 200, answer.text
     decision: dict[str, str] = answer.json()
     return decision
+
+
+@pytest.mark.parametrize(
+    ("labels", "safe"),
+    [
+        ("INJECTION SAFE", "SAFE"),
+        ("safe unsafe", "safe"),
+        ("LABEL_0 LABEL_1", "LABEL_0"),
+        ("toxic non-toxic", "non-toxic"),
+        ("spam not_spam", "not_spam"),
+        ("hate nothate", "nothate"),
+        ("jailbreak benign harmful", "benign"),
+        ("notable harmful", "notable"),  # the first
+        ("safe benign", "safe"),
+    ],
+)
+def test_a_safe_label_is_recognized_by_its_name(labels: str, safe: str) -> None:
+    manifest: Any = SimpleNamespace(labels=labels.split(), thresholds=None)
+    assert safe_labels(manifest) == {safe}
+    manifest.thresholds = [0.5] * len(manifest.labels)
+    assert safe_labels(manifest) == set()
 
 
 def test_litellms_guardrail_blocks(server: Server) -> None:

@@ -1,5 +1,6 @@
 """The protocol of FMS Guardrails' detectors: POST /api/v1/text/contents."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -21,7 +22,20 @@ from de3.server.options import OptionFields
 
 EXAMPLE = '{"contents": ["a text"]}'
 THRESHOLD = 0.5
+SAFE = re.compile(
+    r"(safe|benign|normal|neutral|legit|legitimate|ham|clean|harmless|acceptable|inoffensive|none|ok(ay)?|no"
+    r"|(not?|non)[\W_]?(toxic|hate|hateful|spam|offensive|harmful|jailbreak|injection|malicious|nsfw|abusive|unsafe).*)",
+    re.IGNORECASE,
+)
 MAX_CHARS = 2**24  # characters of texts in a response; each detection repeats its text
+
+
+def safe_labels(manifest: Manifest) -> frozenset[str]:
+    """Labels that mean nothing was found: none in a multi-label model, else those named so, else the first."""
+    if manifest.thresholds is not None:
+        return frozenset()
+    named = frozenset(filter(SAFE.fullmatch, manifest.labels))
+    return named if 0 < len(named) < len(manifest.labels) else frozenset(manifest.labels[:1])
 
 
 @dataclass(slots=True, eq=False)
@@ -33,8 +47,7 @@ class Detection(Request):
     Attributes:
         threshold: lowest probability at which a label is a detection; None: 0.5, or a multi-label model's own
             thresholds.
-        safe: names of labels that are never detections; None: the first label if labels are mutually exclusive, else
-            none.
+        safe: names of labels that are never detections; None: see safe_labels.
     """
 
     threshold: float | None = None
@@ -51,7 +64,7 @@ class Detection(Request):
             raise RequestError(f"model: {name} is a regression model: it detects no labels", "model")
         labels = manifest.labels
         if self.safe is None:
-            self.safe = frozenset(labels[:1] if manifest.thresholds is None else ())
+            self.safe = safe_labels(manifest)
         self.windows = MAX_WINDOWS
         unsafe = set(labels) - self.safe
         if len(unsafe) == 1:

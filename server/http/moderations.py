@@ -13,6 +13,7 @@ from de3.server.engine.outcome import Outcome
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
 from de3.server.fields import check_count, check_fields, load_json, one_or_more, plain_text
+from de3.server.http.detectors import safe_labels
 from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
 from de3.server.rules import one_answer
@@ -87,9 +88,8 @@ def _result(outcomes: Sequence[Outcome], manifest: Manifest) -> dict[str, Any]:
     """The result of one input, from its parts: the highest score of each label."""
     readings = [outcome.reading for outcome in outcomes]
     given = {k for r in readings for k in ([r.label] if r.labels is None else r.labels)}
-    # Of two classes, the first counts as safe, as for detectors, and is no category.
-    safe = 1 if manifest.thresholds is None else 0
-    names = list(enumerate(manifest.labels))[safe:]
+    safe = safe_labels(manifest)  # of two classes, the one that is no category
+    names = [(k, name) for k, name in enumerate(manifest.labels) if name not in safe]
     return {
         "flagged": not given.isdisjoint(k for k, _ in names),
         "categories": {name: k in given for k, name in names},
