@@ -217,13 +217,16 @@ def _files(file: Path, out: Path, output_format: str | None) -> Iterator[tuple[P
             file = Path(folder) / "stdin.txt"
             with file.open("xb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
-        if str(out) != "-":
-            yield file, out
-            return
-        answers = Path(folder) / f"stdout{_kind(Path(folder), output_format or 'jsonl', '')}"
-        yield file, answers
-        with answers.open("rb") as copy:
-            shutil.copyfileobj(copy, sys.stdout.buffer)
+        answers = out
+        if str(out) == "-":
+            answers = Path(folder) / f"stdout{_kind(Path(folder), output_format or 'jsonl', '')}"
+        try:
+            yield file, answers
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{folder}/stdin.txt", "standard input")) from None
+        if answers is not out:
+            with answers.open("rb") as copy:
+                shutil.copyfileobj(copy, sys.stdout.buffer)
 
 
 def _identity(file: Path) -> list[str | int]:
@@ -334,7 +337,7 @@ def _run(
         summary = run(source, pool, parts, lambda name: prefix + name, part_rows, advance)
         progress.update(task, total=summary.rows, completed=summary.rows)
     dropped = parts.finish(summary.parts)
-    for line in [*report(summary, artifact, options), f"written: {out}"]:
+    for line in [*report(summary, artifact, options), *([] if str(out) == "-" else [f"written: {out}"])]:
         _say(line)
     if dropped is not None:
         with dropped.open() as lines:
