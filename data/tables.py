@@ -45,7 +45,7 @@ class Columns:
     """
 
     text: Annotated[
-        str, _option("--text-column", help="Column of the text (with --no-header a number from 0).")
+        str, _option("--text-column", help="Column of the text; with --no-header, its number from 0.")
     ] = "text"
     text_pair: Annotated[
         str | None, _option("--pair-column", help="Column of the second text, for pairs.")
@@ -56,7 +56,7 @@ class Columns:
     delimiter: Annotated[
         str | None,
         _option(
-            help="Separator of the fields: one character, or the word tab. A file read with it may have any "
+            help="Separator of the fields: one character, or the word tab. The file may then have any "
             "extension. Default: by extension."
         ),
     ] = None

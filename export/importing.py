@@ -199,9 +199,7 @@ def _parts(
         )
     parts = split(examples, SEED, min(len(examples) // 5, MAX_HELD_BACK), settings.fragments)
     if len(parts.train) > MAX_FITTED:
-        console.print(
-            f"{len(parts.train)} texts are more than needed to fit exits: {MAX_FITTED} of them are used"
-        )
+        console.print(f"exits are fitted to {MAX_FITTED} of {len(parts.train)} texts, which is enough")
     return replace(parts, train=parts.train[:MAX_FITTED])
 
 

@@ -119,7 +119,9 @@ class ClassifyRequest(OptionFields):
     truncation_side: Literal["right"] | None = Field(
         None, description="accepted; texts are truncated at their end"
     )
-    add_special_tokens: Literal[True] | None = Field(None, description="accepted; the model needs them")
+    add_special_tokens: Literal[True] | None = Field(
+        None, description="accepted; special tokens are always added"
+    )
     user: Any = Field(None, description="accepted and ignored")
     rid: Any = Field(None, description="accepted and ignored")
     priority: Any = Field(None, description="accepted and ignored")

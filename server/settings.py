@@ -209,7 +209,7 @@ class Settings(BaseModel):
         int,
         Field(ge=1),
         limit_option(
-            help="Limit on texts in flight. Beyond it, requests get 503, or 429 if the client holds more than its "
+            help="Limit on texts in flight. Beyond it, requests get 503, or 429 if the client exceeds its "
             "share."
         ),
     ] = 1024

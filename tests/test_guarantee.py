@@ -198,7 +198,7 @@ def test_recent_audits_lower_tau_at_once_and_it_rises_again_only_when_told_to() 
     for _ in range(600):
         guarantee.count(1.0, CLEAN, [0, 0])
     assert guarantee.tau == 0
-    assert guarantee.recent.weight < 300  # at τ = 0, as few audits as possible count as recent
+    assert guarantee.recent.weight < 300  # at τ = 0, the window is the shortest
     guarantee.advance()
     assert guarantee.tau == 0.4
     for n in range(3000):

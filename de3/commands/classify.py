@@ -265,7 +265,7 @@ def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
             f"{error}; or choose a classifier with --model, --demo, or a server with --url"
         ) from None
     if len(names) != 1:
-        raise ValueError(f"--model: is required, as {store} has several: {', '.join(names)}")
+        raise ValueError(f"--model: is required; {store} has several models: {', '.join(names)}")
     return Store(store).open(names[0])
 
 
@@ -278,7 +278,7 @@ def _kind(out: Path, wanted: str | None, kind: str) -> str:
 
     if out.suffix in KINDS and not out.is_dir():
         if wanted is not None:
-            raise ValueError("--format: is for a folder; the suffix of --out says the format of a file")
+            raise ValueError("--format: only for a folder; the suffix of --out sets the format of a file")
         return out.suffix
     if out.suffix and not out.is_dir():
         raise ValueError(

@@ -131,13 +131,13 @@ def models_load(
         bool,
         typer.Option(
             "--shadow",
-            help="Load it as a shadow: it runs the same texts, and different answers are counted.",
+            help="Load it as a shadow: it runs copies of the same texts, and answers that differ are counted.",
         ),
     ] = False,
     only_load: Annotated[
         bool,
         typer.Option(
-            "--only-load", help="The current version stays; this one answers requests that name it."
+            "--only-load", help="Keep the current version; this one answers only requests that name it."
         ),
     ] = False,
 ) -> None:

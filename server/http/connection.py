@@ -272,7 +272,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         if parser.version not in ("1.0", "1.1"):
             raise ValueError(f"HTTP/{parser.version[:8]} is not supported")
         if parser.hosts != 1 and (parser.hosts or parser.version == "1.1"):  # RFC 9112, 3.2
-            raise ValueError(f"it has {parser.hosts} Host headers, and must have one")
+            raise ValueError(f"it has {parser.hosts} Host headers; exactly one is required")
         if _SIMPLE_PATH.fullmatch(parser.url):
             raw_path, query = parser.url, b""
         else:
