@@ -21,7 +21,7 @@ MAX_LINE = 2**24  # largest number of characters of a line, and of a row of seve
 MAX_DEPTH = 100  # levels of lists and objects; pyarrow can write 124
 MAX_COLUMNS = 10_000  # limit for a .csv or .tsv file with a header
 SHOWN = 1000  # number of characters kept of a bad row
-_option = partial(Option, rich_help_panel=PANEL)
+data_option = partial(Option, rich_help_panel="Data")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -45,17 +45,17 @@ class Columns:
     """
 
     text: Annotated[
-        str, _option("--text-column", help="Column of the text; with --no-header, its number from 0.")
+        str, data_option("--text-column", help="Column of the text; with --no-header, its number from 0.")
     ] = "text"
     text_pair: Annotated[
-        str | None, _option("--pair-column", help="Column of the second text, for pairs.")
+        str | None, data_option("--pair-column", help="Column of the second text, for pairs.")
     ] = None
-    label: Annotated[str | None, _option("--label-column", help="Column of the label.")] = "label"
-    header: Annotated[bool, _option(help="The first row has the names of the columns.")] = True
+    label: Annotated[str | None, data_option("--label-column", help="Column of the label.")] = "label"
+    header: Annotated[bool, data_option(help="The first row has the names of the columns.")] = True
     quotes: bool | None = None
     delimiter: Annotated[
         str | None,
-        _option(
+        data_option(
             help="Separator of the fields: one character, or the word tab. The file may then have any "
             "extension. Default: by extension."
         ),

@@ -6,12 +6,11 @@ from typing import Annotated
 
 from typer import Option
 
-PANEL = "Training"
 WEIGHTS = ("depth", "uniform")
 PROTOTYPES = ("refit", "means", "sliding")
 MULTI_LABEL_HEAD_LR = 1e-2  # head_lr of a multi-label model
-_option = partial(Option, rich_help_panel=PANEL)
-_by_recipe = partial(_option, show_default="by number of samples")
+training_option = partial(Option, rich_help_panel="Training")
+_by_recipe = partial(training_option, show_default="by number of samples")
 
 
 @dataclass(frozen=True)
@@ -51,22 +50,28 @@ class TrainSettings(Recipe):
     weight_decay: float = 0.01
     warmup: float = 0.06
     alpha: float = 0.1
-    weights: Annotated[str, _option(help="Weights of the exits in the loss: depth or uniform.")] = "depth"
+    weights: Annotated[str, training_option(help="Weights of the exits in the loss: depth or uniform.")] = (
+        "depth"
+    )
     distill: Annotated[
-        float, _option(help="Share of the loss that uses the teacher's logits instead of the label.")
+        float, training_option(help="Share of the loss that uses the teacher's logits instead of the label.")
     ] = 0.5
     temperature: float = 2.0
     augment: Annotated[
         int,
-        _option(
+        training_option(
             help="Altered copies of each sample (words replaced, texts joined), labelled by the teacher."
         ),
     ] = 0
-    max_length: Annotated[int, _option(help="Truncate training and tuning texts to this many tokens.")] = 128
+    max_length: Annotated[
+        int, training_option(help="Truncate training and tuning texts to this many tokens.")
+    ] = 128
     prototypes: str = "refit"
     bf16: Annotated[
         bool,
-        _option(help="Use bfloat16 autocast; --no-bf16 is faster on CPUs without bfloat16 instructions."),
+        training_option(
+            help="Use bfloat16 autocast; --no-bf16 is faster on CPUs without bfloat16 instructions."
+        ),
     ] = True
     seed: Annotated[int, Option(help="Seed of the split, the heads and the order of samples.")] = 0
 

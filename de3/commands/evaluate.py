@@ -10,7 +10,6 @@ from rich.console import Console
 
 from de3.commands.options import (
     Dataset,
-    DatasetSplit,
     File,
     LabelNames,
     add_parameters,
@@ -20,7 +19,7 @@ from de3.commands.options import (
     reason,
     say,
 )
-from de3.data.tables import Columns
+from de3.data.tables import Columns, data_option
 
 LAMBDAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of the curves of EDR
 
@@ -32,7 +31,7 @@ def evaluate(
     ],
     file: File = None,
     dataset: Dataset = None,
-    split: DatasetSplit = "test",
+    split: Annotated[str, data_option(help="Split of --dataset.")] = "test",
     label_names: LabelNames = None,
     original: Annotated[
         str | None,

@@ -18,14 +18,13 @@ from de3.commands.options import (
     Threshold,
     add_parameters,
     check_groups,
-    data_option,
     fields_of,
     is_given,
     need_extra,
     say,
     say_published,
 )
-from de3.data.tables import Columns, read_groups, read_rows, records
+from de3.data.tables import Columns, data_option, read_groups, read_rows, records
 
 RATE = 0.02  # disagreement rate at which the speed-up is reported
 WITH_RECORDS = ("model", "name", "records_files", "store", "quantize")

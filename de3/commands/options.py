@@ -1,7 +1,6 @@
 """Options and checks that several commands share."""
 
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from importlib import import_module
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -13,21 +12,16 @@ from typer.core import TyperCommand, TyperOption
 from typer.models import OptionInfo
 
 from de3.data import tables
-from de3.data.tables import Columns, TextOrPair
-from de3.training import settings
+from de3.data.tables import Columns, TextOrPair, data_option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 console = Console(stderr=True)
 EXTRAS = {"train": ("torch", "transformers"), "fit": ("scipy",)}  # modules that commands need, by extra
-data_option = partial(typer.Option, rich_help_panel=tables.PANEL)
-model_option = partial(typer.Option, rich_help_panel="Model")
-training_option = partial(typer.Option, rich_help_panel=settings.PANEL)
 
 File = Annotated[Path | None, typer.Argument(help="A .tsv, .csv or .jsonl file.")]
 Dataset = Annotated[
     str | None, data_option(help="Instead of a file: a Hugging Face data set, as name or name:config.")
 ]
-DatasetSplit = Annotated[str, data_option("--split", help="Split of --dataset.")]
 Fragments = Annotated[
     bool,
     data_option(

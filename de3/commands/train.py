@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,6 @@ import typer
 
 from de3.commands.options import (
     Dataset,
-    DatasetSplit,
     File,
     Fragments,
     GroupColumn,
@@ -19,18 +19,17 @@ from de3.commands.options import (
     Threshold,
     add_parameters,
     check_groups,
-    data_option,
     fields_of,
     is_given,
-    model_option,
     need_extra,
     read_rows,
     say,
-    training_option,
 )
-from de3.data.tables import Columns, TextOrPair, dataset_records, labels_in, read_groups, records
-from de3.training.settings import MULTI_LABEL_HEAD_LR, Recipe, TrainSettings
+from de3.data.tables import Columns, TextOrPair, data_option, dataset_records, labels_in, read_groups, records
+from de3.training.settings import MULTI_LABEL_HEAD_LR, Recipe, TrainSettings, training_option
 
+SPLIT = "train"  # of --dataset
+model_option = partial(typer.Option, rich_help_panel="Model")
 # Options that do not apply to a multi-label model.
 NO_TEACHER = ("teacher", "distill", "augment")
 
@@ -42,7 +41,6 @@ def train(
     encoder: Annotated[str, typer.Option(help="Folder or hub id of the encoder, e.g. bert-base-uncased.")],
     file: File = None,
     dataset: Dataset = None,
-    split: DatasetSplit = "train",
     label_names: LabelNames = None,
     held_back: Annotated[
         int | None,
@@ -103,10 +101,10 @@ def train(
     check_groups(fragments, group_column)
     _check_multi_label(context, multi_label)
     columns = Columns(**fields_of(Columns, options), multi_label=multi_label)
-    read = read_rows(file, dataset, split, columns)
+    read = read_rows(file, dataset, SPLIT, columns)
     examples, names, warnings = _labelled(read, label_names, multi_label)
     if group_column is not None:
-        found = records(file, columns) if file else dataset_records(str(dataset), split)
+        found = records(file, columns) if file else dataset_records(str(dataset), SPLIT)
         groups = read_groups(found, group_column)
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     encoder_config, tokenizer = pretrained.open_encoder(encoder)
