@@ -170,7 +170,7 @@ def test_other_protocols_answer_as_their_peers(server: Server) -> None:
     contents = httpx.post(f"{server.url}/api/v1/text/contents", json={"contents": [text]})
     assert contents.status_code == 422 and "it detects no labels" in contents.json()["message"]
     ranked = httpx.post(f"{server.url}/v1/rerank", json={"query": "a", "documents": [text]})
-    assert ranked.status_code == 422 and "praise:1 takes single texts; reranking" in ranked.text
+    assert ranked.status_code == 422 and "praise:1 takes single texts; scoring" in ranked.text
     moderation = httpx.post(f"{server.url}/v1/moderations", json={"input": text})
     assert moderation.status_code == 422
     assert "its answer is a number" in moderation.json()["error"]["message"]
