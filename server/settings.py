@@ -39,7 +39,7 @@ class Settings(BaseModel):
         Option(
             "--model",
             help="Model in the store, as name or name:version; repeat for more (in DE3_MODELS: separated by spaces). "
-            "Default: the newest version of each.",
+            "Default: all.",
         ),
     ] = []
     store: Annotated[Path, Option(help="Folder of the model store.")] = Path("models")
@@ -50,7 +50,7 @@ class Settings(BaseModel):
         Field(gt=0, lt=1),
         Option(
             help="Maximum rate of answers that differ from full depth, proven by audits at 95% confidence. Replaces "
-            "--tau and the other default exit options."
+            "--tau and other default exit options."
         ),
     ] = None
     learn: Annotated[

@@ -13,6 +13,7 @@ from de3.commands.models import StoreOption
 from de3.commands.options import (
     Fragments,
     GroupColumn,
+    HelpAll,
     MaxInt8Loss,
     Quantize,
     Threshold,
@@ -94,6 +95,7 @@ def import_model(
             "agreement with the model's own answers.",
         ),
     ] = 1.0,
+    _: HelpAll = False,
     **options: Any,
 ) -> None:
     """Add early exits to a stock classifier; its weights do not change.

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand
 from typer.models import OptionInfo
 
 from de3.data import tables
@@ -93,32 +93,32 @@ def add_parameters(
 
 
 class ShortHelp(TyperCommand):
-    """A command whose --help omits the options in groups and the variables; --help-all shows them."""
+    """A command whose --help omits the options in groups and the variables; HelpAll, a parameter, shows all."""
 
     def __init__(self, *args: Any, **fields: Any) -> None:
         super().__init__(*args, **fields)
-        self._own: list[Any] = [*self.params]
-        groups = dict.fromkeys(each.rich_help_panel for each in self._own if each.rich_help_panel)
-        all_options = TyperOption(
-            param_decls=["--help-all"],
-            is_flag=True,
-            is_eager=True,
-            expose_value=False,
-            callback=self._show_all,
-            help=f"Show all options, with their variables: also {', '.join(groups)}.",
-        )
-        self.params.append(all_options)
-        self._show(everything=False)
+        groups = dict.fromkeys(group for each in self.params if (group := vars(each)["rich_help_panel"]))
+        self.params.sort(key=lambda each: "--help-all" in each.opts)  # the last one
+        self.epilog = f"More options, shown by --help-all: {', '.join(groups)}."
+        for each in self.params:
+            vars(each).update(show_envvar=False, hidden=vars(each)["rich_help_panel"] is not None)
 
-    def _show_all(self, context: Any, _: Any, wanted: bool) -> None:
-        if wanted:
-            self._show(everything=True)
-            self.format_help(context, context.make_formatter())
-            context.exit()
 
-    def _show(self, everything: bool) -> None:
-        for each in self._own:
-            each.show_envvar, each.hidden = everything, not everything and each.rich_help_panel is not None
+def _show_all(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        context.command.epilog = None
+        for each in context.command.params:
+            vars(each).update(show_envvar=True, hidden=False)
+        context.command.format_help(context, context.make_formatter())
+        raise typer.Exit
+
+
+HelpAll = Annotated[
+    bool,
+    typer.Option(
+        "--help-all", is_eager=True, callback=_show_all, help="Show all options, and their variables."
+    ),
+]
 
 
 def fields_of(dataclass: type, options: Mapping[str, Any]) -> dict[str, Any]:

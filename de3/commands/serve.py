@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from de3.commands.options import add_parameters, console
+from de3.commands.options import HelpAll, add_parameters, console
 from de3.model_store.architecture import precision_of
 from de3.server.settings import (
     OTHER_VARIABLES,
@@ -45,6 +45,7 @@ def serve(
             min=0,
         ),
     ] = 20.0,
+    _: HelpAll = False,
     **values: Any,
 ) -> None:
     """Serve models over HTTP: POST /classify, GET /docs, /metrics, /ready.

@@ -15,6 +15,7 @@ from de3.commands.options import (
     File,
     Fragments,
     GroupColumn,
+    HelpAll,
     LabelNames,
     Threshold,
     add_parameters,
@@ -78,6 +79,7 @@ def train(
         training_option(help="A checkpoint to distil from, trained on the same data with the same seed."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue after the last complete epoch in --out.")] = False,
+    _: HelpAll = False,
     **options: Any,
 ) -> None:
     """Train a DE3-BERT on labelled texts; writes the best epoch to --out.
