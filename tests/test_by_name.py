@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 from huggingface_hub import constants
 from hypothesis import example, given
@@ -670,3 +671,26 @@ def test_other_kinds_of_answers(tmp_path: Path) -> None:
     found = [artifact_of(str(folder), "int8", tmp_path / "cache").manifest for folder in folders]
     assert [manifest.thresholds for manifest in found] == [[0.5] * 3, None]
     assert [manifest.tolerance for manifest in found] == [None, MIN_TOLERANCE]
+
+
+def test_kserves_runtime_serves_the_folder_under_its_services_name(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DE3_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(bert, tmp_path / "models")
+    runtime = yaml.safe_load(Path("deploy/kubernetes/kserve.yaml").read_text())
+    (container,) = runtime["spec"]["containers"]
+    command, *arguments = [
+        one.replace("/mnt/models", str(tmp_path / "models")).replace("{{.Name}}", "toxic")
+        for one in container["args"]
+    ]
+    assert command == "serve"
+    with process(tmp_path / "none", *arguments) as running:
+        url = url_when_ready(running)
+        for path in ("/v1/models/toxic:predict", "/v2/models/toxic/infer"):
+            inputs = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["good"]}
+            response = httpx.post(
+                url + path, json={"instances": ["good"]} if "v1" in path else {"inputs": [inputs]}
+            )
+            assert response.status_code == 200, response.text
+        assert httpx.get(f"{url}/v2/models/toxic/ready").status_code == 200
