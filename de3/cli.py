@@ -1,8 +1,10 @@
 """The `de3` command. Each command imports its dependencies when it runs, so serving needs no PyTorch."""
 
+import os
+import re
 import sys
 from importlib.metadata import version
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -18,6 +20,7 @@ from de3.commands.serve import serve
 from de3.commands.train import train
 from de3.loadtest.cli import app as loadtest_app
 
+UsageError: Any = typer.BadParameter.__base__  # of click, which typer may bundle
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -37,22 +40,41 @@ def main(commands: typer.Typer | None = None) -> None:
     """
     from pydantic import ValidationError
 
+    is_json = _logs_json()
     try:
-        (commands or app)()
+        code = (commands or app)(standalone_mode=not is_json)
+    except UsageError as error:  # only if is_json; otherwise typer prints it
+        _fail(error.format_message(), is_json, error.exit_code)
     except ValidationError as error:  # a ValueError with one line per setting
         problems = [
             (".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()
         ]
-        _fail("; ".join(f"{where}: {message}" if where else message for where, message in problems))
+        message = "; ".join(f"{where}: {message}" if where else message for where, message in problems)
+        _fail(message, is_json)
     except OSError as error:
-        _fail(reason(error))
+        _fail(reason(error), is_json)
     except ValueError as error:
-        _fail(str(error))
+        _fail(str(error), is_json)
+    else:
+        sys.exit(code)
 
 
-def _fail(message: str) -> NoReturn:
-    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    sys.exit(1)
+def _logs_json() -> bool:
+    """True for `de3 serve --log-format json`, whose every line is JSON."""
+    command = " ".join(sys.argv[1:])
+    given = re.findall(r"--log-format[ =](\w+)", command) or [os.environ.get("DE3_LOG_FORMAT")]
+    return command.startswith("serve") and given[-1] == "json"
+
+
+def _fail(message: str, is_json: bool, code: int = 1) -> NoReturn:
+    if is_json:
+        from de3.server import logs
+
+        logs.configure("json")
+        logs.log.critical(message)
+    else:
+        console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(code)
 
 
 def _show_version(wanted: bool) -> None:

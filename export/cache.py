@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from de3.model_store.architecture import Precision
 from de3.model_store.manifest import SCHEMA_VERSION
 from de3.model_store.printable import printable
 from de3.model_store.store import Artifact, Store, StoreError
+
+log = logging.getLogger("de3")
 
 FORMAT = 1  # format of the artifacts that classifier.py writes; changing it invalidates the cache
 MAX_MESSAGE = 500
@@ -61,6 +64,7 @@ def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
             place.mkdir(exist_ok=True)
             artifact = _existing(place, model)
             if artifact is None:
+                log.info("%s: is converted once, into %s", name, folder)
                 shutil.rmtree(place / model, ignore_errors=True)  # left by an interrupted start
                 try:
                     convert(Stock.open(name, source), Store(place), model, precision, shown)

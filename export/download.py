@@ -7,6 +7,7 @@ downloads.
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -24,6 +25,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from de3.model_store.part import first_error
 from de3.model_store.store import MAX_FILE_BYTES
+
+log = logging.getLogger("de3")
 
 MAX_LIST_BYTES, MAX_FILES = 2**23, 10_000  # such a list takes 0.4 GB to parse
 MAX_OTHER_BYTES = MAX_FILE_BYTES["tokenizer.json"]  # limit for a file without weights
@@ -129,7 +132,10 @@ def download(repository: str, commit: str, files: Collection[File]) -> Path:
         with WeakFileLock(lock):  # a second server waits for the first, and then uses its files
             for left in blobs.glob("?" * 32 + ".incomplete"):  # drafts of a process that was killed
                 left.unlink(missing_ok=True)
-            _run(get, sum(file.size or 0 for file in files))
+            size = sum(file.size or 0 for file in files if not is_there(file))
+            if size >= 1e6:  # not config.json, which comes first
+                log.info("%s: downloading %.0f MB into %s", repository, size / 1e6, cache)
+            _run(get, size)
     return folder
 
 

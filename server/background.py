@@ -30,6 +30,7 @@ Task = Literal[
     "event_loop",
     "fit",
     "freeing_memory",
+    "hint",
     "last_audits",
     "learning",
     "load_control",

@@ -1,21 +1,30 @@
 """The log, as text or JSON lines."""
 
 import logging
+import sys
+import threading
+from typing import Any
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.orjson import OrjsonFormatter
 
 from de3.model_store.printable import printable
 
+log = logging.getLogger("de3")
+
 
 def configure(style: str, process: int | None = None) -> None:
-    """Log to standard error.
+    """Log to standard error; does nothing if the log is configured already.
 
-    style: text, or json (one object per line). process: number of this process; None if the server has only one.
+    style: text, or json (one object per line, also for warnings and uncaught errors of Python). process: number of this
+    process; None if the server has only one.
     """
     handler = logging.StreamHandler()
     static = {} if process is None else {"process": process}
     if style == "json":
+        logging.captureWarnings(True)
+        sys.excepthook = _uncaught
+        threading.excepthook = sys.unraisablehook = _uncaught_in_thread
         handler.setFormatter(
             JsonFormatter(
                 "%(levelname)s %(name)s %(message)s",
@@ -29,6 +38,16 @@ def configure(style: str, process: int | None = None) -> None:
         number = "" if process is None else f"[{process}] "
         handler.setFormatter(TextFormatter(f"%(asctime)s {number}%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def _uncaught(*error: Any) -> None:
+    """Log an error that nothing caught: its type, the error, and its traceback."""
+    log.critical("uncaught error", exc_info=error)
+
+
+def _uncaught_in_thread(hook: Any) -> None:
+    """Log an error that nothing caught in a thread, or that no code could catch."""
+    _uncaught(hook.exc_type, hook.exc_value, hook.exc_traceback)
 
 
 class TextFormatter(logging.Formatter):

@@ -1,7 +1,6 @@
 """Runs the server, in one process or several, and drains it on SIGTERM or SIGINT."""
 
 import errno
-import logging
 import signal
 import socket
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from de3.model_store.store import Artifact, Store
-from de3.server import logs
 from de3.server.http.http_server import HttpServer, uvicorn_config
 from de3.server.learn.learners import check_can_fit
 from de3.server.models import find
@@ -19,8 +17,6 @@ from de3.server.processes.number import number_of_processes
 from de3.server.processes.supervisor import ServerError, supervise
 from de3.server.service import EngineError, Service
 from de3.server.settings import Settings
-
-log = logging.getLogger("de3")
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:
@@ -50,8 +46,8 @@ def _bind(host: str, port: int) -> list[socket.socket]:
     return bound
 
 
-def serve(settings: Settings, warnings: Sequence[str] = (), artifacts: Sequence[Artifact] = ()) -> None:
-    """Serve until SIGTERM or SIGINT, then answer the accepted requests and return. Logs the warnings first.
+def serve(settings: Settings, artifacts: Sequence[Artifact] = ()) -> None:
+    """Serve until SIGTERM or SIGINT, then answer the accepted requests and return. The log must be configured.
 
     artifacts: served in addition to the models of the store that the settings name.
 
@@ -61,9 +57,6 @@ def serve(settings: Settings, warnings: Sequence[str] = (), artifacts: Sequence[
     # An engine thread takes the GIL a dozen times per text, and waits up to this long each time while the event loop is
     # busy. With Python's default of 5 ms the waits would add up to 60 ms.
     sys.setswitchinterval(0.0005)
-    logs.configure(settings.log_format)
-    for warning in warnings:
-        log.warning(warning)
     processes = number_of_processes(settings, find(Store(settings.store), settings.models, artifacts))
     settings = settings.model_copy(update={"processes": processes})
     with ExitStack() as stack:

@@ -151,7 +151,7 @@ class Models:
 
         targets: the models' names, by the aliases of the settings.
         """
-        self._default, self._targets = default, targets or {}
+        self.default, self._targets = default, targets or {}
         self._versions: dict[str, dict[int, Served]] = {}
         self.routes: dict[str, Route] = {}
 
@@ -178,14 +178,14 @@ class Models:
 
     def is_default(self, name: str) -> bool:
         """True if this name answers requests that name no model."""
-        return name == self._default or len(self.routes) == 1
+        return name == self.default or len(self.routes) == 1
 
     def default_name(self, fits: Callable[[Manifest], bool] = lambda _: True) -> str:
         """The name that answers requests that name no model: the default, or the only one.
 
         fits: only models that it is true for count, if there is any. Raises RequestError if there is no such name.
         """
-        default = self._default
+        default = self.default
         if default in self.routes and fits(self.current(str(default)).model.manifest):
             return str(default)
         names = [name for name in self.routes if fits(self.current(name).model.manifest)] or list(self.routes)

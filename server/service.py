@@ -88,7 +88,7 @@ class Service:
         )
         self.state = "loading"
         self.is_open = False  # True once the models are loaded
-        self._end_of_loading = asyncio.Event()
+        self.end_of_loading = asyncio.Event()
         self.in_flight = 0  # requests, of all protocols
         self.metrics.read_from(
             self.engine.queue.__len__,
@@ -116,7 +116,7 @@ class Service:
             gc.collect()
             gc.freeze()
             self.is_open = True
-            self._end_of_loading.set()
+            self.end_of_loading.set()
             if self.state == "loading":
                 self.state = "ready"
             log.info(
@@ -150,7 +150,7 @@ class Service:
         """Report not ready; requests are still answered until stop()."""
         if self.state != "failed":
             self.state = "draining"
-        self._end_of_loading.set()
+        self.end_of_loading.set()
 
     def stop(self) -> None:
         """Finish the accepted requests, end the engine's threads, and stop the shared state; blocks meanwhile.
@@ -172,7 +172,7 @@ class Service:
         """If another process is ready, wait until the models are loaded here, too, for at most timeout_s."""
         if not self.is_open and self.shared.others_ready:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._end_of_loading.wait(), self.settings.timeout_s)
+                await asyncio.wait_for(self.end_of_loading.wait(), self.settings.timeout_s)
 
     def check_open(self) -> None:
         """Raise RequestError while the models load. A draining server still answers requests."""

@@ -29,7 +29,7 @@ from de3.model_store.store import Artifact, Store
 from de3.server.audit import ledgers
 from de3.server.audit.auditor import ENTRY_TEXTS, LEARN_TEXTS, NO_OPTIONS, ROOM, Auditor, Traffic, _key
 from de3.server.audit.coordinator import Coordinator
-from de3.server.audit.ledger import MIN_AUDITS, Ledger
+from de3.server.audit.ledger import LOG_S, MIN_AUDITS, Ledger
 from de3.server.audit.report import Live, report
 from de3.server.audit.state import NEW_SHARES, StateDir, restore, state_of
 from de3.server.audit.tenant import MAX_RESETS, Settled
@@ -719,6 +719,32 @@ def test_tau_rises_only_after_the_last_text_of_a_request(store: Path) -> None:
         assert ledger.audits == 100
         ledger.reset()  # after which the same texts may count again
         assert ledger.rules.default.rule.tau == 0 and ledger.audits == 0
+
+
+def test_the_log_says_how_far_tau_has_risen_now_and_then(
+    store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    now = 0.0
+    monkeypatch.setattr("de3.server.audit.ledger.monotonic", lambda: now)
+    ledger, index = guaranteed(store, 0.1), list[int]()
+    weak: tuple[list[float | None], list[bool]] = ([0.3, None, None, None], [True, False, False, False])
+    for number in range(300):
+        count_all(ledger, [number], weak if number < 5 else ALIKE)
+        index.append(ledger.tenants[""].index)
+    assert len({*index}) > 2 and caplog.text.count("audits allow") == 1
+    now = LOG_S
+    for number in range(300, 310):
+        count_all(ledger, [number])
+    assert caplog.text.count("audits allow") == 2
+    assert f"audits allow τ = {ledger.rules.default.rule.tau:g}" in caplog.text
+    caplog.clear()
+    served = made(store)
+    served.model.manifest = served.model.manifest.model_copy(update={"exit_layers": [3]})
+    served.rules = Rules(served.model.manifest, Settings(guarantee=0.1))
+    ledger = served_ledger(coordinator_of(guarantee=0.1), served)
+    count_all(ledger, range(300), ([None], [False]))
+    assert ledger.tenants[""].index > 0 and not caplog.text  # τ means nothing without early exits
 
 
 def test_the_speedup_is_that_of_the_audits_at_each_tenants_tau(store: Path) -> None:

@@ -3,7 +3,9 @@
 import fcntl
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -515,6 +517,46 @@ def test_a_model_of_the_hub_is_served_without_pytorch(hub: Any, tmp_path: Path) 
         (listed,) = httpx.get(f"{url}/v1/models").json()["data"]
         assert (listed["id"], listed["source"], listed["exit_layers"]) == ("model:1", "org/model@v1", [3])
     assert sum("model.safetensors" in line for line in downloads(hub)) == 1
+
+
+def test_a_json_log_has_only_json(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every process, from the first line to the last, whatever fails."""
+    monkeypatch.setenv("DE3_LOG_FORMAT", "json")
+    monkeypatch.setenv("DE3_PROCESSES", "2")
+    monkeypatch.setenv("DE3_TUA", "0.5")
+    for is_first in (True, False):
+        lines, killed = list[dict[str, Any]](), False
+        with process(tmp_path / "none", "org/model", "--guarantee", "0.2", "--learn") as started:
+            assert started.stderr is not None
+            for line in started.stderr:
+                lines.append(json.loads(line))
+                message = lines[-1]["message"]
+                if "2 processes" in message and killed:
+                    started.terminate()
+                elif "2 processes" in message:
+                    killed = True
+                    pids = re.findall(r"Started server process \[(\d+)\]", json.dumps(lines))
+                    os.kill(int(pids[0]), signal.SIGKILL)
+            assert started.wait(60) == 0
+        log = " ".join(line["message"] for line in lines)
+        assert log.count("curl http://") == 1 and "DE3_TUA: unknown" in log and "it is replaced" in log
+        assert log.count("is converted once") == is_first
+    monkeypatch.delenv("DE3_TUA")
+    for wrong, said in (
+        (["--nonsense"], "No such option: --nonsense"),
+        (["--port", "x"], "Invalid value for '--port'"),
+        (["--tau", "7"], "tau: "),
+        (["--model", "nothing"], "no model 'nothing'"),
+        (["./nothing"], "./nothing: no such folder"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "de3.cli", "serve", "--demo", *wrong],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        (row,) = map(json.loads, (done.stdout + done.stderr).splitlines())
+        assert done.returncode in (1, 2) and row["level"] == "CRITICAL" and row["message"].startswith(said)
 
 
 def downloads(hub: Any) -> list[str]:

@@ -43,6 +43,7 @@ from de3.model_store.store import Artifact, Store
 from de3.server.audit.auditor import LEARN_TEXTS, Traffic
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.ledgers import Ledgers
+from de3.server.audit.state import StateDir
 from de3.server.audit.tenant import Settled
 from de3.server.errors import RequestError
 from de3.server.learn import fitting, learner
@@ -808,7 +809,7 @@ def test_the_error_probabilities_of_all_attempts_sum_to_that_of_the_guarantee() 
 
 
 def test_held_out_texts_prove_a_tau_but_are_no_audits_and_later_attempts_need_more(
-    learned: tuple[Artifact, Artifact],
+    learned: tuple[Artifact, Artifact], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The e-value of 160 texts that agree is 140. Attempt 2 needs 120, attempt 3 needs 240."""
     (first, _), taus = learned, []
@@ -826,6 +827,11 @@ def test_held_out_texts_prove_a_tau_but_are_no_audits_and_later_attempts_need_mo
         assert ledger.audits == 0
         assert (ledger.speedup() > 1) == (taus[-1] > 0)  # from the held-out texts, until there are audits
     assert [tau > 0 for tau in taus] == [True, True, False, True]
+    caplog.set_level("INFO")
+    state = StateDir(tmp_path)
+    state.write(ledger)
+    state.read(Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings))
+    assert "160 audits of 1 tenants" in caplog.text
 
 
 def test_held_out_texts_prove_the_tau_of_their_tenant(learned: tuple[Artifact, Artifact]) -> None:

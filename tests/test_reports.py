@@ -2,8 +2,12 @@
 
 import json
 import logging
+import os
 import re
+import shlex
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +24,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from de3.server.answer import significant
 from de3.server.http import traces
+from de3.server.http.http_server import hint
 from de3.server.http.traces import MAX_TEXTS, Traces
 from tests.serving import Server, process, serving, until
 
@@ -76,6 +81,58 @@ def test_requests_are_logged_as_json_without_their_texts(store: Path) -> None:
     assert (bad["request_id"], bad["status"], bad["cause"]) == ("r2", 422, "bad_request")
     assert (odd["cause"], broken["cause"]) == ("unknown_field", "not_json")
     assert "good film" not in json.dumps(whole)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"default_model": None}, {"api_keys": "me a-user-key-of-some-length", "models": ["tiny"]}],
+)
+def test_the_log_has_a_command_that_classifies_a_text(
+    store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("DE3_API_KEY", "a-user-key-of-some-length")
+    caplog.set_level("INFO")
+    with serving(store, **settings) as server:
+        until(lambda: "or try: curl" in caplog.text, "the command")
+        (found,) = re.findall(r"open (\S+) in a browser, or try: curl (.*)", caplog.text)
+        page, command = found
+        url, *options = shlex.split(os.path.expandvars(command))
+        headers = dict(
+            value.split(": ") for name, value in zip(options[::2], options[1::2], strict=True) if name == "-H"
+        )
+        answer = httpx.post(url, content=options[-1], headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert page == server.url and httpx.get(page).headers["content-type"].startswith("text/html")
+        manifest = server.service.manifests()[0]
+    pairs = manifest.model_copy(update={"input": "pair"})
+    assert """-d '{"input": {"text": "A film.", "text_pair": """ in hint(
+        "http://x", [pairs], None, has_keys=False
+    )
+
+
+FAILS = """
+import sys, threading, warnings
+from de3.cli import main
+import de3.server.main
+def fail(*_):
+    warnings.warn("first")
+    thread = threading.Thread(target=lambda: {}["second"])
+    thread.start()
+    thread.join()
+    raise RuntimeError("third")
+de3.server.main.serve = fail
+sys.argv = ["de3", "serve", "--demo", "--log-format", "json"]
+main()
+"""
+
+
+def test_uncaught_errors_are_json_in_a_json_log() -> None:
+    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True, check=False)
+    rows = list(map(json.loads, (done.stdout + done.stderr).splitlines()))
+    assert done.returncode == 1 and [row["level"] for row in rows] == ["WARNING", "CRITICAL", "CRITICAL"]
+    said = [row["message"] + row.get("exc_info", "") for row in rows]
+    for row, what in zip(said, ("first", "KeyError: 'second'", "RuntimeError: third"), strict=True):
+        assert what in row
 
 
 def test_texts_are_logged_only_if_asked_for(store: Path, caplog: pytest.LogCaptureFixture) -> None:

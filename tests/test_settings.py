@@ -40,14 +40,16 @@ def test_unknown_variables_are_found() -> None:
     assert unknown_variables(environment) == ["DE3_MAX_QUEU", "DE3_TUA"]
 
 
-def test_variables_are_settings_and_unknown_ones_warn(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_are_settings_and_unknown_ones_warn(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     for name, value in (("MODELS", "tiny-int8 tiny"), ("MAX_QUEU", "5"), ("MAX_TEXTS", "3")):
         monkeypatch.setenv(f"DE3_{name}", value)
     started: list[Any] = []
     monkeypatch.setattr("de3.server.main.serve", lambda *arguments: started.append(arguments))
     de3(f"serve --store {store}")
-    ((set_, (warning,), _),) = started
-    assert "DE3_MAX_QUEU: unknown setting, ignored" in warning
+    ((set_, _),) = started
+    assert "DE3_MAX_QUEU: unknown setting, ignored" in caplog.text
     assert (set_.store, set_.models, set_.max_texts) == (store, ["tiny-int8", "tiny"], 3)
 
 

@@ -1,5 +1,6 @@
 """`de3 serve`, with its own options and those that server.settings.Settings defines."""
 
+import logging
 import os
 from math import isfinite
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from de3.commands.options import HelpAll, add_parameters, console
+from de3.commands.options import HelpAll, add_parameters
 from de3.model_store.architecture import precision_of
 from de3.server.settings import (
     OTHER_VARIABLES,
@@ -20,6 +21,8 @@ from de3.server.settings import (
 
 if TYPE_CHECKING:
     from de3.model_store.store import Artifact
+
+log = logging.getLogger("de3")
 
 
 @add_parameters(Settings, variable=variable)
@@ -55,8 +58,10 @@ def serve(
     Example: de3 serve my-org/my-classifier
     """
     from de3.model_store.store import NoModelsError
+    from de3.server import logs
     from de3.server.main import serve as run
 
+    logs.configure(values["log_format"])
     given = {name: value for name, value in values.items() if value is not None}
     if demo:
         from de3.library import DEMO
@@ -69,11 +74,11 @@ def serve(
         if (secret := os.environ.get(variable(name))) is not None:  # an empty one is not skipped but rejected
             given[name] = secret
     settings = Settings(**given)
-    artifacts = _artifacts(names or [], settings.store, quantize, cache_gb)
-    hint = f"see de3 serve --help-all; {', '.join(OTHER_VARIABLES)} have other uses"
-    warnings = [f"{name}: unknown setting, ignored: {hint}" for name in unknown_variables(os.environ)]
+    for name in unknown_variables(os.environ):
+        hint = f"see de3 serve --help-all; {', '.join(OTHER_VARIABLES)} have other uses"
+        log.warning("%s: unknown setting, ignored: %s", name, hint)
     try:
-        run(settings, warnings, artifacts)
+        run(settings, _artifacts(names or [], settings.store, quantize, cache_gb))
     except NoModelsError as error:
         raise ValueError(
             f"{error}, name another store with --store DIR, or serve the demo model with de3 serve --demo"
@@ -97,7 +102,6 @@ def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) ->
     for name in names:
         artifact = Store(store).find(name)
         if artifact is None:
-            console.print(f"reading {name}; it is converted once, into {cache_folder()}", highlight=False)
             artifact = artifact_of(name, precision, cache_folder())
         artifacts.append(artifact)
     evict(cache_folder(), cache_gb)

@@ -8,6 +8,8 @@ import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from de3.server.settings import Settings
 log = logging.getLogger("de3")
 
 MIN_AUDITS = 100  # with fewer, the mean exit layer is too uncertain
+LOG_S = 10.0  # minimum time between two log lines about the τ of a tenant
 RECENT_TEXTS = 20_000  # half-life of the tenants' shares of the traffic, in texts
 # Shared by all ledgers, so that texts drawn for a version are not counted for the same version exported again.
 _EPOCHS = itertools.count(1)
@@ -66,6 +69,8 @@ class Ledger:
         self.num_resets: dict[Reason, int] = {"change": 0, "reset": 0}
         self.num_changes = 0
         self._texts = Counter[str]()  # by tenant, recent ones
+        # By tenant, the highest τ that was logged, as index in the grid, and when (monotonic seconds).
+        self._logged: dict[str, tuple[int, float]] = {}
         self._start_layers: float | None = None  # mean exit layer, by held-out texts
         self.serve(rules, runtime, tau_factor)
 
@@ -103,6 +108,7 @@ class Ledger:
         """Continue with the saved audits of a tenant."""
         tenant.epoch = self.epoch
         self.tenants[name] = tenant
+        self._logged[name] = tenant.index, -inf
         self._tell([name])
 
     def _tell(self, names: Iterable[str]) -> None:
@@ -133,17 +139,25 @@ class Ledger:
             tenant = self.tenant(one.tenant)
             if one.epoch != tenant.epoch:  # drawn before a reset
                 continue
-            before, index = _in_force(tenant), tenant.index
+            before = _in_force(tenant)
             self._texts[one.tenant] += one.texts
             if tenant.count(one, self.manifest.exit_layers, self._room):
                 self._changed(one.tenant, tenant)
             if _in_force(tenant) != before:
                 self._tell([one.tenant])
-            if tenant.index > index:
-                of = f" for {one.tenant}" if one.tenant else ""
-                log.info("%s: audits allow τ = %g%s", self.manifest.full_name, self.taus[tenant.index], of)
+            self._log_rise(one.tenant, tenant)
         if self._texts.total() > RECENT_TEXTS:
             self._texts = Counter({name: texts // 2 for name, texts in self._texts.items() if texts > 1})
+
+    def _log_rise(self, name: str, tenant: Tenant) -> None:
+        """Log the τ of a tenant if it has risen since it was last logged, at most every LOG_S."""
+        index, at = self._logged.get(name, (0, -inf))
+        if tenant.index < index:
+            self._logged[name] = tenant.index, at
+        elif tenant.index > index and monotonic() - at >= LOG_S and len(self.manifest.exit_layers) > 1:
+            self._logged[name] = tenant.index, monotonic()
+            of = f" for {name}" if name else ""
+            log.info("%s: audits allow τ = %g%s", self.manifest.full_name, self.taus[tenant.index], of)
 
     def _changed(self, name: str, tenant: Tenant) -> None:
         """Begin a new epoch for a tenant whose rate had risen."""

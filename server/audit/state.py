@@ -234,7 +234,10 @@ class StateDir:
                 with suppress(OSError):
                     path.replace(aside)
             else:
-                audits += ledger.tenants[state.tenant].evidence.audits
+                tenant = ledger.tenants[state.tenant]
+                # The guarantee may also rest on texts that were recorded before the model was served.
+                held = 0 if tenant.guarantee is None else tenant.guarantee.evidence.audits
+                audits += max(tenant.evidence.audits, held)
         if ledger.tenants:
             log.info(
                 "%s: %d audits of %d tenants from %s",

@@ -1,17 +1,21 @@
 """The HTTP server of one process: uvicorn, with our own HTTP/1.1 protocol class and limits."""
 
 import asyncio
+import json
+import logging
 import resource
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from os import dup
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
-from de3.server.background import report_unhandled
+from de3.model_store.manifest import Manifest
+from de3.server.background import report_unhandled, run_once
 from de3.server.http.app import PROTOCOLS, create_app
 from de3.server.http.asgi import handler
 from de3.server.http.connection import Connection
@@ -20,6 +24,7 @@ from de3.server.http.listener import Listener
 from de3.server.http.protocol import Protocol
 from de3.server.service import Service
 
+log = logging.getLogger("de3")
 BACKLOG = 512  # connections that the kernel queues until they are accepted
 ACCEPTS = 16  # connections accepted in one iteration of the event loop
 # File descriptors reserved for models, logs, the event loop, and connections that are accepted in one batch before
@@ -48,6 +53,16 @@ class HttpServer(uvicorn.Server):
             for _ in range(ACCEPTS - 1):
                 again = socket.socket(fileno=dup(listening.fileno()))
                 self.servers.append(await loop.create_server(self.connect, sock=again, backlog=BACKLOG))
+        if self.servers:
+            run_once("hint", self._give_hint(url_of(self.servers[0].sockets[0])))
+
+    async def _give_hint(self, url: str) -> None:
+        """Once the server is ready, log how to use it."""
+        service = self._service
+        await service.end_of_loading.wait()
+        if service.state == "ready":
+            manifests = service.manifests()
+            log.info(hint(url, manifests, service.models.default, service.settings.has_keys))
 
     def connect(self) -> asyncio.Protocol:
         """The protocol of a new connection; called once the server has started."""
@@ -58,6 +73,26 @@ class HttpServer(uvicorn.Server):
         """Start to drain, then have uvicorn stop."""
         self._service.drain()
         super().handle_exit(sig, frame)
+
+
+def url_of(listening: socket.socket) -> str:
+    """The URL of a server, given one of its sockets; if it listens on all addresses, with that of this machine."""
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def hint(url: str, manifests: Sequence[Manifest], default: str | None, has_keys: bool) -> str:
+    """Where a server's page is, and a command that classifies a text.
+
+    manifests: of the served models. default: name of the default model; None if there is none.
+    """
+    manifest = next((one for one in manifests if one.name == default), manifests[0])
+    is_pair, names = manifest.input == "pair", {one.name for one in manifests}
+    body: dict[str, Any] = {} if len(names) == 1 or default in names else {"model": manifest.name}
+    body["input"] = {"text": "A film.", "text_pair": "A wonderful film."} if is_pair else "A wonderful film."
+    key = ' -H "Authorization: Bearer $DE3_API_KEY"' if has_keys else ""
+    return f"open {url} in a browser, or try: curl {url}/classify{key} -d '{json.dumps(body)}'"
 
 
 def uvicorn_config(

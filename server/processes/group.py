@@ -99,6 +99,8 @@ class Process:
         with suppress(ChannelClosedError):
             while True:
                 answer = asyncio.ensure_future(self.call("sync"))
+                # Its error is not unseen, even if the server stops meanwhile: whoever ends the process reports it.
+                answer.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
                 await asyncio.sleep(CHECK_S)
                 self.is_late = not answer.done()
                 await answer

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from de3.model_store.manifest import fingerprint
+from de3.model_store.manifest import Manifest, fingerprint
 from de3.server.audit.coordinator import Coordinator
 from de3.server.errors import RequestError
 from de3.server.manager import Plan
@@ -36,6 +36,11 @@ class SharedModels:
     def are_loaded(self) -> bool:
         """True once a process has loaded the models."""
         return self._state is not None
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """Manifests of the models that the processes serve; none before a process has loaded them."""
+        return [] if self._state is None else [artifact.manifest for artifact in self._state.artifacts]
 
     async def load(self, process: Process) -> None:
         """Have a new process load the models, then let it answer requests.

@@ -20,6 +20,7 @@ import uvloop
 from de3.model_store.store import Artifact, Store
 from de3.server.background import keep_running, report, report_unhandled, run_once
 from de3.server.http.access import Access
+from de3.server.http.http_server import hint, url_of
 from de3.server.models import default_of, find
 from de3.server.processes import worker
 from de3.server.processes.channel import ChannelClosedError, Handler
@@ -52,8 +53,8 @@ class Supervisor:
         Raises StoreError as find() does, and ValueError for a setting that cannot be met.
         """
         self._settings, self._artifacts, self._listening = settings, artifacts, listening
-        found = find(Store(settings.store), settings.models, artifacts)  # both raise early, as a Service does
-        default_of(settings, found, are_named=True)
+        found = find(Store(settings.store), settings.models, artifacts)  # raises early, as a Service does
+        self._default = default_of(settings, found, bool(settings.models or artifacts))
         self._access = Access(settings)
         # A process that is started later has the same keys, even if the files have changed.
         self._part = worker.part_of(settings, settings.processes).model_copy(update=self._access.keys)
@@ -70,7 +71,7 @@ class Supervisor:
         self._lives: dict[int, asyncio.Task[None]] = {}  # by number; each task ends with its process
         self._over: asyncio.Future[Exception | None]
         self._started = 0.0
-        self._is_draining = False
+        self._has_opened = self._is_draining = False
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -85,10 +86,8 @@ class Supervisor:
             loop.add_signal_handler(one, self._signalled)
         self._connections.start()
         self._coordinator.start()
-        host, port = self._listening[0].getsockname()[:2]
-        address = f"[{host}]" if ":" in host else host
         logging.getLogger("uvicorn.error").info(
-            "Uvicorn running on http://%s:%d (Press CTRL+C to quit)", address, port
+            "Uvicorn running on %s (Press CTRL+C to quit)", url_of(self._listening[0])
         )
         for number in self._starts:
             self._begin_life(number)
@@ -241,6 +240,10 @@ class Supervisor:
             self._group.tell_ready()
 
         def ready() -> None:
+            if not self._has_opened and self._models.are_loaded:
+                self._has_opened = True
+                url, manifests = url_of(self._listening[0]), self._models.manifests
+                log.info(hint(url, manifests, self._default, self._settings.has_keys))
             process.has_opened = True
             self._starts[process.number] = 0
             if sum(one.has_opened for one in self._group.ready) == self._group.size:

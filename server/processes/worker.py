@@ -253,7 +253,14 @@ def main(
     random.seed()  # the processes are forked with the same random state
     sys.setswitchinterval(0.0005)  # see server/main.py
     logs.configure(settings.log_format, number)
-    worker = Worker(control, sockets)
+    try:
+        _serve(settings, artifacts, Worker(control, sockets))
+    except Exception:  # multiprocessing would print it
+        log.critical("the process fails", exc_info=True)
+        sys.exit(1)
+
+
+def _serve(settings: Settings, artifacts: Sequence[Artifact], worker: Worker) -> None:
     service = Service(settings, artifacts, worker, worker.receiver.memory_of)
 
     def stop() -> None:
