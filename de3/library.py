@@ -89,8 +89,6 @@ def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
     precision = precision_of(quantize, "quantize:")
     if (stored := Store(store).find(name)) is not None:
         return stored
-    if (Path(name) / "manifest.json").is_file():
-        return Artifact(Path(name).absolute(), read_manifest(Path(name)))
     from de3.export import cache
 
     return cache.artifact_of(name, precision, cache.cache_folder())

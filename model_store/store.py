@@ -136,11 +136,15 @@ class Store:
         return self.open_path(self.path / name / str(number))
 
     def find(self, model: str) -> Artifact | None:
-        """The artifact that open() returns; None if there is no store, or if it has no model of this name."""
+        """The artifact that open() returns, or that of a folder anywhere; None if there is neither.
+
+        Raises StoreError as open() and read_manifest() do.
+        """
         with suppress(NoModelsError):
             if model.partition(":")[0] in self.versions():
                 return self.open(model)
-        return None
+        path = Path(model)
+        return Artifact(path.absolute(), read_manifest(path)) if (path / MANIFEST).is_file() else None
 
     def open_path(self, path: Path) -> Artifact:
         """The artifact in <store>/<name>/<version>.

@@ -539,7 +539,7 @@ def test_a_json_log_has_only_json(hub: Any, tmp_path: Path, monkeypatch: pytest.
                     os.kill(int(pids[0]), signal.SIGKILL)
             assert started.wait(60) == 0
         log = " ".join(line["message"] for line in lines)
-        assert log.count("curl http://") == 1 and "DE3_TUA: unknown" in log and "it is replaced" in log
+        assert log.count("curl http://") == 1 and "DE3_TUA: unknown" in log and "replacing it" in log
         assert log.count("is converted once") == is_first
     monkeypatch.delenv("DE3_TUA")
     for wrong, said in (
@@ -713,6 +713,12 @@ def test_other_kinds_of_answers(tmp_path: Path) -> None:
     found = [artifact_of(str(folder), "int8", tmp_path / "cache").manifest for folder in folders]
     assert [manifest.thresholds for manifest in found] == [[0.5] * 3, None]
     assert [manifest.tolerance for manifest in found] == [None, MIN_TOLERANCE]
+
+
+def test_the_folder_of_an_artifact_is_served_as_it_is(store: Path, tmp_path: Path) -> None:
+    with process(tmp_path / "none", str(store / "tiny-int8/1")) as running:
+        (listed,) = httpx.get(f"{url_when_ready(running)}/v1/models").json()["data"]
+        assert (listed["id"], listed["exit_layers"]) == ("tiny-int8:1", [0, 1, 2, 3])
 
 
 def test_kserves_runtime_serves_the_folder_under_its_services_name(

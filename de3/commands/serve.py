@@ -32,8 +32,8 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="Models: names in the store, or folders or hub ids (id@revision) of Hugging Face classifiers. The "
-            "first answers requests that name none.",
+            help="Models: names in the store, folders of models, or folders or hub ids (id@revision) of Hugging Face "
+            "classifiers. The first answers requests that name none.",
         ),
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Serve the demo model, instead of a store.")] = False,
