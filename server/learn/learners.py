@@ -74,6 +74,7 @@ class Learners:
         if settings.learn:
             check_can_fit()
         self._settings, self._ledgers, self._change = settings, ledgers, change
+        self.starts_fits = settings.learn  # else it only keeps records
         self._folder = LearnFolder(settings.state_dir)
         try:
             self._folder.prepare()
@@ -164,7 +165,7 @@ class Learners:
                 await asyncio.to_thread(self._save, learner, learner.save_journal)
             elif learner.needs_saving:
                 await self._save_aside(learner)
-        if not self._settings.learn or (self._fitting is not None and not self._fitting.done()):
+        if not self.starts_fits or (self._fitting is not None and not self._fitting.done()):
             return
         due = next((one for one in self.all if one.is_due and one.count >= MIN_RECORDS), None)
         tested = next((one for one in self.all if one.is_test_due), None)

@@ -18,7 +18,7 @@ class LearnMetrics(Collector):
         self._learners = learners
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        """The metrics; a speed-up is 1 until a fit has measured one."""
+        """The metrics, those of fits only with --learn; a speed-up is 1 until a fit has measured one."""
         gauge = partial(GaugeMetricFamily, labels=["model"])
         records = gauge("de3_learn_records", "Records of live traffic in memory, to which exits are fitted")
         next_fit = gauge("de3_learn_missing_records", "Records still needed before the next fit of exits")
@@ -38,6 +38,8 @@ class LearnMetrics(Collector):
         for learner in self._learners.all:
             name, results = [learner.name], learner.journal.results
             records.add_metric(name, len(learner.reservoir))
+            if not self._learners.starts_fits:
+                continue
             next_fit.add_metric(name, max(0, learner.due_at - learner.count))
             fitting.add_metric(name, learner.phase == "fitting")
             measured = [one for one in results if one.speedup is not None]
