@@ -3,11 +3,9 @@
 
 const BASE = new URL(".", location.href);
 const KEY = "de3-key";
-const POLL_MS = 2000,
-  WINDOW_MS = 60_000,
-  PAUSE_MS = 60,
-  MAX_RETRIES = 5,
-  POLLS_PER_AUDIT = 5; // the results of audits are polled less often: they change slowly
+const [POLL_MS, WINDOW_MS, PAUSE_MS, MAX_RETRIES] = [2000, 60_000, 60, 5];
+const POLLS_PER_AUDIT = 5; // the results of audits are polled less often: they change slowly
+const MAX_CLASSES = 10; // shown until the user asks for all
 // Texts for models like the demo, by labels; early exits get the last one wrong.
 const EXAMPLES = {
   "negative,positive": [
@@ -19,22 +17,28 @@ const EXAMPLES = {
   ],
 };
 const $ = (id) => document.getElementById(id);
+// inForce: the tau_choice of requests without exit options. hasMoved: the user has moved the slider.
 const state = {
-  models: [], model: null, table: [], choice: "tau", fullDepth: null, samples: [], isAudited: false, learns: true,
+  models: [], model: null, table: [], choice: "tau", hasMoved: false, inForce: null, fullDepth: null, shown: null,
+  samples: [],
 };
 
-// The exit options of the slider, by request field: values, initial value, text and hint.
+// The exit options of the slider, by request field: values, initial value, text and hint; calibrated: needs a table.
 const CHOICES = {
   tau: {
     name: "Threshold τ",
     label: () => `τ: exit at the first layer whose ${signal(state.model.defaults.signal).below}`,
-    values: () => (state.table.length ? state.table.map((row) => row.tau) : squares(60)),
-    start: (values) => nearest(values, state.model.defaults.tau),
+    values: () => {
+      const grid = state.table.length ? state.table.map((row) => row.tau) : squares(60);
+      return [...new Set([...grid, state.inForce.tau])].sort((a, b) => a - b);
+    },
+    start: (values) => values.indexOf(state.inForce.tau),
     text: (value) => value.toFixed(3),
     hint: "0 runs every layer. A higher τ exits earlier and errs more often.",
   },
   target_speedup: {
     name: "Speed-up",
+    calibrated: true,
     label: () => "Mean speed-up over full depth",
     values: () => range(1, Math.min(10, Math.max(2, ...state.table.map((row) => row.speedup))), 0.25),
     start: (values) => nearest(values, 3),
@@ -43,6 +47,7 @@ const CHOICES = {
   },
   max_disagreement: {
     name: "Disagreement",
+    calibrated: true,
     label: () => "Largest share of labels that may differ from full depth",
     values: () => [0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2],
     start: () => 4,
@@ -72,32 +77,43 @@ const REASONS = {
   max_layer: "deepest allowed layer",
   deadline: "deadline reached",
 };
+// Sources of the τ in force, by set_by; others are options of the server.
+const SOURCES = {
+  overload: () => "raised under load",
+  guarantee: ({ requested }) => `chosen by the guarantee that at most ${atMost(requested)} of ${things()} differ`,
+};
 
 // --- helpers
 
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
+/** Set attributes and children of a new node; returns the node. */
+function make(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...children);
   return node;
 }
 
-function svg(tag, attributes, text = "") {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.textContent = text;
-  return node;
-}
+const element = (tag, attributes = {}, ...children) => make(document.createElement(tag), attributes, children);
+const svg = (tag, attributes, ...children) =>
+  make(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+const note = (text) => element("p", { class: "muted" }, text);
 
-/** A bar in a track; share is from 0 to 1, or null for an empty track. */
-function bar(share, kind) {
+/** A bar in a track, with a marker; share and mark are from 0 to 1, or null for none. */
+function bar(share, kind, mark = null) {
   const track = element("div", { class: kind });
-  if (share === null) return track;
-  const fill = element("i");
-  fill.style.setProperty("--value", Math.min(1, Math.max(0, share)));
-  track.append(fill);
+  const add = (tag, style, value) => {
+    if (value === null) return;
+    const part = element(tag, { class: style });
+    part.style.setProperty("--value", Math.min(1, Math.max(0, value)));
+    track.append(part);
+  };
+  add("i", "", share);
+  add("div", "marker", mark);
   return track;
 }
+
+/** An item of a list of shares: a name, a bar and a text. */
+const shareItem = (name, text, kind, ...bars) =>
+  element("li", { class: kind }, element("span", {}, name), bar(...bars), element("span", {}, text));
 
 /** True if a row, or an exit, uses the model's default signal. */
 const isDefault = ({ signal, lambda }) =>
@@ -106,15 +122,13 @@ const squares = (steps) => range(0, 1, 1 / steps).map((value) => value ** 2);
 const range = (low, high, step) =>
   Array.from({ length: Math.floor((high - low) / step + 1e-6) + 1 }, (_, i) => low + i * step);
 const percent = (share, digits = 1) => `${(share * 100).toFixed(digits)}%`;
+const atMost = (share) => `${+(share * 100).toFixed(2)}%`;
 const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
-function nearest(values, wanted) {
-  let best = 0;
-  values.forEach((value, i) => {
-    if (Math.abs(value - wanted) < Math.abs(values[best] - wanted)) best = i;
-  });
-  return best;
-}
+/** Index of the value that is nearest to another. */
+const nearest = (values, wanted) =>
+  values.reduce((best, value, i) => (Math.abs(value - wanted) < Math.abs(values[best] - wanted) ? i : best), 0);
+const nearestRow = (rows, tau) => rows[nearest(rows.map((row) => row.tau), tau)];
 
 // --- the server
 
@@ -173,14 +187,13 @@ async function classify(model, input, fields, signal) {
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: sent, signal };
   const { body, headers } = await request("classify", options);
   const timing = /model;dur=([\d.]+)/.exec(headers.get("Server-Timing") ?? "");
-  return { ...JSON.parse(body).data[0], ms: timing ? Number(timing[1]) : null };
+  const { data, tau_choice } = JSON.parse(body);
+  return { ...data[0], tau_choice, ms: timing ? Number(timing[1]) : null };
 }
 
 // --- requests
 
-let asking = null,
-  timer = null,
-  retries = 0;
+let asking = null, timer = null, retries = 0;
 
 /** Cancel the current and the scheduled request. */
 function cancel() {
@@ -196,28 +209,31 @@ function ask(pause = PAUSE_MS) {
   timer = setTimeout(answer, pause);
 }
 
+const hasExits = () => state.model.exit_layers.length > 1;
+const isDefaultTau = () => state.choice === "tau" && !state.hasMoved;
+
+/** The exit option of a request. */
+function option() {
+  const { signal, lambda } = state.model.defaults;
+  if (!hasExits()) return { tau: 0 };
+  // The model's own signal changes nothing, but texts of requests without any option may be audited.
+  return isDefaultTau() ? { signal, lambda } : { [state.choice]: CHOICES[state.choice].values()[$("slider").value] };
+}
+
 async function answer() {
   cancel();
   asking = new AbortController();
-  const { model } = state,
-    { signal } = asking,
-    isPair = $("is-pair").checked;
-  const text = $("text").value,
-    text_pair = $("pair").value;
+  const { model } = state, { signal } = asking;
+  const isPair = $("is-pair").checked, text = $("text").value, text_pair = $("pair").value;
   $("problem").textContent = "";
   if (text.trim() === "" || (isPair && text_pair.trim() === "")) {
-    $("layers").replaceChildren();
-    const what = isPair
-      ? "Type both texts, and their answer appears here."
-      : "Type a text, and its answer appears here.";
-    $("summary").replaceChildren(element("p", { class: "muted" }, what));
+    clearAnswer(note(`Type ${isPair ? "both texts, and their" : "a text, and its"} answer appears here.`));
     return;
   }
-  const input = isPair ? { text, text_pair } : text,
-    compares = $("compare").checked;
-  const fields = { [state.choice]: CHOICES[state.choice].values()[$("slider").value] };
+  const input = isPair ? { text, text_pair } : text, wasDefault = isDefaultTau();
+  const compares = hasExits() && $("compare").checked;
   try {
-    const row = await classify(model, input, fields, signal);
+    const row = await classify(model, input, option(), signal);
     // Full depth depends on the text alone: one request, not one for each move of the slider.
     const asked = JSON.stringify([model.id, input]);
     const isNew = state.fullDepth?.asked !== asked;
@@ -225,25 +241,23 @@ async function answer() {
     if (compares && !state.fullDepth) {
       state.fullDepth = { asked, ...(await classify(model, input, { tau: 0 }, signal)) };
     }
+    if (hasExits() && wasDefault && isDefaultTau()) setInForce(row.tau_choice);
     drawAnswer(row, compares ? state.fullDepth : null, isNew);
     drawCurve(row.exit);
   } catch (error) {
     if (error.name === "AbortError") return;
-    $("layers").replaceChildren();
-    $("summary").replaceChildren();
+    clearAnswer();
     if (error.status === 404 && (await isGone(model))) start();
     else if (!signal.aborted) refused(error, answer);
   }
 }
 
 /** True if a model is no longer served, for example after its next version was loaded. */
-async function isGone(model) {
-  try {
-    return (await getJson("v1/models")).data.every((other) => other.id !== model.id);
-  } catch {
-    return false;
-  }
-}
+const isGone = (model) =>
+  getJson("v1/models").then(
+    ({ data }) => data.every((other) => other.id !== model.id),
+    () => false,
+  );
 
 /** Ask for a key, or show why a request was refused; retry after the time that the server names. */
 function refused(error, again) {
@@ -268,10 +282,17 @@ function refused(error, again) {
 
 // --- drawing
 
+function clearAnswer(...message) {
+  $("layers").replaceChildren();
+  $("summary").replaceChildren(...message);
+  drawClasses({ probs: null });
+}
+
 /** True for a row of a regression model, whose answer is a value. */
 const isValue = (row) => row.value !== undefined;
 
 const hasClasses = () => state.model.tolerance === null;
+const things = () => (hasClasses() ? "labels" : "values");
 
 /** The phrase for an answer that the calibration counts as correct. */
 function rightMeans(source) {
@@ -281,41 +302,39 @@ function rightMeans(source) {
 
 const answerOf = (row) => (isValue(row) ? String(+row.value.toPrecision(4)) : percent(Math.max(...row.probs)));
 
+// The labels of a multi-label model, or the answer.
+const named = (row) => (row.labels ? row.labels.join(", ") || "no label" : `${row.label} ${answerOf(row)}`);
+
+/** True if two answers count as the same. */
+function isSame(one, other) {
+  if (isValue(one)) return Math.abs(one.value - other.value) <= state.model.tolerance;
+  return one.labels ? one.labels.join("\n") === other.labels.join("\n") : one.label === other.label;
+}
+
 function drawAnswer(row, fullDepth, animate) {
-  const { exit } = row,
-    { num_layers: count } = exit;
-  const saved = count - exit.layer;
-  const time = row.ms === null ? "" : ` · ${row.ms.toFixed(1)} ms in the model`;
-  const where =
-    exit.layer === 0 ? "exited before layer 1, on the embeddings" : `exited after layer ${exit.layer} of ${count}`;
+  const { exit } = row, count = exit.num_layers, saved = count - exit.layer;
+  const layer = exit.layer === 0 ? "before layer 1, on the embeddings" : `after layer ${exit.layer} of ${count}`;
+  const where = saved ? `exited ${layer} · ${plural(saved, "layer")} saved` : `ran all ${plural(count, "layer")}`;
+  const ms = (one, words) => (one.ms === null ? "" : words(one.ms.toFixed(1)));
   const lines = [
-    element("strong", {}, `${row.label} ${answerOf(row)}`),
-    element("p", {}, `${where} · ${plural(saved, "layer")} saved${time}`),
+    element("strong", {}, named(row)),
+    element("p", {}, `${where}${ms(row, (time) => ` · ${time} ms in the model`)}`),
   ];
   if (fullDepth) {
-    const isSame = isValue(row)
-      ? Math.abs(fullDepth.value - row.value) <= state.model.tolerance
-      : row.labels // those of a multi-label model
-        ? row.labels.join("\n") === fullDepth.labels.join("\n")
-        : fullDepth.label === row.label;
-    const same = isSame ? "Full depth agrees" : "Full depth disagrees";
-    const its = fullDepth.ms === null ? "" : ` after ${fullDepth.ms.toFixed(1)} ms`;
-    lines.push(
-      element("p", { class: "muted" }, `${same}: ${fullDepth.label} ${answerOf(fullDepth)}${its}.`),
-    );
+    const agrees = isSame(row, fullDepth) ? "agrees" : "disagrees";
+    lines.push(note(`Full depth ${agrees}: ${named(fullDepth)}${ms(fullDepth, (time) => ` after ${time} ms`)}.`));
   }
-  if (row.truncated)
-    lines.push(element("p", { class: "muted" }, "The text was too long for the model and was truncated."));
-  if (row.out_of_distribution)
-    lines.push(element("p", { class: "muted" }, "This text is far from those that the model was calibrated on."));
+  if (row.truncated) lines.push(note("The text was too long for the model and was truncated."));
+  if (row.out_of_distribution) lines.push(note("This text is far from those that the model was calibrated on."));
   $("summary").replaceChildren(...lines);
+  drawClasses(row);
   $("tau-name").textContent = `τ = ${+exit.tau.toFixed(4)}`;
   $("score-name").textContent = signal(exit.signal).name;
 
   const reason = REASONS[exit.reason] ?? exit.reason;
   const layers = state.model.exit_layers.map((layer, i) => {
-    const ran = row.layers.find((asked) => asked.layer === layer);
-    const shown = ran ?? fullDepth?.layers.find((asked) => asked.layer === layer);
+    const at = (passed) => passed?.layers.find((one) => one.layer === layer);
+    const ran = at(row), shown = ran ?? at(fullDepth);
     const status = layer === exit.layer ? reason : ran ? "not sure yet" : shown ? "saved" : "not run";
     return drawLayer(layer, shown, status, layer === exit.layer ? "exit" : ran ? "ran" : "saved", exit.tau, i);
   });
@@ -323,50 +342,53 @@ function drawAnswer(row, fullDepth, animate) {
   $("layers").replaceChildren(...layers);
 }
 
+/** The classes with their probabilities, and for a multi-label model which of them are assigned. */
+function drawClasses(row) {
+  state.shown = row;
+  const { probs, label, labels } = row, { labels: names, thresholds } = state.model;
+  const all = $("more").getAttribute("aria-expanded") === "true";
+  const ranked = [...(probs ?? []).keys()].sort((a, b) => probs[b] - probs[a]);
+  const more = ranked.length - MAX_CLASSES;
+  $("assigned").hidden = !ranked.length || !thresholds;
+  $("more").hidden = more <= 0;
+  $("more").textContent = all ? `Show ${MAX_CLASSES}` : `${more.toLocaleString("en")} more`;
+  $("classes").classList.toggle("all", all);
+  $("classes").tabIndex = all && more > 0 ? 0 : -1; // a list that scrolls needs the focus
+  $("classes").replaceChildren(
+    ...ranked.slice(0, all ? undefined : MAX_CLASSES).map((k) => {
+      const isAssigned = labels ? labels.includes(names[k]) : names[k] === label;
+      const [relation, mark] = isAssigned ? [">", " ✓"] : ["≤", ""];
+      const why = thresholds ? ` ${relation} ${atMost(thresholds[k])}${mark}` : "";
+      const text = `${percent(probs[k])}${why}`;
+      return shareItem(names[k], text, isAssigned ? "assigned" : "", probs[k], "bar", thresholds?.[k]);
+    }),
+  );
+}
+
 function drawLayer(layer, signals, status, kind, tau, i) {
-  const name = layer === 0 ? "Embeddings" : `Layer ${layer}`;
-  const bars = element("div", { class: "bars", "aria-hidden": "true" });
-  const probs = element("div");
-  let spoken = "";
+  const values = [
+    ["entropy", "entropy", signals?.entropy ?? null],
+    ["ratio", "distance ratio", signals?.distance_ratio ?? null],
+    ["score", "score", signals?.score ?? null],
+  ];
+  const known = values.filter(([, , value]) => value !== null);
+  const spoken = known.map(([, name, value]) => `${name} ${value.toFixed(4)}`).join(", ");
+  const bars = values.map(([style, , value]) => bar(value === null ? null : Math.sqrt(value), `bar ${style}`));
+  const marker = bar(null, "", Math.sqrt(tau));
+  const answer = element("div");
   if (signals) {
-    for (const [style, value] of [
-      ["entropy", signals.entropy],
-      ["ratio", signals.distance_ratio],
-      ["score", signals.score],
-    ]) {
-      bars.append(bar(value === null ? null : Math.sqrt(value), `bar ${style}`));
-    }
-    const label = element(
-      "div",
-      { class: "label" },
-      element("span", { title: signals.label }, signals.label),
-      element("span", {}, answerOf(signals)),
-    );
-    probs.append(label);
-    if (!isValue(signals)) probs.append(bar(Math.max(...signals.probs), "share"));
-    spoken = [
-      ["score", signals.score],
-      ["entropy", signals.entropy],
-      ["distance ratio", signals.distance_ratio],
-    ]
-      .filter(([, value]) => value !== null)
-      .map(([signal, value]) => `${signal} ${value.toFixed(4)}`)
-      .join(", ");
-    bars.title = spoken;
-  } else {
-    for (const style of ["entropy", "ratio", "score"]) bars.append(bar(null, `bar ${style}`));
+    const label = element("span", { title: signals.label }, signals.label);
+    answer.append(element("div", { class: "label" }, label, element("span", {}, answerOf(signals))));
+    if (!isValue(signals)) answer.append(bar(Math.max(...signals.probs), "share"));
   }
-  const marker = element("div", { class: "marker" });
-  marker.style.setProperty("--value", Math.sqrt(tau));
-  bars.append(marker);
-  const title = element("div", { class: "name" }, name, element("small", {}, status));
+  const name = layer === 0 ? "Embeddings" : `Layer ${layer}`;
   const item = element(
     "li",
     { class: kind, "data-layer": layer },
-    title,
-    bars,
+    element("div", { class: "name" }, name, element("small", {}, status)),
+    element("div", { class: "bars", title: spoken, "aria-hidden": "true" }, ...bars, marker),
     element("span", { class: "hidden" }, spoken),
-    probs,
+    answer,
   );
   item.style.setProperty("--row", i);
   return item;
@@ -377,18 +399,14 @@ function drawCurve(exit) {
   const rows = state.table.filter((row) => row.speedup <= 12);
   const fastest = Math.max(...rows.map((row) => row.speedup));
   const known = rows.length > 1 && fastest > 1;
-  $("curve").hidden = !known;
-  if (!known) {
-    $("curve-help").textContent = "This model has no calibration to show.";
-    $("expected").textContent = "";
-    return;
-  }
+  $("accuracy").hidden = !known;
+  $("expected").textContent = "";
+  if (!known) return;
   // The source of the labels if the data had none; accuracy is then the agreement with it.
   const source = state.model.self_labelled && (state.model.has_original ? "the original model" : "full depth");
   const [left, right, above, below] = [52, 408, 10, 190];
   const accuracies = rows.map((row) => row.accuracy);
-  const high = Math.max(...accuracies),
-    low = Math.min(Math.min(...accuracies), high - 0.01);
+  const high = Math.max(...accuracies), low = Math.min(...accuracies, high - 0.01);
   const x = (row) => left + (Math.log(row.speedup) / Math.log(fastest)) * (right - left);
   const y = (accuracy) => above + ((high - accuracy) / (high - low)) * (below - above);
   const parts = [];
@@ -401,50 +419,33 @@ function drawCurve(exit) {
   }
   parts.push(svg("text", { x: (left + right) / 2, y: below + 36, "text-anchor": "middle" }, "speed-up in layers"));
   parts.push(svg("polyline", { class: "line", points: rows.map((row) => `${x(row)},${y(row.accuracy)}`).join(" ") }));
-  const usual =
-    rows[
-      nearest(
-        rows.map((row) => row.tau),
-        state.model.defaults.tau,
-      )
-    ];
+  const usual = nearestRow(rows, state.inForce.tau);
   parts.push(svg("circle", { class: "default", cx: x(usual), cy: y(usual.accuracy), r: 5 }));
   const chosen = exit && exit.reason !== "deadline" && state.choice !== "latency_budget_ms";
   if (chosen && isDefault(exit)) {
-    const row =
-      state.table[
-        nearest(
-          state.table.map((each) => each.tau),
-          exit.tau,
-        )
-      ];
+    const row = nearestRow(state.table, exit.tau);
     if (row.speedup <= fastest) {
       parts.push(svg("line", { class: "guide", x1: x(row), x2: x(row), y1: y(row.accuracy), y2: below }));
       parts.push(svg("circle", { class: "point", cx: x(row), cy: y(row.accuracy), r: 6 }));
     }
     $("expected").textContent =
-      `On held-out texts: ${row.speedup.toFixed(1)}× in layers, ${percent(row.accuracy)} ` +
-      `${rightMeans(source)} ` +
+      `On held-out texts: ${row.speedup.toFixed(1)}× in layers, ${percent(row.accuracy)} ${rightMeans(source)} ` +
       `(full depth ${percent(state.table[0].accuracy)}), ` +
-      `${percent(row.disagreement)} of ${hasClasses() ? "labels" : "values"} differ from ${source || "full depth"}.`;
-  } else {
-    $("expected").textContent = "";
+      `${percent(row.disagreement)} of ${things()} differ from ${source || "full depth"}.`;
   }
   $("curve-help").textContent =
     `${source ? `Agreement with ${source}` : "Accuracy"} on held-out texts against speed-up; ` +
-    "the ring is the model's default, the dot this setting.";
+    "the ring is the τ in force, the dot this setting.";
   $("curve").replaceChildren(...parts);
 }
 
 /** The disagreement that audits measured at the τ in force, the calibration's, and the guarantee. */
 function drawMeasured({ audits, measured, calibrated, guarantee, tau }, learned) {
-  const share = (value) => `${+(value * 100).toFixed(2)}%`;
-  const things = hasClasses() ? "labels" : "values";
   const parts = [];
   if (guarantee && tau.tau === 0) {
     const why = tau.reason === "change" ? "More did, so for now" : "For now";
     parts.push(
-      `The server guarantees that at most ${share(guarantee.max_disagreement)} of ${things} differ from full depth.`,
+      `The server guarantees that at most ${atMost(guarantee.max_disagreement)} of ${things()} differ from full depth.`,
       `${why} every text runs to full depth, until enough live texts show that earlier exits keep the guarantee ` +
         `(${audits} so far).`,
     );
@@ -452,67 +453,75 @@ function drawMeasured({ audits, measured, calibrated, guarantee, tau }, learned)
     parts.push("No live text has been measured against full depth yet.");
   } else {
     const original = state.model.has_original ? " from the original model" : "";
-    const heldOut = calibrated ? `; on held-out texts ${share(calibrated.disagreement)}${original}` : "";
+    const heldOut = calibrated ? `; on held-out texts ${atMost(calibrated.disagreement)}${original}` : "";
     parts.push(
       `Measured on ${plural(audits, "live text")} that also ran to full depth, at the server's default ` +
-        `τ = ${+tau.tau.toFixed(4)}: ${share(measured.disagreement)} of ${things} differ ` +
-        `(${share(measured.lower)} to ${share(measured.upper)} with ${share(measured.confidence)} confidence)` +
+        `τ = ${+tau.tau.toFixed(4)}: ${atMost(measured.disagreement)} of ${things()} differ ` +
+        `(${atMost(measured.lower)} to ${atMost(measured.upper)} with ${atMost(measured.confidence)} confidence)` +
         `${heldOut}.`,
     );
   }
-  if (guarantee && tau.tau > 0) parts.push(`Guaranteed: at most ${share(guarantee.max_disagreement)}.`);
-  if (learned) parts.push(`Exits are learned from live texts (${plural(learned.records, "record")}): ${learned.message}.`);
+  if (guarantee && tau.tau > 0) parts.push(`Guaranteed: at most ${atMost(guarantee.max_disagreement)}.`);
+  if (learned)
+    parts.push(`Exits are learned from live texts (${plural(learned.records, "record")}): ${learned.message}.`);
   $("measured").textContent = parts.join(" ");
 }
 
 function drawSlider() {
-  const choice = CHOICES[state.choice],
-    value = choice.values()[$("slider").value];
+  const choice = CHOICES[state.choice], value = choice.values()[$("slider").value];
   $("value").textContent = choice.text(value);
   $("slider").setAttribute("aria-valuetext", choice.text(value));
 }
 
-function choose(name) {
-  state.choice = name;
-  if (!state.model) return;
-  const choice = CHOICES[name],
-    values = choice.values();
+/** Place the slider at the start of its choice. */
+function resetSlider() {
+  const choice = CHOICES[state.choice], values = choice.values();
   $("slider").max = values.length - 1;
   $("slider").value = choice.start(values);
-  $("slider-label").textContent = choice.label();
-  $("hint").textContent = choice.hint;
   drawSlider();
+}
+
+/** Show the τ of requests without exit options; the slider for τ follows it until the user moves it. */
+function setInForce(choice) {
+  state.inForce = choice;
+  const { tau, set_by } = choice;
+  const isModels = tau === state.model.defaults.tau && (!set_by || set_by === "default");
+  const option = set_by && `the server's --${(set_by === "default" ? "tau" : set_by).replaceAll("_", "-")}`;
+  const source = isModels ? "the model's default" : (SOURCES[set_by]?.(choice) ?? option ?? "set by the server");
+  $("in-force").textContent = `τ in force: ${+tau.toFixed(4)}, ${source}.`;
+  if (isDefaultTau()) resetSlider();
+}
+
+function choose(name) {
+  state.choice = name;
+  state.hasMoved = false;
+  document.querySelector(`[value=${name}]`).checked = true;
+  if (!state.model) return;
+  $("slider-label").textContent = CHOICES[name].label();
+  $("hint").textContent = CHOICES[name].hint;
+  resetSlider();
   ask();
 }
 
 // --- live figures, from GET /metrics
 
-/** The samples of this model that the page shows: cumulative counts by bucket. */
+/** The metrics of a model: values summed over other labels, and cumulative counts by bucket. */
 function read(metrics, model) {
-  const latency = new Map(),
-    exits = new Map();
-  let texts = 0,
-    layersRun = 0,
-    layersSaved = 0;
+  const totals = {}, buckets = {};
   for (const line of metrics.split("\n")) {
-    const match = /^de3_(\w+)\{(.*)\} (\S+)$/.exec(line);
-    if (!match || !match[2].includes(`model="${model}"`)) continue;
-    const value = Number(match[3]),
-      limit = /le="([^"]+)"/.exec(match[2])?.[1];
-    const add = (buckets) => buckets.set(limit, (buckets.get(limit) ?? 0) + value);
-    if (match[1] === "request_latency_seconds_bucket") add(latency);
-    else if (match[1] === "exit_layer_bucket") add(exits);
-    else if (match[1] === "exit_layer_count") texts += value;
-    else if (match[1] === "layers_run_total") layersRun = value;
-    else if (match[1] === "layers_saved_total") layersSaved = value;
+    const [, metric, labels, value] = /^de3_(\w+)\{(.*)\} (\S+)$/.exec(line) ?? [];
+    if (![model.id, model.name].some((name) => labels?.includes(`model="${name}"`))) continue;
+    const limit = /le="([^"]+)"/.exec(labels)?.[1];
+    if (limit === undefined) totals[metric] = (totals[metric] ?? 0) + Number(value);
+    else (buckets[metric] ??= {})[limit] = (buckets[metric][limit] ?? 0) + Number(value);
   }
-  return { at: Date.now(), model, latency, exits, texts, layersRun, layersSaved };
+  return { at: Date.now(), totals, buckets };
 }
 
-/** The increase of each bucket between two samples, as [upper limit, cumulative count]. */
-const gained = (before, after) =>
-  [...after]
-    .map(([limit, count]) => [limit === "+Inf" ? Infinity : Number(limit), count - (before.get(limit) ?? 0)])
+/** The increase of each bucket of a histogram between two samples, as [upper limit, cumulative count]. */
+const gained = (metric, before, after) =>
+  Object.entries(after.buckets[metric] ?? {})
+    .map(([limit, count]) => [Number(limit.replace("Inf", "Infinity")), count - (before.buckets[metric]?.[limit] ?? 0)])
     .sort((a, b) => a[0] - b[0]);
 
 /** A quantile of a histogram, linear within its bucket, in seconds; null if the histogram is empty. */
@@ -529,87 +538,65 @@ function quantile(buckets, share) {
   return lower;
 }
 
-/** A report of the server on a model, such as "audit"; null without one, undefined if a later poll may succeed. */
-async function reported(what, model) {
-  try {
-    return await getJson(`v1/models/${encodeURIComponent(model.id)}/${what}`);
-  } catch (error) {
-    if (!(error instanceof Refused)) throw error;
-    return [404, 409].includes(error.status) ? null : undefined;
-  }
-}
-
-/** Show the results of audits, and of what is learned from them, if the server does either. */
-async function measure() {
-  const { model } = state;
-  const audit = await reported("audit", model);
-  if (audit === undefined) return;
-  const learned = audit && state.learns ? await reported("learn", model) : null;
-  if (learned === null) state.learns = false;
+/** Show the results of audits, and of what is learned from them. */
+async function measure(model, learns) {
+  const path = `v1/models/${encodeURIComponent(model.id)}`;
+  const audit = await getJson(`${path}/audit`), learned = learns ? await getJson(`${path}/learn`) : null;
   if (state.model !== model) return; // another one was selected in the meantime
-  state.isAudited = audit !== null;
-  $("measured").hidden = !audit;
-  if (audit) drawMeasured(audit, learned);
+  $("measured").hidden = false;
+  drawMeasured(audit, learned);
 }
 
-let polls = 0;
+let polls = 0, polling = null;
+
+const textsOf = ({ totals }) => totals.exit_layer_count ?? 0;
 
 async function poll() {
-  polls += 1;
-  if (document.visibilityState === "visible" && state.model) {
+  const { model } = state;
+  if (document.visibilityState === "visible" && model) {
     try {
-      const now = read((await request("metrics")).body, state.model.id);
-      // Lower counters than before: the server was restarted.
-      state.samples = state.samples.filter(
-        (old) => old.model === now.model && old.at > now.at - WINDOW_MS && old.texts <= now.texts,
-      );
-      state.samples.push(now);
-      drawLive(state.samples[0], now);
-      if (state.isAudited && polls % POLLS_PER_AUDIT === 0) await measure();
+      const now = read((await request("metrics")).body, model);
+      if (state.model === model) {
+        const { totals } = now;
+        // Lower counters than before: the server was restarted.
+        const counts = (old) => old.at > now.at - WINDOW_MS && textsOf(old) <= textsOf(now);
+        state.samples = [...state.samples.filter(counts), now];
+        drawLive(state.samples[0], now);
+        if ("tau" in totals && !state.inForce.set_by) setInForce({ tau: totals.tau }); // no answer has named it yet
+        const learns = "learn_missing_records" in totals;
+        $("main").classList.toggle("learns", learns);
+        // Only a server that audits has these routes.
+        if (!("audit_tau" in totals)) $("measured").hidden = true;
+        else if ($("measured").hidden || polls % POLLS_PER_AUDIT === 0) await measure(model, learns);
+        polls += 1;
+      }
     } catch (error) {
       if (!(error instanceof Refused)) throw error; // the next poll may succeed
     }
   }
-  setTimeout(poll, POLL_MS);
+  clearTimeout(polling);
+  polling = setTimeout(poll, POLL_MS);
 }
 
 function drawLive(before, now) {
-  const seconds = (now.at - before.at) / 1000,
-    texts = now.texts - before.texts;
-  const latency = gained(before.latency, now.latency);
+  const texts = textsOf(now) - textsOf(before), rate = (texts * 1000) / (now.at - before.at);
+  const sum = (name) => (now.totals[name] ?? 0) - (before.totals[name] ?? 0);
+  const run = sum("layers_run_total"), saved = sum("layers_saved_total");
+  const latency = gained("request_latency_seconds_bucket", before, now);
   const ms = (share) => {
     const value = quantile(latency, share);
     return value === null ? "–" : `${(value * 1000).toPrecision(2)} ms`;
   };
-  const run = now.layersRun - before.layersRun,
-    saved = now.layersSaved - before.layersSaved;
-  const rate = texts / seconds;
   $("rate").textContent = !texts ? "–" : rate < 10 ? rate.toFixed(1) : Math.round(rate).toLocaleString("en");
   $("p50").textContent = ms(0.5);
   $("p99").textContent = ms(0.99);
   $("speedup").textContent = run ? `${((run + saved) / run).toFixed(1)}×` : "–";
-  let below = 0;
-  const counts = gained(before.exits, now.exits)
-    .slice(0, -1)
-    .map(([layer, count]) => {
-      const here = count - below;
-      below = count;
-      return [layer, here];
-    });
-  $("exits").replaceChildren(
-    ...counts
-      .filter(([layer]) => state.model.exit_layers.includes(layer))
-      .map(([layer, count]) => {
-        const share = texts ? count / texts : 0;
-        return element(
-          "li",
-          {},
-          element("span", {}, layer ? `Layer ${layer}` : "Embeddings"),
-          bar(share, "bar"),
-          element("span", {}, percent(share, 0)),
-        );
-      }),
-  );
+  const exits = gained("exit_layer_bucket", before, now).map(([layer, count], i, all) => {
+    const share = texts ? (count - (all[i - 1]?.[1] ?? 0)) / texts : 0;
+    return [layer, shareItem(layer ? `Layer ${layer}` : "Embeddings", percent(share, 0), "", share, "bar")];
+  });
+  const shown = exits.filter(([layer]) => state.model.exit_layers.includes(layer));
+  $("exits").replaceChildren(...shown.map(([, item]) => item));
 }
 
 // --- start-up
@@ -635,60 +622,72 @@ async function start() {
   );
   $("model").replaceChildren(...shown);
   $("model").disabled = state.models.length < 2;
-  const before = state.model;
-  const again =
-    state.models.find((model) => model.id === before?.id) ??
-    state.models.find((model) => model.name === before?.name);
-  await use(again ?? state.models.find((model) => model.is_default) ?? state.models[0]);
+  const same = (key) => state.models.find((model) => model[key] === state.model?.[key]);
+  await use(same("id") ?? same("name") ?? state.models.find((model) => model.is_default) ?? state.models[0]);
 }
+
+/** Show a command, which may wrap between words only. */
+const drawCommand = (id, command) =>
+  $(id).replaceChildren(...command.split(" ").flatMap((word, i) => [i ? " " : "", element("span", {}, word)]));
 
 async function use(model) {
   cancel();
   state.model = model;
   state.table = [];
-  state.isAudited = true; // until the server says otherwise
-  state.learns = true;
+  state.samples = [];
+  state.hasMoved = false;
   $("measured").hidden = true;
   $("model").value = model.id;
+  $("main").classList.toggle("full-depth", !hasExits());
+  $("no-exits").textContent =
+    `${model.id} has no exits: every text runs through all ${plural(model.num_layers, "layer")}.`;
+  const name = model.source ?? model.name;
+  drawCommand("import", `de3 import ${name} --texts texts.txt --name with-exits`);
+  drawCommand("learn", `de3 serve ${name} --learn --guarantee 0.02`);
+  setInForce({ tau: model.defaults.tau });
+  poll();
   let rows = [];
   try {
-    rows = (await getJson(`v1/models/${encodeURIComponent(model.id)}/calibration`)).table;
+    if (model.calibration) rows = (await getJson(`v1/models/${encodeURIComponent(model.id)}/calibration`)).table;
   } catch (error) {
     if (state.model !== model) return;
-    if (error.status !== 404) return refused(error, () => use(model));
-    // No calibration, so no curve.
+    if (error.status !== 404) return refused(error, () => use(model)); // 404: the model was replaced
   }
   if (state.model !== model) return; // another one was selected in the meantime
   state.table = rows.filter(isDefault).sort((a, b) => a.tau - b.tau);
   if (model.input !== null) $("is-pair").checked = model.input === "pair";
-  $("is-pair").disabled = model.input !== null;
+  $("pair-choice").hidden = model.input !== null;
   $("pair-field").hidden = !$("is-pair").checked;
   const examples = model.input === "pair" ? [] : (EXAMPLES[model.labels.join()] ?? []);
   $("examples").hidden = examples.length === 0;
-  $("examples")
-    .querySelector("ul")
-    .replaceChildren(
-      ...examples.map((text) => {
-        const button = element("button", { type: "button" }, text);
-        button.addEventListener("click", () => {
-          $("text").value = text;
-          ask(0);
-        });
-        return element("li", {}, button);
-      }),
-    );
+  const buttons = examples.map((text) => {
+    const button = element("button", { type: "button", class: "plain" }, text);
+    button.addEventListener("click", () => {
+      $("text").value = text;
+      ask(0);
+    });
+    return element("li", {}, button);
+  });
+  $("examples").querySelector("ul").replaceChildren(...buttons);
   if ($("text").value === "" && examples.length) $("text").value = examples[1];
   drawCurve(null);
+  for (const radio of document.querySelectorAll("[name=choice]"))
+    radio.parentNode.hidden = CHOICES[radio.value].calibrated && !state.table.length;
+  if (CHOICES[state.choice].calibrated && !state.table.length) state.choice = "tau";
   choose(state.choice);
-  measure();
 }
 
 for (const [name, choice] of Object.entries(CHOICES)) {
   const radio = element("input", { type: "radio", name: "choice", value: name });
-  radio.checked = name === state.choice;
   radio.addEventListener("change", () => choose(name));
   $("choices").append(element("label", { class: "inline" }, radio, choice.name));
 }
+choose("tau");
+
+$("more").addEventListener("click", () => {
+  $("more").setAttribute("aria-expanded", $("more").getAttribute("aria-expanded") !== "true");
+  drawClasses(state.shown);
+});
 $("text").addEventListener("input", () => ask());
 $("pair").addEventListener("input", () => ask());
 $("compare").addEventListener("change", () => ask());
@@ -697,6 +696,7 @@ $("is-pair").addEventListener("change", () => {
   ask();
 });
 $("slider").addEventListener("input", () => {
+  state.hasMoved = true;
   drawSlider();
   ask();
 });
@@ -713,4 +713,3 @@ $("key-form").addEventListener("submit", (event) => {
   start();
 });
 start();
-poll();
