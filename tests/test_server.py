@@ -213,7 +213,7 @@ def test_models_by_name_and_version(server: Server) -> None:
 
 
 def test_a_request_without_a_model_among_several(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.service.models, "_default", None)
+    monkeypatch.setattr(server.service.models, "default", None)
     for path, field in (("/classify", "input"), ("/predict", "inputs"), ("/", "inputs")):
         response = httpx.post(server.url + path, json={field: "good"})
         assert response.status_code == 422, path

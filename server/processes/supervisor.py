@@ -86,8 +86,10 @@ class Supervisor:
             loop.add_signal_handler(one, self._signalled)
         self._connections.start()
         self._coordinator.start()
+        host, port = self._listening[0].getsockname()[:2]
+        address = f"[{host}]" if ":" in host else host
         logging.getLogger("uvicorn.error").info(
-            "Uvicorn running on %s (Press CTRL+C to quit)", url_of(self._listening[0])
+            "Uvicorn running on http://%s:%d (Press CTRL+C to quit)", address, port
         )
         for number in self._starts:
             self._begin_life(number)
