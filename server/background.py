@@ -37,7 +37,6 @@ Task = Literal[
     "message",
     "metrics",
     "model_change",
-    "opening",
     "pausing_fit",
     "process",
     "process_loading",

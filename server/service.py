@@ -92,7 +92,7 @@ class Service:
         self.in_flight = 0  # requests, of all protocols
         self.metrics.read_from(
             self.engine.queue.__len__,
-            lambda: self.status == "ready",
+            lambda: self.state == "ready",
             lambda: self.in_flight,
         )
         self.failure: Exception | None = None
@@ -163,14 +163,17 @@ class Service:
         self.engine.stop()
         self.shared.stop()
 
-    @property
-    def status(self) -> str:
+    async def status(self) -> str:
         """The state of the server: it is ready once one of its processes is."""
-        return "ready" if self.state == "loading" and self.shared.others_ready else self.state
+        are_ready = self.state == "loading" and await self.shared.others_ready()
+        return "ready" if are_ready else self.state
 
     async def wait_until_open(self) -> None:
-        """If another process is ready, wait until the models are loaded here, too, for at most timeout_s."""
-        if not self.is_open and self.shared.others_ready:
+        """If another process is ready, wait until the models are loaded here, too, for at most timeout_s.
+
+        So a request never has another answer than /ready.
+        """
+        if not self.is_open and await self.shared.others_ready():
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.end_of_loading.wait(), self.settings.timeout_s)
 

@@ -41,9 +41,8 @@ class Shared(Protocol):
     def leases(self) -> Leases | None:
         """Rate limits of all processes; None: this is the only process."""
 
-    @property
-    def others_ready(self) -> bool:
-        """True if the supervisor has said that a process answers requests; False if this is the only process."""
+    async def others_ready(self) -> bool:
+        """True if a process of the server answers requests; False if this is the only process."""
 
     async def begin(self, manager: Manager, artifacts: Sequence[Artifact], are_named: bool) -> None:
         """Load the models at startup; see Manager.begin."""
@@ -64,7 +63,7 @@ class Shared(Protocol):
 class OneProcess:
     """Implements `Shared` for a server of one process."""
 
-    others_ready, leases = False, None
+    leases = None
 
     def __init__(
         self, settings: Settings, metrics: Metrics, models: Models, audits: Callable[[], Audits]
@@ -86,6 +85,10 @@ class OneProcess:
 
     async def _sync(self) -> None:
         """Do nothing: a single process applies a new standing at once."""
+
+    async def others_ready(self) -> bool:
+        """False: there are no others."""
+        return False
 
     async def begin(self, manager: Manager, artifacts: Sequence[Artifact], are_named: bool) -> None:
         """Load the models at startup; see Manager.begin."""

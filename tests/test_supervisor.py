@@ -336,7 +336,7 @@ async def test_a_process_that_loads_the_models_during_a_change_loads_them_again(
     loaded, opened = list[str](), list[int]()
     group, models = shared_models(store)
     models._set_state(states[0])
-    await group.open()  # other processes have loaded the models
+    group.open()  # other processes have loaded the models
 
     def load(state: State) -> State:
         loaded.extend(state.routes)
@@ -344,7 +344,7 @@ async def test_a_process_that_loads_the_models_during_a_change_loads_them_again(
             models._set_state(states[1])
         return states[len(loaded) - 1]
 
-    handlers = {"open": lambda: opened.append(len(loaded)), "sync": lambda: None, "others_ready": mock.Mock()}
+    handlers = {"open": lambda: opened.append(len(loaded)), "sync": lambda: None}
     async with member(1, group, load=load, **handlers) as process:
         process.is_member = False
         await models.load(process)
@@ -361,6 +361,8 @@ async def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(sto
         server._group.add(process)
         running = asyncio.create_task(process.channel.run(ours, server._handlers(process)))
         worker.run()
+        for process.is_ready in (True, False):
+            assert await worker.others_ready() == process.is_ready
         with pytest.raises(ValueError, match="damaged"):
             await worker.begin(manager, (), False)
         await worker.channel.call("sync")
@@ -494,36 +496,27 @@ async def test_a_failing_process_gets_no_more_connections(store: Path) -> None:
 
 
 @in_event_loop
-async def test_processes_open_together_or_once_those_that_load_know_it() -> None:
-    group, said, may_answer = Group(3), list[str](), asyncio.Event()
+async def test_the_first_processes_open_together_and_later_ones_alone() -> None:
+    group, opened = Group(3), list[int]()
 
-    def handlers(name: str) -> dict[str, Callable[..., Any]]:
-        return {
-            "others_ready": lambda are: said.append(f"{name} {are}"),
-            "open": lambda: said.append(f"{name} opens"),
-        }
+    def handlers(number: int) -> dict[str, Callable[..., Any]]:
+        return {"open": lambda: opened.append(number), "sync": lambda: None}
 
     async with (
-        member(1, group, **handlers("one"), sync=lambda: None) as one,
-        member(2, group, **handlers("two"), sync=lambda: None) as two,
-        member(3, group, **handlers("three"), sync=may_answer.wait) as three,
+        member(1, group, **handlers(1)) as one,
+        member(2, group, **handlers(2)) as two,
+        member(3, group, **handlers(3)) as three,
     ):
         for process in (one, two):
-            await group.loaded(process)
-            await process.call("sync")
-        assert said == [] and not group.is_ready  # the third one has not loaded the models
-        opening = asyncio.create_task(group.open())  # as after a failed start
-        while len(said) < 3:
-            await asyncio.sleep(0)
-        assert sorted(said) == ["one True", "three True", "two True"] and group.ready == [one, two]
-        may_answer.set()
-        await opening
-        for process in (one, two):
-            await process.call("sync")
-        assert sorted(said[3:]) == ["one opens", "two opens"]
-        await group.loaded(three)
-        await three.call("sync")
-        assert said[-1] == "three opens" and group.ready == [one, two, three]
+            group.loaded(process)
+        await group.sync()
+        assert opened == [] and not group.is_ready  # the third one has not loaded the models
+        group.open()  # as after a failed start
+        await group.sync()
+        assert sorted(opened) == [1, 2] and group.ready == [one, two]
+        group.loaded(three)
+        await group.sync()
+        assert opened[2:] == [3] and group.ready == [one, two, three]
 
 
 @pytest.mark.parametrize("is_busy", [False, True])

@@ -276,7 +276,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     @app.get("/ready", tags=["operation"], responses={503: {"description": "loading, or draining"}})
     async def ready() -> JSONResponse:
         """200 while requests are answered: once every model is loaded and warmed up, until the server drains."""
-        status = service.status
+        status = await service.status()
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     @app.get("/metrics", tags=["operation"], response_class=Response)

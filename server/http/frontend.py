@@ -86,7 +86,9 @@ class Frontend:
             return self.client(scope, "") if needs_body else None
         if self.sheds(scope):
             raise self._shed_error
-        if not self.service.shared.others_ready:  # otherwise the request waits for the models
+        if (
+            self.service.settings.processes < 2
+        ):  # otherwise it may wait for the models, if another process is ready
             self.service.check_open()
         return self.client(scope, self.access.user(scope))
 

@@ -253,7 +253,7 @@ def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
     )
     async def server_ready() -> JSONResponse:
         """200 once every model is loaded and warmed up, else 503."""
-        is_ready = service.status == "ready"
+        is_ready = await service.status() == "ready"
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
     of_model: Any = {

@@ -157,9 +157,8 @@ class Group:
         self._by_number[process.number] = process
 
     def remove(self, process: Process) -> None:
-        """Remove a process that has ended, and tell the others whether the server is ready."""
+        """Remove a process that has ended."""
         del self._by_number[process.number]
-        self.tell_ready()
 
     @property
     def all(self) -> list[Process]:
@@ -176,35 +175,22 @@ class Group:
         """True if a process answers requests."""
         return bool(self.ready)
 
-    def tell_ready(self) -> None:
-        """Tell every process whether the server is ready."""
-        for process in self.all:
-            process.channel.tell("others_ready", self.is_ready)
-
-    async def loaded(self, process: Process) -> None:
+    def loaded(self, process: Process) -> None:
         """Let a process that has loaded the models answer requests; the first processes once all have loaded them.
 
         Otherwise the first one to open would get all connections that are opened as soon as the server is ready.
         """
         process.is_loaded = True
         if not self._waits or sum(one.is_loaded for one in self.all) == self.size:
-            await self.open()
+            self.open()
 
-    async def open(self) -> None:
-        """Let the processes that have loaded the models answer requests, once all processes know it.
-
-        From then on, requests to a process that still loads wait until it has loaded: /ready and requests never have
-        different answers.
-        """
+    def open(self) -> None:
+        """Let the processes that have loaded the models answer requests."""
         self._waits = False
-        opening = [one for one in self.all if one.is_loaded and not one.is_ready]
-        for process in opening:
-            process.is_ready = True
-        self.tell_ready()
-        with suppress(TimeoutError):  # one may hang
-            await asyncio.wait_for(ask_all([one for one in self.all if one.is_listening], "sync"), CHECK_S)
-        for process in opening:
-            process.channel.tell("open")
+        for process in self.all:
+            if process.is_loaded and not process.is_ready:
+                process.is_ready = True
+                process.channel.tell("open")
 
     def publish(self, manifest: Manifest, standing: Standing) -> None:
         """Send every process the standing of a model's ledger."""

@@ -75,7 +75,7 @@ class SharedModels:
             for ledger in self.coordinator.ledgers.all:
                 process.channel.tell("standing", fingerprint(ledger.manifest), ledger.standing)
             process.is_member = True
-            await self._group.loaded(process)
+            self._group.loaded(process)
             return True
 
     async def _ask_to_load(self, process: Process, state: State | None) -> State:

@@ -224,7 +224,7 @@ class Supervisor:
             self._stop(ServerError(reason))
             return
         log.critical("process %d ended (%s); replacing it", number, reason)
-        run_once("opening", self._group.open())  # the others do not wait for it
+        self._group.open()  # the others do not wait for it
         self._metrics.replaced.inc()
         pause_s = 0.0 if starts <= MAX_STARTS else min(RETRY_S, 2.0 ** (starts - MAX_STARTS))
         self._begin_life(number, pause_s)
@@ -234,12 +234,10 @@ class Supervisor:
 
         def listening() -> None:
             process.is_listening = True
-            self._group.tell_ready()
 
         def leaving() -> None:
             process.is_listening = process.is_ready = False
             process.close()
-            self._group.tell_ready()
 
         def ready() -> None:
             if not self._has_opened and self._models.are_loaded:
@@ -258,6 +256,7 @@ class Supervisor:
             "running": lambda: run_once("process_loading", self._load(process)),
             "listening": listening,
             "leaving": leaving,
+            "is_ready": lambda: self._group.is_ready,
             "sync": lambda: None,
             "ready": ready,
             "scrape": self._metrics.scrape,

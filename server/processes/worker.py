@@ -77,7 +77,6 @@ class Worker:
 
     def __init__(self, control: socket.socket, sockets: socket.socket) -> None:
         """control: carries the channel. sockets: carries connections and weights, as file descriptors."""
-        self.others_ready = False
         self._control = control
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_draining = False
@@ -110,7 +109,6 @@ class Worker:
             "samples": self._samples,
             "live": service.audits.live,
             "standing": self.audit_store.published,
-            "others_ready": self._others_ready,
             "sync": lambda: None,
         }
         self.channel.tell("running")
@@ -136,6 +134,13 @@ class Worker:
         self.channel.tell("leaving")
 
     # Shared
+
+    async def others_ready(self) -> bool:
+        """True if a process of the server answers requests."""
+        try:
+            return bool(await self.channel.call("is_ready"))
+        except ChannelClosedError:  # the supervisor has ended
+            return False
 
     async def begin(self, manager: Manager, artifacts: Sequence[Artifact], are_named: bool) -> None:
         """Load the models when the supervisor asks for it, and wait until it lets this process answer requests.
@@ -214,9 +219,6 @@ class Worker:
 
     def _apply(self, manifest: Manifest, standing: Standing) -> None:
         self.service.audits.apply(manifest, standing)
-
-    def _others_ready(self, are_ready: bool) -> None:
-        self.others_ready = are_ready
 
 
 class WorkerServer(HttpServer):
