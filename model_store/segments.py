@@ -143,7 +143,7 @@ def session_options(max_tokens: int = ARENA_TOKENS) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised; onnxruntime would also write them to standard error
     # No tensor is read from another file: the graphs are checked, and this folder does not exist.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", NOWHERE)
     # One arena for all sessions. An arena keeps the memory of its longest text: after texts of 512 tokens on two
