@@ -99,7 +99,7 @@ def _records(path: Path, columns: Columns, keeps_bad: bool) -> Iterator[tuple[in
         if path.is_dir():
             raise ValueError(f"{path}: is a folder, not a file")
         raise ValueError(
-            f"{path}: expected a .tsv, .csv or .jsonl file; rename it, or give --delimiter (tab, ; or ,)"
+            f"{path}: expected a file named {', '.join(known)}; rename it, or give --delimiter (tab, ; or ,)"
         )
     # "-sig": some files begin with a byte order mark.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

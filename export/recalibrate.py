@@ -30,6 +30,7 @@ def recalibrate(
     max_loss, signal: `max_loss` and `wanted` of `calibrate`. Raises ValueError for unusable samples or a signal that
     the model does not have, and StoreError for a damaged artifact.
     """
+    _check_exits(artifact)
     manifest = artifact.manifest
     kind = {"multi_label": manifest.thresholds is not None, "regression": manifest.tolerance is not None}
     tune, certify = (load_examples(file, manifest.labels, **kind) for file in (tune_file, certify_file))
@@ -69,8 +70,10 @@ def recalibrate_on_texts(
 
     Raises ValueError for texts that the model does not take (single texts or pairs) and too few texts.
     """
+    _check_exits(artifact)
     examples = [Example(text, 0) for text in texts]
     check_input(examples, artifact.manifest.input, str(file))
+    _check_count(len(set(texts)))
     recorded = record(Model(artifact, "onnxruntime"), examples, "the texts")
     recorded = replace(recorded, labels=recorded.answers[:, -1])
     return _on_own_answers(artifact, store, records.part_of(recorded, groups_of(examples)), max_loss, signal)
@@ -81,16 +84,25 @@ def _on_own_answers(
 ) -> Path:
     """Publish a version that is tuned on one half of the groups of equal texts and certified on the other."""
     rng, count = np.random.default_rng(SEED), whole.samples.num_groups
-    if count < MIN_TEXTS:
-        raise ValueError(
-            f"{count} different texts are too few to calibrate on: at least {MIN_TEXTS} are needed"
-        )
+    _check_count(count)
     in_tune = (rng.permutation(count) < count // 2)[whole.samples.groups]
     tune, certify = (
         CalibrationPart(whole.samples.rows(rows), whole.is_whole[rows]) for rows in (in_tune, ~in_tune)
     )
     _warn_of_full_depth(artifact)
     return _publish(artifact, store, calibrate(tune, certify, max_loss, signal, self_labelled=True))
+
+
+def _check_exits(artifact: Artifact) -> None:
+    """Raise ValueError for a model without early exits."""
+    if len(artifact.manifest.exit_layers) == 1:
+        raise ValueError(f"{artifact.full_name}: has no early exits to calibrate; de3 import adds them")
+
+
+def _check_count(count: int) -> None:
+    """Raise ValueError for too few different texts."""
+    if count < MIN_TEXTS:
+        raise ValueError(f"{count} different texts: too few to calibrate on; at least {MIN_TEXTS} are needed")
 
 
 def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:

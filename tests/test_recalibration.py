@@ -2,6 +2,8 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -41,7 +43,7 @@ def test_unlabelled_texts_calibrate_against_full_depth(
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(text for text, _ in make_rows(200, 33)))
     command = f"calibrate tiny-int8 --texts {texts} --store {mine} --max-loss 5"
-    with pytest.raises(ValueError, match="different texts are too few"):
+    with pytest.raises(ValueError, match="different texts: too few"):
         de3(command)
     monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
     de3(command)
@@ -49,6 +51,12 @@ def test_unlabelled_texts_calibrate_against_full_depth(
     assert calibration is not None and calibration.self_labelled
     assert calibration.exit_accuracy[-1] == 1  # full depth's answers count as correct
     assert calibration.table[-1].disagreement > 0
+
+
+def test_a_model_without_early_exits_is_not_calibrated(tmp_path: Path) -> None:
+    artifact: Any = SimpleNamespace(full_name="m:1", manifest=SimpleNamespace(exit_layers=[12]))
+    with pytest.raises(ValueError, match="m:1: has no early exits"):
+        recalibrate.recalibrate_on_texts(artifact, Store(tmp_path), ["good"], tmp_path, 0.01, "auto")
 
 
 def test_unknown_labels_or_the_wrong_input_publish_no_calibration(store: Path, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def calibrate(
         list[Path] | None,
         typer.Option(
             help="Instead of --texts: records of live traffic, from the state folders of servers with --audit-share or "
-            "--learn (learned/NAME.records); repeat for several replicas."
+            "--learn (learned/*.records); repeat for several replicas."
         ),
     ] = None,
     store: StoreOption = Path("models"),

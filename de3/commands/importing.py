@@ -49,7 +49,7 @@ def import_model(
         typer.Option(
             "--records",
             help="Instead of --texts: records of live traffic, from the state folders of servers that learn "
-            "(learned/NAME.records); repeat for several replicas. Only --name, --store and --quantize then apply.",
+            "(learned/*.records); repeat for several replicas. Only --name, --store and --quantize then apply.",
         ),
     ] = None,
     store: StoreOption = Path("models"),

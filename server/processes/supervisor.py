@@ -248,7 +248,7 @@ class Supervisor:
             self._starts[process.number] = 0
             if sum(one.has_opened for one in self._group.ready) == self._group.size:
                 log.info(
-                    "ready in %.1f s: %d processes, %d engine threads each",
+                    "ready in %.1f s: %d processes, engine threads of each: %d",
                     *(perf_counter() - self._started, self._group.size, self._part.threads),
                 )
 
