@@ -55,7 +55,7 @@ def ood_score(nearest: Sequence[float], references: Sequence[Sequence[float]]) -
 
     nearest: distance to the nearest prototype at each passed exit that has prototypes. references: quantiles of these
     distances. Returns None if there is no such exit. Of the scores tested, this one separates texts of another domain
-    best (docs/budgets.md).
+    best (lab/docs/experiments/drift.md).
     """
     if not nearest:
         return None

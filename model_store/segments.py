@@ -156,7 +156,7 @@ def session_options(max_tokens: int = ARENA_TOKENS) -> Any:
         # Weights are not allocated in the arena: it would keep their memory after the model is unloaded.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     # The segments are built fused; a higher level would fuse Add and LayerNormalization into SkipLayerNormalization,
-    # which was measured to be 5 times slower than the two operators (docs/performance.md).
+    # which was measured to be 5 times slower than the two operators (lab/docs/performance.md).
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return options
 

@@ -14,7 +14,7 @@ from de3.model_store.manifest import Manifest, Reference
 WINDOW = 500  # texts; with fewer, a change is hard to distinguish from noise
 MAX_PER_S = 200  # texts sampled for drift each second: enough, and cheap under any load
 # Factor applied to τ from the first exit at which a text is far from every prototype. Running such texts to full depth
-# would halve the speed-up in their domain, and was measured to be hardly more accurate (docs/budgets.md).
+# would halve the speed-up in their domain, and was measured to be hardly more accurate (lab/docs/experiments/drift.md).
 OOD_TAU_FACTOR = 0.5
 
 

@@ -307,7 +307,7 @@ class Rules:
         """
         signal = otherwise.rule.signal
         if options.latency_budget_ms is not None:
-            # Running until the deadline is more accurate than a predicted earlier exit (docs/budgets.md).
+            # Running until the deadline is more accurate than a predicted earlier exit (lab/docs/budgets.md).
             budget = options.latency_budget_ms
             field, seconds = "latency_budget_ms", budget / 1000
             return replace(otherwise, set_by=field, requested=budget, budget_s=seconds, certificate=None)
