@@ -93,6 +93,7 @@ class Source:
     def __init__(self, path: Path, columns: Columns, keep: Sequence[str] | None = None) -> None:
         """keep: columns that the output repeats; None: all. Raises ValueError as `files_in` does."""
         self._columns, self._keep = columns, keep
+        self._names: list[str] | None = None  # columns of the first row that could be classified
         self.files = files_in(path, columns)
         self.kind = self.files[0].suffix
 
@@ -125,7 +126,7 @@ class Source:
             else:
                 if is_first and (unknown := [name for name in self._keep or () if name not in row]):
                     raise ValueError(f"{where}: no column {unknown[0]!r}; it has {_list(row)}: set --keep")
-                is_first = False
+                is_first, self._names = False, self._names or list(row)
                 one.add(text, where)
             kept = row if self._keep is None else {name: row.get(name) for name in self._keep}
             one.kept.append(kept)
@@ -137,10 +138,17 @@ class Source:
             yield one
 
     def _plain(self, row: Any) -> dict[str, Any]:
-        """The columns of a refused row, if it is a row with texts; a text that is of another type becomes None."""
+        """The columns of a refused row; a text that is missing or of another type becomes None.
+
+        A row without a text has the columns of the first row that could be classified.
+        """
+        if not isinstance(row, dict):
+            return {}
         names = (self._columns.text, self._columns.text_pair or PAIR)
-        columns = row.items() if isinstance(row, dict) and names[0] in row else ()
-        return {name: value if name not in names or _is_text(value) else None for name, value in columns}
+        columns = {name: row.get(name) for name in (row if names[0] in row else self._names or ())}
+        return {
+            name: value if name not in names or _is_text(value) else None for name, value in columns.items()
+        }
 
     def _text(self, row: Any) -> Input:
         """The text or pair of a row; raises ValueError if it is missing or invalid."""

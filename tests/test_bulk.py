@@ -156,6 +156,19 @@ def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_
     assert [file.name for file in tmp_path.iterdir() if "parts" in file.name] == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_without_a_text_keeps_its_other_columns(
+    model: de3.Classifier, tmp_path: Path, kind: str
+) -> None:
+    rows: list[Any] = [{"text": "good", "id": "a"}, {"id": "b", "more": 1}, {"text": 5, "id": "c"}]
+    write(tmp_path / "in.jsonl", rows)
+    classify(Here(model), tmp_path / "in.jsonl", tmp_path / f"out{kind}")
+    found = read(tmp_path / f"out{kind}")
+    assert [row["id"] for row in found] == ["a", "b", "c"]
+    assert [row["text"] or None for row in found] == ["good", None, None]
+    assert [bool(row["error"]) for row in found] == [False, True, True]
+
+
 @pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".csv"])
 def test_a_folder_whose_files_have_their_columns_in_another_order_or_lack_one(
     model: de3.Classifier, tmp_path: Path, kind: str

@@ -88,7 +88,7 @@ def test_vllms_score(server: Server, path: str, names: tuple[str, str]) -> None:
         return body
 
     raw = values(server)
-    scores = [sigmoid(value) for value in raw]
+    scores = [shown(sigmoid(value)) for value in raw]
     defaults = {
         "user": None,
         "priority": 0,

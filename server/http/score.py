@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BeforeValidator, Field, create_model
 
+from de3.server.answer import significant
 from de3.server.engine.job import Job
 from de3.server.engine.request import Text
 from de3.server.errors import RequestError
@@ -111,7 +112,7 @@ def serialize(request_id: str, job: Job) -> bytes:
     """{"id", "object", "created", "model", "data", "usage"}: the scores of the pairs, in the order of the request."""
     request, tokens = job.request, job.tokens
     assert isinstance(request, ScoreRequest)
-    scores = scores_of(job, request.raw)
+    scores = [score if request.raw else significant(score) for score in scores_of(job, request.raw)]
     body = {
         "id": f"score-{request.id or request_id}",
         "object": "list",
