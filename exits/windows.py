@@ -4,7 +4,7 @@
   that are in no earlier window.
 - Multi-label: the probability of a label is its highest in any window, as a single passage may justify the label.
 - Regression: the mean of the values, weighted as for classes.
-- With a flag, a label to watch for: the answer of the window where that label is most probable. It is settled at the
+- With a flag, labels to watch for: the answer of the window where they are most probable. It is settled at the
   first window where the probability reaches the flag's threshold.
 """
 
@@ -34,14 +34,21 @@ class Span(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """A label to watch for (its index), and the minimum probability at which a text is flagged."""
+    """Labels to watch for (their indices), and the minimum probability of any of them at which a text is flagged.
 
-    label: int
+    Several labels must be mutually exclusive.
+    """
+
+    labels: Sequence[int]
     threshold: float
 
+    def prob(self, reading: Reading) -> float:
+        """The probability that one of the labels is right."""
+        return sum(reading.probs[k] for k in self.labels)
+
     def is_raised(self, reading: Reading) -> bool:
-        """True if the label's probability reaches the threshold."""
-        return reading.probs[self.label] >= self.threshold
+        """True if the probability reaches the threshold."""
+        return self.prob(reading) >= self.threshold
 
 
 def most_windows(max_tokens: int) -> int:
@@ -75,7 +82,7 @@ class Combination:
         self, weights: Sequence[int], thresholds: Sequence[float] | None = None, flag: Flag | None = None
     ) -> None:
         """weights: number of new tokens of each window, in execution order. thresholds: label thresholds of a
-        multi-label model, as logits; None for other models. flag: the label to watch for; None if there is none.
+        multi-label model, as logits; None for other models. flag: the labels to watch for; None if there are none.
         """
         self._flag = flag
         self._best: Reading | None = None  # with a flag
@@ -92,8 +99,7 @@ class Combination:
         weight = next(self._weights)
         self._left -= weight
         if self._flag is not None:
-            label = self._flag.label
-            if self._best is None or reading.probs[label] > self._best.probs[label]:
+            if self._best is None or self._flag.prob(reading) > self._flag.prob(self._best):
                 self._best, self.decisive = reading, self._count
             self._count += 1
             return
@@ -108,7 +114,7 @@ class Combination:
     def is_settled(self, change: float = 1.0) -> bool:
         """True if the remaining windows cannot change the label, or any label of a multi-label model.
 
-        With a flag: true once the flag is raised, even if the label can still become more probable.
+        With a flag: true once the flag is raised, even if its labels can still become more probable.
 
         change: assumed effect of the remaining windows, as a share of their largest possible effect. Used only for
         mutually exclusive classes, as one part of a text says nothing about the labels of another. A regression value

@@ -193,7 +193,7 @@ class TextTokenizer:
         if len(encoding) <= self.max_tokens:
             return _tokens(encoding.ids, encoding.type_ids, False)
         if not truncate:
-            raise self._too_long(f"{len(encoding)}")
+            raise self._too_long(f"{len(encoding)}", self.max_tokens)
         return self._cut(_parts(encoding, pair))
 
     def start(self, text: str, text_pair: str | None, truncate: bool, windows: int = 1) -> "Tokenization":
@@ -221,13 +221,16 @@ class TextTokenizer:
         ids, types = frame.around(kept)
         return _tokens(ids, types, is_cut or sum(map(len, parts)) > room)
 
-    def _split(self, parts: list[list[int]], offsets: Sequence[Offsets], most: int, is_cut: bool) -> Windows:
+    def _split(
+        self, parts: list[list[int]], offsets: Sequence[Offsets], most: int, is_cut: bool, truncate: bool
+    ) -> Windows:
         """Windows of a text or pair.
 
         parts: token ids of each text. offsets: start and end of each token in characters, for each text. most: maximum
         number of windows. is_cut: the ids cover only the beginning of a text.
 
-        Raises ValueError if the shorter text of a pair takes more than MAX_SHORTER of a window.
+        Raises ValueError if the shorter text of a pair takes more than MAX_SHORTER of a window, and unless `truncate`
+        for a text that does not fit into the windows.
         """
         frame, longer = self.frames[len(parts) == 2], 0
         room = self.max_tokens - frame.size
@@ -242,15 +245,15 @@ class TextTokenizer:
             room -= shorter
         tokens = min(len(parts[longer]), capacity(room, most))
         is_cut = is_cut or tokens < len(parts[longer])
+        if is_cut and not truncate:
+            raise self._too_long(f"more than {tokens}", tokens)
         arrays = [np.array(part, np.int32) for part in parts]
         return Windows(
             *(frame, arrays, longer, spans(tokens, room)), np.array(offsets[longer], np.int32), is_cut
         )
 
-    def _too_long(self, count: str) -> ValueError:
-        return ValueError(
-            f"has {count} tokens, the model takes at most {self.max_tokens}; shorten it, or allow truncation"
-        )
+    def _too_long(self, count: str, most: int) -> ValueError:
+        return ValueError(f"has {count} tokens, the maximum is {most}; shorten it, or allow truncation")
 
 
 class Tokenization:
@@ -289,7 +292,9 @@ class Tokenization:
             if self._windows > 1 and len(encoding) > tokenizer.max_tokens:
                 encoding = tokenizer.encode([(text, pair)], offsets=True)[0]
                 parts, offsets = _parts(encoding, bool(rest)), _offsets(encoding, bool(rest))
-                return tokenizer._split(parts, offsets, self._windows, self._has_too_many_chars)
+                return tokenizer._split(
+                    parts, offsets, self._windows, self._has_too_many_chars, self._truncate
+                )
             tokens = tokenizer.short(encoding, bool(rest), self._truncate)
             return replace(tokens, truncated=True) if self._has_too_many_chars else tokens
         for n, text in enumerate(self._texts):
@@ -305,13 +310,14 @@ class Tokenization:
                 break
         count = sum(map(len, self._parts))
         if not self._truncate and count > self._most:
-            raise tokenizer._too_long(f"more than {tokenizer.max_tokens}")
+            most = tokenizer.max_tokens if self._windows == 1 else self._most
+            raise tokenizer._too_long(f"more than {most}", most)
         unread = [end < len(text) for end, text in zip(self._ends, self._texts, strict=True)]
         if any(u and len(part) <= self._most for u, part in zip(unread, self._parts, strict=True)):
             return None
         is_cut = any(unread) or self._has_too_many_chars
         if self._windows > 1 and count > self._room:
-            return tokenizer._split(self._parts, self._offsets, self._windows, is_cut)
+            return tokenizer._split(self._parts, self._offsets, self._windows, is_cut, self._truncate)
         return tokenizer._cut(self._parts, is_cut, self._chars if is_cut else ())
 
     def all(self) -> Tokens | Windows:

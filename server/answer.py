@@ -205,9 +205,9 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
         layers = [window.layer for window in outcome.windows]
         row["windows"] = {"run": len(layers), "of": outcome.num_windows, "layers": layers}
     if job.flag is not None:
-        prob = reading.probs[job.flag.label]
+        prob = job.flag.prob(reading)
         row["flag"] = {
-            "label": labels[job.flag.label],
+            "label": labels[job.flag.labels[0]],
             "prob": prob if exact else round(prob, DECIMALS),
             "flagged": prob >= job.flag.threshold,
         }

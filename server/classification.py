@@ -155,7 +155,7 @@ def request_of(fields: ClassifyRequest) -> Classification:
         fields.explain,
         fields.ood,
         MAX_WINDOWS if fields.long == "windows" else 1,
-        None if fields.flag is None else (fields.flag, fields.flag_threshold),
+        None if fields.flag is None else ([fields.flag], fields.flag_threshold),
         id=fields.request_id,
         raw=fields.raw or fields.use_activation is False or fields.activation is False,
         top_k=fields.top_k or 0,

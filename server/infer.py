@@ -42,7 +42,9 @@ class Inference:
         Raises RequestError if the request is refused or times out, or the error of a text that fails the job.
         """
         service.check_open()
-        self.served = served = service.models.get(self.request.model, self.request.fits)
+        self.served = served = service.models.get(
+            self.request.model, self.request.fits, self.request.needs_a_set_default
+        )
         _check_response(self.request, served.model.manifest)
         level = service.admission.level
         self._done = asyncio.get_running_loop().create_future()

@@ -146,12 +146,14 @@ class Route:
 class Models:
     """The loaded models. Only the event loop changes them, each change in one step."""
 
-    def __init__(self, default: str | None = None, targets: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, default: str | None = None, targets: Mapping[str, str] | None = None, is_set: bool = False
+    ) -> None:
         """default: name of the model that answers requests that name none; None: the served model, if only one is.
 
-        targets: the models' names, by the aliases of the settings.
+        targets: the models' names, by the aliases of the settings. is_set: the settings name the default.
         """
-        self.default, self._targets = default, targets or {}
+        self.default, self._targets, self._is_set = default, targets or {}, is_set
         self._versions: dict[str, dict[int, Served]] = {}
         self.routes: dict[str, Route] = {}
 
@@ -164,13 +166,17 @@ class Models:
         """The loaded model with this name:version; None if there is none."""
         return next((one for one in self.all if one.model.full_name == full_name), None)
 
-    def get(self, name: str | None, fits: Callable[[Manifest], bool] = lambda _: True) -> Served:
+    def get(
+        self,
+        name: str | None,
+        fits: Callable[[Manifest], bool] = lambda _: True,
+        must_be_set: bool = False,
+    ) -> Served:
         """The model that answers a request, perhaps a canary. name: None if the request names no model.
 
-        fits: true for models that can answer the request; see default_name. Raises RequestError if the name is not
-        served, or if there is no default.
+        fits, must_be_set: see default_name. Raises RequestError if the name is not served, or if there is no default.
         """
-        name = self.default_name(fits) if name is None else self._resolve(name)
+        name = self.default_name(fits, must_be_set) if name is None else self._resolve(name)
         route = self.routes.get(name)
         if route is not None and route.canary is not None and random.random() < route.share:
             return self._versions[name][route.canary]
@@ -180,12 +186,15 @@ class Models:
         """True if this name answers requests that name no model."""
         return name == self.default or len(self.routes) == 1
 
-    def default_name(self, fits: Callable[[Manifest], bool] = lambda _: True) -> str:
+    def default_name(
+        self, fits: Callable[[Manifest], bool] = lambda _: True, must_be_set: bool = False
+    ) -> str:
         """The name that answers requests that name no model: the default, or the only one.
 
-        fits: only models that it is true for count, if there is any. Raises RequestError if there is no such name.
+        fits: only models that it is true for count, if there is any. must_be_set: the first of the served models is
+        not the default, unless the settings say so. Raises RequestError if there is no such name.
         """
-        default = self.default
+        default = None if must_be_set and not self._is_set else self.default
         if default in self.routes and fits(self.current(str(default)).model.manifest):
             return str(default)
         names = [name for name in self.routes if fits(self.current(name).model.manifest)] or list(self.routes)

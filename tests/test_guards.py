@@ -19,6 +19,8 @@ from de3.exits.reading import Reading
 from de3.exits.windows import Combination, Flag
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import TextTokenizer, Windows
+from de3.server.engine.request import Text
+from de3.server.errors import RequestError
 from de3.server.http import detectors
 from de3.server.http.detectors import safe_labels
 from tests.fixtures import installed
@@ -27,6 +29,7 @@ from tests.serving import Server, serving
 # The tests' model labels GOOD as "negative" and BAD as "positive", so here a guard blocks "positive".
 GOOD, BAD = "a superb fine film , good and lovely and charming", "a dull plot , bad and boring and awful"
 FILLER = " ".join(["the film and the plot"] * 30)
+NO_SIGNALS = (0.0, 0.0, None, None, 0.1)
 PREDICT, CONTENTS = "/v1/models/tiny-int8:predict", "/api/v1/text/contents"
 GUARDRAIL, PARAMETERS = "/beta/litellm_basic_guardrail_api", "additional_provider_specific_params"
 
@@ -34,7 +37,10 @@ GUARDRAIL, PARAMETERS = "/beta/litellm_basic_guardrail_api", "additional_provide
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Server]:
     aliases = ["omni-moderation-latest=tiny-int8"]
-    with serving(store, models=["tiny-int8", "tiny"], tau=0, max_texts=8, aliases=aliases) as running:
+    models = ["tiny-int8", "tiny"]
+    with serving(
+        store, models=models, default_model="tiny-int8", tau=0, max_texts=8, aliases=aliases
+    ) as running:
         yield running
 
 
@@ -166,15 +172,60 @@ def guarded(server: Server, texts: Any, **params: Any) -> dict[str, str]:
         ("spam not_spam", "not_spam"),
         ("hate nothate", "nothate"),
         ("jailbreak benign harmful", "benign"),
-        ("notable harmful", "notable"),  # the first
-        ("safe benign", "safe"),
+        ("negative positive", "negative"),
+        ("not_allowed allowed", None),
+        ("unsafe fine", None),
+        ("safe benign", None),
+        ("notable harmful", None),
     ],
 )
-def test_a_safe_label_is_recognized_by_its_name(labels: str, safe: str) -> None:
-    manifest: Any = SimpleNamespace(labels=labels.split(), thresholds=None)
-    assert safe_labels(manifest) == {safe}
+def test_a_safe_label_is_recognized_by_its_name(labels: str, safe: str | None) -> None:
+    manifest: Any = SimpleNamespace(labels=labels.split(), thresholds=None, tolerance=None, full_name="m:1")
+    assert safe_labels(manifest) == (None if safe is None else {safe})
+    request = detectors.ContentsRequest([Text("a")])
+    if safe is None:  # a guess might let everything pass
+        with pytest.raises(RequestError, match="which labels of m:1 mean safe is not known"):
+            request.check(manifest)
+        request.safe = frozenset(manifest.labels[:1])
+    request.check(manifest)
+    assert request.flag == (
+        manifest.labels[1:] if safe is None else [x for x in manifest.labels if x != safe],
+        None,
+    )
     manifest.thresholds = [0.5] * len(manifest.labels)
     assert safe_labels(manifest) == set()
+
+
+def test_labels_that_are_not_safe_count_together() -> None:
+    """Neither of two attacks is the most probable, but one of them is certain."""
+    labels, reading = (
+        ["BENIGN", "INJECTION", "JAILBREAK"],
+        Reading(1, [0.0] * 3, [0.02, 0.49, 0.49], 1, *NO_SIGNALS),
+    )
+    request = detectors.ContentsRequest([Text("a")], safe=frozenset(["BENIGN"]))
+    assert request.found(reading, labels) == [("INJECTION", pytest.approx(0.98))]
+    request.threshold = 0.4
+    assert request.found(reading, labels) == [("INJECTION", 0.49), ("JAILBREAK", 0.49)]
+    request.threshold = 0.99
+    assert request.found(reading, labels) == []
+    windows = Combination([1, 1, 1], None, Flag([1, 2], 0.5))
+    for probs_of in ([0.9, 0.1, 0.0], [0.2, 0.4, 0.4], [0.5, 0.5, 0.0]):
+        windows.add(Reading(1, [0.0] * 3, probs_of, 0, *NO_SIGNALS))
+    assert windows.decisive == 1
+
+
+@pytest.mark.parametrize("path", [CONTENTS, GUARDRAIL, "/v1/moderations"])
+def test_a_guard_reads_all_of_a_text_or_refuses_it(server: Server, path: str) -> None:
+    field = {CONTENTS: "contents", GUARDRAIL: "texts"}.get(path, "input")
+
+    def asked(text: str) -> httpx.Response:
+        return post(server, path, {field: [text]})
+
+    found = asked(f"{GOOD} {FILLER} {FILLER} {BAD} {BAD} {BAD} {FILLER}")
+    assert found.status_code == 200 and "positive" in found.text and '"flagged":false' not in found.text
+    for padding in (f" {FILLER}" * 60, " " * 2**17):
+        refused = asked(GOOD + padding + BAD)
+        assert refused.status_code == 422 and f"{field}: has more than " in refused.text, refused.text
 
 
 def test_litellms_guardrail_blocks(server: Server) -> None:
@@ -393,7 +444,7 @@ SHARES = st.sampled_from([0.01, 0.25, 0.5, 0.75, 0.99])
 
 @given(st.lists(SHARES, min_size=1, max_size=16), SHARES, st.booleans())
 def test_a_flag_is_settled_by_the_first_window(found: list[float], at: float, has_labels: bool) -> None:
-    flag, readings = Flag(1, at), []
+    flag, readings = Flag([1], at), []
     combination = Combination([1] * len(found), [0.0, 0.0] if has_labels else None, flag)
     for p in found:
         readings.append(Reading(3, [0.0, p], [1 - p, p], int(p > 0.5), 0.0, 0.0, None, None, 0.1))

@@ -93,7 +93,7 @@ def test_a_table_has_the_same_answers(model: de3.Classifier) -> None:
         (["good", " "], {}, "input[1]", "input[1]: must not be only white space"),
         ({"text": "a", "text_pair": "b", "c": "d"}, {}, "input[0]", "unknown field"),
         (["good", 7], {}, "input[1]", "must be a text, or an object with text and text_pair; got a number"),
-        (["a much longer text", "good", LONG], {"long": "error"}, "input[2]", "the model takes at most 64"),
+        (["a much longer text", "good", LONG], {"long": "error"}, "input[2]", "the maximum is 64"),
         (["good"], {"tau": 7}, "tau", "less than or equal to 1 (allowed: 0 to 1)"),
         (["good"], {"model": "tiny"}, "model", "unknown option; known options: tau, signal"),
         (["good"], {"lam": -1}, "lambda", "greater than or equal to 0"),
@@ -152,7 +152,7 @@ def test_answers_have_a_row_for_each_text(model: de3.Classifier) -> None:
     assert {reasons[i] for i in range(2, 7)} == {
         "missing: must be a text, or an object with text and text_pair"
     }
-    assert reasons[1] == "must not be empty" and "at most 64" in reasons[7]
+    assert reasons[1] == "must not be empty" and "the maximum is 64" in reasons[7]
     assert reasons[9] == "text_pair: must be a text; got null" and "surrogate" in reasons[12]
     single = model.answers("good", tau=0)
     assert single.values["label"] == columns["label"][:1]

@@ -250,15 +250,15 @@ def _flag_of(request: Request, manifest: Manifest, choice: Choice) -> Flag | Non
     """The flag of a request; None if it sets none. Raises RequestError for a label that the model does not have."""
     if request.flag is None:
         return None
-    name, threshold = request.flag
-    if manifest.tolerance is not None or name not in manifest.labels:
-        labels = ", ".join(manifest.labels[:20])
-        why = labels if manifest.tolerance is None else "a regression model has no labels"
-        raise RequestError(f"flag: {name[:100]!r} is not a label of {manifest.name}: {why}", "flag")
-    label, thresholds = manifest.labels.index(name), choice.rule.thresholds
+    names, threshold = request.flag
+    known = [] if manifest.tolerance is not None else manifest.labels
+    if unknown := [name for name in names if name not in known]:
+        why = ", ".join(known[:20]) or "a regression model has no labels"
+        raise RequestError(f"flag: {unknown[0][:100]!r} is not a label of {manifest.name}: {why}", "flag")
+    labels, thresholds = [known.index(name) for name in names], choice.rule.thresholds
     if threshold is None:
-        threshold = DEFAULT_THRESHOLD if thresholds is None else sigmoid(thresholds.logits[label])
-    return Flag(label, threshold)
+        threshold = DEFAULT_THRESHOLD if thresholds is None else sigmoid(thresholds.logits[labels[0]])
+    return Flag(labels, threshold)
 
 
 def check_texts(request: Request, served: Served) -> None:

@@ -27,13 +27,15 @@ class Request:
 
     Attributes:
         input_name: the protocol's field for the texts, for error messages.
+        needs_a_set_default: of several models that fit, a request that names none is answered only by a default that
+            the settings name, not by the first model: a guard must not answer in place of another.
         model: name or name:version; None: the server's default.
         truncate: truncate texts that are too long for their windows; if false, such texts raise RequestError.
         explain: report the reading of every exit that a text passes.
         ood: report the OOD score of each text.
         windows: maximum number of windows into which a long text is split.
-        flag: name of a label to watch for in the windows, and the probability from which a text is flagged (None: the
-            label's own threshold, or 0.5 if it has none). None: no label is watched.
+        flag: names of labels to watch for in the windows, and the probability from which a text is flagged (None: the
+            label's own threshold, or 0.5 if it has none or there are several). None: no label is watched.
         client: fair-share key; the engine's time is shared between clients.
         tenant: name of the request's API key, or empty; a guarantee holds for each tenant.
         expires_at: time at which the request times out (perf_counter seconds); None: `timeout_s` (see Settings) after
@@ -43,6 +45,7 @@ class Request:
     """
 
     input_name: ClassVar[str] = "input"
+    needs_a_set_default: ClassVar[bool] = False
 
     texts: Sequence[Text]
     options: ExitOptions = NO_OPTIONS
@@ -51,7 +54,7 @@ class Request:
     explain: bool = False
     ood: bool = False
     windows: int = 1
-    flag: tuple[str, float | None] | None = None
+    flag: tuple[Sequence[str], float | None] | None = None
     client: str = ""
     tenant: str = ""
     expires_at: float | None = None

@@ -22,33 +22,40 @@ from de3.server.options import OptionFields
 
 EXAMPLE = '{"contents": ["a text"]}'
 THRESHOLD = 0.5
+# Names of labels that mean that nothing was found.
 SAFE = re.compile(
-    r"(safe|benign|normal|neutral|legit|legitimate|ham|clean|harmless|acceptable|inoffensive|none|ok(ay)?|no"
+    r"(safe|benign|normal|neutral|negative|legit|legitimate|ham|clean|harmless|acceptable|inoffensive|none|ok(ay)?|no"
+    r"|sfw|compliant|(label|class)?[\W_]?0"
     r"|(not?|non)[\W_]?(toxic|hate|hateful|spam|offensive|harmful|jailbreak|injection|malicious|nsfw|abusive|unsafe).*)",
     re.IGNORECASE,
 )
 MAX_CHARS = 2**24  # characters of texts in a response; each detection repeats its text
 
 
-def safe_labels(manifest: Manifest) -> frozenset[str]:
-    """Labels that mean nothing was found: none in a multi-label model, else those named so, else the first."""
+def safe_labels(manifest: Manifest) -> frozenset[str] | None:
+    """Labels that mean that nothing was found, by their names: none in a multi-label model; None: not known."""
     if manifest.thresholds is not None:
         return frozenset()
     named = frozenset(filter(SAFE.fullmatch, manifest.labels))
-    return named if 0 < len(named) < len(manifest.labels) else frozenset(manifest.labels[:1])
+    return named if 0 < len(named) < len(manifest.labels) else None
 
 
 @dataclass(slots=True, eq=False)
 class Detection(Request):
     """A request for the labels of texts that are not safe.
 
-    Long texts are split into windows, because a prompt injection may be anywhere in a text.
+    Long texts are split into windows, because a prompt injection may be anywhere in a text, and refused if they do not
+    fit into them: nothing may pass unread.
 
     Attributes:
-        threshold: lowest probability at which a label is a detection; None: 0.5, or a multi-label model's own
-            thresholds.
+        threshold: lowest probability at which a label is a detection, or all labels that are not safe together if
+            labels are mutually exclusive; None: 0.5, or a multi-label model's own thresholds.
         safe: names of labels that are never detections; None: see safe_labels.
     """
+
+    needs_a_set_default: ClassVar[bool] = True
+    place: ClassVar[str] = "safe_labels"  # in the body
+    hint: ClassVar[str] = "name the safe ones in safe_labels"
 
     threshold: float | None = None
     safe: frozenset[str] | None = None
@@ -58,26 +65,44 @@ class Detection(Request):
         return manifest.tolerance is None
 
     def check(self, manifest: Manifest) -> None:
-        """Set the windows, the safe labels and the flag for a model; raises RequestError for a regression model."""
-        if not self.fits(manifest):
-            name = manifest.full_name
+        """Set the windows, the safe labels and the flag for a model.
+
+        Raises RequestError for a regression model, for a safe label that the model does not have, and if it is not
+        known which labels are safe.
+        """
+        name, labels = manifest.full_name, manifest.labels
+        if manifest.tolerance is not None:
             raise RequestError(f"model: {name} is a regression model: it detects no labels", "model")
-        labels = manifest.labels
         if self.safe is None:
             self.safe = safe_labels(manifest)
-        self.windows = MAX_WINDOWS
-        unsafe = set(labels) - self.safe
-        if len(unsafe) == 1:
-            self.flag = unsafe.pop(), self.threshold
+        if self.safe is None:
+            shown = ", ".join(labels[:20])
+            raise RequestError(
+                f"model: which labels of {name} mean safe is not known by their names: {shown}; {self.hint}",
+                "model",
+            )
+        if unknown := sorted(self.safe.difference(labels)):
+            field = self.place.partition(":")[0]
+            raise RequestError(f"{self.place}: {unknown[0][:100]!r} is not a label of {name}", field)
+        self.windows, self.truncate = MAX_WINDOWS, False
+        unsafe = [label for label in labels if label not in self.safe]
+        if len(unsafe) == 1 or (self.safe and unsafe and manifest.thresholds is None):
+            self.flag = unsafe, self.threshold
 
     def found(self, reading: Reading, labels: list[str]) -> list[tuple[str, float]]:
-        """The detected labels of a text, with their probabilities. labels: the model's."""
+        """The detected labels of a text, with their probabilities. labels: the model's.
+
+        If mutually exclusive labels reach the threshold only together, the most probable one has their probability.
+        """
+        unsafe = [k for k, label in enumerate(labels) if label not in (self.safe or ())]
         if self.threshold is None and reading.labels is not None:
-            indices = reading.labels
-        else:
-            least = THRESHOLD if self.threshold is None else self.threshold
-            indices = [k for k, prob in enumerate(reading.probs) if prob >= least]
-        return [(labels[k], reading.probs[k]) for k in indices if labels[k] not in (self.safe or ())]
+            return [(labels[k], reading.probs[k]) for k in unsafe if k in reading.labels]
+        least = THRESHOLD if self.threshold is None else self.threshold
+        found = [(labels[k], reading.probs[k]) for k in unsafe if reading.probs[k] >= least]
+        together = sum(reading.probs[k] for k in unsafe)
+        if not found and self.safe and reading.labels is None and together >= least:
+            found = [(labels[max(unsafe, key=reading.probs.__getitem__)], together)]
+        return found
 
 
 @dataclass(slots=True, eq=False)
@@ -85,20 +110,15 @@ class ContentsRequest(Detection):
     """A request in this protocol."""
 
     input_name: ClassVar[str] = "contents"
+    place: ClassVar[str] = "detector_params: safe_labels"
 
     def check(self, manifest: Manifest) -> None:
         """Set the windows, the safe labels and the flag for a model.
 
-        Raises RequestError for a regression model, for a safe label that the model does not have, and if the response
-        could be too long.
+        Raises RequestError as Detection.check does, and if the response could be too long.
         """
         Detection.check(self, manifest)  # super() does not work in a dataclass with slots
-        labels, params = manifest.labels, "detector_params"
-        if unknown := sorted((self.safe or frozenset()) - set(labels)):
-            raise RequestError(
-                f"{params}: safe_labels: {unknown[0][:100]!r} is not a label of {manifest.full_name}", params
-            )
-        most = len(labels)
+        most, params = len(manifest.labels), "detector_params"
         if manifest.thresholds is None:  # probabilities add up to 1
             most = min(most, int(1 / max(THRESHOLD if self.threshold is None else self.threshold, 1e-9)))
         chars = sum(text.chars for text in self.texts)

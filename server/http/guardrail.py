@@ -28,6 +28,7 @@ class GuardrailRequest(Detection):
     """
 
     input_name: ClassVar[str] = "texts"
+    hint: ClassVar[str] = "give label, the label that is blocked"
 
     label: str | None = None
 

@@ -10,20 +10,18 @@ from pydantic import BeforeValidator, Field
 from de3.model_store.manifest import Manifest
 from de3.server.engine.job import Job
 from de3.server.engine.outcome import Outcome
-from de3.server.engine.request import Request, Text
-from de3.server.errors import RequestError
+from de3.server.engine.request import Text
 from de3.server.fields import check_count, check_fields, load_json, one_or_more, plain_text
-from de3.server.http.detectors import safe_labels
+from de3.server.http.detectors import Detection, safe_labels
 from de3.server.http.protocol import Call, Protocol
 from de3.server.options import OptionFields
-from de3.server.rules import one_answer
 
 EXAMPLE = '{"input": "a text"}'
 
 
 @dataclass(slots=True, eq=False)
-class ModerationRequest(Request):
-    """A request that a multi-label model, or one of two classes, can answer.
+class ModerationRequest(Detection):
+    """A request that a multi-label model, or one with a safe class, can answer.
 
     Attributes:
         is_parts: the texts are parts of one input, which has one result.
@@ -32,17 +30,8 @@ class ModerationRequest(Request):
     is_parts: bool = False
 
     def fits(self, manifest: Manifest) -> bool:
-        """True for a multi-label model, and for one of two classes."""
-        return manifest.thresholds is not None or len(manifest.labels) == 2
-
-    def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for a regression model, and for one of more than two classes."""
-        if not self.fits(manifest):
-            raise RequestError(
-                f"model: {manifest.full_name} is neither a multi-label model nor one of two classes, which moderation "
-                f"requires: {one_answer(manifest)}; use /classify",
-                "model",
-            )
+        """True for a multi-label model, and for one whose safe class is known or one of two."""
+        return manifest.tolerance is None and (safe_labels(manifest) is not None or len(manifest.labels) == 2)
 
 
 def _part(value: Any, where: str) -> Text:
@@ -64,6 +53,9 @@ class ModerationFields(OptionFields):
 
     input: Annotated[tuple[list[Text], bool], BeforeValidator(_inputs)]
     model: str | None = Field(None, description="name, or name:version; default: the server's")
+    safe_labels: list[str] | None = Field(
+        None, max_length=10_000, description="labels that are no categories"
+    )
 
 
 def parse(call: Call) -> ModerationRequest:
@@ -72,29 +64,29 @@ def parse(call: Call) -> ModerationRequest:
     check_count(value, "input", call.max_texts)
     fields = check_fields(ModerationFields, value, EXAMPLE)
     texts, is_parts = fields.input
-    return ModerationRequest(texts, fields.options, fields.model, is_parts=is_parts)
+    safe = None if fields.safe_labels is None else frozenset(fields.safe_labels)
+    return ModerationRequest(texts, fields.options, fields.model, safe=safe, is_parts=is_parts)
 
 
 def serialize(request_id: str, job: Job) -> bytes:
-    """{"id", "model", "results"}: for each input, the labels that it is flagged for, and all probabilities."""
+    """{"id", "model", "results"}: for each input, the labels that it is flagged for, and their probabilities."""
     assert isinstance(job.request, ModerationRequest)
     outcomes, manifest = job.outcomes(), job.model.manifest
     inputs = [outcomes] if job.request.is_parts else [[outcome] for outcome in outcomes]
-    results = [_result(one, manifest) for one in inputs]
+    results = [_result(one, job.request, manifest) for one in inputs]
     return orjson.dumps({"id": f"modr-{request_id}", "model": manifest.full_name, "results": results})
 
 
-def _result(outcomes: Sequence[Outcome], manifest: Manifest) -> dict[str, Any]:
-    """The result of one input, from its parts: the highest score of each label."""
+def _result(outcomes: Sequence[Outcome], request: ModerationRequest, manifest: Manifest) -> dict[str, Any]:
+    """The result of one input, from its parts: the highest score of each label that is not safe."""
     readings = [outcome.reading for outcome in outcomes]
-    given = {k for r in readings for k in ([r.label] if r.labels is None else r.labels)}
-    safe = safe_labels(manifest)  # of two classes, the one that is no category
-    names = [(k, name) for k, name in enumerate(manifest.labels) if name not in safe]
+    given = {name for reading in readings for name, _ in request.found(reading, manifest.labels)}
+    names = [(k, name) for k, name in enumerate(manifest.labels) if name not in (request.safe or ())]
     return {
-        "flagged": not given.isdisjoint(k for k, _ in names),
-        "categories": {name: k in given for k, name in names},
+        "flagged": bool(given),
+        "categories": {name: name in given for _, name in names},
         "category_scores": {name: round(max(r.probs[k] for r in readings), 6) for k, name in names},
-        "category_applied_input_types": {name: ["text"] if k in given else [] for k, name in names},
+        "category_applied_input_types": {name: ["text"] if name in given else [] for _, name in names},
         "exit_layer": max(outcome.layer for outcome in outcomes),
     }
 
