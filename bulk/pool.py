@@ -104,7 +104,7 @@ def _end_with_parent() -> None:
 
 def _answer(texts: Sequence[Input | None]) -> Answers:
     ((classifier, options),) = _open_in_this_process
-    return classifier.answers(texts, **options)
+    return classifier.answers_by_column(texts, **options)
 
 
 class RemotePool:

@@ -95,6 +95,10 @@ class Answers:
         """Put the rows in this order, given as row indices, which may be repeated."""
         self.values = {name: [values[i] for i in order] for name, values in self.values.items()}
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows, each a dict by column."""
+        return [dict(zip(self.values, row, strict=True)) for row in zip(*self.values.values(), strict=True)]
+
     def table(self, manifest: Manifest) -> "pyarrow.Table":
         """The columns as a table, with metadata about the model; raises ValueError without pyarrow."""
         about = {"model": manifest.full_name, "labels": manifest.labels}

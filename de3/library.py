@@ -91,7 +91,14 @@ def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
         return stored
     from de3.export import cache
 
-    return cache.artifact_of(name, precision, cache.cache_folder())
+    try:
+        return cache.artifact_of(name, precision, cache.cache_folder())
+    except ValueError as error:
+        if Path(name).exists():
+            raise
+        raise ValueError(
+            f"{error}; the store {store} has no model {name!r} either: set store= (--store) or DE3_STORE"
+        ) from None
 
 
 class Classifier:
@@ -218,7 +225,7 @@ class Classifier:
         *,
         as_arrow: Literal[False] = False,
         **options: Unpack[Options],
-    ) -> Answers: ...
+    ) -> list[dict[str, Any]]: ...
     @overload
     def answers(
         self, texts: Input | Iterable[Input | None], *, as_arrow: Literal[True], **options: Unpack[Options]
@@ -226,14 +233,19 @@ class Classifier:
 
     def answers(
         self, texts: Input | Iterable[Input | None], *, as_arrow: bool = False, **options: Unpack[Options]
-    ) -> "Answers | pyarrow.Table":
-        """The answers to texts, or to pairs of texts, by column, with a row for each text, in order.
+    ) -> "list[dict[str, Any]] | pyarrow.Table":
+        """The answers to texts, or to pairs of texts: a row for each text, in order, with the columns in docs/bulk.md.
 
-        A text that cannot be classified, such as None or NaN, has the reason in the column `error`, and None in every
-        other. as_arrow: as in classify().
+        A text that cannot be classified, such as None or NaN, has the reason in `error`, and None in all other columns.
+        as_arrow: as in classify().
 
         Raises InputError for an option that cannot be used, and ValueError and RuntimeError as classify() does.
         """
+        found = self.answers_by_column(texts, **options)
+        return found.table(self.manifest) if as_arrow else found.rows()
+
+    def answers_by_column(self, texts: Input | Iterable[Input | None], **options: Unpack[Options]) -> Answers:
+        """As answers(), by column, with the time in the model."""
         request = self._request(options)
         request.keeps_errors = True
         given = list[Text | str]()
@@ -245,8 +257,7 @@ class Classifier:
                 given.append(str(error).removeprefix("input").lstrip(".: "))
             else:
                 given.append(text)
-        found = self._columns(request, given)
-        return found.table(self.manifest) if as_arrow else found
+        return self._columns(request, given)
 
     def close(self) -> None:
         """End the threads; running calls end with RuntimeError, unless the engine has all their texts."""

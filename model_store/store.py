@@ -136,7 +136,7 @@ class Store:
         return self.open_path(self.path / name / str(number))
 
     def find(self, model: str) -> Artifact | None:
-        """The artifact that open() returns, or that of a folder anywhere; None if there is neither.
+        """The artifact that open() returns, or that of a version's or a model's folder anywhere; None if there is none.
 
         Raises StoreError as open() and read_manifest() do.
         """
@@ -144,7 +144,9 @@ class Store:
             if model.partition(":")[0] in self.versions():
                 return self.open(model)
         path = Path(model)
-        return Artifact(path.absolute(), read_manifest(path)) if (path / MANIFEST).is_file() else None
+        if (path / MANIFEST).is_file():
+            return Artifact(path.absolute(), read_manifest(path))
+        return Store(path.parent).open(path.name) if any(path.glob(f"*/{MANIFEST}")) else None
 
     def open_path(self, path: Path) -> Artifact:
         """The artifact in <store>/<name>/<version>.

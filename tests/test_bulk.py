@@ -68,7 +68,7 @@ class Here:
         self.texts += sum(text is not None for text in texts)
         self._waiting += 1
         self.most = max(self.most, self._waiting)
-        answers = self._model.answers(texts, tau=0.3, long="error")
+        answers = self._model.answers_by_column(texts, tau=0.3, long="error")
         if all(answers.values["error"]):  # as from a server, whose kind of model is then unknown
             answers.values = {"error": answers.values["error"]}
         future = Future[Answers]()
@@ -839,7 +839,7 @@ def test_standard_input_and_output(
     found = invoke(f"classify - --store {store} --model tiny-int8 --tau 0", input=given)
     rows = [json.loads(line) for line in found.stdout.splitlines()]
     assert [row["text"] for row in rows] == texts and rows[1]["error"].startswith("text is empty")
-    expected = model.answers(texts, tau=0)
+    expected = model.answers_by_column(texts, tau=0)
     assert [row["probs"] for row in rows] == expected.values["probs"]
     assert "  classifying: 4 of 4 rows, " in found.stderr and "about 0 s left" in found.stderr
     options = f"--store {store} --model tiny-int8 --tau 0 --keep none"

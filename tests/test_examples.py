@@ -46,7 +46,7 @@ def test_an_example_has_the_librarys_answers(store: Path, tmp_path: Path, exampl
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     rows = sorted(parquet.read_table(out).to_pylist(), key=lambda row: row["id"])
     with de3.load("tiny-int8", store=store) as model:
-        expected = model.answers(TEXTS).values
+        expected = model.answers_by_column(TEXTS).values
     assert [i for i, label in enumerate(expected["label"][:12]) if label is None] == [7, 8, 9]
     for name in ("label", "exit_layer", "error"):
         assert [row[name] for row in rows] == expected[name]

@@ -139,7 +139,10 @@ def test_answers_have_a_row_for_each_text(model: de3.Classifier) -> None:
 
     missing: list[Any] = [None, float("nan"), numpy.float32("nan"), pandas.NA, pandas.NaT]
     texts: list[Any] = ["good", "", *missing, LONG, "bad", ("a", None), 7, "good", "\ud800", "a 🎬 film"]
-    columns = model.answers(texts, long="error", tau=0).values
+    columns = model.answers_by_column(texts, long="error", tau=0).values
+    rows = model.answers(texts, long="error", tau=0)
+    assert rows == [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    assert len(rows) == len(texts)
     table = model.answers(texts, long="error", tau=0, as_arrow=True)
     assert table.to_pydict() == columns
     reasons = dict(enumerate(columns["error"]))
@@ -154,10 +157,10 @@ def test_answers_have_a_row_for_each_text(model: de3.Classifier) -> None:
     }
     assert reasons[1] == "must not be empty" and "the maximum is 64" in reasons[7]
     assert reasons[9] == "text_pair: must be a text; got null" and "surrogate" in reasons[12]
-    single = model.answers("good", tau=0)
+    single = model.answers_by_column("good", tau=0)
     assert single.values["label"] == columns["label"][:1]
     assert single.full_depth_s == pytest.approx(single.model_s)  # at τ = 0 nothing exits early
-    assert not any(model.answers([]).values.values())
+    assert model.answers([]) == []
     assert model.answers([None], as_arrow=True).schema == table.schema
     with pytest.raises(de3.InputError, match=r"input\[1\]: missing: must be a text"):
         model.classify(["good", float("nan")])  # type: ignore[list-item]
@@ -270,6 +273,10 @@ def test_by_folder_and_not_unpickled_from_another_artifact(store: Path, tmp_path
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
     with pytest.raises(ValueError, match="not the artifact"):
         pickle.loads(pickled)
+    with de3.load(store / "tiny-int8", store=tmp_path, threads=1) as model:  # its newest version
+        assert model.name == "tiny-int8:1"
+    with pytest.raises(ValueError, match="the store .* has no model 'nothing' either"):
+        de3.load("nothing", store=tmp_path)
     with pytest.raises(ValueError, match="no version '7'"):
         de3.load("tiny:7", store=store)
     with pytest.raises(ValueError, match="quantize: must be int8 or none"):

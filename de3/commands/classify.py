@@ -250,14 +250,7 @@ def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
     if demo:
         store, name = DEMO, name or "sst2"
     if name is not None:
-        try:
-            return artifact_of(name, store.absolute())
-        except ValueError as error:
-            hint = (
-                f"; the store {store} has no model {name!r} either: set --store, or --demo for the demo model"
-            )
-            is_in_store = demo or (store / name.partition(":")[0]).exists()
-            raise ValueError(f"{error}{'' if is_in_store else hint}") from None
+        return artifact_of(name, store.absolute())
     try:
         names = list(Store(store).versions())
     except NoModelsError as error:
