@@ -253,12 +253,10 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> "Settings":
-        if self.max_texts > self.max_queue:
-            raise ValueError("max_texts must not exceed max_queue: such a request could never be accepted")
-        if self.max_body_bytes > self.max_inflight_bytes:
-            raise ValueError(
-                "max_body_bytes must not exceed max_inflight_bytes: such a body could never be accepted"
-            )
+        for one, most in (("max_texts", "max_queue"), ("max_body_bytes", "max_inflight_bytes")):
+            if getattr(self, one) > getattr(self, most):
+                flags = [f"--{name.replace('_', '-')} ({getattr(self, name)})" for name in (one, most)]
+                raise ValueError(f"{flags[0]} must not exceed {flags[1]}: set both")
         _ = self.options
         if self.guarantee is not None:
             other = next((name for name in EXCLUSIVE if getattr(self, name) is not None), None)
