@@ -153,23 +153,35 @@ def _bodies(
 ) -> list[tuple[int, dict[str, Any]]]:
     """The JSON of each request of a call, with the index of its first text.
 
-    Tuples become pairs of texts, `lam` becomes lambda; options that are None are omitted.
+    Tuples become pairs of texts, `lam` becomes lambda; options that are None are omitted. Raises ValueError for an
+    input that is not text, or that UTF-8 cannot encode.
     """
-
-    def one(text: Input) -> Any:
-        return {"text": text[0], "text_pair": text[1]} if isinstance(text, tuple) else text
 
     given = {("lambda" if k == "lam" else k): v for k, v in options.items() if v is not None}
     if isinstance(inputs, str | tuple) or not isinstance(inputs, Sequence):
-        return [(0, {"input": one(inputs), **given})]
-    texts = [one(text) for text in inputs]
+        return [(0, {"input": _checked(inputs, "input"), **given})]
+    texts = [_checked(text, f"input[{index}]") for index, text in enumerate(inputs)]
     room = MAX_BODY_BYTES - _json_bytes({"input": [], **given})
     parts = batches([_json_bytes(text) + 1 for text in texts], max_texts, room) if texts else [slice(0)]
     return [(part.start or 0, {"input": texts[part], **given}) for part in parts]
 
 
+def _checked(text: Any, where: str) -> Any:
+    """The JSON of a text or pair; raises ValueError, whose message begins with `where`."""
+    if isinstance(text, tuple) and len(text) == 2:
+        text = {"text": text[0], "text_pair": text[1]}
+    for part in text.values() if isinstance(text, dict) else [text]:
+        if not isinstance(part, str):
+            raise ValueError(f"{where}: must be a text or a pair of texts, got {part!r:.50}")
+        try:
+            part.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: has half of a surrogate pair, which is not a character") from None
+    return text
+
+
 def _json_bytes(value: Any) -> int:
-    return len(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    return len(json.dumps(value, ensure_ascii=False).encode())
 
 
 def batches(sizes: Sequence[int], most: int, most_size: int) -> Iterator[slice]:
@@ -349,7 +361,10 @@ class Client(_Client[httpx.Client]):
     _kind = httpx.Client
 
     def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
-        """Classify a text, a pair or a batch, in as many requests as it needs; raises ServerError."""
+        """Classify a text, a pair or a batch, in as many requests as it needs.
+
+        Raises ServerError; or ValueError, before anything is sent, for an input that is not text, such as NaN.
+        """
         answers, bodies = list[Answer](), _bodies(inputs, options, self._max_texts)
         for first, body in bodies:
             attempts = _Attempts(self._retries, body, first if len(bodies) > 1 else None)
@@ -391,7 +406,7 @@ class AsyncClient(_Client[httpx.AsyncClient]):
     _kind = httpx.AsyncClient
 
     async def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
-        """Classify a text, a pair or a batch, in as many requests as it needs; raises ServerError."""
+        """Classify a text, a pair or a batch, in as many requests as it needs; raises as Client.classify does."""
         answers, bodies = list[Answer](), _bodies(inputs, options, self._max_texts)
         for first, body in bodies:
             attempts = _Attempts(self._retries, body, first if len(bodies) > 1 else None)

@@ -152,6 +152,10 @@ def test_a_call_with_more_texts_than_the_server_allows_is_several_requests(
         with pytest.raises(ServerError, match=rf"^input\[{index}\]: must not be only white space") as error:
             call(server.url, texts, {"model": "tiny"}, max_texts=most)
         assert error.value.field == ("input" if index == 70 else f"input[{index}]")
+    wrong: list[tuple[Any, str]] = [(float("nan"), "must be a text .* got nan"), (("good", None), "got None")]
+    for text, says in [*wrong, ("\ud800", "half of a surrogate pair")]:
+        with pytest.raises(ValueError, match=rf"^input\[3\]: .*{says}"):
+            call("http://127.0.0.1:9", [*TEXTS[:3], text])  # nothing is sent
     with pytest.raises(ServerError, match=r"^input: 100 texts, at most 64 are allowed"):
         call(server.url, TEXTS)
     first = response(json.dumps(WHOLE).encode())
