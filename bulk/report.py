@@ -13,10 +13,9 @@ from de3.server.settings import Settings
 def report(summary: Summary, artifact: Artifact | None, options: Mapping[str, Any]) -> list[str]:
     """The report of a run, as lines of text. artifact: None if a server answered; options: the run's options."""
     rate = summary.answered / summary.seconds if summary.seconds else 0.0
-    earlier = summary.rows - summary.answered - summary.refused
     lines = [
         f"{summary.rows:,} rows"
-        + (f" ({earlier:,} of them by an earlier run)" if earlier else "")
+        + (f" ({summary.earlier:,} of them by an earlier run)" if summary.earlier else "")
         + f" in {summary.seconds:.1f} s: {rate:,.0f} rows/s"
     ]
     if summary.answered:
@@ -24,7 +23,7 @@ def report(summary: Summary, artifact: Artifact | None, options: Mapping[str, An
             f"{layer}: {100 * number / summary.answered:.1f}%"
             for layer, number in sorted(summary.layers.items())
         )
-        lines.append(f"exits by layer: {layers}")
+        lines.append(f"exits by layer{' in this run' if summary.earlier else ''}: {layers}")
     if summary.model_s:
         speedup = summary.full_depth_s / summary.model_s
         lines.append(f"speed-up in model time: {speedup:.1f}× over full depth")

@@ -40,6 +40,11 @@ class Summary:
     model_s: float = 0.0
     full_depth_s: float = 0.0
 
+    @property
+    def earlier(self) -> int:
+        """The number of rows that an earlier, interrupted run answered or refused."""
+        return self.rows - self.answered - self.refused
+
     def add(self, one: Slice, answers: Answers) -> None:
         """Add the answers to a slice."""
         self.layers.update(layer for layer in answers.values.get("exit_layer", []) if layer is not None)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from io import BytesIO
-from itertools import pairwise, product
+from itertools import count, pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -705,7 +705,7 @@ def test_errors_of_the_command(store: Path, tmp_path: Path, arguments: str, says
     assert says in refusal(f"classify {where} {arguments.format(tmp_path)}")
 
 
-def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:
+def test_the_command_in_processes(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, out = tmp_path / "in.csv", tmp_path / "out.parquet"
     write(file, [{"id": i, "text": text} for i, text in enumerate(TEXTS)] + [{"id": "x", "text": ""}])
     output = command(
@@ -718,6 +718,21 @@ def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:
     assert "at most 50% of the answers differ from full depth (with 95% confidence)" in output
     assert "1 rows cannot be classified: error has the reasons" in output
     dropped = tmp_path / "out.tsv"
+    part, lines, writes = file.with_name("some.csv"), file.read_text().splitlines(), count()
+    part.write_text("\n".join([*lines[:18], lines[-1]]))
+    some = f"classify --store {store} --model tiny-int8 --file {part} --out {tmp_path}/some --part-rows 8"
+
+    def interrupted(*written: Any) -> None:
+        if next(writes) == 1:
+            raise KeyboardInterrupt
+        return write_part(*written)
+
+    write_part = formats.Format.write
+    monkeypatch.setattr(formats.Format, "write", interrupted)
+    assert invoke(some).exit_code == 130
+    output = command(some)
+    assert "18 rows (8 of them by an earlier run)" in output and "exits by layer in this run: " in output
+    assert "1 rows of this run cannot be classified: error has the reasons" in output
     output = command(
         f"classify --store {store} --model tiny-int8 --file {file} --out {dropped} --refused drop --prefix de3_"
     )

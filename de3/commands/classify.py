@@ -337,4 +337,5 @@ def _run(
             count = sum(1 for _ in lines)
         _say(f"{count} rows cannot be classified: {dropped}", "yellow")
     elif summary.refused:
-        _say(f"{summary.refused} rows cannot be classified: {prefix}error has the reasons", "yellow")
+        these = "rows of this run" if summary.earlier else "rows"
+        _say(f"{summary.refused} {these} cannot be classified: {prefix}error has the reasons", "yellow")
