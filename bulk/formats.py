@@ -37,19 +37,6 @@ class Rows:
     answers: dict[str, list[Any]]
     types: dict[str, str]
 
-    @classmethod
-    def of(cls, slices: Sequence[Slice], answers: dict[str, list[Any]], types: dict[str, str]) -> "Rows":
-        """The rows of slices; raises ValueError if an input column and an answers' column have the same name."""
-        kept = [one.kept for one in slices if len(one.kept)]
-        for piece in kept:
-            for names in piece if isinstance(piece, list) else [piece.column_names]:
-                if both := [name for name in names if name in types]:
-                    raise ValueError(
-                        f"{both[0]}: is a column of the input and of the answers: choose others with --keep, or "
-                        "rename the answers' with --prefix"
-                    )
-        return cls(kept, answers, types)
-
     def names(self) -> list[str] | None:
         """The names of the input's columns, from the first row that could be read; None if there is none."""
         for piece in self.kept:
@@ -88,6 +75,16 @@ def _dicts(piece: Any) -> list[dict[str, Any]]:
         raise ValueError(
             f"a column has a value that only .parquet can hold ({error}): leave it out with --keep"
         ) from None
+
+
+def check_names(one: Slice, types: Mapping[str, str]) -> None:
+    """Raise ValueError if an input column that a slice keeps and an answers' column have the same name."""
+    for names in one.kept if isinstance(one.kept, list) else [one.kept.column_names]:
+        if both := [name for name in names if name in types]:
+            raise ValueError(
+                f"{both[0]}: is a column of the input and of the answers: choose others with --keep, or "
+                "rename the answers' with --prefix"
+            )
 
 
 class Format:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+from de3.bulk.formats import check_names
 from de3.bulk.parts import Parts
 from de3.bulk.pool import Pool
 from de3.bulk.source import Slice, Source
@@ -148,6 +149,7 @@ class _Part:
         columns = {self._rename(name): column for name, column in values.items()}
         types = self._parts.types or {self._rename(name): COLUMNS[name].type for name in values}
         self._parts.types = types
+        check_names(one, types)  # with the first slice, rather than once the part is complete
         for name in types:  # if a server refused all texts of a slice, its other columns are missing
             self._values.setdefault(name, []).extend(columns.get(name) or [None] * len(one.kept))
 

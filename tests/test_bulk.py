@@ -676,9 +676,11 @@ def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier,
 def test_columns_of_input_and_answers_may_not_share_a_name(model: de3.Classifier, tmp_path: Path) -> None:
     for kind in (".parquet", ".jsonl"):
         file, out = tmp_path / f"in{kind}", tmp_path / f"out{kind}"
-        write(file, [{"text": "good", "label": 1}])
+        write(file, [{"text": text, "label": 1} for text in TEXTS])
+        pool = Here(model)
         with pytest.raises(ValueError, match="label: is a column of the input and of the answers"):
-            classify(Here(model), file, out)
+            classify(pool, file, out, part_rows=1000)
+        assert pool.texts <= 8 * (2 * pool.size + 1)  # found with the first slice
         classify(Here(model), file, out, keep=["text"])
 
 
