@@ -101,9 +101,11 @@ def _records(path: Path, columns: Columns, keeps_bad: bool) -> Iterator[tuple[in
         raise ValueError(
             f"{path}: expected a file named {', '.join(known)}; rename it, or give --delimiter (tab, ; or ,)"
         )
-    # "-sig": some files begin with a byte order mark.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        if delimiter is None and suffix in (".txt", ".jsonl"):
+    has_lines = delimiter is None and suffix in (".txt", ".jsonl")
+    # Only \n ends a line of text, not \r; the csv module needs "". "-sig": some files begin with a byte order mark.
+    newline = "\n" if has_lines else ""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
+        if has_lines:
             for number, line, problem in _lines(file):
                 if problem:
                     yield number, BadRow(problem, line[:SHOWN])

@@ -45,6 +45,13 @@ def test_byte_order_marks_and_other_encodings(tmp_path: Path) -> None:
         tables.read_rows(tmp_path / "b.tsv", Columns())
 
 
+def test_a_lone_carriage_return_does_not_end_a_line(tmp_path: Path) -> None:
+    for name, content in (("in.txt", b"a\rb\r\n\nc"), ("in.jsonl", b'{"text":\r"a\\rb"}\r\n\n{"text": "c"}')):
+        (tmp_path / name).write_bytes(content)
+        found = list(tables.records(tmp_path / name, Columns(label=None)))
+        assert found == [(f"{tmp_path / name}:1", {"text": "a\rb"}), (f"{tmp_path / name}:3", {"text": "c"})]
+
+
 def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
     cola = write(tmp_path / "c.tsv", "gj04\t1\t\tOur friends.\n")
     assert tables.read_rows(cola, Columns(text="3", label="1", header=False)) == [("Our friends.", "1")]
