@@ -119,7 +119,7 @@ class Parts:
             self._note(False)
         if self.drops_refused:
             draft = new_draft(self._refused(number))
-            with draft.open("x", encoding="utf-8", errors="backslashreplace") as opened:
+            with draft.open("x", encoding="utf-8") as opened:
                 for row in (row for one in slices for _, row in sorted(one.refused.items())):
                     opened.write(json.dumps(vars(row), ensure_ascii=False) + "\n")
             publish(draft, self._refused(number))  # before the part, so that every part has this file

@@ -65,10 +65,14 @@ class Slice:
         self.refuse(self.rows - 1, reason, content)
 
     def refuse(self, index: int, reason: str, content: object) -> None:
-        """Refuse a row. content: the row or its text, of which the beginning is kept."""
+        """Refuse a row. content: the row or its text, of which the beginning is kept.
+
+        Half of a surrogate pair, which many readers of JSON refuse even if it is escaped, is kept as the text \\ud800.
+        """
         shown = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
-        reason = reason.removeprefix(": ")[:SHOWN]
-        self.refused[index] = Refused(self.number + index, self.places[index], reason, shown[:SHOWN])
+        texts = self.places[index], reason.removeprefix(": ")[:SHOWN], shown[:SHOWN]
+        plain = [one.encode(errors="backslashreplace").decode() for one in texts]
+        self.refused[index] = Refused(self.number + index, *plain)
 
     def merge_errors(self, errors: list[str | None]) -> None:
         """Refuse the texts that could not be classified, and complete `errors`: the reason for each row."""

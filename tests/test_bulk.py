@@ -17,6 +17,7 @@ import pyarrow as arrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import json as arrow_json
 from pyarrow import parquet
 
 import de3
@@ -518,6 +519,10 @@ def test_rows_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -
     summary, refused = classify(Here(model), file, out, drops_refused=True)
     assert [row["text"] for row in read(out)] == ["good", "bad", "fine"]
     expected = [(row, f"{file}:{row + 1}", reason) for row, reason in enumerate(rows.values()) if reason]
+    assert arrow_json.read_json(refused).to_pylist() == read(
+        refused
+    )  # which refuses half of a surrogate pair
+    assert [read(refused)[i]["content"] for i in (3, 5)] == [r'{"text": "\ud800"}', '"caf\\udce9"\n']
     for one, (row, where, reason) in zip(read(refused), expected, strict=True):
         assert (one["row"], one["where"]) == (row, where) and reason in one["reason"]
     assert (summary.rows, summary.answered, summary.refused) == (9, 3, 6)
