@@ -701,6 +701,7 @@ def test_columns_of_input_and_answers_may_not_share_a_name(model: de3.Classifier
         ("", "give texts"),
         ("--file - --out - --refused drop", "--refused: "),
         ("--file {0}/in.jsonl --out - --model tiny --format xlsx", "--format must be"),
+        ("--file {0}/in.csv --out - --model tiny", "in.csv: no rows"),
         ("good --url localhost:8000", "http://localhost:8000"),
         ("good --url http://127.0.0.1:9", "de3 serve"),
     ],
@@ -833,8 +834,10 @@ def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> N
 
 
 def test_texts_without_a_server(store: Path) -> None:
-    output = command(["classify", "a good film", "--store", str(store), "--model", "tiny", "--tau", "0"])
-    assert "layer 3  a good film" in output
+    options = ["--store", str(store), "--model", "tiny", "--tau", "0"]
+    output = command(["classify", "a good film", *options])
+    assert "layer 3  a good film" in output and "truncated" not in output
+    assert "1 of 2 texts were truncated to the model's limit" in command(["classify", LONG, "good", *options])
 
 
 @pytest.mark.slow
@@ -864,6 +867,13 @@ def test_standard_input_and_output(
     expected = model.answers_by_column(texts, tau=0)
     assert [row["probs"] for row in rows] == expected.values["probs"]
     assert "  classifying: 4 of 4 rows, " in found.stderr and "about 0 s left" in found.stderr
+    objects = "\n" + "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+    found = invoke(f"classify - --store {store} --model tiny-int8 --tau 0", input=objects)
+    assert [json.loads(line) for line in found.stdout.splitlines()] == [
+        {"text": row["text"], "id": i} | row for i, row in enumerate(rows)
+    ]
+    found = invoke(f"classify - --store {store} --model tiny-int8", input='{"sentence": "good"}')
+    assert "classified: standard input:1: no column 'text'" in str(found.exception)
     options = f"--store {store} --model tiny-int8 --tau 0 --keep none"
     found = invoke(f"classify --file - --out {tmp_path}/out.csv {options}", input=given)
     (tmp_path / "in.txt").write_text(given)

@@ -16,7 +16,7 @@ import typer
 
 from de3.commands.models import StoreOption, check_url
 from de3.commands.options import add_parameters, console, fields_of
-from de3.data.tables import Columns
+from de3.data.tables import Columns, records
 
 if TYPE_CHECKING:
     from de3.bulk.pool import Pool
@@ -35,8 +35,8 @@ def classify(
         Path | None,
         _file_option(
             help="File of texts, or a folder of such files: .parquet, .csv or .tsv with columns; .jsonl, each line a "
-            'text or an object; or .txt, one text per line. A column "text_pair" makes pairs. "-": standard input, one '
-            "text per line."
+            'text or an object; or .txt, one text per line. A column "text_pair" makes pairs. "-": standard input, as '
+            ".jsonl if its first line is a JSON object, else one text per line."
         ),
     ] = None,
     out: Annotated[
@@ -214,16 +214,19 @@ def _files(file: Path, out: Path, output_format: str | None) -> Iterator[tuple[P
         return
     with TemporaryDirectory(prefix="de3-") as folder:
         if str(file) == "-":
-            file = Path(folder) / "stdin.txt"
+            file = Path(folder) / "stdin.jsonl"
             with file.open("xb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
+            _, first = next(records(file, Columns(label=None), keeps_bad=True), ("", None))
+            if not isinstance(first, dict):
+                file = file.rename(file.with_suffix(".txt"))
         answers = out
         if str(out) == "-":
             answers = Path(folder) / f"stdout{_kind(Path(folder), output_format or 'jsonl', '')}"
         try:
             yield file, answers
         except ValueError as error:
-            raise ValueError(str(error).replace(f"{folder}/stdin.txt", "standard input")) from None
+            raise ValueError(str(error).replace(f"{folder}/{file.name}", "standard input")) from None
         if answers is not out:
             with answers.open("rb") as copy:
                 shutil.copyfileobj(copy, sys.stdout.buffer)
@@ -289,6 +292,8 @@ def _print(texts: list[str], rows: "list[Row]") -> None:
         label = row.label if row.labels is None else ", ".join(row.labels) or "none"
         number = max(row.probs) if row.value is None else row.value
         print(f"{label}  {number:.3f}  layer {row.exit.layer}  {text}")
+    if truncated := sum(row.truncated for row in rows):
+        _say(f"{truncated} of {len(rows)} texts were truncated to the model's limit; see --long", "yellow")
 
 
 def _run(
