@@ -275,7 +275,7 @@ def test_by_folder_and_not_unpickled_from_another_artifact(store: Path, tmp_path
         pickle.loads(pickled)
     with de3.load(store / "tiny-int8", store=tmp_path, threads=1) as model:  # its newest version
         assert model.name == "tiny-int8:1"
-    with pytest.raises(ValueError, match="the store .* has no model 'nothing' either"):
+    with pytest.raises(ValueError, match=r"the store .* has no model 'nothing' either"):
         de3.load("nothing", store=tmp_path)
     with pytest.raises(ValueError, match="no version '7'"):
         de3.load("tiny:7", store=store)
