@@ -36,7 +36,7 @@ CAFE, BROKEN = "Loved the new café—coffee was great.", "This update broke eve
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Server]:
-    with serving(store, models=["tiny", "tiny-int8"], max_texts=8) as running:
+    with serving(store, models=["tiny", "tiny-int8"], default_model="tiny", max_texts=8) as running:
         yield running
 
 
@@ -408,7 +408,7 @@ def test_a_text_that_is_too_long_is_named_as_its_protocol_does(
     answer = httpx.post(server.url + path, content=content)
     error = answer.json()["error"]
     message = error["message"] if isinstance(error, dict) else error
-    assert answer.status_code == 422 and message.startswith(f"{name}: has 202 tokens, the model"), message
+    assert answer.status_code == 422 and message.startswith(f"{name}: has 202 tokens, the maximum"), message
 
 
 # huggingface_hub
