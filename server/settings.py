@@ -5,6 +5,7 @@ Each is declared once, as a field of Settings: its flag, help and default in `de
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -305,10 +306,17 @@ def variable(name: str) -> str:
     return PREFIX + name.upper()
 
 
-def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Environment variables with the prefix that are not settings: misspelt, or from another version."""
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Environment variables with the prefix that are not settings, by name: the one with a similar name, or None.
+
+    Kubernetes sets such variables, too, for a service named de3-web; they are similar to none.
+    """
     known = {variable(name) for name in Settings.model_fields} | {*OTHER_VARIABLES}
-    return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
+    return {
+        name: next(iter(get_close_matches(name, known, 1, 0.8)), None) if "://" not in value else None
+        for name, value in sorted(environment.items())
+        if name.startswith(PREFIX) and name not in known
+    }
 
 
 def available_cores() -> int:

@@ -523,7 +523,7 @@ def test_a_json_log_has_only_json(hub: Any, tmp_path: Path, monkeypatch: pytest.
     """Of every process, from the first line to the last, whatever fails."""
     monkeypatch.setenv("DE3_LOG_FORMAT", "json")
     monkeypatch.setenv("DE3_PROCESSES", "2")
-    monkeypatch.setenv("DE3_TUA", "0.5")
+    monkeypatch.setenv("DE3_NOTHING", "0.5")
     for is_first in (True, False):
         lines, killed = list[dict[str, Any]](), False
         with process(tmp_path / "none", "org/model", "--guarantee", "0.2", "--learn") as started:
@@ -539,9 +539,9 @@ def test_a_json_log_has_only_json(hub: Any, tmp_path: Path, monkeypatch: pytest.
                     os.kill(int(pids[0]), signal.SIGKILL)
             assert started.wait(60) == 0
         log = " ".join(line["message"] for line in lines)
-        assert log.count("curl http://") == 1 and "DE3_TUA: unknown" in log and "replacing it" in log
+        assert log.count("curl http://") == 1 and "DE3_NOTHING: unknown" in log and "replacing it" in log
         assert log.count("is converted once") == is_first
-    monkeypatch.delenv("DE3_TUA")
+    monkeypatch.delenv("DE3_NOTHING")
     for wrong, said in (
         (["--nonsense"], "No such option: --nonsense"),
         (["--port", "x"], "Invalid value for '--port'"),

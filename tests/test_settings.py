@@ -10,7 +10,7 @@ from typer.main import get_command
 
 from de3.cli import app
 from de3.server.settings import SECRETS, Settings, unknown_variables, variable
-from tests.commands import de3
+from tests.commands import de3, refusal
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = {variable(name) for name in Settings.model_fields}
@@ -36,21 +36,29 @@ def test_help_is_short_unless_all_is_wanted() -> None:
 
 
 def test_unknown_variables_are_found() -> None:
-    environment = dict.fromkeys((*VARIABLES, "DE3_ADMIN_KEY", "HOME", "DE3_TUA", "DE3_MAX_QUEU"), "1")
-    assert unknown_variables(environment) == ["DE3_MAX_QUEU", "DE3_TUA"]
+    similar = {"DE3_API_KEY_FILE": "DE3_API_KEYS_FILE", "DE3_MAX_QUEU": "DE3_MAX_QUEUE", "DE3_TUA": "DE3_TAU"}
+    links = ["PORT_8000_TCP", "PORT_8000_TCP_ADDR", "SERVICE_HOST", "SERVICE_PORT", "WEB_SERVICE_HOST"]
+    others = dict.fromkeys([*(f"DE3_{name}" for name in links), "DE3_WEB_PORT"])
+    environment = dict.fromkeys((*VARIABLES, "DE3_ADMIN_KEY", "HOME", *similar, *others), "1")
+    environment["DE3_WEB_PORT"] = "tcp://10.0.0.1:80"  # as Kubernetes sets it
+    assert unknown_variables(environment) == similar | others
 
 
 def test_variables_are_settings_and_unknown_ones_warn(
     store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, value in (("MODELS", "tiny-int8 tiny"), ("MAX_QUEU", "5"), ("MAX_TEXTS", "3")):
+    for name, value in (("MODELS", "tiny-int8 tiny"), ("SERVICE_PORT", "5"), ("MAX_TEXTS", "3")):
         monkeypatch.setenv(f"DE3_{name}", value)
     started: list[Any] = []
     monkeypatch.setattr("de3.server.main.serve", lambda *arguments: started.append(arguments))
     de3(f"serve --store {store}")
     ((set_, _),) = started
-    assert "DE3_MAX_QUEU: unknown setting, ignored" in caplog.text
+    assert "DE3_SERVICE_PORT: unknown setting, ignored" in caplog.text
     assert (set_.store, set_.models, set_.max_texts) == (store, ["tiny-int8", "tiny"], 3)
+    monkeypatch.setenv("DE3_API_KEY_FILE", "keys")
+    said = "DE3_API_KEY_FILE: unknown setting; did you mean DE3_API_KEYS_FILE?"
+    assert refusal(f"serve --store {store}") == said
+    assert len(started) == 1
 
 
 def test_compose_offers_every_setting_and_no_other() -> None:
