@@ -525,16 +525,15 @@ def test_a_json_log_has_only_json(hub: Any, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("DE3_PROCESSES", "2")
     monkeypatch.setenv("DE3_NOTHING", "0.5")
     for is_first in (True, False):
-        lines, killed = list[dict[str, Any]](), False
+        lines = list[dict[str, Any]]()
         with process(tmp_path / "none", "org/model", "--guarantee", "0.2", "--learn") as started:
             assert started.stderr is not None
             for line in started.stderr:
                 lines.append(json.loads(line))
                 message = lines[-1]["message"]
-                if "2 processes" in message and killed:
+                if "is replaced, after" in message:
                     started.terminate()
                 elif "2 processes" in message:
-                    killed = True
                     pids = re.findall(r"Started server process \[(\d+)\]", json.dumps(lines))
                     os.kill(int(pids[0]), signal.SIGKILL)
             assert started.wait(60) == 0

@@ -71,7 +71,8 @@ class Supervisor:
         self._lives: dict[int, asyncio.Task[None]] = {}  # by number; each task ends with its process
         self._over: asyncio.Future[Exception | None]
         self._started = 0.0
-        self._has_opened = self._is_draining = False
+        self._ended: dict[int, float] = {}  # by number, of processes that are being replaced: when the first ended
+        self._has_opened = self._was_complete = self._is_draining = False
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -224,6 +225,7 @@ class Supervisor:
             self._stop(ServerError(reason))
             return
         log.critical("process %d ended (%s); replacing it", number, reason)
+        self._ended.setdefault(number, perf_counter())
         self._group.open()  # the others do not wait for it
         self._metrics.replaced.inc()
         pause_s = 0.0 if starts <= MAX_STARTS else min(RETRY_S, 2.0 ** (starts - MAX_STARTS))
@@ -246,7 +248,11 @@ class Supervisor:
                 log.info(hint(url, manifests, self._default, self._settings.has_keys))
             process.has_opened = True
             self._starts[process.number] = 0
-            if sum(one.has_opened for one in self._group.ready) == self._group.size:
+            if (ended := self._ended.pop(process.number, None)) is not None:
+                log.info("process %d is replaced, after %.1f s", process.number, perf_counter() - ended)
+            complete = sum(one.has_opened for one in self._group.ready) == self._group.size
+            if complete and not self._was_complete:
+                self._was_complete = True
                 log.info(
                     "ready in %.1f s: %d processes, engine threads of each: %d",
                     *(perf_counter() - self._started, self._group.size, self._part.threads),
