@@ -243,6 +243,14 @@ def test_a_model_without_exits(tab: Page, full_depth: Server) -> None:
         page.get_by_role("button", name="Show 10").click()
         expect(names).to_have_count(10)
 
+        def from_a_folder(route: Route) -> None:
+            answer = route.fetch()
+            route.fulfill(response=answer, body=answer.text().replace("my-org/stock", "stock"))
+
+        page.route("**/v1/models", from_a_folder)
+        page.reload()
+        expect(page.locator("code").first).to_contain_text("de3 import path/to/stock --texts")
+
 
 def test_the_labels_of_a_multi_label_model(tab: Page, full_depth: Server) -> None:
     for page in visited(tab, full_depth):

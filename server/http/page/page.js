@@ -641,7 +641,8 @@ async function use(model) {
   $("main").classList.toggle("full-depth", !hasExits());
   $("no-exits").textContent =
     `${model.id} has no exits: every text runs through all ${plural(model.num_layers, "layer")}.`;
-  const name = model.source ?? model.name;
+  // The source of a folder is its last part only; a hub id has two.
+  const name = !model.source || model.source.includes("/") ? (model.source ?? model.name) : `path/to/${model.source}`;
   drawCommand("import", `de3 import ${name} --texts texts.txt --name with-exits`);
   drawCommand("learn", `de3 serve ${name} --learn --guarantee 0.02`);
   setInForce({ tau: model.defaults.tau });
