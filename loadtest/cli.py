@@ -34,6 +34,7 @@ def run(
 ) -> None:
     """Load a running server and report latency, throughput, errors and accuracy.
 
+    The environment variable DE3_API_KEY has the API key, if the server needs one.
     Every label is compared with the label that the same text gets when it is sent alone.
 
     Example: de3 loadtest run http://127.0.0.1:8000 --texts dev.tsv --label-names negative,positive --rate 300
@@ -45,7 +46,7 @@ def run(
 
     samples = with_long(read(texts, text_column, label_names=label_names), long_share)
     samples = with_taus(samples, tau or [])
-    target = Target(url)
+    target = Target(url, key=os.environ.get("DE3_API_KEY", ""))
     try:
         alone = ask_alone(target, samples)
         with Progress(console=report.console, transient=True) as progress:
@@ -61,6 +62,8 @@ def run(
     report.show(report.table({url: row}))
     if json_file:
         report.write_json(json_file, row)
+    if not result.ok():
+        raise ValueError(f"{url}: no request was answered with status 200")
 
 
 @app.command()

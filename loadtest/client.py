@@ -26,12 +26,17 @@ MAX_BROKEN = 1000  # broken connections before a run is aborted
 
 
 def post(
-    fields: dict[str, Any], path: str = "/classify", host: str = "localhost", request_id: str = ""
+    fields: dict[str, Any],
+    path: str = "/classify",
+    host: str = "localhost",
+    request_id: str = "",
+    key: str = "",
 ) -> bytes:
     """The bytes of a POST request with `fields` as its JSON body."""
     body = json.dumps(fields).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     head += f"X-Request-ID: {request_id}\r\n" if request_id else ""
+    head += f"Authorization: Bearer {key}\r\n" if key else ""
     return head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
@@ -49,17 +54,19 @@ class Target:
         url: scheme, host and port.
         body: makes a request's JSON from a text.
         label: takes the label from an answer's JSON.
+        key: API key; empty for none.
     """
 
     url: str
     path: str = "/classify"
     body: Callable[[str], dict[str, Any]] = lambda text: {"input": text}
     label: Callable[[Any], str] = label_of
+    key: str = field(default="", repr=False)
 
     def request(self, sample: Sample) -> bytes:
         """The bytes of a request."""
         fields = self.body(sample.text) | ({} if sample.tau is None else {"tau": sample.tau})
-        return post(fields, self.path, urlsplit(self.url).netloc)
+        return post(fields, self.path, urlsplit(self.url).netloc, key=self.key)
 
 
 @dataclass(slots=True)

@@ -61,13 +61,17 @@ def table(rows: dict[str, dict[str, Any]]) -> Table:
     table = empty_table(columns, no_wrap=True)
     for name, row in rows.items():
         latency = row.get("latency_ms_all", {})
-        errors = sum(n for status, n in row["statuses"].items() if status != "200")
+        errors = [
+            f"{n} × {'no answer' if status == '0' else status}"
+            for status, n in row["statuses"].items()
+            if status != "200"
+        ]
         table.add_row(
             name,
             f"{row['answers_per_s']:.0f}",
             *(f"{latency.get(q, float('nan')):.2f}" for q in ("p50", "p95", "p99")),
             "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}%",
-            str(errors),
+            ", ".join(errors) or "0",
             "–" if row["wrong_labels"] is None else str(row["wrong_labels"]),
             f"{100 * row['generator']['cpu_share']:.0f}%",
         )

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from de3.loadtest import client, ramp, report, servers
 from de3.loadtest.client import Target, accuracy, ask_alone, quantile, send_traffic, wrong_labels
 from de3.loadtest.texts import Sample, read, with_long, with_taus
 from de3.model_store.store import Store
-from tests.commands import de3
+from tests.commands import de3, invoke
 from tests.fixtures import make_rows, write_rows
 from tests.serving import serving
 
@@ -164,6 +165,20 @@ def test_against_the_real_server(store: Path, tmp_path: Path) -> None:
         de3(command)
     numbers = json.loads((tmp_path / "r.json").read_text())
     assert numbers["wrong_labels"] == 0 and set(numbers["statuses"]) == {"200"}
+
+
+def test_a_run_sends_the_key_and_fails_if_nothing_is_answered(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, file = "a-key-for-classifying", tmp_path / "texts.txt"
+    file.write_text("good\nbad\n")
+    with serving(store, models=["tiny-int8"], api_keys=f"alice {key}") as server:
+        command = f"loadtest run {server.url} --texts {file} --seconds 0.5 --rate 20"
+        refused = invoke(command)
+        assert re.search(r"[1-9]\d* × 401 ", refused.output)
+        assert str(refused.exception) == f"{server.url}: no request was answered with status 200"
+        monkeypatch.setenv("DE3_API_KEY", key)
+        assert "401" not in de3(command)
 
 
 def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
