@@ -242,14 +242,20 @@ def test_a_request_keeps_the_model_it_began_with(versions: Path, monkeypatch: py
 
 def test_changes_are_off_without_an_admin_key(versions: Path) -> None:
     with serving(versions, models=["tiny:1"]) as server:
-        for what in ("load", "unload", "rollback"):
-            assert change(server, what).status_code == 404
+        for what in ("load", "unload", "rollback", "audit/reset", "learn"):
+            refused = change(server, what)
+            assert refused.status_code == (405 if what == "learn" else 404)
+            assert (
+                refused.json()["error"]["message"]
+                == f"/v1/models/tiny/{what} needs a server with --admin-keys-file"
+            )
         paths = httpx.get(server.url + "/openapi.json").json()["paths"]
         assert not [path for path in paths if path.endswith("load")]
 
 
-def test_a_change_needs_an_admin_key(versions: Path) -> None:
+def test_a_change_needs_an_admin_key(versions: Path, caplog: pytest.LogCaptureFixture) -> None:
     users = "alice a-key-for-classifying"
+    caplog.set_level("INFO")
     with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}", api_keys=users) as server:
         for headers in ({}, {"Authorization": "Bearer nobody-has-this-key"}, {"Authorization": KEY}):
             refused = change(server, "load", headers=headers, version=2)
@@ -262,7 +268,12 @@ def test_a_change_needs_an_admin_key(versions: Path) -> None:
         for path in ("load%0A", "load%0a?x", "unload/", "rollback%0D", "%0A/load", "x/rollback%00"):
             strange = httpx.post(f"{server.url}/v1/models/tiny/{path}", json={})
             assert strange.status_code == 401, path
-        assert change(server, "load", version=2).status_code == 200
+        assert "sends POST" not in caplog.text
+        changed = change(server, "load", version=2)
+        assert changed.status_code == 200
+        (line,) = [line for line in caplog.messages if "sends POST" in line]
+        assert line.startswith("admin root sends POST /v1/models/tiny/load {")
+        assert line.endswith(f"request id {changed.headers['x-request-id']}")
         assert httpx.get(server.url + "/v1/models", headers=HEADERS).status_code == 200  # an admin may read
         assert httpx.get(server.url + "/v1/models/tiny/load", headers=HEADERS).status_code == 405
 

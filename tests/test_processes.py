@@ -84,7 +84,7 @@ class Running:
         )
 
     def change(self, what: str, **body: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {ADMIN}"}
+        headers = {"Authorization": f"Bearer {ADMIN}", "X-Request-ID": f"my-{what}"}
         return httpx.post(f"{self.url}/v1/models/tiny/{what}", json=body, headers=headers, timeout=60)
 
     @contextmanager
@@ -174,6 +174,8 @@ def test_a_change_is_seen_in_every_process_or_in_none(server: Running) -> None:
         refused = server.change("load", version=3)
         assert refused.status_code == 422 and "layer_02.onnx" in refused.json()["error"]["message"]
         assert served() == [["tiny:1", "current"]]
+        line = 'admin root sends POST /v1/models/tiny/load {"version":.?3}, request id my-load'
+        until(lambda: len(server.logged(line)) == 1, "the change in the log")
         assert server.change("load", version=2, role="canary", share=0.5).status_code == 200
         assert served() == [["tiny:1", "current"], ["tiny:2", "canary"]]
         assert server.change("load", version=2).json()["role"] == "current"

@@ -182,8 +182,8 @@ class Access:
             self.admins.owner(scope)
             return None
 
-    def check(self, path: str, scope: Scope) -> bool:
-        """Authorize a request that does not classify; True if it needed an admin's key.
+    def check(self, path: str, scope: Scope) -> str:
+        """Authorize a request that does not classify; returns the admin's name if it needed an admin's key, else "".
 
         Health, readiness, metrics, the web page and the documentation are open. On every other path, a server with
         admin keys requires one for every method but GET, HEAD and OPTIONS, and a server with user keys requires a
@@ -191,18 +191,17 @@ class Access:
         mistake. Raises RequestError if the key is missing, unknown or not sufficient.
         """
         if OPEN.fullmatch(path):
-            return False
+            return ""
         if self.admins is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             self.reader(scope)
-            return False
+            return ""
         try:
-            self.admins.owner(scope)
+            return self.admins.owner(scope)
         except RequestError:
             if self.users is not None:
                 self.users.owner(scope)
                 raise RequestError("this needs an admin's key", cause="forbidden") from None
             raise
-        return True
 
 
 def _keys(lines: SecretStr | None, path: Path | None, variable: str) -> Keys | None:

@@ -1,5 +1,6 @@
 """Routes that change the served models; they exist only on a server with admin keys (access.py)."""
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$", description="name of a m
 NameOrVersion = Annotated[
     str, Path(pattern=f"^{NAME.pattern}(:[0-9]{{1,9}})?$", description="name of a model, or name:version")
 ]
+PATHS = re.compile(r"/v1/models/[^/]+/(load|unload|rollback|audit/reset|learn)")  # of the routes below
 Version = Annotated[int, Field(ge=1, le=10**9)]
 
 

@@ -1,6 +1,7 @@
 """The HTTP application: checks, protocols and the other routes."""
 
 import asyncio
+import logging
 import re
 import socket
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -45,6 +46,7 @@ from de3.server.http.page import page
 from de3.server.http.protocol import Protocol
 from de3.server.shared_run import SharedRun
 
+log = logging.getLogger("de3")
 # Errors on other paths have the format of the last protocol listed here with the same first path segment.
 PROTOCOLS: dict[str, Protocol] = {
     "/rerank": rerank.TEI_OR_JINA,
@@ -92,22 +94,25 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
         if scope["type"] != "http":
             await api(scope, receive, send)
         elif checks_host and not is_own_name(_host_of(scope)):
-            await frontend.refuse(OTHER_HOST, scope)(scope, receive, _with_headers(send, scope))
+            await frontend.refuse(OTHER_HOST, scope)(scope, receive, _with_headers(send, request_id(scope)))
         elif checks_origin and scope["method"] not in READ_METHODS and not _same_origin(scope, origins):
-            await frontend.refuse(OTHER_ORIGIN, scope)(scope, receive, _with_headers(send, scope))
+            await frontend.refuse(OTHER_ORIGIN, scope)(scope, receive, _with_headers(send, request_id(scope)))
         elif (route := frontend.route(scope)) is not None:
             if frontend.sheds(scope):
                 await frontend.shed(scope, send, route)
             else:
                 await answer(scope, receive, send, frontend, route)
         else:
-            send = _with_headers(send, scope)
+            identity = request_id(scope)
+            send = _with_headers(send, identity)
             try:
                 path = route_path(scope)
                 if not OPEN.fullmatch(path):
                     await service.wait_until_open()
-                if frontend.access.check(path, scope):
+                if admin_name := frontend.access.check(path, scope):
                     body = await read_body(scope, receive, settings.max_body_bytes)
+                    sent = f"{scope['method']} {path[:200]} {body[:200].decode(errors='replace')}"
+                    log.info("admin %s sends %s, request id %s", admin_name, sent.strip(), identity)
                     receive = _replay(body, receive)
                 await api(scope, receive, send)
             except RequestError as error:
@@ -202,9 +207,9 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _with_headers(send: Send, scope: Scope) -> Send:
+def _with_headers(send: Send, identity: str) -> Send:
     """A `send` that adds the request id and the security headers to a response."""
-    extra = [(HEADER, request_id(scope).encode()), *SECURITY_HEADERS]
+    extra = [(HEADER, identity.encode()), *SECURITY_HEADERS]
 
     async def with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -317,6 +322,12 @@ def _add_error_handlers(app: FastAPI, frontend: Frontend) -> None:
             404: f"no such path: {path}; see /docs",
             405: f"{request.method} is not allowed on {path}; see /docs",
         }.get(error.status_code, str(error.detail))
+        if (
+            request.method == "POST"
+            and frontend.access.admins is None
+            and admin.PATHS.fullmatch(request.url.path)
+        ):
+            message = f"{path} needs a server with --admin-keys-file"
         cause = causes.get(error.status_code, "bad_request")
         response = frontend.refuse(RequestError(message, cause=cause), request.scope)
         response.headers.update(error.headers or {})

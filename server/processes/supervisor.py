@@ -71,7 +71,9 @@ class Supervisor:
         self._lives: dict[int, asyncio.Task[None]] = {}  # by number; each task ends with its process
         self._over: asyncio.Future[Exception | None]
         self._started = 0.0
-        self._ended: dict[int, float] = {}  # by number, of processes that are being replaced: when the first ended
+        self._ended: dict[
+            int, float
+        ] = {}  # by number, of processes that are being replaced: when the first ended
         self._has_opened = self._was_complete = self._is_draining = False
 
     async def run(self) -> None:
