@@ -593,6 +593,29 @@ def test_a_failed_fit_says_why(base: Artifact, tmp_path: Path, monkeypatch: pyte
         asyncio.run(run_fit(job(base, path, tmp_path)))
 
 
+def test_a_pause_while_a_fit_writes_its_result_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = tmp_path / "writes"
+
+    async def pause(process: "asyncio.subprocess.Process", _: bool) -> None:
+        """Pause it once it waits for this process, which reads nothing meanwhile."""
+
+        def state() -> str:
+            return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0]
+
+        until(lambda: writes.exists() and state() == "S", "the write")
+        process.send_signal(signal.SIGSTOP)
+        until(lambda: state() == "T", "the pause")
+        process.send_signal(signal.SIGCONT)
+
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    monkeypatch.setattr(fitting, "_slow_down", pause)
+    result = "'{\"path\": \"' + 'x' * 10**7 + '\"}'"
+    monkeypatch.setattr(fitting, "PROGRAM", f"import os; r = {result}; os.mkdir({str(writes)!r}); print(r)")
+    assert len(str(asyncio.run(run_fit(fit_job())).path)) == 10**7
+
+
 def test_under_a_quota_a_fit_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
     stops, send = list[int](), asyncio.subprocess.Process.send_signal
 

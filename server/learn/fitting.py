@@ -49,7 +49,8 @@ async def run_fit(job: Job) -> Found:
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, **dict.fromkeys(threads, "1")},
+        # Unbuffered, Python loses the rest of a result whose write a pause has interrupted.
+        env={**os.environ, **dict.fromkeys(threads, "1"), "PYTHONUNBUFFERED": ""},
         limit=MAX_OUTPUT,
     )
     slowed = None
@@ -77,7 +78,7 @@ async def run_fit(job: Job) -> Found:
         last_line = output.splitlines()[-1]
         result = json.loads(last_line)
     except (ValueError, IndexError):
-        last = errors.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
+        last = errors.decode(errors="replace").strip().splitlines()[-1:] or ["no valid output"]
         raise FitError(f"its process ended with {process.returncode}: {last[0][:300]}") from None
     if "error" in result:
         raise FitError(str(result["error"]))
