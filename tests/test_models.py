@@ -268,7 +268,8 @@ def test_a_change_needs_an_admin_key(versions: Path, caplog: pytest.LogCaptureFi
         for path in ("load%0A", "load%0a?x", "unload/", "rollback%0D", "%0A/load", "x/rollback%00"):
             strange = httpx.post(f"{server.url}/v1/models/tiny/{path}", json={})
             assert strange.status_code == 401, path
-        assert "sends POST" not in caplog.text
+        unknown = httpx.post(f"{server.url}/v1/clasify", json={"input": "good"}, headers=HEADERS)
+        assert unknown.status_code == 404 and "sends POST" not in caplog.text
         changed = change(server, "load", version=2)
         assert changed.status_code == 200
         (line,) = [line for line in caplog.messages if "sends POST" in line]

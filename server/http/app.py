@@ -111,8 +111,9 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
                     await service.wait_until_open()
                 if admin_name := frontend.access.check(path, scope):
                     body = await read_body(scope, receive, settings.max_body_bytes)
-                    sent = f"{scope['method']} {path[:200]} {body[:200].decode(errors='replace')}"
-                    log.info("admin %s sends %s, request id %s", admin_name, sent.strip(), identity)
+                    if admin.PATHS.fullmatch(path):  # others may have texts, which are not logged
+                        sent = f"{scope['method']} {path[:200]} {body[:200].decode(errors='replace')}"
+                        log.info("admin %s sends %s, request id %s", admin_name, sent.strip(), identity)
                     receive = _replay(body, receive)
                 await api(scope, receive, send)
             except RequestError as error:
@@ -322,11 +323,8 @@ def _add_error_handlers(app: FastAPI, frontend: Frontend) -> None:
             404: f"no such path: {path}; see /docs",
             405: f"{request.method} is not allowed on {path}; see /docs",
         }.get(error.status_code, str(error.detail))
-        if (
-            request.method == "POST"
-            and frontend.access.admins is None
-            and admin.PATHS.fullmatch(request.url.path)
-        ):
+        is_off = frontend.access.admins is None and admin.PATHS.fullmatch(route_path(request.scope))
+        if is_off and request.method == "POST":
             message = f"{path} needs a server with --admin-keys-file"
         cause = causes.get(error.status_code, "bad_request")
         response = frontend.refuse(RequestError(message, cause=cause), request.scope)
