@@ -1,5 +1,6 @@
 """Routes that change the served models; they exist only on a server with admin keys (access.py)."""
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -22,7 +23,9 @@ Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$", description="name of a m
 NameOrVersion = Annotated[
     str, Path(pattern=f"^{NAME.pattern}(:[0-9]{{1,9}})?$", description="name of a model, or name:version")
 ]
-PATHS = re.compile(r"/v1/models/[^/]+/(load|unload|rollback|audit/reset|learn)")  # of the routes below
+CHANGE = re.compile(r"POST /v1/models/[^/]+/(load|unload|rollback|audit/reset|learn)")  # the routes below
+
+log = logging.getLogger("de3")
 Version = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -91,6 +94,16 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
     async def start_fit(name: Name) -> dict[str, Any]:
         """Fit exits to the records of live traffic now, on a server that learns."""
         return {"object": "learn"} | await service.audits.learning(service.current(name), starts=True)
+
+
+def log_change(admin: str, route: str, body: bytes, request_id: str) -> None:
+    """Log a request of an admin, before it is answered. route: method and path.
+
+    Only requests to the routes above: the body of another may have texts, which are not logged.
+    """
+    if CHANGE.fullmatch(route):
+        sent = f"{route} {body[:200].decode(errors='replace')}".strip()
+        log.info("admin %s sends %s, request id %s", admin, sent, request_id)
 
 
 def explain(wrong: RequestValidationError) -> RequestError:

@@ -1,7 +1,6 @@
 """The HTTP application: checks, protocols and the other routes."""
 
 import asyncio
-import logging
 import re
 import socket
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -46,7 +45,6 @@ from de3.server.http.page import page
 from de3.server.http.protocol import Protocol
 from de3.server.shared_run import SharedRun
 
-log = logging.getLogger("de3")
 # Errors on other paths have the format of the last protocol listed here with the same first path segment.
 PROTOCOLS: dict[str, Protocol] = {
     "/rerank": rerank.TEI_OR_JINA,
@@ -111,9 +109,7 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
                     await service.wait_until_open()
                 if admin_name := frontend.access.check(path, scope):
                     body = await read_body(scope, receive, settings.max_body_bytes)
-                    if admin.PATHS.fullmatch(path):  # others may have texts, which are not logged
-                        sent = f"{scope['method']} {path[:200]} {body[:200].decode(errors='replace')}"
-                        log.info("admin %s sends %s, request id %s", admin_name, sent.strip(), identity)
+                    admin.log_change(admin_name, f"{scope['method']} {path}", body, identity)
                     receive = _replay(body, receive)
                 await api(scope, receive, send)
             except RequestError as error:
@@ -323,8 +319,10 @@ def _add_error_handlers(app: FastAPI, frontend: Frontend) -> None:
             404: f"no such path: {path}; see /docs",
             405: f"{request.method} is not allowed on {path}; see /docs",
         }.get(error.status_code, str(error.detail))
-        is_off = frontend.access.admins is None and admin.PATHS.fullmatch(route_path(request.scope))
-        if is_off and request.method == "POST":
+        is_off = frontend.access.admins is None and admin.CHANGE.fullmatch(
+            f"{request.method} {route_path(request.scope)}"
+        )
+        if is_off:
             message = f"{path} needs a server with --admin-keys-file"
         cause = causes.get(error.status_code, "bad_request")
         response = frontend.refuse(RequestError(message, cause=cause), request.scope)
