@@ -521,7 +521,7 @@ def clock(testbed: Testbed) -> Row:
                 os.environ[name] = value
     return Row(
         fault,
-        f"nothing but the time stamps changes; {len(answered)} requests were answered",
+        f"nothing but the timestamps changes; {len(answered)} requests were answered",
         lost + (not alive),
     )
 

@@ -61,7 +61,7 @@ class Server:
     def prepare(self) -> None:
         """Create a peer's environment and convert its model, unless done before.
 
-        Raises ValueError if either fails; for a failed conversion, the message has the end of its output.
+        Raises ValueError if either fails; for a failed conversion, the message includes the end of its output.
         """
         if not self.script:
             return
@@ -287,7 +287,7 @@ def free_port() -> int:
 def running(server: Server, port: int, log: Path, in_session: bool = False) -> Iterator[Running]:
     """Start a server, wait until it is ready, and stop it at the end of the block.
 
-    in_session: start it in this process's session. Linux divides processor time between sessions (autogroup), so the
+    in_session: start it in this process's session. Linux divides CPU time between sessions (autogroup), so the
     server's threads at the lowest priority are preempted by a load generator only if both are in the same session.
 
     Raises ValueError if the port is taken, or if the server does not start; the message then has the end of its log.

@@ -206,7 +206,7 @@ class Metrics:
         r.register(self.texts)
         self.request_latency = histogram(
             "de3_request_latency_seconds",
-            "Time from a request's head to its response (200) or time-out (504)",
+            "Time from a request's head to its response (200) or timeout (504)",
             ["model"],
             # The objective is a bucket boundary, so that the share of requests within it is exact.
             buckets=sorted({*REQUEST_BUCKETS, (settings.slo_p99_ms or 1000) / 1000}),
@@ -340,7 +340,7 @@ class Metrics:
             self._child(self.expected_correct, model).inc(texts * choice.expected.accuracy)
 
     def responded(self, model: str, status: int, cause: Cause | None, latency_s: float) -> None:
-        """Count a request by its response. The latency is recorded only for answers and time-outs.
+        """Count a request by its response. The latency is recorded only for answers and timeouts.
 
         model: "none" if the request's model was not found. cause: reason for an error; None if there was none.
         """

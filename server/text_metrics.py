@@ -17,7 +17,7 @@ from de3.exits.rule import ExitReason
 from de3.server.engine.outcome import Outcome
 from de3.server.engine.served import Served
 
-# Seconds, from an exit at the embeddings to the time-out; finest where most texts are.
+# Seconds, from an exit at the embeddings to the timeout; finest where most texts are.
 STAGE_BUCKETS = (
     *(0.00005, 0.0001, 0.0002, 0.0004, 0.0007, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
     *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),

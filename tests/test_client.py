@@ -238,7 +238,7 @@ def test_a_retry_after_that_is_not_a_number_of_seconds_is_ignored(after: str) ->
 
 
 def test_the_time_of_an_answer_is_limited_in_total() -> None:
-    """Each byte arrives within the time-out, but the whole answer does not."""
+    """Each byte arrives within the timeout, but the whole answer does not."""
     sent = response(b"x" * 1000)
     slow_body, slow_head = [sent[:-1000], *[b"x"] * 1000], [bytes([byte]) for byte in sent]
     with (

@@ -337,7 +337,7 @@ def test_audits_wait_until_nothing_is_pending() -> None:
     queue.put(job(1, is_shadow=True))
     queue.wait_until_empty(60)  # shadow jobs are not requests
     queue.put(job(1))
-    queue.wait_until_empty(0.01)  # returns after the time-out
+    queue.wait_until_empty(0.01)  # returns after the timeout
 
 
 def test_short_texts_are_grouped_within_their_limits() -> None:

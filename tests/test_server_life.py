@@ -1,4 +1,4 @@
-"""The server in adverse conditions: loading, overload, time-outs, clients that disconnect, and shutdown."""
+"""The server in adverse conditions: loading, overload, timeouts, clients that disconnect, and shutdown."""
 
 import json
 import shutil

@@ -335,7 +335,7 @@ LATENCY = Dashboard(
             "p99 latency",
             "s",
             f"histogram_quantile(0.99, {_sum('de3_request_latency_seconds_bucket', 'le', '[$__range]')})",
-            "From a request's head to its response or time-out, over the time range.",
+            "From a request's head to its response or timeout, over the time range.",
         ),
         _stat(
             "Success rate",
@@ -356,7 +356,7 @@ LATENCY = Dashboard(
             "Request latency",
             "lines",
             "s",
-            "From a request's head to its response or time-out; and the objective, if set (--slo-p99-ms).",
+            "From a request's head to its response or timeout; and the objective, if set (--slo-p99-ms).",
             (
                 *_quantiles("de3_request_latency_seconds"),
                 Query("max(de3_latency_objective_seconds)", "objective"),

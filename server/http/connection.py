@@ -154,7 +154,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._close()
 
     def pause_writing(self) -> None:
-        """Start the time-out of a client that does not read."""
+        """Start the timeout of a client that does not read."""
         self._resumed = asyncio.Event()
         self.write_deadline = monotonic() + WRITE_TIMEOUT_S
         self._listener.paused(self)

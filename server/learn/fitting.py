@@ -14,7 +14,7 @@ from de3.server.learn.job import Found, Job
 from de3.server.settings import cpu_quota
 
 log = logging.getLogger("de3")
-# At a low priority from the start: the imports take half a second of processor time.
+# At a low priority from the start: the imports take half a second of CPU time.
 PROGRAM = "import os; os.nice(19); from de3.export.fit_process import child; child()"
 TIMEOUT_S = 86_400.0  # long, because a server that is always busy leaves a fit little time
 MAX_OUTPUT = 2**25
@@ -71,7 +71,7 @@ async def run_fit(job: Job) -> Found:
                 process.kill()
             await process.wait()
     if process.returncode == -signal.SIGXCPU:
-        raise FitError("it takes more processor time than its limit")
+        raise FitError("it takes more CPU time than its limit")
     if process.returncode == -signal.SIGKILL:
         raise FitError("its process was killed, probably for lack of memory")
     try:
