@@ -49,7 +49,7 @@ def recalibrate(
 def recalibrate_on_records(
     artifact: Artifact, store: Store, files: Sequence[Path], max_loss: float, signal: str
 ) -> Path:
-    """As `recalibrate`, on records of live traffic: the artifact's exits run on their states.
+    """Like `recalibrate`, but on records of live traffic: the artifact's exits run on their states.
 
     The answers of full depth count as correct. Raises ValueError for unusable files and too few texts.
     """
@@ -66,7 +66,7 @@ def recalibrate_on_records(
 def recalibrate_on_texts(
     artifact: Artifact, store: Store, texts: Sequence[TextOrPair], file: Path, max_loss: float, signal: str
 ) -> Path:
-    """As `recalibrate`, on unlabelled texts, read from a file: full depth's answers count as correct.
+    """Like `recalibrate`, but on unlabelled texts, read from a file: full depth's answers count as correct.
 
     Raises ValueError for texts that the model does not take (single texts or pairs) and too few texts.
     """
@@ -100,9 +100,9 @@ def _check_exits(artifact: Artifact) -> None:
 
 
 def _check_count(count: int) -> None:
-    """Raise ValueError for too few different texts."""
+    """Raise ValueError for too few distinct texts."""
     if count < MIN_TEXTS:
-        raise ValueError(f"{count} different texts: too few to calibrate on; at least {MIN_TEXTS} are needed")
+        raise ValueError(f"{count} distinct texts: too few to calibrate on; at least {MIN_TEXTS} are needed")
 
 
 def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:

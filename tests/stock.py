@@ -49,7 +49,7 @@ def fine_tuned(
 
 @contextmanager
 def coarse_calibration() -> Iterator[None]:
-    """As the fixture few_taus, for fixtures that outlive a test."""
+    """Like the fixture few_taus, for fixtures that outlive a test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("de3.export.calibrate.FINE_TAUS", FINE_TAUS[::24])
         yield

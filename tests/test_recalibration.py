@@ -43,7 +43,7 @@ def test_unlabelled_texts_calibrate_against_full_depth(
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(text for text, _ in make_rows(200, 33)))
     command = f"calibrate tiny-int8 --texts {texts} --store {mine} --max-loss 5"
-    with pytest.raises(ValueError, match="different texts: too few"):
+    with pytest.raises(ValueError, match="distinct texts: too few"):
         de3(command)
     monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
     de3(command)
