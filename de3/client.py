@@ -88,7 +88,7 @@ class Row:
         truncated: the text was truncated.
         raw: the JSON of the answer; some options add fields, such as `flag` and `top`.
         value: the answer of a regression model; None for a model with classes.
-        labels: the labels that a multi-label model assigns; None for another model.
+        labels: the labels that a multi-label model assigns; None for other models.
     """
 
     label: str

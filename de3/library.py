@@ -245,7 +245,7 @@ class Classifier:
         return found.table(self.manifest) if as_arrow else found.rows()
 
     def answers_by_column(self, texts: Input | Iterable[Input | None], **options: Unpack[Options]) -> Answers:
-        """As answers(), by column, with the time in the model."""
+        """Like answers(), but by column, and with the time in the model."""
         request = self._request(options)
         request.keeps_errors = True
         given = list[Text | str]()

@@ -18,7 +18,7 @@ CONNECTED = {f"connection.{name}.complete" for name in ("connect_tcp", "connect_
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Context in which reads from connections that `trace` has patched raise ReadTimeout after this time."""
+    """Within this context, connections that `trace` has patched raise ReadTimeout on reads after this time."""
     token = _end.set(monotonic() + seconds)
     try:
         yield

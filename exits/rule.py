@@ -64,7 +64,7 @@ class ExitRule:
             raise ValueError(f"tau must be in [0, 1], got {self.tau}")
 
     def read(self, layer: int, logits: list[float], distances: list[float] | None) -> Reading:
-        """The reading of one exit, from its K logits and K distances to the prototypes; K = 1 means regression.
+        """The Reading of one exit, from its K logits and K distances to prototypes; K = 1 for regression.
 
         distances: None at an exit without prototypes.
         """

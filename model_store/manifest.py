@@ -45,7 +45,7 @@ class _Signal(ManifestPart):
     @model_validator(mode="after")
     def _has_lambda(self) -> Self:
         if (self.signal == "edr") != bool(self.lam):
-            raise ValueError("lambda must be above 0 for the signal edr, and null for another")
+            raise ValueError("lambda must be above 0 for the signal edr, and null for other signals")
         return self
 
 

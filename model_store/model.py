@@ -161,7 +161,7 @@ class Model:
 
         Each layer's input is ONNX Runtime's output of the layer before, as rounding errors add up over the layers.
         Raises NoKernelsError if results differ by more than rounding can explain: both runtimes quantize activations,
-        so a rounding error can become a step of 1/255 of the range. Texts in a group must give the same bits as alone.
+        so a rounding error can become a step of 1/255 of the range. Texts must give the same bits in a group as alone.
         Raises StoreError if ONNX Runtime cannot run the model.
         """
         longest = " ".join(f"{text} {pair or ''}" for text, pair in PROOF) + " "
@@ -204,7 +204,7 @@ class Model:
     def _prove_group(
         self, tokens: Sequence[Tokens], native: Sequence[Segment], forward: NativeForward
     ) -> None:
-        """Raise NoKernelsError unless texts in a group, run in two calls, give the same bits as alone."""
+        """Raise NoKernelsError unless texts give the same bits in a group, run in two calls, as alone."""
         rule = ExitRule(0.0, Entropy())
         passes = [ForwardPass(t, rule, self.manifest.num_layers, ask_all=True) for t in tokens]
         try:

@@ -257,7 +257,7 @@ class TextTokenizer:
 
 
 class Tokenization:
-    """Tokenization of one text or pair, piece by piece, only as far as the request's windows reach."""
+    """Incremental tokenization of one text or pair, only as far as the request's windows reach."""
 
     def __init__(
         self, tokenizer: TextTokenizer, text: str, text_pair: str | None, truncate: bool, windows: int

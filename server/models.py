@@ -243,7 +243,7 @@ class Models:
     ) -> list[Served]:
         """Serve a model in a role; returns the models that it replaces.
 
-        back: a rollback, which removes from the history this version and the one that it replaces.
+        back: true for a rollback, which removes this version and the one that it replaces from the history.
         """
         name, version = served.model.manifest.name, served.model.manifest.version
         before = self.all

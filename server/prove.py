@@ -1,4 +1,4 @@
-"""Proves an artifact: loads and runs it in a separate process, with limits on time and memory.
+"""Test-runs an artifact: loads and runs it in a separate process, with limits on time and memory.
 
 `model_store` checks the contents of the files before it opens them (graph_check.py, segment_graph.py,
 tokenizer_check.py). This run finds problems that only appear at run time: slowness, memory use and crashes.
@@ -32,7 +32,7 @@ PROGRAM = "from de3.server.prove import child; child()"
 
 
 class Prover:
-    """Proves artifacts, one at a time; the proof in progress can be aborted."""
+    """Test-runs artifacts, one at a time; the run in progress can be aborted."""
 
     def __init__(self) -> None:
         self._lock = Lock()

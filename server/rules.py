@@ -167,7 +167,7 @@ class Rules:
         return [replace(self._at_row(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
     def apply(self, standing: Standing) -> None:
-        """With a guarantee, take the τ of tenants' requests without options from the standing of the model's ledger.
+        """With a guarantee, take the τ of tenants' requests without options from the Standing of the model's ledger.
 
         `default` becomes the choice of the tenant with the median τ.
         """
@@ -230,7 +230,7 @@ class Rules:
         return replace(choice, rule=rule, expected=None)  # the calibration does not cover other thresholds
 
     def _at_full_depth(self, options: ExitOptions) -> Choice:
-        """The choice for a model without exits before its last layer; raises RequestError for options that need one."""
+        """The choice for a model without early exits; raises RequestError for options that need them."""
         field = _needs_an_exit(options, self._exits[-1])
         if field is not None:
             raise RequestError(

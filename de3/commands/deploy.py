@@ -11,7 +11,7 @@ from de3.commands.options import say
 SOURCE = Path(__file__).parents[1] / "deploy"
 NOT_FILES = shutil.ignore_patterns("*.py", "*.env", "__pycache__")  # in a checkout
 FILES = {
-    "prometheus": "Prometheus' configuration (set its target), recording rules and alerts",
+    "prometheus": "Prometheus configuration (set its target), recording rules and alerts",
     "grafana": "dashboards to import, and their provisioning",
     "kubernetes": "kubectl apply -f de3.yaml, or kserve.yaml; each begins with what it needs",
     "systemd": "a unit for a server without containers; it begins with the commands that install it",

@@ -101,7 +101,7 @@ Url = Annotated[str, typer.Option(envvar="DE3_URL", help="URL of the running ser
 
 
 def check_url(url: str) -> str:
-    """The URL of a server without a trailing slash; raises ValueError for an invalid one."""
+    """The server's URL, with any trailing slash removed; raises ValueError if it is invalid."""
     import httpx
 
     if not url.startswith(("http://", "https://")):

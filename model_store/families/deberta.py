@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3: attention scores have added terms, each from one token's content and its distance to the other."""
+"""DeBERTa-v2 and v3: attention scores have relative terms, from one token's content and its distance to the other."""
 
 from math import sqrt
 from typing import Any, ClassVar, Literal, Self
@@ -138,7 +138,7 @@ class Deberta(Bert):
         return 1 / sqrt(self.hidden_size // self.num_heads * (1 + len(self.terms)))
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
-        """The weights of `block`: BERT's, and those of the added terms.
+        """The weights of `block`: BERT's, and those of the relative terms.
 
         row_numbers (2·distances − 1,) are the tables' rows for the offsets (query position − key position) from
         1 − distances to distances − 1. key_table (heads, head size, rows) and query_table (heads, rows, head size) are
@@ -159,7 +159,7 @@ class Deberta(Bert):
         return weights
 
     def attention(self, g: Graph, hidden: str) -> str:
-        """Disentangled attention over hidden states (1, T, H): the scores include the added terms."""
+        """Disentangled attention over hidden states (1, T, H): the scores include relative terms."""
         query, key, value = g.split(g.linear(hidden, "qkv", self.hidden_size, 3 * self.hidden_size), 3)
         added = self._scores(g, hidden, query, key)
         return g.ms(
@@ -169,7 +169,7 @@ class Deberta(Bert):
         )
 
     def _scores(self, g: Graph, hidden: str, query: str, key: str) -> str:
-        """The terms added to the attention scores, (1, heads, T, T).
+        """The relative terms, which are added to the attention scores, (1, heads, T, T).
 
         A short text needs only the tables' middle rows, so only these are multiplied.
         """

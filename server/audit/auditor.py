@@ -168,7 +168,7 @@ class Auditor:
         self.apply(standing)
 
     def apply(self, standing: Standing) -> None:
-        """Take τ from the ledger's standing; after a reset, discard texts that were drawn before it."""
+        """Take τ from its ledger's Standing; after a reset, discard texts that were drawn before it."""
         if self._traffic is not None and standing.num_changes != self._num_changes:
             self._traffic.texts = 0
         self._num_changes = standing.num_changes

@@ -24,7 +24,7 @@ class AuditStore(Protocol):
     """The counted audits and the records of a server: a `Coordinator`, or a connection to the supervisor's."""
 
     def serve(self, artifact: Artifact, rules: Rules, runtime: str, tau_factor: float) -> Standing:
-        """Start counting for a model, or continue; returns the standing of its ledger. See Ledgers.serve."""
+        """Start counting for a model, or continue; returns its ledger's Standing. See Ledgers.serve."""
 
     def forget(self, manifest: Manifest) -> None:
         """Stop counting for an unloaded model."""
@@ -39,7 +39,7 @@ class AuditStore(Protocol):
     async def report(self, name: str, level: int, reader: str | None) -> dict[str, Any]:
         """The audit results of a model, name:version, at a load level; see report.report.
 
-        Raises RequestError if the model is no longer served, or if too many requests wait for its report.
+        Raises RequestError if the model is no longer served, or if too many requests are waiting for its report.
         """
 
     async def reset(self, name: str, level: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Coordinator:
         self._reporting = WeakKeyDictionary()  # by reader
 
     def serve(self, artifact: Artifact, rules: Rules, runtime: str, tau_factor: float) -> Standing:
-        """Start counting for a model, or continue; returns the standing of its ledger. See Ledgers.serve."""
+        """Start counting for a model, or continue; returns its ledger's Standing. See Ledgers.serve."""
         if self.learners is not None:
             self.learners.serve(artifact)
         return self.ledgers.serve(artifact.manifest, rules, runtime, tau_factor)

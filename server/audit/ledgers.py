@@ -36,7 +36,7 @@ class Ledgers:
         self._writing, self._has_failed = Lock(), False
 
     def serve(self, manifest: Manifest, rules: Rules, runtime: str, tau_factor: float) -> Standing:
-        """Start counting for a model, or continue with its earlier evidence; returns its standing.
+        """Start counting for a model, or continue with its earlier evidence; returns its ledger's Standing.
 
         tau_factor: factor applied to the τ of out-of-distribution texts.
         """
@@ -77,7 +77,7 @@ class Ledgers:
         return InService(version, 1.0 if ledger is None else ledger.speedup())
 
     def traffic_changes(self, name: str, version: int) -> Changes:
-        """The changes of the traffic that the audits of a version have found; none if it is not served."""
+        """The changes in the traffic that the audits of a version have found; none if it is not served."""
         ledger = self._by_model.get(f"{name}:{version}")
         if ledger is None:
             return Changes(version, 0, {})

@@ -132,7 +132,7 @@ class Tenant:
         epoch: identifies the evidence: texts that were drawn in an earlier epoch do not count.
         since: start of the evidence, in seconds since 1970.
         resets: the latest resets.
-        num_changes: number of changes of the traffic that were found.
+        num_changes: number of changes in the traffic that were found.
         is_changed: it has changed since it was last saved.
     """
 

@@ -1,4 +1,4 @@
-"""A group: short texts that run through the kernels together, a few layers per step, with the same results as alone.
+"""A group: short texts that run through the kernels together, a few layers per step; each gets the result that it would get alone.
 
 A large model's weights are then read from memory once for the whole group. Between two steps, texts that have exited or
 were dropped or preempted leave the group, and pending texts whose next layer is the same join it.

@@ -277,7 +277,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["operation"], responses={503: {"description": "loading, or draining"}})
     async def ready() -> JSONResponse:
-        """200 while requests are answered: once every model is loaded and warmed up, until the server drains."""
+        """200 from when every model is loaded and warmed up until the server drains; otherwise 503."""
         status = await service.status()
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 

@@ -71,8 +71,8 @@ class Journal(BaseModel):
         latest: the latest learned version that was served.
         origin: the last version that was current and not learned; after a restart, a learned version is served only in
             place of this one.
-        first_new: number of the first record after the last change of the traffic.
-        void: by tenant, number of the first record after the last change of its traffic.
+        first_new: number of the first record after the last change in the traffic.
+        void: by tenant, number of the first record after the last change in its traffic.
         results: the results of the latest fits, the latest last.
     """
 

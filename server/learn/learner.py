@@ -37,7 +37,7 @@ class InService:
 
 
 class Changes(NamedTuple):
-    """The changes of the traffic that the audits of a served version have found.
+    """The changes in the traffic that the audits of a served version have found.
 
     Attributes:
         version: number of the version.
@@ -89,7 +89,7 @@ class Learner:
         phase: recording, or fitting.
         is_restored: the saved records, if any, were read.
         reservoir: the records in memory.
-        count: number of records since the start or the last change of the traffic, including restored ones.
+        count: number of records since the start or the last change in the traffic, including restored ones.
         next_fit: value of `count` at which the next fit starts.
         is_asked: an admin has asked for a fit.
         waiting: the last version that is not served yet; None if there is none. It is lost when the server ends.

@@ -40,7 +40,7 @@ class Ledgers(Protocol):
         """The performance of a served version; a speed-up of 1 if it is not served. Any thread may call this."""
 
     def traffic_changes(self, name: str, version: int) -> Changes:
-        """The changes of the traffic that the audits of a version have found; none if it is not served."""
+        """The changes in the traffic that the audits of a version have found; none if it is not served."""
 
     def versions(self, name: str) -> set[int]:
         """The served versions of a model name."""

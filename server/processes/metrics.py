@@ -62,7 +62,7 @@ class SharedMetrics:
         self._departed = merged([self._departed, growing(process.samples)])
 
     async def scrape(self) -> str:
-        """The metrics in the text format of Prometheus; raises RequestError if too many requests wait for them."""
+        """The metrics in Prometheus's text format; raises RequestError if too many requests are waiting for them."""
         return await self._scraping.result(self._scrape)
 
     async def _scrape(self) -> str:

@@ -17,7 +17,7 @@ from de3.server.settings import Settings
 
 
 class SharedModels:
-    """The models that the processes serve. The first process proves them (prove.py), then the others load them.
+    """The models that the processes serve. The first process test-runs them (prove.py), then the others load them.
 
     Attributes:
         coordinator: counts the audits of the models.

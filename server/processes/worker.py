@@ -151,7 +151,7 @@ class Worker:
         await self._may_open
 
     async def scrape(self) -> bytes:
-        """The metrics of all processes; raises RequestError if too many requests wait for them."""
+        """The metrics of all processes; raises RequestError if too many requests are waiting for them."""
         text: str = await self.channel.call("scrape")
         return text.encode()
 
