@@ -7,7 +7,7 @@
         print([(row.label, row.exit.layer) for row in answer.rows])
 
 `classify` retries a request that is shed or rate-limited, after the delay in the server's Retry-After (at most 30 s).
-It sends more texts than a server's limits allow in several requests, one after the other.
+If there are more texts than the server's limits allow, it sends them in several requests, one after the other.
 """
 
 import asyncio
@@ -185,7 +185,9 @@ def _json_bytes(value: Any) -> int:
 
 
 def batches(sizes: Sequence[int], most: int, most_size: int) -> Iterator[slice]:
-    """Yield consecutive batches of at most `most` items, and `most_size` in all unless it is a single larger item."""
+    """Yield consecutive batches: at most `most` items each, of total size at most `most_size`.
+
+    A single item larger than that is a batch of its own."""
     start = total = 0
     for end, size in enumerate(sizes):
         if end > start and (end - start == most or total + size > most_size):

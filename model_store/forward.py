@@ -60,7 +60,7 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class Pooling:
-    """Pools hidden states as the exits do, to fit exits to them.
+    """Pools hidden states as the exits do, so that exits can be fitted to the results.
 
     Attributes:
         norm: scale and shift of the norm between hidden states and an exit, (hidden,) each; None without one.

@@ -48,7 +48,7 @@ class Shared(Protocol):
         """Load the models at startup; see Manager.begin."""
 
     async def scrape(self) -> bytes:
-        """The metrics of all processes, in the text format of Prometheus."""
+        """The metrics of all processes, in Prometheus's text format."""
 
     async def change(self, change: Change) -> dict[str, Any]:
         """Change the served models of all processes, or of none; raises RequestError."""
@@ -84,7 +84,7 @@ class OneProcess:
         return [live] if (live := self._audits().live(name)) else []
 
     async def _sync(self) -> None:
-        """Do nothing: a single process applies a new standing at once."""
+        """Do nothing: a single process applies a new Standing immediately."""
 
     async def others_ready(self) -> bool:
         """False: there are no others."""
@@ -106,7 +106,7 @@ class OneProcess:
         self.audit_store.set_current({name: route.current for name, route in self._models.routes.items()})
 
     async def scrape(self) -> bytes:
-        """The metrics, in the text format of Prometheus."""
+        """The metrics, in Prometheus's text format."""
         return await asyncio.to_thread(generate_latest, self._registry)
 
     def start(self) -> None:

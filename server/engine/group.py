@@ -1,7 +1,8 @@
-"""A group: short texts that run through the kernels together, a few layers per step; each gets the result that it would get alone.
+"""A group: short texts that run through the kernels together, a few layers per step.
 
-A large model's weights are then read from memory once for the whole group. Between two steps, texts that have exited or
-were dropped or preempted leave the group, and pending texts whose next layer is the same join it.
+Each text gets the same result as if it ran alone. A large model's weights are read from memory once for the whole
+group. Between two steps, texts that have exited or were dropped or preempted leave the group, and pending texts whose
+next layer is the same join it.
 """
 
 import logging

@@ -283,7 +283,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def metrics() -> Response:
-        """Metrics in the text format of Prometheus."""
+        """Metrics in Prometheus's text format."""
         body = await scraping.result(service.shared.scrape)
         return Response(body, media_type=CONTENT_TYPE_LATEST)
 

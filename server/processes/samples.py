@@ -104,7 +104,7 @@ class _Merged(Collector):
 
 
 def text_of(families: Sequence[Family]) -> bytes:
-    """Metrics in the text format of Prometheus."""
+    """Metrics in Prometheus's text format."""
     registry = CollectorRegistry()
     registry.register(_Merged(families))
     return generate_latest(registry)

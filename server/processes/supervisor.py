@@ -223,7 +223,9 @@ class Supervisor:
         starts = self._starts[number]
         is_loop = len(self._ends) == MAX_ENDS and monotonic() - self._ends[0] < ENDS_S
         if is_loop or (starts > MAX_STARTS and not self._group.ready):
-            log.critical("processes keep ending, the last one %d (%s); stopping the server", number, reason)
+            log.critical(
+                "processes keep exiting, most recently process %d (%s); stopping the server", number, reason
+            )
             self._stop(ServerError(reason))
             return
         log.critical("process %d ended (%s); replacing it", number, reason)
