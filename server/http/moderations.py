@@ -54,7 +54,7 @@ class ModerationFields(OptionFields):
     input: Annotated[tuple[list[Text], bool], BeforeValidator(_inputs)]
     model: str | None = Field(None, description="name, or name:version; default: the server's")
     safe_labels: list[str] | None = Field(
-        None, max_length=10_000, description="labels that are no categories"
+        None, max_length=10_000, description="labels that are not categories"
     )
 
 
