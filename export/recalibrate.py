@@ -114,12 +114,12 @@ def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:
 
 
 def _warn_of_full_depth(artifact: Artifact) -> None:
-    """Warn if the present calibration counts disagreement against the imported classifier."""
+    """Warn if the current calibration counts disagreement against the imported classifier."""
     calibration = artifact.manifest.calibration
     if calibration is not None and calibration.original_disagreement is not None:
         warn(
             [
                 f"{artifact.full_name} was imported: its new calibration counts disagreement against full depth, "
-                "which excludes that caused by int8"
+                "which excludes the disagreement that int8 causes"
             ]
         )

@@ -239,8 +239,8 @@ class TextTokenizer:
             shorter, allowed = len(parts[1 - longer]), int(MAX_SHORTER * room)
             if shorter > allowed:
                 raise ValueError(
-                    f"the shorter text has more than {allowed} tokens, the maximum beside windows of the longer "
-                    'one; shorten it, or give "long": "truncate"'
+                    f"the shorter text has more than {allowed} tokens, the maximum if the longer is split into "
+                    'windows; shorten it, or give "long": "truncate"'
                 )
             room -= shorter
         tokens = min(len(parts[longer]), capacity(room, most))

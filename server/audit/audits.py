@@ -128,17 +128,17 @@ class Audits:
         return None if one is None else Live(one.share, one.pending, one.excluded)
 
     async def report(self, served: Served, reader: str | None) -> dict[str, Any]:
-        """The audit results of a model, as AuditStore.report; raises RequestError also if audits are off."""
+        """The audit results of a model; see AuditStore.report. Also raises RequestError if audits are off."""
         self.of(served)
         return await self._store.report(served.model.full_name, self._level(), reader)
 
     async def reset(self, served: Served) -> dict[str, Any]:
-        """Discard the audit results of a model as AuditStore.reset; raises RequestError also if audits are off."""
+        """Discard the audit results of a model; see AuditStore.reset. Also raises RequestError if audits are off."""
         self.of(served)
         return await self._store.reset(served.model.full_name, self._level())
 
     async def learning(self, served: Served, starts: bool = False) -> dict[str, Any]:
-        """The learning report of a model, as AuditStore.learning; raises RequestError if the server does not learn."""
+        """The learning report of a model; see AuditStore.learning. Raises RequestError if the server does not learn."""
         if not self._settings.learn:
             raise RequestError(
                 "the server does not learn; its operator can start it with --learn", cause="conflict"
