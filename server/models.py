@@ -108,7 +108,7 @@ class Route:
     """The roles of the versions of one name.
 
     Attributes:
-        current: answers requests that name no version.
+        current: answers requests that do not name a version.
         canary: answers `share` of these requests instead.
         shadow: also runs the texts of the current version; its answers are compared, not returned.
         before: earlier current versions, the latest last.
@@ -149,7 +149,7 @@ class Models:
     def __init__(
         self, default: str | None = None, targets: Mapping[str, str] | None = None, is_set: bool = False
     ) -> None:
-        """default: name of the model that answers requests that name none; None: the served model, if only one is.
+        """default: name of the model for requests that do not name one; None: the served model, if only one is.
 
         targets: the models' names, by the aliases of the settings. is_set: the settings name the default.
         """
@@ -183,13 +183,13 @@ class Models:
         return self.current(name)
 
     def is_default(self, name: str) -> bool:
-        """True if this name answers requests that name no model."""
+        """True if this name answers requests that do not name a model."""
         return name == self.default or len(self.routes) == 1
 
     def default_name(
         self, fits: Callable[[Manifest], bool] = lambda _: True, must_be_set: bool = False
     ) -> str:
-        """The name that answers requests that name no model: the default, or the only one.
+        """The name that answers requests that do not name a model: the default, or the only one.
 
         fits: only models that it is true for count, if there is any. must_be_set: the first of the served models is
         not the default, unless the settings say so. Raises RequestError if there is no such name.
@@ -301,7 +301,7 @@ def _gone(before: list[Served], after: list[Served]) -> list[Served]:
 
 
 def default_of(settings: Settings, artifacts: list[Artifact], are_named: bool) -> str | None:
-    """The name that answers requests that name no model; None: there is no default.
+    """The name that answers requests that do not name a model; None: there is no default.
 
     are_named: the operator has named the artifacts, so the first is the default. Raises StoreError if the default model
     of the settings, or the model of an alias, is not served, and for an alias that is the name of a served model.

@@ -85,7 +85,7 @@ class Settings(BaseModel):
     default_model: Annotated[
         str | None,
         engine_option(
-            help="Model that answers requests that name none. Default: the first of the named models, or the only one "
+            help="Model for requests that do not name one. Default: the first of the named models, or the only one "
             "in the store."
         ),
     ] = None

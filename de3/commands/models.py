@@ -122,7 +122,7 @@ def models_load(
     canary: Annotated[
         float | None,
         typer.Option(
-            help="Load it as a canary that answers this share of the requests that name no version.",
+            help="Load it as a canary that answers this share of the requests that do not name a version.",
             min=0.001,
             max=0.999,
         ),

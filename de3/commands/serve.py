@@ -33,7 +33,7 @@ def serve(
         typer.Argument(
             metavar="[NAME]...",
             help="Models: names in the store, folders of models, or folders or hub ids (id@revision) of Hugging Face "
-            "classifiers. The first answers requests that name none.",
+            "classifiers. The first answers requests that do not name one.",
         ),
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Serve the demo model, instead of a store.")] = False,

@@ -27,8 +27,8 @@ class Request:
 
     Attributes:
         input_name: the protocol's field for the texts, for error messages.
-        needs_a_set_default: of several models that fit, a request that names none is answered only by a default that
-            the settings name, not by the first model: a guard must not answer in place of another.
+        needs_a_set_default: of several models that fit, a request that does not name one is answered only by a default
+            that the settings name, not by the first model: a guard must not answer in place of another.
         model: name or name:version; None: the server's default.
         truncate: truncate texts that are too long for their windows; if false, such texts raise RequestError.
         explain: report the reading of every exit that a text passes.
@@ -61,7 +61,7 @@ class Request:
     keeps_errors: bool = False
 
     def fits(self, manifest: Manifest) -> bool:
-        """True if the model can answer this kind of request; chooses the model of a request that names none."""
+        """True if the model can answer this kind of request; chooses the model if a request does not name one."""
         return True
 
     def check(self, manifest: Manifest) -> None:

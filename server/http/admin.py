@@ -35,7 +35,7 @@ class Load(JsonObject):
     version: Version | None = Field(default=None, description="default: the newest in the store")
     role: Role = Field(
         default="current",
-        description="current: answers requests that name no version; canary: answers a share of these; shadow: "
+        description="current: answers requests that do not name a version; canary: answers a share of these; shadow: "
         "runs copies of them for comparison; loaded: answers only requests that name its version",
     )
     share: float | None = Field(default=None, gt=0, lt=1, description="share of the requests, for a canary")
