@@ -187,7 +187,8 @@ def _json_bytes(value: Any) -> int:
 def batches(sizes: Sequence[int], most: int, most_size: int) -> Iterator[slice]:
     """Yield consecutive batches: at most `most` items each, of total size at most `most_size`.
 
-    A single item larger than that is a batch of its own."""
+    A single item larger than that is a batch of its own.
+    """
     start = total = 0
     for end, size in enumerate(sizes):
         if end > start and (end - start == most or total + size > most_size):

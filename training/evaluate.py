@@ -290,7 +290,7 @@ def _outcome_cells(
 
 
 def hindsight_table(recorded: Recorded, signals: Sequence[Signal]) -> Table:
-    """Each signal's highest speed-up at each disagreement rate in HINDSIGHT, with τ chosen in hindsight."""
+    """Each signal's highest speed-up within each disagreement rate in HINDSIGHT, with τ chosen in hindsight."""
     samples = calibration.Samples.independent(recorded)
     columns = ("signal", *(f"{100 * d:g}%" for d in HINDSIGHT))
     table = empty_table(columns, "Speed-up in layers within a disagreement, with the best τ in hindsight")
