@@ -71,7 +71,7 @@ def e_values_above(shares: Floats, texts: Counts, differing: Counts, rates: Floa
 
 
 def bounds(shares: Floats, texts: Counts, differing: Counts, confidence: float) -> tuple[Floats, Floats]:
-    """Lower and upper bounds of G rates, each (G,): a confidence sequence for each.
+    """Lower and upper bounds on G rates, each (G,): a confidence sequence for each.
 
     With probability at least `confidence`, a rate is within its bounds at all times. Arguments as for `e_values_above`.
     """

@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 
 
 def upper_bound(errors: int, n: int) -> float:
-    """One-sided 95% Clopper–Pearson upper bound of an error rate, in [0, 1], for `errors` in n samples.
+    """One-sided 95% Clopper–Pearson upper bound on an error rate, in [0, 1], for `errors` in n samples.
 
     The p for which P(Binomial(n, p) ≤ errors) = 1 − CONFIDENCE. Raises ValueError unless 0 ≤ errors ≤ n and n ≥ 1.
     """

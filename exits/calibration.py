@@ -126,7 +126,7 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Tra
 def mean_and_error(values: Floats, groups: NDArray[np.int64]) -> tuple[float, float]:
     """The mean of values (n,) and its standard error, clustered by group.
 
-    The error is at least 1 / number of groups: about the error if a single one differs.
+    The error is at least 1 / number of groups: about the error if a single group differs.
     """
     return float(values.mean()), max(_standard_error(values, groups), 1 / len(np.unique(groups)))
 
@@ -184,10 +184,10 @@ def trade_off(
 
 
 def upper_loss(row: TradeOff) -> float:
-    """The one-sided 95% upper bound of a row's loss.
+    """The one-sided 95% upper bound on a row's loss.
 
-    Exits that were more accurate than full depth on these samples count as equally accurate: that is luck, which other
-    texts will not have.
+    Exits that were more accurate than full depth on these samples count as equally accurate: the
+    difference is luck, which cannot be expected on other texts.
     """
     return max(0.0, row.loss) + Z95_ONE_SIDED * (row.loss_interval[1] - row.loss) / Z95
 

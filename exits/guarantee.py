@@ -335,7 +335,7 @@ class Guarantee:
             self.evidence.add(share, Profiles(audits.differs[~repeats], audits.layers[~repeats]))
             self.evidence.add_repeats(share, audits.differs[repeats])
         # At τ = 0 every text is audited, but at the next τ only some are. A share of 0 keeps the window as short as it
-        # is there.
+        # is at the next τ.
         self.recent.add(share if self.index else 0.0, audits.differs)
         if self.proved and self._detector.count(share, audits.differs[:, self.proved].tolist(), skipped):
             self.reset("change")

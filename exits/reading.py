@@ -19,8 +19,8 @@ class Reading:
         logits: (K,).
         probs: class probabilities, (K,); empty in a regression model.
         label: the most probable class (ties: lowest index); 0 in a regression model.
-        margin: the highest logit minus the second; in a multi-label model, the smallest distance of a logit from its
-            threshold; NaN in a regression model.
+        margin: the highest logit minus the second highest; in a multi-label model, the smallest distance of a logit
+            from its threshold; NaN in a regression model.
         entropy: the local signal, in [0, 1]; NaN in a regression model.
         distance_ratio: the global signal, in [0, 1]; None at an exit without prototypes.
         nearest: distance to the nearest prototype, in [0, 2] up to rounding; None at an exit without prototypes.

@@ -21,7 +21,7 @@ from de3.exits.recorded import Recorded
 
 MAX_LAM = 100.0
 DEFAULT_LAM = 1.0
-SMALLEST = 1e-12  # lower bound of the argument of a logarithm
+SMALLEST = 1e-12  # lower bound on the argument of a logarithm
 FEATURES = 5  # number of Risk's features at each exit
 
 Weights = tuple[float, ...]
@@ -154,9 +154,9 @@ class Risk:
     """The probability that this exit's answer differs from full depth's.
 
     A logistic regression for each exit: 1/(1 + exp(−z)), z = w0 + w1·margin + w2·entropy + w3·log entropy
-    + w4·log DR. The margin is the highest logit minus the second; in a multi-label model it is the smallest distance
-    of a logit from its threshold. In a regression model z = w0 + w1·value + w2·value². `exits.risk` fits the weights
-    on held-out samples, without their labels. Unlike entropy and EDR, risk is comparable across exits.
+    + w4·log DR. The margin is the highest logit minus the second highest; in a multi-label model it is the smallest
+    distance of a logit from its threshold. In a regression model z = w0 + w1·value + w2·value². `exits.risk` fits the
+    weights on held-out samples, without their labels. Unlike entropy and EDR, risk is comparable across exits.
 
     Attributes:
         weights: (w0, …, w4) by layer; None at layers without an exit, and at the last. w4 is 0 at an exit without

@@ -4,7 +4,7 @@
   that are in no earlier window.
 - Multi-label: the probability of a label is its highest in any window, as a single passage may justify the label.
 - Regression: the mean of the values, weighted as for classes.
-- With a flag, labels to watch for: the answer of the window where they are most probable. It is settled at the
+- With a flag (labels to watch for): the answer of the window where they are most probable. It is settled at the
   first window where the probability reaches the flag's threshold.
 """
 
@@ -22,7 +22,7 @@ OVERLAP = 0.25  # share of a window's tokens that are also in the next one
 # reviews (lab/docs/experiments/long-texts.md).
 EXPECTED_CHANGE = 0.75
 ROUNDING = 1e-9  # share of the total weight; exceeds the rounding error of summed probabilities
-SMALLEST = 1e-300  # lower bound of the argument of a logarithm
+SMALLEST = 1e-300  # lower bound on the argument of a logarithm
 
 
 class Span(NamedTuple):
