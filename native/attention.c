@@ -5,7 +5,7 @@
 #include "kernels.h"
 
 /* KEYS: keys in a tile, few enough to stay in the L2 cache with their values. KEYS_WITH_TERMS: fewer, because the terms
- * of the tile's keys must stay there, too. NEAR_QUERIES: with a window, queries that go through the tiles together. */
+ * of the tile's keys must stay there, too. NEAR_QUERIES: with a window, queries that use the tiles together. */
 enum { KEYS = 512, KEYS_WITH_TERMS = 128, NEAR_QUERIES = 256 };
 
 static int at_least(int a, int b) { return a > b ? a : b; }

@@ -56,7 +56,7 @@ static void multiply(const Linear *w, const float *x, int tokens, Epilogue epilo
     multiply_quantized(w, quantized, tokens, epilogue, other, to);
 }
 
-/* Number of rows that go through the products of a layer together: enough to amortize reading the weights, few enough
+/* Number of rows that the products of a layer handle together: enough to amortize reading the weights, few enough
  * for intermediate results to stay in the L2 cache. */
 enum { BLOCK = 64 };
 

@@ -109,7 +109,7 @@ typedef struct {
 } Model;
 
 /* Index of a weight in Linear.tiles. A tile holds 64 inputs of 16 outputs; four inputs of an output are adjacent, as
- * the int8 instructions of AMX, AVX-512 VNNI and others take them. */
+ * the int8 instructions of AMX, AVX-512 VNNI and others expect. */
 static inline size_t tile_index(int in, int input, int output) {
     size_t tile = (size_t)(output / 16) * (in / 64) + input / 64;
     return tile * 1024 + input % 64 / 4 * 64 + output % 16 * 4 + input % 4;

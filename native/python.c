@@ -215,7 +215,7 @@ static PyObject *py_set_offsets(PyObject *self, PyObject *args) {
         size_t width = b.len / 4 / m->num_heads;
         ok = holds(&b, width * m->num_heads, 4, "values") &&
              require(width % 2 == 1 && width <= 2 * MAX_TOKENS && !offsets->values,
-                     "the offsets are set already, or are not of 2·P − 1 distances");
+                     "the offsets are already set, or are not of 2·P − 1 distances");
         if (ok) {
             *offsets = (Offsets){(int)(width + 1) / 2, calloc(m->num_heads * offsets_stride((int)(width + 1) / 2), 4)};
             ok = require_memory(offsets->values != NULL);
@@ -281,7 +281,7 @@ static PyObject *py_set_terms(PyObject *self, PyObject *args) {
         ok = holds(&b[0], count, 4, "buckets") && (!b[1].len || holds(&b[1], rows * m->hidden, 4, "keys")) &&
              (!b[2].len || holds(&b[2], rows * m->hidden, 4, "queries")) &&
              require(count % 2 == 1 && count <= 2 * MAX_TOKENS && rows >= 1 && rows <= 1 << 16 && !a->terms.buckets,
-                     "the terms are set already, have no tables, or buckets that are not of 2·P − 1 distances");
+                     "the terms are already set, have no tables, or buckets that are not of 2·P − 1 distances");
         const int32_t *buckets = b[0].buf;
         for (size_t i = 0; ok && i < count; i++)
             ok = require(buckets[i] >= 0 && buckets[i] < (int)rows && (i == 0 || buckets[i] <= buckets[i - 1]),
@@ -308,7 +308,7 @@ static PyObject *py_set_embeddings(PyObject *self, PyObject *args) {
         ok = holds(&b[0], words * m->hidden, 1, "words") && holds(&b[1], words, 4, "scales") &&
              holds(&b[2], positions * m->hidden, 4, "positions") && holds(&b[3], types * m->hidden, 4, "types") &&
              require(!m->word_scales && words == (size_t)m->num_words && positions <= 1 << 30 && types <= 1 << 30,
-                     "the embeddings are set already, have another number of words, or are too large");
+                     "the embeddings are already set, have another number of words, or are too large");
         if (ok) {
             if (!m->is_filled) memcpy(m->words, b[0].buf, b[0].len);
             m->word_scales = copy_of(b[1].buf, b[1].len);
@@ -336,7 +336,7 @@ static PyObject *py_set_exit(PyObject *self, PyObject *args) {
         int labels = (int)(b[1].len / 4), metric = (int)(b[3].len / 4);
         ok = holds(&b[0], (size_t)labels * m->hidden, 4, "classifier") && holds(&b[1], labels, 4, "bias") &&
              holds(&b[2], (size_t)metric * m->hidden, 1, "weight") && holds(&b[3], metric, 4, "scale") &&
-             holds(&b[4], metric, 4, "metric_bias") && require(!head->is_set, "this exit is set already") &&
+             holds(&b[4], metric, 4, "metric_bias") && require(!head->is_set, "this exit is already set") &&
              require(metric % 32 == 0, "a metric space must have a multiple of 32 dimensions");
         for (int i = 0; ok && i <= m->num_layers; i++)
             ok = require(labels >= 1 && (!m->exits[i].is_set || m->exits[i].num_labels == labels),
@@ -368,7 +368,7 @@ static PyObject *py_set_head(PyObject *self, PyObject *args) {
              holds(&b[1], m->hidden, 4, "bias") &&
              require(activation >= 0 && activation < NUM_HEAD_ACTIVATIONS, "there is no such activation") &&
              require(!m->head.dense && !m->exits[m->num_layers].metric,
-                     "the head is set already, or the last exit has prototypes");
+                     "the head is already set, or the last exit has prototypes");
     if (ok) {
         float *dense = copy_of(b[0].buf, b[0].len), *bias = copy_of(b[1].buf, b[1].len);
         m->head = (Head){dense, bias, activation, mean, m->head.norm};

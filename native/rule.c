@@ -3,7 +3,7 @@
 #include <math.h>
 #include <stddef.h>
 
-#define SMALLEST 1e-12 /* lower bound of the argument of a logarithm */
+#define SMALLEST 1e-12 /* lower bound on the argument of a logarithm */
 
 static double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; } /* keeps NaN */
 

@@ -12,7 +12,7 @@ typedef struct {
     int label;                      /* the most probable class (ties: lowest index) */
     int is_value;                   /* a regression model: value, the only logit, is the answer; margin, entropy: NaN */
     double value;
-    double margin;                  /* highest logit minus the second; multi-label: the least distance to a threshold */
+    double margin;                  /* the two highest logits' difference; multi-label: least distance to a threshold */
     double entropy;                 /* in [0, 1] */
     double distance_ratio, nearest; /* in [0, 1] and [0, 2]; NaN at an exit without prototypes */
     double score;                   /* of the signal, in [0, 1]; NaN: undefined at this exit */
