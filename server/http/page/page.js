@@ -125,7 +125,7 @@ const percent = (share, digits = 1) => `${(share * 100).toFixed(digits)}%`;
 const atMost = (share) => `${+(share * 100).toFixed(2)}%`;
 const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
-/** Index of the value that is nearest to another. */
+/** Index of the value that is nearest to a target. */
 const nearest = (values, wanted) =>
   values.reduce((best, value, i) => (Math.abs(value - wanted) < Math.abs(values[best] - wanted) ? i : best), 0);
 const nearestRow = (rows, tau) => rows[nearest(rows.map((row) => row.tau), tau)];
@@ -353,7 +353,7 @@ function drawClasses(row) {
   $("more").hidden = more <= 0;
   $("more").textContent = all ? `Show ${MAX_CLASSES}` : `${more.toLocaleString("en")} more`;
   $("classes").classList.toggle("all", all);
-  $("classes").tabIndex = all && more > 0 ? 0 : -1; // a list that scrolls needs the focus
+  $("classes").tabIndex = all && more > 0 ? 0 : -1; // a scrollable list must be focusable
   $("classes").replaceChildren(
     ...ranked.slice(0, all ? undefined : MAX_CLASSES).map((k) => {
       const isAssigned = labels ? labels.includes(names[k]) : names[k] === label;
@@ -538,7 +538,7 @@ function quantile(buckets, share) {
   return lower;
 }
 
-/** Show the results of audits, and of what is learned from them. */
+/** Show the results of audits, and of learning from them. */
 async function measure(model, learns) {
   const path = `v1/models/${encodeURIComponent(model.id)}`;
   const audit = await getJson(`${path}/audit`), learned = learns ? await getJson(`${path}/learn`) : null;
@@ -706,7 +706,7 @@ $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const typed = $("key").value.trim();
   if (!/^[\x21-\x7e]+$/.test(typed)) {
-    $("key-error").textContent = "A key has only ASCII characters, and no spaces.";
+    $("key-error").textContent = "A key contains only ASCII characters, and no spaces.";
     return;
   }
   keepKey(typed);
