@@ -14,7 +14,7 @@ from de3.server.shares import Shares
 
 
 class Admission:
-    """The texts in flight, shared between clients, and the load level that keeps the latency objective.
+    """The texts in flight, shared between clients, and the load level that meets the latency objective.
 
     Attributes:
         texts: shares of the texts in flight.
@@ -65,7 +65,7 @@ class Admission:
         return self._controller.level if self._controller else 0
 
     def sheds(self, client: Callable[[], str | None]) -> bool:
-        """True if a new request must be shed to keep the latency objective.
+        """True if a new request must be shed to meet the latency objective.
 
         A client without texts in flight is admitted while others have some, because the queue serves it first.
         client: returns the request's client, or None if it is unauthorized; called only under load.

@@ -15,7 +15,7 @@ from de3.server.engine.job import Item
 from de3.server.engine.outcome import Outcome
 from de3.server.options import SignalName
 
-DECIMALS = 6  # of the probabilities in an answer
+DECIMALS = 6  # decimal places of the probabilities in an answer
 DISPLAY_LAM = 1.0  # λ of the reported EDR if the signal has no λ, or λ = 0
 
 
@@ -24,7 +24,7 @@ class Signals(TypedDict):
 
     score: Annotated[
         float | None,
-        Field(description="the signal's value, compared with tau; null if it has none at this exit"),
+        Field(description="the signal's value, compared with tau; null if it is undefined at this exit"),
     ]
     entropy: Annotated[float | None, Field(description="null for a regression model")]
     distance_ratio: Annotated[float | None, Field(description="null at an exit without prototypes")]
@@ -57,7 +57,7 @@ class Exit(Signals, _Lambda):
     num_layers: int
     reason: ExitReason
     tau: float
-    signal: Annotated[SignalName, Field(description="compared with tau")]
+    signal: Annotated[SignalName, Field(description="the signal compared with tau")]
 
 
 class PassedExit(Signals, Answer):
@@ -70,7 +70,7 @@ class PassedExit(Signals, Answer):
 class Windows(TypedDict):
     """The windows of a text that is longer than the model's limit."""
 
-    run: Annotated[int, Field(description="number of windows that ran until the answer was settled")]
+    run: Annotated[int, Field(description="number of windows that ran before the answer was settled")]
     of: Annotated[int, Field(description="number of windows of the text")]
     layers: Annotated[list[int], Field(description="exit layer of each window that ran")]
 
@@ -85,7 +85,9 @@ class Flag(TypedDict):
         Annotated[int, Field(description="index of the window with that probability, if there are several")]
     ]
     start: NotRequired[
-        Annotated[int, Field(description="index of that window's first character (pair: in the longer text)")]
+        Annotated[
+            int, Field(description="index of that window's first character (for a pair: in the longer text)")
+        ]
     ]
     end: NotRequired[Annotated[int, Field(description="index of the character after that window")]]
 
@@ -113,7 +115,7 @@ class ClassifiedText(Answer):
     windows: NotRequired[
         Annotated[Windows, Field(description="with long: windows, if the text has several windows")]
     ]
-    flag: NotRequired[Annotated[Flag, Field(description="with flag")]]
+    flag: NotRequired[Annotated[Flag, Field(description="with flag: the label to watch for")]]
     ood_score: NotRequired[
         Annotated[
             float | None,
@@ -264,7 +266,7 @@ def _signals(reading: Reading, lam: float, exact: bool) -> Signals:
 
 
 def _or_none(number: float | None) -> float | None:
-    """The number; None for NaN, which a regression model has as entropy."""
+    """The number; None for NaN, such as the entropy of a regression model."""
     return None if number is None or isnan(number) else number
 
 

@@ -19,7 +19,7 @@ def command_of(code: str, *arguments: str) -> list[str]:
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel kill this process, even a stopped one, once its parent has ended; exit if it already has.
+    """Have the kernel kill this process, even if it is stopped, once its parent has ended; exit if it already has.
 
     parent: pid of the process that started this one. On systems other than Linux, the process may outlive it.
 

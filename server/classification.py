@@ -21,7 +21,7 @@ class Classification(Request):
     """A request with the options of its answer (answer.py).
 
     Attributes:
-        id: the client's `request_id`, for the id of the response; None: the server's request id.
+        id: the client's `request_id`, from which the response gets its id; None: use the server's request id.
         raw: respond with logits instead of probabilities.
         top_k: number of labels to list as `top`, the most probable first; 0: none.
         indices: indices of the texts in the input, for messages; empty if they are the whole input.

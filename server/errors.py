@@ -39,7 +39,7 @@ class RequestError(Exception):
         message: the problem. For an invalid value of a request, it begins with the field, and names the allowed values
             where they are known.
         field: the invalid field of the request; None: no field is invalid.
-        cause: reason for the error, which decides the HTTP status; also a label in the metrics.
+        cause: reason for the error, which determines the HTTP status; also a label in the metrics.
         retry_after_s: seconds after which the same request may succeed; None: never, or unknown.
     """
 

@@ -82,7 +82,7 @@ def check_count(value: Any, field: str, most: int) -> None:
     """Raise RequestError if a field of a JSON value is a list of too many texts, before any is checked."""
     texts = value.get(field) if isinstance(value, dict) else None
     if isinstance(texts, list) and len(texts) > most:
-        raise RequestError(f"{field}: {len(texts)} texts, at most {most} are allowed", field)
+        raise RequestError(f"{field}: {len(texts)} texts; at most {most} are allowed", field)
 
 
 def one_or_more(text_of: Callable[[Any, str], Text], value: Any) -> list[Text]:
@@ -121,7 +121,7 @@ def explain(first: Mapping[str, Any], loc: Sequence[int | str], no_object: str) 
     loc: the error's place in the body. no_object: the message for a body that is not an object.
     """
     kind, message = first["type"], first["msg"]
-    # The message of our validators: a field's may begin with a position in it, a model's begins with a field.
+    # The message of our own validator: a field's may begin with a position in the field, a model's begins with a field.
     ours = str(first["ctx"]["error"]) if kind == "value_error" else ""
     if not loc:
         return RequestError(ours or no_object, ours.partition(":")[0] or None)

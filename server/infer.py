@@ -99,7 +99,7 @@ def _check_response(request: Request, manifest: Manifest) -> None:
     if len(request.texts) > (most := max(1, MAX_PROBS // each)):
         name, what = request.input_name, f"{each} probabilities for each text"
         raise RequestError(
-            f"{name}: {len(request.texts)} texts, at most {most} are allowed with {what}", name
+            f"{name}: {len(request.texts)} texts; at most {most} are allowed with {what}", name
         )
 
 

@@ -41,12 +41,12 @@ def configure(style: str, process: int | None = None) -> None:
 
 
 def _uncaught(*error: Any) -> None:
-    """Log an error that nothing caught: its type, the error, and its traceback."""
+    """Log an uncaught error: its type, its message, and its traceback."""
     log.critical("uncaught error", exc_info=error)
 
 
 def _uncaught_in_thread(hook: Any) -> None:
-    """Log an error that nothing caught in a thread, or that no code could catch."""
+    """Log an uncaught error of a thread, or an error that no code could catch."""
     _uncaught(hook.exc_type, hook.exc_value, hook.exc_traceback)
 
 

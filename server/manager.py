@@ -29,7 +29,7 @@ WAIT_S, MAX_WAIT_S = 0.2, 60.0  # interval and limit of the wait for the last re
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the served models, as an admin requests it.
+    """A change of the served models that an admin requests.
 
     Attributes:
         version: version to load or unload; None: load the newest in the store, or unload all that are loaded. Not used
@@ -46,7 +46,7 @@ class Change:
 
 @dataclass
 class Plan:
-    """A change of the served models, as every process carries it out.
+    """A change of the served models in the form that every process carries out.
 
     Attributes:
         artifact: artifact to load; None to unload.
@@ -83,7 +83,7 @@ class Manager:
         """drop_shadows: called with unloaded models, which pending shadow jobs and audits would keep in memory.
 
         memory_of: returns shared memory for the weights of an artifact; None if the weights are not shared between
-        processes. known: artifacts that can be loaded although they may not be in the store.
+        processes. known: artifacts that can be loaded even if they are not in the store.
         """
         self._memory_of = memory_of
         self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits

@@ -124,10 +124,10 @@ class LedgerMetrics(Collector):
             "guarantee, of the tenant whose audits are the strongest evidence against it",
         )
         lower = gauge(
-            "de3_audit_disagreement_lower", "Anytime-valid 95% lower bound of de3_audit_disagreement"
+            "de3_audit_disagreement_lower", "Anytime-valid 95% lower bound on de3_audit_disagreement"
         )
         upper = gauge(
-            "de3_audit_disagreement_upper", "Anytime-valid 95% upper bound of de3_audit_disagreement"
+            "de3_audit_disagreement_upper", "Anytime-valid 95% upper bound on de3_audit_disagreement"
         )
         guarantee = gauge(
             "de3_audit_guarantee",

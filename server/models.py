@@ -60,7 +60,7 @@ def find(store: Store, wanted: list[str], others: Sequence[Artifact] = ()) -> li
 
 def _check_count(count: int) -> None:
     if count > MAX_LOADED:
-        raise StoreError(f"{count} models to serve, at most {MAX_LOADED} are allowed: choose with --model")
+        raise StoreError(f"{count} models to serve; at most {MAX_LOADED} are allowed: choose with --model")
 
 
 def newest(store: Store) -> list[Artifact]:
@@ -191,8 +191,8 @@ class Models:
     ) -> str:
         """The name that answers requests that do not name a model: the default, or the only one.
 
-        fits: only models that it is true for count, if there is any. must_be_set: the first of the served models is
-        not the default, unless the settings say so. Raises RequestError if there is no such name.
+        fits: if it is true for any model, only such models count. must_be_set: the first of the served models is not
+        the default, unless the settings say so. Raises RequestError if there is no such name.
         """
         default = None if must_be_set and not self._is_set else self.default
         if default in self.routes and fits(self.current(str(default)).model.manifest):
@@ -269,7 +269,7 @@ class Models:
             others = ", ".join(f"{name}:{v}" for v in self._versions[name] if v != version)
             raise RequestError(
                 f"version: {name}:{version} is the current version of {name}; load another as current first "
-                f"(loaded are {others}), or unload all of {name}",
+                f"(loaded: {others}), or unload all of {name}",
                 "version",
                 "conflict",
             )

@@ -61,7 +61,7 @@ def _thresholds(value: Any) -> Any:
     """The value, if it is a threshold, an object of thresholds, or None; raises ValueError at the first invalid one."""
     if isinstance(value, dict):
         if len(value) > MAX_THRESHOLDS:
-            raise ValueError(f"has {len(value)} labels, at most {MAX_THRESHOLDS} are allowed")
+            raise ValueError(f"has {len(value)} labels; at most {MAX_THRESHOLDS} are allowed")
         for name, one in value.items():
             if not _is_threshold(one):
                 raise ValueError(f"[{name[:100]!r}]: must be {THRESHOLD}")
@@ -90,7 +90,7 @@ class OptionFields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     tau: float | None = Field(
-        None, ge=0, le=1, description="exit at the first layer whose score is below tau; 0: never early"
+        None, ge=0, le=1, description="exit at the first layer whose score is below tau; 0: never exit early"
     )
     signal: SignalName | None = Field(
         None,
@@ -101,7 +101,7 @@ class OptionFields(BaseModel):
         ge=0,
         le=MAX_LAM,
         alias="lambda",
-        description="of the signal edr: weight of the distance ratio against entropy; 0: entropy alone",
+        description="for the signal edr: weight of the distance ratio against entropy; 0: entropy alone",
     )
     max_layer: int | None = Field(None, ge=0, description="deepest layer to run")
     target_speedup: float | None = Field(

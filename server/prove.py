@@ -24,9 +24,9 @@ from de3.model_store.store import Artifact, StoreError
 from de3.server.child import command_of, limit_memory
 
 TIMEOUT_S = 120.0
-MEMORY_BYTES = 2**30  # limit of the process, besides COPIES of the artifact's files
+MEMORY_BYTES = 2**30  # limit of the process, in addition to COPIES of the artifact's files
 COPIES = 6  # copies of the files that may be in memory at the same time
-MAX_OUTPUT = 2**16  # characters of the process's output
+MAX_OUTPUT = 2**16  # longest output of the process, characters
 REFUSED = 3  # exit code of the process for an unsound artifact
 PROGRAM = "from de3.server.prove import child; child()"
 

@@ -34,7 +34,7 @@ def _key(signal: Signal) -> Key:
 
 
 class InForce(NamedTuple):
-    """What the audits of a tenant allow.
+    """The τ that the audits of a tenant allow.
 
     Attributes:
         epoch: identifies the tenant's evidence; texts that were drawn in an earlier epoch do not count.
@@ -120,7 +120,7 @@ def _needs_an_exit(options: ExitOptions, last: int) -> str | None:
 
 
 def one_answer(manifest: Manifest) -> str:
-    """Why a model that is not multi-label has only one answer, in words."""
+    """The reason why a model that is not multi-label has only one answer."""
     return "its classes are mutually exclusive" if manifest.tolerance is None else "its answer is a number"
 
 
@@ -167,7 +167,7 @@ class Rules:
         return [replace(self._at_row(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
     def apply(self, standing: Standing) -> None:
-        """With a guarantee, take the τ of tenants' requests without options from the Standing of the model's ledger.
+        """With a guarantee, take each tenant's τ for requests without options from the Standing of the model's ledger.
 
         `default` becomes the choice of the tenant with the median τ.
         """
@@ -357,7 +357,7 @@ class Rules:
             raise RequestError(f"{field}: {self.name} was exported without a calibration; give tau", field)
         certified = ", ".join(str(key) for key in islice(self._certified, MAX_NAMED))
         raise RequestError(
-            f"{field}: {self.name} has no calibration of {_key(signal)}; give tau, or a signal that has one: "
+            f"{field}: {self.name} has no calibration for {_key(signal)}; give tau, or a signal that has one: "
             f"{certified}",
             field,
         )

@@ -205,7 +205,7 @@ class Service:
     def current(self, name: str | None) -> Served:
         """The current version of a name, or the version with this alias (see models.aliases).
 
-        None: of the default name. Raises RequestError if there is no such version, or while the models load.
+        name: None for the default name. Raises RequestError if there is no such version, or while the models load.
         """
         self.check_open()
         return self.models.current(self.models.default_name() if name is None else name)

@@ -44,7 +44,7 @@ class Settings(BaseModel):
         ),
     ] = []
     store: Annotated[Path, Option(help="Folder of the model store.")] = Path("models")
-    host: Annotated[str, Option(help="Address (0.0.0.0: all).")] = "127.0.0.1"
+    host: Annotated[str, Option(help="Address to listen on (0.0.0.0: all).")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535), Option(help="Port to listen on.")] = 8000
     guarantee: Annotated[
         float | None,
@@ -71,7 +71,7 @@ class Settings(BaseModel):
     api_keys_file: Annotated[
         Path | None,
         Option(
-            help="File of API keys, which clients then need: lines of a name, and a key or sha256:digest. Or "
+            help="File of API keys, which clients then need; each line: a name, and a key or sha256:digest. Or "
             "DE3_API_KEYS, separated by ;."
         ),
     ] = None
@@ -150,7 +150,7 @@ class Settings(BaseModel):
         float | None,
         Field(gt=0),
         load_option(
-            help="Objective for the p99 latency, milliseconds: to keep it under load, the default τ is raised, then "
+            help="Objective for the p99 latency, milliseconds: to meet it under load, the default τ is raised, then "
             "requests are shed."
         ),
     ] = None
@@ -182,7 +182,7 @@ class Settings(BaseModel):
     admin_keys: SecretStr | None = None
     rate_limit: Annotated[
         str | None,
-        access_option(help="Rate limit for each name of an API key, in texts, such as 100/second."),
+        access_option(help="Rate limit for each API key name, in texts, such as 100/second."),
     ] = None
     trusted_proxies: Annotated[
         list[str],
@@ -203,7 +203,7 @@ class Settings(BaseModel):
         access_option(
             "--allowed-host",
             help="Name allowed in the Host header, besides localhost and IP addresses; repeat for more, * for all. "
-            "Checked, against DNS rebinding, by a server without keys that listens on this machine only.",
+            "Checked, to prevent DNS rebinding, by a server without keys that listens on this machine only.",
         ),
     ] = []
     max_queue: Annotated[

@@ -49,7 +49,7 @@ class Shares:
                     retry_after_s=self._retry_after_s(),
                 )
             raise RequestError(
-                f"overloaded: {self.total} {self._what} are in flight, at most {self.limit} are allowed",
+                f"overloaded: {self.total} {self._what} are in flight; at most {self.limit} are allowed",
                 cause="queue_full",
                 retry_after_s=self._retry_after_s(),
             )

@@ -106,7 +106,7 @@ class TextMetrics(Collector):
         """The metrics of every model."""
         exits = HistogramMetricFamily(
             "de3_exit_layer",
-            "Exit layer of each text (0: embeddings), by reason; of several windows, that of the last one that ran",
+            "Exit layer of each text (0: embeddings), by reason; with several windows, that of the last one that ran",
             labels=["model", "reason"],
         )
         run = CounterMetricFamily("de3_layers_run", "Encoder layers executed", labels=["model"])

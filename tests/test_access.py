@@ -387,7 +387,7 @@ def test_the_cost_of_a_request(server: Server) -> None:
     for texts, then in ((7, 3), (7, 3), (30, 0)):  # 30 is more than is left
         charge.settle(texts)
         assert limit.remaining("alice") == then
-    with pytest.raises(RequestError, match="over your limit") as refused:
+    with pytest.raises(RequestError, match="over your rate limit") as refused:
         asyncio.run(Charge(limit, "alice").raise_to(1))
     assert refused.value.retry_after_s in (3 * 3600 - 1, 3 * 3600)  # for 30 texts, at 10 per hour
     with pytest.raises(RequestError, match="costs 11 texts"):

@@ -156,7 +156,7 @@ def test_a_call_with_more_texts_than_the_server_allows_is_several_requests(
     for text, says in [*wrong, ("\ud800", "half of a surrogate pair")]:
         with pytest.raises(ValueError, match=rf"^input\[3\]: .*{says}"):
             call("http://127.0.0.1:9", [*TEXTS[:3], text])  # nothing is sent
-    with pytest.raises(ServerError, match=r"^input: 100 texts, at most 64 are allowed"):
+    with pytest.raises(ServerError, match=r"^input: 100 texts; at most 64 are allowed"):
         call(server.url, TEXTS)
     first = response(json.dumps(WHOLE).encode())
     with (

@@ -118,7 +118,7 @@ def test_several_versions_are_served_side_by_side(server: Server) -> None:
     assert change(server, "load", version=2, role="loaded").status_code == 200
     assert (answering(server), answering(server, "tiny:2")) == ("tiny:1", "tiny:2")
     refused = change(server, "unload", version=1)
-    assert refused.status_code == 409 and "loaded are tiny:2" in refused.text
+    assert refused.status_code == 409 and "loaded: tiny:2" in refused.text
     assert change(server, "unload", version=2).json() == {"unloaded": ["tiny:2"]}
     assert server.classify(input="good", model="tiny:2").status_code == 404
 

@@ -127,7 +127,7 @@ def test_a_response_has_a_limited_number_of_probabilities(
     for texts, explain, status in cases:
         answer = server.classify(input=TEXTS[:texts], explain=explain)
         assert answer.status_code == status, answer.text
-    said = "input: 2 texts, at most 1 are allowed with 8 probabilities for each text"
+    said = "input: 2 texts; at most 1 are allowed with 8 probabilities for each text"
     assert answer.json()["error"] | {"message": said, "param": "input"} == answer.json()["error"]
 
 

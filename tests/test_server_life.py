@@ -49,7 +49,7 @@ def test_a_full_queue_is_503_and_loses_nothing(store: Path, monkeypatch: pytest.
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["type"] == "ServiceUnavailableError"
-        assert "4 texts are in flight, at most 4 are allowed" in refused.json()["error"]["message"]
+        assert "4 texts are in flight; at most 4 are allowed" in refused.json()["error"]["message"]
         assert httpx.get(server.url + "/health").status_code == 200
         gate.open()
         assert [f.result().status_code for f in accepted] == [200, 200]

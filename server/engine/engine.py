@@ -145,7 +145,7 @@ class Engine:
             assert job.choice.budget_s is not None and job.deadline is not None
             needed_s += job.submitted + job.choice.budget_s - job.deadline  # plus the time for the response
             message = (
-                f"latency_budget_ms: {1000 * job.choice.budget_s:g} ms cannot be met, the first exit would "
+                f"latency_budget_ms: {1000 * job.choice.budget_s:g} ms cannot be met: the first exit would "
                 f"take about {1000 * needed_s:.1f} ms now; allow more, or set best_effort"
             )
             raise RequestError(message, "latency_budget_ms", "budget", retry_after_s=1)

@@ -72,7 +72,7 @@ class Keys:
                 raise ValueError(f"{place}: must be a name and a key, or a name and sha256:digest")
             name, key = parts
             if not _NAME.fullmatch(name):
-                raise ValueError(f"{place}: a name is up to 64 letters, digits and _ . -")
+                raise ValueError(f"{place}: a name has up to 64 letters, digits and _ . -")
             hashed = _DIGEST.fullmatch(key)
             if hashed is None and (key.startswith("sha256:") or len(key) < MIN_KEY_CHARS):
                 raise ValueError(
@@ -85,7 +85,7 @@ class Keys:
         if not owners:
             raise ValueError(f"{where}: contains no key")
         if len(owners) > MAX_KEYS:
-            raise ValueError(f"{where}: {len(owners)} keys, at most {MAX_KEYS} are allowed")
+            raise ValueError(f"{where}: {len(owners)} keys; at most {MAX_KEYS} are allowed")
         return cls(owners)
 
     @classmethod
@@ -105,7 +105,7 @@ class Keys:
         return "\n".join(f"{name} sha256:{digest.hex()}" for digest, name in self._owners.items())
 
     def shares_with(self, others: "Keys") -> bool:
-        """True if both have a key in common."""
+        """True if the two have a key in common."""
         return not self._owners.keys().isdisjoint(others._owners)
 
     def owner(self, scope: Scope) -> str:
@@ -326,7 +326,7 @@ class RateLimit:
         if missing > 0:
             wait = max(1, math.ceil(window.wait_s(missing, now)))
             raise RequestError(
-                f"over your limit, in texts: {self._rate}", cause="rate_limited", retry_after_s=wait
+                f"over your rate limit, in texts: {self._rate}", cause="rate_limited", retry_after_s=wait
             )
         window.add(texts, now)
 
@@ -364,7 +364,7 @@ class LeasedRateLimit(RateLimit):
             try:
                 await self._leases.lease(owner, self._block)
                 self._leased[owner] += self._block - texts
-            except RequestError:  # fewer are left
+            except RequestError:  # the limit allows fewer texts
                 await self._leases.lease(owner, texts)
             finally:
                 self._leasing.discard(owner)

@@ -51,7 +51,7 @@ class InferRequest(Request):
         for name in self.outputs:
             if name not in outputs_of(manifest):
                 raise RequestError(
-                    f"outputs: {name!r} is not one of {', '.join(outputs_of(manifest))} of {manifest.name}",
+                    f"outputs: {manifest.name} has no {name!r}; available: {', '.join(outputs_of(manifest))}",
                     "outputs",
                 )
 
@@ -158,7 +158,7 @@ def _count(tensor: Tensor, most: int) -> int:
     if not 1 <= len(shape) <= 2 or shape[0] < 1 or shape[1:] not in ([], [1]):
         raise RequestError(f"{where}: the shape must be [n] or [n, 1]", "inputs")
     if shape[0] > most:
-        raise RequestError(f"{where}: {shape[0]} texts, at most {most} are allowed", "inputs")
+        raise RequestError(f"{where}: {shape[0]} texts; at most {most} are allowed", "inputs")
     return shape[0]
 
 

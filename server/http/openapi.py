@@ -148,8 +148,8 @@ CLASSIFY: dict[str, Any] = {
         408: error(408, "the body did not arrive within 10 s"),
         413: error(413, "the body is larger than the limit of 1048576 bytes"),
         422: error(422, _WRONG_TAU, "tau"),
-        429: error(429, "over your limit, in texts: 100 per 1 second"),
-        503: error(503, "overloaded: 1024 texts are in flight, at most 1024 are allowed"),
+        429: error(429, "over your rate limit, in texts: 100 per 1 second"),
+        503: error(503, "overloaded: 1024 texts are in flight; at most 1024 are allowed"),
         504: error(504, "no answer within 30 s"),
     },
 }

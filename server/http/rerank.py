@@ -79,13 +79,13 @@ def _texts(value: Any) -> list[str]:
 
 
 def pairs(query: str, documents: Sequence[str], name: str = "query") -> list[Text]:
-    """The pairs of a query and each document; raises RequestError if the query is too long to be repeated so often.
+    """The pairs of a query and each document; raises RequestError if the query is too long to repeat so often.
 
     name: the query's field.
     """
     if len(query) * len(documents) > MAX_QUERY_CHARS:
         raise RequestError(
-            f"{name}: {len(query)} characters before each of {len(documents)} documents, at most {MAX_QUERY_CHARS} in "
+            f"{name}: {len(query)} characters before each of {len(documents)} documents; at most {MAX_QUERY_CHARS} in "
             "all are allowed",
             name,
         )

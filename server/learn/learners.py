@@ -25,7 +25,7 @@ log = logging.getLogger("de3")
 CHECK_S = 0.5
 # Minimum speed-up of a version that is to be served, relative to the served one's.
 MIN_GAIN = 1.02
-ADDED_AT_ONCE = 64  # held records in one iteration of the event loop: 1 to 8 ms
+ADDED_AT_ONCE = 64  # held-back records added in one iteration of the event loop: 1 to 8 ms
 RETRIES = 30  # attempts to load a version while an admin changes the models
 _FOLDERS = re.compile(r"(?:/[^/\s:'\"]+)+/")
 
@@ -136,7 +136,7 @@ class Learners:
         learner = self.of(name)
         if starts and learner.count < MIN_RECORDS:
             raise RequestError(
-                f"{name}: {learner.count} records are too few to fit exits, at least {MIN_RECORDS} are needed",
+                f"{name}: {learner.count} records are too few to fit exits; at least {MIN_RECORDS} are needed",
                 "name",
                 "conflict",
             )
@@ -287,7 +287,7 @@ class Learners:
         return result_of(waiting.attempt, waiting.found, "served", manifest.version)
 
     def _job(self, learner: Learner, rival: InService, attempt: int, version: int) -> Job:
-        assert self._settings.guarantee is not None  # which the setting learn needs
+        assert self._settings.guarantee is not None  # required by the setting `learn`
         records = self._folder.records_path(learner.name, learner.base)
         served = self._served.get(f"{learner.name}:{rival.version}", learner.artifact)
         return Job(
