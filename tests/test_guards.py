@@ -184,7 +184,7 @@ def test_a_safe_label_is_recognized_by_its_name(labels: str, safe: str | None) -
     assert safe_labels(manifest) == (None if safe is None else {safe})
     request = detectors.ContentsRequest([Text("a")])
     if safe is None:  # a guess might let everything pass
-        with pytest.raises(RequestError, match="which labels of m:1 mean safe is not known"):
+        with pytest.raises(RequestError, match="the names of m:1's labels do not show which mean safe"):
             request.check(manifest)
         request.safe = frozenset(manifest.labels[:1])
     request.check(manifest)

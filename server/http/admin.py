@@ -56,7 +56,7 @@ class Unload(JsonObject):
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
     """Add the routes to an application. dependencies: FastAPI dependencies of each route."""
 
-    async def changed(change: Change) -> dict[str, Any]:  # to its end, even if the client disconnects
+    async def changed(change: Change) -> dict[str, Any]:  # runs to its end even if the client disconnects
         return await SharedRun[dict[str, Any]]("model_change").result(lambda: service.shared.change(change))
 
     errors: dict[int | str, dict[str, Any]] = {

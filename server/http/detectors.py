@@ -45,7 +45,7 @@ class Detection(Request):
     """A request for the labels of texts that are not safe.
 
     Long texts are split into windows, because a prompt injection may be anywhere in a text, and refused if they do not
-    fit into them: nothing may pass unread.
+    fit into them: no part may go unread.
 
     Attributes:
         threshold: lowest probability at which a label is a detection, or all labels that are not safe together if
@@ -78,7 +78,7 @@ class Detection(Request):
         if self.safe is None:
             shown = ", ".join(labels[:20])
             raise RequestError(
-                f"model: which labels of {name} mean safe is not known by their names: {shown}; {self.hint}",
+                f"model: the names of {name}'s labels do not show which mean safe: {shown}; {self.hint}",
                 "model",
             )
         if unknown := sorted(self.safe.difference(labels)):

@@ -37,9 +37,9 @@ class RoundRobin(Generic[T]):
 
 
 class ParseLock:
-    """Held by one parser of a large body at a time, in rotation over the clients.
+    """A lock that one parser of a large body holds at a time, in rotation over the clients.
 
-    A pause of the same length follows, so parsing takes at most half the event loop's time.
+    After each parse, it stays locked for as long again, so parsing takes at most half the event loop's time.
     """
 
     def __init__(self) -> None:
@@ -79,8 +79,8 @@ class StartQueue:
     """Starts up to AT_ONCE requests in each iteration of the event loop.
 
     Further requests wait for the next iterations, in rotation over the networks. So a thousand connections of one
-    network that send without pause delay a client in another network by only a few iterations. A request that is alone
-    starts at once.
+    network that send without pause delay a client in another network by only a few iterations. A lone request starts
+    at once.
     """
 
     def __init__(self) -> None:

@@ -104,7 +104,7 @@ class Frontend:
         return self._clients.name({"client": peer, "headers": []})
 
     def sheds(self, scope: Scope) -> bool:
-        """True if a classification request must be shed to keep the latency objective."""
+        """True if a classification request must be shed to meet the latency objective."""
 
         def client() -> str | None:
             try:
@@ -131,7 +131,7 @@ class Frontend:
     def refuse(self, error: RequestError, scope: Scope) -> Response:
         """Count a refused or failed request; returns the response, in the error format of the path's protocol.
 
-        Not for the requests that endpoint.py answers, which it counts itself.
+        Not for the requests that endpoint.py answers: endpoint.py counts those itself.
         """
         self.service.metrics.rejected.labels(error.cause).inc()
         protocol = self._by_first_part.get(route_path(scope)[1:].partition("/")[0])
@@ -154,7 +154,7 @@ class Frontend:
         self.report(exchange)
 
     def dropped(self, reason: str) -> None:
-        """Count a connection that was closed to keep a limit. reason: the limit, as a metric label."""
+        """Count a connection that was closed to enforce a limit. reason: the limit, as a metric label."""
         self.service.metrics.dropped_connections.labels(reason).inc()
 
     def report(self, exchange: Exchange) -> None:

@@ -58,7 +58,7 @@ def _texts(value: Any) -> list[Text]:
 
 
 class GuardrailParameters(OptionFields):
-    """The parameters of the guardrail in LiteLLM's configuration; the exit options are accepted, too."""
+    """The parameters of the guardrail in LiteLLM's configuration; the exit options are also accepted."""
 
     model: str | None = None
     label: str | None = None

@@ -76,7 +76,7 @@ class HttpServer(uvicorn.Server):
 
 
 def url_of(listening: socket.socket) -> str:
-    """The URL of a server, given one of its sockets; if it listens on all addresses, with that of this machine."""
+    """The URL of a server, given one of its sockets; with the loopback address if it listens on all addresses."""
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

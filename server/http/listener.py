@@ -90,7 +90,7 @@ class Listener:
         max_connections: int,
         on_closed: Callable[[], None] = lambda: None,
     ) -> None:
-        """settings: of the server; but `max_connections` is the limit. on_closed: called for each closed connection."""
+        """max_connections: the limit, instead of that in `settings`. on_closed: called for each closed connection."""
         self.frontend, self._on_closed = frontend, on_closed
         self.max_connections, self.max_body_bytes = max_connections, settings.max_body_bytes
         self.keep_alive_s = settings.keep_alive_s

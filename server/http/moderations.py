@@ -30,7 +30,7 @@ class ModerationRequest(Detection):
     is_parts: bool = False
 
     def fits(self, manifest: Manifest) -> bool:
-        """True for a multi-label model, and for one whose safe class is known or one of two."""
+        """True for a multi-label model, for one whose safe class is known, and for one of two classes."""
         return manifest.tolerance is None and (safe_labels(manifest) is not None or len(manifest.labels) == 2)
 
 

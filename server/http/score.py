@@ -28,7 +28,7 @@ class ScoreRequest(PairsRequest):
     Attributes:
         second: the field of the second texts, for error messages.
         raw: respond with the model's outputs instead of their sigmoid.
-        id: the client's `request_id`, for the id of the response; None: the server's request id.
+        id: the client's `request_id`, from which the response gets its id; None: use the server's request id.
     """
 
     second: str = NAMES[0][1]
