@@ -40,7 +40,7 @@ class Audit:
         model_s: compute time, seconds.
         error: the error of an audit that failed; None otherwise.
         is_dropped: its model was unloaded before it ran, or the server is stopping.
-        created: time at which it was made (perf_counter).
+        created: time of its creation (perf_counter seconds).
         tenant: the tenant that sent the text; tenants with pending audits have equal shares of the time.
     """
 
@@ -153,7 +153,7 @@ class AuditThreads:
     def _next(self, at_idle: bool) -> list[Audit]:
         """Wait for an audit; returns it with others of its model that fit into a step, or an empty list once closed.
 
-        at_idle: False: wait for an overdue audit.
+        at_idle: if False, wait for an overdue audit instead.
         """
         with self._changed:
             while not self._closed.is_set():

@@ -21,7 +21,7 @@ class _Admitted:
         deadline: perf_counter seconds.
         firsts: predicted seconds to the first exit of each of these texts, by the text's index.
         first_s: sum of `firsts`.
-        predicted_s: sum of the predicted seconds of these texts through every layer.
+        predicted_s: total predicted seconds of these texts through every layer.
     """
 
     deadline: float
@@ -43,10 +43,10 @@ class Deadlines:
         self._free_at[thread] = until
 
     def admit(self, job: Job) -> float:
-        """Admit a job's deadline if it can be kept without making an earlier job late.
+        """Admit a job's deadline if it can be met without making an earlier job late.
 
         Returns 0 if it was admitted, else the approximate seconds from now by which the job's texts could reach their
-        first exits. With best_effort, a job whose deadline cannot be admitted gets a later one that can be kept, after
+        first exits. With best_effort, a job whose deadline cannot be admitted gets a later one that can be met, after
         all earlier ones; its texts then exit at their first exits, and 0 is returned.
         """
         assert job.deadline is not None
@@ -67,7 +67,7 @@ class Deadlines:
         return 0.0
 
     def _needed(self, new: _Admitted, now: float) -> float:
-        """0 if the new job's deadline can be kept without making another job late. Otherwise, the approximate number of
+        """0 if the new job's deadline can be met without making another job late. Otherwise, the approximate number of
         seconds from now by which it could be. Simulates the schedule: the most urgent text goes to the thread that is
         free first.
         """
@@ -89,8 +89,8 @@ class Deadlines:
     def begin(self, item: Item, thread: int) -> float:
         """The time (perf_counter seconds) by which a text that starts now must exit; occupies its thread until then.
 
-        After its first exit, the text gets a share of the time that no admitted job needs, in proportion to its part of
-        the admitted work. A text of a late job gets none: the returned time is now, and the text exits at its
+        After its first exit, the text gets a share of the time that no admitted job needs, in proportion to its share
+        of the admitted work. A text of a late job gets none: the returned time is now, and the text exits at its
         first exit.
         """
         now, job = perf_counter(), item.job

@@ -247,7 +247,7 @@ def job_of(served: Served, request: Request, level: int, on_done: Callable[[Exce
 
 
 def _flag_of(request: Request, manifest: Manifest, choice: Choice) -> Flag | None:
-    """The flag of a request; None if it sets none. Raises RequestError for a label that the model does not have."""
+    """The flag of a request; None if there is none. Raises RequestError for a label that the model does not have."""
     if request.flag is None:
         return None
     names, threshold = request.flag

@@ -17,7 +17,7 @@ MAX_SHADOWS = 64
 # A text is preempted by another client's text if its own client has received this much more engine time.
 PREEMPTION_LEAD_S = 0.002
 RECENT_S = 1.0  # a client counts as active for this long after its last text was enqueued or ran
-MAX_CLIENTS = 4096  # clients remembered; more only while they have pending items
+MAX_CLIENTS = 4096  # maximum number of clients remembered, unless more than that have pending items
 
 Entry = tuple[float, int, Item]  # due, order of arrival, item
 

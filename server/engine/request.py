@@ -27,8 +27,8 @@ class Request:
 
     Attributes:
         input_name: the protocol's field for the texts, for error messages.
-        needs_a_set_default: of several models that fit, a request that does not name one is answered only by a default
-            that the settings name, not by the first model: a guard must not answer in place of another.
+        needs_a_set_default: if several models fit, a request that does not name one is answered only by a default from
+            the settings, not by the first model: one guard must not answer in place of another.
         model: name or name:version; None: the server's default.
         truncate: truncate texts that are too long for their windows; if false, such texts raise RequestError.
         explain: report the reading of every exit that a text passes.
