@@ -141,7 +141,7 @@ class Audits:
         """The learning report of a model; see AuditStore.learning. Raises RequestError if the server does not learn."""
         if not self._settings.learn:
             raise RequestError(
-                "the server does not learn; its operator can start it with --learn", cause="conflict"
+                "the server does not learn; its operator can enable it with --learn", cause="conflict"
             )
         return await self._store.learning(served.model.manifest.name, starts)
 

@@ -1,4 +1,4 @@
-"""The ledgers and learners of a server. They are in the process that counts: the only one, or the supervisor."""
+"""The ledgers and learners of a server. They are in the process that counts: its only process, or the supervisor."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -77,7 +77,7 @@ class Coordinator:
 
     async def learning(self, name: str, starts: bool) -> dict[str, Any]:
         """The learning report of a model name; see AuditStore.learning."""
-        assert self.learners is not None  # Audits has checked it
+        assert self.learners is not None  # checked by Audits
         return self.learners.report(name, starts)
 
     async def report(self, name: str, level: int, reader: str | None) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Ledger:
         self.num_resets: dict[Reason, int] = {"change": 0, "reset": 0}
         self.num_changes = 0
         self._texts = Counter[str]()  # by tenant, recent ones
-        # By tenant, the highest τ that was logged, as index in the grid, and when (monotonic seconds).
+        # By tenant, the highest τ logged, as an index in the grid, and the time of the log line (monotonic seconds).
         self._logged: dict[str, tuple[int, float]] = {}
         self._start_layers: float | None = None  # mean exit layer, by held-out texts
         self.serve(rules, runtime, tau_factor)
@@ -212,7 +212,7 @@ class Ledger:
         return dict(self._texts)
 
     def changes(self) -> dict[str, int]:
-        """Number of changes of each tenant's traffic that were found."""
+        """Number of changes found in each tenant's traffic."""
         return {name: tenant.num_changes for name, tenant in self.tenants.items() if tenant.num_changes}
 
     @property

@@ -23,7 +23,7 @@ from de3.server.audit.tenant import MAX_RESETS, Reset, Tenant
 log = logging.getLogger("de3")
 MAX_BYTES = 2**22
 MAX_TAUS = 1024
-MAX_TIME = 2**38  # seconds since 1970: the year 10680
+MAX_TIME = 2**38  # seconds since 1970, in the year 10680
 MAX_TENANTS = 512  # files of a model: those of current tenants, and some of former ones
 NEW_SHARES = 64  # shares that a server may still add to a restored state
 MAX_COUNT, NEW_COUNT = 2**53, 2**52  # largest count, and how much of it a server may add
@@ -154,7 +154,7 @@ def restore(ledger: Ledger, state: TenantState) -> None:
     """Restore a tenant of a ledger from a state.
 
     Raises ValueError if the state belongs to another model, signal, runtime, OOD policy or grid of τ, or if its shares
-    or counts are too near their limits.
+    or counts are too close to their limits.
     """
     manifest, signal, taus = ledger.manifest, ledger.signal, ledger.taus
     if state.fingerprint != fingerprint(manifest):

@@ -132,8 +132,8 @@ class Tenant:
         epoch: identifies the evidence: texts that were drawn in an earlier epoch do not count.
         since: start of the evidence, in seconds since 1970.
         resets: the latest resets.
-        num_changes: number of changes in the traffic that were found.
-        is_changed: it has changed since it was last saved.
+        num_changes: number of changes found in the traffic.
+        is_changed: these audits have changed since they were last saved.
     """
 
     def __init__(self, taus: NDArray[np.float64], guarantee: Guarantee | None, epoch: int) -> None:

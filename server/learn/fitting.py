@@ -18,7 +18,7 @@ log = logging.getLogger("de3")
 PROGRAM = "import os; os.nice(19); from de3.export.fit_process import child; child()"
 TIMEOUT_S = 86_400.0  # long, because a server that is always busy leaves a fit little time
 MAX_OUTPUT = 2**25
-# Even at the lowest priority, a fit slows others down: it evicts their data from the caches, and uses up a CPU quota.
+# Even at the lowest priority, a fit slows down others: it evicts their data from the caches, and uses up a CPU quota.
 # So it runs a sixth of the time under a quota, and otherwise a third of the time while few cores are idle.
 RUN_S, PAUSE_S, LONG_PAUSE_S = 0.01, 0.02, 0.05
 SAMPLE_TICKS = 100

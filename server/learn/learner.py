@@ -87,7 +87,7 @@ class Learner:
         artifact: the current version; all learned versions have the same weights.
         base: hash of these weights and the tokenizer; see base_of.
         phase: recording, or fitting.
-        is_restored: the saved records, if any, were read.
+        is_restored: the saved records, if any, have been read.
         reservoir: the records in memory.
         count: number of records since the start or the last change in the traffic, including restored ones.
         next_fit: value of `count` at which the next fit starts.

@@ -23,7 +23,7 @@ log = logging.getLogger("de3")
 # models; and if only its event loop must answer ("sync"). Nothing blocks the event loop of a ready process for so long:
 # a garbage collection, a fork or a large report takes far less than a second. A load runs in other threads, but some of
 # its steps hold the GIL, so it has more time. Checks are counted, not seconds, so a pause of the supervisor or of the
-# whole machine does not count; nor does one of all processes that ends for all at about the same time.
+# whole machine does not count; nor does a pause of all processes that ends for all of them at about the same time.
 CHECK_S = 1.0
 ANSWER_CHECKS, LOAD_CHECKS, LOOP_CHECKS = 30, 300, 7
 
@@ -99,7 +99,7 @@ class Process:
         with suppress(ChannelClosedError):
             while True:
                 answer = asyncio.ensure_future(self.call("sync"))
-                # Its error is not unseen, even if the server stops meanwhile: whoever ends the process reports it.
+                # Keeps asyncio from logging its error if the server stops: whoever ends the process reports it.
                 answer.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
                 await asyncio.sleep(CHECK_S)
                 self.is_late = not answer.done()

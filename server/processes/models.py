@@ -81,7 +81,7 @@ class SharedModels:
     async def _ask_to_load(self, process: Process, state: State | None) -> State:
         """Have a process load models (see Worker._load); returns those that it has loaded. If it fails, it ends."""
         loaded = decode(State, await process.channel.call("load", state))
-        process.receive(self._weights)  # the weights that it sent before its answer
+        process.receive(self._weights)  # receives the weights that it sent before its answer
         process.reason = loaded.failed
         return loaded
 

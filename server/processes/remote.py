@@ -16,7 +16,7 @@ SEND_S = 0.02  # settled texts and records are collected for this long, then sen
 
 
 class RemoteAuditStore:
-    """Implements `AuditStore` (audits.py) in a process of several; the supervisor's `Coordinator` does the work."""
+    """Implements `AuditStore` (audits.py) in one of several processes; the supervisor's `Coordinator` does the work."""
 
     def __init__(self, channel: Channel, apply: Callable[[Manifest, Standing], None]) -> None:
         """channel: to the supervisor. apply: called with a served model's manifest when its standing has changed."""

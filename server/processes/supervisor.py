@@ -193,7 +193,7 @@ class Supervisor:
         except Exception as error:
             if self._over.done():
                 return
-            log.exception("process %d failed to load the models, and is killed", process.number)
+            log.exception("process %d failed to load the models; killing it", process.number)
             process.reason = str(error)
             process.os_process.kill()
 

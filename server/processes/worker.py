@@ -258,7 +258,7 @@ def main(
     try:
         _serve(settings, artifacts, Worker(control, sockets))
     except Exception:  # multiprocessing would print it
-        log.critical("the process fails", exc_info=True)
+        log.critical("the process failed", exc_info=True)
         sys.exit(1)
 
 
