@@ -54,7 +54,7 @@ class Admission:
             controller.tick(self.texts.total, self._queued_before_a_short_text(), engine.finished)
 
     def _queued_before_a_short_text(self) -> int:
-        """Number of texts ahead of a new short text: those in flight, less finished ones and those it overtakes."""
+        """Number of texts ahead of a new short text: those in flight, minus finished ones and those it overtakes."""
         assert self._engine is not None
         later = self._engine.queue.later_than(perf_counter() + self._short_s)
         return max(0, self.texts.total - sum(job.finished for job in self._batches) - later)

@@ -271,7 +271,7 @@ def _or_none(number: float | None) -> float | None:
 
 
 def rounded(probs: Iterable[float]) -> list[float]:
-    """Probabilities as they are sent, with 6 decimals; call it after every decision."""
+    """Probabilities as they are sent, with 6 decimals; decisions need the unrounded ones."""
     return [round(prob, DECIMALS) for prob in probs]
 
 

@@ -42,7 +42,7 @@ class FailureLog:
             self.log(message, *values, error=error)
 
     def log(self, message: str, *values: object, error: BaseException) -> None:
-        """Like `exception`, for an error that was handled before."""
+        """Like `exception`, for an error that has already been handled."""
         skipped = self._count(_kind(message, error))
         if skipped is None:
             return

@@ -30,7 +30,7 @@ Fields = TypeVar("Fields", bound=BaseModel)
 
 
 class JsonObject(BaseModel):
-    """A JSON object: refuses unknown fields, and values of another type."""
+    """A JSON object: refuses unknown fields, and values of the wrong type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -41,7 +41,7 @@ def load_json(body: bytes) -> Any:
         raise RequestError(f"the body has more than the limit of {MAX_BRACKETS} opening brackets")
     collects = len(body) > LARGE_BODY_BYTES and gc.isenabled()
     if collects:
-        gc.disable()  # the collector would traverse up to MAX_BRACKETS new lists repeatedly
+        gc.disable()  # the garbage collector would traverse up to MAX_BRACKETS new lists repeatedly
     try:
         return from_json(body, cache_strings="none")
     except ValueError as error:

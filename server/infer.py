@@ -18,7 +18,7 @@ from de3.server.errors import RequestError
 from de3.server.service import Service
 
 NOT_AUDITED = nullcontext()
-# Maximum number of probabilities in a response: in TEI's format, 2 million take the event loop 2 s and 0.8 GB.
+# Maximum number of probabilities in a response: in TEI's format, 2 million take 2 s of the event loop and 0.8 GB.
 MAX_PROBS = 2**18
 
 
@@ -49,7 +49,7 @@ class Inference:
         level = service.admission.level
         self._done = asyncio.get_running_loop().create_future()
         self.job = job = job_of(served, self.request, level, self._settle)
-        if not job.items:  # a guardrail may be asked about images only
+        if not job.items:  # a guardrail may be sent only images
             return job
         with service.audits.watch(job) if service.audits.is_on else NOT_AUDITED:
             service.admission.admit(job)

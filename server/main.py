@@ -73,7 +73,7 @@ def _serve(settings: Settings, artifacts: Sequence[Artifact]) -> None:
     if settings.processes > 1:
         try:
             supervise(settings, artifacts, listening)
-        except ServerError:  # logged already
+        except ServerError:  # already logged
             sys.exit(1)
         return
     for one in listening:  # uvicorn binds its own sockets
@@ -88,7 +88,7 @@ def _serve(settings: Settings, artifacts: Sequence[Artifact]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop())
     server.run()
-    if isinstance(service.failure, EngineError):  # logged already
+    if isinstance(service.failure, EngineError):  # already logged
         sys.exit(1)
     if service.failure is not None:
         raise service.failure

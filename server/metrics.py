@@ -120,7 +120,7 @@ class LedgerMetrics(Collector):
         gauge = partial(GaugeMetricFamily, labels=["model"])
         rate = gauge(
             "de3_audit_disagreement",
-            "Rate of disagreement with full depth at the τ in force, by the audits since the last reset; with a "
+            "Rate of disagreement with full depth at the τ in force, from the audits since the last reset; with a "
             "guarantee, of the tenant whose audits are the strongest evidence against it",
         )
         lower = gauge(

@@ -149,7 +149,7 @@ class Models:
     def __init__(
         self, default: str | None = None, targets: Mapping[str, str] | None = None, is_set: bool = False
     ) -> None:
-        """default: name of the model for requests that do not name one; None: the served model, if only one is.
+        """default: name of the model for requests that do not name one; None: the served model, if there is only one.
 
         targets: the models' names, by the aliases of the settings. is_set: the settings name the default.
         """

@@ -14,7 +14,7 @@ MEMORY = 0.3  # weight of the newest tick in the estimated capacity
 
 
 class Controller:
-    """Sets the load level, and sheds requests, by the predicted queue time of a new text.
+    """Sets the load level, and sheds requests, based on the predicted queue time of a new text.
 
     The prediction follows Little's law: texts queued before it / texts finished per second. Running texts do not count:
     on an idle server nothing is queued, however slow the model is.

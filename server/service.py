@@ -172,7 +172,7 @@ class Service:
     async def wait_until_open(self) -> None:
         """If another process is ready, wait until the models are loaded here, too, for at most timeout_s.
 
-        So a request never has another answer than /ready.
+        So the answer to a request never contradicts /ready.
         """
         if not self.is_open and await self.shared.others_ready():
             with suppress(TimeoutError):

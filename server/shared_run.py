@@ -21,7 +21,7 @@ class SharedRun(Generic[T]):
         self._running: asyncio.Task[T] | None = None
 
     async def result(self, run: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """The result of the run in progress, or of a new one; raises RequestError if too many wait."""
+        """The result of the run in progress, or of a new one; raises RequestError if too many requests wait."""
         if self._waiting >= self._most:
             message = f"the {self._what}: {self._most} requests are already waiting for it; try again"
             raise RequestError(message, cause="busy", retry_after_s=1)
