@@ -1,4 +1,4 @@
-"""Audits: answered texts run once more, to full depth, in separate threads, while nothing else is pending.
+"""Audits: answered texts that run once more, to full depth, in separate threads, while nothing else is pending.
 
 The kernels run the layers of several texts together, at the lowest thread priority. When audits ran on the engine's
 threads, one text at a time, they delayed other texts (docs/design.md). At the lowest priority, audits hardly run on a

@@ -1,4 +1,4 @@
-"""Decides which deadlines can be admitted, and how long each text may take so that every one is met.
+"""Decides which deadlines can be admitted, and how long each text may take so that all of them are met.
 
 Texts with an admitted deadline run before all others, the earliest deadline first. A deadline is admitted only if, by
 the times measured during warm-up, the job's texts reach their first exits in time and make no admitted text late; the

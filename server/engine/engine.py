@@ -103,7 +103,7 @@ class Engine:
         return checks >= STUCK_CHECKS
 
     def retry_after_s(self) -> int:
-        """Estimated seconds until the pending texts are finished, by the mean time of the texts so far; at least 1."""
+        """Estimated seconds until the pending texts are finished, from the mean time per text so far; at least 1."""
         mean = sum(self._seconds) / max(1, self.finished)
         return max(1, math.ceil(len(self.queue) * mean / self.threads))
 

@@ -40,7 +40,7 @@ class Item:
         is_short: short enough to run in a group and to be tokenized in one step.
         is_sampled: its reading at the first exit is used to measure drift.
         asks_all_exits: every exit is evaluated, even those at which it cannot exit.
-        keeps_states: the mean hidden state of its tokens after each layer is kept, to fit exits to.
+        keeps_states: the mean hidden state of its tokens after each layer is kept, for fitting exits.
         outcome: its exit and its answer; None until it exits.
         error: the error of a text that failed, in a job that keeps errors; None otherwise.
     """
