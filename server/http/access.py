@@ -260,7 +260,7 @@ class _Window:
 
     Those that were counted within a hundredth of the period expire together, with the last of them: this bounds the
     memory, and no period has more texts than the limit. Texts beyond the limit, whose cost was not known before they
-    ran, expire later: by the time in which the limit would allow them.
+    ran, expire later: the delay is the time in which the limit allows that many texts.
     """
 
     def __init__(self, limit: int, period_s: float) -> None:

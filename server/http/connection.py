@@ -359,9 +359,7 @@ class Connection(BaseConnection, asyncio.Protocol):
     def refuse_body(self) -> None:
         """Refuse a request whose body is unfinished, to make room for others."""
         self._release()
-        message = (
-            "the server needs the memory of your unfinished body for other clients; send fewer at a time"
-        )
+        message = "the server needs the memory of your unfinished body for other clients; send less at a time"
         self._start(RequestError(message, cause="over_share", retry_after_s=1))
 
     def _release(self) -> None:

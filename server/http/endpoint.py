@@ -43,7 +43,7 @@ async def _answer(
 ) -> tuple[bytes, str]:
     """Run a request, count its outcome, and send the response if it is an error.
 
-    Returns body and Server-Timing of a successful response, which the caller sends; otherwise the body is empty.
+    Returns the body and Server-Timing of a successful response, which the caller sends; otherwise the body is empty.
     """
     service, protocol, body, timing = frontend.service, route.protocol, b"", ""
     failure: RequestError | None = None

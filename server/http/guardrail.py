@@ -24,11 +24,11 @@ class GuardrailRequest(Detection):
     """A request in this protocol.
 
     Attributes:
-        label: the label that is blocked; None: those that detectors detect.
+        label: the label to block; None: the labels that detectors would detect.
     """
 
     input_name: ClassVar[str] = "texts"
-    hint: ClassVar[str] = "give label, the label that is blocked"
+    hint: ClassVar[str] = "give label, the label to block"
 
     label: str | None = None
 

@@ -97,7 +97,7 @@ class Listener:
         self.connections: set[BaseConnection] = set()
         self.starts = StartQueue()
         self._per_network = Counter[str]()
-        self._paused: set[BaseConnection] = set()  # whose clients do not read their responses
+        self._paused: set[BaseConnection] = set()  # those whose clients do not read their responses
         self._sweeping, self._swept_at = False, 0.0
         self._read_at = 0.0  # when the next part of a body may be read (monotonic seconds)
         self._pipelined_at = 0.0  # when the next pipelined request may be answered

@@ -43,7 +43,7 @@ def _part(value: Any, where: str) -> Text:
 
 
 def _inputs(value: Any) -> tuple[list[Text], bool]:
-    """The texts of `input`, and whether they are the parts of one."""
+    """The texts of `input`, and whether they are parts of a single input."""
     is_parts = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
     return one_or_more(_part if is_parts else plain_text, value), is_parts
 
