@@ -31,8 +31,8 @@ from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 
-# Tenants with pending audits share ROOM equally. A tenant's audit share halves with every eighth of its part that
-# pending audits fill; once they fill the part twice, no more texts are drawn.
+# Tenants with pending audits divide ROOM equally. A tenant's audit share halves with every eighth of its part that
+# pending audits fill; once they reach twice its part, no more texts are drawn.
 ROOM, LEAST_ROOM = 256, 16
 LEARN_TEXTS = 4096
 # Limits on unsettled entries, which wait for the audit of an earlier one: over all tenants, and per tenant; and the
@@ -346,7 +346,7 @@ class Auditor:
         self._count(settled, key, self._scores(passed), differing, served_differs)
 
     def _record(self, client: str, share: float, tokens: Tokens, states: Array | None, last: Reading) -> None:
-        """Keep a record of a text that ran to full depth, if there are records and all values are finite."""
+        """Keep a record of a text that ran to full depth, if the server keeps records and all values are finite."""
         if self._learn is None or states is None:
             return
         logits = np.array(last.logits, np.float32)

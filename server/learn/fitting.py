@@ -117,7 +117,7 @@ async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> 
 
 
 def _times(pid: int) -> tuple[int, int, int]:
-    """Ticks so far: of all cores, including idle time, of processes other than `pid`, and of `pid`; 0 if unknown."""
+    """Ticks so far: of all cores (including idle time), of processes other than `pid`, and of `pid`; 0 if unknown."""
     try:
         fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         own = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

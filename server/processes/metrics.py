@@ -16,7 +16,7 @@ from de3.server.processes.group import Group, Process
 from de3.server.processes.samples import Family, families_from, families_of, growing, merged, text_of
 from de3.server.shared_run import SharedRun
 
-SAMPLES_S = 1.0  # time for a process to send its metrics; then its last ones are used
+SAMPLES_S = 1.0  # time for a process to send its metrics; after that, its last ones are used
 KEEP_S = 0.5  # interval between reads of the counters; a killed process loses its counts since the last read
 
 
