@@ -80,8 +80,8 @@ def profiles(
 ) -> Profiles:
     """The profiles of texts that passed every exit, by the exit rule (`exits.rule`).
 
-    scores: by text and exit, (N, E); None or NaN at an exit without a score. differs: disagreement of each exit with
-    the last one, (N, E). layers: layers of the exits. taus: the grid, (G,).
+    scores: scores by text and exit, (N, E); None or NaN at an exit without a score. differs: disagreement of each exit
+    with the last one, (N, E). layers: layers of the exits. taus: the grid, (G,).
     """
     below = np.array(scores, np.float64).reshape(len(scores), len(layers))[:, :-1]
     least = np.minimum.accumulate(np.where(np.isnan(below), np.inf, below), 1)

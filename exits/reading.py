@@ -87,8 +87,8 @@ def read(layer: int, logits: list[float], distances: list[float] | None) -> Read
 def read_labels(layer: int, logits: list[float], thresholds: Sequence[float]) -> Reading:
     """The reading of one exit of a multi-label model, where each label has its own probability, σ(logit).
 
-    thresholds: as logits, (K,). The entropy is that of K independent labels, divided by K·log 2. Like `read`, it
-    agrees with `native/rule.c`.
+    thresholds: the labels' thresholds as logits, (K,). The entropy is that of K independent labels, divided by K·log 2.
+    Like `read`, it agrees with `native/rule.c`.
     """
     total, margin = 0.0, inf
     for x, threshold in zip(logits, thresholds, strict=True):

@@ -107,7 +107,7 @@ def answers_of(
 ) -> NDArray[Any]:
     """The answers that logits (..., K) give: classes or values, (...), or the assigned labels, (..., K) bool.
 
-    thresholds, tolerance: as in Recorded.
+    thresholds, tolerance: see Recorded.
     """
     if tolerance is not None:
         return logits[..., 0].astype(np.float64)

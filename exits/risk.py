@@ -11,7 +11,7 @@ from de3.exits.recorded import Recorded
 from de3.exits.signals import Risk, Weights
 
 Floats = NDArray[np.float64]
-RIDGE = 0.01  # on standardized weights; the loss is summed over samples
+RIDGE = 0.01  # penalty on standardized weights; the loss is summed over samples
 MAX_STEPS = 100
 FOLDS = 5  # cross-fitting folds
 # Relative to 1 + |mean|; features that vary less are not used, as weights are divided by the spread.

@@ -85,7 +85,7 @@ class Combination:
         multi-label model, as logits; None for other models. flag: the labels to watch for; None if there are none.
         """
         self._flag = flag
-        self._best: Reading | None = None  # with a flag
+        self._best: Reading | None = None  # with a flag: the reading that gave the answer
         self.decisive = 0  # with a flag: index of the window that gave the answer
         self._count = 0
         self._total = self._left = sum(weights)

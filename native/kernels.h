@@ -34,7 +34,7 @@ typedef enum { PLAIN, GELU, RELU, RESIDUAL, GATE } Epilogue;
 typedef struct {
     const Linear *w;
     const uint8_t *x; /* (tokens rounded up to 16, w->in); rows past the end may hold anything */
-    const Quantization *rows; /* of x, (tokens) */
+    const Quantization *rows; /* quantization of x, (tokens) */
     int tokens;
     Epilogue epilogue;
     const float *other; /* (tokens, w->out), for RESIDUAL and GATE; may be `to` */
@@ -95,7 +95,7 @@ typedef struct {
     const float *q[ATTENTION_ROWS];
     int low[ATTENTION_ROWS], high[ATTENTION_ROWS]; /* each query's keys: low … high − 1, counted from `first` */
     const float *added[ATTENTION_ROWS];            /* offsets added to the scores, from `first` on; or NULL */
-    float factor;                                  /* of q·k */
+    float factor;                                  /* multiplies q·k */
     float *scores;                                 /* (rows, score_stride), from `first` on, rounded up to 16 */
     size_t score_stride;
     float *to[ATTENTION_ROWS];  /* (width) each */

@@ -30,16 +30,16 @@ typedef struct {
     int ask_all;                /* compute every exit, even those at which the text cannot exit (tau 0) */
     double tau;
     Signal signal;
-    const double *thresholds; /* of a multi-label model, as logits (num_labels); NULL: another kind of model */
+    const double *thresholds; /* for a multi-label model: logits (num_labels); NULL for other models */
     double tau_factor; /* factor applied to tau once the text is too far from every prototype of an exit */
 
     float *hidden;             /* (tokens, hidden): input of the first layer, output of the last; or NULL */
     float *logits, *distances; /* (num_layers + 1, num_labels) */
     float *states;             /* (num_layers, hidden): mean of the tokens after each layer but the last; or NULL */
-    Reading *readings;         /* of the exits computed so far; space for num_layers + 1 */
+    Reading *readings;         /* readings of the exits computed so far; space for num_layers + 1 */
     int num_readings;
 
-    int exit_layer;   /* -1: not yet */
+    int exit_layer;   /* -1: the text has not exited */
     int is_below_tau; /* the score at exit_layer is below tau */
     int is_far;       /* the text was too far from every prototype of some exit */
     double seconds;   /* time of the text: its share of each layer, and its exits */

@@ -63,18 +63,18 @@ typedef struct {
 
 typedef struct {
     int is_set, num_labels, metric; /* metric: dimension of the metric space; 0: no prototypes */
-    Norm norm;                      /* of the tokens, before pooling */
+    Norm norm;                      /* applied to the tokens before pooling */
     float *classifier, *bias;       /* (num_labels, hidden), (num_labels) */
-    Linear projection;              /* to the metric space */
-    int8_t *tiles;                  /* of the projection */
+    Linear projection;              /* into the metric space */
+    int8_t *tiles;                  /* tiles of the projection */
 } ExitHead;
 
 /* A stock classifier's layer before the last exit's classifier: norm(activation(dense · pooled + bias)). */
 typedef struct {
     float *dense, *bias; /* (hidden, hidden), a row for each output; (hidden). NULL: no such layer */
     enum { HEAD_TANH, HEAD_RELU, HEAD_GELU, NUM_HEAD_ACTIVATIONS } activation;
-    int has_mean; /* as Model.has_mean, for this exit */
-    Norm norm;    /* before the classifier */
+    int has_mean; /* like Model.has_mean, for this exit */
+    Norm norm;    /* applied before the classifier */
 } Head;
 
 /* x = from + out(attention(qkv(before_attention(from)))), then y = after_attention(x) and
@@ -98,13 +98,13 @@ typedef struct {
     int8_t *words;                 /* (num_words, hidden), after the tiles */
     float *word_scales;            /* (num_words) */
     float *positions, *types;      /* (num_positions, hidden), (num_types, hidden) */
-    Norm norm;                     /* of the embeddings */
-    int8_t *tiles;                 /* of all layers, in execution order */
+    Norm norm;                     /* norm of the embeddings */
+    int8_t *tiles;                 /* tiles of all layers, in execution order */
     void *memory;                  /* mapping that holds the tiles and the words */
     int is_filled;                 /* another process has already written the tiles and the words to shared memory */
-    Layer layers[MAX_LAYERS + 1];  /* from 1 */
-    ExitHead exits[MAX_LAYERS + 1]; /* from 0 */
-    Head head;                      /* of the last exit */
+    Layer layers[MAX_LAYERS + 1];  /* indexed from 1 */
+    ExitHead exits[MAX_LAYERS + 1]; /* indexed by layer, from 0 */
+    Head head;                      /* head of the last exit */
     Rotation rotations[MAX_ROTATIONS];
 } Model;
 

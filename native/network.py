@@ -21,7 +21,7 @@ NORMS = {
     "ffn_norm": 2,
 }  # norms before attention and the feed-forward network; + NORM_AFTER: after them
 NORM_AFTER, NORM_OF_TABLES, NORM_OF_EXIT, NORM_OF_HEAD = 1, 3, 4, 5
-HEAD_ACTIVATIONS = ("tanh", "relu", "gelu")  # in the order of model.h
+HEAD_ACTIVATIONS = ("tanh", "relu", "gelu")  # in the same order as in model.h
 KNOWN = {
     "word",
     "position",
@@ -81,7 +81,7 @@ class Head:
 
     Attributes:
         activation: tanh, relu or gelu.
-        mean: as in Network, for this exit.
+        mean: like Network.mean, for this exit.
         norm: epsilon of the norm before the classifier; None: no norm.
     """
 

@@ -15,7 +15,7 @@ typedef struct {
     double margin;                  /* the two highest logits' difference; multi-label: least distance to a threshold */
     double entropy;                 /* in [0, 1] */
     double distance_ratio, nearest; /* in [0, 1] and [0, 2]; NaN at an exit without prototypes */
-    double score;                   /* of the signal, in [0, 1]; NaN: undefined at this exit */
+    double score;                   /* the signal's score, in [0, 1]; NaN: undefined at this exit */
 } Reading;
 
 /* The signal whose score is compared with tau: the `code` of a signal in exits/signals.py. */
