@@ -293,7 +293,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
 
 
 def _methods(app: FastAPI, scope: Scope) -> set[str]:
-    """The methods that are allowed on a request's path, by the first template that matches it."""
+    """The methods that are allowed on a request's path, according to the first template that matches it."""
     found = [
         route for route in app.routes if isinstance(route, Route) and route.matches(scope)[0] != Match.NONE
     ]

@@ -67,7 +67,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._parser = RequestParser()
         self.deadline = self.opened_at + HEAD_TIMEOUT_S
         self._reading_paused = False
-        self._awaits_turn = False  # to parse a pipelined request
+        self._awaits_turn = False  # waits for its turn to parse a pipelined request
         self._scope: Scope = {}
         self._resumed: asyncio.Event | None = None  # set when the client reads again
         self._task: asyncio.Task[None] | None = None  # task of the current request
@@ -105,7 +105,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self.deadline = self.write_deadline = inf
         if self._task is not None:
             coroutine: Any = self._task.get_coro()
-            if getcoroutinestate(coroutine) == CORO_CREATED:  # cancelled before it begins
+            if getcoroutinestate(coroutine) == CORO_CREATED:  # the task is cancelled before it begins
                 self._listener.frontend.abandoned(self._scope)
             self._task.cancel()
         self._scope = {}  # the scope refers back to this connection
@@ -139,11 +139,11 @@ class Connection(BaseConnection, asyncio.Protocol):
             self.loop.call_later(PROBE_S, self._probe, patience_ends)
 
     def _is_closed(self) -> bool:
-        """True if a reset has arrived; the transport no longer reads, so it does not notice."""
+        """True if a reset has arrived; the transport no longer reads, so it does not notice one."""
         sock = self._transport.get_extra_info("socket")
         try:
             return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE)
-        except OSError:  # not TCP
+        except OSError:  # not a TCP socket
             return False
 
     def shutdown(self) -> None:
@@ -255,7 +255,7 @@ class Connection(BaseConnection, asyncio.Protocol):
                 self._begin()
             if self.state == BODY and parser.data:
                 self._read_body()
-        except RequestError as error:  # from _read_body
+        except RequestError as error:  # raised by _read_body
             self._start(error)
         except HttpParserUpgrade:
             self._refuse(405, "CONNECT is not allowed; see /docs")

@@ -54,7 +54,7 @@ class Detection(Request):
     """
 
     needs_a_set_default: ClassVar[bool] = True
-    place: ClassVar[str] = "safe_labels"  # in the body
+    place: ClassVar[str] = "safe_labels"  # the field of the body, for messages
     hint: ClassVar[str] = "name the safe ones in safe_labels"
 
     threshold: float | None = None

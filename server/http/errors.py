@@ -48,7 +48,7 @@ def message_body(error: RequestError) -> bytes:
 def response(error: RequestError, request_id: str | None = None, content: bytes | None = None) -> Response:
     """The HTTP response to a failed request.
 
-    request_id: for the X-Request-ID header; None: no such header. content: the body; None: one in OpenAI's format.
+    request_id: value of the X-Request-ID header; None: no such header. content: the body; None: one in OpenAI's format.
     """
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if error.cause == "no_key":

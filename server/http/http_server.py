@@ -85,7 +85,7 @@ def url_of(listening: socket.socket) -> str:
 def hint(url: str, manifests: Sequence[Manifest], default: str | None, has_keys: bool) -> str:
     """Where a server's page is, and a command that classifies a text.
 
-    manifests: of the served models. default: name of the default model; None if there is none.
+    manifests: those of the served models. default: name of the default model; None if there is none.
     """
     manifest = next((one for one in manifests if one.name == default), manifests[0])
     is_pair, names = manifest.input == "pair", {one.name for one in manifests}
@@ -103,8 +103,8 @@ def uvicorn_config(
 ) -> uvicorn.Config:
     """uvicorn's configuration for a service; raises ValueError for a setting that cannot be met.
 
-    on_failure: called if the models cannot be loaded or the engine fails. protocols: by path. on_closed: called for
-    each closed connection.
+    on_failure: called if the models cannot be loaded or the engine fails. protocols: protocols by path. on_closed:
+    called for each closed connection.
     """
     settings, frontend = service.settings, Frontend(service, protocols)
     app = create_app(frontend, on_failure)

@@ -30,7 +30,7 @@ class RequestParser:
 
     Attributes:
         data: received bytes that are not yet parsed.
-        method, url, version, headers: of the current request; header names are in lower case.
+        method, url, version, headers: parts of the current request; header names are in lower case.
         keep_alive: the client may send another request on this connection.
         host, hosts: the last Host header, and the number of Host headers.
         length: length of the body by Content-Length; -1 without that header.

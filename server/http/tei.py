@@ -74,7 +74,8 @@ def parse(call: Call) -> PredictRequest:
     value = load_json(call.body)
     if isinstance(value, dict):
         inputs = value.get("inputs")
-        if isinstance(inputs, list) and inputs and isinstance(inputs[0], list):  # else one text or one pair
+        # If this is false, `inputs` is one text or one pair.
+        if isinstance(inputs, list) and inputs and isinstance(inputs[0], list):
             check_count(value, "inputs", call.max_texts)
     fields = check_fields(PredictFields, value, EXAMPLE)
     texts, is_batch = fields.inputs

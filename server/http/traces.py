@@ -17,12 +17,8 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
 
-STOP_S = (
-    3.0  # limit on the time to send the last spans, because a collector that hangs must not delay shutdown
-)
-MAX_TEXTS = (
-    16  # maximum number of traced texts per request; a batch of hundreds would fill the exporter's queue
-)
+STOP_S = 3.0  # limit on the time to send the last spans: a collector that hangs must not delay shutdown
+MAX_TEXTS = 16  # limit on the traced texts of a request; a batch of hundreds would fill the exporter's queue
 
 
 def provider() -> "TracerProvider":
