@@ -5,7 +5,7 @@ from math import isnan
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
-from typing_extensions import TypedDict  # before Python 3.12 pydantic does not accept typing.TypedDict
+from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict only since Python 3.12
 
 from de3.exits.reading import Reading
 from de3.exits.rule import ExitReason

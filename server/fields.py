@@ -14,7 +14,7 @@ from de3.server.errors import RequestError
 from de3.server.options import MAX_BUDGET_MS
 
 LARGE_BODY_BYTES = 16 * 1024  # a larger body may take milliseconds to parse
-MAX_BRACKETS = 2**17  # in a body, including those in texts: each may allocate a list or an object
+MAX_BRACKETS = 2**17  # limit for a body, including its texts: each bracket may allocate a list or an object
 # Allowed values, for messages.
 ALLOWED = {
     "tau": " (allowed: 0 to 1)",

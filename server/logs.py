@@ -14,7 +14,7 @@ log = logging.getLogger("de3")
 
 
 def configure(style: str, process: int | None = None) -> None:
-    """Log to standard error; does nothing if the log is configured already.
+    """Log to standard error; does nothing if the log is already configured.
 
     style: text, or json (one object per line, also for Python's warnings and uncaught errors). process: number of this
     process; None if the server has only one.

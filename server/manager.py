@@ -228,7 +228,7 @@ class Manager:
         """Carry out the prepared plan; returns the body of the admin route's response."""
         plan, change, served = self._plan, self._plan.change, self._loaded
         self._loaded = None
-        if served is None:  # to unload
+        if served is None:  # the plan is to unload
             gone = self._models.remove(change.name, change.version)
             self._forget(gone)
             return {"unloaded": [one.model.full_name for one in gone]}

@@ -248,7 +248,7 @@ class Metrics:
         self._start_at_0 = (self.request_latency, self.degraded, self.calibrated, self.expected_correct)
         self._by_model = (*self._start_at_0, self.requests, self.shadow_texts, self.shadow_disagreements)
         self._gone: list[str] = []
-        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}  # see _child
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}  # cache of _child
         self._served: dict[str, Served] = {}
         r.register(_ModelGauges(self._served, level))
         for cause in get_args(Cause):  # rate() needs a 0 before the first event

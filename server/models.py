@@ -89,7 +89,7 @@ def load(
     manifest = artifact.manifest
     try:
         rules = Rules(manifest, settings)
-    except RequestError as error:  # the same error as for a request with these options
+    except RequestError as error:  # the error that a request with these options would get
         raise ValueError(f"a setting cannot be met: {error.message}") from None
     model = Model(artifact, settings.runtime, check, is_proved, memory)
     try:

@@ -12,7 +12,7 @@ from de3.exits.signals import MAX_LAM, SIGNALS, check_name
 MAX_BUDGET_MS = 60_000
 MAX_THRESHOLDS = 10_000
 THRESHOLD = "a number above 0 and below 1"
-EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")  # also settings
+EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")  # these are also settings
 CALIBRATED = ("target_speedup", "max_disagreement")  # options that choose τ by the calibration table
 # Options that have an effect only with early exits.
 NEED_AN_EXIT = (*EXCLUSIVE, "signal", "max_layer", "lam")

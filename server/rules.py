@@ -146,7 +146,7 @@ class Rules:
         default = self._at_tau(tau, self._signal, "default")
         self.default = self._by_target(replace(settings.options, tau=None), default)
         self._rate, self._epoch = settings.guarantee, 0
-        self._by_tenant: dict[str, Choice] = {}  # with a guarantee
+        self._by_tenant: dict[str, Choice] = {}  # used with a guarantee
         if self._rate is not None:
             self.default = self._start = self._guaranteed(0.0, "start")
         self.steps = self._steps(settings) if manifest.calibration else []

@@ -297,7 +297,7 @@ class Settings(BaseModel):
         return ExitOptions(**{name: getattr(self, name) for name in EXCLUSIVE})
 
     def engine_threads(self) -> int:
-        """Number of engine threads: as set, or one for each available core."""
+        """Number of engine threads: the number set, or one for each available core."""
         return self.threads or available_cores()
 
 
@@ -326,7 +326,7 @@ def available_cores() -> int:
 
 
 def cpu_quota() -> int | None:
-    """The container's CPU quota, in cores; a fraction of a core counts as one. None: it has none."""
+    """The container's CPU quota, in cores; a fraction of a core counts as one. None: it has no quota."""
     try:
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())  # "max": no quota
     except (OSError, ValueError):

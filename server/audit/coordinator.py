@@ -48,7 +48,7 @@ class Coordinator:
         self._live_of, self._sync = live_of, sync
         self._most = max(MAX_WAITING, settings.processes)
         self._reporting: WeakKeyDictionary[Ledger, dict[str | None, SharedRun[dict[str, Any]]]]
-        self._reporting = WeakKeyDictionary()  # by reader
+        self._reporting = WeakKeyDictionary()  # reports of a ledger, by reader
 
     def serve(self, artifact: Artifact, rules: Rules, runtime: str, tau_factor: float) -> Standing:
         """Start counting for a model, or continue; returns its ledger's Standing. See Ledgers.serve."""

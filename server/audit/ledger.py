@@ -68,7 +68,7 @@ class Ledger:
         self.tenants: dict[str, Tenant] = {}
         self.num_resets: dict[Reason, int] = {"change": 0, "reset": 0}
         self.num_changes = 0
-        self._texts = Counter[str]()  # by tenant, recent ones
+        self._texts = Counter[str]()  # number of recent texts, by tenant
         # By tenant, the highest τ logged, as an index in the grid, and the time of the log line (monotonic seconds).
         self._logged: dict[str, tuple[int, float]] = {}
         self._start_layers: float | None = None  # mean exit layer, by held-out texts

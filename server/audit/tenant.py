@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from de3.exits.guarantee import Evidence, Guarantee, Profiles, Reason, profiles
 
 MAX_SEEN = 2**18  # hashes of counted texts that a model remembers, over all tenants
-MOST_SEEN = 2**16  # the same for one tenant; when full, the older half is forgotten
+MOST_SEEN = 2**16  # hashes that it remembers for one tenant; when full, the older half is forgotten
 MAX_RESETS = 20  # resets kept for the report
 
 

@@ -69,7 +69,7 @@ class AuditThreads:
         """threads: number of engine threads. queue: audits run while it is empty. finish: called with audits that ran,
         failed or were dropped."""
         self._queue, self._finish = queue, finish
-        self._pending: dict[str, deque[Audit]] = {}  # by tenant
+        self._pending: dict[str, deque[Audit]] = {}  # pending audits, by tenant
         self._spent: dict[str, float] = {}  # predicted seconds of its audits that ran, while some are pending
         self._changed = Condition()
         self._closed = Event()

@@ -23,7 +23,7 @@ from de3.server.rules import Choice
 
 # Seconds from the last layer to the first byte of the response: a part per request, and a part per text.
 REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
-DEFAULT_THRESHOLD = 0.5  # for a flag whose label has no threshold
+DEFAULT_THRESHOLD = 0.5  # threshold of a flag whose label has none
 
 
 @dataclass(slots=True, eq=False)

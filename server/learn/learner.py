@@ -105,7 +105,7 @@ class Learner:
         self.is_asked = False
         self.waiting: Waiting | None = None
         self._held: list[Record] | None = []  # records held back (see hold); None: add at once
-        self._observed: dict[int, Changes] = {}  # by version
+        self._observed: dict[int, Changes] = {}  # changes found so far, by version
         self._has_keys = settings.has_keys
         self.reservoir = Reservoir(
             self.base,

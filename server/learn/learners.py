@@ -74,7 +74,7 @@ class Learners:
         if settings.learn:
             check_can_fit()
         self._settings, self._ledgers, self._change = settings, ledgers, change
-        self.starts_fits = settings.learn  # else it only keeps records
+        self.starts_fits = settings.learn  # False: it only keeps records
         self._folder = LearnFolder(settings.state_dir)
         try:
             self._folder.prepare()
@@ -82,11 +82,11 @@ class Learners:
             raise ValueError(f"state_dir: {self._folder.path} cannot be written: {error.strerror}") from None
         self._served: dict[str, Artifact] = {}  # by name:version
         self._by_name: dict[str, Learner] = {}
-        self._gone: list[Learner] = []  # to be saved
+        self._gone: list[Learner] = []  # learners that are no longer used, and not yet saved
         self._current: dict[str, int] = {}
         self._checking: asyncio.Task[None] | None = None
         self._fitting: asyncio.Task[None] | None = None
-        self.fits: dict[tuple[str, str], int] = {}  # by model and outcome
+        self.fits: dict[tuple[str, str], int] = {}  # number of fits, by model and outcome
 
     def serve(self, artifact: Artifact) -> None:
         """Record that a version is served, in any role."""

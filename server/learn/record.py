@@ -31,7 +31,7 @@ class HeldOut:
     """A text that was held out of a fit.
 
     Attributes:
-        client, key: as in Record.
+        client, key: see Record.
         number: position of the text in the traffic, as in Records.
         scores: the signal's score at each exit; None at an exit where it is not defined.
         differs: for each exit, true if its answer disagrees with the last exit's.

@@ -47,7 +47,7 @@ class Reservoir:
         self._keys = np.empty(self.capacity, np.uint64)
         self._numbers = np.empty(self.capacity, np.int64)
         self._clients = np.empty(self.capacity, np.int32)
-        self._names: dict[str, int] = {}  # with the indices of the clients
+        self._names: dict[str, int] = {}  # index of each client, by name
         self._held = np.zeros(MAX_NAMES + 1, np.int64)  # records of each client
         self._texts = np.zeros(MAX_NAMES + 1)  # texts of each client, estimated
 

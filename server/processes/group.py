@@ -33,7 +33,7 @@ class Process:
     """A process, as the supervisor sees it.
 
     Attributes:
-        number: from 1; a process that replaces it has the same number.
+        number: its number, from 1; a process that replaces it has the same number.
         os_process: its multiprocessing.Process.
         sockets: socket that carries connections and weights, as file descriptors.
         channel: the channel to it.

@@ -72,7 +72,7 @@ class SharedMetrics:
         return await asyncio.to_thread(self._text, [self._departed, *parts])
 
     def _text(self, parts: list[list[Family]]) -> str:
-        """The text of metrics and the supervisor's own; bounds for many tenants and versions take 0.1 s."""
+        """These metrics and the supervisor's own as text; bounds for many tenants and versions take 0.1 s."""
         return text_of(merged([families_of(self._registry), *parts])).decode()
 
     async def _read(self) -> None:

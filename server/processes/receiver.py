@@ -117,7 +117,7 @@ class Receiver:
         are_filled: the new memory was filled; False: loading failed.
         """
         for key, fd in self._new_weights.items() if are_filled else ():
-            with suppress(OSError):  # then each process fills its own
+            with suppress(OSError):  # if that fails, each process fills its own
                 socket.send_fds(self._sockets, [WEIGHTS + key.encode()], [fd])
         for fd in (*self._new_weights.values(), *self._weights.values()):
             os.close(fd)

@@ -19,15 +19,15 @@ class RemoteAuditStore:
     """Implements `AuditStore` (audits.py) in one of several processes; the supervisor's `Coordinator` does the work."""
 
     def __init__(self, channel: Channel, apply: Callable[[Manifest, Standing], None]) -> None:
-        """channel: to the supervisor. apply: called with a served model's manifest when its standing has changed."""
+        """channel: to the supervisor. apply: called with the manifest of a served model whose standing has changed."""
         self._channel, self._apply = channel, apply
         self.report, self.reset, self.learning = (
             partial(channel.call, name) for name in ("report", "reset", "learning")
         )
         self._standings: dict[str, Standing] = {}  # by fingerprint, as are the manifests
         self._manifests: dict[str, Manifest] = {}
-        self._settled: dict[str, list[Settled]] = {}  # not yet sent, by name:version
-        self._records: dict[str, list[Record]] = {}  # the same
+        self._settled: dict[str, list[Settled]] = {}  # texts not yet sent, by name:version
+        self._records: dict[str, list[Record]] = {}  # records not yet sent, by name:version
 
     def serve(self, artifact: Artifact, rules: Rules, runtime: str, tau_factor: float) -> Standing:
         """The standing of a model's ledger, as the supervisor last sent it; epoch 0 without τ if it has sent none."""

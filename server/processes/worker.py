@@ -189,7 +189,7 @@ class Worker:
             else:
                 await manager.restore(state.plans, state.routes)
         except Exception as error:
-            if not self._may_open.done():  # cancelled if this process drains
+            if not self._may_open.done():  # it is cancelled if this process drains
                 self._may_open.set_exception(error)
             return State([], {}, str(error))
         self.receiver.release_weights()
@@ -257,7 +257,7 @@ def main(
     logs.configure(settings.log_format, number)
     try:
         _serve(settings, artifacts, Worker(control, sockets))
-    except Exception:  # multiprocessing would print it
+    except Exception:  # otherwise multiprocessing would print it
         log.critical("the process failed", exc_info=True)
         sys.exit(1)
 
