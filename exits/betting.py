@@ -61,7 +61,7 @@ def e_values(shares: Floats, texts: Counts, differing: Counts, rates: Floats) ->
 def e_values_above(shares: Floats, texts: Counts, differing: Counts, rates: Floats) -> Floats:
     """E-values against "the rate is at most `rates`", (G,): evidence that the rate is higher.
 
-    Arguments as for `e_values`, but texts is (L,).
+    The arguments are those of `e_values`, but texts is (L,).
     """
     q, r = shares[:, None], rates
     bets = np.minimum(HIGHER[:, None, None] * q, MOST_LOSS / r)  # λ
@@ -73,7 +73,7 @@ def e_values_above(shares: Floats, texts: Counts, differing: Counts, rates: Floa
 def bounds(shares: Floats, texts: Counts, differing: Counts, confidence: float) -> tuple[Floats, Floats]:
     """Lower and upper bounds on G rates, each (G,): a confidence sequence for each.
 
-    With probability at least `confidence`, a rate is within its bounds at all times. Arguments as for `e_values_above`.
+    With probability at least `confidence`, a rate is within its bounds at all times. Arguments: see `e_values_above`.
     """
     count = differing.shape[1]
     if not texts.any():

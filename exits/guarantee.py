@@ -45,7 +45,7 @@ def error_of(attempt: int) -> float:
 
 
 class SavedGuarantee(NamedTuple):
-    """The saved state of a guarantee, besides its evidence.
+    """The saved state of a guarantee, apart from its evidence.
 
     Attributes:
         rate: the guaranteed rate.
@@ -357,7 +357,7 @@ class Guarantee:
         self._start(self.evidence.taus, reason)
 
     def saved(self) -> SavedGuarantee:
-        """The state to save besides the evidence, for `restore`."""
+        """The state to save for `restore`, apart from the evidence."""
         taus, recent = self.evidence.taus, self.recent
         return SavedGuarantee(
             rate=self.rate,

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-# Finer at the ends: the OOD score depends on the upper tail.
+# The levels are finer at the ends, because the OOD score depends on the upper tail.
 LEVELS = (
     *(0.0, 0.01, 0.02),
     *(round(0.05 * i, 2) for i in range(1, 20)),

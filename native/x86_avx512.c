@@ -10,7 +10,7 @@ static const char *why_not(void) { return "needs Linux on x86-64"; }
 const Kernels amx_kernels = {.name = "amx", .why_not = why_not};
 const Kernels vnni_kernels = {.name = "vnni", .why_not = why_not};
 #elif (defined(__clang__) && __clang_major__ < 12) || (!defined(__clang__) && __GNUC__ < 11)
-#warning "This compiler does not support AMX: no AVX-512 kernels; the others and ONNX Runtime are slower."
+#warning "This compiler does not support AMX: no AVX-512 kernels; the other kernels and ONNX Runtime are slower."
 static const char *why_not(void) { return "needs a build with gcc 11, clang 12 or newer"; }
 const Kernels amx_kernels = {.name = "amx", .why_not = why_not};
 const Kernels vnni_kernels = {.name = "vnni", .why_not = why_not};

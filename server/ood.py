@@ -98,7 +98,7 @@ class OodMonitor:
     def score(self, passed: list[Reading]) -> float | None:
         """The OOD score of a text, in [0, 1), from the exits that it passed.
 
-        None if none of them has prototypes, or without a calibration.
+        None if none of them has prototypes, or if there is no calibration.
         """
         known = [
             (r.nearest, self._nearest[r.layer])

@@ -154,7 +154,7 @@ class Service:
         self.end_of_loading.set()
 
     def stop(self) -> None:
-        """Finish the accepted requests, end the engine's threads, and stop the shared state; blocks meanwhile.
+        """Finish the accepted requests, end the engine's threads, and stop the shared state; blocks until then.
 
         Any loading of models is aborted.
         """

@@ -107,7 +107,7 @@ class Reset:
 
 
 class Seen:
-    """Remembers hashes of counted texts: at least the last half of the room."""
+    """Remembers hashes of counted texts: at least the latest ones, half as many as there is room for."""
 
     def __init__(self) -> None:
         self._older, self._newer = set[int](), set[int]()

@@ -49,9 +49,9 @@ class _Client:
 class WorkQueue:
     """A queue of at most `limit` pending items, from which the engine threads take their work.
 
-    Items with an admitted deadline are scheduled first, the earliest deadline before the others. After them, the client
-    that has received the least engine time is served next, with its item that is due first. So each client gets its
-    share of the engine regardless of what others send, and a lone client gets all of it.
+    Items with an admitted deadline are scheduled first, in the order of their deadlines. After them, the client that
+    has received the least engine time is served next, with its item that is due first. So each client gets its
+    share of the engine regardless of what other clients send, and a lone client gets all of it.
 
     Items of dropped jobs are skipped. Shadow items are scheduled only when nothing else is pending, and are discarded
     when the queue is closed. Neither kind counts towards the limit or the length.
@@ -90,7 +90,7 @@ class WorkQueue:
             self._changed.notify(len(job.items))
 
     def requeue(self, *items: Item) -> None:
-        """Enqueue preempted items again, all at once. They were accepted, so the limit does not apply."""
+        """Requeue preempted items, all at once. They have been accepted, so the limit does not apply."""
         with self._changed:
             for item in items:
                 if item.job.is_dropped or (item.job.is_shadow and self._closed):
@@ -209,7 +209,7 @@ class WorkQueue:
             return sum(when > due and not item.job.is_dropped for heap in heaps for when, _, item in heap)
 
     def drop(self, job: Job) -> None:
-        """Drop a job: its pending items free their room at once and never run."""
+        """Drop a job: its pending items no longer count towards the limit, and never run."""
         with self._changed:
             job.is_dropped = True
             self._forget(job)

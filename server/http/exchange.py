@@ -31,7 +31,7 @@ os.register_at_fork(after_in_child=_new_prefix)  # the processes of a server are
 
 
 def request_id(scope: Scope) -> str:
-    """The client's X-Request-ID if it is well-formed, else a new id.
+    """The client's X-Request-ID if it is well-formed, otherwise a new id.
 
     A well-formed id has up to 128 ASCII letters, digits and _ . : / + = @ -, and so is safe in any log.
     """

@@ -60,7 +60,7 @@ class Waiting:
         found: the result of the fit.
         attempt: number of the fit.
         rows: the held-out texts that test its exits.
-        keys: hashes of the texts that were recorded at the fit; a repeat of one of them proves nothing for the version.
+        keys: hashes of the texts that were recorded at the fit; a repeat of one of them is no evidence for the version.
         after: number of the last record that may be among `rows`.
         count: value of Learner.count at that record.
     """
@@ -93,7 +93,7 @@ class Learner:
         next_fit: value of `count` at which the next fit starts.
         is_asked: an admin has asked for a fit.
         waiting: the last version that is not served yet; None if there is none. It is lost when the server ends.
-        journal: the state that is kept across restarts, besides the records.
+        journal: the state that is kept across restarts, apart from the records.
     """
 
     def __init__(self, artifact: Artifact, folder: LearnFolder, settings: Settings) -> None:
@@ -217,7 +217,7 @@ class Learner:
     def save(self, all_records: bool = False) -> None:
         """Write the journal and, if all_records or there are many new ones, the records; raises OSError.
 
-        The caller must hold back new records meanwhile; see hold.
+        The caller must hold back new records during this call; see hold.
         """
         all_records |= self._has_grown
         self._is_changed = False  # reset first, so that a failed save is not retried at once

@@ -316,7 +316,7 @@ class Learners:
                 await asyncio.sleep(1.0)
 
     async def _save_aside(self, learner: Learner, must: bool = False) -> None:
-        """Save a learner in another thread; new records wait meanwhile. must: save all records, or raise FitError."""
+        """Save a learner in another thread, holding back new records. must: save all records, or raise FitError."""
         learner.hold()
         try:
             await asyncio.to_thread(self._save, learner, partial(learner.save, must), must)
