@@ -189,7 +189,7 @@ class Evidence:
         return np.asarray(sum(sums(tally) / share for share, tally in tallies.items()) / weight)
 
     def bounds(self, index: slice = slice(None)) -> tuple[betting.Floats, betting.Floats]:
-        """Bounds of the rates at a slice of the τ grid, anytime-valid with 95% confidence for each τ.
+        """Bounds on the rates at a slice of the τ grid, anytime-valid with 95% confidence for each τ.
 
         The bets weight audits differently from rates(), so a rate may lie outside its bounds, which are then widened.
         """

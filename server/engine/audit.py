@@ -41,7 +41,7 @@ class Audit:
         error: the error of an audit that failed; None otherwise.
         is_dropped: its model was unloaded before it ran, or the server is stopping.
         created: time of its creation (perf_counter seconds).
-        tenant: the tenant that sent the text; tenants with pending audits have equal shares of the time.
+        tenant: the tenant that sent the text; tenants with pending audits get equal shares of the time.
     """
 
     served: Served

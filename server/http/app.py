@@ -219,7 +219,7 @@ def _with_headers(send: Send, identity: str) -> Send:
 
 
 def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
-    """The application with every route; it has those of the protocols for the documentation only."""
+    """The application with every route; it has the protocols' routes only to document them."""
     service = frontend.service
 
     @asynccontextmanager

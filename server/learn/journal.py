@@ -21,7 +21,7 @@ MAX_BYTES = 2**20
 MAX_RESULTS = 20
 MAX_VOID = 1024
 MAX_KEPT = 8  # learned versions on disk, in addition to those in use
-LEARNED_FROM = 1_000_000  # numbers of learned versions start here, so that they differ from those of a store
+LEARNED_FROM = 1_000_000  # numbers of learned versions start here, so that they differ from those in a store
 
 FitOutcome = Literal["served", "waits", "not_faster", "outdated", "failed"]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
