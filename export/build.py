@@ -12,7 +12,7 @@ from de3.model_store.manifest import SCHEMA_VERSION, Defaults, Manifest
 from de3.model_store.segment_graph import build_segment, graph_name
 from de3.model_store.store import Draft
 
-Modules = Mapping[str, str]  # module names by part of an exit, such as classifier
+Modules = Mapping[str, str]  # names of modules, by the part of an exit, such as classifier
 
 
 def segments(
@@ -43,9 +43,9 @@ def final_norm(architecture: Architecture, state: StateFile) -> Weights:
 
 
 def manifest_of(architecture: Architecture, draft: Draft, name: str, **fields: Any) -> Manifest:
-    """The manifest of a draft's files, without a calibration: a request exits early only if it gives a τ.
+    """The manifest of a draft's files, without a calibration: texts exit early only if their request gives a τ.
 
-    name: name of the model. fields: other fields of the manifest; the version is by default the store's next.
+    name: name of the model. fields: other fields of the manifest; the version defaults to the next one in the store.
     """
     return Manifest.model_validate(
         {

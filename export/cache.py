@@ -58,13 +58,13 @@ def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
             lock = FileLock(_lock(place)).acquire()
         except OSError as error:
             raise ValueError(
-                f"{name}: the cache {folder} cannot be written ({error}): set DE3_CACHE to another folder"
+                f"{name}: cannot write to the cache {folder} ({error}): set DE3_CACHE to another folder"
             ) from None
         with lock:  # a second server waits for the first, and then uses its artifact
             place.mkdir(exist_ok=True)
             artifact = _existing(place, model)
             if artifact is None:
-                log.info("%s: is converted once, into %s", name, folder)
+                log.info("%s: converting it once, into %s", name, folder)
                 shutil.rmtree(place / model, ignore_errors=True)  # left by an interrupted start
                 try:
                     convert(Stock.open(name, source), Store(place), model, precision, shown)
@@ -118,7 +118,7 @@ def _remove(place: Path) -> bool:
 def _use(place: Path) -> None:
     """Keep an artifact from being removed until this process ends; raises OSError if that is not possible."""
     path = place / USED
-    # Another process may remove the artifact just before: repeat until the locked file is the one in the folder.
+    # Another process may remove the artifact before it is locked: repeat until the locked file is that in the folder.
     while True:
         file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
         if path in _used and os.path.samestat(os.fstat(_used[path]), os.fstat(file)):
@@ -132,7 +132,7 @@ def _lock(place: Path) -> Path:
 
 
 def _existing(place: Path, model: str) -> Artifact | None:
-    """The artifact in a folder of the cache, which is then used; None if it is missing or incomplete."""
+    """The artifact in a folder of the cache, protected from removal; None if it is missing or incomplete."""
     try:
         _use(place)
     except FileNotFoundError:

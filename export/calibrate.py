@@ -73,9 +73,9 @@ def calibrate(
 ) -> Calibrated:
     """Fit the risk, choose a signal on the tuning samples, and certify it and its rivals on the certifying samples.
 
-    The default τ is the largest of a fixed grid up to which the loss at every τ is below max_loss with 95% confidence.
-    With fewer than MIN_CERTIFY certifying groups, if may_pool, both parts certify: each is scored by a risk fitted on
-    the other.
+    The default τ is the largest on a fixed grid for which the loss, at it and every smaller τ, is below max_loss with
+    95% confidence. If there are fewer than MIN_CERTIFY certifying groups and may_pool is true, both parts are used to
+    certify: each is scored by a risk fitted on the other.
 
     max_loss: limit on the accuracy lost against full depth, as a fraction. wanted: the default signal, or auto.
     self_labelled: true if the labels are the original model's answers, or full depth's.
@@ -87,8 +87,8 @@ def calibrate(
     pooled = may_pool and certify.whole.num_groups < MIN_CERTIFY
     if pooled:
         console.print(
-            f"fewer than {MIN_CERTIFY} certifying samples: the tuning samples certify too, and each part is scored "
-            "by a risk fitted on the other",
+            f"fewer than {MIN_CERTIFY} certifying samples: the tuning samples are also used to certify, and each part "
+            "is scored by a risk fitted on the other",
             soft_wrap=True,
             highlight=False,
         )
@@ -176,7 +176,7 @@ def _report(
     reference = "full depth" if samples.recorded.original is None else "the original model"
     columns = ("signal", "1%", "2%", "5%", "certified: 1%", "2%", "5%")
     table = empty_table(
-        columns, f"Speed-up in layers at a disagreement with {reference}, {n} certifying samples"
+        columns, f"Speed-up in layers by disagreement with {reference}, {n} certifying samples"
     )
     for rows in sorted(tables.values(), key=calibration.mean_speedup, reverse=True):
         mark = "  (default)" if rows[0].signal == default.signal else ""

@@ -76,7 +76,7 @@ def describe(
         if architectures and not any(str(a).endswith("ForSequenceClassification") for a in architectures):
             raise ValueError(
                 f"it is a {architectures[0]!s:.100}, not a …ForSequenceClassification, so it has no classifier to "
-                "serve; train one from your labels with de3 train"
+                "serve; train one on your own labels with de3 train"
             )
         config = known.complete(raw)
         known.check(config)
@@ -119,7 +119,9 @@ def _kind(problem: Any, labels: list[str]) -> Literal["classes", "labels", "valu
             raise ValueError("it has one output, but a multi-label model needs at least 2 labels")
         return "labels"
     if problem == "regression" and len(labels) > 1:
-        raise ValueError(f"it is a regression of {len(labels)} numbers; with one output it can be served")
+        raise ValueError(
+            f"it is a regression model with {len(labels)} outputs; only one output can be served"
+        )
     return "value" if len(labels) == 1 else "classes"
 
 
@@ -128,8 +130,8 @@ def check_files(name: str, files: Collection[str]) -> None:
     if CONFIG not in files:
         if "adapter_config.json" in files:
             raise ValueError(
-                f"{name} is an adapter (LoRA) without its model: merge it with peft's merge_and_unload(), save that "
-                "with save_pretrained(), and serve the saved folder"
+                f"{name} is an adapter (LoRA) without its model: merge it with peft's merge_and_unload(), save the "
+                "result with save_pretrained(), and serve the saved folder"
             )
         raise ValueError(f"{name} has no config.json, so it is not a Hugging Face model")
     if WEIGHTS not in files and INDEX not in files:
@@ -171,7 +173,7 @@ class Stock:
     def open(
         cls, name: str, folder: Path, label_names: list[str] | None = None, multi_label: bool = False
     ) -> "Stock":
-        """Read config.json and the tokenizer. label_names, multi_label: as in `describe`.
+        """Read config.json and the tokenizer. label_names, multi_label: see `describe`.
 
         Raises ValueError, with a message that begins with the name, for a classifier that cannot be served.
         """
@@ -228,8 +230,8 @@ def convert(stock: Stock, store: Store, model: str, precision: Precision, source
 
     model: name of the model. source: the source to record in the manifest; by default, the classifier's name.
 
-    Raises ValueError, with a message that begins with the classifier's name, if it cannot be served; nothing is then
-    published.
+    Raises ValueError, with a message that begins with the classifier's name, if it cannot be served; in that
+    case nothing is published.
     """
     description = stock.description
     with errors_of(stock.name), store.new_version(model) as draft:

@@ -1,8 +1,8 @@
 """Downloads from the Hugging Face hub into the cache of huggingface_hub, with limits on what the hub can do.
 
-A hub or mirror is untrusted. huggingface_hub takes paths from the hub's headers, writes as many bytes as it sends, and
-keeps waiting as long as a byte arrives now and then. So this module shares its cache and settings, but not its
-downloads.
+A hub or mirror is untrusted. huggingface_hub takes paths from the hub's headers, writes as many bytes as the hub sends,
+and keeps waiting as long as a byte arrives now and then. So this module uses the library's cache and settings, but not
+its download functions.
 """
 
 import asyncio
@@ -28,13 +28,13 @@ from de3.model_store.store import MAX_FILE_BYTES
 
 log = logging.getLogger("de3")
 
-MAX_LIST_BYTES, MAX_FILES = 2**23, 10_000  # such a list takes 0.4 GB to parse
-MAX_OTHER_BYTES = MAX_FILE_BYTES["tokenizer.json"]  # limit for a file without weights
+MAX_LIST_BYTES, MAX_FILES = 2**23, 10_000  # a list of this size takes 0.4 GB to parse
+MAX_OTHER_BYTES = MAX_FILE_BYTES["tokenizer.json"]  # limit for a file other than weights
 MAX_DOWNLOAD_BYTES = 2**34
-STALL_S, STALL_BYTES = 60.0, 2**20  # a download fails if it receives fewer bytes than these in this time
+STALL_S, STALL_BYTES = 60.0, 2**20  # a download fails if it receives fewer than this many bytes in this time
 NEXT = ": try again, or check HF_ENDPOINT"
 MAX_REDIRECTS = 10
-RETRY_S = 1.0  # before a lost connection is opened again
+RETRY_S = 1.0  # pause before a lost connection is reopened
 
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class HubError(ValueError):
-    """The hub cannot be reached, refuses a request, or sends something other than it announced."""
+    """The hub cannot be reached, refuses a request, or sends something other than what it announced."""
 
 
 class Large(BaseModel):
@@ -109,13 +109,13 @@ def list_files(repository: str, revision: str) -> Listing:
 def download(repository: str, commit: str, files: Collection[File]) -> Path:
     """The folder in huggingface_hub's cache with the files of a commit, after downloading those that are missing.
 
-    files: whose names contain no "/". Raises HubError, and OSError if the cache cannot be written.
+    files: their names must not contain "/". Raises HubError, and OSError if the cache cannot be written.
     """
     cache, name = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repository, repo_type="model")
     folder, blobs = cache / name / "snapshots" / commit, cache / name / "blobs"
 
     def is_there(file: File) -> bool:
-        """True if the file is in the cache, unless it is a link to a blob with another hash, as from another hub."""
+        """True if the file is in the cache, unless it is a link to a blob with another hash, such as another hub's."""
         path = folder / file.name
         return path.exists() and not (path.is_symlink() and file.hash and path.readlink().name != file.hash)
 
@@ -130,7 +130,7 @@ def download(repository: str, commit: str, files: Collection[File]) -> Path:
         for parent in (lock.parent, folder, blobs):
             parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):  # a second server waits for the first, and then uses its files
-            for left in blobs.glob("?" * 32 + ".incomplete"):  # drafts of a process that was killed
+            for left in blobs.glob("?" * 32 + ".incomplete"):  # partial downloads of a killed process
                 left.unlink(missing_ok=True)
             size = sum(file.size or 0 for file in files if not is_there(file))
             if size >= 1e6:  # not config.json, which comes first
@@ -148,7 +148,7 @@ def _link(path: Path, blob: Path) -> None:
 
 
 def _run(work: "Callable[[_Transfer], Coroutine[Any, Any, T]]", total: int = 0) -> T:
-    """Run a transfer in an event loop, whose timeouts also end a connection attempt, or headers that never end."""
+    """Run a transfer in an event loop, whose timeouts also cover connection attempts and headers that never end."""
 
     async def run() -> T:
         token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
@@ -160,7 +160,7 @@ def _run(work: "Callable[[_Transfer], Coroutine[Any, Any, T]]", total: int = 0) 
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
         )
         transfer = _Transfer(client)
-        hidden = None if total > STALL_BYTES else True  # None: unless stderr is a terminal
+        hidden = None if total > STALL_BYTES else True  # None: hidden unless stderr is a terminal
         try:
             with tqdm(total=total, unit="B", unit_scale=True, disable=hidden) as transfer.bar:  # type: ignore[no-untyped-call]
                 async with asyncio.timeout(STALL_S) as transfer.stall, client:
@@ -175,7 +175,7 @@ def _run(work: "Callable[[_Transfer], Coroutine[Any, Any, T]]", total: int = 0) 
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(run())
-    with ThreadPoolExecutor(1) as thread:  # the caller's thread has a loop, as in a notebook
+    with ThreadPoolExecutor(1) as thread:  # the caller's thread may have a loop, as in a notebook
         return thread.submit(asyncio.run, run()).result()
 
 
@@ -184,7 +184,7 @@ class _Transfer:
 
     Attributes:
         what: the file in progress, for messages.
-        stall: when the run ends, unless it makes progress.
+        stall: the time at which the run ends unless it makes progress.
     """
 
     bar: Any

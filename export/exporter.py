@@ -53,15 +53,15 @@ class ExportSettings:
 
     @property
     def precision(self) -> Precision:
-        """The precision of the artifact; raises ValueError for another `quantize`."""
+        """The precision of the artifact; raises ValueError for any other value of `quantize`."""
         return precision_of(self.quantize)
 
 
 def export(checkpoint: Path, store: Store, settings: ExportSettings) -> Path:
     """Export a checkpoint into a store as the model's next version; returns its folder.
 
-    The risk is fitted, and the signal chosen, on the tuning samples that training held out; signal and τ are certified
-    on its certifying samples (see `calibrate`).
+    The risk is fitted, and the signal chosen, on the tuning samples that training held out; the signal and τ are
+    certified on the certifying samples (see `calibrate`).
 
     Raises ExportError if the segments differ too much from the PyTorch model, or int8 from fp32, and ValueError if the
     checkpoint cannot be exported. In both cases nothing is published.
@@ -104,10 +104,11 @@ def certified(
     proof: dict[str, Any],
     self_labelled: bool = False,
 ) -> Path:
-    """Calibrate a model on held-out samples and publish it; returns its folder. The samples run through this model.
+    """Calibrate a model on held-out samples and publish it; returns its folder.
 
-    draft: has the model's files. plain: the model in fp32; `exported` if that is fp32. proof: results of other checks,
-    for the manifest. self_labelled: see `calibrate`. Raises ExportError if an exit loses too much in int8.
+    draft: has the model's files. exported: the model, which runs the samples. plain: the model in fp32; the same object
+    as `exported` if that is fp32. proof: results of other checks, for the manifest. self_labelled: see `calibrate`.
+    Raises ExportError if an exit loses too much in int8.
     """
     is_int8 = exported is not plain
     tuned = record(exported, tune, "the tuning samples")

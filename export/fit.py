@@ -17,7 +17,7 @@ HELD_OUT = 5  # the pooling and the ridges are chosen on a fifth of the texts
 RIDGES = (1e-2, 1e-3, 1e-4)  # strongest first
 VALUE_RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # ridges of a regression model
 STEPS, TOLERANCE = 100, 1e-6  # limits of L-BFGS, for each ridge
-CURVATURE = 0.1  # assumed second derivative of the cross-entropy by a logit: p(1 − p) at p ≈ 0.9
+CURVATURE = 0.1  # assumed second derivative of the cross-entropy with respect to a logit: p(1 − p) at p ≈ 0.9
 LR = 1e-3  # learning rate of the prototypical networks
 BATCH = 64
 GAMMA = 0.01  # γ of Eq. 1
@@ -29,7 +29,8 @@ Linear = tuple[Array, Array]  # weights (outputs, inputs) and bias (outputs,)
 Basis = tuple[NDArray[np.float64], NDArray[np.float64]]
 # The axes of all or most of the texts, by pooling and layer. They only set the optimizer's coordinates, so fits to a
 # part of the texts use them, too, if the part has ENOUGH texts per dimension. A smaller part does not span all axes:
-# along the others, L-BFGS would end before the start, which was fitted to texts outside the part, has decayed.
+# along the others, L-BFGS would stop before the effect of the start, which was fitted to texts outside the part, has
+# decayed.
 Axes = dict[tuple[str, int], Basis]
 ENOUGH = 1.5
 # From logits and target probabilities, both (n, K), to the loss and its gradient with respect to the logits.
@@ -71,7 +72,7 @@ class Exits:
 
 
 def fit(num_layers: int, texts: TrainingSet, seed: int) -> Exits:
-    """Fit exits on every layer but the last, with the pooling and the ridges that `choose` finds."""
+    """Fit exits on every layer but the last, with the pooling and the ridges that `choose` selects."""
     axes: Axes = {}
     pooling, ridges, start = choose(num_layers, texts, seed, axes)
     axes = {key: basis for key, basis in axes.items() if key[0] == pooling}  # frees the others
@@ -101,7 +102,7 @@ def choose(
     axes: Axes,
     poolings: Sequence[str] = POOLINGS,
 ) -> tuple[str, list[float], list[Linear]]:
-    """Choose the pooling, and the ridge of each layer but the last; returns the fitted classifiers, too.
+    """Choose the pooling, and the ridge of each layer but the last; also returns the fitted classifiers.
 
     Both are chosen on a fifth of the texts, with exits fitted to the others. The tuning and certifying samples are not
     used.
@@ -247,7 +248,7 @@ def _probabilities(
     all directions, and so needs a third of the steps.
 
     basis: the principal axes of the states. The weights stay in their span: outside of it, the best weights are 0.
-    start: where the first starts; None: at weights of 0, and the bias that gives the mean probabilities.
+    start: where the first one starts; None: weights of 0, and the bias that gives the mean probabilities.
     """
     from scipy.optimize import minimize
 
@@ -336,7 +337,7 @@ def _space(states: Array, answers: NDArray[np.int64], count: int, seed: int) -> 
 def _adam(part: Array, moments: tuple[Array, Array], gradient: Array, step: int, rate: float) -> None:
     """Take one AdamW step in place. step: its number, from 1. moments: running means of the gradient and its square."""
     mean, square = moments
-    # The only new array: on weights as large as these, allocating one for each operation takes a third of the time.
+    # The only new array: on weights as large as these, allocating one per operation would take a third of the time.
     change = gradient - mean
     change *= 1 - BETAS[0]
     mean += change

@@ -35,7 +35,7 @@ def fetch(
 ) -> Path:
     """The local folder of a classifier; name: a folder, or a hub repository to download, as id or id@revision.
 
-    The file list and config.json are checked before the weights are downloaded. label_names, multi_label: as in
+    The file list and config.json are checked before the weights are downloaded. label_names, multi_label: see
     `describe`. patterns: the files to download, FILES or OLD_FILES.
 
     Raises ValueError if there is no such folder or repository, if the hub cannot be reached, or if the model cannot be
@@ -103,10 +103,10 @@ def _snapshot(
 ) -> Path:
     listing = list_files(repository, revision)
     check({file.name: file.size or 0 for file in listing.files})
-    plain = re.compile(r"[\w.-]+")  # names that lead to no other folder
+    plain = re.compile(r"[\w.-]+")  # names that cannot lead to another folder
     names = (file.name for file in listing.files if plain.fullmatch(file.name))
     wanted = set(_matching(names, patterns))
-    if wanted & {WEIGHTS, INDEX}:  # transformers, too, prefers these
+    if wanted & {WEIGHTS, INDEX}:  # transformers prefers these, too
         wanted = {name for name in wanted if not name.endswith(".bin")}
     files = {file.name: file for file in listing.files if file.name in wanted}
     folder = download(repository, listing.commit, [files[CONFIG]])
@@ -131,13 +131,13 @@ def _check_files(name: str, sizes: Mapping[str, int], *, patterns: Collection[st
     read = _matching(sizes, patterns)
     for file in read:
         if sizes[file] > (limit := limit_of(file)):
-            raise ValueError(f"{name}: its {file} has {sizes[file]} bytes, at most {limit} are allowed")
+            raise ValueError(f"{name}: its {file} has {sizes[file]} bytes; at most {limit} are allowed")
     if (total := sum(sizes[file] for file in read)) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"{name}: its files have {total} bytes, at most {MAX_DOWNLOAD_BYTES} are allowed")
+        raise ValueError(f"{name}: its files have {total} bytes; at most {MAX_DOWNLOAD_BYTES} are allowed")
 
 
 def _note_commit(refs: Path, revision: str, commit: str) -> None:
-    """Let the commit of a branch or tag be found offline; writes only inside the folder `refs` of the hub's cache."""
+    """Record the commit of a branch or tag for offline use; writes only inside the folder `refs` of the hub's cache."""
     entry = refs / revision
     if not (entry.resolve().is_relative_to(refs.resolve()) and re.fullmatch("[0-9a-f]{40}", commit)):
         return

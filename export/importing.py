@@ -37,7 +37,7 @@ class ImportSettings:
 
     Attributes:
         threshold: probability above which a multi-label model assigns a label; None means 0.5.
-        tolerance: in a regression model, which needs it, the largest difference between two values that count as equal.
+        tolerance: required for a regression model: the largest difference between two values that count as equal.
         labelled: true if the texts have labels; otherwise the model's own answers are the labels.
         fragments: true if some texts are fragments of others.
     """
@@ -60,7 +60,7 @@ def import_classifier(
     """Fit exits to a stock classifier on texts, and publish it as a model's next version; returns its folder.
 
     rows: texts and labels, "" if unlabelled. groups: group of each row; None if the rows are unrelated. work: folder
-    for intermediate results until the end; an interrupted import resumes from them.
+    for intermediate results, from which an interrupted import resumes; they are removed at the end.
 
     Raises ValueError for unusable texts and options, and ExportError as `exporter.certified` does.
     """
@@ -156,8 +156,8 @@ def _check(stock: Stock, settings: ImportSettings) -> None:
         )
     if settings.threshold is not None and kind != "labels":
         raise ValueError(
-            f'--threshold: by its config.json ("problem_type") {name} is not a multi-label model; if it is one, add '
-            "--multi-label"
+            f'--threshold: according to its config.json ("problem_type"), {name} is not a multi-label model; if '
+            "it is one, add --multi-label"
         )
 
 
@@ -171,7 +171,7 @@ def _check_tolerance(stock: Stock, tolerance: float | None, model: Model, some: 
     spread = float(values.std())
     raise ValueError(
         "--tolerance: needed, because the answer is a number: the largest difference from full depth that counts as "
-        f"equal, in the model's units. For 90% of {len(values)} of these texts, the answer is from {low:.3g} to "
+        f"equal, in the model's units. For 90% of {len(values)} of these texts, the answer is between {low:.3g} and "
         f"{high:.3g}; the standard deviation is {spread:.3g}: for example --tolerance "
         f"{max(MIN_TOLERANCE, spread / 4):.1g}"
     )
@@ -213,7 +213,8 @@ def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
             if known is not names and known != [""]:
                 pairs = ", ".join(f"{k} is {name}" for k, name in list(enumerate(names))[:5])
                 console.print(
-                    f"the data's labels are numbers, taken as the model's indices: {pairs}", markup=False
+                    f"the data's labels are numbers, used as indices of the model's labels: {pairs}",
+                    markup=False,
                 )
             return known
     raise ValueError(

@@ -60,10 +60,10 @@ def fit_exits(
 ) -> Fitted:
     """Fit exits and risk to records, and test them on held-out ones.
 
-    attempt: number of the fit, from 1; decides the split and the error probability of the test (see `error_of`). rate:
-    the guaranteed rate of disagreement. first_new: number of the first record that tests may use; earlier records are
-    from before a change in the traffic. by_client: each client has a guarantee of its own, so all its held-out records
-    are evidence, and as many of them are held out as if it were alone.
+    attempt: number of the fit, from 1; determines the split and the error probability of the test (see `error_of`).
+    rate: the guaranteed rate of disagreement. first_new: number of the first record that tests may use; earlier records
+    are from before a change in the traffic. by_client: each client has a guarantee of its own, so all its held-out
+    records are evidence, and as many of them are held out as if it were the only client.
 
     Raises ValueError if there are too few records.
     """
@@ -214,7 +214,7 @@ def import_records(base: Artifact, files: Sequence[Path], store: Store, name: st
     records = opened(files, base.manifest)
     fitted = fit_exits(records, base.manifest, 1, rate)
     console.print(
-        f"on {len(fitted.evidence)} held-out records the exits allow {fitted.speedup:.2f}× in layers at "
+        f"on {len(fitted.evidence)} held-out records the exits allow a speed-up of {fitted.speedup:.2f}× in layers at "
         f"{100 * rate:g}% disagreement",
         highlight=False,
     )

@@ -14,7 +14,7 @@ from de3.model_store.store import MANIFEST
 def original_of(name: str, label_names: list[str] | None = None, multi_label: bool = False) -> Iterator[Path]:
     """Yield the local folder of a stock classifier, given as a folder or hub id, in file formats that de3 reads.
 
-    Other formats are rewritten into a temporary folder, which needs the train extra. label_names, multi_label: as in
+    Other formats are rewritten into a temporary folder, which needs the train extra. label_names, multi_label: see
     `describe`. Raises ValueError for a classifier that cannot be imported.
     """
     folder = Path(name).expanduser()

@@ -18,7 +18,7 @@ from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
 from de3.progress import warn
 
-MIN_TEXTS = 500  # distinct, as for de3 import: fewer certify hardly any τ
+MIN_TEXTS = 500  # distinct texts, the same as for de3 import: fewer certify hardly any τ
 SEED = 0
 
 
@@ -96,7 +96,7 @@ def _on_own_answers(
 def _check_exits(artifact: Artifact) -> None:
     """Raise ValueError for a model without early exits."""
     if len(artifact.manifest.exit_layers) == 1:
-        raise ValueError(f"{artifact.full_name}: has no early exits to calibrate; de3 import adds them")
+        raise ValueError(f"{artifact.full_name} has no early exits to calibrate; de3 import adds them")
 
 
 def _check_count(count: int) -> None:

@@ -41,7 +41,7 @@ def opened(files: Sequence[Path], manifest: Manifest) -> Records:
 
 
 def check(records: Records, manifest: Manifest) -> None:
-    """Raise ValueError if the records are of another model."""
+    """Raise ValueError if the records belong to another model."""
     records.check(base_of(manifest), manifest.num_layers, manifest.hidden_size, len(manifest.labels))
 
 

@@ -18,7 +18,7 @@ class Target:
 
     Attributes:
         logits: (n, K).
-        thresholds, tolerance: as in exits.recorded.Recorded.
+        thresholds, tolerance: see exits.recorded.Recorded.
     """
 
     logits: Array

@@ -86,7 +86,7 @@ def _byte_level(vocabulary: bytes, merges: bytes, options: Mapping[str, Any]) ->
         and all(type(i) is int and 0 <= i < MAX_WORDS for i in ids.values())
     )
     if not sound or not {"<s>", "</s>", "<unk>"} <= ids.keys() or any(len(pair) != 2 for pair in pairs):
-        raise ValueError("its vocab.json and merges.txt are not a RoBERTa tokenizer's")
+        raise ValueError("its vocab.json and merges.txt are not those of a RoBERTa tokenizer")
     space = bool(options.get("add_prefix_space", False))
     tokenizer = Tokenizer(
         models.BPE(ids, pairs, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)

@@ -18,7 +18,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
 MAX_SHARDS, MAX_TENSORS = 1000, 20_000
 MAX_HEADER_BYTES = 2**24
-MAX_ELEMENTS = 2**29  # limit for a weight
+MAX_ELEMENTS = 2**29  # limit on the size of one weight
 READ_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # NumPy has no bfloat16
 # Buffers, and parts of the encoder that a classifier does not use.
 UNUSED = ("position_ids", "token_type_ids", "inv_freq", "pooler.dense.weight", "pooler.dense.bias")
@@ -52,7 +52,7 @@ class StateFile(Mapping[str, NDArray[np.float32]]):
         return sum(1 for _ in self)
 
     def check_all_read(self, others: Collection[str] = ()) -> None:
-        """Raise ValueError if a weight outside UNUSED and `others` was not read: config.json is another model's."""
+        """Raise ValueError if a weight outside UNUSED and `others` was not read: config.json is of another model."""
         read = self._read | set(others)
         if unread := [name for name in self._tensors if name not in read and not name.endswith(UNUSED)]:
             raise ValueError(
@@ -87,7 +87,7 @@ class _Tensor:
             values = (values.astype(np.uint32) << 16).view(np.float32)
         array = values.astype(np.float32, copy=False).reshape(self.shape)
         if not np.isfinite(array).all():
-            raise ValueError(f"its weight {name} is not finite")
+            raise ValueError(f"its weight {name} has values that are not finite")
         return array
 
 
@@ -102,7 +102,7 @@ def opened(folder: Path, prefix: str) -> StateFile:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 if size > MAX_HEADER_BYTES:
-                    raise ValueError(f"its header has {size} bytes, at most {MAX_HEADER_BYTES} are allowed")
+                    raise ValueError(f"its header has {size} bytes; at most {MAX_HEADER_BYTES} are allowed")
                 header = json.loads(file.read(size))
             safe_open(path, "numpy")  # checks the header against the file
         except (SafetensorError, OSError, ValueError) as error:
@@ -143,5 +143,5 @@ def save(tensors: dict[str, NDArray[Any]], file: Path) -> None:
     """Write a safetensors file; raises OSError if it cannot be written."""
     try:
         save_file(tensors, file, {"format": "pt"})
-    except SafetensorError as error:  # a full disk, too
+    except SafetensorError as error:  # including a full disk
         raise OSError(f"{file}: cannot be written: {error}") from None
