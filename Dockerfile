@@ -1,5 +1,5 @@
 # The server with its demo model, and de3 import: docker build -t de3 .
-# It drains when stopped: docker run --read-only --stop-timeout 40 -p 8000:8000 de3
+# The server drains when stopped: docker run --read-only --stop-timeout 40 -p 8000:8000 de3
 ARG PYTHON_IMAGE=python:3.13-slim
 
 FROM ${PYTHON_IMAGE} AS build

@@ -1,4 +1,4 @@
-# make serve   set up what serving needs and serve ./models (PORT=9000 make serve moves the port)
+# make serve   set up what serving needs and serve ./models (PORT=9000 make serve: on port 9000)
 # make test    set up everything and run the product's fast tests
 # make test-all  run the other tests: containers, Ray, emulators, wheels, load, and the laboratory's
 # make wheel   build the sdist and the wheel in dist/, then install the wheel elsewhere and classify a text
@@ -20,8 +20,8 @@ QUIET := $(shell test -t 2 || echo --quiet)
 # uv keeps the versions and hashes of an existing lock, unless --upgrade, so new releases do not change it.
 COMPILE = $(DEV)/bin/uv pip compile pyproject.toml --extra otel --extra fit --group build --universal --generate-hashes \
 	--python-version 3.11 --custom-compile-command "make lock" --quiet --output-file
-# Some machines turn bytecode off; without it, each of the many processes would compile our code, and pytest would rewrite
-# the assertions of every test file, again.
+# Some machines turn bytecode off; without it, each of the many processes would compile our code again, and pytest would
+# rewrite the assertions of every test file again.
 export PYTHONDONTWRITEBYTECODE :=
 NATIVE := $(wildcard native/*.c native/*.h)
 

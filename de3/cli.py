@@ -60,7 +60,7 @@ def main(commands: typer.Typer | None = None) -> None:
 
 
 def _logs_json() -> bool:
-    """True for `de3 serve --log-format json`, whose every line is JSON."""
+    """True for `de3 serve --log-format json`, whose output is one JSON object per line."""
     command = " ".join(sys.argv[1:])
     given = re.findall(r"--log-format[ =](\w+)", command) or [os.environ.get("DE3_LOG_FORMAT")]
     return command.startswith("serve") and given[-1] == "json"

@@ -272,7 +272,7 @@ class _Attempts:
             return None
 
     def _in_call(self, error: ServerError) -> ServerError:
-        """The error, which names a text as in the call: input[3] of a later request may be input[259]."""
+        """The error, with the text's index in the call: input[3] of a later request may be input[259]."""
         if (first := self._first) is None:
             return error
 
@@ -341,7 +341,7 @@ class _Client(Generic[Http]):
 
     @contextmanager
     def _errors(self) -> Iterator[list[httpx.Response]]:
-        """Turn errors into ServerError. Yields a list, to which the caller adds the response once its head arrives."""
+        """Turn errors into ServerError. Yields a list, to which the caller adds the response once headers arrive."""
         received: list[httpx.Response] = []
         try:
             yield received

@@ -58,7 +58,7 @@ class Answers:
     def of(
         cls, has_value: bool, has_labels: bool, windows: bool, ood: bool = False, errors: bool = True
     ) -> Self:
-        """No answers yet. has_value: of a regression model; has_labels: of a multi-label model.
+        """Columns without answers yet. has_value: for a regression model; has_labels: for a multi-label model.
 
         windows, ood: the requests have several windows, or set `ood`; `explain`, `flag` and `top_k` add no columns.
         errors: add the column `error`.
@@ -128,7 +128,7 @@ def table_of(values: dict[str, Any], types: dict[str, str]) -> "pyarrow.Table":
 
 
 def pyarrow_module() -> Any:
-    """The module pyarrow, with pyarrow.parquet; raises ValueError, with the command that installs it, without it."""
+    """The module pyarrow, with pyarrow.parquet; if missing, raises ValueError with the command that installs it."""
     try:
         import pyarrow.parquet
     except ImportError:

@@ -433,7 +433,7 @@ def _text(one: Input | None, where: str) -> Text:
 
 
 def _is_missing(value: object) -> bool:
-    """True for None and NaN, also those of NumPy and pandas."""
+    """True for None and NaN, including those of NumPy and pandas."""
     return not isinstance(value, str | dict | list) and str(value) in ("None", "nan", "<NA>", "NaT")
 
 

@@ -43,7 +43,7 @@ def warn(warnings: Iterable[str]) -> None:
 
 
 def empty_table(columns: Iterable[str], title: str | None = None, no_wrap: bool = False) -> Table:
-    """An empty table of numbers: columns are aligned right, except those with the heading "signal" or none."""
+    """An empty table of numbers: columns are right-aligned, except those headed "signal" or without a heading."""
     return Table(
         *(Column(c, justify="left" if c in ("signal", "") else "right", no_wrap=no_wrap) for c in columns),
         title=title,

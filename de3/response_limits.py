@@ -27,7 +27,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def trace(event: str, info: dict[str, Any]) -> None:
-    """Value of the extension `trace` of a request: makes reads from its new connections observe time_limit."""
+    """Value of a request's extension `trace`: makes reads from its new connections observe time_limit."""
     if event in CONNECTED:
         stream = info["return_value"]
         stream.read = partial(_read, stream.read)

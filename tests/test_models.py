@@ -337,11 +337,11 @@ def test_the_command_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> No
     def models(arguments: str) -> str:
         return de3(f"models {arguments} --url {server.url}").strip()
 
-    assert models("load tiny:2") == "tiny:2 is current, by onnxruntime"
+    assert models("load tiny:2") == "tiny:2 is current (onnxruntime)"
     assert answering(server) == "tiny:2"
-    assert models("load tiny:1 --canary 0.5") == "tiny:1 is canary, by onnxruntime"
+    assert models("load tiny:1 --canary 0.5") == "tiny:1 is canary (onnxruntime)"
     assert models("unload tiny:1") == "tiny:1 is unloaded"
-    assert models("rollback tiny") == "tiny:1 is current again, by onnxruntime"
+    assert models("rollback tiny") == "tiny:1 is current again (onnxruntime)"
     assert "layer_02.onnx: damaged" in refusal(f"models load tiny:3 --url {server.url}")
     assert "--url: Invalid port" in refusal("models load tiny:3 --url http://[::1")
     assert "control characters" in refusal(["models", "load", "tiny:3", "--url", "http://a b"])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from de3.client import Row
     from de3.model_store.store import Artifact
 
-IN_FLIGHT = 8  # requests of a file to a server
+IN_FLIGHT = 8  # concurrent requests to a server, for one file
 SAMPLE_BYTES = 2**16  # number of bytes hashed at each end of a file
 _file_option = partial(typer.Option, rich_help_panel="Files")
 
@@ -97,7 +97,7 @@ def classify(
         int,
         _file_option(
             min=1,
-            help="Rows of a part, rounded up to whole slices of up to 2,048 rows; fewer if the texts are long.",
+            help="Rows per part, rounded up to whole slices of up to 2,048 rows; fewer if the texts are long.",
         ),
     ] = 65_536,
     output_format: Annotated[
@@ -208,7 +208,7 @@ def _say(line: str, style: str = "") -> None:
 
 @contextmanager
 def _files(file: Path, out: Path, output_format: str | None) -> Iterator[tuple[Path, Path]]:
-    """The paths of --file and --out; for "-", of a copy of standard input, and of one that standard output gets."""
+    """The paths of --file and --out; for "-", of a copy of standard input, and of a file to copy to standard output."""
     if "-" not in (str(file), str(out)):
         yield file, out
         return
@@ -261,7 +261,7 @@ def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
             f"{error}; or choose a classifier with --model, --demo, or a server with --url"
         ) from None
     if len(names) != 1:
-        raise ValueError(f"--model: is required; {store} has several models: {', '.join(names)}")
+        raise ValueError(f"--model is required, because {store} has several models: {', '.join(names)}")
     return Store(store).open(names[0])
 
 

@@ -21,7 +21,7 @@ from de3.commands.options import (
 )
 from de3.data.tables import Columns, data_option
 
-LAMBDAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of the curves of EDR
+LAMBDAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # values of λ in EDR's curves
 
 
 @add_parameters(Columns)
@@ -43,7 +43,7 @@ def evaluate(
     png: Annotated[
         Path | None,
         typer.Option(
-            help="File of the plot. Default: evaluation.png in the checkpoint, or evaluation-VERSION.png beside "
+            help="File of the plot. Default: evaluation.png in the checkpoint, or evaluation-VERSION.png next to "
             "the artifact."
         ),
     ] = None,
@@ -190,7 +190,7 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
 def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list[str]:
     """Plot to `png`, or to `default` if it is None; returns warnings.
 
-    There is only a warning if matplotlib is missing or `default` cannot be written; raises OSError if `png` cannot be.
+    If matplotlib is missing or `default` cannot be written, only warns; raises OSError if `png` cannot be written.
     """
     target = png or default
     try:
@@ -208,7 +208,7 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
 def _report_artifact(served: Any, recorded: Any, examples: list[Any], output: Console) -> None:
     """Print an artifact's results on recorded samples at its default τ, overall and by text length.
 
-    If it has a calibration, also print those at its targets, and at the best τ in hindsight.
+    If it has a calibration, also print its results at the calibration's targets, and at the best τ in hindsight.
     """
     from de3.commands.timing import measure_times
     from de3.exits.trade_offs import TradeOffs

@@ -63,8 +63,8 @@ def import_model(
         str | None,
         data_option(
             "--label-column",
-            help="Column of the correct labels, to report accuracy; for a multi-label model separated by |, for a "
-            "regression model numbers. Default: none; accuracy is then agreement with the model's own answers.",
+            help="Column of the correct labels (for a multi-label model, separated by |; for a regression model, "
+            "numbers), to report accuracy. Default: none; accuracy is then agreement with the model's own answers.",
         ),
     ] = None,
     label_names: Annotated[
@@ -133,7 +133,7 @@ def import_model(
     settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100)
     folder = work or Path("runs") / name
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--work {folder}: is a file; give a folder (it is created)")
+        raise ValueError(f"--work {folder}: is a file; give a folder (it need not exist)")
     given = None if label_names is None else [one.strip() for one in label_names.split(",")]
     with original_of(model, given, multi_label) as source:
         stock = Stock.open(model, source, given, multi_label)

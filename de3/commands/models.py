@@ -150,7 +150,7 @@ def models_load(
     role = "canary" if canary is not None else "shadow" if shadow else "loaded" if only_load else "current"
     body: dict[str, Any] = {"role": role} | ({} if canary is None else {"share": canary})
     done = _change(url, model, "load", body)
-    print(f"{done['model']} is {done['role']}, by {done['runtime']}")
+    print(f"{done['model']} is {done['role']} ({done['runtime']})")
 
 
 @app.command("unload")
@@ -170,7 +170,7 @@ def models_rollback(
 ) -> None:
     """Make the previous version current again. Needs an admin key in DE3_ADMIN_KEY."""
     done = _change(url, model, "rollback", {})
-    print(f"{done['model']} is current again, by {done['runtime']}")
+    print(f"{done['model']} is current again ({done['runtime']})")
 
 
 def _change(url: str, model: str, action: str, body: dict[str, Any]) -> dict[str, Any]:

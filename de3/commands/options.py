@@ -93,7 +93,7 @@ def add_parameters(
 
 
 class ShortHelp(TyperCommand):
-    """A command whose --help omits the options in groups and the variables; HelpAll, a parameter, shows all."""
+    """A command whose --help omits the options in groups and the variables; the parameter HelpAll shows them."""
 
     def __init__(self, *args: Any, **fields: Any) -> None:
         super().__init__(*args, **fields)

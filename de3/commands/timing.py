@@ -19,7 +19,7 @@ from de3.server.options import ExitOptions
 from de3.server.rules import Choice
 from de3.training.evaluate import Times
 
-BLOCK = 25  # texts that run to one depth before the next depth
+BLOCK = 25  # texts that run to one depth before any run to the next
 EVERY_EXIT = 5e-324  # the smallest τ that evaluates every exit; only a score of 0 is below it
 
 

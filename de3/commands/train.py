@@ -54,7 +54,7 @@ def train(
         int | None,
         data_option(
             min=1,
-            help="Train on at most this many samples, chosen by seed. Default: on all that are not held out.",
+            help="Train on at most this many samples, chosen by seed. Default: all that are not held out.",
         ),
     ] = None,
     fragments: Fragments = False,
@@ -67,8 +67,8 @@ def train(
     exits: Annotated[
         str,
         model_option(
-            help="Layers with an exit: all (with layer 0, the embeddings), last (a plain fine-tune), or a list like "
-            "1,2,4,6."
+            help="Layers with an exit: all (including layer 0, the embeddings), last (a plain fine-tune), or a list "
+            "like 1,2,4,6."
         ),
     ] = "all",
     pooling: Annotated[

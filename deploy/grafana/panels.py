@@ -73,7 +73,7 @@ def _stage(name: str) -> str:
 def _speedup(stages: str, window: str = R) -> str:
     """Time at full depth / time spent.
 
-    If `stages` includes tokenizing, it counts in numerator and denominator, because early exit does not save it.
+    If `stages` includes tokenizing, its time counts in numerator and denominator, because early exit does not save it.
     """
     spent = _sum("de3_stage_latency_seconds_sum", window=window, labels=_stage(stages))
     full = _sum("de3_full_depth_seconds_total", window=window)
@@ -110,7 +110,7 @@ _ACCURACY = Panel(
     "Expected accuracy",
     "lines",
     "percentunit",
-    "Accuracy by the calibration: of texts answered with a τ from the calibration table, and at full depth.",
+    "Accuracy according to the calibration: of texts answered with a τ from its table, and at full depth.",
     (
         Query(_accuracy(), "as answered"),
         Query(f"avg by (model) (de3_full_depth_accuracy{M})", "full depth {{model}}"),
@@ -125,7 +125,7 @@ _GUARANTEE = (
         "lines",
         "percentunit",
         "Rate of disagreement with full depth at the τ in force, measured by audits of live traffic, with its 95% "
-        "bounds; and the guarantee, which is broken where the lower bound is above it. For several replicas, the "
+        "bounds; and the guarantee, which is broken where the lower bound is above it. With several replicas, the "
         "highest value of each.",
         (
             Query(f"max by (model) (de3_audit_disagreement{M})", "measured {{model}}"),
@@ -139,9 +139,9 @@ _GUARANTEE = (
         "τ by reason",
         "lines",
         "none",
-        "τ for requests without exit options, by reason. With a guarantee, the median over the tenants, and the lowest "
-        "and highest: start, evidence (raised by audits), recent (lowered by recent audits), change (the rate rose) or "
-        "reset (by an admin). Without one: the option that set it.",
+        "τ for requests without exit options. With a guarantee: the median over the tenants, and the lowest and "
+        "highest; the reason is start, evidence (raised by audits), recent (lowered by recent audits), change (the "
+        "rate rose) or reset (by an admin). Without one: the reason is the option that set τ.",
         (
             Query(f"max by (model, reason) (de3_audit_tau{M})", "{{reason}} {{model}}"),
             Query(f"min by (model) (de3_audit_tau_lowest{M})", "lowest {{model}}"),
@@ -191,7 +191,7 @@ _LEARN = (
         "Records of live traffic",
         "lines",
         "none",
-        "With --learn: records in memory, from which exits learn, and further records after which the next fit starts.",
+        "With --learn: records in memory, to which exits are fitted, and records still needed before the next fit.",
         (
             Query("max by (model) (de3_learn_records)", "records {{model}}"),
             Query("min by (model) (de3_learn_missing_records)", "until the next fit {{model}}"),
@@ -203,7 +203,7 @@ _LEARN = (
         "Speed-up of the latest fit",
         "lines",
         "none",
-        "Speed-up in layers of the exits of the latest fit on held-out records: what they allow at the guarantee, "
+        "Speed-up in layers of the latest fit's exits on held-out records: what they allow at the guaranteed rate, "
         "and what these records prove. Served exits become faster as audits of live traffic prove more.",
         (
             Query("max by (model) (de3_learn_speedup)", "at the guaranteed rate {{model}}"),
@@ -251,7 +251,7 @@ SPEED_UP = Dashboard(
             "Expected accuracy",
             "percentunit",
             _accuracy("[$__range]"),
-            "By the calibration, of texts answered with a τ from the calibration table.",
+            "According to the calibration, for texts answered with a τ from its table.",
         ),
         Panel(
             "Speed-up over full depth",
@@ -350,7 +350,7 @@ LATENCY = Dashboard(
             "percentunit",
             _sum("de3_stage_latency_seconds_sum", labels=_stage("tokenize|model"))
             + " / sum(de3_engine_threads)",
-            "Share of the engine threads' time spent on texts, currently.",
+            "Current share of the engine threads' time that is spent on texts.",
         ),
         Panel(
             "Request latency",
@@ -429,7 +429,7 @@ QUALITY = Dashboard(
             "Drift",
             "none",
             'max(de3_drift{model=~"$model", statistic="psi"})',
-            f"Population stability index of the worst signal; above {DRIFTED} the texts have changed.",
+            f"Population stability index of the worst signal; above {DRIFTED}, the texts have changed.",
         ),
         _stat(
             "Degraded",
@@ -455,7 +455,7 @@ QUALITY = Dashboard(
             "Distance ratio at exit",
             "lines",
             "none",
-            "Below ½: nearer to the prototype of the predicted class than to the second's; above ½: farther.",
+            "Below ½: nearer to the prototype of the predicted class than to the second class's; above ½: farther.",
             _quantiles("de3_exit_distance_ratio"),
             most=1,
         ),
@@ -463,7 +463,7 @@ QUALITY = Dashboard(
             "Drift (PSI)",
             "lines",
             "none",
-            "Population stability index: the last 500 texts at the first exit against the calibration.",
+            "Population stability index: the last 500 texts at the first exit, compared with the calibration.",
             (Query('max by (signal) (de3_drift{model=~"$model", statistic="psi"})', "{{signal}}"),),
             limit=DRIFTED,
         ),
@@ -486,7 +486,7 @@ QUALITY = Dashboard(
             "Degraded and out of distribution",
             "lines",
             "percentunit",
-            "Shares of the texts: answered with a τ raised under load; far from every prototype at an exit.",
+            "Shares of texts answered with a τ raised under load, and of texts far from every prototype at an exit.",
             (
                 Query(_share("de3_degraded_texts_total"), "degraded"),
                 Query(_share("de3_ood_texts_total"), "out of distribution"),

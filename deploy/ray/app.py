@@ -121,7 +121,9 @@ def build(arguments: dict[str, str]) -> serve.Application:
             "upscale_delay_s": options.upscale_delay_s,
             "downscale_delay_s": options.downscale_delay_s,
         },
-        logging_config={"enable_access_log": False},  # it takes as long as a layer; DE3 has its own log
+        logging_config={
+            "enable_access_log": False
+        },  # an access log takes as long as a layer; DE3 has its own
         health_check_period_s=5,
         graceful_shutdown_timeout_s=40,
     )

@@ -1,4 +1,4 @@
-"""Middlewares for Ray's proxy that retry the requests of a replica that died, and drop unsafe request ids.
+"""Middlewares for Ray's proxy that retry requests to a replica that died, and drop unsafe request ids.
 
 Classification has no side effects, so its requests can be retried.
 Start Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=de3.deploy.ray.retry:middlewares.
@@ -23,9 +23,9 @@ MAX_WAIT_S = 5.0  # the same holds for bodies that take longer to arrive
 
 
 class Retry:
-    """ASGI middleware that retries a classification if the proxy returns no answer, as when a replica dies.
+    """ASGI middleware that retries a classification if the proxy returns no answer, for example when a replica dies.
 
-    The status and headers wait for the first part of the body: a replica may die between the two.
+    The status and headers are held until the first part of the body arrives: a replica may die between the two.
     """
 
     def __init__(self, app: ASGIApp) -> None:

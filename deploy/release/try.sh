@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Try a wheel as a new user would: install it into an empty environment, serve the demo model, classify a text. Prints
-# the seconds that this took.
+# how many seconds this took.
 #
 #   deploy/release/try.sh WHEEL [PYTHON] [FOLDER]
 #
