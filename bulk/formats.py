@@ -88,7 +88,7 @@ def check_names(one: Slice, types: Mapping[str, str]) -> None:
 
 
 class Format:
-    """The format of one output. Except in .jsonl, all rows have the input columns of the first.
+    """The format of one output. Except in .jsonl, all rows have the input columns of the first row.
 
     Attributes:
         names: names of the input's columns; None before the first row.
@@ -191,7 +191,7 @@ def _array(name: str, values: list[Any]) -> Any:
 
 
 def new_draft(file: Path) -> Path:
-    """Path of a file's draft, next to the file. Open it with mode x, which follows no link that others put there."""
+    """Path of a file's draft, next to the file. Open it with mode x, which follows no links put there by others."""
     draft = file.with_name(f".{file.name}")
     draft.unlink(missing_ok=True)  # left by an interrupted run
     return draft
@@ -210,7 +210,7 @@ def _line(values: Sequence[Any], kind: str) -> Iterable[str]:
     if kind == ".tsv":
         return "\t".join(BREAKS.sub(" ", str(cell)) for cell in cells), "\n"
     line = StringIO()
-    # Python 3.11 does not quote a field because of a carriage return.
+    # In Python 3.11, a carriage return alone does not cause a field to be quoted.
     has_return = any(isinstance(cell, str) and "\r" in cell for cell in cells)
     writer = csv.writer(line, lineterminator="\n", quoting=csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL)
     writer.writerow(cells)
@@ -236,7 +236,7 @@ def _json(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The value with null in place of every NaN and infinity, which JSON has no names for."""
+    """The value with null in place of every NaN and infinity, which JSON cannot represent."""
     if isinstance(value, float):
         return value if isfinite(value) else None
     if isinstance(value, list | tuple):

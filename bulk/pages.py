@@ -14,18 +14,18 @@ from de3.columns import pyarrow_module
 from de3.data.tables import MAX_DEPTH
 
 PAGES_BYTES = 2**29  # limit on the largest pages of all columns together
-READ_BYTES = 2**26  # limit on the values of one read, if it repeats the largest of a dictionary
+READ_BYTES = 2**26  # limit on the values of one read, even if each is the largest in its dictionary
 DICTIONARY, DATA, DATA_V2 = 7, 5, 8  # fields of a page's header; which one applies depends on its type
 TYPES = {0: DATA, 2: DICTIONARY, 3: DATA_V2}
 DELTA_BYTE_ARRAY = 7  # encoding in which a value has only the characters that differ from the previous value
-WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12}  # bytes of a value; 8 for other numbers
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12}  # bytes per value; 8 for other numbers
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page of a column: its size in memory, bytes; its number of values, 0 for a dictionary; and bytes of a value.
+    """A page of a column: its size in memory, in bytes; its number of values, 0 for a dictionary; and bytes per value.
 
-    These are the mean, or those of the largest value that the page may repeat.
+    The bytes per value are the mean, or those of the largest value that the page may repeat.
     """
 
     size: int
@@ -36,7 +36,8 @@ class Page:
 def rows_at_once(file: BinaryIO, metadata: Any, group: int, names: set[str]) -> int:
     """The number of rows of a row group to read at a time, so that their values take READ_BYTES at most.
 
-    metadata: of pyarrow. names: the columns to read. Raises ValueError if their pages are too large or damaged.
+    metadata: the file's, from pyarrow. names: the columns to read. Raises ValueError if their pages are too large or
+    damaged.
     """
     row_group, schema = metadata.row_group(group), metadata.schema
     rows, pages_bytes, row_bytes = max(1, row_group.num_rows), 0.0, 0.0
@@ -67,7 +68,7 @@ def rows_at_once(file: BinaryIO, metadata: Any, group: int, names: set[str]) -> 
 
 
 def _pages(file: BinaryIO, column: Any, length: int) -> Iterator[Page]:
-    """Yield the pages of a column in a row group. length: bytes of a value, if all have the same."""
+    """Yield the pages of a column in a row group. length: bytes per value, if all have the same size."""
     is_text = column.physical_type == "BYTE_ARRAY"
     starts = (column.data_page_offset, column.dictionary_page_offset or 0)
     at = min(start for start in starts if start > 0)
@@ -91,7 +92,7 @@ def _pages(file: BinaryIO, column: Any, length: int) -> Iterator[Page]:
 
 
 def _longest(page: bytes, size: int, compression: str) -> int:
-    """Size of the longest value in a page of a dictionary, bytes: each value is its length in 4 bytes, and itself."""
+    """Bytes of the longest value in a dictionary page, in which each value follows its length, stored in 4 bytes."""
     if compression != "UNCOMPRESSED":
         try:
             page = pyarrow_module().decompress(page, size, compression.lower(), asbytes=True)
@@ -106,7 +107,7 @@ def _longest(page: bytes, size: int, compression: str) -> int:
 
 
 def _struct(file: BinaryIO) -> dict[int, Any]:
-    """The fields of a struct in Thrift's compact protocol, by number: structs and whole numbers, None for others."""
+    """The fields of a struct in Thrift's compact protocol, by number: structs and whole numbers; None for the rest."""
     fields, number = dict[int, Any](), 0
     while head := file.read(1)[0]:
         number = number + (head >> 4) if head >> 4 else _integer(file)

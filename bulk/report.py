@@ -37,7 +37,7 @@ def _certified(artifact: Artifact, options: Mapping[str, Any]) -> str:
     if wanted is None:
         return "certified: nothing; --max-disagreement chooses τ by a certified bound"
     if options.get("long") == "windows":
-        return "certified: nothing, as texts may have several windows"
+        return "certified: nothing, because texts may have several windows"
     rules = Rules(artifact.manifest, Settings.model_validate({}))
     choice = rules.choose(ExitOptions(max_disagreement=wanted, signal=options.get("signal")), 0, "")
     if choice.rule.tau == 0 or choice.certificate is None:

@@ -24,12 +24,12 @@ class Summary:
     """Statistics of a run.
 
     Attributes:
-        rows: number of all rows, including those of an earlier, interrupted run.
+        rows: number of rows, including those of an earlier, interrupted run.
         refused, answered: number of rows that this run refused and answered.
         parts: number of parts, including those of an earlier run.
         layers: number of answers by exit layer.
         seconds: duration of this run.
-        model_s, full_depth_s: as in Answers.
+        model_s, full_depth_s: see Answers.
     """
 
     rows: int = 0

@@ -165,7 +165,7 @@ class Source:
         opened = _open_parquet(file)
         names, pair = opened.schema_arrow.names, self._columns.text_pair
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{file}: has several columns {twice[0]!r}")
+            raise ValueError(f"{file}: has several columns named {twice[0]!r}")
         if pair is None and PAIR in names:
             pair = PAIR
         text_names = [self._columns.text, *([pair] if pair else [])]
@@ -191,11 +191,11 @@ class Source:
     ) -> Slice:
         """A slice of a parquet file.
 
-        number, start: index of the slice's first row in the input and in the file. texts: the text columns. large: as
-            of _tables.
+        number, start: index of the slice's first row in the input and in the file. texts: the text columns. large: see
+            _tables.
         """
         one, indices = Slice(number), iter(range(len(texts[0])))
-        rows: list[int | None] = []  # of the table; None: it lacks the row
+        rows: list[int | None] = []  # rows of the table; None: the table lacks the row
         for offset in range(len(texts[0]) + len(large)):
             where = f"{file}:{start + offset}"
             if offset in large:
@@ -277,8 +277,8 @@ def _open_parquet(file: Path) -> Any:
 def _tables(file: Path, opened: Any, columns: list[str], text: str) -> Iterator[tuple[Any, dict[int, str]]]:
     """Yield the rows of a parquet file in tables for slices: up to SLICE_ROWS rows, or SLICE_CHARS bytes and a row.
 
-    With each table come the rows that it lacks because they are larger than MAX_LINE bytes, by their index among all
-    rows of the slice: the beginning of the column `text`.
+    A table lacks the rows that are larger than MAX_LINE bytes. With it comes the beginning of their column `text`, by
+    their index among all rows of the slice.
     """
     pieces, large = list[Any](), dict[int, str]()
     rows = held = 0
@@ -352,7 +352,7 @@ def chars_of(text: Input) -> int:
 
 
 def _size(value: Any) -> int:
-    """Approximate number of characters of a value, or of as much memory."""
+    """Approximate number of characters of a value, or of a text that takes as much memory."""
     if isinstance(value, list | dict):
         return 8 * len(str(value))  # an empty list in a list takes 64 bytes
     return len(value) if isinstance(value, str) else 8

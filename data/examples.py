@@ -85,7 +85,7 @@ def to_examples(
 ) -> list[Example]:
     """Rows as examples, each label as its index in `names`; raises ValueError for any other label.
 
-    multi_label: a row has any number of labels, as in `labels_in`. regression: the labels are values instead of names;
+    multi_label: a row has any number of labels; see `labels_in`. regression: the labels are values instead of names;
     a missing label becomes 0.
     """
     if regression:

@@ -37,7 +37,7 @@ class Columns:
     The annotated fields become options of the commands that read data (de3.commands.options.add_parameters).
 
     Attributes:
-        quotes: quotation marks enclose fields. None: no in .tsv (as in GLUE's files), else yes.
+        quotes: true if quotation marks enclose fields. None: false for .tsv (as in GLUE's files), true otherwise.
         label: None if the texts have no labels; then .txt files with one text per line can be read, too.
         multi_label: a text has any number of labels: separated by | in a cell, or as a list in JSON. In the rows that
             this module returns, they are separated by JOINT.
@@ -155,14 +155,14 @@ def _delimited(
             if problems:
                 raise ValueError(f"{path}:{problems[0][0]}: {problems[0][1]}")
             if len(row) > MAX_COLUMNS:  # each row takes as much memory as it has columns, even if it is short
-                raise ValueError(f"{path}:1: {len(row)} columns, at most {MAX_COLUMNS} are allowed")
+                raise ValueError(f"{path}:1: {len(row)} columns; at most {MAX_COLUMNS} are allowed")
             if twice := [name for name, number in Counter(row).items() if name and number > 1]:
-                raise ValueError(f"{path}:1: has several columns {twice[0]!r}")
+                raise ValueError(f"{path}:1: has several columns named {twice[0]!r}")
             names = row
             continue
         if not problems and names is not None and len(row) > len(names):
             problem = (
-                f"has {len(row)} fields, the header {len(names)}: put texts with {delimiter!r} in quotation marks; "
+                f"has {len(row)} fields, the header has {len(names)}: put texts with {delimiter!r} in quotation marks; "
                 "for one text per line, use a .txt file"
             )
             problems.append((reader.line_num, problem))
@@ -188,11 +188,11 @@ def _lines(file: TextIO) -> Iterator[tuple[int, str, str]]:
             while rest and not rest.endswith("\n"):
                 rest = file.readline(MAX_LINE)
                 marks += rest.count('"')
-            # One quotation mark if their number is odd, so that a field stays open or closed as after the whole line.
+            # Keeps one quotation mark if their number is odd, so a field stays open or closed as after the full line.
             shown = line[:SHOWN].replace('"', "") + '"' * (marks % 2)
             yield number, shown, f"a line of more than {MAX_LINE} characters"
             continue
-        # UTF-16 without a byte order mark has a zero byte beside each ASCII letter, which is valid UTF-8.
+        # UTF-16 without a byte order mark has a zero byte next to each ASCII letter, which is valid UTF-8.
         is_utf16 = "\0" in line or (number == 1 and line.startswith(("\udcff\udcfe", "\udcfe\udcff")))
         problem = ""
         if is_utf16 or (not line.isascii() and _SURROGATE.search(line)):
@@ -322,8 +322,8 @@ def read_groups(records: Iterable[tuple[str, Any]], column: str) -> list[str]:
 def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[TextOrPair, str]]:
     """The (text, label) rows of a Hugging Face data set, "path" or "path:config".
 
-    Label numbers are replaced by label names if the data set has them. Raises ValueError as read_rows does, and without
-    the package datasets.
+    Label numbers are replaced by label names if the data set has them. Raises ValueError as read_rows does, and if the
+    package datasets is missing.
     """
     feature = _open_dataset(name, split).features.get(columns.label)
     from datasets import ClassLabel

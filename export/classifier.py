@@ -86,12 +86,12 @@ def describe(
         return Description(config, known, head, labels, _kind(kind, labels))
     except ValidationError as error:
         wrong = first_error(error, "encoder")
-        raise ValueError(f"{name}: its config.json has a wrong value: {wrong}") from None
+        raise ValueError(f"{name}: its config.json has an invalid value: {wrong}") from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     except Exception as error:  # from values of unexpected types
         raise ValueError(
-            f"{name}: its config.json has a wrong value ({type(error).__name__}: {error})"
+            f"{name}: its config.json has an invalid value ({type(error).__name__}: {error})"
         ) from None
 
 

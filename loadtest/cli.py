@@ -76,7 +76,7 @@ def ramp(
     slo_p99_ms: options.SloP99 = 50.0,
     out: Annotated[Path, typer.Option(help="Folder for ramp.json and ramp.png.")] = Path("loadtest-results"),
 ) -> None:
-    """Ramp the request rate up to twice the capacity and down, with the server's load controller off and on.
+    """Ramp the request rate up to twice the capacity and back down, with the server's load controller off and on.
 
     Example: de3 loadtest ramp --texts dev.tsv --label-names negative,positive
     """

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from de3.client import Row
 from de3.loadtest.texts import Sample
 
-MAX_CONNECTIONS = 500  # select's limit is 1024 files
+MAX_CONNECTIONS = 500  # select's limit is 1024 file descriptors
 GRACE_S = 20.0  # time to wait for the last answers after the end
 MAX_BROKEN = 1000  # broken connections before a run is aborted
 
@@ -41,7 +41,7 @@ def post(
 
 
 def label_of(answer: Any) -> str:
-    """The label in an answer of /classify to one text, or the value of a regression model."""
+    """The label in the answer of /classify to one text, or the value if it is from a regression model."""
     row = Row.parse(answer["data"][0])
     return row.label if row.value is None else str(row.value)
 
@@ -182,7 +182,7 @@ def send_traffic(
         rate: requests per second (open loop), or a function of the elapsed seconds that returns it; None: a closed
             loop over `connections`.
         connections: number of connections; an open loop opens more as needed, up to MAX_CONNECTIONS.
-        seed: of the arrival times.
+        seed: seed of the arrival times.
         progress: called about every 0.25 s with the elapsed seconds.
 
     Raises OSError if a connection cannot be opened, and ValueError for an answer without Content-Length. Ends early if

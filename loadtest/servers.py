@@ -28,7 +28,7 @@ START_S = 180.0
 CONVERT_S = 1800.0
 CALIBRATION_TEXTS = 300
 STOCK_NOTE = (
-    "the stock model of --stock: the same amount of work, but other weights unless ours was made from it"
+    "the stock model of --stock: the same amount of work, but different weights unless ours was made from it"
 )
 
 
@@ -37,7 +37,7 @@ class Server:
     """A server that can be started, and the format of its requests.
 
     Attributes:
-        command: the command line; {port} is replaced.
+        command: the command line, in which {port} is replaced by the port.
         ready: path that answers 200 once the server is ready.
         note: how it differs from ours, for the report.
         script: a peer's script in `peers`, whose environment `prepare` creates; empty for our server.
@@ -137,7 +137,7 @@ def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) ->
 
     Args:
         int8, fp32: folders of the full-depth graph.
-        calibration: file with texts to calibrate quantization with, a JSON list.
+        calibration: file with a JSON list of texts for calibrating the quantization.
         stock: folder of a stock BERT classifier, for CTranslate2; None: without CTranslate2.
 
     Raises ValueError if `stock` has no files.
@@ -152,7 +152,7 @@ def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) ->
         files = [file for file in stock.iterdir() if file.is_file()]
         if not files:
             raise ValueError(
-                f"--stock {stock}: the folder has no files; it must be a classifier of transformers"
+                f"--stock {stock}: the folder has no files; it must be a transformers classifier"
             )
         weights = max(files, key=lambda file: file.stat().st_size)
         converted = calibration.parent / f"ctranslate2-{stock.name}-{fingerprint(weights)}"
@@ -174,7 +174,7 @@ def peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list
 
     Args:
         int8, fp32: folders of the full-depth graph.
-        calibration: file with texts to calibrate quantization with, a JSON list.
+        calibration: file with a JSON list of texts for calibrating the quantization.
         stock: folder of a stock sequence classification model, for peers that support no other; None: without them.
 
     Raises ValueError if `stock` has no files.

@@ -79,7 +79,7 @@ class Architecture(ManifestPart):
 
 
 def precision_of(quantize: str, option: str = "--quantize") -> Precision:
-    """The precision that `quantize` names, int8 or none; raises ValueError, which names the option, for others."""
+    """The precision that `quantize` names, int8 or none; for other values, raises ValueError, naming the option."""
     if quantize not in ("int8", "none"):
         raise ValueError(f"{option} must be int8 or none, got {quantize!r}")
     return "int8" if quantize == "int8" else "fp32"

@@ -155,7 +155,7 @@ class NativeForward:
         """Run 1 to 64 passes as LayerByLayer does.
 
         at_idle: run at the lowest priority, preempted by any other thread. Raises ValueError for an id outside the
-        embedding tables, or if out of memory.
+        embedding tables, or if memory runs out.
         """
         first, deepest = passes[0].layer, self._shape[0] - 1
         last = deepest if layers is None else min(first + layers - 1, deepest)

@@ -166,13 +166,13 @@ class Manifest(Architecture):
 
     Attributes:
         thresholds: probability above which a multi-label model assigns each label; None for other models.
-        tolerance: in a regression model, the largest difference between answers that count as equal, in the model's
+        tolerance: for a regression model, the largest difference between answers that count as equal, in the model's
             units. Such a model has one label, the name of its value, and only the signal risk. None for other models.
         source: hub id or folder of the stock classifier that was converted unchanged; None for other models.
         input: the kind of texts that the model was trained on; if None, it is unknown, and the model takes both kinds.
         learned: origin of exits that were fitted to live traffic (`de3 serve --learn`); None for other exits.
         risk: weights of the signal risk, for every exit but the last; None if the model does not have this signal.
-        export: results of the checks of the export: parity with PyTorch, unless the weights are an unchanged stock
+        export: results of the export's checks: parity with PyTorch, unless the weights are an unchanged stock
             classifier's; for int8, the accuracy by exit in fp32 and int8, and the share of samples with the same exit
             and answer. Empty without such checks.
     """
@@ -285,7 +285,7 @@ class Manifest(Architecture):
         )
 
     def signal(self, name: str, lam: float | None = None) -> Signal:
-        """A signal of this model; raises ValueError if the model has no such signal, or for a wrong λ."""
+        """A signal of this model; raises ValueError if the model has no such signal, or if λ is invalid."""
         return signal_of(name, lam, self.traits)
 
     @property

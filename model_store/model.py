@@ -74,7 +74,7 @@ class Model:
         machine has found that the kernels agree with ONNX Runtime, which is then not used. memory: shared memory for
         the kernels' weights; None if this process has its own copy.
 
-        Raises StoreError also if the kernels cannot run the model, and runtime is native or is_proved is true, and
+        Also raises StoreError if the kernels cannot run the model, and runtime is native or is_proved is true, and
         OSError if `memory` cannot be sealed.
         """
         self.manifest = manifest = artifact.manifest

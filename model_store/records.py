@@ -38,7 +38,7 @@ class Records:
         numbers: estimated position of each text in the traffic, ascending, (n,) int64.
         clients: index of each text's client in `names`, (n,) int32.
         names: names of the clients.
-        texts: estimated number of texts of each client, recorded or not; index as in `names`.
+        texts: estimated number of texts of each client, recorded or not; in the order of `names`.
     """
 
     base: str
@@ -119,7 +119,7 @@ def _check_header(file: Any) -> None:
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in _SHAPES}
     n = shapes["logits"][0] if shapes["logits"] else 0
     if not 1 <= n <= MAX_RECORDS:
-        raise ValueError(f"it has {n} records, 1 to {MAX_RECORDS} are possible")
+        raise ValueError(f"it has {n} records; it must have 1 to {MAX_RECORDS}")
     for name, (dimensions, kind) in _SHAPES.items():
         shape, found = shapes[name], file.get_slice(name).get_dtype()
         if found != kind or len(shape) != dimensions or shape[0] != n or 0 in shape:
@@ -133,9 +133,9 @@ def _clients(text: str) -> tuple[list[str], list[float]]:
         are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
         texts = [float(number) for number in texts]
     except (ValueError, TypeError, RecursionError):
-        raise ValueError("its names of clients are damaged") from None
+        raise ValueError("its client names are damaged") from None
     if not are_names or not len(names) == len(texts) <= MAX_CLIENTS or not all(0 <= t < 1e300 for t in texts):
-        raise ValueError("its names of clients are damaged")
+        raise ValueError("its client names are damaged")
     return names, texts
 
 

@@ -20,7 +20,7 @@ def read_regular_file(path: Path, limit: int) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a file")
         if status.st_size > limit:
-            raise ValueError(f"{status.st_size} bytes, at most {limit} are expected")
+            raise ValueError(f"{status.st_size} bytes; at most {limit} are expected")
         with open(descriptor, "rb", closefd=False) as file:
             data = file.read(status.st_size + 1)  # not limit + 1: read() allocates the whole buffer first
     finally:

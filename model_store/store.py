@@ -50,7 +50,7 @@ class Artifact:
     """One version of a model on disk; its manifest has been checked, its files have not.
 
     Attributes:
-        proof: file that records that the artifact loads and runs on this machine; None if it is proved at each start.
+        proof: file that records that the artifact loads and runs on this machine; None if this is proved at each start.
     """
 
     path: Path
@@ -72,10 +72,10 @@ class Artifact:
             raise StoreError(f"{path}: the manifest does not list this file")
         entry, limit = self.manifest.files[name], MAX_FILE_BYTES.get(name, MAX_INT)
         if entry.bytes > limit:
-            raise StoreError(f"{path}: {entry.bytes} bytes, at most {limit} are allowed")
+            raise StoreError(f"{path}: {entry.bytes} bytes; at most {limit} are allowed")
         data = _read_inside(self.path, path, entry.bytes)
         if len(data) != entry.bytes:
-            raise StoreError(f"{path}: damaged: {len(data)} bytes, the manifest says {entry.bytes}")
+            raise StoreError(f"{path}: damaged: {len(data)} bytes; the manifest says {entry.bytes}")
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise StoreError(f"{path}: damaged: its sha256 differs from the manifest's")
         return data
@@ -87,7 +87,7 @@ class Artifact:
             with suppress(OSError, RuntimeError):  # read() reports the error
                 total += min(self.manifest.files[name].bytes, (self.path / name).stat().st_size)
         if total > MAX_ARTIFACT_BYTES:
-            raise StoreError(f"{self.path}: {total} bytes, at most {MAX_ARTIFACT_BYTES} are allowed")
+            raise StoreError(f"{self.path}: {total} bytes; at most {MAX_ARTIFACT_BYTES} are allowed")
         return total
 
     def verify(self) -> None:
@@ -242,7 +242,7 @@ def read_manifest(path: Path) -> Manifest:
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise StoreError(
-            f"{file}: schema version {version!r}, this release reads {SCHEMA_VERSION}: export the model again"
+            f"{file}: schema version {version!r}; this release reads {SCHEMA_VERSION}: export the model again"
         )
     try:
         return Manifest.model_validate_json(data)

@@ -229,8 +229,8 @@ class TextTokenizer:
         parts: token ids of each text. offsets: start and end of each token in characters, for each text. most: maximum
         number of windows. is_cut: the ids cover only the beginning of a text.
 
-        Raises ValueError if the shorter text of a pair takes more than MAX_SHORTER of a window, and unless `truncate`
-        for a text that does not fit into the windows.
+        Raises ValueError if the shorter text of a pair takes more than MAX_SHORTER of a window, and, unless
+        `truncate` is true, if a text does not fit into the windows.
         """
         frame, longer = self.frames[len(parts) == 2], 0
         room = self.max_tokens - frame.size

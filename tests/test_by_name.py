@@ -208,7 +208,7 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
     ),
     (with_weight("second.weight", lambda _: torch.zeros(3, 64)), "include 'second.weight', which a"),
     (in_half(torch.float8_e4m3fn), "its weights are F8_E4M3; de3 reads F32, F16, BF16"),
-    (lambda f: edit(f, layer_norm_eps="small"), "a wrong value: epsilon: Input should be a valid number"),
+    (lambda f: edit(f, layer_norm_eps="small"), "an invalid value: epsilon: Input should be a valid number"),
     (lambda f: edit(f, id2label={"0": "a", "2": "b"}), "must have the keys 0 to 1"),
     (lambda f: edit(f, problem_type="regression"), "is a regression model with 3 outputs"),
     (without("tokenizer.json"), "has no tokenizer.json: save one"),
@@ -222,7 +222,7 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
     (with_weight(DENSE, lambda _: torch.zeros(2**28, 0)), r"has the shape \[268435456, 0\]"),
     (lambda f: edit(f, id2label={str(k): "x" * (1500 + k) for k in range(3)}), "labels.0: String should"),
     (lambda f: os.truncate(f / "model.safetensors", 2**34), r"its files have 171798\d+ bytes; at most"),
-    (lambda f: os.truncate(f / "tokenizer.json", 2**26 + 1), r"its tokenizer\.json has 67108865 bytes, at"),
+    (lambda f: os.truncate(f / "tokenizer.json", 2**26 + 1), r"its tokenizer\.json has 67108865 bytes; at"),
     (adapter, r"is an adapter \(LoRA\) without its model: merge it"),
 ]
 

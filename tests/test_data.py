@@ -73,7 +73,7 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": ["x"], "label": 1}', "a.jsonl:1: text must be text, got \\['x'\\]"),
         ("a.jsonl", '{"text": "x", "label": null}', "a.jsonl:1: label is empty"),
         ("a.csv", "text;label\nx;1\n", "--delimiter"),
-        ("a.csv", "text,label,text\nx,1,y\n", "a.csv:1: has several columns 'text'"),
+        ("a.csv", "text,label,text\nx,1,y\n", "a.csv:1: has several columns named 'text'"),
         ("a.csv", 'text,label\n"' + ("x" * 2**23 + "\n") * 3, "a.csv:2: a row of more than"),
     ],
 )

@@ -122,8 +122,8 @@ def test_a_manifest_is_read_within_limits(copies: Path) -> None:
 def test_a_sparse_file_is_not_read(copies: Path) -> None:
     folder = copies / "tiny" / "1"
     for name, size, says in (
-        ("prototypes.safetensors", 2**30, f"prototypes.safetensors: {2**30} bytes, at most"),
-        ("tokenizer.json", 2**30, f"tokenizer.json: {2**30} bytes, at most"),
+        ("prototypes.safetensors", 2**30, f"prototypes.safetensors: {2**30} bytes; at most"),
+        ("tokenizer.json", 2**30, f"tokenizer.json: {2**30} bytes; at most"),
         ("layer_01.onnx", 2**33, "layer_01.onnx.bytes: Input should be less than"),
     ):
         with (folder / name).open("wb") as file:

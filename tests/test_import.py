@@ -277,7 +277,7 @@ def test_what_would_fail_at_the_end_fails_at_the_beginning(
         (f"{texts} --name BAD/NAME", "--name must have at most 64 lower-case letters"),
         (f"{texts} --name m --work {tmp_path}/file", "is a file; give a folder"),
         (f"{texts} --name m --threshold 0.3", "is not a multi-label model"),
-        (f"{rows} --name m", "rows.csv:2: has 2 fields, the header 1"),
+        (f"{rows} --name m", "rows.csv:2: has 2 fields, the header has 1"),
     ):
         assert message in refusal(command.format(more))
 

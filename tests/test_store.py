@@ -69,7 +69,7 @@ def test_an_unknown_model_is_refused(store: Path, name: str, message: str) -> No
 def test_a_missing_cut_or_changed_file_is_named(copy: Path, name: str) -> None:
     original = (copy / name).read_bytes()
     for data, message in (
-        (original[:-1], "damaged: [0-9]+ bytes, the manifest says"),
+        (original[:-1], "damaged: [0-9]+ bytes; the manifest says"),
         (original[:-1] + bytes([original[-1] ^ 1]), "damaged: its sha256 differs"),
     ):
         (copy / name).write_bytes(data)
@@ -112,7 +112,7 @@ def references(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema_version=5), "schema version 5, this release reads 6: export the model"),
+        (lambda m: m.update(schema_version=5), "schema version 5; this release reads 6: export the model"),
         (lambda m: m.pop("labels"), "labels: Field required"),
         (lambda m: m.update(labels=["same", "same"]), "labels must be distinct"),
         (lambda m: m.update(exit_layers=[0, 2]), "exit_layers must ascend"),
@@ -347,7 +347,7 @@ def test_only_a_regular_file_of_the_expected_size_is_read(tmp_path: Path) -> Non
     file = tmp_path / "file"
     file.write_bytes(b"four")
     assert read_regular_file(file, 4) == b"four"
-    with pytest.raises(ValueError, match="4 bytes, at most 3 are expected"):
+    with pytest.raises(ValueError, match="4 bytes; at most 3 are expected"):
         read_regular_file(file, 3)
     with pytest.raises(ValueError, match="not a file"):
         read_regular_file(Path("/dev/zero"), 3)

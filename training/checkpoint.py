@@ -79,8 +79,9 @@ def check(folder: Path) -> None:
         )
     if kind != MODEL_TYPE:
         raise ValueError(
-            f"{folder} is a plain {kind} model, without exits, not a checkpoint of de3 train. Give a classifier exits "
-            f"by de3 import {folder} --texts FILE --name NAME, an encoder by de3 train DATA --encoder {folder}"
+            f"{folder} is a plain {kind} model, without exits, not a checkpoint of de3 train. Add exits to a "
+            f"classifier with de3 import {folder} --texts FILE --name NAME, or to an encoder with de3 train DATA "
+            f"--encoder {folder}"
         )
 
 

@@ -106,7 +106,7 @@ def unknown_tokens(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[st
     message = f"{100 * share:.0f}% of the texts' tokens are unknown to the encoder's tokenizer"
     if share > MAX_UNKNOWN:
         raise ValueError(
-            f"{message}: are its files (tokenizer.json, vocab.txt) in the folder, and is it for their language?"
+            f"{message}: are its files (tokenizer.json, vocab.txt) in the folder, and is it for the texts' language?"
         )
     return [message] if share > WARN_UNKNOWN else []
 

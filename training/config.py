@@ -42,7 +42,7 @@ class CheckpointConfig(BaseModel):
             return cls.model_validate(raw)
         except ValidationError as error:
             wrong = first_error(error, "encoder")
-            raise ValueError(f"{name}: its config.json has a wrong value: {wrong}") from None
+            raise ValueError(f"{name}: its config.json has an invalid value: {wrong}") from None
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

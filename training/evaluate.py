@@ -293,7 +293,9 @@ def hindsight_table(recorded: Recorded, signals: Sequence[Signal]) -> Table:
     """Each signal's highest speed-up within each disagreement rate in HINDSIGHT, with τ chosen in hindsight."""
     samples = calibration.Samples.independent(recorded)
     columns = ("signal", *(f"{100 * d:g}%" for d in HINDSIGHT))
-    table = empty_table(columns, "Speed-up in layers within a disagreement, with the best τ in hindsight")
+    table = empty_table(
+        columns, "Speed-up in layers within a rate of disagreement, at the best τ in hindsight"
+    )
     for signal in signals:
         scores = signal.scores(recorded)
         taus = np.unique(np.nanquantile(scores[:, :-1], np.linspace(0, 1, 500)))
@@ -330,7 +332,7 @@ def unlike_lengths(tokens: NDArray[np.int64], calibrated: Sequence[float] | None
     if low <= median <= high:
         return []
     return [
-        f"the median text has {median:.0f} tokens, and {middle:.0f} in the calibration: the calibration's guarantees "
+        f"the median text has {median:.0f} tokens here, and {middle:.0f} in the calibration, whose guarantees "
         "may not hold for these texts; see de3 calibrate"
     ]
 

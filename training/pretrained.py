@@ -108,7 +108,7 @@ def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
         raise ValueError(f"{name}: it has a slow tokenizer; a fast one (tokenizer.json) is needed")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the encoder {config.vocab_size}: they do not match"
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the encoder has {config.vocab_size}: they do not match"
         )
 
 

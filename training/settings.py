@@ -38,10 +38,10 @@ class TrainSettings(Recipe):
 
     Attributes:
         head_lr: learning rate of the exits' heads.
-        weight_decay: for all weights but biases and norms.
+        weight_decay: weight decay of all weights but biases and norms.
         warmup: share of the steps with learning-rate warm-up.
         alpha: α, weight of the distance-aware loss (Eq. 6).
-        temperature: of the distillation.
+        temperature: temperature of the distillation.
         prototypes: final prototypes: refit (retrain the prototype spaces on the finished encoder), means (only
             recompute the prototypes over the training data) or sliding (keep the moving averages).
     """

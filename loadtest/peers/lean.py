@@ -19,7 +19,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description)
     result.add_argument("folder", type=Path)
     result.add_argument("--port", type=int, default=8100)
-    # Twice the cores, the best of the tested values: while one thread waits for the GIL, another computes.
+    # Twice the number of cores was the best of the tested values: while one thread waits for the GIL, another computes.
     result.add_argument("--threads", type=int, default=2 * CORES, help="concurrent calls")
     result.add_argument(
         "--measure",

@@ -69,7 +69,7 @@ class Electra(Bert):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """Field values of this class, from a config.json of transformers; see `Encoder.fields`."""
+        """Field values of this class, from a transformers config.json; see `Encoder.fields`."""
         return super().fields(config, token_types) | {"width": config["embedding_size"]}
 
 

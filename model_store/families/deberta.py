@@ -111,7 +111,7 @@ class Deberta(Bert):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """Field values of this class, from a config.json of transformers; see `Encoder.fields`."""
+        """Field values of this class, from a transformers config.json; see `Encoder.fields`."""
         fields = super().fields(config, token_types)
         if not config.get("position_biased_input", True):
             fields["positions"] = 0

@@ -43,7 +43,7 @@ class DistilBert(Bert):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """Field values of this class, from a config.json of transformers; see `Encoder.fields`."""
+        """Field values of this class, from a transformers config.json; see `Encoder.fields`."""
         named = {
             "hidden_size": config["dim"],
             "num_hidden_layers": config["n_layers"],

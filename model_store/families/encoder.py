@@ -16,10 +16,10 @@ from pydantic import Field, model_validator
 from de3.model_store.graph import Array, Graph
 from de3.model_store.part import MAX_INT, MAX_TOKENS, MAX_WIDTH, ManifestPart, Width
 
-Config = Mapping[str, Any]  # config.json of transformers
+Config = Mapping[str, Any]  # a transformers config.json
 State = Mapping[str, NDArray[np.float32]]  # weights in float32, by their names in transformers' model
 Weights = dict[str, Array]
-# From our name of a weight to its module's name, or the names of several modules to concatenate.
+# Maps our name of a weight to the name of its module, or to the names of several modules to concatenate.
 Names = Mapping[str, str | tuple[str, ...]]
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
@@ -113,7 +113,7 @@ class Encoder(ManifestPart, ABC):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """Field values of this class, from a config.json of transformers, completed by `complete`.
+        """Field values of this class, from a transformers config.json, completed by `complete`.
 
         token_types: true if the tokenizer returns token types.
         """
@@ -242,7 +242,9 @@ class Encoder(ManifestPart, ABC):
 def check_shape(name: str, array: Array, *shape: int) -> None:
     """Raise ValueError unless the weight of a module in transformers' model has the shape that its config implies."""
     if array.shape != shape:
-        raise ValueError(f"{name}.weight has the shape {array.shape}; by its config.json it must be {shape}")
+        raise ValueError(
+            f"{name}.weight has the shape {array.shape}; according to its config.json, it must be {shape}"
+        )
 
 
 def named(state: State, prefix: str, names: Names, may_lack_biases: bool) -> Weights:

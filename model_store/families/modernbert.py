@@ -19,7 +19,7 @@ HEAD_ACTIVATIONS = ("gelu", "relu", "tanh")
 POOLINGS = ("cls", "mean")
 THETAS = 160_000.0, 10_000.0  # bases of RoPE, by kind
 MAX_THETA = 1e12
-DENSE = 4  # times the window: texts up to this number of tokens are one block
+DENSE = 4  # texts of up to this many times the window, in tokens, are one block
 MASKED = float(np.finfo(np.float32).min)  # added to the score of a masked token
 
 
@@ -70,7 +70,7 @@ class ModernBert(Encoder):
     @model_validator(mode="after")
     def _has_even_heads(self) -> Self:
         if self.hidden_size // self.num_heads % 2:
-            raise ValueError(f"num_heads must leave an even size of a head, got {self.num_heads}")
+            raise ValueError(f"num_heads must give heads of an even size, got {self.num_heads}")
         return self
 
     @model_validator(mode="after")
@@ -129,7 +129,7 @@ class ModernBert(Encoder):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """Field values of this class, from a config.json of transformers; see `Encoder.fields`."""
+        """Field values of this class, from a transformers config.json; see `Encoder.fields`."""
         named = {"hidden_act": config["hidden_activation"], "layer_norm_eps": config["norm_eps"]}
         return super().fields({**config, **named, "type_vocab_size": 0}, token_types) | {
             "positions": 0,

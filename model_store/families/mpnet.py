@@ -48,7 +48,7 @@ class MPNet(Roberta):
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
-        """Field values of this class, from a config.json of transformers; see `Encoder.fields`."""
+        """Field values of this class, from a transformers config.json; see `Encoder.fields`."""
         fields = super().fields({**config, "type_vocab_size": 0}, token_types)
         return {**fields, "distances": fields["positions"]}
 
