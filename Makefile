@@ -1,6 +1,6 @@
 # make serve   set up what serving needs and serve ./models (PORT=9000 make serve: on port 9000)
 # make test    set up everything and run the product's fast tests
-# make test-all  run the other tests: containers, Ray, emulators, wheels, load, and the laboratory's
+# make test-all  run the other tests: of containers, Ray, emulators, wheels, load, and those of the laboratory
 # make wheel   build the sdist and the wheel in dist/, then install the wheel elsewhere and classify a text
 # make lint    ruff (lint and format), mypy and import-linter
 # make lock    write requirements.lock, from which the image installs, with the newest releases

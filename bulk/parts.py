@@ -20,7 +20,7 @@ class Parts:
 
     Attributes:
         is_complete: an earlier run has written the whole output.
-        drops_refused: as given to __init__.
+        drops_refused: see __init__.
         types: the types of the answers' columns (see de3.columns), by their names in the output; empty before the
             first part, if no earlier run has written it.
     """

@@ -38,7 +38,7 @@ class Pool(Protocol):
         """Classify a slice; None: a row without a text."""
 
     def close(self) -> None:
-        """Cancel the slices that are not started, and wait for the others."""
+        """Cancel the slices that have not started, and wait for the others."""
 
 
 class LocalPool:
@@ -71,7 +71,7 @@ class LocalPool:
         return self._processes.submit(_answer, texts)
 
     def close(self) -> None:
-        """Cancel the slices that are not started, and end the processes once the others are finished."""
+        """Cancel the slices that have not started, and end the processes once the others are finished."""
         self._processes.shutdown(wait=True, cancel_futures=True)
         if self._weights is not None:
             os.close(self._weights)
@@ -162,7 +162,7 @@ class RemotePool:
         rows.update((index, row.raw) for (index, _), row in zip(texts, answer.rows, strict=True))
 
     def close(self) -> None:
-        """Cancel the slices that are not started, and wait for the others."""
+        """Cancel the slices that have not started, and wait for the others."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 

@@ -73,7 +73,7 @@ class BadRow:
 
 
 def records(path: Path, columns: Columns, keeps_bad: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a file, each with its place, FILE:LINE. A row is a dict by column, in .jsonl any JSON value.
+    """Yield the rows of a file, each with its place, FILE:LINE. A row is a dict by column or, in .jsonl, a JSON value.
 
     Blank lines are skipped. Raises ValueError for a row that cannot be read, a file that cannot be read as a table, or
     a file without rows. keeps_bad: yield a BadRow for a row that cannot be read, a row also for a blank line in .txt,

@@ -72,7 +72,7 @@ class Exit:
 
     @classmethod
     def parse(cls, json: dict[str, Any]) -> "Exit":
-        """An exit from its JSON, in which λ is `lambda`. Unknown fields, such as a newer server's, are ignored."""
+        """An exit from its JSON, where λ is `lambda`. Unknown fields, such as those of newer servers, are ignored."""
         known: dict[str, Any] = {field.name: json.get(field.name) for field in fields(cls)}
         return cls(**{**known, "lam": json.get("lambda")})
 

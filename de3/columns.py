@@ -109,7 +109,7 @@ class Answers:
 def table_of(values: dict[str, Any], types: dict[str, str]) -> "pyarrow.Table":
     """A table of columns, which may be lists or arrays; raises ValueError without pyarrow.
 
-    types: as in COLUMNS; pyarrow infers the type of any other column.
+    types: see COLUMNS; pyarrow infers the type of any other column.
     """
     arrow = pyarrow_module()
     known = {

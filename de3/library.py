@@ -72,7 +72,7 @@ def load(
     """Load a classifier.
 
     Args:
-        name: a model of the store (name or name:version); the folder of an artifact or of a Hugging Face classifier; or
+        name: a model in the store (name or name:version); the folder of an artifact or of a Hugging Face classifier; or
             the id of one on the hub. A Hugging Face classifier is converted once, and runs at full depth.
         store: the model store. Default: $DE3_STORE, else `models`; de3.DEMO has the demo model, sst2.
         threads: engine threads. Default: one per core.
@@ -237,7 +237,7 @@ class Classifier:
         """The answers to texts, or to pairs of texts: a row for each text, in order, with the columns in docs/bulk.md.
 
         A text that cannot be classified, such as None or NaN, has the reason in `error`, and None in all other columns.
-        as_arrow: as in classify().
+        as_arrow: see classify().
 
         Raises InputError for an option that cannot be used, and ValueError and RuntimeError as classify() does.
         """

@@ -20,7 +20,7 @@ from de3.progress import console, empty_table
 
 CHOICES = ("auto", *SIGNALS)
 MIN_CERTIFY = 850  # groups
-MIN_GAIN = 1.05  # minimum speed-up, relative to risk's, at which another signal is preferred
+MIN_GAIN = 1.05  # minimum speed-up, relative to that of risk, at which another signal is preferred
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def describe(
         raise ValueError(f"{name}: its config.json is not a JSON object")
     check_sizes(name, raw)
     if raw.get("model_type") == "de3-bert":
-        raise ValueError(f"{name} is a checkpoint of de3 train, with exits: de3 export {name} --name NAME")
+        raise ValueError(f"{name} is a checkpoint from de3 train, with exits: de3 export {name} --name NAME")
     architectures = raw.get("architectures")  # if config.json omits them, the weights decide
     try:
         known = family_named(raw.get("model_type"))

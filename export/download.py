@@ -153,7 +153,7 @@ def _run(work: "Callable[[_Transfer], Coroutine[Any, Any, T]]", total: int = 0) 
     async def run() -> T:
         token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
         trusted = httpx.create_ssl_context()
-        trusted.load_default_certs()  # the system's, in addition to certifi's
+        trusted.load_default_certs()  # the system's certificates, in addition to certifi's
         client = httpx.AsyncClient(
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}),
             verify=trusted,

@@ -107,7 +107,7 @@ def choose(
     Both are chosen on a fifth of the texts, with exits fitted to the others. The tuning and certifying samples are not
     used.
 
-    A group of texts is split only if there are at most HELD_OUT groups. axes: as in `fit_with`.
+    A group of texts is split only if there are at most HELD_OUT groups. axes: see `fit_with`.
     """
     is_held = _held_out(texts.groups, np.random.default_rng(seed))
     held, others = (texts.part(np.flatnonzero(rows)) for rows in (is_held, ~is_held))

@@ -66,7 +66,7 @@ def fetch(
     except HubError as error:
         raise ValueError(f"{name}: {error}") from None
     except HFValidationError:
-        raise ValueError(f"{name}: no such folder here, and not an id of the Hugging Face hub") from None
+        raise ValueError(f"{name}: no such folder here, and not a valid Hugging Face hub id") from None
     except LocalEntryNotFoundError:
         raise ValueError(
             f"{name}: no such folder here, and the hub cannot be reached: check the name, the network, HF_ENDPOINT and "

@@ -24,7 +24,7 @@ from de3.model_store.store import Artifact, Draft, Store
 from de3.progress import console
 
 MAX_HELD_BACK = 4000
-SEED = 0  # of the split and of the fit of the exits
+SEED = 0  # seed of the split and of the fit of the exits
 FEW_TEXTS = 500
 MAX_FITTED = 20_000  # texts
 UNFINISHED = ".import"  # folder of intermediate results, which is removed at the end

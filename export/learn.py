@@ -29,7 +29,7 @@ from de3.server.learn.record import HeldOut
 FOLDS = 4  # cross-fitting: the risk is fitted to outputs of exits that were fitted without the text
 HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and maximum number of the new texts that test the exits
 MAX_FITTED = 20_000  # records
-MAX_LOSS = 0.01  # of accuracy, at the default τ, which a server without a guarantee uses
+MAX_LOSS = 0.01  # loss of accuracy at the default τ, which a server without a guarantee uses
 SEED = 0
 
 

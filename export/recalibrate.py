@@ -18,7 +18,7 @@ from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
 from de3.progress import warn
 
-MIN_TEXTS = 500  # distinct texts, the same as for de3 import: fewer certify hardly any τ
+MIN_TEXTS = 500  # distinct texts, as many as for de3 import: fewer would certify hardly any τ
 SEED = 0
 
 

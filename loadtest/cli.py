@@ -27,7 +27,9 @@ def run(
     seconds: options.Seconds = 10.0,
     tau: Annotated[
         list[float] | None,
-        typer.Option(help="τ of the requests; repeat for a mix. Default: the server's.", min=0, max=1),
+        typer.Option(
+            help="τ of the requests; repeat for a mix. Default: the server's default.", min=0, max=1
+        ),
     ] = None,
     long_share: Annotated[float, typer.Option(help="Share of long texts.", min=0, max=1)] = 0.0,
     json_file: options.Json = None,

@@ -30,7 +30,7 @@ class ForwardPass:
         hidden: input of that layer, (1, tokens, hidden); None before layer 0, and once it is not needed.
         reason: why the sample exited; None before it exits.
         seconds: compute time so far.
-        readings: scored readings of the computed exits, the last one at the exit; empty in the kernels until it exits.
+        readings: scored readings of the computed exits, the last one at the exit; in the kernels, empty until it exits.
         logits, distances: in the kernels, (num_layers + 1, K), index = layer; zeros where no exit was computed.
     """
 

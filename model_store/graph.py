@@ -45,7 +45,7 @@ class Graph:
     """
 
     def __init__(self, int8: bool, source: Source, prefix: str = "") -> None:
-        """int8: quantize linear layers. prefix: start of generated names; a branch must not reuse the outer graph's."""
+        """int8: quantize linear layers. prefix: start of generated names; in a branch, not that of the outer graph."""
         self.int8, self._source, self._prefix = int8, source, prefix
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []

@@ -61,7 +61,7 @@ class TradeOff(_Signal):
     Attributes:
         accuracy: share of correct answers; `accuracy_interval` is its 95% Wilson interval.
         loss: accuracy at full depth minus accuracy; `loss_interval` is its paired 95% interval.
-        disagreement: share of answers that differ from full depth; `disagreement_bound` is an upper bound of
+        disagreement: share of answers that differ from full depth; `disagreement_bound` is an upper bound on
             the true rate with 95% confidence (exits.bound).
         speedup: num_layers / mean exit layer, at most 1000.
         histogram: share of samples at each exit, in the order of `exit_layers`.
@@ -172,9 +172,9 @@ class Manifest(Architecture):
         input: the kind of texts that the model was trained on; if None, it is unknown, and the model takes both kinds.
         learned: origin of exits that were fitted to live traffic (`de3 serve --learn`); None for other exits.
         risk: weights of the signal risk, for every exit but the last; None if the model does not have this signal.
-        export: results of the export's checks: parity with PyTorch, unless the weights are an unchanged stock
-            classifier's; for int8, the accuracy by exit in fp32 and int8, and the share of samples with the same exit
-            and answer. Empty without such checks.
+        export: results of the export's checks: parity with PyTorch, unless the weights are those of an unchanged
+            stock classifier; for int8, the accuracy by exit in fp32 and int8, and the share of samples with the same
+            exit and answer. Empty without such checks.
     """
 
     schema_version: Literal[6]

@@ -86,7 +86,7 @@ _SHAPES = {
 
 
 def read(path: Path, max_bytes: int) -> Records:
-    """Read and check a file of records; raises OSError, or ValueError if it is damaged, too large or not one."""
+    """Read and check a file of records; raises OSError, and ValueError for a damaged, oversized or other file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size > max_bytes:

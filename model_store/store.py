@@ -136,7 +136,7 @@ class Store:
         return self.open_path(self.path / name / str(number))
 
     def find(self, model: str) -> Artifact | None:
-        """The artifact that open() returns, or that of a version's or a model's folder anywhere; None if there is none.
+        """The artifact that open() returns, or the one in the folder of any version or model; None if there is none.
 
         Raises StoreError as open() and read_manifest() do.
         """

@@ -296,7 +296,7 @@ def test_models_that_cannot_be_imported_are_refused_with_advice(
         return refusal(f"import {model} --texts {file} --name m {folders} {more}")
 
     assert "is a BertModel, not a …ForSequenceClassification" in refused(encoder)
-    assert "is a checkpoint of de3 train, with exits: de3 export" in refused(checkpoint)
+    assert "is a checkpoint from de3 train, with exits: de3 export" in refused(checkpoint)
     assert "is an exported model already: de3 serve" in refused(imported / "store/mine/1")
     assert "--label-names must name the labels ['bad', 'good']" in refused(classifier, "--label-names a,b,c")
     few = tmp_path / "few.txt"

@@ -130,7 +130,7 @@ def test_no_encoder_that_cannot_export_is_trained(checkpoint: Path, data_file: P
         file.unlink()
     for encoder, message in (
         (tmp_path / "other", "'albert' cannot be exported; supported: bert, roberta"),
-        (checkpoint, "is a checkpoint of de3 train; give the encoder that it was trained from"),
+        (checkpoint, "is a checkpoint from de3 train; give the encoder that it was trained from"),
         (tmp_path / "nowhere", "no such folder"),
         (without_tokenizer, "tokenizer.json"),
     ):

@@ -71,7 +71,7 @@ def check(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; de3 train writes a checkpoint to --out")
     if (folder / "manifest.json").exists():
-        raise ValueError(f"{folder} is an exported model, not a checkpoint of de3 train")
+        raise ValueError(f"{folder} is an exported model, not a checkpoint from de3 train")
     kind = model_type(folder)
     if kind is None:
         raise ValueError(
@@ -79,7 +79,7 @@ def check(folder: Path) -> None:
         )
     if kind != MODEL_TYPE:
         raise ValueError(
-            f"{folder} is a plain {kind} model, without exits, not a checkpoint of de3 train. Add exits to a "
+            f"{folder} is a plain {kind} model, without exits, not a checkpoint from de3 train. Add exits to a "
             f"classifier with de3 import {folder} --texts FILE --name NAME, or to an encoder with de3 train DATA "
             f"--encoder {folder}"
         )

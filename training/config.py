@@ -35,7 +35,7 @@ class CheckpointConfig(BaseModel):
         Raises ValueError, whose message begins with `name`, if it is invalid.
         """
         if not isinstance(raw, dict) or not isinstance(raw.get("encoder"), dict):
-            raise ValueError(f"{name}: its config.json is not that of a checkpoint of de3 train")
+            raise ValueError(f"{name}: its config.json is not that of a checkpoint from de3 train")
         check_sizes(name, raw)
         check_sizes(name, raw["encoder"])
         try:

@@ -228,7 +228,7 @@ class De3Model(PreTrainedModel):
 def check_loaded(loaded: dict[str, Any], name: str, optional: str | None = None) -> None:
     """Raise ValueError unless every weight came from the file: a missing or misshapen weight would be random.
 
-    loaded: the report of from_pretrained. optional: prefix of the names that may be missing; None: none may be.
+    loaded: the report of from_pretrained. optional: prefix of names that may be missing; None: no name may be missing.
     """
     missing = [key for key in loaded["missing_keys"] if optional is None or not key.startswith(optional)]
     wrong = [*missing, *(str(item[0]) for item in loaded.get("mismatched_keys", ()))]

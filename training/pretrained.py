@@ -67,7 +67,7 @@ def open_encoder(name: str) -> tuple[Any, Any]:
             )
         if kind == "de3-bert":
             raise ValueError(
-                f"--encoder {name} is a checkpoint of de3 train; give the encoder that it was trained from, "
+                f"--encoder {name} is a checkpoint from de3 train; give the encoder that it was trained from, "
                 "or use the checkpoint as --teacher"
             )
     elif looks_like_path(name):
@@ -98,7 +98,7 @@ def check_config(name: str, source: str) -> None:
     if not isinstance(config, dict):
         raise ValueError(f"{name}: its config.json is not a JSON object")
     check_sizes(name, config)
-    if isinstance(config.get("encoder"), dict):  # a checkpoint of de3 train
+    if isinstance(config.get("encoder"), dict):  # a checkpoint from de3 train
         check_sizes(name, config["encoder"])
 
 
@@ -115,7 +115,7 @@ def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
 def rewrite(name: str, source: Path, folder: Path) -> None:
     """Save a classifier to `folder` as model.safetensors and tokenizer.json, without running pickled code.
 
-    name: for messages. source: its folder, whose config.json has been checked.
+    name: the classifier's name, for messages. source: its folder, whose config.json has been checked.
 
     Raises ValueError, whose message begins with `name`, if the classifier cannot be read.
     """

@@ -63,7 +63,8 @@ def classify(
         str | None, typer.Option(envvar="DE3_API_KEY", help="API key, with --url.", show_envvar=True)
     ] = None,
     tau: Annotated[
-        float | None, typer.Option(help="Exit at the first layer whose score is below τ; 0: never early.")
+        float | None,
+        typer.Option(help="Exit at the first layer whose score is below τ; 0: never exit early."),
     ] = None,
     target_speedup: Annotated[
         float | None, typer.Option(help="Instead of --tau: the mean speed-up over full depth.")

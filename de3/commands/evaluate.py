@@ -80,7 +80,9 @@ def evaluate(
     elif original is not None:
         raise ValueError("--original: needs a file or --dataset")
     elif subject.checkpoint is None:
-        raise ValueError(f"give the data: {model} has no held-out samples, unlike a checkpoint of de3 train")
+        raise ValueError(
+            f"give the data: {model} has no held-out samples, unlike a checkpoint from de3 train"
+        )
     else:
         examples = subject.checkpoint.held_out("certify")
     check_input(examples, subject.input, str(file or dataset or model))
@@ -103,7 +105,7 @@ class _Subject:
 
     Attributes:
         names: the labels.
-        input, thresholds, tolerance: as in the artifact's manifest.
+        input, thresholds, tolerance: see model_store.manifest.Manifest.
         record: runs examples and returns their recorded exits.
         risk: the artifact's risk signal; None: it has none.
         beside: default file of the plot.

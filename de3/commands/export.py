@@ -22,7 +22,7 @@ from de3.exits.signals import SIGNALS
 def export(
     checkpoint: Annotated[
         Path,
-        typer.Argument(help="A checkpoint of de3 train; with --full-depth also the folder of an artifact."),
+        typer.Argument(help="A checkpoint from de3 train; with --full-depth also the folder of an artifact."),
     ],
     name: Annotated[
         str | None, typer.Option(help="Name of the model in the store; required without --full-depth.")

@@ -41,7 +41,8 @@ Threshold = Annotated[
     data_option(
         min=0.01,
         max=0.99,
-        help="For a multi-label model: the probability above which a label is assigned. Requests may set others.",
+        help="For a multi-label model: the probability above which a label is assigned. Requests may set other "
+        "thresholds.",
         show_default="0.5",
     ),
 ]

@@ -88,7 +88,7 @@ def serve(
 
 
 def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) -> list["Artifact"]:
-    """The artifacts of these names: models of the store, or classifiers from folders or the hub.
+    """The artifacts with these names: models in the store, or classifiers from folders or the hub.
 
     Raises ValueError if an option is invalid, or an artifact cannot be found or made.
     """
