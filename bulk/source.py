@@ -34,7 +34,7 @@ class Slice:
     Attributes:
         number: the number of the first row in the input, from 0, not counting blank lines.
         texts: the text of each row; None: it has none that can be classified.
-        places: the place of each row: FILE:LINE or, in parquet files, FILE:ROW with rows from 0.
+        places: the place of each row: FILE:LINE or, in parquet files, FILE:ROW with rows counted from 0.
         kept: the input's columns that the output repeats, for each row: a list of dicts, or a pyarrow table.
         refused: the rows that cannot be classified, by index.
         chars: approximate size of the rows, in characters.

@@ -17,7 +17,7 @@ TextOrPair = str | tuple[str, str]
 SEPARATOR = "|"  # separates the labels of a text in a cell of a file
 JOINT = "\x1f"  # separates the labels of a text in a row, because labels in a JSON list may contain |
 PANEL = "Data"
-MAX_LINE = 2**24  # largest number of characters of a line, and of a row of several lines
+MAX_LINE = 2**24  # maximum number of characters in a line, and in a row that spans several lines
 MAX_DEPTH = 100  # levels of lists and objects; pyarrow can write 124
 MAX_COLUMNS = 10_000  # limit for a .csv or .tsv file with a header
 SHOWN = 1000  # number of characters kept of a bad row
@@ -293,7 +293,7 @@ def _label(record: Any, columns: Columns, where: str) -> str:
             raise ValueError(f"{where}: {column} must be a finite number, got {label!r:.50}")
     elif isinstance(label, list | dict | float):
         raise ValueError(
-            f"{where}: {column} must be a label, text or a whole number, got {label!r:.50}"
+            f"{where}: {column} must be a label (text or a whole number), got {label!r:.50}"
             f"{'; only a multi-label model has several labels per text' if isinstance(label, list) else ''}"
         )
     return str(label)

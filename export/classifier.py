@@ -60,7 +60,7 @@ def describe(
 ) -> Description:
     """The classifier that a config.json describes.
 
-    raw: the parsed config.json. label_names: new names of the labels. multi_label: treat it as a multi-label model,
+    raw: the parsed config.json. label_names: new names for the labels. multi_label: treat it as a multi-label model,
     even if config.json does not say so.
 
     Raises ValueError, with a message that begins with the name, if it cannot be served.

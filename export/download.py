@@ -91,7 +91,7 @@ def limit_of(name: str) -> int:
 
 
 def list_files(repository: str, revision: str) -> Listing:
-    """The files of a revision; raises HubError, and HFValidationError for an invalid id of a repository."""
+    """The files of a revision; raises HubError, and HFValidationError for an invalid repository id."""
     validate_repo_id(repository)
     url = f"{constants.ENDPOINT}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
 
@@ -167,7 +167,7 @@ def _run(work: "Callable[[_Transfer], Coroutine[Any, Any, T]]", total: int = 0) 
                     return await work(transfer)
         except TimeoutError:
             raise HubError(
-                f"{transfer.what} downloads too slowly from the hub: less than {STALL_BYTES} bytes in "
+                f"{transfer.what} is downloading too slowly from the hub: less than {STALL_BYTES} bytes in "
                 f"{STALL_S:g} s: try again, or check the network and HF_ENDPOINT"
             ) from None
 

@@ -139,7 +139,9 @@ def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
     share = float(((index == expected) & ~differs).mean())
     message = f"{100 * share:.1f}% of the certifying samples have the same exit and answer as in fp32"
     if share < MIN_SAME_EXIT:
-        warn([f"{message}: the reported numbers are those of int8; compare them with --quantize none"])
+        warn(
+            [f"{message}: the reported numbers are those of int8; compare them with those of --quantize none"]
+        )
     else:
         console.print(message)
     return share

@@ -183,7 +183,7 @@ def _parts(
     stock: Stock,
     settings: ImportSettings,
 ) -> Split:
-    """Split the texts at random into those to fit, tune and certify on; raises ValueError if there are too few."""
+    """Split the texts at random into parts to fit, tune and certify on; raises ValueError if there are too few."""
     labels = stock.description.labels
     if stock.description.kind == "value":
         examples = to_examples(rows, labels, regression=True)
@@ -218,7 +218,7 @@ def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
                 )
             return known
     raise ValueError(
-        f"the data has labels such as {sorted(found - set(names))[:5]}, but the model {list(names)[:20]}: name the "
+        f"the data has labels such as {sorted(found - set(names))[:5]}, but the model has {list(names)[:20]}: name the "
         "model's labels as the data does, with --label-names in the order of its logits"
     )
 

@@ -137,10 +137,12 @@ def test_a_download_without_progress_ends(hub: type[Hub], how: str, monkeypatch:
         hub.do_GET = slow_headers if how == "headers" else silent
     monkeypatch.setattr(download, "STALL_S", 0.3)
     large = File(rfilename="model.safetensors", size=2**30)
-    with pytest.raises(HubError, match=r"^model\.safetensors downloads too slowly .* in 0\.3 s: try again"):
+    with pytest.raises(
+        HubError, match=r"^model\.safetensors is downloading too slowly .* in 0\.3 s: try again"
+    ):
         download.download("org/model", hub.COMMIT, [large])
     assert not list(Path(constants.HF_HUB_CACHE).rglob("blobs/*"))
-    with pytest.raises(ValueError, match=r"^org/model: .* its list of files downloads too slowly"):
+    with pytest.raises(ValueError, match=r"^org/model: .* its list of files is downloading too slowly"):
         fetch("org/model")
 
 

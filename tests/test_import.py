@@ -305,7 +305,7 @@ def test_models_that_cannot_be_imported_are_refused_with_advice(
     rows = tmp_path / "rows.tsv"
     rows.write_text("text\tlabel\n" + "".join(f"{text}\tnice\n" for text, _ in make_rows(600, 3)))
     message = refused(classifier, "--label-column label", rows)
-    assert "labels such as ['nice'], but the model ['bad', 'good']" in message
+    assert "labels such as ['nice'], but the model has ['bad', 'good']" in message
     assert "no column 'other'" in refused(classifier, "--label-column other", rows)
     assert not (tmp_path / "s").exists()
 

@@ -32,7 +32,7 @@ class Curve:
     accuracy: NDArray[np.float64]
 
     def at(self, speedup: float) -> float:
-        """Accuracy at a speed-up, linear between points; NaN outside the curve."""
+        """Accuracy at a speed-up, interpolated linearly between points; NaN outside the curve."""
         if not self.speedup[0] <= speedup <= self.speedup[-1]:
             return float("nan")
         return float(np.interp(speedup, self.speedup, self.accuracy))

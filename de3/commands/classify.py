@@ -42,8 +42,8 @@ def classify(
     out: Annotated[
         Path | None,
         _file_option(
-            help="Answers to --file: a .parquet, .csv, .tsv or .jsonl file, or a folder of parts. The same command "
-            'continues a run that was interrupted. "-": standard output, as .jsonl or in --format.'
+            help="Where to write the answers to --file: a .parquet, .csv, .tsv or .jsonl file, or a folder of parts. "
+            'The same command continues a run that was interrupted. "-": standard output, as .jsonl or in --format.'
         ),
     ] = None,
     model: Annotated[

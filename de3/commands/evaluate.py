@@ -183,7 +183,7 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
         same = sorted(theirs) == sorted(names)  # otherwise the labels were renamed, in order
         if len(theirs) != len(names) or (same and theirs != names):
             raise ValueError(
-                f"--original {original}: its labels are {theirs[:20]}, those of the model {names[:20]}"
+                f"--original {original}: its labels are {theirs[:20]}, those of the model are {names[:20]}"
             )
         found = answers(stock, [e.text for e in examples], subject.thresholds, subject.tolerance)
     return answered(examples, found, has_labels)

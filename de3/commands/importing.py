@@ -70,7 +70,7 @@ def import_model(
     label_names: Annotated[
         str | None,
         data_option(
-            help="New names of the model's labels, in the order of its logits, e.g. negative,positive."
+            help="New names for the model's labels, in the order of its logits, e.g. negative,positive."
         ),
     ] = None,
     multi_label: Annotated[

@@ -54,7 +54,7 @@ MaxInt8Loss = Annotated[
 LabelNames = Annotated[
     str | None,
     data_option(
-        help="New names of the data's labels in their sorted order, e.g. negative,positive. "
+        help="New names for the data's labels, in their sorted order, e.g. negative,positive. "
         "Default: as in the data."
     ),
 ]
