@@ -31,8 +31,8 @@ class Parts:
         Args:
             out: a file, whose suffix is `kind`, or a folder.
             kind: suffix of the parts, one of formats.KINDS.
-            run: everything that determines the output, as a JSON object. If the output was started with a different
-                one, it is refused.
+            run: everything that determines the output, as a JSON object. An output that was started with a different
+                object is refused.
             drops_refused: rows that cannot be classified are written to a file of their own, instead of the output.
 
         Raises ValueError for an output that cannot be started or continued.

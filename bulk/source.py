@@ -249,7 +249,7 @@ def _nullable(table: Any) -> Any:
 def files_in(path: Path, columns: Columns) -> list[Path]:
     """The file, or the files in a folder, sorted by name.
 
-    Raises ValueError if there are none, or if they are of several kinds or of an unsupported one.
+    Raises ValueError if there are none, or if they are of several kinds or of an unsupported kind.
     """
     if not path.is_dir():
         if not path.exists():
@@ -275,7 +275,7 @@ def _open_parquet(file: Path) -> Any:
 
 
 def _tables(file: Path, opened: Any, columns: list[str], text: str) -> Iterator[tuple[Any, dict[int, str]]]:
-    """Yield the rows of a parquet file in tables for slices: up to SLICE_ROWS rows, or SLICE_CHARS bytes and a row.
+    """Yield the rows of a parquet file, a table per slice: up to SLICE_ROWS rows, or SLICE_CHARS bytes and one row.
 
     A table lacks the rows that are larger than MAX_LINE bytes. With it comes the beginning of their column `text`, by
     their index among all rows of the slice.

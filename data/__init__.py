@@ -1,1 +1,1 @@
-"""Texts and labels: tables and files of rows, examples, and their split into parts. Without PyTorch."""
+"""Texts and labels: tables and files of rows, examples, and their split into parts. Does not import PyTorch."""

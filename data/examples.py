@@ -26,7 +26,7 @@ class Example:
             regression model the correct value, a float.
         group: examples of a group are related (parts of one text, document or user) and stay in one part of the data;
             None: the example is related only to copies of the same text.
-        is_fragment: the text is part of another text of the data, and unlike the texts that the model will serve.
+        is_fragment: the text is part of another text in the data, and unlike the texts that the model will serve.
         original: the imported classifier's answer, as a label; None: unknown.
     """
 

@@ -20,13 +20,13 @@ PANEL = "Data"
 MAX_LINE = 2**24  # maximum number of characters in a line, and in a row that spans several lines
 MAX_DEPTH = 100  # levels of lists and objects; pyarrow can write 124
 MAX_COLUMNS = 10_000  # limit for a .csv or .tsv file with a header
-SHOWN = 1000  # number of characters kept of a bad row
+SHOWN = 1000  # number of characters kept from a bad row
 data_option = partial(Option, rich_help_panel="Data")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def pair_of(text: TextOrPair) -> tuple[str, str | None]:
-    """A text, or the first text of a pair, and the second one; None: it is not a pair."""
+    """The two texts of a pair; for a single text, the text and None."""
     return text if isinstance(text, tuple) else (text, None)
 
 
@@ -51,7 +51,7 @@ class Columns:
         str | None, data_option("--pair-column", help="Column of the second text, for pairs.")
     ] = None
     label: Annotated[str | None, data_option("--label-column", help="Column of the label.")] = "label"
-    header: Annotated[bool, data_option(help="The first row has the names of the columns.")] = True
+    header: Annotated[bool, data_option(help="The first row contains the column names.")] = True
     quotes: bool | None = None
     delimiter: Annotated[
         str | None,

@@ -1,4 +1,4 @@
-"""The throughput of one server within a latency objective, and the replicas that a total rate needs."""
+"""The throughput of one server within a latency objective, and the number of replicas needed for a total rate."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from de3.loadtest.texts import Sample
 WARM_S = 2.0
 STEPS = 7
 CONNECTIONS = 32
-HEADROOM = 0.7  # planned share of the capacity, which leaves room for bursts and the replacement of a replica
+HEADROOM = 0.7  # planned share of the capacity, which leaves room for bursts and for replacing a replica
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def capacity(
     text_column: options.TextColumn = "sentence",
     seconds: options.Seconds = 8.0,
 ) -> None:
-    """Find the highest request rate within a latency objective on this machine; advise on Kubernetes and Ray.
+    """Find the highest request rate within a latency objective on this machine; print settings for Kubernetes and Ray.
 
     The load generator shares the machine's cores, so the true capacity is somewhat higher.
 

@@ -332,8 +332,8 @@ def unlike_lengths(tokens: NDArray[np.int64], calibrated: Sequence[float] | None
     if low <= median <= high:
         return []
     return [
-        f"the median text has {median:.0f} tokens here, and {middle:.0f} in the calibration, whose guarantees "
-        "may not hold for these texts; see de3 calibrate"
+        f"the median text has {median:.0f} tokens here, and {middle:.0f} in the calibration: the calibration's "
+        "guarantees may not hold for these texts; see de3 calibrate"
     ]
 
 
