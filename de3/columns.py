@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Column(NamedTuple):
-    """A column: its type, as the name of a pyarrow type, and its value in an answer, a row of `data` in a response."""
+    """A column: its type, as the name of a pyarrow type, and its value in an answer (a row of `data` in a response)."""
 
     type: str
     value: Callable[[Mapping[str, Any]], Any]
@@ -45,7 +45,7 @@ class Answers:
 
     Attributes:
         values: the columns, with a row for each text. If a text cannot be classified, `error` has the reason, and the
-            other columns None.
+            other columns are None.
         model_s: time in the model, seconds; 0 if it is unknown.
         full_depth_s: predicted time in the model at full depth, seconds.
     """

@@ -144,7 +144,7 @@ class Classifier:
 
     @property
     def labels(self) -> list[str]:
-        """The labels, in the order of the probabilities; of a regression model, the name of its output."""
+        """The labels, in the order of the probabilities; for a regression model, the name of its output."""
         return self.manifest.labels
 
     def __repr__(self) -> str:
@@ -276,7 +276,7 @@ class Classifier:
         return _loaded_once, (artifact.path.absolute(), fingerprint(artifact.manifest), self._threads)
 
     def _columns(self, request: Classification, given: Sequence[Text | str], size: int = WINDOW) -> Answers:
-        """The answers to texts, in order; a str is the reason why there is no text. size: texts of a job."""
+        """The answers to texts, in order; a str is the reason why there is no text. size: texts per job."""
         texts = [one for one in given if isinstance(one, Text)]
         batch = _Batch(texts)
         has_value, has_labels = self.manifest.tolerance is not None, self.manifest.thresholds is not None

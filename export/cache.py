@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 
 
 def artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
-    """The artifact of a stock classifier (a folder or hub id), from the cache in `folder` or converted into it.
+    """The artifact of a stock classifier (a folder or hub id), from the cache in `folder`; converted first if missing.
 
     Raises ValueError, with a one-line message, for a classifier that cannot be served.
     """
@@ -118,7 +118,7 @@ def _remove(place: Path) -> bool:
 def _use(place: Path) -> None:
     """Keep an artifact from being removed until this process ends; raises OSError if that is not possible."""
     path = place / USED
-    # Another process may remove the artifact before it is locked: repeat until the locked file is that in the folder.
+    # Another process may remove the artifact before it is locked: repeat until the file in the folder is locked.
     while True:
         file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
         if path in _used and os.path.samestat(os.fstat(_used[path]), os.fstat(file)):

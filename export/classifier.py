@@ -188,7 +188,7 @@ class Stock:
 
     @cached_property
     def modules(self) -> build.Modules:
-        """The names of the modules of the head, by part: dense, classifier and norm."""
+        """The names of the head's modules, by part: dense, classifier and norm."""
         head = self.description.head
         return {"dense": head.dense, "classifier": head.classifier} | (
             {"norm": head.norm} if head.norm else {}

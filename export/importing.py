@@ -101,7 +101,7 @@ def import_classifier(
     tune = _answered(parts.tune, targets[1], settings.labelled)
     certify = _answered(parts.certify, targets[2], settings.labelled)
     fields = {
-        "source": None,  # that of a classifier without exits
+        "source": None,  # set only for a classifier without exits
         "thresholds": thresholds,
         "tolerance": settings.tolerance,
         "input": input_of(parts.train),

@@ -64,7 +64,7 @@ def _weights(exits: Exits, layer: int) -> dict[str, Array]:
 
 
 def _source(old: Mapping[str, Array], new: dict[str, Array]) -> Source:
-    """A source of weights: `new` has those of new exits; all others come unchanged from `old`, the artifact's."""
+    """A source of weights: `new` has those of new exits; all others come unchanged from `old`, of the artifact."""
     added = source_of(new)
     modules = {name.partition(".")[0] for name in new if not name.startswith("final_norm.")}
 

@@ -54,7 +54,7 @@ def classify(
         ),
     ] = None,
     store: StoreOption = Path("models"),
-    demo: Annotated[bool, typer.Option("--demo", help="Use the demo model that is part of de3.")] = False,
+    demo: Annotated[bool, typer.Option("--demo", help="Use the demo model that comes with de3.")] = False,
     url: Annotated[
         str | None,
         typer.Option(envvar="DE3_URL", help="URL of a running server to use, instead of this process."),
@@ -195,7 +195,7 @@ def classify(
 
 
 def _check(texts: list[str] | None, file: Path | None, out: Path | None, refused: str) -> None:
-    """Raise ValueError for arguments of the command that exclude each other."""
+    """Raise ValueError for missing or conflicting arguments of the command."""
     if bool(texts) == (file is not None) or (file is None) != (out is None):
         missing = f"{'--out' if out is None else '--file'} is missing: " if file or out else ""
         raise ValueError(f"{missing}give texts, or --file and --out; see de3 classify --help")
@@ -246,7 +246,7 @@ def _identity(file: Path) -> list[str | int]:
 def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
     """The artifact with this name; without a name, the demo model if `demo`, else the store's only model.
 
-    Raises ValueError if there is no such artifact, or without a name if the store has several models.
+    Raises ValueError if there is no such artifact, or if no name is given and the store has several models.
     """
     from de3.library import DEMO, artifact_of
     from de3.model_store.store import NoModelsError, Store

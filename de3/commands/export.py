@@ -82,7 +82,8 @@ def calibrate(
         ),
     ] = None,
     certify: Annotated[
-        Path | None, typer.Option(help="Other samples, for the reported numbers and the guarantees.")
+        Path | None,
+        typer.Option(help="Further labelled samples, for the reported numbers and the guarantees."),
     ] = None,
     records: Annotated[
         list[Path] | None,

@@ -66,7 +66,7 @@ def add_parameters(
     """A decorator that replaces **options of a command with the fields of settings classes: pydantic or dataclasses.
 
     A field becomes a parameter if it is annotated with a typer.Option and not named in `without`. A field whose
-    `show_default` is a text has the default None, because its value depends on other options.
+    `show_default` is a string has the default None, because its value depends on other options.
 
     variable: the environment variable of a field. None: fields have none.
     """
@@ -94,7 +94,7 @@ def add_parameters(
 
 
 class ShortHelp(TyperCommand):
-    """A command whose --help omits the options in groups and the variables; the parameter HelpAll shows them."""
+    """A command whose --help omits grouped options and environment variables; the parameter HelpAll shows them."""
 
     def __init__(self, *args: Any, **fields: Any) -> None:
         super().__init__(*args, **fields)
@@ -117,7 +117,10 @@ def _show_all(context: typer.Context, wanted: bool) -> None:
 HelpAll = Annotated[
     bool,
     typer.Option(
-        "--help-all", is_eager=True, callback=_show_all, help="Show all options, and their variables."
+        "--help-all",
+        is_eager=True,
+        callback=_show_all,
+        help="Show all options, with their environment variables.",
     ),
 ]
 
@@ -157,7 +160,7 @@ def check_groups(fragments: bool, group_column: str | None) -> None:
 
 
 def is_given(context: typer.Context, parameter: str) -> bool:
-    """True if a parameter of a command is set, on the command line or by a variable."""
+    """True if a parameter of a command is set, on the command line or by an environment variable."""
     source = context.get_parameter_source(parameter)
     return source is not None and source.name != "DEFAULT"
 

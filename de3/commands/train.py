@@ -29,7 +29,7 @@ from de3.commands.options import (
 from de3.data.tables import Columns, TextOrPair, data_option, dataset_records, labels_in, read_groups, records
 from de3.training.settings import MULTI_LABEL_HEAD_LR, Recipe, TrainSettings, training_option
 
-SPLIT = "train"  # of --dataset
+SPLIT = "train"  # the split of --dataset
 model_option = partial(typer.Option, rich_help_panel="Model")
 # Options that do not apply to a multi-label model.
 NO_TEACHER = ("teacher", "distill", "augment")
