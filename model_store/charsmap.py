@@ -67,6 +67,6 @@ def _offset(unit: NDArray[np.int64]) -> NDArray[np.int64]:
 def _check_replacement(replacements: bytes, start: int) -> None:
     end = replacements.find(b"\0", start, start + MAX_REPLACEMENT + 1)
     if start >= len(replacements) or end < 0:
-        raise ValueError(f"a replacement of the table is outside it, or longer than {MAX_REPLACEMENT} bytes")
+        raise ValueError(f"the table has a replacement outside it, or longer than {MAX_REPLACEMENT} bytes")
     if replacements[start] & 0xC0 == 0x80:
-        raise ValueError("a replacement of the table begins within a character")
+        raise ValueError("a replacement in the table begins within a character")

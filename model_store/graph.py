@@ -18,9 +18,9 @@ MICROSOFT = "com.microsoft"
 OPSETS = {"": 17, MICROSOFT: 1}
 IR_VERSION = 8
 
-# Activations are quantized dynamically and asymmetrically, per token, to −128 … 127. The three values: the size of a
-# step relative to the range of the token's activations; the distance of the center, which becomes 0, from the lowest
-# activation, in steps; and the minimum size of a step, as all activations may be equal.
+# Activations are quantized dynamically and asymmetrically, per token, to −128 … 127. The three values are the size of
+# a step relative to the range of the token's activations; the distance of the center, which becomes 0, from the lowest
+# activation, in steps; and the minimum size of a step, because all activations may be equal.
 TOKEN_QUANTIZATION = (1 / 255, 128.0, 1e-30)
 
 # gelu is exact; gelu_tanh is its tanh approximation.

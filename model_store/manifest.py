@@ -113,8 +113,8 @@ class Calibration(ManifestPart):
     """The choice of the defaults, and the accuracy and cost of every certified signal.
 
     Attributes:
-        tune_size: number of tuning samples, which decide the signal.
-        certify_size: number of certifying samples, which give all results.
+        tune_size: number of tuning samples, which determine the signal.
+        certify_size: number of certifying samples, from which all results are computed.
         groups: number of groups of related samples among the certifying ones.
         max_loss: largest accuracy loss allowed at the default τ, as a fraction.
         self_labelled: true if the labels are the original model's answers, or full depth's if `original_disagreement`

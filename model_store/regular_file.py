@@ -31,7 +31,7 @@ def read_regular_file(path: Path, limit: int) -> bytes:
 
 
 def write_private_file(path: Path, content: bytes) -> None:
-    """Write a file atomically, such that only its owner can read it; raises OSError."""
+    """Atomically write a file that only its owner can read; raises OSError."""
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)  # O_EXCL refuses any file, such as one that a killed server left
     try:

@@ -60,7 +60,7 @@ class OnnxSegment:
     """A segment that ONNX Runtime runs."""
 
     def __init__(self, layer: int, session: Any, manifest: Manifest, prototypes: Array | None) -> None:
-        """session: of a graph that `read_segment` has checked. prototypes: (K, D), unit rows, or None."""
+        """session: runs a graph that `read_segment` has checked. prototypes: (K, D), unit rows, or None."""
         self.layer = layer
         self.is_exit = layer in manifest.exit_layers
         self._session = session
@@ -137,8 +137,8 @@ def full_depth(
 def session_options(max_tokens: int = ARENA_TOKENS) -> Any:
     """Options of ONNX Runtime, with one thread per call.
 
-    Running several samples at once, each on one thread, measured 2 to 3 times faster than thread pools. max_tokens:
-    length of the longest text.
+    Running several samples at once, each on one thread, was measured to be 2 to 3 times faster than thread pools.
+    max_tokens: length of the longest text.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -148,7 +148,7 @@ def session_options(max_tokens: int = ARENA_TOKENS) -> Any:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", NOWHERE)
     # One arena for all sessions. An arena keeps the memory of its longest text: after texts of 512 tokens on two
     # threads, 12 layers of BERT's size kept 1.1 GB with an arena each, and keep 0.15 GB with a shared one. Models for
-    # longer texts run without an arena, although this measured 10 to 15% slower for texts of 400 to 1000 tokens.
+    # longer texts run without an arena, although this was 10 to 15% slower for texts of 400 to 1000 tokens.
     options.enable_cpu_mem_arena = max_tokens <= ARENA_TOKENS
     if options.enable_cpu_mem_arena:
         _make_arena()

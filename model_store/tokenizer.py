@@ -253,7 +253,7 @@ class TextTokenizer:
         )
 
     def _too_long(self, count: str, most: int) -> ValueError:
-        return ValueError(f"has {count} tokens, the maximum is {most}; shorten it, or allow truncation")
+        return ValueError(f"has {count} tokens; the maximum is {most}: shorten it, or allow truncation")
 
 
 class Tokenization:
@@ -275,7 +275,7 @@ class Tokenization:
         self._most = capacity(self._room, windows)  # tokens needed of each text
 
     def step(self) -> Tokens | Windows | None:
-        """Tokenize the next piece; returns the tokens or windows once they are complete, and None before.
+        """Tokenize the next piece; returns the tokens or windows once they are complete, and None until then.
 
         Raises ValueError for a text without tokens, a text that is too long and must not be truncated, and a pair that
         cannot be split.
@@ -328,7 +328,7 @@ class Tokenization:
 
 
 def _piece_end(text: str, start: int) -> int:
-    """End of the piece that starts at `start`: a position at which splitting changes no token of WordPiece.
+    """End of the piece that starts at `start`: a position where a split changes none of WordPiece's tokens.
 
     The piece ends before the first white space from PIECE to 2 · PIECE characters after `start`. Without white space
     there, it ends after a mark (see `_is_mark`) in this range, preferably one before a letter or digit; failing that,

@@ -167,8 +167,8 @@ def test_an_odd_token_goes_to_the_longer_text_or_to_the_second() -> None:
 def test_a_text_that_is_too_long_is_refused_without_truncation() -> None:
     tokenizer = TextTokenizer(MADE["wordpiece"], 64)
     for text, says in (
-        ("good film " * 60, "has 122 tokens, the maximum is 64"),
-        ("good film " * 400, "has more than 64 tokens, the maximum is 64"),
+        ("good film " * 60, "has 122 tokens; the maximum is 64"),
+        ("good film " * 400, "has more than 64 tokens; the maximum is 64"),
         ("good film " * 700, "has more than 6400 characters, the maximum"),
     ):
         with pytest.raises(ValueError, match=says):

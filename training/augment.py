@@ -41,7 +41,7 @@ def augment(
 ) -> list[TextOrPair]:
     """`copies` altered texts per example: words are replaced or deleted.
 
-    Half of the single texts are first joined to another text of the data. nearest_words: the result of `neighbours`.
+    Half of the single texts are first joined to another text in the data. nearest_words: the result of `neighbours`.
     """
     rng = random.Random(seed)
 

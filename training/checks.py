@@ -32,7 +32,7 @@ def labels(counts: Counter[str], rows: int | None = None) -> list[str]:
     if all(map(_is_number, counts)) and not all(map(_is_whole, counts)):
         raise ValueError(
             f"the labels are numbers such as {', '.join(list(counts)[:3])}: scores, not classes. Group them "
-            "into classes first, or import a regression model of transformers: de3 import --tolerance"
+            "into classes first, or import a transformers regression model: de3 import --tolerance"
         )
     if len(counts) > MAX_LABELS or len(counts) > total / 2:
         raise ValueError(

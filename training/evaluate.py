@@ -200,7 +200,7 @@ class Times:
 
         It is Σ T(nᵢ) / Σ t_eᵢ(nᵢ): text i has nᵢ tokens and exits at eᵢ, T is the time at τ = 0, t_e the time to
         exit e. Unlike M / mean exit layer, it includes the tokenizer, the embeddings and every exit passed. If
-        tokenizer and embeddings take s, a layer l and an exit c, texts that exit at layer m have a speed-up of
+        the tokenizer and embeddings take s, a layer l and an exit c, texts that exit at layer m have a speed-up of
         (s + M·l + c) / (s + m·l + (m + 1)·c). Exits are timed, not counted in multiply-adds: on 11 tokens, an exit with
         150 classes has 1% of a layer's multiply-adds but takes a third of the layer's time, because every weight is
         read from memory for a single row (lab/docs/experiments/time.md).

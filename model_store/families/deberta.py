@@ -60,7 +60,7 @@ class Deberta(Bert):
 
     @classmethod
     def complete(cls, config: Config) -> Config:
-        """A config.json, completed with defaults, with pos_att_type as a list, or None if it is not set."""
+        """A config.json, completed with defaults; pos_att_type becomes a list, or None if it is not set."""
         full = {**super().complete(config)}
         full.setdefault("pooler_hidden_size", full["hidden_size"])
         if isinstance(terms := full["pos_att_type"], str):

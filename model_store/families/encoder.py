@@ -68,7 +68,7 @@ class Encoder(ManifestPart, ABC):
     NORM_LAST: ClassVar[bool] = False  # the embeddings' norm follows the projection
     HEAD: ClassVar[StockHead]  # used by `head`, unless a family overrides it
     TABLES: ClassVar[Mapping[str, str]] = {}  # names of the embeddings' weights and norm
-    LAYER: ClassVar[str] = ""  # prefix of the names of layer {}, from 0
+    LAYER: ClassVar[str] = ""  # prefix of the names in layer {}, numbered from 0
     NAMES: ClassVar[Names] = {}  # names of its linear layers and norms, after LAYER
 
     type: str
@@ -223,7 +223,7 @@ class Encoder(ManifestPart, ABC):
         """
         size = self.hidden_size
         out = g.linear(self.attention(g, hidden), "attention_out", size, size)
-        # Not SkipLayerNormalization: it measured 5 times slower than Add and LayerNormalization.
+        # Not SkipLayerNormalization: it was measured to be 5 times slower than Add and LayerNormalization.
         hidden = g.norm(g.node("Add", out, hidden), "attention_norm", size, self.epsilon)
         inner = g.activation(g.linear(hidden, "ffn_in", size, self.inner), self.activation)
         out = g.linear(inner, "ffn_out", self.inner, size)
