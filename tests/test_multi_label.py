@@ -292,7 +292,7 @@ def test_labels_as_arrays_and_back(tmp_path: Path) -> None:
     assert load_examples(tmp_path / "x.jsonl", NAMES, multi_label=True) == examples
     for label, message in (
         ('["praise", "anger"]', "'anger'"),
-        ("0", "a label, text or a whole number|'0'"),
+        ("0", "a label \\(text or a whole number\\)|'0'"),
         ("null", "label is missing"),
         ('"anger"', "'anger'"),
     ):
