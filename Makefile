@@ -10,8 +10,8 @@ PYTHON ?= python3
 PORT ?= 8000
 SERVE := .venv-serve
 DEV := .venv
-# More than the two cores of most CI machines, because a test that waits leaves its core to another. Slow tests wait more;
-# on the other hand, each worker imports all tests.
+# More than the two cores of most CI machines, because a test that waits leaves its core to another. Slow tests wait
+# more; on the other hand, each worker imports all tests.
 WORKERS := 3
 SLOW_WORKERS := 5
 PYTEST = $(DEV)/bin/pytest --dist loadfile --no-loadscope-reorder

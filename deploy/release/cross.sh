@@ -4,8 +4,9 @@
 #   deploy/release/cross.sh [PYTHON]
 #
 # Needs aarch64-linux-gnu-gcc and its C library (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross). The headers are
-# those of PYTHON, whose stable ABI is the same on both processors; Debian's Python has headers for its own processor only.
-# The wheel runs with the C library that it was linked with, or a newer one; PyPI does not accept wheels with this tag.
+# those of PYTHON, whose stable ABI is the same on both processors; Debian's Python has headers for its own processor
+# only. The wheel runs with the C library that it was linked with, or a newer one; PyPI does not accept wheels with this
+# tag.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${1:-python3}
