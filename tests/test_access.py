@@ -128,7 +128,7 @@ def test_each_name_has_its_own_limit_whatever_key_it_uses(server: Server) -> Non
         ("alice short", "at least 16 characters"),
         (f"alice {ALICE}\nbob {ALICE}", "line 2: alice already has this key"),
         (f"bob {BOB}\nbob sha256:{DIGEST}", "line 2: bob already has this key"),
-        (f"al/ice {ALICE}", "line 1: a name is"),
+        (f"al/ice {ALICE}", "line 1: a name has"),
         ("alice sha256:abc", "a digest 64 hex digits"),
         (f"alice {ALICE} #{BOB}\nbob short#comment", "line 2: a key has"),
         ("\n".join(f"alice {ALICE}{i}" for i in range(MAX_KEYS + 1)), f"at most {MAX_KEYS}"),

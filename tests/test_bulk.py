@@ -724,7 +724,7 @@ def test_the_command_in_processes(store: Path, tmp_path: Path, monkeypatch: pyte
     assert [row["probs"] for row in read(out)] == [*expected.column("probs").to_pylist(), None]
     assert "101 rows" in output and "exits by layer: 0: " in output and "speed-up in model time: " in output
     assert "at most 50% of the answers differ from full depth (with 95% confidence)" in output
-    assert "1 rows cannot be classified: the column error has the reasons" in output
+    assert "1 rows cannot be classified: error has the reasons" in output
     dropped = tmp_path / "out.tsv"
     part, lines, writes = file.with_name("some.csv"), file.read_text().splitlines(), count()
     part.write_text("\n".join([*lines[:18], lines[-1]]))

@@ -633,7 +633,7 @@ def test_the_reason_for_which_the_hub_has_no_model(hub: Any, monkeypatch: pytest
         ("org/other", "no such repository"),
         ("org/gated", "HF_TOKEN"),
         ("org/model@v2", "no such revision"),
-        ("not a name!", "not an id"),
+        ("not a name!", "not a valid Hugging Face hub id"),
         ("./org/model", "no such folder$"),
         ("~nobody/model", "no such folder$"),
     ):

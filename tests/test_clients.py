@@ -408,7 +408,7 @@ def test_a_text_that_is_too_long_is_named_as_its_protocol_does(
     answer = httpx.post(server.url + path, content=content)
     error = answer.json()["error"]
     message = error["message"] if isinstance(error, dict) else error
-    assert answer.status_code == 422 and message.startswith(f"{name}: has 202 tokens, the maximum"), message
+    assert answer.status_code == 422 and message.startswith(f"{name}: has 202 tokens; the maximum"), message
 
 
 # huggingface_hub
@@ -542,4 +542,4 @@ def test_every_protocol_has_the_same_limit_on_texts(server: Server) -> None:
         for count, status in ((1, 200), (8, 200), (9, 422)):
             answer = httpx.post(server.url + path, json=body(["good"] * count))
             assert answer.status_code == status, (path, count, answer.text)
-            assert status == 200 or "9 texts, at most 8" in answer.text
+            assert status == 200 or "9 texts; at most 8" in answer.text

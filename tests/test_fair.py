@@ -94,7 +94,7 @@ def test_a_pause_of_the_same_length_follows() -> None:
     ("body", "status", "says"),
     [
         (b'{"input":"a",' + b",".join(b'"k%06d":0' % i for i in range(70_000)) + b"}", 422, "k000000"),
-        (b'{"input":[' + b",".join([b'"a"'] * 250_000) + b"]}", 422, "250000 texts, at most 256"),
+        (b'{"input":[' + b",".join([b'"a"'] * 250_000) + b"]}", 422, "250000 texts; at most 256"),
         (b'{"input":"a","user":[' + b",".join([b"[]"] * 140_000) + b"]}", 422, "131072 opening brackets"),
         (b'{"input":"a","user":"' + b"x" * 10**6, 400, "not JSON"),
     ],

@@ -246,8 +246,8 @@ def test_records_survive_a_file_that_only_the_owner_can_read(some: Records, tmp_
         ({"logits": lambda r: r.logits[:, :0]}, "logits"),
         ({"logits": lambda r: r.logits[:0]}, "it has 0 records"),
         ({"numbers": lambda r: r.numbers + 2**60}, "not in order"),
-        ({"texts": lambda _: [1.0]}, "clients"),
-        ({"texts": lambda _: [1.0, float("nan")]}, "clients"),
+        ({"texts": lambda _: [1.0]}, "client"),
+        ({"texts": lambda _: [1.0, float("nan")]}, "client"),
         ({"states": lambda r: r.states[:-1]}, "states"),
         ({"logits": lambda r: np.full_like(r.logits, np.nan)}, "logits"),
         ({"shares": lambda r: np.zeros(len(r))}, "share"),
@@ -255,7 +255,7 @@ def test_records_survive_a_file_that_only_the_owner_can_read(some: Records, tmp_
         ({"numbers": lambda r: r.numbers[::-1].copy()}, "not in order"),
         ({"clients": lambda r: np.full(len(r), 9, np.int32)}, "client"),
         ({"clients": lambda r: np.full(len(r), -1, np.int32)}, "client"),
-        ({"names": lambda _: [1, 2]}, "clients"),
+        ({"names": lambda _: [1, 2]}, "client"),
     ],
 )
 def test_a_damaged_file_of_records_is_refused(

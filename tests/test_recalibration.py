@@ -55,7 +55,7 @@ def test_unlabelled_texts_calibrate_against_full_depth(
 
 def test_a_model_without_early_exits_is_not_calibrated(tmp_path: Path) -> None:
     artifact: Any = SimpleNamespace(full_name="m:1", manifest=SimpleNamespace(exit_layers=[12]))
-    with pytest.raises(ValueError, match="m:1: has no early exits"):
+    with pytest.raises(ValueError, match="m:1 has no early exits"):
         recalibrate.recalibrate_on_texts(artifact, Store(tmp_path), ["good"], tmp_path, 0.01, "auto")
 
 

@@ -164,7 +164,7 @@ def test_other_protocols_answer_as_their_peers(server: Server) -> None:
     assert {o["name"]: o["data"] for o in outputs}["value"] == [value]
     assert [o["name"] for o in httpx.get(url).json()["outputs"]] == [o["name"] for o in outputs]
     refused = httpx.post(f"{url}/infer", json=body | {"outputs": [{"name": "probs"}]})
-    assert refused.status_code == 422 and "label, value, exit_layer of praise" in refused.json()["error"]
+    assert refused.status_code == 422 and "available: label, value, exit_layer" in refused.json()["error"]
     predicted = httpx.post(f"{server.url}/v1/models/praise:predict", json={"instances": [text]}).json()
     assert predicted == {"predictions": [value]}
     contents = httpx.post(f"{server.url}/api/v1/text/contents", json={"contents": [text]})

@@ -259,7 +259,7 @@ BAD: list[tuple[bytes, int, str | None, str]] = [
     (b'{"input": "a", "max_disagreement": 1.5}', 422, "max_disagreement", "allowed: 0 to 1"),
     (b'{"input": "a", "tau": 0, "target_speedup": 2}', 422, "target_speedup", "cannot be combined with tau"),
     (b'{"input": "a", "max_layer": 1, "latency_budget_ms": 9}', 422, "max_layer", "is only valid with tau"),
-    (b'{"input": ' + json.dumps(["a"] * 151).encode() + b"}", 422, "input", "151 texts, at most 150"),
+    (b'{"input": ' + json.dumps(["a"] * 151).encode() + b"}", 422, "input", "151 texts; at most 150"),
     (b'{"input": "' + b"a" * 2**20 + b'"}', 413, None, "larger than the limit of 1048576 bytes"),
 ]
 
