@@ -172,7 +172,7 @@ class Classifier:
     def classify(
         self, texts: Input | Iterable[Input], *, as_arrow: bool = False, **options: Unpack[Options]
     ) -> "list[Row] | pyarrow.Table":
-        """The answers to texts, or to pairs of texts, in order. Identical texts are computed once.
+        """The answers to texts, or to pairs of texts, in order. Identical texts are classified only once.
 
         as_arrow: a pyarrow table (pip install 'de3[bulk]') instead of rows; docs/bulk.md has its columns.
 

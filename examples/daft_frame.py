@@ -30,7 +30,7 @@ class Classify:
 
 
 def main(source: str, out: str, model: str = "sst2") -> None:
-    """Add the columns ANSWER to parquet files."""
+    """Add the columns in ANSWER to Parquet files."""
     frame = daft.read_parquet(source).with_column("answer", Classify(model, STORE)(col("text")))
     frame.with_columns({name: col("answer")[name] for name in ANSWER}).exclude("answer").write_parquet(out)
 

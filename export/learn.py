@@ -91,7 +91,7 @@ def fit_exits(
 def _split(
     records: Records, attempt: int, first_new: int, by_client: bool = False
 ) -> tuple[Records, Records]:
-    """The records to fit exits to, and those to test them on; equal texts are on the same side."""
+    """The records to fit exits to, and those to test them on; identical texts are on the same side."""
     is_new, is_held = records.numbers >= first_new, np.zeros(len(records), np.bool_)
     rng = np.random.default_rng([SEED, attempt])
     clients = records.clients if by_client else np.zeros(len(records), np.int32)

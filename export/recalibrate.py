@@ -82,7 +82,7 @@ def recalibrate_on_texts(
 def _on_own_answers(
     artifact: Artifact, store: Store, whole: CalibrationPart, max_loss: float, signal: str
 ) -> Path:
-    """Publish a version that is tuned on one half of the groups of equal texts and certified on the other."""
+    """Publish a version that is tuned on one half of the groups of identical texts and certified on the other."""
     rng, count = np.random.default_rng(SEED), whole.samples.num_groups
     _check_count(count)
     in_tune = (rng.permutation(count) < count // 2)[whole.samples.groups]

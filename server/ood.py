@@ -39,7 +39,7 @@ class Drift:
         return True
 
     def add(self, reading: Reading) -> None:
-        """Add the reading of a text at the first exit."""
+        """Add a text's reading at the first exit."""
         self._window.append(reading)
 
     def statistics(self) -> dict[tuple[str, str], float]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 
 class Classifier:
-    """Answers a text with its label and probabilities. A subclass computes the logits with its engine."""
+    """Classifies a text; returns its label and probabilities. A subclass computes the logits with its engine."""
 
     def __init__(self, tokenizer: Path, labels: list[str], max_tokens: int) -> None:
         self.labels, self.max_tokens = labels, max_tokens

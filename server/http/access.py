@@ -154,7 +154,7 @@ class Access:
 
     @property
     def keys(self) -> dict[str, Any]:
-        """The key settings, by name, with the digests of the keys in place of keys and files."""
+        """The settings of the API keys, by name, with digests in place of keys and key files."""
         found = {"api_keys": self.users, "admin_keys": self.admins}
         return {name: keys and SecretStr(keys.lines) for name, keys in found.items()} | {
             f"{name}_file": None for name in found
