@@ -29,8 +29,8 @@ def split(
 ) -> Split:
     """Hold out two parts of examples, chosen by seed, of about `held_back` samples each.
 
-    By default, each is a tenth of the examples, at most 4,000. Identical texts, and examples of one group, go to the same
-    part.
+    By default, each is a tenth of the examples, at most 4,000. Identical texts, and examples of one group, go to the
+    same part.
 
     fragments: the data contains fragments of its own texts, such as SST-2's phrases. Then the examples' groups are
     ignored, and a text and its fragments go to the same part, because the evaluation must not use sentences seen in

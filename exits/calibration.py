@@ -75,7 +75,7 @@ class Samples:
 
 
 def candidates(recorded: Recorded) -> list[Signal]:
-    """The signals that need no fitting: entropy, and EDR with several values of λ if the classes are mutually exclusive.
+    """The signals that need no fitting: entropy, and EDR with several λ values if classes are mutually exclusive.
 
     A regression model has none.
     """

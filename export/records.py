@@ -22,7 +22,7 @@ MIN_OF_CLIENT = 30  # records of a client that make its weight reliable
 
 
 def texts_of(records: Records, manifest: Manifest) -> TrainingSet:
-    """A model's records, as texts to fit exits to; identical texts form a group. Their states are always mean-pooled."""
+    """A model's records, as texts to fit exits to; identical texts form a group. The states are mean-pooled."""
     groups = np.unique(records.keys, return_inverse=True)[1].astype(np.int64)
     target = Target.of(records.logits, manifest.thresholds, manifest.tolerance)
     return TrainingSet(target, groups, lambda _, layer: records.states[:, layer])

@@ -79,7 +79,10 @@ class SharedModels:
             return True
 
     async def _ask_to_load(self, process: Process, state: State | None) -> State:
-        """Have a process load models (see Worker._load); returns those that it has loaded. If loading fails, the process exits."""
+        """Have a process load models (see Worker._load); returns those that it has loaded.
+
+        If loading fails, the process exits.
+        """
         loaded = decode(State, await process.channel.call("load", state))
         process.receive(self._weights)  # receives the weights that it sent before its answer
         process.reason = loaded.failed
