@@ -153,7 +153,7 @@ class LearnFolder:
             write_private_file(path, journal.model_dump_json(indent=1).encode())
 
     def records(self, name: str, base: str) -> Records | None:
-        """The saved records of a model; None if there are none or the file is damaged, in which case it is set aside."""
+        """The saved records of a model; None if there are none or if the file is damaged, which is set aside."""
         path = self.records_path(name, base)
         try:
             return read_records(path, MAX_FILE_BYTES)
