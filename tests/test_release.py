@@ -22,7 +22,7 @@ def test_the_changelog_and_the_readme_have_the_version() -> None:
     headings = re.findall(r"^## (.+)$", Path("CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[0] == "[Unreleased]"
     assert re.fullmatch(rf"\[{re.escape(VERSION)}\] - \d{{4}}-\d\d-\d\d", headings[1])
-    assert set(re.findall(r"de3-(\d+\.\d+\.\d+)", Path("README.md").read_text())) == {VERSION}
+    assert set(re.findall(r"de3-(\d+\.\d+\.\d+)", Path("README.md").read_text())) <= {VERSION}
 
 
 def steps(workflow: Any) -> list[dict[str, Any]]:
