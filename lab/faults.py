@@ -263,7 +263,8 @@ def process_killed(testbed: Testbed) -> Row:
 
         def is_complete(times: int) -> bool:
             """True once all processes have become ready this many times."""
-            return testbed.log.read_text(errors="replace").count(": 2 processes, ") == times
+            log = testbed.log.read_text(errors="replace")
+            return log.count(": 2 processes, ") + log.count("is replaced, after") == times
 
         def kill() -> None:
             testbed.wait(partial(is_complete, 1))

@@ -355,6 +355,9 @@ def test_the_number_of_processes(store: Path, monkeypatch: pytest.MonkeyPatch) -
     assert number(int8, threads=3, runtime="onnxruntime") == 1
     assert number(large(int8), threads=3) == 1 and number(int8, large(int8), threads=9) == 3
     assert number(large(int8), threads=3, processes=2) == 2
+    with monkeypatch.context() as patch:  # built without a C compiler
+        patch.setattr("de3.server.processes.number.find_spec", lambda _: None)
+        assert number(int8, threads=3) == 1
     with monkeypatch.context() as patch:  # a read-only file system
         patch.setattr("tempfile.gettempdir", mock.Mock(side_effect=FileNotFoundError))
         patch.setattr("tempfile.tempdir", None)

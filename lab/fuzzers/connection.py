@@ -287,7 +287,7 @@ class Client:
         self._answers_at_once, self.handled = answers_at_once, list[tuple[dict[str, Any], Any]]()
         self._pending, self._is_paused = 0, False
         self.frontend, self.loop, self.transport = _Frontend(), _Loop(), _Transport()
-        settings = Settings.model_validate({"max_body_bytes": MAX_BODY_BYTES, "body_timeout_s": 5.0})
+        settings = Settings(max_body_bytes=MAX_BODY_BYTES)
         self.listener = Listener(self.frontend, settings, 10)  # type: ignore[arg-type]
         state = SimpleNamespace(connections=set(), tasks=set(), default_headers=[], total_requests=0)
         self.connection = Connection(

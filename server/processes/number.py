@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from de3.model_store.manifest import Manifest
@@ -44,8 +45,10 @@ def most_processes(settings: Settings, artifacts: Sequence[Artifact], each: int 
     The number is 1 if a model runs on ONNX Runtime: each process would have its own copy of the weights, and would gain
     less, because ONNX Runtime needs the GIL less often. The number is also 1 if the system does not support more.
     """
-    have_kernels = settings.runtime != "onnxruntime" and all(
-        a.manifest.precision == "int8" for a in artifacts
+    have_kernels = (
+        settings.runtime != "onnxruntime"
+        and find_spec("de3.native.kernels") is not None
+        and all(a.manifest.precision == "int8" for a in artifacts)
     )
     if sys.platform != "linux" or not have_kernels or not find_temporary_folder():
         return 1
