@@ -196,18 +196,25 @@ def test_a_safe_label_is_recognized_by_its_name(labels: str, safe: str | None) -
     assert safe_labels(manifest) == set()
 
 
-def test_labels_that_are_not_safe_count_together() -> None:
+def test_labels_that_are_not_safe_count_together_and_unread_windows_are_an_error() -> None:
     """Neither of two attacks is the most probable, but one of them is certain."""
     labels, reading = (
         ["BENIGN", "INJECTION", "JAILBREAK"],
         Reading(1, [0.0] * 3, [0.02, 0.49, 0.49], 1, *NO_SIGNALS),
     )
     request = detectors.ContentsRequest([Text("a")], safe=frozenset(["BENIGN"]))
-    assert request.found(reading, labels) == [("INJECTION", pytest.approx(0.98))]
+    one: Any = SimpleNamespace(reading=reading, reason="last_layer", windows=(), num_windows=1)
+    assert request.found(one, labels) == [("INJECTION", pytest.approx(0.98))]
     request.threshold = 0.4
-    assert request.found(reading, labels) == [("INJECTION", 0.49), ("JAILBREAK", 0.49)]
+    assert request.found(one, labels) == [("INJECTION", 0.49), ("JAILBREAK", 0.49)]
     request.threshold = 0.99
-    assert request.found(reading, labels) == []
+    assert request.found(one, labels) == []
+    unread: Any = SimpleNamespace(reading=reading, reason="deadline", windows=[None] * 2, num_windows=3)
+    with pytest.raises(RequestError, match=r"latency_budget_ms: only 2 of a text's 3 windows") as error:
+        request.found(unread, labels)
+    assert error.value.cause == "budget"
+    request.threshold = 0.4  # found before the deadline
+    assert len(request.found(unread, labels)) == 2
     windows = Combination([1, 1, 1], None, Flag([1, 2], 0.5))
     for probs_of in ([0.9, 0.1, 0.0], [0.2, 0.4, 0.4], [0.5, 0.5, 0.0]):
         windows.add(Reading(1, [0.0] * 3, probs_of, 0, *NO_SIGNALS))

@@ -89,11 +89,20 @@ class Detection(Request):
         if len(unsafe) == 1 or (self.safe and unsafe and manifest.thresholds is None):
             self.flag = unsafe, self.threshold
 
-    def found(self, reading: Reading, labels: list[str]) -> list[tuple[str, float]]:
+    def found(self, outcome: Outcome, labels: list[str]) -> list[tuple[str, float]]:
         """The detected labels of a text, with their probabilities. labels: the model's.
 
         If mutually exclusive labels reach the threshold only together, the most probable one has their probability.
         """
+        found, ran, windows = self._found(outcome.reading, labels), len(outcome.windows), outcome.num_windows
+        if not found and outcome.reason == "deadline" and ran < windows:
+            message = (
+                f"latency_budget_ms: only {ran} of a text's {windows} windows were read in time; allow more"
+            )
+            raise RequestError(message, "latency_budget_ms", "budget", retry_after_s=1)
+        return found
+
+    def _found(self, reading: Reading, labels: list[str]) -> list[tuple[str, float]]:
         unsafe = [k for k, label in enumerate(labels) if label not in (self.safe or ())]
         if self.threshold is None and reading.labels is not None:
             return [(labels[k], reading.probs[k]) for k in unsafe if k in reading.labels]
@@ -184,7 +193,7 @@ def _detections(
     more = {"metadata": {"truncated": True}} if outcome.truncated else {}
     return [
         row | {"detection": label, "detection_type": label, "score": round(prob, DECIMALS)} | more
-        for label, prob in request.found(outcome.reading, labels)
+        for label, prob in request.found(outcome, labels)
     ]
 
 

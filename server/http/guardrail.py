@@ -94,7 +94,7 @@ def serialize(_: str, job: Job) -> bytes:
     """{"action": "NONE"}, or {"action": "BLOCKED", "blocked_reason"} if a label is detected in any of the texts."""
     assert isinstance(job.request, GuardrailRequest)
     manifest = job.model.manifest
-    found = [one for outcome in job.outcomes() for one in job.request.found(outcome.reading, manifest.labels)]
+    found = [one for outcome in job.outcomes() for one in job.request.found(outcome, manifest.labels)]
     if not found:
         return orjson.dumps({"action": "NONE"})
     label, prob = max(found, key=lambda one: one[1])

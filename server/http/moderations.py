@@ -80,7 +80,7 @@ def serialize(request_id: str, job: Job) -> bytes:
 def _result(outcomes: Sequence[Outcome], request: ModerationRequest, manifest: Manifest) -> dict[str, Any]:
     """The result of one input, from its parts: the highest score of each label that is not safe."""
     readings = [outcome.reading for outcome in outcomes]
-    given = {name for reading in readings for name, _ in request.found(reading, manifest.labels)}
+    given = {name for outcome in outcomes for name, _ in request.found(outcome, manifest.labels)}
     names = [(k, name) for k, name in enumerate(manifest.labels) if name not in (request.safe or ())]
     return {
         "flagged": bool(given),
