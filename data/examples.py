@@ -69,6 +69,11 @@ def answered(examples: Sequence[Example], answers: Sequence[Label], labelled: bo
     return [replace(e, original=answer, label=e.label if labelled else answer) for e, answer in both]
 
 
+def labels_of(example: Example) -> tuple[int, ...]:
+    """The indices of an example's labels: one, or any number in multi-label data."""
+    return example.label if isinstance(example.label, tuple) else (int(example.label),)
+
+
 def label_of(row: NDArray[Any] | np.generic) -> Label:
     """Convert a row of the result of `label_array` back to a label."""
     values = np.asarray(row)

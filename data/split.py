@@ -2,14 +2,15 @@
 
 import hashlib
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.data.examples import Example
+from de3.data.examples import Example, labels_of
 from de3.data.tables import TextOrPair
 
 SHORTEST_FRAGMENT = 3  # words; shorter fragments occur everywhere
@@ -49,17 +50,14 @@ def split(
         if len(whole[example.text]) == 1 or not _is_short(example.text):
             members[min(whole[example.text], key=repr)].append(example)
 
-    def rank(text: TextOrPair) -> bytes:
-        return hashlib.sha256(f"{seed}\0{text!r}".encode()).digest()
-
     # Whole texts with their fragments, in an order given by the seed, fill tune first, then certify.
     part_of: dict[TextOrPair, int] = {}
     filled = 0
-    for text in sorted({text for texts in whole.values() for text in texts}, key=rank):
+    for text in sorted({text for texts in whole.values() for text in texts}, key=partial(_rank, seed)):
         part_of[text] = min(filled // size, 2)
         filled += len(members[text])
     parts: tuple[list[Example], ...] = ([], [], [])
-    for example in sorted(examples, key=lambda e: rank(e.text)):
+    for example in sorted(examples, key=lambda e: _rank(seed, e.text)):
         indices = {part_of[text] for text in whole[example.text]}
         if len(indices) == 1:
             parts[indices.pop()].append(example)
@@ -86,6 +84,30 @@ def groups_of(examples: Sequence[Example], fragments: bool = False) -> NDArray[n
     else:
         one_of = related(examples)
     return np.unique([repr(one_of[e.text]) for e in examples], return_inverse=True)[1].astype(np.int64)
+
+
+def stratified(examples: Sequence[Example], seed: int) -> NDArray[np.float64]:
+    """A position in (0, 1) for each example, (n,), by which to split: any interval has about its share of each label.
+
+    Related examples have the same position; of several labels, the rarest counts.
+    """
+    one_of = related(examples)
+    counts = Counter(label for example in examples for label in labels_of(example))
+    found: dict[TextOrPair, set[int]] = defaultdict(set)
+    for example in examples:
+        found[one_of[example.text]].update(labels_of(example))
+    members: dict[int, list[TextOrPair]] = defaultdict(list)
+    for text, labels in found.items():
+        members[min(labels, key=lambda label: (counts[label], label), default=-1)].append(text)
+    position = dict[TextOrPair, float]()
+    for texts in members.values():
+        texts.sort(key=lambda text: _rank(seed, text))
+        position |= {text: (i + 0.5) / len(texts) for i, text in enumerate(texts)}
+    return np.array([position[one_of[example.text]] for example in examples])
+
+
+def _rank(seed: int, text: TextOrPair) -> bytes:
+    return hashlib.sha256(f"{seed}\0{text!r}".encode()).digest()
 
 
 def related(examples: Sequence[Example]) -> dict[TextOrPair, TextOrPair]:

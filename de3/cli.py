@@ -13,6 +13,7 @@ from de3.commands.classify import classify
 from de3.commands.deploy import deploy
 from de3.commands.evaluate import evaluate
 from de3.commands.export import calibrate, export
+from de3.commands.fit import fit
 from de3.commands.importing import import_model
 from de3.commands.models import app as models_app
 from de3.commands.options import ShortHelp, console, reason
@@ -26,8 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
     help="Train, export and serve text classifiers with early exit (DE3-BERT).",
-    epilog="Typical order: de3 train → de3 evaluate → de3 export → de3 serve; for an existing classifier: de3 import → "
-    "de3 serve.",
+    epilog="From a table of texts and labels: de3 fit → de3 serve. From a classifier: de3 import → de3 serve. For the "
+    "best accuracy: de3 train → de3 evaluate → de3 export → de3 serve.",
 )
 app.add_typer(models_app, name="models")
 app.add_typer(loadtest_app, name="loadtest")
@@ -93,6 +94,7 @@ def _commands(
     pass
 
 
+app.command(cls=ShortHelp)(fit)
 app.command(cls=ShortHelp)(train)
 app.command()(evaluate)
 app.command()(export)

@@ -12,24 +12,22 @@ from de3.model_store.manifest import SCHEMA_VERSION, Defaults, Manifest
 from de3.model_store.segment_graph import build_segment, graph_name
 from de3.model_store.store import Draft
 
-Modules = Mapping[str, str]  # names of modules, by the part of an exit, such as classifier
-
 
 def segments(
-    architecture: Architecture, config: Config, state: StateFile, exits: Mapping[int, Modules]
+    architecture: Architecture, config: Config, state: StateFile, exits: Mapping[int, Weights]
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the segments' file names and contents in execution order, one at a time to save memory.
 
-    config: the encoder's configuration. exits: the modules of each exit, by layer; see segment_graph.build_segment.
+    config: the encoder's configuration. exits: the weights of each exit, by layer; see segment_graph.build_segment.
     Raises KeyError for a missing weight, and ValueError for a weight of the wrong shape.
     """
-    encoder, lack_biases = architecture.encoder, not architecture.encoder.HAS_BIASES
+    encoder = architecture.encoder
     for layer, file in enumerate(architecture.segment_files()):
         weights: Weights = (
             encoder.layer_weights(config, state, layer) if layer else encoder.embedding_weights(config, state)
         )
         if layer in exits:
-            weights |= named(state.whole, "", exits[layer], lack_biases) | final_norm(architecture, state)
+            weights |= {**exits[layer], **final_norm(architecture, state)}
         built = build_segment(architecture, layer, source_of(weights))
         yield file, built.model(graph_name(layer)).SerializeToString()
 

@@ -3,7 +3,7 @@
 The classifier's files may come from the hub, so they are untrusted.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,16 +11,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import ValidationError
 from safetensors.numpy import save as save_tensors
 
 from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import build, weights
 from de3.export.vocabulary import tokenizer_of
-from de3.export.weights import INDEX, SHARDS, WEIGHTS
-from de3.model_store.architecture import Architecture, Head, Precision
+from de3.export.weights import INDEX, SHARDS, WEIGHTS, StateFile
+from de3.model_store.architecture import Architecture, Head, PoolingKind, Precision
 from de3.model_store.families import family_named
-from de3.model_store.families.encoder import Config, Encoder, StockHead
+from de3.model_store.families.encoder import Config, Encoder, StockHead, Weights, named
 from de3.model_store.part import first_error
 from de3.model_store.sizes import check_sizes, read_config
 from de3.model_store.store import MAX_FILE_BYTES, Store
@@ -29,6 +30,7 @@ CONFIG = "config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCABULARIES = (("vocab.txt",), ("vocab.json", "merges.txt"))  # alternatives to tokenizer.json
 TOKENIZER_FILES = (TOKENIZER, *chain(*VOCABULARIES))
+POOLING = "1_Pooling/config.json"  # of a sentence-transformers encoder
 FILES = (CONFIG, *TOKENIZER_FILES, TOKENIZER_CONFIG, WEIGHTS, INDEX, SHARDS)
 
 
@@ -43,25 +45,33 @@ class Description:
     Attributes:
         config: contents of config.json, with defaults for omitted fields.
         family: family of the encoder.
-        head: the modules after the encoder.
+        head: the modules after the encoder; None for an encoder without a classifier.
         labels: the labels, in the order of the logits.
         kind: the kind of answer: mutually exclusive classes, independently assigned labels, or a value (regression).
     """
 
     config: Config
     family: type[Encoder]
-    head: StockHead
+    head: StockHead | None
     labels: list[str]
     kind: Literal["classes", "labels", "value"]
 
 
+Describe = Callable[[str, Any], Description]  # `describe` with its options, or `describe_encoder`
+
+
 def describe(
-    name: str, raw: Any, label_names: list[str] | None = None, multi_label: bool = False
+    name: str,
+    raw: Any,
+    label_names: list[str] | None = None,
+    multi_label: bool = False,
+    is_encoder: bool = False,
 ) -> Description:
     """The classifier that a config.json describes.
 
     raw: the parsed config.json. label_names: new names for the labels. multi_label: treat it as a multi-label model,
-    even if config.json does not say so.
+    even if config.json does not say so. is_encoder: describe the encoder alone, of any kind of model; the labels are
+    then placeholders.
 
     Raises ValueError, with a message that begins with the name, if it cannot be served.
     """
@@ -73,14 +83,18 @@ def describe(
     architectures = raw.get("architectures")  # if config.json omits them, the weights decide
     try:
         known = family_named(raw.get("model_type"))
-        if architectures and not any(str(a).endswith("ForSequenceClassification") for a in architectures):
+        is_classifier = any(str(a).endswith("ForSequenceClassification") for a in architectures or ())
+        if architectures and not is_classifier and not is_encoder:
             raise ValueError(
                 f"it is a {architectures[0]!s:.100}, not a …ForSequenceClassification, so it has no classifier to "
-                "serve; train one on your own labels with de3 train"
+                "serve; fit one to your own labels with de3 fit"
             )
         config = known.complete(raw)
         known.check(config)
-        head, _ = known.head(config), known.of(config, False)
+        known.of(config, False)
+        if is_encoder:
+            return Description(config, known, None, ["0", "1"], "classes")
+        head = known.head(config)
         labels = _labels(raw, label_names)
         kind = "multi_label_classification" if multi_label else config.get("problem_type")
         return Description(config, known, head, labels, _kind(kind, labels))
@@ -170,15 +184,13 @@ class Stock:
     token_types: bool
 
     @classmethod
-    def open(
-        cls, name: str, folder: Path, label_names: list[str] | None = None, multi_label: bool = False
-    ) -> "Stock":
-        """Read config.json and the tokenizer. label_names, multi_label: see `describe`.
+    def open(cls, name: str, folder: Path, describe: Describe = describe) -> "Stock":
+        """Read config.json and the tokenizer.
 
         Raises ValueError, with a message that begins with the name, for a classifier that cannot be served.
         """
         with errors_of(name):
-            description = describe(name, read_config(folder / CONFIG), label_names, multi_label)
+            description = describe(name, read_config(folder / CONFIG))
             return cls(name, folder, description, *_tokenizer(folder, description))
 
     @property
@@ -187,19 +199,19 @@ class Stock:
         return self._encoder.num_layers
 
     @cached_property
-    def modules(self) -> build.Modules:
-        """The names of the head's modules, by part: dense, classifier and norm."""
+    def pooling(self) -> PoolingKind:
+        """The pooling of the last exit."""
         head = self.description.head
-        return {"dense": head.dense, "classifier": head.classifier} | (
-            {"norm": head.norm} if head.norm else {}
-        )
+        return head.pooling if head else "mean"  # type: ignore[return-value]  # the family has checked it
 
     @cached_property
-    def head(self) -> Head:
-        """The settings of the head, which is the last exit."""
+    def head(self) -> Head | None:
+        """The settings of the head, which is the last exit; None for an encoder without a classifier."""
         head = self.description.head
+        if head is None:
+            return None
         return Head(
-            pooling=head.pooling,  # type: ignore[arg-type]  # the family has checked it
+            pooling=self.pooling,
             activation=head.activation,  # type: ignore[arg-type]
             norm=head.epsilon if head.norm else None,
         )
@@ -209,7 +221,7 @@ class Stock:
         return self.description.family.of(self.description.config, self.token_types)
 
     def architecture(self, precision: Precision) -> Architecture:
-        """The architecture of the classifier, with its head as the only exit."""
+        """The architecture of the classifier, with its head as the only exit (an encoder has a placeholder)."""
         return Architecture.model_validate(
             {
                 "encoder": self._encoder,
@@ -218,7 +230,7 @@ class Stock:
                 "prototype_layers": [],
                 "metric_dim": self._encoder.hidden_size,
                 "max_tokens": min(self.max_tokens, self._encoder.longest),
-                "pooling": self.head.pooling,
+                "pooling": self.pooling,
                 "head": self.head,
                 "precision": precision,
             }
@@ -235,12 +247,12 @@ def convert(stock: Stock, store: Store, model: str, precision: Precision, source
     """
     description = stock.description
     with errors_of(stock.name), store.new_version(model) as draft:
-        state = weights.opened(stock.folder, description.family.PREFIX)
+        state = weights.opened(stock.folder, description.family.PREFIX, description.head is None)
         architecture = stock.architecture(precision)
-        exits = {architecture.num_layers: stock.modules}
-        for file, segment in build.segments(architecture, description.config, state, exits):
+        exit_of = {architecture.num_layers: _last_exit(architecture, description.head, state)}
+        for file, segment in build.segments(architecture, description.config, state, exit_of):
             draft.write({file: segment})
-        state.check_all_read()
+        state.check_all_read(() if description.head else state.outside())
         draft.write({"prototypes.safetensors": save_tensors({}), "tokenizer.json": stock.tokenizer})
         manifest = build.manifest_of(
             architecture,
@@ -252,6 +264,20 @@ def convert(stock: Stock, store: Store, model: str, precision: Precision, source
             tolerance=MIN_TOLERANCE if description.kind == "value" else None,
         )
         return draft.publish(manifest)
+
+
+def _last_exit(architecture: Architecture, head: StockHead | None, state: StateFile) -> Weights:
+    """The weights of the last exit: the head's, or a placeholder's zeros."""
+    if head is None:
+        width, count = architecture.hidden_size, len(architecture.labels)
+        return {
+            "classifier.weight": np.zeros((width, count), np.float32),
+            "classifier.bias": np.zeros(count, np.float32),
+        }
+    modules = {"dense": head.dense, "classifier": head.classifier} | (
+        {"norm": head.norm} if head.norm else {}
+    )
+    return named(state.whole, "", modules, not architecture.encoder.HAS_BIASES)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from io import BufferedRandom, BytesIO
+from os.path import relpath
 from pathlib import Path
 from typing import IO, Annotated, Any, TypeVar
 from urllib.parse import quote
@@ -109,7 +110,7 @@ def list_files(repository: str, revision: str) -> Listing:
 def download(repository: str, commit: str, files: Collection[File]) -> Path:
     """The folder in huggingface_hub's cache with the files of a commit, after downloading those that are missing.
 
-    files: their names must not contain "/". Raises HubError, and OSError if the cache cannot be written.
+    files: their names must not lead out of the folder. Raises HubError, and OSError if the cache cannot be written.
     """
     cache, name = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repository, repo_type="model")
     folder, blobs = cache / name / "snapshots" / commit, cache / name / "blobs"
@@ -140,9 +141,10 @@ def download(repository: str, commit: str, files: Collection[File]) -> Path:
 
 
 def _link(path: Path, blob: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)  # a link to a file that was removed
     try:
-        path.symlink_to(Path("../../blobs") / blob.name)
+        path.symlink_to(Path(relpath(blob, path.parent)))
     except OSError:  # a file system without links
         blob.rename(path)
 

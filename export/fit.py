@@ -1,7 +1,15 @@
-"""Fits exits on a stock classifier's pooled states to its own answers. Needs no labels, and changes no weights."""
+"""Fits exits on the pooled states of an encoder's layers; changes no weights.
+
+The exits of a stock classifier are fitted to its own answers, without labels. `export.labels` fits all exits of a new
+classifier, the last included, to labels.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from os import cpu_count
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +30,9 @@ LR = 1e-3  # learning rate of the prototypical networks
 BATCH = 64
 GAMMA = 0.01  # γ of Eq. 1
 BETAS, DECAY = (0.9, 0.999), 0.01  # parameters of AdamW
+MAX_THREADS = 4  # each layer in progress takes the memory of several copies of its states
+
+T = TypeVar("T")
 
 Array = NDArray[np.float32]
 Linear = tuple[Array, Array]  # weights (outputs, inputs) and bias (outputs,)
@@ -43,25 +54,32 @@ class Exits:
 
     Attributes:
         pooling: pooling of the states, "mean" or "cls".
-        classifiers: weights (K, hidden) and bias (K,).
+        classifiers: weights (K, hidden) and bias (K,); also of the last layer, if has_last.
         spaces: the prototypical networks, weights (hidden, hidden) and bias (hidden,); empty without prototypes.
         prototypes: the prototypes in each space, (K, hidden).
+        has_last: the last classifier is the model's last exit; otherwise, the model has its own.
     """
 
     pooling: str
     classifiers: list[Linear]
     spaces: list[Linear]
     prototypes: list[Array]
+    has_last: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        """The number of the model's layers."""
+        return len(self.classifiers) - self.has_last
 
     def recorded(self, of: TrainingSet) -> Recorded:
-        """Record the outputs of all exits, including the last, for texts; the labels are full depth's answers."""
-        target, layers = of.target, list(range(len(self.classifiers) + 1))
-        logits = np.stack([target.logits] * len(layers), 1)
+        """Record the outputs of all exits, including the last, for texts; the labels are the target's answers."""
+        target, layers = of.target, list(range(self.num_layers + 1))
+        logits = np.stack([target.outputs.astype(np.float32)] * len(layers), 1)
         distances = np.full_like(logits, np.nan)
         for layer, (weight, bias) in enumerate(self.classifiers):
             x = of.pooled(self.pooling, layer)
             logits[:, layer] = x @ weight.T + bias
-            if self.spaces:
+            if layer < len(self.spaces):
                 unit = _unit(x @ self.spaces[layer][0].T + self.spaces[layer][1])
                 distances[:, layer] = 1 - unit @ _unit(self.prototypes[layer]).T
         return Recorded(
@@ -80,19 +98,53 @@ def fit(num_layers: int, texts: TrainingSet, seed: int) -> Exits:
 
 
 def fit_with(
-    texts: TrainingSet, pooling: str, ridges: Sequence[float], seed: int, start: Sequence[Linear], axes: Axes
+    texts: TrainingSet,
+    pooling: str,
+    ridges: Sequence[float],
+    seed: int,
+    start: Sequence[Linear | None],
+    axes: Axes,
+    is_quiet: bool = False,
 ) -> Exits:
     """Fit exits to texts, with a given pooling.
 
-    ridges: the ridge of each layer but the last. start: classifiers from which the fits start, fitted to most of these
-    texts, or to these and others. The loss is convex, so the start changes the time that a fit takes, not its result.
-    axes: principal axes that are known already; those computed here are added.
+    ridges: the ridge of each layer but the last; if the target is labels, also of the last. start: classifiers from
+    which the fits start, fitted to most of these texts, or to these and others; or None. The loss is convex, so the
+    start changes the time that a fit takes, not its result. axes: principal axes that are known already; those computed
+    here are added. is_quiet: show no progress, and use one thread.
     """
-    layers = track(range(len(ridges)), f"Fitting exits ({pooling})")
-    classifiers = [
-        next(_fitted(texts, pooling, layer, (ridges[layer],), axes, start[layer]))[1] for layer in layers
-    ]
-    return _with_spaces(Exits(pooling, classifiers, [], []), texts, seed)
+
+    def one(layer: int) -> Linear:
+        return next(fitted(texts, pooling, layer, (ridges[layer],), axes, start[layer]))[1]
+
+    classifiers = in_parallel(one, len(ridges), "" if is_quiet else f"Fitting exits ({pooling})")
+    return with_spaces(
+        Exits(pooling, classifiers, [], [], texts.target.labels is not None), texts, seed, is_quiet
+    )
+
+
+def cross_fitted(
+    texts: TrainingSet,
+    exits: Exits,
+    ridges: Sequence[float],
+    seed: int,
+    axes: Axes,
+    fold: NDArray[np.int64],
+    as_served: Callable[[Exits], Exits],
+) -> Recorded:
+    """Cross-fitted outputs, in the order of the texts: each text is run through exits that were fitted without it.
+
+    exits: fitted to all texts, with these ridges. fold: the part of each text, (n,), from 0. as_served: rounds exits as
+    the artifact does.
+    """
+
+    def one(k: int) -> Recorded:
+        inside, others = (texts.part(np.flatnonzero(rows)) for rows in (fold == k, fold != k))
+        fitted = fit_with(others, exits.pooling, ridges, seed, exits.classifiers, axes, is_quiet=True)
+        return as_served(fitted).recorded(inside)
+
+    parts = in_parallel(one, int(fold.max()) + 1, "Cross-fitting")
+    return Recorded.joined(parts).rows(np.argsort(np.argsort(fold, kind="stable")))
 
 
 def choose(
@@ -113,12 +165,12 @@ def choose(
     held, others = (texts.part(np.flatnonzero(rows)) for rows in (is_held, ~is_held))
     best, largest = (POOLINGS[0], list[float](), list[Linear]()), -1.0
     for pooling in poolings:
-        layers = track(range(num_layers), f"Choosing ridges ({pooling})")
-        found = [_chosen(others, held, pooling, layer, axes) for layer in layers]
+        one = partial(_chosen, others, held, pooling, axes)
+        found = in_parallel(one, num_layers, f"Choosing ridges ({pooling})")
         ridges, classifiers = [ridge for ridge, _ in found], [classifier for _, classifier in found]
         if len(poolings) == 1:
             return pooling, ridges, classifiers
-        recorded = _with_spaces(Exits(pooling, classifiers, [], []), others, seed).recorded(held)
+        recorded = with_spaces(Exits(pooling, classifiers, [], []), others, seed).recorded(held)
         mean_speedup = _mean_speedup(recorded)
         agreement = ", ".join(f"{100 * share:.1f}" for share in recorded.correct.mean(0)[:-1])
         console.print(
@@ -131,6 +183,21 @@ def choose(
         if mean_speedup > largest or not best[1]:
             best, largest = (pooling, ridges, classifiers), mean_speedup
     return best
+
+
+def in_parallel(one: Callable[[int], T], count: int, description: str) -> list[T]:
+    """The results of `one` for each layer or fold, from 0, computed in several threads.
+
+    description: of the progress; "": no progress, and no other threads. Each thread has a BLAS with one thread: the
+    threads of a BLAS spin while they wait for each other, so that on a busy machine a fit took ten times as long with
+    two of them.
+    """
+    from threadpoolctl import threadpool_limits
+
+    if not description:
+        return [one(i) for i in range(count)]
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(min(MAX_THREADS, cpu_count() or 1)) as pool:
+        return list(track(pool.map(one, range(count)), description, count))
 
 
 def _held_out(groups: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.bool_]:
@@ -149,7 +216,7 @@ def _mean_speedup(of: Recorded) -> float:
 
 
 def _chosen(
-    texts: TrainingSet, held: TrainingSet, pooling: str, layer: int, axes: Axes
+    texts: TrainingSet, held: TrainingSet, pooling: str, axes: Axes, layer: int
 ) -> tuple[float, Linear]:
     """The ridge with the smallest loss on held-out texts, and its classifier, fitted to `texts`."""
     y = held.pooled(pooling, layer)
@@ -157,14 +224,14 @@ def _chosen(
     def loss(found: tuple[float, Linear]) -> float:
         logits = y @ found[1][0].T + found[1][1]
         if held.target.tolerance is not None:
-            return float(np.square(logits - held.target.logits).mean())
+            return float(np.square(logits - held.target.outputs).mean())
         return _loss_of(held.target)(logits, held.target.probabilities)[0]
 
     ridges = RIDGES if texts.target.tolerance is None else VALUE_RIDGES
-    return min(_fitted(texts, pooling, layer, ridges, axes), key=loss)
+    return min(fitted(texts, pooling, layer, ridges, axes), key=loss)
 
 
-def _fitted(
+def fitted(
     texts: TrainingSet,
     pooling: str,
     layer: int,
@@ -172,7 +239,7 @@ def _fitted(
     axes: Axes,
     start: Linear | None = None,
 ) -> Iterator[tuple[float, Linear]]:
-    """Yield each ridge with its classifier, fitted to full depth by cross-entropy or, for values, least squares.
+    """Yield each ridge with its classifier, fitted to the target by cross-entropy or, for values, least squares.
 
     The ridge penalizes the weights of standardized states. start: classifier from which the fit starts; None: one that
     gives every text the mean probabilities.
@@ -181,7 +248,7 @@ def _fitted(
     mean, spread = x.mean(0), x.std(0) + 1e-4
     x = (x - mean) / spread
     if texts.target.tolerance is not None:
-        path = _values(x, texts.target.logits, ridges)
+        path = _values(x, texts.target.outputs.astype(np.float32), ridges)
     else:
         if len(x) < ENOUGH * x.shape[1]:
             basis = _principal_axes(x)
@@ -286,19 +353,21 @@ def _probabilities(
         yield weight, bias
 
 
-def _with_spaces(exits: Exits, train: TrainingSet, seed: int) -> Exits:
-    """Add prototypical networks and prototypes, fitted to full depth's answers, if the answers are classes."""
+def with_spaces(exits: Exits, train: TrainingSet, seed: int, is_quiet: bool = False) -> Exits:
+    """Add prototypical networks and prototypes, fitted to the target's answers, if the answers are classes."""
     target = train.target
     if target.thresholds is not None or target.tolerance is not None:
         return exits
-    spaces, prototypes = [], []
-    for layer, (weights, _) in enumerate(track(exits.classifiers, "Fitting prototypes")):
+
+    def one(layer: int) -> tuple[Linear, Array]:
+        weights = exits.classifiers[layer][0]
         states, answers = _with_every_class(train.pooled(exits.pooling, layer), target.answers, weights)
         space = _space(states, answers, len(weights), seed)
-        spaces.append(space)
         means = np.stack([states[answers == k].mean(0) for k in range(len(weights))])
-        prototypes.append(means @ space[0].T + space[1])  # the class's mean h', as h' is affine in the states
-    return Exits(exits.pooling, exits.classifiers, spaces, prototypes)
+        return space, means @ space[0].T + space[1]  # the class's mean h', as h' is affine in the states
+
+    both = in_parallel(one, exits.num_layers, "" if is_quiet else "Fitting prototypes")
+    return replace(exits, spaces=[space for space, _ in both], prototypes=[rows for _, rows in both])
 
 
 def _with_every_class(

@@ -10,11 +10,12 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from de3.export.classifier import CONFIG, FILES, OldFormError, check_files, describe
+from de3.export.classifier import CONFIG, FILES, POOLING, Describe, OldFormError, check_files, describe
 from de3.export.download import MAX_DOWNLOAD_BYTES, HubError, download, limit_of, list_files
 from de3.export.weights import INDEX, WEIGHTS
 from de3.model_store.sizes import read_config
 
+ENCODER_FILES = (*FILES, POOLING)
 # Including files that only transformers reads.
 OLD_FILES = (
     *FILES,
@@ -27,25 +28,20 @@ OLD_FILES = (
 )
 
 
-def fetch(
-    name: str,
-    label_names: list[str] | None = None,
-    multi_label: bool = False,
-    patterns: Collection[str] = FILES,
-) -> Path:
+def fetch(name: str, describe: Describe = describe, patterns: Collection[str] = FILES) -> Path:
     """The local folder of a classifier; name: a folder, or a hub repository to download, as id or id@revision.
 
-    The file list and config.json are checked before the weights are downloaded. label_names, multi_label: see
-    `describe`. patterns: the files to download, FILES or OLD_FILES.
+    The file list and config.json are checked, the latter by `describe`, before the weights are downloaded. patterns:
+    the files to download, FILES, OLD_FILES or ENCODER_FILES.
 
     Raises ValueError if there is no such folder or repository, if the hub cannot be reached, or if the model cannot be
-    served; with FILES, OldFormError if only transformers can read its files.
+    served; unless with OLD_FILES, OldFormError if only transformers can read its files.
     """
 
     check = partial(_check_files, name, patterns=patterns)
 
     def check_config(folder: Path) -> None:
-        describe(name, read_config(folder / CONFIG), label_names, multi_label)
+        describe(name, read_config(folder / CONFIG))
 
     def checked(folder: Path) -> Path:
         check({path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()})
@@ -104,7 +100,7 @@ def _snapshot(
     listing = list_files(repository, revision)
     check({file.name: file.size or 0 for file in listing.files})
     plain = re.compile(r"[\w.-]+")  # names that cannot lead to another folder
-    names = (file.name for file in listing.files if plain.fullmatch(file.name))
+    names = (file.name for file in listing.files if plain.fullmatch(file.name) or file.name == POOLING)
     wanted = set(_matching(names, patterns))
     if wanted & {WEIGHTS, INDEX}:  # transformers prefers these, too
         wanted = {name for name in wanted if not name.endswith(".bin")}
@@ -126,7 +122,7 @@ def _check_files(name: str, sizes: Mapping[str, int], *, patterns: Collection[st
     try:
         check_files(name, sizes)
     except OldFormError:
-        if patterns is FILES:
+        if patterns is not OLD_FILES:
             raise
     read = _matching(sizes, patterns)
     for file in read:

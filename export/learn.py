@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,8 @@ from de3.exits.recorded import Recorded
 from de3.export import fit
 from de3.export.calibrate import Calibrated, calibrate
 from de3.export.fit import Exits
-from de3.export.publish import write_exits
+from de3.export.publish import rounded, write_exits
 from de3.export.records import check, exits_of, opened, part_of, texts_of, thinned
-from de3.export.training_set import TrainingSet
-from de3.model_store.graph import quantize
 from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.records import Records
 from de3.model_store.store import Artifact, Store
@@ -75,8 +74,10 @@ def fit_exits(
     axes: fit.Axes = {}
     pooling, ridges, start = fit.choose(layers, texts, SEED, axes, ("mean",))
     exits = fit.fit_with(texts, pooling, ridges, SEED, start, axes)
-    cross_fitted = _cross_fitted(texts, exits, ridges, axes, manifest)
-    exits = _as_served(exits, manifest)
+    as_served = partial(rounded, precision=manifest.precision)
+    fold = np.random.default_rng(SEED).permutation(int(texts.groups.max()) + 1)[texts.groups] % FOLDS
+    cross_fitted = fit.cross_fitted(texts, exits, ridges, SEED, axes, fold, as_served)
+    exits = as_served(exits)
     tested = exits.recorded(held_out := texts_of(held, manifest))
     tune, certify = part_of(cross_fitted, texts.groups), part_of(tested, held_out.groups)
     calibrated = calibrate(tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
@@ -110,40 +111,6 @@ def _split(
     if first_new and len(old) > len(new):
         old = np.sort(rng.permutation(old)[: len(new)])
     return records.part(np.sort(np.concatenate([old, new]))[-MAX_FITTED:]), records.part(held)
-
-
-def _cross_fitted(
-    texts: TrainingSet,
-    fitted: Exits,
-    ridges: Sequence[float],
-    axes: fit.Axes,
-    manifest: Manifest,
-) -> Recorded:
-    """Cross-fitted outputs, in the order of the texts: each text is run through exits that were fitted without it.
-
-    fitted: exits that were fitted to all texts, with these ridges.
-    """
-    fold = np.random.default_rng(SEED).permutation(int(texts.groups.max()) + 1)[texts.groups] % FOLDS
-    parts, rows = [], []
-    for k in range(FOLDS):
-        inside, outside = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
-        others = texts.part(outside)
-        exits = fit.fit_with(others, fitted.pooling, ridges, SEED, fitted.classifiers, axes)
-        exits = _as_served(exits, manifest)
-        parts.append(exits.recorded(texts.part(inside)))
-        rows.append(inside)
-    return Recorded.joined(parts).rows(np.argsort(np.concatenate(rows), kind="stable"))
-
-
-def _as_served(exits: Exits, manifest: Manifest) -> Exits:
-    """The exits, with the weights of their prototypical networks rounded to int8 if the artifact stores int8."""
-    if manifest.precision == "fp32":
-        return exits
-    spaces = []
-    for weight, bias in exits.spaces:
-        rounded, scale = quantize(np.ascontiguousarray(weight.T))
-        spaces.append((np.ascontiguousarray((rounded * scale).T, np.float32), bias))
-    return Exits(exits.pooling, exits.classifiers, spaces, exits.prototypes)
 
 
 def _speedups(

@@ -5,29 +5,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from de3.export.classifier import OldFormError
+from de3.export.classifier import Describe, OldFormError, describe
 from de3.export.hub import OLD_FILES, fetch
 from de3.model_store.store import MANIFEST
 
 
 @contextmanager
-def original_of(name: str, label_names: list[str] | None = None, multi_label: bool = False) -> Iterator[Path]:
+def original_of(name: str, describe: Describe = describe) -> Iterator[Path]:
     """Yield the local folder of a stock classifier, given as a folder or hub id, in file formats that de3 reads.
 
-    Other formats are rewritten into a temporary folder, which needs the train extra. label_names, multi_label: see
-    `describe`. Raises ValueError for a classifier that cannot be imported.
+    Other formats are rewritten into a temporary folder, which needs the train extra. Raises ValueError for a
+    classifier that cannot be imported.
     """
     folder = Path(name).expanduser()
     if (folder / MANIFEST).exists():
         raise ValueError(f"{name} is an exported model already: de3 serve --store {folder.parent.parent}")
     try:
-        source, is_old = fetch(name, label_names, multi_label), False
+        source, is_old = fetch(name, describe), False
     except OldFormError as error:
         try:
             from de3.training import pretrained
         except ImportError:
             raise error from None
-        source, is_old = fetch(name, label_names, multi_label, OLD_FILES), True
+        source, is_old = fetch(name, describe, OLD_FILES), True
     if not is_old:
         yield source
         return

@@ -31,7 +31,7 @@ class Computed:
     """States and logits of texts, in safetensors files.
 
     Attributes:
-        chunks: files with the tensors POOLING_LAYER, the pooled states of each layer but the last, (texts, hidden);
+        chunks: files with the tensors POOLING_LAYER, the pooled states of each layer, (texts, hidden);
             logits, (texts, K); and rows, the indices of the texts.
     """
 
@@ -89,7 +89,7 @@ def compute(
 
 def _run(model: Model, tokens: Sequence[Tokens], poolings: Sequence[str]) -> dict[str, NDArray[np.generic]]:
     """Compute the tensors of a chunk, except rows: pooled states in float16, and logits."""
-    layers = range(model.manifest.num_layers)
+    layers = range(model.manifest.num_layers + 1)
     pooled = {
         f"{pooling}_{layer:02}": np.zeros((len(tokens), model.manifest.hidden_size), np.float16)
         for pooling in poolings
@@ -98,8 +98,8 @@ def _run(model: Model, tokens: Sequence[Tokens], poolings: Sequence[str]) -> dic
     logits = np.zeros((len(tokens), len(model.manifest.labels)), np.float32)
 
     def one(i: int) -> None:
-        *steps, last = model.full_depth(tokens[i])
-        logits[i] = last.logits
+        steps = model.full_depth(tokens[i])
+        logits[i] = steps[-1].logits
         for layer, step in enumerate(steps if poolings else ()):
             rows = model.pooling.normalized(step.hidden)
             for pooling in poolings:

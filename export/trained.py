@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from de3.export import build, weights
 from de3.export.classifier import TOKENIZER_CONFIG, errors_of
 from de3.model_store.architecture import Architecture, Precision
+from de3.model_store.families.encoder import named
 from de3.model_store.sizes import read_config
 from de3.training.checkpoint import Checkpoint
 
@@ -63,7 +64,9 @@ class Trained:
         folder = self.checkpoint.folder
         with errors_of(str(folder)):
             state = weights.opened(folder, "encoder.")
-            yield from build.segments(architecture, self.checkpoint.config.encoder, state, exits)
+            lack_biases = not architecture.encoder.HAS_BIASES
+            weights_of = {layer: named(state.whole, "", parts, lack_biases) for layer, parts in exits.items()}
+            yield from build.segments(architecture, self.checkpoint.config.encoder, state, weights_of)
             state.check_all_read((PROTOTYPES, SEEN))
         tensors = {f"layer_{layer:02}": array for layer, array in self.prototypes.items()}
         yield "prototypes.safetensors", save_tensors(tensors)

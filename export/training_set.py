@@ -1,7 +1,8 @@
-"""The texts to which exits are fitted: their pooled states after each layer, and the outputs that exits reproduce."""
+"""The texts to which exits are fitted: their pooled states after each layer, and the outputs that exits should give."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,34 +15,48 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Target:
-    """The outputs that exits are fitted to reproduce, for n texts: the model's own at full depth.
+    """The outputs that exits are fitted to give for n texts: the model's own at full depth, or the texts' labels.
 
     Attributes:
-        logits: (n, K).
+        logits: the model's logits at full depth, (n, K); None: the outputs are labels.
         thresholds, tolerance: see exits.recorded.Recorded.
+        labels: true for each label of a text, (n, K); None: the outputs are logits.
     """
 
-    logits: Array
+    logits: Array | None
     thresholds: NDArray[np.float64] | None
     tolerance: float | None
+    labels: NDArray[np.bool_] | None = None
 
     @classmethod
     def of(cls, logits: Array, thresholds: Sequence[float] | None, tolerance: float | None) -> "Target":
         """The target of logits, (n, K). thresholds: as probabilities."""
         return cls(logits, logit_thresholds(thresholds), tolerance)
 
+    @property
+    def outputs(self) -> NDArray[Any]:
+        """The logits or the labels, (n, K)."""
+        outputs = self.labels if self.logits is None else self.logits
+        assert outputs is not None
+        return outputs
+
     def part(self, rows: NDArray[np.int64]) -> "Target":
         """The target of the texts at these rows."""
-        return replace(self, logits=self.logits[rows])
+        of = {name: x[rows] for name in ("logits", "labels") if (x := getattr(self, name)) is not None}
+        return replace(self, **of)
 
     @property
     def answers(self) -> NDArray[np.generic]:
         """The answers: classes or values, (n,), or the assigned labels, (n, K) bool."""
-        return answers_of(self.logits, self.thresholds, self.tolerance)
+        if self.labels is not None:
+            return self.labels.argmax(-1) if self.thresholds is None else self.labels
+        return answers_of(self.outputs, self.thresholds, self.tolerance)
 
     @property
     def probabilities(self) -> Array:
-        """The probabilities, (n, K)."""
+        """The probabilities, (n, K); 0 or 1 for labels."""
+        if self.logits is None:
+            return self.outputs.astype(np.float32)
         if self.thresholds is not None:
             return sigmoid(self.logits)
         odds = np.exp(self.logits - self.logits.max(-1, keepdims=True))
@@ -66,7 +81,7 @@ class TrainingSet:
     rows: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
-        return len(self.target.logits)
+        return len(self.target.outputs)
 
     def part(self, rows: NDArray[np.int64]) -> "TrainingSet":
         """The texts at these rows."""

@@ -51,6 +51,10 @@ class StateFile(Mapping[str, NDArray[np.float32]]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def outside(self) -> list[str]:
+        """The names of the weights outside the encoder, such as those of another kind of head."""
+        return [name for name in self._tensors if not name.startswith(self._prefix)]
+
     def check_all_read(self, others: Collection[str] = ()) -> None:
         """Raise ValueError if a weight outside UNUSED and `others` was not read: config.json is of another model."""
         read = self._read | set(others)
@@ -91,10 +95,11 @@ class _Tensor:
         return array
 
 
-def opened(folder: Path, prefix: str) -> StateFile:
+def opened(folder: Path, prefix: str, may_lack_prefix: bool = False) -> StateFile:
     """Open the weights in a folder; raises ValueError for unusable files.
 
-    prefix: prefix of the names of the encoder's weights.
+    prefix: prefix of the names of the encoder's weights. may_lack_prefix: the names may also lack it, as they do in the
+    file of an encoder alone.
     """
     tensors: dict[str, _Tensor] = {}
     for path in _weight_files(folder):
@@ -116,6 +121,8 @@ def opened(folder: Path, prefix: str) -> StateFile:
                 tensors[name] = _Tensor(path, entry["dtype"], tuple(entry["shape"]), begin)
         if len(tensors) > MAX_TENSORS:
             raise ValueError(f"it has more than {MAX_TENSORS} weights")
+    if may_lack_prefix and not any(name.startswith(prefix) for name in tensors):
+        prefix = ""
     return StateFile(tensors, prefix, set())
 
 

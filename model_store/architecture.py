@@ -9,6 +9,7 @@ from de3.model_store.part import MAX_LABELS, MAX_LAYERS, MAX_TOKENS, Layer, Mani
 
 Label = Annotated[str, Field(max_length=1000)]
 Precision = Literal["fp32", "int8"]
+PoolingKind = Literal["mean", "cls"]
 
 
 class Head(ManifestPart):
@@ -18,7 +19,7 @@ class Head(ManifestPart):
         norm: epsilon of the norm; None if there is no norm.
     """
 
-    pooling: Literal["mean", "cls"]
+    pooling: PoolingKind
     activation: Literal["tanh", "relu", "gelu"]
     norm: Annotated[float, Field(ge=0, le=1)] | None = None
 
@@ -41,7 +42,7 @@ class Architecture(ManifestPart):
     prototype_layers: list[Layer] = Field(max_length=MAX_LAYERS)
     metric_dim: Width
     max_tokens: int = Field(ge=3, le=MAX_TOKENS)
-    pooling: Literal["mean", "cls"]
+    pooling: PoolingKind
     head: Head | None = None
     precision: Precision
 

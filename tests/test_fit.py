@@ -53,7 +53,7 @@ def test_a_fit_is_the_minimum_of_its_penalized_loss(kind: str, count: int) -> No
     far = (rng.normal(size=(texts.target.logits.shape[1], 12)), rng.normal(size=texts.target.logits.shape[1]))
     starts: list[Any] = [None, tuple(part.astype(np.float32) for part in far)]
     for start in starts[: 1 if count == 9 else 2]:
-        fits = list(fit._fitted(texts, "mean", 0, ridges, {}, start))
+        fits = list(fit.fitted(texts, "mean", 0, ridges, {}, start))
         assert [ridge for ridge, _ in fits] == list(ridges)
         for ridge, (weight, bias) in fits:
             best = objective(weight, bias, ridge)
@@ -68,8 +68,8 @@ def test_the_ridge_has_the_smallest_loss_on_held_out_texts(kind: str) -> None:
     texts, held = texts_of(kind, 60, noise=3.0), texts_of(kind, 200, noise=3.0)
     ridges = fit.VALUE_RIDGES if kind == "values" else fit.RIDGES
     y = held.pooled("mean", 0)
-    losses = {r: loss(kind, y @ w.T + b, held) for r, (w, b) in fit._fitted(texts, "mean", 0, ridges, {})}
-    ridge, (weight, bias) = fit._chosen(texts, held, "mean", 0, {})
+    losses = {r: loss(kind, y @ w.T + b, held) for r, (w, b) in fit.fitted(texts, "mean", 0, ridges, {})}
+    ridge, (weight, bias) = fit._chosen(texts, held, "mean", {}, 0)
     assert ridge == min(losses, key=lambda r: losses[r])
     assert loss(kind, y @ weight.T + bias, held) == pytest.approx(losses[ridge], rel=1e-4)
 
@@ -84,8 +84,8 @@ def test_about_a_fifth_of_the_texts_is_held_out_in_whole_groups() -> None:
 
 def test_prototypes_are_the_class_means_in_their_space_and_distances_are_cosine() -> None:
     texts = texts_of("classes", 80)
-    classifier = next(fit._fitted(texts, "mean", 0, (0.1,), {}))[1]
-    exits = fit._with_spaces(Exits("mean", [classifier], [], []), texts, 0)
+    classifier = next(fit.fitted(texts, "mean", 0, (0.1,), {}))[1]
+    exits = fit.with_spaces(Exits("mean", [classifier], [], []), texts, 0)
     x, ((weight, bias),) = texts.pooled("mean", 0), exits.spaces
     h = x @ weight.T + bias
     means = np.stack([h[texts.target.answers == k].mean(0) for k in range(3)])
@@ -96,7 +96,7 @@ def test_prototypes_are_the_class_means_in_their_space_and_distances_are_cosine(
     assert np.isnan(found.distances[:, 1]).all() and (found.logits[:, 1] == texts.target.logits).all()
     for kind in ("labels", "values"):  # which have no prototypes
         plain = Exits("mean", exits.classifiers, [], [])
-        assert fit._with_spaces(plain, texts_of(kind, 20), 0).prototypes == []
+        assert fit.with_spaces(plain, texts_of(kind, 20), 0).prototypes == []
 
 
 def test_a_class_that_is_never_the_answer_gets_a_prototype_along_its_weights() -> None:

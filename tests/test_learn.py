@@ -333,11 +333,12 @@ def test_risk_is_fitted_to_exits_that_did_not_see_the_text(base: Artifact, count
     logits = rng.normal(size=(count, 2)).astype(np.float32)[keys * copies] * 3
     records = Records("", states, logits, np.ones(count), keys.astype(np.uint64), keys, keys, [""], [1.0])
     axes = dict[Any, Any]()
-    classifier = next(fit._fitted(training_set(records, base.manifest), "mean", 0, (1e-4,), axes))[1]
+    classifier = next(fit.fitted(training_set(records, base.manifest), "mean", 0, (1e-4,), axes))[1]
     exits = fit.Exits("mean", [classifier], [], [])
     shuffled = records.part(rng.permutation(count))
     texts = training_set(shuffled, base.manifest)
-    apart = learning._cross_fitted(texts, exits, (1e-4,), axes, base.manifest)
+    fold = np.random.default_rng(0).permutation(int(texts.groups.max()) + 1)[texts.groups] % 4
+    apart = fit.cross_fitted(texts, exits, (1e-4,), 0, axes, fold, lambda exits: exits)
     assert (apart.labels == shuffled.logits.argmax(1)).all()  # in the order of the texts
     assert (apart.logits[:, 1] == shuffled.logits).all()
     assert (apart.answers[:, 0] == apart.labels).mean() < 0.5 + 3 * 0.5 / (count / copies) ** 0.5

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from de3.data.examples import Example
+from de3.data.examples import Example, labels_of
 from de3.data.split import Split
 from de3.data.tables import SEPARATOR, pair_of
 
@@ -80,11 +80,6 @@ def held_out(parts: Split, names: Sequence[str]) -> list[str]:
     return [
         f"only {size} certifying samples: the reported accuracy will be uncertain by ±{98 / size**0.5:.0f} points"
     ]
-
-
-def labels_of(example: Example) -> tuple[int, ...]:
-    """The indices of an example's labels: one, or any number in multi-label data."""
-    return example.label if isinstance(example.label, tuple) else (int(example.label),)
 
 
 def unknown_tokens(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[str]:

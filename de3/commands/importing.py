@@ -3,6 +3,7 @@
 import shlex
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,7 +118,7 @@ def import_model(
     assert texts is not None
     from de3.data.examples import Example
     from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
-    from de3.export.classifier import Stock
+    from de3.export.classifier import Stock, describe
     from de3.export.exporter import ExportSettings
     from de3.export.importing import ImportSettings, import_classifier
     from de3.export.original import original_of
@@ -135,8 +136,9 @@ def import_model(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--work {folder}: is a file; give a folder (it need not exist)")
     given = None if label_names is None else [one.strip() for one in label_names.split(",")]
-    with original_of(model, given, multi_label) as source:
-        stock = Stock.open(model, source, given, multi_label)
+    how_described = partial(describe, label_names=given, multi_label=multi_label)
+    with original_of(model, how_described) as source:
+        stock = Stock.open(model, source, how_described)
         columns = Columns(
             **fields_of(Columns, options),
             label=label,

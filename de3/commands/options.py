@@ -16,7 +16,10 @@ from de3.data.tables import Columns, TextOrPair, data_option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 console = Console(stderr=True)
-EXTRAS = {"train": ("torch", "transformers"), "fit": ("scipy",)}  # modules that commands need, by extra
+EXTRAS = {
+    "train": ("torch", "transformers"),
+    "fit": ("scipy", "threadpoolctl"),
+}  # modules that commands need, by extra
 
 File = Annotated[Path | None, typer.Argument(help="A .tsv, .csv or .jsonl file.")]
 Dataset = Annotated[

@@ -1,0 +1,179 @@
+"""A new classifier from a table of texts and labels: exits on the layers of an encoder whose weights do not change."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+
+from de3.data.examples import Example, input_of, label_array, labels_of
+from de3.data.split import groups_of, stratified
+from de3.data.tables import TextOrPair, pair_of
+from de3.exits import calibration, risk
+from de3.exits.calibration import FINE_TAUS, Samples
+from de3.exits.rule import logit_thresholds
+from de3.export import label_report, states
+from de3.export.calibrate import CalibrationPart, calibrate
+from de3.export.exporter import ExportSettings
+from de3.export.labels import Fitted, fit_labels
+from de3.export.publish import rounded, write_exits
+from de3.export.record import record
+from de3.export.training_set import Target, TrainingSet
+from de3.model_store.manifest import Defaults, Manifest, RiskWeights
+from de3.model_store.model import Model
+from de3.model_store.store import Artifact, Draft, Store
+from de3.progress import console, warn
+
+CERTIFYING, MIN_CERTIFYING, MAX_CERTIFYING = 0.2, 500, 4000  # share and numbers of texts
+MAX_FITTED = 50_000  # texts
+SEED = 0
+SHOWN = 3  # examples in a warning
+
+
+def fit_table(
+    base: Artifact,
+    poolings: Sequence[str],
+    examples: Sequence[Example],
+    names: Sequence[str],
+    threshold: float | None,
+    store: Store,
+    settings: ExportSettings,
+) -> Path:
+    """Fit a classifier to labelled texts, and publish it as a model's next version; returns its folder.
+
+    base: has the encoder. poolings: poolings to try. names: the labels. threshold: probability above which a
+    multi-label model assigns a label; None if each text has one label.
+
+    A fifth of the texts certifies the exits, and is used for nothing else. If that would be fewer than MIN_CERTIFYING
+    texts, all texts are used to fit, and there is no certificate: the default τ, and the report, come from
+    cross-fitting. Raises ValueError for unusable texts, and StoreError for a damaged encoder.
+    """
+    model = Model(base, "auto")
+    examples = _with_same_tokens(model, examples)
+    warn(_contradictions(examples, names))
+    fitting, position, certifying = _parts(examples)
+    console.print(
+        f"{base.manifest.encoder.type}, {base.manifest.num_layers} layers; {len(fitting)} texts to fit, "
+        + (f"{len(certifying)} to certify" if certifying else "too few to certify the exits, too"),
+        highlight=False,
+    )
+    thresholds = None if threshold is None else [threshold] * len(names)
+    groups = groups_of(fitting)
+    with TemporaryDirectory(prefix="de3-") as folder:
+        computed = states.compute(model, [e.text for e in fitting], Path(folder), "fitting", poolings)
+        del model  # frees its memory
+        target = Target(None, logit_thresholds(thresholds), None, _label_rows(fitting, len(names)))
+        texts = TrainingSet(target, groups, computed.states)
+        as_served = partial(rounded, precision=base.manifest.precision)
+        fitted = fit_labels(base.manifest.num_layers, texts, position, poolings, as_served)
+    fields = {"labels": list(names), "thresholds": thresholds, "source": None, "input": input_of(examples)}
+    with store.new_version(settings.name) as draft:
+        manifest = write_exits(base, fitted.exits, draft, name=settings.name, **fields)
+        if certifying:
+            certified = _certified(draft, manifest, fitted, groups, certifying, settings.max_loss)
+            return draft.publish(certified)
+        return draft.publish(_estimated(manifest, fitted, groups, fitting, settings.max_loss))
+
+
+def _with_same_tokens(model: Model, examples: Sequence[Example]) -> list[Example]:
+    """The examples, in which texts with the same tokens are the same text."""
+    first = dict[bytes, TextOrPair]()
+    found = []
+    for example in examples:
+        tokens = model.tokenize(*pair_of(example.text))
+        key = tokens.ids.tobytes() + b"\0" + tokens.type_ids.tobytes()
+        found.append(replace(example, text=first.setdefault(key, example.text)))
+    return found
+
+
+def _contradictions(examples: Sequence[Example], names: Sequence[str]) -> list[str]:
+    """A warning about equal texts with different labels."""
+    labels: dict[TextOrPair, set[tuple[int, ...]]] = defaultdict(set)
+    for example in examples:
+        labels[example.text].add(labels_of(example))
+    wrong = [(text, found) for text, found in labels.items() if len(found) > 1]
+    shown = "; ".join(
+        f"{text!r:.80}: {' or '.join(', '.join(names[k] for k in each) or 'none' for each in sorted(found))}"
+        for text, found in wrong[:SHOWN]
+    )
+    return [f"{len(wrong)} texts occur with different labels: {shown}"] if wrong else []
+
+
+def _parts(examples: Sequence[Example]) -> tuple[list[Example], NDArray[np.float64], list[Example]]:
+    """The examples to fit, with their positions by which to split them further, and those to certify, maybe none."""
+    order = stratified(examples, SEED)
+    share = min(CERTIFYING, MAX_CERTIFYING / len(examples))
+    is_certifying = order < share
+    certifying = [e for e, chosen in zip(examples, is_certifying, strict=True) if chosen]
+    if len({e.text for e in certifying}) < MIN_CERTIFYING:
+        certifying, is_certifying = [], np.zeros(len(examples), np.bool_)
+    limit = share + (1 - share) * min(1.0, MAX_FITTED / len(examples))
+    chosen = ~is_certifying & (order < limit)
+    if (order >= limit).any():
+        console.print(f"{chosen.sum()} of {len(examples)} texts are used to fit, which is enough")
+    fitting = [e for e, is_fitting in zip(examples, chosen, strict=True) if is_fitting]
+    return fitting, stratified(fitting, SEED + 1), certifying
+
+
+def _label_rows(examples: Sequence[Example], count: int) -> NDArray[np.bool_]:
+    """True for each label of each example, (n, count)."""
+    return label_array([labels_of(e) for e in examples], count).astype(np.bool_)
+
+
+def _certified(
+    draft: Draft,
+    manifest: Manifest,
+    fitted: Fitted,
+    groups: NDArray[np.int64],
+    certifying: Sequence[Example],
+    max_loss: float,
+) -> Manifest:
+    """The manifest with a calibration on the certifying texts; also prints the report."""
+    recorded = record(Model(Artifact(draft.path, manifest), "auto"), certifying, "the certifying texts")
+    tune = CalibrationPart(Samples(fitted.crossed, groups), np.ones(len(groups), np.bool_))
+    certify = CalibrationPart.of(recorded, certifying)
+    calibrated = calibrate(tune, certify, max_loss, may_pool=False)
+    final = Manifest.model_validate({**dict(manifest), **calibrated.fields()})
+    label_report.report(
+        certify.samples,
+        final.default_signal.scores(recorded),
+        final.defaults.tau,
+        manifest.labels,
+        [e.text for e in certifying],
+        "texts that were not used to fit",
+    )
+    return final
+
+
+def _estimated(
+    manifest: Manifest,
+    fitted: Fitted,
+    groups: NDArray[np.int64],
+    examples: Sequence[Example],
+    max_loss: float,
+) -> Manifest:
+    """The manifest without a calibration, and with a default τ from cross-fitting; also prints the report."""
+    samples = Samples(fitted.crossed, groups)
+    signal, scores = risk.fit(fitted.crossed), risk.cross_fit(fitted.crossed, groups)
+    default = calibration.within_loss(calibration.trade_off(samples, signal, FINE_TAUS, scores), max_loss)
+    label_report.report(
+        samples,
+        scores,
+        default.tau,
+        manifest.labels,
+        [e.text for e in examples],
+        "texts held out in turn",
+    )
+    warn(
+        [
+            f"{len(examples)} texts are too few for a certificate, so the default τ is an estimate, and requests with "
+            "max_disagreement run at full depth until audits of live traffic prove more: de3 serve --guarantee 0.02"
+        ]
+    )
+    weights = [RiskWeights(layer=m, weights=list(w)) for m, w in enumerate(signal.weights) if w is not None]
+    defaults = Defaults(tau=default.tau, signal="risk" if default.tau else "entropy")
+    return Manifest.model_validate({**dict(manifest), "risk": weights, "defaults": defaults})

@@ -1,0 +1,160 @@
+"""What a new classifier gets right, by label, at full depth and at its default τ."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.markup import escape
+
+from de3.data.tables import TextOrPair
+from de3.exits import calibration
+from de3.exits.calibration import Samples
+from de3.exits.rule import exit_index
+from de3.exits.signals import Entropy
+from de3.model_store.printable import printable
+from de3.progress import console, empty_table, warn
+
+WEAKEST = 5  # number of labels shown
+MAX_FALL = 0.05  # recall that a label may lose at the default τ without a warning
+RESAMPLES = 200  # of the bootstrap
+SHOWN = 60  # characters of a text
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The labels of n texts and a model's answers; labels, answers: (n, K), groups: (n,)."""
+
+    labels: Bools
+    answers: Bools
+    groups: NDArray[np.int64]
+
+    @property
+    def right(self) -> Bools:
+        """True where the answer has all labels of a text and no other, (n,)."""
+        return np.asarray((self.answers == self.labels).all(-1))
+
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        """The share of each label's texts whose answer has the label, (K,); NaN without texts."""
+        with np.errstate(invalid="ignore"):
+            return np.asarray((self.answers & self.labels).sum(0) / self.labels.sum(0))
+
+    def accuracy(self) -> str:
+        """The accuracy with its 95% interval, %."""
+        size = calibration.effective_size(self.right, self.groups)
+        share = float(self.right.mean())
+        low, high = calibration.wilson(share * size, size)
+        return f"{100 * share:.1f}% ({100 * low:.1f} … {100 * high:.1f})"
+
+    def macro_f1(self) -> str:
+        """The mean F1 of the labels that occur, with its 95% interval by a bootstrap over groups, %."""
+        rng, count = np.random.default_rng(0), int(self.groups.max()) + 1
+        drawn = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)[:, self.groups]
+        weights = np.concatenate([np.ones((1, len(self.groups))), drawn])
+        hits = weights @ (self.answers & self.labels)
+        given = weights @ (self.answers.astype(np.int64) + self.labels)
+        occurs = self.labels.any(0) | self.answers.any(0)
+        f1 = (2 * hits / np.maximum(given, 1e-9))[:, occurs].mean(-1)
+        low, high = np.quantile(f1[1:], (0.025, 0.975))
+        return f"{100 * f1[0]:.1f} ({100 * low:.1f} … {100 * high:.1f})"
+
+
+def report(
+    samples: Samples,
+    scores: NDArray[np.float64],
+    tau: float,
+    names: Sequence[str],
+    texts: Sequence[TextOrPair],
+    what: str,
+) -> None:
+    """Print the accuracy, macro-F1 and recall of a model on n texts.
+
+    scores: those of the default signal, (n, exits). tau: the default τ. names: the labels. what: description of the
+    texts.
+    """
+    recorded, groups = samples.recorded, np.unique(samples.groups, return_inverse=True)[1]
+    rows, index = np.arange(len(scores)), exit_index(scores, tau)
+
+    def of(answers: NDArray[np.generic]) -> Answers:
+        return Answers(_one_hot(recorded.labels, len(names)), _one_hot(answers, len(names)), groups)
+
+    full, early = of(recorded.answers[:, -1]), of(recorded.answers[rows, index])
+    measure = "accuracy" if recorded.thresholds is None else "all labels right"
+    outcome = calibration.outcome(samples, scores, tau, Entropy())
+    console.print(
+        f"{len(texts)} {what}: at full depth {measure} {full.accuracy()}, macro-F1 {full.macro_f1()}; at the default "
+        f"τ = {tau:g} {measure} {early.accuracy()}, macro-F1 {early.macro_f1()}, {outcome.speedup:.2f}× in layers, "
+        f"{100 * outcome.disagreement:.1f}% of the answers differ from full depth",
+        soft_wrap=True,
+        highlight=False,
+    )
+    _show_weakest(full, early, names)
+    if recorded.thresholds is None:
+        _show_confused(recorded.labels, recorded.answers[:, -1], names, texts)
+    fall = full.recall - early.recall
+    fallen = [k for k in np.argsort(-fall).tolist() if fall[k] > MAX_FALL]
+    shown = ", ".join(
+        f"{names[k]!r} ({100 * full.recall[k]:.0f} → {100 * early.recall[k]:.0f}% of {full.labels[:, k].sum()})"
+        for k in fallen[:WEAKEST]
+    )
+    if fallen:
+        warn(
+            [
+                f"at the default τ, the recall of {len(fallen)} of {len(names)} labels falls by more than "
+                f"{100 * MAX_FALL:g} points: {shown}. τ bounds the answers that differ over all texts, not those of a "
+                "rare label; lower it with --max-loss"
+            ]
+        )
+
+
+def _one_hot(answers: NDArray[np.generic], count: int) -> Bools:
+    if answers.ndim == 2:
+        return answers.astype(np.bool_)
+    return np.asarray(answers[:, None] == np.arange(count))
+
+
+def _show_weakest(full: Answers, early: Answers, names: Sequence[str]) -> None:
+    recall, size = full.recall, full.labels.sum(0)
+    order = [k for k in np.argsort(recall, kind="stable").tolist() if size[k]][:WEAKEST]
+    title = "Labels that are found least often (recall)" if len(names) > WEAKEST else "Recall by label"
+    table = empty_table(("", "texts", "full depth", "95% interval", "default τ"), title)
+    for k in order:
+        low, high = calibration.wilson(recall[k] * size[k], size[k])
+        shares = f"{100 * recall[k]:.0f}%", f"{100 * low:.0f} … {100 * high:.0f}"
+        table.add_row(_shown(names[k]), str(size[k]), *shares, f"{100 * early.recall[k]:.0f}%")
+    console.print(table)
+
+
+def _show_confused(
+    labels: NDArray[np.int64],
+    answers: NDArray[np.int64],
+    names: Sequence[str],
+    texts: Sequence[TextOrPair],
+) -> None:
+    """Print the pairs of labels that full depth confuses most often, each with a text."""
+    wrong = np.flatnonzero(labels != answers)
+    pairs, first, counts = np.unique(
+        np.stack([labels[wrong], answers[wrong]], 1), axis=0, return_index=True, return_counts=True
+    )
+    if not len(wrong):
+        return
+    table = empty_table(("", "", "texts", ""), "Labels that full depth confuses most often")
+    table.columns[0].header, table.columns[1].header, table.columns[3].header = (
+        "label",
+        "answer",
+        "for example",
+    )
+    for i in np.argsort(-counts, kind="stable")[:WEAKEST]:
+        text = texts[wrong[first[i]]]
+        label, answer = (_shown(names[k]) for k in pairs[i])
+        table.add_row(
+            label, answer, str(counts[i]), _shown(text if isinstance(text, str) else " / ".join(text))
+        )
+    console.print(table)
+
+
+def _shown(text: str) -> str:
+    """The beginning of a label or text, for a table."""
+    return escape(printable(text[:SHOWN] + ("…" if len(text) > SHOWN else "")))

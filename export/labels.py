@@ -1,0 +1,145 @@
+"""Fits all exits of a new classifier, the last included, to the labels of texts; the encoder does not change."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from de3.exits.recorded import Recorded
+from de3.export import fit
+from de3.export.fit import Array, Exits
+from de3.export.training_set import Target, TrainingSet
+from de3.progress import console
+
+RIDGES = (0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # strongest first
+FOLDS = 5
+FEW = 3000  # texts; with fewer, the ridge is chosen on all folds instead of one
+WORSE = 2  # the search ends after this many ridges that are worse than the best
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Exits that were fitted to labels.
+
+    Attributes:
+        crossed: the outputs of exits for the texts, each text run through exits that were fitted without it.
+    """
+
+    exits: Exits
+    crossed: Recorded
+
+
+def fit_labels(
+    num_layers: int,
+    texts: TrainingSet,
+    position: NDArray[np.float64],
+    poolings: Sequence[str],
+    as_served: Callable[[Exits], Exits],
+) -> Fitted:
+    """Fit exits to labels. Pooling, ridge and number of layers are chosen by the results on texts held out in turn.
+
+    num_layers: layers of the encoder. position: the texts' positions by which to split (see `data.split.stratified`).
+    as_served: rounds exits as the artifact does.
+    """
+    fold = np.unique(np.floor(position * FOLDS), return_inverse=True)[1]
+    axes: fit.Axes = {}
+    pooling, ridge = _search(texts, fold, num_layers // 2, poolings)
+    ridges: list[float] = [ridge] * (num_layers + 1)
+    start: list[fit.Linear | None] = [None] * (num_layers + 1)
+    exits = fit.fit_with(texts, pooling, ridges, SEED, start, axes)
+    crossed = fit.cross_fitted(texts, exits, ridges, SEED, axes, fold, as_served)
+    depth = _depth(crossed.correct)
+    right = ", ".join(f"{100 * share:.1f}" for share in crossed.correct.mean(0))
+    fewer = f"; {depth} of {num_layers} layers are used" if depth < num_layers else ""
+    console.print(
+        f"ridge {ridge:g}; exits on the {'mean of the tokens' if pooling == 'mean' else 'first token'}, from the "
+        f"embeddings to the last layer, are right for {right}% of {len(texts)} texts held out in turn{fewer}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return Fitted(as_served(_cut(exits, depth)), _cut_record(crossed, depth))
+
+
+def _search(
+    texts: TrainingSet, fold: NDArray[np.int64], layer: int, poolings: Sequence[str]
+) -> tuple[str, float]:
+    """The pooling and ridge for all layers, from the mean loss of one layer's exit on held-out texts.
+
+    Of the ridges that are not clearly worse than the best (by one standard error), the strongest.
+    """
+    best = (poolings[0], RIDGES[0], np.inf)
+    for pooling in poolings:
+        folds = int(fold.max()) + 1 if len(texts) < FEW else 1
+        paths = fit.in_parallel(
+            partial(_losses, texts, fold, pooling, layer), folds, f"Choosing the ridge ({pooling})"
+        )
+        length = min(map(len, paths))
+        losses = np.concatenate([np.array(path[:length]) for path in paths], axis=1)  # (ridges, texts)
+        means = losses.mean(1)
+        worse = losses - losses[means.argmin()]
+        is_near = worse.mean(1) <= worse.std(1) / np.sqrt(losses.shape[1])
+        chosen = int(np.flatnonzero(is_near)[0])
+        if means.min() < best[2]:
+            best = (pooling, RIDGES[chosen], float(means.min()))
+    return best[:2]
+
+
+def _losses(
+    texts: TrainingSet, fold: NDArray[np.int64], pooling: str, layer: int, k: int
+) -> list[NDArray[np.float64]]:
+    """The losses of the texts of fold k, (n,), by ridge, from the strongest to WORSE after the best."""
+    held, others = (texts.part(np.flatnonzero(rows)) for rows in (fold == k, fold != k))
+    x = held.pooled(pooling, layer)
+    losses = list[NDArray[np.float64]]()
+    for _, (weight, bias) in fit.fitted(others, pooling, layer, RIDGES, {}):
+        losses.append(_loss(x @ weight.T + bias, held.target))
+        means = [float(loss.mean()) for loss in losses]
+        if len(means) - 1 - int(np.argmin(means)) >= WORSE:
+            break
+    return losses
+
+
+def _loss(logits: Array, target: Target) -> NDArray[np.float64]:
+    """The cross-entropy of each text, (n,); of several labels, their sum."""
+    z, wanted = logits.astype(np.float64), target.probabilities
+    if target.thresholds is not None:
+        return np.asarray((np.logaddexp(0, z) - wanted * z).sum(-1))
+    z -= z.max(-1, keepdims=True)
+    return np.asarray(np.log(np.exp(z).sum(-1)) - (wanted * z).sum(-1))
+
+
+def _depth(correct: NDArray[np.bool_]) -> int:
+    """The smallest number of layers, at least 1, whose exit is not clearly less accurate than the best one's.
+
+    correct: (n, exits). Clearly: by more than one standard error of the difference on the same texts.
+    """
+    lost = correct[:, correct.mean(0).argmax(), None].astype(np.float64) - correct
+    is_near = lost.mean(0) <= lost.std(0) / np.sqrt(len(lost))
+    is_near[0] = False
+    return int(np.flatnonzero(is_near)[0]) if is_near.any() else 1
+
+
+def _cut(exits: Exits, depth: int) -> Exits:
+    """The exits of the first layers."""
+    return replace(
+        exits,
+        classifiers=exits.classifiers[: depth + 1],
+        spaces=exits.spaces[:depth],
+        prototypes=exits.prototypes[:depth],
+    )
+
+
+def _cut_record(recorded: Recorded, depth: int) -> Recorded:
+    """The outputs of the exits of the first layers; the last has no prototypes."""
+    distances = recorded.distances[:, : depth + 1].copy()
+    distances[:, depth] = np.nan
+    exits = slice(depth + 1)
+    return replace(
+        recorded,
+        exit_layers=recorded.exit_layers[exits],
+        logits=recorded.logits[:, exits],
+        distances=distances,
+    )

@@ -1,0 +1,307 @@
+"""de3 fit: a classifier from a table of texts and labels."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+from de3.data.examples import Example
+from de3.data.split import stratified
+from de3.export import from_table, labels, states
+from de3.export.encoder import encoder_of
+from de3.library import load
+from de3.model_store.model import Model
+from de3.model_store.store import Store
+from tests.commands import WITHOUT_TORCH, de3, refusal
+from tests.fixtures import BAD, FILLER, GOOD, made_once, save_encoder
+
+# What a text is about is the word that it has of one of these.
+TOPICS = {"praise": GOOD[:5], "thanks": GOOD[5:], "blame": BAD[:5], "anger": BAD[5:]}
+
+
+def topics(count: int, seed: int) -> list[tuple[str, str]]:
+    """Texts, a twentieth of them without a word of their topic, with one of four labels."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        label = str(rng.choice(list(TOPICS)))
+        words = list(rng.choice(FILLER, rng.integers(3, 10)))
+        if rng.random() > 0.05:
+            words.insert(rng.integers(len(words)), str(rng.choice(TOPICS[label])))
+        rows.append((" ".join(words), label))
+    return rows
+
+
+def write_table(path: Path, rows: list[tuple[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return path
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
+    """A folder with the table, and the classifier that the command made without PyTorch: store/topics/1, log.txt."""
+
+    def make(folder: Path) -> None:
+        table = write_table(folder / "topics.csv", topics(3000, 1))
+        command = f"fit {table} --encoder {encoder} --name topics --store {folder}/store"
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, *command.split()],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"COLUMNS": "200"},
+        )
+        assert done.returncode == 0, done.stderr
+        (folder / "log.txt").write_text(done.stderr)
+
+    return made_once(tmp_path_factory, "fitted", make)
+
+
+def test_a_table_becomes_a_classifier(fitted: Path) -> None:
+    log = (fitted / "log.txt").read_text()
+    manifest = Store(fitted / "store").open("topics").manifest
+    assert manifest.labels == sorted(TOPICS)
+    assert manifest.source is None
+    assert manifest.input == "text"
+    calibration = manifest.calibration
+    assert calibration is not None
+    assert not calibration.self_labelled
+    assert calibration.certify_size == 601
+    assert calibration.default.accuracy > 0.9
+    assert "2399 texts to fit, 601 to certify" in log
+    assert "601 texts that were not used to fit: at full depth accuracy 9" in log
+    assert "Labels that full depth confuses most often" in log
+    assert "Next: de3 serve --model topics --store" in log
+    new = topics(400, 2)
+    answers = load("topics", store=fitted / "store").answers([text for text, _ in new], tau=0)
+    right = np.mean([row["label"] == label for row, (_, label) in zip(answers, new, strict=True)])
+    low, high = calibration.default.accuracy_interval
+    assert low - 0.03 < right < high + 0.03
+
+
+def test_full_depth_is_a_logistic_regression_on_the_fitting_texts(
+    fitted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoder: Path
+) -> None:
+    """The certifying texts teach nothing: scikit-learn gives the same answers from the fitting texts alone."""
+    seen: dict[str, Any] = {}
+    compute, parts = states.compute, from_table._parts
+
+    def split(examples: Any) -> Any:
+        seen["parts"] = parts(examples)
+        return seen["parts"]
+
+    def computed(model: Any, texts: Any, *more: Any) -> Any:
+        seen["texts"], seen["computed"] = texts, compute(model, texts, *more)
+        seen["states"] = [seen["computed"].states("mean", layer) for layer in range(4)]
+        return seen["computed"]
+
+    monkeypatch.setattr(from_table.states, "compute", computed)
+    monkeypatch.setattr(from_table, "_parts", split)
+    output = de3(f"fit {fitted}/topics.csv --encoder {encoder} --name topics --store {tmp_path}")
+    fitting, _, certifying = seen["parts"]
+    assert seen["texts"] == [e.text for e in fitting]
+    assert not {e.text for e in certifying} & {e.text for e in fitting}
+    again, first = Store(tmp_path).open("topics"), Store(fitted / "store").open("topics")
+    assert again.manifest.files == first.manifest.files
+    model, depth = Model(again, "auto"), again.manifest.num_layers
+    ridge = float(output.partition("\nridge ")[2].partition(";")[0])
+    x = seen["states"][depth]
+    mean, spread = x.mean(0), x.std(0) + 1e-4
+    theirs = LogisticRegression(C=1 / (2 * ridge * len(x)), max_iter=5000, tol=1e-8)
+    theirs.fit((x - mean) / spread, [e.label for e in fitting])
+    tokens = [model.tokenize(e.text) for e in certifying]
+    steps = [model.full_depth(one) for one in tokens]
+    pooled = np.stack([step[-1].hidden[0].mean(0) for step in steps])
+    expected = theirs.predict_log_proba((pooled - mean) / spread)
+    logits = np.stack([step[-1].logits for step in steps if step[-1].logits is not None])
+    ours = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert (ours.argmax(-1) == expected.argmax(-1)).mean() > 0.99
+    assert np.abs(np.exp(ours) - np.exp(expected)).mean() < 0.01
+
+
+def test_a_second_table_is_the_next_version(fitted: Path, tmp_path: Path, encoder: Path) -> None:
+    """With few texts: no certificate, a default τ from texts held out in turn, and the encoder of a stored model."""
+    table = write_table(tmp_path / "few.csv", topics(32, 5))
+    path = tmp_path / "store"
+    first = f"fit {table} --encoder {fitted}/store/topics --name few --store {path}"
+    output = de3(first)
+    assert "32 texts are too few for a certificate" in output
+    assert "32 texts held out in turn" in output
+    manifest = Store(path).open("few").manifest
+    assert manifest.calibration is None
+    assert manifest.risk is not None
+    assert "published" in de3(first.replace("few.csv", "few.csv --quantize int8"))
+    second = Store(path).open("few")
+    assert second.manifest.version == 2
+    assert second.manifest.files == manifest.model_copy().files
+    answers = load("few", store=path).answers(["a good film", "a stale film"], tau=0.5)
+    assert {row["label"] for row in answers} <= set(TOPICS)
+    assert "it is int8; --quantize must be the same" in refusal(f"{first} --quantize none")
+
+
+def test_several_labels_in_a_cell_make_a_multi_label_model(tmp_path: Path, encoder: Path) -> None:
+    rows = []
+    for (one, first), (two, second) in zip(topics(300, 1), topics(300, 2), strict=True):
+        both = "|".join(dict.fromkeys([first, second]))
+        rows += [(f"{one} {two}", both), (one, first)]
+    rows.append(("the film", ""))
+    table = write_table(tmp_path / "multi.csv", rows)
+    output = de3(f"fit {table} --encoder {encoder} --name multi --store {tmp_path}/store --threshold 0.4")
+    assert "all labels right" in output
+    manifest = Store(tmp_path / "store").open("multi").manifest
+    assert manifest.thresholds == [0.4] * 4
+    answers = load("multi", store=tmp_path / "store").answers([text for text, _ in rows], tau=0)
+    right = [set(a["labels"]) == set(label.split("|")) for a, (_, label) in zip(answers, rows, strict=True)]
+    assert np.mean(right) > 0.8
+
+
+def test_bad_tables_get_a_line(tmp_path: Path, encoder: Path) -> None:
+    def table(rows: list[tuple[str, str]]) -> Path:
+        return write_table(tmp_path / "bad.csv", rows)
+
+    command = f"fit {tmp_path}/bad.csv --encoder {encoder} --name bad --store {tmp_path}/store"
+    good = topics(40, 3)
+    table([*good, ("", "praise")])
+    assert "bad.csv:42: text is empty" in refusal(command)
+    table([*good, ("a film", "")])
+    assert "bad.csv:42: label is empty" in refusal(command)
+    table([(text, "praise") for text, _ in good])
+    assert "at least 2 labels; every row has the label 'praise'" in refusal(command)
+    table(good)
+    assert "no column 'topic'; it has 'text', 'label'" in refusal(f"{command} --label-column topic")
+    assert "--threshold: no text has several labels" in refusal(f"{command} --threshold 0.5")
+    table(
+        [
+            *good,
+            ("a film", "seen once"),
+            *[("A  FILM", "praise"), ("the plot", "anger"), ("the plot", "blame")],
+        ]
+    )
+    output = de3(command)
+    assert "'seen once' (1)" in output
+    assert (
+        "2 texts occur with different labels: 'a film': praise or seen once; 'the plot': anger or blame"
+        in output
+    )
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier", "masked"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet"])
+def test_the_encoder_of_any_model_is_used(kind: str, family: str, tmp_path: Path) -> None:
+    """Its states are transformers' own, whatever head it has; weights of another encoder are refused."""
+    folder = save_encoder(tmp_path / "encoder", family, labels=3 * (kind == "classifier"))
+    if kind == "masked":
+        AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)
+    theirs, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    with encoder_of(str(folder), Store(tmp_path / "store"), "fp32") as (artifact, poolings):
+        model = Model(artifact, "onnxruntime")
+    assert poolings == ("mean", "cls")
+    for text in ("a good film", "not " * 40):
+        with torch.no_grad():
+            expected = theirs(**tokenizer(text, return_tensors="pt", truncation=True, max_length=64))
+        ours = model.pooling.normalized(model.full_depth(model.tokenize(text))[-1].hidden)
+        np.testing.assert_allclose(ours, expected.last_hidden_state[0].numpy(), atol=1e-4)
+    weights = load_file(folder / "model.safetensors")
+    layer = next(name for name in weights if "layers.0." in name or "layer.0." in name)
+    weights[layer.replace(".0.", ".7.")] = weights[layer].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    opened = encoder_of(str(folder), Store(tmp_path / "store"), "fp32")
+    with pytest.raises(ValueError, match="which a model of this type does not use"), opened:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, ("mean",)),
+        ({"pooling_mode_cls_token": True}, ("cls",)),
+        ({"pooling_mode": "cls"}, ("cls",)),
+        ({"pooling_mode": "lasttoken"}, ("mean", "cls")),
+    ],
+)
+def test_a_sentence_encoder_says_how_it_pools(
+    config: dict[str, Any], expected: tuple[str, ...], encoder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sentences"
+    folder.mkdir()
+    for file in encoder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text(json.dumps(config))
+    with encoder_of(str(folder), Store(tmp_path / "store"), "int8") as (_, poolings):
+        assert poolings == expected
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30)), min_size=4, max_size=200),
+    st.integers(0, 5),
+)
+def test_any_interval_of_positions_has_its_share_of_each_label(
+    rows: list[tuple[str, int]], seed: int
+) -> None:
+    examples = [Example(f"text {i}", "abc".index(label), f"group {g}") for i, (label, g) in enumerate(rows)]
+    positions = stratified(examples, seed)
+    of_group: dict[str | None, set[float]] = {}
+    for example, position in zip(examples, positions, strict=True):
+        of_group.setdefault(example.group, set()).add(position)
+    assert all(len(found) == 1 for found in of_group.values())
+    assert ((positions > 0) & (positions < 1)).all()
+    single = [Example(f"text {i}", "abc".index(label)) for i, (label, _) in enumerate(rows)]
+    positions, counts = stratified(single, seed), Counter(label for label, _ in rows)
+    for k, label in enumerate("abc"):
+        own = np.array([p for p, e in zip(positions, single, strict=True) if e.label == k])
+        for share in (0.2, 0.5):
+            assert abs((own < share).sum() - share * counts[label]) <= 0.5
+
+
+def test_layers_that_gain_nothing_are_left_out() -> None:
+    rng = np.random.default_rng(0)
+    correct = np.stack([rng.random(2000) < p for p in (0.95, 0.7, 0.9, 0.9, 0.9)], 1)
+    correct[:, 3:] = correct[:, 2:3]
+    assert labels._depth(correct[:, 1:]) == 1
+    assert labels._depth(correct) == 1  # at least one layer
+    correct[:40, 4] = True
+    assert labels._depth(correct[:, 1:]) == 3
+
+
+def test_a_rare_label_that_early_exits_miss_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    from de3.exits.calibration import Samples
+    from de3.exits.recorded import Recorded
+    from de3.export.label_report import report
+
+    n = 200
+    truth = (np.arange(n) < 20).astype(np.int64)
+    logits = np.zeros((n, 2, 2), np.float32)
+    logits[np.arange(n), 1, truth] = 4
+    logits[:, 0, 0] = 2  # the early exit always answers the frequent label
+    recorded = Recorded([0, 1], logits, np.full_like(logits, np.nan), truth)
+    scores = np.full((n, 2), 0.1)
+    report(
+        Samples.independent(recorded),
+        scores,
+        0.5,
+        ["[red]usual", "rare"],
+        [f"text {i}" for i in range(n)],
+        "x",
+    )
+    output = capsys.readouterr().err
+    assert "the recall of 1 of 2 labels falls by more than 5 points: 'rare' (100 → 0% of 20)" in output
+    assert "[red]usual" in output
+    report(
+        Samples.independent(recorded), scores, 0.0, ["usual", "rare"], [f"text {i}" for i in range(n)], "x"
+    )
+    assert "falls" not in capsys.readouterr().err
