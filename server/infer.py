@@ -74,9 +74,9 @@ class Inference:
     async def _wait(self, job: Job, done: "asyncio.Future[None]", service: Service) -> None:
         """Submit a job and wait until it finishes; raises an error if it fails or times out."""
         service.engine.submit(job)
-        timeout_s, expires_at = service.settings.timeout_s, job.request.expires_at
-        left_s = timeout_s if expires_at is None else expires_at - perf_counter()
-        timer = asyncio.get_running_loop().call_later(left_s, lambda: self._settle(timed_out(timeout_s)))
+        expires_at = job.request.expires_at
+        left_s = service.settings.timeout_s if expires_at is None else expires_at - perf_counter()
+        timer = asyncio.get_running_loop().call_later(left_s, lambda: self._settle(timed_out(service)))
         try:
             await done
         except BaseException:
@@ -103,9 +103,10 @@ def _check_response(request: Request, manifest: Manifest) -> None:
         )
 
 
-def timed_out(timeout_s: float) -> RequestError:
+def timed_out(service: Service) -> RequestError:
     """The error for a request that timed out."""
-    return RequestError(f"no answer within {timeout_s:g} s", cause="timeout")
+    message, after_s = f"no answer within {service.settings.timeout_s:g} s", service.engine.retry_after_s()
+    return RequestError(message, cause="timeout", retry_after_s=after_s)
 
 
 def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:

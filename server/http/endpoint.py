@@ -118,13 +118,12 @@ async def _parse_in_turn(
     call: Call, client: str, exchange: Exchange, frontend: Frontend, protocol: Protocol
 ) -> Request:
     """Parse a large body when its turn comes; raises RequestError if it is invalid or the request times out."""
-    timeout_s = frontend.service.settings.timeout_s
-    left_s = exchange.started + timeout_s - perf_counter()
+    left_s = exchange.started + frontend.service.settings.timeout_s - perf_counter()
     try:
         async with asyncio.timeout(left_s), frontend.parse_lock.hold(client):
             return protocol.parse(call)
     except TimeoutError:
-        raise timed_out(timeout_s) from None
+        raise timed_out(frontend.service) from None
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
