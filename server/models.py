@@ -224,6 +224,15 @@ class Models:
                 return one
         raise unknown_model(name, [s.model.full_name for s in served])
 
+    def aliases_of(self, manifest: Manifest) -> list[str]:
+        """The aliases of the settings that name this version; those of a model that is not served name none."""
+        found = []
+        for alias in self._targets:
+            with suppress(RequestError):
+                if self.current(alias).model.full_name == manifest.full_name:
+                    found.append(alias)
+        return found
+
     def role_of(self, manifest: Manifest) -> Role:
         """The role of a loaded version."""
         route = self.routes[manifest.name]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from time import perf_counter
+from typing import Any
 
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact, Store
@@ -189,10 +190,10 @@ class Service:
             return [served.model.manifest for served in self.models.all]
         return [artifact.manifest for artifact in self.artifacts]
 
-    def role(self, manifest: Manifest) -> dict[str, str | float | bool | None]:
+    def role(self, manifest: Manifest) -> dict[str, Any]:
         """Fields of a served version in /v1/models; empty while the models load.
 
-        They are its role, share (of a canary only), is_default, runtime and instructions.
+        They are its role, share (of a canary only), is_default, aliases, runtime and instructions.
         """
         if not self.is_open:
             return {}
@@ -200,7 +201,11 @@ class Service:
         model = self.models.current(manifest.full_name).model
         runtime = {"runtime": model.runtime, "instructions": model.instructions or None}
         share = {"share": self.models.routes[manifest.name].share} if role == "canary" else {}
-        return {"role": role, **share, "is_default": self.models.is_default(manifest.name), **runtime}
+        names = {
+            "is_default": self.models.is_default(manifest.name),
+            "aliases": self.models.aliases_of(manifest),
+        }
+        return {"role": role, **share, **names, **runtime}
 
     def current(self, name: str | None) -> Served:
         """The current version of a name, or the version with this alias (see models.aliases).

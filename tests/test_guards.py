@@ -135,6 +135,8 @@ def test_detectors_of_fms(server: Server) -> None:
 
 def test_the_header_detector_id_picks_the_model(store: Path) -> None:
     with serving(store, default_model=None, aliases=["guard=tiny"]) as server:
+        listed = {row["name"]: row["aliases"] for row in httpx.get(f"{server.url}/v1/models").json()["data"]}
+        assert listed == {"tiny": ["guard"], "tiny-int8": []}
 
         def detected(header: str, **params: Any) -> httpx.Response:
             body = {"contents": [BAD], "detector_params": {"tau": 0, **params}}
@@ -142,10 +144,13 @@ def test_the_header_detector_id_picks_the_model(store: Path) -> None:
 
         for asked, model in (("tiny", "tiny"), ("guard", "tiny"), ("tiny-int8:1", "tiny-int8")):
             score = server.classify(input=BAD, model=model, tau=0).json()["data"][0]["probs"][1]
-            for answer in (detected(asked), detected("", model=asked), detected("other", model=asked)):
+            for answer in (detected(asked), detected("", model=asked), detected(asked, model=asked)):
                 assert answer.json()[0][0]["score"] == score, answer.text
         assert (detected("other").status_code, detected("").status_code) == (404, 422)
         assert detected("").json()["message"].startswith("model: is required, as several are served: tiny, ")
+        other = detected("tiny", model="tiny-int8")
+        says = "detector_params: model: 'tiny-int8' is not the model in the header detector-id, 'tiny';"
+        assert other.status_code == 422 and other.json()["message"].startswith(says)
 
 
 def guarded(server: Server, texts: Any, **params: Any) -> dict[str, str]:

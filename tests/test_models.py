@@ -403,6 +403,10 @@ def test_a_request_without_a_model_gets_the_default_or_the_only_one_that_fits() 
     assert [models.get(name) for name in ("x", "x:1", "y")] == [models.current("x"), b, c] == [b, b, c]
     with pytest.raises(RequestError, match="no model 'b:2' is served"):
         models.get("x:2")
+    models.add(newer := fake(2, "b"))
+    assert [models.aliases_of(one.model.manifest) for one in (a, b, newer, c)] == [[], [], ["x"], ["y"]]
+    models.remove("b", None)
+    assert [models.aliases_of(one.model.manifest) for one in (a, c)] == [[], ["y"]]
 
 
 def test_the_first_of_several_versions_answers(versions: Path) -> None:

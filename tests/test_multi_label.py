@@ -220,6 +220,9 @@ def test_moderation_with_openais_client(server: Server) -> None:
     for body in ({"input": []}, {"input": ["a", ""]}, {"input": 7}, {}, *({"input": one} for one in wrong)):
         answer = httpx.post(f"{server.url}/v1/moderations", json=body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, "input"), answer.text
+    unknown = {"input": [{"type": "text", "text": "good", "txet": "bad"}]}
+    message = httpx.post(f"{server.url}/v1/moderations", json=unknown).json()["error"]["message"]
+    assert message == "input[0].txet: unknown field; known fields: type, text"
 
 
 def test_detectors_find_each_label_that_reaches_its_threshold(server: Server) -> None:

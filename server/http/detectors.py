@@ -166,10 +166,17 @@ def parse(call: Call) -> ContentsRequest:
     check_count(value, "contents", call.max_texts)
     fields = check_fields(ContentsFields, value, EXAMPLE)
     parameters = check_fields(Parameters, fields.detector_params or {}, '{"threshold": 0.5}')
+    model = dict(call.headers).get(b"detector-id", b"").decode("latin-1")
+    if model and parameters.model not in (None, "", model):
+        raise RequestError(
+            f"detector_params: model: {parameters.model[:100]!r} is not the model in the header detector-id, "
+            f"{model[:100]!r}; give one of them",
+            "detector_params",
+        )
     return ContentsRequest(
         fields.contents,
         parameters.options,
-        parameters.model or dict(call.headers).get(b"detector-id", b"").decode("latin-1") or None,
+        parameters.model or model or None,
         threshold=parameters.threshold,
         safe=None if parameters.safe_labels is None else frozenset(parameters.safe_labels),
     )

@@ -39,6 +39,9 @@ def _part(value: Any, where: str) -> Text:
         raise ValueError(
             f'{where}: must be {{"type": "text", "text": "a text"}}; images cannot be classified'
         )
+    for key in value:
+        if key not in ("type", "text"):
+            raise ValueError(f"{where}.{key[:100]}: unknown field; known fields: type, text")
     return plain_text(value.get("text"), f"{where}.text")
 
 

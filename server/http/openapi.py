@@ -169,6 +169,7 @@ class ServedModel(BaseModel):
     max_tokens: int
     input: str | None = Field(description="text, pair, or null: takes both")
     precision: str
+    aliases: list[str] = Field([], description="its other names (--alias); absent while models load")
     runtime: str | None = Field(None, description="native or onnxruntime; absent while models load")
     instructions: str | None = Field(
         None, description="the instruction set of the native kernels, such as amx, vnni or dotprod"
