@@ -230,7 +230,9 @@ def test_a_model_without_exits(tab: Page, full_depth: Server) -> None:
                 "de3 serve my-org/stock --learn --guarantee 0.02",
             ]
         )
-        expect(page.locator("#measured")).to_contain_text("No live text has been measured")
+        expect(page.locator("#measured")).to_have_text(
+            "There is nothing to measure: every text runs to full depth."
+        )
         for gone in ("#slider", "#compare", "#layers", "#curve", "#exits", "#speedup"):
             expect(page.locator(gone)).to_be_hidden()
 

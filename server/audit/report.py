@@ -8,6 +8,7 @@ import numpy as np
 
 from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import speedup
+from de3.model_store.manifest import Manifest
 from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.audit.tenant import Tenant
 from de3.server.rules import Choice
@@ -36,7 +37,7 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
     signal, manifest, tenants = ledger.signal, ledger.manifest, dict(ledger.tenants)
     name = max(tenants, key=lambda one: tenants[one].evidence.texts, default="") if reader is None else reader
     tenant = tenants[name] if name in tenants else Tenant(ledger.taus, ledger.new_guarantee(), ledger.epoch)
-    evidence, guarantee, tau = tenant.evidence, tenant.guarantee, _tau(tenant, in_force)
+    evidence, guarantee, tau = tenant.evidence, tenant.guarantee, _tau(tenant, in_force, manifest)
     lower, upper = evidence.bounds()
     rates, layers = evidence.rates(), evidence.mean_layers()
     e_values = None if guarantee is None else guarantee.evidence.e_values(guarantee.rate)
@@ -91,7 +92,7 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
         "tenants": [
             {
                 "tenant": each,
-                **_tau(one, in_force),
+                **_tau(one, in_force, manifest),
                 "texts": one.evidence.texts,
                 "audits": one.evidence.audits,
             }
@@ -100,8 +101,10 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
     }
 
 
-def _tau(tenant: Tenant, in_force: Choice) -> dict[str, Any]:
+def _tau(tenant: Tenant, in_force: Choice, manifest: Manifest) -> dict[str, Any]:
     """A tenant's τ for requests without exit options, and the reason for it."""
+    if len(manifest.exit_layers) == 1:  # audits would allow any τ, but every text runs to full depth
+        return {"tau": 0.0, "reason": "no_exits"}
     guarantee = tenant.guarantee
     return tau_row(in_force) if guarantee is None else {"tau": guarantee.tau, "reason": guarantee.reason}
 

@@ -442,7 +442,9 @@ function drawCurve(exit) {
 /** The disagreement that audits measured at the τ in force, the calibration's, and the guarantee. */
 function drawMeasured({ audits, measured, calibrated, guarantee, tau }, learned) {
   const parts = [];
-  if (guarantee && tau.tau === 0) {
+  if (tau.reason === "no_exits") {
+    parts.push("There is nothing to measure: every text runs to full depth.");
+  } else if (guarantee && tau.tau === 0) {
     const why = tau.reason === "change" ? "More did, so for now" : "For now";
     parts.push(
       `The server guarantees that at most ${atMost(guarantee.max_disagreement)} of ${things()} differ from full depth.`,
