@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
 from de3.exits.reference import LEVELS, is_ascending
 from de3.exits.rule import Thresholds
-from de3.exits.signals import FEATURES, Entropy, ModelTraits, Signal, Weights, check_name, signal_of
+from de3.exits.signals import FEATURES, Entropy, ModelTraits, Risk, Signal, Weights, check_name, signal_of
 from de3.model_store.architecture import Architecture
 from de3.model_store.part import MAX_INT, MAX_LABELS, MAX_LAYERS, Layer, ManifestPart, Share
 
@@ -293,7 +293,7 @@ class Manifest(Architecture):
         """The signal of the default exit rule."""
         if self.defaults.tau == 0 and self.defaults.signal == "entropy":
             # The default of an export without calibration, for any kind of model: at τ = 0 it has no effect.
-            return Entropy()
+            return Entropy() if self.tolerance is None else Risk((None,) * (self.num_layers + 1))
         return self.signal(self.defaults.signal, self.defaults.lam)
 
     @property

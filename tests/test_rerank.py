@@ -40,6 +40,12 @@ def values(server: Server) -> list[float]:
     return [row["value"] for row in server.classify(input=pairs).json()["data"]]
 
 
+def test_a_ranker_without_exits_reports_the_signal_of_regression_models(server: Server) -> None:
+    found = server.described(input="good", model="ranker", explain=True)["data"][0]["exit"]
+    assert (found["signal"], found["score"], found["entropy"]) == ("risk", None, None)
+    assert httpx.get(f"{server.url}/v1/models/ranker").json()["defaults"]["signal"] == "risk"
+
+
 def shown(score: float) -> float:
     """A score as it is sent."""
     return float(f"{score:.6g}")

@@ -116,7 +116,7 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "thresholds": manifest.thresholds,
         "tolerance": manifest.tolerance,
         "precision": manifest.precision,
-        "defaults": manifest.defaults.model_dump(by_alias=True),
+        "defaults": manifest.defaults.model_dump(by_alias=True) | {"signal": manifest.default_signal.name},
         "signals": [s.name for s in signals_of(manifest.traits)] if len(manifest.exit_layers) > 1 else [],
         "self_labelled": c is not None and c.self_labelled,
         "learned": None if manifest.learned is None else manifest.learned.model_dump(exclude={"base"}),
