@@ -162,7 +162,12 @@ def load_examples(
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     columns = Columns(multi_label=multi_label, regression=regression)
-    rows = list(records(path, columns))
+    rows = list(records(path, replace(columns, label=None)))  # also reads .txt, for the error below
+    for where, record in rows:
+        if isinstance(record, dict) and not {"text", "label"} <= record.keys():
+            raise ValueError(
+                f'{where}: each sample needs "text" and "label"; for texts without labels, use de3 calibrate --texts'
+            )
     if isinstance(rows[0][1], dict) and "text_pair" in rows[0][1]:
         columns = replace(columns, text_pair="text_pair")
     labelled = [row_of(record, columns, where) for where, record in rows]

@@ -1220,7 +1220,12 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
         path = f"{server.url}/v1/models/base/audit"
         until(lambda: httpx.get(path).json()["tenants"], "the audits")
         audit = httpx.get(path).json()
-        shown = audit["tau"], audit["guarantee"]["reason"], audit["measured"]["tau"], audit["tenants"][0]["tau"]
+        shown = (
+            audit["tau"],
+            audit["guarantee"]["reason"],
+            audit["measured"]["tau"],
+            audit["tenants"][0]["tau"],
+        )
         assert shown == ({"tau": 0.0, "reason": "no_exits"}, "no_exits", 0.0, 0.0)
         assert admin.post("/v1/models/base/learn").json()["object"] == "learn"  # with fewer than 150 records
         until(lambda: report(server)["fits"], "the fit that was asked for")

@@ -65,6 +65,16 @@ def test_unknown_labels_or_the_wrong_input_publish_no_calibration(store: Path, t
     odd = write_rows(tmp_path / "odd.jsonl", [("a film", "mixed")])
     with pytest.raises(ValueError, match="mixed"):
         de3(f"calibrate tiny --tune {odd} --certify {odd} --store {mine}")
+    for name, content in (
+        ("bare.jsonl", '{"text": "a film"}'),
+        ("bare.txt", "a film"),
+        ("bare.csv", "text\na film"),
+    ):
+        (bare := tmp_path / name).write_text(content)
+        with pytest.raises(
+            ValueError, match=f'{name}:[12]: each sample needs "text" and "label"; .* --texts'
+        ):
+            de3(f"calibrate tiny --tune {bare} --certify {bare} --store {mine}")
     edit(mine / "tiny" / "1", lambda m: m.update(input="pair"))
     single = write_rows(tmp_path / "single.jsonl", make_rows(30, 36))
     with pytest.raises(ValueError, match=r"single.jsonl: .*pairs"):
