@@ -1,7 +1,10 @@
 """The segments, compared with the PyTorch model, for every encoder family, pooling, precision and shape of exits."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +230,9 @@ def test_calibration_is_honest(tmp_path_factory: pytest.TempPathFactory) -> None
     assert default in manifest.calibration.table
 
 
-def test_evaluate_prints_a_table_and_draws_a_plot(tmp_path: Path, checkpoint: Path, store: Path) -> None:
+def test_evaluate_prints_a_table_and_draws_a_plot(
+    tmp_path: Path, checkpoint: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     artifact, png = store / "tiny-int8/1", tmp_path / "plot.png"
     for model, more in ((checkpoint, ""), (artifact, ""), (artifact, " and it was so" * 9)):
         file = tmp_path / "texts.tsv"
@@ -241,6 +246,13 @@ def test_evaluate_prints_a_table_and_draws_a_plot(tmp_path: Path, checkpoint: Pa
         assert ("risk" in output) == (model != checkpoint)  # a checkpoint has no fitted risk yet
         assert ("The default by length" in output) == (model != checkpoint)
         assert ("the calibration's guarantees may not hold for these texts" in output) == bool(more)
+    arguments += ["--label-names", "negative,positive", "--png", str(png)]
+    home = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"} | {"HOME": "/proc/none"}
+    command = [sys.executable, "-m", "de3.cli", *arguments]
+    done = subprocess.run(command, env=home, capture_output=True, text=True, check=True)
+    assert done.stderr.endswith(f"plot: {png}\n") and "atplotlib" not in done.stderr, done.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "plot: skipped (" in (skipped := de3(arguments)) and "to draw it: pip install matplotlib" in skipped
     default = Store(store).open("tiny-int8").manifest.defaults
     assert f"Default {default.signal}" in output.replace("EDR", "edr")  # the artifact's default
 

@@ -1,5 +1,6 @@
 """The accuracy of each exit, and accuracy against speed-up for each exit signal, as tables and a plot."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,6 +340,8 @@ def unlike_lengths(tokens: NDArray[np.int64], calibrated: Sequence[float] | None
 
 def plot(recorded: Recorded, curves: Sequence[Curve], path: Path, title: str) -> None:
     """Plot accuracy by exit, and accuracy against speed-up, into one PNG."""
+    # Importing matplotlib may log a warning about its cache, for example if the home folder is read-only.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5))

@@ -192,13 +192,15 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
 def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list[str]:
     """Plot to `png`, or to `default` if it is None; returns warnings.
 
-    If matplotlib is missing or `default` cannot be written, only warns; raises OSError if `png` cannot be written.
+    If matplotlib is missing, prints how to get it. If `default` cannot be written, only warns; raises OSError if `png`
+    cannot be written.
     """
     target = png or default
     try:
         plot(target)
     except ImportError as error:
-        return [f"no plot was drawn ({error}): pip install matplotlib"]
+        say(f"plot: skipped ({error}); to draw it: pip install matplotlib")
+        return []
     except OSError as error:
         if png is not None:
             raise
