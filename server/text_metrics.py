@@ -50,7 +50,7 @@ class _Texts:
 
     def __init__(self, layers: Sequence[float]) -> None:
         self.exits = {reason: _Histogram(layers) for reason in get_args(ExitReason)}
-        self.run = self.saved = self.tokens = self.far = 0
+        self.run = self.saved = self.tokens = self.truncated = self.far = 0
         self.full_depth_s = 0.0
         self.entropy, self.ratio = _Histogram(SIGNAL_BUCKETS), _Histogram(SIGNAL_BUCKETS)
         self.queue, self.tokenize, self.model = (_Histogram(STAGE_BUCKETS) for _ in STAGES)
@@ -63,6 +63,7 @@ class _Texts:
             self.saved += depth - part.layer
             self.full_depth_s += part.model_s * speedup(part.tokens, part.layer)
         self.tokens += outcome.tokens
+        self.truncated += outcome.truncated
         self.far += outcome.is_far
         reading = outcome.reading
         if reading.value is None:
@@ -119,6 +120,9 @@ class TextMetrics(Collector):
             labels=["model"],
         )
         tokens = CounterMetricFamily("de3_tokens", "Tokens of finished texts", labels=["model"])
+        truncated = CounterMetricFamily(
+            "de3_truncated_texts", "Texts truncated to the model's limit", labels=["model"]
+        )
         entropy = HistogramMetricFamily(
             "de3_exit_entropy", "Entropy at the exit of each text", labels=["model"]
         )
@@ -145,9 +149,10 @@ class TextMetrics(Collector):
                 saved.add_metric([name], texts.saved)
                 full_depth.add_metric([name], texts.full_depth_s)
                 tokens.add_metric([name], texts.tokens)
+                truncated.add_metric([name], texts.truncated)
                 entropy.add_metric([name], *texts.entropy.rows())
                 ratio.add_metric([name], *texts.ratio.rows())
                 for stage in STAGES:
                     stages.add_metric([name, stage], *getattr(texts, stage).rows())
                 ood.add_metric([name], texts.far)
-        yield from (exits, run, saved, full_depth, tokens, entropy, ratio, stages, ood)
+        yield from (exits, run, saved, full_depth, tokens, truncated, entropy, ratio, stages, ood)

@@ -349,10 +349,12 @@ def test_long_and_truncate_must_not_contradict(server: Server) -> None:
     for options in ({"truncate": False}, {"long": "error"}, {"long": "error", "truncate": False}):
         refused = server.classify(input=long, **options)
         assert refused.status_code == 422 and "102 tokens" in refused.text
+    before = server.metric("de3_truncated_texts_total")
     for options in ({"truncate": True}, {"long": "truncate"}, {"long": None}, {}):
         answer = server.classify(input=long, **options).json()
         assert answer["data"][0]["truncated"] is True and answer["usage"]["prompt_tokens"] == 64
     assert server.classify(input=long, long="windows", truncate=True).json()["data"][0]["windows"]["of"] == 2
+    assert server.metric("de3_truncated_texts_total") == before + 4
     assert server.classify(input="good", long="cut").json()["error"]["param"] == "long"
 
 
