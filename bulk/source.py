@@ -126,7 +126,7 @@ class Source:
                 text = self._text(row)
             except ValueError as error:
                 one.add_refused(where, str(error), row.content if isinstance(row, BadRow) else row)
-                row = self._plain(row)
+                row = self._plain(row.columns if isinstance(row, BadRow) else row)
             else:
                 if is_first and (unknown := [name for name in self._keep or () if name not in row]):
                     raise ValueError(f"{where}: no column {unknown[0]!r}; it has {_list(row)}: set --keep")

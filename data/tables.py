@@ -5,8 +5,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -22,7 +22,9 @@ MAX_DEPTH = 100  # levels of lists and objects; pyarrow can write 124
 MAX_COLUMNS = 10_000  # limit for a .csv or .tsv file with a header
 SHOWN = 1000  # number of characters kept from a bad row
 data_option = partial(Option, rich_help_panel="Data")
+TOO_LONG = "a line of more than"  # start of a problem
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_BAD = re.compile("[\0\ud800-\udfff]")  # in a value that is not UTF-8
 
 
 def pair_of(text: TextOrPair) -> tuple[str, str | None]:
@@ -66,10 +68,16 @@ class Columns:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be read, and the reason; content: the beginning of the row."""
+    """A row that cannot be read, and the reason.
+
+    Attributes:
+        content: the beginning of the row.
+        columns: the row of a table by column; None where the value cannot be read. Empty if no column can.
+    """
 
     reason: str
     content: str
+    columns: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def records(path: Path, columns: Columns, keeps_bad: bool = False) -> Iterator[tuple[str, Any]]:
@@ -167,11 +175,27 @@ def _delimited(
             )
             problems.append((reader.line_num, problem))
         if problems:
-            yield problems[0][0], BadRow(problems[0][1], delimiter.join(row)[:SHOWN])
+            number, problem = problems[0]
+            is_cut = any(each.startswith(TOO_LONG) for _, each in problems)
+            readable = {} if is_cut else _readable(row, names or list(map(str, range(len(row)))), columns)
+            yield number, BadRow(problem, delimiter.join(row)[:SHOWN], readable)
         elif row:
             columns_of_row = names or list(map(str, range(len(row))))
             missing = dict.fromkeys(columns_of_row[len(row) :])  # if the row is short
             yield reader.line_num, dict(zip(columns_of_row, row, strict=False)) | missing
+
+
+def _readable(row: list[str], names: list[str], columns: Columns) -> dict[str, str | None]:
+    """The columns of a row that has too many fields or is not UTF-8; None where the value cannot be read.
+
+    Of too many fields, those before the first text have their position: a text has a delimiter without quotation marks.
+    """
+    count = len(names)
+    if len(row) > count:
+        texts = (columns.text, columns.text_pair or "text_pair")
+        count = next((i for i, name in enumerate(names) if name in texts), 0)
+    values = {name: value for name, value in zip(names[:count], row, strict=False) if not _BAD.search(value)}
+    return dict.fromkeys(names) | values
 
 
 def _lines(file: TextIO) -> Iterator[tuple[int, str, str]]:
@@ -190,7 +214,7 @@ def _lines(file: TextIO) -> Iterator[tuple[int, str, str]]:
                 marks += rest.count('"')
             # Keeps one quotation mark if their number is odd, so a field stays open or closed as after the full line.
             shown = line[:SHOWN].replace('"', "") + '"' * (marks % 2)
-            yield number, shown, f"a line of more than {MAX_LINE} characters"
+            yield number, shown, f"{TOO_LONG} {MAX_LINE} characters"
             continue
         # UTF-16 without a byte order mark has a zero byte next to each ASCII letter, which is valid UTF-8.
         is_utf16 = "\0" in line or (number == 1 and line.startswith(("\udcff\udcfe", "\udcfe\udcff")))

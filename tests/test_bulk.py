@@ -569,7 +569,13 @@ def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_pat
     table = tmp_path / "in.csv"
     table.write_bytes(b'id,text\n1,good\n2,a,b\n3,"two\nlines"\n4,caf\xe9\n5,\n6,"a ""fine"" one"\n')
     classify(Here(model), table, tmp_path / "kept.csv")
-    assert [row["id"] for row in read(tmp_path / "kept.csv")] == ["1", "", "3", "", "5", "6"]
+    kept = [(row["id"], row["text"]) for row in read(tmp_path / "kept.csv")]
+    assert [key for key, _ in kept] == list("123456") and [text for _, text in kept[1:5:2]] == ["", ""]
+    (tmp_path / "shifted.csv").write_bytes(
+        b"a,text,id\n1,a,b,2\n3,good,4\n"
+    )  # 2 may be in any column after the text
+    classify(Here(model), tmp_path / "shifted.csv", tmp_path / "shifted.jsonl")
+    assert [(row["a"], row["id"]) for row in read(tmp_path / "shifted.jsonl")] == [("1", None), ("3", "4")]
     _, refused = classify(Here(model), table, tmp_path / "a.csv", drops_refused=True)
     assert [row["id"] for row in read(tmp_path / "a.csv")] == ["1", "3", "6"]
     assert [one["where"].rpartition(":")[2] for one in read(refused)] == ["3", "6", "7"]
