@@ -1,6 +1,7 @@
 """de3 loadtest: load tests of a deployment, and a comparison with other servers."""
 
 import os
+import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -170,7 +171,9 @@ def peer(
 def compare(
     texts: options.Texts,
     store: options.Store = Path("models"),
-    model: options.Model = "sst2",
+    model: Annotated[
+        str, typer.Option(help="Model in the store, or the folder or hub id of a Hugging Face classifier.")
+    ] = "sst2",
     stock: options.Stock = None,
     peer: Annotated[
         list[str] | None, typer.Option(help="A peer, such as fused_app; repeat for more. Default: all.")
@@ -184,31 +187,58 @@ def compare(
     rounds: options.Rounds = 3,
     out: Annotated[Path, typer.Option(help="Folder for results.json and plots.")] = Path("loadtest-results"),
 ) -> None:
-    """Compare our server with its peers on this machine, in turn, and print the ratios.
+    """Compare our server with its peers on this machine, in turn: speed, and answers that differ from full depth's.
 
-    Example: de3 loadtest compare --texts dev.tsv --label-names negative,positive
+    Those answers are listed in results.json.
+
+    Example: de3 loadtest compare --model my-org/my-classifier --texts traffic.txt --peer fused_app
     """
+    from statistics import median
+
     from rich.table import Table
 
+    from de3.library import artifact_of
     from de3.loadtest.compare import Comparison
     from de3.loadtest.report import console, show
     from de3.loadtest.servers import ours, peer_models, peers
-    from de3.model_store.store import Store
 
     samples = read(texts, text_column, label_names=label_names)
-    models = peer_models(Store(store).open(model), [s.text for s in samples], out)
+    artifact = artifact_of(model, store)
+    has_exits = len(artifact.manifest.exit_layers) > 1
+    if tau and not has_exits:
+        raise ValueError(f"--tau: {model} has no exits; all its answers are at full depth")
+    models = peer_models(artifact, [s.text for s in samples], out)
     others = peers(*models, stock)
     if unknown := set(peer or []) - {server.script for server in others}:
         known = sorted({server.script for server in others})
         raise ValueError(f"--peer {min(unknown)}: available: {', '.join(known)}; some need --stock")
-    servers = [ours(store, model), ours(store, model, tau=0.0)]
+    variants: list[dict[str, float]] = [{}, {"tau": 0.0}] if has_exits else [{"tau": 0.0}]
+    servers = [ours(store, model, **fields) for fields in variants]
+    full_depth = servers[-1].name if artifact.manifest.traits.answer == "classes" else ""
     servers += [ours(store, model, tau=value) for value in tau or ()]
-    servers += [ours(store, model, "onnxruntime"), ours(store, model, "onnxruntime", tau=0.0)]
+    servers += [ours(store, model, "onnxruntime", **fields) for fields in variants]
     servers += [server for server in others if not peer or server.script in peer]
-    comparison = Comparison(servers, samples, out, seconds, rounds)
-    results = comparison.all(lambda tau: ours(store, model, tau=tau))
-    ratios = Table("ratio", "median (range)")
-    for name, value in results["ratios"].items():
-        ratios.add_row(name, value)
-    show(ratios)
+    comparison = Comparison(servers, samples, out, seconds, rounds, full_depth=full_depth)
+    results = comparison.all((lambda tau: ours(store, model, tau=tau)) if has_exits else None)
+    ratios, best = results["ratios"], results["fastest_peer"]
+    speeds = Table("server", "requests/s", f"× {best}", "answers that differ from full depth")
+    for name, rows in results["saturation"].items():
+        rate = median(row["answers_per_s"] for row in rows)
+        differ = results["differ"][name]
+        share = f"{differ['share']:.1%} ({differ['count']} of {differ['of']})" if differ else "–"
+        speeds.add_row(name, f"{rate:.0f}", ratios.pop(f"throughput, {name} / {best}", ""), share)
+    show(speeds)
+    rest = Table("ratio", "median (range)")
+    for name, value in ratios.items():
+        rest.add_row(name, value)
+    show(rest)
+    for name, note in results["notes"].items():
+        print(f"{name}: {note}")
+    if not has_exits:
+        named = shlex.quote(model)
+        print(
+            f"{model} has no exits: its gain is that of the kernels alone. For exits, continue with\n"
+            f"  de3 import {named} --texts FILE --name NAME       (500 or more texts, not those compared here)\n"
+            f"  de3 serve {named} --learn --guarantee 0.02        (from live traffic)"
+        )
     console.print(f"results and plots: {out}")

@@ -328,6 +328,23 @@ def wrong_labels(run: Run, alone: list[str | None]) -> int:
     return sum(label is not None and label != alone[answer.sample] for answer, label in pairs)
 
 
+def differing(
+    samples: list[Sample], labels: list[str | None], reference: list[str | None]
+) -> dict[str, Any] | None:
+    """The samples whose label is not that of `reference`: their number, their share of the answered ones, and a list.
+
+    None if the two have no label in common, such as those of a server that uses other label names.
+    """
+    texts = [sample.text for sample in samples]
+    both = [row for row in zip(texts, reference, labels, strict=True) if None not in row]
+    if {row[1] for row in both}.isdisjoint(row[2] for row in both):
+        return None
+    differ = [
+        dict(zip(("text", "full_depth", "label"), row, strict=True)) for row in both if row[1] != row[2]
+    ]
+    return {"count": len(differ), "of": len(both), "share": len(differ) / len(both), "texts": differ}
+
+
 def accuracy(run: Run) -> float | None:
     """Accuracy on the samples with a known label; None if there are none, or if the server uses other label names."""
     pairs = [

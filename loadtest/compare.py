@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from rich.markup import escape
 
 from de3.loadtest import report
-from de3.loadtest.client import Run, Target, ask_alone, quantile, send_traffic, wrong_labels
+from de3.loadtest.client import Run, Target, ask_alone, differing, quantile, send_traffic, wrong_labels
 from de3.loadtest.metrics import Metrics
 from de3.loadtest.report import console, write_json
 from de3.loadtest.servers import Running, Server, free_port, running
@@ -31,8 +31,10 @@ class Comparison:
     """Runs several servers in turn, each with the machine to itself.
 
     Attributes:
-        servers: first ours, second ours at full depth; then other configurations of ours, and the peers.
+        servers: first ours, second ours at full depth (without exits, the first is at full depth); then other
+            configurations of ours, and the peers.
         rounds: repetitions of the throughput and latency measurements, in which the servers take turns.
+        full_depth: name of the server with whose labels all others are compared; empty: labels are not compared.
     """
 
     servers: list[Server]
@@ -41,13 +43,16 @@ class Comparison:
     seconds: float
     rounds: int
     port: int = field(default_factory=free_port)
+    full_depth: str = ""
     results: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
 
-    def all(self, ours_at: Callable[[float], Server]) -> dict[str, Any]:
-        """Run all measurements and write results.json and plots; `ours_at` returns our server at a τ.
+    def all(self, ours_at: Callable[[float], Server] | None) -> dict[str, Any]:
+        """Run all measurements and write results.json and plots.
+
+        ours_at: returns our server at a τ; None: the model has no exits.
 
         Raises ValueError if our server does not start, or if no peer does.
         """
@@ -61,6 +66,7 @@ class Comparison:
         self._prepare()
         self._saturation()
         ours, best = self.servers[0], self._best_peer()
+        self.results["fastest_peer"] = best.name
         rate = self._throughput(best.name) / 3
         console.print(
             f"the fastest peer is {best.name}; measuring latency at a third of its throughput: {rate:.0f} requests/s"
@@ -73,10 +79,11 @@ class Comparison:
             {name: run.latencies_ms() for name, run in short.items()},
             f"Latency at {rate:.0f} requests/s",
         )
-        self._saved()
         self._stages()
         self._curve(pair)
-        self._taus(ours_at)
+        if ours_at is not None:
+            self._saved()
+            self._taus(ours_at)
         self.results["ratios"] = self._ratios(best)
         write_json(self.out / "results.json", self.results)
         return self.results
@@ -105,25 +112,31 @@ class Comparison:
 
     def _saturation(self) -> None:
         rows: dict[str, list[dict[str, Any]]] = {s.name: [] for s in self.servers}
+        alone: dict[str, list[str | None]] = {}
         for number in range(self.rounds):
             for server in list(self.servers):
                 console.print(f"saturation, round {number + 1} of {self.rounds}: {server.name}")
                 try:
-                    rows[server.name].append(self._saturated(server, check=number == 0))
+                    rows[server.name].append(self._saturated(server, alone))
                 except ValueError as error:
                     if server in self.servers[:2]:
                         raise
                     self._leave_out(server, error)
                     del rows[server.name]
         self.results["saturation"] = rows
+        full = alone.get(self.full_depth)
+        self.results["differ"] = {
+            name: None if full is None else differing(self.samples, alone[name], full) for name in rows
+        }
         console.print(report.table({name: runs[0] for name, runs in rows.items()}))
 
-    def _saturated(self, server: Server, check: bool) -> dict[str, Any]:
-        """One closed-loop run; `check`: compare each label with the label of the text sent alone."""
+    def _saturated(self, server: Server, alone: dict[str, list[str | None]]) -> dict[str, Any]:
+        """One closed-loop run. alone: the labels of the texts when each is sent alone, by server; added if missing."""
         with self._started(server) as started:
-            alone = ask_alone(started.target, self.samples) if check else None
+            if server.name not in alone:
+                alone[server.name] = ask_alone(started.target, self.samples)
             run = self._measure(started, self.samples, self.seconds, None)
-            row = report.summary(run, wrong_labels(run, alone) if alone else None)
+            row = report.summary(run, wrong_labels(run, alone[server.name]))
             row["memory_mb"] = round(started.memory_mb(), 1)
         return row
 
@@ -238,13 +251,15 @@ class Comparison:
             values = [a["answers_per_s"] / b["answers_per_s"] for a, b in both]
             ratios[f"throughput, {name} / {peer}"] = report.spread(values)
         for what, group in (("latency", "all"), ("mixed", "short"), ("mixed", "long")):
-            servers = self.results[what]["servers"]
+            servers, key = self.results[what]["servers"], f"latency_ms_{group}"
             for q in ("p50", "p99"):
                 values = [
-                    a[f"latency_ms_{group}"][q] / b[f"latency_ms_{group}"][q]
+                    a[key][q] / b[key][q]
                     for a, b in zip(servers[ours], servers[best.name], strict=True)
+                    if q in a.get(key, {}) and q in b.get(key, {})
                 ]
-                ratios[f"{what} ({group}) {q}, {ours} / {best.name}"] = report.spread(values)
+                if values:  # of few texts, perhaps none is long
+                    ratios[f"{what} ({group}) {q}, {ours} / {best.name}"] = report.spread(values)
         return ratios
 
 

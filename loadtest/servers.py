@@ -86,10 +86,14 @@ class Server:
 def ours(
     store: Path, model: str, runtime: str = "auto", options: Sequence[str] = (), **fields: Any
 ) -> Server:
-    """Our server. fields: added to every request, such as tau. runtime, options: options of de3 serve."""
+    """Our server. model: as for de3 serve. fields: added to every request, such as tau.
+
+    runtime, options: options of de3 serve.
+    """
     variant = ", ".join(f"{k} = {v:g}" for k, v in fields.items()) or "default τ"
+    variant = "full depth" if variant == "tau = 0" else variant
     variant += ", ONNX Runtime" if runtime == "onnxruntime" else ""
-    command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), "--model", model]
+    command = [sys.executable, "-m", "de3.cli", "serve", model, "--store", str(store)]
     command += ["--runtime", runtime, *options]
     return Server(
         f"de3 ({variant})",

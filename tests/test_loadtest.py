@@ -146,6 +146,18 @@ def test_refusals_closed_connections_and_wrong_labels_are_counted() -> None:
     assert report.summary(run, 2)["statuses"]["503"] == 1
 
 
+def test_answers_differ_only_where_both_servers_answered_with_the_same_label_names() -> None:
+    samples = [Sample(text) for text in "wxyz"]
+    found = client.differing(samples, ["a", "b", "b", None], ["a", "b", "a", "a"])
+    assert found == {
+        "count": 1,
+        "of": 3,
+        "share": 1 / 3,
+        "texts": [{"text": "y", "full_depth": "a", "label": "b"}],
+    }
+    assert client.differing(samples, ["LABEL_0"] * 4, ["a", "b", "a", "a"]) is None
+
+
 def test_against_the_real_server(store: Path, tmp_path: Path) -> None:
     names = Store(store).open("tiny-int8").manifest.labels
     samples = [Sample(s.text, names[int(s.label)]) if s.label in ("0", "1") else s for s in SAMPLES]

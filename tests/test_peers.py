@@ -1,6 +1,7 @@
 """The lean peers that `de3 loadtest compare` runs."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,13 @@ import numpy as np
 import pytest
 
 from de3.export.full_depth import export_full_depth
-from de3.loadtest import servers
-from de3.loadtest.client import Target, ask_alone
+from de3.loadtest import compare, servers
 from de3.loadtest.compare import Comparison
 from de3.loadtest.servers import Server, lean_peers
 from de3.loadtest.texts import Sample
 from de3.model_store.store import Store
-from tests.fixtures import make_rows
-from tests.serving import free_port, serving
+from tests.commands import de3, refusal
+from tests.fixtures import make_rows, save_encoder, write_rows
 
 SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
 TEXTS = [text for text, _ in make_rows(20, 5)]
@@ -73,9 +73,39 @@ def test_a_peer_that_cannot_convert_is_left_out(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_strongest_peer_gives_the_answers_of_full_depth(store: Path, graph: Path, tmp_path: Path) -> None:
-    with servers.running(fused(graph), free_port(), tmp_path / "log") as peer:
-        theirs = ask_alone(peer.target, SAMPLES)
-        assert peer.memory_mb() > 20
-    with serving(store, models=["tiny-int8"]) as server:
-        ours = ask_alone(Target(server.url, body=lambda text: {"input": text, "tau": 0}), SAMPLES)
-    assert theirs == ours
+    fields = ({"tau": 0.0}, {"tau": 0.9})
+    full, early = (servers.ours(store, "tiny-int8", options=["--processes", "1"], **one) for one in fields)
+    peer = fused(graph)
+    comparison = Comparison([full, early, peer], SAMPLES, tmp_path, 0.1, 1, full_depth=full.name)
+    comparison._saturation()
+    rows, differ = comparison.results["saturation"], comparison.results["differ"]
+    assert rows[peer.name][0]["memory_mb"] > 20
+    assert all(row["wrong_labels"] == 0 for row, *_ in rows.values())
+    assert differ[full.name] == differ[peer.name] == {"count": 0, "of": 30, "share": 0.0, "texts": []}
+    texts = differ[early.name]["texts"]
+    assert len(texts) == differ[early.name]["count"] == round(30 * differ[early.name]["share"]) > 0
+    assert all(text["label"] != text["full_depth"] for text in texts)
+
+
+@pytest.mark.slow
+def test_a_classifier_without_exits_is_compared_at_full_depth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_encoder(tmp_path / "classifier", labels=2)
+    texts = write_rows(tmp_path / "texts.jsonl", make_rows(30, 4))
+    monkeypatch.setenv("DE3_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(servers, "environment", lambda *_: Path(sys.executable))
+    monkeypatch.setattr(servers, "python_of", lambda _: Path(sys.executable))
+    monkeypatch.setattr(compare, "CURVE", (0.5,))
+    command = (
+        f"loadtest compare --model {model} --store {tmp_path}/none --texts {texts} --text-column text "
+        f"--peer fused_app --seconds 0.5 --rounds 1 --out {tmp_path}/out"
+    )
+    assert (
+        refusal(f"{command} --tau 0.1") == f"--tau: {model} has no exits; all its answers are at full depth"
+    )
+    output = de3(command)
+    assert re.search(r"de3 \(full depth\) .* 0\.0% \(0 of 30\)", output) and "default τ" not in output
+    assert f"{model} has no exits" in output and f"de3 import {model} --texts" in output
+    differ = json.loads((tmp_path / "out/results.json").read_text())["differ"]
+    assert differ["fused graph, FastAPI, int8"]["of"] == 30
