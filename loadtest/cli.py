@@ -4,7 +4,7 @@ import os
 import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -212,7 +212,7 @@ def compare(
     if unknown := set(peer or []) - {server.script for server in others}:
         known = sorted({server.script for server in others})
         raise ValueError(f"--peer {min(unknown)}: available: {', '.join(known)}; some need --stock")
-    variants: list[dict[str, float]] = [{}, {"tau": 0.0}] if has_exits else [{"tau": 0.0}]
+    variants: list[dict[str, Any]] = [{}, {"tau": 0.0}] if has_exits else [{"tau": 0.0}]
     servers = [ours(store, model, **fields) for fields in variants]
     full_depth = servers[-1].name if artifact.manifest.traits.answer == "classes" else ""
     servers += [ours(store, model, tau=value) for value in tau or ()]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -84,7 +85,9 @@ def spread(values: list[float]) -> str:
 
 
 def plot_cdf(path: Path, latencies: dict[str, list[float]], title: str) -> None:
-    """Plot the latency distributions of several runs."""
+    """Plot the latency distributions of several runs; without matplotlib (`de3[train]`), do nothing."""
+    if find_spec("matplotlib") is None:
+        return
     figure, axes = _figure(title, "latency, ms", "share of answers")
     for name, values in latencies.items():
         axes.plot(values, [(i + 1) / len(values) for i in range(len(values))], label=name)
@@ -95,7 +98,9 @@ def plot_cdf(path: Path, latencies: dict[str, list[float]], title: str) -> None:
 def plot_curves(
     path: Path, curves: dict[str, list[tuple[float, float]]], labels: tuple[str, str, str]
 ) -> None:
-    """Plot curves of (x, y) points; labels: title, x, y."""
+    """Plot curves of (x, y) points; without matplotlib, do nothing. labels: title, x, y."""
+    if find_spec("matplotlib") is None:
+        return
     figure, axes = _figure(*labels)
     for name, points in curves.items():
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)

@@ -97,6 +97,7 @@ def test_a_classifier_without_exits_is_compared_at_full_depth(
     monkeypatch.setattr(servers, "environment", lambda *_: Path(sys.executable))
     monkeypatch.setattr(servers, "python_of", lambda _: Path(sys.executable))
     monkeypatch.setattr(compare, "CURVE", (0.5,))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as in a wheel without extras: no plots
     command = (
         f"loadtest compare --model {model} --store {tmp_path}/none --texts {texts} --text-column text "
         f"--peer fused_app --seconds 0.5 --rounds 1 --out {tmp_path}/out"
@@ -107,5 +108,6 @@ def test_a_classifier_without_exits_is_compared_at_full_depth(
     output = de3(command)
     assert re.search(r"de3 \(full depth\) .* 0\.0% \(0 of 30\)", output) and "default τ" not in output
     assert f"{model} has no exits" in output and f"de3 import {model} --texts" in output
+    assert not list((tmp_path / "out").glob("*.png"))
     differ = json.loads((tmp_path / "out/results.json").read_text())["differ"]
     assert differ["fused graph, FastAPI, int8"]["of"] == 30
