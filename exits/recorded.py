@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,17 +58,17 @@ class Recorded:
             arrays[name] = None if any(x is None for x in values) else np.concatenate(values)
         return replace(parts[0], **arrays)
 
-    @property
+    @cached_property
     def answers(self) -> NDArray[Any]:
         """The answer of each exit: a class or a value, (n, exits), or the assigned labels, (n, exits, K) bool."""
         return answers_of(self.logits, self.thresholds, self.tolerance)
 
-    @property
+    @cached_property
     def correct(self) -> NDArray[np.bool_]:
         """True where an exit's answer is correct, in every label or within the tolerance, (n, exits)."""
         return ~self.differs_from(self.labels)
 
-    @property
+    @cached_property
     def differs(self) -> NDArray[np.bool_]:
         """True where an exit's answer differs from full depth's, or from the original's if it is known, (n, exits)."""
         return self.differs_from(self.answers[:, -1] if self.original is None else self.original)

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.recorded import Recorded
+from de3.exits.recorded import Recorded, answers_of
 from de3.export import fit
 from de3.export.fit import Array, Exits
 from de3.export.training_set import Target, TrainingSet
@@ -16,6 +16,7 @@ from de3.progress import console
 RIDGES = (0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # strongest first
 FOLDS = 5
 FEW = 3000  # texts; with fewer, the ridge is chosen on all folds instead of one
+WORSE_LOSS = 1.5
 WORSE = 2  # the search ends after this many ridges that are worse than the best
 SEED = 0
 
@@ -66,40 +67,48 @@ def fit_labels(
 def _search(
     texts: TrainingSet, fold: NDArray[np.int64], layer: int, poolings: Sequence[str]
 ) -> tuple[str, float]:
-    """The pooling and ridge for all layers, from the mean loss of one layer's exit on held-out texts.
+    """The pooling and ridge for all layers, by the accuracy of one layer's exit on held-out texts.
 
-    Of the ridges that are not clearly worse than the best (by one standard error), the strongest.
+    The strongest ridge that is about as accurate as the best (within a standard error of the difference), and whose
+    loss is at most WORSE_LOSS times the smallest.
     """
-    best = (poolings[0], RIDGES[0], np.inf)
+    best = (poolings[0], RIDGES[0], -1.0)
     for pooling in poolings:
         folds = int(fold.max()) + 1 if len(texts) < FEW else 1
         paths = fit.in_parallel(
-            partial(_losses, texts, fold, pooling, layer), folds, f"Choosing the ridge ({pooling})"
+            partial(_path, texts, fold, pooling, layer), folds, f"Choosing the ridge ({pooling})"
         )
         length = min(map(len, paths))
-        losses = np.concatenate([np.array(path[:length]) for path in paths], axis=1)  # (ridges, texts)
-        means = losses.mean(1)
-        worse = losses - losses[means.argmin()]
-        is_near = worse.mean(1) <= worse.std(1) / np.sqrt(losses.shape[1])
+        both = np.concatenate([np.array(path[:length]) for path in paths], axis=2)  # (ridges, 2, texts)
+        losses, correct = both[:, 0].mean(1), both[:, 1]
+        lost = correct[correct.mean(1).argmax()] - correct
+        is_near = lost.mean(1) <= lost.std(1) / np.sqrt(correct.shape[1])
+        is_near &= losses <= WORSE_LOSS * losses[is_near].min()
         chosen = int(np.flatnonzero(is_near)[0])
-        if means.min() < best[2]:
-            best = (pooling, RIDGES[chosen], float(means.min()))
+        if correct[chosen].mean() > best[2]:
+            best = (pooling, RIDGES[chosen], float(correct[chosen].mean()))
     return best[:2]
 
 
-def _losses(
+def _path(
     texts: TrainingSet, fold: NDArray[np.int64], pooling: str, layer: int, k: int
 ) -> list[NDArray[np.float64]]:
-    """The losses of the texts of fold k, (n,), by ridge, from the strongest to WORSE after the best."""
+    """The losses of the texts of fold k, and 1 where they are right, (2, n), by ridge.
+
+    Ridges are tried from the strongest to WORSE after the one with the smallest loss.
+    """
     held, others = (texts.part(np.flatnonzero(rows)) for rows in (fold == k, fold != k))
     x = held.pooled(pooling, layer)
-    losses = list[NDArray[np.float64]]()
+    path = list[NDArray[np.float64]]()
     for _, (weight, bias) in fit.fitted(others, pooling, layer, RIDGES, {}):
-        losses.append(_loss(x @ weight.T + bias, held.target))
-        means = [float(loss.mean()) for loss in losses]
+        logits = x @ weight.T + bias
+        differs = answers_of(logits, held.target.thresholds, None) != held.target.answers
+        correct = ~(differs if differs.ndim == 1 else differs.any(-1))
+        path.append(np.stack([_loss(logits, held.target), correct]))
+        means = [float(loss.mean()) for loss, _ in path]
         if len(means) - 1 - int(np.argmin(means)) >= WORSE:
             break
-    return losses
+    return path
 
 
 def _loss(logits: Array, target: Target) -> NDArray[np.float64]:
