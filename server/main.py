@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from de3.model_store.store import Artifact, Store
 from de3.server.http.http_server import HttpServer, uvicorn_config
+from de3.server.http.traces import check_can_trace
 from de3.server.learn.learners import check_can_fit
 from de3.server.models import find
 from de3.server.processes.number import number_of_processes
@@ -59,6 +60,8 @@ def serve(settings: Settings, artifacts: Sequence[Artifact] = ()) -> None:
     sys.setswitchinterval(0.0005)
     processes = number_of_processes(settings, find(Store(settings.store), settings.models, artifacts))
     settings = settings.model_copy(update={"processes": processes})
+    if settings.traces:
+        check_can_trace()
     with ExitStack() as stack:
         if settings.learn:
             check_can_fit()

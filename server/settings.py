@@ -7,10 +7,11 @@ import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import partial
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 from typer import Option
 
 from de3.server.options import EXCLUSIVE, MAX_BUDGET_MS, ExitOptions
@@ -28,6 +29,15 @@ access_option = partial(Option, rich_help_panel="Access")
 log_option = partial(Option, rich_help_panel="Logs and traces")
 engine_option = partial(Option, rich_help_panel="Models and engine")
 GUARANTEE_SHARE = 0.05  # default of audit_share with --guarantee
+
+
+def _network(text: str) -> str:
+    """The text, if it is a network; otherwise raises ValueError."""
+    try:
+        ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; give for example 10.0.0.0/8") from None
+    return text
 
 
 class Settings(BaseModel):
@@ -185,7 +195,7 @@ class Settings(BaseModel):
         access_option(help="Rate limit for each API key name, in texts, such as 100/second."),
     ] = None
     trusted_proxies: Annotated[
-        list[str],
+        list[Annotated[str, AfterValidator(_network)]],
         access_option(
             "--trusted-proxy",
             help="Network of proxies whose X-Forwarded-For names the client, such as 10.0.0.0/8; repeat for more. "

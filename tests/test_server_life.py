@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http.client import HTTPResponse
+from importlib.metadata import PackageNotFoundError
 from math import inf
 from pathlib import Path
 from unittest import mock
@@ -223,6 +224,10 @@ def test_demo_serves_the_demo_model_whatever_the_variable_says(
     assert artifact.full_name == "sst2:1" and settings.port == 8001
 
 
+def version_without_otel(name: str) -> str:
+    raise PackageNotFoundError(name)
+
+
 DRAINS_FIRST = """
 import sys, threading
 from de3.cli import main
@@ -268,6 +273,8 @@ def test_a_damaged_model_ends_the_server_with_the_reason(store: Path, tmp_path: 
         ("--demo", "--store"),
         ("--model [/x]", "'[/x]'"),
         ("--model tiny --port {taken}", "--port"),
+        ("--model tiny --trusted-proxy 10.0.0.1/99", "trusted_proxies.0: '10.0.0.1/99'"),
+        ("--model tiny-int8 --processes 2 --traces", "traces: needs the otel extra"),
     ],
 )
 def test_wrong_settings_are_one_line_before_models_are_loaded(
@@ -278,6 +285,8 @@ def test_wrong_settings_are_one_line_before_models_are_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("de3.server.main.Service", lambda *_: pytest.fail("the models are loaded"))
+    monkeypatch.setattr("de3.server.main.supervise", lambda *_: pytest.fail("processes are started"))
+    monkeypatch.setattr("de3.server.http.traces.version", version_without_otel)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         words = arguments.format(taken=taken.getsockname()[1]).split()
         assert exit_code(monkeypatch, "serve", "--store", str(store), *words) == 1

@@ -48,20 +48,23 @@ def models_list(store: StoreOption = Path("models")) -> None:
 
 @app.command("show")
 def models_show(
-    model: Annotated[str, typer.Argument(help="Model, as name or name:version.")],
+    model: Annotated[str, typer.Argument(help="Model, as name, name:version or folder.")],
     store: StoreOption = Path("models"),
 ) -> None:
     """Print a model's manifest as JSON, without the calibration table, which has hundreds of rows."""
     from de3.model_store.store import Store
 
-    manifest = Store(store).open(model).manifest
+    models = Store(store)
+    manifest = (models.find(model) or models.open(model)).manifest
     text = manifest.model_dump_json(indent=2, exclude={"calibration": {"table"}})
     print("\n".join(map(printable, text.split("\n"))))
 
 
 @app.command("verify")
 def models_verify(
-    model: Annotated[str | None, typer.Argument(help="Model, as name or name:version. Default: all.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Model, as name, name:version or folder. Default: all.")
+    ] = None,
     store: StoreOption = Path("models"),
 ) -> None:
     """Check the hash and the contents of every file of a model, and that it loads; exits with 1 on failure.
@@ -75,7 +78,7 @@ def models_verify(
     failed = False
     for name in [model] if model else models.names():
         try:
-            artifact = models.open(name)
+            artifact = models.find(name) or models.open(name)
             no_kernels = Prover().prove(artifact, "auto")
             if README in artifact.manifest.files:  # the server does not read it
                 artifact.read(README)

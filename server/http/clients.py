@@ -15,11 +15,8 @@ class Clients:
     """
 
     def __init__(self, trusted: list[str]) -> None:
-        """trusted: networks of trusted proxies, such as 10.0.0.0/8. Raises ValueError for an invalid network."""
-        try:
-            self._trusted = [ip_network(network) for network in trusted]
-        except ValueError as error:
-            raise ValueError(f"trusted_proxies: {error}; give for example 10.0.0.0/8") from None
+        """trusted: networks of trusted proxies, such as 10.0.0.0/8."""
+        self._trusted = [ip_network(network) for network in trusted]
         self._name = lru_cache(4096)(self._find_name)
 
     def name(self, scope: Scope) -> str:

@@ -5,6 +5,7 @@ sampled costs little. The standard OTEL_* variables configure the exporter and t
 """
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 from threading import Thread
 from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING
@@ -21,18 +22,24 @@ STOP_S = 3.0  # limit on the time to send the last spans: a collector that hangs
 MAX_TEXTS = 16  # limit on the traced texts of a request; a batch of hundreds would fill the exporter's queue
 
 
-def provider() -> "TracerProvider":
-    """A tracer provider that exports spans in the background, by OTLP over HTTP.
-
-    Raises ValueError if the otel extra is not installed.
-    """
+def check_can_trace() -> None:
+    """Raise ValueError if the otel extra is not installed."""
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError as error:
-        raise ValueError(f"--traces needs the otel extra ({error}): pip install 'de3[otel]'") from None
+        version("opentelemetry-exporter-otlp-proto-http")
+    except PackageNotFoundError:
+        raise ValueError(
+            "traces: needs the otel extra, which is not installed: pip install 'de3[otel]'"
+        ) from None
+
+
+def provider() -> "TracerProvider":
+    """A tracer provider that exports spans in the background, by OTLP over HTTP; raises as check_can_trace() does."""
+    check_can_trace()
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
     if "service.name" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         os.environ.setdefault("OTEL_SERVICE_NAME", "de3")
     tracers = TracerProvider(resource=Resource.create())
