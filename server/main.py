@@ -1,4 +1,4 @@
-"""Runs the server, in one process or several, and drains it on SIGTERM or SIGINT."""
+"""Runs the server, in one process or several, and drains it on SIGTERM, SIGINT or SIGHUP."""
 
 import errno
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from de3.model_store.store import Artifact, Store
-from de3.server.http.http_server import HttpServer, uvicorn_config
+from de3.server.http.http_server import HttpServer, stop_signals, uvicorn_config
 from de3.server.http.traces import check_can_trace
 from de3.server.learn.learners import check_can_fit
 from de3.server.models import find
@@ -48,7 +48,7 @@ def _bind(host: str, port: int) -> list[socket.socket]:
 
 
 def serve(settings: Settings, artifacts: Sequence[Artifact] = ()) -> None:
-    """Serve until SIGTERM or SIGINT, then answer the accepted requests and return. The log must be configured.
+    """Serve until SIGTERM, SIGINT or SIGHUP, then answer the accepted requests and return. The log must be configured.
 
     artifacts: served in addition to the models of the store that the settings name.
 
@@ -88,8 +88,8 @@ def _serve(settings: Settings, artifacts: Sequence[Artifact]) -> None:
 
     server = HttpServer(uvicorn_config(service, stop), service)
     # uvicorn raises these signals again after it has shut down. With these handlers, a drained server exits with 0.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop())
+    for number in stop_signals():
+        signal.signal(number, server.handle_exit)
     server.run()
     if isinstance(service.failure, EngineError):  # already logged
         sys.exit(1)

@@ -248,6 +248,14 @@ class Settings(BaseModel):
         Field(gt=0),
         limit_option(help="Limit on the time from a request's arrival to its response, seconds."),
     ] = 30.0
+    drain_s: Annotated[
+        float,
+        Field(ge=0),
+        limit_option(
+            help="Time after SIGTERM for which requests are still accepted while /ready is 503, so that load balancers "
+            "notice, seconds. A second SIGTERM ends it."
+        ),
+    ] = 0.0
     log_format: Annotated[
         Literal["text", "json"], log_option(help="text, or json (one object per line).")
     ] = "text"

@@ -727,6 +727,7 @@ def test_kserves_runtime_serves_the_folder_under_its_services_name(
     shutil.copytree(bert, tmp_path / "models")
     runtime = yaml.safe_load(Path("deploy/kubernetes/kserve.yaml").read_text())
     (container,) = runtime["spec"]["containers"]
+    assert {"name": "DE3_HOST", "value": "0.0.0.0"} in container["env"]
     command, *arguments = [
         one.replace("/mnt/models", str(tmp_path / "models")).replace("{{.Name}}", "toxic")
         for one in container["args"]

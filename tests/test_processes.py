@@ -314,6 +314,21 @@ def test_no_accepted_request_is_lost_at_the_end(versions: Path) -> None:
         until(lambda: not server.pids, "the processes to end")
 
 
+def test_a_draining_server_answers_until_the_second_signal(versions: Path) -> None:
+    with running(versions, "--model", "tiny:1", "--drain-s", "600") as server:
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: server.get("/ready").status_code == 503, "the drain")
+        os.kill(server.pids[0], signal.SIGKILL)  # a process that replaces another drains, too
+        until(lambda: server.logged(r"process \d is replaced, after"), "the replacement")
+        with server.both() as clients:
+            for client in clients:
+                assert client.get("/ready").status_code == 503
+                answer = client.post("/classify", json={"input": "good"})
+                assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+
+
 def test_a_second_signal_ends_processes_that_do_not(versions: Path) -> None:
     patient = (
         "from de3.server.processes import group; group.LOOP_CHECKS = 600\nfrom de3.cli import app; app()"

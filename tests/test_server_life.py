@@ -22,7 +22,7 @@ from de3.loadtest.client import post
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import TextTokenizer
 from de3.server.http import connection
-from de3.server.http.http_server import ACCEPTS
+from de3.server.http.http_server import ACCEPTS, stop_signals
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.serving import CERTIFICATES, Gate, Server, process, serving, until, url_when_ready
@@ -253,6 +253,32 @@ def test_sigterm_answers_everything_that_was_accepted(store: Path) -> None:
         running.send_signal(signal.SIGTERM)
         assert [len(answer.result().json()["data"]) for answer in answers] == [8] * 4
         assert running.wait(30) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_draining_server_answers_until_the_second_signal(store: Path, number: signal.Signals) -> None:
+    with process(store, "--model", "tiny", "--drain-s", "600") as running:
+        url = url_when_ready(running)
+        with httpx.Client(base_url=url, verify=CERTIFICATES) as idle:
+            assert "connection" not in idle.get("/ready").headers
+            running.send_signal(number)
+            until(lambda: httpx.get(url + "/ready", verify=CERTIFICATES).status_code == 503, "the drain")
+            for client in (idle, httpx):  # the first reuses its connection
+                answer = client.post(url + "/classify", json={"input": "good"})  # type: ignore[attr-defined]
+                assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        running.send_signal(number)
+        assert running.wait(60) == 0
+
+
+def test_nohup_is_respected() -> None:
+    stops = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stop_signals() == stops[:2]
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert stop_signals() == stops
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_damaged_model_ends_the_server_with_the_reason(store: Path, tmp_path: Path) -> None:

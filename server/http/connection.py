@@ -394,6 +394,8 @@ class Connection(BaseConnection, asyncio.Protocol):
 
     def write(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Write the head of the response, and the beginning of its body."""
+        if self._listener.frontend.service.state == "draining":
+            self._closing = True
         lines = [_STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status]
         close = () if self.keeps_alive else ((b"connection", b"close"),)
         for name, value in (*self._server_state.default_headers, *headers, *close):

@@ -4,11 +4,14 @@ import asyncio
 import json
 import logging
 import resource
+import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from math import inf
 from os import dup
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -34,11 +37,12 @@ MAX_CONNECTIONS = 10_000
 
 
 class HttpServer(uvicorn.Server):
-    """A uvicorn server that drains on SIGTERM or SIGINT, and accepts several connections per event loop iteration."""
+    """A uvicorn server that drains before it stops, and accepts several connections per event loop iteration."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self._stop_at = inf  # end of the drain period (monotonic seconds)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening.
@@ -70,9 +74,24 @@ class HttpServer(uvicorn.Server):
         return create(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start to drain, then have uvicorn stop."""
+        """Start to drain, and stop after drain_s; stop at once if this is the second signal, or while loading."""
+        was_ready = self._service.state == "ready"
         self._service.drain()
-        super().handle_exit(sig, frame)
+        if was_ready:
+            self._stop_at = monotonic() + self._service.settings.drain_s
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Do what uvicorn does ten times a second; returns True if the server must stop."""
+        self.should_exit |= monotonic() >= self._stop_at
+        return await super().on_tick(counter)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals on which a server drains and stops; without SIGHUP under nohup."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignores_hangup else [signal.SIGHUP])]
 
 
 def url_of(listening: socket.socket) -> str:

@@ -150,11 +150,14 @@ class Group:
         """size: number of processes when all are running."""
         self.size = size
         self._waits = True  # the first processes open together
+        self.is_draining = False
         self._by_number: dict[int, Process] = {}
 
     def add(self, process: Process) -> None:
         """Add a process that has started."""
         self._by_number[process.number] = process
+        if self.is_draining:
+            process.channel.tell("drain")
 
     def remove(self, process: Process) -> None:
         """Remove a process that has ended."""
@@ -191,6 +194,12 @@ class Group:
             if process.is_loaded and not process.is_ready:
                 process.is_ready = True
                 process.channel.tell("open")
+
+    def drain(self) -> None:
+        """Have the processes report that they are not ready; they answer requests until they are closed."""
+        self.is_draining = True
+        for process in self.all:
+            process.channel.tell("drain")
 
     def publish(self, manifest: Manifest, standing: Standing) -> None:
         """Send every process the standing of a model's ledger."""

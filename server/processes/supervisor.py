@@ -20,7 +20,7 @@ import uvloop
 from de3.model_store.store import Artifact, Store
 from de3.server.background import keep_running, report, report_unhandled, run_once
 from de3.server.http.access import Access
-from de3.server.http.http_server import hint, url_of
+from de3.server.http.http_server import hint, stop_signals, url_of
 from de3.server.models import default_of, find
 from de3.server.processes import worker
 from de3.server.processes.channel import ChannelClosedError, Handler
@@ -77,7 +77,7 @@ class Supervisor:
         self._has_opened = self._was_complete = self._is_draining = False
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT.
+        """Serve until SIGTERM, SIGINT or SIGHUP.
 
         Raises ValueError if the models cannot be loaded at startup, and ServerError if the server cannot continue for
         another reason.
@@ -85,7 +85,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         self._over, self._started = loop.create_future(), perf_counter()
         report_unhandled(loop)
-        for one in (signal.SIGTERM, signal.SIGINT):
+        for one in stop_signals():
             loop.add_signal_handler(one, self._signalled)
         self._connections.start()
         self._coordinator.start()
@@ -103,10 +103,15 @@ class Supervisor:
             raise failure
 
     def _signalled(self) -> None:
-        if self._over.done():  # the second signal
+        """Start to drain, and stop after drain_s; at the next signal, stop at once; at a third, kill the processes."""
+        if self._over.done():
             for process in self._group.all:
                 process.os_process.kill()
-        self._stop(None)
+        elif self._group.is_ready and not self._group.is_draining:
+            self._group.drain()
+            asyncio.get_running_loop().call_later(self._settings.drain_s, self._stop, None)
+        else:
+            self._stop(None)
 
     def _stop(self, failure: Exception | None) -> None:
         if not self._over.done():
@@ -300,6 +305,6 @@ async def _end_of(process: Process, control: socket.socket, handlers: dict[str, 
 
 
 def supervise(settings: Settings, artifacts: Sequence[Artifact], listening: list[socket.socket]) -> None:
-    """Run a server of several processes until SIGTERM or SIGINT; see Supervisor."""
+    """Run a server of several processes until SIGTERM, SIGINT or SIGHUP; see Supervisor."""
     supervisor = Supervisor(settings, artifacts, listening)
     uvloop.run(supervisor.run())

@@ -17,7 +17,7 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
 from de3.server import logs
 from de3.server.background import report, run_once
-from de3.server.http.http_server import HttpServer, max_connections, uvicorn_config
+from de3.server.http.http_server import HttpServer, max_connections, stop_signals, uvicorn_config
 from de3.server.manager import Manager, Plan
 from de3.server.models import Route
 from de3.server.processes.channel import Channel, ChannelClosedError, Handler
@@ -101,6 +101,7 @@ class Worker:
         handlers: dict[str, Handler] = {
             "load": self._load,
             "open": self._open,
+            "drain": service.drain,
             "plan": service.manager.plan,
             "prepare": self._prepare,
             "commit": service.manager.commit,
@@ -250,7 +251,7 @@ def main(
     number: number of the process, from 1. settings: see part_of(). artifacts: see Service. control, sockets: see
     Worker.
     """
-    for one in (signal.SIGTERM, signal.SIGINT):
+    for one in stop_signals():
         signal.signal(one, signal.SIG_IGN)
     random.seed()  # the processes are forked with the same random state
     sys.setswitchinterval(0.0005)  # see server/main.py
