@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # For CI: installs the tools that some tests need besides Python: Prometheus, faketime, Chromium, a cross compiler and
-# an emulator for Arm, and Docker with the tools that make stand-ins for base images; then starts Docker's engine. Tests
-# whose tools are missing are skipped, with the reason; this script only reports the missing tools, and exits with 0.
+# an emulator for Arm, nginx, and Docker with the tools that make stand-ins for base images; then starts Docker's engine.
+# Tests whose tools are missing are skipped, with the reason; this script only reports the missing tools, and exits with
+# 0.
 set -uo pipefail
 
 # command:package,package, as Debian names them; installed one by one, so that a missing one does not affect the others.
 for pair in prometheus:prometheus promtool:prometheus dockerd:docker.io docker:docker-cli \
     docker-compose:docker-compose debootstrap:debootstrap iptables:iptables faketime:faketime \
     chromium:chromium aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu,libc6-dev-arm64-cross \
-    qemu-aarch64:qemu-user; do
+    qemu-aarch64:qemu-user nginx:nginx-light; do
     command -v "${pair%%:*}" > /dev/null && continue
     if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
         echo "not installed, because this is not Debian as root: ${pair%%:*}"
