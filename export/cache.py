@@ -49,6 +49,7 @@ def artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
 
 def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
     source = fetch(name)
+    sources = {str(path.absolute()): path.stat().st_mtime_ns for path in _files(source)}
     model, shown = model_name(name), Path(name).expanduser().resolve().name if is_folder(name) else name
     place = folder / _key(source, shown, model, precision)
     artifact = _existing(place, model)
@@ -76,7 +77,7 @@ def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
                 artifact = Store(place).open(model)
     with suppress(OSError):  # a read-only cache
         os.utime(place)
-    return replace(artifact, proof=place / PROOF)
+    return replace(artifact, proof=place / PROOF, sources=sources)
 
 
 def model_name(name: str) -> str:
@@ -147,10 +148,15 @@ def _existing(place: Path, model: str) -> Artifact | None:
     return artifact if all(sizes[k] == entry.bytes for k, entry in artifact.manifest.files.items()) else None
 
 
+def _files(source: Path) -> list[Path]:
+    """The files of a classifier that determine its artifact."""
+    return sorted({path for pattern in FILES for path in source.glob(pattern) if path.is_file()})
+
+
 def _key(source: Path, shown: str, model: str, precision: Precision) -> str:
     """Hash of everything that determines the artifact."""
     digest = hashlib.sha256(f"{FORMAT} {SCHEMA_VERSION} {shown} {model} {precision}".encode())
-    for path in sorted({path for pattern in FILES for path in source.glob(pattern) if path.is_file()}):
+    for path in _files(source):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:32]

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -51,16 +51,25 @@ class Artifact:
 
     Attributes:
         proof: file that records that the artifact loads and runs on this machine; None if this is proved at each start.
+        sources: the files that it was converted from, with their modification times (ns); empty if there are none.
     """
 
     path: Path
     manifest: Manifest
     proof: Path | None = None
+    sources: dict[str, int] = field(default_factory=dict)
 
     @property
     def full_name(self) -> str:
         """The name and version, as name:version."""
         return self.manifest.full_name
+
+    def is_outdated(self) -> bool:
+        """True if a file that it was converted from has been changed or removed since."""
+        try:
+            return any(Path(path).stat().st_mtime_ns != time_ns for path, time_ns in self.sources.items())
+        except OSError:
+            return True
 
     def read(self, name: str) -> bytes:
         """Read a file and check it against the manifest's hash; raises StoreError.

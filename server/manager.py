@@ -165,6 +165,9 @@ class Manager:
                 raise RequestError(f"{name}: no version was current before", "name", "conflict")
             version = route.before[-1]
         artifact = await self._open(name, version)
+        if change.what == "load" and await asyncio.to_thread(artifact.is_outdated):
+            why = "its files have changed since the server started; restart the server to serve them"
+            raise RequestError(f"{name}: {why}", "name", "conflict")
         route = self._models.routes.get(name)
         if role != "current" and (route is None or route.current == artifact.manifest.version):
             why = f"{artifact.full_name} is current" if route else f"no version of {name} is current"

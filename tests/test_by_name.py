@@ -661,6 +661,31 @@ def server(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     one.stop()
 
 
+def test_changed_files_are_not_loaded_before_a_restart(copy: Path, tmp_path: Path) -> None:
+    from de3.server.service import Service
+
+    artifact = artifact_of(str(copy), "int8", tmp_path / "cache")
+    keys: Any = "root an-admin-key-of-some-length"
+    one = Server(Service(Settings(store=tmp_path / "none", port=0, admin_keys=keys), [artifact]))
+    one.start()
+    try:
+        until(lambda: one.service.state == "ready", "the model")
+
+        def load() -> tuple[int, str]:
+            headers = {"Authorization": "Bearer an-admin-key-of-some-length"}
+            answer = httpx.post(f"{one.url}/v1/models/copy/load", json={}, headers=headers, timeout=60)
+            return answer.status_code, answer.text
+
+        assert load()[0] == 200
+        os.utime(copy / "tokenizer.json", ns=(0, 0))
+        assert load()[0] == 409 and "its files have changed" in load()[1]
+        (copy / "tokenizer.json").unlink()
+        assert load()[0] == 409
+        assert one.classify(input="good").status_code == 200
+    finally:
+        one.stop()
+
+
 def test_only_full_depth_is_answered(server: Server) -> None:
     early = {"tau": 0.1, "signal": "entropy", "lambda": 1.0, "max_layer": 1}
     early |= {"target_speedup": 2, "latency_budget_ms": 1000, "max_disagreement": 0.02}

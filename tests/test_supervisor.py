@@ -109,7 +109,7 @@ async def never() -> None:
 
 
 def test_values_of_messages_arrive_as_they_were(store: Path) -> None:
-    artifact = replace(Store(store).open("tiny-int8"), proof=Path("proof"))
+    artifact = replace(Store(store).open("tiny-int8"), proof=Path("proof"), sources={"a": 2**60})
     values = (
         State([plan_to("load", artifact), plan_to("unload")], {"tiny": Route(2, before=[1])}),
         Standing(2, 1, {"a": InForce(1, 0.5, "evidence"), "b": InForce(2, None, None)}),
