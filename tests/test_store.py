@@ -277,6 +277,7 @@ def test_models_commands(copy: Path) -> None:
     assert models("verify tiny-int8") == (0, "tiny-int8:1  valid\n")
     by_folder = [invoke(f"models {do} {copy} --store {root}/none").output for do in ("verify", "show")]
     assert by_folder == ["tiny:1  valid\n", models("show tiny")[1]]
+    assert "not the folder of a version or model" in models(f"verify {root}/tiny/9")[1]
     (copy / "layer_01.onnx").write_bytes(b"")
     code, text = models("verify")
     assert code == 1 and "DAMAGED" in text and "layer_01.onnx" in text and "tiny-int8:1  valid\n" in text

@@ -4,7 +4,7 @@ import json
 import os
 from http.client import HTTPException
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from de3.model_store.printable import printable
+
+if TYPE_CHECKING:
+    from de3.model_store.store import Artifact
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,10 +55,7 @@ def models_show(
     store: StoreOption = Path("models"),
 ) -> None:
     """Print a model's manifest as JSON, without the calibration table, which has hundreds of rows."""
-    from de3.model_store.store import Store
-
-    models = Store(store)
-    manifest = (models.find(model) or models.open(model)).manifest
+    manifest = _open(store, model).manifest
     text = manifest.model_dump_json(indent=2, exclude={"calibration": {"table"}})
     print("\n".join(map(printable, text.split("\n"))))
 
@@ -74,11 +74,10 @@ def models_verify(
     from de3.model_store.store import Store
     from de3.server.prove import Prover
 
-    models = Store(store)
     failed = False
-    for name in [model] if model else models.names():
+    for name in [model] if model else Store(store).names():
         try:
-            artifact = models.find(name) or models.open(name)
+            artifact = _open(store, name)
             no_kernels = Prover().prove(artifact, "auto")
             if README in artifact.manifest.files:  # the server does not read it
                 artifact.read(README)
@@ -90,6 +89,18 @@ def models_verify(
             print(f"{printable(name)}  DAMAGED  {_reason(error)}")
     if failed:
         raise typer.Exit(1)
+
+
+def _open(store: Path, model: str) -> "Artifact":
+    """The artifact with this name, or in this folder; raises StoreError if there is none."""
+    from de3.model_store.store import Store, UnknownModelError
+
+    found = Store(store).find(model)
+    if found is None and "/" in model:
+        raise UnknownModelError(
+            f"{model}: not the folder of a version or model; names are NAME or NAME:VERSION"
+        )
+    return found or Store(store).open(model)
 
 
 def _reason(error: Exception) -> str:
