@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="Load tests, and comparisons with o
 def run(
     url: options.Url,
     texts: options.Texts,
-    text_column: options.TextColumn = "sentence",
+    text_column: options.TextColumn = "text",
     label_names: options.LabelNames = "",
     rate: Annotated[
         float | None,
@@ -40,7 +40,7 @@ def run(
     The environment variable DE3_API_KEY has the API key, if the server needs one.
     Every label is compared with the label that the same text gets when it is sent alone.
 
-    Example: de3 loadtest run http://127.0.0.1:8000 --texts dev.tsv --label-names negative,positive --rate 300
+    Example: de3 loadtest run http://127.0.0.1:8000 --texts traffic.txt --rate 300
     """
     from rich.progress import Progress
 
@@ -74,14 +74,14 @@ def ramp(
     texts: options.Texts,
     store: options.Store = Path("models"),
     model: options.Model = "sst2",
-    text_column: options.TextColumn = "sentence",
+    text_column: options.TextColumn = "text",
     label_names: options.LabelNames = "",
     slo_p99_ms: options.SloP99 = 50.0,
     out: Annotated[Path, typer.Option(help="Folder for ramp.json and ramp.png.")] = Path("loadtest-results"),
 ) -> None:
     """Ramp the request rate up to twice the capacity and back down, with the server's load controller off and on.
 
-    Example: de3 loadtest ramp --texts dev.tsv --label-names negative,positive
+    Example: de3 loadtest ramp --texts dev.tsv --text-column sentence --label-names negative,positive
     """
     from rich.table import Table
 
@@ -109,14 +109,14 @@ def capacity(
     slo_p99_ms: options.SloP99 = 50.0,
     store: options.Store = Path("models"),
     model: options.Model = "sst2",
-    text_column: options.TextColumn = "sentence",
+    text_column: options.TextColumn = "text",
     seconds: options.Seconds = 8.0,
 ) -> None:
     """Find the highest request rate within a latency objective on this machine; print settings for Kubernetes and Ray.
 
     The load generator shares the machine's cores, so the true capacity is somewhat higher.
 
-    Example: de3 loadtest capacity --texts dev.tsv --slo-p99-ms 50 --wanted 1000
+    Example: de3 loadtest capacity --texts traffic.txt --slo-p99-ms 50 --wanted 1000
     """
     from de3.loadtest import capacity as search
     from de3.loadtest.report import console
@@ -181,7 +181,7 @@ def compare(
     tau: Annotated[
         list[float] | None, typer.Option(min=0, max=1, help="A τ besides the default and 0; repeat for more.")
     ] = None,
-    text_column: options.TextColumn = "sentence",
+    text_column: options.TextColumn = "text",
     label_names: options.LabelNames = "",
     seconds: options.Seconds = 6.0,
     rounds: options.Rounds = 3,

@@ -169,7 +169,7 @@ def test_against_the_real_server(store: Path, tmp_path: Path) -> None:
         share = accuracy(run)
         assert share is not None and share > 0.7
         file = tmp_path / "texts.tsv"
-        file.write_text("sentence\tlabel\n" + "".join(f"{s.text}\t{s.label}\n" for s in samples))
+        file.write_text("text\tlabel\n" + "".join(f"{s.text}\t{s.label}\n" for s in samples))
         command = (
             f"loadtest run {server.url} --texts {file} --seconds 0.5 --rate 50 --tau 0 --tau 0.5 "
             f"--json {tmp_path}/r.json"
@@ -234,7 +234,7 @@ def test_the_ramp_reports_both_runs(store: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(ramp, "PHASES", phases)
     monkeypatch.setattr(ramp, "SECONDS", 3)
     texts = write_rows(tmp_path / "texts.jsonl", make_rows(60, 33))
-    de3(f"loadtest ramp --store {store} --model tiny --texts {texts} --text-column text --out {tmp_path}")
+    de3(f"loadtest ramp --store {store} --model tiny --texts {texts} --out {tmp_path}")
     found = json.loads((tmp_path / "ramp.json").read_text())
     assert set(found["runs"]) == {"off", "on"}
     for one in found["runs"].values():

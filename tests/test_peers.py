@@ -99,7 +99,7 @@ def test_a_classifier_without_exits_is_compared_at_full_depth(
     monkeypatch.setattr(compare, "CURVE", (0.5,))
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as in a wheel without extras: no plots
     command = (
-        f"loadtest compare --model {model} --store {tmp_path}/none --texts {texts} --text-column text "
+        f"loadtest compare --model {model} --store {tmp_path}/none --texts {texts} "
         f"--peer fused_app --seconds 0.5 --rounds 1 --out {tmp_path}/out"
     )
     assert (

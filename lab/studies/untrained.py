@@ -1,7 +1,7 @@
 """A classifier of any size with random weights, to measure speed without training.
 
     python -m lab untrained OUT --layers 12 --hidden 768 --heads 12 --inner 3072
-    de3 loadtest compare --store OUT/store --model untrained --stock OUT/model --texts dev.tsv
+    de3 loadtest compare --store OUT/store --model untrained --stock OUT/model --texts texts.txt
 
 OUT/model is a stock classifier of transformers. OUT/store has an artifact of the same weights, in int8 unless
 --precision fp32 is given, with exits at all layers and without a calibration.
