@@ -30,6 +30,7 @@ from de3.model_store.segments import session_options
 from de3.model_store.store import Store
 from de3.training.checkpoint import Checkpoint, write_record
 from de3.training.encoded import encode
+from de3.training.evaluate import Times, default_line
 from de3.training.model import De3Model
 from de3.training.predict import predict
 from tests.commands import de3
@@ -244,7 +245,8 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
         assert png.read_bytes().startswith(b"\x89PNG")
         png.unlink()
         assert ("risk" in output) == (model != checkpoint)  # a checkpoint has no fitted risk yet
-        assert ("The default by length" in output) == (model != checkpoint)
+        for part in ("The default by length", "Top probability: differs"):
+            assert (part in output) == (model != checkpoint)
         assert ("the calibration's guarantees may not hold for these texts" in output) == bool(more)
     arguments += ["--label-names", "negative,positive", "--png", str(png)]
     home = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"} | {
@@ -259,6 +261,22 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
     )
     default = Store(store).open("tiny-int8").manifest.defaults
     assert f"Default {default.signal}" in output.replace("EDR", "edr")  # the artifact's default
+
+
+@pytest.mark.parametrize("kind", [{}, {"thresholds": np.zeros(2)}, {"tolerance": 0.5}])
+def test_evaluate_says_how_exits_change_the_top_probability(kind: dict[str, Any]) -> None:
+    top = np.array([[0.95, 0.85], [0.97, 0.99]])  # two texts at two exits
+    logit = np.log(top / (1 - top))
+    other = np.full_like(logit, -9) if "thresholds" in kind else np.zeros_like(logit)
+    logits = np.stack([other, logit], -1).astype(np.float32)
+    labels = np.array([[False, True]] * 2) if "thresholds" in kind else np.ones(2)
+    found = Recorded([0, 1], logits, np.full_like(logits, np.nan), labels, np.array([5, 9]), **kind)
+    times = Times(np.ones(2), np.ones((2, 2)))
+    *_, line = default_line(found, 1.0, Risk(((0.0,) * 5, None)), times).split("\n")
+    if "tolerance" in kind:
+        assert line.startswith("Exits at layer")
+    else:
+        assert "by 0.0600 on average; for 50.00% of texts, only one of the two is at least 0.9" in line
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from de3.exits import calibration
+from de3.exits import calibration, formulas
 from de3.exits.recorded import Recorded
 from de3.exits.reference import LEVELS
 from de3.exits.rule import exit_index
@@ -20,6 +20,7 @@ from de3.progress import empty_table
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 HINDSIGHT = (0.01, 0.02, 0.03, 0.05)  # rates of disagreement
+SURE = 0.9  # probability at which an application might act without review
 OUTCOME_COLUMNS = ("in layers", "in time", "differ", "loss ± 95%")
 TARGET_SPEEDUPS, TARGET_DISAGREEMENTS = (3, 4, 5), (0.01, 0.02, 0.05)
 
@@ -246,7 +247,23 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -
         f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×, "
         f"{in_time(recorded, scores, tau, times):.2f}× in time (tokenizer, embeddings and exits included)\n"
         f"Exits at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
-        f"{', '.join(f'{100 * x:.1f}%' for x in o.histogram)}"
+        f"{', '.join(f'{100 * x:.1f}%' for x in o.histogram)}{_probability_line(recorded, exit_index(scores, tau))}"
+    )
+
+
+def _probability_line(recorded: Recorded, index: NDArray[np.int64]) -> str:
+    """How exits change the top probability of texts (n,) with these exit indices; empty for a regression model."""
+    if recorded.tolerance is not None:
+        return ""
+    if recorded.thresholds is None:
+        top = formulas.softmax(recorded.logits).max(-1)
+    else:  # the sigmoid, which this form computes without overflow
+        top = (1 + np.tanh(recorded.logits.max(-1).astype(np.float64) / 2)) / 2
+    early, full = top[np.arange(len(index)), index], top[:, -1]
+    only_one = (early >= SURE) != (full >= SURE)
+    return (
+        f"\nTop probability: differs from full depth's by {np.abs(early - full).mean():.4f} on average; for "
+        f"{100 * only_one.mean():.2f}% of texts, only one of the two is at least {SURE:g}"
     )
 
 
