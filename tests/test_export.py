@@ -234,12 +234,12 @@ def test_calibration_is_honest(tmp_path_factory: pytest.TempPathFactory) -> None
 def test_evaluate_prints_a_table_and_draws_a_plot(
     tmp_path: Path, checkpoint: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    artifact, png = store / "tiny-int8/1", tmp_path / "plot.png"
-    for model, more in ((checkpoint, ""), (artifact, ""), (artifact, " and it was so" * 9)):
+    png, named = tmp_path / "plot.png", f"tiny-int8:1 --store {store}"
+    for model, more in ((checkpoint, ""), (store / "tiny-int8/1", ""), (named, " and it was so" * 9)):
         file = tmp_path / "texts.tsv"
         rows = [f"{text}{more}\t{label}\n" for text, label in make_rows(40, 1)]
         file.write_text("sentence\tlabel\n" + "".join(rows))
-        arguments = ["evaluate", str(model), str(file), "--text-column", "sentence"]
+        arguments = ["evaluate", *str(model).split(), str(file), "--text-column", "sentence"]
         output = de3([*arguments, "--label-names", "negative,positive", "--png", str(png)])
         assert "EDR λ=2" in output and "distance ratio" in output
         assert png.read_bytes().startswith(b"\x89PNG")

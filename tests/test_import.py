@@ -258,6 +258,8 @@ def test_an_import_needs_no_pytorch(classifier: Path, checkpoint: Path, tmp_path
     assert "published models/m/1" in run(command)
     assert "the default by length" in run(f"evaluate models/m/1 {texts} --original {classifier}").lower()
     assert "needs the train extra" in run(f"evaluate {checkpoint} {texts}")
+    expected = "other:1: no such checkpoint or artifact, and no such model in the store models"
+    assert expected in run(f"evaluate other:1 {texts}")
     assert "needs the train extra" in run(f"export {checkpoint} --name x")
     for file in ("model.safetensors", "tokenizer.json"):
         copy = Path(shutil.copytree(classifier, tmp_path / file))

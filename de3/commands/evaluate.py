@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from de3.commands.models import StoreOption
 from de3.commands.options import (
     Dataset,
     File,
@@ -27,12 +28,16 @@ LAMBDAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # values of λ in EDR's curves
 @add_parameters(Columns)
 def evaluate(
     model: Annotated[
-        Path, typer.Argument(help="A checkpoint or an artifact's folder, <store>/<name>/<version>.")
+        str,
+        typer.Argument(
+            help="The folder of a checkpoint or an artifact, or a model in the store, as name or name:version."
+        ),
     ],
     file: File = None,
     dataset: Dataset = None,
     split: Annotated[str, data_option(help="Split of --dataset.")] = "test",
     label_names: LabelNames = None,
+    store: StoreOption = Path("models"),
     original: Annotated[
         str | None,
         typer.Option(
@@ -60,7 +65,7 @@ def evaluate(
     from de3.progress import warn
     from de3.training import evaluate as evaluation
 
-    subject = _open(model)
+    subject = _open(model, store)
     if file is not None or dataset is not None:
         has_labels = original is None or not (options["label"] == "" or (file and file.suffix == ".txt"))
         columns = Columns(
@@ -125,15 +130,23 @@ class _Subject:
     checkpoint: Any = None
 
 
-def _open(path: Path) -> _Subject:
-    """Open a checkpoint or an artifact; raises ValueError if it cannot be used."""
-    if not (path / "manifest.json").exists():
-        need_extra("train")
+def _open(name: str, store: Path) -> _Subject:
+    """Open the checkpoint or artifact with a path or name; raises ValueError if it cannot be found or used."""
+    from de3.model_store.store import Store
+
+    path, artifact = Path(name), Store(store).find(name)
+    if artifact is None:
+        if not path.is_dir():
+            raise ValueError(
+                f"{name}: no such checkpoint or artifact, and no such model in the store {store}"
+            )
         from de3.training.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint(path)
+        need_extra("train")
         from de3.training.encoded import encode
         from de3.training.predict import predict
 
-        checkpoint = Checkpoint(path)
         names, tokenizer, most = checkpoint.names, checkpoint.tokenizer, checkpoint.config.max_tokens
 
         def run(examples: list[Any]) -> Any:
@@ -145,13 +158,11 @@ def _open(path: Path) -> _Subject:
             path.name, names, config.input, config.thresholds, run, None, png, checkpoint=checkpoint
         )
     from de3.export.record import record
-    from de3.model_store.store import Store
     from de3.server.models import load
     from de3.server.settings import Settings
 
-    path = path.resolve()
     settings: dict[str, Any] = {}  # the defaults
-    served = load(Store(path.parent.parent).open_path(path), Settings(**settings))
+    served = load(artifact, Settings(**settings))
     model, manifest = served.model, served.model.manifest
     return _Subject(
         model.full_name,
@@ -160,7 +171,7 @@ def _open(path: Path) -> _Subject:
         manifest.thresholds,
         lambda examples: record(model, examples),
         manifest.signal("risk") if manifest.risk is not None else None,
-        path.parent / f"evaluation-{path.name}.png",
+        artifact.path.parent / f"evaluation-{artifact.path.name}.png",
         tolerance=manifest.tolerance,
         served=served,
     )
