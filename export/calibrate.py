@@ -87,8 +87,8 @@ def calibrate(
     pooled = may_pool and certify.whole.num_groups < MIN_CERTIFY
     if pooled:
         console.print(
-            f"fewer than {MIN_CERTIFY} certifying samples: the tuning samples are also used to certify, and each part "
-            "is scored by a risk fitted on the other",
+            f"fewer than {MIN_CERTIFY} independent groups of certifying samples: the tuning samples are also used to "
+            "certify, and each part is scored by a risk fitted on the other",
             soft_wrap=True,
             highlight=False,
         )
@@ -192,6 +192,7 @@ def _report(
     if samples.recorded.tolerance is not None:
         target = reference if self_labelled else "the labels"
         measure = f"answers within {samples.recorded.tolerance:g} of {target}"
+    limited = "τ limits the loss of accuracy, not the answers that differ (max_disagreement does)"
     console.print(
         f"default: {signal_label(default.signal, default.lam)}, τ = {default.tau:g}: {meaning(default)}. "
         f"On the certifying samples: {measure} {100 * default.accuracy:.2f}% "
@@ -199,7 +200,8 @@ def _report(
         f"depth {100 * default.loss:+.2f} points "
         f"(at most {100 * calibration.upper_loss(default):+.2f} with 95% confidence), mean exit layer "
         f"{default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×; "
-        f"{100 * default.disagreement:.2f}% differ from {reference} (at most {100 * default.disagreement_bound:.2f}%)",
+        f"{100 * default.disagreement:.2f}% differ from {reference} (at most {100 * default.disagreement_bound:.2f}%)"
+        f"{'' if self_labelled else f'. {limited}'}",
         soft_wrap=True,
     )
     full = tables[default.signal][0]

@@ -187,11 +187,14 @@ def test_with_many_samples_only_the_certifying_part_certifies() -> None:
 
 @pytest.mark.usefixtures("few_taus")
 @pytest.mark.parametrize(("group_of", "n"), [(1, MIN_CERTIFY + 59), (3, 1800)])
-def test_with_few_samples_both_parts_certify_each_with_a_fit_on_the_other(group_of: int, n: int) -> None:
+def test_with_few_samples_both_parts_certify_each_with_a_fit_on_the_other(
+    group_of: int, n: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     tune, certify = recorded(n, 1, group_of), recorded(n, 2, group_of)
     whole = n - 60
     parts = [CalibrationPart.of(r, examples(n, group_of, fragments=60)) for r in (tune, certify)]
     found = calibrate(*parts, 0.02)
+    assert f"fewer than {MIN_CERTIFY} independent groups of certifying samples" in capsys.readouterr().err
     scores = [risk.fit(b).scores(a)[:whole] for a, b in ((tune, certify), (certify, tune))]
     number = np.arange(n)
     samples = joined([Samples(r, number // group_of).rows(number < whole) for r in (tune, certify)])

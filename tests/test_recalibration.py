@@ -23,7 +23,10 @@ def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_p
         write_rows(tmp_path / f"{part}.jsonl", make_rows(n, seed))
         for part, n, seed in (("t", 120, 31), ("c", 150, 32))
     )
-    de3(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3 --signal risk")
+    said = de3(
+        f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3 --signal risk"
+    )
+    assert "τ limits the loss of accuracy, not the answers that differ" in said
     old, new = (Store(mine).open(f"tiny-int8:{version}").manifest for version in (1, 2))
     assert new.calibration is not None and old.calibration is not None
     # With so few samples, both files certify.
@@ -46,7 +49,7 @@ def test_unlabelled_texts_calibrate_against_full_depth(
     with pytest.raises(ValueError, match="distinct texts: too few"):
         de3(command)
     monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
-    de3(command)
+    assert "τ limits the loss of accuracy" not in de3(command)
     calibration = Store(mine).open("tiny-int8:2").manifest.calibration
     assert calibration is not None and calibration.self_labelled
     assert calibration.exit_accuracy[-1] == 1  # full depth's answers count as correct

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from de3.commands.models import models_list
 from de3.model_store.model import Model
 from de3.model_store.regular_file import read_regular_file
 from de3.model_store.store import Store, StoreError, UnknownModelError, read_manifest
@@ -283,6 +284,19 @@ def test_models_commands(copy: Path) -> None:
     assert code == 1 and "DAMAGED" in text and "layer_01.onnx" in text and "tiny-int8:1  valid\n" in text
     (copy / "manifest.json").write_text("{")
     assert "not JSON" in models("list")[1]
+
+
+def test_a_list_has_whole_names_and_tells_agreement_from_accuracy(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "sentiment-of-english-film-reviews"
+    edit(copy, lambda m: m.update(name=name, calibration=m["calibration"] | {"self_labelled": True}))
+    copy.parent.rename(copy.parent.parent / name)
+    monkeypatch.setenv("COLUMNS", "80")
+    models_list(copy.parent.parent)
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert f"{name}:1tiny-int8:1" in "".join(row[1].strip() for row in rows)
+    assert [row[6].strip() == "agree" for row in rows if row[6].strip()] == [False, True, False]  # after a %
 
 
 def test_a_process_keeps_no_telemetry_and_does_not_use_folders_with_our_packages_names(

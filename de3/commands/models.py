@@ -29,12 +29,13 @@ StoreOption = Annotated[Path, typer.Option(envvar="DE3_STORE", help="Folder of t
 @app.command("list")
 def models_list(store: StoreOption = Path("models")) -> None:
     """List the models and versions of a store."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from de3.model_store.store import Store
 
     models = Store(store)
-    table = Table("model", "labels", "layers", "precision", "default τ", "accuracy", "speed-up")
+    model = Column("model", overflow="fold")  # instead of truncating it
+    table = Table(model, "labels", "layers", "precision", "default τ", "accuracy", "speed-up")
     for name in models.names():
         try:
             m = models.open(name).manifest
@@ -44,7 +45,10 @@ def models_list(store: StoreOption = Path("models")) -> None:
         labels = ", ".join(m.labels[:4]) + (f" … ({len(m.labels)})" if len(m.labels) > 4 else "")
         labels = escape(printable(labels))
         c = m.calibration
-        numbers = (f"{100 * c.default.accuracy:.1f}%", f"{c.default.speedup:.1f}×") if c else ("–", "–")
+        numbers = ["–", "–"]
+        if c is not None:
+            agree = " agree" if c.self_labelled else ""  # with full depth or the imported classifier
+            numbers = [f"{100 * c.default.accuracy:.1f}%{agree}", f"{c.default.speedup:.1f}×"]
         table.add_row(name, labels, str(m.num_layers), m.precision, f"{m.defaults.tau:g}", *numbers)
     Console().print(table)
 
