@@ -72,6 +72,12 @@ def split(
     return Split(train=train, tune=tune, certify=certify)
 
 
+def with_fragments(examples: Sequence[Example]) -> list[Example]:
+    """The examples with fragments marked, each in the group of its whole text; fragments of several are left out."""
+    whole = whole_texts({e.text for e in examples})
+    return [_in_its_text(e, whole[e.text]) for e in examples if len(whole[e.text]) == 1]
+
+
 def _in_its_text(example: Example, whole: set[TextOrPair]) -> Example:
     return replace(example, group=str(min(whole, key=repr)), is_fragment=whole != {example.text})
 

@@ -8,17 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from de3.data.examples import Example, check_disjoint, check_input, load_examples
-from de3.data.split import groups_of
-from de3.data.tables import TextOrPair
+from de3.data.split import groups_of, with_fragments
 from de3.export import records
 from de3.export.calibrate import Calibrated, CalibrationPart, calibrate
 from de3.export.record import record
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
-from de3.progress import warn
+from de3.progress import console, warn
 
-MIN_TEXTS = 500  # distinct texts, as many as for de3 import: fewer would certify hardly any τ
+MIN_TEXTS = 500  # distinct texts or groups, as many as for de3 import: fewer would certify hardly any τ
 SEED = 0
 
 
@@ -37,6 +36,7 @@ def recalibrate(
     for file, examples in ((tune_file, tune), (certify_file, certify)):
         check_input(examples, manifest.input, str(file))
     check_disjoint(tune, certify, tune_file, certify_file)
+    _report_related([*tune, *certify])
     model = Model(artifact, "onnxruntime")
     parts = [
         CalibrationPart.of(record(model, part, f"the {what} samples"), part)
@@ -64,25 +64,33 @@ def recalibrate_on_records(
 
 
 def recalibrate_on_texts(
-    artifact: Artifact, store: Store, texts: Sequence[TextOrPair], file: Path, max_loss: float, signal: str
+    artifact: Artifact,
+    store: Store,
+    examples: Sequence[Example],
+    file: Path,
+    max_loss: float,
+    signal: str,
+    fragments: bool = False,
 ) -> Path:
     """Like `recalibrate`, but on unlabelled texts, read from a file: full depth's answers count as correct.
+
+    examples: their labels are ignored. fragments: true if some texts are fragments of others.
 
     Raises ValueError for texts that the model does not take (single texts or pairs) and too few texts.
     """
     _check_exits(artifact)
-    examples = [Example(text, 0) for text in texts]
     check_input(examples, artifact.manifest.input, str(file))
-    _check_count(len(set(texts)))
-    recorded = record(Model(artifact, "onnxruntime"), examples, "the texts")
+    used = with_fragments(examples) if fragments else examples
+    _check_count(_report_related(used, len(examples) - len(used)))
+    recorded = record(Model(artifact, "onnxruntime"), used, "the texts")
     recorded = replace(recorded, labels=recorded.answers[:, -1])
-    return _on_own_answers(artifact, store, records.part_of(recorded, groups_of(examples)), max_loss, signal)
+    return _on_own_answers(artifact, store, CalibrationPart.of(recorded, used), max_loss, signal)
 
 
 def _on_own_answers(
     artifact: Artifact, store: Store, whole: CalibrationPart, max_loss: float, signal: str
 ) -> Path:
-    """Publish a version that is tuned on one half of the groups of identical texts and certified on the other."""
+    """Publish a version that is tuned on one half of the groups of related texts and certified on the other."""
     rng, count = np.random.default_rng(SEED), whole.samples.num_groups
     _check_count(count)
     in_tune = (rng.permutation(count) < count // 2)[whole.samples.groups]
@@ -99,10 +107,29 @@ def _check_exits(artifact: Artifact) -> None:
         raise ValueError(f"{artifact.full_name} has no early exits to calibrate; de3 import adds them")
 
 
+def _report_related(examples: Sequence[Example], left_out: int = 0) -> int:
+    """Print which examples count as related or not at all; returns the number of independent groups.
+
+    left_out: number of fragments that are not among the examples.
+    """
+    groups, fragments = len(np.unique(groups_of(examples))), sum(e.is_fragment for e in examples)
+    parts = [
+        f"{len(examples)} texts, {groups} independent: identical texts, and those of one group, are related"
+    ]
+    if fragments:
+        parts.append(f"fragments, which neither choose nor certify τ: {fragments}")
+    if left_out:
+        parts.append(f"left out, as fragments of several texts: {left_out}")
+    console.print("; ".join(parts), soft_wrap=True, highlight=False)
+    return groups
+
+
 def _check_count(count: int) -> None:
-    """Raise ValueError for too few distinct texts."""
+    """Raise ValueError for too few distinct texts or groups."""
     if count < MIN_TEXTS:
-        raise ValueError(f"{count} distinct texts: too few to calibrate on; at least {MIN_TEXTS} are needed")
+        raise ValueError(
+            f"{count} independent texts: too few to calibrate on; at least {MIN_TEXTS} are needed"
+        )
 
 
 def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:

@@ -1,5 +1,6 @@
 """de3 calibrate: a new calibration of a model, as a new version of it."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from de3.data.examples import Example
 from de3.export import recalibrate
 from de3.model_store.store import Store
-from tests.commands import de3
+from tests.commands import de3, refusal
 from tests.fixtures import make_rows, write_rows
 from tests.test_signal_choice import without_risk
 from tests.test_store import edit
@@ -27,6 +29,7 @@ def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_p
         f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3 --signal risk"
     )
     assert "τ limits the loss of accuracy, not the answers that differ" in said
+    assert "270 texts, 270 independent: " in said
     old, new = (Store(mine).open(f"tiny-int8:{version}").manifest for version in (1, 2))
     assert new.calibration is not None and old.calibration is not None
     # With so few samples, both files certify.
@@ -46,7 +49,7 @@ def test_unlabelled_texts_calibrate_against_full_depth(
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(text for text, _ in make_rows(200, 33)))
     command = f"calibrate tiny-int8 --texts {texts} --store {mine} --max-loss 5"
-    with pytest.raises(ValueError, match="distinct texts: too few"):
+    with pytest.raises(ValueError, match="independent texts: too few"):
         de3(command)
     monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
     assert "τ limits the loss of accuracy" not in de3(command)
@@ -56,10 +59,40 @@ def test_unlabelled_texts_calibrate_against_full_depth(
     assert calibration.table[-1].disagreement > 0
 
 
+def test_related_texts_are_tuned_on_or_certify_together(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, file = shutil.copytree(store, tmp_path / "store"), tmp_path / "texts.jsonl"
+    monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
+    fragments = [f"{text} {i}" for i, (text, _) in enumerate(make_rows(198, 33))]
+    texts = [*fragments, *(f"the {text}" for text in fragments), "one odd pun", "odd pun two", "odd pun"]
+    rows = [{"text": text, "user": i // 2} for i, text in enumerate(texts)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = f"calibrate tiny-int8 --texts {file} --store {mine} --max-loss 5"
+    related = "independent: identical texts, and those of one group, are related"
+    left_out = (
+        "; fragments, which neither choose nor certify τ: 198; left out, as fragments of several texts: 1"
+    )
+    for option, size, groups, said in (
+        ("", 399, 399, f"399 texts, 399 {related}\n"),
+        ("--group-column user", 399, 200, f"399 texts, 200 {related}\n"),
+        ("--fragments", 200, 200, f"398 texts, 200 {related}{left_out}\n"),
+    ):
+        assert said in de3(f"{command} {option}")
+        calibration = Store(mine).open("tiny-int8").manifest.calibration
+        assert calibration is not None  # a group in both halves would count twice
+        assert (calibration.certify_size, calibration.groups) == (size, groups)
+    assert "cannot be combined" in refusal(f"{command} --fragments --group-column user")
+    samples = f"calibrate tiny --tune {file} --certify {file} --store {mine}"
+    assert "--fragments, --group-column: need --texts" in refusal(f"{samples} --fragments")
+
+
 def test_a_model_without_early_exits_is_not_calibrated(tmp_path: Path) -> None:
     artifact: Any = SimpleNamespace(full_name="m:1", manifest=SimpleNamespace(exit_layers=[12]))
     with pytest.raises(ValueError, match="m:1 has no early exits"):
-        recalibrate.recalibrate_on_texts(artifact, Store(tmp_path), ["good"], tmp_path, 0.01, "auto")
+        recalibrate.recalibrate_on_texts(
+            artifact, Store(tmp_path), [Example("good", 0)], tmp_path, 0.01, "auto"
+        )
 
 
 def test_unknown_labels_or_the_wrong_input_publish_no_calibration(store: Path, tmp_path: Path) -> None:

@@ -7,15 +7,19 @@ import typer
 
 from de3.commands.models import StoreOption
 from de3.commands.options import (
+    Fragments,
+    GroupColumn,
     MaxInt8Loss,
     Quantize,
     add_parameters,
+    check_groups,
     fields_of,
     need_extra,
     say,
     say_published,
 )
-from de3.data.tables import Columns, read_rows
+from de3.data import tables
+from de3.data.tables import Columns
 from de3.exits.signals import SIGNALS
 
 
@@ -92,6 +96,8 @@ def calibrate(
             "--learn (learned/*.records); repeat for several replicas."
         ),
     ] = None,
+    group_column: GroupColumn = None,
+    fragments: Fragments = False,
     store: StoreOption = Path("models"),
     max_loss: Annotated[
         float,
@@ -118,6 +124,12 @@ def calibrate(
     """
     if (texts is not None) + bool(records) + (tune is not None or certify is not None) != 1:
         raise ValueError("give one of --texts, --records, and --tune with --certify")
+    if texts is None and (fragments or group_column is not None):
+        raise ValueError(
+            '--fragments, --group-column: need --texts; samples of --tune and --certify have "fragment" and "group"'
+        )
+    check_groups(fragments, group_column)
+    from de3.data.examples import Example
     from de3.export.recalibrate import recalibrate, recalibrate_on_records, recalibrate_on_texts
     from de3.model_store.store import Store
 
@@ -125,8 +137,14 @@ def calibrate(
     if records:
         path = recalibrate_on_records(models.open(model), models, records, max_loss / 100, signal)
     elif texts is not None:
-        found = [text for text, _ in read_rows(texts, Columns(**fields_of(Columns, options), label=None))]
-        path = recalibrate_on_texts(models.open(model), models, found, texts, max_loss / 100, signal)
+        columns = Columns(**fields_of(Columns, options), label=None)
+        rows = tables.read_rows(texts, columns)
+        groups: list[Any] = [None] * len(rows)
+        if group_column is not None:
+            groups = tables.read_groups(tables.records(texts, columns), group_column)
+        examples = [Example(text, 0, group) for (text, _), group in zip(rows, groups, strict=True)]
+        artifact = models.open(model)
+        path = recalibrate_on_texts(artifact, models, examples, texts, max_loss / 100, signal, fragments)
     else:
         if tune is None or certify is None:
             raise ValueError(f"{'--tune' if tune is None else '--certify'} is required, too")
