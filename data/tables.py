@@ -133,6 +133,7 @@ def _delimited(
     file: TextIO, path: Path, columns: Columns, delimiter: str, quoted: bool
 ) -> Iterator[tuple[int, Any]]:
     problems: list[tuple[int, str]] = []  # line number and problem, for the lines of the current row
+    read: list[str] = []  # the lines of the current row
     size = 0  # characters of the current row
 
     def lines() -> Iterator[str]:
@@ -145,18 +146,28 @@ def _delimited(
                 )
             if problem:
                 problems.append((number, problem))
+            read.append(line)
             yield line
+        if read:  # without an error, the csv module would take the rest of the file as the last field
+            raise csv.Error(
+                "a quotation mark in this line is never closed; to use it as text, enclose the field in quotation "
+                "marks and double it"
+            )
 
     csv.field_size_limit(MAX_LINE)
-    reader = csv.reader(lines(), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    reader = csv.reader(lines(), delimiter=delimiter, quoting=quoting)
     names: list[str] | None = None
     while True:
         problems.clear()
+        read.clear()
         size = 0
         try:
             row = next(reader, None)
-        except csv.Error as error:  # such as a quotation mark that is never closed
-            raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+        except csv.Error as error:  # in a field that is still open
+            ended = (line.rstrip("\r\n") + "\n" for line in read)
+            (*_, field) = next(csv.reader(ended, delimiter=delimiter, quoting=quoting))
+            raise ValueError(f"{path}:{reader.line_num + 1 - field.count(chr(10))}: {error}") from None
         if row is None:
             return
         if columns.header and names is None:

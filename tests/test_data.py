@@ -75,6 +75,13 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
         ("a.csv", "text;label\nx;1\n", "--delimiter"),
         ("a.csv", "text,label,text\nx,1,y\n", "a.csv:1: has several columns named 'text'"),
         ("a.csv", 'text,label\n"' + ("x" * 2**23 + "\n") * 3, "a.csv:2: a row of more than"),
+        (
+            "a.csv",
+            'text,label\nx,1\n"a\nb\n","1\nc,2\n',
+            "a.csv:5: a quotation mark in this line is never closed",
+        ),
+        ("a.csv", 'text,label\nx,1\nb,"', "a.csv:3: a quotation mark in this line is never closed"),
+        ("a.csv", 'text,"label\r\nx,1\r\n', "a.csv:1: a quotation mark in this line is never closed"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_explained(tmp_path: Path, name: str, text: str, message: str) -> None:
