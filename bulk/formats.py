@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from base64 import b64encode
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -29,36 +30,39 @@ class Rows:
     """Rows of the output.
 
     Attributes:
-        kept: the columns repeated from the input, in pieces: each a list of dicts, or a pyarrow table.
+        slices: the rows of the input.
         answers, types: the answers' columns, and their types (see de3.columns).
     """
 
-    kept: list[Any]
+    slices: Sequence[Slice]
     answers: dict[str, list[Any]]
     types: dict[str, str]
 
     def names(self) -> list[str] | None:
-        """The names of the input's columns, from the first row that could be read; None if there is none."""
-        for piece in self.kept:
-            if not isinstance(piece, list):
-                return list(piece.column_names)
-            for row in filter(None, piece):
+        """The names of the input's columns, from the first row that could be read; None if they are not known."""
+        for one in self.slices:
+            if not isinstance(one.kept, list):
+                return list(one.kept.column_names)
+            for row in filter(None, one.kept):
                 return list(row)
-        return None
+        names = self.slices[0].names
+        return None if names is None else list(names)
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ValueError if a row has an input column that is not among these names."""
         known = set(names)
-        for piece in self.kept:
-            for row in piece if isinstance(piece, list) else [piece.column_names]:
+        for one in self.slices:
+            rows = one.kept if isinstance(one.kept, list) else [one.kept.column_names]
+            for where, row in zip(one.places, rows, strict=False):
                 if surplus := [name for name in row if name not in known]:
                     raise ValueError(
-                        f"a row has the column {surplus[0]!r}, which the first row lacks: name the columns with --keep"
+                        f"{where}: has the column {surplus[0]!r}, which the first row lacks: "
+                        "name the columns with --keep"
                     )
 
     def dicts(self) -> Iterable[dict[str, Any]]:
         """Yield the rows, each with the columns of the input and of the answers."""
-        before = (row for piece in self.kept for row in _dicts(piece))
+        before = (row for one in self.slices for row in _dicts(one.kept))
         columns = list(self.answers)
         for row, values in zip(before, zip(*self.answers.values(), strict=True), strict=True):
             yield {**row, **dict(zip(columns, values, strict=True))}
@@ -79,7 +83,7 @@ def _dicts(piece: Any) -> list[dict[str, Any]]:
 
 def check_names(one: Slice, types: Mapping[str, str]) -> None:
     """Raise ValueError if an input column that a slice keeps and an answers' column have the same name."""
-    for names in one.kept if isinstance(one.kept, list) else [one.kept.column_names]:
+    for names in (one.names or [], *(one.kept if isinstance(one.kept, list) else [one.kept.column_names])):
         if both := [name for name in names if name in types]:
             raise ValueError(
                 f"{both[0]}: is a column of the input and of the answers: choose others with --keep, or "
@@ -139,15 +143,15 @@ class Format:
     def _write_parquet(self, draft: Path, rows: Rows) -> None:
         arrow = pyarrow_module()
         try:
-            pieces = [self._kept(piece) for piece in rows.kept]
-            table = table_of(rows.answers, rows.types)
-            if pieces:
-                before = arrow.concat_tables(pieces, promote_options="default")
-                for index, name in enumerate(before.column_names):
-                    table = table.add_column(index, before.schema.field(name), before.column(name))
+            table, pieces = table_of(rows.answers, rows.types), []
+            for one in rows.slices:
+                pieces.append(self._kept(one))
+                if pieces[-1].num_rows:
+                    self._schema = _unified([*([self._schema] if self._schema else []), pieces[-1].schema])
+            before = arrow.concat_tables(pieces, promote_options="default")
+            for index, name in enumerate(before.column_names):
+                table = table.add_column(index, before.schema.field(name), before.column(name))
             table = table.replace_schema_metadata({"de3": json.dumps(self._about, sort_keys=True)})
-            if pieces:
-                self._schema = _unified([*([self._schema] if self._schema else []), table.schema])
             with draft.open("xb") as opened:
                 table = table.combine_chunks()
                 arrow.parquet.write_table(table, opened, compression="zstd", row_group_size=ROW_GROUP)
@@ -157,15 +161,37 @@ class Format:
                 f"a column cannot be written as parquet ({error}): leave it out with --keep"
             ) from None
 
-    def _kept(self, piece: Any) -> Any:
-        """A piece as a table with the columns `names`, in this order."""
-        arrow, names = pyarrow_module(), self.names or []
-        if isinstance(piece, list):
-            return arrow.table({name: _array(name, [row.get(name) for row in piece]) for name in names})
-        missing = [name for name in names if name not in piece.column_names]
-        for name in missing:
-            piece = piece.append_column(name, arrow.nulls(piece.num_rows))
-        return piece.select(names)
+    def _kept(self, one: Slice) -> Any:
+        """The columns `names` of a slice as a table, in this order; raises ValueError for a row that does not fit."""
+        arrow, names, table = pyarrow_module(), self.names or [], one.kept
+        if isinstance(table, list):
+            values = {name: [row.get(name) for row in table] for name in names}
+            return arrow.table({name: self._array(name, values[name], one.places) for name in names})
+        for name in names:
+            if name not in table.column_names:
+                table = table.append_column(name, arrow.nulls(table.num_rows))
+            elif table.num_rows and (problem := self._misfit(name, table.schema.field(name).type)):
+                raise ValueError(f"{one.places[0]}: {problem}")
+        return table.select(names)
+
+    def _array(self, name: str, values: list[Any], places: Sequence[str]) -> Any:
+        def problem(end: int) -> str:
+            try:
+                return self._misfit(name, pyarrow_module().array(values[:end]).type)
+            except (ValueError, TypeError, OverflowError) as error:
+                return f"{name}: {error}"
+
+        if problem(len(values)):
+            end = 1 + bisect_left(range(1, len(values)), True, key=lambda end: problem(end) != "")
+            raise ValueError(f"{places[end - 1]}: {problem(end)}")
+        return pyarrow_module().array(values)
+
+    def _misfit(self, name: str, kind: Any) -> str:
+        """Why a column of this type does not fit the rows so far; "" if it does."""
+        at, null = self._schema.get_field_index(name) if self._schema else -1, pyarrow_module().null()
+        if at < 0 or kind == null or self._schema.field(at).type in (kind, null):
+            return ""
+        return f"{name} is {kind}, but {self._schema.field(at).type} in earlier rows"
 
     def join(self, parts: Sequence[Path], file: Path) -> None:
         """Write the rows of all parts to one file, which appears only once it is complete."""
@@ -181,13 +207,6 @@ class Format:
                             _skip_record(rows, self.kind)
                         shutil.copyfileobj(rows, opened)
         publish(draft, file)
-
-
-def _array(name: str, values: list[Any]) -> Any:
-    try:
-        return pyarrow_module().array(values)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def new_draft(file: Path) -> Path:

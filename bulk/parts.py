@@ -110,10 +110,8 @@ class Parts:
 
         answers: the columns `types` for the rows of all slices, in order.
         """
-        rows, known = (
-            Rows([one.kept for one in slices if len(one.kept)], answers, self.types),
-            self._format.names,
-        )
+        rows = Rows([one for one in slices if len(one.kept)] or slices[:1], answers, self.types)
+        known = self._format.names
         self._format.prepare(rows, [self._path(n) for n in range(number)])
         if known != self._format.names or not (self._folder / RUN).exists():
             self._note(False)

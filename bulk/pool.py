@@ -23,6 +23,7 @@ from de3.server.settings import Settings
 
 # Limits on one request, in texts and in characters: 2¹⁸ characters of 4 bytes are 1 MiB, a server's default body limit.
 MAX_BATCH, MAX_BATCH_CHARS = 32, 2**18
+PROBE = "-"
 
 
 class Pool(Protocol):
@@ -35,7 +36,7 @@ class Pool(Protocol):
     size: int
 
     def submit(self, texts: Sequence[Input | None]) -> "Future[Answers]":
-        """Classify a slice; None: a row without a text."""
+        """Classify a slice; None: a row without a text. The answers have all columns, even without texts."""
 
     def close(self) -> None:
         """Cancel the slices that have not started, and wait for the others."""
@@ -126,9 +127,13 @@ class RemotePool:
         with server_errors():
             for batch in batches([chars_of(text) for _, text in given], MAX_BATCH, MAX_BATCH_CHARS):
                 self._ask(given[batch], rows)
-        answers = Answers({"error": []})
-        if first := next((row for row in rows.values() if "error" not in row), None):
-            answers = Answers.of("value" in first, "labels" in first, self._options.get("long") == "windows")
+            first = next((row for row in rows.values() if "error" not in row), None)
+            if first is None:  # no answer shows the kind of the model
+                self._ask([(-1, PROBE)], rows)
+                first = rows.pop(-1)
+                if "error" in first:
+                    raise ValueError(f"the server refuses even the text {PROBE!r}: {first['error']}")
+        answers = Answers.of("value" in first, "labels" in first, self._options.get("long") == "windows")
         answers.add([rows.get(index, {"error": "missing"}) for index in range(len(texts))])
         return answers
 

@@ -71,8 +71,7 @@ def classify(
         progress: called after each slice with its number of rows.
 
     Raises ValueError if a file cannot be read, the rows do not fit the output's format, a process or its engine fails,
-    the server refuses the options or does not answer, there are no rows, or no row of the first slice can be
-    classified.
+    the server refuses the options or does not answer, or no row of the first slice has a text.
     """
     summary, started = Summary(), perf_counter()
     waiting = deque[tuple[int, Slice, Future[Answers] | None]]()
@@ -85,24 +84,16 @@ def classify(
         if not waiting:
             break
         number, one, future = waiting.popleft()
-        is_first = not summary.rows
         summary.rows += one.rows
         summary.parts = number + 1
         if future is not None:
             with _process_errors():
                 answers = future.result()
             one.merge_errors(answers.values["error"])
-            if is_first and len(one.refused) == one.rows:  # probably the wrong columns or the wrong model
-                first = one.refused[0]
-                raise ValueError(
-                    f"none of the first {one.rows} rows can be classified: {first.where}: {first.reason}"
-                )
             summary.add(one, answers)
             part.add(number, one, answers)
         progress(one.rows)
     part.end()
-    if not summary.rows:
-        raise ValueError(f"{', '.join(map(str, source.files[:3]))}: no rows")
     summary.seconds = perf_counter() - started
     return summary
 
@@ -150,8 +141,8 @@ class _Part:
         types = self._parts.types or {self._rename(name): COLUMNS[name].type for name in values}
         self._parts.types = types
         check_names(one, types)  # with the first slice, rather than once the part is complete
-        for name in types:  # if a server refused all texts of a slice, its other columns are missing
-            self._values.setdefault(name, []).extend(columns.get(name) or [None] * len(one.kept))
+        for name in types:
+            self._values.setdefault(name, []).extend(columns[name])
 
     def end(self) -> None:
         """Write the part, if it has slices."""

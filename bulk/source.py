@@ -1,7 +1,7 @@
 """The rows of a file, or of a folder of files, in slices."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from de3.bulk.pages import rows_at_once
 from de3.client import Input
 from de3.columns import pyarrow_module
-from de3.data.tables import MAX_LINE, SHOWN, BadRow, Columns, records, text_of
+from de3.data.tables import MAX_LINE, SHOWN, BadRow, Columns, Header, records, text_of
 
 SLICE_ROWS = 2048
 SLICE_CHARS = 2**22  # a slice is complete once it has this many characters, which bounds memory
@@ -36,6 +36,7 @@ class Slice:
         texts: the text of each row; None: it has none that can be classified.
         places: the place of each row: FILE:LINE or, in parquet files, FILE:ROW with rows counted from 0.
         kept: the input's columns that the output repeats, for each row: a list of dicts, or a pyarrow table.
+        names: the names of these columns, if they are known without rows.
         refused: the rows that cannot be classified, by index.
         chars: approximate size of the rows, in characters.
     """
@@ -44,6 +45,7 @@ class Slice:
     texts: list[Input | None] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     kept: Any = field(default_factory=list)
+    names: Sequence[str] | None = None
     refused: dict[int, Refused] = field(default_factory=dict)
     chars: int = 0
 
@@ -83,10 +85,11 @@ class Slice:
                 self.refuse(index, reason, self.texts[index])
 
     def drop_refused(self, values: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Drop the refused rows from `kept`; returns the answers' columns without them, and without `error`."""
+        """Drop the refused rows from `kept` and `places`; returns the answers' columns without them and `error`."""
         stay = [index for index in range(self.rows) if index not in self.refused]
         if self.refused:
             self.kept = _taken(self.kept, stay)
+            self.places = [self.places[index] for index in stay]
         names = [name for name in values if name != "error"]
         return {name: [values[name][index] for index in stay] for name in names}
 
@@ -97,9 +100,13 @@ class Source:
     def __init__(self, path: Path, columns: Columns, keep: Sequence[str] | None = None) -> None:
         """keep: columns that the output repeats; None: all. Raises ValueError as `files_in` does."""
         self._columns, self._keep = columns, keep
+        self._text_names = [name for name in (columns.text, columns.text_pair) if name is not None]
         self._names: list[str] | None = None  # columns of the first row that could be classified
         self.files = files_in(path, columns)
         self.kind = self.files[0].suffix
+        is_lines = self.kind == ".txt" and columns.delimiter is None
+        self._kept_names = [columns.text] if keep is None and is_lines else keep  # see Slice.names
+        self._has_columns = False  # a row had the columns of the texts
 
     def rows(self) -> int:
         """The number of rows; an estimate for text files, in which a row may have several lines."""
@@ -108,38 +115,68 @@ class Source:
         return sum(_lines_in(file) for file in self.files)
 
     def slices(self) -> Iterator[Slice]:
-        """Yield all rows, in slices; raises ValueError for a file that cannot be read, or lacks a column."""
+        """Yield all rows, in slices; without rows, an empty slice with the columns.
+
+        Raises ValueError for a file that cannot be read or lacks a column, or if no row of the first slice has a text.
+        """
         number = 0
         for file in self.files:
             read = self._read_parquet if self.kind == ".parquet" else self._read_rows
             for one in read(file, number):
                 number += one.rows
                 yield one
+        if not number and self.kind == ".parquet":
+            table = _open_parquet(self.files[0]).schema_arrow.empty_table()
+            yield Slice(0, kept=table if self._keep is None else table.select(self._keep))
+        elif not number:
+            yield Slice(0, names=self._kept_names)
 
     def _read_rows(self, file: Path, number: int) -> Iterator[Slice]:
-        one, is_first = Slice(number), True
+        one, is_first = Slice(number, names=self._kept_names), True
         for where, record in records(file, self._columns, keeps_bad=True):
+            if isinstance(record, Header):
+                if not number:
+                    self._text(dict.fromkeys(record, "-"), where)
+                    self._check_kept(record, where)
+                    self._has_columns = True
+                if self._kept_names is None:
+                    self._kept_names = one.names = record
+                continue
             row = {self._columns.text: record} if isinstance(record, str) else record
             try:
                 if isinstance(row, BadRow):
                     raise ValueError(row.reason)
-                text = self._text(row)
+                text = self._text(row, "")
             except ValueError as error:
                 one.add_refused(where, str(error), row.content if isinstance(row, BadRow) else row)
                 row = self._plain(row.columns if isinstance(row, BadRow) else row)
             else:
-                if is_first and (unknown := [name for name in self._keep or () if name not in row]):
-                    raise ValueError(f"{where}: no column {unknown[0]!r}; it has {_list(row)}: set --keep")
+                if is_first:
+                    self._check_kept(row, where)
                 is_first, self._names = False, self._names or list(row)
                 one.add(text, where)
+            self._has_columns |= all(name in row for name in self._text_names)
             kept = row if self._keep is None else {name: row.get(name) for name in self._keep}
             one.kept.append(kept)
             one.chars += sum(map(_size, kept.values()))
             if one.rows >= SLICE_ROWS or one.chars >= SLICE_CHARS:
-                yield one
-                one = Slice(one.number + one.rows)
+                yield self._with_columns(one)
+                one = Slice(one.number + one.rows, names=self._kept_names)
         if one.rows:
-            yield one
+            yield self._with_columns(one)
+
+    def _with_columns(self, one: Slice) -> Slice:
+        """The slice; raises ValueError if no row so far had the columns of the texts, which are probably misspelt."""
+        if not self._has_columns:
+            first = one.refused[0]
+            raise ValueError(
+                f"none of the first {one.rows} rows can be classified: {first.where}: {first.reason}"
+            )
+        return one
+
+    def _check_kept(self, names: Collection[str], where: str) -> None:
+        if unknown := [name for name in self._keep or () if name not in names]:
+            raise ValueError(f"{where}: no column {unknown[0]!r}; it has {_list(names)}: set --keep")
 
     def _plain(self, row: Any) -> dict[str, Any]:
         """The columns of a refused row; a text that is missing or of another type becomes None.
@@ -154,12 +191,12 @@ class Source:
             name: value if name not in names or _is_text(value) else None for name, value in columns.items()
         }
 
-    def _text(self, row: Any) -> Input:
+    def _text(self, row: Any, where: str) -> Input:
         """The text or pair of a row; raises ValueError if it is missing or invalid."""
-        first, pair = text_of(row, self._columns.text, ""), self._columns.text_pair
+        first, pair = text_of(row, self._columns.text, where), self._columns.text_pair
         if pair is None and row.get(PAIR) is None:
             return first
-        return first, text_of(row, pair or PAIR, "", "--pair-column")
+        return first, text_of(row, pair or PAIR, where, "--pair-column")
 
     def _read_parquet(self, file: Path, number: int) -> Iterator[Slice]:
         opened = _open_parquet(file)

@@ -80,12 +80,16 @@ class BadRow:
     columns: Mapping[str, str | None] = field(default_factory=dict)
 
 
+class Header(list[str]):
+    """The column names of a table."""
+
+
 def records(path: Path, columns: Columns, keeps_bad: bool = False) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a file, each with its place, FILE:LINE. A row is a dict by column or, in .jsonl, a JSON value.
 
     Blank lines are skipped. Raises ValueError for a row that cannot be read, a file that cannot be read as a table, or
-    a file without rows. keeps_bad: yield a BadRow for a row that cannot be read, a row also for a blank line in .txt,
-    and nothing for a file without rows.
+    a file without rows. keeps_bad: yield the Header of a table, a BadRow for a row that cannot be read, a row also for
+    a blank line in .txt, and nothing for a file without rows.
     """
     line = 0
     for line, record in _records(path, columns, keeps_bad):
@@ -126,7 +130,9 @@ def _records(path: Path, columns: Columns, keeps_bad: bool) -> Iterator[tuple[in
         if len(delimiter) != 1:
             raise ValueError(f"--delimiter must be one character or tab, got {delimiter!r}")
         quoted = suffix != ".tsv" if columns.quotes is None else columns.quotes
-        yield from _delimited(file, path, columns, delimiter, quoted)
+        for number, row in _delimited(file, path, columns, delimiter, quoted):
+            if keeps_bad or not isinstance(row, Header):
+                yield number, row
 
 
 def _delimited(
@@ -155,8 +161,8 @@ def _delimited(
             )
 
     csv.field_size_limit(MAX_LINE)
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    reader = csv.reader(lines(), delimiter=delimiter, quoting=quoting)
+    dialect: Any = {"delimiter": delimiter, "quoting": csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE}
+    reader = csv.reader(lines(), **dialect)
     names: list[str] | None = None
     while True:
         problems.clear()
@@ -165,9 +171,8 @@ def _delimited(
         try:
             row = next(reader, None)
         except csv.Error as error:  # in a field that is still open
-            ended = (line.rstrip("\r\n") + "\n" for line in read)
-            (*_, field) = next(csv.reader(ended, delimiter=delimiter, quoting=quoting))
-            raise ValueError(f"{path}:{reader.line_num + 1 - field.count(chr(10))}: {error}") from None
+            line = reader.line_num + 1 - _lines_of_last_field(read, dialect)
+            raise ValueError(f"{path}:{line}: {error}") from None
         if row is None:
             return
         if columns.header and names is None:
@@ -178,6 +183,7 @@ def _delimited(
             if twice := [name for name, number in Counter(row).items() if name and number > 1]:
                 raise ValueError(f"{path}:1: has several columns named {twice[0]!r}")
             names = row
+            yield 1, Header(names)
             continue
         if not problems and names is not None and len(row) > len(names):
             problem = (
@@ -194,6 +200,12 @@ def _delimited(
             columns_of_row = names or list(map(str, range(len(row))))
             missing = dict.fromkeys(columns_of_row[len(row) :])  # if the row is short
             yield reader.line_num, dict(zip(columns_of_row, row, strict=False)) | missing
+
+
+def _lines_of_last_field(lines: list[str], dialect: Any) -> int:
+    """The number of lines in the last field of a row, which is still open at the end of these lines."""
+    row = next(csv.reader((line.rstrip("\r\n") + "\n" for line in lines), **dialect))
+    return row[-1].count("\n")
 
 
 def _readable(row: list[str], names: list[str], columns: Columns) -> dict[str, str | None]:

@@ -70,8 +70,6 @@ class Here:
         self._waiting += 1
         self.most = max(self.most, self._waiting)
         answers = self._model.answers_by_column(texts, tau=0.3, long="error")
-        if all(answers.values["error"]):  # as from a server, whose kind of model is then unknown
-            answers.values = {"error": answers.values["error"]}
         future = Future[Answers]()
         future.result = lambda timeout=None: self._taken(answers)  # type: ignore[method-assign]
         return future
@@ -292,14 +290,79 @@ def test_values_that_need_care(model: de3.Classifier, tmp_path: Path, kind: str,
     assert [row["label"] for row in found] == [row.label for row in model.classify(TEXTS[:32], tau=0.3)]
 
 
-def test_files_without_rows(model: de3.Classifier, tmp_path: Path) -> None:
+def names_in(file: Path) -> list[str]:
+    """The columns of a .parquet, .csv or .tsv file."""
+    if file.suffix == ".parquet":
+        return list(parquet.read_schema(file).names)
+    return file.read_text().splitlines()[0].split("\t" if file.suffix == ".tsv" else ",")
+
+
+@pytest.mark.parametrize(("kind", "drops"), [*product(KINDS, [False, True])])
+def test_an_input_without_rows_or_texts_gives_an_output_with_all_columns(
+    model: de3.Classifier, tmp_path: Path, kind: str, drops: bool
+) -> None:
+    columns = list(model.answers_by_column([]).values)
+    no_texts = arrow.table({"id": arrow.array([1, 2] * 9), "text": arrow.nulls(18, arrow.string())})
+    parquet.write_table(no_texts.slice(0, 0), tmp_path / "rows.parquet")
+    parquet.write_table(no_texts, tmp_path / "texts.parquet")
+    contents = {
+        "rows.csv": "id,text\n",
+        "texts.csv": "id,text\n" + "1,\n2,\n" * 9,
+        "rows.txt": "",
+        "texts.txt": "\n" * 18,
+        "rows.jsonl": "",
+        "texts.jsonl": '{"id": 1, "text": null}\n' * 18,
+        "nothing.csv": "",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    for name in ("rows.parquet", "texts.parquet", *contents):
+        out, has_rows = tmp_path / f"of-{name}{kind}", name.startswith("texts")
+        summary, refused = classify(Here(model), tmp_path / name, out, drops_refused=drops)
+        rows = read(out)
+        assert summary.rows == summary.refused == 18 * has_rows
+        if drops:
+            assert rows == [] and (refused is not None) == has_rows
+        else:
+            assert len(rows) == 18 * has_rows and not any(row["label"] for row in rows)
+            assert all(row["error"].startswith("text is empty") for row in rows)
+        kept = ["text"] if name.endswith(".txt") else ["id", "text"]
+        if name in ("nothing.csv", "rows.jsonl") or (drops and name == "texts.jsonl"):
+            kept = []  # unknown
+        assert kind == ".jsonl" or names_in(out) == [*kept, *(columns[:-1] if drops else columns)]
+        if kind == ".parquet" == tmp_path.joinpath(name).suffix:
+            assert parquet.read_schema(out).field("id").type == arrow.int64()
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_wrong_column_is_an_error_also_without_rows(
+    model: de3.Classifier, tmp_path: Path, rows: int
+) -> None:
+    table = arrow.table({"sentence": ["good"] * rows, "label": ["a"] * rows})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    (tmp_path / "in.csv").write_text("sentence,label\n" + "good,a\n" * rows)
+    for name, where in (("in.parquet", "in.parquet"), ("in.csv", "in.csv:1")):
+        with pytest.raises(ValueError, match=f"{where}: no column 'text'; it has 'sentence'.*--text-column"):
+            list(Source(tmp_path / name, READING).slices())
+        with pytest.raises(ValueError, match=f"{where}: no column 'other'; .*--pair-column"):
+            list(Source(tmp_path / name, Columns("sentence", "other", label=None)).slices())
+        with pytest.raises(ValueError, match=f"{where}: no column 'more'; .*--keep"):
+            list(Source(tmp_path / name, Columns("sentence", label=None), ["more"]).slices())
+        output = Parts(tmp_path / f"{name}.csv", ".csv", {})
+        with pytest.raises(ValueError, match="label: is a column of the input and of the answers"):
+            run.classify(
+                Source(tmp_path / name, Columns("sentence", label=None)), Here(model), output, lambda n: n
+            )
+        output.close()
+    write(tmp_path / "in.jsonl", [{"text": "good"}] * rows)
+    if rows:
+        with pytest.raises(ValueError, match=r"none of the first 1 rows .*no column 'other'.*--pair-column"):
+            list(Source(tmp_path / "in.jsonl", Columns("text", "other", label=None)).slices())
+
+
+def test_files_of_a_folder_without_rows(model: de3.Classifier, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    (tmp_path / "empty.csv").write_text("id,text\n")
-    parquet.write_table(arrow.table({"text": arrow.array([], arrow.string())}), tmp_path / "empty.parquet")
-    for file in ("empty.csv", "empty.parquet"):
-        with pytest.raises(ValueError, match=f"{file}: no rows"):
-            classify(Here(model), tmp_path / file, tmp_path / "out.csv")
     for name, text in (("a", "text\ngood\n"), ("b", "text\n"), ("c", "text\nbad\n")):
         (folder / f"{name}.csv").write_text(text)
     classify(Here(model), folder, tmp_path / "out.csv")
@@ -665,13 +728,18 @@ def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier,
     rows: list[dict[str, Any]] = [{"text": text, "n": i} for i, text in enumerate(TEXTS)]
     rows[40]["n"] = "forty"
     write(file, rows)
-    with pytest.raises(ValueError, match=r"a column cannot be written as parquet \(n: .* --keep"):
-        classify(Here(model), file, tmp_path / "out.parquet")
+    with pytest.raises(ValueError, match=r"as parquet \(.*in\.jsonl:41: n is string, but int64 .* --keep"):
+        classify(Here(model), file, tmp_path / "out.parquet", part_rows=1000)
+    rows[40]["n"], rows[43]["n"] = 40, "forty-three"
+    write(file, rows)
+    with pytest.raises(ValueError, match=r"as parquet \(.*in\.jsonl:44: n: Could not convert 'forty-three'"):
+        classify(Here(model), file, tmp_path / "out.parquet", part_rows=1000)
+    rows[43]["n"] = 43
     rows[40]["n"], rows[41]["half"] = 40, "\ud800"
     write(file, rows)
     summary, _ = classify(Here(model), file, tmp_path / "out.jsonl")
     assert summary.answered == 100 and read(tmp_path / "out.jsonl")[41]["half"] == "\ud800"
-    with pytest.raises(ValueError, match="'half', which the first row lacks"):
+    with pytest.raises(ValueError, match=r"in\.jsonl:42: has the column 'half', which the first row lacks"):
         classify(Here(model), file, tmp_path / "out.csv")
     classify(Here(model), file, tmp_path / "numbers.parquet", keep=["n"])
     assert [row["n"] for row in read(tmp_path / "numbers.parquet")][39:42] == [39, 40, 41]
@@ -679,9 +747,14 @@ def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier,
         row["n"] += 0.5
     write(file, rows)
     for _ in range(2):  # also after the run is continued, when the previous part is only a file
-        with pytest.raises(ValueError, match="a column cannot be written as parquet"):
+        with pytest.raises(ValueError, match=r"as parquet \(.*in\.jsonl:49: n is double, but int64"):
             classify(Here(model), file, tmp_path / "more.parquet", keep=["n"])
         assert len(list((tmp_path / "more.parquet.parts").glob("part-*"))) == 3
+    (tmp_path / "in").mkdir()
+    for name, value in (("a", 1), ("b", "one")):
+        write(tmp_path / "in" / f"{name}.parquet", [{"id": value, "text": "good"}])
+    with pytest.raises(ValueError, match=r"as parquet \(.*b\.parquet:0: id is string, but int64"):
+        classify(Here(model), tmp_path / "in", tmp_path / "both.parquet")
 
 
 def test_columns_of_input_and_answers_may_not_share_a_name(model: de3.Classifier, tmp_path: Path) -> None:
@@ -707,14 +780,14 @@ def test_columns_of_input_and_answers_may_not_share_a_name(model: de3.Classifier
         ("", "give texts"),
         ("--file - --out - --refused drop", "--refused: "),
         ("--file {0}/in.jsonl --out - --model tiny --format xlsx", "--format must be"),
-        ("--file {0}/in.csv --out - --model tiny", "in.csv: no rows"),
+        ("--file {0}/in.csv --out - --model tiny", "in.csv:1: no column 'text'; it has 'sentence'"),
         ("good --url localhost:8000", "http://localhost:8000"),
         ("good --url http://127.0.0.1:9", "de3 serve"),
     ],
 )
 def test_errors_of_the_command(store: Path, tmp_path: Path, arguments: str, says: str) -> None:
     write(tmp_path / "in.jsonl", [{"text": "good"}])
-    (tmp_path / "in.csv").touch()
+    (tmp_path / "in.csv").write_text("sentence\n")
     where = f"--store {store}" if "--model" in arguments else ""
     assert says in refusal(f"classify {where} {arguments.format(tmp_path)}")
 
@@ -800,12 +873,9 @@ def test_a_server_that_refuses_texts_and_large_requests_answers_the_others_in_or
     one.close()
     errors = ["missing" if text is None else text if "bad" in text else None for text in given]
     assert answers.values.pop("error") == errors
-    if None in errors:  # otherwise the kind of the model is unknown
-        labels = [None if error else text for text, error in zip(given, errors, strict=True)]
-        assert answers.values["label"] == labels
-        assert answers.values["windows_of"] == [None if error else 1 for error in errors]
-    else:
-        assert not answers.values
+    labels = [None if error else text for text, error in zip(given, errors, strict=True)]
+    assert answers.values["label"] == labels
+    assert answers.values["windows_of"] == [None if error else 1 for error in errors]
     assert all(fits(asked) for asked in client.asked)
     found = [texts[part] for part in batches([len(str(text)) for text in texts], 4, 20)]
     assert [text for batch in found for text in batch] == texts and all(map(fits, found))
@@ -878,6 +948,8 @@ def test_standard_input_and_output(
     assert [json.loads(line) for line in found.stdout.splitlines()] == [
         {"text": row["text"], "id": i} | row for i, row in enumerate(rows)
     ]
+    found = invoke(f"classify - --store {store} --model tiny-int8 --format csv", input="")
+    assert found.exit_code == 0 and found.stdout.startswith("text,label,") and found.stdout.count("\n") == 1
     found = invoke(f"classify - --store {store} --model tiny-int8", input='{"sentence": "good"}')
     assert "classified: standard input:1: no column 'text'" in str(found.exception)
     options = f"--store {store} --model tiny-int8 --tau 0 --keep none"

@@ -330,7 +330,7 @@ def _run(
             rate = done / (now - started)
             progress.update(task, advance=rows, rate=f"{rate:,.0f} rows/s")
             if not console.is_terminal and now - printed >= LOG_EVERY_S:
-                printed, left = now, duration(max(0, total - done) / rate)
+                printed, left = now, duration(max(0, total - done) * (now - started) / max(1, done))
                 _say(f"  classifying: {done:,} of {total:,} rows, {rate:,.0f} rows/s, about {left} left")
 
         summary = run(source, pool, parts, lambda name: prefix + name, part_rows, advance)
