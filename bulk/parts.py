@@ -20,6 +20,7 @@ class Parts:
 
     Attributes:
         is_complete: an earlier run has written the whole output.
+        summary: statistics of the run (Summary.json) once the output is complete; empty before.
         drops_refused: see __init__.
         types: the types of the answers' columns (see de3.columns), by their names in the output; empty before the
             first part, if no earlier run has written it.
@@ -41,12 +42,14 @@ class Parts:
         self._folder = out if self._file is None else out.with_name(f"{out.name}.parts")
         noted = {**run, "format": kind, "drops_refused": drops_refused}
         self._run, self.is_complete = json.loads(json.dumps(noted)), False
+        self.summary: dict[str, Any] = {}
+        self._record = out.with_name(f"_{out.name}.run.json")  # _run.json of a complete file
         self.drops_refused, self.types = drops_refused, dict[str, str]()
         self._format = Format(
             kind, {name: run[name] for name in ("model", "labels", "options") if name in run}
         )
         self._lock = FileLock(self._folder / ".lock", timeout=0)
-        if self._file is not None and not (self._folder / RUN).exists():
+        if self._file is not None and not (self._folder / RUN).exists() and not self._is_recorded(self._file):
             for one in (self._file, *([self._all_refused] if drops_refused else [])):
                 if one.exists():
                     raise ValueError(f"{one}: already exists; remove it, or choose another --out")
@@ -62,8 +65,19 @@ class Parts:
             self.close()
             raise
 
+    def _is_recorded(self, file: Path) -> bool:
+        """True if an earlier run has written this file, by its record; then `is_complete` and `summary` are set."""
+        if file.exists() and self._record.exists():
+            before = json.loads(self._record.read_text())
+            self.is_complete = before["run"] == self._run and before["bytes"] == file.stat().st_size
+            self.summary = before["summary"]
+        return self.is_complete
+
     def _begin(self, out: Path) -> None:
         file = self._folder / RUN
+        if self.is_complete:
+            shutil.rmtree(self._folder, ignore_errors=True)  # perhaps interrupted while removing the parts
+            return
         if not file.exists():
             if any(one.name[0] != "." for one in self._folder.iterdir()):
                 raise ValueError(f"{out}: contains other files; choose an empty folder, or a new one")
@@ -75,18 +89,26 @@ class Parts:
                 f"or remove {self._folder} to start over"
             )
         self._format.names, self.types = before["names"], before["types"]
-        self.is_complete = before["is_complete"]
-        if self._file is not None and self._file.exists():  # interrupted while removing the parts
+        self.is_complete, self.summary = before["is_complete"] and self._file is None, before["summary"]
+        if self._file is not None and self._file.exists():  # interrupted once the file was complete
             self.is_complete = True
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._keep_record()
 
     def _note(self, is_complete: bool) -> None:
         draft = new_draft(self._folder / RUN)
         columns = {"names": self._format.names, "types": self.types}
-        noted = {"run": self._run, **columns, "is_complete": is_complete}
+        noted = {"run": self._run, **columns, "is_complete": is_complete, "summary": self.summary}
+        if self._file is not None and is_complete:
+            noted["bytes"] = self._file.stat().st_size
         with draft.open("x") as opened:
             json.dump(noted, opened, indent=1)
         publish(draft, self._folder / RUN)
+
+    def _keep_record(self) -> None:
+        """Keep the record of the run next to the complete file, and remove the parts."""
+        self._note(True)
+        publish(self._folder / RUN, self._record)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"part-{number:06}{self._format.kind}"
@@ -115,26 +137,31 @@ class Parts:
         self._format.prepare(rows, [self._path(n) for n in range(number)])
         if known != self._format.names or not (self._folder / RUN).exists():
             self._note(False)
-        if self.drops_refused:
-            draft = new_draft(self._refused(number))
-            with draft.open("x", encoding="utf-8") as opened:
-                for row in (row for one in slices for _, row in sorted(one.refused.items())):
-                    opened.write(json.dumps(vars(row), ensure_ascii=False) + "\n")
-            publish(draft, self._refused(number))  # before the part, so that every part has this file
+        draft = new_draft(self._refused(number))
+        with draft.open("x", encoding="utf-8") as opened:
+            for row in (row for one in slices for _, row in sorted(one.refused.items())):
+                opened.write(json.dumps(vars(row), ensure_ascii=False) + "\n")
+        publish(draft, self._refused(number))  # before the part, so that every part has this file
         self._format.write(self._path(number), rows)
 
-    def finish(self, count: int) -> Path | None:
+    def refused(self, count: int) -> int:
+        """The number of rows that cannot be classified in the first `count` parts."""
+        total = 0
+        for number in range(count):
+            with self._refused(number).open("rb") as lines:
+                total += sum(1 for _ in lines)
+        return total
+
+    def finish(self, count: int, summary: dict[str, Any]) -> Path | None:
         """Complete the output, which has `count` parts; returns the file of dropped rows, or None if there are none."""
-        refused = None
-        if self.drops_refused:
-            refused = self._all_refused
+        self.summary = summary
+        refused = self._all_refused if self.drops_refused and summary["refused"] else None
+        if refused is not None:
             Format(".jsonl", {}).join([self._refused(number) for number in range(count)], refused)
-            if not refused.stat().st_size:
-                refused.unlink()
-                refused = None
         if self._file is not None:
+            self._note(False)
             self._format.join([self._path(number) for number in range(count)], self._file)
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._keep_record()
         else:
             self._note(True)
             for number in range(count):

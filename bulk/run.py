@@ -24,8 +24,10 @@ class Summary:
     """Statistics of a run.
 
     Attributes:
-        rows: number of rows, including those of an earlier, interrupted run.
-        refused, answered: number of rows that this run refused and answered.
+        rows, refused: number of rows, and of those that cannot be classified, including those of an earlier,
+            interrupted run.
+        earlier: number of rows of the earlier run.
+        answered: number of rows that this run answered.
         parts: number of parts, including those of an earlier run.
         layers: number of answers by exit layer.
         seconds: duration of this run.
@@ -34,6 +36,7 @@ class Summary:
 
     rows: int = 0
     refused: int = 0
+    earlier: int = 0
     answered: int = 0
     parts: int = 0
     layers: Counter[int] = field(default_factory=Counter)
@@ -41,16 +44,15 @@ class Summary:
     model_s: float = 0.0
     full_depth_s: float = 0.0
 
-    @property
-    def earlier(self) -> int:
-        """The number of rows that an earlier, interrupted run answered or refused."""
-        return self.rows - self.answered - self.refused
+    def json(self) -> dict[str, Any]:
+        """The statistics that are kept with the output; `exits` are those of this run."""
+        counts = {"rows": self.rows, "refused": self.refused, "earlier": self.earlier}
+        return counts | {"exits": dict(sorted(self.layers.items())), "seconds": round(self.seconds, 3)}
 
     def add(self, one: Slice, answers: Answers) -> None:
         """Add the answers to a slice."""
         self.layers.update(layer for layer in answers.values.get("exit_layer", []) if layer is not None)
         self.answered += one.rows - len(one.refused)
-        self.refused += len(one.refused)
         self.model_s += answers.model_s
         self.full_depth_s += answers.full_depth_s
 
@@ -92,8 +94,11 @@ def classify(
             one.merge_errors(answers.values["error"])
             summary.add(one, answers)
             part.add(number, one, answers)
+        else:
+            summary.earlier += one.rows
         progress(one.rows)
     part.end()
+    summary.refused = parts.refused(summary.parts)
     summary.seconds = perf_counter() - started
     return summary
 

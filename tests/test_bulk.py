@@ -93,7 +93,7 @@ def classify(
     output = Parts(out, out.suffix or ".parquet", {"a": 1}, drops_refused)
     try:
         summary = run.classify(Source(file, READING, keep), pool, output, lambda name: name, part_rows)
-        return summary, output.finish(summary.parts)
+        return summary, output.finish(summary.parts, summary.json())
     finally:
         output.close()
 
@@ -180,7 +180,7 @@ def test_a_folder_whose_files_have_their_columns_in_another_order_or_lack_one(
     (folder / "_SUCCESS").touch()
     output = Parts(out, kind, {})
     summary = run.classify(Source(folder, READING), Here(model), output, lambda name: f"de3_{name}", 16)
-    output.finish(summary.parts)
+    output.finish(summary.parts, summary.json())
     output.close()
     files = sorted(file for file in out.iterdir() if file.name[0] != ".")
     assert [file.name for file in files] == ["_run.json", *(f"part-{n:06}{kind}" for n in range(4))]
@@ -238,10 +238,14 @@ def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
             again.close()
         else:
             summary, refused_again = classify(pool, file, out, part_rows, drops_refused=drops)
-            assert summary.rows == 40 and summary.answered + summary.refused == rows_left
+            assert summary.rows - summary.earlier == rows_left and summary.refused == 16
             assert pool.texts == rows_left - (14 if rows_left > 8 else 0)
             assert not drops or refused.read_bytes() == refused_again.read_bytes()
         assert out.read_bytes() == whole.read_bytes()
+        again = Parts(out, kind, {"a": 1}, drops)
+        assert again.is_complete and (again.summary["rows"], again.summary["refused"]) == (40, 16)
+        again.close()
+        assert not Path(f"{out}.parts").exists()
 
 
 @pytest.mark.parametrize("kind", [".parquet", ".csv"])
@@ -689,6 +693,11 @@ def test_an_output_is_only_continued_by_the_same_run(model: de3.Classifier, tmp_
         Parts(out, ".jsonl", {"a": 1})
     first.close()
     classify(Here(model), tmp_path / "in.jsonl", out)
+    Parts(out, ".jsonl", {"a": 1}).close()
+    with pytest.raises(ValueError, match=r"out\.jsonl: already exists"):
+        Parts(out, ".jsonl", {"a": 2})
+    with out.open("a") as opened:
+        opened.write("another row\n")
     with pytest.raises(ValueError, match=r"out\.jsonl: already exists"):
         Parts(out, ".jsonl", {"a": 1})
     out.unlink()
@@ -819,11 +828,23 @@ def test_the_command_in_processes(store: Path, tmp_path: Path, monkeypatch: pyte
     assert invoke(some).exit_code == 130
     output = command(some)
     assert "18 rows (8 of them by an earlier run)" in output and "exits by layer in this run: " in output
-    assert "1 rows of this run cannot be classified: error has the reasons" in output
+    assert "1 rows cannot be classified: error has the reasons" in output
+    for more, code in (("", 0), ("--max-refused 0.05", 3), ("--max-refused 0.06", 0), ("--max-refused 0", 3)):
+        again = invoke(f"{some} {more}")  # 1 of 18 rows is refused
+        assert again.exit_code == code and "some is complete: nothing to do" in again.stderr
+        assert ("5.56% of the rows cannot be classified, more than --max-refused 0" in again.stderr) == bool(
+            code
+        )
+    summary = json.loads((tmp_path / "some" / "_run.json").read_text())["summary"]
+    assert (summary["rows"], summary["refused"], summary["earlier"]) == (18, 1, 8)
     output = command(
         f"classify --store {store} --model tiny-int8 --file {file} --out {dropped} --refused drop --prefix de3_"
     )
     assert f"1 rows cannot be classified: {dropped}.refused.jsonl" in output
+    output = command(
+        f"classify --store {store} --model tiny-int8 --file {file} --out {dropped} --refused drop --prefix de3_"
+    )
+    assert f"{dropped} is complete: nothing to do" in output
     assert [row["id"] for row in read(dropped)] == [str(i) for i in range(len(TEXTS))]
     assert "de3_label" in read(dropped)[0] and "de3_error" not in read(dropped)[0]
     about = json.loads(parquet.read_schema(out).metadata[b"de3"])
@@ -898,7 +919,7 @@ def test_a_server_whose_answers_cannot_be_combined_is_an_error() -> None:
 
 
 def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> None:
-    artifact, summary = Store(store).open("tiny"), run.Summary(rows=9, answered=5, refused=1)
+    artifact, summary = Store(store).open("tiny"), run.Summary(rows=9, earlier=3, answered=5, refused=1)
 
     def certifies(**options: Any) -> bool:
         return any("with 95% confidence" in line for line in report(summary, artifact, options))
@@ -940,6 +961,8 @@ def test_standard_input_and_output(
     found = invoke(f"classify - --store {store} --model tiny-int8 --tau 0", input=given)
     rows = [json.loads(line) for line in found.stdout.splitlines()]
     assert [row["text"] for row in rows] == texts and rows[1]["error"].startswith("text is empty")
+    gate = invoke(f"classify - --store {store} --model tiny-int8 --tau 0 --max-refused 0.2", input=given)
+    assert gate.exit_code == 3 and gate.stdout == found.stdout
     expected = model.answers_by_column(texts, tau=0)
     assert [row["probs"] for row in rows] == expected.values["probs"]
     assert "  classifying: 4 of 4 rows, " in found.stderr and "about 0 s left" in found.stderr

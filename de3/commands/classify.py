@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from hashlib import blake2b
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from de3.client import Row
     from de3.model_store.store import Artifact
 
+TOO_MANY_REFUSED = 3  # exit code
 IN_FLIGHT = 8  # concurrent requests to a server, for one file
 SAMPLE_BYTES = 2**16  # number of bytes hashed at each end of a file
 _file_option = partial(typer.Option, rich_help_panel="Files")
@@ -93,6 +94,15 @@ def classify(
             "them in OUT.refused.jsonl instead)."
         ),
     ] = "keep",
+    max_refused: Annotated[
+        float | None,
+        _file_option(
+            min=0,
+            max=1,
+            help="End with exit code 3 if a larger share of all rows, from 0 to 1, cannot be classified. The output is "
+            "complete nevertheless.",
+        ),
+    ] = None,
     prefix: Annotated[str, _file_option(help="Prefix of the names of the answers' columns.")] = "",
     part_rows: Annotated[
         int,
@@ -182,16 +192,16 @@ def classify(
         stack.callback(parts.close)
         if parts.is_complete:
             _say(f"{out} is complete: nothing to do")
-            return
-        pool: Pool = (
-            LocalPool(artifact, options, threads) if url is None else RemotePool(client, remote, IN_FLIGHT)
-        )
-        stack.callback(pool.close)
-        try:
+        else:
+            pool: Pool = (
+                LocalPool(artifact, options, threads)
+                if url is None
+                else RemotePool(client, remote, IN_FLIGHT)
+            )
+            stack.callback(pool.close)
+            stack.enter_context(_interruptible())
             _run(source, pool, parts, prefix, part_rows, out, None if url else artifact, options)
-        except KeyboardInterrupt:
-            _say("stopped; run the same command again to continue")
-            raise typer.Exit(130) from None
+    _check_refused(parts.summary, max_refused)
 
 
 def _check(texts: list[str] | None, file: Path | None, out: Path | None, refused: str) -> None:
@@ -201,6 +211,23 @@ def _check(texts: list[str] | None, file: Path | None, out: Path | None, refused
         raise ValueError(f"{missing}give texts, or --file and --out; see de3 classify --help")
     if refused not in ("keep", "drop") or (refused == "drop" and str(out) == "-"):
         raise ValueError(f"--refused: must be keep or, if --out is not -, drop; got {refused!r}")
+
+
+def _check_refused(summary: Mapping[str, Any], limit: float | None) -> None:
+    """End with TOO_MANY_REFUSED if a larger share of a complete output's rows was refused. summary: see Parts."""
+    share = summary["refused"] / max(1, summary["rows"])
+    if limit is not None and not share <= limit:
+        _say(f"{share:.2%} of the rows cannot be classified, more than --max-refused {limit:g}", "red")
+        raise typer.Exit(TOO_MANY_REFUSED)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("stopped; run the same command again to continue")
+        raise typer.Exit(130) from None
 
 
 def _say(line: str, style: str = "") -> None:
@@ -335,13 +362,9 @@ def _run(
 
         summary = run(source, pool, parts, lambda name: prefix + name, part_rows, advance)
         progress.update(task, total=summary.rows, completed=summary.rows)
-    dropped = parts.finish(summary.parts)
+    dropped = parts.finish(summary.parts, summary.json())
     for line in [*report(summary, artifact, options), *([] if str(out) == "-" else [f"written: {out}"])]:
         _say(line)
-    if dropped is not None:
-        with dropped.open() as lines:
-            count = sum(1 for _ in lines)
-        _say(f"{count} rows cannot be classified: {dropped}", "yellow")
-    elif summary.refused:
-        these = "rows of this run" if summary.earlier else "rows"
-        _say(f"{summary.refused} {these} cannot be classified: {prefix}error has the reasons", "yellow")
+    if summary.refused:
+        where = dropped or f"{prefix}error has the reasons"
+        _say(f"{summary.refused} rows cannot be classified: {where}", "yellow")
