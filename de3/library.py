@@ -189,12 +189,37 @@ class Classifier:
         rows = [row for job in self._run(request, batch.parts(size)) for row in _rows(job)]
         return [Row.parse({**rows[i], "index": index}) for index, i in enumerate(batch.order)]
 
+    @overload
     def stream(
-        self, texts: Input | Iterable[Input], *, window: int = WINDOW, **options: Unpack[Options]
-    ) -> Iterator[Row]:
+        self,
+        texts: Input | Iterable[Input],
+        *,
+        window: int = WINDOW,
+        keep_errors: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> Iterator[Row]: ...
+    @overload
+    def stream(
+        self,
+        texts: Input | Iterable[Input | None],
+        *,
+        window: int = WINDOW,
+        keep_errors: Literal[True],
+        **options: Unpack[Options],
+    ) -> Iterator[dict[str, Any]]: ...
+
+    def stream(
+        self,
+        texts: Input | Iterable[Input | None],
+        *,
+        window: int = WINDOW,
+        keep_errors: bool = False,
+        **options: Unpack[Options],
+    ) -> Iterator[Row] | Iterator[dict[str, Any]]:
         """Yield the answers to texts, or to pairs of texts, in order, from an iterable of any length.
 
         window: texts to read at a time; two windows are read before the first answer.
+        keep_errors: yield the rows of answers() instead, one window at a time, also for texts that cannot be used.
 
         Raises InputError for an option or a window that cannot be used; the iterator raises it for a text that cannot
         be used, after the answers to earlier windows. Both raise RuntimeError as classify() does.
@@ -202,10 +227,14 @@ class Classifier:
         request, batches = self._request(options), deque[_Batch]()
         if window < 1:
             raise InputError(f"window: must be at least 1, got {window}", "window")
+        source = iter(_iterable(texts))
+        windows = iter(lambda: list(islice(source, window)), [])
+        if keep_errors:
+            return (row for given in windows for row in self.answers(given, **options))
 
         def parts() -> Iterator[tuple[list[Text], list[int]]]:
-            source, first = iter(_iterable(texts)), 0
-            while given := list(islice(source, window)):
+            first = 0
+            for given in windows:
                 batches.append(_Batch(_texts(given, first), first))
                 yield from batches[-1].parts(window)
                 first += len(given)

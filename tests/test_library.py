@@ -165,6 +165,10 @@ def test_answers_have_a_row_for_each_text(model: de3.Classifier) -> None:
     with pytest.raises(de3.InputError, match=r"input\[1\]: missing: must be a text"):
         model.classify(["good", float("nan")])  # type: ignore[list-item]
     assert list(model.stream("good", tau=0)) == model.classify("good", tau=0)
+    for window in (1, 3, WINDOW):
+        assert list(model.stream(texts, window=window, keep_errors=True, long="error", tau=0)) == rows
+    with pytest.raises(de3.InputError, match="tau"):
+        model.stream([None], keep_errors=True, tau=7)
 
 
 @pytest.mark.parametrize("window", [1, 7, WINDOW])
