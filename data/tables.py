@@ -150,6 +150,11 @@ def _delimited(
                 raise csv.Error(
                     f"a row of more than {MAX_LINE} characters; is a closing quotation mark missing?"
                 )
+            if read and closed_wrongly.match(line):
+                raise csv.Error(
+                    f"a quotation mark in this line is closed in line {number}, before other text; close it in its "
+                    "place, and double quotation marks that are text"
+                )
             if problem:
                 problems.append((number, problem))
             read.append(line)
@@ -161,6 +166,9 @@ def _delimited(
             )
 
     csv.field_size_limit(MAX_LINE)
+    # In a line that begins within quotation marks, a mark before text probably opens another field: the one before it
+    # was not closed.
+    closed_wrongly = re.compile(rf'(?:[^"]|"")*+"(?!"| *(?:[\r\n{re.escape(delimiter)}]|$))')
     dialect: Any = {"delimiter": delimiter, "quoting": csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE}
     reader = csv.reader(lines(), **dialect)
     names: list[str] | None = None
@@ -178,12 +186,8 @@ def _delimited(
         if columns.header and names is None:
             if problems:
                 raise ValueError(f"{path}:{problems[0][0]}: {problems[0][1]}")
-            if len(row) > MAX_COLUMNS:  # each row takes as much memory as it has columns, even if it is short
-                raise ValueError(f"{path}:1: {len(row)} columns; at most {MAX_COLUMNS} are allowed")
-            if twice := [name for name, number in Counter(row).items() if name and number > 1]:
-                raise ValueError(f"{path}:1: has several columns named {twice[0]!r}")
-            names = row
-            yield 1, Header(names)
+            names = _header(row, path)
+            yield 1, names
             continue
         if not problems and names is not None and len(row) > len(names):
             problem = (
@@ -200,6 +204,14 @@ def _delimited(
             columns_of_row = names or list(map(str, range(len(row))))
             missing = dict.fromkeys(columns_of_row[len(row) :])  # if the row is short
             yield reader.line_num, dict(zip(columns_of_row, row, strict=False)) | missing
+
+
+def _header(row: list[str], path: Path) -> Header:
+    if len(row) > MAX_COLUMNS:  # each row takes as much memory as it has columns, even if it is short
+        raise ValueError(f"{path}:1: {len(row)} columns; at most {MAX_COLUMNS} are allowed")
+    if twice := [name for name, number in Counter(row).items() if name and number > 1]:
+        raise ValueError(f"{path}:1: has several columns named {twice[0]!r}")
+    return Header(row)
 
 
 def _lines_of_last_field(lines: list[str], dialect: Any) -> int:

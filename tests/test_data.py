@@ -33,6 +33,8 @@ def test_tsv_keeps_quotation_marks_and_csv_takes_them_as_delimiters(tmp_path: Pa
     assert tables.read_rows(tsv, Columns()) == [('"so good', "1")]
     csv = write(tmp_path / "a.csv", 'text,label\n"good, really",1\n')
     assert tables.read_rows(csv, Columns()) == [("good, really", "1")]
+    lines = write(tmp_path / "a.csv", 'text,label\r\n"good\r\n ""really""\r\n""" ,1\r\n"so" good,"1\n"')
+    assert tables.read_rows(lines, Columns()) == [('good\r\n "really"\r\n"', "1"), ("so good", "1\n")]
     quoted = write(tmp_path / "b.tsv", 'text\tlabel\n"a\tb"\t0\n')
     assert tables.read_rows(quoted, Columns(quotes=True)) == [("a\tb", "0")]
 
@@ -79,6 +81,11 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
             "a.csv",
             'text,label\nx,1\n"a\nb\n","1\nc,2\n',
             "a.csv:5: a quotation mark in this line is never closed",
+        ),
+        (
+            "a.csv",
+            'text,label\nx,1\n"a\n""b""",1\n"y,1\nz,"1"\n',
+            "a.csv:5: .* is closed in line 6, before other",
         ),
         ("a.csv", 'text,label\nx,1\nb,"', "a.csv:3: a quotation mark in this line is never closed"),
         ("a.csv", 'text,"label\r\nx,1\r\n', "a.csv:1: a quotation mark in this line is never closed"),
