@@ -991,6 +991,12 @@ def test_a_server_answers_files(store: Path, tmp_path: Path, model: de3.Classifi
     write(file, rows)
     with serving(store, models=["tiny-int8"], max_texts=3) as server:  # fewer than the command sends at once
         command(f"classify --file {file} --out {out} --url {server.url} --tau 0.1 --long error")
+        for name, content in (("none", ""), ("blank", "\n")):  # the server is not asked for these rows
+            (tmp_path / f"{name}.txt").write_text(content)
+            command(f"classify --file {tmp_path}/{name}.txt --out {tmp_path}/{name}.csv --url {server.url}")
+            expected_names = ["text", *model.answers_by_column([]).values]
+            assert names_in(tmp_path / f"{name}.csv") == expected_names
+            assert len(read(tmp_path / f"{name}.csv")) == len(content)
     found, sent = read(out), [row for row in rows if row["id"] != 9]
     assert [row["id"] for row in found] == list(range(len(TEXTS)))
     refused = found.pop(9)
