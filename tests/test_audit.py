@@ -302,7 +302,7 @@ def test_a_model_is_calibrated_on_records_of_its_audits(
                 np.testing.assert_allclose(far, step.distances, atol=0.02)
     own = shutil.copytree(store, tmp_path / "store")
     command = f"calibrate tiny-int8 --store {own} --max-loss 5 --records {file}"
-    assert "distinct texts: too few to calibrate on" in refusal(command)
+    assert "independent texts: too few to calibrate on" in refusal(command)
     monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
     de3(command)
     calibration = Store(own).open("tiny-int8:2").manifest.calibration

@@ -639,7 +639,7 @@ def test_the_sentence_about_audits(tab: Page, learning: Server) -> None:
             ["0.5%", "for now every text runs to full depth", "3 so far"],
         ),
     ]
-    report: dict[str, Any] = {}
+    report = dict(AUDIT)  # the page may ask before the first case
     learned = {"records": 64, "message": "a fit has begun"}
     for page in visited(tab, learning):
         page.route("**/audit", lambda route: route.fulfill(json=report))
