@@ -43,7 +43,7 @@ class Parts:
         noted = {**run, "format": kind, "drops_refused": drops_refused}
         self._run, self.is_complete = json.loads(json.dumps(noted)), False
         self.summary: dict[str, Any] = {}
-        self._record = out.with_name(f"_{out.name}.run.json")  # _run.json of a complete file
+        self._record = out.with_name(f"_{out.name}.run.json")  # where _run.json of a complete file is kept
         self.drops_refused, self.types = drops_refused, dict[str, str]()
         self._format = Format(
             kind, {name: run[name] for name in ("model", "labels", "options") if name in run}
@@ -66,7 +66,7 @@ class Parts:
             raise
 
     def _is_recorded(self, file: Path) -> bool:
-        """True if an earlier run has written this file, by its record; then `is_complete` and `summary` are set."""
+        """True if, by its record, an earlier run has written this file; then sets `is_complete` and `summary`."""
         if file.exists() and self._record.exists():
             before = json.loads(self._record.read_text())
             self.is_complete = before["run"] == self._run and before["bytes"] == file.stat().st_size

@@ -36,7 +36,7 @@ class Pool(Protocol):
     size: int
 
     def submit(self, texts: Sequence[Input | None]) -> "Future[Answers]":
-        """Classify a slice; None: a row without a text. The answers have all columns, even without texts."""
+        """Classify a slice; None: a row without a text. The answers have all columns, even if there are no texts."""
 
     def close(self) -> None:
         """Cancel the slices that have not started, and wait for the others."""

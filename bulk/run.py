@@ -24,8 +24,8 @@ class Summary:
     """Statistics of a run.
 
     Attributes:
-        rows, refused: number of rows, and of those that cannot be classified, including those of an earlier,
-            interrupted run.
+        rows, refused: number of all rows, and of rows that cannot be classified; both include an earlier, interrupted
+            run.
         earlier: number of rows of the earlier run.
         answered: number of rows that this run answered.
         parts: number of parts, including those of an earlier run.

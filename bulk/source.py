@@ -106,7 +106,7 @@ class Source:
         self.kind = self.files[0].suffix
         is_lines = self.kind == ".txt" and columns.delimiter is None
         self._kept_names = [columns.text] if keep is None and is_lines else keep  # see Slice.names
-        self._has_columns = False  # a row had the columns of the texts
+        self._has_columns = False  # some row had the text columns
 
     def rows(self) -> int:
         """The number of rows; an estimate for text files, in which a row may have several lines."""
@@ -166,7 +166,7 @@ class Source:
             yield self._with_columns(one)
 
     def _with_columns(self, one: Slice) -> Slice:
-        """The slice; raises ValueError if no row so far had the columns of the texts, which are probably misspelt."""
+        """Return the slice; raises ValueError if no row so far has the text columns: their names are probably wrong."""
         if not self._has_columns:
             first = one.refused[0]
             raise ValueError(

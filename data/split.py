@@ -73,7 +73,7 @@ def split(
 
 
 def with_fragments(examples: Sequence[Example]) -> list[Example]:
-    """The examples with fragments marked, each in the group of its whole text; fragments of several are left out."""
+    """The examples with fragments marked, each in its whole text's group; fragments of several texts are left out."""
     whole = whole_texts({e.text for e in examples})
     return [_in_its_text(e, whole[e.text]) for e in examples if len(whole[e.text]) == 1]
 
@@ -93,9 +93,9 @@ def groups_of(examples: Sequence[Example], fragments: bool = False) -> NDArray[n
 
 
 def stratified(examples: Sequence[Example], seed: int) -> NDArray[np.float64]:
-    """A position in (0, 1) for each example, (n,), by which to split: any interval has about its share of each label.
+    """A position in (0, 1) for each example, (n,), for splitting: any interval has about its share of each label.
 
-    Related examples have the same position; of several labels, the rarest counts.
+    Related examples have the same position. Examples with several labels count for the rarest.
     """
     one_of = related(examples)
     counts = Counter(label for example in examples for label in labels_of(example))

@@ -72,7 +72,7 @@ class BadRow:
 
     Attributes:
         content: the beginning of the row.
-        columns: the row of a table by column; None where the value cannot be read. Empty if no column can.
+        columns: the values of a table's row by column, None where a value cannot be read; empty if none can be read.
     """
 
     reason: str
@@ -152,8 +152,8 @@ def _delimited(
                 )
             if read and closed_wrongly.match(line):
                 raise csv.Error(
-                    f"a quotation mark in this line is closed in line {number}, before other text; close it in its "
-                    "place, and double quotation marks that are text"
+                    f"a quotation mark in this line is closed only in line {number}, before other text; close it "
+                    "where the field ends, and double quotation marks that are part of the text"
                 )
             if problem:
                 problems.append((number, problem))
@@ -161,13 +161,13 @@ def _delimited(
             yield line
         if read:  # without an error, the csv module would take the rest of the file as the last field
             raise csv.Error(
-                "a quotation mark in this line is never closed; to use it as text, enclose the field in quotation "
-                "marks and double it"
+                "a quotation mark in this line is never closed; if it is part of the text, double it and enclose the "
+                "field in quotation marks"
             )
 
     csv.field_size_limit(MAX_LINE)
-    # In a line that begins within quotation marks, a mark before text probably opens another field: the one before it
-    # was not closed.
+    # In a line that begins inside quotation marks, a mark that is followed by text probably opens another field: the
+    # previous field was not closed.
     closed_wrongly = re.compile(rf'(?:[^"]|"")*+"(?!"| *(?:[\r\n{re.escape(delimiter)}]|$))')
     dialect: Any = {"delimiter": delimiter, "quoting": csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE}
     reader = csv.reader(lines(), **dialect)
@@ -223,7 +223,8 @@ def _lines_of_last_field(lines: list[str], dialect: Any) -> int:
 def _readable(row: list[str], names: list[str], columns: Columns) -> dict[str, str | None]:
     """The columns of a row that has too many fields or is not UTF-8; None where the value cannot be read.
 
-    Of too many fields, those before the first text have their position: a text has a delimiter without quotation marks.
+    If there are too many fields, a text probably contains an unquoted delimiter, so only the columns before the first
+    text are read.
     """
     count = len(names)
     if len(row) > count:

@@ -219,7 +219,7 @@ class Classifier:
         """Yield the answers to texts, or to pairs of texts, in order, from an iterable of any length.
 
         window: texts to read at a time; two windows are read before the first answer.
-        keep_errors: yield the rows of answers() instead, one window at a time, also for texts that cannot be used.
+        keep_errors: yield the rows of answers() instead, one window at a time, even for texts that cannot be used.
 
         Raises InputError for an option or a window that cannot be used; the iterator raises it for a text that cannot
         be used, after the answers to earlier windows. Both raise RuntimeError as classify() does.

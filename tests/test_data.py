@@ -85,7 +85,7 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
         (
             "a.csv",
             'text,label\nx,1\n"a\n""b""",1\n"y,1\nz,"1"\n',
-            "a.csv:5: .* is closed in line 6, before other",
+            "a.csv:5: .* is closed only in line 6, before other",
         ),
         ("a.csv", 'text,label\nx,1\nb,"', "a.csv:3: a quotation mark in this line is never closed"),
         ("a.csv", 'text,"label\r\nx,1\r\n', "a.csv:1: a quotation mark in this line is never closed"),

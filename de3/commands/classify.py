@@ -99,8 +99,8 @@ def classify(
         _file_option(
             min=0,
             max=1,
-            help="End with exit code 3 if a larger share of all rows, from 0 to 1, cannot be classified. The output is "
-            "complete nevertheless.",
+            help="Exit with code 3 if more than this share of all rows, from 0 to 1, cannot be classified. The output "
+            "is complete all the same.",
         ),
     ] = None,
     prefix: Annotated[str, _file_option(help="Prefix of the names of the answers' columns.")] = "",
@@ -214,7 +214,10 @@ def _check(texts: list[str] | None, file: Path | None, out: Path | None, refused
 
 
 def _check_refused(summary: Mapping[str, Any], limit: float | None) -> None:
-    """End with TOO_MANY_REFUSED if a larger share of a complete output's rows was refused. summary: see Parts."""
+    """Exit with TOO_MANY_REFUSED if more than this share of a complete output's rows was refused.
+
+    summary: see Parts.
+    """
     share = summary["refused"] / max(1, summary["rows"])
     if limit is not None and not share <= limit:
         _say(f"{share:.2%} of the rows cannot be classified, more than --max-refused {limit:g}", "red")

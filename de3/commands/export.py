@@ -126,7 +126,7 @@ def calibrate(
         raise ValueError("give one of --texts, --records, and --tune with --certify")
     if texts is None and (fragments or group_column is not None):
         raise ValueError(
-            '--fragments, --group-column: need --texts; samples of --tune and --certify have "fragment" and "group"'
+            '--fragments, --group-column: need --texts; give "fragment" and "group" in --tune and --certify instead'
         )
     check_groups(fragments, group_column)
     from de3.data.examples import Example

@@ -32,8 +32,8 @@ def fit(
     encoder: Annotated[
         str,
         typer.Option(
-            help="Folder or hub id of the encoder, best a sentence encoder such as "
-            "sentence-transformers/all-MiniLM-L6-v2; or a model of the store."
+            help="Folder or hub id of the encoder, preferably a sentence encoder such as "
+            "sentence-transformers/all-MiniLM-L6-v2; or a model in the store."
         ),
     ],
     name: Annotated[str, typer.Option(help="Name of the model in the store.")],
@@ -53,9 +53,9 @@ def fit(
 ) -> None:
     """Fit a classifier with early exits to a table of texts and labels, in minutes and without PyTorch.
 
-    The encoder does not change: a logistic regression is fitted on each of its layers. For topics and intents that is
-    nearly as accurate as fine-tuning; for sentiment it is not (de3 train). A text may have several labels: separated by
-    | in a cell, or as a list in .jsonl.
+    The encoder does not change: a logistic regression is fitted to each of its layers. For topics and intents, this is
+    nearly as accurate as fine-tuning; for sentiment it is not (use de3 train). A text may have several labels,
+    separated by | in a cell, or as a list in .jsonl.
 
     Example: de3 fit intents.csv --encoder sentence-transformers/all-MiniLM-L6-v2 --name intents
     """
