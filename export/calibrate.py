@@ -88,7 +88,7 @@ def calibrate(
     if pooled:
         console.print(
             f"fewer than {MIN_CERTIFY} independent groups of certifying samples: the tuning samples are also used to "
-            "certify, and each part is scored by a risk fitted on the other",
+            "certify, and each part is scored by a risk model fitted on the other",
             soft_wrap=True,
             highlight=False,
         )
@@ -192,7 +192,7 @@ def _report(
     if samples.recorded.tolerance is not None:
         target = reference if self_labelled else "the labels"
         measure = f"answers within {samples.recorded.tolerance:g} of {target}"
-    limited = "τ limits the loss of accuracy, not the answers that differ (max_disagreement does)"
+    limited = "τ limits the loss of accuracy, not the answers that differ (max_disagreement limits those)"
     console.print(
         f"default: {signal_label(default.signal, default.lam)}, τ = {default.tau:g}: {meaning(default)}. "
         f"On the certifying samples: {measure} {100 * default.accuracy:.2f}% "

@@ -87,7 +87,7 @@ def describe(
         if architectures and not is_classifier and not is_encoder:
             raise ValueError(
                 f"it is a {architectures[0]!s:.100}, not a …ForSequenceClassification, so it has no classifier to "
-                "serve; fit one to your own labels with de3 fit"
+                "serve; to fit one to your labels, use de3 fit"
             )
         config = known.complete(raw)
         known.check(config)

@@ -1,4 +1,4 @@
-"""The encoder of a new classifier: a model of the store, or a stock encoder that is converted without PyTorch."""
+"""The encoder of a new classifier: from a model in the store, or a stock encoder, converted without PyTorch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +18,11 @@ describe_encoder = partial(describe, is_encoder=True)
 
 @contextmanager
 def encoder_of(name: str, store: Store, precision: Precision) -> Iterator[tuple[Artifact, tuple[str, ...]]]:
-    """Yield an artifact with the encoder, and the poolings to try: the one that it was trained with, if it is known.
+    """Yield an artifact with the encoder, and the poolings to try: only the one it was trained with, if known.
 
-    name: a model of the store, the folder of an artifact, or a folder or hub id of a transformers or
-    sentence-transformers model, of which only the encoder is used. precision: precision of a converted encoder; one
-    from the store has its own.
+    name: a model in the store, the folder of an artifact, or the folder or hub id of a transformers or
+    sentence-transformers model, of which only the encoder is used. precision: precision for converting the encoder; one
+    from the store must already have it.
 
     Raises ValueError for an encoder that cannot be used.
     """
@@ -30,7 +30,7 @@ def encoder_of(name: str, store: Store, precision: Precision) -> Iterator[tuple[
     if stored is not None:
         manifest = stored.manifest
         if manifest.precision != precision:
-            raise ValueError(f"--encoder {name}: it is {manifest.precision}; --quantize must be the same")
+            raise ValueError(f"--encoder {name}: it is {manifest.precision}; --quantize must match")
         yield stored, (manifest.pooling,)
         return
     source = fetch(name, describe_encoder, ENCODER_FILES)
@@ -41,7 +41,7 @@ def encoder_of(name: str, store: Store, precision: Precision) -> Iterator[tuple[
 
 
 def _poolings(folder: Path) -> tuple[str, ...]:
-    """The pooling that sentence-transformers recorded; both if it recorded none that an exit can have."""
+    """The pooling that sentence-transformers recorded; both poolings if it recorded none that an exit can use."""
     path = folder / POOLING
     config = read_config(path) if path.is_file() else {}
     if not isinstance(config, dict):

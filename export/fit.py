@@ -25,7 +25,7 @@ HELD_OUT = 5  # the pooling and the ridges are chosen on a fifth of the texts
 RIDGES = (1e-2, 1e-3, 1e-4)  # strongest first
 VALUE_RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # ridges of a regression model
 STEPS, TOLERANCE = 100, 1e-6  # limits of L-BFGS, for each ridge
-# For labels, which are fitted less closely than probabilities. It takes two thirds of the steps, and was as accurate.
+# For labels, which need less precise fits than probabilities: two thirds of the steps were as accurate as all.
 LABEL_TOLERANCE = 1e-5
 CURVATURE = 0.1  # assumed second derivative of the cross-entropy with respect to a logit: p(1 − p) at p ≈ 0.9
 LR = 1e-3  # learning rate of the prototypical networks
@@ -112,9 +112,9 @@ def fit_with(
     """Fit exits to texts, with a given pooling.
 
     ridges: the ridge of each layer but the last; if the target is labels, also of the last. start: classifiers from
-    which the fits start, fitted to most of these texts, or to these and others; or None. The loss is convex, so the
-    start changes the time that a fit takes, not its result. axes: principal axes that are known already; those computed
-    here are added. is_quiet: show no progress, and use one thread.
+    which the fits start, fitted to most of these texts, or to these and others; None: no such classifier. The loss is
+    convex, so the start changes the time that a fit takes, not its result. axes: principal axes that are known already;
+    those computed here are added. is_quiet: show no progress, and use one thread.
     """
 
     def one(layer: int) -> Linear:
@@ -138,7 +138,7 @@ def cross_fitted(
     """Cross-fitted outputs, in the order of the texts: each text is run through exits that were fitted without it.
 
     exits: fitted to all texts, with these ridges; the fits start from them, except fits to labels, whose ridge is so
-    small that the effect of the start might not decay. fold: the part of each text, (n,), from 0. as_served: rounds
+    small that the start might affect the result. fold: the part of each text, (n,), from 0. as_served: rounds
     exits as the artifact does.
     """
     start = exits.classifiers if texts.target.labels is None else [None] * len(ridges)
@@ -193,9 +193,9 @@ def choose(
 def in_parallel(one: Callable[[int], T], count: int, description: str) -> list[T]:
     """The results of `one` for each layer or fold, from 0, computed in several threads.
 
-    description: of the progress; "": no progress, and no other threads. Each thread has a BLAS with one thread: the
-    threads of a BLAS spin while they wait for each other, so that on a busy machine a fit took ten times as long with
-    two of them.
+    description: label of the progress bar; "": no progress bar, and no additional threads. BLAS uses one thread in
+    each: its threads spin while they wait for each other, so on a busy machine, a fit with two of them took ten times
+    as long.
     """
     from threadpoolctl import threadpool_limits
 

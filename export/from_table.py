@@ -45,11 +45,11 @@ def fit_table(
 ) -> Path:
     """Fit a classifier to labelled texts, and publish it as a model's next version; returns its folder.
 
-    base: has the encoder. poolings: poolings to try. names: the labels. threshold: probability above which a
-    multi-label model assigns a label; None if each text has one label.
+    base: an artifact with the encoder. poolings: poolings to try. names: the labels. threshold: probability above which
+    a multi-label model assigns a label; None if each text has one label.
 
     A fifth of the texts certifies the exits, and is used for nothing else. If that would be fewer than MIN_CERTIFYING
-    texts, all texts are used to fit, and there is no certificate: the default τ, and the report, come from
+    texts, all texts are used for fitting, and there is no certificate: the default τ and the report come from
     cross-fitting. Raises ValueError for unusable texts, and StoreError for a damaged encoder.
     """
     model = Model(base, "auto")
@@ -58,7 +58,7 @@ def fit_table(
     fitting, position, certifying = _parts(examples)
     console.print(
         f"{base.manifest.encoder.type}, {base.manifest.num_layers} layers; {len(fitting)} texts to fit, "
-        + (f"{len(certifying)} to certify" if certifying else "too few to certify the exits, too"),
+        + (f"{len(certifying)} to certify" if certifying else "too few to also certify the exits"),
         highlight=False,
     )
     thresholds = None if threshold is None else [threshold] * len(names)
@@ -104,7 +104,7 @@ def _contradictions(examples: Sequence[Example], names: Sequence[str]) -> list[s
 
 
 def _parts(examples: Sequence[Example]) -> tuple[list[Example], NDArray[np.float64], list[Example]]:
-    """The examples to fit, with their positions by which to split them further, and those to certify, maybe none."""
+    """The examples for fitting, their positions for splitting them further, and the certifying examples, if any."""
     order = stratified(examples, SEED)
     share = min(CERTIFYING, MAX_CERTIFYING / len(examples))
     is_certifying = order < share
@@ -114,7 +114,7 @@ def _parts(examples: Sequence[Example]) -> tuple[list[Example], NDArray[np.float
     limit = share + (1 - share) * min(1.0, MAX_FITTED / len(examples))
     chosen = ~is_certifying & (order < limit)
     if (order >= limit).any():
-        console.print(f"{chosen.sum()} of {len(examples)} texts are used to fit, which is enough")
+        console.print(f"{chosen.sum()} of {len(examples)} texts are used for fitting, which is enough")
     fitting = [e for e, is_fitting in zip(examples, chosen, strict=True) if is_fitting]
     return fitting, stratified(fitting, SEED + 1), certifying
 
@@ -144,7 +144,7 @@ def _certified(
         final.defaults.tau,
         manifest.labels,
         [e.text for e in certifying],
-        "texts that were not used to fit",
+        "texts that were not used for fitting",
     )
     return final
 
@@ -171,7 +171,7 @@ def _estimated(
     warn(
         [
             f"{len(examples)} texts are too few for a certificate, so the default τ is an estimate, and requests with "
-            "max_disagreement run at full depth until audits of live traffic prove more: de3 serve --guarantee 0.02"
+            "max_disagreement are refused. To limit disagreement by audits of live traffic: de3 serve --guarantee 0.02"
         ]
     )
     weights = [RiskWeights(layer=m, weights=list(w)) for m, w in enumerate(signal.weights) if w is not None]

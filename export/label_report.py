@@ -1,4 +1,4 @@
-"""What a new classifier gets right, by label, at full depth and at its default τ."""
+"""A report on a new classifier: accuracy and recall by label, at full depth and at its default τ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,8 +84,8 @@ def report(
     measure = "accuracy" if recorded.thresholds is None else "all labels right"
     outcome = calibration.outcome(samples, scores, tau, Entropy())
     console.print(
-        f"{len(texts)} {what}: at full depth {measure} {full.accuracy()}, macro-F1 {full.macro_f1()}; at the default "
-        f"τ = {tau:g} {measure} {early.accuracy()}, macro-F1 {early.macro_f1()}, {outcome.speedup:.2f}× in layers, "
+        f"{len(texts)} {what}: at full depth, {measure} {full.accuracy()}, macro-F1 {full.macro_f1()}; at the default "
+        f"τ = {tau:g}, {measure} {early.accuracy()}, macro-F1 {early.macro_f1()}, {outcome.speedup:.2f}× in layers, "
         f"{100 * outcome.disagreement:.1f}% of the answers differ from full depth",
         soft_wrap=True,
         highlight=False,
@@ -103,8 +103,8 @@ def report(
         warn(
             [
                 f"at the default τ, the recall of {len(fallen)} of {len(names)} labels falls by more than "
-                f"{100 * MAX_FALL:g} points: {shown}. τ bounds the answers that differ over all texts, not those of a "
-                "rare label; lower it with --max-loss"
+                f"{100 * MAX_FALL:g} points: {shown}. τ limits the answers that differ among all texts, not among "
+                "those of a rare label; lower it with --max-loss"
             ]
         )
 
@@ -118,7 +118,7 @@ def _one_hot(answers: NDArray[np.generic], count: int) -> Bools:
 def _show_weakest(full: Answers, early: Answers, names: Sequence[str]) -> None:
     recall, size = full.recall, full.labels.sum(0)
     order = [k for k in np.argsort(recall, kind="stable").tolist() if size[k]][:WEAKEST]
-    title = "Labels that are found least often (recall)" if len(names) > WEAKEST else "Recall by label"
+    title = "Labels with the lowest recall" if len(names) > WEAKEST else "Recall by label"
     table = empty_table(("", "texts", "full depth", "95% interval", "default τ"), title)
     for k in order:
         low, high = calibration.wilson(recall[k] * size[k], size[k])

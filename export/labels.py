@@ -42,7 +42,7 @@ def fit_labels(
 ) -> Fitted:
     """Fit exits to labels. Pooling, ridge and number of layers are chosen by the results on texts held out in turn.
 
-    num_layers: layers of the encoder. position: the texts' positions by which to split (see `data.split.stratified`).
+    num_layers: layers of the encoder. position: the texts' positions for splitting (see `data.split.stratified`).
     as_served: rounds exits as the artifact does.
     """
     fold = np.unique(np.floor(position * FOLDS), return_inverse=True)[1]
@@ -56,8 +56,8 @@ def fit_labels(
     right = ", ".join(f"{100 * share:.1f}" for share in crossed.correct.mean(0))
     fewer = f"; {depth} of {num_layers} layers are used" if depth < num_layers else ""
     console.print(
-        f"ridge {ridge:g}; exits on the {'mean of the tokens' if pooling == 'mean' else 'first token'}, from the "
-        f"embeddings to the last layer, are right for {right}% of {len(texts)} texts held out in turn{fewer}",
+        f"ridge {ridge:g}; accuracy of exits on the {'mean of the tokens' if pooling == 'mean' else 'first token'}, "
+        f"from the embeddings to the last layer: {right}%, on {len(texts)} texts held out in turn{fewer}",
         soft_wrap=True,
         highlight=False,
     )
@@ -69,8 +69,8 @@ def _search(
 ) -> tuple[str, float]:
     """The pooling and ridge for all layers, by the accuracy of one layer's exit on held-out texts.
 
-    The strongest ridge that is about as accurate as the best (within a standard error of the difference), and whose
-    loss is at most WORSE_LOSS times the smallest.
+    Chooses the strongest ridge that is about as accurate as the best (within a standard error of the difference), and
+    whose loss is at most WORSE_LOSS times the smallest.
     """
     best = (poolings[0], RIDGES[0], -1.0)
     for pooling in poolings:
@@ -112,7 +112,7 @@ def _path(
 
 
 def _loss(logits: Array, target: Target) -> NDArray[np.float64]:
-    """The cross-entropy of each text, (n,); of several labels, their sum."""
+    """The cross-entropy of each text, (n,); with several labels, summed over them."""
     z, wanted = logits.astype(np.float64), target.probabilities
     if target.thresholds is not None:
         return np.asarray((np.logaddexp(0, z) - wanted * z).sum(-1))

@@ -17,7 +17,7 @@ from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
 from de3.progress import console, warn
 
-MIN_TEXTS = 500  # distinct texts or groups, as many as for de3 import: fewer would certify hardly any τ
+MIN_TEXTS = 500  # distinct texts or groups, as for de3 import: fewer would certify hardly any τ
 SEED = 0
 
 
@@ -108,7 +108,7 @@ def _check_exits(artifact: Artifact) -> None:
 
 
 def _report_related(examples: Sequence[Example], left_out: int = 0) -> int:
-    """Print which examples count as related or not at all; returns the number of independent groups.
+    """Print how many examples are independent, fragments, or left out; returns the number of independent groups.
 
     left_out: number of fragments that are not among the examples.
     """

@@ -98,8 +98,8 @@ class _Tensor:
 def opened(folder: Path, prefix: str, may_lack_prefix: bool = False) -> StateFile:
     """Open the weights in a folder; raises ValueError for unusable files.
 
-    prefix: prefix of the names of the encoder's weights. may_lack_prefix: the names may also lack it, as they do in the
-    file of an encoder alone.
+    prefix: prefix of the names of the encoder's weights. may_lack_prefix: the names may also lack it, as they do in a
+    file that has only an encoder.
     """
     tensors: dict[str, _Tensor] = {}
     for path in _weight_files(folder):

@@ -83,7 +83,7 @@ def test_a_table_becomes_a_classifier(fitted: Path) -> None:
     assert calibration.certify_size == 601
     assert calibration.default.accuracy > 0.9
     assert "2399 texts to fit, 601 to certify" in log
-    assert "601 texts that were not used to fit: at full depth accuracy 9" in log
+    assert "601 texts that were not used for fitting: at full depth, accuracy 9" in log
     assert "Labels that full depth confuses most often" in log
     assert "Next: de3 serve --model topics --store" in log
     new = topics(400, 2)
@@ -150,7 +150,7 @@ def test_a_second_table_is_the_next_version(fitted: Path, tmp_path: Path, encode
     assert second.manifest.files == manifest.model_copy().files
     answers = load("few", store=path).answers(["a good film", "a stale film"], tau=0.5)
     assert {row["label"] for row in answers} <= set(TOPICS)
-    assert "it is int8; --quantize must be the same" in refusal(f"{first} --quantize none")
+    assert "it is int8; --quantize must match" in refusal(f"{first} --quantize none")
 
 
 def test_several_labels_in_a_cell_make_a_multi_label_model(tmp_path: Path, encoder: Path) -> None:
