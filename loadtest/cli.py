@@ -187,9 +187,9 @@ def compare(
     rounds: options.Rounds = 3,
     out: Annotated[Path, typer.Option(help="Folder for results.json and plots.")] = Path("loadtest-results"),
 ) -> None:
-    """Compare our server with its peers on this machine, in turn: speed, and answers that differ from full depth's.
+    """Compare the speed of our server and its peers on this machine, in turn.
 
-    Those answers are listed in results.json.
+    Answers that differ from full depth are counted, and listed in results.json.
 
     Example: de3 loadtest compare --model my-org/my-classifier --texts traffic.txt --peer fused_app
     """
@@ -206,7 +206,7 @@ def compare(
     artifact = artifact_of(model, store)
     has_exits = len(artifact.manifest.exit_layers) > 1
     if tau and not has_exits:
-        raise ValueError(f"--tau: {model} has no exits; all its answers are at full depth")
+        raise ValueError(f"--tau: {model} has no exits; all its answers come from full depth")
     models = peer_models(artifact, [s.text for s in samples], out)
     others = peers(*models, stock)
     if unknown := set(peer or []) - {server.script for server in others}:
@@ -237,7 +237,7 @@ def compare(
     if not has_exits:
         named = shlex.quote(model)
         print(
-            f"{model} has no exits: its gain is that of the kernels alone. For exits, continue with\n"
+            f"{model} has no exits: it gains from the kernels only. To add exits, continue with\n"
             f"  de3 import {named} --texts FILE --name NAME       (500 or more texts, not those compared here)\n"
             f"  de3 serve {named} --learn --guarantee 0.02        (from live traffic)"
         )

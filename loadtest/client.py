@@ -333,7 +333,7 @@ def differing(
 ) -> dict[str, Any] | None:
     """The samples whose label is not that of `reference`: their number, their share of the answered ones, and a list.
 
-    None if the two have no label in common, such as those of a server that uses other label names.
+    None if the two have no label in common, for example because a server uses other label names.
     """
     texts = [sample.text for sample in samples]
     both = [row for row in zip(texts, reference, labels, strict=True) if None not in row]

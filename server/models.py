@@ -225,7 +225,7 @@ class Models:
         raise unknown_model(name, [s.model.full_name for s in served])
 
     def aliases_of(self, manifest: Manifest) -> list[str]:
-        """The aliases of the settings that name this version; those of a model that is not served name none."""
+        """The aliases (--alias) that name this version; an alias of a model that is not served names none."""
         found = []
         for alias in self._targets:
             with suppress(RequestError):

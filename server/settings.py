@@ -36,7 +36,7 @@ def _network(text: str) -> str:
     try:
         ip_network(text)
     except ValueError as error:
-        raise ValueError(f"{error}; give for example 10.0.0.0/8") from None
+        raise ValueError(f"{error}; give a network such as 10.0.0.0/8") from None
     return text
 
 
@@ -252,8 +252,8 @@ class Settings(BaseModel):
         float,
         Field(ge=0),
         limit_option(
-            help="Time after SIGTERM for which requests are still accepted while /ready is 503, so that load balancers "
-            "notice, seconds. A second SIGTERM ends it."
+            help="Time for which requests are still accepted after SIGTERM, seconds; /ready is 503 meanwhile, so that "
+            "load balancers notice. A second SIGTERM ends it."
         ),
     ] = 0.0
     log_format: Annotated[

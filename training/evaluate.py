@@ -252,7 +252,7 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -
 
 
 def _probability_line(recorded: Recorded, index: NDArray[np.int64]) -> str:
-    """How exits change the top probability of texts (n,) with these exit indices; empty for a regression model."""
+    """A line on how exits change the top probability of texts; "" for a regression model. index: exit indices, (n,)."""
     if recorded.tolerance is not None:
         return ""
     if recorded.thresholds is None:

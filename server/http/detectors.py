@@ -170,7 +170,7 @@ def parse(call: Call) -> ContentsRequest:
     if model and parameters.model not in (None, "", model):
         raise RequestError(
             f"detector_params: model: {parameters.model[:100]!r} is not the model in the header detector-id, "
-            f"{model[:100]!r}; give one of them",
+            f"{model[:100]!r}; give only one of them",
             "detector_params",
         )
     return ContentsRequest(

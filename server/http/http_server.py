@@ -74,7 +74,7 @@ class HttpServer(uvicorn.Server):
         return create(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start to drain, and stop after drain_s; stop at once if this is the second signal, or while loading."""
+        """Start to drain, and stop after drain_s; stop at once if this is the second signal or models are loading."""
         was_ready = self._service.state == "ready"
         self._service.drain()
         if was_ready:
