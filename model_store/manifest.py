@@ -237,10 +237,10 @@ class Manifest(Architecture):
             raise ValueError("calibration.references must have one entry for each exit layer")
         if any((r.nearest is None) == (r.layer in self.prototype_layers) for r in references):
             raise ValueError(
-                "calibration.references: nearest must be set exactly at the exits with prototypes"
+                "calibration.references: nearest must be set at the exits with prototypes, and only there"
             )
         if any((r.entropy is None) != (self.tolerance is not None) for r in references):
-            raise ValueError("calibration.references: entropy must be set exactly in a model with classes")
+            raise ValueError("calibration.references: entropy must be set if, and only if, there are classes")
         if self.risk is not None and [r.layer for r in self.risk] != exits[:-1]:
             raise ValueError("risk must have one entry for each exit layer but the last")
         if self.tolerance is not None and any(w != 0 for r in self.risk or [] for w in r.weights[3:]):

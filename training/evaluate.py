@@ -268,7 +268,7 @@ def _probability_line(recorded: Recorded, index: NDArray[np.int64]) -> str:
 
 
 def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]], times: Times) -> Table:
-    """The outcome of each target on these samples, for each signal, at the τ that the calibration gives for it.
+    """The outcome of each target on these samples, for each signal, at the τ that the calibration gives the target.
 
     signals: each with the rows of its calibration table. Targets that no row meets are left out.
     """

@@ -150,7 +150,7 @@ class ModernBert(Encoder):
         )
 
     def window_of(self, layer: int) -> int:
-        """The largest distance, in tokens, at which tokens attend to each other in a layer (from 1); 0: no limit."""
+        """The largest distance, in tokens, at which tokens attend to each other; 0: no limit. layer: from 1."""
         return self.window if layer in self.local_layers else 0
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
