@@ -215,7 +215,7 @@ def _header(row: list[str], path: Path) -> Header:
 
 
 def _lines_of_last_field(lines: list[str], dialect: Any) -> int:
-    """The number of lines in the last field of a row, which is still open at the end of these lines."""
+    """The number of line breaks in the last field of a row; the field is still open at the end of these lines."""
     row = next(csv.reader((line.rstrip("\r\n") + "\n" for line in lines), **dialect))
     return row[-1].count("\n")
 

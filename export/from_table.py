@@ -80,7 +80,7 @@ def fit_table(
 
 
 def _with_same_tokens(model: Model, examples: Sequence[Example]) -> list[Example]:
-    """The examples, in which texts with the same tokens are the same text."""
+    """The examples; where several texts have the same tokens, the first of these texts replaces the others."""
     first = dict[bytes, TextOrPair]()
     found = []
     for example in examples:

@@ -76,7 +76,7 @@ def recalibrate_on_texts(
 
     examples: their labels are ignored. fragments: true if some texts are fragments of others.
 
-    Raises ValueError for texts that the model does not take (single texts or pairs) and too few texts.
+    Raises ValueError for texts that the model does not take (single texts or pairs), and for too few texts.
     """
     _check_exits(artifact)
     check_input(examples, artifact.manifest.input, str(file))

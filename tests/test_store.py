@@ -122,7 +122,7 @@ def references(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         (lambda m: m.update(name="other"), "this is the manifest of other:1"),
         (lambda m: m.update(prototype_layers=[0]), "prototype_layers must be"),
         (lambda m: references(m).pop(), "references must have one entry for each exit layer"),
-        (lambda m: references(m)[0].update(nearest=None), "nearest must be set exactly at the exits with"),
+        (lambda m: references(m)[0].update(nearest=None), "nearest must be set at the exits with"),
         (lambda m: references(m)[0]["entropy"].reverse(), "entropy must have 28 ascending values"),
         (lambda m: m["calibration"].update(table=[]), "must have rows of the default signal"),
         (lambda m: m["risk"][0].update(weights=[float("nan")] * 5), "risk.0.weights"),

@@ -45,7 +45,7 @@ def train(
     with the weights of the loss. `out` also receives the two held-out parts, which `de3 export` and `de3 evaluate`
     read, and, until the training is finished, the state from which `resume` continues.
 
-    teacher: checkpoint to distil from. resume: continue after the last complete epoch in `out`; a finished checkpoint
+    teacher: checkpoint to distill from. resume: continue after the last complete epoch in `out`; a finished checkpoint
     is returned as it is. command: the command that resumes this run, recorded in the checkpoint.
 
     Raises ValueError if `out` is a file or has a checkpoint that this run does not continue, if the settings ask for
