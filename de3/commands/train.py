@@ -76,7 +76,7 @@ def train(
     ] = "mean",
     teacher: Annotated[
         Path | None,
-        training_option(help="A checkpoint to distil from, trained on the same data with the same seed."),
+        training_option(help="A checkpoint to distill from, trained on the same data with the same seed."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue after the last complete epoch in --out.")] = False,
     _: HelpAll = False,
