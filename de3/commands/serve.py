@@ -75,7 +75,7 @@ def serve(
             given[name] = secret
     settings = Settings(**given)
     for name, similar in unknown_variables(os.environ).items():
-        if similar is not None:  # a server that ignored a misspelled setting for the key file would be open to all
+        if similar is not None:  # ignoring a misspelled key file setting would leave the server open
             raise ValueError(f"{name}: unknown setting; did you mean {similar}?")
         hint = f"see de3 serve --help-all; {', '.join(OTHER_VARIABLES)} have other uses"
         log.warning("%s: unknown setting, ignored: %s", name, hint)
