@@ -95,7 +95,7 @@ def groups_of(examples: Sequence[Example], fragments: bool = False) -> NDArray[n
 def stratified(examples: Sequence[Example], seed: int) -> NDArray[np.float64]:
     """A position in (0, 1) for each example, (n,), for splitting: any interval has about its share of each label.
 
-    Related examples have the same position. Examples with several labels count for the rarest.
+    Related examples have the same position. An example with several labels counts for the rarest of them.
     """
     one_of = related(examples)
     counts = Counter(label for example in examples for label in labels_of(example))

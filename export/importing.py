@@ -152,7 +152,7 @@ def _check(stock: Stock, settings: ImportSettings) -> None:
     name, kind = stock.name, stock.description.kind
     if settings.tolerance is not None and kind != "value":
         raise ValueError(
-            f"--tolerance: {name} has {len(stock.description.labels)} labels; it is for models of one number"
+            f"--tolerance: {name} has {len(stock.description.labels)} labels; it is for models that return a number"
         )
     if settings.threshold is not None and kind != "labels":
         raise ValueError(

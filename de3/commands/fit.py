@@ -53,8 +53,8 @@ def fit(
 ) -> None:
     """Fit a classifier with early exits to a table of texts and labels, in minutes and without PyTorch.
 
-    The encoder does not change: a logistic regression is fitted to each of its layers. For topics and intents, this is
-    nearly as accurate as fine-tuning; for sentiment it is not (use de3 train). A text may have several labels,
+    The encoder does not change: a logistic regression is fitted to the output of each layer. For topics and intents,
+    this is nearly as accurate as fine-tuning; for sentiment it is not (use de3 train). A text may have several labels,
     separated by | in a cell, or as a list in .jsonl.
 
     Example: de3 fit intents.csv --encoder sentence-transformers/all-MiniLM-L6-v2 --name intents

@@ -215,8 +215,8 @@ _LEARN = (
         "Fits",
         "lines",
         "none",
-        "Fits of exits by outcome: served, not_faster (than what is served), outdated (the traffic or the models "
-        "changed meanwhile) or failed; and running fits.",
+        "Fits of exits by outcome: served, waits (for newer texts), not_faster (than what is served), "
+        "outdated (the traffic or the models changed meanwhile) or failed; and running fits.",
         (
             Query(f"sum by (model, outcome) (increase(de3_learn_fits_total{R}))", "{{outcome}} {{model}}"),
             Query("sum by (model) (de3_learn_fitting)", "running {{model}}"),

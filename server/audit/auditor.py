@@ -115,7 +115,7 @@ class Draw:
 
     Attributes:
         share: probability with which each text was drawn.
-        epoch: epoch of the evidence that the texts count towards; each reset starts a new one.
+        epoch: epoch of the evidence that the texts count toward; each reset starts a new one.
         is_drawn: for each text, True if it was drawn.
     """
 

@@ -1,7 +1,7 @@
 """The counted audits of one model, from all processes of a server, by tenant.
 
 Each process settles the audits of its own texts (`auditor.py`) and sends them here in order. A text that was counted
-before, by any process, never counts towards a rise of τ, and τ rises only between two requests.
+before, by any process, never counts toward a rise of τ, and τ rises only between two requests.
 """
 
 import itertools
@@ -175,7 +175,7 @@ class Ledger:
         self.num_changes += all_texts >= MIN_AUDITS and 2 * self._texts[name] >= all_texts
 
     def count_held_out(self, rows: Sequence[HeldOut], traffic: Mapping[str, int]) -> None:
-        """Count held-out texts towards the guarantee of the tenants that sent them.
+        """Count held-out texts toward the guarantee of the tenants that sent them.
 
         They were recorded before the model was served, and its exits were not fitted to them. traffic: recent texts of
         each tenant; held-out texts of other clients are not counted.

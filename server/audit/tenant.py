@@ -183,7 +183,7 @@ class Tenant:
     def count_held_out(
         self, keys: Sequence[int], found: Profiles, room: int, repeats: Sequence[bool]
     ) -> None:
-        """Count texts that were recorded before the model was served, towards the guarantee only.
+        """Count texts that were recorded before the model was served, toward the guarantee only.
 
         They are not audits of the model's answers, so reports leave them out. repeats: see
         HeldOut.is_repeat.

@@ -54,7 +54,7 @@ class WorkQueue:
     share of the engine regardless of what other clients send, and a lone client gets all of it.
 
     Items of dropped jobs are skipped. Shadow items are scheduled only when nothing else is pending, and are discarded
-    when the queue is closed. Neither kind counts towards the limit or the length.
+    when the queue is closed. Neither kind counts toward the limit or the length.
     """
 
     def __init__(self, limit: int) -> None:
@@ -209,7 +209,7 @@ class WorkQueue:
             return sum(when > due and not item.job.is_dropped for heap in heaps for when, _, item in heap)
 
     def drop(self, job: Job) -> None:
-        """Drop a job: its pending items no longer count towards the limit, and never run."""
+        """Drop a job: its pending items no longer count toward the limit, and never run."""
         with self._changed:
             job.is_dropped = True
             self._forget(job)
