@@ -258,7 +258,7 @@ class Comparison:
                     for a, b in zip(servers[ours], servers[best.name], strict=True)
                     if q in a.get(key, {}) and q in b.get(key, {})
                 ]
-                if values:  # of a few texts, none may be long
+                if values:  # with few texts, none may be long
                     ratios[f"{what} ({group}) {q}, {ours} / {best.name}"] = report.spread(values)
         return ratios
 
