@@ -103,7 +103,8 @@ def test_a_classifier_without_exits_is_compared_at_full_depth(
         f"--peer fused_app --seconds 0.5 --rounds 1 --out {tmp_path}/out"
     )
     assert (
-        refusal(f"{command} --tau 0.1") == f"--tau: {model} has no exits; all its answers come from full depth"
+        refusal(f"{command} --tau 0.1")
+        == f"--tau: {model} has no exits; all its answers come from full depth"
     )
     output = de3(command)
     assert re.search(r"de3 \(full depth\) .* 0\.0% \(0 of 30\)", output) and "default τ" not in output
