@@ -10,6 +10,7 @@ from rich.markup import escape
 from de3.data.tables import TextOrPair
 from de3.exits import calibration
 from de3.exits.calibration import Samples
+from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
 from de3.exits.signals import Entropy
 from de3.model_store.printable import printable
@@ -93,20 +94,52 @@ def report(
     _show_weakest(full, early, names)
     if recorded.thresholds is None:
         _show_confused(recorded.labels, recorded.answers[:, -1], names, texts)
-    fall = full.recall - early.recall
-    fallen = [k for k in np.argsort(-fall).tolist() if fall[k] > MAX_FALL]
-    shown = ", ".join(
-        f"{names[k]!r} ({100 * full.recall[k]:.0f} → {100 * early.recall[k]:.0f}% of {full.labels[:, k].sum()})"
-        for k in fallen[:WEAKEST]
-    )
-    if fallen:
+    if fallen := _fallen(full, early, names):
         warn(
             [
-                f"at the default τ, the recall of {len(fallen)} of {len(names)} labels falls by more than "
-                f"{100 * MAX_FALL:g} points: {shown}. τ limits the answers that differ among all texts, not among "
-                "those of a rare label; lower it with --max-loss"
+                f"at the default τ, {fallen}. τ limits the answers that differ among all texts, not among those of a "
+                "rare label; lower it with --max-loss"
             ]
         )
+
+
+def compare(recorded: Sequence[Recorded], chosen: Sequence[NDArray[np.int64]], names: Sequence[str]) -> None:
+    """Print how two models' answers to the same n texts compare, the baseline's first.
+
+    chosen: the index of the exit of each text, (n,), for each model.
+    """
+    rows = np.arange(len(chosen[0]))
+    before, after = (
+        Answers(_one_hot(r.labels, len(names)), _one_hot(r.answers[rows, index], len(names)), rows)
+        for r, index in zip(recorded, chosen, strict=True)
+    )
+    low, high = calibration.paired_interval(after.right, before.right)
+    changed = (before.answers != after.answers).any(-1).mean()
+    console.print(
+        f"at the defaults, the baseline's accuracy is {before.accuracy()}, and this model's {after.accuracy()}: "
+        f"{100 * (after.right.mean() - before.right.mean()):+.2f} points ({100 * low:+.2f} … {100 * high:+.2f}); "
+        f"{100 * changed:.1f}% of the answers differ",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if fallen := _fallen(before, after, names):
+        warn([fallen])
+
+
+def _fallen(before: Answers, after: Answers, names: Sequence[str]) -> str:
+    """A message about labels whose recall falls by more than MAX_FALL; empty if there are none."""
+    fall = before.recall - after.recall
+    fallen = [k for k in np.argsort(-fall).tolist() if fall[k] > MAX_FALL]
+    shown = ", ".join(
+        f"{names[k]!r} ({100 * before.recall[k]:.0f} → {100 * after.recall[k]:.0f}% of {before.labels[:, k].sum()})"
+        for k in fallen[:WEAKEST]
+    )
+    return (
+        fallen
+        and (
+            f"the recall of {len(fallen)} of {len(names)} labels falls by more than {100 * MAX_FALL:g} points: {shown}"
+        )
+    ) or ""
 
 
 def _one_hot(answers: NDArray[np.generic], count: int) -> Bools:

@@ -58,6 +58,32 @@ def fuzz(
 
 
 @app.command()
+def table(
+    train: Annotated[
+        Path, typer.Argument(help="The table that the model was fitted to: columns text and label.")
+    ],
+    test: Annotated[Path, typer.Argument(help="A table of unseen texts.")],
+    model: Annotated[str, typer.Option(help="The model that de3 fit made, as name or name:version.")],
+    encoder: Annotated[str, typer.Option(help="Its encoder. Without it, scikit-learn is not run.")] = "",
+    store: options.Store = Path("models"),
+) -> None:
+    """Compare a model of de3 fit with scikit-learn's logistic regressions on the same rows of its table.
+
+    Example: python -m lab table train.csv test.csv --model intents --encoder sentence-transformers/all-MiniLM-L6-v2
+    """
+    from lab import table as study
+
+    columns = ("", "τ", "accuracy, %", "differ, %", "in layers", "in hindsight")
+    show(columns, study.served(model, test, store))
+    if encoder:
+        rows = [
+            (layer, f"{100 * crossed:.2f}", f"{100 * right:.2f}")
+            for layer, crossed, right in study.by_layer(train, test, encoder, store)
+        ]
+        show(("layer", "cross-validated, %", "test, %"), rows)
+
+
+@app.command()
 def learn(
     stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
     texts: Annotated[Path, typer.Option(help="Texts that the classifier was not trained on.")],

@@ -34,7 +34,7 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.asked.append(f"{self.command} {path}")
         self.tokens.append(self.headers.get("Authorization"))
-        files = sorted(self.folder.iterdir())
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         if path.startswith("/api/models/org/gated"):
             self._answer(b"", code=403, error="GatedRepo")
         elif path.startswith("/api/models/org/model/revision/") and path.split("/")[-1] not in self.REVISIONS:
@@ -49,7 +49,7 @@ class Hub(BaseHTTPRequestHandler):
             rows = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0"} for p in files]
             self._answer(json.dumps(rows).encode())
         elif path.startswith("/org/model/resolve/") and path.split("/")[4] in self.REVISIONS:
-            file = self.folder / path.split("/")[-1]
+            file = self.folder / path.split("/", 5)[5]
             if file.is_file():
                 entry = self._entry(file)
                 etag = entry["lfs"]["sha256"] if "lfs" in entry else entry["blobId"]
@@ -62,7 +62,8 @@ class Hub(BaseHTTPRequestHandler):
     def _entry(self, file: Path) -> dict[str, Any]:
         data = file.read_bytes()
         git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        entry: dict[str, Any] = {"rfilename": file.name, "size": len(data), "blobId": git}
+        name = file.relative_to(self.folder).as_posix()
+        entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git}
         if file.suffix == ".safetensors":
             entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 1}
         return entry

@@ -16,7 +16,8 @@ from huggingface_hub import constants, hf_hub_download, snapshot_download
 
 from de3.export import download
 from de3.export.download import File, HubError, list_files
-from de3.export.hub import fetch
+from de3.export.encoder import describe_encoder
+from de3.export.hub import ENCODER_FILES, fetch
 from tests.hub import Hub, hub_of, use_hub
 
 WEIGHTS = bytes(range(256)) * 400
@@ -250,6 +251,17 @@ def test_the_cache_is_that_of_huggingface_hub(hub: type[Hub], monkeypatch: pytes
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         assert snapshot_download("org/model", revision="v1") == str(folder)
         assert hf_hub_download("org/model", "config.json", revision="v1") == str(folder / "config.json")
+
+
+def test_only_an_encoders_pooling_comes_from_another_folder(hub: type[Hub]) -> None:
+    for name in ("1_Pooling/config.json", "onnx/config.json"):
+        (hub.folder / name).parent.mkdir()
+        (hub.folder / name).write_text("{}")
+    assert {path.name for path in fetch("org/model").iterdir()} == FILES
+    folder = fetch("org/model", describe_encoder, ENCODER_FILES)
+    assert {path.name for path in folder.iterdir()} == FILES | {"1_Pooling"}
+    assert (folder / "1_Pooling/config.json").read_text() == "{}"
+    assert snapshot_download("org/model", allow_patterns="*.json") == str(folder)
 
 
 def test_files_that_a_new_commit_keeps_are_not_downloaded_again(hub: type[Hub]) -> None:

@@ -45,6 +45,12 @@ def evaluate(
             '--label-column "" or a .txt file, its answers are also the labels.'
         ),
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="A model with the same labels to compare with, e.g. an earlier version, as NAME:1."
+        ),
+    ] = None,
     png: Annotated[
         Path | None,
         typer.Option(
@@ -96,6 +102,8 @@ def evaluate(
     output = Console()
     output.print(evaluation.exit_table(recorded))
     warn(evaluation.weaknesses(recorded, subject.names))
+    if baseline is not None:
+        _compare(subject, recorded, examples, baseline, store)
     if len(recorded.exit_layers) > 1:
         output.print(evaluation.curve_table(curves))
         if subject.served is not None:
@@ -128,6 +136,17 @@ class _Subject:
     tolerance: float | None = None
     served: Any = None
     checkpoint: Any = None
+
+    def default_exits(self, recorded: Any) -> Any:
+        """The index of the exit of each recorded text at the default τ, (n,); a checkpoint's is the last."""
+        import numpy as np
+
+        from de3.exits.rule import exit_index
+
+        if self.served is None:
+            return np.full(len(recorded.labels), len(recorded.exit_layers) - 1)
+        manifest = self.served.model.manifest
+        return exit_index(manifest.default_signal.scores(recorded), manifest.defaults.tau)
 
 
 def _open(name: str, store: Path) -> _Subject:
@@ -198,6 +217,20 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
             )
         found = answers(stock, [e.text for e in examples], subject.thresholds, subject.tolerance)
     return answered(examples, found, has_labels)
+
+
+def _compare(subject: _Subject, recorded: Any, examples: list[Any], baseline: str, store: Path) -> None:
+    """Print how a model's answers compare with a baseline's; raises ValueError for models that cannot be compared."""
+    from de3.export.label_report import compare
+
+    other = _open(baseline, store)
+    if list(other.names) != list(subject.names) or len(other.names) < 2:
+        raise ValueError(
+            f"--baseline {baseline}: its labels are {list(other.names)[:20]}, those of {subject.title} are "
+            f"{list(subject.names)[:20]}; they must be the same, and at least two"
+        )
+    both = [(other, other.record(examples)), (subject, recorded)]
+    compare([one for _, one in both], [each.default_exits(one) for each, one in both], subject.names)
 
 
 def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list[str]:
