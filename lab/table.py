@@ -53,7 +53,13 @@ def by_layer(table: Path, test: Path, encoder: str, store: Path) -> Iterator[tup
         truth, expected = (np.array([e.label for e in part]) for part in (fitting, unseen))
         for layer in track(range(artifact.manifest.num_layers + 1), "scikit-learn"):
             regression = LogisticRegressionCV(
-                Cs=CS, cv=5, max_iter=1000, use_legacy_attributes=False, l1_ratios=(0,), scoring="accuracy"
+                Cs=CS,
+                cv=5,
+                max_iter=1000,
+                n_jobs=-1,
+                use_legacy_attributes=False,
+                l1_ratios=(0,),
+                scoring="accuracy",
             )
             pipeline = make_pipeline(StandardScaler(), regression)
             with catch_warnings():
