@@ -1,4 +1,4 @@
-"""The encoder of a new classifier: from a model in the store, or a stock encoder, converted without PyTorch."""
+"""The encoder of a new classifier: that of a model in the store, or a stock encoder, converted without PyTorch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ def encoder_of(name: str, store: Store, precision: Precision) -> Iterator[tuple[
     """Yield an artifact with the encoder, and the poolings to try: only the one it was trained with, if known.
 
     name: a model in the store, the folder of an artifact, or the folder or hub id of a transformers or
-    sentence-transformers model, of which only the encoder is used. precision: precision for converting the encoder; one
-    from the store must already have it.
+    sentence-transformers model, of which only the encoder is used. precision: precision to which the encoder is
+    converted; an encoder from the store must already have it.
 
     Raises ValueError for an encoder that cannot be used.
     """
@@ -30,7 +30,9 @@ def encoder_of(name: str, store: Store, precision: Precision) -> Iterator[tuple[
     if stored is not None:
         manifest = stored.manifest
         if manifest.precision != precision:
-            raise ValueError(f"--encoder {name}: it is {manifest.precision}; --quantize must match")
+            raise ValueError(
+                f"--encoder {name}: its precision is {manifest.precision}; use the same --quantize"
+            )
         yield stored, (manifest.pooling,)
         return
     source = fetch(name, describe_encoder, ENCODER_FILES)
@@ -41,7 +43,7 @@ def encoder_of(name: str, store: Store, precision: Precision) -> Iterator[tuple[
 
 
 def _poolings(folder: Path) -> tuple[str, ...]:
-    """The pooling that sentence-transformers recorded; both poolings if it recorded none that an exit can use."""
+    """The pooling that sentence-transformers configured; both poolings if it configured none that an exit can use."""
     path = folder / POOLING
     config = read_config(path) if path.is_file() else {}
     if not isinstance(config, dict):

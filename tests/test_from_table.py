@@ -150,7 +150,7 @@ def test_a_second_table_is_the_next_version(fitted: Path, tmp_path: Path, encode
     assert second.manifest.files == manifest.model_copy().files
     answers = load("few", store=path).answers(["a good film", "a stale film"], tau=0.5)
     assert {row["label"] for row in answers} <= set(TOPICS)
-    assert "it is int8; --quantize must match" in refusal(f"{first} --quantize none")
+    assert "its precision is int8; use the same --quantize" in refusal(f"{first} --quantize none")
 
 
 def test_several_labels_in_a_cell_make_a_multi_label_model(tmp_path: Path, encoder: Path) -> None:
