@@ -1,4 +1,4 @@
-"""A new classifier from a table of texts and labels: exits on the layers of an encoder whose weights do not change."""
+"""A new classifier from a table of texts and labels: exits on the layers of a frozen encoder."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
 from de3.progress import console, warn
 
-CERTIFYING, MIN_CERTIFYING, MAX_CERTIFYING = 0.2, 500, 4000  # share and numbers of texts
+CERTIFYING, MIN_CERTIFYING, MAX_CERTIFYING = 0.2, 500, 4000  # share of the texts; limits on their number
 MAX_FITTED = 50_000  # texts
 SEED = 0
-SHOWN = 3  # examples in a warning
+SHOWN = 3  # number of examples in a warning
 
 
 def fit_table(
@@ -48,9 +48,10 @@ def fit_table(
     base: an artifact with the encoder. poolings: poolings to try. names: the labels. threshold: probability above which
     a multi-label model assigns a label; None if each text has one label.
 
-    A fifth of the texts certifies the exits, and is used for nothing else. If that would be fewer than MIN_CERTIFYING
-    texts, all texts are used for fitting, and there is no certificate: the default τ and the report come from
-    cross-fitting. Raises ValueError for unusable texts, and StoreError for a damaged encoder.
+    A fifth of the texts, at most MAX_CERTIFYING, are used only to certify the exits and to report on them. If a fifth
+    has fewer than MIN_CERTIFYING distinct texts, all texts are used for fitting, and there is no certificate: the
+    default τ and the report come from cross-fitting. Raises ValueError for unusable texts, and StoreError for a damaged
+    encoder.
     """
     model = Model(base, "auto")
     examples = _with_same_tokens(model, examples)
@@ -58,7 +59,7 @@ def fit_table(
     fitting, position, certifying = _parts(examples)
     console.print(
         f"{base.manifest.encoder.type}, {base.manifest.num_layers} layers; {len(fitting)} texts to fit, "
-        + (f"{len(certifying)} to certify" if certifying else "too few to also certify the exits"),
+        + (f"{len(certifying)} to certify" if certifying else "too few to certify the exits as well"),
         highlight=False,
     )
     thresholds = None if threshold is None else [threshold] * len(names)
@@ -80,7 +81,7 @@ def fit_table(
 
 
 def _with_same_tokens(model: Model, examples: Sequence[Example]) -> list[Example]:
-    """The examples; where several texts have the same tokens, the first of these texts replaces the others."""
+    """The examples, in which the first of several texts with the same tokens replaces the others."""
     first = dict[bytes, TextOrPair]()
     found = []
     for example in examples:
@@ -114,7 +115,7 @@ def _parts(examples: Sequence[Example]) -> tuple[list[Example], NDArray[np.float
     limit = share + (1 - share) * min(1.0, MAX_FITTED / len(examples))
     chosen = ~is_certifying & (order < limit)
     if (order >= limit).any():
-        console.print(f"{chosen.sum()} of {len(examples)} texts are used for fitting, which is enough")
+        console.print(f"to save time, only {chosen.sum()} of {len(examples)} texts are used for fitting")
     fitting = [e for e, is_fitting in zip(examples, chosen, strict=True) if is_fitting]
     return fitting, stratified(fitting, SEED + 1), certifying
 
@@ -166,7 +167,7 @@ def _estimated(
         default.tau,
         manifest.labels,
         [e.text for e in examples],
-        "texts held out in turn",
+        "texts, by cross-validation",
     )
     warn(
         [

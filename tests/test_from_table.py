@@ -134,13 +134,13 @@ def test_full_depth_is_a_logistic_regression_on_the_fitting_texts(
 
 
 def test_a_second_table_is_the_next_version(fitted: Path, tmp_path: Path, encoder: Path) -> None:
-    """With few texts: no certificate, a default τ from texts held out in turn, and the encoder of a stored model."""
+    """With few texts: no certificate, a default τ from cross-validation, and the encoder of a stored model."""
     table = write_table(tmp_path / "few.csv", topics(32, 5))
     path = tmp_path / "store"
     first = f"fit {table} --encoder {fitted}/store/topics --name few --store {path}"
     output = de3(first)
     assert "32 texts are too few for a certificate" in output
-    assert "32 texts held out in turn" in output
+    assert "32 texts, by cross-validation" in output
     manifest = Store(path).open("few").manifest
     assert manifest.calibration is None
     assert manifest.risk is not None
