@@ -44,5 +44,5 @@ def _certified(artifact: Artifact, options: Mapping[str, Any]) -> str:
         return "certified: every text runs to full depth, as no τ is certified for this rate"
     return (
         f"certified: at most {100 * wanted:g}% of the answers differ from full depth (with 95% confidence), for texts "
-        f"like the {choice.certificate['samples']} of the model's calibration; it does not cover other texts"
+        f"like the model's {choice.certificate['samples']} calibration samples; other texts are not covered"
     )
