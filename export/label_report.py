@@ -16,16 +16,16 @@ from de3.exits.signals import Entropy
 from de3.model_store.printable import printable
 from de3.progress import console, empty_table, warn
 
-WEAKEST = 5  # number of labels shown
-MAX_FALL = 0.05  # recall that a label may lose at the default τ without a warning
-RESAMPLES = 200  # of the bootstrap
-SHOWN = 60  # characters of a text
+WEAKEST = 5  # number of labels, or pairs of labels, shown
+MAX_FALL = 0.05  # largest fall in a label's recall that causes no warning
+RESAMPLES = 200  # number of bootstrap resamples
+SHOWN = 60  # maximum number of characters shown of a label or text
 Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The labels of n texts and a model's answers; labels, answers: (n, K), groups: (n,)."""
+    """The labels of n texts, and a model's answers to them: labels and answers (n, K), groups (n,)."""
 
     labels: Bools
     answers: Bools
@@ -33,12 +33,12 @@ class Answers:
 
     @property
     def right(self) -> Bools:
-        """True where the answer has all labels of a text and no other, (n,)."""
+        """True where the answer has all labels of a text and no others, (n,)."""
         return np.asarray((self.answers == self.labels).all(-1))
 
     @property
     def recall(self) -> NDArray[np.float64]:
-        """The share of each label's texts whose answer has the label, (K,); NaN without texts."""
+        """The share of each label's texts whose answer has the label, (K,); NaN for a label without texts."""
         with np.errstate(invalid="ignore"):
             return np.asarray((self.answers & self.labels).sum(0) / self.labels.sum(0))
 
@@ -50,7 +50,7 @@ class Answers:
         return f"{100 * share:.1f}% ({100 * low:.1f} … {100 * high:.1f})"
 
     def macro_f1(self) -> str:
-        """The mean F1 of the labels that occur, with its 95% interval by a bootstrap over groups, %."""
+        """Macro-F1 over the labels that occur, %, with its 95% interval from a bootstrap over groups."""
         rng, count = np.random.default_rng(0), int(self.groups.max()) + 1
         drawn = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)[:, self.groups]
         weights = np.concatenate([np.ones((1, len(self.groups))), drawn])
@@ -97,16 +97,17 @@ def report(
     if fallen := _fallen(full, early, names):
         warn(
             [
-                f"at the default τ, {fallen}. τ limits the answers that differ among all texts, not among those of a "
-                "rare label; lower it with --max-loss"
+                f"at the default τ, {fallen}. The default τ limits the accuracy lost over all texts, not over those of "
+                "one label; for a lower τ, set a smaller --max-loss"
             ]
         )
 
 
 def compare(recorded: Sequence[Recorded], chosen: Sequence[NDArray[np.int64]], names: Sequence[str]) -> None:
-    """Print how two models' answers to the same n texts compare, the baseline's first.
+    """Compare two models' answers to the same n texts, and print the result.
 
-    chosen: the index of the exit of each text, (n,), for each model.
+    recorded: the outputs of the baseline, then those of the model. chosen: in the same order, the index of each text's
+    exit, (n,).
     """
     rows = np.arange(len(chosen[0]))
     before, after = (
@@ -166,7 +167,7 @@ def _show_confused(
     names: Sequence[str],
     texts: Sequence[TextOrPair],
 ) -> None:
-    """Print the pairs of labels that full depth confuses most often, each with a text."""
+    """Print the pairs of labels that full depth confuses most often, with an example of each."""
     wrong = np.flatnonzero(labels != answers)
     pairs, first, counts = np.unique(
         np.stack([labels[wrong], answers[wrong]], 1), axis=0, return_index=True, return_counts=True
@@ -189,5 +190,5 @@ def _show_confused(
 
 
 def _shown(text: str) -> str:
-    """The beginning of a label or text, for a table."""
+    """The beginning of a label or text, as shown in a table."""
     return escape(printable(text[:SHOWN] + ("…" if len(text) > SHOWN else "")))
