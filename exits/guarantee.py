@@ -1,6 +1,6 @@
 """Online risk control: chooses τ from the disagreement that audits of live traffic find.
 
-An audit runs a text to full depth and shows, without a label, what every τ would have answered (`profile`). `Evidence`
+An audit runs a text to full depth and shows, without a label, what every τ would have answered (`profiles`). `Evidence`
 counts disagreements by τ. `Guarantee` raises τ as long as the evidence shows that the rate of answers that differ from
 full depth stays within the guaranteed rate, and resets it when the rate has risen. A server keeps a guarantee for each
 of its tenants, on the audits of that tenant alone.
@@ -78,7 +78,7 @@ def profiles(
     layers: Sequence[int],
     taus: NDArray[np.float64],
 ) -> Profiles:
-    """The profiles of texts that passed every exit, by the exit rule (`exits.rule`).
+    """Apply the exit rule (`exits.rule`), at each τ of a grid, to texts that were run to full depth.
 
     scores: scores by text and exit, (N, E); None or NaN at an exit without a score. differs: disagreement of each exit
     with the last one, (N, E). layers: layers of the exits. taus: the grid, (G,).
@@ -254,7 +254,11 @@ class RecentRates:
         self.weight, self.differing = 0.0, np.zeros(count)
 
     def add(self, share: float, differs: NDArray[np.bool_]) -> None:
-        """Count audits, (N, G), in order. share: their probability; 0 selects the shortest window."""
+        """Count audits in order.
+
+        share: probability of an audit, which sets the length of the window; 0 selects the shortest. differs:
+        disagreement of each audit at each τ, (N, G).
+        """
         window = max(self._least, share * RECENT_TEXTS)
         # If the share falls, the window shrinks, and older audits lose weight immediately.
         older = window / max(window, self.weight)
