@@ -107,7 +107,7 @@ def _longest(page: bytes, size: int, compression: str) -> int:
 
 
 def _struct(file: BinaryIO) -> dict[int, Any]:
-    """The fields of a struct in Thrift's compact protocol, by number: structs and whole numbers; None for the rest."""
+    """The fields of a struct in Thrift's compact protocol, by number: structs and integers; other types as None."""
     fields, number = dict[int, Any](), 0
     while head := file.read(1)[0]:
         number = number + (head >> 4) if head >> 4 else _integer(file)
