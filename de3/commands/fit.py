@@ -53,9 +53,9 @@ def fit(
 ) -> None:
     """Fit a classifier with early exits to a table of texts and labels, in minutes and without PyTorch.
 
-    The encoder does not change: a logistic regression is fitted to the output of each layer. For topics and intents,
-    this is nearly as accurate as fine-tuning; for sentiment it is not (use de3 train). A text may have several labels,
-    separated by | in a cell, or as a list in .jsonl.
+    The encoder stays frozen: a logistic regression is fitted to the output of each layer. For topics and intents, this
+    is nearly as accurate as fine-tuning; for sentiment it is not (use de3 train). A text may have several labels, which
+    are separated by | in a cell, or are a list in .jsonl.
 
     Example: de3 fit intents.csv --encoder sentence-transformers/all-MiniLM-L6-v2 --name intents
     """
@@ -72,7 +72,7 @@ def fit(
     columns = Columns(**fields_of(Columns, options), multi_label=True)
     rows = read_rows(file, dataset, SPLIT, columns)
     is_multi = any(len(labels_in(cell, True)) > 1 for _, cell in rows)
-    if not is_multi:  # reads them again, as every text then needs a label
+    if not is_multi:  # read them again: every text then needs a label
         columns = replace(columns, multi_label=False)
         rows = read_rows(file, dataset, SPLIT, columns)
     elif threshold is None:
