@@ -1,4 +1,4 @@
-"""Fits all exits of a new classifier, the last included, to the labels of texts; the encoder does not change."""
+"""Fits all exits of a new classifier, including the last, to the labels of texts; the encoder stays frozen."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +16,8 @@ from de3.progress import console
 RIDGES = (0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # strongest first
 FOLDS = 5
 FEW = 3000  # texts; with fewer, the ridge is chosen on all folds instead of one
-WORSE_LOSS = 1.5
-WORSE = 2  # the search ends after this many ridges that are worse than the best
+WORSE_LOSS = 1.5  # limit on the loss of the chosen ridge, relative to the smallest loss
+WORSE = 2  # the search stops this many ridges after the one with the smallest loss
 SEED = 0
 
 
@@ -26,7 +26,7 @@ class Fitted:
     """Exits that were fitted to labels.
 
     Attributes:
-        crossed: the outputs of exits for the texts, each text run through exits that were fitted without it.
+        crossed: cross-fitted outputs: each text is run through exits that were fitted without it.
     """
 
     exits: Exits
@@ -40,10 +40,10 @@ def fit_labels(
     poolings: Sequence[str],
     as_served: Callable[[Exits], Exits],
 ) -> Fitted:
-    """Fit exits to labels. Pooling, ridge and number of layers are chosen by the results on texts held out in turn.
+    """Fit exits to labels; the pooling, the ridge and the number of layers are chosen on held-out texts.
 
     num_layers: layers of the encoder. position: the texts' positions for splitting (see `data.split.stratified`).
-    as_served: rounds exits as the artifact does.
+    poolings: poolings to try. as_served: rounds exits as the artifact does.
     """
     fold = np.unique(np.floor(position * FOLDS), return_inverse=True)[1]
     axes: fit.Axes = {}
@@ -56,8 +56,8 @@ def fit_labels(
     right = ", ".join(f"{100 * share:.1f}" for share in crossed.correct.mean(0))
     fewer = f"; {depth} of {num_layers} layers are used" if depth < num_layers else ""
     console.print(
-        f"ridge {ridge:g}; accuracy of exits on the {'mean of the tokens' if pooling == 'mean' else 'first token'}, "
-        f"from the embeddings to the last layer: {right}%, on {len(texts)} texts held out in turn{fewer}",
+        f"ridge {ridge:g}; pooling: {'mean of the tokens' if pooling == 'mean' else 'first token'}; cross-validated "
+        f"accuracy on {len(texts)} texts, by exit from the embeddings to the last layer: {right}%{fewer}",
         soft_wrap=True,
         highlight=False,
     )
@@ -69,8 +69,8 @@ def _search(
 ) -> tuple[str, float]:
     """The pooling and ridge for all layers, by the accuracy of one layer's exit on held-out texts.
 
-    Chooses the strongest ridge that is about as accurate as the best (within a standard error of the difference), and
-    whose loss is at most WORSE_LOSS times the smallest.
+    For each pooling, chooses the strongest ridge that is about as accurate as the best (within a standard error of the
+    difference), and whose loss is at most WORSE_LOSS times the smallest of these. The most accurate pooling wins.
     """
     best = (poolings[0], RIDGES[0], -1.0)
     for pooling in poolings:
@@ -93,9 +93,9 @@ def _search(
 def _path(
     texts: TrainingSet, fold: NDArray[np.int64], pooling: str, layer: int, k: int
 ) -> list[NDArray[np.float64]]:
-    """The losses of the texts of fold k, and 1 where they are right, (2, n), by ridge.
+    """For each ridge, the losses of the n texts of fold k, and 1 for each correct answer, (2, n).
 
-    Ridges are tried from the strongest to WORSE after the one with the smallest loss.
+    Ridges are tried from the strongest on; the search stops WORSE ridges after the one with the smallest loss.
     """
     held, others = (texts.part(np.flatnonzero(rows)) for rows in (fold == k, fold != k))
     x = held.pooled(pooling, layer)
@@ -121,9 +121,9 @@ def _loss(logits: Array, target: Target) -> NDArray[np.float64]:
 
 
 def _depth(correct: NDArray[np.bool_]) -> int:
-    """The smallest number of layers, at least 1, whose exit is not clearly less accurate than the best one's.
+    """The smallest number of layers, at least 1, whose last exit is not clearly less accurate than the best exit.
 
-    correct: (n, exits). Clearly: by more than one standard error of the difference on the same texts.
+    correct: (n, exits). Clearly means by more than one standard error of the difference on the same texts.
     """
     lost = correct[:, correct.mean(0).argmax(), None].astype(np.float64) - correct
     is_near = lost.mean(0) <= lost.std(0) / np.sqrt(len(lost))
@@ -132,7 +132,7 @@ def _depth(correct: NDArray[np.bool_]) -> int:
 
 
 def _cut(exits: Exits, depth: int) -> Exits:
-    """The exits of the first layers."""
+    """The exits up to layer `depth`."""
     return replace(
         exits,
         classifiers=exits.classifiers[: depth + 1],
@@ -142,7 +142,7 @@ def _cut(exits: Exits, depth: int) -> Exits:
 
 
 def _cut_record(recorded: Recorded, depth: int) -> Recorded:
-    """The outputs of the exits of the first layers; the last has no prototypes."""
+    """The outputs of the exits up to layer `depth`; this layer, now the last, has no prototypes."""
     distances = recorded.distances[:, : depth + 1].copy()
     distances[:, depth] = np.nan
     exits = slice(depth + 1)
