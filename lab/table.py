@@ -1,4 +1,4 @@
-"""`de3 fit` against scikit-learn on the same rows, and the trade-offs that its certificates promise on unseen texts."""
+"""Compares `de3 fit` with scikit-learn on the same rows, and tests its certified trade-offs on unseen texts."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.progress import track
 
-CS = np.logspace(-3, 2, 6)  # inverse strengths of the regularization
+CS = np.logspace(-3, 2, 6)  # inverse regularization strengths
 
 
 def examples_of(table: Path, names: Sequence[str] | None = None) -> tuple[list[Example], list[str]]:
@@ -37,9 +37,10 @@ def examples_of(table: Path, names: Sequence[str] | None = None) -> tuple[list[E
 
 
 def by_layer(table: Path, test: Path, encoder: str, store: Path) -> Iterator[tuple[int, float, float]]:
-    """Yield, for each layer, scikit-learn's accuracy in cross-validation and on the test texts.
+    """Yield each layer, with scikit-learn's accuracy in cross-validation and on the test texts.
 
-    It is fitted to the states and rows that `de3 fit` fits to: standardized, C by five-fold cross-validation.
+    A logistic regression is fitted to the standardized states of the rows to which `de3 fit` fits exits; C is chosen by
+    five-fold cross-validation.
     """
     examples, names = examples_of(table)
     unseen, _ = examples_of(test, names)
@@ -73,7 +74,10 @@ def by_layer(table: Path, test: Path, encoder: str, store: Path) -> Iterator[tup
 
 
 def served(name: str, test: Path, store: Path) -> list[tuple[str, ...]]:
-    """Rows of a table: a setting, and its accuracy, disagreement and speed-up on the test texts, and in hindsight."""
+    """Rows of a table: a setting, and its τ, accuracy, disagreement and speed-up on the test texts.
+
+    A row for a limit on disagreement also has the highest speed-up that keeps the limit in hindsight, on these texts.
+    """
     model = Model(Store(store).open(name), "auto")
     manifest = model.manifest
     recorded = record(model, examples_of(test, manifest.labels)[0], "the test texts")
@@ -93,6 +97,7 @@ def served(name: str, test: Path, store: Path) -> list[tuple[str, ...]]:
 
 
 def _cells(recorded: Recorded, scores: NDArray[np.float64], tau: float) -> tuple[str, ...]:
+    """The τ, accuracy, disagreement and speed-up."""
     index, rows = exit_index(scores, tau), np.arange(len(scores))
     layers = np.asarray(recorded.exit_layers)
     return (
@@ -104,6 +109,7 @@ def _cells(recorded: Recorded, scores: NDArray[np.float64], tau: float) -> tuple
 
 
 def _hindsight(recorded: Recorded, signal: Signal, scores: NDArray[np.float64], most: float) -> str:
+    """The highest speed-up of any τ whose disagreement on these texts is at most `most`."""
     taus = np.unique(np.nanquantile(scores[:, :-1], np.linspace(0, 1, 1000)))
     table = calibration.trade_off(Samples.independent(recorded), signal, [0.0, *taus], scores)
     return f"{calibration.speed_within(table, most):.2f}×"
