@@ -131,7 +131,10 @@ class Comparison:
         console.print(report.table({name: runs[0] for name, runs in rows.items()}))
 
     def _saturated(self, server: Server, alone: dict[str, list[str | None]]) -> dict[str, Any]:
-        """One closed-loop run. alone: the labels of the texts when each is sent alone, by server; added if missing."""
+        """Measure a server in one closed-loop run.
+
+        alone: by server name, the labels of the texts when each is sent alone; the server's are added if missing.
+        """
         with self._started(server) as started:
             if server.name not in alone:
                 alone[server.name] = ask_alone(started.target, self.samples)
