@@ -232,12 +232,15 @@ def dependencies(script: Path) -> list[str]:
 
 
 def python_of(name: str) -> Path:
-    """Path of the Python in the virtual environment of this name, which need not exist yet."""
+    """Path of the Python interpreter in the virtual environment with this name, which need not exist yet."""
     return CACHE / name / "bin" / "python"
 
 
 def environment(name: str, packages: list[str]) -> Path:
-    """The Python in the virtual environment of this name; creates it if it is missing or has other packages."""
+    """The Python interpreter in the virtual environment with this name.
+
+    Creates the environment if it is missing, and creates it anew if it has other packages.
+    """
     folder, python = CACHE / name, python_of(name)
     installed = folder / "installed"
     if not installed.exists() or installed.read_text() != "\n".join(packages):
