@@ -55,7 +55,7 @@ class Graph:
         self.weights: dict[str, Array] = {}
 
     def input(self, name: str, shape: list[int | str], dtype: int = TensorProto.FLOAT) -> str:
-        """Declare an input; a string in shape is a free dimension."""
+        """Declare an input; a string in `shape` names a dynamic dimension."""
         self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
