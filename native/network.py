@@ -189,7 +189,7 @@ def _set_layer(kernels: Any, model: Any, network: Network, number: int, weights:
 
 
 def _set_rotations(kernels: Any, model: Any, network: Network) -> None:
-    """Set the rotary positions; layers with the same frequencies share a table."""
+    """Set the tables of the rotary position embeddings; layers with the same frequencies share one."""
     layers: dict[bytes, list[int]] = {}
     for number, weights in enumerate(network.segments):
         if "frequencies" in weights:
