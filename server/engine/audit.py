@@ -183,7 +183,7 @@ def run_audits(
     stops: Callable[[], bool] = lambda: False,
     pause: Callable[[], None] | None = None,
 ) -> None:
-    """Run audits of one model, which the kernels can run in a group if there are several, and fill in their results.
+    """Run audits of one model, and fill in their results. If there are several, each must have `in_group`.
 
     Before each step, waits up to MOST_WAIT_S while anything but shadow items is pending in the queue. stops: True once
     the server is stopping; the audits are then dropped. pause: called before each step instead of that wait; the audits
