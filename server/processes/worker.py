@@ -1,4 +1,4 @@
-"""A process that serves models, for a supervisor: it has the HTTP server and the engine, but does not listen."""
+"""A supervisor's worker process: it runs the HTTP server and the engine, but does not listen for connections."""
 
 import asyncio
 import logging
