@@ -71,9 +71,16 @@ def fit_table(
         texts = TrainingSet(target, groups, computed.states)
         as_served = partial(rounded, precision=base.manifest.precision)
         fitted = fit_labels(base.manifest.num_layers, texts, position, poolings, as_served)
-    fields = {"labels": list(names), "thresholds": thresholds, "source": None, "input": input_of(examples)}
+    fields = {
+        "name": settings.name,
+        "labels": list(names),
+        "thresholds": thresholds,
+        "tolerance": None,
+        "source": None,
+        "input": input_of(examples),
+    }
     with store.new_version(settings.name) as draft:
-        manifest = write_exits(base, fitted.exits, draft, name=settings.name, **fields)
+        manifest = write_exits(base, fitted.exits, draft, **fields)
         if certifying:
             certified = _certified(draft, manifest, fitted, groups, certifying, settings.max_loss)
             return draft.publish(certified)

@@ -36,7 +36,7 @@ def write_exits(base: Artifact, exits: Exits, draft: Draft, **fields: Any) -> Ma
     }
     if exits.has_last:
         changed |= {
-            "encoder": manifest.encoder.model_copy(update={"num_layers": last}),
+            "encoder": manifest.encoder.up_to(last),
             "labels": fields.pop("labels", manifest.labels),
             "head": None,
         }

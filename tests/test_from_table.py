@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from de3.data.examples import Example
 from de3.data.split import stratified
 from de3.export import from_table, labels, states
+from de3.export.classifier import Stock, convert
 from de3.export.encoder import encoder_of
 from de3.library import load
 from de3.model_store.model import Model
@@ -222,6 +223,23 @@ def test_the_encoder_of_any_model_is_used(kind: str, family: str, tmp_path: Path
     opened = encoder_of(str(folder), Store(tmp_path / "store"), "fp32")
     with pytest.raises(ValueError, match="which a model of this type does not use"), opened:
         pass
+
+
+def test_an_encoder_with_layers_of_two_kinds_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_encoder(tmp_path / "encoder", "modernbert")  # its second layer has local attention
+    monkeypatch.setattr(labels, "_depth", lambda correct: 1)
+    table = write_table(tmp_path / "few.csv", topics(40, 5))
+    de3(f"fit {table} --encoder {tmp_path}/encoder --name cut --store {tmp_path}/store")
+    assert Store(tmp_path / "store").open("cut").manifest.num_layers == 1
+    assert load("cut", store=tmp_path / "store").answers(["a good film"], tau=0)[0]["exit_layer"] == 1
+
+
+def test_the_encoder_of_a_regression_model_in_the_store(tmp_path: Path) -> None:
+    stock = Stock.open("values", save_encoder(tmp_path / "values", labels=1))
+    convert(stock, Store(tmp_path / "store"), "values", "int8")
+    table = write_table(tmp_path / "few.csv", topics(40, 5))
+    de3(f"fit {table} --encoder values --name topics --store {tmp_path}/store")
+    assert Store(tmp_path / "store").open("topics").manifest.tolerance is None
 
 
 @pytest.mark.parametrize(

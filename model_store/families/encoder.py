@@ -184,6 +184,10 @@ class Encoder(ManifestPart, ABC):
         """Factor of Q·Kᵀ in attention scores with relative terms; None if the attention has no such terms."""
         return None
 
+    def up_to(self, layer: int) -> Self:
+        """The encoder without the layers above this one."""
+        return self.model_copy(update={"num_layers": layer})
+
     def window_of(self, layer: int) -> int:
         """The largest distance, in tokens, at which tokens attend to each other in a layer (from 1); 0: no limit."""
         return 0

@@ -82,6 +82,11 @@ class ModernBert(Encoder):
             )
         return self
 
+    def up_to(self, layer: int) -> Self:
+        """The encoder without the layers above this one."""
+        local = [m for m in self.local_layers if m <= layer]
+        return super().up_to(layer).model_copy(update={"local_layers": local})
+
     @classmethod
     def complete(cls, config: Config) -> Config:
         """A config.json, completed with defaults; the fields of transformers 4 for layers and RoPE are converted."""
