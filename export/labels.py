@@ -121,14 +121,15 @@ def _loss(logits: Array, target: Target) -> NDArray[np.float64]:
 
 
 def _depth(correct: NDArray[np.bool_]) -> int:
-    """The smallest number of layers, at least 1, whose last exit is not clearly less accurate than the best exit.
+    """The smallest number of layers whose exit is not clearly less accurate than the best layer's.
 
-    correct: (n, exits). Clearly means by more than one standard error of the difference on the same texts.
+    correct: (n, exits). The embeddings' exit does not count, as a model has at least one layer. Clearly: by more than
+    one standard error of the difference on the same texts.
     """
+    correct = correct[:, 1:]
     lost = correct[:, correct.mean(0).argmax(), None].astype(np.float64) - correct
     is_near = lost.mean(0) <= lost.std(0) / np.sqrt(len(lost))
-    is_near[0] = False
-    return int(np.flatnonzero(is_near)[0]) if is_near.any() else 1
+    return 1 + int(np.flatnonzero(is_near)[0])
 
 
 def _cut(exits: Exits, depth: int) -> Exits:
