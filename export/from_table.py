@@ -19,7 +19,7 @@ from de3.exits.rule import logit_thresholds
 from de3.export import label_report, states
 from de3.export.calibrate import CalibrationPart, calibrate
 from de3.export.exporter import ExportSettings
-from de3.export.labels import Fitted, fit_labels
+from de3.export.labels import FOLDS, Fitted, fit_labels
 from de3.export.publish import rounded, write_exits
 from de3.export.record import record
 from de3.export.training_set import Target, TrainingSet
@@ -48,15 +48,14 @@ def fit_table(
     base: an artifact with the encoder. poolings: poolings to try. names: the labels. threshold: probability above which
     a multi-label model assigns a label; None if each text has one label.
 
-    A fifth of the texts, at most MAX_CERTIFYING, are used only to certify the exits and to report on them. If a fifth
-    has fewer than MIN_CERTIFYING distinct texts, all texts are used for fitting, and there is no certificate: the
-    default τ and the report come from cross-fitting. Raises ValueError for unusable texts, and StoreError for a damaged
-    encoder.
+    A fifth of the texts certifies the exits, and is used for nothing else. If that would be fewer than MIN_CERTIFYING
+    independent texts, all texts are used for fitting, and there is no certificate: the default τ and the report come
+    from cross-fitting. Raises ValueError for unusable texts, and StoreError for a damaged encoder.
     """
     model = Model(base, "auto")
     examples = _with_same_tokens(model, examples)
     warn(_contradictions(examples, names))
-    fitting, position, certifying = _parts(examples)
+    fitting, fold, certifying = _parts(examples)
     console.print(
         f"{base.manifest.encoder.type}, {base.manifest.num_layers} layers; {len(fitting)} texts to fit, "
         + (f"{len(certifying)} to certify" if certifying else "too few to certify the exits as well"),
@@ -70,7 +69,7 @@ def fit_table(
         target = Target(None, logit_thresholds(thresholds), None, _label_rows(fitting, len(names)))
         texts = TrainingSet(target, groups, computed.states)
         as_served = partial(rounded, precision=base.manifest.precision)
-        fitted = fit_labels(base.manifest.num_layers, texts, position, poolings, as_served)
+        fitted = fit_labels(base.manifest.num_layers, texts, fold, poolings, as_served)
     fields = {
         "name": settings.name,
         "labels": list(names),
@@ -111,20 +110,29 @@ def _contradictions(examples: Sequence[Example], names: Sequence[str]) -> list[s
     return [f"{len(wrong)} texts occur with different labels: {shown}"] if wrong else []
 
 
-def _parts(examples: Sequence[Example]) -> tuple[list[Example], NDArray[np.float64], list[Example]]:
-    """The examples for fitting, their positions for splitting them further, and the certifying examples, if any."""
+def _parts(examples: Sequence[Example]) -> tuple[list[Example], NDArray[np.int64], list[Example]]:
+    """The examples for fitting, the part in which each is held out, from 0, and the certifying examples, if any.
+
+    Raises ValueError if there are too few independent texts for two parts.
+    """
     order = stratified(examples, SEED)
     share = min(CERTIFYING, MAX_CERTIFYING / len(examples))
     is_certifying = order < share
     certifying = [e for e, chosen in zip(examples, is_certifying, strict=True) if chosen]
-    if len({e.text for e in certifying}) < MIN_CERTIFYING:
+    if len(np.unique(groups_of(certifying))) < MIN_CERTIFYING:
         certifying, is_certifying = [], np.zeros(len(examples), np.bool_)
     limit = share + (1 - share) * min(1.0, MAX_FITTED / len(examples))
     chosen = ~is_certifying & (order < limit)
     if (order >= limit).any():
         console.print(f"to save time, only {chosen.sum()} of {len(examples)} texts are used for fitting")
     fitting = [e for e, is_fitting in zip(examples, chosen, strict=True) if is_fitting]
-    return fitting, stratified(fitting, SEED + 1), certifying
+    fold = np.unique(np.floor(stratified(fitting, SEED + 1) * FOLDS), return_inverse=True)[1]
+    if not fold.any():
+        raise ValueError(
+            "too few independent texts: at least one label needs two. Texts with the same tokens, and texts of one "
+            "--group-column, count as one"
+        )
+    return fitting, fold, certifying
 
 
 def _label_rows(examples: Sequence[Example], count: int) -> NDArray[np.bool_]:
@@ -178,8 +186,10 @@ def _estimated(
     )
     warn(
         [
-            f"{len(examples)} texts are too few for a certificate, so the default τ is an estimate, and requests with "
-            "max_disagreement are refused. To limit disagreement by audits of live traffic: de3 serve --guarantee 0.02"
+            f"{samples.num_groups} independent texts are too few for a certificate, so "
+            + ("the default τ is an estimate" if default.tau else "by default no text exits early")
+            + ", and requests with max_disagreement are refused. To limit disagreement by audits of live traffic: de3 "
+            "serve --guarantee 0.02"
         ]
     )
     weights = [RiskWeights(layer=m, weights=list(w)) for m, w in enumerate(signal.weights) if w is not None]

@@ -36,16 +36,15 @@ class Fitted:
 def fit_labels(
     num_layers: int,
     texts: TrainingSet,
-    position: NDArray[np.float64],
+    fold: NDArray[np.int64],
     poolings: Sequence[str],
     as_served: Callable[[Exits], Exits],
 ) -> Fitted:
     """Fit exits to labels; the pooling, the ridge and the number of layers are chosen on held-out texts.
 
-    num_layers: layers of the encoder. position: the texts' positions for splitting (see `data.split.stratified`).
-    poolings: poolings to try. as_served: rounds exits as the artifact does.
+    num_layers: layers of the encoder. fold: the part in which each text is held out, (n,), from 0; there are at least
+    two. as_served: rounds exits as the artifact does.
     """
-    fold = np.unique(np.floor(position * FOLDS), return_inverse=True)[1]
     axes: fit.Axes = {}
     pooling, ridge = _search(texts, fold, num_layers // 2, poolings)
     ridges: list[float] = [ridge] * (num_layers + 1)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,8 @@ def test_a_second_table_is_the_next_version(fitted: Path, tmp_path: Path, encode
     path = tmp_path / "store"
     first = f"fit {table} --encoder {fitted}/store/topics --name few --store {path}"
     output = de3(first)
-    assert "32 texts are too few for a certificate" in output
-    assert "32 texts, by cross-validation" in output
+    assert "32 independent texts are too few for a certificate, so by default no text exits early" in output
+    assert "32 texts held out in turn" in output
     manifest = Store(path).open("few").manifest
     assert manifest.calibration is None
     assert manifest.risk is not None
@@ -185,6 +186,8 @@ def test_bad_tables_get_a_line(tmp_path: Path, encoder: Path) -> None:
     table(good)
     assert "no column 'topic'; it has 'text', 'label'" in refusal(f"{command} --label-column topic")
     assert "--threshold: no text has several labels" in refusal(f"{command} --threshold 0.5")
+    table([("a film", "praise"), ("A FILM", "anger"), ("a  film", "praise"), ("a film", "anger")])
+    assert "too few independent texts: at least one label needs two" in refusal(command)
     table(
         [
             *good,
@@ -264,6 +267,13 @@ def test_a_sentence_encoder_says_how_it_pools(
         assert poolings == expected
 
 
+def test_only_independent_texts_certify() -> None:
+    """A fifth of the texts is enough, but not if they are of a few groups."""
+    few = [Example(f"text {i}", i % 2, f"group {i // 10}") for i in range(3000)]
+    assert not from_table._parts(few)[2]
+    assert len(from_table._parts([replace(e, group=None) for e in few])[2]) == 600
+
+
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30)), min_size=4, max_size=200),
     st.integers(0, 5),
@@ -291,7 +301,9 @@ def test_layers_that_gain_nothing_are_left_out() -> None:
     correct = np.stack([rng.random(2000) < p for p in (0.95, 0.7, 0.9, 0.9, 0.9)], 1)
     correct[:, 3:] = correct[:, 2:3]
     assert labels._depth(correct[:, 1:]) == 1
-    assert labels._depth(correct) == 2  # of the layers; the embeddings' exit is more accurate than all of theirs
+    assert (
+        labels._depth(correct) == 2
+    )  # of the layers; the embeddings' exit is more accurate than all of theirs
     assert labels._depth(np.zeros((4, 3), np.bool_)) == 1
     correct[:40, 4] = True
     assert labels._depth(correct[:, 1:]) == 3
