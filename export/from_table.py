@@ -25,6 +25,7 @@ from de3.export.record import record
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.manifest import Defaults, Manifest, RiskWeights
 from de3.model_store.model import Model
+from de3.model_store.printable import printable
 from de3.model_store.store import Artifact, Draft, Store
 from de3.progress import console, warn
 
@@ -104,7 +105,7 @@ def _contradictions(examples: Sequence[Example], names: Sequence[str]) -> list[s
         labels[example.text].add(labels_of(example))
     wrong = [(text, found) for text, found in labels.items() if len(found) > 1]
     shown = "; ".join(
-        f"{text!r:.80}: {' or '.join(', '.join(names[k] for k in each) or 'none' for each in sorted(found))}"
+        f"{text!r:.80}: {' or '.join(', '.join(printable(names[k]) for k in each) or 'none' for each in sorted(found))}"
         for text, found in wrong[:SHOWN]
     )
     return [f"{len(wrong)} texts occur with different labels: {shown}"] if wrong else []

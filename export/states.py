@@ -65,6 +65,8 @@ def compute(
 
     what: name of the texts, for messages and file names. poolings: the poolings of the states to keep; if empty, only
     the logits are kept. Chunks in `folder` from an earlier run with the same model and texts are reused.
+
+    Raises ValueError for states that are too large for float16, or not numbers.
     """
     tokens = [model.tokenize(*pair_of(text)) for text in texts]
     files = {name: entry.sha256 for name, entry in model.manifest.files.items()}
@@ -88,7 +90,7 @@ def compute(
 
 
 def _run(model: Model, tokens: Sequence[Tokens], poolings: Sequence[str]) -> dict[str, NDArray[np.generic]]:
-    """Compute the tensors of a chunk, except rows: pooled states in float16, and logits."""
+    """Compute the tensors of a chunk, except rows: pooled states in float16, and logits; raises as `compute` does."""
     layers = range(model.manifest.num_layers + 1)
     pooled = {
         f"{pooling}_{layer:02}": np.zeros((len(tokens), model.manifest.hidden_size), np.float16)
@@ -103,10 +105,16 @@ def _run(model: Model, tokens: Sequence[Tokens], poolings: Sequence[str]) -> dic
         for layer, step in enumerate(steps if poolings else ()):
             rows = model.pooling.normalized(step.hidden)
             for pooling in poolings:
-                pooled[f"{pooling}_{layer:02}"][i] = rows[0] if pooling == "cls" else rows.mean(0)
+                with np.errstate(over="ignore"):  # of float16; the result is infinite
+                    pooled[f"{pooling}_{layer:02}"][i] = rows[0] if pooling == "cls" else rows.mean(0)
 
     with ThreadPoolExecutor(cpu_count()) as pool:
         list(pool.map(one, range(len(tokens))))
+    if wrong := [name for name, rows in pooled.items() if not np.isfinite(rows).all()]:
+        raise ValueError(
+            f"no exits can be fitted to layer {int(wrong[0][-2:])}: its output has values above "
+            f"{np.finfo(np.float16).max} or that are not numbers"
+        )
     return {**pooled, "logits": logits}
 
 

@@ -5,9 +5,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from de3.model_store.families import AnyEncoder
-from de3.model_store.part import MAX_LABELS, MAX_LAYERS, MAX_TOKENS, Layer, ManifestPart, Width
+from de3.model_store.part import MAX_LABEL, MAX_LABELS, MAX_LAYERS, MAX_TOKENS, Layer, ManifestPart, Width
 
-Label = Annotated[str, Field(max_length=1000)]
+Label = Annotated[str, Field(max_length=MAX_LABEL)]
 Precision = Literal["fp32", "int8"]
 PoolingKind = Literal["mean", "cls"]
 

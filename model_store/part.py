@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 # A manifest is untrusted. Without limits, a list of a million wrong entries would give a million errors.
 MAX_LAYERS, MAX_LABELS = 100, 10_000
+MAX_LABEL = 1000  # characters
 MAX_INT = 2**31 - 1  # also the maximum file size in bytes: protobuf reads no larger file
 MAX_TOKENS = 2**15
 MAX_WIDTH = 2**16

@@ -192,13 +192,13 @@ def test_bad_tables_get_a_line(tmp_path: Path, encoder: Path) -> None:
         [
             *good,
             ("a film", "seen once"),
-            *[("A  FILM", "praise"), ("the plot", "anger"), ("the plot", "blame")],
+            *[("A  FILM", "praise"), ("the plot", "anger"), ("the plot", "\x1b[1mblame")],
         ]
     )
     output = de3(command)
     assert "'seen once' (1)" in output
     assert (
-        "2 texts occur with different labels: 'a film': praise or seen once; 'the plot': anger or blame"
+        r"2 texts occur with different labels: 'a film': praise or seen once; 'the plot': \u001b[1mblame or anger"
         in output
     )
 
@@ -235,6 +235,16 @@ def test_an_encoder_with_layers_of_two_kinds_is_cut(tmp_path: Path, monkeypatch:
     de3(f"fit {table} --encoder {tmp_path}/encoder --name cut --store {tmp_path}/store")
     assert Store(tmp_path / "store").open("cut").manifest.num_layers == 1
     assert load("cut", store=tmp_path / "store").answers(["a good film"], tau=0)[0]["exit_layer"] == 1
+
+
+def test_states_that_are_too_large_are_refused(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "encoder")
+    weights = load_file(folder / "model.safetensors")
+    weights["encoder.layer.1.output.LayerNorm.weight"] *= 1e7
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    table = write_table(tmp_path / "few.csv", topics(40, 5))
+    message = refusal(f"fit {table} --encoder {folder} --name large --store {tmp_path}/store")
+    assert "no exits can be fitted to layer 2: its output has values above 65504" in message
 
 
 def test_the_encoder_of_a_regression_model_in_the_store(tmp_path: Path) -> None:
@@ -301,9 +311,8 @@ def test_layers_that_gain_nothing_are_left_out() -> None:
     correct = np.stack([rng.random(2000) < p for p in (0.95, 0.7, 0.9, 0.9, 0.9)], 1)
     correct[:, 3:] = correct[:, 2:3]
     assert labels._depth(correct[:, 1:]) == 1
-    assert (
-        labels._depth(correct) == 2
-    )  # of the layers; the embeddings' exit is more accurate than all of theirs
+    # The embeddings' exit is more accurate than that of any layer.
+    assert labels._depth(correct) == 2
     assert labels._depth(np.zeros((4, 3), np.bool_)) == 1
     correct[:40, 4] = True
     assert labels._depth(correct[:, 1:]) == 3

@@ -260,6 +260,8 @@ def test_weak_results_are_called_weak() -> None:
 def test_implausible_labels_are_refused_or_warned_about() -> None:
     with pytest.raises(ValueError, match="scores, not classes"):
         checks.labels(Counter({"3.8": 4, "2.25": 9, "1": 7}))
+    with pytest.raises(ValueError, match="a label has 1001 characters: is --label-column the right one"):
+        checks.labels(Counter({"x" * 1001: 5, "y": 5}))
     with pytest.raises(ValueError, match="every row has the label 'a'"):
         checks.labels(Counter({"a": 5}))
     assert checks.labels(Counter({"1": 50, "2": 50})) == []

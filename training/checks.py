@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from de3.data.examples import Example, labels_of
 from de3.data.split import Split
 from de3.data.tables import SEPARATOR, pair_of
+from de3.model_store.part import MAX_LABEL
 
 MAX_LABELS = 1000
 FEW = 5  # labels with fewer rows cause a warning
@@ -38,6 +39,10 @@ def labels(counts: Counter[str], rows: int | None = None) -> list[str]:
         raise ValueError(
             f"{len(counts)} labels in {total} rows: is --label-column the right one? "
             f"At most {MAX_LABELS} labels, with at least two rows each on average, can be trained"
+        )
+    if (longest := max(map(len, counts))) > MAX_LABEL:
+        raise ValueError(
+            f"a label has {longest} characters: is --label-column the right one? At most {MAX_LABEL} are allowed"
         )
     warnings = []
     joined = [name for name in counts if SEPARATOR in name]
