@@ -95,13 +95,13 @@ def groups_of(examples: Sequence[Example], fragments: bool = False) -> NDArray[n
 def stratified(examples: Sequence[Example], seed: int) -> NDArray[np.float64]:
     """A position in (0, 1) for each example, (n,), for splitting: any interval has about its share of each label.
 
-    Related examples have the same position. An example with several labels counts for the rarest of them.
+    Related examples have the same position, and count once, for the label that the fewest such groups have.
     """
     one_of = related(examples)
-    counts = Counter(label for example in examples for label in labels_of(example))
     found: dict[TextOrPair, set[int]] = defaultdict(set)
     for example in examples:
         found[one_of[example.text]].update(labels_of(example))
+    counts = Counter(label for labels in found.values() for label in labels)
     members: dict[int, list[TextOrPair]] = defaultdict(list)
     for text, labels in found.items():
         members[min(labels, key=lambda label: (counts[label], label), default=-1)].append(text)

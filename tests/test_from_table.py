@@ -284,6 +284,14 @@ def test_only_independent_texts_certify() -> None:
     assert len(from_table._parts([replace(e, group=None) for e in few])[2]) == 600
 
 
+def test_a_group_counts_for_the_label_of_the_fewest_groups() -> None:
+    """By rows, group 0 would count for label 1, as would the others, and might then have no row for fitting."""
+    rows = [(0, 0)] * 5 + [(1, group) for group in range(4)]
+    for seed in range(10):
+        examples = [Example(f"text {i}", label, str(group)) for i, (label, group) in enumerate(rows)]
+        assert stratified(examples, seed)[0] == 0.5
+
+
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30)), min_size=4, max_size=200),
     st.integers(0, 5),
