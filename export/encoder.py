@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from de3.export.classifier import POOLING, Stock, convert, describe
+from de3.export.classifier import POOLING, OldFormError, Stock, convert, describe
 from de3.export.hub import ENCODER_FILES, fetch
 from de3.export.states import POOLINGS
 from de3.model_store.architecture import Precision
@@ -35,7 +35,13 @@ def encoder_of(name: str, store: Store, precision: Precision) -> Iterator[tuple[
             )
         yield stored, (manifest.pooling,)
         return
-    source = fetch(name, describe_encoder, ENCODER_FILES)
+    try:
+        source = fetch(name, describe_encoder, ENCODER_FILES)
+    except OldFormError:  # whose hint, de3 import, needs a classifier
+        raise ValueError(
+            f"{name}: its weights or its tokenizer are in a format that only transformers reads; save them again with "
+            "save_pretrained(…) of AutoModel and AutoTokenizer"
+        ) from None
     with TemporaryDirectory(prefix="de3-") as folder:
         stock = Stock.open(name, source, describe_encoder)
         convert(stock, Store(Path(folder)), "encoder", precision)

@@ -155,6 +155,23 @@ def test_a_second_table_is_the_next_version(fitted: Path, tmp_path: Path, encode
     assert "its precision is int8; use the same --quantize" in refusal(f"{first} --quantize none")
 
 
+def test_evaluate_compares_with_a_baseline(fitted: Path, tmp_path: Path) -> None:
+    rows = topics(60, 6)
+    table = write_table(tmp_path / "test.csv", rows)
+    pairs, three = (tmp_path / f"{name}.jsonl" for name in ("pairs", "three"))
+    pairs.write_text("".join(json.dumps({"text": t, "b": t, "label": label}) + "\n" for t, label in rows))
+    three.write_text(
+        "".join(json.dumps({"text": t, "label": x.replace("anger", "blame")}) + "\n" for t, x in rows)
+    )
+    fit = f"--encoder {fitted}/store/topics --store {tmp_path}/store --name"
+    de3(f"fit {pairs} --pair-column b {fit} pairs")
+    de3(f"fit {three} {fit} three")
+    command = f"evaluate {fitted}/store/topics {table} --png {tmp_path}/plot.png --store {tmp_path}/store --baseline"
+    assert "+0.00 points" in de3(f"{command} {fitted}/store/topics")
+    assert "--baseline pairs: the model was trained on pairs of texts" in refusal(f"{command} pairs")
+    assert "--baseline three: its labels are ['blame', 'praise', 'thanks']" in refusal(f"{command} three")
+
+
 def test_several_labels_in_a_cell_make_a_multi_label_model(tmp_path: Path, encoder: Path) -> None:
     rows = []
     for (one, first), (two, second) in zip(topics(300, 1), topics(300, 2), strict=True):
@@ -237,7 +254,7 @@ def test_an_encoder_with_layers_of_two_kinds_is_cut(tmp_path: Path, monkeypatch:
     assert load("cut", store=tmp_path / "store").answers(["a good film"], tau=0)[0]["exit_layer"] == 1
 
 
-def test_states_that_are_too_large_are_refused(tmp_path: Path) -> None:
+def test_unusable_weights_are_refused(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "encoder")
     weights = load_file(folder / "model.safetensors")
     weights["encoder.layer.1.output.LayerNorm.weight"] *= 1e7
@@ -245,6 +262,9 @@ def test_states_that_are_too_large_are_refused(tmp_path: Path) -> None:
     table = write_table(tmp_path / "few.csv", topics(40, 5))
     message = refusal(f"fit {table} --encoder {folder} --name large --store {tmp_path}/store")
     assert "no exits can be fitted to layer 2: its output has values above 65504" in message
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    message = refusal(f"fit {table} --encoder {folder} --name large --store {tmp_path}/store")
+    assert "save them again with save_pretrained(…) of AutoModel and AutoTokenizer" in message
 
 
 def test_the_encoder_of_a_regression_model_in_the_store(tmp_path: Path) -> None:

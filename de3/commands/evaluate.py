@@ -221,6 +221,7 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
 
 def _compare(subject: _Subject, recorded: Any, examples: list[Any], baseline: str, store: Path) -> None:
     """Print how a model's answers compare with a baseline's; raises ValueError for models that cannot be compared."""
+    from de3.data.examples import check_input
     from de3.export.label_report import compare
 
     other = _open(baseline, store)
@@ -229,6 +230,7 @@ def _compare(subject: _Subject, recorded: Any, examples: list[Any], baseline: st
             f"--baseline {baseline}: its labels are {list(other.names)[:20]}, those of {subject.title} are "
             f"{list(subject.names)[:20]}; they must be the same, and at least two"
         )
+    check_input(examples, other.input, f"--baseline {baseline}")
     both = [(other, other.record(examples)), (subject, recorded)]
     compare([one for _, one in both], [each.default_exits(one) for each, one in both], subject.names)
 
