@@ -98,7 +98,11 @@ class Recorded:
         if self.tolerance is not None:
             return formulas.value_features(self.answers)
         if self.thresholds is None:
-            return formulas.risk_features(self.logits, self.distances)
+            exits = range(
+                len(self.exit_layers)
+            )  # one by one, as all at once take ten times the memory of the logits
+            parts = [formulas.risk_features(self.logits[:, [j]], self.distances[:, [j]]) for j in exits]
+            return np.concatenate(parts, axis=1)
         gaps = np.abs(self.logits.astype(np.float64) - self.thresholds)
         return formulas.stacked(gaps.min(-1), self.entropy, np.full(self.logits.shape[:2], np.nan))
 

@@ -31,6 +31,7 @@ from de3.progress import console, warn
 
 CERTIFYING, MIN_CERTIFYING, MAX_CERTIFYING = 0.2, 500, 4000  # share of the texts; limits on their number
 MAX_FITTED = 50_000  # texts
+MAX_OUTPUTS = 2 * 10**8  # texts × exits × labels; cross-fitting takes about 25 bytes for each
 SEED = 0
 SHOWN = 3  # number of examples in a warning
 
@@ -56,7 +57,8 @@ def fit_table(
     model = Model(base, "auto")
     examples = _with_same_tokens(model, examples)
     warn(_contradictions(examples, names))
-    fitting, fold, certifying = _parts(examples)
+    most = min(MAX_FITTED, MAX_OUTPUTS // ((base.manifest.num_layers + 1) * len(names)))
+    fitting, fold, certifying = _parts(examples, most)
     console.print(
         f"{base.manifest.encoder.type}, {base.manifest.num_layers} layers; {len(fitting)} texts to fit, "
         + (f"{len(certifying)} to certify" if certifying else "too few to certify the exits as well"),
@@ -111,10 +113,13 @@ def _contradictions(examples: Sequence[Example], names: Sequence[str]) -> list[s
     return [f"{len(wrong)} texts occur with different labels: {shown}"] if wrong else []
 
 
-def _parts(examples: Sequence[Example]) -> tuple[list[Example], NDArray[np.int64], list[Example]]:
+def _parts(
+    examples: Sequence[Example], most: int = MAX_FITTED
+) -> tuple[list[Example], NDArray[np.int64], list[Example]]:
     """The examples for fitting, the part in which each is held out, from 0, and the certifying examples, if any.
 
-    Raises ValueError if there are too few independent texts for two parts.
+    most: about the largest number of examples for fitting. Raises ValueError if there are too few independent texts for
+    two parts.
     """
     order = stratified(examples, SEED)
     share = min(CERTIFYING, MAX_CERTIFYING / len(examples))
@@ -122,10 +127,10 @@ def _parts(examples: Sequence[Example]) -> tuple[list[Example], NDArray[np.int64
     certifying = [e for e, chosen in zip(examples, is_certifying, strict=True) if chosen]
     if len(np.unique(groups_of(certifying))) < MIN_CERTIFYING:
         certifying, is_certifying = [], np.zeros(len(examples), np.bool_)
-    limit = share + (1 - share) * min(1.0, MAX_FITTED / len(examples))
+    limit = share + (1 - share) * min(1.0, most / len(examples))
     chosen = ~is_certifying & (order < limit)
     if (order >= limit).any():
-        console.print(f"to save time, only {chosen.sum()} of {len(examples)} texts are used for fitting")
+        console.print(f"{chosen.sum()} of {len(examples)} texts are used for fitting, as more take too long")
     fitting = [e for e, is_fitting in zip(examples, chosen, strict=True) if is_fitting]
     fold = np.unique(np.floor(stratified(fitting, SEED + 1) * FOLDS), return_inverse=True)[1]
     if not fold.any():

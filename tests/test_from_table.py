@@ -102,8 +102,8 @@ def test_full_depth_is_a_logistic_regression_on_the_fitting_texts(
     seen: dict[str, Any] = {}
     compute, parts = states.compute, from_table._parts
 
-    def split(examples: Any) -> Any:
-        seen["parts"] = parts(examples)
+    def split(*arguments: Any) -> Any:
+        seen["parts"] = parts(*arguments)
         return seen["parts"]
 
     def computed(model: Any, texts: Any, *more: Any) -> Any:
@@ -301,7 +301,11 @@ def test_only_independent_texts_certify() -> None:
     """A fifth of the texts is enough, but not if they are of a few groups."""
     few = [Example(f"text {i}", i % 2, f"group {i // 10}") for i in range(3000)]
     assert not from_table._parts(few)[2]
-    assert len(from_table._parts([replace(e, group=None) for e in few])[2]) == 600
+    alone = [replace(e, group=None) for e in few]
+    assert len(from_table._parts(alone)[2]) == 600
+    fitting, _, certifying = from_table._parts(alone, 1000)
+    assert len(certifying) == 600
+    assert len(fitting) == 800
 
 
 def test_a_group_counts_for_the_label_of_the_fewest_groups() -> None:
