@@ -126,8 +126,8 @@ def _parts(
     is_certifying = order < share
     certifying = [e for e, chosen in zip(examples, is_certifying, strict=True) if chosen]
     if len(np.unique(groups_of(certifying))) < MIN_CERTIFYING:
-        certifying, is_certifying = [], np.zeros(len(examples), np.bool_)
-    limit = share + (1 - share) * min(1.0, most / len(examples))
+        certifying, is_certifying, share = [], np.zeros(len(examples), np.bool_), 0.0
+    limit = share + most / len(examples)
     chosen = ~is_certifying & (order < limit)
     if (order >= limit).any():
         console.print(f"{chosen.sum()} of {len(examples)} texts are used for fitting, as more take too long")

@@ -267,6 +267,17 @@ def test_unusable_weights_are_refused(tmp_path: Path) -> None:
     assert "save them again with save_pretrained(…) of AutoModel and AutoTokenizer" in message
 
 
+def test_many_labels_limit_the_number_of_texts(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(text, "anger" if i % 2 else "praise") for i, (text, _) in enumerate(topics(40, 5))]
+    monkeypatch.setattr(from_table, "MAX_OUTPUTS", 20 * 2 * 4)  # 20 texts, 2 labels, 4 exits
+    output = de3(
+        f"fit {write_table(tmp_path / 'few.csv', rows)} --encoder {encoder} --name x --store {tmp_path}"
+    )
+    assert "20 of 40 texts are used for fitting" in output
+
+
 def test_the_encoder_of_a_regression_model_in_the_store(tmp_path: Path) -> None:
     stock = Stock.open("values", save_encoder(tmp_path / "values", labels=1))
     convert(stock, Store(tmp_path / "store"), "values", "int8")
@@ -305,7 +316,7 @@ def test_only_independent_texts_certify() -> None:
     assert len(from_table._parts(alone)[2]) == 600
     fitting, _, certifying = from_table._parts(alone, 1000)
     assert len(certifying) == 600
-    assert len(fitting) == 800
+    assert len(fitting) == 1000
 
 
 def test_a_group_counts_for_the_label_of_the_fewest_groups() -> None:
