@@ -1,6 +1,6 @@
 """A new classifier from a table of texts and labels: exits on the layers of a frozen encoder."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +31,7 @@ from de3.progress import console, warn
 
 CERTIFYING, MIN_CERTIFYING, MAX_CERTIFYING = 0.2, 500, 4000  # share of the texts; limits on their number
 MAX_FITTED = 50_000  # texts
+RARE = 10  # texts; of labels with no more of them, all are used
 MAX_OUTPUTS = 2 * 10**8  # texts × exits × labels; cross-fitting takes about 25 bytes for each
 SEED = 0
 SHOWN = 3  # number of examples in a warning
@@ -128,8 +129,10 @@ def _parts(
     if len(np.unique(groups_of(certifying))) < MIN_CERTIFYING:
         certifying, is_certifying, share = [], np.zeros(len(examples), np.bool_), 0.0
     limit = share + most / len(examples)
-    chosen = ~is_certifying & (order < limit)
-    if (order >= limit).any():
+    counts = Counter(label for e in examples for label in labels_of(e))
+    is_rare = [any(counts[label] <= RARE for label in labels_of(e)) for e in examples]
+    chosen = ~is_certifying & ((order < limit) | is_rare)
+    if not (chosen | is_certifying).all():
         console.print(f"{chosen.sum()} of {len(examples)} texts are used for fitting, as more take too long")
     fitting = [e for e, is_fitting in zip(examples, chosen, strict=True) if is_fitting]
     fold = np.unique(np.floor(stratified(fitting, SEED + 1) * FOLDS), return_inverse=True)[1]

@@ -313,6 +313,8 @@ def test_only_independent_texts_certify() -> None:
     few = [Example(f"text {i}", i % 2, f"group {i // 10}") for i in range(3000)]
     assert not from_table._parts(few)[2]
     alone = [replace(e, group=None) for e in few]
+    rare = [Example(f"rare {i}", 2) for i in range(2)]
+    assert set(rare) <= set(from_table._parts([*alone, *rare], 100)[0])
     assert len(from_table._parts(alone)[2]) == 600
     fitting, _, certifying = from_table._parts(alone, 1000)
     assert len(certifying) == 600
