@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from de3.data.examples import Example, input_of, label_array, labels_of
 from de3.data.split import groups_of, stratified
@@ -28,6 +29,7 @@ from de3.model_store.model import Model
 from de3.model_store.printable import printable
 from de3.model_store.store import Artifact, Draft, Store
 from de3.progress import console, warn
+from de3.training import checks
 
 CERTIFYING, MIN_CERTIFYING, MAX_CERTIFYING = 0.2, 500, 4000  # share of the texts; limits on their number
 MAX_FITTED = 50_000  # texts
@@ -56,6 +58,7 @@ def fit_table(
     from cross-fitting. Raises ValueError for unusable texts, and StoreError for a damaged encoder.
     """
     model = Model(base, "auto")
+    warn(checks.unknown_tokens(Tokenizer.from_buffer(base.read("tokenizer.json")), examples))
     examples = _with_same_tokens(model, examples)
     warn(_contradictions(examples, names))
     most = min(MAX_FITTED, MAX_OUTPUTS // ((base.manifest.num_layers + 1) * len(names)))

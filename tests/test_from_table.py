@@ -203,6 +203,10 @@ def test_bad_tables_get_a_line(tmp_path: Path, encoder: Path) -> None:
     table(good)
     assert "no column 'topic'; it has 'text', 'label'" in refusal(f"{command} --label-column topic")
     assert "--threshold: no text has several labels" in refusal(f"{command} --threshold 0.5")
+    table([(text.replace("a", "ä x"), label) for text, label in good])
+    assert "of the texts' tokens are unknown to the encoder's tokenizer" in refusal(command)
+    table([("\u200b", "praise"), ("\u200b", "anger")] * 2)
+    assert "the tokenizer produces no tokens for the texts" in refusal(command)
     table([("a film", "praise"), ("A FILM", "anger"), ("a  film", "praise"), ("a film", "anger")])
     assert "too few independent texts: at least one label needs two" in refusal(command)
     table(

@@ -13,6 +13,7 @@ from de3.model_store.part import MAX_LABEL
 
 MAX_LABELS = 1000
 FEW = 5  # labels with fewer rows cause a warning
+BEGINNING = 10_000  # characters of a text; all tokens of long texts would take too much memory
 MAX_UNKNOWN, WARN_UNKNOWN = 0.2, 0.02  # shares of unknown tokens
 
 
@@ -96,7 +97,7 @@ def unknown_tokens(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[st
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    texts = [text for example in examples[:2000] for text in pair_of(example.text) if text is not None]
+    texts = [text[:BEGINNING] for e in examples[:2000] for text in pair_of(e.text) if text is not None]
     ids = [i for one in tokenizer.encode_batch(texts, add_special_tokens=False) for i in one.ids]
     if not ids:
         raise ValueError(
