@@ -30,9 +30,8 @@ def encoder_of(name: str, store: Store, precision: Precision) -> Iterator[tuple[
     if stored is not None:
         manifest = stored.manifest
         if manifest.precision != precision:
-            raise ValueError(
-                f"--encoder {name}: its precision is {manifest.precision}; use the same --quantize"
-            )
+            wanted = "none" if manifest.precision == "fp32" else manifest.precision
+            raise ValueError(f"--encoder {name}: it is {manifest.precision}: give --quantize {wanted}")
         yield stored, (manifest.pooling,)
         return
     try:

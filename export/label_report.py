@@ -131,16 +131,13 @@ def _fallen(before: Answers, after: Answers, names: Sequence[str]) -> str:
     """A message about labels whose recall falls by more than MAX_FALL; empty if there are none."""
     fall = before.recall - after.recall
     fallen = [k for k in np.argsort(-fall).tolist() if fall[k] > MAX_FALL]
+    if not fallen:
+        return ""
     shown = ", ".join(
         f"{names[k]!r} ({100 * before.recall[k]:.0f} → {100 * after.recall[k]:.0f}% of {before.labels[:, k].sum()})"
         for k in fallen[:WEAKEST]
     )
-    return (
-        fallen
-        and (
-            f"the recall of {len(fallen)} of {len(names)} labels falls by more than {100 * MAX_FALL:g} points: {shown}"
-        )
-    ) or ""
+    return f"the recall of {len(fallen)} of {len(names)} labels falls by more than {100 * MAX_FALL:g} points: {shown}"
 
 
 def _one_hot(answers: NDArray[np.generic], count: int) -> Bools:

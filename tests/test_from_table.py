@@ -152,7 +152,7 @@ def test_a_second_table_is_the_next_version(fitted: Path, tmp_path: Path, encode
     assert second.manifest.files == manifest.model_copy().files
     answers = load("few", store=path).answers(["a good film", "a stale film"], tau=0.5)
     assert {row["label"] for row in answers} <= set(TOPICS)
-    assert "its precision is int8; use the same --quantize" in refusal(f"{first} --quantize none")
+    assert "it is int8: give --quantize int8" in refusal(f"{first} --quantize none")
 
 
 def test_evaluate_compares_with_a_baseline(fitted: Path, tmp_path: Path) -> None:
