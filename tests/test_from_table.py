@@ -142,7 +142,7 @@ def test_a_second_table_is_the_next_version(fitted: Path, tmp_path: Path, encode
     first = f"fit {table} --encoder {fitted}/store/topics --name few --store {path}"
     output = de3(first)
     assert "32 independent texts are too few for a certificate, so by default no text exits early" in output
-    assert "32 texts held out in turn" in output
+    assert "32 texts, by cross-validation" in output
     manifest = Store(path).open("few").manifest
     assert manifest.calibration is None
     assert manifest.risk is not None
