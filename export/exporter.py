@@ -45,6 +45,8 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         _ = self.precision
+        if not 0 <= self.max_loss <= 1:  # also rejects NaN
+            raise ValueError(f"--max-loss must be from 0 to 100 points, got {100 * self.max_loss:g}")
         if not NAME.fullmatch(self.name):
             raise ValueError(
                 "--name must have at most 64 lower-case letters, digits, dots, dashes and underscores, got "

@@ -130,7 +130,10 @@ def compare(recorded: Sequence[Recorded], chosen: Sequence[NDArray[np.int64]], n
 def _fallen(before: Answers, after: Answers, names: Sequence[str]) -> str:
     """A message about labels whose recall falls by more than MAX_FALL; empty if there are none."""
     fall = before.recall - after.recall
-    fallen = [k for k in np.argsort(-fall).tolist() if fall[k] > MAX_FALL]
+    lost = fall * before.labels.sum(0)
+    fallen = [
+        k for k in np.argsort(-fall).tolist() if fall[k] > MAX_FALL and lost[k] > 1.5
+    ]  # not a single text
     if not fallen:
         return ""
     shown = ", ".join(

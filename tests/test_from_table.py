@@ -202,7 +202,11 @@ def test_bad_tables_get_a_line(tmp_path: Path, encoder: Path) -> None:
     assert "at least 2 labels; every row has the label 'praise'" in refusal(command)
     table(good)
     assert "no column 'topic'; it has 'text', 'label'" in refusal(f"{command} --label-column topic")
-    assert "--threshold: no text has several labels" in refusal(f"{command} --threshold 0.5")
+    assert "all labels right" in de3(f"{command} --threshold 0.5")  # a multi-label model
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text("".join(json.dumps({"text": text, "label": [label]}) + "\n" for text, label in good))
+    assert "accuracy" in de3(command.replace("bad.csv", "lists.jsonl"))
+    assert "--max-loss must be" in refusal(f"{command} --max-loss nan")
     table([(text.replace("a", "ä x"), label) for text, label in good])
     assert "of the texts' tokens are unknown to the encoder's tokenizer" in refusal(command)
     table([("\u200b", "praise"), ("\u200b", "anger")] * 2)

@@ -71,14 +71,15 @@ def fit(
     settings = ExportSettings(name, quantize, max_loss / 100)
     columns = Columns(**fields_of(Columns, options), multi_label=True)
     rows = read_rows(file, dataset, SPLIT, columns)
-    is_multi = any(len(labels_in(cell, True)) > 1 for _, cell in rows)
-    if not is_multi:  # read them again: every text then needs a label
+    cells = [labels_in(cell, True) for _, cell in rows]
+    is_multi = threshold is not None or any(len(labels) > 1 for labels in cells)
+    if is_multi:
+        threshold = 0.5 if threshold is None else threshold
+    elif all(cells):
+        rows = [(text, label) for (text, _), (label,) in zip(rows, cells, strict=True)]
+    else:  # reads them again, for the error at the first row without a label
         columns = replace(columns, multi_label=False)
         rows = read_rows(file, dataset, SPLIT, columns)
-    elif threshold is None:
-        threshold = 0.5
-    if threshold is not None and not is_multi:
-        raise ValueError("--threshold: no text has several labels, so this is not a multi-label model")
     rows = rename(rows, label_names, is_multi)
     counts = Counter(label for _, cell in rows for label in labels_in(cell, is_multi))
     warn(checks.labels(counts, len(rows) if is_multi else None))
