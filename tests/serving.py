@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import re
+import signal
 import socket
 import ssl
 import subprocess
@@ -217,3 +218,11 @@ def url_when_ready(running: subprocess.Popen[str]) -> str:
             break
     threading.Thread(target=running.stderr.read, daemon=True).start()
     return url
+
+
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """The default effect of SIGHUP on the test's processes, also if pytest runs under nohup, which ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

@@ -314,6 +314,7 @@ def test_no_accepted_request_is_lost_at_the_end(versions: Path) -> None:
         until(lambda: not server.pids, "the processes to end")
 
 
+@pytest.mark.usefixtures("hangup")
 def test_a_draining_server_answers_until_the_second_signal(versions: Path) -> None:
     with running(versions, "--model", "tiny:1", "--drain-s", "600") as server:
         server.process.send_signal(signal.SIGHUP)

@@ -255,14 +255,24 @@ def test_sigterm_answers_everything_that_was_accepted(store: Path) -> None:
         assert running.wait(30) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_draining_server_answers_until_the_second_signal(store: Path, number: signal.Signals) -> None:
-    with process(store, "--model", "tiny", "--drain-s", "600") as running:
+@pytest.mark.usefixtures("hangup")
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGHUP, 2)])
+def test_a_draining_server_answers_until_the_second_signal(
+    store: Path, number: signal.Signals, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    systemd.bind(str(tmp_path / "notify"))
+    systemd.settimeout(60)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    options = ("--model", "tiny", "--drain-s", "600", "--processes", str(processes))
+    with systemd, process(store, *options) as running:
         url = url_when_ready(running)
+        assert systemd.recv(100) == b"READY=1"
         with httpx.Client(base_url=url, verify=CERTIFICATES) as idle:
             assert "connection" not in idle.get("/ready").headers
             running.send_signal(number)
             until(lambda: httpx.get(url + "/ready", verify=CERTIFICATES).status_code == 503, "the drain")
+            assert systemd.recv(100) == b"STOPPING=1"
             for client in (idle, httpx):  # the first reuses its connection
                 answer = client.post(url + "/classify", json={"input": "good"})  # type: ignore[attr-defined]
                 assert (answer.status_code, answer.headers["connection"]) == (200, "close")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import resource
 import signal
 import socket
@@ -10,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf
-from os import dup
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -55,7 +55,7 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         for listening in [s for server in self.servers for s in server.sockets]:
             for _ in range(ACCEPTS - 1):
-                again = socket.socket(fileno=dup(listening.fileno()))
+                again = socket.socket(fileno=os.dup(listening.fileno()))
                 self.servers.append(await loop.create_server(self.connect, sock=again, backlog=BACKLOG))
         if self.servers:
             run_once("hint", self._give_hint(url_of(self.servers[0].sockets[0])))
@@ -66,7 +66,7 @@ class HttpServer(uvicorn.Server):
         await service.end_of_loading.wait()
         if service.state == "ready":
             manifests = service.manifests()
-            log.info(hint(url, manifests, service.models.default, service.settings.has_keys))
+            say_ready(hint(url, manifests, service.models.default, service.settings.has_keys))
 
     def connect(self) -> asyncio.Protocol:
         """The protocol of a new connection; called once the server has started."""
@@ -79,6 +79,8 @@ class HttpServer(uvicorn.Server):
         self._service.drain()
         if was_ready:
             self._stop_at = monotonic() + self._service.settings.drain_s
+            if self.servers:  # not a worker of a supervisor
+                say_draining(self._service.settings.drain_s)
         else:
             super().handle_exit(sig, frame)
 
@@ -86,6 +88,25 @@ class HttpServer(uvicorn.Server):
         """Do what uvicorn does ten times a second; returns True if the server must stop."""
         self.should_exit |= monotonic() >= self._stop_at
         return await super().on_tick(counter)
+
+
+def say_ready(hint: str) -> None:
+    """Log how to use the server, and tell systemd that it is ready."""
+    log.info(hint)
+    _tell_systemd("READY=1")
+
+
+def say_draining(seconds: float) -> None:
+    """Log that the server drains, and tell systemd that it stops."""
+    log.info("draining for %g s, then stopping; a second signal stops the server at once", seconds)
+    _tell_systemd("STOPPING=1")
+
+
+def _tell_systemd(state: str) -> None:
+    """Send a state to systemd, if it runs this server as a service of type notify (sd_notify(3))."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
+            to.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
 def stop_signals() -> list[signal.Signals]:

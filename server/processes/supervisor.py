@@ -20,7 +20,7 @@ import uvloop
 from de3.model_store.store import Artifact, Store
 from de3.server.background import keep_running, report, report_unhandled, run_once
 from de3.server.http.access import Access
-from de3.server.http.http_server import hint, stop_signals, url_of
+from de3.server.http.http_server import hint, say_draining, say_ready, stop_signals, url_of
 from de3.server.models import default_of, find
 from de3.server.processes import worker
 from de3.server.processes.channel import ChannelClosedError, Handler
@@ -109,6 +109,7 @@ class Supervisor:
                 process.os_process.kill()
         elif self._group.is_ready and not self._group.is_draining:
             self._group.drain()
+            say_draining(self._settings.drain_s)
             asyncio.get_running_loop().call_later(self._settings.drain_s, self._stop, None)
         else:
             self._stop(None)
@@ -254,7 +255,7 @@ class Supervisor:
             if not self._has_opened and self._models.are_loaded:
                 self._has_opened = True
                 url, manifests = url_of(self._listening[0]), self._models.manifests
-                log.info(hint(url, manifests, self._default, self._settings.has_keys))
+                say_ready(hint(url, manifests, self._default, self._settings.has_keys))
             process.has_opened = True
             self._starts[process.number] = 0
             if (ended := self._ended.pop(process.number, None)) is not None:
