@@ -103,16 +103,18 @@ def report(
         )
 
 
-def compare(recorded: Sequence[Recorded], chosen: Sequence[NDArray[np.int64]], names: Sequence[str]) -> None:
+def compare(models: Sequence[tuple[Recorded, NDArray[np.int64], list[int]]], names: Sequence[str]) -> None:
     """Compare two models' answers to the same n texts, and print the result.
 
-    recorded: the outputs of the baseline, then those of the model. chosen: in the same order, the index of each text's
-    exit, (n,).
+    models: the baseline, then the model; for each, its outputs, the index of each text's exit, (n,), and the indices of
+    its labels that are compared. names: these labels.
     """
-    rows = np.arange(len(chosen[0]))
     before, after = (
-        Answers(_one_hot(r.labels, len(names)), _one_hot(r.answers[rows, index], len(names)), rows)
-        for r, index in zip(recorded, chosen, strict=True)
+        Answers(
+            _one_hot(r.labels, count)[:, labels], _one_hot(r.answers[rows, index], count)[:, labels], rows
+        )
+        for r, index, labels in models
+        for rows, count in [(np.arange(len(index)), r.logits.shape[-1])]
     )
     low, high = calibration.paired_interval(after.right, before.right)
     changed = (before.answers != after.answers).any(-1).mean()

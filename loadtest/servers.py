@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import venv
@@ -93,7 +94,7 @@ def ours(
     variant = ", ".join(f"{k} = {v:g}" for k, v in fields.items()) or "default τ"
     variant = "full depth" if variant == "tau = 0" else variant
     variant += ", ONNX Runtime" if runtime == "onnxruntime" else ""
-    command = [sys.executable, "-m", "de3.cli", "serve", model, "--store", str(store)]
+    command = [sys.executable, "-P", "-m", "de3.cli", "serve", model, "--store", str(store)]
     command += ["--runtime", runtime, *options]
     return Server(
         f"de3 ({variant})",
@@ -299,6 +300,8 @@ def running(server: Server, port: int, log: Path, in_session: bool = False) -> I
 
     Raises ValueError if the port is taken, or if the server does not start; the message then has the end of its log.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped, too
     target = server.target(port)
     if _answers(target.url + server.ready):
         raise ValueError(f"a server already answers on port {port}; stop it, or choose another with --port")

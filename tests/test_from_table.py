@@ -168,8 +168,10 @@ def test_evaluate_compares_with_a_baseline(fitted: Path, tmp_path: Path) -> None
     de3(f"fit {three} {fit} three")
     command = f"evaluate {fitted}/store/topics {table} --png {tmp_path}/plot.png --store {tmp_path}/store --baseline"
     assert "+0.00 points" in de3(f"{command} {fitted}/store/topics")
-    assert "--baseline pairs: the model was trained on pairs of texts" in refusal(f"{command} pairs")
-    assert "--baseline three: its labels are ['blame', 'praise', 'thanks']" in refusal(f"{command} three")
+    assert "--baseline pairs:1: the model was trained on pairs of texts" in refusal(f"{command} pairs")
+    output = de3(f"{command} three")
+    assert "rows are left out, as only one model, or none, has their label: 'anger'" in output
+    assert "at the defaults, the baseline's accuracy is" in output
 
 
 def test_several_labels_in_a_cell_make_a_multi_label_model(tmp_path: Path, encoder: Path) -> None:

@@ -218,13 +218,18 @@ def in_time(recorded: Recorded, scores: NDArray[np.float64], tau: float, times: 
     return times.speedup(exit_index(scores, tau), recorded.tokens)
 
 
+def reference_of(recorded: Recorded) -> str:
+    """What disagreement is counted against."""
+    return "full depth" if recorded.original is None else "the original"
+
+
 def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -> str:
     """The outcome of an artifact's default signal and τ on these samples, as text."""
     samples = calibration.Samples.independent(recorded)
     scores = signal.scores(recorded)
     o = calibration.outcome(samples, scores, tau, signal)
     low, high = (100 * x for x in o.accuracy_interval)
-    measure, answer, more = "accuracy", "labels", ""
+    measure, answer, more, reference = "accuracy", "labels", "", reference_of(recorded)
     if recorded.thresholds is not None:
         measure, answer = "all labels right", "answers"
         chosen = exit_index(scores, tau)[:, None, None]
@@ -243,7 +248,7 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -
         f"{measure} {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
-        f"{more}{100 * o.disagreement:.2f}% of {answer} differ from full depth, "
+        f"{more}{100 * o.disagreement:.2f}% of {answer} differ from {reference}, "
         f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×, "
         f"{in_time(recorded, scores, tau, times):.2f}× in time (tokenizer, embeddings and exits included)\n"
         f"Exits at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
@@ -272,7 +277,7 @@ def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]]
 
     signals: each with the rows of its calibration table. Targets that no row meets are left out.
     """
-    title = "Targets: a speed-up, or a limit on the answers that differ from full depth"
+    title = f"Targets: a speed-up, or a limit on the answers that differ from {reference_of(recorded)}"
     is_regression = recorded.tolerance is not None
     correlated = ("Pearson", "Spearman") if is_regression else ()
     columns = ("signal", "target", "τ", *OUTCOME_COLUMNS, *correlated)

@@ -20,7 +20,7 @@ from de3.commands.options import (
     reason,
     say,
 )
-from de3.data.tables import Columns, data_option
+from de3.data.tables import Columns, TextOrPair, data_option, labels_in
 
 LAMBDAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # values of λ in EDR's curves
 
@@ -48,7 +48,7 @@ def evaluate(
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="A model with the same labels to compare with, e.g. an earlier version, as NAME:1."
+            help="A model to compare with, e.g. an earlier version, as NAME:1; on the labels that both have."
         ),
     ] = None,
     png: Annotated[
@@ -72,6 +72,7 @@ def evaluate(
     from de3.training import evaluate as evaluation
 
     subject = _open(model, store)
+    other = None if baseline is None else _baseline(baseline, store, subject)
     if file is not None or dataset is not None:
         has_labels = original is None or not (options["label"] == "" or (file and file.suffix == ".txt"))
         columns = Columns(
@@ -85,6 +86,8 @@ def evaluate(
             rows = [(text, subject.names[0]) for text, _ in rows]  # replaced by the original's answers below
         elif not columns.regression:
             rows = rename(rows, label_names, columns.multi_label)
+        if other is not None:
+            rows = _shared(rows, subject, other)
         examples = to_examples(rows, subject.names, columns.multi_label, columns.regression)
         if original is not None:
             examples = _answered(original, examples, subject, has_labels)
@@ -102,8 +105,8 @@ def evaluate(
     output = Console()
     output.print(evaluation.exit_table(recorded))
     warn(evaluation.weaknesses(recorded, subject.names))
-    if baseline is not None:
-        _compare(subject, recorded, examples, baseline, store)
+    if other is not None:
+        _compare(subject, recorded, examples, other)
     if len(recorded.exit_layers) > 1:
         output.print(evaluation.curve_table(curves))
         if subject.served is not None:
@@ -219,20 +222,58 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
     return answered(examples, found, has_labels)
 
 
-def _compare(subject: _Subject, recorded: Any, examples: list[Any], baseline: str, store: Path) -> None:
-    """Print how a model's answers compare with a baseline's; raises ValueError for models that cannot be compared."""
-    from de3.data.examples import check_input
+def _baseline(name: str, store: Path, subject: _Subject) -> _Subject:
+    """Open a model to compare with; raises ValueError if it is of another kind."""
+    other = _open(name, store)
+    if (subject.tolerance, other.tolerance) != (None, None):
+        raise ValueError("--baseline: is for models with labels, not for regression models")
+    if (subject.thresholds is None) != (other.thresholds is None):
+        raise ValueError("--baseline: only one of the two is a multi-label model")
+    return other
+
+
+def _shared(
+    rows: list[tuple[TextOrPair, str]], subject: _Subject, baseline: _Subject
+) -> list[tuple[TextOrPair, str]]:
+    """The rows whose labels both models have; says how many are left out.
+
+    Raises ValueError if the models share fewer than two labels.
+    """
+    shared = set(subject.names) & set(baseline.names)
+    if len(shared) < 2:
+        raise ValueError(
+            f"--baseline: {baseline.title} shares {len(shared)} labels with {subject.title}, not 2 or more"
+        )
+    kept = [row for row in rows if shared.issuperset(labels_in(row[1], subject.thresholds is not None))]
+    if len(kept) < len(rows):
+        others = {*subject.names, *baseline.names} - shared
+        shown = ", ".join(map(repr, sorted(others)[:20])) + (" …" if len(others) > 20 else "")
+        say(
+            f"{len(rows) - len(kept)} rows are left out, as only one model, or none, has their label: {shown}"
+        )
+    return kept
+
+
+def _compare(subject: _Subject, recorded: Any, examples: list[Any], baseline: _Subject) -> None:
+    """Print how a model's answers compare with a baseline's, for texts whose labels both models have."""
+    from de3.data.examples import check_input, labels_of
     from de3.export.label_report import compare
 
-    other = _open(baseline, store)
-    if list(other.names) != list(subject.names) or len(other.names) < 2:
-        raise ValueError(
-            f"--baseline {baseline}: its labels are {list(other.names)[:20]}, those of {subject.title} are "
-            f"{list(subject.names)[:20]}; they must be the same, and at least two"
-        )
-    check_input(examples, other.input, f"--baseline {baseline}")
-    both = [(other, other.record(examples)), (subject, recorded)]
-    compare([one for _, one in both], [each.default_exits(one) for each, one in both], subject.names)
+    names = [name for name in subject.names if name in set(baseline.names)]
+    own = [k for k, name in enumerate(subject.names) if name in set(names)]
+    theirs = [list(baseline.names).index(name) for name in names]
+    to = dict(zip(own, theirs, strict=True))
+    is_multi = subject.thresholds is not None
+    relabelled = [
+        replace(e, label=tuple(sorted(to[k] for k in labels_of(e))) if is_multi else to[e.label])
+        for e in examples
+    ]
+    check_input(relabelled, baseline.input, f"--baseline {baseline.title}")
+    other = baseline.record(relabelled)
+    compare(
+        [(other, baseline.default_exits(other), theirs), (recorded, subject.default_exits(recorded), own)],
+        names,
+    )
 
 
 def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list[str]:

@@ -172,7 +172,12 @@ def say_published(path: Path, store: Path, with_size: bool = False) -> None:
     """Print the folder of a published version, with its size if wanted, and the command that serves it."""
     size = f" ({sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB)" if with_size else ""
     serve = f"de3 serve --model {path.parent.name}" + ("" if store == Path("models") else f" --store {store}")
-    say(f"published {path}{size}. Next: {serve}")
+    old = (
+        ""
+        if path.name == "1"
+        else "; servers that run keep their version until they load this one or restart"
+    )
+    say(f"published {path}{size}{old}. Next: {serve}")
 
 
 def say(message: str) -> None:
