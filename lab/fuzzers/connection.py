@@ -259,6 +259,7 @@ class _Frontend:
     def __init__(self) -> None:
         self.bytes_in_flight = Shares(10 * MAX_BODY_BYTES, "bytes")
         self.malformed_requests = 0
+        self.service = SimpleNamespace(state="ready")
 
     def admit(self, scope: Any) -> str | None:
         if scope["path"] == REFUSED:
