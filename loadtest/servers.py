@@ -300,8 +300,6 @@ def running(server: Server, port: int, log: Path, in_session: bool = False) -> I
 
     Raises ValueError if the port is taken, or if the server does not start; the message then has the end of its log.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped, too
     target = server.target(port)
     if _answers(target.url + server.ready):
         raise ValueError(f"a server already answers on port {port}; stop it, or choose another with --port")
@@ -310,6 +308,9 @@ def running(server: Server, port: int, log: Path, in_session: bool = False) -> I
         group: Any = {"process_group": 0} if in_session else {"start_new_session": True}
         process = subprocess.Popen(command, stdout=output, stderr=output, **group)
     started = Running(target, process)
+    is_main = threading.current_thread() is threading.main_thread()
+    # SIGTERM stops the server, too.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if is_main else None
     try:
         end = time.monotonic() + START_S
         while not _answers(started.target.url + server.ready):
@@ -319,6 +320,8 @@ def running(server: Server, port: int, log: Path, in_session: bool = False) -> I
             time.sleep(0.1)
         yield started
     finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(20)

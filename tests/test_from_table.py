@@ -168,6 +168,11 @@ def test_evaluate_compares_with_a_baseline(fitted: Path, tmp_path: Path) -> None
     de3(f"fit {three} {fit} three")
     command = f"evaluate {fitted}/store/topics {table} --png {tmp_path}/plot.png --store {tmp_path}/store --baseline"
     assert "+0.00 points" in de3(f"{command} {fitted}/store/topics")
+    assert "--baseline: needs a file" in refusal(
+        f"evaluate {fitted}/store/topics --baseline {fitted}/store/topics"
+    )
+    other = write_table(tmp_path / "other.csv", [("a film", "unknown"), ("the plot", "unknown")])
+    assert "no row has a label" in refusal(f"{command.replace(str(table), str(other))} three")
     assert "--baseline pairs:1: the model was trained on pairs of texts" in refusal(f"{command} pairs")
     output = de3(f"{command} three")
     assert "rows are left out, as only one model, or none, has their label: 'anger'" in output

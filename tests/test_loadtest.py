@@ -1,8 +1,10 @@
 """The load generator: the requests that it sends, the answers that it counts, and when each latency starts."""
 
 import json
+import os
 import random
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -240,3 +242,20 @@ def test_the_ramp_reports_both_runs(store: Path, tmp_path: Path, monkeypatch: py
     for one in found["runs"].values():
         offered = [one["phases"][name]["offered_per_s"] for name in ("half", "twice", "after")]
         assert one["phases"]["half"]["answered"] > 0 and offered[1] > 2 * offered[0]
+
+
+def test_sigterm_stops_the_server_that_a_measurement_started(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from de3.loadtest.servers import Server, free_port, running\n"
+        "command = [sys.executable, '-m', 'http.server', '{port}', '--bind', '127.0.0.1']\n"
+        "server = Server('one', command, ready='/')\n"
+        f"with running(server, free_port(), Path({str(tmp_path / 'log')!r})) as started:\n"
+        "    print(started.process.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as measuring:
+        assert measuring.stdout is not None
+        pid = int(measuring.stdout.readline())
+        measuring.terminate()
+        assert measuring.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

@@ -72,6 +72,8 @@ def evaluate(
     from de3.training import evaluate as evaluation
 
     subject = _open(model, store)
+    if baseline is not None and (original is not None or (file is None and dataset is None)):
+        raise ValueError("--baseline: needs a file or --dataset with labels, without --original")
     other = None if baseline is None else _baseline(baseline, store, subject)
     if file is not None or dataset is not None:
         has_labels = original is None or not (options["label"] == "" or (file and file.suffix == ".txt"))
@@ -245,6 +247,8 @@ def _shared(
             f"--baseline: {baseline.title} shares {len(shared)} labels with {subject.title}, not 2 or more"
         )
     kept = [row for row in rows if shared.issuperset(labels_in(row[1], subject.thresholds is not None))]
+    if not kept:
+        raise ValueError(f"--baseline: no row has a label that {baseline.title} and {subject.title} share")
     if len(kept) < len(rows):
         others = {*subject.names, *baseline.names} - shared
         shown = ", ".join(map(repr, sorted(others)[:20])) + (" …" if len(others) > 20 else "")

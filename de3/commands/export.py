@@ -10,6 +10,7 @@ from de3.commands.options import (
     Fragments,
     GroupColumn,
     MaxInt8Loss,
+    MaxLoss,
     Quantize,
     add_parameters,
     check_groups,
@@ -33,10 +34,7 @@ def export(
     ] = None,
     store: StoreOption = Path("models"),
     quantize: Quantize = "int8",
-    max_loss: Annotated[
-        float,
-        typer.Option(help="Accuracy that the default τ may lose against full depth, in percentage points."),
-    ] = 1.0,
+    max_loss: MaxLoss = 1.0,
     max_int8_loss: MaxInt8Loss = 1.0,
     full_depth: Annotated[
         Path | None, typer.Option(help="Write one plain ONNX graph without exits to this new folder instead.")

@@ -14,6 +14,7 @@ from de3.commands.options import (
     GroupColumn,
     HelpAll,
     LabelNames,
+    MaxLoss,
     Quantize,
     Threshold,
     add_parameters,
@@ -44,10 +45,7 @@ def fit(
     threshold: Threshold = None,
     store: StoreOption = Path("models"),
     quantize: Quantize = "int8",
-    max_loss: Annotated[
-        float,
-        typer.Option(help="Accuracy that the default τ may lose against full depth, in percentage points."),
-    ] = 1.0,
+    max_loss: MaxLoss = 1.0,
     _: HelpAll = False,
     **options: Any,
 ) -> None:

@@ -51,6 +51,10 @@ Threshold = Annotated[
 ]
 
 Quantize = Annotated[str, typer.Option(help="int8, or none for fp32.")]
+MaxLoss = Annotated[
+    float,
+    typer.Option(help="Accuracy that the default τ may lose against full depth, in percentage points."),
+]
 MaxInt8Loss = Annotated[
     float, typer.Option(help="Accuracy that any exit may lose to int8, in percentage points.")
 ]
