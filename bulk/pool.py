@@ -57,7 +57,9 @@ class LocalPool:
         if self.size > 1 and can_share_memory():
             self._weights = os.memfd_create("de3-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         # Opening the model here reports errors at once, and fills the shared memory.
-        model = Model(artifact, memory=None if self._weights is None else Memory(self._weights, False))
+        model = Model(
+            artifact, memory_of=lambda _: None if self._weights is None else Memory(self._weights, False)
+        )
         has_kernels = model.runtime == "native"
         del model
         shared = self._weights if has_kernels else None
@@ -89,7 +91,7 @@ def _open(
     memory = None
     if weights is not None:  # a file descriptor of the parent
         memory = Memory(os.open(f"/proc/{parent}/fd/{weights}", os.O_RDONLY | os.O_CLOEXEC), True)
-    _open_in_this_process.append((Classifier(artifact, threads, is_proved, memory), options))
+    _open_in_this_process.append((Classifier(artifact, threads, is_proved, lambda _: memory), options))
     if memory is not None:
         os.close(memory.fd)  # the kernels have mapped it
 

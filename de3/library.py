@@ -15,7 +15,7 @@ import re
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, islice
@@ -114,15 +114,15 @@ class Classifier:
         artifact: Artifact,
         threads: int | None = None,
         is_proved: bool = False,
-        memory: Memory | None = None,
+        memory_of: Callable[[str], Memory | None] = lambda _: None,
     ) -> None:
-        """threads: engine threads; None: one per core. is_proved, memory: see model_store.model.Model.
+        """threads: engine threads; None: one per core. is_proved, memory_of: see model_store.model.Model.
 
         Raises ValueError if the artifact cannot be used.
         """
         settings = Settings.model_validate({"threads": threads or 0})
         self._artifact, self._threads = artifact, threads
-        self._served = load_model(artifact, settings, is_proved=is_proved, memory=memory)
+        self._served = load_model(artifact, settings, is_proved=is_proved, memory_of=memory_of)
         self._served.monitor.drift = None  # nothing reads it
         self._engine = Engine(settings.engine_threads(), sys.maxsize)
         self._engine.start()

@@ -4,21 +4,23 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from safetensors.numpy import save as save_tensors
+
 from de3.export.weights import StateFile
 from de3.model_store.architecture import Architecture
 from de3.model_store.families.encoder import Config, Weights, named
 from de3.model_store.graph import source_of
-from de3.model_store.manifest import SCHEMA_VERSION, Defaults, Manifest
-from de3.model_store.segment_graph import build_segment, graph_name
+from de3.model_store.manifest import EXITS, SCHEMA_VERSION, Defaults, Manifest
+from de3.model_store.segment_graph import build_exit, build_segment, exit_tensors, graph_name
 from de3.model_store.store import Draft
 
 
 def segments(
     architecture: Architecture, config: Config, state: StateFile, exits: Mapping[int, Weights]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the segments' file names and contents in execution order, one at a time to save memory.
+    """Yield the names and contents of the segments' files in execution order, one at a time, then of the exits' file.
 
-    config: the encoder's configuration. exits: the weights of each exit, by layer; see segment_graph.build_segment.
+    config: the encoder's configuration. exits: the weights of each exit, by layer; see segment_graph.build_exit.
     Raises KeyError for a missing weight, and ValueError for a weight of the wrong shape.
     """
     encoder = architecture.encoder
@@ -26,10 +28,14 @@ def segments(
         weights: Weights = (
             encoder.layer_weights(config, state, layer) if layer else encoder.embedding_weights(config, state)
         )
-        if layer in exits:
-            weights |= {**exits[layer], **final_norm(architecture, state)}
         built = build_segment(architecture, layer, source_of(weights))
         yield file, built.model(graph_name(layer)).SerializeToString()
+    norm = final_norm(architecture, state)
+    read = {
+        layer: build_exit(architecture, layer, source_of({**weights, **norm})).weights
+        for layer, weights in exits.items()
+    }
+    yield EXITS, save_tensors(exit_tensors(read))
 
 
 def final_norm(architecture: Architecture, state: StateFile) -> Weights:

@@ -4,6 +4,7 @@ It has the nodes and weights of all segments in order, and the last layer's clas
 """
 
 import json
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,33 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load as load_tensors
 
 from de3.export.trained import Trained
+from de3.model_store.architecture import Architecture
+from de3.model_store.manifest import EXITS
+from de3.model_store.model import Weights, exit_graph, exit_weights, read_segments
+from de3.model_store.segment_graph import read_exits
 from de3.model_store.store import Artifact, read_manifest
 from de3.training.checkpoint import Checkpoint
 
 
-def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
-    """Join segments into one model, from input_ids and, if used, token_type_ids (1, T) to the last logits (1, K)."""
+def stitch(graphs: list[onnx.ModelProto]) -> onnx.ModelProto:
+    """Join graphs into one model, from input_ids and, if used, token_type_ids (1, T) to the last logits (1, K).
+
+    graphs: those of the segments in order, then that of the last exit.
+    """
     nodes: list[onnx.NodeProto] = []
     weights: list[onnx.TensorProto] = []
     hidden = ""
-    for layer, segment in enumerate(segments):
-        graph, prefix = segment.graph, f"l{layer}_"
+    for layer, part in enumerate(graphs):
+        graph, prefix = part.graph, f"l{layer}_"
         inputs = {"hidden": hidden} if layer else {x.name: x.name for x in graph.input}
-        plain = [node for node in graph.node if node.op_type != "If"]
-        branches = [node for node in graph.node if node.op_type == "If"]
-        if layer == len(segments) - 1:
-            plain += next(a.g for a in branches[0].attribute if a.name == "then_branch").node
 
         def name(value: str, inputs: dict[str, str] = inputs, prefix: str = prefix) -> str:
             return inputs.get(value, prefix + value if value else "")
 
-        for node in plain:
+        for node in graph.node:
             copy = deepcopy(node)
             copy.name = ""
             copy.input[:] = [name(x) for x in node.input]
@@ -46,12 +51,12 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
             weights.append(tensor)
         hidden = name("next_hidden" if layer else "hidden")
 
-    logits = prefix + "yes_logits"
-    labels = next(x for x in segments[-1].graph.output if x.name == "logits").type.tensor_type.shape.dim[1]
+    logits = prefix + "logits"
+    labels = graphs[-1].graph.output[0].type.tensor_type.shape.dim[1]
     result = helper.make_graph(
         [],
         "full_depth",
-        [x for x in segments[0].graph.input if x.name.endswith("_ids")],
+        [x for x in graphs[0].graph.input if x.name.endswith("_ids")],
         [helper.make_tensor_value_info(logits, TensorProto.FLOAT, [1, labels.dim_value])],
         weights,
     )
@@ -61,9 +66,9 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
     result.output[0].name = "logits"
     model = helper.make_model(
         result,
-        opset_imports=list(segments[0].opset_import),
+        opset_imports=list(graphs[0].opset_import),
         producer_name="de3",
-        ir_version=segments[0].ir_version,
+        ir_version=graphs[0].ir_version,
     )
     onnx.checker.check_model(model)
     return model
@@ -177,6 +182,15 @@ def write(folder: Path, model: onnx.ModelProto, tokenizer: bytes, labels: list[s
     (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 
+def _whole(
+    segments: list[bytes], architecture: Architecture, exits: Mapping[int, Weights]
+) -> onnx.ModelProto:
+    """The whole model, from its segments' graphs and its exits' weights by layer."""
+    last = architecture.num_layers
+    graphs = [*segments, exit_graph(architecture, last, exits[last])]
+    return stitch([onnx.load_model_from_string(data) for data in graphs])
+
+
 def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
     """Write the full-depth model of a checkpoint or an artifact into a new folder.
 
@@ -191,9 +205,7 @@ def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
     if (source / "manifest.json").exists():
         manifest = read_manifest(source)
         artifact = Artifact(source, manifest)
-        model = fuse(
-            stitch([onnx.load_model_from_string(artifact.read(f)) for f in manifest.segment_files()])
-        )
+        model = fuse(_whole([data for data, _ in read_segments(artifact)], manifest, exit_weights(artifact)))
         if manifest.precision == "int8" and not int8:
             model = dequantize(model)
         elif manifest.precision == "fp32" and int8:
@@ -202,6 +214,13 @@ def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
         return
     opened = Checkpoint(source)
     trained = Trained(opened)
-    files = dict(trained.files(trained.architecture("int8" if int8 else "fp32")))
-    segments = [onnx.load_model_from_string(data) for name, data in files.items() if name.endswith(".onnx")]
-    write(folder, fuse(stitch(segments)), trained.tokenizer, opened.names, opened.config.max_tokens)
+    architecture = trained.architecture("int8" if int8 else "fp32")
+    files = dict(trained.files(architecture))
+    model = fuse(
+        _whole(
+            [files[name] for name in architecture.segment_files()],
+            architecture,
+            read_exits(load_tensors(files[EXITS]), architecture),
+        )
+    )
+    write(folder, model, trained.tokenizer, opened.names, opened.config.max_tokens)

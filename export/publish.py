@@ -1,21 +1,18 @@
 """Writes a model with other exits; its other weights do not change."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
 from safetensors.numpy import save as save_tensors
 
 from de3.export.build import manifest_of
 from de3.export.fit import Exits
 from de3.model_store.architecture import Architecture, Precision
-from de3.model_store.graph import Array, Source, quantize, source_of
-from de3.model_store.manifest import Manifest
-from de3.model_store.model import check_segment
-from de3.model_store.segment_graph import build_segment, graph_name
+from de3.model_store.graph import Array, quantize, source_of, stored
+from de3.model_store.manifest import EXITS, PROTOTYPES, TOKENIZER, Manifest
+from de3.model_store.model import exit_weights, read_segments
+from de3.model_store.segment_graph import build_exit, exit_tensors
 from de3.model_store.store import Artifact, Draft
 
 
@@ -41,23 +38,21 @@ def write_exits(base: Artifact, exits: Exits, draft: Draft, **fields: Any) -> Ma
             "head": None,
         }
     architecture = Architecture.model_validate({**dict(manifest.architecture), **changed})
-    norm: Mapping[str, Array] = {}
-    # From the last layer down, as its exit has the norm that all exits share.
-    for layer in sorted({manifest.num_layers, last, *layers}, reverse=True):
-        file = manifest.segment_files()[layer]
-        old = check_segment(base, layer, base.read(file))
-        norm = norm or {name: old[name] for name in old if name.startswith("final_norm.")}
-        if layer > last:
-            continue
-        new = _weights(exits, layer) if layer < len(exits.classifiers) else {}
-        built = build_segment(architecture, layer, _source(old, {**norm, **new}))
-        draft.write({file: built.model(graph_name(layer)).SerializeToString()})
+    for file, (graph, _) in zip(architecture.segment_files(), read_segments(base), strict=False):
+        draft.write({file: graph})
+    old = exit_weights(base)[manifest.num_layers]
+    norm = {name: array for name, array in old.items() if name.startswith("final_norm.")}
+    written = {}
+    for layer in architecture.exit_layers:
+        is_new = layer < len(exits.classifiers)
+        source = source_of({**norm, **_weights(exits, layer)}) if is_new else stored(old)
+        written[layer] = build_exit(architecture, layer, source).weights
+    draft.write({EXITS: save_tensors(exit_tensors(written))})
     prototypes = {
         f"layer_{layer:02}": np.ascontiguousarray(rows, np.float32)
         for layer, rows in enumerate(exits.prototypes)
     }
-    draft.write({"prototypes.safetensors": save_tensors(prototypes)})
-    draft.write({"tokenizer.json": base.read("tokenizer.json")})
+    draft.write({PROTOTYPES: save_tensors(prototypes), TOKENIZER: base.read(TOKENIZER)})
     kept = {name: getattr(manifest, name) for name in ("source", "thresholds", "tolerance", "input")}
     return manifest_of(architecture, draft, **{"name": manifest.name, **kept, **fields})
 
@@ -74,23 +69,10 @@ def rounded(exits: Exits, precision: Precision) -> Exits:
 
 
 def _weights(exits: Exits, layer: int) -> dict[str, Array]:
-    """The weights of an exit, under the names that `build_segment` uses."""
+    """The weights of an exit, under the names that `build_exit` uses."""
     weight, bias = exits.classifiers[layer]
     weights = {"classifier.weight": np.ascontiguousarray(weight.T), "classifier.bias": bias}
     if layer < len(exits.spaces):
         weight, bias = exits.spaces[layer]
         weights |= {"space.weight": np.ascontiguousarray(weight.T), "space.bias": bias}
     return weights
-
-
-def _source(old: Mapping[str, Array], new: dict[str, Array]) -> Source:
-    """A source of weights: `new` has those of new exits; all others come unchanged from `old`, of the artifact."""
-    added = source_of(new)
-    modules = {name.partition(".")[0] for name in new if not name.startswith("final_norm.")}
-
-    def take(tensor: str, name: str, dtype: type, shape: tuple[int, ...]) -> tuple[onnx.TensorProto, Array]:
-        if name.partition(".")[0] in modules or name not in old:
-            return added(tensor, name, dtype, shape)
-        return numpy_helper.from_array(old[name], tensor), old[name]
-
-    return take

@@ -13,7 +13,7 @@ from de3.export.classifier import message_of
 from de3.export.fit import Exits
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.manifest import Manifest, base_of
-from de3.model_store.model import check_segment, unit_prototypes
+from de3.model_store.model import exit_weights, unit_prototypes
 from de3.model_store.records import MAX_FILE_BYTES, Records, joined, read
 from de3.model_store.store import Artifact
 
@@ -77,8 +77,7 @@ def exits_of(model: Artifact) -> Exits:
             f"states: pooling {manifest.pooling}, exits at {manifest.exit_layers}"
         )
     classifiers, spaces = [], []
-    for layer in range(manifest.num_layers):
-        weights = check_segment(model, layer, model.read(manifest.segment_files()[layer]))
+    for weights in list(exit_weights(model).values())[:-1]:
         classifiers.append((weights["classifier.weight"].T, weights["classifier.bias"]))
         if manifest.prototype_layers:
             # In an int8 artifact, only this network of an exit is int8.

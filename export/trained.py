@@ -12,10 +12,11 @@ from de3.export import build, weights
 from de3.export.classifier import TOKENIZER_CONFIG, errors_of
 from de3.model_store.architecture import Architecture, Precision
 from de3.model_store.families.encoder import named
+from de3.model_store.manifest import PROTOTYPES, TOKENIZER
 from de3.model_store.sizes import read_config
 from de3.training.checkpoint import Checkpoint
 
-PROTOTYPES, SEEN = "prototypes", "prototype_seen"
+TENSOR, SEEN = "prototypes", "prototype_seen"
 
 
 class Trained:
@@ -67,10 +68,10 @@ class Trained:
             lack_biases = not architecture.encoder.HAS_BIASES
             weights_of = {layer: named(state.whole, "", parts, lack_biases) for layer, parts in exits.items()}
             yield from build.segments(architecture, self.checkpoint.config.encoder, state, weights_of)
-            state.check_all_read((PROTOTYPES, SEEN))
+            state.check_all_read((TENSOR, SEEN))
         tensors = {f"layer_{layer:02}": array for layer, array in self.prototypes.items()}
-        yield "prototypes.safetensors", save_tensors(tensors)
-        yield "tokenizer.json", self.tokenizer
+        yield PROTOTYPES, save_tensors(tensors)
+        yield TOKENIZER, self.tokenizer
 
 
 def _prototypes(checkpoint: Checkpoint) -> dict[int, NDArray[np.float32]]:
@@ -80,7 +81,7 @@ def _prototypes(checkpoint: Checkpoint) -> dict[int, NDArray[np.float32]]:
     path = checkpoint.folder / weights.WEIGHTS
     try:
         with safe_open(path, "numpy") as file:
-            prototypes, seen = file.get_tensor(PROTOTYPES), file.get_tensor(SEEN)
+            prototypes, seen = file.get_tensor(TENSOR), file.get_tensor(SEEN)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: the prototypes cannot be read: {error}") from None
     for layer, row in zip(layers, seen, strict=True):

@@ -20,7 +20,7 @@ from de3.exits.signals import Entropy
 from de3.loadtest import report
 from de3.loadtest.compare import cpu_name
 from de3.loadtest.servers import Server
-from de3.model_store.forward import ForwardPass
+from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Artifact
@@ -146,28 +146,30 @@ def name_of(size: int) -> str:
 
 
 def _passes(model: Model, tokens: Sequence[Tokens]) -> list[ForwardPass]:
-    return [ForwardPass(t, ExitRule(0.0, Entropy()), model.manifest.num_layers, False) for t in tokens]
+    rule, last = ExitRule(0.0, Entropy()), model.manifest.num_layers
+    return [ForwardPass(t, [Decision(model.exits, rule, last, False)]) for t in tokens]
 
 
 def _logits(model: Model, tokens: Sequence[Tokens]) -> Any:
     """Logits at full depth, (texts, num_labels)."""
-    assert model.forward is not None
-    passes = _passes(model, tokens)
+    forward, passes = model.encoder.forward, _passes(model, tokens)
+    assert forward is not None
     for each in passes:
-        model.forward([each])
-    return np.stack([each.logits[-1] for each in passes])
+        forward([each])
+    return np.stack([each.decisions[0].logits[-1] for each in passes])
 
 
 def our_rate(model: Model, tokens: Sequence[Tokens], size: int, seconds: float) -> float:
     """Texts per second at full depth with `size` texts per call, over whole passes through the texts, as for peers."""
-    assert model.forward is not None
+    forward = model.encoder.forward
+    assert forward is not None
     calls = [tokens[i : i + size] for i in range(0, len(tokens), size)]
     for call in calls:
-        model.forward(_passes(model, call))
+        forward(_passes(model, call))
     start, passes, elapsed = perf_counter(), 0, 0.0
     while elapsed < seconds:
         for call in calls:
-            model.forward(_passes(model, call))
+            forward(_passes(model, call))
         passes += 1
         elapsed = perf_counter() - start
     return passes * len(tokens) / elapsed

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from de3.model_store.model import Model
-from de3.model_store.segments import Segment
+from de3.model_store.segments import Layers
 from de3.model_store.store import Artifact
 
 LENGTHS = (8, 16, 25, 32, 64, 128, 256, 512)
@@ -48,7 +48,7 @@ def layers(
         times: list[list[float]] = [[], []]
         for _ in range(rounds):
             for model, seconds in zip(models, times, strict=True):
-                seconds.append(_time([model.segments[number] for number in numbers], hidden))
+                seconds.append(_time(model.encoder.layers, numbers, hidden))
         onnxruntime_s, kernels_s = map(median, times)
         products = tokens * weights + 2 * tokens * tokens * size * len(numbers)
         rows.append(
@@ -68,13 +68,13 @@ def weights_of(file: bytes) -> int:
     return sum(int(np.prod(w.dims)) for w in graph.initializer if w.name in used and len(w.dims) == 2)
 
 
-def _time(segments: Sequence[Segment], hidden: Any, seconds: float = 0.05) -> float:
-    """Mean time to run all segments one after the other, in seconds, over runs that last `seconds` in all."""
+def _time(layers: Layers, numbers: Sequence[int], hidden: Any, seconds: float = 0.05) -> float:
+    """Mean time to run layers one after the other, in seconds, over runs that last `seconds` in all."""
 
     def run() -> None:
         states = hidden
-        for segment in segments:
-            states = segment.run(states, False).hidden
+        for number in numbers:
+            states = layers.run(number, states)
 
     run()
     start, calls = perf_counter(), 0

@@ -17,7 +17,7 @@ from de3.export.classifier import Stock, convert
 from de3.loadtest.client import Target, label_of, quantile, send_traffic
 from de3.loadtest.servers import Server, running
 from de3.loadtest.texts import Sample
-from de3.model_store.forward import ForwardPass
+from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Store
@@ -91,14 +91,15 @@ def _ratio(model: Model, tokens: list[Tokens]) -> float:
         for keeps in (False, True) if number % 2 else (True, False):
             started = time.perf_counter()
             states = model.empty_states() if keeps else None
-            if model.forward is None:
+            if model.encoder.forward is None:
                 steps = model.full_depth(one)
                 if states is not None:
                     for layer, step in enumerate(steps[:-1]):
                         states[layer] = model.pooling.mean(step.hidden)
             else:
                 last = model.manifest.num_layers
-                model.forward([ForwardPass(one, ExitRule(0.0, Entropy()), last, True, states=states)])
+                decision = Decision(model.exits, ExitRule(0.0, Entropy()), last, True, states=states)
+                model.encoder.forward([ForwardPass(one, [decision])])
             spent[keeps] += time.perf_counter() - started
     return spent[True] / spent[False]
 

@@ -5,7 +5,7 @@ transformers. The same code builds graphs for export and for comparison with a f
 differs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -193,5 +193,14 @@ def source_of(weights: dict[str, Array]) -> Source:
             raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, expected {shape}")
         array = np.asarray(array, order="C")
         return numpy_helper.from_array(array, tensor), array
+
+    return take
+
+
+def stored(weights: Mapping[str, Array]) -> Source:
+    """A source that takes weights as they are, by name, in the types of an artifact; raises KeyError without one."""
+
+    def take(tensor: str, name: str, dtype: type, shape: tuple[int, ...]) -> tuple[TensorProto, Array]:
+        return numpy_helper.from_array(weights[name], tensor), weights[name]
 
     return take

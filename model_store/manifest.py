@@ -14,7 +14,10 @@ from de3.exits.signals import FEATURES, Entropy, ModelTraits, Risk, Signal, Weig
 from de3.model_store.architecture import Architecture
 from de3.model_store.part import MAX_INT, MAX_LABELS, MAX_LAYERS, Layer, ManifestPart, Share
 
-SCHEMA_VERSION: Literal[6] = 6
+SCHEMA_VERSION: Literal[7] = 7
+OLD_VERSION: Literal[6] = 6  # its exits are in its segments
+
+EXITS, PROTOTYPES, TOKENIZER = "exits.safetensors", "prototypes.safetensors", "tokenizer.json"
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -177,7 +180,7 @@ class Manifest(Architecture):
             exit and answer. Empty without such checks.
     """
 
-    schema_version: Literal[6]
+    schema_version: Literal[6, 7]
     name: str = Field(pattern=f"^{NAME.pattern}$")
     version: int = Field(ge=1, le=999_999_999)
     created: int = Field(ge=0, lt=2**40, description="Unix time, seconds")
@@ -303,14 +306,36 @@ class Manifest(Architecture):
 
     def required_files(self) -> list[str]:
         """Files that the artifact must have."""
-        return [*self.segment_files(), "prototypes.safetensors", "tokenizer.json"]
+        exits = [] if self.has_old_exits else [EXITS]
+        return [*self.segment_files(), *exits, PROTOTYPES, TOKENIZER]
+
+    @property
+    def has_old_exits(self) -> bool:
+        """True if the exits' weights are in the segments, as in schema 6."""
+        return self.schema_version == OLD_VERSION
+
+
+def encoder_hashes(manifest: Manifest) -> list[str]:
+    """For each layer, a hash of the encoder up to it, with its tokenizer, maximum length and precision.
+
+    The last identifies the encoder. A model with fewer layers can run on another's encoder if its last hash is among
+    the other's hashes.
+    """
+    hashes: list[str] = []
+    for layer, name in enumerate(manifest.segment_files()):
+        before = hashes[-1] if hashes else f"{manifest.files[TOKENIZER].sha256} {manifest.max_tokens}"
+        encoder = manifest.encoder.up_to(layer).model_dump_json()
+        parts = (before, manifest.precision, encoder, manifest.files[name].sha256)
+        hashes.append(hashlib.sha256(" ".join(parts).encode()).hexdigest())
+    return hashes
 
 
 def base_of(manifest: Manifest) -> str:
     """Hash that identifies a model's weights and tokenizer; versions with exits learned for the model share it."""
     if manifest.learned is not None:
         return manifest.learned.base
-    files = [manifest.files[name].sha256 for name in (*manifest.segment_files(), "tokenizer.json")]
+    exits = [] if manifest.has_old_exits else [EXITS]
+    files = [manifest.files[name].sha256 for name in (*manifest.segment_files(), *exits, TOKENIZER)]
     return hashlib.sha256("".join(files).encode()).hexdigest()
 
 

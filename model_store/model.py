@@ -1,47 +1,41 @@
-"""A loaded artifact: its tokenizer and its segments, ready to run."""
+"""A loaded artifact: its tokenizer, its encoder and its exits, with every file checked."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from safetensors.numpy import load as load_tensors
 
-from de3.exits.rule import ExitRule
-from de3.exits.signals import Entropy
+from de3.model_store import proof
 from de3.model_store.architecture import Architecture
-from de3.model_store.forward import ForwardPass, LayerByLayer, NativeForward, Pooling
-from de3.model_store.graph import GraphError
+from de3.model_store.encoder import Encoder, Encoders
+from de3.model_store.forward import LayerByLayer, NativeForward
+from de3.model_store.graph import GraphError, stored
 from de3.model_store.graph_check import read_model
-from de3.model_store.segment_graph import read_segment
+from de3.model_store.manifest import EXITS, PROTOTYPES, encoder_hashes
+from de3.model_store.segment_graph import build_exit, build_segment, graph_name, read_exits, read_segment
 from de3.model_store.segments import (
     Array,
-    NativeSegment,
-    OnnxSegment,
-    Segment,
+    Exits,
+    NativeExits,
+    NativeLayers,
+    OnnxExits,
+    OnnxLayers,
+    Pooling,
     Step,
     Tokens,
-    full_depth,
+    hidden_states,
     session_options,
 )
 from de3.model_store.store import Artifact, StoreError
 from de3.model_store.tokenizer import TextTokenizer
-from de3.native import NoKernelsError
-from de3.native.network import Head, Memory, Network, build
+from de3.native import NoKernelsError, network
+from de3.native.network import Head, Memory, Network
 
 log = logging.getLogger("de3")
-MAX_NATIVE_DIFFERENCE = 0.1  # relative to the range of a layer's logits or distances
-MAX_STATES_DIFFERENCE = 0.2  # mean over a token's values, relative to the layer's standard deviation
-MIN_SPREAD = 0.2  # lower limit of the range of logits or distances, as they may be nearly equal for all texts
-# ONNX Runtime's memory grows with the square of a text's length: 3 GB for 8,192 tokens.
-MAX_PROOF_TOKENS = 1024
-PROOF = (
-    ("a", None),
-    ("It was not what we had hoped for , but 3 of the 12 rooms were fine .", None),
-    ("the quick brown fox jumps over the lazy dog", "a second text, of another kind"),
-    ("one two three four five six seven eight nine ten " * 6, None),
-)
+Weights = Mapping[str, Array]
 
 
 class Model:
@@ -50,13 +44,13 @@ class Model:
     Attributes:
         path: folder of the artifact.
         tokenizer: its tokenizer.
-        segments: one per layer, index = layer; 0 is the embeddings.
+        encoder: its encoder, which may have more layers than the model uses.
+        exits: its exits.
+        hashes: a hash of its encoder up to each layer; see manifest.encoder_hashes.
         pooling: pools the hidden states of a text.
         runtime: native (the kernels) or onnxruntime.
         instructions: instruction set of the kernels, such as amx, vnni or dotprod; empty unless runtime is native.
         why_not_native: reason why the kernels cannot run an int8 artifact; otherwise empty.
-        forward: runs several samples together, in the kernels; None unless runtime is native.
-        layer_by_layer: runs samples one after the other, on either runtime.
     """
 
     def __init__(
@@ -65,71 +59,58 @@ class Model:
         runtime: str = "auto",
         check: Callable[[], None] = lambda: None,
         is_proved: bool = False,
-        memory: Memory | None = None,
+        memory_of: Callable[[str], Memory | None] = lambda _: None,
+        encoders: Encoders | None = None,
     ) -> None:
         """Read, check and load every file; raises StoreError for the first invalid one.
 
         runtime: onnxruntime, native, or auto: native if the kernels support the model and agree with ONNX Runtime.
         check: called before each slow step; an exception from it aborts loading. is_proved: another process on this
-        machine has found that the kernels agree with ONNX Runtime, which is then not used. memory: shared memory for
-        the kernels' weights; None if this process has its own copy.
+        machine has found that the kernels agree with ONNX Runtime, which is then not used. memory_of: returns shared
+        memory for the weights in the kernels of the encoder with this hash; None if this process has its own copy.
+        encoders: the encoders of other models; one of them is used if it is the same.
 
         Also raises StoreError if the kernels cannot run the model, and runtime is native or is_proved is true, and
-        OSError if `memory` cannot be sealed.
+        OSError if shared memory cannot be sealed.
         """
         self.manifest = manifest = artifact.manifest
         self.full_name, self.path = artifact.full_name, artifact.path
-        self._check = check
+        self._check, self._artifact = check, artifact
+        self.hashes = tuple(encoder_hashes(manifest))
+        self._encoders = Encoders() if encoders is None else encoders
         self.tokenizer = TextTokenizer.of(artifact)
         check_ids(artifact, self.tokenizer)
-        prototypes = unit_prototypes(artifact)
-        options = session_options(manifest.max_tokens)
+        prototypes, weights = unit_prototypes(artifact), exit_weights(artifact, check)
+        self.pooling = _pooling(manifest, weights[manifest.num_layers])
         self.runtime, self.instructions, self.why_not_native = "onnxruntime", "", ""
-        self.forward: NativeForward | None = None
+        self.encoder: Encoder
+        self.exits: Exits
         is_int8 = manifest.precision == "int8"
-        no_kernels = "" if is_int8 else "only int8 artifacts have kernels"
-        weights, segments = [], []
-        norm: tuple[Array, Array] | None = None
-        for layer, name in enumerate(manifest.segment_files()):
-            check()
-            file, data = artifact.path / name, artifact.read(name)
-            read = check_segment(artifact, layer, data)
-            if "final_norm.weight" in read:
-                norm = read["final_norm.weight"].copy(), read["final_norm.bias"].copy()
-            if runtime != "onnxruntime" and not no_kernels:
-                weights.append(read)
-            if is_proved:
-                continue
-            try:
-                # From the checked bytes, as the file could have changed since the check.
-                session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # onnxruntime's exceptions have no common base class
-                raise StoreError(f"{file}: not a model that ONNX Runtime can run: {error}") from None
-            segments.append(OnnxSegment(layer, session, manifest, prototypes.get(layer)))
-        self.segments: Sequence[Segment] = segments
-        self.pooling = Pooling(norm, manifest.encoder.epsilon)
-        self.layer_by_layer = LayerByLayer(segments, self.pooling)
-        if runtime == "onnxruntime":
-            return
         try:
-            if no_kernels:
-                raise NoKernelsError(no_kernels)
-            built = build(network_of(manifest, weights), memory)
-            weights.clear()  # the kernels have their own copy
-            self.segments, self.forward = self._native(artifact, built, prototypes, is_proved)
-            self.layer_by_layer = LayerByLayer(self.segments, self.pooling)
-            self.runtime = "native"
+            if runtime == "onnxruntime" or not is_int8:
+                raise NoKernelsError("only int8 artifacts have kernels")
+            self.encoder, self.exits = self._native(weights, prototypes, is_proved, memory_of)
+            self.runtime, self.instructions = "native", network.kernels().supported()
+            return
         except NoKernelsError as error:
-            self.why_not_native = str(error) if is_int8 else ""
-            if is_int8:
-                log.warning(
-                    "%s: runs on ONNX Runtime: %s; texts take up to four times as long as with the kernels",
-                    *(self.full_name, error),
-                )
-            else:
-                log.info("%s: runs on ONNX Runtime: %s", self.full_name, error)
+            reason = str(error)
+        if runtime != "onnxruntime":
+            self._note(reason, is_int8)
             if runtime == "native" or is_proved:
-                raise StoreError(f"{artifact.path}: the kernels cannot run it: {error}") from None
+                raise StoreError(f"{artifact.path}: the kernels cannot run it: {reason}")
+        self.encoder = self._onnx_encoder()
+        self.exits = self._onnx_exits(weights, prototypes)
+
+    def _note(self, reason: str, is_int8: bool) -> None:
+        """Log why the kernels cannot run the model."""
+        self.why_not_native = reason if is_int8 else ""
+        if is_int8:
+            log.warning(
+                "%s: runs on ONNX Runtime: %s; texts take up to four times as long as with the kernels",
+                *(self.full_name, reason),
+            )
+        else:
+            log.info("%s: runs on ONNX Runtime: %s", self.full_name, reason)
 
     @property
     def full_runtime(self) -> str:
@@ -137,90 +118,71 @@ class Model:
         return f"{self.runtime}, {self.instructions}" if self.instructions else self.runtime
 
     def _native(
-        self, artifact: Artifact, model: Any, prototypes: dict[int, Array], is_proved: bool
-    ) -> tuple[Sequence[Segment], NativeForward]:
-        """The kernels' segments and forward pass.
+        self,
+        weights: Mapping[int, Weights],
+        prototypes: Mapping[int, Array],
+        is_proved: bool,
+        memory_of: Callable[[str], Memory | None],
+    ) -> tuple[Encoder, Exits]:
+        """The encoder and the exits in the kernels.
 
-        Unless `is_proved`, raises NoKernelsError if they disagree with ONNX Runtime; see `_prove`.
+        Raises NoKernelsError if the kernels do not support them or, unless `is_proved`, disagree with ONNX Runtime.
         """
-        manifest = self.manifest
-        from de3.native import kernels  # build() has checked that it can be imported
-
-        native = [
-            NativeSegment(layer, kernels, model, manifest, prototypes.get(layer))
-            for layer in range(manifest.num_layers + 1)
-        ]
-        forward = NativeForward(kernels, model, manifest, prototypes)
+        artifact, manifest, kernels = self._artifact, self.manifest, network.kernels()
+        heads = network.build_exits(exit_network_of(manifest, weights, prototypes))
+        exits = NativeExits(kernels, heads, manifest, self.pooling)
+        encoder, texts, states = self._encoders.find(self.hashes, True), [], None
         if not is_proved:
-            self._prove(artifact, native, forward)
-        self.instructions = kernels.supported()
-        return native, forward
+            texts = proof.texts_of(self.tokenizer, manifest.max_tokens)
+        if encoder is None:
+            segments = [read for _, read in read_segments(artifact, self._check)]
+            built = network.build(network_of(manifest, segments), memory_of(self.hashes[-1]))
+            layers = NativeLayers(kernels, built, manifest)
+            segments.clear()  # the kernels have their own copy
+            forward = NativeForward(kernels, layers, manifest.hidden_size)
+            encoder = Encoder(self.hashes, layers, LayerByLayer(layers), forward)
+            if not is_proved:
+                sessions = (self._session(graph) for graph, _ in read_segments(artifact, self._check))
+                states = proof.prove_layers(self.path, sessions, layers, texts, manifest, self._check)
+        else:
+            self._verify_segments()
+        if not is_proved:
+            if states is None:  # another model's proof was that of the encoder
+                states = [hidden_states(encoder.layers, t, manifest.num_layers, self._check) for t in texts]
+            plain = self._onnx_exits(weights, prototypes)
+            proof.prove_exits(self.path, plain, exits, states, self._check)
+            proof.prove_group(encoder, exits, texts, self._check)
+        return self._encoders.add(encoder), exits
 
-    def _prove(self, artifact: Artifact, native: Sequence[Segment], forward: NativeForward) -> None:
-        """Compare the kernels with ONNX Runtime on PROOF and on a long text.
+    def _onnx_encoder(self) -> Encoder:
+        encoder = self._encoders.find(self.hashes, False)
+        if encoder is not None:
+            self._verify_segments()
+            return encoder
+        artifact = self._artifact
+        sessions = [self._session(graph) for graph, _ in read_segments(artifact, self._check)]
+        layers = OnnxLayers(sessions, self.manifest.token_types)
+        return self._encoders.add(Encoder(self.hashes, layers, LayerByLayer(layers)))
 
-        Each layer's input is ONNX Runtime's output of the layer before, as rounding errors add up over the layers.
-        Raises NoKernelsError if results differ by more than rounding can explain: both runtimes quantize activations,
-        so a rounding error can become a step of 1/255 of the range. Texts must give the same bits in a group as alone.
-        Raises StoreError if ONNX Runtime cannot run the model.
-        """
-        longest = " ".join(f"{text} {pair or ''}" for text, pair in PROOF) + " "
-        most = min(self.manifest.max_tokens, MAX_PROOF_TOKENS)
-        texts = [self.tokenize(text, pair) for text, pair in (*PROOF, (longest * (1 + most // 60), None))]
-        texts[-1] = Tokens(texts[-1].ids[:, :most], texts[-1].type_ids[:, :most], True)
-        pairs: dict[tuple[int, str], list[tuple[Array, Array]]] = {}
-        for tokens in texts:
-            try:
-                theirs = full_depth(self.segments, tokens, self._check)
-            except StoreError:
-                raise
-            except Exception as error:  # onnxruntime's exceptions have no common base class
-                raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
-            for layer, (a, segment) in enumerate(zip(theirs, native, strict=True)):
-                self._check()
-                try:
-                    b = segment.run(theirs[layer - 1].hidden, True) if layer else segment.embed(tokens, True)
-                except ValueError as error:
-                    raise NoKernelsError(str(error)) from None
-                if not np.abs(a.hidden - b.hidden).mean(-1).max() <= MAX_STATES_DIFFERENCE * a.hidden.std():
-                    raise NoKernelsError(
-                        f"layer {layer}: the kernels' hidden states differ from ONNX Runtime's"
-                    )
-                for name in ("logits", "distances"):
-                    x, y = getattr(a, name), getattr(b, name)
-                    if (x is None) != (y is None):
-                        raise NoKernelsError(
-                            f"layer {layer}: the kernels' set of outputs differs from ONNX Runtime's"
-                        )
-                    if x is not None:
-                        pairs.setdefault((layer, name), []).append((x, y))
-        for (layer, name), values in pairs.items():
-            theirs_, ours_ = (np.stack(side) for side in zip(*values, strict=True))
-            spread = max(float(np.ptp(theirs_)), MIN_SPREAD)
-            if not np.abs(theirs_ - ours_).max() <= MAX_NATIVE_DIFFERENCE * spread:
-                raise NoKernelsError(f"layer {layer}: the kernels' {name} differ from ONNX Runtime's")
-        self._prove_group(texts, native, forward)
+    def _onnx_exits(self, weights: Mapping[int, Weights], prototypes: Mapping[int, Array]) -> OnnxExits:
+        sessions = {}
+        for layer, read in weights.items():
+            sessions[layer] = self._session(exit_graph(self.manifest, layer, read))
+        return OnnxExits(sessions, prototypes, self.manifest, self.pooling)
 
-    def _prove_group(
-        self, tokens: Sequence[Tokens], native: Sequence[Segment], forward: NativeForward
-    ) -> None:
-        """Raise NoKernelsError unless texts give the same bits in a group, run in two calls, as alone."""
-        rule = ExitRule(0.0, Entropy())
-        passes = [ForwardPass(t, rule, self.manifest.num_layers, ask_all=True) for t in tokens]
+    def _verify_segments(self) -> None:
+        """Check the segments' files, which are not loaded, against the manifest's hashes."""
+        for name in self.manifest.segment_files():
+            self._check()
+            self._artifact.read(name)
+
+    def _session(self, graph: bytes) -> Any:
+        options = session_options(self.manifest.max_tokens)
+        self._check()
         try:
-            for _ in range(2):
-                self._check()
-                forward(passes, layers=self.manifest.num_layers // 2 + 1)
-            alone = [full_depth(native, one.tokens, self._check) for one in passes]
-        except ValueError as error:
-            raise NoKernelsError(str(error)) from None
-        for one, steps in zip(passes, alone, strict=True):
-            for layer, step in enumerate(steps):
-                same = step.logits is None or one.logits[layer].tobytes() == step.logits.tobytes()
-                if not same or one.reason != "last_layer":
-                    raise NoKernelsError(
-                        f"layer {layer}: the kernels give different values for texts in a group"
-                    )
+            return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions have no common base class
+            raise StoreError(f"{self.path}: not a model that ONNX Runtime can run: {error}") from None
 
     def tokenize(self, text: str, text_pair: str | None = None, truncate: bool = True) -> Tokens:
         """Tokens of a text or pair, truncated to the model's maximum at the end of the longer text.
@@ -232,7 +194,7 @@ class Model:
         return tokens
 
     def empty_states(self) -> Array:
-        """A zero array for the pooled states of a text, (num_layers, hidden); see ForwardPass.states."""
+        """A zero array for the pooled states of a text, (num_layers, hidden); see Decision.states."""
         return np.zeros((self.manifest.num_layers, self.manifest.hidden_size), np.float32)
 
     def deepest_exit(self, max_layer: int | None) -> int:
@@ -243,32 +205,111 @@ class Model:
 
     def full_depth(self, tokens: Tokens) -> list[Step]:
         """Results of every layer for one sample, without early exit; index = layer."""
-        return full_depth(self.segments, tokens)
+        steps = [
+            Step(hidden) for hidden in hidden_states(self.encoder.layers, tokens, self.manifest.num_layers)
+        ]
+        for layer in self.exits.layers:
+            steps[layer].logits, steps[layer].distances = self.exits.run(layer, steps[layer].hidden)
+        return steps
+
+
+def _pooling(architecture: Architecture, last: Weights) -> Pooling:
+    norm = None
+    if "final_norm.weight" in last:
+        norm = last["final_norm.weight"].copy(), last["final_norm.bias"].copy()
+    return Pooling(norm, architecture.encoder.epsilon)
+
+
+def exit_network_of(
+    architecture: Architecture, weights: Mapping[int, Weights], prototypes: Mapping[int, Array]
+) -> network.Exits:
+    """The kernels' description of a model's exits; weights: by layer and name."""
+    head = architecture.head
+    return network.Exits(
+        hidden_size=architecture.hidden_size,
+        num_layers=architecture.num_layers,
+        mean=architecture.pooling == "mean",
+        epsilon=architecture.encoder.epsilon,
+        head=None if head is None else Head(head.activation, head.pooling == "mean", head.norm),
+        weights=weights,
+        prototypes=prototypes,
+    )
 
 
 def network_of(architecture: Architecture, segments: Sequence[Mapping[str, Array]]) -> Network:
     """The kernels' description of an encoder; segments: its weights by name, index = layer."""
-    encoder, head = architecture.encoder, architecture.head
+    encoder = architecture.encoder
     return Network(
         *(encoder.hidden_size, encoder.num_heads, encoder.inner, encoder.activation),
-        mean=architecture.pooling == "mean",
         epsilon=encoder.epsilon,
         is_gated=encoder.IS_GATED,
         is_pre_norm=encoder.IS_PRE_NORM,
         score_scale=encoder.score_scale,
         windows=[encoder.window_of(layer) for layer in range(1, encoder.num_layers + 1)],
         max_tokens=architecture.max_tokens,
-        head=None if head is None else Head(head.activation, head.pooling == "mean", head.norm),
         segments=segments,
     )
+
+
+def read_segments(
+    artifact: Artifact, check: Callable[[], None] = lambda: None
+) -> Iterator[tuple[bytes, dict[str, Array]]]:
+    """Yield the graph and the weights of each segment, without its exit, one at a time to save memory.
+
+    check: called before each. Raises StoreError for a file that is damaged or that export would not have written.
+    """
+    manifest = artifact.manifest
+    for layer, name in enumerate(manifest.segment_files()):
+        check()
+        data = artifact.read(name)
+        weights = check_segment(artifact, layer, data)
+        if manifest.has_old_exits:
+            weights = {name: array for name, array in weights.items() if not _is_of_exit(name, layer)}
+            data = (
+                build_segment(manifest, layer, stored(weights)).model(graph_name(layer)).SerializeToString()
+            )
+        # These are the checked bytes: the file could have changed since the check.
+        yield data, weights
+
+
+def exit_graph(architecture: Architecture, layer: int, weights: Weights) -> bytes:
+    """The graph of a layer's exit, from its weights in an artifact."""
+    model = build_exit(architecture, layer, stored(weights)).model(f"exit_{layer}")
+    data: bytes = model.SerializeToString()
+    return data
 
 
 def check_segment(artifact: Artifact, layer: int, data: bytes) -> dict[str, Array]:
     """The weights in a segment's file by name; raises StoreError unless export would build the same graph."""
     try:
-        return read_segment(read_model(data), artifact.manifest, layer)
+        return read_segment(read_model(data), artifact.manifest, layer, artifact.manifest.has_old_exits)
     except GraphError as error:
         raise StoreError(f"{artifact.path / artifact.manifest.segment_files()[layer]}: {error}") from None
+
+
+def exit_weights(artifact: Artifact, check: Callable[[], None] = lambda: None) -> dict[int, dict[str, Array]]:
+    """The weights of a model's exits by layer and name (segment_graph.build_exit); raises StoreError for invalid ones.
+
+    check: called before each slow step.
+    """
+    manifest = artifact.manifest
+    if not manifest.has_old_exits:
+        try:
+            return read_exits(_tensors(artifact, EXITS), manifest)
+        except GraphError as error:
+            raise StoreError(f"{artifact.path / EXITS}: {error}") from None
+    weights = {}
+    for layer in manifest.exit_layers:
+        check()
+        read = check_segment(artifact, layer, artifact.read(manifest.segment_files()[layer]))
+        weights[layer] = {name: array.copy() for name, array in read.items() if _is_of_exit(name, layer)}
+    return weights
+
+
+def _is_of_exit(name: str, layer: int) -> bool:
+    """True if a weight of a segment of schema 6 belongs to its exit; the embeddings have a norm of their own."""
+    part = name.partition(".")[0]
+    return part in ("classifier", "space", "final_norm", "dense") or (part == "norm" and layer > 0)
 
 
 def check_ids(artifact: Artifact, tokenizer: TextTokenizer) -> None:
@@ -284,14 +325,7 @@ def check_ids(artifact: Artifact, tokenizer: TextTokenizer) -> None:
 
 def unit_prototypes(artifact: Artifact) -> dict[int, Array]:
     """Prototypes (K, metric_dim) by layer, each row normalized; raises StoreError for unusable ones."""
-    manifest = artifact.manifest
-    file = artifact.path / "prototypes.safetensors"
-    try:
-        tensors = load_tensors(artifact.read("prototypes.safetensors"))
-    except StoreError:
-        raise
-    except Exception as error:  # SafetensorError, or KeyError for a type unknown to NumPy
-        raise StoreError(f"{file}: not a safetensors file: {type(error).__name__}: {error}") from None
+    manifest, file, tensors = artifact.manifest, artifact.path / PROTOTYPES, _tensors(artifact, PROTOTYPES)
     shape = (len(manifest.labels), manifest.metric_dim)
     unit: dict[int, Array] = {}
     for layer in manifest.prototype_layers:
@@ -306,3 +340,14 @@ def unit_prototypes(artifact: Artifact) -> dict[int, Array]:
             raise StoreError(f"{file}: layer_{layer:02} has no prototype for label {label!r}")
         unit[layer] = np.ascontiguousarray(rows / lengths)
     return unit
+
+
+def _tensors(artifact: Artifact, name: str) -> dict[str, Array]:
+    """The tensors in a safetensors file; raises StoreError for any other file."""
+    data = artifact.read(name)
+    try:
+        tensors: dict[str, Array] = load_tensors(data)
+    except Exception as error:  # SafetensorError, or KeyError for a type unknown to NumPy
+        why = f"{type(error).__name__}: {error}"
+        raise StoreError(f"{artifact.path / name}: not a safetensors file: {why}") from None
+    return tensors

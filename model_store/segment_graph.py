@@ -1,4 +1,4 @@
-"""The graph of a segment: the embeddings or a transformer block, and the exit if the layer has one.
+"""The graphs of a segment, which is the embeddings or a transformer block, and of an exit.
 
 A segment runs one unpadded sample:
 
@@ -6,16 +6,19 @@ A segment runs one unpadded sample:
                       → hidden (1, T, H)
     layer_NN.onnx     hidden (1, T, H) → next_hidden (1, T, H)
 
-If the layer has an exit, the segment also takes with_exit, a boolean, and returns logits (1, K). If the exit has
-prototypes, the segment also takes prototypes (K, D), with unit rows, and returns distances (1, K). The exit is a
-branch, so a sample that cannot exit at a layer does not pay for it; if with_exit is false, logits and distances are
-zeros.
+The weights of all exits are in exits.safetensors, so that the segments of models with the same encoder are equal. The
+graph of an exit is built from them when the model is loaded: hidden (1, T, H) → logits (1, K). If the exit has
+prototypes, it also takes prototypes (K, D), with unit rows, and returns distances (1, K).
+
+In artifacts of schema 6, an exit is a branch of its segment, which takes with_exit, a boolean, as well, and returns
+logits and distances, too.
 
 A file is checked by building its segment again from the weights in the file: everything else must be equal. A list of
 allowed operators would not be enough: allowed operators could form a graph that takes any amount of time or memory, or
 that has a backdoor triggered by one word. Only the values of the weights are free.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,11 +29,7 @@ from de3.model_store.graph import Array, Graph, GraphError, Source
 
 
 def build_segment(architecture: Architecture, layer: int, source: Source) -> Graph:
-    """The graph of a layer and its exit, with weights from a source; layer 0 is the embeddings.
-
-    The weights are those listed in `Encoder.embed` or `Encoder.block`, and those of the exit: classifier (hidden,
-    labels), space (hidden, metric_dim), final_norm, and a stock classifier's dense and norm.
-    """
+    """The graph of a layer, with weights from a source: those of `Encoder.embed` (layer 0) or `Encoder.block`."""
     encoder = architecture.encoder
     shape: list[int | str] = [1, "tokens", architecture.hidden_size]
     g = Graph(architecture.precision == "int8", source)
@@ -40,8 +39,20 @@ def build_segment(architecture: Architecture, layer: int, source: Source) -> Gra
         g.output(encoder.embed(g, ids, types), "hidden", shape)
     else:
         g.output(encoder.block(g, g.input("hidden", shape), layer), "next_hidden", shape)
-    if layer in architecture.exit_layers:
-        _add_exit(g, architecture, layer, source)
+    return g
+
+
+def build_exit(architecture: Architecture, layer: int, source: Source) -> Graph:
+    """The graph of a layer's exit, with weights from a source.
+
+    They are classifier (hidden, labels), space (hidden, metric_dim), final_norm, and a stock classifier's dense and
+    norm. In an int8 artifact, only the prototypical network (space) is int8: the rest costs almost nothing in float32.
+    """
+    g = Graph(architecture.precision == "int8", source)
+    hidden = g.input("hidden", [1, "tokens", architecture.hidden_size])
+    labels = len(architecture.labels)
+    for name, value in _exit_outputs(g, g, hidden, architecture, layer).items():
+        g.output(value, name, [1, labels])
     return g
 
 
@@ -50,46 +61,59 @@ def graph_name(layer: int) -> str:
     return f"layer_{layer}" if layer else "embeddings"
 
 
-def _add_exit(g: Graph, architecture: Architecture, layer: int, source: Source) -> None:
-    """Add an exit: the input with_exit, the outputs logits and, with prototypes, distances.
+def _exit_outputs(
+    g: Graph, outer: Graph, hidden: str, architecture: Architecture, layer: int
+) -> dict[str, str]:
+    """Append an exit to a graph; returns its logits and, with prototypes, its distances, by name.
 
-    In an int8 artifact, only the prototypical network of an exit is int8. The rest costs almost nothing in float32.
+    outer: the graph that takes the prototypes.
     """
     encoder, labels, size = architecture.encoder, len(architecture.labels), architecture.hidden_size
-    hidden, metric = g.outputs[0].name, architecture.metric_dim
+    metric = architecture.metric_dim
     head = architecture.head if layer == architecture.num_layers else None
-    flag = g.input("with_exit", [], TensorProto.BOOL)
-    yes, no = Graph(g.int8, source, "yes"), Graph(g.int8, source, "no")
     if (head or architecture).pooling == "mean":
-        seen = yes.norm(hidden, "final_norm", size, encoder.epsilon) if encoder.FINAL_NORM else hidden
-        pooled = yes.node("ReduceMean", seen, axes=[1], keepdims=0)
+        seen = g.norm(hidden, "final_norm", size, encoder.epsilon) if encoder.FINAL_NORM else hidden
+        pooled = g.node("ReduceMean", seen, axes=[1], keepdims=0)
     else:  # the norm is computed for one token only
-        pooled = yes.node("Gather", hidden, yes.constant(0), axis=1)
-        pooled = yes.norm(pooled, "final_norm", size, encoder.epsilon) if encoder.FINAL_NORM else pooled
+        pooled = g.node("Gather", hidden, g.constant(0), axis=1)
+        pooled = g.norm(pooled, "final_norm", size, encoder.epsilon) if encoder.FINAL_NORM else pooled
     top = pooled
     if head is not None:
-        top = yes.activation(yes.row(pooled, "dense", size, size), head.activation)
-        top = top if head.norm is None else yes.norm(top, "norm", size, head.norm)
-    yes.output(yes.row(top, "classifier", size, labels), "yes_logits", [1, labels])
-    names = ["logits"]
+        top = g.activation(g.row(pooled, "dense", size, size), head.activation)
+        top = top if head.norm is None else g.norm(top, "norm", size, head.norm)
+    outputs = {"logits": g.row(top, "classifier", size, labels)}
     if layer in architecture.prototype_layers:
-        prototypes = g.input("prototypes", [labels, metric])
+        prototypes = outer.input("prototypes", [labels, metric])
         # 1 − cos: the prototypes are unit vectors, so only h' is normalized.
-        unit = yes.node("LpNormalization", yes.linear(pooled, "space", size, metric), axis=1, p=2)
-        one = yes.constant([1], np.float32)
-        distances = yes.node("Gemm", unit, prototypes, one, alpha=-1.0, transB=1)
-        yes.output(distances, "yes_distances", [1, labels])
-        names.append("distances")
-    for name in names:
-        zeros = numpy_helper.from_array(np.zeros((1, labels), np.float32))
-        no.output(no.node("Constant", value=zeros), f"no_{name}", [1, labels])
-    g.branch(flag, yes, no, names, [1, labels])
+        unit = g.node("LpNormalization", g.linear(pooled, "space", size, metric), axis=1, p=2)
+        one = g.constant([1], np.float32)
+        outputs["distances"] = g.node("Gemm", unit, prototypes, one, alpha=-1.0, transB=1)
+    return outputs
 
 
-def read_segment(model: ModelProto, architecture: Architecture, layer: int) -> dict[str, Array]:
+def _add_branch(g: Graph, architecture: Architecture, layer: int, source: Source) -> None:
+    """Add an exit to a segment as in schema 6: the input with_exit, the outputs logits and, with prototypes, distances.
+
+    The outputs are zeros if with_exit is false.
+    """
+    shape: list[int | str] = [1, len(architecture.labels)]
+    flag = g.input("with_exit", [], TensorProto.BOOL)
+    yes, no = Graph(g.int8, source, "yes"), Graph(g.int8, source, "no")
+    outputs = _exit_outputs(yes, g, g.outputs[0].name, architecture, layer)
+    for name, value in outputs.items():
+        yes.output(value, f"yes_{name}", shape)
+        zeros = numpy_helper.from_array(np.zeros((1, len(architecture.labels)), np.float32))
+        no.output(no.node("Constant", value=zeros), f"no_{name}", shape)
+    g.branch(flag, yes, no, list(outputs), shape)
+
+
+def read_segment(
+    model: ModelProto, architecture: Architecture, layer: int, has_exits: bool = False
+) -> dict[str, Array]:
     """The weights in a segment's file by name; raises GraphError unless export would have built it from them.
 
-    model: a ModelProto that `graph_check.read_model` has accepted.
+    model: a ModelProto that `graph_check.read_model` has accepted. has_exits: the artifact has schema 6, so that its
+    exits' weights are in its segments.
     """
     declared = {tensor.name: tensor for tensor in model.graph.initializer}
 
@@ -100,8 +124,53 @@ def read_segment(model: ModelProto, architecture: Architecture, layer: int) -> d
         return proto, _values(proto, name, np.dtype(dtype), shape)
 
     g = build_segment(architecture, layer, take)
+    if has_exits and layer in architecture.exit_layers:
+        _add_branch(g, architecture, layer, take)
     _compare(model, g, graph_name(layer))
     return g.weights
+
+
+def read_exits(tensors: Mapping[str, Array], architecture: Architecture) -> dict[int, dict[str, Array]]:
+    """The weights of the exits by layer, from the tensors of exits.safetensors; raises GraphError for invalid ones."""
+    known: set[str] = set()
+
+    def source_of_layer(layer: int) -> Source:
+        def take(_: str, name: str, dtype: type, shape: tuple[int, ...]) -> tuple[TensorProto, Array]:
+            full, wanted = tensor_name(layer, name), np.dtype(dtype)
+            known.add(full)
+            array = tensors.get(full)
+            if array is None:
+                raise GraphError(f"it has no tensor {full}")
+            if array.dtype != wanted or array.shape != shape:
+                found = f"{array.dtype} of shape {list(array.shape)[:10]}"
+                raise GraphError(f"{full} must be {wanted} of shape {list(shape)}, got {found}")
+            if wanted.kind == "f" and not np.isfinite(array).all():
+                raise GraphError(f"{full} is not finite")
+            return TensorProto(), array
+
+        return take
+
+    weights = {
+        layer: build_exit(architecture, layer, source_of_layer(layer)).weights
+        for layer in architecture.exit_layers
+    }
+    if unknown := sorted(tensors.keys() - known):
+        raise GraphError(f"it has an unexpected tensor {unknown[0][:100]!r}")
+    return weights
+
+
+def exit_tensors(exits: Mapping[int, Mapping[str, Array]]) -> dict[str, Array]:
+    """The tensors of exits.safetensors, from the weights of each exit by layer."""
+    return {
+        tensor_name(layer, name): np.ascontiguousarray(array)
+        for layer, weights in exits.items()
+        for name, array in weights.items()
+    }
+
+
+def tensor_name(layer: int, name: str) -> str:
+    """The name in exits.safetensors of a weight of a layer's exit."""
+    return f"layer_{layer:02}.{name}"
 
 
 def _values(tensor: TensorProto, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:

@@ -1,6 +1,6 @@
-"""The layers of a loaded artifact, run on unpadded samples by ONNX Runtime or by the kernels."""
+"""An encoder and a model's exits, run on unpadded samples by ONNX Runtime or by the kernels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -30,12 +30,12 @@ class Tokens:
 
 @dataclass(slots=True)
 class Step:
-    """Results of a segment.
+    """Results of a layer and its exit.
 
     Attributes:
         hidden: (1, tokens, hidden).
-        logits: (K,); None if the layer has no exit or the exit was not computed.
-        distances: cosine distances to the prototypes, (K,); None without prototypes, or if the exit was not computed.
+        logits: (K,); None if the layer has no exit.
+        distances: cosine distances to the prototypes, (K,); None without prototypes.
     """
 
     hidden: Array
@@ -43,95 +43,164 @@ class Step:
     distances: Array | None = None
 
 
-class Segment(Protocol):
-    """One layer and its exit, run one unpadded sample at a time; safe to share between threads."""
+@dataclass(frozen=True)
+class Pooling:
+    """Pools hidden states as the exits do, so that exits can be fitted to the results.
 
-    layer: int
-    is_exit: bool
+    Attributes:
+        norm: scale and shift of the norm between hidden states and an exit, (hidden,) each; None without one.
+        epsilon: added to the variance in that norm.
+    """
 
-    def embed(self, tokens: Tokens, with_exit: bool) -> Step:
-        """Run the embeddings (layer 0) and, if `with_exit`, their exit."""
+    norm: tuple[Array, Array] | None
+    epsilon: float
 
-    def run(self, hidden: Array, with_exit: bool) -> Step:
-        """Run an encoder layer on the previous layer's hidden states and, if `with_exit`, its exit."""
+    def normalized(self, hidden: Array) -> Array:
+        """The hidden states of a sample, (1, tokens, hidden), after the norm, if there is one: (tokens, hidden)."""
+        rows: Array = hidden[0]
+        if self.norm is None:
+            return rows
+        centred = rows - rows.mean(-1, keepdims=True)
+        rows = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + self.epsilon)
+        return np.asarray(rows * self.norm[0] + self.norm[1], np.float32)
+
+    def mean(self, hidden: Array) -> Array:
+        """Mean over the tokens of normalized hidden states: (hidden,)."""
+        rows = self.normalized(hidden)
+        mean: Array = np.add.reduce(rows, 0) / np.float32(len(rows))  # equals rows.mean(0), in half the time
+        return mean
 
 
-class OnnxSegment:
-    """A segment that ONNX Runtime runs."""
+class Layers(Protocol):
+    """The layers of an encoder, run one unpadded sample at a time; safe to share between threads.
 
-    def __init__(self, layer: int, session: Any, manifest: Manifest, prototypes: Array | None) -> None:
-        """session: runs a graph that `read_segment` has checked. prototypes: (K, D), unit rows, or None."""
-        self.layer = layer
-        self.is_exit = layer in manifest.exit_layers
-        self._session = session
-        self._inputs = ["hidden"] if layer else ["input_ids"]
-        if layer == 0 and manifest.token_types:
-            self._inputs.append("token_type_ids")
-        self._outputs = ["next_hidden" if layer else "hidden", *(["logits"] if self.is_exit else [])]
-        self._prototypes: dict[str, Any] = {}
-        if prototypes is not None:
-            self._outputs.append("distances")
-            self._prototypes["prototypes"] = prototypes
+    Attributes:
+        num_layers: number of layers, without the embeddings, which are layer 0.
+    """
 
-    def embed(self, tokens: Tokens, with_exit: bool) -> Step:
-        """Run the embeddings (layer 0) and, if `with_exit`, their exit."""
+    num_layers: int
+
+    def embed(self, tokens: Tokens) -> Array:
+        """The embeddings' hidden states, (1, tokens, hidden)."""
+
+    def run(self, layer: int, hidden: Array) -> Array:
+        """The hidden states after a layer, from 1, for those of the layer before."""
+
+
+class Exits(Protocol):
+    """The exits of a model, run on the hidden states of one unpadded sample; safe to share between threads.
+
+    Attributes:
+        num_layers: layer of the last exit. The encoder may have more layers.
+        layers: the layers with an exit, ascending.
+        pooling: pools hidden states as the exits do.
+    """
+
+    num_layers: int
+    layers: list[int]
+    pooling: Pooling
+
+    def run(self, layer: int, hidden: Array) -> tuple[Array, Array | None]:
+        """The logits (K,) and, with prototypes, the distances (K,) at an exit, for hidden states (1, tokens, hidden)."""
+
+
+class OnnxLayers:
+    """An encoder that ONNX Runtime runs."""
+
+    def __init__(self, sessions: Sequence[Any], token_types: bool) -> None:
+        """sessions: index = layer; each runs a graph that `read_segment` has checked."""
+        self.num_layers = len(sessions) - 1
+        self._sessions = sessions
+        self._inputs = ["input_ids", "token_type_ids"] if token_types else ["input_ids"]
+
+    def embed(self, tokens: Tokens) -> Array:
+        """The embeddings' hidden states, (1, tokens, hidden)."""
         feed = dict(zip(self._inputs, (tokens.ids, tokens.type_ids), strict=False))
-        return self._run(feed, with_exit)
+        hidden: Array = self._sessions[0].run(["hidden"], feed)[0]
+        return hidden
 
-    def run(self, hidden: Array, with_exit: bool) -> Step:
-        """Run an encoder layer on the previous layer's hidden states and, if `with_exit`, its exit."""
-        return self._run({"hidden": hidden}, with_exit)
-
-    def _run(self, feed: dict[str, Any], with_exit: bool) -> Step:
-        if self.is_exit:
-            feed |= {"with_exit": np.array(with_exit), **self._prototypes}
-        values = self._session.run(self._outputs, feed)
-        if not (with_exit and self.is_exit):
-            return Step(values[0])
-        return Step(values[0], values[1][0], values[2][0] if len(values) > 2 else None)
+    def run(self, layer: int, hidden: Array) -> Array:
+        """The hidden states after a layer, from 1, for those of the layer before."""
+        after: Array = self._sessions[layer].run(["next_hidden"], {"hidden": hidden})[0]
+        return after
 
 
-class NativeSegment:
-    """A segment that the kernels run."""
+class OnnxExits:
+    """Exits that ONNX Runtime runs."""
 
     def __init__(
-        self, layer: int, kernels: Any, model: Any, manifest: Manifest, prototypes: Array | None
+        self,
+        sessions: Mapping[int, Any],
+        prototypes: Mapping[int, Array],
+        manifest: Manifest,
+        pooling: Pooling,
     ) -> None:
-        self.layer = layer
-        self.is_exit = layer in manifest.exit_layers
-        self._run, self._model = kernels.run, model
-        self._prototypes = prototypes
-        self._hidden, self._labels = manifest.hidden_size, len(manifest.labels)
+        """sessions: by layer; each runs a graph of `build_exit`. prototypes: (K, D), unit rows, by layer."""
+        self.num_layers, self.layers, self.pooling = manifest.num_layers, manifest.exit_layers, pooling
+        self._sessions = sessions
+        self._feeds = {layer: {"prototypes": rows} for layer, rows in prototypes.items()}
 
-    def embed(self, tokens: Tokens, with_exit: bool) -> Step:
-        """Run the embeddings (layer 0) and, if `with_exit`, their exit."""
+    def run(self, layer: int, hidden: Array) -> tuple[Array, Array | None]:
+        """The logits (K,) and, with prototypes, the distances (K,) at an exit, for hidden states (1, tokens, hidden)."""
+        values = self._sessions[layer].run(None, {"hidden": hidden, **self._feeds.get(layer, {})})
+        return values[0][0], values[1][0] if len(values) > 1 else None
+
+
+class NativeLayers:
+    """An encoder that the kernels run.
+
+    Attributes:
+        model: the kernels' model.
+    """
+
+    def __init__(self, kernels: Any, model: Any, manifest: Manifest) -> None:
+        self.num_layers, self.model = manifest.num_layers, model
+        self._run, self._hidden = kernels.run, manifest.hidden_size
+
+    def embed(self, tokens: Tokens) -> Array:
+        """The embeddings' hidden states, (1, tokens, hidden)."""
         hidden = np.empty((1, len(tokens), self._hidden), np.float32)
-        return self._step(tokens.ids, tokens.type_ids, hidden, with_exit)
+        self._run(self.model, 0, tokens.ids, tokens.type_ids, hidden)
+        return hidden
 
-    def run(self, hidden: Array, with_exit: bool) -> Step:
-        """Run an encoder layer on the previous layer's hidden states and, if `with_exit`, its exit."""
-        return self._step(hidden, None, np.empty_like(hidden), with_exit)
-
-    def _step(self, x: NDArray[Any], types: NDArray[np.int64] | None, hidden: Array, with_exit: bool) -> Step:
-        if not (with_exit and self.is_exit):
-            self._run(self._model, self.layer, x, types, hidden, None, None, None)
-            return Step(hidden)
-        logits = np.empty(self._labels, np.float32)
-        distances = None if self._prototypes is None else np.empty(self._labels, np.float32)
-        self._run(self._model, self.layer, x, types, hidden, self._prototypes, logits, distances)
-        return Step(hidden, logits, distances)
+    def run(self, layer: int, hidden: Array) -> Array:
+        """The hidden states after a layer, from 1, for those of the layer before."""
+        after = np.empty_like(hidden)
+        self._run(self.model, layer, hidden, None, after)
+        return after
 
 
-def full_depth(
-    segments: Sequence[Segment], tokens: Tokens, check: Callable[[], None] = lambda: None
-) -> list[Step]:
-    """Results of every segment for one sample, index = layer. check: called before each segment."""
+class NativeExits:
+    """Exits that the kernels run.
+
+    Attributes:
+        exits: the kernels' exits.
+        num_labels: number of labels.
+    """
+
+    def __init__(self, kernels: Any, exits: Any, manifest: Manifest, pooling: Pooling) -> None:
+        self.num_layers, self.layers, self.pooling = manifest.num_layers, manifest.exit_layers, pooling
+        self.exits, self.num_labels = exits, len(manifest.labels)
+        self._run, self._with_distances = kernels.run_exit, frozenset(manifest.prototype_layers)
+
+    def run(self, layer: int, hidden: Array) -> tuple[Array, Array | None]:
+        """The logits (K,) and, with prototypes, the distances (K,) at an exit, for hidden states (1, tokens, hidden)."""
+        logits = np.empty(self.num_labels, np.float32)
+        distances = np.empty(self.num_labels, np.float32) if layer in self._with_distances else None
+        self._run(self.exits, layer, hidden, logits, distances)
+        return logits, distances
+
+
+def hidden_states(
+    layers: Layers, tokens: Tokens, num_layers: int, check: Callable[[], None] = lambda: None
+) -> list[Array]:
+    """The hidden states of a sample after every layer up to `num_layers`; index = layer. check: called before each."""
     check()
-    steps = [segments[0].embed(tokens, True)]
-    for segment in segments[1:]:
+    states = [layers.embed(tokens)]
+    for layer in range(1, num_layers + 1):
         check()
-        steps.append(segment.run(steps[-1].hidden, True))
-    return steps
+        states.append(layers.run(layer, states[-1]))
+    return states
 
 
 def session_options(max_tokens: int = ARENA_TOKENS) -> Any:

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from de3.model_store.manifest import NAME, SCHEMA_VERSION, VERSION, Manifest
+from de3.model_store.manifest import (
+    EXITS,
+    NAME,
+    OLD_VERSION,
+    PROTOTYPES,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    VERSION,
+    Manifest,
+)
 from de3.model_store.part import MAX_INT, first_error
 from de3.model_store.printable import printable
 from de3.model_store.regular_file import read_regular_file
@@ -22,7 +31,7 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
 MAX_ARTIFACT_BYTES = 2**32  # all loaded files together
 MAX_MESSAGE = 500  # characters of an error message, which may quote an artifact
-MAX_FILE_BYTES = {"tokenizer.json": 2**26, "prototypes.safetensors": 2**28, "README.md": 2**20}
+MAX_FILE_BYTES = {TOKENIZER: 2**26, PROTOTYPES: 2**28, EXITS: 2**30, "README.md": 2**20}
 STALE_S = 86_400  # age of an abandoned draft: no export takes a day
 
 
@@ -249,9 +258,10 @@ def read_manifest(path: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{file}: not JSON: {error}") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in (OLD_VERSION, SCHEMA_VERSION):
         raise StoreError(
-            f"{file}: schema version {version!r}; this release reads {SCHEMA_VERSION}: export the model again"
+            f"{file}: schema version {version!r}; this release reads {OLD_VERSION} and {SCHEMA_VERSION}: export the "
+            "model again"
         )
     try:
         return Manifest.model_validate_json(data)

@@ -193,11 +193,10 @@ static void pool(const float *rows, int tokens, int hidden, const Norm *norm, in
     else memcpy(to, normed(rows, 1, hidden, norm, space), (size_t)hidden * 4);
 }
 
-int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, const float *prototypes,
-             float *logits, float *distances) {
+int run_exit(const Exits *e, int layer, const float *hidden_states, int tokens, float *logits, float *distances) {
     const Kernels *k = kernels;
-    const ExitHead *head = &m->exits[layer];
-    int hidden = m->hidden, metric = head->metric;
+    const ExitHead *head = &e->at[layer];
+    int hidden = e->hidden, metric = head->metric;
     size_t states = ROUND_UP((size_t)hidden * 4, 64), space = ROUND_UP((size_t)metric * 4, 64);
     size_t quantized = ROUND_UP(quantized_size(1, hidden), 64), rows = head->norm.scale ? (size_t)tokens * hidden * 4 : 0;
     char *memory = scratch(2 * states + space + quantized + rows);
@@ -205,10 +204,10 @@ int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, 
     float *pooled = (float *)memory, *embedded = (float *)(memory + states);
     float *features = (float *)(memory + states + space); /* input of the classifier */
 
-    int has_head = layer == m->num_layers && m->head.dense;
-    pool(hidden_states, tokens, hidden, &head->norm, has_head ? m->head.has_mean : m->has_mean,
+    int has_head = layer == e->num_layers && e->head.dense;
+    pool(hidden_states, tokens, hidden, &head->norm, has_head ? e->head.has_mean : e->has_mean,
          (float *)(memory + 2 * states + space + quantized), pooled);
-    if (has_head) run_head(&m->head, pooled, hidden, features);
+    if (has_head) run_head(&e->head, pooled, hidden, features);
     else features = pooled;
     int is_finite = 1;
     for (int i = 0; i < head->num_labels; i++) {
@@ -225,30 +224,30 @@ int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, 
     if (k->end) k->end();
     float length = sqrtf(k->dot(embedded, embedded, metric));
     for (int i = 0; i < head->num_labels; i++) {
-        float cosine = k->dot(embedded, prototypes + (size_t)i * metric, metric);
+        float cosine = k->dot(embedded, head->prototypes + (size_t)i * metric, metric);
         distances[i] = 1.0f - (length == 0 ? 0.0f : cosine / length);
     }
     return 0;
 }
 
-static int is_asked(const Model *m, int layer, const Pass *p) {
-    return m->exits[layer].is_set && (p->ask_all || p->tau > 0.0 || layer == p->deepest);
+static int is_asked(int layer, const Decision *d) {
+    return d->exits->at[layer].is_set && (d->ask_all || d->tau > 0.0 || layer == d->deepest);
 }
 
 /* Read a computed exit, and decide whether the text exits there. */
-static void decide_exit(const Model *m, int layer, Pass *p, double far) {
-    const ExitHead *head = &m->exits[layer];
+static void decide_exit(int layer, Decision *d) {
+    const ExitHead *head = &d->exits->at[layer];
     size_t row = (size_t)layer * head->num_labels;
-    Reading *reading = &p->readings[p->num_readings++];
-    *reading = read_exit(layer, p->logits + row, head->metric ? p->distances + row : NULL, p->thresholds,
+    Reading *reading = &d->readings[d->num_readings++];
+    *reading = read_exit(layer, d->logits + row, head->metric ? d->distances + row : NULL, d->thresholds,
                          head->num_labels);
-    if (reading->nearest > far && !p->is_far) {
-        p->is_far = 1;
-        p->tau *= p->tau_factor;
+    if (d->far && reading->nearest > d->far[layer] && !d->is_far) {
+        d->is_far = 1;
+        d->tau *= d->tau_factor;
     }
-    reading->score = score(p->signal, p->readings, p->num_readings);
-    p->is_below_tau = exits(reading->score, p->tau);
-    if (p->is_below_tau || layer == p->deepest) p->exit_layer = layer;
+    reading->score = score(d->signal, d->readings, d->num_readings);
+    d->is_below_tau = exits(reading->score, d->tau);
+    if (d->is_below_tau || layer == d->deepest) d->exit_layer = layer;
 }
 
 static __thread clockid_t clock_used = CLOCK_MONOTONIC;
@@ -269,16 +268,38 @@ static int run_texts(const Model *m, int layer, Pass *const *texts, const int *t
 
 /* Keep the mean of a text's tokens after a layer, as an exit there would see it. The layer need not have an exit, so
  * the norm is the last exit's. */
-static int keep_states(const Model *m, int layer, const float *rows, Pass *p) {
-    const Norm *norm = &m->exits[m->num_layers].norm;
-    float *space = norm->scale ? scratch((size_t)p->tokens * m->hidden * 4) : NULL;
+static int keep_states(int layer, const float *rows, int tokens, Decision *d) {
+    size_t hidden = d->exits->hidden;
+    const Norm *norm = &d->exits->at[d->exits->num_layers].norm;
+    float *space = norm->scale ? scratch(tokens * hidden * 4) : NULL;
     if (norm->scale && space == NULL) return -1;
-    pool(rows, p->tokens, m->hidden, norm, 1, space, p->states + (size_t)layer * m->hidden);
+    pool(rows, tokens, (int)hidden, norm, 1, space, d->states + layer * hidden);
     return 0;
 }
 
-int run_passes(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
-               const double *far) {
+/* Let every model that has not decided about a text do so after a layer; returns the number that are still undecided,
+ * or -1 if memory runs out. end: the time at the end of the layer, afterwards of the exits. */
+static int decide(int layer, const float *rows, Pass *p, double *end) {
+    int undecided = 0;
+    for (int i = 0; i < p->num_decisions; i++) {
+        Decision *d = &p->decisions[i];
+        if (d->exit_layer >= 0) continue;
+        if (d->states && layer < d->exits->num_layers && keep_states(layer, rows, p->tokens, d)) return -1;
+        if (is_asked(layer, d)) {
+            size_t at = (size_t)layer * d->exits->at[layer].num_labels;
+            if (run_exit(d->exits, layer, rows, p->tokens, d->logits + at, d->distances + at)) return -1;
+            decide_exit(layer, d);
+            double asked = now();
+            p->seconds += asked - *end;
+            *end = asked;
+        }
+        if (d->exit_layer < 0) undecided++;
+        else d->seconds = p->seconds;
+    }
+    return undecided;
+}
+
+int run_passes(const Model *m, Pass *passes, int count, int first, int last) {
     size_t hidden = m->hidden, total = 0, row = 0;
     for (int i = 0; i < count; i++) total += passes[i].tokens;
     float *rows = aligned_alloc(64, ROUND_UP(total * hidden * 4, 64));
@@ -289,8 +310,9 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
         tokens[i] = p->tokens;
         if (first) memcpy(rows + row * hidden, p->hidden, p->tokens * hidden * 4);
         row += p->tokens;
-        for (int layer = 0; layer < first; layer++)
-            if (is_asked(m, layer, p)) decide_exit(m, layer, p, far ? far[layer] : INFINITY);
+        for (Decision *d = p->decisions; d < p->decisions + p->num_decisions; d++)
+            for (int layer = 0; layer < first; layer++)
+                if (is_asked(layer, d)) decide_exit(layer, d);
     }
     for (int layer = first; layer <= last && count && !failed; layer++) {
         double start = now();
@@ -303,16 +325,9 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
             Pass *p = texts[i];
             size_t size = p->tokens * hidden;
             p->seconds += each * p->tokens;
-            if (p->states && layer < m->num_layers) failed = keep_states(m, layer, from, p);
-            if (!failed && is_asked(m, layer, p)) {
-                size_t at = (size_t)layer * m->exits[layer].num_labels;
-                failed = run_exit(m, layer, from, p->tokens, prototypes[layer], p->logits + at, p->distances + at);
-                if (!failed) decide_exit(m, layer, p, far ? far[layer] : INFINITY);
-                double asked = now();
-                p->seconds += asked - end;
-                end = asked;
-            }
-            if (p->exit_layer < 0) { /* close the gaps that exited texts leave */
+            int undecided = decide(layer, from, p, &end);
+            failed = undecided < 0;
+            if (undecided > 0) { /* close the gaps that exited texts leave */
                 if (to != from) memmove(to, from, size * 4);
                 to += size;
                 row += p->tokens;
@@ -334,10 +349,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
 typedef struct {
     const Model *m;
     Pass *passes;
-    int count, first, last;
-    const float *const *prototypes;
-    const double *far;
-    int failed;
+    int count, first, last, failed;
 } Call;
 
 typedef struct {
@@ -363,7 +375,7 @@ static void *work(void *argument) {
         if (w->ends) break;
         Call *c = w->call;
         pthread_mutex_unlock(&w->lock);
-        c->failed = run_passes(c->m, c->passes, c->count, c->first, c->last, c->prototypes, c->far);
+        c->failed = run_passes(c->m, c->passes, c->count, c->first, c->last);
         pthread_mutex_lock(&w->lock);
         w->call = NULL;
         pthread_cond_broadcast(&w->changed);
@@ -407,11 +419,10 @@ static Worker *own_worker(void) {
     return w;
 }
 
-int run_passes_at_idle(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
-                       const double *far) {
+int run_passes_at_idle(const Model *m, Pass *passes, int count, int first, int last) {
     Worker *w = own_worker();
-    if (w == NULL) return run_passes(m, passes, count, first, last, prototypes, far);
-    Call call = {m, passes, count, first, last, prototypes, far, 0};
+    if (w == NULL) return run_passes(m, passes, count, first, last);
+    Call call = {m, passes, count, first, last, 0};
     pthread_mutex_lock(&w->lock);
     w->call = &call;
     pthread_cond_broadcast(&w->changed);

@@ -18,22 +18,21 @@ int run_embeddings(const Model *m, const int64_t *ids, const int64_t *types, int
  * The result of a text does not depend on the others. */
 int run_layer(const Model *m, int layer, const float *from, const int *tokens, int count, float *to);
 
-/* Hidden states (tokens, hidden), prototypes (num_labels, metric) → logits and cosine distances (num_labels).
- * Without a metric space, prototypes and distances are not used. */
-int run_exit(const Model *m, int layer, const float *hidden, int tokens, const float *prototypes, float *logits,
-             float *distances);
+/* Hidden states (tokens, hidden) → logits and cosine distances to the prototypes (num_labels) of a layer's exit.
+ * Without a metric space, distances are not used. */
+int run_exit(const Exits *e, int layer, const float *hidden, int tokens, float *logits, float *distances);
 
-/* The forward pass of a text. */
+/* The decision of one model about a text: where the text exits, and the readings there. */
 typedef struct {
-    const int64_t *ids, *types; /* (tokens) */
-    int tokens, deepest;        /* deepest: the last layer to run, one with an exit */
-    int ask_all;                /* compute every exit, even those at which the text cannot exit (tau 0) */
+    const Exits *exits;
+    int deepest; /* the last layer at which the text may exit, one with an exit */
+    int ask_all; /* compute every exit, even those at which the text cannot exit (tau 0) */
     double tau;
     Signal signal;
     const double *thresholds; /* for a multi-label model: logits (num_labels); NULL for other models */
+    const double *far; /* by layer: the largest allowed distance to the nearest prototype; NULL: no limit */
     double tau_factor; /* factor applied to tau once the text is too far from every prototype of an exit */
 
-    float *hidden;             /* (tokens, hidden): input of the first layer, output of the last; or NULL */
     float *logits, *distances; /* (num_layers + 1, num_labels) */
     float *states;             /* (num_layers, hidden): mean of the tokens after each layer but the last; or NULL */
     Reading *readings;         /* readings of the exits computed so far; space for num_layers + 1 */
@@ -42,21 +41,28 @@ typedef struct {
     int exit_layer;   /* -1: the text has not exited */
     int is_below_tau; /* the score at exit_layer is below tau */
     int is_far;       /* the text was too far from every prototype of some exit */
-    double seconds;   /* time of the text: its share of each layer, and its exits */
+    double seconds;   /* time of the text until this exit */
+} Decision;
+
+/* The forward pass of a text: several models that have the same encoder can each decide about it. */
+typedef struct {
+    const int64_t *ids, *types; /* (tokens) */
+    int tokens;
+    float *hidden; /* (tokens, hidden): input of the first layer, output of the last; or NULL */
+    Decision *decisions;
+    int num_decisions;
+    double seconds; /* time of the text: its share of each layer, and its exits */
 } Pass;
 
-enum { MAX_PASSES = 64 };
+enum { MAX_PASSES = 64, MAX_DECISIONS = 16 };
 
-/* Run layers first … last; a text that exits skips the rest. All texts run a layer together, so its weights are read
+/* Run layers first … last; a text about which all models have decided skips the rest. All texts run a layer together, so its weights are read
  * from memory once; the result of a text does not depend on the others. With first > 0 the passes continue: hidden
- * states, logits and distances are those of the previous call. prototypes: by layer. far: the largest allowed distance
- * to the nearest prototype, by layer; NULL: no limit. */
-int run_passes(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
-               const double *far);
+ * states, logits and distances are those of the previous call. */
+int run_passes(const Model *m, Pass *passes, int count, int first, int last);
 
 /* Like run_passes, but at the system's lowest priority: any other thread preempts it. If no thread can be created for
  * it, it runs at normal priority. */
-int run_passes_at_idle(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
-                       const double *far);
+int run_passes_at_idle(const Model *m, Pass *passes, int count, int first, int last);
 
 #endif

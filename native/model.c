@@ -159,30 +159,39 @@ void free_norm(Norm *n) {
 void free_model(Model *m) {
     for (int i = 0; i <= m->num_layers; i++) {
         Layer *l = &m->layers[i];
-        ExitHead *exit = &m->exits[i];
-        Linear *linears[] = {&l->qkv, &l->out, &l->up, &l->gate, &l->down, &exit->projection};
-        Norm *norms[] = {&l->before_attention, &l->after_attention, &l->before_ffn, &l->after_ffn, &exit->norm};
-        for (int j = 0; j < 6; j++) free_linear(linears[j]);
-        for (int j = 0; j < 5; j++) free_norm(norms[j]);
+        Linear *linears[] = {&l->qkv, &l->out, &l->up, &l->gate, &l->down};
+        Norm *norms[] = {&l->before_attention, &l->after_attention, &l->before_ffn, &l->after_ffn};
+        for (int j = 0; j < 5; j++) free_linear(linears[j]);
+        for (int j = 0; j < 4; j++) free_norm(norms[j]);
         free(l->attention.offsets.values);
         free(l->attention.terms.buckets);
         free(l->attention.terms.keys);
         free(l->attention.terms.queries);
-        free(exit->tiles);
-        free(exit->classifier);
-        free(exit->bias);
     }
     for (int i = 0; i < MAX_ROTATIONS; i++) {
         free(m->rotations[i].cos);
         free(m->rotations[i].sin);
     }
-    free(m->head.dense);
-    free(m->head.bias);
-    free_norm(&m->head.norm);
     free_norm(&m->norm);
     free(m->word_scales);
     free(m->positions);
     free(m->types);
     free_block(m);
     free(m);
+}
+
+void free_exits(Exits *e) {
+    for (int i = 0; i <= e->num_layers; i++) {
+        ExitHead *exit = &e->at[i];
+        free_linear(&exit->projection);
+        free_norm(&exit->norm);
+        free(exit->tiles);
+        free(exit->classifier);
+        free(exit->bias);
+        free(exit->prototypes);
+    }
+    free(e->head.dense);
+    free(e->head.bias);
+    free_norm(&e->head.norm);
+    free(e);
 }

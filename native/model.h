@@ -1,6 +1,7 @@
-/* A model: the weights of an artifact's int8 segments.
+/* A model: the weights of an artifact's int8 encoder, and those of its exits, apart, as several models can have the same
+ * encoder.
  *
- * It is read-only once built, so threads share it. Names of sizes: in and out of a linear layer, hidden for the width
+ * Both are read-only once built, so threads share them. Names of sizes: in and out of a linear layer, hidden for the width
  * of the hidden states, inner for the width inside the feed-forward network.
  */
 #ifndef NATIVE_MODEL_H
@@ -65,6 +66,7 @@ typedef struct {
     int is_set, num_labels, metric; /* metric: dimension of the metric space; 0: no prototypes */
     Norm norm;                      /* applied to the tokens before pooling */
     float *classifier, *bias;       /* (num_labels, hidden), (num_labels) */
+    float *prototypes;              /* (num_labels, metric), unit rows */
     Linear projection;              /* into the metric space */
     int8_t *tiles;                  /* tiles of the projection */
 } ExitHead;
@@ -73,9 +75,17 @@ typedef struct {
 typedef struct {
     float *dense, *bias; /* (hidden, hidden), a row for each output; (hidden). NULL: no such layer */
     enum { HEAD_TANH, HEAD_RELU, HEAD_GELU, NUM_HEAD_ACTIVATIONS } activation;
-    int has_mean; /* like Model.has_mean, for this exit */
+    int has_mean; /* like Exits.has_mean, for this exit */
     Norm norm;    /* applied before the classifier */
 } Head;
+
+/* The exits of a model. */
+typedef struct {
+    int hidden, num_layers; /* num_layers: layer of the last exit; the encoder may have more layers */
+    int has_mean;           /* pooling: the mean of the tokens, otherwise the first token */
+    ExitHead at[MAX_LAYERS + 1]; /* indexed by layer, from 0 */
+    Head head;                   /* head of the last exit */
+} Exits;
 
 /* x = from + out(attention(qkv(before_attention(from)))), then y = after_attention(x) and
  * to = after_ffn(y + down(activation(up(before_ffn(y))) · gate(before_ffn(y)))); norms and the gate are optional. */
@@ -93,7 +103,6 @@ typedef struct {
 typedef struct {
     int hidden, num_heads, inner, num_layers, has_gate;
     int has_gelu;  /* activation: GELU, otherwise ReLU */
-    int has_mean;  /* pooling of the exits: the mean of the tokens, otherwise the first token */
     int num_words, num_positions, num_types; /* num_positions, num_types: 0 without such a table */
     int8_t *words;                 /* (num_words, hidden), after the tiles */
     float *word_scales;            /* (num_words) */
@@ -103,8 +112,6 @@ typedef struct {
     void *memory;                  /* mapping that holds the tiles and the words */
     int is_filled;                 /* another process has already written the tiles and the words to shared memory */
     Layer layers[MAX_LAYERS + 1];  /* indexed from 1 */
-    ExitHead exits[MAX_LAYERS + 1]; /* indexed by layer, from 0 */
-    Head head;                      /* head of the last exit */
     Rotation rotations[MAX_ROTATIONS];
 } Model;
 
@@ -153,5 +160,6 @@ int8_t *end_of_tiles(const Model *m);
 void free_linear(Linear *w);
 void free_norm(Norm *n);
 void free_model(Model *m);
+void free_exits(Exits *e);
 
 #endif

@@ -1,4 +1,4 @@
-"""The kernels' model, built from the weights of an artifact's segments."""
+"""The kernels' encoder and exits, built from the weights of an artifact."""
 
 import fcntl
 import os
@@ -20,7 +20,7 @@ NORMS = {
     "attention_norm": 0,
     "ffn_norm": 2,
 }  # norms before attention and the feed-forward network; + NORM_AFTER: after them
-NORM_AFTER, NORM_OF_TABLES, NORM_OF_EXIT, NORM_OF_HEAD = 1, 3, 4, 5
+NORM_AFTER, NORM_OF_TABLES = 1, 3
 HEAD_ACTIVATIONS = ("tanh", "relu", "gelu")  # in the same order as in model.h
 KNOWN = {
     "word",
@@ -34,16 +34,7 @@ KNOWN = {
     *NORMS,
     "offsets",
 }
-KNOWN |= {
-    "frequencies",
-    "row_numbers",
-    "key_table",
-    "query_table",
-    "final_norm",
-    "classifier",
-    "space",
-    "dense",
-}
+KNOWN |= {"frequencies", "row_numbers", "key_table", "query_table"}
 
 
 def can_share_memory() -> bool:
@@ -81,7 +72,7 @@ class Head:
 
     Attributes:
         activation: tanh, relu or gelu.
-        mean: like Network.mean, for this exit.
+        mean: like Exits.mean, for this exit.
         norm: epsilon of the norm before the classifier; None: no norm.
     """
 
@@ -91,20 +82,40 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Exits:
+    """The exits of a model.
+
+    Attributes:
+        num_layers: layer of the last exit.
+        mean: the exits' input is the mean of the tokens, otherwise the first token.
+        epsilon: epsilon of every norm except the head's.
+        head: stock head of the last exit; None: the last exit is like the others.
+        weights: weights of each exit by name (model_store/segment_graph.py), by layer.
+        prototypes: unit rows (K, D), by layer.
+    """
+
+    hidden_size: int
+    num_layers: int
+    mean: bool
+    epsilon: float
+    head: Head | None
+    weights: Mapping[int, Mapping[str, Array]]
+    prototypes: Mapping[int, Array]
+
+
+@dataclass(frozen=True)
 class Network:
-    """An encoder with exits.
+    """An encoder.
 
     Attributes:
         activation: gelu, gelu_tanh or relu.
-        mean: the exits' input is the mean of the tokens, otherwise the first token.
         inner: width inside the feed-forward networks.
-        epsilon: epsilon of every norm except the head's.
+        epsilon: epsilon of every norm.
         is_gated: the feed-forward networks have gates: ffn_in has the activated part, then the gate.
         is_pre_norm: norms come before attention and the feed-forward network, otherwise after.
         score_scale: factor of Q·Kᵀ in attention scores with relative terms; None without such terms.
         windows: largest distance between a token and its keys, for each layer from 1 on; 0: any distance.
         max_tokens: number of tokens of the longest text.
-        head: stock head of the last exit; None: the last exit is like the others.
         segments: weights by name (model_store/segment_graph.py), index = layer; 0 is the embeddings.
     """
 
@@ -112,59 +123,81 @@ class Network:
     num_heads: int
     inner: int
     activation: str
-    mean: bool
     epsilon: float
     is_gated: bool
     is_pre_norm: bool
     score_scale: float | None
     windows: Sequence[int]
     max_tokens: int
-    head: Head | None
     segments: Sequence[Mapping[str, Array]]
 
 
+def kernels() -> Any:
+    """The extension module with the kernels; raises NoKernelsError if it cannot be used on this machine."""
+    if find_spec("de3.native.kernels") is None:
+        raise NoKernelsError("the int8 kernels were not built: de3 was installed without a C compiler")
+    try:
+        from de3.native import kernels as module
+    except ImportError as error:
+        raise NoKernelsError(f"the kernels cannot be loaded: {error}") from None
+    if not module.supported():
+        raise NoKernelsError(module.why_not())
+    return module
+
+
 def build(network: Network, memory: Memory | None = None) -> Any:
-    """Build the kernels' model of a network; raises NoKernelsError if they do not support it.
+    """Build the kernels' model of an encoder; raises NoKernelsError if they do not support it.
 
     memory: memory for the weights, shared with other processes; None: this process has its own. Raises OSError if the
     memory cannot be sealed.
     """
-    if find_spec("de3.native.kernels") is None:
-        raise NoKernelsError("the int8 kernels were not built: de3 was installed without a C compiler")
-    try:
-        from de3.native import kernels
-    except ImportError as error:
-        raise NoKernelsError(f"the kernels cannot be loaded: {error}") from None
-    if not kernels.supported():
-        raise NoKernelsError(kernels.why_not())
+    module = kernels()
     _check(network)
     tables, *layers = network.segments
     try:
         is_gelu, num_words = network.activation == "gelu", len(tables["word.scale"])
         sizes = (network.hidden_size, network.num_heads, network.inner, len(layers), num_words)
         shared = () if memory is None else (memory.fd, memory.is_filled)
-        model = kernels.new(*sizes, is_gelu, network.is_gated, network.mean, *shared)
+        model = module.new(*sizes, is_gelu, network.is_gated, *shared)
         names = ("word.weight", "word.scale", "position.weight", "token_type.weight")
-        kernels.set_embeddings(model, *(tables.get(name, NONE) for name in names))
-        kernels.set_norm(model, 0, NORM_OF_TABLES, *_norm(tables, "norm"), network.epsilon)
+        module.set_embeddings(model, *(tables.get(name, NONE) for name in names))
+        module.set_norm(model, 0, NORM_OF_TABLES, *_norm(tables, "norm"), network.epsilon)
         for number, weights in enumerate(layers, 1):
-            _set_layer(kernels, model, network, number, weights)
-        _set_rotations(kernels, model, network)
-        for number, weights in enumerate(network.segments):
-            if "classifier.weight" in weights:
-                _set_exit(kernels, model, network, number, weights)
-        if (head := network.head) is not None:
-            top = layers[-1]
-            dense = np.ascontiguousarray(top["dense.weight"].T)
-            activation = HEAD_ACTIVATIONS.index(head.activation)
-            kernels.set_head(model, dense, top["dense.bias"], activation, head.mean)
-            if head.norm is not None:
-                kernels.set_norm(model, len(layers), NORM_OF_HEAD, *_norm(top, "norm"), head.norm)
+            _set_layer(module, model, network, number, weights)
+        _set_rotations(module, model, network)
     except ValueError as error:  # unsupported sizes
         raise NoKernelsError(str(error)) from None
     if memory is not None and not memory.is_filled:
-        kernels.seal(model, memory.fd)
+        module.seal(model, memory.fd)
     return model
+
+
+def build_exits(exits: Exits) -> Any:
+    """Build the kernels' exits of a model; raises NoKernelsError if the kernels do not support them."""
+    module, head = kernels(), exits.head
+    try:
+        built = module.new_exits(exits.hidden_size, exits.num_layers, exits.mean)
+        for layer, weights in exits.weights.items():
+            classifier = np.ascontiguousarray(weights["classifier.weight"].T)
+            space = [NONE] * 4
+            if "space.weight" in weights:
+                parts = (
+                    np.ascontiguousarray(weights[f"space.{what}"]) for what in ("weight", "scale", "bias")
+                )
+                space = [*parts, exits.prototypes[layer]]
+            module.set_exit(built, layer, classifier, weights["classifier.bias"], *space)
+            if "final_norm.weight" in weights:
+                module.set_exit_norm(built, layer, *_norm(weights, "final_norm"), exits.epsilon, False)
+        if head is not None:
+            top = exits.weights[exits.num_layers]
+            dense = np.ascontiguousarray(top["dense.weight"].T)
+            activation = HEAD_ACTIVATIONS.index(head.activation)
+            module.set_head(built, dense, top["dense.bias"], activation, head.mean)
+            if head.norm is not None:
+                module.set_exit_norm(built, exits.num_layers, *_norm(top, "norm"), head.norm, True)
+    except ValueError as error:  # unsupported sizes
+        raise NoKernelsError(str(error)) from None
+    return built
 
 
 def _set_layer(kernels: Any, model: Any, network: Network, number: int, weights: Mapping[str, Array]) -> None:
@@ -198,14 +231,6 @@ def _set_rotations(kernels: Any, model: Any, network: Network) -> None:
         positions = np.arange(network.max_tokens, dtype=np.float32)[:, None]
         angles = positions * np.frombuffer(frequencies, np.float32)
         kernels.set_rotation(model, numbers, np.cos(angles), np.sin(angles))
-
-
-def _set_exit(kernels: Any, model: Any, network: Network, number: int, weights: Mapping[str, Array]) -> None:
-    classifier = np.ascontiguousarray(weights["classifier.weight"].T)
-    space = _linear(weights, "space", network) if "space.weight" in weights else (NONE, NONE, NONE)
-    kernels.set_exit(model, number, classifier, weights["classifier.bias"], *space)
-    if "final_norm.weight" in weights:
-        kernels.set_norm(model, number, NORM_OF_EXIT, *_norm(weights, "final_norm"), network.epsilon)
 
 
 def _check(network: Network) -> None:

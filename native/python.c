@@ -13,6 +13,7 @@
 #include <time.h>
 
 #define CAPSULE "native.Model"
+#define EXITS "native.Exits"
 #define MAX_TOKENS (1 << 16)
 
 /* False if the reference is in use, unless a test chose it. */
@@ -21,6 +22,10 @@ static int is_fast;
 static void destroy(PyObject *capsule) { free_model(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
 static Model *model_of(PyObject *capsule) { return PyCapsule_GetPointer(capsule, CAPSULE); }
+
+static void destroy_exits(PyObject *capsule) { free_exits(PyCapsule_GetPointer(capsule, EXITS)); }
+
+static Exits *exits_of(PyObject *capsule) { return PyCapsule_GetPointer(capsule, EXITS); }
 
 /* Returns the condition; if it is false, sets an error unless an error is already set. */
 static int require(int condition, const char *message) {
@@ -40,9 +45,9 @@ static int holds(const Py_buffer *buffer, size_t count, size_t size, const char 
     return 0;
 }
 
-static int in_range(const Model *m, int layer, int first) {
-    if (layer >= first && layer <= m->num_layers) return 1;
-    PyErr_Format(PyExc_ValueError, "layer %d is not one of %d to %d", layer, first, m->num_layers);
+static int in_range(int num_layers, int layer, int first) {
+    if (layer >= first && layer <= num_layers) return 1;
+    PyErr_Format(PyExc_ValueError, "layer %d is not one of %d to %d", layer, first, num_layers);
     return 0;
 }
 
@@ -121,12 +126,12 @@ static PyObject *py_peak(PyObject *self, PyObject *none) {
 
 /* ---- building a model ------------------------------------------------------------------------------- */
 
-/* new(hidden, num_heads, inner, num_layers, num_words, gelu, gate, mean, fd=-1, is_filled=False) */
+/* new(hidden, num_heads, inner, num_layers, num_words, gelu, gate, fd=-1, is_filled=False) */
 static PyObject *py_new(PyObject *self, PyObject *args) {
     Sizes s;
-    int gelu, mean, fd = -1, is_filled = 0;
-    if (!PyArg_ParseTuple(args, "iiiiippp|ip", &s.hidden, &s.num_heads, &s.inner, &s.num_layers, &s.num_words, &gelu,
-                          &s.has_gate, &mean, &fd, &is_filled))
+    int gelu, fd = -1, is_filled = 0;
+    if (!PyArg_ParseTuple(args, "iiiiipp|ip", &s.hidden, &s.num_heads, &s.inner, &s.num_layers, &s.num_words, &gelu,
+                          &s.has_gate, &fd, &is_filled))
         return NULL;
     if (!require(has_kernels(&s) && s.num_words >= 0 && s.num_words <= 1 << 30 && (fd >= 0 || !is_filled),
                  "there are no kernels for these sizes"))
@@ -134,9 +139,23 @@ static PyObject *py_new(PyObject *self, PyObject *args) {
     Model *m = new_model(&s, fd, is_filled);
     if (m == NULL) return PyErr_NoMemory();
     m->has_gelu = gelu;
-    m->has_mean = mean;
     PyObject *capsule = PyCapsule_New(m, CAPSULE, destroy);
     if (capsule == NULL) free_model(m);
+    return capsule;
+}
+
+/* new_exits(hidden, num_layers, mean): the exits of a model whose last exit is after layer num_layers */
+static PyObject *py_new_exits(PyObject *self, PyObject *args) {
+    int hidden, num_layers, mean;
+    if (!PyArg_ParseTuple(args, "iip", &hidden, &num_layers, &mean)) return NULL;
+    if (!require(hidden >= 64 && hidden % 64 == 0 && hidden <= 8192 && num_layers >= 1 && num_layers <= MAX_LAYERS,
+                 "there are no kernels for these sizes"))
+        return NULL;
+    Exits *e = calloc(1, sizeof(Exits));
+    if (e == NULL) return PyErr_NoMemory();
+    *e = (Exits){.hidden = hidden, .num_layers = num_layers, .has_mean = mean};
+    PyObject *capsule = PyCapsule_New(e, EXITS, destroy_exits);
+    if (capsule == NULL) free_exits(e);
     return capsule;
 }
 
@@ -161,7 +180,7 @@ static PyObject *py_set_linear(PyObject *self, PyObject *args) {
     Py_buffer b[3];
     if (!PyArg_ParseTuple(args, "Oiiy*y*y*", &capsule, &number, &which, &b[0], &b[1], &b[2])) return NULL;
     Model *m = model_of(capsule);
-    int ok = m != NULL && in_range(m, number, 1) &&
+    int ok = m != NULL && in_range(m->num_layers, number, 1) &&
              require(which >= 0 && which < NUM_LINEARS && (which != GATE_LINEAR || m->has_gate),
                      "which must be 0 (qkv), 1 (out), 2 (up), 3 (gate, if there are gates) or 4 (down)");
     if (ok) {
@@ -178,8 +197,16 @@ static PyObject *py_set_linear(PyObject *self, PyObject *args) {
     return done(ok, b, 3);
 }
 
+/* Copy a norm's scale and shift of `hidden` elements into it; returns false, with an error set, if they are invalid. */
+static int copy_norm(Norm *norm, int hidden, const Py_buffer *scale, const Py_buffer *shift, float epsilon) {
+    if (!holds(scale, hidden, 4, "scale") || !holds(shift, hidden, 4, "shift")) return 0;
+    free_norm(norm);
+    *norm = (Norm){copy_of(scale->buf, scale->len), copy_of(shift->buf, shift->len), epsilon};
+    return require_memory(norm->scale && norm->shift);
+}
+
 /* set_norm(model, layer, which, scale, shift, epsilon). which: 0 before and 1 after attention, 2 before and 3 after the
- * feed-forward network (layer 0: of the embeddings), 4 before an exit's pooling, 5 before the last classifier */
+ * feed-forward network (layer 0: of the embeddings) */
 static PyObject *py_set_norm(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int number, which;
@@ -187,18 +214,27 @@ static PyObject *py_set_norm(PyObject *self, PyObject *args) {
     Py_buffer b[2];
     if (!PyArg_ParseTuple(args, "Oiiy*y*f", &capsule, &number, &which, &b[0], &b[1], &epsilon)) return NULL;
     Model *m = model_of(capsule);
-    int ok = m != NULL && in_range(m, number, 0) && holds(&b[0], m->hidden, 4, "scale") &&
-             holds(&b[1], m->hidden, 4, "shift") &&
-             require(which >= 0 && which <= 5 && (number || which >= 3), "there is no such norm");
+    int ok = m != NULL && in_range(m->num_layers, number, 0) &&
+             require(which >= 0 && which <= 3 && (number || which == 3), "there is no such norm");
     if (ok) {
         Layer *l = &m->layers[number];
-        Norm *norms[] = {&l->before_attention, &l->after_attention, &l->before_ffn, number ? &l->after_ffn : &m->norm,
-                         &m->exits[number].norm, &m->head.norm};
-        Norm *norm = norms[which];
-        free_norm(norm);
-        *norm = (Norm){copy_of(b[0].buf, b[0].len), copy_of(b[1].buf, b[1].len), epsilon};
-        ok = require_memory(norm->scale && norm->shift);
+        Norm *norms[] = {&l->before_attention, &l->after_attention, &l->before_ffn, number ? &l->after_ffn : &m->norm};
+        ok = copy_norm(norms[which], m->hidden, &b[0], &b[1], epsilon);
     }
+    return done(ok, b, 2);
+}
+
+/* set_exit_norm(exits, layer, scale, shift, epsilon, is_of_head): the norm before an exit's pooling; is_of_head: before
+ * the last classifier, after the head's dense layer */
+static PyObject *py_set_exit_norm(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    int number, is_of_head;
+    float epsilon;
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "Oiy*y*fp", &capsule, &number, &b[0], &b[1], &epsilon, &is_of_head)) return NULL;
+    Exits *e = exits_of(capsule);
+    int ok = e != NULL && in_range(e->num_layers, number, 0) &&
+             copy_norm(is_of_head ? &e->head.norm : &e->at[number].norm, e->hidden, &b[0], &b[1], epsilon);
     return done(ok, b, 2);
 }
 
@@ -209,7 +245,7 @@ static PyObject *py_set_offsets(PyObject *self, PyObject *args) {
     Py_buffer b;
     if (!PyArg_ParseTuple(args, "Oiy*", &capsule, &number, &b)) return NULL;
     Model *m = model_of(capsule);
-    int ok = m != NULL && in_range(m, number, 1);
+    int ok = m != NULL && in_range(m->num_layers, number, 1);
     if (ok) {
         Offsets *offsets = &m->layers[number].attention.offsets;
         size_t width = b.len / 4 / m->num_heads;
@@ -233,7 +269,7 @@ static PyObject *py_set_window(PyObject *self, PyObject *args) {
     int number, window;
     if (!PyArg_ParseTuple(args, "Oii", &capsule, &number, &window)) return NULL;
     Model *m = model_of(capsule);
-    if (m == NULL || !in_range(m, number, 1)) return NULL;
+    if (m == NULL || !in_range(m->num_layers, number, 1)) return NULL;
     if (!require(window >= 1 && window <= MAX_TOKENS, "a window must be 1 to 65536")) return NULL;
     m->layers[number].attention.window = window;
     Py_RETURN_NONE;
@@ -274,7 +310,7 @@ static PyObject *py_set_terms(PyObject *self, PyObject *args) {
     Py_buffer b[3];
     if (!PyArg_ParseTuple(args, "Oify*y*y*", &capsule, &number, &scale, &b[0], &b[1], &b[2])) return NULL;
     Model *m = model_of(capsule);
-    int ok = m != NULL && in_range(m, number, 1);
+    int ok = m != NULL && in_range(m->num_layers, number, 1);
     if (ok) {
         Attention *a = &m->layers[number].attention;
         size_t count = b[0].len / 4, rows = (b[1].len ? b[1].len : b[2].len) / 4 / m->hidden;
@@ -322,56 +358,57 @@ static PyObject *py_set_embeddings(PyObject *self, PyObject *args) {
     return done(ok, b, 4);
 }
 
-/* set_exit(model, layer, classifier (K, H), bias (K), weight (H, D) int8, scale (D), metric_bias (D)); the last three
- * are empty for an exit without prototypes */
+/* set_exit(exits, layer, classifier (K, H), bias (K), weight (H, D) int8, scale (D), metric_bias (D), prototypes (K, D));
+ * the last four are empty for an exit without prototypes */
 static PyObject *py_set_exit(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int number;
-    Py_buffer b[5];
-    if (!PyArg_ParseTuple(args, "Oiy*y*y*y*y*", &capsule, &number, &b[0], &b[1], &b[2], &b[3], &b[4])) return NULL;
-    Model *m = model_of(capsule);
-    int ok = m != NULL && in_range(m, number, 0);
+    Py_buffer b[6];
+    if (!PyArg_ParseTuple(args, "Oiy*y*y*y*y*y*", &capsule, &number, &b[0], &b[1], &b[2], &b[3], &b[4], &b[5])) return NULL;
+    Exits *e = exits_of(capsule);
+    int ok = e != NULL && in_range(e->num_layers, number, 0);
     if (ok) {
-        ExitHead *head = &m->exits[number];
+        ExitHead *head = &e->at[number];
         int labels = (int)(b[1].len / 4), metric = (int)(b[3].len / 4);
-        ok = holds(&b[0], (size_t)labels * m->hidden, 4, "classifier") && holds(&b[1], labels, 4, "bias") &&
-             holds(&b[2], (size_t)metric * m->hidden, 1, "weight") && holds(&b[3], metric, 4, "scale") &&
-             holds(&b[4], metric, 4, "metric_bias") && require(!head->is_set, "this exit is already set") &&
+        ok = holds(&b[0], (size_t)labels * e->hidden, 4, "classifier") && holds(&b[1], labels, 4, "bias") &&
+             holds(&b[2], (size_t)metric * e->hidden, 1, "weight") && holds(&b[3], metric, 4, "scale") &&
+             holds(&b[4], metric, 4, "metric_bias") && holds(&b[5], (size_t)labels * metric, 4, "prototypes") && require(!head->is_set, "this exit is already set") &&
              require(metric % 32 == 0, "a metric space must have a multiple of 32 dimensions");
-        for (int i = 0; ok && i <= m->num_layers; i++)
-            ok = require(labels >= 1 && (!m->exits[i].is_set || m->exits[i].num_labels == labels),
+        for (int i = 0; ok && i <= e->num_layers; i++)
+            ok = require(labels >= 1 && (!e->at[i].is_set || e->at[i].num_labels == labels),
                          "exits must have the same labels, 1 or more");
         ok = ok && require(labels > 1 || !metric, "a regression model has no metric space");
         if (ok) {
             *head = (ExitHead){.num_labels = labels, .metric = metric, .norm = head->norm};
             head->classifier = copy_of(b[0].buf, b[0].len);
             head->bias = copy_of(b[1].buf, b[1].len);
-            if (metric) head->tiles = aligned_alloc(64, (size_t)m->hidden * metric);
-            ok = require_memory(head->classifier && head->bias && !(metric && !head->tiles)) &&
+            head->prototypes = copy_of(b[5].buf, b[5].len);
+            if (metric) head->tiles = aligned_alloc(64, (size_t)e->hidden * metric);
+            ok = require_memory(head->classifier && head->bias && head->prototypes && !(metric && !head->tiles)) &&
                  require_memory(!metric ||
-                                !pack_linear(&head->projection, m->hidden, metric, b[2].buf, b[3].buf, b[4].buf,
-                                             head->tiles, head->tiles + (size_t)m->hidden * metric, 0));
+                                !pack_linear(&head->projection, e->hidden, metric, b[2].buf, b[3].buf, b[4].buf,
+                                             head->tiles, head->tiles + (size_t)e->hidden * metric, 0));
             head->is_set = ok;
         }
     }
-    return done(ok, b, 5);
+    return done(ok, b, 6);
 }
 
-/* set_head(model, dense (H, H), bias (H), activation, mean): the head of the last exit, which has no prototypes */
+/* set_head(exits, dense (H, H), bias (H), activation, mean): the head of the last exit, which has no prototypes */
 static PyObject *py_set_head(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int activation, mean;
     Py_buffer b[2];
     if (!PyArg_ParseTuple(args, "Oy*y*ip", &capsule, &b[0], &b[1], &activation, &mean)) return NULL;
-    Model *m = model_of(capsule);
-    int ok = m != NULL && holds(&b[0], (size_t)m->hidden * m->hidden, 4, "dense") &&
-             holds(&b[1], m->hidden, 4, "bias") &&
+    Exits *e = exits_of(capsule);
+    int ok = e != NULL && holds(&b[0], (size_t)e->hidden * e->hidden, 4, "dense") &&
+             holds(&b[1], e->hidden, 4, "bias") &&
              require(activation >= 0 && activation < NUM_HEAD_ACTIVATIONS, "there is no such activation") &&
-             require(!m->head.dense && !m->exits[m->num_layers].metric,
+             require(!e->head.dense && !e->at[e->num_layers].metric,
                      "the head is already set, or the last exit has prototypes");
     if (ok) {
         float *dense = copy_of(b[0].buf, b[0].len), *bias = copy_of(b[1].buf, b[1].len);
-        m->head = (Head){dense, bias, activation, mean, m->head.norm};
+        e->head = (Head){dense, bias, activation, mean, e->head.norm};
         ok = require_memory(dense && bias);
     }
     return done(ok, b, 2);
@@ -379,45 +416,59 @@ static PyObject *py_set_head(PyObject *self, PyObject *args) {
 
 /* ---- running ---------------------------------------------------------------------------------------- */
 
-/* run(model, layer, from, types, to, prototypes, logits, distances): one layer and, if logits is given, its exit.
- * from: ids int64 (T) for layer 0, otherwise hidden states (T, H). types: int64 (T) for layer 0 of a model with token
- * types. to: hidden states (T, H). types, prototypes, logits and distances may be None. */
+/* run(model, layer, from, types, to): the embeddings, or a layer. from: ids int64 (T) for layer 0, otherwise hidden
+ * states (T, H). types: int64 (T) for layer 0 of a model with token types, otherwise None. to: hidden states (T, H). */
 static PyObject *py_run(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int number, failed = 0;
-    Py_buffer b[6] = {0};
-    Py_buffer *from = &b[0], *types = &b[1], *to = &b[2], *prototypes = &b[3], *logits = &b[4], *distances = &b[5];
-    if (!PyArg_ParseTuple(args, "Oiy*z*w*z*z*z*", &capsule, &number, from, types, to, prototypes, logits, distances))
-        return NULL;
+    Py_buffer b[3] = {0};
+    Py_buffer *from = &b[0], *types = &b[1], *to = &b[2];
+    if (!PyArg_ParseTuple(args, "Oiy*z*w*", &capsule, &number, from, types, to)) return NULL;
     const Model *m = model_of(capsule);
-    int ok = m != NULL && in_range(m, number, 0);
+    int ok = m != NULL && in_range(m->num_layers, number, 0);
     size_t tokens = ok ? (size_t)to->len / 4 / m->hidden : 0;
     ok = ok && holds(to, tokens * m->hidden, 4, "to") &&
          (number ? holds(from, tokens * m->hidden, 4, "from") : holds(from, tokens, 8, "ids")) &&
          (number || !m->num_types || holds(types, tokens, 8, "types")) &&
          require(tokens >= 1 && tokens <= MAX_TOKENS && is_complete(m, number),
                  "no tokens, too many, or a layer that is not complete");
-    if (ok && logits->buf) {
-        const ExitHead *head = &m->exits[number];
-        size_t labels = head->num_labels;
-        ok = require(head->is_set, "this layer has no exit") && holds(logits, labels, 4, "logits") &&
-             require(head->metric || !distances->buf, "this layer has no metric space, so no distances") &&
-             require(!logits->readonly && (!head->metric || (prototypes->buf && distances->buf && !distances->readonly)),
-                     "an exit's arrays are missing or read-only") &&
-             (!head->metric || (holds(distances, labels, 4, "distances") &&
-                                holds(prototypes, labels * head->metric, 4, "prototypes")));
-    }
     if (ok) {
         Py_BEGIN_ALLOW_THREADS;
         int count = (int)tokens;
         failed = number ? run_layer(m, number, from->buf, &count, 1, to->buf)
                         : run_embeddings(m, from->buf, types->buf, count, to->buf);
-        if (!failed && logits->buf)
-            failed = run_exit(m, number, to->buf, (int)tokens, prototypes->buf, logits->buf, distances->buf);
         Py_END_ALLOW_THREADS;
         ok = require(!failed, "an id outside the tables, or out of memory");
     }
-    return done(ok, b, 6);
+    return done(ok, b, 3);
+}
+
+/* run_exit(exits, layer, hidden (T, H), logits (K), distances (K)); distances may be None without a metric space. */
+static PyObject *py_run_exit(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    int number, failed = 0;
+    Py_buffer b[3] = {0};
+    Py_buffer *from = &b[0], *logits = &b[1], *distances = &b[2];
+    if (!PyArg_ParseTuple(args, "Oiy*w*z*", &capsule, &number, from, logits, distances)) return NULL;
+    const Exits *e = exits_of(capsule);
+    int ok = e != NULL && in_range(e->num_layers, number, 0) &&
+             require(e->at[number].is_set, "this layer has no exit");
+    if (ok) {
+        const ExitHead *head = &e->at[number];
+        size_t tokens = (size_t)from->len / 4 / e->hidden, labels = head->num_labels;
+        ok = holds(from, tokens * e->hidden, 4, "hidden") && holds(logits, labels, 4, "logits") &&
+             require(tokens >= 1 && tokens <= MAX_TOKENS, "no tokens, or too many") &&
+             require(head->metric || !distances->buf, "this layer has no metric space, so no distances") &&
+             require(!head->metric || (distances->buf && !distances->readonly), "distances is missing or read-only") &&
+             (!head->metric || holds(distances, labels, 4, "distances"));
+        if (ok) {
+            Py_BEGIN_ALLOW_THREADS;
+            failed = run_exit(e, number, from->buf, (int)tokens, logits->buf, distances->buf);
+            Py_END_ALLOW_THREADS;
+            ok = require(!failed, "out of memory");
+        }
+    }
+    return done(ok, b, 3);
 }
 
 /* Set the weights of a signal; true if it is known and its weights, if any, are for `layers` layers. Otherwise sets an
@@ -428,36 +479,77 @@ static int has_signal(Signal *signal, const Py_buffer *weights, int layers) {
            (signal->code != RISK || holds(weights, (size_t)layers * RISK_FEATURES, 8, "weights"));
 }
 
-enum { PASS_BUFFERS = 8 };
+/* The buffers of a text, and of a decision about it. */
+enum { PASS_BUFFERS = 3, DECISION_BUFFERS = 6 };
 
-/* Fill a pass and its buffers from a tuple (see py_forward); returns 0, with an error set, if it is invalid.
- * is_part: the call does not run all layers. */
-static int open_pass(const Model *m, PyObject *text, int is_part, Pass *p, Py_buffer *b) {
-    if (!PyArg_ParseTuple(text, "y*z*didz*ipdz*w*w*z*z*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam, &b[4],
-                          &p->deepest, &p->ask_all, &p->tau_factor, &b[5], &b[2], &b[3], &b[6], &b[7]))
+typedef struct {
+    Decision *decisions;
+    Py_buffer *decision_buffers; /* DECISION_BUFFERS for each decision */
+    int num_opened;              /* number of decisions whose buffers are to be released */
+    Py_buffer buffers[PASS_BUFFERS];
+} Opened;
+
+/* Fill a decision and its buffers from a tuple (see py_forward); returns 0, with an error set, if it is invalid. */
+static int open_decision(const Model *m, PyObject *tuple, Decision *d, Py_buffer *b) {
+    PyObject *capsule;
+    if (!PyArg_ParseTuple(tuple, "Odidz*ipdz*z*w*w*z*", &capsule, &d->tau, &d->signal.code, &d->signal.lam, &b[0],
+                          &d->deepest, &d->ask_all, &d->tau_factor, &b[1], &b[2], &b[3], &b[4], &b[5]))
         return 0;
-    size_t tokens = b[0].len / 8, labels = m->exits[m->num_layers].num_labels, size = labels * (m->num_layers + 1);
-    int ok = in_range(m, p->deepest, 0) && holds(&b[0], tokens, 8, "ids") &&
-             (!m->num_types || holds(&b[1], tokens, 8, "types")) && holds(&b[2], size, 4, "logits") &&
-             holds(&b[3], size, 4, "distances") && (!b[6].buf || holds(&b[6], tokens * m->hidden, 4, "hidden")) &&
-             require(b[6].buf ? !b[6].readonly : !is_part, "hidden is missing or read-only") &&
-             (!b[7].buf || (holds(&b[7], (size_t)m->num_layers * m->hidden, 4, "states") &&
-                            require(!b[7].readonly, "states is read-only"))) &&
-             require(tokens >= 1 && tokens <= MAX_TOKENS, "no tokens, or too many") &&
-             require(m->exits[p->deepest].is_set && m->exits[m->num_layers].is_set, "no exit at the deepest layer") &&
-             has_signal(&p->signal, &b[4], m->num_layers + 1) && (!b[5].buf || holds(&b[5], labels, 8, "thresholds"));
+    const Exits *e = d->exits = exits_of(capsule);
+    if (e == NULL || !require(e->hidden == m->hidden && e->num_layers <= m->num_layers, "the exits are of another encoder"))
+        return 0;
+    size_t layers = e->num_layers + 1, labels = e->at[e->num_layers].num_labels;
+    int ok = in_range(e->num_layers, d->deepest, 0) &&
+             require(e->at[d->deepest].is_set && e->at[e->num_layers].is_set, "no exit at the deepest layer") &&
+             has_signal(&d->signal, &b[0], (int)layers) && (!b[1].buf || holds(&b[1], labels, 8, "thresholds")) &&
+             (!b[2].buf || holds(&b[2], layers, 8, "far")) && holds(&b[3], labels * layers, 4, "logits") &&
+             holds(&b[4], labels * layers, 4, "distances") &&
+             (!b[5].buf || (holds(&b[5], (size_t)e->num_layers * e->hidden, 4, "states") &&
+                            require(!b[5].readonly, "states is read-only")));
     if (!ok) return 0;
-    p->thresholds = b[5].buf;
-    p->ids = b[0].buf;
-    p->types = b[1].buf;
-    p->logits = b[2].buf;
-    p->distances = b[3].buf;
-    p->hidden = b[6].buf;
-    p->states = b[7].buf;
-    p->tokens = (int)tokens;
-    p->exit_layer = -1;
-    p->readings = malloc((m->num_layers + 1) * sizeof(Reading));
-    return require_memory(p->readings != NULL);
+    d->thresholds = b[1].buf;
+    d->far = b[2].buf;
+    d->logits = b[3].buf;
+    d->distances = b[4].buf;
+    d->states = b[5].buf;
+    d->exit_layer = -1;
+    d->readings = malloc(layers * sizeof(Reading));
+    return require_memory(d->readings != NULL);
+}
+
+/* Fill a pass, its decisions and their buffers from a tuple (see py_forward); returns 0, with an error set, if it is
+ * invalid. is_part: the call does not run all layers. Call close_pass in either case. */
+static int open_pass(const Model *m, PyObject *text, int is_part, Pass *p, Opened *o) {
+    PyObject *list;
+    Py_buffer *b = o->buffers;
+    if (!PyArg_ParseTuple(text, "y*z*z*O!", &b[0], &b[1], &b[2], &PyList_Type, &list)) return 0;
+    size_t tokens = b[0].len / 8, count = PyList_Size(list);
+    int ok = holds(&b[0], tokens, 8, "ids") && (!m->num_types || holds(&b[1], tokens, 8, "types")) &&
+             (!b[2].buf || holds(&b[2], tokens * m->hidden, 4, "hidden")) &&
+             require(b[2].buf ? !b[2].readonly : !is_part, "hidden is missing or read-only") &&
+             require(tokens >= 1 && tokens <= MAX_TOKENS, "no tokens, or too many") &&
+             require(count >= 1 && count <= MAX_DECISIONS, "1 to 16 models decide about a text");
+    if (!ok) return 0;
+    *p = (Pass){.ids = b[0].buf, .types = b[1].buf, .tokens = (int)tokens, .hidden = b[2].buf};
+    o->decisions = p->decisions = calloc(count, sizeof(Decision));
+    o->decision_buffers = calloc(count * DECISION_BUFFERS, sizeof(Py_buffer));
+    if (!require_memory(o->decisions && o->decision_buffers)) return 0;
+    for (; p->num_decisions < (int)count; p->num_decisions++) {
+        int i = o->num_opened++;
+        if (!open_decision(m, PyList_GetItem(list, i), &o->decisions[i], o->decision_buffers + i * DECISION_BUFFERS))
+            return 0;
+    }
+    return 1;
+}
+
+static void close_pass(Opened *o) {
+    for (int i = 0; i < o->num_opened; i++) {
+        free(o->decisions[i].readings);
+        for (int j = 0; j < DECISION_BUFFERS; j++) PyBuffer_Release(&o->decision_buffers[i * DECISION_BUFFERS + j]);
+    }
+    free(o->decisions);
+    free(o->decision_buffers);
+    for (int j = 0; j < PASS_BUFFERS; j++) PyBuffer_Release(&o->buffers[j]);
 }
 
 static PyObject *number_or_none(double x) { return isnan(x) ? Py_NewRef(Py_None) : PyFloat_FromDouble(x); }
@@ -476,82 +568,78 @@ static PyObject *probability_list(const Reading *reading, const float *logits, c
 }
 
 /* [(layer, label, margin, entropy, distance_ratio, nearest, score, probabilities)], a tuple for each computed exit. */
-static PyObject *reading_list(const Model *m, const Pass *p) {
-    PyObject *list = PyList_New(p->num_readings);
-    for (int i = 0; list != NULL && i < p->num_readings; i++) {
-        const Reading *r = &p->readings[i];
-        int num_labels = m->exits[r->layer].num_labels;
+static PyObject *reading_list(const Decision *d) {
+    PyObject *list = PyList_New(d->num_readings);
+    for (int i = 0; list != NULL && i < d->num_readings; i++) {
+        const Reading *r = &d->readings[i];
+        int num_labels = d->exits->at[r->layer].num_labels;
         PyObject *row = Py_BuildValue(
             "iiddNNNN", r->layer, r->label, r->margin, r->entropy, number_or_none(r->distance_ratio),
             number_or_none(r->nearest), number_or_none(r->score),
-            probability_list(r, p->logits + (size_t)r->layer * num_labels, p->thresholds, num_labels));
+            probability_list(r, d->logits + (size_t)r->layer * num_labels, d->thresholds, num_labels));
         if (row == NULL) Py_CLEAR(list);
         else PyList_SetItem(list, i, row);
     }
     return list;
 }
 
-/* forward(model, texts, prototypes, far, first, last, at_idle=False) → [(seconds, exit)]; see run_passes.
- * exit: (layer, is_below_tau, is_far, readings), see reading_list; None if the text has not exited.
- * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, tau_factor, thresholds,
- * logits, distances, hidden, states)], where
+/* [exit], one for each model that decides about a text; see py_forward. */
+static PyObject *exit_list(const Pass *p) {
+    PyObject *list = PyList_New(p->num_decisions);
+    for (int i = 0; list != NULL && i < p->num_decisions; i++) {
+        const Decision *d = &p->decisions[i];
+        PyObject *left = d->exit_layer < 0 ? Py_NewRef(Py_None)
+                                           : Py_BuildValue("idNNN", d->exit_layer, d->seconds,
+                                                           PyBool_FromLong(d->is_below_tau), PyBool_FromLong(d->is_far),
+                                                           reading_list(d));
+        if (left == NULL) Py_CLEAR(list);
+        else PyList_SetItem(list, i, left);
+    }
+    return list;
+}
+
+/* forward(model, texts, first, last, at_idle=False) → [(seconds, [exit])]; see run_passes.
+ * exit: (layer, seconds, is_below_tau, is_far, readings), see reading_list; None if the model has not decided. Seconds
+ * are those of the text in this call, in an exit until that exit.
+ * texts: [(ids int64 (T), types int64 (T) or None, hidden, [decision])], where hidden is float32 (T, H), or None if the
+ * call runs all layers. decision: (exits, tau, signal, lam, weights, deepest, ask_all, tau_factor, thresholds, far,
+ * logits, distances, states), for each model that has not yet decided, where
  *   weights: float64 (num_layers + 1, 5) for the signal risk, or None
  *   thresholds: float64 (K) for a multi-label model, or None
+ *   far: float64 (num_layers + 1), or None
  *   logits, distances: float32 (num_layers + 1, K), filled at the exits that are computed
- *   hidden: float32 (T, H), or None if the call runs all layers
- *   states: float32 (num_layers, H) or None
- * prototypes: [(K, D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. */
+ *   states: float32 (num_layers, H) or None; num_layers is that of the exits */
 static PyObject *py_forward(PyObject *self, PyObject *args) {
-    PyObject *capsule, *texts, *rows, *result = NULL;
-    Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_PASSES][PASS_BUFFERS];
-    const float *prototypes[MAX_LAYERS + 1];
+    PyObject *capsule, *texts, *result = NULL;
+    Opened opened[MAX_PASSES];
     Pass passes[MAX_PASSES];
     int first, last, at_idle = 0;
-    if (!PyArg_ParseTuple(args, "OO!O!z*ii|p", &capsule, &PyList_Type, &texts, &PyList_Type, &rows, &far, &first, &last,
-                          &at_idle))
-        return NULL;
+    if (!PyArg_ParseTuple(args, "OO!ii|p", &capsule, &PyList_Type, &texts, &first, &last, &at_idle)) return NULL;
     const Model *m = model_of(capsule);
-    int count = (int)PyList_Size(texts), opened = 0, begun = 0, failed;
-    int ok = m != NULL && (!far.buf || holds(&far, m->num_layers + 1, 8, "far")) && in_range(m, last, 0) &&
+    int count = (int)PyList_Size(texts), begun = 0, failed;
+    int ok = m != NULL && in_range(m->num_layers, last, 0) &&
              require(first >= 0 && first <= last, "the first layer comes after the last") &&
-             require(count >= 1 && count <= MAX_PASSES && PyList_Size(rows) == m->num_layers + 1,
-                     "1 to 64 texts, and prototypes for every layer");
-    for (int i = 0; ok && i <= m->num_layers; i++, opened++) {
-        spaces[i] = (Py_buffer){0};
-        size_t size = (size_t)m->exits[i].num_labels * m->exits[i].metric;
-        ok = require(is_complete(m, i), "a layer is not complete") &&
-             (!size || (PyObject_GetBuffer(PyList_GetItem(rows, i), &spaces[i], PyBUF_SIMPLE) == 0 &&
-                        holds(&spaces[i], size, 4, "prototypes")));
-        prototypes[i] = spaces[i].buf;
-    }
-    for (int i = 0; ok && i < count; i++, begun++) {
+             require(count >= 1 && count <= MAX_PASSES, "1 to 64 texts");
+    for (int i = 0; ok && i <= m->num_layers; i++) ok = require(is_complete(m, i), "a layer is not complete");
+    while (ok && begun < count) {
+        int i = begun++;
+        memset(&opened[i], 0, sizeof opened[i]);
         passes[i] = (Pass){0};
-        memset(buffers[i], 0, sizeof buffers[i]);
-        ok = open_pass(m, PyList_GetItem(texts, i), first || last < m->num_layers, &passes[i], buffers[i]);
+        ok = open_pass(m, PyList_GetItem(texts, i), first || last < m->num_layers, &passes[i], &opened[i]);
     }
     if (ok) {
         Py_BEGIN_ALLOW_THREADS;
-        failed = (at_idle ? run_passes_at_idle : run_passes)(m, passes, count, first, last, prototypes, far.buf);
+        failed = (at_idle ? run_passes_at_idle : run_passes)(m, passes, count, first, last);
         Py_END_ALLOW_THREADS;
         ok = require(!failed, "an id outside the tables, or out of memory");
     }
     if (ok) result = PyList_New(count);
     for (int i = 0; result != NULL && i < count; i++) {
-        const Pass *p = &passes[i];
-        PyObject *left = p->exit_layer < 0
-                             ? Py_NewRef(Py_None)
-                             : Py_BuildValue("iNNN", p->exit_layer, PyBool_FromLong(p->is_below_tau),
-                                             PyBool_FromLong(p->is_far), reading_list(m, p));
-        PyObject *pair = Py_BuildValue("dN", p->seconds, left);
+        PyObject *pair = Py_BuildValue("dN", passes[i].seconds, exit_list(&passes[i]));
         if (pair == NULL) Py_CLEAR(result);
         else PyList_SetItem(result, i, pair);
     }
-    for (int i = 0; i < begun; i++) {
-        free(passes[i].readings);
-        for (int j = 0; j < PASS_BUFFERS; j++) PyBuffer_Release(&buffers[i][j]);
-    }
-    for (int i = 0; i < opened; i++) PyBuffer_Release(&spaces[i]);
-    PyBuffer_Release(&far);
+    for (int i = 0; i < begun; i++) close_pass(&opened[i]);
     return result;
 }
 
@@ -597,7 +685,8 @@ static PyMethodDef methods[] = {
     {"use", py_use, METH_VARARGS, "use(name): select an implementation, for tests; empty: the best."},
     {"peak", py_peak, METH_NOARGS, "Peak rate of one core, int8 multiply-adds per second."},
     {"new", py_new, METH_VARARGS,
-     "new(hidden, num_heads, inner, num_layers, num_words, gelu, gate, mean, fd=-1, is_filled=False)"},
+     "new(hidden, num_heads, inner, num_layers, num_words, gelu, gate, fd=-1, is_filled=False)"},
+    {"new_exits", py_new_exits, METH_VARARGS, "new_exits(hidden, num_layers, mean)"},
     {"seal", py_seal, METH_VARARGS, "seal(model, fd)"},
     {"set_linear", py_set_linear, METH_VARARGS, "set_linear(model, layer, which, weight, scale, bias)"},
     {"set_norm", py_set_norm, METH_VARARGS, "set_norm(model, layer, which, scale, shift, epsilon)"},
@@ -606,10 +695,13 @@ static PyMethodDef methods[] = {
     {"set_rotation", py_set_rotation, METH_VARARGS, "set_rotation(model, layers, cos, sin)"},
     {"set_terms", py_set_terms, METH_VARARGS, "set_terms(model, layer, scale, buckets, keys, queries)"},
     {"set_embeddings", py_set_embeddings, METH_VARARGS, "set_embeddings(model, words, scales, positions, types)"},
-    {"set_exit", py_set_exit, METH_VARARGS, "set_exit(model, layer, classifier, bias, weight, scale, metric_bias)"},
-    {"set_head", py_set_head, METH_VARARGS, "set_head(model, dense, bias, activation, mean)"},
-    {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to, prototypes, logits, distances)"},
-    {"forward", py_forward, METH_VARARGS, "forward(model, texts, prototypes, far, first, last, at_idle=False)"},
+    {"set_exit", py_set_exit, METH_VARARGS,
+     "set_exit(exits, layer, classifier, bias, weight, scale, metric_bias, prototypes)"},
+    {"set_exit_norm", py_set_exit_norm, METH_VARARGS, "set_exit_norm(exits, layer, scale, shift, epsilon, is_of_head)"},
+    {"set_head", py_set_head, METH_VARARGS, "set_head(exits, dense, bias, activation, mean)"},
+    {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to)"},
+    {"run_exit", py_run_exit, METH_VARARGS, "run_exit(exits, layer, hidden, logits, distances)"},
+    {"forward", py_forward, METH_VARARGS, "forward(model, texts, first, last, at_idle=False)"},
     {"score", py_score, METH_VARARGS, "score(exits, signal, lam, weights, thresholds): the exits of layers 0, 1, …"},
     {"exits", py_exits, METH_VARARGS, "exits(score, tau)"},
     {NULL, NULL, 0, NULL},

@@ -141,15 +141,11 @@ class Usage(TypedDict):
     total_tokens: int
 
 
-class ClassifyResponse(TypedDict):
-    """The answer to a request: a row for each text, in order."""
+class ModelResult(TypedDict):
+    """The answer of a model: a row for each text, in order."""
 
-    id: str
-    object: Literal["list"]
-    created: int
     model: Annotated[str, Field(description="name:version")]
     data: list[ClassifiedText]
-    usage: Usage
     certificate: NotRequired[
         Annotated[
             Mapping[str, Any],
@@ -163,6 +159,27 @@ class ClassifyResponse(TypedDict):
         Annotated[
             dict[str, Any], Field(description="with explain: how tau was chosen, and the expected results")
         ]
+    ]
+
+
+class Envelope(TypedDict):
+    """The part of a response that does not depend on the models."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    usage: Usage
+
+
+class ClassifyResponse(Envelope, ModelResult):
+    """The answer to a request."""
+
+
+class ClassifySeveralResponse(Envelope):
+    """The answer to a request with `models`."""
+
+    results: Annotated[
+        list[ModelResult], Field(description="the answer of each model, in the order of `models`")
     ]
 
 

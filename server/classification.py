@@ -1,8 +1,8 @@
 """A request to classify texts, its fields in JSON, and its options, which the server and `de3.load` share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,9 @@ from de3.model_store.manifest import Manifest
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
 from de3.server.fields import JsonObject, checked_text, one_or_more
-from de3.server.options import OptionFields
+from de3.server.options import NO_OPTIONS, ExitOptions, OptionFields
+
+MAX_MODELS = 16  # models that answer on one pass, as in native/layers.h
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +80,12 @@ Texts = Annotated[
 ]
 
 
+class ModelFields(OptionFields):
+    """One of several models that answer a request, and its own exit options."""
+
+    model: str = Field(description="name, or name:version")
+
+
 class ClassifyRequest(OptionFields):
     """A request to classify one or more texts."""
 
@@ -85,6 +93,13 @@ class ClassifyRequest(OptionFields):
         None,
         description="name (its current version, or a canary) or name:version; required if several models are "
         "served and none is the default",
+    )
+    models: list[str | ModelFields] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_MODELS,
+        description="instead of model: models with the same encoder, which all answer on one pass, each as it would "
+        "alone; a name, or an object with a name and exit options, which replace the request's",
     )
     input: Texts = Field(description="a text, a pair, or a list of them")
     truncate: bool = Field(True, description="false: the same as long: error")
@@ -142,7 +157,32 @@ class ClassifyRequest(OptionFields):
             )
         if self.flag_threshold is not None and self.flag is None:
             raise ValueError("flag_threshold: needs flag, the label to watch for")
+        if self.models is not None and self.model is not None:
+            raise ValueError("models: cannot be combined with model; name all models in models")
+        _ = self.options_of_models
         return self
+
+    @cached_property
+    def options_of_models(self) -> list[tuple[str, ExitOptions]]:
+        """The models that answer, with the exit options of each; empty without `models`.
+
+        Raises ValueError for options that cannot be combined.
+        """
+        return [self._options_of(one, f"models[{i}]") for i, one in enumerate(self.models or [])]
+
+    def _options_of(self, one: str | ModelFields, where: str) -> tuple[str, ExitOptions]:
+        if isinstance(one, str):
+            return one, self.options
+        if one.latency_budget_ms is not None or one.best_effort:
+            name = "best_effort" if one.latency_budget_ms is None else "latency_budget_ms"
+            raise ValueError(f"{where}.{name}: a budget is that of the whole pass; set it outside of models")
+        if one.options is NO_OPTIONS:
+            return one.model, self.options
+        try:
+            budget, best_effort = self.options.latency_budget_ms, self.options.best_effort
+            return one.model, replace(one.options, latency_budget_ms=budget, best_effort=best_effort)
+        except ValueError as error:
+            raise ValueError(f"{where}.{error}") from None
 
 
 def request_of(fields: ClassifyRequest) -> Classification:
@@ -156,6 +196,7 @@ def request_of(fields: ClassifyRequest) -> Classification:
         fields.ood,
         MAX_WINDOWS if fields.long == "windows" else 1,
         None if fields.flag is None else ([fields.flag], fields.flag_threshold),
+        models=fields.options_of_models,
         id=fields.request_id,
         raw=fields.raw or fields.use_activation is False or fields.activation is False,
         top_k=fields.top_k or 0,

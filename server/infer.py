@@ -5,19 +5,19 @@ without a server.
 """
 
 import asyncio
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from time import perf_counter
 
 from de3.exits.reading import differs
 from de3.model_store.manifest import Manifest
-from de3.server.engine.job import Job, check_texts, job_of
+from de3.server.engine.job import Job, check_texts, jobs_of
 from de3.server.engine.request import Request
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.service import Service
 
-NOT_AUDITED = nullcontext()
 # Maximum number of probabilities in a response: in TEI's format, 2 million take 2 s of the event loop and 0.8 GB.
 MAX_PROBS = 2**18
 
@@ -27,40 +27,44 @@ class Inference:
     """A request in flight, whose progress can be reported.
 
     Attributes:
-        served: the model; None before run().
-        job: the job that the model runs; None before run() and after release().
+        served: the models; empty before run().
+        job: the job that the models run, with its fellows; None before run() and after release().
     """
 
     request: Request
-    served: Served | None = None
+    served: Sequence[Served] = ()
     job: Job | None = None
     _done: "asyncio.Future[None] | None" = None
 
     async def run(self, service: Service) -> Job:
-        """Classify the texts; returns the finished job, which has the outcomes.
+        """Classify the texts; returns the finished job, which has the outcomes, as have its fellows.
 
         Raises RequestError if the request is refused or times out, or the error of a text that fails the job.
         """
         service.check_open()
-        self.served = served = service.models.get(
-            self.request.model, self.request.fits, self.request.needs_a_set_default
-        )
-        _check_response(self.request, served.model.manifest)
+        requests = self.request.for_models()
+        self.served = served = [
+            service.models.get(one.model, one.fits, one.needs_a_set_default) for one in requests
+        ]
+        _check_response(self.request, [one.model.manifest for one in served])
         level = service.admission.level
         self._done = asyncio.get_running_loop().create_future()
-        self.job = job = job_of(served, self.request, level, self._settle)
+        self.job = job = jobs_of(served, requests, level, self._settle)
         if not job.items:  # a guardrail may be sent only images
             return job
-        with service.audits.watch(job) if service.audits.is_on else NOT_AUDITED:
+        with ExitStack() as audits:
+            for one in job.team if service.audits.is_on else ():
+                audits.enter_context(service.audits.watch(one))
             service.admission.admit(job)
             try:
                 await self._wait(job, self._done, service)
             finally:
                 service.admission.release(job)
-        shadow = service.models.shadow_of(served)
-        if shadow is not None:
-            _run_shadow(shadow, job, level, service)
-        service.metrics.answered(job)
+        for one in job.team:
+            shadow = service.models.shadow_of(one.served)
+            if shadow is not None:
+                _run_shadow(shadow, one, level, service)
+            service.metrics.answered(one)
         return job
 
     def _settle(self, error: Exception | None) -> None:
@@ -93,9 +97,9 @@ class Inference:
             self.job = None
 
 
-def _check_response(request: Request, manifest: Manifest) -> None:
+def _check_response(request: Request, manifests: Sequence[Manifest]) -> None:
     """Raise RequestError if the response could have more than MAX_PROBS probabilities; one text is always allowed."""
-    each = len(manifest.labels) * (len(manifest.exit_layers) if request.explain else 1)
+    each = sum(len(m.labels) * (len(m.exit_layers) if request.explain else 1) for m in manifests)
     if len(request.texts) > (most := max(1, MAX_PROBS // each)):
         name, what = request.input_name, f"{each} probabilities for each text"
         raise RequestError(

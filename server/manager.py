@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any, Literal
 from weakref import ref
 
+from de3.model_store.encoder import Encoders
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError, UnknownModelError
 from de3.native.network import Memory
@@ -77,15 +78,15 @@ class Manager:
         metrics: Metrics,
         audits: Audits,
         drop_shadows: Callable[[Sequence[Served]], None],
-        memory_of: Callable[[Artifact], Memory | None],
+        memory_of: Callable[[str], Memory | None],
         known: Sequence[Artifact] = (),
     ) -> None:
         """drop_shadows: called with unloaded models, which pending shadow jobs and audits would keep in memory.
 
-        memory_of: returns shared memory for the weights of an artifact; None if the weights are not shared between
-        processes. known: artifacts that can be loaded even if they are not in the store.
+        memory_of: returns shared memory for the weights of the encoder with this hash; None if they are not shared
+        between processes. known: artifacts that can be loaded even if they are not in the store.
         """
-        self._memory_of = memory_of
+        self._memory_of, self._encoders = memory_of, Encoders()
         self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits
         self._drop_shadows = drop_shadows
         self._store, self._known = Store(settings.store), list(known)
@@ -104,18 +105,25 @@ class Manager:
         (`are_named`); otherwise raises the artifact's error, usually StoreError or ValueError.
         """
         async with self._changing:
-            for artifact in artifacts:
-                is_first = artifact.manifest.name not in self._models.routes
+            loaded: dict[str, tuple[Plan, Served]] = {}
+            for artifact in sorted(artifacts, key=_depth):
+                plan = Plan(Change("load", artifact.manifest.name), artifact)
                 try:
-                    role: Role = "current" if is_first else "loaded"
-                    self._plan = Plan(Change("load", artifact.manifest.name, role=role), artifact)
-                    self._loaded = await self._load_or_base(self._plan, artifact)
-                    self.commit()
-                    self._note_base(self._plan)
+                    loaded[artifact.full_name] = plan, await self._load_or_base(plan, artifact)
                 except Exception as error:  # a forged artifact may raise anything
-                    if are_named or (artifact is artifacts[-1] and not self._models.routes):
+                    if are_named or len(artifacts) == 1:
                         raise
                     log.error("%s is not served: %s", artifact.full_name, error)
+                    last = error
+            if not loaded and artifacts:
+                raise last
+            for artifact in artifacts:
+                if artifact.full_name in loaded:
+                    self._plan, self._loaded = loaded.pop(artifact.full_name)
+                    if artifact.manifest.name in self._models.routes:
+                        self._plan.change = Change("load", artifact.manifest.name, role="loaded")
+                    self.commit()
+                    self._note_base(self._plan)
 
     def _note_base(self, plan: Plan) -> None:
         """If the server starts with a learned version, let a rollback return to the model that it was learned from."""
@@ -221,8 +229,10 @@ class Manager:
         if plan.no_kernels is None:
             plan.no_kernels = await in_background(lambda: self._prover.prove(artifact, runtime))
         is_proved = artifact.manifest.precision == "int8" and runtime != "onnxruntime" and not plan.no_kernels
-        check, shared = self._prover.limit(artifact), self._memory_of(artifact) if is_proved else None
-        served = await in_background(lambda: load(artifact, self._settings, check, is_proved, shared))
+        check = self._prover.limit(artifact)
+        served = await in_background(
+            lambda: load(artifact, self._settings, check, is_proved, self._memory_of, self._encoders)
+        )
         plan.runtime, plan.tau_factor = served.model.runtime, served.monitor.tau_factor
         plan.seconds = perf_counter() - started
         return served
@@ -251,7 +261,12 @@ class Manager:
 
     async def restore(self, plans: Sequence[Plan], routes: dict[str, Route]) -> None:
         """Load the models that other processes serve, and serve them in the same roles."""
-        loaded = [await self._load(plan, plan.artifact) for plan in plans if plan.artifact is not None]
+        by_name: dict[str, Served] = {}
+        for artifact, plan in sorted(
+            ((p.artifact, p) for p in plans if p.artifact), key=lambda pair: _depth(pair[0])
+        ):
+            by_name[artifact.full_name] = await self._load(plan, artifact)
+        loaded = [by_name[plan.artifact.full_name] for plan in plans if plan.artifact]
         for plan, served in zip(plans, loaded, strict=True):
             self.plans[served.model.full_name] = plan
             self._audits.serve(served)
@@ -269,6 +284,11 @@ class Manager:
                 self.plans.pop(served.model.full_name, None)
             log.info("%s is unloaded", served.model.full_name)
         run_once("freeing_memory", _give_back([ref(served.model) for served in gone]))
+
+
+def _depth(artifact: Artifact) -> int:
+    """The order of loading: a model with fewer layers can share the encoder of one with more."""
+    return -artifact.manifest.num_layers
 
 
 async def _give_back(models: list[ref[Model]]) -> None:

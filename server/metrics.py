@@ -1,6 +1,6 @@
 """Prometheus metrics of a server. Label values are bounded: served models, stages, reasons, causes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any, get_args
@@ -339,16 +339,17 @@ class Metrics:
             self._child(self.calibrated, model).inc(texts)
             self._child(self.expected_correct, model).inc(texts * choice.expected.accuracy)
 
-    def responded(self, model: str, status: int, cause: Cause | None, latency_s: float) -> None:
-        """Count a request by its response. The latency is recorded only for answers and timeouts.
+    def responded(self, models: Sequence[str], status: int, cause: Cause | None, latency_s: float) -> None:
+        """Count a request by its response, for each model. The latency is recorded only for answers and timeouts.
 
-        model: "none" if the request's model was not found. cause: reason for an error; None if there was none.
+        models: "none" if the request's model was not found. cause: reason for an error; None if there was none.
         """
         if cause is not None:
             self.rejected.labels(cause).inc()
-        self._child(self.requests, model, str(status)).inc()
-        if status in (200, 504):  # rejections are fast, and would distort the latency
-            self._child(self.request_latency, model).observe(latency_s)
+        for model in models:
+            self._child(self.requests, model, str(status)).inc()
+            if status in (200, 504):  # rejections are fast, and would distort the latency
+                self._child(self.request_latency, model).observe(latency_s)
 
     def _child(self, metric: Any, *labels: str) -> Any:
         """The series of a metric, cached: a lookup in prometheus_client takes as long as an early exit."""

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
+from de3.model_store.encoder import Encoders
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError
@@ -78,11 +79,12 @@ def load(
     settings: Settings,
     check: Callable[[], None] = lambda: None,
     is_proved: bool = False,
-    memory: Memory | None = None,
+    memory_of: Callable[[str], Memory | None] = lambda _: None,
+    encoders: Encoders | None = None,
 ) -> Served:
     """Load a model and warm it up.
 
-    check: called before each slow step; an exception from it aborts loading. is_proved, memory: see Model.
+    check: called before each slow step; an exception from it aborts loading. is_proved, memory_of, encoders: see Model.
     Raises StoreError if the artifact is invalid or does not run, and ValueError if the model cannot meet the exit
     options in the settings.
     """
@@ -91,7 +93,7 @@ def load(
         rules = Rules(manifest, settings)
     except RequestError as error:  # the error that a request with these options would get
         raise ValueError(f"a setting cannot be met: {error.message}") from None
-    model = Model(artifact, settings.runtime, check, is_proved, memory)
+    model = Model(artifact, settings.runtime, check, is_proved, memory_of, encoders)
     try:
         return Served(model, Timing(model, check), rules, OodMonitor(manifest, settings.ood_policy))
     except StoreError:

@@ -58,7 +58,7 @@ class Service:
         settings: Settings,
         artifacts: Sequence[Artifact] = (),
         shared: Shared | None = None,
-        memory_of: Callable[[Artifact], Memory | None] = lambda _: None,
+        memory_of: Callable[[str], Memory | None] = lambda _: None,
     ) -> None:
         """artifacts: served in addition to the models of the store that the settings name.
 

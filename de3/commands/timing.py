@@ -40,7 +40,7 @@ class Engine:
         if isinstance(outcomes[0], Exception):
             raise outcomes[0]
         assert outcomes[0] is not None  # nothing preempts it
-        return outcomes[0]
+        return outcomes[0][0]
 
 
 def text_of(example: Example) -> Text:

@@ -7,22 +7,22 @@ times of the thread, which on an idle core equal wall time.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
-from de3.model_store.forward import ForwardPass
+from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.manifest import Manifest
-from de3.model_store.model import Model
-from de3.model_store.segments import Tokens
+from de3.model_store.model import Model, exit_graph, exit_network_of, exit_weights
+from de3.model_store.segments import NativeExits, OnnxExits, Tokens, session_options
 from de3.model_store.store import Artifact
+from de3.native import network
 from lab.layers import weights_of
 
 LENGTHS = (8, 32, 128, 512)
@@ -33,48 +33,24 @@ Floats = NDArray[np.float64]
 Run = Callable[[bool], float]  # seconds, with exits or without
 
 
-@dataclass(frozen=True)
-class Stripped(Artifact):
-    """An artifact whose exits are read without their prototypical networks."""
-
-    @classmethod
-    def of(cls, artifact: Artifact) -> "Stripped":
-        """The same artifact without prototypes at any layer."""
-        return cls(artifact.path, artifact.manifest.model_copy(update={"prototype_layers": []}))
-
-    def read(self, name: str) -> bytes:
-        """The bytes of a file, checked like the artifact's own, with its prototypical network removed."""
-        data = super().read(name)
-        return without_prototypes(data) if name.endswith(".onnx") else data
-
-
-def without_prototypes(data: bytes) -> bytes:
-    """A segment whose exit gives logits only, as export builds it for an exit without prototypes."""
-    model = onnx.load_model_from_string(data)
-    graph = model.graph
-    for node in (node for node in graph.node if "distances" in node.output):
-        node.output.remove("distances")
-        for attribute in node.attribute:
-            _keep_first_output(attribute.g)
-    for values in (graph.output, graph.input):
-        for value in [v for v in values if v.name in ("distances", "prototypes")]:
-            values.remove(value)
-    branches = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
-    used = {name for g in (graph, *branches) for node in g.node for name in node.input}
-    for weight in [w for w in graph.initializer if w.name not in used]:
-        graph.initializer.remove(weight)
-    return bytes(model.SerializeToString())
-
-
-def _keep_first_output(branch: Any) -> None:
-    """Remove all outputs of a branch but the first, and the nodes that only those need."""
-    del branch.output[1:]
-    needed = {branch.output[0].name}
-    for node in reversed(list(branch.node)):
-        if needed.isdisjoint(node.output):
-            branch.node.remove(node)
-        else:
-            needed.update(node.input)
+def without_prototypes(artifact: Artifact, runtime: str) -> Model:
+    """A model whose exits give logits only, as export builds exits without prototypes."""
+    model = Model(artifact, runtime)
+    manifest = artifact.manifest.model_copy(update={"prototype_layers": []})
+    weights = {
+        layer: {name: array for name, array in read.items() if not name.startswith("space.")}
+        for layer, read in exit_weights(artifact).items()
+    }
+    if model.runtime == "native":
+        built = network.build_exits(exit_network_of(manifest, weights, {}))
+        model.exits = NativeExits(network.kernels(), built, manifest, model.pooling)
+    else:
+        sessions = {
+            layer: InferenceSession(exit_graph(manifest, layer, read), session_options(manifest.max_tokens))
+            for layer, read in weights.items()
+        }
+        model.exits = OnnxExits(sessions, {}, manifest, model.pooling)
+    return model
 
 
 def embeddings(model: Model, tokens: Tokens) -> Run:
@@ -83,10 +59,7 @@ def embeddings(model: Model, tokens: Tokens) -> Run:
     def run(with_exits: bool) -> float:
         one = _pass(model, tokens, with_exits)
         start = thread_time()
-        if model.forward is not None:
-            model.forward([one], layers=1)
-        else:
-            model.segments[0].embed(tokens, with_exits)
+        (model.encoder.forward or model.encoder.layer_by_layer)([one], layers=1)
         return thread_time() - start
 
     return run
@@ -95,18 +68,13 @@ def embeddings(model: Model, tokens: Tokens) -> Run:
 def layers(model: Model, tokens: Tokens) -> Run:
     """A function that times layers 1 to M − 1, with or without their exits, as the engine runs them."""
     count = model.manifest.num_layers - 1
-    embedded = model.segments[0].embed(tokens, False)
+    forward = model.encoder.forward or model.encoder.layer_by_layer
 
     def run(with_exits: bool) -> float:
-        if model.forward is not None:
-            one = _pass(model, tokens, with_exits)
-            model.forward([one], layers=1)
-            start = thread_time()
-            model.forward([one], layers=count)
-        else:
-            step, start = embedded, thread_time()
-            for segment in model.segments[1 : 1 + count]:
-                step = segment.run(step.hidden, with_exits)
+        one = _pass(model, tokens, with_exits)
+        forward([one], layers=1)
+        start = thread_time()
+        forward([one], layers=count)
         return thread_time() - start
 
     return run
@@ -114,7 +82,8 @@ def layers(model: Model, tokens: Tokens) -> Run:
 
 def _pass(model: Model, tokens: Tokens, with_exits: bool) -> ForwardPass:
     """A pass at τ = 0: no early exit, and exits are computed only if `with_exits`."""
-    return ForwardPass(tokens, ExitRule(0.0, Entropy()), model.manifest.num_layers, with_exits)
+    last = model.manifest.num_layers
+    return ForwardPass(tokens, [Decision(model.exits, ExitRule(0.0, Entropy()), last, with_exits)])
 
 
 def pairs_of(runs: Sequence[Run], seconds: float) -> Floats:
@@ -184,8 +153,8 @@ def overhead(
         )
     weights = weights_of(artifact.read(manifest.segment_files()[1]))
     rows = []
-    for runtime in ("native", "onnxruntime") if Model(artifact).forward is not None else ("onnxruntime",):
-        copies = [Model(each, runtime) for each in (artifact, Stripped.of(artifact))]
+    for runtime in ("native", "onnxruntime") if Model(artifact).runtime == "native" else ("onnxruntime",):
+        copies = [Model(artifact, runtime), without_prototypes(artifact, runtime)]
         for length in (n for n in lengths if n <= manifest.max_tokens):
             tokens = copies[0].tokenize("a " * (length - 2))
             costs = costs_of([layers(copy, tokens) for copy in copies], len(between), seconds)

@@ -271,7 +271,7 @@ class Auditor:
             elif is_drawn:
                 tenant.pending -= needs_audit
                 self._conclude(entry.settled, key, outcome.reading, outcome.passed)
-                self._record(client, share, tokens, item.progress.states, outcome.passed[-1])
+                self._record(client, share, tokens, item.states, outcome.passed[-1])
             else:
                 entry.settled.skip(key)
         if entry is not None:

@@ -13,7 +13,7 @@ from time import perf_counter, sleep, thread_time
 
 from de3.exits.reading import Reading
 from de3.exits.rule import ExitRule
-from de3.model_store.forward import ForwardPass
+from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.segments import Array, Tokens
 from de3.server.background import Backoff, report
 from de3.server.engine.queue import MAX_GROUP, WorkQueue
@@ -59,7 +59,7 @@ class Audit:
     @property
     def in_group(self) -> bool:
         """True if the kernels can run it in a group."""
-        return self.served.model.forward is not None and self.rule.signal.code is not None
+        return self.served.model.encoder.forward is not None and self.rule.signal.code is not None
 
 
 class AuditThreads:
@@ -191,14 +191,16 @@ def run_audits(
     """
     served, in_group = audits[0].served, audits[0].in_group
     model, num_layers = served.model, served.model.manifest.num_layers
-    forward = model.forward if in_group and model.forward is not None else model.layer_by_layer
-    passes = [
-        ForwardPass(a.tokens, replace(a.rule, tau=0.0), num_layers, ask_all=True, states=a.states)
+    encoder = model.encoder
+    forward = encoder.forward if in_group and encoder.forward is not None else encoder.layer_by_layer
+    decisions = [
+        Decision(model.exits, replace(a.rule, tau=0.0), num_layers, ask_all=True, states=a.states)
         for a in audits
     ]
+    passes = [ForwardPass(a.tokens, [one]) for a, one in zip(audits, decisions, strict=True)]
     layer_s = sum(served.timing.layer_s(len(audit.tokens)) for audit in audits) if in_group else STEP_S
     layers = max(1, int(STEP_S / layer_s)) if layer_s > 0 else num_layers
-    while passes[0].reason is None:
+    while decisions[0].reason is None:
         if pause is None:
             queue.wait_until_empty(MOST_WAIT_S)
         else:
@@ -208,6 +210,6 @@ def run_audits(
                 audit.is_dropped = True
             return
         # The time of the embeddings is negligible.
-        forward(passes, None, layers + (passes[0].layer == 0), at_idle=pause is None)
-    for audit, one in zip(audits, passes, strict=True):
+        forward(passes, layers + (passes[0].layer == 0), at_idle=pause is None)
+    for audit, one in zip(audits, decisions, strict=True):
         audit.passed, audit.model_s = one.readings, one.seconds

@@ -142,10 +142,10 @@ class Engine:
             raise RequestError(message, "latency_budget_ms", "over_share", retry_after_s=1)
         needed_s = self.deadlines.admit(job)
         if needed_s:
-            assert job.choice.budget_s is not None and job.deadline is not None
-            needed_s += job.submitted + job.choice.budget_s - job.deadline  # plus the time for the response
+            assert job.budget_s is not None and job.deadline is not None
+            needed_s += job.submitted + job.budget_s - job.deadline  # plus the time for the response
             message = (
-                f"latency_budget_ms: {1000 * job.choice.budget_s:g} ms cannot be met: the first exit would "
+                f"latency_budget_ms: {1000 * job.budget_s:g} ms cannot be met: the first exit would "
                 f"take about {1000 * needed_s:.1f} ms now; allow more, or set best_effort"
             )
             raise RequestError(message, "latency_budget_ms", "budget", retry_after_s=1)
@@ -240,16 +240,18 @@ class Engine:
             return RuntimeError("an item failed")
 
     def _finish(self, results: Sequence[tuple[Item, Result | None]], number: int) -> None:
-        """Record the results of items of one model, and report the jobs that finish or fail with them."""
+        """Record the results of items, and report the jobs that finish or fail with them."""
         ended: list[tuple[Job, Exception | None]] = []
-        outcomes = [(item, result) for item, result in results if isinstance(result, Outcome)]
+        outcomes = [(item, result) for item, result in results if isinstance(result, list)]
         if outcomes:  # counted first, so that the metrics include a text before its client has the answer
-            self._count(outcomes[0][0].job.served, [outcome for _, outcome in outcomes])
-        for item, outcome in outcomes:
+            self._count([pair for item, result in outcomes for pair in zip(item.team, result, strict=True)])
+        for item, (outcome, *others) in outcomes:
             job = item.job
             if not job.is_shadow:
                 self._finished[number] += 1
-                self._seconds[number] += outcome.tokenize_s + outcome.model_s
+                self._seconds[number] += item.progress.tokenize_s + item.progress.model_s
+            for fellow, other in zip(item.fellows, others, strict=True):
+                fellow.job.finish(fellow, other)
             if job.finish(item, outcome):
                 ended.append((job, None))
         for item, result in results:
@@ -259,14 +261,21 @@ class Engine:
             if not (job.request.keeps_errors and isinstance(result, RequestError)):
                 job.is_dropped = True
                 ended.append((job, result))
-            elif job.finish(item, result):
-                ended.append((job, None))
+            else:
+                for fellow in item.fellows:
+                    fellow.job.finish(fellow, result)
+                if job.finish(item, result):
+                    ended.append((job, None))
         if ended:
             self._report(ended)
 
-    def _count(self, served: Served, outcomes: Sequence[Outcome]) -> None:
-        """Call `observe`; its errors do not fail the request."""
-        try:
-            self._observe(served, outcomes)
-        except BaseException as error:
-            report("counting_texts", error)
+    def _count(self, outcomes: Sequence[tuple[Item, Outcome]]) -> None:
+        """Call `observe` for each model; its errors do not fail the request."""
+        by_model: dict[int, tuple[Served, list[Outcome]]] = {}
+        for item, outcome in outcomes:
+            by_model.setdefault(id(item.job.served), (item.job.served, []))[1].append(outcome)
+        for served, found in by_model.values():
+            try:
+                self._observe(served, found)
+            except BaseException as error:
+                report("counting_texts", error)

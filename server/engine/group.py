@@ -1,4 +1,4 @@
-"""A group: short texts that run through the kernels together, a few layers per step.
+"""A group: short texts that run through the kernels together, a few layers per step, for models with one encoder.
 
 Each text gets the same result as if it ran alone. A large model's weights are read from memory once for the whole
 group. Between two steps, texts that have exited or were dropped or preempted leave the group, and pending texts whose
@@ -9,9 +9,10 @@ import logging
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
+from de3.model_store.part import MAX_LAYERS
 from de3.server.engine.job import Item
 from de3.server.engine.queue import WorkQueue
-from de3.server.engine.run import Result, outcome_of, too_long_error
+from de3.server.engine.run import Result, outcomes_of, too_long_error
 from de3.server.engine.served import MAX_STEP_S
 from de3.server.failures import FailureLog
 
@@ -27,7 +28,7 @@ def run_group(
     occupy: Callable[[float], None],
     finish: Callable[[Sequence[tuple[Item, Result]]], None],
 ) -> list[Item]:
-    """Run a group of items of one model with the same next layer.
+    """Run a group of items of one encoder with the same next layer.
 
     Runs until each item has exited, been dropped, or been preempted and requeued. Calls `occupy(seconds)` before each
     stretch that cannot be preempted, and `finish` with the results as they come. Items that join are added to `items`.
@@ -57,7 +58,7 @@ def _begin(
 ) -> None:
     """Tokenize a group. Dropped and failed items leave it; items too long for it are requeued, to run alone."""
     started = perf_counter()
-    items, served = list(group), group[0].job.served
+    items, served = list(group), group[0].job.deepest
     model = served.model
     encodings = model.tokenizer.encode([(item.text.text, item.text.text_pair) for item in items])
     ready: list[Item] = []
@@ -103,25 +104,25 @@ def _step(
     finish: Callable[[Sequence[tuple[Item, Result]]], None],
 ) -> None:
     """Run as many layers as fit into a step. Items that have exited or were dropped or preempted leave the group."""
-    items, served, monitor = list(group), group[0].job.served, group[0].job.monitor
-    forward, first = served.model.forward, group[0].progress.layer
+    items, served = list(group), group[0].job.deepest
+    forward, first = group[0].job.encoder.forward, group[0].progress.layer
     assert forward is not None
     passes = [item.progress.forward for item in items if item.progress.forward is not None]
     layer_s = sum(served.timing.layer_s(len(p.tokens)) for p in passes)
-    layers = max(1, int(MAX_STEP_S / layer_s)) if layer_s > 0 else served.model.manifest.num_layers
+    layers = max(1, int(MAX_STEP_S / layer_s)) if layer_s > 0 else MAX_LAYERS
     occupy(layer_s * layers)
     # The time of the embeddings is negligible.
-    forward(passes, monitor.limits if monitor else None, layers + (first == 0))
+    forward(passes, layers + (first == 0))
     left: list[tuple[Item, Result]] = []
     staying: list[Item] = []
     queue.charge(*((i.job, one.seconds - i.progress.model_s) for i, one in zip(items, passes, strict=True)))
     for item, one in zip(items, passes, strict=True):
         progress = item.progress
         progress.model_s, progress.layer = one.seconds, one.layer
-        if one.reason:
-            left.append((item, outcome_of(item)))
-        else:
+        if one.undecided:
             staying.append(item)
+        else:
+            left.append((item, outcomes_of(item)))
     group[:] = staying
     finish(left)
     for item in staying:

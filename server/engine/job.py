@@ -1,19 +1,20 @@
 """The unit of the engine's work: a job, with an item for each text of its request."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from time import perf_counter
 
 from de3.exits.reading import sigmoid
 from de3.exits.windows import Flag, most_windows
-from de3.model_store.forward import ForwardPass
+from de3.model_store.encoder import Encoder
+from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
-from de3.model_store.segments import Tokens
-from de3.model_store.tokenizer import PIECE
+from de3.model_store.segments import Array, Tokens
+from de3.model_store.tokenizer import PIECE, Windows
 from de3.server.engine.outcome import Outcome
-from de3.server.engine.progress import Progress
+from de3.server.engine.progress import Progress, WindowProgress
 from de3.server.engine.request import Request, Text
 from de3.server.engine.served import MAX_STEP_S, Served
 from de3.server.engine.timing import tokens_of
@@ -30,6 +31,9 @@ DEFAULT_THRESHOLD = 0.5  # threshold of a flag whose label has none
 class Item:
     """One text of a job: its due time, progress and outcome.
 
+    If several models answer a request on one pass, each has a job, but only the first job's items are scheduled; they
+    have the other jobs' items for the same text as fellows.
+
     Attributes:
         predicted_s: predicted seconds through every layer.
         due: time by which it should be answered (perf_counter seconds); a client's earliest item is scheduled first.
@@ -41,6 +45,11 @@ class Item:
         is_sampled: its reading at the first exit is used to measure drift.
         asks_all_exits: every exit is evaluated, even those at which it cannot exit.
         keeps_states: the mean hidden state of its tokens after each layer is kept, for fitting exits.
+        states: these states, (num_layers, hidden), filled in as the layers run; None: not kept.
+        fellows: items of other models that are answered on the same pass, and share its progress.
+        decision: the model's decision about the text, or about its current window.
+        windows: the windows that have run, for this model; None unless the text has several.
+        is_settled: further windows would not change this model's answer.
         outcome: its exit and its answer; None until it exits.
         error: the error of a text that failed, in a job that keeps errors; None otherwise.
     """
@@ -57,7 +66,12 @@ class Item:
     is_sampled: bool = field(init=False)
     asks_all_exits: bool = field(init=False)
     keeps_states: bool = False
+    states: Array | None = None
     progress: Progress = field(init=False)
+    fellows: Sequence["Item"] = ()
+    decision: Decision | None = None
+    windows: WindowProgress | None = None
+    is_settled: bool = False
     outcome: Outcome | None = None
     error: Exception | None = None
 
@@ -74,26 +88,74 @@ class Item:
         fits = self.group_s <= MAX_STEP_S or self.progress.is_grouped
         return self.is_short and self.job.in_groups and fits
 
+    @property
+    def team(self) -> list["Item"]:
+        """The item and its fellows."""
+        return [self, *self.fellows]
+
+    @property
+    def has_answers(self) -> bool:
+        """True if every model has read an exit of the text, in this window or an earlier one."""
+        return all(
+            (one.windows is not None and one.windows.ran)
+            or (one.decision is not None and one.decision.readings)
+            for one in self.team
+        )
+
     def restart(self) -> None:
         """Reset a text whose group failed, so that it runs again from the start, alone."""
         self.is_short, self.progress = False, Progress()
+        for one in self.team:
+            one.progress, one.decision = self.progress, None
 
     def start(self, tokens: Tokens) -> None:
-        """Begin the forward pass of the text, or of its next window."""
-        progress, monitor, rule = self.progress, self.job.monitor, self.job.choice.rule
-        before = progress.forward  # the previous window's
-        if self.keeps_states and progress.windows is None:
-            progress.states = self.job.model.empty_states()
-        progress.tokens, progress.layer = tokens, 0
-        progress.forward = ForwardPass(
-            tokens,
+        """Begin the forward pass of the text, or of its next window, for the models that are not settled."""
+        self.progress.tokens, self.progress.layer = tokens, 0
+        decisions = [one.decide() for one in self.team if not one.is_settled]
+        self.progress.forward = ForwardPass(tokens, decisions)
+
+    def start_windows(self, windows: Windows) -> None:
+        """Begin the first window of a text that has several."""
+        self.progress.windows = windows
+        for one in self.team:
+            one.windows = WindowProgress(windows, one.job.choice.rule, one.job.flag)
+        self.start(windows[0])
+
+    def next_window(self) -> bool:
+        """Record the window that ran, and begin the next one; False if no further window is needed."""
+        progress = self.progress
+        windows, forward = progress.windows, progress.forward
+        assert windows is not None and forward is not None
+        progress.num_ran += 1
+        is_due = False
+        for one in self.team:
+            if not one.is_settled:
+                assert one.windows is not None and one.decision is not None
+                one.windows.add(one.decision, len(forward.tokens))
+                one.is_settled = one.windows.is_settled(one.decision)
+                is_due |= one.decision.reason == "deadline"
+        if is_due or all(one.is_settled for one in self.team):
+            return False
+        self.start(windows[progress.num_ran])
+        return True
+
+    def decide(self) -> Decision:
+        """Begin the model's decision about the text, or about its next window."""
+        model, monitor, rule = self.job.model, self.job.monitor, self.job.choice.rule
+        before = self.decision  # the previous window's
+        if self.keeps_states and self.windows is None:
+            self.states = model.empty_states()
+        self.decision = Decision(
+            model.exits,
             rule if before is None else before.rule,
-            self.job.model.deepest_exit(rule.max_layer),
+            model.deepest_exit(rule.max_layer),
             self.asks_all_exits,
+            None if monitor is None else monitor.limits,
             1.0 if monitor is None else monitor.tau_factor,
             before is not None and before.is_far,
-            progress.states,
+            self.states,
         )
+        return self.decision
 
 
 @dataclass(slots=True, eq=False)
@@ -111,9 +173,13 @@ class Job:
         on_done: called through the engine's `dispatch`: with None once every item has finished, or with the error of an
             item, perhaps more than once. If the job is dropped for another reason, it may never be called.
         is_shadow: background job; it runs while nothing else is pending, and its answers are not returned.
+        fellows: jobs of other models, with the same texts, that are answered on this job's pass.
         in_groups: its texts may run in groups.
         asks_all_exits: every exit is evaluated, even those at which its items cannot exit.
         is_dropped: its result is no longer needed.
+        deepest: the model with the most layers, by whose timing the texts are scheduled.
+        encoder: its encoder, on which the texts run.
+        budget_s: the shortest latency budget of its models, seconds; None: no budget.
         deadline: time by which the last text must exit (perf_counter seconds); None: no deadline.
         is_admitted: its deadline was admitted, so it is scheduled before jobs without one.
         is_late: the requested deadline cannot be met, and the request accepts a later one (best_effort).
@@ -127,11 +193,15 @@ class Job:
     request: Request
     on_done: Callable[[Exception | None], None]
     is_shadow: bool = False
+    fellows: Sequence["Job"] = ()
     submitted: float = field(default_factory=perf_counter)
     items: list[Item] = field(init=False)
     in_groups: bool = field(init=False)
     asks_all_exits: bool = field(init=False)
     is_dropped: bool = False
+    deepest: Served = field(init=False)
+    encoder: Encoder = field(init=False)
+    budget_s: float | None = field(init=False)
     deadline: float | None = None
     is_admitted: bool = False
     is_late: bool = False
@@ -142,10 +212,15 @@ class Job:
     _lock: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
-        request, timing, budget_s = self.request, self.served.timing, self.choice.budget_s
+        request, team = self.request, self.team
+        self.deepest = _deepest([job.served for job in team])
+        self.encoder = self.deepest.model.encoder
+        budgets = [job.choice.budget_s for job in team if job.choice.budget_s is not None]
+        self.budget_s = budget_s = min(budgets, default=None)
         # A text with a deadline runs alone, so that it can exit after any layer. So does a text whose signal the
         # kernels lack, because it is scored between the layers.
-        has_kernels = self.model.forward is not None and self.choice.rule.signal.code is not None
+        has_codes = all(job.choice.rule.signal.code is not None for job in team)
+        has_kernels = self.encoder.forward is not None and has_codes
         self.in_groups = has_kernels and budget_s is None and not self.is_shadow
         # A text with a deadline must have an answer at any time. The OOD score and the OOD flag use the readings of all
         # exits.
@@ -153,15 +228,19 @@ class Job:
         self.asks_all_exits = request.explain or request.ood or monitors_ood or budget_s is not None
         if budget_s is not None:
             self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
-        due, self.items = self.submitted, []
+        due, self.items, deepest = self.submitted, [], self.deepest
         for index, text in enumerate(request.texts):
-            predicted_s = timing.predict(text.chars, request.windows)
+            predicted_s = deepest.timing.predict(text.chars, request.windows)
             due += predicted_s
             item = Item(self, index, text, predicted_s, due)
             if self.in_groups:
-                item.group_s = self.served.group_s(tokens_of(text.chars))
+                item.group_s = deepest.group_s(tokens_of(text.chars))
             if budget_s is not None:
-                item.first_exit_s = timing.predict_first_exit(text.chars, request.windows)
+                firsts = [job.served.timing.predict_first_exit(text.chars, request.windows) for job in team]
+                item.first_exit_s = max(firsts)
+            item.fellows = [job.items[index] for job in self.fellows]
+            for one in item.fellows:
+                one.progress = item.progress
             self.items.append(item)
         self._left = len(self.items)
 
@@ -169,6 +248,11 @@ class Job:
     def model(self) -> Model:
         """The model that runs the job."""
         return self.served.model
+
+    @property
+    def team(self) -> list["Job"]:
+        """The job and its fellows, in the order of the request."""
+        return [self, *self.fellows]
 
     @property
     def monitor(self) -> OodMonitor | None:
@@ -230,20 +314,59 @@ class Job:
 
     def release(self) -> None:
         """Release the items, which refer back to the job; otherwise only the garbage collector would free the texts."""
-        self.items = []
+        for job in self.team:
+            job.items = []
 
 
-def job_of(served: Served, request: Request, level: int, on_done: Callable[[Exception | None], None]) -> Job:
+def job_of(
+    served: Served,
+    request: Request,
+    level: int,
+    on_done: Callable[[Exception | None], None],
+    fellows: Sequence[Job] = (),
+) -> Job:
     """Create the job of a request to a model; raises RequestError if the model cannot answer the request.
 
-    Limits `request.windows` to the model's maximum. level: load level, which sets the default τ. on_done: see Job.
+    Limits `request.windows` to the model's maximum. level: load level, which sets the default τ. on_done, fellows: see
+    Job.
     """
     manifest = served.model.manifest
     request.check(manifest)
     request.windows = min(request.windows, most_windows(manifest.max_tokens))
     check_texts(request, served)
     choice = served.rules.choose(request.options, level, request.tenant)
-    return Job(served, choice, request, on_done, flag=_flag_of(request, manifest, choice))
+    return Job(served, choice, request, on_done, fellows=fellows, flag=_flag_of(request, manifest, choice))
+
+
+def jobs_of(
+    served: Sequence[Served],
+    requests: Sequence[Request],
+    level: int,
+    on_done: Callable[[Exception | None], None],
+) -> Job:
+    """Create the jobs of a request to models that have the same encoder; returns the first, with its fellows.
+
+    requests: the request to each model. Raises RequestError if a model cannot answer the request, or has another
+    encoder.
+    """
+    deepest = _deepest(served).model
+    for model in (one.model for one in served):
+        if not deepest.encoder.has(model.hashes) or model.runtime != deepest.runtime:
+            what = "has another encoder" if model.runtime == deepest.runtime else "has another runtime"
+            raise RequestError(
+                f"models: {model.full_name} {what} than {deepest.full_name}, so they cannot share a pass: send two "
+                "requests",
+                "models",
+            )
+    fellows = [
+        job_of(one, request, level, lambda _: None)
+        for one, request in zip(served[1:], requests[1:], strict=True)
+    ]
+    return job_of(served[0], requests[0], level, on_done, fellows)
+
+
+def _deepest(served: Sequence[Served]) -> Served:
+    return max(served, key=lambda one: one.model.manifest.num_layers)
 
 
 def _flag_of(request: Request, manifest: Manifest, choice: Choice) -> Flag | None:

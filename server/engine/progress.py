@@ -3,26 +3,35 @@
 from dataclasses import dataclass
 
 from de3.exits.rule import ExitRule
-from de3.exits.windows import Combination, Flag
-from de3.model_store.forward import ForwardPass
-from de3.model_store.segments import Array, Tokens
+from de3.exits.windows import EXPECTED_CHANGE, Combination, Flag
+from de3.model_store.forward import Decision, ForwardPass
+from de3.model_store.segments import Tokens
 from de3.model_store.tokenizer import Tokenization, Windows
 from de3.server.engine.outcome import Window
 
 
 class WindowProgress:
-    """Windows of a text that has several: all of them, those that have run, and their combined answer."""
+    """The windows of a text that have run, and their combined answer, for one model."""
 
     def __init__(self, windows: Windows, rule: ExitRule, flag: Flag | None) -> None:
         thresholds = None if rule.thresholds is None else rule.thresholds.logits
-        self.all = windows
         self.ran: list[Window] = []
         self.combination = Combination([span.new for span in windows.spans], thresholds, flag)
+
+    def add(self, decision: Decision, tokens: int) -> None:
+        """Record a window that ran, unless the deadline passed before its first exit."""
+        if passed := decision.readings:
+            self.ran.append(Window(passed[-1].layer, passed, tokens, decision.seconds))
+            self.combination.add(passed[-1])
+
+    def is_settled(self, decision: Decision) -> bool:
+        """True if further windows would not change the answer, by the last window's decision."""
+        return self.combination.is_settled(EXPECTED_CHANGE if decision.rule.tau > 0 else 1.0)
 
 
 @dataclass(slots=True, eq=False)
 class Progress:
-    """The state of a text at a layer boundary, where it can be preempted and requeued.
+    """The state of a text at a layer boundary, where it can be preempted and requeued; the same for all models.
 
     Attributes:
         tokenization: the tokenization in progress; None before it starts and after it ends.
@@ -31,9 +40,8 @@ class Progress:
         layer: the next layer to run.
         forward: the forward pass of the text, or of its current window; None before it starts and after the text exits.
         is_grouped: the text runs in a group.
-        states: mean hidden state of the tokens after each layer but the last, (num_layers, hidden), filled in as the
-            layers run; None: not needed.
         windows: the text's windows; None unless it has several.
+        num_ran: number of windows that have run.
         tokenize_s, model_s: seconds spent so far on tokenization and in the layers.
     """
 
@@ -43,21 +51,7 @@ class Progress:
     layer: int = 0
     forward: ForwardPass | None = None
     is_grouped: bool = False
-    states: Array | None = None
-    windows: WindowProgress | None = None
+    windows: Windows | None = None
+    num_ran: int = 0
     tokenize_s: float = 0.0
     model_s: float = 0.0
-
-    @property
-    def has_answer(self) -> bool:
-        """True if the text has passed an exit, in this window or an earlier one."""
-        has_ran = self.windows is not None and bool(self.windows.ran)
-        return has_ran or (self.forward is not None and bool(self.forward.readings))
-
-    def end_window(self) -> None:
-        """Record the window that ran."""
-        windows, forward = self.windows, self.forward
-        assert windows is not None and forward is not None
-        if passed := forward.readings:  # otherwise the deadline passed before the window's first exit
-            windows.ran.append(Window(passed[-1].layer, passed, len(forward.tokens), forward.seconds))
-            windows.combination.add(passed[-1])

@@ -104,7 +104,7 @@ class WorkQueue:
     def next(self, threads: int = 1) -> list[Item]:
         """Wait for the most urgent item; returns an empty list once the queue is closed and empty.
 
-        If many items are pending, returns a group: the most urgent item, and the next ones of the same model with the
+        If many items are pending, returns a group: the most urgent item, and the next ones of the same encoder with the
         same next layer, as long as they fit into a step, are not much longer than the first, and leave enough items
         for the other engine threads. threads: number of engine threads.
         """
@@ -134,7 +134,7 @@ class WorkQueue:
             left -= item.group_s
             # In a group each text waits for all others, so a text much longer than the first does not join.
             fits = left >= 0 and item.group_s <= MAX_STRETCH * first.group_s
-            is_alike = item.progress.layer == first.progress.layer and item.job.model is first.job.model
+            is_alike = item.progress.layer == first.progress.layer and item.job.encoder is first.job.encoder
             if not (fits and is_alike and item.can_share):
                 break
             items.append(self._take(heap))

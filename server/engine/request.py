@@ -1,7 +1,7 @@
 """A request, independent of its protocol: the texts to classify, and their options."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from de3.model_store.manifest import Manifest
@@ -42,6 +42,7 @@ class Request:
             its submission.
         keeps_errors: the RequestError of a text, such as one that is too long, is recorded in the text's item, and the
             other texts are still answered; any other error fails the whole job. If false, every error does.
+        models: the models that all answer, on one pass, each with its options; empty: `model` answers, with `options`.
     """
 
     input_name: ClassVar[str] = "input"
@@ -59,6 +60,13 @@ class Request:
     tenant: str = ""
     expires_at: float | None = None
     keeps_errors: bool = False
+    models: Sequence[tuple[str, ExitOptions]] = ()
+
+    def for_models(self) -> "Sequence[Request]":
+        """The request to each of its models."""
+        if not self.models:
+            return [self]
+        return [replace(self, model=name, options=options) for name, options in self.models]
 
     def fits(self, manifest: Manifest) -> bool:
         """True if the model can answer this kind of request; chooses the model if a request does not name one."""

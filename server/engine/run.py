@@ -6,19 +6,19 @@ The windows of a text that has several run one after the other, until its answer
 from collections.abc import Callable
 from time import perf_counter
 
-from de3.exits.windows import EXPECTED_CHANGE
 from de3.model_store.segments import Tokens
 from de3.server.engine.job import Item
-from de3.server.engine.outcome import Decisive, Outcome
-from de3.server.engine.progress import WindowProgress
+from de3.server.engine.outcome import Decisive, Outcome, Window
 from de3.server.engine.queue import WorkQueue
 from de3.server.errors import RequestError
 
-Result = Outcome | Exception
+Result = list[Outcome] | Exception  # the outcomes of an item and of its fellows
 
 
-def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _: None) -> Outcome | None:
-    """Run one text through the layers until it exits, window by window if it has several; returns its outcome.
+def run(
+    item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _: None
+) -> list[Outcome] | None:
+    """Run one text through the layers until it exits, window by window if it has several; returns its outcomes.
 
     Returns None if its job was dropped, or if it was preempted and requeued. Raises RequestError if it has no tokens,
     is too long and must not be truncated, or is a pair that cannot be split into windows. Calls `occupy(seconds)`
@@ -28,15 +28,8 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
     if progress.forward is None and not _tokenize(item, queue, occupy):
         return None
     while _run_layers(item, queue, occupy):
-        forward, windows = progress.forward, progress.windows
-        assert forward is not None and forward.reason is not None
-        if windows is None:
-            return outcome_of(item)
-        progress.end_window()
-        change = EXPECTED_CHANGE if forward.rule.tau > 0 else 1.0
-        if forward.reason == "deadline" or windows.combination.is_settled(change):
-            return outcome_of(item)
-        item.start(windows.all[len(windows.ran)])
+        if progress.windows is None or not item.next_window():
+            return outcomes_of(item)
         if item.job.is_dropped:
             return None
         if queue.has_more_urgent_than(item):
@@ -49,41 +42,49 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
     """Run a text, or its current window, through the layers until it exits; False where run() returns None."""
     job, progress, forward = item.job, item.progress, item.progress.forward
     assert forward is not None
-    layer_s, monitor = job.served.timing.layer_s(len(forward.tokens)), job.monitor
+    layer_s, run_layer = job.deepest.timing.layer_s(len(forward.tokens)), job.encoder.layer_by_layer
     while True:
-        if item.ends is not None and progress.has_answer and perf_counter() + layer_s > item.ends:
-            forward.exit("deadline")
+        if item.ends is not None and item.has_answers and perf_counter() + layer_s > item.ends:
+            forward.end("deadline")
             return True
         occupy(layer_s)
         if forward.layer == 0:
             progress.num_tokens += len(forward.tokens)
         before = forward.seconds
-        job.model.layer_by_layer([forward], monitor.limits if monitor else None, layers=1)
+        run_layer([forward], layers=1)
         spent = forward.seconds - before
         progress.model_s += spent
         progress.layer = forward.layer
-        if forward.reason or job.is_dropped:
+        is_decided = not forward.undecided
+        if is_decided or job.is_dropped:
             queue.charge((job, spent))
-            return forward.reason is not None
+            return is_decided
         if queue.has_more_urgent_than(item, spent):
             queue.requeue(item)
             return False
 
 
-def outcome_of(item: Item) -> Outcome:
-    """The outcome of an item that exited; releases its forward pass.
+def outcomes_of(item: Item) -> list[Outcome]:
+    """The outcomes of an item that exited, and of its fellows; releases their forward pass.
 
-    If the item is sampled, also adds its first reading to the drift sample.
+    If an item is sampled, also adds its first reading to the drift sample.
     """
-    progress, forward = item.progress, item.progress.forward
-    assert forward is not None and forward.reason is not None
-    progress.forward = None
-    passed, ran, num_windows, combination, decisive = forward.readings, [], 1, None, None
-    if progress.windows is not None:
-        ran, num_windows = progress.windows.ran, len(progress.windows.all)
-        passed, combination = [r for window in ran for r in window.passed], progress.windows.combination
+    outcomes = [_outcome_of(one) for one in item.team]
+    item.progress.forward = None
+    return outcomes
+
+
+def _outcome_of(item: Item) -> Outcome:
+    progress, decision, forward = item.progress, item.decision, item.progress.forward
+    assert decision is not None and decision.reason is not None and forward is not None
+    item.decision = None
+    passed, ran, num_windows, combination, decisive = decision.readings, list[Window](), 1, None, None
+    model_s = decision.seconds
+    if item.windows is not None and progress.windows is not None:
+        ran, num_windows, model_s = item.windows.ran, len(progress.windows), progress.model_s
+        passed, combination = [r for window in ran for r in window.passed], item.windows.combination
         if item.job.flag is not None:
-            decisive = Decisive(combination.decisive, *progress.windows.all.chars(combination.decisive))
+            decisive = Decisive(combination.decisive, *progress.windows.chars(combination.decisive))
     reading = passed[-1]  # at a deadline: the deepest answer so far
     if combination is not None:
         reading = combination.reading(last=reading)
@@ -92,16 +93,16 @@ def outcome_of(item: Item) -> Outcome:
         item.job.monitor.sample(passed[0])
     return Outcome(
         layer=reading.layer,
-        reason=forward.reason,
-        rule=forward.rule,
+        reason=decision.reason,
+        rule=decision.rule,
         reading=reading,
         passed=passed,
         tokens=progress.num_tokens,
         truncated=forward.tokens.truncated,
         queue_s=0.0 if item.job.is_shadow else pending_s,  # shadow jobs report no queue time
         tokenize_s=progress.tokenize_s,
-        model_s=progress.model_s,
-        is_far=forward.is_far,
+        model_s=model_s,
+        is_far=decision.is_far,
         windows=ran,
         num_windows=num_windows,
         decisive=decisive,
@@ -121,7 +122,7 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
             text.text, text.text_pair, request.truncate, request.windows
         )
     while True:
-        occupy(job.served.timing.piece_s)
+        occupy(job.deepest.timing.piece_s)
         started = perf_counter()
         try:
             tokens = progress.tokenization.step()
@@ -132,10 +133,11 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
             spent = perf_counter() - started
             progress.tokenize_s += spent
         if tokens is not None:
-            if not isinstance(tokens, Tokens):
-                progress.windows = WindowProgress(tokens, job.choice.rule, job.flag)
-                tokens, item.is_short = tokens[0], False  # too long for a group
-            item.start(tokens)
+            if isinstance(tokens, Tokens):
+                item.start(tokens)
+            else:
+                item.is_short = False  # too long for a group
+                item.start_windows(tokens)
             progress.tokenization = None
             queue.charge((job, spent))
             return True

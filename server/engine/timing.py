@@ -130,11 +130,14 @@ def _run(model: Model, text: str, check: Callable[[], None]) -> tuple[float, flo
     check()
     tokens, first = model.tokenize(text), 0.0
     started = _now()
-    step = model.segments[0].embed(tokens, True)
-    for segment in model.segments:
-        if segment.layer > 0:
-            step = segment.run(step.hidden, True)
-        if segment.layer == model.manifest.exit_layers[0]:
+    layers, exits = model.encoder.layers, model.exits
+    hidden = layers.embed(tokens)
+    for layer in range(exits.num_layers + 1):
+        if layer > 0:
+            hidden = layers.run(layer, hidden)
+        if layer in exits.layers:
+            exits.run(layer, hidden)
+        if layer == exits.layers[0]:
             first = _since(started)
     return first, _since(started)
 

@@ -4,7 +4,7 @@ import time
 
 import orjson
 
-from de3.server.answer import ClassifyResponse, row_of
+from de3.server.answer import Envelope, ModelResult, row_of
 from de3.server.classification import Classification, ClassifyRequest, request_of
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
@@ -40,21 +40,28 @@ def serialize(request_id: str, job: Job) -> bytes:
         return sglang.serialize(request_id, job)
     assert isinstance(request, Classification)
     tokens = job.tokens
-    body: ClassifyResponse = {
+    whole: Envelope = {
         "id": f"classify-{request.id or request_id}",
         "object": "list",
         "created": int(time.time()),
-        "model": job.model.full_name,
-        "data": [row_of(item) for item in job.items],
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }
+    if request.models:
+        return orjson.dumps({**whole, "results": [_result(one) for one in job.team]})
+    return orjson.dumps({**whole, **_result(job)})
+
+
+def _result(job: Job) -> ModelResult:
+    """The answer of one model."""
+    request = job.request
+    result: ModelResult = {"model": job.model.full_name, "data": [row_of(item) for item in job.items]}
     # The certificate holds only for texts that fit into a single window.
     certificate = job.choice.certificate
     if certificate is not None and all(outcome.num_windows == 1 for outcome in job.outcomes()):
-        body["certificate"] = certificate
+        result["certificate"] = certificate
     if request.explain:
-        body["tau_choice"] = job.choice.row()
-    return orjson.dumps(body)
+        result["tau_choice"] = job.choice.row()
+    return result
 
 
 CLASSIFY = Protocol(parse, serialize, example=EXAMPLE)

@@ -70,7 +70,7 @@ async def _answer(
             exchange.fail(failure.cause)
         exchange.ended = perf_counter()
         latency_s = exchange.ended - exchange.started
-        service.metrics.responded(exchange.model, exchange.status, exchange.cause, latency_s)
+        service.metrics.responded(exchange.models, exchange.status, exchange.cause, latency_s)
     if failure is not None:
         response = errors.response(failure, exchange.id, protocol.error(failure))
         await response(exchange.scope, receive, send)

@@ -74,10 +74,10 @@ class Exchange:
         return None if self.inference is None else self.inference.job
 
     @property
-    def model(self) -> str:
-        """The model's name:version; "none" if no model was found."""
-        served = None if self.inference is None else self.inference.served
-        return "none" if served is None else served.model.full_name
+    def models(self) -> list[str]:
+        """The name:version of each model that answers; "none" if no model was found."""
+        served = () if self.inference is None else self.inference.served
+        return [one.model.full_name for one in served] or ["none"]
 
 
 Reporter = Callable[[Exchange], None]

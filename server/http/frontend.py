@@ -150,7 +150,7 @@ class Frontend:
         exchange = Exchange(request_id(scope), scope, route.template, scope["de3.started"], ended)
         exchange.fail("client_gone")
         latency_s = ended - exchange.started
-        self.service.metrics.responded(exchange.model, exchange.status, exchange.cause, latency_s)
+        self.service.metrics.responded(exchange.models, exchange.status, exchange.cause, latency_s)
         self.report(exchange)
 
     def dropped(self, reason: str) -> None:

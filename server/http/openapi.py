@@ -8,7 +8,7 @@ import orjson
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from de3.server.answer import ClassifyResponse
+from de3.server.answer import ClassifyResponse, ClassifySeveralResponse
 from de3.server.classification import ClassifyRequest
 from de3.server.errors import Cause, RequestError
 from de3.server.http import errors
@@ -42,6 +42,7 @@ _REQUESTS = {
     "a long text": {"input": "it begins slowly , and then it does not end . " * 60, "long": "windows"},
     "a pair": {"input": {"text": "Is the film good?", "text_pair": "It is."}},
 }
+_RESPONSES = ("ClassifyResponse", "ClassifySeveralResponse")  # the second if the request has models
 _ANSWER: ClassifyResponse = {
     "id": "classify-5f0c9c1d6e9a4c0f8f1b9d1f2a3b4c5d",
     "object": "list",
@@ -137,7 +138,7 @@ CLASSIFY: dict[str, Any] = {
             "description": "One row for each text, in order",
             "content": {
                 "application/json": {
-                    "schema": {"$ref": REF.format(model="ClassifyResponse")},
+                    "schema": {"anyOf": [{"$ref": REF.format(model=model)} for model in _RESPONSES]},
                     "example": _ANSWER,
                 }
             },
@@ -228,7 +229,8 @@ def document(app: FastAPI) -> None:
 
 
 def _improve(schema: dict[str, Any]) -> None:
-    types: list[Any] = [ClassifyRequest, ClassifyResponse, ModelList, ErrorResponse, *ERRORS.values()]
+    responses = (ClassifyResponse, ClassifySeveralResponse)
+    types: list[Any] = [ClassifyRequest, *responses, ModelList, ErrorResponse, *ERRORS.values()]
     _, ours = TypeAdapter.json_schemas(
         [(each, "validation", TypeAdapter(each)) for each in types], ref_template=REF
     )

@@ -4,6 +4,7 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
+from de3.server.engine.job import Job
 from de3.server.http.exchange import Exchange
 
 log = logging.getLogger("de3.requests")
@@ -19,11 +20,16 @@ class RequestLog:
         self._style, self._with_texts = style, with_texts
 
     def __call__(self, exchange: Exchange) -> None:
-        """Log one request."""
+        """Log one request: a line for each model that answers."""
+        jobs = [None] if exchange.job is None else exchange.job.team
+        for number, model in enumerate(exchange.models):
+            self._log(exchange, model, jobs[number] if number < len(jobs) else None)
+
+    def _log(self, exchange: Exchange, model: str, job: Job | None) -> None:
         ms = 1000 * (exchange.ended - exchange.started)
         fields: dict[str, Any] = {
             "request_id": exchange.id,
-            "model": exchange.model,
+            "model": model,
             "status": exchange.status,
             "duration_ms": round(ms, 3),
         }
@@ -31,19 +37,19 @@ class RequestLog:
             fields["owner"] = exchange.owner
         if exchange.cause:
             fields["cause"] = exchange.cause
-        if exchange.job is not None:
-            outcomes = [item.outcome for item in exchange.job.items if item.outcome]
+        if job is not None:
+            outcomes = [item.outcome for item in job.items if item.outcome]
             fields |= {
-                "texts": len(exchange.job.items),
+                "texts": len(job.items),
                 "tokens": sum(o.tokens for o in outcomes),
-                "tau": exchange.job.choice.rule.tau,
+                "tau": job.choice.rule.tau,
                 "exit_layers": [o.layer for o in outcomes],
                 "exit_reasons": sorted({o.reason for o in outcomes}),
                 "queue_ms": round(1000 * max((o.queue_s for o in outcomes), default=0.0), 3),
                 "model_ms": round(1000 * sum(o.model_s for o in outcomes), 3),
             }
             if self._with_texts:
-                fields["input"] = [asdict(item.text) for item in exchange.job.items]
+                fields["input"] = [asdict(item.text) for item in job.items]
         if self._style == "json":
             log.info("request", extra=fields)
         else:

@@ -91,7 +91,7 @@ class Traces:
                 "http.route": exchange.route,
                 "http.response.status_code": exchange.status,
                 "de3.request_id": exchange.id,
-                "de3.model": exchange.model,
+                "de3.model": ", ".join(exchange.models),
             },
             start_time=ns(exchange.started),
         )
@@ -104,7 +104,8 @@ class Traces:
             if exchange.job is not None:
                 root.set_attribute("de3.texts", len(exchange.job.items))
                 self._stage("read", inside, ns(exchange.started), ns(exchange.job.submitted))
-                for item in exchange.job.items[:MAX_TEXTS]:
+                items = [item for job in exchange.job.team for item in job.items]
+                for item in items[:MAX_TEXTS]:
                     self._text(item, inside, ns(exchange.job.submitted))
         root.end(ns(exchange.ended))
 
@@ -128,6 +129,7 @@ class Traces:
             inside,
             attributes={
                 "de3.index": item.index,
+                "de3.model": item.job.model.full_name,
                 "de3.tokens": o.tokens,
                 "de3.exit.layer": o.layer,
                 "de3.exit.num_layers": item.job.model.manifest.num_layers,

@@ -6,8 +6,6 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 
-from de3.model_store.manifest import fingerprint
-from de3.model_store.store import Artifact
 from de3.native.network import Memory, can_share_memory
 from de3.server.background import run_once
 
@@ -35,7 +33,7 @@ class Receiver:
         self._create: Callable[[], asyncio.Protocol]
         self._closed = 0  # closed connections not yet reported to the supervisor
         self._shares_weights = can_share_memory()
-        self._weights: dict[str, int] = {}  # file descriptors of filled memory, by fingerprint
+        self._weights: dict[str, int] = {}  # file descriptors of filled memory, by encoder hash
         self._new_weights: dict[str, int] = {}  # the same, for memory that this process fills
 
     def start(self) -> None:
@@ -101,11 +99,13 @@ class Receiver:
 
     # Weights
 
-    def memory_of(self, artifact: Artifact) -> Memory | None:
-        """Memory for the weights of a model, which another process may have filled; None if memory cannot be shared."""
+    def memory_of(self, key: str) -> Memory | None:
+        """Memory for the weights of the encoder with this hash, which another process may have filled.
+
+        None if memory cannot be shared.
+        """
         if not self._shares_weights:
             return None
-        key = fingerprint(artifact.manifest)
         if (fd := self._weights.get(key)) is not None:
             return Memory(fd, True)
         fd = self._new_weights[key] = os.memfd_create("de3-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -5,19 +5,19 @@ import socket
 from collections.abc import Iterable
 from contextlib import suppress
 
-from de3.model_store.manifest import fingerprint
+from de3.model_store.manifest import encoder_hashes
 from de3.model_store.store import Artifact
 from de3.server.processes.receiver import WEIGHTS
 
 
 class Weights:
-    """The served models' weights: a file descriptor of shared memory for each, by the manifest's fingerprint."""
+    """The weights of the served encoders: a file descriptor of shared memory for each, by the encoder's hash."""
 
     def __init__(self) -> None:
         self._fds: dict[str, int] = {}
 
     def put(self, key: str, fd: int) -> None:
-        """Keep the memory of a model's weights, which a process has filled; replaces memory with the same key."""
+        """Keep the memory of an encoder's weights, which a process has filled; replaces memory with the same key."""
         if (old := self._fds.pop(key, None)) is not None:
             os.close(old)
         self._fds[key] = fd
@@ -36,4 +36,4 @@ class Weights:
 
 
 def _keys(artifacts: Iterable[Artifact]) -> list[str]:
-    return [fingerprint(artifact.manifest) for artifact in artifacts]
+    return list(dict.fromkeys(encoder_hashes(artifact.manifest)[-1] for artifact in artifacts))
