@@ -101,7 +101,7 @@ class Exits(Protocol):
     pooling: Pooling
 
     def run(self, layer: int, hidden: Array) -> tuple[Array, Array | None]:
-        """The logits (K,) and, with prototypes, the distances (K,) at an exit, for hidden states (1, tokens, hidden)."""
+        """The logits (K,) of an exit and, with prototypes, the distances (K,), for states (1, tokens, hidden)."""
 
 
 class OnnxLayers:
@@ -141,7 +141,7 @@ class OnnxExits:
         self._feeds = {layer: {"prototypes": rows} for layer, rows in prototypes.items()}
 
     def run(self, layer: int, hidden: Array) -> tuple[Array, Array | None]:
-        """The logits (K,) and, with prototypes, the distances (K,) at an exit, for hidden states (1, tokens, hidden)."""
+        """The logits (K,) of an exit and, with prototypes, the distances (K,), for states (1, tokens, hidden)."""
         values = self._sessions[layer].run(None, {"hidden": hidden, **self._feeds.get(layer, {})})
         return values[0][0], values[1][0] if len(values) > 1 else None
 
@@ -184,7 +184,7 @@ class NativeExits:
         self._run, self._with_distances = kernels.run_exit, frozenset(manifest.prototype_layers)
 
     def run(self, layer: int, hidden: Array) -> tuple[Array, Array | None]:
-        """The logits (K,) and, with prototypes, the distances (K,) at an exit, for hidden states (1, tokens, hidden)."""
+        """The logits (K,) of an exit and, with prototypes, the distances (K,), for states (1, tokens, hidden)."""
         logits = np.empty(self.num_labels, np.float32)
         distances = np.empty(self.num_labels, np.float32) if layer in self._with_distances else None
         self._run(self.exits, layer, hidden, logits, distances)
