@@ -235,8 +235,10 @@ class Draft:
     def publish(self, manifest: Manifest) -> Path:
         """Add the manifest and publish the version by one rename; returns its folder.
 
-        Raises OSError if the version already exists.
+        Files that another version in the store has, such as the same encoder's, become links to that version's, so
+        that the store keeps one copy. Raises OSError if the version already exists.
         """
+        self._link(manifest)
         self.write({MANIFEST: _by_field(manifest).encode()})
         self.path.chmod(0o755)
         final = self.model_path / str(manifest.version)
@@ -247,6 +249,19 @@ class Draft:
         finally:
             os.close(directory)
         return final
+
+    def _link(self, manifest: Manifest) -> None:
+        """Replace files by links to equal files in the store, where the file system allows it."""
+        names = {entry.sha256: name for name, entry in manifest.files.items()}
+        for file in sorted(self.model_path.parent.glob(f"*/*/{MANIFEST}")):
+            with suppress(StoreError):
+                other = Artifact(file.parent, read_manifest(file.parent))
+                for theirs, entry in other.manifest.files.items():
+                    if entry.sha256 in names:
+                        other.read(theirs)  # it might be damaged
+                        with suppress(OSError):
+                            os.link(file.parent / theirs, new := self.path / ".link")
+                            new.replace(self.path / names.pop(entry.sha256))
 
 
 def read_manifest(path: Path) -> Manifest:

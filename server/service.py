@@ -193,7 +193,8 @@ class Service:
     def role(self, manifest: Manifest) -> dict[str, Any]:
         """Fields of a served version in /v1/models; empty while the models load.
 
-        They are its role, share (of a canary only), is_default, aliases, runtime and instructions.
+        They are its role, share (of a canary only), is_default, aliases, runtime and instructions, and the models that
+        can answer a request with it on one pass.
         """
         if not self.is_open:
             return {}
@@ -204,6 +205,11 @@ class Service:
         names = {
             "is_default": self.models.is_default(manifest.name),
             "aliases": self.models.aliases_of(manifest),
+            "shares_encoder_with": [
+                other.full_name
+                for other in (one.model for one in self.models.all)
+                if other is not model and other.encoder is model.encoder
+            ],
         }
         return {"role": role, **share, **names, **runtime}
 

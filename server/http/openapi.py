@@ -171,6 +171,9 @@ class ServedModel(BaseModel):
     input: str | None = Field(description="text, pair, or null: takes both")
     precision: str
     aliases: list[str] = Field([], description="its other names (--alias); absent while models load")
+    shares_encoder_with: list[str] = Field(
+        [], description="models that can answer on one pass with it; absent while models load"
+    )
     runtime: str | None = Field(None, description="native or onnxruntime; absent while models load")
     instructions: str | None = Field(
         None, description="the instruction set of the native kernels, such as amx, vnni or dotprod"
