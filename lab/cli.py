@@ -4,6 +4,7 @@ import ast
 from importlib import import_module
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -187,6 +188,34 @@ def processes(
 
     sides = study.sides(store, model, option or [], before)
     study.measure(sides, read(texts, "sentence"), rounds, seconds, port)
+    for line in study.table(sides):
+        print(line)
+
+
+@app.command()
+def heads(
+    store: options.Store,
+    texts: options.Texts,
+    model: Annotated[list[str], typer.Option(help="Model; repeat for each.")],
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of de3 serve, such as --tau=0; repeat for more.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Number of measurements of each way, in turn.", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="Duration of one measurement.", min=1)] = 5.0,
+    port: options.Port = 8100,
+) -> None:
+    """Compare several models of one encoder on one pass with a request for each: throughput and memory.
+
+    Needs wrk.
+
+    Example: python -m lab heads --store models --texts texts.txt --model intents --model toxicity
+    """
+    from lab import heads as study
+
+    with TemporaryDirectory() as folder:
+        samples = [sample.text for sample in read(texts, "text")]
+        sides = study.sides(store, model, samples, option or [], Path(folder))
+        study.measure(sides, rounds, seconds, port)
     for line in study.table(sides):
         print(line)
 

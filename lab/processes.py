@@ -18,7 +18,7 @@ from de3.loadtest.texts import Sample
 CONNECTIONS = (16, 64)
 SHARES = (1 / 3, 2 / 3, 0.9)  # of saturation
 MAX_TEXTS = 2000
-_SCRIPT = """wrk.method = "POST"
+SCRIPT = """wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
 local bodies, i = {%s}, 0
 request = function() i = i + 1; return wrk.format(nil, "/classify", nil, bodies[i %% #bodies + 1]) end
@@ -67,7 +67,7 @@ def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: floa
     with TemporaryDirectory() as folder, ExitStack() as stack:
         script = Path(folder) / "post.lua"
         bodies = (f"[==[{json.dumps({'input': s.text})}]==]" for s in samples[:MAX_TEXTS])
-        script.write_text(_SCRIPT % ",\n".join(bodies))
+        script.write_text(SCRIPT % ",\n".join(bodies))
         started = [
             stack.enter_context(running(side.server, port + i, Path(folder) / f"{i}.log"))
             for i, side in enumerate(found)
@@ -75,7 +75,7 @@ def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: floa
         for _ in range(rounds):
             for connections in CONNECTIONS:
                 for side, server in zip(found, started, strict=True):
-                    rate, cpu_us = _wrk(server, script, connections, seconds)
+                    rate, cpu_us = run_wrk(server, script, connections, seconds)
                     side.rates.setdefault(connections, []).append(rate)
                     if connections == CONNECTIONS[0]:
                         side.cpu_us.append(cpu_us)
@@ -91,7 +91,7 @@ def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: floa
             side.memory_mb = server.memory_mb()
 
 
-def _wrk(server: Running, script: Path, connections: int, seconds: float) -> tuple[float, float]:
+def run_wrk(server: Running, script: Path, connections: int, seconds: float) -> tuple[float, float]:
     """Requests/s, and the server's CPU time per request in µs."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "-s", str(script), server.target.url]
     before = _cpu_us(server)

@@ -31,12 +31,11 @@ def models_list(store: StoreOption = Path("models")) -> None:
     """List the models and versions of a store."""
     from rich.table import Column, Table
 
-    from de3.model_store.manifest import encoder_hashes
     from de3.model_store.store import Store
 
     models = Store(store)
     model = Column("model", overflow="fold")  # instead of truncating it
-    table = Table(model, "labels", "layers", "precision", "encoder", "default τ", "accuracy", "speed-up")
+    table = Table(model, "labels", "layers", "precision", "default τ", "accuracy", "speed-up")
     for name in models.names():
         try:
             m = models.open(name).manifest
@@ -50,8 +49,7 @@ def models_list(store: StoreOption = Path("models")) -> None:
         if c is not None:
             agree = " agree" if c.self_labelled else ""  # with full depth or the imported classifier
             numbers = [f"{100 * c.default.accuracy:.1f}%{agree}", f"{c.default.speedup:.1f}×"]
-        encoder = encoder_hashes(m)[-1][:8]  # models with the same one can answer on one pass
-        table.add_row(name, labels, str(m.num_layers), m.precision, encoder, f"{m.defaults.tau:g}", *numbers)
+        table.add_row(name, labels, str(m.num_layers), m.precision, f"{m.defaults.tau:g}", *numbers)
     Console().print(table)
 
 
