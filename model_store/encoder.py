@@ -5,6 +5,7 @@ from weakref import WeakSet
 
 from de3.model_store.forward import LayerByLayer, NativeForward
 from de3.model_store.segments import Layers
+from de3.model_store.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,12 +14,14 @@ class Encoder:
 
     Attributes:
         hashes: a hash of it up to each layer; see manifest.encoder_hashes.
+        tokenizer: its tokenizer.
         layers: its layers.
         layer_by_layer: runs samples one after the other, on either runtime.
         forward: runs several samples together, in the kernels; None in ONNX Runtime.
     """
 
     hashes: tuple[str, ...]
+    tokenizer: TextTokenizer
     layers: Layers
     layer_by_layer: LayerByLayer
     forward: NativeForward | None = None
@@ -34,10 +37,13 @@ class Encoders:
     def __init__(self) -> None:
         self._loaded: WeakSet[Encoder] = WeakSet()
 
-    def find(self, hashes: tuple[str, ...], is_native: bool) -> Encoder | None:
-        """An encoder on which a model whose encoder has these hashes can run, in the kernels or in ONNX Runtime."""
+    def find(self, hashes: tuple[str, ...], is_native: bool | None = None) -> Encoder | None:
+        """An encoder on which a model whose encoder has these hashes can run.
+
+        is_native: in the kernels, or in ONNX Runtime; None: in either.
+        """
         for encoder in list(self._loaded):
-            if encoder.has(hashes) and (encoder.forward is not None) == is_native:
+            if encoder.has(hashes) and is_native in (None, encoder.forward is not None):
                 return encoder
         return None
 

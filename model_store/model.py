@@ -14,7 +14,7 @@ from de3.model_store.encoder import Encoder, Encoders
 from de3.model_store.forward import LayerByLayer, NativeForward
 from de3.model_store.graph import GraphError, stored
 from de3.model_store.graph_check import read_model
-from de3.model_store.manifest import EXITS, PROTOTYPES, encoder_hashes
+from de3.model_store.manifest import EXITS, PROTOTYPES, TOKENIZER, encoder_hashes
 from de3.model_store.segment_graph import build_exit, build_segment, graph_name, read_exits, read_segment
 from de3.model_store.segments import (
     Array,
@@ -78,7 +78,8 @@ class Model:
         self._check, self._artifact = check, artifact
         self.hashes = tuple(encoder_hashes(manifest))
         self._encoders = Encoders() if encoders is None else encoders
-        self.tokenizer = TextTokenizer.of(artifact)
+        same = self._encoders.find(self.hashes)
+        self.tokenizer = TextTokenizer.of(artifact) if same is None else same.tokenizer
         check_ids(artifact, self.tokenizer)
         prototypes, weights = unit_prototypes(artifact), exit_weights(artifact, check)
         self.pooling = _pooling(manifest, weights[manifest.num_layers])
@@ -140,12 +141,12 @@ class Model:
             layers = NativeLayers(kernels, built, manifest)
             segments.clear()  # the kernels have their own copy
             forward = NativeForward(kernels, layers, manifest.hidden_size)
-            encoder = Encoder(self.hashes, layers, LayerByLayer(layers), forward)
+            encoder = Encoder(self.hashes, self.tokenizer, layers, LayerByLayer(layers), forward)
             if not is_proved:
                 sessions = (self._session(graph) for graph, _ in read_segments(artifact, self._check))
                 states = proof.prove_layers(self.path, sessions, layers, texts, manifest, self._check)
         else:
-            self._verify_segments()
+            self._verify_encoder()
         if not is_proved:
             if states is None:  # another model's proof was that of the encoder
                 states = [hidden_states(encoder.layers, t, manifest.num_layers, self._check) for t in texts]
@@ -157,12 +158,12 @@ class Model:
     def _onnx_encoder(self) -> Encoder:
         encoder = self._encoders.find(self.hashes, False)
         if encoder is not None:
-            self._verify_segments()
+            self._verify_encoder()
             return encoder
         artifact = self._artifact
         sessions = [self._session(graph) for graph, _ in read_segments(artifact, self._check)]
         layers = OnnxLayers(sessions, self.manifest.token_types)
-        return self._encoders.add(Encoder(self.hashes, layers, LayerByLayer(layers)))
+        return self._encoders.add(Encoder(self.hashes, self.tokenizer, layers, LayerByLayer(layers)))
 
     def _onnx_exits(self, weights: Mapping[int, Weights], prototypes: Mapping[int, Array]) -> OnnxExits:
         sessions = {}
@@ -170,9 +171,9 @@ class Model:
             sessions[layer] = self._session(exit_graph(self.manifest, layer, read))
         return OnnxExits(sessions, prototypes, self.manifest, self.pooling)
 
-    def _verify_segments(self) -> None:
-        """Check the segments' files, which are not loaded, against the manifest's hashes."""
-        for name in self.manifest.segment_files():
+    def _verify_encoder(self) -> None:
+        """Check the files of the encoder, which is loaded already, against the manifest's hashes."""
+        for name in (*self.manifest.segment_files(), TOKENIZER):
             self._check()
             self._artifact.read(name)
 
