@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from de3.model_store.store import Artifact, Store
+from de3.server import memory
 from de3.server.http.http_server import HttpServer, stop_signals, uvicorn_config
 from de3.server.http.traces import check_can_trace
 from de3.server.learn.learners import check_can_fit
@@ -58,6 +59,7 @@ def serve(settings: Settings, artifacts: Sequence[Artifact] = ()) -> None:
     # An engine thread takes the GIL a dozen times per text, and waits up to this long each time while the event loop is
     # busy. With Python's default of 5 ms the waits would add up to 60 ms.
     sys.setswitchinterval(0.0005)
+    memory.keep_large_blocks_apart()
     processes = number_of_processes(settings, find(Store(settings.store), settings.models, artifacts))
     settings = settings.model_copy(update={"processes": processes})
     if settings.traces:

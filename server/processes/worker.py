@@ -15,7 +15,7 @@ from typing import Any
 
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
-from de3.server import logs
+from de3.server import logs, memory
 from de3.server.background import report, run_once
 from de3.server.http.http_server import HttpServer, max_connections, stop_signals, uvicorn_config
 from de3.server.manager import Manager, Plan
@@ -253,6 +253,7 @@ def main(
     """
     for one in stop_signals():
         signal.signal(one, signal.SIG_IGN)
+    memory.keep_large_blocks_apart()
     random.seed()  # the processes are forked with the same random state
     sys.setswitchinterval(0.0005)  # see server/main.py
     logs.configure(settings.log_format, number)
