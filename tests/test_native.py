@@ -6,7 +6,10 @@ If this machine has no fast kernels, the tests use the reference.
 import math
 import os
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +18,30 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto
+from onnx import ModelProto, TensorProto
 
 from de3.exits.reading import read
 from de3.exits.rule import ExitRule, Thresholds
 from de3.exits.signals import Edr, Entropy, Risk, Signal
 from de3.model_store.architecture import Architecture, Head
+from de3.model_store.encoder import Encoders
 from de3.model_store.families.deberta import Deberta
-from de3.model_store.forward import ForwardPass
-from de3.model_store.graph import Graph, source_of
-from de3.model_store.model import MAX_STATES_DIFFERENCE, Model, network_of
-from de3.model_store.segment_graph import build_segment, graph_name, read_segment
-from de3.model_store.segments import NativeSegment, session_options
+from de3.model_store.forward import Decision, ForwardPass, LayerByLayer, NativeForward
+from de3.model_store.graph import Graph, Source, source_of
+from de3.model_store.model import Model, exit_network_of, network_of
+from de3.model_store.proof import MAX_STATES_DIFFERENCE
+from de3.model_store.segment_graph import (
+    build_exit,
+    build_segment,
+    exit_tensors,
+    graph_name,
+    read_exits,
+    read_segment,
+)
+from de3.model_store.segments import NativeExits, NativeLayers, Pooling, Tokens, session_options
 from de3.model_store.store import Store, StoreError
 from de3.native import NoKernelsError
-from de3.native.network import Memory, Network, build
+from de3.native.network import Memory, build, build_exits
 from de3.server.engine.group import run_group
 from de3.server.engine.queue import WorkQueue
 from tests import jobs
@@ -49,8 +61,16 @@ def native(kernels: Any, store: Path) -> Model:
     return Model(Store(store).open("tiny-int8"), "native")
 
 
-def random_network(rng: np.random.Generator, architecture: Architecture) -> tuple[Network, list[Any]]:
-    """An encoder of one layer with random weights: the kernels' network, and the segments as export builds them."""
+@dataclass(frozen=True)
+class Built:
+    """An encoder or exits with random weights, as the kernels take them, and as graphs in the layers' order."""
+
+    network: Any
+    graphs: list[ModelProto]
+
+
+def random_source(rng: np.random.Generator, architecture: Architecture) -> Source:
+    """A source of random weights."""
     encoder, max_tokens = architecture.encoder, architecture.max_tokens
 
     def take(tensor: str, name: str, dtype: type, shape: tuple[int, ...]) -> tuple[TensorProto, Any]:
@@ -68,10 +88,28 @@ def random_network(rng: np.random.Generator, architecture: Architecture) -> tupl
 
     weights: dict[str, Any] = {}
     stored = source_of(weights)
-    graphs = [build_segment(architecture, layer, take) for layer in range(2)]
-    segments = [g.model(graph_name(layer)) for layer, g in enumerate(graphs)]
-    read_back = [read_segment(s, architecture, m) for m, s in enumerate(segments)]
-    return network_of(architecture, read_back), segments
+    return take
+
+
+def random_encoder(rng: np.random.Generator, architecture: Architecture) -> Built:
+    """An encoder whose weights are read from the segments that export builds."""
+    layers = range(architecture.num_layers + 1)
+    graphs = [build_segment(architecture, m, random_source(rng, architecture)) for m in layers]
+    models = [g.model(graph_name(m)) for m, g in enumerate(graphs)]
+    read_back = [read_segment(model, architecture, m) for m, model in enumerate(models)]
+    return Built(network_of(architecture, read_back), models)
+
+
+def random_exits(rng: np.random.Generator, architecture: Architecture) -> Built:
+    """Exits whose weights are read from the tensors that export writes; final_norm is different at each exit."""
+    layers = architecture.exit_layers
+    graphs = {m: build_exit(architecture, m, random_source(rng, architecture)) for m in layers}
+    weights = read_exits(exit_tensors({m: g.weights for m, g in graphs.items()}), architecture)
+    shape = (len(architecture.labels), architecture.metric_dim)
+    rows = {m: rng.normal(size=shape).astype(np.float32) for m in architecture.prototype_layers}
+    prototypes = {m: x / np.linalg.norm(x, axis=1, keepdims=True) for m, x in rows.items()}
+    models = [g.model(f"exit_{m}") for m, g in graphs.items()]
+    return Built(exit_network_of(architecture, weights, prototypes), models)
 
 
 TABLES = ("word", "position", "token_type", "offsets")
@@ -89,42 +127,41 @@ def random_architecture(
     family: dict[str, Any] | None = None,
     max_tokens: int = 96,
 ) -> Architecture:
-    """Embeddings and one layer, each with an exit.
+    """Embeddings and one layer, each with an exit, or as many layers as the family's num_layers, the last with an exit.
 
     metric: width of the metric space; 0: no prototypes. gelu: GELU, else ReLU. mean: mean pooling, else cls. head:
     head of the last exit; None: a linear one. family: fields of an encoder that is not BERT.
     """
     bert = {"type": "bert", "positions": 96, "token_types": 2}
-    encoder: dict[str, Any] = {"positions": 0, "token_types": 0} | (family or bert)
-    encoder |= {"num_layers": 1, "hidden_size": hidden, "width": hidden, "num_heads": heads, "inner": inner}
+    encoder: dict[str, Any] = {"positions": 0, "token_types": 0, "num_layers": 1} | (family or bert)
+    encoder |= {"hidden_size": hidden, "width": hidden, "num_heads": heads, "inner": inner}
     encoder |= {"vocabulary": 20, "activation": "gelu" if gelu else "relu", "epsilon": 1e-12}
-    exits = {"exit_layers": [0, 1], "prototype_layers": [0, 1][: 1 if head else 2] if metric else []}
+    layers = [0, encoder["num_layers"]]
+    exits = {"exit_layers": layers, "prototype_layers": layers[: 1 if head else 2] if metric else []}
     exits |= {"metric_dim": metric or 1, "pooling": "mean" if mean else "cls", "head": head}
     names = {"labels": ["label"] * labels, "max_tokens": max_tokens, "precision": "int8"}
     return Architecture.model_validate({"encoder": encoder, **exits, **names})
 
 
-def run(
-    name: str, model: Any, layer: int, before: Any, types: Any, prototypes: Any, like: list[Any]
-) -> list[Any]:
-    """A layer's hidden states, logits and, with prototypes, distances, with the shapes of `like`."""
-    values = [np.full(x.shape, np.nan, np.float32) for x in like]
-    distances = values[2] if len(values) > 2 else None
+def run_exit(name: str, exits: Any, layer: int, hidden: Any, labels: int, has_distances: bool) -> list[Any]:
+    """The logits and, if `has_distances`, the distances of an exit."""
+    values = [np.full(labels, np.nan, np.float32) for _ in range(1 + has_distances)]
     with using(name):
-        kernels.run(model, layer, before, types, values[0], prototypes, values[1], distances)
+        kernels.run_exit(exits, layer, hidden, *values, *[None] * (not has_distances))
     return values
 
 
-def logits_of(
-    group: list[np.ndarray], model: Any, types: np.ndarray, prototypes: list[Any], labels: int
-) -> list[bytes]:
+def logits_of(group: list[np.ndarray], model: Any, exits: Any, types: np.ndarray, labels: int) -> list[bytes]:
     """The logits of both exits for each text of a group that runs together."""
     found = [np.zeros((2, 2, labels), np.float32) for _ in group]
     texts = [
-        (ids, types[:, : ids.size].copy(), 0.0, 0, 0.0, None, 1, True, 1.0, None, *values, None, None)
+        (
+            *(ids, types[:, : ids.size].copy(), None),
+            [(exits, 0.0, 0, 0.0, None, 1, True, 1.0, None, None, *values, None)],
+        )
         for ids, values in zip(group, found, strict=True)
     ]
-    kernels.forward(model, texts, prototypes, None, 0, 1)
+    kernels.forward(model, texts, 0, 1)
     return [values[0].tobytes() for values in found]
 
 
@@ -171,43 +208,55 @@ def test_any_encoder_matches_onnx_runtime_or_has_no_kernels(
 ) -> None:
     rng, (hidden, heads) = np.random.default_rng(seed), width
     architecture = random_architecture(*width, inner, labels, metric, gelu, mean, head, family, 333)
-    network, built = random_network(rng, architecture)
-    has_kernels = not (hidden % 64 or inner % 64 or hidden // heads % 16 or metric % 32)
-    try:
-        model = build(network)
-    except NoKernelsError:
-        assert not has_kernels
+    encoder, exits = random_encoder(rng, architecture), random_exits(rng, architecture)
+    exits_fit = not (hidden % 64 or metric % 32)
+    encoder_fits = not (hidden % 64 or inner % 64 or hidden // heads % 16)
+    model, built = built_or_none(build, encoder.network), built_or_none(build_exits, exits.network)
+    assert (model is not None, built is not None) == (encoder_fits, exits_fit)
+    if model is None or built is None:
         return
-    assert has_kernels
     ids, types = rng.integers(0, 20, (1, tokens)), rng.integers(0, 2, (1, tokens))
-    prototypes = rng.normal(size=(labels, max(metric, 1))).astype(np.float32)
-    prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
-    feed: dict[str, Any] = {"input_ids": ids, "with_exit": np.array(True), "token_type_ids": types}
-    for layer, proto in enumerate(built):
-        session = ort.InferenceSession(proto.SerializeToString(), session_options())
-        given = {x.name for x in session.get_inputs()}
-        feed["prototypes"] = prototypes
-        expected = session.run(None, {name: value for name, value in feed.items() if name in given})
+    feed: dict[str, Any] = {"input_ids": ids, "token_type_ids": types}
+    for layer in range(2):
         before = feed["hidden"] if layer else ids
+        (feed["hidden"],) = onnx_outputs(encoder.graphs[layer], feed)
+        feed["prototypes"] = exits.network.prototypes.get(layer)
+        expected = onnx_outputs(exits.graphs[layer], feed)
         for name in ALL:
-            ours = run(name, model, layer, before, types, prototypes if len(expected) > 2 else None, expected)
+            hidden_states = np.full_like(feed["hidden"], np.nan)
+            with using(name):
+                kernels.run(model, layer, before, types, hidden_states)
             # The limit is like the one for loading a model, because rounding errors may cross a quantization step.
-            error = np.abs(ours[0] - expected[0]).mean(-1).max()
-            assert error <= (MAX_STATES_DIFFERENCE / 4 if layer else 1e-6) * expected[0].std()
-            for a, b in zip(expected[1:], ours[1:], strict=True):
-                assert np.abs(a - b).max() < 0.1 * max(1.0, np.ptp(a))
-        feed["hidden"] = expected[0]
+            error = np.abs(hidden_states - feed["hidden"]).mean(-1).max()
+            assert error <= (MAX_STATES_DIFFERENCE / 4 if layer else 1e-6) * feed["hidden"].std()
+            found = run_exit(name, built, layer, feed["hidden"], labels, len(expected) > 1)
+            for a, b in zip(expected, found, strict=True):
+                assert np.abs(a[0] - b).max() < 0.1 * max(1.0, np.ptp(a))
     short = ids[:, : 1 + tokens // 2].copy()
-    tables = [prototypes if layer in architecture.prototype_layers else None for layer in range(2)]
     for name in ALL:
         with using(name):
-            together = logits_of([ids, short], model, types, tables, labels)
-            assert together == [logits_of([x], model, types, tables, labels)[0] for x in (ids, short)]
+            together = logits_of([ids, short], model, built, types, labels)
+            assert together == [logits_of([x], model, built, types, labels)[0] for x in (ids, short)]
     if tokens < 333 or family["type"] == "bert":
         return
     with pytest.raises(ValueError, match="an id outside the tables"):
         longer = np.zeros((1, 334, hidden), np.float32)
-        kernels.run(model, 1, longer, None, longer, None, None, None)
+        kernels.run(model, 1, longer, None, longer)
+
+
+def built_or_none(build: Callable[[Any], Any], network: Any) -> Any:
+    """What `build` makes of an encoder or of exits; None if there are no kernels for them."""
+    try:
+        return build(network)
+    except NoKernelsError:
+        return None
+
+
+def onnx_outputs(graph: ModelProto, feed: dict[str, Any]) -> list[Any]:
+    """A graph's outputs in ONNX Runtime; feed: may have values that are not inputs of the graph."""
+    session = ort.InferenceSession(graph.SerializeToString(), session_options())
+    outputs: list[Any] = session.run(None, {x.name: feed[x.name] for x in session.get_inputs()})
+    return outputs
 
 
 @pytest.mark.parametrize(
@@ -226,36 +275,37 @@ def test_a_text_of_several_tiles_runs_in_a_group_as_alone(family: dict[str, Any]
     """Under AddressSanitizer, this also checks the memory of the longest texts and the largest group."""
     rng = np.random.default_rng(7)
     architecture = random_architecture(64, 1, 64, 2, 0, True, True, None, family, 1100)
-    model = build(random_network(rng, architecture)[0])
+    model = build(random_encoder(rng, architecture).network)
+    exits = build_exits(random_exits(rng, architecture).network)
     lengths = [1100, 1, 513, 64, 63, *rng.integers(1, 40, 59).tolist()]
     types = rng.integers(0, 2, (1, 1100))
     texts = [rng.integers(0, 20, (1, length)) for length in rng.permutation(lengths)]
     for name in ALL:
         with using(name):
-            together = logits_of(texts, model, types, [None, None], 2)
-            assert together == [logits_of([x], model, types, [None, None], 2)[0] for x in texts]
+            together = logits_of(texts, model, exits, types, 2)
+            assert together == [logits_of([x], model, exits, types, 2)[0] for x in texts]
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
 def test_processes_share_the_memory_of_the_weights() -> None:
     rng = np.random.default_rng(8)
-    network, _ = random_network(rng, random_architecture(128, 4, 64, 3, 32, True, True))
+    encoder = random_encoder(rng, random_architecture(128, 4, 64, 3, 32, True, True)).network
     fd = os.memfd_create("weights", os.MFD_ALLOW_SEALING)
     try:
         with pytest.raises(MemoryError):  # the memory is still empty
-            build(network, Memory(fd, True))
-        models = [build(network), build(network, Memory(fd, False)), build(network, Memory(fd, True))]
+            build(encoder, Memory(fd, True))
+        models = [build(encoder), build(encoder, Memory(fd, False)), build(encoder, Memory(fd, True))]
         with pytest.raises(OSError, match="Operation not permitted"):
             os.pwrite(fd, b"x", 0)
         with pytest.raises(MemoryError):  # the memory is sealed
-            build(network, Memory(fd, False))
+            build(encoder, Memory(fd, False))
     finally:
         os.close(fd)
     ids, types, results = rng.integers(0, 20, (1, 9)), rng.integers(0, 2, (1, 9)), set()
     for model in models:
         states = [np.empty((1, 9, 128), np.float32) for _ in range(2)]
-        kernels.run(model, 0, ids, types, states[0], None, None, None)
-        kernels.run(model, 1, states[0], None, states[1], None, None, None)
+        kernels.run(model, 0, ids, types, states[0])
+        kernels.run(model, 1, states[0], None, states[1])
         results.add(states[1].tobytes())
     assert len(results) == 1
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:weights" in line]
@@ -266,19 +316,17 @@ def test_processes_share_the_memory_of_the_weights() -> None:
 def test_one_value_that_is_not_finite_is_enough_for_an_exit_without_an_answer(activation: Any) -> None:
     """A logit that is not finite leaves no distances, whichever label has it, and a head keeps NaN."""
     rng, head = np.random.default_rng(5), activation and Head(activation=activation, pooling="mean")
-    network, _ = random_network(rng, random_architecture(64, 4, 64, 3, 32, True, True, head))
+    exits = random_exits(rng, random_architecture(64, 4, 64, 3, 32, True, True, head)).network
     name = "dense.bias" if head else "classifier.bias"
-    prototypes = None if head else rng.normal(size=(3, 32)).astype(np.float32)
-    shapes = [np.empty(shape) for shape in ((1, 5, 64), 3, 3)][: 2 if head else 3]
     hidden = rng.normal(size=(1, 5, 64)).astype(np.float32)
     for place in range(3):
         for value in (np.nan,) if head else (np.nan, np.inf):
-            changed = dict(network.segments[1])
-            changed[name] = changed[name].copy()
-            changed[name][place] = value
-            model = build(replace(network, segments=[network.segments[0], changed]))
+            last = dict(exits.weights[1])
+            last[name] = last[name].copy()
+            last[name][place] = value
+            built = build_exits(replace(exits, weights={**exits.weights, 1: last}))
             for kernel in ALL:
-                _, logits, *distances = run(kernel, model, 1, hidden, None, prototypes, shapes)
+                logits, *distances = run_exit(kernel, built, 1, hidden, 3, not head)
                 if head:
                     assert not np.isfinite(logits).any()
                 else:
@@ -288,14 +336,12 @@ def test_one_value_that_is_not_finite_is_enough_for_an_exit_without_an_answer(ac
 
 def test_a_text_without_a_direction_is_as_far_from_every_prototype() -> None:
     rng = np.random.default_rng(5)
-    network, _ = random_network(rng, random_architecture(64, 4, 64, 3, 32, True, True))
+    exits = random_exits(rng, random_architecture(64, 4, 64, 3, 32, True, True)).network
     zeros = {"space.weight": np.zeros((64, 32), np.int8), "space.bias": np.zeros(32, np.float32)}
-    last = network.segments[1] | zeros
-    model = build(replace(network, segments=[network.segments[0], last]))
-    prototypes, hidden = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 32), (1, 5, 64)))
+    built = build_exits(replace(exits, weights={**exits.weights, 1: exits.weights[1] | zeros}))
+    hidden = rng.normal(size=(1, 5, 64)).astype(np.float32)
     for kernel in ALL:
-        *_, distances = run(kernel, model, 1, hidden, None, prototypes, [hidden, np.empty(3), np.empty(3)])
-        assert distances.tolist() == [1, 1, 1]
+        assert run_exit(kernel, built, 1, hidden, 3, True)[1].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("names", [("amx", "vnni"), ("avxvnni", "avx2"), ("i8mm", "dotprod")], ids="-".join)
@@ -345,15 +391,24 @@ def test_in_a_group_each_text_exits_as_alone_and_as_the_rule_says(
     layers: int,
     at_idle: bool,
 ) -> None:
-    passes = [ForwardPass(native.tokenize(text), ExitRule(tau, signal), deepest) for text, tau in batch]
-    alone = [ForwardPass(p.tokens, p.rule, deepest) for p in passes]
-    assert native.forward is not None
+    rules = [ExitRule(tau, signal) for _, tau in batch]
+    passes, alone = (
+        [
+            ForwardPass(native.tokenize(text), [Decision(native.exits, rule, deepest)])
+            for (text, _), rule in zip(batch, rules, strict=True)
+        ]
+        for _ in range(2)
+    )
+    forward = native.encoder.forward
+    assert forward is not None
     with using(implementation):
-        while left := [p for p in passes if p.reason is None]:
-            native.forward(left, layers=layers, at_idle=at_idle)
-        native.layer_by_layer(alone)
+        while left := [p for p in passes if p.undecided]:
+            forward(left, layers=layers, at_idle=at_idle)
+        native.encoder.layer_by_layer(alone)
         steps_of = [native.full_depth(p.tokens) for p in passes]
-    for p, one, steps in zip(passes, alone, steps_of, strict=True):
+    for [p], [one], steps in zip(
+        (p.decisions for p in passes), (p.decisions for p in alone), steps_of, strict=True
+    ):
         assert (p.reason, p.readings) == (one.reason, one.readings)
         rule = p.rule
         for layer, step in enumerate(steps):
@@ -365,6 +420,166 @@ def test_in_a_group_each_text_exits_as_alone_and_as_the_rule_says(
                 break
         assert p.readings[-1].layer == layer
         assert not p.logits[layer + 1 :].any()
+
+
+# Heads on one encoder of four layers. K labels; `kind`: their answer, see ModelTraits.
+HEADS_OF_ONE_ENCODER: list[dict[str, Any]] = [
+    {"exit_layers": [0, 1, 2, 3, 4], "prototype_layers": [0, 1, 2, 3, 4], "K": 3},
+    {"exit_layers": [0, 1, 2], "prototype_layers": [0, 1], "K": 2, "metric_dim": 64},
+    {"exit_layers": [1, 3, 4], "K": 5, "head": Head(activation="gelu", pooling="cls", norm=1e-5)},
+    {"exit_layers": [0, 2, 3], "K": 4, "kind": "labels", "pooling": "cls"},
+    {"exit_layers": [0, 1], "K": 1, "kind": "value"},
+    {
+        **{"exit_layers": [1, 3], "prototype_layers": [1], "K": 3, "pooling": "cls"},
+        "head": Head(activation="tanh", pooling="mean"),
+    },
+]
+
+
+@cache
+def encoder_with_heads(family: str) -> tuple[NativeLayers, list[NativeExits]]:
+    """An encoder of four layers, in which each text gives other states, and HEADS_OF_ONE_ENCODER."""
+    rng = np.random.default_rng(11)
+    fields = {
+        "bert": {"positions": 96, "token_types": 2},
+        "modernbert": {"window": 3, "local_layers": [1, 3]},
+    }
+    encoder = {"type": family, "num_layers": 4, **fields[family]}
+    whole = random_architecture(64, 4, 64, 2, 32, True, True, None, encoder)
+    layers = NativeLayers(kernels, build(random_encoder(rng, whole).network), whole)  # type: ignore[arg-type]
+    heads = []
+    for head in HEADS_OF_ONE_ENCODER:
+        fields_of_head = {name: value for name, value in head.items() if name not in ("K", "kind")}
+        fields_of_head |= {
+            "encoder": whole.encoder.up_to(head["exit_layers"][-1]),
+            "labels": ["label"] * head["K"],
+        }
+        architecture = Architecture.model_validate(
+            whole.model_dump() | {"prototype_layers": []} | fields_of_head
+        )
+        built = random_exits(rng, architecture).network
+        last = built.weights[architecture.num_layers]
+        norm = (last["final_norm.weight"], last["final_norm.bias"]) if "final_norm.weight" in last else None
+        pooling = Pooling(norm, architecture.encoder.epsilon)
+        heads.append(NativeExits(kernels, build_exits(built), architecture, pooling))  # type: ignore[arg-type]
+    return layers, heads
+
+
+@st.composite
+def decisions_of_a_text(draw: st.DrawFn) -> list[tuple[int, dict[str, Any]]]:
+    """1 to 4 heads, by number, each with the arguments of its Decision."""
+    decisions = []
+    for number in draw(st.lists(st.integers(0, len(HEADS_OF_ONE_ENCODER) - 1), min_size=1, max_size=4)):
+        head = HEADS_OF_ONE_ENCODER[number]
+        layers, kind, labels = head["exit_layers"], head.get("kind", "classes"), head["K"]
+        weights = st.tuples(
+            *[st.floats(-1, 1)] * 4, st.sampled_from([0.0, 0.5]) if kind == "classes" else st.just(0.0)
+        )
+        risk = st.tuples(*[weights] * layers[-1], st.none()).map(Risk)
+        others = {"classes": [Entropy(), Edr(0.5), Edr(4.0)], "labels": [Entropy()], "value": []}[kind]
+        thresholds = (
+            Thresholds.of(draw(st.floats(0.1, 0.9)) for _ in range(labels)) if kind == "labels" else None
+        )
+        tau = draw(st.sampled_from([0.0, 0.5, 0.8, 0.9, 0.97, 1.0]))
+        fields = {
+            "rule": ExitRule(
+                tau, draw(risk | st.sampled_from(others) if others else risk), thresholds=thresholds
+            )
+        }
+        fields |= {"deepest": draw(st.sampled_from(layers[::-1])), "ask_all": draw(st.booleans())}
+        if draw(st.booleans()):  # the distances are about 1
+            far = draw(st.lists(st.floats(0.7, 1.1), min_size=layers[-1] + 1, max_size=layers[-1] + 1))
+            fields |= {"far": np.array(far), "tau_factor": draw(st.sampled_from([0.1, 0.95, 1.0]))}
+        decisions.append((number, fields | {"states": draw(st.booleans())}))
+    return decisions
+
+
+class CountedLayers:
+    """The layers of an encoder, which count those that run."""
+
+    def __init__(self, layers: NativeLayers) -> None:
+        self.num_layers, self._layers, self.count = layers.num_layers, layers, 0
+
+    def embed(self, tokens: Tokens) -> Any:
+        self.count += 1
+        return self._layers.embed(tokens)
+
+    def run(self, layer: int, hidden: Any) -> Any:
+        self.count += 1
+        return self._layers.run(layer, hidden)
+
+
+def outcome(one: Decision) -> list[str]:
+    """What a decision yields, except states and seconds; repr() is exact, and NaN equals itself."""
+    return [repr((one.reason, one.is_far, one.rule)), *map(repr, one.readings)]
+
+
+def states_of(one: Decision) -> Any:
+    return np.zeros(0) if one.states is None else one.states
+
+
+@each
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 70), decisions_of_a_text()), min_size=1, max_size=5),
+    st.lists(st.integers(1, 4), min_size=5, max_size=5),
+    st.integers(0, 2**32 - 1),
+)
+def test_heads_that_share_a_pass_decide_as_alone(
+    implementation: str,
+    family: str,
+    batch: list[tuple[int, list[tuple[int, dict[str, Any]]]]],
+    steps: list[int],
+    seed: int,
+) -> None:
+    """Bit for bit, in the kernels and layer by layer; the pass ends when the last head has decided."""
+    (layers, heads), rng = encoder_with_heads(family), np.random.default_rng(seed)
+    counted = CountedLayers(layers)
+    forward, layer_by_layer = NativeForward(kernels, layers, 64), LayerByLayer(counted)
+
+    def decision(number: int, fields: dict[str, Any]) -> Decision:
+        exits, keeps_states = heads[number], fields["states"]
+        states = np.zeros((exits.num_layers, 64), np.float32) if keeps_states else None
+        return Decision(exits, **fields | {"states": states})
+
+    texts = [Tokens(*(rng.integers(0, n, (1, length)) for n in (20, 2)), False) for length, _ in batch]
+    runs: list[tuple[Any, list[ForwardPass]]] = [
+        (
+            run,
+            [
+                ForwardPass(t, [decision(*one) for one in heads])
+                for t, (_, heads) in zip(texts, batch, strict=True)
+            ],
+        )
+        for run in (forward, layer_by_layer)
+    ]
+    with using(implementation):
+        for run, passes in runs:
+            for number in steps:
+                if left := [one for one in passes if one.undecided]:
+                    run(left, layers=number)
+        layers_run = counted.count
+        for run, passes in runs:
+            for one, (_, heads_of_text) in zip(passes, batch, strict=True):
+                for shared, head in zip(one.decisions, heads_of_text, strict=True):
+                    run([alone := ForwardPass(one.tokens, [decision(*head)])])
+                    assert outcome(shared) == outcome(alone.decisions[0])
+                    assert states_of(shared).tobytes() == states_of(alone.decisions[0]).tobytes()
+                    if run is forward:
+                        assert shared.logits.tobytes() == alone.decisions[0].logits.tobytes()
+                        assert shared.distances.tobytes() == alone.decisions[0].distances.tobytes()
+    for pair in zip(*(passes for _, passes in runs), strict=True):
+        for native, python in zip(*(one.decisions for one in pair), strict=True):
+            assert outcome(native) == outcome(python)
+            np.testing.assert_allclose(states_of(native), states_of(python), atol=1e-5)  # the norm is rounded
+    for _, passes in runs:
+        for one in passes:
+            # A pass's seconds would grow if a layer ran after the last decision.
+            assert one.hidden is None and one.seconds == max(d.seconds for d in one.decisions)
+            ends = sorted((d.readings[-1].layer, d.seconds) for d in one.decisions)
+            assert all(a[1] < b[1] for a, b in pairwise(ends) if a[0] < b[0])
+    assert layers_run == sum(1 + max(d.readings[-1].layer for d in one.decisions) for one in runs[1][1])
 
 
 def in_c(signal: Signal, passed: list[tuple[list[float], list[float] | None]]) -> float:
@@ -450,105 +665,318 @@ def test_only_int8_has_kernels(store: Path) -> None:
         Model(Store(store).open("tiny"), "native")
 
 
-def test_kernels_whose_states_differ_are_not_used(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = NativeSegment.run
+@dataclass(frozen=True)
+class Changed:
+    """A method of the kernels' layers or exits, whose result `change` alters at one layer."""
 
-    def wrong(segment: NativeSegment, hidden: Any, with_exit: bool) -> Any:
-        step = run(segment, hidden, with_exit)
-        if segment.layer == 2:
-            step.hidden[0, -1] *= -1  # only those of the last token
-        return step
+    owner: type
+    layer: int
+    change: Callable[[Any], Any]
 
-    artifact = Store(store).open("tiny-int8")
-    monkeypatch.setattr(NativeSegment, "run", wrong)
-    with pytest.raises(StoreError, match="layer 2: the kernels' hidden states differ from ONNX Runtime"):
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        run: Any = self.owner.run  # type: ignore[attr-defined]
+
+        def wrong(self_: Any, layer: int, hidden: Any) -> Any:
+            result = run(self_, layer, hidden)
+            return self.change(result) if layer == self.layer else result
+
+        monkeypatch.setattr(self.owner, "run", wrong)
+
+
+def last_token_negated(hidden: Any) -> Any:
+    hidden[0, -1] *= -1
+    return hidden
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (Changed(NativeLayers, 2, last_token_negated), "layer 2: the kernels' hidden states differ"),
+        (
+            Changed(NativeLayers, 3, lambda x: x * np.float32("nan")),
+            "layer 3: the kernels' hidden states differ",
+        ),
+        (Changed(NativeExits, 1, lambda x: (x[0][::-1], x[1])), "layer 1: the kernels' logits differ"),
+        (
+            Changed(NativeExits, 3, lambda x: (x[0] * np.float32("nan"), None)),
+            "layer 3: the kernels' logits differ",
+        ),
+        (Changed(NativeExits, 2, lambda x: (x[0], x[1][::-1])), "layer 2: the kernels' distances differ"),
+        (Changed(NativeExits, 0, lambda x: (x[0], None)), "layer 0: the kernels' set of outputs differs"),
+        (Changed(NativeExits, 3, lambda x: (x[0], x[0])), "layer 3: the kernels' set of outputs differs"),
+    ],
+)
+def test_kernels_whose_values_differ_are_not_used(
+    store: Path, monkeypatch: pytest.MonkeyPatch, changed: Changed, says: str
+) -> None:
+    artifact, encoders = Store(store).open("tiny-int8"), Encoders()
+    first = Model(artifact, "native", encoders=encoders)
+    changed.patch(monkeypatch)
+    with pytest.raises(StoreError, match=f"{says} from ONNX Runtime"):
         Model(artifact, "native")
     model = Model(artifact)
-    assert (model.full_runtime, model.forward) == ("onnxruntime", None)
+    assert (model.full_runtime, model.encoder.forward) == ("onnxruntime", None)
+    if changed.owner is NativeExits:  # a model that shares a proved encoder proves its exits
+        with pytest.raises(StoreError, match=f"{says} from ONNX Runtime"):
+            Model(artifact, "native", encoders=encoders)
+    assert first.encoder.forward is not None  # the encoders hold it for as long as it is used
+
+
+def next_float(decision: Decision) -> None:
+    decision.logits[1, 1] = np.nextafter(decision.logits[1, 1], np.float32(9))
+
+
+def no_exit(decision: Decision) -> None:
+    decision.reason = "max_layer"
+
+
+@pytest.mark.parametrize("change", [next_float, no_exit])
+@pytest.mark.parametrize("text", [0, -1])
+def test_kernels_whose_values_differ_in_a_group_are_not_used(
+    store: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Decision], None], text: int
+) -> None:
+    forward, encoders = NativeForward.__call__, Encoders()
+    artifact = Store(store).open("tiny-int8")
+    keeps_encoder = Model(artifact, "native", encoders=encoders)
+
+    def wrong(self: NativeForward, passes: Any, *args: Any, **options: Any) -> None:
+        forward(self, passes, *args, **options)
+        if not passes[text].undecided:
+            change(passes[text].decisions[0])
+
+    monkeypatch.setattr(NativeForward, "__call__", wrong)
+    for shared in (Encoders(), encoders):
+        with pytest.raises(StoreError, match="the kernels give different values for texts in a group"):
+            Model(artifact, "native", encoders=shared)
+    assert keeps_encoder.runtime == "native" and Model(artifact).runtime == "onnxruntime"
+
+
+@pytest.mark.parametrize("owner", [NativeLayers, NativeExits, NativeForward])
+def test_kernels_that_refuse_a_text_are_not_used(
+    store: Path, monkeypatch: pytest.MonkeyPatch, owner: Any
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ValueError("an id outside the tables")
+
+    monkeypatch.setattr(owner, "__call__" if owner is NativeForward else "run", refuse)
+    with pytest.raises(StoreError, match="the kernels cannot run it: an id outside the tables"):
+        Model(Store(store).open("tiny-int8"), "native")
 
 
 def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
-    model = native.segments[0]._model  # type: ignore[attr-defined]
+    layers: Any = native.encoder.layers
+    model = layers.model
     hidden = np.zeros((1, 2, 64), np.float32)
     encoder: Any = native.manifest.encoder
     ids, longer = np.zeros((1, 2), np.int64), np.zeros((1, encoder.positions + 1), np.int64)
     big, other = (np.full((1, 2), n, np.int64) for n in (encoder.vocabulary, encoder.token_types))
     for arguments in (
-        (9, hidden, None, hidden.copy(), None, None, None),  # no such layer
-        (1, hidden[:, :1].copy(), None, hidden.copy(), None, None, None),  # wrong shapes
-        (1, hidden, None, np.zeros((1, 2, 63), np.float32), None, None, None),
-        (0, big, ids, hidden.copy(), None, None, None),  # ids outside the table
-        (0, ids - 1, ids, hidden.copy(), None, None, None),
-        (0, ids, other, hidden.copy(), None, None, None),
-        (0, ids, ids - 1, hidden.copy(), None, None, None),
-        (0, longer, longer, np.zeros((1, longer.size, 64), np.float32), None, None, None),
-        (0, ids, None, hidden.copy(), None, None, None),
-        (1, hidden, None, hidden.copy(), None, np.zeros(2, np.float32), None),  # no prototypes
-        (1, hidden, None, hidden.copy(), None, np.zeros(1, np.float32), None),
+        (9, hidden, None, hidden.copy()),  # no such layer
+        (-1, hidden, None, hidden.copy()),
+        (1, hidden[:, :1].copy(), None, hidden.copy()),  # wrong shapes
+        (1, hidden, None, np.zeros((1, 2, 63), np.float32)),
+        (1, hidden[:, :0].copy(), None, hidden[:, :0].copy()),
+        (1, hidden, None, bytes(hidden.nbytes)),
+        (0, big, ids, hidden.copy()),  # ids outside the table
+        (0, ids - 1, ids, hidden.copy()),
+        (0, ids, other, hidden.copy()),
+        (0, ids, ids - 1, hidden.copy()),
+        (0, longer, longer, np.zeros((1, longer.size, 64), np.float32)),
+        (0, ids, None, hidden.copy()),
     ):
         with pytest.raises((ValueError, TypeError, BufferError)):
             kernels.run(model, *arguments)
-    with pytest.raises(ValueError, match="no metric space"):  # the last exit has none
-        kernels.run(model, 3, hidden, None, hidden.copy(), None, *[np.zeros(2, np.float32)] * 2)
-    before = native.segments[1].run(hidden, True)
+    before = layers.run(1, hidden)
     with pytest.raises(ValueError, match="weight"):
         kernels.set_linear(model, 1, 0, np.zeros(3, np.int8), *[np.zeros(1, np.float32)] * 2)
-    assert (native.segments[1].run(hidden, True).hidden == before.hidden).all()  # has its earlier weights
+    assert (layers.run(1, hidden) == before).all()  # has its earlier weights
     with pytest.raises(ValueError, match="no kernels for these sizes"):
-        kernels.new(65, 1, 64, 1, 0, True, False, True)
-    dense, bias = np.zeros((64, 64), np.float32), np.zeros(64, np.float32)
-    for head in ((dense[:-1], bias, 0), (dense, bias[:-1], 0), (dense, bias, 3), (dense, bias, -1)):
-        with pytest.raises(ValueError, match=r"has \d+ bytes|no such activation"):
-            kernels.set_head(model, *head, True)
-    prototypes = [segment._prototypes for segment in native.segments]  # type: ignore[attr-defined]
-    logits, distances = np.zeros((4, 2), np.float32), np.zeros((4, 2), np.float32)
-
-    def text(**wrong: Any) -> tuple[Any, ...]:
-        fields = {"ids": ids, "types": ids, "tau": 0.0, "signal": 1, "lam": 1.0, "weights": None}
-        fields |= {"deepest": 3, "ask_all": False, "tau_factor": 1.0, "thresholds": None}
-        fields |= {"logits": logits, "distances": distances, "hidden": None, "states": None}
-        return tuple((fields | wrong).values())
-
-    assert kernels.forward(model, [text()], prototypes, None, 0, 3)[0][1][0] == 3
-    for texts in (
-        [],
-        [text()] * 65,
-        [(ids,)],
-        [text(), text(deepest=9)],
-        [text(signal=3)],
-        [text(signal=2)],  # risk without weights
-        [text(signal=2, weights=bytes(8 * 5 * 4 - 8))],
-        [text(signal=2, weights=bytes(8 * 5 * 4 + 8))],
-        [text(signal=-1)],
-        [text(thresholds=bytes(8))],
-        [text(ids=big)],
-        [text(types=other)],
-        [text(types=None)],
-        [text(ids=ids[:, :0].copy(), types=ids[:, :0].copy())],
-        [text(logits=logits[:2].copy())],
-        [text(distances=bytes(32))],
-    ):
-        with pytest.raises((ValueError, TypeError, BufferError)):
-            kernels.forward(model, texts, prototypes, None, 0, 3)
-    with pytest.raises(ValueError, match="prototypes"):
-        kernels.forward(model, [text()], prototypes[:3], None, 0, 3)
-    with pytest.raises(ValueError, match="far"):
-        kernels.forward(model, [text()], prototypes, np.zeros(3), 0, 3)
-    for first, last in ((-1, 3), (0, 4), (2, 1), (0, 2), (1, 3)):  # the last two lack hidden states
-        with pytest.raises(ValueError):
-            kernels.forward(model, [text()], prototypes, None, first, last)
-    for part in (np.zeros((1, 2, 63), np.float32), np.zeros((1, 3, 64), np.float32), bytes(2 * 64 * 4)):
-        with pytest.raises(ValueError, match="hidden"):
-            kernels.forward(model, [text(hidden=part)], prototypes, None, 0, 2)
-    for states in (np.zeros((2, 64), np.float32), np.zeros((3, 63), np.float32), bytes(3 * 64 * 4)):
-        with pytest.raises(ValueError, match="states"):
-            kernels.forward(model, [text(states=states)], prototypes, None, 0, 3)
-    for passed in ([], [(logits[0], logits)], [(logits[0, :0].copy(), None)], [(logits[0],)]):
+        kernels.new(65, 1, 64, 1, 0, True, False)
+    logits = np.zeros(2, np.float32)
+    for passed in ([], [(logits, hidden)], [(logits[:0], None)], [(logits,)]):
         with pytest.raises((ValueError, TypeError)):
             kernels.score(passed, 0, 0.0, None, None)
     for wrong in (None, b"", bytes(8 * 5 - 1), bytes(8 * 5 * 2)):
         with pytest.raises(ValueError, match="weights: has"):
-            kernels.score([(logits[0], None)], 2, 0.0, wrong, None)
+            kernels.score([(logits, None)], 2, 0.0, wrong, None)
+
+
+def floats(*shape: int) -> Any:
+    return np.zeros(shape, np.float32)
+
+
+def test_wrong_arguments_for_an_exit_are_errors_not_crashes(native: Model) -> None:
+    exits, layers = native.exits.exits, native.encoder.layers.model  # type: ignore[attr-defined]
+    hidden = floats(1, 2, 64)
+    kernels.run_exit(exits, 1, hidden, floats(2), floats(2))
+    kernels.run_exit(exits, 3, hidden, floats(2), None)  # has no prototypes
+    for message, arguments in (
+        ("layer 4 is not one of 0 to 3", (exits, 4, hidden, floats(2), None)),
+        ("layer -1 is not one of", (exits, -1, hidden, floats(2), None)),
+        ("PyCapsule", (layers, 1, hidden, floats(2), floats(2))),
+        ("this layer has no exit", (kernels.new_exits(64, 3, True), 1, hidden, floats(2), None)),
+        ("hidden: has", (exits, 1, floats(1, 2, 63), floats(2), floats(2))),
+        ("no tokens", (exits, 1, floats(1, 0, 64), floats(2), floats(2))),
+        ("or too many", (exits, 1, floats(1, 65_537, 64), floats(2), floats(2))),
+        ("logits: has", (exits, 1, hidden, floats(3), floats(2))),
+        ("distances: has", (exits, 1, hidden, floats(2), floats(1))),
+        ("distances is missing", (exits, 1, hidden, floats(2), None)),
+        ("distances is .* read-only", (exits, 1, hidden, floats(2), bytes(8))),
+        ("no metric space", (exits, 3, hidden, floats(2), floats(2))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.run_exit(*arguments)
+    with pytest.raises((TypeError, BufferError)):
+        kernels.run_exit(exits, 1, hidden, bytes(8), floats(2))
+
+
+def test_wrong_weights_of_an_exit_are_errors_and_leave_it_as_it_was() -> None:
+    for sizes in ((65, 3), (0, 3), (-64, 3), (8256, 3), (64, 0), (64, -1), (64, 101)):
+        with pytest.raises(ValueError, match="no kernels for these sizes"):
+            kernels.new_exits(*sizes, True)
+    exits = kernels.new_exits(64, 2, True)
+    weights = {"classifier": floats(3, 64), "bias": np.arange(3, dtype=np.float32)}
+    weights |= {"weight": np.zeros((64, 32), np.int8), "scale": floats(32), "metric_bias": floats(32)}
+    weights |= {"prototypes": floats(3, 32)}
+
+    def wrong(message: str, layer: int = 1, **changed: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            kernels.set_exit(exits, layer, *(weights | changed).values())
+
+    no_space = {"weight": b"", "scale": b"", "metric_bias": b"", "prototypes": b""}
+    for layer in (-1, 3):
+        wrong(f"layer {layer} is not one of 0 to 2", layer)
+    wrong("classifier: has", classifier=floats(2, 64))
+    wrong("prototypes: has", bias=floats(2), classifier=floats(2, 64))
+    wrong("same labels, 1 or more", bias=b"", classifier=b"", **no_space)
+    wrong("weight: has", weight=np.zeros((64, 31), np.int8))
+    wrong("weight: has", scale=floats(64))
+    wrong("metric_bias: has", metric_bias=floats(31))
+    wrong("prototypes: has", prototypes=floats(2, 32))
+    wrong("prototypes: has", prototypes=b"")
+    wrong("prototypes: has 4 bytes, expected 0", **no_space | {"prototypes": floats(1)})
+    sizes = {"weight": np.zeros((64, 48), np.int8), "scale": floats(48), "metric_bias": floats(48)}
+    wrong("multiple of 32", **sizes, prototypes=floats(3, 48))
+    one = {"classifier": floats(1, 64), "bias": floats(1), "prototypes": floats(1, 32)}
+    wrong("a regression model has no metric space", **one)
+    for layer in (0, 1, 2):
+        with pytest.raises(ValueError, match="this layer has no exit"):
+            kernels.run_exit(exits, layer, floats(1, 64), floats(3), None)
+    kernels.set_exit(exits, 1, *weights.values())
+    wrong("already set")
+    wrong("must have the same labels", 2, classifier=floats(2, 64), bias=floats(2), **no_space)
+    for number, scale, shift in ((3, 64, 64), (-1, 64, 64), (1, 63, 64), (1, 64, 65), (1, 0, 0)):
+        with pytest.raises(ValueError, match=r"is not one of|has \d+ bytes"):
+            kernels.set_exit_norm(exits, number, floats(scale), floats(shift), 1e-5, False)
+    dense, bias = floats(64, 64), floats(64)
+    for head in ((dense[:-1], bias, 0), (dense, bias[:-1], 0), (dense, bias, 3), (dense, bias, -1)):
+        with pytest.raises(ValueError, match=r"has \d+ bytes|no such activation"):
+            kernels.set_head(exits, *head, True)
+    logits = floats(3)
+    kernels.run_exit(exits, 1, floats(1, 64), logits, floats(3))
+    assert logits.tolist() == [0, 1, 2]
+    kernels.set_head(exits, dense, bias, 0, True)
+    other = kernels.new_exits(64, 1, True)
+    kernels.set_exit(other, 1, *weights.values())
+    for built in (exits, other):  # it has a head, or prototypes at the last exit
+        with pytest.raises(ValueError, match="already set, or the last exit has prototypes"):
+            kernels.set_head(built, dense, bias, 0, True)
+
+
+def exits_with(hidden: int, num_layers: int, *layers: int) -> Any:
+    """Exits for two labels at some layers, without prototypes."""
+    exits = kernels.new_exits(hidden, num_layers, True)
+    for layer in layers:
+        kernels.set_exit(exits, layer, floats(2, hidden), floats(2), *[b""] * 4)
+    return exits
+
+
+def test_wrong_arguments_of_a_forward_pass_are_errors_and_leave_nothing_in_use(native: Model) -> None:
+    model, exits = native.encoder.layers.model, native.exits.exits  # type: ignore[attr-defined]
+    ids, hidden, encoder = np.zeros((1, 2), np.int64), floats(1, 2, 64), native.manifest.encoder
+    buffers = {"logits": floats(4, 2), "distances": floats(4, 2), "far": np.ones(4), "states": floats(3, 64)}
+
+    def decision(**wrong: Any) -> tuple[Any, ...]:
+        fields = {"exits": exits, "tau": 0.0, "signal": 1, "lam": 1.0, "weights": bytes(8 * 5 * 4)}
+        fields |= {"deepest": 3, "ask_all": False, "tau_factor": 1.0, "thresholds": None}
+        fields |= {name: buffers[name] for name in ("far", "logits", "distances", "states")}
+        assert wrong.keys() <= fields.keys()
+        return tuple((fields | wrong).values())
+
+    def text(**wrong: Any) -> tuple[Any, ...]:
+        fields = {"ids": ids, "types": ids, "hidden": hidden, "decisions": [decision()]}
+        assert wrong.keys() <= fields.keys()
+        return tuple((fields | wrong).values())
+
+    def references() -> list[int]:
+        return [sys.getrefcount(x) for x in (ids, hidden, *buffers.values())]
+
+    (one,) = kernels.forward(model, [text(decisions=[decision()] * 16)], 0, 3)
+    assert [left[0] for left in one[1]] == [3] * 16
+    before = references()
+    big, other = (np.full((1, 2), n, np.int64) for n in (encoder.vocabulary, encoder.token_types))
+    small = {"logits": floats(5, 2), "distances": floats(5, 2), "far": None, "states": None}
+    for message, wrong in (
+        ("no exit at the deepest layer", {"exits": exits_with(64, 3, 3), "deepest": 2}),
+        ("no exit at the deepest layer", {"exits": exits_with(64, 3, 2), "deepest": 2}),
+        ("the exits are of another encoder", {"exits": exits_with(128, 3, 3)}),
+        ("the exits are of another encoder", {"exits": exits_with(64, 4, 3, 4), **small}),
+        ("PyCapsule", {"exits": model}),
+        ("PyCapsule", {"exits": None}),
+        ("layer 4 is not one of 0 to 3", {"deepest": 4}),
+        ("layer -1 is not one of 0 to 3", {"deepest": -1}),
+        ("no such signal", {"signal": 3}),
+        ("no such signal", {"signal": -1}),
+        ("weights: has", {"signal": 2, "weights": None}),
+        ("weights: has", {"signal": 2, "weights": bytes(8 * 5 * 4 - 8)}),
+        ("weights: has", {"signal": 2, "weights": bytes(8 * 5 * 4 + 8)}),
+        ("thresholds: has", {"thresholds": bytes(8)}),
+        ("far: has", {"far": np.ones(3)}),
+        ("logits: has", {"logits": floats(3, 2)}),
+        ("logits: has", {"logits": floats(4, 3)}),
+        ("distances: has", {"distances": floats(5, 2)}),
+        ("read-write", {"logits": bytes(32)}),
+        ("read-write", {"distances": bytes(32)}),
+        ("states: has", {"states": floats(2, 64)}),
+        ("states: has", {"states": floats(3, 63)}),
+        ("states is read-only", {"states": bytes(3 * 64 * 4)}),
+    ):
+        for decisions in ([decision(**wrong)], [decision(), decision(**wrong)]):
+            with pytest.raises((ValueError, TypeError, BufferError), match=message):
+                kernels.forward(model, [text(), text(decisions=decisions)], 0, 3)
+    for message, wrong in (
+        ("1 to 16 models", {"decisions": []}),
+        ("1 to 16 models", {"decisions": [decision()] * 17}),
+        ("must be list", {"decisions": (decision(),)}),
+        ("not a tuple", {"decisions": [None]}),
+        ("exactly 13 arguments", {"decisions": [decision(), decision()[:-1]]}),
+        ("an id outside the tables", {"ids": big}),
+        ("an id outside the tables", {"ids": ids - 1}),
+        ("an id outside the tables", {"types": other}),
+        ("types: has", {"types": None}),
+        ("no tokens", {"ids": ids[:, :0].copy(), "types": ids[:, :0].copy(), "hidden": None}),
+        ("hidden: has", {"hidden": floats(1, 2, 63)}),
+        ("hidden: has", {"hidden": floats(1, 3, 64)}),
+        ("hidden is missing or read-only", {"hidden": bytes(2 * 64 * 4)}),
+    ):
+        for texts in ([text(**wrong)], [text(), text(**wrong)]):
+            with pytest.raises((ValueError, TypeError, SystemError), match=message):
+                kernels.forward(model, texts, 0, 3)
+    for message, texts in (("1 to 64", []), ("1 to 64", [text()] * 65), ("exactly 4", [(ids,)])):
+        with pytest.raises((ValueError, TypeError), match=message):
+            kernels.forward(model, texts, 0, 3)
+    for first, last in ((-1, 3), (0, 4), (2, 1)):
+        with pytest.raises(ValueError, match=r"is not one of|comes after"):
+            kernels.forward(model, [text()], first, last)
+    for first, last in ((0, 2), (1, 3)):
+        with pytest.raises(ValueError, match="hidden is missing"):
+            kernels.forward(model, [text(hidden=None)], first, last)
+    with pytest.raises(ValueError, match="PyCapsule"):
+        kernels.forward(exits, [text()], 0, 3)
+    with pytest.raises(ValueError, match="a layer is not complete"):
+        kernels.forward(kernels.new(64, 4, 64, 3, 8, True, False), [text()], 0, 3)
+    del wrong, decisions, texts
+    assert references() == before  # every buffer was released
 
 
 def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
