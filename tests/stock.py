@@ -21,6 +21,7 @@ from de3.export.classifier import Stock, convert
 from de3.export.fit import Exits
 from de3.export.publish import write_exits
 from de3.model_store.architecture import Architecture, Precision
+from de3.model_store.model import exit_graph, exit_weights
 from de3.model_store.segments import session_options
 from de3.model_store.store import Artifact, Store
 from de3.training.settings import TrainSettings
@@ -99,19 +100,22 @@ def largest_difference(folder: Path, graph: onnx.ModelProto, lengths: Sequence[i
     return float(max(differences))
 
 
-def segments_of(
+def graphs_of(
     folder: Path, int8: bool, token_types: bool | None = None
 ) -> tuple[Architecture, list[onnx.ModelProto]]:
-    """The architecture and the segments of a stock classifier with random exits.
+    """The architecture and the graphs of a stock classifier with random exits: its segments, then its last exit.
 
     token_types: True if the tokenizer returns token types; None: as its files say.
     """
     with TemporaryDirectory() as made:
         store = Store(Path(made))
         artifact = with_random_exits(folder, store, "m", "int8" if int8 else "fp32", token_types=token_types)
-        names = artifact.manifest.segment_files()
-        segments = [onnx.load_model_from_string(artifact.read(name)) for name in names]
-        return artifact.manifest.architecture, segments
+        architecture = artifact.manifest.architecture
+        last = exit_graph(
+            architecture, architecture.num_layers, exit_weights(artifact)[architecture.num_layers]
+        )
+        graphs = [*(artifact.read(name) for name in architecture.segment_files()), last]
+        return architecture, [onnx.load_model_from_string(graph) for graph in graphs]
 
 
 def with_random_exits(
@@ -122,7 +126,7 @@ def with_random_exits(
     seed: int = 0,
     token_types: bool | None = None,
 ) -> Artifact:
-    """Publish a stock classifier with an exit of random weights at every layer but the last. See segments_of."""
+    """Publish a stock classifier with an exit of random weights at every layer but the last. See graphs_of."""
     stock, rng = Stock.open(str(folder), folder), np.random.default_rng(seed)
     stock = stock if token_types is None else replace(stock, token_types=token_types)
     width, labels = stock.architecture(precision).hidden_size, len(stock.description.labels)

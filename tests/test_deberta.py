@@ -17,7 +17,7 @@ from de3.model_store.families.deberta import _check_row_numbers, _row_numbers
 from de3.model_store.graph import GraphError
 from de3.model_store.model import Model
 from tests.fixtures import BAD, FILLER, GOOD, OTHER, save_encoder
-from tests.stock import largest_difference, segments_of, transformers_model
+from tests.stock import graphs_of, largest_difference, transformers_model
 
 FAMILY = "deberta-v2"
 # Each distance up to 4 has its own bucket; all from 24 on share one.
@@ -29,8 +29,8 @@ def stock_classifier(folder: Path, **options: Any) -> Path:
 
 
 def stitched(stock: Path, token_types: bool = True) -> Any:
-    """The graph of a stock classifier: its segments, joined into one."""
-    return stitch(segments_of(stock, False, token_types)[1])
+    """The graph of a stock classifier: its segments and its last exit, joined into one."""
+    return stitch(graphs_of(stock, False, token_types)[1])
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,11 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 from de3.model_store.architecture import Architecture, Head
 from de3.model_store.graph import GraphError
 from de3.model_store.graph_check import FIELDS, MAX_NAME, MAX_VALUE_BYTES, read_model
-from de3.model_store.segment_graph import read_segment
+from de3.model_store.model import exit_weights
+from de3.model_store.segment_graph import exit_tensors, read_exits, read_segment
+from de3.model_store.store import Artifact, Store
 from tests.fixtures import save_encoder
+from tests.old_schema import old_segment
 
 OTHER = "evil"
 # Path of a message: fields, each with its index if it is a list, or else None.
@@ -26,11 +29,28 @@ Place = tuple[tuple[str, int | None], ...]
 
 
 @cache
-def built(family: str, int8: bool) -> tuple[Architecture, list[onnx.ModelProto]]:
-    """The architecture and segments of a small random classifier with exits."""
-    from tests.stock import segments_of  # imports PyTorch
+def artifact_of(family: str, int8: bool) -> Artifact:
+    """A small random classifier with exits."""
+    from tests.stock import with_random_exits  # imports PyTorch
 
-    return segments_of(save_encoder(Path(mkdtemp()), family, layers=2, labels=3), int8)
+    folder = save_encoder(Path(mkdtemp()), family, layers=2, labels=3)
+    return with_random_exits(folder, Store(folder / "store"), "m", "int8" if int8 else "fp32")
+
+
+@cache
+def built(family: str, int8: bool, old: bool = False) -> tuple[Architecture, list[onnx.ModelProto]]:
+    """The architecture and segments of `artifact_of`; old: those of schema 6, which have its exits."""
+    artifact = artifact_of(family, int8)
+    architecture, exits = artifact.manifest.architecture, exit_weights(artifact)
+    segments = []
+    for layer, name in enumerate(architecture.segment_files()):
+        segment = read_model(artifact.read(name))
+        if old:
+            segment = old_segment(
+                architecture, layer, read_segment(segment, architecture, layer) | exits[layer]
+            )
+        segments.append(segment)
+    return architecture, segments
 
 
 @contextmanager
@@ -161,21 +181,20 @@ def changes_of_node(node: Any, path: Place, values: list[str]) -> Iterator[tuple
 
 
 @pytest.mark.parametrize(
-    ("family", "int8"),
+    ("family", "int8", "old"),
     [
-        ("bert", False),
-        ("bert", True),
+        *product(["bert"], (False, True), (False, True)),
         *(
             pytest.param(*one, marks=pytest.mark.slow)
-            for one in product(("deberta-v2", "electra", "modernbert", "mpnet"), (False, True))
+            for one in product(("deberta-v2", "electra", "modernbert", "mpnet"), (False, True), (False, True))
         ),
     ],
 )
-def test_one_change_is_enough_to_be_refused(family: str, int8: bool) -> None:
-    architecture, segments = built(family, int8)
+def test_one_change_is_enough_to_be_refused(family: str, int8: bool, old: bool) -> None:
+    architecture, segments = built(family, int8, old)
     seen: set[tuple[Any, ...]] = set()
     for layer, model in enumerate(segments):
-        weights = read_segment(model, architecture, layer)
+        weights = read_segment(model, architecture, layer, old)
         # A constant is an initializer that is not a weight; here, one whose bytes are not those of any weight.
         free = {array.tobytes() for array in weights.values()}
         constants = {w.name for w in model.graph.initializer if w.raw_data not in free}
@@ -186,12 +205,12 @@ def test_one_change_is_enough_to_be_refused(family: str, int8: bool) -> None:
                     continue
                 count += 1
                 try:
-                    read_segment(model, architecture, layer)
+                    read_segment(model, architecture, layer, old)
                 except GraphError:
                     continue
                 accepted.append(f"{path}.{field} = {value!r:.100}")
         assert not accepted, f"{family}, layer {layer}"
-        assert count > 100 and model == original
+        assert count > (100 if old else 40) and model == original
 
 
 def messages(message: Any, kind: str = "ModelProto") -> Iterator[tuple[str, Any]]:
@@ -205,7 +224,7 @@ def messages(message: Any, kind: str = "ModelProto") -> Iterator[tuple[str, Any]
 
 def test_a_field_that_export_does_not_write_is_refused() -> None:
     """ONNX has fields that name other files, define functions, or give a branch its own weights."""
-    _, (_, segment, _) = built("bert", False)
+    _, (_, segment, _) = built("bert", False, old=True)
     fields = set()
     for kind, message in messages(model := deepcopy(segment)):
         for field in message.DESCRIPTOR.fields:
@@ -247,14 +266,18 @@ def test_names_are_short_and_printable(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v2", "mpnet"])
-def test_a_manifest_of_another_model_is_refused(family: str) -> None:
-    architecture, segments = built(family, False)
+@pytest.mark.parametrize("old", [False, True])
+def test_a_manifest_of_another_model_is_refused(family: str, old: bool) -> None:
+    """Without a graph of the exits, their pooling and their head's activation are those of the manifest."""
+    architecture, segments = built(family, False, old)
+    tensors = exit_tensors(exit_weights(artifact_of(family, False)))
     encoder = architecture.encoder
     changes: list[dict[str, Any]] = [
-        *({"head": head} for head in (None, Head(pooling="mean", activation="relu", norm=1e-3))),
-        *({"pooling": "cls"}, {"labels": ["a", "b"]}, {"metric_dim": 32}, {"precision": "int8"}),
+        *({"head": None}, {"labels": ["a", "b"]}, {"metric_dim": 32}, {"precision": "int8"}),
         *({"exit_layers": [1, 2]}, {"prototype_layers": [0]}),
     ]
+    if old:
+        changes += [{"pooling": "cls"}, {"head": Head(pooling="mean", activation="relu", norm=1e-3)}]
     for name, value in encoder:
         if name in ("type", "num_layers", "width", "hidden_size"):
             continue
@@ -262,13 +285,12 @@ def test_a_manifest_of_another_model_is_refused(family: str) -> None:
         if other != value:
             changes.append({"encoder": encoder.model_copy(update={name: other})})
     for change in changes:
-        refused = 0
-        for layer, segment in enumerate(segments):
-            try:
-                read_segment(segment, architecture.model_copy(update=change), layer)
-            except GraphError:
-                refused += 1
-        assert refused, change
+        other_model = architecture.model_copy(update=change)
+        with pytest.raises(GraphError):
+            for layer, segment in enumerate(segments):
+                read_segment(segment, other_model, layer, old)
+            if not old:
+                read_exits(tensors, other_model)
 
 
 def replaced(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) -> onnx.ModelProto:

@@ -18,6 +18,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from de3.model_store import tokenizer_check
@@ -122,6 +123,7 @@ def test_a_manifest_is_read_within_limits(copies: Path) -> None:
 def test_a_sparse_file_is_not_read(copies: Path) -> None:
     folder = copies / "tiny" / "1"
     for name, size, says in (
+        ("exits.safetensors", 2**30 + 1, f"exits.safetensors: {2**30 + 1} bytes; at most"),
         ("prototypes.safetensors", 2**30, f"prototypes.safetensors: {2**30} bytes; at most"),
         ("tokenizer.json", 2**30, f"tokenizer.json: {2**30} bytes; at most"),
         ("layer_01.onnx", 2**33, "layer_01.onnx.bytes: Input should be less than"),
@@ -131,6 +133,72 @@ def test_a_sparse_file_is_not_read(copies: Path) -> None:
         edit(folder, lambda m: m["files"].update({name: {"sha256": "0" * 64, "bytes": size}}))  # noqa: B023
         with pytest.raises(StoreError, match=says):
             Model(Store(copies).open("tiny"))
+
+
+def changed(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], Any]:
+    """Applies `change` to one tensor of a file."""
+    return lambda tensors: tensors.update({name: np.ascontiguousarray(change(tensors[name]))})
+
+
+def with_first(value: float) -> Callable[[Any], Any]:
+    """Sets the first value of an array, which is the easiest to miss in a check of a part."""
+    return lambda x: np.r_[np.float32(value), x.ravel()[1:]].reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.clear(), "it has no tensor layer_00.classifier.weight"),
+        (lambda t: t.pop("layer_02.classifier.bias"), "it has no tensor layer_02.classifier.bias"),
+        (lambda t: t.pop("layer_01.space.scale"), "it has no tensor layer_01.space.scale"),
+        (lambda t: t.update(evil=t["layer_00.classifier.bias"]), "it has an unexpected tensor 'evil'"),
+        (
+            lambda t: t.update({EVIL + "x" * 10_000: t["layer_00.classifier.bias"]}),
+            "it has an unexpected tensor 'x\\\\x1b",
+        ),
+        (
+            lambda t: t.update(
+                {"layer_03.space.bias": t["layer_02.space.bias"]}
+            ),  # the last exit has no prototypes
+            "it has an unexpected tensor 'layer_03.space.bias'",
+        ),
+        (
+            lambda t: t.update({"layer_04.classifier.bias": t["layer_03.classifier.bias"]}),
+            "it has an unexpected tensor 'layer_04.classifier.bias'",
+        ),
+        (
+            changed("layer_03.classifier.bias", np.float64),
+            r"layer_03.classifier.bias must be float32 of shape \[2\], got float64 of shape \[2\]",
+        ),
+        (changed("layer_00.space.weight", np.float32), "layer_00.space.weight must be int8 of shape"),
+        (
+            changed("layer_00.classifier.weight", np.transpose),
+            r"layer_00.classifier.weight must be float32 of shape \[64, 2\], got float32 of shape \[2, 64\]",
+        ),
+        (changed("layer_02.classifier.bias", lambda x: x[:, None]), "layer_02.classifier.bias must be"),
+        (changed("layer_02.classifier.bias", lambda x: x[:0]), "layer_02.classifier.bias must be"),
+        (changed("layer_00.space.bias", with_first(np.nan)), "layer_00.space.bias is not finite"),
+        (
+            changed("layer_03.classifier.weight", with_first(np.inf)),
+            "layer_03.classifier.weight is not finite",
+        ),
+        (changed("layer_03.classifier.bias", with_first(-np.inf)), "layer_03.classifier.bias is not finite"),
+        (
+            changed("layer_02.space.scale", lambda x: np.full_like(x, 3e38)),
+            "space: its weights are too large",
+        ),
+    ],
+)
+def test_the_exits_have_the_weights_that_the_manifest_says(
+    copies: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    file = copies / "tiny-int8" / "1" / "exits.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    rehash(file.parent, file.name)
+    with pytest.raises(StoreError, match=f"exits.safetensors: {message}"):
+        Model(Store(copies).open("tiny-int8"), "onnxruntime")
 
 
 def replace(content: str, pattern: str = "a") -> dict:
@@ -383,7 +451,7 @@ def test_proving_says_what_is_wrong_and_can_be_stopped(
     prover = prove.Prover()
     prover.prove(Store(store).open("tiny"), "auto")
     name = forge(copies, "tiny", 1, lambda p: p.graph.node.append(huge()))
-    with pytest.raises(StoreError, match=rf"^\S*{name}: it has 14 operators"):
+    with pytest.raises(StoreError, match=rf"^\S*{name}: it has 13 operators, not 12"):
         prover.prove(Store(copies).open("tiny"), "auto")
     monkeypatch.setattr(prove, "PROGRAM", "import time; time.sleep(600)")
     failed: list[StoreError] = []

@@ -38,8 +38,8 @@ from tests.serving import serving
 from tests.stock import (
     coarse_calibration,
     fine_tuned,
+    graphs_of,
     imported_as,
-    segments_of,
     transformers_model,
     with_random_exits,
 )
@@ -90,7 +90,7 @@ def test_the_last_exit_is_the_stock_classifier(family: str, dtype: str, tmp_path
     ours = Model(with_random_exits(folder, Store(tmp_path / "store"), "m", "fp32"))
     assert ours.manifest.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
     singles = [(" ".join(["good"] * n) or "a",) for n in (0, 1, 2, 5, 17, 40, 100)]
-    session = InferenceSession(stitch(segments_of(folder, False)[1]).SerializeToString())
+    session = InferenceSession(stitch(graphs_of(folder, False)[1]).SerializeToString())
     names = {x.name for x in session.get_inputs()}
     for text in (*singles, ("good film", "bad"), ("a " * 50, "very " * 50)):
         inputs = tokenizer(*text, return_tensors="pt", truncation=True, max_length=ours.manifest.max_tokens)

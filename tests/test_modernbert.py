@@ -17,14 +17,14 @@ from de3.model_store.segment_graph import read_segment
 from de3.model_store.segments import session_options
 from de3.training import pretrained
 from tests.fixtures import save_encoder
-from tests.stock import largest_difference, segments_of
+from tests.stock import graphs_of, largest_difference
 
 LENGTHS = [*range(1, 28), 31, 32, 33, 40, 47, 63, 64]  # local attention spans 5 tokens on each side
 SMALL = {"layers": 5, "labels": 3}
 
 
 def full_depth_of(folder: Path, int8: bool = False) -> onnx.ModelProto:
-    return stitch(segments_of(folder, int8)[1])
+    return stitch(graphs_of(folder, int8)[1])
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def full_depth_of(folder: Path, int8: bool = False) -> onnx.ModelProto:
 )
 def test_full_depth_is_the_stock_model_with_every_option(tmp_path: Path, options: dict[str, Any]) -> None:
     folder = save_encoder(tmp_path, "modernbert", **SMALL | options)
-    architecture, segments = segments_of(folder, False)
-    assert largest_difference(folder, stitch(segments), LENGTHS) < 2e-5
-    for layer, segment in enumerate(segments):
+    architecture, graphs = graphs_of(folder, False)
+    assert largest_difference(folder, stitch(graphs), LENGTHS) < 2e-5
+    for layer, segment in enumerate(graphs[:-1]):
         read_segment(read_model(segment.SerializeToString()), architecture, layer)
 
 
@@ -65,8 +65,8 @@ def test_texts_of_hundreds_of_tokens(tmp_path: Path) -> None:
 
 def test_no_weight_has_the_size_of_the_longest_text(tmp_path: Path) -> None:
     more = {"max_position_embeddings": 8192}
-    _, segments = segments_of(save_encoder(tmp_path, "modernbert", **SMALL | more), True)
-    assert max(d for s in segments[1:] for w in s.graph.initializer for d in w.dims) <= 256
+    _, graphs = graphs_of(save_encoder(tmp_path, "modernbert", **SMALL | more), True)
+    assert max(d for g in graphs[1:] for w in g.graph.initializer for d in w.dims) <= 256
 
 
 def test_int8_as_one_graph(tmp_path: Path) -> None:

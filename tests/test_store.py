@@ -13,13 +13,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnxruntime import InferenceSession
 from safetensors.numpy import save_file
 
 from de3.commands.models import models_list
-from de3.model_store.model import Model
+from de3.model_store.manifest import EXITS
+from de3.model_store.model import Model, unit_prototypes
 from de3.model_store.regular_file import read_regular_file
-from de3.model_store.store import Store, StoreError, UnknownModelError, read_manifest
+from de3.model_store.segments import session_options
+from de3.model_store.store import Artifact, Store, StoreError, UnknownModelError, read_manifest
 from tests.commands import invoke
+from tests.old_schema import as_new, as_old
+from tests.test_hostile_graphs import artifact_of
 from tests.test_hostile_models import edit, rehash
 
 # A tokenizer on which the tokenizers library panics: the second token of the merge is shorter than the prefix.
@@ -66,7 +71,7 @@ def test_an_unknown_model_is_refused(store: Path, name: str, message: str) -> No
         Store(store).open(name)
 
 
-@pytest.mark.parametrize("name", ["layer_02.onnx", "prototypes.safetensors"])
+@pytest.mark.parametrize("name", ["layer_02.onnx", "exits.safetensors", "prototypes.safetensors"])
 def test_a_missing_cut_or_changed_file_is_named(copy: Path, name: str) -> None:
     original = (copy / name).read_bytes()
     for data, message in (
@@ -106,6 +111,59 @@ def test_a_manifest_may_not_name_other_files(copy: Path, name: str) -> None:
         open_model(copy)
 
 
+TEXTS = ["good", "a dull plot , and yet a good film", "bright " * 40]
+
+
+def values_of(model: Model) -> list[bytes | None]:
+    """Hidden states, logits and distances of every layer, for each text."""
+    steps = [step for text in TEXTS for step in model.full_depth(model.tokenize(text))]
+    return [None if x is None else x.tobytes() for s in steps for x in (s.hidden, s.logits, s.distances)]
+
+
+def values_of_files(artifact: Artifact, model: Model) -> list[bytes | None]:
+    """The same as ONNX Runtime computes it with the segments of schema 6, as they are."""
+    values: list[bytes | None] = []
+    for text in TEXTS:
+        tokens = model.tokenize(text)
+        feed = {"input_ids": tokens.ids, "token_type_ids": tokens.type_ids, "with_exit": np.array(True)}
+        for layer, name in enumerate(artifact.manifest.segment_files()):
+            session = InferenceSession(artifact.read(name), session_options())
+            feed |= {"prototypes": unit_prototypes(artifact).get(layer)}
+            found = session.run(None, {x.name: feed[x.name] for x in session.get_inputs()})
+            feed["hidden"] = found[0]
+            values += [x.tobytes() for x in found] + [None] * (3 - len(found))
+    return values
+
+
+@pytest.mark.parametrize(
+    ("name", "runtime"),
+    [
+        ("tiny", "onnxruntime"),
+        *((name, r) for name in ("tiny-int8", "m", "sst2") for r in ("onnxruntime", "native")),
+    ],
+)
+def test_an_artifact_of_schema_6_is_the_same_model(
+    store: Path, tmp_path: Path, kernels: Any, name: str, runtime: str
+) -> None:
+    """With the same bits, whether its exits' file is read or its segments' branches. m has a head and a final norm."""
+    if name == "sst2":  # was exported as schema 6
+        old = Store(Path("models")).open(name)
+        new = as_new(old, tmp_path / "new")
+    else:
+        new = artifact_of("modernbert", True) if name == "m" else Store(store).open(name)
+        old = as_old(new, tmp_path / "old")
+        again = as_new(old, tmp_path / "again")
+        for file in new.manifest.required_files():
+            if file != EXITS:  # in which the tensors may have another order
+                assert again.read(file) == new.read(file)
+    assert (old.manifest.schema_version, new.manifest.schema_version) == (6, 7)
+    assert values_of(Model(old, runtime)) == values_of(Model(new, runtime))
+    model = Model(old, runtime)
+    assert model.runtime == runtime
+    if runtime == "onnxruntime":
+        assert values_of(model) == values_of_files(old, model)
+
+
 def references(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return manifest["calibration"]["references"]
 
@@ -113,12 +171,18 @@ def references(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema_version=5), "schema version 5; this release reads 6: export the model"),
+        (
+            lambda m: m.update(schema_version=5),
+            "schema version 5; this release reads 6 and 7: export the model",
+        ),
+        (lambda m: m.update(schema_version=8), "schema version 8; this release reads 6 and 7"),
+        (lambda m: m.update(schema_version=6), "files must not contain 'exits.safetensors'"),
         (lambda m: m.pop("labels"), "labels: Field required"),
         (lambda m: m.update(labels=["same", "same"]), "labels must be distinct"),
         (lambda m: m.update(exit_layers=[0, 2]), "exit_layers must ascend"),
         (lambda m: m["defaults"].update(tau=1.5), "defaults.tau"),
         (lambda m: m["files"].pop("layer_02.onnx"), "files must include 'layer_02.onnx'"),
+        (lambda m: m["files"].pop("exits.safetensors"), "files must include 'exits.safetensors'"),
         (lambda m: m.update(name="other"), "this is the manifest of other:1"),
         (lambda m: m.update(prototype_layers=[0]), "prototype_layers must be"),
         (lambda m: references(m).pop(), "references must have one entry for each exit layer"),
@@ -158,6 +222,8 @@ def test_damage_that_the_hash_does_not_show(copy: Path) -> None:
         ("tokenizer.json", b"{}", "not a tokenizer"),
         ("tokenizer.json", PANICS, "not a tokenizer"),
         ("layer_01.onnx", b"not onnx", "not an ONNX model"),
+        ("exits.safetensors", b"not safetensors", "not a safetensors file"),
+        ("exits.safetensors", b"\xff" * 8, "not a safetensors file"),
         ("prototypes.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", "has no tensor layer_00"),
     ):
         kept = (copy / name).read_bytes()

@@ -1,4 +1,4 @@
-"""Run a layer with each of an extension's kernels and compare them with the reference; standard library only.
+"""Run a layer and an exit with each of an extension's kernels, and compare with the reference; standard library only.
 
     python layer.py FOLDER
 
@@ -9,7 +9,7 @@ import random
 import sys
 from array import array
 
-HIDDEN, HEADS, INNER, TOKENS = 128, 4, 320, 21
+HIDDEN, HEADS, INNER, METRIC, TOKENS = 128, 4, 320, 64, 21
 
 
 def floats(count: int, spread: float) -> array:
@@ -21,7 +21,7 @@ def main() -> None:
     from de3.native import kernels
 
     random.seed(1)
-    model = kernels.new(HIDDEN, HEADS, INNER, 1, 2, True, False, True)
+    model = kernels.new(HIDDEN, HEADS, INNER, 1, 2, True, False)
     words = array("b", (random.randint(-127, 127) for _ in range(2 * HIDDEN)))
     kernels.set_embeddings(model, words, floats(2, 0.01), floats(64 * HIDDEN, 1), floats(2 * HIDDEN, 1))
     shapes = [(HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN)]
@@ -32,15 +32,19 @@ def main() -> None:
     kernels.set_norm(model, 0, 3, floats(HIDDEN, 1), floats(HIDDEN, 1), 1e-12)
     for which in (1, 3):
         kernels.set_norm(model, 1, which, floats(HIDDEN, 1), floats(HIDDEN, 1), 1e-12)
-    kernels.set_exit(model, 1, floats(2 * HIDDEN, 0.1), floats(2, 1), b"", b"", b"")
+    exits = kernels.new_exits(HIDDEN, 1, True)
+    weight = array("b", (random.randint(-127, 127) for _ in range(HIDDEN * METRIC)))
+    space = (weight, array("f", [0.01 / HIDDEN**0.5] * METRIC), floats(METRIC, 0.1), floats(2 * METRIC, 1))
+    kernels.set_exit(exits, 1, floats(2 * HIDDEN, 0.1), floats(2, 1), *space)
     hidden = memoryview(floats(TOKENS * HIDDEN, 1)).cast("B").cast("f", (1, TOKENS, HIDDEN))
     found = {}
     for name in kernels.implementations():
         kernels.use(name)
         to = memoryview(bytearray(hidden.nbytes)).cast("f", hidden.shape)
-        logits = array("f", [0, 0])
-        kernels.run(model, 1, hidden, None, to, None, logits, None)
-        found[name] = list(to.cast("B").cast("f"))
+        logits, distances = array("f", [0, 0]), array("f", [0, 0])
+        kernels.run(model, 1, hidden, None, to)
+        kernels.run_exit(exits, 1, hidden, logits, distances)
+        found[name] = [*to.cast("B").cast("f"), *logits, *distances]
     expected = found["reference"]
     for name, values in found.items():
         errors = sorted(abs(a - b) for a, b in zip(values, expected, strict=True))
