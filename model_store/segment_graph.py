@@ -91,11 +91,14 @@ def _exit_outputs(
     return outputs
 
 
-def _add_branch(g: Graph, architecture: Architecture, layer: int, source: Source) -> None:
-    """Add an exit to a segment as in schema 6: the input with_exit, the outputs logits and, with prototypes, distances.
+def build_old_segment(architecture: Architecture, layer: int, source: Source) -> Graph:
+    """The graph of a layer in schema 6, with its exit: the input with_exit, the outputs logits and maybe distances.
 
     The outputs are zeros if with_exit is false.
     """
+    g = build_segment(architecture, layer, source)
+    if layer not in architecture.exit_layers:
+        return g
     shape: list[int | str] = [1, len(architecture.labels)]
     flag = g.input("with_exit", [], TensorProto.BOOL)
     yes, no = Graph(g.int8, source, "yes"), Graph(g.int8, source, "no")
@@ -105,6 +108,7 @@ def _add_branch(g: Graph, architecture: Architecture, layer: int, source: Source
         zeros = numpy_helper.from_array(np.zeros((1, len(architecture.labels)), np.float32))
         no.output(no.node("Constant", value=zeros), f"no_{name}", shape)
     g.branch(flag, yes, no, list(outputs), shape)
+    return g
 
 
 def read_segment(
@@ -123,9 +127,7 @@ def read_segment(
             raise GraphError(f"it has no weight {tensor} ({name})")
         return proto, _values(proto, name, np.dtype(dtype), shape)
 
-    g = build_segment(architecture, layer, take)
-    if has_exits and layer in architecture.exit_layers:
-        _add_branch(g, architecture, layer, take)
+    g = (build_old_segment if has_exits else build_segment)(architecture, layer, take)
     _compare(model, g, graph_name(layer))
     return g.weights
 

@@ -1,28 +1,16 @@
 """Artifacts of schema 6, whose exits are in their segments, and of schema 7, from each other."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
-from onnx import ModelProto
 from safetensors.numpy import save_file
 
-from de3.model_store.architecture import Architecture
-from de3.model_store.graph import Array, stored
+from de3.model_store.graph import stored
 from de3.model_store.manifest import EXITS, OLD_VERSION, SCHEMA_VERSION
 from de3.model_store.model import exit_weights, read_segments
-from de3.model_store.segment_graph import _add_branch, build_segment, exit_tensors, graph_name
+from de3.model_store.segment_graph import build_old_segment, exit_tensors, graph_name
 from de3.model_store.store import Artifact, Store
 from tests.test_hostile_models import edit, rehash
-
-
-def old_segment(architecture: Architecture, layer: int, weights: Mapping[str, Array]) -> ModelProto:
-    """A segment of schema 6; weights: those of the segment and of its exit, by name."""
-    source = stored(weights)
-    g = build_segment(architecture, layer, source)
-    if layer in architecture.exit_layers:
-        _add_branch(g, architecture, layer, source)
-    return g.model(graph_name(layer))
 
 
 def _copy(artifact: Artifact, store: Path, schema: int) -> Path:
@@ -39,9 +27,9 @@ def as_old(artifact: Artifact, store: Path) -> Artifact:
     architecture, exits = artifact.manifest.architecture, exit_weights(artifact)
     folder = _copy(artifact, store, OLD_VERSION)
     for layer, (_, weights) in enumerate(read_segments(artifact)):
-        segment = old_segment(architecture, layer, weights | exits.get(layer, {}))
+        segment = build_old_segment(architecture, layer, stored(weights | exits.get(layer, {})))
         name = architecture.segment_files()[layer]
-        (folder / name).write_bytes(segment.SerializeToString())
+        (folder / name).write_bytes(segment.model(graph_name(layer)).SerializeToString())
         rehash(folder, name)
     return Store(store).open(artifact.full_name)
 

@@ -15,13 +15,18 @@ import pytest
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from de3.model_store.architecture import Architecture, Head
-from de3.model_store.graph import GraphError
+from de3.model_store.graph import GraphError, stored
 from de3.model_store.graph_check import FIELDS, MAX_NAME, MAX_VALUE_BYTES, read_model
 from de3.model_store.model import exit_weights
-from de3.model_store.segment_graph import exit_tensors, read_exits, read_segment
+from de3.model_store.segment_graph import (
+    build_old_segment,
+    exit_tensors,
+    graph_name,
+    read_exits,
+    read_segment,
+)
 from de3.model_store.store import Artifact, Store
 from tests.fixtures import save_encoder
-from tests.old_schema import old_segment
 
 OTHER = "evil"
 # Path of a message: fields, each with its index if it is a list, or else None.
@@ -46,9 +51,8 @@ def built(family: str, int8: bool, old: bool = False) -> tuple[Architecture, lis
     for layer, name in enumerate(architecture.segment_files()):
         segment = read_model(artifact.read(name))
         if old:
-            segment = old_segment(
-                architecture, layer, read_segment(segment, architecture, layer) | exits[layer]
-            )
+            weights = read_segment(segment, architecture, layer) | exits[layer]
+            segment = build_old_segment(architecture, layer, stored(weights)).model(graph_name(layer))
         segments.append(segment)
     return architecture, segments
 

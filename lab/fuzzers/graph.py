@@ -1,4 +1,6 @@
-"""Fuzzer of a segment's ONNX file: edits of the segments of two small artifacts, in fp32 and int8.
+"""Fuzzer of the weights' files: edits of the segments and exits of two small artifacts, in fp32 and int8.
+
+The segments are also those of schema 6, whose exits are in them.
 
 A file must be accepted, or refused with a GraphError. Accepted files that ONNX Runtime cannot load are only counted.
 """
@@ -9,13 +11,18 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import onnxruntime
 from hypothesis import strategies as st
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
-from de3.model_store.graph import GraphError
+from de3.model_store.graph import GraphError, stored
 from de3.model_store.graph_check import MAX_FIELDS, read_model
-from de3.model_store.segment_graph import read_segment
+from de3.model_store.manifest import EXITS
+from de3.model_store.model import exit_graph, exit_weights, read_segments
+from de3.model_store.segment_graph import build_old_segment, graph_name, read_exits, read_segment
 from lab.fuzzers.edits import spliced
 from lab.fuzzers.run import Finding, Fuzzer
 from lab.fuzzers.seeds import tiny
@@ -149,30 +156,71 @@ def _edit_list(draw: st.DrawFn, kind: str, field: Any, value: Any) -> None:
 
 
 @cache
-def _valid() -> list["Segment"]:
-    """Every segment of both artifacts."""
-    return [
-        Segment(precision, layer, tiny(precision).read(name))
-        for precision in PRECISIONS
-        for layer, name in enumerate(tiny(precision).manifest.segment_files())
-    ]
+def _valid() -> list["File"]:
+    """Every file of both artifacts, and every segment of schema 6."""
+    files = []
+    for precision in PRECISIONS:
+        artifact = tiny(precision)
+        exits = exit_weights(artifact)
+        files.append(File(precision, None, artifact.read(EXITS)))
+        for layer, (data, weights) in enumerate(read_segments(artifact)):
+            old = build_old_segment(artifact.manifest, layer, stored(weights | exits.get(layer, {})))
+            files.append(File(precision, layer, data))
+            files.append(File(precision, layer, old.model(graph_name(layer)).SerializeToString(), True))
+    return files
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A segment's file, and its place in one of the artifacts."""
+class File:
+    """A file, and its place in one of the artifacts.
+
+    Attributes:
+        layer: the segment's layer; None: the exits' file.
+        is_old: a segment of schema 6.
+    """
 
     precision: Literal["fp32", "int8"]
-    layer: int
+    layer: int | None
     data: bytes
+    is_old: bool = False
+
+
+def _edit_tensors(draw: st.DrawFn, tensors: dict[str, Any]) -> None:
+    """Remove, add or change one tensor of the exits' file."""
+    name, other = (draw(st.sampled_from(sorted(tensors))) for _ in range(2))
+    array = tensors[name]
+    kind = draw(st.sampled_from(["remove", "add", "swap", "type", "shape", "value"]))
+    if kind == "remove":
+        del tensors[name]
+    elif kind == "add":
+        tensors[draw(st.sampled_from([*NAMES, name + "x", name.replace("layer_0", "layer_9")]))] = array
+    elif kind == "swap":
+        tensors[name], tensors[other] = tensors[other], array
+    elif kind == "type":
+        with np.errstate(invalid="ignore"):
+            tensors[name] = array.astype(
+                draw(st.sampled_from([np.float16, np.float64, np.int8, np.int64, np.bool_]))
+            )
+    elif kind == "shape":
+        tensors[name] = draw(st.sampled_from([array[None], array[:0], array[1:], array.ravel(), array.T]))
+    else:
+        values = array.copy()
+        choices = [0, -1, 127] if array.dtype == np.int8 else [0, -1, 1e30, np.nan, np.inf]
+        values.flat[draw(st.integers(0, array.size - 1))] = draw(st.sampled_from(choices))
+        tensors[name] = values
 
 
 @st.composite
-def _segments(draw: st.DrawFn) -> Segment:
-    segment = draw(st.sampled_from(_valid()))
-    data = segment.data
+def _files(draw: st.DrawFn) -> File:
+    file = draw(st.sampled_from(_valid()))
+    data = file.data
     kind = draw(st.sampled_from("mmmmbbn"))
-    if kind == "m":
+    if kind == "m" and file.layer is None:
+        tensors = load_tensors(data)
+        for _ in range(draw(st.sampled_from([1, 1, 2]))):
+            _edit_tensors(draw, tensors)
+        data = save_tensors({name: np.ascontiguousarray(array) for name, array in tensors.items()})
+    elif kind == "m":
         model = onnx.load_model_from_string(data)
         for _ in range(draw(st.sampled_from([1, 1, 2, 4]))):
             _edit(draw, model)
@@ -187,7 +235,7 @@ def _segments(draw: st.DrawFn) -> Segment:
         data = draw(st.sampled_from([b"", data])) + inner * draw(
             st.sampled_from([1, 2, MAX_FIELDS // depth + 1])
         )
-    return replace(segment, data=data)
+    return replace(file, data=data)
 
 
 def _varint(number: int) -> bytes:
@@ -197,26 +245,46 @@ def _varint(number: int) -> bytes:
     return data + bytes([number])
 
 
-def check(segment: Segment) -> tuple[dict[str, float], str]:
-    """Read a segment as a server does, and load it in ONNX Runtime if it is accepted and was changed."""
+def _parsed(file: File) -> Any:
+    """The model or the tensors in a file; raises GraphError for any other file."""
+    if file.layer is not None:
+        return read_model(file.data)
+    try:
+        return load_tensors(file.data)
+    except Exception as error:  # as in a server; see model_store/model.py
+        raise GraphError(f"not a safetensors file: {type(error).__name__}") from None
+
+
+def _graphs(file: File, parsed: Any) -> list[bytes]:
+    """The graphs that a server runs for a file; raises GraphError if it refuses the file."""
+    manifest = tiny(file.precision).manifest
+    if file.layer is not None:
+        read_segment(parsed, manifest, file.layer, file.is_old)
+        return [file.data]
+    return [exit_graph(manifest, layer, weights) for layer, weights in read_exits(parsed, manifest).items()]
+
+
+def check(file: File) -> tuple[dict[str, float], str]:
+    """Read a file as a server does, and load it in ONNX Runtime if it is accepted and was changed."""
     steps, outcome = 0.0, "not a graph"
     try:
-        model = read_model(segment.data)
-        steps, outcome = 1.0, "not a segment"
-        read_segment(model, tiny(segment.precision).manifest, segment.layer)
+        parsed = _parsed(file)
+        steps, outcome = 1.0, "not of the model"
+        graphs = _graphs(file, parsed)
     except GraphError as error:
         if len(str(error)) > MAX_MESSAGE:
             raise Finding(f"a message of {len(str(error))} characters") from None
         return {"steps": steps}, outcome
-    if segment in _valid():
+    if file in _valid():
         return {"steps": 2.0}, "original"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
-        onnxruntime.InferenceSession(segment.data, options, providers=["CPUExecutionProvider"])
+        for graph in graphs:
+            onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception:  # in a server, the process that tests a model reports this as a StoreError
         return {"steps": 3.0}, "accepted, but does not load"
     return {"steps": 3.0}, "accepted"
 
 
-FUZZER = Fuzzer(_segments(), check, _valid)
+FUZZER = Fuzzer(_files(), check, _valid)
