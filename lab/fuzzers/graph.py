@@ -197,15 +197,15 @@ def _edit_tensors(draw: st.DrawFn, tensors: dict[str, Any]) -> None:
     elif kind == "swap":
         tensors[name], tensors[other] = tensors[other], array
     elif kind == "type":
-        with np.errstate(invalid="ignore"):
+        with np.errstate(all="ignore"):  # 1e9 in another type
             tensors[name] = array.astype(
                 draw(st.sampled_from([np.float16, np.float64, np.int8, np.int64, np.bool_]))
             )
     elif kind == "shape":
         tensors[name] = draw(st.sampled_from([array[None], array[:0], array[1:], array.ravel(), array.T]))
-    else:
+    elif array.size:
         values = array.copy()
-        choices = [0, -1, 127] if array.dtype == np.int8 else [0, -1, 1e30, np.nan, np.inf]
+        choices = [0, 1e9, np.nan, np.inf] if array.dtype.kind == "f" else [0, 1]
         values.flat[draw(st.integers(0, array.size - 1))] = draw(st.sampled_from(choices))
         tensors[name] = values
 
