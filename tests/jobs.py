@@ -12,8 +12,16 @@ from de3.server.learn.job import Job as FitJob
 from de3.server.options import ExitOptions
 from de3.server.rules import Choice
 
-NO_MODEL, WITH_KERNELS = SimpleNamespace(forward=None), SimpleNamespace(forward=object())
-NO_MONITOR = SimpleNamespace(samples=lambda: False, is_far=lambda *_: False, limits=None, tau_factor=1.0)
+NO_MONITOR = SimpleNamespace(samples=lambda: False, limits=None, tau_factor=1.0)
+
+
+def stand_in(has_kernels: bool, encoder: Any = None) -> Any:
+    """A stand-in for a model; encoder: None: one of its own."""
+    encoder = encoder or SimpleNamespace(forward=object() if has_kernels else None)
+    return SimpleNamespace(encoder=encoder, manifest=SimpleNamespace(num_layers=6))
+
+
+NO_MODEL, WITH_KERNELS = stand_in(False), stand_in(True)
 
 
 def job(

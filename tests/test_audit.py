@@ -389,7 +389,7 @@ def test_an_unloaded_model_is_freed(store: Path) -> None:
 def test_grouped_audits_match_single_ones_and_wait(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
         (served,) = server.service.models.all
-        if served.model.forward is None:
+        if served.model.encoder.forward is None:
             pytest.skip("no kernels")
         auditor, audits = auditor_of(server), list[Audit]()
         auditor._submit = audits.extend
@@ -417,7 +417,7 @@ def test_overdue_audits_run_at_normal_priority_while_requests_are_pending(
 ) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
         (served,) = server.service.models.all
-        if (forward := served.model.forward) is None:
+        if (forward := served.model.encoder.forward) is None:
             pytest.skip("no kernels")
         auditor, audits, done, at_idle = auditor_of(server), list[Audit](), list[Audit](), list[bool]()
         auditor._submit = audits.extend
@@ -428,7 +428,7 @@ def test_overdue_audits_run_at_normal_priority_while_requests_are_pending(
             at_idle.append(named["at_idle"])
             forward(*arguments, **named)
 
-        monkeypatch.setattr(served.model, "forward", note)
+        monkeypatch.setattr(served.model, "encoder", replace(served.model.encoder, forward=note))
         for name in ("MOST_WAIT_S", "OVERDUE_S"):
             monkeypatch.setattr(audit_engine, name, 600)
         queue = WorkQueue(10)
@@ -957,7 +957,7 @@ def test_copies_count_only_against_a_higher_tau(
 def test_tenants_with_pending_audits_have_equal_shares_of_the_time(store: Path) -> None:
     """Whatever the number of their audits, and the length of the texts."""
     timing = SimpleNamespace(full_depth_s=lambda tokens: 1.0 + tokens)
-    served = SimpleNamespace(group_s=lambda _: 0.0, model=SimpleNamespace(forward=None), timing=timing)
+    served = SimpleNamespace(group_s=lambda _: 0.0, model=jobs.NO_MODEL, timing=timing)
     threads = audit_engine.AuditThreads(1, WorkQueue(10), lambda _: None)
     threads._threads = [SimpleNamespace(ident=1)]  # type: ignore[list-item]
     for tenant, texts in (("loud", 5), ("quiet", 2), ("loud", 5)):

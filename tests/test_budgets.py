@@ -1,6 +1,7 @@
 """Trade-offs over HTTP: speed-up, certified disagreement, latency budgets on slow layers, OOD texts, drift."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
 from de3.model_store.manifest import TradeOff
-from de3.model_store.segments import OnnxSegment
+from de3.model_store.segments import OnnxLayers
 from de3.model_store.store import Store
 from de3.server.engine import timing
 from de3.server.engine.job import REPLY_S, REPLY_TEXT_S, Item, Job
@@ -44,11 +45,14 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = time.perf_counter()
         self.ended: dict[tuple[Job, int], float] = {}
-        run, init, finish = OnnxSegment._run, Job.__post_init__, Job.finish
+        init, finish = Job.__post_init__, Job.finish
 
-        def later(segment: OnnxSegment, *arguments: Any) -> Any:
-            self.now += LAYER_S
-            return run(segment, *arguments)
+        def slowed(run: Callable[..., Any]) -> Callable[..., Any]:
+            def slow(*arguments: Any) -> Any:
+                self.now += LAYER_S
+                return run(*arguments)
+
+            return slow
 
         def submitted_now(job: Job) -> None:
             job.submitted = self.now
@@ -58,7 +62,8 @@ class Clock:
             self.ended[job, item.index] = self.now
             return finish(job, item, result)
 
-        monkeypatch.setattr(OnnxSegment, "_run", later)
+        monkeypatch.setattr(OnnxLayers, "embed", slowed(OnnxLayers.embed))
+        monkeypatch.setattr(OnnxLayers, "run", slowed(OnnxLayers.run))
         monkeypatch.setattr(Job, "__post_init__", submitted_now)
         monkeypatch.setattr(Job, "finish", finished)
         for module in ("run", "deadlines", "engine", "queue", "timing"):

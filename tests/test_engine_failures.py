@@ -60,19 +60,19 @@ def test_an_ended_thread_is_detected(store: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_stuck_thread_is_detected_and_no_slow_one(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from de3.model_store.segments import OnnxSegment
+    from de3.model_store.segments import OnnxLayers
 
     monkeypatch.setattr(service, "CHECK_S", 0.05)
     monkeypatch.setattr(engine, "STUCK_CHECKS", 8)
-    stuck, go_on, run = threading.Event(), threading.Event(), OnnxSegment.run
+    stuck, go_on, run = threading.Event(), threading.Event(), OnnxLayers.run
 
-    def slow(segment: OnnxSegment, hidden: Any, with_exit: bool) -> Any:
+    def slow(layers: OnnxLayers, layer: int, hidden: Any) -> Any:
         if stuck.is_set():
             go_on.wait(60)
-        return run(segment, hidden, with_exit)
+        return run(layers, layer, hidden)
 
     with serving(store, models=["tiny"], threads=1) as server:
-        monkeypatch.setattr(OnnxSegment, "run", slow)
+        monkeypatch.setattr(OnnxLayers, "run", slow)
         for _ in range(30):  # always busy, but never stuck
             assert server.classify(input="good " * 60, tau=0).status_code == 200
         assert server.service.state == "ready"

@@ -1,5 +1,6 @@
 """Groups: texts that share steps exit, join and are preempted between layers; answers are the same as alone."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,14 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from de3.exits.reading import Reading
 from de3.exits.rule import ExitRule
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import PIECE
 from de3.server.engine.group import run_group
 from de3.server.engine.job import Item, Job
-from de3.server.engine.outcome import Outcome
 from de3.server.engine.queue import WorkQueue
 from de3.server.engine.run import Result, run
 from de3.server.engine.served import MAX_STEP_S
@@ -72,8 +71,9 @@ class Steps:
 def answers(results: dict[Item, Result]) -> dict[str, Any]:
     """The exit layer, reason, τ, OOD flag and readings of each text, bit for bit, by text."""
     found = {}
-    for item, outcome in results.items():
-        assert isinstance(outcome, Outcome)
+    for item, outcomes in results.items():
+        assert isinstance(outcomes, list)
+        (outcome,) = outcomes
         decision = outcome.layer, outcome.reason, outcome.rule.tau, outcome.is_far
         found[item.text.text] = decision, outcome.passed
     return found
@@ -82,9 +82,9 @@ def answers(results: dict[Item, Result]) -> dict[str, Any]:
 def alone(model: Model, texts: list[str], **options: Any) -> dict[str, Any]:
     results: dict[Item, Result] = {}
     for item in job(model, texts, **options).items:
-        outcome = run(item, WorkQueue(1))
-        assert outcome is not None
-        results[item] = outcome
+        outcomes = run(item, WorkQueue(1))
+        assert outcomes is not None
+        results[item] = outcomes
     return answers(results)
 
 
@@ -98,11 +98,7 @@ def test_the_kernels_read_the_exits_as_python_does(
     """The kernels and Python exit alike with every signal, τ and deepest layer, in and out of distribution."""
     chosen = model.manifest.signal(signal, 1.5 if signal == "edr" else None)
     limits = None if far is None else np.full(model.manifest.num_layers + 1, far)
-
-    def is_far(reading: Reading) -> bool:
-        return far is not None and reading.nearest is not None and reading.nearest > far
-
-    monitor = SimpleNamespace(samples=lambda: False, is_far=is_far, limits=limits, tau_factor=0.5)
+    monitor = SimpleNamespace(samples=lambda: False, limits=limits, tau_factor=0.5)
     options = {"rule": ExitRule(tau, chosen, max_layer), "monitor": monitor}
     queue = WorkQueue(100)
     queue.put(job(model, **options))
@@ -140,8 +136,10 @@ def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> No
     assert later.run() == [*urgent.items, *items]  # the group joined the urgent text before layer 2
     assert answers(later.results) == alone(model, ["an urgent one", *TEXTS]) and len(queue) == 0
     took = 0.0
-    for outcome in later.results.values():
-        assert isinstance(outcome, Outcome) and min(outcome.tokenize_s, outcome.model_s) > 0
+    for outcomes in later.results.values():
+        assert isinstance(outcomes, list)
+        (outcome,) = outcomes
+        assert min(outcome.tokenize_s, outcome.model_s) > 0
         took += outcome.model_s + outcome.tokenize_s
     # Each step of a text is charged once, whether it ran before or after the preemption.
     assert queue._clients[""].spent == pytest.approx(took, rel=1e-9)
@@ -180,7 +178,7 @@ def test_a_text_that_may_not_be_truncated_fails_alone(model: Model) -> None:
     assert answers(steps.results) == alone(model, ["good", "bad"])
 
 
-def test_a_group_that_fails_runs_alone_from_the_start(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_fails_runs_alone_from_the_start(model: Model) -> None:
     queue = WorkQueue(100)
     queue.put(job(model))
     calls = []
@@ -189,21 +187,17 @@ def test_a_group_that_fails_runs_alone_from_the_start(model: Model, monkeypatch:
         calls.append(arguments)
         if len(calls) == 3:
             raise MemoryError
-        assert model.forward is not None
-        model.forward(*arguments)
+        assert model.encoder.forward is not None
+        model.encoder.forward(*arguments)
 
-    broken = SimpleNamespace(
-        forward=forward, tokenizer=model.tokenizer, manifest=model.manifest, deepest_exit=model.deepest_exit,
-        layer_by_layer=model.layer_by_layer,
-    )  # fmt: skip
     items = queue.next()
     for item in items:
-        monkeypatch.setattr(item.job, "served", SimpleNamespace(**{**vars(item.job.served), "model": broken}))
+        item.job.encoder = replace(model.encoder, forward=forward)  # type: ignore[arg-type]
     failed = run_group(items, queue, 1, lambda _: None, lambda _: None)
     assert failed == items and len(calls) == 3
     results: dict[Item, Result] = {}
     for item in failed:
-        outcome = run(item, queue)
-        assert outcome is not None and not item.can_share
-        results[item] = outcome
+        outcomes = run(item, queue)
+        assert outcomes is not None and not item.can_share
+        results[item] = outcomes
     assert answers(results) == alone(model, TEXTS)

@@ -36,7 +36,7 @@ from de3.export.publish import rounded
 from de3.export.records import opened, thinned
 from de3.export.records import texts_of as training_set
 from de3.model_store import records as files
-from de3.model_store.forward import ForwardPass
+from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records, joined, read
@@ -149,20 +149,24 @@ def reservoir(capacity: int, half_life: float = 1e9) -> Reservoir:
 def test_pooled_states_are_the_means_of_the_hidden_states_alone_and_in_a_group(base: Artifact) -> None:
     model = Model(base)
     tokens = [model.tokenize(text) for text in texts_of(9, 7)]
-    assert model.forward is not None
-    last = model.manifest.num_layers
-    group = [
-        ForwardPass(t, ExitRule(0.0, Entropy()), last, True, states=model.empty_states()) for t in tokens
-    ]
+    forward, last = model.encoder.forward, model.manifest.num_layers
+    assert forward is not None
+
+    def to_full_depth(token: Tokens) -> ForwardPass:
+        rule, states = ExitRule(0.0, Entropy()), model.empty_states()
+        return ForwardPass(token, [Decision(model.exits, rule, last, True, states=states)])
+
+    group = [to_full_depth(token) for token in tokens]
     for _ in range(2):  # preempted halfway
-        model.forward(group, layers=last // 2 + 1)
+        forward(group, layers=last // 2 + 1)
     for one, token in zip(group, tokens, strict=True):
         expected = np.stack([step.hidden[0].mean(0) for step in model.full_depth(token)[:-1]])
-        assert one.states is not None
-        np.testing.assert_allclose(one.states, expected, rtol=1e-4, atol=1e-5)
-        single = ForwardPass(token, ExitRule(0.0, Entropy()), last, True, states=model.empty_states())
-        model.forward([single])
-        assert single.states is not None and single.states.tobytes() == one.states.tobytes()
+        states = one.decisions[0].states
+        assert states is not None
+        np.testing.assert_allclose(states, expected, rtol=1e-4, atol=1e-5)
+        forward([single := to_full_depth(token)])
+        alone = single.decisions[0].states
+        assert alone is not None and alone.tobytes() == states.tobytes()
 
 
 # The reservoir

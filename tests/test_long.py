@@ -224,13 +224,13 @@ def item_of(model: Model, text: str, tau: float = 0.0, **options: Any) -> Item:
 
 
 def num_ran(item: Item) -> int:
-    windows = item.progress.windows
-    return len(windows.ran) if windows else 0
+    return item.progress.num_ran
 
 
 def run(item: Item, queue: Any) -> Outcome:
-    while (outcome := engine.run(item, queue)) is None:
+    while (outcomes := engine.run(item, queue)) is None:
         pass
+    (outcome,) = outcomes
     return outcome
 
 

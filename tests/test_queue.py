@@ -2,7 +2,6 @@
 
 from threading import Thread
 from time import perf_counter
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,8 @@ from de3.server.errors import RequestError
 from tests import jobs
 
 LIMIT = 7
-MODELS = [SimpleNamespace(forward=object()) for _ in range(2)]
+MODELS = [jobs.stand_in(True) for _ in range(2)]
+MODELS.append(jobs.stand_in(True, MODELS[0].encoder))
 
 
 def job(
@@ -97,7 +97,7 @@ class QueueMachine(RuleBasedStateMachine):
         for item in others if first.can_share else []:
             total = sum(x.group_s for x in [*expected, item])
             fits = total <= MAX_STEP_S and item.group_s <= MAX_STRETCH * first.group_s
-            fits = fits and item.progress.layer == first.progress.layer and item.job.model is first.job.model
+            fits = fits and item.progress.layer == first.progress.layer and item.job.encoder is first.job.encoder
             if not fits or len(expected) >= len(self.waiting) / threads:
                 break
             expected.append(item)
