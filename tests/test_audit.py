@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from errno import ENOSPC
 from itertools import count
 from pathlib import Path
@@ -806,11 +807,11 @@ class Answering(Auditor):
         exits: number of exits passed. epoch: begins before the answer. fails: there is no answer.
         """
         tokens, texts = Tokens(np.array([[1]]), np.array([[0]]), truncated=False), iter(is_drawn)
-        progress = SimpleNamespace(tokens=tokens, states=None)
+        progress = SimpleNamespace(tokens=tokens)
         outcome = SimpleNamespace(windows=None, reason="", passed=self.PASSED[:exits], tokens=1)
         outcome.reading = outcome.passed[-1]
         items = [
-            SimpleNamespace(progress=progress, text=None, asks_all_exits=False, outcome=outcome)
+            SimpleNamespace(progress=progress, text=None, asks_all_exits=False, outcome=outcome, states=None)
             for _ in is_drawn
         ]
         choice = SimpleNamespace(rule=SimpleNamespace(tau=tau))

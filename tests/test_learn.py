@@ -40,6 +40,7 @@ from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records, joined, read
+from de3.model_store.segments import Tokens
 from de3.model_store.store import Artifact, Store
 from de3.server.audit.auditor import LEARN_TEXTS, Traffic
 from de3.server.audit.ledger import Ledger

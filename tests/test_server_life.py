@@ -13,6 +13,7 @@ from http.client import HTTPResponse
 from importlib.metadata import PackageNotFoundError
 from math import inf
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import httpx
@@ -71,20 +72,20 @@ def test_a_request_without_an_answer_in_time_is_504(store: Path, monkeypatch: py
 
 
 def test_a_text_whose_client_leaves_stops_at_a_layer(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from de3.model_store.segments import OnnxSegment as Segment
+    from de3.model_store.segments import OnnxLayers
 
     entered, go_on, ran = threading.Event(), threading.Event(), []
-    run = Segment.run
+    run = OnnxLayers.run
 
-    def slow(segment: Segment, hidden: object, with_exit: bool) -> object:
-        ran.append(segment.layer)
-        if segment.layer == 1:
+    def slow(layers: OnnxLayers, layer: int, hidden: Any) -> object:
+        ran.append(layer)
+        if layer == 1:
             entered.set()
             go_on.wait(20)
-        return run(segment, hidden, with_exit)  # type: ignore[arg-type]
+        return run(layers, layer, hidden)
 
     assert server.classify(input="good").status_code == 200  # warms up the engine thread
-    monkeypatch.setattr(Segment, "run", slow)
+    monkeypatch.setattr(OnnxLayers, "run", slow)
     before = server.metric("de3_rejected_total", cause="client_gone")
     with socket.create_connection(("127.0.0.1", server.port)) as s:
         s.sendall(post({"input": "good", "tau": 0}))
