@@ -25,7 +25,7 @@ from de3.export import importing, states
 from de3.export.cache import artifact_of
 from de3.export.classifier import Stock
 from de3.export.fit import _held_out
-from de3.export.full_depth import stitch
+from de3.export.full_depth import export_full_depth
 from de3.export.original import original_of
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.families import FAMILIES
@@ -38,7 +38,6 @@ from tests.serving import serving
 from tests.stock import (
     coarse_calibration,
     fine_tuned,
-    graphs_of,
     imported_as,
     transformers_model,
     with_random_exits,
@@ -90,7 +89,8 @@ def test_the_last_exit_is_the_stock_classifier(family: str, dtype: str, tmp_path
     ours = Model(with_random_exits(folder, Store(tmp_path / "store"), "m", "fp32"))
     assert ours.manifest.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
     singles = [(" ".join(["good"] * n) or "a",) for n in (0, 1, 2, 5, 17, 40, 100)]
-    session = InferenceSession(stitch(graphs_of(folder, False)[1]).SerializeToString())
+    export_full_depth(ours.path, tmp_path / "whole", int8=False)
+    session = InferenceSession(tmp_path / "whole/model.onnx")
     names = {x.name for x in session.get_inputs()}
     for text in (*singles, ("good film", "bad"), ("a " * 50, "very " * 50)):
         inputs = tokenizer(*text, return_tensors="pt", truncation=True, max_length=ours.manifest.max_tokens)
