@@ -12,7 +12,7 @@ from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
-from de3.server.fields import JsonObject, checked_text, one_or_more
+from de3.server.fields import JsonObject, check_fields, checked_text, one_or_more
 from de3.server.options import NO_OPTIONS, ExitOptions, OptionFields
 
 MAX_MODELS = 16  # models that answer on one pass, as in native/layers.h
@@ -86,6 +86,28 @@ class ModelFields(OptionFields):
     model: str = Field(description="name, or name:version")
 
 
+def _entries(value: Any) -> Any:
+    """The names and entries in a JSON list of models; raises RequestError for an invalid one, and for too many."""
+    if not isinstance(value, list):
+        return value
+    if not 0 < len(value) <= MAX_MODELS:
+        raise RequestError(f"models: {len(value)} models; give 1 to {MAX_MODELS}", "models")
+    return [one if isinstance(one, str) else _entry(one, f"models[{i}]") for i, one in enumerate(value)]
+
+
+def _entry(value: Any, where: str) -> ModelFields:
+    if not isinstance(value, dict):
+        raise RequestError(f"{where}: must be a name, or an object with model and exit options", where)
+    try:
+        return check_fields(ModelFields, value, "")
+    except RequestError as error:
+        raise error.inside(where) from None
+
+
+# For the schema only, as `_entries` checks the values.
+Entries = Annotated[list[str | ModelFields], Field(min_length=1, max_length=MAX_MODELS)]
+
+
 class ClassifyRequest(OptionFields):
     """A request to classify one or more texts."""
 
@@ -94,10 +116,11 @@ class ClassifyRequest(OptionFields):
         description="name (its current version, or a canary) or name:version; required if several models are "
         "served and none is the default",
     )
-    models: list[str | ModelFields] | None = Field(
+    models: Annotated[
+        list[str | ModelFields] | None,
+        BeforeValidator(_entries, json_schema_input_type=Entries | None),
+    ] = Field(
         None,
-        min_length=1,
-        max_length=MAX_MODELS,
         description="instead of model: models with the same encoder, which all answer on one pass, each as it would "
         "alone; a name, or an object with a name and exit options, which replace the request's",
     )
@@ -176,7 +199,7 @@ class ClassifyRequest(OptionFields):
         if one.latency_budget_ms is not None or one.best_effort:
             name = "best_effort" if one.latency_budget_ms is None else "latency_budget_ms"
             raise ValueError(f"{where}.{name}: a budget is that of the whole pass; set it outside of models")
-        if one.options is NO_OPTIONS:
+        if one.options == NO_OPTIONS:
             return one.model, self.options
         try:
             budget, best_effort = self.options.latency_budget_ms, self.options.best_effort

@@ -52,3 +52,10 @@ class RequestError(Exception):
     ) -> None:
         super().__init__(message)
         self.message, self.field, self.cause, self.retry_after_s = message, field, cause, retry_after_s
+
+    def inside(self, where: str) -> "RequestError":
+        """The error, whose field is inside another, such as models[1]; where: the other; empty: none."""
+        if not where:
+            return self
+        field = None if self.field is None else f"{where}.{self.field}"
+        return RequestError(f"{where}.{self.message}", field, self.cause, self.retry_after_s)

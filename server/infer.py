@@ -43,9 +43,7 @@ class Inference:
         """
         service.check_open()
         requests = self.request.for_models()
-        self.served = served = [
-            service.models.get(one.model, one.fits, one.needs_a_set_default) for one in requests
-        ]
+        self.served = served = [_model_of(one, service) for one in requests]
         _check_response(self.request, [one.model.manifest for one in served])
         level = service.admission.level
         self._done = asyncio.get_running_loop().create_future()
@@ -95,6 +93,13 @@ class Inference:
         if self.job is not None:
             self.job.release()
             self.job = None
+
+
+def _model_of(request: Request, service: Service) -> Served:
+    try:
+        return service.models.get(request.model, request.fits, request.needs_a_set_default)
+    except RequestError as error:
+        raise error.inside(request.where) from None
 
 
 def _check_response(request: Request, manifests: Sequence[Manifest]) -> None:

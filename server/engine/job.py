@@ -131,7 +131,7 @@ class Item:
         for one in self.team:
             if not one.is_settled:
                 assert one.windows is not None and one.decision is not None
-                one.windows.add(one.decision, len(forward.tokens))
+                one.windows.add(one.decision, forward)
                 one.is_settled = one.windows.is_settled(one.decision)
                 is_due |= one.decision.reason == "deadline"
         if is_due or all(one.is_settled for one in self.team):
@@ -334,7 +334,10 @@ def job_of(
     request.check(manifest)
     request.windows = min(request.windows, most_windows(manifest.max_tokens))
     check_texts(request, served)
-    choice = served.rules.choose(request.options, level, request.tenant)
+    try:
+        choice = served.rules.choose(request.options, level, request.tenant)
+    except RequestError as error:
+        raise error.inside(request.where) from None
     return Job(served, choice, request, on_done, fellows=fellows, flag=_flag_of(request, manifest, choice))
 
 
@@ -350,13 +353,14 @@ def jobs_of(
     encoder.
     """
     deepest = _deepest(served).model
-    for model in (one.model for one in served):
+    for one, request in zip(served, requests, strict=True):
+        model = one.model
         if not deepest.encoder.has(model.hashes) or model.runtime != deepest.runtime:
             what = "has another encoder" if model.runtime == deepest.runtime else "has another runtime"
             raise RequestError(
-                f"models: {model.full_name} {what} than {deepest.full_name}, so they cannot share a pass: send two "
-                "requests",
-                "models",
+                f"{request.where}: {model.full_name} {what} than {deepest.full_name}, so they cannot share a pass: "
+                "send two requests",
+                request.where,
             )
     fellows = [
         job_of(one, request, level, lambda _: None)

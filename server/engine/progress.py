@@ -11,15 +11,23 @@ from de3.server.engine.outcome import Window
 
 
 class WindowProgress:
-    """The windows of a text that have run, and their combined answer, for one model."""
+    """The windows of a text that have run, and their combined answer, for one model.
+
+    Attributes:
+        tokens, model_s: tokens of the windows that ran or began, and seconds in the layers, until the answer is settled.
+    """
 
     def __init__(self, windows: Windows, rule: ExitRule, flag: Flag | None) -> None:
         thresholds = None if rule.thresholds is None else rule.thresholds.logits
         self.ran: list[Window] = []
+        self.tokens, self.model_s = 0, 0.0
         self.combination = Combination([span.new for span in windows.spans], thresholds, flag)
 
-    def add(self, decision: Decision, tokens: int) -> None:
+    def add(self, decision: Decision, forward: ForwardPass) -> None:
         """Record a window that ran, unless the deadline passed before its first exit."""
+        tokens = len(forward.tokens)
+        self.tokens += tokens if forward.layer else 0
+        self.model_s += decision.seconds
         if passed := decision.readings:
             self.ran.append(Window(passed[-1].layer, passed, tokens, decision.seconds))
             self.combination.add(passed[-1])

@@ -43,6 +43,7 @@ class Request:
         keeps_errors: the RequestError of a text, such as one that is too long, is recorded in the text's item, and the
             other texts are still answered; any other error fails the whole job. If false, every error does.
         models: the models that all answer, on one pass, each with its options; empty: `model` answers, with `options`.
+        where: this model's entry in `models`, for error messages; empty without `models`.
     """
 
     input_name: ClassVar[str] = "input"
@@ -61,12 +62,16 @@ class Request:
     expires_at: float | None = None
     keeps_errors: bool = False
     models: Sequence[tuple[str, ExitOptions]] = ()
+    where: str = ""
 
     def for_models(self) -> "Sequence[Request]":
         """The request to each of its models."""
         if not self.models:
             return [self]
-        return [replace(self, model=name, options=options) for name, options in self.models]
+        return [
+            replace(self, model=name, options=options, where=f"models[{i}]")
+            for i, (name, options) in enumerate(self.models)
+        ]
 
     def fits(self, manifest: Manifest) -> bool:
         """True if the model can answer this kind of request; chooses the model if a request does not name one."""

@@ -79,9 +79,10 @@ def _outcome_of(item: Item) -> Outcome:
     assert decision is not None and decision.reason is not None and forward is not None
     item.decision = None
     passed, ran, num_windows, combination, decisive = decision.readings, list[Window](), 1, None, None
-    model_s = decision.seconds
+    tokens, model_s = progress.num_tokens, decision.seconds
     if item.windows is not None and progress.windows is not None:
-        ran, num_windows, model_s = item.windows.ran, len(progress.windows), progress.model_s
+        ran, num_windows = item.windows.ran, len(progress.windows)
+        tokens, model_s = item.windows.tokens, item.windows.model_s
         passed, combination = [r for window in ran for r in window.passed], item.windows.combination
         if item.job.flag is not None:
             decisive = Decisive(combination.decisive, *progress.windows.chars(combination.decisive))
@@ -97,7 +98,7 @@ def _outcome_of(item: Item) -> Outcome:
         rule=decision.rule,
         reading=reading,
         passed=passed,
-        tokens=progress.num_tokens,
+        tokens=tokens,
         truncated=forward.tokens.truncated,
         queue_s=0.0 if item.job.is_shadow else pending_s,  # shadow jobs report no queue time
         tokenize_s=progress.tokenize_s,
