@@ -124,9 +124,10 @@ class Server:
         """The answer to a request; fails the test if it violates the schema, or has a field that the schema lacks."""
         answer: dict[str, Any] = self.classify(**body).json()
         schema = httpx.get(self.url + "/openapi.json").json()
-        for kind in schema["components"]["schemas"].values():
-            kind["additionalProperties"] = False
-        schema["$ref"] = "#/components/schemas/ClassifyResponse"
+        for one in schema["components"]["schemas"].values():
+            one["additionalProperties"] = False
+        kind = "ClassifySeveralResponse" if "models" in body else "ClassifyResponse"
+        schema["$ref"] = f"#/components/schemas/{kind}"
         jsonschema.validate(answer, schema)
         return answer
 
