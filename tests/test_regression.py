@@ -235,11 +235,11 @@ def test_values_that_are_not_numbers_never_exit_early(kernels: Any) -> None:
 
 
 def test_exits_of_the_kernels_have_the_same_labels(kernels: Any) -> None:
-    model = kernels.new(64, 4, 128, 1, 0, True, False, True)
+    exits = kernels.new_exits(64, 1, True)
     row, none = np.zeros(64, np.float32), np.zeros(0, np.float32)
-    kernels.set_exit(model, 0, row, row[:1], none, none, none)
+    kernels.set_exit(exits, 0, row, row[:1], none, none, none, none)
     with pytest.raises(ValueError, match="same labels"):
-        kernels.set_exit(model, 1, np.zeros(128, np.float32), row[:2], none, none, none)
+        kernels.set_exit(exits, 1, np.zeros(128, np.float32), row[:2], none, none, none, none)
 
 
 def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:

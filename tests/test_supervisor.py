@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 import pytest
 
-from de3.model_store.manifest import fingerprint
+from de3.model_store.manifest import encoder_hashes, fingerprint
 from de3.model_store.store import Artifact, Store
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
@@ -211,10 +211,11 @@ async def test_a_call_ends_with_the_process_that_it_asks() -> None:
 
 def test_memory_of_weights_is_shared_once_it_is_filled(store: Path) -> None:
     artifact, weights = Store(store).open("tiny-int8"), Weights()
+    encoder = encoder_hashes(artifact.manifest)[-1]
     with attached() as (one, _, ours), attached() as (two, _, others):
         worker, other, process = one.receiver, two.receiver, Process(1, None, ours)
         for is_filled in (False, True):
-            memory = worker.memory_of(artifact)
+            memory = worker.memory_of(encoder)
             assert memory is not None and not memory.is_filled
             worker.release_weights(is_filled)
             with pytest.raises(OSError, match="Bad file descriptor"):
@@ -224,7 +225,7 @@ def test_memory_of_weights_is_shared_once_it_is_filled(store: Path) -> None:
             assert not any(map(os.get_inheritable, weights._fds.values()))  # a fit inherits none
         weights.send(others, [artifact])
         other.receive()
-        memory = other.memory_of(artifact)
+        memory = other.memory_of(encoder)
         assert memory is not None and memory.is_filled and not os.get_inheritable(memory.fd)
         other.release_weights()
         weights.keep([])
