@@ -127,14 +127,18 @@ class Item:
         windows, forward = progress.windows, progress.forward
         assert windows is not None and forward is not None
         progress.num_ran += 1
-        is_due = False
+        is_due, unsettled = False, list[Decision]()
         for one in self.team:
             if not one.is_settled:
                 assert one.windows is not None and one.decision is not None
                 one.windows.add(one.decision, forward)
                 one.is_settled = one.windows.is_settled(one.decision)
                 is_due |= one.decision.reason == "deadline"
-        if is_due or all(one.is_settled for one in self.team):
+                unsettled += [one.decision] * (not one.is_settled)
+        if is_due:
+            for decision in unsettled:
+                decision.reason = "deadline"
+        if is_due or not unsettled:
             return False
         self.start(windows[progress.num_ran])
         return True
