@@ -39,6 +39,7 @@ def job(
     is_shadow: bool = False,
     rule: ExitRule | None = None,
     monitor: Any = NO_MONITOR,
+    fellows: Sequence[Job] = (),
 ) -> Job:
     """A job with these predicted times instead of measured ones.
 
@@ -61,7 +62,7 @@ def job(
     request = Request([Text(text) for text in texts], ExitOptions(best_effort=best_effort), client=client)
     choice = Choice(rule or ExitRule(0, Edr(1.0)), "default", budget_s=budget_s)
     new = {} if submitted is None else {"submitted": submitted}
-    return Job(served, choice, request, lambda _: None, is_shadow, **new)
+    return Job(served, choice, request, lambda _: None, is_shadow, fellows, **new)
 
 
 def fit_job(**fields: Any) -> FitJob:

@@ -68,12 +68,15 @@ class Steps:
         self.seconds.append(seconds)
 
 
-def answers(results: dict[Item, Result]) -> dict[str, Any]:
-    """The exit layer, reason, τ, OOD flag and readings of each text, bit for bit, by text."""
+def answers(results: dict[Item, Result], number: int = 0) -> dict[str, Any]:
+    """The exit layer, reason, τ, OOD flag and readings of each text, bit for bit, by text.
+
+    number: index of the model among those that answer on one pass.
+    """
     found = {}
     for item, outcomes in results.items():
         assert isinstance(outcomes, list)
-        (outcome,) = outcomes
+        outcome = outcomes[number]
         decision = outcome.layer, outcome.reason, outcome.rule.tau, outcome.is_far
         found[item.text.text] = decision, outcome.passed
     return found
@@ -143,6 +146,36 @@ def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> No
         took += outcome.model_s + outcome.tokenize_s
     # Each step of a text is charged once, whether it ran before or after the preemption.
     assert queue._clients[""].spent == pytest.approx(took, rel=1e-9)
+
+
+def test_several_models_exit_where_each_would_alone(model: Model) -> None:
+    """Also if their pass is preempted, and if its group fails."""
+    rules = [ExitRule(tau, model.manifest.signal("entropy", None)) for tau in (0.0, 0.9, 0.3)]
+
+    def team(due: float) -> Job:
+        return job(model, due=due, rule=rules[0], fellows=[job(model, rule=one) for one in rules[1:]])
+
+    def fail() -> None:
+        raise MemoryError
+
+    queue = WorkQueue(100)
+    queue.put(team(5.0))
+    preempted = Steps(queue, {1: lambda: queue.put(job(model, ["an urgent one"], due=1.0))})
+    preempted.run()
+    assert not preempted.results and len(queue) == len(TEXTS) + 1
+    resumed = Steps(queue)
+    del resumed.results[resumed.run()[0]]  # the urgent one's
+    queue.put(team(5.0))
+    failed, results = Steps(queue, {2: fail}), dict[Item, Result]()
+    failed.run()
+    assert len(failed.alone) == len(TEXTS)
+    for item in failed.alone:
+        results[item] = run(item, queue) or RuntimeError()
+    for number, rule in enumerate(rules):
+        expected = alone(model, TEXTS, rule=rule)
+        assert answers(resumed.results, number) == answers(results, number) == expected
+    layers = [[one[0][0] for one in answers(results, number).values()] for number in range(len(rules))]
+    assert len({tuple(each) for each in layers}) == len(rules)
 
 
 def test_a_text_found_to_be_longer_than_a_step_is_resumed(model: Model) -> None:

@@ -275,6 +275,26 @@ def test_a_text_runs_window_by_window_and_preemption_changes_no_bit(model: Model
     assert free.requeued == 0 and busy.requeued >= pieces - 1 + layers + len(alone.windows) - 1
 
 
+def test_several_models_settle_apart_and_preemption_changes_no_bit(model: Model) -> None:
+    text, taus = words(300, 2), (0.0, 0.9, 0.2)
+    for queue in (Busy(False), Busy(True)):
+        fellows = [item_of(model, text, tau).job for tau in taus[1:]]
+        outcomes = engine.run(item := item_of(model, text, taus[0], fellows=fellows), queue)
+        while outcomes is None:
+            outcomes = engine.run(item, queue)
+        for tau, ours in zip(taus, outcomes, strict=True):
+            alone = run(item_of(model, text, tau), Busy(False))
+            assert (ours.reading.probs, ours.passed, ours.tokens) == (
+                alone.reading.probs,
+                alone.passed,
+                alone.tokens,
+            )
+            assert [w.passed for w in ours.windows] == [w.passed for w in alone.windows]
+            assert ours.model_s == pytest.approx(sum(w.model_s for w in ours.windows))
+        assert len({len(one.windows) for one in outcomes}) > 1
+        assert queue.charged == pytest.approx(item.progress.tokenize_s + item.progress.model_s)
+
+
 def test_a_deadline_keeps_the_windows_that_ran(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     text, depths = words(200), []
     for ends in (0, 4, 8, 12, 16, 10_000):

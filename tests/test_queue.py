@@ -97,7 +97,9 @@ class QueueMachine(RuleBasedStateMachine):
         for item in others if first.can_share else []:
             total = sum(x.group_s for x in [*expected, item])
             fits = total <= MAX_STEP_S and item.group_s <= MAX_STRETCH * first.group_s
-            fits = fits and item.progress.layer == first.progress.layer and item.job.encoder is first.job.encoder
+            fits = (
+                fits and item.progress.layer == first.progress.layer and item.job.encoder is first.job.encoder
+            )
             if not fits or len(expected) >= len(self.waiting) / threads:
                 break
             expected.append(item)

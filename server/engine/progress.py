@@ -14,7 +14,7 @@ class WindowProgress:
     """The windows of a text that have run, and their combined answer, for one model.
 
     Attributes:
-        tokens, model_s: tokens of the windows that ran or began, and seconds in the layers, until the answer is settled.
+        tokens, model_s: tokens of these windows, also of one without an exit, and seconds in the layers.
     """
 
     def __init__(self, windows: Windows, rule: ExitRule, flag: Flag | None) -> None:

@@ -1,0 +1,492 @@
+"""Several models with one encoder answer a request on one pass, each bit for bit as it would alone."""
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from de3.exits.rule import ExitRule
+from de3.exits.signals import Entropy
+from de3.export.fit import Exits
+from de3.export.publish import write_exits
+from de3.model_store.encoder import Encoders
+from de3.model_store.forward import Decision, ForwardPass
+from de3.model_store.manifest import Defaults
+from de3.model_store.model import Model
+from de3.model_store.segments import Tokens
+from de3.model_store.store import Store
+from de3.server.classification import MAX_MODELS
+from de3.server.engine import engine
+from de3.server.engine.job import Item
+from de3.server.options import OPTION_NAMES
+from tests.commands import de3
+from tests.fixtures import made_once, make_rows
+from tests.serving import Gate, Server, process, serving, until, url_when_ready
+from tests.test_audit import audit
+from tests.test_budgets import Clock, budget_ms
+from tests.test_from_table import topics, write_table
+from tests.test_long import words
+from tests.test_models import HEADERS, KEY
+
+# On the encoder of tiny: two labels; four topics, with fewer layers; several topics for a text; a value.
+NAMES = ("tiny", "topics", "tags", "stars")
+KINDS = {"kernels": "-int8", "onnxruntime": ""}  # the end of the names of the models that they run
+TEXTS = [text for text, _ in (*make_rows(20, 5), *topics(20, 6))]
+LONG = [words(150, 1), words(400, 2), words(90, 3), words(200, 4), "a good film"]
+PAIRS = [{"text": one, "text_pair": other} for one, other in zip(TEXTS[:9], TEXTS[9:18], strict=True)]
+Entry = str | dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def several(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+    """A store with NAMES in fp32, and in int8 with the ending -int8."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(store, folder, dirs_exist_ok=True)
+        table = write_table(folder / "topics.csv", topics(3000, 1))
+        some, others = topics(1500, 2), topics(1500, 3)
+        both = [
+            (f"{one} {two}", f"{a}|{b}") for (one, a), (two, b) in zip(some, others, strict=True) if a != b
+        ]
+        tags = write_table(folder / "tags.csv", [*both, *some])
+        for kind, quantize in (("", "none"), ("-int8", "int8")):
+            fit = f"--encoder tiny{kind} --store {folder} --quantize {quantize} --name"
+            de3(f"fit {table} {fit} topics{kind}")
+            de3(f"fit {tags} {fit} tags{kind}")
+            publish_stars(Store(folder), f"tiny{kind}", f"stars{kind}")
+
+    return made_once(tmp_path_factory, "several", make)
+
+
+def publish_stars(store: Store, base: str, name: str) -> None:
+    """Publish a regression model with random exits on the encoder of another model."""
+    artifact, rng = store.open(base), np.random.default_rng(3)
+    layers, width = artifact.manifest.num_layers, artifact.manifest.hidden_size
+    linear = [
+        (rng.normal(0, 0.2, (1, width)).astype(np.float32), np.zeros(1, np.float32))
+        for _ in range(layers + 1)
+    ]
+    risk = [{"layer": n, "weights": [*rng.normal(0, 1, 3), 0.0, 0.0]} for n in range(layers)]
+    fields: dict[str, Any] = {"labels": ["stars"], "tolerance": 0.1, "source": None, "risk": risk}
+    with store.new_version(name) as draft:
+        exits, defaults = Exits("mean", linear, [], [], has_last=True), Defaults(tau=0, signal="risk")
+        draft.publish(write_exits(artifact, exits, draft, name=name, defaults=defaults, **fields))
+
+
+@pytest.fixture(scope="module")
+def server(kernels: Any, several: Path) -> Iterator[Server]:
+    names = [name + kind for kind in KINDS.values() for name in NAMES]
+    with serving(several, models=names, threads=2) as running:
+        yield running
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, server: Server) -> str:
+    """The end of the names of the models that a runtime runs."""
+    ending = KINDS[request.param]
+    models = [server.service.models.get(name + ending).model for name in NAMES]
+    assert {model.runtime for model in models} == {"native" if ending else "onnxruntime"}
+    assert models[1].manifest.num_layers < models[0].manifest.num_layers == models[3].manifest.num_layers
+    return ending
+
+
+def named(entries: Sequence[Entry], kind: str) -> list[Entry]:
+    """Entries for `models`, with the end of the models' names."""
+    return [one + kind if isinstance(one, str) else one | {"model": one["model"] + kind} for one in entries]
+
+
+def alone(server: Server, entry: Entry, body: dict[str, Any]) -> httpx.Response:
+    """The response for one model; an entry's options replace those of the request."""
+    if isinstance(entry, str):
+        return server.classify(model=entry, **body)
+    own = entry.keys() - {"model"}
+    return server.classify(**entry, **{k: v for k, v in body.items() if not (own and k in OPTION_NAMES)})
+
+
+def result(answer: dict[str, Any]) -> dict[str, Any]:
+    """The part of an answer that is the model's."""
+    return {key: value for key, value in answer.items() if key not in ("id", "object", "created", "usage")}
+
+
+def counts(server: Server, name: str) -> dict[tuple[str, ...], float]:
+    """The counts of a model in the metrics, but no times."""
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in server.service.metrics.registry.collect()
+        for sample in family.samples
+        if sample.labels.get("model") == name
+        and "seconds" not in sample.name
+        and sample.name.endswith(("_total", "_count", "_bucket", "_sum"))
+    }
+
+
+def gained(before: dict[Any, float], after: dict[Any, float]) -> dict[Any, float]:
+    return {key: pytest.approx(value - before.get(key, 0), abs=1e-6) for key, value in after.items()}
+
+
+CASES: dict[str, tuple[list[Entry], dict[str, Any]]] = {
+    "defaults": ([*NAMES], {}),
+    "explain": ([*NAMES], {"explain": True}),
+    "logits": ([*NAMES], {"explain": True, "raw": True, "tau": 0.4}),
+    "ood": (["tags", "tiny", "topics"], {"ood": True, "tau": 0.1}),
+    "tau": (
+        [
+            {"model": "tiny", "tau": 0.1},
+            {"model": "topics", "tau": 0},
+            "tags",
+            {"model": "tiny", "tau": 0.02, "signal": "entropy"},
+            {"model": "tiny", "tau": 0.5, "signal": "edr", "lambda": 2.0},
+            {"model": "stars", "tau": 0.3},
+        ],
+        {"tau": 0.3, "raw": True},
+    ),
+    "max_disagreement": (
+        [
+            {"model": "tiny", "max_disagreement": 0.1},
+            {"model": "topics", "max_disagreement": 0.3},
+            {"model": "tiny", "target_speedup": 1.5},
+            "topics",
+        ],
+        {"max_disagreement": 0.5, "explain": True},
+    ),
+    "max_layer": ([{"model": "tiny", "max_layer": 2, "tau": 0}, *NAMES], {"max_layer": 1, "tau": 0.01}),
+    "layer 0": ([*NAMES], {"max_layer": 0}),
+    "top_k": (["tiny", "topics", "tags"], {"top_k": 2}),
+    "thresholds": (
+        ["topics", {"model": "tags", "thresholds": 0.9, "tau": 0.5}, {"model": "tags", "thresholds": {"anger": 0.1}}],
+        {"explain": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_model_answers_as_it_would_alone(server: Server, kind: str, case: str) -> None:
+    entries, body = CASES[case]
+    entries = named(entries, kind)
+    for given in (TEXTS[0], TEXTS):
+        answer = server.described(models=entries, input=given, **body)
+        whole = [alone(server, entry, body | {"input": given}).json() for entry in entries]
+        assert answer["results"] == [result(one) for one in whole]
+        assert [answer["usage"]] * len(entries) == [one["usage"] for one in whole]  # not once for each model
+        assert answer.keys() == {"id", "object", "created", "usage", "results"}
+    if "max_layer" not in body and case != "max_disagreement":
+        exits = {tuple(row["exit"]["layer"] for row in one["data"]) for one in answer["results"]}
+        assert len(exits) > 1  # the models decide apart
+
+
+def test_max_disagreement_certifies_each_model(server: Server, kind: str) -> None:
+    entries = named(CASES["max_disagreement"][0], kind)
+    answer = server.classify(models=entries, input=TEXTS, max_disagreement=0.5).json()
+    bounds = [one.get("certificate", {}).get("max_disagreement") for one in answer["results"]]
+    assert bounds == [0.1, 0.3, None, 0.5]
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"tau": 0.5, "explain": True}, {"flag": "praise", "flag_threshold": 0.9}]
+)
+def test_the_windows_of_each_model_are_its_own(server: Server, kind: str, body: dict[str, Any]) -> None:
+    body = body | {"input": LONG, "long": "windows"}
+    entries = named(["topics", "tags", {"model": "tags", "tau": 0}] + ["tiny"] * ("flag" not in body), kind)
+    names = {entry if isinstance(entry, str) else str(entry["model"]) for entry in entries}
+    before = {name: counts(server, f"{name}:1") for name in names}
+    whole = [alone(server, entry, body).json() for entry in entries]
+    between = {name: counts(server, f"{name}:1") for name in names}
+    answer = server.described(models=entries, **body)
+    assert answer["results"] == [result(one) for one in whole]
+    for name in names:  # the tokens and layers of the windows until its answer was settled
+        after = counts(server, f"{name}:1")
+        assert after.keys() >= between[name].keys() > set()
+        assert {k: v - between[name][k] for k, v in after.items()} == gained(before[name], between[name])
+    ran = [[row["windows"]["run"] for row in one["data"][:4]] for one in answer["results"]]
+    assert any(len(set(runs)) > 1 for runs in zip(*ran, strict=True))  # for a text, not all ran as many
+    tokens = [one["usage"]["prompt_tokens"] for one in whole]
+    assert max(tokens) <= answer["usage"]["prompt_tokens"] < sum(tokens)
+
+
+def test_pairs_and_truncated_texts(server: Server, kind: str) -> None:
+    entries = named(["tiny", "stars", {"model": "tiny", "tau": 0.3}], kind)
+    for body in ({"input": PAIRS}, {"input": LONG}, {"input": PAIRS[0], "explain": True}):
+        answer = server.described(models=entries, **body)
+        assert answer["results"] == [result(alone(server, entry, body).json()) for entry in entries]
+    body = {"input": [TEXTS[0], *LONG], "truncate": False}
+    refused = server.classify(models=entries, **body)
+    assert refused.status_code == 422 and refused.json() == alone(server, entries[0], body).json()
+    assert refused.json()["error"]["param"] == "input[1]"
+
+
+def test_texts_of_many_requests_share_groups(
+    server: Server, several: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of requests to other models, and to one, with the same encoder."""
+    choices: list[list[Entry]] = [
+        [*NAMES], ["tiny"], ["stars", {"model": "tags", "tau": 0.3}], ["topics", "topics"],
+        [{"model": "tiny", "tau": 0.02}, "topics"], ["tags"],
+    ]  # fmt: skip
+    requests = [
+        (named(choice, kind), {"input": TEXTS[n : n + 8], "raw": True})
+        for n, choice in zip(range(0, 32, 2), cycle(choices), strict=False)
+    ]
+    expected = [[result(alone(server, e, body).json()) for e in entries] for entries, body in requests]
+    sizes, run_group = list[tuple[int, ...]](), engine.run_group
+
+    def noted(items: list[Item], *arguments: Any) -> list[Item]:
+        sizes.append(tuple({len(item.team) for item in items}))
+        return run_group(items, *arguments)
+
+    monkeypatch.setattr(engine, "run_group", noted)
+    gate, names = Gate(monkeypatch), [name + kind for name in NAMES]
+    with serving(several, models=names, threads=2) as busy, ThreadPoolExecutor(len(requests)) as pool:
+        asked = [pool.submit(busy.classify, models=entries, **body) for entries, body in requests]
+        texts = sum(len(body["input"]) for _, body in requests)
+        until(lambda: len(busy.service.engine.queue) == texts, "the texts to be pending")
+        gate.open()
+        assert [one.result().json()["results"] for one in asked] == expected
+    assert any(len(group) > 1 for group in sizes) == bool(kind)  # only the kernels run groups
+
+
+def test_up_to_16_models(server: Server, kind: str) -> None:
+    entries = named(
+        [{"model": name, "tau": n / 20} for n, name in zip(range(16), cycle(NAMES), strict=False)], kind
+    )
+    answer = server.described(models=entries, input=TEXTS)
+    assert answer["results"] == [result(alone(server, e, {"input": TEXTS}).json()) for e in entries]
+    same = server.described(models=["tiny" + kind] * 16, input=TEXTS[0])["results"]
+    assert same == [result(server.classify(model="tiny" + kind, input=TEXTS[0]).json())] * 16
+
+
+def test_requests_and_texts_are_counted_for_each_model(server: Server, kind: str) -> None:
+    full_names = [f"{name}{kind}:1" for name in NAMES]
+    before = [counts(server, name) for name in full_names]
+    for name in NAMES:
+        server.classify(model=name + kind, input=TEXTS, tau=0.2)
+    between = [counts(server, name) for name in full_names]
+    server.classify(models=named(NAMES, kind), input=TEXTS, tau=0.2)
+    for name, first, second in zip(full_names, before, between, strict=True):
+        after = counts(server, name)
+        assert {key: value - second[key] for key, value in after.items()} == gained(first, second)
+        assert after["de3_requests_total", name, "200"] == second["de3_requests_total", name, "200"] + 1
+
+
+def test_out_of_distribution_texts_go_deeper_for_each_model(kernels: Any, several: Path) -> None:
+    texts = [*TEXTS[:10], "zzz qqq xxx", *(" ".join([word] * 30) for word in ("the", "film", "good", "plot"))]
+    names = [name + kind for kind in KINDS.values() for name in NAMES]
+    with serving(several, models=names, threads=1, ood_policy="deepen", tau=0.5) as server:
+        for kind in KINDS.values():
+            answer = server.classify(models=named(NAMES, kind), input=texts, explain=True).json()
+            whole = [server.classify(model=n + kind, input=texts, explain=True).json() for n in NAMES]
+            assert answer["results"] == [result(one) for one in whole]
+            far = [[row.get("out_of_distribution", False) for row in one["data"]] for one in whole]
+            assert len({tuple(one) for one in far}) > 1 and any(far[0])
+
+
+@pytest.mark.parametrize("settings", [{"audit_share": 1.0, "tau": 0.3}, {"guarantee": 0.2}])
+def test_each_model_is_audited_as_it_would_be_alone(several: Path, settings: dict[str, Any]) -> None:
+    names, reports = ["tiny-int8", "topics-int8", "tags-int8"], list[Any]()
+    for requests in ([names], [[name] for name in names]):
+        with serving(several, models=names, threads=1, **settings) as server:
+            for models in requests:
+                assert server.classify(models=models, input=TEXTS).status_code == 200
+                own = [{"model": name, "tau": 0.1} for name in models]  # not audited
+                assert server.classify(models=own, input=TEXTS).status_code == 200
+            for name in names:
+                until(lambda name=name: audit(server, name)["texts"] == len(TEXTS), f"the audits of {name}")
+            found = [audit(server, name) for name in names]
+            reports.append([{k: v for k, v in one.items() if k not in ("since", "seconds")} for one in found])
+    assert reports[0] == reports[1] and all(one["audits"] == len(TEXTS) for one in reports[0])
+
+
+def test_the_request_log_has_a_line_for_each_model(several: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "de3.requests")
+    with serving(several, models=["tiny", "topics"], log_requests=True, log_format="json") as server:
+        server.classify(models=["topics", {"model": "tiny", "tau": 0}], input=TEXTS[:3])
+        server.classify(models=["topics", "unknown"], input=TEXTS[:3])
+        until(lambda: len([r for r in caplog.records if r.name == "de3.requests"]) == 3, "three lines")
+    one, other, failed = (vars(r) for r in caplog.records if r.name == "de3.requests")
+    assert one["request_id"] == other["request_id"] != failed["request_id"]
+    assert (one["model"], other["model"], failed["model"]) == ("topics:1", "tiny:1", "none")
+    assert one["texts"] == other["texts"] == 3 and one["tokens"] == other["tokens"]
+    assert other["tau"] == 0 != one["tau"] and other["exit_layers"] == [3] * 3 != one["exit_layers"]
+    assert failed["cause"] == "unknown_model"
+
+
+REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
+    ({"models": ["tiny", "unknown"]}, 404, "models[1].model", "no model 'unknown' is served"),
+    ({"models": [{"model": "unknown:2"}]}, 404, "models[0].model", "no model 'unknown:2' is served"),
+    ({"models": ["tiny", "topics-int8"]}, 422, "models[1]", "topics-int8:1 has another"),
+    ({"models": ["tiny"] * (MAX_MODELS + 1)}, 422, "models", "17 models; give 1 to 16"),
+    ({"models": []}, 422, "models", "0 models; give 1 to 16"),
+    ({"models": "tiny"}, 422, "models", "input should be a valid list"),
+    ({"models": ["tiny"], "model": "tiny"}, 422, "models", "cannot be combined with model"),
+    ({"models": ["tiny", {"model": "tiny", "latency_budget_ms": 9}]}, 422, "models[1].latency_budget_ms", "a budget"),
+    ({"models": [{"model": "tiny", "best_effort": True}]}, 422, "models[0].best_effort", "a budget"),
+    ({"models": ["tiny", {"model": "tiny", "tau": 0.1}], "latency_budget_ms": 9}, 422, "models[1].latency_budget_ms",
+     "cannot be combined with tau"),
+    ({"models": ["tiny", {"model": "tiny", "tua": 0.1}]}, 422, "models[1].tua", "unknown field; known fields: tau"),
+    ({"models": [{"model": "tiny", "input": "good"}]}, 422, "models[0].input", "unknown field"),
+    ({"models": [{"model": "tiny", "tau": 2}]}, 422, "models[0].tau", "input should be less than or equal to 1"),
+    ({"models": [{"model": "tiny", "tau": 0.1, "target_speedup": 2}]}, 422, "models[0].target_speedup", "cannot be"),
+    ({"models": ["tiny", {"model": "tiny", "lambda": 2, "signal": "risk"}]}, 422, "models[1].lambda", "is only valid"),
+    ({"models": [{"tau": 0.1}]}, 422, "models[0].model", "is required"),
+    ({"models": [{"model": 3}]}, 422, "models[0].model", "input should be a valid string"),
+    ({"models": ["tiny", 3]}, 422, "models[1]", "must be a name, or an object with model and exit options"),
+    ({"models": ["tiny", "topics"], "max_layer": 3}, 422, "models[1].max_layer", "must be from 0 to "),
+    ({"models": ["tiny", {"model": "stars", "max_disagreement": 0.1}]}, 422, "models[1].max_disagreement", "stars"),
+    ({"models": ["tiny", "topics"], "flag": "positive"}, 422, "flag", "'positive' is not a label of topics"),
+    ({"models": ["tiny", "stars"], "top_k": 1}, 422, "top_k", "stars:1 is a regression model"),
+    ({"models": ["tiny", "topics"], "input": PAIRS[0]}, 422, "input", "topics:1 takes single texts"),
+    ({"models": ["tiny", "tags"], "input": ["good", PAIRS[0]]}, 422, "input[1]", "tags:1 takes single texts"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "status", "param", "message"), REFUSED)
+def test_errors_name_the_model(
+    server: Server, body: dict[str, Any], status: int, param: str, message: str
+) -> None:
+    refused = server.classify(**{"input": "good"} | body)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (status, param), error
+    assert error["message"].startswith(f"{param}: {message}")
+
+
+def test_an_entry_without_options_has_those_of_the_request(server: Server) -> None:
+    entries = [{"model": "tiny"}, {"model": "tiny", "tau": None}, {"model": "tiny", "tau": 0}]
+    answer = server.classify(models=entries, input=TEXTS[0], tau=0.123).json()
+    assert [one["data"][0]["exit"]["tau"] for one in answer["results"]] == [0.123, 0.123, 0]
+
+
+def test_a_budget_is_that_of_the_pass(several: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    with serving(several, models=["topics", "tiny", "stars"], threads=1, tau=0) as server:
+        depths = [one.model.manifest.num_layers for one in server.service.models.all]
+        full = server.classify(models=["topics", "tiny", "stars"], input=TEXTS[0], explain=True).json()[
+            "results"
+        ]
+        for layers in range(5):
+            wish = {"latency_budget_ms": budget_ms(layers + 0.5), "best_effort": True}
+            body = {"models": ["topics", "tiny", "stars"], "input": TEXTS[0], "explain": True}
+            answer = server.classify(**body, **wish).json()
+            for one, whole, depth in zip(answer["results"], full, depths, strict=True):
+                (row,), deepest = one["data"], min(max(0, layers - 1), depth)
+                assert row["exit"]["layer"] == deepest
+                assert row["exit"]["reason"] == ("last_layer" if deepest == depth else "deadline")
+                assert row["layers"] == whole["data"][0]["layers"][: deepest + 1]  # bit for bit
+        windows = {"models": ["topics", "tiny"], "input": LONG, "long": "windows"}
+        full = server.classify(**windows).json()["results"]
+        cut = server.classify(**windows, latency_budget_ms=budget_ms(22.5, len(LONG))).json()["results"]
+        for ours, whole in zip(cut, full, strict=True):
+            for row, other in zip(ours["data"][:4], whole["data"], strict=False):
+                is_cut = row["windows"]["run"] < other["windows"]["run"]
+                assert row["exit"]["reason"] == "deadline" or (not is_cut and row == other)
+        reasons = {one["data"][0]["exit"]["reason"] for one in cut}
+        assert reasons == {"deadline"}
+    kept = {at: job for (job, _), at in clock.ended.items() if job.deadline is not None}
+    assert sum(at <= (job.deadline or 0) for at, job in kept.items()) > 3
+
+
+def test_two_processes_answer_alike(several: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DE3_PROCESSES", "2")
+    options = [word for name in NAMES for word in ("--model", f"{name}-int8")]
+    with process(several, *options, "--threads", "1") as running:
+        url = url_when_ready(running) + "/classify"
+        body = {"input": TEXTS, "raw": True}
+        entries = named(NAMES, "-int8")
+        found = list[Any]()
+        for _ in range(8):  # a connection each, to either process
+            answer = httpx.post(url, json=body | {"models": entries}, timeout=60).json()
+            whole = [httpx.post(url, json=body | {"model": e}, timeout=60).json() for e in entries]
+            found += [answer["results"], [result(one) for one in whole]]
+        assert all(one == found[0] for one in found)
+
+
+@pytest.mark.parametrize(
+    "names", [["tiny", "topics"], ["topics", "tiny"]], ids=["deep first", "shallow first"]
+)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_models_share_an_encoder(
+    kernels: Any, several: Path, tmp_path: Path, names: list[str], kind: str
+) -> None:
+    store, first = tmp_path / "store", names[0] + kind
+    names = [name + kind for name in names]
+    for name in names:
+        shutil.copytree(several / name, store / name)
+    shutil.copytree(store / first / "1", store / first / "2")
+    manifest = store / first / "2/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
+    with serving(store, models=[f"{first}:1", names[1]], admin_keys=f"root {KEY}") as server:
+
+        def model(name: str) -> Any:
+            return server.service.models.get(name).model
+
+        def change(name: str, what: str, **body: Any) -> None:
+            url = f"{server.url}/v1/models/{name}/{what}"
+            changed = httpx.post(url, json=body, headers=HEADERS, timeout=60)
+            assert changed.status_code == 200, changed.text
+
+        assert list(server.service.models.routes) == names and model(first).full_name == f"{first}:1"
+        encoder = model(names[0]).encoder
+        assert encoder is model(names[1]).encoder
+        assert encoder.layers.num_layers == 3
+        expected = [result(server.classify(model=name, input=TEXTS).json()) for name in names]
+        change(first, "load", version=2)
+        assert model(first).full_name == f"{first}:2" and model(first).encoder is encoder
+        answer = server.classify(models=[f"{first}:2", names[1]], input=TEXTS).json()
+        assert answer["results"] == [expected[0] | {"model": f"{first}:2"}, expected[1]]
+        change(first, "unload")
+        assert server.classify(models=[first], input=TEXTS).status_code == 404
+        assert result(server.classify(models=[names[1]], input=TEXTS).json()["results"][0]) == expected[1]
+        assert model(names[1]).encoder is encoder
+        change(first, "load", version=1)
+        assert model(first).encoder is encoder
+        assert server.classify(models=names, input=TEXTS).json()["results"] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_deeper_model_that_is_loaded_later_runs_the_pass(kernels: Any, several: Path, kind: str) -> None:
+    names = [f"topics{kind}", f"tiny{kind}"]
+    with serving(several, models=names[:1], admin_keys=f"root {KEY}") as server:
+        url = f"{server.url}/v1/models/{names[1]}/load"
+        assert httpx.post(url, json={}, headers=HEADERS, timeout=60).status_code == 200
+        expected = [result(server.classify(model=name, input=TEXTS).json()) for name in names]
+        for order in (1, -1):
+            answer = server.classify(models=names[::order], input=TEXTS).json()
+            assert answer["results"] == expected[::order]
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_pass_keeps_the_states_of_each_model(kernels: Any, several: Path, kind: str) -> None:
+    store, encoders = Store(several), Encoders()
+    models = [Model(store.open(name + kind), encoders=encoders) for name in NAMES]
+    encoder = models[0].encoder
+    assert all(model.encoder is encoder for model in models)
+    tokens = [models[0].tokenize(text) for text in TEXTS[:6]]
+
+    def begin(token: Tokens, some: list[Model]) -> ForwardPass:
+        rule = ExitRule(0.0, Entropy())
+        return ForwardPass(
+            token,
+            [
+                Decision(one.exits, rule, one.manifest.num_layers, True, states=one.empty_states())
+                for one in some
+            ],
+        )
+
+    def kept(one: Decision) -> tuple[Any, ...]:
+        assert one.states is not None
+        return one.reason, repr(one.readings), one.states.tobytes()  # repr, as NaN differs from itself
+
+    for forward in filter(None, (encoder.layer_by_layer, encoder.forward)):
+        together = [begin(token, models) for token in tokens]
+        for _ in range(2):  # preempted halfway
+            forward(together, layers=2)
+        for n, token in enumerate(tokens):
+            for ours, model in zip(together[n].decisions, models, strict=True):
+                forward([alone := begin(token, [model])])
+                assert kept(ours) == kept(*alone.decisions)
+                assert ours.states is not None and ours.states.any(-1).all()  # a row for each layer
