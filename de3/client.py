@@ -110,12 +110,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer to a request: a row for each text, in order.
+    """The answer of a model to a request: a row for each text, in order.
 
     Attributes:
         model: name:version.
-        tokens: number of tokens, over all texts.
-        raw: the JSON of the response.
+        tokens: number of tokens, over all texts; the same for all models that answer on one pass.
+        raw: the JSON of the response; if several models answer, the part that one model would have sent alone.
     """
 
     model: str
@@ -153,17 +153,27 @@ def _bodies(
 ) -> list[tuple[int, dict[str, Any]]]:
     """The JSON of each request of a call, with the index of its first text.
 
-    Tuples become pairs of texts, `lam` becomes lambda; options that are None are omitted. Raises ValueError for an
-    input that is not text, or that UTF-8 cannot encode.
+    Tuples become pairs of texts; options that are None are omitted. Raises ValueError for an input that is not text, or
+    that UTF-8 cannot encode.
     """
 
-    given = {("lambda" if k == "lam" else k): v for k, v in options.items() if v is not None}
+    given = with_lambda({name: value for name, value in options.items() if value is not None})
     if isinstance(inputs, str | tuple) or not isinstance(inputs, Sequence):
         return [(0, {"input": _checked(inputs, "input"), **given})]
     texts = [_checked(text, f"input[{index}]") for index, text in enumerate(inputs)]
     room = MAX_BODY_BYTES - _json_bytes({"input": [], **given})
     parts = batches([_json_bytes(text) + 1 for text in texts], max_texts, room) if texts else [slice(0)]
     return [(part.start or 0, {"input": texts[part], **given}) for part in parts]
+
+
+def with_lambda(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with the name of λ in JSON, `lambda`, instead of that of a keyword, `lam`."""
+    return {"lambda" if name == "lam" else name: value for name, value in options.items()}
+
+
+def _several(models: Sequence[str | Mapping[str, Any]]) -> list[Any]:
+    """The field `models` of a request."""
+    return [one if isinstance(one, str) else with_lambda(one) for one in models]
 
 
 def _checked(text: Any, where: str) -> Any:
@@ -252,10 +262,11 @@ class _Attempts:
         """first: index in the call of the request's first text; None: the request is the whole call."""
         self._left, self._pause_s, self._first = retries, 0.1, first
         self._texts = len(body["input"]) if isinstance(body["input"], list) else 1
+        self._models = len(body.get("models", [""]))
         self.pause_s = 0.0  # before the next attempt
 
-    def answer(self, received: _Received) -> Answer | None:
-        """The answer; None: retry after `pause_s` seconds. Raises ServerError if the request should not be retried.
+    def answers(self, received: _Received) -> list[Answer] | None:
+        """The models' answers; None: retry after `pause_s` seconds. Raises ServerError if it should not be retried.
 
         The pause is the server's Retry-After or a backoff that doubles from 0.1 s, whichever is longer, plus jitter, so
         that clients refused together do not retry together; at most MAX_PAUSE_S. A response without Retry-After is not
@@ -285,15 +296,19 @@ class _Attempts:
         field = error.field and renamed(error.field)
         return ServerError(error.status, renamed(error.message), field, error.retry_after_s)
 
-    def _parse(self, json: Any) -> Answer:
-        answer = Answer.parse(json)
-        if len(answer.rows) != self._texts:
-            raise ValueError(f"{len(answer.rows)} rows for {self._texts} texts")
-        return answer
+    def _parse(self, json: Any) -> list[Answer]:
+        results = json.pop("results", [{}])
+        answers = [Answer.parse({**json, **result}) for result in results]
+        if len(answers) != self._models:
+            raise ValueError(f"{len(answers)} results for {self._models} models")
+        for answer in answers:
+            if len(answer.rows) != self._texts:
+                raise ValueError(f"{len(answer.rows)} rows for {self._texts} texts")
+        return answers
 
 
 def _combined(answers: Sequence[Answer]) -> Answer:
-    """The answer to a call, from the answers to its requests; raises ServerError if several models answered."""
+    """A model's answer to a call, from those to its requests; raises ServerError if they are of several models."""
     if len(answers) == 1:
         return answers[0]
     if len(models := {answer.model for answer in answers}) > 1:
@@ -358,7 +373,7 @@ class _Client(Generic[Http]):
 class Client(_Client[httpx.Client]):
     """A blocking client; threads may share it.
 
-    `classify` takes the fields of a request (docs/api.md) as keywords: those of `Options`, model and request_id.
+    Its methods take the fields of a request (docs/api.md) as keywords: those of `Options`, model and request_id.
     """
 
     _kind = httpx.Client
@@ -368,13 +383,26 @@ class Client(_Client[httpx.Client]):
 
         Raises ServerError; or ValueError, before anything is sent, for an input that is not text, such as NaN.
         """
-        answers, bodies = list[Answer](), _bodies(inputs, options, self._max_texts)
+        (answer,) = self._classify(inputs, options)
+        return answer
+
+    def classify_several(
+        self, inputs: Input | Sequence[Input], models: Sequence[str | Mapping[str, Any]], **options: Any
+    ) -> list[Answer]:
+        """Classify on one pass with several models that have the same encoder; returns each model's answer, in order.
+
+        models: names, or objects with `model` and exit options of its own. Raises as classify does.
+        """
+        return self._classify(inputs, {**options, "models": _several(models)})
+
+    def _classify(self, inputs: Input | Sequence[Input], options: dict[str, Any]) -> list[Answer]:
+        parts, bodies = list[list[Answer]](), _bodies(inputs, options, self._max_texts)
         for first, body in bodies:
             attempts = _Attempts(self._retries, body, first if len(bodies) > 1 else None)
-            while (answer := attempts.answer(self._send("POST", "/classify", body))) is None:
+            while (answers := attempts.answers(self._send("POST", "/classify", body))) is None:
                 time.sleep(attempts.pause_s)
-            answers.append(answer)
-        return _combined(answers)
+            parts.append(answers)
+        return [_combined(answers) for answers in zip(*parts, strict=True)]
 
     def models(self) -> list[dict[str, Any]]:
         """The served models, as the rows of GET /v1/models; raises ServerError."""
@@ -410,13 +438,26 @@ class AsyncClient(_Client[httpx.AsyncClient]):
 
     async def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
         """Classify a text, a pair or a batch, in as many requests as it needs; raises as Client.classify does."""
-        answers, bodies = list[Answer](), _bodies(inputs, options, self._max_texts)
+        (answer,) = await self._classify(inputs, options)
+        return answer
+
+    async def classify_several(
+        self, inputs: Input | Sequence[Input], models: Sequence[str | Mapping[str, Any]], **options: Any
+    ) -> list[Answer]:
+        """Classify on one pass with several models that have the same encoder; returns each model's answer, in order.
+
+        models: names, or objects with `model` and exit options of its own. Raises as Client.classify does.
+        """
+        return await self._classify(inputs, {**options, "models": _several(models)})
+
+    async def _classify(self, inputs: Input | Sequence[Input], options: dict[str, Any]) -> list[Answer]:
+        parts, bodies = list[list[Answer]](), _bodies(inputs, options, self._max_texts)
         for first, body in bodies:
             attempts = _Attempts(self._retries, body, first if len(bodies) > 1 else None)
-            while (answer := attempts.answer(await self._send("POST", "/classify", body))) is None:
+            while (answers := attempts.answers(await self._send("POST", "/classify", body))) is None:
                 await asyncio.sleep(attempts.pause_s)
-            answers.append(answer)
-        return _combined(answers)
+            parts.append(answers)
+        return [_combined(answers) for answers in zip(*parts, strict=True)]
 
     async def models(self) -> list[dict[str, Any]]:
         """The served models, as the rows of GET /v1/models; raises ServerError."""

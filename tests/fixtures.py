@@ -308,3 +308,38 @@ def store(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
             manifest.write_text(manifest.read_text().replace('"input": "text"', '"input": null'))
 
     return made_once(tmp_path_factory, "store", make)
+
+
+@pytest.fixture(scope="session")
+def several(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+    """A store with the models of `store`, and mood:1 and mood-int8:1: two layers of their encoders, with other exits.
+
+    The exits are random; mood and tiny are in fp32.
+    """
+    import numpy as np
+
+    from de3.export.fit import Exits
+    from de3.export.publish import write_exits
+    from de3.model_store.store import Store
+
+    def make(folder: Path) -> None:
+        shutil.copytree(store, folder, dirs_exist_ok=True)
+        made = Store(folder)
+        for name, base in (("mood", "tiny"), ("mood-int8", "tiny-int8")):
+            rng = np.random.default_rng(3)
+
+            def random(*shape: int) -> Any:
+                return rng.normal(0, 0.3, shape).astype(np.float32)  # noqa: B023
+
+            exits = Exits(
+                "mean",
+                [(random(3, 64), random(3)) for _ in range(3)],
+                [(random(64, 64), random(64)) for _ in range(2)],
+                [random(3, 64) for _ in range(2)],
+                has_last=True,
+            )
+            with made.new_version(name) as draft:
+                fields = {"name": name, "labels": ["calm", "glad", "sad"], "source": None}
+                draft.publish(write_exits(made.open(base), exits, draft, **fields))
+
+    return made_once(tmp_path_factory, "several", make)

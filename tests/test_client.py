@@ -52,6 +52,45 @@ def test_both_clients_return_the_servers_answer(server: Server) -> None:
     assert asyncio.run(go()) == [row["label"] for row in expected["data"]]
 
 
+def ask_several(url: str, *given: Any, **settings: Any) -> list[Answer]:
+    """The answers of several models, which both clients return."""
+    options = settings.pop("options", {})
+
+    async def go() -> list[Answer]:
+        async with AsyncClient(url, **settings) as client:
+            return await client.classify_several(*given, **options)
+
+    with Client(url, **settings) as client:
+        answers = client.classify_several(*given, **options)
+    for one, other in zip(answers, asyncio.run(go()), strict=True):
+        assert (one.model, one.rows, one.tokens) == (other.model, other.rows, other.tokens)
+    return answers
+
+
+def test_several_models_answer_as_each_alone(several: Path) -> None:
+    models = ["mood", {"model": "tiny", "max_disagreement": 0.5}]
+    with serving(several, models=["tiny", "mood"]) as server, Client(server.url) as client:
+        alone = [client.classify(TEXTS, model="mood", tau=0.9), client.classify(TEXTS, **models[1])]
+        for most in (100, 7):
+            answers = ask_several(server.url, TEXTS, models, options={"tau": 0.9}, max_texts=most)
+            for one, other in zip(answers, alone, strict=True):
+                assert (one.model, one.rows, one.tokens) == (other.model, other.rows, other.tokens)
+                assert one.raw.keys() == other.raw.keys()
+        (one,) = ask_several(server.url, TEXTS[0], ["tiny"])
+        assert one.rows == client.classify(TEXTS[0], model="tiny").rows
+        with pytest.raises(ServerError, match=r"^input\[70\]: must not be only white space"):
+            ask_several(server.url, [*TEXTS[:70], " "], models, max_texts=10)
+        with pytest.raises(ServerError, match=r"models\[1\].lambda: ") as error:
+            ask_several(server.url, TEXTS, ["mood", {"model": "tiny", "lam": -1}])
+        assert error.value.field == "models"
+    part = {"data": [ROW], "model": "m:1"}
+    whole = response(json.dumps({"usage": WHOLE["usage"], "results": [part]}).encode())
+    with answering(whole) as url:
+        assert ask_several(url, "good", ["m"])[0].raw == WHOLE
+        with pytest.raises(ServerError, match="1 results for 2 models"):
+            ask_several(url, "good", ["m", "n"])
+
+
 def test_errors_name_the_field(server: Server) -> None:
     with Client(server.url) as client, pytest.raises(ServerError, match="allowed: 0 to 1") as error:
         client.classify("good", tau=2)
