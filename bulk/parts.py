@@ -46,7 +46,7 @@ class Parts:
         self._record = out.with_name(f"_{out.name}.run.json")  # where _run.json of a complete file is kept
         self.drops_refused, self.types = drops_refused, dict[str, str]()
         self._format = Format(
-            kind, {name: run[name] for name in ("model", "labels", "options") if name in run}
+            kind, {name: run[name] for name in ("model", "models", "labels", "options") if name in run}
         )
         self._lock = FileLock(self._folder / ".lock", timeout=0)
         if self._file is not None and not (self._folder / RUN).exists() and not self._is_recorded(self._file):

@@ -12,12 +12,17 @@ from threading import Thread
 from typing import Any, Protocol
 
 from de3.bulk.source import chars_of
-from de3.client import Client, Input, Options, ServerError, batches
-from de3.columns import Answers
-from de3.library import Classifier
+from de3.client import Answer, Client, Input, Options, ServerError, batches
+from de3.columns import Answers, prefixes
+from de3.library import Classifier, Classifiers
+from de3.model_store.encoder import Encoders
+from de3.model_store.manifest import encoder_hashes
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact
 from de3.native.network import Memory, can_share_memory
+from de3.server.engine.job import check_encoders
+from de3.server.errors import RequestError
+from de3.server.models import by_depth
 from de3.server.processes.number import most_processes
 from de3.server.settings import Settings
 
@@ -45,25 +50,34 @@ class Pool(Protocol):
 class LocalPool:
     """Processes, each with an engine; where possible they share one copy of the weights."""
 
-    def __init__(self, artifact: Artifact, options: Options, threads: int | None = None) -> None:
-        """threads: engine threads of all processes together; None: one per core.
+    def __init__(self, artifacts: Sequence[Artifact], options: Options, threads: int | None = None) -> None:
+        """artifacts: models with the same encoder. threads: engine threads of all processes; None: one per core.
 
-        Raises ValueError if the model cannot be used.
+        Raises ValueError if a model cannot be used, if their encoders differ, or if two have the same name.
         """
+        prefixes([artifact.manifest.name for artifact in artifacts])
         settings = Settings.model_validate({"threads": threads or 0})
-        self.size = most_processes(settings, [artifact])
+        self.size = most_processes(settings, artifacts)
         each = max(1, settings.engine_threads() // self.size)
         self._weights: int | None = None
         if self.size > 1 and can_share_memory():
             self._weights = os.memfd_create("de3-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        # Opening the model here reports errors at once, and fills the shared memory.
-        model = Model(
-            artifact, memory_of=lambda _: None if self._weights is None else Memory(self._weights, False)
-        )
-        has_kernels = model.runtime == "native"
-        del model
+        # Opening the models here reports errors at once, and fills the shared memory.
+        ordered, encoders = sorted(artifacts, key=by_depth), Encoders()
+        key = encoder_hashes(ordered[0].manifest)[-1]
+
+        def memory_of(encoder: str) -> Memory | None:
+            return Memory(self._weights, False) if self._weights is not None and encoder == key else None
+
+        models = [Model(artifact, memory_of=memory_of, encoders=encoders) for artifact in ordered]
+        try:
+            check_encoders(models)
+        except RequestError as error:
+            raise ValueError(error.message) from None
+        has_kernels = models[0].runtime == "native"
+        del models
         shared = self._weights if has_kernels else None
-        opened = partial(_open, artifact, each, has_kernels, os.getpid(), shared, options)
+        opened = partial(_open, artifacts, each, has_kernels, os.getpid(), shared, options)
         context = get_context("forkserver" if self.size > 1 else "spawn")
         if self.size > 1:
             context.set_forkserver_preload([__name__])
@@ -80,18 +94,26 @@ class LocalPool:
             os.close(self._weights)
 
 
-_open_in_this_process: list[tuple[Classifier, Options]] = []  # one entry, only in the processes of the pool
+# One entry, only in the processes of the pool.
+_open_in_this_process: list[tuple[Classifier | Classifiers, Options]] = []
 
 
 def _open(
-    artifact: Artifact, threads: int, is_proved: bool, parent: int, weights: int | None, options: Options
+    artifacts: Sequence[Artifact],
+    threads: int,
+    is_proved: bool,
+    parent: int,
+    weights: int | None,
+    options: Options,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes; the parent ends them
     Thread(target=_end_with_parent, daemon=True).start()
     memory = None
     if weights is not None:  # a file descriptor of the parent
         memory = Memory(os.open(f"/proc/{parent}/fd/{weights}", os.O_RDONLY | os.O_CLOEXEC), True)
-    _open_in_this_process.append((Classifier(artifact, threads, is_proved, lambda _: memory), options))
+    settings = threads, is_proved, lambda _: memory
+    one = Classifier(artifacts[0], *settings) if len(artifacts) == 1 else Classifiers(artifacts, *settings)
+    _open_in_this_process.append((one, options))
     if memory is not None:
         os.close(memory.fd)  # the kernels have mapped it
 
@@ -113,10 +135,16 @@ def _answer(texts: Sequence[Input | None]) -> Answers:
 class RemotePool:
     """Requests to a running server."""
 
-    def __init__(self, client: Client, options: Mapping[str, Any], parallel: int) -> None:
-        """options: options of each request. parallel: number of requests in flight."""
-        self._client, self._options, self.size = client, options, parallel
-        self._models: set[str] = set()  # names of the models that have answered
+    def __init__(
+        self, client: Client, models: Sequence[str], options: Mapping[str, Any], parallel: int
+    ) -> None:
+        """models: none for the server's default. options: of each request. parallel: number of requests in flight.
+
+        Raises ValueError if two models have the same name.
+        """
+        self._client, self._models, self._options, self.size = client, models, options, parallel
+        self._prefixes = prefixes([name.partition(":")[0] for name in models]) if len(models) > 1 else [""]
+        self._answered: set[tuple[str, ...]] = set()  # names of the models that have answered
         self._threads = ThreadPoolExecutor(parallel)
 
     def submit(self, texts: Sequence[Input | None]) -> "Future[Answers]":
@@ -125,28 +153,30 @@ class RemotePool:
 
     def _answer(self, texts: Sequence[Input | None]) -> Answers:
         given = [(index, text) for index, text in enumerate(texts) if text is not None]
-        rows: dict[int, dict[str, Any]] = {}
+        rows: dict[int, list[dict[str, Any]] | str] = {}
         with server_errors():
             for batch in batches([chars_of(text) for _, text in given], MAX_BATCH, MAX_BATCH_CHARS):
                 self._ask(given[batch], rows)
-            first = next((row for row in rows.values() if "error" not in row), None)
+            first = next((row for row in rows.values() if not isinstance(row, str)), None)
             if first is None:  # no answer shows the kind of the model
                 self._ask([(-1, PROBE)], rows)
-                first = rows.pop(-1)
-                if "error" in first:
-                    raise ValueError(f"the server refuses even the text {PROBE!r}: {first['error']}")
-        answers = Answers.of("value" in first, "labels" in first, self._options.get("long") == "windows")
-        answers.add([rows.get(index, {"error": "missing"}) for index in range(len(texts))])
+                probed = rows.pop(-1)
+                if isinstance(probed, str):
+                    raise ValueError(f"the server refuses even the text {PROBE!r}: {probed}")
+                first = probed
+        kinds = {p: ("value" in row, "labels" in row) for p, row in zip(self._prefixes, first, strict=True)}
+        answers = Answers.of(kinds, self._options.get("long") == "windows")
+        answers.add([rows.get(index, "missing") for index in range(len(texts))])
         return answers
 
-    def _ask(self, texts: list[tuple[int, Input]], rows: dict[int, dict[str, Any]]) -> None:
+    def _ask(self, texts: list[tuple[int, Input]], rows: dict[int, list[dict[str, Any]] | str]) -> None:
         """Classify texts, given with their indices, in one request or, if the server refuses it, in several.
 
-        Adds the answers to `rows`, by index, or {"error": reason} for a refused text. Raises ServerError if the server
-        refuses the options or does not answer, and ValueError if several models answer.
+        Adds to `rows`, by index, a row of each model, or the reason why a text is refused. Raises ServerError if the
+        server refuses the options or does not answer, and ValueError if other models answer than before.
         """
         try:
-            answer = self._client.classify([text for _, text in texts], **self._options)
+            answers = ask(self._client, [text for _, text in texts], self._models, self._options)
         except ServerError as error:
             # Matches if a text is refused; group 1 is its index in a batch.
             named = re.fullmatch(r"input(?:\[([0-9]+)\])?(?:\..*)?", error.field or "")
@@ -154,7 +184,7 @@ class RemotePool:
                 raise
             if len(texts) == 1 or (named is not None and named[1] is not None):
                 at = int(named[1]) if len(texts) > 1 and named is not None else 0
-                rows[texts.pop(at)[0]] = {"error": re.sub(r"^input(\[[0-9]+\])?: ", "", error.message)}
+                rows[texts.pop(at)[0]] = re.sub(r"^input(\[[0-9]+\])?: ", "", error.message)
                 if texts:
                     self._ask(texts, rows)
             else:  # too many, or too large together
@@ -162,15 +192,25 @@ class RemotePool:
                 self._ask(texts[:half], rows)
                 self._ask(texts[half:], rows)
             return
-        self._models.add(answer.model)
-        if len(self._models) > 1:
-            names = ", ".join(sorted(self._models))
+        self._answered.add(tuple(answer.model for answer in answers))
+        if len(self._answered) > 1:
+            names = ", ".join(sorted({name for names in self._answered for name in names}))
             raise ValueError(f"several models answered ({names}): choose one with --model name:version")
-        rows.update((index, row.raw) for (index, _), row in zip(texts, answer.rows, strict=True))
+        for (index, _), *found in zip(texts, *(answer.rows for answer in answers), strict=True):
+            rows[index] = [row.raw for row in found]
 
     def close(self) -> None:
         """Cancel the slices that have not started, and wait for the others."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+def ask(
+    client: Client, texts: Sequence[Input], models: Sequence[str], options: Mapping[str, Any]
+) -> list[Answer]:
+    """The answer of each model; without `models`, of the server's default. Raises as Client.classify does."""
+    if len(models) > 1:
+        return client.classify_several(texts, models, **options)
+    return [client.classify(texts, model=next(iter(models), None), **options)]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Human-readable reports of runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from de3.bulk.run import Summary
@@ -10,26 +10,27 @@ from de3.server.rules import Rules
 from de3.server.settings import Settings
 
 
-def report(summary: Summary, artifact: Artifact | None, options: Mapping[str, Any]) -> list[str]:
-    """The report of a run, as lines of text. artifact: None if a server answered; options: the run's options."""
+def report(summary: Summary, artifacts: Sequence[Artifact], options: Mapping[str, Any]) -> list[str]:
+    """The report of a run, as lines of text. artifacts: none if a server answered; options: the run's options."""
     rate = summary.answered / summary.seconds if summary.seconds else 0.0
     lines = [
         f"{summary.rows:,} rows"
         + (f" ({summary.earlier:,} of them by an earlier run)" if summary.earlier else "")
         + f" in {summary.seconds:.1f} s: {rate:,.0f} rows/s"
     ]
-    if summary.answered:
-        layers = ", ".join(
-            f"{layer}: {100 * number / summary.answered:.1f}%"
-            for layer, number in sorted(summary.layers.items())
-        )
-        lines.append(f"exits by layer{' in this run' if summary.earlier else ''}: {layers}")
-    if summary.model_s:
-        speedup = summary.full_depth_s / summary.model_s
-        lines.append(f"speed-up in model time: {speedup:.1f}× over full depth")
-    if artifact is not None:
-        lines.append(_certified(artifact, options))
-    return [line for line in lines if line]
+    for (prefix, layers), times in zip(summary.layers.items(), summary.times.values(), strict=True):
+        model = f"{prefix[:-1]}: " if prefix else ""
+        if summary.answered:
+            shares = (f"{n}: {100 * count / summary.answered:.1f}%" for n, count in sorted(layers.items()))
+            run = " in this run" if summary.earlier else ""
+            lines.append(f"{model}exits by layer{run}: {', '.join(shares)}")
+        if times.model_s:
+            speedup = times.full_depth_s / times.model_s
+            lines.append(f"{model}speed-up in model time: {speedup:.1f}× over full depth")
+    for artifact in artifacts:
+        model = f"{artifact.manifest.name}: " if len(artifacts) > 1 else ""
+        lines.append(model + _certified(artifact, options))
+    return lines
 
 
 def _certified(artifact: Artifact, options: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from de3.bulk.formats import check_names
 from de3.bulk.parts import Parts
 from de3.bulk.pool import Pool
 from de3.bulk.source import Slice, Source
-from de3.columns import COLUMNS, Answers
+from de3.columns import Answers, Times
 
 PART_ROWS = 2**16
 PART_CHARS = 2**26  # a part is complete once it has this many characters
@@ -29,9 +29,9 @@ class Summary:
         earlier: number of rows of the earlier run.
         answered: number of rows that this run answered.
         parts: number of parts, including those of an earlier run.
-        layers: number of answers by exit layer.
         seconds: duration of this run.
-        model_s, full_depth_s: see Answers.
+        layers: number of answers of each model by exit layer, by the prefix of its columns.
+        times: see Answers.
     """
 
     rows: int = 0
@@ -39,22 +39,23 @@ class Summary:
     earlier: int = 0
     answered: int = 0
     parts: int = 0
-    layers: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0
-    model_s: float = 0.0
-    full_depth_s: float = 0.0
+    layers: dict[str, Counter[int]] = field(default_factory=dict)
+    times: dict[str, Times] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
-        """The statistics that are kept with the output; `exits` are those of this run."""
+        """The statistics that are kept with the output; `exits` are those of this run, for several models by name."""
         counts = {"rows": self.rows, "refused": self.refused, "earlier": self.earlier}
-        return counts | {"exits": dict(sorted(self.layers.items())), "seconds": round(self.seconds, 3)}
+        exits = {prefix[:-1]: dict(sorted(layers.items())) for prefix, layers in self.layers.items()}
+        return counts | {"exits": exits.get("", exits), "seconds": round(self.seconds, 3)}
 
     def add(self, one: Slice, answers: Answers) -> None:
         """Add the answers to a slice."""
-        self.layers.update(layer for layer in answers.values.get("exit_layer", []) if layer is not None)
         self.answered += one.rows - len(one.refused)
-        self.model_s += answers.model_s
-        self.full_depth_s += answers.full_depth_s
+        for prefix, times in answers.times.items():
+            layers = (layer for layer in answers.values[f"{prefix}exit_layer"] if layer is not None)
+            self.layers.setdefault(prefix, Counter()).update(layers)
+            self.times.setdefault(prefix, Times()).add(times.model_s, times.full_depth_s)
 
 
 def classify(
@@ -143,7 +144,7 @@ class _Part:
         self._slices.append(one)
         values = one.drop_refused(answers.values) if self._parts.drops_refused else answers.values
         columns = {self._rename(name): column for name, column in values.items()}
-        types = self._parts.types or {self._rename(name): COLUMNS[name].type for name in values}
+        types = self._parts.types or {self._rename(name): answers.types[name] for name in values}
         self._parts.types = types
         check_names(one, types)  # with the first slice, rather than once the part is complete
         for name in types:

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from de3.client import Options
-    from de3.library import DEMO, Classifier, InputError, load
+    from de3.library import DEMO, Classifier, Classifiers, InputError, load
 
     __version__: str
 
-__all__ = ["DEMO", "Classifier", "InputError", "Options", "__version__", "load"]
+__all__ = ["DEMO", "Classifier", "Classifiers", "InputError", "Options", "__version__", "load"]
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Column(NamedTuple):
-    """A column: its type, as the name of a pyarrow type, and its value in an answer (a row of `data` in a response)."""
+    """A column: its type, as the name of a pyarrow type, and its value in a row of `data` in a response."""
 
     type: str
     value: Callable[[Mapping[str, Any]], Any]
@@ -35,8 +35,20 @@ COLUMNS = {
     "windows_of": Column("int32", lambda row: row["windows"]["of"] if "windows" in row else 1),
     "ood_score": Column("double", lambda row: row["ood_score"]),
     "out_of_distribution": Column("bool", lambda row: row.get("out_of_distribution", False)),
-    "error": Column("string", lambda row: row.get("error")),
 }
+
+
+@dataclass
+class Times:
+    """Time in a model, and predicted time at full depth, seconds; 0 if they are unknown."""
+
+    model_s: float = 0.0
+    full_depth_s: float = 0.0
+
+    def add(self, model_s: float, full_depth_s: float) -> None:
+        """Add the times of a text, or of several."""
+        self.model_s += model_s
+        self.full_depth_s += full_depth_s
 
 
 @dataclass
@@ -46,49 +58,59 @@ class Answers:
     Attributes:
         values: the columns, with a row for each text. If a text cannot be classified, `error` has the reason, and the
             other columns are None.
-        model_s: time in the model, seconds; 0 if it is unknown.
-        full_depth_s: predicted time in the model at full depth, seconds.
+        types: the type of each column; see Column.
+        times: the time in each model, by the prefix of its columns.
     """
 
     values: dict[str, list[Any]]
-    model_s: float = 0.0
-    full_depth_s: float = 0.0
+    types: dict[str, str]
+    times: dict[str, Times]
 
     @classmethod
     def of(
-        cls, has_value: bool, has_labels: bool, windows: bool, ood: bool = False, errors: bool = True
+        cls, kinds: Mapping[str, tuple[bool, bool]], windows: bool, ood: bool = False, errors: bool = True
     ) -> Self:
-        """Columns without answers yet. has_value: for a regression model; has_labels: for a multi-label model.
+        """Columns without answers yet.
 
-        windows, ood: the requests have several windows, or set `ood`; `explain`, `flag` and `top_k` add no columns.
-        errors: add the column `error`.
+        kinds: for each model, by the prefix of its columns: if it is a regression model, and if it is a multi-label
+        model. windows, ood: the requests have several windows, or set `ood`; `explain`, `flag` and `top_k` add no
+        columns. errors: add the column `error`, which has no prefix.
         """
-        absent = {"probs" if has_value else "value"}
-        absent |= set() if has_labels else {"labels"}
-        absent |= set() if windows else {"windows_run", "windows_of"}
+        absent = set() if windows else {"windows_run", "windows_of"}
         absent |= set() if ood else {"ood_score", "out_of_distribution"}
-        absent |= set() if errors else {"error"}
-        return cls({name: [] for name in COLUMNS if name not in absent})
+        types = {
+            prefix + name: column.type
+            for prefix, (has_value, has_labels) in kinds.items()
+            for name, column in COLUMNS.items()
+            if name not in absent | {"probs" if has_value else "value", "" if has_labels else "labels"}
+        }
+        types |= {"error": "string"} if errors else {}
+        return cls({name: [] for name in types}, types, {prefix: Times() for prefix in kinds})
 
-    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append answers, given as rows of `data` in a response; {"error": reason}: a text without an answer."""
-        for name, values in self.values.items():
-            value = COLUMNS[name].value
-            values += [None if "error" in row and name != "error" else value(row) for row in rows]
+    def add(self, answers: Sequence[Sequence[Mapping[str, Any]] | str]) -> None:
+        """Append the answers to texts: for each, a row of `data` in a response for each model, or why it has none."""
+        for index, prefix in enumerate(self.times):
+            for name, column in COLUMNS.items():
+                if (values := self.values.get(prefix + name)) is not None:
+                    values += [None if isinstance(one, str) else column.value(one[index]) for one in answers]
+        if "error" in self.values:
+            self.values["error"] += [one if isinstance(one, str) else None for one in answers]
 
     def add_job(self, job: Job) -> None:
-        """Append the answers of a finished job, and release it."""
-        rows = list[Mapping[str, Any]]()
+        """Append the answers of a finished job and of its fellows, and release them."""
+        answers = list[Sequence[Mapping[str, Any]] | str]()
         for item in job.items:
             if item.outcome is None:
                 where = item.error.field if isinstance(item.error, RequestError) else None
-                rows.append({"error": str(item.error).removeprefix(f"{where}: ")})
+                answers.append(str(item.error).removeprefix(f"{where}: "))
                 continue
-            rows.append(row_of(item, exact=True))
-            for part in item.outcome.windows or (item.outcome,):
-                self.model_s += part.model_s
-                self.full_depth_s += part.model_s * job.served.timing.speedup(part.tokens, part.layer)
-        self.add(rows)
+            answers.append([row_of(one, exact=True) for one in item.team])
+            for one, times in zip(item.team, self.times.values(), strict=True):
+                assert one.outcome is not None
+                for part in one.outcome.windows or (one.outcome,):
+                    speedup = one.job.served.timing.speedup(part.tokens, part.layer)
+                    times.add(part.model_s, part.model_s * speedup)
+        self.add(answers)
         job.release()
 
     def reorder(self, order: Sequence[int]) -> None:
@@ -99,11 +121,23 @@ class Answers:
         """The rows, each a dict by column."""
         return [dict(zip(self.values, row, strict=True)) for row in zip(*self.values.values(), strict=True)]
 
-    def table(self, manifest: Manifest) -> "pyarrow.Table":
-        """The columns as a table, with metadata about the model; raises ValueError without pyarrow."""
-        about = {"model": manifest.full_name, "labels": manifest.labels}
-        types = {name: COLUMNS[name].type for name in self.values}
-        return table_of(self.values, types).replace_schema_metadata({"de3": json.dumps(about)})
+    def table(self, manifests: Sequence[Manifest]) -> "pyarrow.Table":
+        """The columns as a table, with metadata about the models; raises ValueError without pyarrow."""
+        about = json.dumps(describe(manifests))
+        return table_of(self.values, self.types).replace_schema_metadata({"de3": about})
+
+
+def prefixes(names: Sequence[str]) -> list[str]:
+    """The prefixes of the columns of several models; raises ValueError if two have the same name."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"models: {twice} is given twice; the columns of each model begin with its name")
+    return [f"{name}_" for name in names]
+
+
+def describe(manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """Metadata about a model, or about several: their names and labels."""
+    each = [{"model": one.full_name, "labels": one.labels} for one in manifests]
+    return each[0] if len(each) == 1 else {"models": each}
 
 
 def table_of(values: dict[str, Any], types: dict[str, str]) -> "pyarrow.Table":

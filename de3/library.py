@@ -24,19 +24,22 @@ from threading import Event, Lock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
-from de3.client import Input, Options, Row
-from de3.columns import Answers
+from de3.client import Input, Options, Row, with_lambda
+from de3.columns import Answers, prefixes
 from de3.model_store.architecture import precision_of
+from de3.model_store.encoder import Encoders
 from de3.model_store.manifest import Manifest, fingerprint
 from de3.model_store.store import Artifact, Store, StoreError, read_manifest
 from de3.native.network import Memory
 from de3.server.answer import ClassifiedText, row_of
 from de3.server.classification import Classification, ClassifyRequest, request_of, text_of
 from de3.server.engine.engine import Engine
-from de3.server.engine.job import Job, check_texts, job_of
+from de3.server.engine.job import Job, check_texts, jobs_of
 from de3.server.engine.request import Text
+from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.fields import check_fields
+from de3.server.models import by_depth
 from de3.server.models import load as load_model
 from de3.server.settings import Settings
 
@@ -62,26 +65,51 @@ class InputError(ValueError):
         self.field = field
 
 
-def load(
+@overload
+def load(  # type: ignore[overload-overlap]  # a str is also a sequence of str
     name: str | Path,
     *,
     store: str | Path | None = None,
     threads: int | None = None,
     quantize: Literal["int8", "none"] = "int8",
-) -> "Classifier":
-    """Load a classifier.
+) -> "Classifier": ...
+@overload
+def load(
+    name: Sequence[str | Path | Mapping[str, Any]],
+    *,
+    store: str | Path | None = None,
+    threads: int | None = None,
+    quantize: Literal["int8", "none"] = "int8",
+) -> "Classifiers": ...
+
+
+def load(
+    name: str | Path | Sequence[str | Path | Mapping[str, Any]],
+    *,
+    store: str | Path | None = None,
+    threads: int | None = None,
+    quantize: Literal["int8", "none"] = "int8",
+) -> "Classifier | Classifiers":
+    """Load a classifier, or several that have the same encoder.
 
     Args:
         name: a model in the store (name or name:version); the folder of an artifact or of a Hugging Face classifier; or
-            the id of one on the hub. A Hugging Face classifier is converted once, and runs at full depth.
+            the id of one on the hub. A Hugging Face classifier is converted once, and runs at full depth. A list of
+            such names loads several, which classify on one pass; instead of a name, it may have a dict with `model`,
+            the name, and exit options, which replace those of the calls.
         store: the model store. Default: $DE3_STORE, else `models`; de3.DEMO has the demo model, sst2.
         threads: engine threads. Default: one per core.
         quantize: precision of Hugging Face classifiers: int8, or none for fp32.
 
-    Raises ValueError if there is no such classifier, or it cannot be used.
+    Raises ValueError if there is no such classifier, or it cannot be used; of several, also if their encoders differ.
     """
     folder = Path(store if store is not None else os.environ.get("DE3_STORE", "models")).absolute()
-    return Classifier(artifact_of(str(name), folder, quantize), threads)
+    if isinstance(name, str | Path):
+        return Classifier(artifact_of(str(name), folder, quantize), threads)
+    entries = [with_lambda(one) if isinstance(one, Mapping) else {"model": str(one)} for one in name]
+    _request_of({"models": entries})  # before a classifier is converted
+    artifacts = [artifact_of(entry.pop("model"), folder, quantize) for entry in entries]
+    return Classifiers(artifacts, threads, options=entries)
 
 
 def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
@@ -101,7 +129,195 @@ def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
         ) from None
 
 
-class Classifier:
+class _Loaded:
+    """Loaded models with the same encoder, and their own threads."""
+
+    def __init__(
+        self,
+        artifacts: Sequence[Artifact],
+        prefixes: Sequence[str],
+        fields: Mapping[str, Any],
+        threads: int | None,
+        is_proved: bool,
+        memory_of: Callable[[str], Memory | None],
+    ) -> None:
+        """prefixes: of each model's columns. fields: fields of every request. The others: see Classifier.
+
+        Raises ValueError if an artifact or a field cannot be used, or if the encoders differ.
+        """
+        settings = Settings.model_validate({"threads": threads or 0})
+        self._prefixes, self._fields = prefixes, fields
+        encoders, loaded = Encoders(), dict[Path, Served]()
+        for one in sorted(artifacts, key=by_depth):
+            loaded[one.path] = served = load_model(
+                one, settings, is_proved=is_proved, memory_of=memory_of, encoders=encoders
+            )
+            served.monitor.drift = None  # nothing reads it
+        self._all = [loaded[one.path] for one in artifacts]
+        with _input_errors():
+            jobs_of(self._all, _request_of(fields).for_models(), 0, lambda _: None)
+        self._engine = Engine(settings.engine_threads(), sys.maxsize)
+        self._engine.start()
+        self._pid = os.getpid()
+        self._checking, self._checked = Lock(), monotonic()
+        # The threads do not refer to the classifier, so it can be garbage-collected while they run. One of them may be
+        # the thread that collects it, so the finalizer only closes the queue: it must not wait for the threads.
+        self._end = weakref.finalize(self, self._engine.queue.close)
+
+    @property
+    def _manifests(self) -> list[Manifest]:
+        return [served.model.manifest for served in self._all]
+
+    @overload
+    def answers(
+        self,
+        texts: Input | Iterable[Input | None],
+        *,
+        as_arrow: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> list[dict[str, Any]]: ...
+    @overload
+    def answers(
+        self, texts: Input | Iterable[Input | None], *, as_arrow: Literal[True], **options: Unpack[Options]
+    ) -> "pyarrow.Table": ...
+
+    def answers(
+        self, texts: Input | Iterable[Input | None], *, as_arrow: bool = False, **options: Unpack[Options]
+    ) -> "list[dict[str, Any]] | pyarrow.Table":
+        """The answers to texts, or to pairs of texts: a row for each text, in order, with the columns in docs/bulk.md.
+
+        A text that cannot be classified, such as None or NaN, has the reason in `error`, and None in all other columns.
+        The columns of several models begin with the model's name and `_`. as_arrow: a pyarrow table instead of rows.
+
+        Raises InputError for an option that cannot be used, and ValueError and RuntimeError as classify() does.
+        """
+        found = self.answers_by_column(texts, **options)
+        return found.table(self._manifests) if as_arrow else found.rows()
+
+    def answers_by_column(self, texts: Input | Iterable[Input | None], **options: Unpack[Options]) -> Answers:
+        """Like answers(), but by column, and with the time in each model."""
+        request = self._request(options)
+        request.keeps_errors = True
+        given = list[Text | str]()
+        for one in _iterable(texts):
+            try:
+                text = _text(one, "")
+                for served in self._all:
+                    check_texts(replace(request, texts=[text]), served)
+            except (InputError, RequestError) as error:
+                given.append(str(error).removeprefix("input").lstrip(".: "))
+            else:
+                given.append(text)
+        return self._columns(request, given)
+
+    def close(self) -> None:
+        """End the threads; running calls end with RuntimeError, unless the engine has all their texts."""
+        if self._end.alive:
+            self._end()
+            self._engine.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _rows(self, texts: Input | Iterable[Input], options: Mapping[str, Any]) -> list[list[Row]]:
+        """Each model's answers to texts, in order."""
+        request, given = self._request(options), _texts(list(_iterable(texts)))
+        batch, found = _Batch(given), [list[ClassifiedText]() for _ in self._all]
+        for job in self._run(request, batch.parts(_size(request, given))):
+            for rows, more in zip(found, _rows(job), strict=True):
+                rows.extend(more)
+        return [
+            [Row.parse({**rows[i], "index": index}) for index, i in enumerate(batch.order)] for rows in found
+        ]
+
+    def _columns(self, request: Classification, given: Sequence[Text | str], size: int = WINDOW) -> Answers:
+        """The answers to texts, in order; a str is the reason why there is no text. size: texts per job."""
+        texts = [one for one in given if isinstance(one, Text)]
+        batch = _Batch(texts)
+        both = zip(self._prefixes, self._manifests, strict=True)
+        kinds = {prefix: (one.tolerance is not None, one.thresholds is not None) for prefix, one in both}
+        found = Answers.of(kinds, request.windows > 1, request.ood, request.keeps_errors)
+        for job in self._run(request, batch.parts(size)):
+            found.add_job(job)
+        answered, refused = iter(batch.order), count(len(set(texts)))
+        found.add([one for one in given if isinstance(one, str)])
+        found.reorder([next(answered if isinstance(one, Text) else refused) for one in given])
+        return found
+
+    def _request(self, options: Mapping[str, Any]) -> Classification:
+        """The request with these options, without texts.
+
+        Raises InputError, or RuntimeError if the classifier is closed or was loaded before a fork.
+        """
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "the classifier was loaded before this process was forked: its threads did not survive the fork; "
+                "load it in this process, for example when it is first needed"
+            )
+        if not self._end.alive:
+            raise RuntimeError("the classifier is closed")
+        for name in options:
+            if name not in Options.__annotations__:
+                known = ", ".join(Options.__annotations__)
+                raise InputError(f"{name}: unknown option; known options: {known}", name)
+        return _request_of({**self._fields, **with_lambda(options)})
+
+    def _run(self, request: Classification, parts: Iterable[tuple[list[Text], list[int]]]) -> Iterator[Job]:
+        """Yield the finished job of each part, in order, while the engine runs the next one.
+
+        parts: texts and their indices in the call. Raises InputError for a text or an option that cannot be used.
+        """
+        running, source = deque[tuple[Job, _Done]](), iter(parts)
+        failure: InputError | None = None
+        try:
+            with _input_errors():
+                while failure is None:
+                    try:
+                        texts, indices = next(source)
+                    except StopIteration:
+                        break
+                    except InputError as error:  # raised after the answers to the earlier texts
+                        failure = error
+                        break
+                    done = _Done()
+                    part = replace(request, texts=texts, indices=indices)
+                    job = jobs_of(self._all, part.for_models(), 0, done)
+                    self._engine.submit(job)
+                    running.append((job, done))
+                    if len(running) > 1:
+                        yield self._wait(running)
+                while running:
+                    yield self._wait(running)
+            if failure is not None:
+                raise failure
+        finally:
+            for job, _ in running:
+                self._engine.drop(job)
+
+    def _wait(self, running: "deque[tuple[Job, _Done]]") -> Job:
+        """Wait for the first running job, and remove it from `running`; raises the error of a failed job."""
+        job, done = running[0]
+        while not done.event.wait(CHECK_S):
+            self._check()
+        if done.error is not None:
+            raise done.error
+        running.popleft()
+        return job
+
+    def _check(self) -> None:
+        """Raise RuntimeError if an engine thread has failed (see Engine.problem); checks at most once per CHECK_S."""
+        with self._checking:
+            if monotonic() - self._checked < CHECK_S:
+                return
+            self._checked = monotonic()
+            if problem := self._engine.problem():
+                raise RuntimeError(problem)
+
+
+class Classifier(_Loaded):
     """A loaded classifier with its own threads; any number of threads may call it.
 
     Call close(), or leave that to the garbage collector. Pickling stores the artifact's path and fingerprint, not
@@ -120,17 +336,9 @@ class Classifier:
 
         Raises ValueError if the artifact cannot be used.
         """
-        settings = Settings.model_validate({"threads": threads or 0})
+        super().__init__([artifact], [""], {}, threads, is_proved, memory_of)
         self._artifact, self._threads = artifact, threads
-        self._served = load_model(artifact, settings, is_proved=is_proved, memory_of=memory_of)
-        self._served.monitor.drift = None  # nothing reads it
-        self._engine = Engine(settings.engine_threads(), sys.maxsize)
-        self._engine.start()
-        self._pid = os.getpid()
-        self._checking, self._checked = Lock(), monotonic()
-        # The threads do not refer to the classifier, so it can be garbage-collected while they run. One of them may be
-        # the thread that collects it, so the finalizer only closes the queue: it must not wait for the threads.
-        self._end = weakref.finalize(self, self._engine.queue.close)
+        self._served = self._all[0]
 
     @property
     def manifest(self) -> Manifest:
@@ -179,15 +387,11 @@ class Classifier:
         Raises InputError for a text or an option that cannot be used, ValueError for as_arrow without pyarrow, and
         RuntimeError if the classifier is closed or was loaded before a fork, or if its engine fails.
         """
-        request = self._request(options)
-        given = _texts(list(_iterable(texts)))
-        # A budget is for the whole call, so the engine must have all its texts.
-        size = max(1, len(given)) if request.options.latency_budget_ms is not None else WINDOW
         if as_arrow:
-            return self._columns(request, given, size).table(self.manifest)
-        batch = _Batch(given)
-        rows = [row for job in self._run(request, batch.parts(size)) for row in _rows(job)]
-        return [Row.parse({**rows[i], "index": index}) for index, i in enumerate(batch.order)]
+            request, given = self._request(options), _texts(list(_iterable(texts)))
+            return self._columns(request, given, _size(request, given)).table(self._manifests)
+        (rows,) = self._rows(texts, options)
+        return rows
 
     @overload
     def stream(
@@ -241,153 +445,56 @@ class Classifier:
 
         def rows() -> Iterator[Row]:
             for job in self._run(request, parts()):
-                batch, found = batches.popleft(), _rows(job)
+                batch, (found,) = batches.popleft(), _rows(job)
                 for index, i in enumerate(batch.order, batch.first):
                     yield Row.parse({**found[i], "index": index})
 
         return rows()
 
-    @overload
-    def answers(
-        self,
-        texts: Input | Iterable[Input | None],
-        *,
-        as_arrow: Literal[False] = False,
-        **options: Unpack[Options],
-    ) -> list[dict[str, Any]]: ...
-    @overload
-    def answers(
-        self, texts: Input | Iterable[Input | None], *, as_arrow: Literal[True], **options: Unpack[Options]
-    ) -> "pyarrow.Table": ...
-
-    def answers(
-        self, texts: Input | Iterable[Input | None], *, as_arrow: bool = False, **options: Unpack[Options]
-    ) -> "list[dict[str, Any]] | pyarrow.Table":
-        """The answers to texts, or to pairs of texts: a row for each text, in order, with the columns in docs/bulk.md.
-
-        A text that cannot be classified, such as None or NaN, has the reason in `error`, and None in all other columns.
-        as_arrow: see classify().
-
-        Raises InputError for an option that cannot be used, and ValueError and RuntimeError as classify() does.
-        """
-        found = self.answers_by_column(texts, **options)
-        return found.table(self.manifest) if as_arrow else found.rows()
-
-    def answers_by_column(self, texts: Input | Iterable[Input | None], **options: Unpack[Options]) -> Answers:
-        """Like answers(), but by column, and with the time in the model."""
-        request = self._request(options)
-        request.keeps_errors = True
-        given = list[Text | str]()
-        for one in _iterable(texts):
-            try:
-                text = _text(one, "")
-                check_texts(replace(request, texts=[text]), self._served)
-            except (InputError, RequestError) as error:
-                given.append(str(error).removeprefix("input").lstrip(".: "))
-            else:
-                given.append(text)
-        return self._columns(request, given)
-
-    def close(self) -> None:
-        """End the threads; running calls end with RuntimeError, unless the engine has all their texts."""
-        if self._end.alive:
-            self._end()
-            self._engine.stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __reduce__(self) -> tuple[Any, ...]:
         artifact = self._artifact
         return _loaded_once, (artifact.path.absolute(), fingerprint(artifact.manifest), self._threads)
 
-    def _columns(self, request: Classification, given: Sequence[Text | str], size: int = WINDOW) -> Answers:
-        """The answers to texts, in order; a str is the reason why there is no text. size: texts per job."""
-        texts = [one for one in given if isinstance(one, Text)]
-        batch = _Batch(texts)
-        has_value, has_labels = self.manifest.tolerance is not None, self.manifest.thresholds is not None
-        found = Answers.of(has_value, has_labels, request.windows > 1, request.ood, request.keeps_errors)
-        for job in self._run(request, batch.parts(size)):
-            found.add_job(job)
-        answered, refused = iter(batch.order), count(len(set(texts)))
-        found.add([{"error": one} for one in given if isinstance(one, str)])
-        found.reorder([next(answered if isinstance(one, Text) else refused) for one in given])
-        return found
 
-    def _request(self, options: Mapping[str, Any]) -> Classification:
-        """The request with these options, without texts.
+class Classifiers(_Loaded):
+    """Loaded classifiers that have the same encoder: each text runs through it once for all of them.
 
-        Raises InputError, or RuntimeError if the classifier is closed or was loaded before a fork.
+    Each answers as it would alone. Any number of threads may call it. Call close(), or leave that to the garbage
+    collector. After os.fork, the child must load its own.
+    """
+
+    def __init__(
+        self,
+        artifacts: Sequence[Artifact],
+        threads: int | None = None,
+        is_proved: bool = False,
+        memory_of: Callable[[str], Memory | None] = lambda _: None,
+        options: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """options: exit options of each artifact, with the names in JSON; default: none. The others: see Classifier.
+
+        Raises ValueError if an artifact or an option cannot be used, if the encoders differ, or if two artifacts have
+        the same name.
         """
-        if os.getpid() != self._pid:
-            raise RuntimeError(
-                "the classifier was loaded before this process was forked: its threads did not survive the fork; "
-                "load it in this process, for example when it is first needed"
-            )
-        if not self._end.alive:
-            raise RuntimeError("the classifier is closed")
-        for name in options:
-            if name not in Options.__annotations__:
-                known = ", ".join(Options.__annotations__)
-                raise InputError(f"{name}: unknown option; known options: {known}", name)
-        given = {"lambda" if name == "lam" else name: value for name, value in options.items()}
-        with _input_errors():
-            request = request_of(check_fields(ClassifyRequest, {"input": "-", **given}, ""))
-        return request
+        both = zip(artifacts, options or [{}] * len(artifacts), strict=True)
+        models = [{**one, "model": artifact.full_name} for artifact, one in both]
+        names = prefixes([artifact.manifest.name for artifact in artifacts])
+        super().__init__(artifacts, names, {"models": models}, threads, is_proved, memory_of)
 
-    def _run(self, request: Classification, parts: Iterable[tuple[list[Text], list[int]]]) -> Iterator[Job]:
-        """Yield the finished job of each part, in order, while the engine runs the next one.
+    @property
+    def names(self) -> list[str]:
+        """The models' names and versions, as name:version, in the order in which they answer."""
+        return [served.model.full_name for served in self._all]
 
-        parts: texts and their indices in the call. Raises InputError for a text or an option that cannot be used.
+    def __repr__(self) -> str:
+        return f"<de3.Classifiers {', '.join(self.names)}>"
+
+    def classify(self, texts: Input | Iterable[Input], **options: Unpack[Options]) -> list[list[Row]]:
+        """The answers of each model to texts, or to pairs of texts; the models are in the order of `names`.
+
+        options: those of the models that were loaded without options of their own. Raises as Classifier.classify does.
         """
-        running, source = deque[tuple[Job, _Done]](), iter(parts)
-        failure: InputError | None = None
-        try:
-            with _input_errors():
-                while failure is None:
-                    try:
-                        texts, indices = next(source)
-                    except StopIteration:
-                        break
-                    except InputError as error:  # raised after the answers to the earlier texts
-                        failure = error
-                        break
-                    done = _Done()
-                    part = replace(request, texts=texts, indices=indices)
-                    job = job_of(self._served, part, 0, done)
-                    self._engine.submit(job)
-                    running.append((job, done))
-                    if len(running) > 1:
-                        yield self._wait(running)
-                while running:
-                    yield self._wait(running)
-            if failure is not None:
-                raise failure
-        finally:
-            for job, _ in running:
-                self._engine.drop(job)
-
-    def _wait(self, running: "deque[tuple[Job, _Done]]") -> Job:
-        """Wait for the first running job, and remove it from `running`; raises the error of a failed job."""
-        job, done = running[0]
-        while not done.event.wait(CHECK_S):
-            self._check()
-        if done.error is not None:
-            raise done.error
-        running.popleft()
-        return job
-
-    def _check(self) -> None:
-        """Raise RuntimeError if an engine thread has failed (see Engine.problem); checks at most once per CHECK_S."""
-        with self._checking:
-            if monotonic() - self._checked < CHECK_S:
-                return
-            self._checked = monotonic()
-            if problem := self._engine.problem():
-                raise RuntimeError(problem)
+        return self._rows(texts, options)
 
 
 class _Done:
@@ -425,6 +532,18 @@ class _Batch:
         for start in range(0, len(self._texts), size):
             indices = [self.first + index for index in self._indices[start : start + size]]
             yield self._texts[start : start + size], indices
+
+
+def _request_of(fields: Mapping[str, Any]) -> Classification:
+    """The request with these fields, without texts; raises InputError."""
+    with _input_errors():
+        request = request_of(check_fields(ClassifyRequest, {"input": "-", **fields}, ""))
+    return replace(request, texts=())
+
+
+def _size(request: Classification, texts: Sequence[Text]) -> int:
+    """Texts per job: a budget is for the whole call, so the engine must have all its texts."""
+    return max(1, len(texts)) if request.options.latency_budget_ms is not None else WINDOW
 
 
 def _iterable(texts: Input | Iterable[Input | None]) -> Iterable[Input | None]:
@@ -466,9 +585,9 @@ def _is_missing(value: object) -> bool:
     return not isinstance(value, str | dict | list) and str(value) in ("None", "nan", "<NA>", "NaT")
 
 
-def _rows(job: Job) -> list[ClassifiedText]:
-    """The answers to the texts of a finished job, which is released."""
-    rows = [row_of(item) for item in job.items]
+def _rows(job: Job) -> list[list[ClassifiedText]]:
+    """Each model's answers to the texts of a finished job, which is released."""
+    rows = [[row_of(item) for item in one.items] for one in job.team]
     job.release()
     return rows
 

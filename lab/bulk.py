@@ -88,7 +88,7 @@ def from_memory(artifact: Artifact, texts: list[str]) -> dict[str, float]:
 
 def _pool_rate(artifact: Artifact, texts: list[str], options: Options) -> float:
     """Texts/s of the command's processes, from a list in memory."""
-    pool = LocalPool(artifact, options)
+    pool = LocalPool([artifact], options)
     try:
         for future in [pool.submit(texts[:SLICE_ROWS]) for _ in range(2 * pool.size)]:
             future.result()

@@ -20,7 +20,7 @@ from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.learn.journal import LearnFolder
 from de3.server.metrics import Metrics
-from de3.server.models import MAX_LOADED, Models, Role, Route, load
+from de3.server.models import MAX_LOADED, Models, Role, Route, by_depth, load
 from de3.server.prove import Prover
 from de3.server.settings import Settings
 
@@ -106,7 +106,7 @@ class Manager:
         """
         async with self._changing:
             loaded: dict[str, tuple[Plan, Served]] = {}
-            for artifact in sorted(artifacts, key=_depth):
+            for artifact in sorted(artifacts, key=by_depth):
                 plan = Plan(Change("load", artifact.manifest.name), artifact)
                 try:
                     loaded[artifact.full_name] = plan, await self._load_or_base(plan, artifact)
@@ -263,7 +263,7 @@ class Manager:
         """Load the models that other processes serve, and serve them in the same roles."""
         by_name: dict[str, Served] = {}
         for artifact, plan in sorted(
-            ((p.artifact, p) for p in plans if p.artifact), key=lambda pair: _depth(pair[0])
+            ((p.artifact, p) for p in plans if p.artifact), key=lambda pair: by_depth(pair[0])
         ):
             by_name[artifact.full_name] = await self._load(plan, artifact)
         loaded = [by_name[plan.artifact.full_name] for plan in plans if plan.artifact]
@@ -284,11 +284,6 @@ class Manager:
                 self.plans.pop(served.model.full_name, None)
             log.info("%s is unloaded", served.model.full_name)
         run_once("freeing_memory", _give_back([ref(served.model) for served in gone]))
-
-
-def _depth(artifact: Artifact) -> int:
-    """The order of loading: a model with fewer layers can share the encoder of one with more."""
-    return -artifact.manifest.num_layers
 
 
 async def _give_back(models: list[ref[Model]]) -> None:

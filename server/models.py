@@ -74,6 +74,11 @@ def newest(store: Store) -> list[Artifact]:
     return artifacts
 
 
+def by_depth(artifact: Artifact) -> int:
+    """The order of loading: a model with fewer layers can share the encoder of one with more."""
+    return -artifact.manifest.num_layers
+
+
 def load(
     artifact: Artifact,
     settings: Settings,

@@ -31,6 +31,7 @@ from de3.columns import Answers
 from de3.data import tables
 from de3.data.tables import MAX_DEPTH, SEPARATOR, Columns
 from de3.loadtest.servers import process_tree
+from de3.model_store.manifest import fingerprint
 from de3.model_store.store import Store
 from tests.commands import de3 as command
 from tests.commands import invoke, refusal
@@ -151,7 +152,7 @@ def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_
     probs = [row["probs"] if isinstance(row["probs"], list) else json.loads(row["probs"]) for row in rows]
     assert probs == exact.column("probs").to_pylist()
     assert {str(row["truncated"]).lower() for row in rows} == {"false"}
-    assert summary.layers == Counter(row.exit.layer for row in expected)
+    assert summary.layers == {"": Counter(row.exit.layer for row in expected)}
     assert [file.name for file in tmp_path.iterdir() if "parts" in file.name] == []
 
 
@@ -792,13 +793,20 @@ def test_columns_of_input_and_answers_may_not_share_a_name(model: de3.Classifier
         ("--file {0}/in.csv --out - --model tiny", "in.csv:1: no column 'text'; it has 'sentence'"),
         ("good --url localhost:8000", "http://localhost:8000"),
         ("good --url http://127.0.0.1:9", "de3 serve"),
+        ("--model tiny,tiny --file {0}/in.jsonl --out {0}/out.csv", "models: tiny is given twice"),
+        ("--model tiny,tiny-int8 --file {0}/in.jsonl --out {0}/out.csv", "cannot share a pass"),
+        (
+            "--model tiny-int8,{1}/sst2 --file {0}/in.jsonl --out {0}/out.csv",
+            "has another encoder than sst2",
+        ),
+        ("good --model tiny,tiny-int8", "cannot share a pass"),
     ],
 )
 def test_errors_of_the_command(store: Path, tmp_path: Path, arguments: str, says: str) -> None:
     write(tmp_path / "in.jsonl", [{"text": "good"}])
     (tmp_path / "in.csv").write_text("sentence\n")
     where = f"--store {store}" if "--model" in arguments else ""
-    assert says in refusal(f"classify {where} {arguments.format(tmp_path)}")
+    assert says in refusal(f"classify {where} {arguments.format(tmp_path, de3.DEMO)}")
 
 
 def test_the_command_in_processes(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -851,6 +859,82 @@ def test_the_command_in_processes(store: Path, tmp_path: Path, monkeypatch: pyte
     assert about["model"] == "tiny-int8:1" and len(about["labels"]) == 2
 
 
+def encoders_and_mappings() -> tuple[int, int]:
+    """The number of encoders in a process of the pool, and of its mappings of shared weights."""
+    ((loaded, _),) = pool._open_in_this_process
+    mapped = Path("/proc/self/maps").read_text().count("memfd:de3-weights")
+    return len({served.model.encoder for served in loaded._all}), mapped
+
+
+def test_processes_map_the_weights_of_one_encoder(several: Path) -> None:
+    artifacts = [Store(several).open(name) for name in ("mood-int8", "tiny-int8")]
+    found = pool.LocalPool(artifacts, {}, 2)
+    try:
+        assert found._processes.submit(encoders_and_mappings).result() == (1, 1)
+    finally:
+        found.close()
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".csv"])
+def test_several_models_classify_a_file_on_one_pass(
+    several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    file, out, again = (tmp_path / f"{name}{kind}" for name in ("in", "out", "again"))
+    texts = [*TEXTS, LONG, ""]
+    write(file, [{"id": i, "text": text} for i, text in enumerate(texts)])
+    names = ["mood-int8", "tiny-int8"]
+    options = f"--file {file} --long error --tau 0.9 --model {','.join(names)}"
+    with de3.load(names, store=several, threads=1) as both:
+        expected = both.answers(texts, tau=0.9, long="error")
+    output = command(f"classify {options} --store {several} --threads 2 --out {out}")
+    for name in names:
+        layers = Counter(row[f"{name}_exit_layer"] for row in expected if not row["error"])
+        shares = ", ".join(f"{n}: {100 * count / 100:.1f}%" for n, count in sorted(layers.items()))
+        assert f"{name}: exits by layer: {shares}" in output
+        assert f"{name}: speed-up in model time: " in output and f"{name}: certified: nothing" in output
+    rows = read(out)
+    assert names_in(out) == ["id", "text", *expected[0]]
+    assert [bool(row["error"]) for row in rows] == [False] * 100 + [True] * 2
+    for row, one in zip(rows, expected, strict=True):
+        for name in expected[0]:
+            if name != "error":
+                value = one[name] if kind == ".parquet" else formats._cell(one[name])
+                assert row[name] == (value if kind == ".parquet" else str(value)), name
+    record = json.loads((tmp_path / f"_{out.name}.run.json").read_text())
+    prints = [fingerprint(Store(several).open(name).manifest) for name in names]
+    assert record["run"]["artifact"] == ",".join(prints)
+    assert list(record["summary"]["exits"]) == names
+    if kind == ".parquet":
+        about = json.loads(parquet.read_schema(out).metadata[b"de3"])
+        assert [one["model"] for one in about["models"]] == ["mood-int8:1", "tiny-int8:1"]
+
+    writes, write_part = count(), formats.Format.write
+
+    def interrupted(*written: Any) -> None:
+        if next(writes) == 1:
+            raise KeyboardInterrupt
+        return write_part(*written)
+
+    monkeypatch.setattr(formats.Format, "write", interrupted)
+    some = f"classify {options} --store {several} --threads 2 --out {again} --part-rows 16"
+    assert invoke(some).exit_code == 130
+    assert "other settings (models, artifact)" in refusal(some.replace("mood-int8,tiny", "tiny-int8,mood"))
+    assert "in this run: " in command(some)
+    assert read(again) == rows
+
+    with serving(several, models=names) as server:
+        output = command(f"classify {options} --url {server.url} --out {tmp_path}/url.jsonl --refused drop")
+        assert "tiny-int8: exits by layer: " in output
+        found = command(["classify", "a good film", "--url", server.url, "--model", ",".join(names)])
+    for row, one in zip(read(tmp_path / "url.jsonl"), expected[:100], strict=True):
+        for name in names:
+            for column in ("label", "exit_layer", "exit_reason"):
+                assert row[f"{name}_{column}"] == one[f"{name}_{column}"]
+            assert row[f"{name}_probs"] == [round(p, 6) for p in one[f"{name}_probs"]]
+    texts = ["classify", "a good film", "--store", str(several), "--model", ",".join(names)]
+    assert command(texts) == found and found.startswith("mood-int8: ") and "\ntiny-int8: " in found
+
+
 class Refusing:
     """A client whose server refuses texts with "bad", and requests with more than `most` texts."""
 
@@ -886,7 +970,7 @@ def test_a_server_that_refuses_texts_and_large_requests_answers_the_others_in_or
         return len(batch) == 1 or (len(batch) <= 4 and sum(map(len, batch)) <= 20)
 
     client = Refusing(most, names_first)
-    one = pool.RemotePool(client, {"model": "m", "long": "windows"}, 1)  # type: ignore[arg-type]
+    one = pool.RemotePool(client, ["m"], {"long": "windows"}, 1)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "MAX_BATCH", 4)
         patch.setattr(pool, "MAX_BATCH_CHARS", 20)
@@ -905,9 +989,9 @@ def test_a_server_that_refuses_texts_and_large_requests_answers_the_others_in_or
 
 def test_a_server_whose_answers_cannot_be_combined_is_an_error() -> None:
     client = Refusing(9, names_first=True)
-    one = pool.RemotePool(client, {"model": "m:1"}, 1)  # type: ignore[arg-type]
+    one = pool.RemotePool(client, ["m:1"], {}, 1)  # type: ignore[arg-type]
     one.submit(["good"]).result()
-    one._options = {"model": "m:2"}
+    one._models = ["m:2"]
     with pytest.raises(ValueError, match="m:1, m:2"):
         one.submit(["good"]).result()
     for status, field in ((422, "tau"), (422, None), (401, None), (0, None)):
@@ -922,12 +1006,12 @@ def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> N
     artifact, summary = Store(store).open("tiny"), run.Summary(rows=9, earlier=3, answered=5, refused=1)
 
     def certifies(**options: Any) -> bool:
-        return any("with 95% confidence" in line for line in report(summary, artifact, options))
+        return any("with 95% confidence" in line for line in report(summary, [artifact], options))
 
     assert certifies(max_disagreement=0.5)
     assert not certifies() and not certifies(tau=0.1) and not certifies(max_disagreement=0.5, long="windows")
     assert not certifies(max_disagreement=1e-9)  # every text runs to full depth
-    assert "3 of them by an earlier run" in report(summary, None, {})[0]
+    assert "3 of them by an earlier run" in report(summary, [], {})[0]
 
 
 def test_texts_without_a_server(store: Path) -> None:

@@ -159,7 +159,9 @@ def test_answers_have_a_row_for_each_text(model: de3.Classifier) -> None:
     assert reasons[9] == "text_pair: must be a text; got null" and "surrogate" in reasons[12]
     single = model.answers_by_column("good", tau=0)
     assert single.values["label"] == columns["label"][:1]
-    assert single.full_depth_s == pytest.approx(single.model_s)  # at τ = 0 nothing exits early
+    assert single.times[""].full_depth_s == pytest.approx(
+        single.times[""].model_s
+    )  # at τ = 0 nothing exits early
     assert model.answers([]) == []
     assert model.answers([None], as_arrow=True).schema == table.schema
     with pytest.raises(de3.InputError, match=r"input\[1\]: missing: must be a text"):
@@ -220,6 +222,69 @@ def test_threads_share_a_classifier(model: de3.Classifier) -> None:
     expected = model.classify(TEXTS)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(model.classify, [TEXTS] * 8)) == [expected] * 8
+
+
+@pytest.mark.parametrize("precision", ["", "-int8"])
+def test_several_models_on_one_encoder_answer_as_each_alone(several: Path, precision: str) -> None:
+    texts: list[Any] = [*TEXTS, LONG, ("a good film", "a dull plot"), TEXTS[0]]
+    names, own = [f"mood{precision}", f"tiny{precision}"], {"tau": 0.5, "signal": "edr", "lam": 2.0}
+    with (
+        de3.load([names[0], {"model": names[1], **own}], store=several, threads=2) as both,
+        de3.load(names[0], store=several, threads=1) as mood,
+        de3.load(names[1], store=several, threads=1) as tiny,
+    ):
+        assert both.names == [mood.name, tiny.name] and mood.name in repr(both)
+        one, other = both._all
+        assert one.model.encoder is other.model.encoder and one.model.manifest.num_layers == 2
+        for options in (
+            {},
+            {"tau": 0.9},
+            {"tau": 0.9, "long": "windows"},
+            {"tau": 0.8, "explain": True, "ood": True, "raw": True},
+        ):
+            given: Any = options
+            shared: Any = {name: value for name, value in options.items() if name != "tau"}
+            alone = [mood.classify(texts, **given), tiny.classify(texts, **shared, **own)]  # type: ignore[arg-type]
+            before = both._engine.finished
+            assert both.classify(texts, **given) == alone
+            assert both._engine.finished == before + len(set(texts))
+            some = [*texts, None, "good"]
+            table = both.answers(some, as_arrow=True, **given)
+            tables = [
+                mood.answers(some, as_arrow=True, **given),
+                tiny.answers(some, as_arrow=True, **shared, **own),  # type: ignore[arg-type]
+            ]
+            expected = {
+                f"{name}_{column}": one.column(column)
+                for name, one in zip(names, tables, strict=True)
+                for column in one.column_names[:-1]
+            }
+            expected["error"] = tables[0].column("error")
+            assert dict(zip(table.column_names, table.columns, strict=True)) == expected
+            assert both.answers(texts, **given) == both.answers(texts, as_arrow=True, **given).to_pylist()
+        about = json.loads(table.schema.metadata[b"de3"])
+        assert about == {"models": [{"model": m.name, "labels": m.labels} for m in (mood, tiny)]}
+        assert {row.exit.layer for row in alone[0]} > {0, 1}
+        with pytest.raises(de3.InputError, match=r"^input\[1\]"):
+            both.classify(["good", " "])
+    with pytest.raises(RuntimeError, match="closed"):
+        both.classify("good")
+
+
+def test_models_that_cannot_share_a_pass_are_refused(several: Path) -> None:
+    before = threading.active_count()
+    for models, says in (
+        (["tiny", "mood-int8"], "models: mood-int8:1 has another runtime than tiny:1"),
+        (["mood", {"model": "mood:1", "tau": 0.1}], "models: mood is given twice"),
+        (["tiny", {"model": "mood", "tau": 7}], r"models\[1\].tau: .*\(allowed: 0 to 1\)"),
+        (["tiny", {"tau": 0.1}], r"models\[1\].model: is required"),
+        (["tiny", {"model": "mood", "max_disagreement": 0.1}], "mood:1 was exported without a calibration"),
+        (["tiny", "nothing"], "no model 'nothing'"),
+        ([], "models: .*at least 1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            de3.load(models, store=several, threads=1)  # type: ignore[arg-type]
+    assert threading.active_count() == before
 
 
 def test_a_failed_engine_and_a_closed_model_are_errors(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from de3.data.tables import Columns, records
 
 if TYPE_CHECKING:
     from de3.bulk.pool import Pool
-    from de3.client import Row
+    from de3.client import Client, Row
     from de3.model_store.store import Artifact
 
 TOO_MANY_REFUSED = 3  # exit code
@@ -50,8 +50,9 @@ def classify(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model: name or name:version in the store, or a folder or hub id of a Hugging Face classifier. "
-            "Default: the store's only model; with --url, the server's default.",
+            help="Model: name or name:version in the store, or a folder or hub id of a Hugging Face classifier; or "
+            "several with the same encoder, separated by commas, which share a pass. Default: the store's only model; "
+            "with --url, the server's default.",
         ),
     ] = None,
     store: StoreOption = Path("models"),
@@ -139,28 +140,17 @@ def classify(
     }
     # The engine checks them.
     options: Any = {name: value for name, value in given.items() if value is not None}
+    models = [name.strip() for name in model.split(",")] if model else []
     with ExitStack() as stack:
-        if url is not None:
-            from de3.bulk.pool import server_errors
-            from de3.client import Client
-
-            client = stack.enter_context(Client(check_url(url), key))
-            remote = options | ({"model": model} if model else {})
-            if texts:
-                with server_errors():
-                    _print(texts, client.classify(texts, **remote).rows)
-                return
-        else:
-            artifact = _artifact(model, store, demo)
-            if texts:
-                from de3.library import Classifier
-
-                _print(texts, stack.enter_context(Classifier(artifact, threads)).classify(texts, **options))
-                return
+        client = None if url is None else stack.enter_context(_client(url, key))
+        artifacts = _artifacts(models, store, demo) if client is None else []
+        if texts:
+            _classify_texts(texts, client, artifacts, models, options, threads)
+            return
         assert file is not None and out is not None
         from de3.bulk.pages import READ_BYTES
         from de3.bulk.parts import Parts
-        from de3.bulk.pool import LocalPool, RemotePool
+        from de3.bulk.pool import LocalPool, RemotePool, server_errors
         from de3.bulk.run import PART_CHARS
         from de3.bulk.source import SLICE_CHARS, SLICE_ROWS, Source
 
@@ -176,14 +166,12 @@ def classify(
             "options": options,
             "part_rows": part_rows,
         }
-        if url is None:
+        if client is None:
+            from de3.columns import describe
             from de3.model_store.manifest import fingerprint
 
-            what |= {
-                "model": artifact.full_name,
-                "labels": artifact.manifest.labels,
-                "artifact": fingerprint(artifact.manifest),
-            }
+            what |= describe([one.manifest for one in artifacts])
+            what["artifact"] = ",".join(fingerprint(one.manifest) for one in artifacts)
         else:
             with server_errors():
                 what |= {"model": [url, model, sorted(str(row["id"]) for row in client.models())]}
@@ -194,13 +182,13 @@ def classify(
             _say(f"{out} is complete: nothing to do")
         else:
             pool: Pool = (
-                LocalPool(artifact, options, threads)
-                if url is None
-                else RemotePool(client, remote, IN_FLIGHT)
+                LocalPool(artifacts, options, threads)
+                if client is None
+                else RemotePool(client, models, options, IN_FLIGHT)
             )
             stack.callback(pool.close)
             stack.enter_context(_interruptible())
-            _run(source, pool, parts, prefix, part_rows, out, None if url else artifact, options)
+            _run(source, pool, parts, prefix, part_rows, out, artifacts, options)
     _check_refused(parts.summary, max_refused)
 
 
@@ -273,8 +261,8 @@ def _identity(file: Path) -> list[str | int]:
     return [file.name, size, digest.hexdigest()]
 
 
-def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
-    """The artifact with this name; without a name, the demo model if `demo`, else the store's only model.
+def _artifacts(names: list[str], store: Path, demo: bool) -> "list[Artifact]":
+    """The artifacts with these names; without names, the demo model if `demo`, else the store's only model.
 
     Raises ValueError if there is no such artifact, or if no name is given and the store has several models.
     """
@@ -282,18 +270,18 @@ def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
     from de3.model_store.store import NoModelsError, Store
 
     if demo:
-        store, name = DEMO, name or "sst2"
-    if name is not None:
-        return artifact_of(name, store.absolute())
+        store, names = DEMO, names or ["sst2"]
+    if names:
+        return [artifact_of(name, store.absolute()) for name in names]
     try:
-        names = list(Store(store).versions())
+        found = list(Store(store).versions())
     except NoModelsError as error:
         raise ValueError(
             f"{error}; or choose a classifier with --model, --demo, or a server with --url"
         ) from None
-    if len(names) != 1:
-        raise ValueError(f"--model is required, because {store} has several models: {', '.join(names)}")
-    return Store(store).open(names[0])
+    if len(found) != 1:
+        raise ValueError(f"--model is required, because {store} has several models: {', '.join(found)}")
+    return [Store(store).open(found[0])]
 
 
 def _kind(out: Path, wanted: str | None, kind: str) -> str:
@@ -318,13 +306,46 @@ def _kind(out: Path, wanted: str | None, kind: str) -> str:
     return f".{wanted}"
 
 
-def _print(texts: list[str], rows: "list[Row]") -> None:
-    for text, row in zip(texts, rows, strict=True):
-        label = row.label if row.labels is None else ", ".join(row.labels) or "none"
-        number = max(row.probs) if row.value is None else row.value
-        print(f"{label}  {number:.3f}  layer {row.exit.layer}  {text}")
-    if truncated := sum(row.truncated for row in rows):
-        _say(f"{truncated} of {len(rows)} texts were truncated to the model's limit; see --long", "yellow")
+@contextmanager
+def _client(url: str, key: str | None) -> "Iterator[Client]":
+    from de3.client import Client
+
+    with Client(check_url(url), key) as client:
+        yield client
+
+
+def _classify_texts(
+    texts: list[str],
+    client: "Client | None",
+    artifacts: "list[Artifact]",
+    models: list[str],
+    options: Any,
+    threads: int | None,
+) -> None:
+    """Classify and print texts. client: of a server; None: classify with the artifacts, in this process."""
+    if client is None:
+        from de3.library import Classifiers
+
+        with Classifiers(artifacts, threads) as one:
+            _print(texts, one.names, one.classify(texts, **options))
+        return
+    from de3.bulk.pool import ask, server_errors
+
+    with server_errors():
+        answers = ask(client, texts, models, options)
+    _print(texts, [one.model for one in answers], [one.rows for one in answers])
+
+
+def _print(texts: list[str], models: list[str], results: "list[list[Row]]") -> None:
+    """Print the answers to each text, one from each model."""
+    for text, *rows in zip(texts, *results, strict=True):
+        for model, row in zip(models, rows, strict=True):
+            label = row.label if row.labels is None else ", ".join(row.labels) or "none"
+            number = max(row.probs) if row.value is None else row.value
+            name = f"{model.partition(':')[0]}: " if len(models) > 1 else ""
+            print(f"{name}{label}  {number:.3f}  layer {row.exit.layer}  {text}")
+    if truncated := sum(row.truncated for row in results[0]):
+        _say(f"{truncated} of {len(texts)} texts were truncated to the model's limit; see --long", "yellow")
 
 
 def _run(
@@ -334,7 +355,7 @@ def _run(
     prefix: str,
     part_rows: int,
     out: Path,
-    artifact: "Artifact | None",
+    artifacts: "list[Artifact]",
     options: dict[str, Any],
 ) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -366,7 +387,7 @@ def _run(
         summary = run(source, pool, parts, lambda name: prefix + name, part_rows, advance)
         progress.update(task, total=summary.rows, completed=summary.rows)
     dropped = parts.finish(summary.parts, summary.json())
-    for line in [*report(summary, artifact, options), *([] if str(out) == "-" else [f"written: {out}"])]:
+    for line in [*report(summary, artifacts, options), *([] if str(out) == "-" else [f"written: {out}"])]:
         _say(line)
     if summary.refused:
         where = dropped or f"{prefix}error has the reasons"

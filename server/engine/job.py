@@ -356,21 +356,29 @@ def jobs_of(
     requests: the request to each model. Raises RequestError if a model cannot answer the request, or has another
     encoder.
     """
-    deepest = _deepest(served).model
-    for one, request in zip(served, requests, strict=True):
-        model = one.model
-        if not deepest.encoder.has(model.hashes) or model.runtime != deepest.runtime:
-            what = "has another encoder" if model.runtime == deepest.runtime else "has another runtime"
-            raise RequestError(
-                f"{request.where}: {model.full_name} {what} than {deepest.full_name}, so they cannot share a pass: "
-                "send two requests",
-                request.where,
-            )
+    check_encoders([one.model for one in served], [request.where for request in requests])
     fellows = [
         job_of(one, request, level, lambda _: None)
         for one, request in zip(served[1:], requests[1:], strict=True)
     ]
     return job_of(served[0], requests[0], level, on_done, fellows)
+
+
+def check_encoders(models: Sequence[Model], where: Sequence[str] = ()) -> None:
+    """Raise RequestError if the models do not run on one encoder, that of the deepest.
+
+    where: each model's entry in the request, for the message.
+    """
+    deepest = max(models, key=lambda model: model.manifest.num_layers)
+    for number, model in enumerate(models):
+        if not deepest.encoder.has(model.hashes) or model.runtime != deepest.runtime:
+            what = "has another encoder" if model.runtime == deepest.runtime else "has another runtime"
+            entry = where[number] if where else "models"
+            raise RequestError(
+                f"{entry}: {model.full_name} {what} than {deepest.full_name}, so they cannot share a pass: use each on "
+                "its own",
+                entry,
+            )
 
 
 def _deepest(served: Sequence[Served]) -> Served:
