@@ -925,6 +925,8 @@ def test_several_models_classify_a_file_on_one_pass(
     with serving(several, models=names) as server:
         output = command(f"classify {options} --url {server.url} --out {tmp_path}/url.jsonl --refused drop")
         assert "tiny-int8: exits by layer: " in output
+        twice = f"--file {file} --model mood-int8,mood-int8:1 --url {server.url} --out {tmp_path}/twice.csv"
+        assert "models: mood-int8 is given twice" in refusal(f"classify {twice}")
         found = command(["classify", "a good film", "--url", server.url, "--model", ",".join(names)])
     for row, one in zip(read(tmp_path / "url.jsonl"), expected[:100], strict=True):
         for name in names:
