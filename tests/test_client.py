@@ -82,7 +82,7 @@ def test_several_models_answer_as_each_alone(several: Path) -> None:
             ask_several(server.url, [*TEXTS[:70], " "], models, max_texts=10)
         with pytest.raises(ServerError, match=r"models\[1\].lambda: ") as error:
             ask_several(server.url, TEXTS, ["mood", {"model": "tiny", "lam": -1}])
-        assert error.value.field == "models"
+        assert error.value.field == "models[1].lambda"
     part = {"data": [ROW], "model": "m:1"}
     whole = response(json.dumps({"usage": WHOLE["usage"], "results": [part]}).encode())
     with answering(whole) as url:

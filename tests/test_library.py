@@ -274,13 +274,13 @@ def test_several_models_on_one_encoder_answer_as_each_alone(several: Path, preci
 def test_models_that_cannot_share_a_pass_are_refused(several: Path) -> None:
     before = threading.active_count()
     for models, says in (
-        (["tiny", "mood-int8"], "models: mood-int8:1 has another runtime than tiny:1"),
+        (["tiny", "mood-int8"], r"models\[1\]: mood-int8:1 has another runtime than tiny:1"),
         (["mood", {"model": "mood:1", "tau": 0.1}], "models: mood is given twice"),
         (["tiny", {"model": "mood", "tau": 7}], r"models\[1\].tau: .*\(allowed: 0 to 1\)"),
         (["tiny", {"tau": 0.1}], r"models\[1\].model: is required"),
         (["tiny", {"model": "mood", "max_disagreement": 0.1}], "mood:1 was exported without a calibration"),
         (["tiny", "nothing"], "no model 'nothing'"),
-        ([], "models: .*at least 1"),
+        ([], "models: 0 models; give 1 to 16"),
     ):
         with pytest.raises(ValueError, match=says):
             de3.load(models, store=several, threads=1)  # type: ignore[arg-type]
