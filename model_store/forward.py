@@ -66,6 +66,7 @@ class ForwardPass:
         layer: the next layer to run.
         hidden: input of that layer, (1, tokens, hidden); None before layer 0, and once it is not needed.
         seconds: compute time so far.
+        is_done: all decisions have been made.
     """
 
     tokens: Tokens
@@ -73,17 +74,23 @@ class ForwardPass:
     layer: int = field(default=0, init=False)
     hidden: Array | None = field(default=None, init=False)
     seconds: float = field(default=0.0, init=False)
+    is_done: bool = field(default=False, init=False)
 
     @property
-    def undecided(self) -> list[Decision]:
-        """The decisions that have not been made."""
-        return [one for one in self.decisions if one.reason is None]
+    def undecided(self) -> Sequence[Decision]:
+        """The decisions that have not been made; the pass must not be done."""
+        several = len(self.decisions) > 1
+        return [one for one in self.decisions if one.reason is None] if several else self.decisions
+
+    def finish(self) -> None:
+        """Note that all decisions have been made, and release the hidden states."""
+        self.is_done, self.hidden = True, None
 
     def end(self, reason: ExitReason) -> None:
         """End the pass: all decisions that have not been made have this reason."""
         for one in self.undecided:
             one.reason, one.seconds = reason, self.seconds
-        self.hidden = None
+        self.finish()
 
 
 class LayerByLayer:
@@ -101,20 +108,22 @@ class LayerByLayer:
         """
         for one in passes:
             end = 1 + self._layers.num_layers if layers is None else one.layer + layers
-            while one.layer < end and (undecided := one.undecided):
-                self._step(one, undecided)
+            while one.layer < end and not one.is_done:
+                self._step(one)
 
-    def _step(self, one: ForwardPass, undecided: Sequence[Decision]) -> None:
+    def _step(self, one: ForwardPass) -> None:
         started, layer, before = perf_counter(), one.layer, one.seconds
         run = self._layers
         hidden = run.embed(one.tokens) if one.hidden is None else run.run(layer, one.hidden)
-        one.layer = layer + 1
-        for decision in undecided:
+        one.layer, one.hidden, is_done = layer + 1, hidden, True
+        for decision in one.undecided:
             _decide(decision, layer, hidden)
             one.seconds = before + perf_counter() - started
             if decision.reason is not None:
                 decision.seconds = one.seconds
-        one.hidden = hidden if one.undecided else None
+            is_done &= decision.reason is not None
+        if is_done:
+            one.finish()
 
 
 def _decide(decision: Decision, layer: int, hidden: Array) -> None:
@@ -171,8 +180,8 @@ class NativeForward:
                 if found is not None:
                     _leave(decision, one.seconds, *found)
             one.seconds += seconds
-            if not one.undecided:
-                one.hidden = None
+            if None not in left:
+                one.finish()
 
 
 def _arguments(one: Decision, is_new: bool) -> tuple[Any, ...]:
@@ -182,13 +191,16 @@ def _arguments(one: Decision, is_new: bool) -> tuple[Any, ...]:
     if is_new:
         shape = (exits.num_layers + 1, exits.num_labels)
         one.logits, one.distances = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    table = None if thresholds is None else thresholds.table
-    rule = (one.rule.tau, signal.code, signal.lam or 0.0, signal.table, one.deepest, one.ask_all)
     return (
         exits.exits,
-        *rule,
+        one.rule.tau,
+        signal.code,
+        signal.lam or 0.0,
+        signal.table,
+        one.deepest,
+        one.ask_all,
         one.tau_factor,
-        table,
+        None if thresholds is None else thresholds.table,
         one.far,
         one.logits,
         one.distances,

@@ -402,7 +402,7 @@ def test_in_a_group_each_text_exits_as_alone_and_as_the_rule_says(
     forward = native.encoder.forward
     assert forward is not None
     with using(implementation):
-        while left := [p for p in passes if p.undecided]:
+        while left := [p for p in passes if not p.is_done]:
             forward(left, layers=layers, at_idle=at_idle)
         native.encoder.layer_by_layer(alone)
         steps_of = [native.full_depth(p.tokens) for p in passes]
@@ -557,7 +557,7 @@ def test_heads_that_share_a_pass_decide_as_alone(
     with using(implementation):
         for run, passes in runs:
             for number in steps:
-                if left := [one for one in passes if one.undecided]:
+                if left := [one for one in passes if not one.is_done]:
                     run(left, layers=number)
         layers_run = counted.count
         for run, passes in runs:
@@ -741,7 +741,7 @@ def test_kernels_whose_values_differ_in_a_group_are_not_used(
 
     def wrong(self: NativeForward, passes: Any, *args: Any, **options: Any) -> None:
         forward(self, passes, *args, **options)
-        if not passes[text].undecided:
+        if passes[text].is_done:
             change(passes[text].decisions[0])
 
     monkeypatch.setattr(NativeForward, "__call__", wrong)

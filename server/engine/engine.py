@@ -250,8 +250,9 @@ class Engine:
             if not job.is_shadow:
                 self._finished[number] += 1
                 self._seconds[number] += item.progress.tokenize_s + item.progress.model_s
-            for fellow, other in zip(item.fellows, others, strict=True):
-                fellow.job.finish(fellow, other)
+            if others:
+                for fellow, other in zip(item.fellows, others, strict=True):
+                    fellow.job.finish(fellow, other)
             if job.finish(item, outcome):
                 ended.append((job, None))
         for item, result in results:
@@ -273,7 +274,10 @@ class Engine:
         """Call `observe` for each model; its errors do not fail the request."""
         by_model: dict[int, tuple[Served, list[Outcome]]] = {}
         for item, outcome in outcomes:
-            by_model.setdefault(id(item.job.served), (item.job.served, []))[1].append(outcome)
+            served = item.job.served
+            if id(served) not in by_model:
+                by_model[id(served)] = served, []
+            by_model[id(served)][1].append(outcome)
         for served, found in by_model.values():
             try:
                 self._observe(served, found)

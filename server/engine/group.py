@@ -119,10 +119,10 @@ def _step(
     for item, one in zip(items, passes, strict=True):
         progress = item.progress
         progress.model_s, progress.layer = one.seconds, one.layer
-        if one.undecided:
-            staying.append(item)
-        else:
+        if one.is_done:
             left.append((item, outcomes_of(item)))
+        else:
+            staying.append(item)
     group[:] = staying
     finish(left)
     for item in staying:

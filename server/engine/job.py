@@ -91,7 +91,7 @@ class Item:
     @property
     def team(self) -> list["Item"]:
         """The item and its fellows."""
-        return [self, *self.fellows]
+        return [self, *self.fellows] if self.fellows else [self]
 
     @property
     def has_answers(self) -> bool:

@@ -55,10 +55,9 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
         spent = forward.seconds - before
         progress.model_s += spent
         progress.layer = forward.layer
-        is_decided = not forward.undecided
-        if is_decided or job.is_dropped:
+        if forward.is_done or job.is_dropped:
             queue.charge((job, spent))
-            return is_decided
+            return forward.is_done
         if queue.has_more_urgent_than(item, spent):
             queue.requeue(item)
             return False
