@@ -250,9 +250,8 @@ class Engine:
             if not job.is_shadow:
                 self._finished[number] += 1
                 self._seconds[number] += item.progress.tokenize_s + item.progress.model_s
-            if others:
-                for fellow, other in zip(item.fellows, others, strict=True):
-                    fellow.job.finish(fellow, other)
+            for fellow, other in zip(item.fellows, others, strict=True):
+                fellow.job.finish(fellow, other)
             if job.finish(item, outcome):
                 ended.append((job, None))
         for item, result in results:
