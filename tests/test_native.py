@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -489,7 +490,7 @@ def decisions_of_a_text(draw: st.DrawFn) -> list[tuple[int, dict[str, Any]]]:
         fields |= {"deepest": draw(st.sampled_from(layers[::-1])), "ask_all": draw(st.booleans())}
         if draw(st.booleans()):  # the distances are about 1
             far = draw(st.lists(st.floats(0.7, 1.1), min_size=layers[-1] + 1, max_size=layers[-1] + 1))
-            fields |= {"far": np.array(far), "tau_factor": draw(st.sampled_from([0.1, 0.95, 1.0]))}
+            fields |= {"far": np.array(far), "tau_factor": draw(st.sampled_from([0.1, 0.7, 0.9]))}
         decisions.append((number, fields | {"states": draw(st.booleans())}))
     return decisions
 
@@ -520,7 +521,7 @@ def states_of(one: Decision) -> Any:
 
 @each
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(
     st.lists(st.tuples(st.integers(1, 70), decisions_of_a_text()), min_size=1, max_size=5),
     st.lists(st.integers(1, 4), min_size=5, max_size=5),
@@ -556,9 +557,11 @@ def test_heads_that_share_a_pass_decide_as_alone(
     ]
     with using(implementation):
         for run, passes in runs:
+            started = perf_counter()
             for number in steps:
                 if left := [one for one in passes if not one.is_done]:
                     run(left, layers=number)
+            assert sum(one.seconds for one in passes) <= perf_counter() - started  # each second counts once
         layers_run = counted.count
         for run, passes in runs:
             for one, (_, heads_of_text) in zip(passes, batch, strict=True):
@@ -894,12 +897,12 @@ def exits_with(hidden: int, num_layers: int, *layers: int) -> Any:
 def test_wrong_arguments_of_a_forward_pass_are_errors_and_leave_nothing_in_use(native: Model) -> None:
     model, exits = native.encoder.layers.model, native.exits.exits  # type: ignore[attr-defined]
     ids, hidden, encoder = np.zeros((1, 2), np.int64), floats(1, 2, 64), native.manifest.encoder
-    buffers = {"logits": floats(4, 2), "distances": floats(4, 2), "far": np.ones(4), "states": floats(3, 64)}
+    buffers = {"weights": np.zeros((4, 5)), "thresholds": np.zeros(2), "far": np.ones(4)}
+    buffers |= {"logits": floats(4, 2), "distances": floats(4, 2), "states": floats(3, 64)}
 
     def decision(**wrong: Any) -> tuple[Any, ...]:
-        fields = {"exits": exits, "tau": 0.0, "signal": 1, "lam": 1.0, "weights": bytes(8 * 5 * 4)}
-        fields |= {"deepest": 3, "ask_all": False, "tau_factor": 1.0, "thresholds": None}
-        fields |= {name: buffers[name] for name in ("far", "logits", "distances", "states")}
+        fields = {"exits": exits, "tau": 0.0, "signal": 1, "lam": 1.0, "weights": buffers["weights"]}
+        fields |= {"deepest": 3, "ask_all": False, "tau_factor": 1.0, **buffers}
         assert wrong.keys() <= fields.keys()
         return tuple((fields | wrong).values())
 
