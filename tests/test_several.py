@@ -45,8 +45,8 @@ Entry = str | dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def heads(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
-    """A store with NAMES in fp32, and in int8 with the ending -int8."""
+def heads(tmp_path_factory: pytest.TempPathFactory, store: Path, encoder: Path) -> Path:
+    """A store with NAMES in fp32, and in int8 with the ending -int8; and other, which has another encoder."""
 
     def make(folder: Path) -> None:
         shutil.copytree(store, folder, dirs_exist_ok=True)
@@ -61,6 +61,7 @@ def heads(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
             de3(f"fit {table} {fit} topics{kind}")
             de3(f"fit {tags} {fit} tags{kind}")
             publish_stars(Store(folder), f"tiny{kind}", f"stars{kind}")
+        de3(f"fit {table} --encoder {encoder} --store {folder} --quantize none --name other")
 
     return made_once(tmp_path_factory, "heads", make)
 
@@ -83,7 +84,7 @@ def publish_stars(store: Store, base: str, name: str) -> None:
 @pytest.fixture(scope="module")
 def server(kernels: Any, heads: Path) -> Iterator[Server]:
     names = [name + kind for kind in KINDS.values() for name in NAMES]
-    with serving(heads, models=names, threads=2) as running:
+    with serving(heads, models=[*names, "other"], threads=2) as running:
         yield running
 
 
@@ -262,13 +263,16 @@ def test_up_to_16_models(server: Server, kind: str) -> None:
     assert same == [result(server.classify(model="tiny" + kind, input=TEXTS[0]).json())] * 16
 
 
-def test_requests_and_texts_are_counted_for_each_model(server: Server, kind: str) -> None:
+@pytest.mark.parametrize("body", [{}, {"tau": 0.2}])
+def test_requests_and_texts_are_counted_for_each_model(
+    server: Server, kind: str, body: dict[str, Any]
+) -> None:
     full_names = [f"{name}{kind}:1" for name in NAMES]
     before = [counts(server, name) for name in full_names]
     for name in NAMES:
-        server.classify(model=name + kind, input=TEXTS, tau=0.2)
+        server.classify(model=name + kind, input=TEXTS, **body)
     between = [counts(server, name) for name in full_names]
-    server.classify(models=named(NAMES, kind), input=TEXTS, tau=0.2)
+    server.classify(models=named(NAMES, kind), input=TEXTS, **body)
     for name, first, second in zip(full_names, before, between, strict=True):
         after = counts(server, name)
         assert {key: value - second[key] for key, value in after.items()} == gained(first, second)
@@ -320,7 +324,8 @@ def test_the_request_log_has_a_line_for_each_model(heads: Path, caplog: pytest.L
 REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"models": ["tiny", "unknown"]}, 404, "models[1].model", "no model 'unknown' is served"),
     ({"models": [{"model": "unknown:2"}]}, 404, "models[0].model", "no model 'unknown:2' is served"),
-    ({"models": ["tiny", "topics-int8"]}, 422, "models[1]", "topics-int8:1 has another"),
+    ({"models": ["tiny", "other"]}, 422, "models[1]", "other:1 has another encoder than tiny:1"),
+    ({"models": ["tiny-int8", "stars"]}, 422, "models[1]", "stars:1 has another runtime than tiny-int8:1"),
     ({"models": ["tiny"] * (MAX_MODELS + 1)}, 422, "models", "17 models; give 1 to 16"),
     ({"models": []}, 422, "models", "0 models; give 1 to 16"),
     ({"models": "tiny"}, 422, "models", "input should be a valid list"),
@@ -454,9 +459,9 @@ def test_a_deeper_model_that_is_loaded_later_runs_the_pass(kernels: Any, heads: 
     with serving(heads, models=names[:1], admin_keys=f"root {KEY}") as server:
         url = f"{server.url}/v1/models/{names[1]}/load"
         assert httpx.post(url, json={}, headers=HEADERS, timeout=60).status_code == 200
-        expected = [result(server.classify(model=name, input=TEXTS).json()) for name in names]
+        expected = [result(server.classify(model=name, input=TEXTS, tau=0).json()) for name in names]
         for order in (1, -1):
-            answer = server.classify(models=names[::order], input=TEXTS).json()
+            answer = server.classify(models=names[::order], input=TEXTS, tau=0).json()
             assert answer["results"] == expected[::order]
 
 
