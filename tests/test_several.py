@@ -280,15 +280,24 @@ def test_requests_and_texts_are_counted_for_each_model(
 
 
 def test_out_of_distribution_texts_go_deeper_for_each_model(kernels: Any, heads: Path) -> None:
-    texts = [*TEXTS[:10], "zzz qqq xxx", *(" ".join([word] * 30) for word in ("the", "film", "good", "plot"))]
+    far = "zzz qqq xxx "
+    texts = [
+        *TEXTS[:10],
+        far,
+        *(" ".join([word] * 30) for word in ("the", "good", "plot")),
+        far * 30 + words(100),
+    ]
+    body = {"input": texts, "explain": True, "long": "windows"}
     names = [name + kind for kind in KINDS.values() for name in NAMES]
     with serving(heads, models=names, threads=1, ood_policy="deepen", tau=0.5) as server:
         for kind in KINDS.values():
-            answer = server.classify(models=named(NAMES, kind), input=texts, explain=True).json()
-            whole = [server.classify(model=n + kind, input=texts, explain=True).json() for n in NAMES]
+            answer = server.classify(models=named(NAMES, kind), **body).json()
+            whole = [server.classify(model=name + kind, **body).json() for name in NAMES]
             assert answer["results"] == [result(one) for one in whole]
-            far = [[row.get("out_of_distribution", False) for row in one["data"]] for one in whole]
-            assert len({tuple(one) for one in far}) > 1 and any(far[0])
+            flags = [[row.get("out_of_distribution", False) for row in one["data"]] for one in whole]
+            assert len({tuple(one) for one in flags}) > 1 and any(flags[0])
+            last = whole[0]["data"][-1]  # its first windows were far, so the last one's τ is lower
+            assert flags[0][-1] and last["windows"]["run"] > 1 and last["exit"]["tau"] == 0.25
 
 
 @pytest.mark.parametrize("settings", [{"audit_share": 1.0, "tau": 0.3}, {"guarantee": 0.2}])
