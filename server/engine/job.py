@@ -242,7 +242,8 @@ class Job:
             if budget_s is not None:
                 firsts = [job.served.timing.predict_first_exit(text.chars, request.windows) for job in team]
                 item.first_exit_s = max(firsts)
-            item.fellows = [job.items[index] for job in self.fellows]
+            if self.fellows:
+                item.fellows = [job.items[index] for job in self.fellows]
             for one in item.fellows:
                 one.progress = item.progress
             self.items.append(item)
