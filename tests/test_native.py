@@ -585,6 +585,27 @@ def test_heads_that_share_a_pass_decide_as_alone(
     assert layers_run == sum(1 + max(d.readings[-1].layer for d in one.decisions) for one in runs[1][1])
 
 
+def test_tau_is_multiplied_only_once_for_a_text_that_is_far_at_every_exit(native: Model) -> None:
+    """The kernels' wrong answers would be rare: the score must be between the two products."""
+    forward = native.encoder.forward
+    assert forward is not None
+    for tau in np.linspace(0.04, 1, 25).tolist():
+        passes, alone = (
+            [
+                ForwardPass(
+                    native.tokenize(text),
+                    [Decision(native.exits, ExitRule(tau, Entropy()), 3, far=np.zeros(4), tau_factor=0.5)],
+                )
+                for text in TEXTS[:20]
+            ]
+            for _ in range(2)
+        )
+        forward(passes)
+        native.encoder.layer_by_layer(alone)
+        for [one], [other] in zip((p.decisions for p in passes), (p.decisions for p in alone), strict=True):
+            assert one.is_far and outcome(one) == outcome(other)
+
+
 def in_c(signal: Signal, passed: list[tuple[list[float], list[float] | None]]) -> float:
     """The kernels' score at the last of these exits; NaN if it has none.
 
