@@ -54,7 +54,7 @@ def sides(store: Path, model: str, options: Sequence[str], before: Path | None) 
     if before is not None:
         # PYTHONPATH, because the processes are forked from a server that imports the modules itself.
         start = ["env", f"PYTHONPATH={before.absolute()}", sys.executable, "-P", "-m", "de3.cli"]
-        command = [*start, *ours(store, model, options=options).command[3:]]
+        command = [*start, *ours(store, model, options=options).command[4:]]
         found.insert(0, Side("before", replace(threads, command=command)))
     return found
 

@@ -6,7 +6,7 @@ without a server.
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -18,6 +18,7 @@ from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.service import Service
 
+NOT_AUDITED = nullcontext()
 # Maximum number of probabilities in a response: in TEI's format, 2 million take 2 s of the event loop and 0.8 GB.
 MAX_PROBS = 2**18
 
@@ -50,9 +51,7 @@ class Inference:
         self.job = job = jobs_of(served, requests, level, self._settle)
         if not job.items:  # a guardrail may be sent only images
             return job
-        with ExitStack() as audits:
-            for one in job.team if service.audits.is_on else ():
-                audits.enter_context(service.audits.watch(one))
+        with service.audits.watch(job) if service.audits.is_on else NOT_AUDITED:
             service.admission.admit(job)
             try:
                 await self._wait(job, self._done, service)

@@ -4,7 +4,7 @@ import ctypes
 from contextlib import suppress
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
-LARGE, KEPT = 2**22, 2**26
+LARGE, KEPT = 2**22, 2**24
 
 
 def keep_large_blocks_apart() -> None:

@@ -147,19 +147,17 @@ class Audits:
 
     @contextmanager
     def watch(self, job: Job) -> Iterator[None]:
-        """Context manager around the run of a job: draws texts to audit before it, and counts the texts after it."""
-        auditor = self.get(job.served)
-        if auditor is None:
-            yield
-            return
-        draw = auditor.draw(job)
+        """Context manager around the run of a job and its fellows: draws texts to audit, and counts them afterwards."""
+        drawn = [(auditor, one, auditor.draw(one)) for one in job.team if (auditor := self.get(one.served))]
         try:
             yield
         except BaseException:
-            if draw is not None:
-                auditor.abandon(job, draw)
+            for auditor, one, draw in drawn:
+                if draw is not None:
+                    auditor.abandon(one, draw)
             raise
-        try:
-            auditor.answered(job, draw)
-        except Exception as error:  # an error here must not fail a request that was answered
-            report("counting_audits", error)
+        for auditor, one, draw in drawn:
+            try:
+                auditor.answered(one, draw)
+            except Exception as error:  # an error here must not fail a request that was answered
+                report("counting_audits", error)

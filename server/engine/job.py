@@ -216,14 +216,15 @@ class Job:
     _lock: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
-        request, team = self.request, self.team
-        self.deepest = _deepest([job.served for job in team])
-        self.encoder = self.deepest.model.encoder
-        budgets = [job.choice.budget_s for job in team if job.choice.budget_s is not None]
-        self.budget_s = budget_s = min(budgets, default=None)
+        request, deepest, budget_s = self.request, self.served, self.choice.budget_s
+        has_codes = self.choice.rule.signal.code is not None
+        for job in self.fellows:
+            deepest = max(deepest, job.served, key=_depth)
+            budget_s = min(filter(None, (budget_s, job.choice.budget_s)), default=None)
+            has_codes &= job.choice.rule.signal.code is not None
+        self.deepest, self.encoder, self.budget_s = deepest, deepest.model.encoder, budget_s
         # A text with a deadline runs alone, so that it can exit after any layer. So does a text whose signal the
         # kernels lack, because it is scored between the layers.
-        has_codes = all(job.choice.rule.signal.code is not None for job in team)
         has_kernels = self.encoder.forward is not None and has_codes
         self.in_groups = has_kernels and budget_s is None and not self.is_shadow
         # A text with a deadline must have an answer at any time. The OOD score and the OOD flag use the readings of all
@@ -232,7 +233,7 @@ class Job:
         self.asks_all_exits = request.explain or request.ood or monitors_ood or budget_s is not None
         if budget_s is not None:
             self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
-        due, self.items, deepest = self.submitted, [], self.deepest
+        due, self.items = self.submitted, []
         for index, text in enumerate(request.texts):
             predicted_s = deepest.timing.predict(text.chars, request.windows)
             due += predicted_s
@@ -240,8 +241,8 @@ class Job:
             if self.in_groups:
                 item.group_s = deepest.group_s(tokens_of(text.chars))
             if budget_s is not None:
-                firsts = [job.served.timing.predict_first_exit(text.chars, request.windows) for job in team]
-                item.first_exit_s = max(firsts)
+                timings = (job.served.timing for job in self.team)
+                item.first_exit_s = max(t.predict_first_exit(text.chars, request.windows) for t in timings)
             if self.fellows:
                 item.fellows = [job.items[index] for job in self.fellows]
             for one in item.fellows:
@@ -357,6 +358,8 @@ def jobs_of(
     requests: the request to each model. Raises RequestError if a model cannot answer the request, or has another
     encoder.
     """
+    if len(served) == 1:
+        return job_of(served[0], requests[0], level, on_done)
     check_encoders([one.model for one in served], [request.where for request in requests])
     fellows = [
         job_of(one, request, level, lambda _: None)
@@ -382,8 +385,8 @@ def check_encoders(models: Sequence[Model], where: Sequence[str] = ()) -> None:
             )
 
 
-def _deepest(served: Sequence[Served]) -> Served:
-    return max(served, key=lambda one: one.model.manifest.num_layers)
+def _depth(served: Served) -> int:
+    return served.model.manifest.num_layers
 
 
 def _flag_of(request: Request, manifest: Manifest, choice: Choice) -> Flag | None:

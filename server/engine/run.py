@@ -68,7 +68,7 @@ def outcomes_of(item: Item) -> list[Outcome]:
 
     If an item is sampled, also adds its first reading to the drift sample.
     """
-    outcomes = [_outcome_of(one) for one in item.team]
+    outcomes = [_outcome_of(item), *map(_outcome_of, item.fellows)]
     item.progress.forward = None
     return outcomes
 

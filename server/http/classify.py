@@ -1,10 +1,11 @@
 """The JSON protocol of /classify, a superset of vLLM's and SGLang's."""
 
 import time
+from typing import Any
 
 import orjson
 
-from de3.server.answer import Envelope, ModelResult, row_of
+from de3.server.answer import ModelResult, row_of
 from de3.server.classification import Classification, ClassifyRequest, request_of
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
@@ -40,15 +41,17 @@ def serialize(request_id: str, job: Job) -> bytes:
         return sglang.serialize(request_id, job)
     assert isinstance(request, Classification)
     tokens = job.tokens
-    whole: Envelope = {
+    body: dict[str, Any] = {
         "id": f"classify-{request.id or request_id}",
         "object": "list",
         "created": int(time.time()),
-        "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }
     if request.models:
-        return orjson.dumps({**whole, "results": [_result(one) for one in job.team]})
-    return orjson.dumps({**whole, **_result(job)})
+        body["results"] = [_result(one) for one in job.team]
+    else:
+        body |= _result(job)
+    body["usage"] = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+    return orjson.dumps(body)
 
 
 def _result(job: Job) -> ModelResult:
