@@ -27,7 +27,6 @@ class Reading:
         score: the signal's score at this exit, in [0, 1]; None if it was not computed or is not defined.
         labels: the labels of a multi-label model that are above their thresholds; None in other models.
         value: the answer of a regression model; None in a model with classes.
-        distances: cosine distances to the prototypes, (K,); None at an exit without prototypes.
     """
 
     layer: int
@@ -41,7 +40,6 @@ class Reading:
     score: float | None = None
     labels: list[int] | None = None
     value: float | None = None
-    distances: list[float] | None = None
 
     @property
     def answer(self) -> Answer:
@@ -81,7 +79,7 @@ def read(layer: int, logits: list[float], distances: list[float] | None) -> Read
     r1, r2 = min(max(distances[label], 0.0), 2.0), min(max(distances[second], 0.0), 2.0)
     largest = r1 if r1 > r2 else r2
     ratio = 0.5 * (1.0 + (r1 - r2) / largest) if largest else 0.5
-    return Reading(layer, logits, probs, label, margin, entropy, ratio, min(distances), distances=distances)
+    return Reading(layer, logits, probs, label, margin, entropy, ratio, min(distances))
 
 
 def read_labels(layer: int, logits: list[float], thresholds: Sequence[float]) -> Reading:

@@ -34,7 +34,8 @@ class Decision:
             they are not needed.
         reason: why the sample exited; None before it exits.
         seconds: compute time of the sample until its exit.
-        readings: scored readings of the computed exits, the last one at the exit; in the kernels, empty until it exits.
+        readings: scored readings of the computed exits, the last one at the exit. In the kernels, empty until it exits,
+            and without `ask_all` only the last has logits, probs, labels and a value.
         logits, distances: in the kernels, (num_layers + 1, K), index = layer; zeros where no exit was computed.
     """
 
@@ -218,7 +219,8 @@ def _leave(
     rows: list[tuple[Any, ...]],
 ) -> None:
     """Record the kernels' decision. before: seconds of earlier calls. rows: as `native/python.c` returns them."""
-    one.readings = [_reading(one, *row) for row in rows]
+    last = len(rows) - 1
+    one.readings = [_reading(one, one.ask_all or i == last, *row) for i, row in enumerate(rows)]
     one.seconds = before + seconds
     if is_far:
         one.mark_ood()
@@ -228,15 +230,15 @@ def _leave(
         one.reason = "threshold" if is_below_tau else "max_layer"
 
 
-def _reading(one: Decision, layer: int, *values: Any) -> Reading:
+def _reading(one: Decision, is_whole: bool, layer: int, *values: Any) -> Reading:
     """The reading of an exit. values: label, margin, entropy, distance ratio, nearest distance, score and probs."""
     label, margin, entropy, ratio, nearest, score, probs = values
+    if not is_whole:
+        return Reading(layer, [], [], label, margin, entropy, ratio, nearest, score)
     logits, thresholds = one.logits[layer].tolist(), one.rule.thresholds
     reading = Reading(layer, logits, probs, label, margin, entropy, ratio, nearest, score)
     if len(logits) == 1:
         reading.value = logits[0]
     elif thresholds is not None:
         reading.labels = [k for k, limit in enumerate(thresholds.logits) if logits[k] > limit]
-    elif nearest is not None:
-        reading.distances = one.distances[layer].tolist()
     return reading

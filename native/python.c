@@ -567,12 +567,13 @@ static PyObject *probability_list(const Reading *reading, const float *logits, c
     return list;
 }
 
-/* [(layer, label, margin, entropy, distance_ratio, nearest, score, probabilities)], a tuple for each computed exit. */
+/* [(layer, label, margin, entropy, distance_ratio, nearest, score, probabilities)], a tuple for each computed exit.
+ * Unless all exits were asked for, only the last has probabilities: with 150 labels they take as long as a layer. */
 static PyObject *reading_list(const Decision *d) {
     PyObject *list = PyList_New(d->num_readings);
     for (int i = 0; list != NULL && i < d->num_readings; i++) {
         const Reading *r = &d->readings[i];
-        int num_labels = d->exits->at[r->layer].num_labels;
+        int num_labels = d->ask_all || i == d->num_readings - 1 ? d->exits->at[r->layer].num_labels : 0;
         PyObject *row = Py_BuildValue(
             "iiddNNNN", r->layer, r->label, r->margin, r->entropy, number_or_none(r->distance_ratio),
             number_or_none(r->nearest), number_or_none(r->score),

@@ -1,9 +1,10 @@
 """The answer to a classified text: its fields, from which /openapi.json is made, and their values."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import isnan
 from typing import Annotated, Any, Literal, NotRequired
 
+import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict only since Python 3.12
 
@@ -16,6 +17,7 @@ from de3.server.engine.outcome import Outcome
 from de3.server.options import SignalName
 
 DECIMALS = 6  # decimal places of the probabilities in an answer
+MANY, TIE = 16, 1e-6  # see rounded
 DISPLAY_LAM = 1.0  # λ of the reported EDR if the signal has no λ, or λ = 0
 
 
@@ -287,8 +289,13 @@ def _or_none(number: float | None) -> float | None:
     return None if number is None or isnan(number) else number
 
 
-def rounded(probs: Iterable[float]) -> list[float]:
+def rounded(probs: Sequence[float]) -> list[float]:
     """Probabilities as they are sent, with 6 decimals; decisions need the unrounded ones."""
+    if len(probs) >= MANY:  # NumPy takes a sixth of the time, but is not exact near the middle of two results
+        scaled = np.array(probs) * 10.0**DECIMALS
+        if (np.abs(scaled % 1 - 0.5) > TIE).all():
+            few: list[float] = (np.rint(scaled) / 10.0**DECIMALS).tolist()
+            return few
     return [round(prob, DECIMALS) for prob in probs]
 
 
