@@ -12,6 +12,7 @@ from de3.exits.reading import Reading
 from de3.model_store.manifest import Manifest, Reference
 
 WINDOW = 500  # texts; with fewer, a change is hard to distinguish from noise
+STATISTICS_S = 2.0  # the processes' metrics are read twice a second
 MAX_PER_S = 200  # texts sampled for drift each second: enough, and cheap under any load
 # Factor applied to τ from the first exit at which a text is far from every prototype. Running such texts to full depth
 # would halve the speed-up in their domain, and was measured to be hardly more accurate (lab/docs/experiments/drift.md).
@@ -29,6 +30,8 @@ class Drift:
         self._expected = {name: getattr(expected, name) for name in ("entropy", "distance_ratio", "nearest")}
         self._window: deque[Reading] = deque(maxlen=WINDOW)
         self._next = 0.0
+        self._statistics: dict[tuple[str, str], float] = {}
+        self._computed = -math.inf
 
     def wants(self) -> bool:
         """True if it is time to sample another text."""
@@ -43,11 +46,11 @@ class Drift:
         self._window.append(reading)
 
     def statistics(self) -> dict[tuple[str, str], float]:
-        """The drift by signal and statistic (psi, ks); empty until the window is full."""
-        readings = list(self._window)
-        if len(readings) < WINDOW:
-            return {}
-        statistics = {}
+        """The drift by signal and statistic (psi, ks), at most STATISTICS_S old; empty until the window is full."""
+        readings, now = list(self._window), perf_counter()
+        if len(readings) < WINDOW or now < self._computed + STATISTICS_S:
+            return self._statistics
+        self._computed, self._statistics = now, (statistics := {})
         for signal, expected in self._expected.items():
             values = [float(getattr(r, signal)) for r in readings]
             statistics[signal, "psi"] = reference.psi(values, expected)
