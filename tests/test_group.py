@@ -71,14 +71,15 @@ class Steps:
 def answers(results: dict[Item, Result], number: int = 0) -> dict[str, Any]:
     """The exit layer, reason, τ, OOD flag and readings of each text, bit for bit, by text.
 
-    number: index of the model among those that answer on one pass.
+    Of the exits before the last, the kernels give only what decides. number: index of the model among those that answer on one pass.
     """
     found = {}
     for item, outcomes in results.items():
         assert isinstance(outcomes, list)
         outcome = outcomes[number]
         decision = outcome.layer, outcome.reason, outcome.rule.tau, outcome.is_far
-        found[item.text.text] = decision, outcome.passed
+        before = [(r.layer, r.label, r.margin, r.score, r.nearest) for r in outcome.passed[:-1]]
+        found[item.text.text] = decision, before, outcome.passed[-1]
     return found
 
 

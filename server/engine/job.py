@@ -79,7 +79,8 @@ class Item:
         monitor = self.job.monitor
         self.is_short = self.text.chars <= 2 * PIECE
         self.is_sampled = monitor is not None and monitor.samples()
-        self.asks_all_exits = self.job.asks_all_exits or self.is_sampled
+        # Above τ = 0, every exit that the text passes is evaluated in any case.
+        self.asks_all_exits = self.job.asks_all_exits or (self.is_sampled and self.job.choice.rule.tau == 0)
         self.progress = Progress()
 
     @property
