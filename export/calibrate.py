@@ -116,8 +116,8 @@ def calibrate(
             if recorded.original is None
             else round(float(recorded.differs[:, -1].mean()), 6),
             "exit_accuracy": recorded.correct.mean(0).tolist(),
-            "default": rounded(default),
-            "table": [rounded(row) for table in tables.values() for row in table],
+            "default": as_fields(default),
+            "table": [as_fields(row) for table in tables.values() for row in table],
             "references": references(recorded),
             "tokens": None if recorded.tokens is None else quantiles(recorded.tokens),
         }
@@ -237,7 +237,7 @@ def references(certified: Recorded) -> list[dict[str, Any]]:
     return references
 
 
-def rounded(outcome: TradeOff) -> dict[str, Any]:
+def as_fields(outcome: TradeOff) -> dict[str, Any]:
     """The fields of an outcome, rounded to six decimals, which is finer than their precision."""
 
     def rounded(value: Any) -> Any:

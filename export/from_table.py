@@ -21,7 +21,7 @@ from de3.export import label_report, states
 from de3.export.calibrate import CalibrationPart, calibrate
 from de3.export.exporter import ExportSettings
 from de3.export.labels import FOLDS, Fitted, fit_labels
-from de3.export.publish import rounded, write_exits
+from de3.export.publish import as_stored, write_exits
 from de3.export.record import record
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.manifest import Defaults, Manifest, RiskWeights
@@ -75,7 +75,7 @@ def fit_table(
         del model  # frees its memory
         target = Target(None, logit_thresholds(thresholds), None, _label_rows(fitting, len(names)))
         texts = TrainingSet(target, groups, computed.states)
-        as_served = partial(rounded, precision=base.manifest.precision)
+        as_served = partial(as_stored, precision=base.manifest.precision)
         fitted = fit_labels(base.manifest.num_layers, texts, fold, poolings, as_served)
     fields = {
         "name": settings.name,

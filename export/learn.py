@@ -16,7 +16,7 @@ from de3.exits.recorded import Recorded
 from de3.export import fit
 from de3.export.calibrate import Calibrated, calibrate
 from de3.export.fit import Exits
-from de3.export.publish import rounded, write_exits
+from de3.export.publish import as_stored, write_exits
 from de3.export.records import check, exits_of, opened, part_of, texts_of, thinned
 from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.records import Records
@@ -74,7 +74,7 @@ def fit_exits(
     axes: fit.Axes = {}
     pooling, ridges, start = fit.choose(layers, texts, SEED, axes, ("mean",))
     exits = fit.fit_with(texts, pooling, ridges, SEED, start, axes)
-    as_served = partial(rounded, precision=manifest.precision)
+    as_served = partial(as_stored, precision=manifest.precision)
     fold = np.random.default_rng(SEED).permutation(int(texts.groups.max()) + 1)[texts.groups] % FOLDS
     cross_fitted = fit.cross_fitted(texts, exits, ridges, SEED, axes, fold, as_served)
     exits = as_served(exits)

@@ -57,7 +57,7 @@ def write_exits(base: Artifact, exits: Exits, draft: Draft, **fields: Any) -> Ma
     return manifest_of(architecture, draft, **{"name": manifest.name, **kept, **fields})
 
 
-def rounded(exits: Exits, precision: Precision) -> Exits:
+def as_stored(exits: Exits, precision: Precision) -> Exits:
     """The exits as an artifact stores them: in int8, the weights of their prototypical networks are rounded."""
     if precision == "fp32":
         return exits

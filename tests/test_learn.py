@@ -32,7 +32,7 @@ from de3.exits.signals import Entropy
 from de3.export import fit
 from de3.export import learn as learning
 from de3.export.classifier import Stock, convert
-from de3.export.publish import rounded
+from de3.export.publish import as_stored
 from de3.export.records import opened, thinned
 from de3.export.records import texts_of as training_set
 from de3.model_store import records as files
@@ -459,7 +459,7 @@ def test_the_model_answers_as_the_fit_measured(
     assert max(worst) < 0.05 and np.mean(worst) < 0.005
     weight, bias = fitted.exits.spaces[0]
     exits = fit.Exits("mean", [], [(weight, bias), (weight**3, bias)], [])
-    same, other = (space for space, _ in rounded(exits, model.manifest.precision).spaces)
+    same, other = (space for space, _ in as_stored(exits, model.manifest.precision).spaces)
     np.testing.assert_allclose(same, weight, rtol=1e-5, atol=1e-9)  # already what int8 stores
     assert not np.allclose(other, weight**3, rtol=1e-5, atol=1e-9)
 

@@ -13,6 +13,8 @@ from typing import Any, get_args
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from de3.client import Exit
 from de3.exits.reading import read
@@ -20,6 +22,7 @@ from de3.exits.signals import Signal, edr
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.server import infer
+from de3.server.answer import rounded
 from de3.server.errors import Cause, RequestError
 from de3.server.http.errors import STATUSES
 from de3.server.options import ExitOptions
@@ -29,6 +32,16 @@ from tests.fixtures import make_rows
 from tests.serving import Server, serving, until
 
 TEXTS = [text for text, _ in make_rows(120, 11)]
+
+
+PROBS = st.floats(0, 1) | st.integers(0, 10**6 - 1).map(
+    lambda k: (k + 0.5) / 10**6
+)  # some between two results
+
+
+@given(st.lists(PROBS, max_size=40))
+def test_probabilities_are_rounded_as_python_rounds(probs: list[float]) -> None:
+    assert rounded(probs) == [round(prob, 6) for prob in probs]
 
 
 @pytest.fixture(scope="module")
