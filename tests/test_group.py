@@ -71,7 +71,8 @@ class Steps:
 def answers(results: dict[Item, Result], number: int = 0) -> dict[str, Any]:
     """The exit layer, reason, τ, OOD flag and readings of each text, bit for bit, by text.
 
-    Of the exits before the last, the kernels give only what decides. number: index of the model among those that answer on one pass.
+    Of the exits before the last, the kernels give only what decides. number: index of the model among those that answer
+    on one pass.
     """
     found = {}
     for item, outcomes in results.items():
