@@ -155,7 +155,7 @@ class _Loaded:
             served.monitor.drift = None  # nothing reads it
         self._all = [loaded[one.path] for one in artifacts]
         with _input_errors():
-            jobs_of(self._all, _request_of(fields).for_models(), 0, lambda _: None)
+            jobs_of(self._all, _request_of(fields), 0, lambda _: None)
         self._engine = Engine(settings.engine_threads(), sys.maxsize)
         self._engine.start()
         self._pid = os.getpid()
@@ -284,7 +284,7 @@ class _Loaded:
                         break
                     done = _Done()
                     part = replace(request, texts=texts, indices=indices)
-                    job = jobs_of(self._all, part.for_models(), 0, done)
+                    job = jobs_of(self._all, part, 0, done)
                     self._engine.submit(job)
                     running.append((job, done))
                     if len(running) > 1:

@@ -193,7 +193,15 @@ static void pool(const float *rows, int tokens, int hidden, const Norm *norm, in
     else memcpy(to, normed(rows, 1, hidden, norm, space), (size_t)hidden * 4);
 }
 
-int run_exit(const Exits *e, int layer, const float *hidden_states, int tokens, float *logits, float *distances) {
+static int has_head(const Exits *e, int layer) { return layer == e->num_layers && e->head.dense; }
+
+/* True if an exit begins with the mean of the tokens as they are. */
+static int takes_mean(const Exits *e, int layer) {
+    return !e->at[layer].norm.scale && (has_head(e, layer) ? e->head.has_mean : e->has_mean);
+}
+
+int run_exit(const Exits *e, int layer, const float *hidden_states, int tokens, const float *mean, float *logits,
+             float *distances) {
     const Kernels *k = kernels;
     const ExitHead *head = &e->at[layer];
     int hidden = e->hidden, metric = head->metric;
@@ -201,14 +209,17 @@ int run_exit(const Exits *e, int layer, const float *hidden_states, int tokens, 
     size_t quantized = ROUND_UP(quantized_size(1, hidden), 64), rows = head->norm.scale ? (size_t)tokens * hidden * 4 : 0;
     char *memory = scratch(2 * states + space + quantized + rows);
     if (memory == NULL) return -1;
-    float *pooled = (float *)memory, *embedded = (float *)(memory + states);
-    float *features = (float *)(memory + states + space); /* input of the classifier */
+    float *own = (float *)memory, *embedded = (float *)(memory + states);
+    float *top = (float *)(memory + states + space);
 
-    int has_head = layer == e->num_layers && e->head.dense;
-    pool(hidden_states, tokens, hidden, &head->norm, has_head ? e->head.has_mean : e->has_mean,
-         (float *)(memory + 2 * states + space + quantized), pooled);
-    if (has_head) run_head(&e->head, pooled, hidden, features);
-    else features = pooled;
+    if (mean == NULL)
+        pool(hidden_states, tokens, hidden, &head->norm, has_head(e, layer) ? e->head.has_mean : e->has_mean,
+             (float *)(memory + 2 * states + space + quantized), own);
+    const float *pooled = mean ? mean : own, *features = pooled; /* features: input of the classifier */
+    if (has_head(e, layer)) {
+        run_head(&e->head, pooled, hidden, top);
+        features = top;
+    }
     int is_finite = 1;
     for (int i = 0; i < head->num_labels; i++) {
         logits[i] = head->bias[i] + k->dot(features, head->classifier + (size_t)i * hidden, hidden);
@@ -278,16 +289,21 @@ static int keep_states(int layer, const float *rows, int tokens, Decision *d) {
 }
 
 /* Let every model that has not decided about a text do so after a layer; returns the number that are still undecided,
- * or -1 if memory runs out. end: the time at the end of the layer, afterwards of the exits. */
-static int decide(int layer, const float *rows, Pass *p, double *end) {
-    int undecided = 0;
+ * or -1 if memory runs out. mean: space for the mean of the tokens (hidden), which the exits share. end: the time at the
+ * end of the layer, afterwards of the exits. */
+static int decide(int layer, const float *rows, Pass *p, float *mean, double *end) {
+    int undecided = 0, has_mean = 0;
     for (int i = 0; i < p->num_decisions; i++) {
         Decision *d = &p->decisions[i];
         if (d->exit_layer >= 0) continue;
         if (d->states && layer < d->exits->num_layers && keep_states(layer, rows, p->tokens, d)) return -1;
         if (is_asked(layer, d)) {
             size_t at = (size_t)layer * d->exits->at[layer].num_labels;
-            if (run_exit(d->exits, layer, rows, p->tokens, d->logits + at, d->distances + at)) return -1;
+            int shares = takes_mean(d->exits, layer);
+            if (shares && !has_mean) kernels->mean(rows, p->tokens, d->exits->hidden, mean);
+            has_mean |= shares;
+            if (run_exit(d->exits, layer, rows, p->tokens, shares ? mean : NULL, d->logits + at, d->distances + at))
+                return -1;
             decide_exit(layer, d);
             double asked = now();
             p->seconds += asked - *end;
@@ -302,7 +318,8 @@ static int decide(int layer, const float *rows, Pass *p, double *end) {
 int run_passes(const Model *m, Pass *passes, int count, int first, int last) {
     size_t hidden = m->hidden, total = 0, row = 0;
     for (int i = 0; i < count; i++) total += passes[i].tokens;
-    float *rows = aligned_alloc(64, ROUND_UP(total * hidden * 4, 64));
+    /* The rows, then space for the mean of a text's. */
+    float *rows = aligned_alloc(64, ROUND_UP((total + 1) * hidden * 4, 64)), *mean = rows ? rows + total * hidden : NULL;
     Pass *texts[MAX_PASSES]; /* the texts that have not exited, and their numbers of tokens */
     int tokens[MAX_PASSES], failed = rows == NULL;
     for (int i = 0; i < count && !failed; i++) {
@@ -325,7 +342,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last) {
             Pass *p = texts[i];
             size_t size = p->tokens * hidden;
             p->seconds += each * p->tokens;
-            int undecided = decide(layer, from, p, &end);
+            int undecided = decide(layer, from, p, mean, &end);
             failed = undecided < 0;
             if (undecided > 0) { /* close the gaps that exited texts leave */
                 if (to != from) memmove(to, from, size * 4);

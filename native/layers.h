@@ -19,8 +19,9 @@ int run_embeddings(const Model *m, const int64_t *ids, const int64_t *types, int
 int run_layer(const Model *m, int layer, const float *from, const int *tokens, int count, float *to);
 
 /* Hidden states (tokens, hidden) → logits and cosine distances to the prototypes (num_labels) of a layer's exit.
- * Without a metric space, distances are not used. */
-int run_exit(const Exits *e, int layer, const float *hidden, int tokens, float *logits, float *distances);
+ * Without a metric space, distances are not used. mean: the mean of the tokens, for an exit that takes_mean; or NULL. */
+int run_exit(const Exits *e, int layer, const float *hidden, int tokens, const float *mean, float *logits,
+             float *distances);
 
 /* The decision of one model about a text: where the text exits, and the readings there. */
 typedef struct {

@@ -463,7 +463,7 @@ static PyObject *py_run_exit(PyObject *self, PyObject *args) {
              (!head->metric || holds(distances, labels, 4, "distances"));
         if (ok) {
             Py_BEGIN_ALLOW_THREADS;
-            failed = run_exit(e, number, from->buf, (int)tokens, logits->buf, distances->buf);
+            failed = run_exit(e, number, from->buf, (int)tokens, NULL, logits->buf, distances->buf);
             Py_END_ALLOW_THREADS;
             ok = require(!failed, "out of memory");
         }

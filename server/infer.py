@@ -13,7 +13,7 @@ from time import perf_counter
 from de3.exits.reading import differs
 from de3.model_store.manifest import Manifest
 from de3.server.engine.job import Job, check_texts, jobs_of
-from de3.server.engine.request import Request
+from de3.server.engine.request import Entry, Request
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.service import Service
@@ -43,12 +43,11 @@ class Inference:
         Raises RequestError if the request is refused or times out, or the error of a text that fails the job.
         """
         service.check_open()
-        requests = self.request.for_models()
-        self.served = served = [_model_of(one, service) for one in requests]
+        self.served = served = [_model_of(one, self.request, service) for one in self.request.entries]
         _check_response(self.request, [one.model.manifest for one in served])
         level = service.admission.level
         self._done = asyncio.get_running_loop().create_future()
-        self.job = job = jobs_of(served, requests, level, self._settle)
+        self.job = job = jobs_of(served, self.request, level, self._settle)
         if not job.items:  # a guardrail may be sent only images
             return job
         with service.audits.watch(job) if service.audits.is_on else NOT_AUDITED:
@@ -94,11 +93,11 @@ class Inference:
             self.job = None
 
 
-def _model_of(request: Request, service: Service) -> Served:
+def _model_of(entry: Entry, request: Request, service: Service) -> Served:
     try:
-        return service.models.get(request.model, request.fits, request.needs_a_set_default)
+        return service.models.get(entry.model, request.fits, request.needs_a_set_default)
     except RequestError as error:
-        raise error.inside(request.where) from None
+        raise error.inside(entry.where) from None
 
 
 def _check_response(request: Request, manifests: Sequence[Manifest]) -> None:
@@ -144,7 +143,7 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
 
     try:
         check_texts(job.request, shadow)
-        choice = shadow.rules.choose(job.request.options, level)
+        choice = shadow.rules.choose(job.options, level)
         request = Request(job.request.texts, windows=job.request.windows)
         second = Job(shadow, replace(choice, budget_s=None), request, compare, is_shadow=True)
         service.engine.submit(second)

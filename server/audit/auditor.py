@@ -216,7 +216,7 @@ class Auditor:
 
     def draw(self, job: Job) -> Draw | None:
         """Draw texts to audit from a job that is about to be submitted; None if its request sets exit options."""
-        if job.request.options != NO_OPTIONS:
+        if job.options != NO_OPTIONS:
             return None
         tenant = self._tenant(self._name(job))
         share = self._share_of(tenant, job.choice.rule.tau)

@@ -15,11 +15,12 @@ from de3.model_store.segments import Array, Tokens
 from de3.model_store.tokenizer import PIECE, Windows
 from de3.server.engine.outcome import Outcome
 from de3.server.engine.progress import Progress, WindowProgress
-from de3.server.engine.request import Request, Text
+from de3.server.engine.request import Entry, Request, Text
 from de3.server.engine.served import MAX_STEP_S, Served
 from de3.server.engine.timing import tokens_of
 from de3.server.errors import RequestError
 from de3.server.ood import OodMonitor
+from de3.server.options import ExitOptions
 from de3.server.rules import Choice
 
 # Seconds from the last layer to the first byte of the response: a part per request, and a part per text.
@@ -178,6 +179,7 @@ class Job:
         on_done: called through the engine's `dispatch`: with None once every item has finished, or with the error of an
             item, perhaps more than once. If the job is dropped for another reason, it may never be called.
         is_shadow: background job; it runs while nothing else is pending, and its answers are not returned.
+        own_options: exit options of this model, if several answer; None: those of the request.
         fellows: jobs of other models, with the same texts, that are answered on this job's pass.
         in_groups: its texts may run in groups.
         asks_all_exits: every exit is evaluated, even those at which its items cannot exit.
@@ -198,6 +200,7 @@ class Job:
     request: Request
     on_done: Callable[[Exception | None], None]
     is_shadow: bool = False
+    own_options: ExitOptions | None = None
     fellows: Sequence["Job"] = ()
     submitted: float = field(default_factory=perf_counter)
     items: list[Item] = field(init=False)
@@ -255,6 +258,11 @@ class Job:
     def model(self) -> Model:
         """The model that runs the job."""
         return self.served.model
+
+    @property
+    def options(self) -> ExitOptions:
+        """The exit options that the client has set."""
+        return self.request.options if self.own_options is None else self.own_options
 
     @property
     def team(self) -> list["Job"]:
@@ -328,11 +336,12 @@ class Job:
 def job_of(
     served: Served,
     request: Request,
+    entry: Entry,
     level: int,
     on_done: Callable[[Exception | None], None],
     fellows: Sequence[Job] = (),
 ) -> Job:
-    """Create the job of a request to a model; raises RequestError if the model cannot answer the request.
+    """Create the job of a request to one of its models; raises RequestError if the model cannot answer the request.
 
     Limits `request.windows` to the model's maximum. level: load level, which sets the default τ. on_done, fellows: see
     Job.
@@ -342,31 +351,32 @@ def job_of(
     request.windows = min(request.windows, most_windows(manifest.max_tokens))
     check_texts(request, served)
     try:
-        choice = served.rules.choose(request.options, level, request.tenant)
+        choice = served.rules.choose(entry.options, level, request.tenant)
     except RequestError as error:
-        raise error.inside(request.where) from None
-    return Job(served, choice, request, on_done, fellows=fellows, flag=_flag_of(request, manifest, choice))
+        raise error.inside(entry.where) from None
+    flag = _flag_of(request, manifest, choice)
+    return Job(served, choice, request, on_done, own_options=entry.options, fellows=fellows, flag=flag)
 
 
 def jobs_of(
     served: Sequence[Served],
-    requests: Sequence[Request],
+    request: Request,
     level: int,
     on_done: Callable[[Exception | None], None],
 ) -> Job:
     """Create the jobs of a request to models that have the same encoder; returns the first, with its fellows.
 
-    requests: the request to each model. Raises RequestError if a model cannot answer the request, or has another
+    served: the models of `request.entries`. Raises RequestError if a model cannot answer the request, or has another
     encoder.
     """
-    if len(served) == 1:
-        return job_of(served[0], requests[0], level, on_done)
-    check_encoders([one.model for one in served], [request.where for request in requests])
+    entries = request.entries
+    if len(served) > 1:
+        check_encoders([one.model for one in served], [entry.where for entry in entries])
     fellows = [
-        job_of(one, request, level, lambda _: None)
-        for one, request in zip(served[1:], requests[1:], strict=True)
+        job_of(one, request, entry, level, lambda _: None)
+        for one, entry in zip(served[1:], entries[1:], strict=True)
     ]
-    return job_of(served[0], requests[0], level, on_done, fellows)
+    return job_of(served[0], request, entries[0], level, on_done, fellows)
 
 
 def check_encoders(models: Sequence[Model], where: Sequence[str] = ()) -> None:

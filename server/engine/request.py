@@ -1,8 +1,8 @@
 """A request, independent of its protocol: the texts to classify, and their options."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 from de3.model_store.manifest import Manifest
 from de3.server.options import NO_OPTIONS, ExitOptions
@@ -19,6 +19,18 @@ class Text:
     def chars(self) -> int:
         """Number of characters; for a pair, of both texts together."""
         return len(self.text) + (len(self.text_pair) if self.text_pair else 0)
+
+
+class Entry(NamedTuple):
+    """A model that is to answer a request (None: the default), and its exit options.
+
+    Attributes:
+        where: the entry in `models`, for error messages; empty without `models`.
+    """
+
+    model: str | None
+    options: ExitOptions
+    where: str
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +55,6 @@ class Request:
         keeps_errors: the RequestError of a text, such as one that is too long, is recorded in the text's item, and the
             other texts are still answered; any other error fails the whole job. If false, every error does.
         models: the models that all answer, on one pass, each with its options; empty: `model` answers, with `options`.
-        where: this model's entry in `models`, for error messages; empty without `models`.
     """
 
     input_name: ClassVar[str] = "input"
@@ -62,16 +73,13 @@ class Request:
     expires_at: float | None = None
     keeps_errors: bool = False
     models: Sequence[tuple[str, ExitOptions]] = ()
-    where: str = ""
 
-    def for_models(self) -> "Sequence[Request]":
-        """The request to each of its models."""
+    @property
+    def entries(self) -> list[Entry]:
+        """The models that are to answer."""
         if not self.models:
-            return [self]
-        return [
-            replace(self, model=name, options=options, where=f"models[{i}]")
-            for i, (name, options) in enumerate(self.models)
-        ]
+            return [Entry(self.model, self.options, "")]
+        return [Entry(name, options, f"models[{i}]") for i, (name, options) in enumerate(self.models)]
 
     def fits(self, manifest: Manifest) -> bool:
         """True if the model can answer this kind of request; chooses the model if a request does not name one."""
