@@ -815,8 +815,8 @@ class Answering(Auditor):
             for _ in is_drawn
         ]
         choice = SimpleNamespace(rule=SimpleNamespace(tau=tau))
-        request = SimpleNamespace(options=NO_OPTIONS, tenant=tenant)
-        job: Any = SimpleNamespace(client="one", items=items, choice=choice, request=request)
+        request, options = SimpleNamespace(tenant=tenant), NO_OPTIONS
+        job: Any = SimpleNamespace(client="one", items=items, choice=choice, request=request, options=options)
         self._random = SimpleNamespace(random=lambda: 1.0 - next(texts))  # type: ignore[assignment]
         draw = self.draw(job)
         if fails:

@@ -179,8 +179,8 @@ class Job:
         on_done: called through the engine's `dispatch`: with None once every item has finished, or with the error of an
             item, perhaps more than once. If the job is dropped for another reason, it may never be called.
         is_shadow: background job; it runs while nothing else is pending, and its answers are not returned.
-        own_options: exit options of this model, if several answer; None: those of the request.
         fellows: jobs of other models, with the same texts, that are answered on this job's pass.
+        own_options: exit options of this model, if several answer; None: those of the request.
         in_groups: its texts may run in groups.
         asks_all_exits: every exit is evaluated, even those at which its items cannot exit.
         is_dropped: its result is no longer needed.
@@ -200,8 +200,8 @@ class Job:
     request: Request
     on_done: Callable[[Exception | None], None]
     is_shadow: bool = False
-    own_options: ExitOptions | None = None
     fellows: Sequence["Job"] = ()
+    own_options: ExitOptions | None = None
     submitted: float = field(default_factory=perf_counter)
     items: list[Item] = field(init=False)
     in_groups: bool = field(init=False)
