@@ -323,7 +323,8 @@ def encoder_hashes(manifest: Manifest) -> list[str]:
     """
     hashes: list[str] = []
     for layer, name in enumerate(manifest.segment_files()):
-        before = hashes[-1] if hashes else f"{manifest.files[TOKENIZER].sha256} {manifest.max_tokens}"
+        start = f"{manifest.files[TOKENIZER].sha256} {manifest.max_tokens} {manifest.has_old_exits}"
+        before = hashes[-1] if hashes else start
         encoder = manifest.encoder.up_to(layer).model_dump_json()
         parts = (before, manifest.precision, encoder, manifest.files[name].sha256)
         hashes.append(hashlib.sha256(" ".join(parts).encode()).hexdigest())

@@ -185,6 +185,10 @@ class Model:
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise StoreError(f"{self.path}: not a model that ONNX Runtime can run: {error}") from None
 
+    def can_run(self, other: "Model") -> bool:
+        """True if another model can answer on this one's passes."""
+        return self.encoder.has(other.hashes) and self.runtime == other.runtime
+
     def tokenize(self, text: str, text_pair: str | None = None, truncate: bool = True) -> Tokens:
         """Tokens of a text or pair, truncated to the model's maximum at the end of the longer text.
 

@@ -21,6 +21,7 @@ from de3.model_store.manifest import (
     SCHEMA_VERSION,
     TOKENIZER,
     VERSION,
+    FileEntry,
     Manifest,
 )
 from de3.model_store.part import MAX_INT, first_error
@@ -253,15 +254,28 @@ class Draft:
     def _link(self, manifest: Manifest) -> None:
         """Replace files by links to equal files in the store, where the file system allows it."""
         names = {entry.sha256: name for name, entry in manifest.files.items()}
-        for file in sorted(self.model_path.parent.glob(f"*/*/{MANIFEST}")):
-            with suppress(StoreError):
-                other = Artifact(file.parent, read_manifest(file.parent))
-                for theirs, entry in other.manifest.files.items():
-                    if entry.sha256 in names:
-                        other.read(theirs)  # it might be damaged
-                        with suppress(OSError):
-                            os.link(file.parent / theirs, new := self.path / ".link")
-                            new.replace(self.path / names.pop(entry.sha256))
+        link = self.path / ".link"
+        with suppress(
+            OSError
+        ):  # the store's file system has no links, or a version was removed in the meantime
+            for file in sorted(self.model_path.parent.glob(f"*/*/{MANIFEST}")):
+                with suppress(StoreError):
+                    for theirs, entry in read_manifest(file.parent).files.items():
+                        if entry.sha256 in names:
+                            os.link(file.parent / theirs, link)
+                            ours = self.path / names[entry.sha256]
+                            if _are_alike(link, ours, entry):
+                                link.replace(self.path / names.pop(entry.sha256))
+                            link.unlink(missing_ok=True)
+
+
+def _are_alike(link: Path, ours: Path, entry: FileEntry) -> bool:
+    """True if a linked file has the content that its manifest says, and the owner and mode of ours."""
+    a, b = link.lstat(), ours.lstat()
+    if (a.st_mode, a.st_uid, a.st_size) != (b.st_mode, b.st_uid, entry.bytes):
+        return False
+    with link.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -21,6 +21,9 @@ from de3.server.service import Service
 NOT_AUDITED = nullcontext()
 # Maximum number of probabilities in a response: in TEI's format, 2 million take 2 s of the event loop and 0.8 GB.
 MAX_PROBS = 2**18
+MIN_ROW = (
+    32  # with several models, a row counts as at least this many probabilities, as it takes about as long
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +105,8 @@ def _model_of(entry: Entry, request: Request, service: Service) -> Served:
 
 def _check_response(request: Request, manifests: Sequence[Manifest]) -> None:
     """Raise RequestError if the response could have more than MAX_PROBS probabilities; one text is always allowed."""
-    each = sum(len(m.labels) * (len(m.exit_layers) if request.explain else 1) for m in manifests)
+    least = MIN_ROW if len(manifests) > 1 else 1
+    each = sum(max(least, len(m.labels)) * (len(m.exit_layers) if request.explain else 1) for m in manifests)
     if len(request.texts) > (most := max(1, MAX_PROBS // each)):
         name, what = request.input_name, f"{each} probabilities for each text"
         raise RequestError(

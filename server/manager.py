@@ -229,9 +229,9 @@ class Manager:
         if plan.no_kernels is None:
             plan.no_kernels = await in_background(lambda: self._prover.prove(artifact, runtime))
         is_proved = artifact.manifest.precision == "int8" and runtime != "onnxruntime" and not plan.no_kernels
-        check = self._prover.limit(artifact)
+        check, memory_of = self._prover.limit(artifact), self._memory_of if is_proved else lambda _: None
         served = await in_background(
-            lambda: load(artifact, self._settings, check, is_proved, self._memory_of, self._encoders)
+            lambda: load(artifact, self._settings, check, is_proved, memory_of, self._encoders)
         )
         plan.runtime, plan.tau_factor = served.model.runtime, served.monitor.tau_factor
         plan.seconds = perf_counter() - started

@@ -50,11 +50,12 @@ class Drift:
         readings, now = list(self._window), perf_counter()
         if len(readings) < WINDOW or now < self._computed + STATISTICS_S:
             return self._statistics
-        self._computed, self._statistics = now, (statistics := {})
+        statistics = {}
         for signal, expected in self._expected.items():
             values = [float(getattr(r, signal)) for r in readings]
             statistics[signal, "psi"] = reference.psi(values, expected)
             statistics[signal, "ks"] = reference.ks(values, expected)
+        self._computed, self._statistics = now, statistics  # complete, as scrapes may run in several threads
         return statistics
 
 

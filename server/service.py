@@ -208,7 +208,7 @@ class Service:
             "shares_encoder_with": [
                 other.full_name
                 for other in (one.model for one in self.models.all)
-                if other is not model and other.encoder is model.encoder
+                if other is not model and (model.can_run(other) or other.can_run(model))
             ],
         }
         return {"role": role, **share, **names, **runtime}

@@ -401,6 +401,10 @@ def test_a_budget_is_that_of_the_pass(heads: Path, monkeypatch: pytest.MonkeyPat
                 assert row["exit"]["reason"] == "deadline" or (not is_cut and row == other)
         reasons = {one["data"][0]["exit"]["reason"] for one in cut}
         assert reasons == {"deadline"}
+    with serving(heads, models=["topics", "tiny"], threads=1, latency_budget_ms=budget_ms(2.5)) as server:
+        body = {"input": TEXTS[0], "models": ["topics", {"model": "tiny", "tau": 0}]}
+        reasons = [one["data"][0]["exit"]["reason"] for one in server.classify(**body).json()["results"]]
+        assert reasons[1] == "deadline"  # the other model's budget is that of the pass
     kept = {at: job for (job, _), at in clock.ended.items() if job.deadline is not None}
     assert sum(at <= (job.deadline or 0) for at, job in kept.items()) > 3
 

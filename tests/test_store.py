@@ -325,6 +325,37 @@ def test_a_taken_version_is_never_replaced(copy: Path) -> None:
     found.open("tiny").verify()
 
 
+def test_a_new_version_shares_the_files_that_another_has(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(copy.parent.parent)
+    artifact = store.open_path(copy)
+    contents = {name: artifact.read(name) for name in artifact.manifest.files}
+
+    def shared() -> set[str]:
+        """Names of the files that a further version shares; it is removed."""
+        with store.new_version(copy.parent.name) as draft:
+            draft.write(contents)
+            version = draft.next_version()
+            path = draft.publish(artifact.manifest.model_copy(update={"version": version}))
+        store.open(f"{copy.parent.name}:{version}").verify()
+        assert {one.name for one in path.iterdir()} == {*contents, "manifest.json"}
+        names = {name for name in contents if (path / name).stat().st_ino == (copy / name).stat().st_ino}
+        shutil.rmtree(path)
+        return names
+
+    assert shared() == contents.keys()
+    (copy / "layer_01.onnx").chmod(0o600)
+    (copy / "layer_02.onnx").write_bytes(contents["layer_02.onnx"][:-1] + b"x")  # damaged
+    (copy / "tokenizer.json").rename(copy / "other")
+    (copy / "tokenizer.json").symlink_to("other")
+    assert shared() == contents.keys() - {"layer_01.onnx", "layer_02.onnx", "tokenizer.json"}
+
+    def fails(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", fails)
+    assert not shared()
+
+
 @pytest.mark.parametrize("name", ["", "../x", "Upper", "a b", ".hidden", "x" * 65])
 def test_an_invalid_name_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(StoreError, match="must match"), Store(tmp_path).new_version(name):

@@ -140,7 +140,9 @@ def classify(
     }
     # The engine checks them.
     options: Any = {name: value for name, value in given.items() if value is not None}
-    models = [name.strip() for name in model.split(",")] if model else []
+    models = [name.strip() for name in (model or "").split(",") if name.strip()]
+    if model is not None and Path(model).exists():  # its name may have a comma
+        models = [model]
     with ExitStack() as stack:
         client = None if url is None else stack.enter_context(_client(url, key))
         artifacts = _artifacts(models, store, demo) if client is None else []

@@ -249,8 +249,8 @@ class Job:
                 item.first_exit_s = max(t.predict_first_exit(text.chars, request.windows) for t in timings)
             if self.fellows:
                 item.fellows = [job.items[index] for job in self.fellows]
-            for one in item.fellows:
-                one.progress = item.progress
+            for one in item.fellows:  # another model's budget may end its pass, too
+                one.progress, one.asks_all_exits = item.progress, one.asks_all_exits or budget_s is not None
             self.items.append(item)
         self._left = len(self.items)
 
@@ -386,7 +386,7 @@ def check_encoders(models: Sequence[Model], where: Sequence[str] = ()) -> None:
     """
     deepest = max(models, key=lambda model: model.manifest.num_layers)
     for number, model in enumerate(models):
-        if not deepest.encoder.has(model.hashes) or model.runtime != deepest.runtime:
+        if not deepest.can_run(model):
             what = "has another encoder" if model.runtime == deepest.runtime else "has another runtime"
             entry = where[number] if where else "models"
             raise RequestError(

@@ -104,8 +104,7 @@ class Traces:
             if exchange.job is not None:
                 root.set_attribute("de3.texts", len(exchange.job.items))
                 self._stage("read", inside, ns(exchange.started), ns(exchange.job.submitted))
-                items = [item for job in exchange.job.team for item in job.items]
-                for item in items[:MAX_TEXTS]:
+                for item in (item for job in exchange.job.team for item in job.items[:MAX_TEXTS]):
                     self._text(item, inside, ns(exchange.job.submitted))
         root.end(ns(exchange.ended))
 
