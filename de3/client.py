@@ -391,7 +391,7 @@ class Client(_Client[httpx.Client]):
     ) -> list[Answer]:
         """Classify on one pass with several models that have the same encoder; returns each model's answer, in order.
 
-        models: names, or objects with `model` and exit options of its own. Raises as classify does.
+        models: for each, its name, or an object with `model` and exit options. Raises as classify does.
         """
         return self._classify(inputs, {**options, "models": _several(models)})
 
@@ -446,7 +446,7 @@ class AsyncClient(_Client[httpx.AsyncClient]):
     ) -> list[Answer]:
         """Classify on one pass with several models that have the same encoder; returns each model's answer, in order.
 
-        models: names, or objects with `model` and exit options of its own. Raises as Client.classify does.
+        models: for each, its name, or an object with `model` and exit options. Raises as Client.classify does.
         """
         return await self._classify(inputs, {**options, "models": _several(models)})
 

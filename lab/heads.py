@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from de3.library import Classifier
+from de3.library import Classifier, Classifiers
 from de3.loadtest.servers import Server, ours, running
 from de3.model_store.store import MANIFEST, Store
 from lab.processes import SCRIPT, run_wrk
@@ -43,12 +43,17 @@ def sides(
 ) -> list[Side]:
     """The ways to compare. The deepest model of a text is the one whose answer takes the most layers.
 
-    options: of de3 serve. work: folder for a store in which the models do not share their encoder.
+    options: of de3 serve. work: folder for a store in which the models do not share their encoder. Raises ValueError if
+    a model answers differently on one pass.
     """
-    layers = []
-    for name in models:
-        with Classifier(Store(store).open(name)) as model:
-            layers.append([row.exit.layer for row in model.classify(texts)])
+    artifacts, alone_rows = [Store(store).open(name) for name in models], []
+    for artifact in artifacts:
+        with Classifier(artifact) as model:
+            alone_rows.append(model.classify(texts))
+    with Classifiers(artifacts) as together:
+        if together.classify(texts) != alone_rows:
+            raise ValueError("a model's answers on one pass differ from those that it gives alone")
+    layers = [[row.exit.layer for row in rows] for rows in alone_rows]
     deepest = [models[max(range(len(models)), key=lambda i: layers[i][t])] for t in range(len(texts))]
     several = [one for name in models[1:] for one in ("--model", name)]
     shared = ours(store, models[0], options=[*several, *options])
