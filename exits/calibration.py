@@ -106,7 +106,7 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Tra
     early, full = correct[rows, index], correct[:, -1]
     n = len(index)
     loss, error = mean_and_error(full.astype(float) - early, samples.groups) if tau > 0 else (0.0, 0.0)
-    mean_layer = float(np.asarray(recorded.exit_layers)[index].mean())
+    mean_cost = float(np.asarray(recorded.exit_costs)[index].mean())
     size = effective_size(early, samples.groups)
     return TradeOff(
         signal=signal.name,
@@ -117,8 +117,8 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Tra
         loss=loss,
         loss_interval=(loss - Z95 * error, loss + Z95 * error),
         disagreement=float(recorded.differs[rows, index].mean()),
-        mean_exit_layer=mean_layer,
-        speedup=speedup(recorded.exit_layers[-1], mean_layer),
+        mean_exit_layer=mean_cost,
+        speedup=speedup(recorded.exit_costs[-1], mean_cost),
         histogram=(np.bincount(index, minlength=len(recorded.exit_layers)) / n).tolist(),
     )
 

@@ -31,6 +31,7 @@ class Recorded:
         thresholds: label thresholds of a multi-label model, as logits, (K,); None for other models.
         tolerance: in a regression model, whose logits are the values (K = 1), the largest difference between two values
             that counts as agreement; None in a model with classes.
+        costs: cost of an answer at each exit, for speed-ups; None: its layer.
     """
 
     exit_layers: list[int]
@@ -41,6 +42,7 @@ class Recorded:
     original: NDArray[Any] | None = None
     thresholds: NDArray[np.float64] | None = None
     tolerance: float | None = None
+    costs: list[int] | None = None
 
     def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Recorded":
         """The samples at these rows: a mask, (n,), or indices."""
@@ -57,6 +59,11 @@ class Recorded:
             values = [getattr(part, name) for part in parts]
             arrays[name] = None if any(x is None for x in values) else np.concatenate(values)
         return replace(parts[0], **arrays)
+
+    @property
+    def exit_costs(self) -> list[int]:
+        """Cost of an answer at each exit."""
+        return self.exit_layers if self.costs is None else self.costs
 
     @cached_property
     def answers(self) -> NDArray[Any]:

@@ -28,6 +28,12 @@ def fit(recorded: Recorded) -> Risk:
     return Risk(tuple(weights))
 
 
+def label_weights(recorded: Recorded) -> list[Weights]:
+    """For every exit, the last included, weights of the probability that its answer differs from the label."""
+    features, wrong = recorded.risk_features, (~recorded.correct).astype(np.float64)
+    return [tuple(regress(features[:, j], wrong[:, j]).tolist()) for j in range(wrong.shape[1])]
+
+
 def cross_fit(recorded: Recorded, groups: NDArray[np.int64] | None = None) -> Floats:
     """Cross-fitted scores, (n, exits): each sample is scored by a risk that was fitted without its group.
 

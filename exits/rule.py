@@ -16,7 +16,7 @@ from de3.exits.reading import Reading, read, read_labels, read_value
 from de3.exits.signals import Signal
 
 # Reason for a text's exit.
-ExitReason = Literal["threshold", "last_layer", "max_layer", "deadline"]
+ExitReason = Literal["threshold", "last_layer", "max_layer", "deadline", "upstream", "upstream_failed"]
 
 
 @dataclass(frozen=True, slots=True)

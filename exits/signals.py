@@ -159,7 +159,7 @@ class Risk:
     weights on held-out samples, without their labels. Unlike entropy and EDR, risk is comparable across exits.
 
     Attributes:
-        weights: (w0, …, w4) by layer; None at layers without an exit, and at the last. w4 is 0 at an exit without
+        weights: (w0, …, w4) by layer; None at layers without an exit, and at full depth. w4 is 0 at an exit without
             prototypes.
     """
 
@@ -200,7 +200,9 @@ class Risk:
     def scores(self, recorded: Recorded) -> formulas.Floats:
         """The risk of recorded samples, (n, exits); NaN at the last exit."""
         features = recorded.risk_features
-        weights = [self.weights[layer] or (np.nan,) * FEATURES for layer in recorded.exit_layers]
+        # With an upstream, full depth is a layer above those of the model.
+        by_layer = dict(enumerate(self.weights))
+        weights = [by_layer.get(layer) or (np.nan,) * FEATURES for layer in recorded.exit_layers]
         z = (features * np.array(weights)).sum(-1)
         return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -700.0, 700.0))))
 

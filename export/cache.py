@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,10 +50,28 @@ def artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
 
 def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
     source = fetch(name)
-    sources = {str(path.absolute()): path.stat().st_mtime_ns for path in _files(source)}
     model, shown = model_name(name), Path(name).expanduser().resolve().name if is_folder(name) else name
     place = folder / _key(source, shown, model, precision)
-    artifact = _existing(place, model)
+
+    def make(store: Store) -> None:
+        convert(Stock.open(name, source), store, model, precision, shown)
+        if place.name != _key(source, shown, model, precision):
+            raise ValueError(f"{name}: its files changed while they were read; try again")
+
+    return cached(name, place, model, make, files_of(source))
+
+
+def cached(
+    name: str, place: Path, model: str, make: Callable[[Store], None], sources: Iterable[Path]
+) -> Artifact:
+    """The artifact in a folder of the cache, which `make` first writes into a store there, if it is missing.
+
+    name: for messages. place: its name is a hash of everything that determines the artifact. model: name of the model.
+    sources: the files that the artifact was made from. Raises the errors of `make`, and ValueError if the cache cannot
+    be written.
+    """
+    times = {str(path.absolute()): path.stat().st_mtime_ns for path in sources}
+    artifact, folder = _existing(place, model), place.parent
     if artifact is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -68,16 +87,14 @@ def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
                 log.info("%s: converting it once, into %s", name, folder)
                 shutil.rmtree(place / model, ignore_errors=True)  # left by an interrupted start
                 try:
-                    convert(Stock.open(name, source), Store(place), model, precision, shown)
-                    if place.name != _key(source, shown, model, precision):
-                        raise ValueError(f"{name}: its files changed while they were read; try again")
+                    make(Store(place))
                 except (ValueError, OSError):  # such as a full disk
                     shutil.rmtree(place, ignore_errors=True)
                     raise
                 artifact = Store(place).open(model)
     with suppress(OSError):  # a read-only cache
         os.utime(place)
-    return replace(artifact, proof=place / PROOF, sources=sources)
+    return replace(artifact, proof=place / PROOF, sources=times)
 
 
 def model_name(name: str) -> str:
@@ -148,7 +165,7 @@ def _existing(place: Path, model: str) -> Artifact | None:
     return artifact if all(sizes[k] == entry.bytes for k, entry in artifact.manifest.files.items()) else None
 
 
-def _files(source: Path) -> list[Path]:
+def files_of(source: Path) -> list[Path]:
     """The files of a classifier that determine its artifact."""
     return sorted({path for pattern in FILES for path in source.glob(pattern) if path.is_file()})
 
@@ -156,7 +173,7 @@ def _files(source: Path) -> list[Path]:
 def _key(source: Path, shown: str, model: str, precision: Precision) -> str:
     """Hash of everything that determines the artifact."""
     digest = hashlib.sha256(f"{FORMAT} {SCHEMA_VERSION} {shown} {model} {precision}".encode())
-    for path in _files(source):
+    for path in files_of(source):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:32]

@@ -165,7 +165,9 @@ def _certified(
     tune = CalibrationPart(Samples(fitted.crossed, groups), np.ones(len(groups), np.bool_))
     certify = CalibrationPart.of(recorded, certifying)
     calibrated = calibrate(tune, certify, max_loss, may_pool=False)
-    final = Manifest.model_validate({**dict(manifest), **calibrated.fields()})
+    final = Manifest.model_validate(
+        {**dict(manifest), **calibrated.fields(), "label_risk": _label_risk(fitted)}
+    )
     label_report.report(
         certify.samples,
         final.default_signal.scores(recorded),
@@ -175,6 +177,15 @@ def _certified(
         "texts that were not used for fitting",
     )
     return final
+
+
+def _label_risk(fitted: Fitted) -> list[RiskWeights] | None:
+    """The risk that an exit's answer differs from the label; None for a multi-label model."""
+    crossed = fitted.crossed
+    if crossed.thresholds is not None:
+        return None
+    both = zip(crossed.exit_layers, risk.label_weights(crossed), strict=True)
+    return [RiskWeights(layer=layer, weights=list(weights)) for layer, weights in both]
 
 
 def _estimated(
@@ -206,4 +217,5 @@ def _estimated(
     )
     weights = [RiskWeights(layer=m, weights=list(w)) for m, w in enumerate(signal.weights) if w is not None]
     defaults = Defaults(tau=default.tau, signal="risk" if default.tau else "entropy")
-    return Manifest.model_validate({**dict(manifest), "risk": weights, "defaults": defaults})
+    fields = {"risk": weights, "defaults": defaults, "label_risk": _label_risk(fitted)}
+    return Manifest.model_validate({**dict(manifest), **fields})

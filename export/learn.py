@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -70,23 +70,28 @@ def fit_exits(
     held = tests.part(thinned(tests, np.arange(len(tests)), np.random.default_rng([SEED, attempt])))
     if len(held) < fit.HELD_OUT or len(np.unique(fitted.keys)) < 2 * FOLDS:
         raise ValueError(f"{len(records)} records are too few")
-    texts, layers = texts_of(fitted, manifest), manifest.num_layers
+    texts, layers = texts_of(fitted, manifest), manifest.num_states
     axes: fit.Axes = {}
     pooling, ridges, start = fit.choose(layers, texts, SEED, axes, ("mean",))
     exits = fit.fit_with(texts, pooling, ridges, SEED, start, axes)
     as_served = partial(as_stored, precision=manifest.precision)
     fold = np.random.default_rng(SEED).permutation(int(texts.groups.max()) + 1)[texts.groups] % FOLDS
-    cross_fitted = fit.cross_fitted(texts, exits, ridges, SEED, axes, fold, as_served)
+    cross_fitted = _with_costs(fit.cross_fitted(texts, exits, ridges, SEED, axes, fold, as_served), manifest)
     exits = as_served(exits)
-    tested = exits.recorded(held_out := texts_of(held, manifest))
+    tested = _with_costs(exits.recorded(held_out := texts_of(held, manifest)), manifest)
     tune, certify = part_of(cross_fitted, texts.groups), part_of(tested, held_out.groups)
     calibrated = calibrate(tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
     scores = calibrated.risk.scores(tested)
     proved, speedup = _speedups(tested, scores, rate, error_of(attempt))
     if by_client:
-        held, tested = tests, exits.recorded(texts_of(tests, manifest))
+        held, tested = tests, _with_costs(exits.recorded(texts_of(tests, manifest)), manifest)
         scores = calibrated.risk.scores(tested)
     return Fitted(exits, calibrated, speedup, proved, list(_evidence(held, tested, scores)))
+
+
+def _with_costs(recorded: Recorded, manifest: Manifest) -> Recorded:
+    """The outputs, with the costs of a model with an upstream: 1 for its answers, 0 for the model's."""
+    return recorded if manifest.upstream is None else replace(recorded, costs=manifest.exit_costs)
 
 
 def _split(
@@ -116,10 +121,10 @@ def _split(
 def _speedups(
     recorded: Recorded, scores: NDArray[np.float64], rate: float, error: float
 ) -> tuple[float, float]:
-    """Speed-ups in layers: at the highest τ that these texts prove, and at the best τ in hindsight."""
+    """Speed-ups at the highest τ that these texts prove, and at the best τ in hindsight."""
     taus = np.unique(FINE_TAUS)
-    differing, layers = profiles(scores, recorded.differs, recorded.exit_layers, taus)
-    speedups = recorded.exit_layers[-1] / np.maximum(layers.mean(0), 1e-3)
+    differing, costs = profiles(scores, recorded.differs, recorded.exit_costs, taus)
+    speedups = recorded.exit_costs[-1] / np.maximum(costs.mean(0), 1e-3)
     evidence = betting.e_values(
         np.ones(1), np.array([len(scores)]), differing.sum(0)[None], np.full(len(taus), rate)
     )
@@ -160,15 +165,19 @@ def publish(
     the base's name and the next version in the store. Raises StoreError for a damaged base, and OSError if the version
     exists.
     """
-    manifest = base.manifest
+    manifest, exits = base.manifest, fitted.exits
     fields = {
         "learned": attempt and Learned(base=base_of(manifest), attempt=attempt, records=records),
         **({} if version is None else {"version": version}),
         **fitted.calibrated.fields(),
     }
+    if manifest.upstream is not None:  # full depth is not an exit of the model
+        exits = replace(exits, has_last=True)
+        references = fitted.calibrated.calibration.references[: manifest.num_states]
+        fields["calibration"] = fitted.calibrated.calibration.model_copy(update={"references": references})
     made = name or manifest.name
     with store.new_version(made) as draft:
-        return draft.publish(write_exits(base, fitted.exits, draft, name=made, **fields))
+        return draft.publish(write_exits(base, exits, draft, name=made, **fields))
 
 
 def import_records(base: Artifact, files: Sequence[Path], store: Store, name: str, rate: float) -> Path:

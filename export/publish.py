@@ -27,7 +27,7 @@ def write_exits(base: Artifact, exits: Exits, draft: Draft, **fields: Any) -> Ma
     layers = list(range(last))
     changed: dict[str, Any] = {
         "exit_layers": [*layers, last],
-        "prototype_layers": layers if exits.spaces else [],
+        "prototype_layers": list(range(len(exits.spaces))),
         "metric_dim": manifest.hidden_size,
         "pooling": exits.pooling,
     }
@@ -53,7 +53,9 @@ def write_exits(base: Artifact, exits: Exits, draft: Draft, **fields: Any) -> Ma
         for layer, rows in enumerate(exits.prototypes)
     }
     draft.write({PROTOTYPES: save_tensors(prototypes), TOKENIZER: base.read(TOKENIZER)})
-    kept = {name: getattr(manifest, name) for name in ("source", "thresholds", "tolerance", "input")}
+    kept = {
+        name: getattr(manifest, name) for name in ("source", "thresholds", "tolerance", "input", "upstream")
+    }
     return manifest_of(architecture, draft, **{"name": manifest.name, **kept, **fields})
 
 

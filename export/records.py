@@ -42,7 +42,7 @@ def opened(files: Sequence[Path], manifest: Manifest) -> Records:
 
 def check(records: Records, manifest: Manifest) -> None:
     """Raise ValueError if the records belong to another model."""
-    records.check(base_of(manifest), manifest.num_layers, manifest.hidden_size, len(manifest.labels))
+    records.check(base_of(manifest), manifest.num_states, manifest.hidden_size, len(manifest.labels))
 
 
 def thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -69,15 +69,15 @@ def exits_of(model: Artifact) -> Exits:
     Raises ValueError if it has no exits of the form that is fitted to records, and StoreError for a damaged model.
     """
     manifest = model.manifest
-    layers = list(range(manifest.num_layers))
-    has_all = manifest.exit_layers == [*layers, manifest.num_layers]
+    layers = list(range(manifest.num_states))
+    has_all = manifest.exit_layers == list(range(manifest.num_layers + 1))
     if manifest.pooling != "mean" or not has_all or manifest.prototype_layers not in ([], layers):
         raise ValueError(
             f"{model.full_name}: records hold the mean of a text's tokens after each layer, but its exits use other "
             f"states: pooling {manifest.pooling}, exits at {manifest.exit_layers}"
         )
     classifiers, spaces = [], []
-    for weights in list(exit_weights(model).values())[:-1]:
+    for weights in list(exit_weights(model).values())[: len(layers)]:
         classifiers.append((weights["classifier.weight"].T, weights["classifier.bias"]))
         if manifest.prototype_layers:
             # In an int8 artifact, only this network of an exit is int8.

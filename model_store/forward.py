@@ -30,8 +30,8 @@ class Decision:
             1,); None for no limit.
         tau_factor: factor by which the rule's τ is multiplied once the sample is out of distribution.
         is_far: the sample was too far from every prototype at some exit, that is, out of distribution.
-        states: output array for the mean over the tokens after each layer but the last, (num_layers, hidden); None if
-            they are not needed.
+        states: output array for the mean over the tokens after each layer, (layers, hidden), where layers is num_layers
+            + 1 or, without the last layer, num_layers; None if they are not needed.
         reason: why the sample exited; None before it exits.
         seconds: compute time of the sample until its exit.
         readings: scored readings of the computed exits, the last one at the exit. In the kernels, empty until it exits,

@@ -174,7 +174,12 @@ class Manifest(Architecture):
         source: hub id or folder of the stock classifier that was converted unchanged; None for other models.
         input: the kind of texts that the model was trained on; if None, it is unknown, and the model takes both kinds.
         learned: origin of exits that were fitted to live traffic (`de3 serve --learn`); None for other exits.
-        risk: weights of the signal risk, for every exit but the last; None if the model does not have this signal.
+        upstream: hash of another service whose answers are the model's full depth, after the last layer (see
+            server.upstream); None: full depth is the last layer.
+        risk: weights of the signal risk, for every exit but the last, or for every exit if there is an upstream; None
+            if the model does not have this signal.
+        label_risk: for every exit, weights that estimate the probability that its answer differs from the text's
+            label; an upstream gives labels, too. None if unknown.
         export: results of the export's checks: parity with PyTorch, unless the weights are those of an unchanged
             stock classifier; for int8, the accuracy by exit in fp32 and int8, and the share of samples with the same
             exit and answer. Empty without such checks.
@@ -189,8 +194,10 @@ class Manifest(Architecture):
     source: Annotated[str, Field(max_length=200)] | None = None
     input: Literal["text", "pair"] | None = None
     learned: Learned | None = None
+    upstream: Sha256 | None = None
     defaults: Defaults
     risk: Annotated[list[RiskWeights], Field(max_length=MAX_LAYERS)] | None = None
+    label_risk: Annotated[list[RiskWeights], Field(max_length=MAX_LAYERS)] | None = None
     calibration: Calibration | None
     export: dict[str, Any]
     files: dict[str, FileEntry] = Field(max_length=2 * MAX_LAYERS)
@@ -199,6 +206,19 @@ class Manifest(Architecture):
     def full_name(self) -> str:
         """The name and version, as name:version."""
         return f"{self.name}:{self.version}"
+
+    @property
+    def exit_costs(self) -> list[int]:
+        """Cost of an answer at each exit, and at full depth: layers or, with an upstream, calls.
+
+        With an upstream, they have one more entry than `exit_layers`.
+        """
+        return self.exit_layers if self.upstream is None else [*([0] * len(self.exit_layers)), 1]
+
+    @property
+    def num_states(self) -> int:
+        """Number of layers, from layer 0 on, whose states exits are fitted to: all below full depth."""
+        return self.num_layers + (self.upstream is not None)
 
     @property
     def architecture(self) -> Architecture:
@@ -225,6 +245,8 @@ class Manifest(Architecture):
             raise ValueError("thresholds and tolerance must not both be set")
         if self.thresholds is not None and len(self.thresholds) != len(self.labels):
             raise ValueError("thresholds must have one entry for each label")
+        if self.upstream is not None and not (self.thresholds is None and self.tolerance is None):
+            raise ValueError("upstream needs a model with mutually exclusive classes")
         if self.tolerance is None and self.thresholds is None:
             if self.prototype_layers not in (self.exit_layers, self.exit_layers[:-1]):
                 raise ValueError("prototype_layers must be the exit layers, with or without the last")
@@ -244,11 +266,15 @@ class Manifest(Architecture):
             )
         if any((r.entropy is None) != (self.tolerance is not None) for r in references):
             raise ValueError("calibration.references: entropy must be set if, and only if, there are classes")
-        if self.risk is not None and [r.layer for r in self.risk] != exits[:-1]:
+        risk = None if self.risk is None else [r.layer for r in self.risk]
+        if risk not in (None, exits[:-1]) and not (self.upstream and risk == exits):
             raise ValueError("risk must have one entry for each exit layer but the last")
+        if self.label_risk is not None and [r.layer for r in self.label_risk] != exits:
+            raise ValueError("label_risk must have one entry for each exit layer")
         if self.tolerance is not None and any(w != 0 for r in self.risk or [] for w in r.weights[3:]):
             raise ValueError("risk: the last two weights must be 0 in a regression model")
-        if any(r.weights[-1] != 0 for r in self.risk or [] if r.layer not in self.prototype_layers):
+        weights = [*(self.risk or []), *(self.label_risk or [])]
+        if any(r.weights[-1] != 0 for r in weights if r.layer not in self.prototype_layers):
             raise ValueError("risk: the last weight must be 0 at an exit without prototypes")
         signals = self.trade_offs()
         traits = self.traits
@@ -337,11 +363,12 @@ def base_of(manifest: Manifest) -> str:
         return manifest.learned.base
     exits = [] if manifest.has_old_exits else [EXITS]
     files = [manifest.files[name].sha256 for name in (*manifest.segment_files(), *exits, TOKENIZER)]
+    files += [] if manifest.upstream is None else [manifest.upstream]
     return hashlib.sha256("".join(files).encode()).hexdigest()
 
 
 def fingerprint(manifest: Manifest) -> str:
     """Hash of a manifest; identifies the model's files, as the manifest has the hash of each."""
     # An unset field is left out, so that the hash equals that of releases that did not have the field.
-    unset = {"learned"} if manifest.learned is None else None
+    unset = {name for name in ("learned", "upstream", "label_risk") if getattr(manifest, name) is None}
     return hashlib.sha256(manifest.model_dump_json(exclude=unset).encode()).hexdigest()

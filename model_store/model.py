@@ -199,8 +199,8 @@ class Model:
         return tokens
 
     def empty_states(self) -> Array:
-        """A zero array for the pooled states of a text, (num_layers, hidden); see Decision.states."""
-        return np.zeros((self.manifest.num_layers, self.manifest.hidden_size), np.float32)
+        """A zero array for the pooled states of a text, (num_states, hidden); see Decision.states."""
+        return np.zeros((self.manifest.num_states, self.manifest.hidden_size), np.float32)
 
     def deepest_exit(self, max_layer: int | None) -> int:
         """The deepest layer with an exit up to `max_layer`; the last layer if `max_layer` is None."""

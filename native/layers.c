@@ -296,7 +296,7 @@ static int decide(int layer, const float *rows, Pass *p, float *mean, double *en
     for (int i = 0; i < p->num_decisions; i++) {
         Decision *d = &p->decisions[i];
         if (d->exit_layer >= 0) continue;
-        if (d->states && layer < d->exits->num_layers && keep_states(layer, rows, p->tokens, d)) return -1;
+        if (d->states && layer < d->num_states && keep_states(layer, rows, p->tokens, d)) return -1;
         if (is_asked(layer, d)) {
             size_t at = (size_t)layer * d->exits->at[layer].num_labels;
             int shares = takes_mean(d->exits, layer);

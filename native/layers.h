@@ -35,7 +35,8 @@ typedef struct {
     double tau_factor; /* factor applied to tau once the text is too far from every prototype of an exit */
 
     float *logits, *distances; /* (num_layers + 1, num_labels) */
-    float *states;             /* (num_layers, hidden): mean of the tokens after each layer but the last; or NULL */
+    float *states;             /* (num_states, hidden): mean of the tokens after each layer; or NULL */
+    int num_states;            /* num_layers + 1 or, without the last layer, num_layers */
     Reading *readings;         /* readings of the exits computed so far; space for num_layers + 1 */
     int num_readings;
 

@@ -504,7 +504,8 @@ static int open_decision(const Model *m, PyObject *tuple, Decision *d, Py_buffer
              has_signal(&d->signal, &b[0], (int)layers) && (!b[1].buf || holds(&b[1], labels, 8, "thresholds")) &&
              (!b[2].buf || holds(&b[2], layers, 8, "far")) && holds(&b[3], labels * layers, 4, "logits") &&
              holds(&b[4], labels * layers, 4, "distances") &&
-             (!b[5].buf || (holds(&b[5], (size_t)e->num_layers * e->hidden, 4, "states") &&
+             (!b[5].buf || ((b[5].len == (Py_ssize_t)(layers * e->hidden * 4) ||
+                             holds(&b[5], (layers - 1) * e->hidden, 4, "states")) &&
                             require(!b[5].readonly, "states is read-only")));
     if (!ok) return 0;
     d->thresholds = b[1].buf;
@@ -512,6 +513,7 @@ static int open_decision(const Model *m, PyObject *tuple, Decision *d, Py_buffer
     d->logits = b[3].buf;
     d->distances = b[4].buf;
     d->states = b[5].buf;
+    d->num_states = (int)(b[5].len / (e->hidden * 4));
     d->exit_layer = -1;
     d->readings = malloc(layers * sizeof(Reading));
     return require_memory(d->readings != NULL);
@@ -609,7 +611,8 @@ static PyObject *exit_list(const Pass *p) {
  *   thresholds: float64 (K) for a multi-label model, or None
  *   far: float64 (num_layers + 1), or None
  *   logits, distances: float32 (num_layers + 1, K), filled at the exits that are computed
- *   states: float32 (num_layers, H) or None; num_layers is that of the exits */
+ *   states: float32 (num_layers, H), or with the last layer (num_layers + 1, H), or None; num_layers is that of the
+ *     exits */
 static PyObject *py_forward(PyObject *self, PyObject *args) {
     PyObject *capsule, *texts, *result = NULL;
     Opened opened[MAX_PASSES];

@@ -34,7 +34,8 @@ class Admission:
         if self._settings.slo_p99_ms is None:
             return
         first, threads = self._models.all[0], engine.threads
-        share = first.rules.default.share(first.model.manifest.num_layers)
+        manifest = first.model.manifest
+        share = 1.0 if manifest.upstream is not None else first.rules.default.share(manifest.num_layers)
         guess = threads / (share * first.timing.full_depth_s(32) + REPLY_S)
         self._short_s = first.timing.full_depth_s(8)
         objective_s = self._settings.slo_p99_ms / 1000

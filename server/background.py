@@ -45,6 +45,8 @@ Task = Literal[
     "request_start",
     "saving_audits",
     "traces",
+    "upstream",
+    "upstream_audit",
 ]
 errors = Counter[str](dict.fromkeys(get_args(Task), 0))  # unexpected errors in this process
 _counting = Lock()

@@ -20,6 +20,8 @@ Cause = Literal[
     "busy",
     "budget",
     "timeout",
+    "upstream",
+    "upstream_timeout",
     "client_gone",
     "no_key",
     "forbidden",

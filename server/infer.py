@@ -17,6 +17,7 @@ from de3.server.engine.request import Entry, Request
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.service import Service
+from de3.server.upstream.answer import ask_upstreams
 
 NOT_AUDITED = nullcontext()
 # Maximum number of probabilities in a response: in TEI's format, 2 million take 2 s of the event loop and 0.8 GB.
@@ -59,6 +60,8 @@ class Inference:
                 await self._wait(job, self._done, service)
             finally:
                 service.admission.release(job)
+            if service.settings.upstreams:
+                await _complete(job, service)
         for one in job.team:
             shadow = service.models.shadow_of(one.served)
             if shadow is not None:
@@ -112,6 +115,24 @@ def _check_response(request: Request, manifests: Sequence[Manifest]) -> None:
         raise RequestError(
             f"{name}: {len(request.texts)} texts; at most {most} are allowed with {what}", name
         )
+
+
+async def _complete(job: Job, service: Service) -> None:
+    """Have the upstreams of a finished job's models answer the texts of which no exit was sure, and count its texts.
+
+    Nothing here takes time of the engine. Raises the RequestError of a text that is not answered.
+    """
+    upstreams = service.shared.upstreams
+    try:
+        await ask_upstreams(job, service.settings, upstreams)
+    except BaseExceptionGroup as errors:  # several texts may fail at the same time
+        raise errors.exceptions[0] from None
+    for one in job.team:
+        if one.model.manifest.upstream is not None:
+            outcomes = one.outcomes()
+            service.metrics.texts.count(one.served, outcomes)
+            others = sum(outcome.reason == "upstream" for outcome in outcomes)
+            upstreams.answered(one.model.manifest.name, len(outcomes) - others, others)
 
 
 def timed_out(service: Service) -> RequestError:

@@ -180,6 +180,9 @@ class Manager:
         if role != "current" and (route is None or route.current == artifact.manifest.version):
             why = f"{artifact.full_name} is current" if route else f"no version of {name} is current"
             raise RequestError(f"role: {why}, so it cannot be {role}", "role", "conflict")
+        if role == "shadow" and artifact.manifest.upstream is not None:
+            why = f"{artifact.full_name} has an upstream, which would be called for the shadow's texts, too"
+            raise RequestError(f"role: {why}", "role", "conflict")
         loaded = {s.model.full_name for s in self._models.all}
         replaces = route is not None and route.version_in(role) is not None
         if artifact.full_name not in loaded and len(loaded) >= MAX_LOADED and not replaces:

@@ -28,12 +28,13 @@ from de3.server.errors import Cause
 from de3.server.learn.metrics import LearnMetrics
 from de3.server.settings import Settings
 from de3.server.text_metrics import STAGE_BUCKETS, TextMetrics
+from de3.server.upstream.upstreams import UpstreamMetrics
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series, and Prometheus does not need them
 
 REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
 # The possible statuses of a request, with a model and without one.
-STATUSES = ("200", "422", "429", "499", "500", "503", "504")
+STATUSES = ("200", "422", "429", "499", "500", "502", "503", "504")
 WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503")
 KEPT_MODELS = 8  # unloaded models whose metrics are kept
 
@@ -165,8 +166,17 @@ class LedgerMetrics(Collector):
         yield from (rate, lower, upper, guarantee, tau, tenants, lowest, highest, resets)
 
 
-def register_results(registry: CollectorRegistry, coordinator: Coordinator, level: Callable[[], int]) -> None:
-    """Register the results of audits and of learning, which are read at each scrape. level: returns the load level."""
+def register_results(
+    registry: CollectorRegistry, coordinator: Coordinator, level: Callable[[], int], settings: Settings
+) -> None:
+    """Register the results of audits, of learning and of upstreams, which are read at each scrape.
+
+    level: returns the load level.
+    """
+    if settings.upstreams:
+        registry.register(UpstreamMetrics(coordinator.upstreams))
+    if not settings.share_of_audits:
+        return
     registry.register(LedgerMetrics(coordinator.ledgers, level))
     if coordinator.learners is not None:
         registry.register(LearnMetrics(coordinator.learners))

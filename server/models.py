@@ -94,6 +94,7 @@ def load(
     options in the settings.
     """
     manifest = artifact.manifest
+    _check_upstream(manifest, settings)
     try:
         rules = Rules(manifest, settings)
     except RequestError as error:  # the error that a request with these options would get
@@ -105,6 +106,16 @@ def load(
         raise
     except Exception as error:  # onnxruntime raises its own classes, without a common base
         raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
+
+
+def _check_upstream(manifest: Manifest, settings: Settings) -> None:
+    """Raise ValueError unless the settings have the upstream of a model, if it has one."""
+    known = {(of.name, of.hash) for of in settings.upstreams}
+    if manifest.upstream is not None and (manifest.name, manifest.upstream) not in known:
+        raise ValueError(
+            f"{manifest.full_name} has an upstream, which is not the one in the .toml file of {manifest.name} that the "
+            "server was started with"
+        )
 
 
 Role = Literal["current", "canary", "shadow", "loaded"]

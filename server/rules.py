@@ -111,9 +111,13 @@ class Choice:
         return row
 
 
-def _needs_an_exit(options: ExitOptions, last: int) -> str | None:
-    """Name of the first option that needs an exit before the last layer; None if full depth meets the options."""
-    if options.tau == 0 or options.max_layer == last or options.target_speedup == 1:
+def _needs_an_exit(options: ExitOptions, last: int | None) -> str | None:
+    """Name of the first option that needs an exit before full depth; None if full depth meets the options.
+
+    last: the layer at full depth; None: full depth is an upstream.
+    """
+    is_last = options.max_layer is not None and options.max_layer == last
+    if options.tau == 0 or is_last or options.target_speedup == 1:
         return None
     name = next((name for name in NEED_AN_EXIT if getattr(options, name) is not None), None)
     return "lambda" if name == "lam" else name
@@ -154,10 +158,15 @@ class Rules:
     def _steps(self, settings: Settings) -> list[Choice]:
         """Choices that replace the default under load, from level 1 up.
 
-        Empty if a target or a guarantee sets the default, or without a calibration.
+        Empty if a target or a guarantee sets the default, without a calibration, or with an upstream.
         """
         targets = (*CALIBRATED, "guarantee")
-        if self.trade_offs is None or any(getattr(settings, name) is not None for name in targets):
+        has_upstream = self._manifest.upstream is not None  # fewer calls do not relieve the engine
+        if (
+            self.trade_offs is None
+            or has_upstream
+            or any(getattr(settings, name) is not None for name in targets)
+        ):
             return []
         least = settings.min_accuracy
         if least is None:
@@ -231,7 +240,10 @@ class Rules:
 
     def _at_full_depth(self, options: ExitOptions) -> Choice:
         """The choice for a model without early exits; raises RequestError for options that need them."""
-        field = _needs_an_exit(options, self._exits[-1])
+        has_upstream = self._manifest.upstream is not None
+        field = _needs_an_exit(options, None if has_upstream else self._exits[-1])
+        if field is not None and has_upstream:
+            raise RequestError(f"{field}: {self.name} has no exits yet, so only its upstream answers", field)
         if field is not None:
             raise RequestError(
                 f"{field}: {self.name} has no exits before its last layer, so it always runs at full depth; the "
@@ -311,6 +323,11 @@ class Rules:
             budget = options.latency_budget_ms
             field, seconds = "latency_budget_ms", budget / 1000
             return replace(otherwise, set_by=field, requested=budget, budget_s=seconds, certificate=None)
+        if options.target_speedup is not None and self._manifest.upstream is not None:
+            raise RequestError(
+                f"target_speedup: {self.name} has an upstream, which is no layer; give tau or max_disagreement",
+                "target_speedup",
+            )
         if options.target_speedup is not None:
             trade_offs = self._table(signal, "target_speedup")
             row = trade_offs.at_speedup(options.target_speedup)

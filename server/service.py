@@ -80,7 +80,8 @@ class Service:
         self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.texts.observe)
         self.shared = shared or OneProcess(settings, self.metrics, self.models, lambda: self.audits)
         self.audits = Audits(
-            settings, self.engine.audit, lambda: self.admission.level, self.shared.audit_store
+            *(settings, self.engine.audit, lambda: self.admission.level, self.shared.audit_store),
+            self.shared.upstreams,
         )
         if self.audits.is_on:
             self.metrics.read_audits(self.audits.get)

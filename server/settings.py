@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, mo
 from typer import Option
 
 from de3.server.options import EXCLUSIVE, MAX_BUDGET_MS, ExitOptions
+from de3.server.upstream_settings import UpstreamModel
 
 PREFIX = "DE3_"
 # Variables with the same prefix that are read by clients, or by `de3 serve NAME` before it starts the server.
@@ -179,6 +180,18 @@ class Settings(BaseModel):
             "early answers differ from it. Default: 0; 0.05 with --guarantee."
         ),
     ] = None
+    without_upstream: Annotated[
+        Literal["refuse", "answer"],
+        audit_option(
+            help="Texts for an upstream that is away, slow or over max_calls_per_hour: refuse them (502 or 504), or "
+            "answer them at the last layer."
+        ),
+    ] = "refuse"
+    allow_plain_http: Annotated[
+        bool,
+        audit_option("--allow-plain-http", help="Allow upstreams without TLS on other machines."),
+    ] = False
+    upstreams: list[UpstreamModel] = []
     learn_bytes: Annotated[
         int, Field(ge=2**20), audit_option(help="Memory for the records of each model, bytes.")
     ] = 2**27
@@ -283,6 +296,12 @@ class Settings(BaseModel):
                 raise ValueError(f"guarantee: cannot be combined with {other}; give one of them")
             if self.audit_share == 0:
                 raise ValueError("guarantee: needs audits, and audit_share is 0")
+        for of in self.upstreams:
+            if not of.upstream.is_encrypted and not self.allow_plain_http:
+                raise ValueError(
+                    f"{of.name}: upstream.url: would send texts unencrypted to another machine; give an https URL, or "
+                    "--allow-plain-http"
+                )
         if self.learn and self.guarantee is None:
             raise ValueError("learn: needs guarantee, which decides how early its exits may answer")
         return self

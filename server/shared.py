@@ -16,6 +16,7 @@ from de3.server.metrics import Metrics, register_results
 from de3.server.models import Models
 from de3.server.rules import Standing
 from de3.server.settings import Settings
+from de3.server.upstream.answer import Asks
 
 
 class Leases(NamedTuple):
@@ -36,6 +37,10 @@ class Shared(Protocol):
     @property
     def audit_store(self) -> AuditStore:
         """The counted audits."""
+
+    @property
+    def upstreams(self) -> Asks:
+        """The upstreams of models."""
 
     @property
     def leases(self) -> Leases | None:
@@ -74,8 +79,8 @@ class OneProcess:
         self.audit_store = Coordinator(
             settings, lambda row: self.change(Change(**row)), self._publish, self._live_of, self._sync
         )
-        if settings.share_of_audits:
-            register_results(metrics.registry, self.audit_store, metrics.level)
+        self.upstreams = self.audit_store.upstreams
+        register_results(metrics.registry, self.audit_store, metrics.level, settings)
 
     def _publish(self, manifest: Manifest, standing: Standing) -> None:
         self._audits().apply(manifest, standing)

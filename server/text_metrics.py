@@ -95,7 +95,12 @@ class TextMetrics(Collector):
             self._texts.pop(name, None)
 
     def observe(self, served: Served, outcomes: Sequence[Outcome]) -> None:
-        """Count finished texts of a model; called by engine threads."""
+        """Count finished texts of a model, unless its upstream may still answer them; called by engine threads."""
+        if served.model.manifest.upstream is None:
+            self.count(served, outcomes)
+
+    def count(self, served: Served, outcomes: Sequence[Outcome]) -> None:
+        """Count answered texts of a model."""
         depth, speedup = served.model.manifest.num_layers, served.timing.speedup
         with self._lock:
             texts = self._texts.get(served.model.full_name)

@@ -20,7 +20,10 @@ from de3.server.settings import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from de3.model_store.store import Artifact
+    from de3.server.upstream_settings import UpstreamModel
 
 log = logging.getLogger("de3")
 
@@ -32,8 +35,8 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="Models: names in the store, folders of models, or folders or hub ids (id@revision) of Hugging Face "
-            "classifiers. The first answers requests that do not name one.",
+            help="Models: names in the store, folders of models, folders or hub ids (id@revision) of Hugging Face "
+            "classifiers, or .toml files of models with an upstream. The first answers requests that name none.",
         ),
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Serve the demo model, instead of a store.")] = False,
@@ -60,6 +63,7 @@ def serve(
     from de3.model_store.store import NoModelsError
     from de3.server import logs
     from de3.server.main import serve as run
+    from de3.server.upstream_settings import read_upstream
 
     logs.configure(values["log_format"])
     given = {name: value for name, value in values.items() if value is not None}
@@ -73,22 +77,32 @@ def serve(
     for name in SECRETS:
         if (secret := os.environ.get(variable(name))) is not None:  # an empty one is not skipped but rejected
             given[name] = secret
-    settings = Settings(**given)
+    upstreams = {name: read_upstream(Path(name)) for name in names or [] if is_upstream(name)}
+    settings = Settings(**given, upstreams=list(upstreams.values()))
     for name, similar in unknown_variables(os.environ).items():
         if similar is not None:  # ignoring a misspelled key file setting would leave the server open
             raise ValueError(f"{name}: unknown setting; did you mean {similar}?")
         hint = f"see de3 serve --help-all; {', '.join(OTHER_VARIABLES)} have other uses"
         log.warning("%s: unknown setting, ignored: %s", name, hint)
     try:
-        run(settings, _artifacts(names or [], settings.store, quantize, cache_gb))
+        run(settings, _artifacts(names or [], settings.store, quantize, cache_gb, upstreams))
     except NoModelsError as error:
         raise ValueError(
             f"{error}, name another store with --store DIR, or serve the demo model with de3 serve --demo"
         ) from None
 
 
-def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) -> list["Artifact"]:
-    """The artifacts with these names: models in the store, or classifiers from folders or the hub.
+def is_upstream(name: str) -> bool:
+    """True if a name is that of a .toml file, which describes a model with an upstream."""
+    return name.endswith(".toml")
+
+
+def _artifacts(
+    names: list[str], store: Path, quantize: str, cache_gb: float, upstreams: "Mapping[str, UpstreamModel]"
+) -> list["Artifact"]:
+    """The artifacts with these names: models in the store, classifiers from folders or the hub, or .toml files.
+
+    upstreams: the contents of the .toml files.
 
     Raises ValueError if an option is invalid, or an artifact cannot be found or made.
     """
@@ -97,11 +111,18 @@ def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) ->
         raise ValueError(f"--cache-gb must be a number, got {cache_gb}")
     if not names:
         return []
+    from de3.export import upstream
     from de3.export.cache import artifact_of, cache_folder, evict
     from de3.model_store.store import Store
 
     artifacts = []
     for name in names:
+        if name in upstreams:
+            folder = cache_folder()
+            artifacts.append(
+                upstream.artifact_of(upstreams[name], Path(name), Store(store), precision, folder)
+            )
+            continue
         artifact = Store(store).find(name)
         if artifact is None:
             artifact = artifact_of(name, precision, cache_folder())

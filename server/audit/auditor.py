@@ -11,7 +11,7 @@ import logging
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -20,9 +20,12 @@ import numpy as np
 from de3.exits.reading import Reading, differs
 from de3.model_store.segments import Array, Tokens
 from de3.server.audit.tenant import Settled, add_settled
+from de3.server.background import run_once
 from de3.server.engine.audit import Audit
 from de3.server.engine.job import Job
+from de3.server.engine.request import Text
 from de3.server.engine.served import Served
+from de3.server.errors import RequestError
 from de3.server.learn.record import Record
 from de3.server.networks import network_hash
 from de3.server.options import NO_OPTIONS
@@ -39,8 +42,11 @@ LEARN_TEXTS = 4096
 # number of texts at which an entry is full.
 MAX_ENTRIES, LEAST_ENTRIES, ENTRY_TEXTS = 2**12, 2**9, 256
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
-EXCLUDED = ("deadline", "max_layer", "windows")  # answers that τ alone did not determine
+# Answers that τ alone did not determine; and texts whose audit an upstream did not answer.
+EXCLUDED = ("deadline", "max_layer", "windows", "upstream_failed")
 
+# Answers a text as an upstream does, as the reading of an exit; raises RequestError.
+Ask = Callable[[Text], Awaitable[Reading]]
 # Counts settled texts of a model.
 Count = Callable[[Sequence[Settled]], None]
 
@@ -143,12 +149,14 @@ class Auditor:
         is_behind: Callable[[], bool] = lambda: False,
         learn: Callable[[Sequence[Record]], None] | None = None,
         traffic: Traffic | None = None,
+        ask: Ask | None = None,
     ) -> None:
         """submit: enqueues audits. count: counts settled texts. is_behind: see AuditStore.
 
         learn, traffic: keeps records of audited texts, and the traffic of the model's name; None if the server does
-        not learn.
+        not learn. ask: asks the model's upstream, if it has one.
         """
+        self._ask = ask
         self._is_behind, self._learn, self._traffic = is_behind, learn, traffic
         self._submit, self._count_settled = submit, count
         self._random = random.Random()
@@ -222,6 +230,7 @@ class Auditor:
         share = self._share_of(tenant, job.choice.rule.tau)
         draw = Draw(share, tenant.epoch, [self._random.random() < share for _ in job.items])
         for item, is_drawn in zip(job.items, draw.is_drawn, strict=True):
+            item.is_drawn = is_drawn
             item.asks_all_exits |= is_drawn
             item.keeps_states = is_drawn and self._learn is not None
         if job.choice.rule.tau > 0:
@@ -244,7 +253,7 @@ class Auditor:
         is_void = draw is None or draw.epoch != tenant.epoch or not draw.share
         share, drawn = (0.0, [False] * len(job.items)) if draw is None else (draw.share, draw.is_drawn)
         client = job.request.tenant or network_hash(job.client)
-        exits = len(self.served.model.manifest.exit_layers)
+        exits = len(self.served.model.manifest.exit_costs)
         entry: _Entry | None = None
         for item, is_drawn in zip(job.items, drawn, strict=True):
             needs_audit, outcome = is_drawn and job.choice.rule.tau > 0, item.outcome
@@ -267,7 +276,7 @@ class Auditor:
                 entry = self._open(tenant, Settled(name, tenant.epoch, share), is_pending)
             if is_pending:
                 entry.key = key
-                self._enqueue(tenant, entry, client, tokens, outcome.reading)
+                self._enqueue(tenant, entry, client, tokens, outcome.reading, item.text)
             elif is_drawn:
                 tenant.pending -= needs_audit
                 self._conclude(entry.settled, key, outcome.reading, outcome.passed)
@@ -288,17 +297,46 @@ class Auditor:
         tenant.entries.append(_Entry(settled, is_pending))
         return tenant.entries[-1]
 
-    def _enqueue(self, tenant: _Tenant, entry: _Entry, client: str, tokens: Tokens, answer: Reading) -> None:
+    def _enqueue(
+        self, tenant: _Tenant, entry: _Entry, client: str, tokens: Tokens, answer: Reading, text: Text
+    ) -> None:
         """Schedule the audit of a text. Audits are submitted together after TICK_S, so that answers are sent first."""
         rule = self.served.rules.default.rule
 
         def done(audit: Audit) -> None:
+            if self._ask is None or audit.is_dropped or audit.error is not None:
+                self._done(audit, tenant, entry, client, answer)
+            else:
+                run_once("upstream_audit", self._complete(self._ask(text), audit, done_with_answer))
+
+        def done_with_answer(audit: Audit) -> None:
             self._done(audit, tenant, entry, client, answer)
 
         if not self._fresh:
             asyncio.get_running_loop().call_later(TICK_S, self._submit_fresh)
         states = None if self._learn is None else self.served.model.empty_states()
         self._fresh.append(Audit(self.served, rule, tokens, done, states, tenant=entry.settled.tenant))
+
+    async def _complete(
+        self, asking: Awaitable[Reading], audit: Audit, done: Callable[[Audit], None]
+    ) -> None:
+        """Complete an audit with the answer of the upstream.
+
+        It is dropped if the upstream is away, and has an error if the upstream has no answer to this text.
+        """
+        try:
+            audit.passed.append(await asking)
+        except RequestError as error:
+            if error.retry_after_s is None:
+                audit.error = error
+            else:
+                audit.is_dropped = True
+                self.excluded["upstream_failed"] += 1
+        except BaseException:
+            audit.is_dropped = True
+            raise
+        finally:
+            done(audit)
 
     def _submit_fresh(self) -> None:
         fresh, self._fresh = self._fresh, []
@@ -314,12 +352,12 @@ class Auditor:
     ) -> None:
         tenant.pending -= 1
         entry.is_pending = False  # first, so that an error below does not block later entries
-        if audit.is_dropped:  # its model was unloaded or reloaded
+        if audit.is_dropped:  # its model was unloaded or reloaded, or its upstream is away
             tenant.discard(entry)
         elif audit.error is not None:
             log.error("an audit failed, and counts as a disagreement: %s", audit.error)
             # The deepest exit before the last one differs, at every τ above 0.
-            exits = len(self.served.model.manifest.exit_layers)
+            exits = len(self.served.model.manifest.exit_costs)
             scores, differing = list[float | None]([None] * exits), [False] * exits
             if exits > 1:
                 scores[-2], differing[-2] = 0.0, True

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
+from de3.exits.reading import Reading
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
 from de3.server.audit.auditor import Auditor, Traffic
@@ -13,11 +14,15 @@ from de3.server.audit.tenant import Settled
 from de3.server.background import report
 from de3.server.engine.audit import Audit
 from de3.server.engine.job import Job
+from de3.server.engine.request import Text
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.learn.record import Record
 from de3.server.rules import Rules, Standing
 from de3.server.settings import Settings
+from de3.server.upstream.answer import Asks, reading_of
+
+AUDIT_S = 60.0  # time limit of an upstream's answer to an audited text, with all attempts
 
 
 class AuditStore(Protocol):
@@ -67,9 +72,11 @@ class Audits:
         submit: Callable[[Sequence[Audit]], None],
         level: Callable[[], int],
         store: AuditStore,
+        upstreams: Asks,
     ) -> None:
         """submit: enqueues audits. level: returns the load level."""
         self._settings, self._submit, self._level, self._store = settings, submit, level, store
+        self._upstreams = upstreams
         self.is_on = settings.share_of_audits > 0
         self._by_model: dict[str, Auditor] = {}
         self._traffic: dict[str, Traffic] = {}  # by model name, on a server that learns
@@ -86,9 +93,15 @@ class Audits:
                 lambda: self._store.is_behind,
                 partial(self._store.learn, name) if self._settings.keeps_records else None,
                 self._traffic_of(served) if self._settings.learn else None,
+                None if model.manifest.upstream is None else partial(self._ask, model.manifest),
             )
         artifact, tau_factor = Artifact(model.path, model.manifest), served.monitor.tau_factor
         auditor.serve(served, self._store.serve(artifact, served.rules, model.runtime, tau_factor))
+
+    async def _ask(self, manifest: Manifest, text: Text) -> Reading:
+        """The answer of a model's upstream to an audited text, as the reading of an exit; raises RequestError."""
+        reply = await self._upstreams.ask(manifest.name, text, "audit", True, AUDIT_S, False)
+        return reading_of(reply, manifest.num_layers, len(manifest.labels))
 
     def _traffic_of(self, served: Served) -> Traffic:
         name = served.model.manifest.name

@@ -18,6 +18,7 @@ from de3.server.learn.record import Record
 from de3.server.rules import Rules, Standing
 from de3.server.settings import Settings
 from de3.server.shared_run import MAX_WAITING, SharedRun
+from de3.server.upstream.upstreams import Upstreams
 
 
 class Coordinator:
@@ -26,6 +27,7 @@ class Coordinator:
     Attributes:
         ledgers: the ledgers of all served models.
         learners: the learners of all served models; None without records.
+        upstreams: the upstreams of models.
     """
 
     is_behind = False  # see AuditStore
@@ -45,6 +47,7 @@ class Coordinator:
         """
         self.ledgers = Ledgers(settings, publish)
         self.learners = Learners(settings, self.ledgers, change) if settings.keeps_records else None
+        self.upstreams = Upstreams(settings)
         self._live_of, self._sync = live_of, sync
         self._most = max(MAX_WAITING, settings.processes)
         self._reporting: WeakKeyDictionary[Ledger, dict[str | None, SharedRun[dict[str, Any]]]]
@@ -94,7 +97,10 @@ class Coordinator:
         }
         share = mean(row.share for row in rows) if rows else 0.0
         live = Live(share, sum(row.pending for row in rows), excluded)
-        return await asyncio.to_thread(report, ledger, live, ledger.rules.in_force(level), reader)
+        found = await asyncio.to_thread(report, ledger, live, ledger.rules.in_force(level), reader)
+        if reader is None and (upstream := self.upstreams.report(ledger.manifest.name)) is not None:
+            found["upstream"] = upstream
+        return found
 
     async def reset(self, name: str, level: int) -> dict[str, Any]:
         """Discard the audit results of a model; see AuditStore.reset. Every process then uses the τ that it returns."""
@@ -112,6 +118,7 @@ class Coordinator:
     def start(self) -> None:
         """Start the tasks that save changes and run fits."""
         self.ledgers.start()
+        self.upstreams.start()
         if self.learners is not None:
             self.learners.start()
 
@@ -120,3 +127,4 @@ class Coordinator:
         if self.learners is not None:
             self.learners.stop()
         self.ledgers.stop()
+        self.upstreams.stop()

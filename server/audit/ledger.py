@@ -71,7 +71,7 @@ class Ledger:
         self._texts = Counter[str]()  # number of recent texts, by tenant
         # By tenant, the highest τ logged, as an index in the grid, and the time of the log line (monotonic seconds).
         self._logged: dict[str, tuple[int, float]] = {}
-        self._start_layers: float | None = None  # mean exit layer, by held-out texts
+        self._start_cost: float | None = None  # mean cost of an answer, by held-out texts
         self.serve(rules, runtime, tau_factor)
 
     def serve(self, rules: Rules, runtime: str, tau_factor: float) -> None:
@@ -141,7 +141,7 @@ class Ledger:
                 continue
             before = _in_force(tenant)
             self._texts[one.tenant] += one.texts
-            if tenant.count(one, self.manifest.exit_layers, self._room):
+            if tenant.count(one, self.manifest.exit_costs, self._room):
                 self._changed(one.tenant, tenant)
             if _in_force(tenant) != before:
                 self._tell([one.tenant])
@@ -181,21 +181,21 @@ class Ledger:
         each tenant; held-out texts of other clients are not counted.
         """
         self._texts = Counter(traffic)
-        layers, by_tenant = self.manifest.exit_layers, defaultdict[str, list[HeldOut]](list)
+        costs, by_tenant = self.manifest.exit_costs, defaultdict[str, list[HeldOut]](list)
         for one in rows:
             by_tenant[one.client if self._has_keys else ""].append(one)
         total, mean = sum(traffic.values()), 0.0
         for name, texts in traffic.items():
-            exit_layer = float(self.manifest.num_layers)
+            cost = float(costs[-1])
             if held := by_tenant[name]:
                 tenant = self.tenant(name)
-                found = profiles([r.scores for r in held], [r.differs for r in held], layers, self.taus)
+                found = profiles([r.scores for r in held], [r.differs for r in held], costs, self.taus)
                 if tenant.guarantee is not None:
                     repeats = [one.is_repeat for one in held]
                     tenant.count_held_out([one.key for one in held], found, self._room, repeats)
-                exit_layer = float(found.layers[:, tenant.index].mean())
-            mean += texts / total * exit_layer
-        self._start_layers = mean if traffic else None
+                cost = float(found.layers[:, tenant.index].mean())
+            mean += texts / total * cost
+        self._start_cost = mean if traffic else None
         self._tell(traffic.keys() & self.tenants.keys())
 
     def reset(self) -> None:
@@ -230,21 +230,21 @@ class Ledger:
         return int(np.searchsorted(self.taus, tau)) if self.rate is None else tenant.index
 
     def speedup(self) -> float:
-        """Speed-up in layers over the traffic, with each tenant at its τ; 1 if unknown. Any thread may call this.
+        """Speed-up over the traffic, in layers or calls of the upstream, with each tenant at its τ; 1 if unknown.
 
-        It is measured by audits or, while there are few, by held-out texts.
+        Any thread may call this. It is measured by audits or, while there are few, by held-out texts.
         """
-        tau, layers, weight, total = self.rules.default.rule.tau, self._start_layers, 0.0, 0.0
+        tau, cost, weight, total = self.rules.default.rule.tau, self._start_cost, 0.0, 0.0
         for tenant in list(self.tenants.values()):
             index = self.index(tenant, tau)
             for share, tally in list(tenant.evidence.tallies.items()):
                 total += int(tally.layers[index]) / share
                 weight += tally.audits / share
         if self.audits >= MIN_AUDITS:
-            layers = total / weight
-        if len(self.manifest.exit_layers) == 1 or layers is None:
+            cost = total / weight
+        if len(self.manifest.exit_layers) == 1 or cost is None:
             return 1.0
-        return self.manifest.num_layers / max(layers, 1e-3)
+        return self.manifest.exit_costs[-1] / max(cost, 1e-3)
 
     def measured(self, in_force: Choice) -> tuple[float, float, float] | None:
         """The rate of disagreement at the τ in force, and its lower and upper bound; None without audits.

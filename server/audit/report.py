@@ -39,7 +39,8 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
     tenant = tenants[name] if name in tenants else Tenant(ledger.taus, ledger.new_guarantee(), ledger.epoch)
     evidence, guarantee, tau = tenant.evidence, tenant.guarantee, _tau(tenant, in_force, manifest)
     lower, upper = evidence.bounds()
-    rates, layers = evidence.rates(), evidence.mean_layers()
+    rates, costs = evidence.rates(), evidence.mean_layers()
+    cost_name = "mean_exit_layer" if manifest.upstream is None else "upstream_share"
     e_values = None if guarantee is None else guarantee.evidence.e_values(guarantee.rate)
 
     def row(k: int) -> dict[str, Any]:
@@ -48,8 +49,8 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
             "disagreement": _number(rates[k]),
             "lower": float(lower[k]),
             "upper": float(upper[k]),
-            "mean_exit_layer": _number(layers[k]),
-            "speedup": None if np.isnan(layers[k]) else speedup(manifest.num_layers, float(layers[k])),
+            cost_name: _number(costs[k]),
+            "speedup": None if np.isnan(costs[k]) else speedup(manifest.exit_costs[-1], float(costs[k])),
         }
         if e_values is not None:
             known["e_value"] = float(e_values[k])

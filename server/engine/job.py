@@ -44,6 +44,7 @@ class Item:
             without a deadline.
         is_short: short enough to run in a group and to be tokenized in one step.
         is_sampled: its reading at the first exit is used to measure drift.
+        is_drawn: it was drawn for an audit.
         asks_all_exits: every exit is evaluated, even those at which it cannot exit.
         keeps_states: the mean hidden state of its tokens after each layer is kept, for fitting exits.
         states: these states, (num_layers, hidden), filled in as the layers run; None: not kept.
@@ -65,6 +66,7 @@ class Item:
     ends: float | None = None
     is_short: bool = field(init=False)
     is_sampled: bool = field(init=False)
+    is_drawn: bool = False
     asks_all_exits: bool = field(init=False)
     keeps_states: bool = False
     states: Array | None = None

@@ -22,8 +22,9 @@ _BY_STATUS: dict[int, tuple[str, tuple[Cause, ...]]] = {
     429: ("RateLimitError", ("rate_limited", "over_share")),
     499: ("Error", ("client_gone",)),  # never sent; used in metrics and logs
     500: ("InternalServerError", ("internal",)),
+    502: ("BadGatewayError", ("upstream",)),
     503: ("ServiceUnavailableError", ("loading", "queue_full", "shed", "busy", "budget")),
-    504: ("TimeoutError", ("timeout",)),
+    504: ("TimeoutError", ("timeout", "upstream_timeout")),
 }
 TYPES = {status: kind for status, (kind, _) in _BY_STATUS.items()}
 STATUSES = {cause: status for status, (_, causes) in _BY_STATUS.items() for cause in causes}

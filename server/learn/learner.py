@@ -109,7 +109,7 @@ class Learner:
         self._has_keys = settings.has_keys
         self.reservoir = Reservoir(
             self.base,
-            (manifest.num_layers, manifest.hidden_size),
+            (manifest.num_states, manifest.hidden_size),
             len(manifest.labels),
             settings.learn_bytes,
         )

@@ -14,6 +14,7 @@ from de3.server.metrics import BackgroundErrors, register_results
 from de3.server.processes.channel import ChannelClosedError
 from de3.server.processes.group import Group, Process
 from de3.server.processes.samples import Family, families_from, families_of, growing, merged, text_of
+from de3.server.settings import Settings
 from de3.server.shared_run import SharedRun
 
 SAMPLES_S = 1.0  # time for a process to send its metrics; after that, its last ones are used
@@ -27,8 +28,7 @@ class SharedMetrics:
         replaced: counter of processes started to replace others that ended, including failed starts.
     """
 
-    def __init__(self, group: Group, coordinator: Coordinator | None) -> None:
-        """coordinator: None if there are no audits."""
+    def __init__(self, group: Group, coordinator: Coordinator, settings: Settings) -> None:
         self._group = group
         self._departed: list[Family] = []  # counters of processes that have ended
         self._read_at = 0.0
@@ -41,8 +41,7 @@ class SharedMetrics:
         self.replaced = Counter(
             "de3_replaced_processes", "Starts of a process that replaces one that ended", registry=r
         )
-        if coordinator is not None:
-            register_results(r, coordinator, self._level)
+        register_results(r, coordinator, self._level, settings)
 
     def _level(self) -> int:
         return int(max((_gauge(p.samples, "de3_load_level") for p in self._group.all), default=0.0))

@@ -64,7 +64,7 @@ class Supervisor:
         self._connections = Connections(self._group, listening)
         self._models = SharedModels(settings, self._group, self._weights)
         self._coordinator = self._models.coordinator
-        self._metrics = SharedMetrics(self._group, self._coordinator if settings.share_of_audits else None)
+        self._metrics = SharedMetrics(self._group, self._coordinator, settings)
         # By process number: times that the process has ended or failed to start since it was last ready.
         self._starts = dict.fromkeys(range(1, settings.processes + 1), 0)
         self._ends: deque[float] = deque(maxlen=MAX_ENDS)
@@ -282,6 +282,8 @@ class Supervisor:
             "learning": self._coordinator.learning,
             "report": self._coordinator.report,
             "reset": self._coordinator.reset,
+            "ask_upstream": self._coordinator.upstreams.ask,
+            "answered": self._coordinator.upstreams.answered,
             **({} if limit is None else {"lease": limit.hit, "charge": limit.drain}),
         }
 

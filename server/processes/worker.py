@@ -24,6 +24,7 @@ from de3.server.processes.channel import Channel, ChannelClosedError, Handler
 from de3.server.processes.receiver import ALL, Receiver
 from de3.server.processes.remote import RemoteAuditStore
 from de3.server.processes.samples import Family, families_of
+from de3.server.processes.upstreams import RemoteUpstreams
 from de3.server.rules import Standing
 from de3.server.service import Service
 from de3.server.settings import Settings
@@ -82,6 +83,7 @@ class Worker:
         self._is_draining = False
         self.receiver, self.channel = Receiver(sockets, self._drain), Channel()
         self.audit_store = RemoteAuditStore(self.channel, self._apply)
+        self.upstreams = RemoteUpstreams(self.channel)
         self.leases = Leases(partial(self.channel.call, "lease"), partial(self.channel.tell, "charge"))
         self.change = partial(self.channel.call, "change")  # see SharedModels.change
 
@@ -176,6 +178,7 @@ class Worker:
 
     async def _flush(self) -> None:
         self.audit_store.send()
+        self.upstreams.send()
         await self.channel.call("sync")  # the answer shows that all earlier notes were handled
 
     # Called by the supervisor

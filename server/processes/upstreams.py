@@ -1,0 +1,44 @@
+"""The upstreams in a server of several processes: messages from each process to the supervisor, which makes the calls."""
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+from de3.server.engine.request import Text
+from de3.server.processes.channel import Channel
+from de3.server.processes.messages import decode
+from de3.server.upstream.client import Reply
+from de3.server.upstream.usage import Kind
+
+SEND_S = 0.2  # counts are collected for this long, then sent together
+
+
+class RemoteUpstreams:
+    """Implements `Asks` in one of several processes; the supervisor's `Upstreams` makes the calls."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._local, self._others = Counter[str](), Counter[str]()
+
+    async def ask(
+        self, name: str, text: Text, kind: Kind, is_audit: bool, timeout_s: float, is_budget: bool
+    ) -> Reply:
+        """Have the supervisor call a model's upstream."""
+        found: Any = await self._channel.call(
+            "ask_upstream", name, text, kind, is_audit, timeout_s, is_budget
+        )
+        return decode(Reply, found)
+
+    def answered(self, name: str, local: int, others: int) -> None:
+        """Count texts; the counts are sent together with later ones."""
+        if not self._local and not self._others:
+            asyncio.get_running_loop().call_later(SEND_S, self.send)
+        self._local[name] += local
+        self._others[name] += others
+
+    def send(self) -> None:
+        """Send the counts that were collected."""
+        local, others = self._local, self._others
+        self._local, self._others = Counter(), Counter()
+        for name in local | others | Counter(dict.fromkeys(local, 1)):
+            self._channel.tell("answered", name, local[name], others[name])

@@ -1,0 +1,95 @@
+"""Asks the upstream for the answers to a request's texts of which no exit was sure."""
+
+import asyncio
+from math import log
+from time import perf_counter
+from typing import Protocol
+
+from de3.exits.reading import Reading, read
+from de3.server.engine.job import Item, Job
+from de3.server.engine.outcome import Outcome
+from de3.server.engine.request import Text
+from de3.server.errors import RequestError
+from de3.server.settings import Settings
+from de3.server.upstream.client import Reply
+from de3.server.upstream.usage import Kind
+
+SMALLEST = 1e-6  # probabilities below it are raised to it before their logarithm is taken
+
+
+class Asks(Protocol):
+    """The upstreams of a server: `Upstreams`, or a connection to the supervisor's."""
+
+    async def ask(
+        self, name: str, text: Text, kind: Kind, is_audit: bool, timeout_s: float, is_budget: bool
+    ) -> Reply:
+        """The answer of a model's upstream; raises RequestError. See Caller.ask."""
+
+    def answered(self, name: str, local: int, others: int) -> None:
+        """Count texts that were answered by a model, and by its upstream."""
+
+
+async def ask_upstreams(job: Job, settings: Settings, upstreams: Asks) -> None:
+    """Complete the outcomes of a finished job and its fellows with the answers of their models' upstreams.
+
+    Raises RequestError, which names the text, if an upstream fails and the text is not answered without it.
+    """
+    expires_at = job.request.expires_at or job.submitted + settings.timeout_s
+    async with asyncio.TaskGroup() as group:
+        for one in job.team:
+            if one.model.manifest.upstream is None:
+                continue
+            for item in one.items:
+                if item.outcome is not None and needs_upstream(one, item.outcome):
+                    group.create_task(_ask(item, item.outcome, settings, upstreams, expires_at))
+
+
+def needs_upstream(job: Job, outcome: Outcome) -> bool:
+    """True if a text goes to the upstream; otherwise, sets the reason of its outcome.
+
+    It does unless an exit of the model was sure, the last one included, or the request limits the depth.
+    """
+    if outcome.reason != "last_layer" or job.choice.rule.max_layer is not None:
+        return False
+    last, rule = job.model.manifest.num_layers, outcome.rule
+    ends = [window.passed[-1] for window in outcome.windows] or [outcome.passed[-1]]
+    if any(end.layer == last and not rule.exits(end.score) for end in ends):
+        return True
+    outcome.reason = "threshold"
+    return False
+
+
+async def _ask(item: Item, outcome: Outcome, settings: Settings, upstreams: Asks, expires_at: float) -> None:
+    job, is_budget = item.job, item.job.deadline is not None
+    manifest, ends = job.model.manifest, expires_at
+    if job.deadline is not None:
+        ends = min(ends, job.deadline)
+    kind: Kind = "uncertain" if outcome.rule.tau > 0 else "learning"
+    timeout_s = max(0.0, ends - perf_counter())
+    try:
+        reply = await upstreams.ask(manifest.name, item.text, kind, item.is_drawn, timeout_s, is_budget)
+    except RequestError as error:
+        if is_budget:
+            outcome.reason = "deadline"
+        elif settings.without_upstream == "answer" and len(manifest.exit_layers) > 1:
+            outcome.reason = "upstream_failed"
+        elif job.request.keeps_errors:
+            item.outcome, item.error = None, error
+        else:
+            name = job.request.name_of(item.index)
+            raise RequestError(f"{name}: {error.message}", name, error.cause, error.retry_after_s) from None
+        return
+    reading = reading_of(reply, manifest.num_layers, len(manifest.labels))
+    outcome.passed = [*outcome.passed, reading]
+    outcome.reason, outcome.reading, outcome.layer = "upstream", reading, manifest.num_layers
+
+
+def reading_of(reply: Reply, layer: int, labels: int) -> Reading:
+    """An upstream's answer, as the reading of one more exit; layer: the model's last one. labels: K."""
+    probs = reply.probs
+    if probs is None:
+        probs = [0.0] * labels
+        probs[reply.label] = 1.0
+    reading = read(layer, [log(max(p, SMALLEST)) for p in probs], None)
+    reading.probs, reading.label = probs, reply.label
+    return reading

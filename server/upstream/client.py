@@ -1,0 +1,232 @@
+"""One call of an upstream: the request, and the label in its response."""
+
+import asyncio
+import math
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import Any, Literal, NamedTuple
+
+import certifi
+import httpx
+import orjson
+
+from de3.server.engine.request import Text
+from de3.server.upstream.labels import Labels
+from de3.server.upstream_settings import PLACEHOLDER, UpstreamModel
+
+MAX_RESPONSE_BYTES = 2**20
+CONNECT_S = 5.0  # limit on the time to connect
+MAX_RETRY_AFTER_S = 3600.0
+SUM = 1e-3  # largest error of the sum of probabilities
+CHARS_PER_TOKEN = 4  # estimate of the tokens of a response without usage
+
+# Why a call failed; a label of the metrics.
+Failure = Literal[
+    "connection", "timeout", "rate_limited", "server_error", "refused", "redirect", "invalid", "reply"
+]
+
+
+class CallError(Exception):
+    """A call that failed.
+
+    Attributes:
+        why: the kind of failure.
+        may_retry: another call may succeed.
+        is_outage: the upstream does not work; otherwise, only this text failed.
+        retry_after_s: as the upstream asks for; None: it does not.
+    """
+
+    def __init__(
+        self, why: Failure, message: str, may_retry: bool, is_outage: bool, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.why, self.may_retry, self.is_outage, self.retry_after_s = (
+            why,
+            may_retry,
+            is_outage,
+            retry_after_s,
+        )
+
+
+class Reply(NamedTuple):
+    """An upstream's answer.
+
+    Attributes:
+        label: number of the label.
+        probs: probability of each label; None: not known.
+        is_extracted: the label was found among other words.
+    """
+
+    label: int
+    probs: list[float] | None = None
+    is_extracted: bool = False
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens that a call has used."""
+
+    input: int = 0
+    output: int = 0
+
+
+class Client:
+    """Calls an upstream, without retries."""
+
+    def __init__(self, of: UpstreamModel, key: str | None) -> None:
+        self._of, self._names = of, Labels(of.labels)
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+        }
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        self._headers = headers
+        self._client: httpx.AsyncClient | None = None
+
+    def _open(self) -> httpx.AsyncClient:
+        """The HTTP client; created on the event loop that uses it."""
+        if self._client is None:
+            context = ssl.create_default_context()  # honours SSL_CERT_FILE, for private authorities
+            context.load_verify_locations(certifi.where())
+            self._client = httpx.AsyncClient(
+                verify=context,
+                trust_env=False,  # texts go to the URL only, not to a proxy from the environment
+                follow_redirects=False,
+                timeout=httpx.Timeout(None, connect=CONNECT_S),
+                limits=httpx.Limits(
+                    max_connections=None, max_keepalive_connections=self._of.upstream.concurrency
+                ),
+            )
+        return self._client
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.aclose()
+
+    async def call(self, text: Text, timeout_s: float, used: Callable[[Usage], None]) -> Reply:
+        """Classify a text; raises CallError. used: called with the tokens of a call that the upstream has answered."""
+        content = orjson.dumps(self._body(text))
+        try:
+            async with asyncio.timeout(timeout_s):
+                status, headers, body = await self._post(content)
+        except TimeoutError:
+            raise CallError("timeout", f"no answer within {timeout_s:.3g} s", True, True) from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            raise CallError("connection", _reason(error), True, True) from None
+        if status != 200:
+            raise _status_error(status, headers)
+        return self._read(body, len(content), used)
+
+    async def _post(self, content: bytes) -> tuple[int, httpx.Headers, bytes]:
+        """The status, the headers and the body of a response; raises CallError for a body that is too large."""
+        async with self._open().stream(
+            "POST", self._of.upstream.url, content=content, headers=self._headers
+        ) as response:
+            if response.status_code != 200:
+                return response.status_code, response.headers, b""
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise CallError("invalid", "the response is compressed", False, True)
+            chunks, size = [], 0
+            async for chunk in response.aiter_raw():
+                size += len(chunk)
+                if size > MAX_RESPONSE_BYTES:
+                    raise CallError(
+                        "invalid", f"the response has more than {MAX_RESPONSE_BYTES} bytes", False, True
+                    )
+                chunks.append(chunk)
+            return 200, response.headers, b"".join(chunks)
+
+    def _body(self, text: Text) -> dict[str, Any]:
+        one = self._of.upstream
+        name = {} if one.model is None else {"model": one.model}
+        if one.prompt is None:
+            pair = text.text_pair
+            given = text.text if pair is None else {"text": text.text, "text_pair": pair}
+            return {**name, "input": given, **one.parameters}
+        values = {"labels": ", ".join(self._of.labels), "text": text.text, "text_pair": text.text_pair or ""}
+        message = PLACEHOLDER.sub(
+            lambda found: values[found[1]], one.prompt
+        )  # braces in a text stay as they are
+        return {**name, "messages": [{"role": "user", "content": message}], **one.parameters}
+
+    def _read(self, body: bytes, sent: int, used: Callable[[Usage], None]) -> Reply:
+        try:
+            content = orjson.loads(body)
+            one = content["data"][0] if self._of.upstream.prompt is None else content["choices"][0]["message"]
+            label = one["label"] if self._of.upstream.prompt is None else one["content"]
+            if label is None and isinstance(one.get("refusal"), str):
+                label = ""  # the model refuses to answer
+            if not isinstance(label, str):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            used(_usage(None, sent, len(body)))
+            raise CallError(
+                "invalid", "the response does not have the expected format", False, True
+            ) from None
+        used(_usage(content.get("usage"), sent, len(body)))
+        if self._of.upstream.prompt is None:
+            number, is_extracted = self._names.find(label, is_exact=True)
+        else:
+            number, is_extracted = self._names.find(label, self._of.upstream.reply == "exact")
+        if number is None:
+            raise CallError("reply", f"its reply names no label, or several: {label[:100]!r}", True, False)
+        probs = _probabilities(one.get("probs"), number, len(self._of.labels))
+        return Reply(number, probs, is_extracted)
+
+
+def _probabilities(values: Any, label: int, count: int) -> list[float] | None:
+    """The probabilities in an answer of /classify, if they are in the order of the labels; None if they are not."""
+    if not isinstance(values, list) or len(values) != count:
+        return None
+    if not all(isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in values):
+        return None
+    is_ordered = values[label] == max(values) and abs(sum(values) - 1) <= max(SUM, 1e-6 * count)
+    return [float(p) for p in values] if is_ordered else None
+
+
+def _usage(found: Any, sent: int, received: int) -> Usage:
+    """The tokens that a response reports or, if it reports none, an estimate from the bytes sent and received."""
+    usage = Usage(-(-sent // CHARS_PER_TOKEN), -(-received // CHARS_PER_TOKEN))
+    if isinstance(found, dict):
+        for name, field in (("input", "prompt_tokens"), ("output", "completion_tokens")):
+            value = found.get(field)
+            if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40:
+                setattr(usage, name, value)
+    return usage
+
+
+def _status_error(status: int, headers: httpx.Headers) -> CallError:
+    message = f"it answers with HTTP {status}"
+    if status == 429:
+        return CallError("rate_limited", message, True, True, _retry_after(headers))
+    if status >= 500:
+        return CallError("server_error", message, True, True, _retry_after(headers))
+    if 300 <= status < 400:
+        return CallError("redirect", f"{message}, a redirect, which is not followed", False, True)
+    # 400, 413 and 422 may be due to the text; others, such as 401 and 404, fail for every text.
+    return CallError("refused", message, False, status not in (400, 413, 422))
+
+
+def _retry_after(headers: httpx.Headers) -> float | None:
+    """The seconds in a Retry-After header; None if there is no valid one."""
+    value = headers.get("retry-after", "")
+    try:
+        seconds = float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S) if math.isfinite(seconds) else None
+
+
+def _reason(error: Exception) -> str:
+    """The reason of a connection error, without the URL, which may contain a secret."""
+    cause = error.__cause__ or error
+    reason = (
+        getattr(cause, "verify_message", None) or getattr(cause, "strerror", None) or type(error).__name__
+    )
+    return f"it cannot be reached ({reason})"

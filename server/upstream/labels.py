@@ -1,0 +1,34 @@
+"""Finds the label in a chat's reply."""
+
+from collections.abc import Sequence
+
+from de3.server.upstream_settings import folded
+
+MAX_WORDS = 2000  # of a reply
+
+
+class Labels:
+    """The labels that a reply may name."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._by_words = {folded(label): number for number, label in enumerate(labels)}
+        self._lengths = sorted({len(words) for words in self._by_words}, reverse=True)
+
+    def find(self, reply: str, is_exact: bool = False) -> tuple[int | None, bool]:
+        """The number of the label that a reply names (None: no label, or several), and true if words are around it.
+
+        A label is a sequence of whole words; where several labels match, the longest does. is_exact: the reply must be
+        the label alone.
+        """
+        words = folded(reply)
+        if words in self._by_words:
+            return self._by_words[words], False
+        if is_exact or len(words) > MAX_WORDS:
+            return None, False
+        found, at = set[int](), 0
+        while at < len(words):
+            length = next((n for n in self._lengths if words[at : at + n] in self._by_words), 0)
+            if length:
+                found.add(self._by_words[words[at : at + length]])
+            at += length or 1
+        return (found.pop(), True) if len(found) == 1 else (None, False)

@@ -1,0 +1,327 @@
+"""The upstreams of a server's models: calls within their limits, with retries. They are in the process that counts."""
+
+import asyncio
+import logging
+import math
+import random
+from collections.abc import Iterable, Mapping
+from time import perf_counter
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from de3.server.background import keep_running, run_once
+from de3.server.engine.request import Text
+from de3.server.errors import Cause, RequestError
+from de3.server.settings import Settings
+from de3.server.upstream.breaker import Breaker
+from de3.server.upstream.client import CallError, Client, Reply
+from de3.server.upstream.usage import Kind, UpstreamUsage
+from de3.server.upstream_settings import UpstreamModel
+
+log = logging.getLogger("de3")
+ATTEMPTS = 3
+BACKOFF_S = 0.25  # pause before the second attempt; it doubles, and is varied at random
+MAX_WAITING = 1024  # texts that wait for a call, for each upstream
+REPEAT_SHARE = 0.05  # share of the audits that call twice
+MIN_REPEATS = 50  # repeated audits before a warning
+SAVE_S = 2.0  # interval between saves
+
+
+class Caller:
+    """Calls the upstream of one model.
+
+    Attributes:
+        usage: its calls so far.
+    """
+
+    def __init__(self, of: UpstreamModel, settings: Settings) -> None:
+        """Raises ValueError if the key is missing."""
+        self.of, self._rate = of, settings.guarantee
+        self._client, self._breaker = Client(of, of.upstream.key()), Breaker()
+        self.usage = UpstreamUsage(of, settings.state_dir)
+        self._calls = asyncio.Semaphore(of.upstream.concurrency)
+        # Audits leave room for texts that are waited for.
+        self._audits = asyncio.Semaphore(max(1, of.upstream.concurrency // 2))
+        self._waiting, self._was_away, self._has_warned = 0, False, False
+
+    async def ask(
+        self, text: Text, kind: Kind, is_audit: bool, timeout_s: float, is_budget: bool = False
+    ) -> Reply:
+        """The upstream's answer to a text.
+
+        is_audit: the answer is also an audit, of which a share is repeated. timeout_s: time for all attempts.
+        is_budget: it is a latency budget, so nothing is tried if it is shorter than the usual latency. Raises
+        RequestError if there is no answer.
+        """
+        ends = perf_counter() + timeout_s
+        if is_budget and timeout_s < self.usage.usual_s:
+            raise RequestError(
+                f"{self.of.name}: the budget is shorter than its upstream's usual latency",
+                None,
+                "upstream_timeout",
+            )
+        if self._waiting >= MAX_WAITING + self.of.upstream.concurrency:
+            raise self._away(f"{MAX_WAITING} texts wait for it", 1.0)
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await self._in_turn(text, kind, ends)
+        except TimeoutError:
+            raise RequestError(
+                f"{self.of.name}: no answer of its upstream in time", None, "upstream_timeout", 1
+            ) from None
+        finally:
+            self._waiting -= 1
+        if is_audit and random.random() < REPEAT_SHARE:
+            run_once("upstream", self._repeat(text, reply.label))
+        return reply
+
+    async def _in_turn(self, text: Text, kind: Kind, ends: float) -> Reply:
+        if kind == "audit":
+            async with self._audits, self._calls:
+                return await self._try(text, kind, ends)
+        async with self._calls:
+            return await self._try(text, kind, ends)
+
+    async def _try(self, text: Text, kind: Kind, ends: float) -> Reply:
+        for attempt in range(1, ATTEMPTS + 1):
+            self._check()
+            try:
+                return await self._call(text, kind if attempt == 1 else "retry", ends - perf_counter())
+            except CallError as error:
+                # A reply without a label is tried once more.
+                is_last = attempt == ATTEMPTS or (error.why == "reply" and attempt == 2)
+                pause_s = (
+                    BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5) if error.is_outage else 0.0
+                )
+                pause_s = max(pause_s, error.retry_after_s or 0.0)
+                if (
+                    is_last
+                    or not error.may_retry
+                    or self._breaker.is_open
+                    or perf_counter() + pause_s >= ends
+                ):
+                    raise self._failed(error) from None
+            await asyncio.sleep(pause_s)
+        raise AssertionError("not reached")
+
+    def _check(self) -> None:
+        """Raise RequestError while the upstream is away or over its quota."""
+        if wait_s := self.usage.quota_wait_s():
+            raise self._away(f"max_calls_per_hour ({self.of.upstream.max_calls_per_hour}) is reached", wait_s)
+        if wait_s := self._breaker.wait_s():
+            raise self._away("its last calls have failed", wait_s)
+
+    async def _call(self, text: Text, kind: Kind, left_s: float) -> Reply:
+        is_trial, is_outage, retry_after_s, started = self._breaker.begin(), None, None, perf_counter()
+        self.usage.called(kind)
+        try:
+            limit_s = max(0.001, min(left_s, self.of.upstream.timeout_s))
+            reply = await self._client.call(text, limit_s, self.usage.used)
+            is_outage = False
+        except CallError as error:
+            is_outage, retry_after_s = error.is_outage, error.retry_after_s
+            self.usage.failed(error.why)
+            raise
+        finally:
+            self._breaker.end(is_trial, is_outage, retry_after_s)
+            self._note()
+        self.usage.took(perf_counter() - started)
+        self.usage.totals.extracted += reply.is_extracted
+        return reply
+
+    def _note(self) -> None:
+        """Log when the upstream stops working, and when it works again."""
+        if self._breaker.is_open != self._was_away:
+            self._was_away = self._breaker.is_open
+            if self._was_away:
+                log.error(
+                    "%s: its upstream does not work: calls are paused, and tried again by themselves",
+                    self.of.name,
+                )
+            else:
+                log.info("%s: its upstream works again", self.of.name)
+
+    async def _repeat(self, text: Text, label: int) -> None:
+        """Ask for the answer to an audited text once more, and count whether the upstream disagrees with itself."""
+        try:
+            async with asyncio.timeout(self.of.upstream.timeout_s), self._audits, self._calls:
+                self._check()
+                again = await self._call(text, "repeat", self.of.upstream.timeout_s)
+        except (RequestError, CallError, TimeoutError):
+            return
+        self.usage.totals.repeats += 1
+        self.usage.totals.differing += again.label != label
+        if self.warning is not None and not self._has_warned:
+            self._has_warned = True
+            log.warning("%s: %s", self.of.name, self.warning)
+
+    @property
+    def warning(self) -> str | None:
+        """Set if the guarantee cannot be met by answers of the model, however good they are."""
+        rate, totals = self.usage.self_disagreement, self.usage.totals
+        if rate is None or self._rate is None or totals.repeats < MIN_REPEATS or self._rate >= rate / 2:
+            return None
+        return (
+            f"two calls of its upstream for the same text differ in {100 * rate:.2g}% of the cases: a guarantee of "
+            f"{100 * self._rate:g}% is below half of that, so hardly any text can be answered without a call"
+        )
+
+    def _away(self, why: str, wait_s: float) -> RequestError:
+        return RequestError(
+            f"{self.of.name}: its upstream cannot be asked: {why}",
+            None,
+            "upstream",
+            max(1, math.ceil(wait_s)),
+        )
+
+    def _failed(self, error: CallError) -> RequestError:
+        after_s = error.retry_after_s or self._breaker.wait_s() or 1.0
+        retry = max(1, math.ceil(after_s)) if error.is_outage else None
+        cause: Cause = "upstream_timeout" if error.why == "timeout" else "upstream"
+        return RequestError(f"{self.of.name}: its upstream failed: {error}", None, cause, retry)
+
+    @property
+    def is_available(self) -> bool:
+        """True unless calls are paused, or the quota is used up."""
+        return not self._breaker.is_open and not self.usage.quota_wait_s()
+
+    def report(self) -> dict[str, Any]:
+        """The state of the upstream, for the report of the audits."""
+        totals, usage = self.usage.totals, self.usage
+        return {
+            "kind": self.of.upstream.kind,
+            "model": self.of.upstream.model,
+            "available": self.is_available,
+            "local_share": round(usage.local_share, 4),
+            "local_texts": totals.local,
+            "calls": dict(totals.calls),
+            "failures": {why: count for why, count in totals.failures.items() if count},
+            "extracted": totals.extracted,
+            "usual_latency_s": round(usage.usual_s, 4),
+            "tokens": {"input": totals.tokens[0], "output": totals.tokens[1]},
+            "cost": round(totals.cost, 6),
+            "saved": round(usage.saved, 6),
+            "repeated": totals.repeats,
+            "self_disagreement": usage.self_disagreement,
+            "warning": self.warning,
+        }
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+
+class Upstreams:
+    """The upstreams of a server, by model name."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises ValueError if a key is missing."""
+        self._by_name = {of.name: Caller(of, settings) for of in settings.upstreams}
+        self._has_failed = False
+
+    @property
+    def all(self) -> Mapping[str, Caller]:
+        """The callers by model name."""
+        return self._by_name
+
+    async def ask(
+        self, name: str, text: Text, kind: Kind, is_audit: bool, timeout_s: float, is_budget: bool
+    ) -> Reply:
+        """The answer of a model's upstream; see Caller.ask."""
+        return await self._by_name[name].ask(text, kind, is_audit, timeout_s, is_budget)
+
+    def answered(self, name: str, local: int, others: int) -> None:
+        """Count texts that were answered by a model, and by its upstream."""
+        self._by_name[name].usage.answered(local, others)
+
+    def report(self, name: str) -> dict[str, Any] | None:
+        """The state of a model's upstream; None if it has none."""
+        caller = self._by_name.get(name)
+        return None if caller is None else caller.report()
+
+    def start(self) -> None:
+        """Start the task that saves the totals."""
+        if self._by_name:
+            keep_running("upstream", self._save_often)
+
+    async def _save_often(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_S)
+            await asyncio.to_thread(self._save)
+
+    def _save(self) -> None:
+        for caller in self._by_name.values():
+            try:
+                caller.usage.save()
+                self._has_failed = False
+            except OSError as error:
+                if not self._has_failed:
+                    log.error("state_dir: cannot save the calls of upstreams: %s", error)
+                self._has_failed = True
+
+    def stop(self) -> None:
+        """Save the totals; called after the last request."""
+        self._save()
+
+
+class UpstreamMetrics(Collector):
+    """Prometheus metrics of upstreams, by model."""
+
+    def __init__(self, upstreams: Upstreams) -> None:
+        self._upstreams = upstreams
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        """The metrics."""
+        share = GaugeMetricFamily(
+            "de3_local_share",
+            "Share of the texts of the last 5 minutes that the model answered, without its upstream",
+            labels=["model"],
+        )
+        available = GaugeMetricFamily(
+            "de3_upstream_available",
+            "1 unless calls are paused after failures, or max_calls_per_hour is reached",
+            labels=["model"],
+        )
+        latency = GaugeMetricFamily(
+            "de3_upstream_latency_seconds", "Median latency of the last calls", labels=["model"]
+        )
+        calls = CounterMetricFamily(
+            "de3_upstream_calls",
+            "Calls of the upstream, by kind: learning, uncertain, audit, repeat or retry",
+            labels=["model", "kind"],
+        )
+        failures = CounterMetricFamily(
+            "de3_upstream_failures", "Failed calls of the upstream, by reason", labels=["model", "reason"]
+        )
+        local = CounterMetricFamily("de3_local_texts", "Texts that the model answered", labels=["model"])
+        extracted = CounterMetricFamily(
+            "de3_upstream_extracted",
+            "Replies in which the label was found among other words",
+            labels=["model"],
+        )
+        cost = CounterMetricFamily(
+            "de3_upstream_cost", "Price of the calls, in the currency of the settings", labels=["model"]
+        )
+        saved = GaugeMetricFamily(
+            "de3_upstream_saved", "Estimated price of the calls that local answers saved", labels=["model"]
+        )
+        for name, caller in self._upstreams.all.items():
+            usage, totals = caller.usage, caller.usage.totals
+            for gauge, value in (
+                (share, usage.local_share),
+                (available, float(caller.is_available)),
+                (latency, usage.usual_s),
+                (local, totals.local),
+                (extracted, totals.extracted),
+                (cost, totals.cost),
+                (saved, usage.saved),
+            ):
+                gauge.add_metric([name], value)
+            for kind, count in totals.calls.items():
+                calls.add_metric([name, kind], count)
+            for why, count in totals.failures.items():
+                failures.add_metric([name, why], count)
+        yield from (share, available, latency, calls, failures, local, extracted, cost, saved)

@@ -1,0 +1,178 @@
+"""The use of an upstream: its calls, its failures and its cost, which survive restarts in the state folder."""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import time
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from de3.model_store.regular_file import read_regular_file, write_private_file
+from de3.server.upstream.client import Failure, Usage
+from de3.server.upstream_settings import UpstreamModel
+
+log = logging.getLogger("de3")
+# Why a call was made: no τ was proved yet; no exit was sure; the audit of an answer of the model; the second call of an
+# audit; a further attempt after a failure.
+Kind = Literal["learning", "uncertain", "audit", "repeat", "retry"]
+
+HOUR_S, SLOT_S = 3600, 10  # calls are limited in each hour, counted in slots
+RECENT_S = 300.0  # period of the share of local answers
+LATENCIES = 64  # calls whose median is the usual latency
+MAX_STATE_BYTES = 2**20
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Totals(BaseModel):
+    """Totals of a model's upstream, as they are saved.
+
+    Attributes:
+        upstream: hash of the upstream; see UpstreamModel.hash.
+        calls, failures: by kind, and by reason.
+        tokens: input and output tokens.
+        cost: price of the calls, in the currency of the settings' prices.
+        local: number of texts that the model has answered.
+        extracted: replies in which the label was found among other words.
+        repeats, differing: audits that called twice, and those of them whose labels differ.
+        slots: number of calls by slot of SLOT_S since 1970, of the last hour.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    schema_version: Literal[1] = 1
+    upstream: str = Field(max_length=64)
+    calls: dict[Kind, Count] = {}
+    failures: dict[Failure, Count] = {}
+    tokens: tuple[Count, Count] = (0, 0)
+    cost: Amount = 0.0
+    local: Count = 0
+    extracted: Count = 0
+    repeats: Count = 0
+    differing: Count = 0
+    slots: Annotated[dict[int, Count], Field(max_length=2 * HOUR_S // SLOT_S)] = {}
+
+
+class UpstreamUsage:
+    """Counts the use of one model's upstream.
+
+    Attributes:
+        totals: since the first start with this upstream and state folder.
+    """
+
+    def __init__(self, of: UpstreamModel, state_dir: Path | None, clock: Callable[[], float] = time) -> None:
+        self._of, self._clock = of.upstream, clock
+        self._path = None if state_dir is None else state_dir / "upstream" / f"{of.name}-{of.hash[:12]}.json"
+        self.totals = self._read(of.hash)
+        self.totals.calls = dict.fromkeys(get_args(Kind), 0) | self.totals.calls
+        self.totals.failures = dict.fromkeys(get_args(Failure), 0) | self.totals.failures
+        self._latencies: deque[float] = deque(maxlen=LATENCIES)
+        self._recent: deque[tuple[float, int, int]] = deque()  # time, local answers, other answers
+        self._saved = ""
+
+    def _read(self, of: str) -> Totals:
+        new = Totals(upstream=of)
+        if self._path is None:
+            return new
+        try:
+            found = Totals.model_validate_json(read_regular_file(self._path, MAX_STATE_BYTES))
+            if found.upstream != of:
+                raise ValueError("it belongs to another upstream")
+            return found
+        except FileNotFoundError:
+            return new
+        except (OSError, ValueError) as error:
+            log.error("state_dir: %s cannot be used, so its counts begin anew: %s", self._path, error)
+            return new
+
+    def save(self) -> None:
+        """Write the totals, if they have changed; raises OSError. Any thread may call it."""
+        if self._path is None:
+            return
+        content = self.totals.model_dump_json()
+        if content != self._saved:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_private_file(self._path, content.encode())
+            self._saved = content
+
+    def quota_wait_s(self) -> float:
+        """Seconds until max_calls_per_hour allows another call; 0: now."""
+        most, slots = self._of.max_calls_per_hour, self.totals.slots
+        if most is None:
+            return 0.0
+        now = self._clock()
+        # The current slot has just begun, so the oldest one counts as a whole.
+        self.totals.slots = slots = {at: n for at, n in slots.items() if (at + 1) * SLOT_S > now - HOUR_S}
+        excess = sum(slots.values()) - most + 1
+        for at, count in sorted(slots.items()):
+            if excess <= 0:
+                break
+            excess -= count
+            wait_s = (at + 1) * SLOT_S + HOUR_S - now
+        return max(0.0, wait_s) if sum(slots.values()) >= most else 0.0
+
+    def called(self, kind: Kind) -> None:
+        """Count a call that begins."""
+        self.totals.calls[kind] += 1
+        if self._of.max_calls_per_hour is not None:
+            slot = int(self._clock() // SLOT_S)
+            self.totals.slots[slot] = self.totals.slots.get(slot, 0) + 1
+        if self._of.price_per_call is not None:
+            self.totals.cost += self._of.price_per_call
+
+    def used(self, usage: Usage) -> None:
+        """Count the tokens of a call."""
+        before = self.totals.tokens
+        self.totals.tokens = before[0] + usage.input, before[1] + usage.output
+        if self._of.price_per_million_tokens is not None:
+            of_input, of_output = self._of.price_per_million_tokens
+            self.totals.cost += (usage.input * of_input + usage.output * of_output) / 1e6
+
+    def failed(self, why: Failure) -> None:
+        """Count a failed call."""
+        self.totals.failures[why] += 1
+
+    def took(self, seconds: float) -> None:
+        """Record the latency of a call that succeeded."""
+        self._latencies.append(seconds)
+
+    @property
+    def usual_s(self) -> float:
+        """Median latency of the last calls, seconds; 0 before the first."""
+        return median(self._latencies) if self._latencies else 0.0
+
+    def answered(self, local: int, others: int) -> None:
+        """Count texts that were answered by the model, and by the upstream."""
+        self.totals.local += local
+        now = self._clock()
+        if self._recent and now - self._recent[-1][0] < RECENT_S / 300:
+            at, *counts = self._recent.pop()
+            self._recent.append((at, counts[0] + local, counts[1] + others))
+        else:
+            self._recent.append((now, local, others))
+        while self._recent and self._recent[0][0] < now - RECENT_S:
+            self._recent.popleft()
+
+    @property
+    def local_share(self) -> float:
+        """Share of texts that the model answered, of those of the last RECENT_S; 0 without texts."""
+        since = self._clock() - RECENT_S
+        counts = [(local, others) for at, local, others in list(self._recent) if at >= since]
+        texts = sum(map(sum, counts))
+        return sum(local for local, _ in counts) / texts if texts else 0.0
+
+    @property
+    def saved(self) -> float:
+        """Estimated price of the calls that local answers have saved."""
+        calls = sum(self.totals.calls.values())
+        saved = max(0, self.totals.local - self.totals.calls["audit"] - self.totals.calls["repeat"])
+        return self.totals.cost / calls * saved if calls else 0.0
+
+    @property
+    def self_disagreement(self) -> float | None:
+        """Rate at which two calls for the same text differ; None without repeated audits."""
+        return self.totals.differing / self.totals.repeats if self.totals.repeats else None
