@@ -91,7 +91,8 @@ def fit_exits(
 
 def _with_costs(recorded: Recorded, manifest: Manifest) -> Recorded:
     """The outputs, with the costs of a model with an upstream: 1 for its answers, 0 for the model's."""
-    return recorded if manifest.upstream is None else replace(recorded, costs=manifest.exit_costs)
+    costs = [*([0] * manifest.num_states), 1]
+    return recorded if manifest.upstream is None else replace(recorded, costs=costs)
 
 
 def _split(

@@ -38,6 +38,7 @@ def configure(style: str, process: int | None = None) -> None:
         number = "" if process is None else f"[{process}] "
         handler.setFormatter(TextFormatter(f"%(asctime)s {number}%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs the URL of every call
 
 
 def _uncaught(*error: Any) -> None:

@@ -1,4 +1,4 @@
-"""The upstreams in a server of several processes: messages from each process to the supervisor, which makes the calls."""
+"""The upstreams in a server of several processes: messages to the supervisor, which makes the calls."""
 
 import asyncio
 from collections import Counter
