@@ -32,6 +32,7 @@ class Recorded:
         tolerance: in a regression model, whose logits are the values (K = 1), the largest difference between two values
             that counts as agreement; None in a model with classes.
         costs: cost of an answer at each exit, for speed-ups; None: its layer.
+        first_exit: index of the first exit that is used; the risk of earlier ones is 1.
     """
 
     exit_layers: list[int]
@@ -43,6 +44,7 @@ class Recorded:
     thresholds: NDArray[np.float64] | None = None
     tolerance: float | None = None
     costs: list[int] | None = None
+    first_exit: int = 0
 
     def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Recorded":
         """The samples at these rows: a mask, (n,), or indices."""

@@ -16,6 +16,7 @@ MAX_STEPS = 100
 FOLDS = 5  # cross-fitting folds
 # Relative to 1 + |mean|; features that vary less are not used, as weights are divided by the spread.
 MIN_SPREAD = 1e-4
+UNUSED: Weights = (50.0, 0.0, 0.0, 0.0, 0.0)  # of an exit that is not used: a risk of 1
 
 
 def fit(recorded: Recorded) -> Risk:
@@ -24,7 +25,10 @@ def fit(recorded: Recorded) -> Risk:
     differs = recorded.differs.astype(np.float64)
     weights: list[Weights | None] = [None] * (recorded.exit_layers[-1] + 1)
     for j, layer in enumerate(recorded.exit_layers[:-1]):
-        weights[layer] = tuple(regress(features[:, j], differs[:, j]).tolist())
+        if j < recorded.first_exit:
+            weights[layer] = UNUSED
+        else:
+            weights[layer] = tuple(regress(features[:, j], differs[:, j]).tolist())
     return Risk(tuple(weights))
 
 

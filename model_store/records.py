@@ -34,6 +34,8 @@ class Records:
         states: mean over the tokens after each layer but the last, from layer 0 on, (n, num_layers, hidden) float16.
         logits: logits at full depth, (n, K) float32.
         shares: probability with which each text was drawn, (n,) float64.
+        extra: true for texts that were not drawn, but that an upstream has answered; no sample of the traffic, so they
+            cannot test exits, (n,) bool.
         keys: hash of each text's tokens, (n,) uint64.
         numbers: estimated position of each text in the traffic, ascending, (n,) int64.
         clients: index of each text's client in `names`, (n,) int32.
@@ -50,6 +52,7 @@ class Records:
     clients: NDArray[np.int32]
     names: list[str]
     texts: list[float]
+    extra: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -82,7 +85,9 @@ _SHAPES = {
     "keys": (1, "U64"),
     "numbers": (1, "I64"),
     "clients": (1, "I32"),
+    "extra": (1, "BOOL"),
 }
+_OPTIONAL = ("extra",)  # missing in files of earlier releases
 
 
 def read(path: Path, max_bytes: int) -> Records:
@@ -97,7 +102,8 @@ def read(path: Path, max_bytes: int) -> Records:
             if metadata.get("format") != FORMAT:
                 raise ValueError("it is not a records file of this release")
             _check_header(file)
-            arrays = {name: file.get_tensor(name) for name in _SHAPES}
+            arrays = {name: file.get_tensor(name) for name in _SHAPES if name in file.keys()}  # noqa: SIM118
+            arrays.setdefault("extra", np.zeros(len(arrays["logits"]), np.bool_))
     except SafetensorError as error:
         raise ValueError(f"it is damaged: {error}") from None
     for name, array in arrays.items():
@@ -116,11 +122,13 @@ def read(path: Path, max_bytes: int) -> Records:
 
 def _check_header(file: Any) -> None:
     """Raise ValueError for wrong types and shapes, before any tensor is read."""
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in _SHAPES}
+    known = [name for name in _SHAPES if name not in _OPTIONAL or name in file.keys()]  # noqa: SIM118
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in known}
     n = shapes["logits"][0] if shapes["logits"] else 0
     if not 1 <= n <= MAX_RECORDS:
         raise ValueError(f"it has {n} records; it must have 1 to {MAX_RECORDS}")
-    for name, (dimensions, kind) in _SHAPES.items():
+    for name in known:
+        dimensions, kind = _SHAPES[name]
         shape, found = shapes[name], file.get_slice(name).get_dtype()
         if found != kind or len(shape) != dimensions or shape[0] != n or 0 in shape:
             raise ValueError(f"{name} must be {kind} of {n} records, got {found} {list(shape)}")

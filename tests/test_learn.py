@@ -101,7 +101,8 @@ def records_of(model: Model, texts: Sequence[str], clients: Sequence[str] = ("on
     keys = number.astype(np.uint64)
     texts_by = [float(n) / len(clients)] * len(clients)
     names, shares = list(clients), np.ones(n)
-    return Records(base_of(manifest), states, logits, shares, keys, number, owners, names, texts_by)
+    extra = np.zeros(n, np.bool_)
+    return Records(base_of(manifest), states, logits, shares, keys, number, owners, names, texts_by, extra)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def record(
 
 
 def reservoir(capacity: int, half_life: float = 1e9) -> Reservoir:
-    size = 2 * 2 * 3 + 4 * 2 + 36
+    size = 2 * 2 * 3 + 4 * 2 + 37
     return Reservoir("base", (2, 3), 2, capacity * size, half_life)
 
 
@@ -337,7 +338,8 @@ def test_risk_is_fitted_to_exits_that_did_not_see_the_text(base: Artifact, count
     rng, keys = np.random.default_rng(count), np.arange(count) // copies
     states = rng.normal(size=(count, 1, 192)).astype(np.float16)[keys * copies]
     logits = rng.normal(size=(count, 2)).astype(np.float32)[keys * copies] * 3
-    records = Records("", states, logits, np.ones(count), keys.astype(np.uint64), keys, keys, [""], [1.0])
+    sample = states, logits, np.ones(count), keys.astype(np.uint64), keys, keys, [""], [1.0]
+    records = Records("", *sample, np.zeros(count, np.bool_))
     axes = dict[Any, Any]()
     classifier = next(fit.fitted(training_set(records, base.manifest), "mean", 0, (1e-4,), axes))[1]
     exits = fit.Exits("mean", [classifier], [], [])

@@ -56,9 +56,8 @@ def records_of(stock: Path, texts: Sequence[str]) -> tuple[Manifest, Records]:
         states[i], logits[i] = [model.pooling.mean(step.hidden) for step in steps[:-1]], steps[-1].logits
     number = np.arange(n)
     keys, clients = number.astype(np.uint64), np.zeros(n, np.int32)
-    return manifest, Records(
-        *(base_of(manifest), states, logits, np.ones(n), keys, number, clients, ["one"], [float(n)])
-    )
+    sample = states, logits, np.ones(n), keys, number, clients, ["one"], [float(n)], np.zeros(n, np.bool_)
+    return manifest, Records(base_of(manifest), *sample)
 
 
 def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[Version]:

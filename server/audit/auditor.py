@@ -38,12 +38,14 @@ log = logging.getLogger("de3")
 # pending audits fill; once they reach twice its part, no more texts are drawn.
 ROOM, LEAST_ROOM = 256, 16
 LEARN_TEXTS = 4096
+# With an upstream, audits of local answers cost calls, and exits also learn from all texts that it answers.
+LEARN_CALLS = 1024
 # Limits on unsettled entries, which wait for the audit of an earlier one: over all tenants, and per tenant; and the
 # number of texts at which an entry is full.
 MAX_ENTRIES, LEAST_ENTRIES, ENTRY_TEXTS = 2**12, 2**9, 256
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 # Answers that τ alone did not determine; and texts whose audit an upstream did not answer.
-EXCLUDED = ("deadline", "max_layer", "windows", "upstream_failed")
+EXCLUDED, UPSTREAM_FAILED = ("deadline", "max_layer", "windows"), "upstream_failed"
 
 # Answers a text as an upstream does, as the reading of an exit; raises RequestError.
 Ask = Callable[[Text], Awaitable[Reading]]
@@ -100,19 +102,21 @@ class Traffic:
 
     Attributes:
         processes: number of processes of the server.
+        first: see share.
         texts: number of texts in this process, over all versions, since the start or the last reset.
     """
 
     processes: int
+    first: int = LEARN_TEXTS
     texts: int = 0
 
     @property
     def share(self) -> float:
         """Share of texts to audit for learning.
 
-        It is 1 for the first LEARN_TEXTS texts of the server, and halves with each doubling of the number of texts.
+        It is 1 for the `first` texts of the server, and halves with each doubling of the number of texts.
         """
-        return float(0.5 ** math.ceil(math.log2(max(1.0, self.texts * self.processes / LEARN_TEXTS))))
+        return float(0.5 ** math.ceil(math.log2(max(1.0, self.texts * self.processes / self.first))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +171,7 @@ class Auditor:
         self._tenants: dict[str, _Tenant] = {}
         self._fresh: list[Audit] = []
         self.audits, self.disagreements, self.seconds = 0, 0, 0.0
-        self.excluded = dict.fromkeys(EXCLUDED, 0)
+        self.excluded = dict.fromkeys(EXCLUDED if ask is None else (*EXCLUDED, UPSTREAM_FAILED), 0)
         self.served = served
 
     def serve(self, served: Served, standing: Standing) -> None:
@@ -232,7 +236,7 @@ class Auditor:
         for item, is_drawn in zip(job.items, draw.is_drawn, strict=True):
             item.is_drawn = is_drawn
             item.asks_all_exits |= is_drawn
-            item.keeps_states = is_drawn and self._learn is not None
+            item.keeps_states = self._learn is not None and (is_drawn or self._ask is not None)
         if job.choice.rule.tau > 0:
             tenant.pending += sum(draw.is_drawn)
         return draw
@@ -261,9 +265,10 @@ class Auditor:
                 tenant.pending -= needs_audit
                 continue
             reason = "windows" if outcome.windows else outcome.reason
-            if reason in EXCLUDED:
+            is_excluded = reason in (*EXCLUDED, UPSTREAM_FAILED)
+            if is_excluded:
                 self.excluded[reason] += 1
-            if reason in EXCLUDED or is_void:
+            if is_excluded or is_void:
                 tenant.pending -= needs_audit
                 continue
             if self._traffic is not None:
@@ -276,13 +281,16 @@ class Auditor:
                 entry = self._open(tenant, Settled(name, tenant.epoch, share), is_pending)
             if is_pending:
                 entry.key = key
-                self._enqueue(tenant, entry, client, tokens, outcome.reading, item.text)
+                text = None if self._ask is None else item.text
+                self._enqueue(tenant, entry, client, tokens, outcome.reading, text)
             elif is_drawn:
                 tenant.pending -= needs_audit
                 self._conclude(entry.settled, key, outcome.reading, outcome.passed)
                 self._record(client, share, tokens, item.states, outcome.passed[-1])
             else:
                 entry.settled.skip(key)
+                if outcome.reason == "upstream":
+                    self._record(client, 1.0, tokens, item.states, outcome.reading, is_extra=True)
         if entry is not None:
             entry.settled.may_rise = True
         self._settle(tenant)
@@ -298,13 +306,13 @@ class Auditor:
         return tenant.entries[-1]
 
     def _enqueue(
-        self, tenant: _Tenant, entry: _Entry, client: str, tokens: Tokens, answer: Reading, text: Text
+        self, tenant: _Tenant, entry: _Entry, client: str, tokens: Tokens, answer: Reading, text: Text | None
     ) -> None:
         """Schedule the audit of a text. Audits are submitted together after TICK_S, so that answers are sent first."""
         rule = self.served.rules.default.rule
 
         def done(audit: Audit) -> None:
-            if self._ask is None or audit.is_dropped or audit.error is not None:
+            if self._ask is None or text is None or audit.is_dropped or audit.error is not None:
                 self._done(audit, tenant, entry, client, answer)
             else:
                 run_once("upstream_audit", self._complete(self._ask(text), audit, done_with_answer))
@@ -331,7 +339,7 @@ class Auditor:
                 audit.error = error
             else:
                 audit.is_dropped = True
-                self.excluded["upstream_failed"] += 1
+                self.excluded[UPSTREAM_FAILED] += 1
         except BaseException:
             audit.is_dropped = True
             raise
@@ -383,7 +391,15 @@ class Auditor:
         served_differs = differs(answer.answer, last.answer, tolerance)
         self._count(settled, key, self._scores(passed), differing, served_differs)
 
-    def _record(self, client: str, share: float, tokens: Tokens, states: Array | None, last: Reading) -> None:
+    def _record(
+        self,
+        client: str,
+        share: float,
+        tokens: Tokens,
+        states: Array | None,
+        last: Reading,
+        is_extra: bool = False,
+    ) -> None:
         """Keep a record of a text that ran to full depth, if the server keeps records and all values are finite."""
         if self._learn is None or states is None:
             return
@@ -391,7 +407,7 @@ class Auditor:
         with np.errstate(over="ignore"):
             pooled = states.astype(np.float16)
         if np.isfinite(pooled).all() and np.isfinite(logits).all():
-            self._learn([Record(client, share, _key(tokens), pooled, logits)])
+            self._learn([Record(client, share, _key(tokens), pooled, logits, is_extra)])
 
     def _scores(self, passed: list[Reading]) -> list[float | None]:
         """The scores of a text at its exits, raised from the first exit at which it is out of distribution.

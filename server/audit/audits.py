@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from de3.exits.reading import Reading
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
-from de3.server.audit.auditor import Auditor, Traffic
+from de3.server.audit.auditor import LEARN_CALLS, LEARN_TEXTS, Auditor, Traffic
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
 from de3.server.background import report
@@ -105,7 +105,8 @@ class Audits:
 
     def _traffic_of(self, served: Served) -> Traffic:
         name = served.model.manifest.name
-        return self._traffic.setdefault(name, Traffic(self._settings.processes or 1))
+        first = LEARN_TEXTS if served.model.manifest.upstream is None else LEARN_CALLS
+        return self._traffic.setdefault(name, Traffic(self._settings.processes or 1, first))
 
     def apply(self, manifest: Manifest, standing: Standing) -> None:
         """Apply the standing of a model's ledger, which includes τ."""

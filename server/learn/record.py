@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A text that was drawn for an audit, and that ran to full depth.
+    """A text that was drawn for an audit, or answered by an upstream, and that ran to full depth.
 
     Attributes:
         client: name of the API key, or a hash of the client's network on a server without keys.
-        share: probability with which the text was drawn, before anything about it was known.
+        share: probability with which the text was drawn, before anything about it was known; 1 if it is extra.
+        is_extra: it was not drawn; see model_store.records.Records.
         key: hash of its tokens.
         states: mean hidden state of the tokens after each layer but the last, (num_layers, hidden) float16.
         logits: logits of the last layer, (K,) float32.
@@ -24,6 +25,7 @@ class Record:
     key: int
     states: NDArray[np.float16]
     logits: NDArray[np.float32]
+    is_extra: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class Reservoir:
     ) -> None:
         """base: see Records. shape: (num_layers, hidden). labels: K. max_bytes: memory limit. half_life: in texts."""
         self.base, self._half_life, self._random = base, half_life, np.random.default_rng(seed)
-        size = 2 * shape[0] * shape[1] + 4 * labels + 36
+        size = 2 * shape[0] * shape[1] + 4 * labels + 37
         self.capacity = max(1, min(max_bytes // size, MOST_RECORDS))
         self.texts = 0.0
         self._count = 0
@@ -47,6 +47,7 @@ class Reservoir:
         self._keys = np.empty(self.capacity, np.uint64)
         self._numbers = np.empty(self.capacity, np.int64)
         self._clients = np.empty(self.capacity, np.int32)
+        self._extra = np.empty(self.capacity, np.bool_)
         self._names: dict[str, int] = {}  # index of each client, by name
         self._held = np.zeros(MAX_NAMES + 1, np.int64)  # records of each client
         self._texts = np.zeros(MAX_NAMES + 1)  # texts of each client, estimated
@@ -60,9 +61,10 @@ class Reservoir:
 
     def add(self, record: Record) -> None:
         """Add a record; if there is no room, it replaces another one or is not kept."""
-        self.texts += 1 / record.share
+        stands_for = 0.0 if record.is_extra else 1 / record.share
+        self.texts += stands_for
         number, client = int(self.texts), self._client(record.client)
-        self._texts[client] += 1 / record.share
+        self._texts[client] += stands_for
         rank = float(self._rank(np.array([record.share]), np.array([number]))[0])
         slot = self._slot(rank, client)
         if slot is None:
@@ -73,6 +75,7 @@ class Reservoir:
             record.share,
         )
         self._keys[slot], self._numbers[slot], self._clients[slot] = record.key, number, client
+        self._extra[slot] = record.is_extra
         self._ranks[slot] = rank
         self._held[client] += 1
 
@@ -109,6 +112,7 @@ class Reservoir:
             *(self.base, self._states[order], self._logits[order], self._shares[order], self._keys[order]),
             *(self._numbers[order], self._clients[order], list(self._names)),
             self._texts[: len(self._names)].tolist(),
+            self._extra[order],
         )
 
     def restore(self, records: Records) -> None:
@@ -121,7 +125,7 @@ class Reservoir:
         self._count = count = len(kept)
         self._states[:count], self._logits[:count] = kept.states, kept.logits
         self._shares[:count], self._keys[:count] = kept.shares, kept.keys
-        self._numbers[:count] = kept.numbers
+        self._numbers[:count], self._extra[:count] = kept.numbers, kept.extra
         indices = np.array([self._client(name) for name in records.names])
         np.add.at(self._texts, indices, records.texts)
         self._clients[:count] = indices[kept.clients]
