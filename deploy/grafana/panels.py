@@ -225,6 +225,48 @@ _LEARN = (
     ),
 )
 
+_UPSTREAM = (
+    Panel(
+        "Answered without a call",
+        "lines",
+        "percentunit",
+        "Share of the texts of the last 5 minutes that the model answered itself, without its upstream.",
+        (Query("max by (model) (de3_local_share)", "{{model}}"),),
+        width=6,
+        most=1,
+        row="Upstream",
+    ),
+    Panel(
+        "Calls of the upstream",
+        "stack",
+        "reqps",
+        "By kind: learning (no τ is proved yet), uncertain (no exit was sure), audit (of an answer of the model), repeat "
+        "(second call of an audit), retry (after a failure).",
+        (Query(f"sum by (kind) (rate(de3_upstream_calls_total{R}))", "{{kind}}"),),
+        width=6,
+    ),
+    Panel(
+        "Failed calls",
+        "stack",
+        "reqps",
+        "Failed calls of the upstream by reason.",
+        (Query(f"sum by (reason) (rate(de3_upstream_failures_total{R}))", "{{reason}}"),),
+        width=6,
+    ),
+    Panel(
+        "Money",
+        "lines",
+        "none",
+        "Price of the calls so far, and the estimated price of those that the model's answers saved, in the currency of "
+        "the prices in the .toml file.",
+        (
+            Query("max by (model) (de3_upstream_cost_total)", "spent {{model}}"),
+            Query("max by (model) (de3_upstream_saved)", "saved {{model}}"),
+        ),
+        width=6,
+    ),
+)
+
 SPEED_UP = Dashboard(
     "de3-speed-up",
     "Speed-up",
@@ -502,6 +544,7 @@ QUALITY = Dashboard(
         ),
         *_GUARANTEE,
         *_LEARN,
+        *_UPSTREAM,
     ),
 )
 # The accuracy panel is on the speed-up dashboard, too.
