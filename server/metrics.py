@@ -17,7 +17,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from de3.server.audit.auditor import EXCLUDED, Auditor
+from de3.server.audit.auditor import EXCLUDED, UPSTREAM_FAILED, Auditor
 from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import tau_row
 from de3.server.audit.ledgers import Ledgers
@@ -92,7 +92,7 @@ class _AuditMetrics(Collector):
         seconds = counter("de3_audit_seconds", "Model time of audits", labels=["model"])
         excluded = counter(
             "de3_audit_excluded_texts",
-            f"Texts excluded from audits, by reason: {', '.join(EXCLUDED)}",
+            f"Texts excluded from audits, by reason: {', '.join((*EXCLUDED, UPSTREAM_FAILED))}",
             labels=["model", "reason"],
         )
         for name, served in list(self._served.items()):

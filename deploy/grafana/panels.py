@@ -257,8 +257,8 @@ _UPSTREAM = (
         "Money",
         "lines",
         "none",
-        "Price of the calls so far, and the estimated price of those that the model's answers saved, in the currency of "
-        "the prices in the .toml file.",
+        "Price of the calls so far, and the estimated price of those that the model's answers saved, in the currency "
+        "of the prices in the .toml file.",
         (
             Query("max by (model) (de3_upstream_cost_total)", "spent {{model}}"),
             Query("max by (model) (de3_upstream_saved)", "saved {{model}}"),
@@ -334,7 +334,8 @@ SPEED_UP = Dashboard(
             "Exit reasons",
             "stack",
             "percentunit",
-            "threshold: score below τ; last_layer: full depth; max_layer, deadline: limits of the request.",
+            "threshold: score below τ; last_layer, upstream: full depth; max_layer, deadline: limits of the request; "
+            "upstream_failed.",
             (
                 Query(
                     f"{_sum('de3_exit_layer_count', 'reason')} / scalar({_sum('de3_exit_layer_count')})",

@@ -44,6 +44,7 @@ class Outcome:
         windows: the windows that ran; empty unless the text has several.
         num_windows: number of windows of the text, run or not.
         decisive: the window that decides; None without a flag, or if the text has one window.
+        upstream_s: time that the upstream took.
     """
 
     layer: int
@@ -60,3 +61,4 @@ class Outcome:
     windows: Sequence[Window] = ()
     num_windows: int = 1
     decisive: Decisive | None = None
+    upstream_s: float = 0.0

@@ -161,16 +161,18 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 
 def _timing(job: Job, started: float, ended: float) -> str:
-    """The Server-Timing header, in ms: tokenize and model are sums over the texts, queue is the longest wait."""
-    queue = tokenize = model = 0.0
+    """The Server-Timing header, in ms: tokenize and model are sums over the texts, queue and upstream the maximum."""
+    queue = tokenize = model = upstream = 0.0
     for outcome in job.outcomes():
         queue = max(queue, outcome.queue_s)
         tokenize += outcome.tokenize_s
         model += outcome.model_s
+        upstream = max(upstream, outcome.upstream_s)
+    waited = f"upstream;dur={1000 * upstream:.3f}, " if upstream else ""
     return (
         f"read;dur={1000 * (job.submitted - started):.3f}, queue;dur={1000 * queue:.3f}, "
         f"tokenize;dur={1000 * tokenize:.3f}, model;dur={1000 * model:.3f}, "
-        f"total;dur={1000 * (ended - started):.3f}"
+        f"{waited}total;dur={1000 * (ended - started):.3f}"
     )
 
 

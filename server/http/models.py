@@ -110,6 +110,7 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "labels": manifest.labels,
         "num_layers": manifest.num_layers,
         "exit_layers": manifest.exit_layers,
+        "has_upstream": manifest.upstream is not None,
         "source": manifest.source,
         "max_tokens": manifest.max_tokens,
         "input": manifest.input,

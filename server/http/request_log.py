@@ -39,6 +39,7 @@ class RequestLog:
             fields["cause"] = exchange.cause
         if job is not None:
             outcomes = [item.outcome for item in job.items if item.outcome]
+            waited = max((o.upstream_s for o in outcomes), default=0.0)
             fields |= {
                 "texts": len(job.items),
                 "tokens": sum(o.tokens for o in outcomes),
@@ -47,6 +48,7 @@ class RequestLog:
                 "exit_reasons": sorted({o.reason for o in outcomes}),
                 "queue_ms": round(1000 * max((o.queue_s for o in outcomes), default=0.0), 3),
                 "model_ms": round(1000 * sum(o.model_s for o in outcomes), 3),
+                **({"upstream_ms": round(1000 * waited, 3)} if waited else {}),
             }
             if self._with_texts:
                 fields["input"] = [asdict(item.text) for item in job.items]

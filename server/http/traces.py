@@ -144,4 +144,8 @@ class Traces:
         self._stage("queue", within, submitted, tokenized)
         self._stage("tokenize", within, tokenized, modelled)
         self._stage("model", within, modelled, left, o.layer)
+        if o.upstream_s:
+            answered = left + int(1e9 * o.upstream_s)
+            self._stage("upstream", within, left, answered)
+            left = answered
         span.end(left)

@@ -65,7 +65,8 @@ async def _ask(item: Item, outcome: Outcome, settings: Settings, upstreams: Asks
     if job.deadline is not None:
         ends = min(ends, job.deadline)
     kind: Kind = "uncertain" if outcome.rule.tau > 0 else "learning"
-    timeout_s = max(0.0, ends - perf_counter())
+    started = perf_counter()
+    timeout_s = max(0.0, ends - started)
     try:
         reply = await upstreams.ask(manifest.name, item.text, kind, item.is_drawn, timeout_s, is_budget)
     except RequestError as error:
@@ -79,6 +80,8 @@ async def _ask(item: Item, outcome: Outcome, settings: Settings, upstreams: Asks
             name = job.request.name_of(item.index)
             raise RequestError(f"{name}: {error.message}", name, error.cause, error.retry_after_s) from None
         return
+    finally:
+        outcome.upstream_s = perf_counter() - started
     reading = reading_of(reply, manifest.num_layers, len(manifest.labels))
     outcome.passed = [*outcome.passed, reading]
     outcome.reason, outcome.reading, outcome.layer = "upstream", reading, manifest.num_layers

@@ -3,7 +3,7 @@
 
 const BASE = new URL(".", location.href);
 const KEY = "de3-key";
-const [POLL_MS, WINDOW_MS, PAUSE_MS, MAX_RETRIES] = [2000, 60_000, 60, 5];
+const [POLL_MS, WINDOW_MS, PAUSE_MS, UPSTREAM_PAUSE_MS, MAX_RETRIES] = [2000, 60_000, 60, 1500, 5];
 const POLLS_PER_AUDIT = 5; // the results of audits are polled less often: they change slowly
 const MAX_CLASSES = 10; // shown until the user asks for all
 // Texts for models like the demo, by labels; early exits get the last one wrong.
@@ -76,6 +76,8 @@ const REASONS = {
   last_layer: "full depth",
   max_layer: "deepest allowed layer",
   deadline: "deadline reached",
+  upstream: "asked the upstream",
+  upstream_failed: "the upstream failed",
 };
 // Sources of the τ in force, by set_by; others are options of the server.
 const SOURCES = {
@@ -204,6 +206,7 @@ function cancel() {
 /** Schedule a request, if there is a model; a later call replaces an earlier one. */
 function ask(pause = PAUSE_MS) {
   if (!state.model) return;
+  if (state.model.has_upstream) pause = Math.max(pause, UPSTREAM_PAUSE_MS); // each text may cost a call
   retries = 0;
   clearTimeout(timer);
   timer = setTimeout(answer, pause);
@@ -231,7 +234,7 @@ async function answer() {
     return;
   }
   const input = isPair ? { text, text_pair } : text, wasDefault = isDefaultTau();
-  const compares = hasExits() && $("compare").checked;
+  const compares = hasExits() && !model.has_upstream && $("compare").checked; // full depth would cost a call
   try {
     const row = await classify(model, input, option(), signal);
     // Full depth depends on the text alone: one request, not one for each move of the slider.
@@ -314,7 +317,8 @@ function isSame(one, other) {
 function drawAnswer(row, fullDepth, animate) {
   const { exit } = row, count = exit.num_layers, saved = count - exit.layer;
   const layer = exit.layer === 0 ? "before layer 1, on the embeddings" : `after layer ${exit.layer} of ${count}`;
-  const where = saved ? `exited ${layer} · ${plural(saved, "layer")} saved` : `ran all ${plural(count, "layer")}`;
+  const ran = saved ? `exited ${layer} · ${plural(saved, "layer")} saved` : `ran all ${plural(count, "layer")}`;
+  const where = exit.reason === "upstream" ? "no exit was sure: the upstream answered" : ran;
   const ms = (one, words) => (one.ms === null ? "" : words(one.ms.toFixed(1)));
   const lines = [
     element("strong", {}, named(row)),
@@ -641,12 +645,14 @@ async function use(model) {
   $("measured").hidden = true;
   $("model").value = model.id;
   $("main").classList.toggle("full-depth", !hasExits());
-  $("no-exits").textContent =
-    `${model.id} has no exits: every text runs through all ${plural(model.num_layers, "layer")}.`;
+  $("no-exits").textContent = model.has_upstream
+    ? `${model.id} has no exits yet: its upstream answers every text.`
+    : `${model.id} has no exits: every text runs through all ${plural(model.num_layers, "layer")}.`;
   // The source of a folder is its last part only; a hub id has two.
   const name = !model.source || model.source.includes("/") ? (model.source ?? model.name) : `path/to/${model.source}`;
-  drawCommand("import", `de3 import ${name} --texts texts.txt --name with-exits`);
-  drawCommand("learn", `de3 serve ${name} --learn --guarantee 0.02`);
+  const fit = model.has_upstream ? "fit answers.csv" : `import ${name} --texts texts.txt`;
+  drawCommand("import", `de3 ${fit} --name with-exits`);
+  drawCommand("learn", `de3 serve ${name}${model.has_upstream ? ".toml" : ""} --learn --guarantee 0.02`);
   setInForce({ tau: model.defaults.tau });
   poll();
   let rows = [];
