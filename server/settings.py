@@ -191,7 +191,7 @@ class Settings(BaseModel):
         bool,
         audit_option("--allow-plain-http", help="Allow upstreams without TLS on other machines."),
     ] = False
-    upstreams: list[UpstreamModel] = []
+    upstreams: list[UpstreamModel] = []  # no option: de3 serve reads them from .toml files
     learn_bytes: Annotated[
         int, Field(ge=2**20), audit_option(help="Memory for the records of each model, bytes.")
     ] = 2**27

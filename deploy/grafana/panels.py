@@ -240,8 +240,8 @@ _UPSTREAM = (
         "Calls of the upstream",
         "stack",
         "reqps",
-        "By kind: learning (no τ is proved yet), uncertain (no exit was sure), audit (of an answer of the model), repeat "
-        "(second call of an audit), retry (after a failure).",
+        "By kind: learning (no τ is proved yet), uncertain (no exit was sure), audit (of an answer of the model), "
+        "repeat (second call of an audit), retry (after a failure).",
         (Query(f"sum by (kind) (rate(de3_upstream_calls_total{R}))", "{{kind}}"),),
         width=6,
     ),

@@ -24,7 +24,7 @@ log = logging.getLogger("de3")
 ATTEMPTS = 3
 BACKOFF_S = 0.25  # pause before the second attempt; it doubles, and is varied at random
 MAX_WAITING = 1024  # texts that wait for a call, for each upstream
-REPEAT_SHARE = 0.05  # share of the audits that call twice
+REPEAT_SHARE = 0.02  # share of the audits that call twice
 MIN_REPEATS = 50  # repeated audits before a warning
 SAVE_S = 2.0  # interval between saves
 
