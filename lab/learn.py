@@ -170,12 +170,12 @@ def tell(
             peak = _Peak(started.process.pid)
             answers = send(url, texts, per_second)
             audits_ms = 1000 * _metric(url, "de3_audit_seconds_total")
-            report = _report(url, name)
+            report = report_of(url, name)
             version, story.records = report["serving"], report["records"]
             answers += send(url, others, per_second)
             story.memory_mb = peak.stop()
             labels = truth(url, [*texts, *others])
-            story.fits = _report(url, name)["fits"]
+            story.fits = report_of(url, name)["fits"]
             _measure(story, answers, labels, count, audits_ms)
             try:
                 learned = Store(place / "state/learned/versions").open(f"{name}:{version}")
@@ -249,7 +249,7 @@ def hindsight(model: Model, texts: Sequence[str], rate: float) -> float:
     return model.manifest.num_layers / max(float(layers[:, index].mean()), 0.01)
 
 
-def _report(url: str, name: str) -> dict[str, Any]:
+def report_of(url: str, name: str) -> dict[str, Any]:
     with urlopen(f"{url}/v1/models/{name}/learn") as response:
         return dict(json.loads(response.read()))
 

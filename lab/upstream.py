@@ -2,7 +2,9 @@
 
 import http.client
 import json
+import os
 import random
+import secrets
 import subprocess
 import sys
 import threading
@@ -26,9 +28,10 @@ from de3.loadtest.servers import Server, dependencies, environment, free_port, r
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from lab.audit import audit_of
-from lab.learn import WINDOW, recovery
+from lab.learn import WINDOW, recovery, report_of
 
 NAME = "upstream-study"
+KEY = "DE3_LAB_UPSTREAM_KEY"  # environment variable
 CLIENTS = 4
 PRICES = (0.15, 0.60)  # for a million tokens of input, and of output
 PROMPT = "Which of {labels} is this text about? Answer with the label only.\n\n{text}"
@@ -235,6 +238,7 @@ def run_de3(
         checkpoints[-1] = (checkpoints[-1][0], report["calls"])
         if standin:
             report["received"] = json.loads(urlopen(f"{standin}/health").read())["calls"]
+        report["learn"] = report_of(started.target.url, NAME)
     answered = [answer for answer in answers if answer.label is not None]
     is_local = np.array([answer.reason != "upstream" for answer in answered])
     wrong = np.array([answer.label != truth[answer.text] for answer in answered])
@@ -285,7 +289,12 @@ def _litellm(standin: str, place: Path) -> Iterator[str]:
     """Start LiteLLM's proxy, with its default settings, in front of the stand-in; yields its URL."""
     python, config = environment("litellm", ["litellm[proxy]"]), place / "litellm.yaml"
     model = {"model": "openai/standin", "api_base": f"{standin}/v1", "api_key": "none"}
-    config.write_text(json.dumps({"model_list": [{"model_name": "standin", "litellm_params": model}]}))
+    os.environ[KEY] = key = f"sk-{secrets.token_hex(16)}"  # LiteLLM does not start without one
+    content = {
+        "model_list": [{"model_name": "standin", "litellm_params": model}],
+        "general_settings": {"master_key": key},
+    }
+    config.write_text(json.dumps(content))
     command = ["env", "LITELLM_LOCAL_MODEL_COST_MAP=True", str(python.with_name("litellm"))]
     command += ["--config", str(config), "--host", "127.0.0.1", "--port", "{port}"]
     server = Server("LiteLLM", command, ready="/health/liveliness")
@@ -295,11 +304,12 @@ def _litellm(standin: str, place: Path) -> Iterator[str]:
 
 def _settings(plan: Plan, labels: Sequence[str], url: str, path: Path) -> Path:
     """Write the .toml file of the model."""
-    upstream = {"kind": plan.kind, "url": url, "timeout_s": 5 + 2 * plan.latency_s}
+    upstream: dict[str, Any] = {"kind": plan.kind, "url": url, "timeout_s": 5 + 2 * plan.latency_s}
+    upstream["price_per_million_tokens"] = PRICES
     if plan.kind == "chat":
-        upstream |= {"model": "standin", "prompt": PROMPT, "price_per_million_tokens": PRICES}
-    else:
-        upstream |= {"price_per_million_tokens": PRICES}
+        upstream |= {"model": "standin", "prompt": PROMPT}
+    if plan.through_litellm:
+        upstream["api_key_env"] = KEY
     lines = [f"{name} = {json.dumps(value)}" for name, value in upstream.items()]
     head = f'name = "{NAME}"\nencoder = {json.dumps(plan.encoder)}\nlabels = {json.dumps(labels)}\n'
     path.write_text("\n".join([head, "[upstream]", *lines]))
@@ -401,7 +411,7 @@ def run_tracer(plan: Plan, labels: Sequence[str], truth: Sequence[str], paid: fl
     wrong = np.array([a != b for a, b in zip(teacher, truth, strict=True)])
     result.noise = float(wrong[~is_local].mean()) if (~is_local).any() else 0.0
     for end in ends_of(len(plan.texts), plan.switch):
-        result.checkpoints.append((end, {"calls": int((~is_local[:end]).sum())}))
+        result.checkpoints.append((end, {"deferred": int((~is_local[:end]).sum())}))
     result.wall_s, result.report = time.monotonic() - began, found["fits"]
     return result
 
