@@ -174,11 +174,14 @@ def upstream(
     Example: python -m lab upstream runs/stock/model --stream runs/stock/texts.jsonl --noise 0.02 --tracer
     """
     import random
+    import signal
+    import sys
 
     from de3.data.tables import Columns, read_rows
     from lab import upstream as study
     from lab.experiments.tasks import TASKS, minilm
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes end
     if (stream is None) == (not task) or (task and data is None):
         raise typer.BadParameter("give --stream, or --task and --data")
     if stream is not None:

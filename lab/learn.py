@@ -250,6 +250,7 @@ def hindsight(model: Model, texts: Sequence[str], rate: float) -> float:
 
 
 def report_of(url: str, name: str) -> dict[str, Any]:
+    """A server's report on its learning; raises OSError if the request fails."""
     with urlopen(f"{url}/v1/models/{name}/learn") as response:
         return dict(json.loads(response.read()))
 

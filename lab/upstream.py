@@ -239,17 +239,40 @@ def run_de3(
         if standin:
             report["received"] = json.loads(urlopen(f"{standin}/health").read())["calls"]
         report["learn"] = report_of(started.target.url, NAME)
+    result = result_of(plan, answers, truth, report)
+    result.switch, result.wall_s, result.checkpoints = switch, wall_s, checkpoints
+    return result
+
+
+def result_of(
+    plan: Plan, answers: Sequence[Answer], truth: Sequence[str], report: Mapping[str, Any]
+) -> Result:
+    """Compare the answers with the truth, the label that the upstream's model gives each text of the stream.
+
+    report: the server's report on its upstream.
+    """
     answered = [answer for answer in answers if answer.label is not None]
     is_local = np.array([answer.reason != "upstream" for answer in answered])
     wrong = np.array([answer.label != truth[answer.text] for answer in answered])
-    calls, failures = sum(report["calls"].values()), report["failures"]
-    paid = calls - sum(count for why, count in failures.items() if why != "reply")
-    result = Result("DE3", plan.guarantee, is_local, wrong & is_local, switch, calls, report["cost"])
-    result.full_cost = report["cost"] / max(1, paid) * len(plan.texts)
-    result.noise = float(wrong[~is_local].mean()) if (~is_local).any() else 0.0
-    result.unanswered, result.wall_s = len(answers) - len(answered), wall_s
-    result.checkpoints, result.report = checkpoints, report
-    return result
+    calls = sum(report["calls"].values())
+    # Calls that failed cost nothing, unless the upstream replied.
+    paid = calls - sum(count for why, count in report["failures"].items() if why != "reply")
+    return Result(
+        "DE3",
+        plan.guarantee,
+        is_local,
+        wrong & is_local,
+        calls=calls,
+        cost=report["cost"],
+        full_cost=report["cost"] / max(1, paid) * len(plan.texts),
+        noise=_mean(wrong[~is_local]),
+        unanswered=len(answers) - len(answered),
+        report=report,
+    )
+
+
+def _mean(flags: Flags) -> float:
+    return float(flags.mean()) if len(flags) else 0.0
 
 
 def ends_of(count: int, switch: int) -> list[int]:
@@ -409,7 +432,7 @@ def run_tracer(plan: Plan, labels: Sequence[str], truth: Sequence[str], paid: fl
     result = Result("TRACER", plan.guarantee, is_local, differs, plan.switch, int((~is_local).sum()))
     result.cost, result.full_cost = result.calls * paid, len(plan.texts) * paid
     wrong = np.array([a != b for a, b in zip(teacher, truth, strict=True)])
-    result.noise = float(wrong[~is_local].mean()) if (~is_local).any() else 0.0
+    result.noise = _mean(wrong[~is_local])
     for end in ends_of(len(plan.texts), plan.switch):
         result.checkpoints.append((end, {"deferred": int((~is_local[:end]).sum())}))
     result.wall_s, result.report = time.monotonic() - began, found["fits"]
@@ -419,7 +442,7 @@ def run_tracer(plan: Plan, labels: Sequence[str], truth: Sequence[str], paid: fl
 def embeddings(encoder: str, texts: Sequence[str], place: Path) -> NDArray[np.float32]:
     """The embeddings of texts by an encoder in fp32, pooled as it says, with length 1: (texts, hidden)."""
     with encoder_of(encoder, Store(Path("models")), "fp32") as (artifact, poolings):
-        computed = compute(Model(artifact, "auto"), list(texts), place, "texts", poolings[:1])
+        computed = compute(Model(artifact, "auto"), list(texts), place, "stream", poolings[:1])
         states = computed.states(poolings[0], artifact.manifest.num_layers)
     return np.asarray(states / np.linalg.norm(states, axis=1, keepdims=True), np.float32)
 
@@ -481,8 +504,12 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         (f"highest rate so far, after {EARLIEST} texts", "worst_after_500", within),
         ("differ, of the local answers", "differ_local", _percent),
         ("the upstream's own noise", "noise", _percent),
-        ("cost", "cost", lambda value: f"{value:.4f}"),
-        ("cost without it", "full_cost", lambda value: f"{value:.4f}"),
+        (
+            f"cost, at {PRICES[0]:g} and {PRICES[1]:g} per million tokens",
+            "cost",
+            lambda value: f"{value:.4f}",
+        ),
+        ("cost of a call for every text", "full_cost", lambda value: f"{value:.4f}"),
         ("wall time, s", "wall_s", lambda value: f"{value:.0f}"),
     ]
     if results[0].switch:
