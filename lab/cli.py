@@ -159,7 +159,12 @@ def upstream(
     through_litellm: Annotated[
         bool, typer.Option("--through-litellm", help="Call LiteLLM's proxy, which calls the stand-in.")
     ] = False,
-    tracer: Annotated[bool, typer.Option("--tracer", help="Run TRACER on the same stream, too.")] = False,
+    tracer: Annotated[
+        bool, typer.Option("--tracer", help="Run TRACER on the same stream, too, fitted again as it goes.")
+    ] = False,
+    tracer_once: Annotated[
+        list[int] | None, typer.Option(help="Run TRACER, fitted once after this many texts; repeat for more.")
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="Option of de3 serve, such as --audit-share=0.1; repeat for more."),
@@ -197,9 +202,10 @@ def upstream(
             *(found[:texts], folder, encoder or minilm(), guarantee, kind, per_second, noise, latency),
             *(switch, then, misbehaving, real, through_litellm, option or []),
         ),
-        tracer,
+        [*([study.REFITS] if tracer else []), *([count] for count in tracer_once or [])],
     )
     for result in results:
+        print(result.name)
         show(*study.checkpoint_table(result))
     numbers = [one.numbers() | {"name": one.name, "report": one.report} for one in results]
     show(*study.table(results), json_file, numbers)

@@ -224,7 +224,8 @@ def run_de3(
         command = [sys.executable, "-P", "-m", "de3.cli", "serve", str(settings), *options, *plan.options]
         server = Server("de3", [*command, "--port", "{port}"], ready="/ready")
         started = stack.enter_context(running(server, free_port(), place / "de3.log"))
-        answers, checkpoints, began = list[Answer](), [], time.monotonic()
+        answers, checkpoints = list[Answer](), list[tuple[int, Mapping[str, int]]]()
+        began = time.monotonic()
         switch = 0
         for end in ends_of(len(plan.texts), plan.switch):
             last = checkpoints[-1][0] if checkpoints else 0
@@ -403,10 +404,18 @@ def _settled(url: str) -> dict[str, Any]:
     return report
 
 
-def run_tracer(plan: Plan, labels: Sequence[str], truth: Sequence[str], paid: float, place: Path) -> Result:
-    """Run TRACER on the stream; see lab/tracer_peer.py for its settings.
+def run_tracer(
+    plan: Plan,
+    labels: Sequence[str],
+    truth: Sequence[str],
+    paid: float,
+    schedules: Sequence[Sequence[int]],
+    place: Path,
+) -> list[Result]:
+    """Run TRACER on the stream, once for each schedule; see lab/tracer_peer.py for its settings.
 
-    truth: as for run_de3. paid: price of a call. Raises ValueError if TRACER fails.
+    truth: as for run_de3. paid: price of a call. schedules: numbers of texts after which it is fitted. Raises
+    ValueError if TRACER fails.
     """
     noisy = random.Random(0)
     teacher = [
@@ -414,29 +423,30 @@ def run_tracer(plan: Plan, labels: Sequence[str], truth: Sequence[str], paid: fl
         for label in truth
     ]
     stream, vectors, out = place / "stream.json", place / "embeddings.npy", place / "tracer.json"
-    content = {"texts": list(plan.texts), "teacher": teacher, "target": 1 - plan.guarantee, "refits": REFITS}
-    stream.write_text(json.dumps(content))
+    content = {"texts": list(plan.texts), "teacher": teacher, "target": 1 - plan.guarantee}
+    stream.write_text(json.dumps({**content, "schedules": schedules}))
     np.save(vectors, embeddings(plan.encoder, plan.texts, place))
     script = Path(__file__).with_name("tracer_peer.py")
     python = environment("tracer_peer", dependencies(script))
-    began = time.monotonic()
     command = [str(python), "-P", str(script), str(stream), str(vectors), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"TRACER failed: {done.stderr[-2000:]}")
-    found = json.loads(out.read_text())
-    is_local = np.array([label is not None for label in found["labels"]])
-    differs = np.array(
-        [label not in (None, true) for label, true in zip(found["labels"], truth, strict=True)]
-    )
-    result = Result("TRACER", plan.guarantee, is_local, differs, plan.switch, int((~is_local).sum()))
-    result.cost, result.full_cost = result.calls * paid, len(plan.texts) * paid
-    wrong = np.array([a != b for a, b in zip(teacher, truth, strict=True)])
-    result.noise = _mean(wrong[~is_local])
-    for end in ends_of(len(plan.texts), plan.switch):
-        result.checkpoints.append((end, {"deferred": int((~is_local[:end]).sum())}))
-    result.wall_s, result.report = time.monotonic() - began, found["fits"]
-    return result
+    wrong, results = np.array([a != b for a, b in zip(teacher, truth, strict=True)]), []
+    for ends, found in zip(schedules, json.loads(out.read_text()), strict=True):
+        pairs = list(zip(found["labels"], truth, strict=True))
+        is_local = np.array([label is not None for label, _ in pairs])
+        differs = np.array([label not in (None, true) for label, true in pairs])
+        name = f"TRACER, fitted after {', '.join(map(str, ends))}"
+        calls = int((~is_local).sum())
+        result = Result(name, plan.guarantee, is_local, differs, plan.switch, calls, calls * paid)
+        result.full_cost, result.noise = len(plan.texts) * paid, _mean(wrong[~is_local])
+        for end in ends_of(len(plan.texts), plan.switch):
+            result.checkpoints.append((end, {"deferred": int((~is_local[:end]).sum())}))
+        result.report = found["fits"]
+        result.wall_s = sum(fit["seconds"] for fit in result.report)
+        results.append(result)
+    return results
 
 
 def embeddings(encoder: str, texts: Sequence[str], place: Path) -> NDArray[np.float32]:
@@ -447,8 +457,11 @@ def embeddings(encoder: str, texts: Sequence[str], place: Path) -> NDArray[np.fl
     return np.asarray(states / np.linalg.norm(states, axis=1, keepdims=True), np.float32)
 
 
-def study(plan: Plan, with_tracer: bool) -> list[Result]:
-    """Run the stream; raises ValueError for options that cannot be used, or if a server fails."""
+def study(plan: Plan, schedules: Sequence[Sequence[int]]) -> list[Result]:
+    """Run the stream with DE3, and with TRACER for each schedule.
+
+    Raises ValueError for options that cannot be used, or if a server or TRACER fails.
+    """
     plan.check()
     labels, models = models_of(plan)
     best = [{text: labels[probs.index(max(probs))] for text, probs in one.items()} for one in models]
@@ -456,9 +469,9 @@ def study(plan: Plan, with_tracer: bool) -> list[Result]:
     truth = [best[int(i >= switch)][text] for i, text in enumerate(plan.texts)]
     with TemporaryDirectory(prefix="de3-lab-") as folder:
         results = [run_de3(plan, labels, truth, models, Path(folder))]
-        if with_tracer:
+        if schedules:
             paid = results[0].full_cost / len(plan.texts)
-            results.append(run_tracer(plan, labels, truth, paid, Path(folder)))
+            results += run_tracer(plan, labels, truth, paid, schedules, Path(folder))
     return results
 
 
@@ -510,7 +523,7 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
             lambda value: f"{value:.4f}",
         ),
         ("cost of a call for every text", "full_cost", lambda value: f"{value:.4f}"),
-        ("wall time, s", "wall_s", lambda value: f"{value:.0f}"),
+        ("wall time (TRACER: of its fits), s", "wall_s", lambda value: f"{value:.0f}"),
     ]
     if results[0].switch:
         names += [
