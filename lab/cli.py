@@ -137,7 +137,7 @@ def upstream(
     ] = None,
     guarantee: Annotated[float, typer.Option(help="The guaranteed rate of disagreement.")] = 0.02,
     kind: Annotated[str, typer.Option(help="Kind of the upstream: chat or classify.")] = "chat",
-    per_second: Annotated[float, typer.Option(help="Largest number of texts per second.", min=1)] = 100.0,
+    per_second: Annotated[float, typer.Option(help="Largest number of texts per second.", min=1)] = 30.0,
     noise: Annotated[
         float, typer.Option(help="Share of the upstream's replies with a random other label.", min=0, max=1)
     ] = 0.0,

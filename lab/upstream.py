@@ -64,7 +64,7 @@ class Plan:
     encoder: str
     guarantee: float = 0.02
     kind: str = "chat"
-    per_second: float = 100.0
+    per_second: float = 30.0
     noise: float = 0.0
     latency_s: float = 0.0
     switch: int = 0
@@ -518,7 +518,7 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         ("differ, of the local answers", "differ_local", _percent),
         ("the upstream's own noise", "noise", _percent),
         (
-            f"cost, at {PRICES[0]:g} and {PRICES[1]:g} per million tokens",
+            f"cost, at {PRICES[0]:.2f} and {PRICES[1]:.2f} per million tokens",
             "cost",
             lambda value: f"{value:.4f}",
         ),
