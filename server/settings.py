@@ -18,6 +18,7 @@ from de3.server.options import EXCLUSIVE, MAX_BUDGET_MS, ExitOptions
 from de3.server.upstream_settings import UpstreamModel
 
 PREFIX = "DE3_"
+FROM_FILES = ("upstreams",)  # fields that `de3 serve` reads from .toml files, without a flag or variable
 # Variables with the same prefix that are read by clients, or by `de3 serve NAME` before it starts the server.
 OTHER_VARIABLES = ("DE3_ADMIN_KEY", "DE3_API_KEY", "DE3_CACHE", "DE3_CACHE_GB", "DE3_URL")
 SECRETS = ("api_keys", "admin_keys")  # settings without a flag, as other users can see the flags of a process
@@ -191,7 +192,7 @@ class Settings(BaseModel):
         bool,
         audit_option("--allow-plain-http", help="Allow upstreams without TLS on other machines."),
     ] = False
-    upstreams: list[UpstreamModel] = []  # no option: de3 serve reads them from .toml files
+    upstreams: list[UpstreamModel] = []
     learn_bytes: Annotated[
         int, Field(ge=2**20), audit_option(help="Memory for the records of each model, bytes.")
     ] = 2**27
@@ -348,7 +349,8 @@ def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
 
     Kubernetes sets such variables, too, for a service named de3-web; they are similar to none.
     """
-    known = {variable(name) for name in Settings.model_fields} | {*OTHER_VARIABLES}
+    fields = Settings.model_fields.keys() - {*FROM_FILES}
+    known = {variable(name) for name in fields} | {*OTHER_VARIABLES}
     return {
         name: next(iter(get_close_matches(name, known, 1, 0.8)), None) if "://" not in value else None
         for name, value in sorted(environment.items())

@@ -9,11 +9,12 @@ import yaml
 from typer.main import get_command
 
 from de3.cli import app
-from de3.server.settings import SECRETS, Settings, unknown_variables, variable
+from de3.server.settings import FROM_FILES, SECRETS, Settings, unknown_variables, variable
 from tests.commands import de3, refusal
 
 ROOT = Path(__file__).parents[1]
-VARIABLES = {variable(name) for name in Settings.model_fields}
+OPTIONS = [name for name in Settings.model_fields if name not in FROM_FILES]
+VARIABLES = {variable(name) for name in OPTIONS}
 # Variables of the command `de3 serve NAME`, which uses them before the server starts.
 OF_COMMAND = {"DE3_CACHE", "DE3_CACHE_GB"}
 
@@ -21,7 +22,7 @@ OF_COMMAND = {"DE3_CACHE", "DE3_CACHE_GB"}
 def test_every_setting_is_a_flag_and_a_variable_with_help() -> None:
     command: Any = get_command(app)
     by_variable = {option.envvar: option for option in command.commands["serve"].params}
-    for name in Settings.model_fields:
+    for name in OPTIONS:
         assert (variable(name) in by_variable) != (name in SECRETS), name
         assert name in SECRETS or by_variable[variable(name)].help, name
 
