@@ -24,6 +24,7 @@ class Parts:
         drops_refused: see __init__.
         types: the types of the answers' columns (see de3.columns), by their names in the output; empty before the
             first part, if no earlier run has written it.
+        upstream: folder for the journal and the usage of upstreams, removed once the output is complete.
     """
 
     def __init__(self, out: Path, kind: str, run: Mapping[str, Any], drops_refused: bool = False) -> None:
@@ -40,6 +41,7 @@ class Parts:
         """
         self._file = out if out.suffix in KINDS and not out.is_dir() else None
         self._folder = out if self._file is None else out.with_name(f"{out.name}.parts")
+        self.upstream = self._folder / ".upstream"
         noted = {**run, "format": kind, "drops_refused": drops_refused}
         self._run, self.is_complete = json.loads(json.dumps(noted)), False
         self.summary: dict[str, Any] = {}
@@ -163,6 +165,7 @@ class Parts:
             self._format.join([self._path(number) for number in range(count)], self._file)
             self._keep_record()
         else:
+            shutil.rmtree(self.upstream, ignore_errors=True)
             self._note(True)
             for number in range(count):
                 self._refused(number).unlink(missing_ok=True)
@@ -173,6 +176,6 @@ class Parts:
         self._lock.release()
         if not (self._folder / RUN).exists():
             (self._folder / ".lock").unlink(missing_ok=True)
-            if self._is_new:
+            if self._is_new:  # answers of an upstream stay
                 with suppress(OSError):  # it contains other files, or is gone
                     self._folder.rmdir()

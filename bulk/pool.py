@@ -25,6 +25,7 @@ from de3.server.errors import RequestError
 from de3.server.models import by_depth
 from de3.server.processes.number import most_processes
 from de3.server.settings import Settings
+from de3.server.upstream_settings import UpstreamModel
 
 # Limits on one request, in texts and in characters: 2¹⁸ characters of 4 bytes are 1 MiB, a server's default body limit.
 MAX_BATCH, MAX_BATCH_CHARS = 32, 2**18
@@ -50,10 +51,17 @@ class Pool(Protocol):
 class LocalPool:
     """Processes, each with an engine; where possible they share one copy of the weights."""
 
-    def __init__(self, artifacts: Sequence[Artifact], options: Options, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        artifacts: Sequence[Artifact],
+        options: Options,
+        threads: int | None = None,
+        upstreams: Sequence[UpstreamModel] = (),
+    ) -> None:
         """artifacts: models with the same encoder. threads: engine threads of all processes; None: one per core.
 
-        Raises ValueError if a model cannot be used, if their encoders differ, or if two have the same name.
+        upstreams: the models with an upstream, whose answers are Placeholders; see UpstreamPool. Raises ValueError if a
+        model cannot be used, if their encoders differ, or if two have the same name.
         """
         prefixes([artifact.manifest.name for artifact in artifacts])
         settings = Settings.model_validate({"threads": threads or 0})
@@ -77,7 +85,7 @@ class LocalPool:
         has_kernels = models[0].runtime == "native"
         del models
         shared = self._weights if has_kernels else None
-        opened = partial(_open, artifacts, each, has_kernels, os.getpid(), shared, options)
+        opened = partial(_open, artifacts, each, has_kernels, os.getpid(), shared, options, upstreams)
         context = get_context("forkserver" if self.size > 1 else "spawn")
         if self.size > 1:
             context.set_forkserver_preload([__name__])
@@ -105,13 +113,14 @@ def _open(
     parent: int,
     weights: int | None,
     options: Options,
+    upstreams: Sequence[UpstreamModel],
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes; the parent ends them
     Thread(target=_end_with_parent, daemon=True).start()
     memory = None
     if weights is not None:  # a file descriptor of the parent
         memory = Memory(os.open(f"/proc/{parent}/fd/{weights}", os.O_RDONLY | os.O_CLOEXEC), True)
-    settings = threads, is_proved, lambda _: memory
+    settings = threads, is_proved, lambda _: memory, upstreams, False
     one = Classifier(artifacts[0], *settings) if len(artifacts) == 1 else Classifiers(artifacts, *settings)
     _open_in_this_process.append((one, options))
     if memory is not None:

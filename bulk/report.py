@@ -1,7 +1,7 @@
 """Human-readable reports of runs."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from de3.bulk.run import Summary
 from de3.model_store.store import Artifact
@@ -9,9 +9,20 @@ from de3.server.options import ExitOptions
 from de3.server.rules import Rules
 from de3.server.settings import Settings
 
+if TYPE_CHECKING:
+    from de3.server.upstream.upstreams import Caller
 
-def report(summary: Summary, artifacts: Sequence[Artifact], options: Mapping[str, Any]) -> list[str]:
-    """The report of a run, as lines of text. artifacts: none if a server answered; options: the run's options."""
+
+def report(
+    summary: Summary,
+    artifacts: Sequence[Artifact],
+    options: Mapping[str, Any],
+    callers: "Sequence[Caller]" = (),
+) -> list[str]:
+    """The report of a run, as lines of text.
+
+    artifacts: none if a server answered. options: the run's options. callers: of upstreams that were called.
+    """
     rate = summary.answered / summary.seconds if summary.seconds else 0.0
     lines = [
         f"{summary.rows:,} rows"
@@ -30,7 +41,7 @@ def report(summary: Summary, artifacts: Sequence[Artifact], options: Mapping[str
     for artifact in artifacts:
         model = f"{artifact.manifest.name}: " if len(artifacts) > 1 else ""
         lines.append(model + _certified(artifact, options))
-    return lines
+    return [*lines, *(_cost(caller, summary.answered) for caller in callers)]
 
 
 def _certified(artifact: Artifact, options: Mapping[str, Any]) -> str:
@@ -47,3 +58,15 @@ def _certified(artifact: Artifact, options: Mapping[str, Any]) -> str:
         f"certified: at most {100 * wanted:g}% of the answers differ from full depth (with 95% confidence), for texts "
         f"like the model's {choice.certificate['samples']} calibration samples; other texts are not covered"
     )
+
+
+def _cost(caller: "Caller", answered: int) -> str:
+    totals, one = caller.usage.totals, caller.of.upstream
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in totals.calls.items() if count)
+    line = (
+        f"{caller.of.name}: {totals.local:,} of {answered:,} texts answered without its upstream in this run; "
+        f"{sum(totals.calls.values()):,} calls for this output{f' ({kinds})' if kinds else ''}"
+    )
+    if one.price_per_call is None and one.price_per_million_tokens is None:
+        return line
+    return f"{line}, which cost {totals.cost:.6g}; saved about {caller.usage.saved:.6g}"

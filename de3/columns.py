@@ -100,9 +100,10 @@ class Answers:
         """Append the answers of a finished job and of its fellows, and release them."""
         answers = list[Sequence[Mapping[str, Any]] | str]()
         for item in job.items:
-            if item.outcome is None:
-                where = item.error.field if isinstance(item.error, RequestError) else None
-                answers.append(str(item.error).removeprefix(f"{where}: "))
+            if failed := [one for one in item.team if one.outcome is None]:
+                error = failed[0].error
+                where = error.field if isinstance(error, RequestError) else None
+                answers.append(str(error).removeprefix(f"{where}: "))
                 continue
             answers.append([row_of(one, exact=True) for one in item.team])
             for one, times in zip(item.team, self.times.values(), strict=True):

@@ -42,9 +42,12 @@ from de3.server.fields import check_fields
 from de3.server.models import by_depth
 from de3.server.models import load as load_model
 from de3.server.settings import Settings
+from de3.server.upstream_settings import UpstreamModel, read_upstreams
 
 if TYPE_CHECKING:
     import pyarrow
+
+    from de3.server.upstream.calls import Calls, Placeholders
 
 WINDOW = 2048  # texts per engine job; while one job runs, the next is queued
 CHECK_S = 1.0  # interval between checks of the engine's threads
@@ -53,7 +56,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class InputError(ValueError):
-    """A text or an option that cannot be used.
+    """A text or an option that cannot be used, or a text to which an upstream has no answer.
 
     Attributes:
         field: `input[3]` for the fourth text, or the name of the option, where `lam` is `lambda`; None if the error is
@@ -93,10 +96,11 @@ def load(
     """Load a classifier, or several that have the same encoder.
 
     Args:
-        name: a model in the store (name or name:version); the folder of an artifact or of a Hugging Face classifier; or
-            the id of one on the hub. A Hugging Face classifier is converted once, and runs at full depth. A list of
-            such names loads several, which classify on one pass; instead of a name, it may have a dict with `model`,
-            the name, and exit options, which replace those of the calls.
+        name: a model in the store (name or name:version); the folder of an artifact or of a Hugging Face classifier;
+            the id of one on the hub; or the .toml file of a model with an upstream. A Hugging Face classifier is
+            converted once, and runs at full depth. A list of such names loads several, which classify on one pass;
+            instead of a name, it may have a dict with `model`, the name, and exit options, which replace those of the
+            calls.
         store: the model store. Default: $DE3_STORE, else `models`; de3.DEMO has the demo model, sst2.
         threads: engine threads. Default: one per core.
         quantize: precision of Hugging Face classifiers: int8, or none for fp32.
@@ -105,16 +109,22 @@ def load(
     """
     folder = Path(store if store is not None else os.environ.get("DE3_STORE", "models")).absolute()
     if isinstance(name, str | Path):
-        return Classifier(artifact_of(str(name), folder, quantize), threads)
+        upstreams = read_upstreams([str(name)])
+        return Classifier(artifact_of(str(name), folder, quantize), threads, upstreams=upstreams)
     entries = [with_lambda(one) if isinstance(one, Mapping) else {"model": str(one)} for one in name]
     _request_of({"models": entries})  # before a classifier is converted
+    upstreams = read_upstreams(entry["model"] for entry in entries)
     artifacts = [artifact_of(entry.pop("model"), folder, quantize) for entry in entries]
-    return Classifiers(artifacts, threads, options=entries)
+    return Classifiers(artifacts, threads, upstreams=upstreams, options=entries)
 
 
 def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
     """The artifact with a name, as `load` looks it up; raises ValueError if it cannot be found or used."""
     precision = precision_of(quantize, "quantize:")
+    if upstreams := read_upstreams([name]):
+        from de3.export import cache, upstream
+
+        return upstream.artifact_of(upstreams[0], Path(name), Store(store), precision, cache.cache_folder())
     if (stored := Store(store).find(name)) is not None:
         return stored
     from de3.export import cache
@@ -140,12 +150,14 @@ class _Loaded:
         threads: int | None,
         is_proved: bool,
         memory_of: Callable[[str], Memory | None],
+        upstreams: Sequence[UpstreamModel],
+        asks: bool,
     ) -> None:
         """prefixes: of each model's columns. fields: fields of every request. The others: see Classifier.
 
         Raises ValueError if an artifact or a field cannot be used, or if the encoders differ.
         """
-        settings = Settings.model_validate({"threads": threads or 0})
+        settings = Settings.model_validate({"threads": threads or 0, "upstreams": upstreams})
         self._prefixes, self._fields = prefixes, fields
         encoders, loaded = Encoders(), dict[Path, Served]()
         for one in sorted(artifacts, key=by_depth):
@@ -156,6 +168,12 @@ class _Loaded:
         self._all = [loaded[one.path] for one in artifacts]
         with _input_errors():
             jobs_of(self._all, _request_of(fields), 0, lambda _: None)
+        self._calls: Calls | Placeholders | None = None
+        if upstreams:
+            from de3.server.upstream import calls
+
+            self._calls = calls.Calls(settings) if asks else calls.Placeholders(settings)
+            weakref.finalize(self, self._calls.close)
         self._engine = Engine(settings.engine_threads(), sys.maxsize)
         self._engine.start()
         self._pid = os.getpid()
@@ -201,7 +219,7 @@ class _Loaded:
         given = list[Text | str]()
         for one in _iterable(texts):
             try:
-                text = _text(one, "")
+                text = checked_text(one, "")
                 for served in self._all:
                     check_texts(replace(request, texts=[text]), served)
             except (InputError, RequestError) as error:
@@ -215,6 +233,8 @@ class _Loaded:
         if self._end.alive:
             self._end()
             self._engine.stop()
+            if self._calls is not None:
+                self._calls.close()
 
     def __enter__(self) -> Self:
         return self
@@ -304,6 +324,8 @@ class _Loaded:
             self._check()
         if done.error is not None:
             raise done.error
+        if self._calls is not None:
+            self._calls.complete(job)  # meanwhile, the engine runs the next job
         running.popleft()
         return job
 
@@ -331,13 +353,16 @@ class Classifier(_Loaded):
         threads: int | None = None,
         is_proved: bool = False,
         memory_of: Callable[[str], Memory | None] = lambda _: None,
+        upstreams: Sequence[UpstreamModel] = (),
+        asks: bool = True,
     ) -> None:
         """threads: engine threads; None: one per core. is_proved, memory_of: see model_store.model.Model.
 
-        Raises ValueError if the artifact cannot be used.
+        upstreams: the models with an upstream. asks: call them; if false, their answers are Placeholders. Raises
+        ValueError if the artifact cannot be used, or if the key of an upstream is missing.
         """
-        super().__init__([artifact], [""], {}, threads, is_proved, memory_of)
-        self._artifact, self._threads = artifact, threads
+        super().__init__([artifact], [""], {}, threads, is_proved, memory_of, upstreams, asks)
+        self._artifact, self._threads, self._upstreams = artifact, threads, upstreams
         self._served = self._all[0]
 
     @property
@@ -453,7 +478,8 @@ class Classifier(_Loaded):
 
     def __reduce__(self) -> tuple[Any, ...]:
         artifact = self._artifact
-        return _loaded_once, (artifact.path.absolute(), fingerprint(artifact.manifest), self._threads)
+        mark = fingerprint(artifact.manifest)
+        return _loaded_once, (artifact.path.absolute(), mark, self._threads, self._upstreams)
 
 
 class Classifiers(_Loaded):
@@ -469,6 +495,8 @@ class Classifiers(_Loaded):
         threads: int | None = None,
         is_proved: bool = False,
         memory_of: Callable[[str], Memory | None] = lambda _: None,
+        upstreams: Sequence[UpstreamModel] = (),
+        asks: bool = True,
         options: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """options: exit options of each artifact, with the names in JSON; default: none. The others: see Classifier.
@@ -479,7 +507,7 @@ class Classifiers(_Loaded):
         both = zip(artifacts, options or [{}] * len(artifacts), strict=True)
         models = [{**one, "model": artifact.full_name} for artifact, one in both]
         names = prefixes([artifact.manifest.name for artifact in artifacts])
-        super().__init__(artifacts, names, {"models": models}, threads, is_proved, memory_of)
+        super().__init__(artifacts, names, {"models": models}, threads, is_proved, memory_of, upstreams, asks)
 
     @property
     def names(self) -> list[str]:
@@ -559,10 +587,10 @@ def _iterable(texts: Input | Iterable[Input | None]) -> Iterable[Input | None]:
 
 def _texts(given: Sequence[Input | None], first: int = 0) -> list[Text]:
     """The texts, checked; raises InputError for one that cannot be used. first: index in the call of the first text."""
-    return [_text(one, f"input[{index}]") for index, one in enumerate(given, first)]
+    return [checked_text(one, f"input[{index}]") for index, one in enumerate(given, first)]
 
 
-def _text(one: Input | None, where: str) -> Text:
+def checked_text(one: Input | None, where: str) -> Text:
     """The text, checked; raises InputError, whose message begins with `where`, if it cannot be used."""
     value = {"text": one[0], "text_pair": one[1]} if isinstance(one, tuple) and len(one) == 2 else one
     if _is_missing(value):
@@ -607,7 +635,9 @@ _loaded: dict[tuple[int, Path, str, int | None], Classifier] = {}
 _loading = Lock()
 
 
-def _loaded_once(path: Path, expected: str, threads: int | None) -> Classifier:
+def _loaded_once(
+    path: Path, expected: str, threads: int | None, upstreams: Sequence[UpstreamModel] = ()
+) -> Classifier:
     """The classifier that this process has already unpickled with these arguments, or a new one.
 
     It stays loaded until it is closed or the process ends. Raises StoreError if the artifact's fingerprint is not
@@ -619,5 +649,5 @@ def _loaded_once(path: Path, expected: str, threads: int | None) -> Classifier:
             artifact = Artifact(path, read_manifest(path))
             if fingerprint(artifact.manifest) != expected:
                 raise StoreError(f"{path}: is not the artifact whose classifier was pickled")
-            _loaded[key] = Classifier(artifact, threads)
+            _loaded[key] = Classifier(artifact, threads, upstreams=upstreams)
         return _loaded[key]

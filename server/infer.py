@@ -123,10 +123,7 @@ async def _complete(job: Job, service: Service) -> None:
     Nothing here takes time of the engine. Raises the RequestError of a text that is not answered.
     """
     upstreams = service.shared.upstreams
-    try:
-        await ask_upstreams(job, service.settings, upstreams)
-    except BaseExceptionGroup as errors:  # several texts may fail at the same time
-        raise errors.exceptions[0] from None
+    await ask_upstreams(job, service.settings, upstreams)
     for one in job.team:
         if one.model.manifest.upstream is not None:
             outcomes = one.outcomes()

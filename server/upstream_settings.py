@@ -6,6 +6,7 @@ import os
 import re
 import tomllib
 import unicodedata
+from collections.abc import Iterable
 from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
@@ -169,6 +170,11 @@ def read_upstream(path: Path) -> UpstreamModel:
         raise ValueError(f"{path}: {where}{message}") from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_upstreams(names: Iterable[str]) -> list[UpstreamModel]:
+    """The models with an upstream among these names, which are those of .toml files; raises as read_upstream does."""
+    return [read_upstream(Path(name)) for name in names if name.endswith(".toml")]
 
 
 def _host_of(url: str) -> str | None:

@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
@@ -17,11 +17,14 @@ import typer
 from de3.commands.models import StoreOption, check_url
 from de3.commands.options import add_parameters, console, fields_of
 from de3.data.tables import Columns, records
+from de3.server.upstream_settings import read_upstreams
 
 if TYPE_CHECKING:
     from de3.bulk.pool import Pool
     from de3.client import Client, Row
     from de3.model_store.store import Artifact
+    from de3.server.upstream.upstreams import Caller
+    from de3.server.upstream_settings import UpstreamModel
 
 TOO_MANY_REFUSED = 3  # exit code
 IN_FLIGHT = 8  # concurrent requests to a server, for one file
@@ -50,9 +53,9 @@ def classify(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model: name or name:version in the store, or a folder or hub id of a Hugging Face classifier; or "
-            "several with the same encoder, separated by commas, which share a pass. Default: the store's only model; "
-            "with --url, the server's default.",
+            help="Model: name or name:version in the store, a folder or hub id of a Hugging Face classifier, or the "
+            ".toml file of a model with an upstream; or several with the same encoder, separated by commas, which "
+            "share a pass. Default: the store's only model; with --url, the server's default.",
         ),
     ] = None,
     store: StoreOption = Path("models"),
@@ -145,14 +148,15 @@ def classify(
         models = [model]
     with ExitStack() as stack:
         client = None if url is None else stack.enter_context(_client(url, key))
+        upstreams = read_upstreams(models) if client is None else []
         artifacts = _artifacts(models, store, demo) if client is None else []
         if texts:
-            _classify_texts(texts, client, artifacts, models, options, threads)
+            _classify_texts(texts, client, artifacts, upstreams, models, options, threads)
             return
         assert file is not None and out is not None
         from de3.bulk.pages import READ_BYTES
         from de3.bulk.parts import Parts
-        from de3.bulk.pool import LocalPool, RemotePool, server_errors
+        from de3.bulk.pool import RemotePool, server_errors
         from de3.bulk.run import PART_CHARS
         from de3.bulk.source import SLICE_CHARS, SLICE_ROWS, Source
 
@@ -183,14 +187,13 @@ def classify(
         if parts.is_complete:
             _say(f"{out} is complete: nothing to do")
         else:
-            pool: Pool = (
-                LocalPool(artifacts, options, threads)
-                if client is None
-                else RemotePool(client, models, options, IN_FLIGHT)
-            )
-            stack.callback(pool.close)
+            pool: Pool
+            if client is None:
+                pool, callers = _local_pool(artifacts, options, threads, upstreams, parts.upstream)
+            else:
+                pool, callers = RemotePool(client, models, options, IN_FLIGHT), []
             stack.enter_context(_interruptible())
-            _run(source, pool, parts, prefix, part_rows, out, artifacts, options)
+            _run(source, pool, parts, prefix, part_rows, out, artifacts, options, callers)
     _check_refused(parts.summary, max_refused)
 
 
@@ -225,6 +228,24 @@ def _interruptible() -> Iterator[None]:
 
 def _say(line: str, style: str = "") -> None:
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _local_pool(
+    artifacts: "list[Artifact]",
+    options: Any,
+    threads: int | None,
+    upstreams: "list[UpstreamModel]",
+    folder: Path,
+) -> "tuple[Pool, list[Caller]]":
+    """The processes that classify, and the callers of upstreams. folder: of upstreams."""
+    from de3.bulk.pool import LocalPool
+
+    if not upstreams:
+        return LocalPool(artifacts, options, threads), []
+    from de3.bulk.upstream import UpstreamPool  # imports httpx
+
+    pool = UpstreamPool(artifacts, options, threads, upstreams, folder, partial(_say, style="yellow"))
+    return pool, pool.callers
 
 
 @contextmanager
@@ -320,6 +341,7 @@ def _classify_texts(
     texts: list[str],
     client: "Client | None",
     artifacts: "list[Artifact]",
+    upstreams: "list[UpstreamModel]",
     models: list[str],
     options: Any,
     threads: int | None,
@@ -328,7 +350,7 @@ def _classify_texts(
     if client is None:
         from de3.library import Classifiers
 
-        with Classifiers(artifacts, threads) as one:
+        with Classifiers(artifacts, threads, upstreams=upstreams) as one:
             _print(texts, one.names, one.classify(texts, **options))
         return
     from de3.bulk.pool import ask, server_errors
@@ -359,6 +381,7 @@ def _run(
     out: Path,
     artifacts: "list[Artifact]",
     options: dict[str, Any],
+    callers: "list[Caller]",
 ) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -374,7 +397,7 @@ def _run(
         TimeRemainingColumn(),
     )
     total, started, done, printed = source.rows(), perf_counter(), 0, perf_counter()
-    with Progress(*bars, console=console, disable=not console.is_terminal) as progress:
+    with closing(pool), Progress(*bars, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total, rate="")
 
         def advance(rows: int) -> None:
@@ -389,7 +412,8 @@ def _run(
         summary = run(source, pool, parts, lambda name: prefix + name, part_rows, advance)
         progress.update(task, total=summary.rows, completed=summary.rows)
     dropped = parts.finish(summary.parts, summary.json())
-    for line in [*report(summary, artifacts, options), *([] if str(out) == "-" else [f"written: {out}"])]:
+    written = [] if str(out) == "-" else [f"written: {out}"]
+    for line in [*report(summary, artifacts, options, callers), *written]:
         _say(line)
     if summary.refused:
         where = dropped or f"{prefix}error has the reasons"

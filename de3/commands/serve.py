@@ -20,10 +20,7 @@ from de3.server.settings import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from de3.model_store.store import Artifact
-    from de3.server.upstream_settings import UpstreamModel
 
 log = logging.getLogger("de3")
 
@@ -63,7 +60,7 @@ def serve(
     from de3.model_store.store import NoModelsError
     from de3.server import logs
     from de3.server.main import serve as run
-    from de3.server.upstream_settings import read_upstream
+    from de3.server.upstream_settings import read_upstreams
 
     logs.configure(values["log_format"])
     given = {name: value for name, value in values.items() if value is not None}
@@ -77,55 +74,33 @@ def serve(
     for name in SECRETS:
         if (secret := os.environ.get(variable(name))) is not None:  # an empty one is not skipped but rejected
             given[name] = secret
-    upstreams = {name: read_upstream(Path(name)) for name in names or [] if is_upstream(name)}
-    settings = Settings(**given, upstreams=list(upstreams.values()))
+    settings = Settings(**given, upstreams=read_upstreams(names or []))
     for name, similar in unknown_variables(os.environ).items():
         if similar is not None:  # ignoring a misspelled key file setting would leave the server open
             raise ValueError(f"{name}: unknown setting; did you mean {similar}?")
         hint = f"see de3 serve --help-all; {', '.join(OTHER_VARIABLES)} have other uses"
         log.warning("%s: unknown setting, ignored: %s", name, hint)
     try:
-        run(settings, _artifacts(names or [], settings.store, quantize, cache_gb, upstreams))
+        run(settings, _artifacts(names or [], settings.store, quantize, cache_gb))
     except NoModelsError as error:
         raise ValueError(
             f"{error}, name another store with --store DIR, or serve the demo model with de3 serve --demo"
         ) from None
 
 
-def is_upstream(name: str) -> bool:
-    """True if a name is that of a .toml file, which describes a model with an upstream."""
-    return name.endswith(".toml")
-
-
-def _artifacts(
-    names: list[str], store: Path, quantize: str, cache_gb: float, upstreams: "Mapping[str, UpstreamModel]"
-) -> list["Artifact"]:
+def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) -> list["Artifact"]:
     """The artifacts with these names: models in the store, classifiers from folders or the hub, or .toml files.
-
-    upstreams: the contents of the .toml files.
 
     Raises ValueError if an option is invalid, or an artifact cannot be found or made.
     """
-    precision = precision_of(quantize)
+    precision_of(quantize)
     if not isfinite(cache_gb):
         raise ValueError(f"--cache-gb must be a number, got {cache_gb}")
     if not names:
         return []
-    from de3.export import upstream
-    from de3.export.cache import artifact_of, cache_folder, evict
-    from de3.model_store.store import Store
+    from de3.export.cache import cache_folder, evict
+    from de3.library import artifact_of
 
-    artifacts = []
-    for name in names:
-        if name in upstreams:
-            folder = cache_folder()
-            artifacts.append(
-                upstream.artifact_of(upstreams[name], Path(name), Store(store), precision, folder)
-            )
-            continue
-        artifact = Store(store).find(name)
-        if artifact is None:
-            artifact = artifact_of(name, precision, cache_folder())
-        artifacts.append(artifact)
+    artifacts = [artifact_of(name, store, quantize) for name in names]
     evict(cache_folder(), cache_gb)
     return artifacts

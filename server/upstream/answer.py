@@ -35,13 +35,16 @@ async def ask_upstreams(job: Job, settings: Settings, upstreams: Asks) -> None:
     Raises RequestError, which names the text, if an upstream fails and the text is not answered without it.
     """
     expires_at = job.request.expires_at or job.submitted + settings.timeout_s
-    async with asyncio.TaskGroup() as group:
-        for one in job.team:
-            if one.model.manifest.upstream is None:
-                continue
-            for item in one.items:
-                if item.outcome is not None and needs_upstream(one, item.outcome):
-                    group.create_task(_ask(item, item.outcome, settings, upstreams, expires_at))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in job.team:
+                if one.model.manifest.upstream is None:
+                    continue
+                for item in one.items:
+                    if item.outcome is not None and needs_upstream(one, item.outcome):
+                        group.create_task(_ask(item, item.outcome, settings, upstreams, expires_at))
+    except BaseExceptionGroup as errors:  # several texts may fail at the same time
+        raise errors.exceptions[0] from None
 
 
 def needs_upstream(job: Job, outcome: Outcome) -> bool:

@@ -103,7 +103,7 @@ class Caller:
                     or self._breaker.is_open
                     or perf_counter() + pause_s >= ends
                 ):
-                    raise self._failed(error) from None
+                    raise self._failed(error) from error
             await asyncio.sleep(pause_s)
         raise AssertionError("not reached")
 

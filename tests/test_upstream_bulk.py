@@ -1,0 +1,329 @@
+"""`de3 classify` and `de3.load` with an upstream: a real HTTP server, which counts its calls."""
+
+import json
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import de3
+from tests.commands import invoke, refusal
+from tests.fixtures import make_rows
+from tests.serving import until
+
+TEXTS = list(dict.fromkeys(text.strip() for text, _ in make_rows(300, 23) if text.strip()))[:200]
+KEY, CONCURRENCY = "secret-key-of-the-upstream", 4
+
+
+class Upstream:
+    """Chat completions on a socket; `reply` maps a text to a status and a reply, with positive as the default.
+
+    Attributes:
+        texts: how often each text was asked for.
+    """
+
+    def __init__(self) -> None:
+        self.texts, self.keys = Counter[str](), set[str | None]()
+        self.reply: Callable[[str], tuple[int, str]] = lambda _: (200, "Positive.")
+        upstream = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                text = body["messages"][0]["content"].partition("\n")[2]
+                upstream.texts[text] += 1
+                upstream.keys.add(self.headers["authorization"])
+                status, reply = upstream.reply(text)
+                usage = {"prompt_tokens": 100, "completion_tokens": 10}
+                answer = {"choices": [{"message": {"content": reply}}], "usage": usage}
+                content = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that was killed
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1/chat/completions"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    @property
+    def calls(self) -> int:
+        return sum(self.texts.values())
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def upstream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Upstream]:
+    monkeypatch.setenv("LLM_KEY", KEY)
+    monkeypatch.setenv("DE3_CACHE", str(tmp_path / "cache"))
+    one = Upstream()
+    yield one
+    one.close()
+
+
+def settings(tmp_path: Path, upstream: Upstream, more: str = "", encoder: str = "tiny-int8") -> Path:
+    """The .toml file of a model with this upstream."""
+    file = tmp_path / "tickets.toml"
+    file.write_text(
+        f"""
+name = "tickets"
+encoder = "{encoder}"
+labels = ["negative", "positive"]
+[upstream]
+kind = "chat"
+url = "{upstream.url}"
+model = "m"
+api_key_env = "LLM_KEY"
+prompt = "Which of {{labels}}?\\n{{text}}"
+concurrency = {CONCURRENCY}
+price_per_million_tokens = [1000, 2000]
+{more}
+"""
+    )
+    return file
+
+
+class Sure(dict[str, Any]):
+    """The answers of the model alone to those texts of which an exit is sure: half of them, with this τ."""
+
+    tau: float
+
+
+@pytest.fixture(scope="module")
+def sure(store: Path) -> Sure:
+    found = Sure()
+    with de3.load("tiny-int8", store=store, threads=1) as model:
+        rows = model.classify(TEXTS, tau=0, signal="risk", explain=True)
+        lowest = [min(one["score"] for one in row.raw["layers"][:-1]) for row in rows]
+        found.tau = sorted(lowest)[len(TEXTS) // 2]
+        rows = model.classify(TEXTS, tau=found.tau, signal="risk")
+    found.update((text, row) for text, row in zip(TEXTS, rows, strict=True) if row.exit.reason == "threshold")
+    assert len(found) == len(TEXTS) // 2
+    return found
+
+
+def by_text(text: str) -> tuple[int, str]:
+    return 200, "Negative." if "film" in text else "I think it is positive!"
+
+
+def classify(tmp_path: Path, store: Path, tau: float, *more: str) -> list[str]:
+    """The arguments of `de3 classify` for in.jsonl and out.jsonl."""
+    files = f"--file {tmp_path}/in.jsonl --out {tmp_path}/out.jsonl --tau {tau} --store {store} --threads 1"
+    return ["classify", *files.split(), "--model", f"{tmp_path}/tickets.toml", *more]
+
+
+def write(tmp_path: Path, texts: list[str]) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def read(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+def check(rows: list[dict[str, Any]], texts: list[str], sure: Sure) -> None:
+    """Check that rows have the model's answers where it is sure, and the upstream's to the other texts."""
+    assert [row["text"] for row in rows] == texts
+    for row in rows:
+        if (one := sure.get(row["text"])) is not None:
+            expected = (one.label, one.exit.layer, "threshold")
+            assert row["probs"] == pytest.approx(one.probs, abs=1e-6)
+        else:
+            number = "film" not in row["text"]
+            expected = (["negative", "positive"][number], 3, "upstream")
+            assert row["probs"] == [float(not number), float(number)] and row["exit_score"] is None
+        assert (row["label"], row["exit_layer"], row["exit_reason"]) == expected and row["error"] is None
+        assert row["exit_tau"] == sure.tau
+
+
+def test_texts_of_which_no_exit_is_sure_are_asked_for_once(
+    store: Path, tmp_path: Path, upstream: Upstream, sure: Sure
+) -> None:
+    upstream.reply, texts = by_text, [*TEXTS, *TEXTS[:30]]
+    settings(tmp_path, upstream)
+    write(tmp_path, texts)
+    found = invoke(classify(tmp_path, store, sure.tau, "--part-rows", "16"))
+    assert found.exit_code == 0, found.output
+    check(read(tmp_path), texts, sure)
+    unsure = [text for text in TEXTS if text not in sure]
+    assert upstream.texts == Counter(unsure) and upstream.keys == {f"Bearer {KEY}"}
+    local = sum(text in sure for text in texts)
+    line = (
+        f"tickets: {local} of 230 texts answered without its upstream in this run; {len(unsure)} calls for this output "
+        f"({len(unsure)} uncertain), which cost {0.12 * len(unsure):.6g}; saved about {0.12 * local:.6g}"
+    )
+    assert line in found.stderr.splitlines() and KEY not in found.output
+    assert not (tmp_path / "out.jsonl.parts").exists()
+    assert (
+        "out.jsonl is complete: nothing to do"
+        in invoke(classify(tmp_path, store, sure.tau, "--part-rows", "16")).stderr
+    )
+    assert upstream.calls == len(unsure)
+
+
+def saved(folder: Path) -> int:
+    """The number of calls in the saved usage."""
+    files = [json.loads(file.read_text()) for file in folder.glob(".upstream/upstream/*.json")]
+    return sum(sum(one["calls"].values()) for one in files)
+
+
+def test_a_killed_run_does_not_pay_again(
+    store: Path, tmp_path: Path, upstream: Upstream, sure: Sure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered, hold = 60, threading.Event()
+
+    def held(text: str) -> tuple[int, str]:
+        if upstream.calls > answered:
+            hold.wait(60)
+        return by_text(text)
+
+    upstream.reply = held
+    settings(tmp_path, upstream, "price_per_call = 1")
+    toml = tmp_path / "tickets.toml"
+    toml.write_text(toml.read_text().replace("price_per_million_tokens = [1000, 2000]", ""))
+    write(tmp_path, TEXTS)
+    small = "from de3.bulk import source; source.SLICE_ROWS = 8; from de3.server.upstream import upstreams"
+    small += "; upstreams.SAVE_S = 0.01; from de3.cli import main; main()"
+    command = classify(tmp_path, store, sure.tau, "--part-rows", "16")
+    running = subprocess.Popen([sys.executable, "-c", small, *command], stderr=subprocess.PIPE, text=True)
+    until(lambda: upstream.calls == answered + CONCURRENCY, "calls in flight")
+    folder = tmp_path / "out.jsonl.parts"
+    until((folder / "part-000000.jsonl").exists, "a part")
+    until(lambda: saved(folder) == upstream.calls, "the calls to be saved")
+    running.kill()
+    errors = running.communicate()[1]
+    hold.set()
+    journal = folder / ".upstream" / "answers.jsonl"
+    lines = journal.read_text().split("\n")[1:]
+    assert len(lines) == answered
+    assert all(re.fullmatch(r'\["[0-9a-f]{32}",[01],null\]', line) for line in lines)
+    assert KEY not in errors and all(
+        KEY not in file.read_text() for file in folder.rglob("*") if file.is_file()
+    )
+    journal.write_text(journal.read_text() + '\n["0123')  # an incomplete line
+    monkeypatch.setattr("de3.bulk.source.SLICE_ROWS", 8)
+    found = invoke(command)
+    assert found.exit_code == 0, found.output
+    check(read(tmp_path), TEXTS, sure)
+    distinct = len(TEXTS) - len(sure)
+    assert upstream.calls == distinct + CONCURRENCY
+    said = f"; {upstream.calls} calls for this output ({upstream.calls} uncertain), which cost {upstream.calls}; saved"
+    assert said in found.stderr
+    assert not folder.exists()
+
+
+def test_a_run_waits_while_the_upstream_is_over_its_quota(
+    store: Path, tmp_path: Path, upstream: Upstream, sure: Sure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("de3.server.upstream.usage.HOUR_S", 1)
+    monkeypatch.setattr("de3.server.upstream.usage.SLOT_S", 1)
+    upstream.reply, texts = by_text, [text for text in TEXTS if text not in sure][:8]
+    settings(tmp_path, upstream, "max_calls_per_hour = 5")
+    write(tmp_path, texts)
+    found = invoke(classify(tmp_path, store, sure.tau))
+    assert found.exit_code == 0, found.output
+    check(read(tmp_path), texts, sure)
+    says = "tickets: its upstream cannot be asked: max_calls_per_hour (5) is reached; texts wait, and are tried again"
+    assert upstream.calls == 8 and found.stderr.count(says) == 1
+
+
+def test_a_run_waits_while_the_upstream_is_away(
+    store: Path, tmp_path: Path, upstream: Upstream, sure: Sure
+) -> None:
+    texts = [text for text in TEXTS if text not in sure][:8]
+    upstream.reply = lambda text: (503, "") if upstream.calls < 6 else by_text(text)
+    settings(tmp_path, upstream)
+    write(tmp_path, texts)
+    found = invoke(classify(tmp_path, store, sure.tau))
+    assert found.exit_code == 0, found.output
+    check(read(tmp_path), texts, sure)
+    assert "HTTP 503; texts wait, and are tried again in 1 s" in found.stderr
+
+
+def test_texts_to_which_the_upstream_has_no_answer(
+    several: Path, tmp_path: Path, upstream: Upstream, sure: Sure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("de3.server.upstream.calls.GIVE_UP_S", 0.0)
+    texts = [text for text in TEXTS if text not in sure][:6] + list(sure)[:2]
+    replies = {texts[1]: (200, "Neither."), texts[2]: (400, ""), texts[3]: (500, "")}
+    upstream.reply = lambda text: replies.get(text) or by_text(text)
+    file = settings(tmp_path, upstream)
+    write(tmp_path, [*texts, texts[1]])
+    found = invoke(
+        classify(tmp_path, several, sure.tau, "--model", f"mood-int8,{file}", "--max-refused", "0.1")
+    )
+    assert found.exit_code == 3, found.output
+    assert "4 rows cannot be classified: error has the reasons" in found.stderr
+    rows = read(tmp_path)
+    assert [bool(row["error"]) for row in rows] == [i in (1, 2, 3, 8) for i in range(9)]
+    assert (
+        rows[1]["error"]
+        == rows[8]["error"]
+        == ("tickets: its upstream failed: its reply names no label, or several: 'Neither.'")
+    )
+    assert rows[2]["error"] == "tickets: its upstream failed: it answers with HTTP 400"
+    assert rows[3]["error"] == "tickets: its upstream failed: it answers with HTTP 500"
+    assert rows[1]["mood-int8_label"] is None and rows[0]["mood-int8_label"] in ("calm", "glad", "sad")
+    assert upstream.texts[texts[1]] == 2  # a reply without a label is tried once more
+    with de3.load([file, "mood-int8"], store=several, threads=1) as both:
+        answers = both.answers(texts, tau=sure.tau)
+        assert [row["tickets_label"] for row in answers] == [row["tickets_label"] for row in rows[:8]]
+        assert answers[1]["error"] == rows[1]["error"]
+        with pytest.raises(de3.InputError, match=r"input\[2\]: tickets: its upstream failed: .* HTTP 400"):
+            both.classify([texts[0], texts[0], texts[2]])
+
+
+def test_one_text_and_the_library(store: Path, tmp_path: Path, upstream: Upstream, sure: Sure) -> None:
+    upstream.reply, file = by_text, settings(tmp_path, upstream)
+    options = ["--store", str(store), "--model", str(file)]
+    one = next(text for text in TEXTS if text not in sure)
+    found = invoke(["classify", one, *options, "--tau", str(sure.tau)])
+    assert f"{'negative' if 'film' in one else 'positive'}  1.000  layer 3  {one}" in found.stdout
+    with de3.load(file, store=store, threads=1) as model:
+        rows = model.answers(TEXTS, tau=sure.tau)
+        check([{"text": text, **row} for text, row in zip(TEXTS, rows, strict=True)], TEXTS, sure)
+        assert upstream.calls == 1 + len(TEXTS) - len(sure)
+        again = pickle.loads(pickle.dumps(model))
+        assert KEY not in str(pickle.dumps(model))
+        assert (
+            again.classify(next(iter(sure)))[0].exit.reason == "upstream"
+        )  # without τ, all texts are asked for
+        again.close()
+        assert model.classify(one, max_layer=3)[0].exit.reason != "upstream"
+
+
+def test_refusals(
+    store: Path, tmp_path: Path, encoder: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings(tmp_path, upstream)
+    write(tmp_path, TEXTS[:3])
+    command = [one for one in classify(tmp_path, store, 0) if one not in ("--tau", "0")]
+    assert refusal([*command, "--target-speedup", "2"]) == (
+        "target_speedup: tickets:1 has an upstream, which is no layer; give tau or max_disagreement"
+    )
+    settings(tmp_path, upstream, encoder=str(encoder))  # without exits
+    assert "tickets:1 has no exits yet, so only its upstream answers" in refusal([*command, "--tau", "0.1"])
+    found = invoke([*command, "--prefix", "a_"])
+    assert found.exit_code == 0 and "; 3 calls for this output (3 learning)" in found.stderr
+    (tmp_path / "out.jsonl").unlink()
+    monkeypatch.delenv("LLM_KEY")
+    assert refusal(command) == "upstream.api_key_env: the environment variable LLM_KEY has no key"
+    settings(tmp_path, upstream, "url2 = 1")
+    assert "tickets.toml: upstream.url2: " in refusal(command)
