@@ -39,6 +39,8 @@ def report(
             speedup = times.full_depth_s / times.model_s
             lines.append(f"{model}speed-up in model time: {speedup:.1f}× over full depth")
     for artifact in artifacts:
+        if artifact.manifest.upstream is not None:  # never certified
+            continue
         model = f"{artifact.manifest.name}: " if len(artifacts) > 1 else ""
         lines.append(model + _certified(artifact, options))
     return [*lines, *(_cost(caller, summary.answered) for caller in callers)]

@@ -1,5 +1,6 @@
 """`de3 classify` and `de3.load` with an upstream: a real HTTP server, which counts its calls."""
 
+import asyncio
 import json
 import pickle
 import re
@@ -7,7 +8,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,12 @@ from typing import Any
 import pytest
 
 import de3
+from de3.server.engine.request import Text
+from de3.server.errors import RequestError
+from de3.server.settings import Settings
+from de3.server.upstream.calls import Calls
+from de3.server.upstream.client import Reply
+from de3.server.upstream_settings import read_upstream
 from tests.commands import invoke, refusal
 from tests.fixtures import make_rows
 from tests.serving import until
@@ -169,7 +177,7 @@ def test_texts_of_which_no_exit_is_sure_are_asked_for_once(
         f"tickets: {local} of 230 texts answered without its upstream in this run; {len(unsure)} calls for this output "
         f"({len(unsure)} uncertain), which cost {0.12 * len(unsure):.6g}; saved about {0.12 * local:.6g}"
     )
-    assert line in found.stderr.splitlines() and KEY not in found.output
+    assert line in found.stderr.splitlines() and KEY not in found.output and "certified" not in found.stderr
     assert not (tmp_path / "out.jsonl.parts").exists()
     assert (
         "out.jsonl is complete: nothing to do"
@@ -290,6 +298,29 @@ def test_texts_to_which_the_upstream_has_no_answer(
             both.classify([texts[0], texts[0], texts[2]])
 
 
+def test_a_text_that_always_fails_is_given_up_while_others_are_answered(
+    tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("de3.server.upstream.upstreams.BACKOFF_S", 0.01)
+    upstream.reply, said = lambda text: (500, "") if text == "bad" else (200, "positive"), list[str]()
+    of = read_upstream(settings(tmp_path, upstream))
+    calls = Calls(Settings(upstreams=[of]), said.append)
+
+    async def both() -> None:
+        def ask(text: str) -> Coroutine[Any, Any, Reply]:
+            return calls.ask("tickets", Text(text), "uncertain", False, 0.0, False)
+
+        bad = asyncio.ensure_future(ask("bad"))
+        while not bad.done():
+            assert (await ask("good")).label == 1
+        with pytest.raises(RequestError, match="HTTP 500"):
+            await bad
+
+    calls.submit(both()).result(120)
+    calls.close(waits=True)
+    assert any("HTTP 500; texts wait" in line for line in said)
+
+
 def test_one_text_and_the_library(store: Path, tmp_path: Path, upstream: Upstream, sure: Sure) -> None:
     upstream.reply, file = by_text, settings(tmp_path, upstream)
     options = ["--store", str(store), "--model", str(file)]
@@ -307,6 +338,15 @@ def test_one_text_and_the_library(store: Path, tmp_path: Path, upstream: Upstrea
         )  # without τ, all texts are asked for
         again.close()
         assert model.classify(one, max_layer=3)[0].exit.reason != "upstream"
+        before, hold = upstream.calls, threading.Event()
+        upstream.reply = lambda _: (200, "positive") if hold.wait(60) else (500, "")
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(model.classify, one)
+            until(lambda: upstream.calls > before, "the call")
+            model.close()
+            with pytest.raises(RuntimeError, match="the classifier is closed"):
+                running.result()
+        hold.set()
 
 
 def test_refusals(

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from math import inf
 from threading import Thread
 from time import monotonic
@@ -39,9 +40,8 @@ class Calls:
         Raises ValueError if a key is missing.
         """
         self.upstreams, self._settings, self._say = Upstreams(settings), settings, say
-        self._turns = {
-            of.name: asyncio.Semaphore(of.upstream.concurrency) for of in settings.upstreams
-        }  # fewer than the texts that Caller lets wait
+        # No more texts than this reach a Caller, which refuses texts if too many wait.
+        self._turns = {of.name: asyncio.Semaphore(of.upstream.concurrency) for of in settings.upstreams}
         self._waits_until = 0.0
         started = Future[asyncio.AbstractEventLoop]()
         self._thread = Thread(
@@ -65,7 +65,7 @@ class Calls:
 
     def close(self, waits: bool = False) -> None:
         """Cancel all calls and end the thread; waits: until it has ended."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # it has ended
             self._loop.call_soon_threadsafe(self._closed.set)
         if waits:
             self._thread.join()
@@ -75,10 +75,12 @@ class Calls:
         return asyncio.run_coroutine_threadsafe(running, self._loop)
 
     def complete(self, job: Job) -> None:
-        """Complete the outcomes of a finished job; see ask_upstreams."""
+        """Complete the outcomes of a finished job; see ask_upstreams. Raises RuntimeError after close()."""
         future = self.submit(ask_upstreams(job, self._settings, self))
         try:
             future.result()
+        except CancelledError:
+            raise RuntimeError("the classifier is closed") from None
         finally:
             future.cancel()  # after Ctrl+C
 
