@@ -367,8 +367,12 @@ def base_of(manifest: Manifest) -> str:
     return hashlib.sha256("".join(files).encode()).hexdigest()
 
 
+def unset_fields(manifest: Manifest) -> set[str]:
+    """The fields that are left out while they are None, because earlier releases did not have them."""
+    return {name for name in ("upstream", "label_risk") if getattr(manifest, name) is None}
+
+
 def fingerprint(manifest: Manifest) -> str:
     """Hash of a manifest; identifies the model's files, as the manifest has the hash of each."""
-    # An unset field is left out, so that the hash equals that of releases that did not have the field.
-    unset = {name for name in ("learned", "upstream", "label_risk") if getattr(manifest, name) is None}
+    unset = unset_fields(manifest) | ({"learned"} if manifest.learned is None else set())
     return hashlib.sha256(manifest.model_dump_json(exclude=unset).encode()).hexdigest()

@@ -23,6 +23,7 @@ from de3.model_store.manifest import (
     VERSION,
     FileEntry,
     Manifest,
+    unset_fields,
 )
 from de3.model_store.part import MAX_INT, first_error
 from de3.model_store.printable import printable
@@ -322,6 +323,6 @@ def _read_inside(folder: Path, path: Path, limit: int) -> bytes:
 
 
 def _by_field(manifest: Manifest) -> str:
-    """The manifest as JSON with one line per field, for readable diffs."""
-    fields = manifest.model_dump(by_alias=True).items()
+    """The manifest as JSON with one line per field, for readable diffs; earlier releases can read it if possible."""
+    fields = manifest.model_dump(by_alias=True, exclude=unset_fields(manifest)).items()
     return "{\n" + ",\n".join(f' "{k}": {json.dumps(v, ensure_ascii=False)}' for k, v in fields) + "\n}\n"

@@ -58,9 +58,10 @@ def models_show(
     model: Annotated[str, typer.Argument(help="Model, as name, name:version or folder.")],
     store: StoreOption = Path("models"),
 ) -> None:
-    """Print a model's manifest as JSON, without the calibration table, which has hundreds of rows."""
+    """Print a model's manifest as JSON, without the calibration table, which has hundreds of rows, and
+    label_risk."""
     manifest = _open(store, model).manifest
-    text = manifest.model_dump_json(indent=2, exclude={"calibration": {"table"}})
+    text = manifest.model_dump_json(indent=2, exclude={"calibration": {"table"}, "label_risk": True})
     print("\n".join(map(printable, text.split("\n"))))
 
 
