@@ -84,7 +84,7 @@ _WRONG_TAU = "tau: input should be less than or equal to 1 (allowed: 0 to 1)"
 # A cause of each status with which a protocol answers.
 _CAUSES: tuple[Cause, ...] = (
     *("not_json", "no_key", "unknown_model", "slow_body", "too_large", "bad_request", "rate_limited"),
-    *("loading", "timeout"),
+    *("upstream", "loading", "timeout"),
 )
 
 
@@ -151,6 +151,7 @@ CLASSIFY: dict[str, Any] = {
         422: error(422, _WRONG_TAU, "tau"),
         429: error(429, "over your rate limit, in texts: 100 per 1 second"),
         503: error(503, "overloaded: 1024 texts are in flight; at most 1024 are allowed"),
+        502: error(502, "the model's upstream fails"),
         504: error(504, "no answer within 30 s"),
     },
 }

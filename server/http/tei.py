@@ -22,7 +22,7 @@ EXAMPLE = '{"inputs": "a text"}'
 # TEI's error types by cause; any other cause is a validation error.
 ERROR_TYPES: dict[Cause, str] = {
     **dict.fromkeys(("over_share", "rate_limited", "queue_full", "shed", "loading", "budget"), "overloaded"),
-    **dict.fromkeys(("timeout", "internal"), "backend"),
+    **dict.fromkeys(("timeout", "internal", "upstream", "upstream_timeout"), "backend"),
 }
 
 
