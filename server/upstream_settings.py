@@ -100,7 +100,7 @@ class Upstream(BaseModel):
     @property
     def is_encrypted(self) -> bool:
         """True if texts are sent over TLS, or do not leave this machine."""
-        return self.url.startswith("https:") or _is_loopback(_host_of(self.url) or "")
+        return self.url.lower().startswith("https:") or _is_loopback(_host_of(self.url) or "")
 
     def key(self) -> str | None:
         """The key from the environment; raises ValueError if it is missing."""
@@ -168,7 +168,7 @@ def read_upstream(path: Path) -> UpstreamModel:
         if where:  # the messages of our own checks begin with the field
             where += "." if first["type"] == "value_error" else ": "
         raise ValueError(f"{path}: {where}{message}") from None
-    except ValueError as error:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
         raise ValueError(f"{path}: {error}") from None
 
 

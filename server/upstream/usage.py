@@ -101,12 +101,10 @@ class UpstreamUsage:
 
     def quota_wait_s(self) -> float:
         """Seconds until max_calls_per_hour allows another call; 0: now."""
-        most, slots = self._of.max_calls_per_hour, self.totals.slots
+        most, now = self._of.max_calls_per_hour, self._clock()
         if most is None:
             return 0.0
-        now = self._clock()
-        # The current slot has just begun, so the oldest one counts as a whole.
-        self.totals.slots = slots = {at: n for at, n in slots.items() if (at + 1) * SLOT_S > now - HOUR_S}
+        slots = self._last_hour(now)
         excess = sum(slots.values()) - most + 1
         for at, count in sorted(slots.items()):
             if excess <= 0:
@@ -115,12 +113,18 @@ class UpstreamUsage:
             wait_s = (at + 1) * SLOT_S + HOUR_S - now
         return max(0.0, wait_s) if sum(slots.values()) >= most else 0.0
 
+    def _last_hour(self, now: float) -> dict[int, int]:
+        """The calls by slot. A slot counts as a whole until its last moment is an hour ago."""
+        return {at: n for at, n in self.totals.slots.items() if (at + 1) * SLOT_S > now - HOUR_S}
+
     def called(self, kind: Kind) -> None:
         """Count a call that begins."""
         self.totals.calls[kind] += 1
         if self._of.max_calls_per_hour is not None:
-            slot = int(self._clock() // SLOT_S)
-            self.totals.slots[slot] = self.totals.slots.get(slot, 0) + 1
+            now = self._clock()
+            slots, slot = self._last_hour(now), int(now // SLOT_S)
+            # A new dict, as other threads may be reading this one.
+            self.totals.slots = {**slots, slot: slots.get(slot, 0) + 1}
         if self._of.price_per_call is not None:
             self.totals.cost += self._of.price_per_call
 
