@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from de3.model_store.manifest import NAME
@@ -26,7 +27,6 @@ OURS = (
     "stream",
     "n",
 )  # fields of the upstream's request that parameters cannot set
-_WORDS = re.compile(r"[^\W_]+")
 PLACEHOLDER = re.compile(r"\{(labels|text|text_pair)\}")
 
 Price = Annotated[float, Field(ge=0)]
@@ -75,6 +75,7 @@ class Upstream(BaseModel):
             raise ValueError(f"parameters: must not contain {wrong[0]}, which the server sets")
         try:
             json.dumps(self.parameters, allow_nan=False)
+            orjson.dumps(self.parameters)  # as they are sent; it refuses integers of more than 64 bits
         except (TypeError, ValueError):
             raise ValueError("parameters: must be values that JSON has") from None
         if self.price_per_call is not None and self.price_per_million_tokens is not None:
@@ -153,7 +154,13 @@ class UpstreamModel(BaseModel):
 
 def folded(text: str) -> tuple[str, ...]:
     """The words of a text, without case and punctuation."""
-    return tuple(_WORDS.findall(unicodedata.normalize("NFKC", text).casefold()))
+    chars = unicodedata.normalize("NFKC", text).casefold()
+    return tuple("".join(c if c.isalnum() or _is_mark(c) else " " for c in chars).split())
+
+
+def _is_mark(char: str) -> bool:
+    """True for vowel signs and accents, which are parts of words, but not for the variants of symbols."""
+    return unicodedata.category(char) in ("Mn", "Mc") and not "\ufe00" <= char <= "\ufe0f"
 
 
 def read_upstream(path: Path) -> UpstreamModel:

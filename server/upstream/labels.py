@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from de3.server.upstream_settings import folded
 
-MAX_WORDS = 2000  # of a reply
+MAX_CHARS = 2**14  # of a reply; folding a megabyte would block the event loop
 
 
 class Labels:
@@ -20,15 +20,17 @@ class Labels:
         A label is a sequence of whole words; where several labels match, the longest does. is_exact: the reply must be
         the label alone.
         """
+        if len(reply) > MAX_CHARS:
+            return None, False
         words = folded(reply)
         if words in self._by_words:
             return self._by_words[words], False
-        if is_exact or len(words) > MAX_WORDS:
+        if is_exact:
             return None, False
-        found, at = set[int](), 0
-        while at < len(words):
+        found, end = set[int](), 0
+        for at in range(len(words)):
             length = next((n for n in self._lengths if words[at : at + n] in self._by_words), 0)
-            if length:
-                found.add(self._by_words[words[at : at + length]])
-            at += length or 1
+            if length and at + length > end:  # otherwise it is within a longer label
+                end = at + length
+                found.add(self._by_words[words[at:end]])
         return (found.pop(), True) if len(found) == 1 else (None, False)
