@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -224,9 +225,13 @@ def _retry_after(headers: httpx.Headers) -> float | None:
 
 
 def _reason(error: Exception) -> str:
-    """The reason of a connection error, without the URL, which may contain a secret."""
-    cause = error.__cause__ or error
-    reason = (
-        getattr(cause, "verify_message", None) or getattr(cause, "strerror", None) or type(error).__name__
-    )
+    """The reason of a connection error, without the URL, which may contain a secret, and without addresses."""
+    reason = type(error).__name__
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError):
+            reason = getattr(cause, "verify_message", None) or cause.reason or reason
+        elif isinstance(cause, OSError) and cause.errno is not None:  # below 0: of the lookup of the host
+            reason = os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
+        cause = cause.__cause__ or cause.__context__
     return f"it cannot be reached ({reason})"
