@@ -57,7 +57,7 @@ class Service:
         running, most: number of requests in progress, now and at most.
     """
 
-    def __init__(self, answer: Callable[[str], str], port: int = 0) -> None:
+    def __init__(self, answer: Callable[[str], str], port: int = 0, certificate: Path | None = None) -> None:
         self.answer = answer
         self.respond: Callable[[BaseHTTPRequestHandler, dict[str, Any]], None] | None = None
         self.requests: list[dict[str, Any]] = []
@@ -87,6 +87,10 @@ class Service:
                 """The client may have gone."""
 
         self._server = Listening(("127.0.0.1", port), Handler)
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
@@ -126,7 +130,7 @@ def text_of(body: dict[str, Any]) -> str:
     if "input" in body:
         given = body["input"]
         return given if isinstance(given, str) else given["text"]
-    return str(body["messages"][0]["content"]).split(MARK, 1)[1]
+    return str(body["messages"][0]["content"]).split(MARK, 1)[-1]
 
 
 def reply(content: str | None, **message: Any) -> dict[str, Any]:
@@ -147,9 +151,11 @@ def send(handler: BaseHTTPRequestHandler, body: Any, status: int = 200, **header
 
 
 @contextmanager
-def service(answer: Callable[[str], str] = lambda _: "negative", port: int = 0) -> Iterator[Service]:
-    """A running service."""
-    running = Service(answer, port)
+def service(
+    answer: Callable[[str], str] = lambda _: "negative", port: int = 0, certificate: Path | None = None
+) -> Iterator[Service]:
+    """A running service. certificate: a file with a certificate and its key; None: no TLS."""
+    running = Service(answer, port, certificate)
     try:
         yield running
     finally:
