@@ -3,7 +3,6 @@
 import asyncio
 import gzip
 import socket
-import ssl
 import subprocess
 import threading
 import tracemalloc
