@@ -89,7 +89,7 @@ class Caller:
         for attempt in range(1, ATTEMPTS + 1):
             self._check()
             try:
-                return await self._call(text, kind if attempt == 1 else "retry", ends - perf_counter())
+                return await self._call(text, kind if attempt == 1 else "retry")
             except CallError as error:
                 # A reply without a label is tried once more.
                 is_last = attempt == ATTEMPTS or (error.why == "reply" and attempt == 2)
@@ -114,12 +114,12 @@ class Caller:
         if wait_s := self._breaker.wait_s():
             raise self._away("its last calls have failed", wait_s)
 
-    async def _call(self, text: Text, kind: Kind, left_s: float) -> Reply:
+    async def _call(self, text: Text, kind: Kind) -> Reply:
+        """One call. If the time of its text ends first, it is cancelled, which says nothing about the upstream."""
         is_trial, is_outage, retry_after_s, started = self._breaker.begin(), None, None, perf_counter()
         self.usage.called(kind)
         try:
-            limit_s = max(0.001, min(left_s, self.of.upstream.timeout_s))
-            reply = await self._client.call(text, limit_s, self.usage.used)
+            reply = await self._client.call(text, self.of.upstream.timeout_s, self.usage.used)
             is_outage = False
         except CallError as error:
             is_outage, retry_after_s = error.is_outage, error.retry_after_s
@@ -149,7 +149,7 @@ class Caller:
         try:
             async with asyncio.timeout(self.of.upstream.timeout_s), self._audits, self._calls:
                 self._check()
-                again = await self._call(text, "repeat", self.of.upstream.timeout_s)
+                again = await self._call(text, "repeat")
         except (RequestError, CallError, TimeoutError):
             return
         self.usage.totals.repeats += 1
