@@ -40,9 +40,9 @@ def chat(url: str = "https://llm.internal/v1/chat/completions", **fields: Any) -
 
 
 def model_of(folder: Path, labels: list[str], upstream: dict[str, Any], **fields: Any) -> UpstreamModel:
-    """A model with an upstream, from a file in this folder."""
+    """A model with an upstream, from the file NAME.toml in this folder."""
     fields = {"name": "tickets", "encoder": "tiny", "labels": labels, **fields}
-    return read_upstream(write_toml(folder / "tickets.toml", upstream, **fields))
+    return read_upstream(write_toml(folder / f"{fields['name']}.toml", upstream, **fields))
 
 
 class Service:
