@@ -14,6 +14,8 @@ from de3.server.errors import RequestError
 from de3.server.processes.messages import decode, encode
 
 HEAD_BYTES = 4  # size of the length that precedes each message
+# Calls that are cancelled with their caller, or when the channel closes; others, such as changes, run to their end.
+CANCELLED = frozenset({"ask_upstream"})
 
 # Handles a call or a note, given its arguments; may be a coroutine function.
 Handler = Callable[..., Any]
@@ -37,6 +39,7 @@ class Channel:
     def __init__(self) -> None:
         self._handlers: dict[str, tuple[Handler, list[Any]]] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._answering: dict[int, asyncio.Task[None]] = {}  # tasks of CANCELLED, by number of the call
         self._numbers = count(1)
         self._writer: asyncio.StreamWriter | None = None
         self._unsent: list[bytes] = []  # messages sent before the channel runs
@@ -62,6 +65,8 @@ class Channel:
             for future in self._calls.values():
                 if not future.done():
                     future.set_exception(ChannelClosedError("the process has ended"))
+            for task in list(self._answering.values()):
+                task.cancel()
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call a handler of the other side; returns its result as parsed JSON.
@@ -75,6 +80,9 @@ class Channel:
         try:
             self._send([number, method, arguments])
             return await future
+        except asyncio.CancelledError:
+            self._send([number, None, None])
+            raise
         finally:
             del self._calls[number]
 
@@ -97,7 +105,10 @@ class Channel:
 
     def _receive(self, message: list[Any]) -> None:
         number, method, value = message
-        if isinstance(method, str):
+        if method is None:  # nobody waits for the result
+            if number in self._answering:
+                self._answering[number].cancel()
+        elif isinstance(method, str):
             self._run(number, method, value)
         elif (future := self._calls.get(number)) is not None and not future.done():
             if method:  # an error
@@ -111,7 +122,10 @@ class Channel:
             handler, kinds = self._handlers[method]
             result = handler(*map(decode, chain(kinds, repeat(Any)), arguments))
             if asyncio.iscoroutine(result):
-                run_once("message", self._finish(number, result))
+                task = run_once("message", self._finish(number, result))
+                if method in CANCELLED:
+                    self._answering[number] = task
+                    task.add_done_callback(lambda _: self._answering.pop(number))
             else:
                 self._answer(number, result)
         except Exception as error:

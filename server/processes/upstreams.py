@@ -40,5 +40,5 @@ class RemoteUpstreams:
         """Send the counts that were collected."""
         local, others = self._local, self._others
         self._local, self._others = Counter(), Counter()
-        for name in local | others | Counter(dict.fromkeys(local, 1)):
+        for name in {*local, *others}:
             self._channel.tell("answered", name, local[name], others[name])
