@@ -4,16 +4,20 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.serving import until
+from de3.server.upstream import upstreams
+from tests.commands import refusal
+from tests.fixtures import make_rows
+from tests.serving import CERTIFICATES, Server, until
 from tests.test_processes import Running
-from tests.test_upstream_server import LABELS, TEXTS, opinion
-from tests.upstream import KEY, chat, service, write_toml
+from tests.test_upstream_server import LABELS, TEXTS, opinion, rows_of, served
+from tests.upstream import KEY, chat, model_of, service, write_toml
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +80,165 @@ def test_the_limits_and_counts_are_the_servers(tmp_path: Path, store: Path) -> N
             )  # without the client that went
             hidden = [metrics, running.get("/v1/models").text, running.get("/").text, refused, *running.log]
             assert not any(KEY in text for text in hidden)
+
+
+def report_of(server: Server) -> dict[str, Any]:
+    response = httpx.get(f"{server.url}/v1/models/tickets/audit", verify=CERTIFICATES)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def settled(server: Server, texts: int) -> dict[str, Any]:
+    """The report, once this many texts have been counted, and no audit is pending."""
+    until(lambda: (found := report_of(server))["texts"] >= texts and not found["pending"], f"{texts} texts")
+    return report_of(server)
+
+
+def at_odds(text: str) -> str:
+    """An opinion that the exits do not share on a few texts."""
+    return "mixed" if "scene" in text.split() else opinion(text)
+
+
+def test_audits_ask_the_upstream(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstreams, "REPEAT_SHARE", 0.0)
+    with service(at_odds) as upstream:
+        of = model_of(tmp_path, LABELS, chat(upstream.url, max_calls_per_hour=100))
+        with served(tmp_path, store, of, audit_share=1.0, tau=0.5) as server:
+            rows = rows_of(server, input=TEXTS)
+            assert {row["exit"]["reason"] for row in rows} == {"threshold"}
+            report = settled(server, len(TEXTS))
+            assert sorted(upstream.texts) == sorted(TEXTS)
+            differing = sum(at_odds(text) != row["label"] for text, row in zip(TEXTS, rows, strict=True))
+            assert differing > 1
+            assert (report["texts"], report["audits"]) == (60, 60)
+            assert report["measured"]["disagreement"] == pytest.approx(differing / 60)
+            assert report["measured"]["as_served"] == pytest.approx(differing / 60)
+            assert report["upstream"]["calls"]["audit"] == 60
+            assert report["upstream"]["local_texts"] == 60
+            shares = [row["upstream_share"] for row in report["taus"]]
+            assert shares == sorted(shares, reverse=True)
+            assert shares[0] == 1
+            assert report["taus"][0]["disagreement"] == 0
+            # A text that goes up anyway is its own audit.
+            rows_of(server, input=TEXTS[0], tau=0)
+            assert report_of(server)["audits"] == 60  # not if its request sets τ
+            # The limit on calls holds for audits, too: the texts after the last call are answered, but do not count.
+            more = [f"{text} {n}" for n, text in enumerate(TEXTS)]
+            assert len(rows_of(server, input=more)) == 60
+            until(lambda: report_of(server)["excluded"]["upstream_failed"] == 21, "the audits without a call")
+            report = settled(server, 60)
+            assert len(upstream.requests) == 100
+            assert 60 <= report["texts"] <= 99
+            assert report["audits"] == report["texts"]
+            assert not report["upstream"]["available"]
+            assert not report["pending"]
+
+
+def test_an_audit_that_fails_does_not_count_and_a_text_without_a_label_differs(
+    tmp_path: Path, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with service(opinion) as upstream:
+        of = model_of(tmp_path, LABELS, chat(upstream.url))
+        with served(tmp_path, store, of, audit_share=1.0, tau=0.5) as server:
+            upstream.is_broken = True
+            rows_of(server, input=TEXTS)
+            until(lambda: report_of(server)["excluded"]["upstream_failed"] == 60, "the audits to fail")
+            report = report_of(server)
+            assert (report["texts"], report["audits"], report["pending"]) == (0, 0, 0)
+            upstream.is_broken, upstream.answer = False, lambda text: f"I cannot label: {text}"
+            until(
+                lambda: "names no label" in server.classify(input=TEXTS[0], tau=0).text, "the calls to go on"
+            )
+            rows_of(server, input=TEXTS[:7])
+            report = settled(server, 7)
+            assert (report["audits"], report["measured"]["as_served"]) == (7, 1.0)
+            assert all(row["disagreement"] == (row["tau"] > 0) for row in report["taus"])
+    assert "its reply names no label" in caplog.text
+
+
+def test_an_upstream_that_disagrees_with_itself_is_reported(
+    tmp_path: Path, store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstreams, "REPEAT_SHARE", 1.0)
+    seen = set[str]()
+
+    def wavering(text: str) -> str:
+        if text.endswith("0") and text in seen:
+            return "mixed"
+        seen.add(text)
+        return "positive"
+
+    texts = [f"{text} {number}" for number, text in enumerate(TEXTS)]
+    with service(wavering) as upstream:
+        of = model_of(tmp_path, LABELS, chat(upstream.url))
+        with served(tmp_path, store, of, guarantee=0.02) as server:
+            rows_of(server, input=texts)  # at τ = 0, each is its own audit
+            until(lambda: report_of(server)["upstream"]["repeated"] == 60, "the second calls")
+            found = report_of(server)["upstream"]
+            assert found["calls"] == {"learning": 60, "uncertain": 0, "audit": 0, "repeat": 60, "retry": 0}
+            assert found["self_disagreement"] == pytest.approx(0.1)
+            assert "differ in 10% of the cases: a guarantee of 2%" in found["warning"]
+    assert caplog.text.count("so hardly any text can be answered without a call") == 1
+
+
+def new_texts(seed: int, count: int = 200) -> list[str]:
+    """Texts that differ from those of other seeds."""
+    return [f"{text} {seed} {n}" for n, (text, _) in enumerate(make_rows(count, seed))]
+
+
+def prove(server: Server, seeds: Iterator[int]) -> None:
+    """Send texts until audits have proved a τ above 0."""
+    for _ in range(20):
+        rows_of(server, input=new_texts(next(seeds)))
+        until(lambda: not report_of(server)["pending"], "the audits")
+        if report_of(server)["tau"]["tau"] > 0:
+            return
+    raise AssertionError("τ stays at 0")
+
+
+def test_a_guarantee_is_proved_survives_a_restart_and_is_reset(tmp_path: Path, store: Path) -> None:
+    seeds = count(5000)
+    with service(opinion) as upstream:
+        fields: dict[str, Any] = {"guarantee": 0.05, "state_dir": tmp_path / "state"}
+        of = model_of(tmp_path, LABELS, chat(upstream.url, price_per_call=1))
+        with served(tmp_path, store, of, **fields) as server:
+            prove(server, seeds)
+            rows = rows_of(server, input=new_texts(next(seeds)))
+            assert sum(row["exit"]["reason"] == "threshold" for row in rows) > 100
+            before = report_of(server)
+        same = model_of(tmp_path, LABELS, chat(upstream.url, price_per_call=2, concurrency=8))
+        with served(tmp_path, store, same, **fields) as server:
+            after = report_of(server)
+            assert after["tau"]["tau"] > 0
+            assert after["texts"] >= before["texts"]
+            assert after["upstream"]["local_texts"] == before["upstream"]["local_texts"] > 100
+            # The upstream's answers change: the guarantee is proved anew.
+            upstream.answer = lambda text: {"positive": "negative", "negative": "positive"}.get(
+                opinion(text), "mixed"
+            )
+            for _ in range(40):
+                rows_of(server, input=new_texts(next(seeds)))
+                until(lambda: not report_of(server)["pending"], "the audits")
+                if report_of(server)["tau"]["tau"] == 0:
+                    break
+            assert report_of(server)["tau"]["tau"] == 0
+            upstream.answer = opinion
+        other = model_of(tmp_path, LABELS, chat(upstream.url, prompt="Label this.\nText: {text}"))
+        with served(tmp_path, store, other, **fields) as server:
+            anew = report_of(server)
+            assert (anew["tau"]["tau"], anew["texts"], anew["upstream"]["local_texts"]) == (0, 0, 0)
+        content = b"".join(path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file())
+        assert KEY.encode() not in content
+
+
+def test_a_missing_key_is_refused_before_the_port_opens(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLM_KEY")
+    upstream = chat("http://10.1.2.3/v1", api_key_env="LLM_KEY")
+    path = write_toml(tmp_path / "t.toml", upstream, name="tickets", encoder="tiny", labels=LABELS)
+    command = f"serve {path} --store {store} --quantize none --port 0"
+    assert "--allow-plain-http" in refusal(command)
+    for number in (1, 2):
+        found = refusal(f"{command} --allow-plain-http --processes {number}")
+        assert found == "upstream.api_key_env: the environment variable LLM_KEY has no key"
