@@ -15,20 +15,11 @@ from de3.model_store.store import Store
 from de3.server.service import Service as Serving
 from de3.server.settings import Settings
 from de3.server.upstream.breaker import FAILURES
-from tests.fixtures import BAD, GOOD, make_rows
+from tests.fixtures import make_rows
 from tests.serving import Server, until
-from tests.upstream import KEY, PROMPT, Service, chat, model_of, reply, send, service, text_of
+from tests.upstream import KEY, PROMPT, Service, chat, model_of, opinion, reply, send, service, text_of
 
 LABELS = ["positive", "mixed", "negative"]  # in another order than those of tiny, which does not know one
-
-
-def opinion(text: str) -> str:
-    """The label that make_rows gives to a text."""
-    words = text.split()
-    for i, word in enumerate(words):
-        if word in GOOD or word in BAD:
-            return "negative" if (word in GOOD) == (i == 0 or words[i - 1] != "not") else "positive"
-    return "mixed"
 
 
 @contextmanager

@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from de3.server.upstream_settings import UpstreamModel, read_upstream
+from tests.fixtures import BAD, GOOD
 
 KEY = "sk-a-secret-that-appears-nowhere"
 MARK = "Text: "  # precedes the text in PROMPT
 PROMPT = "Which of {labels} is it?\n" + MARK + "{text}"
+
+
+def opinion(text: str) -> str:
+    """The label that make_rows gives to a text."""
+    words = text.split()
+    for i, word in enumerate(words):
+        if word in GOOD or word in BAD:
+            return "negative" if (word in GOOD) == (i == 0 or words[i - 1] != "not") else "positive"
+    return "mixed"
 
 
 def toml_of(value: Any) -> str:

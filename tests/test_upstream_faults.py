@@ -1,0 +1,225 @@
+"""Slow tests of upstreams: exits learned from one, and a stream of texts while everything is killed in turn."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from de3.server.learn import fitting
+from tests.fixtures import make_rows
+from tests.serving import CERTIFICATES, free_port, until
+from tests.test_learn import PROGRAM
+from tests.test_processes import Running
+from tests.test_upstream_server import LABELS, rows_of, served
+from tests.test_upstream_shared import report_of
+from tests.upstream import KEY, chat, model_of, opinion, service, write_toml
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")]
+# Each text ends with a number, which the models do not know, and which changes the upstream's answer to one in ODD.
+RATE, ODD = 0.05, 50
+SERVICE = """
+import sys, time
+from tests.test_upstream_faults import answer
+from tests.upstream import Service
+Service(answer, int(sys.argv[1]))
+print("ready", flush=True)
+time.sleep(3600)
+"""
+
+
+def answer(text: str) -> str:
+    """The upstream's answer to a text."""
+    return "mixed" if int(text.rsplit(None, 1)[1]) % ODD == 0 else opinion(text)
+
+
+def texts_of(seed: int, count: int, negated: bool = True) -> list[str]:
+    """Texts with different numbers. negated: some have negated words."""
+    rows = [text for text, _ in make_rows(2 * count, seed) if negated or "not" not in text.split()]
+    return [f"{text} {seed * 100_000 + n}" for n, text in enumerate(rows[:count])]
+
+
+def test_a_server_learns_exits_from_its_upstream(
+    tmp_path: Path, store: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has an encoder only; after 1,000 texts, most are answered without a call, and within the guarantee."""
+    monkeypatch.setattr(fitting, "PROGRAM", PROGRAM)
+    monkeypatch.setattr(fitting, "IDLE_CORES", -1.0)
+    monkeypatch.setattr(fitting, "SPARE_CORES", float("inf"))
+    fields: dict[str, Any] = {"learn": True, "guarantee": 0.1, "state_dir": tmp_path / "state"}
+    with service(answer) as upstream:
+        of = model_of(tmp_path, LABELS, chat(upstream.url, price_per_call=0.001), encoder=str(encoder))
+
+        def fits(server: Any) -> list[dict[str, Any]]:
+            return list(httpx.get(f"{server.url}/v1/models/tickets/learn").json()["fits"])
+
+        with served(tmp_path, store, of, **fields) as server:
+            texts = texts_of(1, 1200, negated=False)
+            for i in range(0, len(texts), 100):
+                rows = rows_of(server, input=texts[i : i + 100])
+            until(lambda: any(fit["outcome"] == "served" for fit in fits(server)), "a fit", 300)
+            local, wrong, sent = 0, 0, texts_of(2, 3000, negated=False)
+            for i in range(0, len(sent), 100):
+                rows = rows_of(server, input=sent[i : i + 100])
+                local += sum(row["exit"]["reason"] == "threshold" for row in rows)
+                wrong += sum(row["label"] != answer(text) for text, row in zip(sent[i:], rows, strict=False))
+            until(lambda: not report_of(server)["pending"], "the audits")
+
+            def calls() -> int:
+                return sum(report_of(server)["upstream"]["calls"].values())
+
+            until(
+                lambda: calls() == len(upstream.requests) and not upstream.running,
+                "the second calls of audits",
+            )
+            report = report_of(server)
+            assert local > 1000
+            assert wrong <= 0.1 * len(sent)
+            assert report["upstream"]["local_share"] > 0
+            assert report["upstream"]["saved"] > 0
+            assert calls() < len(texts) + len(sent) - local / 2
+        with served(tmp_path, store, of, **fields) as server:  # the learned exits are served again
+            rows = rows_of(server, input=texts_of(3, 100, negated=False))
+            assert any(row["exit"]["reason"] == "threshold" for row in rows)
+
+
+class Stream:
+    """Clients that send texts one by one, each again and again until it is answered.
+
+    Attributes:
+        url: of the server, which may change; "" while it is down.
+        answers: the label of each text.
+        local: number of texts that the model answered.
+        failures: status codes of failed attempts; 0: the connection was closed.
+        unexpected: bodies of failures with other status codes.
+    """
+
+    def __init__(self, texts: list[str], url: str) -> None:
+        self.url, self.answers, self.local = url, dict[str, str](), 0
+        self.failures, self.unexpected = list[int](), list[str]()
+        self.total, self._texts, self._lock = len(texts), iter(texts), threading.Lock()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(4)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        with httpx.Client(verify=CERTIFICATES, timeout=60) as client:
+            while True:
+                with self._lock:
+                    text = next(self._texts, None)
+                if text is None:
+                    return
+                while not self._send(client, text):
+                    threading.Event().wait(0.05)
+
+    def _send(self, client: httpx.Client, text: str) -> bool:
+        status, response = 0, None
+        try:
+            response = client.post(f"{self.url}/classify", json={"input": text})
+            status = response.status_code
+        except (httpx.TransportError, httpx.UnsupportedProtocol):
+            pass
+        with self._lock:
+            if response is not None and status == 200:
+                (row,) = response.json()["data"]
+                self.answers[text] = row["label"]
+                self.local += row["exit"]["reason"] == "threshold"
+                return True
+            self.failures.append(status)
+            if response is not None and (
+                status not in (502, 503, 504) or "retry-after" not in response.headers
+            ):
+                self.unexpected.append(f"{status} {response.text}")
+        return False
+
+    def wait(self, more: int) -> None:
+        """Wait until more texts are answered."""
+        goal = min(self.total, len(self.answers) + more)
+        until(lambda: len(self.answers) >= goal, f"{goal} answers, have {len(self.answers)}", 120)
+
+    def wait_for(self, status: int) -> None:
+        """Wait for a new failure with this status."""
+        seen = self.failures.count(status)
+        until(lambda: self.failures.count(status) > seen, f"a failure with status {status}", 120)
+
+
+@contextmanager
+def other_service(port: int) -> Iterator["subprocess.Popen[str]"]:
+    """The upstream in a process of its own."""
+    running = subprocess.Popen([sys.executable, "-c", SERVICE, str(port)], stdout=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    assert running.stdout.readline() == "ready\n"
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def test_no_accepted_request_is_lost_and_the_guarantee_holds_whatever_is_killed(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DE3_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLM_KEY", KEY)
+    port, state = free_port(), tmp_path / "state"
+    upstream = chat(f"http://127.0.0.1:{port}/v1/chat/completions", timeout_s=1, api_key_env="LLM_KEY")
+    path = write_toml(tmp_path / "tickets.toml", upstream, name="tickets", encoder="tiny", labels=LABELS)
+    command = (
+        f"{path} --quantize none --threads 2 --guarantee {RATE} --state-dir {state} --timeout-s 3".split()
+    )
+
+    def tau(running: Running) -> float:
+        return float(running.get("/v1/models/tickets/audit").json()["tau"]["tau"])
+
+    running = Running(store, *command)
+    logs = [running.log]
+    try:
+        with other_service(port) as first:
+            running.wait()
+            stream = Stream(texts_of(1, 12_000), running.url)
+            until(lambda: tau(running) > 0, "a proof", 120)
+            stream.wait(500)
+            first.kill()
+            stream.wait_for(502)
+        with other_service(port) as second:
+            stream.wait(500)
+            os.kill(second.pid, signal.SIGSTOP)  # a service that hangs
+            stream.wait_for(504)
+            os.kill(second.pid, signal.SIGCONT)
+            stream.wait(500)
+            os.kill(running.pids[0], signal.SIGKILL)
+            stream.wait_for(0)
+            stream.wait(500)
+            pids = running.pids
+            running.process.kill()
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            stream.wait_for(0)
+            running.stop()
+            running = Running(store, *command).wait()
+            logs.append(running.log)
+            stream.url = running.url
+            assert tau(running) > 0  # the evidence was saved
+            stream.wait(500)
+            metrics = running.get("/metrics").text
+            for thread in stream._threads:
+                thread.join(300)
+    finally:
+        running.stop()
+    assert len(stream.answers) == stream.total
+    assert stream.unexpected == []
+    wrong = sum(label != answer(text) for text, label in stream.answers.items())
+    print(
+        stream.local, wrong, stream.failures.count(502), stream.failures.count(504), stream.failures.count(0)
+    )
+    assert stream.local > 0.3 * stream.total
+    assert 0 < wrong <= RATE * stream.total
+    content = [file.read_text(errors="replace") for file in state.rglob("*") if file.is_file()]
+    assert not any(KEY in text for text in [metrics, *content, *logs[0], *logs[1]])
