@@ -341,9 +341,11 @@ class Metrics:
         if choice.is_degraded:
             self.degraded.labels(model).inc(len(job.items))
         if choice.expected is not None:
-            # The calibration does not cover deadlines, a τ lowered for out-of-distribution texts, or several windows.
+            # The calibration does not cover deadlines, an upstream that is away, a τ lowered for out-of-distribution
+            # texts, or several windows.
+            others = ("deadline", "upstream_failed")
             texts = sum(
-                outcome.rule.tau == choice.rule.tau and outcome.reason != "deadline" and not outcome.windows
+                outcome.rule.tau == choice.rule.tau and outcome.reason not in others and not outcome.windows
                 for outcome in job.outcomes()
             )
             self._child(self.calibrated, model).inc(texts)

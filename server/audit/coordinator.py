@@ -126,5 +126,5 @@ class Coordinator:
         """Stop learning, save all evidence and records, and close the files; called after the last request."""
         if self.learners is not None:
             self.learners.stop()
+        self.upstreams.stop()  # before the ledgers, which unlock the state folder
         self.ledgers.stop()
-        self.upstreams.stop()

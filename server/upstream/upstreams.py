@@ -5,6 +5,7 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Mapping
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -23,7 +24,7 @@ from de3.server.upstream_settings import UpstreamModel
 log = logging.getLogger("de3")
 ATTEMPTS = 3
 BACKOFF_S = 0.25  # pause before the second attempt; it doubles, and is varied at random
-MAX_WAITING = 1024  # texts that wait for a call, for each upstream
+MAX_WAITING = 2048  # texts for which calls are pending or in flight, for each upstream
 REPEAT_SHARE = 0.02  # share of the audits that call twice
 MIN_REPEATS = 50  # repeated audits before a warning
 SAVE_S = 2.0  # interval between saves
@@ -56,14 +57,13 @@ class Caller:
         RequestError if there is no answer.
         """
         ends = perf_counter() + timeout_s
-        if is_budget and timeout_s < self.usage.usual_s:
+        if timeout_s <= (self.usage.usual_s if is_budget else 0.0):
             raise RequestError(
-                f"{self.of.name}: the budget is shorter than its upstream's usual latency",
-                None,
-                "upstream_timeout",
+                f"{self.of.name}: no time is left to ask its upstream", None, "upstream_timeout", 1
             )
-        if self._waiting >= MAX_WAITING + self.of.upstream.concurrency:
-            raise self._away(f"{MAX_WAITING} texts wait for it", 1.0)
+        # Audits leave half of the room for texts that are waited for.
+        if self._waiting >= (MAX_WAITING // 2 if kind == "audit" else MAX_WAITING):
+            raise self._away(f"{self._waiting} texts wait for it", 1.0)
         self._waiting += 1
         try:
             async with asyncio.timeout(timeout_s):
@@ -220,7 +220,7 @@ class Upstreams:
     def __init__(self, settings: Settings) -> None:
         """Raises ValueError if a key is missing."""
         self._by_name = {of.name: Caller(of, settings) for of in settings.upstreams}
-        self._has_failed = False
+        self._saving, self._has_failed = Lock(), False
 
     @property
     def all(self) -> Mapping[str, Caller]:
@@ -253,14 +253,16 @@ class Upstreams:
             await asyncio.to_thread(self._save)
 
     def _save(self) -> None:
-        for caller in self._by_name.values():
-            try:
-                caller.usage.save()
-                self._has_failed = False
-            except OSError as error:
-                if not self._has_failed:
-                    log.error("state_dir: cannot save the calls of upstreams: %s", error)
-                self._has_failed = True
+        with self._saving:  # one thread may still be saving when the server stops
+            failed = list[OSError]()
+            for caller in self._by_name.values():
+                try:
+                    caller.usage.save()
+                except OSError as error:
+                    failed.append(error)
+            if failed and not self._has_failed:
+                log.error("state_dir: cannot save the calls of upstreams: %s", failed[0])
+            self._has_failed = bool(failed)
 
     def stop(self) -> None:
         """Save the totals; called after the last request."""
