@@ -1,0 +1,191 @@
+"""The calls for one upstream: their limits, retries and pauses, against a real service."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import pytest
+
+from de3.server.engine.request import Text
+from de3.server.errors import RequestError
+from de3.server.settings import Settings
+from de3.server.upstream import upstreams
+from de3.server.upstream.breaker import FAILURES
+from de3.server.upstream.upstreams import Caller, Upstreams
+from tests.serving import in_event_loop, until
+from tests.upstream import Service, chat, model_of, reply, send, service
+
+LABELS = ["positive", "negative"]
+TEXT = Text("a text")
+
+
+@pytest.fixture
+def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    monkeypatch.setattr(upstreams, "BACKOFF_S", 0.01)
+    with service() as running:
+        yield running
+
+
+def caller(folder: Path, upstream: Service, **fields: Any) -> Caller:
+    of = model_of(folder, LABELS, chat(upstream.url, **fields))
+    return Caller(of, Settings(upstreams=[of]))
+
+
+async def error_of(asking: Any) -> RequestError:
+    with pytest.raises(RequestError) as found:
+        await asking
+    return found.value
+
+
+async def soon(condition: Any, what: str) -> None:
+    await asyncio.to_thread(until, condition, what)
+
+
+@in_event_loop
+async def test_audits_leave_room_for_texts_that_are_waited_for(
+    tmp_path: Path, upstream: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstreams, "MAX_WAITING", 8)
+    one = caller(tmp_path, upstream, concurrency=2)
+    upstream.gate.clear()
+    audits = [asyncio.ensure_future(one.ask(TEXT, "audit", False, 30)) for _ in range(5)]
+    await soon(lambda: upstream.running == 1, "an audit")  # audits use half of the calls at a time
+    dropped = await error_of(audits[4])
+    assert (dropped.cause, dropped.retry_after_s) == ("upstream", 1)
+    assert dropped.message == "tickets: its upstream cannot be asked: 4 texts wait for it"
+    texts = [asyncio.ensure_future(one.ask(TEXT, "uncertain", False, 30)) for _ in range(4)]
+    await soon(lambda: upstream.running == 2, "a text, although audits wait")
+    assert (await error_of(one.ask(TEXT, "uncertain", False, 30))).retry_after_s == 1
+    texts[3].cancel()
+    await asyncio.wait([texts[3]])
+    texts[3] = asyncio.ensure_future(one.ask(TEXT, "uncertain", False, 30))
+    upstream.gate.set()
+    found = await asyncio.gather(*audits[:4], *texts)
+    assert {answer.label for answer in found} == {1}
+    assert upstream.most == 2
+    assert one._waiting == 0
+    await one.close()
+
+
+def failing(times: int, status: int = 503, **headers: str) -> Any:
+    """Fails so many times, then answers."""
+    left = iter(range(times))
+
+    def respond(handler: Any, _: dict[str, Any]) -> None:
+        if next(left, None) is None:
+            send(handler, reply("positive"))
+        else:
+            send(handler, {}, status, **headers)
+
+    return respond
+
+
+@in_event_loop
+async def test_a_failed_call_is_tried_twice_more(tmp_path: Path, upstream: Service) -> None:
+    one = caller(tmp_path, upstream)
+    upstream.respond = failing(2)
+    assert (await one.ask(TEXT, "audit", False, 30)).label == 0
+    assert one.usage.totals.calls == {"learning": 0, "uncertain": 0, "audit": 1, "repeat": 0, "retry": 2}
+    upstream.respond = failing(3)
+    found = await error_of(one.ask(TEXT, "audit", False, 30))
+    assert found.message == "tickets: its upstream failed: it answers with HTTP 503"
+    assert (found.cause, found.retry_after_s) == ("upstream", 1)
+    assert one.usage.totals.failures["server_error"] == 5
+    upstream.respond = failing(1, 401)
+    assert (await error_of(one.ask(TEXT, "audit", False, 30))).retry_after_s == 1
+    assert len(upstream.requests) == 7  # a wrong key is not tried again
+    await one.close()
+
+
+@in_event_loop
+async def test_retry_after_is_waited_for_unless_it_is_too_long(tmp_path: Path, upstream: Service) -> None:
+    one = caller(tmp_path, upstream)
+    upstream.respond = failing(1, 429, Retry_After="1")
+    started = perf_counter()
+    await one.ask(TEXT, "uncertain", False, 30)
+    assert perf_counter() - started >= 1
+    upstream.respond = failing(1, 429, Retry_After="100")
+    found = await error_of(one.ask(TEXT, "uncertain", False, 30))
+    assert (found.cause, found.retry_after_s) == ("upstream", 100)
+    assert perf_counter() - started < 20
+    await one.close()
+
+
+@in_event_loop
+async def test_the_quota_holds_for_retries_and_for_calls_at_the_same_time(
+    tmp_path: Path, upstream: Service
+) -> None:
+    one = caller(tmp_path, upstream, max_calls_per_hour=4)
+    upstream.respond = failing(1)
+    found = await asyncio.gather(
+        *(one.ask(TEXT, "uncertain", False, 30) for _ in range(9)), return_exceptions=True
+    )
+    refused = [error for error in found if isinstance(error, RequestError)]
+    assert len(upstream.requests) == 4
+    assert 6 <= len(refused) <= 7
+    assert all("max_calls_per_hour (4) is reached" in error.message for error in refused)
+    assert not one.is_available
+    await one.close()
+
+
+@in_event_loop
+async def test_without_time_there_is_no_call(tmp_path: Path, upstream: Service) -> None:
+    one = caller(tmp_path, upstream)
+    for is_budget in (True, False):
+        found = await error_of(one.ask(TEXT, "uncertain", False, 0.0, is_budget))
+        assert (found.cause, found.retry_after_s) == ("upstream_timeout", 1)
+    one.usage.took(5.0)
+    await error_of(one.ask(TEXT, "uncertain", False, 4.0, True))
+    assert upstream.requests == []
+    assert (
+        await one.ask(TEXT, "uncertain", False, 4.0)
+    ).label == 1  # the time limit of a request is no budget
+    await one.close()
+
+
+@in_event_loop
+async def test_texts_whose_time_ends_do_not_open_the_breaker_but_calls_that_take_too_long_do(
+    tmp_path: Path, upstream: Service
+) -> None:
+    upstream.gate.clear()
+    one = caller(tmp_path, upstream, timeout_s=0.2)
+    for _ in range(FAILURES + 1):
+        assert (await error_of(one.ask(TEXT, "uncertain", False, 0.05, True))).cause == "upstream_timeout"
+    assert one.is_available
+    found = await asyncio.gather(*(error_of(one.ask(TEXT, "uncertain", False, 30)) for _ in range(FAILURES)))
+    assert {error.cause for error in found} <= {"upstream_timeout", "upstream"}
+    assert not one.is_available
+    upstream.gate.set()
+    await one.close()
+
+
+def test_the_state_folder_is_written_by_one_thread_at_a_time(
+    tmp_path: Path, upstream: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = [model_of(tmp_path, LABELS, chat(upstream.url), name=name) for name in ("one", "two")]
+    both = Upstreams(Settings(upstreams=models, state_dir=tmp_path / "state"))
+
+    def save(_: int) -> None:
+        both.answered("one", 1, 0)
+        both._save()
+
+    with caplog.at_level(logging.ERROR), ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, range(200)))
+    assert caplog.text == ""
+    for path in (tmp_path / "state/upstream").iterdir():
+        if path.name.startswith("one"):
+            path.unlink()
+            path.mkdir()  # cannot be replaced by a file
+    for _ in range(3):
+        both.answered("one", 1, 0)
+        both.answered("two", 1, 0)
+        both._save()
+    assert caplog.text.count("state_dir: cannot save the calls of upstreams") == 1
+    assert (
+        Upstreams(Settings(upstreams=models[1:], state_dir=tmp_path / "state")).all["two"].usage.totals.local
+        == 3
+    )
