@@ -335,8 +335,8 @@ class Auditor:
         try:
             audit.passed.append(await asking)
         except RequestError as error:
-            if error.retry_after_s is None:
-                audit.error = error
+            if error.retry_after_s is None:  # its message may quote the text, which must not be logged
+                audit.error = RequestError("its upstream does not label the text")
             else:
                 audit.is_dropped = True
                 self.excluded[UPSTREAM_FAILED] += 1
