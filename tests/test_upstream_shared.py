@@ -153,7 +153,8 @@ def test_an_audit_that_fails_does_not_count_and_a_text_without_a_label_differs(
             report = settled(server, 7)
             assert (report["audits"], report["measured"]["as_served"]) == (7, 1.0)
             assert all(row["disagreement"] == (row["tau"] > 0) for row in report["taus"])
-    assert "its reply names no label" in caplog.text
+    assert caplog.text.count("its upstream does not label the text") == 7
+    assert not any(text in caplog.text for text in TEXTS[:7])  # they are user data
 
 
 def test_an_upstream_that_disagrees_with_itself_is_reported(
@@ -229,6 +230,20 @@ def test_a_guarantee_is_proved_survives_a_restart_and_is_reset(tmp_path: Path, s
             assert (anew["tau"]["tau"], anew["texts"], anew["upstream"]["local_texts"]) == (0, 0, 0)
         content = b"".join(path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file())
         assert KEY.encode() not in content
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_a_stopping_server_answers_the_texts_that_wait_for_its_upstream(tmp_path: Path, store: Path) -> None:
+    with service(opinion) as upstream, processes(tmp_path, store, chat(upstream.url)) as running:
+        upstream.gate.clear()
+        with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=running.url) as client:
+            answer = pool.submit(post, client, input=TEXTS[:5], tau=0)
+            until(lambda: upstream.running == 5, "the calls")
+            running.process.terminate()
+            until(lambda: running.logged("Shutting down"), "the end to begin")
+            upstream.gate.set()
+            assert [row["label"] for row in answer.result().json()["data"]] == list(map(opinion, TEXTS[:5]))
+        assert running.process.wait(60) == 0
 
 
 def test_a_missing_key_is_refused_before_the_port_opens(
