@@ -203,6 +203,22 @@ def test_a_long_text_goes_up_whole_and_once(server: Server, upstream: Service) -
     assert row["flag"]["prob"] == 1
 
 
+def test_a_long_text_goes_up_if_no_exit_is_sure_of_one_window(server: Server, upstream: Service) -> None:
+    text = "not good bad not " * 15 + "lovely superb " * 30
+    (row,) = rows_of(server, input=text, long="windows", tau=0, explain=True)
+    scores = [
+        min(one["score"] for one in row["layers"][:-1] if one["window"] == window and one["score"] is not None)
+        for window in range(row["windows"]["run"])
+    ]
+    least, most = scores[-1], max(scores)
+    assert least < most / 2
+    upstream.requests.clear()
+    (row,) = rows_of(server, input=text, long="windows", tau=(least * most) ** 0.5)
+    assert row["windows"]["layers"][-1] < 3
+    assert row["exit"]["reason"] == "upstream"
+    assert upstream.texts == [text]
+
+
 def test_two_models_answer_on_one_pass(server: Server, upstream: Service) -> None:
     def respond(handler: Any, body: dict[str, Any]) -> None:
         if "input" in body:

@@ -52,12 +52,12 @@ def needs_upstream(job: Job, outcome: Outcome) -> bool:
 
     It does unless an exit of the model was sure, the last one included, or the request limits the depth.
     """
-    if outcome.reason != "last_layer" or job.choice.rule.max_layer is not None:
+    if outcome.reason == "deadline" or job.choice.rule.max_layer is not None:
         return False
     last, rule = job.model.manifest.num_layers, outcome.rule
     ends = [window.passed[-1] for window in outcome.windows] or [outcome.passed[-1]]
     if any(end.layer == last and not rule.exits(end.score) for end in ends):
-        return True
+        return True  # with several windows, the last one may have exited earlier
     outcome.reason = "threshold"
     return False
 
