@@ -16,7 +16,7 @@ from de3.server.service import Service as Serving
 from de3.server.settings import Settings
 from de3.server.upstream.breaker import FAILURES
 from tests.fixtures import make_rows
-from tests.serving import Server, until
+from tests.serving import Server, serving, until
 from tests.upstream import KEY, PROMPT, Service, chat, model_of, opinion, reply, send, service, text_of
 
 LABELS = ["positive", "mixed", "negative"]  # in another order than those of tiny, which does not know one
@@ -120,6 +120,19 @@ def test_the_exits_of_the_store_answer_with_labels_in_another_order(
     assert sum(row["label"] == opinion(text) for text, row in zip(TEXTS, rows, strict=True)) == 60
 
 
+def test_another_de3_may_be_the_upstream(tmp_path: Path, store: Path) -> None:
+    labels = ["negative", "positive"]
+    with serving(store, models=["tiny"]) as other:
+        url = f"{other.url}/classify"
+        fields = {"kind": "classify", "model": "tiny", "prompt": None, "parameters": {"tau": 0}}
+        with served(tmp_path, store, model_of(tmp_path, labels, chat(url, **fields))) as server:
+            rows = rows_of(server, input=TEXTS, tau=0)
+            assert {row["exit"]["reason"] for row in rows} == {"upstream"}
+            above = rows_of(other, input=TEXTS, tau=0)
+            assert [row["probs"] for row in rows] == [row["probs"] for row in above]
+            assert [row["label"] for row in rows] == [row["label"] for row in above]
+
+
 def test_a_list_goes_up_as_far_as_no_exit_is_sure(server: Server, upstream: Service) -> None:
     scores = sorted(row["layers"][2]["score"] for row in rows_of(server, input=TEXTS, tau=0, explain=True))
     upstream.requests.clear()
@@ -199,15 +212,16 @@ def test_a_long_text_goes_up_whole_and_once(server: Server, upstream: Service) -
     assert upstream.requests == []
     upstream.answer = lambda _: "mixed"
     (row,) = server.described(input=LONG, long="windows", tau=0, flag="mixed")["data"]
-    assert row["flag"]["flagged"]
-    assert row["flag"]["prob"] == 1
+    assert row["flag"] == {"label": "mixed", "prob": 1.0, "flagged": True}  # no window decided it
 
 
 def test_a_long_text_goes_up_if_no_exit_is_sure_of_one_window(server: Server, upstream: Service) -> None:
     text = "not good bad not " * 15 + "lovely superb " * 30
     (row,) = rows_of(server, input=text, long="windows", tau=0, explain=True)
     scores = [
-        min(one["score"] for one in row["layers"][:-1] if one["window"] == window and one["score"] is not None)
+        min(
+            one["score"] for one in row["layers"][:-1] if one["window"] == window and one["score"] is not None
+        )
         for window in range(row["windows"]["run"])
     ]
     least, most = scores[-1], max(scores)
