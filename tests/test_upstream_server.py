@@ -374,7 +374,7 @@ def test_calls_are_paused_while_the_upstream_is_away(
             assert len(upstream.requests) == seen + 1
             assert server.metric("de3_upstream_available", model="tickets") == 1
             assert server.metric("de3_upstream_failures_total", reason="server_error") == FAILURES
-    assert caplog.text.count("its upstream does not work") == 1
+    assert caplog.text.count("its upstream does not work (it answers with HTTP 503): calls are paused") == 1
 
 
 def test_no_more_calls_run_at_a_time_than_allowed(tmp_path: Path, store: Path) -> None:

@@ -117,29 +117,30 @@ class Caller:
     async def _call(self, text: Text, kind: Kind) -> Reply:
         """One call. If the time of its text ends first, it is cancelled, which says nothing about the upstream."""
         is_trial, is_outage, retry_after_s, started = self._breaker.begin(), None, None, perf_counter()
+        failure = ""
         self.usage.called(kind)
         try:
             reply = await self._client.call(text, self.of.upstream.timeout_s, self.usage.used)
             is_outage = False
         except CallError as error:
-            is_outage, retry_after_s = error.is_outage, error.retry_after_s
+            is_outage, retry_after_s, failure = error.is_outage, error.retry_after_s, str(error)
             self.usage.failed(error.why)
             raise
         finally:
             self._breaker.end(is_trial, is_outage, retry_after_s)
-            self._note()
+            self._note(failure)
         self.usage.took(perf_counter() - started)
         self.usage.totals.extracted += reply.is_extracted
         return reply
 
-    def _note(self) -> None:
+    def _note(self, failure: str) -> None:
         """Log when the upstream stops working, and when it works again."""
         if self._breaker.is_open != self._was_away:
             self._was_away = self._breaker.is_open
             if self._was_away:
                 log.error(
-                    "%s: its upstream does not work: calls are paused, and tried again by themselves",
-                    self.of.name,
+                    "%s: its upstream does not work (%s): calls are paused, and tried again by themselves",
+                    *(self.of.name, failure),
                 )
             else:
                 log.info("%s: its upstream works again", self.of.name)
