@@ -116,6 +116,8 @@ def _needs_an_exit(options: ExitOptions, last: int | None) -> str | None:
 
     last: the layer at full depth; None: full depth is an upstream.
     """
+    if last is None and options.max_layer is not None:  # no text with max_layer goes to an upstream
+        return "max_layer"
     is_last = options.max_layer is not None and options.max_layer == last
     if options.tau == 0 or is_last or options.target_speedup == 1:
         return None

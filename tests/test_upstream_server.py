@@ -163,6 +163,7 @@ def test_an_encoder_without_exits(server: Server, upstream: Service) -> None:
         {"tau": 0.1},
         {"max_layer": 1},
         {"max_layer": 3},
+        {"max_layer": 1, "tau": 0},
         {"latency_budget_ms": 1000},
         {"target_speedup": 2},
     ):
