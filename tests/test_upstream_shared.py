@@ -1,5 +1,6 @@
 """Upstreams of a server as a whole: its processes, its audits, its state folder, and its secrets."""
 
+import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -234,7 +235,9 @@ def test_a_guarantee_is_proved_survives_a_restart_and_is_reset(tmp_path: Path, s
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_a_stopping_server_answers_the_texts_that_wait_for_its_upstream(tmp_path: Path, store: Path) -> None:
-    with service(opinion) as upstream, processes(tmp_path, store, chat(upstream.url)) as running:
+    """Its last calls and answers are saved."""
+    options = ("--state-dir", str(tmp_path / "state"))
+    with service(opinion) as upstream, processes(tmp_path, store, chat(upstream.url), *options) as running:
         upstream.gate.clear()
         with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=running.url) as client:
             answer = pool.submit(post, client, input=TEXTS[:5], tau=0)
@@ -244,6 +247,8 @@ def test_a_stopping_server_answers_the_texts_that_wait_for_its_upstream(tmp_path
             upstream.gate.set()
             assert [row["label"] for row in answer.result().json()["data"]] == list(map(opinion, TEXTS[:5]))
         assert running.process.wait(60) == 0
+    (path,) = (tmp_path / "state/upstream").iterdir()
+    assert json.loads(path.read_text())["calls"]["learning"] == 5
 
 
 def test_a_missing_key_is_refused_before_the_port_opens(

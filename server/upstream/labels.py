@@ -17,7 +17,7 @@ class Labels:
     def find(self, reply: str, is_exact: bool = False) -> tuple[int | None, bool]:
         """The number of the label that a reply names (None: no label, or several), and true if words are around it.
 
-        A label is a sequence of whole words; where several labels match, the longest does. is_exact: the reply must be
+        A label is a sequence of whole words; a label within a longer one does not count. is_exact: the reply must be
         the label alone.
         """
         if len(reply) > MAX_CHARS:
