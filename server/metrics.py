@@ -314,7 +314,7 @@ class Metrics:
             self.requests.labels(name, status)
         for metric in self._start_at_0:
             metric.labels(name)
-        self.texts.add_model(name)
+        self.texts.add_model(name, served.model.manifest.upstream is not None)
         self._served[name] = served
         if name in self._gone:
             self._gone.remove(name)

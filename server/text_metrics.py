@@ -48,8 +48,9 @@ class _Histogram:
 class _Texts:
     """The counts of one model."""
 
-    def __init__(self, layers: Sequence[float]) -> None:
-        self.exits = {reason: _Histogram(layers) for reason in get_args(ExitReason)}
+    def __init__(self, layers: Sequence[float], has_upstream: bool) -> None:
+        reasons = [one for one in get_args(ExitReason) if has_upstream or not one.startswith("upstream")]
+        self.exits = {reason: _Histogram(layers) for reason in reasons}
         self.run = self.saved = self.tokens = self.truncated = self.far = 0
         self.full_depth_s = 0.0
         self.entropy, self.ratio = _Histogram(SIGNAL_BUCKETS), _Histogram(SIGNAL_BUCKETS)
@@ -84,10 +85,10 @@ class TextMetrics(Collector):
         self._texts: dict[str, _Texts] = {}
         self._lock = Lock()
 
-    def add_model(self, name: str) -> None:
+    def add_model(self, name: str, has_upstream: bool = False) -> None:
         """Start counting a model's texts; keeps the counts if there are any."""
         with self._lock:
-            self._texts.setdefault(name, _Texts(self._layers))
+            self._texts.setdefault(name, _Texts(self._layers, has_upstream))
 
     def drop_model(self, name: str) -> None:
         """Forget the counts of a model."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -10,37 +9,25 @@ from typing import Any
 import httpx
 import pytest
 
-from de3.export.upstream import artifact_of
-from de3.model_store.store import Store
 from de3.server.service import Service as Serving
 from de3.server.settings import Settings
 from de3.server.upstream.breaker import FAILURES
 from tests.fixtures import make_rows
 from tests.serving import Server, serving, until
-from tests.upstream import KEY, PROMPT, Service, chat, model_of, opinion, reply, send, service, text_of
-
-LABELS = ["positive", "mixed", "negative"]  # in another order than those of tiny, which does not know one
-
-
-@contextmanager
-def served(folder: Path, store: Path, *upstreams: Any, **settings: Any) -> Iterator[Server]:
-    """A server of models with upstreams, in one process; upstreams: see model_of."""
-    (folder / "cache").mkdir(exist_ok=True)
-    artifacts = [
-        artifact_of(of, folder / f"{of.name}.toml", Store(store), "fp32", folder / "cache")
-        for of in upstreams
-    ]
-    server = Server(
-        Serving(Settings(store=store, port=0, threads=2, upstreams=upstreams, **settings), artifacts)
-    )
-    server.start()
-    try:
-        until(lambda: server.service.state != "loading", "readiness")
-        assert server.service.state == "ready", "see the log"
-        yield server
-    finally:
-        server.stop()
-
+from tests.upstream import (
+    KEY,
+    LABELS,
+    PROMPT,
+    Service,
+    chat,
+    model_of,
+    opinion,
+    reply,
+    send,
+    served,
+    service,
+    text_of,
+)
 
 TEXTS = [text for text, _ in make_rows(60, 77)]
 LONG = " ".join(TEXTS)  # several windows of the tiny model

@@ -9,10 +9,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from de3.export.upstream import artifact_of
+from de3.model_store.store import Store
+from de3.server.service import Service as Serving
+from de3.server.settings import Settings
 from de3.server.upstream_settings import UpstreamModel, read_upstream
 from tests.fixtures import BAD, GOOD
+from tests.serving import Server, until
 
 KEY = "sk-a-secret-that-appears-nowhere"
+# Another order than that of tiny, which does not know one of them.
+LABELS = ["positive", "mixed", "negative"]
 MARK = "Text: "  # precedes the text in PROMPT
 PROMPT = "Which of {labels} is it?\n" + MARK + "{text}"
 
@@ -170,3 +177,23 @@ def service(
         yield running
     finally:
         running.stop()
+
+
+@contextmanager
+def served(folder: Path, store: Path, *upstreams: Any, **settings: Any) -> Iterator[Server]:
+    """A server of models with upstreams, in one process; upstreams: see model_of."""
+    (folder / "cache").mkdir(exist_ok=True)
+    artifacts = [
+        artifact_of(of, folder / f"{of.name}.toml", Store(store), "fp32", folder / "cache")
+        for of in upstreams
+    ]
+    server = Server(
+        Serving(Settings(store=store, port=0, threads=2, upstreams=upstreams, **settings), artifacts)
+    )
+    server.start()
+    try:
+        until(lambda: server.service.state != "loading", "readiness")
+        assert server.service.state == "ready", "see the log"
+        yield server
+    finally:
+        server.stop()
