@@ -478,7 +478,7 @@ def test_info_has_the_fields_of_teis_openapi_json(server: Server) -> None:
 
 
 def test_each_cause_of_an_error_has_teis_type() -> None:
-    kinds = {429: "overloaded", 503: "overloaded", 500: "backend", 504: "backend"}
+    kinds = {429: "overloaded", 503: "overloaded", 500: "backend", 502: "backend", 504: "backend"}
     for cause, status in STATUSES.items():
         if cause not in ("busy", "client_gone"):  # not of classification requests, or never sent
             body = json.loads(PREDICT.error(RequestError("refused", cause=cause)))

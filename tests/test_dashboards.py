@@ -183,7 +183,7 @@ def test_rules_have_data_and_no_alert_fires(prometheus: Prometheus) -> None:
 @pytest.mark.slow
 @needs_prometheus
 def test_label_values_are_bounded(prometheus: Prometheus) -> None:
-    """None of our metrics has more than 100 series for each of two models, although requests named many models, methods and paths."""
+    """None of our metrics has more than 100 series per model, although requests name many models, methods and paths."""
     counts = {
         row["metric"]["__name__"]: float(row["value"][1])
         for row in prometheus.query('count by (__name__) ({__name__=~"de3_.+", job="de3"})')

@@ -429,7 +429,7 @@ async def test_the_counts_of_processes_that_have_ended_are_added(store: Path) ->
         return [counter, Family("queue", "", "gauge", [("queue", {}, count)])]
 
     group, collecting = Group(1), set[threading.Thread]()
-    metrics = SharedMetrics(group, None)
+    metrics = SharedMetrics(group, mock.Mock(), Settings(store=store))
     metrics._registry.register(own := mock.Mock(describe=list))
     own.collect.side_effect = lambda: collecting.add(threading.current_thread()) or []
     for count in (300, 40):
