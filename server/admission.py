@@ -18,11 +18,13 @@ class Admission:
 
     Attributes:
         texts: shares of the texts in flight.
+        waiting: shares of the texts that wait for an upstream, which take no time of the engine.
     """
 
     def __init__(self, settings: Settings, models: Models) -> None:
         self._settings, self._models = settings, models
         self.texts = Shares(settings.max_queue, "texts", self._retry_after_s)
+        self.waiting = Shares(settings.max_queue, "texts for an upstream")
         self._batches: set[Job] = set()  # jobs with several texts
         self._engine: Engine | None = None
         self._controller: Controller | None = None

@@ -17,7 +17,7 @@ from de3.server.engine.request import Entry, Request
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.service import Service
-from de3.server.upstream.answer import ask_upstreams
+from de3.server.upstream.answer import ask_upstreams, needs_upstream
 
 NOT_AUDITED = nullcontext()
 # Maximum number of probabilities in a response: in TEI's format, 2 million take 2 s of the event loop and 0.8 GB.
@@ -122,14 +122,19 @@ async def _complete(job: Job, service: Service) -> None:
 
     Nothing here takes time of the engine. Raises the RequestError of a text that is not answered.
     """
-    upstreams = service.shared.upstreams
-    await ask_upstreams(job, service.settings, upstreams)
-    for one in job.team:
-        if one.model.manifest.upstream is not None:
-            outcomes = one.outcomes()
-            service.metrics.texts.count(one.served, outcomes)
-            others = sum(outcome.reason == "upstream" for outcome in outcomes)
-            upstreams.answered(one.model.manifest.name, len(outcomes) - others, others)
+    upstreams, waiting = service.shared.upstreams, service.admission.waiting
+    jobs = [one for one in job.team if one.model.manifest.upstream is not None]
+    if unsure := sum(needs_upstream(one, outcome) for one in jobs for outcome in one.outcomes()):
+        waiting.take(job.client, unsure)
+        try:
+            await ask_upstreams(job, service.settings, upstreams)
+        finally:
+            waiting.release(job.client, unsure)
+    for one in jobs:
+        outcomes = one.outcomes()
+        service.metrics.texts.count(one.served, outcomes)
+        others = sum(outcome.reason == "upstream" for outcome in outcomes)
+        upstreams.answered(one.model.manifest.name, len(outcomes) - others, others)
 
 
 def timed_out(service: Service) -> RequestError:

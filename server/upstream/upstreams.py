@@ -21,7 +21,6 @@ from de3.server.upstream_settings import UpstreamModel
 log = logging.getLogger("de3")
 ATTEMPTS = 3
 BACKOFF_S = 0.25  # pause before the second attempt; it doubles, and is varied at random
-MAX_WAITING = 2048  # texts for which calls are pending or in flight, for each upstream
 REPEAT_SHARE = 0.02  # share of the audits that call twice
 MIN_REPEATS = 50  # repeated audits before a warning
 SAVE_S = 2.0  # interval between saves
@@ -42,7 +41,9 @@ class Caller:
         self._calls = asyncio.Semaphore(of.upstream.concurrency)
         # Audits leave room for texts that are waited for.
         self._audits = asyncio.Semaphore(max(1, of.upstream.concurrency // 2))
-        self._waiting, self._was_away, self._has_warned = 0, False, False
+        # Texts for which calls are pending or in flight. Each process limits them, too, by client; see Admission.
+        self._room, self._waiting = 2 * settings.max_queue, 0
+        self._was_away = self._has_warned = False
 
     async def ask(
         self, text: Text, kind: Kind, is_audit: bool, timeout_s: float, is_budget: bool = False
@@ -59,7 +60,7 @@ class Caller:
                 f"{self.of.name}: no time is left to ask its upstream", None, "upstream_timeout", 1
             )
         # Audits leave half of the room for texts that are waited for.
-        if self._waiting >= (MAX_WAITING // 2 if kind == "audit" else MAX_WAITING):
+        if self._waiting >= (self._room // 2 if kind == "audit" else self._room):
             raise self._away(f"{self._waiting} texts wait for it", 1.0)
         self._waiting += 1
         try:
