@@ -46,11 +46,9 @@ async def soon(condition: Any, what: str) -> None:
 
 
 @in_event_loop
-async def test_audits_leave_room_for_texts_that_are_waited_for(
-    tmp_path: Path, upstream: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(upstreams, "MAX_WAITING", 8)
-    one = caller(tmp_path, upstream, concurrency=2)
+async def test_audits_leave_room_for_texts_that_are_waited_for(tmp_path: Path, upstream: Service) -> None:
+    of = model_of(tmp_path, LABELS, chat(upstream.url, concurrency=2))
+    one = Caller(of, Settings(upstreams=[of], max_queue=4, max_texts=4))
     upstream.gate.clear()
     audits = [asyncio.ensure_future(one.ask(TEXT, "audit", False, 30)) for _ in range(5)]
     await soon(lambda: upstream.running == 1, "an audit")  # audits use half of the calls at a time

@@ -376,3 +376,35 @@ def test_no_more_calls_run_at_a_time_than_allowed(tmp_path: Path, store: Path) -
                 upstream.gate.set()
                 assert [row["label"] for row in answers.result()] == list(map(opinion, TEXTS))
             assert upstream.most == 3
+
+
+def test_a_client_leaves_room_for_others(tmp_path: Path, store: Path) -> None:
+    """A client may have as many texts waiting for an upstream as in the queue, which is shared."""
+    headers = [{"Authorization": f"Bearer {letter * 20}"} for letter in "ab"]
+    keys = "\n".join(f"{letter} {letter * 20}" for letter in "ab")
+    limits: dict[str, Any] = {"api_keys": keys, "max_queue": 64, "max_texts": 64}
+    with service(opinion) as upstream:
+        of = model_of(tmp_path, LABELS, chat(upstream.url, concurrency=2))
+        with served(tmp_path, store, of, **limits) as server, ThreadPoolExecutor(2) as pool:
+
+            def post(client: int, texts: list[str]) -> httpx.Response:
+                body = {"input": texts, "tau": 0}
+                return httpx.post(f"{server.url}/classify", json=body, headers=headers[client], timeout=60)
+
+            upstream.gate.clear()
+            many = pool.submit(post, 0, (TEXTS + TEXTS)[:64])
+            until(lambda: server.service.admission.waiting.total == 64, "the texts to wait")
+            assert server.service.admission.texts.total == 0  # the engine does not wait
+            refused = post(0, TEXTS[:1])
+            assert refused.status_code == 503
+            assert refused.json()["error"]["message"].startswith(
+                "overloaded: 64 texts for an upstream are in flight"
+            )
+            other = pool.submit(post, 1, TEXTS[:1])
+            until(lambda: server.service.admission.waiting.total == 65, "the text of another client")
+            local = {"input": TEXTS, "tau": 0.5}
+            answer = httpx.post(f"{server.url}/classify", json=local, headers=headers[0], timeout=60)
+            assert answer.status_code == 200  # these do not wait
+            upstream.gate.set()
+            assert many.result().status_code == other.result().status_code == 200
+            assert server.service.admission.waiting.total == 0
