@@ -28,7 +28,16 @@ from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Artifact, Store
 from de3.server.audit import ledgers
-from de3.server.audit.auditor import ENTRY_TEXTS, LEARN_TEXTS, NO_OPTIONS, ROOM, Auditor, Traffic, _key
+from de3.server.audit.auditor import (
+    ENTRY_TEXTS,
+    LEARN_TEXTS,
+    MAX_HELD,
+    NO_OPTIONS,
+    ROOM,
+    Auditor,
+    Traffic,
+    _key,
+)
 from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import LOG_S, MIN_AUDITS, Ledger
 from de3.server.audit.report import Live, report
@@ -884,6 +893,46 @@ def test_an_audit_that_fails_counts_as_a_disagreement_and_a_dropped_one_not_at_a
     assert (worst.scores, worst.differs) == ([[None, None, 0.0, None]], [[False, False, True, False]])
     assert worst.served == 1
     assert one.pending == 0 and one.audits == one.disagreements == 1
+
+
+def test_texts_between_the_audits_of_an_outage_do_not_count(store: Path) -> None:
+    """With an upstream, every audit may be discarded for an hour; the texts that were not drawn say nothing then."""
+    one = Answering(made(store))
+    one._ask = lambda _: None  # type: ignore[assignment, return-value]
+    one.answer(False)
+    one.answer(True)
+    one.answer(False)
+    one.run_audit(0)
+    assert one.counted == [(2, True)]
+    one.answer(False, True, exits=4)  # it went up anyway
+    assert one.counted == [(2, True), (3, True)]
+    for _ in range(3):
+        one.answer(False)
+        one.answer(False, True, False)
+        one.run_audit(0, is_dropped=True)
+        one.answer(False, True, exits=4)  # an upstream that is slow may answer only these
+    assert len(one.counted) == 2
+    one.answer(False)
+    one.answer(True)
+    one.run_audit(0)
+    assert one.counted[2:] == [(4, True)]
+    one.answer(True)
+    one.run_audit(0, is_dropped=True)
+    one.answer(True, tau=0.0, exits=4)  # no answer of the model is audited any more
+    assert one.counted[3:] == [(1, True)]
+    assert one.pending == 0
+
+
+def test_texts_that_wait_for_an_audit_are_limited(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("de3.server.audit.auditor.ENTRY_TEXTS", 1)
+    one = Answering(made(store))
+    one._ask = lambda _: None  # type: ignore[assignment, return-value]
+    for _ in range(MAX_HELD + 5):
+        one.answer(False)
+    assert not one.counted
+    one.answer(True)
+    one.run_audit(0)
+    assert one.counted == [(MAX_HELD + 1, True)]
 
 
 def test_texts_drawn_under_load_count_with_the_share_in_force(store: Path) -> None:

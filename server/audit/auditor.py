@@ -43,6 +43,7 @@ LEARN_CALLS = 1024
 # Limits on unsettled entries, which wait for the audit of an earlier one: over all tenants, and per tenant; and the
 # number of texts at which an entry is full.
 MAX_ENTRIES, LEAST_ENTRIES, ENTRY_TEXTS = 2**12, 2**9, 256
+MAX_HELD = LEAST_ENTRIES // 2  # entries that wait for the next audit; older ones are discarded
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 # Answers that τ alone did not determine; and texts whose audit an upstream did not answer.
 EXCLUDED, UPSTREAM_FAILED = ("deadline", "max_layer", "windows"), "upstream_failed"
@@ -65,6 +66,11 @@ class _Entry:
     is_pending: bool = False
     key: int | None = None
 
+    @property
+    def is_unaudited(self) -> bool:
+        """True if none of its texts was drawn."""
+        return not self.is_pending and not self.settled.scores
+
 
 @dataclass(slots=True)
 class _Tenant:
@@ -74,26 +80,31 @@ class _Tenant:
         epoch: epoch of the tenant's evidence.
         entries: texts that are not yet settled, in the order of their answers.
         pending: number of audits that have not run yet.
+        is_failing: the last audit of an answer of the model was discarded.
     """
 
     epoch: int
     entries: deque[_Entry] = field(default_factory=deque)
     pending: int = 0
+    is_failing: bool = False
 
     def begin(self, epoch: int) -> None:
         """If the epoch is new, discard texts that were drawn in an earlier one."""
         if epoch != self.epoch:
-            self.epoch = epoch
+            self.epoch, self.is_failing = epoch, False
             self.entries.clear()
 
     def discard(self, entry: _Entry) -> None:
         """Discard an entry whose audit did not run, and all later ones, regardless of their results.
 
-        Leaving out only the texts without a result would give too much weight to those that were not drawn.
+        Leaving out only the texts without a result would give too much weight to those that were not drawn. So the
+        texts since the pending audit before it are discarded, too.
         """
         if entry in self.entries:
             while self.entries.pop() is not entry:
                 pass
+            while self.entries and not self.entries[-1].is_pending:
+                self.entries.pop()
 
 
 @dataclass(slots=True)
@@ -277,8 +288,10 @@ class Auditor:
             assert tokens is not None
             key = _key(tokens) if self._has_guarantee else None
             is_pending = is_drawn and len(outcome.passed) < exits
-            if is_pending or entry is None or entry.is_pending:
-                entry = self._open(tenant, Settled(name, tenant.epoch, share), is_pending)
+            # With an upstream, texts that were not drawn may have to wait longer than the audit before them.
+            is_held = self._ask is not None and not is_drawn
+            if is_pending or entry is None or entry.is_pending or (is_held and not entry.is_unaudited):
+                entry = self._open(tenant, Settled(name, tenant.epoch, share), is_pending, is_held)
             if is_pending:
                 entry.key = key
                 text = None if self._ask is None else item.text
@@ -293,12 +306,17 @@ class Auditor:
                     self._record(client, 1.0, tokens, item.states, outcome.reading, is_extra=True)
         if entry is not None:
             entry.settled.may_rise = True
+        tenant.is_failing &= job.choice.rule.tau > 0  # at τ = 0, the model answers nothing
         self._settle(tenant)
 
-    def _open(self, tenant: _Tenant, settled: Settled, is_pending: bool) -> _Entry:
-        """Begin an entry for a tenant's next texts, or return its last one if they can be added to it."""
+    def _open(self, tenant: _Tenant, settled: Settled, is_pending: bool, is_held: bool = False) -> _Entry:
+        """Begin an entry for a tenant's next texts, or return its last one if they can be added to it.
+
+        is_held: they wait for the next audit, so they cannot follow one.
+        """
         last = tenant.entries[-1] if tenant.entries and not is_pending else None
         is_open = last is not None and not last.is_pending and last.settled.texts < ENTRY_TEXTS
+        is_open &= last is not None and (last.is_unaudited or not is_held)
         if last is not None and is_open and settled.continues(last.settled):
             last.settled.may_rise = False
             return last
@@ -360,6 +378,7 @@ class Auditor:
     ) -> None:
         tenant.pending -= 1
         entry.is_pending = False  # first, so that an error below does not block later entries
+        tenant.is_failing = audit.is_dropped
         if audit.is_dropped:  # its model was unloaded or reloaded, or its upstream is away
             tenant.discard(entry)
         elif audit.error is not None:
@@ -434,10 +453,22 @@ class Auditor:
         self.disagreements += served_differs
 
     def _settle(self, tenant: _Tenant) -> None:
-        """Count a tenant's texts up to the first audit that has not run yet."""
-        settled = list[Settled]()
-        while tenant.entries and not tenant.entries[0].is_pending:
+        """Count a tenant's texts up to the first audit that has not run yet.
+
+        With an upstream, texts that were not drawn count only once the next audit has run: while the upstream is away,
+        every audit is discarded, so the texts between them would count as if all agreed. After a discarded audit, this
+        holds for texts that went up anyway, too, because an upstream that is slow may answer only these.
+        """
+        settled, ready = list[Settled](), 0
+        for number, entry in enumerate(tenant.entries, 1):
+            if entry.is_pending:
+                break
+            if self._ask is None or not (entry.is_unaudited or tenant.is_failing):
+                ready = number
+        for _ in range(ready):
             add_settled(settled, [tenant.entries.popleft().settled])
+        while len(tenant.entries) > MAX_HELD and not tenant.pending:
+            tenant.entries.popleft()
         if settled:
             self._count_settled(settled)
 
