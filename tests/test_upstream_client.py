@@ -109,6 +109,7 @@ def test_classify_gives_probabilities_that_agree_with_the_label(tmp_path: Path, 
     for probs in (
         None,
         [0.7, 0.1, 0.1, 0.1],
+        [0.4, 0.4, 0.1, 0.1],
         [0.1, 0.7],
         [0.1, 0.9, 0.5, 0.1],
         [0, True, 0, 0],

@@ -187,7 +187,8 @@ def _probabilities(values: Any, label: int, count: int) -> list[float] | None:
         return None
     if not all(isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in values):
         return None
-    is_ordered = values[label] == max(values) and abs(sum(values) - 1) <= max(SUM, 1e-6 * count)
+    # If several are largest, the first one is the answer wherever an answer is read from probabilities.
+    is_ordered = values.index(max(values)) == label and abs(sum(values) - 1) <= max(SUM, 1e-6 * count)
     return [float(p) for p in values] if is_ordered else None
 
 
