@@ -262,3 +262,30 @@ def test_a_missing_key_is_refused_before_the_port_opens(
     for number in (1, 2):
         found = refusal(f"{command} --allow-plain-http --processes {number}")
         assert found == "upstream.api_key_env: the environment variable LLM_KEY has no key"
+
+
+def test_texts_do_not_count_while_their_audits_fail(tmp_path: Path, store: Path) -> None:
+    """If those between the audits did, each hour without calls would look like one without disagreement."""
+    with service(opinion) as upstream:
+        of = model_of(tmp_path, LABELS, chat(upstream.url))
+        with served(tmp_path, store, of, audit_share=0.2, tau=0.5) as server:
+
+            def send(seeds: range) -> dict[str, Any]:
+                for seed in seeds:
+                    rows_of(server, input=new_texts(seed, 40))
+                    until(lambda: not report_of(server)["pending"], "the audits")
+                return report_of(server)
+
+            upstream.is_broken = True
+            report = send(range(20))
+            assert report["excluded"]["upstream_failed"] > 80
+            assert (report["texts"], report["audits"]) == (0, 0)
+            upstream.is_broken = False
+            report = send(range(20, 60))
+            assert report["audits"] > 100
+            assert 0.15 < report["audits"] / report["texts"] < 0.3
+            audits, texts = report["audits"], report["texts"]
+            upstream.is_broken = True
+            report = send(range(60, 80))
+            assert report["audits"] == audits
+            assert report["texts"] == texts
