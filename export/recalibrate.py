@@ -53,6 +53,8 @@ def recalibrate_on_records(
 
     The answers of full depth count as correct. Raises ValueError for unusable files and too few texts.
     """
+    if artifact.manifest.upstream is not None:
+        raise ValueError(f"{artifact.full_name} has an upstream: de3 serve --learn calibrates its exits")
     exits = records.exits_of(artifact)
     found = records.opened(files, artifact.manifest)
     rng = np.random.default_rng(SEED)

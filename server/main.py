@@ -60,6 +60,14 @@ def serve(settings: Settings, artifacts: Sequence[Artifact] = ()) -> None:
     # busy. With Python's default of 5 ms the waits would add up to 60 ms.
     sys.setswitchinterval(0.0005)
     memory.keep_large_blocks_apart()
+    for of in settings.upstreams:
+        if (
+            of.upstream.timeout_s >= settings.timeout_s
+        ):  # calls would end with their request, never as failures
+            raise ValueError(
+                f"{of.name}: upstream.timeout_s ({of.upstream.timeout_s:g}) must be below --timeout-s "
+                f"({settings.timeout_s:g})"
+            )
     processes = number_of_processes(settings, find(Store(settings.store), settings.models, artifacts))
     settings = settings.model_copy(update={"processes": processes})
     if settings.traces:

@@ -20,7 +20,7 @@ from de3.model_store.manifest import NAME
 from de3.model_store.part import MAX_LABEL, MAX_LABELS
 
 MAX_FILE_BYTES = 2**22
-OURS = (
+RESERVED = (
     "model",
     "messages",
     "input",
@@ -71,7 +71,7 @@ class Upstream(BaseModel):
             self._check_prompt()
         elif self.prompt is not None:
             raise ValueError("prompt: only chat has one")
-        if wrong := [name for name in OURS if name in self.parameters]:
+        if wrong := [name for name in RESERVED if name in self.parameters]:
             raise ValueError(f"parameters: must not contain {wrong[0]}, which the server sets")
         try:
             json.dumps(self.parameters, allow_nan=False)

@@ -398,8 +398,14 @@ def test_the_use_survives_a_restart(tmp_path: Path, caplog: pytest.LogCaptureFix
     again = usage_of(tmp_path, clock, state, **changed)
     assert again.totals == usage.totals
     assert again.quota_wait_s() == usage.quota_wait_s() > 0
-    assert usage_of(tmp_path, clock, state, **changed, reply="exact").totals.calls["audit"] == 0
     (path,) = (state / "upstream").iterdir()
+    other = usage_of(tmp_path, clock, state, **changed, reply="exact")
+    assert other.totals.calls["audit"] == 0
+    # The limit is the server's, whatever the prompt; calls that were taken over count once.
+    assert other.quota_wait_s() == usage.quota_wait_s()
+    assert usage_of(tmp_path, clock, state, **changed, reply="exact").totals.slots == usage.totals.slots
+    assert json.loads(path.read_text())["slots"] == {}
+    next(file for file in path.parent.iterdir() if file != path).unlink()
     assert path.stat().st_mode & 0o077 == 0
     content = json.loads(path.read_text())
     for damaged in ("", "{", "[]", json.dumps(content | {"upstream": "f" * 64}), " " * (MAX_STATE_BYTES + 1)):

@@ -348,16 +348,15 @@ class Auditor:
     ) -> None:
         """Complete an audit with the answer of the upstream.
 
-        It is dropped if the upstream is away, and has an error if the upstream has no answer to this text.
+        It is dropped if the upstream is away. If the upstream does not label this text, no answer can differ from its
+        label: the text counts like one that was not drawn.
         """
         try:
             audit.passed.append(await asking)
         except RequestError as error:
-            if error.retry_after_s is None:  # its message may quote the text, which must not be logged
-                audit.error = RequestError("its upstream does not label the text")
-            else:
-                audit.is_dropped = True
-                self.excluded[UPSTREAM_FAILED] += 1
+            self.excluded[UPSTREAM_FAILED] += 1
+            audit.passed.clear()
+            audit.is_dropped = error.retry_after_s is not None
         except BaseException:
             audit.is_dropped = True
             raise
@@ -389,6 +388,8 @@ class Auditor:
             if exits > 1:
                 scores[-2], differing[-2] = 0.0, True
             self._count(entry.settled, entry.key, scores, differing, True)
+        elif not audit.passed:
+            entry.settled.skip(entry.key)
         else:
             self.seconds += audit.model_s
             self._conclude(entry.settled, entry.key, answer, audit.passed)

@@ -14,7 +14,7 @@ from de3.server.settings import Settings
 from de3.server.upstream.client import Reply
 from de3.server.upstream.usage import Kind
 
-SMALLEST = 1e-6  # probabilities below it are raised to it before their logarithm is taken
+MIN_PROB = 1e-6  # probabilities below it are raised to it before their logarithm is taken
 
 
 class Asks(Protocol):
@@ -97,6 +97,6 @@ def reading_of(reply: Reply, layer: int, labels: int) -> Reading:
     if probs is None:
         probs = [0.0] * labels
         probs[reply.label] = 1.0
-    reading = read(layer, [log(max(p, SMALLEST)) for p in probs], None)
+    reading = read(layer, [log(max(p, MIN_PROB)) for p in probs], None)
     reading.probs, reading.label = probs, reply.label
     return reading

@@ -21,7 +21,7 @@ from de3.server.upstream_settings import PLACEHOLDER, UpstreamModel
 MAX_RESPONSE_BYTES = 2**20
 CONNECT_S = 5.0  # limit on the time to connect
 MAX_RETRY_AFTER_S = 3600.0
-SUM = 1e-3  # largest error of the sum of probabilities
+SUM_TOLERANCE = 1e-3  # largest error of the sum of probabilities
 CHARS_PER_TOKEN = 4  # estimate of the tokens of a response without usage
 
 # Why a call failed; a label of the metrics.
@@ -111,12 +111,16 @@ class Client:
             await self._client.aclose()
 
     async def call(self, text: Text, timeout_s: float, used: Callable[[Usage], None]) -> Reply:
-        """Classify a text; raises CallError. used: called with the tokens of a call that the upstream has answered."""
+        """Classify a text; raises CallError. used: called with the tokens of a call that the upstream
+        has answered, or may have read."""
         content = orjson.dumps(self._body(text))
         try:
             async with asyncio.timeout(timeout_s):
                 status, headers, body = await self._post(content)
-        except TimeoutError:
+        except (TimeoutError, asyncio.CancelledError) as error:
+            used(Usage(-(-len(content) // CHARS_PER_TOKEN)))  # the upstream may charge for the input
+            if isinstance(error, asyncio.CancelledError):
+                raise
             raise CallError("timeout", f"no answer within {timeout_s:.3g} s", True, True) from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             raise CallError("connection", _reason(error), True, True) from None
@@ -188,7 +192,9 @@ def _probabilities(values: Any, label: int, count: int) -> list[float] | None:
     if not all(isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in values):
         return None
     # If several are largest, the first one is the answer wherever an answer is read from probabilities.
-    is_ordered = values.index(max(values)) == label and abs(sum(values) - 1) <= max(SUM, 1e-6 * count)
+    is_ordered = values.index(max(values)) == label and abs(sum(values) - 1) <= max(
+        SUM_TOLERANCE, 1e-6 * count
+    )
     return [float(p) for p in values] if is_ordered else None
 
 

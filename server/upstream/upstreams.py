@@ -124,6 +124,9 @@ class Caller:
             is_outage, retry_after_s, failure = error.is_outage, error.retry_after_s, str(error)
             self.usage.failed(error.why)
             raise
+        except asyncio.CancelledError:  # its latency is at least this
+            self.usage.took(max(perf_counter() - started, self.usage.usual_s))
+            raise
         finally:
             self._breaker.end(is_trial, is_outage, retry_after_s)
             self._note(failure)

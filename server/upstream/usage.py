@@ -3,6 +3,8 @@
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 from statistics import median
 from time import time
@@ -21,8 +23,10 @@ Kind = Literal["learning", "uncertain", "audit", "repeat", "retry"]
 
 HOUR_S, SLOT_S = 3600, 10  # calls are limited in each hour, counted in slots
 RECENT_S = 300.0  # period of the share of local answers
+STALE_S = 60.0  # older latencies are not used, so that a budget shorter than them is tried again
 LATENCIES = 64  # calls whose median is the usual latency
 MAX_STATE_BYTES = 2**20
+HASH_DIGITS = 12
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -66,13 +70,17 @@ class UpstreamUsage:
 
     def __init__(self, of: UpstreamModel, state_dir: Path | None, clock: Callable[[], float] = time) -> None:
         self._of, self._clock = of.upstream, clock
-        self._path = None if state_dir is None else state_dir / "upstream" / f"{of.name}-{of.hash[:12]}.json"
+        self._path = (
+            None if state_dir is None else state_dir / "upstream" / f"{of.name}-{of.hash[:HASH_DIGITS]}.json"
+        )
         self.totals = self._read(of.hash)
         self.totals.calls = dict.fromkeys(get_args(Kind), 0) | self.totals.calls
         self.totals.failures = dict.fromkeys(get_args(Failure), 0) | self.totals.failures
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
+        self._latest = -inf  # time of the last latency
         self._recent: deque[tuple[float, int, int]] = deque()  # time, local answers, other answers
         self._saved = ""
+        self._take_slots(of.name)
 
     def _read(self, of: str) -> Totals:
         new = Totals(upstream=of)
@@ -88,6 +96,24 @@ class UpstreamUsage:
         except (OSError, ValueError) as error:
             log.error("state_dir: %s cannot be used, so its counts begin anew: %s", self._path, error)
             return new
+
+    def _take_slots(self, name: str) -> None:
+        """Add the calls that other upstreams of this model made in the last hour, and remove them from their files.
+
+        The limit on calls is the server's, so a changed prompt does not begin a new hour.
+        """
+        if self._path is None or self._of.max_calls_per_hour is None:
+            return
+        for path in self._path.parent.glob(f"{name}-{'?' * HASH_DIGITS}.json"):
+            if path == self._path:
+                continue
+            with suppress(OSError, ValueError):
+                other = Totals.model_validate_json(read_regular_file(path, MAX_STATE_BYTES))
+                for slot, count in other.slots.items():
+                    self.totals.slots[slot] = self.totals.slots.get(slot, 0) + count
+                self.totals.slots = self._last_hour(self._clock())
+                self.save()
+                write_private_file(path, other.model_copy(update={"slots": {}}).model_dump_json().encode())
 
     def save(self) -> None:
         """Write the totals, if they have changed; raises OSError. Any thread may call it."""
@@ -143,11 +169,13 @@ class UpstreamUsage:
     def took(self, seconds: float) -> None:
         """Record the latency of a call that succeeded."""
         self._latencies.append(seconds)
+        self._latest = self._clock()
 
     @property
     def usual_s(self) -> float:
-        """Median latency of the last calls, seconds; 0 before the first."""
-        return median(self._latencies) if self._latencies else 0.0
+        """Median latency of the last calls, seconds; 0 if there are none of the last STALE_S."""
+        is_known = self._latencies and self._clock() - self._latest < STALE_S
+        return median(self._latencies) if is_known else 0.0
 
     def answered(self, local: int, others: int) -> None:
         """Count texts that were answered by the model, and by the upstream."""
