@@ -301,7 +301,7 @@ class Settings(BaseModel):
             if not of.upstream.is_encrypted and not self.allow_plain_http:
                 raise ValueError(
                     f"{of.name}: upstream.url: would send texts unencrypted to another machine; give an https URL, or "
-                    "--allow-plain-http"
+                    "serve it with --allow-plain-http"
                 )
         if self.learn and self.guarantee is None:
             raise ValueError("learn: needs guarantee, which decides how early its exits may answer")
