@@ -42,7 +42,10 @@ def artifact_of(of: UpstreamModel, path: Path, store: Store, precision: Precisio
     """
     base = store.find(of.encoder)
     if base is None:
-        source = fetch(of.encoder, describe_encoder, ENCODER_FILES)
+        try:
+            source = fetch(of.encoder, describe_encoder, ENCODER_FILES)
+        except ValueError as error:
+            raise ValueError(f"encoder: no model in {store.path} (--store) has this name; {error}") from None
         encoder = _hash_of(source) + precision
         sources = files_of(source)
     else:

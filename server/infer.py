@@ -124,17 +124,19 @@ async def _complete(job: Job, service: Service) -> None:
     """
     upstreams, waiting = service.shared.upstreams, service.admission.waiting
     jobs = [one for one in job.team if one.model.manifest.upstream is not None]
-    if unsure := sum(needs_upstream(one, outcome) for one in jobs for outcome in one.outcomes()):
-        waiting.take(job.client, unsure)
-        try:
-            await ask_upstreams(job, service.settings, upstreams)
-        finally:
-            waiting.release(job.client, unsure)
+    unsure = [sum(needs_upstream(one, outcome) for outcome in one.outcomes()) for one in jobs]
+    try:
+        if total := sum(unsure):
+            waiting.take(job.client, total)
+            try:
+                await ask_upstreams(job, service.settings, upstreams)
+            finally:
+                waiting.release(job.client, total)
+    finally:  # texts that are not answered, or not well, need the upstream, too
+        for one, count in zip(jobs, unsure, strict=True):
+            upstreams.answered(one.model.manifest.name, len(one.items) - count, count)
     for one in jobs:
-        outcomes = one.outcomes()
-        service.metrics.texts.count(one.served, outcomes)
-        others = sum(outcome.reason == "upstream" for outcome in outcomes)
-        upstreams.answered(one.model.manifest.name, len(outcomes) - others, others)
+        service.metrics.texts.count(one.served, one.outcomes())
 
 
 def timed_out(service: Service) -> RequestError:

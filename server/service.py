@@ -71,6 +71,10 @@ class Service:
         self.artifacts: list[Artifact] = found
         if settings.learn and settings.state_dir is not None:
             self.artifacts = list(map(LearnFolder(settings.state_dir).served_before, found))
+        elif settings.state_dir is not None:
+            for one in found:
+                if (learned := LearnFolder(settings.state_dir).served_before(one)) is not one:
+                    log.warning("%s was learned before, and is not served without --learn", learned.full_name)
         self._are_named = bool(settings.models or artifacts)
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *newest(store)])
         default = default_of(settings, self.artifacts, self._are_named)

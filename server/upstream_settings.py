@@ -172,6 +172,8 @@ def read_upstream(path: Path) -> UpstreamModel:
     except ValidationError as error:
         first = error.errors()[0]
         where, message = ".".join(map(str, first["loc"])), str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "unknown field"
         if where:  # the messages of our own checks begin with the field
             where += "." if first["type"] == "value_error" else ": "
         raise ValueError(f"{path}: {where}{message}") from None

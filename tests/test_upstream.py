@@ -35,7 +35,7 @@ def refusal_of(folder: Path, changed: dict[str, Any], **fields: Any) -> str:
     ("changed", "message"),
     [
         ({"kind": "complete"}, "upstream.kind: Input should be 'chat' or 'classify'"),
-        ({"promt": "x"}, "upstream.promt: Extra inputs are not permitted"),
+        ({"promt": "x"}, "upstream.promt: unknown field"),
         ({"url": None}, "upstream.url: Field required"),
         ({"model": None}, "upstream.model: is required for chat"),
         ({"prompt": None}, "upstream.prompt: is required for chat"),
@@ -103,7 +103,7 @@ def test_a_bad_value_names_the_file_the_field_and_what_is_allowed(
         ({"labels": ["a", "b" * 10_000]}, "labels.1: String should have at most"),
         ({"name": "Tickets of ours"}, "name: String should match pattern"),
         ({"encoder": None}, "encoder: Field required"),
-        ({"encoders": "x"}, "encoders: Extra inputs are not permitted"),
+        ({"encoders": "x"}, "encoders: unknown field"),
     ],
 )
 def test_a_bad_field_of_the_model_is_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -259,6 +259,7 @@ def test_the_longest_label_matches_and_two_that_overlap_are_two() -> None:
     assert labels.find("my card lost") == (1, True)
     assert labels.find("the lost card abroad") == (2, True)
     assert labels.find("card, card lost") == (None, False)
+    assert Labels(["a rate", "rate", "one of many words"]).find("it is a rate") == (0, True)  # not cut off
     assert labels.find("a card lost card abroad") == (None, False)
     assert Labels(["card lost", "lost abroad"]).find("my card lost abroad") == (None, False)
 

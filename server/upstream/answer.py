@@ -88,6 +88,7 @@ async def _ask(item: Item, outcome: Outcome, settings: Settings, upstreams: Asks
     reading = reading_of(reply, manifest.num_layers, len(manifest.labels))
     outcome.passed = [*outcome.passed, reading]
     outcome.reason, outcome.reading, outcome.layer = "upstream", reading, manifest.num_layers
+    outcome.truncated = False  # the whole text went up
     outcome.decisive = None  # the upstream reads the whole text
 
 

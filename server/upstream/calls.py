@@ -98,6 +98,11 @@ class Calls:
                     return await caller.ask(text, kind, is_audit, timeout_s)
                 except RequestError as error:
                     cause, wait_s, now = error.__cause__, error.retry_after_s, monotonic()
+                    is_refused = isinstance(cause, CallError) and cause.why in ("refused", "redirect")
+                    if is_refused and wait_s is not None and not caller.usage.usual_s:
+                        raise ValueError(
+                            error.message
+                        ) from None  # such as a wrong key: waiting does not help
                     if isinstance(cause, CallError) and cause.why in ("timeout", "server_error"):
                         failures, since = failures + caller.is_available, min(since, now)
                     if self._say is None or wait_s is None or failures == TRIES or now - since > GIVE_UP_S:

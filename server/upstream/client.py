@@ -125,7 +125,7 @@ class Client:
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             raise CallError("connection", _reason(error), True, True) from None
         if status != 200:
-            raise _status_error(status, headers)
+            raise _status_error(status, headers, self._of.upstream.api_key_env)
         return self._read(body, len(content), used)
 
     async def _post(self, content: bytes) -> tuple[int, httpx.Headers, bytes]:
@@ -209,8 +209,12 @@ def _usage(found: Any, sent: int, received: int) -> Usage:
     return usage
 
 
-def _status_error(status: int, headers: httpx.Headers) -> CallError:
+def _status_error(status: int, headers: httpx.Headers, key: str | None) -> CallError:
     message = f"it answers with HTTP {status}"
+    if status in (401, 403):
+        message += ": check api_key_env" if key is None else f": check the key in {key}"
+    elif status in (404, 405):
+        message += ": check the path of url, such as /v1/chat/completions"
     if status == 429:
         return CallError("rate_limited", message, True, True, _retry_after(headers))
     if status >= 500:

@@ -29,7 +29,8 @@ class Labels:
             return None, False
         found, end = set[int](), 0
         for at in range(len(words)):
-            length = next((n for n in self._lengths if words[at : at + n] in self._by_words), 0)
+            left = len(words) - at  # a longer slice would end early
+            length = next((n for n in self._lengths if n <= left and words[at : at + n] in self._by_words), 0)
             if length and at + length > end:  # otherwise it is within a longer label
                 end = at + length
                 found.add(self._by_words[words[at:end]])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from threading import Lock
 from time import perf_counter
 from typing import Any
+from urllib.parse import urlsplit
 
 from de3.server.background import keep_running, run_once
 from de3.server.engine.request import Text
@@ -23,7 +24,8 @@ ATTEMPTS = 3
 BACKOFF_S = 0.25  # pause before the second attempt; it doubles, and is varied at random
 REPEAT_SHARE = 0.02  # share of the audits that call twice
 MIN_REPEATS = 50  # repeated audits before a warning
-SAVE_S = 2.0  # interval between saves
+SAVE_S = 0.5  # interval between saves; a kill loses the calls since the last one
+LOG_S = 60.0  # minimum time between two log lines about failures of one kind
 
 
 class Caller:
@@ -44,6 +46,7 @@ class Caller:
         # Texts for which calls are pending or in flight. Each process limits them, too, by client; see Admission.
         self._room, self._waiting = 2 * settings.max_queue, 0
         self._was_away = self._has_warned = False
+        self._logged: dict[str, float] = {}  # time of the last log line, by reason
 
     async def ask(
         self, text: Text, kind: Kind, is_audit: bool, timeout_s: float, is_budget: bool = False
@@ -108,7 +111,9 @@ class Caller:
     def _check(self) -> None:
         """Raise RequestError while the upstream is away or over its quota."""
         if wait_s := self.usage.quota_wait_s():
-            raise self._away(f"max_calls_per_hour ({self.of.upstream.max_calls_per_hour}) is reached", wait_s)
+            why = f"max_calls_per_hour ({self.of.upstream.max_calls_per_hour}) is reached"
+            self._log("quota", f"{why}; calls go on in {math.ceil(wait_s)} s")
+            raise self._away(why, wait_s)
         if wait_s := self._breaker.wait_s():
             raise self._away("its last calls have failed", wait_s)
 
@@ -123,6 +128,8 @@ class Caller:
         except CallError as error:
             is_outage, retry_after_s, failure = error.is_outage, error.retry_after_s, str(error)
             self.usage.failed(error.why)
+            # A reply may quote the text, which is user data.
+            self._log(error.why, "its reply names no label, or several" if error.why == "reply" else failure)
             raise
         except asyncio.CancelledError:  # its latency is at least this
             self.usage.took(max(perf_counter() - started, self.usage.usual_s))
@@ -133,6 +140,13 @@ class Caller:
         self.usage.took(perf_counter() - started)
         self.usage.totals.extracted += reply.is_extracted
         return reply
+
+    def _log(self, why: str, message: str) -> None:
+        """Log a failed call, at most every LOG_S for each reason."""
+        now = perf_counter()
+        if now >= self._logged.get(why, -LOG_S) + LOG_S:
+            self._logged[why] = now
+            log.warning("%s: a call of its upstream failed: %s", self.of.name, message)
 
     def _note(self, failure: str) -> None:
         """Log when the upstream stops working, and when it works again."""
@@ -188,7 +202,7 @@ class Caller:
     @property
     def is_available(self) -> bool:
         """True unless calls are paused, or the quota is used up."""
-        return not self._breaker.is_open and not self.usage.quota_wait_s()
+        return not self._breaker.wait_s() and not self.usage.quota_wait_s()
 
     def report(self) -> dict[str, Any]:
         """The state of the upstream, for the report of the audits."""
@@ -202,7 +216,7 @@ class Caller:
             "calls": dict(totals.calls),
             "failures": {why: count for why, count in totals.failures.items() if count},
             "extracted": totals.extracted,
-            "usual_latency_s": round(usage.usual_s, 4),
+            "usual_latency_s": round(usage.usual_s, 4) or None,
             "tokens": {"input": totals.tokens[0], "output": totals.tokens[1]},
             "cost": round(totals.cost, 6),
             "saved": round(usage.saved, 6),
@@ -246,6 +260,11 @@ class Upstreams:
 
     def start(self) -> None:
         """Start the task that saves the totals."""
+        for name, caller in self._by_name.items():
+            one = caller.of.upstream
+            parts = urlsplit(one.url)  # its query may have a secret
+            where = f"{parts.scheme}://{parts.netloc}{parts.path}"
+            log.info("%s: texts that no exit is sure of go to %s (%s)", name, where, one.model or one.kind)
         if self._by_name:
             keep_running("upstream", self._save_often)
 
