@@ -265,6 +265,18 @@ def test_a_run_waits_while_the_upstream_is_away(
     assert "HTTP 503; texts wait, and are tried again in 1 s" in found.stderr
 
 
+def test_a_run_with_a_wrong_key_ends_at_once(
+    store: Path, tmp_path: Path, upstream: Upstream, sure: Sure
+) -> None:
+    upstream.reply = lambda _: (401, "")
+    settings(tmp_path, upstream)
+    write(tmp_path, [text for text in TEXTS if text not in sure][:8])
+    found = invoke(classify(tmp_path, store, sure.tau))
+    assert found.exit_code == 1 and isinstance(found.exception, ValueError)  # which de3 prints
+    assert "it answers with HTTP 401: check the key in LLM_KEY" in str(found.exception)
+    assert KEY not in found.output
+
+
 def test_texts_to_which_the_upstream_has_no_answer(
     several: Path, tmp_path: Path, upstream: Upstream, sure: Sure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
