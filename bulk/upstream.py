@@ -1,7 +1,6 @@
 """The answers of upstreams in a run: the calls that one process makes for all, and the journal of their answers."""
 
 import asyncio
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from de3.server.settings import Settings
 from de3.server.upstream.answer import reading_of
 from de3.server.upstream.calls import Calls
 from de3.server.upstream.client import Reply
+from de3.server.upstream.undelivered import key_of
 from de3.server.upstream.usage import Kind
 from de3.server.upstream_settings import UpstreamModel
 
@@ -126,8 +126,7 @@ class UpstreamPool(LocalPool):
 
     async def _reply(self, manifest: Manifest, text: Text, kind: Kind) -> Reply:
         """The upstream's answer to a text, which is asked for once; raises RequestError."""
-        parts = orjson.dumps([manifest.upstream, text.text, text.text_pair])
-        key = hashlib.blake2b(parts, digest_size=16).hexdigest()
+        key = key_of(manifest, text).hex()
         if (known := self._journal.replies.get(key)) is not None:
             return known
         if key not in self._asking:

@@ -129,7 +129,7 @@ async def _complete(job: Job, service: Service) -> None:
         if total := sum(unsure):
             waiting.take(job.client, total)
             try:
-                await ask_upstreams(job, service.settings, upstreams)
+                await ask_upstreams(job, service.settings, upstreams, service.undelivered)
             finally:
                 waiting.release(job.client, total)
     finally:  # texts that are not answered, or not well, need the upstream, too

@@ -26,6 +26,7 @@ from de3.server.metrics import Metrics
 from de3.server.models import Models, default_of, find, newest
 from de3.server.settings import Settings
 from de3.server.shared import OneProcess, Shared
+from de3.server.upstream.undelivered import Undelivered
 
 log = logging.getLogger("de3")
 CHECK_S = 1.0  # interval between checks of the engine threads
@@ -93,6 +94,7 @@ class Service:
             *(settings, self.models, self.metrics, self.audits, self.engine.drop_shadows, memory_of),
             found,
         )
+        self.undelivered = Undelivered()
         self.state = "loading"
         self.is_open = False  # True once the models are loaded
         self.end_of_loading = asyncio.Event()

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from de3.server.settings import Settings
 from de3.server.upstream.breaker import FAILURES, MAX_PAUSE_S, PAUSE_S, Breaker
-from de3.server.upstream.client import Usage
+from de3.server.upstream.client import Reply, Usage
 from de3.server.upstream.labels import MAX_CHARS, Labels
+from de3.server.upstream.undelivered import KEPT_S, MAX_KEPT, Undelivered
 from de3.server.upstream.upstreams import Upstreams
 from de3.server.upstream.usage import HOUR_S, MAX_STATE_BYTES, UpstreamUsage
 from de3.server.upstream_settings import MAX_FILE_BYTES, UpstreamModel, folded, read_upstream
@@ -262,6 +263,17 @@ def test_the_longest_label_matches_and_two_that_overlap_are_two() -> None:
     assert Labels(["a rate", "rate", "one of many words"]).find("it is a rate") == (0, True)  # not cut off
     assert labels.find("a card lost card abroad") == (None, False)
     assert Labels(["card lost", "lost abroad"]).find("my card lost abroad") == (None, False)
+
+
+def test_answers_of_failed_requests_are_kept_for_a_minute_and_used_once() -> None:
+    now = [0.0]
+    kept = Undelivered(lambda: now[0])
+    kept.add({b"a": Reply(1), b"b": Reply(2)})
+    assert (kept.take(b"a"), kept.take(b"a"), kept.take(b"c")) == (Reply(1), None, None)
+    now[0] = KEPT_S
+    assert kept.take(b"b") is None
+    kept.add({str(i).encode(): Reply(i) for i in range(MAX_KEPT + 1)})
+    assert (kept.take(b"0"), kept.take(b"1")) == (None, Reply(1))
 
 
 def test_vowel_signs_are_parts_of_words() -> None:

@@ -249,6 +249,12 @@ def test_a_text_without_an_answer_is_named(server: Server, upstream: Service) ->
     assert error["message"].startswith("input[1]: tickets: its upstream failed: its reply names no label")
     assert "retry-after" not in headers  # it would not help
     assert upstream.texts.count(TEXTS[1]) == 2
+    upstream.answer = opinion
+    upstream.requests.clear()
+    assert [row["label"] for row in rows_of(server, input=TEXTS[:3], tau=0)] == list(map(opinion, TEXTS[:3]))
+    assert upstream.texts == [TEXTS[1]]  # the others were paid for
+    rows_of(server, input=TEXTS[:3], tau=0)
+    assert sorted(upstream.texts) == sorted([TEXTS[1], *TEXTS[:3]])
     replies = iter(["hm", "The answer is positive."])
     upstream.answer = lambda _: next(replies)
     assert rows_of(server, input=TEXTS[1], tau=0)[0]["label"] == "positive"

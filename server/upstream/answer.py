@@ -12,6 +12,7 @@ from de3.server.engine.request import Text
 from de3.server.errors import RequestError
 from de3.server.settings import Settings
 from de3.server.upstream.client import Reply
+from de3.server.upstream.undelivered import Undelivered, key_of
 from de3.server.upstream.usage import Kind
 
 MIN_PROB = 1e-6  # probabilities below it are raised to it before their logarithm is taken
@@ -29,22 +30,38 @@ class Asks(Protocol):
         """Count texts that were answered by a model, and by its upstream."""
 
 
-async def ask_upstreams(job: Job, settings: Settings, upstreams: Asks) -> None:
+async def ask_upstreams(
+    job: Job, settings: Settings, upstreams: Asks, undelivered: Undelivered | None = None
+) -> None:
     """Complete the outcomes of a finished job and its fellows with the answers of their models' upstreams.
 
-    Raises RequestError, which names the text, if an upstream fails and the text is not answered without it.
+    undelivered: keeps the answers if the request fails. Raises RequestError, which names the text, if an upstream fails
+    and the text is not answered without it; the other texts' calls are finished first.
     """
+    kept = undelivered or Undelivered()
+    replies: dict[bytes, Reply] = {}
     expires_at = job.request.expires_at or job.submitted + settings.timeout_s
+    unsure = [
+        (item, item.outcome)
+        for one in job.team
+        if one.model.manifest.upstream is not None
+        for item in one.items
+        if item.outcome is not None and needs_upstream(one, item.outcome)
+    ]
+
+    async def ask(item: Item, outcome: Outcome) -> None:
+        key = key_of(item.job.model.manifest, item.text)
+        known = kept.take(key)
+        if (reply := await _ask(item, outcome, settings, upstreams, expires_at, known)) is not None:
+            replies[key] = reply
+
     try:
-        async with asyncio.TaskGroup() as group:
-            for one in job.team:
-                if one.model.manifest.upstream is None:
-                    continue
-                for item in one.items:
-                    if item.outcome is not None and needs_upstream(one, item.outcome):
-                        group.create_task(_ask(item, item.outcome, settings, upstreams, expires_at))
-    except BaseExceptionGroup as errors:  # several texts may fail at the same time
-        raise errors.exceptions[0] from None
+        results = await asyncio.gather(*(ask(*one) for one in unsure), return_exceptions=True)
+        if failed := [result for result in results if result is not None]:
+            raise failed[0]
+    except BaseException:  # also if the client is gone
+        kept.add(replies)
+        raise
 
 
 def needs_upstream(job: Job, outcome: Outcome) -> bool:
@@ -62,7 +79,15 @@ def needs_upstream(job: Job, outcome: Outcome) -> bool:
     return False
 
 
-async def _ask(item: Item, outcome: Outcome, settings: Settings, upstreams: Asks, expires_at: float) -> None:
+async def _ask(
+    item: Item,
+    outcome: Outcome,
+    settings: Settings,
+    upstreams: Asks,
+    expires_at: float,
+    known: Reply | None,
+) -> Reply | None:
+    """Complete an outcome with the known answer, or with the upstream's, which is returned; None if there is none."""
     job, is_budget = item.job, item.job.deadline is not None
     manifest, ends = job.model.manifest, expires_at
     if job.deadline is not None:
@@ -71,7 +96,9 @@ async def _ask(item: Item, outcome: Outcome, settings: Settings, upstreams: Asks
     started = perf_counter()
     timeout_s = max(0.0, ends - started)
     try:
-        reply = await upstreams.ask(manifest.name, item.text, kind, item.is_drawn, timeout_s, is_budget)
+        reply = known or await upstreams.ask(
+            manifest.name, item.text, kind, item.is_drawn, timeout_s, is_budget
+        )
     except RequestError as error:
         if is_budget:
             outcome.reason = "deadline"
@@ -82,14 +109,14 @@ async def _ask(item: Item, outcome: Outcome, settings: Settings, upstreams: Asks
         else:
             name = job.request.name_of(item.index)
             raise RequestError(f"{name}: {error.message}", name, error.cause, error.retry_after_s) from None
-        return
+        return None
     finally:
         outcome.upstream_s = perf_counter() - started
     reading = reading_of(reply, manifest.num_layers, len(manifest.labels))
     outcome.passed = [*outcome.passed, reading]
     outcome.reason, outcome.reading, outcome.layer = "upstream", reading, manifest.num_layers
-    outcome.truncated = False  # the whole text went up
-    outcome.decisive = None  # the upstream reads the whole text
+    outcome.truncated, outcome.decisive = False, None  # the upstream reads the whole text
+    return reply
 
 
 def reading_of(reply: Reply, layer: int, labels: int) -> Reading:
