@@ -48,7 +48,7 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured; the options of `python -m lab upstream`.
+    """The options of `python -m lab upstream`.
 
     Attributes:
         texts: the stream, in its order.
@@ -97,7 +97,7 @@ class Answer(NamedTuple):
 
 @dataclass
 class Result:
-    """What one system did with the stream, in the order of its answers.
+    """The answers of one system to the stream, in order, and their cost.
 
     Attributes:
         is_local, differs: for each answer; an answer of the upstream never differs.

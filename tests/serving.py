@@ -149,7 +149,14 @@ def serving(store: Path, **settings: Any) -> Iterator[Server]:
     """
     if "models" not in settings and (store / "tiny").exists():
         settings.setdefault("default_model", "tiny")
-    server = Server(Service(Settings(store=store, port=0, **settings)))
+    with running(Service(Settings(store=store, port=0, **settings))) as server:
+        yield server
+
+
+@contextmanager
+def running(service: Service) -> Iterator[Server]:
+    """A server of this service, once it is ready."""
+    server = Server(service)
     server.start()
     try:
         until(lambda: server.service.state != "loading", "readiness")

@@ -350,7 +350,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return both
 
 
-def test_a_certificate_that_nobody_signed(
+def test_a_self_signed_certificate(
     tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with service(lambda _: "billing", certificate=certificate) as encrypted:

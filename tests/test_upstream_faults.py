@@ -152,7 +152,7 @@ class Stream:
 
 @contextmanager
 def other_service(port: int) -> Iterator["subprocess.Popen[str]"]:
-    """The upstream in a process of its own."""
+    """The upstream in a separate process."""
     running = subprocess.Popen([sys.executable, "-c", SERVICE, str(port)], stdout=subprocess.PIPE, text=True)
     assert running.stdout is not None
     assert running.stdout.readline() == "ready\n"

@@ -15,7 +15,7 @@ from de3.server.service import Service as Serving
 from de3.server.settings import Settings
 from de3.server.upstream_settings import UpstreamModel, read_upstream
 from tests.fixtures import BAD, GOOD
-from tests.serving import Server, until
+from tests.serving import Server, running
 
 KEY = "sk-a-secret-that-appears-nowhere"
 # Another order than that of tiny, which does not know one of them.
@@ -187,13 +187,6 @@ def served(folder: Path, store: Path, *upstreams: Any, **settings: Any) -> Itera
         artifact_of(of, folder / f"{of.name}.toml", Store(store), "fp32", folder / "cache")
         for of in upstreams
     ]
-    server = Server(
-        Serving(Settings(store=store, port=0, threads=2, upstreams=upstreams, **settings), artifacts)
-    )
-    server.start()
-    try:
-        until(lambda: server.service.state != "loading", "readiness")
-        assert server.service.state == "ready", "see the log"
+    known = Settings(store=store, port=0, threads=2, upstreams=upstreams, **settings)
+    with running(Serving(known, artifacts)) as server:
         yield server
-    finally:
-        server.stop()

@@ -105,7 +105,7 @@ class Channel:
 
     def _receive(self, message: list[Any]) -> None:
         number, method, value = message
-        if method is None:  # nobody waits for the result
+        if method is None:  # the call was cancelled
             if number in self._answering:
                 self._answering[number].cancel()
         elif isinstance(method, str):

@@ -26,7 +26,7 @@ TRIES, GIVE_UP_S = 3, 3600.0
 
 
 class Calls:
-    """Calls upstreams from an event loop in a thread of its own; implements `Asks`. Call close() at the end.
+    """Calls upstreams from an event loop in a separate thread; implements `Asks`. Call close() at the end.
 
     A text waits for its turn without a time limit, because there may be any number of texts.
 
