@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from de3.server.http import connection, listener
+from de3.server.http.connection import PROBE_S
 from de3.server.http.listener import BaseConnection, Listener
 from de3.server.http.parser import (
     MAX_FRAMING_BYTES,
@@ -613,7 +614,9 @@ def test_a_get_ends_when_its_client_leaves(store: Path, monkeypatch: pytest.Monk
 
 def test_a_half_closed_client_gets_its_answers(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(store, models=["tiny"]) as server:
-        with connect(server) as s:
+        with connect(server) as s, monkeypatch.context() as patched:
+            # The connection is probed while the second request waits for its turn.
+            patched.setattr(server.listener, "wait_for_pipelined", lambda: 3 * PROBE_S)
             s.sendall(2 * REQUEST)
             s.shutdown(socket.SHUT_WR)
             assert answer(s, may_continue=True)[0] == 200 == answer(s, may_continue=True)[0] and is_closed(s)

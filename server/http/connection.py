@@ -115,7 +115,7 @@ class Connection(BaseConnection, asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Return True, to keep the connection, if a response is due: the client may have closed only its half."""
-        if self.state == RESPONSE and not self._closing:
+        if (self.state == RESPONSE or self._awaits_turn) and not self._closing:
             self.loop.call_later(PROBE_S, self._probe, monotonic() + HALF_CLOSED_S)
             return True
         return False
@@ -128,7 +128,9 @@ class Connection(BaseConnection, asyncio.Protocol):
         """
         if self._gone or self._transport.is_closing():
             return
-        if self.state != RESPONSE:
+        if self._awaits_turn:  # a pipelined request, which has arrived
+            self.loop.call_later(PROBE_S, self._probe, patience_ends)
+        elif self.state != RESPONSE:
             self._close()  # nothing more can arrive
         elif self._is_closed() or (self._parser.version == "1.0" and monotonic() > patience_ends):
             self.abort()
