@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, inf, log, log1p, nan
 
+from de3.exits.spans import Array, Layout, SpanRule, TokenReading, Unsure, unsure_of
+
 LOG_2 = log(2.0)
 
-# A class (number or name), the numbers of a multi-label model's labels, or a regression model's value.
-Answer = int | str | list[int] | float
+# A class (number or name), the numbers of a multi-label model's labels, a regression model's value, or a set of spans.
+Answer = int | str | list[int] | float | frozenset[tuple[int, int, str]]
 
 
 @dataclass(slots=True)
@@ -26,7 +28,9 @@ class Reading:
         nearest: distance to the nearest prototype, in [0, 2] up to rounding; None at an exit without prototypes.
         score: the signal's score at this exit, in [0, 1]; None if it was not computed or is not defined.
         labels: the labels of a multi-label model that are above their thresholds; None in other models.
-        value: the answer of a regression model; None in a model with classes.
+        value: the answer of a regression model; None in other models.
+        unsure: how unsure a token classifier is of the tokens; None in other models.
+        tokens: labels of the tokens, from which the spans are made; None in other models, and if it is not needed.
     """
 
     layer: int
@@ -40,10 +44,14 @@ class Reading:
     score: float | None = None
     labels: list[int] | None = None
     value: float | None = None
+    unsure: Unsure | None = None
+    tokens: TokenReading | None = None
 
     @property
     def answer(self) -> Answer:
-        """The class, the labels of a multi-label model, or the value of a regression model."""
+        """The class, the labels of a multi-label model, the value of a regression model, or the set of spans."""
+        if self.tokens is not None:
+            return self.tokens.answer
         if self.value is not None:
             return self.value
         return self.label if self.labels is None else self.labels
@@ -107,8 +115,18 @@ def read_value(layer: int, logits: list[float]) -> Reading:
     return Reading(layer, logits, [], 0, nan, nan, None, None, value=logits[0])
 
 
+def read_tokens(layer: int, logits: Array, layout: Layout, rule: SpanRule) -> Reading:
+    """The reading of one exit of a token classifier, from the logits of its tokens, (T, K).
+
+    Like `read`, it agrees with `native/rule.c`.
+    """
+    unsure = unsure_of(logits, rule.counted(layout), rule.outside)
+    tokens = TokenReading(logits, layout, rule)
+    return Reading(layer, [], [], 0, nan, nan, None, None, unsure=unsure, tokens=tokens)
+
+
 def differs(one: Answer, other: Answer, tolerance: float | None = None) -> bool:
-    """True if two answers differ: in the class, in any label, or in the value by more than `tolerance` (0 if None)."""
+    """True if two answers differ: in the class, any label or span, or the value by more than `tolerance` (0 if None)."""
     if isinstance(one, float) and isinstance(other, float):
         return not abs(one - other) <= (tolerance or 0.0)  # NaN differs from every value
     return one != other

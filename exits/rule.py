@@ -12,8 +12,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.reading import Reading, read, read_labels, read_value
+from de3.exits.reading import Reading, read, read_labels, read_tokens, read_value
 from de3.exits.signals import Signal
+from de3.exits.spans import Layout, SpanRule
 
 # Reason for a text's exit.
 ExitReason = Literal["threshold", "last_layer", "max_layer", "deadline", "upstream", "upstream_failed"]
@@ -52,12 +53,14 @@ class ExitRule:
         signal: the signal that scores a sample at each exit.
         max_layer: the deepest allowed layer; a sample exits at the last exit up to it, if not before. None: no limit.
         thresholds: label thresholds of a multi-label model; None for other models.
+        spans: how a token classifier's spans are made; None for other models.
     """
 
     tau: float
     signal: Signal
     max_layer: int | None = None
     thresholds: Thresholds | None = None
+    spans: SpanRule | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.tau <= 1:
@@ -73,6 +76,11 @@ class ExitRule:
         if self.thresholds is not None:
             return read_labels(layer, logits, self.thresholds.logits)
         return read(layer, logits, distances)
+
+    def read_tokens(self, layer: int, logits: NDArray[np.float32], layout: Layout) -> Reading:
+        """The Reading of one exit of a token classifier, from the logits of its tokens, (T, K)."""
+        assert self.spans is not None
+        return read_tokens(layer, logits, layout, self.spans)
 
     def exits(self, score: float | None) -> bool:
         """True if a sample with this score exits; never for None (no score at this exit)."""

@@ -33,16 +33,18 @@ class ModelTraits:
 
     Attributes:
         name: name of the model, for messages.
-        answer: the kind of answer: mutually exclusive classes, independent labels, or a value (regression).
+        answer: the kind of answer: mutually exclusive classes, independent labels, a value (regression), or spans.
         risk: weights of Risk by layer; None if the model does not have this signal.
     """
 
     name: str = "the model"
-    answer: Literal["classes", "labels", "value"] = "classes"
+    answer: Literal["classes", "labels", "value", "spans"] = "classes"
     risk: tuple[Weights | None, ...] | None = None
 
     def check_has_classes(self, signal: str, exclusive: bool) -> None:
-        """Raise ValueError for a regression model and, if `exclusive`, also for a multi-label model."""
+        """Raise ValueError for a regression model and a token classifier; if `exclusive`, for a multi-label model, too."""
+        if self.answer == "spans":
+            raise ValueError(f"{signal} needs one answer for a text, and {self.name} finds spans")
         if self.answer == "value":
             raise ValueError(
                 f"{signal} needs classes, and {self.name} is a regression model, whose answer is a number"
@@ -102,7 +104,7 @@ class Entropy:
 
     @classmethod
     def of(cls, model: ModelTraits, lam: float | None) -> Self:
-        """The signal for a model; raises ValueError for a regression model."""
+        """The signal for a model; raises ValueError for a regression model and a token classifier."""
         model.check_has_classes(cls.name, exclusive=False)
         return cls()
 
@@ -155,12 +157,13 @@ class Risk:
 
     A logistic regression for each exit: 1/(1 + exp(−z)), z = w0 + w1·margin + w2·entropy + w3·log entropy
     + w4·log DR. The margin is the highest logit minus the second highest; in a multi-label model it is the smallest
-    distance of a logit from its threshold. In a regression model z = w0 + w1·value + w2·value². `exits.risk` fits the
+    distance of a logit from its threshold. In a regression model z = w0 + w1·value + w2·value². In a token classifier
+    z = w0 + w1·log largest + w2·log total + w3·log tokens + w4·found (see exits.spans.Unsure). `exits.risk` fits the
     weights on held-out samples, without their labels. Unlike entropy and EDR, risk is comparable across exits.
 
     Attributes:
         weights: (w0, …, w4) by layer; None at layers without an exit, and at full depth. w4 is 0 at an exit without
-            prototypes.
+            prototypes of a model with classes.
     """
 
     weights: tuple[Weights | None, ...]
@@ -188,6 +191,11 @@ class Risk:
             return None
         if reading.value is not None:
             return _logistic(w[0] + w[1] * reading.value + w[2] * (reading.value * reading.value))
+        if (unsure := reading.unsure) is not None:
+            largest = SMALLEST if unsure.largest < SMALLEST else unsure.largest
+            total = SMALLEST if unsure.total < SMALLEST else unsure.total
+            z = w[0] + w[1] * log(largest) + w[2] * log(total)
+            return _logistic(z + w[3] * log(max(unsure.tokens, 1)) + w[4] * unsure.found)
         h = SMALLEST if reading.entropy < SMALLEST else reading.entropy
         z = w[0] + w[1] * reading.margin + w[2] * reading.entropy + w[3] * log(h)
         if w[4] != 0.0:

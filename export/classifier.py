@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save as save_tensors
 
 from de3.exits.recorded import MIN_TOLERANCE
+from de3.exits.spans import MAX_TOKEN_LABELS
 from de3.export import build, weights
 from de3.export.vocabulary import tokenizer_of
 from de3.export.weights import INDEX, SHARDS, WEIGHTS, StateFile
@@ -34,6 +35,10 @@ POOLING = "1_Pooling/config.json"  # of a sentence-transformers encoder
 FILES = (CONFIG, *TOKENIZER_FILES, TOKENIZER_CONFIG, WEIGHTS, INDEX, SHARDS)
 
 
+Kind = Literal["classes", "labels", "value", "spans"]
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+
+
 class OldFormError(ValueError):
     """Files that only transformers can read: pickled weights, or a tokenizer in another format."""
 
@@ -47,14 +52,15 @@ class Description:
         family: family of the encoder.
         head: the modules after the encoder; None for an encoder without a classifier.
         labels: the labels, in the order of the logits.
-        kind: the kind of answer: mutually exclusive classes, independently assigned labels, or a value (regression).
+        kind: the kind of answer: mutually exclusive classes, independently assigned labels, a value (regression), or
+            spans (a token classifier).
     """
 
     config: Config
     family: type[Encoder]
     head: StockHead | None
     labels: list[str]
-    kind: Literal["classes", "labels", "value"]
+    kind: Kind
 
 
 Describe = Callable[[str, Any], Description]  # `describe` with its options, or `describe_encoder`
@@ -83,19 +89,26 @@ def describe(
     architectures = raw.get("architectures")  # if config.json omits them, the weights decide
     try:
         known = family_named(raw.get("model_type"))
-        is_classifier = any(str(a).endswith("ForSequenceClassification") for a in architectures or ())
+        is_classifier = any(str(a).endswith(CLASSIFIERS) for a in architectures or ())
         if architectures and not is_classifier and not is_encoder:
             raise ValueError(
-                f"it is a {architectures[0]!s:.100}, not a …ForSequenceClassification, so it has no classifier to "
+                f"it is a {architectures[0]!s:.100}, not a …{' or …'.join(CLASSIFIERS)}, so it has no classifier to "
                 "serve; to fit one to your labels, use de3 fit"
             )
+        is_spans = any(str(a).endswith(CLASSIFIERS[1]) for a in architectures or ())
         config = known.complete(raw)
         known.check(config)
         known.of(config, False)
         if is_encoder:
             return Description(config, known, None, ["0", "1"], "classes")
-        head = known.head(config)
         labels = _labels(raw, label_names)
+        if is_spans:
+            if not 2 <= len(labels) <= MAX_TOKEN_LABELS:
+                raise ValueError(
+                    f"a token classifier must have 2 to {MAX_TOKEN_LABELS} labels, and it has {len(labels)}"
+                )
+            return Description(config, known, known.token_head(config), labels, "spans")
+        head = known.head(config)
         kind = "multi_label_classification" if multi_label else config.get("problem_type")
         return Description(config, known, head, labels, _kind(kind, labels))
     except ValidationError as error:
@@ -127,7 +140,7 @@ def _labels(raw: Config, given: list[str] | None) -> list[str]:
     return labels
 
 
-def _kind(problem: Any, labels: list[str]) -> Literal["classes", "labels", "value"]:
+def _kind(problem: Any, labels: list[str]) -> Kind:
     if problem == "multi_label_classification":
         if len(labels) == 1:
             raise ValueError("it has one output, but a multi-label model needs at least 2 labels")
@@ -206,9 +219,9 @@ class Stock:
 
     @cached_property
     def head(self) -> Head | None:
-        """The settings of the head, which is the last exit; None for an encoder without a classifier."""
+        """The settings of the head, which is the last exit; None for an encoder, and for a classifier without other layers."""
         head = self.description.head
-        if head is None:
+        if head is None or not head.dense:
             return None
         return Head(
             pooling=self.pooling,
@@ -262,6 +275,7 @@ def convert(stock: Stock, store: Store, model: str, precision: Precision, source
             source=(source or stock.name)[-200:],
             thresholds=[0.5] * len(description.labels) if description.kind == "labels" else None,
             tolerance=MIN_TOLERANCE if description.kind == "value" else None,
+            **({"aggregation": "simple", "input": "text"} if description.kind == "spans" else {}),
         )
         return draft.publish(manifest)
 
@@ -274,9 +288,8 @@ def _last_exit(architecture: Architecture, head: StockHead | None, state: StateF
             "classifier.weight": np.zeros((width, count), np.float32),
             "classifier.bias": np.zeros(count, np.float32),
         }
-    modules = {"dense": head.dense, "classifier": head.classifier} | (
-        {"norm": head.norm} if head.norm else {}
-    )
+    modules = {"classifier": head.classifier} | ({"dense": head.dense} if head.dense else {})
+    modules |= {"norm": head.norm} if head.norm else {}
     return named(state.whole, "", modules, not architecture.encoder.HAS_BIASES)
 
 

@@ -4,12 +4,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from de3.exits.spans import MAX_TOKEN_LABELS
 from de3.model_store.families import AnyEncoder
 from de3.model_store.part import MAX_LABEL, MAX_LABELS, MAX_LAYERS, MAX_TOKENS, Layer, ManifestPart, Width
 
 Label = Annotated[str, Field(max_length=MAX_LABEL)]
 Precision = Literal["fp32", "int8"]
-PoolingKind = Literal["mean", "cls"]
+PoolingKind = Literal["mean", "cls", "none"]  # none: each token is classified
 
 
 class Head(ManifestPart):
@@ -57,6 +58,11 @@ class Architecture(ManifestPart):
         return self.encoder.hidden_size
 
     @property
+    def is_spans(self) -> bool:
+        """True for a token classifier, whose answers are spans."""
+        return self.pooling == "none"
+
+    @property
     def token_types(self) -> bool:
         """True if embeddings.onnx takes token_type_ids."""
         return self.encoder.token_types > 0
@@ -68,6 +74,13 @@ class Architecture(ManifestPart):
             raise ValueError(f"exit_layers must ascend from 0 or more to {self.num_layers}, got {exits}")
         if self.head is not None and self.prototype_layers == exits:
             raise ValueError("prototype_layers must not include the last layer, which has a head")
+        if self.is_spans:
+            if self.prototype_layers or not 2 <= len(self.labels) <= MAX_TOKEN_LABELS:
+                raise ValueError(
+                    f"a token classifier must have 2 to {MAX_TOKEN_LABELS} labels, and no prototype_layers"
+                )
+        if self.head is not None and (self.head.pooling == "none") != self.is_spans:
+            raise ValueError("head.pooling must be none if, and only if, pooling is none")
         if self.max_tokens > self.encoder.longest:
             raise ValueError(
                 f"max_tokens must be at most {self.encoder.longest}, the encoder's positions, got {self.max_tokens}"

@@ -6,6 +6,7 @@ pass ends when all have decided.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import nan
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +15,10 @@ from numpy.typing import NDArray
 
 from de3.exits.reading import Reading
 from de3.exits.rule import ExitReason, ExitRule
+from de3.exits.spans import Layout, TokenReading, Unsure
 from de3.model_store.segments import Array, Exits, Layers, NativeExits, NativeLayers, Tokens
+
+NO_DISTANCES = np.zeros(0, np.float32)
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +40,10 @@ class Decision:
         seconds: compute time of the sample until its exit.
         readings: scored readings of the computed exits, the last one at the exit. In the kernels, empty until it exits,
             and without `ask_all` only the last has logits, probs, labels and a value.
-        logits, distances: in the kernels, (num_layers + 1, K), index = layer; zeros where no exit was computed.
+        layout: of the tokens, for a token classifier; None for other models.
+        logits, distances: in the kernels, (num_layers + 1, K), index = layer; zeros where no exit was computed. In a
+            token classifier, logits are (num_layers + 1, T, K), undefined where no exit was computed.
+        counted: in the kernels, 1 for the tokens that can change a span, (T,); None for other models.
     """
 
     exits: Exits
@@ -47,11 +54,13 @@ class Decision:
     tau_factor: float = 1.0
     is_far: bool = False
     states: Array | None = None
+    layout: Layout | None = None
     reason: ExitReason | None = field(default=None, init=False)
     seconds: float = field(default=0.0, init=False)
     readings: list[Reading] = field(default_factory=list, init=False)
     logits: Array = field(init=False)
     distances: Array = field(init=False)
+    counted: NDArray[np.uint8] | None = field(default=None, init=False)
 
     def mark_ood(self) -> None:
         """Mark the sample as out of distribution, and multiply its τ by `tau_factor`."""
@@ -136,7 +145,11 @@ def _decide(decision: Decision, layer: int, hidden: Array) -> None:
     if layer not in exits.layers or not (rule.tau > 0 or decision.ask_all or layer == decision.deepest):
         return
     logits, found = exits.run(layer, hidden)
-    reading = rule.read(layer, logits.tolist(), None if found is None else found.tolist())
+    if exits.is_spans:
+        assert decision.layout is not None
+        reading = rule.read_tokens(layer, logits, decision.layout)
+    else:
+        reading = rule.read(layer, logits.tolist(), None if found is None else found.tolist())
     decision.readings.append(reading)
     reading.score = rule.signal.score(decision.readings)
     far = decision.far
@@ -172,7 +185,7 @@ class NativeForward:
         for one, undecided in zip(passes, waiting, strict=True):
             if first == 0 and is_part:
                 one.hidden = np.empty((1, len(one.tokens), self._hidden), np.float32)
-            rows = [_arguments(decision, first == 0) for decision in undecided]
+            rows = [_arguments(decision, len(one.tokens), first == 0) for decision in undecided]
             texts.append((one.tokens.ids, one.tokens.type_ids, one.hidden, rows))
         results = self._forward(self._layers.model, texts, first, last, at_idle)
         for one, undecided, (seconds, left) in zip(passes, waiting, results, strict=True):
@@ -185,11 +198,15 @@ class NativeForward:
                 one.finish()
 
 
-def _arguments(one: Decision, is_new: bool) -> tuple[Any, ...]:
+def _arguments(one: Decision, tokens: int, is_new: bool) -> tuple[Any, ...]:
     """A decision as `native/python.c` takes it."""
-    exits, signal, thresholds = one.exits, one.rule.signal, one.rule.thresholds
+    exits, signal, thresholds, spans = one.exits, one.rule.signal, one.rule.thresholds, one.rule.spans
     assert isinstance(exits, NativeExits)
-    if is_new:
+    if is_new and spans is not None:
+        assert one.layout is not None
+        one.logits = np.empty((exits.num_layers + 1, tokens, exits.num_labels), np.float32)
+        one.distances, one.counted = NO_DISTANCES, spans.counted(one.layout).view(np.uint8)
+    elif is_new:
         shape = (exits.num_layers + 1, exits.num_labels)
         one.logits, one.distances = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     return (
@@ -206,6 +223,8 @@ def _arguments(one: Decision, is_new: bool) -> tuple[Any, ...]:
         one.logits,
         one.distances,
         one.states,
+        one.counted,
+        -1 if spans is None else spans.outside,
     )
 
 
@@ -231,8 +250,17 @@ def _leave(
 
 
 def _reading(one: Decision, is_whole: bool, layer: int, *values: Any) -> Reading:
-    """The reading of an exit. values: label, margin, entropy, distance ratio, nearest distance, score and probs."""
-    label, margin, entropy, ratio, nearest, score, probs = values
+    """The reading of an exit.
+
+    values: label, margin, entropy, distance ratio, nearest distance, score, probs and unsure.
+    """
+    label, margin, entropy, ratio, nearest, score, probs, unsure = values
+    if unsure is not None:
+        assert one.rule.spans is not None and one.layout is not None
+        tokens = TokenReading(one.logits[layer], one.layout, one.rule.spans) if is_whole else None
+        return Reading(
+            *(layer, [], [], 0, nan, nan, None, None, score), unsure=Unsure(*unsure), tokens=tokens
+        )
     if not is_whole:
         return Reading(layer, [], [], label, margin, entropy, ratio, nearest, score)
     logits, thresholds = one.logits[layer].tolist(), one.rule.thresholds

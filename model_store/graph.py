@@ -122,7 +122,7 @@ class Graph:
         return self.node("Add", rescaled, shift)
 
     def row(self, x: str, name: str, inputs: int, outputs: int) -> str:
-        """x·W + b for a single row x (1, inputs), always in float32."""
+        """x·W + b for rows x (rows, inputs), of which there are few outputs, always in float32."""
         weight = self.weight(f"{name}.weight", inputs, outputs)
         return self.node("Gemm", x, weight, self.weight(f"{name}.bias", outputs))
 

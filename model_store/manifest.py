@@ -11,6 +11,7 @@ from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
 from de3.exits.reference import LEVELS, is_ascending
 from de3.exits.rule import Thresholds
 from de3.exits.signals import FEATURES, Entropy, ModelTraits, Risk, Signal, Weights, check_name, signal_of
+from de3.exits.spans import Aggregation, SpanRule
 from de3.model_store.architecture import Architecture
 from de3.model_store.part import MAX_INT, MAX_LABELS, MAX_LAYERS, Layer, ManifestPart, Share
 
@@ -174,6 +175,7 @@ class Manifest(Architecture):
         source: hub id or folder of the stock classifier that was converted unchanged; None for other models.
         input: the kind of texts that the model was trained on; if None, it is unknown, and the model takes both kinds.
         learned: origin of exits that were fitted to live traffic (`de3 serve --learn`); None for other exits.
+        aggregation: how a token classifier's spans are made, unless a request says otherwise; None for other models.
         upstream: hash of another service whose answers are the model's full depth, after the last layer (see
             server.upstream); None: full depth is the last layer.
         risk: weights of the signal risk, for every exit but the last, or for every exit if there is an upstream; None
@@ -194,6 +196,7 @@ class Manifest(Architecture):
     source: Annotated[str, Field(max_length=200)] | None = None
     input: Literal["text", "pair"] | None = None
     learned: Learned | None = None
+    aggregation: Aggregation | None = None
     upstream: Sha256 | None = None
     defaults: Defaults
     risk: Annotated[list[RiskWeights], Field(max_length=MAX_LAYERS)] | None = None
@@ -247,7 +250,12 @@ class Manifest(Architecture):
             raise ValueError("thresholds must have one entry for each label")
         if self.upstream is not None and not (self.thresholds is None and self.tolerance is None):
             raise ValueError("upstream needs a model with mutually exclusive classes")
-        if self.tolerance is None and self.thresholds is None:
+        if self.is_spans != (self.aggregation is not None):
+            raise ValueError("aggregation must be set if, and only if, pooling is none")
+        if self.is_spans:
+            if (self.thresholds, self.tolerance, self.upstream) != (None, None, None):
+                raise ValueError("thresholds, tolerance and upstream must be null in a token classifier")
+        elif self.tolerance is None and self.thresholds is None:
             if self.prototype_layers not in (self.exit_layers, self.exit_layers[:-1]):
                 raise ValueError("prototype_layers must be the exit layers, with or without the last")
         elif self.prototype_layers:
@@ -264,7 +272,7 @@ class Manifest(Architecture):
             raise ValueError(
                 "calibration.references: nearest must be set at the exits with prototypes, and only there"
             )
-        if any((r.entropy is None) != (self.tolerance is not None) for r in references):
+        if any((r.entropy is None) == self.has_classes for r in references):
             raise ValueError("calibration.references: entropy must be set if, and only if, there are classes")
         risk = None if self.risk is None else [r.layer for r in self.risk]
         if risk not in (None, exits[:-1]) and not (self.upstream and risk == exits):
@@ -307,9 +315,10 @@ class Manifest(Architecture):
         for row in self.risk or []:
             weights[row.layer] = tuple(row.weights)
         kind: Literal["classes", "labels"] = "classes" if self.thresholds is None else "labels"
+        other: Literal["spans", "value"] = "spans" if self.is_spans else "value"
         return ModelTraits(
             name=self.full_name,
-            answer=kind if self.tolerance is None else "value",
+            answer=kind if self.has_classes else other,
             risk=None if self.risk is None else tuple(weights),
         )
 
@@ -322,8 +331,18 @@ class Manifest(Architecture):
         """The signal of the default exit rule."""
         if self.defaults.tau == 0 and self.defaults.signal == "entropy":
             # The default of an export without calibration, for any kind of model: at τ = 0 it has no effect.
-            return Entropy() if self.tolerance is None else Risk((None,) * (self.num_layers + 1))
+            return Entropy() if self.has_classes else Risk((None,) * (self.num_layers + 1))
         return self.signal(self.defaults.signal, self.defaults.lam)
+
+    @property
+    def has_classes(self) -> bool:
+        """True if an answer is a class or several labels, not a value or spans."""
+        return self.tolerance is None and not self.is_spans
+
+    @property
+    def span_rule(self) -> SpanRule | None:
+        """How spans are made without options; None unless the model is a token classifier."""
+        return None if self.aggregation is None else SpanRule(tuple(self.labels), self.aggregation)
 
     @property
     def label_thresholds(self) -> Thresholds | None:
@@ -369,7 +388,7 @@ def base_of(manifest: Manifest) -> str:
 
 def unset_fields(manifest: Manifest) -> set[str]:
     """The fields that are left out while they are None, because earlier releases did not have them."""
-    return {name for name in ("upstream", "label_risk") if getattr(manifest, name) is None}
+    return {name for name in ("upstream", "label_risk", "aggregation") if getattr(manifest, name) is None}
 
 
 def fingerprint(manifest: Manifest) -> str:

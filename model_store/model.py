@@ -134,7 +134,7 @@ class Model:
         exits = NativeExits(kernels, heads, manifest, self.pooling)
         encoder, texts, states = self._encoders.find(self.hashes, True), [], None
         if not is_proved:
-            texts = proof.texts_of(self.tokenizer, manifest.max_tokens)
+            texts = proof.texts_of(self.tokenizer, manifest.max_tokens, manifest.is_spans)
         if encoder is None:
             segments = [read for _, read in read_segments(artifact, self._check)]
             built = network.build(network_of(manifest, segments), memory_of(self.hashes[-1]))
@@ -152,7 +152,7 @@ class Model:
                 states = [hidden_states(encoder.layers, t, manifest.num_layers, self._check) for t in texts]
             plain = self._onnx_exits(weights, prototypes)
             proof.prove_exits(self.path, plain, exits, states, self._check)
-            proof.prove_group(encoder, exits, texts, self._check)
+            proof.prove_group(encoder, exits, texts, manifest.span_rule, self._check)
         return self._encoders.add(encoder), exits
 
     def _onnx_encoder(self) -> Encoder:
@@ -192,9 +192,11 @@ class Model:
     def tokenize(self, text: str, text_pair: str | None = None, truncate: bool = True) -> Tokens:
         """Tokens of a text or pair, truncated to the model's maximum at the end of the longer text.
 
+        With a token classifier, they have a layout.
+
         Raises ValueError if there are no tokens, or if there are too many and `truncate` is false.
         """
-        tokens = self.tokenizer.start(text, text_pair, truncate).all()
+        tokens = self.tokenizer.start(text, text_pair, truncate, 1, self.manifest.is_spans).all()
         assert isinstance(tokens, Tokens)  # not Windows, as start() allows one window by default
         return tokens
 
@@ -233,9 +235,9 @@ def exit_network_of(
     return network.Exits(
         hidden_size=architecture.hidden_size,
         num_layers=architecture.num_layers,
-        mean=architecture.pooling == "mean",
+        pooling=architecture.pooling,
         epsilon=architecture.encoder.epsilon,
-        head=None if head is None else Head(head.activation, head.pooling == "mean", head.norm),
+        head=None if head is None else Head(head.activation, head.pooling, head.norm),
         weights=weights,
         prototypes=prototypes,
     )

@@ -8,6 +8,7 @@ import numpy as np
 
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
+from de3.exits.spans import SpanRule
 from de3.model_store.architecture import Architecture
 from de3.model_store.encoder import Encoder
 from de3.model_store.forward import Decision, ForwardPass
@@ -29,16 +30,18 @@ PROOF = (
 )
 
 
-def texts_of(tokenizer: TextTokenizer, max_tokens: int) -> list[Tokens]:
-    """The texts that are run: PROOF, and a long text."""
+def texts_of(tokenizer: TextTokenizer, max_tokens: int, layouts: bool) -> list[Tokens]:
+    """The texts that are run: PROOF, and a long text. layouts: they need layouts, so none is a pair."""
     longest = " ".join(f"{text} {pair or ''}" for text, pair in PROOF) + " "
     most = min(max_tokens, MAX_PROOF_TOKENS)
     texts = []
     for text, pair in (*PROOF, (longest * (1 + most // 60), None)):
-        tokens = tokenizer.start(text, pair, True).all()
+        tokens = tokenizer.start(text, None if layouts else pair, True, 1, layouts).all()
         assert isinstance(tokens, Tokens)
         texts.append(tokens)
-    texts[-1] = Tokens(texts[-1].ids[:, :most], texts[-1].type_ids[:, :most], True)
+    layout = texts[-1].layout
+    kept = None if layout is None else layout.part(np.arange(min(most, len(texts[-1]))))
+    texts[-1] = Tokens(texts[-1].ids[:, :most], texts[-1].type_ids[:, :most], True, kept)
     return texts
 
 
@@ -103,18 +106,24 @@ def prove_exits(
         for name, values in pairs.items():
             if not values:
                 continue
-            a, b = (np.stack(side) for side in zip(*values, strict=True))
+            a, b = (np.concatenate([x.ravel() for x in side]) for side in zip(*values, strict=True))
             spread = max(float(np.ptp(a)), MIN_SPREAD)
             if not np.abs(a - b).max() <= MAX_NATIVE_DIFFERENCE * spread:
                 raise NoKernelsError(f"layer {layer}: the kernels' {name} differ from ONNX Runtime's")
 
 
-def prove_group(encoder: Encoder, exits: Exits, texts: Sequence[Tokens], check: Callable[[], None]) -> None:
+def prove_group(
+    encoder: Encoder,
+    exits: Exits,
+    texts: Sequence[Tokens],
+    spans: SpanRule | None,
+    check: Callable[[], None],
+) -> None:
     """Raise NoKernelsError unless texts give the same bits in a group, run in two calls, as alone."""
     forward, last = encoder.forward, exits.num_layers
     assert forward is not None
-    rule = ExitRule(0.0, Entropy())
-    passes = [ForwardPass(t, [Decision(exits, rule, last, ask_all=True)]) for t in texts]
+    rule = ExitRule(0.0, Entropy(), spans=spans)
+    passes = [ForwardPass(t, [Decision(exits, rule, last, ask_all=True, layout=t.layout)]) for t in texts]
     try:
         for _ in range(2):
             check()

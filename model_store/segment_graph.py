@@ -7,7 +7,7 @@ A segment runs one unpadded sample:
     layer_NN.onnx     hidden (1, T, H) → next_hidden (1, T, H)
 
 The weights of all exits are in exits.safetensors, so that the segments of models with the same encoder are equal. The
-graph of an exit is built from them when the model is loaded: hidden (1, T, H) → logits (1, K). If the exit has
+graph of an exit is built from them when the model is loaded: hidden (1, T, H) → logits (1, K), or (T, K) for a token classifier. If the exit has
 prototypes, it also takes prototypes (K, D), with unit rows, and returns distances (1, K).
 
 In artifacts of schema 6, an exit is a branch of its segment, which takes with_exit, a boolean, as well, and returns
@@ -50,9 +50,9 @@ def build_exit(architecture: Architecture, layer: int, source: Source) -> Graph:
     """
     g = Graph(architecture.precision == "int8", source)
     hidden = g.input("hidden", [1, "tokens", architecture.hidden_size])
-    labels = len(architecture.labels)
+    shape: list[int | str] = ["tokens" if architecture.is_spans else 1, len(architecture.labels)]
     for name, value in _exit_outputs(g, g, hidden, architecture, layer).items():
-        g.output(value, name, [1, labels])
+        g.output(value, name, shape)
     return g
 
 
@@ -71,9 +71,13 @@ def _exit_outputs(
     encoder, labels, size = architecture.encoder, len(architecture.labels), architecture.hidden_size
     metric = architecture.metric_dim
     head = architecture.head if layer == architecture.num_layers else None
-    if (head or architecture).pooling == "mean":
-        seen = g.norm(hidden, "final_norm", size, encoder.epsilon) if encoder.FINAL_NORM else hidden
-        pooled = g.node("ReduceMean", seen, axes=[1], keepdims=0)
+    pooling = (head or architecture).pooling
+    if pooling in ("mean", "none"):
+        pooled = g.norm(hidden, "final_norm", size, encoder.epsilon) if encoder.FINAL_NORM else hidden
+        if pooling == "mean":
+            pooled = g.node("ReduceMean", pooled, axes=[1], keepdims=0)
+        else:
+            pooled = g.node("Squeeze", pooled, g.constant([0]))
     else:  # the norm is computed for one token only
         pooled = g.node("Gather", hidden, g.constant(0), axis=1)
         pooled = g.norm(pooled, "final_norm", size, encoder.epsilon) if encoder.FINAL_NORM else pooled

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from de3.exits.spans import Layout
 from de3.model_store.manifest import Manifest
 
 Array = NDArray[np.float32]
@@ -18,11 +19,15 @@ ARENA_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The encoder's input for one text: ids and type_ids are (1, tokens) int64; truncated: a part was cut off."""
+    """The encoder's input for one text: ids and type_ids are (1, tokens) int64; truncated: a part was cut off.
+
+    layout: None unless a token classifier needs it.
+    """
 
     ids: NDArray[np.int64]
     type_ids: NDArray[np.int64]
     truncated: bool
+    layout: Layout | None = None
 
     def __len__(self) -> int:
         return int(self.ids.shape[1])
@@ -94,14 +99,19 @@ class Exits(Protocol):
         num_layers: layer of the last exit. The encoder may have more layers.
         layers: the layers with an exit, ascending.
         pooling: pools hidden states as the exits do.
+        is_spans: they classify each token.
     """
 
     num_layers: int
     layers: list[int]
+    is_spans: bool
     pooling: Pooling
 
     def run(self, layer: int, hidden: Array) -> tuple[Array, Array | None]:
-        """The logits (K,) of an exit and, with prototypes, the distances (K,), for states (1, tokens, hidden)."""
+        """The logits (K,) of an exit and, with prototypes, the distances (K,), for states (1, tokens, hidden).
+
+        If the exits classify each token, the logits are (tokens, K).
+        """
 
 
 class OnnxLayers:
@@ -137,12 +147,15 @@ class OnnxExits:
     ) -> None:
         """sessions: by layer; each runs a graph of `build_exit`. prototypes: (K, D), unit rows, by layer."""
         self.num_layers, self.layers, self.pooling = manifest.num_layers, manifest.exit_layers, pooling
+        self.is_spans = manifest.is_spans
         self._sessions = sessions
         self._feeds = {layer: {"prototypes": rows} for layer, rows in prototypes.items()}
 
     def run(self, layer: int, hidden: Array) -> tuple[Array, Array | None]:
-        """The logits (K,) of an exit and, with prototypes, the distances (K,), for states (1, tokens, hidden)."""
+        """See Exits.run."""
         values = self._sessions[layer].run(None, {"hidden": hidden, **self._feeds.get(layer, {})})
+        if self.is_spans:
+            return values[0], None
         return values[0][0], values[1][0] if len(values) > 1 else None
 
 
@@ -180,12 +193,13 @@ class NativeExits:
 
     def __init__(self, kernels: Any, exits: Any, manifest: Manifest, pooling: Pooling) -> None:
         self.num_layers, self.layers, self.pooling = manifest.num_layers, manifest.exit_layers, pooling
-        self.exits, self.num_labels = exits, len(manifest.labels)
+        self.exits, self.num_labels, self.is_spans = exits, len(manifest.labels), manifest.is_spans
         self._run, self._with_distances = kernels.run_exit, frozenset(manifest.prototype_layers)
 
     def run(self, layer: int, hidden: Array) -> tuple[Array, Array | None]:
-        """The logits (K,) of an exit and, with prototypes, the distances (K,), for states (1, tokens, hidden)."""
-        logits = np.empty(self.num_labels, np.float32)
+        """See Exits.run."""
+        shape = (hidden.shape[1], self.num_labels) if self.is_spans else (self.num_labels,)
+        logits = np.empty(shape, np.float32)
         distances = np.empty(self.num_labels, np.float32) if layer in self._with_distances else None
         self._run(self.exits, layer, hidden, logits, distances)
         return logits, distances

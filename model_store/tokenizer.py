@@ -1,5 +1,6 @@
 """Tokenization of texts, truncated to the model's window or split into several windows, in short preemptible steps."""
 
+import json
 import os
 import re
 import unicodedata
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from de3.exits.spans import Layout
 from de3.exits.windows import Span, capacity, spans
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Artifact, StoreError
@@ -64,6 +66,11 @@ class _Frame:
         self.largest_id = max((i for ids, _ in self._special for i in ids), default=0)
         self.largest_type = max(encoding.type_ids)
 
+    @property
+    def before(self) -> list[int]:
+        """Ids of the special tokens before the first text."""
+        return self._special[0][0]
+
     def around(self, parts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
         """Ids and type ids of the encoder's input: the texts' ids, with the special tokens around them."""
         ids, types = map(list, self._special[0])
@@ -73,6 +80,12 @@ class _Frame:
             ids += [*part, *special]
             types += [*([type_id] * len(part)), *special_types]
         return ids, types
+
+    def layout(self, offsets: NDArray[np.int32], is_subword: NDArray[np.bool_]) -> Layout:
+        """The layout of a text, (T, 2) and (T,), with the special tokens around it."""
+        around = [len(ids) for ids, _ in self._special]
+        is_special = np.pad(np.zeros(len(offsets), np.bool_), around, constant_values=True)
+        return Layout(np.pad(offsets, (around, (0, 0))), is_special, np.pad(is_subword, around))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +98,7 @@ class Windows:
         spans: windows of that text.
         offsets: start and end (exclusive) of each of that text's tokens, in characters, (tokens, 2).
         truncated: true if the windows do not contain the whole text.
+        is_subword: see Layout, (tokens,); None if no layouts are needed.
     """
 
     frame: _Frame
@@ -93,6 +107,7 @@ class Windows:
     spans: Sequence[Span]
     offsets: NDArray[np.int32]
     truncated: bool
+    is_subword: NDArray[np.bool_] | None = None
 
     def chars(self, index: int) -> tuple[int, int]:
         """The characters [start, end) of the longer text in a window."""
@@ -108,7 +123,41 @@ class Windows:
             (part[span.start : span.end] if n == self.longer else part).tolist()
             for n, part in enumerate(self.parts)
         ]
-        return _tokens(*self.frame.around(parts), self.truncated)
+        tokens = _tokens(*self.frame.around(parts), self.truncated)
+        if self.is_subword is None:
+            return tokens
+        part = slice(span.start, span.end)
+        return replace(tokens, layout=self.frame.layout(self.offsets[part], self.is_subword[part]))
+
+
+class _Subwords:
+    """Finds the tokens of words but the first, as transformers' token-classification pipeline does.
+
+    If the tokenizer marks such tokens (WordPiece), it is one whose name is longer than its characters. Otherwise, it is
+    one with no space at its beginning or before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        model = tokenizer.model
+        self._unknown = tokenizer.token_to_id(getattr(model, "unk_token", None) or "")
+        if self._unknown is None:
+            self._unknown = json.loads(tokenizer.to_str())["model"].get("unk_id")
+        self._lengths: NDArray[np.int32] | None = None
+        if getattr(model, "continuing_subword_prefix", None):
+            vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+            self._lengths = np.zeros(max(vocabulary.values()) + 1, np.int32)
+            for token, number in vocabulary.items():
+                self._lengths[number] = len(token)
+
+    def find(self, ids: NDArray[Any], offsets: NDArray[np.int32], text: str) -> NDArray[np.bool_]:
+        """True for the tokens of words but the first, (T,). ids: (T,). offsets: (T, 2)."""
+        starts, ends = offsets[:, 0], offsets[:, 1]
+        if self._lengths is not None:
+            found = self._lengths[ids] != ends - starts
+        else:
+            is_space = np.array([char == " " for char in text] + [False])
+            found = (starts > 0) & ~is_space[starts] & ~is_space[np.maximum(starts - 1, 0)]
+        return np.asarray(found & (ids != self._unknown) if self._unknown is not None else found)
 
 
 class TextTokenizer:
@@ -122,6 +171,7 @@ class TextTokenizer:
         """
         self.max_tokens = max_tokens
         self._tokenizer = tokenizer
+        self._subwords: _Subwords | None = None
         self.frames = {False: _Frame(tokenizer, None), True: _Frame(tokenizer, _PROBE)}
         if self.frames[True].size + 2 > max_tokens:
             raise ValueError(f"{self.frames[True].size} special tokens leave no room in {max_tokens} tokens")
@@ -185,20 +235,41 @@ class TextTokenizer:
         encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
         return list(encode(batch, add_special_tokens=special))
 
-    def short(self, encoding: Encoding, pair: bool, truncate: bool) -> Tokens:
-        """Tokens of a short text from its encoding. pair: true for a pair.
+    def short(self, encoding: Encoding, pair: bool, truncate: bool, text: str | None = None) -> Tokens:
+        """Tokens of a short text from its encoding. pair: true for a pair. text: the text, if a layout is needed.
 
         Raises ValueError if there are no tokens, or if there are too many and `truncate` is false.
         """
         if len(encoding) <= self.max_tokens:
-            return _tokens(encoding.ids, encoding.type_ids, False)
-        if not truncate:
+            tokens = _tokens(encoding.ids, encoding.type_ids, False)
+        elif not truncate:
             raise self._too_long(f"{len(encoding)}", self.max_tokens)
-        return self._cut(_parts(encoding, pair))
+        else:
+            tokens = self._cut(_parts(encoding, pair))
+        return tokens if text is None else self._with_layout(tokens, text, _offsets(encoding, pair)[0])
 
-    def start(self, text: str, text_pair: str | None, truncate: bool, windows: int = 1) -> "Tokenization":
-        """Start tokenizing a text or pair. truncate: cut texts longer than `windows` windows; if false, refuse them."""
-        return Tokenization(self, text, text_pair, truncate, windows)
+    def start(
+        self, text: str, text_pair: str | None, truncate: bool, windows: int = 1, layouts: bool = False
+    ) -> "Tokenization":
+        """Start tokenizing a text or pair. truncate: cut texts longer than `windows` windows; if false, refuse them.
+
+        layouts: the tokens of the text have a layout; a pair must not need one.
+        """
+        return Tokenization(self, text, text_pair, truncate, windows, layouts and text_pair is None)
+
+    def _with_layout(self, tokens: Tokens, text: str, offsets: Offsets) -> Tokens:
+        """The tokens of a text with their layout. offsets: of the text's tokens, perhaps of some that were cut off."""
+        frame = self.frames[False]
+        kept = len(tokens) - frame.size
+        inside = np.array(offsets[:kept], np.int32).reshape(-1, 2)
+        before = len(frame.before)
+        is_subword = self._is_subword(tokens.ids[0, before : before + kept], inside, text)
+        return replace(tokens, layout=frame.layout(inside, is_subword))
+
+    def _is_subword(self, ids: NDArray[Any], offsets: NDArray[np.int32], text: str) -> NDArray[np.bool_]:
+        if self._subwords is None:
+            self._subwords = _Subwords(self._tokenizer)
+        return self._subwords.find(ids, offsets, text)
 
     def _join(self, encoding: Encoding, pair: bool) -> tuple[list[int], list[int]]:
         return self.frames[pair].around(_parts(encoding, pair))
@@ -222,12 +293,18 @@ class TextTokenizer:
         return _tokens(ids, types, is_cut or sum(map(len, parts)) > room)
 
     def _split(
-        self, parts: list[list[int]], offsets: Sequence[Offsets], most: int, is_cut: bool, truncate: bool
+        self,
+        parts: list[list[int]],
+        offsets: Sequence[Offsets],
+        most: int,
+        is_cut: bool,
+        truncate: bool,
+        text: str | None = None,
     ) -> Windows:
         """Windows of a text or pair.
 
         parts: token ids of each text. offsets: start and end of each token in characters, for each text. most: maximum
-        number of windows. is_cut: the ids cover only the beginning of a text.
+        number of windows. is_cut: the ids cover only the beginning of a text. text: the text, if layouts are needed.
 
         Raises ValueError if the shorter text of a pair takes more than MAX_SHORTER of a window, and, unless
         `truncate` is true, if a text does not fit into the windows.
@@ -248,9 +325,9 @@ class TextTokenizer:
         if is_cut and not truncate:
             raise self._too_long(f"more than {tokens}", tokens)
         arrays = [np.array(part, np.int32) for part in parts]
-        return Windows(
-            *(frame, arrays, longer, spans(tokens, room)), np.array(offsets[longer], np.int32), is_cut
-        )
+        found = np.array(offsets[longer], np.int32)
+        is_subword = None if text is None else self._is_subword(arrays[longer], found, text)
+        return Windows(frame, arrays, longer, spans(tokens, room), found, is_cut, is_subword)
 
     def _too_long(self, count: str, most: int) -> ValueError:
         return ValueError(f"has {count} tokens; the maximum is {most}: shorten it, or allow truncation")
@@ -260,9 +337,16 @@ class Tokenization:
     """Incremental tokenization of one text or pair, only as far as the request's windows reach."""
 
     def __init__(
-        self, tokenizer: TextTokenizer, text: str, text_pair: str | None, truncate: bool, windows: int
+        self,
+        tokenizer: TextTokenizer,
+        text: str,
+        text_pair: str | None,
+        truncate: bool,
+        windows: int,
+        layouts: bool = False,
     ) -> None:
         self._tokenizer, self._truncate, self._windows = tokenizer, truncate, windows
+        self._layouts = layouts
         texts = [text] if text_pair is None else [text, text_pair]
         self._max_chars = max_chars(tokenizer.max_tokens, windows)
         self._chars = [len(t) for t in texts]
@@ -270,7 +354,7 @@ class Tokenization:
         self._texts = [t[: self._max_chars] for t in texts]
         self._ends = [0] * len(texts)  # characters tokenized so far
         self._parts: list[list[int]] = [[] for _ in texts]
-        self._offsets: list[Offsets] = [[] for _ in texts]  # with several windows
+        self._offsets: list[Offsets] = [[] for _ in texts]  # with several windows or layouts
         self._room = tokenizer.max_tokens - tokenizer.frames[len(texts) == 2].size
         self._most = capacity(self._room, windows)  # tokens needed of each text
 
@@ -288,22 +372,22 @@ class Tokenization:
         if sum(map(len, self._texts)) <= 2 * PIECE:
             text, *rest = self._texts
             pair = rest[0] if rest else None
-            encoding = tokenizer.encode([(text, pair)])[0]
+            encoding = tokenizer.encode([(text, pair)], offsets=self._layouts)[0]
             if self._windows > 1 and len(encoding) > tokenizer.max_tokens:
                 encoding = tokenizer.encode([(text, pair)], offsets=True)[0]
                 parts, offsets = _parts(encoding, bool(rest)), _offsets(encoding, bool(rest))
                 return tokenizer._split(
-                    parts, offsets, self._windows, self._has_too_many_chars, self._truncate
+                    *(parts, offsets, self._windows, self._has_too_many_chars, self._truncate, self._text)
                 )
-            tokens = tokenizer.short(encoding, bool(rest), self._truncate)
+            tokens = tokenizer.short(encoding, bool(rest), self._truncate, self._text)
             return replace(tokens, truncated=True) if self._has_too_many_chars else tokens
         for n, text in enumerate(self._texts):
             if self._ends[n] < len(text) and len(self._parts[n]) <= self._most:
                 end = _piece_end(text, self._ends[n])
-                has_windows, piece_text = self._windows > 1, text[self._ends[n] : end]
-                piece = tokenizer.encode([(piece_text, None)], special=False, offsets=has_windows)[0]
+                has_offsets, piece_text = self._windows > 1 or self._layouts, text[self._ends[n] : end]
+                piece = tokenizer.encode([(piece_text, None)], special=False, offsets=has_offsets)[0]
                 self._parts[n] += piece.ids
-                if has_windows:
+                if has_offsets:
                     before = self._ends[n]
                     self._offsets[n] += [(before + start, before + stop) for start, stop in piece.offsets]
                 self._ends[n] = end
@@ -317,8 +401,18 @@ class Tokenization:
             return None
         is_cut = any(unread) or self._has_too_many_chars
         if self._windows > 1 and count > self._room:
-            return tokenizer._split(self._parts, self._offsets, self._windows, is_cut, self._truncate)
-        return tokenizer._cut(self._parts, is_cut, self._chars if is_cut else ())
+            return tokenizer._split(
+                *(self._parts, self._offsets, self._windows, is_cut, self._truncate, self._text)
+            )
+        tokens = tokenizer._cut(self._parts, is_cut, self._chars if is_cut else ())
+        if self._text is None:
+            return tokens
+        return tokenizer._with_layout(tokens, self._text, self._offsets[0])
+
+    @property
+    def _text(self) -> str | None:
+        """The text, if its layout is needed."""
+        return self._texts[0] if self._layouts else None
 
     def all(self) -> Tokens | Windows:
         """Take all remaining steps; returns the tokens or windows."""

@@ -60,6 +60,8 @@ static void multiply(const Linear *w, const float *x, int tokens, Epilogue epilo
  * for intermediate results to stay in the L2 cache. */
 enum { BLOCK = 64 };
 
+enum { ROWS = 16 }; /* tokens that a token classifier handles together */
+
 /* Buffers of a block, parts of scratch. */
 typedef struct {
     char *quantized;
@@ -187,21 +189,50 @@ static void run_head(const Head *head, const float *pooled, int hidden, float *t
     normalize(to, 1, hidden, &head->norm);
 }
 
+/* The logits of each token: to = classifier · head(norm(row)) + bias, (tokens, num_labels). A few rows are handled
+ * together, so that they stay in the cache. Returns -1 if memory runs out. */
+static int run_tokens(const Exits *e, int layer, const float *rows, int tokens, float *to) {
+    const ExitHead *head = &e->at[layer];
+    const Head *top = layer == e->num_layers && e->head.dense ? &e->head : NULL;
+    int hidden = e->hidden;
+    size_t block = (size_t)ROWS * hidden;
+    float *space = scratch((top ? 2 : 1) * block * 4);
+    if (space == NULL) return -1;
+    for (int first = 0; first < tokens; first += ROWS) {
+        int count = tokens - first < ROWS ? tokens - first : ROWS;
+        const float *x = normed(rows + (size_t)first * hidden, count, hidden, &head->norm, space);
+        if (top) {
+            for (int t = 0; t < count; t++) run_head(top, x + (size_t)t * hidden, hidden, space + block + (size_t)t * hidden);
+            x = space + block;
+        }
+        for (int k = 0; k < head->num_labels; k++) {
+            const float *w = head->classifier + (size_t)k * hidden;
+            float *column = to + (size_t)first * head->num_labels + k;
+            for (int t = 0; t < count; t++)
+                column[(size_t)t * head->num_labels] = head->bias[k] + kernels->dot(x + (size_t)t * hidden, w, hidden);
+        }
+    }
+    return 0;
+}
+
 /* Pool hidden states (tokens, hidden), normalized if there is a norm. space: (tokens, hidden), for normalizing. */
-static void pool(const float *rows, int tokens, int hidden, const Norm *norm, int has_mean, float *space, float *to) {
-    if (has_mean) kernels->mean(normed(rows, tokens, hidden, norm, space), tokens, hidden, to);
+static void pool(const float *rows, int tokens, int hidden, const Norm *norm, Pooling pooling, float *space, float *to) {
+    if (pooling == MEAN_TOKEN) kernels->mean(normed(rows, tokens, hidden, norm, space), tokens, hidden, to);
     else memcpy(to, normed(rows, 1, hidden, norm, space), (size_t)hidden * 4);
 }
 
 static int has_head(const Exits *e, int layer) { return layer == e->num_layers && e->head.dense; }
 
+static Pooling pooling_of(const Exits *e, int layer) { return has_head(e, layer) ? e->head.pooling : e->pooling; }
+
 /* True if an exit begins with the mean of the tokens as they are. */
 static int takes_mean(const Exits *e, int layer) {
-    return !e->at[layer].norm.scale && (has_head(e, layer) ? e->head.has_mean : e->has_mean);
+    return !e->at[layer].norm.scale && pooling_of(e, layer) == MEAN_TOKEN;
 }
 
 int run_exit(const Exits *e, int layer, const float *hidden_states, int tokens, const float *mean, float *logits,
              float *distances) {
+    if (e->pooling == EVERY_TOKEN) return run_tokens(e, layer, hidden_states, tokens, logits);
     const Kernels *k = kernels;
     const ExitHead *head = &e->at[layer];
     int hidden = e->hidden, metric = head->metric;
@@ -213,7 +244,7 @@ int run_exit(const Exits *e, int layer, const float *hidden_states, int tokens, 
     float *top = (float *)(memory + states + space);
 
     if (mean == NULL)
-        pool(hidden_states, tokens, hidden, &head->norm, has_head(e, layer) ? e->head.has_mean : e->has_mean,
+        pool(hidden_states, tokens, hidden, &head->norm, pooling_of(e, layer),
              (float *)(memory + 2 * states + space + quantized), own);
     const float *pooled = mean ? mean : own, *features = pooled; /* features: input of the classifier */
     if (has_head(e, layer)) {
@@ -245,13 +276,22 @@ static int is_asked(int layer, const Decision *d) {
     return d->exits->at[layer].is_set && (d->ask_all || d->tau > 0.0 || layer == d->deepest);
 }
 
+/* Index in Decision.logits of a layer's exit. */
+static size_t logits_at(int layer, const Decision *d, int tokens) {
+    size_t labels = d->exits->at[d->exits->num_layers].num_labels;
+    return layer * labels * (d->exits->pooling == EVERY_TOKEN ? tokens : 1);
+}
+
 /* Read a computed exit, and decide whether the text exits there. */
-static void decide_exit(int layer, Decision *d) {
+static void decide_exit(int layer, Decision *d, int tokens) {
     const ExitHead *head = &d->exits->at[layer];
-    size_t row = (size_t)layer * head->num_labels;
+    size_t at = logits_at(layer, d, tokens);
     Reading *reading = &d->readings[d->num_readings++];
-    *reading = read_exit(layer, d->logits + row, head->metric ? d->distances + row : NULL, d->thresholds,
-                         head->num_labels);
+    if (d->exits->pooling == EVERY_TOKEN)
+        *reading = read_tokens(layer, d->logits + at, d->counted, tokens, head->num_labels, d->outside);
+    else
+        *reading = read_exit(layer, d->logits + at, head->metric ? d->distances + at : NULL, d->thresholds,
+                             head->num_labels);
     if (d->far && reading->nearest > d->far[layer] && !d->is_far) {
         d->is_far = 1;
         d->tau *= d->tau_factor;
@@ -284,7 +324,7 @@ static int keep_states(int layer, const float *rows, int tokens, Decision *d) {
     const Norm *norm = &d->exits->at[d->exits->num_layers].norm;
     float *space = norm->scale ? scratch(tokens * hidden * 4) : NULL;
     if (norm->scale && space == NULL) return -1;
-    pool(rows, tokens, (int)hidden, norm, 1, space, d->states + layer * hidden);
+    pool(rows, tokens, (int)hidden, norm, MEAN_TOKEN, space, d->states + layer * hidden);
     return 0;
 }
 
@@ -298,13 +338,13 @@ static int decide(int layer, const float *rows, Pass *p, float *mean, double *en
         if (d->exit_layer >= 0) continue;
         if (d->states && layer < d->num_states && keep_states(layer, rows, p->tokens, d)) return -1;
         if (is_asked(layer, d)) {
-            size_t at = (size_t)layer * d->exits->at[layer].num_labels;
+            size_t at = logits_at(layer, d, p->tokens);
             int shares = takes_mean(d->exits, layer);
             if (shares && !has_mean) kernels->mean(rows, p->tokens, d->exits->hidden, mean);
             has_mean |= shares;
             if (run_exit(d->exits, layer, rows, p->tokens, shares ? mean : NULL, d->logits + at, d->distances + at))
                 return -1;
-            decide_exit(layer, d);
+            decide_exit(layer, d, p->tokens);
             double asked = now();
             p->seconds += asked - *end;
             *end = asked;
@@ -329,7 +369,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last) {
         row += p->tokens;
         for (Decision *d = p->decisions; d < p->decisions + p->num_decisions; d++)
             for (int layer = 0; layer < first; layer++)
-                if (is_asked(layer, d)) decide_exit(layer, d);
+                if (is_asked(layer, d)) decide_exit(layer, d, p->tokens);
     }
     for (int layer = first; layer <= last && count && !failed; layer++) {
         double start = now();

@@ -18,8 +18,9 @@ int run_embeddings(const Model *m, const int64_t *ids, const int64_t *types, int
  * The result of a text does not depend on the others. */
 int run_layer(const Model *m, int layer, const float *from, const int *tokens, int count, float *to);
 
-/* Hidden states (tokens, hidden) → logits and cosine distances to the prototypes (num_labels) of a layer's exit.
- * Without a metric space, distances are not used. mean: the mean of the tokens, for an exit that takes_mean; or NULL. */
+/* Hidden states (tokens, hidden) → logits and cosine distances to the prototypes (num_labels) of a layer's exit; with
+ * EVERY_TOKEN, logits of each token (tokens, num_labels). Without a metric space, distances are not used. mean: the mean
+ * of the tokens, for an exit that takes_mean; or NULL. */
 int run_exit(const Exits *e, int layer, const float *hidden, int tokens, const float *mean, float *logits,
              float *distances);
 
@@ -34,7 +35,11 @@ typedef struct {
     const double *far; /* by layer: the largest allowed distance to the nearest prototype; NULL: no limit */
     double tau_factor; /* factor applied to tau once the text is too far from every prototype of an exit */
 
-    float *logits, *distances; /* (num_layers + 1, num_labels) */
+    const uint8_t *counted; /* with EVERY_TOKEN: 1 for the tokens that can change a span (tokens); otherwise NULL */
+    int outside;            /* with EVERY_TOKEN: the label of tokens outside of spans; -1: none */
+
+    /* (num_layers + 1, num_labels); with EVERY_TOKEN, logits (num_layers + 1, tokens, num_labels), no distances */
+    float *logits, *distances;
     float *states;             /* (num_states, hidden): mean of the tokens after each layer; or NULL */
     int num_states;            /* num_layers + 1 or, without the last layer, num_layers */
     Reading *readings;         /* readings of the exits computed so far; space for num_layers + 1 */

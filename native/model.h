@@ -71,18 +71,21 @@ typedef struct {
     int8_t *tiles;                  /* tiles of the projection */
 } ExitHead;
 
+/* What an exit classifies: the first token, the mean of the tokens, or each token. */
+typedef enum { FIRST_TOKEN, MEAN_TOKEN, EVERY_TOKEN, NUM_POOLINGS } Pooling;
+
 /* A stock classifier's layer before the last exit's classifier: norm(activation(dense · pooled + bias)). */
 typedef struct {
     float *dense, *bias; /* (hidden, hidden), a row for each output; (hidden). NULL: no such layer */
     enum { HEAD_TANH, HEAD_RELU, HEAD_GELU, NUM_HEAD_ACTIVATIONS } activation;
-    int has_mean; /* like Exits.has_mean, for this exit */
+    Pooling pooling; /* like Exits.pooling, for this exit */
     Norm norm;    /* applied before the classifier */
 } Head;
 
 /* The exits of a model. */
 typedef struct {
     int hidden, num_layers; /* num_layers: layer of the last exit; the encoder may have more layers */
-    int has_mean;           /* pooling: the mean of the tokens, otherwise the first token */
+    Pooling pooling;
     ExitHead at[MAX_LAYERS + 1]; /* indexed by layer, from 0 */
     Head head;                   /* head of the last exit */
 } Exits;

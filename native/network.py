@@ -22,6 +22,7 @@ NORMS = {
 }  # norms before attention and the feed-forward network; + NORM_AFTER: after them
 NORM_AFTER, NORM_OF_TABLES = 1, 3
 HEAD_ACTIVATIONS = ("tanh", "relu", "gelu")  # in the same order as in model.h
+POOLINGS = ("cls", "mean", "none")  # as well
 KNOWN = {
     "word",
     "position",
@@ -72,12 +73,12 @@ class Head:
 
     Attributes:
         activation: tanh, relu or gelu.
-        mean: like Exits.mean, for this exit.
+        pooling: like Exits.pooling, for this exit.
         norm: epsilon of the norm before the classifier; None: no norm.
     """
 
     activation: str
-    mean: bool
+    pooling: str
     norm: float | None = None
 
 
@@ -87,7 +88,7 @@ class Exits:
 
     Attributes:
         num_layers: layer of the last exit.
-        mean: the exits' input is the mean of the tokens, otherwise the first token.
+        pooling: the exits' input: the first token (cls), the mean of the tokens (mean), or each token (none).
         epsilon: epsilon of every norm except the head's.
         head: stock head of the last exit; None: the last exit is like the others.
         weights: weights of each exit by name (model_store/segment_graph.py), by layer.
@@ -96,7 +97,7 @@ class Exits:
 
     hidden_size: int
     num_layers: int
-    mean: bool
+    pooling: str
     epsilon: float
     head: Head | None
     weights: Mapping[int, Mapping[str, Array]]
@@ -176,7 +177,7 @@ def build_exits(exits: Exits) -> Any:
     """Build the kernels' exits of a model; raises NoKernelsError if the kernels do not support them."""
     module, head = kernels(), exits.head
     try:
-        built = module.new_exits(exits.hidden_size, exits.num_layers, exits.mean)
+        built = module.new_exits(exits.hidden_size, exits.num_layers, POOLINGS.index(exits.pooling))
         for layer, weights in exits.weights.items():
             classifier = np.ascontiguousarray(weights["classifier.weight"].T)
             space = [NONE] * 4
@@ -192,7 +193,7 @@ def build_exits(exits: Exits) -> Any:
             top = exits.weights[exits.num_layers]
             dense = np.ascontiguousarray(top["dense.weight"].T)
             activation = HEAD_ACTIVATIONS.index(head.activation)
-            module.set_head(built, dense, top["dense.bias"], activation, head.mean)
+            module.set_head(built, dense, top["dense.bias"], activation, POOLINGS.index(head.pooling))
             if head.norm is not None:
                 module.set_exit_norm(built, exits.num_layers, *_norm(top, "norm"), head.norm, True)
     except ValueError as error:  # unsupported sizes

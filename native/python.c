@@ -144,16 +144,18 @@ static PyObject *py_new(PyObject *self, PyObject *args) {
     return capsule;
 }
 
-/* new_exits(hidden, num_layers, mean): the exits of a model whose last exit is after layer num_layers */
+/* new_exits(hidden, num_layers, pooling): the exits of a model whose last exit is after layer num_layers. pooling: 0 the
+ * first token, 1 the mean of the tokens, 2 each token */
 static PyObject *py_new_exits(PyObject *self, PyObject *args) {
-    int hidden, num_layers, mean;
-    if (!PyArg_ParseTuple(args, "iip", &hidden, &num_layers, &mean)) return NULL;
-    if (!require(hidden >= 64 && hidden % 64 == 0 && hidden <= 8192 && num_layers >= 1 && num_layers <= MAX_LAYERS,
+    int hidden, num_layers, pooling;
+    if (!PyArg_ParseTuple(args, "iii", &hidden, &num_layers, &pooling)) return NULL;
+    if (!require(hidden >= 64 && hidden % 64 == 0 && hidden <= 8192 && num_layers >= 1 && num_layers <= MAX_LAYERS &&
+                     pooling >= 0 && pooling < NUM_POOLINGS,
                  "there are no kernels for these sizes"))
         return NULL;
     Exits *e = calloc(1, sizeof(Exits));
     if (e == NULL) return PyErr_NoMemory();
-    *e = (Exits){.hidden = hidden, .num_layers = num_layers, .has_mean = mean};
+    *e = (Exits){.hidden = hidden, .num_layers = num_layers, .pooling = pooling};
     PyObject *capsule = PyCapsule_New(e, EXITS, destroy_exits);
     if (capsule == NULL) free_exits(e);
     return capsule;
@@ -375,8 +377,8 @@ static PyObject *py_set_exit(PyObject *self, PyObject *args) {
              holds(&b[4], metric, 4, "metric_bias") && holds(&b[5], (size_t)labels * metric, 4, "prototypes") && require(!head->is_set, "this exit is already set") &&
              require(metric % 32 == 0, "a metric space must have a multiple of 32 dimensions");
         for (int i = 0; ok && i <= e->num_layers; i++)
-            ok = require(labels >= 1 && (!e->at[i].is_set || e->at[i].num_labels == labels),
-                         "exits must have the same labels, 1 or more");
+            ok = require(labels >= 1 && (e->pooling != EVERY_TOKEN || (labels > 1 && !metric)) && (!e->at[i].is_set || e->at[i].num_labels == labels),
+                         "exits must have the same labels, 1 or more; for each token 2 or more, and no metric space");
         ok = ok && require(labels > 1 || !metric, "a regression model has no metric space");
         if (ok) {
             *head = (ExitHead){.num_labels = labels, .metric = metric, .norm = head->norm};
@@ -394,21 +396,23 @@ static PyObject *py_set_exit(PyObject *self, PyObject *args) {
     return done(ok, b, 6);
 }
 
-/* set_head(exits, dense (H, H), bias (H), activation, mean): the head of the last exit, which has no prototypes */
+/* set_head(exits, dense (H, H), bias (H), activation, pooling): the head of the last exit, which has no prototypes */
 static PyObject *py_set_head(PyObject *self, PyObject *args) {
     PyObject *capsule;
-    int activation, mean;
+    int activation, pooling;
     Py_buffer b[2];
-    if (!PyArg_ParseTuple(args, "Oy*y*ip", &capsule, &b[0], &b[1], &activation, &mean)) return NULL;
+    if (!PyArg_ParseTuple(args, "Oy*y*ii", &capsule, &b[0], &b[1], &activation, &pooling)) return NULL;
     Exits *e = exits_of(capsule);
     int ok = e != NULL && holds(&b[0], (size_t)e->hidden * e->hidden, 4, "dense") &&
              holds(&b[1], e->hidden, 4, "bias") &&
              require(activation >= 0 && activation < NUM_HEAD_ACTIVATIONS, "there is no such activation") &&
+             require(pooling >= 0 && pooling < NUM_POOLINGS && (pooling == EVERY_TOKEN) == (e->pooling == EVERY_TOKEN),
+                     "there is no such pooling") &&
              require(!e->head.dense && !e->at[e->num_layers].metric,
                      "the head is already set, or the last exit has prototypes");
     if (ok) {
         float *dense = copy_of(b[0].buf, b[0].len), *bias = copy_of(b[1].buf, b[1].len);
-        e->head = (Head){dense, bias, activation, mean, e->head.norm};
+        e->head = (Head){dense, bias, activation, pooling, e->head.norm};
         ok = require_memory(dense && bias);
     }
     return done(ok, b, 2);
@@ -443,7 +447,8 @@ static PyObject *py_run(PyObject *self, PyObject *args) {
     return done(ok, b, 3);
 }
 
-/* run_exit(exits, layer, hidden (T, H), logits (K), distances (K)); distances may be None without a metric space. */
+/* run_exit(exits, layer, hidden (T, H), logits (K), distances (K)); distances may be None without a metric space. With
+ * exits for each token, logits is (T, K). */
 static PyObject *py_run_exit(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int number, failed = 0;
@@ -456,7 +461,8 @@ static PyObject *py_run_exit(PyObject *self, PyObject *args) {
     if (ok) {
         const ExitHead *head = &e->at[number];
         size_t tokens = (size_t)from->len / 4 / e->hidden, labels = head->num_labels;
-        ok = holds(from, tokens * e->hidden, 4, "hidden") && holds(logits, labels, 4, "logits") &&
+        ok = holds(from, tokens * e->hidden, 4, "hidden") &&
+             holds(logits, labels * (e->pooling == EVERY_TOKEN ? tokens : 1), 4, "logits") &&
              require(tokens >= 1 && tokens <= MAX_TOKENS, "no tokens, or too many") &&
              require(head->metric || !distances->buf, "this layer has no metric space, so no distances") &&
              require(!head->metric || (distances->buf && !distances->readonly), "distances is missing or read-only") &&
@@ -480,7 +486,7 @@ static int has_signal(Signal *signal, const Py_buffer *weights, int layers) {
 }
 
 /* The buffers of a text, and of a decision about it. */
-enum { PASS_BUFFERS = 3, DECISION_BUFFERS = 6 };
+enum { PASS_BUFFERS = 3, DECISION_BUFFERS = 7 };
 
 typedef struct {
     Decision *decisions;
@@ -490,20 +496,21 @@ typedef struct {
 } Opened;
 
 /* Fill a decision and its buffers from a tuple (see py_forward); returns 0, with an error set, if it is invalid. */
-static int open_decision(const Model *m, PyObject *tuple, Decision *d, Py_buffer *b) {
+static int open_decision(const Model *m, PyObject *tuple, int tokens, Decision *d, Py_buffer *b) {
     PyObject *capsule;
-    if (!PyArg_ParseTuple(tuple, "Odidz*ipdz*z*w*w*z*", &capsule, &d->tau, &d->signal.code, &d->signal.lam, &b[0],
-                          &d->deepest, &d->ask_all, &d->tau_factor, &b[1], &b[2], &b[3], &b[4], &b[5]))
+    if (!PyArg_ParseTuple(tuple, "Odidz*ipdz*z*w*w*z*z*i", &capsule, &d->tau, &d->signal.code, &d->signal.lam, &b[0],
+                          &d->deepest, &d->ask_all, &d->tau_factor, &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &d->outside))
         return 0;
     const Exits *e = d->exits = exits_of(capsule);
     if (e == NULL || !require(e->hidden == m->hidden && e->num_layers <= m->num_layers, "the exits are of another encoder"))
         return 0;
     size_t layers = e->num_layers + 1, labels = e->at[e->num_layers].num_labels;
+    int each = e->pooling == EVERY_TOKEN;
     int ok = in_range(e->num_layers, d->deepest, 0) &&
              require(e->at[d->deepest].is_set && e->at[e->num_layers].is_set, "no exit at the deepest layer") &&
              has_signal(&d->signal, &b[0], (int)layers) && (!b[1].buf || holds(&b[1], labels, 8, "thresholds")) &&
-             (!b[2].buf || holds(&b[2], layers, 8, "far")) && holds(&b[3], labels * layers, 4, "logits") &&
-             holds(&b[4], labels * layers, 4, "distances") &&
+             (!b[2].buf || holds(&b[2], layers, 8, "far")) && holds(&b[3], labels * layers * (each ? tokens : 1), 4, "logits") &&
+             (each ? b[6].buf && holds(&b[6], tokens, 1, "counted") : holds(&b[4], labels * layers, 4, "distances")) &&
              (!b[5].buf || ((b[5].len == (Py_ssize_t)(layers * e->hidden * 4) ||
                              holds(&b[5], (layers - 1) * e->hidden, 4, "states")) &&
                             require(!b[5].readonly, "states is read-only")));
@@ -513,6 +520,7 @@ static int open_decision(const Model *m, PyObject *tuple, Decision *d, Py_buffer
     d->logits = b[3].buf;
     d->distances = b[4].buf;
     d->states = b[5].buf;
+    d->counted = b[6].buf;
     d->num_states = (int)(b[5].len / (e->hidden * 4));
     d->exit_layer = -1;
     d->readings = malloc(layers * sizeof(Reading));
@@ -538,7 +546,7 @@ static int open_pass(const Model *m, PyObject *text, int is_part, Pass *p, Opene
     if (!require_memory(o->decisions && o->decision_buffers)) return 0;
     for (; p->num_decisions < (int)count; p->num_decisions++) {
         int i = o->num_opened++;
-        if (!open_decision(m, PyList_GetItem(list, i), &o->decisions[i], o->decision_buffers + i * DECISION_BUFFERS))
+        if (!open_decision(m, PyList_GetItem(list, i), p->tokens, &o->decisions[i], o->decision_buffers + i * DECISION_BUFFERS))
             return 0;
     }
     return 1;
@@ -556,9 +564,9 @@ static void close_pass(Opened *o) {
 
 static PyObject *number_or_none(double x) { return isnan(x) ? Py_NewRef(Py_None) : PyFloat_FromDouble(x); }
 
-/* The probabilities at an exit; an empty list for a regression model. */
+/* The probabilities at an exit; an empty list for a regression model and a token classifier. */
 static PyObject *probability_list(const Reading *reading, const float *logits, const double *thresholds, int num_labels) {
-    int count = reading->is_value ? 0 : num_labels;
+    int count = reading->is_value || reading->is_spans ? 0 : num_labels;
     double *values = malloc((count + 1) * sizeof(double));
     PyObject *list = values ? PyList_New(count) : PyErr_NoMemory();
     if (list != NULL) {
@@ -569,7 +577,13 @@ static PyObject *probability_list(const Reading *reading, const float *logits, c
     return list;
 }
 
-/* [(layer, label, margin, entropy, distance_ratio, nearest, score, probabilities)], a tuple for each computed exit.
+static PyObject *unsure_or_none(const Reading *r) {
+    if (!r->is_spans) return Py_NewRef(Py_None);
+    return Py_BuildValue("ddiN", r->largest, r->total, r->tokens, PyBool_FromLong(r->found));
+}
+
+/* [(layer, label, margin, entropy, distance_ratio, nearest, score, probabilities, unsure)], a tuple for each computed
+ * exit; unsure: (largest, total, tokens, found) of a token classifier, otherwise None.
  * Unless all exits were asked for, only the last has probabilities: with 150 labels they take as long as a layer. */
 static PyObject *reading_list(const Decision *d) {
     PyObject *list = PyList_New(d->num_readings);
@@ -577,9 +591,9 @@ static PyObject *reading_list(const Decision *d) {
         const Reading *r = &d->readings[i];
         int num_labels = d->ask_all || i == d->num_readings - 1 ? d->exits->at[r->layer].num_labels : 0;
         PyObject *row = Py_BuildValue(
-            "iiddNNNN", r->layer, r->label, r->margin, r->entropy, number_or_none(r->distance_ratio),
+            "iiddNNNNN", r->layer, r->label, r->margin, r->entropy, number_or_none(r->distance_ratio),
             number_or_none(r->nearest), number_or_none(r->score),
-            probability_list(r, d->logits + (size_t)r->layer * num_labels, d->thresholds, num_labels));
+            probability_list(r, d->logits + (size_t)r->layer * num_labels, d->thresholds, num_labels), unsure_or_none(r));
         if (row == NULL) Py_CLEAR(list);
         else PyList_SetItem(list, i, row);
     }
@@ -606,13 +620,16 @@ static PyObject *exit_list(const Pass *p) {
  * are those of the text in this call, in an exit until that exit.
  * texts: [(ids int64 (T), types int64 (T) or None, hidden, [decision])], where hidden is float32 (T, H), or None if the
  * call runs all layers. decision: (exits, tau, signal, lam, weights, deepest, ask_all, tau_factor, thresholds, far,
- * logits, distances, states), for each model that has not yet decided, where
+ * logits, distances, states, counted, outside), for each model that has not yet decided, where
  *   weights: float64 (num_layers + 1, 5) for the signal risk, or None
  *   thresholds: float64 (K) for a multi-label model, or None
  *   far: float64 (num_layers + 1), or None
- *   logits, distances: float32 (num_layers + 1, K), filled at the exits that are computed
+ *   logits, distances: float32 (num_layers + 1, K), filled at the exits that are computed; with exits for each token,
+ *     logits (num_layers + 1, T, K), and distances may be empty
  *   states: float32 (num_layers, H), or with the last layer (num_layers + 1, H), or None; num_layers is that of the
- *     exits */
+ *     exits
+ *   counted: uint8 (T), 1 for the tokens that can change a span, with exits for each token; otherwise None
+ *   outside: the label of tokens outside of spans, or -1 */
 static PyObject *py_forward(PyObject *self, PyObject *args) {
     PyObject *capsule, *texts, *result = NULL;
     Opened opened[MAX_PASSES];
@@ -676,6 +693,21 @@ static PyObject *py_score(PyObject *self, PyObject *args) {
     return ok ? PyFloat_FromDouble(value) : NULL;
 }
 
+/* score_tokens(logits (T, K), counted (T), num_labels, outside, weights (1, 5)) → (score, (largest, total, tokens, found)) */
+static PyObject *py_score_tokens(PyObject *self, PyObject *args) {
+    int labels, outside;
+    Py_buffer b[3];
+    PyObject *result = NULL;
+    if (!PyArg_ParseTuple(args, "y*y*iiy*", &b[0], &b[1], &labels, &outside, &b[2])) return NULL;
+    if (require(labels >= 2, "2 labels or more") && holds(&b[0], (size_t)b[1].len * labels, 4, "logits") &&
+        holds(&b[2], RISK_FEATURES, 8, "weights")) {
+        Reading r = read_tokens(0, b[0].buf, b[1].buf, (int)b[1].len, labels, outside);
+        result = Py_BuildValue("dN", score((Signal){.code = RISK, .weights = b[2].buf}, &r, 1), unsure_or_none(&r));
+    }
+    for (int i = 0; i < 3; i++) PyBuffer_Release(&b[i]);
+    return result;
+}
+
 static PyObject *py_exits(PyObject *self, PyObject *args) {
     double score, tau;
     if (!PyArg_ParseTuple(args, "dd", &score, &tau)) return NULL;
@@ -690,7 +722,7 @@ static PyMethodDef methods[] = {
     {"peak", py_peak, METH_NOARGS, "Peak rate of one core, int8 multiply-adds per second."},
     {"new", py_new, METH_VARARGS,
      "new(hidden, num_heads, inner, num_layers, num_words, gelu, gate, fd=-1, is_filled=False)"},
-    {"new_exits", py_new_exits, METH_VARARGS, "new_exits(hidden, num_layers, mean)"},
+    {"new_exits", py_new_exits, METH_VARARGS, "new_exits(hidden, num_layers, pooling)"},
     {"seal", py_seal, METH_VARARGS, "seal(model, fd)"},
     {"set_linear", py_set_linear, METH_VARARGS, "set_linear(model, layer, which, weight, scale, bias)"},
     {"set_norm", py_set_norm, METH_VARARGS, "set_norm(model, layer, which, scale, shift, epsilon)"},
@@ -702,11 +734,12 @@ static PyMethodDef methods[] = {
     {"set_exit", py_set_exit, METH_VARARGS,
      "set_exit(exits, layer, classifier, bias, weight, scale, metric_bias, prototypes)"},
     {"set_exit_norm", py_set_exit_norm, METH_VARARGS, "set_exit_norm(exits, layer, scale, shift, epsilon, is_of_head)"},
-    {"set_head", py_set_head, METH_VARARGS, "set_head(exits, dense, bias, activation, mean)"},
+    {"set_head", py_set_head, METH_VARARGS, "set_head(exits, dense, bias, activation, pooling)"},
     {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to)"},
     {"run_exit", py_run_exit, METH_VARARGS, "run_exit(exits, layer, hidden, logits, distances)"},
     {"forward", py_forward, METH_VARARGS, "forward(model, texts, first, last, at_idle=False)"},
     {"score", py_score, METH_VARARGS, "score(exits, signal, lam, weights, thresholds): the exits of layers 0, 1, …"},
+    {"score_tokens", py_score_tokens, METH_VARARGS, "score_tokens(logits, counted, num_labels, outside, weights)"},
     {"exits", py_exits, METH_VARARGS, "exits(score, tau)"},
     {NULL, NULL, 0, NULL},
 };

@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <stddef.h>
+#include <string.h>
 
 #define SMALLEST 1e-12 /* lower bound on the argument of a logarithm */
 
@@ -60,6 +61,59 @@ Reading read_exit(int layer, const float *logits, const float *distances, const 
                       : read_classes(layer, logits, distances, num_labels);
 }
 
+/* e^x for x <= 0, to float32's precision; 1.8e-35 for x < -80. Only additions and multiplications, which NumPy rounds
+ * in the same way (exits/formulas.py: small_exp), and which compilers vectorize. */
+static inline float small_exp(float x) {
+    x = x < -80.0f ? -80.0f : x;                       /* keeps NaN */
+    float shifted = x * 1.44269504f + 12582912.0f;      /* rounds to a whole number */
+    float whole = shifted - 12582912.0f;
+    float r = x - whole * 0.693359375f;
+    r = r + whole * 2.12194440e-4f;
+    float y = 1.98756915e-4f;
+    y = y * r + 1.39819995e-3f;
+    y = y * r + 8.33345191e-3f;
+    y = y * r + 4.16657959e-2f;
+    y = y * r + 1.66666655e-1f;
+    y = y * r + 0.5f;
+    y = (y * r) * r + r;
+    y = y + 1.0f;
+    int32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits = (bits - 0x4b400000 + 127) << 23; /* 2^whole */
+    float power;
+    memcpy(&power, &bits, 4);
+    return y * power;
+}
+
+enum { STRIP = 64 }; /* labels whose exponentials are computed together */
+
+/* 1 - p of a token, where p is its highest probability. */
+static float rest(const float *logits, int num_labels, int top) {
+    float e[STRIP], total = 0.0f, highest = logits[top];
+    for (int first = 0; first < num_labels; first += STRIP) {
+        int count = num_labels - first < STRIP ? num_labels - first : STRIP;
+        for (int k = 0; k < count; k++) e[k] = small_exp(logits[first + k] - highest);
+        if (top >= first && top < first + count) e[top - first] = 0.0f;
+        for (int k = 0; k < count; k++) total += e[k];
+    }
+    return total / (1.0f + total);
+}
+
+Reading read_tokens(int layer, const float *logits, const uint8_t *counted, int tokens, int num_labels, int outside) {
+    Reading reading = {.layer = layer, .is_spans = 1};
+    reading.margin = reading.entropy = reading.distance_ratio = reading.nearest = NAN;
+    for (int t = 0; t < tokens; t++, logits += num_labels) {
+        if (!counted[t]) continue;
+        int top = best(logits, num_labels, -1);
+        double unsure = rest(logits, num_labels, top);
+        if (!(unsure <= reading.largest)) reading.largest = unsure; /* keeps NaN */
+        reading.total += unsure;
+        reading.tokens++;
+        reading.found |= top != outside;
+    }
+    return reading;
+}
+
 void probabilities(const float *logits, const double *thresholds, int num_labels, double *to) {
     if (thresholds) {
         for (int k = 0; k < num_labels; k++) {
@@ -78,6 +132,10 @@ static double at_least(double x, double low) { return x < low ? low : x; } /* ke
 /* z of the logistic regression: see Risk in exits/signals.py. */
 static double risk_logit(const double *w, const Reading *r) {
     if (r->is_value) return w[0] + w[1] * r->value + w[2] * (r->value * r->value);
+    if (r->is_spans) {
+        double z = w[0] + w[1] * log(at_least(r->largest, SMALLEST)) + w[2] * log(at_least(r->total, SMALLEST));
+        return z + w[3] * log(at_least(r->tokens, 1.0)) + w[4] * r->found;
+    }
     double z = w[0] + w[1] * r->margin + w[2] * r->entropy + w[3] * log(at_least(r->entropy, SMALLEST));
     return w[4] != 0.0 ? z + w[4] * log(at_least(r->distance_ratio, SMALLEST)) : z;
 }

@@ -6,12 +6,18 @@
 #ifndef NATIVE_RULE_H
 #define NATIVE_RULE_H
 
+#include <stdint.h>
+
 /* One exit's output for one text. */
 typedef struct {
     int layer;
     int label;                      /* the most probable class (ties: lowest index) */
     int is_value;                   /* a regression model: value, the only logit, is the answer; margin, entropy: NaN */
     double value;
+    int is_spans;                   /* of a token classifier: largest, total, tokens and found; margin, entropy: NaN */
+    double largest, total;          /* the largest and the sum of 1 - p of the counted tokens; p: highest probability */
+    int tokens;                     /* number of counted tokens */
+    int found;                      /* the most probable label of a counted token is not `outside` */
     double margin;                  /* the two highest logits' difference; multi-label: least distance to a threshold */
     double entropy;                 /* in [0, 1] */
     double distance_ratio, nearest; /* in [0, 1] and [0, 2]; NaN at an exit without prototypes */
@@ -32,6 +38,9 @@ typedef struct {
  * prototypes. thresholds: of a multi-label model, as logits, num_labels; NULL: another kind of model. One label means
  * regression. */
 Reading read_exit(int layer, const float *logits, const float *distances, const double *thresholds, int num_labels);
+
+/* Read the exit of a token classifier: logits (tokens, num_labels). counted, outside: see Decision. */
+Reading read_tokens(int layer, const float *logits, const uint8_t *counted, int tokens, int num_labels, int outside);
 
 /* The probabilities of an exit's labels, num_labels: the softmax, or with thresholds the sigmoid of each logit. */
 void probabilities(const float *logits, const double *thresholds, int num_labels, double *to);

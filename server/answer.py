@@ -11,6 +11,7 @@ from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict onl
 from de3.exits.reading import Reading
 from de3.exits.rule import ExitReason
 from de3.exits.signals import edr
+from de3.exits.spans import Span, redacted
 from de3.server.classification import Classification
 from de3.server.engine.job import Item
 from de3.server.engine.outcome import Outcome
@@ -33,17 +34,32 @@ class Signals(TypedDict):
     edr: Annotated[float | None, Field(description="null at an exit without prototypes")]
 
 
-class Answer(TypedDict):
-    """The answer at one exit."""
+class SpanOfText(TypedDict):
+    """A labelled part of a text."""
 
+    start: Annotated[
+        int, Field(description="index of its first character in the text as sent, in code points")
+    ]
+    end: Annotated[int, Field(description="index of the character after it")]
     label: str
+    score: Annotated[float, Field(description="mean probability of the label, over the tokens or words")]
+    text: NotRequired[Annotated[str, Field(description="the characters; absent with redact")]]
+
+
+class Answer(TypedDict):
+    """The answer at one exit. A token classifier's has spans, and no label and probs."""
+
+    label: NotRequired[str]
+    spans: NotRequired[Annotated[list[SpanOfText], Field(description="for a token classifier, in order")]]
     value: NotRequired[Annotated[float, Field(description="the answer of a regression model")]]
-    probs: Annotated[
-        list[float] | None,
-        Field(
-            description="probabilities (with raw, logits) in the order of the model's labels; null for a "
-            "regression model",
-        ),
+    probs: NotRequired[
+        Annotated[
+            list[float] | None,
+            Field(
+                description="probabilities (with raw, logits) in the order of the model's labels; null for a "
+                "regression model",
+            ),
+        ]
     ]
 
 
@@ -107,6 +123,7 @@ class ClassifiedText(Answer):
     index: int
     num_classes: int
     exit: Exit
+    text: NotRequired[Annotated[str, Field(description="with redact: the text, with its spans replaced")]]
     labels: NotRequired[
         Annotated[list[str], Field(description="for a multi-label model: labels above their thresholds")]
     ]
@@ -196,10 +213,10 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
     assert outcome is not None  # the job is finished
     reading, signal, labels = outcome.reading, outcome.rule.signal, manifest.labels
     lam = signal.lam or DISPLAY_LAM
+    text = None if request.is_private else item.text.text
     row: ClassifiedText = {
         "index": item.index,
-        "label": labels[reading.label],
-        "probs": _probs(reading, request.raw, exact),
+        **_answer(reading, labels, request.raw, exact, text),
         "num_classes": len(labels),
         "exit": {
             "layer": outcome.layer,
@@ -211,6 +228,8 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
             **_signals(reading, lam, exact),
         },
     }
+    if reading.tokens is not None and request.spans is not None and request.spans.templates is not None:
+        row["text"] = redacted(item.text.text, reading.tokens.spans, request.spans.templates)
     if reading.value is not None:
         row["value"] = reading.value
     if reading.labels is not None:
@@ -240,12 +259,12 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
     if outcome.is_far:
         row["out_of_distribution"] = True
     if request.explain:
-        row["layers"] = _passed_exits(outcome, labels, lam, request.raw, exact)
+        row["layers"] = _passed_exits(outcome, labels, lam, request.raw, exact, text)
     return row
 
 
 def _passed_exits(
-    outcome: Outcome, labels: list[str], lam: float, raw: bool, exact: bool
+    outcome: Outcome, labels: list[str], lam: float, raw: bool, exact: bool, text: str | None
 ) -> list[PassedExit]:
     """A row for every exit passed, with the window's index if the text has several windows."""
     rows: list[PassedExit] = []
@@ -254,8 +273,7 @@ def _passed_exits(
         for reading in passed:
             row: PassedExit = {
                 "layer": reading.layer,
-                "label": labels[reading.label],
-                "probs": _probs(reading, raw, exact),
+                **_answer(reading, labels, raw, exact, text),  # type: ignore[typeddict-item]  # as below
                 **_signals(reading, lam, exact),  # type: ignore[typeddict-item]  # might have more keys
             }
             if reading.value is not None:
@@ -264,6 +282,22 @@ def _passed_exits(
                 row["window"] = number
             rows.append(row)
     return rows
+
+
+def _answer(reading: Reading, labels: list[str], raw: bool, exact: bool, text: str | None) -> Answer:
+    """The answer of an exit. text: for the spans of a token classifier; None to leave out their characters."""
+    if reading.tokens is None:
+        return {"label": labels[reading.label], "probs": _probs(reading, raw, exact)}
+    return {"spans": [span_row(span, text, exact) for span in reading.tokens.spans]}
+
+
+def span_row(span: Span, text: str | None, exact: bool = False) -> SpanOfText:
+    """A span as it is sent. text: the text; None to leave out the span's characters."""
+    score = span.score if exact else round(span.score, DECIMALS)
+    row: SpanOfText = {"start": span.start, "end": span.end, "label": span.label, "score": score}
+    if text is not None:
+        row["text"] = text[span.start : span.end]
+    return row
 
 
 def _probs(reading: Reading, raw: bool, exact: bool) -> list[float] | None:

@@ -8,13 +8,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from de3.exits.spans import Aggregation
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
-from de3.server.engine.request import Request, Text
+from de3.model_store.part import MAX_LABELS, Share
+from de3.server.engine.request import Request, SpanOptions, Text
 from de3.server.errors import RequestError
 from de3.server.fields import JsonObject, check_fields, checked_text, one_or_more
 from de3.server.options import NO_OPTIONS, ExitOptions, OptionFields
 
+MAX_TEMPLATE = 100  # characters that replace a span
 MAX_MODELS = 16  # models that answer on one pass, as in native/layers.h
 
 
@@ -35,7 +38,12 @@ class Classification(Request):
     indices: Sequence[int] = ()
 
     def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for `top_k` with a regression model, which has no labels to rank."""
+        """Raise RequestError for `top_k` or `raw` with a model that has no labels to rank."""
+        if manifest.is_spans and (self.top_k or self.raw):
+            name = "top_k" if self.top_k else "raw"
+            raise RequestError(
+                f"{name}: {manifest.full_name} is a token classifier: a text has no probabilities", name
+            )
         if self.top_k and manifest.tolerance is not None:
             raise RequestError(
                 f"top_k: {manifest.full_name} is a regression model: it has no labels to rank",
@@ -108,6 +116,29 @@ def _entry(value: Any, where: str) -> ModelFields:
 Entries = Annotated[list[str | ModelFields], Field(min_length=1, max_length=MAX_MODELS)]
 
 
+def _min_score(value: Any) -> Any:
+    """The value, if it is a score, or an object of scores by label; otherwise raises ValueError."""
+    scores = value.values() if isinstance(value, dict) else [value]
+    if len(scores) > MAX_LABELS:
+        raise ValueError(f"has {len(scores)} labels; at most {MAX_LABELS} are allowed")
+    for one in scores:
+        if isinstance(one, bool) or not isinstance(one, float | int) or not 0 <= one <= 1:
+            raise ValueError("must be a number from 0 to 1, or an object of such numbers by label")
+    return value
+
+
+def _templates(value: Any) -> Any:
+    """The value, if it is true, false, or an object of templates by label; otherwise raises ValueError."""
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, dict) or len(value) > MAX_LABELS:
+        raise ValueError(f"must be true, or an object of up to {MAX_LABELS} templates by label")
+    for name, template in value.items():
+        if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
+            raise ValueError(f"[{name[:100]!r}]: must be a text of at most {MAX_TEMPLATE} characters")
+    return value
+
+
 class ClassifyRequest(OptionFields):
     """A request to classify one or more texts."""
 
@@ -148,6 +179,25 @@ class ClassifyRequest(OptionFields):
 
     raw: bool = Field(False, description="logits instead of probabilities, in probs")
     top_k: int | None = Field(None, ge=1, description="report this many of the most probable labels, as top")
+    aggregation: Aggregation | None = Field(
+        None,
+        description="for a token classifier: how tokens are grouped into spans, as in transformers; default: the "
+        "model's (simple, if it was not chosen at import)",
+    )
+    labels: list[str] | None = Field(
+        None, max_length=MAX_LABELS, description="for a token classifier: labels of the spans to return"
+    )
+    min_score: Annotated[
+        float | dict[str, float],
+        BeforeValidator(_min_score, json_schema_input_type=Share | dict[str, Share]),
+    ] = Field(0.0, description="for a token classifier: lowest score of a span, for all labels or by label")
+    redact: Annotated[
+        bool | dict[str, str], BeforeValidator(_templates, json_schema_input_type=bool | dict[str, str])
+    ] = Field(
+        False,
+        description="for a token classifier: return the text with each span replaced by its label in brackets, or by "
+        "the template of its label; the whole text is read, and not kept",
+    )
     request_id: str | None = Field(None, max_length=128, description="id of the response")
     use_activation: bool | None = Field(None, description="false: the same as raw: true")
     activation: bool | None = Field(None, description="the former name of use_activation")
@@ -182,8 +232,27 @@ class ClassifyRequest(OptionFields):
             raise ValueError("flag_threshold: needs flag, the label to watch for")
         if self.models is not None and self.model is not None:
             raise ValueError("models: cannot be combined with model; name all models in models")
+        if self.redact is not False:
+            if "truncate" in self.model_fields_set and self.truncate:
+                raise ValueError(
+                    "redact: contradicts truncate: true, which would leave a part of the text unread"
+                )
+            if self.long == "truncate":
+                raise ValueError(
+                    "redact: contradicts long: truncate, which would leave a part of the text unread"
+                )
+            if self.models is not None:
+                raise ValueError("redact: cannot be combined with models; name one model in model")
         _ = self.options_of_models
         return self
+
+    @property
+    def spans(self) -> SpanOptions | None:
+        """The options for spans; None if none are set."""
+        if self.model_fields_set.isdisjoint(("aggregation", "labels", "min_score", "redact")):
+            return None
+        templates = None if self.redact is False else {} if self.redact is True else self.redact
+        return SpanOptions(self.aggregation, self.labels, None, self.min_score, templates)
 
     @cached_property
     def options_of_models(self) -> list[tuple[str, ExitOptions]]:
@@ -220,6 +289,8 @@ def request_of(fields: ClassifyRequest) -> Classification:
         MAX_WINDOWS if fields.long == "windows" else 1,
         None if fields.flag is None else ([fields.flag], fields.flag_threshold),
         models=fields.options_of_models,
+        spans=fields.spans,
+        is_one_window=fields.long in ("truncate", "error") or "truncate" in fields.model_fields_set,
         id=fields.request_id,
         raw=fields.raw or fields.use_activation is False or fields.activation is False,
         top_k=fields.top_k or 0,

@@ -126,7 +126,9 @@ def _needs_an_exit(options: ExitOptions, last: int | None) -> str | None:
 
 
 def one_answer(manifest: Manifest) -> str:
-    """The reason why a model that is not multi-label has only one answer."""
+    """The reason why a model that is not multi-label has no thresholds."""
+    if manifest.is_spans:
+        return "its answer is the spans of a text"
     return "its classes are mutually exclusive" if manifest.tolerance is None else "its answer is a number"
 
 
@@ -137,6 +139,7 @@ class Rules:
         self._manifest, self._exits = manifest, manifest.exit_layers
         self._traits = manifest.traits
         self._thresholds = manifest.label_thresholds
+        self._spans = manifest.span_rule
         self.name = manifest.full_name
         table = manifest.calibration.table if manifest.calibration else []
         self._rows = {(row.tau, row.signal, row.lam): row for row in table}
@@ -213,11 +216,14 @@ class Rules:
         max_layer: int | None = None,
     ) -> Choice:
         expected = self._rows.get((tau, *_key(signal))) if max_layer is None else None
-        return Choice(ExitRule(tau, signal, max_layer, self._thresholds), set_by, requested, expected)
+        return Choice(
+            ExitRule(tau, signal, max_layer, self._thresholds, self._spans), set_by, requested, expected
+        )
 
     def _at_row(self, row: TradeOff, set_by: str, requested: float | None = None) -> Choice:
         """The choice for a row of the calibration table."""
-        rule = ExitRule(row.tau, self._signals[Key(row.signal, row.lam)], thresholds=self._thresholds)
+        signal = self._signals[Key(row.signal, row.lam)]
+        rule = ExitRule(row.tau, signal, thresholds=self._thresholds, spans=self._spans)
         return Choice(rule, set_by, requested, row)
 
     def choose(self, options: ExitOptions, level: int = 0, tenant: str = "") -> Choice:

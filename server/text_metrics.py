@@ -67,7 +67,7 @@ class _Texts:
         self.truncated += outcome.truncated
         self.far += outcome.is_far
         reading = outcome.reading
-        if reading.value is None:
+        if reading.value is None and reading.unsure is None:
             self.entropy.add(reading.entropy)
         if reading.distance_ratio is not None:
             self.ratio.add(reading.distance_ratio)

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 from transformers.utils import cached_file, logging
 
 from de3.model_store.families import family
@@ -135,8 +140,11 @@ def rewrite(name: str, source: Path, folder: Path) -> None:
 
 def _model(name: str, source: Path) -> tuple[Any, Any]:
     """The classifier, and the loading report of from_pretrained."""
+    architectures = read_config(source / "config.json").get("architectures") or ()
+    is_spans = any(str(one).endswith("ForTokenClassification") for one in architectures)
+    kind = AutoModelForTokenClassification if is_spans else AutoModelForSequenceClassification
     try:
-        return AutoModelForSequenceClassification.from_pretrained(  # type: ignore[no-any-return]
+        return kind.from_pretrained(  # type: ignore[no-any-return]
             source,
             dtype=torch.float32,
             output_loading_info=True,

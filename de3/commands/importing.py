@@ -36,7 +36,10 @@ WITH_RECORDS = ("model", "name", "records_files", "store", "quantize")
 def import_model(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="Folder or hub id of a transformers …ForSequenceClassification model.")
+        str,
+        typer.Argument(
+            help="Folder or hub id of a transformers …ForSequenceClassification or …ForTokenClassification model."
+        ),
     ],
     name: Annotated[str, typer.Option(help="Name of the model in the store.")],
     texts: Annotated[

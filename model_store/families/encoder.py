@@ -29,9 +29,12 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "ge
 class StockHead:
     """Layout of a stock classifier's head: pooling → dense → activation → norm → classifier.
 
+    A token classifier has no pooling; unless it has a dense layer, its head is the classifier alone.
+
     Attributes:
-        pooling: "cls" (the first token) or "mean".
-        dense, classifier, norm: names of the modules in transformers' model; norm is None if there is none.
+        pooling: "cls" (the first token), "mean", or "none" (each token is classified).
+        dense, classifier, norm: names of the modules in transformers' model; dense is empty, and norm None, if there is
+            none.
         activation: tanh, relu or gelu.
         epsilon: epsilon of the norm.
     """
@@ -146,6 +149,11 @@ class Encoder(ManifestPart, ABC):
     def head(cls, config: Config) -> StockHead:
         """The head of transformers' …ForSequenceClassification; raises ValueError if it cannot be exported."""
         return cls.HEAD
+
+    @classmethod
+    def token_head(cls, config: Config) -> StockHead:
+        """The head of transformers' …ForTokenClassification; raises ValueError if it cannot be exported."""
+        return StockHead("", "", "classifier", "none")
 
     def embedding_weights(self, config: Config, state: State) -> Weights:
         """The weights of `embed`; raises ValueError for tables whose sizes do not match the configuration.

@@ -4,6 +4,7 @@ No weight depends on the maximum length: positions, angles and masks are compute
 local attention runs block by block, so its time and memory are linear in the number of tokens.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -153,6 +154,11 @@ class ModernBert(Encoder):
             norm="head.norm",
             epsilon=float(config["norm_eps"]),
         )
+
+    @classmethod
+    def token_head(cls, config: Config) -> StockHead:
+        """The head of the stock token classifier, which has the layers of the other one, on each token."""
+        return replace(cls.head({**config, "classifier_pooling": "cls"}), pooling="none")
 
     def window_of(self, layer: int) -> int:
         """The largest distance, in tokens, at which tokens attend to each other; 0: no limit. layer: from 1."""

@@ -18,6 +18,7 @@ from hashlib import blake2b
 import numpy as np
 
 from de3.exits.reading import Reading, differs
+from de3.exits.rule import ExitRule
 from de3.model_store.segments import Array, Tokens
 from de3.server.audit.tenant import Settled, add_settled
 from de3.server.background import run_once
@@ -244,10 +245,14 @@ class Auditor:
         tenant = self._tenant(self._name(job))
         share = self._share_of(tenant, job.choice.rule.tau)
         draw = Draw(share, tenant.epoch, [self._random.random() < share for _ in job.items])
+        is_private = job.request.is_private
         for item, is_drawn in zip(job.items, draw.is_drawn, strict=True):
             item.is_drawn = is_drawn
+            item.is_deep |= is_drawn and is_private  # the answer is its own audit, so nothing keeps the text
             item.asks_all_exits |= is_drawn
-            item.keeps_states = self._learn is not None and (is_drawn or self._ask is not None)
+            item.keeps_states = (
+                not is_private and self._learn is not None and (is_drawn or self._ask is not None)
+            )
         if job.choice.rule.tau > 0:
             tenant.pending += sum(draw.is_drawn)
         return draw
@@ -295,7 +300,7 @@ class Auditor:
             if is_pending:
                 entry.key = key
                 text = None if self._ask is None else item.text
-                self._enqueue(tenant, entry, client, tokens, outcome.reading, text)
+                self._enqueue(tenant, entry, client, tokens, outcome.reading, job.choice.rule, text)
             elif is_drawn:
                 tenant.pending -= needs_audit
                 self._conclude(entry.settled, key, outcome.reading, outcome.passed)
@@ -324,10 +329,16 @@ class Auditor:
         return tenant.entries[-1]
 
     def _enqueue(
-        self, tenant: _Tenant, entry: _Entry, client: str, tokens: Tokens, answer: Reading, text: Text | None
+        self,
+        tenant: _Tenant,
+        entry: _Entry,
+        client: str,
+        tokens: Tokens,
+        answer: Reading,
+        rule: ExitRule,
+        text: Text | None,
     ) -> None:
         """Schedule the audit of a text. Audits are submitted together after TICK_S, so that answers are sent first."""
-        rule = self.served.rules.default.rule
 
         def done(audit: Audit) -> None:
             if self._ask is None or text is None or audit.is_dropped or audit.error is not None:

@@ -194,7 +194,12 @@ def run_audits(
     encoder = model.encoder
     forward = encoder.forward if in_group and encoder.forward is not None else encoder.layer_by_layer
     decisions = [
-        Decision(model.exits, replace(a.rule, tau=0.0), num_layers, ask_all=True, states=a.states)
+        Decision(
+            *(model.exits, replace(a.rule, tau=0.0), num_layers),
+            ask_all=True,
+            states=a.states,
+            layout=a.tokens.layout,
+        )
         for a in audits
     ]
     passes = [ForwardPass(a.tokens, [one]) for a, one in zip(audits, decisions, strict=True)]

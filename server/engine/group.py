@@ -60,7 +60,9 @@ def _begin(
     started = perf_counter()
     items, served = list(group), group[0].job.deepest
     model = served.model
-    encodings = model.tokenizer.encode([(item.text.text, item.text.text_pair) for item in items])
+    has_layouts = any(item.job.has_layouts for item in items)
+    pairs = [(item.text.text, item.text.text_pair) for item in items]
+    encodings = model.tokenizer.encode(pairs, offsets=has_layouts)
     ready: list[Item] = []
     too_long: list[Item] = []
     failed: list[tuple[Item, Result]] = []
@@ -73,7 +75,9 @@ def _begin(
             too_long.append(item)
             continue
         try:
-            tokens = model.tokenizer.short(encoding, item.text.text_pair is not None, job.request.truncate)
+            text = item.text.text if job.has_layouts else None
+            is_pair = item.text.text_pair is not None
+            tokens = model.tokenizer.short(encoding, is_pair, job.request.truncate, text)
         except ValueError as error:
             failed.append((item, too_long_error(item, error)))
             continue

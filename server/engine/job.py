@@ -1,12 +1,12 @@
 """The unit of the engine's work: a job, with an item for each text of its request."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from time import perf_counter
 
-from de3.exits.reading import sigmoid
-from de3.exits.windows import Flag, most_windows
+from de3.exits.reading import Answer, sigmoid
+from de3.exits.windows import MAX_WINDOWS, Flag, most_windows
 from de3.model_store.encoder import Encoder
 from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.manifest import Manifest
@@ -45,6 +45,7 @@ class Item:
         is_short: short enough to run in a group and to be tokenized in one step.
         is_sampled: its reading at the first exit is used to measure drift.
         is_drawn: it was drawn for an audit.
+        is_deep: it runs to full depth, whatever τ is.
         asks_all_exits: every exit is evaluated, even those at which it cannot exit.
         keeps_states: the mean hidden state of its tokens after each layer is kept, for fitting exits.
         states: these states, (num_layers, hidden), filled in as the layers run; None: not kept.
@@ -67,6 +68,7 @@ class Item:
     is_short: bool = field(init=False)
     is_sampled: bool = field(init=False)
     is_drawn: bool = False
+    is_deep: bool = False
     asks_all_exits: bool = field(init=False)
     keeps_states: bool = False
     states: Array | None = None
@@ -122,6 +124,8 @@ class Item:
         """Begin the first window of a text that has several."""
         self.progress.windows = windows
         for one in self.team:
+            # Texts in windows are not audited.
+            one.is_deep |= one.job.model.manifest.is_spans and one.job.choice.guarantee is not None
             one.windows = WindowProgress(windows, one.job.choice.rule, one.job.flag)
         self.start(windows[0])
 
@@ -150,6 +154,8 @@ class Item:
     def decide(self) -> Decision:
         """Begin the model's decision about the text, or about its next window."""
         model, monitor, rule = self.job.model, self.job.monitor, self.job.choice.rule
+        rule = replace(rule, tau=0.0) if self.is_deep else rule
+        tokens = self.progress.tokens
         before = self.decision  # the previous window's
         if self.keeps_states and self.windows is None:
             self.states = model.empty_states()
@@ -162,6 +168,7 @@ class Item:
             1.0 if monitor is None else monitor.tau_factor,
             before is not None and before.is_far,
             self.states,
+            None if tokens is None else tokens.layout,
         )
         return self.decision
 
@@ -184,6 +191,7 @@ class Job:
         fellows: jobs of other models, with the same texts, that are answered on this job's pass.
         own_options: exit options of this model, if several answer; None: those of the request.
         in_groups: its texts may run in groups.
+        has_layouts: a token classifier needs the layout of its texts' tokens.
         asks_all_exits: every exit is evaluated, even those at which its items cannot exit.
         is_dropped: its result is no longer needed.
         deepest: the model with the most layers, by whose timing the texts are scheduled.
@@ -207,6 +215,7 @@ class Job:
     submitted: float = field(default_factory=perf_counter)
     items: list[Item] = field(init=False)
     in_groups: bool = field(init=False)
+    has_layouts: bool = field(init=False)
     asks_all_exits: bool = field(init=False)
     is_dropped: bool = False
     deepest: Served = field(init=False)
@@ -239,6 +248,7 @@ class Job:
         self.asks_all_exits = request.explain or request.ood or monitors_ood or budget_s is not None
         if budget_s is not None:
             self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
+        self.has_layouts = any(job.model.manifest.is_spans for job in self.team)
         due, self.items = self.submitted, []
         for index, text in enumerate(request.texts):
             predicted_s = deepest.timing.predict(text.chars, request.windows)
@@ -312,17 +322,20 @@ class Job:
         """The outcomes of the texts that have exited, in the order of the request."""
         return [item.outcome for item in self.items if item.outcome is not None]
 
-    def answers(self) -> list[str | float]:
+    def answers(self) -> list[Answer]:
         """The answers to the texts of a finished job that have not failed, in the order of the request.
 
-        An answer is a label, the labels of a multi-label model joined by commas, or a value.
+        An answer is a label, the labels of a multi-label model joined by commas, a value, or a set of spans.
         """
-        values = [outcome.reading.value for outcome in self.outcomes()]
-        both = zip(self.labels(), values, strict=True)
-        return [label if value is None else value for label, value in both]
+        if not self.model.manifest.has_classes:
+            return [outcome.reading.answer for outcome in self.outcomes()]
+        return list(self.labels())
 
     def labels(self) -> list[str]:
-        """The label of each text that has not failed; for a multi-label model, the text's labels joined by commas."""
+        """The label of each text that has not failed; for a multi-label model, the text's labels joined by commas.
+
+        Not for a token classifier.
+        """
         names = self.model.manifest.labels
         readings = [outcome.reading for outcome in self.outcomes()]
         return [
@@ -356,6 +369,8 @@ def job_of(
         choice = served.rules.choose(entry.options, level, request.tenant)
     except RequestError as error:
         raise error.inside(entry.where) from None
+    if manifest.is_spans:
+        choice = _with_spans(choice, request, manifest)
     flag = _flag_of(request, manifest, choice)
     return Job(served, choice, request, on_done, own_options=entry.options, fellows=fellows, flag=flag)
 
@@ -372,6 +387,7 @@ def jobs_of(
     encoder.
     """
     entries = request.entries
+    _check_spans(request, [one.model.manifest for one in served])
     if len(served) > 1:
         check_encoders([one.model for one in served], [entry.where for entry in entries])
     fellows = [
@@ -398,6 +414,31 @@ def check_encoders(models: Sequence[Model], where: Sequence[str] = ()) -> None:
             )
 
 
+def _check_spans(request: Request, manifests: Sequence[Manifest]) -> None:
+    """Raise RequestError for span options that the models cannot have; long texts run in windows for token classifiers.
+
+    With other models, which may answer differently in windows, texts are truncated unless the request says otherwise.
+    """
+    are_spans = [one.is_spans for one in manifests]
+    if request.spans is not None and not any(are_spans):
+        given = zip(request.spans.names, request.spans.given, strict=True)
+        field = next((name for name, is_given in given if is_given), request.spans.names[0])
+        what = f"{manifests[0].full_name} is not a token classifier: it finds no spans"
+        raise RequestError(f"{field}: {what}", field)
+    if request.is_private:
+        request.windows, request.truncate = MAX_WINDOWS, False
+    elif all(are_spans) and not request.is_one_window:
+        request.windows = MAX_WINDOWS
+
+
+def _with_spans(choice: Choice, request: Request, manifest: Manifest) -> Choice:
+    """A token classifier's choice, with the request's options for spans; redaction has no latency budget."""
+    rule = (
+        choice.rule if request.spans is None else replace(choice.rule, spans=request.spans.rule_for(manifest))
+    )
+    return replace(choice, rule=rule, budget_s=None if request.is_private else choice.budget_s)
+
+
 def _depth(served: Served) -> int:
     return served.model.manifest.num_layers
 
@@ -407,9 +448,9 @@ def _flag_of(request: Request, manifest: Manifest, choice: Choice) -> Flag | Non
     if request.flag is None:
         return None
     names, threshold = request.flag
-    known = [] if manifest.tolerance is not None else manifest.labels
+    known = manifest.labels if manifest.has_classes else []
     if unknown := [name for name in names if name not in known]:
-        why = ", ".join(known[:20]) or "a regression model has no labels"
+        why = ", ".join(known[:20]) or "its texts have no classes"
         raise RequestError(f"flag: {unknown[0][:100]!r} is not a label of {manifest.name}: {why}", "flag")
     labels, thresholds = [known.index(name) for name in names], choice.rule.thresholds
     if threshold is None:

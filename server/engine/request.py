@@ -1,11 +1,15 @@
 """A request, independent of its protocol: the texts to classify, and their options."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
+from de3.exits.spans import OUTSIDE, Aggregation, SpanRule
 from de3.model_store.manifest import Manifest
+from de3.server.errors import RequestError
 from de3.server.options import NO_OPTIONS, ExitOptions
+
+MAX_NAMED = 40  # labels in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,52 @@ class Text:
     def chars(self) -> int:
         """Number of characters; for a pair, of both texts together."""
         return len(self.text) + (len(self.text_pair) if self.text_pair else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SpanOptions:
+    """A request's options for the spans of a token classifier.
+
+    Attributes:
+        aggregation: how spans are made; None: the model's own.
+        kept: labels of the spans to return; None: all. ignored: labels of spans that are never returned; None: O.
+        min_score: lowest score of the spans to return, for all labels or by label.
+        templates: the answer is the text with each span replaced, by its label's template or, without one, [LABEL]; no
+            audit, record or answer then has the text. None: nothing is replaced.
+        names: the protocol's fields for kept, ignored, min_score and templates, for error messages.
+    """
+
+    aggregation: Aggregation | None = None
+    kept: Sequence[str] | None = None
+    ignored: Sequence[str] | None = None
+    min_score: float | Mapping[str, float] = 0.0
+    templates: Mapping[str, str] | None = None
+    names: tuple[str, str, str, str] = ("labels", "ignore_labels", "min_score", "redact")
+
+    @property
+    def given(self) -> tuple[bool, ...]:
+        """For each of `names`, true if it is set; the aggregation, which every protocol has, counts as the first."""
+        is_set = self.kept is not None or self.aggregation is not None
+        return is_set, self.ignored is not None, self.min_score != 0.0, self.templates is not None
+
+    def rule_for(self, manifest: Manifest) -> SpanRule:
+        """The rule for the spans of a token classifier; raises RequestError for a label that it does not have."""
+        labels, aggregation = tuple(manifest.labels), self.aggregation or manifest.aggregation or "simple"
+        known = set(SpanRule(labels, aggregation, ignored=frozenset()).names)
+        scores = self.min_score if isinstance(self.min_score, Mapping) else {"": self.min_score}
+        for field, given in zip(
+            self.names, (self.kept, self.ignored, scores.keys() - {""}, self.templates), strict=True
+        ):
+            # The usual label O may be named to be ignored, whether the model has it or not.
+            if unknown := next((name for name in given or () if name not in known | {OUTSIDE}), None):
+                raise RequestError(
+                    f"{field}: {manifest.full_name} finds no {unknown[:100]!r}; it finds "
+                    f"{', '.join(sorted(known - {OUTSIDE})[:MAX_NAMED])}",
+                    field,
+                )
+        rule = SpanRule(labels, aggregation, None if self.kept is None else frozenset(self.kept))
+        ignored = rule.ignored if self.ignored is None else frozenset(self.ignored)
+        return replace(rule, ignored=ignored, min_scores=scores)
 
 
 class Entry(NamedTuple):
@@ -52,6 +102,8 @@ class Request:
         tenant: name of the request's API key, or empty; a guarantee holds for each tenant.
         expires_at: time at which the request times out (perf_counter seconds); None: `timeout_s` (see Settings) after
             its submission.
+        spans: options for the spans of token classifiers; None: none are set.
+        is_one_window: a long text is truncated, also for a token classifier, which otherwise reads it in windows.
         keeps_errors: the RequestError of a text, such as one that is too long, is recorded in the text's item, and the
             other texts are still answered; any other error fails the whole job. If false, every error does.
         models: the models that all answer, on one pass, each with its options; empty: `model` answers, with `options`.
@@ -71,8 +123,15 @@ class Request:
     client: str = ""
     tenant: str = ""
     expires_at: float | None = None
+    spans: SpanOptions | None = None
+    is_one_window: bool = False
     keeps_errors: bool = False
     models: Sequence[tuple[str, ExitOptions]] = ()
+
+    @property
+    def is_private(self) -> bool:
+        """True if nothing may keep its texts: they are redacted."""
+        return self.spans is not None and self.spans.templates is not None
 
     @property
     def entries(self) -> list[Entry]:

@@ -119,7 +119,7 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
     if progress.tokenization is None:
         request = job.request
         progress.tokenization = job.model.tokenizer.start(
-            text.text, text.text_pair, request.truncate, request.windows
+            text.text, text.text_pair, request.truncate, request.windows, job.has_layouts
         )
     while True:
         occupy(job.deepest.timing.piece_s)
