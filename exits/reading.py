@@ -126,7 +126,7 @@ def read_tokens(layer: int, logits: Array, layout: Layout, rule: SpanRule) -> Re
 
 
 def differs(one: Answer, other: Answer, tolerance: float | None = None) -> bool:
-    """True if two answers differ: in the class, any label or span, or the value by more than `tolerance` (0 if None)."""
+    """True if two answers differ: in the class, in a label or span, or in the value by more than `tolerance` or 0."""
     if isinstance(one, float) and isinstance(other, float):
         return not abs(one - other) <= (tolerance or 0.0)  # NaN differs from every value
     return one != other

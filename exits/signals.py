@@ -42,7 +42,7 @@ class ModelTraits:
     risk: tuple[Weights | None, ...] | None = None
 
     def check_has_classes(self, signal: str, exclusive: bool) -> None:
-        """Raise ValueError for a regression model and a token classifier; if `exclusive`, for a multi-label model, too."""
+        """Raise ValueError for a regression model, a token classifier and, if `exclusive`, a multi-label model."""
         if self.answer == "spans":
             raise ValueError(f"{signal} needs one answer for a text, and {self.name} finds spans")
         if self.answer == "value":

@@ -1,7 +1,7 @@
 """Spans: the labelled parts of a text that a token classifier finds, and how sure it is of them.
 
-Tokens are grouped as transformers' token-classification pipeline groups them. The names of labels may begin with B- (the
-first token of a span) or I- (a further one); O is a token outside of all spans.
+Tokens are grouped as transformers' token-classification pipeline groups them. The names of labels may begin with B-
+(the first token of a span) or I- (a further one); O is a token outside of all spans.
 
 - none: each token is a span.
 - simple: neighbouring tokens of one label are a span; a token whose label begins with B- begins a new one.
@@ -10,10 +10,9 @@ first token of a span) or I- (a further one); O is a token outside of all spans.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +20,6 @@ from numpy.typing import NDArray
 Aggregation = Literal["none", "simple", "first", "average", "max"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 OUTSIDE = "O"
-if TYPE_CHECKING:
-    from de3.exits.reading import Reading
 MAX_TOKEN_LABELS = 1000  # labels of a token classifier: each token of a text has a logit for each
 Array = NDArray[np.float32]
 
@@ -141,7 +138,10 @@ class SpanRule:
         else:
             found, scores, bounds = self._words(probabilities(logits[rows]), layout, rows)
         if self.aggregation == "none":
-            spans = [Span(*b, self.labels[k], s) for k, s, b in zip(found, scores, bounds, strict=True)]
+            spans = [
+                Span(start, end, self.labels[k], score)
+                for k, score, (start, end) in zip(found, scores, bounds, strict=True)
+            ]
         else:
             spans = self._grouped(found, scores, bounds)
         return [span for span in spans if self._is_kept(span)]
@@ -246,48 +246,6 @@ def small_exp(x: Array) -> Array:
     for factor in (8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 0.5):
         y = y * r + c(factor)
     return np.asarray(np.ldexp(((y * r) * r + r) + c(1), whole.astype(np.int32)))
-
-
-class SpanCombination:
-    """The spans of a text's windows: those of one long text, with the tokens of all windows that have run.
-
-    Windows overlap: of a token in two windows, the logits are those of the window in which it is farther from the edge
-    that cuts the text.
-    """
-
-    decisive = 0  # as exits.windows.Combination
-
-    def __init__(self, windows: Sequence[tuple[int, int]]) -> None:
-        """windows: the tokens [start, end) of the text in each window, without special tokens."""
-        self._windows = windows
-        self._ran: list[TokenReading] = []
-
-    def add(self, reading: "Reading") -> None:
-        """Add the answer of the next window."""
-        assert reading.tokens is not None
-        self._ran.append(reading.tokens)
-
-    def is_settled(self, change: float = 1.0) -> bool:
-        """True if all windows have run: one part of a text says nothing about the spans of another."""
-        return len(self._ran) == len(self._windows)
-
-    def reading(self, last: "Reading") -> "Reading":
-        """The combined answer of the windows that have run, with the signals of `last`, the last window's reading."""
-        windows, logits, layouts = self._windows[: len(self._ran)], list[Array](), list[Layout]()
-        # The first token of each window that is taken from it, and not from the window before.
-        cuts = [(end + start) // 2 for (_, end), (start, _) in pairwise(windows)]
-        for (start, _), one, first, last in zip(
-            windows, self._ran, [windows[0][0], *cuts], [*cuts, windows[-1][1]], strict=True
-        ):
-            rows = np.flatnonzero(~one.layout.is_special)[first - start : last - start]
-            logits.append(one.logits[rows])
-            layouts.append(one.layout.part(rows))
-        whole = Layout(*(np.concatenate(arrays) for arrays in zip(*map(_arrays, layouts), strict=True)))
-        return replace(last, tokens=TokenReading(np.concatenate(logits), whole, self._ran[0].rule))
-
-
-def _arrays(layout: Layout) -> tuple[NDArray[Any], ...]:
-    return layout.offsets, layout.is_special, layout.is_subword
 
 
 def redacted(text: str, spans: Sequence[Span], templates: Mapping[str, str] | None = None) -> str:

@@ -4,16 +4,22 @@
   that are in no earlier window.
 - Multi-label: the probability of a label is its highest in any window, as a single passage may justify the label.
 - Regression: the mean of the values, weighted as for classes.
+- Spans: those of the whole text, made once from the tokens of all windows.
 - With a flag (labels to watch for): the answer of the window where they are most probable. It is settled at the
   first window where the probability reaches the flag's threshold.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from de3.exits.reading import Reading
+from de3.exits.spans import Array, Layout, TokenReading
 
 MAX_WINDOWS = 16
 MAX_TOKENS = 16 * 512  # limit over all windows: a text has fewer windows if they are long, but at least two
@@ -154,3 +160,45 @@ class Combination:
 
 def _highest(before: list[float], now: list[float]) -> list[float]:
     return [max(pair) for pair in zip(before or now, now, strict=True)]
+
+
+class SpanCombination:
+    """The spans of a text's windows: those of one long text, with the tokens of all windows that have run.
+
+    Windows overlap: of a token in two windows, the logits are those of the window in which it is farther from the edge
+    that cuts the text.
+    """
+
+    decisive = 0  # as exits.windows.Combination
+
+    def __init__(self, windows: Sequence[tuple[int, int]]) -> None:
+        """windows: the tokens [start, end) of the text in each window, without special tokens."""
+        self._windows = windows
+        self._ran: list[TokenReading] = []
+
+    def add(self, reading: Reading) -> None:
+        """Add the answer of the next window."""
+        assert reading.tokens is not None
+        self._ran.append(reading.tokens)
+
+    def is_settled(self, change: float = 1.0) -> bool:
+        """True if all windows have run: one part of a text says nothing about the spans of another."""
+        return len(self._ran) == len(self._windows)
+
+    def reading(self, last: Reading) -> Reading:
+        """The combined answer of the windows that have run, with the signals of `last`, the last window's reading."""
+        windows, logits, layouts = self._windows[: len(self._ran)], list[Array](), list[Layout]()
+        # The first token of each window that is taken from it, and not from the window before.
+        cuts = [(end + start) // 2 for (_, end), (start, _) in pairwise(windows)]
+        for (start, _), one, begin, end in zip(
+            windows, self._ran, [windows[0][0], *cuts], [*cuts, windows[-1][1]], strict=True
+        ):
+            rows = np.flatnonzero(~one.layout.is_special)[begin - start : end - start]
+            logits.append(one.logits[rows])
+            layouts.append(one.layout.part(rows))
+        whole = Layout(*(np.concatenate(arrays) for arrays in zip(*map(_arrays, layouts), strict=True)))
+        return replace(last, tokens=TokenReading(np.concatenate(logits), whole, self._ran[0].rule))
+
+
+def _arrays(layout: Layout) -> tuple[NDArray[Any], ...]:
+    return layout.offsets, layout.is_special, layout.is_subword

@@ -219,7 +219,7 @@ class Stock:
 
     @cached_property
     def head(self) -> Head | None:
-        """The settings of the head, which is the last exit; None for an encoder, and for a classifier without other layers."""
+        """The settings of the head, which is the last exit; None for an encoder, or if it is a classifier alone."""
         head = self.description.head
         if head is None or not head.dense:
             return None

@@ -7,127 +7,31 @@ from pathlib import Path
 
 DATA = Path("../shared/data")
 MAX_CHARS = 900  # of a text without personal data
-FIRST = [
-    "Anna",
-    "Ben",
-    "Carla",
-    "David",
-    "Elena",
-    "Farid",
-    "Grace",
-    "Hiro",
-    "Ines",
-    "Jamal",
-    "Katja",
-    "Liam",
-    "Maria",
-    "Nils",
-    "Olga",
-    "Priya",
-    "Quentin",
-    "Rosa",
-    "Sven",
-    "Tara",
-    "Umar",
-    "Vera",
-    "William",
-    "Xenia",
-    "Yusuf",
-    "Zoe",
-    "Mohammed",
-    "Siobhan",
-    "Björn",
-    "Zoë",
-    "Aaliyah",
-    "Noah",
-    "Emma",
-    "Lucas",
-    "Mia",
-    "Chen",
-    "Wei",
-    "Fatima",
-    "Andrés",
-    "Chloé",
-]
-LAST = [
-    "Smith",
-    "Müller",
-    "Garcia",
-    "Kowalski",
-    "Nguyen",
-    "Rossi",
-    "Silva",
-    "Johnson",
-    "Okafor",
-    "Petrov",
-    "Dubois",
-    "Yamada",
-    "Khan",
-    "Larsen",
-    "Novak",
-    "Brown",
-    "Wilson",
-    "Schmidt",
-    "Fernandez",
-    "O'Connor",
-    "Ivanova",
-    "Haddad",
-    "Kim",
-    "Andersson",
-    "Jones",
-    "Taylor",
-    "Moreau",
-    "Costa",
-    "Weber",
-    "Lindqvist",
-    "Patel",
-    "Cohen",
-]
-STREETS = [
-    "Baker",
-    "Mill",
-    "Church",
-    "Station",
-    "Park",
-    "High",
-    "Oak",
-    "Maple",
-    "Elm",
-    "River",
-    "Hill",
-    "King",
-    "Queen",
-    "Market",
-    "Washington",
-    "Lincoln",
-]
-KINDS = ["Street", "St", "Road", "Avenue", "Ave", "Lane", "Drive", "Blvd", "Court"]
-CITIES = [
-    "London",
-    "Boston",
-    "Chicago",
-    "Leeds",
-    "Denver",
-    "Austin",
-    "Seattle",
-    "Portland",
-    "Dublin",
-    "Bristol",
-    "Miami",
-    "Atlanta",
-    "Phoenix",
-    "Dallas",
-]
-STATES = ["MA", "IL", "CO", "TX", "WA", "OR", "FL", "GA", "AZ", "NY", "CA", "OH"]
-HOSTS = [
-    "example.com",
-    "mail.example.org",
-    "gmail.com",
-    "outlook.com",
-    "proton.me",
-    "company.co.uk",
-    "web.de",
-]
+# fmt: off
+FIRST = (
+    "Anna", "Ben", "Carla", "David", "Elena", "Farid", "Grace", "Hiro", "Ines", "Jamal", "Katja", "Liam", "Maria",
+    "Nils", "Olga", "Priya", "Quentin", "Rosa", "Sven", "Tara", "Umar", "Vera", "William", "Xenia", "Yusuf", "Zoe", "Mohammed",
+    "Siobhan", "Björn", "Zoë", "Aaliyah", "Noah", "Emma", "Lucas", "Mia", "Chen", "Wei", "Fatima", "Andrés", "Chloé",
+)
+LAST = (
+    "Smith", "Müller", "Garcia", "Kowalski", "Nguyen", "Rossi", "Silva", "Johnson", "Okafor", "Petrov", "Dubois",
+    "Yamada", "Khan", "Larsen", "Novak", "Brown", "Wilson", "Schmidt", "Fernandez", "O'Connor", "Ivanova", "Haddad",
+    "Kim", "Andersson", "Jones", "Taylor", "Moreau", "Costa", "Weber", "Lindqvist", "Patel", "Cohen",
+)
+STREETS = (
+    "Baker", "Mill", "Church", "Station", "Park", "High", "Oak", "Maple", "Elm", "River", "Hill", "King", "Queen",
+    "Market", "Washington", "Lincoln",
+)
+KINDS = ("Street", "St", "Road", "Avenue", "Ave", "Lane", "Drive", "Blvd", "Court")
+CITIES = (
+    "London", "Boston", "Chicago", "Leeds", "Denver", "Austin", "Seattle", "Portland", "Dublin", "Bristol", "Miami",
+    "Atlanta", "Phoenix", "Dallas",
+)
+STATES = ("MA", "IL", "CO", "TX", "WA", "OR", "FL", "GA", "AZ", "NY", "CA", "OH")
+HOSTS = (
+    "example.com", "mail.example.org", "gmail.com", "outlook.com", "proton.me", "company.co.uk", "web.de",
+)
+# fmt: on
 
 Random = random.Random
 

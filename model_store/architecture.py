@@ -74,11 +74,10 @@ class Architecture(ManifestPart):
             raise ValueError(f"exit_layers must ascend from 0 or more to {self.num_layers}, got {exits}")
         if self.head is not None and self.prototype_layers == exits:
             raise ValueError("prototype_layers must not include the last layer, which has a head")
-        if self.is_spans:
-            if self.prototype_layers or not 2 <= len(self.labels) <= MAX_TOKEN_LABELS:
-                raise ValueError(
-                    f"a token classifier must have 2 to {MAX_TOKEN_LABELS} labels, and no prototype_layers"
-                )
+        if self.is_spans and (self.prototype_layers or not 2 <= len(self.labels) <= MAX_TOKEN_LABELS):
+            raise ValueError(
+                f"a token classifier must have 2 to {MAX_TOKEN_LABELS} labels, and no prototype_layers"
+            )
         if self.head is not None and (self.head.pooling == "none") != self.is_spans:
             raise ValueError("head.pooling must be none if, and only if, pooling is none")
         if self.max_tokens > self.encoder.longest:

@@ -7,8 +7,8 @@ A segment runs one unpadded sample:
     layer_NN.onnx     hidden (1, T, H) → next_hidden (1, T, H)
 
 The weights of all exits are in exits.safetensors, so that the segments of models with the same encoder are equal. The
-graph of an exit is built from them when the model is loaded: hidden (1, T, H) → logits (1, K), or (T, K) for a token classifier. If the exit has
-prototypes, it also takes prototypes (K, D), with unit rows, and returns distances (1, K).
+graph of an exit is built from them when the model is loaded: hidden (1, T, H) → logits (1, K), or (T, K) for a token
+classifier. If the exit has prototypes, it also takes prototypes (K, D), with unit rows, and returns distances (1, K).
 
 In artifacts of schema 6, an exit is a branch of its segment, which takes with_exit, a boolean, as well, and returns
 logits and distances, too.

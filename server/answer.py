@@ -216,7 +216,7 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
     text = None if request.is_private else item.text.text
     row: ClassifiedText = {
         "index": item.index,
-        **_answer(reading, labels, request.raw, exact, text),
+        **_answer(reading, labels, request.raw, exact, text),  # type: ignore[typeddict-item]  # as below
         "num_classes": len(labels),
         "exit": {
             "layer": outcome.layer,
@@ -273,7 +273,7 @@ def _passed_exits(
         for reading in passed:
             row: PassedExit = {
                 "layer": reading.layer,
-                **_answer(reading, labels, raw, exact, text),  # type: ignore[typeddict-item]  # as below
+                **_answer(reading, labels, raw, exact, text),
                 **_signals(reading, lam, exact),  # type: ignore[typeddict-item]  # might have more keys
             }
             if reading.value is not None:

@@ -125,7 +125,7 @@ class Item:
         self.progress.windows = windows
         for one in self.team:
             # Texts in windows are not audited.
-            one.is_deep |= one.job.model.manifest.is_spans and one.job.choice.guarantee is not None
+            one.is_deep |= one.job.choice.rule.spans is not None and one.job.choice.guarantee is not None
             one.windows = WindowProgress(windows, one.job.choice.rule, one.job.flag)
         self.start(windows[0])
 
@@ -248,7 +248,7 @@ class Job:
         self.asks_all_exits = request.explain or request.ood or monitors_ood or budget_s is not None
         if budget_s is not None:
             self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
-        self.has_layouts = any(job.model.manifest.is_spans for job in self.team)
+        self.has_layouts = any(job.choice.rule.spans is not None for job in self.team)
         due, self.items = self.submitted, []
         for index, text in enumerate(request.texts):
             predicted_s = deepest.timing.predict(text.chars, request.windows)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from de3.exits.rule import ExitRule
-from de3.exits.spans import SpanCombination
-from de3.exits.windows import EXPECTED_CHANGE, Combination, Flag
+from de3.exits.windows import EXPECTED_CHANGE, Combination, Flag, SpanCombination
 from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.segments import Tokens
 from de3.model_store.tokenizer import Tokenization, Windows
