@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits import bound
-from de3.exits.recorded import Recorded
+from de3.exits.recorded import Recorded, RecordedSpans
 from de3.exits.rule import exit_index
 from de3.exits.signals import Edr, Entropy, Signal
 
@@ -77,9 +77,9 @@ class Samples:
 def candidates(recorded: Recorded) -> list[Signal]:
     """The signals that need no fitting: entropy, and EDR with several λ values if classes are mutually exclusive.
 
-    A regression model has none.
+    A regression model and a token classifier have none.
     """
-    if recorded.tolerance is not None:
+    if recorded.tolerance is not None or isinstance(recorded, RecordedSpans):
         return []
     return [Entropy(), *(Edr(lam) for lam in (LAMS if recorded.thresholds is None else ()))]
 
@@ -105,7 +105,7 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Tra
     correct = recorded.correct
     early, full = correct[rows, index], correct[:, -1]
     n = len(index)
-    loss, error = mean_and_error(full.astype(float) - early, samples.groups) if tau > 0 else (0.0, 0.0)
+    loss, error = _loss(samples, full.astype(float) - early, index) if tau > 0 else (0.0, 0.0)
     mean_cost = float(np.asarray(recorded.exit_costs)[index].mean())
     size = effective_size(early, samples.groups)
     return TradeOff(
@@ -116,11 +116,34 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Tra
         accuracy_interval=wilson(early.mean() * size, size),
         loss=loss,
         loss_interval=(loss - Z95 * error, loss + Z95 * error),
-        disagreement=float(recorded.differs[rows, index].mean()),
+        disagreement=max(float(differs.mean()) for differs, _ in _unlike(samples, index)),
         mean_exit_layer=mean_cost,
         speedup=speedup(recorded.exit_costs[-1], mean_cost),
         histogram=(np.bincount(index, minlength=len(recorded.exit_layers)) / n).tolist(),
     )
+
+
+def _unlike(samples: Samples, index: NDArray[np.int64]) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+    """Each kind of disagreement of the exits `index`, (n,): of m samples, with their groups; those with samples only."""
+    return [
+        (differs[np.arange(len(rows)), index[rows]], samples.groups[rows])
+        for differs, rows in samples.recorded.kinds
+        if len(rows)
+    ]
+
+
+def _loss(samples: Samples, lost: Floats, index: NDArray[np.int64]) -> tuple[float, float]:
+    """Loss of accuracy and its error. lost: of each sample, (n,).
+
+    With several kinds of disagreement (of spans), those of the kind with the highest upper bound.
+    """
+    losses = [mean_and_error(lost, samples.groups)]
+    full = np.full(len(index), len(samples.recorded.exit_layers) - 1)
+    for (early, groups), (late, _) in zip(
+        _unlike(samples, index)[1:], _unlike(samples, full)[1:], strict=True
+    ):
+        losses.append(mean_and_error(early.astype(float) - late, groups))
+    return max(losses, key=lambda one: one[0] + Z95_ONE_SIDED * one[1])
 
 
 def mean_and_error(values: Floats, groups: NDArray[np.int64]) -> tuple[float, float]:
@@ -170,16 +193,16 @@ def trade_off(
     rows = [outcome(samples, scores, tau, signal) for tau in sorted(taus)]
     # At τ = 0 every answer is full depth's: there is nothing to bound, unless full depth differs from the original.
     above = [row for row in rows if row.tau > 0 or samples.recorded.original is not None]
-    all_differ = samples.recorded.differs
-    number = np.arange(len(all_differ))
     bounds, cache = [0.0] * (len(rows) - len(above)), dict[tuple[float, int], float]()
     for row in above:
-        differs = all_differ[number, exit_index(scores, row.tau)]
-        n = round(effective_size(differs, samples.groups))
-        key = (row.disagreement, n)
-        if key not in cache:
-            cache[key] = bound.upper_bound(math.ceil(row.disagreement * n - 1e-9), n)
-        bounds.append(max(bounds[-1], cache[key]) if bounds else cache[key])
+        highest = 0.0
+        for differs, groups in _unlike(samples, exit_index(scores, row.tau)):
+            n, rate = round(effective_size(differs, groups)), float(differs.mean())
+            key = (rate, n)
+            if key not in cache:
+                cache[key] = bound.upper_bound(math.ceil(rate * n - 1e-9), n)
+            highest = max(highest, cache[key])
+        bounds.append(max(bounds[-1], highest) if bounds else highest)
     return [replace(row, disagreement_bound=b) for row, b in zip(rows, bounds, strict=True)]
 
 

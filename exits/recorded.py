@@ -1,14 +1,15 @@
 """The outputs of every exit for every sample, for evaluation and calibration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits import formulas
+from de3.exits.reading import Reading
 
 # Fields of Recorded with a row for each sample.
 ARRAYS = ("logits", "distances", "labels", "tokens", "original")
@@ -46,10 +47,12 @@ class Recorded:
     costs: list[int] | None = None
     first_exit: int = 0
 
+    ARRAYS: ClassVar[Sequence[str]] = ARRAYS
+
     def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Recorded":
         """The samples at these rows: a mask, (n,), or indices."""
         arrays: dict[str, Any] = {
-            name: None if (x := getattr(self, name)) is None else x[which] for name in ARRAYS
+            name: None if (x := getattr(self, name)) is None else x[which] for name in self.ARRAYS
         }
         return replace(self, **arrays)
 
@@ -57,7 +60,7 @@ class Recorded:
     def joined(parts: Sequence["Recorded"]) -> "Recorded":
         """The samples of several parts of one model, with tokens and original answers only if every part has them."""
         arrays: dict[str, Any] = {}
-        for name in ARRAYS:
+        for name in parts[0].ARRAYS:
             values = [getattr(part, name) for part in parts]
             arrays[name] = None if any(x is None for x in values) else np.concatenate(values)
         return replace(parts[0], **arrays)
@@ -90,6 +93,14 @@ class Recorded:
         return np.asarray(differs if self.thresholds is None else differs.any(-1))
 
     @property
+    def kinds(self) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+        """The kinds of disagreement whose rates are limited, each with the samples that the rate is about.
+
+        Each is (m, exits), with the indices of these samples, (m,).
+        """
+        return [(self.differs, np.arange(len(self.differs)))]
+
+    @property
     def entropy(self) -> formulas.Floats:
         """The local signal (entropy), (n, exits); raises ValueError for a regression model."""
         if self.thresholds is not None:
@@ -114,6 +125,56 @@ class Recorded:
             return np.concatenate(parts, axis=1)
         gaps = np.abs(self.logits.astype(np.float64) - self.thresholds)
         return formulas.stacked(gaps.min(-1), self.entropy, np.full(self.logits.shape[:2], np.nan))
+
+
+@dataclass(frozen=True)
+class RecordedSpans(Recorded):
+    """The outputs of a token classifier; answers are sets of spans, and logits and distances are empty.
+
+    Attributes:
+        labels, original: sets of spans, (n,).
+        unsure: see exits.spans.Unsure, (n, exits, 4).
+        spans: the set of spans of each exit, (n, exits).
+    """
+
+    unsure: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0, 4)))
+    spans: NDArray[np.object_] = field(default_factory=lambda: np.zeros((0, 0), np.object_))
+
+    ARRAYS: ClassVar[Sequence[str]] = (*ARRAYS, "unsure", "spans")
+
+    @classmethod
+    def of(
+        cls, exit_layers: list[int], readings: Sequence[Sequence[Reading]], tokens: Sequence[int]
+    ) -> "RecordedSpans":
+        """The readings of every exit, for n texts, with the numbers of tokens; full depth's answers are the labels."""
+        count = len(readings), len(exit_layers)
+        unsure, spans = np.zeros((*count, 4)), np.empty(count, np.object_)
+        for i, passed in enumerate(readings):
+            for j, reading in enumerate(passed):
+                assert reading.unsure is not None
+                unsure[i, j], spans[i, j] = reading.unsure, reading.answer
+        empty = np.full((*count, 1), np.nan, np.float32)
+        return cls(*(exit_layers, empty, empty, spans[:, -1], np.array(tokens)), unsure=unsure, spans=spans)
+
+    @property
+    def answers(self) -> NDArray[np.object_]:  # type: ignore[override]
+        """The set of spans of each exit, (n, exits)."""
+        return self.spans
+
+    @property
+    def kinds(self) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+        """Texts whose set of spans differs; and, among those where full depth finds one, those with one missed."""
+        expected = self.answers[:, -1] if self.original is None else self.original
+        rows = np.flatnonzero([bool(one) for one in expected])
+        missed = [[bool(expected[i] - one) for one in self.spans[i]] for i in rows]
+        return [*super().kinds, (np.array(missed, np.bool_).reshape(len(rows), -1), rows)]
+
+    @property
+    def risk_features(self) -> formulas.Floats:
+        """The features of `exits.signals.Risk`, (n, exits, 5)."""
+        logs = np.log(np.maximum(self.unsure[..., :3], [1e-12, 1e-12, 1.0]))
+        ones = np.ones((*self.unsure.shape[:2], 1))
+        return np.asarray(np.concatenate([ones, logs, self.unsure[..., 3:]], -1))
 
 
 def answers_of(

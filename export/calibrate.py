@@ -11,7 +11,7 @@ from de3.data.examples import Example
 from de3.data.split import groups_of
 from de3.exits import calibration, risk
 from de3.exits.calibration import FINE_TAUS, Samples, TradeOff
-from de3.exits.recorded import Recorded
+from de3.exits.recorded import Recorded, RecordedSpans
 from de3.exits.reference import quantiles
 from de3.exits.signals import SIGNALS, Risk, Signal, signal_label
 from de3.exits.trade_offs import TradeOffs
@@ -224,12 +224,12 @@ def meaning(row: TradeOff | Defaults) -> str:
 
 def references(certified: Recorded) -> list[dict[str, Any]]:
     """Quantiles of each exit's signals on the certifying samples, as fields of a manifest's Reference."""
-    references = []
+    references, has_classes = [], certified.tolerance is None and not isinstance(certified, RecordedSpans)
     for j, layer in enumerate(certified.exit_layers):
         has_prototypes = not np.isnan(certified.distances[0, j]).any()
         reference = {
             "layer": layer,
-            "entropy": quantiles(certified.entropy[:, j]) if certified.tolerance is None else None,
+            "entropy": quantiles(certified.entropy[:, j]) if has_classes else None,
             "distance_ratio": quantiles(certified.distance_ratio[:, j]) if has_prototypes else None,
             "nearest": quantiles(certified.distances[:, j].min(-1)) if has_prototypes else None,
         }

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from de3.exits import calibration, risk
 from de3.exits.calibration import FINE_TAUS, Samples
 from de3.exits.recorded import Recorded
-from de3.export.states import POOLINGS
+from de3.export.states import POOLINGS, TokenStates
 from de3.export.training_set import Target, TrainingSet, sigmoid
 from de3.progress import console, track
 
 HELD_OUT = 5  # the pooling and the ridges are chosen on a fifth of the texts
 RIDGES = (1e-2, 1e-3, 1e-4)  # strongest first
+TOKEN_RIDGES = (1e-3, 1e-4)  # ridges of a token classifier, of which there are more tokens than texts
 VALUE_RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # ridges of a regression model
 STEPS, TOLERANCE = 100, 1e-6  # limits of L-BFGS, for each ridge
 # For labels, which need less precise fits than probabilities: two thirds of the steps were as accurate as all.
@@ -56,7 +57,7 @@ class Exits:
     """Exits of every layer but the last; index = layer.
 
     Attributes:
-        pooling: pooling of the states, "mean" or "cls".
+        pooling: pooling of the states, "mean" or "cls"; "none": each token is classified.
         classifiers: weights (K, hidden) and bias (K,); also of the last layer, if has_last.
         spaces: the prototypical networks, weights (hidden, hidden) and bias (hidden,); empty without prototypes.
         prototypes: the prototypes in each space, (K, hidden).
@@ -97,6 +98,17 @@ def fit(num_layers: int, texts: TrainingSet, seed: int) -> Exits:
     axes: Axes = {}
     pooling, ridges, start = choose(num_layers, texts, seed, axes)
     axes = {key: basis for key, basis in axes.items() if key[0] == pooling}  # frees the others
+    return fit_with(texts, pooling, ridges, seed, start, axes)
+
+
+def fit_tokens(tokens: TokenStates, seed: int) -> Exits:
+    """Fit exits on every layer but the last of a token classifier, with the ridges that `choose` selects."""
+    target = Target.of(tokens.logits, None, None)
+    texts, axes = (
+        TrainingSet(target, tokens.texts, lambda _, layer: tokens.states[layer]),
+        dict[tuple[str, int], Basis](),
+    )
+    pooling, ridges, start = choose(len(tokens.states), texts, seed, axes, ("none",))
     return fit_with(texts, pooling, ridges, seed, start, axes)
 
 
@@ -233,6 +245,7 @@ def _chosen(
         return _loss_of(held.target)(logits, held.target.probabilities)[0]
 
     ridges = RIDGES if texts.target.tolerance is None else VALUE_RIDGES
+    ridges = TOKEN_RIDGES if pooling == "none" else ridges
     return min(fitted(texts, pooling, layer, ridges, axes), key=loss)
 
 
@@ -370,9 +383,9 @@ def _probabilities(
 
 
 def with_spaces(exits: Exits, train: TrainingSet, seed: int, is_quiet: bool = False) -> Exits:
-    """Add prototypical networks and prototypes, fitted to the target's answers, if the answers are classes."""
+    """Add prototypical networks and prototypes, fitted to the target's answers, if a text has one class."""
     target = train.target
-    if target.thresholds is not None or target.tolerance is not None:
+    if target.thresholds is not None or target.tolerance is not None or exits.pooling == "none":
         return exits
 
     def one(layer: int) -> tuple[Linear, Array]:

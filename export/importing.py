@@ -1,11 +1,12 @@
 """Import of a stock classifier as an artifact with early exits; its weights do not change."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ MAX_HELD_BACK = 4000
 SEED = 0  # seed of the split and of the fit of the exits
 FEW_TEXTS = 500
 MAX_FITTED = 20_000  # texts
+MAX_TOKENS_FITTED = 40_000  # of a token classifier; with 100,000, exits were hardly faster
 UNFINISHED = ".import"  # folder of intermediate results, which is removed at the end
 BASE, STATES = f"{UNFINISHED}/base", f"{UNFINISHED}/states"
 
@@ -79,6 +81,8 @@ def import_classifier(
         shutil.rmtree(work / BASE)
         raise
     quantized = _base(stock, work / BASE, "int8")
+    if stock.description.kind == "spans":
+        return _import_spans(parts, work, store, exporting, reference, quantized)
     # Even for an fp32 export, exits are fitted to int8 states, which take a fraction of the time to compute.
     groups_fitted = groups_of(parts.train, settings.fragments)
     fitting, tuning, certifying = (
@@ -101,21 +105,61 @@ def import_classifier(
     tune = _answered(parts.tune, targets[1], settings.labelled)
     certify = _answered(parts.certify, targets[2], settings.labelled)
     fields = {
-        "source": None,  # set only for a classifier without exits
         "thresholds": thresholds,
         "tolerance": settings.tolerance,
         "input": input_of(parts.train),
     }
+    return _published(exits, full, small, fields, (tune, certify), work, store, exporting, settings.labelled)
+
+
+def _import_spans(
+    parts: Split,
+    work: Path,
+    store: Store,
+    exporting: ExportSettings,
+    reference: Model,
+    quantized: Model,
+) -> Path:
+    """Fit exits to a token classifier, and publish it; see `import_classifier`.
+
+    Its own answers are the labels: those of full depth in the precision that is served, as int8 changes the spans of
+    more texts than exits may.
+    """
+    tokens = [quantized.tokenize(*pair_of(e.text)) for e in parts.train]
+    fitting = states.of_tokens(quantized, tokens, MAX_TOKENS_FITTED, SEED, "fitting")
+    exits = fit.fit_tokens(fitting, SEED)
+    full, small = (Artifact(model.path, model.manifest) for model in (reference, quantized))
+    held_out = parts.tune, parts.certify
+    return _published(exits, full, small, {"input": "text"}, held_out, work, store, exporting, False)
+
+
+def _published(
+    exits: fit.Exits,
+    full: Artifact,
+    small: Artifact,
+    fields: Mapping[str, Any],
+    held_out: tuple[Sequence[Example], Sequence[Example]],
+    work: Path,
+    store: Store,
+    exporting: ExportSettings,
+    labelled: bool,
+) -> Path:
+    """Publish a classifier with these exits, and remove intermediate results.
+
+    full, small: the classifier in fp32 and int8. held_out: the tuning and the certifying samples.
+    """
 
     def written(base: Artifact, draft: Draft) -> Model:
-        manifest = write_exits(base, exits, draft, name=exporting.name, **fields)
-        return Model(Artifact(draft.path, manifest), "onnxruntime")
+        # The source is set only for a classifier without exits.
+        manifest = write_exits(base, exits, draft, name=exporting.name, source=None, **fields)
+        # On some processors, ONNX Runtime's int8 products saturate, which changes more spans than classes.
+        return Model(Artifact(draft.path, manifest), "auto" if manifest.is_spans else "onnxruntime")
 
     with store.new_version(exporting.name) as draft, store.new_version(exporting.name) as other:
         is_int8 = exporting.precision == "int8"
         model = written(small if is_int8 else full, draft)
         plain = written(full, other) if is_int8 else model
-        path = certified(draft, model, plain, tune, certify, exporting, {}, not settings.labelled)
+        path = certified(draft, model, plain, *held_out, exporting, {}, not labelled)
     shutil.rmtree(work / UNFINISHED, ignore_errors=True)
     with suppress(OSError):  # it is not empty
         work.rmdir()
@@ -154,6 +198,10 @@ def _check(stock: Stock, settings: ImportSettings) -> None:
         raise ValueError(
             f"--tolerance: {name} has {len(stock.description.labels)} labels; it is for models that return a number"
         )
+    if settings.labelled and kind == "spans":
+        raise ValueError(
+            f"--label-column: {name} is a token classifier; its exits are fitted to its own answers"
+        )
     if settings.threshold is not None and kind != "labels":
         raise ValueError(
             f'--threshold: according to its config.json ("problem_type"), {name} is not a multi-label model; if '
@@ -185,7 +233,9 @@ def _parts(
 ) -> Split:
     """Split the texts at random into parts to fit, tune and certify on; raises ValueError if there are too few."""
     labels = stock.description.labels
-    if stock.description.kind == "value":
+    if stock.description.kind == "spans":
+        examples = [Example(text, 0) for text, _ in rows]
+    elif stock.description.kind == "value":
         examples = to_examples(rows, labels, regression=True)
     else:
         is_multi = stock.description.kind == "labels"

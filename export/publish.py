@@ -54,7 +54,8 @@ def write_exits(base: Artifact, exits: Exits, draft: Draft, **fields: Any) -> Ma
     }
     draft.write({PROTOTYPES: save_tensors(prototypes), TOKENIZER: base.read(TOKENIZER)})
     kept = {
-        name: getattr(manifest, name) for name in ("source", "thresholds", "tolerance", "input", "upstream")
+        name: getattr(manifest, name)
+        for name in ("source", "thresholds", "tolerance", "input", "upstream", "aggregation")
     }
     return manifest_of(architecture, draft, **{"name": manifest.name, **kept, **fields})
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from de3.data.examples import Example, label_array
 from de3.data.tables import pair_of
-from de3.exits.recorded import Recorded
+from de3.exits.reading import Reading, read_tokens
+from de3.exits.recorded import Recorded, RecordedSpans
 from de3.exits.rule import logit_thresholds
 from de3.model_store.model import Model
 from de3.model_store.segments import Step
@@ -16,7 +17,7 @@ from de3.progress import track
 
 
 def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:
-    """Record the outputs of every exit for examples, in order.
+    """Record the outputs of every exit for examples, in order; the labels of a token classifier are its own answers.
 
     Examples run to full depth, unbatched, in parallel on all cores. what: name of the examples in the progress display.
     """
@@ -26,6 +27,8 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
         return len(tokens), model.full_depth(tokens)
 
     exits = model.manifest.exit_layers
+    if model.manifest.is_spans:
+        return _record_spans(model, examples, what)
     logits = np.zeros((len(examples), len(exits), len(model.manifest.labels)), np.float32)
     distances = np.full_like(logits, np.nan)
     tokens = np.zeros(len(examples), np.int64)
@@ -47,3 +50,22 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
         thresholds=logit_thresholds(model.manifest.thresholds),
         tolerance=model.manifest.tolerance,
     )
+
+
+def _record_spans(model: Model, examples: Sequence[Example], what: str) -> RecordedSpans:
+    rule, exits = model.manifest.span_rule, model.manifest.exit_layers
+    assert rule is not None
+
+    def readings(example: Example) -> tuple[int, list[Reading]]:
+        tokens = model.tokenize(*pair_of(example.text))
+        steps, layout = model.full_depth(tokens), tokens.layout
+        assert layout is not None
+        found = [(layer, steps[layer].logits) for layer in exits]
+        return len(tokens), [
+            read_tokens(layer, logits, layout, rule) for layer, logits in found if logits is not None
+        ]
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        results = track(pool.map(readings, examples), f"Running {what} through the segments", len(examples))
+        lengths, passed = zip(*results, strict=True)
+    return RecordedSpans.of(exits, passed, lengths)

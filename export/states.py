@@ -4,6 +4,7 @@ The segments used in serving compute them once; they are saved in chunks, so an 
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,6 +59,21 @@ class Computed:
         return result
 
 
+@dataclass(frozen=True)
+class TokenStates:
+    """States and answers of n tokens of a token classifier.
+
+    Attributes:
+        states: after each layer but the last, (num_layers, n, hidden) float16.
+        logits: at full depth, (n, K).
+        texts: index of each token's text, (n,).
+    """
+
+    states: NDArray[np.float16]
+    logits: Array
+    texts: NDArray[np.int64]
+
+
 def compute(
     model: Model, texts: Sequence[TextOrPair], folder: Path, what: str, poolings: Sequence[str] = POOLINGS
 ) -> Computed:
@@ -87,6 +103,38 @@ def compute(
         save({"rows": np.array(rows), **tensors}, new := file.with_suffix(".new"))
         new.replace(file)
     return Computed(list(chunks))
+
+
+def of_tokens(model: Model, texts: Sequence[Tokens], most: int, seed: int, what: str) -> TokenStates:
+    """Run texts through a token classifier at full depth, for the states and the answers of some of their tokens.
+
+    most: about as many tokens, drawn at random from all texts. Special tokens are left out. Raises ValueError as
+    `compute` does.
+    """
+    rng, layers = np.random.default_rng(seed), model.manifest.num_layers
+    lengths = [0 if one.layout is None else int((~one.layout.is_special).sum()) for one in texts]
+    share = min(1.0, most / max(1, sum(lengths)))
+    drawn = [np.flatnonzero(rng.random(length) < share) for length in lengths]
+    ends = np.cumsum([len(rows) for rows in drawn])
+    states = np.empty((layers, ends[-1], model.manifest.hidden_size), np.float16)
+    logits = np.empty((ends[-1], len(model.manifest.labels)), np.float32)
+
+    def one(i: int) -> None:
+        layout, place = texts[i].layout, slice(ends[i] - len(drawn[i]), ends[i])
+        if layout is None or not len(drawn[i]):
+            return
+        rows, steps = np.flatnonzero(~layout.is_special)[drawn[i]], model.full_depth(texts[i])
+        logits[place] = steps[-1].logits[rows]  # type: ignore[index]  # the last layer has an exit
+        for layer in range(layers):
+            with np.errstate(over="ignore"):  # of float16; the result is infinite
+                states[layer, place] = model.pooling.normalized(steps[layer].hidden)[rows]
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        done = pool.map(one, range(len(texts)))
+        deque(track(done, f"Running the model on {len(texts)} {what} texts", len(texts)), 0)
+    if not (np.isfinite(states).all() and np.isfinite(logits).all()):
+        raise ValueError("no exits can be fitted: a layer's output has values that float16 cannot hold")
+    return TokenStates(states, logits, np.repeat(np.arange(len(texts)), [len(rows) for rows in drawn]))
 
 
 def _run(model: Model, tokens: Sequence[Tokens], poolings: Sequence[str]) -> dict[str, NDArray[np.generic]]:

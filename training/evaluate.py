@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from de3.exits import calibration, formulas
-from de3.exits.recorded import Recorded
+from de3.exits.recorded import Recorded, RecordedSpans
 from de3.exits.reference import LEVELS
 from de3.exits.rule import exit_index
 from de3.exits.signals import Edr, Signal, signal_label
@@ -140,12 +140,12 @@ def exit_scores(recorded: Recorded) -> tuple[str, NDArray[np.float64]]:
 def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
     """Warnings about an evaluation: few samples, or a model no better than the most frequent label.
 
-    For a multi-label model: only labels that it never assigns. For a regression model: none.
+    For a multi-label model: only labels that it never assigns. For a regression model and a token classifier: none.
     """
     n, warnings = len(recorded.labels), list[str]()
     if recorded.thresholds is not None:
         return _labels_never_given(recorded, names)
-    if recorded.tolerance is not None:
+    if recorded.tolerance is not None or isinstance(recorded, RecordedSpans):
         return warnings
     counts = np.bincount(recorded.labels, minlength=len(names))
     most, right = int(counts.argmax()), int(recorded.correct[:, -1].sum())
