@@ -157,7 +157,7 @@ class RecordedSpans(Recorded):
         return cls(*(exit_layers, empty, empty, spans[:, -1], np.array(tokens)), unsure=unsure, spans=spans)
 
     @property
-    def answers(self) -> NDArray[np.object_]:  # type: ignore[override]
+    def answers(self) -> NDArray[np.object_]:
         """The set of spans of each exit, (n, exits)."""
         return self.spans
 

@@ -244,7 +244,7 @@ def _chosen(
             return float(np.square(logits - held.target.outputs).mean())
         return _loss_of(held.target)(logits, held.target.probabilities)[0]
 
-    ridges = RIDGES if texts.target.tolerance is None else VALUE_RIDGES
+    ridges: Sequence[float] = RIDGES if texts.target.tolerance is None else VALUE_RIDGES
     ridges = TOKEN_RIDGES if pooling == "none" else ridges
     return min(fitted(texts, pooling, layer, ridges, axes), key=loss)
 
