@@ -124,7 +124,7 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Tra
 
 
 def _unlike(samples: Samples, index: NDArray[np.int64]) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
-    """Each kind of disagreement at the exits `index`, (n,), unless no sample has it: of m samples, with their groups."""
+    """Each kind of disagreement at the exits `index`, (n,): of m samples, with their groups; none of no samples."""
     return [
         (differs[np.arange(len(rows)), index[rows]], samples.groups[rows])
         for differs, rows in samples.recorded.kinds

@@ -11,7 +11,8 @@ MAX_CHARS = 900  # of a text without personal data
 FIRST = (
     "Anna", "Ben", "Carla", "David", "Elena", "Farid", "Grace", "Hiro", "Ines", "Jamal", "Katja", "Liam", "Maria",
     "Nils", "Olga", "Priya", "Quentin", "Rosa", "Sven", "Tara", "Umar", "Vera", "William", "Xenia", "Yusuf", "Zoe",
-    "Mohammed", "Siobhan", "Björn", "Zoë", "Aaliyah", "Noah", "Emma", "Lucas", "Mia", "Chen", "Wei", "Fatima", "Andrés", "Chloé",
+    "Mohammed", "Siobhan", "Björn", "Zoë", "Aaliyah", "Noah", "Emma", "Lucas", "Mia", "Chen", "Wei", "Fatima",
+    "Andrés", "Chloé",
 )
 LAST = (
     "Smith", "Müller", "Garcia", "Kowalski", "Nguyen", "Rossi", "Silva", "Johnson", "Okafor", "Petrov", "Dubois",
