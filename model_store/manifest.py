@@ -282,7 +282,9 @@ class Manifest(Architecture):
         if self.tolerance is not None and any(w != 0 for r in self.risk or [] for w in r.weights[3:]):
             raise ValueError("risk: the last two weights must be 0 in a regression model")
         weights = [*(self.risk or []), *(self.label_risk or [])]
-        if any(r.weights[-1] != 0 for r in weights if r.layer not in self.prototype_layers):
+        if not self.is_spans and any(
+            r.weights[-1] != 0 for r in weights if r.layer not in self.prototype_layers
+        ):
             raise ValueError("risk: the last weight must be 0 at an exit without prototypes")
         signals = self.trade_offs()
         traits = self.traits
