@@ -13,11 +13,12 @@ from de3.exits import betting, risk
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.guarantee import error_of, profiles
 from de3.exits.recorded import Recorded
-from de3.export import fit
-from de3.export.calibrate import Calibrated, calibrate
+from de3.export import fit, states
+from de3.export.calibrate import Calibrated, CalibrationPart, calibrate
 from de3.export.fit import Exits
 from de3.export.publish import as_stored, write_exits
-from de3.export.records import check, exits_of, opened, part_of, texts_of, thinned
+from de3.export.record import recorded_spans
+from de3.export.records import check, exits_of, groups_of, opened, opened_model, part_of, texts_of, thinned
 from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.records import Records
 from de3.model_store.store import Artifact, Store
@@ -30,6 +31,7 @@ HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and maximum number of the new texts 
 MAX_FITTED = 20_000  # records
 MAX_LOSS = 0.01  # loss of accuracy at the default τ, which a server without a guarantee uses
 SEED = 0
+TOKENS = 20_000  # tokens of a token classifier to which exits are fitted
 MIN_SHARE = 0.005  # of the texts; a smaller gain in local answers is not worth the layers
 
 
@@ -57,13 +59,15 @@ def fit_exits(
     rate: float,
     first_new: int = 0,
     by_client: bool = False,
+    base: Artifact | None = None,
 ) -> Fitted:
-    """Fit exits and risk to records, and test them on held-out ones.
+    """Fit exits and risk to records of a model, and test them on held-out ones.
 
     attempt: number of the fit, from 1; determines the split and the error probability of the test (see `error_of`).
     rate: the guaranteed rate of disagreement. first_new: number of the first record that tests may use; earlier records
     are from before a change in the traffic. by_client: each client has a guarantee of its own, so all its held-out
-    records are evidence, and as many of them are held out as if it were the only client.
+    records are evidence, and as many of them are held out as if it were the only client. base: the model, if it is a
+    token classifier, which runs the records' tokens.
 
     Raises ValueError if there are too few records.
     """
@@ -71,25 +75,67 @@ def fit_exits(
     held = tests.part(thinned(tests, np.arange(len(tests)), np.random.default_rng([SEED, attempt])))
     if len(held) < fit.HELD_OUT or len(np.unique(fitted.keys)) < 2 * FOLDS:
         raise ValueError(f"{len(records)} records are too few")
-    texts, layers = texts_of(fitted, manifest), manifest.num_states
-    axes: fit.Axes = {}
-    pooling, ridges, start = fit.choose(layers, texts, SEED, axes, ("mean",))
-    exits = fit.fit_with(texts, pooling, ridges, SEED, start, axes)
-    as_served = partial(as_stored, precision=manifest.precision)
-    fold = np.random.default_rng(SEED).permutation(int(texts.groups.max()) + 1)[texts.groups] % FOLDS
-    cross_fitted = _with_costs(fit.cross_fitted(texts, exits, ridges, SEED, axes, fold, as_served), manifest)
-    first = 0 if manifest.upstream is None else _first_exit(cross_fitted, rate)
-    cross_fitted = replace(cross_fitted, first_exit=first)
-    exits = as_served(exits)
-    tested = _with_costs(exits.recorded(held_out := texts_of(held, manifest)), manifest)
-    tune, certify = part_of(cross_fitted, texts.groups), part_of(tested, held_out.groups)
+    kind = _Texts(manifest) if base is None or not manifest.is_spans else _Tokens(base)
+    exits, tune = kind.fit(fitted, rate)
+    tested = kind.recorded(exits, held)
+    certify = part_of(tested, groups_of(held))
     calibrated = calibrate(tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
     scores = calibrated.risk.scores(tested)
     proved, speedup = _speedups(tested, scores, rate, error_of(attempt))
     if by_client:
-        held, tested = tests, _with_costs(exits.recorded(texts_of(tests, manifest)), manifest)
+        held, tested = tests, kind.recorded(exits, tests)
         scores = calibrated.risk.scores(tested)
     return Fitted(exits, calibrated, speedup, proved, list(_evidence(held, tested, scores)))
+
+
+class _Texts:
+    """Fits exits to the pooled states of texts."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+
+    def fit(self, records: Records, rate: float) -> tuple[Exits, CalibrationPart]:
+        """The exits, as they are served, and their cross-fitted outputs."""
+        manifest = self._manifest
+        texts = texts_of(records, manifest)
+        axes: fit.Axes = {}
+        pooling, ridges, start = fit.choose(manifest.num_states, texts, SEED, axes, ("mean",))
+        exits = fit.fit_with(texts, pooling, ridges, SEED, start, axes)
+        as_served = partial(as_stored, precision=manifest.precision)
+        fold = np.random.default_rng(SEED).permutation(int(texts.groups.max()) + 1)[texts.groups] % FOLDS
+        cross_fitted = fit.cross_fitted(texts, exits, ridges, SEED, axes, fold, as_served)
+        cross_fitted = _with_costs(cross_fitted, manifest)
+        first = 0 if manifest.upstream is None else _first_exit(cross_fitted, rate)
+        return as_served(exits), part_of(replace(cross_fitted, first_exit=first), texts.groups)
+
+    def recorded(self, exits: Exits, records: Records) -> Recorded:
+        """The outputs of exits for other texts."""
+        return _with_costs(exits.recorded(texts_of(records, self._manifest)), self._manifest)
+
+
+class _Tokens:
+    """Fits exits to the states of a token classifier's tokens, which the model computes again.
+
+    The risk is fitted to other texts than the exits: to fit both to the same, the states of all tokens would have to be
+    in memory.
+    """
+
+    def __init__(self, base: Artifact) -> None:
+        self._model = opened_model(base)
+
+    def fit(self, records: Records, rate: float) -> tuple[Exits, CalibrationPart]:
+        """The exits, as they are served, and their outputs for texts that they were not fitted to."""
+        groups = groups_of(records)
+        is_fitted = np.random.default_rng(SEED).permutation(int(groups.max()) + 1)[groups] % 2 == 0
+        to_fit, others = (records.part(np.flatnonzero(rows)) for rows in (is_fitted, ~is_fitted))
+        tokens = [to_fit.tokens(i) for i in range(len(to_fit))]
+        exits = fit.fit_tokens(states.of_tokens(self._model, tokens, TOKENS, SEED, "recorded"), SEED)
+        return exits, part_of(self.recorded(exits, others), groups[~is_fitted])
+
+    def recorded(self, exits: Exits, records: Records) -> Recorded:
+        """The outputs of exits for other texts."""
+        tokens = [records.tokens(i) for i in range(len(records))]
+        return recorded_spans(self._model, tokens, "recorded texts", exits.classifiers)
 
 
 def _with_costs(recorded: Recorded, manifest: Manifest) -> Recorded:
@@ -144,22 +190,28 @@ def _speedups(
 ) -> tuple[float, float]:
     """Speed-ups at the highest τ that these texts prove, and at the best τ in hindsight."""
     taus = np.unique(FINE_TAUS)
-    differing, costs = profiles(scores, recorded.differs, recorded.exit_costs, taus)
+    costs = profiles(scores, recorded.differs, recorded.exit_costs, taus).layers
     speedups = recorded.exit_costs[-1] / np.maximum(costs.mean(0), 1e-3)
-    evidence = betting.e_values(
-        np.ones(1), np.array([len(scores)]), differing.sum(0)[None], np.full(len(taus), rate)
-    )
+    is_proved, is_within = np.ones(len(taus), np.bool_), np.ones(len(taus), np.bool_)
+    for unlike, rows in recorded.kinds:
+        differing = profiles(scores[rows], unlike, recorded.exit_costs, taus).differs
+        counts = np.array([len(rows)]), differing.sum(0)[None]
+        is_proved &= betting.e_values(np.ones(1), *counts, np.full(len(taus), rate)) >= 1 / error
+        is_within &= differing.sum(0) <= rate * len(rows)
 
     def last(holds: NDArray[np.bool_]) -> float:
         """The speed-up at the last τ before the first for which `holds` is false; τ = 0 always holds."""
         wrong = np.flatnonzero(~holds[1:])
         return float(speedups[wrong[0] if len(wrong) else -1])
 
-    return last(evidence >= 1 / error), last(differing.mean(0) <= rate)
+    return last(is_proved), last(is_within)
 
 
 def _evidence(records: Records, recorded: Recorded, scores: NDArray[np.float64]) -> Iterator[HeldOut]:
     """Yield the evidence of each held-out record."""
+    missed: dict[int, list[bool]] = {}
+    for unlike, rows in recorded.kinds[1:]:
+        missed = dict(zip(rows.tolist(), unlike.tolist(), strict=True))
     for i, (one, differs) in enumerate(zip(scores, recorded.differs, strict=True)):
         yield HeldOut(
             records.names[records.clients[i]],
@@ -167,6 +219,7 @@ def _evidence(records: Records, recorded: Recorded, scores: NDArray[np.float64])
             int(records.numbers[i]),
             [None if np.isnan(score) else float(score) for score in one],
             differs.tolist(),
+            missed=missed.get(i),
         )
 
 
@@ -209,7 +262,7 @@ def import_records(base: Artifact, files: Sequence[Path], store: Store, name: st
     Raises ValueError for unusable files or too few records, and StoreError for a damaged model.
     """
     records = opened(files, base.manifest)
-    fitted = fit_exits(records, base.manifest, 1, rate)
+    fitted = fit_exits(records, base.manifest, 1, rate, base=base)
     console.print(
         f"on {len(fitted.evidence)} held-out records the exits allow a speed-up of {fitted.speedup:.2f}× in layers at "
         f"{100 * rate:g}% disagreement",
@@ -227,7 +280,7 @@ def learn(base: Artifact, records: Records, store: Store, job: Job) -> Found:
     manifest = base.manifest
     check(records, manifest)
     started = time.monotonic()
-    fitted = fit_exits(records, manifest, job.attempt, job.rate, job.first_new, job.by_client)
+    fitted = fit_exits(records, manifest, job.attempt, job.rate, job.first_new, job.by_client, base)
     path, is_better = None, fitted.speedup > job.speedup
     if is_better:
         path = publish(base, fitted, store, job.attempt, len(records), version=job.version)
@@ -256,6 +309,10 @@ def test(model: Artifact, records: Records, after: int, by_client: bool = False)
     if not len(rows):
         return Found()
     newer = records.part(rows)
-    recorded = exits_of(model).recorded(texts_of(newer, model.manifest))
+    if model.manifest.is_spans:
+        tokens = [newer.tokens(i) for i in range(len(newer))]
+        recorded: Recorded = recorded_spans(opened_model(model), tokens, "recorded texts")
+    else:
+        recorded = exits_of(model).recorded(texts_of(newer, model.manifest))
     scores = model.manifest.default_signal.scores(recorded)
     return Found(evidence=list(_evidence(newer, recorded, scores)))

@@ -12,7 +12,7 @@ from de3.exits.reading import Reading, read_tokens
 from de3.exits.recorded import Recorded, RecordedSpans
 from de3.exits.rule import logit_thresholds
 from de3.model_store.model import Model
-from de3.model_store.segments import Step
+from de3.model_store.segments import Array, Step, Tokens
 from de3.progress import track
 
 
@@ -28,7 +28,7 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
 
     exits = model.manifest.exit_layers
     if model.manifest.is_spans:
-        return _record_spans(model, examples, what)
+        return recorded_spans(model, [model.tokenize(*pair_of(e.text)) for e in examples], what)
     logits = np.zeros((len(examples), len(exits), len(model.manifest.labels)), np.float32)
     distances = np.full_like(logits, np.nan)
     tokens = np.zeros(len(examples), np.int64)
@@ -52,20 +52,30 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
     )
 
 
-def _record_spans(model: Model, examples: Sequence[Example], what: str) -> RecordedSpans:
-    rule, exits = model.manifest.span_rule, model.manifest.exit_layers
+def recorded_spans(
+    model: Model, texts: Sequence[Tokens], what: str, exits: Sequence[tuple[Array, Array]] | None = None
+) -> RecordedSpans:
+    """Record the outputs of every exit of a token classifier, as `record` does.
+
+    exits: the classifiers of other exits instead of its own, for every layer but the last: weights (K, hidden) and bias
+    (K,).
+    """
+    rule, pooling = model.manifest.span_rule, model.pooling
+    layers = model.manifest.exit_layers if exits is None else list(range(len(exits) + 1))
     assert rule is not None
 
-    def readings(example: Example) -> tuple[int, list[Reading]]:
-        tokens = model.tokenize(*pair_of(example.text))
-        steps, layout = model.full_depth(tokens), tokens.layout
-        assert layout is not None
-        found = [(layer, steps[layer].logits) for layer in exits]
-        return len(tokens), [
-            read_tokens(layer, logits, layout, rule) for layer, logits in found if logits is not None
-        ]
+    def logits_of(step: Step, layer: int) -> Array:
+        if exits is None or layer == len(exits):
+            assert step.logits is not None
+            return step.logits
+        weight, bias = exits[layer]
+        return np.asarray(pooling.normalized(step.hidden) @ weight.T + bias, np.float32)
+
+    def readings(tokens: Tokens) -> list[Reading]:
+        assert tokens.layout is not None
+        steps = model.full_depth(tokens)
+        return [read_tokens(layer, logits_of(steps[layer], layer), tokens.layout, rule) for layer in layers]
 
     with ThreadPoolExecutor(cpu_count()) as pool:
-        results = track(pool.map(readings, examples), f"Running {what} through the segments", len(examples))
-        lengths, passed = zip(*results, strict=True)
-    return RecordedSpans.of(exits, passed, lengths)
+        results = track(pool.map(readings, texts), f"Running {what} through the segments", len(texts))
+        return RecordedSpans.of(layers, list(results), [len(one) for one in texts])

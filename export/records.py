@@ -13,9 +13,9 @@ from de3.export.classifier import message_of
 from de3.export.fit import Exits
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.manifest import Manifest, base_of
-from de3.model_store.model import exit_weights, unit_prototypes
-from de3.model_store.records import MAX_FILE_BYTES, Records, joined, read
-from de3.model_store.store import Artifact
+from de3.model_store.model import Model, exit_weights, unit_prototypes
+from de3.model_store.records import MAX_FILE_BYTES, Records, joined, read, shape_of
+from de3.model_store.store import Artifact, StoreError
 
 SLACK = 1.25  # over-representation of a client up to this factor is not corrected: it may be chance
 MIN_OF_CLIENT = 30  # records of a client that make its weight reliable
@@ -23,9 +23,21 @@ MIN_OF_CLIENT = 30  # records of a client that make its weight reliable
 
 def texts_of(records: Records, manifest: Manifest) -> TrainingSet:
     """A model's records, as texts to fit exits to; identical texts form a group. The states are mean-pooled."""
-    groups = np.unique(records.keys, return_inverse=True)[1].astype(np.int64)
     target = Target.of(records.logits, manifest.thresholds, manifest.tolerance)
-    return TrainingSet(target, groups, lambda _, layer: records.states[:, layer])
+    return TrainingSet(target, groups_of(records), lambda _, layer: records.states[:, layer])
+
+
+def groups_of(records: Records) -> NDArray[np.int64]:
+    """The group of each record, (n,), from 0: identical texts form one."""
+    return np.unique(records.keys, return_inverse=True)[1].astype(np.int64)
+
+
+def opened_model(artifact: Artifact) -> Model:
+    """A model, to run on the tokens in records: by the kernels, if they can run it, without another proof of them."""
+    try:
+        return Model(artifact, is_proved=True)
+    except StoreError:
+        return Model(artifact, "onnxruntime")
 
 
 def opened(files: Sequence[Path], manifest: Manifest) -> Records:
@@ -42,7 +54,7 @@ def opened(files: Sequence[Path], manifest: Manifest) -> Records:
 
 def check(records: Records, manifest: Manifest) -> None:
     """Raise ValueError if the records belong to another model."""
-    records.check(base_of(manifest), manifest.num_states, manifest.hidden_size, len(manifest.labels))
+    records.check(base_of(manifest), *shape_of(manifest))
 
 
 def thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

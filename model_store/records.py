@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from de3.exits.spans import Layout
+from de3.model_store.manifest import Manifest
 from de3.model_store.regular_file import write_private_file
+from de3.model_store.segments import Tokens
 
 MAX_RECORDS = 1_000_000
 MAX_CLIENTS = 2**16
@@ -23,6 +26,8 @@ MAX_FILE_BYTES = 2**32
 MAX_NUMBER = 2**53
 MAX_METADATA = 2**23  # bytes
 FORMAT = "de3-records-1"
+MOST_TOKENS = 512  # of a token classifier's text; longer ones are not recorded
+SPECIAL, SUBWORD = 1 << 30, 1 << 29  # flags in Records.ids
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,11 @@ class Records:
 
     Attributes:
         base: hash of the model's weights and tokenizer; see manifest.base_of.
-        states: mean over the tokens after each layer but the last, from layer 0 on, (n, num_layers, hidden) float16.
-        logits: logits at full depth, (n, K) float32.
+        states: mean over the tokens after each layer but the last, from layer 0 on, (n, num_layers, hidden) float16; of
+            a token classifier, empty.
+        logits: logits at full depth, (n, K) float32; of a token classifier, empty.
+        ids: of a token classifier, the tokens of each text (see packed), then −1, (n, MOST_TOKENS) int32; otherwise
+            empty.
         shares: probability with which each text was drawn, (n,) float64.
         extra: true for texts that were not drawn, but that an upstream has answered; no sample of the traffic, so they
             cannot test exits, (n,) bool.
@@ -53,26 +61,37 @@ class Records:
     names: list[str]
     texts: list[float]
     extra: NDArray[np.bool_]
+    ids: NDArray[np.int32]
 
     def __len__(self) -> int:
-        return len(self.logits)
+        return len(self.keys)
 
     def part(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> "Records":
         """The records at these rows."""
         return replace(self, **{name: getattr(self, name)[rows] for name in _SHAPES})
 
-    def check(self, base: str, num_layers: int, hidden: int, labels: int) -> None:
+    def check(self, base: str, num_layers: int, hidden: int, labels: int, ids: int = 0) -> None:
         """Raise ValueError unless these are records of a model with this base and these sizes."""
         if self.base != base:
             raise ValueError("they belong to another model")
-        if self.states.shape[1:] != (num_layers, hidden) or self.logits.shape[1] != labels:
+        shapes = self.states.shape[1:], self.logits.shape[1:], self.ids.shape[1:]
+        if shapes != ((num_layers, hidden), (labels,), (ids,)):
             raise ValueError("their shapes are not those of the model")
+
+    def tokens(self, row: int) -> Tokens:
+        """The tokens of a text of a token classifier; the offsets of the n-th are n and n + 1."""
+        packed = self.ids[row][self.ids[row] >= 0]
+        is_special, is_subword = (packed & SPECIAL).astype(np.bool_), (packed & SUBWORD).astype(np.bool_)
+        places = np.arange(len(packed), dtype=np.int32)
+        layout = Layout(np.stack([places, places + 1], 1), is_special, is_subword)
+        ids = (packed & ~(SPECIAL | SUBWORD)).astype(np.int64)[None]
+        return Tokens(ids, np.zeros_like(ids), False, layout)
 
     def write(self, path: Path) -> None:
         """Write the records atomically to a file that only its owner can read; raises OSError."""
         clients = json.dumps([self.names, self.texts])
         metadata = {"format": FORMAT, "base": self.base, "clients": clients}
-        arrays = {name: getattr(self, name) for name in _SHAPES}
+        arrays = {name: array for name in _SHAPES if (array := getattr(self, name)).size}
         content = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata)
         write_private_file(path, content)
 
@@ -86,8 +105,30 @@ _SHAPES = {
     "numbers": (1, "I64"),
     "clients": (1, "I32"),
     "extra": (1, "BOOL"),
+    "ids": (2, "I32"),
 }
 _OPTIONAL = ("extra",)  # missing in files of earlier releases
+# A file has the states and logits of texts or, for a token classifier, their tokens.
+_OF_TEXTS, _OF_TOKENS = ("states", "logits"), ("ids",)
+
+
+def packed(tokens: Tokens) -> NDArray[np.int32] | None:
+    """A text's tokens for a record, with flags for special tokens and subwords; None if there are too many.
+
+    The text is a single one, with the token type 0.
+    """
+    layout = tokens.layout
+    if layout is None or len(tokens) > MOST_TOKENS or tokens.ids.max() >= SUBWORD:
+        return None
+    flags = SPECIAL * layout.is_special + SUBWORD * layout.is_subword
+    return np.asarray(tokens.ids[0] | flags, np.int32)
+
+
+def shape_of(manifest: Manifest) -> tuple[int, int, int, int]:
+    """The sizes of a model's records: layers, hidden, K and tokens, as Records.check takes them."""
+    if manifest.is_spans:
+        return 0, 0, 0, MOST_TOKENS
+    return manifest.num_states, manifest.hidden_size, len(manifest.labels), 0
 
 
 def read(path: Path, max_bytes: int) -> Records:
@@ -103,7 +144,11 @@ def read(path: Path, max_bytes: int) -> Records:
                 raise ValueError("it is not a records file of this release")
             _check_header(file)
             arrays = {name: file.get_tensor(name) for name in _SHAPES if name in file.keys()}  # noqa: SIM118
-            arrays.setdefault("extra", np.zeros(len(arrays["logits"]), np.bool_))
+            n = len(arrays["keys"])
+            arrays.setdefault("extra", np.zeros(n, np.bool_))
+            arrays.setdefault("states", np.zeros((n, 0, 0), np.float16))
+            arrays.setdefault("logits", np.zeros((n, 0), np.float32))
+            arrays.setdefault("ids", np.zeros((n, 0), np.int32))
     except SafetensorError as error:
         raise ValueError(f"it is damaged: {error}") from None
     for name, array in arrays.items():
@@ -122,9 +167,13 @@ def read(path: Path, max_bytes: int) -> Records:
 
 def _check_header(file: Any) -> None:
     """Raise ValueError for wrong types and shapes, before any tensor is read."""
-    known = [name for name in _SHAPES if name not in _OPTIONAL or name in file.keys()]  # noqa: SIM118
+    has_ids = "ids" in file.keys()  # noqa: SIM118
+    absent = {*(_OF_TEXTS if has_ids else _OF_TOKENS), *(one for one in _OPTIONAL if one not in file.keys())}  # noqa: SIM118
+    known = [name for name in _SHAPES if name not in absent]
+    if has_ids and absent & {*file.keys()}:
+        raise ValueError("it has tensors of both kinds of models")
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in known}
-    n = shapes["logits"][0] if shapes["logits"] else 0
+    n = shapes["keys"][0] if shapes["keys"] else 0
     if not 1 <= n <= MAX_RECORDS:
         raise ValueError(f"it has {n} records; it must have 1 to {MAX_RECORDS}")
     for name in known:
@@ -154,7 +203,7 @@ def joined(parts: Sequence[Records]) -> Records:
     offsets = np.cumsum([0, *(len(part.names) for part in parts)])[:-1]
     num_layers, hidden = first.states.shape[1:]
     for part in parts[1:]:
-        part.check(first.base, num_layers, hidden, first.logits.shape[1])
+        part.check(first.base, num_layers, hidden, first.logits.shape[1], first.ids.shape[1])
     arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _SHAPES}
     arrays["clients"] = np.concatenate(
         [part.clients + np.int32(offset) for part, offset in zip(parts, offsets, strict=True)]

@@ -101,8 +101,8 @@ def records_of(model: Model, texts: Sequence[str], clients: Sequence[str] = ("on
     keys = number.astype(np.uint64)
     texts_by = [float(n) / len(clients)] * len(clients)
     names, shares = list(clients), np.ones(n)
-    extra = np.zeros(n, np.bool_)
-    return Records(base_of(manifest), states, logits, shares, keys, number, owners, names, texts_by, extra)
+    rest = names, texts_by, np.zeros(n, np.bool_), np.zeros((n, 0), np.int32)
+    return Records(base_of(manifest), states, logits, shares, keys, number, owners, *rest)
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_risk_is_fitted_to_exits_that_did_not_see_the_text(base: Artifact, count
     states = rng.normal(size=(count, 1, 192)).astype(np.float16)[keys * copies]
     logits = rng.normal(size=(count, 2)).astype(np.float32)[keys * copies] * 3
     sample = states, logits, np.ones(count), keys.astype(np.uint64), keys, keys, [""], [1.0]
-    records = Records("", *sample, np.zeros(count, np.bool_))
+    records = Records("", *sample, np.zeros(count, np.bool_), np.zeros((count, 0), np.int32))
     axes = dict[Any, Any]()
     classifier = next(fit.fitted(training_set(records, base.manifest), "mean", 0, (1e-4,), axes))[1]
     exits = fit.Exits("mean", [classifier], [], [])

@@ -57,7 +57,7 @@ def records_of(stock: Path, texts: Sequence[str]) -> tuple[Manifest, Records]:
     number = np.arange(n)
     keys, clients = number.astype(np.uint64), np.zeros(n, np.int32)
     sample = states, logits, np.ones(n), keys, number, clients, ["one"], [float(n)], np.zeros(n, np.bool_)
-    return manifest, Records(base_of(manifest), *sample)
+    return manifest, Records(base_of(manifest), *sample, ids=np.zeros((n, 0), np.int32))
 
 
 def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[Version]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from de3.exits.reading import Reading, differs
 from de3.exits.rule import ExitRule
+from de3.model_store.records import packed
 from de3.model_store.segments import Array, Tokens
 from de3.server.audit.tenant import Settled, add_settled
 from de3.server.background import run_once
@@ -46,6 +47,7 @@ LEARN_CALLS = 1024
 MAX_ENTRIES, LEAST_ENTRIES, ENTRY_TEXTS = 2**12, 2**9, 256
 MAX_HELD = LEAST_ENTRIES // 2  # entries that wait for the next audit; older ones are discarded
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
+NO_STATES, NO_LOGITS = np.zeros((0, 0), np.float16), np.zeros(0, np.float32)
 # Answers that τ alone did not determine; and texts whose audit an upstream did not answer.
 EXCLUDED, UPSTREAM_FAILED = ("deadline", "max_layer", "windows"), "upstream_failed"
 
@@ -204,6 +206,11 @@ class Auditor:
             self._tenant(name).begin(state.epoch)
         self.served.rules.apply(standing)
 
+    @property
+    def _keeps_states(self) -> bool:
+        """True if states are kept for learning; of a token classifier's texts, the tokens are."""
+        return self._learn is not None and not self.served.model.manifest.is_spans
+
     def _name(self, job: Job) -> str:
         """The tenant of a request; without a guarantee, all requests share one tenant."""
         return job.request.tenant if self._has_guarantee else ""
@@ -250,9 +257,7 @@ class Auditor:
             item.is_drawn = is_drawn
             item.is_deep |= is_drawn and is_private  # the answer is its own audit, so nothing keeps the text
             item.asks_all_exits |= is_drawn
-            item.keeps_states = (
-                not is_private and self._learn is not None and (is_drawn or self._ask is not None)
-            )
+            item.keeps_states = self._keeps_states and (is_drawn or self._ask is not None)
         if job.choice.rule.tau > 0:
             tenant.pending += sum(draw.is_drawn)
         return draw
@@ -304,7 +309,8 @@ class Auditor:
             elif is_drawn:
                 tenant.pending -= needs_audit
                 self._conclude(entry.settled, key, outcome.reading, outcome.passed)
-                self._record(client, share, tokens, item.states, outcome.passed[-1])
+                if not job.request.is_private:
+                    self._record(client, share, tokens, item.states, outcome.passed[-1])
             else:
                 entry.settled.skip(key)
                 if outcome.reason == "upstream":
@@ -351,7 +357,7 @@ class Auditor:
 
         if not self._fresh:
             asyncio.get_running_loop().call_later(TICK_S, self._submit_fresh)
-        states = None if self._learn is None else self.served.model.empty_states()
+        states = self.served.model.empty_states() if self._keeps_states else None
         self._fresh.append(Audit(self.served, rule, tokens, done, states, tenant=entry.settled.tenant))
 
     async def _complete(
@@ -398,7 +404,8 @@ class Auditor:
             scores, differing = list[float | None]([None] * exits), [False] * exits
             if exits > 1:
                 scores[-2], differing[-2] = 0.0, True
-            self._count(entry.settled, entry.key, scores, differing, True)
+            missed: list[list[bool] | None] = [differing] if self.served.model.manifest.is_spans else []
+            self._count(entry.settled, entry.key, scores, differing, True, missed)
         elif not audit.passed:
             entry.settled.skip(entry.key)
         else:
@@ -420,7 +427,8 @@ class Auditor:
         last = passed[-1]
         differing = [differs(reading.answer, last.answer, tolerance) for reading in passed]
         served_differs = differs(answer.answer, last.answer, tolerance)
-        self._count(settled, key, self._scores(passed), differing, served_differs)
+        missed: list[list[bool] | None] = [] if last.tokens is None else [_missed(passed)]
+        self._count(settled, key, self._scores(passed), differing, served_differs, missed)
 
     def _record(
         self,
@@ -432,7 +440,13 @@ class Auditor:
         is_extra: bool = False,
     ) -> None:
         """Keep a record of a text that ran to full depth, if the server keeps records and all values are finite."""
-        if self._learn is None or states is None:
+        if self._learn is None:
+            return
+        if self.served.model.manifest.is_spans:
+            if (ids := packed(tokens)) is not None:
+                self._learn([Record(client, share, _key(tokens), NO_STATES, NO_LOGITS, is_extra, ids)])
+            return
+        if states is None:
             return
         logits = np.array(last.logits, np.float32)
         with np.errstate(over="ignore"):
@@ -459,8 +473,9 @@ class Auditor:
         scores: list[float | None],
         differing: list[bool],
         served_differs: bool,
+        missed: list[list[bool] | None],
     ) -> None:
-        settled.add(key, scores, differing, served_differs)
+        settled.add(key, scores, differing, served_differs, missed)
         self.audits += 1
         self.disagreements += served_differs
 
@@ -483,6 +498,12 @@ class Auditor:
             tenant.entries.popleft()
         if settled:
             self._count_settled(settled)
+
+
+def _missed(passed: Sequence[Reading]) -> list[bool] | None:
+    """For each exit of a token classifier, True if it misses a span of the last one; None without spans there."""
+    answers = [reading.tokens.answer for reading in passed if reading.tokens is not None]
+    return [bool(answers[-1] - answer) for answer in answers] if answers[-1] else None
 
 
 def _key(tokens: Tokens) -> int:

@@ -96,11 +96,17 @@ class Ledger:
     def tenant(self, name: str) -> Tenant:
         """The audits of a tenant, which begin with its first text."""
         if name not in self.tenants:
-            self.tenants[name] = Tenant(self.taus, self.new_guarantee(), self.epoch)
+            self.tenants[name] = self.new_tenant()
             self._tell([name])
         return self.tenants[name]
 
-    def new_guarantee(self) -> Guarantee | None:
+    def new_tenant(self) -> Tenant:
+        """A tenant without evidence."""
+        has_spans = self.manifest.is_spans
+        missed = self._new_guarantee() if has_spans else None
+        return Tenant(self.taus, self._new_guarantee(), self.epoch, missed, has_spans)
+
+    def _new_guarantee(self) -> Guarantee | None:
         """The guarantee to a tenant without evidence; None without a guarantee."""
         return None if self.rate is None else Guarantee(self.rate, self.taus, self.error)
 
@@ -192,7 +198,10 @@ class Ledger:
                 found = profiles([r.scores for r in held], [r.differs for r in held], costs, self.taus)
                 if tenant.guarantee is not None:
                     repeats = [one.is_repeat for one in held]
-                    tenant.count_held_out([one.key for one in held], found, self._room, repeats)
+                    where = {i: each.missed for i, each in enumerate(held) if each.missed is not None}
+                    scores = [held[i].scores for i in where]
+                    missed = [*where], profiles(scores, [*where.values()], costs, self.taus)
+                    tenant.count_held_out([one.key for one in held], found, self._room, repeats, missed)
                 cost = float(found.layers[:, tenant.index].mean())
             mean += texts / total * cost
         self._start_cost = mean if traffic else None
@@ -222,8 +231,9 @@ class Ledger:
 
     def tenant_taus(self) -> list[float]:
         """With a guarantee, the τ of each tenant."""
-        guarantees = [tenant.guarantee for tenant in list(self.tenants.values())]
-        return [guarantee.tau for guarantee in guarantees if guarantee is not None]
+        return [
+            float(one.taus[one.index]) for one in list(self.tenants.values()) if one.guarantee is not None
+        ]
 
     def index(self, tenant: Tenant, tau: float) -> int:
         """Index of a tenant's τ in the grid. tau: the τ in force without a guarantee."""
@@ -274,7 +284,7 @@ def _grid(rules: Rules) -> NDArray[np.float64]:
 def _in_force(tenant: Tenant) -> InForce:
     if tenant.guarantee is None:
         return InForce(tenant.epoch, None, None)
-    return InForce(tenant.epoch, float(tenant.taus[tenant.index]), tenant.guarantee.reason)
+    return InForce(tenant.epoch, float(tenant.taus[tenant.index]), tenant.strictest(tenant.guarantee).reason)
 
 
 def tau_row(choice: Choice) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import speedup
@@ -36,12 +37,14 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
     """
     signal, manifest, tenants = ledger.signal, ledger.manifest, dict(ledger.tenants)
     name = max(tenants, key=lambda one: tenants[one].evidence.texts, default="") if reader is None else reader
-    tenant = tenants[name] if name in tenants else Tenant(ledger.taus, ledger.new_guarantee(), ledger.epoch)
+    tenant = tenants[name] if name in tenants else ledger.new_tenant()
     evidence, guarantee, tau = tenant.evidence, tenant.guarantee, _tau(tenant, in_force, manifest)
     lower, upper = evidence.bounds()
     rates, costs = evidence.rates(), evidence.mean_layers()
     cost_name = "mean_exit_layer" if manifest.upstream is None else "upstream_share"
     e_values = None if guarantee is None else guarantee.evidence.e_values(guarantee.rate)
+
+    missed = None if tenant.missed is None else _missed(tenant)
 
     def row(k: int) -> dict[str, Any]:
         known: dict[str, Any] = {
@@ -54,6 +57,8 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
         }
         if e_values is not None:
             known["e_value"] = float(e_values[k])
+        if missed is not None:
+            known |= {name: _number(values[k]) for name, values in missed.items()}
         return known
 
     expected = ledger.rules.of_tenant(name).expected
@@ -68,6 +73,7 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
         "share": live.share,
         "texts": evidence.texts,
         "audits": evidence.audits,
+        **({} if tenant.missed is None else {"audits_with_spans": tenant.missed.audits}),
         "pending": live.pending,
         "excluded": live.excluded,
         "tau": tau,
@@ -106,8 +112,19 @@ def _tau(tenant: Tenant, in_force: Choice, manifest: Manifest) -> dict[str, Any]
     """A tenant's τ for requests without exit options, and the reason for it."""
     if len(manifest.exit_layers) == 1:  # audits would allow any τ, but every text runs to full depth
         return {"tau": 0.0, "reason": "no_exits"}
-    guarantee = tenant.guarantee
-    return tau_row(in_force) if guarantee is None else {"tau": guarantee.tau, "reason": guarantee.reason}
+    if tenant.guarantee is None:
+        return tau_row(in_force)
+    return {"tau": float(tenant.taus[tenant.index]), "reason": tenant.strictest(tenant.guarantee).reason}
+
+
+def _missed(tenant: Tenant) -> dict[str, NDArray[np.float64]]:
+    """Of a token classifier, at each τ: the rate of texts with spans that miss one, its bounds and e-values."""
+    evidence, guarantee = tenant.missed, tenant.missed_guarantee
+    assert evidence is not None
+    lower, upper = evidence.bounds()
+    rates = {"missed": evidence.rates(), "missed_lower": lower, "missed_upper": upper}
+    e_values = {} if guarantee is None else {"missed_e_value": guarantee.evidence.e_values(guarantee.rate)}
+    return rates | e_values
 
 
 def _number(value: float) -> float | None:

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from de3.exits.guarantee import MAX_SHARES, Evidence, Reason, SavedGuarantee, Tally
+from de3.exits.guarantee import MAX_SHARES, Evidence, Guarantee, Reason, SavedGuarantee, Tally
 from de3.model_store.manifest import fingerprint
 from de3.model_store.regular_file import read_regular_file, write_private_file
 from de3.server.audit.ledger import Ledger
-from de3.server.audit.tenant import MAX_RESETS, Reset, Tenant
+from de3.server.audit.tenant import MAX_RESETS, Reset
 
 log = logging.getLogger("de3")
 MAX_BYTES = 2**22
@@ -100,6 +100,9 @@ class TenantState(_Part):
     since: Annotated[float, Field(ge=0, le=MAX_TIME)]
     counts: list[Counts] = Field(max_length=MAX_SHARES)
     guarantee: GuaranteeState | None  # None without a guarantee
+    # Of a token classifier; see Tenant.
+    missed_counts: list[Counts] = Field([], max_length=MAX_SHARES)
+    missed_guarantee: GuaranteeState | None = None
     resets: list[ResetRow] = Field(max_length=MAX_RESETS)
 
     @model_validator(mode="after")
@@ -109,14 +112,14 @@ class TenantState(_Part):
         return self
 
     def all_counts(self) -> list[Counts]:
-        """The counts of all audits, and those that the guarantee rests on."""
-        return [*self.counts, *(self.guarantee.counts if self.guarantee is not None else ())]
+        """The counts of all audits, and those that the guarantees rest on."""
+        guarantees = [one for one in (self.guarantee, self.missed_guarantee) if one is not None]
+        return [*self.counts, *self.missed_counts, *(row for one in guarantees for row in one.counts)]
 
 
 def state_of(ledger: Ledger, name: str) -> TenantState:
     """The state of a tenant, to be saved."""
     tenant = ledger.tenants[name]
-    guarantee = tenant.guarantee
     return TenantState(
         model=ledger.manifest.full_name,
         tenant=name,
@@ -128,11 +131,17 @@ def state_of(ledger: Ledger, name: str) -> TenantState:
         taus=ledger.taus.tolist(),
         since=tenant.since,
         counts=_counts_of(tenant.evidence),
-        guarantee=None
-        if guarantee is None
-        else GuaranteeState(counts=_counts_of(guarantee.evidence), **guarantee.saved()._asdict()),
+        guarantee=_saved(tenant.guarantee),
+        missed_counts=[] if tenant.missed is None else _counts_of(tenant.missed),
+        missed_guarantee=_saved(tenant.missed_guarantee),
         resets=[ResetRow(**asdict(reset)) for reset in tenant.resets],
     )
+
+
+def _saved(guarantee: Guarantee | None) -> GuaranteeState | None:
+    if guarantee is None:
+        return None
+    return GuaranteeState(counts=_counts_of(guarantee.evidence), **guarantee.saved()._asdict())
 
 
 def _counts_of(evidence: Evidence) -> list[Counts]:
@@ -163,21 +172,27 @@ def restore(ledger: Ledger, state: TenantState) -> None:
         raise ValueError("it belongs to another signal")
     if (state.runtime, state.tau_factor) != (ledger.runtime, ledger.tau_factor):
         raise ValueError("it belongs to another runtime, or another --ood-policy")
-    saved = state.guarantee
-    if max(len(state.counts), len(saved.counts) if saved is not None else 0) + NEW_SHARES > MAX_SHARES:
+    saved = [one for one in (state.guarantee, state.missed_guarantee) if one is not None]
+    if max(len(state.counts), *(len(one.counts) for one in saved), 0) + NEW_SHARES > MAX_SHARES:
         raise ValueError("it has too many shares")
     if max((count for row in state.all_counts() for count in _all(row)), default=0) > MAX_COUNT - NEW_COUNT:
         raise ValueError("its counts are too large")
     if state.taus != taus.tolist():
         raise ValueError("it has a different grid of τ")
-    guarantee = ledger.new_guarantee()
+    tenant = ledger.new_tenant()
+    _restore(tenant.guarantee, state.guarantee, taus)
+    _restore(tenant.missed_guarantee, state.missed_guarantee, taus)
+    tenant.evidence, tenant.since = _evidence(state.counts, taus), state.since
+    if tenant.missed is not None:
+        tenant.missed = _evidence(state.missed_counts, taus)
+    tenant.resets = [Reset(**row.model_dump()) for row in state.resets]
+    ledger.restore(state.tenant, tenant)
+
+
+def _restore(guarantee: Guarantee | None, saved: GuaranteeState | None, taus: NDArray[np.float64]) -> None:
     if guarantee is not None and saved is not None:
         fields = saved.model_dump(exclude={"counts"})
         guarantee.restore(_evidence(saved.counts, taus), SavedGuarantee(**fields))
-    tenant = Tenant(taus, guarantee, ledger.epoch)
-    tenant.evidence, tenant.since = _evidence(state.counts, taus), state.since
-    tenant.resets = [Reset(**row.model_dump()) for row in state.resets]
-    ledger.restore(state.tenant, tenant)
 
 
 def _all(row: Counts) -> Iterator[int]:

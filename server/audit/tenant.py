@@ -30,6 +30,8 @@ class Settled:
         keys: with a guarantee, hashes of the texts, in order.
         scores: score of each audited text at each exit; None at an exit without one.
         differs: disagreement of each audited text's exits with the last one.
+        missed: of a token classifier, for each audited text, the exits that miss a span of the last one; None for a
+            text without spans there. Empty for other models.
         served: number of audited texts whose answer, as sent, differs from the last exit's.
         may_rise: they end with the last text of a request, so τ may rise.
     """
@@ -41,6 +43,7 @@ class Settled:
     keys: list[int] = field(default_factory=list)
     scores: list[list[float | None]] = field(default_factory=list)
     differs: list[list[bool]] = field(default_factory=list)
+    missed: list[list[bool] | None] = field(default_factory=list)
     served: int = 0
     may_rise: bool = False
 
@@ -56,14 +59,20 @@ class Settled:
             self.keys.append(key)
 
     def add(
-        self, key: int | None, scores: list[float | None], differs: list[bool], served_differs: bool
+        self,
+        key: int | None,
+        scores: list[float | None],
+        differs: list[bool],
+        served_differs: bool,
+        missed: Sequence[list[bool] | None] = (),
     ) -> None:
-        """Add a text that was audited; see the attributes."""
+        """Add a text that was audited; see the attributes. missed: of this text, or empty."""
         self.skipped.append(0)
         if key is not None:
             self.keys.append(key)
         self.scores.append(scores)
         self.differs.append(differs)
+        self.missed += missed
         self.served += served_differs
 
     def continues(self, other: "Settled") -> bool:
@@ -77,6 +86,7 @@ class Settled:
         self.keys += later.keys
         self.scores += later.scores
         self.differs += later.differs
+        self.missed += later.missed
         self.served += later.served
         self.may_rise = later.may_rise
 
@@ -128,7 +138,10 @@ class Tenant:
 
     Attributes:
         evidence: all audits since the start, or the last change or reset.
+        missed: of these, those of texts in which full depth finds a span, and the rate of those with one missed; None
+            unless the model is a token classifier.
         guarantee: the test that chooses τ; None without a guarantee.
+        missed_guarantee: the same for the second rate, of a token classifier: both must allow a τ.
         epoch: identifies the evidence: texts that were drawn in an earlier epoch do not count.
         since: start of the evidence, in seconds since 1970.
         resets: the latest resets.
@@ -136,10 +149,19 @@ class Tenant:
         is_changed: these audits have changed since they were last saved.
     """
 
-    def __init__(self, taus: NDArray[np.float64], guarantee: Guarantee | None, epoch: int) -> None:
-        """taus: the grid, (G,), ascending from 0."""
+    def __init__(
+        self,
+        taus: NDArray[np.float64],
+        guarantee: Guarantee | None,
+        epoch: int,
+        missed_guarantee: Guarantee | None = None,
+        has_spans: bool = False,
+    ) -> None:
+        """taus: the grid, (G,), ascending from 0. has_spans: the model is a token classifier."""
         self.taus, self.guarantee, self.epoch = taus, guarantee, epoch
+        self.missed_guarantee = missed_guarantee
         self.evidence = Evidence(taus)
+        self.missed = Evidence(taus) if has_spans else None
         self.since = time.time()
         self.resets: list[Reset] = []
         self.num_changes = 0
@@ -150,7 +172,16 @@ class Tenant:
     @property
     def index(self) -> int:
         """Index of the τ in force in the grid; 0 without a guarantee."""
-        return 0 if self.guarantee is None else self.guarantee.index
+        return 0 if self.guarantee is None else self.strictest(self.guarantee).index
+
+    def strictest(self, guarantee: Guarantee) -> Guarantee:
+        """The guarantee with the lower τ of the tenant's two, or its only one."""
+        other = self.missed_guarantee
+        return guarantee if other is None or guarantee.index <= other.index else other
+
+    @property
+    def _guarantees(self) -> list[Guarantee]:
+        return [one for one in (self.guarantee, self.missed_guarantee) if one is not None]
 
     def count(self, one: Settled, layers: Sequence[int], room: int) -> bool:
         """Count texts; returns True if the rate had risen, which discards all evidence.
@@ -163,6 +194,13 @@ class Tenant:
         self.evidence.skip(one.share, sum(one.skipped))
         if one.scores:
             self.evidence.add(one.share, found, one.served)
+        rows = [i for i, row in enumerate(one.missed) if row is not None]
+        missed = profiles(
+            [one.scores[i] for i in rows], [one.missed[i] or [] for i in rows], layers, self.taus
+        )
+        if self.missed is not None and rows:
+            # All texts that the second rate is about are audited ones, whatever the share of audits is.
+            self.missed.add(1.0, missed)
         if self.guarantee is None:
             return False
         seen = np.array([self._seen.was_counted(key, room) for key in one.keys], np.bool_)
@@ -170,41 +208,57 @@ class Tenant:
         repeats = seen[places] if len(seen) else None
         skipped_repeats = int(seen.sum()) - (0 if repeats is None else int(repeats.sum()))
         self.guarantee.count(one.share, found, one.skipped, repeats, skipped_repeats)
-        if self.guarantee.reason == "change" and not self.guarantee.evidence.tallies:
+        if self.missed_guarantee is not None and rows:
+            again = None if repeats is None else repeats[rows]
+            self.missed_guarantee.count(1.0, missed, [0] * (len(rows) + 1), again)
+        if any(each.reason == "change" and not each.evidence.tallies for each in self._guarantees):
+            for each in self._guarantees:
+                each.reset("change")
             self.num_changes += 1
             self._begin_anew(Reset(time.time(), "change", tau, before + len(one.scores)))
             return True
         self._has_new_audits |= bool(one.scores)
         if one.may_rise and self._has_new_audits:
             self._has_new_audits = False
-            self.guarantee.advance()
+            for each in self._guarantees:
+                each.advance()
         return False
 
     def count_held_out(
-        self, keys: Sequence[int], found: Profiles, room: int, repeats: Sequence[bool]
+        self,
+        keys: Sequence[int],
+        found: Profiles,
+        room: int,
+        repeats: Sequence[bool],
+        missed: tuple[Sequence[int], Profiles] | None = None,
     ) -> None:
         """Count texts that were recorded before the model was served, toward the guarantee only.
 
-        They are not audits of the model's answers, so reports leave them out. repeats: see
-        HeldOut.is_repeat.
+        They are not audits of the model's answers, so reports leave them out. repeats: see HeldOut.is_repeat. missed:
+        of a token classifier, the texts (by index) in which full depth finds a span, and where one is missed.
         """
         assert self.guarantee is not None
         counted = np.array([self._seen.was_counted(key, room) for key in keys], np.bool_)
         seen = counted | np.array(repeats, np.bool_)
         self.guarantee.count(1.0, found, [0] * (len(keys) + 1), seen)
-        self.guarantee.advance()
+        if self.missed_guarantee is not None and missed is not None and len(missed[0]):
+            rows, where = missed
+            self.missed_guarantee.count(1.0, where, [0] * (len(rows) + 1), seen[list(rows)])
+        for each in self._guarantees:
+            each.advance()
         self.is_changed = True
 
     def reset(self, epoch: int) -> None:
         """Discard the evidence at an admin's request; with a guarantee, τ returns to 0."""
         tau, audits = float(self.taus[self.index]), self.evidence.audits
-        if self.guarantee is not None:
-            self.guarantee.reset("reset")
+        for each in self._guarantees:
+            each.reset("reset")
         self.epoch = epoch
         self._begin_anew(Reset(time.time(), "reset", tau, audits))
 
     def _begin_anew(self, reset: Reset) -> None:
         # The evidence from the texts seen so far is discarded, so they may count again.
         self.evidence, self._seen = Evidence(self.taus), Seen()
+        self.missed = None if self.missed is None else Evidence(self.taus)
         self.since, self.is_changed = reset.at, True
         self.resets = [*self.resets, reset][-MAX_RESETS:]

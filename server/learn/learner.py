@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from de3.model_store.manifest import base_of
-from de3.model_store.records import Records
+from de3.model_store.records import Records, shape_of
 from de3.model_store.store import Artifact
 from de3.server.learn.job import Found
 from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, MAX_VOID, FitOutcome, LearnFolder, Result
@@ -107,12 +107,8 @@ class Learner:
         self._held: list[Record] | None = []  # records held back (see hold); None: add at once
         self._observed: dict[int, Changes] = {}  # changes found so far, by version
         self._has_keys = settings.has_keys
-        self.reservoir = Reservoir(
-            self.base,
-            (manifest.num_states, manifest.hidden_size),
-            len(manifest.labels),
-            settings.learn_bytes,
-        )
+        layers, hidden, labels, ids = shape_of(manifest)
+        self.reservoir = Reservoir(self.base, (layers, hidden), labels, settings.learn_bytes, ids=ids)
         self.journal = folder.journal(self.name, self.base)
         if not self.journal.attempts and len(manifest.exit_layers) > 1:
             self.journal.attempts = 1  # the guarantee tests the model's own exits first

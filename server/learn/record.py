@@ -1,7 +1,7 @@
 """Texts of live traffic to which exits are fitted, and held-out texts that test the exits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,10 @@ class Record:
         share: probability with which the text was drawn, before anything about it was known; 1 if it is extra.
         is_extra: it was not drawn; see model_store.records.Records.
         key: hash of its tokens.
-        states: mean hidden state of the tokens after each layer but the last, (num_layers, hidden) float16.
-        logits: logits of the last layer, (K,) float32.
+        states: mean hidden state of the tokens after each layer but the last, (num_layers, hidden) float16; (0, 0) of a
+            token classifier.
+        logits: logits of the last layer, (K,) float32; (0,) of a token classifier.
+        ids: of a token classifier, its tokens as model_store.records.packed returns them; otherwise empty, int32.
     """
 
     client: str
@@ -26,6 +28,7 @@ class Record:
     states: NDArray[np.float16]
     logits: NDArray[np.float32]
     is_extra: bool = False
+    ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class HeldOut:
         number: position of the text in the traffic, as in Records.
         scores: the signal's score at each exit; None at an exit where it is not defined.
         differs: for each exit, true if its answer disagrees with the last exit's.
+        missed: see server.audit.tenant.Settled; None also for models that are no token classifiers.
         is_repeat: it was also recorded before the fit, perhaps for another tenant, so it counts only against the exits.
     """
 
@@ -46,3 +50,4 @@ class HeldOut:
     scores: Sequence[float | None]
     differs: Sequence[bool]
     is_repeat: bool = False
+    missed: Sequence[bool] | None = None

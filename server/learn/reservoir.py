@@ -33,16 +33,21 @@ class Reservoir:
         max_bytes: int,
         half_life: float = HALF_LIFE,
         seed: int = 0,
+        ids: int = 0,
     ) -> None:
-        """base: see Records. shape: (num_layers, hidden). labels: K. max_bytes: memory limit. half_life: in texts."""
+        """base: see Records. shape: (num_layers, hidden). labels: K. max_bytes: memory limit. half_life: in texts.
+
+        ids: most tokens of a text of a token classifier, whose shape is (0, 0), with 0 labels.
+        """
         self.base, self._half_life, self._random = base, half_life, np.random.default_rng(seed)
-        size = 2 * shape[0] * shape[1] + 4 * labels + 37
+        size = 2 * shape[0] * shape[1] + 4 * (labels + ids) + 37
         self.capacity = max(1, min(max_bytes // size, MOST_RECORDS))
         self.texts = 0.0
         self._count = 0
         # np.empty takes no memory before rows are filled.
         self._states = np.empty((self.capacity, *shape), np.float16)
         self._logits = np.empty((self.capacity, labels), np.float32)
+        self._ids = np.empty((self.capacity, ids), np.int32)
         self._shares, self._ranks = np.empty(self.capacity), np.empty(self.capacity)
         self._keys = np.empty(self.capacity, np.uint64)
         self._numbers = np.empty(self.capacity, np.int64)
@@ -76,6 +81,8 @@ class Reservoir:
         )
         self._keys[slot], self._numbers[slot], self._clients[slot] = record.key, number, client
         self._extra[slot] = record.is_extra
+        self._ids[slot] = -1
+        self._ids[slot, : len(record.ids)] = record.ids
         self._ranks[slot] = rank
         self._held[client] += 1
 
@@ -113,6 +120,7 @@ class Reservoir:
             *(self._numbers[order], self._clients[order], list(self._names)),
             self._texts[: len(self._names)].tolist(),
             self._extra[order],
+            self._ids[order],
         )
 
     def restore(self, records: Records) -> None:
@@ -120,10 +128,10 @@ class Reservoir:
 
         Raises ValueError if they are from another model or have another shape.
         """
-        records.check(self.base, *self._states.shape[1:], self._logits.shape[1])
+        records.check(self.base, *self._states.shape[1:], self._logits.shape[1], self._ids.shape[1])
         kept = records.part(np.arange(len(records))[-self.capacity :])
         self._count = count = len(kept)
-        self._states[:count], self._logits[:count] = kept.states, kept.logits
+        self._states[:count], self._logits[:count], self._ids[:count] = kept.states, kept.logits, kept.ids
         self._shares[:count], self._keys[:count] = kept.shares, kept.keys
         self._numbers[:count], self._extra[:count] = kept.numbers, kept.extra
         indices = np.array([self._client(name) for name in records.names])
