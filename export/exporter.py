@@ -93,7 +93,7 @@ def write(trained: Trained, precision: Precision, draft: Draft, name: str) -> Mo
         thresholds=config.thresholds,
         input=config.input,
     )
-    return Model(Artifact(draft.path, manifest), "onnxruntime")
+    return Model(Artifact(draft.path, manifest))
 
 
 def certified(

@@ -152,8 +152,8 @@ def _published(
     def written(base: Artifact, draft: Draft) -> Model:
         # The source is set only for a classifier without exits.
         manifest = write_exits(base, exits, draft, name=exporting.name, source=None, **fields)
-        # On some processors, ONNX Runtime's int8 products saturate, which changes more spans than classes.
-        return Model(Artifact(draft.path, manifest), "auto" if manifest.is_spans else "onnxruntime")
+        # By the kernels, as it is served: on some processors, ONNX Runtime's int8 products saturate.
+        return Model(Artifact(draft.path, manifest))
 
     with store.new_version(exporting.name) as draft, store.new_version(exporting.name) as other:
         is_int8 = exporting.precision == "int8"

@@ -18,7 +18,7 @@ from de3.export.calibrate import Calibrated, CalibrationPart, calibrate
 from de3.export.fit import Exits
 from de3.export.publish import as_stored, write_exits
 from de3.export.record import recorded_spans
-from de3.export.records import check, exits_of, groups_of, opened, opened_model, part_of, texts_of, thinned
+from de3.export.records import check, groups_of, opened, opened_model, part_of, recorded, texts_of, thinned
 from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.records import Records
 from de3.model_store.store import Artifact, Store
@@ -309,10 +309,6 @@ def test(model: Artifact, records: Records, after: int, by_client: bool = False)
     if not len(rows):
         return Found()
     newer = records.part(rows)
-    if model.manifest.is_spans:
-        tokens = [newer.tokens(i) for i in range(len(newer))]
-        recorded: Recorded = recorded_spans(opened_model(model), tokens, "recorded texts")
-    else:
-        recorded = exits_of(model).recorded(texts_of(newer, model.manifest))
-    scores = model.manifest.default_signal.scores(recorded)
-    return Found(evidence=list(_evidence(newer, recorded, scores)))
+    outputs = recorded(model, newer)
+    scores = model.manifest.default_signal.scores(outputs)
+    return Found(evidence=list(_evidence(newer, outputs, scores)))

@@ -37,7 +37,7 @@ def recalibrate(
         check_input(examples, manifest.input, str(file))
     check_disjoint(tune, certify, tune_file, certify_file)
     _report_related([*tune, *certify])
-    model = Model(artifact, "onnxruntime")
+    model = Model(artifact)
     parts = [
         CalibrationPart.of(record(model, part, f"the {what} samples"), part)
         for part, what in ((tune, "tuning"), (certify, "certifying"))
@@ -55,14 +55,11 @@ def recalibrate_on_records(
     """
     if artifact.manifest.upstream is not None:
         raise ValueError(f"{artifact.full_name} has an upstream: de3 serve --learn calibrates its exits")
-    exits = records.exits_of(artifact)
     found = records.opened(files, artifact.manifest)
     rng = np.random.default_rng(SEED)
     found = found.part(records.thinned(found, np.arange(len(found)), rng))
-    texts = records.texts_of(found, artifact.manifest)
-    return _on_own_answers(
-        artifact, store, records.part_of(exits.recorded(texts), texts.groups), max_loss, signal
-    )
+    part = records.part_of(records.recorded(artifact, found), records.groups_of(found))
+    return _on_own_answers(artifact, store, part, max_loss, signal)
 
 
 def recalibrate_on_texts(
@@ -84,7 +81,7 @@ def recalibrate_on_texts(
     check_input(examples, artifact.manifest.input, str(file))
     used = with_fragments(examples) if fragments else examples
     _check_count(_report_related(used, len(examples) - len(used)))
-    recorded = record(Model(artifact, "onnxruntime"), used, "the texts")
+    recorded = record(Model(artifact), used, "the texts")
     recorded = replace(recorded, labels=recorded.answers[:, -1])
     return _on_own_answers(artifact, store, CalibrationPart.of(recorded, used), max_loss, signal)
 

@@ -11,6 +11,7 @@ from de3.exits.recorded import Recorded
 from de3.export.calibrate import CalibrationPart
 from de3.export.classifier import message_of
 from de3.export.fit import Exits
+from de3.export.record import recorded_spans
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.manifest import Manifest, base_of
 from de3.model_store.model import Model, exit_weights, unit_prototypes
@@ -73,6 +74,14 @@ def thinned(records: Records, rows: NDArray[np.int64], rng: np.random.Generator)
 def part_of(recorded: Recorded, groups: NDArray[np.int64]) -> CalibrationPart:
     """The recorded outputs of records, all of them whole texts, with the number of each text's group."""
     return CalibrationPart(Samples(recorded, groups), np.ones(len(groups), np.bool_))
+
+
+def recorded(model: Artifact, records: Records) -> Recorded:
+    """The outputs of a model's exits for its records; raises as exits_of does."""
+    if model.manifest.is_spans:
+        tokens = [records.tokens(i) for i in range(len(records))]
+        return recorded_spans(opened_model(model), tokens, "recorded texts")
+    return exits_of(model).recorded(texts_of(records, model.manifest))
 
 
 def exits_of(model: Artifact) -> Exits:

@@ -91,7 +91,7 @@ class Records:
         """Write the records atomically to a file that only its owner can read; raises OSError."""
         clients = json.dumps([self.names, self.texts])
         metadata = {"format": FORMAT, "base": self.base, "clients": clients}
-        arrays = {name: array for name in _SHAPES if (array := getattr(self, name)).size}
+        arrays = {name: array for name in _SHAPES if 0 not in (array := getattr(self, name)).shape[1:]}
         content = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata)
         write_private_file(path, content)
 

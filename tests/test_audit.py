@@ -301,7 +301,7 @@ def test_a_model_is_calibrated_on_records_of_its_audits(
     artifact = Store(store).open("tiny-int8")
     found = records.opened([file], artifact.manifest)
     rows = records.exits_of(artifact).recorded(records.texts_of(found, artifact.manifest))
-    model = Model(artifact, "onnxruntime")
+    model = Model(artifact)
     tokens = [model.tokenize(text) for text in TEXTS]
     steps = {_key(one): model.full_depth(one) for one in tokens}
     assert set(found.keys.tolist()) == set(steps)
@@ -824,7 +824,7 @@ class Answering(Auditor):
             for _ in is_drawn
         ]
         choice = SimpleNamespace(rule=SimpleNamespace(tau=tau))
-        request, options = SimpleNamespace(tenant=tenant), NO_OPTIONS
+        request, options = SimpleNamespace(tenant=tenant, is_private=False), NO_OPTIONS
         job: Any = SimpleNamespace(client="one", items=items, choice=choice, request=request, options=options)
         self._random = SimpleNamespace(random=lambda: 1.0 - next(texts))  # type: ignore[assignment]
         draw = self.draw(job)

@@ -260,18 +260,18 @@ class Ledger:
         """The rate of disagreement at the τ in force, and its lower and upper bound; None without audits.
 
         With a guarantee, they are those of the tenant whose audits are the strongest evidence against it: bounds hold
-        for one tenant, because the texts of others are drawn with other probabilities. Any thread may call this.
+        for one tenant, because the texts of others are drawn with other probabilities. Of a token classifier, this may
+        be the rate of texts with a span missed. Any thread may call this.
         """
         tau, rate = in_force.rule.tau, self.guaranteed_rate or 0.5
-
-        def doubt(tenant: Tenant) -> float:
-            return tenant.evidence.e_value_above(rate, self.index(tenant, tau))
-
-        tenants = [tenant for tenant in list(self.tenants.values()) if tenant.evidence.audits]
-        if not tenants:
+        found = [(tenant, tenant.evidence) for tenant in list(self.tenants.values())]
+        if self.rate is not None:
+            found += [(tenant, tenant.missed) for tenant, _ in found if tenant.missed is not None]
+        found = [(tenant, evidence) for tenant, evidence in found if evidence.audits]
+        if not found:
             return None
-        worst = max(tenants, key=doubt)
-        index, evidence = self.index(worst, tau), worst.evidence
+        worst, evidence = max(found, key=lambda one: one[1].e_value_above(rate, self.index(one[0], tau)))
+        index = self.index(worst, tau)
         lower, upper = evidence.bounds(slice(index, index + 1))
         return float(evidence.rates()[index]), float(lower[0]), float(upper[0])
 
