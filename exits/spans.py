@@ -129,7 +129,9 @@ class SpanRule:
         """The spans of a text, in order. logits: of its tokens, (T, K)."""
         rows = np.flatnonzero(~layout.is_special)
         best = logits.argmax(-1)
-        if self._plain[best[rows]].all():  # most texts; a word has a label that one of its tokens has
+        # Most texts. A mean of probabilities may have a label that no token has, if several labels are ignored.
+        is_sure = self.aggregation != "average" or self._plain.sum() == 1
+        if not len(rows) or (is_sure and self._plain[best[rows]].all()):
             return []
         if self.aggregation in ("none", "simple"):
             found = best[rows].tolist()

@@ -8,7 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -51,6 +51,7 @@ GOOD = "good great lovely superb fine warm funny charming bright fresh".split() 
 BAD = "bad awful dull poor weak cold boring tired messy stale".split()  # noqa: SIM905
 FILLER = "the a film movie plot actor scene it is was and with of this one story very quite".split()  # noqa: SIM905
 OTHER = "not never but ##s".split()  # noqa: SIM905
+TAGS = ("O", "B-X", "I-X", "B-Y", "I-Y")  # labels of a token classifier
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +106,18 @@ def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
     return path
 
 
-def save_tokenizer(folder: Path, token_types: bool = True) -> int:
+def save_tokenizer(
+    folder: Path, token_types: bool = True, first: Sequence[str] = ("[PAD]", "[UNK]")
+) -> int:
     """Save a small WordPiece tokenizer; returns the size of its vocabulary.
 
     It pads and truncates to 32 tokens, as the tokenizers in some model packages do. token_types: True if it
-    returns token types.
+    returns token types. first: the tokens 0 and 1.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLER, *OTHER]
+    words = [*first, "[CLS]", "[SEP]", *GOOD, *BAD, *FILLER, *OTHER]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -138,24 +141,69 @@ def save_tokenizer(folder: Path, token_types: bool = True) -> int:
     return len(vocabulary)
 
 
+def save_family_tokenizer(folder: Path, family: str) -> int:
+    """Save a small tokenizer of the kind that a family uses; returns the size of its vocabulary."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    corpus = [text for text, _ in make_rows(400, 3)]
+    if family in ("roberta", "modernbert"):
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=340, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], initial_alphabet=alphabet
+        )
+    elif family in ("camembert", "xlm-roberta", "deberta-v2"):
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        trainer = trainers.UnigramTrainer(
+            vocab_size=150, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], unk_token="<unk>"
+        )
+    else:  # MPNet's positions count the tokens that are not token 1
+        first = ("[UNK]", "[PAD]") if family == "mpnet" else ("[PAD]", "[UNK]")
+        return save_tokenizer(folder, family in ("bert", "electra"), first)
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        *(("</s>", 2), ("<s>", 0)), trim_offsets=True, add_prefix_space=False
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"},
+        **{"unk_token": "<unk>", "pad_token": "<pad>", "model_max_length": 64},
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)
+    return tokenizer.get_vocab_size()
+
+
 def save_encoder(
     folder: Path,
     family: str = "bert",
     layers: int = 3,
     activation: str = "gelu",
     labels: int = 0,
+    tags: Sequence[str] = (),
     **options: Any,
 ) -> Path:
     """Save a small encoder with random weights, and its tokenizer; returns the folder.
 
-    labels: number of labels of a stock classifier; 0: an encoder without a classifier. options: further fields of the
-    configuration.
+    labels: number of labels of a stock classifier; 0: an encoder without a classifier. tags: labels of a token
+    classifier, which has a tokenizer of the kind that its family uses. options: further fields of the configuration.
     """
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     torch.manual_seed(7)
-    vocabulary = save_tokenizer(folder, token_types=family in ("bert", "electra", "deberta-v2"))
+    if tags:
+        vocabulary = save_family_tokenizer(folder, family)
+    else:
+        vocabulary = save_tokenizer(folder, token_types=family in ("bert", "electra", "deberta-v2"))
     like_roberta = family in ("roberta", "xlm-roberta", "camembert", "mpnet")
     settings: dict[str, Any] = {
         "vocab_size": vocabulary,
@@ -196,9 +244,11 @@ def save_encoder(
         }
     if labels:
         settings["num_labels"] = labels
+    if tags:
+        settings |= {"id2label": dict(enumerate(tags)), "label2id": {tag: k for k, tag in enumerate(tags)}}
     config = AutoConfig.for_model(family, **settings | options)
     kind = AutoModelForSequenceClassification if labels else AutoModel
-    model = kind.from_config(config)
+    model = (AutoModelForTokenClassification if tags else kind).from_config(config)
     with torch.no_grad():  # nonzero biases and norms, so that parity tests cover them
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))

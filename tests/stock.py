@@ -21,13 +21,14 @@ from de3.export.classifier import Stock, convert
 from de3.export.fit import Exits
 from de3.export.publish import write_exits
 from de3.model_store.architecture import Architecture, Precision
+from de3.model_store.manifest import Defaults
 from de3.model_store.model import exit_graph, exit_weights
 from de3.model_store.segments import session_options
 from de3.model_store.store import Artifact, Store
 from de3.training.settings import TrainSettings
 from tests.commands import de3
 from tests.fine_tune import fine_tune
-from tests.fixtures import made_once, make_rows
+from tests.fixtures import TAGS, made_once, make_rows, save_encoder
 
 
 def fine_tuned(
@@ -126,7 +127,10 @@ def with_random_exits(
     seed: int = 0,
     token_types: bool | None = None,
 ) -> Artifact:
-    """Publish a stock classifier with an exit of random weights at every layer but the last. See graphs_of."""
+    """Publish a stock classifier with an exit of random weights at every layer but the last. See graphs_of.
+
+    A token classifier also has random weights of the signal risk.
+    """
     stock, rng = Stock.open(str(folder), folder), np.random.default_rng(seed)
     stock = stock if token_types is None else replace(stock, token_types=token_types)
     width, labels = stock.architecture(precision).hidden_size, len(stock.description.labels)
@@ -134,15 +138,34 @@ def with_random_exits(
     def random(*shape: int) -> NDArray[np.float32]:
         return rng.normal(0, 0.02 if len(shape) > 1 else 0, shape).astype(np.float32)
 
-    layers = range(stock.num_layers)
+    layers, fields = range(stock.num_layers), dict[str, Any]()
     exits = Exits(
         "mean",
         [(random(labels, width), random(labels)) for _ in layers],
         [(random(width, width), random(width)) for _ in layers],
         [rng.normal(size=(labels, width)).astype(np.float32) for _ in layers],
     )
+    if stock.description.kind == "spans":
+        exits = replace(
+            exits,
+            pooling="none",
+            classifiers=[(20 * weight, bias) for weight, bias in exits.classifiers],
+            spaces=[],
+            prototypes=[],
+        )
+        risk = [{"layer": m, "weights": [-0.4, *rng.normal(0, 0.6, 4)]} for m in layers]
+        fields = {"risk": risk, "defaults": Defaults(tau=0, signal="risk")}
     with TemporaryDirectory() as made, store.new_version(name) as draft:
         base = Store(Path(made))
         convert(stock, base, "base", precision)
-        draft.publish(write_exits(base.open("base"), exits, draft, name=name, source=None, input="text"))
+        made_exits = write_exits(
+            *(base.open("base"), exits, draft), name=name, source=None, input="text", **fields
+        )
+        draft.publish(made_exits)
     return store.open(name)
+
+
+def token_classifier(factory: pytest.TempPathFactory, family: str, tags: Sequence[str] = TAGS) -> Path:
+    """The folder of a small token classifier with random weights."""
+    name = f"tags-{family}-{len(tags)}-{len(tags[1])}"
+    return made_once(factory, name, lambda folder: save_encoder(folder, family, tags=tags))

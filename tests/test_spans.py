@@ -1,0 +1,356 @@
+"""Spans: how they are made from token labels, compared with transformers' pipeline; offsets, windows and redaction."""
+
+import math
+import unicodedata
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, TokenClassificationPipeline
+
+from de3.exits.reading import read_tokens
+from de3.exits.signals import Risk
+from de3.exits.spans import AGGREGATIONS, Aggregation, Layout, Span, SpanRule, TokenReading, redacted, unsure_of
+from de3.exits.windows import SpanCombination, spans
+from de3.export.cache import artifact_of
+from de3.model_store.families import FAMILIES
+from de3.model_store.model import Model
+from de3.model_store.tokenizer import TextTokenizer, Windows
+from tests.fixtures import TAGS, made_once, save_encoder
+from tests.stock import token_classifier
+from tests.test_tokenizer import MADE
+from tests.test_tokenizer import texts as long_texts
+
+# Why the pipeline finds other words than the text's, without WordPiece; so do we.
+pytestmark = pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
+Array = NDArray[np.float32]
+
+# Families whose tokenizers are of different kinds: WordPiece, byte-level BPE and Unigram.
+TOKENIZERS = ("bert", "roberta", "xlm-roberta")
+LABELS = (TAGS, ("X", "O", "Y"), ("B-X", "I-X", "B-Y", "I-Y"), ("O", "X", "B-X", "I-X", "B-", "I-O"))
+PARTS = ["good", "films", "bads", "qxz", " ", "  ", "\r\n", "\t", "\u3000", ".", "?!", "'", "-", "good-bad"]
+PARTS += ["👍🏽", "👨\u200d👩\u200d👧", "🇩🇪", "e\u0301", "é", "Å", "ﬁ", "ﬁlm", "İ", "ß", "½", "中文", "の", "한국", "ا", "\u0301"]
+PARTS += ["\u200b", "\u200d", "\ufeff", "\xad", "\x00", "\x07", "\x85", "\ufffd", "[SEP]", "[UNK]", "[CLS]", "<s>"]
+PARTS += ["</s>", "<unk>", "▁", "▁good", "Ġ"]
+texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), min_size=1, max_size=30).map("".join)
+
+
+@pytest.fixture(scope="session")
+def stocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of small token classifiers with random weights, by family."""
+    return {family: token_classifier(tmp_path_factory, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(stocks: dict[str, Path]) -> dict[str, tuple[TextTokenizer, Any]]:
+    """Ours and transformers' tokenizer of each of TOKENIZERS."""
+    found = {}
+    for family in TOKENIZERS:
+        theirs = AutoTokenizer.from_pretrained(stocks[family])
+        inner = type(theirs._tokenizer).from_str(theirs._tokenizer.to_str())
+        inner.no_padding()
+        inner.no_truncation()
+        found[family] = TextTokenizer(inner, 64), theirs
+    return found
+
+
+def pipeline(tokenizer: Any, labels: Sequence[str]) -> TokenClassificationPipeline:
+    """transformers' pipeline, whose model is never run."""
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}
+    config = BertConfig(vocab_size=4, **sizes, id2label=dict(enumerate(labels)))
+    return TokenClassificationPipeline(model=BertForTokenClassification(config), tokenizer=tokenizer)
+
+
+def logits_of(tokens: int, labels: int, seed: int, kind: str) -> Array:
+    """Random logits (tokens, labels): of any size, with many ties, or with labels that two tokens share."""
+    rng = np.random.default_rng(seed)
+    if kind == "tied":
+        return rng.integers(0, 2, (tokens, labels)).astype(np.float32)
+    if kind == "close":
+        return (1 + rng.normal(0, 0.1, (tokens, labels))).astype(np.float32)
+    return rng.normal(0, 4, (tokens, labels)).astype(np.float32)
+
+
+logit_kinds = st.sampled_from(["any", "tied", "close"])
+seeds = st.integers(0, 2**32 - 1)
+
+
+# Parity with transformers
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+@pytest.mark.parametrize("labels", LABELS, ids="|".join)
+@settings(max_examples=60)
+@given(text=texts, aggregation=st.sampled_from(AGGREGATIONS), seed=seeds, kind=logit_kinds, data=st.data())
+def test_spans_are_those_of_transformers_pipeline(
+    tokenizers: dict[str, tuple[TextTokenizer, Any]],
+    family: str,
+    labels: tuple[str, ...],
+    text: str,
+    aggregation: Aggregation,
+    seed: int,
+    kind: str,
+    data: st.DataObject,
+) -> None:
+    ours, theirs = tokenizers[family]
+    rule = SpanRule(labels, aggregation, ignored=frozenset())
+    ignored = data.draw(st.sets(st.sampled_from(rule.names)) | st.just({"O"}), "ignored")
+    names = {"O", *(name for name in ignored if name)}
+    pipe = pipeline(theirs, labels)
+    (inputs,) = pipe.preprocess(text, is_split_into_words=False, tokenizer_params={"max_length": 64})
+    tokens = ours.start(text, None, True, 1, True).all()
+    assert tokens.ids[0].tolist() == inputs["input_ids"][0].tolist()
+    layout = tokens.layout
+    assert layout is not None
+    assert layout.is_special.tolist() == inputs["special_tokens_mask"][0].bool().tolist()
+    assert layout.offsets.tolist() == inputs["offset_mapping"][0].tolist()
+    logits = logits_of(len(tokens), len(labels), seed, kind)
+    outputs = {**inputs, "logits": torch.tensor(logits[None])}
+    expected = pipe.postprocess([outputs], aggregation, ignore_labels=sorted(names))
+    found = SpanRule(labels, aggregation, ignored=frozenset(names)).spans(logits, layout)
+    group = "entity" if aggregation == "none" else "entity_group"
+    assert [span[:3] for span in found] == [(one["start"], one["end"], one[group]) for one in expected]
+    assert [span.score for span in found] == pytest.approx([float(one["score"]) for one in expected], abs=1e-6)
+    for span in found:
+        assert 0 <= span.start <= span.end <= len(text) and 0 < span.score <= 1 + 1e-6
+    assert [span.start for span in found] == sorted(span.start for span in found)
+
+
+def test_a_mean_of_ignored_labels_may_be_another_label() -> None:
+    layout = Layout(np.array([[0, 1], [1, 2]], np.int32), np.zeros(2, np.bool_), np.array([False, True]))
+    logits = np.log(np.float32([[0.5, 0.01, 0.49], [0.01, 0.5, 0.49]]))
+    rule = SpanRule(("O", "X", "Y"), "average", ignored=frozenset({"O", "X"}))
+    assert [span[:3] for span in rule.spans(logits, layout)] == [(0, 2, "Y")]
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@given(seed=seeds, kind=logit_kinds, data=st.data())
+def test_only_labels_and_scores_that_are_asked_for_are_returned(
+    aggregation: Aggregation, seed: int, kind: str, data: st.DataObject
+) -> None:
+    """The others are left out after the spans are made, so that no span changes."""
+    layout = Layout(
+        np.array([[n, n + 1] for n in range(12)], np.int32),
+        np.zeros(12, np.bool_),
+        np.array(data.draw(st.lists(st.booleans(), min_size=12, max_size=12))),
+    )
+    logits, all_ = logits_of(12, len(TAGS), seed, kind), SpanRule(TAGS, aggregation)
+    names = [name for name in all_.names if name != "O"]
+    kept = data.draw(st.none() | st.sets(st.sampled_from(names)).map(frozenset), "kept")
+    scores = data.draw(st.dictionaries(st.sampled_from([*names, ""]), st.floats(0, 1)), "scores")
+    expected = [
+        span
+        for span in all_.spans(logits, layout)
+        if (kept is None or span.label in kept) and span.score >= scores.get(span.label, scores.get("", 0))
+    ]
+    assert SpanRule(TAGS, aggregation, kept, min_scores=scores).spans(logits, layout) == expected
+
+
+# Windows
+
+
+def read_in_windows(rule: SpanRule, windows: Windows, logits: Sequence[Array]) -> list[Span]:
+    """The spans of a text that is read in windows with these logits."""
+    combination = SpanCombination([(span.start, span.end) for span in windows.spans])
+    for n, values in enumerate(logits):
+        assert not combination.is_settled()
+        layout = windows[n].layout
+        assert layout is not None
+        combination.add(reading := read_tokens(3, values, layout, rule))
+    assert combination.is_settled()
+    tokens = combination.reading(reading).tokens
+    assert tokens is not None
+    return tokens.spans
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+@settings(max_examples=40)
+@given(parts=st.lists(st.sampled_from(PARTS), min_size=30, max_size=400), seed=seeds, data=st.data())
+def test_spans_in_windows_are_those_of_the_joined_tokens(
+    tokenizers: dict[str, tuple[TextTokenizer, Any]],
+    family: str,
+    parts: list[str],
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    """Of a token in two windows, the logits are those of the window in which more tokens are beyond it."""
+    text = "".join(parts)
+    tokenizer = TextTokenizer(tokenizers[family][0]._tokenizer, data.draw(st.integers(6, 30), "max_tokens"))
+    windows = tokenizer.start(text, None, True, 16, True).all()
+    if not isinstance(windows, Windows):
+        return
+    rule = SpanRule(TAGS, data.draw(st.sampled_from(AGGREGATIONS), "aggregation"))
+    count, before = windows.spans[-1].end, len(tokenizer.frames[False].before)
+    logits = [
+        logits_of(len(windows[n]), len(TAGS), seed + n, "close") for n in range(len(windows))
+    ]
+    joined = np.zeros((count, len(TAGS)), np.float32)
+    for token in range(count):
+        # Characters of context are worth most on the shorter side, up to the edge that cuts the text.
+        inside = [n for n, span in enumerate(windows.spans) if span.start <= token < span.end]
+        assert 1 <= len(inside) <= 2
+        distance = {
+            n: min(
+                token - windows.spans[n].start if n > 0 else math.inf,
+                windows.spans[n].end - 1 - token if n < len(windows) - 1 else math.inf,
+            )
+            for n in inside
+        }
+        best = max(inside, key=lambda n: (distance[n], n))
+        joined[token] = logits[best][before + token - windows.spans[best].start]
+    whole = Layout(
+        windows.offsets[:count],
+        np.zeros(count, np.bool_),
+        windows.is_subword[:count] if windows.is_subword is not None else np.zeros(0, np.bool_),
+    )
+    assert read_in_windows(rule, windows, logits) == rule.spans(joined, whole)
+
+
+@pytest.mark.parametrize("kind", MADE)
+@settings(max_examples=20)
+@given(text=long_texts, windows=st.sampled_from([1, 16]))
+def test_a_text_in_pieces_has_the_layout_of_one_in_one_go(kind: str, text: str, windows: int) -> None:
+    inner = MADE[kind]
+    whole = inner.encode(text)
+    tokens = TextTokenizer(inner, 16 if windows > 1 else len(whole)).start(text, None, True, windows, True).all()
+    offsets = [one for one, owner in zip(whole.offsets, whole.sequence_ids, strict=True) if owner == 0]
+    if isinstance(tokens, Windows):
+        found, is_subword = tokens.offsets, tokens.is_subword
+        assert is_subword is not None
+    else:
+        assert tokens.layout is not None
+        inside = ~tokens.layout.is_special
+        found, is_subword = tokens.layout.offsets[inside], tokens.layout.is_subword[inside]
+    assert found.tolist() == [list(one) for one in offsets[: len(found)]]
+    in_one_go = TextTokenizer(inner, len(whole) + 2)
+    layout = in_one_go.short(whole, False, True, text).layout
+    assert layout is not None
+    assert is_subword.tolist() == layout.is_subword[~layout.is_special][: len(found)].tolist()
+
+
+# Redaction
+
+
+@st.composite
+def texts_with_spans(draw: st.DrawFn) -> tuple[str, list[Span]]:
+    """A text of distinct characters, and spans that may overlap, touch and be empty."""
+    text = "".join(chr(0x4E00 + n) for n in range(draw(st.integers(0, 30))))
+    place = st.integers(0, len(text))
+    bounds = draw(st.lists(st.tuples(place, place, st.sampled_from("XYZ")), max_size=8))
+    return text, [Span(min(a, b), max(a, b), label, 0.5) for a, b, label in bounds]
+
+
+@given(texts_with_spans(), st.dictionaries(st.sampled_from("XYZ"), st.text("<>xyz", max_size=5)))
+def test_no_character_of_a_span_is_left_and_all_others_are(
+    given_: tuple[str, list[Span]], templates: dict[str, str]
+) -> None:
+    text, found = given_
+    result = redacted(text, found, templates)
+    inside = {n for span in found for n in range(span.start, span.end)}
+    left = [c for c in result if c in text]
+    assert left == [c for n, c in enumerate(text) if n not in inside]
+    # What replaces a run of characters is the label of a span in it.
+    replacements = {templates.get(name, f"[{name}]") for name in "XYZ"}
+    between, rest = [], result
+    for char in left:
+        part, _, rest = rest.partition(char)
+        between.append(part)
+    places = [n for n in range(len(text)) if n not in inside]
+    edges = [-1, *places, len(text)]
+    for part, (before, after) in zip([*between, rest], pairwise(edges), strict=True):
+        spans_here = [one for one in found if before < one.start and one.end <= after and one.start <= after]
+        assert bool(part) <= bool(spans_here)
+        if after - before > 1 and all(replacements):
+            assert part
+    assert redacted(text, found[::-1]) == redacted(text, found) or has_ties(found)
+
+
+def has_ties(found: list[Span]) -> bool:
+    """True if the order of the spans may decide a label."""
+    places = [span[:2] for span in found]
+    lengths = [span.end - span.start for span in found]
+    return len(set(places)) < len(places) or len(set(lengths)) < len(lengths) or 0 in lengths
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([], "abcdefgh"),
+        ([(1, 3, "X"), (5, 6, "Y")], "a[X]de[Y]gh"),
+        ([(1, 3, "X"), (3, 4, "X")], "a[X]efgh"),  # one span in two parts
+        ([(1, 3, "X"), (3, 4, "Y")], "a[X][Y]efgh"),
+        ([(1, 3, "X"), (2, 6, "Y")], "a[Y]gh"),  # the longer's label
+        ([(1, 6, "X"), (2, 3, "Y")], "a[X]gh"),
+        ([(2, 3, "Y"), (1, 6, "X"), (5, 8, "Z")], "a[X]"),
+        ([(0, 8, "X")], "[X]"),
+    ],
+)
+def test_overlapping_spans_are_replaced_together(found: list[tuple[int, int, str]], expected: str) -> None:
+    assert redacted("abcdefgh", [Span(*one, 1.0) for one in found]) == expected
+
+
+# The uncertainty of a text
+
+
+values = st.floats(-50, 50, width=32) | st.sampled_from([0.0, 1.0, -1000.0, 3e38, math.inf, -math.inf, math.nan])
+
+
+@given(
+    labels=st.integers(2, 300),
+    tokens=st.integers(1, 200),
+    outside=st.integers(-1, 3),
+    seed=seeds,
+    spread=st.sampled_from([0.0, 0.1, 3.0, 40.0, 1e30]),
+    special=st.lists(st.tuples(seeds, values), max_size=3),
+    counts=st.sampled_from([0.0, 0.5, 1.0]),
+    weights=st.lists(st.floats(-3, 3), min_size=5, max_size=5),
+)
+def test_the_kernels_uncertainty_is_that_of_python(
+    kernels: Any,
+    labels: int,
+    tokens: int,
+    outside: int,
+    seed: int,
+    spread: float,
+    special: list[tuple[int, float]],
+    counts: float,
+    weights: list[float],
+) -> None:
+    """Bit for bit. With NaN, only the number of tokens and the score, which is NaN, are defined."""
+    rng = np.random.default_rng(seed)
+    logits = (spread * rng.normal(size=(tokens, labels))).astype(np.float32)
+    for place, value in special:
+        logits.flat[place % logits.size] = value
+    counted = rng.random(tokens) < counts
+    with np.errstate(all="ignore"):
+        ours = unsure_of(logits, counted, outside)
+        layout = Layout(np.zeros((tokens, 2), np.int32), ~counted, np.zeros(tokens, np.bool_))
+        rule = SpanRule(tuple("O" if k == outside else f"L{k}" for k in range(labels)))
+        reading = read_tokens(0, logits, layout, rule)
+        assert outside >= labels or reading.unsure == ours or math.isnan(ours.total)
+        score = Risk((tuple(weights), None)).score([reading])
+    found, unsure = kernels.score_tokens(
+        logits, counted.view(np.uint8), labels, outside, np.array(weights)
+    )
+    assert score is not None
+    assert unsure[2] == ours.tokens == counted.sum()
+    if np.isnan(logits[counted]).any():
+        assert math.isnan(ours.total) and math.isnan(unsure[1]) and math.isnan(score) and math.isnan(found)
+        return
+    np.testing.assert_array_equal(np.array(unsure, np.float64), np.array(ours, np.float64))
+    np.testing.assert_array_equal(found, score)
+    finite = np.isfinite(logits[counted])
+    if finite.all() and counted.any():
+        wide = logits[counted].astype(np.float64)
+        odds = np.exp(wide - wide.max(-1, keepdims=True))
+        expected = 1 - odds.max(-1) / odds.sum(-1)
+        assert ours.largest == pytest.approx(expected.max(), rel=1e-5, abs=1e-30)
+        assert ours.total == pytest.approx(expected.sum(), rel=1e-5, abs=1e-30)
+        assert ours.found == (logits[counted].argmax(-1) != outside).any()
