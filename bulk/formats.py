@@ -137,7 +137,8 @@ class Format:
                     names = [*(self.names or []), *rows.types]
                     opened.writelines(_line(names, self.kind))
                     for row in rows.dicts():
-                        opened.writelines(_line([row.get(name) for name in names], self.kind))
+                        cells = [_cell(row.get(name), rows.types.get(name)) for name in names]
+                        opened.writelines(_line(cells, self.kind))
         publish(draft, file)
 
     def _write_parquet(self, draft: Path, rows: Rows) -> None:
@@ -223,9 +224,8 @@ def publish(draft: Path, file: Path) -> None:
     draft.replace(file)
 
 
-def _line(values: Sequence[Any], kind: str) -> Iterable[str]:
+def _line(cells: Sequence[Any], kind: str) -> Iterable[str]:
     """A line of a .csv or .tsv file, in pieces. In .tsv nothing is quoted, so tabs and line breaks become spaces."""
-    cells = [_cell(value) for value in values]
     if kind == ".tsv":
         return "\t".join(BREAKS.sub(" ", str(cell)) for cell in cells), "\n"
     line = StringIO()
@@ -236,10 +236,11 @@ def _line(values: Sequence[Any], kind: str) -> Iterable[str]:
     return (line.getvalue(),)
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: Any, column: str | None) -> Any:
+    """A value in .csv and .tsv. column: the type of an answers' column (see de3.columns); None for any other."""
     if value is None:
         return ""
-    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+    if column != "list<span>" and isinstance(value, list) and all(isinstance(one, str) for one in value):
         return SEPARATOR.join(value)
     if isinstance(value, list | dict | bool | bytes):
         return _json(value)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from de3.bulk.source import chars_of
 from de3.client import Answer, Client, Input, Options, ServerError, batches
-from de3.columns import Answers, prefixes
+from de3.columns import Answers, Kind, prefixes
 from de3.library import Classifier, Classifiers
 from de3.model_store.encoder import Encoders
 from de3.model_store.manifest import encoder_hashes
@@ -173,7 +173,7 @@ class RemotePool:
                 if isinstance(probed, str):
                     raise ValueError(f"the server refuses even the text {PROBE!r}: {probed}")
                 first = probed
-        kinds = {p: ("value" in row, "labels" in row) for p, row in zip(self._prefixes, first, strict=True)}
+        kinds = {p: _kind_of(row) for p, row in zip(self._prefixes, first, strict=True)}
         answers = Answers.of(kinds, self._options.get("long") == "windows")
         answers.add([rows.get(index, "missing") for index in range(len(texts))])
         return answers
@@ -211,6 +211,14 @@ class RemotePool:
     def close(self) -> None:
         """Cancel the slices that have not started, and wait for the others."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _kind_of(row: Mapping[str, Any]) -> Kind:
+    if "spans" in row:
+        return "redacted" if "text" in row else "spans"
+    if "value" in row:
+        return "value"
+    return "labels" if "labels" in row else "classes"
 
 
 def ask(

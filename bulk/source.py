@@ -39,6 +39,7 @@ class Slice:
         names: the names of these columns, if they are known without rows.
         refused: the rows that cannot be classified, by index.
         chars: approximate size of the rows, in characters.
+        is_private: nothing of the texts may be kept.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Slice:
     names: Sequence[str] | None = None
     refused: dict[int, Refused] = field(default_factory=dict)
     chars: int = 0
+    is_private: bool = False
 
     @property
     def rows(self) -> int:
@@ -67,10 +69,11 @@ class Slice:
         self.refuse(self.rows - 1, reason, content)
 
     def refuse(self, index: int, reason: str, content: object) -> None:
-        """Refuse a row. content: the row or its text, of which the beginning is kept.
+        """Refuse a row. content: the row or its text, of which the beginning is kept, unless `is_private` is set.
 
         Half of a surrogate pair, which many readers of JSON refuse even if it is escaped, is kept as the text \\ud800.
         """
+        content = "" if self.is_private else content
         shown = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
         texts = self.places[index], reason.removeprefix(": ")[:SHOWN], shown[:SHOWN]
         plain = [one.encode(errors="backslashreplace").decode() for one in texts]
@@ -97,15 +100,29 @@ class Slice:
 class Source:
     """A file, or the files of a folder in the order of their names."""
 
-    def __init__(self, path: Path, columns: Columns, keep: Sequence[str] | None = None) -> None:
-        """keep: columns that the output repeats; None: all. Raises ValueError as `files_in` does."""
-        self._columns, self._keep = columns, keep
+    def __init__(
+        self,
+        path: Path,
+        columns: Columns,
+        keep: Sequence[str] | None = None,
+        is_private: bool = False,
+    ) -> None:
+        """keep: columns that the output repeats; None: all. is_private: the output must not have the texts.
+
+        Raises ValueError as `files_in` does, and if `keep` has a column of texts although they are private.
+        """
+        self._columns, self._keep, self._is_private = columns, keep, is_private
+        self._hidden = {columns.text, columns.text_pair or PAIR} if is_private else set[str]()
+        if hidden := [name for name in keep or () if name in self._hidden]:
+            raise ValueError(f"--keep: {hidden[0]} has the texts, which --redact must not repeat")
         self._text_names = [name for name in (columns.text, columns.text_pair) if name is not None]
         self._names: list[str] | None = None  # columns of the first row that could be classified
         self.files = files_in(path, columns)
         self.kind = self.files[0].suffix
         is_lines = self.kind == ".txt" and columns.delimiter is None
-        self._kept_names = [columns.text] if keep is None and is_lines else keep  # see Slice.names
+        self._kept_names = keep  # see Slice.names
+        if keep is None and is_lines:
+            self._kept_names = self._kept([columns.text])
         self._has_columns = False  # some row had the text columns
 
     def rows(self) -> int:
@@ -127,12 +144,21 @@ class Source:
                 yield one
         if not number and self.kind == ".parquet":
             table = _open_parquet(self.files[0]).schema_arrow.empty_table()
-            yield Slice(0, kept=table if self._keep is None else table.select(self._keep))
+            yield Slice(0, kept=table.select(self._kept(table.column_names)))
         elif not number:
-            yield Slice(0, names=self._kept_names)
+            yield self._slice_at(0)
+
+    def _kept(self, names: Sequence[str]) -> list[str]:
+        """The columns that the output repeats, if the input has these."""
+        return (
+            [name for name in names if name not in self._hidden] if self._keep is None else list(self._keep)
+        )
+
+    def _slice_at(self, number: int) -> Slice:
+        return Slice(number, names=self._kept_names, is_private=self._is_private)
 
     def _read_rows(self, file: Path, number: int) -> Iterator[Slice]:
-        one, is_first = Slice(number, names=self._kept_names), True
+        one, is_first = self._slice_at(number), True
         for where, record in records(file, self._columns, keeps_bad=True):
             if isinstance(record, Header):
                 if not number:
@@ -140,7 +166,7 @@ class Source:
                     self._check_kept(record, where)
                     self._has_columns = True
                 if self._kept_names is None:
-                    self._kept_names = one.names = record
+                    self._kept_names = one.names = self._kept(record)
                 continue
             row = {self._columns.text: record} if isinstance(record, str) else record
             try:
@@ -156,12 +182,12 @@ class Source:
                 is_first, self._names = False, self._names or list(row)
                 one.add(text, where)
             self._has_columns |= all(name in row for name in self._text_names)
-            kept = row if self._keep is None else {name: row.get(name) for name in self._keep}
+            kept = {name: row.get(name) for name in self._kept(list(row))}
             one.kept.append(kept)
             one.chars += sum(map(_size, kept.values()))
             if one.rows >= SLICE_ROWS or one.chars >= SLICE_CHARS:
                 yield self._with_columns(one)
-                one = Slice(one.number + one.rows, names=self._kept_names)
+                one = self._slice_at(one.number + one.rows)
         if one.rows:
             yield self._with_columns(one)
 
@@ -206,7 +232,7 @@ class Source:
         if pair is None and PAIR in names:
             pair = PAIR
         text_names = [self._columns.text, *([pair] if pair else [])]
-        kept = names if self._keep is None else list(self._keep)
+        kept = self._kept(names)
         for name in (*text_names, *kept):
             if name not in names:
                 option = {self._columns.text: "--text-column", pair: "--pair-column"}.get(name, "--keep")
@@ -231,7 +257,7 @@ class Source:
         number, start: index of the slice's first row in the input and in the file. texts: the text columns. large: see
             _tables.
         """
-        one, indices = Slice(number), iter(range(len(texts[0])))
+        one, indices = Slice(number, is_private=self._is_private), iter(range(len(texts[0])))
         rows: list[int | None] = []  # rows of the table; None: the table lacks the row
         for offset in range(len(texts[0]) + len(large)):
             where = f"{file}:{start + offset}"

@@ -306,7 +306,7 @@ def text_of(record: Any, column: str, where: str, option: str = "--text-column")
     """The text in a column of a record, stripped; raises ValueError if it is missing, blank, or not a valid text."""
     value = _value(record, column, where, option)
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {column} must be text, got {value!r:.50}")
+        raise ValueError(f"{where}: {column} must be text, got {type(value).__name__}")
     _check_characters(value, column, where)
     return value.strip()
 

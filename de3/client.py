@@ -53,6 +53,10 @@ class Options(TypedDict, total=False):
     ood: bool
     raw: bool
     top_k: int
+    aggregation: Literal["none", "simple", "first", "average", "max"]
+    labels: Sequence[str]
+    min_score: float | Mapping[str, float]
+    redact: bool | Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +82,39 @@ class Exit:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """A labelled part of a text: the characters [start, end), in code points.
+
+    Attributes:
+        text: these characters; None if the request sets `redact`.
+    """
+
+    start: int
+    end: int
+    label: str
+    score: float
+    text: str | None = None
+
+    @classmethod
+    def parse(cls, json: dict[str, Any]) -> "Span":
+        """A span from its JSON."""
+        return cls(json["start"], json["end"], json["label"], json["score"], json.get("text"))
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """The answer to one text.
 
     Attributes:
-        label: the most probable label; for a regression model, the name of its output.
+        label: the most probable label; for a regression model, the name of its output; empty for a token classifier.
         probs: probability of each label (if the request sets `raw`, its logit), in the model's order; empty for a
-            regression model.
+            regression model and a token classifier.
         truncated: the text was truncated.
         raw: the JSON of the answer; some options add fields, such as `flag` and `top`.
         value: the answer of a regression model; None for a model with classes.
         labels: the labels that a multi-label model assigns; None for other models.
+        spans: the spans that a token classifier finds, in order; None for other models.
+        text: if the request sets `redact`, the text with its spans replaced; None otherwise.
     """
 
     label: str
@@ -98,14 +124,18 @@ class Row:
     raw: dict[str, Any]
     value: float | None = None
     labels: list[str] | None = None
+    spans: list[Span] | None = None
+    text: str | None = None
 
     @classmethod
     def parse(cls, json: dict[str, Any]) -> "Row":
         """A row from its JSON."""
-        label, probs, exit_ = json["label"], json["probs"] or [], Exit.parse(json["exit"])
-        return cls(
-            label, probs, exit_, json.get("truncated", False), json, json.get("value"), json.get("labels")
-        )
+        exit_, truncated = Exit.parse(json["exit"]), json.get("truncated", False)
+        if "spans" in json:
+            spans = [Span.parse(span) for span in json["spans"]]
+            return cls("", [], exit_, truncated, json, spans=spans, text=json.get("text"))
+        label, probs = json["label"], json["probs"] or []
+        return cls(label, probs, exit_, truncated, json, json.get("value"), json.get("labels"))
 
 
 @dataclass(frozen=True, slots=True)

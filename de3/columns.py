@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from de3.model_store.manifest import Manifest
 from de3.server.answer import row_of
@@ -25,6 +25,8 @@ COLUMNS = {
     "label": Column("string", lambda row: row["label"]),
     "labels": Column("list<string>", lambda row: row["labels"]),
     "value": Column("double", lambda row: row["value"]),
+    "spans": Column("list<span>", lambda row: row["spans"]),
+    "redacted": Column("string", lambda row: row["text"]),
     "probs": Column("list<double>", lambda row: row["probs"]),
     "exit_layer": Column("int32", lambda row: row["exit"]["layer"]),
     "exit_reason": Column("string", lambda row: row["exit"]["reason"]),
@@ -36,6 +38,16 @@ COLUMNS = {
     "ood_score": Column("double", lambda row: row["ood_score"]),
     "out_of_distribution": Column("bool", lambda row: row.get("out_of_distribution", False)),
 }
+# The columns that only some kinds of models have.
+Kind = Literal["classes", "labels", "value", "spans", "redacted"]
+ANSWERS: dict[Kind, set[str]] = {
+    "classes": {"label", "probs"},
+    "labels": {"label", "labels", "probs"},
+    "value": {"label", "value"},
+    "spans": {"spans"},
+    "redacted": {"spans", "redacted"},
+}
+SPAN = ("start", "end", "label", "score", "text")
 
 
 @dataclass
@@ -67,22 +79,21 @@ class Answers:
     times: dict[str, Times]
 
     @classmethod
-    def of(
-        cls, kinds: Mapping[str, tuple[bool, bool]], windows: bool, ood: bool = False, errors: bool = True
-    ) -> Self:
+    def of(cls, kinds: Mapping[str, Kind], windows: bool, ood: bool = False, errors: bool = True) -> Self:
         """Columns without answers yet.
 
-        kinds: for each model, by the prefix of its columns: if it is a regression model, and if it is a multi-label
-        model. windows, ood: the requests have several windows, or set `ood`; `explain`, `flag` and `top_k` add no
-        columns. errors: add the column `error`, which has no prefix.
+        kinds: for each model, by the prefix of its columns: what its answers are. windows, ood: the requests have
+        several windows, or set `ood`; `explain`, `flag` and `top_k` add no columns. errors: add the column `error`,
+        which has no prefix.
         """
         absent = set() if windows else {"windows_run", "windows_of"}
         absent |= set() if ood else {"ood_score", "out_of_distribution"}
+        absent |= set[str]().union(*ANSWERS.values())
         types = {
             prefix + name: column.type
-            for prefix, (has_value, has_labels) in kinds.items()
+            for prefix, kind in kinds.items()
             for name, column in COLUMNS.items()
-            if name not in absent | {"probs" if has_value else "value", "" if has_labels else "labels"}
+            if name not in absent - ANSWERS[kind]
         }
         types |= {"error": "string"} if errors else {}
         return cls({name: [] for name in types}, types, {prefix: Times() for prefix in kinds})
@@ -128,6 +139,15 @@ class Answers:
         return table_of(self.values, self.types).replace_schema_metadata({"de3": about})
 
 
+def kind_of(manifest: Manifest, redacts: bool) -> Kind:
+    """What a model's answers are. redacts: the requests set `redact`."""
+    if manifest.is_spans:
+        return "redacted" if redacts else "spans"
+    if manifest.tolerance is not None:
+        return "value"
+    return "classes" if manifest.thresholds is None else "labels"
+
+
 def prefixes(names: Sequence[str]) -> list[str]:
     """The prefixes of the columns of several models; raises ValueError if two have the same name."""
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -154,6 +174,15 @@ def table_of(values: dict[str, Any], types: dict[str, str]) -> "pyarrow.Table":
         "bool": arrow.bool_(),
         "list<string>": arrow.list_(arrow.string()),
         "list<double>": arrow.list_(arrow.float64()),
+        "list<span>": arrow.list_(
+            arrow.struct(
+                zip(
+                    SPAN,
+                    (arrow.int32(), arrow.int32(), arrow.string(), arrow.float64(), arrow.string()),
+                    strict=True,
+                )
+            )
+        ),
     }
     columns = {
         name: arrow.array(column, known[types[name]]) if name in types else column

@@ -25,7 +25,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from de3.client import Input, Options, Row, with_lambda
-from de3.columns import Answers, prefixes
+from de3.columns import Answers, kind_of, prefixes
 from de3.model_store.architecture import precision_of
 from de3.model_store.encoder import Encoders
 from de3.model_store.manifest import Manifest, fingerprint
@@ -258,7 +258,7 @@ class _Loaded:
         texts = [one for one in given if isinstance(one, Text)]
         batch = _Batch(texts)
         both = zip(self._prefixes, self._manifests, strict=True)
-        kinds = {prefix: (one.tolerance is not None, one.thresholds is not None) for prefix, one in both}
+        kinds = {prefix: kind_of(one, request.is_private) for prefix, one in both}
         found = Answers.of(kinds, request.windows > 1, request.ood, request.keeps_errors)
         for job in self._run(request, batch.parts(size)):
             found.add_job(job)

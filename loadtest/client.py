@@ -41,8 +41,10 @@ def post(
 
 
 def label_of(answer: Any) -> str:
-    """The label in the answer of /classify to one text, or the value if it is from a regression model."""
+    """The label in the answer of /classify to one text, or a regression model's value or a token classifier's spans."""
     row = Row.parse(answer["data"][0])
+    if row.spans is not None:
+        return ", ".join(f"{span.start}-{span.end} {span.label}" for span in row.spans)
     return row.label if row.value is None else str(row.value)
 
 

@@ -12,7 +12,7 @@ from time import perf_counter
 
 from de3.exits.reading import differs
 from de3.model_store.manifest import Manifest
-from de3.server.engine.job import Job, check_texts, jobs_of
+from de3.server.engine.job import Job, check_texts, jobs_of, with_spans
 from de3.server.engine.request import Entry, Request
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
@@ -172,8 +172,8 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
 
     try:
         check_texts(job.request, shadow)
-        choice = shadow.rules.choose(job.options, level)
-        request = Request(job.request.texts, windows=job.request.windows)
+        choice = with_spans(shadow.rules.choose(job.options, level), job.request, shadow.model.manifest)
+        request = Request(job.request.texts, windows=job.request.windows, spans=job.request.spans)
         second = Job(shadow, replace(choice, budget_s=None), request, compare, is_shadow=True)
         service.engine.submit(second)
     except RequestError:  # texts or options that the shadow does not support, or a full queue

@@ -314,7 +314,9 @@ class Metrics:
             self.requests.labels(name, status)
         for metric in self._start_at_0:
             metric.labels(name)
-        self.texts.add_model(name, served.model.manifest.upstream is not None)
+        rule = served.model.manifest.span_rule
+        spans = [] if rule is None else rule.names
+        self.texts.add_model(name, served.model.manifest.upstream is not None, spans)
         self._served[name] = served
         if name in self._gone:
             self._gone.remove(name)
@@ -336,8 +338,10 @@ class Metrics:
             self._children.clear()
 
     def answered(self, job: Job) -> None:
-        """Count the texts of an answered request in the metrics that depend on the choice of τ."""
+        """Count the texts of an answered request in the metrics that depend on the choice of τ, and their spans."""
         choice, model = job.choice, job.model.full_name
+        if job.model.manifest.is_spans:
+            self.texts.count_spans(job)
         if choice.is_degraded:
             self.degraded.labels(model).inc(len(job.items))
         if choice.expected is not None:

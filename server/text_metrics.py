@@ -5,6 +5,7 @@ take as long as an early exit.
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from threading import Lock
@@ -14,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from de3.exits.rule import ExitReason
+from de3.server.engine.job import Job
 from de3.server.engine.outcome import Outcome
 from de3.server.engine.served import Served
 
@@ -25,6 +27,10 @@ STAGE_BUCKETS = (
 # Texts exit when the signals are small, so values cluster near 0.
 SIGNAL_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
 STAGES = ("queue", "tokenize", "model")
+MAX_SPAN_LABELS, OTHER = (
+    100,
+    "other",
+)  # labels of a model's spans that are counted on their own; the rest together
 
 
 class _Histogram:
@@ -48,11 +54,12 @@ class _Histogram:
 class _Texts:
     """The counts of one model."""
 
-    def __init__(self, layers: Sequence[float], has_upstream: bool) -> None:
+    def __init__(self, layers: Sequence[float], has_upstream: bool, span_labels: Sequence[str]) -> None:
         reasons = [one for one in get_args(ExitReason) if has_upstream or not one.startswith("upstream")]
         self.exits = {reason: _Histogram(layers) for reason in reasons}
         self.run = self.saved = self.tokens = self.truncated = self.far = 0
         self.full_depth_s = 0.0
+        self.spans = dict.fromkeys([*span_labels[:MAX_SPAN_LABELS], OTHER] if span_labels else [], 0)
         self.entropy, self.ratio = _Histogram(SIGNAL_BUCKETS), _Histogram(SIGNAL_BUCKETS)
         self.queue, self.tokenize, self.model = (_Histogram(STAGE_BUCKETS) for _ in STAGES)
 
@@ -85,10 +92,10 @@ class TextMetrics(Collector):
         self._texts: dict[str, _Texts] = {}
         self._lock = Lock()
 
-    def add_model(self, name: str, has_upstream: bool = False) -> None:
-        """Start counting a model's texts; keeps the counts if there are any."""
+    def add_model(self, name: str, has_upstream: bool = False, span_labels: Sequence[str] = ()) -> None:
+        """Start counting a model's texts; keeps the counts if there are any. span_labels: of a token classifier."""
         with self._lock:
-            self._texts.setdefault(name, _Texts(self._layers, has_upstream))
+            self._texts.setdefault(name, _Texts(self._layers, has_upstream, span_labels))
 
     def drop_model(self, name: str) -> None:
         """Forget the counts of a model."""
@@ -108,6 +115,17 @@ class TextMetrics(Collector):
             if texts is not None:  # the model may have been removed while its texts were in flight
                 for outcome in outcomes:
                     texts.add(outcome, depth, speedup)
+
+    def count_spans(self, job: Job) -> None:
+        """Count the spans of an answered job's texts, which are made here, once for the answer, too."""
+        readings = (outcome.reading.tokens for outcome in job.outcomes())
+        found = Counter(span.label for tokens in readings if tokens is not None for span in tokens.spans)
+        with self._lock:
+            texts = self._texts.get(job.model.full_name)
+            if texts is None:
+                return
+            for label, count in found.items():
+                texts.spans[label if label in texts.spans else OTHER] += count
 
     def collect(self) -> Iterable[CounterMetricFamily | HistogramMetricFamily]:
         """The metrics of every model."""
@@ -147,6 +165,12 @@ class TextMetrics(Collector):
             "Out-of-distribution texts, far from every prototype at an exit (--ood-policy)",
             labels=["model"],
         )
+        spans = CounterMetricFamily(
+            "de3_spans",
+            f"Spans in the answers of token classifiers, by label; {OTHER}: labels after the model's first "
+            f"{MAX_SPAN_LABELS}, and those of another aggregation",
+            labels=["model", "label"],
+        )
         with self._lock:
             for name, texts in self._texts.items():
                 for reason, histogram in texts.exits.items():
@@ -161,4 +185,6 @@ class TextMetrics(Collector):
                 for stage in STAGES:
                     stages.add_metric([name, stage], *getattr(texts, stage).rows())
                 ood.add_metric([name], texts.far)
-        yield from (exits, run, saved, full_depth, tokens, truncated, entropy, ratio, stages, ood)
+                for label, count in texts.spans.items():
+                    spans.add_metric([name, label], count)
+        yield from (exits, run, saved, full_depth, tokens, truncated, entropy, ratio, stages, ood, spans)

@@ -17,6 +17,7 @@ import typer
 from de3.commands.models import StoreOption, check_url
 from de3.commands.options import add_parameters, console, fields_of
 from de3.data.tables import Columns, records
+from de3.model_store.printable import printable
 from de3.server.upstream_settings import read_upstreams
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ TOO_MANY_REFUSED = 3  # exit code
 IN_FLIGHT = 8  # concurrent requests to a server, for one file
 SAMPLE_BYTES = 2**16  # number of bytes hashed at each end of a file
 _file_option = partial(typer.Option, rich_help_panel="Files")
+_span_option = partial(typer.Option, rich_help_panel="Token classifiers")
 
 
 @add_parameters(Columns, without=["label"])
@@ -82,6 +84,26 @@ def classify(
         str | None,
         typer.Option(
             help="How to handle texts longer than the model's limit: truncate (default), windows, or error."
+        ),
+    ] = None,
+    redact: Annotated[
+        bool,
+        _span_option(
+            "--redact",
+            help="Answer with the texts, each span replaced by its label in brackets; the output does not have the "
+            "original texts.",
+        ),
+    ] = False,
+    labels: Annotated[
+        str | None,
+        _span_option(help="Labels of the spans to find, separated by commas.", show_default="all"),
+    ] = None,
+    min_score: Annotated[float | None, _span_option(help="Lowest score of a span, from 0 to 1.")] = None,
+    aggregation: Annotated[
+        str | None,
+        _span_option(
+            help="How tokens are grouped into spans: none, simple, first, average or max.",
+            show_default="the model's",
         ),
     ] = None,
     keep: Annotated[
@@ -140,10 +162,14 @@ def classify(
         "target_speedup": target_speedup,
         "max_disagreement": max_disagreement,
         "long": long,
+        "redact": redact or None,
+        "labels": None if labels is None else names_in(labels),
+        "min_score": min_score,
+        "aggregation": aggregation,
     }
     # The engine checks them.
     options: Any = {name: value for name, value in given.items() if value is not None}
-    models = [name.strip() for name in (model or "").split(",") if name.strip()]
+    models = names_in(model or "")
     if model is not None and Path(model).exists():  # its name may have a comma
         models = [model]
     with ExitStack() as stack:
@@ -160,10 +186,10 @@ def classify(
         from de3.bulk.run import PART_CHARS
         from de3.bulk.source import SLICE_CHARS, SLICE_ROWS, Source
 
-        kept = None if keep is None else [n.strip() for n in keep.split(",") if n.strip() and keep != "none"]
+        kept = None if keep is None else names_in(keep if keep != "none" else "")
         columns = Columns(**fields_of(Columns, reading), label=None)
         file, target = stack.enter_context(_files(file, out, output_format))
-        source = Source(file, columns, kept)
+        source = Source(file, columns, kept, redact)
         reader = [version("pyarrow")] if any(one.suffix == ".parquet" for one in source.files) else []
         what = {
             "version": [version("de3"), SLICE_ROWS, SLICE_CHARS, PART_CHARS, READ_BYTES, *reader],
@@ -195,6 +221,11 @@ def classify(
             stack.enter_context(_interruptible())
             _run(source, pool, parts, prefix, part_rows, out, artifacts, options, callers)
     _check_refused(parts.summary, max_refused)
+
+
+def names_in(option: str) -> list[str]:
+    """The names in an option, which are separated by commas."""
+    return [name.strip() for name in option.split(",") if name.strip()]
 
 
 def _check(texts: list[str] | None, file: Path | None, out: Path | None, refused: str) -> None:
@@ -348,10 +379,14 @@ def _classify_texts(
 ) -> None:
     """Classify and print texts. client: of a server; None: classify with the artifacts, in this process."""
     if client is None:
-        from de3.library import Classifiers
+        from de3.library import Classifier, Classifiers
 
-        with Classifiers(artifacts, threads, upstreams=upstreams) as one:
-            _print(texts, one.names, one.classify(texts, **options))
+        if len(artifacts) == 1:  # which can redact
+            with Classifier(artifacts[0], threads, upstreams=upstreams) as single:
+                _print(texts, [single.name], [single.classify(texts, **options)])
+        else:
+            with Classifiers(artifacts, threads, upstreams=upstreams) as several:
+                _print(texts, several.names, several.classify(texts, **options))
         return
     from de3.bulk.pool import ask, server_errors
 
@@ -364,12 +399,18 @@ def _print(texts: list[str], models: list[str], results: "list[list[Row]]") -> N
     """Print the answers to each text, one from each model."""
     for text, *rows in zip(texts, *results, strict=True):
         for model, row in zip(models, rows, strict=True):
-            label = row.label if row.labels is None else ", ".join(row.labels) or "none"
-            number = max(row.probs) if row.value is None else row.value
             name = f"{model.partition(':')[0]}: " if len(models) > 1 else ""
-            print(f"{name}{label}  {number:.3f}  layer {row.exit.layer}  {text}")
+            print(f"{name}{_answer(row)}  layer {row.exit.layer}  {text if row.text is None else row.text}")
     if truncated := sum(row.truncated for row in results[0]):
         _say(f"{truncated} of {len(texts)} texts were truncated to the model's limit; see --long", "yellow")
+
+
+def _answer(row: "Row") -> str:
+    if row.spans is not None:
+        parts = (f"{one.label}{f' {one.text!r}' if one.text else ''} {one.score:.3f}" for one in row.spans)
+        return ", ".join(map(printable, parts)) or "no spans"
+    label = row.label if row.labels is None else ", ".join(row.labels) or "none"
+    return f"{label}  {max(row.probs) if row.value is None else row.value:.3f}"
 
 
 def _run(

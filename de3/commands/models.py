@@ -42,7 +42,9 @@ def models_list(store: StoreOption = Path("models")) -> None:
         except Exception as error:  # a forged manifest may raise anything
             table.add_row(name, f"[red]{escape(_reason(error))}")
             continue
-        labels = ", ".join(m.labels[:4]) + (f" … ({len(m.labels)})" if len(m.labels) > 4 else "")
+        names = m.labels if m.span_rule is None else m.span_rule.names
+        labels = ("" if m.span_rule is None else "spans: ") + ", ".join(names[:4])
+        labels += f" … ({len(names)})" if len(names) > 4 else ""
         labels = escape(printable(labels))
         c = m.calibration
         numbers = ["–", "–"]

@@ -546,6 +546,14 @@ QUALITY = Dashboard(
         *_GUARANTEE,
         *_LEARN,
         *_UPSTREAM,
+        Panel(
+            "Spans by label",
+            "lines",
+            "cps",
+            "Spans per second in the answers of token classifiers, by label.",
+            (Query(_sum("de3_spans_total", "label"), "{{label}}"),),
+            row="Spans",
+        ),
     ),
 )
 # The accuracy panel is on the speed-up dashboard, too.

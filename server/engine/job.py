@@ -369,8 +369,7 @@ def job_of(
         choice = served.rules.choose(entry.options, level, request.tenant)
     except RequestError as error:
         raise error.inside(entry.where) from None
-    if manifest.is_spans:
-        choice = _with_spans(choice, request, manifest)
+    choice = with_spans(choice, request, manifest)
     flag = _flag_of(request, manifest, choice)
     return Job(served, choice, request, on_done, own_options=entry.options, fellows=fellows, flag=flag)
 
@@ -431,8 +430,10 @@ def _check_spans(request: Request, manifests: Sequence[Manifest]) -> None:
         request.windows = MAX_WINDOWS
 
 
-def _with_spans(choice: Choice, request: Request, manifest: Manifest) -> Choice:
-    """A token classifier's choice, with the request's options for spans; redaction has no latency budget."""
+def with_spans(choice: Choice, request: Request, manifest: Manifest) -> Choice:
+    """The choice, for a token classifier with the request's options for spans; redaction has no latency budget."""
+    if not manifest.is_spans:
+        return choice
     rule = (
         choice.rule if request.spans is None else replace(choice.rule, spans=request.spans.rule_for(manifest))
     )

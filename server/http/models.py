@@ -116,6 +116,8 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "input": manifest.input,
         "thresholds": manifest.thresholds,
         "tolerance": manifest.tolerance,
+        "aggregation": manifest.aggregation,
+        "span_labels": None if manifest.span_rule is None else manifest.span_rule.names,
         "precision": manifest.precision,
         "defaults": manifest.defaults.model_dump(by_alias=True) | {"signal": manifest.default_signal.name},
         "signals": [s.name for s in signals_of(manifest.traits)] if len(manifest.exit_layers) > 1 else [],

@@ -170,6 +170,12 @@ class ServedModel(BaseModel):
     exit_layers: list[int]
     max_tokens: int
     input: str | None = Field(description="text, pair, or null: takes both")
+    aggregation: str | None = Field(
+        description="of a token classifier's spans by default; null for other models"
+    )
+    span_labels: list[str] | None = Field(
+        description="the labels of a token classifier's spans; null for other models"
+    )
     precision: str
     aliases: list[str] = Field([], description="its other names (--alias); absent while models load")
     shares_encoder_with: list[str] = Field(

@@ -11,7 +11,8 @@ log = logging.getLogger("de3.requests")
 
 
 class RequestLog:
-    """Logs a line for each request; the texts, which are user data, only if `with_texts` is set.
+    """Logs a line for each request; the texts, which are user data, only if `with_texts` is set, and never if they are
+    redacted.
 
     style: see logs.configure.
     """
@@ -50,7 +51,7 @@ class RequestLog:
                 "model_ms": round(1000 * sum(o.model_s for o in outcomes), 3),
                 **({"upstream_ms": round(1000 * waited, 3)} if waited else {}),
             }
-            if self._with_texts:
+            if self._with_texts and not job.request.is_private:
                 fields["input"] = [asdict(item.text) for item in job.items]
         if self._style == "json":
             log.info("request", extra=fields)
