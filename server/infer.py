@@ -149,10 +149,10 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
     """Run the texts of a finished job on a shadow model, and count the answers that differ.
 
     A shadow job runs only while nothing else is pending, and can be preempted after each layer, so a server without
-    idle time runs none. Its answers are not returned. Does nothing if the shadow queue has no room, or if the shadow
-    cannot answer the request.
+    idle time runs none. Its answers are not returned. Does nothing if the shadow queue has no room, if the shadow
+    cannot answer the request, or if nothing may keep the texts.
     """
-    if len(job.items) > service.engine.queue.shadow_room:
+    if job.request.is_private or len(job.items) > service.engine.queue.shadow_room:
         return
     # Texts that exited at a deadline are not compared, because the shadow runs without one.
     answers = [

@@ -820,7 +820,9 @@ class Answering(Auditor):
         outcome = SimpleNamespace(windows=None, reason="", passed=self.PASSED[:exits], tokens=1)
         outcome.reading = outcome.passed[-1]
         items = [
-            SimpleNamespace(progress=progress, text=None, asks_all_exits=False, outcome=outcome, states=None)
+            SimpleNamespace(
+                progress=progress, text=None, asks_all_exits=False, is_deep=False, outcome=outcome, states=None
+            )
             for _ in is_drawn
         ]
         choice = SimpleNamespace(rule=SimpleNamespace(tau=tau))
