@@ -510,7 +510,7 @@ static int open_decision(const Model *m, PyObject *tuple, int tokens, Decision *
              require(e->at[d->deepest].is_set && e->at[e->num_layers].is_set, "no exit at the deepest layer") &&
              has_signal(&d->signal, &b[0], (int)layers) && (!b[1].buf || holds(&b[1], labels, 8, "thresholds")) &&
              (!b[2].buf || holds(&b[2], layers, 8, "far")) && holds(&b[3], labels * layers * (each ? tokens : 1), 4, "logits") &&
-             (each ? b[6].buf && holds(&b[6], tokens, 1, "counted") : holds(&b[4], labels * layers, 4, "distances")) &&
+             (each ? holds(&b[6], tokens, 1, "counted") : holds(&b[4], labels * layers, 4, "distances")) &&
              (!b[5].buf || ((b[5].len == (Py_ssize_t)(layers * e->hidden * 4) ||
                              holds(&b[5], (layers - 1) * e->hidden, 4, "states")) &&
                             require(!b[5].readonly, "states is read-only")));

@@ -821,7 +821,12 @@ class Answering(Auditor):
         outcome.reading = outcome.passed[-1]
         items = [
             SimpleNamespace(
-                progress=progress, text=None, asks_all_exits=False, is_deep=False, outcome=outcome, states=None
+                progress=progress,
+                text=None,
+                asks_all_exits=False,
+                is_deep=False,
+                outcome=outcome,
+                states=None,
             )
             for _ in is_drawn
         ]

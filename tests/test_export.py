@@ -34,7 +34,7 @@ from de3.training.evaluate import Times, default_line
 from de3.training.model import De3Model
 from de3.training.predict import predict
 from tests.commands import de3
-from tests.fixtures import made_once, make_rows, save_encoder
+from tests.fixtures import exact_int8, made_once, make_rows, save_encoder
 from tests.stock import coarse_calibration
 
 LABELS = ["a", "b", "c"]
@@ -76,6 +76,7 @@ def exported(factory: pytest.TempPathFactory, family: str) -> Path:
     return made_once(factory, f"exported-{family}", make)
 
 
+@exact_int8
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])
 def test_every_exit_is_the_pytorch_models(tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
     folder = exported(tmp_path_factory, family)
@@ -143,6 +144,7 @@ def test_int8_that_costs_too_much_is_refused(tmp_path: Path, checkpoint: Path) -
     assert Store(tmp_path).versions() == {}
 
 
+@exact_int8
 def test_exits_in_int8_are_compared_with_those_in_fp32(
     store: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,7 +283,12 @@ def test_evaluate_says_how_exits_change_the_top_probability(kind: dict[str, Any]
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("bert", "plain"), ("bert", "plain-int8"), ("deberta-v2", "plain"), ("modernbert", "plain-int8")],
+    [
+        ("bert", "plain"),
+        pytest.param("bert", "plain-int8", marks=exact_int8),
+        ("deberta-v2", "plain"),
+        pytest.param("modernbert", "plain-int8", marks=exact_int8),
+    ],
 )
 def test_full_depth_is_the_segments_in_one_graph(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, family: str, name: str

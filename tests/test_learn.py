@@ -251,7 +251,8 @@ def test_records_survive_a_file_that_only_the_owner_can_read(some: Records, tmp_
     [
         ({"states": lambda r: r.states.astype(np.float32)}, "states"),
         ({"logits": lambda r: r.logits[:, :0]}, "logits"),
-        ({"logits": lambda r: r.logits[:0]}, "it has 0 records"),
+        ({"logits": lambda r: r.logits[:0]}, "logits must be F32 of"),
+        ({"keys": lambda r: r.keys[:0]}, "it has 0 records"),
         ({"numbers": lambda r: r.numbers + 2**60}, "not in order"),
         ({"texts": lambda _: [1.0]}, "client"),
         ({"texts": lambda _: [1.0, float("nan")]}, "client"),

@@ -46,7 +46,7 @@ from de3.native.network import Memory, build, build_exits
 from de3.server.engine.group import run_group
 from de3.server.engine.queue import WorkQueue
 from tests import jobs
-from tests.fixtures import make_rows, using
+from tests.fixtures import exact_int8, make_rows, using
 
 kernels = pytest.importorskip("de3.native.kernels", reason="the kernels were not built: no C compiler")
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -158,7 +158,7 @@ def logits_of(group: list[np.ndarray], model: Any, exits: Any, types: np.ndarray
     texts = [
         (
             *(ids, types[:, : ids.size].copy(), None),
-            [(exits, 0.0, 0, 0.0, None, 1, True, 1.0, None, None, *values, None)],
+            [(exits, 0.0, 0, 0.0, None, 1, True, 1.0, None, None, *values, None, None, -1)],
         )
         for ids, values in zip(group, found, strict=True)
     ]
@@ -917,9 +917,9 @@ def test_wrong_weights_of_an_exit_are_errors_and_leave_it_as_it_was() -> None:
             kernels.set_head(built, dense, bias, 0, True)
 
 
-def exits_with(hidden: int, num_layers: int, *layers: int) -> Any:
+def exits_with(hidden: int, num_layers: int, *layers: int, pooling: int = 1) -> Any:
     """Exits for two labels at some layers, without prototypes."""
-    exits = kernels.new_exits(hidden, num_layers, True)
+    exits = kernels.new_exits(hidden, num_layers, pooling)
     for layer in layers:
         kernels.set_exit(exits, layer, floats(2, hidden), floats(2), *[b""] * 4)
     return exits
@@ -928,12 +928,20 @@ def exits_with(hidden: int, num_layers: int, *layers: int) -> Any:
 def test_wrong_arguments_of_a_forward_pass_are_errors_and_leave_nothing_in_use(native: Model) -> None:
     model, exits = native.encoder.layers.model, native.exits.exits  # type: ignore[attr-defined]
     ids, hidden, encoder = np.zeros((1, 2), np.int64), floats(1, 2, 64), native.manifest.encoder
+    each = exits_with(64, 3, 3, pooling=2)  # of a token classifier
     buffers = {"weights": np.zeros((4, 5)), "thresholds": np.zeros(2), "far": np.ones(4)}
     buffers |= {"logits": floats(4, 2), "distances": floats(4, 2), "states": floats(3, 64)}
 
     def decision(**wrong: Any) -> tuple[Any, ...]:
         fields = {"exits": exits, "tau": 0.0, "signal": 1, "lam": 1.0, "weights": buffers["weights"]}
-        fields |= {"deepest": 3, "ask_all": False, "tau_factor": 1.0, **buffers}
+        fields |= {
+            "deepest": 3,
+            "ask_all": False,
+            "tau_factor": 1.0,
+            **buffers,
+            "counted": None,
+            "outside": -1,
+        }
         assert wrong.keys() <= fields.keys()
         return tuple((fields | wrong).values())
 
@@ -974,6 +982,9 @@ def test_wrong_arguments_of_a_forward_pass_are_errors_and_leave_nothing_in_use(n
         ("states: has", {"states": floats(2, 64)}),
         ("states: has", {"states": floats(3, 63)}),
         ("states is read-only", {"states": bytes(3 * 64 * 4)}),
+        ("counted: has", {"exits": each, "logits": floats(4, 2, 2), "counted": None}),
+        ("counted: has", {"exits": each, "logits": floats(4, 2, 2), "counted": bytes(3)}),
+        ("logits: has", {"exits": each, "counted": bytes(2)}),
     ):
         for decisions in ([decision(**wrong)], [decision(), decision(**wrong)]):
             with pytest.raises((ValueError, TypeError, BufferError), match=message):
@@ -1026,6 +1037,7 @@ def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
     assert [len(queue.next()) for _ in range(2)] == [1, 1]  # each alone, so it can be preempted
 
 
+@exact_int8
 def test_an_int8_linear_layer_quantizes_each_token_by_itself() -> None:
     rng = np.random.default_rng(1)
     weight, bias = rng.normal(size=(64, 32)).astype(np.float32), rng.normal(size=32).astype(np.float32)

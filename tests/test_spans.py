@@ -1,8 +1,7 @@
 """Spans: how they are made from token labels, compared with transformers' pipeline; offsets, windows and redaction."""
 
 import math
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, TokenClassificationPipeline
 
 from de3.exits.reading import read_tokens
 from de3.exits.signals import Risk
-from de3.exits.spans import AGGREGATIONS, Aggregation, Layout, Span, SpanRule, TokenReading, redacted, unsure_of
-from de3.exits.windows import SpanCombination, spans
-from de3.export.cache import artifact_of
+from de3.exits.spans import (
+    AGGREGATIONS,
+    Aggregation,
+    Layout,
+    Span,
+    SpanRule,
+    redacted,
+    unsure_of,
+)
+from de3.exits.windows import SpanCombination
 from de3.model_store.families import FAMILIES
-from de3.model_store.model import Model
 from de3.model_store.tokenizer import TextTokenizer, Windows
-from tests.fixtures import TAGS, made_once, save_encoder
+from tests.fixtures import TAGS
 from tests.stock import token_classifier
 from tests.test_tokenizer import MADE
 from tests.test_tokenizer import texts as long_texts
@@ -36,8 +41,38 @@ Array = NDArray[np.float32]
 TOKENIZERS = ("bert", "roberta", "xlm-roberta")
 LABELS = (TAGS, ("X", "O", "Y"), ("B-X", "I-X", "B-Y", "I-Y"), ("O", "X", "B-X", "I-X", "B-", "I-O"))
 PARTS = ["good", "films", "bads", "qxz", " ", "  ", "\r\n", "\t", "\u3000", ".", "?!", "'", "-", "good-bad"]
-PARTS += ["👍🏽", "👨\u200d👩\u200d👧", "🇩🇪", "e\u0301", "é", "Å", "ﬁ", "ﬁlm", "İ", "ß", "½", "中文", "の", "한국", "ا", "\u0301"]
-PARTS += ["\u200b", "\u200d", "\ufeff", "\xad", "\x00", "\x07", "\x85", "\ufffd", "[SEP]", "[UNK]", "[CLS]", "<s>"]
+PARTS += [
+    "👍🏽",
+    "👨\u200d👩\u200d👧",
+    "🇩🇪",
+    "e\u0301",
+    "é",
+    "Å",
+    "ﬁ",
+    "ﬁlm",
+    "İ",
+    "ß",
+    "½",
+    "中文",
+    "の",
+    "한국",
+    "ا",
+    "\u0301",
+]
+PARTS += [
+    "\u200b",
+    "\u200d",
+    "\ufeff",
+    "\xad",
+    "\x00",
+    "\x07",
+    "\x85",
+    "\ufffd",
+    "[SEP]",
+    "[UNK]",
+    "[CLS]",
+    "<s>",
+]
 PARTS += ["</s>", "<unk>", "▁", "▁good", "Ġ"]
 texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), min_size=1, max_size=30).map("".join)
 
@@ -117,7 +152,9 @@ def test_spans_are_those_of_transformers_pipeline(
     found = SpanRule(labels, aggregation, ignored=frozenset(names)).spans(logits, layout)
     group = "entity" if aggregation == "none" else "entity_group"
     assert [span[:3] for span in found] == [(one["start"], one["end"], one[group]) for one in expected]
-    assert [span.score for span in found] == pytest.approx([float(one["score"]) for one in expected], abs=1e-6)
+    assert [span.score for span in found] == pytest.approx(
+        [float(one["score"]) for one in expected], abs=1e-6
+    )
     for span in found:
         assert 0 <= span.start <= span.end <= len(text) and 0 < span.score <= 1 + 1e-6
     assert [span.start for span in found] == sorted(span.start for span in found)
@@ -188,9 +225,7 @@ def test_spans_in_windows_are_those_of_the_joined_tokens(
         return
     rule = SpanRule(TAGS, data.draw(st.sampled_from(AGGREGATIONS), "aggregation"))
     count, before = windows.spans[-1].end, len(tokenizer.frames[False].before)
-    logits = [
-        logits_of(len(windows[n]), len(TAGS), seed + n, "close") for n in range(len(windows))
-    ]
+    logits = [logits_of(len(windows[n]), len(TAGS), seed + n, "close") for n in range(len(windows))]
     joined = np.zeros((count, len(TAGS)), np.float32)
     for token in range(count):
         # Characters of context are worth most on the shorter side, up to the edge that cuts the text.
@@ -219,7 +254,9 @@ def test_spans_in_windows_are_those_of_the_joined_tokens(
 def test_a_text_in_pieces_has_the_layout_of_one_in_one_go(kind: str, text: str, windows: int) -> None:
     inner = MADE[kind]
     whole = inner.encode(text)
-    tokens = TextTokenizer(inner, 16 if windows > 1 else len(whole)).start(text, None, True, windows, True).all()
+    tokens = (
+        TextTokenizer(inner, 16 if windows > 1 else len(whole)).start(text, None, True, windows, True).all()
+    )
     offsets = [one for one, owner in zip(whole.offsets, whole.sequence_ids, strict=True) if owner == 0]
     if isinstance(tokens, Windows):
         found, is_subword = tokens.offsets, tokens.is_subword
@@ -299,7 +336,9 @@ def test_overlapping_spans_are_replaced_together(found: list[tuple[int, int, str
 # The uncertainty of a text
 
 
-values = st.floats(-50, 50, width=32) | st.sampled_from([0.0, 1.0, -1000.0, 3e38, math.inf, -math.inf, math.nan])
+values = st.floats(-50, 50, width=32) | st.sampled_from(
+    [0.0, 1.0, -1000.0, 3e38, math.inf, -math.inf, math.nan]
+)
 
 
 @given(
@@ -336,9 +375,7 @@ def test_the_kernels_uncertainty_is_that_of_python(
         reading = read_tokens(0, logits, layout, rule)
         assert outside >= labels or reading.unsure == ours or math.isnan(ours.total)
         score = Risk((tuple(weights), None)).score([reading])
-    found, unsure = kernels.score_tokens(
-        logits, counted.view(np.uint8), labels, outside, np.array(weights)
-    )
+    found, unsure = kernels.score_tokens(logits, counted.view(np.uint8), labels, outside, np.array(weights))
     assert score is not None
     assert unsure[2] == ours.tokens == counted.sum()
     if np.isnan(logits[counted]).any():

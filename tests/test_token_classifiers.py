@@ -1,13 +1,8 @@
 """Token classifiers: every runtime, group and pass finds the same spans; over HTTP, their fields, limits and errors."""
 
-import json
-import logging
-from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -18,7 +13,6 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, pipelin
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Risk
 from de3.exits.spans import AGGREGATIONS
-from de3.export.cache import artifact_of
 from de3.export.fit import Exits
 from de3.export.publish import write_exits
 from de3.model_store.families import FAMILIES
@@ -26,11 +20,14 @@ from de3.model_store.forward import Decision, ForwardPass, LayerByLayer
 from de3.model_store.manifest import Defaults
 from de3.model_store.model import Model
 from de3.model_store.store import Store
-from tests.fixtures import TAGS, made_once, make_rows, save_encoder
-from tests.serving import Server, process, serving, until, url_when_ready
+from tests.fixtures import TAGS, made_once, make_rows
 from tests.stock import token_classifier, with_random_exits
 
-TEXTS = ["good", *(text for text, _ in make_rows(40, 9)), "A film: not bads, qxz 👍🏽 e\u0301\r\nfun [SEP] good!"]
+TEXTS = [
+    "good",
+    *(text for text, _ in make_rows(40, 9)),
+    "A film: not bads, qxz 👍🏽 e\u0301\r\nfun [SEP] good!",
+]
 SECRET = "superb charming tired"  # words of the tokenizer
 
 
@@ -52,7 +49,11 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
             other = name.replace("tags", "mood")
             with store.new_version(other) as draft:
                 exits = Exits("mean", linear, [], [], has_last=True)
-                fields: dict[str, Any] = {"labels": ["calm", "glad", "sad"], "aggregation": None, "risk": None}
+                fields: dict[str, Any] = {
+                    "labels": ["calm", "glad", "sad"],
+                    "aggregation": None,
+                    "risk": None,
+                }
                 fields |= {"defaults": Defaults(tau=0, signal="entropy"), "source": None}
                 draft.publish(write_exits(base, exits, draft, name=other, **fields))
 
@@ -133,7 +134,9 @@ def passes_of(model: Model, texts: list[str], rules: list[ExitRule], deepest: in
 @settings(max_examples=60)
 @given(
     batch=st.lists(
-        st.tuples(st.sampled_from(TEXTS), st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]), st.sampled_from(AGGREGATIONS)),
+        st.tuples(
+            st.sampled_from(TEXTS), st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]), st.sampled_from(AGGREGATIONS)
+        ),
         min_size=1,
         max_size=8,
     ),
