@@ -188,6 +188,7 @@ HEADS = st.builds(
 )
 
 
+@exact_int8
 @settings(max_examples=80)
 @given(
     *(FAMILIES, st.sampled_from([(64, 1), (64, 4), (128, 2), (128, 8), (192, 4), (192, 12), (48, 1)])),
@@ -994,7 +995,7 @@ def test_wrong_arguments_of_a_forward_pass_are_errors_and_leave_nothing_in_use(n
         ("1 to 16 models", {"decisions": [decision()] * 17}),
         ("must be list", {"decisions": (decision(),)}),
         ("not a tuple", {"decisions": [None]}),
-        ("exactly 13 arguments", {"decisions": [decision(), decision()[:-1]]}),
+        ("exactly 15 arguments", {"decisions": [decision(), decision()[:-1]]}),
         ("an id outside the tables", {"ids": big}),
         ("an id outside the tables", {"ids": ids - 1}),
         ("an id outside the tables", {"types": other}),
