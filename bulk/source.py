@@ -219,10 +219,10 @@ class Source:
 
     def _text(self, row: Any, where: str) -> Input:
         """The text or pair of a row; raises ValueError if it is missing or invalid."""
-        first, pair = text_of(row, self._columns.text, where), self._columns.text_pair
+        first, pair = _checked(row, self._columns.text, where), self._columns.text_pair
         if pair is None and row.get(PAIR) is None:
             return first
-        return first, text_of(row, pair or PAIR, where, "--pair-column")
+        return first, _checked(row, pair or PAIR, where, "--pair-column")
 
     def _read_parquet(self, file: Path, number: int) -> Iterator[Slice]:
         opened = _open_parquet(file)
@@ -268,7 +268,7 @@ class Source:
             index = next(indices)
             rows.append(index)
             try:
-                one.add(self._checked([column[index] for column in texts]), where)
+                one.add(self._text_in([column[index] for column in texts]), where)
             except ValueError as error:
                 try:
                     (row,) = kept.slice(index, 1).to_pylist() or [{}]
@@ -279,18 +279,24 @@ class Source:
         one.chars += kept.nbytes
         return one
 
-    def _checked(self, values: list[Any]) -> Input:
+    def _text_in(self, values: list[Any]) -> Input:
         names = [self._columns.text, self._columns.text_pair or PAIR]
         if len(values) > 1 and values[1] is None and self._columns.text_pair is None:
             values = values[:1]
         texts = [
             # Skips text_of for most texts, which need no checks.
-            value.strip()
+            value
             if isinstance(value, str) and value.isascii() and not value.isspace() and value
-            else text_of({name: value}, name, "")
+            else _checked({name: value}, name, "")
             for name, value in zip(names, values, strict=False)
         ]
         return texts[0] if len(texts) == 1 else (texts[0], texts[1])
+
+
+def _checked(row: Any, name: str, where: str, option: str = "--text-column") -> str:
+    """The text in a column of a row, with the spaces around it, as spans count them; raises as text_of does."""
+    text_of(row, name, where, option)
+    return str(row[name])
 
 
 def _taken(kept: Any, rows: Sequence[int | None]) -> Any:
