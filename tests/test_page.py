@@ -15,6 +15,7 @@ from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
 from tests.fixtures import save_encoder
 from tests.serving import Server, serving, until
+from tests.stock import token_classifier, with_random_exits
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
@@ -59,6 +60,14 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (source / "config.json").write_text(json.dumps(config))
         convert(Stock.open("my-org/stock", source), Store(folder / "store"), name, "int8")
     return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def tagged(stock: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a token classifier with exits, tags, and of intents."""
+    with_random_exits(token_classifier(tmp_path_factory, "bert"), Store(stock), "tags", "int8")
+    with serving(stock, models=["tags", "intents"], default_model="tags") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -678,3 +687,51 @@ def test_the_page_is_one_response_with_a_strict_policy(server: Server) -> None:
     assert response.headers["x-content-type-options"] == "nosniff"
     assert httpx.head(server.url + "/").headers["content-length"] == response.headers["content-length"]
     assert len(response.content) < 48_000
+
+
+SPANS = "Ⓐ 😀 <b>Ana</b> of e\u0301 \n<img src=x onerror=document.title='owned'>"
+
+
+def test_spans_are_marked_in_the_text_or_redacted(tab: Page, tagged: Server) -> None:
+    label = "<i>NAME"
+    words = [SPANS.index("Ana"), SPANS.index("<img")]
+    found = [(words[0], words[0] + 3), (words[0], words[0] + 3), (words[1], len(SPANS))]
+    spans = [{"start": start, "end": end, "label": label, "score": 0.987} for start, end in found]
+
+    def answered(route: Route) -> None:
+        """The server's answer with other spans; those of full depth are without the last."""
+        body = json.loads(route.request.post_data or "")
+        answer = route.fetch().json()
+        row = answer["data"][0]
+        row["spans"] = row["layers"][0]["spans"] = spans[:-1] if body.get("tau") == 0 else spans
+        route.fulfill(json=answer)
+
+    for page in visited(tab, tagged):
+        page.fill("#text", "a good film")
+        expect(page.locator("#summary strong")).to_contain_text(" span")
+        expect(page.locator("#marked")).to_contain_text("a good film")
+        page.route("**/classify", answered)
+        page.fill("#text", SPANS)
+        expect(page.locator("mark")).to_have_count(2)
+        assert page.locator("mark").all_text_contents() == [
+            f"Ana {label} 99%",
+            f"{SPANS[words[1] :]} {label} 99%",
+        ]
+        text = page.locator("#marked").text_content() or ""
+        assert text.replace(f" {label} 99%", "") == SPANS
+        assert page.locator("#marked img, #marked b, #marked i").count() == 0 and page.title().startswith(
+            "DE3"
+        )
+        expect(page.locator("#summary strong")).to_have_text("3 spans")
+        expect(page.locator("#summary")).to_contain_text("Full depth disagrees: 2 spans")
+        expect(page.locator("#layers .label").first).to_have_text("3 spans")
+        accessible(page)
+        page.unroute("**/classify")
+        page.get_by_label("Redact").check()
+        expect(page.locator("mark")).to_have_count(0)
+        (row,) = tagged.classify(input=SPANS, redact=True).json()["data"]
+        expect(page.locator("#marked")).to_have_text(row["text"])
+        page.locator("#model").select_option("intents:1")
+        expect(page.locator("#classes li")).to_have_count(10)
+        expect(page.locator("#marked")).to_be_hidden()
+        expect(page.get_by_label("Redact")).to_be_hidden()

@@ -48,7 +48,7 @@ const CHOICES = {
   max_disagreement: {
     name: "Disagreement",
     calibrated: true,
-    label: () => "Largest share of labels that may differ from full depth",
+    label: () => `Largest share of ${things()} that may differ from full depth`,
     values: () => [0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2],
     start: () => 4,
     text: (value) => `${+(value * 100).toFixed(1)}%`,
@@ -234,18 +234,20 @@ async function answer() {
     return;
   }
   const input = isPair ? { text, text_pair } : text, wasDefault = isDefaultTau();
+  const redact = isTokens() && $("redact").checked ? { redact: true } : {};
   const compares = hasExits() && !model.has_upstream && $("compare").checked; // full depth would cost a call
   try {
-    const row = await classify(model, input, option(), signal);
+    const row = await classify(model, input, { ...option(), ...redact }, signal);
     // Full depth depends on the text alone: one request, not one for each move of the slider.
-    const asked = JSON.stringify([model.id, input]);
+    const asked = JSON.stringify([model.id, input, redact]);
     const isNew = state.fullDepth?.asked !== asked;
     if (isNew) state.fullDepth = null;
     if (compares && !state.fullDepth) {
-      state.fullDepth = { asked, ...(await classify(model, input, { tau: 0 }, signal)) };
+      state.fullDepth = { asked, ...(await classify(model, input, { tau: 0, ...redact }, signal)) };
     }
     if (hasExits() && wasDefault && isDefaultTau()) setInForce(row.tau_choice);
     drawAnswer(row, compares ? state.fullDepth : null, isNew);
+    drawSpans(row, text);
     drawCurve(row.exit);
   } catch (error) {
     if (error.name === "AbortError") return;
@@ -289,13 +291,15 @@ function clearAnswer(...message) {
   $("layers").replaceChildren();
   $("summary").replaceChildren(...message);
   drawClasses({ probs: null });
+  drawSpans({}, "");
 }
 
 /** True for a row of a regression model, whose answer is a value. */
 const isValue = (row) => row.value !== undefined;
 
-const hasClasses = () => state.model.tolerance === null;
-const things = () => (hasClasses() ? "labels" : "values");
+const hasClasses = () => state.model?.tolerance == null;
+const isTokens = () => Boolean(state.model?.span_labels); // a token classifier, whose answers are spans
+const things = () => (isTokens() ? "answers" : hasClasses() ? "labels" : "values");
 
 /** The phrase for an answer that the calibration counts as correct. */
 function rightMeans(source) {
@@ -305,11 +309,16 @@ function rightMeans(source) {
 
 const answerOf = (row) => (isValue(row) ? String(+row.value.toPrecision(4)) : percent(Math.max(...row.probs)));
 
-// The labels of a multi-label model, or the answer.
-const named = (row) => (row.labels ? row.labels.join(", ") || "no label" : `${row.label} ${answerOf(row)}`);
+// The number of spans, the labels of a multi-label model, or the answer.
+function named(row) {
+  if (row.spans) return plural(row.spans.length, "span");
+  return row.labels ? row.labels.join(", ") || "no label" : `${row.label} ${answerOf(row)}`;
+}
 
 /** True if two answers count as the same. */
 function isSame(one, other) {
+  const places = ({ spans }) => JSON.stringify(spans.map(({ start, end, label }) => [start, end, label]));
+  if (one.spans) return places(one) === places(other);
   if (isValue(one)) return Math.abs(one.value - other.value) <= state.model.tolerance;
   return one.labels ? one.labels.join("\n") === other.labels.join("\n") : one.label === other.label;
 }
@@ -369,6 +378,22 @@ function drawClasses(row) {
   );
 }
 
+/** The text with its spans marked, or redacted. Offsets count code points, which [...text] iterates over. */
+function drawSpans({ spans, text: redacted }, text) {
+  const characters = [...text], parts = [];
+  let at = 0;
+  for (const { start, end, label, score } of redacted === undefined ? (spans ?? []) : []) {
+    if (end <= at) continue; // of an emoji, several tokens may have the same place
+    const from = Math.max(start, at);
+    const name = element("small", {}, ` ${label} ${percent(score, 0)}`);
+    parts.push(characters.slice(at, from).join(""));
+    parts.push(element("mark", {}, characters.slice(from, end).join(""), name));
+    at = end;
+  }
+  $("marked").hidden = !spans;
+  $("marked").replaceChildren(...parts, redacted ?? characters.slice(at).join(""));
+}
+
 function drawLayer(layer, signals, status, kind, tau, i) {
   const values = [
     ["entropy", "entropy", signals?.entropy ?? null],
@@ -380,7 +405,9 @@ function drawLayer(layer, signals, status, kind, tau, i) {
   const bars = values.map(([style, , value]) => bar(value === null ? null : Math.sqrt(value), `bar ${style}`));
   const marker = bar(null, "", Math.sqrt(tau));
   const answer = element("div");
-  if (signals) {
+  if (signals?.spans) {
+    answer.append(element("div", { class: "label" }, element("span", {}, named(signals))));
+  } else if (signals) {
     const label = element("span", { title: signals.label }, signals.label);
     answer.append(element("div", { class: "label" }, label, element("span", {}, answerOf(signals))));
     if (!isValue(signals)) answer.append(bar(Math.max(...signals.probs), "share"));
@@ -667,6 +694,7 @@ async function use(model) {
   if (model.input !== null) $("is-pair").checked = model.input === "pair";
   $("pair-choice").hidden = model.input !== null;
   $("pair-field").hidden = !$("is-pair").checked;
+  $("redact-choice").hidden = !isTokens();
   const examples = model.input === "pair" ? [] : (EXAMPLES[model.labels.join()] ?? []);
   $("examples").hidden = examples.length === 0;
   const buttons = examples.map((text) => {
@@ -700,6 +728,7 @@ $("more").addEventListener("click", () => {
 $("text").addEventListener("input", () => ask());
 $("pair").addEventListener("input", () => ask());
 $("compare").addEventListener("change", () => ask());
+$("redact").addEventListener("change", () => ask());
 $("is-pair").addEventListener("change", () => {
   $("pair-field").hidden = !$("is-pair").checked;
   ask();
