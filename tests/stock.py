@@ -153,7 +153,7 @@ def with_random_exits(
             spaces=[],
             prototypes=[],
         )
-        risk = [{"layer": m, "weights": [-0.4, *rng.normal(0, 0.6, 4)]} for m in layers]
+        risk = [{"layer": m, "weights": [7.2 - 2 * m, 0.3, 3.0, -3.0, 0.2]} for m in layers]
         fields = {"risk": risk, "defaults": Defaults(tau=0, signal="risk")}
     with TemporaryDirectory() as made, store.new_version(name) as draft:
         base = Store(Path(made))

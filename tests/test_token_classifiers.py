@@ -1,8 +1,12 @@
 """Token classifiers: every runtime, group and pass finds the same spans; over HTTP, their fields, limits and errors."""
 
+import logging
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -13,6 +17,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, pipelin
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Risk
 from de3.exits.spans import AGGREGATIONS
+from de3.export.cache import artifact_of
 from de3.export.fit import Exits
 from de3.export.publish import write_exits
 from de3.model_store.families import FAMILIES
@@ -21,6 +26,7 @@ from de3.model_store.manifest import Defaults
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from tests.fixtures import TAGS, made_once, make_rows
+from tests.serving import Server, serving
 from tests.stock import token_classifier, with_random_exits
 
 TEXTS = [
@@ -33,9 +39,9 @@ SECRET = "superb charming tired"  # words of the tokenizer
 
 @pytest.fixture(scope="session")
 def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a token classifier with random exits, tags:1 (fp32) and tags-int8:1, and others (see below).
+    """A store with a token classifier with random exits, tags:1 (fp32) and tags-int8:1, and mood.
 
-    On the encoders of these, pairs and pairs-int8 are classifiers without prefixes; plain has no exits but the last.
+    On the encoders of these, mood:1 and mood-int8:1 are classifiers.
     """
 
     def make(folder: Path) -> None:
@@ -43,12 +49,15 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, precision in (("tags", "fp32"), ("tags-int8", "int8")):
             with_random_exits(stock, store, name, precision)  # type: ignore[arg-type]
             base, rng = store.open(name), np.random.default_rng(5)
-            linear = [
-                (rng.normal(0, 0.5, (3, 64)).astype(np.float32), np.zeros(3, np.float32)) for _ in range(4)
-            ]
+
+            def random(*shape: int) -> Any:
+                return rng.normal(0, 0.3, shape).astype(np.float32)  # noqa: B023
+
             other = name.replace("tags", "mood")
             with store.new_version(other) as draft:
-                exits = Exits("mean", linear, [], [], has_last=True)
+                linear = [(random(3, 64), random(3)) for _ in range(4)]
+                spaces = [(random(64, 64), random(64)) for _ in range(3)]
+                exits = Exits("mean", linear, spaces, [random(3, 64) for _ in range(3)], has_last=True)
                 fields: dict[str, Any] = {
                     "labels": ["calm", "glad", "sad"],
                     "aggregation": None,
@@ -91,13 +100,14 @@ def test_every_exit_gives_the_same_logits_on_every_runtime_and_the_last_those_of
             expected = theirs(**inputs).logits[0].numpy()
         steps = plain.full_depth(tokens)
         np.testing.assert_allclose(steps[-1].logits, expected, atol=2e-4)
-        first, second = (model.full_depth(tokens) for model in runtimes)
+        others = [model.full_depth(tokens) for model in runtimes]
         for layer, step in enumerate(steps):
             assert step.logits is not None and step.logits.shape == (len(tokens), len(TAGS))
-            spread = np.ptp(step.logits)
-            for other in (first, second):
-                assert np.abs(other[layer].logits - step.logits).mean() < 0.1 * spread
-            assert np.abs(first[layer].logits - second[layer].logits).mean() < 0.02 * spread
+            for model, other in zip(runtimes, others, strict=True):
+                # Exits are in fp32; the states that they read are not.
+                found, _ = model.exits.run(layer, step.hidden)
+                np.testing.assert_allclose(found, step.logits, atol=1e-4)
+                assert np.abs(other[layer].logits - step.logits).mean() < 0.1 * np.ptp(step.logits)
     # The pipeline reads the text as the tokenizer in transformers truncates it.
     pipe = pipeline("token-classification", model=theirs, tokenizer=tokenizer)
     for text in TEXTS[-12:]:
@@ -172,3 +182,262 @@ def test_random_exits_are_used_at_every_layer(models: dict[str, Model]) -> None:
         layers = [one.decisions[0].readings[-1].layer for one in passes]
         assert {0, 1, 3} <= set(layers) or {0, 2, 3} <= set(layers), layers
         assert any(one.decisions[0].readings[-1].tokens.spans for one in passes)  # type: ignore[union-attr]
+
+
+# Over HTTP
+
+
+@pytest.fixture(scope="module")
+def server(kernels: Any, tagged: Path) -> Iterator[Server]:
+    names = ["tags", "tags-int8", "mood", "mood-int8"]
+    with serving(tagged, models=names, default_model="tags-int8", threads=2) as running:
+        yield running
+
+
+@pytest.fixture(params=["tags", "tags-int8"])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def data_of(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    rows: list[dict[str, Any]] = response.json()["data"]
+    return rows
+
+
+def expected_spans(server: Server, name: str, text: str, tau: float = 0.0) -> list[tuple[Any, ...]]:
+    """The spans that the model finds in a short text, run alone in Python."""
+    model = server.service.models.get(name).model
+    rule = ExitRule(tau, model.manifest.default_signal, spans=model.manifest.span_rule)
+    passes = passes_of(model, [text], [rule], 3)
+    LayerByLayer(model.encoder.layers)(passes)
+    tokens = passes[0].decisions[0].readings[-1].tokens
+    assert tokens is not None
+    return [tuple(span) for span in tokens.spans]
+
+
+def rows_of(spans: list[tuple[Any, ...]], text: str) -> list[dict[str, Any]]:
+    keys = ("start", "end", "label", "score")
+    return [
+        dict(zip(keys, (*span[:3], round(span[3], 6)), strict=True), text=text[span[0] : span[1]])
+        for span in spans
+    ]
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5])
+def test_an_answer_has_the_spans_and_no_label(server: Server, name: str, tau: float) -> None:
+    body = server.described(model=name, input=TEXTS, tau=tau)
+    for text, row in zip(TEXTS, body["data"], strict=True):
+        assert row["spans"] == rows_of(expected_spans(server, name, text, tau), text)
+        assert not {"label", "probs", "text", "top"} & row.keys() and row["num_classes"] == len(TAGS)
+        assert row["exit"]["signal"] == "risk" and row["exit"]["entropy"] is None
+    layers = {row["exit"]["layer"] for row in body["data"]}
+    assert (layers == {3}) if tau == 0 else len(layers) > 1
+    assert any(row["spans"] for row in body["data"])
+
+
+def test_labels_scores_and_aggregation_choose_the_spans(server: Server, name: str) -> None:
+    (all_,) = data_of(server.classify(model=name, input=TEXTS[-1], min_score=0))
+    spans = all_["spans"]
+    assert {span["label"] for span in spans} == {"X", "Y"}
+    for options, wanted in (
+        ({"labels": ["X"]}, lambda span: span["label"] == "X"),
+        ({"labels": []}, lambda span: False),
+        ({"min_score": 0.5}, lambda span: span["score"] >= 0.5),
+        ({"min_score": {"X": 0.4}}, lambda span: span["label"] == "Y" or span["score"] >= 0.4),
+    ):
+        (row,) = data_of(server.classify(model=name, input=TEXTS[-1], **options))
+        assert row["spans"] == [span for span in spans if wanted(span)]
+    (row,) = data_of(server.classify(model=name, input=TEXTS[-1], aggregation="none", labels=["B-X", "I-Y"]))
+    assert {span["label"] for span in row["spans"]} <= {"B-X", "I-Y"}
+
+
+def test_explain_reports_the_spans_of_each_exit(server: Server, name: str) -> None:
+    row = server.described(model=name, input=TEXTS[-1], tau=0, explain=True)["data"][0]
+    assert [one["layer"] for one in row["layers"]] == [0, 1, 2, 3]
+    assert row["layers"][-1]["spans"] == row["spans"]
+    for layer in range(3):
+        text = TEXTS[-1]
+        model = server.service.models.get(name).model
+        rule = ExitRule(0.0, model.manifest.default_signal, spans=model.manifest.span_rule)
+        passes = passes_of(model, [text], [rule], layer)
+        LayerByLayer(model.encoder.layers)(passes)
+        found = passes[0].decisions[0].readings[-1]
+        assert found.tokens is not None
+        assert row["layers"][layer]["spans"] == rows_of([tuple(s) for s in found.tokens.spans], text)
+        assert row["layers"][layer]["score"] == pytest.approx(found.score, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "says"),
+    [
+        ({"labels": ["X", "Z"]}, "labels", "finds no 'Z'; it finds X, Y"),
+        ({"labels": ["B-X"]}, "labels", "finds no 'B-X'; it finds X, Y"),
+        ({"labels": ["X"], "aggregation": "none"}, "labels", "finds no 'X'; it finds B-X, B-Y, I-X, I-Y"),
+        ({"min_score": {"Z": 0.5}}, "min_score", "finds no 'Z'; it finds X, Y"),
+        (
+            {"min_score": 1.5},
+            "min_score",
+            "must be a number from 0 to 1, or an object of such numbers by label",
+        ),
+        ({"min_score": {"X": True}}, "min_score", "must be a number from 0 to 1"),
+        ({"min_score": None}, "min_score", "must be a number from 0 to 1"),
+        ({"redact": {"Z": "-"}}, "redact", "finds no 'Z'; it finds X, Y"),
+        ({"redact": {"X": "-" * 101}}, "redact", "must be a text of at most 100 characters"),
+        ({"redact": {"X": None}}, "redact", "must be a text of at most 100 characters"),
+        ({"redact": "yes"}, "redact", "must be true, or an object of up to 10000 templates by label"),
+        ({"redact": True, "truncate": True}, "redact", "contradicts truncate: true"),
+        ({"redact": True, "long": "truncate"}, "redact", "contradicts long: truncate"),
+        ({"redact": True, "models": ["tags", "mood"]}, "redact", "cannot be combined with models"),
+        ({"aggregation": "mean"}, "aggregation", "should be 'none', 'simple', 'first', 'average' or 'max'"),
+        ({"signal": "edr"}, "signal", "edr needs one answer for a text, and tags"),
+        ({"signal": "entropy"}, "signal", "entropy needs one answer for a text, and tags"),
+        ({"top_k": 1}, "top_k", "is a token classifier: a text has no probabilities"),
+        ({"raw": True}, "raw", "is a token classifier: a text has no probabilities"),
+        ({"flag": "X"}, "flag", "'X' is not a label of tags"),
+    ],
+)
+def test_invalid_options_are_refused_with_the_field_and_what_is_allowed(
+    server: Server, name: str, options: dict[str, Any], field: str, says: str
+) -> None:
+    response = server.classify(
+        **{"input": "good", "model": name} | options
+        if "models" not in options
+        else {"input": "good"} | options
+    )
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert error["param"] == field and error["message"].startswith(field) and says in error["message"]
+
+
+def test_pairs_and_other_kinds_of_models_are_refused(server: Server, name: str) -> None:
+    response = server.classify(model=name, input={"text": "good", "text_pair": "bad"})
+    assert response.status_code == 422 and "takes single texts, but this is a pair" in response.text
+    for options in ({"aggregation": "max"}, {"labels": ["calm"]}, {"min_score": 0.1}, {"redact": True}):
+        response = server.classify(model="mood", input="good", **options)
+        (field,) = options
+        assert response.status_code == 422, response.text
+        assert "mood:1 is not a token classifier: it finds no spans" in response.text
+
+
+def test_a_model_without_exits_takes_no_tau(stocked: Server) -> None:
+    for options in ({"tau": 0.5}, {"max_layer": 1}, {"max_disagreement": 0.1}, {"target_speedup": 2}):
+        response = stocked.classify(input="good", **options)
+        assert response.status_code == 422 and next(iter(options)) in response.json()["error"]["message"]
+    assert data_of(stocked.classify(input="good", tau=0))
+
+
+@pytest.fixture(scope="module")
+def stocked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a token classifier by name, at full depth."""
+    folder = tmp_path_factory.mktemp("cache")
+    artifact = artifact_of(str(token_classifier(tmp_path_factory, "roberta")), "int8", folder)
+    with serving(artifact.path.parent.parent, threads=1) as running:
+        yield running
+
+
+# Redaction
+
+
+def test_redaction_returns_the_text_without_its_spans(server: Server, name: str) -> None:
+    for text in TEXTS:
+        spans = expected_spans(server, name, text)
+        (row,) = [server.described(model=name, input=text, redact=True)["data"][0]]
+        assert [{**one, "text": text[one["start"] : one["end"]]} for one in row["spans"]] == rows_of(
+            spans, text
+        )
+        assert all("text" not in one for one in row["spans"])
+        for with_templates in (True, {"X": "<x>", "Y": ""}):
+            (row,) = data_of(server.classify(model=name, input=text, redact=with_templates))
+            made, at = [], 0
+            templates = {"X": "[X]", "Y": "[Y]"} if with_templates is True else {"X": "<x>", "Y": ""}
+            touching = any(a[1] >= b[0] for a, b in pairwise(spans))
+            for start, end, label, _ in spans:
+                made += [text[at:start], templates[label]]
+                at = end
+            if not touching:
+                assert row["text"] == "".join([*made, text[at:]])
+    (row,) = data_of(server.classify(model=name, input=TEXTS[-1], redact=False))
+    assert "text" not in row
+
+
+def test_a_long_text_is_redacted_in_windows_whatever_its_budget(server: Server, name: str) -> None:
+    text = " ".join(TEXTS[:40])
+    (plain,) = data_of(server.classify(model=name, input=text))
+    for options in (
+        {},
+        {"latency_budget_ms": 1, "best_effort": True},
+        {"long": "windows"},
+        {"long": "error"},
+    ):
+        (row,) = data_of(server.classify(model=name, input=text, redact=True, **options))
+        assert row["windows"]["run"] == row["windows"]["of"] > 1 and "truncated" not in row
+        assert [{k: v for k, v in one.items() if k != "text"} for one in plain["spans"]] == row["spans"]
+        assert row["exit"]["reason"] == "last_layer"
+
+
+def too_long() -> str:
+    return " ".join([*["very"] * 1000, SECRET])
+
+
+def test_a_text_beyond_the_limit_is_refused_and_nothing_of_it_is_told(
+    server: Server, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    for text in (too_long(), f"{SECRET} " + "very " * 60_000):
+        for options in ({}, {"truncate": False}, {"long": "windows"}):
+            response = server.classify(model=name, input=["good", text], redact=True, **options)
+            assert response.status_code == 422
+            error = response.json()["error"]
+            assert error["param"] == "input[1]" and "the maximum" in error["message"]
+            assert "very" not in response.text and "superb" not in response.text
+    assert "superb" not in caplog.text and "very very" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"labels": ["secret"]}, {"aggregation": "secret"}, {"tau": 2}, {"truncate": True}, {"top_k": 1}],
+)
+def test_an_error_tells_nothing_of_a_text_that_was_to_be_redacted(
+    server: Server, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    response = server.classify(input=["good", SECRET], redact=True, **options)
+    assert response.status_code == 422 and "superb" not in response.text + caplog.text
+
+
+def test_long_texts_are_read_in_windows_unless_they_are_truncated(server: Server, name: str) -> None:
+    text = " ".join(TEXTS[:30])
+    (row,) = data_of(server.classify(model=name, input=text))
+    assert row["windows"]["run"] == row["windows"]["of"] > 1
+    assert any(span["start"] > 400 for span in row["spans"])
+    for span, after in pairwise(row["spans"]):
+        assert span["start"] <= after["start"] and span["text"] == text[span["start"] : span["end"]]
+    for options in ({"long": "truncate"}, {"truncate": True}):
+        (cut,) = data_of(server.classify(model=name, input=text, **options))
+        assert cut["truncated"] and "windows" not in cut
+        assert all(span["end"] < 400 for span in cut["spans"])
+    for options in ({"long": "error"}, {"truncate": False}):
+        response = server.classify(model=name, input=text, **options)
+        assert response.status_code == 422 and "the maximum is" in response.text
+    beyond = " ".join(TEXTS * 30)
+    (row,) = data_of(server.classify(model=name, input=beyond))
+    assert row["truncated"] and row["windows"]["run"] == 16
+
+
+def test_a_classifier_and_a_token_classifier_answer_on_one_pass_as_alone(server: Server, name: str) -> None:
+    other = name.replace("tags", "mood")
+    for options in ({"tau": 0.0}, {"tau": 0.3}, {"explain": True}):
+        body = server.described(
+            models=[other, name], input=TEXTS, **({"signal": "entropy"} if 0 else options)
+        )
+        for model, result in zip((other, name), body["results"], strict=True):
+            alone = data_of(server.classify(model=model, input=TEXTS, **options))
+            for a, b in zip(result["data"], alone, strict=True):
+                assert a == b
+    long_ = " ".join(TEXTS[:30])
+    both = server.described(models=[other, name], input=long_)["results"]
+    assert both[0]["data"] == data_of(server.classify(model=other, input=long_))
+    assert both[1]["data"][0]["truncated"]  # one pass: a classifier's texts are truncated
+    both = server.described(models=[other, name], input=long_, long="windows")["results"]
+    assert both[1]["data"][0]["spans"] == data_of(server.classify(model=name, input=long_))[0]["spans"]
