@@ -189,7 +189,7 @@ class TokenReading:
     """The token labels of an exit for a text, from which its spans are made when they are needed.
 
     Attributes:
-        logits: (T, K).
+        logits: (T, K); empty after finish().
         layout: of the tokens.
         rule: how the spans are made.
     """
@@ -206,6 +206,11 @@ class TokenReading:
         if self._spans is None:
             self._spans = self.rule.spans(self.logits, self.layout)
         return self._spans
+
+    def finish(self) -> None:
+        """Make the spans, and release the logits, which take more memory than anything else of a text."""
+        _ = self.spans
+        self.logits = np.empty((0, len(self.rule.labels)), np.float32)
 
     @property
     def answer(self) -> frozenset[tuple[int, int, str]]:

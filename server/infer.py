@@ -22,6 +22,7 @@ from de3.server.upstream.answer import ask_upstreams, needs_upstream
 NOT_AUDITED = nullcontext()
 # Maximum number of probabilities in a response: in TEI's format, 2 million take 2 s of the event loop and 0.8 GB.
 MAX_PROBS = 2**18
+MAX_SPANS = 2**17  # in a response, as about as many take 0.3 s of the event loop
 MIN_ROW = (
     32  # with several models, a row counts as at least this many probabilities, as it takes about as long
 )
@@ -60,6 +61,7 @@ class Inference:
                 await self._wait(job, self._done, service)
             finally:
                 service.admission.release(job)
+            _check_spans(job)
             if service.settings.upstreams:
                 await _complete(job, service)
         for one in job.team:
@@ -114,6 +116,21 @@ def _check_response(request: Request, manifests: Sequence[Manifest]) -> None:
         name, what = request.input_name, f"{each} probabilities for each text"
         raise RequestError(
             f"{name}: {len(request.texts)} texts; at most {most} are allowed with {what}", name
+        )
+
+
+def _check_spans(job: Job) -> None:
+    """Raise RequestError if the response would have more than MAX_SPANS spans; one text's answer is always allowed."""
+    explain, count = job.request.explain, 0
+    for one in job.team:
+        for outcome in one.outcomes():
+            readings = outcome.passed if explain else [outcome.reading]
+            count += sum(len(reading.tokens.spans) for reading in readings if reading.tokens is not None)
+    if count > MAX_SPANS and (explain or len(job.request.texts) > 1):
+        name = job.request.input_name
+        raise RequestError(
+            f"{name}: {count} spans in the response; at most {MAX_SPANS} are allowed: send fewer texts at a time",
+            name,
         )
 
 

@@ -25,6 +25,7 @@ from de3.model_store.forward import Decision, ForwardPass, LayerByLayer
 from de3.model_store.manifest import Defaults
 from de3.model_store.model import Model
 from de3.model_store.store import Store
+from de3.server import infer
 from tests.fixtures import TAGS, made_once, make_rows
 from tests.serving import Server, serving
 from tests.stock import token_classifier, with_random_exits
@@ -224,6 +225,34 @@ def rows_of(spans: list[tuple[Any, ...]], text: str) -> list[dict[str, Any]]:
     ]
 
 
+def test_a_response_has_a_limited_number_of_spans(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = data_of(server.classify(input=TEXTS))
+    count = sum(len(row["spans"]) for row in rows)
+    assert count > len(rows[-1]["spans"]) > 1
+    monkeypatch.setattr("de3.server.infer.MAX_SPANS", count)
+    assert data_of(server.classify(input=TEXTS))
+    monkeypatch.setattr("de3.server.infer.MAX_SPANS", count - 1)
+    for input_, options in ((TEXTS, {}), (TEXTS, {"redact": True}), (TEXTS, {"explain": True, "tau": 0})):
+        response = server.classify(input=input_, **options)
+        assert response.status_code == 422 and response.json()["error"]["param"] == "input"
+        assert f"at most {count - 1} are allowed: send fewer texts at a time" in response.text
+    monkeypatch.setattr("de3.server.infer.MAX_SPANS", 1)
+    assert data_of(server.classify(input=TEXTS[-1]))
+    assert server.classify(input=TEXTS[-1], explain=True, tau=0).status_code == 422
+
+
+def test_a_finished_text_keeps_no_logits(server: Server, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of long texts would otherwise hold gigabytes until it is answered."""
+    finished = []
+    check = infer._check_spans
+    monkeypatch.setattr(infer, "_check_spans", lambda job: (finished.extend(job.outcomes()), check(job)))
+    for options in ({}, {"tau": 0.5}, {"explain": True}):
+        data_of(server.classify(model=name, input=[*TEXTS, " ".join(TEXTS)], **options))
+    readings = [reading for outcome in finished for reading in (*outcome.passed, outcome.reading)]
+    assert len(readings) > 3 * len(TEXTS)
+    assert all(reading.tokens is None or not reading.tokens.logits.size for reading in readings)
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.5])
 def test_an_answer_has_the_spans_and_no_label(server: Server, name: str, tau: float) -> None:
     body = server.described(model=name, input=TEXTS, tau=tau)
@@ -315,7 +344,6 @@ def test_pairs_and_other_kinds_of_models_are_refused(server: Server, name: str) 
     assert response.status_code == 422 and "takes single texts, but this is a pair" in response.text
     for options in ({"aggregation": "max"}, {"labels": ["calm"]}, {"min_score": 0.1}, {"redact": True}):
         response = server.classify(model="mood", input="good", **options)
-        (field,) = options
         assert response.status_code == 422, response.text
         assert "mood:1 is not a token classifier: it finds no spans" in response.text
 
