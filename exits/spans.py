@@ -255,24 +255,31 @@ def small_exp(x: Array) -> Array:
     return np.asarray(np.ldexp(((y * r) * r + r) + c(1), whole.astype(np.int32)))
 
 
-def redacted(text: str, spans: Sequence[Span], templates: Mapping[str, str] | None = None) -> str:
-    """The text with each span replaced by [LABEL], or by its label's template.
+def merged(spans: Sequence[Span]) -> list[Span]:
+    """The spans in order, with those merged that overlap, or that are neighbours of one label without a gap.
 
-    Spans that overlap, and neighbours of one label without a character between them, are replaced together, with the
-    label of the longest.
+    A merged span has the label and the score of its longest part.
     """
-    merged: list[Span] = []
+    found: list[Span] = []
     for span in sorted(spans, key=lambda one: (one.start, one.end)):
-        last = merged[-1] if merged else None
+        last = found[-1] if found else None
         if last is not None and (
             span.start < last.end or (span.start == last.end and span.label == last.label)
         ):
             longest = max(last, span, key=lambda one: one.end - one.start)
-            merged[-1] = longest._replace(start=last.start, end=max(last.end, span.end))
+            found[-1] = longest._replace(start=last.start, end=max(last.end, span.end))
         else:
-            merged.append(span)
+            found.append(span)
+    return found
+
+
+def redacted(text: str, spans: Sequence[Span], templates: Mapping[str, str] | None = None) -> str:
+    """The text with each span replaced by [LABEL], or by its label's template.
+
+    Spans that `merged` merges are replaced together.
+    """
     parts, at = [], 0
-    for span in merged:
+    for span in merged(spans):
         parts += [text[at : span.start], (templates or {}).get(span.label, f"[{span.label}]")]
         at = span.end
     return "".join([*parts, text[at:]])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -31,6 +31,8 @@ class Classification(Request):
         top_k: number of labels to list as `top`, the most probable first; 0: none.
         indices: indices of the texts in the input, for messages; empty if they are the whole input.
     """
+
+    takes_spans: ClassVar[bool] = True
 
     id: str | None = None
     raw: bool = False
@@ -249,8 +251,8 @@ class ClassifyRequest(OptionFields):
     @property
     def spans(self) -> SpanOptions | None:
         """The options for spans; None if none are set."""
-        if self.model_fields_set.isdisjoint(("aggregation", "labels", "min_score", "redact")):
-            return None
+        if self.aggregation is None and self.labels is None and not self.min_score and self.redact is False:
+            return None  # also if a client sends the defaults
         templates = None if self.redact is False else {} if self.redact is True else self.redact
         return SpanOptions(self.aggregation, self.labels, None, self.min_score, templates)
 

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,7 +185,9 @@ def guarded(server: Server, texts: Any, **params: Any) -> dict[str, str]:
     ],
 )
 def test_a_safe_label_is_recognized_by_its_name(labels: str, safe: str | None) -> None:
-    manifest: Any = SimpleNamespace(labels=labels.split(), thresholds=None, tolerance=None, full_name="m:1")
+    manifest: Any = SimpleNamespace(
+        labels=labels.split(), thresholds=None, tolerance=None, is_spans=False, full_name="m:1"
+    )
     assert safe_labels(manifest) == (None if safe is None else {safe})
     request = detectors.ContentsRequest([Text("a")])
     if safe is None:  # a guess might let everything pass
@@ -331,10 +333,10 @@ NEMO = "nemoguardrails>=0.24,<0.26 aiohttp-retry dataclasses-json fastembed lark
 NEMO += " prompt_toolkit py_rust_stemmers simpleeval typing-inspect wcwidth"
 
 
-def output_of(code: str, site: Path, server: Server) -> str:
+def output_of(code: str, site: Path, server: Server, texts: Sequence[str] = (GOOD, BAD)) -> str:
     """The last line that a client's program prints. site: folder with its packages."""
     done = subprocess.run(
-        [sys.executable, "-c", code, server.url, json.dumps([GOOD, BAD])],
+        [sys.executable, "-c", code, server.url, json.dumps(texts)],
         capture_output=True,
         text=True,
         timeout=120,

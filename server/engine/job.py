@@ -414,11 +414,17 @@ def check_encoders(models: Sequence[Model], where: Sequence[str] = ()) -> None:
 
 
 def _check_spans(request: Request, manifests: Sequence[Manifest]) -> None:
-    """Raise RequestError for span options that the models cannot have; long texts run in windows for token classifiers.
+    """Raise RequestError for span options that the models cannot have, and for a protocol that cannot return spans.
 
-    With other models, which may answer differently in windows, texts are truncated unless the request says otherwise.
+    Long texts run in windows for token classifiers. With other models, which may answer differently in windows, texts
+    are truncated unless the request says otherwise.
     """
     are_spans = [one.is_spans for one in manifests]
+    if any(are_spans) and not request.takes_spans:
+        name = manifests[are_spans.index(True)].full_name
+        raise RequestError(
+            f"model: {name} is a token classifier, and this protocol has no spans; use /classify", "model"
+        )
     if request.spans is not None and not any(are_spans):
         given = zip(request.spans.names, request.spans.given, strict=True)
         field = next((name for name, is_given in given if is_given), request.spans.names[0])

@@ -35,7 +35,8 @@ class SpanOptions:
         min_score: lowest score of the spans to return, for all labels or by label.
         templates: the answer is the text with each span replaced, by its label's template or, without one, [LABEL]; no
             audit, record or answer then has the text. None: nothing is replaced.
-        names: the protocol's fields for kept, ignored, min_score and templates, for error messages.
+        names: the protocol's fields for kept, ignored, min_score and templates, for error messages, such as labels or
+            detector_params: labels.
     """
 
     aggregation: Aggregation | None = None
@@ -64,7 +65,7 @@ class SpanOptions:
                 raise RequestError(
                     f"{field}: {manifest.full_name} finds no {unknown[:100]!r}; it finds "
                     f"{', '.join(sorted(known - {OUTSIDE})[:MAX_NAMED])}",
-                    field,
+                    field.partition(":")[0],
                 )
         rule = SpanRule(labels, aggregation, None if self.kept is None else frozenset(self.kept))
         ignored = rule.ignored if self.ignored is None else frozenset(self.ignored)
@@ -91,6 +92,7 @@ class Request:
         input_name: the protocol's field for the texts, for error messages.
         needs_a_set_default: if several models fit, a request that does not name one is answered only by a default from
             the settings, not by the first model: one guard must not answer in place of another.
+        takes_spans: the protocol can return spans, so token classifiers can answer.
         model: name or name:version; None: the server's default.
         truncate: truncate texts that are too long for their windows; if false, such texts raise RequestError.
         explain: report the reading of every exit that a text passes.
@@ -111,6 +113,7 @@ class Request:
 
     input_name: ClassVar[str] = "input"
     needs_a_set_default: ClassVar[bool] = False
+    takes_spans: ClassVar[bool] = False
 
     texts: Sequence[Text]
     options: ExitOptions = NO_OPTIONS
@@ -142,7 +145,7 @@ class Request:
 
     def fits(self, manifest: Manifest) -> bool:
         """True if the model can answer this kind of request; chooses the model if a request does not name one."""
-        return True
+        return manifest.is_spans if self.spans is not None else self.takes_spans or not manifest.is_spans
 
     def check(self, manifest: Manifest) -> None:
         """Raise RequestError if the model cannot answer this kind of request; subclasses override it."""

@@ -25,6 +25,7 @@ from de3.server.errors import Cause, RequestError
 from de3.server.http import (
     admin,
     detectors,
+    gliner,
     guardrail,
     hugging_face,
     kserve,
@@ -55,6 +56,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "/v1/models/{model}:predict": kserve.PREDICT,
     "/api/v1/text/contents": detectors.CONTENTS,
     "/beta/litellm_basic_guardrail_api": guardrail.GUARDRAIL,
+    "/v1/extract": gliner.EXTRACT,
     "/classify": CLASSIFY,
     "/v1/classify": CLASSIFY,
     "/v1/moderations": MODERATIONS,

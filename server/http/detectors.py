@@ -1,6 +1,11 @@
-"""The protocol of FMS Guardrails' detectors: POST /api/v1/text/contents."""
+"""The protocol of FMS Guardrails' detectors: POST /api/v1/text/contents.
+
+A detection is a label of a text, or a span of a token classifier. `detector_params` may have `threshold` and
+`safe_labels` or, for a token classifier, `labels`: those of the spans to detect.
+"""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -10,14 +15,16 @@ from pydantic import BeforeValidator, Field
 from de3.exits.reading import Reading
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
+from de3.model_store.part import MAX_LABELS
 from de3.server.answer import DECIMALS
 from de3.server.engine.job import Job
 from de3.server.engine.outcome import Outcome
-from de3.server.engine.request import Request, Text
+from de3.server.engine.request import Request, SpanOptions, Text
 from de3.server.errors import RequestError
 from de3.server.fields import JsonObject, check_count, check_fields, load_json, one_or_more, plain_text
 from de3.server.http.errors import STATUSES
 from de3.server.http.protocol import Call, Protocol
+from de3.server.http.windows import check_all_ran
 from de3.server.options import OptionFields
 
 EXAMPLE = '{"contents": ["a text"]}'
@@ -42,7 +49,7 @@ def safe_labels(manifest: Manifest) -> frozenset[str] | None:
 
 @dataclass(slots=True, eq=False)
 class Detection(Request):
-    """A request for the labels of texts that are not safe.
+    """A request for the labels of texts that are not safe, or for the spans of a token classifier.
 
     Long texts are split into windows, because a prompt injection may be anywhere in a text, and refused if they do not
     fit into them: no part may go unread.
@@ -51,26 +58,41 @@ class Detection(Request):
         threshold: lowest probability at which a label is a detection, or all labels that are not safe together if
             labels are mutually exclusive; None: 0.5, or a multi-label model's own thresholds.
         safe: names of labels that are never detections; None: see safe_labels.
+        labels: labels of the spans to detect; None: all.
+        templates: as in SpanOptions, for spans.
     """
 
     needs_a_set_default: ClassVar[bool] = True
-    place: ClassVar[str] = "safe_labels"  # the field of the body, for messages
+    takes_spans: ClassVar[bool] = True
+    params: ClassVar[str] = (
+        ""  # beginning of messages about a parameter: the field of the body that has it, if any
+    )
     hint: ClassVar[str] = "name the safe ones in safe_labels"
 
     threshold: float | None = None
     safe: frozenset[str] | None = None
+    labels: Sequence[str] | None = None
+    templates: Mapping[str, str] | None = None
 
     def fits(self, manifest: Manifest) -> bool:
-        """True for a model with classes or labels."""
-        return manifest.tolerance is None
+        """True for a token classifier, or a model with classes or labels, if it has the given parameters."""
+        if manifest.is_spans:
+            return self.safe is None
+        return manifest.has_classes and self.labels is None
 
     def check(self, manifest: Manifest) -> None:
-        """Set the windows, the safe labels and the flag for a model.
+        """Set the windows, and the safe labels and the flag, or the options for spans, for a model.
 
-        Raises RequestError for a regression model, for a safe label that the model does not have, and if it is not
-        known which labels are safe.
+        Raises RequestError for a regression model, for a parameter or label that the model does not have, and if it is
+        not known which labels are safe.
         """
+        self.windows, self.truncate = MAX_WINDOWS, False
         name, labels = manifest.full_name, manifest.labels
+        if manifest.is_spans:
+            self._check_spans(name)
+            return
+        if self.labels is not None:
+            raise self.refusal("labels", f"{name} is not a token classifier: it finds no spans")
         if manifest.tolerance is not None:
             raise RequestError(f"model: {name} is a regression model: it detects no labels", "model")
         if self.safe is None:
@@ -82,27 +104,39 @@ class Detection(Request):
                 "model",
             )
         if unknown := sorted(self.safe.difference(labels)):
-            field = self.place.partition(":")[0]
-            raise RequestError(f"{self.place}: {unknown[0][:100]!r} is not a label of {name}", field)
-        self.windows, self.truncate = MAX_WINDOWS, False
+            raise self.refusal("safe_labels", f"{unknown[0][:100]!r} is not a label of {name}")
         unsafe = [label for label in labels if label not in self.safe]
         if len(unsafe) == 1 or (self.safe and unsafe and manifest.thresholds is None):
             self.flag = unsafe, self.threshold
+
+    def _check_spans(self, name: str) -> None:
+        if self.safe is not None:
+            what = (
+                f"{name} is a token classifier: all its spans are detections, or those with the given labels"
+            )
+            raise self.refusal("safe_labels", what)
+        names = (f"{self.params}labels", "", f"{self.params}threshold", "")
+        self.spans = SpanOptions(
+            kept=self.labels, min_score=self.threshold or 0.0, templates=self.templates, names=names
+        )
+
+    def refusal(self, field: str, problem: str) -> RequestError:
+        """The error for a field of the parameters."""
+        return RequestError(f"{self.params}{field}: {problem}", self.params.partition(":")[0] or field)
 
     def found(self, outcome: Outcome, labels: list[str]) -> list[tuple[str, float]]:
         """The detected labels of a text, with their probabilities. labels: the model's.
 
         If mutually exclusive labels reach the threshold only together, the most probable one has their probability.
         """
-        found, ran, windows = self._found(outcome.reading, labels), len(outcome.windows), outcome.num_windows
-        if not found and outcome.reason == "deadline" and ran < windows:
-            message = (
-                f"latency_budget_ms: only {ran} of a text's {windows} windows were read in time; allow more"
-            )
-            raise RequestError(message, "latency_budget_ms", "budget", retry_after_s=1)
+        found = self._found(outcome.reading, labels)
+        if not found:
+            check_all_ran(outcome)
         return found
 
     def _found(self, reading: Reading, labels: list[str]) -> list[tuple[str, float]]:
+        if reading.tokens is not None:
+            return [(span.label, span.score) for span in reading.tokens.spans]
         unsafe = [k for k, label in enumerate(labels) if label not in (self.safe or ())]
         if self.threshold is None and reading.labels is not None:
             return [(labels[k], reading.probs[k]) for k in unsafe if k in reading.labels]
@@ -119,7 +153,7 @@ class ContentsRequest(Detection):
     """A request in this protocol."""
 
     input_name: ClassVar[str] = "contents"
-    place: ClassVar[str] = "detector_params: safe_labels"
+    params: ClassVar[str] = "detector_params: "
 
     def check(self, manifest: Manifest) -> None:
         """Set the windows, the safe labels and the flag for a model.
@@ -127,6 +161,8 @@ class ContentsRequest(Detection):
         Raises RequestError as Detection.check does, and if the response could be too long.
         """
         Detection.check(self, manifest)  # super() does not work in a dataclass with slots
+        if manifest.is_spans:  # a span repeats its own characters only
+            return
         most, params = len(manifest.labels), "detector_params"
         if manifest.thresholds is None:  # probabilities add up to 1
             most = min(most, int(1 / max(THRESHOLD if self.threshold is None else self.threshold, 1e-9)))
@@ -150,6 +186,7 @@ class Parameters(OptionFields):
 
     threshold: float | None = Field(None, ge=0, le=1)
     safe_labels: list[str] | None = Field(None, max_length=10_000)
+    labels: list[str] | None = Field(None, max_length=MAX_LABELS)
     model: str | None = None
 
 
@@ -179,11 +216,12 @@ def parse(call: Call) -> ContentsRequest:
         parameters.model or model or None,
         threshold=parameters.threshold,
         safe=None if parameters.safe_labels is None else frozenset(parameters.safe_labels),
+        labels=parameters.labels,
     )
 
 
 def serialize(_: str, job: Job) -> bytes:
-    """The detections of each text: labels, other than safe ones, whose probability reaches the threshold."""
+    """The detections of each text: labels, other than safe ones, whose probability reaches the threshold, or spans."""
     assert isinstance(job.request, ContentsRequest)
     request, labels = job.request, job.model.manifest.labels
     both = zip(request.texts, job.outcomes(), strict=True)
@@ -193,6 +231,19 @@ def serialize(_: str, job: Job) -> bytes:
 def _detections(
     text: str, outcome: Outcome, labels: list[str], request: ContentsRequest
 ) -> list[dict[str, Any]]:
+    if (tokens := outcome.reading.tokens) is not None:
+        check_all_ran(outcome)
+        return [
+            {
+                "start": span.start,
+                "end": span.end,
+                "text": text[span.start : span.end],
+                "detection": span.label,
+                "detection_type": span.label,
+                "score": round(span.score, DECIMALS),
+            }
+            for span in tokens.spans
+        ]
     start, end = (
         (0, len(text)) if outcome.decisive is None else (outcome.decisive.start, outcome.decisive.end)
     )

@@ -1,6 +1,9 @@
-"""The protocol of Hugging Face's text-classification task.
+"""The protocols of Hugging Face's tasks text-classification and, with a token classifier, token-classification.
 
-It answers POST /, which InferenceClient(base_url) sends, and bodies with `inputs` on /classify.
+It answers POST /, which InferenceClient(base_url) sends, and bodies with `inputs` on /classify. `parameters` may have
+`top_k` and `function_to_apply` or, for a token classifier, `aggregation_strategy` and `ignore_labels`; `stride` has no
+effect, as the windows of long texts always overlap. Spans are `{"entity_group", "score", "word", "start", "end"}`, with
+`entity` instead of `entity_group` if the strategy is `none`; `word` is the slice of the text as sent.
 """
 
 from dataclasses import dataclass
@@ -11,12 +14,17 @@ import orjson
 from pydantic import BeforeValidator, Field
 
 from de3.exits.reading import Reading, read, sigmoid
-from de3.server.answer import ranked
-from de3.server.engine.job import Job
-from de3.server.engine.request import Request, Text
+from de3.exits.spans import Aggregation
+from de3.model_store.manifest import Manifest
+from de3.model_store.part import MAX_LABELS
+from de3.server.answer import DECIMALS, ranked
+from de3.server.engine.job import Item, Job
+from de3.server.engine.request import Request, SpanOptions, Text
+from de3.server.errors import RequestError
 from de3.server.fields import JsonObject, check_count, check_fields, checked_text, load_json, one_or_more
 from de3.server.http.errors import message_body
 from de3.server.http.protocol import Call, Protocol
+from de3.server.http.windows import check_all_ran
 from de3.server.options import OptionFields
 
 Function = Literal["softmax", "sigmoid", "none"]
@@ -29,16 +37,40 @@ class TaskRequest(Request):
 
     Attributes:
         is_nested: the response is a list with an entry for each text.
+        is_list: `inputs` is a list of texts; with a token classifier, it decides instead of is_nested.
+        only_classes: the given parameter that a token classifier does not have; None: there is none.
         top_k: maximum number of labels for each text; None: all.
         function: turns logits into scores; None: the model's own (sigmoid for a multi-label model, none for a
             regression model, else softmax).
     """
 
     input_name: ClassVar[str] = "inputs"
+    takes_spans: ClassVar[bool] = True
 
     is_nested: bool = True
+    is_list: bool = False
+    only_classes: str | None = None
     top_k: int | None = None
     function: Function | None = None
+
+    def fits(self, manifest: Manifest) -> bool:
+        """True if the model has the given parameters."""
+        # super() does not work in a dataclass with slots.
+        return Request.fits(self, manifest) and not (manifest.is_spans and self.only_classes)
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise RequestError for a parameter that a token classifier does not have.
+
+        Unless `truncation` is given, a token classifier refuses a text that is longer than its windows, as the response
+        cannot say that a part was not read.
+        """
+        if manifest.is_spans and self.only_classes is not None:
+            raise RequestError(
+                f"{self.only_classes}: {manifest.full_name} is a token classifier: a text has no probabilities",
+                self.only_classes,
+            )
+        if manifest.is_spans and not self.is_one_window:
+            self.truncate = False
 
 
 def _text(value: Any, where: str) -> Text:
@@ -57,11 +89,35 @@ class Parameters(OptionFields):
     function_to_apply: Function | None = Field(
         None, description="default: softmax; sigmoid for a multi-label model, none for a regression model"
     )
+    aggregation_strategy: Aggregation | None = Field(None, description="for a token classifier")
+    ignore_labels: list[str] | None = Field(
+        None, max_length=MAX_LABELS, description="for a token classifier; default: O"
+    )
+    stride: int | None = Field(
+        None, ge=0, description="for a token classifier; no effect: windows always overlap"
+    )
     truncation: bool | Literal["only_first", "longest_first"] | None = Field(
         True, description="truncate texts that are too long instead of refusing them"
     )
     padding: Any = Field(None, description="accepted and ignored")
     max_length: Any = Field(None, description="accepted and ignored")
+
+    @property
+    def spans(self) -> SpanOptions | None:
+        """The options for spans; None if none are given."""
+        given = self._first("aggregation_strategy", "ignore_labels", "stride")
+        if given is None:
+            return None
+        names = given, "ignore_labels", "", ""
+        return SpanOptions(self.aggregation_strategy, ignored=self.ignore_labels, names=names)
+
+    @property
+    def only_classes(self) -> str | None:
+        """The given parameter that a token classifier does not have; None: there is none."""
+        return self._first("top_k", "function_to_apply")
+
+    def _first(self, *names: str) -> str | None:
+        return next((name for name in names if getattr(self, name) is not None), None)
 
 
 class TaskFields(JsonObject):
@@ -87,23 +143,54 @@ def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskReques
     check_count(value, "inputs", max_texts)
     fields = check_fields(TaskFields, value, EXAMPLE)
     parameters = check_fields(Parameters, fields.parameters or {}, '{"top_k": 2}')
+    is_list = isinstance(value["inputs"], list)
     return TaskRequest(
         fields.inputs,
         parameters.options,
         fields.model,
         truncate=parameters.truncation is not False,
-        is_nested=nests_one or isinstance(value["inputs"], list),
+        spans=parameters.spans,
+        is_one_window="truncation" in parameters.model_fields_set,
+        is_nested=nests_one or is_list,
+        is_list=is_list,
+        only_classes=parameters.only_classes,
         top_k=parameters.top_k,
         function=parameters.function_to_apply,
     )
 
 
 def serialize(_: str, job: Job) -> bytes:
-    """[{"label", "score"}, …], the most probable first; if nested, a list of such lists."""
+    """[{"label", "score"}, …], the most probable first; if nested, a list of such lists. Or spans, in order."""
     assert isinstance(job.request, TaskRequest)
+    if job.model.manifest.is_spans:
+        entities = [_entities(item) for item in job.items]
+        return orjson.dumps(entities if job.request.is_list else entities[0])
     labels, request = job.model.manifest.labels, job.request
     rows = [_scores(outcome.reading, labels, request) for outcome in job.outcomes()]
     return orjson.dumps(rows if job.request.is_nested else rows[0])
+
+
+def _entities(item: Item) -> list[dict[str, Any]]:
+    """The spans of a text, as transformers' pipeline returns them.
+
+    Without those that repeat another, such as the pieces of one emoji, and those without characters: vLLM's semantic
+    router refuses them.
+    """
+    assert item.outcome is not None and item.outcome.reading.tokens is not None
+    check_all_ran(item.outcome)
+    text, tokens = item.text.text, item.outcome.reading.tokens
+    name = "entity" if tokens.rule.aggregation == "none" else "entity_group"
+    distinct = {span[:3]: span for span in tokens.spans if span.start < span.end}
+    return [
+        {
+            name: span.label,
+            "score": round(span.score, DECIMALS),
+            "word": text[span.start : span.end],
+            "start": span.start,
+            "end": span.end,
+        }
+        for span in distinct.values()
+    ]
 
 
 def _scores(reading: Reading, labels: list[str], request: TaskRequest) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import orjson
 from pydantic import BeforeValidator, Field
@@ -27,11 +27,13 @@ class ModerationRequest(Detection):
         is_parts: the texts are parts of one input, which has one result.
     """
 
+    takes_spans: ClassVar[bool] = False
+
     is_parts: bool = False
 
     def fits(self, manifest: Manifest) -> bool:
         """True for a multi-label model, for one whose safe class is known, and for one of two classes."""
-        return manifest.tolerance is None and (safe_labels(manifest) is not None or len(manifest.labels) == 2)
+        return manifest.has_classes and (safe_labels(manifest) is not None or len(manifest.labels) == 2)
 
 
 def _part(value: Any, where: str) -> Text:

@@ -57,7 +57,9 @@ class InferRequest(Request):
 
 
 def outputs_of(manifest: Manifest) -> Sequence[str]:
-    """The names of a model's outputs."""
+    """The names of a model's outputs; a token classifier has none in this protocol."""
+    if manifest.is_spans:
+        return ()
     return OUTPUTS if manifest.tolerance is None else VALUE_OUTPUTS
 
 
