@@ -167,7 +167,7 @@ class RecordedSpans(Recorded):
         expected = self.answers[:, -1] if self.original is None else self.original
         rows = np.flatnonzero([bool(one) for one in expected])
         missed = [[bool(expected[i] - one) for one in self.spans[i]] for i in rows]
-        return [*super().kinds, (np.array(missed, np.bool_).reshape(len(rows), -1), rows)]
+        return [*super().kinds, (np.array(missed, np.bool_).reshape(len(rows), self.spans.shape[1]), rows)]
 
     @property
     def risk_features(self) -> formulas.Floats:
