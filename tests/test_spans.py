@@ -336,6 +336,15 @@ def test_overlapping_spans_are_replaced_together(found: list[tuple[int, int, str
 # The uncertainty of a text
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_only_tokens_that_can_change_a_span_are_counted(aggregation: Aggregation) -> None:
+    layout = Layout(
+        np.zeros((4, 2), np.int32), np.array([1, 0, 0, 1], np.bool_), np.array([0, 0, 1, 0], np.bool_)
+    )
+    is_first = aggregation == "first"
+    assert SpanRule(TAGS, aggregation).counted(layout).tolist() == [False, True, not is_first, False]
+
+
 values = st.floats(-50, 50, width=32) | st.sampled_from(
     [0.0, 1.0, -1000.0, 3e38, math.inf, -math.inf, math.nan]
 )
