@@ -25,7 +25,7 @@ from de3.training.checkpoint import Checkpoint
 
 
 def stitch(graphs: list[onnx.ModelProto]) -> onnx.ModelProto:
-    """Join graphs into one model, from input_ids and, if used, token_type_ids (1, T) to the last logits (1, K).
+    """Join graphs into one model, from input_ids and, if used, token_type_ids (1, T) to the last exit's logits.
 
     graphs: those of the segments in order, then that of the last exit.
     """
@@ -52,12 +52,16 @@ def stitch(graphs: list[onnx.ModelProto]) -> onnx.ModelProto:
         hidden = name("next_hidden" if layer else "hidden")
 
     logits = prefix + "logits"
-    labels = graphs[-1].graph.output[0].type.tensor_type.shape.dim[1]
+    shape = graphs[-1].graph.output[0].type.tensor_type.shape.dim
     result = helper.make_graph(
         [],
         "full_depth",
         [x for x in graphs[0].graph.input if x.name.endswith("_ids")],
-        [helper.make_tensor_value_info(logits, TensorProto.FLOAT, [1, labels.dim_value])],
+        [
+            helper.make_tensor_value_info(
+                logits, TensorProto.FLOAT, [x.dim_param or x.dim_value for x in shape]
+            )
+        ],
         weights,
     )
     _prune(result, nodes)  # drops nodes that only the distances need

@@ -16,6 +16,7 @@ from de3.loadtest.texts import read
 from lab.audit_cli import app as audit_app
 from lab.fuzzers import NAMES as FUZZERS
 from lab.options import Core, Int8Model, show
+from lab.spans.cli import app as spans_app
 from lab.studies.cli import app as studies_app
 from lab.tenants import app as tenants_app
 
@@ -29,6 +30,7 @@ app = typer.Typer(no_args_is_help=True, help="Measurements, attacks and studies 
 app.add_typer(studies_app, name="study")
 app.add_typer(audit_app, name="audit")
 app.add_typer(tenants_app, name="tenants")
+app.add_typer(spans_app, name="spans")
 
 
 @app.command()
@@ -641,13 +643,17 @@ def engines(
 
     Example: python -m lab engines --texts dev.tsv
     """
-    from de3.loadtest.servers import lean_peers, peer_models
+    from de3.loadtest.servers import lean_peers, peer, peer_models
     from de3.model_store.store import Store
     from lab.engines import Engines, tables
 
     artifact = Store(store).open(model)
     plain = [s.text for s in read(texts, text_column)][:count]
-    peers = lean_peers(*peer_models(artifact, plain, out), stock)
+    int8, fp32, calibration = peer_models(artifact, plain, out)
+    if artifact.manifest.is_spans:
+        peers = [peer("fused graph, FastAPI, int8", "spans_app", str(int8))]
+    else:
+        peers = lean_peers(int8, fp32, calibration, stock)
 
     def say(line: str) -> None:
         console.print(line, markup=False)

@@ -136,7 +136,8 @@ class Engines:
                     self._leave_out(peer, error)
                     continue
                 rates.setdefault(peer.name, []).append(measured["texts_per_s"])
-                difference = float(np.abs(np.array(measured["logits"]) - logits).max())
+                both = zip(measured["logits"], logits, strict=True)
+                difference = max(float(np.abs(np.array(theirs) - mine).max()) for theirs, mine in both)
                 self.results["logits_difference"][peer.name] = difference
 
 
@@ -146,17 +147,21 @@ def name_of(size: int) -> str:
 
 
 def _passes(model: Model, tokens: Sequence[Tokens]) -> list[ForwardPass]:
-    rule, last = ExitRule(0.0, Entropy()), model.manifest.num_layers
-    return [ForwardPass(t, [Decision(model.exits, rule, last, False)]) for t in tokens]
+    manifest = model.manifest
+    signal = manifest.default_signal if manifest.is_spans else Entropy()
+    rule = ExitRule(0.0, signal, spans=manifest.span_rule)
+    return [
+        ForwardPass(t, [Decision(model.exits, rule, manifest.num_layers, layout=t.layout)]) for t in tokens
+    ]
 
 
-def _logits(model: Model, tokens: Sequence[Tokens]) -> Any:
-    """Logits at full depth, (texts, num_labels)."""
+def _logits(model: Model, tokens: Sequence[Tokens]) -> list[Any]:
+    """Logits of each text at full depth, (num_labels,); of a token classifier, (T, num_labels)."""
     forward, passes = model.encoder.forward, _passes(model, tokens)
     assert forward is not None
     for each in passes:
         forward([each])
-    return np.stack([each.decisions[0].logits[-1] for each in passes])
+    return [each.decisions[0].logits[-1] for each in passes]
 
 
 def our_rate(model: Model, tokens: Sequence[Tokens], size: int, seconds: float) -> float:

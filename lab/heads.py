@@ -99,7 +99,7 @@ def measure(found: list[Side], rounds: int, seconds: float, port: int) -> None:
                     server = stack.enter_context(running(side.server, port, Path(folder) / "log"))
                     run_wrk(server, script, CONNECTIONS[-1], 2.0)
                     for connections in CONNECTIONS:
-                        rate, _ = run_wrk(server, script, connections, seconds)
+                        rate = run_wrk(server, script, connections, seconds).rate
                         side.rates.setdefault(connections, []).append(rate / side.per_text)
                     side.memory_mb = server.memory_mb()
 

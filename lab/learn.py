@@ -6,7 +6,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -32,13 +32,18 @@ WINDOW = 500  # texts in each window of the rates over time
 BATCH = 64  # texts in a request at full depth
 UNSEEN = 2000  # maximum number of texts held back for the speed-ups in hindsight
 
+Label = str | frozenset[tuple[int, int, str]]
+
 
 @dataclass
 class Answer:
-    """The answer to a text of the stream. model_ms: model time, without queue time. model: as name:version."""
+    """The answer to a text of the stream.
+
+    label: of a token classifier, its set of spans. model_ms: model time, without queue time. model: as name:version.
+    """
 
     layer: int
-    label: str
+    label: Label
     model_ms: float
     model: str = ""
 
@@ -123,17 +128,24 @@ def _one(connection: http.client.HTTPConnection, text: str, key: str) -> Answer:
     stages = response.headers["server-timing"].split(",")
     model_ms = next(float(stage.split("dur=")[1]) for stage in stages if stage.strip().startswith("model"))
     row = data["data"][0]
-    return Answer(row["exit"]["layer"], row["label"], model_ms, data["model"])
+    return Answer(row["exit"]["layer"], label_of(row), model_ms, data["model"])
 
 
-def truth(url: str, texts: Sequence[str]) -> list[str]:
+def label_of(row: Mapping[str, Any]) -> Label:
+    """The label in the row of a text; the set of spans, as (start, end, label), in that of a token classifier."""
+    if "spans" in row:
+        return frozenset((span["start"], span["end"], span["label"]) for span in row["spans"])
+    return str(row["label"])
+
+
+def truth(url: str, texts: Sequence[str]) -> list[Label]:
     """The label of each text at full depth."""
-    connection, labels = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120), list[str]()
+    connection, labels = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120), list[Label]()
     for i in range(0, len(texts), BATCH):
         body = json.dumps({"input": list(texts[i : i + BATCH]), "tau": 0})
         connection.request("POST", "/classify", body, {"Content-Type": "application/json"})
         data = json.loads(connection.getresponse().read())
-        labels += [row["label"] for row in data["data"]]
+        labels += [label_of(row) for row in data["data"]]
     return labels
 
 
@@ -186,7 +198,9 @@ def tell(
     return story
 
 
-def _measure(story: Story, answers: list[Answer], labels: list[str], count: int, audits_ms: float) -> None:
+def _measure(
+    story: Story, answers: list[Answer], labels: Sequence[Label], count: int, audits_ms: float
+) -> None:
     layers = np.array([answer.layer for answer in answers])
     deepest = int(layers.max())
     differs = np.array([answer.label != label for answer, label in zip(answers, labels, strict=True)])

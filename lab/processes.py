@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from de3.loadtest.client import quantile, send_traffic
 from de3.loadtest.servers import Running, Server, ours, process_tree, running
@@ -18,6 +19,7 @@ from de3.loadtest.texts import Sample
 CONNECTIONS = (16, 64)
 SHARES = (1 / 3, 2 / 3, 0.9)  # of saturation
 MAX_TEXTS = 2000
+MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}  # wrk's units of time
 SCRIPT = """wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
 local bodies, i = {%s}, 0
@@ -75,7 +77,7 @@ def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: floa
         for _ in range(rounds):
             for connections in CONNECTIONS:
                 for side, server in zip(found, started, strict=True):
-                    rate, cpu_us = run_wrk(server, script, connections, seconds)
+                    rate, cpu_us, _ = run_wrk(server, script, connections, seconds)
                     side.rates.setdefault(connections, []).append(rate)
                     if connections == CONNECTIONS[0]:
                         side.cpu_us.append(cpu_us)
@@ -91,9 +93,26 @@ def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: floa
             side.memory_mb = server.memory_mb()
 
 
-def run_wrk(server: Running, script: Path, connections: int, seconds: float) -> tuple[float, float]:
-    """Requests/s, and the server's CPU time per request in µs."""
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "-s", str(script), server.target.url]
+class Load(NamedTuple):
+    """Requests/s, the server's CPU time per request in µs, and the median latency in ms."""
+
+    rate: float
+    cpu_us: float
+    p50_ms: float
+
+
+def run_wrk(server: Running, script: Path, connections: int, seconds: float) -> Load:
+    """Send the script's requests to a server; raises ValueError if wrk is missing or requests fail."""
+    command = [
+        "wrk",
+        "-t1",
+        "--latency",
+        f"-c{connections}",
+        f"-d{seconds:g}s",
+        "-s",
+        str(script),
+        server.target.url,
+    ]
     before = _cpu_us(server)
     try:
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -102,9 +121,12 @@ def run_wrk(server: Running, script: Path, connections: int, seconds: float) -> 
     used = _cpu_us(server) - before
     if "Non-2xx" in output or "Socket errors" in output:
         raise ValueError(f"requests failed:\n{output}")
+    if " 0 requests in" in output:
+        raise ValueError("the server answered no request")
     requests, rate = re.search(r"(\d+) requests in", output), re.search(r"Requests/sec:\s+(\S+)", output)
-    assert requests and rate
-    return float(rate[1]), used / int(requests[1])
+    half = re.search(r"50%\s+([\d.]+)(us|ms|s)\b", output)
+    assert requests and rate and half
+    return Load(float(rate[1]), used / int(requests[1]), float(half[1]) * MS[half[2]])
 
 
 def _cpu_us(server: Running) -> float:

@@ -83,9 +83,12 @@ class _Frame:
 
     def layout(self, offsets: NDArray[np.int32], is_subword: NDArray[np.bool_]) -> Layout:
         """The layout of a text, (T, 2) and (T,), with the special tokens around it."""
-        around = [len(ids) for ids, _ in self._special]
-        is_special = np.pad(np.zeros(len(offsets), np.bool_), around, constant_values=True)
-        return Layout(np.pad(offsets, (around, (0, 0))), is_special, np.pad(is_subword, around))
+        count, start = self.size + len(offsets), len(self.before)
+        own = slice(start, start + len(offsets))
+        # np.pad takes ten times as long: of a short text, a seventh of the time to tokenize it.
+        layout = Layout(np.zeros((count, 2), np.int32), np.ones(count, np.bool_), np.zeros(count, np.bool_))
+        layout.offsets[own], layout.is_special[own], layout.is_subword[own] = offsets, False, is_subword
+        return layout
 
 
 @dataclass(frozen=True, slots=True)

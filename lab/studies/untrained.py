@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
+from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
 from de3.training.pretrained import quiet
 from tests.stock import with_random_exits
@@ -48,13 +49,20 @@ def untrained(
     labels: int = 2,
     family: Family = "bert",
     max_tokens: int = 512,
+    is_spans: bool = False,
 ) -> Path:
     """Write OUT/model and OUT/store; returns the artifact's folder. Raises ValueError if OUT/model exists.
 
     inner: width of the feed-forward network. tokenizer: the folder of a Hugging Face tokenizer. precision: of the
-    artifact's weights. labels: number of classes. max_tokens: length of the longest text, in tokens.
+    artifact's weights. labels: number of classes. max_tokens: length of the longest text, in tokens. is_spans: write a
+    token classifier, whose artifact has no early exits.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+    )
 
     if (out / "model").exists():
         raise ValueError(f"{out / 'model'} exists already; choose a new folder")
@@ -73,8 +81,13 @@ def untrained(
         num_labels=labels,
         **OPTIONS[family],
     )
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(out / "model")
+    kind = AutoModelForTokenClassification if is_spans else AutoModelForSequenceClassification
+    kind.from_config(config).save_pretrained(out / "model")
     opened.save_pretrained(out / "model")
+    if is_spans:
+        store = Store(out / "store")
+        convert(Stock.open(str(out / "model"), out / "model"), store, NAME, precision)
+        return store.open(NAME).path
     return with_random_exits(out / "model", Store(out / "store"), NAME, precision, seed).path
 
 
@@ -91,6 +104,7 @@ def main(
     labels: Annotated[int, typer.Option(help="Number of classes.", min=2)] = 2,
     family: Annotated[Family, typer.Option(help="Kind of encoder.")] = "bert",
     max_tokens: Annotated[int, typer.Option(help="Length of the longest text, in tokens.", min=3)] = 512,
+    spans: Annotated[bool, typer.Option("--spans", help="A token classifier, without early exits.")] = False,
 ) -> None:
     """Write a classifier with random weights, by default of BERT-base's size, as a stock model and as an artifact.
 
@@ -102,5 +116,6 @@ def main(
         *(out, layers, hidden, heads, inner, minilm(), seed, precision, labels),
         family=family,
         max_tokens=max_tokens,
+        is_spans=spans,
     )
     print(f"published {path}; the stock model is {out / 'model'}")
