@@ -344,12 +344,13 @@ def test_the_schema_describes_answers(store: Path) -> None:
                 seen["ClassifiedText"] |= row.keys()
                 seen["PassedExit"].update(*row.get("layers", []))
         schemas = httpx.get(server.url + "/openapi.json").json()["components"]["schemas"]
-    # Each field occurs, except those of other kinds of models: test_multi_label.py and test_regression.py cover them.
+    # Each field occurs, except those of other kinds of models: test_multi_label.py, test_regression.py and
+    # test_token_classifiers.py cover them.
     unseen = {name: schemas[name]["properties"].keys() - fields for name, fields in seen.items()}
     assert unseen == {
         "ClassifyResponse": set(),
-        "ClassifiedText": {"value", "labels"},
-        "PassedExit": {"value"},
+        "ClassifiedText": {"value", "labels", "spans", "text"},
+        "PassedExit": {"value", "spans"},
     }
     known = {field.name for field in fields(Exit)}
     assert known - {"lam"} | {"lambda"} == schemas["Exit"]["properties"].keys()
