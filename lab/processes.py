@@ -107,6 +107,7 @@ def run_wrk(server: Running, script: Path, connections: int, seconds: float) -> 
         "wrk",
         "-t1",
         "--latency",
+        "--timeout=20s",
         f"-c{connections}",
         f"-d{seconds:g}s",
         "-s",
