@@ -97,8 +97,13 @@ class SpanRule:
 
     @cached_property
     def _tags(self) -> list[str]:
-        """The name of each label without B- or I-."""
+        """The name of each label without B- or I-, by which tokens are grouped."""
         return [name[2:] if name.startswith(("B-", "I-")) else name for name in self.labels]
+
+    @cached_property
+    def _groups(self) -> list[str]:
+        """The name of each label in spans: without anything before the first hyphen, such as the E- of other schemes."""
+        return [name.split("-", 1)[-1] for name in self.labels]
 
     @cached_property
     def _begins(self) -> list[bool]:
@@ -110,7 +115,7 @@ class SpanRule:
         return np.array([self._is_ignored(k) for k in range(len(self.labels))])
 
     def _name(self, label: int) -> str:
-        return self.labels[label] if self.aggregation == "none" else self._tags[label]
+        return self.labels[label] if self.aggregation == "none" else self._groups[label]
 
     def _is_ignored(self, label: int) -> bool:
         return self._name(label) in self.ignored
@@ -180,7 +185,7 @@ class SpanRule:
             if i < len(found) and tags[i] == tags[i - 1] and not self._begins[found[i]]:
                 continue
             mean = sum(scores[first:i]) / (i - first)
-            spans.append(Span(bounds[first][0], bounds[i - 1][1], tags[first], mean))
+            spans.append(Span(bounds[first][0], bounds[i - 1][1], self._groups[found[first]], mean))
             first = i
         return spans
 

@@ -106,7 +106,7 @@ Reading read_tokens(int layer, const float *logits, const uint8_t *counted, int 
         if (!counted[t]) continue;
         int top = best(logits, num_labels, -1);
         double unsure = rest(logits, num_labels, top);
-        if (!(unsure <= reading.largest)) reading.largest = unsure; /* keeps NaN */
+        if (unsure > reading.largest || isnan(unsure)) reading.largest = unsure; /* keeps NaN */
         reading.total += unsure;
         reading.tokens++;
         reading.found |= top != outside;

@@ -187,7 +187,10 @@ class ClassifyRequest(OptionFields):
         "model's (simple, if it was not chosen at import)",
     )
     labels: list[str] | None = Field(
-        None, max_length=MAX_LABELS, description="for a token classifier: labels of the spans to return"
+        None,
+        min_length=1,
+        max_length=MAX_LABELS,
+        description="for a token classifier: labels of the spans to return",
     )
     min_score: Annotated[
         float | dict[str, float],

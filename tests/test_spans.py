@@ -39,7 +39,12 @@ Array = NDArray[np.float32]
 
 # Families whose tokenizers are of different kinds: WordPiece, byte-level BPE and Unigram.
 TOKENIZERS = ("bert", "roberta", "xlm-roberta")
-LABELS = (TAGS, ("X", "O", "Y"), ("B-X", "I-X", "B-Y", "I-Y"), ("O", "X", "B-X", "I-X", "B-", "I-O"))
+LABELS = (
+    TAGS,
+    ("X", "O", "Y"),
+    ("B-X", "I-X", "B-Y", "I-Y"),
+    ("O", "X", "B-X", "I-X", "B-", "I-O", "E-X", "S-Y"),
+)
 PARTS = ["good", "films", "bads", "qxz", " ", "  ", "\r\n", "\t", "\u3000", ".", "?!", "'", "-", "good-bad"]
 PARTS += [
     "👍🏽",

@@ -186,7 +186,7 @@ class Parameters(OptionFields):
 
     threshold: float | None = Field(None, ge=0, le=1)
     safe_labels: list[str] | None = Field(None, max_length=10_000)
-    labels: list[str] | None = Field(None, max_length=MAX_LABELS)
+    labels: list[str] | None = Field(None, min_length=1, max_length=MAX_LABELS)
     model: str | None = None
 
 

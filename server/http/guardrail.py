@@ -84,7 +84,7 @@ class GuardrailParameters(OptionFields):
 
     model: str | None = None
     label: str | None = None
-    labels: list[str] | None = Field(None, max_length=MAX_LABELS)
+    labels: list[str] | None = Field(None, min_length=1, max_length=MAX_LABELS)
     policy: Literal["redact", "block"] | None = None
     threshold: float | None = Field(None, ge=0, le=1)
 
