@@ -23,7 +23,8 @@ from tests.fixtures import BAD, GOOD, installed, made_once, save_tokenizer
 from tests.serving import Server, serving
 from tests.test_guards import LITELLM, NEMO, output_of
 
-LABELS = ["O", "B-PERSON", "I-PERSON", "B-CITY"]  # of words in GOOD, of "not" after them, and of words in BAD
+# Labels of words in GOOD and the ending "s", of "not" after them, and of words in BAD.
+LABELS = ["O", "B-PERSON", "I-PERSON", "B-CITY"]
 TEXT = "😀 the Good not film,\r\nit was é dull and Bad warm"
 FOUND = [("PERSON", "Good not"), ("CITY", "dull"), ("CITY", "Bad"), ("PERSON", "warm")]
 NOTHING = "the film and the plot"
@@ -51,7 +52,9 @@ def save_finder(folder: Path) -> None:
     model = BertForTokenClassification(config).eval()
     model.bert.embeddings.word_embeddings.weight.data *= 10  # words count more than their positions
     words = AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(range(size))
-    labels = torch.tensor([1 if w in GOOD else 3 if w in BAD else 2 if w == "not" else 0 for w in words])
+    labels = torch.tensor(
+        [1 if w in (*GOOD, "##s") else 3 if w in BAD else 2 if w == "not" else 0 for w in words]
+    )
     ids = torch.cat([torch.full((200, 1), 2), torch.randint(1, size, (200, 30)), torch.full((200, 1), 3)], 1)
     with torch.no_grad():
         states = model.bert(ids).last_hidden_state.reshape(-1, 64).double()
@@ -250,7 +253,8 @@ def test_spans_that_the_router_would_refuse_are_left_out() -> None:
 # FMS Guardrails' detectors
 
 
-def test_spans_are_detections(server: Server) -> None:
+def test_spans_are_detections(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detectors, "MAX_CHARS", 10)  # the limit on texts that are repeated for each label
     rows = post(server, CONTENTS, {"contents": [NOTHING, TEXT], "detector_params": {}})
     spans = spans_of(server, TEXT)
     assert rows == [
@@ -321,6 +325,9 @@ def test_the_gliner_rails_server(server: Server) -> None:
     some = extracted(server, TEXT, labels=["city"])  # NeMo's examples have labels in lower case
     assert {one["suggested_label"] for one in some["entities"]} == {"city"}
     assert [one["value"] for one in some["entities"]] == ["dull", "Bad"]
+    # The model finds the parts of this word separately; the rail would write [PERSON][PERSON].
+    assert [one["text"] for one in spans_of(server, "a goods")] == ["good", "s"]
+    assert extracted(server, "a goods")["tagged_text"] == "a [goods](PERSON)"
     for nothing in ("", " \n", NOTHING):
         assert extracted(server, nothing) == {"entities": [], "total_entities": 0, "tagged_text": nothing}
     scores = [one["score"] for one in answer["entities"]]
