@@ -102,7 +102,7 @@ class SpanRule:
 
     @cached_property
     def _groups(self) -> list[str]:
-        """The name of each label in spans: without anything before the first hyphen, such as the E- of other schemes."""
+        """The name of each label in spans: without the part before the first hyphen, such as E- in other schemes."""
         return [name.split("-", 1)[-1] for name in self.labels]
 
     @cached_property
