@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import numpy as np
-import onnxruntime as ort
 import pytest
 from filelock import FileLock
 from httpx._config import DEFAULT_TIMEOUT_CONFIG
 from httpx._transports import default as transports
 
-from de3.model_store.graph import Graph, source_of
-from de3.model_store.segments import session_options
+from de3.model_store.proof import int8_saturates
 from tests.commands import de3
 
 if path := os.environ.get("SANITIZED_KERNELS"):  # the kernels that tests/sanitize.sh built
@@ -395,18 +392,6 @@ def several(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
                 draft.publish(write_exits(made.open(base), exits, draft, **fields))
 
     return made_once(tmp_path_factory, "several", make)
-
-
-@cache
-def int8_saturates() -> bool:
-    """True if ONNX Runtime's int8 products saturate on this processor: on x86-64 without VNNI (docs/design.md)."""
-    weight = np.full((64, 32), 1.0, np.float32)
-    g = Graph(True, source_of({"a.weight": weight, "a.bias": np.zeros(32, np.float32)}))
-    g.output(g.linear(g.input("x", [1, "T", 64]), "a", 64, 32), "y", [1, "T", 32])
-    session = ort.InferenceSession(g.model("linear").SerializeToString(), session_options())
-    x = np.linspace(0, 1, 64, dtype=np.float32).reshape(1, 1, 64)
-    (found,) = session.run(None, {"x": x})
-    return bool(np.abs(found - x.sum()).max() > 0.05 * x.sum())
 
 
 # For tests that compare ONNX Runtime's int8 layers with exact ones.

@@ -43,6 +43,7 @@ from de3.model_store import tokenizer_check
 from de3.model_store.families import FAMILIES
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
+from de3.model_store.proof import int8_saturates
 from de3.model_store.store import Artifact
 from de3.server.settings import Settings
 from tests.commands import WITHOUT_TORCH
@@ -106,7 +107,9 @@ def test_full_depth_is_transformers_own_model(family: str, tmp_path: Path) -> No
     folder = save_encoder(tmp_path / "stock", family, labels=3)
     artifact = artifact_of(str(folder), "int8", tmp_path / "cache")
     assert (artifact.full_name, artifact.manifest.source) == ("stock:1", "stock")
-    assert difference(folder, Model(artifact)) < 0.1
+    model = Model(artifact)
+    is_exact = model.runtime == "native" or not int8_saturates()
+    assert difference(folder, model) < (0.1 if is_exact else 1.0)
 
 
 OLD = {"global_attn_every_n_layers": 2, "global_rope_theta": 500.0, "local_rope_theta": 30.0}

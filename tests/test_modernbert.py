@@ -16,7 +16,7 @@ from de3.model_store.graph_check import read_model
 from de3.model_store.segment_graph import read_segment
 from de3.model_store.segments import session_options
 from de3.training import pretrained
-from tests.fixtures import save_encoder
+from tests.fixtures import exact_int8, save_encoder
 from tests.stock import graphs_of, largest_difference
 
 LENGTHS = [*range(1, 28), 31, 32, 33, 40, 47, 63, 64]  # local attention spans 5 tokens on each side
@@ -69,6 +69,7 @@ def test_no_weight_has_the_size_of_the_longest_text(tmp_path: Path) -> None:
     assert max(d for g in graphs[1:] for w in g.graph.initializer for d in w.dims) <= 256
 
 
+@exact_int8
 def test_int8_as_one_graph(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path, "modernbert", **SMALL)
     model = fuse(full_depth_of(folder, int8=True))

@@ -115,11 +115,11 @@ def test_a_crash_is_500_and_the_server_goes_on(server: Server, monkeypatch: pyte
 def test_one_bad_text_frees_the_room_of_its_request(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode, entered, go_on = TextTokenizer.encode, threading.Event(), threading.Event()
 
-    def slow(tokenizer: TextTokenizer, texts: list) -> object:
+    def slow(tokenizer: TextTokenizer, texts: list, **options: bool) -> object:
         if texts[0][0] == "wait":
             entered.set()
             go_on.wait(20)
-        return encode(tokenizer, texts)
+        return encode(tokenizer, texts, **options)
 
     with serving(store, threads=2, models=["tiny"]) as server, ThreadPoolExecutor(2) as pool:
         monkeypatch.setattr(TextTokenizer, "encode", slow)

@@ -427,7 +427,7 @@ def test_open_inference_lists_no_outputs_of_a_token_classifier(server: Server) -
         ),
         (
             CONTENTS,
-            {"detector_params": {"labels": [], "model": "tiny"}},
+            {"detector_params": {"labels": ["C"], "model": "tiny"}},
             "detector_params: labels: tiny:1 is not a to",
         ),
         (

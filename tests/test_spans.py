@@ -260,7 +260,9 @@ def test_a_text_in_pieces_has_the_layout_of_one_in_one_go(kind: str, text: str, 
     inner = MADE[kind]
     whole = inner.encode(text)
     tokens = (
-        TextTokenizer(inner, 16 if windows > 1 else len(whole)).start(text, None, True, windows, True).all()
+        TextTokenizer(inner, 16 if windows > 1 else max(8, len(whole)))
+        .start(text, None, True, windows, True)
+        .all()
     )
     offsets = [one for one, owner in zip(whole.offsets, whole.sequence_ids, strict=True) if owner == 0]
     if isinstance(tokens, Windows):
@@ -271,7 +273,7 @@ def test_a_text_in_pieces_has_the_layout_of_one_in_one_go(kind: str, text: str, 
         inside = ~tokens.layout.is_special
         found, is_subword = tokens.layout.offsets[inside], tokens.layout.is_subword[inside]
     assert found.tolist() == [list(one) for one in offsets[: len(found)]]
-    in_one_go = TextTokenizer(inner, len(whole) + 2)
+    in_one_go = TextTokenizer(inner, len(whole) + 8)
     layout = in_one_go.short(whole, False, True, text).layout
     assert layout is not None
     assert is_subword.tolist() == layout.is_subword[~layout.is_special][: len(found)].tolist()

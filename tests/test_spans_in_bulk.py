@@ -44,7 +44,7 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("tags", "moods"):
             convert(Stock.open(name, folder / name), Store(folder / "store"), name, "int8")
 
-    return made_once(tmp_path_factory, "tagged", make) / "store"
+    return made_once(tmp_path_factory, "tagged-for-bulk", make) / "store"
 
 
 @pytest.fixture(scope="module")

@@ -271,7 +271,6 @@ def test_labels_scores_and_aggregation_choose_the_spans(server: Server, name: st
     assert {span["label"] for span in spans} == {"X", "Y"}
     for options, wanted in (
         ({"labels": ["X"]}, lambda span: span["label"] == "X"),
-        ({"labels": []}, lambda span: False),
         ({"min_score": 0.5}, lambda span: span["score"] >= 0.5),
         ({"min_score": {"X": 0.4}}, lambda span: span["label"] == "Y" or span["score"] >= 0.4),
     ):
