@@ -898,7 +898,7 @@ def test_several_models_classify_a_file_on_one_pass(
     for row, one in zip(rows, expected, strict=True):
         for name in expected[0]:
             if name != "error":
-                value = one[name] if kind == ".parquet" else formats._cell(one[name])
+                value = one[name] if kind == ".parquet" else formats._cell(one[name], None)
                 assert row[name] == (value if kind == ".parquet" else str(value)), name
     record = json.loads((tmp_path / f"_{out.name}.run.json").read_text())
     prints = [fingerprint(Store(several).open(name).manifest) for name in names]

@@ -120,11 +120,14 @@ def sure(store: Path) -> Sure:
     found = Sure()
     with de3.load("tiny-int8", store=store, threads=1) as model:
         rows = model.classify(TEXTS, tau=0, signal="risk", explain=True)
-        lowest = [min(one["score"] for one in row.raw["layers"][:-1]) for row in rows]
-        found.tau = sorted(lowest)[len(TEXTS) // 2]
+        lowest = sorted(min(one["score"] for one in row.raw["layers"][:-1]) for row in rows)
+        # In the largest gap near the middle: scores are rounded, and two processes may differ in the last bit.
+        middle = range(len(TEXTS) // 2 - 20, len(TEXTS) // 2 + 20)
+        count = max(middle, key=lambda i: lowest[i] - lowest[i - 1])
+        found.tau = (lowest[count - 1] + lowest[count]) / 2
         rows = model.classify(TEXTS, tau=found.tau, signal="risk")
     found.update((text, row) for text, row in zip(TEXTS, rows, strict=True) if row.exit.reason == "threshold")
-    assert len(found) == len(TEXTS) // 2
+    assert len(found) == count
     return found
 
 
