@@ -218,3 +218,6 @@ def run_audits(
         forward(passes, layers + (passes[0].layer == 0), at_idle=pause is None)
     for audit, one in zip(audits, decisions, strict=True):
         audit.passed, audit.model_s = one.readings, one.seconds
+        for reading in one.readings:
+            if reading.tokens is not None:
+                reading.tokens.finish()  # here and not on the event loop
