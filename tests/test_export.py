@@ -144,13 +144,12 @@ def test_int8_that_costs_too_much_is_refused(tmp_path: Path, checkpoint: Path) -
     assert Store(tmp_path).versions() == {}
 
 
-@exact_int8
 def test_exits_in_int8_are_compared_with_those_in_fp32(
     store: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     artifact, opened = Store(store).open("tiny-int8"), Checkpoint(checkpoint)
     manifest, certify = artifact.manifest, opened.held_out("certify")
-    int8 = record(Model(artifact, "onnxruntime"), certify)
+    int8 = record(Model(artifact), certify)
     encoded = encode(certify, opened.tokenizer, manifest.max_tokens)
     fp32 = predict(opened.model, encoded, opened.tokenizer.pad_token_id)
     rule = ExitRule(manifest.defaults.tau, manifest.default_signal)
@@ -222,7 +221,7 @@ def test_calibration_is_honest(tmp_path_factory: pytest.TempPathFactory) -> None
     parts = []
     for name in ("tune", "certify"):
         examples = load_examples(folder / f"checkpoint/{name}.jsonl", LABELS)
-        parts.append(CalibrationPart.of(record(Model(artifact, "onnxruntime"), examples), examples))
+        parts.append(CalibrationPart.of(record(Model(artifact), examples), examples))
     found = exporter.calibrate(*parts, manifest.calibration.max_loss)
     assert manifest.calibration == found.calibration
     assert (manifest.risk, manifest.defaults) == (found.fields()["risk"], found.defaults)
