@@ -30,9 +30,8 @@ from de3.native import NoKernelsError
 
 MAX_NATIVE_DIFFERENCE = 0.1  # relative to the range of a layer's logits or distances
 MAX_STATES_DIFFERENCE = 0.2  # mean over a token's values, relative to the layer's standard deviation
-SATURATED = (
-    4.0  # factor of both limits where ONNX Runtime's int8 products saturate, as the kernels' are exact
-)
+# Factor of both limits where ONNX Runtime's int8 products saturate; the kernels' are exact.
+SATURATED = 2.0
 MIN_SPREAD = 0.2  # lower limit of the range of logits or distances, as they may be nearly equal for all texts
 # ONNX Runtime's memory grows with the square of a text's length: 3 GB for 8,192 tokens.
 MAX_PROOF_TOKENS = 1024
