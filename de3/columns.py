@@ -140,7 +140,7 @@ class Answers:
 
 
 def kind_of(manifest: Manifest, redacts: bool) -> Kind:
-    """What a model's answers are. redacts: the requests set `redact`."""
+    """Kind of a model's answers. redacts: the requests set `redact`."""
     if manifest.is_spans:
         return "redacted" if redacts else "spans"
     if manifest.tolerance is not None:

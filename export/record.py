@@ -57,7 +57,7 @@ def recorded_spans(
 ) -> RecordedSpans:
     """Record the outputs of every exit of a token classifier, as `record` does.
 
-    exits: the classifiers of other exits instead of its own, for every layer but the last: weights (K, hidden) and bias
+    exits: classifiers that replace the model's own exits, one for each layer but the last: weights (K, hidden) and bias
     (K,).
     """
     rule, pooling = model.manifest.span_rule, model.pooling

@@ -122,7 +122,7 @@ class Graph:
         return self.node("Add", rescaled, shift)
 
     def row(self, x: str, name: str, inputs: int, outputs: int) -> str:
-        """x·W + b for rows x (rows, inputs), of which there are few outputs, always in float32."""
+        """x·W + b for rows x (rows, inputs), always in float32; for layers that are small beside the encoder's."""
         weight = self.weight(f"{name}.weight", inputs, outputs)
         return self.node("Gemm", x, weight, self.weight(f"{name}.bias", outputs))
 

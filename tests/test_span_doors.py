@@ -226,7 +226,7 @@ def accepted(text: str, body: bytes, labels: set[str]) -> list[tuple[str, int, i
     "text", [TEXT, NOTHING, "e\u0301 good \u200b🇩🇪 du\u200bll\x00 bad", f"{NOTHING} " * 20 + "good"]
 )
 def test_the_semantic_routers_contract_token_spans(server: Server, text: str) -> None:
-    """What it sends and accepts: see `accepted`; the request is its httpClassifyRequest, {"inputs": text}."""
+    """The request is the router's httpClassifyRequest, {"inputs": text}; `accepted` parses answers as it does."""
     answer = httpx.post(f"{server.url}/classify", content=json.dumps({"inputs": text}))
     expected = [
         (m[0].lower() in GOOD, *m.span())

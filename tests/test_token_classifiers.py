@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, pipelin
 
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Risk
-from de3.exits.spans import AGGREGATIONS
+from de3.exits.spans import AGGREGATIONS, SpanRule
 from de3.export.cache import artifact_of
 from de3.export.fit import Exits
 from de3.export.publish import write_exits
@@ -26,6 +27,9 @@ from de3.model_store.manifest import Defaults
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.server import infer
+from de3.server.engine.job import with_spans
+from de3.server.engine.request import Request, SpanOptions, Text
+from de3.server.rules import Choice
 from tests.fixtures import TAGS, made_once, make_rows
 from tests.serving import Server, serving
 from tests.stock import token_classifier, with_random_exits
@@ -468,3 +472,28 @@ def test_a_classifier_and_a_token_classifier_answer_on_one_pass_as_alone(server:
     assert both[1]["data"][0]["truncated"]  # one pass: a classifier's texts are truncated
     both = server.described(models=[other, name], input=long_, long="windows")["results"]
     assert both[1]["data"][0]["spans"] == data_of(server.classify(model=name, input=long_))[0]["spans"]
+
+
+@pytest.mark.parametrize(
+    ("options", "holds"),
+    [
+        (None, True),
+        (SpanOptions(), True),
+        (SpanOptions(aggregation="simple", templates={}), True),
+        (SpanOptions(aggregation="first"), False),
+        (SpanOptions(kept=["X"]), False),
+        (SpanOptions(ignored=["X"]), False),
+        (SpanOptions(min_score=0.5), False),
+        (SpanOptions(min_score={"X": 0.5}), False),
+    ],
+)
+def test_a_certificate_is_of_the_models_own_spans(options: SpanOptions | None, holds: bool) -> None:
+    rule = SpanRule(("O", "B-X", "I-X"))
+    manifest: Any = SimpleNamespace(
+        is_spans=True, labels=list(rule.labels), aggregation="simple", span_rule=rule, full_name="tags:1"
+    )
+    choice = Choice(
+        ExitRule(0.1, Risk((None,)), spans=rule), "max_disagreement", 0.05, certificate={"bound": 0.05}
+    )
+    found = with_spans(choice, Request([Text("good")], spans=options), manifest)
+    assert (found.certificate is not None) == holds

@@ -437,13 +437,17 @@ def _check_spans(request: Request, manifests: Sequence[Manifest]) -> None:
 
 
 def with_spans(choice: Choice, request: Request, manifest: Manifest) -> Choice:
-    """The choice, for a token classifier with the request's options for spans; redaction has no latency budget."""
-    if not manifest.is_spans:
+    """The choice, for a token classifier with the request's options for spans; redaction has no latency budget.
+
+    The calibration covers only the spans that the model returns without options.
+    """
+    if not manifest.is_spans or request.spans is None:
         return choice
-    rule = (
-        choice.rule if request.spans is None else replace(choice.rule, spans=request.spans.rule_for(manifest))
-    )
-    return replace(choice, rule=rule, budget_s=None if request.is_private else choice.budget_s)
+    spans = request.spans.rule_for(manifest)
+    if spans != manifest.span_rule:
+        choice = replace(choice, certificate=None, expected=None)
+    budget_s = None if request.is_private else choice.budget_s
+    return replace(choice, rule=replace(choice.rule, spans=spans), budget_s=budget_s)
 
 
 def _depth(served: Served) -> int:

@@ -69,7 +69,8 @@ class SpanOptions:
                 )
         rule = SpanRule(labels, aggregation, None if self.kept is None else frozenset(self.kept))
         ignored = rule.ignored if self.ignored is None else frozenset(self.ignored)
-        return replace(rule, ignored=ignored, min_scores=scores)
+        least = {name: score for name, score in scores.items() if name or score > 0}
+        return replace(rule, ignored=ignored, min_scores=least)
 
 
 class Entry(NamedTuple):
