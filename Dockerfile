@@ -35,9 +35,9 @@ USER 10001:10001
 WORKDIR /
 EXPOSE 8000
 # Not urllib, which would use the container's proxy.
-HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 CMD ["python3", "-c", "\
+HEALTHCHECK --interval=5s --timeout=10s --start-period=60s --retries=3 CMD ["python3", "-c", "\
 import http.client, os, sys; \
-c = http.client.HTTPConnection('127.0.0.1', int(os.environ['DE3_PORT']), timeout=2); \
+c = http.client.HTTPConnection('127.0.0.1', int(os.environ['DE3_PORT']), timeout=5); \
 c.request('GET', '/ready'); \
 sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["de3"]

@@ -13,7 +13,7 @@ DEV := .venv
 # More than the two cores of most CI machines, because a test that waits leaves its core to another. Slow tests wait
 # more; on the other hand, each worker imports all tests.
 WORKERS := 3
-SLOW_WORKERS := 5
+SLOW_WORKERS := 4
 PYTEST = $(DEV)/bin/pytest --dist loadfile --no-loadscope-reorder
 # Show pip's progress bars only in a terminal.
 QUIET := $(shell test -t 2 || echo --quiet)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from de3.loadtest.servers import ours, running
 from de3.loadtest.texts import Sample, read
 
 TIMEOUT_S = 60.0
-SCALE_TIMEOUT_S = 240.0
+SCALE_TIMEOUT_S = 300.0
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def cluster(nodes: int, cores: int, port: int) -> Iterator[Cluster]:
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "de3.deploy.ray.retry:middlewares"
     os.environ["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response junk-response"
     # On a busy machine a proxy may need more than the 5 s after which Ray kills it and starts another.
-    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "300"
     os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"] = "60"
     ray_cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": cores, "include_dashboard": False}
@@ -45,13 +46,26 @@ def cluster(nodes: int, cores: int, port: int) -> Iterator[Cluster]:
         for _ in range(nodes - 1):
             ray_cluster.add_node(num_cpus=cores)
         ray.init(address=ray_cluster.address, logging_level="ERROR", log_to_driver=False)
-        # One proxy: two nodes would share the port, and a request could reach a proxy that is still starting.
-        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        # One proxy: two nodes would share the port, and a request could reach a proxy that is still starting. Ray waits
+        # a minute for it; on a busy machine, it starts later.
+        with suppress(TimeoutError):
+            serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        started = time.monotonic()
+        while not _listens(port):
+            if time.monotonic() - started > SCALE_TIMEOUT_S:
+                raise SystemExit(f"Ray's proxy did not start within {SCALE_TIMEOUT_S:g} s")
+            time.sleep(0.1)
         yield ray_cluster
     finally:
         serve.shutdown()
         ray.shutdown()
         ray_cluster.shutdown()
+
+
+def _listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
 
 
 def deploy(**arguments: Any) -> None:

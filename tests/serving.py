@@ -38,7 +38,7 @@ RESERVED: list[socket.socket] = []
 CERTIFICATES = ssl.create_default_context()  # httpx would load them for each request, which is slow
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
+def until(condition: Callable[[], Any], what: str, seconds: float = 180) -> None:
     """Poll until a condition holds; fails the test if that takes too long. what: for the message."""
     end = time.monotonic() + seconds
     while not condition():

@@ -169,7 +169,7 @@ def test_every_panel_has_data(prometheus: Prometheus) -> None:
         return not empty
 
     try:
-        until(all_have_data, "every panel to have data", 60)
+        until(all_have_data, "every panel to have data")
     except AssertionError:
         pytest.fail("no data for:\n" + "\n".join(sorted(empty)))
 

@@ -77,7 +77,7 @@ class Compose:
 
     def wait_until_healthy(self) -> None:
         try:
-            until(lambda: health(self.container("server")) == "healthy", "the server to be healthy", 60)
+            until(lambda: health(self.container("server")) == "healthy", "the server to be healthy")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self('logs', 'server')[-3000:]}") from None
 
@@ -167,7 +167,7 @@ def test_prometheus_scrapes_it(compose: Compose) -> None:
         found = {t["labels"]["job"]: t["health"] for t in targets}
         return found == {"de3": "up", "prometheus": "up"}
 
-    until(up, "both targets to be up", 60)
+    until(up, "both targets to be up")
     rules = httpx.get(compose.prometheus + "/api/v1/rules").json()["data"]["groups"]
     assert {group["name"] for group in rules} == {"de3", "de3-alerts"}
 
@@ -181,7 +181,7 @@ def test_the_loadtest_profile_sends_traffic(compose: Compose) -> None:
     before = answered()
     compose("--profile", "loadtest", "up", "--detach", "loadtest")
     # Each of a hundred texts is first sent alone. Then the first wave starts.
-    until(lambda: answered() > before + 200, "a wave of requests", 60)
+    until(lambda: answered() > before + 200, "a wave of requests")
     compose("--profile", "loadtest", "stop", "--timeout", "5", "loadtest")
 
 
@@ -222,7 +222,7 @@ def test_the_evidence_of_audits_survives_a_restart(compose: Compose) -> None:
     path = compose.url + "/v1/models/sst2/audit"
     texts = [f"a lovely film , number {n}" for n in range(200)]
     httpx.post(compose.url + "/classify", json={"input": texts}, timeout=60)
-    until(lambda: httpx.get(path).json()["tau"]["reason"] == "evidence", "the audits", 60)
+    until(lambda: httpx.get(path).json()["tau"]["reason"] == "evidence", "the audits")
     before = httpx.get(path).json()
     compose("restart", "server")
     compose.wait_until_healthy()
@@ -274,7 +274,7 @@ def test_the_image_alone_serves_its_own_model(compose: Compose) -> None:
     port = free_port()
     name = docker("run", "--detach", "--rm", "--read-only", "--publish", f"127.0.0.1:{port}:8000", IMAGE)
     try:
-        until(lambda: health(name) == "healthy", "the container to be healthy", 60)
+        until(lambda: health(name) == "healthy", "the container to be healthy")
         answer = httpx.post(f"http://127.0.0.1:{port}/classify", json={"input": "a lovely film"})
         assert answer.json()["model"] == "sst2:1"
     finally:

@@ -142,12 +142,12 @@ class Stream:
     def wait(self, more: int) -> None:
         """Wait until more texts are answered."""
         goal = min(self.total, len(self.answers) + more)
-        until(lambda: len(self.answers) >= goal, f"{goal} answers, have {len(self.answers)}", 120)
+        until(lambda: len(self.answers) >= goal, f"{goal} answers, have {len(self.answers)}")
 
     def wait_for(self, status: int) -> None:
         """Wait for a new failure with this status."""
         seen = self.failures.count(status)
-        until(lambda: self.failures.count(status) > seen, f"a failure with status {status}", 120)
+        until(lambda: self.failures.count(status) > seen, f"a failure with status {status}")
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def test_no_accepted_request_is_lost_and_the_guarantee_holds_whatever_is_killed(
         with other_service(port) as first:
             running.wait()
             stream = Stream(texts_of(1, 12_000), running.url)
-            until(lambda: tau(running) > 0, "a proof", 120)
+            until(lambda: tau(running) > 0, "a proof")
             stream.wait(500)
             first.kill()
             stream.wait_for(502)

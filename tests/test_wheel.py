@@ -144,7 +144,7 @@ def demo_server(user: Path) -> Iterator[tuple[str, str]]:
             [user / "env/bin/de3", "serve", "--demo", "--port", "0"], cwd=user, env=ENVIRONMENT, stderr=file
         )
     try:
-        until(lambda: "ready in" in log.read_text(), "the server to be ready", 60)
+        until(lambda: "ready in" in log.read_text(), "the server to be ready")
         text = log.read_text()
         (url,) = re.findall(r"running on (http://[0-9.:]+)", text)
         yield url, text

@@ -34,7 +34,7 @@ def port(versions: Path) -> Iterator[int]:
     found = free_port()
     with measure.cluster(2, 1, found):
         measure.deploy(store=versions, models="tiny:1", min_replicas=2, max_replicas=2)
-        until(lambda: answers(found), "the proxy to know the application", 60)
+        until(lambda: answers(found), "the proxy to know the application")
         yield found
 
 
@@ -80,7 +80,7 @@ def test_a_killed_replica_is_replaced_and_every_request_answered(port: int) -> N
     with measure.Clients(port, TEXTS) as clients:
         until(lambda: clients.counts["200 tiny:1"] > 20, "answers")
         killed = measure.kill_one()
-        until(lambda: len(measure.replicas().keys() - {killed}) == 2, "another replica", 60)
+        until(lambda: len(measure.replicas().keys() - {killed}) == 2, "another replica")
         after = clients.counts["200 tiny:1"]
         until(lambda: clients.counts["200 tiny:1"] > after + 20, "answers with another replica")
     assert killed in before and len(set(measure.replicas().values())) == 2
