@@ -172,12 +172,12 @@ def joined(parts: Sequence[Samples]) -> Samples:
 def _report(
     tables: dict[str, list[TradeOff]], default: TradeOff, samples: Samples, self_labelled: bool
 ) -> None:
-    n = len(samples.recorded.labels)
+    count = f"{len(samples.recorded.labels)} certifying samples"
+    if len(samples.recorded.kinds) > 1:
+        count += f", {len(samples.recorded.kinds[1][1])} with spans"
     reference = "full depth" if samples.recorded.original is None else "the original model"
     columns = ("signal", "1%", "2%", "5%", "certified: 1%", "2%", "5%")
-    table = empty_table(
-        columns, f"Speed-up in layers by disagreement with {reference}, {n} certifying samples"
-    )
+    table = empty_table(columns, f"Speed-up in layers by disagreement with {reference}, {count}")
     for rows in sorted(tables.values(), key=calibration.mean_speedup, reverse=True):
         mark = "  (default)" if rows[0].signal == default.signal else ""
         certified = TradeOffs(rows)

@@ -249,7 +249,9 @@ class TextTokenizer:
             raise self._too_long(f"{len(encoding)}", self.max_tokens)
         else:
             tokens = self._cut(_parts(encoding, pair))
-        return tokens if text is None else self._with_layout(tokens, text, _offsets(encoding, pair)[0])
+        if text is None:
+            return tokens
+        return self._with_layout(tokens, text, encoding.offsets[len(self.frames[False].before) :])
 
     def start(
         self, text: str, text_pair: str | None, truncate: bool, windows: int = 1, layouts: bool = False
