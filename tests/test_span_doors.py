@@ -18,7 +18,7 @@ from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
 from de3.server.engine.request import Text
 from de3.server.errors import RequestError
-from de3.server.http import detectors, gliner, guardrail, hugging_face, open_inference
+from de3.server.http import detectors, gliner, guardrail, hugging_face, moderations, open_inference
 from tests.fixtures import BAD, GOOD, installed, made_once, save_tokenizer
 from tests.serving import Server, serving
 from tests.test_guards import LITELLM, NEMO, output_of
@@ -73,11 +73,12 @@ def checkpoint_of_finder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory, store: Path, checkpoint_of_finder: Path) -> Path:
-    """A store with a classifier, tiny, and a token classifier, finder."""
+    """A store with a classifier, tiny, and two equal token classifiers, finder and another."""
 
     def make(folder: Path) -> None:
         shutil.copytree(store / "tiny", folder / "tiny")
-        convert(Stock.open("finder", checkpoint_of_finder), Store(folder), "finder", "fp32")
+        for name in ("finder", "another"):
+            convert(Stock.open(name, checkpoint_of_finder), Store(folder), name, "fp32")
 
     return made_once(tmp_path_factory, "finder-store", make)
 
@@ -460,6 +461,9 @@ def test_errors_name_the_field(server_of_both: Server, path: str, body: Any, say
     answer = httpx.post(server_of_both.url + path, json=bodies(TEXT)[path] | body)
     assert message_of(answer).startswith(says), answer.text
     assert "Good" not in answer.text
+    error = answer.json().get("error", {})
+    if "param" in error:
+        assert error["param"] == says.partition(":")[0]
 
 
 @pytest.mark.parametrize(
@@ -497,6 +501,20 @@ def test_a_request_without_a_model_goes_to_the_one_that_can_answer(
     assert answer.status_code == 200, answer.text
     after = {name: server_of_both.metric("de3_tokens_total", model=f"{name}:1") for name in before}
     assert [name for name in before if after[name] > before[name]] == [model]
+
+
+def test_one_token_classifier_does_not_answer_in_place_of_another(both: Path) -> None:
+    with serving(both, models=["finder", "another"]) as running:
+        for path in (CONTENTS, GUARDRAIL, EXTRACT):
+            answer = httpx.post(running.url + path, json=bodies(TEXT)[path])
+            assert message_of(answer).startswith("model: is required, as several are served: finder, another")
+
+
+def test_no_token_classifier_answers_moderations(both: Path) -> None:
+    """Not even one of two labels."""
+    manifest = Store(both).open("finder").manifest.model_copy(update={"labels": ["O", "B-PERSON"]})
+    assert not moderations.ModerationRequest([Text("a")]).fits(manifest)
+    assert gliner.ExtractRequest([Text("a")]).fits(manifest)
 
 
 # The clients themselves

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 import orjson
 from pydantic import BeforeValidator, Field
 
-from de3.exits.spans import Span, merged
+from de3.exits.spans import merged
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
 from de3.model_store.part import MAX_LABELS
@@ -33,7 +33,6 @@ class ExtractRequest(Request):
     """A request in this protocol.
 
     Attributes:
-        text: the text as sent; if it is blank, there are no texts to classify.
         asked: labels of the spans to return; None: all.
         threshold: lowest score of these spans.
         names: the names to return for the model's labels that are asked for by another name.
@@ -43,7 +42,6 @@ class ExtractRequest(Request):
     needs_a_set_default: ClassVar[bool] = True
     takes_spans: ClassVar[bool] = True
 
-    text: str = ""
     asked: Sequence[str] | None = None
     threshold: float = THRESHOLD
     names: Mapping[str, str] = field(default_factory=dict)
@@ -93,10 +91,9 @@ def parse(call: Call) -> ExtractRequest:
     """The request in a call; raises RequestError if it is invalid."""
     fields = check_fields(ExtractFields, load_json(call.body), EXAMPLE)
     return ExtractRequest(
-        [Text(fields.text)] if fields.text.strip() else [],  # a rail may have nothing to check
+        [Text(fields.text)],
         fields.options,
         fields.model,
-        text=fields.text,
         asked=fields.labels,
         threshold=THRESHOLD if fields.threshold is None else fields.threshold,
     )
@@ -105,13 +102,12 @@ def parse(call: Call) -> ExtractRequest:
 def serialize(_: str, job: Job) -> bytes:
     """{"entities", "total_entities", "tagged_text"}: the spans, in order, and the text with [characters](label)."""
     assert isinstance(job.request, ExtractRequest)
-    text, names, spans = job.request.text, job.request.names, list[Span]()
-    for outcome in job.outcomes():
-        assert outcome.reading.tokens is not None
-        check_all_ran(outcome)
-        spans = merged(outcome.reading.tokens.spans)
-    entities, tagged, at = list[dict[str, Any]](), "", 0
-    for start, end, name, score in spans:
+    (item,), names = job.request.texts, job.request.names
+    (outcome,) = job.outcomes()
+    assert outcome.reading.tokens is not None
+    check_all_ran(outcome)
+    text, entities, tagged, at = item.text, list[dict[str, Any]](), "", 0
+    for start, end, name, score in merged(outcome.reading.tokens.spans):
         value, label = text[start:end], names.get(name, name)
         entities.append(
             {
