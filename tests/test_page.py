@@ -396,7 +396,7 @@ def test_live_figures_come_from_the_metrics(clocked: Page, server: Server) -> No
     expect(page.locator("#layers .exit")).to_have_count(1)
     expect(page.locator("#exits li")).to_have_count(7)
     until(lambda: server.service.in_flight == 0, "the page's own texts to be counted")
-    poll(page, 1)
+    poll(page, 31)  # the figures are those of a minute, which the page's own texts leave
     server.classify(input=["A wonderful film."] * 60, tau=1)  # exit at the embeddings
     server.classify(input=["A wonderful film."] * 30, tau=0)
     until(lambda: server.service.in_flight == 0, "these texts to be counted")
