@@ -219,6 +219,10 @@ class Source:
 
     def _text(self, row: Any, where: str) -> Input:
         """The text or pair of a row; raises ValueError if it is missing or invalid."""
+        if self._is_private and isinstance(row, dict):
+            for name, option in zip(self._text_names, ("--text-column", "--pair-column"), strict=False):
+                if name not in row:  # the names that it has may be a text, too
+                    raise ValueError(f"{where}: no column {name!r}: set {option}")
         first, pair = _checked(row, self._columns.text, where), self._columns.text_pair
         if pair is None and row.get(PAIR) is None:
             return first

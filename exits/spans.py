@@ -77,6 +77,7 @@ class SpanRule:
         kept: labels of spans to return; None: all but those ignored.
         ignored: labels of spans that are never returned.
         min_scores: lowest score of the spans to return, by label; the label "" stands for all others.
+        merges: spans are merged before their scores count (see `merged`), so that no part of one is left out.
     """
 
     labels: tuple[str, ...]
@@ -84,6 +85,7 @@ class SpanRule:
     kept: frozenset[str] | None = None
     ignored: frozenset[str] = frozenset({OUTSIDE})
     min_scores: Mapping[str, float] = field(default_factory=dict)
+    merges: bool = False
 
     @cached_property
     def names(self) -> list[str]:
@@ -120,10 +122,12 @@ class SpanRule:
     def _is_ignored(self, label: int) -> bool:
         return self._name(label) in self.ignored
 
-    def _is_kept(self, span: Span) -> bool:
-        if span.label in self.ignored or (self.kept is not None and span.label not in self.kept):
-            return False
-        return span.score >= self.min_scores.get(span.label, self.min_scores.get("", 0.0))
+    def _kept(self, spans: list[Span]) -> list[Span]:
+        asked = [
+            s for s in spans if s.label not in self.ignored and (self.kept is None or s.label in self.kept)
+        ]
+        least, others = self.min_scores, self.min_scores.get("", 0.0)
+        return [s for s in (merged(asked) if self.merges else asked) if s.score >= least.get(s.label, others)]
 
     def counted(self, layout: Layout) -> NDArray[np.bool_]:
         """True for the tokens that can change a span, (T,)."""
@@ -151,7 +155,7 @@ class SpanRule:
             ]
         else:
             spans = self._grouped(found, scores, bounds)
-        return [span for span in spans if self._is_kept(span)]
+        return self._kept(spans)
 
     def _words(
         self, probs: Array, layout: Layout, rows: NDArray[np.intp]

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict onl
 from de3.exits.reading import Reading
 from de3.exits.rule import ExitReason
 from de3.exits.signals import edr
-from de3.exits.spans import Span, redacted
+from de3.exits.spans import Span, merged, redacted
 from de3.server.classification import Classification
 from de3.server.engine.job import Item
 from de3.server.engine.outcome import Outcome
@@ -230,6 +230,7 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
     }
     if reading.tokens is not None and request.spans is not None and request.spans.templates is not None:
         row["text"] = redacted(item.text.text, reading.tokens.spans, request.spans.templates)
+        row["spans"] = [span_row(span, text, exact) for span in merged(reading.tokens.spans)]
     if reading.value is not None:
         row["value"] = reading.value
     if reading.labels is not None:

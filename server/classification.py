@@ -138,6 +138,8 @@ def _templates(value: Any) -> Any:
     for name, template in value.items():
         if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
             raise ValueError(f"[{name[:100]!r}]: must be a text of at most {MAX_TEMPLATE} characters")
+        if template != template.encode(errors="replace").decode():
+            raise ValueError(f"[{name[:100]!r}]: has half of a surrogate pair, which is not a character")
     return value
 
 

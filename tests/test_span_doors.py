@@ -126,6 +126,19 @@ def test_the_model_finds_what_its_head_was_fitted_to(server: Server) -> None:
     assert [(one["label"], one["start"], one["end"]) for one in spans] == places(TEXT, FOUND)
 
 
+def test_parts_of_a_word_are_redacted_together(server: Server) -> None:
+    parts = spans_of(server, "a goods")
+    assert [one["text"] for one in parts] == ["good", "s"]
+    for least in (0, parts[0]["score"] - 1e-6):  # the score of the longest part counts
+        (row,) = post(server, "/classify", {"input": "a goods", "redact": True, "min_score": least})["data"]
+        assert row["text"] == "a [PERSON]"
+        assert [(one["start"], one["end"], one["score"]) for one in row["spans"]] == [
+            (2, 7, parts[0]["score"])
+        ]
+    more = {"input": "a goods", "redact": True, "min_score": max(one["score"] for one in parts) + 1e-6}
+    assert post(server, "/classify", more)["data"][0]["text"] == "a goods"
+
+
 # Hugging Face
 
 
@@ -326,6 +339,7 @@ def test_the_gliner_rails_server(server: Server) -> None:
     some = extracted(server, TEXT, labels=["city"])  # NeMo's examples have labels in lower case
     assert {one["suggested_label"] for one in some["entities"]} == {"city"}
     assert [one["value"] for one in some["entities"]] == ["dull", "Bad"]
+    assert extracted(server, TEXT, labels=[]) == answer
     # The model finds the parts of this word separately; the rail would write [PERSON][PERSON].
     assert [one["text"] for one in spans_of(server, "a goods")] == ["good", "s"]
     assert extracted(server, "a goods")["tagged_text"] == "a [goods](PERSON)"
@@ -449,6 +463,8 @@ def test_open_inference_lists_no_outputs_of_a_token_classifier(server: Server) -
         ),
         (GUARDRAIL, {PARAMETERS: {"policy": "mask"}}, "policy: input should be 'redact' or 'block'"),
         (EXTRACT, {"labels": ["IBAN"]}, "labels: finder:1 finds no 'IBAN'; it finds CITY, PERSON"),
+        (EXTRACT, {"labels": ["", "CITY"]}, "labels: finder:1 finds no ''"),
+        (EXTRACT, {"labels": ["O"]}, "labels: finder:1 finds no 'O'"),
         (EXTRACT, {"model": "tiny"}, "model: tiny:1 is not a token classifier: it finds no entities"),
         (EXTRACT, {"text": 1}, "text: must be a text"),
         (EXTRACT, {"threshold": 2}, "threshold: input should be less than or equal to 1"),

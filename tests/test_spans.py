@@ -22,6 +22,7 @@ from de3.exits.spans import (
     Layout,
     Span,
     SpanRule,
+    merged,
     redacted,
     unsure_of,
 )
@@ -187,12 +188,15 @@ def test_only_labels_and_scores_that_are_asked_for_are_returned(
     names = [name for name in all_.names if name != "O"]
     kept = data.draw(st.none() | st.sets(st.sampled_from(names)).map(frozenset), "kept")
     scores = data.draw(st.dictionaries(st.sampled_from([*names, ""]), st.floats(0, 1)), "scores")
-    expected = [
-        span
-        for span in all_.spans(logits, layout)
-        if (kept is None or span.label in kept) and span.score >= scores.get(span.label, scores.get("", 0))
-    ]
-    assert SpanRule(TAGS, aggregation, kept, min_scores=scores).spans(logits, layout) == expected
+    asked = [span for span in all_.spans(logits, layout) if kept is None or span.label in kept]
+    for merges in (False, True):
+        expected = [
+            span
+            for span in (merged(asked) if merges else asked)
+            if span.score >= scores.get(span.label, scores.get("", 0))
+        ]
+        rule = SpanRule(TAGS, aggregation, kept, min_scores=scores, merges=merges)
+        assert rule.spans(logits, layout) == expected
 
 
 # Windows

@@ -96,6 +96,8 @@ def test_a_table_has_a_column_of_structs(model: de3.Classifier) -> None:
 def test_options_that_a_model_cannot_have(model: de3.Classifier, tagged: Path) -> None:
     with pytest.raises(de3.InputError, match="labels: tags:1 finds no 'B-X'; it finds X, Y"):
         model.classify(TEXTS, labels=["B-X"])
+    with pytest.raises(de3.InputError, match="half of a surrogate pair"):
+        model.classify(TEXTS, redact={"X": "\ud800"})
     with (
         de3.load("moods", store=tagged, threads=1) as other,
         pytest.raises(de3.InputError, match=r"redact: moods:1 .* finds no spans"),
@@ -194,6 +196,21 @@ def test_a_redacted_file_cannot_keep_the_texts(tagged: Path, tmp_path: Path) -> 
     write(file := tmp_path / "in.csv")
     options = f"--file {file} --out {tmp_path}/out.csv --model tags --store {tagged} --redact --keep id,text"
     assert refusal(f"classify {options}").startswith("--keep: text has the texts")
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl"])
+def test_names_of_columns_that_may_be_texts_are_not_written(tagged: Path, tmp_path: Path, kind: str) -> None:
+    rows = ["I am Bob", "I am Eve"] if kind == ".csv" else ['{"text": "good"}', '{"I am Bob": 1}']
+    (file := tmp_path / f"in{kind}").write_text("\n".join([*rows, ""]))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    options = f"--file {file} --out {folder}/out.jsonl --model tags --store {tagged} --redact --threads 1"
+    if kind == ".csv":
+        assert refusal(f"classify {options}").endswith("no column 'text': set --text-column")
+        return
+    command(f"classify {options}")
+    assert read(folder / "out.jsonl")[1]["error"] == "no column 'text': set --text-column"
+    assert "Bob" not in "".join(one.read_text() for one in folder.iterdir())
 
 
 def test_a_server_answers_the_same_file(server: Server, tagged: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ class SpanOptions:
         min_score: lowest score of the spans to return, for all labels or by label.
         templates: the answer is the text with each span replaced, by its label's template or, without one, [LABEL]; no
             audit, record or answer then has the text. None: nothing is replaced.
+        merges: see SpanRule; also true with templates.
         names: the protocol's fields for kept, ignored, min_score and templates, for error messages, such as labels or
             detector_params: labels.
     """
@@ -44,6 +45,7 @@ class SpanOptions:
     ignored: Sequence[str] | None = None
     min_score: float | Mapping[str, float] = 0.0
     templates: Mapping[str, str] | None = None
+    merges: bool = False
     names: tuple[str, str, str, str] = ("labels", "ignore_labels", "min_score", "redact")
 
     @property
@@ -57,20 +59,23 @@ class SpanOptions:
         labels, aggregation = tuple(manifest.labels), self.aggregation or manifest.aggregation or "simple"
         known = set(SpanRule(labels, aggregation, ignored=frozenset()).names)
         scores = self.min_score if isinstance(self.min_score, Mapping) else {"": self.min_score}
-        for field, given in zip(
-            self.names, (self.kept, self.ignored, scores.keys() - {""}, self.templates), strict=True
-        ):
-            # The usual label O may be named to be ignored, whether the model has it or not.
-            if unknown := next((name for name in given or () if name not in known | {OUTSIDE}), None):
-                raise RequestError(
-                    f"{field}: {manifest.full_name} finds no {unknown[:100]!r}; it finds "
-                    f"{', '.join(sorted(known - {OUTSIDE})[:MAX_NAMED])}",
-                    field.partition(":")[0],
-                )
+        found = known - {OUTSIDE}
+        # The usual label O may be named to be ignored, whether the model has it or not.
+        allowed = found, known | {OUTSIDE}, found, found
+        named = self.kept, self.ignored, scores.keys() - {""}, self.templates
+        for field, names, some in zip(self.names, named, allowed, strict=True):
+            for name in names or ():
+                if name not in some:
+                    raise RequestError(
+                        f"{field}: {manifest.full_name} finds no {name[:100]!r}; it finds "
+                        f"{', '.join(sorted(found)[:MAX_NAMED])}",
+                        field.partition(":")[0],
+                    )
         rule = SpanRule(labels, aggregation, None if self.kept is None else frozenset(self.kept))
         ignored = rule.ignored if self.ignored is None else frozenset(self.ignored)
         least = {name: score for name, score in scores.items() if name or score > 0}
-        return replace(rule, ignored=ignored, min_scores=least)
+        merges = bool(least) and (self.merges or self.templates is not None)
+        return replace(rule, ignored=ignored, min_scores=least, merges=merges)
 
 
 class Entry(NamedTuple):

@@ -66,7 +66,8 @@ class ExtractRequest(Request):
             kept = [labels.get(name.casefold(), name) for name in kept]
             self.names = dict(zip(kept, self.asked or (), strict=True))
         self.windows, self.truncate = MAX_WINDOWS, False
-        self.spans = SpanOptions(kept=kept, min_score=self.threshold, names=("labels", "", "threshold", ""))
+        names = "labels", "", "threshold", ""
+        self.spans = SpanOptions(kept=kept, min_score=self.threshold, merges=True, names=names)
 
 
 def _text(value: Any) -> str:
@@ -94,7 +95,7 @@ def parse(call: Call) -> ExtractRequest:
         [Text(fields.text)],
         fields.options,
         fields.model,
-        asked=fields.labels,
+        asked=fields.labels or None,  # an empty list must not mean that nothing is found
         threshold=THRESHOLD if fields.threshold is None else fields.threshold,
     )
 
