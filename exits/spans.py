@@ -122,7 +122,8 @@ class SpanRule:
     def _is_ignored(self, label: int) -> bool:
         return self._name(label) in self.ignored
 
-    def _kept(self, spans: list[Span]) -> list[Span]:
+    def _chosen(self, spans: list[Span]) -> list[Span]:
+        """Those to return, merged if `merges` is set."""
         asked = [
             s for s in spans if s.label not in self.ignored and (self.kept is None or s.label in self.kept)
         ]
@@ -155,7 +156,7 @@ class SpanRule:
             ]
         else:
             spans = self._grouped(found, scores, bounds)
-        return self._kept(spans)
+        return self._chosen(spans)
 
     def _words(
         self, probs: Array, layout: Layout, rows: NDArray[np.intp]

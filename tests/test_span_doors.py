@@ -530,7 +530,6 @@ def test_no_token_classifier_answers_moderations(both: Path) -> None:
     """Not even one of two labels."""
     manifest = Store(both).open("finder").manifest.model_copy(update={"labels": ["O", "B-PERSON"]})
     assert not moderations.ModerationRequest([Text("a")]).fits(manifest)
-    assert gliner.ExtractRequest([Text("a")]).fits(manifest)
 
 
 # The clients themselves
