@@ -13,13 +13,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import wraps
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec
+from urllib.parse import urlsplit
 
 import httpx
 import jsonschema
+import orjson
 import pytest
 
 from de3.model_store.store import Artifact
@@ -44,6 +47,14 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 180) -> None
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
         time.sleep(0.002)
+
+
+@contextmanager
+def waiting_client(url: str, **body: Any) -> Iterator[None]:
+    """A client that has sent a request to /classify, and leaves at the end."""
+    with closing(HTTPConnection(urlsplit(url).netloc)) as connection:
+        connection.request("POST", "/classify", orjson.dumps(body))
+        yield
 
 
 def in_event_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
@@ -112,6 +123,10 @@ class Server:
         self._uvicorn.should_exit = True
         self._thread.join(60)
         assert not self._thread.is_alive()
+
+    def change(self, patch: pytest.MonkeyPatch, **settings: Any) -> None:
+        """Change settings of the running server, such as a time limit that is too short for the rest of a test."""
+        patch.setattr(self.service, "settings", self.service.settings.model_copy(update=settings))
 
     def bodies_awaited(self) -> int:
         """Number of connections whose request head has arrived, but not yet the whole body."""

@@ -243,8 +243,10 @@ def test_load_never_raises_the_tau_of_a_guarantee(store: Path) -> None:
 
 def test_an_unanswered_request_leaves_nothing_behind(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
-    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU, timeout_s=0.2) as server:
-        assert server.classify(input=TEXTS).status_code == 504
+    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
+        with monkeypatch.context() as patch:
+            server.change(patch, timeout_s=0.2)
+            assert server.classify(input=TEXTS).status_code == 504
         assert auditor_of(server).pending == 0
         gate.open()
         server.classify(input="good")

@@ -626,16 +626,19 @@ def test_a_pause_while_a_fit_writes_its_result_loses_nothing(
     assert len(str(asyncio.run(run_fit(fit_job())).path)) == 10**7
 
 
-def test_under_a_quota_a_fit_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    stops, send = list[int](), asyncio.subprocess.Process.send_signal
+def test_under_a_quota_a_fit_is_slowed_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stops, send, go_on = list[int](), asyncio.subprocess.Process.send_signal, tmp_path / "go_on"
 
     def note(process: "asyncio.subprocess.Process", number: int) -> None:
         stops.append(number)
         send(process, number)
+        if number == signal.SIGCONT:
+            go_on.touch()
 
     monkeypatch.setattr(asyncio.subprocess.Process, "send_signal", note)
     monkeypatch.setattr(fitting, "cpu_quota", lambda: 1)
-    monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.2); print('{}')")
+    waits = f"import os, time\nwhile not os.path.exists({str(go_on)!r}): time.sleep(0.01)\nprint('{{}}')"
+    monkeypatch.setattr(fitting, "PROGRAM", waits)
     assert asyncio.run(run_fit(fit_job())) == Found()
     assert stops[:2] == [signal.SIGSTOP, signal.SIGCONT]
 

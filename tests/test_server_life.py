@@ -61,8 +61,10 @@ def test_a_full_queue_is_503_and_loses_nothing(store: Path, monkeypatch: pytest.
 
 def test_a_request_without_an_answer_in_time_is_504(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
-    with serving(store, models=["tiny"], threads=1, timeout_s=0.5) as server:
-        late = server.classify(input=["good", "bad"])
+    with serving(store, models=["tiny"], threads=1) as server:
+        with monkeypatch.context() as patch:
+            server.change(patch, timeout_s=0.5)
+            late = server.classify(input=["good", "bad"])
         assert late.status_code == 504 and int(late.headers["retry-after"]) >= 1
         assert "no answer within 0.5 s" in late.json()["error"]["message"]
         assert len(server.service.engine.queue) == 0  # the texts of the request have left the queue
@@ -188,7 +190,7 @@ def test_requests_wait_for_the_models_while_another_process_is_ready(
             for path in ("/ready", "/v2/health/ready"):
                 assert httpx.get(server.url + path).status_code == 200
             with monkeypatch.context() as patch:
-                patch.setattr(server.service, "settings", Settings(timeout_s=0.01, processes=2))
+                server.change(patch, timeout_s=0.01)
                 assert "loading" in server.classify(input="good").text  # it has waited for timeout_s
             waiting = [
                 pool.submit(server.classify, input="good " * 1000),

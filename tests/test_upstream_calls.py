@@ -136,11 +136,11 @@ async def test_without_time_there_is_no_call(tmp_path: Path, upstream: Service) 
     for is_budget in (True, False):
         found = await error_of(one.ask(TEXT, "uncertain", False, 0.0, is_budget))
         assert (found.cause, found.retry_after_s) == ("upstream_timeout", 1)
-    one.usage.took(5.0)
-    await error_of(one.ask(TEXT, "uncertain", False, 4.0, True))
+    one.usage.took(50.0)
+    await error_of(one.ask(TEXT, "uncertain", False, 40.0, True))
     assert upstream.requests == []
     assert (
-        await one.ask(TEXT, "uncertain", False, 4.0)
+        await one.ask(TEXT, "uncertain", False, 40.0)
     ).label == 1  # the time limit of a request is no budget
     await one.close()
 

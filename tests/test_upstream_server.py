@@ -13,7 +13,7 @@ from de3.server.service import Service as Serving
 from de3.server.settings import Settings
 from de3.server.upstream.breaker import FAILURES
 from tests.fixtures import make_rows
-from tests.serving import Server, serving, until
+from tests.serving import Server, serving, until, waiting_client
 from tests.upstream import (
     KEY,
     LABELS,
@@ -277,9 +277,9 @@ def test_a_refused_text_is_no_outage(server: Server, upstream: Service) -> None:
 
 def test_a_client_that_goes_stops_its_call(server: Server, upstream: Service) -> None:
     upstream.gate.clear()
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/classify", json={"input": TEXTS[0], "tau": 0}, timeout=0.5)
     caller = server.service.shared.upstreams.all["tickets"]  # type: ignore[attr-defined]
+    with waiting_client(server.url, input=TEXTS[0], tau=0):
+        until(lambda: upstream.running == 1, "the call")
     until(lambda: caller._waiting == 0, "the call to end")
 
 

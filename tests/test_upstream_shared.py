@@ -15,7 +15,7 @@ import pytest
 from de3.server.upstream import upstreams
 from tests.commands import refusal
 from tests.fixtures import make_rows
-from tests.serving import CERTIFICATES, Server, until
+from tests.serving import CERTIFICATES, Server, until, waiting_client
 from tests.test_processes import Running
 from tests.test_upstream_server import LABELS, TEXTS, rows_of, served
 from tests.upstream import KEY, chat, model_of, opinion, service, write_toml
@@ -49,8 +49,8 @@ def test_the_limits_and_counts_are_the_servers(tmp_path: Path, store: Path) -> N
         with processes(tmp_path, store, chat(upstream.url, **fields)) as running, running.both() as clients:
             # A client that disconnects, then a process that is killed: their calls end, which frees the only slot.
             upstream.gate.clear()
-            with pytest.raises(httpx.ReadTimeout):
-                clients[0].post("/classify", json={"input": TEXTS[0], "tau": 0}, timeout=0.5)
+            with waiting_client(running.url, input=TEXTS[0], tau=0):
+                until(lambda: upstream.running == 1, "the first text to be sent")
             with ThreadPoolExecutor(2) as pool:
                 first = pool.submit(post, clients[0], input=TEXTS[1], tau=0)
                 until(lambda: upstream.running == 2, "the second text to be sent")
