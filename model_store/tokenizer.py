@@ -335,7 +335,7 @@ class TextTokenizer:
         return Windows(frame, arrays, longer, spans(tokens, room), found, is_cut, is_subword)
 
     def _too_long(self, count: str, most: int) -> ValueError:
-        return ValueError(f"has {count} tokens; the maximum is {most}: shorten it, or allow truncation")
+        return ValueError(f"has {count} tokens; the maximum is {most}: shorten or split it")
 
 
 class Tokenization:
@@ -372,7 +372,7 @@ class Tokenization:
         tokenizer = self._tokenizer
         if self._has_too_many_chars and not self._truncate:
             raise ValueError(
-                f"has more than {self._max_chars} characters, the maximum; shorten it, or allow truncation"
+                f"has more than {self._max_chars} characters, the maximum: shorten or split it"
             )
         if sum(map(len, self._texts)) <= 2 * PIECE:
             text, *rest = self._texts
