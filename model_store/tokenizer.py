@@ -371,9 +371,7 @@ class Tokenization:
         """
         tokenizer = self._tokenizer
         if self._has_too_many_chars and not self._truncate:
-            raise ValueError(
-                f"has more than {self._max_chars} characters, the maximum: shorten or split it"
-            )
+            raise ValueError(f"has more than {self._max_chars} characters, the maximum: shorten or split it")
         if sum(map(len, self._texts)) <= 2 * PIECE:
             text, *rest = self._texts
             pair = rest[0] if rest else None

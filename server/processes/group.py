@@ -21,11 +21,12 @@ from de3.server.rules import Standing
 log = logging.getLogger("de3")
 # A process is killed if it does not answer a call in this many checks, one every CHECK_S: in general; while it loads
 # models; and if only its event loop must answer ("sync"). Nothing blocks the event loop of a ready process for so long:
-# a garbage collection, a fork or a large report takes far less than a second. A load runs in other threads, but some of
-# its steps hold the GIL, so it has more time. Checks are counted, not seconds, so a pause of the supervisor or of the
-# whole machine does not count; nor does a pause of all processes that ends for all of them at about the same time.
+# a garbage collection, a fork or a large report takes far less than a second, even on a busy machine; a stalled disk,
+# from which code is paged in, may take several. A load runs in other threads, but some of its steps hold the GIL, so it
+# has more time. Checks are counted, not seconds, so a pause of the supervisor or of the whole machine does not count;
+# nor does a pause of all processes that ends for all of them at about the same time.
 CHECK_S = 1.0
-ANSWER_CHECKS, LOAD_CHECKS, LOOP_CHECKS = 30, 300, 7
+ANSWER_CHECKS, LOAD_CHECKS, LOOP_CHECKS = 30, 300, 15
 
 
 @dataclass(eq=False)
