@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from de3.server.upstream import upstreams
+from de3.server.upstream import breaker, upstreams
 from tests.commands import refusal
 from tests.fixtures import make_rows
 from tests.serving import CERTIFICATES, Server, until, waiting_client
@@ -266,8 +266,12 @@ def test_a_missing_key_is_refused_before_the_port_opens(
         assert found == "upstream.api_key_env: the environment variable LLM_KEY has no key"
 
 
-def test_texts_do_not_count_while_their_audits_fail(tmp_path: Path, store: Path) -> None:
+def test_texts_do_not_count_while_their_audits_fail(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If those between the audits did, each hour without calls would look like one without disagreement."""
+    for name in ("PAUSE_S", "MAX_PAUSE_S"):  # on a slow machine, a pause would grow, and outlast the test
+        monkeypatch.setattr(breaker, name, 0.05)
     with service(opinion) as upstream:
         of = model_of(tmp_path, LABELS, chat(upstream.url))
         with served(tmp_path, store, of, audit_share=0.2, tau=0.5) as server:
