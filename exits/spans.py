@@ -123,7 +123,7 @@ class SpanRule:
         return self._name(label) in self.ignored
 
     def _chosen(self, spans: list[Span]) -> list[Span]:
-        """Those to return, merged if `merges` is set."""
+        """The spans to return; merged first if `merges` is set."""
         asked = [
             s for s in spans if s.label not in self.ignored and (self.kept is None or s.label in self.kept)
         ]

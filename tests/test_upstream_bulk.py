@@ -270,7 +270,7 @@ def test_a_run_waits_while_the_upstream_is_away(
     store: Path, tmp_path: Path, upstream: Upstream, sure: Sure, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = [text for text in TEXTS if text not in sure][:8]
-    # Until calls are paused: a number of failures may end on a slow machine before that, as calls overlap.
+    # It fails until calls are paused. A fixed number of failures may not pause them, as calls overlap.
     upstream.reply = lambda text: by_text(text) if "its upstream does not work" in caplog.text else (503, "")
     settings(tmp_path, upstream)
     write(tmp_path, texts)
