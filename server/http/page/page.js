@@ -6,6 +6,7 @@ const KEY = "de3-key";
 const [POLL_MS, WINDOW_MS, PAUSE_MS, UPSTREAM_PAUSE_MS, MAX_RETRIES] = [2000, 60_000, 60, 1500, 5];
 const POLLS_PER_AUDIT = 5; // the results of audits are polled less often: they change slowly
 const MAX_CLASSES = 10; // shown until the user asks for all
+const MAX_SPEEDUP = 100; // a higher one means that nearly all texts exit at layer 0
 // Texts for models like the demo, by labels; early exits get the last one wrong.
 const EXAMPLES = {
   "negative,positive": [
@@ -17,10 +18,11 @@ const EXAMPLES = {
   ],
 };
 const $ = (id) => document.getElementById(id);
-// inForce: the tau_choice of requests without exit options. hasMoved: the user has moved the slider.
+// inForce: the tau_choice of requests without exit options. hasMoved: the user has moved the slider. compared: the
+// answers to the page's own requests at full depth, which the live figures leave out.
 const state = {
   models: [], model: null, table: [], choice: "tau", hasMoved: false, inForce: null, fullDepth: null, shown: null,
-  samples: [],
+  samples: [], compared: [],
 };
 
 // The exit options of the slider, by request field: values, initial value, text and hint; calibrated: needs a table.
@@ -183,14 +185,14 @@ async function request(path, options = {}) {
 
 const getJson = async (path) => JSON.parse((await request(path)).body);
 
-/** Classify an input; returns the row of the response and the model's time in ms. */
+/** Classify an input; returns the row of the response, the model's ms (or null) and the total in s (or NaN). */
 async function classify(model, input, fields, signal) {
   const sent = JSON.stringify({ model: model.id, input, explain: true, ...fields });
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: sent, signal };
   const { body, headers } = await request("classify", options);
-  const timing = /model;dur=([\d.]+)/.exec(headers.get("Server-Timing") ?? "");
+  const [, ms = null, total] = /model;dur=([\d.]+).*total;dur=([\d.]+)/.exec(headers.get("Server-Timing") ?? "") ?? [];
   const { data, tau_choice } = JSON.parse(body);
-  return { ...data[0], tau_choice, ms: timing ? Number(timing[1]) : null };
+  return { ...data[0], tau_choice, ms: ms && Number(ms), seconds: Number(total) / 1000 };
 }
 
 // --- requests
@@ -243,14 +245,18 @@ async function answer() {
     const isNew = state.fullDepth?.asked !== asked;
     if (isNew) state.fullDepth = null;
     if (compares && !state.fullDepth) {
-      state.fullDepth = { asked, ...(await classify(model, input, { tau: 0, ...redact }, signal)) };
+      // Never aborted: the server would count some of the aborted requests.
+      const fullDepth = { asked, ...(await classify(model, input, { tau: 0, ...redact })) };
+      if (state.model === model) state.compared.push(fullDepth);
+      if (signal.aborted) return;
+      state.fullDepth = fullDepth;
     }
     if (hasExits() && wasDefault && isDefaultTau()) setInForce(row.tau_choice);
     drawAnswer(row, compares ? state.fullDepth : null, isNew);
     drawSpans(row, text);
     drawCurve(row.exit);
   } catch (error) {
-    if (error.name === "AbortError") return;
+    if (signal.aborted) return;
     clearAnswer();
     if (error.status === 404 && (await isGone(model))) start();
     else if (!signal.aborted) refused(error, answer);
@@ -306,6 +312,9 @@ function rightMeans(source) {
   if (hasClasses()) return source ? `as ${source} answers` : "right";
   return `within ${state.model.tolerance} of ${source ? `the answer of ${source}` : "the label"}`;
 }
+
+const inLayers = (speedup) =>
+  speedup > MAX_SPEEDUP ? "nearly all exit at layer 0" : `${speedup.toFixed(1)}× in layers`;
 
 const answerOf = (row) => (isValue(row) ? String(+row.value.toPrecision(4)) : percent(Math.max(...row.probs)));
 
@@ -460,7 +469,7 @@ function drawCurve(exit) {
       parts.push(svg("circle", { class: "point", cx: x(row), cy: y(row.accuracy), r: 6 }));
     }
     $("expected").textContent =
-      `On held-out texts: ${row.speedup.toFixed(1)}× in layers, ${percent(row.accuracy)} ${rightMeans(source)} ` +
+      `On held-out texts: ${inLayers(row.speedup)}, ${percent(row.accuracy)} ${rightMeans(source)} ` +
       `(full depth ${percent(state.table[0].accuracy)}), ` +
       `${percent(row.disagreement)} of ${things()} differ from ${source || "full depth"}.`;
   }
@@ -538,7 +547,7 @@ function choose(name) {
 
 // --- live figures, from GET /metrics
 
-/** The metrics of a model: values summed over other labels, and cumulative counts by bucket. */
+/** The metrics of a model, less the page's comparisons: values summed over other labels, cumulative counts by bucket. */
 function read(metrics, model) {
   const totals = {}, buckets = {};
   for (const line of metrics.split("\n")) {
@@ -548,13 +557,22 @@ function read(metrics, model) {
     if (limit === undefined) totals[metric] = (totals[metric] ?? 0) + Number(value);
     else (buckets[metric] ??= {})[limit] = (buckets[metric][limit] ?? 0) + Number(value);
   }
+  for (const { exit, seconds } of state.compared) {
+    totals.exit_layer_count -= 1;
+    totals.layers_run_total -= exit.layer;
+    for (const [metric, value] of [["exit_layer_bucket", exit.layer], ["request_latency_seconds_bucket", seconds]]) {
+      for (const limit in buckets[metric]) if (value <= upper(limit)) buckets[metric][limit] -= 1;
+    }
+  }
   return { at: Date.now(), totals, buckets };
 }
+
+const upper = (limit) => Number(limit.replace("Inf", "Infinity"));
 
 /** The increase of each bucket of a histogram between two samples, as [upper limit, cumulative count]. */
 const gained = (metric, before, after) =>
   Object.entries(after.buckets[metric] ?? {})
-    .map(([limit, count]) => [Number(limit.replace("Inf", "Infinity")), count - (before.buckets[metric]?.[limit] ?? 0)])
+    .map(([limit, count]) => [upper(limit), count - (before.buckets[metric]?.[limit] ?? 0)])
     .sort((a, b) => a[0] - b[0]);
 
 /** A quantile of a histogram, linear within its bucket, in seconds; null if the histogram is empty. */
@@ -623,7 +641,8 @@ function drawLive(before, now) {
   $("rate").textContent = !texts ? "–" : rate < 10 ? rate.toFixed(1) : Math.round(rate).toLocaleString("en");
   $("p50").textContent = ms(0.5);
   $("p99").textContent = ms(0.99);
-  $("speedup").textContent = run ? `${((run + saved) / run).toFixed(1)}×` : "–";
+  const speedup = (run + saved) / run; // NaN without texts
+  $("speedup").textContent = speedup > MAX_SPEEDUP ? `over ${MAX_SPEEDUP}×` : speedup ? `${speedup.toFixed(1)}×` : "–";
   const exits = gained("exit_layer_bucket", before, now).map(([layer, count], i, all) => {
     const share = texts ? (count - (all[i - 1]?.[1] ?? 0)) / texts : 0;
     return [layer, shareItem(layer ? `Layer ${layer}` : "Embeddings", percent(share, 0), "", share, "bar")];
@@ -668,6 +687,7 @@ async function use(model) {
   state.model = model;
   state.table = [];
   state.samples = [];
+  state.compared = [];
   state.hasMoved = false;
   $("measured").hidden = true;
   $("model").value = model.id;
