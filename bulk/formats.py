@@ -86,8 +86,8 @@ def check_names(one: Slice, types: Mapping[str, str]) -> None:
     for names in (one.names or [], *(one.kept if isinstance(one.kept, list) else [one.kept.column_names])):
         if both := [name for name in names if name in types]:
             raise ValueError(
-                f"{both[0]}: is a column of the input and of the answers: choose others with --keep, or "
-                "rename the answers' with --prefix"
+                f"{both[0]}: is a column of the input and of the answers: rename the answers' columns, as with "
+                "--prefix de3_, or leave out the input's with --keep"
             )
 
 

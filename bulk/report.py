@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from de3.bulk.run import Summary
 from de3.model_store.store import Artifact
+from de3.progress import plural
 from de3.server.options import ExitOptions
 from de3.server.rules import Rules
 from de3.server.settings import Settings
@@ -23,11 +24,11 @@ def report(
 
     artifacts: none if a server answered. options: the run's options. callers: of upstreams that were called.
     """
-    rate = summary.answered / summary.seconds if summary.seconds else 0.0
     lines = [
-        f"{summary.rows:,} rows"
+        plural(summary.rows, "row")
         + (f" ({summary.earlier:,} of them by an earlier run)" if summary.earlier else "")
-        + f" in {summary.seconds:.1f} s: {rate:,.0f} rows/s"
+        + f" in {summary.seconds:.1f} s"
+        + (f": {summary.answered / summary.seconds:,.0f} rows/s" if summary.answered else "")
     ]
     for (prefix, layers), times in zip(summary.layers.items(), summary.times.values(), strict=True):
         model = f"{prefix[:-1]}: " if prefix else ""

@@ -64,17 +64,18 @@ def classify(
     parts: Parts,
     rename: Callable[[str], str],
     part_rows: int = PART_ROWS,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[Summary], None] = lambda _: None,
 ) -> Summary:
     """Classify the rows of a source, except those in parts that an earlier run has written.
 
     Args:
         rename: maps the name of an answers' column to its name in the output.
         part_rows: rows of a part, rounded up to whole slices.
-        progress: called after each slice with its number of rows.
+        progress: called after each slice with the statistics so far.
 
     Raises ValueError if a file cannot be read, the rows do not fit the output's format, a process or its engine fails,
-    the server refuses the options or does not answer, or no row of the first slice has a text.
+    the server refuses the options or does not answer, no row of the first slice has a text, or a column of the input
+    has the name of an answers' column, which is noticed before the slice is classified.
     """
     summary, started = Summary(), perf_counter()
     waiting = deque[tuple[int, Slice, Future[Answers] | None]]()
@@ -83,6 +84,8 @@ def classify(
         while len(waiting) < 2 * pool.size + 1 and (following := next(slices, None)) is not None:
             number, one = following
             with _process_errors():
+                parts.types = parts.types or _types(pool, parts.drops_refused, rename)
+                check_names(one, parts.types)
                 waiting.append((number, one, None if parts.has(number) else pool.submit(one.texts)))
         if not waiting:
             break
@@ -97,11 +100,17 @@ def classify(
             part.add(number, one, answers)
         else:
             summary.earlier += one.rows
-        progress(one.rows)
+        progress(summary)
     part.end()
     summary.refused = parts.refused(summary.parts)
     summary.seconds = perf_counter() - started
     return summary
+
+
+def _types(pool: Pool, drops_refused: bool, rename: Callable[[str], str]) -> dict[str, str]:
+    """The types of the answers' columns, by their names in the output."""
+    types = pool.submit([]).result().types
+    return {rename(name): kind for name, kind in types.items() if name != "error" or not drops_refused}
 
 
 @contextmanager
@@ -143,12 +152,8 @@ class _Part:
             self._number = number
         self._slices.append(one)
         values = one.drop_refused(answers.values) if self._parts.drops_refused else answers.values
-        columns = {self._rename(name): column for name, column in values.items()}
-        types = self._parts.types or {self._rename(name): answers.types[name] for name in values}
-        self._parts.types = types
-        check_names(one, types)  # with the first slice, rather than once the part is complete
-        for name in types:
-            self._values.setdefault(name, []).extend(columns[name])
+        for name, column in values.items():
+            self._values.setdefault(self._rename(name), []).extend(column)
 
     def end(self) -> None:
         """Write the part, if it has slices."""

@@ -407,7 +407,7 @@ class Classifier(_Loaded):
     ) -> "list[Row] | pyarrow.Table":
         """The answers to texts, or to pairs of texts, in order. Identical texts are classified only once.
 
-        as_arrow: a pyarrow table (pip install 'de3[bulk]') instead of rows; docs/bulk.md has its columns.
+        as_arrow: a pyarrow table (the bulk extra) instead of rows; docs/bulk.md has its columns.
 
         Raises InputError for a text or an option that cannot be used, ValueError for as_arrow without pyarrow, and
         RuntimeError if the classifier is closed or was loaded before a fork, or if its engine fails.
@@ -594,7 +594,7 @@ def checked_text(one: Input | None, where: str) -> Text:
     """The text, checked; raises InputError, whose message begins with `where`, if it cannot be used."""
     value = {"text": one[0], "text_pair": one[1]} if isinstance(one, tuple) and len(one) == 2 else one
     if _is_missing(value):
-        raise InputError(f"{where}: missing: must be a text, or an object with text and text_pair", where)
+        raise InputError(f"{where}: must not be empty", where)
     if not isinstance(value, str | dict | list | int | float):
         raise InputError(f"{where}: must be a text or a pair; got {type(value).__name__}", where)
     try:

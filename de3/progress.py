@@ -88,6 +88,11 @@ class Meter:
             )
 
 
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: 1 row, 2,048 rows."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """A duration as text: 40 s, 12 min, 2 h 5 min."""
     minutes = round(seconds / 60)

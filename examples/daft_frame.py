@@ -1,6 +1,6 @@
 """Classify parquet files with Daft: python examples/daft_frame.py IN OUT [MODEL]
 
-Each process loads the classifier once. Needs: pip install 'de3[bulk]' daft
+Each process loads the classifier once. Needs: pip install '.[bulk]' daft, in the checkout
 """
 
 import os
@@ -30,9 +30,10 @@ class Classify:
 
 
 def main(source: str, out: str, model: str = "sst2") -> None:
-    """Add the columns in ANSWER to Parquet files."""
-    frame = daft.read_parquet(source).with_column("answer", Classify(model, STORE)(col("text")))
-    frame.with_columns({name: col("answer")[name] for name in ANSWER}).exclude("answer").write_parquet(out)
+    """Add the columns in ANSWER to Parquet files, with the prefix de3_, because a file may have a column `label`."""
+    frame = daft.read_parquet(source).with_column("de3", Classify(model, STORE)(col("text")))
+    frame = frame.with_columns({f"de3_{name}": col("de3")[name] for name in ANSWER})
+    frame.exclude("de3").write_parquet(out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Classify parquet files with Ray Data: python examples/ray_data.py IN OUT [MODEL]
 
-Each actor loads the classifier once and uses one core. Needs: pip install 'de3[bulk]' 'ray[data]'
+Each actor loads the classifier once and uses one core. Needs: pip install '.[bulk]' 'ray[data]', in the checkout
 """
 
 import os
@@ -24,10 +24,10 @@ class Classify:
         self.model = de3.load(model, store=store, threads=1)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """The batch with the answers' columns added; `error` is the reason if a text has no answer."""
+        """The batch with the answers' columns added; `de3_error` is the reason if a text has no answer."""
         answers = self.model.answers(batch.column("text"), as_arrow=True)
         for name in answers.column_names:
-            batch = batch.append_column(name, answers.column(name))
+            batch = batch.append_column(f"de3_{name}", answers.column(name))
         return batch
 
 

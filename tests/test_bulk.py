@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from importlib.metadata import PackageNotFoundError
 from io import BytesIO
 from itertools import count, pairwise, product
 from pathlib import Path
@@ -64,7 +65,7 @@ class Here:
         self.texts = self.most = 0
 
     def submit(self, texts: Sequence[Input | None]) -> "Future[Answers]":
-        self._left -= 1
+        self._left -= bool(texts)
         if self._left < 0:
             raise KeyboardInterrupt
         self.texts += sum(text is not None for text in texts)
@@ -772,10 +773,29 @@ def test_columns_of_input_and_answers_may_not_share_a_name(model: de3.Classifier
         file, out = tmp_path / f"in{kind}", tmp_path / f"out{kind}"
         write(file, [{"text": text, "label": 1} for text in TEXTS])
         pool = Here(model)
-        with pytest.raises(ValueError, match="label: is a column of the input and of the answers"):
+        with pytest.raises(
+            ValueError, match=r"label: is a column of the input and of the answers.* --prefix de3_"
+        ):
             classify(pool, file, out, part_rows=1000)
-        assert pool.texts <= 8 * (2 * pool.size + 1)  # found with the first slice
+        assert pool.texts == 0
         classify(Here(model), file, out, keep=["text"])
+
+
+def test_parquet_without_pyarrow(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "in.parquet", [{"text": "good"}])
+    options = f"--file {tmp_path}/in.parquet --store {store} --model tiny"
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+
+    def version(package: str) -> str:
+        if package == "pyarrow":
+            raise PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr("de3.commands.classify.version", version)
+    for out in ("out.jsonl", "out.parquet"):
+        assert "this needs pyarrow: pip install '.[bulk]'" in refusal(
+            f"classify {options} --out {tmp_path}/{out}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -820,7 +840,7 @@ def test_the_command_in_processes(store: Path, tmp_path: Path, monkeypatch: pyte
     assert [row["probs"] for row in read(out)] == [*expected.column("probs").to_pylist(), None]
     assert "101 rows" in output and "exits by layer: 0: " in output and "speed-up in model time: " in output
     assert "at most 50% of the answers differ from full depth (with 95% confidence)" in output
-    assert "1 rows cannot be classified: error has the reasons" in output
+    assert "1 row cannot be classified: error has the reasons" in output
     dropped = tmp_path / "out.tsv"
     part, lines, writes = file.with_name("some.csv"), file.read_text().splitlines(), count()
     part.write_text("\n".join([*lines[:18], lines[-1]]))
@@ -836,7 +856,8 @@ def test_the_command_in_processes(store: Path, tmp_path: Path, monkeypatch: pyte
     assert invoke(some).exit_code == 130
     output = command(some)
     assert "18 rows (8 of them by an earlier run)" in output and "exits by layer in this run: " in output
-    assert "1 rows cannot be classified: error has the reasons" in output
+    assert "resumed after the first 8 rows, which an earlier run has written" in output
+    assert "1 row cannot be classified: error has the reasons" in output
     for more, code in (("", 0), ("--max-refused 0.05", 3), ("--max-refused 0.06", 0), ("--max-refused 0", 3)):
         again = invoke(f"{some} {more}")  # 1 of 18 rows is refused
         assert again.exit_code == code and "some is complete: nothing to do" in again.stderr
@@ -848,7 +869,7 @@ def test_the_command_in_processes(store: Path, tmp_path: Path, monkeypatch: pyte
     output = command(
         f"classify --store {store} --model tiny-int8 --file {file} --out {dropped} --refused drop --prefix de3_"
     )
-    assert f"1 rows cannot be classified: {dropped}.refused.jsonl" in output
+    assert f"1 row cannot be classified: {dropped}.refused.jsonl" in output
     output = command(
         f"classify --store {store} --model tiny-int8 --file {file} --out {dropped} --refused drop --prefix de3_"
     )
@@ -1005,7 +1026,10 @@ def test_a_server_whose_answers_cannot_be_combined_is_an_error() -> None:
 
 
 def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> None:
-    artifact, summary = Store(store).open("tiny"), run.Summary(rows=9, earlier=3, answered=5, refused=1)
+    artifact, summary = (
+        Store(store).open("tiny"),
+        run.Summary(rows=9, earlier=3, answered=5, refused=1, seconds=1),
+    )
 
     def certifies(**options: Any) -> bool:
         return any("with 95% confidence" in line for line in report(summary, [artifact], options))
@@ -1014,6 +1038,9 @@ def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> N
     assert not certifies() and not certifies(tau=0.1) and not certifies(max_disagreement=0.5, long="windows")
     assert not certifies(max_disagreement=1e-9)  # every text runs to full depth
     assert "3 of them by an earlier run" in report(summary, [], {})[0]
+    assert report(run.Summary(rows=1, earlier=1, seconds=2), [], {}) == [
+        "1 row (1 of them by an earlier run) in 2.0 s"
+    ]
 
 
 def test_texts_without_a_server(store: Path) -> None:

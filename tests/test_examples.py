@@ -26,7 +26,8 @@ def test_an_example_has_the_librarys_answers(store: Path, tmp_path: Path, exampl
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
-    pandas.DataFrame({"id": range(len(TEXTS)), "text": TEXTS}).to_parquet(source)
+    gold = ["of the file"] * len(TEXTS)
+    pandas.DataFrame({"id": range(len(TEXTS)), "text": TEXTS, "label": gold}).to_parquet(source)
     command = [sys.executable, str(ROOT / f"examples/{example}.py"), str(source), str(out), "tiny-int8"]
     done = subprocess.run(
         command,
@@ -49,4 +50,5 @@ def test_an_example_has_the_librarys_answers(store: Path, tmp_path: Path, exampl
         expected = model.answers_by_column(TEXTS).values
     assert [i for i, label in enumerate(expected["label"][:12]) if label is None] == [7, 8, 9]
     for name in ("label", "exit_layer", "error"):
-        assert [row[name] for row in rows] == expected[name]
+        assert [row[f"de3_{name}"] for row in rows] == expected[name]
+    assert [row["label"] for row in rows] == gold

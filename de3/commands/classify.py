@@ -22,6 +22,7 @@ from de3.server.upstream_settings import read_upstreams
 
 if TYPE_CHECKING:
     from de3.bulk.pool import Pool
+    from de3.bulk.run import Summary
     from de3.client import Client, Row
     from de3.model_store.store import Artifact
     from de3.server.upstream.upstreams import Caller
@@ -185,12 +186,13 @@ def classify(
         from de3.bulk.pool import RemotePool, server_errors
         from de3.bulk.run import PART_CHARS
         from de3.bulk.source import SLICE_CHARS, SLICE_ROWS, Source
+        from de3.columns import pyarrow_module
 
         kept = None if keep is None else names_in(keep if keep != "none" else "")
         columns = Columns(**fields_of(Columns, reading), label=None)
         file, target = stack.enter_context(_files(file, out, output_format))
         source = Source(file, columns, kept, redact)
-        reader = [version("pyarrow")] if any(one.suffix == ".parquet" for one in source.files) else []
+        reader = [pyarrow_module().__version__] if source.kind == ".parquet" else []
         what = {
             "version": [version("de3"), SLICE_ROWS, SLICE_CHARS, PART_CHARS, READ_BYTES, *reader],
             "input": [_identity(one) for one in source.files],
@@ -428,7 +430,7 @@ def _run(
 
     from de3.bulk.report import report
     from de3.bulk.run import classify as run
-    from de3.progress import LOG_EVERY_S, duration
+    from de3.progress import LOG_EVERY_S, duration, plural
 
     bars = (
         TextColumn("classifying"),
@@ -437,17 +439,21 @@ def _run(
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    total, started, done, printed = source.rows(), perf_counter(), 0, perf_counter()
+    total, started, printed = source.rows(), perf_counter(), perf_counter()
+    earlier = 0
     with closing(pool), Progress(*bars, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total, rate="")
 
-        def advance(rows: int) -> None:
-            nonlocal done, printed
-            done, now = done + rows, perf_counter()
-            rate = done / (now - started)
-            progress.update(task, advance=rows, rate=f"{rate:,.0f} rows/s")
-            if not console.is_terminal and now - printed >= LOG_EVERY_S:
-                printed, left = now, duration(max(0, total - done) * (now - started) / max(1, done))
+        def advance(so_far: "Summary") -> None:
+            nonlocal printed, earlier
+            done, now = so_far.rows, perf_counter()
+            if done > so_far.earlier > earlier:
+                earlier = so_far.earlier
+                _say(f"resumed after the first {plural(earlier, 'row')}, which an earlier run has written")
+            rate = (done - so_far.earlier) / (now - started)
+            progress.update(task, completed=done, rate=f"{rate:,.0f} rows/s")
+            if rate and not console.is_terminal and now - printed >= LOG_EVERY_S:
+                printed, left = now, duration(max(0, total - done) / rate)
                 _say(f"  classifying: {done:,} of {total:,} rows, {rate:,.0f} rows/s, about {left} left")
 
         summary = run(source, pool, parts, lambda name: prefix + name, part_rows, advance)
@@ -458,4 +464,4 @@ def _run(
         _say(line)
     if summary.refused:
         where = dropped or f"{prefix}error has the reasons"
-        _say(f"{summary.refused} rows cannot be classified: {where}", "yellow")
+        _say(f"{plural(summary.refused, 'row')} cannot be classified: {where}", "yellow")
