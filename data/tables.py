@@ -408,7 +408,9 @@ def _open_dataset(name: str, split: str) -> Any:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(f"--dataset needs the train extra ({error}): pip install 'de3[train]'") from None
+        raise ValueError(
+            f"--dataset needs the train extra ({error}): pip install '.[train]' in the checkout"
+        ) from None
 
     path, _, config = name.partition(":")
     return load_dataset(path, config or None, split=split)

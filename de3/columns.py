@@ -196,5 +196,5 @@ def pyarrow_module() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("this needs pyarrow: pip install 'de3[bulk]'") from None
+        raise ValueError("this needs pyarrow: pip install '.[bulk]' in the checkout") from None
     return pyarrow

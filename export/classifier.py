@@ -166,13 +166,13 @@ def check_files(name: str, files: Collection[str]) -> None:
         if others:
             raise OldFormError(
                 f"{name} has no model.safetensors: its weights are in {others[0]}, which could run code; import it "
-                "with de3 import (pip install 'de3[train]')"
+                "with de3 import (pip install '.[train]' in the checkout)"
             )
         raise ValueError(f"{name} has no model.safetensors: it has no weights")
     if TOKENIZER not in files and not any(set(vocabulary) <= set(files) for vocabulary in VOCABULARIES):
         raise OldFormError(
             f"{name} has no tokenizer.json: save one with AutoTokenizer.from_pretrained(…).save_pretrained(…), or "
-            "import it with de3 import (pip install 'de3[train]')"
+            "import it with de3 import (pip install '.[train]' in the checkout)"
         )
 
 

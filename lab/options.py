@@ -33,7 +33,9 @@ def open_model(store: Path, name: str) -> Model:
     try:
         import torch  # noqa: F401
     except ImportError:
-        raise ValueError("this command needs the train extra: pip install 'de3[train]'") from None
+        raise ValueError(
+            "this command needs the train extra: pip install '.[train]' in the checkout"
+        ) from None
     return Model(Store(store).open(name), "onnxruntime")
 
 

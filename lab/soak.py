@@ -205,7 +205,9 @@ def check_plots() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"this command draws a plot ({error}): pip install 'de3[train]'") from None
+        raise ValueError(
+            f"this command draws a plot ({error}): pip install '.[train]' in the checkout"
+        ) from None
 
 
 def report(result: Soak, out: Path) -> None:

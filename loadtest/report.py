@@ -85,7 +85,7 @@ def spread(values: list[float]) -> str:
 
 
 def plot_cdf(path: Path, latencies: dict[str, list[float]], title: str) -> None:
-    """Plot the latency distributions of several runs; without matplotlib (`de3[train]`), do nothing."""
+    """Plot the latency distributions of several runs; without matplotlib (the train extra), do nothing."""
     if find_spec("matplotlib") is None:
         return
     figure, axes = _figure(title, "latency, ms", "share of answers")

@@ -145,7 +145,7 @@ def need_extra(extra: str) -> None:
             import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"this command needs the {extra} extra ({error}): pip install 'de3[{extra}]'"
+            f"this command needs the {extra} extra ({error}): pip install '.[{extra}]' in the checkout"
         ) from None
 
 

@@ -28,7 +28,7 @@ def check_can_trace() -> None:
         version("opentelemetry-exporter-otlp-proto-http")
     except PackageNotFoundError:
         raise ValueError(
-            "traces: needs the otel extra, which is not installed: pip install 'de3[otel]'"
+            "traces: needs the otel extra, which is not installed: pip install '.[otel]' in the checkout"
         ) from None
 
 
