@@ -11,6 +11,7 @@ import typer
 from de3.loadtest import options
 from de3.loadtest.texts import read, with_long, with_taus
 
+QUICK_TEXTS = 1000
 app = typer.Typer(no_args_is_help=True, help="Load tests, and comparisons with other servers.")
 
 
@@ -184,14 +185,21 @@ def compare(
     text_column: options.TextColumn = "text",
     label_names: options.LabelNames = "",
     seconds: options.Seconds = 6.0,
-    rounds: options.Rounds = 3,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="Repetitions of the measurements of throughput and latency; the servers take turns. 1: a quick "
+            "comparison of throughput, with at most 1,000 of the texts and without our server in ONNX Runtime.",
+            min=1,
+        ),
+    ] = 3,
     out: Annotated[Path, typer.Option(help="Folder for results.json and plots.")] = Path("loadtest-results"),
 ) -> None:
     """Compare the speed of our server and its peers on this machine, in turn.
 
     Answers that differ from full depth are counted, and listed in results.json.
 
-    Example: de3 loadtest compare --model my-org/my-classifier --texts traffic.txt --peer fused_app
+    Example: de3 loadtest compare --model my-org/my-classifier --texts traffic.txt --peer fused_app --rounds 1
     """
     from statistics import median
 
@@ -201,12 +209,16 @@ def compare(
     from de3.loadtest.compare import Comparison
     from de3.loadtest.report import console, show
     from de3.loadtest.servers import ours, peer_models, peers
+    from de3.progress import duration
 
     samples = read(texts, text_column, label_names=label_names)
+    if rounds == 1:
+        samples = samples[:: -(-len(samples) // QUICK_TEXTS)]
     artifact = artifact_of(model, store)
     has_exits = len(artifact.manifest.exit_layers) > 1
     if tau and not has_exits:
         raise ValueError(f"--tau: {model} has no exits; all its answers come from full depth")
+    console.print("exporting the full-depth graphs of the peers")
     models = peer_models(artifact, [s.text for s in samples], out)
     others = peers(*models, stock)
     if unknown := set(peer or []) - {server.script for server in others}:
@@ -216,9 +228,14 @@ def compare(
     servers = [ours(store, model, **fields) for fields in variants]
     full_depth = servers[-1].name if artifact.manifest.traits.answer == "classes" else ""
     servers += [ours(store, model, tau=value) for value in tau or ()]
-    servers += [ours(store, model, "onnxruntime", **fields) for fields in variants]
+    if rounds > 1:
+        servers += [ours(store, model, "onnxruntime", **fields) for fields in variants]
     servers += [server for server in others if not peer or server.script in peer]
     comparison = Comparison(servers, samples, out, seconds, rounds, full_depth=full_depth)
+    console.print(
+        f"measuring {len(servers)} servers in turn: about {duration(comparison.expected_s())}, longer for a large "
+        "model, after the peers are prepared"
+    )
     results = comparison.all((lambda tau: ours(store, model, tau=tau)) if has_exits else None)
     ratios, best = results["ratios"], results["fastest_peer"]
     speeds = Table("server", "requests/s", f"× {best}", "answers that differ from full depth")

@@ -11,7 +11,7 @@ import resource
 import select
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -307,7 +307,7 @@ def _cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def ask_alone(target: Target, samples: list[Sample]) -> list[str | None]:
+def ask_alone(target: Target, samples: Iterable[Sample]) -> list[str | None]:
     """The label of every sample, each sent alone, to compare with the labels under load.
 
     None for a sample that is not answered with 200.

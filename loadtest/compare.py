@@ -19,11 +19,13 @@ from de3.loadtest.metrics import Metrics
 from de3.loadtest.report import console, write_json
 from de3.loadtest.servers import Running, Server, free_port, running
 from de3.loadtest.texts import Sample, with_long
+from de3.progress import track
 
 CONNECTIONS = 16
 LONG_SHARE = 0.05
 TAUS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
 CURVE = (0.2, 0.4, 0.6, 0.8, 0.95)
+WARM_UP_S, START_S = 1.0, 5.0  # START_S: typical, of a small model
 
 
 @dataclass
@@ -33,7 +35,8 @@ class Comparison:
     Attributes:
         servers: first ours, second ours at full depth (without exits, the first is at full depth); then other
             configurations of ours, and the peers.
-        rounds: repetitions of the throughput and latency measurements, in which the servers take turns.
+        rounds: repetitions of the throughput and latency measurements, in which the servers take turns; with 1, only
+            throughput is measured.
         full_depth: name of the server with whose labels all others are compared; empty: labels are not compared.
     """
 
@@ -49,14 +52,24 @@ class Comparison:
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
 
+    def expected_s(self) -> float:
+        """Rough duration of the measurements, seconds, for a small model; without that of preparing the peers."""
+        run, short = WARM_UP_S + self.seconds, WARM_UP_S + self.seconds / 2
+        total = len(self.servers) * self.rounds * (START_S + run)
+        if (
+            self.rounds > 1
+        ):  # latency and mixed, of two servers; stages and saved; the curves; the values of τ
+            total += (4 * self.rounds + 3) * (START_S + run)
+            total += 3 * START_S + (2 * len(CURVE) + len(TAUS)) * short
+        return total
+
     def all(self, ours_at: Callable[[float], Server] | None) -> dict[str, Any]:
-        """Run all measurements and write results.json and plots.
+        """Run the measurements and write results.json and plots.
 
         ours_at: returns our server at a τ; None: the model has no exits.
 
         Raises ValueError if our server does not start, or if no peer does.
         """
-        mixed = with_long(self.samples, LONG_SHARE)
         self.results["machine"] = {
             "cpu": cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
@@ -65,15 +78,23 @@ class Comparison:
         self.results["notes"] = {s.name: s.note for s in self.servers if s.note}
         self._prepare()
         self._saturation()
-        ours, best = self.servers[0], self._best_peer()
+        best = self._best_peer()
         self.results["fastest_peer"] = best.name
+        if self.rounds > 1:
+            self._latencies(best, ours_at)
+        self.results["ratios"] = self._ratios(best)
+        write_json(self.out / "results.json", self.results)
+        return self.results
+
+    def _latencies(self, best: Server, ours_at: Callable[[float], Server] | None) -> None:
+        """Run the measurements of our server and the fastest peer that follow the throughput of all."""
         rate = self._throughput(best.name) / 3
         console.print(
             f"the fastest peer is {best.name}; measuring latency at a third of its throughput: {rate:.0f} requests/s"
         )
-        pair = [ours, best]
+        pair = [self.servers[0], best]
         short = self._open_loop("latency", pair, self.samples, rate)
-        self._open_loop("mixed", pair, mixed, rate)
+        self._open_loop("mixed", pair, with_long(self.samples, LONG_SHARE), rate)
         report.plot_cdf(
             self.out / "latency-cdf.png",
             {name: run.latencies_ms() for name, run in short.items()},
@@ -84,14 +105,11 @@ class Comparison:
         if ours_at is not None:
             self._saved()
             self._taus(ours_at)
-        self.results["ratios"] = self._ratios(best)
-        write_json(self.out / "results.json", self.results)
-        return self.results
 
     def _prepare(self) -> None:
         """Create environments and convert models; peers for which that fails are omitted."""
         for server in [s for s in self.servers if s.script]:
-            console.print(f"preparing {server.name}")
+            console.print(f"preparing {server.name}: the first time, this can take minutes")
             try:
                 server.prepare()
             except ValueError as error:
@@ -107,7 +125,7 @@ class Comparison:
 
     def _measure(self, server: Running, samples: list[Sample], seconds: float, rate: float | None) -> Run:
         """One run after a short warm-up."""
-        send_traffic(server.target, samples[:200], 1.0, connections=CONNECTIONS)
+        send_traffic(server.target, samples[:200], WARM_UP_S, connections=CONNECTIONS)
         return send_traffic(server.target, samples, seconds, rate, CONNECTIONS)
 
     def _saturation(self) -> None:
@@ -137,7 +155,8 @@ class Comparison:
         """
         with self._started(server) as started:
             if server.name not in alone:
-                alone[server.name] = ask_alone(started.target, self.samples)
+                samples = track(self.samples, f"sending {len(self.samples)} texts one by one")
+                alone[server.name] = ask_alone(started.target, samples)
             run = self._measure(started, self.samples, self.seconds, None)
             row = report.summary(run, wrong_labels(run, alone[server.name]))
             row["memory_mb"] = round(started.memory_mb(), 1)
@@ -254,6 +273,8 @@ class Comparison:
             values = [a["answers_per_s"] / b["answers_per_s"] for a, b in both]
             ratios[f"throughput, {name} / {peer}"] = report.spread(values)
         for what, group in (("latency", "all"), ("mixed", "short"), ("mixed", "long")):
+            if what not in self.results:
+                continue
             servers, key = self.results[what]["servers"], f"latency_ms_{group}"
             for q in ("p50", "p99"):
                 values = [

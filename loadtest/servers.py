@@ -247,7 +247,8 @@ def environment(name: str, packages: list[str]) -> Path:
     if not installed.exists() or installed.read_text() != "\n".join(packages):
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+        # Without --quiet, pip shows its progress.
+        subprocess.run([str(python), "-m", "pip", "install", *packages], check=True, stdout=sys.stderr)
         installed.write_text("\n".join(packages))
     return python
 

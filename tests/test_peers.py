@@ -100,13 +100,19 @@ def test_a_classifier_without_exits_is_compared_at_full_depth(
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as in a wheel without extras: no plots
     command = (
         f"loadtest compare --model {model} --store {tmp_path}/none --texts {texts} "
-        f"--peer fused_app --seconds 0.5 --rounds 1 --out {tmp_path}/out"
+        f"--peer fused_app --seconds 0.5 --out {tmp_path}/out --rounds"
     )
     assert (
-        refusal(f"{command} --tau 0.1")
+        refusal(f"{command} 1 --tau 0.1")
         == f"--tau: {model} has no exits; all its answers come from full depth"
     )
-    output = de3(command)
+    monkeypatch.setattr("de3.loadtest.cli.QUICK_TEXTS", 20)
+    output = de3(f"{command} 1")
+    assert "measuring 3 servers in turn: about 20 s" in output and "latency" not in output
+    assert "ONNX Runtime" not in output
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["differ"]["fused graph, FastAPI, int8"]["of"] == 15 and "curve" not in results
+    output = de3(f"{command} 2")
     assert re.search(r"de3 \(full depth\) .* 0\.0% \(0 of 30\)", output) and "default τ" not in output
     assert f"{model} has no exits" in output and f"de3 import {model} --texts" in output
     assert not list((tmp_path / "out").glob("*.png"))
