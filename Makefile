@@ -38,7 +38,7 @@ test-all: $(DEV)/ready
 
 wheel:
 	deploy/release/build.sh $(PYTHON)
-	PORT=$(PORT) deploy/release/try.sh dist/*.whl $(PYTHON)
+	deploy/release/try.sh dist/*.whl $(PYTHON)
 
 lint: $(DEV)/ready
 	$(DEV)/bin/ruff check .

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from zipfile import ZipFile
 import httpx
 import pytest
 
-from tests.serving import free_port, until
+from tests.serving import until
 from tests.test_kernels import arm
 
 ROOT = Path(__file__).parents[1]
@@ -69,8 +70,13 @@ def wheel(dist: Path) -> Path:
 def user(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with env, a virtual environment in which the wheel is installed, and output, the output of try.sh."""
     folder = tmp_path_factory.mktemp("user") / "home"
-    ported = ENVIRONMENT | {"PORT": str(free_port())}
-    output = run(ROOT / "deploy/release/try.sh", wheel, sys.executable, folder, cwd=wheel.parent, env=ported)
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as taken:  # by a server of the user, such as that of make serve
+        taken_port = ENVIRONMENT | {"PORT": str(taken.getsockname()[1])}
+        output = run(
+            ROOT / "deploy/release/try.sh", wheel, sys.executable, folder, cwd=wheel.parent, env=taken_port
+        )
     (folder / "output").write_text(output)
     return folder
 

@@ -4,13 +4,13 @@
 #
 #   deploy/release/try.sh WHEEL [PYTHON] [FOLDER]
 #
-# FOLDER, which must not exist, keeps the environment (FOLDER/env) and the server's log (FOLDER/log). PORT is the
-# server's port (default: 8000).
+# FOLDER, which must not exist, keeps the environment (FOLDER/env) and the server's log (FOLDER/log). The server gets a
+# free port.
 set -euo pipefail
 wheel=$(realpath "$1")
 python=${2:-python3}
 keep=${3:-}
-port=${PORT:-8000}
+port=$("$python" -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
 server=
 
 if [ -n "$keep" ]; then mkdir "$keep"; fi
