@@ -184,8 +184,8 @@ class Settings(BaseModel):
     without_upstream: Annotated[
         Literal["refuse", "answer"],
         audit_option(
-            help="Texts for an upstream that is away, slow or over max_calls_per_hour: refuse them (502 or 504), or "
-            "answer them at the last layer."
+            help="Texts for an upstream that is unavailable, slow or over max_calls_per_hour: refuse them (502 or "
+            "504), or answer them at the last layer."
         ),
     ] = "refuse"
     allow_plain_http: Annotated[

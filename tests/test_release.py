@@ -10,7 +10,8 @@ import yaml
 
 from tests.commands import de3
 
-VERSION = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+VERSION = PROJECT["version"]
 WORKFLOWS = sorted(Path(".github/workflows").glob("*.yml"))
 
 
@@ -23,6 +24,15 @@ def test_the_changelog_and_the_readme_have_the_version() -> None:
     assert headings[0] == "[Unreleased]"
     assert re.fullmatch(rf"\[{re.escape(VERSION)}\] - \d{{4}}-\d\d-\d\d", headings[1])
     assert set(re.findall(r"de3-(\d+\.\d+\.\d+)", Path("README.md").read_text())) <= {VERSION}
+
+
+def test_install_commands_work_without_a_package_index() -> None:
+    for page in ("README", "docs/bulk", "docs/fit", "docs/bring-your-own", "docs/scaling"):
+        commands = re.findall(r"pip install '([^']*)\[([^']+)\]'", Path(f"{page}.md").read_text())
+        assert commands, page
+        assert all(
+            package == "." and extra in PROJECT["optional-dependencies"] for package, extra in commands
+        )
 
 
 def steps(workflow: Any) -> list[dict[str, Any]]:

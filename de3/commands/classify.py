@@ -99,7 +99,7 @@ def classify(
         str | None,
         _span_option(help="Labels of the spans to find, separated by commas.", show_default="all"),
     ] = None,
-    min_score: Annotated[float | None, _span_option(help="Lowest score of a span, from 0 to 1.")] = None,
+    min_score: Annotated[float | None, _span_option(help="Minimum score of a span, from 0 to 1.")] = None,
     aggregation: Annotated[
         str | None,
         _span_option(
