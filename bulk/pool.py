@@ -29,7 +29,7 @@ from de3.server.upstream_settings import UpstreamModel
 
 # Limits on one request, in texts and in characters: 2¹⁸ characters of 4 bytes are 1 MiB, a server's default body limit.
 MAX_BATCH, MAX_BATCH_CHARS = 32, 2**18
-PROBE = "-"
+PROBES: tuple[Input, ...] = ("-", ("-", "-"))  # a text, and a pair
 
 
 class Pool(Protocol):
@@ -168,11 +168,13 @@ class RemotePool:
                 self._ask(given[batch], rows)
             first = next((row for row in rows.values() if not isinstance(row, str)), None)
             if first is None:  # no answer shows the kind of the model
-                self._ask([(-1, PROBE)], rows)
-                probed = rows.pop(-1)
-                if isinstance(probed, str):
-                    raise ValueError(f"the server refuses even the text {PROBE!r}: {probed}")
-                first = probed
+                for probe in PROBES:
+                    self._ask([(-1, probe)], rows)
+                    if not isinstance(probed := rows.pop(-1), str):
+                        first = probed
+                        break
+                else:
+                    raise ValueError(f"the server refuses even the text {PROBES[0]!r}: {probed}")
         kinds = {p: _kind_of(row) for p, row in zip(self._prefixes, first, strict=True)}
         answers = Answers.of(kinds, self._options.get("long") == "windows")
         answers.add([rows.get(index, "missing") for index in range(len(texts))])

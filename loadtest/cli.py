@@ -185,19 +185,13 @@ def compare(
     text_column: options.TextColumn = "text",
     label_names: options.LabelNames = "",
     seconds: options.Seconds = 6.0,
-    rounds: Annotated[
-        int,
-        typer.Option(
-            help="Repetitions of the measurements of throughput and latency; the servers take turns. 1: a quick "
-            "comparison of throughput, with at most 1,000 of the texts and without our server in ONNX Runtime.",
-            min=1,
-        ),
-    ] = 3,
+    rounds: options.Rounds = 3,
     out: Annotated[Path, typer.Option(help="Folder for results.json and plots.")] = Path("loadtest-results"),
 ) -> None:
     """Compare the speed of our server and its peers on this machine, in turn.
 
-    Answers that differ from full depth are counted, and listed in results.json.
+    Answers that differ from full depth are counted, and listed in results.json. With --rounds 1, only throughput is
+    compared, with at most 1,000 texts, and not with ONNX Runtime in our server.
 
     Example: de3 loadtest compare --model my-org/my-classifier --texts traffic.txt --peer fused_app --rounds 1
     """
@@ -232,10 +226,8 @@ def compare(
         servers += [ours(store, model, "onnxruntime", **fields) for fields in variants]
     servers += [server for server in others if not peer or server.script in peer]
     comparison = Comparison(servers, samples, out, seconds, rounds, full_depth=full_depth)
-    console.print(
-        f"measuring {len(servers)} servers in turn: about {duration(comparison.expected_s())}, longer for a large "
-        "model, after the peers are prepared"
-    )
+    about = duration(comparison.expected_s())
+    console.print(f"{len(servers)} servers in turn: about {about}, longer for a large model")
     results = comparison.all((lambda tau: ours(store, model, tau=tau)) if has_exits else None)
     ratios, best = results["ratios"], results["fastest_peer"]
     speeds = Table("server", "requests/s", f"× {best}", "answers that differ from full depth")

@@ -25,7 +25,7 @@ CONNECTIONS = 16
 LONG_SHARE = 0.05
 TAUS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
 CURVE = (0.2, 0.4, 0.6, 0.8, 0.95)
-WARM_UP_S, START_S = 1.0, 5.0  # START_S: typical, of a small model
+START_S = 6.0  # typical time to start a server of a small model, and to warm it up
 
 
 @dataclass
@@ -53,15 +53,9 @@ class Comparison:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def expected_s(self) -> float:
-        """Rough duration of the measurements, seconds, for a small model; without that of preparing the peers."""
-        run, short = WARM_UP_S + self.seconds, WARM_UP_S + self.seconds / 2
-        total = len(self.servers) * self.rounds * (START_S + run)
-        if (
-            self.rounds > 1
-        ):  # latency and mixed, of two servers; stages and saved; the curves; the values of τ
-            total += (4 * self.rounds + 3) * (START_S + run)
-            total += 3 * START_S + (2 * len(CURVE) + len(TAUS)) * short
-        return total
+        """Rough duration of the measurements of a small model, seconds, once the peers are prepared."""
+        runs = len(self.servers) * self.rounds + (4 * self.rounds + 10 if self.rounds > 1 else 0)
+        return runs * (START_S + self.seconds)
 
     def all(self, ours_at: Callable[[float], Server] | None) -> dict[str, Any]:
         """Run the measurements and write results.json and plots.
@@ -125,7 +119,7 @@ class Comparison:
 
     def _measure(self, server: Running, samples: list[Sample], seconds: float, rate: float | None) -> Run:
         """One run after a short warm-up."""
-        send_traffic(server.target, samples[:200], WARM_UP_S, connections=CONNECTIONS)
+        send_traffic(server.target, samples[:200], 1.0, connections=CONNECTIONS)
         return send_traffic(server.target, samples, seconds, rate, CONNECTIONS)
 
     def _saturation(self) -> None:
@@ -296,7 +290,7 @@ def stage_times(target: Target, samples: list[Sample]) -> dict[str, float]:
     sums: dict[str, float] = {}
     parts = urlsplit(target.url)
     connection = HTTPConnection(parts.hostname or "", parts.port)
-    for sample in samples:
+    for sample in track(samples, f"sending {len(samples)} texts one by one"):
         _, _, body = target.request(sample).partition(b"\r\n\r\n")
         start = perf_counter()
         connection.request("POST", target.path, body, {"Content-Type": "application/json"})

@@ -108,7 +108,7 @@ def test_a_classifier_without_exits_is_compared_at_full_depth(
     )
     monkeypatch.setattr("de3.loadtest.cli.QUICK_TEXTS", 20)
     output = de3(f"{command} 1")
-    assert "measuring 3 servers in turn: about 20 s" in output and "latency" not in output
+    assert "3 servers in turn: about 20 s" in output and "latency" not in output
     assert "ONNX Runtime" not in output
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["differ"]["fused graph, FastAPI, int8"]["of"] == 15 and "curve" not in results

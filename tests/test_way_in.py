@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
+from de3.bulk.pool import RemotePool
+from de3.client import Client
 from de3.data.examples import Example
 from de3.exits.recorded import Recorded
 from de3.export.errors import ExportError
@@ -199,6 +202,9 @@ def test_a_server_refuses_inputs_that_the_model_does_not_take(pairs: Callable[[s
         assert inputs.status_code == 422 and "inputs: pairs:1 takes pairs of texts" in inputs.text
         listed = httpx.get(server.url + "/v1/models").json()["data"]
         assert [row["input"] for row in listed] == ["pair", "text"]
+        for model in ("pairs", "single"):  # the columns of the answers, before a text of the file is sent
+            with Client(server.url) as client, closing(RemotePool(client, [model], {}, 1)) as pool:
+                assert "label" in pool.submit([]).result().types
 
 
 # 6: data that would be lost, or is of little use

@@ -313,9 +313,6 @@ function rightMeans(source) {
   return `within ${state.model.tolerance} of ${source ? `the answer of ${source}` : "the label"}`;
 }
 
-const inLayers = (speedup) =>
-  speedup > MAX_SPEEDUP ? "nearly all exit at layer 0" : `${speedup.toFixed(1)}× in layers`;
-
 const answerOf = (row) => (isValue(row) ? String(+row.value.toPrecision(4)) : percent(Math.max(...row.probs)));
 
 // The number of spans, the labels of a multi-label model, or the answer.
@@ -468,8 +465,9 @@ function drawCurve(exit) {
       parts.push(svg("line", { class: "guide", x1: x(row), x2: x(row), y1: y(row.accuracy), y2: below }));
       parts.push(svg("circle", { class: "point", cx: x(row), cy: y(row.accuracy), r: 6 }));
     }
+    const speedup = row.speedup > MAX_SPEEDUP ? "nearly all exit at layer 0" : `${row.speedup.toFixed(1)}× in layers`;
     $("expected").textContent =
-      `On held-out texts: ${inLayers(row.speedup)}, ${percent(row.accuracy)} ${rightMeans(source)} ` +
+      `On held-out texts: ${speedup}, ${percent(row.accuracy)} ${rightMeans(source)} ` +
       `(full depth ${percent(state.table[0].accuracy)}), ` +
       `${percent(row.disagreement)} of ${things()} differ from ${source || "full depth"}.`;
   }
@@ -553,7 +551,7 @@ function read(metrics, model) {
   for (const line of metrics.split("\n")) {
     const [, metric, labels, value] = /^de3_(\w+)\{(.*)\} (\S+)$/.exec(line) ?? [];
     if (![model.id, model.name].some((name) => labels?.includes(`model="${name}"`))) continue;
-    const limit = /le="([^"]+)"/.exec(labels)?.[1];
+    const limit = /le="([^"]+)"/.exec(labels)?.[1].replace("+Inf", "Infinity");
     if (limit === undefined) totals[metric] = (totals[metric] ?? 0) + Number(value);
     else (buckets[metric] ??= {})[limit] = (buckets[metric][limit] ?? 0) + Number(value);
   }
@@ -561,18 +559,16 @@ function read(metrics, model) {
     totals.exit_layer_count -= 1;
     totals.layers_run_total -= exit.layer;
     for (const [metric, value] of [["exit_layer_bucket", exit.layer], ["request_latency_seconds_bucket", seconds]]) {
-      for (const limit in buckets[metric]) if (value <= upper(limit)) buckets[metric][limit] -= 1;
+      for (const limit in buckets[metric]) if (value <= Number(limit)) buckets[metric][limit] -= 1;
     }
   }
   return { at: Date.now(), totals, buckets };
 }
 
-const upper = (limit) => Number(limit.replace("Inf", "Infinity"));
-
 /** The increase of each bucket of a histogram between two samples, as [upper limit, cumulative count]. */
 const gained = (metric, before, after) =>
   Object.entries(after.buckets[metric] ?? {})
-    .map(([limit, count]) => [upper(limit), count - (before.buckets[metric]?.[limit] ?? 0)])
+    .map(([limit, count]) => [Number(limit), count - (before.buckets[metric]?.[limit] ?? 0)])
     .sort((a, b) => a[0] - b[0]);
 
 /** A quantile of a histogram, linear within its bucket, in seconds; null if the histogram is empty. */
