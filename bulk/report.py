@@ -24,11 +24,12 @@ def report(
 
     artifacts: none if a server answered. options: the run's options. callers: of upstreams that were called.
     """
+    rate = summary.answered / summary.seconds if summary.seconds else 0.0
     lines = [
         plural(summary.rows, "row")
         + (f" ({summary.earlier:,} of them by an earlier run)" if summary.earlier else "")
         + f" in {summary.seconds:.1f} s"
-        + (f": {summary.answered / summary.seconds:,.0f} rows/s" if summary.answered else "")
+        + (f": {rate:,.{int(rate < 10)}f} rows/s" if rate else "")
     ]
     for (prefix, layers), times in zip(summary.layers.items(), summary.times.values(), strict=True):
         model = f"{prefix[:-1]}: " if prefix else ""

@@ -1028,7 +1028,7 @@ def test_a_server_whose_answers_cannot_be_combined_is_an_error() -> None:
 def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> None:
     artifact, summary = (
         Store(store).open("tiny"),
-        run.Summary(rows=9, earlier=3, answered=5, refused=1, seconds=1),
+        run.Summary(rows=9, earlier=3, answered=5, refused=1, seconds=10),
     )
 
     def certifies(**options: Any) -> bool:
@@ -1037,7 +1037,7 @@ def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> N
     assert certifies(max_disagreement=0.5)
     assert not certifies() and not certifies(tau=0.1) and not certifies(max_disagreement=0.5, long="windows")
     assert not certifies(max_disagreement=1e-9)  # every text runs to full depth
-    assert "3 of them by an earlier run" in report(summary, [], {})[0]
+    assert report(summary, [], {})[0] == "9 rows (3 of them by an earlier run) in 10.0 s: 0.5 rows/s"
     assert report(run.Summary(rows=1, earlier=1, seconds=2), [], {}) == [
         "1 row (1 of them by an earlier run) in 2.0 s"
     ]
