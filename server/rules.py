@@ -333,7 +333,7 @@ class Rules:
             return replace(otherwise, set_by=field, requested=budget, budget_s=seconds, certificate=None)
         if options.target_speedup is not None and self._manifest.upstream is not None:
             raise RequestError(
-                f"target_speedup: {self.name} has an upstream, which is no layer; give tau or max_disagreement",
+                f"target_speedup: {self.name} has an upstream, which is not a layer; give tau or max_disagreement",
                 "target_speedup",
             )
         if options.target_speedup is not None:

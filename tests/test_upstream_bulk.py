@@ -383,7 +383,7 @@ def test_refusals(
     write(tmp_path, TEXTS[:3])
     command = [one for one in classify(tmp_path, store, 0) if one not in ("--tau", "0")]
     assert refusal([*command, "--target-speedup", "2"]) == (
-        "target_speedup: tickets:1 has an upstream, which is no layer; give tau or max_disagreement"
+        "target_speedup: tickets:1 has an upstream, which is not a layer; give tau or max_disagreement"
     )
     settings(tmp_path, upstream, encoder=str(encoder))  # without exits
     assert "tickets:1 has no exits yet, so only its upstream answers" in refusal([*command, "--tau", "0.1"])
