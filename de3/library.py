@@ -118,14 +118,17 @@ def load(
     return Classifiers(artifacts, threads, upstreams=upstreams, options=entries)
 
 
-def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
-    """The artifact with a name, as `load` looks it up; raises ValueError if it cannot be found or used."""
+def artifact_of(name: str, store: Path, quantize: str = "int8", state_dir: Path | None = None) -> Artifact:
+    """The artifact with a name, as `load` looks it up; raises ValueError if it cannot be found or used.
+
+    state_dir: the server's state folder, which may pin models.
+    """
     precision = precision_of(quantize, "quantize:")
     if upstreams := read_upstreams([name]):
         from de3.export import cache, upstream
 
         return upstream.artifact_of(upstreams[0], Path(name), Store(store), precision, cache.cache_folder())
-    if (stored := Store(store).find(name)) is not None:
+    if (stored := Store(store, state_dir).find(name)) is not None:
         return stored
     from de3.export import cache
 

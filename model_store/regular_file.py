@@ -30,12 +30,12 @@ def read_regular_file(path: Path, limit: int) -> bytes:
     return data
 
 
-def write_private_file(path: Path, content: bytes) -> None:
-    """Atomically write a file that only its owner can read; raises OSError."""
+def write_private_file(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Atomically write a file, by default one that only its owner can read; raises OSError."""
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)  # O_EXCL refuses any file, such as one that a killed server left
     try:
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -27,9 +29,12 @@ from de3.model_store.manifest import (
 )
 from de3.model_store.part import MAX_INT, first_error
 from de3.model_store.printable import printable
-from de3.model_store.regular_file import read_regular_file
+from de3.model_store.regular_file import read_regular_file, write_private_file
 
+log = logging.getLogger("de3")
 MANIFEST = "manifest.json"
+PIN = "pinned"  # the file with the number of a model's pinned version
+NEWEST = "newest"  # the content of a file that pins no version
 MAX_MANIFEST_BYTES = 2**20
 MAX_ARTIFACT_BYTES = 2**32  # all loaded files together
 MAX_MESSAGE = 500  # characters of an error message, which may quote an artifact
@@ -63,12 +68,14 @@ class Artifact:
     Attributes:
         proof: file that records that the artifact loads and runs on this machine; None if this is proved at each start.
         sources: the files that it was converted from, with their modification times (ns); empty if there are none.
+        is_chosen: its version was named, so a pin to another version has no effect.
     """
 
     path: Path
     manifest: Manifest
     proof: Path | None = None
     sources: dict[str, int] = field(default_factory=dict)
+    is_chosen: bool = field(default=False, compare=False)
 
     @property
     def full_name(self) -> str:
@@ -119,8 +126,9 @@ class Artifact:
 class Store:
     """A folder of artifacts."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, state_dir: Path | None = None) -> None:
+        """state_dir: folder for pins that cannot be written into the store; None: there is none."""
+        self.path, self._state_dir = path, state_dir
 
     def versions(self) -> dict[str, list[int]]:
         """Versions by model name, both ascending (10 is newer than 9); raises NoModelsError if there is no store."""
@@ -138,8 +146,11 @@ class Store:
         """Every version as name:version."""
         return [f"{name}:{v}" for name, versions in self.versions().items() for v in versions]
 
-    def open(self, model: str) -> Artifact:
-        """The artifact of `name` (its newest version) or `name:version`; raises StoreError if there is none."""
+    def open(self, model: str, unpinned: bool = False) -> Artifact:
+        """The artifact of `name` (its pinned version, else its newest) or `name:version`; raises StoreError.
+
+        unpinned: the newest version of `name` even if another one is pinned.
+        """
         name, _, version = model.partition(":")
         versions = self.versions()
         if name not in versions:
@@ -147,13 +158,17 @@ class Store:
                 f"no model {name!r} in {self.path}; available: {', '.join(versions) or 'none'}"
             )
         if not version and ":" not in model:
-            number = versions[name][-1]
+            pinned, number = None if unpinned else self.pin(name), versions[name][-1]
+            if pinned in versions[name]:
+                number = pinned
+            elif pinned is not None and self._state_dir is None:  # otherwise it may be a learned version
+                warn_of_pin(name, pinned, number)
         elif VERSION.fullmatch(version) and int(version) in versions[name]:
             number = int(version)
         else:
             existing = ", ".join(map(str, versions[name]))
             raise UnknownModelError(f"no version {version!r} of model {name!r}; available: {existing}")
-        return self.open_path(self.path / name / str(number))
+        return replace(self.open_path(self.path / name / str(number)), is_chosen=":" in model)
 
     def find(self, model: str) -> Artifact | None:
         """The artifact that open() returns, or the one in the folder of any version or model; None if there is none.
@@ -165,8 +180,9 @@ class Store:
                 return self.open(model)
         path = Path(model)
         if (path / MANIFEST).is_file():
-            return Artifact(path.absolute(), read_manifest(path))
-        return Store(path.parent).open(path.name) if any(path.glob(f"*/{MANIFEST}")) else None
+            return Artifact(path.absolute(), read_manifest(path), is_chosen=True)
+        beside = Store(path.parent, self._state_dir)
+        return beside.open(path.name) if any(path.glob(f"*/{MANIFEST}")) else None
 
     def open_path(self, path: Path) -> Artifact:
         """The artifact in <store>/<name>/<version>.
@@ -181,6 +197,47 @@ class Store:
                 f"{path / MANIFEST}: this is the manifest of {artifact.full_name}, not of this folder"
             )
         return artifact
+
+    def _pins(self, name: str) -> Iterator[Path]:
+        """The files that can pin a model, the decisive one first."""
+        if self._state_dir is not None:
+            yield self._state_dir / "pins" / name
+        yield self.path / name / PIN
+
+    def pin(self, name: str) -> int | None:
+        """The version of a model that is pinned; None if none is. An unusable file is ignored, with a warning."""
+        for path in self._pins(name):
+            try:
+                text = read_regular_file(path, 64).decode().strip()
+                if text != NEWEST and not VERSION.fullmatch(text):
+                    raise ValueError(f"must hold the number of a version, or {NEWEST}")
+                return None if text == NEWEST else int(text)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                _warn(f"{path}: this pin is ignored: {error}; de3 models load {name}:VERSION replaces it")
+        return None
+
+    def set_pin(self, name: str, version: int | None) -> None:
+        """Pin a model to a version, or lift its pin (None).
+
+        The pin is kept in the model's folder, or, if that does not exist or cannot be written, in the state folder.
+        Raises OSError if neither is possible.
+        """
+        *states, own = self._pins(name)
+        if version is None and not any(map(os.path.lexists, [*states, own])):
+            return
+        content = f"{version or NEWEST}\n".encode()
+        try:
+            write_private_file(own, content, 0o644)
+        except OSError:
+            if not states:
+                raise
+            states[0].parent.mkdir(parents=True, exist_ok=True)
+            write_private_file(states[0], content)
+        else:
+            for path in states:
+                path.unlink(missing_ok=True)
 
     @contextmanager
     def new_version(self, name: str) -> Iterator["Draft"]:
@@ -268,6 +325,19 @@ class Draft:
                             if _are_alike(link, ours, entry):
                                 link.replace(self.path / names.pop(entry.sha256))
                             link.unlink(missing_ok=True)
+
+
+@cache  # each warning once, as a pin is read often
+def _warn(message: str) -> None:
+    log.warning("%s", printable(message))
+
+
+def warn_of_pin(name: str, pinned: int, served: int) -> None:
+    """Warn that a pinned version does not exist, so another one is served."""
+    _warn(
+        f"{name} is pinned to version {pinned}, which does not exist; version {served} is used instead: de3 models "
+        f"load {name}:VERSION pins another version, and de3 models load {name} lifts the pin"
+    )
 
 
 def _are_alike(link: Path, ours: Path, entry: FileEntry) -> bool:

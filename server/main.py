@@ -68,7 +68,8 @@ def serve(settings: Settings, artifacts: Sequence[Artifact] = ()) -> None:
                 f"{of.name}: upstream.timeout_s ({of.upstream.timeout_s:g}) must be below --timeout-s "
                 f"({settings.timeout_s:g})"
             )
-    processes = number_of_processes(settings, find(Store(settings.store), settings.models, artifacts))
+    found = find(Store(settings.store, settings.state_dir), settings.models, artifacts)
+    processes = number_of_processes(settings, found)
     settings = settings.model_copy(update={"processes": processes})
     if settings.traces:
         check_can_trace()

@@ -18,7 +18,7 @@ from de3.server.audit.audits import Audits
 from de3.server.background import in_background, run_once
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
-from de3.server.learn.journal import LearnFolder
+from de3.server.learn.journal import LEARNED_FROM, LearnFolder
 from de3.server.metrics import Metrics
 from de3.server.models import MAX_LOADED, Models, Role, Route, by_depth, load
 from de3.server.prove import Prover
@@ -36,6 +36,7 @@ class Change:
         version: version to load or unload; None: load the newest in the store, or unload all that are loaded. Not used
             for a rollback.
         share: share of the requests that a canary answers.
+        by_admin: a person's decision: a version that becomes current is pinned, unless `version` is None.
     """
 
     what: Literal["load", "rollback", "unload"]
@@ -43,6 +44,7 @@ class Change:
     version: int | None = None
     role: Role = "current"
     share: float = 0.0
+    by_admin: bool = False
 
 
 @dataclass
@@ -80,16 +82,19 @@ class Manager:
         drop_shadows: Callable[[Sequence[Served]], None],
         memory_of: Callable[[str], Memory | None],
         known: Sequence[Artifact] = (),
+        are_named: bool = False,
     ) -> None:
         """drop_shadows: called with unloaded models, which pending shadow jobs and audits would keep in memory.
 
         memory_of: returns shared memory for the weights of the encoder with this hash; None if they are not shared
-        between processes. known: artifacts that can be loaded even if they are not in the store.
+        between processes. known: artifacts that can be loaded even if they are not in the store. are_named: they
+        are the models that the operator has named; otherwise they are all models of the store.
         """
         self._memory_of, self._encoders = memory_of, Encoders()
         self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits
         self._drop_shadows = drop_shadows
-        self._store, self._known = Store(settings.store), list(known)
+        self._store, self._known = Store(settings.store, settings.state_dir), list(known)
+        self._are_named = are_named
         folder = settings.state_dir if settings.learn else None
         self._learned = None if folder is None else LearnFolder(folder).store
         self._prover = Prover()
@@ -158,7 +163,7 @@ class Manager:
             raise RequestError("another change of the models is in progress; try again", cause="conflict")
         async with self._changing:
             await self.prepare(await self.plan(change))
-            return self.commit()
+            return self.commit() | await self.pin(change)
 
     async def plan(self, change: Change) -> Plan:
         """The plan of a change, checked but not yet carried out; raises RequestError if the change is not possible."""
@@ -172,6 +177,8 @@ class Manager:
             if route is None or not route.before:
                 raise RequestError(f"{name}: no version was current before", "name", "conflict")
             version = route.before[-1]
+        elif not change.by_admin and await asyncio.to_thread(self._store.pin, name) is not None:
+            raise RequestError(f"{name} is pinned to another version", "name", "conflict")
         artifact = await self._open(name, version)
         if change.what == "load" and await asyncio.to_thread(artifact.is_outdated):
             why = "its files have changed since the server started; restart the server to serve them"
@@ -204,7 +211,7 @@ class Manager:
         """
         full_name = name if version is None else f"{name}:{version}"
         try:
-            return self._store.open(full_name)
+            return self._store.open(full_name, unpinned=True)
         except (UnknownModelError, NoModelsError) as error:
             if version is not None and self._learned is not None:
                 with suppress(UnknownModelError, NoModelsError):
@@ -257,6 +264,38 @@ class Manager:
             "%s is %s (%s), after %.1f s", model.full_name, change.role, model.full_runtime, plan.seconds
         )
         return {"model": model.full_name, "role": change.role, "runtime": model.runtime}
+
+    async def pin(self, change: Change) -> dict[str, str]:
+        """Pin the version that an admin's change made current, or lift the pin if the change names none.
+
+        Returns fields of the admin route's response: next_start, name:version that the next start serves ("" if none),
+        and reason. To be called once for a change, by one process.
+        """
+        return {} if change.what == "unload" else await asyncio.to_thread(self._pin, change)
+
+    def _pin(self, change: Change) -> dict[str, str]:
+        name, unsaved = change.name, ""
+        current = self._models.routes[name].current
+        try:
+            if change.by_admin and change.role == "current":
+                lifts = change.what == "load" and change.version is None
+                self._store.set_pin(name, None if lifts else current)
+        except OSError as error:
+            unsaved = f"; the pin cannot be saved: {error.filename}: {error.strerror}"
+            log.error("%s: the pin cannot be saved: %s", name, error)
+        known = next((a for a in self._known if a.manifest.name == name), None)
+        if known is None and self._are_named:
+            return {"next_start": "", "reason": "not named when the server was started"}
+        chosen = known.manifest.version if known is not None and known.is_chosen else None
+        version = chosen or self._store.pin(name)
+        reason = "named at the start" if chosen else "pinned"
+        if version in (None, chosen) and self._learned is not None and current > LEARNED_FROM:
+            version, reason = current, "learned"
+        try:
+            artifact = self._find(name, version)
+        except StoreError:
+            artifact, version = self._find(name, None), None
+        return {"next_start": artifact.full_name, "reason": (reason if version else "newest") + unsaved}
 
     def abort(self) -> None:
         """Release the prepared model, which will not be served."""

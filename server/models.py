@@ -25,7 +25,7 @@ MAX_LOADED = 16
 
 
 def find(store: Store, wanted: list[str], others: Sequence[Artifact] = ()) -> list[Artifact]:
-    """The artifacts to serve, with validated manifests: the wanted ones, or the newest version of every model.
+    """The artifacts to serve, with validated manifests: the wanted ones, or `name` of every model (see Store.open).
 
     others: artifacts from elsewhere; if there are any, the store's models are served only if `wanted` names them. An
     invalid artifact is skipped unless it is in `wanted`. Raises StoreError if a wanted one is invalid, no valid one is
@@ -70,7 +70,7 @@ def newest(store: Store) -> list[Artifact]:
     with suppress(NoModelsError):
         for name in store.versions():
             with suppress(Exception):  # an invalid one is reported when it is loaded
-                artifacts.append(store.open(name))
+                artifacts.append(store.open(name, unpinned=True))
     return artifacts
 
 

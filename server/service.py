@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from de3.model_store.manifest import Manifest
-from de3.model_store.store import Artifact, Store
+from de3.model_store.store import Artifact, Store, warn_of_pin
 from de3.native.network import Memory
 from de3.server import memory
 from de3.server.admission import Admission
@@ -67,15 +68,11 @@ class Service:
         Raises ValueError as Coordinator does, if this is the only process.
         """
         self.settings = settings
-        store = Store(settings.store)
+        store = self._store = Store(settings.store, settings.state_dir)
         found = find(store, settings.models, artifacts)
         self.artifacts: list[Artifact] = found
-        if settings.learn and settings.state_dir is not None:
-            self.artifacts = list(map(LearnFolder(settings.state_dir).served_before, found))
-        elif settings.state_dir is not None:
-            for one in found:
-                if (learned := LearnFolder(settings.state_dir).served_before(one)) is not one:
-                    log.warning("%s was learned before, and is not served without --learn", learned.full_name)
+        if settings.state_dir is not None:
+            self.artifacts = [self._learned(one, settings.state_dir) for one in found]
         self._are_named = bool(settings.models or artifacts)
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *newest(store)])
         default = default_of(settings, self.artifacts, self._are_named)
@@ -93,6 +90,7 @@ class Service:
         self.manager = Manager(
             *(settings, self.models, self.metrics, self.audits, self.engine.drop_shadows, memory_of),
             found,
+            self._are_named,
         )
         self.undelivered = Undelivered()
         self.state = "loading"
@@ -105,6 +103,18 @@ class Service:
             lambda: self.in_flight,
         )
         self.failure: Exception | None = None
+
+    def _learned(self, artifact: Artifact, state_dir: Path) -> Artifact:
+        """The version to start with: a learned one that is pinned or was current, or the artifact itself."""
+        name = artifact.manifest.name
+        pin = None if artifact.is_chosen else self._store.pin(name)
+        learned = LearnFolder(state_dir).served_before(artifact, pin)
+        if not self.settings.learn and learned is not artifact:
+            log.warning("%s was learned before, and is not served without --learn", learned.full_name)
+            return artifact
+        if pin not in (None, learned.manifest.version):
+            warn_of_pin(name, pin, learned.manifest.version)
+        return learned
 
     async def load(self, on_failure: Callable[[], None]) -> None:
         """Load and warm up the models, then become ready.
@@ -196,6 +206,10 @@ class Service:
         if self.is_open:
             return [served.model.manifest for served in self.models.all]
         return [artifact.manifest for artifact in self.artifacts]
+
+    def stored(self) -> dict[str, dict[str, Any]]:
+        """Fields of the served versions in /v1/models from files, by name:version; any thread may call it."""
+        return {m.full_name: {"is_pinned": self._store.pin(m.name) == m.version} for m in self.manifests()}
 
     def role(self, manifest: Manifest) -> dict[str, Any]:
         """Fields of a served version in /v1/models; empty while the models load.

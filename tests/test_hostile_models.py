@@ -531,8 +531,8 @@ def test_a_manifest_has_no_oversized_number(copies: Path) -> None:
 def test_any_error_in_one_model_leaves_the_others(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Store.open
 
-    def broken(store: Store, model: str) -> Any:
-        return opened(store, model) if model != "tiny" else raise_(RecursionError("forged"))
+    def broken(store: Store, model: str, unpinned: bool = False) -> Any:
+        return opened(store, model, unpinned) if model != "tiny" else raise_(RecursionError("forged"))
 
     monkeypatch.setattr(Store, "open", broken)
     artifacts = find(Store(copies), [])

@@ -56,6 +56,7 @@ from de3.server.learn.learner import FIRST_FIT, MIN_RECORDS, Changes, InService,
 from de3.server.learn.learners import MIN_GAIN, Learners
 from de3.server.learn.record import HeldOut, Record
 from de3.server.learn.reservoir import OTHERS, Reservoir
+from de3.server.manager import Change
 from de3.server.rules import Rules
 from de3.server.settings import Settings
 from tests.commands import de3, refusal
@@ -819,6 +820,9 @@ def test_a_learned_version_is_served_after_a_restart_unless_the_operator_changed
         manifest.write_text(damaged)
         assert restarted(version_of(base, 2)) == "base:2"
         shutil.copy(learned[0].path / "manifest.json", manifest)
+    for pin, served in ((FIRST + 1, FIRST + 1), (2, 2), (FIRST + 9, 2)):
+        one.save()
+        assert LearnFolder(tmp_path).served_before(version_of(base, 2), pin).manifest.version == served
 
 
 def test_records_that_come_while_others_are_saved_are_added_later(
@@ -1051,6 +1055,20 @@ def test_a_fit_is_served_with_its_evidence(learning_of_base: Learning, base: Art
     assert one.folder.journal("base", base_of(base.manifest)).latest == FIRST
 
 
+def test_a_pin_holds_against_a_faster_version_until_it_is_lifted(learning_of_base: Learning) -> None:
+    one = learning_of_base
+    learner, pins = one.learners.of("base"), one.learners._store
+    pins.set_pin("base", 1)
+    assert (one.fit().outcome, one.around.changes) == ("pinned", [])
+    assert "another version is pinned" in learner.report()["message"]
+    assert learner.waiting is not None
+    pins.set_pin("base", None)
+    for _ in range(MIN_RECORDS):
+        learner.add(one.record)
+    one.outcome = "served"
+    assert (one.fit().outcome, len(one.around.changes)) == ("served", 1)
+
+
 def test_a_version_waits_until_newer_texts_prove_that_it_starts_faster(learning_of_base: Learning) -> None:
     """Texts that were recorded at the fit count only against it; it is not served if it starts as fast as today's."""
     one = learning_of_base
@@ -1219,12 +1237,13 @@ def report(server: Server) -> dict[str, Any]:
 def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
     stock_store: Path, base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    store = Path(shutil.copytree(stock_store, tmp_path / "store"))  # gets a pin
     monkeypatch.setattr(learner, "FIRST_FIT", 150)
     monkeypatch.setattr(learner, "GROWTH", 100)  # later fits start only on request
     monkeypatch.setattr("de3.server.learn.learners.CHECK_S", 0.05)
     options: dict[str, Any] = {"learn": True, "guarantee": 0.2, "state_dir": tmp_path, "models": ["base"]}
     keys, texts, last = {"admin_keys": "root " + "k" * 32}, texts_of(300, 9), base.manifest.num_layers
-    with serving(stock_store, **options, **keys) as server:
+    with serving(store, **options, **keys) as server:
         admin = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer " + "k" * 32})
         assert admin.post("/v1/models/base/learn").status_code == 409  # too few records
         rows = server.classify(input=texts[:140]).json()["data"]
@@ -1253,12 +1272,26 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
         until(lambda: server.metric("de3_learn_records", model="base") > 140, "more records")
         assert server.metric("de3_learn_fits_total", model="base", outcome="served") == 1
         said = report(server)
-    with serving(stock_store, **options) as server:
+    with serving(store, **options) as server:
         assert server.classify(input="a film").json()["model"] == f"base:{said['serving']}" == f"base:{FIRST}"
         until(lambda: report(server)["records"] >= said["records"], "the records")
         assert report(server)["fits"] == said["fits"]
+    with serving(store, **options, **keys) as server:
+        headers = {"Authorization": "Bearer " + "k" * 32}
+        back = httpx.post(f"{server.url}/v1/models/base/rollback", headers=headers, json={}).json()
+        assert (back["model"], back["next_start"], back["reason"]) == ("base:1", "base:1", "pinned")
+        change = {"what": "load", "name": "base", "version": FIRST}  # as a learner would ask for it
+        with pytest.raises(RequestError, match="pinned to another version"):
+            asyncio.run(server.service.manager.plan(Change(**change)))
+    with serving(store, **options, **keys) as server:
+        assert server.classify(input="a film").json()["model"] == "base:1"
+        body = {"version": FIRST}
+        pinned = httpx.post(f"{server.url}/v1/models/base/load", headers=headers, json=body).json()
+        assert (pinned["next_start"], pinned["reason"]) == (f"base:{FIRST}", "pinned")
+    with serving(store, **options) as server:
+        assert server.classify(input="a film").json()["model"] == f"base:{FIRST}"
     (tmp_path / f"learned/versions/base/{FIRST}/layer_01.onnx").write_bytes(b"damaged")
-    with serving(stock_store, **options) as server:
+    with serving(store, **options) as server:
         assert server.classify(input="a film").json()["model"] == "base:1"
 
 

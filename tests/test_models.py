@@ -21,7 +21,7 @@ from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.commands import de3, refusal
 from tests.fixtures import make_rows
-from tests.serving import Gate, Server, process, serving, until
+from tests.serving import Gate, Server, process, running, serving, until
 
 KEY = "an-admin-key-of-some-length"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -77,13 +77,68 @@ def served(server: Server) -> list[str]:
 
 def test_a_new_version_takes_over_and_can_be_rolled_back(server: Server) -> None:
     loaded = change(server, "load", version=2).json()
-    assert loaded == {"model": "tiny:2", "role": "current", "runtime": "onnxruntime"}
+    start = {"next_start": "tiny:1", "reason": "named at the start"}
+    assert loaded == {"model": "tiny:2", "role": "current", "runtime": "onnxruntime", **start}
     assert server.classify(input="good").json()["data"][0]["label"] in ("no", "yes")
     assert (answering(server), served(server)) == ("tiny:2", ["tiny:2"])
     assert change(server, "rollback").json()["model"] == "tiny:1"
     assert (answering(server), served(server)) == ("tiny:1", ["tiny:1"])
     again = change(server, "rollback")
     assert again.status_code == 409 and "no version was current before" in again.text
+
+
+def test_which_version_serves_is_a_decision_that_survives(
+    versions: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Publishing does not deploy once a person has chosen a version; the command line comes first."""
+    copy(versions, 4)
+    keys = {"admin_keys": f"root {KEY}"}
+
+    def next_start(answer: httpx.Response) -> tuple[str, str]:
+        assert answer.status_code == 200, answer.text
+        return answer.json()["next_start"], answer.json()["reason"]
+
+    with serving(versions, **keys) as server:
+        assert answering(server) == "tiny:4"
+        assert next_start(change(server, "load", version=1)) == ("tiny:1", "pinned")
+        assert next_start(change(server, "load", version=2)) == ("tiny:2", "pinned")
+        assert next_start(change(server, "rollback")) == ("tiny:1", "pinned")
+        for role in ({"role": "canary", "share": 0.5}, {"role": "shadow"}, {"role": "loaded"}):
+            assert next_start(change(server, "load", version=4, **role)) == ("tiny:1", "pinned")
+        rows = httpx.get(server.url + "/v1/models").json()["data"]
+        assert {row["id"]: row["is_pinned"] for row in rows} == {"tiny:1": True, "tiny:4": False}
+    copy(versions, 5)  # published later
+    with serving(versions, models=["tiny"], **keys) as server:
+        assert answering(server) == "tiny:1"
+    with serving(versions, models=["tiny:4"], **keys) as server:
+        assert answering(server) == "tiny:4"
+    with running(Service(Settings(store=versions, port=0), [Store(versions).open("tiny")])) as server:
+        assert answering(server) == "tiny:1"
+    with serving(versions, **keys) as server:
+        assert next_start(change(server, "load")) == ("tiny:5", "newest")
+        assert answering(server) == "tiny:5"
+        assert not any(row["is_pinned"] for row in httpx.get(server.url + "/v1/models").json()["data"])
+    (versions / "tiny/pinned").write_text("9")
+    caplog.clear()
+    with serving(versions, **keys) as server:
+        assert answering(server) == "tiny:5"
+    assert (
+        len([line for line in caplog.messages if "tiny is pinned to version 9, which does not" in line]) == 1
+    )
+
+
+def test_a_pin_that_cannot_be_saved_is_reported(versions: Path, tmp_path: Path) -> None:
+    (versions / "tiny/pinned.new").mkdir()
+    copy(versions, 4)
+    with serving(versions, models=["tiny"], admin_keys=f"root {KEY}") as server:
+        done = change(server, "load", version=2).json()
+        assert done["next_start"] == "tiny:4" and "newest; the pin cannot be saved: " in done["reason"]
+        assert answering(server) == "tiny:2"
+    options: dict[str, Any] = {"admin_keys": f"root {KEY}", "state_dir": tmp_path / "state"}
+    with serving(versions, models=["tiny"], **options) as server:
+        assert change(server, "load", version=2).json()["reason"] == "pinned"
+    with serving(versions, models=["tiny"], **options) as server:
+        assert answering(server) == "tiny:2"
 
 
 def test_a_bad_artifact_changes_nothing_and_says_why(server: Server) -> None:
@@ -337,11 +392,12 @@ def test_the_command_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> No
     def models(arguments: str) -> str:
         return de3(f"models {arguments} --url {server.url}").strip()
 
-    assert models("load tiny:2") == "tiny:2 is current (onnxruntime)"
+    start = "\nthe next start serves tiny:1 (named at the start)"
+    assert models("load tiny:2") == f"tiny:2 is current (onnxruntime){start}"
     assert answering(server) == "tiny:2"
-    assert models("load tiny:1 --canary 0.5") == "tiny:1 is canary (onnxruntime)"
+    assert models("load tiny:1 --canary 0.5") == f"tiny:1 is canary (onnxruntime){start}"
     assert models("unload tiny:1") == "tiny:1 is unloaded"
-    assert models("rollback tiny") == "tiny:1 is current again (onnxruntime)"
+    assert models("rollback tiny") == f"tiny:1 is current again (onnxruntime){start}"
     assert "layer_02.onnx: damaged" in refusal(f"models load tiny:3 --url {server.url}")
     assert "--url: Invalid port" in refusal("models load tiny:3 --url http://[::1")
     assert "control characters" in refusal(["models", "load", "tiny:3", "--url", "http://a b"])

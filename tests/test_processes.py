@@ -163,7 +163,7 @@ def test_the_processes_share_the_weights_and_count_together(server: Running) -> 
         assert [line.split()[1] for line in maps.splitlines() if "memfd:de3-weights" in line] == ["r--s"]
 
 
-def test_a_change_is_seen_in_every_process_or_in_none(server: Running) -> None:
+def test_a_change_is_seen_in_every_process_or_in_none(server: Running, versions: Path) -> None:
     with server.both() as clients:
 
         def served() -> list[list[str]]:
@@ -181,7 +181,9 @@ def test_a_change_is_seen_in_every_process_or_in_none(server: Running) -> None:
         assert server.change("load", version=2).json()["role"] == "current"
         assert served() == [["tiny:2", "current"]]
         assert [classify(client, input="good")["model"] for client in clients] == ["tiny:2"] * 2
-        assert server.change("rollback").status_code == 200
+        back = server.change("rollback").json()
+        assert (back["next_start"], back["reason"]) == ("tiny:1", "named at the start")
+        assert (versions / "tiny/pinned").read_text() == "1\n"
         assert served() == [["tiny:1", "current"]]
         assert server.change("load", version=2, role="loaded").status_code == 200
         assert server.change("unload", version=2).json() == {"unloaded": ["tiny:2"]}

@@ -56,6 +56,82 @@ def test_versions_are_numbers(copy: Path) -> None:
     assert found.open("tiny:9").full_name == "tiny:9"
 
 
+@pytest.fixture
+def pinnable(copy: Path) -> Path:
+    """A store with tiny:1 and tiny:2."""
+    shutil.copytree(copy, copy.parent / "2")
+    edit(copy.parent / "2", lambda m: m.update(version=2))
+    return copy.parent.parent
+
+
+def test_a_name_is_its_pinned_version(pinnable: Path, tmp_path: Path) -> None:
+    store = Store(pinnable)
+    store.set_pin("tiny", None)
+    assert not (pinnable / "tiny/pinned").exists()
+    store.set_pin("tiny", 1)
+    assert (pinnable / "tiny/pinned").read_text() == "1\n"
+    assert [store.open(name).full_name for name in ("tiny", "tiny:2")] == ["tiny:1", "tiny:2"]
+    assert [store.open(name).is_chosen for name in ("tiny", "tiny:2")] == [False, True]
+    assert store.open("tiny", unpinned=True).full_name == "tiny:2"
+    rows = invoke(f"models list --store {pinnable}").output
+    assert "tiny:1 (pinned)" in rows and "tiny:2 (pinned)" not in rows
+    store.set_pin("tiny", None)
+    assert (store.pin("tiny"), store.open("tiny").full_name) == (None, "tiny:2")
+
+
+def test_a_pin_that_the_store_cannot_hold_is_in_the_state_folder(pinnable: Path, tmp_path: Path) -> None:
+    store, other = Store(pinnable, tmp_path / "state"), Store(pinnable)
+    other.set_pin("tiny", 2)
+    (pinnable / "tiny/pinned.new").mkdir()  # stands in for a folder that cannot be written, also by root
+    with pytest.raises(OSError):
+        other.set_pin("tiny", 1)
+    store.set_pin("tiny", 1)
+    assert (tmp_path / "state/pins/tiny").read_text() == "1\n"
+    assert (store.pin("tiny"), other.pin("tiny")) == (1, 2)
+    store.set_pin("tiny", None)  # although the store's pin remains
+    assert (store.pin("tiny"), other.pin("tiny")) == (None, 2)
+    (pinnable / "tiny/pinned.new").rmdir()
+    store.set_pin("tiny", 1)
+    assert not (tmp_path / "state/pins/tiny").exists() and other.pin("tiny") == 1
+    store.set_pin("elsewhere", 3)  # a model that is not in the store
+    assert store.pin("elsewhere") == 3 and not (pinnable / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "0", "-1", "two", "1 2", "9" * 10, "\0", "../9", "1" * 100, "FIFO", "link", "folder"]
+)
+def test_a_damaged_pin_is_ignored_with_a_warning(
+    pinnable: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    pin = pinnable / "tiny/pinned"
+    if damage == "FIFO":
+        os.mkfifo(pin)
+    elif damage == "link":
+        pin.symlink_to("/dev/zero")
+    elif damage == "folder":
+        pin.mkdir()
+    else:
+        pin.write_text(damage)
+    store = Store(pinnable)
+    for _ in range(2):
+        assert store.open("tiny").full_name == "tiny:2"
+    (line,) = caplog.messages
+    assert f"{pin}: this pin is ignored" in line and "de3 models load tiny:VERSION replaces it" in line
+    if damage != "folder":
+        store.set_pin("tiny", 1)
+        assert store.open("tiny").full_name == "tiny:1"
+
+
+def test_a_pin_to_a_version_that_is_gone_is_a_warning_with_the_next_step(
+    pinnable: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Store(pinnable).set_pin("tiny", 7)
+    assert Store(pinnable).open("tiny").full_name == "tiny:2"
+    (line,) = caplog.messages
+    assert "tiny is pinned to version 7, which does not exist; version 2 is used" in line
+    assert "de3 models load tiny lifts the pin" in line
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -37,10 +37,12 @@ def models_list(store: StoreOption = Path("models")) -> None:
     model = Column("model", overflow="fold")  # instead of truncating it
     table = Table(model, "labels", "layers", "precision", "default τ", "accuracy", "speed-up")
     for name in models.names():
+        base, _, version = name.partition(":")
+        pinned = " (pinned)" if models.pin(base) == int(version) else ""
         try:
             m = models.open(name).manifest
         except Exception as error:  # a forged manifest may raise anything
-            table.add_row(name, f"[red]{escape(_reason(error))}")
+            table.add_row(name + pinned, f"[red]{escape(_reason(error))}")
             continue
         names = m.labels if m.span_rule is None else m.span_rule.names
         labels = ("" if m.span_rule is None else "spans: ") + ", ".join(names[:4])
@@ -51,7 +53,7 @@ def models_list(store: StoreOption = Path("models")) -> None:
         if c is not None:
             agree = " agree" if c.self_labelled else ""  # with full depth or the imported classifier
             numbers = [f"{100 * c.default.accuracy:.1f}%{agree}", f"{c.default.speedup:.1f}×"]
-        table.add_row(name, labels, str(m.num_layers), m.precision, f"{m.defaults.tau:g}", *numbers)
+        table.add_row(name + pinned, labels, str(m.num_layers), m.precision, f"{m.defaults.tau:g}", *numbers)
     Console().print(table)
 
 
@@ -137,7 +139,10 @@ def check_url(url: str) -> str:
 @app.command("load")
 def models_load(
     model: Annotated[
-        str, typer.Argument(help="Model, as name (its newest version in the server's store) or name:version.")
+        str,
+        typer.Argument(
+            help="Model, as name:version, or as name: the newest in the server's store, unpinned."
+        ),
     ],
     url: Url = "http://127.0.0.1:8000",
     canary: Annotated[
@@ -162,7 +167,8 @@ def models_load(
         ),
     ] = False,
 ) -> None:
-    """Load or reload a version on a running server. By default, it becomes current once it is warmed up.
+    """Load or reload a version on a running server. By default, it becomes current once it is warmed up, and is pinned:
+    later starts serve it, too. Without a version, the pin is lifted.
 
     Needs an admin key in DE3_ADMIN_KEY and a server with admin keys.
     """
@@ -172,6 +178,7 @@ def models_load(
     body: dict[str, Any] = {"role": role} | ({} if canary is None else {"share": canary})
     done = _change(url, model, "load", body)
     print(f"{done['model']} is {done['role']} ({done['runtime']})")
+    _say_next_start(done)
 
 
 @app.command("unload")
@@ -189,9 +196,16 @@ def models_rollback(
     model: Annotated[str, typer.Argument(help="Model, without a version.")],
     url: Url = "http://127.0.0.1:8000",
 ) -> None:
-    """Make the previous version current again. Needs an admin key in DE3_ADMIN_KEY."""
+    """Make the previous version current again, and pin it. Needs an admin key in DE3_ADMIN_KEY."""
     done = _change(url, model, "rollback", {})
     print(f"{done['model']} is current again ({done['runtime']})")
+    _say_next_start(done)
+
+
+def _say_next_start(done: dict[str, Any]) -> None:
+    """Print what the next start of a server will serve, from its answer; earlier releases do not say."""
+    if "next_start" in done:
+        print(printable(f"the next start serves {done['next_start'] or 'it no longer'} ({done['reason']})"))
 
 
 def _change(url: str, model: str, action: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -181,6 +181,11 @@ def say_published(path: Path, store: Path, with_size: bool = False) -> None:
         if path.name == "1"
         else "; servers that run keep their version until they load this one or restart"
     )
+    from de3.model_store.store import Store
+
+    name, pinned = path.parent.name, Store(store).pin(path.parent.name)
+    if pinned is not None:  # a start does not serve it
+        old, serve = f"; {name} stays pinned to version {pinned}", f"de3 models load {name}:{path.name}"
     say(f"published {path}{size}{old}. Next: {serve}")
 
 

@@ -3,7 +3,6 @@
 import logging
 import os
 from math import isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -81,14 +80,14 @@ def serve(
         hint = f"see de3 serve --help-all; {', '.join(OTHER_VARIABLES)} have other uses"
         log.warning("%s: unknown setting, ignored: %s", name, hint)
     try:
-        run(settings, _artifacts(names or [], settings.store, quantize, cache_gb))
+        run(settings, _artifacts(names or [], settings, quantize, cache_gb))
     except NoModelsError as error:
         raise ValueError(
             f"{error}, name another store with --store DIR, or serve the demo model with de3 serve --demo"
         ) from None
 
 
-def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) -> list["Artifact"]:
+def _artifacts(names: list[str], settings: Settings, quantize: str, cache_gb: float) -> list["Artifact"]:
     """The artifacts with these names: models in the store, classifiers from folders or the hub, or .toml files.
 
     Raises ValueError if an option is invalid, or an artifact cannot be found or made.
@@ -101,6 +100,6 @@ def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) ->
     from de3.export.cache import cache_folder, evict
     from de3.library import artifact_of
 
-    artifacts = [artifact_of(name, store, quantize) for name in names]
+    artifacts = [artifact_of(name, settings.store, quantize, settings.state_dir) for name in names]
     evict(cache_folder(), cache_gb)
     return artifacts

@@ -71,13 +71,16 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
 
     @app.post("/v1/models/{name}/load", **common)
     async def load_model(name: Name, what: Annotated[Load, Body()] = Load()) -> dict[str, Any]:  # noqa: B008
-        """Load and warm up a version, then give it its role. Loading a served version reloads it from the store."""
-        return await changed(Change("load", name, what.version, what.role, what.share or 0.0))
+        """Load and warm up a version, then give it its role. Loading a served version reloads it from the store.
+
+        A version that becomes current is pinned: later starts serve it, too. Without `version`, the pin is lifted.
+        """
+        return await changed(Change("load", name, what.version, what.role, what.share or 0.0, True))
 
     @app.post("/v1/models/{name}/rollback", **common)
     async def roll_back_model(name: Name) -> dict[str, Any]:
-        """Make the previously current version current again."""
-        return await changed(Change("rollback", name))
+        """Make the previously current version current again, and pin it."""
+        return await changed(Change("rollback", name, by_admin=True))
 
     @app.post("/v1/models/{name}/unload", **common)
     async def unload_model(name: Name, what: Annotated[Unload, Body()] = Unload()) -> dict[str, Any]:  # noqa: B008

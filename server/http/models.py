@@ -1,5 +1,6 @@
 """Routes that report the served models, their calibrations, and their audit results."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,7 +34,8 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], acce
     )
     async def models() -> dict[str, Any]:
         """The served models: labels, layers, role, defaults, and the calibrated accuracy of the defaults."""
-        rows = [model_row(m) | service.role(m) for m in service.manifests()]
+        stored = await asyncio.to_thread(service.stored)
+        rows = [model_row(m) | service.role(m) | stored.get(m.full_name, {}) for m in service.manifests()]
         return {"object": "list", "data": rows}
 
     @app.get(
@@ -44,8 +46,8 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], acce
     )
     async def model(name: str) -> dict[str, Any]:
         """One served model, as /v1/models lists it."""
-        manifest = service.manifest(name)
-        return model_row(manifest) | service.role(manifest)
+        manifest, stored = service.manifest(name), await asyncio.to_thread(service.stored)
+        return model_row(manifest) | service.role(manifest) | stored.get(manifest.full_name, {})
 
     @app.get(
         "/v1/models/{name}/calibration",

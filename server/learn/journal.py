@@ -23,7 +23,7 @@ MAX_VOID = 1024
 MAX_KEPT = 8  # learned versions on disk, in addition to those in use
 LEARNED_FROM = 1_000_000  # numbers of learned versions start here, so that they differ from those in a store
 
-FitOutcome = Literal["served", "waits", "not_faster", "outdated", "failed"]
+FitOutcome = Literal["served", "waits", "pinned", "not_faster", "outdated", "failed"]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -33,9 +33,9 @@ class Result(BaseModel):
     Attributes:
         at: seconds since 1970.
         attempt: number of the fit.
-        outcome: served, waits (until newer texts prove more), not_faster, outdated (the traffic or the models changed
-            meanwhile), or failed.
-        version: number of the new version; None unless it is served or waits.
+        outcome: served, waits (until newer texts prove more), pinned (another version is pinned), not_faster, outdated
+            (the traffic or the models changed meanwhile), or failed.
+        version: number of the new version; None unless it is served or kept.
         records, held_out: number of records, and number of those that tested the exits.
         speedup: speed-up in layers at the best τ in hindsight, on the held-out records.
         proved_speedup: speed-up in layers at the τ that these records prove for each tenant.
@@ -180,21 +180,23 @@ class LearnFolder:
         except (NoModelsError, OSError):
             return []
 
-    def served_before(self, artifact: Artifact) -> Artifact:
-        """The learned version that was current when the server ended; the artifact itself if there is none.
+    def served_before(self, artifact: Artifact, pin: int | None = None) -> Artifact:
+        """The learned version that is pinned, or was current when the server ended; the artifact if there is none.
 
-        Also the artifact itself if that version was learned for another version of the model, or cannot be opened.
+        pin: the pinned version, if any. Also the artifact itself if that version was learned for another version of the
+        model, or cannot be opened.
         """
         manifest, base = artifact.manifest, base_of(artifact.manifest)
         if not self._journal_path(manifest.name, base).is_file():
             return artifact
         journal = self.journal(manifest.name, base)
-        if journal.current is None or journal.current <= LEARNED_FROM or journal.origin != manifest.version:
+        current = journal.current if pin is None else pin
+        if current is None or current <= LEARNED_FROM or (pin is None and journal.origin != manifest.version):
             return artifact
         try:
-            found = self.store.open(f"{manifest.name}:{journal.current}")
+            found = self.store.open(f"{manifest.name}:{current}")
         except StoreError as error:
-            log.error("the learned version %d is not served: %s", journal.current, error)
+            log.error("the learned version %d is not served: %s", current, error)
             return artifact
         return found if base_of(found.manifest) == base else artifact
 

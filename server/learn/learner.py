@@ -282,6 +282,8 @@ def sentence(result: Result) -> str:
             f"fit {result.attempt} waits until newer texts prove more than the {result.served_speedup:.2f}× that is "
             f"served: {measured}"
         )
+    if result.outcome == "pinned":
+        return f"fit {result.attempt} is not served, as another version is pinned: {measured}"
     if result.outcome == "served":
         return f"fit {result.attempt} is served as version {result.version}: {measured}"
     if result.outcome == "outdated":

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from de3.model_store.manifest import Manifest, base_of
-from de3.model_store.store import Artifact, StoreError
+from de3.model_store.store import Artifact, Store, StoreError
 from de3.server.background import keep_running, report, run_once
 from de3.server.errors import RequestError
 from de3.server.learn.fitting import FitError, memory_limit, run_fit
@@ -76,6 +76,7 @@ class Learners:
         self._settings, self._ledgers, self._change = settings, ledgers, change
         self.starts_fits = settings.learn  # False: it only keeps records
         self._folder = LearnFolder(settings.state_dir)
+        self._store = Store(settings.store, settings.state_dir)  # holds the pins
         try:
             self._folder.prepare()
         except OSError as error:
@@ -278,6 +279,9 @@ class Learners:
             if learner.waiting is None:
                 return result_of(waiting.attempt, waiting.found)
             return result_of(waiting.attempt, waiting.found, "waits", manifest.version)
+        if await asyncio.to_thread(self._store.pin, learner.name) is not None:
+            learner.wait_for_tests(waiting)
+            return result_of(waiting.attempt, waiting.found, "pinned", manifest.version)
         learner.waiting = None
         learner.observe(self._changes(learner))
         rows = [row for row in waiting.rows if learner.may_prove(row)]

@@ -32,7 +32,7 @@ class LearnMetrics(Collector):
         )
         fits = CounterMetricFamily(
             "de3_learn_fits",
-            "Fits of exits since the server started, by outcome: served, waits, not_faster, outdated or failed",
+            "Fits of exits since the server started, by outcome: served, waits, pinned, not_faster, outdated or failed",
             labels=["model", "outcome"],
         )
         for learner in self._learners.all:

@@ -142,6 +142,10 @@ class SharedModels:
                 self.coordinator.forget(ledger.manifest)
         if not answers:
             raise RequestError("every process ended during this change; try again", cause="conflict")
+        for process in members:  # by the first that is still running
+            if pinned := await ask_all([process], "pin", plan.change):
+                answers[0] |= pinned[0]
+                break
         return answers[0]
 
 

@@ -53,7 +53,7 @@ class Supervisor:
         Raises StoreError as find() does, and ValueError for a setting that cannot be met.
         """
         self._settings, self._artifacts, self._listening = settings, artifacts, listening
-        found = find(Store(settings.store), settings.models, artifacts)  # raises early, as a Service does
+        found = find(Store(settings.store, settings.state_dir), settings.models, artifacts)  # raises early
         self._default = default_of(settings, found, bool(settings.models or artifacts))
         self._access = Access(settings)
         # A process that is started later has the same keys, even if the files have changed.

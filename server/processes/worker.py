@@ -108,6 +108,7 @@ class Worker:
             "prepare": self._prepare,
             "commit": service.manager.commit,
             "abort": service.manager.abort,
+            "pin": service.manager.pin,
             "state": self._state,
             "samples": self._samples,
             "live": service.audits.live,
