@@ -15,6 +15,8 @@ from de3.model_store.model import Model
 from de3.model_store.segments import Array, Step, Tokens
 from de3.progress import track
 
+THREADS = cpu_count()
+
 
 def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:
     """Record the outputs of every exit for examples, in order; the labels of a token classifier are its own answers.
@@ -32,7 +34,7 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
     logits = np.zeros((len(examples), len(exits), len(model.manifest.labels)), np.float32)
     distances = np.full_like(logits, np.nan)
     tokens = np.zeros(len(examples), np.int64)
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         results = track(pool.map(full_depth, examples), f"Running {what} through the segments", len(examples))
         for i, (length, steps) in enumerate(results):
             tokens[i] = length
@@ -76,6 +78,6 @@ def recorded_spans(
         steps = model.full_depth(tokens)
         return [read_tokens(layer, logits_of(steps[layer], layer), tokens.layout, rule) for layer in layers]
 
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         results = track(pool.map(readings, texts), f"Running {what} through the segments", len(texts))
         return RecordedSpans.of(layers, list(results), [len(one) for one in texts])

@@ -22,6 +22,7 @@ EXITS, PROTOTYPES, TOKENIZER = "exits.safetensors", "prototypes.safetensors", "t
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
+LEARNED_FROM = 1_000_000  # numbers of learned versions start here, so that they differ from those in a store
 
 MAX_ROWS = 5000
 MAX_ATTEMPTS = 10**8  # number of fits of exits to live traffic

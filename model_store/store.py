@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from de3.model_store.manifest import (
     EXITS,
+    LEARNED_FROM,
     NAME,
     OLD_VERSION,
     PROTOTYPES,
@@ -68,14 +69,12 @@ class Artifact:
     Attributes:
         proof: file that records that the artifact loads and runs on this machine; None if this is proved at each start.
         sources: the files that it was converted from, with their modification times (ns); empty if there are none.
-        is_chosen: its version was named, so a pin to another version has no effect.
     """
 
     path: Path
     manifest: Manifest
     proof: Path | None = None
     sources: dict[str, int] = field(default_factory=dict)
-    is_chosen: bool = field(default=False, compare=False)
 
     @property
     def full_name(self) -> str:
@@ -161,14 +160,17 @@ class Store:
             pinned, number = None if unpinned else self.pin(name), versions[name][-1]
             if pinned in versions[name]:
                 number = pinned
-            elif pinned is not None and self._state_dir is None:  # otherwise it may be a learned version
-                warn_of_pin(name, pinned, number)
+            elif pinned is not None and (pinned <= LEARNED_FROM or self._state_dir is None):
+                _warn(
+                    f"{name} is pinned to version {pinned}, which does not exist; version {number} is used: "
+                    f"de3 models load {name}:VERSION pins another one, and de3 models load {name} lifts the pin"
+                )
         elif VERSION.fullmatch(version) and int(version) in versions[name]:
             number = int(version)
         else:
             existing = ", ".join(map(str, versions[name]))
             raise UnknownModelError(f"no version {version!r} of model {name!r}; available: {existing}")
-        return replace(self.open_path(self.path / name / str(number)), is_chosen=":" in model)
+        return self.open_path(self.path / name / str(number))
 
     def find(self, model: str) -> Artifact | None:
         """The artifact that open() returns, or the one in the folder of any version or model; None if there is none.
@@ -180,9 +182,8 @@ class Store:
                 return self.open(model)
         path = Path(model)
         if (path / MANIFEST).is_file():
-            return Artifact(path.absolute(), read_manifest(path), is_chosen=True)
-        beside = Store(path.parent, self._state_dir)
-        return beside.open(path.name) if any(path.glob(f"*/{MANIFEST}")) else None
+            return Artifact(path.absolute(), read_manifest(path))
+        return Store(path.parent).open(path.name) if any(path.glob(f"*/{MANIFEST}")) else None
 
     def open_path(self, path: Path) -> Artifact:
         """The artifact in <store>/<name>/<version>.
@@ -330,14 +331,6 @@ class Draft:
 @cache  # each warning once, as a pin is read often
 def _warn(message: str) -> None:
     log.warning("%s", printable(message))
-
-
-def warn_of_pin(name: str, pinned: int, served: int) -> None:
-    """Warn that a pinned version does not exist, so another one is served."""
-    _warn(
-        f"{name} is pinned to version {pinned}, which does not exist; version {served} is used instead: de3 models "
-        f"load {name}:VERSION pins another version, and de3 models load {name} lifts the pin"
-    )
 
 
 def _are_alike(link: Path, ours: Path, entry: FileEntry) -> bool:

@@ -31,6 +31,7 @@ Task = Literal[
     "fit",
     "freeing_memory",
     "hint",
+    "int8",
     "last_audits",
     "learning",
     "load_control",

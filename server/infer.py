@@ -69,6 +69,7 @@ class Inference:
             if shadow is not None:
                 _run_shadow(shadow, one, level, service)
             service.metrics.answered(one)
+            service.int8.add(one)
         return job
 
     def _settle(self, error: Exception | None) -> None:

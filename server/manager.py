@@ -10,6 +10,7 @@ from typing import Any, Literal
 from weakref import ref
 
 from de3.model_store.encoder import Encoders
+from de3.model_store.manifest import LEARNED_FROM
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError, UnknownModelError
 from de3.native.network import Memory
@@ -18,7 +19,7 @@ from de3.server.audit.audits import Audits
 from de3.server.background import in_background, run_once
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
-from de3.server.learn.journal import LEARNED_FROM, LearnFolder
+from de3.server.learn.journal import LearnFolder
 from de3.server.metrics import Metrics
 from de3.server.models import MAX_LOADED, Models, Role, Route, by_depth, load
 from de3.server.prove import Prover
@@ -82,19 +83,16 @@ class Manager:
         drop_shadows: Callable[[Sequence[Served]], None],
         memory_of: Callable[[str], Memory | None],
         known: Sequence[Artifact] = (),
-        are_named: bool = False,
     ) -> None:
         """drop_shadows: called with unloaded models, which pending shadow jobs and audits would keep in memory.
 
         memory_of: returns shared memory for the weights of the encoder with this hash; None if they are not shared
-        between processes. known: artifacts that can be loaded even if they are not in the store. are_named: they
-        are the models that the operator has named; otherwise they are all models of the store.
+        between processes. known: artifacts that can be loaded even if they are not in the store.
         """
         self._memory_of, self._encoders = memory_of, Encoders()
         self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits
         self._drop_shadows = drop_shadows
         self._store, self._known = Store(settings.store, settings.state_dir), list(known)
-        self._are_named = are_named
         folder = settings.state_dir if settings.learn else None
         self._learned = None if folder is None else LearnFolder(folder).store
         self._prover = Prover()
@@ -266,34 +264,29 @@ class Manager:
         return {"model": model.full_name, "role": change.role, "runtime": model.runtime}
 
     async def pin(self, change: Change) -> dict[str, str]:
-        """Pin the version that an admin's change made current, or lift the pin if the change names none.
+        """Pin the version that an admin's change made current, or lift the pin if the change names no version.
 
-        Returns fields of the admin route's response: next_start, name:version that the next start serves ("" if none),
-        and reason. To be called once for a change, by one process.
+        Returns fields of the admin route's response: `next_start`, the name:version that the next start serves unless
+        its command line names another, and `reason`. One process calls this, once for each change.
         """
         return {} if change.what == "unload" else await asyncio.to_thread(self._pin, change)
 
     def _pin(self, change: Change) -> dict[str, str]:
         name, unsaved = change.name, ""
         current = self._models.routes[name].current
-        try:
-            if change.by_admin and change.role == "current":
-                lifts = change.what == "load" and change.version is None
+        if change.by_admin and change.role == "current":
+            lifts = change.what == "load" and change.version is None
+            try:
                 self._store.set_pin(name, None if lifts else current)
-        except OSError as error:
-            unsaved = f"; the pin cannot be saved: {error.filename}: {error.strerror}"
-            log.error("%s: the pin cannot be saved: %s", name, error)
-        known = next((a for a in self._known if a.manifest.name == name), None)
-        if known is None and self._are_named:
-            return {"next_start": "", "reason": "not named when the server was started"}
-        chosen = known.manifest.version if known is not None and known.is_chosen else None
-        version = chosen or self._store.pin(name)
-        reason = "named at the start" if chosen else "pinned"
-        if version in (None, chosen) and self._learned is not None and current > LEARNED_FROM:
+            except OSError as error:
+                unsaved = f"; the pin cannot be saved: {error.filename}: {error.strerror}"
+                log.error("%s: the pin cannot be saved: %s", name, error)
+        version, reason = self._store.pin(name), "pinned"
+        if version is None and self._learned is not None and current > LEARNED_FROM:
             version, reason = current, "learned"
         try:
             artifact = self._find(name, version)
-        except StoreError:
+        except StoreError:  # a pin to a version that is gone
             artifact, version = self._find(name, None), None
         return {"next_start": artifact.full_name, "reason": (reason if version else "newest") + unsaved}
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from de3.model_store.manifest import Manifest
 from de3.model_store.printable import printable
-from de3.model_store.regular_file import read_regular_file
+from de3.model_store.regular_file import read_regular_file, write_private_file
 from de3.model_store.store import Artifact, StoreError
 from de3.server.child import command_of, limit_memory
 
@@ -45,14 +45,11 @@ class Prover:
         Returns the reason why the kernels cannot run an int8 artifact here; empty if they can and agree with ONNX
         Runtime, or are not used. The proof is recorded in `artifact.proof`, if set, and a recorded one is not repeated.
         """
-        if artifact.proof is None:
-            return self._prove(artifact, runtime)
-        proved = _recorded(artifact.proof)
-        what = _what(artifact, runtime)
-        if proved.get("what") != what:
-            proved = {"what": what, "no_kernels": self._prove(artifact, runtime)}
+        proved = recorded(artifact, runtime)
+        if not proved:
+            proved = {"no_kernels": self._prove(artifact, runtime)}
             with suppress(OSError):  # a read-only cache
-                artifact.proof.write_text(json.dumps(proved))
+                record(artifact, runtime, proved)
         return str(proved["no_kernels"])
 
     def _prove(self, artifact: Artifact, runtime: str) -> str:
@@ -133,13 +130,24 @@ def _what(artifact: Artifact, runtime: str) -> str:
     return " ".join([version("de3"), version("onnxruntime"), instructions, runtime, manifest])
 
 
-def _recorded(file: Path) -> dict[str, Any]:
-    """A recorded proof; empty if there is none, or if the file is unusable."""
+def recorded(artifact: Artifact, runtime: str) -> dict[str, Any]:
+    """What is recorded in `artifact.proof`; empty if it is not set, or the file is missing, unusable or outdated.
+
+    The record has `no_kernels`, as Prover.prove returns it, and `int8` once that is measured (int8.py).
+    """
     try:
-        proved = json.loads(read_regular_file(file, MAX_OUTPUT))
+        proved = {} if artifact.proof is None else json.loads(read_regular_file(artifact.proof, MAX_OUTPUT))
     except (OSError, ValueError):
         return {}
-    return proved if isinstance(proved, dict) and isinstance(proved.get("no_kernels"), str) else {}
+    is_valid = isinstance(proved, dict) and isinstance(proved.get("no_kernels"), str)
+    return proved if is_valid and proved.get("what") == _what(artifact, runtime) else {}
+
+
+def record(artifact: Artifact, runtime: str, proved: dict[str, Any]) -> None:
+    """Write `artifact.proof`, if it is set; raises OSError."""
+    if artifact.proof is not None:
+        content = json.dumps(proved | {"what": _what(artifact, runtime)})
+        write_private_file(artifact.proof, content.encode(), 0o644)
 
 
 def _too_late(artifact: Artifact) -> StoreError:

@@ -6,12 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from de3.model_store.manifest import Manifest
-from de3.model_store.store import Artifact, Store, warn_of_pin
+from de3.model_store.manifest import Manifest, base_of
+from de3.model_store.store import Artifact, Store
 from de3.native.network import Memory
 from de3.server import memory
 from de3.server.admission import Admission
@@ -21,10 +20,12 @@ from de3.server.engine.engine import Engine
 from de3.server.engine.served import Served
 from de3.server.engine.timing import run_longest
 from de3.server.errors import RequestError
+from de3.server.int8 import Int8Check
 from de3.server.learn.journal import LearnFolder
 from de3.server.manager import Manager
 from de3.server.metrics import Metrics
 from de3.server.models import Models, default_of, find, newest
+from de3.server.prove import recorded
 from de3.server.settings import Settings
 from de3.server.shared import OneProcess, Shared
 from de3.server.upstream.undelivered import Undelivered
@@ -69,10 +70,14 @@ class Service:
         """
         self.settings = settings
         store = self._store = Store(settings.store, settings.state_dir)
-        found = find(store, settings.models, artifacts)
+        found = self._found = find(store, settings.models, artifacts)
         self.artifacts: list[Artifact] = found
         if settings.state_dir is not None:
-            self.artifacts = [self._learned(one, settings.state_dir) for one in found]
+            folder = LearnFolder(settings.state_dir)
+            learned = [folder.served_before(one, store.pin(one.manifest.name)) for one in found]
+            self.artifacts = learned if settings.learn else found
+            for one in (one for one in learned if one not in self.artifacts):
+                log.warning("%s was learned before, and is not served without --learn", one.full_name)
         self._are_named = bool(settings.models or artifacts)
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *newest(store)])
         default = default_of(settings, self.artifacts, self._are_named)
@@ -90,8 +95,8 @@ class Service:
         self.manager = Manager(
             *(settings, self.models, self.metrics, self.audits, self.engine.drop_shadows, memory_of),
             found,
-            self._are_named,
         )
+        self.int8 = Int8Check(found, settings.runtime, self.metrics.registry)
         self.undelivered = Undelivered()
         self.state = "loading"
         self.is_open = False  # True once the models are loaded
@@ -103,18 +108,6 @@ class Service:
             lambda: self.in_flight,
         )
         self.failure: Exception | None = None
-
-    def _learned(self, artifact: Artifact, state_dir: Path) -> Artifact:
-        """The version to start with: a learned one that is pinned or was current, or the artifact itself."""
-        name = artifact.manifest.name
-        pin = None if artifact.is_chosen else self._store.pin(name)
-        learned = LearnFolder(state_dir).served_before(artifact, pin)
-        if not self.settings.learn and learned is not artifact:
-            log.warning("%s was learned before, and is not served without --learn", learned.full_name)
-            return artifact
-        if pin not in (None, learned.manifest.version):
-            warn_of_pin(name, pin, learned.manifest.version)
-        return learned
 
     async def load(self, on_failure: Callable[[], None]) -> None:
         """Load and warm up the models, then become ready.
@@ -209,7 +202,12 @@ class Service:
 
     def stored(self) -> dict[str, dict[str, Any]]:
         """Fields of the served versions in /v1/models from files, by name:version; any thread may call it."""
-        return {m.full_name: {"is_pinned": self._store.pin(m.name) == m.version} for m in self.manifests()}
+        runtime = self.settings.runtime
+        int8 = {base_of(a.manifest): recorded(a, runtime).get("int8") for a in self._found}
+        return {
+            m.full_name: {"is_pinned": self._store.pin(m.name) == m.version, "int8": int8.get(base_of(m))}
+            for m in self.manifests()
+        }
 
     def role(self, manifest: Manifest) -> dict[str, Any]:
         """Fields of a served version in /v1/models; empty while the models load.

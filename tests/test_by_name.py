@@ -35,6 +35,7 @@ from transformers import (
     RobertaTokenizer,
 )
 
+from de3.data.examples import Example
 from de3.export import cache, vocabulary
 from de3.export.cache import artifact_of, evict, model_name
 from de3.export.hub import _note_commit, fetch
@@ -47,9 +48,9 @@ from de3.model_store.proof import int8_saturates
 from de3.model_store.store import Artifact
 from de3.server.settings import Settings
 from tests.commands import WITHOUT_TORCH
-from tests.fixtures import made_once, save_encoder
+from tests.fixtures import made_once, make_rows, save_encoder
 from tests.hub import hub_of, use_hub
-from tests.serving import Server, process, until, url_when_ready
+from tests.serving import Server, process, running, until, url_when_ready
 
 TEXTS: tuple[tuple[str, str | None], ...] = (
     ("good", None),
@@ -724,6 +725,145 @@ def test_a_proof_is_not_repeated(bert: Path, tmp_path: Path, monkeypatch: pytest
     artifact.proof.write_text("{}")
     with pytest.raises(ValueError, match="crashes the process that loads it"):
         prove.Prover().prove(artifact, "auto")
+
+
+# Run at the priority of the tests: at the lowest one, it would wait for everything else on the machine.
+INT8 = "from de3.export.int8_process import child; child()"
+
+
+@pytest.fixture
+def int8_at_normal_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    from de3.server import int8
+    from de3.server.learn import fitting
+
+    monkeypatch.setattr(int8, "PROGRAM", INT8)
+    monkeypatch.setattr(fitting, "IDLE_CORES", -1.0)
+
+
+def listed(server: Server) -> dict[str, Any]:
+    (row,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+    return dict(row)
+
+
+def logged(caplog: pytest.LogCaptureFixture, part: str) -> list[tuple[str, str]]:
+    return [(row.levelname, row.getMessage()) for row in caplog.records if part in row.getMessage()]
+
+
+@pytest.mark.usefixtures("int8_at_normal_priority")
+@pytest.mark.parametrize("kind", [None, "multi_label_classification", "spans"])
+def test_the_answers_that_int8_changes_are_counted_once(
+    kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On 1,024 distinct live texts; a longer one, a repeated one and a redacted one do not count."""
+    from de3.export import record
+    from de3.server import int8
+    from de3.server.service import Service
+
+    caplog.set_level("INFO", "de3")
+    options: dict[str, Any] = {"tags": ["O", "B-A", "I-A"]} if kind == "spans" else {"labels": 3}
+    if kind == "multi_label_classification":
+        options |= {"problem_type": kind}
+    folder, made = save_encoder(tmp_path / "stock", **options), tmp_path / "cache"
+    artifact = artifact_of(str(folder), "int8", made)
+    settings = Settings(store=tmp_path / "none", port=0, threads=1)
+    texts = [f"{text} {number}" for number, (text, _) in enumerate(make_rows(1024, 31))]
+    with running(Service(settings, [artifact])) as server:
+        for start in range(0, 1000, 200):
+            assert server.classify(input=texts[start : start + 200]).status_code == 200
+        assert server.classify(input=["long " * 1000, *texts[:100]]).status_code == 200
+        assert [len(kept) for _, kept in server.service.int8._waiting.values()] == [1000]
+        assert listed(server)["int8"] is None
+        assert server.classify(input=texts[1000:]).status_code == 200
+        until(lambda: listed(server)["int8"], "the result")
+        first = listed(server)["int8"]
+        until(lambda: logged(caplog, "int8 changes"), "the message")
+        assert server.metric("de3_int8_disagreement_ratio", model="stock:1") == first["share"]
+    examples = [Example(text, 0) for text in texts]
+    plain = Model(artifact_of(str(folder), "fp32", tmp_path / "other"), "onnxruntime")
+    theirs, ours = record.record(plain, examples), record.record(Model(artifact), examples)
+    differ = int(ours.differs_from(theirs.answers[:, -1])[:, -1].sum())
+    assert (first["texts"], first["differ"]) == (1024, differ)
+    assert first["lower"] < first["share"] == round(differ / len(examples), 5) < first["upper"]
+    ((level, message),) = logged(caplog, "int8 changes")
+    assert level == ("WARNING" if first["share"] > 0.01 else "INFO") and "--quantize none" in message
+    assert not list(made.glob("*/.fp32"))
+    monkeypatch.setattr(int8, "PROGRAM", "raise SystemExit(9)")
+    with running(Service(settings, [artifact])) as server:  # a restart repeats nothing
+        assert server.metric("de3_int8_disagreement_ratio", model="stock:1") == first["share"]
+        assert listed(server)["int8"] == first and not server.service.int8._waiting
+    assert not logged(caplog, "cannot measure")
+
+
+@pytest.mark.usefixtures("int8_at_normal_priority")
+@pytest.mark.parametrize(
+    ("program", "memory", "reason"),
+    [
+        ("raise SystemExit(9)", 2**30, "its process ended with 9"),
+        (f"import sys; sys.argv[1] = sys.argv[1].replace('stock', 'gone'); {INT8}", 2**30, "gone"),
+        (INT8, 0, "its process ended with"),
+        ("import os; os.kill(os.getpid(), 9)", 2**30, "probably for lack of memory"),
+    ],
+)
+def test_a_failed_count_of_what_int8_changes_harms_nothing(
+    bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    program: str,
+    memory: int,
+    reason: str,
+) -> None:
+    from de3.server import int8
+    from de3.server.service import Service
+
+    monkeypatch.setattr(int8, "PROGRAM", program)
+    monkeypatch.setattr(int8, "MEMORY_BYTES", memory)
+    artifact = artifact_of(str(shutil.copytree(bert, tmp_path / "stock")), "int8", tmp_path / "cache")
+    monkeypatch.setattr(int8, "TEXTS", 3)
+    with running(Service(Settings(store=tmp_path / "none", port=0), [artifact])) as server:
+        assert server.classify(input=["a", "b", "c"]).status_code == 200
+        until(lambda: logged(caplog, "cannot measure how many answers int8 changes"), "the warning")
+        ((_, message),) = logged(caplog, "cannot measure")
+        assert reason in message, message
+        assert server.classify(input="good").status_code == 200
+        assert listed(server)["int8"] is None
+
+
+@pytest.mark.usefixtures("int8_at_normal_priority")
+def test_one_process_at_a_time_counts_what_int8_changes(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from de3.server import int8
+    from de3.server.service import Service
+
+    outputs, run_idle = list[str](), int8.run_idle
+
+    async def run(*arguments: Any) -> str:
+        outputs.append(await run_idle(*arguments))
+        return outputs[-1]
+
+    monkeypatch.setattr(int8, "TEXTS", 3)
+    monkeypatch.setattr(int8, "run_idle", run)
+    artifact = artifact_of(str(bert), "int8", tmp_path / "cache")
+    with running(Service(Settings(store=tmp_path / "none", port=0), [artifact])) as server:
+        with FileLock(artifact.path.parents[1] / ".fp32.lock"):  # as another process would hold it
+            server.classify(input=["a", "b", "c"])
+            until(lambda: outputs, "the end of the process")
+        assert outputs == ["{}"] and listed(server)["int8"] is None
+        server.classify(input=["d", "e", "f"])
+        until(lambda: listed(server)["int8"], "the result")
+
+
+def test_only_int8_answers_that_are_equal_or_not_are_counted(store: Path, tmp_path: Path) -> None:
+    from prometheus_client import CollectorRegistry
+
+    from de3.model_store.store import Store
+    from de3.server import int8
+
+    value = artifact_of(str(save_encoder(tmp_path / "value", labels=1)), "int8", tmp_path / "cache")
+    plain = artifact_of(str(save_encoder(tmp_path / "plain", labels=2)), "fp32", tmp_path / "cache")
+    others = [value, plain, Store(store).open("tiny-int8")]
+    assert not int8.Int8Check(others, "auto", CollectorRegistry())._waiting
 
 
 def test_two_classifiers_with_one_name_are_refused(bert: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from de3.export.records import opened, thinned
 from de3.export.records import texts_of as training_set
 from de3.model_store import records as files
 from de3.model_store.forward import Decision, ForwardPass
-from de3.model_store.manifest import Learned, Manifest, base_of
+from de3.model_store.manifest import LEARNED_FROM, Learned, Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records, joined, read
 from de3.model_store.segments import Tokens
@@ -51,7 +51,7 @@ from de3.server.errors import RequestError
 from de3.server.learn import fitting, learner
 from de3.server.learn.fitting import FitError, run_fit
 from de3.server.learn.job import Found, Job
-from de3.server.learn.journal import LEARNED_FROM, MAX_RESULTS, MAX_VOID, Journal, LearnFolder, Result
+from de3.server.learn.journal import MAX_RESULTS, MAX_VOID, Journal, LearnFolder, Result
 from de3.server.learn.learner import FIRST_FIT, MIN_RECORDS, Changes, InService, Learner, result_of
 from de3.server.learn.learners import MIN_GAIN, Learners
 from de3.server.learn.record import HeldOut, Record

@@ -77,7 +77,7 @@ def served(server: Server) -> list[str]:
 
 def test_a_new_version_takes_over_and_can_be_rolled_back(server: Server) -> None:
     loaded = change(server, "load", version=2).json()
-    start = {"next_start": "tiny:1", "reason": "named at the start"}
+    start = {"next_start": "tiny:2", "reason": "pinned"}
     assert loaded == {"model": "tiny:2", "role": "current", "runtime": "onnxruntime", **start}
     assert server.classify(input="good").json()["data"][0]["label"] in ("no", "yes")
     assert (answering(server), served(server)) == ("tiny:2", ["tiny:2"])
@@ -392,12 +392,12 @@ def test_the_command_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> No
     def models(arguments: str) -> str:
         return de3(f"models {arguments} --url {server.url}").strip()
 
-    start = "\nthe next start serves tiny:1 (named at the start)"
-    assert models("load tiny:2") == f"tiny:2 is current (onnxruntime){start}"
+    start = "\nthe next start serves tiny:{} (pinned), unless its command line names another"
+    assert models("load tiny:2") == f"tiny:2 is current (onnxruntime){start.format(2)}"
     assert answering(server) == "tiny:2"
-    assert models("load tiny:1 --canary 0.5") == f"tiny:1 is canary (onnxruntime){start}"
+    assert models("load tiny:1 --canary 0.5") == f"tiny:1 is canary (onnxruntime){start.format(2)}"
     assert models("unload tiny:1") == "tiny:1 is unloaded"
-    assert models("rollback tiny") == f"tiny:1 is current again (onnxruntime){start}"
+    assert models("rollback tiny") == f"tiny:1 is current again (onnxruntime){start.format(1)}"
     assert "layer_02.onnx: damaged" in refusal(f"models load tiny:3 --url {server.url}")
     assert "--url: Invalid port" in refusal("models load tiny:3 --url http://[::1")
     assert "control characters" in refusal(["models", "load", "tiny:3", "--url", "http://a b"])

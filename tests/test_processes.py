@@ -23,12 +23,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from de3.export.cache import artifact_of, cache_folder
 from de3.model_store.store import Artifact, Store
 from de3.server.processes.number import number_of_processes
 from de3.server.processes.samples import MAXIMA, MINIMA, SUMS, Family, families_of, merged
 from de3.server.processes.worker import part_of
+from de3.server.prove import record
 from de3.server.settings import Settings
-from tests.fixtures import make_rows
+from tests.fixtures import make_rows, save_encoder
 from tests.serving import CERTIFICATES, serving, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
@@ -182,7 +184,7 @@ def test_a_change_is_seen_in_every_process_or_in_none(server: Running, versions:
         assert served() == [["tiny:2", "current"]]
         assert [classify(client, input="good")["model"] for client in clients] == ["tiny:2"] * 2
         back = server.change("rollback").json()
-        assert (back["next_start"], back["reason"]) == ("tiny:1", "named at the start")
+        assert (back["next_start"], back["reason"]) == ("tiny:1", "pinned")
         assert (versions / "tiny/pinned").read_text() == "1\n"
         assert served() == [["tiny:1", "current"]]
         assert server.change("load", version=2, role="loaded").status_code == 200
@@ -191,6 +193,19 @@ def test_a_change_is_seen_in_every_process_or_in_none(server: Running, versions:
         assert server.change("unload").status_code == 409
         audited = re.findall(r'de3_audit_tau{model="(.*?)"', server.get("/metrics").text)
         assert audited == ["tiny:1"]
+
+
+def test_every_process_reports_what_int8_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DE3_CACHE", str(tmp_path / "cache"))
+    folder = save_encoder(tmp_path / "stock", labels=3)
+    found = {"texts": 1024, "differ": 20, "share": 0.01953, "lower": 0.01295, "upper": 0.02841}
+    artifact = artifact_of(str(folder), "int8", cache_folder())
+    record(artifact, "auto", {"no_kernels": "", "int8": found})
+    with running(tmp_path / "none", str(folder)) as server, server.both() as clients:
+        rows = [client.get("/v1/models").json()["data"][0] for client in clients]
+        assert [row["int8"] for row in rows] == [found] * 2
+        assert server.metric("de3_int8_disagreement_ratio", model="stock:1") == found["share"]
+        until(lambda: server.logged("int8 changes 2.0% .1.3 to 2.8%. of the answers"), "the warning")
 
 
 def test_a_guarantee_is_one(server: Running) -> None:

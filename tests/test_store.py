@@ -71,7 +71,6 @@ def test_a_name_is_its_pinned_version(pinnable: Path, tmp_path: Path) -> None:
     store.set_pin("tiny", 1)
     assert (pinnable / "tiny/pinned").read_text() == "1\n"
     assert [store.open(name).full_name for name in ("tiny", "tiny:2")] == ["tiny:1", "tiny:2"]
-    assert [store.open(name).is_chosen for name in ("tiny", "tiny:2")] == [False, True]
     assert store.open("tiny", unpinned=True).full_name == "tiny:2"
     rows = invoke(f"models list --store {pinnable}").output
     assert "tiny:1 (pinned)" in rows and "tiny:2 (pinned)" not in rows

@@ -205,7 +205,8 @@ def models_rollback(
 def _say_next_start(done: dict[str, Any]) -> None:
     """Print what the next start of a server will serve, from its answer; earlier releases do not say."""
     if "next_start" in done:
-        print(printable(f"the next start serves {done['next_start'] or 'it no longer'} ({done['reason']})"))
+        start = f"the next start serves {done['next_start']} ({done['reason']}), unless its command line names another"
+        print(printable(start))
 
 
 def _change(url: str, model: str, action: str, body: dict[str, Any]) -> dict[str, Any]:

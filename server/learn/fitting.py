@@ -1,4 +1,4 @@
-"""Runs a fit in a separate process: at the lowest priority, with limits on memory and time."""
+"""Runs a fit, or other work, in a separate process: at the lowest priority, with limits on memory and time."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ COPIES = 4
 
 
 class FitError(Exception):
-    """A failed fit; the message gives the reason."""
+    """A failed fit, or other work; the message gives the reason."""
 
 
 def memory_limit(model_bytes: int, record_bytes: int) -> int:
@@ -41,12 +41,20 @@ def memory_limit(model_bytes: int, record_bytes: int) -> int:
 
 async def run_fit(job: Job) -> Found:
     """Run a fit, or a test of a version; raises FitError if it fails or exceeds a limit."""
+    return Found.model_validate_json(await run_idle(PROGRAM, job.model_dump_json()))
+
+
+async def run_idle(program: str, argument: str, data: bytes | None = None) -> str:
+    """Run a program at the lowest priority; returns the last line of its output, a JSON object.
+
+    data: its standard input. Raises FitError if it fails, exceeds a limit, or the object has an `error`.
+    """
     # The job is an argument, because the process may end before it reads its input.
-    command = command_of("print(flush=True)\n" + PROGRAM, job.model_dump_json())
+    command = command_of("print(flush=True)\n" + program, argument)
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     process = await asyncio.create_subprocess_exec(
         *command,
-        stdin=asyncio.subprocess.DEVNULL,
+        stdin=asyncio.subprocess.DEVNULL if data is None else asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         # Unbuffered, Python loses the rest of a result whose write a pause has interrupted.
@@ -60,7 +68,7 @@ async def run_fit(job: Job) -> Found:
             await process.stdout.readline()
             # From here on it ends with this process, even while it is stopped.
             slowed = keep_running("pausing_fit", lambda: _slow_down(process, cpu_quota() is not None))
-            output, errors = await process.communicate()
+            output, errors = await process.communicate(data)
     except TimeoutError:
         raise FitError(f"it takes more than {TIMEOUT_S:g} s") from None
     finally:
@@ -75,14 +83,14 @@ async def run_fit(job: Job) -> Found:
     if process.returncode == -signal.SIGKILL:
         raise FitError("its process was killed, probably for lack of memory")
     try:
-        last_line = output.splitlines()[-1]
+        last_line = output.splitlines()[-1].decode()
         result = json.loads(last_line)
     except (ValueError, IndexError):
         last = errors.decode(errors="replace").strip().splitlines()[-1:] or ["no valid output"]
         raise FitError(f"its process ended with {process.returncode}: {last[0][:300]}") from None
     if "error" in result:
         raise FitError(str(result["error"]))
-    return Found.model_validate_json(last_line)
+    return last_line
 
 
 async def _slow_down(process: "asyncio.subprocess.Process", has_quota: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from de3.model_store.manifest import MAX_ATTEMPTS, base_of
+from de3.model_store.manifest import LEARNED_FROM, MAX_ATTEMPTS, base_of
 from de3.model_store.records import MAX_FILE_BYTES, Records
 from de3.model_store.records import read as read_records
 from de3.model_store.regular_file import read_regular_file, write_private_file
@@ -21,7 +21,6 @@ MAX_BYTES = 2**20
 MAX_RESULTS = 20
 MAX_VOID = 1024
 MAX_KEPT = 8  # learned versions on disk, in addition to those in use
-LEARNED_FROM = 1_000_000  # numbers of learned versions start here, so that they differ from those in a store
 
 FitOutcome = Literal["served", "waits", "pinned", "not_faster", "outdated", "failed"]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -183,22 +182,24 @@ class LearnFolder:
     def served_before(self, artifact: Artifact, pin: int | None = None) -> Artifact:
         """The learned version that is pinned, or was current when the server ended; the artifact if there is none.
 
-        pin: the pinned version, if any. Also the artifact itself if that version was learned for another version of the
-        model, or cannot be opened.
+        Also the artifact itself if that version cannot be opened, or was learned for another version of the model.
         """
         manifest, base = artifact.manifest, base_of(artifact.manifest)
-        if not self._journal_path(manifest.name, base).is_file():
-            return artifact
-        journal = self.journal(manifest.name, base)
-        current = journal.current if pin is None else pin
-        if current is None or current <= LEARNED_FROM or (pin is None and journal.origin != manifest.version):
+        current = pin
+        if pin is None and self._journal_path(manifest.name, base).is_file():
+            journal = self.journal(manifest.name, base)
+            current = journal.current if journal.origin == manifest.version else None
+        if current is None or current <= LEARNED_FROM:
             return artifact
         try:
             found = self.store.open(f"{manifest.name}:{current}")
         except StoreError as error:
             log.error("the learned version %d is not served: %s", current, error)
             return artifact
-        return found if base_of(found.manifest) == base else artifact
+        if base_of(found.manifest) == base:
+            return found
+        log.warning("the learned version %d is not served, as the model's weights have changed", current)
+        return artifact
 
     def remove_old(self, name: str, used: set[int]) -> None:
         """Remove drafts, and the learned versions of a model, except the MAX_KEPT newest and those in `used`.

@@ -16,6 +16,7 @@ from de3.server.processes.messages import decode
 MAXIMA = {
     "de3_tau",
     "de3_full_depth_accuracy",
+    "de3_int8_disagreement_ratio",
     "de3_drift",
     "de3_audit_share",
     "de3_model_info",
