@@ -208,7 +208,8 @@ def _report(
     if full.disagreement > 0:  # because of int8
         console.print(
             f"full depth differs from {reference} in {100 * full.disagreement:.2f}% (at most "
-            f"{100 * full.disagreement_bound:.2f}%, the smallest max_disagreement that can be guaranteed)",
+            f"{100 * full.disagreement_bound:.2f}%, the smallest max_disagreement that can be guaranteed; 0% with "
+            "--quantize none)",
             soft_wrap=True,
         )
 

@@ -348,7 +348,7 @@ class Rules:
             if row.disagreement_bound > options.max_disagreement:
                 raise RequestError(
                     f"max_disagreement: at least {row.disagreement_bound:g} with {self.name}: even full depth "
-                    "sometimes differs from the original model, because of int8",
+                    "sometimes differs from the original model, because of int8: import it with --quantize none",
                     "max_disagreement",
                 )
             calibration = self._manifest.calibration

@@ -1251,6 +1251,7 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
         path = f"{server.url}/v1/models/base/audit"
         until(lambda: httpx.get(path).json()["tenants"], "the audits")
         audit = httpx.get(path).json()
+        assert audit["relative_to"] == "full depth in int8"
         shown = (
             audit["tau"],
             audit["guarantee"]["reason"],

@@ -17,6 +17,7 @@ from onnxruntime import InferenceSession
 from safetensors.numpy import save_file
 
 from de3.commands.models import models_list
+from de3.commands.options import say_published
 from de3.model_store.manifest import EXITS
 from de3.model_store.model import Model, unit_prototypes
 from de3.model_store.regular_file import read_regular_file
@@ -94,6 +95,17 @@ def test_a_pin_that_the_store_cannot_hold_is_in_the_state_folder(pinnable: Path,
     assert not (tmp_path / "state/pins/tiny").exists() and other.pin("tiny") == 1
     store.set_pin("elsewhere", 3)  # a model that is not in the store
     assert store.pin("elsewhere") == 3 and not (pinnable / "elsewhere").exists()
+
+
+def test_a_command_that_publishes_says_that_the_pin_stays(
+    pinnable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say_published(pinnable / "tiny/2", pinnable)
+    Store(pinnable).set_pin("tiny", 1)
+    say_published(pinnable / "tiny/2", pinnable)
+    before, after = capsys.readouterr().err.splitlines()
+    assert "or restart. Next: de3 serve --model tiny" in before
+    assert "; tiny stays pinned to version 1. Next: de3 models load tiny:2" in after
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
     return {
         "model": ledger.manifest.full_name,
         "tenant": name,
+        "relative_to": "upstream" if manifest.upstream is not None else f"full depth in {manifest.precision}",
         "signal": signal.name,
         "lambda": signal.lam,
         "since": _time(tenant.since),
