@@ -267,7 +267,8 @@ class Manager:
         """Pin the version that an admin's change made current, or lift the pin if the change names no version.
 
         Returns fields of the admin route's response: `next_start`, the name:version that the next start serves unless
-        its command line names another, and `reason`. One process calls this, once for each change.
+        its command line names another, and `reason`; none if that version is damaged. One process calls this, once for
+        each change.
         """
         return {} if change.what == "unload" else await asyncio.to_thread(self._pin, change)
 
@@ -281,14 +282,15 @@ class Manager:
             except OSError as error:
                 unsaved = f"; the pin cannot be saved: {error.filename}: {error.strerror}"
                 log.error("%s: the pin cannot be saved: %s", name, error)
-        version, reason = self._store.pin(name), "pinned"
-        if version is None and self._learned is not None and current > LEARNED_FROM:
-            version, reason = current, "learned"
-        try:
-            artifact = self._find(name, version)
-        except StoreError:  # a pin to a version that is gone
-            artifact, version = self._find(name, None), None
-        return {"next_start": artifact.full_name, "reason": (reason if version else "newest") + unsaved}
+        choices: list[tuple[int | None, str]] = [(None, "newest")]
+        if (pin := self._store.pin(name)) is not None:
+            choices.insert(0, (pin, "pinned"))
+        elif self._learned is not None and current > LEARNED_FROM:
+            choices.insert(0, (current, "learned"))
+        for version, reason in choices:
+            with suppress(StoreError):  # the version does not exist or is damaged
+                return {"next_start": self._find(name, version).full_name, "reason": reason + unsaved}
+        return {}
 
     def abort(self) -> None:
         """Release the prepared model, which will not be served."""

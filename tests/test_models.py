@@ -115,6 +115,8 @@ def test_which_version_serves_is_a_decision_that_survives(
     with running(Service(Settings(store=versions, port=0), [Store(versions).open("tiny")])) as server:
         assert answering(server) == "tiny:1"
     with serving(versions, **keys) as server:
+        (versions / "tiny/pinned").write_text("9")
+        assert next_start(change(server, "load", version=4, role="loaded")) == ("tiny:5", "newest")
         assert next_start(change(server, "load")) == ("tiny:5", "newest")
         assert answering(server) == "tiny:5"
         assert not any(row["is_pinned"] for row in httpx.get(server.url + "/v1/models").json()["data"])
@@ -139,6 +141,12 @@ def test_a_pin_that_cannot_be_saved_is_reported(versions: Path, tmp_path: Path) 
         assert change(server, "load", version=2).json()["reason"] == "pinned"
     with serving(versions, models=["tiny"], **options) as server:
         assert answering(server) == "tiny:2"
+
+
+def test_a_change_is_made_although_the_newest_version_is_damaged(server: Server, versions: Path) -> None:
+    (versions / "tiny/3/manifest.json").write_text("{")
+    done = change(server, "load", version=2, role="canary", share=0.5)
+    assert (done.status_code, done.json()["role"], "next_start" in done.json()) == (200, "canary", False)
 
 
 def test_a_bad_artifact_changes_nothing_and_says_why(server: Server) -> None:

@@ -273,12 +273,14 @@ async def test_a_process_that_cannot_commit_is_replaced_and_the_change_stands(st
         "abort": lambda: said.append("abort"),
         "state": lambda: STATE,
         "plan": lambda change: plan,
+        "pin": lambda change: {"next_start": change["what"]},
     }
     async with (
         member(1, group, **both, commit=lambda: {"unloaded": ["tiny:1"]}) as good,
         member(2, group, **both, commit=mock.Mock(side_effect=ValueError("no"))) as bad,
     ):
-        assert await models.change({"what": "unload"}) == {"unloaded": ["tiny:1"]}
+        done = {"unloaded": ["tiny:1"], "next_start": "unload"}
+        assert await models.change({"what": "unload"}) == done
         assert await asyncio.to_thread(bad.os_process.wait) == -signal.SIGKILL
         assert good.os_process.poll() is None and said == [] and models.are_loaded
 
