@@ -171,6 +171,8 @@ def models_load(
     later starts serve it, too. Without a version, the pin is lifted.
 
     Needs an admin key in DE3_ADMIN_KEY and a server with admin keys.
+
+    Example: de3 models load sst2:4 --canary 0.1
     """
     if (canary is not None) + shadow + only_load > 1:
         raise ValueError("give at most one of --canary, --shadow and --only-load")
