@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 from functools import cached_property
 from ipaddress import ip_address
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -28,6 +29,9 @@ RESERVED = (
     "n",
 )  # fields of the upstream's request that parameters cannot set
 PLACEHOLDER = re.compile(r"\{(labels|text|text_pair)\}")
+# Texts are normalized in pieces, which end at a space if there is one: the time grows with the square of the accents in
+# a row.
+PIECE = re.compile(r"(?s).{0,63}\s|.{1,64}")
 
 Price = Annotated[float, Field(ge=0)]
 
@@ -152,9 +156,13 @@ class UpstreamModel(BaseModel):
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def folded(text: str) -> tuple[str, ...]:
-    """The words of a text, without case and punctuation."""
-    chars = unicodedata.normalize("NFKC", text).casefold()
+def folded(text: str, max_chars: float = inf) -> tuple[str, ...]:
+    """The words of a text, without case and punctuation; none if it has more than max_chars once it is normalized."""
+    chars = ""
+    for piece in PIECE.finditer(text):
+        chars += unicodedata.normalize("NFKC", piece[0]).casefold()
+        if len(chars) > max_chars:
+            return ()
     return tuple("".join(c if c.isalnum() or _is_mark(c) else " " for c in chars).split())
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import json
 import socket
 import subprocess
 import threading
@@ -16,7 +17,15 @@ from typing import Any
 import pytest
 
 from de3.server.engine.request import Text
-from de3.server.upstream.client import MAX_RESPONSE_BYTES, MAX_RETRY_AFTER_S, CallError, Client, Reply, Usage
+from de3.server.upstream.client import (
+    MAX_RESPONSE_BYTES,
+    MAX_RETRY_AFTER_S,
+    MAX_TOKENS,
+    CallError,
+    Client,
+    Reply,
+    Usage,
+)
 from tests.serving import free_port, until
 from tests.upstream import KEY, Service, chat, model_of, reply, send, service
 
@@ -32,12 +41,17 @@ def upstream() -> Iterator[Service]:
 
 
 def call(
-    folder: Path, url: str, text: Text | str = "a text", timeout_s: float = 30, **fields: Any
+    folder: Path,
+    url: str,
+    text: Text | str = "a text",
+    timeout_s: float = 30,
+    used: list[Usage] | None = None,
+    **fields: Any,
 ) -> tuple[Reply, Usage]:
-    """The answer of one call, and its tokens."""
+    """The answer of one call, and its tokens, which are also added to `used`."""
     if isinstance(text, str):
         text = Text(text)
-    used = list[Usage]()
+    used = [] if used is None else used
 
     async def one() -> Reply:
         client = Client(model_of(folder, LABELS, chat(f"{url}?key={SECRET}", **fields)), KEY)
@@ -53,14 +67,20 @@ def call(
 
 def failure(folder: Path, url: str, **more: Any) -> CallError:
     """The error of one call, which shows neither the key nor the URL."""
+    return failure_and_usage(folder, url, **more)[0]
+
+
+def failure_and_usage(folder: Path, url: str, **more: Any) -> tuple[CallError, list[Usage]]:
+    """The error of one call, and the tokens that were counted."""
+    used = list[Usage]()
     with pytest.raises(CallError) as found:
-        call(folder, url, **more)
+        call(folder, url, used=used, **more)
     for shown in (str(found.value), repr(found.value)):
         assert KEY not in shown
         assert SECRET not in shown
         assert "a text" not in shown
     assert found.value.__cause__ is None
-    return found.value
+    return found.value, used
 
 
 def test_a_chat_is_asked_with_the_prompt_the_key_and_the_parameters(
@@ -154,7 +174,6 @@ BAD_BODIES: list[Any] = [
     {"choices": []},
     {"choices": [None]},
     {"choices": [{"message": "billing"}]},
-    {"choices": [{"message": {"content": None}}]},
     {"choices": [{"message": {"content": 3}}]},
     {"choices": [{"message": {"content": [{"type": "text", "text": "billing"}]}}]},
     {"choices": {"0": {"message": {"content": "billing"}}}},
@@ -172,6 +191,8 @@ BAD_BODIES: list[Any] = [
         (answer(reply("billing or refund")), "reply", True, False),
         (answer(reply("billing " * 100_000)), "reply", True, False),
         (answer(reply(None, refusal="I cannot help with that.")), "reply", True, False),
+        (answer(reply(None)), "reply", True, False),  # a content filter
+        (answer({"choices": [{"message": {"role": "assistant"}}]}), "reply", True, False),
         (answer({}, 400), "refused", False, False),
         (answer({}, 413), "refused", False, False),
         (answer({}, 422), "refused", False, False),
@@ -195,6 +216,12 @@ def test_a_response_that_is_no_answer(
     found = failure(tmp_path, upstream.url)
     assert (found.why, found.may_retry, found.is_outage) == (why, may_retry, is_outage)
     assert found.retry_after_s is None
+    is_certain = why in ("connection", "server_error") or "HTTP 401" in str(found)
+    assert found.is_certain == is_certain  # no text can cause it
+    if why == "reply":
+        assert (
+            str(found) == "its reply names no label, or several"
+        )  # it is not quoted: it may have the prompt
 
 
 @pytest.mark.parametrize(
@@ -234,6 +261,7 @@ def test_an_answer_is_read_whatever_is_around_it(tmp_path: Path, upstream: Servi
         {},
         {"prompt_tokens": -1, "completion_tokens": True},
         {"prompt_tokens": 2**60},
+        {"prompt_tokens": MAX_TOKENS + 1, "completion_tokens": MAX_TOKENS + 1},
         "much",
     ):
         upstream.respond = answer({**reply("Refund!"), "usage": usage, "x": [1]}, Content_Type="text/html")
@@ -317,25 +345,53 @@ def test_an_address_without_a_service(tmp_path: Path) -> None:
         assert "permitted" not in str(found)
 
 
-def test_a_service_that_closes_idle_connections(tmp_path: Path, upstream: Service) -> None:
-    """A call on a connection that was closed meanwhile may be repeated."""
+def test_a_second_response_does_not_answer_the_next_text(tmp_path: Path, upstream: Service) -> None:
+    """A connection is used for one call."""
 
-    async def calls() -> None:
+    def twice(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        content = json.dumps(reply("refund" if "first" in str(body) else "billing")).encode()
+        handler.close_connection = "first" not in str(body)
+        handler.wfile.write(2 * (HEAD + b"Content-Length: %d\r\n\r\n" % len(content) + content))
+
+    async def calls() -> list[int]:
         client = Client(model_of(tmp_path, LABELS, chat(upstream.url)), None)
-        for _ in range(3):
-            handler: list[BaseHTTPRequestHandler] = []
-
-            def respond(one: BaseHTTPRequestHandler, _: dict[str, Any], seen: Any = handler) -> None:
-                seen.append(one)
-                send(one, reply("billing"))
-
-            upstream.respond = respond
-            assert (await client.call(Text("x"), 30, lambda _: None)).label == 0
-            handler[0].connection.shutdown(socket.SHUT_RDWR)
+        found = [(await client.call(Text(name), 30, lambda _: None)).label for name in ("first", "second")]
         await client.close()
+        return found
 
-    asyncio.run(calls())
+    upstream.respond = twice
+    assert asyncio.run(calls()) == [1, 0]
     assert all("Authorization" not in headers for headers in upstream.headers)
+
+
+@pytest.mark.parametrize(
+    ("respond", "received"),
+    [
+        (answer(gzip.compress(b"{}"), Content_Encoding="gzip"), 0),
+        (raw(HEAD + b"Content-Length: 2000000\r\n\r\n" + b"x" * 2_000_000), MAX_RESPONSE_BYTES),
+        (raw(HEAD + b"Content-Length: 5000\r\n\r\n" + b"x" * 4000), 4000),
+        (raw(b""), 0),
+        (answer({}), 2),
+        (answer({}, 500), None),
+        (answer({}, 401), None),
+    ],
+)
+def test_a_failed_call_is_charged_for_what_may_have_been_read_and_written(
+    tmp_path: Path, upstream: Service, respond: Respond, received: int | None
+) -> None:
+    """By an estimate from the bytes; a call that ends with an error's status costs nothing."""
+    upstream.respond = respond
+    _, used = failure_and_usage(tmp_path, upstream.url)
+    if received is None:
+        assert used == []
+        return
+    (usage,) = used
+    assert 10 < usage.input < 100
+    assert received / 4 <= usage.output <= received / 4 + 2**14
+
+
+def test_a_call_that_is_not_sent_costs_nothing(tmp_path: Path) -> None:
+    assert failure_and_usage(tmp_path, f"http://127.0.0.1:{free_port()}/v1")[1] == []
 
 
 @pytest.fixture(scope="module")

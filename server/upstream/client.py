@@ -23,6 +23,7 @@ CONNECT_S = 5.0  # limit on the time to connect
 MAX_RETRY_AFTER_S = 3600.0
 SUM_TOLERANCE = 1e-3  # largest error of the sum of probabilities
 CHARS_PER_TOKEN = 4  # estimate of the tokens of a response without usage
+MAX_TOKENS = 2**24  # a response that reports more tokens is not believed
 
 # Why a call failed; a label of the metrics.
 Failure = Literal[
@@ -38,18 +39,21 @@ class CallError(Exception):
         may_retry: another call may succeed.
         is_outage: the upstream does not work; otherwise, only this text failed.
         retry_after_s: as the upstream asks for; None: it does not.
+        is_certain: an outage that no text can cause; other outages may be due to the text.
     """
 
     def __init__(
-        self, why: Failure, message: str, may_retry: bool, is_outage: bool, retry_after_s: float | None = None
+        self,
+        why: Failure,
+        message: str,
+        may_retry: bool,
+        is_outage: bool,
+        retry_after_s: float | None = None,
+        is_certain: bool = False,
     ) -> None:
         super().__init__(message)
-        self.why, self.may_retry, self.is_outage, self.retry_after_s = (
-            why,
-            may_retry,
-            is_outage,
-            retry_after_s,
-        )
+        self.why, self.may_retry, self.is_outage = why, may_retry, is_outage
+        self.retry_after_s, self.is_certain = retry_after_s, is_certain
 
 
 class Reply(NamedTuple):
@@ -83,6 +87,8 @@ class Client:
             "Content-Type": "application/json",
             "Accept": "application/json",
             "Accept-Encoding": "identity",
+            # On a connection that is used again, bytes after a response would answer the next text.
+            "Connection": "close",
         }
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
@@ -99,9 +105,7 @@ class Client:
                 trust_env=False,  # texts go to the URL only, not to a proxy from the environment
                 follow_redirects=False,
                 timeout=httpx.Timeout(None, connect=CONNECT_S),
-                limits=httpx.Limits(
-                    max_connections=None, max_keepalive_connections=self._of.upstream.concurrency
-                ),
+                limits=httpx.Limits(max_connections=None),
             )
         return self._client
 
@@ -113,39 +117,42 @@ class Client:
     async def call(self, text: Text, timeout_s: float, used: Callable[[Usage], None]) -> Reply:
         """Classify a text; raises CallError. used: called with the tokens of a call that the upstream
         has answered, or may have read."""
-        content = orjson.dumps(self._body(text))
+        content, body = orjson.dumps(self._body(text)), bytearray()
         try:
             async with asyncio.timeout(timeout_s):
-                status, headers, body = await self._post(content)
-        except (TimeoutError, asyncio.CancelledError) as error:
-            used(Usage(-(-len(content) // CHARS_PER_TOKEN)))  # the upstream may charge for the input
-            if isinstance(error, asyncio.CancelledError):
-                raise
-            raise CallError("timeout", f"no answer within {timeout_s:.3g} s", True, True) from None
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            raise CallError("connection", _reason(error), True, True) from None
+                status, headers = await self._post(content, body)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL) as error:  # nothing was sent
+            raise CallError("connection", _reason(error), True, True, is_certain=True) from None
+        except BaseException as error:
+            used(_usage(None, len(content), len(body)))  # the upstream may charge for it
+            if isinstance(error, TimeoutError):
+                raise CallError("timeout", f"no answer within {timeout_s:.3g} s", True, True) from None
+            if isinstance(error, httpx.HTTPError | OSError | ValueError):
+                raise CallError("connection", _reason(error), True, True, is_certain=True) from None
+            raise
         if status != 200:
             raise _status_error(status, headers, self._of.upstream.api_key_env)
         return self._read(body, len(content), used)
 
-    async def _post(self, content: bytes) -> tuple[int, httpx.Headers, bytes]:
-        """The status, the headers and the body of a response; raises CallError for a body that is too large."""
+    async def _post(self, content: bytes, body: bytearray) -> tuple[int, httpx.Headers]:
+        """The status and the headers of a response, whose body is appended to `body`.
+
+        Raises CallError for a body that is too large.
+        """
         async with self._open().stream(
             "POST", self._of.upstream.url, content=content, headers=self._headers
         ) as response:
             if response.status_code != 200:
-                return response.status_code, response.headers, b""
+                return response.status_code, response.headers
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise CallError("invalid", "the response is compressed", False, True)
-            chunks, size = [], 0
             async for chunk in response.aiter_raw():
-                size += len(chunk)
-                if size > MAX_RESPONSE_BYTES:
+                body += chunk
+                if len(body) > MAX_RESPONSE_BYTES:
                     raise CallError(
                         "invalid", f"the response has more than {MAX_RESPONSE_BYTES} bytes", False, True
                     )
-                chunks.append(chunk)
-            return 200, response.headers, b"".join(chunks)
+            return 200, response.headers
 
     def _body(self, text: Text) -> dict[str, Any]:
         one = self._of.upstream
@@ -160,13 +167,13 @@ class Client:
         )  # braces in a text stay as they are
         return {**name, "messages": [{"role": "user", "content": message}], **one.parameters}
 
-    def _read(self, body: bytes, sent: int, used: Callable[[Usage], None]) -> Reply:
+    def _read(self, body: bytearray, sent: int, used: Callable[[Usage], None]) -> Reply:
         try:
             content = orjson.loads(body)
             one = content["data"][0] if self._of.upstream.prompt is None else content["choices"][0]["message"]
-            label = one["label"] if self._of.upstream.prompt is None else one["content"]
-            if label is None and isinstance(one.get("refusal"), str):
-                label = ""  # the model refuses to answer
+            label = one["label"] if self._of.upstream.prompt is None else one.get("content")
+            if label is None:
+                label = ""  # the model refuses to answer, or a filter has removed the answer
             if not isinstance(label, str):
                 raise TypeError
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
@@ -180,7 +187,8 @@ class Client:
         else:
             number, is_extracted = self._names.find(label, self._of.upstream.reply == "exact")
         if number is None:
-            raise CallError("reply", f"its reply names no label, or several: {label[:100]!r}", True, False)
+            # The reply itself is not shown: it may quote the text, or the prompt.
+            raise CallError("reply", "its reply names no label, or several", True, False)
         probs = _probabilities(one.get("probs"), number, len(self._of.labels))
         return Reply(number, probs, is_extracted)
 
@@ -204,7 +212,7 @@ def _usage(found: Any, sent: int, received: int) -> Usage:
     if isinstance(found, dict):
         for name, field in (("input", "prompt_tokens"), ("output", "completion_tokens")):
             value = found.get(field)
-            if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40:
+            if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKENS:
                 setattr(usage, name, value)
     return usage
 
@@ -218,11 +226,12 @@ def _status_error(status: int, headers: httpx.Headers, key: str | None) -> CallE
     if status == 429:
         return CallError("rate_limited", message, True, True, _retry_after(headers))
     if status >= 500:
-        return CallError("server_error", message, True, True, _retry_after(headers))
+        return CallError("server_error", message, True, True, _retry_after(headers), is_certain=True)
     if 300 <= status < 400:
         return CallError("redirect", f"{message}, a redirect, which is not followed", False, True)
-    # 400, 413 and 422 may be due to the text; others, such as 401 and 404, fail for every text.
-    return CallError("refused", message, False, status not in (400, 413, 422))
+    # 400, 413 and 422 are usually due to the text. Others, such as 404, usually fail for every text, but a firewall may
+    # also answer a text with them, except for 401.
+    return CallError("refused", message, False, status not in (400, 413, 422), is_certain=status == 401)
 
 
 def _retry_after(headers: httpx.Headers) -> float | None:
