@@ -468,11 +468,13 @@ class Made(BaseConnection):
         answered: bool = False,
         is_unread: bool = False,
         state: int = connection.HEAD,
+        address: str = "",
     ) -> None:
         loop: Any = SimpleNamespace(call_later=lambda *_: None, call_soon=lambda *_: None)
         super().__init__(loop)
         self.has_been_read = not is_unread
-        self.shared, self.network, self.opened_at = shared, network, time.monotonic() - idle_s
+        self.shared, self.network, self.address = shared, network, address
+        self.opened_at = time.monotonic() - idle_s
         self.answered_at = self.opened_at if answered else None
         self.state, self.is_aborted, self.is_refused, self.left = state, False, False, 0
 
@@ -534,10 +536,32 @@ def test_if_all_others_are_busy_the_new_connection_is_evicted() -> None:
 
 def test_a_network_has_no_more_than_its_share_of_the_connections() -> None:
     shared = made_listener(90)
-    many = [Made(shared, "a", idle_s=n) for n in range(89)]
+    many = [Made(shared, "a", idle_s=n, address=str(n)) for n in range(89)]
     for one in many:
         shared.opened(one)
     assert len(shared.connections) == 80 == sum(not one.is_aborted for one in many)
+
+
+def test_an_address_leaves_room_for_others_of_its_network() -> None:
+    shared = made_listener(100)
+    many = [Made(shared, "a", state=connection.RESPONSE, address="a.1") for _ in range(99)]
+    for one in many:
+        shared.opened(one)
+    assert len(shared.connections) == 80
+    other = Made(shared, "a", address="a.2", is_unread=True)
+    shared.opened(other)
+    for _ in range(50):  # without those that await a response, only new ones can be evicted
+        shared.opened(Made(shared, "a", address="a.1"))
+    assert not other.is_aborted and len(shared.connections) == 81
+
+
+def test_of_a_large_network_the_address_with_most_connections_loses_first() -> None:
+    shared = made_listener(20)
+    other = Made(shared, "a", address="a.9", is_unread=True)
+    shared.opened(other)
+    for n in range(100):
+        shared.opened(Made(shared, "a", address=f"a.{n % 3}", answered=True))
+    assert not other.is_aborted and len(shared.connections) == 17
 
 
 def test_idle_connections_from_many_addresses_evict_no_active_client(store: Path) -> None:
@@ -562,7 +586,7 @@ def test_idle_clients_keep_no_new_one_out(store: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(listener, "IDLE_S", 0.0)
     monkeypatch.setattr(listener, "FRESH_S", 0.0)  # new ones are silent at once
     with serving(store, models=["tiny"], max_connections=9) as server, ExitStack() as stack:
-        idle = [stack.enter_context(connect(server)) for _ in range(8)]
+        idle = [stack.enter_context(connect(server, f"127.0.0.{1 + n}")) for n in range(8)]
         for one in idle:
             one.sendall(REQUEST)
             assert answer(one)[0] == 200

@@ -21,7 +21,8 @@ BODY_TIMEOUT_S = 10.0
 PIPELINE_PAUSE_S = 0.001  # pause between two pipelined requests, over all connections
 SWEEP_S = 0.25
 MAX_LATE_S = 1.0  # time since the last sweep, after which nothing expires
-MAX_NETWORK_RATIO = 8  # limit on one network's connections, as a multiple of the number that are still free
+# Limits on the connections of one network, and of one address, as multiples of the number that are still free.
+MAX_NETWORK_RATIO, MAX_ADDRESS_RATIO = 8, 4
 EVICTION_SAMPLE = 256  # number of connections from which the one to evict is chosen
 FRESH_S = 0.25  # a new connection has this long to send its first request before it counts as silent
 IDLE_S = 5.0  # an answered connection is not evicted before silent ones until it has been idle for this long
@@ -96,7 +97,7 @@ class Listener:
         self.keep_alive_s = settings.keep_alive_s
         self.connections: set[BaseConnection] = set()
         self.starts = StartQueue()
-        self._per_network = Counter[str]()
+        self._per_network, self._per_address = Counter[str](), Counter[str]()
         self._paused: set[BaseConnection] = set()  # those whose clients do not read their responses
         self._sweeping, self._swept_at = False, 0.0
         self._read_at = 0.0  # when the next part of a body may be read (monotonic seconds)
@@ -105,13 +106,15 @@ class Listener:
     def opened(self, connection: BaseConnection) -> None:
         """Count a new connection.
 
-        If its network then has more than MAX_NETWORK_RATIO connections for each one that is still free, evict one.
+        If its network or its address then has too many for each one that is still free, evict one.
         """
         self.connections.add(connection)
         self._grow_older(connection, READ_ITERATIONS)
         self._per_network[connection.network] += 1
+        self._per_address[connection.address] += 1
         free = self.max_connections - len(self.connections)
-        if self._per_network[connection.network] > MAX_NETWORK_RATIO * free:
+        of_network, of_address = self._per_network[connection.network], self._per_address[connection.address]
+        if of_network > MAX_NETWORK_RATIO * free or of_address > MAX_ADDRESS_RATIO * free:
             self._evict(connection)
         if not self._sweeping:
             self._sweeping, self._swept_at = True, monotonic()
@@ -129,7 +132,7 @@ class Listener:
         Candidates are chosen in this order; the new connection is in group 2 or 6:
 
         1. spare: idle for IDLE_S since the last response, or silent: older than FRESH_S, without a response so far;
-        2. from a network with more than half of all connections;
+        2. from a network with more than half of all connections, those of the address with most of them first;
         3. without a response so far, unless 5 applies;
         4. idle for FRESH_S since the last response;
         5. unread: the first request may have arrived, but has not been read;
@@ -139,14 +142,23 @@ class Listener:
         """
         now, most = monotonic(), len(self.connections) / 2
 
-        def loss(c: BaseConnection) -> tuple[bool, bool, bool, bool, bool, float]:
+        def loss(c: BaseConnection) -> tuple[bool, bool, int, bool, bool, bool, float]:
             idle_s = now - (c.opened_at if c.answered_at is None else c.answered_at)
             is_new, is_old = c.answered_at is None and c is not new, idle_s > FRESH_S
             is_unread, is_large = is_new and not c.has_been_read, self._per_network[c.network] > most
             is_idle = c.answered_at is not None and c.state == HEAD and idle_s > IDLE_S
             if is_idle or (is_new and is_old):
-                return True, is_large, False, False, False, idle_s
-            return False, is_large, is_new and not is_unread, is_old and not is_new, is_unread, idle_s
+                return True, is_large, 0, False, False, False, idle_s
+            of_address = self._per_address[c.address] if is_large else 0
+            return (
+                False,
+                is_large,
+                of_address,
+                is_new and not is_unread,
+                is_old and not is_new,
+                is_unread,
+                idle_s,
+            )
 
         sample = random.sample(tuple(self.connections), min(EVICTION_SAMPLE, len(self.connections)))
         spare = [new, *(c for c in sample if c.state != RESPONSE and c is not new)]
@@ -160,9 +172,10 @@ class Listener:
         self._on_closed()
         self.connections.discard(connection)
         self._paused.discard(connection)
-        self._per_network[connection.network] -= 1
-        if not self._per_network[connection.network]:
-            del self._per_network[connection.network]
+        for counts, key in ((self._per_network, connection.network), (self._per_address, connection.address)):
+            counts[key] -= 1
+            if not counts[key]:
+                del counts[key]
 
     def wait_to_read(self, size: int) -> float:
         """Seconds to wait before reading on, after `size` bytes of a body."""
