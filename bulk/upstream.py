@@ -23,7 +23,7 @@ from de3.server.upstream.answer import reading_of
 from de3.server.upstream.calls import Calls
 from de3.server.upstream.client import Reply
 from de3.server.upstream.undelivered import key_of
-from de3.server.upstream.usage import Kind
+from de3.server.upstream.usage import Kind, Query
 from de3.server.upstream_settings import UpstreamModel
 
 AHEAD = 4  # slices, in addition to those that run, whose texts may wait for an upstream
@@ -134,7 +134,7 @@ class UpstreamPool(LocalPool):
         return await self._asking[key]
 
     async def _ask(self, key: str, name: str, text: Text, kind: Kind) -> Reply:
-        reply = await self._calls.ask(name, text, kind, False, 0.0, False)
+        reply = await self._calls.ask(name, Query(text, kind), 0.0, False)
         self._journal.add(key, reply)
         del self._asking[key]  # those of texts without an answer stay
         return reply

@@ -17,7 +17,8 @@ class Admission:
     """The texts in flight, shared between clients, and the load level that meets the latency objective.
 
     Attributes:
-        texts: shares of the texts in flight.
+        texts: shares of the texts in flight. A text counts once for each model that answers it, and a request at most
+            as much as the limit, so that a client alone may send any request.
         waiting: shares of the texts that wait for an upstream, which take no time of the engine.
     """
 
@@ -26,6 +27,7 @@ class Admission:
         self.texts = Shares(settings.max_queue, "texts", self._retry_after_s)
         self.waiting = Shares(settings.max_queue, "texts for an upstream")
         self._batches: set[Job] = set()  # jobs with several texts
+        self._in_flight = 0  # texts, each counted once
         self._engine: Engine | None = None
         self._controller: Controller | None = None
         self._short_s = 0.0  # time of a short text at full depth
@@ -54,13 +56,13 @@ class Admission:
     async def _tick(self, controller: Controller, engine: Engine) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            controller.tick(self.texts.total, self._queued_before_a_short_text(), engine.finished)
+            controller.tick(self._in_flight, self._queued_before_a_short_text(), engine.finished)
 
     def _queued_before_a_short_text(self) -> int:
         """Number of texts ahead of a new short text: those in flight, minus finished ones and those it overtakes."""
         assert self._engine is not None
         later = self._engine.queue.later_than(perf_counter() + self._short_s)
-        return max(0, self.texts.total - sum(job.finished for job in self._batches) - later)
+        return max(0, self._in_flight - sum(job.finished for job in self._batches) - later)
 
     @property
     def level(self) -> int:
@@ -74,18 +76,23 @@ class Admission:
         client: returns the request's client, or None if it is unauthorized; called only under load.
         """
         controller, texts = self._controller, self.texts
-        if controller is None or not controller.sheds(texts.total, self._queued_before_a_short_text):
+        if controller is None or not controller.sheds(self._in_flight, self._queued_before_a_short_text):
             return False
         name = client()
         return name is None or texts.amount(name) > 0 or texts.total == 0
 
     def admit(self, job: Job) -> None:
         """Count a job's texts as in flight; raises RequestError if they exceed the client's share or the limit."""
-        self.texts.take(job.client, len(job.items))
+        self.texts.take(job.client, self._amount(job))
+        self._in_flight += len(job.items)
         if len(job.items) > 1:
             self._batches.add(job)
 
     def release(self, job: Job) -> None:
         """Stop counting the texts of an admitted job."""
-        self.texts.release(job.client, len(job.items))
+        self.texts.release(job.client, self._amount(job))
+        self._in_flight -= len(job.items)
         self._batches.discard(job)
+
+    def _amount(self, job: Job) -> int:
+        return min(len(job.items) * len(job.team), self.texts.limit)

@@ -66,8 +66,8 @@ class Clock:
         monkeypatch.setattr(OnnxLayers, "run", slowed(OnnxLayers.run))
         monkeypatch.setattr(Job, "__post_init__", submitted_now)
         monkeypatch.setattr(Job, "finish", finished)
-        for module in ("run", "deadlines", "engine", "queue", "timing"):
-            monkeypatch.setattr(f"de3.server.engine.{module}.perf_counter", lambda: self.now)
+        for module in ("engine.run", "engine.deadlines", "engine.engine", "fair_queue", "engine.timing"):
+            monkeypatch.setattr(f"de3.server.{module}.perf_counter", lambda: self.now)
         monkeypatch.setattr(timing, "thread_time", lambda: self.now)
         monkeypatch.setattr("de3.server.service.run_longest", lambda _: None)  # by each thread as it starts
 

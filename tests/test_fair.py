@@ -8,21 +8,23 @@ import asyncio
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from de3.server.errors import RequestError
+from de3.server.fair_queue import Slots
 from de3.server.http.classify import parse
 from de3.server.http.errors import STATUSES
-from de3.server.http.fair import AT_ONCE, ParseLock, StartQueue
+from de3.server.http.fair import AT_ONCE, StartQueue
 from de3.server.http.protocol import Call
 from tests.serving import serving, until
 
 
 def test_one_at_a_time_and_clients_in_rotation() -> None:
     async def go() -> list[str]:
-        lock, order, inside = ParseLock(), [], 0
+        lock, order, inside = Slots(1, pauses=True), [], 0
 
         async def one(client: str) -> None:
             nonlocal inside
@@ -36,7 +38,7 @@ def test_one_at_a_time_and_clients_in_rotation() -> None:
         async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
             for client in ["greedy"] * 5 + ["other", "third"]:
                 tasks.create_task(one(client))
-        assert not lock._waiting
+        assert lock._waiting.first() is None
         return order
 
     order = asyncio.run(go())
@@ -46,7 +48,7 @@ def test_one_at_a_time_and_clients_in_rotation() -> None:
 
 def test_cancelling_a_task_does_not_lose_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     async def go() -> None:
-        lock, order, release = ParseLock(), list[int](), asyncio.Event()
+        lock, order, release = Slots(1, pauses=True), list[int](), asyncio.Event()
 
         async def one(number: int) -> None:
             async with lock.hold("a"):
@@ -60,14 +62,14 @@ def test_cancelling_a_task_does_not_lose_the_lock(monkeypatch: pytest.MonkeyPatc
         for _ in range(3):
             await asyncio.sleep(0)
         assert order == [0]  # the first one still holds the lock
-        pass_on = lock._pass_on
+        pass_on = lock._release
 
-        def grant_and_cancel() -> None:
+        def grant_and_cancel(client: Any) -> None:
             monkeypatch.undo()
-            pass_on()
+            pass_on(client)
             granted.cancel()
 
-        monkeypatch.setattr(lock, "_pass_on", grant_and_cancel)
+        monkeypatch.setattr(lock, "_release", grant_and_cancel)
         release.set()
         await asyncio.wait(tasks, timeout=10)
         assert first.done() and granted.cancelled() and last.done() and order == [0, 3]
@@ -78,7 +80,7 @@ def test_cancelling_a_task_does_not_lose_the_lock(monkeypatch: pytest.MonkeyPatc
 
 def test_a_pause_of_the_same_length_follows() -> None:
     async def go() -> None:
-        lock, loop = ParseLock(), asyncio.get_running_loop()
+        lock, loop = Slots(1, pauses=True), asyncio.get_running_loop()
         async with lock.hold("a"):
             started = loop.time()
             while loop.time() < started + 0.05:
@@ -108,17 +110,17 @@ def test_cheap_checks_come_first(body: bytes, status: int, says: str) -> None:
 def test_a_large_body_stops_waiting_when_its_client_leaves(store: Path) -> None:
     body = b'{"input": "good", "user": "' + b"x" * 20_000 + b'"}'
     with serving(store, models=["tiny"]) as server:
-        lock = server.frontend.parse_lock
-        lock._is_free = False  # it is held, and not released
+        lock = server.frontend.parsing
+        lock._free = 0  # it is held, and not released
         with socket.create_connection(("127.0.0.1", server.port)) as s:
             s.sendall(
                 b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
                 % (len(body), body)
             )
-            until(lambda: lock._waiting, "the body to wait")
+            until(lambda: lock._waiting.first() is not None, "the body to wait")
         until(lambda: server.metric("de3_rejected_total", cause="client_gone") == 1, "the request to end")
         until(lambda: server.service.in_flight == 0 == server.frontend.bytes_in_flight.total, "its release")
-        lock._is_free = True
+        lock._free = 1
         assert httpx.post(server.url + "/classify", content=body).status_code == 200
 
 

@@ -147,7 +147,7 @@ def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> No
         assert min(outcome.tokenize_s, outcome.model_s) > 0
         took += outcome.model_s + outcome.tokenize_s
     # Each step of a text is charged once, whether it ran before or after the preemption.
-    assert queue._clients[""].spent == pytest.approx(took, rel=1e-9)
+    assert queue._fair.clients[""].spent == pytest.approx(took, rel=1e-9)
 
 
 def test_several_models_exit_where_each_would_alone(model: Model) -> None:

@@ -205,6 +205,7 @@ def test_admission_tells_the_controller_what_a_short_text_waits_for(monkeypatch:
 
     class Batch:
         client, items, finished = "busy", range(10), 4
+        team = range(2)  # models; the load is that of the passes
 
     batch: Any = Batch()
     admission.admit(batch)

@@ -238,13 +238,13 @@ class FairMachine(RuleBasedStateMachine):
     @invariant()
     def it_counts_what_waits(self) -> None:
         assert len(self.queue) == len(self.waiting)
-        of_clients = sum(len(client.items) for client in self.queue._clients.values())
+        of_clients = sum(len(client.items) for client in self.queue._fair.clients.values())
         assert self.queue._stored == of_clients + len(self.queue._admitted)
-        for name, client in self.queue._clients.items():
+        for name in self.queue._fair.clients:
             left = [x.predicted_s for x in self.waiting if x.job.is_admitted and x.job.client == name]
-            assert client.num_admitted == len(left)
-            assert client.admitted == pytest.approx(sum(left))
-            assert left or client.admitted == 0  # exactly, so that it can be forgotten
+            assert self.queue._num_admitted[name] == len(left)
+            assert self.queue._admitted_s.get(name, 0.0) == pytest.approx(sum(left))
+            assert left or name not in self.queue._admitted_s  # so that it can be forgotten
 
 
 TestFairQueue = FairMachine.TestCase
@@ -278,7 +278,7 @@ def test_dropped_items_do_not_count_as_others_that_are_pending() -> None:
     queue.put(admitted(0, "early"))
     queue.next()  # the only pending item, so it advances the virtual time
     queue.put(job(1, client="late"))
-    assert queue._clients["late"].spent == queue._clients["early"].spent == 5.0
+    assert queue._fair.clients["late"].spent == queue._fair.clients["early"].spent == 5.0
 
 
 @settings(max_examples=50)
@@ -390,7 +390,7 @@ def test_texts_before_the_same_layer_share_their_steps() -> None:
 
 def test_only_another_recently_active_client_limits_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("de3.server.engine.queue.perf_counter", lambda: now)
+    monkeypatch.setattr("de3.server.fair_queue.perf_counter", lambda: now)
     queue, asking = WorkQueue(100), job(1, client="asking")
     queue.charge((asking, 5.0))
     assert queue.lead(asking) < 0  # its own activity does not count
@@ -411,21 +411,30 @@ def test_a_client_is_preempted_once_it_leads_by_enough() -> None:
     queue.put(job(1, client="waiting"))
     assert not queue.has_more_urgent_than(item, 0.75 * PREEMPTION_LEAD_S)
     assert queue.has_more_urgent_than(item, 0.5 * PREEMPTION_LEAD_S)
-    assert queue._clients[running.client].spent == 1.25 * PREEMPTION_LEAD_S
+    assert queue._fair.clients[running.client].spent == 1.25 * PREEMPTION_LEAD_S
 
 
 def test_half_of_the_idle_clients_are_forgotten_and_no_pending_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("de3.server.engine.queue.MAX_CLIENTS", 10)
+    monkeypatch.setattr("de3.server.fair_queue.MAX_CLIENTS", 10)
     queue = WorkQueue(100)
     queue.put(pending := job(1, client="pending"))
     for number in range(1, 10):
         queue.charge((job(1, client=str(number)), float(number)))
     queue.put(job(1, client="new"))
-    assert set(queue._clients) == {"pending", "6", "7", "8", "9", "new"}
+    assert set(queue._fair.clients) == {"pending", "6", "7", "8", "9", "new"}
     queue.charge((job(1, client="newer"), 0.0))
-    assert queue._clients["new"].spent == queue._clients["newer"].spent == 5.0
+    assert queue._fair.clients["new"].spent == queue._fair.clients["newer"].spent == 5.0
     queue.charge((pending, 9.0))  # the queue still knows this client, and counts the time
     assert [queue.next()[0].job.client for _ in range(2)] == ["new", "pending"]
+
+
+def test_a_pass_is_charged_for_each_model_that_shares_it() -> None:
+    queue, several = WorkQueue(100), job(1, client="several")
+    several.fellows = [job(1), job(1)]
+    queue.charge((several, 1.0))
+    queue.put(job(1, client="other"))
+    queue.has_more_urgent_than(several.items[0], 2.0)
+    assert queue._fair.clients["several"].spent == 9.0
 
 
 def test_shadows_are_charged_to_no_client() -> None:

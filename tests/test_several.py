@@ -263,6 +263,33 @@ def test_up_to_16_models(server: Server, kind: str) -> None:
     assert same == [result(server.classify(model="tiny" + kind, input=TEXTS[0]).json())] * 16
 
 
+def test_each_model_counts(heads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the rate limit, for the texts in flight and for the engine's time."""
+    keys = {name: {"Authorization": f"Bearer {name * 20}"} for name in "abc"}
+    lines = "\n".join(f"{name} {name * 20}" for name in keys)
+    settings: dict[str, Any] = {"api_keys": lines, "rate_limit": "40/hour", "max_queue": 24, "max_texts": 24}
+    with serving(heads, models=[*NAMES], threads=1, **settings) as limited, ThreadPoolExecutor(1) as pool:
+
+        def post(key: str, models: int, texts: int) -> httpx.Response:
+            body = {"models": ["tiny"] * models, "input": TEXTS[:texts]}
+            return httpx.post(f"{limited.url}/classify", json=body, headers=keys[key], timeout=60)
+
+        gate = Gate(monkeypatch)
+        asked = pool.submit(post, "a", 16, 2)
+        texts = limited.service.admission.texts
+        until(lambda: texts.total == 24, "the texts to be in flight")  # a client alone may send them
+        assert post("a", 2, 1).status_code == 503
+        refused = post("b", 16, 1)
+        assert refused.status_code == 429 and "over your share" in refused.text
+        gate.open()
+        assert asked.result().status_code == 200
+        until(lambda: texts.total == 0, "the end")
+        over = post("a", 8, 1)
+        assert over.status_code == 429 and "over your rate limit" in over.text
+        assert post("c", 16, 3).json()["error"]["message"].startswith("this request costs 48 texts")
+        assert post("c", 16, 1).status_code == 200
+
+
 @pytest.mark.parametrize("body", [{}, {"tau": 0.2}])
 def test_requests_and_texts_are_counted_for_each_model(
     server: Server, kind: str, body: dict[str, Any]

@@ -2,7 +2,9 @@
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
+from time import thread_time, time
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from de3.server.upstream.client import Reply, Usage
 from de3.server.upstream.labels import MAX_CHARS, Labels
 from de3.server.upstream.undelivered import KEPT_S, MAX_KEPT, Undelivered
 from de3.server.upstream.upstreams import Upstreams
-from de3.server.upstream.usage import HOUR_S, MAX_STATE_BYTES, UpstreamUsage
+from de3.server.upstream.usage import HOUR_S, MAX_STATE_BYTES, SLOT_S, UpstreamUsage
 from de3.server.upstream_settings import MAX_FILE_BYTES, UpstreamModel, folded, read_upstream
 from tests.upstream import KEY, chat, model_of, write_toml
 
@@ -249,10 +251,36 @@ def test_a_label_is_found_among_words_that_are_no_label(case: tuple[list[str], i
         ("", (None, False)),
         ("?", (None, False)),
         ("billing" + " " * MAX_CHARS, (None, False)),
+        ("billing" + "\ufdfa" * (MAX_CHARS // 18 + 1), (None, False)),  # 18 characters each, once normalized
     ],
 )
 def test_a_reply_names_one_label(reply: str, expected: tuple[int | None, bool]) -> None:
     assert Labels(LABELS).find(reply) == expected
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "\ufdfa" * 2**18,
+        "a" * 2**20,
+        "a " * 2**19,
+        "a " * (MAX_CHARS // 2),
+        "a" + "\u0301\u0316" * (MAX_CHARS // 2),
+        "\u0f73" * (MAX_CHARS // 2),
+        "card " * (MAX_CHARS // 5),
+        "card 1 " * (MAX_CHARS // 7),
+        "\u0e33" * (MAX_CHARS // 2),
+    ],
+)
+def test_the_longest_reply_takes_a_few_milliseconds(reply: str) -> None:
+    labels = Labels([f"card {' '.join(map(str, range(n % 60)))} of {n}" for n in range(1000)])
+
+    def cpu_s() -> float:
+        started = thread_time()
+        labels.find(reply)
+        return thread_time() - started
+
+    assert min(cpu_s() for _ in range(5)) < 0.01
 
 
 def test_the_longest_label_matches_and_two_that_overlap_are_two() -> None:
@@ -342,6 +370,33 @@ def test_the_breaker_heeds_retry_after_up_to_its_longest_pause() -> None:
         for _ in range(FAILURES):
             call(breaker, True, retry_after_s)
         assert breaker.wait_s() == pytest.approx(pause_s)
+
+
+def test_outages_that_may_be_due_to_texts_of_one_client_do_not_open_the_breaker() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    for _ in range(3 * FAILURES):
+        assert breaker.wait_s("bad") == 0
+        breaker.end(breaker.begin(), True, None, "bad")
+    breaker.end(breaker.begin(), False)
+    for _ in range(FAILURES - 1):
+        breaker.end(breaker.begin(), True, None, "bad")
+    assert not breaker.is_open
+    breaker.end(breaker.begin(), True, None, "good")  # it does not work for both
+    assert breaker.is_open
+    assert breaker.wait_s("bad") == breaker.wait_s("good") == PAUSE_S
+    breaker.end(False, True, None, "bad")  # a call that began before
+    assert breaker.wait_s("good") == PAUSE_S
+    # A trial that fails for one client's text says nothing about others.
+    clock.now += PAUSE_S
+    breaker.end(breaker.begin(), True, None, "bad")
+    assert breaker.wait_s("bad") > 0 == breaker.wait_s("good")
+    breaker.end(breaker.begin(), True, None, "good")
+    assert breaker.wait_s("bad") == breaker.wait_s("good") == 2 * PAUSE_S
+    clock.now += 2 * PAUSE_S
+    breaker.end(breaker.begin(), True, None, "bad")
+    breaker.end(breaker.begin(), False, None, "good")
+    assert not breaker.is_open
 
 
 @given(
@@ -438,6 +493,93 @@ def test_the_use_survives_a_restart(tmp_path: Path, caplog: pytest.LogCaptureFix
     ):
         path.write_text(json.dumps(content | {field: value}))
         assert usage_of(tmp_path, clock, state, **changed).totals.local == 0
+
+
+def test_a_clients_share_of_the_quota(tmp_path: Path) -> None:
+    """A client alone may use all of it; one that is not alone leaves the others their equal shares."""
+    clock = Clock()
+    usage = usage_of(tmp_path, clock, tmp_path / "state", max_calls_per_hour=12)
+
+    def use(client: str) -> int:
+        """Make as many calls as are allowed; returns their number."""
+        calls = 0
+        while not usage.quota_wait_s(client):
+            usage.called("uncertain", client)
+            calls += 1
+        return calls
+
+    usage.called("uncertain", "b")
+    assert (use("a"), use("b"), use("c")) == (6, 5, 0)
+    assert 0 < usage.quota_wait_s() == usage.quota_wait_s("c") <= HOUR_S + 10
+    clock.now += HOUR_S + 10
+    assert use("a") == 12  # the calls of the others are an hour old
+    clock.now += HOUR_S / 2
+    usage.save()
+    assert usage_of(tmp_path, clock, tmp_path / "state", max_calls_per_hour=12).quota_wait_s("b") > 0
+    usage = usage_of(tmp_path, clock, tmp_path / "state", max_calls_per_hour=20)
+    usage.called("uncertain", "a")
+    usage.called("uncertain", "b")
+    assert (use("a"), use("b")) == (3, 3)  # of the 8 that are left after the restart
+    usage = usage_of(tmp_path, clock, max_calls_per_hour=12)
+    for client in 8 * "x" + "yz":
+        usage.called("uncertain", client)
+    assert (use("x"), use("y"), use("z")) == (0, 1, 1)  # what one has used while it was alone is gone
+
+
+@given(
+    most=st.integers(1, 30),
+    steps=st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, HOUR_S / 4)), min_size=1, max_size=150),
+)
+def test_no_client_takes_the_share_of_another(
+    tmp_path_factory: pytest.TempPathFactory, most: int, steps: list[tuple[str, float]]
+) -> None:
+    """A call is refused if the others could not make as many each, of the calls that are then left."""
+    clock, calls = Clock(), list[tuple[float, str]]()
+    usage = usage_of(tmp_path_factory.mktemp("usage"), clock, max_calls_per_hour=most)
+    for client, seconds in steps:
+        clock.now += seconds
+        calls = [(ends, name) for ends, name in calls if ends + HOUR_S > clock.now]
+        made = Counter(name for _, name in calls)
+        own = made.pop(client, 0) + 1
+        wait_s = usage.quota_wait_s(client)
+        assert (wait_s > 0) == (own + sum(max(n, own) for n in made.values()) > most)
+        assert wait_s <= HOUR_S + SLOT_S
+        if not wait_s:
+            usage.called("uncertain", client)
+            calls.append(((clock.now // SLOT_S + 1) * SLOT_S, client))
+
+
+def test_the_quota_does_not_follow_changes_of_the_systems_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = model_of(tmp_path, LABELS, chat(max_calls_per_hour=2))
+    one = UpstreamUsage(of, tmp_path / "state")
+    one.called("audit")
+    one.called("audit")
+    for step_s in (-1e6, 1e6):
+        with monkeypatch.context() as patch:
+            for name in ("time.time", "de3.server.upstream.usage.time"):
+                patch.setattr(name, lambda step_s=step_s: time() + step_s)
+            assert HOUR_S - 10 < one.quota_wait_s() <= HOUR_S + 10
+    one.save()
+    clock = Clock(time() - 1e6)  # of a server that starts after the clock was set back
+    for state in (of, model_of(tmp_path, LABELS, chat(max_calls_per_hour=2, reply="exact"))):
+        again = UpstreamUsage(state, tmp_path / "state", clock)
+        assert HOUR_S <= again.quota_wait_s() <= HOUR_S + 10
+        again.save()
+    clock.now += HOUR_S + 10
+    assert again.quota_wait_s() == 0
+
+
+def test_no_reported_usage_makes_the_file_invalid(tmp_path: Path) -> None:
+    """Else the counts, and with them the quota, would begin anew."""
+    fields: dict[str, Any] = {"max_calls_per_hour": 3, "price_per_million_tokens": [1e300, 1e300]}
+    usage = usage_of(tmp_path, clock := Clock(), tmp_path / "state", **fields)
+    usage.called("audit")
+    for _ in range(3):
+        usage.used(Usage(2**53, 2**53 - 1))
+    usage.save()
+    assert usage_of(tmp_path, clock, tmp_path / "state", **fields).totals == usage.totals
 
 
 def test_a_scrape_changes_no_count(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from de3.server.settings import Settings
 from de3.server.upstream import upstreams
 from de3.server.upstream.breaker import FAILURES
 from de3.server.upstream.upstreams import Caller, Upstreams
+from de3.server.upstream.usage import Query
 from tests.serving import in_event_loop, until
 from tests.upstream import Service, chat, model_of, reply, send, service
 
@@ -50,17 +51,17 @@ async def test_audits_leave_room_for_texts_that_are_waited_for(tmp_path: Path, u
     of = model_of(tmp_path, LABELS, chat(upstream.url, concurrency=2))
     one = Caller(of, Settings(upstreams=[of], max_queue=4, max_texts=4))
     upstream.gate.clear()
-    audits = [asyncio.ensure_future(one.ask(TEXT, "audit", False, 30)) for _ in range(5)]
+    audits = [asyncio.ensure_future(one.ask(Query(TEXT, "audit"), 30)) for _ in range(5)]
     await soon(lambda: upstream.running == 1, "an audit")  # audits use half of the calls at a time
     dropped = await error_of(audits[4])
     assert (dropped.cause, dropped.retry_after_s) == ("upstream", 1)
     assert dropped.message == "tickets: its upstream cannot be asked: 4 texts wait for it"
-    texts = [asyncio.ensure_future(one.ask(TEXT, "uncertain", False, 30)) for _ in range(4)]
+    texts = [asyncio.ensure_future(one.ask(Query(TEXT, "uncertain"), 30)) for _ in range(4)]
     await soon(lambda: upstream.running == 2, "a text, although audits wait")
-    assert (await error_of(one.ask(TEXT, "uncertain", False, 30))).retry_after_s == 1
+    assert (await error_of(one.ask(Query(TEXT, "uncertain"), 30))).retry_after_s == 1
     texts[3].cancel()
     await asyncio.wait([texts[3]])
-    texts[3] = asyncio.ensure_future(one.ask(TEXT, "uncertain", False, 30))
+    texts[3] = asyncio.ensure_future(one.ask(Query(TEXT, "uncertain"), 30))
     upstream.gate.set()
     found = await asyncio.gather(*audits[:4], *texts)
     assert {answer.label for answer in found} == {1}
@@ -86,15 +87,15 @@ def failing(times: int, status: int = 503, **headers: str) -> Any:
 async def test_a_failed_call_is_tried_twice_more(tmp_path: Path, upstream: Service) -> None:
     one = caller(tmp_path, upstream)
     upstream.respond = failing(2)
-    assert (await one.ask(TEXT, "audit", False, 30)).label == 0
+    assert (await one.ask(Query(TEXT, "audit"), 30)).label == 0
     assert one.usage.totals.calls == {"learning": 0, "uncertain": 0, "audit": 1, "repeat": 0, "retry": 2}
     upstream.respond = failing(3)
-    found = await error_of(one.ask(TEXT, "audit", False, 30))
+    found = await error_of(one.ask(Query(TEXT, "audit"), 30))
     assert found.message == "tickets: its upstream failed: it answers with HTTP 503"
     assert (found.cause, found.retry_after_s) == ("upstream", 1)
     assert one.usage.totals.failures["server_error"] == 5
     upstream.respond = failing(1, 401)
-    assert (await error_of(one.ask(TEXT, "audit", False, 30))).retry_after_s == 1
+    assert (await error_of(one.ask(Query(TEXT, "audit"), 30))).retry_after_s == 1
     assert len(upstream.requests) == 7  # a wrong key is not tried again
     await one.close()
 
@@ -104,10 +105,10 @@ async def test_retry_after_is_waited_for_unless_it_is_too_long(tmp_path: Path, u
     one = caller(tmp_path, upstream)
     upstream.respond = failing(1, 429, Retry_After="1")
     started = perf_counter()
-    await one.ask(TEXT, "uncertain", False, 30)
+    await one.ask(Query(TEXT, "uncertain"), 30)
     assert perf_counter() - started >= 1
     upstream.respond = failing(1, 429, Retry_After="100")
-    found = await error_of(one.ask(TEXT, "uncertain", False, 30))
+    found = await error_of(one.ask(Query(TEXT, "uncertain"), 30))
     assert (found.cause, found.retry_after_s) == ("upstream", 100)
     assert perf_counter() - started < 20
     await one.close()
@@ -120,7 +121,7 @@ async def test_the_quota_holds_for_retries_and_for_calls_at_the_same_time(
     one = caller(tmp_path, upstream, max_calls_per_hour=4)
     upstream.respond = failing(1)
     found = await asyncio.gather(
-        *(one.ask(TEXT, "uncertain", False, 30) for _ in range(9)), return_exceptions=True
+        *(one.ask(Query(TEXT, "uncertain"), 30) for _ in range(9)), return_exceptions=True
     )
     refused = [error for error in found if isinstance(error, RequestError)]
     assert len(upstream.requests) == 4
@@ -134,13 +135,13 @@ async def test_the_quota_holds_for_retries_and_for_calls_at_the_same_time(
 async def test_without_time_there_is_no_call(tmp_path: Path, upstream: Service) -> None:
     one = caller(tmp_path, upstream)
     for is_budget in (True, False):
-        found = await error_of(one.ask(TEXT, "uncertain", False, 0.0, is_budget))
+        found = await error_of(one.ask(Query(TEXT, "uncertain"), 0.0, is_budget))
         assert (found.cause, found.retry_after_s) == ("upstream_timeout", 1)
     one.usage.took(50.0)
-    await error_of(one.ask(TEXT, "uncertain", False, 40.0, True))
+    await error_of(one.ask(Query(TEXT, "uncertain"), 40.0, True))
     assert upstream.requests == []
     assert (
-        await one.ask(TEXT, "uncertain", False, 40.0)
+        await one.ask(Query(TEXT, "uncertain"), 40.0)
     ).label == 1  # the time limit of a request is no budget
     await one.close()
 
@@ -152,12 +153,73 @@ async def test_texts_whose_time_ends_do_not_open_the_breaker_but_calls_that_take
     upstream.gate.clear()
     one = caller(tmp_path, upstream, timeout_s=0.2)
     for _ in range(FAILURES + 1):
-        assert (await error_of(one.ask(TEXT, "uncertain", False, 0.05, True))).cause == "upstream_timeout"
+        assert (await error_of(one.ask(Query(TEXT, "uncertain"), 0.05, True))).cause == "upstream_timeout"
     assert one.is_available
-    found = await asyncio.gather(*(error_of(one.ask(TEXT, "uncertain", False, 30)) for _ in range(FAILURES)))
+    found = await asyncio.gather(*(error_of(one.ask(Query(TEXT, "uncertain"), 30)) for _ in range(FAILURES)))
     assert {error.cause for error in found} <= {"upstream_timeout", "upstream"}
     assert not one.is_available
     upstream.gate.set()
+    await one.close()
+
+
+@in_event_loop
+async def test_a_client_waits_for_no_other_clients_batch(tmp_path: Path, upstream: Service) -> None:
+    """Free slots go to the client whose calls have taken the least time; so do those of audits."""
+    for kind in ("uncertain", "audit"):
+        upstream.gate.clear()
+        upstream.requests.clear()
+        one = caller(tmp_path, upstream, concurrency=2)
+        many = [asyncio.ensure_future(one.ask(Query(Text(f"many {n}"), kind, "many"), 30)) for n in range(40)]  # type: ignore[arg-type]
+        await soon(lambda: upstream.running > 0, "the first calls")
+        few = [asyncio.ensure_future(one.ask(Query(Text(f"few {n}"), kind, "few"), 30)) for n in range(5)]  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        many[20].cancel()
+        upstream.gate.set()
+        await asyncio.gather(*few)
+        assert sum(task.done() for task in many) < 20
+        await asyncio.wait(many)
+        assert many[20].cancelled() and sum("few" in text for text in upstream.texts[:16]) == 5
+        await one.close()
+
+
+@in_event_loop
+async def test_failures_of_one_clients_texts_do_not_pause_the_calls_of_others(
+    tmp_path: Path, upstream: Service
+) -> None:
+    """Those of a client that is alone do, and so do those that no text can cause."""
+
+    def respond(handler: Any, body: dict[str, Any]) -> None:
+        is_bad, is_down = "bad" in str(body), "down" in str(body)
+        send(handler, b"{" if is_bad else reply("positive"), 503 if is_down else 200)
+
+    upstream.respond = respond
+    one = caller(tmp_path, upstream)
+    await one.ask(Query(TEXT, "uncertain", "good"), 30)
+    for _ in range(4 * FAILURES):
+        error = await error_of(one.ask(Query(Text("bad"), "uncertain", "bad"), 30))
+        assert error.message.endswith("the response does not have the expected format")
+    assert (await one.ask(Query(TEXT, "uncertain", "good"), 30)).label == 0
+    for _ in range(2):
+        await error_of(one.ask(Query(Text("down"), "uncertain", "bad"), 30))
+    paused = await error_of(one.ask(Query(TEXT, "uncertain", "good"), 30))
+    assert paused.message.endswith("its last calls have failed")
+    alone = caller(tmp_path, upstream)
+    for _ in range(FAILURES):
+        await error_of(alone.ask(Query(Text("bad"), "uncertain", "bad"), 30))
+    assert not alone.is_available
+    await one.close()
+    await alone.close()
+
+
+@in_event_loop
+async def test_a_clients_share_of_the_quota_is_named(tmp_path: Path, upstream: Service) -> None:
+    one = caller(tmp_path, upstream, max_calls_per_hour=4)
+    for client in ("a", "b", "a"):
+        await one.ask(Query(TEXT, "uncertain", client), 30)
+    found = await error_of(one.ask(Query(TEXT, "uncertain", "a"), 30))
+    assert found.message.endswith("a client's share of max_calls_per_hour (4) is reached")
+    assert one.is_available
+    assert (await one.ask(Query(TEXT, "audit", "b"), 30)).label == 1
     await one.close()
 
 

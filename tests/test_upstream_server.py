@@ -384,6 +384,36 @@ def test_no_more_calls_run_at_a_time_than_allowed(tmp_path: Path, store: Path) -
             assert upstream.most == 3
 
 
+def test_a_filtered_text_of_one_tenant_does_not_pause_the_calls_of_another(
+    tmp_path: Path, store: Path
+) -> None:
+    keys = "\n".join(f"{letter} {letter * 20}" for letter in "ab")
+    with service(opinion) as upstream:
+        of = model_of(tmp_path, LABELS, chat(upstream.url))
+        with served(tmp_path, store, of, api_keys=keys) as server:
+
+            def post(letter: str, text: str) -> httpx.Response:
+                key = {"Authorization": f"Bearer {letter * 20}"}
+                return httpx.post(f"{server.url}/classify", json={"input": text, "tau": 0}, headers=key)
+
+            upstream.respond = lambda handler, _: send(handler, reply(None))
+            for _ in range(2 * FAILURES):
+                refused = post("a", "a filtered text")
+                assert refused.status_code == 502
+                message = refused.json()["error"]["message"]
+                assert message.endswith("its upstream failed: its reply names no label, or several")
+            upstream.respond = None
+            assert post("b", TEXTS[0]).status_code == 200
+
+
+def test_a_model_with_an_upstream_answers_once(server: Server, upstream: Service) -> None:
+    for second in ("tickets", "tickets:1", {"model": "tickets", "tau": 0.5}):
+        error, _ = error_of(server, 422, models=["tickets", second], input=TEXTS[0])
+        assert error["message"] == "models[1]: tickets, which has an upstream, is already models[0]"
+        assert error["param"] == "models[1]"
+    assert upstream.requests == []
+
+
 def test_a_client_leaves_room_for_others(tmp_path: Path, store: Path) -> None:
     """A client may have as many texts waiting for an upstream as in the queue, which is shared."""
     headers = [{"Authorization": f"Bearer {letter * 20}"} for letter in "ab"]

@@ -13,6 +13,7 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 
 import numpy as np
@@ -51,8 +52,8 @@ NO_STATES, NO_LOGITS = np.zeros((0, 0), np.float16), np.zeros(0, np.float32)
 # Answers that τ alone did not determine; and texts whose audit an upstream did not answer.
 EXCLUDED, UPSTREAM_FAILED = ("deadline", "max_layer", "windows"), "upstream_failed"
 
-# Answers a text as an upstream does, as the reading of an exit; raises RequestError.
-Ask = Callable[[Text], Awaitable[Reading]]
+# Answers a text of a client as an upstream does, as the reading of an exit; raises RequestError.
+Ask = Callable[[Text, str], Awaitable[Reading]]
 # Counts settled texts of a model.
 Count = Callable[[Sequence[Settled]], None]
 
@@ -304,8 +305,8 @@ class Auditor:
                 entry = self._open(tenant, Settled(name, tenant.epoch, share), is_pending, is_held)
             if is_pending:
                 entry.key = key
-                text = None if self._ask is None else item.text
-                self._enqueue(tenant, entry, client, tokens, outcome.reading, job.choice.rule, text)
+                ask = None if self._ask is None else partial(self._ask, item.text, job.client)
+                self._enqueue(tenant, entry, client, tokens, outcome.reading, job.choice.rule, ask)
             elif is_drawn:
                 tenant.pending -= needs_audit
                 self._conclude(entry.settled, key, outcome.reading, outcome.passed)
@@ -342,15 +343,15 @@ class Auditor:
         tokens: Tokens,
         answer: Reading,
         rule: ExitRule,
-        text: Text | None,
+        ask: Callable[[], Awaitable[Reading]] | None,
     ) -> None:
         """Schedule the audit of a text. Audits are submitted together after TICK_S, so that answers are sent first."""
 
         def done(audit: Audit) -> None:
-            if self._ask is None or text is None or audit.is_dropped or audit.error is not None:
+            if ask is None or audit.is_dropped or audit.error is not None:
                 self._done(audit, tenant, entry, client, answer)
             else:
-                run_once("upstream_audit", self._complete(self._ask(text), audit, done_with_answer))
+                run_once("upstream_audit", self._complete(ask(), audit, done_with_answer))
 
         def done_with_answer(audit: Audit) -> None:
             self._done(audit, tenant, entry, client, answer)

@@ -21,6 +21,7 @@ from de3.server.learn.record import Record
 from de3.server.rules import Rules, Standing
 from de3.server.settings import Settings
 from de3.server.upstream.answer import Asks, reading_of
+from de3.server.upstream.usage import Query
 
 AUDIT_S = 60.0  # time limit of an upstream's answer to an audited text, with all attempts
 
@@ -98,9 +99,9 @@ class Audits:
         artifact, tau_factor = Artifact(model.path, model.manifest), served.monitor.tau_factor
         auditor.serve(served, self._store.serve(artifact, served.rules, model.runtime, tau_factor))
 
-    async def _ask(self, manifest: Manifest, text: Text) -> Reading:
+    async def _ask(self, manifest: Manifest, text: Text, client: str) -> Reading:
         """The answer of a model's upstream to an audited text, as the reading of an exit; raises RequestError."""
-        reply = await self._upstreams.ask(manifest.name, text, "audit", True, AUDIT_S, False)
+        reply = await self._upstreams.ask(manifest.name, Query(text, "audit", client, True), AUDIT_S, False)
         return reading_of(reply, manifest.num_layers, len(manifest.labels))
 
     def _traffic_of(self, served: Served) -> Traffic:

@@ -388,12 +388,24 @@ def jobs_of(
     entries = request.entries
     _check_spans(request, [one.model.manifest for one in served])
     if len(served) > 1:
+        _check_upstreams([one.model.manifest for one in served], entries)
         check_encoders([one.model for one in served], [entry.where for entry in entries])
     fellows = [
         job_of(one, request, entry, level, lambda _: None)
         for one, entry in zip(served[1:], entries[1:], strict=True)
     ]
     return job_of(served[0], request, entries[0], level, on_done, fellows)
+
+
+def _check_upstreams(manifests: Sequence[Manifest], entries: Sequence[Entry]) -> None:
+    """Raise RequestError if a model with an upstream is named twice, as each text would then be sent twice."""
+    first: dict[str, str] = {}
+    for manifest, entry in zip(manifests, entries, strict=True):
+        where = first.setdefault(manifest.name, entry.where)
+        if manifest.upstream is not None and where != entry.where:
+            raise RequestError(
+                f"{entry.where}: {manifest.name}, which has an upstream, is already {where}", entry.where
+            )
 
 
 def check_encoders(models: Sequence[Model], where: Sequence[str] = ()) -> None:

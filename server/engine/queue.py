@@ -1,15 +1,13 @@
 """A bounded queue between the event loop and the engine threads, with fair scheduling between clients."""
 
-from collections import deque
-from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush, heapreplace
-from itertools import count
+from collections import Counter, defaultdict, deque
+from heapq import heapify, heappop, heappush
 from threading import Condition, RLock
-from time import perf_counter
 
 from de3.server.engine.job import Item, Job
 from de3.server.engine.served import MAX_STEP_S
 from de3.server.errors import RequestError
+from de3.server.fair_queue import Client, FairQueue
 
 MAX_GROUP = 16
 MAX_STRETCH = 3  # limit on the time of a text that joins a group, relative to that of the first text
@@ -17,41 +15,16 @@ MAX_SHADOWS = 64
 # A text is preempted by another client's text if its own client has received this much more engine time.
 PREEMPTION_LEAD_S = 0.002
 RECENT_S = 1.0  # a client counts as active for this long after its last text was enqueued or ran
-MAX_CLIENTS = 4096  # maximum number of clients remembered, unless more than that have pending items
 
 Entry = tuple[float, int, Item]  # due, order of arrival, item
-
-
-@dataclass(slots=True, eq=False)
-class _Client:
-    """Pending items of a client by urgency, and the engine time that it has received.
-
-    Attributes:
-        spent: virtual time: engine seconds received. A new client, or one that was idle, starts at the virtual
-            time of the clients that are being served, so it cannot save up time.
-        admitted, num_admitted: predicted seconds and number of its pending items whose deadline is admitted.
-        items: heap of its pending items without an admitted deadline.
-        is_listed: the client is in the queue's heap of clients to serve next.
-    """
-
-    spent: float = 0.0
-    admitted: float = 0.0
-    num_admitted: int = 0
-    items: list[Entry] = field(default_factory=list)
-    is_listed: bool = False
-
-    @property
-    def is_pending(self) -> bool:
-        """True if the client may have items in the queue; items of dropped jobs are removed later."""
-        return self.is_listed or self.num_admitted > 0
 
 
 class WorkQueue:
     """A queue of at most `limit` pending items, from which the engine threads take their work.
 
     Items with an admitted deadline are scheduled first, in the order of their deadlines. After them, the client that
-    has received the least engine time is served next, with its item that is due first. So each client gets its
-    share of the engine regardless of what other clients send, and a lone client gets all of it.
+    has received the least engine time is served next (see FairQueue). A pass that several models share is charged once
+    for each of them.
 
     Items of dropped jobs are skipped. Shadow items are scheduled only when nothing else is pending, and are discarded
     when the queue is closed. Neither kind counts toward the limit or the length.
@@ -60,14 +33,10 @@ class WorkQueue:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._admitted: list[Entry] = []  # a heap
-        self._clients: dict[str, _Client] = {}
-        # A heap of clients. Its copy of `spent` may be out of date; `_first` updates it.
-        self._listed: list[tuple[float, int, _Client]] = []
-        # The most recently active client, and the most recently active other one, each with the time of its activity.
-        self._recent = (("", -RECENT_S), ("", -RECENT_S))
-        self._floor = 0.0  # virtual time of the clients that are being served
+        # By client: number and predicted seconds of the pending items whose deadline is admitted.
+        self._num_admitted, self._admitted_s = Counter[str](), defaultdict[str, float](float)
+        self._fair = FairQueue(self._drops)  # the items without an admitted deadline
         self._shadows: deque[Item] = deque()
-        self._order = count()  # items that are due at the same time are served in order of arrival
         self._pending = 0  # items of jobs that are not dropped
         self._pending_admitted = 0  # pending items whose deadline is admitted
         self._stored = 0  # pending items, and items of dropped jobs that are still in a heap
@@ -156,8 +125,8 @@ class WorkQueue:
         with self._changed:
             for job, seconds in spent:
                 if not job.is_shadow:
-                    self._client(job.client).spent += seconds
-                    self._note(job.client)
+                    self._charge(job, seconds)
+                    self._fair.note(job.client)
 
     def lead(self, job: Job) -> float:
         """Lead of a job's client over other clients in engine time, seconds.
@@ -166,12 +135,12 @@ class WorkQueue:
         client with the least. It is negative if no other client was active within RECENT_S.
         """
         with self._changed:
-            (name, last), (_, before) = self._recent
-            if perf_counter() - (before if name == job.client else last) > RECENT_S:
+            if self._fair.is_alone(job.client, RECENT_S):
                 return -1.0
-            client = self._client(job.client)
-            others = [c.spent for _, _, c in self._listed if c is not client and c.items]
-            return client.admitted + (max(0.0, client.spent - min(others)) if others else 0.0)
+            client = self._fair.client(job.client)
+            others = [c.spent for _, _, c in self._fair.listed if c is not client and c.items]
+            lead_s = max(0.0, client.spent - min(others)) if others else 0.0
+            return self._admitted_s.get(job.client, 0.0) + lead_s
 
     def has_more_urgent_than(self, item: Item, seconds: float = 0.0) -> bool:
         """True if a pending item preempts this one; first charges this item's client `seconds` more of engine time.
@@ -184,8 +153,7 @@ class WorkQueue:
         with self._changed:
             own = None
             if not item.job.is_shadow:
-                own = self._client(item.job.client)
-                own.spent += seconds
+                own = self._charge(item.job, seconds)
             heap = self._first()
             if heap is None:
                 return False
@@ -194,7 +162,7 @@ class WorkQueue:
             due, _, first = heap[0]
             if item.job.is_admitted or first.job.is_admitted:
                 return first.job.is_admitted and not (item.job.is_admitted and item.due <= due)
-            other = self._clients[first.job.client]
+            other = self._fair.clients[first.job.client]
             return due < item.due if other is own else other.spent + PREEMPTION_LEAD_S < own.spent
 
     def wait_until_empty(self, seconds: float) -> None:
@@ -205,7 +173,7 @@ class WorkQueue:
     def later_than(self, due: float) -> int:
         """Number of pending items that are due after this time (perf_counter seconds)."""
         with self._changed:
-            heaps = [self._admitted, *(client.items for _, _, client in self._listed)]
+            heaps = [self._admitted, *(client.items for _, _, client in self._fair.listed)]
             return sum(when > due and not item.job.is_dropped for heap in heaps for when, _, item in heap)
 
     def drop(self, job: Job) -> None:
@@ -214,7 +182,7 @@ class WorkQueue:
             job.is_dropped = True
             self._forget(job)
             if self._stored > 2 * self._pending + MAX_GROUP:  # most are dropped: free their texts
-                for heap in (self._admitted, *(client.items for client in self._clients.values())):
+                for heap in (self._admitted, *(client.items for client in self._fair.clients.values())):
                     heap[:] = [entry for entry in heap if not entry[2].job.is_dropped]
                     heapify(heap)
                 self._stored = self._pending
@@ -231,32 +199,27 @@ class WorkQueue:
 
         Removes items of dropped jobs from the top of the heaps.
         """
-        if self._clean(self._admitted):
-            return self._admitted
-        listed = self._listed
-        while listed:
-            spent, _, client = listed[0]
-            if not self._clean(client.items):
-                heappop(listed)
-                client.is_listed = False
-            elif spent < client.spent:
-                heapreplace(listed, (client.spent, next(self._order), client))
-            else:
-                return client.items
-        return None
+        return self._fair.clean(self._admitted) or self._fair.first()
 
-    def _clean(self, heap: list[Entry]) -> list[Entry]:
-        while heap and heap[0][2].job.is_dropped:
-            self._forget(heappop(heap)[2].job)
+    def _drops(self, item: Item) -> bool:
+        """True if the item's job was dropped; the item then no longer counts."""
+        if item.job.is_dropped:
+            self._forget(item.job)
             self._stored -= 1
-        return heap
+        return item.job.is_dropped
+
+    def _charge(self, job: Job, seconds: float) -> Client[Item]:
+        """Charge a job's client for a pass, once for each model that shares it."""
+        client = self._fair.client(job.client)
+        client.spent += seconds * (1 + len(job.fellows))
+        return client
 
     def _take(self, heap: list[Entry]) -> Item:
         item = heappop(heap)[2]
         # A client that is served out of turn, for an admitted deadline, advances the virtual time only if all pending
         # items are admitted.
         if self._pending == self._pending_admitted or not item.job.is_admitted:
-            self._floor = max(self._floor, self._client(item.job.client).spent)
+            self._fair.serves(self._fair.client(item.job.client))
         if item.job.is_admitted:
             self._pending_admitted -= 1
             item.job.admitted_s -= item.predicted_s
@@ -268,48 +231,23 @@ class WorkQueue:
             self._emptied.notify_all()
         return item
 
-    def _note(self, client: str) -> None:
-        last = self._recent[0]
-        self._recent = ((client, perf_counter()), self._recent[1] if client == last[0] else last)
-
     def _add(self, item: Item) -> None:
         if item.job.is_shadow:
             self._shadows.append(item)
             return
-        entry = (item.due, next(self._order), item)
-        client = self._client(item.job.client)
-        self._note(item.job.client)
+        client = item.job.client
+        self._fair.note(client)
         if item.job.is_admitted:
-            heappush(self._admitted, entry)
+            heappush(self._admitted, (item.due, next(self._fair.order), item))
             self._pending_admitted += 1
             item.job.admitted_s += item.predicted_s
-            client.admitted += item.predicted_s
-            client.num_admitted += 1
+            self._admitted_s[client] += item.predicted_s
+            self._num_admitted[client] += 1
         else:
-            if not self._clean(client.items):
-                client.spent = max(client.spent, self._floor)
-            heappush(client.items, entry)
-            if not client.is_listed:
-                client.is_listed = True
-                heappush(self._listed, (client.spent, next(self._order), client))
+            self._fair.add(client, item, item.due)
         item.job.pending += 1
         self._pending += 1
         self._stored += 1
-
-    def _client(self, name: str) -> _Client:
-        client = self._clients.get(name)
-        if client is None:
-            if len(self._clients) >= MAX_CLIENTS:
-                self._forget_clients()
-            client = self._clients[name] = _Client(self._floor)
-        return client
-
-    def _forget_clients(self) -> None:
-        """Forget half of the clients without pending items, and advance the virtual time past them."""
-        idle = sorted(c.spent for c in self._clients.values() if not c.is_pending)
-        if idle:
-            self._floor = max(self._floor, idle[len(idle) // 2])
-        self._clients = {n: c for n, c in self._clients.items() if c.is_pending or c.spent > self._floor}
 
     def _forget(self, job: Job) -> None:
         self._pending -= job.pending
@@ -322,7 +260,7 @@ class WorkQueue:
         job.pending = 0
 
     def _release(self, name: str, items: int, seconds: float) -> None:
-        client = self._client(name)
-        client.num_admitted -= items
-        # Rounding may keep the sum from returning to 0.
-        client.admitted = client.admitted - seconds if client.num_admitted else 0.0
+        self._num_admitted[name] -= items
+        self._admitted_s[name] -= seconds
+        if not self._num_admitted[name]:  # rounding may keep the sum from returning to 0
+            del self._num_admitted[name], self._admitted_s[name]

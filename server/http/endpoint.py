@@ -102,7 +102,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     except RequestError:
         await charge.raise_to(1)
         raise
-    await charge.raise_to(max(1, len(request.texts)))
+    await charge.raise_to(max(1, len(request.texts) * len(request.entries)))
     exchange.inference = inference = Inference(request)
     request.client, request.tenant = client, exchange.owner
     request.expires_at = exchange.started + settings.timeout_s
@@ -111,7 +111,8 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     finally:  # a failed request is also charged for the texts that ran
         if inference.job is not None:
             tokens = (item.progress.num_tokens for item in inference.job.items)
-            charge.settle(sum(-(-count // TOKENS_PER_TEXT) for count in tokens))
+            units = sum(-(-count // TOKENS_PER_TEXT) for count in tokens)
+            charge.settle(units * len(inference.job.team))
 
 
 async def _parse_in_turn(
@@ -120,7 +121,7 @@ async def _parse_in_turn(
     """Parse a large body when its turn comes; raises RequestError if it is invalid or the request times out."""
     left_s = exchange.started + frontend.service.settings.timeout_s - perf_counter()
     try:
-        async with asyncio.timeout(left_s), frontend.parse_lock.hold(client):
+        async with asyncio.timeout(left_s), frontend.parsing.hold(client):
             return protocol.parse(call)
     except TimeoutError:
         raise timed_out(frontend.service) from None

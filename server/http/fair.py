@@ -1,10 +1,8 @@
-"""Fair scheduling on the event loop: parsing of large bodies by client, starting of requests by network."""
+"""Fair starting of requests on the event loop, by network."""
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from time import perf_counter
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from de3.server.background import report
@@ -34,45 +32,6 @@ class RoundRobin(Generic[T]):
         if items:
             self._pending[owner] = items
         return item
-
-
-class ParseLock:
-    """A lock that one parser of a large body holds at a time, in rotation over the clients.
-
-    After each parse, it stays locked for as long again, so parsing takes at most half the event loop's time.
-    """
-
-    def __init__(self) -> None:
-        self._waiting = RoundRobin[asyncio.Future[None]]()
-        self._is_free = True
-
-    @asynccontextmanager
-    async def hold(self, client: str) -> AsyncIterator[None]:
-        """Hold the lock for the duration of the context."""
-        if not self._is_free:
-            own: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.add(client, own)
-            try:
-                await own
-            except asyncio.CancelledError:
-                if own.done() and not own.cancelled():  # the lock was granted at the same moment
-                    self._pass_on()
-                raise
-        self._is_free = False
-        started = perf_counter()
-        try:
-            yield
-        finally:
-            asyncio.get_running_loop().call_later(perf_counter() - started, self._pass_on)
-
-    def _pass_on(self) -> None:
-        """Release the lock, or grant it to the next client."""
-        self._is_free = True
-        while self._waiting and self._is_free:
-            future = self._waiting.take()
-            if not future.done():
-                self._is_free = False
-                future.set_result(None)
 
 
 class StartQueue:

@@ -8,11 +8,11 @@ from starlette.routing import compile_path
 from starlette.types import Scope, Send
 
 from de3.server.errors import RequestError
+from de3.server.fair_queue import Slots
 from de3.server.http import errors
 from de3.server.http.access import Access
 from de3.server.http.clients import Clients
 from de3.server.http.exchange import HEADER, Exchange, Reporter, request_id
-from de3.server.http.fair import ParseLock
 from de3.server.http.protocol import Protocol, Route
 from de3.server.http.request_log import RequestLog
 from de3.server.http.traces import Traces, provider
@@ -26,7 +26,7 @@ class Frontend:
     Attributes:
         protocols: protocols by path.
         bytes_in_flight: shares of the body bytes in flight.
-        parse_lock: held to parse a large body.
+        parsing: the slot in which one large body at a time is parsed, for at most half of the event loop's time.
     """
 
     def __init__(self, service: Service, protocols: Mapping[str, Protocol]) -> None:
@@ -47,7 +47,7 @@ class Frontend:
         self.access = Access(settings, service.shared.leases)
         self._clients = Clients(settings.trusted_proxies)
         self.bytes_in_flight = Shares(settings.max_inflight_bytes, "bytes")
-        self.parse_lock = ParseLock()
+        self.parsing = Slots(1, pauses=True)
         self._reporters: list[Reporter] = []
         if settings.log_requests or settings.log_texts:
             self._reporters.append(RequestLog(settings.log_format, settings.log_texts))

@@ -4,11 +4,10 @@ import asyncio
 from collections import Counter
 from typing import Any
 
-from de3.server.engine.request import Text
 from de3.server.processes.channel import Channel
 from de3.server.processes.messages import decode
 from de3.server.upstream.client import Reply
-from de3.server.upstream.usage import Kind
+from de3.server.upstream.usage import Query
 
 SEND_S = 0.2  # counts are collected for this long, then sent together
 
@@ -20,13 +19,9 @@ class RemoteUpstreams:
         self._channel = channel
         self._local, self._others = Counter[str](), Counter[str]()
 
-    async def ask(
-        self, name: str, text: Text, kind: Kind, is_audit: bool, timeout_s: float, is_budget: bool
-    ) -> Reply:
+    async def ask(self, name: str, query: Query, timeout_s: float, is_budget: bool) -> Reply:
         """Have the supervisor call a model's upstream."""
-        found: Any = await self._channel.call(
-            "ask_upstream", name, text, kind, is_audit, timeout_s, is_budget
-        )
+        found: Any = await self._channel.call("ask_upstream", name, query, timeout_s, is_budget)
         return decode(Reply, found)
 
     def answered(self, name: str, local: int, others: int) -> None:

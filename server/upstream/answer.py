@@ -8,12 +8,11 @@ from typing import Protocol
 from de3.exits.reading import Reading, read
 from de3.server.engine.job import Item, Job
 from de3.server.engine.outcome import Outcome
-from de3.server.engine.request import Text
 from de3.server.errors import RequestError
 from de3.server.settings import Settings
 from de3.server.upstream.client import Reply
 from de3.server.upstream.undelivered import Undelivered, key_of
-from de3.server.upstream.usage import Kind
+from de3.server.upstream.usage import Kind, Query
 
 MIN_PROB = 1e-6  # probabilities below it are raised to it before their logarithm is taken
 
@@ -21,9 +20,7 @@ MIN_PROB = 1e-6  # probabilities below it are raised to it before their logarith
 class Asks(Protocol):
     """The upstreams of a server: `Upstreams`, or a connection to the supervisor's."""
 
-    async def ask(
-        self, name: str, text: Text, kind: Kind, is_audit: bool, timeout_s: float, is_budget: bool
-    ) -> Reply:
+    async def ask(self, name: str, query: Query, timeout_s: float, is_budget: bool) -> Reply:
         """The answer of a model's upstream; raises RequestError. See Caller.ask."""
 
     def answered(self, name: str, local: int, others: int) -> None:
@@ -96,9 +93,8 @@ async def _ask(
     started = perf_counter()
     timeout_s = max(0.0, ends - started)
     try:
-        reply = known or await upstreams.ask(
-            manifest.name, item.text, kind, item.is_drawn, timeout_s, is_budget
-        )
+        query = Query(item.text, kind, job.client, item.is_drawn)
+        reply = known or await upstreams.ask(manifest.name, query, timeout_s, is_budget)
     except RequestError as error:
         if is_budget:
             outcome.reason = "deadline"

@@ -8,23 +8,27 @@ PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
 
 
 class Breaker:
-    """A circuit breaker: open after FAILURES outages in a row; after each pause, one call is tried."""
+    """A circuit breaker: open after FAILURES outages in a row; after each pause, one call is tried.
+
+    Outages that may be due to the texts of one client open it only together with those of another. If such a trial
+    fails, other clients may try at once.
+
+    Attributes:
+        is_open: calls are refused, or only one of them is tried.
+    """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
         self._failures, self._pause_s, self._until = 0, PAUSE_S, 0.0
-        self._is_trying = False
+        self._suspects = set[str | None]()  # the clients of these outages; None: not due to a client
+        self.is_open = self._is_trying = False
 
-    @property
-    def is_open(self) -> bool:
-        """True while calls are refused, or only one of them is tried."""
-        return self._failures >= FAILURES
-
-    def wait_s(self) -> float:
-        """Seconds until a call may be tried; 0: now."""
+    def wait_s(self, client: str | None = None) -> float:
+        """Seconds until a client's call may be tried; 0: now."""
         if not self.is_open:
             return 0.0
-        return max(self._until - self._clock(), PAUSE_S if self._is_trying else 0.0)
+        may_try = self._suspects and client not in self._suspects
+        return max(0.0 if may_try else self._until - self._clock(), PAUSE_S if self._is_trying else 0.0)
 
     def begin(self) -> bool:
         """Record the start of a call, if wait_s() is 0; returns True if it is a trial."""
@@ -32,17 +36,34 @@ class Breaker:
         self._is_trying |= is_trial
         return is_trial
 
-    def end(self, is_trial: bool, is_outage: bool | None, retry_after_s: float | None = None) -> None:
-        """Record the end of a call; is_outage: None if it is unknown, because the call was cancelled."""
+    def end(
+        self,
+        is_trial: bool,
+        is_outage: bool | None,
+        retry_after_s: float | None = None,
+        client: str | None = None,
+    ) -> None:
+        """Record the end of a call.
+
+        is_outage: None if it is unknown, because the call was cancelled. client: the client whose text may be the
+        cause; None: no text is.
+        """
         if is_trial:
             self._is_trying = False
         if is_outage is None:
             return
         if not is_outage:
-            self._failures, self._pause_s = 0, PAUSE_S
+            self._failures, self._pause_s, self.is_open = 0, PAUSE_S, False
+            self._suspects.clear()
             return
-        was_open = self.is_open
+        if self.is_open and not is_trial:  # it began before
+            return
         self._failures += 1
-        if is_trial or (self.is_open and not was_open):
+        self._suspects.add(client)
+        is_certain = len(self._suspects) > 1 or None in self._suspects
+        if is_trial or (is_certain and self._failures >= FAILURES):
             self._until = self._clock() + max(self._pause_s, min(retry_after_s or 0.0, MAX_PAUSE_S))
-            self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
+            if is_certain:
+                self.is_open = True
+                self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
+                self._suspects.clear()

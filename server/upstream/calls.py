@@ -10,13 +10,12 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from de3.server.engine.job import Job
-from de3.server.engine.request import Text
 from de3.server.errors import RequestError
 from de3.server.settings import Settings
 from de3.server.upstream.answer import ask_upstreams
 from de3.server.upstream.client import CallError, Reply
 from de3.server.upstream.upstreams import ATTEMPTS, Upstreams
-from de3.server.upstream.usage import Kind
+from de3.server.upstream.usage import Query
 
 T = TypeVar("T")
 PAUSES_S = 5.0  # time for the pauses between the attempts of a call
@@ -84,18 +83,16 @@ class Calls:
         finally:
             future.cancel()  # after Ctrl+C
 
-    async def ask(
-        self, name: str, text: Text, kind: Kind, is_audit: bool, timeout_s: float, is_budget: bool
-    ) -> Reply:
+    async def ask(self, name: str, query: Query, timeout_s: float, is_budget: bool) -> Reply:
         """The answer of a model's upstream; raises RequestError. timeout_s: only used if it is a latency budget."""
         caller, failures, since = self.upstreams.all[name], 0, inf
         if is_budget:
-            return await caller.ask(text, kind, is_audit, timeout_s, is_budget)
+            return await caller.ask(query, timeout_s, is_budget)
         timeout_s = ATTEMPTS * caller.of.upstream.timeout_s + PAUSES_S
         async with self._turns[name]:
             while True:
                 try:
-                    return await caller.ask(text, kind, is_audit, timeout_s)
+                    return await caller.ask(query, timeout_s)
                 except RequestError as error:
                     cause, wait_s, now = error.__cause__, error.retry_after_s, monotonic()
                     is_refused = isinstance(cause, CallError) and cause.why in ("refused", "redirect")
@@ -127,9 +124,7 @@ class Placeholders:
         """Complete the outcomes of a finished job."""
         asyncio.run(ask_upstreams(job, self._settings, self))
 
-    async def ask(
-        self, name: str, text: Text, kind: Kind, is_audit: bool, timeout_s: float, is_budget: bool
-    ) -> Reply:
+    async def ask(self, name: str, query: Query, timeout_s: float, is_budget: bool) -> Reply:
         """The placeholder."""
         return Reply(0)
 

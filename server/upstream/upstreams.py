@@ -11,12 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from de3.server.background import keep_running, run_once
-from de3.server.engine.request import Text
 from de3.server.errors import Cause, RequestError
+from de3.server.fair_queue import Slots
 from de3.server.settings import Settings
 from de3.server.upstream.breaker import Breaker
 from de3.server.upstream.client import CallError, Client, Reply
-from de3.server.upstream.usage import Kind, UpstreamUsage
+from de3.server.upstream.usage import Query, UpstreamUsage
 from de3.server.upstream_settings import UpstreamModel
 
 log = logging.getLogger("de3")
@@ -25,6 +25,7 @@ BACKOFF_S = 0.25  # pause before the second attempt; it doubles, and is varied a
 REPEAT_SHARE = 0.02  # share of the audits that call twice
 MIN_REPEATS = 50  # repeated audits before a warning
 SAVE_S = 0.5  # interval between saves; a kill loses the calls since the last one
+RECENT_S = 60.0  # a client counts as active for this long after its last text
 LOG_S = 60.0  # minimum time between two log lines about failures of one kind
 
 
@@ -40,22 +41,19 @@ class Caller:
         self.of, self._rate = of, settings.guarantee
         self._client, self._breaker = Client(of, of.upstream.key()), Breaker()
         self.usage = UpstreamUsage(of, settings.state_dir)
-        self._calls = asyncio.Semaphore(of.upstream.concurrency)
+        self._calls = Slots(of.upstream.concurrency)
         # Audits leave room for texts that are waited for.
-        self._audits = asyncio.Semaphore(max(1, of.upstream.concurrency // 2))
+        self._audits = Slots(max(1, of.upstream.concurrency // 2))
         # Texts for which calls are pending or in flight. Each process limits them, too, by client; see Admission.
         self._room, self._waiting = 2 * settings.max_queue, 0
         self._was_away = self._has_warned = False
         self._logged: dict[str, float] = {}  # time of the last log line, by reason
 
-    async def ask(
-        self, text: Text, kind: Kind, is_audit: bool, timeout_s: float, is_budget: bool = False
-    ) -> Reply:
+    async def ask(self, query: Query, timeout_s: float, is_budget: bool = False) -> Reply:
         """The upstream's answer to a text.
 
-        is_audit: the answer is also an audit, of which a share is repeated. timeout_s: time for all attempts.
-        is_budget: it is a latency budget, so nothing is tried if it is shorter than the usual latency. Raises
-        RequestError if there is no answer.
+        timeout_s: time for all attempts. is_budget: it is a latency budget, so nothing is tried if it is shorter than
+        the usual latency. Raises RequestError if there is no answer.
         """
         ends = perf_counter() + timeout_s
         if timeout_s <= (self.usage.usual_s if is_budget else 0.0):
@@ -63,34 +61,34 @@ class Caller:
                 f"{self.of.name}: no time is left to ask its upstream", None, "upstream_timeout", 1
             )
         # Audits leave half of the room for texts that are waited for.
-        if self._waiting >= (self._room // 2 if kind == "audit" else self._room):
+        if self._waiting >= (self._room // 2 if query.kind == "audit" else self._room):
             raise self._away(f"{self._waiting} texts wait for it", 1.0)
         self._waiting += 1
         try:
             async with asyncio.timeout(timeout_s):
-                reply = await self._in_turn(text, kind, ends)
+                reply = await self._in_turn(query, ends)
         except TimeoutError:
             raise RequestError(
                 f"{self.of.name}: no answer of its upstream in time", None, "upstream_timeout", 1
             ) from None
         finally:
             self._waiting -= 1
-        if is_audit and random.random() < REPEAT_SHARE:
-            run_once("upstream", self._repeat(text, reply.label))
+        if query.is_audit and random.random() < REPEAT_SHARE:
+            run_once("upstream", self._repeat(query._replace(kind="repeat"), reply.label))
         return reply
 
-    async def _in_turn(self, text: Text, kind: Kind, ends: float) -> Reply:
-        if kind == "audit":
-            async with self._audits, self._calls:
-                return await self._try(text, kind, ends)
-        async with self._calls:
-            return await self._try(text, kind, ends)
+    async def _in_turn(self, query: Query, ends: float) -> Reply:
+        if query.kind == "audit":
+            async with self._audits.hold(query.client), self._calls.hold(query.client):
+                return await self._try(query, ends)
+        async with self._calls.hold(query.client):
+            return await self._try(query, ends)
 
-    async def _try(self, text: Text, kind: Kind, ends: float) -> Reply:
+    async def _try(self, query: Query, ends: float) -> Reply:
         for attempt in range(1, ATTEMPTS + 1):
-            self._check()
+            self._check(query.client)
             try:
-                return await self._call(text, kind if attempt == 1 else "retry")
+                return await self._call(query if attempt == 1 else query._replace(kind="retry"))
             except CallError as error:
                 # A reply without a label is tried once more.
                 is_last = attempt == ATTEMPTS or (error.why == "reply" and attempt == 2)
@@ -108,34 +106,36 @@ class Caller:
             await asyncio.sleep(pause_s)
         raise AssertionError("not reached")
 
-    def _check(self) -> None:
-        """Raise RequestError while the upstream is away or over its quota."""
-        if wait_s := self.usage.quota_wait_s():
-            why = f"max_calls_per_hour ({self.of.upstream.max_calls_per_hour}) is reached"
+    def _check(self, client: str) -> None:
+        """Raise RequestError while the upstream is away, or while the client may not call it because of its quota."""
+        if wait_s := self.usage.quota_wait_s(client):
+            whose = "" if self.usage.quota_wait_s() else "a client's share of "
+            why = f"{whose}max_calls_per_hour ({self.of.upstream.max_calls_per_hour}) is reached"
             self._log("quota", f"{why}; calls go on in {math.ceil(wait_s)} s")
             raise self._away(why, wait_s)
-        if wait_s := self._breaker.wait_s():
+        if wait_s := self._breaker.wait_s(client):
             raise self._away("its last calls have failed", wait_s)
 
-    async def _call(self, text: Text, kind: Kind) -> Reply:
+    async def _call(self, query: Query) -> Reply:
         """One call. If the time of its text ends first, it is cancelled, which says nothing about the upstream."""
         is_trial, is_outage, retry_after_s, started = self._breaker.begin(), None, None, perf_counter()
-        failure = ""
-        self.usage.called(kind)
+        failure, suspect = "", None
+        self.usage.called(query.kind, query.client)
         try:
-            reply = await self._client.call(text, self.of.upstream.timeout_s, self.usage.used)
+            reply = await self._client.call(query.text, self.of.upstream.timeout_s, self.usage.used)
             is_outage = False
         except CallError as error:
             is_outage, retry_after_s, failure = error.is_outage, error.retry_after_s, str(error)
+            if not error.is_certain and not self._calls.is_alone(query.client, RECENT_S):
+                suspect = query.client
             self.usage.failed(error.why)
-            # A reply may quote the text, which is user data.
-            self._log(error.why, "its reply names no label, or several" if error.why == "reply" else failure)
+            self._log(error.why, failure)
             raise
         except asyncio.CancelledError:  # its latency is at least this
             self.usage.took(max(perf_counter() - started, self.usage.usual_s))
             raise
         finally:
-            self._breaker.end(is_trial, is_outage, retry_after_s)
+            self._breaker.end(is_trial, is_outage, retry_after_s, suspect)
             self._note(failure)
         self.usage.took(perf_counter() - started)
         self.usage.totals.extracted += reply.is_extracted
@@ -160,12 +160,16 @@ class Caller:
             else:
                 log.info("%s: its upstream works again", self.of.name)
 
-    async def _repeat(self, text: Text, label: int) -> None:
+    async def _repeat(self, query: Query, label: int) -> None:
         """Ask for the answer to an audited text once more, and count whether the upstream disagrees with itself."""
         try:
-            async with asyncio.timeout(self.of.upstream.timeout_s), self._audits, self._calls:
-                self._check()
-                again = await self._call(text, "repeat")
+            async with (
+                asyncio.timeout(self.of.upstream.timeout_s),
+                self._audits.hold(query.client),
+                self._calls.hold(query.client),
+            ):
+                self._check(query.client)
+                again = await self._call(query)
         except (RequestError, CallError, TimeoutError):
             return
         self.usage.totals.repeats += 1
@@ -243,11 +247,9 @@ class Upstreams:
         """The callers by model name."""
         return self._by_name
 
-    async def ask(
-        self, name: str, text: Text, kind: Kind, is_audit: bool, timeout_s: float, is_budget: bool
-    ) -> Reply:
+    async def ask(self, name: str, query: Query, timeout_s: float, is_budget: bool) -> Reply:
         """The answer of a model's upstream; see Caller.ask."""
-        return await self._by_name[name].ask(text, kind, is_audit, timeout_s, is_budget)
+        return await self._by_name[name].ask(query, timeout_s, is_budget)
 
     def answered(self, name: str, local: int, others: int) -> None:
         """Count texts that were answered by a model, and by its upstream."""

@@ -1,18 +1,19 @@
 """The use of an upstream: its calls, its failures and its cost, which survive restarts in the state folder."""
 
 import logging
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Container
 from contextlib import suppress
 from math import inf
 from pathlib import Path
 from statistics import median
-from time import time
-from typing import Annotated, Literal, get_args
+from time import monotonic, time
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from de3.model_store.regular_file import read_regular_file, write_private_file
+from de3.server.engine.request import Text
 from de3.server.upstream.client import Failure, Usage
 from de3.server.upstream_settings import UpstreamModel
 
@@ -27,9 +28,25 @@ STALE_S = 60.0  # older latencies are not used, so that a budget shorter than th
 LATENCIES = 64  # calls whose median is the usual latency
 MAX_STATE_BYTES = 2**20
 HASH_DIGITS = 12
+MAX_COUNT, MAX_COST = 2**53, 1e15  # larger totals are not saved exactly
+STARTED = time() - monotonic()
 
-Count = Annotated[int, Field(ge=0, le=2**53)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Query(NamedTuple):
+    """A text that an upstream is asked for.
+
+    Attributes:
+        client: fair-share key.
+        is_audit: the answer is also an audit, of which a share is repeated.
+    """
+
+    text: Text
+    kind: Kind
+    client: str = ""
+    is_audit: bool = False
 
 
 class Totals(BaseModel):
@@ -43,7 +60,7 @@ class Totals(BaseModel):
         local: number of texts that the model has answered.
         extracted: replies in which the label was found among other words.
         repeats, differing: audits that called twice, and those of them whose labels differ.
-        slots: number of calls by slot of SLOT_S since 1970, of the last hour.
+        slots: number of calls by slot of SLOT_S since 1970, of the last hour; clients are not saved.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -61,6 +78,11 @@ class Totals(BaseModel):
     slots: Annotated[dict[int, Count], Field(max_length=2 * HOUR_S // SLOT_S)] = {}
 
 
+def steady_time() -> float:
+    """Seconds since 1970 by the system's clock when the process started; later changes of that clock are ignored."""
+    return STARTED + monotonic()
+
+
 class UpstreamUsage:
     """Counts the use of one model's upstream.
 
@@ -68,7 +90,10 @@ class UpstreamUsage:
         totals: since the first start with this upstream and state folder.
     """
 
-    def __init__(self, of: UpstreamModel, state_dir: Path | None, clock: Callable[[], float] = time) -> None:
+    def __init__(
+        self, of: UpstreamModel, state_dir: Path | None, clock: Callable[[], float] = steady_time
+    ) -> None:
+        """clock: seconds since 1970; must not jump."""
         self._of, self._clock = of.upstream, clock
         self._path = (
             None if state_dir is None else state_dir / "upstream" / f"{of.name}-{of.hash[:HASH_DIGITS]}.json"
@@ -80,6 +105,9 @@ class UpstreamUsage:
         self._latest = -inf  # time of the last latency
         self._recent: deque[tuple[float, int, int]] = deque()  # time, local answers, other answers
         self._saved = ""
+        self._by_slot: dict[int, Counter[str]] = {}  # calls of this process by slot and client
+        self._by_client = Counter[str]()  # their sums
+        self.totals.slots = self._last_hour(self._clock())
         self._take_slots(of.name)
 
     def _read(self, of: str) -> Totals:
@@ -125,42 +153,71 @@ class UpstreamUsage:
             write_private_file(self._path, content.encode())
             self._saved = content
 
-    def quota_wait_s(self) -> float:
-        """Seconds until max_calls_per_hour allows another call; 0: now."""
+    def quota_wait_s(self, client: str | None = None) -> float:
+        """Seconds until max_calls_per_hour allows a client's next call; 0: now. None: any client's.
+
+        A client that is alone may use all of the limit. What remains is shared: a call is refused if the other clients
+        of the last hour could not make as many calls each as this client then has made (max-min fairness).
+        """
         most, now = self._of.max_calls_per_hour, self._clock()
         if most is None:
             return 0.0
         slots = self._last_hour(now)
         excess = sum(slots.values()) - most + 1
+        if client is not None and excess <= 0:
+            self._forget_clients(slots)
+            calls = self._by_client[client] + 1
+            excess += sum(max(0, calls - n) for other, n in self._by_client.items() if other != client)
+            slots = {at: n[client] for at, n in self._by_slot.items() if n[client]}
+            excess = min(excess, 1)  # each call of its own makes room for its next one
+        wait_s = 0.0
         for at, count in sorted(slots.items()):
             if excess <= 0:
                 break
             excess -= count
             wait_s = (at + 1) * SLOT_S + HOUR_S - now
-        return max(0.0, wait_s) if sum(slots.values()) >= most else 0.0
+        return max(0.0, wait_s)
+
+    def _forget_clients(self, slots: Container[int]) -> None:
+        """Forget the clients of calls that are not in these slots."""
+        while self._by_slot and (at := next(iter(self._by_slot))) not in slots:
+            self._by_client -= self._by_slot.pop(at)
 
     def _last_hour(self, now: float) -> dict[int, int]:
-        """The calls by slot. A slot counts as a whole until its last moment is an hour ago."""
-        return {at: n for at, n in self.totals.slots.items() if (at + 1) * SLOT_S > now - HOUR_S}
+        """The calls by slot. A slot counts as a whole until its last moment is an hour ago.
 
-    def called(self, kind: Kind) -> None:
+        Slots in the future, saved before the system's clock was set back, count as the current one.
+        """
+        slots, current = Counter[int](), int(now // SLOT_S)
+        for at, count in self.totals.slots.items():
+            if (at + 1) * SLOT_S > now - HOUR_S:
+                slots[min(at, current)] += count
+        return dict(slots)
+
+    def called(self, kind: Kind, client: str = "") -> None:
         """Count a call that begins."""
         self.totals.calls[kind] += 1
         if self._of.max_calls_per_hour is not None:
             now = self._clock()
             slots, slot = self._last_hour(now), int(now // SLOT_S)
-            # A new dict, as other threads may be reading this one.
-            self.totals.slots = {**slots, slot: slots.get(slot, 0) + 1}
-        if self._of.price_per_call is not None:
-            self.totals.cost += self._of.price_per_call
+            slots[slot] = slots.get(slot, 0) + 1
+            self.totals.slots = slots  # a new dict, as other threads may be reading the former one
+            self._by_slot.setdefault(slot, Counter())[client] += 1
+            self._by_client[client] += 1
+        self._pay(self._of.price_per_call or 0.0)
 
     def used(self, usage: Usage) -> None:
         """Count the tokens of a call."""
-        before = self.totals.tokens
-        self.totals.tokens = before[0] + usage.input, before[1] + usage.output
-        if self._of.price_per_million_tokens is not None:
-            of_input, of_output = self._of.price_per_million_tokens
-            self.totals.cost += (usage.input * of_input + usage.output * of_output) / 1e6
+        tokens_in, tokens_out = self.totals.tokens
+        self.totals.tokens = (
+            min(tokens_in + usage.input, MAX_COUNT),
+            min(tokens_out + usage.output, MAX_COUNT),
+        )
+        of_input, of_output = self._of.price_per_million_tokens or (0.0, 0.0)
+        self._pay((usage.input * of_input + usage.output * of_output) / 1e6)
+
+    def _pay(self, price: float) -> None:
+        self.totals.cost = min(self.totals.cost + price, MAX_COST)
 
     def failed(self, why: Failure) -> None:
         """Count a failed call."""
