@@ -500,6 +500,10 @@ def test_a_clients_share_of_the_quota(tmp_path: Path) -> None:
     clock = Clock()
     usage = usage_of(tmp_path, clock, tmp_path / "state", max_calls_per_hour=12)
 
+    def call(client: str) -> None:
+        assert usage.quota_wait_s(client) == 0
+        usage.called("uncertain", client)
+
     def use(client: str) -> int:
         """Make as many calls as are allowed; returns their number."""
         calls = 0
@@ -508,21 +512,25 @@ def test_a_clients_share_of_the_quota(tmp_path: Path) -> None:
             calls += 1
         return calls
 
-    usage.called("uncertain", "b")
+    call("b")
     assert (use("a"), use("b"), use("c")) == (6, 5, 0)
-    assert 0 < usage.quota_wait_s() == usage.quota_wait_s("c") <= HOUR_S + 10
-    clock.now += HOUR_S + 10
-    assert use("a") == 12  # the calls of the others are an hour old
+    assert 0 < usage.quota_wait_s() == usage.quota_wait_s("c") <= HOUR_S + SLOT_S
+    clock.now += HOUR_S + 2 * SLOT_S
+    assert use("a") == 12  # the others have not asked for an hour
     clock.now += HOUR_S / 2
+    assert use("b") == 0
+    clock.now += HOUR_S / 2 + SLOT_S
+    call("a")
+    assert (use("a"), use("b")) == (5, 6)  # b has asked, so a must leave it its share
     usage.save()
     assert usage_of(tmp_path, clock, tmp_path / "state", max_calls_per_hour=12).quota_wait_s("b") > 0
     usage = usage_of(tmp_path, clock, tmp_path / "state", max_calls_per_hour=20)
-    usage.called("uncertain", "a")
-    usage.called("uncertain", "b")
+    call("a")
+    call("b")
     assert (use("a"), use("b")) == (3, 3)  # of the 8 that are left after the restart
     usage = usage_of(tmp_path, clock, max_calls_per_hour=12)
     for client in 8 * "x" + "yz":
-        usage.called("uncertain", client)
+        call(client)
     assert (use("x"), use("y"), use("z")) == (0, 1, 1)  # what one has used while it was alone is gone
 
 
@@ -534,15 +542,19 @@ def test_no_client_takes_the_share_of_another(
     tmp_path_factory: pytest.TempPathFactory, most: int, steps: list[tuple[str, float]]
 ) -> None:
     """A call is refused if the others could not make as many each, of the calls that are then left."""
-    clock, calls = Clock(), list[tuple[float, str]]()
+    clock, calls, asked = Clock(), list[tuple[float, str]](), dict[str, float]()
     usage = usage_of(tmp_path_factory.mktemp("usage"), clock, max_calls_per_hour=most)
     for client, seconds in steps:
         clock.now += seconds
         calls = [(ends, name) for ends, name in calls if ends + HOUR_S > clock.now]
         made = Counter(name for _, name in calls)
         own = made.pop(client, 0) + 1
+        asked[client] = clock.now
+        active = [one for one, at in asked.items() if one != client and at >= clock.now - HOUR_S - SLOT_S]
         wait_s = usage.quota_wait_s(client)
-        assert (wait_s > 0) == (own + sum(max(n, own) for n in made.values()) > most)
+        is_full = own + sum(made.values()) > most
+        is_over = own > 1 and own + sum(max(made[one], own) for one in active) > most
+        assert (wait_s > 0) == (is_full or is_over)
         assert wait_s <= HOUR_S + SLOT_S
         if not wait_s:
             usage.called("uncertain", client)

@@ -107,6 +107,9 @@ class UpstreamUsage:
         self._saved = ""
         self._by_slot: dict[int, Counter[str]] = {}  # calls of this process by slot and client
         self._by_client = Counter[str]()  # their sums
+        self._asked: dict[
+            str, float
+        ] = {}  # time when each client of the last hour last asked, in order of time
         self.totals.slots = self._last_hour(self._clock())
         self._take_slots(of.name)
 
@@ -157,19 +160,21 @@ class UpstreamUsage:
         """Seconds until max_calls_per_hour allows a client's next call; 0: now. None: any client's.
 
         A client that is alone may use all of the limit. What remains is shared: a call is refused if the other clients
-        of the last hour could not make as many calls each as this client then has made (max-min fairness).
+        that have asked within an hour could then not make as many calls each as this client (max-min fairness). A first
+        call is refused only at the limit.
         """
         most, now = self._of.max_calls_per_hour, self._clock()
         if most is None:
             return 0.0
         slots = self._last_hour(now)
         excess = sum(slots.values()) - most + 1
-        if client is not None and excess <= 0:
-            self._forget_clients(slots)
-            calls = self._by_client[client] + 1
-            excess += sum(max(0, calls - n) for other, n in self._by_client.items() if other != client)
-            slots = {at: n[client] for at, n in self._by_slot.items() if n[client]}
-            excess = min(excess, 1)  # each call of its own makes room for its next one
+        if client is not None:
+            self._note(client, now, slots)
+            own = self._by_client[client]
+            reserved = sum(max(0, own + 1 - self._by_client[one]) for one in self._asked if one != client)
+            if own and excess <= 0 < excess + reserved:
+                # When a call of its own expires, it may make its next one.
+                slots, excess = {at: n[client] for at, n in self._by_slot.items() if n[client]}, 1
         wait_s = 0.0
         for at, count in sorted(slots.items()):
             if excess <= 0:
@@ -178,8 +183,12 @@ class UpstreamUsage:
             wait_s = (at + 1) * SLOT_S + HOUR_S - now
         return max(0.0, wait_s)
 
-    def _forget_clients(self, slots: Container[int]) -> None:
-        """Forget the clients of calls that are not in these slots."""
+    def _note(self, client: str, now: float, slots: Container[int]) -> None:
+        """Record that a client asks, and forget the clients and the calls of more than an hour ago."""
+        self._asked.pop(client, None)
+        self._asked[client] = now
+        while self._asked[first := next(iter(self._asked))] < now - HOUR_S - SLOT_S:
+            del self._asked[first]
         while self._by_slot and (at := next(iter(self._by_slot))) not in slots:
             self._by_client -= self._by_slot.pop(at)
 
