@@ -18,7 +18,7 @@ from de3.server.engine.request import Text
 from de3.server.upstream.labels import Labels
 from de3.server.upstream_settings import PLACEHOLDER, UpstreamModel
 
-MAX_RESPONSE_BYTES = 2**20
+MAX_RESPONSE_BYTES = 2**18  # parsing takes at most a few milliseconds of the event loop
 CONNECT_S = 5.0  # limit on the time to connect
 MAX_RETRY_AFTER_S = 3600.0
 SUM_TOLERANCE = 1e-3  # largest error of the sum of probabilities
