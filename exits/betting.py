@@ -1,19 +1,15 @@
 """Anytime-valid tests and bounds for a rate, by betting: they hold at all times, however often they are checked.
 
-Texts arrive one after another. Text t is audited with probability q_t, which is fixed before anything about the text is
-known. A_t is 1 if it is audited; d_t is 1 if its early answer differs from full depth, which only an audit observes.
-The mean of X_t = A_t·d_t/q_t is the rate ρ, whatever q_t is.
+Texts are drawn for audits at random, whatever they say. d_t is 1 if the early answer to the t-th audited text differs
+from full depth; its mean is the rate ρ, whatever the share of texts that are drawn is.
 
-A gambler who bets that ρ is below r has the wealth W = Π (1 + λ_t·(r − X_t)), 1 at the start, where λ_t = c·q_t with a
-constant c in (0, 1). If ρ is r or more, W is a nonnegative supermartingale, so the probability that it ever reaches 1/δ
-is at most δ (Ville's inequality). The same holds for the mean of several such W with different c, which is an e-value
-against "the rate is r or more". (Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting",
-2024; Xu, Karampatziakis & Mineiro, "Active, anytime-valid risk controlling prediction sets", 2024.)
+A gambler who bets that ρ is below r has the wealth W = Π (1 + c·(r − d_t)), 1 at the start, for a constant c in (0, 1).
+If ρ is r or more, W is a nonnegative supermartingale, so the probability that it ever reaches 1/δ is at most δ (Ville's
+inequality). The same holds for the mean of several such W with different c, which is an e-value against "the rate is r
+or more". (Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting", 2024; Xu, Karampatziakis &
+Mineiro, "Active, anytime-valid risk controlling prediction sets", 2024.)
 
-As λ_t is proportional to q_t, an audit that finds a difference costs about a fraction c of W, whatever q_t is.
-Otherwise a few audits made when q was small would dominate.
-
-W depends only on two counts for each q: all texts, and the audited texts that differ. So only these are stored.
+W depends only on two counts: all audits, and those that differ. So only these are stored.
 """
 
 import math
@@ -25,8 +21,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
-# LOWER: c, for bets that the rate is lower. HIGHER: κ, for bets that the rate is higher, with λ_t = κ·q_t; each κ is
-# optimal if the rate is (1 + κ)·r.
+# LOWER: c, for bets that the rate is lower. HIGHER: κ, for bets that the rate is higher; each κ is optimal if the rate
+# is (1 + κ)·r.
 LOWER = np.array([0.25, 0.5, 0.75])
 HIGHER = np.array([0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 32.0])
 # Largest share of the wealth that a bet on a higher rate may lose when a text does not differ.
@@ -34,49 +30,38 @@ MOST_LOSS = 0.9
 STEPS = 30  # bisection steps
 
 
-def e_value(counts: Sequence[tuple[float, int, int]], rate: float) -> float:
-    """`e_values` for one rate, several times faster. counts: (q, texts, audited texts that differ) for each q."""
+def e_value(audits: int, differing: int, rate: float) -> float:
+    """`e_values` for one rate, several times faster."""
     wealth = 0.0
     for c in LOWER.tolist():
-        logs = sum(
-            differing * math.log1p(c * (q * rate - 1.0)) + (texts - differing) * math.log1p(c * q * rate)
-            for q, texts, differing in counts
-        )
-        wealth += math.exp(min(logs, 700.0))
+        log = differing * math.log1p(c * (rate - 1.0)) + (audits - differing) * math.log1p(c * rate)
+        wealth += math.exp(min(log, 700.0))
     return wealth / len(LOWER)
 
 
-def e_values(shares: Floats, texts: Counts, differing: Counts, rates: Floats) -> Floats:
+def e_values(audits: Counts, differing: Counts, rates: Floats) -> Floats:
     """E-values against "the rate is at least `rates`", (G,): evidence that the rate is lower.
 
-    shares: q, (L,), each in (0, 1]. texts: number of texts at each q, audited or not, (L,) or (L, G). differing: number
-    of audited texts that differ, (L, G). rates: r, (G,), each in (0, 1).
+    audits: number of audited texts. differing: number of those that differ. rates: r, each in (0, 1). All are (G,).
     """
-    c, q, r = LOWER[:, None, None], shares[:, None], rates
-    lost = np.log1p(c * (q * r - 1.0))
-    kept = np.log1p(c * q * r)
-    return _mean_exp((differing * lost + (texts.reshape(len(shares), -1) - differing) * kept).sum(1))
+    c = LOWER[:, None]
+    return _mean_exp(differing * np.log1p(c * (rates - 1.0)) + (audits - differing) * np.log1p(c * rates))
 
 
-def e_values_above(shares: Floats, texts: Counts, differing: Counts, rates: Floats) -> Floats:
-    """E-values against "the rate is at most `rates`", (G,): evidence that the rate is higher.
-
-    The arguments are those of `e_values`, but texts is (L,).
-    """
-    q, r = shares[:, None], rates
-    bets = np.minimum(HIGHER[:, None, None] * q, MOST_LOSS / r)  # λ
-    won = np.log1p(bets * (1.0 / q - r))
-    lost = np.log1p(-bets * r)
-    return _mean_exp((differing * won + (texts[:, None] - differing) * lost).sum(1))
+def e_values_above(audits: Counts, differing: Counts, rates: Floats) -> Floats:
+    """E-values against "the rate is at most `rates`", (G,): evidence that the rate is higher; see `e_values`."""
+    bets = np.minimum(HIGHER[:, None], MOST_LOSS / rates)
+    won, lost = np.log1p(bets * (1.0 - rates)), np.log1p(-bets * rates)
+    return _mean_exp(differing * won + (audits - differing) * lost)
 
 
-def bounds(shares: Floats, texts: Counts, differing: Counts, confidence: float) -> tuple[Floats, Floats]:
+def bounds(audits: Counts, differing: Counts, confidence: float) -> tuple[Floats, Floats]:
     """Lower and upper bounds on G rates, each (G,): a confidence sequence for each.
 
-    With probability at least `confidence`, a rate is within its bounds at all times. Arguments: see `e_values_above`.
+    With probability at least `confidence`, a rate is within its bounds at all times. Arguments: see `e_values`.
     """
-    count = differing.shape[1]
-    if not texts.any():
+    count = len(differing)
+    if not audits.any():
         return np.zeros(count), np.ones(count)
     enough = 2.0 / (1.0 - confidence)  # each side gets half of the error probability
 
@@ -89,9 +74,9 @@ def bounds(shares: Floats, texts: Counts, differing: Counts, confidence: float) 
             low, high = np.where(held, middle, low), np.where(held, high, middle)
         return high
 
-    lower = bisect(lambda rates: e_values_above(shares, texts, differing, rates) >= enough)
-    upper = bisect(lambda rates: e_values(shares, texts, differing, rates) < enough)
-    return np.where(differing.any(0), lower, 0.0), upper
+    lower = bisect(lambda rates: e_values_above(audits, differing, rates) >= enough)
+    upper = bisect(lambda rates: e_values(audits, differing, rates) < enough)
+    return np.where(differing > 0, lower, 0.0), upper
 
 
 def _mean_exp(logs: Floats) -> Floats:
@@ -102,8 +87,8 @@ def _mean_exp(logs: Floats) -> Floats:
 class ChangeDetector:
     """Fires when a rate has risen above r: a Shiryaev–Roberts e-detector (Shin, Ramdas & Rinaldo, 2023).
 
-    At every text a new gambler enters with stake q_t and bets that the rate is above r; the statistic is the gamblers'
-    total wealth, averaged over BETS. While the rate is at most r, the expected wealth is at most the sum of the stakes,
+    At every audit a new gambler enters with stake 1 and bets that the rate is above r; the statistic is the gamblers'
+    total wealth, averaged over BETS. While the rate is at most r, the expected wealth is at most the number of audits,
     so the mean number of audits before a false alarm is at least `patience`.
     """
 
@@ -114,28 +99,19 @@ class ChangeDetector:
         self.rate, self.patience = rate, patience
         self.wealth = [0.0] * len(self.BETS)
 
-    def count(self, share: float, differs: Sequence[bool], skipped: Sequence[int]) -> bool:
-        """Count consecutive texts at q = `share`; returns True if the statistic has reached `patience`.
+    def count(self, differs: Sequence[bool]) -> bool:
+        """Count audits; returns True if the statistic has reached `patience`, and then counts no later ones.
 
-        differs: for each audited text, whether it differs. skipped: number of texts before each of them, and after the
-        last one, that were not audited. If the detector fires, later texts are not counted.
+        differs: for each audited text, in order, whether it differs.
         """
-        bets = [min(bet * share, MOST_LOSS / self.rate) for bet in self.BETS]  # λ
-        most = self.patience * len(bets)
+        bets = [min(bet, MOST_LOSS / self.rate) for bet in self.BETS]
         agrees = [1.0 - bet * self.rate for bet in bets]
-        unlike = [1.0 + bet * (1.0 / share - self.rate) for bet in bets]
-        for i, texts in enumerate(skipped):
-            if texts:  # a geometric series: each text adds its stake, and every stake shrinks with each text
-                powers = [factor**texts for factor in agrees]
-                self.wealth = [
-                    wealth * power + share * factor * (1.0 - power) / (1.0 - factor)
-                    for wealth, factor, power in zip(self.wealth, agrees, powers, strict=True)
-                ]
-            if i < len(differs):
-                factors = unlike if differs[i] else agrees
-                self.wealth = [
-                    (wealth + share) * factor for wealth, factor in zip(self.wealth, factors, strict=True)
-                ]
-                if sum(self.wealth) >= most:
-                    return True
+        unlike = [1.0 + bet * (1.0 - self.rate) for bet in bets]
+        for is_unlike in differs:
+            factors = unlike if is_unlike else agrees
+            self.wealth = [
+                (wealth + 1.0) * factor for wealth, factor in zip(self.wealth, factors, strict=True)
+            ]
+            if sum(self.wealth) >= self.patience * len(bets):
+                return True
         return False

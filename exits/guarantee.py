@@ -193,43 +193,32 @@ class Evidence:
 
         The bets weight audits differently from rates(), so a rate may lie outside its bounds, which are then widened.
         """
+        lower, upper = betting.bounds(*self._counts(index), CONFIDENCE)
         if not self.audits:
-            count = len(self.taus[index])
-            return np.zeros(count), np.ones(count)
-        shares, texts, differing, _ = self._counts(index)
-        lower, upper = betting.bounds(shares, texts, differing, CONFIDENCE)
+            return lower, upper
         rates = self.rates()[index]
         return np.minimum(lower, rates), np.maximum(upper, rates)
 
     def e_values(self, rate: float) -> betting.Floats:
         """E-values against "the rate at this τ is above `rate`", at each τ of the grid."""
-        count = len(self.taus)
-        if not self.tallies:
-            return np.ones(count)
-        shares, texts, differing, repeats = self._counts(slice(None))
-        return betting.e_values(shares, texts[:, None] + repeats, differing, np.full(count, rate))
+        return betting.e_values(*self._counts(slice(None)), np.full(len(self.taus), rate))
 
     def e_value(self, rate: float, index: int) -> float:
         """E-value against "the rate at this τ is above `rate`", for one τ of the grid."""
-        counts = [
-            (share, t.texts + int(t.repeats[index]), int(t.differing[index]))
-            for share, t in self.tallies.items()
-        ]
-        return betting.e_value(counts, rate)
+        tallies = self.tallies.values()
+        audits = sum(tally.audits + int(tally.repeats[index]) for tally in tallies)
+        return betting.e_value(audits, sum(int(tally.differing[index]) for tally in tallies), rate)
 
     def e_value_above(self, rate: float, index: int) -> float:
         """E-value against "the rate at this τ is at most `rate`", for one τ of the grid."""
-        shares, texts, differing, _ = self._counts(slice(index, index + 1))
-        return float(betting.e_values_above(shares, texts, differing, np.full(1, rate))[0])
+        counts = self._counts(slice(index, index + 1))
+        return float(betting.e_values_above(*counts, np.full(1, rate))[0])
 
-    def _counts(self, index: slice) -> tuple[betting.Floats, betting.Counts, betting.Counts, betting.Counts]:
-        """The shares, and the texts, differing audits and repeats of each."""
-        shares, tallies = zip(*self.tallies.items(), strict=True)
-        texts = np.array([tally.texts for tally in tallies])
-        differing, repeats = (
-            np.stack([getattr(tally, name)[index] for tally in tallies]) for name in ("differing", "repeats")
-        )
-        return np.array(shares), texts, differing, repeats
+    def _counts(self, index: slice) -> tuple[betting.Counts, betting.Counts]:
+        """The audits, including repeats that differ, and those that differ, each (G,)."""
+        tallies, zeros = self.tallies.values(), np.zeros(len(self.taus[index]), np.int64)
+        audits = sum((tally.audits + tally.repeats[index] for tally in tallies), zeros)
+        return audits, sum((tally.differing[index] for tally in tallies), zeros)
 
 
 def _weight(tallies: dict[float, Tally]) -> float:
@@ -314,25 +303,15 @@ class Guarantee:
         """The reason for τ; see the class."""
         return "recent" if self.index < self.proved else self._why
 
-    def count(
-        self,
-        share: float,
-        audits: Profiles,
-        skipped: Sequence[int],
-        repeats: NDArray[np.bool_] | None = None,
-        skipped_repeats: int = 0,
-    ) -> None:
-        """Count consecutive texts. They may lower τ; only `advance` raises it.
+    def count(self, share: float, audits: Profiles, repeats: NDArray[np.bool_] | None = None) -> None:
+        """Count audits. They may lower τ; only `advance` raises it.
 
-        share: the probability with which each was audited. audits: the profiles of those that were, in order. skipped:
-        number of texts before each of them, and after the last one, that were not audited. repeats: for each audit,
-        whether the text was counted before. skipped_repeats: number of such texts among those not audited.
+        share: the probability with which each text was drawn. audits: the profiles of the texts, in order. repeats: for
+        each text, whether it was counted before, or is near to one that the exits were fitted to.
 
-        As evidence, a text that was counted before counts only against each τ at which it differs. The recent audits
-        and the change detector count it like any other text: without the repeats that agree, their rates would be too
-        high.
+        As evidence, a repeat counts only against each τ at which it differs. The recent audits and the change detector
+        count it like any other text: without the repeats that agree, their rates would be too high.
         """
-        self.evidence.skip(share, sum(skipped) - skipped_repeats)
         if repeats is None or not repeats.any():
             self.evidence.add(share, audits)
         else:
@@ -341,7 +320,7 @@ class Guarantee:
         # At τ = 0 every text is audited, but at the next τ only some are. A share of 0 keeps the window as short as it
         # is at the next τ.
         self.recent.add(share if self.index else 0.0, audits.differs)
-        if self.proved and self._detector.count(share, audits.differs[:, self.proved].tolist(), skipped):
+        if self.proved and self._detector.count(audits.differs[:, self.proved].tolist()):
             self.reset("change")
             return
         self.index = min(self.index, self.recent.allows(self.proved))

@@ -1,6 +1,5 @@
 """Fits exits to records of live traffic, and publishes the model with them; its other weights do not change."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save as save_tensors
 
 from de3.exits import betting, risk
 from de3.exits.calibration import FINE_TAUS
@@ -19,7 +19,9 @@ from de3.export.fit import Exits
 from de3.export.publish import as_stored, write_exits
 from de3.export.record import recorded_spans
 from de3.export.records import check, groups_of, opened, opened_model, part_of, recorded, texts_of, thinned
-from de3.model_store.manifest import Learned, Manifest, base_of
+from de3.model_store.fitted import FittedTexts
+from de3.model_store.manifest import FITTED, Learned, Manifest, base_of
+from de3.model_store.model import fitted_of
 from de3.model_store.records import Records
 from de3.model_store.store import Artifact, Store
 from de3.progress import console
@@ -43,6 +45,8 @@ class Fitted:
         speedup: speed-up in layers at the best τ in hindsight whose disagreement is within the guaranteed rate.
         proved_speedup: speed-up in layers at the highest τ that the held-out records prove.
         evidence: the held-out records, in order.
+        cut: position in the traffic of the last record that the fit could read.
+        texts: the texts that the exits were fitted to.
     """
 
     exits: Exits
@@ -50,6 +54,8 @@ class Fitted:
     speedup: float
     proved_speedup: float
     evidence: list[HeldOut]
+    cut: int
+    texts: FittedTexts
 
 
 def fit_exits(
@@ -61,31 +67,35 @@ def fit_exits(
     by_client: bool = False,
     base: Artifact | None = None,
 ) -> Fitted:
-    """Fit exits and risk to records of a model, and test them on held-out ones.
+    """Fit exits and risk to records of a model, and test them on later ones.
 
-    attempt: number of the fit, from 1; determines the split and the error probability of the test (see `error_of`).
-    rate: the guaranteed rate of disagreement. first_new: number of the first record that tests may use; earlier records
-    are from before a change in the traffic. by_client: each client has a guarantee of its own, so all its held-out
-    records are evidence, and as many of them are held out as if it were the only client. base: the model, if it is a
-    token classifier, which runs the records' tokens.
+    attempt: number of the fit, from 1; determines the error probability of the test (see `error_of`). rate: the
+    guaranteed rate of disagreement. first_new: number of the first record that tests may use; earlier records are from
+    before a change in the traffic. by_client: each client has a guarantee of its own, so all its held-out records are
+    evidence. base: the model, if it is a token classifier, which runs the records' tokens.
 
     Raises ValueError if there are too few records.
     """
-    fitted, tests = _split(records, attempt, first_new, by_client)
-    held = tests.part(thinned(tests, np.arange(len(tests)), np.random.default_rng([SEED, attempt])))
-    if len(held) < fit.HELD_OUT or len(np.unique(fitted.keys)) < 2 * FOLDS:
-        raise ValueError(f"{len(records)} records are too few")
+    cut = cut_of(records, first_new, by_client)
+    fitted, tests = _split(records, cut, first_new)
+    texts = FittedTexts(fitted.pieces)
+    is_near = texts.are_near(tests.pieces)
+    rng = np.random.default_rng([SEED, attempt])
+    held = np.arange(len(tests)) if by_client else thinned(tests, np.arange(len(tests)), rng)
+    # Exits are right more often about texts that are near to fitted ones, so their quality shows on others.
+    new = np.flatnonzero(~is_near)
+    new = thinned(tests, new, rng) if by_client else np.intersect1d(new, held)
+    if len(new) < fit.HELD_OUT or len(np.unique(fitted.keys)) < 2 * FOLDS:
+        raise ValueError(f"{len(records)} records, {len(new)} new texts among the last of them, are too few")
     kind = _Texts(manifest) if base is None or not manifest.is_spans else _Tokens(base)
     exits, tune = kind.fit(fitted, rate)
-    tested = kind.recorded(exits, held)
-    certify = part_of(tested, groups_of(held))
+    tested = kind.recorded(exits, tests)
+    certify = part_of(tested.rows(new), groups_of(tests.part(new)))
     calibrated = calibrate(tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
     scores = calibrated.risk.scores(tested)
-    proved, speedup = _speedups(tested, scores, rate, error_of(attempt))
-    if by_client:
-        held, tested = tests, kind.recorded(exits, tests)
-        scores = calibrated.risk.scores(tested)
-    return Fitted(exits, calibrated, speedup, proved, list(_evidence(held, tested, scores)))
+    proved, speedup = _speedups(tested.rows(new), scores[new], rate, error_of(attempt))
+    evidence = list(_evidence(tests.part(held), tested.rows(held), scores[held], is_near[held], cut))
+    return Fitted(exits, calibrated, speedup, proved, evidence, cut, texts)
 
 
 class _Texts:
@@ -160,29 +170,27 @@ def _first_exit(recorded: Recorded, rate: float) -> int:
     return next(first for first, share in enumerate(shares) if share >= max(shares) - MIN_SHARE)
 
 
-def _split(
-    records: Records, attempt: int, first_new: int, by_client: bool = False
-) -> tuple[Records, Records]:
-    """The records to fit exits to, and those to test them on; identical texts are on the same side."""
-    is_new, is_held = (records.numbers >= first_new) & ~records.extra, np.zeros(len(records), np.bool_)
-    rng = np.random.default_rng([SEED, attempt])
-    clients = records.clients if by_client else np.zeros(len(records), np.int32)
-    tested = list[NDArray[np.uint64]]()
-    for client in np.unique(clients[is_new]):
-        own = np.flatnonzero(is_new & (clients == client))
-        keys = rng.permutation(np.unique(records.keys[own]))
-        tested.append(keys[: min(round(HELD_OUT * len(keys)), MAX_HELD_OUT)])
-        # Only texts that were drawn for this client: another client could resend its easy ones.
-        is_held[own] = np.isin(records.keys[own], tested[-1])
-    is_tested = np.isin(records.keys, np.concatenate(tested)) if tested else is_held
-    others = np.flatnonzero(~is_tested)
-    held = np.flatnonzero(is_held)
+def cut_of(records: Records, first_new: int = 0, by_client: bool = False) -> int:
+    """The position in the traffic up to which a fit may read records: later ones test it.
+
+    It is one position for all clients. Otherwise a client could send copies of another one's texts that are held out:
+    exits that were fitted to the copies would pass any test on the originals.
+    """
+    is_new = (records.numbers >= first_new) & ~records.extra
+    numbers, clients = records.numbers[is_new], np.unique(records.clients[is_new])
+    count = min(round(HELD_OUT * len(numbers)), MAX_HELD_OUT * (len(clients) if by_client else 1))
+    return int(numbers[-count - 1]) if 0 < count < len(numbers) else 0
+
+
+def _split(records: Records, cut: int, first_new: int) -> tuple[Records, Records]:
+    """The records to fit exits to, and those that test them."""
+    is_old = records.numbers < first_new
+    old, new = np.flatnonzero(is_old), np.flatnonzero(~is_old & (records.numbers <= cut))
     # At most as many records from before a change in the traffic as from after it.
-    is_old = records.numbers[others] < first_new
-    old, new = others[is_old], others[~is_old]
     if first_new and len(old) > len(new):
-        old = np.sort(rng.permutation(old)[: len(new)])
-    return records.part(np.sort(np.concatenate([old, new]))[-MAX_FITTED:]), records.part(held)
+        old = np.sort(np.random.default_rng(SEED).permutation(old)[: len(new)])
+    fitted = np.concatenate([old, new])[-MAX_FITTED:]
+    return records.part(fitted), records.part((records.numbers > cut) & ~is_old & ~records.extra)
 
 
 def _speedups(
@@ -195,8 +203,8 @@ def _speedups(
     is_proved, is_within = np.ones(len(taus), np.bool_), np.ones(len(taus), np.bool_)
     for unlike, rows in recorded.kinds:
         differing = profiles(scores[rows], unlike, recorded.exit_costs, taus).differs
-        counts = np.array([len(rows)]), differing.sum(0)[None]
-        is_proved &= betting.e_values(np.ones(1), *counts, np.full(len(taus), rate)) >= 1 / error
+        counts = np.full(len(taus), len(rows)), differing.sum(0)
+        is_proved &= betting.e_values(*counts, np.full(len(taus), rate)) >= 1 / error
         is_within &= differing.sum(0) <= rate * len(rows)
 
     def last(holds: NDArray[np.bool_]) -> float:
@@ -207,19 +215,26 @@ def _speedups(
     return last(is_proved), last(is_within)
 
 
-def _evidence(records: Records, recorded: Recorded, scores: NDArray[np.float64]) -> Iterator[HeldOut]:
-    """Yield the evidence of each held-out record."""
+def _evidence(
+    records: Records,
+    recorded: Recorded,
+    scores: NDArray[np.float64],
+    is_near: NDArray[np.bool_],
+    cut: int,
+) -> Iterator[HeldOut]:
+    """Yield the evidence of each held-out record. is_near: whether it is near to a record that the fit read."""
     missed: dict[int, list[bool]] = {}
     for unlike, rows in recorded.kinds[1:]:
         missed = dict(zip(rows.tolist(), unlike.tolist(), strict=True))
     for i, (one, differs) in enumerate(zip(scores, recorded.differs, strict=True)):
         yield HeldOut(
             records.names[records.clients[i]],
-            int(records.keys[i]),
+            None if is_near[i] else int(records.keys[i]),
             int(records.numbers[i]),
+            cut,
             [None if np.isnan(score) else float(score) for score in one],
             differs.tolist(),
-            missed=missed.get(i),
+            missed.get(i),
         )
 
 
@@ -240,8 +255,9 @@ def publish(
     exists.
     """
     manifest, exits = base.manifest, fitted.exits
+    learned = attempt and Learned(base=base_of(manifest), attempt=attempt, records=records, cut=fitted.cut)
     fields = {
-        "learned": attempt and Learned(base=base_of(manifest), attempt=attempt, records=records),
+        "learned": learned,
         **({} if version is None else {"version": version}),
         **fitted.calibrated.fields(),
     }
@@ -251,6 +267,8 @@ def publish(
         fields["calibration"] = fitted.calibrated.calibration.model_copy(update={"references": references})
     made = name or manifest.name
     with store.new_version(made) as draft:
+        if learned:
+            draft.write({FITTED: save_tensors({"pieces": fitted.texts.pieces})})
         return draft.publish(write_exits(base, exits, draft, name=made, **fields))
 
 
@@ -279,7 +297,6 @@ def learn(base: Artifact, records: Records, store: Store, job: Job) -> Found:
     """
     manifest = base.manifest
     check(records, manifest)
-    started = time.monotonic()
     fitted = fit_exits(records, manifest, job.attempt, job.rate, job.first_new, job.by_client, base)
     path, is_better = None, fitted.speedup > job.speedup
     if is_better:
@@ -291,7 +308,6 @@ def learn(base: Artifact, records: Records, store: Store, job: Job) -> Found:
         served_speedup=round(job.speedup, 3),
         held_out=len(fitted.evidence),
         records=len(records),
-        seconds=round(time.monotonic() - started, 2),
         evidence=fitted.evidence if is_better else [],
     )
 
@@ -302,13 +318,16 @@ def test(model: Artifact, records: Records, after: int, by_client: bool = False)
     by_client: see fit_exits. Raises ValueError for records of another model, and StoreError for a damaged model.
     """
     check(records, model.manifest)
+    learned, texts = model.manifest.learned, fitted_of(model)
+    if learned is None or learned.cut is None or texts is None:
+        return Found()
     rows = np.flatnonzero(~records.extra)
     if not by_client:
         rows = thinned(records, rows, np.random.default_rng([SEED, after]))
-    rows = rows[records.numbers[rows] > after]
+    rows = rows[records.numbers[rows] > max(after, learned.cut)]
     if not len(rows):
         return Found()
     newer = records.part(rows)
     outputs = recorded(model, newer)
     scores = model.manifest.default_signal.scores(outputs)
-    return Found(evidence=list(_evidence(newer, outputs, scores)))
+    return Found(evidence=list(_evidence(newer, outputs, scores, texts.are_near(newer.pieces), learned.cut)))

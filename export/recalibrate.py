@@ -6,14 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from de3.data.examples import Example, check_disjoint, check_input, load_examples
 from de3.data.split import groups_of, with_fragments
 from de3.export import records
 from de3.export.calibrate import Calibrated, CalibrationPart, calibrate
 from de3.export.record import record
+from de3.model_store.fitted import FittedTexts
 from de3.model_store.manifest import Manifest
-from de3.model_store.model import Model
+from de3.model_store.model import Model, fitted_of
 from de3.model_store.store import Artifact, Store
 from de3.progress import console, warn
 
@@ -58,8 +60,14 @@ def recalibrate_on_records(
     found = records.opened(files, artifact.manifest)
     rng = np.random.default_rng(SEED)
     found = found.part(records.thinned(found, np.arange(len(found)), rng))
-    part = records.part_of(records.recorded(artifact, found), records.groups_of(found))
-    return _on_own_answers(artifact, store, part, max_loss, signal)
+    if (fitted := fitted_of(artifact)) is not None:
+        found = found.part(~fitted.are_near(found.pieces))
+    whole = records.part_of(records.recorded(artifact, found), records.groups_of(found))
+    # The later half certifies, without texts that are near to those of the earlier half and on which all exits agree.
+    is_early = np.arange(len(found)) < len(found) // 2
+    is_near = FittedTexts(found.pieces[is_early]).are_near(found.pieces)
+    is_late = ~is_early & (~is_near | whole.samples.recorded.differs.any(1))
+    return _on_own_answers(artifact, store, whole, is_early, is_late, max_loss, signal)
 
 
 def recalibrate_on_texts(
@@ -83,18 +91,26 @@ def recalibrate_on_texts(
     _check_count(_report_related(used, len(examples) - len(used)))
     recorded = record(Model(artifact), used, "the texts")
     recorded = replace(recorded, labels=recorded.answers[:, -1])
-    return _on_own_answers(artifact, store, CalibrationPart.of(recorded, used), max_loss, signal)
+    whole = CalibrationPart.of(recorded, used)
+    rng, count = np.random.default_rng(SEED), whole.samples.num_groups
+    in_tune = (rng.permutation(count) < count // 2)[whole.samples.groups]
+    return _on_own_answers(artifact, store, whole, in_tune, ~in_tune, max_loss, signal)
 
 
 def _on_own_answers(
-    artifact: Artifact, store: Store, whole: CalibrationPart, max_loss: float, signal: str
+    artifact: Artifact,
+    store: Store,
+    whole: CalibrationPart,
+    in_tune: NDArray[np.bool_],
+    in_certify: NDArray[np.bool_],
+    max_loss: float,
+    signal: str,
 ) -> Path:
-    """Publish a version that is tuned on one half of the groups of related texts and certified on the other."""
-    rng, count = np.random.default_rng(SEED), whole.samples.num_groups
-    _check_count(count)
-    in_tune = (rng.permutation(count) < count // 2)[whole.samples.groups]
+    """Publish a version that is tuned on some of the texts and certified on others; both are masks, (n,)."""
+    rows = in_tune | in_certify
+    _check_count(len(np.unique(whole.samples.groups[rows])))
     tune, certify = (
-        CalibrationPart(whole.samples.rows(rows), whole.is_whole[rows]) for rows in (in_tune, ~in_tune)
+        CalibrationPart(whole.samples.rows(rows), whole.is_whole[rows]) for rows in (in_tune, in_certify)
     )
     _warn_of_full_depth(artifact)
     return _publish(artifact, store, calibrate(tune, certify, max_loss, signal, self_labelled=True))

@@ -138,12 +138,13 @@ def label_of(row: Mapping[str, Any]) -> Label:
     return str(row["label"])
 
 
-def truth(url: str, texts: Sequence[str]) -> list[Label]:
-    """The label of each text at full depth."""
+def truth(url: str, texts: Sequence[str], key: str = "") -> list[Label]:
+    """The label of each text at full depth. key: API key; empty: none."""
     connection, labels = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120), list[Label]()
     for i in range(0, len(texts), BATCH):
         body = json.dumps({"input": list(texts[i : i + BATCH]), "tau": 0})
-        connection.request("POST", "/classify", body, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        connection.request("POST", "/classify", body, headers)
         data = json.loads(connection.getresponse().read())
         labels += [label_of(row) for row in data["data"]]
     return labels

@@ -4,7 +4,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -27,8 +28,9 @@ from de3.server.learn.learners import CHECK_S
 from de3.server.rules import Rules
 from de3.server.settings import Settings
 from lab.attacks import WORDS
-from lab.learn import WINDOW, Answer, send
+from lab.learn import WINDOW, Answer, send, truth
 from lab.options import show
+from lab.studies.copies import Attack, stream
 from lab.well_behaved import Phase, WellBehavedClient, authorized
 
 BATCH = 256
@@ -64,7 +66,7 @@ def count_ms(manifest: Manifest, tenants: int, share: float) -> float:
                 differs = (rng.random(exits) < RATE / 2).tolist()
                 settled.add(key, [*rng.random(exits).tolist(), None], [*differs, False], False)
             else:
-                settled.skip(key)
+                settled.skipped += 1
         start = time.thread_time()
         ledger.count([settled])
         times.append(1000 * (time.thread_time() - start))
@@ -116,24 +118,44 @@ def versions(
     After every WINDOW texts, no more are sent until the fit ends, so the result hardly depends on its duration. rate:
     the guarantee.
     """
-    keys, answers = [_key(tenant) for tenant in range(tenants)], list[Answer]()
-    report: dict[str, Any] = {}
+    keys = [_key(tenant) for tenant in range(tenants)]
+    with _learning(stock, tenants, rate, port) as url:
+        return _taught(url, texts, keys, per_second)
+
+
+@contextmanager
+def _learning(stock: Path, tenants: int, rate: float, port: int) -> Iterator[str]:
+    """The URL of a server that learns; without keys, if there are no tenants."""
     with TemporaryDirectory(prefix="de3-lab-") as folder:
         command = [sys.executable, "-m", "de3.cli", "serve", str(stock), "--port", "{port}", "--learn"]
         command += ["--guarantee", f"{rate:g}", "--state-dir", f"{folder}/state"]
-        server = _with_keys(Server("de3", command, ready="/ready"), tenants)
-        with running(server, port, Path(folder) / "log") as started:
-            url = started.target.url
-            for start in range(0, len(texts), WINDOW):
-                answers += send(url, texts[start : start + WINDOW], per_second, keys)
-                path = f"/v1/models/{answers[0].model.partition(':')[0]}/learn"
-                request = Request(url + path, headers={"Authorization": f"Bearer {keys[0]}"})
-                report = {"phase": "fitting"}
-                while report["phase"] == "fitting":
-                    time.sleep(2 * CHECK_S)  # a fit that is due has begun after that
-                    with urlopen(request) as response:
-                        report = json.load(response)
-        return answers, report["fits"]
+        server = Server("de3", command, ready="/ready")
+        with running(
+            _with_keys(server, tenants) if tenants else server, port, Path(folder) / "log"
+        ) as started:
+            yield started.target.url
+
+
+def _taught(
+    url: str, texts: Sequence[str], keys: Sequence[str], per_second: float
+) -> tuple[list[Answer], list[dict[str, Any]]]:
+    """Send texts to a server that learns; after every WINDOW texts, wait until no fit runs.
+
+    keys: used in turn. Returns the answers, and the server's reports on its fits.
+    """
+    answers = list[Answer]()
+    report: dict[str, Any] = {}
+    for start in range(0, len(texts), WINDOW):
+        used = [keys[i % len(keys)] for i in range(start, start + WINDOW)]
+        answers += send(url, texts[start : start + WINDOW], per_second, used)
+        path = f"/v1/models/{answers[0].model.partition(':')[0]}/learn"
+        request = Request(url + path, headers={"Authorization": f"Bearer {keys[0]}"})
+        report = {"phase": "fitting"}
+        while report["phase"] == "fitting":
+            time.sleep(2 * CHECK_S)  # a fit that is due has begun after that
+            with urlopen(request) as response:
+                report = json.load(response)
+    return answers, report["fits"]
 
 
 def table(answers: Sequence[Answer], fits: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -182,6 +204,41 @@ def p99(
             answered = found.requests - found.refused - found.errors - found.unanswered
             rows.append([processes, tenants, found.p50_ms, found.p99_ms, answered, found.requests, batches])
     show(["processes", "tenants", "p50, ms", "p99, ms", "answered", "requests", "batches"], rows)
+
+
+@app.command()
+def copies(
+    stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
+    texts: Annotated[Path, typer.Option(help="Texts that the classifier was not trained on.")],
+    attack: Annotated[str, typer.Option(help='As "copies edit order sender"; see lab/studies/copies.py.')],
+    guarantee: Annotated[float, typer.Option(help="The guaranteed rate of disagreement.")] = 0.05,
+    own: Annotated[int, typer.Option(help="Texts of the victim before it is measured.", min=1)] = 1500,
+    unseen: Annotated[int, typer.Option(help="Texts of the victim on which it is measured.", min=1)] = 1000,
+    per_second: Annotated[float, typer.Option(help="Texts per second.", min=1)] = 100.0,
+    text_column: options.TextColumn = "text",
+    port: options.Port = 8100,
+) -> None:
+    """Attack the guarantee of a tenant of a real server with copies of its texts, then compare its next answers.
+
+    Example: python -m lab tenants copies MODEL --texts texts.jsonl --attack "3 point ahead another"
+    """
+    chosen, found = Attack.of(attack), list(dict.fromkeys(one.text for one in read(texts, text_column)))
+    rng = random.Random(1)
+    rng.shuffle(found)
+    next_texts = found[own : own + unseen]
+    sent = stream(chosen, found[:own], found[own + unseen :], rng)
+    keys = ["", ""] if chosen.sender == "keyless" else [_key(0), _key(1)]
+    with _learning(stock, 0 if chosen.sender == "keyless" else 2, guarantee, port) as url:
+        _, fits = _taught(url, [text for _, text in sent], [keys[client] for client, _ in sent], per_second)
+        answers = send(url, next_texts, per_second, keys[:1])
+        labels = truth(url, next_texts, keys[0])
+    layers, deepest = np.array([answer.layer for answer in answers]), max(answer.layer for answer in answers)
+    differ = sum(answer.label != label for answer, label in zip(answers, labels, strict=True))
+    outcomes = ", ".join(f"{fit['outcome']} ({fit['proved_speedup']:.2f}×)" for fit in reversed(fits))
+    show(
+        ["attack", "texts", "fits, and what they prove", "of the next texts, early", "differ"],
+        [[attack, len(sent), outcomes, f"{(layers < deepest).mean():.0%}", f"{differ / len(answers):.2%}"]],
+    )
 
 
 @app.command()

@@ -19,6 +19,7 @@ SCHEMA_VERSION: Literal[7] = 7
 OLD_VERSION: Literal[6] = 6  # its exits are in its segments
 
 EXITS, PROTOTYPES, TOKENIZER = "exits.safetensors", "prototypes.safetensors", "tokenizer.json"
+FITTED = "fitted.safetensors"
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -159,11 +160,14 @@ class Learned(ManifestPart):
         base: hash of the model that the exits were fitted for; see `base_of`.
         attempt: number of the fit, from 1. A guarantee divides its error probability among the attempts.
         records: number of records that the fit used, including held-out ones.
+        cut: position in the traffic of the last text that the fit could read: only later ones are evidence about the
+            exits. None in versions of earlier releases.
     """
 
     base: Sha256
     attempt: Annotated[int, Field(ge=1, le=MAX_ATTEMPTS)]
     records: Count
+    cut: Annotated[int, Field(ge=0, le=2**53)] | None = None
 
 
 class Manifest(Architecture):
@@ -355,7 +359,8 @@ class Manifest(Architecture):
     def required_files(self) -> list[str]:
         """Files that the artifact must have."""
         exits = [] if self.has_old_exits else [EXITS]
-        return [*self.segment_files(), *exits, PROTOTYPES, TOKENIZER]
+        fitted = [FITTED] if self.learned is not None and self.learned.cut is not None else []
+        return [*self.segment_files(), *exits, PROTOTYPES, TOKENIZER, *fitted]
 
     @property
     def has_old_exits(self) -> bool:

@@ -11,10 +11,11 @@ from safetensors.numpy import load as load_tensors
 from de3.model_store import proof
 from de3.model_store.architecture import Architecture
 from de3.model_store.encoder import Encoder, Encoders
+from de3.model_store.fitted import FittedTexts
 from de3.model_store.forward import LayerByLayer, NativeForward
 from de3.model_store.graph import GraphError, stored
 from de3.model_store.graph_check import read_model
-from de3.model_store.manifest import EXITS, PROTOTYPES, TOKENIZER, encoder_hashes
+from de3.model_store.manifest import EXITS, FITTED, PROTOTYPES, TOKENIZER, encoder_hashes
 from de3.model_store.segment_graph import build_exit, build_segment, graph_name, read_exits, read_segment
 from de3.model_store.segments import (
     Array,
@@ -48,6 +49,7 @@ class Model:
         exits: its exits.
         hashes: a hash of its encoder up to each layer; see manifest.encoder_hashes.
         pooling: pools the hidden states of a text.
+        fitted: the texts that its exits were fitted to; see fitted_of.
         runtime: native (the kernels) or onnxruntime.
         instructions: instruction set of the kernels, such as amx, vnni or dotprod; empty unless runtime is native.
         why_not_native: reason why the kernels cannot run an int8 artifact; otherwise empty.
@@ -83,6 +85,7 @@ class Model:
         check_ids(artifact, self.tokenizer)
         prototypes, weights = unit_prototypes(artifact), exit_weights(artifact, check)
         self.pooling = _pooling(manifest, weights[manifest.num_layers])
+        self.fitted = fitted_of(artifact)
         self.runtime, self.instructions, self.why_not_native = "onnxruntime", "", ""
         self.encoder: Encoder
         self.exits: Exits
@@ -349,11 +352,24 @@ def unit_prototypes(artifact: Artifact) -> dict[int, Array]:
     return unit
 
 
-def _tensors(artifact: Artifact, name: str) -> dict[str, Array]:
+def fitted_of(artifact: Artifact) -> FittedTexts | None:
+    """The texts that learned exits were fitted to; None for other models and those of earlier releases.
+
+    Raises StoreError for a damaged file.
+    """
+    if FITTED not in artifact.manifest.required_files():
+        return None
+    try:
+        return FittedTexts(_tensors(artifact, FITTED)["pieces"])
+    except (ValueError, KeyError) as error:
+        raise StoreError(f"{artifact.path / FITTED}: {error}") from None
+
+
+def _tensors(artifact: Artifact, name: str) -> dict[str, Any]:
     """The tensors in a safetensors file; raises StoreError for any other file."""
     data = artifact.read(name)
     try:
-        tensors: dict[str, Array] = load_tensors(data)
+        tensors: dict[str, Any] = load_tensors(data)
     except Exception as error:  # SafetensorError, or KeyError for a type unknown to NumPy
         why = f"{type(error).__name__}: {error}"
         raise StoreError(f"{artifact.path / name}: not a safetensors file: {why}") from None

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from de3.exits.spans import Layout
+from de3.model_store.fitted import MOST_PIECES, NO_PIECE, Pieces
 from de3.model_store.manifest import Manifest
 from de3.model_store.regular_file import write_private_file
 from de3.model_store.segments import Tokens
@@ -47,6 +48,8 @@ class Records:
         keys: hash of each text's tokens, (n,) uint64.
         numbers: estimated position of each text in the traffic, ascending, (n,) int64.
         clients: index of each text's client in `names`, (n,) int32.
+        pieces: the word pieces of each text, (n, MOST_PIECES); see fitted.pieces_of. Records of earlier releases have
+            none.
         names: names of the clients.
         texts: estimated number of texts of each client, recorded or not; in the order of `names`.
     """
@@ -62,6 +65,7 @@ class Records:
     texts: list[float]
     extra: NDArray[np.bool_]
     ids: NDArray[np.int32]
+    pieces: Pieces
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -106,8 +110,9 @@ _SHAPES = {
     "clients": (1, "I32"),
     "extra": (1, "BOOL"),
     "ids": (2, "I32"),
+    "pieces": (2, "U16"),
 }
-_OPTIONAL = ("extra",)  # missing in files of earlier releases
+_OPTIONAL = ("extra", "pieces")  # missing in files of earlier releases
 # A file has the states and logits of texts or, for a token classifier, their tokens.
 _OF_TEXTS, _OF_TOKENS = ("states", "logits"), ("ids",)
 
@@ -146,6 +151,7 @@ def read(path: Path, max_bytes: int) -> Records:
             arrays = {name: file.get_tensor(name) for name in _SHAPES if name in file.keys()}  # noqa: SIM118
             n = len(arrays["keys"])
             arrays.setdefault("extra", np.zeros(n, np.bool_))
+            arrays.setdefault("pieces", np.full((n, MOST_PIECES), NO_PIECE, np.uint16))
             arrays.setdefault("states", np.zeros((n, 0, 0), np.float16))
             arrays.setdefault("logits", np.zeros((n, 0), np.float32))
             arrays.setdefault("ids", np.zeros((n, 0), np.int32))
@@ -154,6 +160,8 @@ def read(path: Path, max_bytes: int) -> Records:
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name} is not finite")
+    if arrays["pieces"].shape[1] != MOST_PIECES:
+        raise ValueError(f"pieces must have {MOST_PIECES} columns, got {arrays['pieces'].shape[1]}")
     names, texts = _clients(metadata.get("clients", ""))
     clients, shares, numbers = arrays["clients"], arrays["shares"], arrays["numbers"]
     if clients.min() < 0 or clients.max() >= len(names):
@@ -199,6 +207,8 @@ def _clients(text: str) -> tuple[list[str], list[float]]:
 def joined(parts: Sequence[Records]) -> Records:
     """The records of several servers of one model, merged; raises ValueError if their models or shapes differ."""
     first = parts[0]
+    if len(parts) == 1:
+        return first
     names = [name for part in parts for name in part.names]
     offsets = np.cumsum([0, *(len(part.names) for part in parts)])[:-1]
     num_layers, hidden = first.states.shape[1:]

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from de3.exits.guarantee import MAX_SHARES, Evidence, profiles
 from de3.exits.reading import read
 from de3.export import recalibrate, records
+from de3.model_store.fitted import FittedTexts, pieces_of
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Artifact, Store
@@ -319,7 +320,15 @@ def test_a_model_is_calibrated_on_records_of_its_audits(
     de3(command)
     calibration = Store(own).open("tiny-int8:2").manifest.calibration
     assert calibration is not None and calibration.self_labelled
-    assert calibration.tune_size + calibration.certify_size >= len(found)
+    assert calibration.tune_size == len(found) // 2
+    # Texts that are near to those of the earlier half certify only if an exit differs.
+    rows = np.tile(np.arange(len(found)), 2)
+    twice = replace(found.part(rows), numbers=np.arange(len(rows)), keys=np.arange(len(rows)).astype(np.uint64))
+    twice.write(file)
+    de3(command)
+    calibration = Store(own).open("tiny-int8:3").manifest.calibration
+    assert calibration is not None and calibration.tune_size == len(found)
+    assert 0 < calibration.certify_size - len(found) < len(found) / 2  # so few texts certify with both halves
     assert "give one of --texts, --records" in refusal(f"{command} --tune {file}")
     assert "another model" in refusal(f"calibrate tiny --store {own} --records {file}")
     assert "give one of --texts, --records" in refusal(f"calibrate tiny --store {own}")
@@ -503,6 +512,7 @@ def made(store: Path, version: int = 1, **changes: Any) -> Any:
     """A stand-in for a served model: its manifest, and the attributes that an auditor reads."""
     manifest = Store(store).open("tiny").manifest.model_copy(update={"version": version, **changes})
     model = SimpleNamespace(manifest=manifest, full_name=f"tiny:{version}", runtime="onnxruntime", path=store)
+    model.fitted = None
     rules = Rules(manifest, Settings(tau=TAU))
     monitor = SimpleNamespace(tau_factor=1.0, is_far=lambda _: False)
     return SimpleNamespace(model=model, rules=rules, monitor=monitor)
@@ -717,7 +727,7 @@ def test_the_traffic_of_a_gone_tenant_is_forgotten(store: Path, monkeypatch: pyt
     ledger = served_ledger(coordinator_of(guarantee=0.1), made(store))
     for name in ["gone"] * 90 + ["present"] * 1000:
         one = settled_in(ledger, tenant=name)
-        one.skip(0)
+        one.skipped += 1
         ledger.count([one])
     assert list(ledger.traffic()) == ["present"]
 
@@ -768,7 +778,7 @@ def test_the_speedup_is_that_of_the_audits_at_each_tenants_tau(store: Path) -> N
         ledger = served_ledger(coordinator_of(**guaranteed), served)
         for n in range(MIN_AUDITS):
             found.append(ledger.speedup())
-            count_all(ledger, [None], (ALIKE, hard)[n % 2], may_rise=False)
+            count_all(ledger, [n], (ALIKE, hard)[n % 2], may_rise=False)
         assert set(found) == {1.0}  # too few audits
         assert ledger.speedup() == (1.0 if guaranteed else 2.0)  # with the guarantee, τ is still 0
     for key in range(150):
@@ -799,7 +809,7 @@ class Answering(Auditor):
 
     def _note(self, settled: Sequence[Settled]) -> None:
         self.settled += settled
-        self.counted.append((sum(sum(o.skipped) + len(o.scores) for o in settled), settled[-1].may_rise))
+        self.counted.append((sum(o.texts for o in settled), settled[-1].may_rise))
 
     def _enqueue(self, tenant: Any, entry: Any, *_: Any) -> None:
         self.waiting.append((tenant, entry))
@@ -897,7 +907,7 @@ def test_an_audit_that_fails_counts_as_a_disagreement_and_a_dropped_one_not_at_a
     one.answer(True, True, False)
     one.run_audit(0, error=RuntimeError("broken"))
     one.run_audit(0, is_dropped=True)
-    assert sum(sum(each.skipped) for each in one.settled) == 0  # nor later texts, which were not drawn
+    assert sum(each.skipped for each in one.settled) == 0  # nor later texts, which were not drawn
     (worst,) = [each for each in one.settled if each.scores]
     assert (worst.scores, worst.differs) == ([[None, None, 0.0, None]], [[False, False, True, False]])
     assert worst.served == 1
@@ -905,30 +915,32 @@ def test_an_audit_that_fails_counts_as_a_disagreement_and_a_dropped_one_not_at_a
 
 
 def test_texts_between_the_audits_of_an_outage_do_not_count(store: Path) -> None:
-    """With an upstream, every audit may be discarded for an hour; the texts that were not drawn say nothing then."""
+    """An upstream that is slow may answer only texts that went up anyway, which agree."""
     one = Answering(made(store))
     one._ask = lambda _: None  # type: ignore[assignment, return-value]
     one.answer(False)
     one.answer(True)
     one.answer(False)
     one.run_audit(0)
-    assert one.counted == [(2, True)]
+    assert one.counted == [(1, True), (2, True)]
     one.answer(False, True, exits=4)  # it went up anyway
-    assert one.counted == [(2, True), (3, True)]
+    assert one.counted[2:] == [(2, True)]
+    one.answer(True)
+    one.run_audit(0, is_dropped=True)
     for _ in range(3):
         one.answer(False)
         one.answer(False, True, False)
         one.run_audit(0, is_dropped=True)
-        one.answer(False, True, exits=4)  # an upstream that is slow may answer only these
-    assert len(one.counted) == 2
+        one.answer(False, True, exits=4)
+    assert len(one.counted) == 3
     one.answer(False)
     one.answer(True)
     one.run_audit(0)
-    assert one.counted[2:] == [(4, True)]
+    assert one.counted[3:] == [(4, True)]
     one.answer(True)
     one.run_audit(0, is_dropped=True)
     one.answer(True, tau=0.0, exits=4)  # no answer of the model is audited any more
-    assert one.counted[3:] == [(1, True)]
+    assert one.counted[4:] == [(1, True)]
     assert one.pending == 0
 
 
@@ -936,6 +948,8 @@ def test_texts_that_wait_for_an_audit_are_limited(store: Path, monkeypatch: pyte
     monkeypatch.setattr("de3.server.audit.auditor.ENTRY_TEXTS", 1)
     one = Answering(made(store))
     one._ask = lambda _: None  # type: ignore[assignment, return-value]
+    one.answer(True)
+    one.run_audit(0, is_dropped=True)
     for _ in range(MAX_HELD + 5):
         one.answer(False)
     assert not one.counted
@@ -952,7 +966,7 @@ def test_texts_drawn_under_load_count_with_the_share_in_force(store: Path) -> No
         one.answer(0.99 - share)
         one.answer(1.01 - share, exits=4)  # drawn
     counted = [(each.share, each.skipped) for each in one.settled]
-    assert counted == [(q, rest) for q in (1.0, 0.5, 0.25) for rest in ([1], [0, 0])]
+    assert counted == [(q, rest) for q in (1.0, 0.5, 0.25) for rest in (1, 0)]
 
 
 def test_pending_audits_are_limited_for_each_tenant(store: Path) -> None:
@@ -996,10 +1010,8 @@ def test_copies_count_only_against_a_higher_tau(
             return key not in known
 
         for keys, is_drawn, differs in entries:
-            one, skipped = settled_in(ledger, 0.5), keys[: len(keys) - is_drawn]
-            for key in skipped:
-                one.skip(key)
-            expected.skip(0.5, sum([is_new(key) for key in skipped]))
+            one = settled_in(ledger, 0.5)
+            one.skipped = len(keys) - is_drawn
             if is_drawn:
                 one.add(keys[-1], *(UNLIKE if differs else ALIKE), differs)
                 row = profiles(one.scores, one.differs, range(4), ledger.taus)
@@ -1060,15 +1072,26 @@ def test_records_have_only_finite_values(store: Path, value: float, is_kept: boo
     assert (kept[-1].client, kept[-1].share, kept[-1].states.dtype) == ("one", 0.5, np.float16)
 
 
+def test_an_audited_text_near_to_a_fitted_one_has_no_key(store: Path) -> None:
+    """So it counts only against the exits, in whichever process it was audited; see test_copies_count_only_against."""
+    one = Answering(made(store), guarantee=0.2)
+    texts = [
+        Tokens(np.array([[9, *ids, 9]]), np.zeros((1, 0)), truncated=False) for ids in ([1, 2, 3], [4, 5, 6])
+    ]
+    assert len({one._evidence_key(text) for text in texts}) == 2
+    one.served.model.fitted = FittedTexts(pieces_of(texts[0])[None])
+    assert [one._evidence_key(text) is None for text in texts] == [True, False]
+
+
 def test_texts_that_are_settled_together_have_one_share(store: Path) -> None:
     auditor = Answering(made(store))
     tenant = auditor._tenant("one")
     for share in (1.0, 1.0, 0.5):
-        auditor._open(tenant, Settled("one", 0, share), False).settled.skip(None)
+        auditor._open(tenant, Settled("one", 0, share), False).settled.skipped += 1
     auditor._settle(tenant)
-    assert [(one.share, one.skipped) for one in auditor.settled] == [(1.0, [2]), (0.5, [1])]
+    assert [(one.share, one.skipped) for one in auditor.settled] == [(1.0, 2), (0.5, 1)]
     for _ in range(ENTRY_TEXTS + 1):  # an entry does not grow for ever behind a pending audit
-        auditor._open(tenant, Settled("one", 0, 1.0), False).settled.skip(None)
+        auditor._open(tenant, Settled("one", 0, 1.0), False).settled.skipped += 1
     assert [one.settled.texts for one in tenant.entries] == [ENTRY_TEXTS, 1]
 
 

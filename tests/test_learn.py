@@ -36,12 +36,13 @@ from de3.export.publish import as_stored
 from de3.export.records import opened, thinned
 from de3.export.records import texts_of as training_set
 from de3.model_store import records as files
+from de3.model_store.fitted import MOST_PIECES, NO_PIECE, FittedTexts, Pieces, pieces_of
 from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.manifest import LEARNED_FROM, Learned, Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records, joined, read
 from de3.model_store.segments import Tokens
-from de3.model_store.store import Artifact, Store
+from de3.model_store.store import Artifact, Store, StoreError
 from de3.server.audit.auditor import LEARN_TEXTS, Traffic
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.ledgers import Ledgers
@@ -66,6 +67,7 @@ from tests.serving import Server, process, serving, until, url_when_ready
 
 LABELS = ["negative", "positive"]
 FIRST = LEARNED_FROM + 1  # the first learned version
+CUT = 5
 KEYS = "one " + "k" * 20
 
 
@@ -93,8 +95,10 @@ def records_of(model: Model, texts: Sequence[str], clients: Sequence[str] = ("on
     manifest, n = model.manifest, len(texts)
     states = np.zeros((n, manifest.num_layers, manifest.hidden_size), np.float16)
     logits = np.zeros((n, len(manifest.labels)), np.float32)
+    pieces = np.zeros((n, MOST_PIECES), np.uint16)
     for i, text in enumerate(texts):
-        steps = model.full_depth(model.tokenize(text))
+        tokens = model.tokenize(text)
+        steps, pieces[i] = model.full_depth(tokens), pieces_of(tokens)
         states[i] = [model.pooling.mean(step.hidden) for step in steps[:-1]]
         logits[i] = steps[-1].logits
     number = np.arange(n)
@@ -102,7 +106,7 @@ def records_of(model: Model, texts: Sequence[str], clients: Sequence[str] = ("on
     keys = number.astype(np.uint64)
     texts_by = [float(n) / len(clients)] * len(clients)
     names, shares = list(clients), np.ones(n)
-    rest = names, texts_by, np.zeros(n, np.bool_), np.zeros((n, 0), np.int32)
+    rest = names, texts_by, np.zeros(n, np.bool_), np.zeros((n, 0), np.int32), pieces
     return Records(base_of(manifest), states, logits, shares, keys, number, owners, *rest)
 
 
@@ -138,11 +142,22 @@ def at_normal_priority(monkeypatch: pytest.MonkeyPatch) -> None:
 def record(
     number: int = 0, client: str = "one", share: float = 1.0, shape: tuple[int, int] = (2, 3)
 ) -> Record:
-    return Record(client, share, number, np.full(shape, number, np.float16), np.zeros(2, np.float32))
+    states, logits = np.full(shape, number, np.float16), np.zeros(2, np.float32)
+    return Record(client, share, number, pieces_with(number), states, logits)
+
+
+def pieces_with(*pieces: int) -> Pieces:
+    return np.array([*sorted(pieces), *[NO_PIECE] * (MOST_PIECES - len(pieces))], np.uint16)
+
+
+def held(key: int | None, number: int = 10, client: str = "one", **fields: Any) -> HeldOut:
+    """A held-out text of a fit that could read the texts up to CUT; all exits agree with full depth."""
+    fields = {"scores": [0.0, 0.0, 0.0, None], "differs": [False] * 4, "cut": CUT} | fields
+    return HeldOut(client, key, number, **fields)
 
 
 def reservoir(capacity: int, half_life: float = 1e9) -> Reservoir:
-    size = 2 * 2 * 3 + 4 * 2 + 37
+    size = 2 * (2 * 3 + MOST_PIECES) + 4 * 2 + 37
     return Reservoir("base", (2, 3), 2, capacity * size, half_life)
 
 
@@ -314,24 +329,98 @@ def fitted(some: Records, base: Artifact) -> learning.Fitted:
     return learning.fit_exits(some, base.manifest, 1, 0.05)
 
 
-def test_a_fit_is_tested_on_texts_that_it_did_not_see(some: Records) -> None:
-    fits, tests = learning._split(some, 1, 0)
-    assert not set(fits.keys.tolist()) & set(tests.keys.tolist())
-    assert len(tests) == round(learning.HELD_OUT * len(some)) and len(fits) + len(tests) == len(some)
-    assert (learning._split(some, 2, 0)[1].keys != tests.keys).any()  # each attempt has its own split
-    copies = replace(some, keys=some.keys // 4)
-    fits, tests = learning._split(copies, 1, 0)
-    assert not set(fits.keys.tolist()) & set(tests.keys.tolist())
-    assert len(tests) == 160  # as many, although most texts are repeats
+def test_a_fit_reads_only_records_up_to_its_cut_and_is_tested_on_later_ones(some: Records) -> None:
+    cut = learning.cut_of(some)
+    fits, tests = learning._split(some, cut, 0)
+    assert fits.numbers.tolist() == list(range(240)) and tests.numbers.tolist() == list(range(240, 400))
+    assert cut == 239
+    for records in (some.part(np.arange(1)), replace(some, extra=~some.extra)):
+        assert learning.cut_of(records) == 0  # there is nothing to test on
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=2, max_size=60), st.integers(0, 30))
+def test_no_record_can_be_both_read_by_a_fit_and_evidence(
+    rows: list[tuple[int, bool]], first_new: int
+) -> None:
+    """Whoever sends a record, and whatever it says; texts that an upstream has answered undrawn are no evidence."""
+    n, (clients, extra) = len(rows), zip(*rows, strict=True)
+    numbers = np.cumsum([not is_extra for is_extra in extra])
+    empty = np.zeros((n, 0, 0), np.float16), np.zeros((n, 0), np.float32), np.ones(n)
+    sample = *empty, np.zeros(n, np.uint64), numbers, np.array(clients, np.int32), ["a", "b", "c"], [1.0] * 3
+    ids, pieces = np.zeros((n, 0), np.int32), np.zeros((n, MOST_PIECES), np.uint16)
+    records = Records("", *sample, np.array(extra), ids, pieces)
+    for by_client in (False, True):
+        cut = learning.cut_of(records, first_new, by_client)
+        fits, tests = learning._split(records, cut, first_new)
+        assert (fits.numbers <= cut).all() and (tests.numbers > cut).all() and not tests.extra.any()
+        assert (tests.numbers >= first_new).all()
 
 
 def test_the_newest_are_fitted_and_tests_are_limited(some: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "MAX_FITTED", 50)
     monkeypatch.setattr(learning, "MAX_HELD_OUT", 30)
-    fits, tests = learning._split(some, 1, 0)
-    assert len(tests) == 30
-    others = sorted(set(some.numbers.tolist()) - set(tests.numbers.tolist()))
-    assert fits.numbers.tolist() == others[-50:]
+    for by_client, most in ((False, 30), (True, 60)):  # for each client
+        fits, tests = learning._split(some, learning.cut_of(some, 0, by_client), 0)
+        assert tests.numbers.tolist() == list(range(400 - most, 400))
+        assert fits.numbers.tolist() == list(range(350 - most, 400 - most))
+
+
+@pytest.mark.parametrize("by_client", [False, True])
+def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
+    some: Records, base: Artifact, by_client: bool, tmp_path: Path
+) -> None:
+    """Whoever sent them, at the fit and when the version is tested again; the speed-ups are those on other texts."""
+    pieces = np.stack([pieces_with(*range(10 * i, 10 * i + 10)) for i in range(400)])
+    pieces[300:] = pieces[:100]
+    pieces[300:, 9] = NO_PIECE  # nine of ten
+    copied = replace(some, pieces=pieces)
+    found = learning.fit_exits(copied, base.manifest, 1, 0.2, by_client=by_client)
+    assert [row.key for row in found.evidence] == [*range(240, 300), *[None] * 100]
+    assert {row.cut for row in found.evidence} == {239}
+    alone = learning.fit_exits(replace(copied, extra=np.arange(400) >= 300), base.manifest, 1, 0.2)
+    assert alone.cut < 239  # a fit of fewer records
+    store = Store(tmp_path)
+    made = store.open_path(learning.publish(base, found, store, 1, 400, version=FIRST))
+    again = learning.test(made, copied, 0, by_client).evidence
+    assert [(row.key, row.number) for row in again] == [(row.key, row.number) for row in found.evidence]
+    with pytest.raises(ValueError, match="0 new texts"):
+        learning.fit_exits(replace(some, pieces=np.full_like(pieces, NO_PIECE)), base.manifest, 1, 0.2)
+
+
+def test_a_held_out_text_cannot_be_one_that_the_fit_could_read(learned: tuple[Artifact, Artifact]) -> None:
+    held(1, number=CUT + 1)
+    with pytest.raises(ValueError, match="could be read by the fit"):
+        held(1, number=CUT)
+    manifest, settings = learned[0].manifest, Settings(guarantee=0.05)
+    ledger = Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings)
+    with pytest.raises(ValueError, match="another fit"):
+        ledger.count_held_out([held(1)], {"": 1})
+
+
+@given(
+    st.lists(st.sets(st.integers(0, 30), max_size=12), max_size=8), st.sets(st.integers(0, 30), max_size=12)
+)
+def test_near_texts_share_most_of_their_word_pieces(fitted: list[set[int]], one: set[int]) -> None:
+    texts = FittedTexts(np.stack([pieces_with(*text) for text in fitted] or [pieces_with()])[: len(fitted)])
+    shares = [len(one & text) / len(one | text) for text in fitted if one | text]
+    assert texts.is_near(pieces_with(*one)) == (not one or any(share >= 0.7 for share in shares))
+
+
+def test_a_text_and_its_near_copies_are_near_on_the_model_that_learned(
+    learned: tuple[Artifact, Artifact],
+) -> None:
+    model = Model(learned[0], "onnxruntime")
+    assert model.fitted is not None
+    text = next(text for text in texts_of(400, 6) if len(set(text.split())) > 8)
+    for copy in (text, f"{text} .", text.upper(), " ".join(reversed(text.split()))):
+        assert model.fitted.is_near(pieces_of(model.tokenize(copy)))
+    assert not model.fitted.is_near(pieces_of(model.tokenize("something else entirely")))
+    file = learned[0].path / "fitted.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    with pytest.raises(StoreError, match=r"fitted\.safetensors: damaged"):
+        Model(learned[0], "onnxruntime")
+    file.write_bytes(content)
 
 
 @pytest.mark.parametrize(("count", "copies"), [(100, 1), (300, 3), (700, 1)])
@@ -341,7 +430,8 @@ def test_risk_is_fitted_to_exits_that_did_not_see_the_text(base: Artifact, count
     states = rng.normal(size=(count, 1, 192)).astype(np.float16)[keys * copies]
     logits = rng.normal(size=(count, 2)).astype(np.float32)[keys * copies] * 3
     sample = states, logits, np.ones(count), keys.astype(np.uint64), keys, keys, [""], [1.0]
-    records = Records("", *sample, np.zeros(count, np.bool_), np.zeros((count, 0), np.int32))
+    pieces = np.zeros((count, MOST_PIECES), np.uint16)
+    records = Records("", *sample, np.zeros(count, np.bool_), np.zeros((count, 0), np.int32), pieces)
     axes = dict[Any, Any]()
     classifier = next(fit.fitted(training_set(records, base.manifest), "mean", 0, (1e-4,), axes))[1]
     exits = fit.Exits("mean", [classifier], [], [])
@@ -375,7 +465,7 @@ def test_each_client_tests_in_proportion_to_its_traffic(some: Records) -> None:
     rng = np.random.default_rng(0)
 
     def tested(records: Records) -> NDArray[np.int32]:
-        _, tests = learning._split(records, 1, 0)
+        _, tests = learning._split(records, learning.cut_of(records), 0)
         return tests.clients[thinned(tests, np.arange(len(tests)), rng)]
 
     counts = np.bincount(tested(loud))
@@ -384,26 +474,18 @@ def test_each_client_tests_in_proportion_to_its_traffic(some: Records) -> None:
 
 
 def test_a_clients_tests_are_its_own(some: Records, base: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If each client has a guarantee of its own, its held-out records are neither thinned nor limited by others."""
+    """If each client has a guarantee of its own, its held-out records are not thinned."""
     loud = replace(some, texts=[360_000.0, 200.0])
     monkeypatch.setattr(learning, "MAX_HELD_OUT", 70)
-    _, tests = learning._split(loud, 1, 0, by_client=True)
-    assert np.bincount(tests.clients).tolist() == [70, 70]
-    keys = some.keys.copy()
-    keys[some.clients == 1] = some.keys[some.clients == 0][:100].repeat(2)  # the other sends the same texts
-    same = learning._split(replace(loud, keys=keys), 1, 0, by_client=True)[1]
-    assert same.keys[same.clients == 0].tolist() == tests.keys[tests.clients == 0].tolist()
     found = learning.fit_exits(loud, base.manifest, 1, 0.2, by_client=True).evidence
     assert Counter(row.client for row in found) == {"one": 70, "two": 70}
 
 
 def test_after_a_change_only_new_texts_test_and_old_ones_are_at_most_as_many(some: Records) -> None:
-    fits, tests = learning._split(some, 1, first_new=300)
-    assert tests.numbers.min() >= 300
+    fits, tests = learning._split(some, learning.cut_of(some, 300), first_new=300)
+    assert tests.numbers.tolist() == list(range(360, 400))
     assert (fits.numbers < 300).sum() == (fits.numbers >= 300).sum() == 60
     assert (np.diff(fits.numbers) > 0).all()
-    repeated = replace(some, keys=some.keys[np.arange(len(some)) % 100])
-    assert learning._split(repeated, 1, first_new=300)[1].numbers.min() >= 300
 
 
 def check_full_depth(old: Model, new: Model, text: str) -> Sequence[Any]:
@@ -430,7 +512,7 @@ def test_learned_exits_leave_full_depth_as_it_was(base: Artifact, learned: tuple
         manifest = made.manifest
         assert made.full_name == f"base:{FIRST + number}"
         records, base_name = 400 + 100 * number, base_of(base.manifest)
-        assert manifest.learned == Learned(base=base_name, attempt=3 + number, records=records)
+        assert manifest.learned == Learned(base=base_name, attempt=3 + number, records=records, cut=239)
         assert base_of(manifest) == base_name
         assert manifest.exit_layers == list(range(manifest.num_layers + 1))
         for runtime in ("onnxruntime", "auto"):
@@ -448,7 +530,7 @@ def test_the_model_answers_as_the_fit_measured(
     signal, texts = model.manifest.default_signal, texts_of(400, 6)
     assert signal.name == "risk"
     worst = []
-    for row in fitted.evidence[:50]:
+    for row in [row for row in fitted.evidence if row.key is not None][:50]:
         steps = model.full_depth(model.tokenize(texts[row.key]))
         labels = [int(step.logits.argmax()) for step in steps if step.logits is not None]
         assert [label != labels[-1] for label in labels] == row.differs
@@ -547,13 +629,11 @@ def test_a_published_version_is_tested_on_newer_records_as_at_its_fit(
     """The server's process tests the exits in the artifact's files; the evidence is that of the fit."""
     some.write(tmp_path / "r")
     found = asyncio.run(run_fit(job(learned[0], tmp_path / "r", tmp_path, after=299))).evidence
-    assert {row.key for row in found} == set(range(300, 400))
-    at_fit = {row.key: row for row in fitted.evidence}
-    again = [row for row in found if row.key in at_fit]
-    assert len(again) > 20
-    for row in again:
-        before = at_fit[row.key]
-        assert (row.client, row.differs) == (before.client, before.differs)
+    assert [row.number for row in found] == list(range(300, 400))
+    at_fit = {row.number: row for row in fitted.evidence}
+    for row in found:
+        before = at_fit[row.number]
+        assert (row.client, row.key, row.differs) == (before.client, before.key, before.differs)
         scores = (np.array(one.scores, float) for one in (row, before))
         np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-6)
     assert learning.test(learned[0], some, 399) == Found()
@@ -640,7 +720,8 @@ def test_under_a_quota_a_fit_is_slowed_down(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(fitting, "cpu_quota", lambda: 1)
     waits = f"import os, time\nwhile not os.path.exists({str(go_on)!r}): time.sleep(0.01)\nprint('{{}}')"
     monkeypatch.setattr(fitting, "PROGRAM", waits)
-    assert asyncio.run(run_fit(fit_job())) == Found()
+    found = asyncio.run(run_fit(fit_job()))
+    assert found == Found(seconds=found.seconds) and found.seconds > 0
     assert stops[:2] == [signal.SIGSTOP, signal.SIGCONT]
 
 
@@ -704,7 +785,7 @@ def filled(base: Artifact, folder: Path, some: Records, count: int) -> Learner:
     one = learner_of(base, folder)
     for i in range(count):
         k = i % len(some)
-        one.add(Record("one", 1.0, i, some.states[k], some.logits[k]))
+        one.add(Record("one", 1.0, i, some.pieces[k], some.states[k], some.logits[k]))
     return one
 
 
@@ -740,7 +821,7 @@ def test_a_change_of_the_traffic_asks_for_new_records(base: Artifact, some: Reco
     assert (one.count, one.next_fit, one.journal.first_new) == (0, FIRST_FIT, 1201)
     assert one.needs_saving
     one.observe(Changes(2, 1, {}))
-    one.add(Record("one", 1.0, 1, some.states[0], some.logits[0]))
+    one.add(Record("one", 1.0, 1, some.pieces[0], some.states[0], some.logits[0]))
     one.observe(Changes(3, 0, {}))  # a new version is not a change of the traffic
     assert (one.count, one.journal.first_new) == (1, 1201)
     one.save(all_records=True)
@@ -832,10 +913,10 @@ def test_records_that_come_while_others_are_saved_are_added_later(
     one = filled(base, tmp_path, some, 60)
     one.hold()
     for _ in range(5):
-        one.add(Record("one", 1.0, 99, some.states[0], some.logits[0]))
+        one.add(Record("one", 1.0, 99, some.pieces[0], some.states[0], some.logits[0]))
     assert len(one.reservoir) == 60 and one.count == 65
     assert one.resume(2) and len(one.reservoir) == 62
-    one.add(Record("one", 1.0, 99, some.states[0], some.logits[0]))  # is added after the one that is left
+    one.add(Record("one", 1.0, 99, some.pieces[0], some.states[0], some.logits[0]))
     assert len(one.reservoir) == 62
     for _ in range(2):
         assert not one.resume(2) and len(one.reservoir) == 64
@@ -853,15 +934,15 @@ def test_held_out_texts_prove_a_tau_but_are_no_audits_and_later_attempts_need_mo
 ) -> None:
     """The e-value of 160 texts that agree is 140. Attempt 2 needs 120, attempt 3 needs 240."""
     (first, _), taus = learned, []
-    rows = [HeldOut("one", key, key, [0.0, 0.0, 0.0, None], [False] * 4) for key in range(160)]
+    rows = [held(key, cut=239, number=240 + key) for key in range(160)]
     for attempt, learn in ((1, True), (2, True), (3, True), (3, False)):
         assert first.manifest.learned is not None
         one = first.manifest.learned.model_copy(update={"attempt": attempt})
         manifest = first.manifest.model_copy(update={"learned": one})
         settings = Settings(guarantee=0.05, learn=learn)
         ledger = Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings)
-        # Texts that were counted before are no evidence, nor those that were recorded before the fit.
-        known = [replace(row, key=1000 + row.key, is_repeat=True) for row in rows]
+        # Texts that were counted before do not count, nor those that are near to a fitted one.
+        known = [replace(row, key=None) for row in rows]
         ledger.count_held_out([*rows[:120], *rows, *known], {"": 1})
         taus.append(ledger.rules.default.rule.tau)
         assert ledger.audits == 0
@@ -879,8 +960,7 @@ def test_held_out_texts_prove_the_tau_of_their_tenant(learned: tuple[Artifact, A
     settings = Settings(guarantee=0.05, learn=True, api_keys=KEYS)  # type: ignore[arg-type]
     manifest = learned[0].manifest
     ledger = Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings)
-    alike: Any = ([0.0, 0.0, 0.0, None], [False] * 4)
-    rows = [HeldOut(name, key, key, *alike) for name in ("one", "gone") for key in range(400)]
+    rows = [held(key, 240 + key, name, cut=239) for name in ("one", "gone") for key in range(400)]
     ledger.count_held_out([*rows, *rows[:1]], {"one": 3, "silent": 1})
     assert {name: tenant.index > 0 for name, tenant in ledger.tenants.items()} == {"one": True}
     assert ledger.speedup() == pytest.approx(manifest.num_layers / (manifest.num_layers / 4))
@@ -905,9 +985,7 @@ def test_texts_from_before_a_change_while_a_version_is_loaded_prove_nothing(
 
     count("one", False)
     count("two", False)
-    rows = [
-        HeldOut(n, key, key, [0.0, 0.0, 0.0, None], [False] * 4) for n in ("one", "two") for key in range(400)
-    ]
+    rows = [held(key, 240 + key, name, cut=239) for name in ("one", "two") for key in range(400)]
     ledgers.prepare("base:7", rows, current.manifest.full_name)
     count("one", True)
     assert current.changes() == {"one": 1}
@@ -939,7 +1017,7 @@ class Around:
         self.starts = [9.0]  # speed-ups with which a version would start; the last one stays
         self.others = dict[str, str]()  # bases of models with other weights
         self.prepared, self.changes = dict[str, Any](), list[dict[str, Any]]()
-        self.tested = list[list[int]]()  # keys of the texts that tested a version
+        self.tested = list[list[int | None]]()  # keys of the texts that tested a version
         self.conflicts = 0
         self._base = base_of(base.manifest)
 
@@ -990,10 +1068,10 @@ class Learning:
 
         async def run_fit(job: Job) -> Found:
             self.job = job
-            row = HeldOut("one", 1, 10, [0.5, None], [True, False])
+            row = held(1, scores=[0.5, None], differs=[True, False])
             if job.after is not None:
-                newer = [replace(row, key=key) for key in (1, 7, 8)]
-                return Found(evidence=[*newer, replace(row, differs=[False, False])])
+                newer = [replace(row, key=key) for key in (None, 7, 8)]
+                return Found(evidence=[*newer, replace(newer[0], differs=[False, False])])
             during()
             path = job.store / "base" / str(job.version)
             shutil.copytree(self.base.path, path)
@@ -1030,7 +1108,7 @@ def learning_of_base(
     learners = Learners(settings, around, around.change)
     learners.serve(base)
     learners.set_current({"base": 1})
-    one = Record("one", 1.0, 1, some.states[0], some.logits[0])
+    one = Record("one", 1.0, 1, some.pieces[0], some.states[0], some.logits[0])
     for _ in range(MIN_RECORDS):
         learners.add("base:1", one)
     return Learning(learners, around, LearnFolder(tmp_path), one, monkeypatch, base)
@@ -1043,8 +1121,8 @@ def test_a_fit_is_served_with_its_evidence(learning_of_base: Learning, base: Art
     assert (result.outcome, result.version, result.attempt) == ("served", FIRST, 1)
     change = {"what": "load", "name": "base", "version": FIRST, "role": "current", "share": 0.0}
     assert one.around.changes == [change]
-    held = [HeldOut("one", 1, 10, [0.5, None], [True, False])]
-    assert one.around.prepared == {f"base:{FIRST}": (held, "base:1")}
+    rows = [held(1, scores=[0.5, None], differs=[True, False])]
+    assert one.around.prepared == {f"base:{FIRST}": (rows, "base:1")}
     assert one.learners.fits == {("base", "served"): 1}
     path = one.folder.records_path("base", base_of(base.manifest))
     assert len(read(path, 2**30)) == MIN_RECORDS and one.job.records == path
@@ -1070,7 +1148,7 @@ def test_a_pin_holds_against_a_faster_version_until_it_is_lifted(learning_of_bas
 
 
 def test_a_version_waits_until_newer_texts_prove_that_it_starts_faster(learning_of_base: Learning) -> None:
-    """Texts that were recorded at the fit count only against it; it is not served if it starts as fast as today's."""
+    """Texts near to those of the fit count only against it; it is not served if it starts as fast as today's."""
     one = learning_of_base
     learner = one.learners.of("base")
     one.around.starts, one.outcome = [1.5 * MIN_GAIN - 1e-9, 1.0, 1.5 * MIN_GAIN], "served"
@@ -1085,9 +1163,7 @@ def test_a_version_waits_until_newer_texts_prove_that_it_starts_faster(learning_
     one.monkeypatch.setattr(learner, "wait_for_tests", more_records)
     result = one.fit()
     assert (result.version, result.attempt, result.held_out) == (FIRST, 1, 7)
-    assert one.around.tested == [[1], [1, 1, 7, 8], [1, 1, 7, 8, 1, 7, 8]]
-    rows, _ = one.around.prepared[f"base:{FIRST}"]
-    assert [row.is_repeat for row in rows] == [False, *[True, False, False] * 2]
+    assert one.around.tested == [[1], [1, None, 7, 8], [1, None, 7, 8, None, 7, 8]]
     assert one.job.base.name == str(FIRST) and one.job.after >= 2 * MIN_RECORDS
     assert [change["version"] for change in one.around.changes] == [FIRST]
     assert one.learners.fits == {("base", "waits"): 2, ("base", "served"): 1}
@@ -1108,7 +1184,7 @@ def test_texts_from_before_a_change_of_their_tenant_prove_nothing(learning_of_ba
     for has_keys, tenant in ((True, "one"), (False, "")):  # without keys, all clients are one tenant
         learner._has_keys, learner.journal.void = has_keys, {tenant: 11}
         for number in (10, 11):
-            assert learner.may_prove(HeldOut("one", 1, number, [], [])) == (number == 11)
+            assert learner.may_prove(held(1, number)) == (number == 11)
     learner.journal.void = {str(number): 1 for number in range(MAX_VOID)}
     learner.observe(Changes(2, 0, {"another": 1}))  # the first one that a new version finds counts, too
     again = Journal.model_validate_json(learner.journal.model_dump_json())

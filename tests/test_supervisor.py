@@ -462,18 +462,20 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected(
     with attached() as (process, ours, _):
         process.run()
         for epoch, skipped, scores in ((1, 5, [[0.5]]), (1, 7, []), (2, 6, [])):
-            one = Settled("me", epoch, 0.5, [skipped, *(0 for _ in scores)], scores=scores)  # type: ignore[arg-type]
+            one = Settled("me", epoch, 0.5, skipped, keys=[None for _ in scores], scores=scores)  # type: ignore[arg-type]
             process.audit_store.count("tiny:1", [one])
+        pieces = np.arange(128, dtype=np.uint16)
         states, logits = np.arange(8, dtype=np.float16).reshape(2, 4), np.array([0.1, -3], np.float32)
-        process.audit_store.learn("tiny:1", [Record("me", 0.5, 9, states, logits)])
+        process.audit_store.learn("tiny:1", [Record("me", 0.5, 9, pieces, states, logits)])
         stopping = asyncio.create_task(asyncio.to_thread(process.stop))
         done, _ = await asyncio.wait({stopping}, timeout=0.1)
         assert not done  # the supervisor has not received it yet
         supervisor = asyncio.create_task(Channel().run(ours, handlers))
         await stopping
-        assert counted == [["tiny:1", (1, [5, 7]), (2, [6])]]
+        assert counted == [["tiny:1", (1, 12), (2, 6)]]
         (one,) = records
         assert (one.client, one.share, one.key) == ("me", 0.5, 9)
+        assert np.array_equal(one.pieces, pieces)
         assert np.array_equal(one.states, states) and np.array_equal(one.logits, logits)
         supervisor.cancel()
 

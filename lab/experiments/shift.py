@@ -174,7 +174,7 @@ def guaranteed(scores: Floats, recorded: Recorded, texts: int, seed: int) -> tup
         disagreement += float(rates[guarantee.index]) * (skipped + 1)
         depth += float(depths[guarantee.index]) * (skipped + 1)
         k = int(rng.integers(len(scores)))
-        guarantee.count(share, Profiles(differs[k, None], layers[k, None]), [skipped, 0])
+        guarantee.count(share, Profiles(differs[k, None], layers[k, None]))
         guarantee.advance()
         text += skipped + 1
     return disagreement / texts, depth / texts, guarantee.tau

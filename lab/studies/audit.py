@@ -121,7 +121,7 @@ def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
         from_away = rng.random() < setting.away_share(kind, text + skipped)
         texts = setting.away if from_away else setting.home
         k = int(rng.integers(len(texts.differs)))
-        guarantee.count(share, Profiles(texts.differs[k, None], texts.layers[k, None]), [skipped, 0])
+        guarantee.count(share, Profiles(texts.differs[k, None], texts.layers[k, None]))
         guarantee.advance()
         resets += guarantee.reason == "change" and guarantee.evidence.audits == 0
         text, audits = text + count, audits + 1

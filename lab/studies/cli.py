@@ -51,6 +51,36 @@ def learn(
 
 
 @app.command()
+def copies(
+    stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
+    texts: Annotated[
+        Path, typer.Option(help="Texts that the classifier was not trained on; at least 6,000.")
+    ],
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='As "copies edit order sender"; repeat for more (lab/studies/copies.py). Default: all.'
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="The guaranteed rate of disagreement.")] = 0.02,
+    fits: Annotated[int, typer.Option(help="Number of fits of each attack.", min=1)] = 12,
+    upstream: Annotated[bool, typer.Option(help="Full depth is an upstream.")] = False,
+    workers: Annotated[int, typer.Option(help="Number of processes.", min=1)] = 2,
+) -> None:
+    """Attack a tenant's evidence with copies of its texts, and count the fits that break its guarantee.
+
+    Example: python -m lab study copies runs/clinc/model --texts runs/clinc/texts.jsonl
+    """
+    from lab.studies.copies import ATTACKS, run
+
+    rows = read_rows(texts, Columns(label=None))
+    found = list(dict.fromkeys(text for text, _ in rows if isinstance(text, str)))
+    table = run(stock, found, attack or ATTACKS, rate, fits, upstream, workers)
+    above = f"above {100 * rate:g}%"
+    show(["attack", above, "true rate, mean (worst)", "speed-up", "evidence"], table)
+
+
+@app.command()
 def learn_sizes(
     stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
     texts: Annotated[Path, typer.Option(help="Texts that the classifier was not trained on.")],

@@ -15,6 +15,7 @@ from de3.exits.guarantee import Guarantee, Profiles, error_of, profiles
 from de3.export.classifier import Stock, convert
 from de3.export.learn import fit_exits
 from de3.export.records import texts_of
+from de3.model_store.fitted import MOST_PIECES, pieces_of
 from de3.model_store.manifest import Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records
@@ -51,13 +52,15 @@ def records_of(stock: Path, texts: Sequence[str]) -> tuple[Manifest, Records]:
     manifest, n = model.manifest, len(texts)
     states = np.zeros((n, manifest.num_layers, manifest.hidden_size), np.float16)
     logits = np.zeros((n, len(manifest.labels)), np.float32)
+    pieces = np.zeros((n, MOST_PIECES), np.uint16)
     for i, text in enumerate(track(texts, "Running the model")):
-        steps = model.full_depth(model.tokenize(text))
+        tokens = model.tokenize(text)
+        steps, pieces[i] = model.full_depth(tokens), pieces_of(tokens)
         states[i], logits[i] = [model.pooling.mean(step.hidden) for step in steps[:-1]], steps[-1].logits
     number = np.arange(n)
     keys, clients = number.astype(np.uint64), np.zeros(n, np.int32)
     sample = states, logits, np.ones(n), keys, number, clients, ["one"], [float(n)], np.zeros(n, np.bool_)
-    return manifest, Records(base_of(manifest), *sample, ids=np.zeros((n, 0), np.int32))
+    return manifest, Records(base_of(manifest), *sample, ids=np.zeros((n, 0), np.int32), pieces=pieces)
 
 
 def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[Version]:
@@ -86,7 +89,7 @@ def stream(versions: Sequence[Version], rate: float, seed: int) -> tuple[bool, f
         guarantee = Guarantee(rate, taus, error=error_of(attempt))
         n = len(version.differs)
         held = rng.integers(n, size=version.held_out)
-        guarantee.count(1.0, Profiles(version.differs[held], version.layers[held]), [0] * (len(held) + 1))
+        guarantee.count(1.0, Profiles(version.differs[held], version.layers[held]))
         guarantee.advance()
         end = SIZES[attempt] if attempt < len(SIZES) else END
         for i in rng.integers(n, size=end - traffic.texts):
@@ -95,10 +98,8 @@ def stream(versions: Sequence[Version], rate: float, seed: int) -> tuple[bool, f
             share = 1.0 if guarantee.index == 0 else max(0.05, traffic.share)
             traffic.texts += 1
             if rng.random() < share:
-                guarantee.count(share, Profiles(version.differs[i, None], version.layers[i, None]), [0, 0])
+                guarantee.count(share, Profiles(version.differs[i, None], version.layers[i, None]))
                 guarantee.advance()
-            else:
-                guarantee.count(share, Profiles(version.differs[:0], version.layers[:0]), [1])
     return is_broken, layers / (END - SIZES[0])
 
 

@@ -66,7 +66,7 @@ def run(
                 if is_drawn:
                     settled.add(key, scores[row].tolist(), unlike[row].tolist(), bool(differs[row, index]))
                 else:
-                    settled.skip(key)
+                    settled.skipped += 1
             ledger.count([settled])
     return list(zip(above.tolist()[1:], wrong.tolist()[1:], depth.tolist()[1:], strict=True))
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from de3.exits.reading import Reading, differs
 from de3.exits.rule import ExitRule
+from de3.model_store.fitted import pieces_of
 from de3.model_store.records import packed
 from de3.model_store.segments import Array, Tokens
 from de3.server.audit.tenant import Settled, add_settled
@@ -63,17 +64,12 @@ class _Entry:
     """Texts to be settled together: some that are ready, or one whose audit has not run yet.
 
     Attributes:
-        key: with a guarantee, hash of the text whose audit is pending.
+        key: key of the text whose audit is pending; see Settled.
     """
 
     settled: Settled
     is_pending: bool = False
     key: int | None = None
-
-    @property
-    def is_unaudited(self) -> bool:
-        """True if none of its texts was drawn."""
-        return not self.is_pending and not self.settled.scores
 
 
 @dataclass(slots=True)
@@ -101,8 +97,8 @@ class _Tenant:
     def discard(self, entry: _Entry) -> None:
         """Discard an entry whose audit did not run, and all later ones, regardless of their results.
 
-        Leaving out only the texts without a result would give too much weight to those that were not drawn. So the
-        texts since the pending audit before it are discarded, too.
+        Leaving out only the texts without a result would give too much weight to those that ran to full depth anyway.
+        So the texts since the pending audit before it are discarded, too.
         """
         if entry in self.entries:
             while self.entries.pop() is not entry:
@@ -297,12 +293,10 @@ class Auditor:
                 self._traffic.texts += 1
             tokens = item.progress.tokens
             assert tokens is not None
-            key = _key(tokens) if self._has_guarantee else None
+            key = self._evidence_key(tokens) if is_drawn else None
             is_pending = is_drawn and len(outcome.passed) < exits
-            # With an upstream, texts that were not drawn may have to wait longer than the audit before them.
-            is_held = self._ask is not None and not is_drawn
-            if is_pending or entry is None or entry.is_pending or (is_held and not entry.is_unaudited):
-                entry = self._open(tenant, Settled(name, tenant.epoch, share), is_pending, is_held)
+            if is_pending or entry is None or entry.is_pending:
+                entry = self._open(tenant, Settled(name, tenant.epoch, share), is_pending)
             if is_pending:
                 entry.key = key
                 ask = None if self._ask is None else partial(self._ask, item.text, job.client)
@@ -313,7 +307,7 @@ class Auditor:
                 if not job.request.is_private:
                     self._record(client, share, tokens, item.states, outcome.passed[-1])
             else:
-                entry.settled.skip(key)
+                entry.settled.skipped += 1
                 if outcome.reason == "upstream":
                     self._record(client, 1.0, tokens, item.states, outcome.reading, is_extra=True)
         if entry is not None:
@@ -321,14 +315,10 @@ class Auditor:
         tenant.is_failing &= job.choice.rule.tau > 0  # at τ = 0, the model answers nothing
         self._settle(tenant)
 
-    def _open(self, tenant: _Tenant, settled: Settled, is_pending: bool, is_held: bool = False) -> _Entry:
-        """Begin an entry for a tenant's next texts, or return its last one if they can be added to it.
-
-        is_held: they wait for the next audit, so they cannot follow one.
-        """
+    def _open(self, tenant: _Tenant, settled: Settled, is_pending: bool) -> _Entry:
+        """Begin an entry for a tenant's next texts, or return its last one if they can be added to it."""
         last = tenant.entries[-1] if tenant.entries and not is_pending else None
         is_open = last is not None and not last.is_pending and last.settled.texts < ENTRY_TEXTS
-        is_open &= last is not None and (last.is_unaudited or not is_held)
         if last is not None and is_open and settled.continues(last.settled):
             last.settled.may_rise = False
             return last
@@ -408,7 +398,7 @@ class Auditor:
             missed: list[list[bool] | None] = [differing] if self.served.model.manifest.is_spans else []
             self._count(entry.settled, entry.key, scores, differing, True, missed)
         elif not audit.passed:
-            entry.settled.skip(entry.key)
+            entry.settled.skipped += 1
         else:
             self.seconds += audit.model_s
             self._conclude(entry.settled, entry.key, answer, audit.passed)
@@ -445,7 +435,8 @@ class Auditor:
             return
         if self.served.model.manifest.is_spans:
             if (ids := packed(tokens)) is not None:
-                self._learn([Record(client, share, _key(tokens), NO_STATES, NO_LOGITS, is_extra, ids)])
+                text = client, share, _key(tokens), pieces_of(tokens)
+                self._learn([Record(*text, NO_STATES, NO_LOGITS, is_extra, ids)])
             return
         if states is None:
             return
@@ -453,7 +444,13 @@ class Auditor:
         with np.errstate(over="ignore"):
             pooled = states.astype(np.float16)
         if np.isfinite(pooled).all() and np.isfinite(logits).all():
-            self._learn([Record(client, share, _key(tokens), pooled, logits, is_extra)])
+            self._learn([Record(client, share, _key(tokens), pieces_of(tokens), pooled, logits, is_extra)])
+
+    def _evidence_key(self, tokens: Tokens) -> int | None:
+        """The key of an audited text; see Settled."""
+        fitted = self.served.model.fitted
+        is_near = fitted is not None and self._has_guarantee and fitted.is_near(pieces_of(tokens))
+        return None if is_near or not self._has_guarantee else _key(tokens)
 
     def _scores(self, passed: list[Reading]) -> list[float | None]:
         """The scores of a text at its exits, raised from the first exit at which it is out of distribution.
@@ -483,15 +480,14 @@ class Auditor:
     def _settle(self, tenant: _Tenant) -> None:
         """Count a tenant's texts up to the first audit that has not run yet.
 
-        With an upstream, texts that were not drawn count only once the next audit has run: while the upstream is away,
-        every audit is discarded, so the texts between them would count as if all agreed. After a discarded audit, this
-        holds for texts that went up anyway, too, because an upstream that is slow may answer only these.
+        With an upstream, texts after a discarded audit count only once another one has run: an upstream that is slow
+        may answer only texts that went up anyway, which agree.
         """
         settled, ready = list[Settled](), 0
         for number, entry in enumerate(tenant.entries, 1):
             if entry.is_pending:
                 break
-            if self._ask is None or not (entry.is_unaudited or tenant.is_failing):
+            if self._ask is None or not tenant.is_failing:
                 ready = number
         for _ in range(ready):
             add_settled(settled, [tenant.entries.popleft().settled])

@@ -183,9 +183,13 @@ class Ledger:
     def count_held_out(self, rows: Sequence[HeldOut], traffic: Mapping[str, int]) -> None:
         """Count held-out texts toward the guarantee of the tenants that sent them.
 
-        They were recorded before the model was served, and its exits were not fitted to them. traffic: recent texts of
-        each tenant; held-out texts of other clients are not counted.
+        They were recorded before the model was served, but after the last text that its fit could read. traffic: recent
+        texts of each tenant; held-out texts of other clients are not counted. Raises ValueError for texts of another
+        fit.
         """
+        learned = self.manifest.learned
+        if learned is None or any(one.cut != learned.cut for one in rows):
+            raise ValueError(f"{self.manifest.full_name}: these held-out texts are those of another fit")
         self._texts = Counter(traffic)
         costs, by_tenant = self.manifest.exit_costs, defaultdict[str, list[HeldOut]](list)
         for one in rows:
@@ -197,11 +201,10 @@ class Ledger:
                 tenant = self.tenant(name)
                 found = profiles([r.scores for r in held], [r.differs for r in held], costs, self.taus)
                 if tenant.guarantee is not None:
-                    repeats = [one.is_repeat for one in held]
                     where = {i: each.missed for i, each in enumerate(held) if each.missed is not None}
                     scores = [held[i].scores for i in where]
                     missed = [*where], profiles(scores, [*where.values()], costs, self.taus)
-                    tenant.count_held_out([one.key for one in held], found, self._room, repeats, missed)
+                    tenant.count_held_out([one.key for one in held], found, self._room, missed)
                 cost = float(found.layers[:, tenant.index].mean())
             mean += texts / total * cost
         self._start_cost = mean if traffic else None

@@ -7,7 +7,6 @@ a tenant's τ is here, so nothing that another tenant sends can change it.
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +25,8 @@ class Settled:
     Attributes:
         epoch: epoch of the tenant's evidence in which the texts were drawn; see Tenant.
         share: the probability with which each text was drawn.
-        skipped: number of texts before each audited one, and after the last one, that were not audited.
-        keys: with a guarantee, hashes of the texts, in order.
+        skipped: number of texts that were not audited.
+        keys: with a guarantee, hash of each audited text; None if it is near to a text that the exits were fitted to.
         scores: score of each audited text at each exit; None at an exit without one.
         differs: disagreement of each audited text's exits with the last one.
         missed: of a token classifier, for each audited text, the exits that miss a span of the last one; None for a
@@ -39,8 +38,8 @@ class Settled:
     tenant: str
     epoch: int
     share: float
-    skipped: list[int] = field(default_factory=lambda: [0])
-    keys: list[int] = field(default_factory=list)
+    skipped: int = 0
+    keys: list[int | None] = field(default_factory=list)
     scores: list[list[float | None]] = field(default_factory=list)
     differs: list[list[bool]] = field(default_factory=list)
     missed: list[list[bool] | None] = field(default_factory=list)
@@ -50,13 +49,7 @@ class Settled:
     @property
     def texts(self) -> int:
         """Number of texts, audited or not."""
-        return sum(self.skipped) + len(self.scores)
-
-    def skip(self, key: int | None) -> None:
-        """Add a text that was not audited. key: its hash; None without a guarantee."""
-        self.skipped[-1] += 1
-        if key is not None:
-            self.keys.append(key)
+        return self.skipped + len(self.scores)
 
     def add(
         self,
@@ -67,9 +60,7 @@ class Settled:
         missed: Sequence[list[bool] | None] = (),
     ) -> None:
         """Add a text that was audited; see the attributes. missed: of this text, or empty."""
-        self.skipped.append(0)
-        if key is not None:
-            self.keys.append(key)
+        self.keys.append(key)
         self.scores.append(scores)
         self.differs.append(differs)
         self.missed += missed
@@ -81,8 +72,7 @@ class Settled:
 
     def extend(self, later: "Settled") -> None:
         """Append later texts, which continue these."""
-        self.skipped[-1] += later.skipped[0]
-        self.skipped += later.skipped[1:]
+        self.skipped += later.skipped
         self.keys += later.keys
         self.scores += later.scores
         self.differs += later.differs
@@ -122,9 +112,9 @@ class Seen:
     def __init__(self) -> None:
         self._older, self._newer = set[int](), set[int]()
 
-    def was_counted(self, key: int, room: int) -> bool:
-        """True if this hash is remembered; otherwise remembers it. room: number of hashes, of both halves."""
-        if key in self._newer:
+    def was_counted(self, key: int | None, room: int) -> bool:
+        """True if this hash is remembered or None; otherwise remembers it. room: number of hashes, of both halves."""
+        if key is None or key in self._newer:
             return True
         was_counted = key in self._older
         self._newer.add(key)
@@ -191,7 +181,7 @@ class Tenant:
         before, tau = self.evidence.audits, float(self.taus[self.index])
         found = profiles(one.scores, one.differs, layers, self.taus)
         self.is_changed = True
-        self.evidence.skip(one.share, sum(one.skipped))
+        self.evidence.skip(one.share, one.skipped)
         if one.scores:
             self.evidence.add(one.share, found, one.served)
         rows = [i for i, row in enumerate(one.missed) if row is not None]
@@ -203,14 +193,10 @@ class Tenant:
             self.missed.add(1.0, missed)
         if self.guarantee is None:
             return False
-        seen = np.array([self._seen.was_counted(key, room) for key in one.keys], np.bool_)
-        places = [place + i for i, place in enumerate(accumulate(one.skipped[:-1]))]
-        repeats = seen[places] if len(seen) else None
-        skipped_repeats = int(seen.sum()) - (0 if repeats is None else int(repeats.sum()))
-        self.guarantee.count(one.share, found, one.skipped, repeats, skipped_repeats)
+        repeats = self._repeats(one.keys, room)
+        self.guarantee.count(one.share, found, repeats)
         if self.missed_guarantee is not None and rows:
-            again = None if repeats is None else repeats[rows]
-            self.missed_guarantee.count(1.0, missed, [0] * (len(rows) + 1), again)
+            self.missed_guarantee.count(1.0, missed, repeats[rows])
         if any(each.reason == "change" and not each.evidence.tallies for each in self._guarantees):
             for each in self._guarantees:
                 each.reset("change")
@@ -226,27 +212,29 @@ class Tenant:
 
     def count_held_out(
         self,
-        keys: Sequence[int],
+        keys: Sequence[int | None],
         found: Profiles,
         room: int,
-        repeats: Sequence[bool],
         missed: tuple[Sequence[int], Profiles] | None = None,
     ) -> None:
         """Count texts that were recorded before the model was served, toward the guarantee only.
 
-        They are not audits of the model's answers, so reports leave them out. repeats: see HeldOut.is_repeat. missed:
-        of a token classifier, the texts (by index) in which full depth finds a span, and where one is missed.
+        They are not audits of the model's answers, so reports leave them out. keys: see Settled. missed: of a token
+        classifier, the texts (by index) in which full depth finds a span, and where one is missed.
         """
         assert self.guarantee is not None
-        counted = np.array([self._seen.was_counted(key, room) for key in keys], np.bool_)
-        seen = counted | np.array(repeats, np.bool_)
-        self.guarantee.count(1.0, found, [0] * (len(keys) + 1), seen)
+        repeats = self._repeats(keys, room)
+        self.guarantee.count(1.0, found, repeats)
         if self.missed_guarantee is not None and missed is not None and len(missed[0]):
             rows, where = missed
-            self.missed_guarantee.count(1.0, where, [0] * (len(rows) + 1), seen[list(rows)])
+            self.missed_guarantee.count(1.0, where, repeats[list(rows)])
         for each in self._guarantees:
             each.advance()
         self.is_changed = True
+
+    def _repeats(self, keys: Sequence[int | None], room: int) -> NDArray[np.bool_]:
+        """For each audited text, True if it is not evidence for a higher τ; see Guarantee.count."""
+        return np.array([self._seen.was_counted(key, room) for key in keys], np.bool_)
 
     def reset(self, epoch: int) -> None:
         """Discard the evidence at an admin's request; with a guarantee, τ returns to 0."""

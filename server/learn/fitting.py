@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def memory_limit(model_bytes: int, record_bytes: int) -> int:
 
 async def run_fit(job: Job) -> Found:
     """Run a fit, or a test of a version; raises FitError if it fails or exceeds a limit."""
-    return Found.model_validate_json(await run_idle(PROGRAM, job.model_dump_json()))
+    started = time.monotonic()
+    found = Found.model_validate_json(await run_idle(PROGRAM, job.model_dump_json()))
+    return found.model_copy(update={"seconds": round(time.monotonic() - started, 2)})
 
 
 async def run_idle(program: str, argument: str, data: bytes | None = None) -> str:

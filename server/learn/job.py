@@ -47,7 +47,7 @@ class Found(BaseModel):
         speedup: speed-up in layers at the best τ in hindsight, on the held-out records.
         proved_speedup: speed-up in layers at the τ that these records prove.
         served_speedup: speed-up in layers that the fit had to beat.
-        seconds: duration of the fit.
+        seconds: duration of the job, including its process's start and pauses.
         evidence: the held-out texts.
     """
 

@@ -40,7 +40,7 @@ class Result(BaseModel):
         proved_speedup: speed-up in layers at the τ that these records prove for each tenant.
         served_speedup: speed-up in layers of the version that the fit had to beat.
             The three speed-ups are None if the fit failed.
-        seconds: duration of the fit.
+        seconds: duration of the fit by the clock.
         error: reason for a failure; None otherwise.
     """
 

@@ -60,7 +60,6 @@ class Waiting:
         found: the result of the fit.
         attempt: number of the fit.
         rows: the held-out texts that test its exits.
-        keys: hashes of the texts that were recorded at the fit; a repeat of one of them is no evidence for the version.
         after: number of the last record that may be among `rows`.
         count: value of Learner.count at that record.
     """
@@ -70,7 +69,6 @@ class Waiting:
     found: Found
     attempt: int
     rows: list[HeldOut]
-    keys: set[int]
     after: int
     count: int
 
@@ -102,7 +100,7 @@ class Learner:
         self.is_restored = False
         self.base = base_of(manifest)
         self.phase: Phase = "recording"
-        self.is_asked = False
+        self.is_asked, self._began = False, 0.0
         self.waiting: Waiting | None = None
         self._held: list[Record] | None = []  # records held back (see hold); None: add at once
         self._observed: dict[int, Changes] = {}  # changes found so far, by version
@@ -231,6 +229,7 @@ class Learner:
     def begin(self) -> int:
         """Record the start of a fit; returns its attempt number."""
         self.phase, self.is_asked, self.waiting = "fitting", False, None
+        self._began = time.monotonic()
         while self.next_fit <= self.count:
             self.next_fit = int(GROWTH * self.next_fit)
         self.journal.attempts += 1
@@ -262,7 +261,9 @@ class Learner:
     def _message(self, latest: Result | None) -> str:
         """The latest result and the next step, in words."""
         if self.phase == "fitting":
-            return f"fit {self.journal.attempts} is running"
+            seconds = [one.seconds for one in self.journal.results if one.seconds]
+            before = f"; the one before took {seconds[-1]:.0f} s" if seconds else ""
+            return f"fit {self.journal.attempts} has run for {time.monotonic() - self._began:.0f} s{before}"
         after = f"the next fit starts after {max(0, self.due_at - self.count)} more records"
         if latest is None:
             return after

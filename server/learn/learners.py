@@ -6,7 +6,6 @@ import re
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -229,14 +228,14 @@ class Learners:
         # Other weights of this name may have learned versions, too.
         version = max([LEARNED_FROM, *self._folder.versions(learner.name)]) + 1
         rival = await asyncio.to_thread(self._rival, learner)
-        after, keys, count = int(learner.reservoir.texts), learner.reservoir.keys(), learner.count
+        after, count = int(learner.reservoir.texts), learner.count
         # Saved before the fit, so that no attempt number is used twice after a crash.
         await self._save_aside(learner, must=True)
         found = await run_fit(self._job(learner, rival, attempt, version))
         if found.path is None:
             return result_of(attempt, found)
         artifact = await asyncio.to_thread(self._folder.store.open, f"{learner.name}:{version}")
-        waiting = Waiting(artifact, current, found, attempt, found.evidence, keys, after, count)
+        waiting = Waiting(artifact, current, found, attempt, found.evidence, after, count)
         return await self._serve_if_faster(learner, waiting, first_new)
 
     async def _try_again(self, learner: Learner, waiting: Waiting) -> Result:
@@ -249,8 +248,7 @@ class Learners:
         job = self._job(learner, rival, waiting.attempt, manifest.version)
         test = job.model_copy(update={"base": waiting.artifact.path.absolute(), "after": waiting.after})
         found = await run_fit(test)
-        newer = [replace(row, is_repeat=row.key in waiting.keys) for row in found.evidence]
-        newer = [row for row in newer if not row.is_repeat or any(row.differs)]
+        newer = [row for row in found.evidence if row.key is not None or any(row.differs)]
         waiting.rows, waiting.after = [*waiting.rows, *newer], after
         return await self._serve_if_faster(learner, waiting, first_new)
 

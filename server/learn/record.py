@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.model_store.fitted import Pieces
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -16,6 +18,7 @@ class Record:
         share: probability with which the text was drawn, before anything about it was known; 1 if it is extra.
         is_extra: it was not drawn; see model_store.records.Records.
         key: hash of its tokens.
+        pieces: its word pieces; see model_store.fitted.pieces_of.
         states: mean hidden state of the tokens after each layer but the last, (num_layers, hidden) float16; (0, 0) of a
             token classifier.
         logits: logits of the last layer, (K,) float32; (0,) of a token classifier.
@@ -25,6 +28,7 @@ class Record:
     client: str
     share: float
     key: int
+    pieces: Pieces
     states: NDArray[np.float16]
     logits: NDArray[np.float32]
     is_extra: bool = False
@@ -33,21 +37,29 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """A text that was held out of a fit.
+    """A text that is evidence about the exits of a fit: it arrived after the last text that the fit could read.
+
+    Raises ValueError for a text that arrived before.
 
     Attributes:
-        client, key: see Record.
+        client: see Record.
+        key: see Record; None if the text is near to one that the exits were fitted to (see model_store.fitted), so it
+            counts only against them.
         number: position of the text in the traffic, as in Records.
+        cut: position of the last text that the fit could read; see model_store.manifest.Learned.
         scores: the signal's score at each exit; None at an exit where it is not defined.
         differs: for each exit, true if its answer disagrees with the last exit's.
         missed: see server.audit.tenant.Settled; None also for models that are no token classifiers.
-        is_repeat: it was also recorded before the fit, perhaps for another tenant, so it counts only against the exits.
     """
 
     client: str
-    key: int
+    key: int | None
     number: int
+    cut: int
     scores: Sequence[float | None]
     differs: Sequence[bool]
-    is_repeat: bool = False
     missed: Sequence[bool] | None = None
+
+    def __post_init__(self) -> None:
+        if self.number <= self.cut:
+            raise ValueError(f"text {self.number} could be read by the fit, which ends at {self.cut}")

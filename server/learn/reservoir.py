@@ -5,6 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.model_store.fitted import MOST_PIECES
 from de3.model_store.records import Records
 from de3.server.learn.record import Record
 
@@ -40,7 +41,7 @@ class Reservoir:
         ids: most tokens of a text of a token classifier, whose shape is (0, 0), with 0 labels.
         """
         self.base, self._half_life, self._random = base, half_life, np.random.default_rng(seed)
-        size = 2 * shape[0] * shape[1] + 4 * (labels + ids) + 37
+        size = 2 * (shape[0] * shape[1] + MOST_PIECES) + 4 * (labels + ids) + 37
         self.capacity = max(1, min(max_bytes // size, MOST_RECORDS))
         self.texts = 0.0
         self._count = 0
@@ -48,6 +49,7 @@ class Reservoir:
         self._states = np.empty((self.capacity, *shape), np.float16)
         self._logits = np.empty((self.capacity, labels), np.float32)
         self._ids = np.empty((self.capacity, ids), np.int32)
+        self._pieces = np.empty((self.capacity, MOST_PIECES), np.uint16)
         self._shares, self._ranks = np.empty(self.capacity), np.empty(self.capacity)
         self._keys = np.empty(self.capacity, np.uint64)
         self._numbers = np.empty(self.capacity, np.int64)
@@ -59,10 +61,6 @@ class Reservoir:
 
     def __len__(self) -> int:
         return self._count
-
-    def keys(self) -> set[int]:
-        """Hashes of the recorded texts."""
-        return set(self._keys[: self._count].tolist())
 
     def add(self, record: Record) -> None:
         """Add a record; if there is no room, it replaces another one or is not kept."""
@@ -80,7 +78,7 @@ class Reservoir:
             record.share,
         )
         self._keys[slot], self._numbers[slot], self._clients[slot] = record.key, number, client
-        self._extra[slot] = record.is_extra
+        self._extra[slot], self._pieces[slot] = record.is_extra, record.pieces
         self._ids[slot] = -1
         self._ids[slot, : len(record.ids)] = record.ids
         self._ranks[slot] = rank
@@ -121,6 +119,7 @@ class Reservoir:
             self._texts[: len(self._names)].tolist(),
             self._extra[order],
             self._ids[order],
+            self._pieces[order],
         )
 
     def restore(self, records: Records) -> None:
@@ -132,7 +131,7 @@ class Reservoir:
         kept = records.part(np.arange(len(records))[-self.capacity :])
         self._count = count = len(kept)
         self._states[:count], self._logits[:count], self._ids[:count] = kept.states, kept.logits, kept.ids
-        self._shares[:count], self._keys[:count] = kept.shares, kept.keys
+        self._shares[:count], self._keys[:count], self._pieces[:count] = kept.shares, kept.keys, kept.pieces
         self._numbers[:count], self._extra[:count] = kept.numbers, kept.extra
         indices = np.array([self._client(name) for name in records.names])
         np.add.at(self._texts, indices, records.texts)
