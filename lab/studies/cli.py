@@ -1,6 +1,7 @@
 """python -m lab study: studies of any model; lab/README.md names the pages with their results."""
 
 import json
+import random
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,6 +79,33 @@ def copies(
     table = run(stock, found, attack or ATTACKS, rate, fits, upstream, workers)
     above = f"above {100 * rate:g}%"
     show(["attack", above, "true rate, mean (worst)", "speed-up", "evidence"], table)
+
+
+@app.command()
+def near(
+    texts: Annotated[list[Path], typer.Argument(help="Files of texts.")],
+    store: Store = Path("models"),
+    model: Model = "sst2",
+    text_column: TextColumn = "text",
+) -> None:
+    """Measure how many texts are near to one of those that exits were fitted to, so that they prove nothing.
+
+    The first row is that of texts made from templates.
+
+    Example: python -m lab study near runs/clinc/texts.jsonl
+    """
+    from lab.studies.copies import near_shares, templated
+
+    counts, unseen = (300, 1500, 5000), 1000
+    opened, rows = open_model(store, model), []
+    sources = {"templates": templated(max(counts) + unseen)}
+    for file in texts:
+        found = list(dict.fromkeys(one.text for one in read(file, text_column)))
+        sources[str(file)] = random.Random(0).sample(found, len(found))
+    for name, each in sources.items():
+        used = [count for count in counts if count + unseen <= len(each)]
+        rows.append([name, *(f"{share:.1%}" for share in near_shares(opened, each, used, unseen))])
+    show(["texts", *(f"{count} fitted" for count in counts)], rows)
 
 
 @app.command()

@@ -23,7 +23,7 @@ from de3.exits.guarantee import Guarantee, error_of, profiles
 from de3.export.classifier import Stock, convert
 from de3.export.learn import fit_exits
 from de3.export.records import texts_of
-from de3.model_store.fitted import pieces_of
+from de3.model_store.fitted import FittedTexts, pieces_of
 from de3.model_store.manifest import Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records
@@ -94,6 +94,16 @@ class Attack:
             raise ValueError(f"unknown attack: {text}")
         return cls(int(copies), edit, order, sender)
 
+
+TEMPLATES = (
+    "order {} has not arrived",
+    "where is my order {}",
+    "please cancel order {}",
+    "invoice {} is wrong",
+    "tracking number {} does not work",
+    "dear customer , your order {} was shipped on day {} and will arrive in two days .",
+    "alert : server {} reports error {} , contact the team on duty .",
+)
 
 ATTACKS = (
     "3 point apart another",
@@ -232,6 +242,21 @@ def run(
             rows.append(_row(attack, found, rate))
             everything += found
     return [*rows, _row("all", everything, rate)]
+
+
+def templated(count: int) -> list[str]:
+    """Distinct texts made from TEMPLATES with random numbers."""
+    rng = random.Random(0)
+    found = [
+        rng.choice(TEMPLATES).format(rng.randrange(10**5, 10**6), rng.randrange(31)) for _ in range(2 * count)
+    ]
+    return list(dict.fromkeys(found))[:count]
+
+
+def near_shares(model: Model, texts: Sequence[str], counts: Sequence[int], unseen: int) -> list[float]:
+    """The share of `unseen` texts that are near to one of the others, by the number of these."""
+    pieces = np.array([pieces_of(model.tokenize(text)) for text in texts[: max(counts) + unseen]])
+    return [float(FittedTexts(pieces[:count]).are_near(pieces[-unseen:]).mean()) for count in counts]
 
 
 def _row(name: str, found: Sequence[Outcome], rate: float) -> list[str]:
