@@ -323,7 +323,9 @@ def test_a_model_is_calibrated_on_records_of_its_audits(
     assert calibration.tune_size == len(found) // 2
     # Texts that are near to those of the earlier half certify only if an exit differs.
     rows = np.tile(np.arange(len(found)), 2)
-    twice = replace(found.part(rows), numbers=np.arange(len(rows)), keys=np.arange(len(rows)).astype(np.uint64))
+    twice = replace(
+        found.part(rows), numbers=np.arange(len(rows)), keys=np.arange(len(rows)).astype(np.uint64)
+    )
     twice.write(file)
     de3(command)
     calibration = Store(own).open("tiny-int8:3").manifest.calibration

@@ -354,4 +354,6 @@ def check_can_fit() -> None:
     from importlib.util import find_spec
 
     if find_spec("scipy") is None:
-        raise ValueError("learn: fits need SciPy, which is not installed: pip install '.[fit]' in the checkout")
+        raise ValueError(
+            "learn: fits need SciPy, which is not installed: pip install '.[fit]' in the checkout"
+        )
