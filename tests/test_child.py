@@ -70,5 +70,6 @@ def test_a_fit_is_not_stopped_before_it_would_end_with_the_server(
     monkeypatch.setattr(fitting, "command_of", command_of)
     monkeypatch.setattr(fitting, "_slow_down", slow_down)
     monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.1); print('{}')")
-    assert asyncio.run(fitting.run_fit(fit_job())) == Found()
+    found = asyncio.run(fitting.run_fit(fit_job()))
+    assert found == Found(seconds=found.seconds)
     assert was_begun == [True]
