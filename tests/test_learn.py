@@ -23,6 +23,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from de3.data.examples import Example
 from de3.exits.guarantee import error_of
@@ -38,7 +40,7 @@ from de3.export.records import texts_of as training_set
 from de3.model_store import records as files
 from de3.model_store.fitted import MOST_PIECES, NO_PIECE, FittedTexts, Pieces, pieces_of
 from de3.model_store.forward import Decision, ForwardPass
-from de3.model_store.manifest import LEARNED_FROM, Learned, Manifest, base_of
+from de3.model_store.manifest import LEARNED_FROM, Learned, Manifest, base_of, fingerprint
 from de3.model_store.model import Model
 from de3.model_store.records import Records, joined, read
 from de3.model_store.segments import Tokens
@@ -395,6 +397,27 @@ def test_a_held_out_text_cannot_be_one_that_the_fit_could_read(learned: tuple[Ar
     ledger = Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings)
     with pytest.raises(ValueError, match="another fit"):
         ledger.count_held_out([held(1)], {"": 1})
+
+
+def test_versions_and_records_of_earlier_releases_are_used_but_old_records_prove_nothing(
+    learned: tuple[Artifact, Artifact], some: Records, base: Artifact, tmp_path: Path
+) -> None:
+    old = shutil.copytree(learned[0].path, tmp_path / "base" / str(FIRST))
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["learned"]["cut"], manifest["files"]["fitted.safetensors"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    artifact = Store(tmp_path).open("base")
+    assert Model(artifact, "onnxruntime").fitted is None
+    assert fingerprint(artifact.manifest) != fingerprint(learned[0].manifest)  # so its evidence starts anew
+    assert learning.test(artifact, some, 0) == Found()
+    some.write(tmp_path / "now")
+    tensors = {name: tensor for name, tensor in load_file(tmp_path / "now").items() if name != "pieces"}
+    with safe_open(tmp_path / "now", "numpy") as file:
+        save_file(tensors, tmp_path / "before", file.metadata())
+    before = read(tmp_path / "before", 2**30)
+    assert (before.pieces == NO_PIECE).all()
+    with pytest.raises(ValueError, match="0 new texts"):
+        learning.fit_exits(before, base.manifest, 1, 0.2)
 
 
 @given(
