@@ -16,7 +16,7 @@ from de3.server.settings import Settings
 from de3.server.upstream import upstreams
 from de3.server.upstream.breaker import FAILURES
 from de3.server.upstream.upstreams import Caller, Upstreams
-from de3.server.upstream.usage import Query
+from de3.server.upstream.usage import Kind, Query
 from tests.serving import in_event_loop, until
 from tests.upstream import Service, chat, model_of, reply, send, service
 
@@ -56,7 +56,7 @@ async def test_audits_leave_room_for_texts_that_are_waited_for(tmp_path: Path, u
     dropped = await error_of(audits[4])
     assert (dropped.cause, dropped.retry_after_s) == ("upstream", 1)
     assert dropped.message == "tickets: its upstream cannot be asked: 4 texts wait for it"
-    texts = [asyncio.ensure_future(one.ask(Query(TEXT, "uncertain"), 30)) for _ in range(4)]
+    texts = [asyncio.ensure_future(one.ask(Query(TEXT, "uncertain"), 30)) for _ in range(8)]
     await soon(lambda: upstream.running == 2, "a text, although audits wait")
     assert (await error_of(one.ask(Query(TEXT, "uncertain"), 30))).retry_after_s == 1
     texts[3].cancel()
@@ -66,7 +66,27 @@ async def test_audits_leave_room_for_texts_that_are_waited_for(tmp_path: Path, u
     found = await asyncio.gather(*audits[:4], *texts)
     assert {answer.label for answer in found} == {1}
     assert upstream.most == 2
-    assert one._waiting == 0
+    assert one._texts_room.total == one._audits_room.total == 0
+    await one.close()
+
+
+@in_event_loop
+async def test_no_client_takes_all_room_for_waiting_audits_or_texts(
+    tmp_path: Path, upstream: Service
+) -> None:
+    of = model_of(tmp_path, LABELS, chat(upstream.url, concurrency=2))
+    one = Caller(of, Settings(upstreams=[of], max_queue=16, max_texts=16))
+    upstream.gate.clear()
+    kinds: tuple[Kind, ...] = ("audit", "uncertain")
+    waiting = [
+        asyncio.ensure_future(one.ask(Query(TEXT, kind, "many"), 30)) for kind in kinds for _ in range(40)
+    ]
+    await soon(lambda: upstream.running == 2, "the first calls")
+    assert sum(task.done() for task in waiting) == 40 - 16 + 40 - 32  # all of the room, as it is alone
+    few = [asyncio.ensure_future(one.ask(Query(TEXT, kind, "few"), 30)) for kind in kinds]
+    upstream.gate.set()
+    assert [answer.label for answer in await asyncio.gather(*few)] == [1, 1]
+    await asyncio.wait(waiting)
     await one.close()
 
 

@@ -280,7 +280,7 @@ def test_a_client_that_goes_stops_its_call(server: Server, upstream: Service) ->
     caller = server.service.shared.upstreams.all["tickets"]  # type: ignore[attr-defined]
     with waiting_client(server.url, input=TEXTS[0], tau=0):
         until(lambda: upstream.running == 1, "the call")
-    until(lambda: caller._waiting == 0, "the call to end")
+    until(lambda: caller._texts_room.total == 0, "the call to end")
 
 
 @pytest.mark.parametrize("mode", ["refuse", "answer"])

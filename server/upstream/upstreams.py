@@ -14,6 +14,7 @@ from de3.server.background import keep_running, run_once
 from de3.server.errors import Cause, RequestError
 from de3.server.fair_queue import Slots
 from de3.server.settings import Settings
+from de3.server.shares import Shares
 from de3.server.upstream.breaker import Breaker
 from de3.server.upstream.client import CallError, Client, Reply
 from de3.server.upstream.usage import Query, UpstreamUsage
@@ -44,8 +45,10 @@ class Caller:
         self._calls = Slots(of.upstream.concurrency)
         # Audits leave room for texts that are waited for.
         self._audits = Slots(max(1, of.upstream.concurrency // 2))
-        # Texts for which calls are pending or in flight. Each process limits them, too, by client; see Admission.
-        self._room, self._waiting = 2 * settings.max_queue, 0
+        # Texts for which calls are pending or in flight, and audits, which leave room for texts that are waited for. Each
+        # process limits texts, too; see Admission.
+        self._texts_room = Shares(2 * settings.max_queue, "texts for an upstream")
+        self._audits_room = Shares(settings.max_queue, "audits by an upstream")
         self._was_away = self._has_warned = False
         self._logged: dict[str, float] = {}  # time of the last log line, by reason
 
@@ -60,10 +63,11 @@ class Caller:
             raise RequestError(
                 f"{self.of.name}: no time is left to ask its upstream", None, "upstream_timeout", 1
             )
-        # Audits leave half of the room for texts that are waited for.
-        if self._waiting >= (self._room // 2 if query.kind == "audit" else self._room):
-            raise self._away(f"{self._waiting} texts wait for it", 1.0)
-        self._waiting += 1
+        room = self._audits_room if query.kind == "audit" else self._texts_room
+        try:
+            room.take(query.client, 1)
+        except RequestError:
+            raise self._away(f"{room.total} texts wait for it", 1.0) from None
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await self._in_turn(query, ends)
@@ -72,7 +76,7 @@ class Caller:
                 f"{self.of.name}: no answer of its upstream in time", None, "upstream_timeout", 1
             ) from None
         finally:
-            self._waiting -= 1
+            room.release(query.client, 1)
         if query.is_audit and random.random() < REPEAT_SHARE:
             run_once("upstream", self._repeat(query._replace(kind="repeat"), reply.label))
         return reply
