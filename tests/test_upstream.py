@@ -17,7 +17,7 @@ from de3.server.upstream.client import Reply, Usage
 from de3.server.upstream.labels import MAX_CHARS, Labels
 from de3.server.upstream.undelivered import KEPT_S, MAX_KEPT, Undelivered
 from de3.server.upstream.upstreams import Upstreams
-from de3.server.upstream.usage import HOUR_S, MAX_STATE_BYTES, SLOT_S, UpstreamUsage
+from de3.server.upstream.usage import HOUR_S, MAX_CLIENTS, MAX_STATE_BYTES, SLOT_S, UpstreamUsage
 from de3.server.upstream_settings import MAX_FILE_BYTES, UpstreamModel, folded, read_upstream
 from tests.upstream import KEY, chat, model_of, write_toml
 
@@ -532,6 +532,27 @@ def test_a_clients_share_of_the_quota(tmp_path: Path) -> None:
     for client in 8 * "x" + "yz":
         call(client)
     assert (use("x"), use("y"), use("z")) == (0, 1, 1)  # what one has used while it was alone is gone
+
+
+def test_many_addresses_reserve_no_more_than_the_clients_remembered(tmp_path: Path) -> None:
+    """Clients without a key count as one for each network; only calls, and refusals for the quota, count."""
+    usage = usage_of(tmp_path, Clock(), max_calls_per_hour=20_000)
+    for i in range(5000):
+        assert not usage.quota_wait_s(f"key idle {i}")  # asks, but for another reason makes no call
+        address = f"2001:db8:0:{i:x}::/64"
+        assert not usage.quota_wait_s(address)
+        usage.called("uncertain", address)
+    for _ in range(7500):
+        assert not usage.quota_wait_s("key victim")
+        usage.called("uncertain", "key victim")
+    usage = usage_of(tmp_path, Clock(), max_calls_per_hour=20_000)
+    for i in range(5000):
+        usage.called("uncertain", f"key {i}")
+    for _ in range(15_000 // (MAX_CLIENTS + 1)):
+        assert not usage.quota_wait_s("key victim")
+        usage.called("uncertain", "key victim")
+    assert len(usage._asked) == MAX_CLIENTS
+    assert usage_of(tmp_path, Clock()).quota_wait_s("key victim") == 0
 
 
 @given(

@@ -45,8 +45,7 @@ class Caller:
         self._calls = Slots(of.upstream.concurrency)
         # Audits leave room for texts that are waited for.
         self._audits = Slots(max(1, of.upstream.concurrency // 2))
-        # Texts for which calls are pending or in flight, and audits, which leave room for texts that are waited for. Each
-        # process limits texts, too; see Admission.
+        # Texts and audits for which calls are pending or in flight. Each process limits texts, too; see Admission.
         self._texts_room = Shares(2 * settings.max_queue, "texts for an upstream")
         self._audits_room = Shares(settings.max_queue, "audits by an upstream")
         self._was_away = self._has_warned = False

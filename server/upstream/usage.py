@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from contextlib import suppress
 from math import inf
 from pathlib import Path
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from de3.model_store.regular_file import read_regular_file, write_private_file
 from de3.server.engine.request import Text
+from de3.server.networks import network_of
 from de3.server.upstream.client import Failure, Usage
 from de3.server.upstream_settings import UpstreamModel
 
@@ -28,6 +29,7 @@ STALE_S = 60.0  # older latencies are not used, so that a budget shorter than th
 LATENCIES = 64  # calls whose median is the usual latency
 MAX_STATE_BYTES = 2**20
 HASH_DIGITS = 12
+MAX_CLIENTS = 256  # clients for which a share of max_calls_per_hour is reserved: those that asked last
 MAX_COUNT, MAX_COST = 2**53, 1e15  # larger totals are not saved exactly
 STARTED = time() - monotonic()
 
@@ -105,11 +107,11 @@ class UpstreamUsage:
         self._latest = -inf  # time of the last latency
         self._recent: deque[tuple[float, int, int]] = deque()  # time, local answers, other answers
         self._saved = ""
+        # Clients without a key count as one for each network, as an attacker can have many addresses in one.
         self._by_slot: dict[int, Counter[str]] = {}  # calls of this process by slot and client
         self._by_client = Counter[str]()  # their sums
-        self._asked: dict[
-            str, float
-        ] = {}  # time when each client of the last hour last asked, in order of time
+        # Time when each client last made a call, or was refused one for the quota, in order of time.
+        self._asked: dict[str, float] = {}
         self.totals.slots = self._last_hour(self._clock())
         self._take_slots(of.name)
 
@@ -169,7 +171,11 @@ class UpstreamUsage:
         slots = self._last_hour(now)
         excess = sum(slots.values()) - most + 1
         if client is not None:
-            self._note(client, now, slots)
+            client = network_of(client)
+            while self._asked and self._asked[first := next(iter(self._asked))] < now - HOUR_S - SLOT_S:
+                del self._asked[first]
+            while self._by_slot and (at := next(iter(self._by_slot))) not in slots:
+                self._by_client -= self._by_slot.pop(at)
             own = self._by_client[client]
             reserved = sum(max(0, own + 1 - self._by_client[one]) for one in self._asked if one != client)
             if own and excess <= 0 < excess + reserved:
@@ -181,16 +187,16 @@ class UpstreamUsage:
                 break
             excess -= count
             wait_s = (at + 1) * SLOT_S + HOUR_S - now
+        if client is not None and wait_s > 0:
+            self._note(client, now)
         return max(0.0, wait_s)
 
-    def _note(self, client: str, now: float, slots: Container[int]) -> None:
-        """Record that a client asks, and forget the clients and the calls of more than an hour ago."""
+    def _note(self, client: str, now: float) -> None:
+        """Record that a client asks."""
         self._asked.pop(client, None)
         self._asked[client] = now
-        while self._asked[first := next(iter(self._asked))] < now - HOUR_S - SLOT_S:
-            del self._asked[first]
-        while self._by_slot and (at := next(iter(self._by_slot))) not in slots:
-            self._by_client -= self._by_slot.pop(at)
+        if len(self._asked) > MAX_CLIENTS:
+            del self._asked[next(iter(self._asked))]
 
     def _last_hour(self, now: float) -> dict[int, int]:
         """The calls by slot. A slot counts as a whole until its last moment is an hour ago.
@@ -207,12 +213,13 @@ class UpstreamUsage:
         """Count a call that begins."""
         self.totals.calls[kind] += 1
         if self._of.max_calls_per_hour is not None:
-            now = self._clock()
+            client, now = network_of(client), self._clock()
             slots, slot = self._last_hour(now), int(now // SLOT_S)
             slots[slot] = slots.get(slot, 0) + 1
             self.totals.slots = slots  # a new dict, as other threads may be reading the former one
             self._by_slot.setdefault(slot, Counter())[client] += 1
             self._by_client[client] += 1
+            self._note(client, now)
         self._pay(self._of.price_per_call or 0.0)
 
     def used(self, usage: Usage) -> None:
