@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from de3.server.settings import Settings
-from de3.server.upstream.breaker import FAILURES, MAX_PAUSE_S, PAUSE_S, Breaker
+from de3.server.upstream.breaker import FAILURES, MAX_PAUSE_S, MAX_SUSPECTS, PAUSE_S, Breaker
 from de3.server.upstream.client import Reply, Usage
 from de3.server.upstream.labels import MAX_CHARS, Labels
 from de3.server.upstream.undelivered import KEPT_S, MAX_KEPT, Undelivered
@@ -396,6 +396,43 @@ def test_outages_that_may_be_due_to_texts_of_one_client_do_not_open_the_breaker(
     clock.now += 2 * PAUSE_S
     breaker.end(breaker.begin(), True, None, "bad")
     breaker.end(breaker.begin(), False, None, "good")
+    assert not breaker.is_open
+
+
+def test_clients_whose_texts_fail_do_not_keep_the_breaker_open_for_others() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    for client in (FAILURES * ["bad", "worse"])[:FAILURES]:
+        breaker.end(breaker.begin(), True, None, client)
+    clock.now += breaker.wait_s("good")
+    for _ in range(3):
+        for client in ("bad", "worse"):  # after each pause, each client may try once
+            assert breaker.wait_s(client) == 0
+            breaker.end(breaker.begin(), True, None, client)
+        assert (
+            breaker.wait_s("bad") == breaker.wait_s("worse") == breaker.wait_s() > breaker.wait_s("good") == 0
+        )
+        breaker.end(breaker.begin(), True, None, "good")
+        clock.now += breaker.wait_s()
+    for number in range(MAX_SUSPECTS - 3):
+        breaker.end(breaker.begin(), True, None, str(number))
+    assert breaker.wait_s("late") == 0
+    breaker.end(breaker.begin(), True, None, "one more")
+    assert not breaker._suspects and breaker.wait_s("late") == breaker.wait_s("good") > 0
+    clock.now += breaker.wait_s("good")
+    breaker.end(breaker.begin(), True)  # due to no text
+    assert breaker.wait_s("good") == breaker.wait_s("bad") > 0
+
+
+def test_a_client_need_not_wait_for_the_failures_of_one_that_was_alone() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    for _ in range(2 * FAILURES):
+        clock.now += breaker.wait_s("bad")
+        breaker.end(breaker.begin(), True, None, "bad", is_alone=True)
+    assert breaker.is_open and breaker.wait_s("bad") == breaker.wait_s() == MAX_PAUSE_S
+    assert breaker.wait_s("good") == 0
+    breaker.end(breaker.begin(), False)
     assert not breaker.is_open
 
 

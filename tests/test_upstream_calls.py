@@ -227,6 +227,7 @@ async def test_failures_of_one_clients_texts_do_not_pause_the_calls_of_others(
     for _ in range(FAILURES):
         await error_of(alone.ask(Query(Text("bad"), "uncertain", "bad"), 30))
     assert not alone.is_available
+    assert (await alone.ask(Query(TEXT, "uncertain", "good"), 30)).label == 0
     await one.close()
     await alone.close()
 

@@ -105,7 +105,7 @@ class Caller:
                     or self._breaker.is_open
                     or perf_counter() + pause_s >= ends
                 ):
-                    raise self._failed(error) from error
+                    raise self._failed(error, query.client) from error
             await asyncio.sleep(pause_s)
         raise AssertionError("not reached")
 
@@ -122,15 +122,15 @@ class Caller:
     async def _call(self, query: Query) -> Reply:
         """One call. If the time of its text ends first, it is cancelled, which says nothing about the upstream."""
         is_trial, is_outage, retry_after_s, started = self._breaker.begin(), None, None, perf_counter()
-        failure, suspect = "", None
+        failure, suspect, is_alone = "", None, False
         self.usage.called(query.kind, query.client)
         try:
             reply = await self._client.call(query.text, self.of.upstream.timeout_s, self.usage.used)
             is_outage = False
         except CallError as error:
             is_outage, retry_after_s, failure = error.is_outage, error.retry_after_s, str(error)
-            if not error.is_certain and not self._calls.is_alone(query.client, RECENT_S):
-                suspect = query.client
+            if not error.is_certain:
+                suspect, is_alone = query.client, self._calls.is_alone(query.client, RECENT_S)
             self.usage.failed(error.why)
             self._log(error.why, failure)
             raise
@@ -138,7 +138,7 @@ class Caller:
             self.usage.took(max(perf_counter() - started, self.usage.usual_s))
             raise
         finally:
-            self._breaker.end(is_trial, is_outage, retry_after_s, suspect)
+            self._breaker.end(is_trial, is_outage, retry_after_s, suspect, is_alone)
             self._note(failure)
         self.usage.took(perf_counter() - started)
         self.usage.totals.extracted += reply.is_extracted
@@ -200,8 +200,8 @@ class Caller:
             max(1, math.ceil(wait_s)),
         )
 
-    def _failed(self, error: CallError) -> RequestError:
-        after_s = error.retry_after_s or self._breaker.wait_s() or 1.0
+    def _failed(self, error: CallError, client: str) -> RequestError:
+        after_s = error.retry_after_s or self._breaker.wait_s(client) or 1.0
         retry = max(1, math.ceil(after_s)) if error.is_outage else None
         cause: Cause = "upstream_timeout" if error.why == "timeout" else "upstream"
         return RequestError(f"{self.of.name}: its upstream failed: {error}", None, cause, retry)
