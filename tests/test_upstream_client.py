@@ -467,6 +467,22 @@ def test_proxies_of_the_environment_are_not_used(
     assert upstream.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
+def test_a_cookie_is_not_sent_back(tmp_path: Path, upstream: Service) -> None:
+    """It would tell the upstream that two texts come from one server, and a client's cookie would be all clients'."""
+    upstream.respond = lambda handler, _: send(handler, reply("billing"), Set_Cookie="id=1; Path=/")
+
+    async def ask() -> int:
+        client = Client(model_of(tmp_path, LABELS, chat(upstream.url)), KEY)
+        for _ in range(2):
+            await client.call(Text("a text"), 30, lambda _: None)
+        kept = len(client._open().cookies.jar)
+        await client.close()
+        return kept
+
+    assert asyncio.run(ask()) == 0
+    assert not any("cookie" in name.lower() for headers in upstream.headers for name in headers)
+
+
 def test_a_cancelled_call_closes_its_connection(tmp_path: Path, upstream: Service) -> None:
     upstream.gate.clear()
 
