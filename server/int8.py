@@ -50,7 +50,7 @@ class Int8Check:
             artifact, texts = self._waiting[name]
             texts.update((one, None) for one in job.request.texts if one.chars <= MAX_CHARACTERS)
             if len(texts) >= TEXTS:
-                self._waiting[name] = artifact, {}
+                del self._waiting[name]  # until the comparison has ended
                 run_once("int8", self._compare(artifact, list(texts)[:TEXTS]))
 
     async def _compare(self, artifact: Artifact, texts: Sequence[Text]) -> None:
@@ -63,15 +63,13 @@ class Int8Check:
                 arguments = [str(artifact.path.absolute()), str(source), self._runtime, memory]
                 pairs = json.dumps([(one.text, one.text_pair) for one in texts]).encode()
                 proved["int8"] = json.loads(await run_idle(PROGRAM, json.dumps(arguments), pairs))
-                if not proved[
-                    "int8"
-                ]:  # another process compares; its result is read once more texts have come
+                if not proved["int8"]:
+                    # Another process compares; its result is read once more texts have come.
+                    self._waiting[artifact.manifest.name] = artifact, {}
                     return
                 await asyncio.to_thread(record, artifact, self._runtime, proved)
-            self._waiting.pop(artifact.manifest.name, None)
             self._report(name, proved["int8"])
         except (FitError, OSError) as error:
-            self._waiting.pop(artifact.manifest.name, None)
             log.warning("%s: cannot measure how many answers int8 changes: %s", name, error)
 
     def _report(self, name: str, found: dict[str, Any]) -> None:

@@ -836,9 +836,10 @@ def test_one_process_at_a_time_counts_what_int8_changes(
     from de3.server import int8
     from de3.server.service import Service
 
-    outputs, run_idle = list[str](), int8.run_idle
+    outputs, run_idle, starts = list[str](), int8.run_idle, list[Any]()
 
     async def run(*arguments: Any) -> str:
+        starts.append(arguments)
         outputs.append(await run_idle(*arguments))
         return outputs[-1]
 
@@ -848,8 +849,10 @@ def test_one_process_at_a_time_counts_what_int8_changes(
     with running(Service(Settings(store=tmp_path / "none", port=0), [artifact])) as server:
         with FileLock(artifact.path.parents[1] / ".fp32.lock"):  # as another process would hold it
             server.classify(input=["a", "b", "c"])
+            server.classify(input=["x", "y", "z"])  # starts no other process
             until(lambda: outputs, "the end of the process")
-        assert outputs == ["{}"] and listed(server)["int8"] is None
+        until(lambda: server.service.int8._waiting, "the end of the comparison")
+        assert outputs == ["{}"] and len(starts) == 1 and listed(server)["int8"] is None
         server.classify(input=["d", "e", "f"])
         until(lambda: listed(server)["int8"], "the result")
 
