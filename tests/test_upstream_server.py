@@ -406,6 +406,24 @@ def test_a_filtered_text_of_one_tenant_does_not_pause_the_calls_of_another(
             assert post("b", TEXTS[0]).status_code == 200
 
 
+def test_an_answer_that_one_tenant_has_paid_for_is_not_given_to_another(tmp_path: Path, store: Path) -> None:
+    keys = "\n".join(f"{letter} {letter * 20}" for letter in "ab")
+    with service(opinion) as upstream:
+        of = model_of(tmp_path, LABELS, chat(upstream.url))
+        with served(tmp_path, store, of, api_keys=keys) as server:
+
+            def status(letter: str, *texts: str) -> int:
+                key = {"Authorization": f"Bearer {letter * 20}"}
+                content = {"input": texts, "tau": 0}
+                return httpx.post(f"{server.url}/classify", json=content, headers=key).status_code
+
+            upstream.answer = lambda text: "nothing that I know" if text == TEXTS[1] else opinion(text)
+            assert status("a", *TEXTS[:2]) == 502
+            upstream.requests.clear()
+            assert status("b", TEXTS[0]) == status("a", TEXTS[0]) == 200
+            assert upstream.texts == [TEXTS[0]]  # a call for b, and none for a
+
+
 def test_a_model_with_an_upstream_answers_once(server: Server, upstream: Service) -> None:
     for second in ("tickets", "tickets:1", {"model": "tickets", "tau": 0.5}):
         error, _ = error_of(server, 422, models=["tickets", second], input=TEXTS[0])

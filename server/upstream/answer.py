@@ -47,7 +47,7 @@ async def ask_upstreams(
     ]
 
     async def ask(item: Item, outcome: Outcome) -> None:
-        key = key_of(item.job.model.manifest, item.text)
+        key = key_of(item.job.model.manifest, item.text, item.job.client)
         known = kept.take(key)
         if (reply := await _ask(item, outcome, settings, upstreams, expires_at, known)) is not None:
             replies[key] = reply

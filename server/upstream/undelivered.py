@@ -14,9 +14,9 @@ from de3.server.upstream.client import Reply
 KEPT_S, MAX_KEPT = 60.0, 4096
 
 
-def key_of(manifest: Manifest, text: Text) -> bytes:
-    """Hash of an upstream and a text."""
-    parts = orjson.dumps([manifest.upstream, text.text, text.text_pair])
+def key_of(manifest: Manifest, text: Text, client: str = "") -> bytes:
+    """Hash of an upstream, a text and the client that is answered, if there are several."""
+    parts = orjson.dumps([manifest.upstream, text.text, text.text_pair, *([client] if client else [])])
     return hashlib.blake2b(parts, digest_size=16).digest()
 
 
