@@ -152,6 +152,22 @@ async def test_the_quota_holds_for_retries_and_for_calls_at_the_same_time(
 
 
 @in_event_loop
+async def test_a_pause_before_a_retry_holds_no_slot(
+    tmp_path: Path, upstream: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstreams, "BACKOFF_S", 20)
+    upstream.respond = failing(1)
+    one = caller(tmp_path, upstream, concurrency=1)
+    pausing = asyncio.ensure_future(one.ask(Query(TEXT, "uncertain", "many"), 60))
+    await soon(lambda: one.usage.totals.failures["server_error"] == 1, "the failure")
+    assert (await one.ask(Query(TEXT, "uncertain", "few"), 5)).label == 0
+    assert not pausing.done()
+    pausing.cancel()
+    await asyncio.wait([pausing])
+    await one.close()
+
+
+@in_event_loop
 async def test_without_time_there_is_no_call(tmp_path: Path, upstream: Service) -> None:
     one = caller(tmp_path, upstream)
     for is_budget in (True, False):

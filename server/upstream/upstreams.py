@@ -4,7 +4,8 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, nullcontext
 from threading import Lock
 from time import perf_counter
 from typing import Any
@@ -69,7 +70,7 @@ class Caller:
             raise self._away(f"{room.total} texts wait for it", 1.0) from None
         try:
             async with asyncio.timeout(timeout_s):
-                reply = await self._in_turn(query, ends)
+                reply = await self._try(query, ends)
         except TimeoutError:
             raise RequestError(
                 f"{self.of.name}: no answer of its upstream in time", None, "upstream_timeout", 1
@@ -80,18 +81,22 @@ class Caller:
             run_once("upstream", self._repeat(query._replace(kind="repeat"), reply.label))
         return reply
 
-    async def _in_turn(self, query: Query, ends: float) -> Reply:
-        if query.kind == "audit":
-            async with self._audits.hold(query.client), self._calls.hold(query.client):
-                return await self._try(query, ends)
-        async with self._calls.hold(query.client):
-            return await self._try(query, ends)
+    @asynccontextmanager
+    async def _turn(self, query: Query) -> AsyncIterator[None]:
+        """Hold a slot for a call."""
+        is_audit = query.kind in ("audit", "repeat")
+        async with (
+            self._audits.hold(query.client) if is_audit else nullcontext(),
+            self._calls.hold(query.client),
+        ):
+            yield
 
     async def _try(self, query: Query, ends: float) -> Reply:
         for attempt in range(1, ATTEMPTS + 1):
-            self._check(query.client)
             try:
-                return await self._call(query if attempt == 1 else query._replace(kind="retry"))
+                async with self._turn(query):  # not during a pause
+                    self._check(query.client)
+                    return await self._call(query if attempt == 1 else query._replace(kind="retry"))
             except CallError as error:
                 # A reply without a label is tried once more.
                 is_last = attempt == ATTEMPTS or (error.why == "reply" and attempt == 2)
@@ -166,11 +171,7 @@ class Caller:
     async def _repeat(self, query: Query, label: int) -> None:
         """Ask for the answer to an audited text once more, and count whether the upstream disagrees with itself."""
         try:
-            async with (
-                asyncio.timeout(self.of.upstream.timeout_s),
-                self._audits.hold(query.client),
-                self._calls.hold(query.client),
-            ):
+            async with asyncio.timeout(self.of.upstream.timeout_s), self._turn(query):
                 self._check(query.client)
                 again = await self._call(query)
         except (RequestError, CallError, TimeoutError):
