@@ -136,10 +136,15 @@ class Store:
             raise NoModelsError(f"{self.path}: no such store; de3 import and de3 export create one")
         versions: dict[str, list[int]] = {}
         for folder in sorted(self.path.iterdir()):
-            if NAME.fullmatch(folder.name) and folder.is_dir():
-                numbers = [int(v.name) for v in folder.iterdir() if VERSION.fullmatch(v.name) and v.is_dir()]
-                if numbers:
-                    versions[folder.name] = sorted(numbers)
+            try:
+                if NAME.fullmatch(folder.name) and folder.is_dir():
+                    numbers = [
+                        int(v.name) for v in folder.iterdir() if VERSION.fullmatch(v.name) and v.is_dir()
+                    ]
+                    if numbers:
+                        versions[folder.name] = sorted(numbers)
+            except PermissionError as error:
+                _warn(f"{folder}: this model is left out: {error.strerror}")
         return versions
 
     def names(self) -> list[str]:

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,23 @@ def test_a_damaged_pin_is_ignored_with_a_warning(
     if damage != "folder":
         store.set_pin("tiny", 1)
         assert store.open("tiny").full_name == "tiny:1"
+
+
+def test_a_model_that_cannot_be_read_is_left_out_with_a_warning(
+    pinnable: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pinnable / "closed/1").mkdir(parents=True)
+    listed = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:  # the tests may run as root, to whom nothing is closed
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    for _ in range(2):
+        assert Store(pinnable).open("tiny").full_name == "tiny:2"
+    assert caplog.messages == [f"{pinnable / 'closed'}: this model is left out: Permission denied"]
 
 
 def test_a_pin_to_a_version_that_is_gone_is_a_warning_with_the_next_step(
