@@ -27,6 +27,8 @@ TIMEOUT_S = 120.0
 MEMORY_BYTES = 2**30  # limit of the process, in addition to COPIES of the artifact's files
 COPIES = 6  # copies of the files that may be in memory at the same time
 MAX_OUTPUT = 2**16  # longest output of the process, characters
+MAX_COUNT = 2**53
+INT8_FIELDS = ("share", "lower", "upper", "texts", "differ", "confidence")  # numbers; see int8_process.py
 REFUSED = 3  # exit code of the process for an unsound artifact
 PROGRAM = "from de3.server.prove import child; child()"
 
@@ -137,10 +139,16 @@ def recorded(artifact: Artifact, runtime: str) -> dict[str, Any]:
     """
     try:
         proved = {} if artifact.proof is None else json.loads(read_regular_file(artifact.proof, MAX_OUTPUT))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     is_valid = isinstance(proved, dict) and isinstance(proved.get("no_kernels"), str)
-    return proved if is_valid and proved.get("what") == _what(artifact, runtime) else {}
+    if not is_valid or proved.get("what") != _what(artifact, runtime):
+        return {}
+    int8 = proved.get("int8")
+    values = [int8.get(field) for field in INT8_FIELDS] if isinstance(int8, dict) else [None]
+    if not all(isinstance(value, int | float) and 0 <= value <= MAX_COUNT for value in values):
+        proved.pop("int8", None)  # if it is damaged, it is measured again
+    return dict(proved)
 
 
 def record(artifact: Artifact, runtime: str, proved: dict[str, Any]) -> None:

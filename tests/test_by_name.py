@@ -755,6 +755,8 @@ def test_the_answers_that_int8_changes_are_counted_once(
     kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On 1,024 distinct live texts; a longer one, a repeated one and a redacted one do not count."""
+    from prometheus_client import CollectorRegistry
+
     from de3.export import record
     from de3.server import int8
     from de3.server.service import Service
@@ -792,6 +794,19 @@ def test_the_answers_that_int8_changes_are_counted_once(
         assert server.metric("de3_int8_disagreement_ratio", model="stock:1") == first["share"]
         assert listed(server)["int8"] == first and not server.service.int8._waiting
     assert not logged(caplog, "cannot measure")
+    assert artifact.proof is not None
+    proved = json.loads(artifact.proof.read_text())
+    for damaged in (
+        {},
+        5,
+        first | {"share": "x"},
+        first | {"upper": float("nan")},
+        first | {"texts": 10**400},
+    ):
+        artifact.proof.write_text(json.dumps(proved | {"int8": damaged}))
+        assert int8.Int8Check([artifact], "auto", CollectorRegistry())._waiting  # it is measured again
+    artifact.proof.write_text("[" * 50_000)
+    assert int8.Int8Check([artifact], "auto", CollectorRegistry())._waiting
 
 
 @pytest.mark.usefixtures("int8_at_normal_priority")
