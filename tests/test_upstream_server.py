@@ -420,8 +420,9 @@ def test_an_answer_that_one_tenant_has_paid_for_is_not_given_to_another(tmp_path
             upstream.answer = lambda text: "nothing that I know" if text == TEXTS[1] else opinion(text)
             assert status("a", *TEXTS[:2]) == 502
             upstream.requests.clear()
-            assert status("b", TEXTS[0]) == status("a", TEXTS[0]) == 200
-            assert upstream.texts == [TEXTS[0]]  # a call for b, and none for a
+            for letter in "ba":  # a call for b, and none for a
+                assert status(letter, TEXTS[0]) == 200
+                assert upstream.texts == [TEXTS[0]]
 
 
 def test_a_model_with_an_upstream_answers_once(server: Server, upstream: Service) -> None:
