@@ -9,9 +9,12 @@ from numpy.typing import NDArray
 
 from de3.model_store.segments import Tokens
 
-MOST_PIECES = 128  # of a text; of longer ones, those with the smallest hashes
+MOST_PIECES = 256  # of a text; of longer ones, those with the smallest hashes
 NO_PIECE = 2**16 - 1  # fills the row of a text with fewer pieces
-NEAR = 0.7  # share of the distinct word pieces of two texts that they have in common
+# Two texts are near if they have this share of all their distinct word pieces in common; or if a fitted text, at most
+# twice as long, has this share of the other's pieces.
+NEAR, CONTAINED = 0.7, 0.9
+MOST_COMPARED = 2**18  # occurrences of a text's pieces that are counted, from the rarest on; the others count as shared
 
 Pieces = NDArray[np.uint16]
 
@@ -47,18 +50,27 @@ class FittedTexts:
         self._texts = texts[np.argsort(each, kind="stable")]  # by piece
         counts = np.bincount(each, minlength=NO_PIECE)
         self._starts = np.concatenate([[0], counts.cumsum()])  # of each piece's part of self._texts
+        # The largest hash of a text that is known to have all smaller ones.
+        self._known = np.where(self._sizes < MOST_PIECES, NO_PIECE, pieces[:, -1])
 
     def is_near(self, pieces: Pieces) -> bool:
-        """True if a text that shares at least NEAR of their pieces with this one was among those of the fit.
-
-        True also if the text has no pieces: those of a record of an earlier release are unknown.
-        """
+        """True if a text that is near to this one was among those of the fit; also for a text without pieces."""
         own = pieces[pieces != NO_PIECE].astype(np.int64)
         if not len(own):
             return True
-        parts = [self._texts[self._starts[piece] : self._starts[piece + 1]] for piece in own]
-        shared = np.bincount(np.concatenate(parts), minlength=len(self.pieces))
-        return bool((shared >= NEAR * (self._sizes + len(own) - shared)).any())
+        counts = self._starts[own + 1] - self._starts[own]
+        order = np.argsort(counts)
+        counted = own[order[: np.searchsorted(counts[order].cumsum(), MOST_COMPARED, "right")]]
+        parts = [self._texts[self._starts[piece] : self._starts[piece + 1]] for piece in counted]
+        found = np.bincount(np.concatenate([*parts, own[:0]]), minlength=len(self.pieces))
+        shared = found + len(own) - len(counted)
+        # Of long texts, the hashes up to the smaller of their largest ones are a sample of the pieces of both.
+        mine, theirs = np.searchsorted(own, self._known, "right"), self._sizes
+        if len(own) == MOST_PIECES:
+            theirs = (self.pieces <= own[-1]).sum(1)
+        is_near = shared >= NEAR * (theirs + mine - shared)
+        is_near |= (shared >= CONTAINED * mine) & (theirs <= 2 * mine)
+        return bool((is_near & (theirs > 0)).any())
 
     def are_near(self, pieces: Pieces) -> NDArray[np.bool_]:
         """is_near for texts, (n, MOST_PIECES)."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from de3.exits.spans import Layout
-from de3.model_store.fitted import MOST_PIECES, NO_PIECE, Pieces
+from de3.model_store.fitted import MOST_PIECES, Pieces
 from de3.model_store.manifest import Manifest
 from de3.model_store.regular_file import write_private_file
 from de3.model_store.segments import Tokens
@@ -48,8 +48,7 @@ class Records:
         keys: hash of each text's tokens, (n,) uint64.
         numbers: estimated position of each text in the traffic, ascending, (n,) int64.
         clients: index of each text's client in `names`, (n,) int32.
-        pieces: the word pieces of each text, (n, MOST_PIECES); see fitted.pieces_of. Records of earlier releases have
-            none.
+        pieces: the word pieces of each text, (n, MOST_PIECES); see fitted.pieces_of.
         names: names of the clients.
         texts: estimated number of texts of each client, recorded or not; in the order of `names`.
     """
@@ -112,7 +111,7 @@ _SHAPES = {
     "ids": (2, "I32"),
     "pieces": (2, "U16"),
 }
-_OPTIONAL = ("extra", "pieces")  # missing in files of earlier releases
+_OPTIONAL = ("extra",)  # missing in files of earlier releases
 # A file has the states and logits of texts or, for a token classifier, their tokens.
 _OF_TEXTS, _OF_TOKENS = ("states", "logits"), ("ids",)
 
@@ -151,7 +150,6 @@ def read(path: Path, max_bytes: int) -> Records:
             arrays = {name: file.get_tensor(name) for name in _SHAPES if name in file.keys()}  # noqa: SIM118
             n = len(arrays["keys"])
             arrays.setdefault("extra", np.zeros(n, np.bool_))
-            arrays.setdefault("pieces", np.full((n, MOST_PIECES), NO_PIECE, np.uint16))
             arrays.setdefault("states", np.zeros((n, 0, 0), np.float16))
             arrays.setdefault("logits", np.zeros((n, 0), np.float32))
             arrays.setdefault("ids", np.zeros((n, 0), np.int32))
@@ -160,8 +158,6 @@ def read(path: Path, max_bytes: int) -> Records:
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name} is not finite")
-    if arrays["pieces"].shape[1] != MOST_PIECES:
-        raise ValueError(f"pieces must have {MOST_PIECES} columns, got {arrays['pieces'].shape[1]}")
     names, texts = _clients(metadata.get("clients", ""))
     clients, shares, numbers = arrays["clients"], arrays["shares"], arrays["numbers"]
     if clients.min() < 0 or clients.max() >= len(names):
@@ -178,6 +174,8 @@ def _check_header(file: Any) -> None:
     has_ids = "ids" in file.keys()  # noqa: SIM118
     absent = {*(_OF_TEXTS if has_ids else _OF_TOKENS), *(one for one in _OPTIONAL if one not in file.keys())}  # noqa: SIM118
     known = [name for name in _SHAPES if name not in absent]
+    if missing := [name for name in known if name not in file.keys()]:  # noqa: SIM118
+        raise ValueError(f"it has no {missing[0]}; a server of an earlier release may have written it")
     if has_ids and absent & {*file.keys()}:
         raise ValueError("it has tensors of both kinds of models")
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in known}
@@ -187,7 +185,8 @@ def _check_header(file: Any) -> None:
     for name in known:
         dimensions, kind = _SHAPES[name]
         shape, found = shapes[name], file.get_slice(name).get_dtype()
-        if found != kind or len(shape) != dimensions or shape[0] != n or 0 in shape:
+        is_wrong = name == "pieces" and shape[1:] != (MOST_PIECES,)
+        if is_wrong or found != kind or len(shape) != dimensions or shape[0] != n or 0 in shape:
             raise ValueError(f"{name} must be {kind} of {n} records, got {found} {list(shape)}")
 
 

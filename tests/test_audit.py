@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import random
 import shutil
 import threading
 from collections import Counter
@@ -916,42 +917,55 @@ def test_an_audit_that_fails_counts_as_a_disagreement_and_a_dropped_one_not_at_a
     assert one.pending == 0 and one.audits == one.disagreements == 1
 
 
-def test_texts_between_the_audits_of_an_outage_do_not_count(store: Path) -> None:
-    """An upstream that is slow may answer only texts that went up anyway, which agree."""
+@pytest.mark.parametrize("dropped", [0.0, 0.5, 0.8])
+def test_dropped_audits_do_not_change_the_share_of_early_answers_among_the_counted(
+    store: Path, dropped: float
+) -> None:
+    """An upstream that drops audits may still answer the texts that are sent to it anyway, which agree.
+
+    This holds for their records, too, to which exits are fitted, and which test them.
+    """
+    one, rng, kept = Answering(made(store)), random.Random(4), list[Any]()
+    one._ask = lambda *_: None  # type: ignore[assignment, return-value]
+    one._learn = kept.extend
+    one._record = lambda *_, **__: [object()]  # type: ignore[assignment, return-value]
+    one.served.model.empty_states = lambda: None
+    unlike = [*one.PASSED[:-1], read(3, [0.0, 1.0], None)]
+    for number in range(6000):
+        one.answer(True, exits=1 if rng.random() < 0.5 else 4)
+        if number % 2 and one.waiting:
+            one.run_audit(0, is_dropped=rng.random() < dropped, passed=unlike)
+    audits, early = sum(len(each.scores) for each in one.settled), sum(each.served for each in one.settled)
+    assert len(kept) == audits > 200
+    assert 0.45 < early / audits < 0.6
+
+
+def test_records_are_kept_in_the_order_of_the_answers(store: Path) -> None:
+    """So a fit does not see more of the texts that need no audit, while audits wait."""
+    one, kept = Answering(made(store)), list[Any]()
+    one._learn = kept.extend
+    one._record = lambda *_, **__: [object()]  # type: ignore[assignment, return-value]
+    one.answer(True)
+    for _ in range(5):
+        one.answer(True, exits=4)
+    assert not kept
+    one.run_audit(0)
+    assert len(kept) == 6
+
+
+def test_at_full_depth_texts_count_at_once_but_not_those_that_still_wait(store: Path) -> None:
     one = Answering(made(store))
-    one._ask = lambda _: None  # type: ignore[assignment, return-value]
-    one.answer(False)
-    one.answer(True)
-    one.answer(False)
-    one.run_audit(0)
-    assert one.counted == [(1, True), (2, True)]
-    one.answer(False, True, exits=4)  # it went up anyway
-    assert one.counted[2:] == [(2, True)]
-    one.answer(True)
-    one.run_audit(0, is_dropped=True)
-    for _ in range(3):
-        one.answer(False)
-        one.answer(False, True, False)
-        one.run_audit(0, is_dropped=True)
-        one.answer(False, True, exits=4)
-    assert len(one.counted) == 3
-    one.answer(False)
-    one.answer(True)
-    one.run_audit(0)
-    assert one.counted[3:] == [(4, True)]
-    one.answer(True)
-    one.run_audit(0, is_dropped=True)
-    one.answer(True, tau=0.0, exits=4)  # no answer of the model is audited any more
-    assert one.counted[4:] == [(1, True)]
-    assert one.pending == 0
+    one._ask = lambda *_: None  # type: ignore[assignment, return-value]
+    one.answer(True, exits=4)
+    assert not one.counted  # until an answer of the model is audited
+    one.answer(True, False, tau=0.0, exits=4)
+    assert one.counted == [(2, True)] and one.pending == 0
 
 
 def test_texts_that_wait_for_an_audit_are_limited(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("de3.server.audit.auditor.ENTRY_TEXTS", 1)
     one = Answering(made(store))
     one._ask = lambda _: None  # type: ignore[assignment, return-value]
-    one.answer(True)
-    one.run_audit(0, is_dropped=True)
     for _ in range(MAX_HELD + 5):
         one.answer(False)
     assert not one.counted
@@ -1066,10 +1080,10 @@ def test_records_have_only_finite_values(store: Path, value: float, is_kept: boo
     pair = Tokens(tokens.ids, np.array([[0, 1]]), truncated=False)
     ones, states = np.ones((3, 4), np.float32), np.ones((3, 4), np.float32)
     states[1, 2] = value
-    auditor._record("one", 0.5, tokens, states, read(3, [1.0, 2.0], None))
-    auditor._record("one", 0.5, tokens, ones, read(3, [1.0, value], None))
+    kept += auditor._record("one", 0.5, tokens, states, read(3, [1.0, 2.0], None))
+    kept += auditor._record("one", 0.5, tokens, ones, read(3, [1.0, value], None))
     assert len(kept) == int(is_kept) + int(np.isfinite(value))
-    auditor._record("one", 0.5, pair, ones, read(3, [1.0, 2.0], None))
+    kept += auditor._record("one", 0.5, pair, ones, read(3, [1.0, 2.0], None))
     assert kept[-1].key not in {one.key for one in kept[:-1]}
     assert (kept[-1].client, kept[-1].share, kept[-1].states.dtype) == ("one", 0.5, np.float16)
 

@@ -47,7 +47,7 @@ LEARN_CALLS = 1024
 # Limits on unsettled entries, which wait for the audit of an earlier one: over all tenants, and per tenant; and the
 # number of texts at which an entry is full.
 MAX_ENTRIES, LEAST_ENTRIES, ENTRY_TEXTS = 2**12, 2**9, 256
-MAX_HELD = LEAST_ENTRIES // 2  # entries that wait for the next audit; older ones are discarded
+MAX_HELD = LEAST_ENTRIES // 2  # entries and records that wait for the next audit; older ones are discarded
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 NO_STATES, NO_LOGITS = np.zeros((0, 0), np.float16), np.zeros(0, np.float32)
 # Answers that τ alone did not determine; and texts whose audit an upstream did not answer.
@@ -64,12 +64,17 @@ class _Entry:
     """Texts to be settled together: some that are ready, or one whose audit has not run yet.
 
     Attributes:
+        waits: they are settled only together with a later audit that has run: an upstream that is slow may answer only
+            texts that are sent to it anyway, which agree.
         key: key of the text whose audit is pending; see Settled.
+        records: of its audited texts.
     """
 
     settled: Settled
     is_pending: bool = False
+    waits: bool = False
     key: int | None = None
+    records: list[Record] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -80,18 +85,16 @@ class _Tenant:
         epoch: epoch of the tenant's evidence.
         entries: texts that are not yet settled, in the order of their answers.
         pending: number of audits that have not run yet.
-        is_failing: the last audit of an answer of the model was discarded.
     """
 
     epoch: int
     entries: deque[_Entry] = field(default_factory=deque)
     pending: int = 0
-    is_failing: bool = False
 
     def begin(self, epoch: int) -> None:
         """If the epoch is new, discard texts that were drawn in an earlier one."""
         if epoch != self.epoch:
-            self.epoch, self.is_failing = epoch, False
+            self.epoch = epoch
             self.entries.clear()
 
     def discard(self, entry: _Entry) -> None:
@@ -105,6 +108,16 @@ class _Tenant:
                 pass
             while self.entries and not self.entries[-1].is_pending:
                 self.entries.pop()
+
+    def discard_waiting(self, unless: bool) -> None:
+        """Discard the latest entries that wait for an audit, unless later texts of the model are still audited."""
+        while not unless and self.entries and self.entries[-1].waits:
+            self.entries.pop()
+
+    @property
+    def size(self) -> int:
+        """Number of entries and records, which are limited."""
+        return sum(1 + len(entry.records) for entry in self.entries)
 
 
 @dataclass(slots=True)
@@ -235,7 +248,7 @@ class Auditor:
         waiting = sum(one.pending > 0 for one in self._tenants.values() if one is not tenant)
         room = max(LEAST_ROOM, ROOM // (1 + waiting))
         most = max(LEAST_ENTRIES, MAX_ENTRIES // max(1, len(self._tenants)))
-        if tenant.pending >= 2 * room or len(tenant.entries) >= most or self._is_behind():
+        if tenant.pending >= 2 * room or tenant.size >= most or self._is_behind():
             return 0.0
         if self._has_guarantee and tau == 0:
             return 1.0
@@ -277,6 +290,8 @@ class Auditor:
         client = job.request.tenant or network_hash(job.client)
         exits = len(self.served.model.manifest.exit_costs)
         entry: _Entry | None = None
+        waits = self._ask is not None and job.choice.rule.tau > 0
+        tenant.discard_waiting(unless=waits)
         for item, is_drawn in zip(job.items, drawn, strict=True):
             needs_audit, outcome = is_drawn and job.choice.rule.tau > 0, item.outcome
             if outcome is None:  # the text failed, and the others of its request were answered
@@ -296,7 +311,8 @@ class Auditor:
             key = self._evidence_key(tokens) if is_drawn else None
             is_pending = is_drawn and len(outcome.passed) < exits
             if is_pending or entry is None or entry.is_pending:
-                entry = self._open(tenant, Settled(name, tenant.epoch, share), is_pending)
+                settled = Settled(name, tenant.epoch, share)
+                entry = self._open(tenant, settled, is_pending, waits and not is_pending)
             if is_pending:
                 entry.key = key
                 ask = None if self._ask is None else partial(self._ask, item.text, job.client)
@@ -305,24 +321,23 @@ class Auditor:
                 tenant.pending -= needs_audit
                 self._conclude(entry.settled, key, outcome.reading, outcome.passed)
                 if not job.request.is_private:
-                    self._record(client, share, tokens, item.states, outcome.passed[-1])
+                    entry.records += self._record(client, share, tokens, item.states, outcome.passed[-1])
             else:
                 entry.settled.skipped += 1
                 if outcome.reason == "upstream":
-                    self._record(client, 1.0, tokens, item.states, outcome.reading, is_extra=True)
+                    self._keep(self._record(client, 1.0, tokens, item.states, outcome.reading, is_extra=True))
         if entry is not None:
             entry.settled.may_rise = True
-        tenant.is_failing &= job.choice.rule.tau > 0  # at τ = 0, the model answers nothing
         self._settle(tenant)
 
-    def _open(self, tenant: _Tenant, settled: Settled, is_pending: bool) -> _Entry:
+    def _open(self, tenant: _Tenant, settled: Settled, is_pending: bool, waits: bool = False) -> _Entry:
         """Begin an entry for a tenant's next texts, or return its last one if they can be added to it."""
         last = tenant.entries[-1] if tenant.entries and not is_pending else None
         is_open = last is not None and not last.is_pending and last.settled.texts < ENTRY_TEXTS
-        if last is not None and is_open and settled.continues(last.settled):
+        if last is not None and is_open and last.waits == waits and settled.continues(last.settled):
             last.settled.may_rise = False
             return last
-        tenant.entries.append(_Entry(settled, is_pending))
+        tenant.entries.append(_Entry(settled, is_pending, waits))
         return tenant.entries[-1]
 
     def _enqueue(
@@ -385,7 +400,6 @@ class Auditor:
     ) -> None:
         tenant.pending -= 1
         entry.is_pending = False  # first, so that an error below does not block later entries
-        tenant.is_failing = audit.is_dropped
         if audit.is_dropped:  # its model was unloaded or reloaded, or its upstream is away
             tenant.discard(entry)
         elif audit.error is not None:
@@ -399,11 +413,12 @@ class Auditor:
             self._count(entry.settled, entry.key, scores, differing, True, missed)
         elif not audit.passed:
             entry.settled.skipped += 1
+            entry.waits = True
         else:
             self.seconds += audit.model_s
             self._conclude(entry.settled, entry.key, answer, audit.passed)
-            if entry.settled.epoch == tenant.epoch:  # otherwise it was drawn before a change
-                self._record(client, entry.settled.share, audit.tokens, audit.states, audit.passed[-1])
+            share, last = entry.settled.share, audit.passed[-1]
+            entry.records += self._record(client, share, audit.tokens, audit.states, last)
         self._settle(tenant)
 
     def _conclude(
@@ -429,22 +444,26 @@ class Auditor:
         states: Array | None,
         last: Reading,
         is_extra: bool = False,
-    ) -> None:
-        """Keep a record of a text that ran to full depth, if the server keeps records and all values are finite."""
+    ) -> list[Record]:
+        """The record of a text that ran to full depth; none if the server keeps none, or if a value is not finite."""
         if self._learn is None:
-            return
+            return []
+        text = client, share, _key(tokens), pieces_of(tokens)
         if self.served.model.manifest.is_spans:
-            if (ids := packed(tokens)) is not None:
-                text = client, share, _key(tokens), pieces_of(tokens)
-                self._learn([Record(*text, NO_STATES, NO_LOGITS, is_extra, ids)])
-            return
+            ids = packed(tokens)
+            return [] if ids is None else [Record(*text, NO_STATES, NO_LOGITS, is_extra, ids)]
         if states is None:
-            return
+            return []
         logits = np.array(last.logits, np.float32)
         with np.errstate(over="ignore"):
             pooled = states.astype(np.float16)
-        if np.isfinite(pooled).all() and np.isfinite(logits).all():
-            self._learn([Record(client, share, _key(tokens), pieces_of(tokens), pooled, logits, is_extra)])
+        is_finite = np.isfinite(pooled).all() and np.isfinite(logits).all()
+        return [Record(*text, pooled, logits, is_extra)] if is_finite else []
+
+    def _keep(self, records: Sequence[Record]) -> None:
+        """Keep records, if there are any, for learning."""
+        if records and self._learn is not None:
+            self._learn(records)
 
     def _evidence_key(self, tokens: Tokens) -> int | None:
         """The key of an audited text; see Settled."""
@@ -478,20 +497,22 @@ class Auditor:
         self.disagreements += served_differs
 
     def _settle(self, tenant: _Tenant) -> None:
-        """Count a tenant's texts up to the first audit that has not run yet.
+        """Count a tenant's texts up to the first audit that has not run yet, and keep their records.
 
-        With an upstream, texts after a discarded audit count only once another one has run: an upstream that is slow
-        may answer only texts that went up anyway, which agree.
+        So records are in the order of the answers, too, and a fit never sees more of the texts that need no audit.
         """
-        settled, ready = list[Settled](), 0
+        settled, records, ready = list[Settled](), list[Record](), 0
         for number, entry in enumerate(tenant.entries, 1):
             if entry.is_pending:
                 break
-            if self._ask is None or not tenant.is_failing:
+            if not entry.waits:
                 ready = number
         for _ in range(ready):
-            add_settled(settled, [tenant.entries.popleft().settled])
-        while len(tenant.entries) > MAX_HELD and not tenant.pending:
+            entry = tenant.entries.popleft()
+            add_settled(settled, [entry.settled])
+            records += entry.records
+        self._keep(records)
+        while tenant.size > MAX_HELD and not tenant.pending:
             tenant.entries.popleft()
         if settled:
             self._count_settled(settled)
