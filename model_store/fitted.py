@@ -14,7 +14,9 @@ NO_PIECE = 2**16 - 1  # fills the row of a text with fewer pieces
 # Two texts are near if they have this share of all their distinct word pieces in common; or if a fitted text, at most
 # twice as long, has this share of the other's pieces.
 NEAR, CONTAINED = 0.7, 0.9
-MOST_COMPARED = 2**18  # occurrences of a text's pieces that are counted, from the rarest on; the others count as shared
+MOST_COMPARED = (
+    2**18
+)  # occurrences of a text's pieces that are counted, from the rarest on; the others count as shared
 
 Pieces = NDArray[np.uint16]
 

@@ -136,8 +136,8 @@ class LedgerMetrics(Collector):
         )
         tau = GaugeMetricFamily(
             "de3_audit_tau",
-            "τ in force, by reason: start, evidence, recent, change, reset; or the option that set it. With a "
-            "guarantee, the median over the tenants",
+            "τ in force, by reason: start, evidence, recent, change, reset, no_exits; or the option that set it. With "
+            "a guarantee, the median over the tenants",
             labels=["model", "reason"],
         )
         tenants = gauge("de3_audit_tenants", "Tenants with a guarantee that have sent texts")
@@ -151,7 +151,8 @@ class LedgerMetrics(Collector):
         )
         for ledger in self._ledgers.all:
             choice = ledger.rules.in_force(self._level())
-            name, measured, row = ledger.manifest.full_name, ledger.measured(choice), tau_row(choice)
+            name, measured = ledger.manifest.full_name, ledger.measured(choice)
+            row = tau_row(choice, ledger.manifest)
             if measured is not None:
                 for metric, value in zip((rate, lower, upper), measured, strict=True):
                     metric.add_metric([name], value)

@@ -714,6 +714,23 @@ def test_a_change_falls_back_to_full_depth_and_discards_the_texts_that_were_draw
     assert ledger.num_changes == 2
 
 
+def test_an_admins_reset_is_that_of_all_versions_of_the_model(store: Path, tmp_path: Path) -> None:
+    """Otherwise a rollback would return to a τ that was proved by texts from before the reset."""
+    coordinator = coordinator_of(guarantee=0.1, state_dir=tmp_path)
+    for version in (1, 2, 3):
+        ledger = served_ledger(coordinator, made(store, version))
+        count_all(ledger, range(400))
+        assert ledger.tenants[""].index > 0
+    coordinator.forget(made(store, 1).model.manifest)
+    (tmp_path / "tiny-9@a.json").write_text("of a version that was served before")
+    (tmp_path / "tiny-x-9.json").write_text("of another model")
+    coordinator.ledgers.reset("tiny")
+    assert not (tmp_path / "tiny-9@a.json").exists() and (tmp_path / "tiny-x-9.json").exists()
+    for version in (1, 2, 3):
+        assert served_ledger(coordinator, made(store, version)).tenants[""].index == 0
+    coordinator.ledgers.stop()
+
+
 def test_what_is_measured_is_the_tenant_that_speaks_most_against_its_guarantee(store: Path) -> None:
     """A tenant with many texts that agree does not hide one whose answers differ."""
     ledger = guaranteed(store, 0.1)

@@ -962,6 +962,10 @@ def test_records_that_come_while_others_are_saved_are_added_later(
     for _ in range(5):
         one.add(Record("one", 1.0, 99, some.pieces[0], some.states[0], some.logits[0]))
     assert len(one.reservoir) == 60 and one.count == 65
+    held_back = 1 + int(one.reservoir.texts) + 3
+    one.observe(Changes(7, 1, {}))  # what is held back is from before the change
+    assert one.journal.first_new == held_back
+    one.count = 65
     assert one.resume(2) and len(one.reservoir) == 62
     one.add(Record("one", 1.0, 99, some.pieces[0], some.states[0], some.logits[0]))
     assert len(one.reservoir) == 62
@@ -1382,6 +1386,8 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
             audit["tenants"][0]["tau"],
         )
         assert shown == ({"tau": 0.0, "reason": "no_exits"}, "no_exits", 0.0, 0.0)
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert 'de3_audit_tau{model="base:1",reason="no_exits"} 0.0' in metrics
         assert admin.post("/v1/models/base/learn").json()["object"] == "learn"  # with fewer than 150 records
         until(lambda: report(server)["fits"], "the fit that was asked for")
         fit = report(server)["fits"][0]

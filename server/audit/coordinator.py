@@ -105,9 +105,9 @@ class Coordinator:
     async def reset(self, name: str, level: int) -> dict[str, Any]:
         """Discard the audit results of a model; see AuditStore.reset. Every process then uses the τ that it returns."""
         ledger = self._ledger(name)
-        ledger.reset()
+        self.ledgers.reset(ledger.manifest.name)
         await self._sync()
-        return tau_row(ledger.rules.in_force(level))
+        return tau_row(ledger.rules.in_force(level), ledger.manifest)
 
     def _ledger(self, name: str) -> Ledger:
         ledger = self.ledgers.get(name)

@@ -290,8 +290,10 @@ def _in_force(tenant: Tenant) -> InForce:
     return InForce(tenant.epoch, float(tenant.taus[tenant.index]), tenant.strictest(tenant.guarantee).reason)
 
 
-def tau_row(choice: Choice) -> dict[str, Any]:
+def tau_row(choice: Choice, manifest: Manifest) -> dict[str, Any]:
     """τ for requests without exit options, and the reason for it."""
+    if len(manifest.exit_layers) == 1:  # audits would allow any τ, but every text runs to full depth
+        return {"tau": 0.0, "reason": "no_exits"}
     return {
         "tau": choice.rule.tau,
         "reason": choice.guarantee["reason"] if choice.guarantee else choice.set_by,

@@ -110,6 +110,15 @@ class Ledgers:
         while len(self._unloaded) > MAX_KEPT:
             self._save(self._unloaded.pop(next(iter(self._unloaded))))
 
+    def reset(self, name: str) -> None:
+        """Discard the evidence of all versions of a model name, served or not, at an admin's request."""
+        for ledger in [*self.all, *self._unloaded.values()]:
+            if ledger.manifest.name == name:
+                ledger.reset()
+        with self._writing:
+            if self._state is not None:
+                self._state.forget(name)
+
     def get(self, name: str) -> Ledger | None:
         """The ledger of a model; None if it is not served."""
         return self._by_model.get(name)

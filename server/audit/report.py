@@ -111,10 +111,8 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
 
 def _tau(tenant: Tenant, in_force: Choice, manifest: Manifest) -> dict[str, Any]:
     """A tenant's τ for requests without exit options, and the reason for it."""
-    if len(manifest.exit_layers) == 1:  # audits would allow any τ, but every text runs to full depth
-        return {"tau": 0.0, "reason": "no_exits"}
-    if tenant.guarantee is None:
-        return tau_row(in_force)
+    if tenant.guarantee is None or len(manifest.exit_layers) == 1:
+        return tau_row(in_force, manifest)
     return {"tau": float(tenant.taus[tenant.index]), "reason": tenant.strictest(tenant.guarantee).reason}
 
 

@@ -4,6 +4,7 @@ import fcntl
 import glob
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -224,6 +225,14 @@ class StateDir:
     def _file(self, ledger: Ledger, tenant: str) -> Path:
         name = ledger.manifest.full_name.replace(":", "-")
         return self.path / (f"{name}@{tenant}.json" if tenant else f"{name}.json")
+
+    def forget(self, name: str) -> None:
+        """Remove the files of all versions of a model name; raises no error if one cannot be removed."""
+        is_own = re.compile(rf"{re.escape(name)}-\d+(@.*)?\.json")
+        for path in self.path.glob(f"{glob.escape(name)}-*.json"):
+            if is_own.fullmatch(path.name):
+                with suppress(OSError):
+                    path.unlink()
 
     def read(self, ledger: Ledger) -> None:
         """Restore a ledger from its tenants' files; an unusable file is renamed, with a warning."""

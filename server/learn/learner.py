@@ -100,7 +100,7 @@ class Learner:
         self.is_restored = False
         self.base = base_of(manifest)
         self.phase: Phase = "recording"
-        self.is_asked, self._began = False, 0.0
+        self.is_asked, self._began, self._fitted = False, 0.0, 0
         self.waiting: Waiting | None = None
         self._held: list[Record] | None = []  # records held back (see hold); None: add at once
         self._observed: dict[int, Changes] = {}  # changes found so far, by version
@@ -157,12 +157,18 @@ class Learner:
         self._held = held[most:] or None
         return self._held is not None
 
+    @property
+    def _next(self) -> int:
+        """Number of the next record; those that are held back come before it."""
+        held = sum(1 / one.share for one in self._held or [] if not one.is_extra)
+        return int(self.reservoir.texts + held) + 1
+
     def observe(self, found: Changes) -> None:
         """Record the changes that the version in service has found. After one, the next fit needs new records."""
         before = self._observed.get(found.version, Changes(found.version, 0, {}))
         self._observed[found.version] = found
         if found.total > before.total:
-            self.journal.first_new = int(self.reservoir.texts) + 1
+            self.journal.first_new = self._next
             self.count, self.next_fit, self._is_changed = 0, FIRST_FIT, True
             self.waiting = None
             self.journal.void = {}
@@ -170,9 +176,9 @@ class Learner:
             if changes > before.by_tenant.get(tenant, 0):
                 void = self.journal.void
                 if len(void) >= MAX_VOID:
-                    self.journal.first_new, void = int(self.reservoir.texts) + 1, {}
+                    self.journal.first_new, void = self._next, {}
                 # A new dictionary, as another thread may be writing the journal.
-                self.journal.void = void | {tenant: int(self.reservoir.texts) + 1}
+                self.journal.void = void | {tenant: self._next}
                 self._is_changed = True
 
     def may_prove(self, row: HeldOut) -> bool:
@@ -229,7 +235,7 @@ class Learner:
     def begin(self) -> int:
         """Record the start of a fit; returns its attempt number."""
         self.phase, self.is_asked, self.waiting = "fitting", False, None
-        self._began = time.monotonic()
+        self._began, self._fitted = time.monotonic(), self.count
         while self.next_fit <= self.count:
             self.next_fit = int(GROWTH * self.next_fit)
         self.journal.attempts += 1
@@ -262,8 +268,9 @@ class Learner:
         """The latest result and the next step, in words."""
         if self.phase == "fitting":
             seconds = [one.seconds for one in self.journal.results if one.seconds]
-            before = f"; the one before took {seconds[-1]:.0f} s" if seconds else ""
-            return f"fit {self.journal.attempts} has run for {time.monotonic() - self._began:.0f} s{before}"
+            before = f" (the one before took {seconds[-1]:.0f} s)" if seconds else ""
+            so_far = f"{time.monotonic() - self._began:.0f} s{before}"
+            return f"fit {self.journal.attempts}, on {self._fitted} records, has run for {so_far}"
         after = f"the next fit starts after {max(0, self.due_at - self.count)} more records"
         if latest is None:
             return after
