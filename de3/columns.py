@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
+from de3.extras import install
 from de3.model_store.manifest import Manifest
 from de3.server.answer import row_of
 from de3.server.engine.job import Job
@@ -196,5 +197,5 @@ def pyarrow_module() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("this needs pyarrow: pip install '.[bulk]' in the checkout") from None
+        raise ValueError(f"this needs pyarrow: {install('bulk')}") from None
     return pyarrow

@@ -20,6 +20,7 @@ from de3.exits.spans import MAX_TOKEN_LABELS
 from de3.export import build, weights
 from de3.export.vocabulary import tokenizer_of
 from de3.export.weights import INDEX, SHARDS, WEIGHTS, StateFile
+from de3.extras import install
 from de3.model_store.architecture import Architecture, Head, PoolingKind, Precision
 from de3.model_store.families import family_named
 from de3.model_store.families.encoder import Config, Encoder, StockHead, Weights, named
@@ -166,13 +167,13 @@ def check_files(name: str, files: Collection[str]) -> None:
         if others:
             raise OldFormError(
                 f"{name} has no model.safetensors: its weights are in {others[0]}, which could run code; import it "
-                "with de3 import (pip install '.[train]' in the checkout)"
+                f"with de3 import ({install('train')})"
             )
         raise ValueError(f"{name} has no model.safetensors: it has no weights")
     if TOKENIZER not in files and not any(set(vocabulary) <= set(files) for vocabulary in VOCABULARIES):
         raise OldFormError(
             f"{name} has no tokenizer.json: save one with AutoTokenizer.from_pretrained(…).save_pretrained(…), or "
-            "import it with de3 import (pip install '.[train]' in the checkout)"
+            f"import it with de3 import ({install('train')})"
         )
 
 

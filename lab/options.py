@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from de3.extras import install
 from de3.loadtest import report
 from de3.model_store.model import Model
 from de3.model_store.store import Store
@@ -33,9 +34,7 @@ def open_model(store: Path, name: str) -> Model:
     try:
         import torch  # noqa: F401
     except ImportError:
-        raise ValueError(
-            "this command needs the train extra: pip install '.[train]' in the checkout"
-        ) from None
+        raise ValueError(f"this command needs the train extra: {install('train')}") from None
     return Model(Store(store).open(name), "onnxruntime")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from de3.extras import install
 from de3.loadtest.client import post
 from de3.loadtest.metrics import Metrics
 from de3.loadtest.texts import Sample
@@ -205,9 +206,7 @@ def check_plots() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            f"this command draws a plot ({error}): pip install '.[train]' in the checkout"
-        ) from None
+        raise ValueError(f"this command draws a plot ({error}): {install('train')}") from None
 
 
 def report(result: Soak, out: Path) -> None:

@@ -264,7 +264,8 @@ def test_an_import_needs_no_pytorch(classifier: Path, checkpoint: Path, tmp_path
     for file in ("model.safetensors", "tokenizer.json"):
         copy = Path(shutil.copytree(classifier, tmp_path / file))
         (copy / file).rename(copy / "pytorch_model.bin")
-        assert "pip install '.[train]'" in run(f"import {copy} --texts {texts} --name m --work other")
+        installs = f"{sys.executable} -m pip install -e '.[train]'"
+        assert installs in run(f"import {copy} --texts {texts} --name m --work other")
 
 
 def test_what_would_fail_at_the_end_fails_at_the_beginning(

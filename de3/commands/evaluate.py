@@ -1,5 +1,6 @@
 """`de3 evaluate`: accuracy by exit and against speed-up, for a checkpoint or an artifact."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -290,7 +291,7 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
     try:
         plot(target)
     except ImportError as error:
-        say(f"plot: skipped ({error}); to draw it: pip install matplotlib")
+        say(f"plot: skipped ({error}); to draw it: {sys.executable} -m pip install matplotlib")
         return []
     except OSError as error:
         if png is not None:

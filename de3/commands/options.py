@@ -13,6 +13,7 @@ from typer.models import OptionInfo
 
 from de3.data import tables
 from de3.data.tables import Columns, TextOrPair, data_option
+from de3.extras import install
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 console = Console(stderr=True)
@@ -144,9 +145,7 @@ def need_extra(extra: str) -> None:
         for module in EXTRAS[extra]:
             import_module(module)
     except ImportError as error:
-        raise ValueError(
-            f"this command needs the {extra} extra ({error}): pip install '.[{extra}]' in the checkout"
-        ) from None
+        raise ValueError(f"this command needs the {extra} extra ({error}): {install(extra)}") from None
 
 
 def read_rows(

@@ -10,6 +10,7 @@ from threading import Thread
 from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING
 
+from de3.extras import install
 from de3.server.background import report
 from de3.server.engine.job import Item
 from de3.server.http.exchange import Exchange
@@ -27,9 +28,7 @@ def check_can_trace() -> None:
     try:
         version("opentelemetry-exporter-otlp-proto-http")
     except PackageNotFoundError:
-        raise ValueError(
-            "traces: needs the otel extra, which is not installed: pip install '.[otel]' in the checkout"
-        ) from None
+        raise ValueError(f"traces: needs the otel extra, which is not installed: {install('otel')}") from None
 
 
 def provider() -> "TracerProvider":
