@@ -172,6 +172,11 @@ class Manager:
         if change.what == "rollback":
             self._models.current(name)
             route = self._models.routes.get(name)
+            for trial in ("canary", "shadow"):
+                if route is not None and (tried := route.version_in(trial)) is not None:
+                    full_name = f"{name}:{tried}"
+                    why = f"{full_name} is a {trial}: end it with `de3 models unload {full_name}`"
+                    raise RequestError(why, "name", "conflict")
             if route is None or not route.before:
                 raise RequestError(f"{name}: no version was current before", "name", "conflict")
             version = route.before[-1]
@@ -266,16 +271,17 @@ class Manager:
     async def pin(self, change: Change) -> dict[str, str]:
         """Pin the version that an admin's change made current, or lift the pin if the change names no version.
 
-        Returns fields of the admin route's response: `next_start`, the name:version that the next start serves unless
-        its command line names another, and `reason`; none if that version is damaged. One process calls this, once for
-        each change.
+        Returns fields of the admin route's response: `next_start`, the name:version that the next start with the same
+        settings serves, and `reason`; none if that version is damaged, or if the settings name only other models. One
+        process calls this, once for each change.
         """
-        return {} if change.what == "unload" else await asyncio.to_thread(self._pin, change)
+        return await asyncio.to_thread(self._pin, change)
 
     def _pin(self, change: Change) -> dict[str, str]:
         name, unsaved = change.name, ""
-        current = self._models.routes[name].current
-        if change.by_admin and change.role == "current":
+        route = self._models.routes.get(name)
+        current = 0 if route is None else route.current
+        if change.what != "unload" and change.by_admin and change.role == "current":
             lifts = change.what == "load" and change.version is None
             try:
                 self._store.set_pin(name, None if lifts else current)
@@ -287,6 +293,14 @@ class Manager:
             choices.insert(0, (pin, "pinned"))
         elif self._learned is not None and current > LEARNED_FROM:
             choices.insert(0, (current, "learned"))
+        named = [one.partition(":")[2] for one in self._settings.models if one.partition(":")[0] == name]
+        if self._settings.models and name not in {one.manifest.name for one in self._known}:
+            return {}
+        is_learned = self._learned is not None and (choices[0][0] or 0) > LEARNED_FROM
+        if (
+            named and named[0] and not is_learned
+        ):  # else learned from the named version, and served instead of it
+            choices.insert(0, (int(named[0]), "command line"))
         for version, reason in choices:
             with suppress(StoreError):  # the version does not exist or is damaged
                 return {"next_start": self._find(name, version).full_name, "reason": reason + unsaved}

@@ -77,7 +77,7 @@ def served(server: Server) -> list[str]:
 
 def test_a_new_version_takes_over_and_can_be_rolled_back(server: Server) -> None:
     loaded = change(server, "load", version=2).json()
-    start = {"next_start": "tiny:2", "reason": "pinned"}
+    start = {"next_start": "tiny:1", "reason": "command line"}
     assert loaded == {"model": "tiny:2", "role": "current", "runtime": "onnxruntime", **start}
     assert server.classify(input="good").json()["data"][0]["label"] in ("no", "yes")
     assert (answering(server), served(server)) == ("tiny:2", ["tiny:2"])
@@ -105,6 +105,10 @@ def test_which_version_serves_is_a_decision_that_survives(
         assert next_start(change(server, "rollback")) == ("tiny:1", "pinned")
         for role in ({"role": "canary", "share": 0.5}, {"role": "shadow"}, {"role": "loaded"}):
             assert next_start(change(server, "load", version=4, **role)) == ("tiny:1", "pinned")
+            if role["role"] != "loaded":
+                refused = change(server, "rollback")
+                says = f"tiny:4 is a {role['role']}: end it with `de3 models unload tiny:4`"
+                assert refused.status_code == 409 and says in refused.json()["error"]["message"]
         rows = httpx.get(server.url + "/v1/models").json()["data"]
         assert {row["id"]: row["is_pinned"] for row in rows} == {"tiny:1": True, "tiny:4": False}
     copy(versions, 5)  # published later
@@ -112,12 +116,15 @@ def test_which_version_serves_is_a_decision_that_survives(
         assert answering(server) == "tiny:1"
     with serving(versions, models=["tiny:4"], **keys) as server:
         assert answering(server) == "tiny:4"
+        assert next_start(change(server, "load", version=2, role="loaded")) == ("tiny:4", "command line")
+        assert next_start(change(server, "unload", version=2)) == ("tiny:4", "command line")
     with running(Service(Settings(store=versions, port=0), [Store(versions).open("tiny")])) as server:
         assert answering(server) == "tiny:1"
     with serving(versions, **keys) as server:
         (versions / "tiny/pinned").write_text("9")
         assert next_start(change(server, "load", version=4, role="loaded")) == ("tiny:5", "newest")
         assert next_start(change(server, "load")) == ("tiny:5", "newest")
+        assert next_start(change(server, "unload", version=4)) == ("tiny:5", "newest")
         assert answering(server) == "tiny:5"
         assert not any(row["is_pinned"] for row in httpx.get(server.url + "/v1/models").json()["data"])
     (versions / "tiny/pinned").write_text("9")
@@ -143,9 +150,11 @@ def test_a_pin_that_cannot_be_saved_is_reported(versions: Path, tmp_path: Path) 
         assert answering(server) == "tiny:2"
 
 
-def test_a_change_is_made_although_the_newest_version_is_damaged(server: Server, versions: Path) -> None:
-    (versions / "tiny/3/manifest.json").write_text("{")
-    done = change(server, "load", version=2, role="canary", share=0.5)
+def test_a_change_is_made_although_the_newest_version_is_damaged(versions: Path) -> None:
+    copy(versions, 4)
+    with serving(versions, admin_keys=f"root {KEY}") as server:
+        (versions / "tiny/4/manifest.json").write_text("{")
+        done = change(server, "load", version=2, role="canary", share=0.5)
     assert (done.status_code, done.json()["role"], "next_start" in done.json()) == (200, "canary", False)
 
 
@@ -182,7 +191,7 @@ def test_several_versions_are_served_side_by_side(server: Server) -> None:
     assert (answering(server), answering(server, "tiny:2")) == ("tiny:1", "tiny:2")
     refused = change(server, "unload", version=1)
     assert refused.status_code == 409 and "loaded: tiny:2" in refused.text
-    assert change(server, "unload", version=2).json() == {"unloaded": ["tiny:2"]}
+    assert change(server, "unload", version=2).json()["unloaded"] == ["tiny:2"]
     assert server.classify(input="good", model="tiny:2").status_code == 404
 
 
@@ -400,12 +409,15 @@ def test_the_command_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> No
     def models(arguments: str) -> str:
         return de3(f"models {arguments} --url {server.url}").strip()
 
-    start = "\nthe next start serves tiny:{} (pinned), unless its command line names another"
-    assert models("load tiny:2") == f"tiny:2 is current (onnxruntime){start.format(2)}"
+    start = "\nits command line names tiny:1, so a restart with the same command line serves tiny:1"
+    assert models("load tiny:2") == f"tiny:2 is current (onnxruntime){start}"
     assert answering(server) == "tiny:2"
-    assert models("load tiny:1 --canary 0.5") == f"tiny:1 is canary (onnxruntime){start.format(2)}"
-    assert models("unload tiny:1") == "tiny:1 is unloaded"
-    assert models("rollback tiny") == f"tiny:1 is current again (onnxruntime){start.format(1)}"
+    assert models("load tiny:1 --canary 0.5") == f"tiny:1 is canary (onnxruntime){start}"
+    assert "tiny:1 is a canary: end it with `de3 models unload tiny:1`" in refusal(
+        f"models rollback tiny --url {server.url}"
+    )
+    assert models("unload tiny:1") == f"tiny:1 is unloaded{start}"
+    assert models("rollback tiny") == f"tiny:1 is current again (onnxruntime){start}"
     assert "layer_02.onnx: damaged" in refusal(f"models load tiny:3 --url {server.url}")
     assert "--url: Invalid port" in refusal("models load tiny:3 --url http://[::1")
     assert "control characters" in refusal(["models", "load", "tiny:3", "--url", "http://a b"])

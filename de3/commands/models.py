@@ -189,8 +189,10 @@ def models_unload(
     url: Url = "http://127.0.0.1:8000",
 ) -> None:
     """Unload a version, or all versions of a model, from a server. Needs an admin key in DE3_ADMIN_KEY."""
-    for name in _change(url, model, "unload", {})["unloaded"]:
+    done = _change(url, model, "unload", {})
+    for name in done["unloaded"]:
         print(f"{name} is unloaded")
+    _say_next_start(done)
 
 
 @app.command("rollback")
@@ -207,7 +209,11 @@ def models_rollback(
 def _say_next_start(done: dict[str, Any]) -> None:
     """Print what the next start of a server will serve, from its answer; earlier releases do not say."""
     if "next_start" in done:
-        start = f"the next start serves {done['next_start']} ({done['reason']}), unless its command line names another"
+        one, why = done["next_start"], done["reason"]
+        start = f"the next start serves {one} ({why}), unless its command line names another"
+        if why.startswith("command line"):
+            start = f"its command line names {one}, so a restart with the same command line serves {one}"
+            start += why.removeprefix("command line")
         print(printable(start))
 
 
