@@ -13,6 +13,8 @@ from typing import Annotated, Any, TextIO
 
 from typer import Option
 
+from de3.extras import install
+
 TextOrPair = str | tuple[str, str]
 SEPARATOR = "|"  # separates the labels of a text in a cell of a file
 JOINT = "\x1f"  # separates the labels of a text in a row, because labels in a JSON list may contain |
@@ -290,7 +292,15 @@ def read_rows(path: Path, columns: Columns) -> list[tuple[TextOrPair, str]]:
 
     Raises ValueError, naming file, line and column, if a column or a value is missing or invalid.
     """
-    return [row_of(record, columns, where) for where, record in records(path, columns)]
+    rows, errors = [], []
+    for where, record in records(path, columns):
+        try:
+            rows.append(row_of(record, columns, where))
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError(errors[0] + (f" (the first of {len(errors):,} bad rows)" if errors[1:] else ""))
+    return rows
 
 
 def row_of(record: Any, columns: Columns, where: str) -> tuple[TextOrPair, str]:
@@ -408,9 +418,7 @@ def _open_dataset(name: str, split: str) -> Any:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(
-            f"--dataset needs the train extra ({error}): pip install '.[train]' in the checkout"
-        ) from None
+        raise ValueError(f"--dataset needs the train extra ({error}): {install('train')}") from None
 
     path, _, config = name.partition(":")
     return load_dataset(path, config or None, split=split)

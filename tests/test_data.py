@@ -88,6 +88,7 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
             "a.csv:5: .* is closed only in line 6, before other",
         ),
         ("a.csv", 'text,label\nx,1\nb,"', "a.csv:3: a quotation mark in this line is never closed"),
+        ("a.csv", "text,label\n,1\nx,1\n ,1\n", r"a.csv:2: text is empty.* \(the first of 2 bad rows\)"),
         ("a.csv", 'text,"label\r\nx,1\r\n', "a.csv:1: a quotation mark in this line is never closed"),
     ],
 )
