@@ -47,6 +47,7 @@ class Parts:
         self.summary: dict[str, Any] = {}
         self._record = out.with_name(f"_{out.name}.run.json")  # where _run.json of a complete file is kept
         self.drops_refused, self.types = drops_refused, dict[str, str]()
+        self._rows = dict[str, int]()  # by number of the part, perhaps of one that is not complete
         self._format = Format(
             kind, {name: run[name] for name in ("model", "models", "labels", "options") if name in run}
         )
@@ -91,6 +92,7 @@ class Parts:
                 f"or remove {self._folder} to start over"
             )
         self._format.names, self.types = before["names"], before["types"]
+        self._rows = before.get("rows", {})
         self.is_complete, self.summary = before["is_complete"] and self._file is None, before["summary"]
         if self._file is not None and self._file.exists():  # interrupted once the file was complete
             self.is_complete = True
@@ -99,7 +101,13 @@ class Parts:
     def _note(self, is_complete: bool) -> None:
         draft = new_draft(self._folder / RUN)
         columns = {"names": self._format.names, "types": self.types}
-        noted = {"run": self._run, **columns, "is_complete": is_complete, "summary": self.summary}
+        noted = {
+            "run": self._run,
+            **columns,
+            "rows": self._rows,
+            "is_complete": is_complete,
+            "summary": self.summary,
+        }
         if self._file is not None and is_complete:
             noted["bytes"] = self._file.stat().st_size
         with draft.open("x") as opened:
@@ -125,6 +133,11 @@ class Parts:
             return self._folder / REFUSED
         return self._file.with_name(f"{self._file.name}.refused.jsonl")
 
+    @property
+    def kept(self) -> int:
+        """The number of rows in the complete parts, including those of an earlier run."""
+        return sum(rows for number, rows in self._rows.items() if self.has(int(number)))
+
     def has(self, number: int) -> bool:
         """True if an earlier run has written this part."""
         return self._path(number).exists()
@@ -135,10 +148,9 @@ class Parts:
         answers: the columns `types` for the rows of all slices, in order.
         """
         rows = Rows([one for one in slices if len(one.kept)] or slices[:1], answers, self.types)
-        known = self._format.names
         self._format.prepare(rows, [self._path(n) for n in range(number)])
-        if known != self._format.names or not (self._folder / RUN).exists():
-            self._note(False)
+        self._rows[str(number)] = sum(one.rows for one in slices)
+        self._note(False)
         draft = new_draft(self._refused(number))
         with draft.open("x", encoding="utf-8") as opened:
             for row in (row for one in slices for _, row in sorted(one.refused.items())):

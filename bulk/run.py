@@ -30,6 +30,7 @@ class Summary:
         answered: number of rows that this run answered.
         parts: number of parts, including those of an earlier run.
         seconds: duration of this run.
+        truncated: number of texts that this run truncated.
         layers: number of answers of each model by exit layer, by the prefix of its columns.
         times: see Answers.
     """
@@ -40,18 +41,22 @@ class Summary:
     answered: int = 0
     parts: int = 0
     seconds: float = 0.0
+    truncated: int = 0
     layers: dict[str, Counter[int]] = field(default_factory=dict)
     times: dict[str, Times] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         """The statistics that are kept with the output; `exits` are those of this run, for several models by name."""
         counts = {"rows": self.rows, "refused": self.refused, "earlier": self.earlier}
+        counts["truncated"] = self.truncated
         exits = {prefix[:-1]: dict(sorted(layers.items())) for prefix, layers in self.layers.items()}
         return counts | {"exits": exits.get("", exits), "seconds": round(self.seconds, 3)}
 
     def add(self, one: Slice, answers: Answers) -> None:
         """Add the answers to a slice."""
         self.answered += one.rows - len(one.refused)
+        columns = [answers.values[f"{prefix}truncated"] for prefix in answers.times]
+        self.truncated += sum(any(row) for row in zip(*columns, strict=True))
         for prefix, times in answers.times.items():
             layers = (layer for layer in answers.values[f"{prefix}exit_layer"] if layer is not None)
             self.layers.setdefault(prefix, Counter()).update(layers)

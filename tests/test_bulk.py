@@ -143,6 +143,7 @@ def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_
     summary, refused = classify(pool, file, out)
     rows, expected = read(out), model.classify(TEXTS, tau=0.3)
     exact = model.classify(TEXTS, tau=0.3, as_arrow=True)
+    assert summary.truncated == summary.json()["truncated"] == 0
     assert pool.most == 5  # two for each process, and one
     assert summary.rows == summary.answered == len(TEXTS) and refused is None
     assert [row["text"] for row in rows] == [text.strip() for text in TEXTS] or kind_in == ".txt"
@@ -793,7 +794,7 @@ def test_parquet_without_pyarrow(store: Path, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("de3.commands.classify.version", version)
     for out in ("out.jsonl", "out.parquet"):
-        assert "this needs pyarrow: pip install '.[bulk]'" in refusal(
+        assert f"this needs pyarrow: {sys.executable} -m pip install -e '.[bulk]'" in refusal(
             f"classify {options} --out {tmp_path}/{out}"
         )
 
@@ -847,13 +848,18 @@ def test_the_command_in_processes(store: Path, tmp_path: Path, monkeypatch: pyte
     some = f"classify --store {store} --model tiny-int8 --file {part} --out {tmp_path}/some --part-rows 8"
 
     def interrupted(*written: Any) -> None:
-        if next(writes) == 1:
+        if next(writes) in (0, 2):
             raise KeyboardInterrupt
         return write_part(*written)
 
     write_part = formats.Format.write
     monkeypatch.setattr(formats.Format, "write", interrupted)
-    assert invoke(some).exit_code == 130
+    for kept in (
+        "no rows are kept yet: the same command starts again",
+        "8 rows kept; the same command continues",
+    ):
+        stopped = invoke(some)
+        assert stopped.exit_code == 130 and f"stopped; {kept}" in stopped.stderr
     output = command(some)
     assert "18 rows (8 of them by an earlier run)" in output and "exits by layer in this run: " in output
     assert "resumed after the first 8 rows, which an earlier run has written" in output
@@ -1037,6 +1043,11 @@ def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> N
     assert certifies(max_disagreement=0.5)
     assert not certifies() and not certifies(tau=0.1) and not certifies(max_disagreement=0.5, long="windows")
     assert not certifies(max_disagreement=1e-9)  # every text runs to full depth
+    summary.truncated = 960
+    assert "960 texts were truncated to the model's limit (--long windows reads more)" in report(
+        summary, [], {}
+    )
+    assert "960 texts were truncated to the model's windows" in report(summary, [], {"long": "windows"})
     assert report(summary, [], {})[0] == "9 rows (3 of them by an earlier run) in 10.0 s: 0.5 rows/s"
     assert report(run.Summary(rows=1, earlier=1, seconds=2), [], {}) == [
         "1 row (1 of them by an earlier run) in 2.0 s"

@@ -21,6 +21,7 @@ from de3.model_store.printable import printable
 from de3.server.upstream_settings import read_upstreams
 
 if TYPE_CHECKING:
+    from de3.bulk.parts import Parts
     from de3.bulk.pool import Pool
     from de3.bulk.run import Summary
     from de3.client import Client, Row
@@ -220,7 +221,7 @@ def classify(
                 pool, callers = _local_pool(artifacts, options, threads, upstreams, parts.upstream)
             else:
                 pool, callers = RemotePool(client, models, options, IN_FLIGHT), []
-            stack.enter_context(_interruptible())
+            stack.enter_context(_interruptible(parts, str(out) != "-"))
             _run(source, pool, parts, prefix, part_rows, out, artifacts, options, callers)
     _check_refused(parts.summary, max_refused)
 
@@ -251,11 +252,18 @@ def _check_refused(summary: Mapping[str, Any], limit: float | None) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(parts: "Parts", is_kept: bool) -> Iterator[None]:
+    from de3.progress import plural
+
     try:
         yield
     except KeyboardInterrupt:
-        _say("stopped; run the same command again to continue")
+        if is_kept and parts.kept:
+            _say(
+                f"stopped; {plural(parts.kept, 'row')} kept; the same command continues after the last of them"
+            )
+        else:
+            _say("stopped; no rows are kept yet: the same command starts again")
         raise typer.Exit(130) from None
 
 
