@@ -28,7 +28,7 @@ NATIVE := $(wildcard native/*.c native/*.h)
 .PHONY: serve test test-all wheel lint lock check-lock sanitize format setup clean
 
 serve: $(SERVE)/ready
-	DE3_PORT=$(PORT) $(SERVE)/bin/de3 serve
+	DE3_PORT=$(PORT) exec $(SERVE)/bin/de3 serve
 
 test: $(DEV)/ready
 	$(PYTEST) -n $(WORKERS) -m "not slow" tests
