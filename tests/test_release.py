@@ -28,7 +28,7 @@ def test_the_changelog_and_the_readme_have_the_version() -> None:
 
 def test_install_commands_work_without_a_package_index() -> None:
     for page in ("README", "docs/bulk", "docs/fit", "docs/bring-your-own", "docs/scaling"):
-        commands = re.findall(r"pip install '([^']*)\[([^']+)\]'", Path(f"{page}.md").read_text())
+        commands = re.findall(r"pip install(?:\s-e)? '([^']*)\[([^']+)\]'", Path(f"{page}.md").read_text())
         assert commands, page
         assert all(
             package == "." and extra in PROJECT["optional-dependencies"] for package, extra in commands
