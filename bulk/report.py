@@ -41,10 +41,8 @@ def report(
             speedup = times.full_depth_s / times.model_s
             lines.append(f"{model}speed-up in model time: {speedup:.1f}× over full depth")
     if summary.truncated:
-        windows = "windows" if options.get("long") == "windows" else "limit"
-        were = "text was" if summary.truncated == 1 else "texts were"
-        more = " (--long windows reads more)" if windows == "limit" else ""
-        lines.append(f"{summary.truncated:,} {were} truncated to the model's {windows}{more}")
+        limit = "windows" if options.get("long") == "windows" else "limit (--long windows reads more)"
+        lines.append(f"{plural(summary.truncated, 'text')} truncated to the model's {limit}")
     for artifact in artifacts:
         if artifact.manifest.upstream is not None:  # never certified
             continue

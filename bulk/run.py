@@ -55,8 +55,8 @@ class Summary:
     def add(self, one: Slice, answers: Answers) -> None:
         """Add the answers to a slice."""
         self.answered += one.rows - len(one.refused)
-        columns = [answers.values[f"{prefix}truncated"] for prefix in answers.times]
-        self.truncated += sum(any(row) for row in zip(*columns, strict=True))
+        first = next(iter(answers.times))  # other models truncate the same texts
+        self.truncated += sum(map(bool, answers.values[f"{first}truncated"]))
         for prefix, times in answers.times.items():
             layers = (layer for layer in answers.values[f"{prefix}exit_layer"] if layer is not None)
             self.layers.setdefault(prefix, Counter()).update(layers)

@@ -872,6 +872,12 @@ def test_the_command_in_processes(store: Path, tmp_path: Path, monkeypatch: pyte
         )
     summary = json.loads((tmp_path / "some" / "_run.json").read_text())["summary"]
     assert (summary["rows"], summary["refused"], summary["earlier"]) == (18, 1, 8)
+    write(tmp_path / "long.csv", [{"text": text} for text in (LONG, "good", "")])
+    output = command(
+        f"classify --store {store} --model tiny --file {tmp_path}/long.csv --out {tmp_path}/long"
+    )
+    assert "1 text truncated to the model's limit (--long windows reads more)" in output
+    assert json.loads((tmp_path / "long" / "_run.json").read_text())["summary"]["truncated"] == 1
     output = command(
         f"classify --store {store} --model tiny-int8 --file {file} --out {dropped} --refused drop --prefix de3_"
     )
@@ -1044,10 +1050,8 @@ def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> N
     assert not certifies() and not certifies(tau=0.1) and not certifies(max_disagreement=0.5, long="windows")
     assert not certifies(max_disagreement=1e-9)  # every text runs to full depth
     summary.truncated = 960
-    assert "960 texts were truncated to the model's limit (--long windows reads more)" in report(
-        summary, [], {}
-    )
-    assert "960 texts were truncated to the model's windows" in report(summary, [], {"long": "windows"})
+    assert "960 texts truncated to the model's limit (--long windows reads more)" in report(summary, [], {})
+    assert "960 texts truncated to the model's windows" in report(summary, [], {"long": "windows"})
     assert report(summary, [], {})[0] == "9 rows (3 of them by an earlier run) in 10.0 s: 0.5 rows/s"
     assert report(run.Summary(rows=1, earlier=1, seconds=2), [], {}) == [
         "1 row (1 of them by an earlier run) in 2.0 s"
