@@ -27,7 +27,15 @@ def test_the_changelog_and_the_readme_have_the_version() -> None:
 
 
 def test_install_commands_work_without_a_package_index() -> None:
-    for page in ("README", "docs/bulk", "docs/fit", "docs/bring-your-own", "docs/scaling"):
+    for page in (
+        "README",
+        "docs/bulk",
+        "docs/fit",
+        "docs/bring-your-own",
+        "docs/learning",
+        "docs/upstream",
+        "docs/scaling",
+    ):
         commands = re.findall(r"pip install(?:\s-e)? '([^']*)\[([^']+)\]'", Path(f"{page}.md").read_text())
         assert commands, page
         assert all(

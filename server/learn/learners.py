@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+from de3.extras import install
 from de3.model_store.manifest import LEARNED_FROM, Manifest, base_of
 from de3.model_store.store import Artifact, Store, StoreError
 from de3.server.background import keep_running, report, run_once
@@ -354,6 +355,4 @@ def check_can_fit() -> None:
     from importlib.util import find_spec
 
     if find_spec("scipy") is None:
-        raise ValueError(
-            "learn: fits need SciPy, which is not installed: pip install '.[fit]' in the checkout"
-        )
+        raise ValueError(f"learn: fits need SciPy, which is not installed: {install('fit')}")
