@@ -198,7 +198,14 @@ def test_a_change_is_seen_in_every_process_or_in_none(server: Running, versions:
 def test_every_process_reports_what_int8_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DE3_CACHE", str(tmp_path / "cache"))
     folder = save_encoder(tmp_path / "stock", labels=3)
-    found = {"texts": 1024, "differ": 20, "share": 0.01953, "lower": 0.01295, "upper": 0.02841}
+    found = {
+        "texts": 1024,
+        "differ": 20,
+        "share": 0.01953,
+        "lower": 0.01295,
+        "upper": 0.02841,
+        "confidence": 0.95,
+    }
     artifact = artifact_of(str(folder), "int8", cache_folder())
     record(artifact, "auto", {"no_kernels": "", "int8": found})
     with running(tmp_path / "none", str(folder)) as server, server.both() as clients:
