@@ -67,9 +67,10 @@ class FittedTexts:
         found = np.bincount(np.concatenate([*parts, own[:0]]), minlength=len(self.pieces))
         shared = found + len(own) - len(counted)
         # Of long texts, the hashes up to the smaller of their largest ones are a sample of the pieces of both.
-        mine, theirs = np.searchsorted(own, self._known, "right"), self._sizes
+        mine, theirs = np.searchsorted(own, self._known, "right"), self._sizes.copy()
         if len(own) == MOST_PIECES:
-            theirs = (self.pieces <= own[-1]).sum(1)
+            rows = np.flatnonzero(shared >= NEAR * mine)
+            theirs[rows] = (self.pieces[rows] <= own[-1]).sum(1)
         is_near = shared >= NEAR * (theirs + mine - shared)
         is_near |= (shared >= CONTAINED * mine) & (theirs <= 2 * mine)
         return bool((is_near & (theirs > 0)).any())

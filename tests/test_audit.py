@@ -979,16 +979,27 @@ def test_at_full_depth_texts_count_at_once_but_not_those_that_still_wait(store: 
     assert one.counted == [(2, True)] and one.pending == 0
 
 
-def test_texts_that_wait_for_an_audit_are_limited(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_texts_that_wait_for_an_audit_are_limited(
+    store: Path, monkeypatch: pytest.MonkeyPatch, is_dropped: bool
+) -> None:
+    """If no answer of the model is drawn for long, they count, unless the last audit was dropped."""
     monkeypatch.setattr("de3.server.audit.auditor.ENTRY_TEXTS", 1)
     one = Answering(made(store))
     one._ask = lambda _: None  # type: ignore[assignment, return-value]
+    one.answer(True)
+    one.run_audit(0, is_dropped=is_dropped)
+    before = sum(texts for texts, _ in one.counted)
+    assert before == (not is_dropped)
     for _ in range(MAX_HELD + 5):
-        one.answer(False)
-    assert not one.counted
+        one.answer(True, exits=4)  # of a guard that redacts, say
+    counted = sum(texts for texts, _ in one.counted) - before
+    assert counted == (0 if is_dropped else MAX_HELD + 1)
+    assert one._tenant("").size == (MAX_HELD if is_dropped else 4)
     one.answer(True)
     one.run_audit(0)
-    assert one.counted == [(MAX_HELD + 1, True)]
+    counted = sum(texts for texts, _ in one.counted) - before
+    assert counted == (MAX_HELD + 1 if is_dropped else MAX_HELD + 6)
 
 
 def test_texts_drawn_under_load_count_with_the_share_in_force(store: Path) -> None:

@@ -47,7 +47,9 @@ LEARN_CALLS = 1024
 # Limits on unsettled entries, which wait for the audit of an earlier one: over all tenants, and per tenant; and the
 # number of texts at which an entry is full.
 MAX_ENTRIES, LEAST_ENTRIES, ENTRY_TEXTS = 2**12, 2**9, 256
-MAX_HELD = LEAST_ENTRIES // 2  # entries and records that wait for the next audit; older ones are discarded
+# Entries and records that wait for the next audit. If there are more, they are settled or, after a dropped audit, the
+# older ones are discarded.
+MAX_HELD = LEAST_ENTRIES // 2
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 NO_STATES, NO_LOGITS = np.zeros((0, 0), np.float16), np.zeros(0, np.float32)
 # Answers that τ alone did not determine; and texts whose audit an upstream did not answer.
@@ -85,16 +87,18 @@ class _Tenant:
         epoch: epoch of the tenant's evidence.
         entries: texts that are not yet settled, in the order of their answers.
         pending: number of audits that have not run yet.
+        is_failing: an audit was dropped, and none has run since.
     """
 
     epoch: int
     entries: deque[_Entry] = field(default_factory=deque)
     pending: int = 0
+    is_failing: bool = False
 
     def begin(self, epoch: int) -> None:
         """If the epoch is new, discard texts that were drawn in an earlier one."""
         if epoch != self.epoch:
-            self.epoch = epoch
+            self.epoch, self.is_failing = epoch, False
             self.entries.clear()
 
     def discard(self, entry: _Entry) -> None:
@@ -400,6 +404,7 @@ class Auditor:
     ) -> None:
         tenant.pending -= 1
         entry.is_pending = False  # first, so that an error below does not block later entries
+        tenant.is_failing = audit.is_dropped
         if audit.is_dropped:  # its model was unloaded or reloaded, or its upstream is away
             tenant.discard(entry)
         elif audit.error is not None:
@@ -507,13 +512,17 @@ class Auditor:
                 break
             if not entry.waits:
                 ready = number
+        size = tenant.size
+        if size > MAX_HELD and not tenant.pending and not tenant.is_failing:
+            ready = len(tenant.entries)  # no answer of the model was drawn for long
         for _ in range(ready):
             entry = tenant.entries.popleft()
             add_settled(settled, [entry.settled])
             records += entry.records
+            size -= 1 + len(entry.records)
         self._keep(records)
-        while tenant.size > MAX_HELD and not tenant.pending:
-            tenant.entries.popleft()
+        while tenant.entries and size > MAX_HELD and not tenant.pending:
+            size -= 1 + len(tenant.entries.popleft().records)
         if settled:
             self._count_settled(settled)
 
