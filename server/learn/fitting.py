@@ -71,7 +71,11 @@ async def run_idle(program: str, argument: str, data: bytes | None = None) -> st
             await process.stdout.readline()
             # From here on it ends with this process, even while it is stopped.
             slowed = keep_running("pausing_fit", lambda: _slow_down(process, cpu_quota() is not None))
-            output, errors = await process.communicate(data)
+            try:
+                output, errors = await process.communicate(data)
+            except RuntimeError:  # uvloop's, if the process ended before it could read its input
+                output, errors = b"", b""
+                await process.wait()
     except TimeoutError:
         raise FitError(f"it takes more than {TIMEOUT_S:g} s") from None
     finally:
