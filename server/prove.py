@@ -133,7 +133,7 @@ def _what(artifact: Artifact, runtime: str) -> str:
 
 
 def recorded(artifact: Artifact, runtime: str) -> dict[str, Any]:
-    """What is recorded in `artifact.proof`; empty if it is not set, or the file is missing, unusable or outdated.
+    """The record in `artifact.proof`; empty if it is not set, or the file is missing, unusable or outdated.
 
     The record has `no_kernels`, as Prover.prove returns it, and `int8` once that is measured (int8.py).
     """

@@ -108,6 +108,7 @@ class _Tenant:
         So the texts since the pending audit before it are discarded, too.
         """
         if entry in self.entries:
+            self.is_failing = True
             while self.entries.pop() is not entry:
                 pass
             while self.entries and not self.entries[-1].is_pending:
@@ -404,7 +405,7 @@ class Auditor:
     ) -> None:
         tenant.pending -= 1
         entry.is_pending = False  # first, so that an error below does not block later entries
-        tenant.is_failing = audit.is_dropped
+        tenant.is_failing &= audit.error is None and not audit.passed  # an answer without a label proves nothing
         if audit.is_dropped:  # its model was unloaded or reloaded, or its upstream is away
             tenant.discard(entry)
         elif audit.error is not None:
