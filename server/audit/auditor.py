@@ -405,7 +405,8 @@ class Auditor:
     ) -> None:
         tenant.pending -= 1
         entry.is_pending = False  # first, so that an error below does not block later entries
-        tenant.is_failing &= audit.error is None and not audit.passed  # an answer without a label proves nothing
+        # An answer without a label proves nothing: the failure goes on.
+        tenant.is_failing &= audit.error is None and not audit.passed
         if audit.is_dropped:  # its model was unloaded or reloaded, or its upstream is away
             tenant.discard(entry)
         elif audit.error is not None:
