@@ -11,12 +11,12 @@ from de3.model_store.segments import Tokens
 
 MOST_PIECES = 256  # of a text; of longer ones, those with the smallest hashes
 NO_PIECE = 2**16 - 1  # fills the row of a text with fewer pieces
-# Two texts are near if they have this share of all their distinct word pieces in common; or if a fitted text, at most
+# Two texts are near if they have this share of all their distinct word pieces in common; or if the longer one, at most
 # twice as long, has this share of the other's pieces.
 NEAR, CONTAINED = 0.7, 0.9
 MOST_COMPARED = (
     2**18
-)  # occurrences of a text's pieces that are counted, from the rarest on; the others count as shared
+)  # occurrences of a text's pieces that are counted, from the rarest on; the rest count as shared
 
 Pieces = NDArray[np.uint16]
 
@@ -69,10 +69,11 @@ class FittedTexts:
         # Of long texts, the hashes up to the smaller of their largest ones are a sample of the pieces of both.
         mine, theirs = np.searchsorted(own, self._known, "right"), self._sizes.copy()
         if len(own) == MOST_PIECES:
-            rows = np.flatnonzero(shared >= NEAR * mine)
+            rows = np.flatnonzero(shared >= CONTAINED / 2 * mine)
             theirs[rows] = (self.pieces[rows] <= own[-1]).sum(1)
         is_near = shared >= NEAR * (theirs + mine - shared)
-        is_near |= (shared >= CONTAINED * mine) & (theirs <= 2 * mine)
+        shorter = np.minimum(theirs, mine)
+        is_near |= (shared >= CONTAINED * shorter) & (np.maximum(theirs, mine) <= 2 * shorter)
         return bool((is_near & (theirs > 0)).any())
 
     def are_near(self, pieces: Pieces) -> NDArray[np.bool_]:

@@ -928,6 +928,7 @@ def test_an_audit_that_fails_counts_as_a_disagreement_and_a_dropped_one_not_at_a
     one.run_audit(0, error=RuntimeError("broken"))
     one.run_audit(0, is_dropped=True)
     assert sum(each.skipped for each in one.settled) == 0  # nor later texts, which were not drawn
+    one._tenant("").discard_waiting()
     (worst,) = [each for each in one.settled if each.scores]
     assert (worst.scores, worst.differs) == ([[None, None, 0.0, None]], [[False, False, True, False]])
     assert worst.served == 1
@@ -955,6 +956,28 @@ def test_dropped_audits_do_not_change_the_share_of_early_answers_among_the_count
     audits, early = sum(len(each.scores) for each in one.settled), sum(each.served for each in one.settled)
     assert len(kept) == audits > 200
     assert 0.45 < early / audits < 0.6
+
+
+def test_a_dropped_audit_discards_the_texts_since_the_audit_before_it_and_no_later_audit(store: Path) -> None:
+    """Texts after it, which need no audit, wait for the next one, so dropped audits alone prove nothing."""
+    one, kept = Answering(made(store)), list[Any]()
+    one._learn = kept.extend
+    one._record = lambda *_, **__: [object()]  # type: ignore[assignment, return-value]
+    one.served.model.empty_states = lambda: None
+    for exits in (1, 4, 4, 1, 4, 1, 4):
+        one.answer(True, exits=exits)
+    one.run_audit(1, is_dropped=True)
+    one.run_audit(1)
+    assert not one.counted
+    one.run_audit(0)
+    assert sum(len(each.scores) for each in one.settled) == len(kept) == 4
+    one.answer(True)
+    one.answer(True, exits=4)
+    one.run_audit(0, is_dropped=True)
+    assert len(kept) == 4
+    one.answer(True)
+    one.run_audit(0)
+    assert len(kept) == 6
 
 
 def test_records_are_kept_in_the_order_of_the_answers(store: Path) -> None:

@@ -430,7 +430,7 @@ def test_near_texts_share_most_of_their_word_pieces(
     texts = FittedTexts(np.stack([pieces_with(*text) for text in fitted] or [pieces_with()])[: len(fitted)])
     is_near = not one or any(
         len(one & text) >= 0.7 * len(one | text)
-        or (len(one & text) >= 0.9 * len(one) and len(text) <= 2 * len(one))
+        or (len(one & text) >= 0.9 * min(sizes := (len(one), len(text))) and max(sizes) <= 2 * min(sizes))
         for text in fitted
         if text
     )

@@ -225,8 +225,8 @@ async def test_failures_of_one_clients_texts_do_not_pause_the_calls_of_others(
     """Those of a client that is alone do, and so do those that no text can cause."""
 
     def respond(handler: Any, body: dict[str, Any]) -> None:
-        is_bad, is_down = "bad" in str(body), "down" in str(body)
-        send(handler, b"{" if is_bad else reply("positive"), 503 if is_down else 200)
+        status = next((int(word) for word in ("401", "500") if word in str(body)), 200)
+        send(handler, b"{" if "bad" in str(body) else reply("positive"), status)
 
     upstream.respond = respond
     one = caller(tmp_path, upstream)
@@ -234,9 +234,11 @@ async def test_failures_of_one_clients_texts_do_not_pause_the_calls_of_others(
     for _ in range(4 * FAILURES):
         error = await error_of(one.ask(Query(Text("bad"), "uncertain", "bad"), 30))
         assert error.message.endswith("the response does not have the expected format")
+    for _ in range(2):  # three calls each
+        await error_of(one.ask(Query(Text("500"), "uncertain", "bad"), 30))
     assert (await one.ask(Query(TEXT, "uncertain", "good"), 30)).label == 0
-    for _ in range(2):
-        await error_of(one.ask(Query(Text("down"), "uncertain", "bad"), 30))
+    for _ in range(FAILURES):
+        await error_of(one.ask(Query(Text("401"), "uncertain", "bad"), 30))
     paused = await error_of(one.ask(Query(TEXT, "uncertain", "good"), 30))
     assert paused.message.endswith("its last calls have failed")
     alone = caller(tmp_path, upstream)

@@ -216,8 +216,7 @@ def test_a_response_that_is_no_answer(
     found = failure(tmp_path, upstream.url)
     assert (found.why, found.may_retry, found.is_outage) == (why, may_retry, is_outage)
     assert found.retry_after_s is None
-    is_certain = why in ("connection", "server_error") or "HTTP 401" in str(found)
-    assert found.is_certain == is_certain  # no text can cause it
+    assert found.is_certain == ("HTTP 401" in str(found))  # no text can cause it
     if why == "reply":
         assert (
             str(found) == "its reply names no label, or several"

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
+from itertools import takewhile
 
 import numpy as np
 
@@ -66,6 +67,7 @@ class _Entry:
     """Texts to be settled together: some that are ready, or one whose audit has not run yet.
 
     Attributes:
+        is_audit: it is one text whose audit has run or is pending.
         waits: they are settled only together with a later audit that has run: an upstream that is slow may answer only
             texts that are sent to it anyway, which agree.
         key: key of the text whose audit is pending; see Settled.
@@ -73,6 +75,7 @@ class _Entry:
     """
 
     settled: Settled
+    is_audit: bool = False
     is_pending: bool = False
     waits: bool = False
     key: int | None = None
@@ -102,21 +105,24 @@ class _Tenant:
             self.entries.clear()
 
     def discard(self, entry: _Entry) -> None:
-        """Discard an entry whose audit did not run, and all later ones, regardless of their results.
+        """Discard a text whose audit did not run, and the texts between it and the audit before; later texts wait.
 
-        Leaving out only the texts without a result would give too much weight to those that ran to full depth anyway.
-        So the texts since the pending audit before it are discarded, too.
+        Leaving out only the text without a result would give too much weight to those that ran to full depth anyway.
         """
-        if entry in self.entries:
-            self.is_failing = True
-            while self.entries.pop() is not entry:
-                pass
-            while self.entries and not self.entries[-1].is_pending:
-                self.entries.pop()
+        if entry not in self.entries:
+            return
+        self.is_failing = True
+        kept, at = list(self.entries), self.entries.index(entry)
+        later = kept[at + 1 :]
+        while kept[at - 1 : at] and not kept[at - 1].is_audit:
+            at -= 1
+        for one in takewhile(lambda one: not one.is_audit, later):
+            one.waits = True
+        self.entries = deque(kept[:at] + later)
 
-    def discard_waiting(self, unless: bool) -> None:
-        """Discard the latest entries that wait for an audit, unless later texts of the model are still audited."""
-        while not unless and self.entries and self.entries[-1].waits:
+    def discard_waiting(self) -> None:
+        """Discard the latest entries that wait for an audit."""
+        while self.entries and self.entries[-1].waits:
             self.entries.pop()
 
     @property
@@ -275,6 +281,8 @@ class Auditor:
             item.keeps_states = self._keeps_states and (is_drawn or self._ask is not None)
         if job.choice.rule.tau > 0:
             tenant.pending += sum(draw.is_drawn)
+        else:  # every answer is its own audit now
+            tenant.discard_waiting()
         return draw
 
     def abandon(self, job: Job, draw: Draw) -> None:
@@ -296,7 +304,6 @@ class Auditor:
         exits = len(self.served.model.manifest.exit_costs)
         entry: _Entry | None = None
         waits = self._ask is not None and job.choice.rule.tau > 0
-        tenant.discard_waiting(unless=waits)
         for item, is_drawn in zip(job.items, drawn, strict=True):
             needs_audit, outcome = is_drawn and job.choice.rule.tau > 0, item.outcome
             if outcome is None:  # the text failed, and the others of its request were answered
@@ -342,7 +349,7 @@ class Auditor:
         if last is not None and is_open and last.waits == waits and settled.continues(last.settled):
             last.settled.may_rise = False
             return last
-        tenant.entries.append(_Entry(settled, is_pending, waits))
+        tenant.entries.append(_Entry(settled, is_pending, is_pending, waits))
         return tenant.entries[-1]
 
     def _enqueue(
@@ -420,7 +427,7 @@ class Auditor:
             self._count(entry.settled, entry.key, scores, differing, True, missed)
         elif not audit.passed:
             entry.settled.skipped += 1
-            entry.waits = True
+            entry.is_audit, entry.waits = False, True
         else:
             self.seconds += audit.model_s
             self._conclude(entry.settled, entry.key, answer, audit.passed)

@@ -130,7 +130,7 @@ class Client:
             if isinstance(error, TimeoutError):
                 raise CallError("timeout", f"no answer within {timeout_s:.3g} s", True, True) from None
             if isinstance(error, httpx.HTTPError | OSError | ValueError):
-                raise CallError("connection", _reason(error), True, True, is_certain=True) from None
+                raise CallError("connection", _reason(error), True, True) from None
             raise
         if status != 200:
             raise _status_error(status, headers, self._of.upstream.api_key_env)
@@ -228,7 +228,7 @@ def _status_error(status: int, headers: httpx.Headers, key: str | None) -> CallE
     if status == 429:
         return CallError("rate_limited", message, True, True, _retry_after(headers))
     if status >= 500:
-        return CallError("server_error", message, True, True, _retry_after(headers), is_certain=True)
+        return CallError("server_error", message, True, True, _retry_after(headers))
     if 300 <= status < 400:
         return CallError("redirect", f"{message}, a redirect, which is not followed", False, True)
     # 400, 413 and 422 are usually due to the text. Others, such as 404, usually fail for every text, but a firewall may
