@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -158,13 +159,13 @@ class Parts:
         publish(draft, self._refused(number))  # before the part, so that every part has this file
         self._format.write(self._path(number), rows)
 
-    def refused(self, count: int) -> int:
-        """The number of rows that cannot be classified in the first `count` parts."""
-        total = 0
+    def reasons(self, count: int) -> Counter[str]:
+        """The reasons of the rows that cannot be classified in the first `count` parts, with their numbers."""
+        found = Counter[str]()
         for number in range(count):
             with self._refused(number).open("rb") as lines:
-                total += sum(1 for _ in lines)
-        return total
+                found.update(json.loads(line)["reason"] for line in lines)
+        return found
 
     def finish(self, count: int, summary: dict[str, Any]) -> Path | None:
         """Complete the output, which has `count` parts; returns the file of dropped rows, or None if there are none."""

@@ -24,8 +24,8 @@ class Summary:
     """Statistics of a run.
 
     Attributes:
-        rows, refused: number of all rows, and of rows that cannot be classified; both include an earlier, interrupted
-            run.
+        rows, reasons: number of all rows, and of those that cannot be classified, by reason; both include an earlier,
+            interrupted run.
         earlier: number of rows of the earlier run.
         answered: number of rows that this run answered.
         parts: number of parts, including those of an earlier run.
@@ -36,7 +36,7 @@ class Summary:
     """
 
     rows: int = 0
-    refused: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
     earlier: int = 0
     answered: int = 0
     parts: int = 0
@@ -44,6 +44,11 @@ class Summary:
     truncated: int = 0
     layers: dict[str, Counter[int]] = field(default_factory=dict)
     times: dict[str, Times] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> int:
+        """Number of rows that cannot be classified."""
+        return self.reasons.total()
 
     def json(self) -> dict[str, Any]:
         """The statistics that are kept with the output; `exits` are those of this run, for several models by name."""
@@ -107,7 +112,7 @@ def classify(
             summary.earlier += one.rows
         progress(summary)
     part.end()
-    summary.refused = parts.refused(summary.parts)
+    summary.reasons = parts.reasons(summary.parts)
     summary.seconds = perf_counter() - started
     return summary
 

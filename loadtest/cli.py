@@ -230,7 +230,9 @@ def compare(
     console.print(f"{len(servers)} servers in turn: about {about}, longer for a large model")
     results = comparison.all((lambda tau: ours(store, model, tau=tau)) if has_exits else None)
     ratios, best = results["ratios"], results["fastest_peer"]
-    speeds = Table("server", "requests/s", f"× {best}", "answers that differ from full depth")
+    speeds = Table(
+        "server", "requests/s", f"× {best}", f"answers that differ from {full_depth or 'full depth'}"
+    )
     for name, rows in results["saturation"].items():
         rate = median(row["answers_per_s"] for row in rows)
         differ = results["differ"][name]

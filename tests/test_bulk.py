@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError
@@ -881,7 +882,7 @@ def test_the_command_in_processes(store: Path, tmp_path: Path, monkeypatch: pyte
     output = command(
         f"classify --store {store} --model tiny-int8 --file {file} --out {dropped} --refused drop --prefix de3_"
     )
-    assert f"1 row cannot be classified: {dropped}.refused.jsonl" in output
+    assert f"1 row cannot be classified: {dropped}.refused.jsonl\n  1: " in output
     output = command(
         f"classify --store {store} --model tiny-int8 --file {file} --out {dropped} --refused drop --prefix de3_"
     )
@@ -1040,7 +1041,7 @@ def test_a_server_whose_answers_cannot_be_combined_is_an_error() -> None:
 def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> None:
     artifact, summary = (
         Store(store).open("tiny"),
-        run.Summary(rows=9, earlier=3, answered=5, refused=1, seconds=10),
+        run.Summary(rows=9, earlier=3, answered=5, reasons=Counter(["empty"]), seconds=10),
     )
 
     def certifies(**options: Any) -> bool:

@@ -473,3 +473,5 @@ def _run(
     if summary.refused:
         where = dropped or f"{prefix}error has the reasons"
         _say(f"{plural(summary.refused, 'row')} cannot be classified: {where}", "yellow")
+        for reason, count in summary.reasons.most_common(5):
+            _say(f"  {count:,}: {reason}")

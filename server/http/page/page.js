@@ -609,7 +609,10 @@ async function poll() {
         const counts = (old) => old.at > now.at - WINDOW_MS && textsOf(old) <= textsOf(now);
         state.samples = [...state.samples.filter(counts), now];
         drawLive(state.samples[0], now);
-        if ("tau" in totals && !state.inForce.set_by) setInForce({ tau: totals.tau }); // no answer has named it yet
+        if ("tau" in totals && !state.inForce.set_by && totals.tau !== state.inForce.tau) {
+          setInForce({ tau: totals.tau }); // no answer has named it yet
+          drawCurve(null);
+        }
         const learns = "learn_missing_records" in totals;
         $("main").classList.toggle("learns", learns);
         // Only a server that audits has these routes.
