@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError
