@@ -43,6 +43,12 @@ def _drop(text: str, rng: random.Random, _: Sequence[str]) -> str:
     return " ".join(words) or text
 
 
+def _halve(text: str, rng: random.Random, _: Sequence[str]) -> str:
+    words = text.split()
+    kept = sorted(rng.sample(range(len(words)), -(-len(words) // 2)))
+    return " ".join(words[i] for i in kept)
+
+
 def _swap(text: str, rng: random.Random, _: Sequence[str]) -> str:
     words = text.split()
     i = rng.randrange(max(1, len(words) - 1))
@@ -61,6 +67,7 @@ EDITS: dict[str, Edit] = {
     "point": lambda text, *_: f"{text} .",
     "well": lambda text, *_: f"well , {text}",
     "drop": _drop,
+    "halve": _halve,
     "swap": _swap,
     "add": partial(_add, 2),
     "add4": partial(_add, 4),
@@ -90,7 +97,8 @@ class Attack:
     def of(cls, text: str) -> "Attack":
         """Read "copies edit order sender"."""
         copies, edit, order, sender = text.split()
-        if edit not in EDITS or order not in ("ahead", "behind", "apart"):
+        known = {*EDITS}, {"ahead", "behind", "apart"}, {"another", "keyless", "self"}
+        if any(one not in names for one, names in zip((edit, order, sender), known, strict=True)):
             raise ValueError(f"unknown attack: {text}")
         return cls(int(copies), edit, order, sender)
 
@@ -121,6 +129,7 @@ ATTACKS = (
     "3 long-prefix ahead another",
     "3 add ahead another",
     "3 add4 ahead another",
+    "4 halve ahead another",
     "3 point behind self",
     "3 point behind keyless",
     "3 drop ahead keyless",
