@@ -296,10 +296,9 @@ class Manager:
         named = [one.partition(":")[2] for one in self._settings.models if one.partition(":")[0] == name]
         if self._settings.models and name not in {one.manifest.name for one in self._known}:
             return {}
+        # A learned version was learned from the named one, and is served instead of it.
         is_learned = self._learned is not None and (choices[0][0] or 0) > LEARNED_FROM
-        if (
-            named and named[0] and not is_learned
-        ):  # else learned from the named version, and served instead of it
+        if named and named[0] and not is_learned:
             choices.insert(0, (int(named[0]), "command line"))
         for version, reason in choices:
             with suppress(StoreError):  # the version does not exist or is damaged
