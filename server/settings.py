@@ -80,6 +80,14 @@ class Settings(BaseModel):
             help="τ for requests without exit options; 0: full depth. Default: each model's calibrated τ."
         ),
     ] = None
+    max_disagreement: Annotated[
+        float | None,
+        Field(ge=0, le=1),
+        Option(
+            help="Maximum rate of answers that differ from full depth, certified by the calibration with 95% "
+            "confidence, for requests without exit options; instead of --tau."
+        ),
+    ] = None
     api_keys_file: Annotated[
         Path | None,
         Option(
@@ -141,14 +149,6 @@ class Settings(BaseModel):
         Field(gt=0, le=MAX_BUDGET_MS),
         default_option(
             help="Latency budget for requests without exit options, milliseconds; instead of --tau."
-        ),
-    ] = None
-    max_disagreement: Annotated[
-        float | None,
-        Field(ge=0, le=1),
-        default_option(
-            help="Maximum rate of answers that differ from full depth, certified by the calibration with 95% "
-            "confidence, for requests without exit options; instead of --tau."
         ),
     ] = None
     ood_policy: Annotated[

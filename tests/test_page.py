@@ -192,7 +192,7 @@ def test_the_exit_follows_text_and_threshold(page: Page, server: Server) -> None
 
 def in_force(page: Page, words: str, value: str) -> None:
     """Check the words on the τ in force, and that the slider for τ stands there."""
-    expect(page.locator("#in-force")).to_have_text(f"τ in force: {words}.")
+    expect(page.locator("#in-force")).to_have_text(f"Requests that set nothing: τ = {words}.")
     expect(page.locator("#value")).to_have_text(value)
 
 

@@ -332,7 +332,7 @@ function isSame(one, other) {
 function drawAnswer(row, fullDepth, animate) {
   const { exit } = row, count = exit.num_layers, saved = count - exit.layer;
   const layer = exit.layer === 0 ? "before layer 1, on the embeddings" : `after layer ${exit.layer} of ${count}`;
-  const ran = saved ? `exited ${layer} · ${plural(saved, "layer")} saved` : `ran all ${plural(count, "layer")}`;
+  const ran = saved ? `exited ${layer} · ${plural(saved, "layer")} ${exit.reason === "deadline" ? "not run" : "saved"}` : `ran all ${plural(count, "layer")}`;
   const where = exit.reason === "upstream" ? "no exit was sure: the upstream answered" : ran;
   const ms = (one, words) => (one.ms === null ? "" : words(one.ms.toFixed(1)));
   const lines = [
@@ -473,7 +473,7 @@ function drawCurve(exit) {
   }
   $("curve-help").textContent =
     `${source ? `Agreement with ${source}` : "Accuracy"} on held-out texts against speed-up; ` +
-    "the ring is the τ in force, the dot this setting.";
+    "the ring is the τ of requests that set nothing, the dot this setting.";
   $("curve").replaceChildren(...parts);
 }
 
@@ -528,7 +528,7 @@ function setInForce(choice) {
   const isModels = tau === state.model.defaults.tau && (!set_by || set_by === "default");
   const option = set_by && `the server's --${(set_by === "default" ? "tau" : set_by).replaceAll("_", "-")}`;
   const source = isModels ? "the model's default" : (SOURCES[set_by]?.(choice) ?? option ?? "set by the server");
-  $("in-force").textContent = `τ in force: ${+tau.toFixed(4)}, ${source}.`;
+  $("in-force").textContent = `Requests that set nothing: τ = ${+tau.toFixed(4)}, ${source}.`;
   if (isDefaultTau()) resetSlider();
 }
 
