@@ -1,4 +1,4 @@
-"""The texts that a model's exits were fitted to, as sets of word pieces.
+"""The texts that a model's exits were fitted to, as their word pieces.
 
 Exits are right more often about texts that they were fitted to, and about copies of these with a word more or less,
 than about new ones. So such texts do not count as evidence.
@@ -9,28 +9,31 @@ from numpy.typing import NDArray
 
 from de3.model_store.segments import Tokens
 
-MOST_PIECES = 256  # of a text; of longer ones, those with the smallest hashes
-NO_PIECE = 2**16 - 1  # fills the row of a text with fewer pieces
-# Two texts are near if they have this share of all their distinct word pieces in common; or if the longer one, at most
-# twice as long, has this share of the other's pieces.
-NEAR, CONTAINED = 0.7, 0.9
-MOST_COMPARED = (
-    2**18
-)  # occurrences of a text's pieces that are counted, from the rarest on; the rest count as shared
+MOST_PIECES = 256  # distinct ones of a text; of longer texts, those with the smallest hashes
+MOST_COUNT = 2**16 - 1
+NO_PIECE = 2**32 - 1  # fills the row of a text with fewer pieces
+# Two texts are near if they have this share of all their distinct word pieces in common; or if one has CONTAINED of the
+# other's, and these make up HALF of its words, as in a text that is repeated among others.
+NEAR, CONTAINED, HALF = 0.7, 0.9, 0.45
+# Limits on the work for a text: occurrences of its pieces that are counted, from the rarest on, and long fitted texts
+# that are compared. Beyond them, texts are near rather than not.
+MOST_COMPARED, MOST_ROWS = 2**17, 2**9
 
-Pieces = NDArray[np.uint16]
+Pieces = NDArray[np.uint32]
 
 
 def pieces_of(tokens: Tokens) -> Pieces:
-    """The hashes of a text's distinct word pieces, ascending, then NO_PIECE, (MOST_PIECES,).
+    """A text's distinct word pieces, (MOST_PIECES,): 2¹⁶ · hash + number of occurrences, ascending, then NO_PIECE.
 
     The tokens that begin and end every text are left out.
     """
     ids = tokens.ids[0]
     ids = ids[(ids != ids[0]) & (ids != ids[-1])].astype(np.uint32)
-    found = np.unique(((ids * np.uint32(2654435761)) >> np.uint32(16)).astype(np.uint16))[:MOST_PIECES]
-    pieces = np.full(MOST_PIECES, NO_PIECE, np.uint16)
-    pieces[: len(found)] = found
+    hashes = np.minimum((ids * np.uint32(2654435761)) >> np.uint32(16), np.uint32(2**16 - 2))
+    found, counts = np.unique(hashes, return_counts=True)
+    pieces = np.full(MOST_PIECES, NO_PIECE, np.uint32)
+    number = min(len(found), MOST_PIECES)
+    pieces[:number] = (found << np.uint32(16) | np.minimum(counts, MOST_COUNT).astype(np.uint32))[:number]
     return pieces
 
 
@@ -38,42 +41,61 @@ class FittedTexts:
     """The texts that exits were fitted to.
 
     Attributes:
-        pieces: the word pieces of each text, see pieces_of, (n, MOST_PIECES).
+        pieces: the word pieces of each text, see pieces_of, (n, those of the longest).
     """
 
     def __init__(self, pieces: Pieces) -> None:
         """Raises ValueError for an array of another shape or type."""
-        if pieces.dtype != np.uint16 or pieces.ndim != 2 or pieces.shape[1] != MOST_PIECES:
-            raise ValueError(f"pieces must be uint16 (n, {MOST_PIECES}), got {pieces.dtype} {pieces.shape}")
-        self.pieces = pieces
+        if pieces.dtype != np.uint32 or pieces.ndim != 2 or not 0 < pieces.shape[1] <= MOST_PIECES:
+            raise ValueError(
+                f"pieces must be uint32 (n, 1 to {MOST_PIECES}), got {pieces.dtype} {pieces.shape}"
+            )
+        most = max(1, int((pieces != NO_PIECE).sum(1).max(initial=0)))
+        self.pieces = pieces = np.ascontiguousarray(pieces[:, :most])
         texts, places = np.nonzero(pieces != NO_PIECE)
         each = pieces[texts, places]
+        hashes, counts = each >> 16, each & MOST_COUNT
         self._sizes = np.bincount(texts, minlength=len(pieces))
-        self._texts = texts[np.argsort(each, kind="stable")]  # by piece
-        counts = np.bincount(each, minlength=NO_PIECE)
-        self._starts = np.concatenate([[0], counts.cumsum()])  # of each piece's part of self._texts
+        self._words = np.bincount(texts, counts, len(pieces))
+        order = np.argsort(hashes, kind="stable")
+        # By piece: the texts that have it, and how often; `_starts` has the beginning of each piece's part.
+        self._texts, self._counts = texts[order].astype(np.int32), counts[order].astype(np.uint16)
+        self._starts = np.concatenate([[0], np.bincount(hashes, minlength=2**16).cumsum()])
         # The largest hash of a text that is known to have all smaller ones.
-        self._known = np.where(self._sizes < MOST_PIECES, NO_PIECE, pieces[:, -1])
+        self._known = np.where(self._sizes < MOST_PIECES, MOST_COUNT, pieces[:, -1] >> 16)
 
     def is_near(self, pieces: Pieces) -> bool:
         """True if a text that is near to this one was among those of the fit; also for a text without pieces."""
-        own = pieces[pieces != NO_PIECE].astype(np.int64)
+        found = pieces[pieces != NO_PIECE]
+        own, counts = (found >> 16).astype(np.int64), (found & MOST_COUNT).astype(np.int64)
         if not len(own):
             return True
-        counts = self._starts[own + 1] - self._starts[own]
-        order = np.argsort(counts)
-        counted = own[order[: np.searchsorted(counts[order].cumsum(), MOST_COMPARED, "right")]]
-        parts = [self._texts[self._starts[piece] : self._starts[piece + 1]] for piece in counted]
-        found = np.bincount(np.concatenate([*parts, own[:0]]), minlength=len(self.pieces))
-        shared = found + len(own) - len(counted)
+        lengths = self._starts[own + 1] - self._starts[own]
+        order = np.argsort(lengths)
+        number = int(np.searchsorted(lengths[order].cumsum(), MOST_COMPARED, "right"))
+        counted, common, n = order[:number], order[number:], len(self.pieces)
+        parts = [np.arange(self._starts[piece], self._starts[piece + 1]) for piece in own[counted]]
+        places = np.concatenate([*parts, own[:0]])
+        texts = self._texts[places]
+        # Of the pieces in common: their number, and that of the words that they are in both texts.
+        shared = np.bincount(texts, minlength=n) + len(common)
+        my_words = np.bincount(texts, np.repeat(counts[counted], lengths[counted]), n) + counts[common].sum()
+        their_words = np.bincount(texts, self._counts[places], n)
         # Of long texts, the hashes up to the smaller of their largest ones are a sample of the pieces of both.
-        mine, theirs = np.searchsorted(own, self._known, "right"), self._sizes.copy()
+        mine = np.searchsorted(own, self._known, "right")
+        all_mine, theirs, all_theirs = np.append(0, counts.cumsum())[mine], self._sizes, self._words
         if len(own) == MOST_PIECES:
-            rows = np.flatnonzero(shared >= CONTAINED / 2 * mine)
-            theirs[rows] = (self.pieces[rows] <= own[-1]).sum(1)
+            rows = np.flatnonzero((shared >= NEAR * mine) | (my_words >= HALF * all_mine))
+            if len(rows) > MOST_ROWS:
+                return True
+            known = self.pieces[rows]
+            known = np.where(known >> 16 <= own[-1], known, 0)
+            theirs, all_theirs = theirs.copy(), all_theirs.copy()
+            theirs[rows], all_theirs[rows] = (known > 0).sum(1), (known & MOST_COUNT).sum(1)
         is_near = shared >= NEAR * (theirs + mine - shared)
-        shorter = np.minimum(theirs, mine)
-        is_near |= (shared >= CONTAINED * shorter) & (np.maximum(theirs, mine) <= 2 * shorter)
+        is_near |= (shared >= CONTAINED * theirs) & (my_words >= HALF * all_mine)
+        is_half = (their_words >= HALF * all_theirs) | (len(common) > 0)
+        is_near |= (shared >= CONTAINED * mine) & is_half
         return bool((is_near & (theirs > 0)).any())
 
     def are_near(self, pieces: Pieces) -> NDArray[np.bool_]:

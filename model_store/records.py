@@ -109,7 +109,7 @@ _SHAPES = {
     "clients": (1, "I32"),
     "extra": (1, "BOOL"),
     "ids": (2, "I32"),
-    "pieces": (2, "U16"),
+    "pieces": (2, "U32"),
 }
 _OPTIONAL = ("extra",)  # missing in files of earlier releases
 # A file has the states and logits of texts or, for a token classifier, their tokens.

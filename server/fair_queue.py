@@ -11,6 +11,7 @@ from math import inf
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
+RECENT_S = 60.0  # a client counts as active for this long
 MAX_CLIENTS = 4096  # maximum number of clients remembered, unless more than that have pending items
 T = TypeVar("T")
 
@@ -117,14 +118,16 @@ class FairQueue(Generic[T]):
 class Slots:
     """Slots for work on the event loop, such as calls; a free slot goes to the client that has used them least.
 
-    Used time is charged while the work runs, so work that takes long counts before it ends.
+    Used time is charged while the work runs, so work that takes long counts before it ends. A client that is not alone
+    leaves an eighth of the slots, of four at least one, to those that have none.
     """
 
     def __init__(self, slots: int, pauses: bool = False) -> None:
         """pauses: after each use, a slot stays unused for as long again."""
+        self._spare = min(slots // 4, max(1, slots // 8))
         self._free, self._pauses, self._charged_at = slots, pauses, perf_counter()
         # Each with the time when a slot was granted.
-        self._waiting = FairQueue[tuple[Client[Any], asyncio.Future[float]]](lambda item: item[1].done())
+        self._waiting = FairQueue[tuple[Client[Any], str, asyncio.Future[float]]](lambda item: item[2].done())
         self._running = Counter[Client[Any]]()  # used slots by client
 
     @asynccontextmanager
@@ -133,7 +136,7 @@ class Slots:
         loop, client = asyncio.get_running_loop(), self._waiting.client(name)
         granted: asyncio.Future[float] = loop.create_future()
         self._waiting.note(name)
-        self._waiting.add(name, (client, granted))
+        self._waiting.add(name, (client, name, granted))
         self._grant()
         try:
             await granted
@@ -143,9 +146,9 @@ class Slots:
                 pause_s = perf_counter() - granted.result() if self._pauses else 0.0
                 loop.call_later(pause_s, self._release, client)
 
-    def is_alone(self, name: str, seconds: float) -> bool:
-        """True if no other client has asked for a slot within the last seconds."""
-        return self._waiting.is_alone(name, seconds)
+    def is_alone(self, name: str) -> bool:
+        """True if no other client has asked for a slot within RECENT_S."""
+        return self._waiting.is_alone(name, RECENT_S)
 
     def _release(self, client: Client[Any]) -> None:
         self._charge()
@@ -156,7 +159,14 @@ class Slots:
     def _grant(self) -> None:
         self._charge()
         while self._free and (heap := self._waiting.first()) is not None:
-            client, granted = heap[0][2]
+            client, name, _ = heap[0][2]
+            if self._free <= self._spare and self._running[client] and not self.is_alone(name):
+                others = [one for *_, one in self._waiting.listed if not self._running[one]]
+                others = [one for one in others if self._waiting.clean(one.items)]
+                if not others:
+                    break
+                heap = min(others, key=lambda one: one.spent).items
+            client, _, granted = heap[0][2]
             self._free -= 1
             self._running[client] += 1
             self._waiting.serves(client)

@@ -19,7 +19,7 @@ from de3.server.http.classify import parse
 from de3.server.http.errors import STATUSES
 from de3.server.http.fair import AT_ONCE, StartQueue
 from de3.server.http.protocol import Call
-from tests.serving import serving, until
+from tests.serving import in_event_loop, serving, until
 
 
 def test_one_at_a_time_and_clients_in_rotation() -> None:
@@ -170,3 +170,33 @@ def test_a_later_request_waits_only_behind_its_own_network() -> None:
         return started.index("other")
 
     assert asyncio.run(go()) <= 2 * AT_ONCE + 2
+
+
+@in_event_loop
+async def test_a_client_that_is_not_alone_leaves_slots_to_one_that_has_none() -> None:
+    """Whoever has used them for longer."""
+    running, ends = list[str](), asyncio.Event()
+
+    async def work(slots: Slots, client: str) -> None:
+        async with slots.hold(client):
+            running.append(client)
+            await ends.wait()
+
+    async def started(slots: Slots, *clients: str) -> list[asyncio.Task[None]]:
+        tasks = [asyncio.create_task(work(slots, client)) for client in clients]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return tasks
+
+    shared, alone = Slots(16), Slots(16)
+    tasks = await started(shared, "few")
+    await asyncio.sleep(0.01)
+    tasks += await started(shared, *["many"] * 20)
+    assert running == ["few"] + ["many"] * 13
+    tasks += await started(shared, "third", "few")
+    assert running[14:] == ["third"]
+    tasks += await started(alone, *["one"] * 20)
+    assert running[15:] == ["one"] * 16
+    ends.set()
+    await asyncio.gather(*tasks)
+    assert len(running) == 43

@@ -464,7 +464,7 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected(
         for epoch, skipped, scores in ((1, 5, [[0.5]]), (1, 7, []), (2, 6, [])):
             one = Settled("me", epoch, 0.5, skipped, keys=[None for _ in scores], scores=scores)  # type: ignore[arg-type]
             process.audit_store.count("tiny:1", [one])
-        pieces = np.arange(128, dtype=np.uint16)
+        pieces = np.arange(128, dtype=np.uint32)
         states, logits = np.arange(8, dtype=np.float16).reshape(2, 4), np.array([0.1, -3], np.float32)
         process.audit_store.learn("tiny:1", [Record("me", 0.5, 9, pieces, states, logits)])
         stopping = asyncio.create_task(asyncio.to_thread(process.stop))

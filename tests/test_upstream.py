@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from de3.server.settings import Settings
-from de3.server.upstream.breaker import FAILURES, MAX_PAUSE_S, MAX_SUSPECTS, PAUSE_S, Breaker
+from de3.server.upstream.breaker import FAILURES, GOOD_S, MAX_CLIENTS, MAX_PAUSE_S, PAUSE_S, Breaker, Call
 from de3.server.upstream.client import Reply, Usage
 from de3.server.upstream.labels import MAX_CHARS, Labels
 from de3.server.upstream.undelivered import KEPT_S, MAX_KEPT, Undelivered
 from de3.server.upstream.upstreams import Upstreams
-from de3.server.upstream.usage import HOUR_S, MAX_CLIENTS, MAX_STATE_BYTES, SLOT_S, UpstreamUsage
+from de3.server.upstream.usage import HOUR_S, MAX_STATE_BYTES, SLOT_S, UpstreamUsage
 from de3.server.upstream_settings import MAX_FILE_BYTES, UpstreamModel, folded, read_upstream
 from tests.upstream import KEY, chat, model_of, write_toml
 
@@ -327,48 +327,66 @@ class Clock:
         return self.now
 
 
-def call(breaker: Breaker, is_outage: bool | None, retry_after_s: float | None = None) -> None:
-    """A call that is allowed, with this result."""
-    assert breaker.wait_s() == 0
-    breaker.end(breaker.begin(), is_outage, retry_after_s)
+def call(
+    breaker: Breaker, client: str = "one", is_outage: bool | None = True, is_certain: bool = False, **how: Any
+) -> None:
+    """A call of a client that is allowed, with this result."""
+    assert breaker.wait_s(client) == 0
+    breaker.end(breaker.begin(client), is_outage, is_certain=is_certain, **how)
 
 
 def test_the_breaker_opens_after_outages_in_a_row_and_tries_one_call_at_a_time() -> None:
     clock = Clock()
     breaker = Breaker(clock)
     for _ in range(FAILURES - 1):
-        call(breaker, True)
-    call(breaker, False)  # a success in between
+        call(breaker, is_certain=True)
+    call(breaker, is_outage=False)  # a success in between
     for _ in range(FAILURES):
         assert not breaker.is_open
-        call(breaker, True)
+        call(breaker, is_certain=True)
     assert breaker.is_open
     assert breaker.wait_s() == pytest.approx(PAUSE_S)
     pause_s = PAUSE_S
     for _ in range(8):
         clock.now += breaker.wait_s()
-        assert breaker.wait_s() == 0
-        assert breaker.begin()
-        assert breaker.wait_s() > 0  # one trial at a time
-        breaker.end(True, True)
+        trial = breaker.begin("one")
+        assert trial.is_trial and breaker.wait_s("other") > 0  # one trial at a time
+        breaker.end(trial, True, is_certain=True)
         pause_s = min(2 * pause_s, MAX_PAUSE_S)
-        assert breaker.wait_s() == pytest.approx(pause_s)
+        assert breaker.wait_s() == breaker.wait_s("other") == pytest.approx(pause_s)
     assert pause_s == MAX_PAUSE_S
     clock.now += pause_s
-    assert breaker.begin()
-    breaker.end(True, None)  # cancelled: another call may try
-    call(breaker, False)
+    call(breaker, is_outage=False)
     assert not breaker.is_open
     for _ in range(FAILURES):
-        call(breaker, True)
+        call(breaker, is_certain=True)
     assert breaker.wait_s() == pytest.approx(PAUSE_S)  # the pause is the first one again
+
+
+def test_a_trial_that_is_cancelled_or_takes_long_keeps_no_other_client_from_trying() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    for _ in range(FAILURES):
+        call(breaker, is_certain=True)
+    clock.now += PAUSE_S
+    for _ in range(3):
+        call(breaker, "leaves", is_outage=None)
+        assert breaker.wait_s("leaves") == 2 * PAUSE_S and breaker.wait_s("other") == 0
+        clock.now += 2 * PAUSE_S
+    slow = breaker.begin("slow")
+    assert breaker.wait_s("other") == PAUSE_S
+    clock.now += PAUSE_S
+    assert breaker.wait_s("slow") > breaker.wait_s("other") == 0
+    call(breaker, "other", is_outage=False)
+    breaker.end(slow, None)
+    assert not breaker.is_open and breaker.wait_s("slow") == 0
 
 
 def test_the_breaker_heeds_retry_after_up_to_its_longest_pause() -> None:
     for retry_after_s, pause_s in ((7.0, 7.0), (0.0, PAUSE_S), (3600.0, MAX_PAUSE_S)):
         breaker = Breaker(Clock())
         for _ in range(FAILURES):
-            call(breaker, True, retry_after_s)
+            call(breaker, is_certain=True, retry_after_s=retry_after_s)
         assert breaker.wait_s() == pytest.approx(pause_s)
 
 
@@ -376,51 +394,64 @@ def test_outages_that_may_be_due_to_texts_of_one_client_do_not_open_the_breaker(
     clock = Clock()
     breaker = Breaker(clock)
     for _ in range(3 * FAILURES):
-        assert breaker.wait_s("bad") == 0
-        breaker.end(breaker.begin(), True, None, "bad")
-    breaker.end(breaker.begin(), False)
+        call(breaker, "bad")
+    call(breaker, "bad", is_outage=False)
     for _ in range(FAILURES - 1):
-        breaker.end(breaker.begin(), True, None, "bad")
+        call(breaker, "bad")
     assert not breaker.is_open
-    breaker.end(breaker.begin(), True, None, "good")  # it does not work for both
+    before = breaker.begin("bad")
+    call(breaker, "good")  # it does not work for both
     assert breaker.is_open
     assert breaker.wait_s("bad") == breaker.wait_s("good") == PAUSE_S
-    breaker.end(False, True, None, "bad")  # a call that began before
+    breaker.end(before, True)
     assert breaker.wait_s("good") == PAUSE_S
     # A trial that fails for one client's text says nothing about others.
     clock.now += PAUSE_S
-    breaker.end(breaker.begin(), True, None, "bad")
-    assert breaker.wait_s("bad") > 0 == breaker.wait_s("good")
-    breaker.end(breaker.begin(), True, None, "good")
+    call(breaker, "bad")
+    assert breaker.wait_s("bad") > 0
+    call(breaker, "good")
     assert breaker.wait_s("bad") == breaker.wait_s("good") == 2 * PAUSE_S
     clock.now += 2 * PAUSE_S
-    breaker.end(breaker.begin(), True, None, "bad")
-    breaker.end(breaker.begin(), False, None, "good")
+    call(breaker, "bad")
+    call(breaker, "good", is_outage=False)
     assert not breaker.is_open
+
+
+def test_while_the_upstream_answers_a_client_the_texts_of_two_others_do_not_open_the_breaker() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    for _ in range(3):
+        call(breaker, "good", is_outage=False)
+        for number in range(3 * FAILURES):
+            call(breaker, ("bad", "worse")[number % 2])
+        clock.now += GOOD_S - 1
+    clock.now += 1
+    call(breaker, "bad")
+    assert breaker.is_open  # it has answered nobody for long
+    clock.now += PAUSE_S
+    for number in range(2 * MAX_CLIENTS):
+        call(breaker, str(number), is_outage=False)
+    assert len(breaker._good) == MAX_CLIENTS
 
 
 def test_clients_whose_texts_fail_do_not_keep_the_breaker_open_for_others() -> None:
     clock = Clock()
     breaker = Breaker(clock)
     for client in (FAILURES * ["bad", "worse"])[:FAILURES]:
-        breaker.end(breaker.begin(), True, None, client)
+        call(breaker, client)
     clock.now += breaker.wait_s("good")
     for _ in range(3):
         for client in ("bad", "worse"):  # after each pause, each client may try once
-            assert breaker.wait_s(client) == 0
-            breaker.end(breaker.begin(), True, None, client)
-        assert (
-            breaker.wait_s("bad") == breaker.wait_s("worse") == breaker.wait_s() > breaker.wait_s("good") == 0
-        )
-        breaker.end(breaker.begin(), True, None, "good")
+            call(breaker, client)
+        assert breaker.wait_s("bad") == breaker.wait_s("worse") == breaker.wait_s() > 0
+        call(breaker, "good")
         clock.now += breaker.wait_s()
-    for number in range(MAX_SUSPECTS - 3):
-        breaker.end(breaker.begin(), True, None, str(number))
-    assert breaker.wait_s("late") == 0
-    breaker.end(breaker.begin(), True, None, "one more")
+    for number in range(MAX_CLIENTS - 3):
+        call(breaker, str(number))
+    call(breaker, "one more")
     assert not breaker._suspects and breaker.wait_s("late") == breaker.wait_s("good") > 0
     clock.now += breaker.wait_s("good")
-    breaker.end(breaker.begin(), True)  # due to no text
+    call(breaker, is_certain=True)
     assert breaker.wait_s("good") == breaker.wait_s("bad") > 0
 
 
@@ -429,31 +460,37 @@ def test_a_client_need_not_wait_for_the_failures_of_one_that_was_alone() -> None
     breaker = Breaker(clock)
     for _ in range(2 * FAILURES):
         clock.now += breaker.wait_s("bad")
-        breaker.end(breaker.begin(), True, None, "bad", is_alone=True)
+        call(breaker, "bad", is_alone=True)
     assert breaker.is_open and breaker.wait_s("bad") == breaker.wait_s() == MAX_PAUSE_S
-    assert breaker.wait_s("good") == 0
-    breaker.end(breaker.begin(), False)
+    call(breaker, "good", is_outage=False)
     assert not breaker.is_open
 
 
 @given(
-    st.lists(st.tuples(st.booleans(), st.sampled_from([True, False, None]), st.floats(0, 40)), max_size=60)
+    st.lists(
+        st.tuples(
+            st.sampled_from("ab"), st.booleans(), st.sampled_from([True, False, None]), st.floats(0, 40)
+        ),
+        max_size=60,
+    )
 )
-def test_calls_that_overlap_never_block_the_breaker(steps: list[tuple[bool, bool | None, float]]) -> None:
+def test_calls_that_overlap_never_block_the_breaker(
+    steps: list[tuple[str, bool, bool | None, float]],
+) -> None:
     """A call is allowed at most MAX_PAUSE_S after the last one has ended, whatever happened."""
-    clock, running = Clock(), list[bool]()
+    clock, running = Clock(), list[Call]()
     breaker = Breaker(clock)
-    for begins, is_outage, seconds in steps:
+    for client, begins, is_outage, seconds in steps:
         clock.now += seconds
-        if begins and breaker.wait_s() == 0:
-            running.append(breaker.begin())
+        if begins and breaker.wait_s(client) == 0:
+            running.append(breaker.begin(client))
         elif running:
             breaker.end(running.pop(0), is_outage)
-        assert sum(running) <= 1
-    for is_trial in running:
-        breaker.end(is_trial, None)
+        assert sum(one.is_trial for one in running) <= 2
+    for one in running:
+        breaker.end(one, None)
     clock.now += MAX_PAUSE_S
-    assert breaker.wait_s() == 0
+    assert breaker.wait_s("a") == 0
 
 
 def usage_of(folder: Path, clock: Clock, state_dir: Path | None = None, **changed: Any) -> UpstreamUsage:

@@ -63,6 +63,12 @@ def _add(count: int, text: str, rng: random.Random, others: Sequence[str]) -> st
     return " ".join(words)
 
 
+def _repeat(times: int, text: str, rng: random.Random, others: Sequence[str]) -> str:
+    words = set(text.split())
+    new = {word for other in rng.sample(others, 60) for word in other.split()} - words
+    return " ".join([text] * times + rng.sample(sorted(new), min(len(new), len(words) + 4)))
+
+
 EDITS: dict[str, Edit] = {
     "point": lambda text, *_: f"{text} .",
     "well": lambda text, *_: f"well , {text}",
@@ -71,6 +77,8 @@ EDITS: dict[str, Edit] = {
     "swap": _swap,
     "add": partial(_add, 2),
     "add4": partial(_add, 4),
+    "twice": partial(_repeat, 2),
+    "five-times": partial(_repeat, 5),
     "prefix": lambda text, *_: f"[staging] {text}",
     "long-prefix": lambda text, *_: f"i am writing to you from the mobile app because of this : {text}",
 }
@@ -130,6 +138,8 @@ ATTACKS = (
     "3 add ahead another",
     "3 add4 ahead another",
     "4 halve ahead another",
+    "3 twice ahead another",
+    "3 five-times ahead another",
     "3 point behind self",
     "3 point behind keyless",
     "3 drop ahead keyless",

@@ -52,7 +52,7 @@ def records_of(stock: Path, texts: Sequence[str]) -> tuple[Manifest, Records]:
     manifest, n = model.manifest, len(texts)
     states = np.zeros((n, manifest.num_layers, manifest.hidden_size), np.float16)
     logits = np.zeros((n, len(manifest.labels)), np.float32)
-    pieces = np.zeros((n, MOST_PIECES), np.uint16)
+    pieces = np.zeros((n, MOST_PIECES), np.uint32)
     for i, text in enumerate(track(texts, "Running the model")):
         tokens = model.tokenize(text)
         steps, pieces[i] = model.full_depth(tokens), pieces_of(tokens)

@@ -41,7 +41,7 @@ class Reservoir:
         ids: most tokens of a text of a token classifier, whose shape is (0, 0), with 0 labels.
         """
         self.base, self._half_life, self._random = base, half_life, np.random.default_rng(seed)
-        size = 2 * (shape[0] * shape[1] + MOST_PIECES) + 4 * (labels + ids) + 37
+        size = 2 * shape[0] * shape[1] + 4 * (labels + ids + MOST_PIECES) + 37
         self.capacity = max(1, min(max_bytes // size, MOST_RECORDS))
         self.texts = 0.0
         self._count = 0
@@ -49,7 +49,7 @@ class Reservoir:
         self._states = np.empty((self.capacity, *shape), np.float16)
         self._logits = np.empty((self.capacity, labels), np.float32)
         self._ids = np.empty((self.capacity, ids), np.int32)
-        self._pieces = np.empty((self.capacity, MOST_PIECES), np.uint16)
+        self._pieces = np.empty((self.capacity, MOST_PIECES), np.uint32)
         self._shares, self._ranks = np.empty(self.capacity), np.empty(self.capacity)
         self._keys = np.empty(self.capacity, np.uint64)
         self._numbers = np.empty(self.capacity, np.int64)

@@ -2,20 +2,35 @@
 
 from collections.abc import Callable
 from time import monotonic
+from typing import NamedTuple
 
 FAILURES = 5  # consecutive outages that open the breaker
 PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
-MAX_SUSPECTS = 256  # clients that are remembered
+GOOD_S = 10.0  # an upstream that has answered a client within this time works for it
+MAX_CLIENTS = 256  # clients that are remembered
+
+
+class Call(NamedTuple):
+    """A call in flight.
+
+    Attributes:
+        client: whose text is sent.
+        is_trial: the breaker was open when it began.
+    """
+
+    client: str
+    is_trial: bool
 
 
 class Breaker:
-    """A circuit breaker: open after FAILURES outages in a row; after each pause, one call is tried.
+    """A circuit breaker: open after FAILURES outages in a row; after each pause, calls are tried one by one.
 
-    Outages that may be due to the texts of one client open it only together with those of another, or if that client is
-    alone. If such a trial fails, each other client may try once without a pause.
+    Outages that may be due to the texts of one client open it only together with those of another, while the upstream
+    answers nobody else, or if that client is alone. If such a trial fails or is cancelled, other clients may try
+    without a pause. A trial that takes long keeps nobody else from trying.
 
     Attributes:
-        is_open: calls are refused, or only one of them is tried.
+        is_open: calls are refused, or only some are tried.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
@@ -24,54 +39,75 @@ class Breaker:
         # The clients of these outages, or, once it is open, of the trials that failed since a pause; None: not due to a
         # client.
         self._suspects = set[str | None]()
-        self.is_open = self._is_trying = False
+        self._good = dict[str, float]()  # time of the last answer to each client, the oldest first
+        self._trials, self._tried_at = (
+            set[str](),
+            0.0,
+        )  # clients with a trial in flight; start of the last one
+        self.is_open = False
 
     def wait_s(self, client: str | None = None) -> float:
         """Seconds until a client's call may be tried; 0: now. None: a client's whose call has failed."""
         if not self.is_open:
             return 0.0
+        if client in self._trials:
+            return PAUSE_S
+        now = self._clock()
         may_try = client is not None and self._suspects and client not in self._suspects
-        return max(0.0 if may_try else self._until - self._clock(), PAUSE_S if self._is_trying else 0.0)
+        return max(
+            0.0 if may_try else self._until - now, self._tried_at + PAUSE_S - now if self._trials else 0.0
+        )
 
-    def begin(self) -> bool:
-        """Record the start of a call, if wait_s() is 0; returns True if it is a trial."""
-        is_trial = self.is_open
-        self._is_trying |= is_trial
-        return is_trial
+    def begin(self, client: str) -> Call:
+        """Record the start of a call, if wait_s() is 0."""
+        if self.is_open:
+            self._trials.add(client)
+            self._tried_at = self._clock()
+        return Call(client, self.is_open)
 
     def end(
         self,
-        is_trial: bool,
+        call: Call,
         is_outage: bool | None,
         retry_after_s: float | None = None,
-        client: str | None = None,
+        is_certain: bool = False,
         is_alone: bool = False,
     ) -> None:
         """Record the end of a call.
 
-        is_outage: None if it is unknown, because the call was cancelled. client: the client whose text may be the
-        cause; None: no text is. is_alone: no other client is active.
+        is_outage: None if it is unknown, because the call was cancelled. is_certain: no text can be the cause.
+        is_alone: no other client is active.
         """
-        if is_trial:
-            self._is_trying = False
+        now = self._clock()
+        if call.is_trial:
+            self._trials.discard(call.client)
         if is_outage is None:
+            if call.is_trial and self.is_open:
+                self._suspects.add(call.client)
+                self._until = max(self._until, now + self._pause_s)
             return
         if not is_outage:
             self._failures, self._pause_s, self.is_open = 0, PAUSE_S, False
             self._suspects.clear()
+            self._good.pop(call.client, None)
+            self._good[call.client] = now
+            if len(self._good) > MAX_CLIENTS:
+                del self._good[next(iter(self._good))]
             return
-        if self.is_open and not is_trial:  # it began before
+        if self.is_open and not call.is_trial:  # it began before
             return
         self._failures += 1
-        if is_alone or (is_trial and client in self._suspects):
+        client = None if is_certain else call.client
+        if is_alone or (call.is_trial and client in self._suspects):
             self._suspects.clear()  # after a pause, each client may try once more
         self._suspects.add(client)
-        is_certain = is_alone or len(self._suspects) > 1 or None in self._suspects
-        if is_trial or (is_certain and self._failures >= FAILURES):
-            self._until = self._clock() + max(self._pause_s, min(retry_after_s or 0.0, MAX_PAUSE_S))
-            if is_certain:
+        works = any(at > now - GOOD_S for one, at in self._good.items() if one not in self._suspects)
+        is_known = is_alone or None in self._suspects or (len(self._suspects) > 1 and not works)
+        if call.is_trial or (is_known and self._failures >= FAILURES):
+            self._until = now + max(self._pause_s, min(retry_after_s or 0.0, MAX_PAUSE_S))
+            if is_known:
                 self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
             opens = not self.is_open and not is_alone
-            if opens or None in self._suspects or len(self._suspects) > MAX_SUSPECTS:
+            if opens or None in self._suspects or len(self._suspects) > MAX_CLIENTS:
                 self._suspects.clear()  # all wait for the pause
             self.is_open = True

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from de3.server.background import keep_running, run_once
 from de3.server.errors import Cause, RequestError
 from de3.server.fair_queue import Slots
+from de3.server.networks import network_of
 from de3.server.settings import Settings
 from de3.server.shares import Shares
 from de3.server.upstream.breaker import Breaker
@@ -27,7 +28,6 @@ BACKOFF_S = 0.25  # pause before the second attempt; it doubles, and is varied a
 REPEAT_SHARE = 0.02  # share of the audits that call twice
 MIN_REPEATS = 50  # repeated audits before a warning
 SAVE_S = 0.5  # interval between saves; a kill loses the calls since the last one
-RECENT_S = 60.0  # a client counts as active for this long after its last text
 LOG_S = 60.0  # minimum time between two log lines about failures of one kind
 
 
@@ -59,6 +59,7 @@ class Caller:
         the usual latency. Raises RequestError if there is no answer.
         """
         ends = perf_counter() + timeout_s
+        query = query._replace(client=network_of(query.client))  # an attacker can have many addresses in one
         if timeout_s <= (self.usage.usual_s if is_budget else 0.0):
             raise RequestError(
                 f"{self.of.name}: no time is left to ask its upstream", None, "upstream_timeout", 1
@@ -126,25 +127,24 @@ class Caller:
 
     async def _call(self, query: Query) -> Reply:
         """One call. If the time of its text ends first, it is cancelled, which says nothing about the upstream."""
-        is_trial, is_outage, retry_after_s, started = self._breaker.begin(), None, None, perf_counter()
-        failure, suspect, is_alone = "", None, False
+        call, is_outage, error, started = self._breaker.begin(query.client), None, None, perf_counter()
         self.usage.called(query.kind, query.client)
         try:
             reply = await self._client.call(query.text, self.of.upstream.timeout_s, self.usage.used)
             is_outage = False
-        except CallError as error:
-            is_outage, retry_after_s, failure = error.is_outage, error.retry_after_s, str(error)
-            if not error.is_certain:
-                suspect, is_alone = query.client, self._calls.is_alone(query.client, RECENT_S)
-            self.usage.failed(error.why)
-            self._log(error.why, failure)
+        except CallError as failed:
+            is_outage, error = failed.is_outage, failed
+            self.usage.failed(failed.why)
+            self._log(failed.why, str(failed))
             raise
         except asyncio.CancelledError:  # its latency is at least this
             self.usage.took(max(perf_counter() - started, self.usage.usual_s))
             raise
         finally:
-            self._breaker.end(is_trial, is_outage, retry_after_s, suspect, is_alone)
-            self._note(failure)
+            is_certain, after_s = (False, None) if error is None else (error.is_certain, error.retry_after_s)
+            is_alone = not is_certain and self._calls.is_alone(query.client)
+            self._breaker.end(call, is_outage, after_s, is_certain, is_alone)
+            self._note(str(error or ""))
         self.usage.took(perf_counter() - started)
         self.usage.totals.extracted += reply.is_extracted
         return reply
