@@ -42,7 +42,8 @@ def report(
             lines.append(f"{model}speed-up in model time: {speedup:.1f}× over full depth")
     if summary.truncated:
         limit = "windows" if options.get("long") == "windows" else "limit (--long windows reads more)"
-        lines.append(f"{plural(summary.truncated, 'text')} truncated to the model's {limit}")
+        run = " in this run" if summary.earlier else ""
+        lines.append(f"{plural(summary.truncated, 'text')}{run} truncated to the model's {limit}")
     for artifact in artifacts:
         if artifact.manifest.upstream is not None:  # never certified
             continue

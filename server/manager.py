@@ -94,7 +94,8 @@ class Manager:
         self._drop_shadows = drop_shadows
         self._store, self._known = Store(settings.store, settings.state_dir), list(known)
         folder = settings.state_dir if settings.learn else None
-        self._learned = None if folder is None else LearnFolder(folder).store
+        self._learning = None if folder is None else LearnFolder(folder)
+        self._learned = None if self._learning is None else self._learning.store
         self._prover = Prover()
         self._changing = asyncio.Lock()
         self._plan: Plan
@@ -183,6 +184,8 @@ class Manager:
         elif not change.by_admin and await asyncio.to_thread(self._store.pin, name) is not None:
             raise RequestError(f"{name} is pinned to another version", "name", "conflict")
         artifact = await self._open(name, version)
+        if version is None and role == "current" and self._learning is not None:
+            artifact = await asyncio.to_thread(self._learning.newest, artifact)
         if change.what == "load" and await asyncio.to_thread(artifact.is_outdated):
             why = "its files have changed since the server started; restart the server to serve them"
             raise RequestError(f"{name}: {why}", "name", "conflict")

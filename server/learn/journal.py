@@ -184,11 +184,26 @@ class LearnFolder:
 
         Also the artifact itself if that version cannot be opened, or was learned for another version of the model.
         """
+        journal = self._journal_for(artifact)
+        current = None if journal is None else journal.current
+        return self._instead_of(artifact, current if pin is None else pin)
+
+    def newest(self, artifact: Artifact) -> Artifact:
+        """The latest version that was learned for an artifact and served; the artifact if there is none."""
+        journal = self._journal_for(artifact)
+        return self._instead_of(artifact, None if journal is None else journal.latest)
+
+    def _journal_for(self, artifact: Artifact) -> Journal | None:
+        """The journal of a model whose learned versions are served in place of an artifact; None if there is none."""
         manifest, base = artifact.manifest, base_of(artifact.manifest)
-        current = pin
-        if pin is None and self._journal_path(manifest.name, base).is_file():
-            journal = self.journal(manifest.name, base)
-            current = journal.current if journal.origin == manifest.version else None
+        if not self._journal_path(manifest.name, base).is_file():
+            return None
+        journal = self.journal(manifest.name, base)
+        return journal if journal.origin == manifest.version else None
+
+    def _instead_of(self, artifact: Artifact, version: int | None) -> Artifact:
+        """A learned version, to be served in place of an artifact; the artifact if that is not possible."""
+        manifest, base, current = artifact.manifest, base_of(artifact.manifest), version
         if current is None or current <= LEARNED_FROM:
             return artifact
         try:

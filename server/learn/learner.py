@@ -20,7 +20,7 @@ MAX_HELD = 4096
 MAX_TESTS = 10_000  # held-out texts of a waiting version
 SAVE_GROWTH = 1.25  # records are saved once their number has grown by this factor since the last save
 
-Phase = Literal["recording", "fitting"]
+Phase = Literal["recording", "fitting", "testing"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Learner:
     Attributes:
         artifact: the current version; all learned versions have the same weights.
         base: hash of these weights and the tokenizer; see base_of.
-        phase: recording, or fitting.
+        phase: recording, fitting, or testing (the waiting version on newer records).
         is_restored: the saved records, if any, have been read.
         reservoir: the records in memory.
         count: number of records since the start or the last change in the traffic, including restored ones.
@@ -266,6 +266,8 @@ class Learner:
 
     def _message(self, latest: Result | None) -> str:
         """The latest result and the next step, in words."""
+        if self.phase == "testing" and latest is not None:
+            return f"{sentence(latest)}; newer records test it now"
         if self.phase == "fitting":
             seconds = [one.seconds for one in self.journal.results if one.seconds]
             before = f" (the one before took {seconds[-1]:.0f} s)" if seconds else ""
@@ -274,7 +276,10 @@ class Learner:
         after = f"the next fit starts after {max(0, self.due_at - self.count)} more records"
         if latest is None:
             return after
-        return f"{sentence(latest)}; {after}"
+        result = sentence(latest)
+        if latest.outcome == "served" and latest.version != self.artifact.manifest.version:
+            result = result.replace("is served", "was served", 1)
+        return f"{result}; {after}"
 
 
 def sentence(result: Result) -> str:

@@ -162,7 +162,7 @@ class Learners:
             if not learner.is_restored:
                 learner.restore(await asyncio.to_thread(self._folder.records, learner.name, learner.base))
             learner.observe(self._changes(learner))
-            if learner.phase == "fitting":  # the process of the fit reads the records
+            if learner.phase != "recording":  # a process reads the records
                 await asyncio.to_thread(self._save, learner, learner.save_journal)
             elif learner.needs_saving:
                 await self._save_aside(learner)
@@ -198,7 +198,7 @@ class Learners:
         await self._conclude(learner, attempt, self._try(learner, attempt))
 
     async def _test(self, learner: Learner, waiting: Waiting) -> None:
-        learner.phase = "fitting"
+        learner.phase = "testing"
         await self._conclude(learner, waiting.attempt, self._try_again(learner, waiting))
 
     async def _conclude(self, learner: Learner, attempt: int, trial: Coroutine[Any, Any, Result]) -> None:
@@ -215,8 +215,9 @@ class Learners:
         except asyncio.CancelledError:
             learner.phase = "recording"
             raise
+        if learner.phase == "fitting" or result.outcome != "waits":  # else it is counted already
+            self.fits[learner.name, result.outcome] = self.fits.get((learner.name, result.outcome), 0) + 1
         learner.end(result)
-        self.fits[learner.name, result.outcome] = self.fits.get((learner.name, result.outcome), 0) + 1
         if result.outcome != "failed":
             log.info("%s: %s", learner.name, sentence(result))
         used = self._ledgers.versions(learner.name) | {self._current.get(learner.name, 0)}

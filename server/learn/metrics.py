@@ -41,7 +41,7 @@ class LearnMetrics(Collector):
             if not self._learners.starts_fits:
                 continue
             next_fit.add_metric(name, max(0, learner.due_at - learner.count))
-            fitting.add_metric(name, learner.phase == "fitting")
+            fitting.add_metric(name, learner.phase != "recording")
             measured = [one for one in results if one.speedup is not None]
             speedup.add_metric(name, (measured[-1].speedup if measured else None) or 1.0)
             proved.add_metric(name, (measured[-1].proved_speedup if measured else None) or 1.0)
