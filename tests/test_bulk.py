@@ -1050,7 +1050,9 @@ def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> N
     assert not certifies() and not certifies(tau=0.1) and not certifies(max_disagreement=0.5, long="windows")
     assert not certifies(max_disagreement=1e-9)  # every text runs to full depth
     summary.truncated = 960
-    assert "960 texts in this run truncated to the model's limit (--long windows reads more)" in report(summary, [], {})
+    assert "960 texts in this run truncated to the model's limit (--long windows reads more)" in report(
+        summary, [], {}
+    )
     assert "960 texts truncated to the model's windows" in report(summary, [], {"long": "windows"})
     assert report(summary, [], {})[0] == "9 rows (3 of them by an earlier run) in 10.0 s: 0.5 rows/s"
     assert report(run.Summary(rows=1, earlier=1, seconds=2), [], {}) == [

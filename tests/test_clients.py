@@ -3,11 +3,10 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from unittest.mock import ANY
 
 import httpx
 import numpy as np
@@ -22,7 +21,7 @@ from de3.server.http.frontend import Frontend
 from de3.server.http.tei import PREDICT
 from de3.server.service import Service
 from de3.server.settings import Settings
-from tests.serving import Server, serving, until
+from tests.serving import Server, serving
 
 TEXTS = ["a good film", "dull and boring", "it is not bad"]
 KEY = "alice-has-a-long-key"
@@ -337,33 +336,6 @@ def test_tensors_in_json_that_do_not_fit(server: Server, change: dict[str, Any])
     assert refused.status_code == 422  # one second text for two
 
 
-def test_refusals_before_a_request_is_read_have_their_protocols_format(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["good"]}
-    with serving(store, models=["tiny"], api_keys=f"alice {KEY}", rate_limit="1/hour") as server:
-
-        def refused(status: int, key: str = KEY) -> None:
-            with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {key}"}) as client:
-                tei = client.post("/predict", json={"inputs": "good"})
-                triton = client.post("/v2/models/tiny/infer", json={"inputs": [tensor]})
-                own = client.post("/classify", json={"input": "good"})
-            kind = "validation" if status == 401 else "overloaded"
-            assert (tei.status_code, tei.json()) == (status, {"error": ANY, "error_type": kind})
-            assert (triton.status_code, triton.json()) == (status, {"error": ANY})
-            assert own.json()["error"]["code"] == status
-
-        refused(401, key="wrong")
-        assert httpx.get(server.url + "/v2/health/ready").status_code == 200
-        headers = {"Authorization": f"Bearer {KEY}"}
-        allowed = httpx.post(server.url + "/predict", json={"inputs": "good"}, headers=headers)
-        assert allowed.status_code == 200 and "server-timing" in allowed.headers
-        refused(429)
-        until(lambda: server.metric("de3_rejected_total", cause="rate_limited") == 3, "the counts")
-        monkeypatch.setattr(server.frontend, "sheds", lambda _: True)
-        refused(503)
-
-
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
@@ -386,33 +358,6 @@ def test_errors_have_their_protocols_format(server: Server, method: str, path: s
         assert answer.json() == {"error": error, "error_type": "validation"} and isinstance(error, str)
     else:
         assert error["code"] == status and error["message"]
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "name"),
-    [
-        ("/classify", {"input": ["good", "LONG"], "truncate": False}, "input[1]"),
-        ("/classify", {"inputs": ["good", "LONG"], "parameters": {"truncation": False}}, "inputs[1]"),
-        ("/", {"inputs": "LONG", "parameters": {"truncation": False}}, "inputs"),
-        ("/predict", {"inputs": [["good"], ["LONG"]]}, "inputs[1]"),
-        (
-            "/v2/models/tiny/infer",
-            {
-                "inputs": [{"name": "text", "datatype": "BYTES", "shape": [2], "data": ["good", "LONG"]}],
-                "parameters": {"truncate": False},
-            },
-            "inputs: text[1]",
-        ),
-    ],
-)
-def test_a_text_that_is_too_long_is_named_as_its_protocol_does(
-    server: Server, path: str, body: dict[str, Any], name: str
-) -> None:
-    content = json.dumps(body).replace("LONG", "good film " * 100)
-    answer = httpx.post(server.url + path, content=content)
-    error = answer.json()["error"]
-    message = error["message"] if isinstance(error, dict) else error
-    assert answer.status_code == 422 and message.startswith(f"{name}: has 202 tokens; the maximum"), message
 
 
 # huggingface_hub
@@ -519,31 +464,7 @@ def test_tei_refuses_long_texts_unless_told_to_truncate(server: Server) -> None:
     assert ranked(row)[0][1] == pytest.approx(1 / (1 + np.exp(raw[1]["score"] - raw[0]["score"])), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "inputs", [None, [], [[]], [["a", "b", "c"]], ["a", "b", "c"], "", [""], [1], {"text": "a"}]
-)
+@pytest.mark.parametrize("inputs", [None, [[]], [["a", "b", "c"]], ["a", "b", "c"], "", {"text": "a"}])
 def test_tei_says_what_is_wrong(server: Server, inputs: Any) -> None:
     answer = httpx.post(server.url + "/predict", json={"inputs": inputs})
     assert answer.status_code == 422 and answer.json()["error"].startswith("inputs")
-
-
-def test_every_protocol_has_the_same_limit_on_texts(server: Server) -> None:
-    def tensors(texts: list[str]) -> list[dict[str, Any]]:
-        return [{"name": "text", "datatype": "BYTES", "shape": [len(texts)], "data": texts}]
-
-    bodies: dict[str, Callable[[list[str]], dict[str, Any]]] = {
-        "/classify": lambda texts: {"input": texts},
-        "/v1/classify": lambda texts: {"text": texts},
-        "/": lambda texts: {"inputs": texts},
-        "/predict": lambda texts: {"inputs": [[text] for text in texts]},
-        "/v1/models/tiny:predict": lambda texts: {"instances": texts},
-        "/v2/models/tiny/infer": lambda texts: {"inputs": tensors(texts)},
-        "/api/v1/text/contents": lambda texts: {"contents": texts},
-        "/v1/moderations": lambda texts: {"input": [{"type": "text", "text": text} for text in texts]},
-        "/beta/litellm_basic_guardrail_api": lambda texts: {"texts": texts},
-    }
-    for path, body in bodies.items():
-        for count, status in ((1, 200), (8, 200), (9, 422)):
-            answer = httpx.post(server.url + path, json=body(["good"] * count))
-            assert answer.status_code == status, (path, count, answer.text)
-            assert status == 200 or "9 texts; at most 8" in answer.text

@@ -18,7 +18,7 @@ from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
 from de3.server.engine.request import Text
 from de3.server.errors import RequestError
-from de3.server.http import detectors, gliner, guardrail, hugging_face, moderations, open_inference
+from de3.server.http import detectors, gliner, guardrail, hugging_face, moderations
 from tests.fixtures import BAD, GOOD, installed, made_once, save_tokenizer
 from tests.serving import Server, serving
 from tests.test_guards import LITELLM, NEMO, output_of
@@ -407,14 +407,9 @@ def test_unread_windows_are_an_error(protocol: ModuleType, request_type: Any, fi
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/predict", {"inputs": TEXT}),
-        ("/v2/models/finder/infer", json.loads(open_inference.EXAMPLE)),
-        ("/v1/models/finder:predict", {"instances": [TEXT]}),
-        ("/v1/moderations", {"input": TEXT}),
         ("/rerank", {"query": "a", "texts": ["b"]}),
         ("/v1/rerank", {"query": "a", "documents": ["b"]}),
         ("/score", {"text_1": "a", "text_2": ["b"]}),
-        ("/classify", {"text": TEXT}),
     ],
 )
 def test_protocols_without_spans_refuse_a_token_classifier(server: Server, path: str, body: Any) -> None:
