@@ -129,7 +129,8 @@ class Source:
         """The number of rows; an estimate for text files, in which a row may have several lines."""
         if self.kind == ".parquet":
             return sum(_open_parquet(file).metadata.num_rows for file in self.files)
-        return sum(_lines_in(file) for file in self.files)
+        headers = len(self.files) if self.kind in (".csv", ".tsv") else 0
+        return sum(_lines_in(file) for file in self.files) - headers
 
     def slices(self) -> Iterator[Slice]:
         """Yield all rows, in slices; without rows, an empty slice with the columns.

@@ -260,7 +260,9 @@ def _lines(file: TextIO) -> Iterator[tuple[int, str, str]]:
         if is_utf16 or (not line.isascii() and _SURROGATE.search(line)):
             reason = "has a zero byte" if "\0" in line else "not UTF-8"
             encoding = "UTF-16" if is_utf16 else "WINDOWS-1252"
-            problem = f"{reason}; convert the file, for example with iconv -f {encoding} -t UTF-8"
+            problem = (
+                f"{reason}; repair it, or convert the file if all of it is so: iconv -f {encoding} -t UTF-8"
+            )
         yield number, line, problem
 
 

@@ -134,7 +134,10 @@ class Service:
             log.info(
                 "ready in %.1f s: %s, %d engine threads",
                 perf_counter() - started,
-                ", ".join(f"{s.model.full_name} ({s.model.full_runtime})" for s in self.models.all),
+                ", ".join(
+                    f"{s.model.full_name} ({s.model.full_runtime}, τ = {s.rules.default.rule.tau:.4g})"
+                    for s in self.models.all
+                ),
                 self.settings.engine_threads(),
             )
         except Exception as error:

@@ -1053,7 +1053,9 @@ def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> N
     assert "960 texts in this run truncated to the model's limit (--long windows reads more)" in report(
         summary, [], {}
     )
-    assert "960 texts truncated to the model's windows" in report(summary, [], {"long": "windows"})
+    assert "960 texts in this run truncated to the model's windows" in report(
+        summary, [], {"long": "windows"}
+    )
     assert report(summary, [], {})[0] == "9 rows (3 of them by an earlier run) in 10.0 s: 0.5 rows/s"
     assert report(run.Summary(rows=1, earlier=1, seconds=2), [], {}) == [
         "1 row (1 of them by an earlier run) in 2.0 s"
