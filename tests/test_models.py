@@ -6,6 +6,9 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,28 +31,50 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 TEXTS = [text for text, _ in make_rows(60, 21)]
 
 
-@pytest.fixture
-def versions(store: Path, tmp_path: Path) -> Path:
-    """A store with tiny:1, tiny:2 (renamed labels identify its answers) and tiny:3 (damaged)."""
-    path = tmp_path / "store"
-    shutil.copytree(store / "tiny" / "1", path / "tiny" / "1")
-    copy(path, 2, labels=["no", "yes"])
-    copy(path, 3)
-    segment = path / "tiny" / "3" / "layer_02.onnx"
-    segment.write_bytes(segment.read_bytes()[:-1] + b"x")
-    return path
-
-
 def copy(path: Path, version: int, **fields: Any) -> None:
     shutil.copytree(path / "tiny" / "1", path / "tiny" / str(version))
     manifest = path / "tiny" / str(version) / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": version} | fields))
 
 
+def make_versions(store: Path, path: Path, damaged: int) -> Path:
+    """A store with tiny:1, tiny:2 (renamed labels identify its answers) and a damaged version."""
+    shutil.copytree(store / "tiny" / "1", path / "tiny" / "1")
+    copy(path, 2, labels=["no", "yes"])
+    copy(path, damaged)
+    segment = path / "tiny" / str(damaged) / "layer_02.onnx"
+    segment.write_bytes(segment.read_bytes()[:-1] + b"x")
+    return path
+
+
 @pytest.fixture
-def server(versions: Path) -> Iterator[Server]:
-    with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}") as running:
+def versions(store: Path, tmp_path: Path) -> Path:
+    return make_versions(store, tmp_path / "store", 3)
+
+
+def admin_server(store: Path, **settings: Any) -> AbstractContextManager[Server]:
+    return serving(store, admin_keys=f"root {KEY}", **{"models": ["tiny:1"]} | settings)
+
+
+@pytest.fixture(scope="module")
+def running_server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    path = make_versions(store, tmp_path_factory.mktemp("versions") / "store", 9)
+    for version in (4, 5):
+        copy(path, version)
+    with admin_server(path, threads=2) as running:
         yield running
+
+
+@pytest.fixture
+def server(running_server: Server) -> Iterator[Server]:
+    """A server of tiny:1, which can also load tiny:2, tiny:4 and tiny:5; tiny:9 is damaged."""
+    yield running_server
+    for model in rows(running_server):
+        if model["role"] != "current":
+            change(running_server, "unload", version=model["version"])
+    while change(running_server, "rollback").status_code == 200:
+        pass
+    assert served(running_server) == ["tiny:1"]
 
 
 @pytest.fixture
@@ -71,8 +96,12 @@ def answering(server: Server, model: str | None = None) -> str:
     return str(answer.json()["model"])
 
 
+def rows(server: Server) -> list[dict[str, Any]]:
+    return list(httpx.get(server.url + "/v1/models").json()["data"])
+
+
 def served(server: Server) -> list[str]:
-    return [m["id"] for m in httpx.get(server.url + "/v1/models").json()["data"]]
+    return [model["id"] for model in rows(server)]
 
 
 def test_a_new_version_takes_over_and_can_be_rolled_back(server: Server) -> None:
@@ -83,8 +112,6 @@ def test_a_new_version_takes_over_and_can_be_rolled_back(server: Server) -> None
     assert (answering(server), served(server)) == ("tiny:2", ["tiny:2"])
     assert change(server, "rollback").json()["model"] == "tiny:1"
     assert (answering(server), served(server)) == ("tiny:1", ["tiny:1"])
-    again = change(server, "rollback")
-    assert again.status_code == 409 and "no version was current before" in again.text
 
 
 def test_which_version_serves_is_a_decision_that_survives(
@@ -92,13 +119,12 @@ def test_which_version_serves_is_a_decision_that_survives(
 ) -> None:
     """Publishing does not deploy once a person has chosen a version; the command line comes first."""
     copy(versions, 4)
-    keys = {"admin_keys": f"root {KEY}"}
 
     def next_start(answer: httpx.Response) -> tuple[str, str]:
         assert answer.status_code == 200, answer.text
         return answer.json()["next_start"], answer.json()["reason"]
 
-    with serving(versions, **keys) as server:
+    with admin_server(versions, models=[]) as server:
         assert answering(server) == "tiny:4"
         assert next_start(change(server, "load", version=1)) == ("tiny:1", "pinned")
         assert next_start(change(server, "load", version=2)) == ("tiny:2", "pinned")
@@ -107,70 +133,57 @@ def test_which_version_serves_is_a_decision_that_survives(
             assert next_start(change(server, "load", version=4, **role)) == ("tiny:1", "pinned")
             if role["role"] != "loaded":
                 refused = change(server, "rollback")
-                says = f"tiny:4 is a {role['role']}: end it with `de3 models unload tiny:4`"
-                assert refused.status_code == 409 and says in refused.json()["error"]["message"]
-        rows = httpx.get(server.url + "/v1/models").json()["data"]
-        assert {row["id"]: row["is_pinned"] for row in rows} == {"tiny:1": True, "tiny:4": False}
+                assert refused.status_code == 409 and f"tiny:4 is a {role['role']}" in refused.text
+        assert {row["id"]: row["is_pinned"] for row in rows(server)} == {"tiny:1": True, "tiny:4": False}
     copy(versions, 5)  # published later
-    with serving(versions, models=["tiny"], **keys) as server:
+    with admin_server(versions, models=["tiny"]) as server:
         assert answering(server) == "tiny:1"
-    with serving(versions, models=["tiny:4"], **keys) as server:
+    with admin_server(versions, models=["tiny:4"]) as server:
         assert answering(server) == "tiny:4"
         assert next_start(change(server, "load", version=2, role="loaded")) == ("tiny:4", "command line")
         assert next_start(change(server, "unload", version=2)) == ("tiny:4", "command line")
     with running(Service(Settings(store=versions, port=0), [Store(versions).open("tiny")])) as server:
         assert answering(server) == "tiny:1"
-    with serving(versions, **keys) as server:
+    with admin_server(versions, models=[]) as server:
         (versions / "tiny/pinned").write_text("9")
         assert next_start(change(server, "load", version=4, role="loaded")) == ("tiny:5", "newest")
         assert next_start(change(server, "load")) == ("tiny:5", "newest")
         assert next_start(change(server, "unload", version=4)) == ("tiny:5", "newest")
         assert answering(server) == "tiny:5"
-        assert not any(row["is_pinned"] for row in httpx.get(server.url + "/v1/models").json()["data"])
+        assert not any(row["is_pinned"] for row in rows(server))
     (versions / "tiny/pinned").write_text("9")
     caplog.clear()
-    with serving(versions, **keys) as server:
+    with admin_server(versions, models=[]) as server:
         assert answering(server) == "tiny:5"
-    assert (
-        len([line for line in caplog.messages if "tiny is pinned to version 9, which does not" in line]) == 1
-    )
+    assert len([line for line in caplog.messages if "tiny is pinned to version 9" in line]) == 1
 
 
 def test_a_pin_that_cannot_be_saved_is_reported(versions: Path, tmp_path: Path) -> None:
     (versions / "tiny/pinned.new").mkdir()
     copy(versions, 4)
-    with serving(versions, models=["tiny"], admin_keys=f"root {KEY}") as server:
+    with admin_server(versions, models=["tiny"]) as server:
         done = change(server, "load", version=2).json()
         assert done["next_start"] == "tiny:4" and "newest; the pin cannot be saved: " in done["reason"]
         assert answering(server) == "tiny:2"
-    options: dict[str, Any] = {"admin_keys": f"root {KEY}", "state_dir": tmp_path / "state"}
-    with serving(versions, models=["tiny"], **options) as server:
+    with admin_server(versions, models=["tiny"], state_dir=tmp_path / "state") as server:
         assert change(server, "load", version=2).json()["reason"] == "pinned"
-    with serving(versions, models=["tiny"], **options) as server:
+    with admin_server(versions, models=["tiny"], state_dir=tmp_path / "state") as server:
         assert answering(server) == "tiny:2"
 
 
 def test_a_change_is_made_although_the_newest_version_is_damaged(versions: Path) -> None:
     copy(versions, 4)
-    with serving(versions, admin_keys=f"root {KEY}") as server:
+    with admin_server(versions, models=[]) as server:
         (versions / "tiny/4/manifest.json").write_text("{")
         done = change(server, "load", version=2, role="canary", share=0.5)
     assert (done.status_code, done.json()["role"], "next_start" in done.json()) == (200, "canary", False)
 
 
-def test_a_bad_artifact_changes_nothing_and_says_why(server: Server) -> None:
-    refused = change(server, "load")  # without a version, the newest is loaded
-    error = refused.json()["error"]
-    assert (refused.status_code, error["param"]) == (422, "name")
-    assert "layer_02.onnx: damaged" in error["message"]
-    assert error["message"].startswith("not loaded; the served models are unchanged")
-    assert (answering(server), served(server)) == ("tiny:1", ["tiny:1"])
-    assert server.metric("de3_rejected_total", cause="bad_artifact") == 1
-
-
-def test_a_change_that_makes_no_sense_is_refused(server: Server) -> None:
-    cases: list[tuple[str, dict[str, Any], int, str]] = [
-        ("load", {"version": 9}, 404, "no version '9'"),
+@pytest.mark.parametrize(
+    ("what", "body", "status", "says"),
+    [
+        ("load", {}, 422, "layer_02.onnx: damaged"),  # without a version, the newest is loaded
+        ("load", {"version": 99}, 404, "no version '99'"),
         ("load", {"role": "king"}, 422, "role: input should be"),
         ("load", {"share": 0.5}, 422, "share: required for a canary"),
         ("load", {"role": "canary"}, 422, "share: required for a canary"),
@@ -179,11 +192,20 @@ def test_a_change_that_makes_no_sense_is_refused(server: Server) -> None:
         ("load", {"vresion": 2}, 422, "vresion: extra inputs"),
         ("unload", {}, 409, "tiny is the only model"),
         ("unload", {"version": 2}, 404, "no model 'tiny:2'"),
-    ]
-    for what, body, status, says in cases:
-        refused = change(server, what, **body)
-        assert (refused.status_code, says in refused.text) == (status, True), refused.text
-    assert served(server) == ["tiny:1"]
+        ("rollback", {}, 409, "no version was current before"),
+    ],
+    ids=range(11),
+)
+def test_a_change_that_is_refused_changes_nothing(
+    server: Server, what: str, body: dict[str, Any], status: int, says: str
+) -> None:
+    rejected = partial(server.metric, "de3_rejected_total", cause="bad_artifact")
+    before = rejected()
+    refused = change(server, what, **body)
+    assert (refused.status_code, says in refused.text) == (status, True), refused.text
+    assert (answering(server), served(server)) == ("tiny:1", ["tiny:1"])
+    assert rejected() == before + (says == "layer_02.onnx: damaged")
+    assert rejected() == before or refused.json()["error"]["param"] == "name"
 
 
 def test_several_versions_are_served_side_by_side(server: Server) -> None:
@@ -195,55 +217,44 @@ def test_several_versions_are_served_side_by_side(server: Server) -> None:
     assert server.classify(input="good", model="tiny:2").status_code == 404
 
 
-def test_a_version_gets_a_role_can_lose_it_and_stays(
-    server: Server, versions: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_gets_a_role_can_lose_it_and_stays(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random, "random", lambda: 0.5)
-    copy(versions, 4)
     change(server, "load", version=2, role="canary", share=0.75)
     change(server, "load", version=4, role="shadow")
-    rows = httpx.get(server.url + "/v1/models").json()["data"]
-    assert [(r["id"], r["role"], r.get("share")) for r in rows] == [
-        ("tiny:1", "current", None),
-        ("tiny:2", "canary", 0.75),
-        ("tiny:4", "shadow", None),
+    assert [(r["id"], r["role"], r.get("share"), r["runtime"], r["instructions"]) for r in rows(server)] == [
+        ("tiny:1", "current", None, "onnxruntime", None),
+        ("tiny:2", "canary", 0.75, "onnxruntime", None),
+        ("tiny:4", "shadow", None, "onnxruntime", None),
     ]
-    assert [(r["runtime"], r["instructions"]) for r in rows] == [("onnxruntime", None)] * 3
     assert (answering(server), answering(server, "tiny:1")) == ("tiny:2", "tiny:1")
     assert httpx.get(server.url + "/v1/models/tiny/calibration").json()["model"] == "tiny:1"
     for version in (2, 4):
         assert change(server, "load", version=version, role="loaded").status_code == 200
     assert (answering(server), answering(server, "tiny:2")) == ("tiny:1", "tiny:2")
-    rows = httpx.get(server.url + "/v1/models").json()["data"]
-    assert [row["role"] for row in rows] == ["current", "loaded", "loaded"]
+    assert [row["role"] for row in rows(server)] == ["current", "loaded", "loaded"]
 
 
-def test_a_shadow_is_compared_and_answers_nobody(server: Server, versions: Path) -> None:
-    copy(versions, 4)
-    for version, disagreements in ((2, 60), (4, 0)):  # the labels of version 2 have other names
+def test_a_shadow_is_compared_and_answers_nobody(server: Server) -> None:
+    for version, disagreements in ((5, 0), (2, 60)):  # the labels of version 2 have other names
         change(server, "load", version=version, role="shadow")
         answers = [server.classify(input=TEXTS[i : i + 12]).json() for i in range(0, 60, 12)]
         assert {a["model"] for a in answers} == {"tiny:1"}
-        names = {"model": "tiny:1", "shadow": f"tiny:{version}"}
-        until(lambda names=names: server.metric("de3_shadow_texts_total", **names) == 60, "the shadow")  # type: ignore[misc]
-        assert server.metric("de3_shadow_disagreements_total", **names) == disagreements
-
-
-def test_a_shadow_is_not_compared_with_answers_cut_short_by_a_deadline(server: Server) -> None:
-    change(server, "load", version=2, role="shadow")
+        texts = partial(server.metric, model="tiny:1", shadow=f"tiny:{version}")
+        until(lambda texts=texts: texts("de3_shadow_texts_total") == 60, "the shadow")  # type: ignore[misc]
+        assert texts("de3_shadow_disagreements_total") == disagreements
+    # Answers that a deadline cuts short are not compared.
     hurried = server.classify(input=TEXTS, latency_budget_ms=0.001, best_effort=True).json()["data"]
     whole = sum(row["exit"]["reason"] != "deadline" for row in hurried)
     assert whole < len(TEXTS) - 1
     server.classify(input=TEXTS[0])
-    until(lambda: server.metric("de3_shadow_disagreements_total") >= whole + 1, "the shadow")
-    compared = server.metric("de3_shadow_texts_total")
-    assert compared == server.metric("de3_shadow_disagreements_total") == whole + 1
+    until(lambda: texts("de3_shadow_disagreements_total") >= 60 + whole + 1, "the shadow")
+    compared = [texts(f"de3_shadow_{name}_total") for name in ("texts", "disagreements")]
+    assert compared == [60 + whole + 1] * 2
 
 
 def test_a_shadow_takes_nobodys_room(versions: Path) -> None:
     """A shadow's texts do not count as pending, so the autoscaler and the load controller do not see them."""
-    settings = {"models": ["tiny:1"], "admin_keys": f"root {KEY}", "max_queue": 8, "max_texts": 8}
-    with serving(versions, **settings) as server:
+    with admin_server(versions, max_queue=8, max_texts=8) as server:
         change(server, "load", version=2, role="shadow")
         for _ in range(20):
             assert server.classify(input=["good"] * 8).status_code == 200
@@ -251,30 +262,22 @@ def test_a_shadow_takes_nobodys_room(versions: Path) -> None:
         assert server.service.engine.finished == 160
 
 
-def test_metrics_of_old_versions_are_dropped(
-    server: Server, versions: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_of_old_versions_are_dropped(versions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("de3.server.metrics.KEPT_MODELS", 2)
-
-    def series() -> int:
-        return len(httpx.get(server.url + "/metrics").text.splitlines())
-
     sizes = []
-    for version in range(4, 8):
-        copy(versions, version)
-        change(server, "load", version=version)
-        server.classify(input=TEXTS[0])
-        sizes.append(series())
-    assert sizes[0] < sizes[1] == sizes[-1]  # those of the current version and of two others
-    assert server.metric("de3_model_info") == 1
+    with admin_server(versions) as server:
+        for version in range(4, 8):
+            copy(versions, version)
+            change(server, "load", version=version)
+            server.classify(input=TEXTS[0])
+            sizes.append(len(httpx.get(server.url + "/metrics").text.splitlines()))
+        assert sizes[0] < sizes[1] == sizes[-1]  # those of the current version and of two others
+        assert server.metric("de3_model_info") == 1
 
 
-def test_a_full_server_can_still_change_versions(
-    server: Server, versions: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_server_can_still_change_versions(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "MAX_LOADED", 3)
     for version in (4, 5):
-        copy(versions, version)
         assert change(server, "load", version=version, role="loaded").status_code == 200
     refused = change(server, "load", version=2, role="loaded")
     assert refused.status_code == 409 and "3 models are loaded" in refused.text
@@ -293,22 +296,18 @@ def test_the_start_is_a_change_too(versions: Path, loading: tuple[threading.Even
         assert refused.status_code == 409 and "another change" in refused.text
         go_on.set()
         until(lambda: httpx.get(running.url + "/ready").status_code == 200, "the start")
-        assert answering(running) == "tiny:1"
     finally:
         running.stop()
 
 
 def test_a_request_keeps_the_model_it_began_with(versions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
-    with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}") as server:
-        found: list[httpx.Response] = []
-        thread = threading.Thread(target=lambda: found.append(server.classify(input="good")))
-        thread.start()
+    with admin_server(versions) as server, ThreadPoolExecutor(1) as pool:
+        found = pool.submit(server.classify, input="good")
         until(lambda: len(server.service.engine.queue) == 1, "the text to wait")
         assert change(server, "load", version=2).status_code == 200
         gate.open()
-        thread.join()
-        assert found[0].json()["model"] == "tiny:1"
+        assert found.result().json()["model"] == "tiny:1"
         assert answering(server) == "tiny:2"
 
 
@@ -317,10 +316,7 @@ def test_changes_are_off_without_an_admin_key(versions: Path) -> None:
         for what in ("load", "unload", "rollback", "audit/reset", "learn"):
             refused = change(server, what)
             assert refused.status_code == (405 if what == "learn" else 404)
-            assert (
-                refused.json()["error"]["message"]
-                == f"/v1/models/tiny/{what} needs a server with --admin-keys-file"
-            )
+            assert f"{what} needs a server with --admin-keys-file" in refused.text
         paths = httpx.get(server.url + "/openapi.json").json()["paths"]
         assert not [path for path in paths if path.endswith("load")]
 
@@ -328,7 +324,7 @@ def test_changes_are_off_without_an_admin_key(versions: Path) -> None:
 def test_a_change_needs_an_admin_key(versions: Path, caplog: pytest.LogCaptureFixture) -> None:
     users = "alice a-key-for-classifying"
     caplog.set_level("INFO")
-    with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}", api_keys=users) as server:
+    with admin_server(versions, api_keys=users) as server:
         for headers in ({}, {"Authorization": "Bearer nobody-has-this-key"}, {"Authorization": KEY}):
             refused = change(server, "load", headers=headers, version=2)
             assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
@@ -336,7 +332,7 @@ def test_a_change_needs_an_admin_key(versions: Path, caplog: pytest.LogCaptureFi
         for path in ("/v1/models/tiny/load", "/classify/"):  # the second only resembles an admin route
             forbidden = httpx.post(server.url + path, json={}, headers=user)
             assert forbidden.status_code == 403 and "www-authenticate" not in forbidden.headers
-            assert forbidden.json()["error"]["message"] == "this needs an admin's key"
+            assert "admin's key" in forbidden.text
         for path in ("load%0A", "load%0a?x", "unload/", "rollback%0D", "%0A/load", "x/rollback%00"):
             strange = httpx.post(f"{server.url}/v1/models/tiny/{path}", json={})
             assert strange.status_code == 401, path
@@ -353,52 +349,47 @@ def test_a_change_needs_an_admin_key(versions: Path, caplog: pytest.LogCaptureFi
 
 def test_one_change_at_a_time(server: Server, loading: tuple[threading.Event, threading.Event]) -> None:
     begun, go_on = loading
-    found: list[httpx.Response] = []
-    first = threading.Thread(target=lambda: found.append(change(server, "load", version=2)))
-    first.start()
-    assert begun.wait(20)
-    refused = change(server, "load", version=2)
-    assert refused.status_code == 409 and "another change" in refused.text
-    assert answering(server) == "tiny:1"  # until the new version is ready
-    go_on.set()
-    first.join()
-    assert (found[0].status_code, answering(server)) == (200, "tiny:2")
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(change, server, "load", version=2)
+        assert begun.wait(20)
+        refused = change(server, "load", version=2)
+        assert refused.status_code == 409 and "another change" in refused.text
+        assert answering(server) == "tiny:1"  # until the new version is ready
+        go_on.set()
+        assert (first.result().status_code, answering(server)) == (200, "tiny:2")
 
 
-def test_reloads_under_load_fail_no_request(versions: Path) -> None:
+def test_reloads_under_load_fail_no_request(server: Server) -> None:
     """No answer mixes two versions: the labels would show it."""
     labels = {"tiny:1": {"negative", "positive"}, "tiny:2": {"no", "yes"}}
-    stop, wrong, count = threading.Event(), [], Counter[str]()
-    with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}", threads=2) as server:
+    stop, count = threading.Event(), Counter[str]()
 
-        def load(number: int) -> None:
-            with httpx.Client(timeout=30) as client:
-                while not stop.is_set():
-                    body = {"input": TEXTS[number : number + 8]}
-                    answer = client.post(server.url + "/classify", json=body)
-                    if answer.status_code != 200:
-                        wrong.append(answer.text)
-                        continue
-                    found = answer.json()
-                    count[found["model"]] += 1
-                    if {row["label"] for row in found["data"]} - labels[found["model"]]:
-                        wrong.append(answer.text)
+    def load(number: int) -> None:
+        with httpx.Client(timeout=30) as client:
+            while not stop.is_set():
+                answer = client.post(server.url + "/classify", json={"input": TEXTS[number : number + 8]})
+                assert answer.status_code == 200, answer.text
+                found = answer.json()
+                count[found["model"]] += 1
+                assert {row["label"] for row in found["data"]} <= labels[found["model"]], answer.text
 
-        threads = [threading.Thread(target=load, args=(n,)) for n in range(2)]
-        for thread in threads:
-            thread.start()
+    with ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(load, number) for number in range(2)]
         try:
             for version in (2, 1, 1, 2, 2, 1):
                 answered = count[f"tiny:{version}"]
                 done = change(server, "load", version=version)
                 assert done.status_code == 200, done.text
-                until(lambda v=version, n=answered: wrong or count[f"tiny:{v}"] > n, "an answer of it")  # type: ignore[misc]
+
+                def goes_on(version: int = version, answered: int = answered) -> bool:
+                    return count[f"tiny:{version}"] > answered or any(one.done() for one in loads)
+
+                until(goes_on, "an answer of it")
         finally:
             stop.set()
-            for thread in threads:
-                thread.join()
-        assert wrong == []
-        assert len(served(server)) == 1
+        for one in loads:
+            one.result()
+    assert len(served(server)) == 1
 
 
 def test_the_command_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,14 +404,12 @@ def test_the_command_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> No
     assert models("load tiny:2") == f"tiny:2 is current (onnxruntime){start}"
     assert answering(server) == "tiny:2"
     assert models("load tiny:1 --canary 0.5") == f"tiny:1 is canary (onnxruntime){start}"
-    assert "tiny:1 is a canary: end it with `de3 models unload tiny:1`" in refusal(
-        f"models rollback tiny --url {server.url}"
-    )
+    assert "tiny:1 is a canary" in refusal(f"models rollback tiny --url {server.url}")
     assert models("unload tiny:1") == f"tiny:1 is unloaded{start}"
     assert models("rollback tiny") == f"tiny:1 is current again (onnxruntime){start}"
-    assert "layer_02.onnx: damaged" in refusal(f"models load tiny:3 --url {server.url}")
-    assert "--url: Invalid port" in refusal("models load tiny:3 --url http://[::1")
-    assert "control characters" in refusal(["models", "load", "tiny:3", "--url", "http://a b"])
+    assert "layer_02.onnx: damaged" in refusal(f"models load tiny:9 --url {server.url}")
+    assert "--url: Invalid port" in refusal("models load tiny:9 --url http://[::1")
+    assert "control characters" in refusal(["models", "load", "tiny:9", "--url", "http://a b"])
     assert "--url: Invalid port" in refusal("classify good --url http://[::1]evil:80")
 
 

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,13 +53,13 @@ STATE = State([], {})
 
 @asynccontextmanager
 async def member(
-    number: int, group: Group | None = None, **handlers: Callable[..., Any]
+    number: int, group: Group | None = None, is_ready: bool = False, **handlers: Callable[..., Any]
 ) -> AsyncIterator[Process]:
     """A stand-in for a process in a group: it runs `sleep`; only its channel is real, and answers with the handlers."""
     (ours, its), (sockets, its_sockets) = (socket.socketpair() for _ in range(2))
     sockets.setblocking(False)
     os_process = subprocess.Popen(["sleep", "60"])
-    process = Process(number, os_process, sockets, is_member=True, is_listening=True)
+    process = Process(number, os_process, sockets, is_member=True, is_listening=True, is_ready=is_ready)
     if group is not None:
         group.add(process)
     running = [asyncio.create_task(process.channel.run(ours, {}))]
@@ -176,23 +176,92 @@ async def test_a_process_is_late_while_its_event_loop_hangs_and_killed_in_the_en
         assert process.is_late and await asyncio.to_thread(process.os_process.wait) == -signal.SIGKILL
 
 
+@contextmanager
+def accepting(group: Group) -> Iterator[tuple[Connections, socket.socket]]:
+    """What accepts a group's connections, and the client of one that waits to be accepted."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        connections = Connections(group, [listening])
+        connections.start()
+        with socket.create_connection(listening.getsockname(), timeout=30) as client:
+            yield connections, client
+    assert listening.fileno() == -1
+
+
+def taker(number: int, takes: bool | Iterator[bool] = True, **state: Any) -> Any:
+    """A stand-in for a ready process that takes connections, or does at some of the attempts."""
+    taken = list[socket.socket]()
+
+    def take(client: socket.socket) -> bool:
+        can_take = takes if isinstance(takes, bool) else next(takes)
+        taken.extend([client.dup()] if can_take else [])
+        return can_take
+
+    known = {"is_listening": True, "is_ready": True, "is_late": False, "connections": 0}
+    return SimpleNamespace(number=number, take=take, taken=taken, **known | state)
+
+
+LOADING, LATE = {"is_ready": False}, {"is_late": True}
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        ([{"connections": 2}, {"connections": 1}], 2),
+        ([LATE, {"connections": 9}], 2),
+        ([LATE, LOADING], 1),
+        ([{"connections": 9}, LOADING], 1),  # ready processes first
+        ([{"takes": False}, {"connections": 9}], 2),
+        ([{"takes": False}, LOADING], None),
+        ([LOADING, {"is_ready": False, "is_listening": False}], 1),
+        ([{"takes": chain([False] * 3, repeat(True))}], 1),  # no process takes it at first
+    ],
+    ids=range(8),
+)
 @in_event_loop
-async def test_a_late_process_gets_no_connections_and_delays_no_metrics(
-    monkeypatch: pytest.MonkeyPatch, store: Path
+async def test_a_connection_goes_to_the_process_that_can_answer_first(
+    monkeypatch: pytest.MonkeyPatch, states: list[dict[str, Any]], expected: int | None
 ) -> None:
-    monkeypatch.setattr("de3.server.processes.metrics.SAMPLES_S", 600)
-    server, counted = supervised(store), Family("x", "", "counter", [("x_total", {}, 5)])
-    group = server._group
-    async with member(1, group, samples=never) as late, member(2, group, samples=lambda: [counted]) as other:
-        late.samples, late.is_late = [counted], True
-        late.is_ready = other.is_ready = True
-        other.connections = 9
-        for _ in range(2):
-            assert "x_total 10.0\n" in await server._metrics.scrape()
+    """At the end of the server, when one that no process has taken by then is closed."""
+    monkeypatch.setattr(connections, "ACCEPT_S", 0.02 if expected is None else 30.0)
+    group, takers = Group(2), [taker(number, **state) for number, state in enumerate(states, 1)]
+    for one in takers:
+        group.add(one)
+    with accepting(group) as (pending, client):
+        await pending.drain()
+        assert [one.number for one in takers if one.taken] == ([] if expected is None else [expected])
+        with suppress(ConnectionResetError):
+            assert expected or client.recv(1) == b""
+    for sock in (sock for one in takers for sock in one.taken):
+        sock.close()
+
+
+@in_event_loop
+async def test_accepting_without_a_free_file_descriptor_goes_on_later() -> None:
+    group, one, accept = Group(1), taker(1), socket.socket.accept
+    errors = [OSError(24, "Too many open files")]
+    group.add(one)
+
+    def accept_later(listening: socket.socket) -> Any:
+        if errors:
+            raise errors.pop()
+        return accept(listening)
+
+    with mock.patch("socket.socket.accept", accept_later), accepting(group) as (pending, _):
+        while not one.taken:
+            await asyncio.sleep(0)
+        await pending.drain()
+        one.taken.pop().close()
+
+
+@in_event_loop
+async def test_a_failing_process_gets_no_more_connections(store: Path) -> None:
+    server = supervised(store)
+    async with member(1, server._group, is_ready=True) as leaving, member(2, server._group, is_ready=True):
         with socket.socket() as client:
-            assert server._connections._pass_on(client) and other.connections == 10
-            other.is_ready = False  # such a process does not answer requests at all
-            assert server._connections._pass_on(client) and late.connections == 1
+            assert leaving.take(client) and leaving.connections == 1
+            server._handlers(leaving)["leaving"]()
+            assert not leaving.take(client) and not (leaving.is_ready or leaving.is_listening)
+            assert leaving.connections == 1 and server._group.is_ready
 
 
 @in_event_loop
@@ -213,22 +282,25 @@ def test_memory_of_weights_is_shared_once_it_is_filled(store: Path) -> None:
     artifact, weights = Store(store).open("tiny-int8"), Weights()
     encoder = encoder_hashes(artifact.manifest)[-1]
     with attached() as (one, _, ours), attached() as (two, _, others):
-        worker, other, process = one.receiver, two.receiver, Process(1, None, ours)
         for is_filled in (False, True):
-            memory = worker.memory_of(encoder)
+            memory = one.receiver.memory_of(encoder)
             assert memory is not None and not memory.is_filled
-            worker.release_weights(is_filled)
+            one.receiver.release_weights(is_filled)
             with pytest.raises(OSError, match="Bad file descriptor"):
                 os.fstat(memory.fd)
-            process.receive(weights)
-            assert len(weights._fds) == is_filled
-            assert not any(map(os.get_inheritable, weights._fds.values()))  # a fit inherits none
-        weights.send(others, [artifact])
-        other.receive()
-        memory = other.memory_of(encoder)
-        assert memory is not None and memory.is_filled and not os.get_inheritable(memory.fd)
-        other.release_weights()
+            Process(1, None, ours).receive(weights)
+            weights.send(others, [artifact])
+            two.receiver.receive()
+            memory = two.receiver.memory_of(encoder)
+            assert memory is not None and memory.is_filled == is_filled
+            assert not os.get_inheritable(memory.fd)  # a fit inherits none
+            two.receiver.release_weights(False)
         weights.keep([])
+        weights.send(others, [artifact])
+        two.receiver.receive()
+        memory = two.receiver.memory_of(encoder)
+        assert memory is not None and not memory.is_filled
+        two.receiver.release_weights(False)
 
 
 def test_a_process_knows_the_standing_of_every_tenant_before_it_serves_the_model(store: Path) -> None:
@@ -255,8 +327,7 @@ async def test_a_report_is_of_all_processes_and_a_reset_known_to_all_when_it_ret
         "sync": lambda: None,
         "live": lambda name: Live(0.5, 2, {"deadline": 1}),
     }
-    async with member(1, group, **both) as one, member(2, group, **both) as two:
-        one.is_ready = two.is_ready = True
+    async with member(1, group, True, **both), member(2, group, True, **both):
         report = await coordinator.report("tiny-int8:1", 0, None)
         assert [report[name] for name in ("share", "pending", "excluded")] == [0.5, 4, {"deadline": 2}]
         assert (await coordinator.reset("tiny-int8:1", 0))["tau"] == 0
@@ -377,28 +448,28 @@ async def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(sto
 
 @in_event_loop
 async def test_failed_starts_in_a_row_end_the_server_unless_another_process_is_ready(store: Path) -> None:
-    async with member(1) as starting, member(2) as other:
-        server, pauses = supervised(store), list[float]()
+    server, pauses = supervised(store), list[float]()
 
-        async def live(number: int, pause_s: float = 0.0) -> None:
-            pauses.append(pause_s)
+    async def live(number: int, pause_s: float = 0.0) -> None:
+        pauses.append(pause_s)
 
-        async def fail(times: int) -> None:
-            pauses.clear()
-            for _ in range(times):
-                server._failed(1, "no memory")
-            await asyncio.sleep(0)
+    async def fail(times: int) -> None:
+        pauses.clear()
+        for _ in range(times):
+            server._failed(1, "no memory")
+        await asyncio.sleep(0)
 
-        server._live = live  # type: ignore[method-assign]
+    server._live = live  # type: ignore[method-assign]
+    async with member(1) as starting, member(2, server._group) as other:
         for _ in range(2):  # a process that has been ready begins anew
             await fail(MAX_STARTS)
-            assert pauses == [0.0] * MAX_STARTS and not server._over.done()
+            assert pauses == [0.0] * MAX_STARTS and not server._over.done() and not other.is_ready
             server._handlers(starting)["ready"]()
-        other.is_ready = True
-        server._group.add(other)
+        other.is_loaded = True  # it has waited for the first to start
         await fail(MAX_STARTS + 6)
         assert pauses[MAX_STARTS:] == [2.0, 4.0, 8.0, 16.0, RETRY_S, RETRY_S] and not server._over.done()
-        other.is_ready = False
+        assert other.is_ready
+        other.is_ready = other.is_loaded = False
         await fail(1)
         reason = await server._over
         assert pauses == [] and isinstance(reason, ServerError) and str(reason) == "no memory"
@@ -425,21 +496,26 @@ async def test_processes_that_end_again_and_again_end_the_server(
 
 
 @in_event_loop
-async def test_the_counts_of_processes_that_have_ended_are_added(store: Path) -> None:
+async def test_metrics_have_the_counts_of_ended_processes_and_do_not_wait_for_late_ones(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("de3.server.processes.metrics.SAMPLES_S", 600)
+
     def samples(count: int) -> list[Family]:
         counter = Family("x", "", "counter", [("x_total", {"model": "a"}, count)])
         return [counter, Family("queue", "", "gauge", [("queue", {}, count)])]
 
-    group, collecting = Group(1), set[threading.Thread]()
+    group, collecting = Group(2), set[threading.Thread]()
     metrics = SharedMetrics(group, mock.Mock(), Settings(store=store))
     metrics._registry.register(own := mock.Mock(describe=list))
     own.collect.side_effect = lambda: collecting.add(threading.current_thread()) or []
     for count in (300, 40):
         metrics.remove(Process(1, None, socket.socket(), samples=samples(count)))
-    async with member(1, group, samples=lambda: samples(5)):
+    async with member(1, group, samples=lambda: samples(5)), member(2, group, samples=never) as late:
+        late.samples, late.is_late = samples(1000), True
         for _ in range(2):
             text = await metrics.scrape()
-            assert 'x_total{model="a"} 345.0\n' in text and "\nqueue 5.0\n" in text
+            assert 'x_total{model="a"} 1345.0\n' in text and "\nqueue 1000.0\n" in text
     assert collecting and threading.current_thread() not in collecting  # many tenants' bounds take long
 
 
@@ -481,39 +557,16 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected(
 
 
 @in_event_loop
-async def test_a_failing_process_gets_no_more_connections(store: Path) -> None:
-    server = supervised(store)
-    pass_on = server._connections._pass_on
-    with socket.socket() as client:
-        async with member(1, server._group) as leaving, member(2, server._group) as staying:
-            leaving.is_ready = staying.is_ready = True
-            assert pass_on(client) and leaving.connections == 1
-            staying.is_ready = False
-            assert pass_on(client) and leaving.connections == 2  # ready processes first
-            staying.is_ready = True
-            server._handlers(leaving)["leaving"]()
-            assert server._group.is_ready
-            assert pass_on(client) and pass_on(client)
-            assert (leaving.connections, staying.connections) == (2, 2)
-            staying.sockets.close()  # it takes no connection now
-            async with member(3, server._group) as loading:
-                assert not pass_on(client) and loading.connections == 0
-
-
-@in_event_loop
 async def test_the_first_processes_open_together_and_later_ones_alone() -> None:
-    group, opened = Group(3), list[int]()
+    group, opened, draining = Group(3), list[int](), list[int]()
 
-    def handlers(number: int) -> dict[str, Callable[..., Any]]:
-        return {"open": lambda: opened.append(number), "sync": lambda: None}
+    def process(number: int) -> AbstractAsyncContextManager[Process]:
+        handlers = {"open": lambda: opened.append(number), "drain": lambda: draining.append(number)}
+        return member(number, group, sync=lambda: None, **handlers)
 
-    async with (
-        member(1, group, **handlers(1)) as one,
-        member(2, group, **handlers(2)) as two,
-        member(3, group, **handlers(3)) as three,
-    ):
-        for process in (one, two):
-            group.loaded(process)
+    async with process(1) as one, process(2) as two, process(3) as three:
+        for loaded in (one, two):
+            group.loaded(loaded)
         await group.sync()
         assert opened == [] and not group.is_ready  # the third one has not loaded the models
         group.open()  # as after a failed start
@@ -522,40 +575,11 @@ async def test_the_first_processes_open_together_and_later_ones_alone() -> None:
         group.loaded(three)
         await group.sync()
         assert opened[2:] == [3] and group.ready == [one, two, three]
-
-
-@pytest.mark.parametrize("is_busy", [False, True])
-@in_event_loop
-async def test_connections_that_wait_to_be_accepted_at_the_end_are_passed_on_or_closed(
-    monkeypatch: pytest.MonkeyPatch, is_busy: bool
-) -> None:
-    group, taken = Group(1), list[socket.socket]()
-    monkeypatch.setattr(connections, "ACCEPT_S", 0.02 if is_busy else 30.0)
-
-    def take(client: socket.socket) -> bool:
-        """Take connections at every second attempt, or never."""
-        attempts.append(client)
-        if is_busy or len(attempts) % 2:
-            return False
-        taken.append(client.dup())
-        return True
-
-    attempts = list[socket.socket]()
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        state = {"is_listening": True, "is_ready": True, "is_late": False, "connections": 0}
-        group.add(SimpleNamespace(number=1, take=take, **state))  # type: ignore[arg-type]
-        accepting = Connections(group, [listening])
-        accepting.start()
-        clients = [socket.create_connection(listening.getsockname(), timeout=30) for _ in range(2)]
-        await accepting.drain()
-        assert len(taken) == (0 if is_busy else 2) and listening.fileno() == -1
-        for client in clients:
-            if is_busy:
-                with suppress(ConnectionResetError):
-                    assert client.recv(1) == b""
-            client.close()
-    for one in taken:
-        one.close()
+        group.remove(three)
+        group.drain()
+        async with process(3):  # a process that replaces another drains, too
+            await group.sync()
+            assert sorted(draining) == [1, 2, 3]
 
 
 @in_event_loop
@@ -569,18 +593,14 @@ async def test_connections_that_close_are_counted_also_those_without_a_file_desc
             await asyncio.sleep(0)
             process.receive(Weights())
             assert process.connections == then
-
-
-@in_event_loop
-async def test_accepting_without_a_free_file_descriptor_goes_on_later() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as client:
-        listening.setblocking(False)
-        client.connect(listening.getsockname())
-        connections = Connections(Group(1), [listening])
-        with mock.patch("socket.socket.accept", side_effect=OSError(24, "Too many open files")):
-            assert connections._accept(listening)
-        assert not connections._accept(listening) and connections._held is not None
-        connections._held.close()
+        process.connections = 1000  # more messages than fit into the socket: the supervisor is busy
+        for _ in range(process.connections):
+            worker.receiver.closed()
+            await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            while process.connections:
+                process.receive(Weights())
+                await asyncio.sleep(0)
 
 
 @in_event_loop
