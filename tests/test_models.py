@@ -24,7 +24,7 @@ from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.commands import de3, refusal
 from tests.fixtures import make_rows
-from tests.serving import Gate, Server, process, running, serving, until
+from tests.serving import Gate, Server, running, serving, until
 
 KEY = "an-admin-key-of-some-length"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -208,15 +208,6 @@ def test_a_change_that_is_refused_changes_nothing(
     assert rejected() == before or refused.json()["error"]["param"] == "name"
 
 
-def test_several_versions_are_served_side_by_side(server: Server) -> None:
-    assert change(server, "load", version=2, role="loaded").status_code == 200
-    assert (answering(server), answering(server, "tiny:2")) == ("tiny:1", "tiny:2")
-    refused = change(server, "unload", version=1)
-    assert refused.status_code == 409 and "loaded: tiny:2" in refused.text
-    assert change(server, "unload", version=2).json()["unloaded"] == ["tiny:2"]
-    assert server.classify(input="good", model="tiny:2").status_code == 404
-
-
 def test_a_version_gets_a_role_can_lose_it_and_stays(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random, "random", lambda: 0.5)
     change(server, "load", version=2, role="canary", share=0.75)
@@ -232,6 +223,10 @@ def test_a_version_gets_a_role_can_lose_it_and_stays(server: Server, monkeypatch
         assert change(server, "load", version=version, role="loaded").status_code == 200
     assert (answering(server), answering(server, "tiny:2")) == ("tiny:1", "tiny:2")
     assert [row["role"] for row in rows(server)] == ["current", "loaded", "loaded"]
+    refused = change(server, "unload", version=1)
+    assert refused.status_code == 409 and "loaded: tiny:2" in refused.text
+    assert change(server, "unload", version=2).json()["unloaded"] == ["tiny:2"]
+    assert server.classify(input="good", model="tiny:2").status_code == 404
 
 
 def test_a_shadow_is_compared_and_answers_nobody(server: Server) -> None:
@@ -504,15 +499,3 @@ def test_the_default_is_the_settings_or_the_first_that_the_operator_named(store:
     for alias in ("x", "=x", "x=", "x=y=z", "a b=c", "x:1=y"):
         with pytest.raises(ValueError, match=r"aliases\.0"):
             Settings(aliases=[alias])
-
-
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_server_with_an_unknown_alias_does_not_start(
-    store: Path, processes: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DE3_PROCESSES", processes)
-    with process(store, "--alias", "x=other") as running:
-        _, log = running.communicate(timeout=60)
-    assert (
-        running.returncode == 1 and "--alias x=other: other is not served" in log and "Traceback" not in log
-    )

@@ -5,14 +5,15 @@ import shutil
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from http.client import HTTPResponse
 from importlib.metadata import PackageNotFoundError
 from math import inf
 from pathlib import Path
+from threading import Event
 from typing import Any
 from unittest import mock
 
@@ -22,8 +23,10 @@ import pytest
 from de3.loadtest.client import post
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import TextTokenizer
+from de3.server import manager
 from de3.server.http import connection
 from de3.server.http.http_server import ACCEPTS, stop_signals
+from de3.server.processes.supervisor import Supervisor
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.serving import CERTIFICATES, Gate, Server, process, serving, until, url_when_ready
@@ -76,7 +79,7 @@ def test_a_request_without_an_answer_in_time_is_504(store: Path, monkeypatch: py
 def test_a_text_whose_client_leaves_stops_at_a_layer(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     from de3.model_store.segments import OnnxLayers
 
-    entered, go_on, ran = threading.Event(), threading.Event(), []
+    entered, go_on, ran = Event(), Event(), []
     run = OnnxLayers.run
 
     def slow(layers: OnnxLayers, layer: int, hidden: Any) -> object:
@@ -115,7 +118,7 @@ def test_a_crash_is_500_and_the_server_goes_on(server: Server, monkeypatch: pyte
 
 
 def test_one_bad_text_frees_the_room_of_its_request(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, entered, go_on = TextTokenizer.encode, threading.Event(), threading.Event()
+    encode, entered, go_on = TextTokenizer.encode, Event(), Event()
 
     def slow(tokenizer: TextTokenizer, texts: list, **options: bool) -> object:
         if texts[0][0] == "wait":
@@ -136,73 +139,61 @@ def test_one_bad_text_frees_the_room_of_its_request(store: Path, monkeypatch: py
         assert other.result().status_code == 200
 
 
-def test_a_head_that_does_not_arrive_is_cut_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.1)
-    for start in (b"", b"POST /classify HTTP/1.1\r\nHost:"):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
-            s.sendall(start)
-            assert s.recv(100) == b""
-    monkeypatch.undo()  # 0.1 s is too short on a busy machine
-    assert server.classify(input="good").status_code == 200
-
-
-def test_a_server_says_that_it_is_loading_ready_or_draining(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from de3.server import manager
-
-    go_on = threading.Event()
-    load = manager.load
-    monkeypatch.setattr(manager, "load", lambda *a: (go_on.wait(30), load(*a))[1])
-    server = Server(Service(Settings(store=store, port=0, default_model="tiny")))
+@contextmanager
+def loading(store: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[tuple[Server, Event]]:
+    """A server that loads its models once the event is set."""
+    go_on, load = Event(), manager.load
+    monkeypatch.setattr(manager, "load", lambda *a: (go_on.wait(60), load(*a))[1])
+    server = Server(Service(Settings(store=store, port=0, models=["tiny"], **settings)))
+    if settings:
+        monkeypatch.setattr(server.service.shared, "others_ready", mock.AsyncMock(return_value=True))
     server.start()
     try:
-        assert httpx.get(server.url + "/health").status_code == 200
-        ready = httpx.get(server.url + "/ready")
-        assert (ready.status_code, ready.json()) == (503, {"status": "loading"})
-        early = server.classify(input="good")
-        assert early.status_code == 503 and "loading" in early.json()["error"]["message"]
-        assert early.headers["retry-after"] == "1"
-        go_on.set()
-        until(lambda: httpx.get(server.url + "/ready").status_code == 200, "readiness")
-        server.service.drain()
-        ready = httpx.get(server.url + "/ready")
-        assert (ready.status_code, ready.json()) == (503, {"status": "draining"})
-        assert server.metric("de3_ready") == 0
-        assert server.classify(input="good").status_code == 200
+        yield server, go_on
     finally:
         go_on.set()
         server.stop()
 
 
+def ready(server: Server) -> tuple[int, dict[str, str]]:
+    answer = httpx.get(server.url + "/ready")
+    return answer.status_code, answer.json()
+
+
+def test_a_server_says_that_it_is_loading_ready_or_draining(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with loading(store, monkeypatch) as (server, go_on):
+        assert httpx.get(server.url + "/health").status_code == 200
+        assert ready(server) == (503, {"status": "loading"})
+        early = server.classify(input="good")
+        assert early.status_code == 503 and "loading" in early.json()["error"]["message"]
+        assert early.headers["retry-after"] == "1"
+        go_on.set()
+        until(lambda: ready(server)[0] == 200, "readiness")
+        server.service.drain()
+        assert ready(server) == (503, {"status": "draining"})
+        assert server.metric("de3_ready") == 0
+        assert server.classify(input="good").status_code == 200
+
+
 def test_requests_wait_for_the_models_while_another_process_is_ready(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from de3.server import manager
-
-    go_on, load = threading.Event(), manager.load
-    monkeypatch.setattr(manager, "load", lambda *a: (go_on.wait(60), load(*a))[1])
-    server = Server(Service(Settings(store=store, port=0, models=["tiny"], processes=2)))
-    monkeypatch.setattr(server.service.shared, "others_ready", mock.AsyncMock(return_value=True))
-    server.start()
-    with ThreadPoolExecutor(2) as pool:
-        try:
-            for path in ("/ready", "/v2/health/ready"):
-                assert httpx.get(server.url + path).status_code == 200
-            with monkeypatch.context() as patch:
-                server.change(patch, timeout_s=0.01)
-                assert "loading" in server.classify(input="good").text  # it has waited for timeout_s
-            waiting = [
-                pool.submit(server.classify, input="good " * 1000),
-                pool.submit(httpx.get, server.url + "/v2/models/tiny"),
-            ]
-            until(lambda: len(server.listener.connections) == 2, "the requests")
-            assert not any(one.done() for one in waiting)
-            go_on.set()
-            assert [one.result().status_code for one in waiting] == [200, 200]
-        finally:
-            go_on.set()
-            server.stop()
+    with loading(store, monkeypatch, processes=2) as (server, go_on), ThreadPoolExecutor(2) as pool:
+        for path in ("/ready", "/v2/health/ready"):
+            assert httpx.get(server.url + path).status_code == 200
+        with monkeypatch.context() as patch:
+            server.change(patch, timeout_s=0.01)
+            assert "loading" in server.classify(input="good").text  # it has waited for timeout_s
+        waiting = [
+            pool.submit(server.classify, input="good " * 1000),
+            pool.submit(httpx.get, server.url + "/v2/models/tiny"),
+        ]
+        until(lambda: len(server.listener.connections) == 2, "the requests")
+        assert not any(one.done() for one in waiting)
+        go_on.set()
+        assert [one.result().status_code for one in waiting] == [200, 200]
 
 
 def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
@@ -258,29 +249,44 @@ def test_sigterm_answers_everything_that_was_accepted(store: Path) -> None:
         assert running.wait(30) == 0
 
 
+@contextmanager
+def draining(store: Path, processes: int) -> Iterator[tuple[str, Callable[[], object], Callable[[], object]]]:
+    """The URL of a server, a function that signals to it, and one that waits for its end."""
+    if processes == 1:
+        with serving(store, models=["tiny"], drain_s=600) as server:
+            yield server.url, partial(server._uvicorn.handle_exit, signal.SIGTERM, None), server._thread.join
+    else:
+        options = ("--model", "tiny", "--drain-s", "600", "--processes", str(processes))
+        with process(store, *options) as running:
+            yield (
+                url_when_ready(running),
+                partial(running.send_signal, signal.SIGHUP),
+                partial(running.wait, 60),
+            )
+            assert running.returncode == 0
+
+
 @pytest.mark.usefixtures("hangup")
-@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGHUP, 2)])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_draining_server_answers_until_the_second_signal(
-    store: Path, number: signal.Signals, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    systemd.bind(str(tmp_path / "notify"))
-    systemd.settimeout(60)
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-    options = ("--model", "tiny", "--drain-s", "600", "--processes", str(processes))
-    with systemd, process(store, *options) as running:
-        url = url_when_ready(running)
-        assert systemd.recv(100) == b"READY=1"
-        with httpx.Client(base_url=url, verify=CERTIFICATES) as idle:
-            assert "connection" not in idle.get("/ready").headers
-            running.send_signal(number)
-            until(lambda: httpx.get(url + "/ready", verify=CERTIFICATES).status_code == 503, "the drain")
-            assert systemd.recv(100) == b"STOPPING=1"
-            for client in (idle, httpx):  # the first reuses its connection
-                answer = client.post(url + "/classify", json={"input": "good"})  # type: ignore[attr-defined]
-                assert (answer.status_code, answer.headers["connection"]) == (200, "close")
-        running.send_signal(number)
-        assert running.wait(60) == 0
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(60)
+        with draining(store, processes) as (url, send, wait):
+            assert systemd.recv(100) == b"READY=1"
+            with httpx.Client(base_url=url, verify=CERTIFICATES) as idle:
+                assert "connection" not in idle.get("/ready").headers
+                send()
+                until(lambda: httpx.get(url + "/ready", verify=CERTIFICATES).status_code == 503, "the drain")
+                assert systemd.recv(100) == b"STOPPING=1"
+                for client in (idle, httpx):  # the first reuses its connection
+                    answer = client.post(url + "/classify", json={"input": "good"})  # type: ignore[attr-defined]
+                    assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+            send()
+            wait()
 
 
 def test_nohup_is_respected() -> None:
@@ -294,14 +300,16 @@ def test_nohup_is_respected() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_damaged_model_ends_the_server_with_the_reason(store: Path, tmp_path: Path) -> None:
+def test_a_damaged_model_ends_the_server_with_the_reason(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = shutil.copytree(store, tmp_path / "store")
     (copy / "tiny" / "1" / "layer_02.onnx").write_bytes(b"")
-    with process(copy, "--model", "tiny") as running:
-        _, log = running.communicate(timeout=60)
-        assert running.returncode == 1
-        assert "layer_02.onnx: damaged" in log
-        assert "Traceback" not in log
+    monkeypatch.setattr("de3.server.main.stop_signals", list)  # the handlers of this process stay
+    options = ("--store", str(copy), "--model", "tiny", "--port", "0", "--processes", "1")
+    assert exit_code(monkeypatch, "serve", *options) == 1
+    log = capsys.readouterr().err
+    assert "layer_02.onnx: damaged" in log and "Traceback" not in log
 
 
 @pytest.mark.parametrize(
@@ -314,6 +322,7 @@ def test_a_damaged_model_ends_the_server_with_the_reason(store: Path, tmp_path: 
         ("--model tiny --port {taken}", "--port"),
         ("--model tiny --trusted-proxy 10.0.0.1/99", "trusted_proxies.0: '10.0.0.1/99'"),
         ("--model tiny-int8 --processes 2 --traces", "traces: needs the otel extra"),
+        *((f"--alias x=other --processes {n}", "--alias x=other: other is not served") for n in (1, 2)),
     ],
 )
 def test_wrong_settings_are_one_line_before_models_are_loaded(
@@ -323,8 +332,8 @@ def test_wrong_settings_are_one_line_before_models_are_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("de3.server.main.Service", lambda *_: pytest.fail("the models are loaded"))
-    monkeypatch.setattr("de3.server.main.supervise", lambda *_: pytest.fail("processes are started"))
+    monkeypatch.setattr("de3.server.main.HttpServer.run", lambda _: pytest.fail("the models are loaded"))
+    monkeypatch.setattr(Supervisor, "run", lambda _: pytest.fail("processes are started"))
     monkeypatch.setattr("de3.server.http.traces.version", version_without_otel)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         words = arguments.format(taken=taken.getsockname()[1]).split()
@@ -365,7 +374,7 @@ def test_a_slow_client_that_reads_is_not_cut_off(server: Server) -> None:
 
 
 def test_many_connections_are_accepted_in_one_iteration_of_the_event_loop(server: Server) -> None:
-    count, connections, all_wait, seen = 64, server.listener.connections, threading.Event(), list[int]()
+    count, connections, all_wait, seen = 64, server.listener.connections, Event(), list[int]()
     with ExitStack() as clients:
 
         def connect() -> None:
