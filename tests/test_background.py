@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -188,35 +189,22 @@ def test_pauses_grow_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @in_event_loop
 async def test_a_task_is_started_again_until_it_returns_or_is_cancelled() -> None:
-    calls = 0
-
-    async def task() -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
-            raise RuntimeError("unexpected")
-
-    await keep_running("a task", task)
+    task = mock.AsyncMock(side_effect=[UNEXPECTED, None])
+    await keep_running("a task", task)  # type: ignore[arg-type]
     forever = keep_running("forever", asyncio.Event().wait)
     await asyncio.sleep(0)
     forever.cancel()
     with pytest.raises(asyncio.CancelledError):
         await forever
-    assert calls == 2 and errors == {"a task": 1}
+    assert task.call_count == 2 and errors == {"a task": 1}
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_errors_that_nobody_awaits_are_reported(loop: str, caplog: pytest.LogCaptureFixture) -> None:
-    async def fail() -> None:
-        raise RuntimeError("in a task")
-
-    def fail_in_callback() -> None:
-        raise RuntimeError("in a callback")
-
     async def run() -> None:
         report_unhandled(asyncio.get_running_loop())
-        run_once("a task", fail())
-        asyncio.get_running_loop().call_soon(fail_in_callback)
+        run_once("a task", mock.AsyncMock(side_effect=RuntimeError("in a task"))())  # type: ignore[arg-type]
+        asyncio.get_running_loop().call_soon(mock.Mock(side_effect=RuntimeError("in a callback")))
         while errors.total() < 2:
             await asyncio.sleep(0)
 
@@ -338,6 +326,7 @@ async def test_a_process_that_cannot_read_its_channel_drains() -> None:
 
 BROKEN = """
 from de3.cli import main
+from de3.server.processes import group
 from de3.server.processes.channel import Channel
 from de3.server.processes.connections import Connections
 from de3.server.processes.metrics import SharedMetrics
@@ -345,17 +334,24 @@ from tests.test_background import FailsOnce
 
 for owner, name in ((SharedMetrics, "_read"), (Channel, "_receive"), (Connections, "_accept")):
     setattr(owner, name, FailsOnce(getattr(owner, name)))
+group.LOOP_CHECKS = 600
 main()
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_a_supervisor_goes_on(store: Path) -> None:
-    with running(store, "--default-model", "tiny", code=BROKEN) as server:
+def test_a_supervisor_goes_on_and_ends_processes_that_hang_at_the_second_signal(store: Path) -> None:
+    with running(store, "--default-model", "tiny", "--timeout-s", "600", code=BROKEN) as server:
         for task in ("reading_metrics", "process", "event_loop"):
             until(lambda task=task: server.metric("de3_background_errors_total", task=task) == 1, task)
             assert server.logged(f"{task.replace('_', ' ')} failed")
         assert server.metric("de3_replaced_processes_total") == 1
         assert server.get("/ready").status_code == 200
+        until(lambda: server.logged(r"process \d is replaced, after"), "the replacement")
+        until(lambda: len(server.pids) == 2, "the replacement in the log")
+        os.kill(server.pids[0], signal.SIGSTOP)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: len(server.pids) == 1, "the end of the other process")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
+        until(lambda: not server.pids, "the end of the stopped process")

@@ -244,6 +244,7 @@ def test_a_client_ahead_of_others_that_wait_gets_no_admitted() -> None:
     refused.deadline = perf_counter() + 100
     with pytest.raises(RequestError, match="stopping"):
         engine.submit(refused)
+    assert refused not in engine.deadlines._admitted
 
 
 def test_dropped_items_do_not_count_as_others_that_are_pending() -> None:
