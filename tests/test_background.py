@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -45,26 +46,23 @@ from de3.server.shared_run import SharedRun
 from tests.fixtures import make_rows
 from tests.jobs import fit_job
 from tests.serving import Server, in_event_loop, serving, until
+from tests.test_models import HEADERS, KEY, copy
 from tests.test_processes import running
 
-ADMIN = "an-admin-key-of-some-length"
 UNEXPECTED = RuntimeError("unexpected")
 
 
-class FailsOnce:
-    """A function that raises an error at its first call, and counts its calls."""
+def fails_once(function: Callable[..., Any]) -> Any:
+    """The function, but its first call raises an error; `calls` counts its calls."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function, self.calls = function, 0
-
-    def __get__(self, instance: Any, _: type) -> Callable[..., Any]:
-        return lambda *arguments, **named: self(instance, *arguments, **named)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        self.calls += 1
-        if self.calls == 1:
+    def call(*arguments: Any, **named: Any) -> Any:
+        call.calls += 1
+        if call.calls == 1:
             raise RuntimeError("unexpected")
-        return self._function(*arguments, **named)
+        return function(*arguments, **named)
+
+    call.calls = 0
+    return call
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +108,7 @@ def test_a_task_of_the_server_goes_on(
     name: str,
 ) -> None:
     owner = server.service.engine if name == "_observe" else owner
-    failing = FailsOnce(getattr(owner, name))
+    failing = fails_once(getattr(owner, name))
     monkeypatch.setattr(owner, name, failing)
 
     texts = iter(make_rows(5000, 17))
@@ -125,11 +123,14 @@ def test_a_task_of_the_server_goes_on(
     assert server.metric("de3_background_errors_total", task=task) == 1
 
 
-def test_unloading_a_model_survives_an_error(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unloading_a_model_survives_an_error(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(manager, "_give_back", mock.AsyncMock(side_effect=UNEXPECTED))
-    with serving(store, models=["tiny", "tiny-int8"], admin_keys=f"root {ADMIN}") as server:
-        headers = {"Authorization": f"Bearer {ADMIN}"}
-        answer = httpx.post(server.url + "/v1/models/tiny-int8/unload", json={}, headers=headers)
+    shutil.copytree(store / "tiny/1", tmp_path / "tiny/1")
+    copy(tmp_path, 2)
+    with serving(tmp_path, models=["tiny:1", "tiny:2"], admin_keys=f"root {KEY}") as server:
+        answer = httpx.post(server.url + "/v1/models/tiny/unload", json={"version": 2}, headers=HEADERS)
         assert answer.status_code == 200
         until(lambda: errors["freeing_memory"], "the error")
         assert server.classify(input="good").status_code == 200
@@ -169,7 +170,7 @@ def test_a_fit_whose_process_ends_at_once_says_so(monkeypatch: pytest.MonkeyPatc
 def test_a_paused_fit_is_resumed_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "IDLE_CORES", float("inf"))  # always pause
     monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.2); print('{}')")
-    monkeypatch.setattr(fitting, "_times", FailsOnce(fitting._times))
+    monkeypatch.setattr(fitting, "_times", fails_once(fitting._times))
     found = uvloop.run(fitting.run_fit(fit_job()))
     assert found == Found(seconds=found.seconds)
     assert errors["pausing_fit"] == 1
@@ -261,14 +262,14 @@ async def test_one_connection_or_request_does_not_stop_the_others() -> None:
 
 
 def test_an_error_while_the_last_traces_are_sent_is_reported() -> None:
-    provider = mock.Mock(shutdown=FailsOnce(lambda: None))
+    provider = mock.Mock(shutdown=fails_once(lambda: None))
     Traces(provider).stop()
     assert errors == {"traces": 1}
 
 
 def test_a_pools_process_ends_even_if_it_cannot_wait_for_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
-    parent = SimpleNamespace(join=FailsOnce(lambda: None))
+    parent = SimpleNamespace(join=fails_once(lambda: None))
     monkeypatch.setattr(pool, "parent_process", lambda: parent)
     monkeypatch.setattr(pool.os, "_exit", ended.append)
     with pytest.raises(RuntimeError):
@@ -315,7 +316,7 @@ async def test_a_process_that_cannot_read_its_channel_drains() -> None:
         assert await asyncio.to_thread(client.recv, 1) == b""
         assert await asyncio.to_thread(sockets.recv, 10) == CLOSED + b"1"
         assert errors == {"connection": 1} and not served.drain.called
-        worker.channel.call = FailsOnce(None)  # type: ignore[method-assign,assignment]
+        worker.channel.call = fails_once(None)  # type: ignore[method-assign,assignment]
         await asyncio.to_thread(worker.stop)
         assert errors["last_audits"] == 1
         ours.send(b"\x00\x00\x00\x01?")
@@ -330,10 +331,10 @@ from de3.server.processes import group
 from de3.server.processes.channel import Channel
 from de3.server.processes.connections import Connections
 from de3.server.processes.metrics import SharedMetrics
-from tests.test_background import FailsOnce
+from tests.test_background import fails_once
 
 for owner, name in ((SharedMetrics, "_read"), (Channel, "_receive"), (Connections, "_accept")):
-    setattr(owner, name, FailsOnce(getattr(owner, name)))
+    setattr(owner, name, fails_once(getattr(owner, name)))
 group.LOOP_CHECKS = 600
 main()
 """

@@ -53,7 +53,8 @@ class Running:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        self.log.extend(self.process.stderr)
+        for line in self.process.stderr:
+            self.log.append(line)
 
     def logged(self, pattern: str) -> list[str]:
         return [found for line in list(self.log) for found in re.findall(pattern, line)]
