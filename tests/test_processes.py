@@ -366,16 +366,18 @@ def test_every_gauge_has_a_rule(store: Path) -> None:
     assert {f.name for f in families if f.kind in ("gauge", "info")} - audits <= SUMS | MAXIMA | MINIMA
 
 
-SAMPLES = st.dictionaries(st.sampled_from([(), ("a",), ("b",)]), st.integers(0, 100).map(float))
+LABELS = st.sampled_from([(), (("model", "a"),), (("model", "b"),), (("status", "a"),)])
+SAMPLES = st.dictionaries(LABELS, st.integers(0, 100).map(float))
 
 
 @settings(max_examples=30)
 @given(st.lists(SAMPLES, min_size=1, max_size=4))
 def test_counters_are_added_and_order_does_not_matter(processes: list[Any]) -> None:
     parts = [
-        [Family("x", "", "counter", [("x_total", dict.fromkeys(k, "1"), v) for k, v in one.items()])]
+        [Family("x", "", "counter", [("x_total", dict(labels), n) for labels, n in one.items()])]
         for one in processes
     ]
     one, other = merged(parts), merged(reversed(parts))
-    assert sum(s[2] for s in one[0].samples) == sum(sum(samples.values()) for samples in processes)
+    expected = {key: sum(samples.get(key, 0.0) for samples in processes) for key in set().union(*processes)}
+    assert {tuple(labels.items()): n for _, labels, n in one[0].samples} == expected
     assert sorted(map(str, one[0].samples)) == sorted(map(str, other[0].samples))
