@@ -216,6 +216,8 @@ class FairMachine(RuleBasedStateMachine):
     def it_counts_what_waits(self) -> None:
         assert len(self.queue) == len(self.waiting)
         assert self.queue.later_than(-math.inf) == len(self.waiting)
+        of_clients = sum(len(client.items) for client in self.queue._fair.clients.values())
+        assert self.queue._stored == of_clients + len(self.queue._admitted)  # so that dropped texts are freed
         admitted = Counter[str]()
         for item in self.waiting:
             if item.job.is_admitted:
