@@ -6,8 +6,8 @@ import os
 import random
 import shutil
 import threading
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from errno import ENOSPC
 from itertools import count
@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from de3.exits.guarantee import MAX_SHARES, Evidence, profiles
+from de3.exits.guarantee import MAX_SHARES, Evidence, Guarantee, profiles
 from de3.exits.reading import read
 from de3.export import recalibrate, records
 from de3.model_store.fitted import FittedTexts, pieces_of
@@ -44,7 +44,7 @@ from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import LOG_S, MIN_AUDITS, Ledger
 from de3.server.audit.report import Live, report
 from de3.server.audit.state import NEW_SHARES, StateDir, restore, state_of
-from de3.server.audit.tenant import MAX_RESETS, Settled
+from de3.server.audit.tenant import MAX_RESETS, Settled, Tenant
 from de3.server.engine import audit as audit_engine
 from de3.server.engine.audit import OVERDUE_SHARE, Audit, AuditThreads, run_audits
 from de3.server.engine.queue import WorkQueue
@@ -73,6 +73,14 @@ def auditor_of(server: Server) -> Auditor:
     return server.service.audits.of(served)
 
 
+@contextmanager
+def held_back(server: Server) -> Iterator[list[Audit]]:
+    """The audits that a server would run, none of which it runs."""
+    audits = list[Audit]()
+    auditor_of(server)._submit = audits.extend
+    yield audits
+
+
 def ledger_of(server: Server) -> Ledger:
     (served,) = server.service.models.all
     ledger = server.service.shared.audit_store.ledgers.get(served.model.full_name)  # type: ignore[attr-defined]
@@ -91,10 +99,10 @@ def audit(server: Server, model: str = "tiny-int8") -> dict[str, Any]:
     return dict(response.json())
 
 
-def settled(server: Server, texts: int, model: str = "tiny-int8") -> dict[str, Any]:
+def settled(server: Server, texts: int) -> dict[str, Any]:
     """The audit report, once at least this many texts have been counted."""
     until(lambda: texts_of(server) >= texts, f"{texts} texts to be counted")
-    return audit(server, model)
+    return audit(server)
 
 
 def raise_tau(server: Server) -> None:
@@ -112,13 +120,12 @@ def answers(server: Server, **options: Any) -> list[dict[str, Any]]:
     return list(server.classify(input=TEXTS, **options).json()["data"])
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny-int8"])
-def test_audits_count_the_disagreement_with_full_depth(store: Path, model: str) -> None:
+def test_audits_count_the_disagreement_with_full_depth(store: Path) -> None:
     """At values of τ other than the one in force, the counts are compared with the answers to requests that set τ."""
-    with serving(store, models=[model], audit_share=1.0, tau=TAU) as server:
+    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
         early, full = answers(server), [row["label"] for row in answers(server, tau=0)]
         assert early == answers(server, tau=TAU)  # an answer does not depend on being audited
-        said = settled(server, len(TEXTS), model)
+        said = settled(server, len(TEXTS))
         differing = sum(a["label"] != b for a, b in zip(early, full, strict=True))
         assert differing > 0
         assert (said["texts"], said["audits"], said["pending"]) == (200, 200, 0)
@@ -133,8 +140,8 @@ def test_audits_count_the_disagreement_with_full_depth(store: Path, model: str) 
             assert row["disagreement"] == pytest.approx(unlike / 200)
             layers = sum(a["exit"]["layer"] for a in found)
             assert row["mean_exit_layer"] == pytest.approx(layers / 200)
-        assert audit(server, model)["texts"] == 200  # requests with their own exit options do not count
-        name = f"{model}:1"
+        assert audit(server)["texts"] == 200  # requests with their own exit options do not count
+        name = "tiny-int8:1"
         assert server.metric("de3_audit_texts_total", model=name) == 200
         assert server.metric("de3_audit_disagreements_total", model=name) == differing
         assert server.metric("de3_audit_seconds_total", model=name) > 0
@@ -387,18 +394,6 @@ def test_settings_that_do_not_go_together(values: dict[str, Any], field: str) ->
         Settings(**values)
 
 
-def test_a_pending_audit_keeps_the_tokens_and_not_the_text(store: Path) -> None:
-    """Audits may be pending for a long time, and texts may be large."""
-    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=1.0) as server:
-        auditor, waiting = auditor_of(server), list[Audit]()
-        auditor._submit = waiting.extend
-        server.classify(input="good " * 10_000)
-        until(lambda: waiting, "the audit")
-        referred = gc.get_referents(waiting[0], *(waiting[0].on_done.__closure__ or ()))  # type: ignore[attr-defined]
-        assert any(isinstance(one, Tokens) for one in referred)
-        assert not any(isinstance(one, Text) or (isinstance(one, str) and "good" in one) for one in referred)
-
-
 def test_an_unloaded_model_is_freed(store: Path) -> None:
     keys = f"boss {ADMIN['Authorization'].partition(' ')[2]}"
     with serving(store, models=["tiny-int8", "tiny"], audit_share=1.0, tau=TAU, admin_keys=keys) as server:
@@ -411,14 +406,22 @@ def test_an_unloaded_model_is_freed(store: Path) -> None:
 
 
 def test_grouped_audits_match_single_ones_and_wait(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
+    """Those that wait keep the tokens and not the text: they may be pending for a long time, and texts may be large."""
+    with (
+        serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server,
+        held_back(server) as audits,
+    ):
         (served,) = server.service.models.all
-        if served.model.encoder.forward is None:
-            pytest.skip("no kernels")
-        auditor, audits = auditor_of(server), list[Audit]()
-        auditor._submit = audits.extend
         server.classify(input=TEXTS[:12])
         until(lambda: audits, "the audits")
+        for one in audits:
+            referred = gc.get_referents(one, *(one.on_done.__closure__ or ()))  # type: ignore[attr-defined]
+            assert any(isinstance(each, Tokens) for each in referred)
+            assert not any(
+                isinstance(each, Text) or (isinstance(each, str) and each in TEXTS) for each in referred
+            )
+        if served.model.encoder.forward is None:
+            pytest.skip("no kernels")
         queue = WorkQueue(10)
         queue.put(jobs.job(["text"], [1.0]))
         running = threading.Thread(target=run_audits, args=(audits, queue), daemon=True)
@@ -439,12 +442,14 @@ def test_grouped_audits_match_single_ones_and_wait(store: Path, monkeypatch: pyt
 def test_overdue_audits_run_at_normal_priority_while_requests_are_pending(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
+    with (
+        serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server,
+        held_back(server) as audits,
+    ):
         (served,) = server.service.models.all
         if (forward := served.model.encoder.forward) is None:
             pytest.skip("no kernels")
-        auditor, audits, done, at_idle = auditor_of(server), list[Audit](), list[Audit](), list[bool]()
-        auditor._submit = audits.extend
+        done, at_idle = list[Audit](), list[bool]()
         server.classify(input=TEXTS[:12])
         until(lambda: len(audits) > 1, "the audits")
 
@@ -521,12 +526,12 @@ def made(store: Path, version: int = 1, **changes: Any) -> Any:
     return SimpleNamespace(model=model, rules=rules, monitor=monitor)
 
 
+async def unused(*_: Any) -> Any:
+    raise AssertionError
+
+
 def coordinator_of(**settings: Any) -> Coordinator:
     """The ledgers of audits that never run."""
-
-    async def unused(*_: Any) -> Any:
-        raise AssertionError
-
     return Coordinator(Settings(audit_share=1.0, **settings), unused, lambda *_: None, unused, unused)
 
 
@@ -685,33 +690,58 @@ def test_a_change_falls_back_to_full_depth_and_discards_the_texts_that_were_draw
     for name in ("one", "two"):
         count_all(ledger, range(100), tenant=name)
     proved, epoch = ledger.rules.of_tenant("one").rule.tau, ledger.tenants["one"].epoch
-    assert proved > 0
     late, unlike = settled_in(ledger, tenant="one"), settled_in(ledger, tenant="one")
     for key in range(100, 200):
         late.add(key, *UNLIKE, True)
         unlike.add(key, *UNLIKE, True)
     ledger.count([unlike, late])
     assert "differ from full depth more often than the guaranteed 10%" in caplog.text
-
-    def seen(name: str) -> dict[str, Any]:
-        return report(ledger, Live(1.0, 0, {}), ledger.rules.default, name)
-
-    assert seen("one")["tau"] == {"tau": 0.0, "reason": "change"}
-    (reset,) = seen("one")["resets"]
+    one, two = (report(ledger, Live(1.0, 0, {}), ledger.rules.default, name) for name in ("one", "two"))
+    assert one["tau"] == {"tau": 0.0, "reason": "change"}
+    (reset,) = one["resets"]
     assert (reset["reason"], reset["tau"], reset["audits"]) == ("change", proved, 200)
     assert ledger.tenants["one"].evidence.texts == 0 and ledger.tenants["one"].epoch != epoch
-    two = seen("two")
     assert (two["tau"]["tau"], two["resets"], two["audits"]) == (proved, [], 100)
     assert ledger.rules.of_tenant("two").rule.tau == proved > 0 == ledger.rules.of_tenant("one").rule.tau
-    # What was learned is void only if the tenant had sent at least half of the recent texts.
-    assert (ledger.num_resets["change"], ledger.num_changes, ledger.changes()) == (1, 1, {"one": 1})
-    for texts, num_changes in ((99, 1), (100, 2)):
-        ledger._texts = Counter({"one": texts, "two": 100})
-        ledger._changed("one", ledger.tenants["one"])
-        assert ledger.standing.num_changes == num_changes
-    ledger._texts = Counter({"one": MIN_AUDITS - 1})
-    ledger._changed("one", ledger.tenants["one"])
-    assert ledger.num_changes == 2
+    assert ledger.changes() == {"one": 1}
+
+
+@pytest.mark.parametrize(
+    ("rate", "texts", "others", "is_void"),
+    [(0.1, 100, 200, True), (0.1, 100, 201, False), (0.3, MIN_AUDITS // 2, 0, True), (0.3, 30, 0, False)],
+)
+def test_a_change_voids_what_was_learned_only_if_its_tenant_sent_half_of_the_recent_texts(
+    store: Path, rate: float, texts: int, others: int, is_void: bool
+) -> None:
+    """And of enough texts. others: texts of another tenant."""
+    ledger = guaranteed(store, rate)
+    count_all(ledger, range(texts), tenant="one")
+    other = settled_in(ledger, tenant="two")
+    other.skipped = others
+    ledger.count([other])
+    count_all(ledger, range(texts, 2 * texts), UNLIKE, tenant="one")
+    assert (ledger.num_resets["change"], ledger.standing.num_changes) == (1, int(is_void))
+
+
+@pytest.mark.parametrize(
+    ("differs", "missed", "indices"),
+    [
+        (True, [False, False], (1, 2, 1)),  # at τ = 0.2 the answers have a span too many
+        (False, None, (2, 0, 0)),  # no text has a span that could be missed
+    ],
+)
+def test_tau_is_the_lower_one_that_the_two_guarantees_of_a_token_classifier_allow(
+    differs: bool, missed: list[bool] | None, indices: tuple[int, int, int]
+) -> None:
+    taus = np.array([0.0, 0.1, 0.2])
+    rates = Guarantee(0.1, taus), Guarantee(0.1, taus)
+    tenant, one = Tenant(taus, rates[0], 0, rates[1], has_spans=True), Settled("", 0, 1.0, may_rise=True)
+    for key in range(400):
+        one.add(key, [0.15, None], [differs, False], False, [missed])
+    tenant.count(one, [1, 2], 1000)
+    assert (*(one.index for one in rates), tenant.index) == indices
+    tenant.reset(1)
+    assert (*(one.index for one in rates), tenant.index) == (0, 0, 0)
 
 
 def test_an_admins_reset_is_that_of_all_versions_of_the_model(store: Path, tmp_path: Path) -> None:
@@ -809,6 +839,10 @@ def test_the_speedup_is_that_of_the_audits_at_each_tenants_tau(store: Path) -> N
     assert ledger.rules.default.rule.tau == 0  # the lower median
 
 
+TOKENS = Tokens(np.array([[1, 2]]), np.array([[0, 0]]), truncated=False)
+STATES = np.ones((3, 4), np.float32)
+
+
 class Answering(Auditor):
     """An auditor of stand-ins for jobs, whose audits run when a test says so.
 
@@ -816,16 +850,19 @@ class Answering(Auditor):
         waiting: the tenants and entries whose audit has not run.
         counted: for each call, number of texts, and whether τ may rise.
         settled: the texts that were counted.
+        kept: the records for learning.
         is_behind: nothing is drawn.
     """
 
     PASSED: ClassVar = [read(layer, [1.0, 0.0], None) for layer in range(4)]
 
-    def __init__(self, served: Any, **options: Any) -> None:
+    def __init__(self, served: Any, learns: bool = False, asks: bool = False, **options: Any) -> None:
+        """asks: an upstream answers the audits."""
         self.waiting, self.counted = list[Any](), list[tuple[int, bool]]()
-        self.settled, self.is_behind = list[Settled](), False
-        settings = Settings(audit_share=1.0, **options)
-        super().__init__(served, settings, lambda _: None, self._note, is_behind=lambda: self.is_behind)
+        self.settled, self.kept, self.is_behind = list[Settled](), list[Record](), False
+        on, ask = Settings(**{"audit_share": 1.0} | options), unused if asks else None
+        learn = self.kept.extend if learns else None
+        super().__init__(served, on, lambda _: None, self._note, lambda: self.is_behind, learn, ask=ask)
 
     def _note(self, settled: Sequence[Settled]) -> None:
         self.settled += settled
@@ -842,26 +879,16 @@ class Answering(Auditor):
         epoch: int = 0,
         fails: bool = False,
         tenant: str = "",
+        tokens: Tokens = TOKENS,
     ) -> None:
         """Answer a request; a text is drawn with a share of more than 1 - is_drawn.
 
         exits: number of exits passed. epoch: begins before the answer. fails: there is no answer.
         """
-        tokens, texts = Tokens(np.array([[1]]), np.array([[0]]), truncated=False), iter(is_drawn)
-        progress = SimpleNamespace(tokens=tokens)
-        outcome = SimpleNamespace(windows=None, reason="", passed=self.PASSED[:exits], tokens=1)
-        outcome.reading = outcome.passed[-1]
-        items = [
-            SimpleNamespace(
-                progress=progress,
-                text=None,
-                asks_all_exits=False,
-                is_deep=False,
-                outcome=outcome,
-                states=None,
-            )
-            for _ in is_drawn
-        ]
+        texts, passed = iter(is_drawn), self.PASSED[:exits]
+        outcome = SimpleNamespace(windows=None, reason="", passed=passed, reading=passed[-1], tokens=1)
+        item = {"text": None, "asks_all_exits": False, "is_deep": False, "outcome": outcome, "states": STATES}
+        items = [SimpleNamespace(progress=SimpleNamespace(tokens=tokens), **item) for _ in is_drawn]
         choice = SimpleNamespace(rule=SimpleNamespace(tau=tau))
         request, options = SimpleNamespace(tenant=tenant, is_private=False), NO_OPTIONS
         job: Any = SimpleNamespace(client="one", items=items, choice=choice, request=request, options=options)
@@ -875,8 +902,8 @@ class Answering(Auditor):
         self.answered(job, draw)
 
     def run_audit(self, index: int, **result: Any) -> None:
-        fields = {"is_dropped": False, "error": None, "passed": self.PASSED, "model_s": 0.0, "tokens": ""}
-        audit: Any = SimpleNamespace(**fields | {"states": None} | result)
+        fields = {"is_dropped": False, "error": None, "passed": self.PASSED, "model_s": 0.0}
+        audit: Any = SimpleNamespace(**fields | {"tokens": TOKENS, "states": STATES} | result)
         self._done(audit, *self.waiting.pop(index), "client", self.PASSED[0])
 
 
@@ -896,15 +923,13 @@ def test_texts_are_counted_in_order_and_tau_may_rise_after_the_last_of_a_request
 
 def test_texts_that_were_drawn_before_a_reset_or_with_share_0_do_not_count(store: Path) -> None:
     """Nor are exits learned from them."""
-    one, kept = Answering(made(store)), list[Record]()
-    one._learn = kept.append
-    tokens = Tokens(np.array([[1]]), np.array([[0]]), truncated=False)
+    one = Answering(made(store), learns=True)
     one.answer(False, True)
     assert one.counted == [(1, False)] and one.pending == 1
     one.answer(True, False, epoch=1)
     assert len(one.waiting) == 1
-    one.run_audit(0, tokens=tokens, states=np.ones((3, 4), np.float32))
-    assert not kept
+    one.run_audit(0)
+    assert not one.kept
     one.is_behind = True
     one.answer(True, False, epoch=1)
     assert not one.waiting and one.pending == 0
@@ -943,59 +968,38 @@ def test_dropped_audits_do_not_change_the_share_of_early_answers_among_the_count
 
     This holds for their records, too, to which exits are fitted, and which test them.
     """
-    one, rng, kept = Answering(made(store)), random.Random(4), list[Any]()
-    one._ask = lambda *_: None  # type: ignore[assignment, return-value]
-    one._learn = kept.extend
-    one._record = lambda *_, **__: [object()]  # type: ignore[assignment, return-value]
-    one.served.model.empty_states = lambda: None
+    one, rng = Answering(made(store), learns=True, asks=True), random.Random(4)
     unlike = [*one.PASSED[:-1], read(3, [0.0, 1.0], None)]
     for number in range(6000):
         one.answer(True, exits=1 if rng.random() < 0.5 else 4)
         if number % 2 and one.waiting:
             one.run_audit(0, is_dropped=rng.random() < dropped, passed=unlike)
     audits, early = sum(len(each.scores) for each in one.settled), sum(each.served for each in one.settled)
-    assert len(kept) == audits > 200
+    assert len(one.kept) == audits > 200
     assert 0.45 < early / audits < 0.6
 
 
 def test_a_dropped_audit_discards_the_texts_since_the_audit_before_it_and_no_later_audit(store: Path) -> None:
     """Texts after it, which need no audit, wait for the next one, so dropped audits alone prove nothing."""
-    one, kept = Answering(made(store)), list[Any]()
-    one._learn = kept.extend
-    one._record = lambda *_, **__: [object()]  # type: ignore[assignment, return-value]
-    one.served.model.empty_states = lambda: None
+    one = Answering(made(store), learns=True)
     for exits in (1, 4, 4, 1, 4, 1, 4):
         one.answer(True, exits=exits)
     one.run_audit(1, is_dropped=True)
     one.run_audit(1)
-    assert not one.counted
+    assert not one.counted and not one.kept  # until the first audit has run
     one.run_audit(0)
-    assert sum(len(each.scores) for each in one.settled) == len(kept) == 4
+    assert sum(len(each.scores) for each in one.settled) == len(one.kept) == 4
     one.answer(True)
     one.answer(True, exits=4)
     one.run_audit(0, is_dropped=True)
-    assert len(kept) == 4
+    assert len(one.kept) == 4
     one.answer(True)
     one.run_audit(0)
-    assert len(kept) == 6
-
-
-def test_records_are_kept_in_the_order_of_the_answers(store: Path) -> None:
-    """So a fit does not see more of the texts that need no audit, while audits wait."""
-    one, kept = Answering(made(store)), list[Any]()
-    one._learn = kept.extend
-    one._record = lambda *_, **__: [object()]  # type: ignore[assignment, return-value]
-    one.answer(True)
-    for _ in range(5):
-        one.answer(True, exits=4)
-    assert not kept
-    one.run_audit(0)
-    assert len(kept) == 6
+    assert len(one.kept) == 6
 
 
 def test_at_full_depth_texts_count_at_once_but_not_those_that_still_wait(store: Path) -> None:
-    one = Answering(made(store))
-    one._ask = lambda *_: None  # type: ignore[assignment, return-value]
+    one = Answering(made(store), asks=True)
     one.answer(True, exits=4)
     assert not one.counted  # until an answer of the model is audited
     one.answer(True, False, tau=0.0, exits=4)
@@ -1008,8 +1012,7 @@ def test_texts_that_wait_for_an_audit_are_limited(
 ) -> None:
     """If no answer of the model is drawn for long, they count, unless the last audit was dropped."""
     monkeypatch.setattr("de3.server.audit.auditor.ENTRY_TEXTS", 1)
-    one = Answering(made(store))
-    one._ask = lambda _: None  # type: ignore[assignment, return-value]
+    one = Answering(made(store), asks=True)
     one.answer(True)
     one.run_audit(0, is_dropped=is_dropped)
     before = sum(texts for texts, _ in one.counted)
@@ -1125,29 +1128,30 @@ def test_many_tenants_share_the_room_for_hashes(store: Path, monkeypatch: pytest
     ("value", "is_kept"), [(6e4, True), (7e4, False), (-7e4, False), (float("nan"), False)]
 )
 def test_records_have_only_finite_values(store: Path, value: float, is_kept: bool) -> None:
-    on, kept = Settings(audit_share=1.0), list[Record]()
-    auditor = Auditor(made(store), on, lambda _: None, lambda *_: None, learn=kept.extend)
-    tokens = Tokens(np.array([[1, 2]]), np.array([[0, 0]]), truncated=False)
-    pair = Tokens(tokens.ids, np.array([[0, 1]]), truncated=False)
-    ones, states = np.ones((3, 4), np.float32), np.ones((3, 4), np.float32)
+    one, states = Answering(made(store), learns=True, audit_share=0.5), STATES.copy()
     states[1, 2] = value
-    kept += auditor._record("one", 0.5, tokens, states, read(3, [1.0, 2.0], None))
-    kept += auditor._record("one", 0.5, tokens, ones, read(3, [1.0, value], None))
-    assert len(kept) == int(is_kept) + int(np.isfinite(value))
-    kept += auditor._record("one", 0.5, pair, ones, read(3, [1.0, 2.0], None))
-    assert kept[-1].key not in {one.key for one in kept[:-1]}
-    assert (kept[-1].client, kept[-1].share, kept[-1].states.dtype) == ("one", 0.5, np.float16)
+    one.answer(True, True, True)
+    one.run_audit(0, states=states)
+    one.run_audit(0, passed=[*one.PASSED[:-1], read(3, [1.0, value], None)])
+    assert len(one.kept) == int(is_kept) + int(np.isfinite(value))
+    one.run_audit(0, tokens=Tokens(TOKENS.ids, np.array([[0, 1]]), truncated=False))  # a pair of texts
+    assert one.kept[-1].key not in {each.key for each in one.kept[:-1]}
+    assert (one.kept[-1].client, one.kept[-1].share, one.kept[-1].states.dtype) == ("client", 0.5, np.float16)
 
 
 def test_an_audited_text_near_to_a_fitted_one_has_no_key(store: Path) -> None:
     """So it counts only against the exits, in whichever process it was audited; see test_copies_count_only_against."""
-    one = Answering(made(store), guarantee=0.2)
     texts = [
         Tokens(np.array([[9, *ids, 9]]), np.zeros((1, 0)), truncated=False) for ids in ([1, 2, 3], [4, 5, 6])
     ]
-    assert len({one._evidence_key(text) for text in texts}) == 2
-    one.served.model.fitted = FittedTexts(pieces_of(texts[0])[None])
-    assert [one._evidence_key(text) is None for text in texts] == [True, False]
+    found = []
+    for fitted in (None, FittedTexts(pieces_of(texts[0])[None])):
+        one = Answering(made(store), guarantee=0.2)
+        one.served.model.fitted = fitted
+        for text in texts:
+            one.answer(True, exits=4, tokens=text)
+        found.append([key for each in one.settled for key in each.keys])
+    assert None not in found[0] and len({*found[0]}) == 2 and found[1] == [None, found[0][1]]
 
 
 def test_texts_that_are_settled_together_have_one_share(store: Path) -> None:

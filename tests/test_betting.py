@@ -49,6 +49,7 @@ def test_the_mean_wealth_is_1_at_the_rate_that_is_bet_against(rate: float) -> No
     assert mean(e_values_above, rate / 2) < 1 < mean(e_values_above, rate * 1.5)
 
 
+@settings(max_examples=30)  # each bisects
 @given(streams)
 def test_bounds_enclose_the_rate_and_are_in_order(stream: list[bool]) -> None:
     lower, upper = bounds(*counts(stream), 0.95)

@@ -9,10 +9,9 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +70,7 @@ LABELS = ["negative", "positive"]
 FIRST = LEARNED_FROM + 1  # the first learned version
 CUT = 5
 KEYS = "one " + "k" * 20
+LIMITS = {"IDLE_CORES": fitting.IDLE_CORES, "SPARE_CORES": fitting.SPARE_CORES}
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +195,11 @@ def test_pooled_states_are_the_means_of_the_hidden_states_alone_and_in_a_group(b
 
 
 def test_newer_texts_replace_older_ones() -> None:
-    kept = reservoir(400, half_life=2000)
-    for number in range(20_000):
-        kept.add(record(number % 1000))
-    ages = 20_000 - kept.records().numbers
-    assert ages.min() < 100 and 1700 < np.median(ages) < 2400  # about the half-life
+    kept = reservoir(400, half_life=500)
+    for number in range(5000):
+        kept.add(record(number))
+    ages = 5000 - kept.records().numbers
+    assert ages.min() < 25 and 425 < np.median(ages) < 600  # about the half-life
 
 
 def test_a_reservoir_continues_with_the_newest_of_saved_records() -> None:
@@ -333,15 +333,6 @@ def fitted(some: Records, base: Artifact) -> learning.Fitted:
     return learning.fit_exits(some, base.manifest, 1, 0.05)
 
 
-def test_a_fit_reads_only_records_up_to_its_cut_and_is_tested_on_later_ones(some: Records) -> None:
-    cut = learning.cut_of(some)
-    fits, tests = learning._split(some, cut, 0)
-    assert fits.numbers.tolist() == list(range(240)) and tests.numbers.tolist() == list(range(240, 400))
-    assert cut == 239
-    for records in (some.part(np.arange(1)), replace(some, extra=~some.extra)):
-        assert learning.cut_of(records) == 0  # there is nothing to test on
-
-
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=2, max_size=60), st.integers(0, 30))
 def test_no_record_can_be_both_read_by_a_fit_and_evidence(
     rows: list[tuple[int, bool]], first_new: int
@@ -361,6 +352,8 @@ def test_no_record_can_be_both_read_by_a_fit_and_evidence(
 
 
 def test_the_newest_are_fitted_and_tests_are_limited(some: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    for records in (some.part(np.arange(1)), replace(some, extra=~some.extra)):
+        assert learning.cut_of(records) == 0  # there is nothing to test on
     monkeypatch.setattr(learning, "MAX_FITTED", 50)
     monkeypatch.setattr(learning, "MAX_HELD_OUT", 30)
     for by_client, most in ((False, 30), (True, 60)):  # for each client
@@ -373,32 +366,41 @@ def test_the_newest_are_fitted_and_tests_are_limited(some: Records, monkeypatch:
 def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
     some: Records, base: Artifact, by_client: bool, tmp_path: Path
 ) -> None:
-    """Whoever sent them, at the fit and when the version is tested again; the speed-ups are those on other texts."""
+    """Whoever sent them, at the fit and when the version is tested again; the speed-ups are those on other texts.
+
+    If each client has a guarantee of its own, all its held-out records test, even if it sends far less than another.
+    """
     pieces = np.stack([pieces_with(*range(10 * i, 10 * i + 10)) for i in range(400)])
     pieces[300:] = pieces[:100]
     pieces[300:, 9] = NO_PIECE  # nine of ten
-    copied = replace(some, pieces=pieces)
+    copied = replace(some, pieces=pieces, texts=[3600.0, 400.0] if by_client else some.texts)
     found = learning.fit_exits(copied, base.manifest, 1, 0.2, by_client=by_client)
     assert [row.key for row in found.evidence] == [*range(240, 300), *[None] * 100]
     assert {row.cut for row in found.evidence} == {239}
-    alone = learning.fit_exits(replace(copied, extra=np.arange(400) >= 300), base.manifest, 1, 0.2)
-    assert alone.cut < 239  # a fit of fewer records
     store = Store(tmp_path)
     made = store.open_path(learning.publish(base, found, store, 1, 400, version=FIRST))
     again = learning.test(made, copied, 0, by_client).evidence
     assert [(row.key, row.number) for row in again] == [(row.key, row.number) for row in found.evidence]
-    with pytest.raises(ValueError, match="0 new texts"):
-        learning.fit_exits(replace(some, pieces=np.full_like(pieces, NO_PIECE)), base.manifest, 1, 0.2)
+
+
+def test_too_few_records_are_refused(some: Records, base: Artifact) -> None:
+    """Texts that are all near to each other are no new texts."""
+    for few in (some.part(np.arange(8)), replace(some, pieces=np.full_like(some.pieces, NO_PIECE))):
+        with pytest.raises(ValueError, match="too few"):
+            learning.fit_exits(few, base.manifest, 1, 0.2)
+
+
+def ledger_of(manifest: Manifest, **settings: Any) -> Ledger:
+    on = Settings(guarantee=0.05, **settings)
+    return Ledger(manifest, Rules(manifest, on), "native", 1.0, on)
 
 
 def test_a_held_out_text_cannot_be_one_that_the_fit_could_read(learned: tuple[Artifact, Artifact]) -> None:
     held(1, number=CUT + 1)
     with pytest.raises(ValueError, match="could be read by the fit"):
         held(1, number=CUT)
-    manifest, settings = learned[0].manifest, Settings(guarantee=0.05)
-    ledger = Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings)
     with pytest.raises(ValueError, match="another fit"):
-        ledger.count_held_out([held(1)], {"": 1})
+        ledger_of(learned[0].manifest).count_held_out([held(1)], {"": 1})
 
 
 def test_versions_of_earlier_releases_are_served_and_their_records_are_not_used(
@@ -447,16 +449,6 @@ def test_near_texts_share_most_of_their_word_pieces(
     assert found >= is_near if compared == 5 else found == is_near
 
 
-@pytest.mark.parametrize("times", [2, 5])
-def test_a_text_that_is_repeated_among_more_words_is_near(times: int) -> None:
-    """Exits read the mean of the tokens, so it is like the text."""
-    text, words = range(10), range(100, 114)
-    repeated = pieces_with(*text, *[*text] * (times - 1), *words)
-    for fitted, one in ((repeated, pieces_with(*text)), (pieces_with(*text), repeated)):
-        assert FittedTexts(fitted[None]).is_near(one)
-        assert not FittedTexts(fitted[None]).is_near(pieces_with(*words[:6], *range(200, 210)))
-
-
 def test_a_text_that_shares_pieces_with_many_long_texts_is_near() -> None:
     """Comparing it with each of them would block the event loop."""
     pieces = np.random.default_rng(0).permutation(2**16 - 1).tolist()
@@ -468,16 +460,34 @@ def test_a_text_that_shares_pieces_with_many_long_texts_is_near() -> None:
         assert FittedTexts(np.stack(others)).is_near(pieces_with(*own))
 
 
-@pytest.mark.parametrize("added", [[], range(24), range(1000, 1024)])
-def test_a_copy_of_a_long_text_is_near_whatever_is_added(added: Sequence[int]) -> None:
-    """Only the smallest hashes of a long text are known."""
-    rng = np.random.default_rng(0)
-    texts = [set(rng.choice(2**16 - 1, 400, replace=False).tolist()) for _ in range(2)]
-    ours, other = (pieces_with(*text) for text in texts)
-    copied = pieces_with(*{*texts[0], *added})
-    for fitted, one in ((ours, copied), (copied, ours)):
+LONG, OTHER_LONG = (
+    np.random.default_rng(seed).choice(2**16 - 1, 400, replace=False).tolist() for seed in (0, 1)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "copied", "other"),
+    [
+        # Only the smallest hashes of a long text are known.
+        *((LONG, {*LONG, *added}, OTHER_LONG) for added in ((), range(24), range(1000, 1024))),
+        # Exits read the mean of the tokens, so a text that is repeated among more words is like the text.
+        *(
+            (
+                range(10),
+                [*range(100, 114), *range(10), *range(10), *more],
+                [*range(100, 106), *range(200, 210)],
+            )
+            for more in ([], [*range(10)] * 3)
+        ),
+    ],
+)
+def test_a_copy_of_a_text_is_near_whatever_is_added(
+    text: Sequence[int], copied: Iterable[int], other: Sequence[int]
+) -> None:
+    ours, copy = pieces_with(*text), pieces_with(*copied)
+    for fitted, one in ((ours, copy), (copy, ours)):
         assert FittedTexts(fitted[None]).is_near(one)
-        assert not FittedTexts(fitted[None]).is_near(other)
+        assert not FittedTexts(fitted[None]).is_near(pieces_with(*other))
 
 
 def test_a_text_and_its_near_copies_are_near_on_the_model_that_learned(
@@ -546,14 +556,6 @@ def test_each_client_tests_in_proportion_to_its_traffic(some: Records) -> None:
     counts = np.bincount(tested(loud))
     assert 6 < counts[0] / counts[1] < 14
     assert len(tested(replace(some, texts=[400.0, 400.0]))) > 145
-
-
-def test_a_clients_tests_are_its_own(some: Records, base: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If each client has a guarantee of its own, its held-out records are not thinned."""
-    loud = replace(some, texts=[360_000.0, 200.0])
-    monkeypatch.setattr(learning, "MAX_HELD_OUT", 70)
-    found = learning.fit_exits(loud, base.manifest, 1, 0.2, by_client=True).evidence
-    assert Counter(row.client for row in found) == {"one": 70, "two": 70}
 
 
 def test_after_a_change_only_new_texts_test_and_old_ones_are_at_most_as_many(some: Records) -> None:
@@ -625,11 +627,6 @@ def test_the_model_answers_as_the_fit_measured(
     assert not np.allclose(other, weight**3, rtol=1e-5, atol=1e-9)
 
 
-def test_too_few_records_are_refused(some: Records, base: Artifact) -> None:
-    with pytest.raises(ValueError, match="too few"):
-        learning.fit_exits(some.part(np.arange(8)), base.manifest, 1, 0.02)
-
-
 def test_exits_are_imported_from_the_records_of_several_servers(
     base: Artifact, stock_store: Path, some: Records, tmp_path: Path
 ) -> None:
@@ -653,10 +650,9 @@ def test_exits_are_imported_from_the_records_of_several_servers(
 @pytest.mark.parametrize(
     ("options", "precision"),
     [
-        ({"family": "modernbert"}, "int8"),  # its exits see the hidden states through a final norm
+        ({"family": "modernbert"}, "fp32"),  # its exits see the hidden states through a final norm
         ({"problem_type": "multi_label_classification"}, "int8"),
         ({"labels": 1, "problem_type": "regression"}, "int8"),
-        ({}, "fp32"),
         pytest.param({"family": "deberta-v2"}, "int8", marks=pytest.mark.slow),
     ],
 )
@@ -681,6 +677,12 @@ def test_every_kind_of_model_learns(options: dict[str, Any], precision: Any, tmp
 
 def job(base: Artifact, records: Path, store: Path, **fields: Any) -> Job:
     return fit_job(base=base.path, records=records, store=store, **fields)
+
+
+def fit_by(program: str, monkeypatch: pytest.MonkeyPatch, plan: Job | None = None) -> Found:
+    """Run a fit whose process runs this program."""
+    monkeypatch.setattr(fitting, "PROGRAM", program)
+    return asyncio.run(run_fit(plan or fit_job()))
 
 
 def test_exits_are_published_if_they_may_be_faster(
@@ -714,16 +716,35 @@ def test_a_published_version_is_tested_on_newer_records_as_at_its_fit(
     assert learning.test(learned[0], some, 399) == Found()
 
 
-def test_a_fit_that_needs_too_much_memory_fails(
-    base: Artifact, tmp_path: Path, some: Records, monkeypatch: pytest.MonkeyPatch
+LARGE = "from de3.export import fit_process as fit; fit.learn.learn = lambda *_: bytes(2**30); fit.child()"
+
+
+@pytest.mark.parametrize(
+    ("program", "timeout", "message"),
+    [
+        (LARGE, 60.0, "512 MiB"),
+        pytest.param("import time; time.sleep(60)", 0.2, r"more than 0\.2 s", marks=pytest.mark.slow),
+        (
+            f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})",
+            60.0,
+            "killed, probably for lack of memory",
+        ),
+        pytest.param(PROGRAM, 60.0, "another model", marks=pytest.mark.slow),
+    ],
+)
+def test_a_failed_fit_says_why(
+    base: Artifact,
+    some: Records,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    program: str,
+    timeout: float,
+    message: str,
 ) -> None:
-    some.write(tmp_path / "r")
-    large = (
-        "from de3.export import fit_process as fit; fit.learn.learn = lambda *_: bytes(2**30); fit.child()"
-    )
-    monkeypatch.setattr(fitting, "PROGRAM", large)
-    with pytest.raises(FitError, match="512 MiB"):
-        asyncio.run(run_fit(job(base, tmp_path / "r", tmp_path, memory=2**29)))
+    replace(some, base="x").write(tmp_path / "r")
+    monkeypatch.setattr(fitting, "TIMEOUT_S", timeout)
+    with pytest.raises(FitError, match=message):
+        fit_by(program, monkeypatch, job(base, tmp_path / "r", tmp_path, memory=2**29))
 
 
 def test_a_fit_ends_with_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -741,22 +762,6 @@ def test_a_fit_ends_with_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     asyncio.run(cancelled())
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.readlink().name), 0)
-
-
-@pytest.mark.slow
-def test_a_failed_fit_says_why(base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "r"
-    path.write_bytes(b"no")
-    with pytest.raises(FitError, match="damaged"):
-        asyncio.run(run_fit(job(base, path, tmp_path)))
-    monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(60)")
-    monkeypatch.setattr(fitting, "TIMEOUT_S", 0.2)
-    with pytest.raises(FitError, match=r"takes more than 0\.2 s"):
-        asyncio.run(run_fit(job(base, path, tmp_path)))
-    monkeypatch.setattr(fitting, "TIMEOUT_S", 60.0)
-    monkeypatch.setattr(fitting, "PROGRAM", f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})")
-    with pytest.raises(FitError, match="killed, probably for lack of memory"):
-        asyncio.run(run_fit(job(base, path, tmp_path)))
 
 
 def test_a_pause_while_a_fit_writes_its_result_loses_nothing(
@@ -778,8 +783,8 @@ def test_a_pause_while_a_fit_writes_its_result_loses_nothing(
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     monkeypatch.setattr(fitting, "_slow_down", pause)
     result = "'{\"path\": \"' + 'x' * 10**7 + '\"}'"
-    monkeypatch.setattr(fitting, "PROGRAM", f"import os; r = {result}; os.mkdir({str(writes)!r}); print(r)")
-    assert len(str(asyncio.run(run_fit(fit_job())).path)) == 10**7
+    found = fit_by(f"import os; r = {result}; os.mkdir({str(writes)!r}); print(r)", monkeypatch)
+    assert len(str(found.path)) == 10**7
 
 
 def test_under_a_quota_a_fit_is_slowed_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -794,51 +799,45 @@ def test_under_a_quota_a_fit_is_slowed_down(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(asyncio.subprocess.Process, "send_signal", note)
     monkeypatch.setattr(fitting, "cpu_quota", lambda: 1)
     waits = f"import os, time\nwhile not os.path.exists({str(go_on)!r}): time.sleep(0.01)\nprint('{{}}')"
-    monkeypatch.setattr(fitting, "PROGRAM", waits)
-    found = asyncio.run(run_fit(fit_job()))
+    found = fit_by(waits, monkeypatch)
     assert found == Found(seconds=found.seconds) and found.seconds > 0
     assert stops[:2] == [signal.SIGSTOP, signal.SIGCONT]
 
 
-def test_on_a_busy_machine_a_fit_is_paused_only_after_it_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    signals, ran, now = list[int](), iter([1, 1, 1, 2, 2, 3]), count()
-    process: Any = SimpleNamespace(pid=1, returncode=None, send_signal=signals.append)
+@pytest.mark.parametrize(
+    ("limit", "ticks", "signals", "policies"),
+    [
+        # All time is that of other processes.
+        ("IDLE_CORES", [(100 * n, 100 * n, own) for n, own in enumerate((1, 1, 1, 2, 2, 3))], 3, 0),
+        # In 8 or 20 ticks, of 100, one of two cores is idle; the fit itself runs as many.
+        *(
+            ("SPARE_CORES", [(200 * n, (200 - 2 * k) * n, k * n) for n in range(5)], 0, p)
+            for k, p in ((8, 0), (20, 4))
+        ),
+    ],
+)
+def test_on_a_busy_machine_a_fit_is_paused_after_it_has_run_and_gets_the_lowest_priority_if_cores_are_idle(
+    monkeypatch: pytest.MonkeyPatch, limit: str, ticks: list[Any], signals: int, policies: int
+) -> None:
+    """ticks: of all processors, those in use, and those of the fit; it has ended once there are no more.
 
-    def times(pid: int) -> tuple[int, int, int]:
-        """All time is that of other processes."""
-        own = next(ran, None)
-        if own is None:
-            raise ProcessLookupError
-        ticks = 100 * next(now)
-        return ticks, ticks, own
+    signals, policies: number of pauses, and of changes of the priority.
+    """
+    at, sent, changed = iter(ticks), list[int](), list[tuple[int, int]]()
 
-    monkeypatch.setattr(fitting, "IDLE_CORES", 0.75)
-    monkeypatch.setattr(fitting, "_times", times)
-    for name in ("RUN_S", "PAUSE_S"):
-        monkeypatch.setattr(fitting, name, 0.0)
-    asyncio.run(fitting._slow_down(process, False))
-    assert signals == [signal.SIGSTOP, signal.SIGCONT] * 3
-
-
-@pytest.mark.parametrize("idle", [8, 20])
-def test_a_fit_gets_the_lowest_priority_if_cores_are_idle(monkeypatch: pytest.MonkeyPatch, idle: int) -> None:
-    """idle: ticks, of 100, in which one of two cores is idle; the fit itself runs as many."""
-    now, policies = iter(range(5)), list[tuple[int, int]]()
-    process: Any = SimpleNamespace(pid=7, returncode=None, send_signal=lambda _: None)
-
-    def times(pid: int) -> tuple[int, int, int]:
-        """Ticks so far; the process has ended once there are no more."""
-        for at in now:
-            return 200 * at, (200 - 2 * idle) * at, idle * at
+    def times(_: int) -> Any:
+        for tick in at:
+            return tick
         raise ProcessLookupError
 
-    monkeypatch.setattr(fitting, "SPARE_CORES", 0.1)
-    monkeypatch.setattr(fitting, "_times", times)
-    monkeypatch.setattr(fitting, "RUN_S", 0.0)
+    for name, value in {limit: LIMITS[limit], "_times": times, "RUN_S": 0.0, "PAUSE_S": 0.0}.items():
+        monkeypatch.setattr(fitting, name, value)
     monkeypatch.setattr(os, "sysconf", lambda _: 2)
-    monkeypatch.setattr(os, "sched_setscheduler", lambda pid, policy, _: policies.append((pid, policy)))
+    monkeypatch.setattr(os, "sched_setscheduler", lambda pid, policy, _: changed.append((pid, policy)))
+    process: Any = SimpleNamespace(pid=7, returncode=None, send_signal=sent.append)
     asyncio.run(fitting._slow_down(process, False))
-    assert policies == ([(7, os.SCHED_IDLE)] * 4 if idle == 20 else [])
+    assert sent == [signal.SIGSTOP, signal.SIGCONT] * signals
+    assert changed == [(7, os.SCHED_IDLE)] * policies
 
 
 # The learner
@@ -856,11 +855,14 @@ def learner_of(base: Artifact, folder: Path, **settings: Any) -> Learner:
     return one
 
 
+def record_from(some: Records, k: int = 0, number: int = 1) -> Record:
+    return Record("one", 1.0, number, some.pieces[k], some.states[k], some.logits[k])
+
+
 def filled(base: Artifact, folder: Path, some: Records, count: int) -> Learner:
     one = learner_of(base, folder)
     for i in range(count):
-        k = i % len(some)
-        one.add(Record("one", 1.0, i, some.pieces[k], some.states[k], some.logits[k]))
+        one.add(record_from(some, i % len(some), i))
     return one
 
 
@@ -896,7 +898,7 @@ def test_a_change_of_the_traffic_asks_for_new_records(base: Artifact, some: Reco
     assert (one.count, one.next_fit, one.journal.first_new) == (0, FIRST_FIT, 1201)
     assert one.needs_saving
     one.observe(Changes(2, 1, {}))
-    one.add(Record("one", 1.0, 1, some.pieces[0], some.states[0], some.logits[0]))
+    one.add(record_from(some))
     one.observe(Changes(3, 0, {}))  # a new version is not a change of the traffic
     assert (one.count, one.journal.first_new) == (1, 1201)
     one.save(all_records=True)
@@ -988,14 +990,14 @@ def test_records_that_come_while_others_are_saved_are_added_later(
     one = filled(base, tmp_path, some, 60)
     one.hold()
     for _ in range(5):
-        one.add(Record("one", 1.0, 99, some.pieces[0], some.states[0], some.logits[0]))
+        one.add(record_from(some))
     assert len(one.reservoir) == 60 and one.count == 65
     held_back = 1 + int(one.reservoir.texts) + 3
     one.observe(Changes(7, 1, {}))  # what is held back is from before the change
     assert one.journal.first_new == held_back
     one.count = 65
     assert one.resume(2) and len(one.reservoir) == 62
-    one.add(Record("one", 1.0, 99, some.pieces[0], some.states[0], some.logits[0]))
+    one.add(record_from(some))
     assert len(one.reservoir) == 62
     for _ in range(2):
         assert not one.resume(2) and len(one.reservoir) == 64
@@ -1018,8 +1020,7 @@ def test_held_out_texts_prove_a_tau_but_are_no_audits_and_later_attempts_need_mo
         assert first.manifest.learned is not None
         one = first.manifest.learned.model_copy(update={"attempt": attempt})
         manifest = first.manifest.model_copy(update={"learned": one})
-        settings = Settings(guarantee=0.05, learn=learn)
-        ledger = Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings)
+        ledger = ledger_of(manifest, learn=learn)
         # Texts that were counted before do not count, nor those that are near to a fitted one.
         known = [replace(row, key=None) for row in rows]
         ledger.count_held_out([*rows[:120], *rows, *known], {"": 1})
@@ -1030,15 +1031,14 @@ def test_held_out_texts_prove_a_tau_but_are_no_audits_and_later_attempts_need_mo
     caplog.set_level("INFO")
     state = StateDir(tmp_path)
     state.write(ledger)
-    state.read(Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings))
+    state.read(ledger_of(manifest, learn=learn))
     assert "160 audits of 1 tenants" in caplog.text
 
 
 def test_held_out_texts_prove_the_tau_of_their_tenant(learned: tuple[Artifact, Artifact]) -> None:
     """The speed-up is that of the traffic: a tenant without held-out texts starts at full depth."""
-    settings = Settings(guarantee=0.05, learn=True, api_keys=KEYS)  # type: ignore[arg-type]
     manifest = learned[0].manifest
-    ledger = Ledger(manifest, Rules(manifest, settings), "native", 1.0, settings)
+    ledger = ledger_of(manifest, learn=True, api_keys=KEYS)
     rows = [held(key, 240 + key, name, cut=239) for name in ("one", "gone") for key in range(400)]
     ledger.count_held_out([*rows, *rows[:1]], {"one": 3, "silent": 1})
     assert {name: tenant.index > 0 for name, tenant in ledger.tenants.items()} == {"one": True}
@@ -1187,7 +1187,7 @@ def learning_of_base(
     learners = Learners(settings, around, around.change)
     learners.serve(base)
     learners.set_current({"base": 1})
-    one = Record("one", 1.0, 1, some.pieces[0], some.states[0], some.logits[0])
+    one = record_from(some)
     for _ in range(MIN_RECORDS):
         learners.add("base:1", one)
     return Learning(learners, around, LearnFolder(tmp_path), one, monkeypatch, base)
@@ -1430,11 +1430,10 @@ def test_a_server_learns_exits_and_serves_them_again_after_a_restart(
         until(lambda: server.metric("de3_learn_records", model="base") > 140, "more records")
         assert server.metric("de3_learn_fits_total", model="base", outcome="served") == 1
         said = report(server)
-    with serving(store, **options) as server:
+    with serving(store, **options, **keys) as server:
         assert server.classify(input="a film").json()["model"] == f"base:{said['serving']}" == f"base:{FIRST}"
         until(lambda: report(server)["records"] >= said["records"], "the records")
         assert report(server)["fits"] == said["fits"]
-    with serving(store, **options, **keys) as server:
         headers = {"Authorization": "Bearer " + "k" * 32}
         back = httpx.post(f"{server.url}/v1/models/base/rollback", headers=headers, json={}).json()
         assert (back["model"], back["next_start"], back["reason"]) == ("base:1", "base:1", "pinned")
@@ -1478,7 +1477,7 @@ import os, signal, sys
 from de3.cli import app
 from de3.server.learn import fitting, learner, learners
 fitting.IDLE_CORES, fitting.SPARE_CORES, fitting.PROGRAM = -1.0, float("inf"), "{PROGRAM}"
-learner.FIRST_FIT, learners.CHECK_S = 150, 0.05
+learner.FIRST_FIT, learner.GROWTH, learners.CHECK_S = 150, 1.1, 0.05
 
 def die(*given, **named):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -1508,39 +1507,40 @@ app()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["saving", "publishing", "published", "served"])
-def test_a_server_killed_at_any_step_learns_again(stock_store: Path, tmp_path: Path, step: str) -> None:
+def test_a_server_killed_at_any_step_learns_again(stock_store: Path, tmp_path: Path) -> None:
     """No two fits have the same attempt number: each number stands for a part of the guarantee's error probability.
 
     The server has two processes, so this also tests that they learn together.
     """
-    texts, attempts, drafts = texts_of(1200, 15), set[int](), set[Path]()
+    texts, attempts, drafts = texts_of(2000, 15), set[int](), set[Path]()
     options = f"--learn --guarantee 0.2 --state-dir {tmp_path} --model base --processes 2"
-    for run, wanted in enumerate((step, step, "never")):
-        with process(stock_store, *options.split(), wanted, code=KILLED) as running:
+    for run, step in enumerate(("saving", "publishing", "published", "served", "never")):
+        with process(stock_store, *options.split(), step, code=KILLED) as running:
             url = url_when_ready(running)
             for i in range(400 * run, 400 * run + 400, 50):
                 with suppress(httpx.TransportError):
                     answer = httpx.post(f"{url}/classify", json={"input": texts[i : i + 50]})
                     assert answer.status_code == 200
-            if wanted == step:
-                assert running.wait(180) == -signal.SIGKILL
-            else:
+            if step == "never":
                 path = f"{url}/v1/models/base/learn"
                 until(lambda path=path: httpx.get(path).json()["fits"], "a fit")  # type: ignore[misc]
                 found = httpx.get(path).json()
-                metrics = httpx.get(f"{url}/metrics").text
-                assert 'de3_learn_fits_total{model="base",outcome="served"}' in metrics
+                assert (
+                    'de3_learn_fits_total{model="base",outcome="served"}' in httpx.get(f"{url}/metrics").text
+                )
+            else:
+                assert running.wait(180) == -signal.SIGKILL
         folder = LearnFolder(tmp_path)
         before, drafts = drafts, set(folder.store.path.glob("base/.draft-*"))
         assert not drafts & before  # removed at the start
-        assert len(drafts) == 1 or wanted != "publishing"
+        assert len(drafts) == (step == "publishing")
         for number in folder.versions("base"):
             folder.store.open(f"base:{number}").verify()
             learned = folder.store.open(f"base:{number}").manifest.learned
             assert learned is not None
             attempts.add(learned.attempt)
         assert len(attempts) == len(folder.versions("base"))
-    assert found["fits"][-1]["outcome"] == "served" and found["serving"] > LEARNED_FROM
-    # Two fits were begun and killed. If the beginning of a fit was not saved, its number is free: it proved nothing.
-    assert found["fits"][-1]["attempt"] == (1 if step == "saving" else 3)
+    # The last fit need not be faster: the version that was loaded before the kill may be served again.
+    assert found["fits"][-1]["outcome"] in ("served", "not_faster") and found["serving"] > LEARNED_FROM
+    # Three fits were killed. The beginning of another was not saved, so its number was free: it proved nothing.
+    assert found["fits"][-1]["attempt"] == 4
