@@ -61,6 +61,8 @@ from tests.serving import Gate, Server, serving, until
 TEXTS = [text for text, _ in make_rows(200, 41)]
 SEEDS = count(1000)
 TAU = 0.6  # some answers of the tiny models differ from full depth at this τ
+ADMIN_KEYS = "boss an-admins-key-0123456789abcdef"
+ADMIN = {"Authorization": "Bearer an-admins-key-0123456789abcdef"}
 
 
 def new_texts() -> list[str]:
@@ -263,11 +265,13 @@ def test_an_unanswered_request_leaves_nothing_behind(store: Path, monkeypatch: p
         assert texts_of(server) == 1
 
 
-def test_audits_go_on_after_a_restart(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audits_go_on_after_a_restart_and_a_reload_until_an_admin_resets_them(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ledgers, "SAVE_S", 0.02)
     file = tmp_path / "state/tiny-int8-1.json"
-    options: dict[str, Any] = {"guarantee": 0.2, "state_dir": tmp_path / "state"}
-    with serving(store, models=["tiny-int8"], **options) as server:
+    options: dict[str, Any] = {"models": ["tiny-int8"], "guarantee": 0.2, "state_dir": tmp_path / "state"}
+    with serving(store, **options) as server:
         raise_tau(server)
         before = audit(server)
 
@@ -276,21 +280,30 @@ def test_audits_go_on_after_a_restart(store: Path, tmp_path: Path, monkeypatch: 
 
         # A server that is killed loses only the audits since the last save.
         until(lambda: file.exists() and saved() == before["audits"], "the state to be saved")
-    with serving(store, models=["tiny-int8"], **options) as server:
-        assert audit(server) == before
-        assert server.metric("de3_tau", model="tiny-int8:1") == before["tau"]["tau"] > 0
     assert file.stat().st_mode & 0o777 == 0o600  # only the server's user can read it
+    with serving(store, **options, admin_keys=ADMIN_KEYS) as server:
+        tau, models = before["tau"], f"{server.url}/v1/models"
+        assert audit(server) == before
+        assert server.metric("de3_tau", model="tiny-int8:1") == tau["tau"] > 0
+        response = httpx.post(f"{models}/tiny-int8/load", headers=ADMIN, timeout=60)
+        assert response.status_code == 200, response.text
+        assert audit(server)["tau"] == tau
+        assert server.classify(input="good", explain=True).json()["tau_choice"]["tau"] == tau["tau"]
+        assert httpx.post(f"{models}/tiny-int8/audit/reset").status_code == 401
+        assert httpx.post(f"{models}/other/audit/reset", headers=ADMIN).status_code == 404
+        response = httpx.post(f"{models}/tiny-int8/audit/reset", headers=ADMIN)
+        assert response.json() == {"model": "tiny-int8:1", "tau": {"tau": 0.0, "reason": "reset"}}
+        said = audit(server)
+        assert (said["audits"], said["texts"], said["resets"][0]["reason"]) == (0, 0, "reset")
+        assert server.metric("de3_audit_resets_total", reason="reset") == 1
 
 
-def test_a_state_folder_is_for_one_server(tmp_path: Path) -> None:
+def test_a_state_folder_is_for_one_server_which_can_write_it(store: Path, tmp_path: Path) -> None:
     first = StateDir(tmp_path)
     with pytest.raises(ValueError, match="another server uses"):
         StateDir(tmp_path)
     first.close()
     StateDir(tmp_path).close()
-
-
-def test_a_state_folder_that_cannot_be_written_is_an_error_at_start(store: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"state_dir: .* cannot be written"):
         Service(Settings(store=store, audit_share=0.1, state_dir=tmp_path / "file/state"))
@@ -345,29 +358,6 @@ def test_a_model_is_calibrated_on_records_of_its_audits(
     assert "--certify is required, too" in refusal(f"calibrate tiny --store {own} --tune {file}")
 
 
-ADMIN = {"Authorization": "Bearer an-admins-key-0123456789abcdef"}
-
-
-def test_a_reloaded_model_keeps_its_evidence_until_an_admin_resets_it(store: Path) -> None:
-    keys = f"boss {ADMIN['Authorization'].partition(' ')[2]}"
-    with serving(store, models=["tiny-int8"], guarantee=0.2, admin_keys=keys) as server:
-        raise_tau(server)
-        tau, models = audit(server)["tau"], f"{server.url}/v1/models"
-        response = httpx.post(f"{models}/tiny-int8/load", headers=ADMIN, timeout=60)
-        assert response.status_code == 200, response.text
-        assert audit(server)["tau"] == tau
-        choice = server.classify(input="good", explain=True).json()["tau_choice"]
-        assert choice["tau"] == tau["tau"] > 0
-        assert httpx.post(f"{models}/tiny-int8/audit/reset").status_code == 401
-        assert httpx.post(f"{models}/other/audit/reset", headers=ADMIN).status_code == 404
-        response = httpx.post(f"{models}/tiny-int8/audit/reset", headers=ADMIN)
-        assert response.json() == {"model": "tiny-int8:1", "tau": {"tau": 0.0, "reason": "reset"}}
-        said = audit(server)
-        assert (said["audits"], said["texts"]) == (0, 0)
-        assert said["resets"][0]["reason"] == "reset"
-        assert server.metric("de3_audit_resets_total", reason="reset") == 1
-
-
 def test_a_server_without_audits_says_how_to_enable_them(store: Path) -> None:
     with serving(store, models=["tiny-int8"]) as server:
         for path, options in (("audit", "--audit-share or --guarantee"), ("learn", "--learn")):
@@ -395,8 +385,8 @@ def test_settings_that_do_not_go_together(values: dict[str, Any], field: str) ->
 
 
 def test_an_unloaded_model_is_freed(store: Path) -> None:
-    keys = f"boss {ADMIN['Authorization'].partition(' ')[2]}"
-    with serving(store, models=["tiny-int8", "tiny"], audit_share=1.0, tau=TAU, admin_keys=keys) as server:
+    options: dict[str, Any] = {"audit_share": 1.0, "tau": TAU, "admin_keys": ADMIN_KEYS}
+    with serving(store, models=["tiny-int8", "tiny"], **options) as server:
         server.classify(model="tiny-int8", input=TEXTS)
         until(lambda: audit(server)["texts"] == 200, "the audits")
         freed = ref(server.service.models.get("tiny-int8").model)
@@ -970,12 +960,12 @@ def test_dropped_audits_do_not_change_the_share_of_early_answers_among_the_count
     """
     one, rng = Answering(made(store), learns=True, asks=True), random.Random(4)
     unlike = [*one.PASSED[:-1], read(3, [0.0, 1.0], None)]
-    for number in range(6000):
+    for number in range(3000):
         one.answer(True, exits=1 if rng.random() < 0.5 else 4)
         if number % 2 and one.waiting:
             one.run_audit(0, is_dropped=rng.random() < dropped, passed=unlike)
     audits, early = sum(len(each.scores) for each in one.settled), sum(each.served for each in one.settled)
-    assert len(one.kept) == audits > 200
+    assert len(one.kept) == audits > 100
     assert 0.45 < early / audits < 0.6
 
 

@@ -20,6 +20,7 @@ import httpx
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -202,18 +203,6 @@ def test_newer_texts_replace_older_ones() -> None:
     assert ages.min() < 25 and 425 < np.median(ages) < 600  # about the half-life
 
 
-def test_a_reservoir_continues_with_the_newest_of_saved_records() -> None:
-    full, small = reservoir(8), reservoir(5)
-    for number in range(8):
-        full.add(record(number, f"client-{number % 2}", share=0.5))
-    small.restore(full.records())
-    found = small.records()
-    assert found.keys.tolist() == [3, 4, 5, 6, 7] and found.numbers.tolist() == [8, 10, 12, 14, 16]
-    assert (found.names, found.texts) == (["client-0", "client-1"], [8.0, 8.0])
-    assert small.texts == 16 and small._held[:2].tolist() == [2, 3]
-    assert (found.states[:, 0, 0] == found.keys).all() and (found.shares == 0.5).all()
-
-
 def test_a_text_that_was_drawn_rarely_stands_for_more_texts() -> None:
     kept = reservoir(400)
     for _ in range(2000):
@@ -234,16 +223,21 @@ def test_a_client_with_most_of_the_texts_leaves_half_of_the_room_to_others() -> 
     assert loud <= 51  # nearly half of the 100 quiet texts are kept
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([1.0, 0.5, 0.05])), max_size=60))
-def test_a_reservoir_counts_its_clients(steps: list[tuple[int, float]]) -> None:
-    kept = reservoir(7)
+@examples(max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([1.0, 0.5, 0.05])), min_size=1, max_size=60))
+def test_a_reservoir_counts_its_clients_and_continues_with_the_newest_of_saved_records(
+    steps: list[tuple[int, float]],
+) -> None:
+    kept, small = reservoir(7), reservoir(5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("de3.server.learn.reservoir.MAX_NAMES", 2)  # further clients count as one
         for number, (client, share) in enumerate(steps):
             kept.add(record(number, f"client-{client}", share))
             assert len(kept) == min(number + 1, 7)
-    found = kept.records()
-    assert (np.bincount(found.clients, minlength=len(kept._held)) == kept._held).all()
+        found = kept.records()
+        small.restore(found)
+    for one in (kept, small):
+        assert (np.bincount(one.records().clients, minlength=len(one._held)) == one._held).all()
     assert (np.diff(found.numbers) >= 0).all()
     assert (found.states[:, 0, 0].astype(np.uint64) == found.keys).all()
     first = list(dict.fromkeys(f"client-{client}" for client, _ in steps))
@@ -251,6 +245,10 @@ def test_a_reservoir_counts_its_clients(steps: list[tuple[int, float]]) -> None:
     texts = [sum(1 / q for c, q in steps if f"client-{c}" == name) for name in first]
     assert found.texts == pytest.approx(texts[:2] + [sum(texts[2:])] * (len(first) > 2))
     assert kept.texts == pytest.approx(sum(texts))
+    again = small.records()
+    assert (again.names, again.texts, small.texts) == (found.names, found.texts, found.numbers[-1])
+    for name in ("keys", "numbers", "clients", "states", "shares"):
+        assert (getattr(again, name) == getattr(found, name)[-5:]).all()
 
 
 # Files of records
@@ -1540,7 +1538,7 @@ def test_a_server_killed_at_any_step_learns_again(stock_store: Path, tmp_path: P
             assert learned is not None
             attempts.add(learned.attempt)
         assert len(attempts) == len(folder.versions("base"))
-    # The last fit need not be faster: the version that was loaded before the kill may be served again.
-    assert found["fits"][-1]["outcome"] in ("served", "not_faster") and found["serving"] > LEARNED_FROM
+    # The last fit need not be served: the version that was loaded before the kill may be, and be as fast.
+    assert found["fits"][-1]["outcome"] not in ("failed", "outdated") and found["serving"] > LEARNED_FROM
     # Three fits were killed. The beginning of another was not saved, so its number was free: it proved nothing.
     assert found["fits"][-1]["attempt"] == 4
