@@ -2,17 +2,20 @@
 
 import csv
 import json
+import os
+import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from importlib.metadata import PackageNotFoundError
+from contextlib import closing
 from io import BytesIO
 from itertools import count, pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as arrow
 import pytest
@@ -29,7 +32,6 @@ from de3.bulk.report import report
 from de3.bulk.source import Source
 from de3.client import Input, ServerError, batches
 from de3.columns import Answers
-from de3.data import tables
 from de3.data.tables import MAX_DEPTH, SEPARATOR, Columns
 from de3.loadtest.servers import process_tree
 from de3.model_store.manifest import fingerprint
@@ -91,16 +93,32 @@ def classify(
     part_rows: int = 16,
     keep: list[str] | None = None,
     drops_refused: bool = False,
+    kind: str = "",
+    prefix: str = "",
+    reading: Columns = READING,
 ) -> Any:
-    output = Parts(out, out.suffix or ".parquet", {"a": 1}, drops_refused)
-    try:
-        summary = run.classify(Source(file, READING, keep), pool, output, lambda name: name, part_rows)
+    """Run; returns the summary and the file of dropped rows. kind: of the parts, if `out` is a folder."""
+    with closing(Parts(out, kind or out.suffix, {"a": 1}, drops_refused)) as output:
+        rows = Source(file, reading, keep)
+        summary = run.classify(rows, pool, output, lambda name: prefix + name, part_rows)
         return summary, output.finish(summary.parts, summary.json())
-    finally:
-        output.close()
 
 
-def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+def kept(model: de3.Classifier, file: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
+    """The rows of the output."""
+    classify(Here(model), file, out, **options)
+    return read(out)
+
+
+def dropping(
+    model: de3.Classifier, file: Path, out: Path
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of the output, and those that were dropped from it."""
+    _, refused = classify(Here(model), file, out, drops_refused=True)
+    return read(out), read(refused)
+
+
+def write(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
     if file.suffix == ".parquet":
         parquet.write_table(arrow.Table.from_pylist(list(rows)), file, row_group_size=7)
     elif file.suffix == ".jsonl":
@@ -112,6 +130,7 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
             writer = csv.DictWriter(opened, list(rows[0]), delimiter="\t" if file.suffix == ".tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
+    return file
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -125,6 +144,19 @@ def read(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file.read_text().splitlines()]
     with file.open(newline="") as opened:
         return list(csv.DictReader(opened))
+
+
+def names_in(file: Path) -> list[str]:
+    """The columns of a .parquet, .csv or .tsv file."""
+    if file.suffix == ".parquet":
+        return list(parquet.read_schema(file).names)
+    return file.read_text().splitlines()[0].split("\t" if file.suffix == ".tsv" else ",")
+
+
+def is_complete(out: Path, kind: str, drops_refused: bool = False) -> bool:
+    """True if the same run would find its output complete."""
+    with closing(Parts(out, kind, {"a": 1}, drops_refused)) as again:
+        return again.is_complete
 
 
 @pytest.fixture(autouse=True)
@@ -156,19 +188,8 @@ def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_
     assert {str(row["truncated"]).lower() for row in rows} == {"false"}
     assert summary.layers == {"": Counter(row.exit.layer for row in expected)}
     assert [file.name for file in tmp_path.iterdir() if "parts" in file.name] == []
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_row_without_a_text_keeps_its_other_columns(
-    model: de3.Classifier, tmp_path: Path, kind: str
-) -> None:
-    rows: list[Any] = [{"text": "good", "id": "a"}, {"id": "b", "more": 1}, {"text": 5, "id": "c"}]
-    write(tmp_path / "in.jsonl", rows)
-    classify(Here(model), tmp_path / "in.jsonl", tmp_path / f"out{kind}")
-    found = read(tmp_path / f"out{kind}")
-    assert [row["id"] for row in found] == ["a", "b", "c"]
-    assert [row["text"] or None for row in found] == ["good", None, None]
-    assert [bool(row["error"]) for row in found] == [False, True, True]
+    answers = kept(model, file, tmp_path / f"answers{kind_out}", keep=[])
+    assert answers == [{n: v for n, v in row.items() if n not in ("id", "text")} for row in rows]
 
 
 @pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".csv"])
@@ -181,10 +202,9 @@ def test_a_folder_whose_files_have_their_columns_in_another_order_or_lack_one(
         given = [{"id": str(i), "text": TEXTS[i]} for i in range(number * 20, number * 20 + 20)]
         write(folder / f"{number}{kind}", [{name: row[name] for name in columns} for row in given])
     (folder / "_SUCCESS").touch()
-    output = Parts(out, kind, {})
-    summary = run.classify(Source(folder, READING), Here(model), output, lambda name: f"de3_{name}", 16)
-    output.finish(summary.parts, summary.json())
-    output.close()
+    if kind == ".csv":
+        (folder / "1-without-rows.csv").write_text("text\n")
+    classify(Here(model), folder, out, kind=kind, prefix="de3_")
     files = sorted(file for file in out.iterdir() if file.name[0] != ".")
     assert [file.name for file in files] == ["_run.json", *(f"part-{n:06}{kind}" for n in range(4))]
     assert [len(read(file)) for file in files[1:]] == [16, 20, 20, 4]  # slices of 8, 8, 4, 8, 8, 4, ...
@@ -193,35 +213,33 @@ def test_a_folder_whose_files_have_their_columns_in_another_order_or_lack_one(
     assert [row["text"] for row in rows] == TEXTS[:60]
     assert [row.get("id") or "" for row in rows] == [*map(str, range(40)), *[""] * 20]
     assert [row["de3_label"] for row in rows] == [row.label for row in model.classify(TEXTS[:60], tau=0.3)]
-    again = Parts(out, kind, {})
-    assert again.is_complete
-    again.close()
+    assert is_complete(out, kind)
 
 
 @pytest.mark.parametrize(("kind", "drops"), [*product([".parquet", ".csv"], [False, True])])
 def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
     model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, drops: bool
 ) -> None:
-    file, whole, part_rows, many = tmp_path / "in.jsonl", tmp_path / f"whole{kind}", 16, 10**6
+    file, whole, part_rows = tmp_path / "in.jsonl", tmp_path / f"whole{kind}", 16
     rows: list[dict[str, Any]] = [{"id": i, "text": text} for i, text in enumerate(TEXTS[:40])]
     rows[part_rows:] = [dict(reversed(row.items())) for row in rows[part_rows:]]
     for i in range(part_rows, 2 * part_rows):  # a part without answers
         rows[i]["text"] = " " if i % 8 else LONG
     write(file, rows)
-    left, publish = many, formats.publish
+    published, stops_at, last, publish = 0, 0, 0, formats.publish
 
     def interrupted(draft: Path, into: Path) -> None:
-        nonlocal left
-        assert draft != into
-        for step in (lambda: None, lambda: publish(draft, into)):  # before and after the file appears
-            step()
-            left -= 1
-            if not left:
-                raise KeyboardInterrupt
+        nonlocal published
+        published += 1
+        if published == stops_at:  # the draft stays
+            raise KeyboardInterrupt
+        publish(draft, into)
+        if stops_at == last + 1 == published + 1:  # after the last file appears
+            raise KeyboardInterrupt
 
     for module in (formats, parts):
         monkeypatch.setattr(module, "publish", interrupted)
-    summary, refused = classify(Here(model), file, whole, part_rows, drops_refused=drops)
+    summary, refused = classify(Here(model), file, whole, drops_refused=drops)
     assert (summary.rows, summary.answered, summary.refused) == (40, 24, 16)
     if drops:
         assert [row["row"] for row in read(refused)] == [*range(16, 32)]
@@ -229,26 +247,24 @@ def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
     else:
         assert [int(row["id"]) for row in read(whole)] == [*range(40)] and refused is None
         assert [i for i, row in enumerate(read(whole)) if row["error"]] == [*range(16, 32)]
-    for steps in range(1, many - left + 1):
-        out, left = tmp_path / f"out{steps}{kind}", steps
+    last = published
+    for number in range(1, last + 2):
+        out, published, stops_at = tmp_path / f"out{number}{kind}", 0, number
         with pytest.raises(KeyboardInterrupt):
-            classify(Here(model), file, out, part_rows, drops_refused=drops)
-        left, pool = many, Here(model)
+            classify(Here(model), file, out, drops_refused=drops)
+        stops_at, pool = 0, Here(model)
         rows_left = max(0, 40 - part_rows * len(list(Path(f"{out}.parts").glob("part-*"))))
-        if out.exists():  # complete, but for the folder of parts
-            again = Parts(out, kind, {"a": 1}, drops)
-            assert again.is_complete and not Path(f"{out}.parts").exists()
-            again.close()
-        else:
-            summary, refused_again = classify(pool, file, out, part_rows, drops_refused=drops)
+        if not out.exists():  # else it is complete, but for the folder of parts
+            summary, refused_again = classify(pool, file, out, drops_refused=drops)
             assert summary.rows - summary.earlier == rows_left and summary.refused == 16
             assert pool.texts == rows_left - (14 if rows_left > 8 else 0)
             assert not drops or refused.read_bytes() == refused_again.read_bytes()
+        for _ in range(2):
+            with closing(Parts(out, kind, {"a": 1}, drops)) as again:
+                summary = again.summary
+                assert again.is_complete and not Path(f"{out}.parts").exists()
+                assert (summary["rows"], summary["refused"]) == (40, 16)
         assert out.read_bytes() == whole.read_bytes()
-        again = Parts(out, kind, {"a": 1}, drops)
-        assert again.is_complete and (again.summary["rows"], again.summary["refused"]) == (40, 16)
-        again.close()
-        assert not Path(f"{out}.parts").exists()
 
 
 @pytest.mark.parametrize("kind", [".parquet", ".csv"])
@@ -262,10 +278,8 @@ def test_drafts_follow_no_links(model: de3.Classifier, tmp_path: Path, kind: str
         draft = formats.new_draft(tmp_path / name)
         draft.parent.mkdir(exist_ok=True)
         draft.symlink_to(other)
-    summary, refused = classify(Here(model), tmp_path / "in.jsonl", out, 8, drops_refused=True)
-    assert (summary.answered, summary.refused) == (4, 1)
-    assert len(read(out)) == 4 and len(read(refused)) == 1
-    assert other.read_text() == "kept"
+    rows, refused = dropping(model, tmp_path / "in.jsonl", out)
+    assert (len(rows), len(refused)) == (4, 1) and other.read_text() == "kept"
 
 
 @pytest.mark.parametrize(("kind", "drops"), [*product(KINDS, [False, True])])
@@ -278,9 +292,7 @@ def test_values_that_need_care(model: de3.Classifier, tmp_path: Path, kind: str,
         del rows[i]["my\nid"]
     for i in range(32, 64):
         rows[i]["text"] = " "
-    write(file, rows)
-    classify(Here(model), file, out, drops_refused=drops)
-    found = read(out)
+    found = kept(model, write(file, rows), out, drops_refused=drops)
     if drops:
         assert "error" not in found[0]
     else:
@@ -292,16 +304,9 @@ def test_values_that_need_care(model: de3.Classifier, tmp_path: Path, kind: str,
     if kind in (".csv", ".tsv"):
         expected = [value or "" for value in expected]
     if kind == ".tsv":
-        expected = [value.replace("\n", " ").replace("\r", " ").replace("\t", " ") for value in expected]
+        expected = [re.sub(r"\s", " ", value) for value in expected]
     assert [row.get("my id" if kind == ".tsv" else "my\nid") for row in found] == expected
     assert [row["label"] for row in found] == [row.label for row in model.classify(TEXTS[:32], tau=0.3)]
-
-
-def names_in(file: Path) -> list[str]:
-    """The columns of a .parquet, .csv or .tsv file."""
-    if file.suffix == ".parquet":
-        return list(parquet.read_schema(file).names)
-    return file.read_text().splitlines()[0].split("\t" if file.suffix == ".tsv" else ",")
 
 
 @pytest.mark.parametrize(("kind", "drops"), [*product(KINDS, [False, True])])
@@ -312,17 +317,12 @@ def test_an_input_without_rows_or_texts_gives_an_output_with_all_columns(
     no_texts = arrow.table({"id": arrow.array([1, 2] * 9), "text": arrow.nulls(18, arrow.string())})
     parquet.write_table(no_texts.slice(0, 0), tmp_path / "rows.parquet")
     parquet.write_table(no_texts, tmp_path / "texts.parquet")
-    contents = {
-        "rows.csv": "id,text\n",
-        "texts.csv": "id,text\n" + "1,\n2,\n" * 9,
-        "rows.txt": "",
-        "texts.txt": "\n" * 18,
-        "rows.jsonl": "",
-        "texts.jsonl": '{"id": 1, "text": null}\n' * 18,
-        "nothing.csv": "",
-    }
+    row = {"csv": "1,\n", "txt": "\n", "jsonl": '{"id": 1, "text": null}\n'}
+    contents = {f"texts.{suffix}": one * 18 for suffix, one in row.items()}
+    contents |= dict.fromkeys(("rows.csv", "rows.txt", "rows.jsonl", "nothing.csv"), "")
     for name, content in contents.items():
-        (tmp_path / name).write_text(content)
+        header = "id,text\n" if name in ("rows.csv", "texts.csv") else ""
+        (tmp_path / name).write_text(header + content)
     for name in ("rows.parquet", "texts.parquet", *contents):
         out, has_rows = tmp_path / f"of-{name}{kind}", name.startswith("texts")
         summary, refused = classify(Here(model), tmp_path / name, out, drops_refused=drops)
@@ -345,35 +345,23 @@ def test_an_input_without_rows_or_texts_gives_an_output_with_all_columns(
 def test_a_wrong_column_is_an_error_also_without_rows(
     model: de3.Classifier, tmp_path: Path, rows: int
 ) -> None:
-    table = arrow.table({"sentence": ["good"] * rows, "label": ["a"] * rows})
-    parquet.write_table(table, tmp_path / "in.parquet")
-    (tmp_path / "in.csv").write_text("sentence,label\n" + "good,a\n" * rows)
-    for name, where in (("in.parquet", "in.parquet"), ("in.csv", "in.csv:1")):
-        with pytest.raises(ValueError, match=f"{where}: no column 'text'; it has 'sentence'.*--text-column"):
-            list(Source(tmp_path / name, READING).slices())
-        with pytest.raises(ValueError, match=f"{where}: no column 'other'; .*--pair-column"):
-            list(Source(tmp_path / name, Columns("sentence", "other", label=None)).slices())
-        with pytest.raises(ValueError, match=f"{where}: no column 'more'; .*--keep"):
-            list(Source(tmp_path / name, Columns("sentence", label=None), ["more"]).slices())
-        output = Parts(tmp_path / f"{name}.csv", ".csv", {})
-        with pytest.raises(ValueError, match="label: is a column of the input and of the answers"):
-            run.classify(
-                Source(tmp_path / name, Columns("sentence", label=None)), Here(model), output, lambda n: n
-            )
-        output.close()
-    write(tmp_path / "in.jsonl", [{"text": "good"}] * rows)
-    if rows:
-        with pytest.raises(ValueError, match=r"none of the first 1 rows .*no column 'other'.*--pair-column"):
-            list(Source(tmp_path / "in.jsonl", Columns("text", "other", label=None)).slices())
-
-
-def test_files_of_a_folder_without_rows(model: de3.Classifier, tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for name, text in (("a", "text\ngood\n"), ("b", "text\n"), ("c", "text\nbad\n")):
-        (folder / f"{name}.csv").write_text(text)
-    classify(Here(model), folder, tmp_path / "out.csv")
-    assert [row["text"] for row in read(tmp_path / "out.csv")] == ["good", "bad"]
+    table, lines, objects = (tmp_path / f"in{kind}" for kind in (".parquet", ".csv", ".jsonl"))
+    write(objects, [{"sentence": "good", "label": "a"}] * rows)
+    parquet.write_table(arrow.table({"sentence": ["good"] * rows, "label": ["a"] * rows}), table)
+    lines.write_text("sentence,label\n" + "good,a\n" * rows)
+    right, pool = Columns("sentence", label=None), Here(model)
+    places = {table: "in.parquet: ", lines: "in.csv:1: "} | ({objects: "in.jsonl:1: "} if rows else {})
+    for reading, keep, says in (
+        (READING, None, "no column 'text'; it has 'sentence'.*--text-column"),
+        (Columns("sentence", "other", label=None), None, "no column 'other'; .*--pair-column"),
+        (right, ["more"], "no column 'more'; .*--keep"),
+        (right, None, "label: is a column of the input and of the answers.* --prefix de3_"),
+    ):
+        for file, where in places.items():
+            with pytest.raises(ValueError, match=says if says.startswith("label") else where + says):
+                classify(pool, file, tmp_path / "out.csv", keep=keep, reading=reading)
+    assert pool.texts == 0
+    classify(pool, table, tmp_path / "out.csv", keep=["sentence"], reading=right)
 
 
 def test_large_columns_end_slices_and_parts(
@@ -382,10 +370,10 @@ def test_large_columns_end_slices_and_parts(
     monkeypatch.setattr(source, "SLICE_CHARS", 500)
     monkeypatch.setattr(run, "PART_CHARS", 1000)
     for kind in (".jsonl", ".parquet"):
-        write(tmp_path / f"in{kind}", [{"text": text, "more": "x" * 200} for text in TEXTS])
-        slices = list(Source(tmp_path / f"in{kind}", READING).slices())
+        file = write(tmp_path / f"in{kind}", [{"text": text, "more": "x" * 200} for text in TEXTS])
+        slices = list(Source(file, READING).slices())
         assert max(one.rows for one in slices) <= 4 and sum(one.rows for one in slices) == 100
-        summary, _ = classify(Here(model), tmp_path / f"in{kind}", tmp_path / f"out{kind}", 10**6)
+        summary, _ = classify(Here(model), file, tmp_path / f"out{kind}", 10**6)
         assert 10 < summary.parts <= len(slices) / 2 + 1  # two slices have enough characters
 
 
@@ -453,20 +441,14 @@ def test_a_page_is_of_the_kind_that_its_type_says(tmp_path: Path) -> None:
         compression="none",
         write_statistics=False,
     )
-    start = parquet.read_metadata(file).row_group(0).column(0).data_page_offset
-    opened = BytesIO(file.read_bytes())
-    opened.seek(start)
-    (true,) = list(pages._pages(opened, parquet.read_metadata(file).row_group(0).column(0), rows))[:1]
-    data = opened.getvalue()
+    metadata = parquet.read_metadata(file)
+    start, data = metadata.row_group(0).column(0).data_page_offset, file.read_bytes()
     # Field 5, a page of plain values, before field 8: the header says how far apart the numbers of fields are.
     place = data.index(b"\x5c", start)
     plain = b"\x2c" + b"\x15\xd8\x04" + b"\x15\x00" * 3 + b"\x00"
-    opened = BytesIO(data[:place] + plain + b"\x3c" + data[place + 1 :])
-    opened.seek(start)
-    assert pages._struct(opened)[5][1] == rows
-    opened.seek(start)
-    (page,) = list(pages._pages(opened, parquet.read_metadata(file).row_group(0).column(0), rows))[:1]
-    assert page.value_bytes == true.value_bytes >= len(LARGE)
+    twofold = data[:place] + plain + b"\x3c" + data[place + 1 :]
+    found, true = (pages.rows_at_once(BytesIO(one), metadata, 0, {"text"}) for one in (twofold, data))
+    assert found == true <= pages.READ_BYTES / len(LARGE)
 
 
 @pytest.mark.parametrize("values", ["texts", "dictionary", "large page", "nulls"])
@@ -502,35 +484,22 @@ def test_a_row_that_is_too_large_is_refused(
     types = arrow.schema([arrow.field("id", arrow.int64(), nullable=False), ("text", arrow.string())])
     parquet.write_table(arrow.Table.from_pylist(rows, types), tmp_path / "in.parquet", row_group_size=7)
     small = [1, 2, *range(4, 19)]
-    classify(Here(model), tmp_path / "in.parquet", tmp_path / "kept.parquet")
-    kept = read(tmp_path / "kept.parquet")
-    assert [row["id"] for row in kept] == [i if i in small else None for i in range(20)]
-    assert {row["error"] for i, row in enumerate(kept) if i not in small} == {
-        "a row of more than 65536 bytes"
-    }
-    classify(Here(model), tmp_path / "in.parquet", tmp_path / "none.csv", keep=[])
-    assert [i for i, row in enumerate(read(tmp_path / "none.csv")) if not row["error"]] == small
-    summary, refused = classify(
-        Here(model), tmp_path / "in.parquet", tmp_path / "out.jsonl", drops_refused=True
-    )
-    assert (summary.rows, summary.refused) == (20, 3)
-    assert [row["id"] for row in read(tmp_path / "out.jsonl")] == small
-    for one, row in zip(read(refused), (0, 3, 19), strict=True):
-        assert (one["row"], one["where"]) == (row, f"{tmp_path}/in.parquet:{row}")
-        assert one["reason"] == "a row of more than 65536 bytes" and one["content"] == LARGE[:1000]
-
-
-def test_no_row_of_several_lines_exceeds_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_LINE", 2**16)
-    row = ",".join(['"' + ("x" * 999 + "\n") * 30 + '"'] * 3)
-    (tmp_path / "in.csv").write_text(f"text,a,b\ngood,1,2\n{row}\n")
-    with pytest.raises(ValueError, match=r"in.csv:\d+: a row of more than 65536 characters"):
-        list(Source(tmp_path / "in.csv", READING).slices())
+    file, reason = tmp_path / "in.parquet", "a row of more than 65536 bytes"
+    found = kept(model, file, tmp_path / "kept.parquet")
+    assert [row["id"] for row in found] == [i if i in small else None for i in range(20)]
+    assert {row["error"] for i, row in enumerate(found) if i not in small} == {reason}
+    found = kept(model, file, tmp_path / "none.csv", keep=[])
+    assert [i for i, row in enumerate(found) if not row["error"]] == small
+    found, refused = dropping(model, file, tmp_path / "out.jsonl")
+    assert [row["id"] for row in found] == small
+    assert refused == [
+        {"row": row, "where": f"{file}:{row}", "reason": reason, "content": LARGE[:1000]}
+        for row in (0, 3, 19)
+    ]
 
 
 def test_damaged_pages_are_errors(tmp_path: Path) -> None:
-    file = tmp_path / "in.parquet"
-    write(file, [{"text": text} for text in TEXTS[:20]])
+    file = write(tmp_path / "in.parquet", [{"text": text} for text in TEXTS[:20]])
     content, errors = file.read_bytes(), 0
     for at in range(4, 60):  # the header of the first page, and the page
         for byte in (0, 0x15, 0x7F, 0xFF):
@@ -548,9 +517,8 @@ def test_values_that_are_nested_too_deeply(model: de3.Classifier, tmp_path: Path
     lists = ["[" * n + "]" * n for n in (1, MAX_DEPTH - 1, MAX_DEPTH + 1, 10**5)]
     file.write_text("".join(f'{{"text": "good", "x": {one}}}\n' for one in lists))
     for kind in KINDS:
-        summary, refused = classify(Here(model), file, tmp_path / f"out{kind}", drops_refused=True)
-        assert (summary.answered, summary.refused) == (2, 2), kind
-    assert [one["reason"][:11] for one in read(refused)] == ["nested more", "not JSON: m"]
+        rows, refused = dropping(model, file, tmp_path / f"out{kind}")
+        assert len(rows) == 2 and [one["reason"][:8] for one in refused] == ["nested m", "not JSON"], kind
     column = arrow.array([1])
     for _ in range(MAX_DEPTH + 1):
         column = arrow.StructArray.from_arrays([column], ["x"])
@@ -560,8 +528,7 @@ def test_values_that_are_nested_too_deeply(model: de3.Classifier, tmp_path: Path
 
 
 def test_nested_values_and_names_count_with_the_memory_that_they_take(tmp_path: Path) -> None:
-    file = tmp_path / "in.jsonl"
-    write(file, [{"text": "good", "x": [[]] * 1000}, {"b" * 5000: 1}])
+    file = write(tmp_path / "in.jsonl", [{"text": "good", "x": [[]] * 1000}, {"b" * 5000: 1}])
     (one,) = Source(file, READING).slices()
     assert one.chars > 30_000 and len(one.refused[1].reason) <= 1000
 
@@ -569,148 +536,138 @@ def test_nested_values_and_names_count_with_the_memory_that_they_take(tmp_path: 
 def test_rows_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = {
-        b'{"text": "good"}': "",
+        b'{"text": "good", "id": "a"}': "",
         b"not json": "not JSON",
         b'"bad"': "",
         b"[1]": "not an object",
-        b'{"text": null}': "is empty",
+        b'{"text": null, "id": "c"}': "is empty",
+        b'{"id": "d", "text": 5}': "must be text",
         b'{"text": "\\ud800"}': "surrogate",
-        b'{"b": 1}': "no column",
+        b'{"id": "e", "more": 1}': "no column",
         b'"caf\xe9"': "UTF-8",
         b'"fine"': "",
     }
     file.write_bytes(b"\n".join(rows) + b"\n")
     for kind in KINDS:
-        classify(Here(model), file, tmp_path / f"kept{kind}")
-        kept = read(tmp_path / f"kept{kind}")
-        for row, (line, reason) in zip(kept, rows.items(), strict=True):
+        found = kept(model, file, tmp_path / f"kept{kind}")
+        for row, (line, reason) in zip(found, rows.items(), strict=True):
             assert reason in (row["error"] or "") and bool(row["label"]) == (not reason), (kind, line)
-        assert [row.get("text") or "" for row in kept] == ["good", "", "bad", "", "", "", "", "", "fine"]
-    summary, refused = classify(Here(model), file, out, drops_refused=True)
-    assert [row["text"] for row in read(out)] == ["good", "bad", "fine"]
+        assert [row.get("text") or "" for row in found] == ["good", "", "bad", *[""] * 6, "fine"]
+        assert [row.get("id") or "" for row in found] == ["a", "", "", "", "c", "d", "", "e", "", ""]
+    found, refused = dropping(model, file, out)
+    assert [row["text"] for row in found] == ["good", "bad", "fine"]
+    # pyarrow refuses half of a surrogate pair.
+    assert arrow_json.read_json(f"{out}.refused.jsonl").to_pylist() == refused
+    assert [refused[i]["content"] for i in (4, 6)] == [r'{"text": "\ud800"}', '"caf\\udce9"\n']
     expected = [(row, f"{file}:{row + 1}", reason) for row, reason in enumerate(rows.values()) if reason]
-    assert arrow_json.read_json(refused).to_pylist() == read(
-        refused
-    )  # which refuses half of a surrogate pair
-    assert [read(refused)[i]["content"] for i in (3, 5)] == [r'{"text": "\ud800"}', '"caf\\udce9"\n']
-    for one, (row, where, reason) in zip(read(refused), expected, strict=True):
-        assert (one["row"], one["where"]) == (row, where) and reason in one["reason"]
-    assert (summary.rows, summary.answered, summary.refused) == (9, 3, 6)
+    for one, (number, where, reason) in zip(refused, expected, strict=True):
+        assert (one["row"], one["where"]) == (number, where) and reason in one["reason"]
 
 
 def test_values_of_other_types_are_written_as_text(model: de3.Classifier, tmp_path: Path) -> None:
-    file = tmp_path / "in.jsonl"
+    file, table = tmp_path / "in.jsonl", tmp_path / "in.parquet"
+
+    def one(file: Path, kind: str) -> dict[str, Any]:
+        (row,) = kept(model, file, tmp_path / f"{file.suffix[1:]}{kind}")
+        return row
+
     numbers = '"n": [1e999, {"big": 36893488147419103232}]'
     file.write_text(f'{{"text": "good", {numbers}, "yes": true, "names": ["a", "b"]}}\n')
-    classify(Here(model), file, tmp_path / "out.jsonl")
-    (row,) = read(tmp_path / "out.jsonl")
-    assert row["n"] == [None, {"big": 2**65}]
-    classify(Here(model), file, tmp_path / "out.csv")
-    (row,) = read(tmp_path / "out.csv")
-    assert json.loads(row["n"]) == [None, {"big": 2**65}]
+    row = one(file, ".csv")
+    assert one(file, ".jsonl")["n"] == json.loads(row["n"]) == [None, {"big": 2**65}]
     assert (row["yes"], row["names"]) == ("true", f"a{SEPARATOR}b")
     file.write_text('{"text": "good", "more": {}}\n')
     with pytest.raises(ValueError, match=r"cannot be written as parquet .*'more'.*--keep"):
-        classify(Here(model), file, tmp_path / "out.parquet")
-    write(tmp_path / "in.parquet", [{"text": "good", "data": b"\xff\x00"}])
-    for kind in (".jsonl", ".csv"):
-        classify(Here(model), tmp_path / "in.parquet", tmp_path / f"bytes{kind}")
-        assert read(tmp_path / f"bytes{kind}")[0]["data"].strip('"') == "/wA="
+        one(file, ".parquet")
+    write(table, [{"text": "good", "data": b"\xff\x00"}])
+    assert {one(table, kind)["data"].strip('"') for kind in (".jsonl", ".csv")} == {"/wA="}
+
+
+def test_maps_count_with_their_size_and_are_written_as_lists(model: de3.Classifier, tmp_path: Path) -> None:
     pairs = arrow.array([[("a", 1)], None, [("b" * 10**7, 2)], [("c", 3)]], arrow.map_("string", "int64"))
-    parquet.write_table(arrow.table({"text": ["good"] * 4, "more": pairs}), tmp_path / "in.parquet")
-    sizes = [one.rows for one in Source(tmp_path / "in.parquet", READING).slices()]
-    classify(Here(model), tmp_path / "in.parquet", tmp_path / "pairs.jsonl")
-    assert [row["more"] for row in read(tmp_path / "pairs.jsonl")][::3] == [[["a", 1]], [["c", 3]]]
-    assert sizes == [3, 1]  # slices end once they are large
-    dates = arrow.array([2**31 - 1, 0], arrow.int32()).cast(arrow.date32())  # Python's end with the year 9999
-    parquet.write_table(arrow.table({"text": [None, "good"], "on": dates}), tmp_path / "in.parquet")
-    _, refused = classify(Here(model), tmp_path / "in.parquet", tmp_path / "dates.jsonl", drops_refused=True)
-    assert read(tmp_path / "dates.jsonl")[0]["on"] == "1970-01-01"
-    assert read(refused)[0]["content"] == '{"text": null}'
+    parquet.write_table(arrow.table({"text": ["good"] * 4, "more": pairs}), file := tmp_path / "in.parquet")
+    assert [one.rows for one in Source(file, READING).slices()] == [3, 1]  # slices end once they are large
+    found = [row["more"] for row in kept(model, file, tmp_path / "pairs.jsonl")]
+    assert found[::3] == [[["a", 1]], [["c", 3]]]
+
+
+def test_dates_after_the_year_9999_are_only_written_to_parquet(model: de3.Classifier, tmp_path: Path) -> None:
+    file = tmp_path / "in.parquet"
+    dates = arrow.array([2**31 - 1, 0], arrow.int32()).cast(arrow.date32())
+    parquet.write_table(arrow.table({"text": [None, "good"], "on": dates}), file)
+    found, refused = dropping(model, file, tmp_path / "dates.jsonl")
+    assert found[0]["on"] == "1970-01-01" and refused[0]["content"] == '{"text": null}'
     with pytest.raises(ValueError, match=r"in\.parquet: days=2147483647"):
-        list(Source(tmp_path / "in.parquet", Columns("on", label=None)).slices())
-    parquet.write_table(arrow.table({"text": ["good", "bad"], "on": dates}), tmp_path / "in.parquet")
-    classify(Here(model), tmp_path / "in.parquet", tmp_path / "dates.parquet")
+        list(Source(file, Columns("on", label=None)).slices())
+    parquet.write_table(arrow.table({"text": ["good", "bad"], "on": dates}), file)
+    classify(Here(model), file, tmp_path / "dates.parquet")
     with pytest.raises(ValueError, match=r"only \.parquet can hold .*--keep"):
-        classify(Here(model), tmp_path / "in.parquet", tmp_path / "no.csv")
+        classify(Here(model), file, tmp_path / "no.csv")
 
 
 def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
-    table = tmp_path / "in.csv"
+    table, shifted, folder = tmp_path / "in.csv", tmp_path / "shifted.csv", tmp_path / "folder"
     table.write_bytes(b'id,text\n1,good\n2,a,b\n3,"two\nlines"\n4,caf\xe9\n5,\n6,"a ""fine"" one"\n')
-    classify(Here(model), table, tmp_path / "kept.csv")
-    kept = [(row["id"], row["text"]) for row in read(tmp_path / "kept.csv")]
-    assert [key for key, _ in kept] == list("123456") and [text for _, text in kept[1:5:2]] == ["", ""]
-    (tmp_path / "shifted.csv").write_bytes(
-        b"a,text,id\n1,a,b,2\n3,good,4\n"
-    )  # 2 may be in any column after the text
-    classify(Here(model), tmp_path / "shifted.csv", tmp_path / "shifted.jsonl")
-    assert [(row["a"], row["id"]) for row in read(tmp_path / "shifted.jsonl")] == [("1", None), ("3", "4")]
-    _, refused = classify(Here(model), table, tmp_path / "a.csv", drops_refused=True)
-    assert [row["id"] for row in read(tmp_path / "a.csv")] == ["1", "3", "6"]
-    assert [one["where"].rpartition(":")[2] for one in read(refused)] == ["3", "6", "7"]
-    folder = tmp_path / "folder"
+    found = kept(model, table, tmp_path / "kept.csv")
+    assert [row["id"] for row in found] == list("123456") and [row["text"] for row in found[1:5:2]] == [
+        "",
+        "",
+    ]
+    found, refused = dropping(model, table, tmp_path / "a.csv")
+    assert [row["id"] for row in found] == ["1", "3", "6"]
+    assert [one["where"].rpartition(":")[2] for one in refused] == ["3", "6", "7"]
+    shifted.write_bytes(b"a,text,id\n1,a,b,2\n3,good,4\n")  # 2 may be in any column after the text
+    found = kept(model, shifted, tmp_path / "shifted.jsonl")
+    assert [(row["a"], row["id"]) for row in found] == [("1", None), ("3", "4")]
     folder.mkdir()
     for name in ("a", "b"):
         write(folder / f"{name}.parquet", [{"id": i, "text": None if i == 9 else "fine"} for i in range(10)])
-    classify(Here(model), folder, tmp_path / "kept.parquet")
-    assert [row["id"] for row in read(tmp_path / "kept.parquet")] == [*range(10), *range(10)]
-    _, refused = classify(Here(model), folder, tmp_path / "b.parquet", drops_refused=True)
-    assert [row["id"] for row in read(tmp_path / "b.parquet")] == [*range(9), *range(9)]
-    for one, row, name in zip(read(refused), (9, 19), ("a", "b"), strict=True):
+    assert [row["id"] for row in kept(model, folder, tmp_path / "kept.parquet")] == [*range(10)] * 2
+    found, refused = dropping(model, folder, tmp_path / "b.parquet")
+    assert [row["id"] for row in found] == [*range(9)] * 2
+    for one, row, name in zip(refused, (9, 19), ("a", "b"), strict=True):
         assert (one["row"], one["where"]) == (row, f"{folder}/{name}.parquet:9")
         assert json.loads(one["content"]) == {"id": 9, "text": None}
 
 
 def test_single_texts_and_pairs_in_one_file(model: de3.Classifier, tmp_path: Path) -> None:
-    file = tmp_path / "in.parquet"
     rows = [{"n": 0, "text": "good", "text_pair": None}, {"n": 1, "text": "bad", "text_pair": "good"}]
-    write(file, rows)
-    classify(Here(model), file, tmp_path / "out.parquet", keep=["n"])
-    (only_pairs,) = Source(file, Columns(label=None, text_pair="text_pair")).slices()
-    assert only_pairs.texts == [None, ("bad", "good")] and len(only_pairs.refused) == 1
-    with pytest.raises(ValueError, match=r"no column 'm'.*--keep"):
-        classify(Here(model), file, tmp_path / "other.parquet", keep=["m"])
-    write(tmp_path / "in.jsonl", [{"n": 0, "text": "good"}, {"text": "bad"}])
-    classify(Here(model), tmp_path / "in.jsonl", tmp_path / "out.jsonl", keep=["n"])
-    assert [row["n"] for row in read(tmp_path / "out.jsonl")] == [0, None]
+    file = write(tmp_path / "in.parquet", rows)
+    found = kept(model, file, tmp_path / "out.parquet", keep=["n"])
     expected = model.classify(["good", ("bad", "good")], tau=0.3, as_arrow=True)
-    found = read(tmp_path / "out.parquet")
     assert [row["probs"] for row in found] == expected.column("probs").to_pylist()
     assert [row["n"] for row in found] == [0, 1] and "text" not in found[0]
+    (only_pairs,) = Source(file, Columns(label=None, text_pair="text_pair")).slices()
+    assert only_pairs.texts == [None, ("bad", "good")] and len(only_pairs.refused) == 1
+    file = write(tmp_path / "in.jsonl", [{"n": 0, "text": "good"}, {"text": "bad"}])
+    assert [row["n"] for row in kept(model, file, tmp_path / "out.jsonl", keep=["n"])] == [0, None]
 
 
 def test_an_output_is_only_continued_by_the_same_run(model: de3.Classifier, tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    write(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
+    out, file = tmp_path / "out.jsonl", write(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
+
+    def refuses(says: str, out: Path = out, drops_refused: bool = False, **noted: int) -> None:
+        with pytest.raises(ValueError, match=says):
+            Parts(out, ".jsonl", noted, drops_refused)
+
     with pytest.raises(KeyboardInterrupt):
-        classify(Here(model, 9), tmp_path / "in.jsonl", out)
-    with pytest.raises(
-        ValueError, match=r"was started with other settings \(a\): use the same command, or remove"
-    ):
-        Parts(out, ".jsonl", {"a": 2})
-    with pytest.raises(ValueError, match=r"started with other settings \(b\)"):
-        Parts(out, ".jsonl", {"a": 1, "b": 2})
-    first = Parts(out, ".jsonl", {"a": 1})
-    with pytest.raises(ValueError, match="another run is writing to it"):
-        Parts(out, ".jsonl", {"a": 1})
-    first.close()
-    classify(Here(model), tmp_path / "in.jsonl", out)
-    Parts(out, ".jsonl", {"a": 1}).close()
-    with pytest.raises(ValueError, match=r"out\.jsonl: already exists"):
-        Parts(out, ".jsonl", {"a": 2})
+        classify(Here(model, 9), file, out)
+    refuses(r"other settings \(a\): use the same command, or remove", a=2)
+    refuses(r"other settings \(b\)", a=1, b=2)
+    with closing(Parts(out, ".jsonl", {"a": 1})):
+        refuses("another run is writing to it", a=1)
+    classify(Here(model), file, out)
+    assert is_complete(out, ".jsonl")
+    refuses(r"out\.jsonl: already exists", a=2)
     with out.open("a") as opened:
         opened.write("another row\n")
-    with pytest.raises(ValueError, match=r"out\.jsonl: already exists"):
-        Parts(out, ".jsonl", {"a": 1})
+    refuses(r"out\.jsonl: already exists", a=1)
     out.unlink()
     (tmp_path / "out.jsonl.refused.jsonl").write_text("may be this run's input")
-    with pytest.raises(ValueError, match=r"refused\.jsonl: already exists"):
-        Parts(out, ".jsonl", {"a": 1}, drops_refused=True)
+    refuses(r"refused\.jsonl: already exists", drops_refused=True, a=1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    with pytest.raises(ValueError, match="contains other files"):
-        Parts(tmp_path / "full", ".jsonl", {})
+    refuses("contains other files", tmp_path / "full")
 
 
 def test_a_run_without_a_part_leaves_nothing(model: de3.Classifier, tmp_path: Path) -> None:
@@ -723,41 +680,39 @@ def test_a_run_without_a_part_leaves_nothing(model: de3.Classifier, tmp_path: Pa
     assert (tmp_path / "mine").exists()
 
 
-@pytest.mark.parametrize("kind", [".parquet", ".jsonl"])
-def test_no_column_of_the_input(model: de3.Classifier, tmp_path: Path, kind: str) -> None:
-    write(tmp_path / f"in{kind}", [{"text": text} for text in [*TEXTS[:20], " ", "good"]])
-    expected = [row.label for row in model.classify([*TEXTS[:20], "good"], tau=0.3)]
-    expected.insert(20, "")
-    for kind_out in (".parquet", ".csv", ".jsonl"):
-        classify(Here(model), tmp_path / f"in{kind}", tmp_path / f"out{kind_out}", keep=[])
-        rows = read(tmp_path / f"out{kind_out}")
-        assert next(iter(rows[0])) == "label" and "text" not in rows[0]
-        assert [row["label"] or "" for row in rows] == expected
+@pytest.mark.parametrize(
+    ("changes", "out", "keep", "says"),
+    [
+        ({40: {"n": "forty"}}, "out.parquet", None, r"as parquet \(.*:41: n is string, but int64 .* --keep"),
+        ({43: {"n": "more"}}, "out.parquet", None, r"as parquet \(.*:44: n: Could not convert 'more'"),
+        ({41: {"half": "\ud800"}}, "out.csv", None, ":42: has the column 'half', which the first row lacks"),
+        ({41: {"half": "\ud800"}}, "out.jsonl", None, ""),
+        ({41: {"half": "\ud800"}}, "numbers.parquet", ["n"], ""),
+    ],
+)
+def test_columns_that_change_their_type_are_refused_early(
+    model: de3.Classifier,
+    tmp_path: Path,
+    changes: dict[int, Any],
+    out: str,
+    keep: list[str] | None,
+    says: str,
+) -> None:
+    rows = [{"text": text, "n": i, **changes.get(i, {})} for i, text in enumerate(TEXTS)]
+    file = write(tmp_path / "in.jsonl", rows)
+    if says:
+        with pytest.raises(ValueError, match=rf"in\.jsonl{says}" if says[0] == ":" else says):
+            classify(Here(model), file, tmp_path / out, 1000, keep)
+        return
+    found = kept(model, file, tmp_path / out, keep=keep)
+    assert [row["n"] for row in found] == [*range(100)] and (keep or found[41]["half"] == "\ud800")
 
 
-def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier, tmp_path: Path) -> None:
-    file = tmp_path / "in.jsonl"
-    rows: list[dict[str, Any]] = [{"text": text, "n": i} for i, text in enumerate(TEXTS)]
-    rows[40]["n"] = "forty"
-    write(file, rows)
-    with pytest.raises(ValueError, match=r"as parquet \(.*in\.jsonl:41: n is string, but int64 .* --keep"):
-        classify(Here(model), file, tmp_path / "out.parquet", part_rows=1000)
-    rows[40]["n"], rows[43]["n"] = 40, "forty-three"
-    write(file, rows)
-    with pytest.raises(ValueError, match=r"as parquet \(.*in\.jsonl:44: n: Could not convert 'forty-three'"):
-        classify(Here(model), file, tmp_path / "out.parquet", part_rows=1000)
-    rows[43]["n"] = 43
-    rows[40]["n"], rows[41]["half"] = 40, "\ud800"
-    write(file, rows)
-    summary, _ = classify(Here(model), file, tmp_path / "out.jsonl")
-    assert summary.answered == 100 and read(tmp_path / "out.jsonl")[41]["half"] == "\ud800"
-    with pytest.raises(ValueError, match=r"in\.jsonl:42: has the column 'half', which the first row lacks"):
-        classify(Here(model), file, tmp_path / "out.csv")
-    classify(Here(model), file, tmp_path / "numbers.parquet", keep=["n"])
-    assert [row["n"] for row in read(tmp_path / "numbers.parquet")][39:42] == [39, 40, 41]
-    for row in rows[48:]:  # the earlier parts have whole numbers in this column
-        row["n"] += 0.5
-    write(file, rows)
+def test_columns_that_change_their_type_in_a_later_part_or_file(
+    model: de3.Classifier, tmp_path: Path
+) -> None:
+    rows = [{"text": text, "n": i if i < 48 else i + 0.5} for i, text in enumerate(TEXTS)]
+    file = write(tmp_path / "in.jsonl", rows)
     for _ in range(2):  # also after the run is continued, when the previous part is only a file
         with pytest.raises(ValueError, match=r"as parquet \(.*in\.jsonl:49: n is double, but int64"):
             classify(Here(model), file, tmp_path / "more.parquet", keep=["n"])
@@ -769,34 +724,12 @@ def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier,
         classify(Here(model), tmp_path / "in", tmp_path / "both.parquet")
 
 
-def test_columns_of_input_and_answers_may_not_share_a_name(model: de3.Classifier, tmp_path: Path) -> None:
-    for kind in (".parquet", ".jsonl"):
-        file, out = tmp_path / f"in{kind}", tmp_path / f"out{kind}"
-        write(file, [{"text": text, "label": 1} for text in TEXTS])
-        pool = Here(model)
-        with pytest.raises(
-            ValueError, match=r"label: is a column of the input and of the answers.* --prefix de3_"
-        ):
-            classify(pool, file, out, part_rows=1000)
-        assert pool.texts == 0
-        classify(Here(model), file, out, keep=["text"])
-
-
 def test_parquet_without_pyarrow(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "in.parquet", [{"text": "good"}])
-    options = f"--file {tmp_path}/in.parquet --store {store} --model tiny"
+    file = write(tmp_path / "in.parquet", [{"text": "good"}])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-
-    def version(package: str) -> str:
-        if package == "pyarrow":
-            raise PackageNotFoundError(package)
-        return "1"
-
-    monkeypatch.setattr("de3.commands.classify.version", version)
     for out in ("out.jsonl", "out.parquet"):
-        assert f"this needs pyarrow: {sys.executable} -m pip install -e '.[bulk]'" in refusal(
-            f"classify {options} --out {tmp_path}/{out}"
-        )
+        says = refusal(f"classify --file {file} --store {store} --model tiny --out {tmp_path}/{out}")
+        assert f"{sys.executable} -m pip install -e '.[bulk]'" in says
 
 
 @pytest.mark.parametrize(
@@ -816,10 +749,7 @@ def test_parquet_without_pyarrow(store: Path, tmp_path: Path, monkeypatch: pytes
         ("good --url http://127.0.0.1:9", "de3 serve"),
         ("--model tiny,tiny --file {0}/in.jsonl --out {0}/out.csv", "models: tiny is given twice"),
         ("--model tiny,tiny-int8 --file {0}/in.jsonl --out {0}/out.csv", "cannot share a pass"),
-        (
-            "--model tiny-int8,{1}/sst2 --file {0}/in.jsonl --out {0}/out.csv",
-            "has another encoder than sst2",
-        ),
+        ("--model tiny-int8,{1} --file {0}/in.jsonl --out {0}/out.csv", "has another encoder than sst2"),
         ("good --model tiny,tiny-int8", "cannot share a pass"),
     ],
 )
@@ -827,154 +757,135 @@ def test_errors_of_the_command(store: Path, tmp_path: Path, arguments: str, says
     write(tmp_path / "in.jsonl", [{"text": "good"}])
     (tmp_path / "in.csv").write_text("sentence\n")
     where = f"--store {store}" if "--model" in arguments else ""
-    assert says in refusal(f"classify {where} {arguments.format(tmp_path, de3.DEMO)}")
+    assert says in refusal(f"classify {where} {arguments.format(tmp_path, de3.DEMO / 'sst2')}")
 
 
-def test_the_command_in_processes(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, out = tmp_path / "in.csv", tmp_path / "out.parquet"
-    write(file, [{"id": i, "text": text} for i, text in enumerate(TEXTS)] + [{"id": "x", "text": ""}])
-    output = command(
-        f"classify --store {store} --model tiny-int8 --file {file} --out {out} --max-disagreement 0.5 --threads 2"
-    )
-    with de3.load("tiny-int8", store=store, threads=1) as model:
-        expected = model.classify(TEXTS, max_disagreement=0.5, as_arrow=True)
-    assert [row["probs"] for row in read(out)] == [*expected.column("probs").to_pylist(), None]
-    assert "101 rows" in output and "exits by layer: 0: " in output and "speed-up in model time: " in output
-    assert "at most 50% of the answers differ from full depth (with 95% confidence)" in output
-    assert "1 row cannot be classified: error has the reasons" in output
-    dropped = tmp_path / "out.tsv"
-    part, lines, writes = file.with_name("some.csv"), file.read_text().splitlines(), count()
-    part.write_text("\n".join([*lines[:18], lines[-1]]))
-    some = f"classify --store {store} --model tiny-int8 --file {part} --out {tmp_path}/some --part-rows 8"
+def interrupt_writes(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Raise KeyboardInterrupt instead of writing the parts with these numbers, counted in all runs."""
+    writes, write_part = count(), formats.Format.write
 
     def interrupted(*written: Any) -> None:
-        if next(writes) in (0, 2):
+        if next(writes) in numbers:
             raise KeyboardInterrupt
         return write_part(*written)
 
-    write_part = formats.Format.write
     monkeypatch.setattr(formats.Format, "write", interrupted)
-    for kept in (
-        "no rows are kept yet: the same command starts again",
-        "8 rows kept; the same command continues",
+
+
+def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:
+    out, texts = tmp_path / "out.parquet", [*TEXTS, LONG]
+    file = write(tmp_path / "in.csv", [{"id": i, "text": text} for i, text in enumerate([*texts, ""])])
+    options = f"--store {store} --model tiny-int8 --max-disagreement 0.5 --threads 2"
+    output = command(f"classify {options} --file {file} --out {out}")
+    with de3.load("tiny-int8", store=store, threads=1) as model:
+        expected = model.classify(texts, max_disagreement=0.5, as_arrow=True)
+    assert [row["probs"] for row in read(out)] == [*expected.column("probs").to_pylist(), None]
+    for line in (
+        "102 rows",
+        "exits by layer: 0: ",
+        "speed-up in model time: ",
+        "at most 50% of the answers differ from full depth (with 95% confidence)",
+        "1 row cannot be classified: error has the reasons",
+        "1 text truncated to the model's limit (--long windows reads more)",
     ):
-        stopped = invoke(some)
-        assert stopped.exit_code == 130 and f"stopped; {kept}" in stopped.stderr
-    output = command(some)
-    assert "18 rows (8 of them by an earlier run)" in output and "exits by layer in this run: " in output
-    assert "resumed after the first 8 rows, which an earlier run has written" in output
-    assert "1 row cannot be classified: error has the reasons" in output
-    for more, code in (("", 0), ("--max-refused 0.05", 3), ("--max-refused 0.06", 0), ("--max-refused 0", 3)):
-        again = invoke(f"{some} {more}")  # 1 of 18 rows is refused
-        assert again.exit_code == code and "some is complete: nothing to do" in again.stderr
-        assert ("5.56% of the rows cannot be classified, more than --max-refused 0" in again.stderr) == bool(
-            code
-        )
-    summary = json.loads((tmp_path / "some" / "_run.json").read_text())["summary"]
-    assert (summary["rows"], summary["refused"], summary["earlier"]) == (18, 1, 8)
-    write(tmp_path / "long.csv", [{"text": text} for text in (LONG, "good", "")])
-    output = command(
-        f"classify --store {store} --model tiny --file {tmp_path}/long.csv --out {tmp_path}/long"
-    )
-    assert "1 text truncated to the model's limit (--long windows reads more)" in output
-    assert json.loads((tmp_path / "long" / "_run.json").read_text())["summary"]["truncated"] == 1
-    output = command(
-        f"classify --store {store} --model tiny-int8 --file {file} --out {dropped} --refused drop --prefix de3_"
-    )
-    assert f"1 row cannot be classified: {dropped}.refused.jsonl\n  1: " in output
-    output = command(
-        f"classify --store {store} --model tiny-int8 --file {file} --out {dropped} --refused drop --prefix de3_"
-    )
-    assert f"{dropped} is complete: nothing to do" in output
-    assert [row["id"] for row in read(dropped)] == [str(i) for i in range(len(TEXTS))]
-    assert "de3_label" in read(dropped)[0] and "de3_error" not in read(dropped)[0]
+        assert line in output
+    assert json.loads((tmp_path / "_out.parquet.run.json").read_text())["summary"]["truncated"] == 1
     about = json.loads(parquet.read_schema(out).metadata[b"de3"])
     assert about["model"] == "tiny-int8:1" and len(about["labels"]) == 2
 
 
-def encoders_and_mappings() -> tuple[int, int]:
-    """The number of encoders in a process of the pool, and of its mappings of shared weights."""
-    ((loaded, _),) = pool._open_in_this_process
-    mapped = Path("/proc/self/maps").read_text().count("memfd:de3-weights")
-    return len({served.model.encoder for served in loaded._all}), mapped
+def test_the_command_continues_a_run_that_was_interrupted(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, out = [*TEXTS[:17], ""], tmp_path / "out.tsv"
+    file = write(tmp_path / "in.csv", [{"id": i, "text": text} for i, text in enumerate(texts)])
+    some = f"classify --store {store} --model tiny-int8 --file {file} --out {out} --part-rows 8"
+    some += " --refused drop --prefix de3_"
+    interrupt_writes(monkeypatch, 0, 2)
+    for said in (
+        "no rows are kept yet: the same command starts again",
+        "8 rows kept; the same command continues",
+    ):
+        stopped = invoke(some)
+        assert stopped.exit_code == 130 and f"stopped; {said}" in stopped.stderr
+    output = command(some)
+    assert "18 rows (8 of them by an earlier run)" in output and "exits by layer in this run: " in output
+    assert "resumed after the first 8 rows, which an earlier run has written" in output
+    assert f"1 row cannot be classified: {out}.refused.jsonl\n  1: " in output
+    assert [row["id"] for row in read(out)] == [str(i) for i in range(17)]
+    assert "de3_label" in read(out)[0] and "de3_error" not in read(out)[0]
+    for more, code in (("", 0), ("--max-refused 0.05", 3), ("--max-refused 0.06", 0), ("--max-refused 0", 3)):
+        again = invoke(f"{some} {more}")  # 1 of 18 rows is refused
+        assert again.exit_code == code and "out.tsv is complete: nothing to do" in again.stderr
+        assert ("5.56% of the rows cannot be classified, more than --max-refused 0" in again.stderr) == bool(
+            code
+        )
+    summary = json.loads((tmp_path / "_out.tsv.run.json").read_text())["summary"]
+    assert (summary["rows"], summary["refused"], summary["earlier"]) == (18, 1, 8)
 
 
 def test_processes_map_the_weights_of_one_encoder(several: Path) -> None:
-    artifacts = [Store(several).open(name) for name in ("mood-int8", "tiny-int8")]
-    found = pool.LocalPool(artifacts, {}, 2)
-    try:
-        assert found._processes.submit(encoders_and_mappings).result() == (1, 1)
-    finally:
-        found.close()
+    with closing(pool.LocalPool([Store(several).open(name) for name in BOTH], {}, 2)) as found:
+        found.submit(["good"]).result()
+        workers = set(process_tree(os.getpid())) - {os.getpid()}
+        mapped = [Path(f"/proc/{pid}/maps").read_text().count("memfd:de3-weights") for pid in workers]
+    assert set(mapped) - {0} == {1}
 
 
-@pytest.mark.parametrize("kind", [".parquet", ".csv"])
-def test_several_models_classify_a_file_on_one_pass(
-    several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    file, out, again = (tmp_path / f"{name}{kind}" for name in ("in", "out", "again"))
-    texts = [*TEXTS, LONG, ""]
-    write(file, [{"id": i, "text": text} for i, text in enumerate(texts)])
-    names = ["mood-int8", "tiny-int8"]
-    options = f"--file {file} --long error --tau 0.9 --model {','.join(names)}"
-    with de3.load(names, store=several, threads=1) as both:
+BOTH = ["mood-int8", "tiny-int8"]
+
+
+def test_several_models_classify_a_file_on_one_pass(several: Path, tmp_path: Path) -> None:
+    texts, out = [*TEXTS, LONG, ""], tmp_path / "out"
+    file = write(tmp_path / "in.parquet", [{"id": i, "text": text} for i, text in enumerate(texts)])
+    with de3.load(BOTH, store=several, threads=1) as both:
         expected = both.answers(texts, tau=0.9, long="error")
-    output = command(f"classify {options} --store {several} --threads 2 --out {out}")
-    for name in names:
-        layers = Counter(row[f"{name}_exit_layer"] for row in expected if not row["error"])
+    options = f"classify --file {file} --long error --tau 0.9 --model {','.join(BOTH)}"
+    local = f"{options} --store {several} --threads 2 --out {out}"
+    output = command(local)
+    rows = read(out / "part-000000.parquet")
+    assert [list(row) for row in rows] == [["id", "text", *expected[0]]] * 102
+    for row, one in zip(rows, expected, strict=True):
+        assert row.items() >= {**one, "error": row["error"]}.items() and bool(row["error"]) == bool(
+            one["error"]
+        )
+    assert [bool(row["error"]) for row in rows] == [False] * 100 + [True] * 2
+    for name in BOTH:
+        layers = Counter(row[f"{name}_exit_layer"] for row in expected[:100])
         shares = ", ".join(f"{n}: {100 * count / 100:.1f}%" for n, count in sorted(layers.items()))
         assert f"{name}: exits by layer: {shares}" in output
         assert f"{name}: speed-up in model time: " in output and f"{name}: certified: nothing" in output
-    rows = read(out)
-    assert names_in(out) == ["id", "text", *expected[0]]
-    assert [bool(row["error"]) for row in rows] == [False] * 100 + [True] * 2
-    for row, one in zip(rows, expected, strict=True):
-        for name in expected[0]:
-            if name != "error":
-                value = one[name] if kind == ".parquet" else formats._cell(one[name], None)
-                assert row[name] == (value if kind == ".parquet" else str(value)), name
-    record = json.loads((tmp_path / f"_{out.name}.run.json").read_text())
-    prints = [fingerprint(Store(several).open(name).manifest) for name in names]
-    assert record["run"]["artifact"] == ",".join(prints)
-    assert list(record["summary"]["exits"]) == names
-    if kind == ".parquet":
-        about = json.loads(parquet.read_schema(out).metadata[b"de3"])
-        assert [one["model"] for one in about["models"]] == ["mood-int8:1", "tiny-int8:1"]
+    record = json.loads((out / "_run.json").read_text())
+    assert record["run"]["artifact"] == ",".join(
+        fingerprint(Store(several).open(name).manifest) for name in BOTH
+    )
+    assert list(record["summary"]["exits"]) == BOTH
+    about = json.loads(parquet.read_schema(out / "part-000000.parquet").metadata[b"de3"])
+    assert [one["model"] for one in about["models"]] == ["mood-int8:1", "tiny-int8:1"]
+    assert "other settings (models, artifact)" in refusal(local.replace("mood-int8,tiny", "tiny-int8,mood"))
 
-    writes, write_part = count(), formats.Format.write
-
-    def interrupted(*written: Any) -> None:
-        if next(writes) == 1:
-            raise KeyboardInterrupt
-        return write_part(*written)
-
-    monkeypatch.setattr(formats.Format, "write", interrupted)
-    some = f"classify {options} --store {several} --threads 2 --out {again} --part-rows 16"
-    assert invoke(some).exit_code == 130
-    assert "other settings (models, artifact)" in refusal(some.replace("mood-int8,tiny", "tiny-int8,mood"))
-    assert "in this run: " in command(some)
-    assert read(again) == rows
-
-    with serving(several, models=names) as server:
-        output = command(f"classify {options} --url {server.url} --out {tmp_path}/url.jsonl --refused drop")
+    text = ["classify", "a good film", "--model", ",".join(BOTH)]
+    with serving(several, models=BOTH) as server:
+        output = command(f"{options} --url {server.url} --out {tmp_path}/url.jsonl --refused drop")
         assert "tiny-int8: exits by layer: " in output
         twice = f"--file {file} --model mood-int8,mood-int8:1 --url {server.url} --out {tmp_path}/twice.csv"
         assert "models: mood-int8 is given twice" in refusal(f"classify {twice}")
-        found = command(["classify", "a good film", "--url", server.url, "--model", ",".join(names)])
+        found = command([*text, "--url", server.url])
+    assert command([*text, "--store", str(several)]) == found
+    assert found.startswith("mood-int8: ") and "\ntiny-int8: " in found
     for row, one in zip(read(tmp_path / "url.jsonl"), expected[:100], strict=True):
-        for name in names:
+        for name in BOTH:
             for column in ("label", "exit_layer", "exit_reason"):
                 assert row[f"{name}_{column}"] == one[f"{name}_{column}"]
             assert row[f"{name}_probs"] == [round(p, 6) for p in one[f"{name}_probs"]]
-    texts = ["classify", "a good film", "--store", str(several), "--model", ",".join(names)]
-    assert command(texts) == found and found.startswith("mood-int8: ") and "\ntiny-int8: " in found
 
 
 class Refusing:
     """A client whose server refuses texts with "bad", and requests with more than `most` texts."""
 
-    def __init__(self, most: int, names_first: bool) -> None:
-        self._most, self._names_first = most, names_first
+    def __init__(self, most: int, names_first: bool, answers: Sequence[str] = ()) -> None:
+        """answers: the models that answer, in this order; default: the one that is asked for."""
+        self._most, self._names_first, self._answers = most, names_first, iter(answers)
         self.asked = list[list[Input]]()
 
     def classify(self, texts: list[Input], **options: Any) -> Any:
@@ -988,7 +899,9 @@ class Refusing:
             raise ServerError(422, str(texts[index]), named[index] + (".text" if index % 2 else ""), None)
         exits = [{"layer": i, "reason": "threshold", "tau": 0.1, "score": 0.0} for i in range(len(texts))]
         rows = [{"label": t, "probs": [1.0], "exit": one} for t, one in zip(texts, exits, strict=True)]
-        return SimpleNamespace(model=options["model"], rows=[SimpleNamespace(raw=row) for row in rows])
+        return SimpleNamespace(
+            model=next(self._answers, options["model"]), rows=[SimpleNamespace(raw=row) for row in rows]
+        )
 
 
 @given(
@@ -1023,25 +936,21 @@ def test_a_server_that_refuses_texts_and_large_requests_answers_the_others_in_or
 
 
 def test_a_server_whose_answers_cannot_be_combined_is_an_error() -> None:
-    client = Refusing(9, names_first=True)
-    one = pool.RemotePool(client, ["m:1"], {}, 1)  # type: ignore[arg-type]
-    one.submit(["good"]).result()
-    one._models = ["m:2"]
-    with pytest.raises(ValueError, match="m:1, m:2"):
+    client = Refusing(9, True, ["m:1", "m:2"])
+    with closing(pool.RemotePool(client, ["m"], {}, 1)) as one:  # type: ignore[arg-type]
         one.submit(["good"]).result()
-    for status, field in ((422, "tau"), (422, None), (401, None), (0, None)):
-        error = ServerError(status, "no", field, None)
-        client.classify = lambda *_, error=error, **__: (_ for _ in ()).throw(error)  # type: ignore[method-assign]
-        with pytest.raises(ValueError, match="no"):
-            one.submit(["good", "fine"]).result()
-    one.close()
+        with pytest.raises(ValueError, match="m:1, m:2"):
+            one.submit(["good"]).result()
+        for status, field in ((422, "tau"), (422, None), (401, None), (0, None)):
+            error = ServerError(status, "no", field, None)
+            client.classify = Mock(side_effect=error)  # type: ignore[method-assign]
+            with pytest.raises(ValueError, match="no"):
+                one.submit(["good", "fine"]).result()
 
 
 def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> None:
-    artifact, summary = (
-        Store(store).open("tiny"),
-        run.Summary(rows=9, earlier=3, answered=5, reasons=Counter(["empty"]), seconds=10),
-    )
+    artifact = Store(store).open("tiny")
+    summary = run.Summary(rows=9, earlier=3, answered=5, reasons=Counter(["empty"]), seconds=10)
 
     def certifies(**options: Any) -> bool:
         return any("with 95% confidence" in line for line in report(summary, [artifact], options))
@@ -1049,16 +958,11 @@ def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> N
     assert certifies(max_disagreement=0.5)
     assert not certifies() and not certifies(tau=0.1) and not certifies(max_disagreement=0.5, long="windows")
     assert not certifies(max_disagreement=1e-9)  # every text runs to full depth
-    summary.truncated = 960
-    assert "960 texts in this run truncated to the model's limit (--long windows reads more)" in report(
-        summary, [], {}
-    )
-    assert "960 texts in this run truncated to the model's windows" in report(
-        summary, [], {"long": "windows"}
-    )
     assert report(summary, [], {})[0] == "9 rows (3 of them by an earlier run) in 10.0 s: 0.5 rows/s"
-    assert report(run.Summary(rows=1, earlier=1, seconds=2), [], {}) == [
-        "1 row (1 of them by an earlier run) in 2.0 s"
+    alone = report(run.Summary(rows=1, earlier=1, seconds=2, truncated=960), [], {"long": "windows"})
+    assert alone == [
+        "1 row (1 of them by an earlier run) in 2.0 s",
+        "960 texts in this run truncated to the model's windows",
     ]
 
 
@@ -1069,18 +973,24 @@ def test_texts_without_a_server(store: Path) -> None:
     assert "1 of 2 texts were truncated to the model's limit" in command(["classify", LONG, "good", *options])
 
 
-@pytest.mark.slow
+HELD = """
+import os, signal
+from de3.bulk.parts import Parts
+Parts.write = lambda *_: (os.write(1, b"."), signal.pause())
+from de3.cli import main
+main()
+"""
+
+
 def test_the_processes_end_with_their_parent(store: Path, tmp_path: Path) -> None:
-    file = tmp_path / "in.parquet"
-    write(file, [{"text": f"{TEXTS[i % 100]} {i}"} for i in range(200_000)])
+    file = write(tmp_path / "in.parquet", [{"text": text} for text in TEXTS])
     options = f"--store {store} --file {file} --out {tmp_path}/out --model tiny-int8 --threads 2"
-    command = [sys.executable, "-m", "de3.cli", "classify", *options.split(), "--part-rows", "2048"]
-    running = subprocess.Popen(command)
-    until((tmp_path / "out" / "part-000000.parquet").exists, "a part")
-    pids = process_tree(running.pid)
-    running.kill()
-    running.wait()
-    assert len(pids) >= 4  # the command, the fork server and two worker processes
+    command = [sys.executable, "-c", HELD, "classify", *options.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stdout.read(1)
+        pids = process_tree(running.pid)
+        running.kill()
+    assert len(pids) >= 3  # the command, the fork server and a worker process
     until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), "the processes to end")
 
 
@@ -1088,30 +998,30 @@ def test_standard_input_and_output(
     store: Path, tmp_path: Path, model: de3.Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("de3.progress.LOG_EVERY_S", 0.0)
-    texts = ["a good film", "", "café", 'a "dull" plot']
-    given = "\n".join([*texts, ""])
-    found = invoke(f"classify - --store {store} --model tiny-int8 --tau 0", input=given)
+    options, texts = (
+        f"--store {store} --model tiny-int8 --tau 0",
+        ["a good film", "", "café", 'a "dull" plot'],
+    )
+    (tmp_path / "in.txt").write_text(given := "\n".join([*texts, ""]))
+    found = invoke(f"classify - {options} --max-refused 0.2", input=given)
     rows = [json.loads(line) for line in found.stdout.splitlines()]
-    assert [row["text"] for row in rows] == texts and rows[1]["error"].startswith("text is empty")
-    gate = invoke(f"classify - --store {store} --model tiny-int8 --tau 0 --max-refused 0.2", input=given)
-    assert gate.exit_code == 3 and gate.stdout == found.stdout
-    expected = model.answers_by_column(texts, tau=0)
-    assert [row["probs"] for row in rows] == expected.values["probs"]
+    assert found.exit_code == 3 and rows[1]["error"].startswith("text is empty")
+    assert [row["text"] for row in rows] == texts
+    assert [row["probs"] for row in rows] == model.answers_by_column(texts, tau=0).values["probs"]
     assert "  classifying: 4 of 4 rows, " in found.stderr and "about 0 s left" in found.stderr
     objects = "\n" + "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
-    found = invoke(f"classify - --store {store} --model tiny-int8 --tau 0", input=objects)
-    assert [json.loads(line) for line in found.stdout.splitlines()] == [
-        {"text": row["text"], "id": i} | row for i, row in enumerate(rows)
-    ]
-    found = invoke(f"classify - --store {store} --model tiny-int8 --format csv", input="")
+    found = invoke(f"classify - {options}", input=objects)
+    again = [json.loads(line) for line in found.stdout.splitlines()]
+    assert found.exit_code == 0 and again == [{**row, "id": i} for i, row in enumerate(rows)]
+    found = invoke(f"classify - {options} --format csv", input="")
     assert found.exit_code == 0 and found.stdout.startswith("text,label,") and found.stdout.count("\n") == 1
-    found = invoke(f"classify - --store {store} --model tiny-int8", input='{"sentence": "good"}')
+    found = invoke(f"classify - {options}", input='{"sentence": "good"}')
     assert "classified: standard input:1: no column 'text'" in str(found.exception)
-    options = f"--store {store} --model tiny-int8 --tau 0 --keep none"
-    found = invoke(f"classify --file - --out {tmp_path}/out.csv {options}", input=given)
-    (tmp_path / "in.txt").write_text(given)
-    table = invoke(f"classify --file {tmp_path}/in.txt --out - --format csv {options}")
-    assert found.stdout == "" and table.stdout == (tmp_path / "out.csv").read_text()
+    assert (
+        invoke(f"classify --file - --out {tmp_path}/out.csv --keep none {options}", input=given).stdout == ""
+    )
+    table = command(f"classify --file {tmp_path}/in.txt --out - --format csv --keep none {options}")
+    assert (tmp_path / "out.csv").read_text() in table
     assert [row["label"] for row in read(tmp_path / "out.csv")] == [row["label"] or "" for row in rows]
 
 
@@ -1126,14 +1036,12 @@ def test_a_server_answers_files(store: Path, tmp_path: Path, model: de3.Classifi
         for name, content in (("none", ""), ("blank", "\n")):  # the server is not asked for these rows
             (tmp_path / f"{name}.txt").write_text(content)
             command(f"classify --file {tmp_path}/{name}.txt --out {tmp_path}/{name}.csv --url {server.url}")
-            expected_names = ["text", *model.answers_by_column([]).values]
-            assert names_in(tmp_path / f"{name}.csv") == expected_names
+            assert names_in(tmp_path / f"{name}.csv") == ["text", *model.answers_by_column([]).values]
             assert len(read(tmp_path / f"{name}.csv")) == len(content)
-    found, sent = read(out), [row for row in rows if row["id"] != 9]
+    found = read(out)
     assert [row["id"] for row in found] == list(range(len(TEXTS)))
-    refused = found.pop(9)
-    assert refused["label"] is None and refused["error"].startswith("has 122 tokens")
-    inputs = [(row["text"], row["text_pair"]) if "text_pair" in row else row["text"] for row in sent]
-    expected = model.classify(inputs, tau=0.1)
-    for row, one in zip(found, expected, strict=True):
-        assert (row["probs"], row["exit_layer"], row["error"]) == (one.probs, one.exit.layer, None)
+    inputs = [(row["text"], row["text_pair"]) if "text_pair" in row else row["text"] for row in rows]
+    for row, one in zip(found, model.answers(inputs, tau=0.1, long="error"), strict=True):
+        probs = one["probs"] and [round(p, 6) for p in one["probs"]]
+        assert (row["probs"], row["exit_layer"], row["error"]) == (probs, one["exit_layer"], one["error"])
+    assert found[9]["error"].startswith("has 122 tokens") and found[9]["label"] is None

@@ -22,7 +22,7 @@ from de3.library import WINDOW
 from de3.server.engine.engine import Engine
 from de3.server.engine.job import Job
 from tests.fixtures import make_rows
-from tests.serving import Server
+from tests.serving import Server, until
 
 TEXTS: list[Input] = [text for text, _ in make_rows(60, 17) if text.strip()]
 LONG = "a good film and a dull plot " * 40
@@ -32,6 +32,19 @@ LONG = "a good film and a dull plot " * 40
 def model(store: Path) -> Iterator[de3.Classifier]:
     with de3.load("tiny-int8", store=store, threads=2) as one:
         yield one
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of texts of each job that an engine gets."""
+    found, submit = list[int](), Engine.submit
+
+    def counted(engine: Engine, job: Job) -> None:
+        found.append(len(job.items))
+        submit(engine, job)
+
+    monkeypatch.setattr(Engine, "submit", counted)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -64,10 +77,9 @@ def test_a_single_text_or_pair(model: de3.Classifier) -> None:
     assert model.classify([]) == []
 
 
-def test_identical_texts_are_computed_once(model: de3.Classifier) -> None:
-    before = model._engine.finished
+def test_identical_texts_are_computed_once(model: de3.Classifier, sizes: list[int]) -> None:
     rows = model.classify([TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[0]])
-    assert model._engine.finished == before + 2
+    assert sizes == [2]
     assert [row.raw["index"] for row in rows] == [0, 1, 2, 3]
     assert rows[0].probs == rows[2].probs == rows[3].probs != rows[1].probs
 
@@ -75,13 +87,13 @@ def test_identical_texts_are_computed_once(model: de3.Classifier) -> None:
 def test_a_table_has_the_same_answers(model: de3.Classifier) -> None:
     texts = [*TEXTS, LONG, TEXTS[0]]
     rows, table = model.classify(texts, tau=0.3), model.classify(texts, tau=0.3, as_arrow=True)
-    assert table.column("label").to_pylist() == [row.label for row in rows]
-    exact = table.column("probs").to_pylist()
+    columns = table.to_pydict()
+    assert columns["label"] == [row.label for row in rows]
+    assert columns["exit_layer"] == [row.exit.layer for row in rows]
+    assert columns["truncated"] == [row.truncated for row in rows]
+    exact, scores = columns["probs"], columns["exit_score"]
     assert [[round(p, 6) for p in probs] for probs in exact] == [row.probs for row in rows] != exact
-    assert table.column("exit_layer").to_pylist() == [row.exit.layer for row in rows]
-    scores = table.column("exit_score").to_pylist()
     assert [float(f"{score:.6g}") for score in scores] == [row.exit.score for row in rows] != scores
-    assert table.column("truncated").to_pylist() == [row.truncated for row in rows]
     windows = model.classify(texts, long="windows", ood=True, as_arrow=True)
     assert windows.column("windows_of").to_pylist()[-2] > 1 and "ood_score" in windows.column_names
     assert model.classify([], long="windows", ood=True, as_arrow=True).schema == windows.schema
@@ -122,15 +134,14 @@ def test_a_column_is_a_list_of_texts(model: de3.Classifier) -> None:
     assert model.classify(pandas.Series(["good", "bad"])) == expected
 
 
-def test_a_budget_is_for_all_texts_together(model: de3.Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs, submit = list[Job](), model._engine.submit
+def test_a_budget_is_for_all_texts_together(
+    model: de3.Classifier, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("de3.library.WINDOW", 5)
-    monkeypatch.setattr(model._engine, "submit", lambda job: (jobs.append(job), submit(job)))
-    for expected in (1, 2, 3):
-        assert len(model.classify(TEXTS, latency_budget_ms=50_000)) == len(TEXTS)
-        assert len(jobs) == expected
+    distinct = len(set(TEXTS))
+    assert len(model.classify(TEXTS, latency_budget_ms=50_000)) == len(TEXTS) and sizes == [distinct]
     model.classify(TEXTS)
-    assert len(jobs) == 3 + len(range(0, len(set(TEXTS)), 5))
+    assert sizes[1:] == [min(5, distinct - i) for i in range(0, distinct, 5)]
 
 
 def test_answers_have_a_row_for_each_text(model: de3.Classifier) -> None:
@@ -157,9 +168,8 @@ def test_answers_have_a_row_for_each_text(model: de3.Classifier) -> None:
     assert reasons[9] == "text_pair: must be a text; got null" and "surrogate" in reasons[12]
     single = model.answers_by_column("good", tau=0)
     assert single.values["label"] == columns["label"][:1]
-    assert single.times[""].full_depth_s == pytest.approx(
-        single.times[""].model_s
-    )  # at τ = 0 nothing exits early
+    times = single.times[""]
+    assert times.full_depth_s == pytest.approx(times.model_s)  # at τ = 0 nothing exits early
     assert model.answers([]) == []
     assert model.answers([None], as_arrow=True).schema == table.schema
     with pytest.raises(de3.InputError, match=r"input\[1\]: must not be empty"):
@@ -173,32 +183,31 @@ def test_answers_have_a_row_for_each_text(model: de3.Classifier) -> None:
 
 @pytest.mark.parametrize("window", [1, 7, WINDOW])
 def test_a_stream_is_answered_in_order_with_bounded_memory(model: de3.Classifier, window: int) -> None:
-    taken = 0
+    taken, texts = 0, TEXTS * 2
 
     def source() -> Iterator[Input]:
         nonlocal taken
-        for _ in range(3):
-            for text in TEXTS:
-                taken += 1
-                yield text
+        for text in texts:
+            taken += 1
+            yield text
 
-    expected = [row.probs for row in model.classify(TEXTS)] * 3
+    expected = [row.probs for row in model.classify(texts)]
     for index, row in enumerate(model.stream(source(), window=window)):
         assert row.raw["index"] == index and row.probs == expected[index]
         assert taken <= index + 1 + 2 * window
-    assert taken == 3 * len(TEXTS)
+    assert taken == len(texts)
 
 
 def test_a_stream_left_early_drops_its_texts(model: de3.Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    submitted, dropped, submit = list[Job](), list[Job](), model._engine.submit
+    submitted, dropped, submit = list[Job](), list[Job](), Engine.submit
 
-    def run_the_first(job: Job) -> None:
+    def run_the_first(engine: Engine, job: Job) -> None:
         submitted.append(job)
         if len(submitted) == 1:
-            submit(job)
+            submit(engine, job)
 
-    monkeypatch.setattr(model._engine, "submit", run_the_first)
-    monkeypatch.setattr(model._engine, "drop", dropped.append)
+    monkeypatch.setattr(Engine, "submit", run_the_first)
+    monkeypatch.setattr(Engine, "drop", lambda _, job: dropped.append(job))
     rows = model.stream(iter(TEXTS), window=5)
     next(rows)
     rows.close()  # type: ignore[attr-defined]
@@ -223,8 +232,11 @@ def test_threads_share_a_classifier(model: de3.Classifier) -> None:
 
 
 @pytest.mark.parametrize("precision", ["", "-int8"])
-def test_several_models_on_one_encoder_answer_as_each_alone(several: Path, precision: str) -> None:
+def test_several_models_on_one_encoder_answer_as_each_alone(
+    several: Path, sizes: list[int], precision: str
+) -> None:
     texts: list[Any] = [*TEXTS, LONG, ("a good film", "a dull plot"), TEXTS[0]]
+    some: list[Any] = [*texts, None, "good"]
     names, own = [f"mood{precision}", f"tiny{precision}"], {"tau": 0.5, "signal": "edr", "lam": 2.0}
     with (
         de3.load([names[0], {"model": names[1], **own}], store=several, threads=2) as both,
@@ -232,37 +244,29 @@ def test_several_models_on_one_encoder_answer_as_each_alone(several: Path, preci
         de3.load(names[1], store=several, threads=1) as tiny,
     ):
         assert both.names == [mood.name, tiny.name] and mood.name in repr(both)
-        one, other = both._all
-        assert one.model.encoder is other.model.encoder and one.model.manifest.num_layers == 2
-        for options in (
-            {},
-            {"tau": 0.9},
+        for given in (
+            dict[str, Any](),
             {"tau": 0.9, "long": "windows"},
             {"tau": 0.8, "explain": True, "ood": True, "raw": True},
         ):
-            given: Any = options
-            shared: Any = {name: value for name, value in options.items() if name != "tau"}
-            alone = [mood.classify(texts, **given), tiny.classify(texts, **shared, **own)]  # type: ignore[arg-type]
-            before = both._engine.finished
-            assert both.classify(texts, **given) == alone
-            assert both._engine.finished == before + len(set(texts))
-            some = [*texts, None, "good"]
+            of_tiny: Any = {**given, **own}
+            sizes.clear()
+            answers = both.classify(texts, **given)
+            assert sizes == [len(set(texts))]
+            assert answers == [mood.classify(texts, **given), tiny.classify(texts, **of_tiny)]
             table = both.answers(some, as_arrow=True, **given)
-            tables = [
-                mood.answers(some, as_arrow=True, **given),
-                tiny.answers(some, as_arrow=True, **shared, **own),  # type: ignore[arg-type]
-            ]
+            alone = mood.answers(some, as_arrow=True, **given), tiny.answers(some, as_arrow=True, **of_tiny)
             expected = {
                 f"{name}_{column}": one.column(column)
-                for name, one in zip(names, tables, strict=True)
+                for name, one in zip(names, alone, strict=True)
                 for column in one.column_names[:-1]
             }
-            expected["error"] = tables[0].column("error")
+            expected["error"] = alone[0].column("error")
             assert dict(zip(table.column_names, table.columns, strict=True)) == expected
-            assert both.answers(texts, **given) == both.answers(texts, as_arrow=True, **given).to_pylist()
+            assert both.answers(some, **given) == table.to_pylist()
         about = json.loads(table.schema.metadata[b"de3"])
         assert about == {"models": [{"model": m.name, "labels": m.labels} for m in (mood, tiny)]}
-        assert {row.exit.layer for row in alone[0]} > {0, 1}
+        assert {row.exit.layer for row in answers[0]} > {0, 1}
         with pytest.raises(de3.InputError, match=r"^input\[1\]"):
             both.classify(["good", " "])
     with pytest.raises(RuntimeError, match="closed"):
@@ -300,13 +304,11 @@ def test_the_garbage_collector_closes_it(store: Path) -> None:
     before = threading.active_count()
     model = de3.load("tiny-int8", store=store, threads=1)
     model.classify("good")
-    gone, engine = weakref.ref(model), model._engine
+    gone = weakref.ref(model)
     del model
     gc.collect()
     assert gone() is None
-    for thread in engine._threads:
-        thread.join(30)
-    assert threading.active_count() <= before
+    until(lambda: threading.active_count() <= before, "the threads to end")
 
 
 def test_it_is_pickled_by_its_path_and_loaded_once(model: de3.Classifier) -> None:
@@ -334,7 +336,7 @@ def test_by_folder_and_not_unpickled_from_another_artifact(store: Path, tmp_path
     folder = shutil.copytree(store / "tiny-int8" / "1", tmp_path / "1")
     with de3.load(folder, store=tmp_path, threads=1) as model:
         assert model.name == "tiny-int8:1" and model.labels == model.manifest.labels
-        assert repr(model) == "<de3.Classifier tiny-int8:1: labels=2, layers=3, precision=int8>"
+        assert "tiny-int8:1: labels=2, layers=3, precision=int8" in repr(model)
         pickled = pickle.dumps(model)
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
@@ -342,12 +344,13 @@ def test_by_folder_and_not_unpickled_from_another_artifact(store: Path, tmp_path
         pickle.loads(pickled)
     with de3.load(store / "tiny-int8", store=tmp_path, threads=1) as model:  # its newest version
         assert model.name == "tiny-int8:1"
-    with pytest.raises(ValueError, match=r"the store .* has no model 'nothing' either"):
-        de3.load("nothing", store=tmp_path)
-    with pytest.raises(ValueError, match="no version '7'"):
-        de3.load("tiny:7", store=store)
-    with pytest.raises(ValueError, match="quantize: must be int8 or none"):
-        de3.load("tiny", store=store, quantize="int4")  # type: ignore[arg-type]
+    for name, quantize, says in (
+        ("nothing", "none", "the store .* has no model 'nothing' either"),
+        ("tiny:7", "none", "no version '7'"),
+        ("tiny", "int4", "quantize: must be int8 or none"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            de3.load(name, store=store, quantize=quantize)  # type: ignore[arg-type]
 
 
 def test_after_a_fork_the_error_says_what_to_do(model: de3.Classifier) -> None:
