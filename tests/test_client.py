@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,68 +35,59 @@ def server(store: Path) -> Iterator[Server]:
 
 def test_both_clients_return_the_servers_answer(server: Server) -> None:
     expected = server.classify(input=TEXTS[:5], tau=0.1, model="tiny").json()
-    with Client(server.url) as client:
-        answer = client.classify(TEXTS[:5], tau=0.1, model="tiny", explain=None)
+    options = {"tau": 0.1, "model": "tiny", "explain": None}
+    for call in CALLS:
+        answer = call(server.url, TEXTS[:5], options=options)
         assert [row.raw for row in answer.rows] == expected["data"]
         assert (answer.model, answer.tokens) == ("tiny:1", expected["usage"]["total_tokens"])
         first = answer.rows[0]
         assert first.exit.lam == first.raw["exit"]["lambda"] and first.label == first.raw["label"]
-        (pair,) = client.classify(("good film", "a dull plot"), tau=0, lam=2).rows
+        (pair,) = call(server.url, ("good film", "a dull plot"), options={"tau": 0, "lam": 2}).rows
         assert (pair.exit.lam, pair.exit.layer) == (2, 3)
-        assert [m["id"] for m in client.models()] == ["tiny:1", "tiny-int8:1"]
-
-    async def go() -> list[Any]:
-        async with AsyncClient(server.url) as other:
-            answers = await asyncio.gather(*(other.classify(t, tau=0.1, model="tiny") for t in TEXTS[:5]))
-            assert len(await other.models()) == 2
-            return [a.rows[0].label for a in answers]
-
-    assert asyncio.run(go()) == [row["label"] for row in expected["data"]]
-
-
-def ask_several(url: str, *given: Any, **settings: Any) -> list[Answer]:
-    """The answers of several models, which both clients return."""
-    options = settings.pop("options", {})
+        assert [m["id"] for m in call(server.url, method="models")] == ["tiny:1", "tiny-int8:1"]
 
     async def go() -> list[Answer]:
-        async with AsyncClient(url, **settings) as client:
-            return await client.classify_several(*given, **options)
+        async with AsyncClient(server.url) as client:
+            return await asyncio.gather(*(client.classify(text, tau=0.1, model="tiny") for text in TEXTS[:5]))
 
-    with Client(url, **settings) as client:
-        answers = client.classify_several(*given, **options)
-    for one, other in zip(answers, asyncio.run(go()), strict=True):
-        assert (one.model, one.rows, one.tokens) == (other.model, other.rows, other.tokens)
-    return answers
+    assert [answer.rows[0].label for answer in asyncio.run(go())] == [
+        row["label"] for row in expected["data"]
+    ]
 
 
 def test_several_models_answer_as_each_alone(several: Path) -> None:
     models = ["mood", {"model": "tiny", "max_disagreement": 0.5}]
-    with serving(several, models=["tiny", "mood"]) as server, Client(server.url) as client:
-        alone = [client.classify(TEXTS, model="mood", tau=0.9), client.classify(TEXTS, **models[1])]
-        for most in (100, 7):
-            answers = ask_several(server.url, TEXTS, models, options={"tau": 0.9}, max_texts=most)
-            for one, other in zip(answers, alone, strict=True):
-                assert (one.model, one.rows, one.tokens) == (other.model, other.rows, other.tokens)
-                assert one.raw.keys() == other.raw.keys()
-        (one,) = ask_several(server.url, TEXTS[0], ["tiny"])
-        assert one.rows == client.classify(TEXTS[0], model="tiny").rows
-        with pytest.raises(ServerError, match=r"^input\[70\]: must not be only white space"):
-            ask_several(server.url, [*TEXTS[:70], " "], models, max_texts=10)
-        with pytest.raises(ServerError, match=r"models\[1\].lambda: ") as error:
-            ask_several(server.url, TEXTS, ["mood", {"model": "tiny", "lam": -1}])
-        assert error.value.field == "models[1].lambda"
     part = {"data": [ROW], "model": "m:1"}
     whole = response(json.dumps({"usage": WHOLE["usage"], "results": [part]}).encode())
-    with answering(whole) as url:
-        assert ask_several(url, "good", ["m"])[0].raw == WHOLE
-        with pytest.raises(ServerError, match="1 results for 2 models"):
-            ask_several(url, "good", ["m", "n"])
+    with (
+        serving(several, models=["tiny", "mood"]) as server,
+        Client(server.url) as client,
+        answering(whole) as url,
+    ):
+        alone = [client.classify(TEXTS, model="mood", tau=0.9), client.classify(TEXTS, **models[1])]
+        for ask in CALLS:
+            call = partial(ask, method="classify_several")
+            for most in (100, 7):
+                answers = call(server.url, TEXTS, models, options={"tau": 0.9}, max_texts=most)
+                for one, other in zip(answers, alone, strict=True):
+                    assert (one.model, one.rows, one.tokens) == (other.model, other.rows, other.tokens)
+                    assert one.raw.keys() == other.raw.keys()
+            (one,) = call(server.url, TEXTS[0], ["tiny"])
+            assert one.rows == client.classify(TEXTS[0], model="tiny").rows
+            with pytest.raises(ServerError, match=r"^input\[70\]: must not be only white space"):
+                call(server.url, [*TEXTS[:70], " "], models, max_texts=10)
+            with pytest.raises(ServerError, match=r"models\[1\].lambda: ") as error:
+                call(server.url, TEXTS, ["mood", {"model": "tiny", "lam": -1}])
+            assert error.value.field == "models[1].lambda"
+            assert call(url, "good", ["m"])[0].raw == WHOLE
+            with pytest.raises(ServerError, match="1 results for 2 models"):
+                call(url, "good", ["m", "n"])
 
 
 def test_errors_name_the_field(server: Server) -> None:
-    with Client(server.url) as client, pytest.raises(ServerError, match="allowed: 0 to 1") as error:
-        client.classify("good", tau=2)
-    assert (error.value.status, error.value.field, error.value.retry_after_s) == (422, "tau", None)
+    for error in both(server.url, options={"tau": 2}):
+        assert (error.status, error.field, error.retry_after_s) == (422, "tau", None)
+        assert "allowed: 0 to 1" in str(error)
 
 
 def response(body: bytes, status: int = 200, **headers: str) -> bytes:
@@ -136,26 +129,30 @@ NO_OPTIONS: Mapping[str, Any] = {}
 
 
 def ask(
-    url: str, inputs: str | list[str] = "good", options: Mapping[str, Any] = NO_OPTIONS, **settings: Any
-) -> Answer:
+    url: str, *given: Any, options: Mapping[str, Any] = NO_OPTIONS, method: str = "classify", **settings: Any
+) -> Any:
+    """What a client returns. given: the arguments of the method; default: a text."""
     with Client(url, **settings) as client:
-        return client.classify(inputs, **options)
+        return getattr(client, method)(*given or ["good"][: method != "models"], **options)
 
 
 def ask_async(
-    url: str, inputs: str | list[str] = "good", options: Mapping[str, Any] = NO_OPTIONS, **settings: Any
-) -> Answer:
-    async def go() -> Answer:
+    url: str, *given: Any, options: Mapping[str, Any] = NO_OPTIONS, method: str = "classify", **settings: Any
+) -> Any:
+    async def go() -> Any:
         async with AsyncClient(url, **settings) as client:
-            return await client.classify(inputs, **options)
+            return await getattr(client, method)(*given or ["good"][: method != "models"], **options)
 
     return asyncio.run(go())
+
+
+CALLS: list[Callable[..., Any]] = [ask, ask_async]
 
 
 def both(url: str, **options: Any) -> list[ServerError]:
     """The errors that the client and the async client raise, each for one request."""
     errors = []
-    for call in (ask, ask_async):
+    for call in CALLS:
         with pytest.raises(ServerError) as caught:
             call(url, **options)
         errors.append(caught.value)
@@ -167,7 +164,7 @@ ROW = {"label": "good", "probs": [1.0], "exit": GOOD_EXIT}
 WHOLE = {"data": [ROW], "model": "m:1", "usage": {"total_tokens": 3}}
 
 
-@pytest.mark.parametrize("call", [ask, ask_async])
+@pytest.mark.parametrize("call", CALLS)
 def test_a_call_with_more_texts_than_the_server_allows_is_several_requests(
     server: Server, call: Callable[..., Answer]
 ) -> None:
@@ -175,21 +172,21 @@ def test_a_call_with_more_texts_than_the_server_allows_is_several_requests(
     parts = [server.classify(input=TEXTS[i : i + 40], **options).json() for i in (0, 40, 80)]
     rows = [row for part in parts for row in part["data"]]
     tokens = sum(part["usage"]["total_tokens"] for part in parts)
-    answer = call(server.url, TEXTS, options, max_texts=40)
+    answer = call(server.url, TEXTS, options=options, max_texts=40)
     assert answer.raw["data"] == [row | {"index": index} for index, row in enumerate(rows)]
     assert [row.raw for row in answer.rows] == answer.raw["data"] and answer.tokens == tokens
     assert answer.raw["usage"] == {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
     assert answer.raw["certificate"] == parts[0]["certificate"]
-    answer = call(server.url, ["good " * 2**17] * 3, {"model": "tiny"})  # more bytes than it allows
+    answer = call(server.url, ["good " * 2**17] * 3, options={"model": "tiny"})  # more bytes than it allows
     assert [row.truncated for row in answer.rows] == [True] * 3
     long = ["good", " ".join(["good"] * 100)]
     for texts in (long, long[::-1]):
-        answer = call(server.url, texts, options | {"long": "windows"}, max_texts=1)
+        answer = call(server.url, texts, options=options | {"long": "windows"}, max_texts=1)
         assert "certificate" not in answer.raw  # it holds for texts of one window
     for most, index in ((40, 70), (33, 99), (1, 0)):  # the last two are alone in their requests
         texts = [*TEXTS[:index], " ", *TEXTS[index + 1 :]]
         with pytest.raises(ServerError, match=rf"^input\[{index}\]: must not be only white space") as error:
-            call(server.url, texts, {"model": "tiny"}, max_texts=most)
+            call(server.url, texts, options={"model": "tiny"}, max_texts=most)
         assert error.value.field == ("input" if index == 70 else f"input[{index}]")
     wrong: list[tuple[Any, str]] = [(float("nan"), "must be a text .* got nan"), (("good", None), "got None")]
     for text, says in [*wrong, ("\ud800", "half of a surrogate pair")]:
@@ -234,15 +231,16 @@ def test_an_answer_may_be_compressed_and_is_limited_when_it_is_decompressed() ->
             for error in both(url, max_answer_bytes=len(body) - 1):
                 assert error.status == status and f"more than {len(body) - 1} bytes" in str(error)
             if status == 200:
-                for call in (ask, ask_async):
+                for call in CALLS:
                     assert call(url, max_answer_bytes=len(body)).raw == WHOLE
-    assert Client()._max_bytes == AsyncClient()._max_bytes == 2**26
+    for client in (Client, AsyncClient):
+        assert signature(client).parameters["max_answer_bytes"].default == 2**26
 
 
 @pytest.mark.parametrize(
     ("after", "pauses"), [("0", [0.15, 0.3, 0.6, 1.2]), ("1", [1.5, 1.5, 1.5, 1.5]), ("100", [30.0] * 4)]
 )
-@pytest.mark.parametrize("call", [ask, ask_async])
+@pytest.mark.parametrize("call", CALLS)
 def test_a_refused_request_is_retried_after_pauses_that_grow(
     monkeypatch: pytest.MonkeyPatch, call: Callable[..., Answer], after: str, pauses: list[float]
 ) -> None:
@@ -285,7 +283,7 @@ def test_the_time_of_an_answer_is_limited_in_total() -> None:
         answering(*slow_head, pause_s=0.05) as head,
         ThreadPoolExecutor(4) as pool,
     ):
-        both_ways = product((body, head), (ask, ask_async))
+        both_ways = product((body, head), CALLS)
         calls = [(url, pool.submit(call, url, timeout_s=1.0)) for url, call in both_ways]
         for url, call in calls:
             error = call.exception(timeout=20)

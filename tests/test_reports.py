@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,9 @@ def test_a_request_id_comes_back(server: Server) -> None:
     assert post(server, ids, input="good").json()["id"] == "classify-" + ids["X-Request-ID"]
     one, two = (post(server, input="good") for _ in range(2))
     assert one.json()["id"] == "classify-" + one.headers["x-request-id"] != two.json()["id"]
-
-
-def test_an_id_that_is_not_safe_is_replaced(server: Server) -> None:
-    for bad in ("", "a b", "a\tb", 'a"b', "é", "x" * 129, "{}"):
-        answer = post(server, {"X-Request-ID": bad.encode("latin-1")}, input="good")  # type: ignore[dict-item]
-        assert (answer.status_code, len(answer.headers["x-request-id"])) == (200, 32), bad
+    for unsafe in ("", "a b", "a\tb", 'a"b', "é", "x" * 129, "{}"):
+        answer = post(server, {"X-Request-ID": unsafe.encode("latin-1")}, input="good")  # type: ignore[dict-item]
+        assert (answer.status_code, len(answer.headers["x-request-id"])) == (200, 32), unsafe
 
 
 def test_a_shed_request_has_its_id(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,18 +56,15 @@ def test_a_shed_request_has_its_id(server: Server, monkeypatch: pytest.MonkeyPat
 def test_requests_are_logged_as_json_without_their_texts(store: Path) -> None:
     with process(store, "--model", "tiny", "--log-format", "json", "--log-requests") as running:
         assert running.stderr is not None
-        head: list[str] = []
-        for line in running.stderr:
-            head.append(line)
-            if "ready in" in line:
-                break
+        head = list(takewhile(lambda line: "ready in" not in line, running.stderr))
         (port,) = re.findall(r"running on http://[0-9.]+:(\d+)", "".join(head))
-        url = f"http://127.0.0.1:{port}/classify"
-        headers = {"X-Request-ID": "r1"}
-        httpx.post(url, json={"input": ["a good film", "bad\nline"], "tau": 0.2}, headers=headers)
-        httpx.post(url, json={"input": "a good film", "tau": 7}, headers={"X-Request-ID": "r2"})
-        httpx.post(url, json={"input": "a good film", "a good film": 1})
-        httpx.post(url, content="a good film")
+        for content, more in (
+            ('{"input": ["a good film", "bad\\nline"], "tau": 0.2}', {"X-Request-ID": "r1"}),
+            ('{"input": "a good film", "tau": 7}', {"X-Request-ID": "r2"}),
+            ('{"input": "a good film", "a good film": 1}', {}),
+            ("a good film", {}),
+        ):
+            httpx.post(f"http://127.0.0.1:{port}/classify", content=content, headers=more)
         running.terminate()
         whole = [json.loads(line) for line in [*head, *running.stderr]]
     assert {"uvicorn.error", "de3", "de3.requests"} == {line["logger"] for line in whole}
@@ -166,26 +161,26 @@ def spans(server: Server) -> Iterator[InMemorySpanExporter]:
     server.frontend._reporters.remove(traces)
 
 
+def attributes(span: ReadableSpan) -> dict[str, Any]:
+    return dict(span.attributes or {})
+
+
 def test_a_trace_has_a_span_for_each_stage(server: Server, spans: InMemorySpanExporter) -> None:
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     headers = {"traceparent": f"00-{trace}-{parent}-01", "X-Request-ID": "r3"}
     row = post(server, headers, input="a good film").json()["data"][0]["exit"]
     until(lambda: len(spans.get_finished_spans()) == 6, "the spans")
-    found: dict[str, ReadableSpan] = {s.name: s for s in spans.get_finished_spans()}
+    found: dict[str, Any] = {span.name: span for span in spans.get_finished_spans()}
     root, text = found["POST /classify"], found["text"]
-    assert root.parent is not None and root.parent.span_id == int(parent, 16)
-    assert all(s.context is not None and s.context.trace_id == int(trace, 16) for s in found.values())
-    assert root.attributes is not None and root.attributes["de3.request_id"] == "r3"
+    assert root.parent.span_id == int(parent, 16) and attributes(root)["de3.request_id"] == "r3"
+    assert {span.context.trace_id for span in found.values()} == {int(trace, 16)}
     for name, above in (("read", root), ("text", root), ("queue", text), ("tokenize", text), ("model", text)):
         span = found[name]
-        assert span.parent is not None and above.context is not None
         assert span.parent.span_id == above.context.span_id
-        assert above.start_time <= span.start_time <= span.end_time <= above.end_time, name  # type: ignore[operator]
-    for span in (text, found["model"]):
-        assert span.attributes is not None and span.attributes["de3.exit.layer"] == row["layer"]
-    assert text.attributes is not None and text.attributes["de3.exit.reason"] == row["reason"]
-    assert text.attributes["de3.exit.signal"] == row["signal"]
-    assert significant(text.attributes["de3.exit.score"]) == row["score"]  # type: ignore[arg-type]
+        assert above.start_time <= span.start_time <= span.end_time <= above.end_time, name
+    assert attributes(found["model"])["de3.exit.layer"] == row["layer"]
+    about = {name: attributes(text)[f"de3.exit.{name}"] for name in ("layer", "reason", "signal", "score")}
+    assert about | {"score": significant(about["score"])} == {name: row[name] for name in about}
     assert found["queue"].end_time == found["tokenize"].start_time
     assert found["tokenize"].end_time == found["model"].start_time
 
@@ -199,10 +194,12 @@ def test_a_failed_request_says_which_route_and_why_in_its_trace(
     httpx.post(server.url + path, json={})
     until(spans.get_finished_spans, "the span")
     (root,) = spans.get_finished_spans()
-    assert root.name == f"POST {route}" and root.attributes is not None
-    assert root.attributes["http.route"] == route
-    assert root.attributes["http.response.status_code"] == 422
-    assert root.attributes["error.type"] == "bad_request"
+    assert root.name == f"POST {route}"
+    assert attributes(root).items() >= {
+        ("http.route", route),
+        ("http.response.status_code", 422),
+        ("error.type", "bad_request"),
+    }
 
 
 def test_a_large_batch_has_few_spans(server: Server, spans: InMemorySpanExporter) -> None:

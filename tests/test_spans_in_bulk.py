@@ -1,18 +1,16 @@
 """Token classifiers outside of /classify: `de3.load`, several models on one pass, files, and what a server reports."""
 
-import csv
 import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pyarrow as arrow
 import pytest
-from pyarrow import parquet
 
 import de3
 from de3.client import Span
@@ -22,6 +20,7 @@ from de3.model_store.store import Store
 from de3.server import text_metrics
 from tests.commands import de3 as command
 from tests.commands import refusal
+from tests.files import read, write
 from tests.fixtures import TAGS, made_once, make_rows, save_encoder
 from tests.serving import Server, serving, until
 
@@ -59,20 +58,21 @@ def server(tagged: Path) -> Iterator[Server]:
         yield one
 
 
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"aggregation": "max", "min_score": {"X": 0.3}},
-    {"labels": ["Y"], "explain": True},
-    {"redact": {"X": "<x>"}},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"aggregation": "max", "min_score": {"X": 0.3}},
+        {"labels": ["Y"], "explain": True},
+        {"redact": {"X": "<x>"}},
+    ],
+)
 def test_an_answer_is_the_servers(model: de3.Classifier, server: Server, options: dict[str, Any]) -> None:
-    rows = model.classify([*TEXTS[:9], LONG], **options)
-    assert [row.raw for row in rows] == server.classify(input=[*TEXTS[:9], LONG], **options).json()["data"]
+    texts = [*TEXTS[:9], LONG]
+    rows = model.classify(texts, **options)
+    assert [row.raw for row in rows] == server.classify(input=texts, **options).json()["data"]
     assert any(row.spans for row in rows)
-    for row, text in zip(rows, [*TEXTS[:9], LONG], strict=True):
+    for row, text in zip(rows, texts, strict=True):
         assert row.label == "" and row.probs == [] and row.spans is not None
         slices = [None if "redact" in options else text[span.start : span.end] for span in row.spans]
         assert [span.text for span in row.spans] == slices
@@ -117,47 +117,34 @@ def test_a_classifier_and_a_token_classifier_on_one_pass(model: de3.Classifier, 
             assert {"moods_spans", "tags_label", "tags_redacted"}.isdisjoint(columns)
 
 
-def write(file: Path) -> None:
-    rows = [{"id": str(i), "text": text} for i, text in enumerate(TEXTS)]
-    if file.suffix == ".parquet":
-        parquet.write_table(arrow.Table.from_pylist(rows), file)
-    elif file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": ["secret good film"]}]))
-    elif file.suffix == ".txt":
-        file.write_text("".join(f"{row['text']}\n" for row in [*rows, {"text": LONG * 8}]))
-    else:
-        with file.open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, ["id", "text"], delimiter="\t" if file.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
+ROWS: list[dict[str, Any]] = [{"id": str(i), "text": text} for i, text in enumerate(TEXTS)]
+REFUSED = {
+    ".jsonl": [{"text": ["secret good film"]}],
+    ".txt": [{"text": LONG * 8}],
+}  # a row, by the file's kind
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    if file.suffix == ".parquet":
-        return list(parquet.read_table(file).to_pylist())
-    if file.suffix == ".jsonl":
-        return [json.loads(line) for line in file.read_text().splitlines()]
-    with file.open(newline="") as opened:
-        options: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
-        rows = list(csv.DictReader(opened, **options))
-    return [row | {"spans": json.loads(row["spans"])} for row in rows]
+def spans_in(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return json.loads(row["spans"]) if isinstance(row["spans"], str) else row["spans"] or []
+
+
+def run(tagged: Path, file: Path, out: Path, *options: str) -> list[str]:
+    """The arguments of a command that finds the spans in a file."""
+    files = f"--file {file} --out {out} --model tags --store {tagged} --threads 2"
+    return ["classify", *files.split(), *options]
 
 
 @pytest.mark.parametrize("kind", [".parquet", ".csv", ".tsv", ".jsonl"])
 def test_spans_in_files(model: de3.Classifier, tagged: Path, tmp_path: Path, kind: str) -> None:
-    file, out = tmp_path / f"in{kind}", tmp_path / f"out{kind}"
-    write(file)
+    file, out = write(tmp_path / f"in{kind}", ROWS), tmp_path / f"out{kind}"
     # A high score leaves texts without a span, whose cell is an empty list.
     score = sorted(s.score for row in model.classify(TEXTS) for s in row.spans or [])[-9]
-    command(
-        f"classify --file {file} --out {out} --model tags --store {tagged} --min-score {score} --threads 1"
-    )
-    expected = model.answers(TEXTS, min_score=score)
-    rows = read(out)[: len(TEXTS)]
-    assert [row["spans"] for row in rows] == [row["spans"] for row in expected]
-    assert [] in [row["spans"] for row in rows]
-    for row in rows:
-        assert all(row["text"][span["start"] : span["end"]] == span["text"] for span in row["spans"])
+    command(run(tagged, file, out, "--min-score", str(score)))
+    rows = read(out)
+    found = [spans_in(row) for row in rows]
+    assert found == [row["spans"] for row in model.answers(TEXTS, min_score=score)] and [] in found
+    for row, spans in zip(rows, found, strict=True):
+        assert all(row["text"][span["start"] : span["end"]] == span["text"] for span in spans)
 
 
 @pytest.mark.parametrize(
@@ -170,22 +157,19 @@ def test_spans_in_files(model: de3.Classifier, tagged: Path, tmp_path: Path, kin
 def test_a_redacted_file_has_nothing_of_the_texts(
     model: de3.Classifier, tagged: Path, tmp_path: Path, kind: str, to: str, refused: str
 ) -> None:
-    file, folder = tmp_path / f"in{kind}", tmp_path / "redacted"
-    write(file)
+    file, folder = write(tmp_path / f"in{kind}", [*ROWS, *REFUSED.get(kind, [])]), tmp_path / "redacted"
     folder.mkdir()
-    options = f"--model tags --store {tagged} --redact --refused {refused} --threads 1"
-    command(f"classify --file {file} --out {folder / 'out'}{to} {options}")
+    command(run(tagged, file, folder / f"out{to}", "--redact", "--refused", refused))
     rows = read(folder / f"out{to}")
     redacted = [row.text for row in model.classify(TEXTS, redact=True)]
-    assert [row["redacted"] for row in rows[: len(TEXTS)]] == redacted != TEXTS
+    assert [row["redacted"] for row in rows] == redacted != TEXTS
     assert all("text" not in row for row in rows)
-    assert kind == ".txt" or [row["id"] for row in rows[: len(TEXTS)]] == [str(i) for i in range(len(TEXTS))]
-    assert not any(span.get("text") for row in rows for span in row["spans"] or [])
-    written = "".join(
-        str(read(one)) if one.suffix == ".parquet" else one.read_text() for one in folder.iterdir()
-    )
-    if kind in (".jsonl", ".txt"):
-        assert "out.jsonl.refused.jsonl" in [one.name for one in folder.iterdir()]
+    assert kind == ".txt" or [row["id"] for row in rows] == [row["id"] for row in ROWS]
+    assert not any(span.get("text") for row in rows for span in spans_in(row))
+    files = list(folder.iterdir())
+    written = "".join(str(read(one)) if one.suffix == ".parquet" else one.read_text() for one in files)
+    if kind in REFUSED:
+        assert "out.jsonl.refused.jsonl" in [one.name for one in files]
         assert "secret" not in written and LONG not in written
     changed = [one.strip() for one, text in zip(TEXTS, redacted, strict=True) if text != one]
     assert len(changed) > 20
@@ -193,40 +177,35 @@ def test_a_redacted_file_has_nothing_of_the_texts(
 
 
 def test_a_redacted_file_cannot_keep_the_texts(tagged: Path, tmp_path: Path) -> None:
-    write(file := tmp_path / "in.csv")
-    options = f"--file {file} --out {tmp_path}/out.csv --model tags --store {tagged} --redact --keep id,text"
-    assert refusal(f"classify {options}").startswith("--keep: text has the texts")
+    file = write(tmp_path / "in.csv", ROWS)
+    options = run(tagged, file, tmp_path / "out.csv", "--redact", "--keep", "id,text")
+    assert refusal(options).startswith("--keep: text has the texts")
 
 
-@pytest.mark.parametrize("kind", [".csv", ".jsonl"])
-def test_names_of_columns_that_may_be_texts_are_not_written(tagged: Path, tmp_path: Path, kind: str) -> None:
-    rows = ["I am Bob", "I am Eve"] if kind == ".csv" else ['{"text": "good"}', '{"I am Bob": 1}']
-    (file := tmp_path / f"in{kind}").write_text("\n".join([*rows, ""]))
+def test_names_of_columns_that_may_be_texts_are_not_written(tagged: Path, tmp_path: Path) -> None:
+    (names := tmp_path / "in.csv").write_text("I am Bob\nI am Eve\n")
+    says = "no column 'text': set --text-column"
+    assert refusal(run(tagged, names, tmp_path / "names.jsonl", "--redact")).endswith(says)
+    file = write(tmp_path / "in.jsonl", [{"text": "good"}, {"I am Bob": 1}])
     folder = tmp_path / "out"
     folder.mkdir()
-    options = f"--file {file} --out {folder}/out.jsonl --model tags --store {tagged} --redact --threads 1"
-    if kind == ".csv":
-        assert refusal(f"classify {options}").endswith("no column 'text': set --text-column")
-        return
-    command(f"classify {options}")
-    assert read(folder / "out.jsonl")[1]["error"] == "no column 'text': set --text-column"
+    command(run(tagged, file, folder / "out.jsonl", "--redact"))
+    assert read(folder / "out.jsonl")[1]["error"] == says
     assert "Bob" not in "".join(one.read_text() for one in folder.iterdir())
 
 
 def test_a_server_answers_the_same_file(server: Server, tagged: Path, tmp_path: Path) -> None:
-    write(file := tmp_path / "in.jsonl")
-    for number, where in enumerate((f"--url {server.url}", f"--store {tagged} --threads 1")):
-        command(f"classify --file {file} --out {tmp_path}/{number}.jsonl --model tags --redact {where}")
-    remote, local = (read(tmp_path / f"{number}.jsonl") for number in range(2))
-    assert [row["redacted"] for row in remote] == [row["redacted"] for row in local]
-    assert [row.keys() for row in remote] == [row.keys() for row in local]
+    file = write(tmp_path / "in.jsonl", [*ROWS, *REFUSED[".jsonl"]])
+    local, remote = tmp_path / "local.jsonl", tmp_path / "remote.jsonl"
+    command(run(tagged, file, local, "--redact"))
+    command(f"classify --file {file} --out {remote} --model tags --redact --url {server.url}")
+    assert [row["redacted"] for row in read(remote)] == [row["redacted"] for row in read(local)]
+    assert [row.keys() for row in read(remote)] == [row.keys() for row in read(local)]
 
 
 def test_lines_on_the_terminal(model: de3.Classifier, tagged: Path) -> None:
-    text = next(
-        text for text in TEXTS if {s.label for s in model.classify(text)[0].spans or []} == {"X", "Y"}
-    )
-    (row,) = model.classify(text)
+    row = next(row for row in model.classify(TEXTS) if {s.label for s in row.spans or []} == {"X", "Y"})
+    text = TEXTS[row.raw["index"]]
     parts = ", ".join(f"{one.label} {one.text!r} {one.score:.3f}" for one in row.spans or [])
     run = ["classify", text, "--model", "tags", "--store", str(tagged), "--threads", "1"]
     assert command(run) == f"{parts}  layer 3  {text}\n"
@@ -237,24 +216,22 @@ def test_lines_on_the_terminal(model: de3.Classifier, tagged: Path) -> None:
 
 
 def test_spans_are_counted_by_label(server: Server, tagged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {label: server.metric("de3_spans_total", model="tags:1", label=label) for label in "XY"}
+    def counts(where: Server, labels: Sequence[str]) -> list[float]:
+        return [where.metric("de3_spans_total", model="tags:1", label=label) for label in labels]
+
+    before = counts(server, "XY")
     data = server.classify(input=TEXTS).json()["data"]
     found = Counter(span["label"] for row in data for span in row["spans"])
-    for label in "XY":
-        assert (
-            server.metric("de3_spans_total", model="tags:1", label=label) == before[label] + found[label] > 0
-        )
-    assert "de3_spans_total{label" not in "".join(
-        line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if "moods" in line
-    )
+    new = [after - earlier for after, earlier in zip(counts(server, "XY"), before, strict=True)]
+    assert new == [found["X"], found["Y"]] and all(new)
+    assert server.metric("de3_spans_total", model="moods:1") == 0
     monkeypatch.setattr(text_metrics, "MAX_SPAN_LABELS", 1)
     with serving(tagged, models=["tags"], threads=1) as other:
         lines = httpx.get(f"{other.url}/metrics").text.splitlines()
         started = [line for line in lines if line.startswith("de3_spans_total")]
         assert len(started) == 2 and all(line.endswith(" 0.0") for line in started)
         other.classify(input=TEXTS)
-        counts = [other.metric("de3_spans_total", label=label) for label in ("X", "other")]
-        assert counts == [found["X"], found["Y"]]
+        assert counts(other, ["X", "other"]) == new
 
 
 def test_models_say_what_they_find(server: Server, tagged: Path) -> None:
