@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ from tests.commands import de3 as command
 from tests.commands import invoke, refusal
 from tests.files import names_in, read, write
 from tests.fixtures import make_rows
-from tests.serving import serving, until
+from tests.serving import serving
 
 TEXTS = [text for text, _ in make_rows(100, 23) if text.strip()]
 LONG = "good film " * 60  # more than the model takes
@@ -938,27 +937,6 @@ def test_texts_without_a_server(store: Path) -> None:
     assert "1 of 2 texts were truncated to the model's limit" in command(["classify", LONG, "good", *options])
 
 
-HELD = """
-import os, signal
-from de3.bulk.parts import Parts
-Parts.write = lambda *_: (os.write(1, b"."), signal.pause())
-from de3.cli import main
-main()
-"""
-
-
-def test_the_processes_end_with_their_parent(store: Path, tmp_path: Path) -> None:
-    file = write(tmp_path / "in.parquet", [{"text": text} for text in TEXTS])
-    options = f"--store {store} --file {file} --out {tmp_path}/out --model tiny-int8 --threads 2"
-    command = [sys.executable, "-c", HELD, "classify", *options.split()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
-        assert running.stdout is not None and running.stdout.read(1)
-        pids = process_tree(running.pid)
-        running.kill()
-    assert len(pids) >= 3  # the command, the fork server and a worker process
-    until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), "the processes to end")
-
-
 def test_standard_input_and_output(
     store: Path, tmp_path: Path, model: de3.Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1003,6 +981,10 @@ def test_a_server_answers_files(store: Path, tmp_path: Path, model: de3.Classifi
             command(f"classify --file {tmp_path}/{name}.txt --out {tmp_path}/{name}.csv --url {server.url}")
             assert names_in(tmp_path / f"{name}.csv") == ["text", *model.answers_by_column([]).values]
             assert len(read(tmp_path / f"{name}.csv")) == len(content)
+        assert "the server answered 422: tau: " in refusal(f"classify good --tau 7 --url {server.url}")
+        output = command(["classify", "a good film", "a dull plot", "--tau", "0", "--url", server.url])
+    labels = [row.label for row in model.classify(["a good film", "a dull plot"], tau=0)]
+    assert [line.split("  ")[0] for line in output.splitlines()] == labels and "layer 3" in output
     found = read(out)
     assert [row["id"] for row in found] == list(range(len(TEXTS)))
     inputs = [(row["text"], row["text_pair"]) if "text_pair" in row else row["text"] for row in rows]

@@ -8,15 +8,17 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from httpx import Headers
 
 import de3
+from de3.loadtest.servers import process_tree
 from de3.server.engine.request import Text
 from de3.server.errors import RequestError
 from de3.server.settings import Settings
@@ -28,87 +30,69 @@ from tests import files
 from tests.commands import invoke, refusal
 from tests.fixtures import make_rows
 from tests.serving import until
+from tests.upstream import Service, chat, reply, send, text_of, write_toml
 
 TEXTS = list(dict.fromkeys(text.strip() for text, _ in make_rows(300, 23) if text.strip()))[:200]
 KEY, CONCURRENCY = "secret-key-of-the-upstream", 4
 
 
-class Upstream:
-    """Chat completions on a socket; `reply` maps a text to a status and a reply, with positive as the default.
+class Upstream(Service):
+    """A service with a model that asks it, tickets.toml; `reply` maps a text to a status and a reply."""
 
-    Attributes:
-        texts: how often each text was asked for.
-    """
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str)
+        self.reply, self._folder = by_text, folder
+        self.respond = self._respond
 
-    def __init__(self) -> None:
-        self.texts, self.keys = Counter[str](), set[str | None]()
-        self.reply: Callable[[str], tuple[int, str]] = lambda _: (200, "Positive.")
-        upstream = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                text = body["messages"][0]["content"].partition("\n")[2]
-                upstream.texts[text] += 1
-                upstream.keys.add(self.headers["authorization"])
-                status, reply = upstream.reply(text)
-                usage = {"prompt_tokens": 100, "completion_tokens": 10}
-                answer = {"choices": [{"message": {"content": reply}}], "usage": usage}
-                content = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that was killed
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1/chat/completions"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+    def _respond(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        status, content = self.reply(text_of(body))
+        send(handler, reply(content), status)
 
     @property
     def calls(self) -> int:
-        return sum(self.texts.values())
+        return len(self.requests)
 
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def model(self, encoder: str = "tiny-int8", **more: Any) -> Path:
+        """The .toml file of the model."""
+        fields = {
+            "api_key_env": "LLM_KEY",
+            "concurrency": CONCURRENCY,
+            "price_per_million_tokens": [1000, 2000],
+        }
+        about = {"name": "tickets", "encoder": encoder, "labels": ["negative", "positive"]}
+        return write_toml(self._folder / "tickets.toml", chat(self.url, **fields | more), **about)
+
+    def command(self, store: Path, texts: list[str], tau: float, *more: str) -> list[str]:
+        """The arguments of `de3 classify` for these texts."""
+        file = files.write(self._folder / "in.jsonl", [{"text": text} for text in texts])
+        paths = f"--file {file} --out {self._folder}/out.jsonl --store {store} --model {self._folder}/tickets.toml"
+        return ["classify", *paths.split(), "--tau", str(tau), "--threads", "2", *more]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the output."""
+        return files.read(self._folder / "out.jsonl")
+
+
+def by_text(text: str) -> tuple[int, str]:
+    return 200, "Negative." if "film" in text else "I think it is positive!"
+
+
+def done(command: list[str], code: int = 0) -> str:
+    """What a command logs, which has no key."""
+    found = invoke(command)
+    assert found.exit_code == code, found.output
+    assert KEY not in found.output
+    return found.stderr
 
 
 @pytest.fixture
 def upstream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Upstream]:
     monkeypatch.setenv("LLM_KEY", KEY)
     monkeypatch.setenv("DE3_CACHE", str(tmp_path / "cache"))
-    one = Upstream()
+    one = Upstream(tmp_path)
+    one.model()
     yield one
-    one.close()
-
-
-def settings(tmp_path: Path, upstream: Upstream, more: str = "", encoder: str = "tiny-int8") -> Path:
-    """The .toml file of a model with this upstream."""
-    file = tmp_path / "tickets.toml"
-    file.write_text(
-        f"""
-name = "tickets"
-encoder = "{encoder}"
-labels = ["negative", "positive"]
-[upstream]
-kind = "chat"
-url = "{upstream.url}"
-model = "m"
-api_key_env = "LLM_KEY"
-prompt = "Which of {{labels}}?\\n{{text}}"
-concurrency = {CONCURRENCY}
-price_per_million_tokens = [1000, 2000]
-{more}
-"""
-    )
-    return file
+    one.stop()
 
 
 class Sure(dict[str, Any]):
@@ -133,32 +117,6 @@ def sure(store: Path) -> Sure:
     return found
 
 
-def by_text(text: str) -> tuple[int, str]:
-    return 200, "Negative." if "film" in text else "I think it is positive!"
-
-
-def classify(tmp_path: Path, store: Path, tau: float, *more: str) -> list[str]:
-    """The arguments of `de3 classify` for in.jsonl and out.jsonl."""
-    files = f"--file {tmp_path}/in.jsonl --out {tmp_path}/out.jsonl --tau {tau} --store {store} --threads 2"
-    return ["classify", *files.split(), "--model", f"{tmp_path}/tickets.toml", *more]
-
-
-def done(command: list[str], code: int = 0) -> str:
-    """What a command logs, which has no key."""
-    found = invoke(command)
-    assert found.exit_code == code, found.output
-    assert KEY not in found.output
-    return found.stderr
-
-
-def write(tmp_path: Path, texts: list[str]) -> None:
-    files.write(tmp_path / "in.jsonl", [{"text": text} for text in texts])
-
-
-def read(tmp_path: Path) -> list[dict[str, Any]]:
-    return files.read(tmp_path / "out.jsonl")
-
-
 def check(rows: list[dict[str, Any]], texts: list[str], sure: Sure) -> None:
     """Check that rows have the model's answers where it is sure, and the upstream's to the other texts."""
     assert [row["text"] for row in rows] == texts
@@ -177,14 +135,13 @@ def check(rows: list[dict[str, Any]], texts: list[str], sure: Sure) -> None:
 def test_texts_of_which_no_exit_is_sure_are_asked_for_once(
     store: Path, tmp_path: Path, upstream: Upstream, sure: Sure
 ) -> None:
-    upstream.reply, texts = by_text, [*TEXTS, *TEXTS[:30]]
-    settings(tmp_path, upstream)
-    write(tmp_path, texts)
-    command = classify(tmp_path, store, sure.tau, "--part-rows", "16")
+    texts = [*TEXTS, *TEXTS[:30]]
+    command = upstream.command(store, texts, sure.tau, "--part-rows", "16")
     found = done(command)
-    check(read(tmp_path), texts, sure)
+    check(upstream.rows(), texts, sure)
     unsure = [text for text in TEXTS if text not in sure]
-    assert upstream.texts == Counter(unsure) and upstream.keys == {f"Bearer {KEY}"}
+    assert Counter(upstream.texts) == Counter(unsure)
+    assert {Headers(one)["authorization"] for one in upstream.headers} == {f"Bearer {KEY}"}
     local, calls = sum(text in sure for text in texts), len(unsure)
     line = (
         f"tickets: {local} of 230 texts answered without its upstream in this run; {calls} calls for this output "
@@ -202,7 +159,7 @@ def saved(folder: Path) -> int:
     return sum(sum(one["calls"].values()) for one in files)
 
 
-def test_a_killed_run_does_not_pay_again(
+def test_a_killed_run_leaves_no_process_and_does_not_pay_again(
     store: Path, tmp_path: Path, upstream: Upstream, sure: Sure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answered, hold = 60, threading.Event()
@@ -213,21 +170,21 @@ def test_a_killed_run_does_not_pay_again(
         return by_text(text)
 
     upstream.reply = held
-    settings(tmp_path, upstream, "price_per_call = 1")
-    toml = tmp_path / "tickets.toml"
-    toml.write_text(toml.read_text().replace("price_per_million_tokens = [1000, 2000]", ""))
-    write(tmp_path, TEXTS)
+    upstream.model(price_per_call=1, price_per_million_tokens=None)
     small = "from de3.bulk import source; source.SLICE_ROWS = 8; from de3.server.upstream import upstreams"
     small += "; upstreams.SAVE_S = 0.01; from de3.cli import main; main()"
-    command = classify(tmp_path, store, sure.tau, "--part-rows", "16")
+    command = upstream.command(store, TEXTS, sure.tau, "--part-rows", "16")
     running = subprocess.Popen([sys.executable, "-c", small, *command], stderr=subprocess.PIPE, text=True)
     until(lambda: upstream.calls == answered + CONCURRENCY, "calls in flight")
     folder = tmp_path / "out.jsonl.parts"
     until((folder / "part-000000.jsonl").exists, "a part")
     until(lambda: saved(folder) == upstream.calls, "the calls to be saved")
+    pids = process_tree(running.pid)
     running.kill()
     errors = running.communicate()[1]
     hold.set()
+    assert len(pids) >= 3  # the command, the fork server and a worker process
+    until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), "the processes to end")
     journal = folder / ".upstream" / "answers.jsonl"
     lines = journal.read_text().split("\n")[1:]
     assert len(lines) == answered
@@ -237,7 +194,7 @@ def test_a_killed_run_does_not_pay_again(
     journal.write_text(journal.read_text() + '\n["0123')  # an incomplete line
     monkeypatch.setattr("de3.bulk.source.SLICE_ROWS", 8)
     found = done(command)
-    check(read(tmp_path), TEXTS, sure)
+    check(upstream.rows(), TEXTS, sure)
     distinct = len(TEXTS) - len(sure)
     assert upstream.calls == distinct + CONCURRENCY
     said = f"; {upstream.calls} calls for this output ({upstream.calls} uncertain), which cost {upstream.calls}; saved"
@@ -246,7 +203,6 @@ def test_a_killed_run_does_not_pay_again(
 
 def test_a_run_waits_while_the_upstream_is_over_its_quota(
     store: Path,
-    tmp_path: Path,
     upstream: Upstream,
     sure: Sure,
     monkeypatch: pytest.MonkeyPatch,
@@ -259,53 +215,43 @@ def test_a_run_waits_while_the_upstream_is_over_its_quota(
         return 100.0 if "max_calls_per_hour (5) is reached" in caplog.text else 0.0
 
     monkeypatch.setattr(UpstreamUsage.__init__, "__defaults__", (clock,))
-    upstream.reply, texts = by_text, [text for text in TEXTS if text not in sure][:8]
-    settings(tmp_path, upstream, "max_calls_per_hour = 5")
-    write(tmp_path, texts)
-    found = done(classify(tmp_path, store, sure.tau))
-    check(read(tmp_path), texts, sure)
+    texts = [text for text in TEXTS if text not in sure][:8]
+    upstream.model(max_calls_per_hour=5)
+    found = done(upstream.command(store, texts, sure.tau))
+    check(upstream.rows(), texts, sure)
     says = "tickets: its upstream cannot be asked: max_calls_per_hour (5) is reached; texts wait, and are tried again"
     assert upstream.calls == 8 and found.count(says) == 1
 
 
 def test_a_run_waits_while_the_upstream_is_away(
-    store: Path, tmp_path: Path, upstream: Upstream, sure: Sure, caplog: pytest.LogCaptureFixture
+    store: Path, upstream: Upstream, sure: Sure, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = [text for text in TEXTS if text not in sure][:8]
     # It fails until calls are paused. A fixed number of failures may not pause them, as calls overlap.
     upstream.reply = lambda text: by_text(text) if "its upstream does not work" in caplog.text else (503, "")
-    settings(tmp_path, upstream)
-    write(tmp_path, texts)
-    found = done(classify(tmp_path, store, sure.tau))
-    check(read(tmp_path), texts, sure)
+    found = done(upstream.command(store, texts, sure.tau))
+    check(upstream.rows(), texts, sure)
     assert "HTTP 503; texts wait, and are tried again in 1 s" in found
 
 
-def test_a_run_with_a_wrong_key_ends_at_once(
-    store: Path, tmp_path: Path, upstream: Upstream, sure: Sure
-) -> None:
+def test_a_run_with_a_wrong_key_ends_at_once(store: Path, upstream: Upstream, sure: Sure) -> None:
     upstream.reply = lambda _: (401, "")
-    settings(tmp_path, upstream)
-    write(tmp_path, [text for text in TEXTS if text not in sure][:8])
-    found = invoke(classify(tmp_path, store, sure.tau))
-    assert found.exit_code == 1 and isinstance(found.exception, ValueError)  # which de3 prints
-    assert "it answers with HTTP 401: check the key in LLM_KEY" in str(found.exception)
-    assert KEY not in found.output
+    says = refusal(upstream.command(store, [text for text in TEXTS if text not in sure][:8], sure.tau))
+    assert "it answers with HTTP 401: check the key in LLM_KEY" in says and KEY not in says
 
 
 def test_texts_to_which_the_upstream_has_no_answer(
-    several: Path, tmp_path: Path, upstream: Upstream, sure: Sure, monkeypatch: pytest.MonkeyPatch
+    several: Path, upstream: Upstream, sure: Sure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("de3.server.upstream.calls.GIVE_UP_S", 0.0)
     texts = [text for text in TEXTS if text not in sure][:6] + list(sure)[:2]
     replies = {texts[1]: (200, "Neither."), texts[2]: (400, ""), texts[3]: (500, "")}
     upstream.reply = lambda text: replies.get(text) or by_text(text)
-    file = settings(tmp_path, upstream)
-    write(tmp_path, [*texts, texts[1]])
+    file = upstream.model()
     options = ("--model", f"mood-int8,{file}", "--max-refused", "0.1")
-    found = done(classify(tmp_path, several, sure.tau, *options), 3)
+    found = done(upstream.command(several, [*texts, texts[1]], sure.tau, *options), 3)
     assert "4 rows cannot be classified: error has the reasons" in found
-    rows = read(tmp_path)
+    rows = upstream.rows()
     assert [bool(row["error"]) for row in rows] == [i in (1, 2, 3, 8) for i in range(9)]
     for row, reason in (
         (1, "its reply names no label"),
@@ -317,7 +263,7 @@ def test_texts_to_which_the_upstream_has_no_answer(
             rows[row]["error"].startswith("tickets: its upstream failed: ") and reason in rows[row]["error"]
         )
     assert rows[1]["mood-int8_label"] is None and rows[0]["mood-int8_label"] in ("calm", "glad", "sad")
-    assert upstream.texts[texts[1]] == 2  # a reply without a label is tried once more
+    assert upstream.texts.count(texts[1]) == 2  # a reply without a label is tried once more
     with de3.load([file, "mood-int8"], store=several, threads=1) as both:
         answers = both.answers(texts, tau=sure.tau)
         assert [row["tickets_label"] for row in answers] == [row["tickets_label"] for row in rows[:8]]
@@ -327,11 +273,11 @@ def test_texts_to_which_the_upstream_has_no_answer(
 
 
 def test_a_text_that_always_fails_is_given_up_while_others_are_answered(
-    tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("de3.server.upstream.upstreams.BACKOFF_S", 0.01)
     upstream.reply, said = lambda text: (500, "") if text == "bad" else (200, "positive"), list[str]()
-    of = read_upstream(settings(tmp_path, upstream))
+    of = read_upstream(upstream.model())
     calls = Calls(Settings(upstreams=[of]), said.append)
 
     async def both() -> None:
@@ -349,8 +295,8 @@ def test_a_text_that_always_fails_is_given_up_while_others_are_answered(
     assert any("HTTP 500; texts wait" in line for line in said)
 
 
-def test_one_text_and_the_library(store: Path, tmp_path: Path, upstream: Upstream, sure: Sure) -> None:
-    upstream.reply, file = by_text, settings(tmp_path, upstream)
+def test_one_text_and_the_library(store: Path, upstream: Upstream, sure: Sure) -> None:
+    file = upstream.model()
     options = ["--store", str(store), "--model", str(file)]
     one = next(text for text in TEXTS if text not in sure)
     found = invoke(["classify", one, *options, "--tau", str(sure.tau)])
@@ -379,17 +325,14 @@ def test_one_text_and_the_library(store: Path, tmp_path: Path, upstream: Upstrea
 def test_refusals(
     store: Path, tmp_path: Path, encoder: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings(tmp_path, upstream)
-    write(tmp_path, TEXTS[:3])
-    command = [one for one in classify(tmp_path, store, 0) if one not in ("--tau", "0")]
-    assert refusal([*command, "--target-speedup", "2"]) == (
-        "target_speedup: tickets:1 has an upstream, which is not a layer; give tau or max_disagreement"
-    )
-    settings(tmp_path, upstream, encoder=str(encoder))  # without exits
+    command = [one for one in upstream.command(store, TEXTS[:3], 0) if one not in ("--tau", "0")]
+    says = refusal([*command, "--target-speedup", "2"])
+    assert says.startswith("target_speedup: ") and "give tau or max_disagreement" in says
+    upstream.model(str(encoder))  # without exits
     assert "tickets:1 has no exits yet, so only its upstream answers" in refusal([*command, "--tau", "0.1"])
     assert "; 3 calls for this output (3 learning)" in done([*command, "--prefix", "a_"])
     (tmp_path / "out.jsonl").unlink()
     monkeypatch.delenv("LLM_KEY")
     assert refusal(command) == "upstream.api_key_env: the environment variable LLM_KEY has no key"
-    settings(tmp_path, upstream, "url2 = 1")
+    upstream.model(url2=1)
     assert "tickets.toml: upstream.url2: " in refusal(command)
