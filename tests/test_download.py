@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
@@ -33,44 +33,49 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(WEIGHTS)
+    monkeypatch.setattr(download, "RETRY_S", 0)
     with hub_of(folder) as (handler, port):
         use_hub(monkeypatch, port, tmp_path / "hf")
         yield handler
 
 
-def weights_of(hub: type[Hub]) -> File:
-    """The weights, as the hub lists them."""
-    (file,) = [file for file in list_files("org/model", "main").files if file.name == "model.safetensors"]
+def download_one(hub: type[Hub], file: File) -> bytes:
+    return (download.download("org/model", hub.COMMIT, [file]) / file.name).read_bytes()
+
+
+def listed(name: str = "model.safetensors") -> File:
+    (file,) = [file for file in list_files("org/model", "main").files if file.name == name]
     return file
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def blobs() -> list[Path]:
+    return list(Path(constants.HF_HUB_CACHE).rglob("blobs/*"))
 
 
 def files(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if not path.is_dir()}
 
 
-def redirect_to(self: Hub, url: str) -> None:
-    self.send_response(302)
-    self.send_header("Location", url)
-    self.send_header("Content-Length", "0")
-    self.end_headers()
-
-
 @pytest.mark.parametrize("path", ["OUT/file", "../../../../out", "../file"])
 @pytest.mark.parametrize("what", ["etag", "commit", "sha", "blobId", "lfs", "rfilename"])
 def test_a_hub_chooses_no_path(hub: type[Hub], tmp_path: Path, what: str, path: str) -> None:
     path = path.replace("OUT", str(tmp_path / "out"))
-    if what in ("etag", "commit"):
-        hub.headers_of = {"etag": {"ETag": f'"{path}"'}, "commit": {"X-Repo-Commit": path}}[what]
-    elif what == "sha":
-        hub.listed = {"sha": path}
-    elif what == "rfilename":
-        names = (*FILES, f"model-/{path}-of-.safetensors")
-        hub.listed = {"siblings": [{"rfilename": name} for name in names]}
-    else:
-        hub.other = {what: {"sha256": path} if what == "lfs" else path}
     before = files(tmp_path)
+    match what:
+        case "etag" | "commit":
+            hub.headers_of = {{"etag": "ETag", "commit": "X-Repo-Commit"}[what]: path}
+        case "sha":
+            hub.listed = {"sha": path}
+        case "rfilename":
+            hub.listed = {"siblings": [{what: name} for name in (*FILES, f"model-/{path}-of-.safetensors")]}
+        case _:
+            hub.other = {what: {"sha256": path} if what == "lfs" else path}
     if what in ("etag", "commit", "rfilename"):  # not used
-        assert {file.name for file in fetch("org/model").iterdir()} == FILES
+        assert names(fetch("org/model")) == FILES
     else:
         with pytest.raises(ValueError, match=f"^org/model: .*list of its files is invalid: .*{what}"):
             fetch("org/model")
@@ -83,20 +88,48 @@ def endless(self: Hub, _: bytes) -> None:
         self.wfile.write(bytes(2**16))
 
 
+def in_parts(self: Hub, data: bytes) -> None:
+    self.wfile.write(data[:50_000])
+    self.close_connection = True
+
+
+def only_at_first(self: Hub, data: bytes) -> None:
+    in_parts(self, data)
+    type(self).send_response = lambda self, _: BaseHTTPRequestHandler.send_response(self, 200)
+
+
+def backwards(self: Hub, data: bytes) -> None:
+    self.wfile.write(data[::-1])
+
+
 @pytest.mark.parametrize(
-    ("name", "size", "limit"),
-    [("model.safetensors", 100, 100), ("model.safetensors", None, 2**20), ("tokenizer.json", None, 2**10)],
+    ("send", "name", "size", "says"),
+    [
+        (endless, "model.safetensors", 100, "more for model.safetensors than .* 100 bytes"),
+        (endless, "model.safetensors", None, f"more for model.safetensors than .* {2**20} bytes"),
+        (endless, "tokenizer.json", None, f"more for tokenizer.json than .* {2**10} bytes"),
+        (Hub.send_contents, "tokenizer.json", 3, "sends 2 bytes for tokenizer.json, but lists 3"),
+        (backwards, "model.safetensors", "as listed", "wrong contents for model.safetensors"),
+        (backwards, "tokenizer.json", "as listed", "wrong contents for tokenizer.json"),
+        (only_at_first, "model.safetensors", "as listed", "lost while reading model.safetensors"),
+    ],
 )
-def test_no_more_is_downloaded_than_announced_or_allowed(
-    hub: type[Hub], name: str, size: int | None, limit: int, monkeypatch: pytest.MonkeyPatch
+def test_other_contents_than_announced_or_allowed_are_refused(
+    hub: type[Hub],
+    send: Callable[[Hub, bytes], None],
+    name: str,
+    size: Any,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(download, "MAX_DOWNLOAD_BYTES", 2**20)
     monkeypatch.setattr(download, "MAX_OTHER_BYTES", 2**10)
-    hub.send_contents = endless
-    hub.headers_of = {"Content-Length": str(2**40)}
-    with pytest.raises(HubError, match=rf"sends more for {name} than .* {limit} bytes: try again"):
-        download.download("org/model", hub.COMMIT, [File(rfilename=name, size=size)])
-    assert not list(Path(constants.HF_HUB_CACHE).rglob("blobs/*"))
+    file = listed(name) if size == "as listed" else File(rfilename=name, size=size)
+    hub.send_contents = send
+    hub.headers_of = {"Content-Length": str(2**40)} if send == endless else {}
+    with pytest.raises(HubError, match=says):
+        download_one(hub, file)
+    assert not blobs()
 
 
 @pytest.mark.parametrize(
@@ -137,12 +170,9 @@ def test_a_download_without_progress_ends(hub: type[Hub], how: str, monkeypatch:
     else:
         hub.do_GET = slow_headers if how == "headers" else silent
     monkeypatch.setattr(download, "STALL_S", 0.3)
-    large = File(rfilename="model.safetensors", size=2**30)
-    with pytest.raises(
-        HubError, match=r"^model\.safetensors is downloading too slowly .* in 0\.3 s: try again"
-    ):
-        download.download("org/model", hub.COMMIT, [large])
-    assert not list(Path(constants.HF_HUB_CACHE).rglob("blobs/*"))
+    with pytest.raises(HubError, match=r"^model\.safetensors is downloading too slowly .* in 0\.3 s"):
+        download_one(hub, File(rfilename="model.safetensors", size=2**30))
+    assert not blobs()
     with pytest.raises(ValueError, match=r"^org/model: .* its list of files is downloading too slowly"):
         fetch("org/model")
 
@@ -151,14 +181,14 @@ def test_progress_sets_a_new_time_limit(hub: type[Hub], monkeypatch: pytest.Monk
     def send(self: Hub, data: bytes) -> None:
         download.STALL_S = 0  # the limit from the next progress on
         self.wfile.write(data[: download.STALL_BYTES])
-        self.rfile.read(1)  # until the client closes the connection
+        silent(self)
 
-    file = weights_of(hub)
+    file = listed()
     hub.send_contents = send
     monkeypatch.setattr(download, "STALL_S", 60.0)
     monkeypatch.setattr(download, "STALL_BYTES", len(WEIGHTS) // 2)
     with pytest.raises(HubError, match=rf"less than {len(WEIGHTS) // 2} bytes in 0 s"):
-        download.download("org/model", hub.COMMIT, [file])
+        download_one(hub, file)
 
 
 def test_hashing_takes_no_time_from_the_download(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,16 +205,10 @@ def test_hashing_takes_no_time_from_the_download(hub: type[Hub], monkeypatch: py
     assert set(hashed) == FILES
 
 
-def test_a_lost_connection_is_resumed(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    def send(self: Hub, data: bytes) -> None:
-        self.wfile.write(data[:50_000])
-        self.close_connection = True
-
-    file = weights_of(hub)
-    hub.send_contents = send
-    monkeypatch.setattr(download, "RETRY_S", 0)
-    path = download.download("org/model", hub.COMMIT, [file]) / file.name
-    assert path.read_bytes() == WEIGHTS
+def test_a_lost_connection_is_resumed(hub: type[Hub]) -> None:
+    file = listed()
+    hub.send_contents = in_parts
+    assert download_one(hub, file) == WEIGHTS
     assert len(hub.asked) == 1 + -(-len(WEIGHTS) // 50_000)
 
 
@@ -199,13 +223,12 @@ def test_a_second_download_waits_for_the_first(hub: type[Hub], monkeypatch: pyte
         assert starts.acquire(timeout=60) and starts.acquire(timeout=60)  # both are there
         Hub.send_contents(self, data)
 
-    file = weights_of(hub)
+    file = listed()
     hub.asked.clear()
     hub.send_contents = send
     monkeypatch.setattr(download, "WeakFileLock", lock)
     with ThreadPoolExecutor(2) as pool:
-        first, second = [pool.submit(download.download, "org/model", hub.COMMIT, [file]) for _ in range(2)]
-        assert (first.result(60) / file.name).read_bytes() == WEIGHTS and second.result(60) == first.result()
+        assert list(pool.map(download_one, [hub] * 2, [file] * 2, timeout=60)) == [WEIGHTS] * 2
     assert len(hub.asked) == 1
 
 
@@ -213,29 +236,13 @@ def test_a_thread_with_an_event_loop_can_download(hub: type[Hub]) -> None:
     async def notebook() -> Path:
         return fetch("org/model")
 
-    assert {path.name for path in asyncio.run(notebook()).iterdir()} == FILES
+    assert names(asyncio.run(notebook())) == FILES
 
 
 def test_a_cache_that_cannot_be_written_is_named(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub.folder / "config.json"))
     with pytest.raises(ValueError, match=r"^org/model: .* into .*config\.json .*: set HF_HOME"):
         fetch("org/model")
-
-
-def test_other_contents_than_listed_are_refused(hub: type[Hub]) -> None:
-    listed = list_files("org/model", "main").files
-    hub.send_contents = lambda self, data: Hub.send_contents(self, data[::-1])
-    for file in listed:
-        with pytest.raises(HubError, match=f"sends wrong contents for {file.name}"):
-            download.download("org/model", hub.COMMIT, [file])
-    assert not list(Path(constants.HF_HUB_CACHE).rglob("blobs/*"))
-
-
-def test_a_smaller_file_than_listed_is_refused(hub: type[Hub]) -> None:
-    size = len(WEIGHTS)
-    file = File(rfilename="model.safetensors", size=size + 1)  # without a hash
-    with pytest.raises(HubError, match=rf"sends {size} bytes for model\.safetensors, but lists {size + 1}"):
-        download.download("org/model", hub.COMMIT, [file])
 
 
 def test_the_cache_is_that_of_huggingface_hub(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,90 +264,57 @@ def test_only_an_encoders_pooling_comes_from_another_folder(hub: type[Hub]) -> N
     for name in ("1_Pooling/config.json", "onnx/config.json"):
         (hub.folder / name).parent.mkdir()
         (hub.folder / name).write_text("{}")
-    assert {path.name for path in fetch("org/model").iterdir()} == FILES
+    assert names(fetch("org/model")) == FILES
     folder = fetch("org/model", describe_encoder, ENCODER_FILES)
-    assert {path.name for path in folder.iterdir()} == FILES | {"1_Pooling"}
+    assert names(folder) == FILES | {"1_Pooling"}
     assert (folder / "1_Pooling/config.json").read_text() == "{}"
     assert snapshot_download("org/model", allow_patterns="*.json") == str(folder)
 
 
-def test_files_that_a_new_commit_keeps_are_not_downloaded_again(hub: type[Hub]) -> None:
+@pytest.mark.parametrize("same_commit", [False, True])  # True: from another hub
+def test_only_files_that_changed_are_downloaded_again(hub: type[Hub], same_commit: bool) -> None:
     before = fetch("org/model")
     (hub.folder / "tokenizer.json").write_text("[]")
-    hub.COMMIT = hub.LATER
+    hub.COMMIT = hub.COMMIT if same_commit else hub.LATER
     hub.asked.clear()
     folder = fetch("org/model")
-    assert folder.name == hub.LATER and (folder / "tokenizer.json").read_text() == "[]"
+    assert folder.name == hub.COMMIT and (folder / "tokenizer.json").read_text() == "[]"
     assert (folder / "model.safetensors").samefile(before / "model.safetensors")
     assert [line.split("/")[-1] for line in hub.asked[1:]] == ["tokenizer.json"]
 
 
-def test_a_file_that_another_hub_has_sent_for_the_same_commit_is_replaced(hub: type[Hub]) -> None:
-    (hub.folder / "tokenizer.json").write_text(
-        "[]"
-    )  # by a hub that lists its own contents for a known commit
+def test_drafts_of_killed_downloads_are_removed(hub: type[Hub]) -> None:
     folder = fetch("org/model")
-    (hub.folder / "tokenizer.json").write_text("{}")
-    hub.asked.clear()
-    assert fetch("org/model") == folder and (folder / "tokenizer.json").read_text() == "{}"
-    assert [line.split("/")[-1] for line in hub.asked[1:]] == ["tokenizer.json"]
-
-
-def test_the_body_of_a_redirect_is_not_read(hub: type[Hub], tmp_path: Path) -> None:
-    """It could be endless, or grow a thousandfold when it is decompressed."""
-    with hub_of(hub.folder) as (_, port):
-
-        def redirect(self: Hub) -> None:
-            self.send_response(302)
-            self.send_header("Location", f"http://127.0.0.1:{port}{self.path}")
-            self.end_headers()
-            with suppress(OSError):
-                while True:
-                    self.wfile.write(b"x" * 2**16)
-
-        hub.do_GET = redirect
-        assert {path.name for path in fetch("org/model").iterdir()} == FILES
-
-
-def test_endless_redirects_and_drafts_of_killed_downloads(hub: type[Hub]) -> None:
-    folder = fetch("org/model")
-    (blobs,) = folder.parent.parent.parent.glob("**/blobs")
-    draft = blobs / ("0" * 32 + ".incomplete")
+    draft = blobs()[0].with_name("0" * 32 + ".incomplete")
     draft.write_bytes(b"half of a file")
     next(iter(folder.iterdir())).unlink()
     fetch("org/model")
     assert not draft.exists()
 
-    hub.do_GET = lambda self: redirect_to(self, self.path)
-    with pytest.raises(ValueError, match="redirected too often"):
-        fetch("org/model", "v1")
+
+def redirect_to(self: Hub, url: str) -> None:
+    self.send_response(302)
+    self.send_header("Location", url)
+    self.end_headers()
+    with suppress(OSError):
+        endless(self, b"")  # could also grow a thousandfold when it is decompressed
 
 
-def test_the_token_is_sent_to_the_hub_and_to_nobody_else(
-    hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_redirect_gets_no_token_and_its_body_is_not_read(
+    hub: type[Hub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with hub_of(hub.folder) as (storage, port):
 
         def redirect(self: Hub) -> None:
-            self.tokens.append(self.headers.get("Authorization"))
             if "/resolve/" not in self.path:
                 return Hub.do_GET(self)
+            self.tokens.append(self.headers.get("Authorization"))
             return redirect_to(self, f"http://127.0.0.1:{port}{self.path}")
 
         hub.do_GET = redirect
-        assert {path.name for path in fetch("org/model").iterdir()} == FILES
-    assert set(hub.tokens) == {"Bearer hf_secret"} and set(storage.tokens) == {None}
-
-
-def test_a_hub_that_does_not_resume_is_reported(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    def send(self: Hub, data: bytes) -> None:
-        self.wfile.write(data[:50_000])
-        self.close_connection = True
-        hub.send_response = lambda self, _: BaseHTTPRequestHandler.send_response(self, 200)
-
-    file = weights_of(hub)
-    hub.send_contents = send
-    monkeypatch.setattr(download, "RETRY_S", 0)
-    with pytest.raises(HubError, match=r"lost while reading model\.safetensors"):
-        download.download("org/model", hub.COMMIT, [file])
+        assert names(fetch("org/model")) == FILES
+    assert hub.tokens == ["Bearer hf_secret"] * 4 and storage.tokens == [None] * 3
+    hub.do_GET = lambda self: redirect_to(self, self.path)
+    with pytest.raises(ValueError, match="redirected too often"):
+        fetch("org/model@v1")
