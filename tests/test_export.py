@@ -138,16 +138,21 @@ def test_an_export_that_differs_from_pytorch_publishes_nothing(
     assert Store(tmp_path / "store").versions() == {}
 
 
-def test_int8_that_costs_too_much_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+@pytest.mark.usefixtures("few_taus")
+def test_int8_that_costs_too_much_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    checkpoint = exported(tmp_path_factory, "bert") / "checkpoint"
     with pytest.raises(ExportError, match=r"int8 costs exit \d .* --max-int8-loss"):
         exporter.export(checkpoint, Store(tmp_path), ExportSettings("m", "int8", max_int8_loss=-1.0))
     assert Store(tmp_path).versions() == {}
 
 
 def test_exits_in_int8_are_compared_with_those_in_fp32(
-    store: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    artifact, opened = Store(store).open("tiny-int8"), Checkpoint(checkpoint)
+    folder = exported(tmp_path_factory, "bert")
+    artifact, opened = Store(folder / "store").open("plain-int8"), Checkpoint(folder / "checkpoint")
     manifest, certify = artifact.manifest, opened.held_out("certify")
     int8 = record(Model(artifact), certify)
     encoded = encode(certify, opened.tokenizer, manifest.max_tokens)
@@ -161,7 +166,7 @@ def test_exits_in_int8_are_compared_with_those_in_fp32(
     other = Recorded(int8.exit_layers, -int8.logits, int8.distances, int8.labels)
     assert exporter.same_exit(int8, other, rule) < 0.2
     assert "warning" in capsys.readouterr().err
-    assert "int8" not in Store(store).open("tiny").manifest.export
+    assert "int8" not in Store(folder / "store").open("plain").manifest.export
 
 
 def recorded(logits: list[list[float]], **kind: Any) -> Recorded:
@@ -193,14 +198,13 @@ def test_the_same_answer_at_another_exit_is_not_the_same() -> None:
     assert exporter.same_exit(early, late, ExitRule(0.5, Entropy())) == 0
 
 
-def test_missing_files_are_asked_for(tmp_path: Path, checkpoint: Path) -> None:
-    copy = shutil.copytree(checkpoint, tmp_path / "c")
+def test_missing_files_are_asked_for(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    copy = shutil.copytree(exported(tmp_path_factory, "bert") / "checkpoint", tmp_path / "c")
     for file in ("tune.jsonl", "certify.jsonl", "tokenizer.json"):
-        kept = (copy / file).read_bytes()
-        (copy / file).unlink()
+        (copy / file).rename(tmp_path / file)
         with pytest.raises(ValueError, match=f"{file}: missing"):
             exporter.export(copy, Store(tmp_path / "s"), ExportSettings("m", "none"))
-        (copy / file).write_bytes(kept)
+        (tmp_path / file).rename(copy / file)
 
 
 def test_quantization_is_within_half_a_step() -> None:
@@ -233,33 +237,32 @@ def test_calibration_is_honest(tmp_path_factory: pytest.TempPathFactory) -> None
 
 
 def test_evaluate_prints_a_table_and_draws_a_plot(
-    tmp_path: Path, checkpoint: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    png, named = tmp_path / "plot.png", f"tiny-int8:1 --store {store}"
-    for model, more in ((checkpoint, ""), (store / "tiny-int8/1", ""), (named, " and it was so" * 9)):
-        file = tmp_path / "texts.tsv"
-        rows = [f"{text}{more}\t{label}\n" for text, label in make_rows(40, 1)]
+    folder = exported(tmp_path_factory, "bert")
+    store, checkpoint = folder / "store", folder / "checkpoint"
+    png, file, named = tmp_path / "plot.png", tmp_path / "texts.tsv", f"plain-int8:1 --store {store}"
+    for model, more in ((checkpoint, ""), (store / "plain-int8/1", ""), (named, " and it was so" * 9)):
+        rows = [f"{text}{more}\t{LABELS[int(label)]}\n" for text, label in make_rows(40, 1)]
         file.write_text("sentence\tlabel\n" + "".join(rows))
-        arguments = ["evaluate", *str(model).split(), str(file), "--text-column", "sentence"]
-        output = de3([*arguments, "--label-names", "negative,positive", "--png", str(png)])
+        arguments = f"evaluate {model} {file} --text-column sentence --png {png}"
+        output = de3(arguments)
         assert "EDR λ=2" in output and "distance ratio" in output
         assert png.read_bytes().startswith(b"\x89PNG")
         png.unlink()
-        assert ("risk" in output) == (model != checkpoint)  # a checkpoint has no fitted risk yet
-        for part in ("The default by length", "Top probability: differs"):
-            assert (part in output) == (model != checkpoint)
+        for part in ("risk", "The default by length", "Top probability: differs"):
+            assert (part in output) == (model != checkpoint)  # a checkpoint has no fitted risk yet
         assert ("the calibration's guarantees may not hold for these texts" in output) == bool(more)
-    arguments += ["--label-names", "negative,positive", "--png", str(png)]
+    default = Store(store).open("plain-int8").manifest.defaults
+    assert f"Default {default.signal}" in output.replace("EDR", "edr")  # the artifact's default
     home = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"} | {
         "HOME": "/proc/none"
     }
-    command = [sys.executable, "-m", "de3.cli", *arguments]
+    command = [sys.executable, "-m", "de3.cli", *arguments.split()]
     done = subprocess.run(command, env=home, capture_output=True, text=True, check=True)
     assert done.stderr.endswith(f"plot: {png}\n") and "atplotlib" not in done.stderr, done.stderr
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "plot: skipped (" in (skipped := de3(arguments)) and "-m pip install matplotlib" in skipped
-    default = Store(store).open("tiny-int8").manifest.defaults
-    assert f"Default {default.signal}" in output.replace("EDR", "edr")  # the artifact's default
 
 
 @pytest.mark.parametrize("kind", [{}, {"thresholds": np.zeros(2)}, {"tolerance": 0.5}])
