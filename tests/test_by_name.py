@@ -11,9 +11,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -22,9 +23,7 @@ import torch
 import yaml
 from filelock import FileLock
 from huggingface_hub import constants
-from hypothesis import example, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
@@ -36,21 +35,27 @@ from transformers import (
 )
 
 from de3.data.examples import Example
-from de3.export import cache, vocabulary
+from de3.export import cache, record, upstream, vocabulary
 from de3.export.cache import artifact_of, evict, model_name
-from de3.export.hub import _note_commit, fetch
+from de3.export.hub import fetch
 from de3.export.original import original_of
 from de3.model_store import tokenizer_check
+from de3.model_store.architecture import Precision
 from de3.model_store.families import FAMILIES
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
-from de3.model_store.proof import int8_saturates
-from de3.model_store.store import Artifact
+from de3.model_store.store import Artifact, Store
+from de3.server import int8, prove
+from de3.server.learn import fitting
+from de3.server.models import load
+from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.commands import WITHOUT_TORCH
 from tests.fixtures import made_once, make_rows, save_encoder
 from tests.hub import hub_of, use_hub
 from tests.serving import Server, process, running, until, url_when_ready
+from tests.stock import with_random_exits
+from tests.upstream import chat, model_of
 
 TEXTS: tuple[tuple[str, str | None], ...] = (
     ("good", None),
@@ -63,6 +68,12 @@ TEXTS: tuple[tuple[str, str | None], ...] = (
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a stock classifier with random weights."""
     return made_once(tmp_path_factory, "bert-by-name", lambda folder: save_encoder(folder, labels=3))
+
+
+@pytest.fixture(scope="module")
+def artifact(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The artifact of bert in int8, in a cache that no test changes."""
+    return artifact_of(str(bert), "int8", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -101,16 +112,6 @@ def difference(folder: Path, model: Model) -> float:
         assert ours is not None
         worst = max(worst, float(np.abs(ours - theirs).max()))
     return worst
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_full_depth_is_transformers_own_model(family: str, tmp_path: Path) -> None:
-    folder = save_encoder(tmp_path / "stock", family, labels=3)
-    artifact = artifact_of(str(folder), "int8", tmp_path / "cache")
-    assert (artifact.full_name, artifact.manifest.source) == ("stock:1", "stock")
-    model = Model(artifact)
-    is_exact = model.runtime == "native" or not int8_saturates()
-    assert difference(folder, model) < (0.1 if is_exact else 1.0)
 
 
 OLD = {"global_attn_every_n_layers": 2, "global_rope_theta": 500.0, "local_rope_theta": 30.0}
@@ -257,26 +258,20 @@ def test_an_artifact_is_made_once_and_made_again_when_it_is_not_whole(
     made: list[str] = []
     convert = cache.convert
     monkeypatch.setattr(cache, "convert", lambda of, *rest: (made.append(of.name), convert(of, *rest))[1])
-
-    def artifact(precision: Any = "int8") -> Artifact:
-        return artifact_of(str(bert), precision, tmp_path / "cache")
-
-    first = artifact()
-    place = first.path.parents[1]
+    first = artifact_of(str(bert), "int8", tmp_path / "cache")
+    place, layer = first.path.parents[1], first.path / "layer_03.onnx"
     os.utime(place, (0, 0))
-    assert artifact() == first and made == [str(bert)]
+    assert artifact_of(str(bert), "int8", tmp_path / "cache") == first and made == [str(bert)]
     assert place.stat().st_mtime > 0  # it was used last
     for damage in (
         (first.path / "manifest.json").unlink,
-        (first.path / "tokenizer.json").unlink,
-        lambda: (first.path / "layer_03.onnx").write_bytes(b""),
-        lambda: (first.path / "layer_03.onnx").open("ab").write(b"more"),
+        layer.unlink,
+        lambda: layer.write_bytes(b""),
+        lambda: layer.open("ab").write(b"more"),
     ):
         damage()
-        artifact().verify()
+        artifact_of(str(bert), "int8", tmp_path / "cache").verify()
     assert len(made) == 5
-    second = artifact("fp32")
-    assert len(made) == 6 and second.path != first.path and first.path.exists()
 
 
 def test_an_artifact_is_kept_while_a_process_uses_it(bert: Path, tmp_path: Path) -> None:
@@ -295,9 +290,9 @@ def test_an_artifact_is_kept_while_a_process_uses_it(bert: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("others_make_it", [False, True])
 def test_an_artifact_that_is_removed_as_it_is_opened_is_made_again(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others_make_it: bool
+    artifact: Artifact, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others_make_it: bool
 ) -> None:
-    made = artifact_of(str(bert), "int8", tmp_path / "first").path.parents[1]
+    made = artifact.path.parents[1]
     place = Path(shutil.copytree(made, tmp_path / "cache" / made.name))
     flock, before = fcntl.flock, (place / cache.USED).stat()
 
@@ -310,9 +305,9 @@ def test_an_artifact_that_is_removed_as_it_is_opened_is_made_again(
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", lock)
-    artifact = artifact_of(str(bert), "int8", tmp_path / "cache")
+    again = artifact_of(str(bert), "int8", tmp_path / "cache")
     evict(tmp_path / "cache", 0)
-    artifact.verify()
+    again.verify()
 
 
 def test_an_artifact_whose_empty_folder_is_removed_is_kept(
@@ -332,35 +327,34 @@ def test_an_artifact_whose_empty_folder_is_removed_is_kept(
     artifact.verify()
 
 
-NAMES = st.sampled_from(["config.json", "vocab.txt", "tokenizer.json"])
-FILES = st.dictionaries(NAMES, st.binary(max_size=2))
+def test_an_artifact_is_used_only_for_what_it_was_made_from(copy: Path, tmp_path: Path) -> None:
+    def place(precision: Precision = "int8", folder: Path = copy) -> Path:
+        return artifact_of(str(folder), precision, tmp_path / "cache").path.parents[1]
 
+    def upstream_place(precision: Precision) -> Path:
+        of = model_of(tmp_path, ["a", "b"], chat(), encoder=str(copy))
+        folders = tmp_path / "tickets.toml", Store(tmp_path / "none")
+        return upstream.artifact_of(of, *folders, precision, tmp_path / "cache").path.parents[1]
 
-@hypothesis_settings(max_examples=30)
-@given(FILES, FILES)
-@example({"config.json": b"a", "vocab.txt": b"b"}, {"config.json": b"b", "vocab.txt": b"a"})
-@example({"vocab.txt": b"a"}, {"tokenizer.json": b"a"})
-def test_an_artifact_is_used_only_for_the_files_it_was_made_from(
-    files: dict[str, bytes], others: dict[str, bytes]
-) -> None:
-    made_from = ("shown", "model", "int8")
-    with TemporaryDirectory() as one, TemporaryDirectory() as two:
-        for folder, content in ((one, files), (two, others)):
-            for name, data in content.items():
-                (Path(folder) / name).write_bytes(data)
-        key = cache._key(Path(one), *made_from)
-        assert (key == cache._key(Path(two), *made_from)) == (files == others)
-        (Path(one) / "README.md").write_text("not read")
-        assert key == cache._key(Path(one), *made_from)
-        for other in (("other", "model", "int8"), ("shown", "other", "int8"), ("shown", "model", "fp32")):
-            assert key != cache._key(Path(one), *other)
+    places = [place(), place("fp32"), upstream_place("int8"), upstream_place("fp32")]
+    (copy / "README.md").write_text("not read")
+    assert [place(), upstream_place("int8")] == places[::2]
+    places.append(place(folder=Path(shutil.copytree(copy, tmp_path / "other"))))
+    vocabulary = copy / "vocab.txt"
+    for change in (
+        lambda: edit(copy, id2label={"0": "a", "1": "b", "2": "c"}),
+        lambda: vocabulary.write_text("not read if there is a tokenizer.json"),
+        lambda: vocabulary.rename(copy / "merges.txt"),
+    ):
+        change()
+        places += [place(), upstream_place("int8")]
+    assert len(set(places)) == len(places)
 
 
 def test_a_second_start_waits_and_uses_the_artifact_of_the_first(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: Artifact, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = artifact_of(str(bert), "int8", tmp_path / "first")
-    made, waits = first.path.parents[1], threading.Event()
+    made, waits = artifact.path.parents[1], threading.Event()
 
     class Lock(FileLock):
         def acquire(self, *arguments: Any, **options: Any) -> Any:
@@ -376,7 +370,7 @@ def test_a_second_start_waits_and_uses_the_artifact_of_the_first(
             second = pool.submit(artifact_of, str(bert), "int8", tmp_path / "cache")
             assert waits.wait(60)
             shutil.copytree(made, place, dirs_exist_ok=True)
-        assert second.result(60).path == place / first.path.relative_to(made)
+        assert second.result(60).path == place / artifact.path.relative_to(made)
 
 
 def test_the_least_recently_used_are_removed_until_the_rest_fits(tmp_path: Path) -> None:
@@ -387,16 +381,17 @@ def test_the_least_recently_used_are_removed_until_the_rest_fits(tmp_path: Path)
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "model/file").write_bytes(b"x" * 1000)
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    cache._use(tmp_path / "used")
     evict(tmp_path, 5000 / 1e9)
     assert len(places()) == 5
     evict(tmp_path, 4900 / 1e9)
     assert places() == ["converting", "new", "old", "used"]
-    with FileLock(tmp_path / "converting.lock"):
-        evict(tmp_path, 2000 / 1e9)
-        assert places() == ["converting", "used"]
-    evict(tmp_path, 0)
-    assert places() == ["used"]
+    with (tmp_path / "used" / cache.USED).open("w") as used:
+        fcntl.flock(used, fcntl.LOCK_SH)
+        with FileLock(tmp_path / "converting.lock"):
+            evict(tmp_path, 2000 / 1e9)
+            assert places() == ["converting", "used"]
+        evict(tmp_path, 0)
+        assert places() == ["used"]
     evict(tmp_path / "none", 0)
 
 
@@ -437,38 +432,46 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##ing", "##s", "film", "
 SENTENCES = ("A café  films\n", "filming 電影 [MASK] x.", "[SEP] Films", "")
 
 
-@pytest.mark.parametrize("options", [{}, {"do_lower_case": False}, {"strip_accents": False}], ids=str)
-def test_a_vocabularys_tokenizer_is_that_of_transformers(tmp_path: Path, options: dict[str, Any]) -> None:
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
-    theirs = BertTokenizer.from_pretrained(tmp_path, **options)
-    files = {"vocab.txt": (tmp_path / "vocab.txt").read_bytes()}
-    ours = Tokenizer.from_str(vocabulary.tokenizer_of(files, options, FAMILIES["bert"]).decode())
-    for text in SENTENCES:
-        assert ours.encode(text).ids == theirs(text)["input_ids"]
-        encoded = ours.encode(text, "a film")
-        pair = theirs(text, "a film")
-        assert [encoded.ids, encoded.type_ids] == [pair["input_ids"], pair["token_type_ids"]]
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz.", "Ġ", "Ã", "©", "fi", "lm", "film", "Ġfilm"]
+IDS = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *LETTERS, "<mask>"])}
+VOCABULARY = {"vocab.txt": "\n".join(WORDS).encode()}
+MERGES = {
+    "vocab.json": json.dumps(IDS).encode(),
+    "merges.txt": b"#version: 0.2\nf i\nl m\nfi lm\n\xc4\xa0 film\n",
+}
 
 
-def test_the_tokenizer_of_merges_is_that_of_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "family", "files", "options"),
+    [
+        *(
+            (BertTokenizer, "bert", VOCABULARY, x)
+            for x in ({}, {"do_lower_case": False}, {"strip_accents": False})
+        ),
+        (RobertaTokenizer, "roberta", MERGES, {}),
+    ],
+)
+def test_a_vocabularys_tokenizer_is_that_of_transformers(
+    kind: Any, family: str, files: dict[str, bytes], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    letters = [*"abcdefghijklmnopqrstuvwxyz.", "Ġ", "Ã", "©", "fi", "lm", "film", "Ġfilm"]
-    ids = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters, "<mask>"])}
-    (tmp_path / "vocab.json").write_text(json.dumps(ids))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nf i\nl m\nfi lm\nĠ film\n")
-    theirs = RobertaTokenizer.from_pretrained(tmp_path)
-    files = {name: (tmp_path / name).read_bytes() for name in ("vocab.json", "merges.txt")}
-    ours = Tokenizer.from_str(vocabulary.tokenizer_of(files, {}, FAMILIES["roberta"]).decode())
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    theirs = kind.from_pretrained(tmp_path, **options)
+    ours = Tokenizer.from_str(vocabulary.tokenizer_of(files, options, FAMILIES[family]).decode())
     for text in SENTENCES:
         assert ours.encode(text).ids == theirs(text)["input_ids"]
-        assert ours.encode(text, "a film").ids == theirs(text, "a film")["input_ids"]
-    monkeypatch.setattr(vocabulary, "MAX_WORDS", len(ids))
-    with pytest.raises(ValueError, match=f"more than {len(ids)} lines"):
-        vocabulary.tokenizer_of(files | {"merges.txt": b"f i\n" * 99}, {}, FAMILIES["roberta"])
-    monkeypatch.setattr(tokenizer_check, "MAX_VALUES", len(ids) - 1)
-    with pytest.raises(ValueError, match=f"more than {len(ids) - 1} values"):
-        vocabulary.tokenizer_of(files, {}, FAMILIES["roberta"])
+        encoded, pair = ours.encode(text, "a film"), theirs(text, "a film", return_token_type_ids=True)
+        assert encoded.ids == pair["input_ids"]
+        assert family == "roberta" or encoded.type_ids == pair["token_type_ids"]
+
+
+def test_a_vocabulary_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "MAX_WORDS", len(IDS))
+    with pytest.raises(ValueError, match=f"more than {len(IDS)} lines"):
+        vocabulary.tokenizer_of(MERGES | {"merges.txt": b"f i\n" * 99}, {}, FAMILIES["roberta"])
+    monkeypatch.setattr(tokenizer_check, "MAX_VALUES", len(IDS) - 1)
+    with pytest.raises(ValueError, match=f"more than {len(IDS) - 1} values"):
+        vocabulary.tokenizer_of(MERGES, {}, FAMILIES["roberta"])
 
 
 def test_a_folder_that_changes_while_it_is_converted_is_not_cached(
@@ -507,9 +510,13 @@ def hub(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         yield handler
 
 
-def test_a_model_of_the_hub_is_served_without_pytorch(hub: Any, tmp_path: Path) -> None:
+def test_models_of_the_hub_and_of_a_folder_are_served_without_pytorch(
+    hub: Any, bert: Path, tmp_path: Path
+) -> None:
     edit(hub.folder, id2label={"0": "a", "1": "b", "2": "c"})
-    with process(tmp_path / "none", "org/model@v1", code=WITHOUT_TORCH) as started:
+    exits = with_random_exits(bert, Store(tmp_path / "store"), "exits", "int8")
+    names = "org/model@v1", str(exits.path)
+    with process(tmp_path / "none", *names, "--default-model", "model", code=WITHOUT_TORCH) as started:
         url = url_when_ready(started)
         rows = [
             httpx.post(f"{url}/classify", json={"input": "good", **more}, timeout=60).json()["data"][0]
@@ -518,9 +525,22 @@ def test_a_model_of_the_hub_is_served_without_pytorch(hub: Any, tmp_path: Path) 
         assert {row["label"] for row in rows} < {"a", "b", "c"}
         assert len({str(row["probs"]) for row in rows}) == 1
         assert rows[0]["exit"]["layer"] == rows[0]["exit"]["num_layers"] == 3
-        (listed,) = httpx.get(f"{url}/v1/models").json()["data"]
-        assert (listed["id"], listed["source"], listed["exit_layers"]) == ("model:1", "org/model@v1", [3])
+        listed = httpx.get(f"{url}/v1/models").json()["data"]
+        found = {(row["id"], row["source"], *row["exit_layers"]) for row in listed}
+        assert found == {("model:1", "org/model@v1", 3), ("exits:1", None, 0, 1, 2, 3)}
     assert sum("model.safetensors" in line for line in downloads(hub)) == 1
+
+
+REFUSED = """
+import sys
+from de3.cli import main
+for line in sys.argv[1:]:
+    sys.argv = ["de3", "serve", "--demo", *line.split()]
+    try:
+        main()
+    except SystemExit as error:
+        assert error.code in (1, 2)
+"""
 
 
 def test_a_json_log_has_only_json(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,38 +548,33 @@ def test_a_json_log_has_only_json(hub: Any, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("DE3_LOG_FORMAT", "json")
     monkeypatch.setenv("DE3_PROCESSES", "2")
     monkeypatch.setenv("DE3_NOTHING", "0.5")
-    for is_first in (True, False):
-        lines = list[dict[str, Any]]()
-        with process(tmp_path / "none", "org/model", "--guarantee", "0.2", "--learn") as started:
-            assert started.stderr is not None
-            for line in started.stderr:
-                lines.append(json.loads(line))
-                message = lines[-1]["message"]
-                if "is replaced, after" in message:
-                    started.terminate()
-                elif "2 processes" in message:
-                    pids = re.findall(r"Started server process \[(\d+)\]", json.dumps(lines))
-                    os.kill(int(pids[0]), signal.SIGKILL)
-            assert started.wait(60) == 0
-        log = " ".join(line["message"] for line in lines)
-        assert log.count("curl http://") == 1 and "DE3_NOTHING: unknown" in log and "replacing it" in log
-        assert log.count("converting it once") == is_first
+    lines = list[dict[str, Any]]()
+    with process(tmp_path / "none", "org/model", "--guarantee", "0.2", "--learn") as started:
+        assert started.stderr is not None
+        for line in started.stderr:
+            lines.append(json.loads(line))
+            message = lines[-1]["message"]
+            if "is replaced, after" in message:
+                started.terminate()
+            elif "2 processes" in message:
+                pids = re.findall(r"Started server process \[(\d+)\]", json.dumps(lines))
+                os.kill(int(pids[0]), signal.SIGKILL)
+        assert started.wait(60) == 0
+    log = " ".join(line["message"] for line in lines)
+    assert log.count("curl http://") == log.count("converting it once") == 1
+    assert "DE3_NOTHING: unknown" in log and "replacing it" in log
     monkeypatch.delenv("DE3_NOTHING")
-    for wrong, said in (
-        (["--nonsense"], "No such option: --nonsense"),
-        (["--port", "x"], "Invalid value for '--port'"),
-        (["--tau", "7"], "tau: "),
-        (["--model", "nothing"], "no model 'nothing'"),
-        (["./nothing"], "./nothing: no such folder"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "de3.cli", "serve", "--demo", *wrong],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        (row,) = map(json.loads, (done.stdout + done.stderr).splitlines())
-        assert done.returncode in (1, 2) and row["level"] == "CRITICAL" and row["message"].startswith(said)
+    wrong = {
+        "--nonsense": "No such option: --nonsense",
+        "--port x": "Invalid value for '--port'",
+        "--tau 7": "tau: ",
+        "--model nothing": "no model 'nothing'",
+        "./nothing": "./nothing: no such folder",
+    }
+    done = subprocess.run([sys.executable, "-c", REFUSED, *wrong], capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in (done.stdout + done.stderr).splitlines()]
+    for row, said in zip(rows, wrong.values(), strict=True):
+        assert row["level"] == "CRITICAL" and row["message"].startswith(said)
 
 
 def downloads(hub: Any) -> list[str]:
@@ -584,12 +599,17 @@ def test_all_files_of_a_model_are_of_the_commit_that_was_checked(
     assert all((folder / file).read_bytes() == (hub.folder / file).read_bytes() for file in wanted)
 
 
-def test_the_commit_of_a_revision_is_noted_only_in_the_cache(tmp_path: Path) -> None:
-    refs = tmp_path / "cache/model/refs"
-    for revision in ("../../out", str(tmp_path / "out"), "../refs-too", "v/1"):
-        _note_commit(refs, revision, "a" * 40)
-    _note_commit(refs, "main", "../out")
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [refs / "v/1"]
+def test_the_commit_of_a_revision_is_noted_only_in_the_cache(hub: Any, tmp_path: Path) -> None:
+    revisions = ("../../out", str(tmp_path / "out"), "../refs-too", "v/1")
+    hub.REVISIONS = [hub.COMMIT, *(quote(revision, safe="") for revision in revisions)]
+    before = set(tmp_path.rglob("*"))
+    for revision in revisions:
+        fetch(f"org/model@{revision}")
+    (refs,) = (tmp_path / "hf").rglob("refs")
+    assert [path for path in refs.rglob("*") if path.is_file()] == [refs / "v/1"]
+    assert not [
+        path for path in set(tmp_path.rglob("*")) - before if "out" in path.name or "too" in path.name
+    ]
 
 
 def test_old_files_of_the_hub_are_imported(hub: Any, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -652,42 +672,29 @@ def test_the_reason_for_which_the_hub_has_no_model(hub: Any, monkeypatch: pytest
 
 
 @pytest.fixture(scope="module")
-def server(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    from de3.server.service import Service
-
+def server(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("by-name")
-    artifact = artifact_of(str(bert), "int8", folder / "cache")
-    settings = Settings(store=folder / "none", port=0, threads=1)
-    one = Server(Service(settings, [artifact]))
-    one.start()
-    until(lambda: one.service.state == "ready", "the model")
-    yield one
-    one.stop()
+    with running(Service(Settings(store=folder, port=0, threads=1), [artifact])) as server:
+        yield server
 
 
 def test_changed_files_are_not_loaded_before_a_restart(copy: Path, tmp_path: Path) -> None:
-    from de3.server.service import Service
-
     artifact = artifact_of(str(copy), "int8", tmp_path / "cache")
-    keys: Any = "root an-admin-key-of-some-length"
-    one = Server(Service(Settings(store=tmp_path / "none", port=0, admin_keys=keys), [artifact]))
-    one.start()
-    try:
-        until(lambda: one.service.state == "ready", "the model")
+    key = "an-admin-key-of-some-length"
+    keys: Any = f"root {key}"
+    with running(Service(Settings(store=tmp_path / "none", port=0, admin_keys=keys), [artifact])) as server:
 
-        def load() -> tuple[int, str]:
-            headers = {"Authorization": "Bearer an-admin-key-of-some-length"}
-            answer = httpx.post(f"{one.url}/v1/models/copy/load", json={}, headers=headers, timeout=60)
-            return answer.status_code, answer.text
+        def load() -> tuple[int, bool]:
+            headers, url = {"Authorization": f"Bearer {key}"}, f"{server.url}/v1/models/copy/load"
+            answer = httpx.post(url, json={}, headers=headers, timeout=60)
+            return answer.status_code, "its files have changed" in answer.text
 
-        assert load()[0] == 200
+        assert load() == (200, False)
         os.utime(copy / "tokenizer.json", ns=(0, 0))
-        assert load()[0] == 409 and "its files have changed" in load()[1]
+        assert load() == (409, True)
         (copy / "tokenizer.json").unlink()
-        assert load()[0] == 409
-        assert one.classify(input="good").status_code == 200
-    finally:
-        one.stop()
+        assert load() == (409, True)
+        assert server.classify(input="good").status_code == 200
 
 
 def test_only_full_depth_is_answered(server: Server) -> None:
@@ -703,28 +710,22 @@ def test_only_full_depth_is_answered(server: Server) -> None:
         assert answer.status_code == 200 and answer.json()["data"][0]["exit"]["layer"] == 3
 
 
-def test_a_setting_that_needs_an_early_exit_is_refused(bert: Path, tmp_path: Path) -> None:
-    from de3.server.models import load
-
-    artifact = artifact_of(str(bert), "int8", tmp_path / "cache")
+def test_a_setting_that_needs_an_early_exit_is_refused(artifact: Artifact, tmp_path: Path) -> None:
     for options in ({"tau": 0.5}, {"target_speedup": 2.0}, {"latency_budget_ms": 5.0}):
         with pytest.raises(ValueError, match=r"a setting cannot be met: .*add exits with de3 import"):
             load(artifact, Settings(store=tmp_path, **options))
 
 
-def test_a_proof_is_not_repeated(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from de3.server import prove
-
-    artifact = artifact_of(str(bert), "int8", tmp_path / "cache")
-    prove.Prover().prove(artifact, "auto")
+def test_a_proof_is_not_repeated(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, prover = replace(artifact, proof=tmp_path / "proof"), prove.Prover()
+    prover.prove(artifact, "auto")
     monkeypatch.setattr(prove, "PROGRAM", "raise SystemExit(9)")
-    prove.Prover().prove(artifact, "auto")
+    prover.prove(artifact, "auto")
     with pytest.raises(ValueError, match="crashes the process that loads it"):
-        prove.Prover().prove(artifact, "onnxruntime")  # another runtime needs its own proof
-    assert artifact.proof is not None
-    artifact.proof.write_text("{}")
+        prover.prove(artifact, "onnxruntime")  # another runtime needs its own proof
+    (tmp_path / "proof").write_text("{}")
     with pytest.raises(ValueError, match="crashes the process that loads it"):
-        prove.Prover().prove(artifact, "auto")
+        prover.prove(artifact, "auto")
 
 
 # Run at the priority of the tests: at the lowest one, it would wait for everything else on the machine.
@@ -732,35 +733,41 @@ INT8 = "from de3.export.int8_process import child; child()"
 
 
 @pytest.fixture
-def int8_at_normal_priority(monkeypatch: pytest.MonkeyPatch) -> None:
-    from de3.server import int8
-    from de3.server.learn import fitting
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The texts of each comparison of int8 with fp32 that has ended, each of 40, at the tests' priority."""
+    assert int8.TEXTS == 1024
+    compared, run_idle = list[list[str]](), int8.run_idle
 
+    async def run(program: str, argument: str, data: bytes) -> str:
+        output: str = await run_idle(program, argument, data)
+        compared.append([text for text, _ in json.loads(data)])
+        return output
+
+    monkeypatch.setattr(int8, "run_idle", run)
+    monkeypatch.setattr(int8, "TEXTS", 40)
     monkeypatch.setattr(int8, "PROGRAM", INT8)
     monkeypatch.setattr(fitting, "IDLE_CORES", -1.0)
+    return compared
 
 
-def listed(server: Server) -> dict[str, Any]:
-    (row,) = httpx.get(f"{server.url}/v1/models").json()["data"]
-    return dict(row)
+def measured(server: Server) -> dict[str, Any] | None:
+    """What the list of models says that int8 changes in one of them; None if it says nothing."""
+    rows = httpx.get(f"{server.url}/v1/models").json()["data"]
+    return next((row["int8"] for row in rows if row["int8"]), None)
 
 
 def logged(caplog: pytest.LogCaptureFixture, part: str) -> list[tuple[str, str]]:
     return [(row.levelname, row.getMessage()) for row in caplog.records if part in row.getMessage()]
 
 
-@pytest.mark.usefixtures("int8_at_normal_priority")
 @pytest.mark.parametrize("kind", [None, "multi_label_classification", "spans"])
 def test_the_answers_that_int8_changes_are_counted_once(
-    kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: str | None,
+    compared: list[list[str]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """On 1,024 distinct live texts; a longer one, a repeated one and a redacted one do not count."""
-    from prometheus_client import CollectorRegistry
-
-    from de3.export import record
-    from de3.server import int8
-    from de3.server.service import Service
-
+    """On distinct live texts; a longer one, a repeated one and a redacted one do not count."""
     caplog.set_level("INFO", "de3")
     options: dict[str, Any] = {"tags": ["O", "B-A", "I-A"]} if kind == "spans" else {"labels": 3}
     if kind == "multi_label_classification":
@@ -768,59 +775,55 @@ def test_the_answers_that_int8_changes_are_counted_once(
     folder, made = save_encoder(tmp_path / "stock", **options), tmp_path / "cache"
     artifact = artifact_of(str(folder), "int8", made)
     settings = Settings(store=tmp_path / "none", port=0, threads=1)
-    texts = [f"{text} {number}" for number, (text, _) in enumerate(make_rows(1024, 31))]
+    texts = [f"{text} {number}" for number, (text, _) in enumerate(make_rows(40, 31))]
     with running(Service(settings, [artifact])) as server:
-        for start in range(0, 1000, 200):
-            assert server.classify(input=texts[start : start + 200]).status_code == 200
-        assert server.classify(input=["long " * 1000, *texts[:100]]).status_code == 200
-        assert [len(kept) for _, kept in server.service.int8._waiting.values()] == [1000]
-        assert listed(server)["int8"] is None
-        assert server.classify(input=texts[1000:]).status_code == 200
-        until(lambda: listed(server)["int8"], "the result")
-        first = listed(server)["int8"]
+        assert server.classify(input=["long " * 1000, *texts[:30], *texts[:20]]).status_code == 200
+        if kind == "spans":
+            assert (
+                server.classify(input=[f"private {text}" for text in texts], redact=True).status_code == 200
+            )
+        assert measured(server) is None
+        assert server.classify(input=texts[20:]).status_code == 200
+        until(lambda: measured(server), "the result")
+        first = measured(server)
+        assert first is not None and compared == [texts]
         until(lambda: logged(caplog, "int8 changes"), "the message")
         assert server.metric("de3_int8_disagreement_ratio", model="stock:1") == first["share"]
     examples = [Example(text, 0) for text in texts]
     plain = Model(artifact_of(str(folder), "fp32", tmp_path / "other"), "onnxruntime")
     theirs, ours = record.record(plain, examples), record.record(Model(artifact), examples)
     differ = int(ours.differs_from(theirs.answers[:, -1])[:, -1].sum())
-    assert (first["texts"], first["differ"]) == (1024, differ)
-    assert first["lower"] < first["share"] == round(differ / len(examples), 5) < first["upper"]
+    assert (first["texts"], first["differ"]) == (40, differ)
+    assert first["lower"] <= first["share"] == round(differ / len(examples), 5) < first["upper"]
     ((level, message),) = logged(caplog, "int8 changes")
     assert level == ("WARNING" if first["share"] > 0.01 else "INFO") and "--quantize none" in message
     assert not list(made.glob("*/.fp32"))
-    monkeypatch.setattr(int8, "PROGRAM", "raise SystemExit(9)")
     with running(Service(settings, [artifact])) as server:  # a restart repeats nothing
         assert server.metric("de3_int8_disagreement_ratio", model="stock:1") == first["share"]
-        assert listed(server)["int8"] == first and not server.service.int8._waiting
-    assert not logged(caplog, "cannot measure")
+        assert server.classify(input=texts).status_code == 200
+        assert measured(server) == first and len(compared) == 1
     assert artifact.proof is not None
     proved = json.loads(artifact.proof.read_text())
-    for damaged in (
-        {},
-        5,
-        first | {"share": "x"},
-        first | {"upper": float("nan")},
-        first | {"texts": 10**400},
-    ):
-        artifact.proof.write_text(json.dumps(proved | {"int8": damaged}))
-        assert int8.Int8Check([artifact], "auto", CollectorRegistry())._waiting  # it is measured again
-    artifact.proof.write_text("[" * 50_000)
-    assert int8.Int8Check([artifact], "auto", CollectorRegistry())._waiting
+    damaged = ({}, 5, first | {"share": "x"}, first | {"upper": float("nan")}, first | {"texts": 10**400})
+    for content in (*(json.dumps(proved | {"int8": one}) for one in damaged), "[" * 50_000):
+        artifact.proof.write_text(content)
+        registry = CollectorRegistry()
+        int8.Int8Check([artifact], "auto", registry)
+        assert not next(iter(registry.collect())).samples  # it is measured again
 
 
-@pytest.mark.usefixtures("int8_at_normal_priority")
 @pytest.mark.parametrize(
     ("program", "memory", "reason"),
     [
         ("raise SystemExit(9)", 2**30, "its process ended with 9"),
-        (f"import sys; sys.argv[1] = sys.argv[1].replace('stock', 'gone'); {INT8}", 2**30, "gone"),
+        (f"import sys; sys.argv[1] = sys.argv[1].replace('by-name', 'gone'); {INT8}", 2**30, "gone"),
         (INT8, 0, "its process ended with"),
         ("import os; os.kill(os.getpid(), 9)", 2**30, "probably for lack of memory"),
     ],
 )
+@pytest.mark.usefixtures("compared")
 def test_a_failed_count_of_what_int8_changes_harms_nothing(
-    bert: Path,
+    artifact: Artifact,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -828,68 +831,43 @@ def test_a_failed_count_of_what_int8_changes_harms_nothing(
     memory: int,
     reason: str,
 ) -> None:
-    from de3.server import int8
-    from de3.server.service import Service
-
-    monkeypatch.setattr(int8, "PROGRAM", program)
-    monkeypatch.setattr(int8, "MEMORY_BYTES", memory)
-    artifact = artifact_of(str(shutil.copytree(bert, tmp_path / "stock")), "int8", tmp_path / "cache")
-    monkeypatch.setattr(int8, "TEXTS", 3)
+    for name, value in {"PROGRAM": program, "MEMORY_BYTES": memory, "TEXTS": 3}.items():
+        monkeypatch.setattr(int8, name, value)
     with running(Service(Settings(store=tmp_path / "none", port=0), [artifact])) as server:
         assert server.classify(input=["a", "b", "c"]).status_code == 200
         until(lambda: logged(caplog, "cannot measure how many answers int8 changes"), "the warning")
         ((_, message),) = logged(caplog, "cannot measure")
         assert reason in message, message
         assert server.classify(input="good").status_code == 200
-        assert listed(server)["int8"] is None
+        assert measured(server) is None
 
 
-@pytest.mark.usefixtures("int8_at_normal_priority")
-def test_one_process_at_a_time_counts_what_int8_changes(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_process_at_a_time_counts_what_int8_changes_in_classes(
+    artifact: Artifact, bert: Path, compared: list[list[str]], tmp_path: Path
 ) -> None:
-    from de3.server import int8
-    from de3.server.service import Service
-
-    outputs, run_idle, starts = list[str](), int8.run_idle, list[Any]()
-
-    async def run(*arguments: Any) -> str:
-        starts.append(arguments)
-        outputs.append(await run_idle(*arguments))
-        return outputs[-1]
-
-    monkeypatch.setattr(int8, "TEXTS", 3)
-    monkeypatch.setattr(int8, "run_idle", run)
-    artifact = artifact_of(str(bert), "int8", tmp_path / "cache")
-    with running(Service(Settings(store=tmp_path / "none", port=0), [artifact])) as server:
-        with FileLock(artifact.path.parents[1] / ".fp32.lock"):  # as another process would hold it
-            server.classify(input=["a", "b", "c"])
-            server.classify(input=["x", "y", "z"])  # starts no other process
-            until(lambda: outputs, "the end of the process")
-        until(lambda: server.service.int8._waiting, "the end of the comparison")
-        assert outputs == ["{}"] and len(starts) == 1 and listed(server)["int8"] is None
-        server.classify(input=["d", "e", "f"])
-        until(lambda: listed(server)["int8"], "the result")
-
-
-def test_only_int8_answers_that_are_equal_or_not_are_counted(store: Path, tmp_path: Path) -> None:
-    from prometheus_client import CollectorRegistry
-
-    from de3.model_store.store import Store
-    from de3.server import int8
-
+    """Values, fp32 and models of the store are left out."""
     value = artifact_of(str(save_encoder(tmp_path / "value", labels=1)), "int8", tmp_path / "cache")
     plain = artifact_of(str(save_encoder(tmp_path / "plain", labels=2)), "fp32", tmp_path / "cache")
-    others = [value, plain, Store(store).open("tiny-int8")]
-    assert not int8.Int8Check(others, "auto", CollectorRegistry())._waiting
+    artifact = replace(artifact, proof=tmp_path / "proof")
+    others = [value, plain, with_random_exits(bert, Store(tmp_path / "store"), "stored", "int8")]
+    parts = [[f"{part} {i}" for i in range(int8.TEXTS)] for part in "abc"]
+    settings = Settings(store=tmp_path / "none", port=0, default_model=artifact.manifest.name)
+    with running(Service(settings, [artifact, *others])) as server:
+        for other in others:
+            assert server.classify(input=parts[0], model=other.manifest.name).status_code == 200
+        with FileLock(artifact.path.parents[1] / ".fp32.lock"):  # as another process would hold it
+            server.classify(input=parts[0])
+            server.classify(input=parts[1])  # starts no other process
+            until(lambda: compared, "the end of the process")
+        assert measured(server) is None
+        server.classify(input=parts[2])  # the step of the event loop that ended the process is over
+        until(lambda: measured(server), "the result")
+    assert compared == parts[::2]
 
 
-def test_two_classifiers_with_one_name_are_refused(bert: Path, tmp_path: Path) -> None:
-    from de3.server.service import Service
-
-    artifacts = [artifact_of(str(bert), precision, tmp_path / "cache") for precision in ("int8", "fp32")]
+def test_two_classifiers_with_one_name_are_refused(artifact: Artifact, bert: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two models would be served as"):
-        Service(Settings(store=tmp_path / "none"), artifacts)
+        Service(Settings(store=tmp_path / "none"), [artifact, artifact_of(str(bert), "fp32", tmp_path)])
 
 
 def test_other_kinds_of_answers(tmp_path: Path) -> None:
@@ -898,12 +876,6 @@ def test_other_kinds_of_answers(tmp_path: Path) -> None:
     found = [artifact_of(str(folder), "int8", tmp_path / "cache").manifest for folder in folders]
     assert [manifest.thresholds for manifest in found] == [[0.5] * 3, None]
     assert [manifest.tolerance for manifest in found] == [None, MIN_TOLERANCE]
-
-
-def test_the_folder_of_an_artifact_is_served_as_it_is(store: Path, tmp_path: Path) -> None:
-    with process(tmp_path / "none", str(store / "tiny-int8/1")) as running:
-        (listed,) = httpx.get(f"{url_when_ready(running)}/v1/models").json()["data"]
-        assert (listed["id"], listed["exit_layers"]) == ("tiny-int8:1", [0, 1, 2, 3])
 
 
 def test_kserves_runtime_serves_the_folder_under_its_services_name(
@@ -921,10 +893,10 @@ def test_kserves_runtime_serves_the_folder_under_its_services_name(
     assert command == "serve"
     with process(tmp_path / "none", *arguments) as running:
         url = url_when_ready(running)
-        for path in ("/v1/models/toxic:predict", "/v2/models/toxic/infer"):
-            inputs = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["good"]}
-            response = httpx.post(
-                url + path, json={"instances": ["good"]} if "v1" in path else {"inputs": [inputs]}
-            )
-            assert response.status_code == 200, response.text
+        inputs = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["good"]}
+        for path, body in (
+            ("/v1/models/toxic:predict", {"instances": ["good"]}),
+            ("/v2/models/toxic/infer", {"inputs": [inputs]}),
+        ):
+            assert httpx.post(url + path, json=body).status_code == 200
         assert httpx.get(f"{url}/v2/models/toxic/ready").status_code == 200
