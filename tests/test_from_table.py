@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -21,9 +22,12 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from de3.data.examples import Example
 from de3.data.split import stratified
+from de3.exits.calibration import Samples
+from de3.exits.recorded import Recorded
 from de3.export import from_table, labels, states
 from de3.export.classifier import Stock, convert
 from de3.export.encoder import encoder_of
+from de3.export.label_report import report
 from de3.library import load
 from de3.model_store.model import Model
 from de3.model_store.store import Store
@@ -76,14 +80,10 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
 def test_a_table_becomes_a_classifier(fitted: Path) -> None:
     log = (fitted / "log.txt").read_text()
     manifest = Store(fitted / "store").open("topics").manifest
-    assert manifest.labels == sorted(TOPICS)
-    assert manifest.source is None
-    assert manifest.input == "text"
+    assert (manifest.labels, manifest.source, manifest.input) == (sorted(TOPICS), None, "text")
     calibration = manifest.calibration
-    assert calibration is not None
-    assert not calibration.self_labelled
-    assert calibration.certify_size == 601
-    assert calibration.default.accuracy > 0.9
+    assert calibration is not None and not calibration.self_labelled
+    assert calibration.certify_size == 601 and calibration.default.accuracy > 0.9
     assert "2399 texts to fit, 601 to certify" in log
     assert "601 texts that were not used for fitting: at full depth, accuracy 9" in log
     assert "Labels that full depth confuses most often" in log
@@ -125,7 +125,7 @@ def test_full_depth_is_a_logistic_regression_on_the_fitting_texts(
     mean, spread = x.mean(0), x.std(0) + 1e-4
     theirs = LogisticRegression(C=1 / (2 * ridge * len(x)), max_iter=5000, tol=1e-8)
     theirs.fit((x - mean) / spread, [e.label for e in fitting])
-    tokens = [model.tokenize(e.text) for e in certifying]
+    tokens = [model.tokenize(e.text) for e in certifying[:200]]
     steps = [model.full_depth(one) for one in tokens]
     pooled = np.stack([step[-1].hidden[0].mean(0) for step in steps])
     expected = theirs.predict_log_proba((pooled - mean) / spread)
@@ -195,44 +195,53 @@ def test_several_labels_in_a_cell_make_a_multi_label_model(tmp_path: Path, encod
     assert np.mean(right) > 0.8
 
 
-def test_bad_tables_get_a_line(tmp_path: Path, encoder: Path) -> None:
-    def table(rows: list[tuple[str, str]]) -> Path:
-        return write_table(tmp_path / "bad.csv", rows)
+GOOD_ROWS = topics(40, 3)
 
-    command = f"fit {tmp_path}/bad.csv --encoder {encoder} --name bad --store {tmp_path}/store"
-    good = topics(40, 3)
-    table([*good, ("", "praise")])
-    assert "bad.csv:42: text is empty" in refusal(command)
-    table([*good, ("a film", "")])
-    assert "bad.csv:42: label is empty" in refusal(command)
-    table([(text, "praise") for text, _ in good])
-    assert "at least 2 labels; every row has the label 'praise'" in refusal(command)
-    table(good)
-    assert "no column 'topic'; it has 'text', 'label'" in refusal(f"{command} --label-column topic")
-    assert "all labels right" in de3(f"{command} --threshold 0.5")  # a multi-label model
-    lists = tmp_path / "lists.jsonl"
-    lists.write_text("".join(json.dumps({"text": text, "label": [label]}) + "\n" for text, label in good))
-    assert "accuracy" in de3(command.replace("bad.csv", "lists.jsonl"))
-    assert "--max-loss must be" in refusal(f"{command} --max-loss nan")
-    table([(text.replace("a", "ä x"), label) for text, label in good])
-    assert "of the texts' tokens are unknown to the encoder's tokenizer" in refusal(command)
-    table([("\u200b", "praise"), ("\u200b", "anger")] * 2)
-    assert "the tokenizer produces no tokens for the texts" in refusal(command)
-    table([("a film", "praise"), ("A FILM", "anger"), ("a  film", "praise"), ("a film", "anger")])
-    assert "too few independent texts: at least one label needs two" in refusal(command)
-    table(
-        [
-            *good,
-            ("a film", "seen once"),
-            *[("A  FILM", "praise"), ("the plot", "anger"), ("the plot", "\x1b[1mblame")],
-        ]
-    )
-    output = de3(command)
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([*GOOD_ROWS, ("", "praise")], "", "table.csv:42: text is empty"),
+        ([*GOOD_ROWS, ("a film", "")], "", "table.csv:42: label is empty"),
+        ([(text, "praise") for text, _ in GOOD_ROWS], "", "every row has the label 'praise'"),
+        (GOOD_ROWS, "--label-column topic", "no column 'topic'; it has 'text', 'label'"),
+        (GOOD_ROWS, "--max-loss nan", "--max-loss must be"),
+        (
+            [(text.replace("a", "ä x"), label) for text, label in GOOD_ROWS],
+            "",
+            "tokens are unknown to the encoder",
+        ),
+        (
+            [("\u200b", "praise"), ("\u200b", "anger")] * 2,
+            "",
+            "the tokenizer produces no tokens for the texts",
+        ),
+        ([("a film", "praise"), ("A FILM", "anger")] * 2, "", "too few independent texts"),
+    ],
+)
+def test_an_unusable_table_is_refused(
+    rows: list[tuple[str, str]], options: str, message: str, tmp_path: Path, encoder: Path
+) -> None:
+    table = write_table(tmp_path / "table.csv", rows)
+    assert message in refusal(f"fit {table} --encoder {encoder} --name bad --store {tmp_path} {options}")
+
+
+def test_tables_of_several_forms_are_fitted(tmp_path: Path, encoder: Path) -> None:
+    table, lists = write_table(tmp_path / "table.csv", GOOD_ROWS), tmp_path / "lists.jsonl"
+    options = f"--encoder {encoder} --name good --store {tmp_path}/store"
+    assert "all labels right" in de3(f"fit {table} {options} --threshold 0.5")  # a multi-label model
+    lists.write_text("".join(json.dumps({"text": t, "label": [label]}) + "\n" for t, label in GOOD_ROWS))
+    assert "accuracy" in de3(f"fit {lists} {options}")
+    odd = [
+        ("a film", "seen once"),
+        ("A  FILM", "praise"),
+        ("the plot", "anger"),
+        ("the plot", "\x1b[1mblame"),
+    ]
+    output = de3(f"fit {write_table(table, [*GOOD_ROWS, *odd])} {options}")
     assert "'seen once' (1)" in output
-    assert (
-        r"2 texts occur with different labels: 'a film': praise or seen once; 'the plot': \u001b[1mblame or anger"
-        in output
-    )
+    said = r"'a film': praise or seen once; 'the plot': \u001b[1mblame or anger"
+    assert f"2 texts occur with different labels: {said}" in output
 
 
 @pytest.mark.parametrize("kind", ["encoder", "classifier", "masked"])
@@ -313,10 +322,7 @@ def test_the_encoder_of_a_regression_model_in_the_store(tmp_path: Path) -> None:
 def test_a_sentence_encoder_says_how_it_pools(
     config: dict[str, Any], expected: tuple[str, ...], encoder: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "sentences"
-    folder.mkdir()
-    for file in encoder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = Path(shutil.copytree(encoder, tmp_path / "sentences"))
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling/config.json").write_text(json.dumps(config))
     with encoder_of(str(folder), Store(tmp_path / "store"), "int8") as (_, poolings):
@@ -379,29 +385,16 @@ def test_layers_that_gain_nothing_are_left_out() -> None:
 
 
 def test_a_rare_label_that_early_exits_miss_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    from de3.exits.calibration import Samples
-    from de3.exits.recorded import Recorded
-    from de3.export.label_report import report
-
     n = 200
     truth = (np.arange(n) < 20).astype(np.int64)
     logits = np.zeros((n, 2, 2), np.float32)
     logits[np.arange(n), 1, truth] = 4
     logits[:, 0, 0] = 2  # the early exit always answers the frequent label
-    recorded = Recorded([0, 1], logits, np.full_like(logits, np.nan), truth)
-    scores = np.full((n, 2), 0.1)
-    report(
-        Samples.independent(recorded),
-        scores,
-        0.5,
-        ["[red]usual", "rare"],
-        [f"text {i}" for i in range(n)],
-        "x",
-    )
-    output = capsys.readouterr().err
-    assert "the recall of 1 of 2 labels falls by more than 5 points: 'rare' (100 → 0% of 20)" in output
-    assert "[red]usual" in output
-    report(
-        Samples.independent(recorded), scores, 0.0, ["usual", "rare"], [f"text {i}" for i in range(n)], "x"
-    )
-    assert "falls" not in capsys.readouterr().err
+    samples = Samples.independent(Recorded([0, 1], logits, np.full_like(logits, np.nan), truth))
+    for tau in (0.5, 0.0):
+        report(
+            samples, np.full((n, 2), 0.1), tau, ["[red]usual", "rare"], [f"text {i}" for i in range(n)], "x"
+        )
+    early, full = capsys.readouterr().err.split("falls")
+    assert early.endswith("the recall of 1 of 2 labels ") and "'rare' (100 → 0% of 20)" in full
+    assert "[red]usual" in full

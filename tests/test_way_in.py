@@ -28,9 +28,18 @@ from tests.fixtures import make_rows, save_encoder
 from tests.serving import serving
 
 
-def training(data_file: Path, encoder: Path, out: Path) -> str:
+@pytest.fixture(scope="module")
+def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of few rows: no test here needs a good model."""
+    rows = "".join(f"{text}\t{label}\n" for text, label in make_rows(400, 1))
+    path = tmp_path_factory.mktemp("data") / "train.tsv"
+    path.write_text("sentence\tlabel\n" + rows)
+    return path
+
+
+def training(table: Path, encoder: Path, out: Path) -> str:
     return (
-        f"train {data_file} --text-column sentence --encoder {encoder} --out {out} --lr 1e-3 --batch-size 64 "
+        f"train {table} --text-column sentence --encoder {encoder} --out {out} --lr 1e-3 --batch-size 64 "
         "--epochs 1 --held-back 100 --no-bf16"
     )
 
@@ -63,30 +72,22 @@ def test_missing_weights_are_never_filled_in(checkpoint: Path, tmp_path: Path) -
         _ = Checkpoint(copy).model
 
 
-def test_an_encoder_with_missing_weights_is_not_trained(data_file: Path, tmp_path: Path) -> None:
-    encoder = save_encoder(tmp_path / "encoder")
-    drop(encoder, "layer.1.output.dense")
-    assert "lacks 2 of the model's weights" in refusal(training(data_file, encoder, tmp_path / "out"))
-
-
-def change(folder: Path, **tensors: torch.Tensor) -> str:
-    """Add or replace weights of a checkpoint, named with __ for each dot; returns the message that refuses it."""
-    file = folder / "model.safetensors"
-    save_file(load_file(file) | {k.replace("__", "."): v for k, v in tensors.items()}, file, {"format": "pt"})
-    return refusal(f"evaluate {folder}")
-
-
 def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    before = (copy / "model.safetensors").read_bytes()
-    surplus = change(copy, classifiers__9__bias=torch.zeros(2))
-    assert "1 weights that are not in the model of its config.json, such as classifiers.9.bias" in surplus
-    (copy / "model.safetensors").write_bytes(before)
-    assert "another shape: classifiers.1.bias" in change(copy, classifiers__1__bias=torch.zeros(3))
-    (copy / "model.safetensors").write_bytes(before)
-    nan = torch.full((2,), torch.nan)
-    assert "classifiers.1.bias is not finite: the training diverged" in change(copy, classifiers__1__bias=nan)
-    (copy / "model.safetensors").write_bytes(before[:1000])
+    file = copy / "model.safetensors"
+    before, tensors = file.read_bytes(), load_file(file)
+    for name, tensor, message in (
+        (
+            "classifiers.9.bias",
+            torch.zeros(2),
+            "weights that are not in the model of its config.json, such as {}",
+        ),
+        ("classifiers.1.bias", torch.zeros(3), "another shape: {}"),
+        ("classifiers.1.bias", torch.full((2,), torch.nan), "{} is not finite: the training diverged"),
+    ):
+        save_file(tensors | {name: tensor}, file, {"format": "pt"})
+        assert message.format(name) in refusal(f"evaluate {copy}")
+    file.write_bytes(before[:1000])
     assert "the weights cannot be loaded" in refusal(f"evaluate {copy}")
 
 
@@ -94,7 +95,7 @@ def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_an_unfinished_training_is_not_used(
-    tmp_path: Path, data_file: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, few_rows: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training is interrupted by Ctrl-C, after its best epoch was saved."""
 
@@ -104,41 +105,23 @@ def test_an_unfinished_training_is_not_used(
     interrupted = tmp_path / "interrupted"
     with monkeypatch.context() as patch:
         patch.setattr(trainer.prototypes, "finish", interrupt)
-        result = invoke(training(data_file, encoder, interrupted))
+        result = invoke(training(few_rows, encoder, interrupted))
     assert result.exit_code == 130 and "interrupted; continue" in result.output
     assert (interrupted / "model.safetensors").exists()
     commands = [
         f"evaluate {interrupted}",
         f"export {interrupted} --name x --store {tmp_path}/s",
         f"export {interrupted} --full-depth {tmp_path}/full",
-        training(data_file, encoder, tmp_path / "student") + f" --teacher {interrupted}",
+        training(few_rows, encoder, tmp_path / "student") + f" --teacher {interrupted}",
     ]
     for command in commands:
         message = refusal(command)
         assert "is not finished" in message and "--resume" in message
-    assert "a training run that --resume continues" in refusal(training(data_file, encoder, interrupted))
+    assert "a training run that --resume continues" in refusal(training(few_rows, encoder, interrupted))
 
-    de3(training(data_file, encoder, interrupted) + " --resume")
+    de3(training(few_rows, encoder, interrupted) + " --resume")
     assert Checkpoint(interrupted).names == ["0", "1"]
     assert not (interrupted / "resume.safetensors").exists()
-
-
-# 3: encoders that cannot be exported
-
-
-def test_no_encoder_that_cannot_export_is_trained(checkpoint: Path, data_file: Path, tmp_path: Path) -> None:
-    AutoConfig.for_model("albert").save_pretrained(tmp_path / "other")
-    without_tokenizer = save_encoder(tmp_path / "encoder")
-    for file in without_tokenizer.glob("tokenizer*"):
-        file.unlink()
-    for encoder, message in (
-        (tmp_path / "other", "'albert' cannot be exported; supported: bert, roberta"),
-        (checkpoint, "is a checkpoint from de3 train; give the encoder that it was trained from"),
-        (tmp_path / "nowhere", "no such folder"),
-        (without_tokenizer, "tokenizer.json"),
-    ):
-        assert message in refusal(training(data_file, encoder, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
 
 
 # 4: words that the tokenizer does not know
@@ -210,32 +193,44 @@ def test_a_server_refuses_inputs_that_the_model_does_not_take(pairs: Callable[[s
 # 6: data that would be lost, or is of little use
 
 
-def test_a_checkpoint_is_not_overwritten(checkpoint: Path, data_file: Path, encoder: Path) -> None:
-    before = (checkpoint / "model.safetensors").stat().st_mtime_ns
-    assert "has a finished checkpoint" in refusal(training(data_file, encoder, checkpoint))
-    assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
-
-
-def test_other_folders_are_not_overwritten(data_file: Path, tmp_path: Path) -> None:
-    encoder = save_encoder(tmp_path / "encoder")
-    before = (encoder / "model.safetensors").read_bytes()
-    for resume in ("", " --resume"):
-        message = refusal(training(data_file, encoder, encoder) + resume)
-        assert "contains the model of another training run" in message
-    assert (encoder / "model.safetensors").read_bytes() == before
+def test_a_useless_or_destructive_training_is_refused(
+    checkpoint: Path, few_rows: Path, encoder: Path, tmp_path: Path
+) -> None:
+    AutoConfig.for_model("albert").save_pretrained(tmp_path / "other")
     (tmp_path / "file").touch()
-    assert "is a file; give a folder" in refusal(training(data_file, encoder, tmp_path / "file"))
-
-
-def test_a_wrong_teacher_leaves_nothing_behind(data_file: Path, encoder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    message = refusal(training(data_file, encoder, out) + f" --teacher {tmp_path}/nowhere")
-    assert "nowhere: no such folder; de3 train writes a checkpoint" in message
+    mine, without_tokenizer, cut, out = (tmp_path / name for name in ("mine", "without", "cut", "out"))
+    for folder in (mine, without_tokenizer, cut):
+        shutil.copytree(encoder, folder)
+    for file in without_tokenizer.glob("tokenizer*"):
+        file.unlink()
+    drop(cut, "layer.1.output.dense")
+    kept = {file: file.stat().st_mtime_ns for folder in (mine, checkpoint) for file in folder.iterdir()}
+    for source, to, more, message in (
+        (tmp_path / "other", out, "", "'albert' cannot be exported; supported: bert, roberta"),
+        (checkpoint, out, "", "is a checkpoint from de3 train; give the encoder that it was trained from"),
+        (tmp_path / "nowhere", out, "", "no such folder"),
+        (without_tokenizer, out, "", "tokenizer.json"),
+        (cut, out, "", "lacks 2 of the model's weights"),
+        (
+            encoder,
+            out,
+            f"--teacher {tmp_path}/nowhere",
+            "nowhere: no such folder; de3 train writes a checkpoint",
+        ),
+        (encoder, tmp_path / "file", "", "is a file; give a folder"),
+        (encoder, checkpoint, "", "has a finished checkpoint"),
+        (mine, mine, "", "contains the model of another training run"),
+        (mine, mine, "--resume", "contains the model of another training run"),
+    ):
+        assert message in refusal(f"{training(few_rows, source, to)} {more}")
+    assert kept == {
+        file: file.stat().st_mtime_ns for folder in (mine, checkpoint) for file in folder.iterdir()
+    }
     assert not out.exists()
 
 
-def test_a_training_that_diverges_stops(data_file: Path, encoder: Path, tmp_path: Path) -> None:
-    arguments = training(data_file, encoder, tmp_path / "out").replace("--lr 1e-3", "--lr 1e30")
+def test_a_training_that_diverges_stops(few_rows: Path, encoder: Path, tmp_path: Path) -> None:
+    arguments = training(few_rows, encoder, tmp_path / "out").replace("--lr 1e-3", "--lr 1e30")
     assert "diverged in epoch 1: repeat it with a lower --lr" in refusal(arguments)
 
 
