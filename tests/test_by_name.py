@@ -843,12 +843,12 @@ def test_a_failed_count_of_what_int8_changes_harms_nothing(
 
 
 def test_one_process_at_a_time_counts_what_int8_changes_in_classes(
-    artifact: Artifact, bert: Path, compared: list[list[str]], tmp_path: Path
+    bert: Path, compared: list[list[str]], tmp_path: Path
 ) -> None:
     """Values, fp32 and models of the store are left out."""
     value = artifact_of(str(save_encoder(tmp_path / "value", labels=1)), "int8", tmp_path / "cache")
     plain = artifact_of(str(save_encoder(tmp_path / "plain", labels=2)), "fp32", tmp_path / "cache")
-    artifact = replace(artifact, proof=tmp_path / "proof")
+    artifact = artifact_of(str(bert), "int8", tmp_path / "cache")
     others = [value, plain, with_random_exits(bert, Store(tmp_path / "store"), "stored", "int8")]
     parts = [[f"{part} {i}" for i in range(int8.TEXTS)] for part in "abc"]
     settings = Settings(store=tmp_path / "none", port=0, default_model=artifact.manifest.name)
