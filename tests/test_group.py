@@ -1,5 +1,6 @@
 """Groups: texts that share steps exit, join and are preempted between layers; answers are the same as alone."""
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,18 +55,23 @@ class Steps:
 
     def __init__(self, queue: WorkQueue, before: dict[int, Any] | None = None) -> None:
         self.queue, self.before = queue, before or {}
-        self.seconds: list[float] = []
-        self.results: dict[Item, Result] = {}
-        self.alone: list[Item] = []
+        self.seconds, self.results, self.alone = list[float](), dict[Item, Result](), list[Item]()
 
     def run(self) -> list[Item]:
         items = self.queue.next()
-        self.alone = run_group(items, self.queue, 1, self._occupy, self.results.update)
+        self.alone = run_group(items, self.queue, 1, self.occupy, self.results.update)
         return items
 
-    def _occupy(self, seconds: float) -> None:
+    def occupy(self, seconds: float) -> None:
         self.before.get(len(self.seconds), lambda: None)()
         self.seconds.append(seconds)
+
+
+def queue_of(*jobs: Job) -> WorkQueue:
+    queue = WorkQueue(100)
+    for one in jobs:
+        queue.put(one)
+    return queue
 
 
 def answers(results: dict[Item, Result], number: int = 0) -> dict[str, Any]:
@@ -85,12 +91,7 @@ def answers(results: dict[Item, Result], number: int = 0) -> dict[str, Any]:
 
 
 def alone(model: Model, texts: list[str], **options: Any) -> dict[str, Any]:
-    results: dict[Item, Result] = {}
-    for item in job(model, texts, **options).items:
-        outcomes = run(item, WorkQueue(1))
-        assert outcomes is not None
-        results[item] = outcomes
-    return answers(results)
+    return answers({item: run(item, WorkQueue(1)) or [] for item in job(model, texts, **options).items})
 
 
 @pytest.mark.parametrize("far", [None, 0.2, -1.0], ids=["any", "far", "all far"])
@@ -105,8 +106,7 @@ def test_the_kernels_read_the_exits_as_python_does(
     limits = None if far is None else np.full(model.manifest.num_layers + 1, far)
     monitor = SimpleNamespace(samples=lambda: False, limits=limits, tau_factor=0.5)
     options = {"rule": ExitRule(tau, chosen, max_layer), "monitor": monitor}
-    queue = WorkQueue(100)
-    queue.put(job(model, **options))
+    queue = queue_of(job(model, **options))
     steps = Steps(queue)
     steps.run()
     assert not steps.alone and answers(steps.results) == alone(model, TEXTS, **options)
@@ -121,17 +121,14 @@ def test_long_texts_and_shadows_run_alone(model: Model) -> None:
 
 
 def test_all_layers_run_in_one_step_if_they_fit(model: Model) -> None:
-    queue = WorkQueue(100)
-    queue.put(job(model, layer_s=MAX_STEP_S / 100))
-    steps = Steps(queue)
+    steps = Steps(queue_of(job(model, layer_s=MAX_STEP_S / 100)))
     steps.run()
     assert answers(steps.results) == alone(model, TEXTS)
     assert len(steps.seconds) == 2 and min(steps.seconds) > 0.9 * MAX_STEP_S  # one step tokenizes
 
 
 def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> None:
-    queue = WorkQueue(100)
-    queue.put(job(model, due=5.0))
+    queue = queue_of(job(model, due=5.0))
     urgent = job(model, ["an urgent one"], due=1.0)
     steps = Steps(queue, {1: lambda: queue.put(urgent)})
     items = steps.run()
@@ -140,14 +137,10 @@ def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> No
     later = Steps(queue)
     assert later.run() == [*urgent.items, *items]  # the group joined the urgent text before layer 2
     assert answers(later.results) == alone(model, ["an urgent one", *TEXTS]) and len(queue) == 0
-    took = 0.0
-    for outcomes in later.results.values():
-        assert isinstance(outcomes, list)
-        (outcome,) = outcomes
-        assert min(outcome.tokenize_s, outcome.model_s) > 0
-        took += outcome.model_s + outcome.tokenize_s
+    times = [(one.tokenize_s, one.model_s) for both in later.results.values() for one in both]  # type: ignore[union-attr]
+    assert min(map(min, times)) > 0
     # Each step of a text is charged once, whether it ran before or after the preemption.
-    assert queue._fair.clients[""].spent == pytest.approx(took, rel=1e-9)
+    assert queue._fair.clients[""].spent == pytest.approx(sum(map(sum, times)), rel=1e-9)
 
 
 def test_several_models_exit_where_each_would_alone(model: Model) -> None:
@@ -160,8 +153,7 @@ def test_several_models_exit_where_each_would_alone(model: Model) -> None:
     def fail() -> None:
         raise MemoryError
 
-    queue = WorkQueue(100)
-    queue.put(team(5.0))
+    queue = queue_of(team(5.0))
     preempted = Steps(queue, {1: lambda: queue.put(job(model, ["an urgent one"], due=1.0))})
     preempted.run()
     assert not preempted.results and len(queue) == len(TEXTS) + 1
@@ -182,8 +174,7 @@ def test_several_models_exit_where_each_would_alone(model: Model) -> None:
 
 
 def test_a_text_found_to_be_longer_than_a_step_is_resumed(model: Model) -> None:
-    queue = WorkQueue(100)
-    queue.put(long := job(model, ["good"], due=5.0))
+    queue = queue_of(long := job(model, ["good"], due=5.0))
     long.served.group_s = lambda _: 2 * MAX_STEP_S  # found once the text is tokenized
     steps = Steps(queue, {1: lambda: queue.put(job(model, ["an urgent one"], due=1.0))})
     (item,) = steps.run()
@@ -194,20 +185,17 @@ def test_a_text_found_to_be_longer_than_a_step_is_resumed(model: Model) -> None:
 
 
 def test_dropped_texts_leave_between_two_steps(model: Model) -> None:
-    queue = WorkQueue(100)
     dropped, stays = job(model, TEXTS[:2], layer_s=SHARE), job(model, TEXTS[2:], layer_s=SHARE)
-    queue.put(dropped)
-    queue.put(stays)
+    queue = queue_of(dropped, stays)
     steps = Steps(queue, {2: lambda: queue.drop(dropped)})
     steps.run()
     assert steps.results.keys() == set(stays.items) and len(queue) == 0
 
 
 def test_a_text_that_may_not_be_truncated_fails_alone(model: Model) -> None:
-    queue = WorkQueue(100)
-    queue.put(new := job(model, ["good", "a film " * 40, "bad"]))
+    new = job(model, ["good", "a film " * 40, "bad"])
     new.request.truncate = False
-    steps = Steps(queue)
+    steps = Steps(queue_of(new))
     _, long, _ = steps.run()
     error = steps.results.pop(long)
     assert isinstance(error, RequestError) and error.field == "input[1]"
@@ -215,9 +203,7 @@ def test_a_text_that_may_not_be_truncated_fails_alone(model: Model) -> None:
 
 
 def test_a_group_that_fails_runs_alone_from_the_start(model: Model) -> None:
-    queue = WorkQueue(100)
-    queue.put(job(model))
-    calls = []
+    queue, calls = queue_of(job(model)), []
 
     def forward(*arguments: Any) -> None:
         calls.append(arguments)
@@ -226,14 +212,32 @@ def test_a_group_that_fails_runs_alone_from_the_start(model: Model) -> None:
         assert model.encoder.forward is not None
         model.encoder.forward(*arguments)
 
-    items = queue.next()
-    for item in items:
+    for item in (items := queue.next()):
         item.job.encoder = replace(model.encoder, forward=forward)  # type: ignore[arg-type]
-    failed = run_group(items, queue, 1, lambda _: None, lambda _: None)
-    assert failed == items and len(calls) == 3
-    results: dict[Item, Result] = {}
-    for item in failed:
-        outcomes = run(item, queue)
-        assert outcomes is not None and not item.can_share
-        results[item] = outcomes
-    assert answers(results) == alone(model, TEXTS)
+    assert run_group(items, queue, 1, lambda _: None, lambda _: None) == items and len(calls) == 3
+    assert not any(item.can_share for item in items)
+    assert answers({item: run(item, queue) or [] for item in items}) == alone(model, TEXTS)
+
+
+def test_texts_that_turn_out_long_leave_their_group(model: Model) -> None:
+    # Once the texts are tokenized, a layer of each turns out to take far longer than predicted.
+    queue = queue_of(new := job(model, ["good", "bad", "dull"], layer_s=1.0))
+    steps = Steps(queue)
+    assert steps.run() == new.items and not steps.alone
+    assert list(steps.results) == new.items[:1]
+    assert [len(queue.next()) for _ in range(2)] == [1, 1]  # each alone, so it can be preempted
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_at_its_deadline_a_text_ends_at_the_first_layer_where_every_model_has_an_answer(
+    model: Model, first: int
+) -> None:
+    late = copy(model)
+    late.exits = copy(model.exits)
+    late.exits.layers = [layer for layer in model.exits.layers if layer >= first]
+    rule = ExitRule(1e-9, model.manifest.signal("entropy", None))  # all exits are read; none is sure enough
+    new = job(model, TEXTS[:1], rule=rule, fellows=[job(late, TEXTS[:1], rule=rule)])
+    (item,) = new.items
+    item.ends = 0.0
+    outcomes = run(item, queue_of()) or []
+    assert [(one.layer, one.reason) for one in outcomes] == [(first, "deadline")] * 2

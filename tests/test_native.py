@@ -43,9 +43,6 @@ from de3.model_store.segments import NativeExits, NativeLayers, Pooling, Tokens,
 from de3.model_store.store import Store, StoreError
 from de3.native import NoKernelsError
 from de3.native.network import Memory, build, build_exits
-from de3.server.engine.group import run_group
-from de3.server.engine.queue import WorkQueue
-from tests import jobs
 from tests.fixtures import exact_int8, make_rows, using
 
 kernels = pytest.importorskip("de3.native.kernels", reason="the kernels were not built: no C compiler")
@@ -372,58 +369,6 @@ def test_the_best_implementation_is_in_use() -> None:
         kernels.use("quantum")
 
 
-TAUS = st.sampled_from([0.0, 0.03, 0.2, 0.6, 1.0])
-
-
-@each
-@settings(max_examples=30)
-@given(
-    st.lists(st.tuples(st.sampled_from(TEXTS), TAUS), min_size=1, max_size=9),
-    st.sampled_from([Entropy(), Edr(0.5), Edr(4.0), RISK]),
-    st.integers(0, 3),
-    st.integers(1, 4),
-    st.booleans(),
-)
-def test_in_a_group_each_text_exits_as_alone_and_as_the_rule_says(
-    native: Model,
-    implementation: str,
-    batch: list[tuple[str, float]],
-    signal: Signal,
-    deepest: int,
-    layers: int,
-    at_idle: bool,
-) -> None:
-    rules = [ExitRule(tau, signal) for _, tau in batch]
-    passes, alone = (
-        [
-            ForwardPass(native.tokenize(text), [Decision(native.exits, rule, deepest)])
-            for (text, _), rule in zip(batch, rules, strict=True)
-        ]
-        for _ in range(2)
-    )
-    forward = native.encoder.forward
-    assert forward is not None
-    with using(implementation):
-        while left := [p for p in passes if not p.is_done]:
-            forward(left, layers=layers, at_idle=at_idle)
-        native.encoder.layer_by_layer(alone)
-        steps_of = [native.full_depth(p.tokens) for p in passes]
-    for [p], [one], steps in zip(
-        (p.decisions for p in passes), (p.decisions for p in alone), steps_of, strict=True
-    ):
-        assert (p.reason, p.readings) == (one.reason, readings_of(one))
-        rule = p.rule
-        for layer, step in enumerate(steps):
-            assert step.logits is not None
-            if rule.tau > 0 or layer == deepest:
-                assert p.logits[layer].tolist() == step.logits.tolist()  # bit for bit
-            distances = None if step.distances is None else step.distances.tolist()
-            if layer == deepest or rule.exits(signal.score([read(layer, step.logits.tolist(), distances)])):
-                break
-        assert p.readings[-1].layer == layer
-        assert not p.logits[layer + 1 :].any()
-
-
 # Heads on one encoder of four layers. K labels; `kind`: their answer, see ModelTraits.
 HEADS_OF_ONE_ENCODER: list[dict[str, Any]] = [
     {"exit_layers": [0, 1, 2, 3, 4], "prototype_layers": [0, 1, 2, 3, 4], "K": 3},
@@ -496,21 +441,6 @@ def decisions_of_a_text(draw: st.DrawFn) -> list[tuple[int, dict[str, Any]]]:
     return decisions
 
 
-class CountedLayers:
-    """The layers of an encoder, which count those that run."""
-
-    def __init__(self, layers: NativeLayers) -> None:
-        self.num_layers, self._layers, self.count = layers.num_layers, layers, 0
-
-    def embed(self, tokens: Tokens) -> Any:
-        self.count += 1
-        return self._layers.embed(tokens)
-
-    def run(self, layer: int, hidden: Any) -> Any:
-        self.count += 1
-        return self._layers.run(layer, hidden)
-
-
 def readings_of(one: Decision) -> list[Reading]:
     """The readings as the kernels give them: only the last is whole, unless all exits were asked for."""
     *others, last = one.readings
@@ -545,8 +475,7 @@ def test_heads_that_share_a_pass_decide_as_alone(
 ) -> None:
     """Bit for bit, in the kernels and layer by layer; the pass ends when the last head has decided."""
     (layers, heads), rng = encoder_with_heads(family), np.random.default_rng(seed)
-    counted = CountedLayers(layers)
-    forward, layer_by_layer = NativeForward(kernels, layers, 64), LayerByLayer(counted)
+    forward, layer_by_layer = NativeForward(kernels, layers, 64), LayerByLayer(layers)
 
     def decision(number: int, fields: dict[str, Any]) -> Decision:
         exits, keeps_states = heads[number], fields["states"]
@@ -554,33 +483,28 @@ def test_heads_that_share_a_pass_decide_as_alone(
         return Decision(exits, **fields | {"states": states})
 
     texts = [Tokens(*(rng.integers(0, n, (1, length)) for n in (20, 2)), False) for length, _ in batch]
-    runs: list[tuple[Any, list[ForwardPass]]] = [
-        (
-            run,
-            [
-                ForwardPass(t, [decision(*one) for one in heads])
-                for t, (_, heads) in zip(texts, batch, strict=True)
-            ],
-        )
-        for run in (forward, layer_by_layer)
-    ]
+
+    def passes() -> list[ForwardPass]:
+        both = zip(texts, batch, strict=True)
+        return [ForwardPass(text, [decision(*one) for one in heads]) for text, (_, heads) in both]
+
+    runs: list[tuple[Any, list[ForwardPass]]] = [(forward, passes()), (layer_by_layer, passes())]
     with using(implementation):
         for run, passes in runs:
             started = perf_counter()
             for number in steps:
                 if left := [one for one in passes if not one.is_done]:
-                    run(left, layers=number)
+                    run(left, layers=number, at_idle=seed % 2 == 0)
             assert sum(one.seconds for one in passes) <= perf_counter() - started  # each second counts once
-        layers_run = counted.count
         for run, passes in runs:
             for one, (_, heads_of_text) in zip(passes, batch, strict=True):
                 for shared, head in zip(one.decisions, heads_of_text, strict=True):
-                    run([alone := ForwardPass(one.tokens, [decision(*head)])])
-                    assert outcome(shared) == outcome(alone.decisions[0])
-                    assert states_of(shared).tobytes() == states_of(alone.decisions[0]).tobytes()
+                    run([ForwardPass(one.tokens, [alone := decision(*head)])])
+                    assert outcome(shared) == outcome(alone)
+                    assert states_of(shared).tobytes() == states_of(alone).tobytes()
                     if run is forward:
-                        assert shared.logits.tobytes() == alone.decisions[0].logits.tobytes()
-                        assert shared.distances.tobytes() == alone.decisions[0].distances.tobytes()
+                        assert shared.logits.tobytes() == alone.logits.tobytes()
+                        assert shared.distances.tobytes() == alone.distances.tobytes()
     for pair in zip(*(passes for _, passes in runs), strict=True):
         for native, python in zip(*(one.decisions for one in pair), strict=True):
             assert outcome(native) == outcome(python)
@@ -591,7 +515,8 @@ def test_heads_that_share_a_pass_decide_as_alone(
             assert one.hidden is None and one.seconds == max(d.seconds for d in one.decisions)
             ends = sorted((d.readings[-1].layer, d.seconds) for d in one.decisions)
             assert all(a[1] < b[1] for a, b in pairwise(ends) if a[0] < b[0])
-    assert layers_run == sum(1 + max(d.readings[-1].layer for d in one.decisions) for one in runs[1][1])
+    for one in runs[1][1]:
+        assert one.layer == 1 + max(d.readings[-1].layer for d in one.decisions)
 
 
 def test_tau_is_multiplied_only_once_for_a_text_that_is_far_at_every_exit(native: Model) -> None:
@@ -698,24 +623,6 @@ def test_only_int8_has_kernels(store: Path) -> None:
         Model(Store(store).open("tiny"), "native")
 
 
-@dataclass(frozen=True)
-class Changed:
-    """A method of the kernels' layers or exits, whose result `change` alters at one layer."""
-
-    owner: type
-    layer: int
-    change: Callable[[Any], Any]
-
-    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        run: Any = self.owner.run  # type: ignore[attr-defined]
-
-        def wrong(self_: Any, layer: int, hidden: Any) -> Any:
-            result = run(self_, layer, hidden)
-            return self.change(result) if layer == self.layer else result
-
-        monkeypatch.setattr(self.owner, "run", wrong)
-
-
 def last_token_negated(hidden: Any) -> Any:
     """One token of a long text is enough, although the mean over the text hardly differs."""
     if hidden.shape[1] > 40:
@@ -723,79 +630,64 @@ def last_token_negated(hidden: Any) -> Any:
     return hidden
 
 
-@pytest.mark.parametrize(
-    ("changed", "says"),
-    [
-        (Changed(NativeLayers, 2, last_token_negated), "layer 2: the kernels' hidden states differ"),
-        (
-            Changed(NativeLayers, 3, lambda x: x * np.float32("nan")),
-            "layer 3: the kernels' hidden states differ",
-        ),
-        (Changed(NativeExits, 1, lambda x: (x[0][::-1], x[1])), "layer 1: the kernels' logits differ"),
-        (
-            Changed(NativeExits, 3, lambda x: (x[0] * np.float32("nan"), None)),
-            "layer 3: the kernels' logits differ",
-        ),
-        (Changed(NativeExits, 2, lambda x: (x[0], x[1][::-1])), "layer 2: the kernels' distances differ"),
-        (Changed(NativeExits, 0, lambda x: (x[0], None)), "layer 0: the kernels' set of outputs differs"),
-        (Changed(NativeExits, 3, lambda x: (x[0], x[0])), "layer 3: the kernels' set of outputs differs"),
-    ],
-)
-def test_kernels_whose_values_differ_are_not_used(
-    store: Path, monkeypatch: pytest.MonkeyPatch, changed: Changed, says: str
+def at(layer: int, change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Changes what the kernels return for this layer."""
+    return lambda result, number, *_: change(result) if number == layer else result
+
+
+def in_group(text: int, **change: Any) -> Callable[..., None]:
+    """Changes the finished decision about one text of a group."""
+
+    def alter(_: None, passes: Any, *__: Any) -> None:
+        for name, value in change.items() if passes[text].is_done else ():
+            one = passes[text].decisions[0]
+            setattr(one, name, value(one) if callable(value) else value)
+
+    return alter
+
+
+def next_float(one: Decision) -> Any:
+    one.logits[1, 1] = np.nextafter(one.logits[1, 1], np.float32(9))
+    return one.logits
+
+
+def refuse(*_: Any) -> Any:
+    raise ValueError("an id outside the tables")
+
+
+NAN = np.float32("nan")
+WRONG: list[tuple[Any, str, Callable[..., Any]]] = [
+    (NativeLayers, "layer 2: the kernels' hidden states differ", at(2, last_token_negated)),
+    (NativeLayers, "layer 3: the kernels' hidden states differ", at(3, lambda x: x * NAN)),
+    (NativeExits, "layer 1: the kernels' logits differ", at(1, lambda x: (x[0][::-1], x[1]))),
+    (NativeExits, "layer 3: the kernels' logits differ", at(3, lambda x: (x[0] * NAN, None))),
+    (NativeExits, "layer 2: the kernels' distances differ", at(2, lambda x: (x[0], x[1][::-1]))),
+    (NativeExits, "layer 0: the kernels' set of outputs differs", at(0, lambda x: (x[0], None))),
+    (NativeExits, "layer 3: the kernels' set of outputs differs", at(3, lambda x: (x[0], x[0]))),
+    *((NativeForward, "texts in a group", in_group(text, logits=next_float)) for text in (0, -1)),
+    *((NativeForward, "texts in a group", in_group(text, reason="max_layer")) for text in (0, -1)),
+    *((owner, "an id outside the tables", refuse) for owner in (NativeLayers, NativeExits, NativeForward)),
+]
+
+
+@pytest.mark.parametrize(("owner", "says", "alter"), WRONG)
+def test_kernels_that_give_other_values_or_refuse_a_text_are_not_used(
+    store: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, says: str, alter: Callable[..., Any]
 ) -> None:
     artifact, encoders = Store(store).open("tiny-int8"), Encoders()
-    first = Model(artifact, "native", encoders=encoders)
-    changed.patch(monkeypatch)
-    with pytest.raises(StoreError, match=f"{says} from ONNX Runtime"):
-        Model(artifact, "native")
+    first, name = (
+        Model(artifact, "native", encoders=encoders),
+        "__call__" if owner is NativeForward else "run",
+    )
+    run = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda self, *a, **options: alter(run(self, *a, **options), *a))
+    # A model that shares a proved encoder proves its exits.
+    for shared in (Encoders(), *[encoders] * (owner is not NativeLayers)):
+        with pytest.raises(StoreError, match=f"the kernels cannot run it: .*{says}"):
+            Model(artifact, "native", encoders=shared)
     model = Model(artifact)
     assert (model.full_runtime, model.encoder.forward) == ("onnxruntime", None)
-    if changed.owner is NativeExits:  # a model that shares a proved encoder proves its exits
-        with pytest.raises(StoreError, match=f"{says} from ONNX Runtime"):
-            Model(artifact, "native", encoders=encoders)
     assert first.encoder.forward is not None  # the encoders hold it for as long as it is used
-
-
-def next_float(decision: Decision) -> None:
-    decision.logits[1, 1] = np.nextafter(decision.logits[1, 1], np.float32(9))
-
-
-def no_exit(decision: Decision) -> None:
-    decision.reason = "max_layer"
-
-
-@pytest.mark.parametrize("change", [next_float, no_exit])
-@pytest.mark.parametrize("text", [0, -1])
-def test_kernels_whose_values_differ_in_a_group_are_not_used(
-    store: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Decision], None], text: int
-) -> None:
-    forward, encoders = NativeForward.__call__, Encoders()
-    artifact = Store(store).open("tiny-int8")
-    keeps_encoder = Model(artifact, "native", encoders=encoders)
-
-    def wrong(self: NativeForward, passes: Any, *args: Any, **options: Any) -> None:
-        forward(self, passes, *args, **options)
-        if passes[text].is_done:
-            change(passes[text].decisions[0])
-
-    monkeypatch.setattr(NativeForward, "__call__", wrong)
-    for shared in (Encoders(), encoders):
-        with pytest.raises(StoreError, match="the kernels give different values for texts in a group"):
-            Model(artifact, "native", encoders=shared)
-    assert keeps_encoder.runtime == "native" and Model(artifact).runtime == "onnxruntime"
-
-
-@pytest.mark.parametrize("owner", [NativeLayers, NativeExits, NativeForward])
-def test_kernels_that_refuse_a_text_are_not_used(
-    store: Path, monkeypatch: pytest.MonkeyPatch, owner: Any
-) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise ValueError("an id outside the tables")
-
-    monkeypatch.setattr(owner, "__call__" if owner is NativeForward else "run", refuse)
-    with pytest.raises(StoreError, match="the kernels cannot run it: an id outside the tables"):
-        Model(Store(store).open("tiny-int8"), "native")
 
 
 def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
@@ -1023,19 +915,6 @@ def test_wrong_arguments_of_a_forward_pass_are_errors_and_leave_nothing_in_use(n
         kernels.forward(kernels.new(64, 4, 64, 3, 8, True, False), [text()], 0, 3)
     del wrong, decisions, texts
     assert references() == before  # every buffer was released
-
-
-def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
-    texts, results = ["good", "bad", "dull"], []
-    # Once the texts are tokenized, a layer of each turns out to take far longer than predicted.
-    job = jobs.job(texts, [0.001] * 3, model=native, group_s=0.001, layer_s=1.0)
-    queue = WorkQueue(10)
-    queue.put(job)
-    items = queue.next()
-    assert items == job.items
-    assert run_group(items, queue, 1, lambda _: None, results.extend) == []
-    assert [item for item, _ in results] == items[:1]
-    assert [len(queue.next()) for _ in range(2)] == [1, 1]  # each alone, so it can be preempted
 
 
 @exact_int8
