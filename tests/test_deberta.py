@@ -21,54 +21,43 @@ from tests.stock import graphs_of, largest_difference, transformers_model
 
 FAMILY = "deberta-v2"
 # Each distance up to 4 has its own bucket; all from 24 on share one.
-LENGTHS = (1, 2, 3, 4, 5, 8, 9, 12, 13, 23, 24, 25, 40, 63, 64)
-
-
-def stock_classifier(folder: Path, **options: Any) -> Path:
-    return save_encoder(folder, FAMILY, labels=3, **options)
-
-
-def stitched(stock: Path, token_types: bool = True) -> Any:
-    """The graph of a stock classifier: its segments and its last exit, joined into one."""
-    return stitch(graphs_of(stock, False, token_types)[1])
+LENGTHS = (1, 4, 5, 9, 13, 23, 24, 25, 64)
+OPTIONS: list[dict[str, Any]] = [
+    {"share_att_key": False},
+    {"pos_att_type": "c2p"},
+    {"pos_att_type": ["p2c"]},
+    {"pos_att_type": ["p2c"], "share_att_key": False},
+    {"norm_rel_ebd": "none"},
+    {"position_biased_input": True, "type_vocab_size": 1},
+    {"type_vocab_size": 1},
+    {"embedding_size": 64},
+    {"position_buckets": -1},  # a table row for each distance up to 24
+    {"position_buckets": -1, "max_relative_positions": -1},  # a table row for each distance up to 64
+    {"position_buckets": 256, "max_relative_positions": 512},  # more buckets than a text needs
+    {"position_buckets": 3, "max_relative_positions": 4},
+    {"hidden_size": 48, "num_attention_heads": 3, "pooler_hidden_act": "tanh", "hidden_act": "gelu_new"},
+]
+# Up to 512 tokens and 256 buckets, as in v3.
+V3 = {"max_position_embeddings": 512, "max_relative_positions": -1, "position_buckets": 256}
+V3 |= {"type_vocab_size": 0, "share_att_key": True}
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "token_types", "lengths"),
     [
-        {"share_att_key": False},
-        {"pos_att_type": "c2p"},
-        {"pos_att_type": ["p2c"]},
-        {"pos_att_type": ["p2c"], "share_att_key": False},
-        {"norm_rel_ebd": "none"},
-        {"position_biased_input": True, "type_vocab_size": 1},
-        {"type_vocab_size": 1},
-        {"embedding_size": 64},
-        {"position_buckets": -1},  # a table row for each distance up to 24
-        {"position_buckets": -1, "max_relative_positions": -1},  # a table row for each distance up to 64
-        {"position_buckets": 256, "max_relative_positions": 512},  # more buckets than a text needs
-        {"position_buckets": 3, "max_relative_positions": 4},
-        {"hidden_size": 48, "num_attention_heads": 3, "pooler_hidden_act": "tanh", "hidden_act": "gelu_new"},
+        *((options, True, LENGTHS) for options in OPTIONS),
+        (V3, True, (1, 127, 128, 129, 130, 255, 256, 257, 511, 512)),
+        # Token types that the tokenizer does not return.
+        *(({"position_biased_input": biased}, False, (1, 5, 64)) for biased in (False, True)),
     ],
     ids=str,
 )
-def test_full_depth_is_transformers_own_model(tmp_path: Path, options: dict[str, Any]) -> None:
-    stock = stock_classifier(tmp_path, **options)
-    assert largest_difference(stock, stitched(stock), LENGTHS) < 1e-5
-
-
-def test_the_sizes_of_a_real_model(tmp_path: Path) -> None:
-    """The model takes up to 512 tokens and has 256 buckets, as in v3."""
-    sizes = {"max_position_embeddings": 512, "max_relative_positions": -1, "position_buckets": 256}
-    stock = stock_classifier(tmp_path, layers=2, type_vocab_size=0, share_att_key=True, **sizes)
-    graph = stitched(stock)
-    assert largest_difference(stock, graph, (1, 2, 127, 128, 129, 130, 255, 256, 257, 400, 511, 512)) < 1e-5
-
-
-def test_token_types_that_a_tokenizer_does_not_return(tmp_path: Path) -> None:
-    for biased in (False, True):
-        stock = stock_classifier(tmp_path / str(biased), position_biased_input=biased)
-        assert largest_difference(stock, stitched(stock, token_types=False), (1, 5, 64)) < 1e-5
+def test_full_depth_is_transformers_own_model(
+    tmp_path: Path, options: dict[str, Any], token_types: bool, lengths: tuple[int, ...]
+) -> None:
+    stock = save_encoder(tmp_path, FAMILY, **{"labels": 3, "layers": 2} | options)
+    graph = stitch(graphs_of(stock, False, token_types)[1])
+    assert largest_difference(stock, graph, lengths) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -118,8 +107,8 @@ def test_pairs_with_its_own_tokenizer(tmp_path: Path) -> None:
     for first, second in (
         ("good", "bad"),
         (text, "the plot\n"),
-        (text + " good", text),
-        ("x  y", " " + text),
+        (f"{text} good", text),
+        ("x  y", f" {text}"),
     ):
         theirs = tokenizer(first, second, truncation=True, max_length=64, return_tensors="pt")
         tokens = model.tokenize(first, second)
