@@ -12,15 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
-from de3.exits.rule import ExitRule
-from de3.exits.signals import Entropy
 from de3.export.fit import Exits
 from de3.export.publish import write_exits
-from de3.model_store.encoder import Encoders
-from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.manifest import Defaults
-from de3.model_store.model import Model
-from de3.model_store.segments import Tokens
 from de3.model_store.store import Store
 from de3.server.classification import MAX_MODELS
 from de3.server.engine import engine
@@ -29,6 +23,7 @@ from de3.server.options import OPTION_NAMES
 from tests.commands import de3
 from tests.fixtures import made_once, make_rows
 from tests.serving import Gate, Server, process, serving, until, url_when_ready
+from tests.stock import coarse_calibration
 from tests.test_audit import audit
 from tests.test_budgets import Clock, budget_ms
 from tests.test_from_table import topics, write_table
@@ -50,18 +45,19 @@ def heads(tmp_path_factory: pytest.TempPathFactory, store: Path, encoder: Path) 
 
     def make(folder: Path) -> None:
         shutil.copytree(store, folder, dirs_exist_ok=True)
-        table = write_table(folder / "topics.csv", topics(3000, 1))
-        some, others = topics(1500, 2), topics(1500, 3)
+        some, others = topics(500, 2), topics(500, 3)
         both = [
             (f"{one} {two}", f"{a}|{b}") for (one, a), (two, b) in zip(some, others, strict=True) if a != b
         ]
-        tags = write_table(folder / "tags.csv", [*both, *some])
+        tables = {"topics": topics(3000, 1), "tags": [*both, *some], "other": topics(80, 1)}
+        files = {name: write_table(folder / f"{name}.csv", rows) for name, rows in tables.items()}
         for kind, quantize in (("", "none"), ("-int8", "int8")):
-            fit = f"--encoder tiny{kind} --store {folder} --quantize {quantize} --name"
-            de3(f"fit {table} {fit} topics{kind}")
-            de3(f"fit {tags} {fit} tags{kind}")
+            options = f"--encoder tiny{kind} --store {folder} --quantize {quantize} --name"
+            for name in ("topics", "tags"):
+                de3(f"fit {files[name]} {options} {name}{kind}")
             publish_stars(Store(folder), f"tiny{kind}", f"stars{kind}")
-        de3(f"fit {table} --encoder {encoder} --store {folder} --quantize none --name other")
+        with coarse_calibration():
+            de3(f"fit {files['other']} --encoder {encoder} --store {folder} --quantize none --name other")
 
     return made_once(tmp_path_factory, "heads", make)
 
@@ -70,10 +66,8 @@ def publish_stars(store: Store, base: str, name: str) -> None:
     """Publish a regression model with random exits on the encoder of another model."""
     artifact, rng = store.open(base), np.random.default_rng(3)
     layers, width = artifact.manifest.num_layers, artifact.manifest.hidden_size
-    linear = [
-        (rng.normal(0, 0.2, (1, width)).astype(np.float32), np.zeros(1, np.float32))
-        for _ in range(layers + 1)
-    ]
+    rows = rng.normal(0, 0.2, (layers + 1, 1, width)).astype(np.float32)
+    linear = [(weight, np.zeros(1, np.float32)) for weight in rows]
     risk = [{"layer": n, "weights": [*rng.normal(0, 1, 3), 0.0, 0.0]} for n in range(layers)]
     fields: dict[str, Any] = {"labels": ["stars"], "tolerance": 0.1, "source": None, "risk": risk}
     with store.new_version(name) as draft:
@@ -177,16 +171,12 @@ def test_each_model_answers_as_it_would_alone(server: Server, kind: str, case: s
         assert answer["results"] == [result(one) for one in whole]
         assert [answer["usage"]] * len(entries) == [one["usage"] for one in whole]  # not once for each model
         assert answer.keys() == {"id", "object", "created", "usage", "results"}
-    if "max_layer" not in body and case != "max_disagreement":
+    if case == "max_disagreement":
+        bounds = [one.get("certificate", {}).get("max_disagreement") for one in answer["results"]]
+        assert bounds == [0.1, 0.3, None, 0.5]
+    elif "max_layer" not in body:
         exits = {tuple(row["exit"]["layer"] for row in one["data"]) for one in answer["results"]}
         assert len(exits) > 1  # the models decide apart
-
-
-def test_max_disagreement_certifies_each_model(server: Server, kind: str) -> None:
-    entries = named(CASES["max_disagreement"][0], kind)
-    answer = server.classify(models=entries, input=TEXTS, max_disagreement=0.5).json()
-    bounds = [one.get("certificate", {}).get("max_disagreement") for one in answer["results"]]
-    assert bounds == [0.1, 0.3, None, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -359,15 +349,12 @@ def test_the_request_log_has_a_line_for_each_model(heads: Path, caplog: pytest.L
 
 REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"models": ["tiny", "unknown"]}, 404, "models[1].model", "no model 'unknown' is served"),
-    ({"models": [{"model": "unknown:2"}]}, 404, "models[0].model", "no model 'unknown:2' is served"),
     ({"models": ["tiny", "other"]}, 422, "models[1]", "other:1 has another encoder than tiny:1"),
     ({"models": ["tiny-int8", "stars"]}, 422, "models[1]", "stars:1 has another runtime than tiny-int8:1"),
     ({"models": ["tiny"] * (MAX_MODELS + 1)}, 422, "models", "17 models; give 1 to 16"),
     ({"models": []}, 422, "models", "0 models; give 1 to 16"),
-    ({"models": "tiny"}, 422, "models", "input should be a valid list"),
     ({"models": ["tiny"], "model": "tiny"}, 422, "models", "cannot be combined with model"),
     ({"models": ["tiny", {"model": "tiny", "latency_budget_ms": 9}]}, 422, "models[1].latency_budget_ms", "a budget"),
-    ({"models": [{"model": "tiny", "best_effort": True}]}, 422, "models[0].best_effort", "a budget"),
     ({"models": ["tiny", {"model": "tiny", "tau": 0.1}], "latency_budget_ms": 9}, 422, "models[1].latency_budget_ms",
      "cannot be combined with tau"),
     ({"models": ["tiny", {"model": "tiny", "tua": 0.1}]}, 422, "models[1].tua", "unknown field; known fields: tau"),
@@ -376,7 +363,6 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"models": [{"model": "tiny", "tau": 0.1, "target_speedup": 2}]}, 422, "models[0].target_speedup", "cannot be"),
     ({"models": ["tiny", {"model": "tiny", "lambda": 2, "signal": "risk"}]}, 422, "models[1].lambda", "is only valid"),
     ({"models": [{"tau": 0.1}]}, 422, "models[0].model", "is required"),
-    ({"models": [{"model": 3}]}, 422, "models[0].model", "input should be a valid string"),
     ({"models": ["tiny", 3]}, 422, "models[1]", "must be a name, or an object with model and exit options"),
     ({"models": ["tiny", "topics"], "max_layer": 3}, 422, "models[1].max_layer", "must be from 0 to "),
     ({"models": ["tiny", {"model": "stars", "max_disagreement": 0.1}]}, 422, "models[1].max_disagreement", "stars"),
@@ -407,12 +393,10 @@ def test_a_budget_is_that_of_the_pass(heads: Path, monkeypatch: pytest.MonkeyPat
     clock = Clock(monkeypatch)
     with serving(heads, models=["topics", "tiny", "stars"], threads=1, tau=0) as server:
         depths = [one.model.manifest.num_layers for one in server.service.models.all]
-        full = server.classify(models=["topics", "tiny", "stars"], input=TEXTS[0], explain=True).json()[
-            "results"
-        ]
+        body = {"models": ["topics", "tiny", "stars"], "input": TEXTS[0], "explain": True}
+        full = server.classify(**body).json()["results"]
         for layers in range(5):
             wish = {"latency_budget_ms": budget_ms(layers + 0.5), "best_effort": True}
-            body = {"models": ["topics", "tiny", "stars"], "input": TEXTS[0], "explain": True}
             answer = server.classify(**body, **wish).json()
             for one, whole, depth in zip(answer["results"], full, depths, strict=True):
                 (row,), deepest = one["data"], min(max(0, layers - 1), depth)
@@ -423,11 +407,9 @@ def test_a_budget_is_that_of_the_pass(heads: Path, monkeypatch: pytest.MonkeyPat
         full = server.classify(**windows).json()["results"]
         cut = server.classify(**windows, latency_budget_ms=budget_ms(22.5, len(LONG))).json()["results"]
         for ours, whole in zip(cut, full, strict=True):
+            assert ours["data"][0]["exit"]["reason"] == "deadline"
             for row, other in zip(ours["data"][:4], whole["data"], strict=False):
-                is_cut = row["windows"]["run"] < other["windows"]["run"]
-                assert row["exit"]["reason"] == "deadline" or (not is_cut and row == other)
-        reasons = {one["data"][0]["exit"]["reason"] for one in cut}
-        assert reasons == {"deadline"}
+                assert row["exit"]["reason"] == "deadline" or row == other
     # No text is sampled for drift, which would have its exits evaluated at τ = 0.
     monkeypatch.setattr("de3.server.ood.OodMonitor.samples", lambda _: False)
     with serving(heads, models=["topics", "tiny"], threads=1, latency_budget_ms=budget_ms(2.5)) as server:
@@ -505,36 +487,3 @@ def test_a_deeper_model_that_is_loaded_later_runs_the_pass(kernels: Any, heads: 
         for order in (1, -1):
             answer = server.classify(models=names[::order], input=TEXTS, tau=0).json()
             assert answer["results"] == expected[::order]
-
-
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_a_pass_keeps_the_states_of_each_model(kernels: Any, heads: Path, kind: str) -> None:
-    store, encoders = Store(heads), Encoders()
-    models = [Model(store.open(name + kind), encoders=encoders) for name in NAMES]
-    encoder = models[0].encoder
-    assert all(model.encoder is encoder for model in models)
-    tokens = [models[0].tokenize(text) for text in TEXTS[:6]]
-
-    def begin(token: Tokens, some: list[Model]) -> ForwardPass:
-        rule = ExitRule(0.0, Entropy())
-        return ForwardPass(
-            token,
-            [
-                Decision(one.exits, rule, one.manifest.num_layers, True, states=one.empty_states())
-                for one in some
-            ],
-        )
-
-    def kept(one: Decision) -> tuple[Any, ...]:
-        assert one.states is not None
-        return one.reason, repr(one.readings), one.states.tobytes()  # repr, as NaN differs from itself
-
-    for forward in filter(None, (encoder.layer_by_layer, encoder.forward)):
-        together = [begin(token, models) for token in tokens]
-        for _ in range(2):  # preempted halfway
-            forward(together, layers=2)
-        for n, token in enumerate(tokens):
-            for ours, model in zip(together[n].decisions, models, strict=True):
-                forward([alone := begin(token, [model])])
-                assert kept(ours) == kept(*alone.decisions)
-                assert ours.states is not None and ours.states.any(-1).all()  # a row for each layer
