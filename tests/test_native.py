@@ -141,6 +141,10 @@ def random_architecture(
     return Architecture.model_validate({"encoder": encoder, **exits, **names})
 
 
+def floats(*shape: int) -> Any:
+    return np.zeros(shape, np.float32)
+
+
 def run_exit(name: str, exits: Any, layer: int, hidden: Any, labels: int, has_distances: bool) -> list[Any]:
     """The logits and, if `has_distances`, the distances of an exit."""
     values = [np.full(labels, np.nan, np.float32) for _ in range(1 + has_distances)]
@@ -151,14 +155,10 @@ def run_exit(name: str, exits: Any, layer: int, hidden: Any, labels: int, has_di
 
 def logits_of(group: list[np.ndarray], model: Any, exits: Any, types: np.ndarray, labels: int) -> list[bytes]:
     """The logits of both exits for each text of a group that runs together."""
-    found = [np.zeros((2, 2, labels), np.float32) for _ in group]
-    texts = [
-        (
-            *(ids, types[:, : ids.size].copy(), None),
-            [(exits, 0.0, 0, 0.0, None, 1, True, 1.0, None, None, *values, None, None, -1)],
-        )
-        for ids, values in zip(group, found, strict=True)
-    ]
+    found, texts = [floats(2, 2, labels) for _ in group], []
+    for ids, values in zip(group, found, strict=True):
+        decision = exits, 0.0, 0, 0.0, None, 1, True, 1.0, None, None, *values, None, None, -1
+        texts.append((ids, types[:, : ids.size].copy(), None, [decision]))
     kernels.forward(model, texts, 0, 1)
     return [values[0].tobytes() for values in found]
 
@@ -334,9 +334,10 @@ def test_one_value_that_is_not_finite_is_enough_for_an_exit_without_an_answer(ac
 
 
 def test_a_text_without_a_direction_is_as_far_from_every_prototype() -> None:
-    rng = np.random.default_rng(5)
-    exits = random_exits(rng, random_architecture(64, 4, 64, 3, 32, True, True)).network
-    zeros = {"space.weight": np.zeros((64, 32), np.int8), "space.bias": np.zeros(32, np.float32)}
+    exits = random_exits(
+        rng := np.random.default_rng(5), random_architecture(64, 4, 64, 3, 32, True, True)
+    ).network
+    zeros = {"space.weight": np.zeros((64, 32), np.int8), "space.bias": floats(32)}
     built = build_exits(replace(exits, weights={**exits.weights, 1: exits.weights[1] | zeros}))
     hidden = rng.normal(size=(1, 5, 64)).astype(np.float32)
     for kernel in ALL:
@@ -397,13 +398,10 @@ def encoder_with_heads(family: str) -> tuple[NativeLayers, list[NativeExits]]:
     heads = []
     for head in HEADS_OF_ONE_ENCODER:
         fields_of_head = {name: value for name, value in head.items() if name not in ("K", "kind")}
-        fields_of_head |= {
-            "encoder": whole.encoder.up_to(head["exit_layers"][-1]),
-            "labels": ["label"] * head["K"],
-        }
-        architecture = Architecture.model_validate(
-            whole.model_dump() | {"prototype_layers": []} | fields_of_head
-        )
+        deepest = head["exit_layers"][-1]
+        fields_of_head |= {"encoder": whole.encoder.up_to(deepest), "labels": ["label"] * head["K"]}
+        base = whole.model_dump() | {"prototype_layers": []}
+        architecture = Architecture.model_validate(base | fields_of_head)
         built = random_exits(rng, architecture).network
         last = built.weights[architecture.num_layers]
         norm = (last["final_norm.weight"], last["final_norm.bias"]) if "final_norm.weight" in last else None
@@ -424,15 +422,11 @@ def decisions_of_a_text(draw: st.DrawFn) -> list[tuple[int, dict[str, Any]]]:
         )
         risk = st.tuples(*[weights] * layers[-1], st.none()).map(Risk)
         others = {"classes": [Entropy(), Edr(0.5), Edr(4.0)], "labels": [Entropy()], "value": []}[kind]
-        thresholds = (
-            Thresholds.of(draw(st.floats(0.1, 0.9)) for _ in range(labels)) if kind == "labels" else None
-        )
+        limits = [draw(st.floats(0.1, 0.9)) for _ in range(labels)]
+        thresholds = Thresholds.of(limits) if kind == "labels" else None
         tau = draw(st.sampled_from([0.0, 0.5, 0.8, 0.9, 0.97, 1.0]))
-        fields = {
-            "rule": ExitRule(
-                tau, draw(risk | st.sampled_from(others) if others else risk), thresholds=thresholds
-            )
-        }
+        signal = draw(risk | st.sampled_from(others) if others else risk)
+        fields: dict[str, Any] = {"rule": ExitRule(tau, signal, thresholds=thresholds)}
         fields |= {"deepest": draw(st.sampled_from(layers[::-1])), "ask_all": draw(st.booleans())}
         if draw(st.booleans()):  # the distances are about 1
             far = draw(st.lists(st.floats(0.7, 1.1), min_size=layers[-1] + 1, max_size=layers[-1] + 1))
@@ -460,7 +454,7 @@ def states_of(one: Decision) -> Any:
 
 @each
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(1, 70), decisions_of_a_text()), min_size=1, max_size=5),
     st.lists(st.integers(1, 4), min_size=5, max_size=5),
@@ -524,19 +518,11 @@ def test_tau_is_multiplied_only_once_for_a_text_that_is_far_at_every_exit(native
     forward = native.encoder.forward
     assert forward is not None
     for tau in np.linspace(0.04, 1, 25).tolist():
-        passes, alone = (
-            [
-                ForwardPass(
-                    native.tokenize(text),
-                    [Decision(native.exits, ExitRule(tau, Entropy()), 3, far=np.zeros(4), tau_factor=0.5)],
-                )
-                for text in TEXTS[:20]
-            ]
-            for _ in range(2)
-        )
-        forward(passes)
-        native.encoder.layer_by_layer(alone)
-        for [one], [other] in zip((p.decisions for p in passes), (p.decisions for p in alone), strict=True):
+        rule, far = ExitRule(tau, Entropy()), np.zeros(4)
+        for tokens in map(native.tokenize, TEXTS[:20]):
+            one, other = (Decision(native.exits, rule, 3, far=far, tau_factor=0.5) for _ in range(2))
+            forward([ForwardPass(tokens, [one])])
+            native.encoder.layer_by_layer([ForwardPass(tokens, [other])])
             assert one.is_far and outcome(one) == outcome(other)
 
 
@@ -728,10 +714,6 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
             kernels.score([(logits, None)], 2, 0.0, wrong, None)
 
 
-def floats(*shape: int) -> Any:
-    return np.zeros(shape, np.float32)
-
-
 def test_wrong_arguments_for_an_exit_are_errors_not_crashes(native: Model) -> None:
     exits, layers = native.exits.exits, native.encoder.layers.model  # type: ignore[attr-defined]
     hidden = floats(1, 2, 64)
@@ -827,14 +809,8 @@ def test_wrong_arguments_of_a_forward_pass_are_errors_and_leave_nothing_in_use(n
 
     def decision(**wrong: Any) -> tuple[Any, ...]:
         fields = {"exits": exits, "tau": 0.0, "signal": 1, "lam": 1.0, "weights": buffers["weights"]}
-        fields |= {
-            "deepest": 3,
-            "ask_all": False,
-            "tau_factor": 1.0,
-            **buffers,
-            "counted": None,
-            "outside": -1,
-        }
+        fields |= {"deepest": 3, "ask_all": False, "tau_factor": 1.0, **buffers}
+        fields |= {"counted": None, "outside": -1}
         assert wrong.keys() <= fields.keys()
         return tuple((fields | wrong).values())
 

@@ -170,18 +170,6 @@ def test_a_text_exits_in_a_group_preempted_and_alone_with_the_same_bits(
         assert len({reading.layer for reading in a.readings}) == len(a.readings)
 
 
-def test_random_exits_are_used_at_every_layer(models: dict[str, Model]) -> None:
-    """Otherwise the tests above would show little."""
-    for model in models.values():
-        rule, signal = model.manifest.span_rule, model.manifest.default_signal
-        rules = [ExitRule(0.5, signal, spans=rule)] * len(TEXTS)
-        passes = passes_of(model, TEXTS, rules, 3)
-        LayerByLayer(model.encoder.layers)(passes)
-        layers = [one.decisions[0].readings[-1].layer for one in passes]
-        assert {0, 1, 3} <= set(layers) or {0, 2, 3} <= set(layers), layers
-        assert any(one.decisions[0].readings[-1].tokens.spans for one in passes)  # type: ignore[union-attr]
-
-
 # Over HTTP
 
 
