@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 from onnx import TensorProto
 from transformers import AutoConfig
@@ -19,12 +18,8 @@ from de3.training import pretrained
 from tests.fixtures import exact_int8, save_encoder
 from tests.stock import graphs_of, largest_difference
 
-LENGTHS = [*range(1, 28), 31, 32, 33, 40, 47, 63, 64]  # local attention spans 5 tokens on each side
+LENGTHS = [1, 2, 5, 6, 7, *range(19, 28), 33, 64]  # local attention spans 5 tokens on each side
 SMALL = {"layers": 5, "labels": 3}
-
-
-def full_depth_of(folder: Path, int8: bool = False) -> onnx.ModelProto:
-    return stitch(graphs_of(folder, int8)[1])
 
 
 @pytest.mark.parametrize(
@@ -58,8 +53,8 @@ def test_texts_of_hundreds_of_tokens(tmp_path: Path) -> None:
     """Uses the local attention of real ModernBERT models: one block, several blocks, and an incomplete last block."""
     more = {"local_attention": 128, "max_position_embeddings": 8192}
     folder = save_encoder(tmp_path, "modernbert", **SMALL | more)
-    graph = full_depth_of(folder)
-    assert largest_difference(folder, graph, [64, 65, 129, 255, 256, 257, 320, 321, 383, 700]) < 2e-5
+    graph = stitch(graphs_of(folder, False)[1])
+    assert largest_difference(folder, graph, [65, 129, 255, 256, 257, 320, 321, 383, 700]) < 2e-5
     assert largest_difference(folder, graph, [8192]) < 1e-4
 
 
@@ -72,7 +67,7 @@ def test_no_weight_has_the_size_of_the_longest_text(tmp_path: Path) -> None:
 @exact_int8
 def test_int8_as_one_graph(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path, "modernbert", **SMALL)
-    model = fuse(full_depth_of(folder, int8=True))
+    model = fuse(stitch(graphs_of(folder, True)[1]))
     words = next(n for n in model.graph.node if n.op_type == "Gather").input[0]
     assert next(w.data_type for w in model.graph.initializer if w.name == words) == TensorProto.INT8
     for graph in (model, dequantize(model)):
@@ -94,13 +89,10 @@ def scaled(kind: str, **parameters: Any) -> dict[str, Any]:
     ("options", "message"),
     [
         ({"hidden_activation": "silu"}, "activation 'silu' cannot be exported"),
-        (
-            {"rope_parameters": scaled("sliding_attention", rope_type="linear")},
-            "rope_type 'linear' cannot be exported",
-        ),
+        ({"rope_parameters": scaled("sliding_attention", rope_type="linear")}, "rope_type 'linear'"),
         (
             {"rope_parameters": scaled("full_attention", rope_theta=0.5)},
-            r"rope_theta must be above 1, and below 1e\+12, got 0.5",
+            "rope_theta must be above 1, .* got 0.5",
         ),
         ({"rope_parameters": None}, "need transformers 5 or newer"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types 'chunked_attention' cannot"),
