@@ -15,9 +15,9 @@ NO_PIECE = 2**32 - 1  # fills the row of a text with fewer pieces
 # Two texts are near if they have this share of all their distinct word pieces in common; or if one has CONTAINED of the
 # other's, and these make up HALF of its words, as in a text that is repeated among others.
 NEAR, CONTAINED, HALF = 0.7, 0.9, 0.45
-# Limits on the work for a text: occurrences of its pieces that are counted, from the rarest on, and long fitted texts
-# that are compared. Beyond them, texts are near rather than not.
-MOST_COMPARED, MOST_ROWS = 2**17, 2**9
+# Limits on the work for a text: occurrences of its pieces that are counted, from the rarest on; and fitted texts that
+# are then compared with it, those with most of these pieces.
+MOST_COMPARED, MOST_ROWS = 2**17, 2**8
 
 Pieces = NDArray[np.uint32]
 
@@ -54,12 +54,11 @@ class FittedTexts:
         self.pieces = pieces = np.ascontiguousarray(pieces[:, :most])
         texts, places = np.nonzero(pieces != NO_PIECE)
         each = pieces[texts, places]
-        hashes, counts = each >> 16, each & MOST_COUNT
+        hashes = each >> 16
         self._sizes = np.bincount(texts, minlength=len(pieces))
-        self._words = np.bincount(texts, counts, len(pieces))
         order = np.argsort(hashes, kind="stable")
-        # By piece: the texts that have it, and how often; `_starts` has the beginning of each piece's part.
-        self._texts, self._counts = texts[order].astype(np.int32), counts[order].astype(np.uint16)
+        # The texts that have a piece, by piece; `_starts` has the beginning of each piece's part.
+        self._texts = texts[order].astype(np.int32)
         self._starts = np.concatenate([[0], np.bincount(hashes, minlength=2**16).cumsum()])
         # The largest hash of a text that is known to have all smaller ones.
         self._known = np.where(self._sizes < MOST_PIECES, MOST_COUNT, pieces[:, -1] >> 16)
@@ -70,33 +69,50 @@ class FittedTexts:
         own, counts = (found >> 16).astype(np.int64), (found & MOST_COUNT).astype(np.int64)
         if not len(own):
             return True
-        lengths = self._starts[own + 1] - self._starts[own]
-        order = np.argsort(lengths)
-        number = int(np.searchsorted(lengths[order].cumsum(), MOST_COMPARED, "right"))
-        counted, common, n = order[:number], order[number:], len(self.pieces)
-        parts = [np.arange(self._starts[piece], self._starts[piece + 1]) for piece in own[counted]]
-        places = np.concatenate([*parts, own[:0]])
-        texts = self._texts[places]
-        # Of the pieces in common: their number, and that of the words that they are in both texts.
-        shared = np.bincount(texts, minlength=n) + len(common)
-        my_words = np.bincount(texts, np.repeat(counts[counted], lengths[counted]), n) + counts[common].sum()
-        their_words = np.bincount(texts, self._counts[places], n)
         # Of long texts, the hashes up to the smaller of their largest ones are a sample of the pieces of both.
         mine = np.searchsorted(own, self._known, "right")
-        all_mine, theirs, all_theirs = np.append(0, counts.cumsum())[mine], self._sizes, self._words
+        all_mine = np.append(0, counts.cumsum())[mine]
+        rows = self._candidates(own, counts, mine, all_mine)
+        known = self.pieces[rows]
         if len(own) == MOST_PIECES:
-            rows = np.flatnonzero((shared >= NEAR * mine) | (my_words >= HALF * all_mine))
-            if len(rows) > MOST_ROWS:
-                return True
-            known = self.pieces[rows]
-            known = np.where(known >> 16 <= own[-1], known, 0)
-            theirs, all_theirs = theirs.copy(), all_theirs.copy()
-            theirs[rows], all_theirs[rows] = (known > 0).sum(1), (known & MOST_COUNT).sum(1)
+            known = np.where(known >> 16 <= own[-1], known, NO_PIECE)
+        hashes, times = known >> 16, np.where(known == NO_PIECE, 0, known & MOST_COUNT)
+        my_counts = np.zeros(2**16, np.int64)
+        my_counts[own] = counts
+        mine_in, is_known = my_counts[hashes], known != NO_PIECE
+        is_shared = mine_in > 0
+        shared, theirs, mine, all_mine = is_shared.sum(1), is_known.sum(1), mine[rows], all_mine[rows]
         is_near = shared >= NEAR * (theirs + mine - shared)
-        is_near |= (shared >= CONTAINED * theirs) & (my_words >= HALF * all_mine)
-        is_half = (their_words >= HALF * all_theirs) | (len(common) > 0)
-        is_near |= (shared >= CONTAINED * mine) & is_half
+        is_near |= (shared >= CONTAINED * theirs) & (mine_in.sum(1) >= HALF * all_mine)
+        is_near |= (shared >= CONTAINED * mine) & ((times * is_shared).sum(1) >= HALF * times.sum(1))
         return bool((is_near & (theirs > 0)).any())
+
+    def _candidates(
+        self,
+        own: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        mine: NDArray[np.int64],
+        all_mine: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """The fitted texts that may be near to a text, at most MOST_ROWS: those with most of its rarer pieces.
+
+        own, counts: the text's pieces, and how often they occur. mine, all_mine: for each fitted text, the number of
+        pieces and of words that are comparable with it.
+        """
+        lengths, n = self._starts[own + 1] - self._starts[own], len(self.pieces)
+        order = np.argsort(lengths)
+        number = int(np.searchsorted(lengths[order].cumsum(), MOST_COMPARED, "right"))
+        counted, common = order[:number], order[number:]
+        parts = [np.arange(self._starts[piece], self._starts[piece + 1]) for piece in own[counted]]
+        texts = self._texts[np.concatenate([*parts, own[:0]])]
+        found = np.bincount(texts, minlength=n)
+        words = np.bincount(texts, np.repeat(counts[counted], lengths[counted]), n) + counts[common].sum()
+        shared = found + len(common)  # at most: pieces that are too common are not counted
+        is_half = words >= HALF * all_mine
+        if len(own) < MOST_PIECES:
+            is_half &= shared >= CONTAINED * self._sizes
+        rows = np.flatnonzero((shared >= NEAR * mine) | is_half)
+        return rows[np.argsort(-found[rows], kind="stable")[:MOST_ROWS]]
 
     def are_near(self, pieces: Pieces) -> NDArray[np.bool_]:
         """is_near for texts, (n, MOST_PIECES)."""

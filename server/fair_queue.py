@@ -119,7 +119,7 @@ class Slots:
     """Slots for work on the event loop, such as calls; a free slot goes to the client that has used them least.
 
     Used time is charged while the work runs, so work that takes long counts before it ends. A client that is not alone
-    leaves an eighth of the slots, of four at least one, to those that have none.
+    leaves an eighth of the slots, of four at least one, to those that have none; one that is alone leaves one.
     """
 
     def __init__(self, slots: int, pauses: bool = False) -> None:
@@ -160,7 +160,8 @@ class Slots:
         self._charge()
         while self._free and (heap := self._waiting.first()) is not None:
             client, name, _ = heap[0][2]
-            if self._free <= self._spare and self._running[client] and not self.is_alone(name):
+            spare = min(self._spare, 1) if self.is_alone(name) else self._spare
+            if name and self._free <= spare and self._running[client]:  # a program's own texts have no client
                 others = [one for *_, one in self._waiting.listed if not self._running[one]]
                 others = [one for one in others if self._waiting.clean(one.items)]
                 if not others:

@@ -196,7 +196,11 @@ async def test_a_client_that_is_not_alone_leaves_slots_to_one_that_has_none() ->
     tasks += await started(shared, "third", "few")
     assert running[14:] == ["third"]
     tasks += await started(alone, *["one"] * 20)
-    assert running[15:] == ["one"] * 16
+    assert running[15:] == ["one"] * 15
+    tasks += await started(alone, "another")
+    assert running[30:] == ["another"]
+    tasks += await started(Slots(16), *[""] * 20)
+    assert running[31:] == [""] * 16
     ends.set()
     await asyncio.gather(*tasks)
-    assert len(running) == 43
+    assert len(running) == 64

@@ -428,7 +428,7 @@ def test_versions_of_earlier_releases_are_served_and_their_records_are_not_used(
 def test_near_texts_share_most_of_their_word_pieces(
     fitted: list[list[int]], one: list[int], compared: int
 ) -> None:
-    """If some pieces are too common to be counted, texts are near rather than not."""
+    """Also if some pieces are too common to be counted."""
     texts = FittedTexts(np.stack([pieces_with(*text) for text in fitted] or [pieces_with()])[: len(fitted)])
 
     def is_in(a: list[int], b: list[int]) -> bool:
@@ -444,18 +444,21 @@ def test_near_texts_share_most_of_their_word_pieces(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("de3.model_store.fitted.MOST_COMPARED", compared)
         found = texts.is_near(pieces_with(*one))
-    assert found >= is_near if compared == 5 else found == is_near
+    assert found == is_near
 
 
-def test_a_text_that_shares_pieces_with_many_long_texts_is_near() -> None:
-    """Comparing it with each of them would block the event loop."""
+def test_only_the_fitted_texts_with_most_of_a_texts_pieces_are_compared_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Comparing it with each of many long texts would block the event loop."""
     pieces = np.random.default_rng(0).permutation(2**16 - 1).tolist()
     own = pieces[:400]
     others = [pieces_with(*own[:220], *pieces[400 * n : 400 * n + 250]) for n in range(1, 5)]
-    with pytest.MonkeyPatch.context() as patch:
+    monkeypatch.setattr("de3.model_store.fitted.MOST_ROWS", 1)
+    for compared in (2**17, 100):
+        monkeypatch.setattr("de3.model_store.fitted.MOST_COMPARED", compared)
         assert not FittedTexts(np.stack(others)).is_near(pieces_with(*own))
-        patch.setattr("de3.model_store.fitted.MOST_ROWS", 3)
-        assert FittedTexts(np.stack(others)).is_near(pieces_with(*own))
+        assert FittedTexts(np.stack([*others, pieces_with(*own[:390])])).is_near(pieces_with(*own))
 
 
 LONG, OTHER_LONG = (

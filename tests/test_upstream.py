@@ -350,7 +350,7 @@ def test_the_breaker_opens_after_outages_in_a_row_and_tries_one_call_at_a_time()
     for _ in range(8):
         clock.now += breaker.wait_s()
         trial = breaker.begin("one")
-        assert trial.is_trial and breaker.wait_s("other") > 0  # one trial at a time
+        assert trial.period and breaker.wait_s("other") > 0  # one trial at a time
         breaker.end(trial, True, is_certain=True)
         pause_s = min(2 * pause_s, MAX_PAUSE_S)
         assert breaker.wait_s() == breaker.wait_s("other") == pytest.approx(pause_s)
@@ -377,9 +377,22 @@ def test_a_trial_that_is_cancelled_or_takes_long_keeps_no_other_client_from_tryi
     assert breaker.wait_s("other") == PAUSE_S
     clock.now += PAUSE_S
     assert breaker.wait_s("slow") > breaker.wait_s("other") == 0
+    clock.now += 10 * PAUSE_S
+    assert breaker.wait_s("other") == 0
     call(breaker, "other", is_outage=False)
-    breaker.end(slow, None)
+    breaker.end(slow, True)  # a trial of before: an outage like any other
     assert not breaker.is_open and breaker.wait_s("slow") == 0
+    while not breaker.is_open:
+        call(breaker, is_certain=True)
+    clock.now += PAUSE_S
+    slow = breaker.begin("slow")
+    clock.now += PAUSE_S
+    call(breaker, "other", is_outage=False)
+    while not breaker.is_open:
+        call(breaker, is_certain=True)
+    wait_s = breaker.wait_s()
+    breaker.end(slow, True, is_certain=True)
+    assert breaker.wait_s() == wait_s
 
 
 def test_the_breaker_heeds_retry_after_up_to_its_longest_pause() -> None:
@@ -486,7 +499,7 @@ def test_calls_that_overlap_never_block_the_breaker(
             running.append(breaker.begin(client))
         elif running:
             breaker.end(running.pop(0), is_outage)
-        assert sum(one.is_trial for one in running) <= 2
+        assert sum(one.period > 0 for one in running) <= 2 and breaker.wait_s(client) >= 0
     for one in running:
         breaker.end(one, None)
     clock.now += MAX_PAUSE_S

@@ -220,7 +220,8 @@ class Learners:
         learner.end(result)
         if result.outcome != "failed":
             log.info("%s: %s", learner.name, sentence(result))
-        used = self._ledgers.versions(learner.name) | {self._current.get(learner.name, 0)}
+        kept = {self._current.get(learner.name, 0), learner.journal.latest or 0}
+        used = self._ledgers.versions(learner.name) | kept
         if learner.waiting is not None:
             used.add(learner.waiting.artifact.manifest.version)
         await asyncio.to_thread(self._folder.remove_old, learner.name, used)

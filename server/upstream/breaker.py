@@ -15,11 +15,11 @@ class Call(NamedTuple):
 
     Attributes:
         client: whose text is sent.
-        is_trial: the breaker was open when it began.
+        period: number of the time for which the breaker was open when the call began; 0: it was closed.
     """
 
     client: str
-    is_trial: bool
+    period: int
 
 
 class Breaker:
@@ -44,7 +44,7 @@ class Breaker:
             set[str](),
             0.0,
         )  # clients with a trial in flight; start of the last one
-        self.is_open = False
+        self.is_open, self._period = False, 0
 
     def wait_s(self, client: str | None = None) -> float:
         """Seconds until a client's call may be tried; 0: now. None: a client's whose call has failed."""
@@ -54,16 +54,15 @@ class Breaker:
             return PAUSE_S
         now = self._clock()
         may_try = client is not None and self._suspects and client not in self._suspects
-        return max(
-            0.0 if may_try else self._until - now, self._tried_at + PAUSE_S - now if self._trials else 0.0
-        )
+        pause_s = 0.0 if may_try else self._until - now
+        return max(0.0, pause_s, self._tried_at + PAUSE_S - now if self._trials else 0.0)
 
     def begin(self, client: str) -> Call:
         """Record the start of a call, if wait_s() is 0."""
         if self.is_open:
             self._trials.add(client)
             self._tried_at = self._clock()
-        return Call(client, self.is_open)
+        return Call(client, self._period if self.is_open else 0)
 
     def end(
         self,
@@ -78,11 +77,11 @@ class Breaker:
         is_outage: None if it is unknown, because the call was cancelled. is_certain: no text can be the cause.
         is_alone: no other client is active.
         """
-        now = self._clock()
-        if call.is_trial:
+        now, is_trial = self._clock(), self.is_open and call.period == self._period
+        if call.period:
             self._trials.discard(call.client)
         if is_outage is None:
-            if call.is_trial and self.is_open:
+            if is_trial:
                 self._suspects.add(call.client)
                 self._until = max(self._until, now + self._pause_s)
             return
@@ -94,20 +93,21 @@ class Breaker:
             if len(self._good) > MAX_CLIENTS:
                 del self._good[next(iter(self._good))]
             return
-        if self.is_open and not call.is_trial:  # it began before
+        if self.is_open and not is_trial:  # it began before
             return
         self._failures += 1
         client = None if is_certain else call.client
-        if is_alone or (call.is_trial and client in self._suspects):
+        if is_alone or (is_trial and client in self._suspects):
             self._suspects.clear()  # after a pause, each client may try once more
         self._suspects.add(client)
         works = any(at > now - GOOD_S for one, at in self._good.items() if one not in self._suspects)
         is_known = is_alone or None in self._suspects or (len(self._suspects) > 1 and not works)
-        if call.is_trial or (is_known and self._failures >= FAILURES):
+        if is_trial or (is_known and self._failures >= FAILURES):
             self._until = now + max(self._pause_s, min(retry_after_s or 0.0, MAX_PAUSE_S))
             if is_known:
                 self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
             opens = not self.is_open and not is_alone
             if opens or None in self._suspects or len(self._suspects) > MAX_CLIENTS:
                 self._suspects.clear()  # all wait for the pause
+            self._period += not self.is_open
             self.is_open = True
