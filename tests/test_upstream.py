@@ -5,17 +5,19 @@ import logging
 from collections import Counter
 from pathlib import Path
 from time import monotonic, thread_time, time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from de3.server.engine.request import Text
 from de3.server.settings import Settings
 from de3.server.upstream.breaker import FAILURES, GOOD_S, MAX_CLIENTS, MAX_PAUSE_S, PAUSE_S, Breaker, Call
 from de3.server.upstream.client import Reply, Usage
 from de3.server.upstream.labels import MAX_CHARS, Labels
-from de3.server.upstream.undelivered import KEPT_S, MAX_KEPT, Undelivered
+from de3.server.upstream.undelivered import KEPT_S, MAX_KEPT, Undelivered, key_of
 from de3.server.upstream.upstreams import Upstreams
 from de3.server.upstream.usage import HOUR_S, MAX_STATE_BYTES, SLOT_S, UpstreamUsage
 from de3.server.upstream_settings import MAX_FILE_BYTES, UpstreamModel, folded, read_upstream
@@ -302,6 +304,13 @@ def test_answers_of_failed_requests_are_kept_for_a_minute_and_used_once() -> Non
     assert kept.take(b"b") is None
     kept.add({str(i).encode(): Reply(i) for i in range(MAX_KEPT + 1)})
     assert (kept.take(b"0"), kept.take(b"1")) == (None, Reply(1))
+
+
+def test_an_answer_is_kept_for_an_upstream_a_text_and_a_client() -> None:
+    manifests: Any = [SimpleNamespace(upstream=one) for one in ("x", "y")]
+    texts = Text("a"), Text("a", "b"), Text("a", "c"), Text("ab"), Text("b", "a")
+    keys = {key_of(one, text, client) for one in manifests for text in texts for client in ("", "me", "you")}
+    assert len(keys) == 2 * 5 * 3
 
 
 def test_vowel_signs_are_parts_of_words() -> None:
