@@ -54,11 +54,12 @@ class FittedTexts:
         self.pieces = pieces = np.ascontiguousarray(pieces[:, :most])
         texts, places = np.nonzero(pieces != NO_PIECE)
         each = pieces[texts, places]
-        hashes = each >> 16
+        hashes, counts = each >> 16, each & MOST_COUNT
+        self._words = np.bincount(texts, counts, len(pieces))
         self._sizes = np.bincount(texts, minlength=len(pieces))
         order = np.argsort(hashes, kind="stable")
-        # The texts that have a piece, by piece; `_starts` has the beginning of each piece's part.
-        self._texts = texts[order].astype(np.int32)
+        # The texts that have a piece, and how often, by piece; `_starts` has the beginning of each piece's part.
+        self._texts, self._counts = texts[order].astype(np.int32), counts[order].astype(np.uint16)
         self._starts = np.concatenate([[0], np.bincount(hashes, minlength=2**16).cumsum()])
         # The largest hash of a text that is known to have all smaller ones.
         self._known = np.where(self._sizes < MOST_PIECES, MOST_COUNT, pieces[:, -1] >> 16)
@@ -104,14 +105,20 @@ class FittedTexts:
         number = int(np.searchsorted(lengths[order].cumsum(), MOST_COMPARED, "right"))
         counted, common = order[:number], order[number:]
         parts = [np.arange(self._starts[piece], self._starts[piece + 1]) for piece in own[counted]]
-        texts = self._texts[np.concatenate([*parts, own[:0]])]
+        places = np.concatenate([*parts, own[:0]])
+        texts = self._texts[places]
         found = np.bincount(texts, minlength=n)
         words = np.bincount(texts, np.repeat(counts[counted], lengths[counted]), n) + counts[common].sum()
         shared = found + len(common)  # at most: pieces that are too common are not counted
         is_half = words >= HALF * all_mine
-        if len(own) < MOST_PIECES:
-            is_half &= shared >= CONTAINED * self._sizes
-        rows = np.flatnonzero((shared >= NEAR * mine) | is_half)
+        if len(own) == MOST_PIECES:  # which of a fitted text's pieces are comparable is not known yet
+            may_be = (shared >= NEAR * mine) | is_half
+        else:
+            their_words = np.bincount(texts, self._counts[places], n)
+            may_be = shared >= NEAR * (self._sizes + mine - shared)
+            may_be |= (shared >= CONTAINED * self._sizes) & is_half
+            may_be |= (shared >= CONTAINED * mine) & ((their_words >= HALF * self._words) | (len(common) > 0))
+        rows = np.flatnonzero(may_be)
         return rows[np.argsort(-found[rows], kind="stable")[:MOST_ROWS]]
 
     def are_near(self, pieces: Pieces) -> NDArray[np.bool_]:

@@ -459,6 +459,11 @@ def test_only_the_fitted_texts_with_most_of_a_texts_pieces_are_compared_with_it(
         monkeypatch.setattr("de3.model_store.fitted.MOST_COMPARED", compared)
         assert not FittedTexts(np.stack(others)).is_near(pieces_with(*own))
         assert FittedTexts(np.stack([*others, pieces_with(*own[:390])])).is_near(pieces_with(*own))
+    monkeypatch.setattr("de3.model_store.fitted.MOST_COMPARED", 2**17)
+    for copy in (own[:11], own[:13]):  # longer texts with all of its pieces hide no copy
+        fitted = [pieces_with(*own[:12], *pieces[400 * n : 400 * n + 200]) for n in range(1, 5)]
+        assert FittedTexts(np.stack([*fitted, pieces_with(*copy)])).is_near(pieces_with(*own[:12]))
+        assert not FittedTexts(np.stack(fitted)).is_near(pieces_with(*own[:12]))
 
 
 LONG, OTHER_LONG = (

@@ -404,6 +404,19 @@ def test_a_trial_that_is_cancelled_or_takes_long_keeps_no_other_client_from_tryi
     assert breaker.wait_s() == wait_s
 
 
+def test_a_client_that_always_leaves_does_not_extend_the_pause_of_one_whose_trial_failed() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    while not breaker.is_open:
+        call(breaker, is_certain=True)
+    clock.now += PAUSE_S
+    call(breaker, "other")
+    for _ in range(2):
+        clock.now += max(breaker.wait_s("leaves"), PAUSE_S)
+        call(breaker, "leaves", is_outage=None)
+    assert breaker.wait_s("other") == 0
+
+
 def test_the_breaker_heeds_retry_after_up_to_its_longest_pause() -> None:
     for retry_after_s, pause_s in ((7.0, 7.0), (0.0, PAUSE_S), (3600.0, MAX_PAUSE_S)):
         breaker = Breaker(Clock())

@@ -82,6 +82,8 @@ class Breaker:
             self._trials.discard(call.client)
         if is_outage is None:
             if is_trial:
+                if call.client in self._suspects:
+                    self._suspects.clear()  # after a pause, each client may try once more
                 self._suspects.add(call.client)
                 self._until = max(self._until, now + self._pause_s)
             return
