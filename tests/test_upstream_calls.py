@@ -173,9 +173,11 @@ async def test_without_time_there_is_no_call(tmp_path: Path, upstream: Service) 
     for is_budget in (True, False):
         found = await error_of(one.ask(Query(TEXT, "uncertain"), 0.0, is_budget))
         assert (found.cause, found.retry_after_s) == ("upstream_timeout", 1)
-    one.usage.took(50.0)
-    await error_of(one.ask(Query(TEXT, "uncertain"), 40.0, True))
+    one.usage.took(50.0, "slow")
+    await error_of(one.ask(Query(TEXT, "uncertain", "slow"), 40.0, True))
     assert upstream.requests == []
+    # Texts of another client may take less time.
+    assert (await one.ask(Query(TEXT, "uncertain", "quick"), 40.0, True)).label == 1
     assert (
         await one.ask(Query(TEXT, "uncertain"), 40.0)
     ).label == 1  # the time limit of a request is no budget

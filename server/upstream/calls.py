@@ -96,7 +96,7 @@ class Calls:
                 except RequestError as error:
                     cause, wait_s, now = error.__cause__, error.retry_after_s, monotonic()
                     is_refused = isinstance(cause, CallError) and cause.why in ("refused", "redirect")
-                    if is_refused and wait_s is not None and not caller.usage.usual_s:
+                    if is_refused and wait_s is not None and not caller.usage.usual_s():
                         raise ValueError(
                             error.message
                         ) from None  # such as a wrong key: waiting does not help

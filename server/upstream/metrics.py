@@ -54,7 +54,7 @@ class UpstreamMetrics(Collector):
             for gauge, value in (
                 (share, usage.local_share),
                 (available, float(caller.is_available)),
-                (latency, usage.usual_s),
+                (latency, usage.usual_s()),
                 (local, totals.local),
                 (extracted, totals.extracted),
                 (cost, totals.cost),

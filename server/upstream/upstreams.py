@@ -56,11 +56,11 @@ class Caller:
         """The upstream's answer to a text.
 
         timeout_s: time for all attempts. is_budget: it is a latency budget, so nothing is tried if it is shorter than
-        the usual latency. Raises RequestError if there is no answer.
+        the usual latency of the client's calls. Raises RequestError if there is no answer.
         """
         ends = perf_counter() + timeout_s
         query = query._replace(client=network_of(query.client))  # an attacker can have many addresses in one
-        if timeout_s <= (self.usage.usual_s if is_budget else 0.0):
+        if timeout_s <= (self.usage.usual_s(query.client) if is_budget else 0.0):
             raise RequestError(
                 f"{self.of.name}: no time is left to ask its upstream", None, "upstream_timeout", 1
             )
@@ -138,14 +138,14 @@ class Caller:
             self._log(failed.why, str(failed))
             raise
         except asyncio.CancelledError:  # its latency is at least this
-            self.usage.took(max(perf_counter() - started, self.usage.usual_s))
+            self.usage.took(max(perf_counter() - started, self.usage.usual_s(query.client)), query.client)
             raise
         finally:
             is_certain, after_s = (False, None) if error is None else (error.is_certain, error.retry_after_s)
             is_alone = not is_certain and self._calls.is_alone(query.client)
             self._breaker.end(call, is_outage, after_s, is_certain, is_alone)
             self._note(str(error or ""))
-        self.usage.took(perf_counter() - started)
+        self.usage.took(perf_counter() - started, query.client)
         self.usage.totals.extracted += reply.is_extracted
         return reply
 
@@ -224,7 +224,7 @@ class Caller:
             "calls": dict(totals.calls),
             "failures": {why: count for why, count in totals.failures.items() if count},
             "extracted": totals.extracted,
-            "usual_latency_s": round(usage.usual_s, 4) or None,
+            "usual_latency_s": round(usage.usual_s(), 4) or None,
             "tokens": {"input": totals.tokens[0], "output": totals.tokens[1]},
             "cost": round(totals.cost, 6),
             "saved": round(usage.saved, 6),

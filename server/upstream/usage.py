@@ -4,7 +4,6 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
-from math import inf
 from pathlib import Path
 from statistics import median
 from time import monotonic, time
@@ -29,7 +28,7 @@ STALE_S = 60.0  # older latencies are not used, so that a budget shorter than th
 LATENCIES = 64  # calls whose median is the usual latency
 MAX_STATE_BYTES = 2**20
 HASH_DIGITS = 12
-MAX_CLIENTS = 256  # clients for which a share of max_calls_per_hour is reserved: those that asked last
+MAX_CLIENTS = 256  # those that asked last: a share of max_calls_per_hour is reserved for each
 MAX_COUNT, MAX_COST = 2**53, 1e15  # larger totals are not saved exactly
 STARTED = time() - monotonic()
 
@@ -103,8 +102,8 @@ class UpstreamUsage:
         self.totals = self._read(of.hash)
         self.totals.calls = dict.fromkeys(get_args(Kind), 0) | self.totals.calls
         self.totals.failures = dict.fromkeys(get_args(Failure), 0) | self.totals.failures
-        self._latencies: deque[float] = deque(maxlen=LATENCIES)
-        self._latest = -inf  # time of the last latency
+        # Times and latencies of the last calls, by client, the one that called last at the end; "": of all.
+        self._latencies: dict[str, deque[tuple[float, float]]] = {}
         self._recent: deque[tuple[float, int, int]] = deque()  # time, local answers, other answers
         self._saved = ""
         # Clients without a key count as one for each network, as an attacker can have many addresses in one.
@@ -239,16 +238,23 @@ class UpstreamUsage:
         """Count a failed call."""
         self.totals.failures[why] += 1
 
-    def took(self, seconds: float) -> None:
-        """Record the latency of a call that succeeded."""
-        self._latencies.append(seconds)
-        self._latest = self._clock()
+    def took(self, seconds: float, client: str = "") -> None:
+        """Record the latency of a client's call that succeeded."""
+        for one in dict.fromkeys((client, "")):
+            latencies = self._latencies.pop(one, deque[tuple[float, float]](maxlen=LATENCIES))
+            latencies.append((self._clock(), seconds))
+            self._latencies[one] = latencies
+        if len(self._latencies) > MAX_CLIENTS:
+            del self._latencies[next(iter(self._latencies))]
 
-    @property
-    def usual_s(self) -> float:
-        """Median latency of the last calls, seconds; 0 if there are none of the last STALE_S."""
-        is_known = self._latencies and self._clock() - self._latest < STALE_S
-        return median(self._latencies) if is_known else 0.0
+    def usual_s(self, client: str = "") -> float:
+        """Median latency of a client's last calls, or of all, seconds; 0 if there are none of the last STALE_S.
+
+        Texts of one client may take longer than those of another.
+        """
+        found = self._latencies.get(client)
+        is_known = found is not None and self._clock() - found[-1][0] < STALE_S
+        return median(seconds for _, seconds in found or ()) if is_known else 0.0
 
     def answered(self, local: int, others: int) -> None:
         """Count texts that were answered by the model, and by the upstream."""
