@@ -119,17 +119,20 @@ class Service:
             self.headers.append(dict(handler.headers))
             self.running += 1
             self.most = max(self.most, self.running)
+        response: Any = None
         try:
             self.gate.wait(60)
             if self.respond is not None:
                 self.respond(handler, body)
             elif self.is_broken:
-                send(handler, {"error": "overloaded"}, 503)
+                response = {"error": "overloaded"}, 503
             else:
-                send(handler, reply(self.answer(text_of(body))))
+                response = reply(self.answer(text_of(body))), 200
         finally:
             with self._lock:
                 self.running -= 1
+        if response is not None:  # only now, as the next call may arrive at once
+            send(handler, *response)
 
     @property
     def texts(self) -> list[str]:
