@@ -497,3 +497,26 @@ def test_a_cancelled_call_closes_its_connection(tmp_path: Path, upstream: Servic
         await client.close()
 
     asyncio.run(cancelled())
+
+
+def test_a_response_in_tiny_chunks_does_not_hold_the_event_loop(tmp_path: Path, upstream: Service) -> None:
+    """What is read at once is parsed without a break, in the CPU time of one step of the loop."""
+    upstream.respond = raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 40_000)
+    steps = list[float]()
+
+    async def watch() -> None:
+        while True:
+            started = thread_time()
+            await asyncio.sleep(0)
+            steps.append(thread_time() - started)
+
+    async def go() -> None:
+        watching = asyncio.create_task(watch())
+        client = Client(model_of(tmp_path, LABELS, chat(upstream.url)), KEY)
+        with pytest.raises(CallError):
+            await client.call(Text("a text"), 30, lambda _: None)
+        watching.cancel()
+        await client.close()
+
+    asyncio.run(go())
+    assert sorted(steps)[-2] < 0.03  # the longest step creates the client

@@ -12,6 +12,7 @@ from time import time
 from typing import Any, Literal, NamedTuple
 
 import certifi
+import httpcore
 import httpx
 import orjson
 
@@ -20,6 +21,8 @@ from de3.server.upstream.labels import Labels
 from de3.server.upstream_settings import PLACEHOLDER, UpstreamModel
 
 MAX_RESPONSE_BYTES = 2**18  # parsing takes at most a few milliseconds of the event loop
+# What is read at once is parsed without a break: 64 KiB, the default, in chunks of one byte take 60 ms.
+httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = 2**12
 CONNECT_S = 5.0  # limit on the time to connect
 MAX_RETRY_AFTER_S = 3600.0
 SUM_TOLERANCE = 1e-3  # largest error of the sum of probabilities
