@@ -1,4 +1,4 @@
-"""What every protocol promises, whatever a model answers: a test for each promise, with a row for each protocol.
+"""Tests that every protocol passes, with every kind of answer.
 
 What only one protocol does is in the file of its peers (test_clients.py, test_guards.py, ...).
 """
@@ -15,8 +15,8 @@ import pytest
 
 from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
-from tests.doors import ALL, DOORS, Door
 from tests.fixtures import made_once, save_encoder
+from tests.protocols import ALL, CASES, Case
 from tests.serving import Server, serving, until
 from tests.stock import token_classifier, with_random_exits
 
@@ -25,7 +25,7 @@ KEY = "alice-has-a-long-key"
 MOST = 8  # texts of a request
 LONG = "good film " * 100
 ABSENT = "no texts"
-every_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+every_protocol = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_kind = pytest.mark.parametrize("kind", ALL)
 
 
@@ -55,14 +55,14 @@ class Servers:
     def __init__(self, store: Path) -> None:
         self._store, self._running, self._stack = store, dict[str, Server](), ExitStack()
 
-    def ask(self, door: Door, kind: str, body: Any, **more: Any) -> httpx.Response:
+    def ask(self, case: Case, kind: str, body: Any, **more: Any) -> httpx.Response:
         """The response of a protocol for a model of this kind."""
         name = "tiny-int8" if kind == "classes" else kind
         if kind not in self._running:
             one = serving(self._store, models=[name], default_model=name, max_texts=MOST)
             self._running[kind] = self._stack.enter_context(one)
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx.post(self._running[kind].url + door.path.format(model=name), content=content, **more)
+        return httpx.post(self._running[kind].url + case.path.format(model=name), content=content, **more)
 
     def stop(self) -> None:
         self._stack.close()
@@ -75,44 +75,44 @@ def servers(kinds: Path) -> Iterator[Servers]:
     running.stop()
 
 
-def with_options(door: Door, body: dict[str, Any], **options: Any) -> dict[str, Any]:
-    return body | ({door.options: options} if door.options else options)
+def with_options(case: Case, body: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return body | ({case.options: options} if case.options else options)
 
 
-def refused(door: Door, answer: httpx.Response, status: int = 422) -> str:
+def refused(case: Case, answer: httpx.Response, status: int = 422) -> str:
     """The message of an error, which has the protocol's form."""
     assert answer.status_code == status, answer.text
-    assert answer.json().keys() == door.error
-    return door.message(answer.json())
+    assert answer.json().keys() == case.error
+    return case.message(answer.json())
 
 
 @every_kind
-@every_door
+@every_protocol
 def test_each_text_gets_its_answer_in_order_whatever_is_sent_beside_it(
-    servers: Servers, door: Door, kind: str
+    servers: Servers, case: Case, kind: str
 ) -> None:
-    if kind not in door.kinds:
-        return assert_refused(servers, door, kind)
-    answer = servers.ask(door, kind, door.body(TEXTS))
+    if kind not in case.kinds:
+        return assert_refused(servers, case, kind)
+    answer = servers.ask(case, kind, case.body(TEXTS))
     assert answer.status_code == 200, answer.text
-    if door.answers is None:
+    if case.answers is None:
         return None
-    alone = [door.answers(servers.ask(door, kind, door.body([text])).json()) for text in TEXTS]
-    assert [[row] for row in door.answers(answer.json())] == alone
+    alone = [case.answers(servers.ask(case, kind, case.body([text])).json()) for text in TEXTS]
+    assert [[row] for row in case.answers(answer.json())] == alone
     return None
 
 
-def assert_refused(servers: Servers, door: Door, kind: str) -> None:
-    answer = servers.ask(door, kind, door.body(TEXTS))
-    assert refused(door, answer).startswith("model: "), answer.text
+def assert_refused(servers: Servers, case: Case, kind: str) -> None:
+    answer = servers.ask(case, kind, case.body(TEXTS))
+    assert refused(case, answer).startswith("model: "), answer.text
 
 
-@every_door
-def test_the_number_of_texts_is_limited(servers: Servers, door: Door) -> None:
+@every_protocol
+def test_the_number_of_texts_is_limited(servers: Servers, case: Case) -> None:
     for count, status in ((1, 200), (MOST, 200), (MOST + 1, 422)):
-        answer = servers.ask(door, "classes", door.body(["good"] * count))
+        answer = servers.ask(case, "classes", case.body(["good"] * count))
         assert answer.status_code == status, answer.text
-    assert refused(door, answer).startswith(f"{door.texts}: {MOST + 1} texts; at most {MOST}")
+    assert refused(case, answer).startswith(f"{case.texts}: {MOST + 1} texts; at most {MOST}")
 
 
 @pytest.mark.parametrize(
@@ -128,18 +128,18 @@ def test_the_number_of_texts_is_limited(servers: Servers, door: Door) -> None:
     ],
     ids=str,
 )
-@every_door
-def test_errors_name_the_text(servers: Servers, door: Door, texts: Any, says: str) -> None:
-    answer = servers.ask(door, "classes", {} if texts == ABSENT else door.body(texts))
-    if door.optional and texts in (["a", ""], ["a", " \n"], [], ABSENT):
+@every_protocol
+def test_errors_name_the_text(servers: Servers, case: Case, texts: Any, says: str) -> None:
+    answer = servers.ask(case, "classes", {} if texts == ABSENT else case.body(texts))
+    if case.optional and texts in (["a", ""], ["a", " \n"], [], ABSENT):
         assert answer.status_code == 200
         return
-    name = door.one.format(1) if says.startswith("must") else door.texts
+    name = case.one.format(1) if says.startswith("must") else case.texts
     if texts == ABSENT:
-        name = door.required or name
+        name = case.required or name
     elif texts == 1:
         name = name.partition(":")[0]
-    assert refused(door, answer).startswith(f"{name}: {says}")
+    assert refused(case, answer).startswith(f"{name}: {says}")
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,10 @@ def test_errors_name_the_text(servers: Servers, door: Door, texts: Any, says: st
     ],
     ids=str,
 )
-@every_door
-def test_errors_name_the_option(servers: Servers, door: Door, options: dict[str, Any], name: str) -> None:
-    answer = servers.ask(door, "classes", with_options(door, door.body(TEXTS), **options))
-    assert f"{name}: " in refused(door, answer)
+@every_protocol
+def test_errors_name_the_option(servers: Servers, case: Case, options: dict[str, Any], name: str) -> None:
+    answer = servers.ask(case, "classes", with_options(case, case.body(TEXTS), **options))
+    assert f"{name}: " in refused(case, answer)
 
 
 @pytest.mark.parametrize(
@@ -166,45 +166,45 @@ def test_errors_name_the_option(servers: Servers, door: Door, options: dict[str,
     [(b"", 400), (b"{", 400), (b'{"a": "\xff"}', 400), (b"[" * 50_000, 400), (b"[]", 422), (b"1", 422)],
     ids=str,
 )
-@every_door
-def test_a_body_that_is_no_object_is_refused(servers: Servers, door: Door, body: bytes, status: int) -> None:
-    assert refused(door, servers.ask(door, "classes", body), status)
+@every_protocol
+def test_a_body_that_is_no_object_is_refused(servers: Servers, case: Case, body: bytes, status: int) -> None:
+    assert refused(case, servers.ask(case, "classes", body), status)
 
 
-@every_door
-def test_a_body_that_is_too_large_is_refused(servers: Servers, door: Door) -> None:
-    assert "1048576 bytes" in refused(door, servers.ask(door, "classes", b"a" * 2**20 + b"a"), 413)
+@every_protocol
+def test_a_body_that_is_too_large_is_refused(servers: Servers, case: Case) -> None:
+    assert "1048576 bytes" in refused(case, servers.ask(case, "classes", b"a" * 2**20 + b"a"), 413)
 
 
 @every_kind
-@every_door
+@every_protocol
 def test_a_text_with_too_many_tokens_is_truncated_read_in_windows_or_refused(
-    servers: Servers, door: Door, kind: str
+    servers: Servers, case: Case, kind: str
 ) -> None:
-    if kind not in door.kinds:
+    if kind not in case.kinds:
         return
-    answer = servers.ask(door, kind, door.body(["good", LONG]))
-    if door.takes == "whole":
-        assert refused(door, answer).startswith(f"{door.one.format(1)}: has 202 tokens; the maximum")
+    answer = servers.ask(case, kind, case.body(["good", LONG]))
+    if case.takes == "whole":
+        assert refused(case, answer).startswith(f"{case.one.format(1)}: has 202 tokens; the maximum")
     else:
         assert answer.status_code == 200, answer.text
-    if door.no_cut:
+    if case.no_cut:
         answer = servers.ask(
-            door, kind, with_options(door, door.body(["good", LONG]), **{door.no_cut: False})
+            case, kind, with_options(case, case.body(["good", LONG]), **{case.no_cut: False})
         )
-        assert refused(door, answer).startswith(f"{door.one.format(1)}: has 202 tokens; the maximum")
-    answer = servers.ask(door, kind, door.body(["good", LONG * 30]))
-    if door.takes == "windows":
-        assert f"{door.one.format(1)}: has more than" in refused(door, answer)
+        assert refused(case, answer).startswith(f"{case.one.format(1)}: has 202 tokens; the maximum")
+    answer = servers.ask(case, kind, case.body(["good", LONG * 30]))
+    if case.takes == "windows":
+        assert f"{case.one.format(1)}: has more than" in refused(case, answer)
 
 
-@every_door
-def test_an_option_sets_the_rule(servers: Servers, door: Door) -> None:
+@every_protocol
+def test_an_option_sets_the_rule(servers: Servers, case: Case) -> None:
     answers = [
-        servers.ask(door, "classes", with_options(door, door.body([TEXTS[1]]), tau=tau)).json()
+        servers.ask(case, "classes", with_options(case, case.body([TEXTS[1]]), tau=tau)).json()
         for tau in (0, 1)
     ]
-    first, full = (one if door.answers is None else door.answers(one) for one in answers)
+    first, full = (one if case.answers is None else case.answers(one) for one in answers)
     assert first != full
 
 
@@ -213,12 +213,12 @@ def test_refusals_before_a_request_is_read(kinds: Path, monkeypatch: pytest.Monk
     with serving(kinds, models=["tiny-int8"], api_keys=f"alice {KEY}", rate_limit="1/hour") as server:
 
         def check(status: int, key: str = KEY) -> None:
-            for door in DOORS.values():
+            for case in CASES.values():
                 url, headers = (
-                    server.url + door.path.format(model="tiny-int8"),
+                    server.url + case.path.format(model="tiny-int8"),
                     {"Authorization": f"Bearer {key}"},
                 )
-                refused(door, httpx.post(url, json=door.body(["good"]), headers=headers), status)
+                refused(case, httpx.post(url, json=case.body(["good"]), headers=headers), status)
 
         check(401, "wrong")
         assert httpx.get(server.url + "/v2/health/ready").status_code == 200
@@ -227,6 +227,6 @@ def test_refusals_before_a_request_is_read(kinds: Path, monkeypatch: pytest.Monk
         )
         assert first.status_code == 200 and "server-timing" in first.headers
         check(429)
-        until(lambda: server.metric("de3_rejected_total", cause="rate_limited") == len(DOORS), "the counts")
+        until(lambda: server.metric("de3_rejected_total", cause="rate_limited") == len(CASES), "the counts")
         monkeypatch.setattr(server.frontend, "sheds", lambda _: True)
         check(503)

@@ -141,7 +141,7 @@ def models_load(
     model: Annotated[
         str,
         typer.Argument(
-            help="Model, as name:version, or as name: the newest in the server's store, unpinned."
+            help="Model, as name:version, or as name: the newest in the server's store, or learned from it; unpinned."
         ),
     ],
     url: Url = "http://127.0.0.1:8000",

@@ -25,9 +25,9 @@ class Call(NamedTuple):
 class Breaker:
     """A circuit breaker: open after FAILURES outages in a row; after each pause, calls are tried one by one.
 
-    Outages that may be due to the texts of one client open it only together with those of another, while the upstream
-    answers nobody else, or if that client is alone. If such a trial fails or is cancelled, other clients may try
-    without a pause. A trial that takes long keeps nobody else from trying.
+    Outages that may be due to one client's texts open it only if another client has outages, too, and no third one gets
+    answers; or if that client is the only active one. If such a trial fails or is cancelled, other clients may try
+    without a pause. A slow trial does not block other clients.
 
     Attributes:
         is_open: calls are refused, or only some are tried.

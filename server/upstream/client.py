@@ -21,7 +21,8 @@ from de3.server.upstream.labels import Labels
 from de3.server.upstream_settings import PLACEHOLDER, UpstreamModel
 
 MAX_RESPONSE_BYTES = 2**18  # parsing takes at most a few milliseconds of the event loop
-# What is read at once is parsed without a break: 64 KiB, the default, in chunks of one byte take 60 ms.
+# What is read at once is parsed without a break: 64 KiB, the default, in chunks of one byte take 60 ms. httpx has no
+# option for it, so this holds for all of the process's asynchronous HTTP/1.1 clients.
 httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = 2**12
 CONNECT_S = 5.0  # limit on the time to connect
 MAX_RETRY_AFTER_S = 3600.0

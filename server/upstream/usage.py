@@ -28,7 +28,9 @@ STALE_S = 60.0  # older latencies are not used, so that a budget shorter than th
 LATENCIES = 64  # calls whose median is the usual latency
 MAX_STATE_BYTES = 2**20
 HASH_DIGITS = 12
-MAX_CLIENTS = 256  # those that asked last: a share of max_calls_per_hour is reserved for each
+MAX_CLIENTS = (
+    256  # clients that are remembered, those that asked last; each has a share of max_calls_per_hour
+)
 MAX_COUNT, MAX_COST = 2**53, 1e15  # larger totals are not saved exactly
 STARTED = time() - monotonic()
 
@@ -252,9 +254,9 @@ class UpstreamUsage:
 
         Texts of one client may take longer than those of another.
         """
-        found = self._latencies.get(client)
-        is_known = found is not None and self._clock() - found[-1][0] < STALE_S
-        return median(seconds for _, seconds in found or ()) if is_known else 0.0
+        found = list(self._latencies.get(client, ()))  # a copy, as other threads report it
+        is_known = found and self._clock() - found[-1][0] < STALE_S
+        return median(seconds for _, seconds in found) if is_known else 0.0
 
     def answered(self, local: int, others: int) -> None:
         """Count texts that were answered by the model, and by the upstream."""

@@ -1,4 +1,4 @@
-"""What each protocol calls things: a row for each. tests/test_contract.py holds them to what all of them promise."""
+"""The protocols: paths, bodies, names of fields, and answers, as tests/test_contract.py needs them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ def _text_of(error: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Door:
+class Case:
     """A protocol.
 
     Attributes:
@@ -69,11 +69,11 @@ def _split(tensor: Any) -> list[Any]:
     return [tensor["data"][i * width : (i + 1) * width] for i in range(count)]
 
 
-DOORS = {
-    "classify": Door(
+CASES = {
+    "classify": Case(
         "/classify", lambda texts: {"input": texts}, "input", "input[{}]", answers=_rows, no_cut="truncate"
     ),
-    "sglang": Door(
+    "sglang": Case(
         "/v1/classify",
         lambda texts: {"text": texts},
         "text",
@@ -83,7 +83,7 @@ DOORS = {
         takes="whole",
         required="input",
     ),
-    "hugging face": Door(
+    "hugging face": Case(
         "/",
         lambda texts: {"inputs": texts},
         "inputs",
@@ -93,7 +93,7 @@ DOORS = {
         no_cut="truncation",
         message=lambda error: error["error"],
     ),
-    "tei": Door(
+    "tei": Case(
         "/predict",
         lambda texts: {"inputs": [[text] for text in texts] if isinstance(texts, list) else texts},
         "inputs",
@@ -104,7 +104,7 @@ DOORS = {
         error=frozenset({"error", "error_type"}),
         takes="whole",
     ),
-    "kserve": Door(
+    "kserve": Case(
         "/v1/models/{model}:predict",
         lambda texts: {"instances": texts},
         "instances",
@@ -114,7 +114,7 @@ DOORS = {
         options="parameters",
         message=lambda error: error["error"],
     ),
-    "open inference": Door(
+    "open inference": Case(
         "/v2/models/{model}/infer",
         lambda texts: {"inputs": [_tensor(texts)]},
         "inputs: text",
@@ -126,7 +126,7 @@ DOORS = {
         options="parameters",
         message=lambda error: error["error"],
     ),
-    "detectors": Door(
+    "detectors": Case(
         "/api/v1/text/contents",
         lambda texts: {"contents": texts},
         "contents",
@@ -138,7 +138,7 @@ DOORS = {
         error=frozenset({"code", "message"}),
         takes="windows",
     ),
-    "guardrail": Door(
+    "guardrail": Case(
         "/beta/litellm_basic_guardrail_api",
         lambda texts: {"texts": texts},
         "texts",
@@ -148,7 +148,7 @@ DOORS = {
         takes="windows",
         optional=True,
     ),
-    "moderations": Door(
+    "moderations": Case(
         "/v1/moderations",
         lambda texts: {"input": texts},
         "input",
