@@ -1,15 +1,18 @@
 """Small real models, made and trained here, so that every test runs on a fresh machine."""
 
 import gc
+import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -282,10 +285,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
+ROOT = Path(__file__).resolve().parent.parent
+MADE = ROOT / "build" / "made"  # what made_once keeps from one run to the next
+MAKERS = "exits native model_store data training export server/learn".split()  # noqa: SIM905
+OTHERS = ("requirements.lock", "server/child.py", "server/upstream_settings.py", "tests/fine_tune.py")
+
+
+@cache
+def digest(path: Path) -> str:
+    """The hash of a file, or of the source files in a folder."""
+    files = sorted(f for f in path.rglob("*") if f.suffix in (".py", ".c", ".h")) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` fills once for all pytest-xdist workers; if `make` fails, the next caller tries again."""
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    """A folder that `make` fills once for all pytest-xdist workers and all later runs; tests must not change it.
+
+    It is made again if a source file has changed that trains or exports, or a test file that asks for it. If `make`
+    fails, the next caller tries again.
+    """
+    asking = {Path(frame.filename) for frame in inspect.stack(0)}
+    sources = [ROOT / part for part in (*MAKERS, *OTHERS)]
+    sources += sorted(path for path in asking if path.is_relative_to(ROOT / "tests"))
+    machine = [sys.version, int8_saturates(), os.environ.get("SANITIZED_KERNELS", "")]
+    made_from = hashlib.sha256(repr([machine, *map(digest, sources)]).encode())
+    folder = MADE / f"{name}-{made_from.hexdigest()[:16]}"
+    MADE.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
             making = folder.with_suffix(".making")
@@ -293,7 +318,17 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             making.mkdir()
             make(making)
             making.rename(folder)
+        os.utime(folder)
     return folder
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Remove what no run has used for a week."""
+    if not hasattr(session.config, "workerinput"):
+        for path in MADE.glob("*"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > 7 * 86400:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def installed(folder: Path, packages: str) -> Path:
