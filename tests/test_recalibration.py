@@ -42,33 +42,18 @@ def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_p
     assert old.risk is None and [row.layer for row in new.risk or ()] == [0, 1, 2]
 
 
-def test_unlabelled_texts_calibrate_against_full_depth(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mine = shutil.copytree(store, tmp_path / "store")
-    texts = tmp_path / "texts.txt"
-    texts.write_text("\n".join(text for text, _ in make_rows(200, 33)))
-    command = f"calibrate tiny-int8 --texts {texts} --store {mine} --max-loss 5"
-    with pytest.raises(ValueError, match="independent texts: too few"):
-        de3(command)
-    monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
-    assert "τ limits the loss of accuracy" not in de3(command)
-    calibration = Store(mine).open("tiny-int8:2").manifest.calibration
-    assert calibration is not None and calibration.self_labelled
-    assert calibration.exit_accuracy[-1] == 1  # full depth's answers count as correct
-    assert calibration.table[-1].disagreement > 0
-
-
-def test_related_texts_are_tuned_on_or_certify_together(
+def test_unlabelled_texts_calibrate_against_full_depth_and_related_ones_are_in_the_same_half(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, file = shutil.copytree(store, tmp_path / "store"), tmp_path / "texts.jsonl"
-    monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
     fragments = [f"{text} {i}" for i, (text, _) in enumerate(make_rows(198, 33))]
     texts = [*fragments, *(f"the {text}" for text in fragments), "one odd pun", "odd pun two", "odd pun"]
     rows = [{"text": text, "user": i // 2} for i, text in enumerate(texts)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = f"calibrate tiny-int8 --texts {file} --store {mine} --max-loss 5"
+    with pytest.raises(ValueError, match="independent texts: too few"):
+        de3(command)
+    monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
     related = "independent: identical texts, and those of one group, are related"
     left_out = (
         "; fragments, which neither choose nor certify τ: 198; left out, as fragments of several texts: 1"
@@ -78,9 +63,13 @@ def test_related_texts_are_tuned_on_or_certify_together(
         ("--group-column user", 399, 200, f"399 texts, 200 {related}\n"),
         ("--fragments", 200, 200, f"398 texts, 200 {related}{left_out}\n"),
     ):
-        assert said in de3(f"{command} {option}")
+        output = de3(f"{command} {option}")
+        assert said in output and "τ limits the loss of accuracy" not in output
         calibration = Store(mine).open("tiny-int8").manifest.calibration
-        assert calibration is not None  # a group in both halves would count twice
+        assert calibration is not None and calibration.self_labelled
+        assert calibration.exit_accuracy[-1] == 1  # full depth's answers count as correct
+        assert calibration.table[-1].disagreement > 0
+        # A group in both halves would count twice.
         assert (calibration.certify_size, calibration.groups) == (size, groups)
     assert "cannot be combined" in refusal(f"{command} --fragments --group-column user")
     samples = f"calibrate tiny --tune {file} --certify {file} --store {mine}"
@@ -95,30 +84,19 @@ def test_a_model_without_early_exits_is_not_calibrated(tmp_path: Path) -> None:
         )
 
 
-def test_unknown_labels_or_the_wrong_input_publish_no_calibration(store: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "store"
-    shutil.copytree(store, mine)
-    odd = write_rows(tmp_path / "odd.jsonl", [("a film", "mixed")])
-    with pytest.raises(ValueError, match="mixed"):
-        de3(f"calibrate tiny --tune {odd} --certify {odd} --store {mine}")
-    for name, content in (
-        ("bare.jsonl", '{"text": "a film"}'),
-        ("bare.txt", "a film"),
-        ("bare.csv", "text\na film"),
-    ):
-        (bare := tmp_path / name).write_text(content)
-        with pytest.raises(
-            ValueError, match=f'{name}:[12]: each sample needs "text" and "label"; .* --texts'
-        ):
-            de3(f"calibrate tiny --tune {bare} --certify {bare} --store {mine}")
+def test_unknown_labels_the_wrong_input_or_shared_samples_publish_no_calibration(
+    store: Path, tmp_path: Path
+) -> None:
+    mine = shutil.copytree(store, tmp_path / "store")
     edit(mine / "tiny" / "1", lambda m: m.update(input="pair"))
-    single = write_rows(tmp_path / "single.jsonl", make_rows(30, 36))
-    with pytest.raises(ValueError, match=r"single.jsonl: .*pairs"):
-        de3(f"calibrate tiny --tune {single} --certify {single} --store {mine}")
-    assert [p.name for p in (mine / "tiny").iterdir()] == ["1"]
-
-
-def test_a_certificate_needs_its_own_samples(store: Path, tmp_path: Path) -> None:
-    same = write_rows(tmp_path / "same.jsonl", make_rows(60, 35))
-    with pytest.raises(ValueError, match=r"60 of its texts are in .*same.jsonl too"):
-        de3(f"calibrate tiny --tune {same} --certify {same} --store {store}")
+    (bare := tmp_path / "bare.txt").write_text("a film")
+    for file, message in (
+        (write_rows(tmp_path / "odd.jsonl", [("a film", "mixed")]), "mixed"),
+        (bare, r'bare.txt:1: each sample needs "text" and "label"; .* --texts'),
+        (write_rows(tmp_path / "single.jsonl", make_rows(30, 36)), r"single.jsonl: .*pairs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            de3(f"calibrate tiny --tune {file} --certify {file} --store {mine}")
+    with pytest.raises(ValueError, match=r"30 of its texts are in .*single.jsonl too"):
+        de3(f"calibrate tiny-int8 --tune {file} --certify {file} --store {mine}")
+    assert [path.name for path in mine.glob("tiny*/*")] == ["1", "1"]

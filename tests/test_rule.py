@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from de3.exits import formulas
 from de3.exits.reading import Answer, differs, read
-from de3.exits.rule import ExitRule, exit_index
+from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr, Entropy, ModelTraits, signal_of
 
 
@@ -25,13 +24,6 @@ def test_below_is_strict() -> None:
     assert score is not None
     assert not ExitRule(score, Edr(1.0)).exits(score)
     assert ExitRule(np.nextafter(score, 1), Edr(1.0)).exits(score)
-
-
-def test_an_exit_without_prototypes_decides_only_by_entropy() -> None:
-    readings = [read(0, [5.0, 0.0], None)]
-    assert Edr(1.0).score(readings) is None
-    assert not ExitRule(1, Edr(1.0)).exits(None)
-    assert ExitRule(1, Entropy()).exits(Entropy().score(readings))
 
 
 @given(st.data(), st.integers(2, 9), st.sampled_from([0.0, 0.5, 1.0, 30.0]))
@@ -67,22 +59,6 @@ def test_logits_that_are_not_numbers_never_exit_early() -> None:
         assert not ExitRule(1, signal).exits(signal.score([read(0, [float("nan"), 0.0], [0.1, 0.2])]))
 
 
-@given(
-    arrays(np.float64, st.tuples(st.integers(1, 20), st.integers(1, 7)), elements=st.floats(0, 1)),
-    st.floats(0, 1),
-)
-def test_exit_index_is_the_first_below_tau_else_the_last(edr: np.ndarray, tau: float) -> None:
-    for row, found in zip(edr, exit_index(edr, tau), strict=True):
-        expected = next((i for i, x in enumerate(row[:-1]) if x < tau), len(row) - 1)
-        assert found == expected
-
-
-def test_exit_index_ignores_missing_prototypes() -> None:
-    edr = np.array([[0.5, np.nan], [np.nan, np.nan]])
-    assert exit_index(edr, 1.0).tolist() == [0, 1]
-    assert np.isnan(edr[0, 1])  # the input is not changed
-
-
 def test_lambda_may_be_as_large_as_its_limit_and_only_edr_has_one() -> None:
     assert signal_of("edr", 100).lam == 100
     risky = ModelTraits(risk=((0.0,) * 5, None))
@@ -97,12 +73,9 @@ def test_lambda_may_be_as_large_as_its_limit_and_only_edr_has_one() -> None:
     [
         (1.0, 1.5, 0.5, False),
         (1.0, 1.5, 0.25, True),
-        (1.0, 1.0, None, False),
         (1.0, math.nan, 0.5, True),
-        (math.nan, math.nan, 0.5, True),
         (1, 1, None, False),
         (1, 2, None, True),
-        ([1, 2], [1, 2], None, False),
         ([1, 2], [1], None, True),
     ],
 )

@@ -14,10 +14,12 @@ from de3.exits import bound, reference
 from de3.exits.trade_offs import MIN_GAIN, TradeOffs
 
 
-@pytest.mark.parametrize(("errors", "n"), [(-1, 5), (6, 5), (0, 0)])
-def test_a_bound_needs_errors_among_samples(errors: int, n: int) -> None:
-    with pytest.raises(ValueError, match="errors must be"):
-        bound.upper_bound(errors, n)
+def test_a_bound_needs_errors_among_samples_and_a_table_full_depth() -> None:
+    for errors, n in ((-1, 5), (6, 5), (0, 0)):
+        with pytest.raises(ValueError, match="errors must be"):
+            bound.upper_bound(errors, n)
+    with pytest.raises(ValueError, match="begins with"):
+        TradeOffs([SimpleNamespace(tau=0.5)])
 
 
 @given(st.integers(1, 400), st.data())
@@ -96,11 +98,6 @@ def test_steps_under_load_get_faster_and_stop_before_the_first_below_the_limit(
             assert following.accuracy < accuracy
 
 
-def test_a_table_without_full_depth_is_refused() -> None:
-    with pytest.raises(ValueError, match="begins with"):
-        TradeOffs([SimpleNamespace(tau=0.5)])
-
-
 SAMPLE = np.random.default_rng(0).gamma(2.0, size=4000)
 KNOWN = reference.quantiles(SAMPLE)
 
@@ -122,7 +119,6 @@ def test_many_equal_values_are_not_drift() -> None:
     known = reference.quantiles(values)
     window = rng.choice(values, 500).tolist()
     assert reference.psi(window, known) < 0.2 and reference.ks(window, known) < 0.1
-    assert reference.psi([0.5] * 500, known) > 1
     third = reference.quantiles(np.full(9, 1 / 3))  # they are rounded, and so must be the window's values
     assert reference.ks([1 / 3] * 50, third) == 0 and reference.psi([1 / 3] * 50, third) < 0.3
 
