@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from de3.exits import risk
 from de3.exits.reading import read
 from de3.exits.recorded import Recorded
-from de3.exits.signals import Risk, Weights
+from de3.exits.signals import Risk
 from tests.test_calibration import recorded
 
 
@@ -88,30 +88,6 @@ def test_no_fit_scores_a_group_that_it_saw(n: int, groups: int, monkeypatch: pyt
         assert sorted(scored) == list(range(n)) and not scores.any()
 
 
-def weights(rng: np.random.Generator) -> Weights:
-    return tuple(float(x) for x in rng.normal(0, 1.5, 5))
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-def test_many_at_once_match_one_at_a_time(classes: int) -> None:
-    rng = np.random.default_rng(classes)
-    logits = rng.normal(0, 3, (300, 4, classes)).astype(np.float32)
-    distances = rng.uniform(-1e-7, 2, logits.shape).astype(np.float32)
-    distances[::7] = 0  # distance 0 to every prototype
-    distances[:, 2:] = np.nan
-    r = Recorded([0, 2, 3, 5], logits, distances, np.zeros(300, np.int64))
-    signal = Risk((weights(rng), None, weights(rng), (*weights(rng)[:4], 0.0), None, None))
-    scores = signal.scores(r)
-    for i in range(300):
-        for j, layer in enumerate(r.exit_layers):
-            values = None if j >= 2 else distances[i, j].tolist()
-            one = signal.score([read(layer, logits[i, j].tolist(), values)])
-            if one is None:
-                assert j == 3 and math.isnan(scores[i, j])
-            else:
-                assert scores[i, j] == pytest.approx(one, abs=1e-9)
-
-
 def test_scores_of_any_size_are_probabilities_or_nan() -> None:
     signal = Risk(((1e6, 1e6, 0.0, 0.0, 0.0), (-1e6, -1e6, 0.0, 0.0, 0.0), None))
     readings = [read(layer, [80.0, -80.0], None) for layer in range(2)]
@@ -131,15 +107,20 @@ def test_each_exit_is_fitted_to_its_own_disagreement() -> None:
         assert fitted.weights[layer] == tuple(expected.tolist())
 
 
-@pytest.mark.parametrize(("margin", "distance"), [(25.0, 1e-11), (60.0, 0.0)])
-def test_sure_exits_have_the_same_risk_alone_and_in_arrays(margin: float, distance: float) -> None:
+@pytest.mark.parametrize(("margin", "distance"), [(1.0, 0.5), (25.0, 1e-11), (60.0, 0.0), (1.0, math.nan)])
+def test_an_exit_has_the_risk_of_its_formula_alone_and_in_arrays(margin: float, distance: float) -> None:
     """Both computations take the logarithm of max(value, 1e-12)."""
-    signal = Risk(((1.0, 0.1, 0.5, 0.2, 0.1), None))
-    logits, distances = np.float32([margin, 0.0]), np.float32([distance, 1.0])
-    reading = read(0, logits.tolist(), distances.tolist())
+    has_prototypes = not math.isnan(distance)
+    signal = Risk(((1.0, 0.1, 0.5, 0.2, 0.1 if has_prototypes else 0.0), None))
+    logits = np.array([margin, 0.0, -9.0], np.float32)
+    distances = np.array([distance, 1.0, 2.0] if has_prototypes else [math.nan] * 3, np.float32)
+    reading = read(0, logits.tolist(), distances.tolist() if has_prototypes else None)
     h, ratio = max(reading.entropy, 1e-12), max(float(distances[0]) / 2, 1e-12)
-    z = 1 + 0.1 * margin + 0.5 * reading.entropy + 0.2 * math.log(h) + 0.1 * math.log(ratio)
+    z = 1 + 0.1 * margin + 0.5 * reading.entropy + 0.2 * math.log(h)
+    z += 0.1 * math.log(ratio) if has_prototypes else 0.0
     exits = np.stack([[logits] * 2]), np.stack([[distances] * 2])
     scores = signal.scores(Recorded([0, 1], *exits, np.zeros(1, np.int64)))
     for score in (signal.score([reading]), scores[0, 0]):
         assert score == pytest.approx(1 / (1 + math.exp(-z)), rel=1e-4)
+    last = read(1, logits.tolist(), None)
+    assert signal.score([reading, last]) is None and math.isnan(scores[0, 1])

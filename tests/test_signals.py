@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from de3.exits import formulas
 
@@ -62,16 +61,3 @@ def test_edr_limits() -> None:
 @given(st.floats(1e-3, 1), st.floats(1e-3, 1), st.floats(0.01, 100))
 def test_edr_is_the_papers_formula(h: float, dr: float, lam: float) -> None:
     assert formulas.edr(h, dr, lam) == pytest.approx((lam + 1) / (lam / dr + 1 / h))
-
-
-@given(
-    arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 9)), elements=st.floats(-50, 50, width=32))
-)
-def test_many_at_once_match_one_at_a_time(logits: np.ndarray) -> None:
-    distances = np.abs(np.sin(logits))
-    h = formulas.entropy(formulas.softmax(logits))
-    dr = formulas.distance_ratio(logits, distances)
-    assert ((h >= 0) & (h <= 1) & (dr >= 0) & (dr <= 1)).all()
-    for i, row in enumerate(logits):
-        assert h[i] == pytest.approx(float(formulas.entropy(formulas.softmax(row))), abs=1e-12)
-        assert dr[i] == formulas.distance_ratio(row, distances[i])
