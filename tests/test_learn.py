@@ -651,29 +651,18 @@ def test_a_fit_ends_with_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         os.kill(int(started.readlink().name), 0)
 
 
-def test_a_pause_while_a_fit_writes_its_result_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    writes, has_quota = tmp_path / "writes", list[bool]()
+def test_a_fit_knows_of_a_quota_and_does_not_write_unbuffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unbuffered, Python would lose the rest of a result whose write a pause has interrupted."""
+    has_quota = list[bool]()
 
-    async def pause(process: "asyncio.subprocess.Process", is_limited: bool) -> None:
-        """Pause it once it waits for this process, which reads nothing meanwhile."""
-
-        def state() -> str:
-            return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0]
-
-        until(lambda: writes.exists() and state() == "S", "the write")
-        process.send_signal(signal.SIGSTOP)
-        until(lambda: state() == "T", "the pause")
-        process.send_signal(signal.SIGCONT)
+    async def note(_: object, is_limited: bool) -> None:
         has_quota.append(is_limited)
 
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     monkeypatch.setattr(fitting, "cpu_quota", lambda: 1)
-    monkeypatch.setattr(fitting, "_slow_down", pause)
-    result = "'{\"path\": \"' + 'x' * 10**7 + '\"}'"
-    found = fit_by(f"import os; r = {result}; os.mkdir({str(writes)!r}); print(r)", monkeypatch)
-    assert len(str(found.path)) == 10**7 and found.seconds > 0 and has_quota == [True]
+    monkeypatch.setattr(fitting, "_slow_down", note)
+    found = fit_by('import sys; print(\'{"path": "%s"}\' % sys.stdout.write_through)', monkeypatch)
+    assert (found.path, has_quota) == (Path("False"), [True]) and found.seconds > 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A request's choice of signal over HTTP, with and without risk, with the kernels and layer by layer."""
+"""A request's choice of signal, with and without risk; test_budgets.py asks over HTTP."""
 
 import shutil
 from pathlib import Path
@@ -10,10 +10,9 @@ from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Store
 from de3.server.errors import RequestError
-from de3.server.options import ExitOptions
+from de3.server.options import ExitOptions, OptionFields
 from de3.server.rules import Rules
 from de3.server.settings import Settings
-from tests.serving import Server
 from tests.test_hostile_models import edit
 
 
@@ -22,66 +21,56 @@ def manifest(store: Path) -> Manifest:
     return Store(store).open("tiny").manifest
 
 
-def asked(server: Server, **fields: Any) -> dict[str, Any]:
-    """The answer's `tau_choice` for a text, together with its `exit`."""
-    answer = server.classify(input="not bad but a very dull film", explain=True, **fields)
-    assert answer.status_code == 200, answer.text
-    return {**answer.json()["tau_choice"], "exit": answer.json()["data"][0]["exit"]}
+def options(**fields: Any) -> ExitOptions:
+    """The options of a request with these fields."""
+    return OptionFields.model_validate(fields).options
 
 
-def test_tau_is_the_one_of_the_chosen_signals_calibration(server: Server, manifest: Manifest) -> None:
+def test_tau_is_the_one_of_the_chosen_signals_calibration(manifest: Manifest) -> None:
     """Without τ or a target, another signal is about as cautious as the default."""
-    calibration = manifest.calibration
+    calibration, rules = manifest.calibration, Rules(manifest, Settings())
     assert calibration is not None
     for signal, lam in dict.fromkeys((row.signal, row.lam) for row in calibration.table):
-        fields: dict[str, Any] = {"signal": signal}  # edr without λ is the calibrated one
         trade_offs = TradeOffs(manifest.trade_offs()[signal, lam])
         default = trade_offs.at_disagreement(calibration.default.disagreement)
         if (signal, lam) == (manifest.defaults.signal, manifest.defaults.lam):
             default = calibration.default
-        for wish, row in (
-            ({}, default),
-            ({"max_layer": 1}, default),
-            ({"target_speedup": 2.0}, trade_offs.at_speedup(2.0)),
-            ({"max_disagreement": 0.1}, trade_offs.within_disagreement(0.1)),
-        ):
-            found = asked(server, **wish, **fields)
-            assert (found["tau"], found["signal"], found["lambda"]) == (row.tau, signal, lam)
-            if "max_layer" in wish:  # its effect is not in the calibration
-                assert found["exit"]["layer"] <= 1 and "expected" not in found
-            else:
-                assert found["expected"]["disagreement_bound"] == row.disagreement_bound
-            if row is default:
-                assert found["set_by"] == "default"
-            else:
-                assert (found["set_by"], found["requested"]) == (*wish, *wish.values())
-        answer = server.classify(input="a film", max_disagreement=0.1, **fields).json()
-        assert answer["certificate"]["bound"] == row.disagreement_bound
+        wishes: list[tuple[dict[str, Any], Any, tuple[str, float | None]]] = [
+            ({}, default, ("default", None)),
+            ({"max_layer": 1}, default, ("default", None)),
+            ({"target_speedup": 2.0}, trade_offs.at_speedup(2.0), ("target_speedup", 2.0)),
+            ({"max_disagreement": 0.1}, trade_offs.within_disagreement(0.1), ("max_disagreement", 0.1)),
+        ]
+        for wish, row, set_by in wishes:
+            found = rules.choose(options(signal=signal, **wish))  # edr without λ is the calibrated one
+            rule = found.rule
+            assert (rule.tau, rule.signal.name, rule.signal.lam) == (row.tau, signal, lam)
+            assert (found.set_by, found.requested, rule.max_layer) == (*set_by, wish.get("max_layer"))
+            # The effect of max_layer is not in the calibration.
+            assert found.expected == (None if "max_layer" in wish else row)
+        assert found.certificate is not None and found.certificate["bound"] == row.disagreement_bound
 
 
-UNKNOWN = {"lambda": 77}  # the calibration has no such signal
+@pytest.mark.parametrize("wish", [{}, {"max_layer": 2}, {"target_speedup": 2}, {"max_disagreement": 0.1}])
+def test_a_signal_without_a_calibration_needs_tau(manifest: Manifest, wish: dict[str, float]) -> None:
+    rules = Rules(manifest, Settings())
+    with pytest.raises(RequestError, match=r"give tau, or a signal that has one: entropy, .*risk") as error:
+        rules.choose(options(**{"lambda": 77}, **wish))
+    assert error.value.field == next(iter(wish.keys() - {"max_layer"}), "tau")
+    assert rules.choose(options(**{"lambda": 77}, tau=0.1)).rule.signal.lam == 77
 
 
 @pytest.mark.parametrize(
-    ("fields", "param"),
+    ("fields", "message"),
     [
-        (UNKNOWN, "tau"),
-        ({**UNKNOWN, "max_layer": 2}, "tau"),
-        ({**UNKNOWN, "target_speedup": 2}, "target_speedup"),
-        ({**UNKNOWN, "max_disagreement": 0.1}, "max_disagreement"),
         ({"signal": "margin"}, "signal"),
-        ({"signal": "risk", "lambda": 0}, "lambda"),
+        ({"signal": "risk", "lambda": 0}, "lambda: is only valid with the signal edr"),
         ({"signal": "edr", "lambda": 101}, "lambda"),
     ],
 )
-def test_a_refused_signal_is_explained(server: Server, fields: dict[str, Any], param: str) -> None:
-    answer = server.classify(input="a film", **fields)
-    assert answer.status_code == 422
-    error = answer.json()["error"]
-    assert error["param"] == param
-    if fields is UNKNOWN:
-        assert "risk" in error["message"] and "entropy" in error["message"]
-        assert server.classify(input="a film", tau=0.1, **fields).status_code == 200
+def test_a_refused_signal_is_explained(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        options(**fields)
 
 
 def table_default(manifest: dict[str, Any], signal: str) -> dict[str, Any]:
