@@ -203,7 +203,7 @@ def test_each_keys_name_has_its_own_guarantee(store: Path) -> None:
             return {"Authorization": f"Bearer {keys[name]}"}
 
         def tau(name: str) -> float:
-            body = {"input": "good", "explain": True, "max_layer": 2}  # which does not change τ
+            body = {"input": "good", "explain": True}
             answer = httpx.post(f"{server.url}/classify", json=body, headers=head(name)).json()
             return float(answer["tau_choice"]["tau"])
 
@@ -403,7 +403,8 @@ def test_tenants_with_pending_audits_have_equal_shares_of_the_time(monkeypatch: 
         threads.put([Audit(served, rule, ids, print, tenant=tenant) for _ in range(texts)])
 
     def go_on() -> None:
-        begun.clear(), may_go_on.set()
+        begun.clear()
+        may_go_on.set()
         assert begun.wait(60)
 
     monkeypatch.setattr(audit_engine, "run_audits", run)
@@ -411,7 +412,8 @@ def test_tenants_with_pending_audits_have_equal_shares_of_the_time(monkeypatch: 
     threads = AuditThreads(1, WorkQueue(10), done.extend)
     put("first", 1)
     assert begun.wait(60)
-    put("long", 4, 2), put("short", 9)  # 3 s and 1 s
+    put("long", 4, 2)  # 3 s each
+    put("short", 9)  # 1 s
     go_on()
     put("new", 4)
     go_on()
@@ -487,20 +489,7 @@ def guaranteed(store: Path, rate: float, **settings: Any) -> Ledger:
     return served_ledger(coordinator_of(guarantee=rate, **settings), served)
 
 
-def test_evidence_of_an_unloaded_model_counts_for_the_same_model_only(store: Path) -> None:
-    coordinator, changed = coordinator_of(), made(store, max_tokens=63)
-    for served in (made(store), changed):
-        ledger = served_ledger(coordinator, served)
-        assert ledger.audits == 0
-        agree(ledger)
-        coordinator.forget(served.model.manifest)
-    for runtime, audits in (("onnxruntime", 1), ("native", 0)):
-        changed.model.runtime = runtime
-        assert served_ledger(coordinator, changed).audits == audits
-        coordinator.forget(changed.model.manifest)
-
-
-def test_evidence_of_unloaded_models_is_saved_and_limited_in_memory(
+def test_evidence_of_unloaded_models_is_saved_and_limited_in_memory_and_counts_for_the_same_model_only(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledgers, "MAX_KEPT", 2)
@@ -512,6 +501,11 @@ def test_evidence_of_unloaded_models_is_saved_and_limited_in_memory(
             coordinator.forget(served.model.manifest)
         found.append([served_ledger(coordinator, served).audits for served in versions])
     assert found == [[0, 1, 1], [1, 1, 1]]
+    other, on_other_runtime = made(store, 2, max_tokens=63), made(store, 3)
+    on_other_runtime.model.runtime = "native"
+    for served in (other, on_other_runtime):
+        coordinator.forget(served.model.manifest)
+        assert served_ledger(coordinator, served).audits == 0
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,10 @@ def test_uncorrelated_groups_cost_nothing() -> None:
     assert 2700 < size <= 3000
     assert calibration.effective_size(hits, np.arange(3000)) == 3000
     assert calibration.mean_and_error(hits * 1.0, np.zeros(3000, np.int64))[1] == 1.0  # of one group
+    opposites = np.arange(60) % 2 == 0, np.arange(60) // 2  # no more precise than independent samples
+    assert calibration.mean_and_error(opposites[0] * 1.0, opposites[1])[1] == pytest.approx(
+        (0.25 / 60) ** 0.5
+    )
     none = np.zeros(3000, bool)
     assert calibration.effective_size(none, np.arange(3000) // 3) == 1000  # no hits: correlation unknown
 

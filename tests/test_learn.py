@@ -378,7 +378,7 @@ def test_versions_of_earlier_releases_are_served_without_the_evidence_for_them(
 @given(
     st.lists(st.lists(st.integers(0, 20), max_size=16), max_size=8),
     st.lists(st.integers(0, 20), max_size=16),
-    st.sampled_from([5, 2**18]),
+    st.sampled_from([0, 5, 2**18]),
 )
 def test_near_texts_share_most_of_their_word_pieces(
     fitted: list[list[int]], one: list[int], compared: int
@@ -599,6 +599,17 @@ def fit_by(program: str, monkeypatch: pytest.MonkeyPatch, plan: Job | None = Non
     """Run a fit whose process runs this program."""
     monkeypatch.setattr(fitting, "PROGRAM", program)
     return asyncio.run(run_fit(plan or fit_job()))
+
+
+def test_exits_are_published_only_if_they_may_be_faster(
+    base: Artifact, some: Records, fitted: learning.Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "fit_exits", lambda *_: fitted)
+    for speedup, is_published in ((fitted.speedup - 0.01, True), (fitted.speedup, False)):
+        plan = job(base, tmp_path, tmp_path, speedup=speedup)
+        found = learning.learn(base, some, Store(tmp_path), plan)
+        assert found.path == (tmp_path / "base/2" if is_published else None)
+        assert found.evidence == (fitted.evidence if is_published else [])
 
 
 def test_a_published_version_is_tested_on_newer_records_as_at_its_fit(
