@@ -16,6 +16,8 @@ from tests.fixtures import make_rows, write_rows
 from tests.test_signal_choice import without_risk
 from tests.test_store import edit
 
+pytestmark = pytest.mark.usefixtures("few_taus")
+
 
 def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_path: Path) -> None:
     """The first version has no risk."""
