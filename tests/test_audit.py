@@ -731,7 +731,6 @@ class Answering:
         self.waiting, self.counted = list[Audit](), list[tuple[int, bool]]()
         self.settled, self.kept, self.is_behind = list[Settled](), list[Record](), False
         self.texts, self.served, self._runner = WeakSet[SentText](), served, runner
-        self._told = PASSED[-1]
         on = Settings(**{"audit_share": 1.0} | options)
         learn, ask = self.kept.extend if learns else None, self._ask if asks else None
         self.auditor = Auditor(
@@ -739,7 +738,7 @@ class Answering:
         )
 
     async def _ask(self, *_: object) -> Reading:
-        return self._told
+        return PASSED[-1]
 
     def _count(self, settled: Sequence[Settled]) -> None:
         self.settled += settled
@@ -796,7 +795,6 @@ class Answering:
     def run_audit(self, index: int, **result: Any) -> None:
         """Run the audit that waits at this index, with the usual result apart from these fields."""
         found: dict[str, Any] = {"passed": PASSED, "tokens": TOKENS, "states": STATES} | result
-        self._told = found["passed"][-1]
         if asks := "upstream_failed" in self.auditor.excluded:
             found["passed"] = found["passed"][:-1]
         audit = replace(self.waiting.pop(index), **found)
@@ -980,7 +978,7 @@ def test_records_have_only_finite_values(answering: Answerings) -> None:
 
 
 def test_an_audited_text_near_to_a_fitted_one_has_no_key(answering: Answerings) -> None:
-    """So it counts only against the exits, in whichever process it was audited; see test_copies_count_only_against."""
+    """So it counts only against the exits, in whichever process it was audited."""
     texts = [
         Tokens(np.array([[9, *ids, 9]]), np.zeros((1, 0)), truncated=False) for ids in ([1, 2, 3], [4, 5, 6])
     ]

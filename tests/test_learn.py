@@ -35,7 +35,7 @@ from de3.export.records import opened, thinned
 from de3.export.records import texts_of as training_set
 from de3.model_store import records as files
 from de3.model_store.fitted import MOST_PIECES, NO_PIECE, FittedTexts, Pieces, pieces_of
-from de3.model_store.manifest import LEARNED_FROM, Learned, Manifest, base_of, fingerprint
+from de3.model_store.manifest import LEARNED_FROM, Learned, Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records, joined, read
 from de3.model_store.store import Artifact, Store
@@ -360,19 +360,6 @@ def test_too_few_records_are_refused(some: Records, base: Artifact) -> None:
 def ledger_of(manifest: Manifest, **settings: Any) -> Ledger:
     on = Settings(guarantee=0.05, **settings)
     return Ledger(manifest, Rules(manifest, on), "native", 1.0, on)
-
-
-def test_versions_of_earlier_releases_are_served_without_the_evidence_for_them(
-    learned: tuple[Artifact, Artifact], some: Records, tmp_path: Path
-) -> None:
-    old = shutil.copytree(learned[0].path, tmp_path / "base" / str(FIRST))
-    manifest = json.loads((old / "manifest.json").read_text())
-    del manifest["learned"]["cut"], manifest["files"]["fitted.safetensors"]
-    (old / "manifest.json").write_text(json.dumps(manifest))
-    artifact = Store(tmp_path).open("base")
-    assert Model(artifact, "onnxruntime").fitted is None
-    assert fingerprint(artifact.manifest) != fingerprint(learned[0].manifest)  # so its evidence starts anew
-    assert learning.test(artifact, some, 0) == Found()
 
 
 @given(
