@@ -73,15 +73,6 @@ def test_tau_rises_in_the_fixed_order_up_to_the_first_that_is_not_proved() -> No
     assert guarantee.evidence.e_values(0.1)[3] > 20
 
 
-def test_tau_does_not_rise_before_the_evidence_suffices() -> None:
-    guarantee = Guarantee(0.1, GRID)
-    changes = [n for n in range(200) if step(guarantee, 1.0, CLEAN)]
-    wealth = [np.mean([(1 + 0.1 * c) ** (n + 1) for c in (0.25, 0.5, 0.75)]) for n in range(200)]
-    first = next(n for n, value in enumerate(wealth) if value >= 20)
-    assert changes == [first]
-    assert guarantee.tau == 0.4  # in one step, because all texts agree
-
-
 def test_each_audit_is_weighted_by_the_inverse_of_its_share() -> None:
     evidence = Evidence(GRID)
     for share, differ in ((1.0, 1), (0.1, 3)):
