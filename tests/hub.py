@@ -108,16 +108,22 @@ def hub_of(folder: Path, host: str = "127.0.0.1") -> Iterator[tuple[type[Hub], i
 def use_hub(monkeypatch: pytest.MonkeyPatch, port: int, cache: Path) -> None:
     """Let this process, and new ones, use a hub on this machine, with an empty cache of huggingface_hub."""
     url = f"http://127.0.0.1:{port}"
-    environment = {
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(cache),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("HF_HOME", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    for name, value in {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Let this process use only files that were downloaded before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        yield

@@ -6,30 +6,24 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import httpx
-import numpy as np
 import pytest
 import torch
 import yaml
 from filelock import FileLock
-from huggingface_hub import constants
 from prometheus_client import CollectorRegistry
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertTokenizer,
     RobertaTokenizer,
 )
@@ -39,7 +33,6 @@ from de3.export import cache, record, upstream, vocabulary
 from de3.export.cache import artifact_of, evict, model_name
 from de3.export.hub import fetch
 from de3.export.original import original_of
-from de3.model_store import tokenizer_check
 from de3.model_store.architecture import Precision
 from de3.model_store.families import FAMILIES
 from de3.model_store.manifest import MIN_TOLERANCE
@@ -52,16 +45,10 @@ from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.commands import WITHOUT_TORCH
 from tests.fixtures import made_once, make_rows, save_encoder
-from tests.hub import hub_of, use_hub
+from tests.hub import hub_of, offline, use_hub
 from tests.serving import Server, process, running, until, url_when_ready
 from tests.stock import with_random_exits
 from tests.upstream import chat, model_of
-
-TEXTS: tuple[tuple[str, str | None], ...] = (
-    ("good", None),
-    ("a good film", "bad"),
-    ("the film is not bad but cold dull " * 20, None),
-)
 
 
 @pytest.fixture(scope="session")
@@ -92,28 +79,6 @@ def weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) ->
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
 
 
-@torch.no_grad()
-def difference(folder: Path, model: Model) -> float:
-    """Largest absolute difference, over TEXTS, between the logits of full depth and of transformers' model.
-
-    Also checks that the token ids are equal.
-    """
-    stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    worst = 0.0
-    for text, pair in TEXTS:
-        most, both = model.manifest.max_tokens, (text,) if pair is None else (text, pair)
-        inputs = tokenizer(*both, return_tensors="pt", truncation=True, max_length=most, padding=False)
-        tokens = model.tokenize(text, pair)
-        assert tokens.ids[0].tolist() == inputs["input_ids"][0].tolist()
-        inputs = {name: value for name, value in inputs.items() if name in tokenizer.model_input_names}
-        theirs = stock(**inputs).logits[0].numpy()
-        ours = model.full_depth(tokens)[-1].logits
-        assert ours is not None
-        worst = max(worst, float(np.abs(ours - theirs).max()))
-    return worst
-
-
 OLD = {"global_attn_every_n_layers": 2, "global_rope_theta": 500.0, "local_rope_theta": 30.0}
 
 
@@ -131,16 +96,8 @@ def test_omitted_options_have_the_defaults_of_transformers(family: str, options:
     assert known.of(ours, True) == known.of(theirs, True)
     assert known.head(ours) == known.head(theirs)
     assert ours.get("rope_parameters") == theirs.get("rope_parameters")
-
-
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mpnet"])
-def test_an_embedding_size_that_transformers_ignores_is_ignored(family: str) -> None:
-    known = FAMILIES[family]
-    assert known.of(known.complete({"model_type": family, "embedding_size": 16}), True).width == 768
-
-
-def in_half(kind: Any) -> Callable[[Path], None]:
-    return lambda folder: weights(folder, lambda w: {k: v.to(kind) for k, v in w.items()})
+    if family in ("bert", "roberta", "distilbert", "mpnet"):  # transformers ignores it
+        assert known.of(ours | {"embedding_size": 16}, True).width == 768
 
 
 def in_shards(folder: Path) -> None:
@@ -154,26 +111,27 @@ def in_shards(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def as_from_tensorflow(folder: Path) -> None:
-    def renamed(name: str) -> str:
-        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-
-    weights(folder, lambda w: {renamed(k): v for k, v in w.items()})
+def as_from_tensorflow(name: str) -> str:
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
 
 
-def with_buffers(folder: Path) -> None:
+def test_other_forms_of_a_classifier_make_the_same_artifact(
+    artifact: Artifact, copy: Path, tmp_path: Path
+) -> None:
     buffers = {"position_ids": torch.arange(64), "token_type_ids": torch.zeros(64)}
-    weights(folder, lambda w: w | {f"bert.embeddings.{name}": x for name, x in buffers.items()})
-
-
-@pytest.mark.parametrize(
-    "change",
-    [in_half(torch.float16), in_half(torch.bfloat16), in_shards, as_from_tensorflow, with_buffers],
-    ids=["fp16", "bf16", "shards", "gamma", "buffers"],
-)
-def test_weights_in_other_forms(copy: Path, tmp_path: Path, change: Callable[[Path], None]) -> None:
-    change(copy)
-    assert difference(copy, Model(artifact_of(str(copy), "fp32", tmp_path / "cache"))) < 1e-5
+    buffers = {f"bert.embeddings.{name}": values for name, values in buffers.items()}
+    weights(copy, lambda w: {as_from_tensorflow(k): v for k, v in w.items()} | buffers)
+    in_shards(copy)
+    tokens = json.loads((copy / "tokenizer.json").read_text())["model"]["vocab"]
+    without("tokenizer.json")(copy)
+    (copy / "vocab.txt").write_text("\n".join(sorted(tokens, key=tokens.get)))
+    other = artifact_of(str(copy), "int8", tmp_path / "cache")
+    both = [(one, one.manifest.files.copy()) for one in (artifact, other)]
+    tokenizers = [Tokenizer.from_str(one.read("tokenizer.json").decode()) for one, _ in both]
+    assert len({tuple(one.encode("It is NOT a bad film", "good").ids) for one in tokenizers}) == 1
+    for _, files in both:
+        del files["tokenizer.json"]
+    assert both[0][1] == both[1][1]
 
 
 def without(*names: str) -> Callable[[Path], None]:
@@ -198,10 +156,6 @@ def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
-def pickled(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
 CLASSIFIER, DENSE = "classifier.weight", "bert.encoder.layer.1.output.dense.weight"
 BAD: list[tuple[Callable[[Path], None], str]] = [
     (cut, "its model.safetensors cannot be read"),
@@ -212,16 +166,17 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
         "it has no weight classifier",
     ),
     (with_weight("second.weight", lambda _: torch.zeros(3, 64)), "include 'second.weight', which a"),
-    (in_half(torch.float8_e4m3fn), "its weights are F8_E4M3; de3 reads F32, F16, BF16"),
+    (with_weight(DENSE, lambda w: w.to(torch.float8_e4m3fn)), "its weights are F8_E4M3; de3 reads F32, F16"),
     (lambda f: edit(f, layer_norm_eps="small"), "an invalid value: epsilon: Input should be a valid number"),
     (lambda f: edit(f, id2label={"0": "a", "2": "b"}), "must have the keys 0 to 1"),
     (lambda f: edit(f, problem_type="regression"), "is a regression model with 3 outputs"),
-    (without("tokenizer.json"), "has no tokenizer.json: save one"),
     (lambda f: (f / "tokenizer.json").write_text("{}"), "its tokenizer.json cannot be used: not a tokenizer"),
     (without("config.json"), "has no config.json, so it is not a Hugging Face model"),
-    (lambda f: (f / "config.json").write_text("["), "cannot be read"),
     (without("model.safetensors"), "has no model.safetensors: it has no weights"),
-    (pickled, "its weights are in pytorch_model.bin, which could run code; import it with de3 import"),
+    (
+        lambda f: weights(f, lambda w: w | {str(i): torch.zeros(0) for i in range(20_001)}),
+        "it has more than 20000 weights",
+    ),
     (lambda f: edit(f, architectures=["\x1b[2J" + "x" * 10**6]), r"it is a \\u001b\[2Jxxx"),
     (lambda f: edit(f, max_position_embeddings=32), r"position_embeddings.weight has the shape \(64, 64\)"),
     (with_weight(DENSE, lambda _: torch.zeros(2**28, 0)), r"has the shape \[268435456, 0\]"),
@@ -243,25 +198,15 @@ def test_a_bad_folder_is_a_one_line_error_and_leaves_nothing(copy: Path, tmp_pat
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix != ".lock"]
 
 
-def test_too_many_weights_are_refused(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = len(load_file(bert / "model.safetensors"))
-    monkeypatch.setattr("de3.export.weights.MAX_TENSORS", count - 1)
-    with pytest.raises(ValueError, match=f"more than {count - 1} weights"):
-        artifact_of(str(bert), "int8", tmp_path)
-    monkeypatch.setattr("de3.export.weights.MAX_TENSORS", count)
-    artifact_of(str(bert), "int8", tmp_path)
+def test_an_artifact_is_made_once_and_made_again_when_it_is_not_whole(bert: Path, tmp_path: Path) -> None:
+    def made() -> int:
+        """The inode of the artifact's manifest, which a further conversion changes."""
+        return (artifact_of(str(bert), "int8", tmp_path / "cache").path / "manifest.json").stat().st_ino
 
-
-def test_an_artifact_is_made_once_and_made_again_when_it_is_not_whole(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[str] = []
-    convert = cache.convert
-    monkeypatch.setattr(cache, "convert", lambda of, *rest: (made.append(of.name), convert(of, *rest))[1])
-    first = artifact_of(str(bert), "int8", tmp_path / "cache")
+    first, inode = artifact_of(str(bert), "int8", tmp_path / "cache"), made()
     place, layer = first.path.parents[1], first.path / "layer_03.onnx"
     os.utime(place, (0, 0))
-    assert artifact_of(str(bert), "int8", tmp_path / "cache") == first and made == [str(bert)]
+    assert made() == inode
     assert place.stat().st_mtime > 0  # it was used last
     for damage in (
         (first.path / "manifest.json").unlink,
@@ -271,25 +216,10 @@ def test_an_artifact_is_made_once_and_made_again_when_it_is_not_whole(
     ):
         damage()
         artifact_of(str(bert), "int8", tmp_path / "cache").verify()
-    assert len(made) == 5
-
-
-def test_an_artifact_is_kept_while_a_process_uses_it(bert: Path, tmp_path: Path) -> None:
-    use = "from de3.export.cache import *; artifact_of(*sys.argv[1:3], Path(sys.argv[3])); print(flush=True); input()"
-    command = [sys.executable, "-c", f"import sys; {use}", str(bert), "int8", str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
-        assert user.stdout is not None
-        user.stdout.readline()
-        (place,) = [path for path in tmp_path.iterdir() if path.is_dir()]
-        evict(tmp_path, 0)
-        assert place.exists()
-        user.communicate(b"\n", 60)
-    evict(tmp_path, 0)
-    assert not place.exists()
 
 
 @pytest.mark.parametrize("others_make_it", [False, True])
-def test_an_artifact_that_is_removed_as_it_is_opened_is_made_again(
+def test_an_artifact_that_is_removed_as_it_is_opened_is_made_again_and_kept(
     artifact: Artifact, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others_make_it: bool
 ) -> None:
     made = artifact.path.parents[1]
@@ -306,25 +236,8 @@ def test_an_artifact_that_is_removed_as_it_is_opened_is_made_again(
 
     monkeypatch.setattr(fcntl, "flock", lock)
     again = artifact_of(str(bert), "int8", tmp_path / "cache")
-    evict(tmp_path / "cache", 0)
+    evict(tmp_path / "cache", 0)  # this process uses it
     again.verify()
-
-
-def test_an_artifact_whose_empty_folder_is_removed_is_kept(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Lock(FileLock):
-        def acquire(self, *arguments: Any, **options: Any) -> Any:
-            with monkeypatch.context() as patch:
-                patch.setattr(cache, "FileLock", FileLock)
-                evict(tmp_path, -1)  # just before the conversion
-            return super().acquire(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "FileLock", Lock)
-        artifact = artifact_of(str(bert), "int8", tmp_path)
-    evict(tmp_path, 0)
-    artifact.verify()
 
 
 def test_an_artifact_is_used_only_for_what_it_was_made_from(copy: Path, tmp_path: Path) -> None:
@@ -352,25 +265,19 @@ def test_an_artifact_is_used_only_for_what_it_was_made_from(copy: Path, tmp_path
 
 
 def test_a_second_start_waits_and_uses_the_artifact_of_the_first(
-    artifact: Artifact, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: Artifact, bert: Path, tmp_path: Path
 ) -> None:
-    made, waits = artifact.path.parents[1], threading.Event()
-
-    class Lock(FileLock):
-        def acquire(self, *arguments: Any, **options: Any) -> Any:
-            waits.set()
-            return super().acquire(*arguments, **options)
-
-    monkeypatch.setattr(cache, "FileLock", Lock)
-    monkeypatch.setattr(cache, "convert", lambda *_: pytest.fail("converted again"))
+    made = artifact.path.parents[1]
     place = tmp_path / "cache" / made.name
     place.mkdir(parents=True)
     with ThreadPoolExecutor(1) as pool:
         with FileLock(place.with_suffix(".lock")):  # as held by the first start
             second = pool.submit(artifact_of, str(bert), "int8", tmp_path / "cache")
-            assert waits.wait(60)
+            until((place / cache.USED).exists, "the second start")
             shutil.copytree(made, place, dirs_exist_ok=True)
-        assert second.result(60).path == place / artifact.path.relative_to(made)
+            manifest = place / artifact.path.relative_to(made) / "manifest.json"
+            inode = manifest.stat().st_ino
+        assert second.result(60).path == manifest.parent and manifest.stat().st_ino == inode
 
 
 def test_the_least_recently_used_are_removed_until_the_rest_fits(tmp_path: Path) -> None:
@@ -395,32 +302,10 @@ def test_the_least_recently_used_are_removed_until_the_rest_fits(tmp_path: Path)
     evict(tmp_path / "none", 0)
 
 
-def test_a_conversion_that_fails_leaves_nothing(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(draft: Any, files: Any) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("de3.model_store.store.Draft.write", full)
-    with pytest.raises(ValueError, match="no space left") as caught:
-        artifact_of(str(bert), "int8", tmp_path / "cache")
-    assert str(caught.value).startswith(str(bert))
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+def test_a_cache_that_cannot_be_written_is_named(bert: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="DE3_CACHE"):
         artifact_of(str(bert), "int8", tmp_path / "file")
-
-
-def test_the_folder_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value, folder in (
-        ("HOME", "/home/one", "/home/one/.cache/de3/classifiers"),
-        ("XDG_CACHE_HOME", "/xdg", "/xdg/de3/classifiers"),
-        ("DE3_CACHE", "~/mine", "/home/one/mine/classifiers"),
-    ):
-        for unset in ("XDG_CACHE_HOME", "DE3_CACHE") if name == "HOME" else ():
-            monkeypatch.delenv(unset, raising=False)
-        monkeypatch.setenv(name, value)
-        assert cache.cache_folder() == Path(folder)
 
 
 def test_the_name_under_which_a_classifier_is_served() -> None:
@@ -465,13 +350,10 @@ def test_a_vocabularys_tokenizer_is_that_of_transformers(
         assert family == "roberta" or encoded.type_ids == pair["token_type_ids"]
 
 
-def test_a_vocabulary_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "MAX_WORDS", len(IDS))
-    with pytest.raises(ValueError, match=f"more than {len(IDS)} lines"):
-        vocabulary.tokenizer_of(MERGES | {"merges.txt": b"f i\n" * 99}, {}, FAMILIES["roberta"])
-    monkeypatch.setattr(tokenizer_check, "MAX_VALUES", len(IDS) - 1)
-    with pytest.raises(ValueError, match=f"more than {len(IDS) - 1} values"):
-        vocabulary.tokenizer_of(MERGES, {}, FAMILIES["roberta"])
+def test_a_vocabulary_is_limited() -> None:
+    lines = b"\n" * (vocabulary.MAX_WORDS + 1)
+    with pytest.raises(ValueError, match=f"more than {vocabulary.MAX_WORDS} lines"):
+        vocabulary.tokenizer_of(MERGES | {"merges.txt": lines}, {}, FAMILIES["roberta"])
 
 
 def test_a_folder_that_changes_while_it_is_converted_is_not_cached(
@@ -488,14 +370,6 @@ def test_a_folder_that_changes_while_it_is_converted_is_not_cached(
             artifact_of(str(copy), "int8", tmp_path / "cache")
     (copy / "config.json").write_bytes(old)
     assert artifact_of(str(copy), "int8", tmp_path / "cache").manifest.labels != ["new", "names"]
-
-
-def test_a_folder_with_a_vocabulary_alone_is_served(copy: Path, tmp_path: Path) -> None:
-    tokens = json.loads((copy / "tokenizer.json").read_text())["model"]["vocab"]
-    without("tokenizer.json")(copy)
-    (copy / "vocab.txt").write_text("\n".join(sorted(tokens, key=tokens.get)))
-    model = Model(artifact_of(str(copy), "fp32", tmp_path / "cache"))
-    assert model.full_depth(model.tokenize("a good film"))[-1].logits is not None
 
 
 # On the hub
@@ -531,68 +405,20 @@ def test_models_of_the_hub_and_of_a_folder_are_served_without_pytorch(
     assert sum("model.safetensors" in line for line in downloads(hub)) == 1
 
 
-REFUSED = """
-import sys
-from de3.cli import main
-for line in sys.argv[1:]:
-    sys.argv = ["de3", "serve", "--demo", *line.split()]
-    try:
-        main()
-    except SystemExit as error:
-        assert error.code in (1, 2)
-"""
-
-
-def test_a_json_log_has_only_json(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every process, from the first line to the last, whatever fails."""
-    monkeypatch.setenv("DE3_LOG_FORMAT", "json")
-    monkeypatch.setenv("DE3_PROCESSES", "2")
-    monkeypatch.setenv("DE3_NOTHING", "0.5")
-    lines = list[dict[str, Any]]()
-    with process(tmp_path / "none", "org/model", "--guarantee", "0.2", "--learn") as started:
-        assert started.stderr is not None
-        for line in started.stderr:
-            lines.append(json.loads(line))
-            message = lines[-1]["message"]
-            if "is replaced, after" in message:
-                started.terminate()
-            elif "2 processes" in message:
-                pids = re.findall(r"Started server process \[(\d+)\]", json.dumps(lines))
-                os.kill(int(pids[0]), signal.SIGKILL)
-        assert started.wait(60) == 0
-    log = " ".join(line["message"] for line in lines)
-    assert log.count("curl http://") == log.count("converting it once") == 1
-    assert "DE3_NOTHING: unknown" in log and "replacing it" in log
-    monkeypatch.delenv("DE3_NOTHING")
-    wrong = {
-        "--nonsense": "No such option: --nonsense",
-        "--port x": "Invalid value for '--port'",
-        "--tau 7": "tau: ",
-        "--model nothing": "no model 'nothing'",
-        "./nothing": "./nothing: no such folder",
-    }
-    done = subprocess.run([sys.executable, "-c", REFUSED, *wrong], capture_output=True, text=True, check=True)
-    rows = [json.loads(line) for line in (done.stdout + done.stderr).splitlines()]
-    for row, said in zip(rows, wrong.values(), strict=True):
-        assert row["level"] == "CRITICAL" and row["message"].startswith(said)
-
-
 def downloads(hub: Any) -> list[str]:
     """The revision and the name of each file that was downloaded, as REVISION/NAME."""
     start = "GET /org/model/resolve/"
     return [line.removeprefix(start) for line in hub.asked if line.startswith(start)]
 
 
-@pytest.mark.parametrize("name", ["org/model", "org/model@v1"])
 def test_all_files_of_a_model_are_of_the_commit_that_was_checked(
-    hub: Any, name: str, monkeypatch: pytest.MonkeyPatch
+    hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (hub.folder / "pytorch_model.bin").write_bytes(b"could run code")
     hub.moves, commit = True, hub.COMMIT
-    folder = fetch(name)
-    with monkeypatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        assert fetch(name) == folder  # as downloaded before
+    folder = fetch("org/model")
+    with offline():
+        assert fetch("org/model") == folder  # as downloaded before
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert sorted(downloads(hub)) == sorted(f"{commit}/{file}" for file in wanted)
     assert {path.name for path in folder.iterdir()} == wanted
@@ -612,36 +438,30 @@ def test_the_commit_of_a_revision_is_noted_only_in_the_cache(hub: Any, tmp_path:
     ]
 
 
-def test_old_files_of_the_hub_are_imported(hub: Any, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_files_are_rewritten_for_an_import_and_nothing_is_left(hub: Any, bert: Path) -> None:
     torch.save(load_file(bert / "model.safetensors"), hub.folder / "pytorch_model.bin")
     without("model.safetensors")(hub.folder)
     (hub.folder / "special_tokens_map.json").write_text("{}")
-    for offline in (False, True):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        with pytest.raises(ValueError, match="import it with de3 import"):
-            fetch("org/model")
-        with original_of("org/model") as source:
-            ours, theirs = (load_file(folder / "model.safetensors") for folder in (source, bert))
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for state in (nullcontext(), offline()):
+        with state:
+            with pytest.raises(ValueError, match="import it with de3 import"):
+                fetch("org/model")
+            with original_of("org/model") as source:
+                ours, theirs = (load_file(folder / "model.safetensors") for folder in (source, bert))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and not source.exists()
     files = {"pytorch_model.bin", "config.json", "tokenizer.json", "tokenizer_config.json"}
     wanted = files | {"special_tokens_map.json"}
     assert sorted(downloads(hub)) == sorted(f"{hub.COMMIT}/{file}" for file in wanted)
 
 
-def test_a_model_that_cannot_be_served_is_refused_before_its_weights_are_downloaded(
-    hub: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (hub.folder / "pytorch_model.bin").write_bytes(b"is not read" * 1000)
-    total = sum(path.stat().st_size for path in hub.folder.iterdir() if path.suffix != ".bin")
-    monkeypatch.setattr("de3.export.hub.MAX_DOWNLOAD_BYTES", total - 1)
-    with pytest.raises(ValueError, match=f"^org/model: .* {total} bytes"):
+def test_a_model_that_cannot_be_served_is_refused_before_its_weights_are_downloaded(hub: Any) -> None:
+    (hub.folder / "pytorch_model.bin").write_bytes(b"is not read")
+    hub.other = {"size": 2**34 // 4 + 1}
+    with pytest.raises(ValueError, match=rf"^org/model: its \S+ has {2**32 + 1} bytes"):
         fetch("org/model")
     assert not downloads(hub)
-    monkeypatch.setattr("de3.export.hub.MAX_DOWNLOAD_BYTES", total)
-    fetch("org/model")
+    hub.other = {}
     edit(hub.folder, model_type="t5")
-    hub.COMMIT = hub.LATER
-    hub.asked.clear()
     with pytest.raises(ValueError, match=r"^org/model: encoders of type 't5'"):
         fetch("org/model")
     assert downloads(hub) == [f"{hub.COMMIT}/config.json"]
@@ -652,30 +472,21 @@ def test_a_model_that_cannot_be_served_is_refused_before_its_weights_are_downloa
     assert not downloads(hub)
 
 
-def test_the_reason_for_which_the_hub_has_no_model(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_for_which_the_hub_has_no_model(hub: Any) -> None:
     for name, reason in (
         ("org/other", "no such repository"),
         ("org/gated", "HF_TOKEN"),
         ("org/model@v2", "no such revision"),
         ("not a name!", "not a valid Hugging Face hub id"),
-        ("./org/model", "no such folder$"),
         ("~nobody/model", "no such folder$"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: .*{reason}"):
             fetch(name)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"^org/third: .*the hub cannot be reached"):
+    with offline(), pytest.raises(ValueError, match=r"^org/third: .*the hub cannot be reached"):
         fetch("org/third")
 
 
 # Requests
-
-
-@pytest.fixture(scope="module")
-def server(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("by-name")
-    with running(Service(Settings(store=folder, port=0, threads=1), [artifact])) as server:
-        yield server
 
 
 def test_changed_files_are_not_loaded_before_a_restart(copy: Path, tmp_path: Path) -> None:
@@ -697,20 +508,18 @@ def test_changed_files_are_not_loaded_before_a_restart(copy: Path, tmp_path: Pat
         assert server.classify(input="good").status_code == 200
 
 
-def test_only_full_depth_is_answered(server: Server) -> None:
+def test_only_full_depth_is_answered(artifact: Artifact, tmp_path: Path) -> None:
     early = {"tau": 0.1, "signal": "entropy", "lambda": 1.0, "max_layer": 1}
     early |= {"target_speedup": 2, "latency_budget_ms": 1000, "max_disagreement": 0.02}
-    for field, value in early.items():
-        answer = server.classify(input="good", **{field: value})
-        assert answer.status_code == 422
-        error = answer.json()["error"]
-        assert error["param"] == field and "add exits with de3 import" in error["message"]
-    for full in ({"tau": 0}, {"tau": 0, "signal": "entropy"}, {"max_layer": 3}, {"target_speedup": 1}):
-        answer = server.classify(input="good", **full)
-        assert answer.status_code == 200 and answer.json()["data"][0]["exit"]["layer"] == 3
-
-
-def test_a_setting_that_needs_an_early_exit_is_refused(artifact: Artifact, tmp_path: Path) -> None:
+    with running(Service(Settings(store=tmp_path, port=0, threads=1), [artifact])) as server:
+        for field, value in early.items():
+            answer = server.classify(input="good", **{field: value})
+            assert answer.status_code == 422
+            error = answer.json()["error"]
+            assert error["param"] == field and "add exits with de3 import" in error["message"]
+        for full in ({"tau": 0}, {"tau": 0, "signal": "entropy"}, {"max_layer": 3}, {"target_speedup": 1}):
+            answer = server.classify(input="good", **full)
+            assert answer.status_code == 200 and answer.json()["data"][0]["exit"]["layer"] == 3
     for options in ({"tau": 0.5}, {"target_speedup": 2.0}, {"latency_budget_ms": 5.0}):
         with pytest.raises(ValueError, match=r"a setting cannot be met: .*add exits with de3 import"):
             load(artifact, Settings(store=tmp_path, **options))
@@ -733,120 +542,83 @@ INT8 = "from de3.export.int8_process import child; child()"
 
 
 @pytest.fixture
-def compared(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The texts of each comparison of int8 with fp32 that has ended, each of 40, at the tests' priority."""
-    assert int8.TEXTS == 1024
-    compared, run_idle = list[list[str]](), int8.run_idle
-
-    async def run(program: str, argument: str, data: bytes) -> str:
-        output: str = await run_idle(program, argument, data)
-        compared.append([text for text, _ in json.loads(data)])
-        return output
-
-    monkeypatch.setattr(int8, "run_idle", run)
+def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """The number of comparisons of int8 with fp32, each of 40 texts, that have ended, at the tests' priority."""
+    ended = tmp_path / "ended"
+    ended.touch()
     monkeypatch.setattr(int8, "TEXTS", 40)
-    monkeypatch.setattr(int8, "PROGRAM", INT8)
+    monkeypatch.setattr(int8, "PROGRAM", f"{INT8}; open({str(ended)!r}, 'a').write('.')")
     monkeypatch.setattr(fitting, "IDLE_CORES", -1.0)
-    return compared
+    return lambda: len(ended.read_text())
 
 
-def measured(server: Server) -> dict[str, Any] | None:
-    """What the list of models says that int8 changes in one of them; None if it says nothing."""
+def measured(server: Server) -> dict[str, Any]:
+    """What the list of models says that int8 changes, by model, without those of which it says nothing."""
     rows = httpx.get(f"{server.url}/v1/models").json()["data"]
-    return next((row["int8"] for row in rows if row["int8"]), None)
+    return {row["id"]: row["int8"] for row in rows if row["int8"]}
 
 
 def logged(caplog: pytest.LogCaptureFixture, part: str) -> list[tuple[str, str]]:
     return [(row.levelname, row.getMessage()) for row in caplog.records if part in row.getMessage()]
 
 
-@pytest.mark.parametrize("kind", [None, "multi_label_classification", "spans"])
+@pytest.mark.parametrize("kind", ["labels", "spans"])
 def test_the_answers_that_int8_changes_are_counted_once(
-    kind: str | None,
-    compared: list[list[str]],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    kind: str, compared: Callable[[], int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On distinct live texts; a longer one, a repeated one and a redacted one do not count."""
     caplog.set_level("INFO", "de3")
-    options: dict[str, Any] = {"tags": ["O", "B-A", "I-A"]} if kind == "spans" else {"labels": 3}
-    if kind == "multi_label_classification":
-        options |= {"problem_type": kind}
-    folder, made = save_encoder(tmp_path / "stock", **options), tmp_path / "cache"
-    artifact = artifact_of(str(folder), "int8", made)
+    options: dict[str, Any] = {"labels": 3, "problem_type": "multi_label_classification"}
+    folder = save_encoder(
+        tmp_path / "stock", **options if kind == "labels" else {"tags": ["O", "B-A", "I-A"]}
+    )
+    artifact = artifact_of(str(folder), "int8", tmp_path / "cache")
+    assert artifact.manifest.thresholds == ([0.5] * 3 if kind == "labels" else None)
     settings = Settings(store=tmp_path / "none", port=0, threads=1)
     texts = [f"{text} {number}" for number, (text, _) in enumerate(make_rows(40, 31))]
     with running(Service(settings, [artifact])) as server:
         assert server.classify(input=["long " * 1000, *texts[:30], *texts[:20]]).status_code == 200
         if kind == "spans":
-            assert (
-                server.classify(input=[f"private {text}" for text in texts], redact=True).status_code == 200
-            )
-        assert measured(server) is None
+            private = [f"private {text}" for text in texts]
+            assert server.classify(input=private, redact=True).status_code == 200
+        assert not measured(server)
         assert server.classify(input=texts[20:]).status_code == 200
-        until(lambda: measured(server), "the result")
-        first = measured(server)
-        assert first is not None and compared == [texts]
         until(lambda: logged(caplog, "int8 changes"), "the message")
-        assert server.metric("de3_int8_disagreement_ratio", model="stock:1") == first["share"]
+        (found,) = measured(server).values()
     examples = [Example(text, 0) for text in texts]
     plain = Model(artifact_of(str(folder), "fp32", tmp_path / "other"), "onnxruntime")
     theirs, ours = record.record(plain, examples), record.record(Model(artifact), examples)
     differ = int(ours.differs_from(theirs.answers[:, -1])[:, -1].sum())
-    assert (first["texts"], first["differ"]) == (40, differ)
-    assert first["lower"] <= first["share"] == round(differ / len(examples), 5) < first["upper"]
+    assert (found["texts"], found["differ"]) == (40, differ)
+    assert found["lower"] <= found["share"] == round(differ / len(examples), 5) < found["upper"]
     ((level, message),) = logged(caplog, "int8 changes")
-    assert level == ("WARNING" if first["share"] > 0.01 else "INFO") and "--quantize none" in message
-    assert not list(made.glob("*/.fp32"))
+    assert level == ("WARNING" if found["share"] > 0.01 else "INFO") and "--quantize none" in message
+    assert not list((tmp_path / "cache").glob("*/.fp32"))
     with running(Service(settings, [artifact])) as server:  # a restart repeats nothing
-        assert server.metric("de3_int8_disagreement_ratio", model="stock:1") == first["share"]
+        assert server.metric("de3_int8_disagreement_ratio", model="stock:1") == found["share"]
         assert server.classify(input=texts).status_code == 200
-        assert measured(server) == first and len(compared) == 1
+        assert list(measured(server).values()) == [found] and compared() == 1
     assert artifact.proof is not None
     proved = json.loads(artifact.proof.read_text())
-    damaged = ({}, 5, first | {"share": "x"}, first | {"upper": float("nan")}, first | {"texts": 10**400})
-    for content in (*(json.dumps(proved | {"int8": one}) for one in damaged), "[" * 50_000):
-        artifact.proof.write_text(content)
+    for damaged in (
+        {},
+        5,
+        found | {"share": "x"},
+        found | {"upper": float("nan")},
+        found | {"texts": 10**400},
+    ):
+        artifact.proof.write_text(json.dumps(proved | {"int8": damaged}))
         registry = CollectorRegistry()
         int8.Int8Check([artifact], "auto", registry)
         assert not next(iter(registry.collect())).samples  # it is measured again
 
 
-@pytest.mark.parametrize(
-    ("program", "memory", "reason"),
-    [
-        ("raise SystemExit(9)", 2**30, "its process ended with 9"),
-        (f"import sys; sys.argv[1] = sys.argv[1].replace('by-name', 'gone'); {INT8}", 2**30, "gone"),
-        (INT8, 0, "its process ended with"),
-        ("import os; os.kill(os.getpid(), 9)", 2**30, "probably for lack of memory"),
-    ],
-)
-@pytest.mark.usefixtures("compared")
-def test_a_failed_count_of_what_int8_changes_harms_nothing(
-    artifact: Artifact,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    program: str,
-    memory: int,
-    reason: str,
-) -> None:
-    for name, value in {"PROGRAM": program, "MEMORY_BYTES": memory, "TEXTS": 3}.items():
-        monkeypatch.setattr(int8, name, value)
-    with running(Service(Settings(store=tmp_path / "none", port=0), [artifact])) as server:
-        assert server.classify(input=["a", "b", "c"]).status_code == 200
-        until(lambda: logged(caplog, "cannot measure how many answers int8 changes"), "the warning")
-        ((_, message),) = logged(caplog, "cannot measure")
-        assert reason in message, message
-        assert server.classify(input="good").status_code == 200
-        assert measured(server) is None
-
-
 def test_one_process_at_a_time_counts_what_int8_changes_in_classes(
-    bert: Path, compared: list[list[str]], tmp_path: Path
+    bert: Path, compared: Callable[[], int], tmp_path: Path
 ) -> None:
     """Values, fp32 and models of the store are left out."""
     value = artifact_of(str(save_encoder(tmp_path / "value", labels=1)), "int8", tmp_path / "cache")
+    assert value.manifest.tolerance == MIN_TOLERANCE
     plain = artifact_of(str(save_encoder(tmp_path / "plain", labels=2)), "fp32", tmp_path / "cache")
     artifact = artifact_of(str(bert), "int8", tmp_path / "cache")
     others = [value, plain, with_random_exits(bert, Store(tmp_path / "store"), "stored", "int8")]
@@ -858,11 +630,15 @@ def test_one_process_at_a_time_counts_what_int8_changes_in_classes(
         with FileLock(artifact.path.parents[1] / ".fp32.lock"):  # as another process would hold it
             server.classify(input=parts[0])
             server.classify(input=parts[1])  # starts no other process
-            until(lambda: compared, "the end of the process")
-        assert measured(server) is None
-        server.classify(input=parts[2])  # the step of the event loop that ended the process is over
-        until(lambda: measured(server), "the result")
-    assert compared == parts[::2]
+            until(compared, "the end of the process")
+        assert not measured(server)
+
+        def found() -> dict[str, Any]:
+            server.classify(input=parts[2])  # counts once the server knows that the first process has ended
+            return measured(server)
+
+        until(found, "the result")
+        assert found().keys() == {artifact.full_name} and compared() == 2
 
 
 def test_two_classifiers_with_one_name_are_refused(artifact: Artifact, bert: Path, tmp_path: Path) -> None:
@@ -870,33 +646,49 @@ def test_two_classifiers_with_one_name_are_refused(artifact: Artifact, bert: Pat
         Service(Settings(store=tmp_path / "none"), [artifact, artifact_of(str(bert), "fp32", tmp_path)])
 
 
-def test_other_kinds_of_answers(tmp_path: Path) -> None:
-    several = save_encoder(tmp_path / "labels", labels=3, problem_type="multi_label_classification")
-    folders = several, save_encoder(tmp_path / "value", labels=1)
-    found = [artifact_of(str(folder), "int8", tmp_path / "cache").manifest for folder in folders]
-    assert [manifest.thresholds for manifest in found] == [[0.5] * 3, None]
-    assert [manifest.tolerance for manifest in found] == [None, MIN_TOLERANCE]
-
-
-def test_kserves_runtime_serves_the_folder_under_its_services_name(
+def test_kserves_runtime_serves_the_folder_under_its_services_name_with_only_json_in_the_log(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DE3_CACHE", str(tmp_path / "cache"))
+    """The log of every process, from the first line to the last, whatever fails."""
     shutil.copytree(bert, tmp_path / "models")
     runtime = yaml.safe_load(Path("deploy/kubernetes/kserve.yaml").read_text())
     (container,) = runtime["spec"]["containers"]
-    assert {"name": "DE3_HOST", "value": "0.0.0.0"} in container["env"]
+    environment = {one["name"]: one["value"] for one in container["env"]}
+    assert environment["DE3_HOST"] == "0.0.0.0"
+    local = {"DE3_HOST": "127.0.0.1", "DE3_CACHE": str(tmp_path / "cache"), "DE3_NOTHING": "0.5"}
+    for name, value in (environment | local).items():
+        monkeypatch.setenv(name, value)
     command, *arguments = [
         one.replace("/mnt/models", str(tmp_path / "models")).replace("{{.Name}}", "toxic")
         for one in container["args"]
     ]
     assert command == "serve"
-    with process(tmp_path / "none", *arguments) as running:
-        url = url_when_ready(running)
-        inputs = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["good"]}
-        for path, body in (
-            ("/v1/models/toxic:predict", {"instances": ["good"]}),
-            ("/v2/models/toxic/infer", {"inputs": [inputs]}),
-        ):
-            assert httpx.post(url + path, json=body).status_code == 200
-        assert httpx.get(f"{url}/v2/models/toxic/ready").status_code == 200
+    messages = list[str]()
+    inputs = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["good"]}
+    with process(tmp_path / "none", *arguments) as started:
+        assert started.stderr is not None
+        for line in started.stderr:
+            messages.append(json.loads(line)["message"])
+            log = "\n".join(messages)
+            if "is replaced, after" in messages[-1]:
+                started.terminate()
+            elif "2 processes" in messages[-1]:
+                url = re.findall(r"running on (http://[0-9.:]+)", log)[0]
+                for path, body in (
+                    ("/v1/models/toxic:predict", {"instances": ["good"]}),
+                    ("/v2/models/toxic/infer", {"inputs": [inputs]}),
+                ):
+                    assert httpx.post(url + path, json=body, timeout=60).status_code == 200
+                assert httpx.get(f"{url}/v2/models/toxic/ready").status_code == 200
+                os.kill(int(re.findall(r"Started server process \[(\d+)\]", log)[0]), signal.SIGKILL)
+        assert started.wait(60) == 0
+    assert log.count("curl http://") == log.count("converting it once") == 1
+    assert "DE3_NOTHING: unknown" in log and "replacing it" in log
+    for wrong, says in (
+        ("--nonsense", "No such option: --nonsense"),
+        ("./nothing", "./nothing: no such folder"),
+    ):
+        with process(tmp_path / "none", wrong) as started:
+            assert started.stderr is not None
+            rows = [json.loads(line) for line in started.stderr]
+        assert rows[-1]["level"] == "CRITICAL" and rows[-1]["message"].startswith(says)

@@ -18,7 +18,7 @@ from de3.export import download
 from de3.export.download import File, HubError, list_files
 from de3.export.encoder import describe_encoder
 from de3.export.hub import ENCODER_FILES, fetch
-from tests.hub import Hub, hub_of, use_hub
+from tests.hub import Hub, hub_of, offline, use_hub
 
 WEIGHTS = bytes(range(256)) * 400
 FILES = {"config.json", "tokenizer.json", "model.safetensors"}
@@ -60,7 +60,7 @@ def files(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if not path.is_dir()}
 
 
-@pytest.mark.parametrize("path", ["OUT/file", "../../../../out", "../file"])
+@pytest.mark.parametrize("path", ["OUT/file", "../file"])
 @pytest.mark.parametrize("what", ["etag", "commit", "sha", "blobId", "lfs", "rfilename"])
 def test_a_hub_chooses_no_path(hub: type[Hub], tmp_path: Path, what: str, path: str) -> None:
     path = path.replace("OUT", str(tmp_path / "out"))
@@ -107,7 +107,6 @@ def backwards(self: Hub, data: bytes) -> None:
     [
         (endless, "model.safetensors", 100, "more for model.safetensors than .* 100 bytes"),
         (endless, "model.safetensors", None, f"more for model.safetensors than .* {2**20} bytes"),
-        (endless, "tokenizer.json", None, f"more for tokenizer.json than .* {2**10} bytes"),
         (Hub.send_contents, "tokenizer.json", 3, "sends 2 bytes for tokenizer.json, but lists 3"),
         (backwards, "model.safetensors", "as listed", "wrong contents for model.safetensors"),
         (backwards, "tokenizer.json", "as listed", "wrong contents for tokenizer.json"),
@@ -123,7 +122,6 @@ def test_other_contents_than_announced_or_allowed_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(download, "MAX_DOWNLOAD_BYTES", 2**20)
-    monkeypatch.setattr(download, "MAX_OTHER_BYTES", 2**10)
     file = listed(name) if size == "as listed" else File(rfilename=name, size=size)
     hub.send_contents = send
     hub.headers_of = {"Content-Length": str(2**40)} if send == endless else {}
@@ -132,18 +130,13 @@ def test_other_contents_than_announced_or_allowed_are_refused(
     assert not blobs()
 
 
-@pytest.mark.parametrize(
-    ("listed", "says"),
-    [
+def test_a_list_of_files_is_limited(hub: type[Hub]) -> None:
+    for hub.listed, says in (
         ({"siblings": [{}] * 10_001}, "siblings: List should have at most 10000 items"),
         ({"more": "x" * 2**23}, r"more for .* list of files than the expected 8388608 bytes"),
-    ],
-    ids=["files", "bytes"],
-)
-def test_a_list_of_files_is_limited(hub: type[Hub], listed: dict[str, Any], says: str) -> None:
-    hub.listed = listed
-    with pytest.raises(ValueError, match=f"^org/model: .*{says}"):
-        fetch("org/model")
+    ):
+        with pytest.raises(ValueError, match=f"^org/model: .*{says}"):
+            fetch("org/model")
 
 
 def slow_body(self: Hub, _: bytes) -> None:
@@ -162,13 +155,13 @@ def silent(self: Hub) -> None:
     self.rfile.read(1)  # until the client closes the connection
 
 
-@pytest.mark.parametrize("how", ["body", "headers", "silent"])
+@pytest.mark.parametrize("how", ["body", "headers"])
 def test_a_download_without_progress_ends(hub: type[Hub], how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "body":
         hub.send_contents = slow_body
         hub.headers_of = {"Content-Length": str(2**30)}
     else:
-        hub.do_GET = slow_headers if how == "headers" else silent
+        hub.do_GET = slow_headers
     monkeypatch.setattr(download, "STALL_S", 0.3)
     with pytest.raises(HubError, match=r"^model\.safetensors is downloading too slowly .* in 0\.3 s"):
         download_one(hub, File(rfilename="model.safetensors", size=2**30))
@@ -183,26 +176,12 @@ def test_progress_sets_a_new_time_limit(hub: type[Hub], monkeypatch: pytest.Monk
         self.wfile.write(data[: download.STALL_BYTES])
         silent(self)
 
+    (hub.folder / "model.safetensors").write_bytes(bytes(download.STALL_BYTES + 1))
     file = listed()
     hub.send_contents = send
     monkeypatch.setattr(download, "STALL_S", 60.0)
-    monkeypatch.setattr(download, "STALL_BYTES", len(WEIGHTS) // 2)
-    with pytest.raises(HubError, match=rf"less than {len(WEIGHTS) // 2} bytes in 0 s"):
+    with pytest.raises(HubError, match=rf"less than {download.STALL_BYTES} bytes in 0 s"):
         download_one(hub, file)
-
-
-def test_hashing_takes_no_time_from_the_download(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed, time, hash_of = list[str](), asyncio.BaseEventLoop.time, File.hash_of
-    late = 2 * download.STALL_S
-
-    def slow(self: File, file: Any) -> str:
-        hashed.append(self.name)
-        return hash_of(self, file)
-
-    monkeypatch.setattr(File, "hash_of", slow)
-    monkeypatch.setattr(asyncio.BaseEventLoop, "time", lambda loop: time(loop) + late * len(hashed))
-    download.download("org/model", hub.COMMIT, list_files("org/model", "main").files)
-    assert set(hashed) == FILES
 
 
 def test_a_lost_connection_is_resumed(hub: type[Hub]) -> None:
@@ -212,23 +191,21 @@ def test_a_lost_connection_is_resumed(hub: type[Hub]) -> None:
     assert len(hub.asked) == 1 + -(-len(WEIGHTS) // 50_000)
 
 
-def test_a_second_download_waits_for_the_first(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    starts, waits = Semaphore(0), download.WeakFileLock
+def test_a_second_download_waits_for_the_first(hub: type[Hub]) -> None:
+    starts, file = Semaphore(0), listed()
 
-    def lock(path: Path) -> Any:
+    def start() -> bytes:
         starts.release()
-        return waits(path)
+        return download_one(hub, file)
 
     def send(self: Hub, data: bytes) -> None:
         assert starts.acquire(timeout=60) and starts.acquire(timeout=60)  # both are there
         Hub.send_contents(self, data)
 
-    file = listed()
     hub.asked.clear()
     hub.send_contents = send
-    monkeypatch.setattr(download, "WeakFileLock", lock)
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(download_one, [hub] * 2, [file] * 2, timeout=60)) == [WEIGHTS] * 2
+        assert [one.result(60) for one in (pool.submit(start), pool.submit(start))] == [WEIGHTS] * 2
     assert len(hub.asked) == 1
 
 
@@ -239,9 +216,9 @@ def test_a_thread_with_an_event_loop_can_download(hub: type[Hub]) -> None:
     assert names(asyncio.run(notebook())) == FILES
 
 
-def test_a_cache_that_cannot_be_written_is_named(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub.folder / "config.json"))
-    with pytest.raises(ValueError, match=r"^org/model: .* into .*config\.json .*: set HF_HOME"):
+def test_a_cache_that_cannot_be_written_is_named(hub: type[Hub], tmp_path: Path) -> None:
+    (tmp_path / "hf").touch()
+    with pytest.raises(ValueError, match=r"^org/model: .* into .*/hf .*: set HF_HOME"):
         fetch("org/model")
 
 
@@ -255,9 +232,9 @@ def test_the_cache_is_that_of_huggingface_hub(hub: type[Hub], monkeypatch: pytes
         folder = fetch("org/model@v1")
         ours = {path.name: path.resolve().name for path in folder.iterdir()}
         assert ours == {path.name: path.resolve().name for path in Path(theirs).iterdir()}
-        patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        assert snapshot_download("org/model", revision="v1") == str(folder)
-        assert hf_hub_download("org/model", "config.json", revision="v1") == str(folder / "config.json")
+        with offline():
+            assert snapshot_download("org/model", revision="v1") == str(folder)
+            assert hf_hub_download("org/model", "config.json", revision="v1") == str(folder / "config.json")
 
 
 def test_only_an_encoders_pooling_comes_from_another_folder(hub: type[Hub]) -> None:
