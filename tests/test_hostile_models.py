@@ -10,18 +10,17 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from time import thread_time  # CPU time of this thread, so that a busy machine does not matter
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
+from onnx.external_data_helper import set_external_data
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from de3.model_store import tokenizer_check
 from de3.model_store.graph import GraphError
 from de3.model_store.graph_check import MAX_FIELDS, read_model
 from de3.model_store.model import Model
@@ -29,12 +28,12 @@ from de3.model_store.printable import printable
 from de3.model_store.segments import session_options
 from de3.model_store.store import Store, StoreError, read_manifest
 from de3.model_store.tokenizer import TextTokenizer
-from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
+from de3.model_store.tokenizer_check import MAX_VALUES, TokenizerError, check_tokenizer
 from de3.server import prove
 from de3.server.background import in_background
 from de3.server.engine.timing import Timing
 from de3.server.logs import JsonFormatter, TextFormatter
-from de3.server.models import find, load, newest
+from de3.server.models import load
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.commands import invoke
@@ -91,27 +90,17 @@ def forge(store: Path, model: str, layer: int, change: Callable[[Any], None]) ->
     return name
 
 
-def external(tensor: Any) -> None:
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", "weights"), ("offset", "0")):
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, value
-
-
 def node(proto: Any, op: str) -> Any:
     return next(n for n in proto.graph.node if n.op_type == op)
 
 
-def test_no_tensor_is_read_from_another_file(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(copies)
-    proto = onnx.load(copies / "tiny/1/layer_01.onnx")
-    Path("weights").write_bytes(proto.graph.initializer[0].raw_data)
-    name = forge(copies, "tiny", 1, lambda p: external(p.graph.initializer[0]))
-    with pytest.raises(StoreError, match=rf"{name}: TensorProto has the field"):
-        Model(Store(copies).open("tiny"))
-    # If the check missed it, the session would look for the file in a folder that does not exist.
-    external(proto.graph.initializer[0])
+def test_a_session_reads_no_tensor_from_another_file(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the check of graphs, which refuses such tensors, missed one."""
+    monkeypatch.chdir(store)
+    proto = onnx.load("tiny/1/layer_01.onnx")
+    Path("weights").write_bytes((tensor := proto.graph.initializer[0]).raw_data)
+    set_external_data(tensor, "weights")
+    tensor.ClearField("raw_data")
     with pytest.raises(Exception, match=r"nonexistent|external|not exist|No such file"):
         ort.InferenceSession(proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
 
@@ -125,10 +114,17 @@ def test_a_manifest_is_read_within_limits(tmp_path: Path) -> None:
     for rows, message in ((200_000, "at most 5000"), (1_000_000, "at most 1048576 are expected")):
         manifest["calibration"]["table"] = [{}] * rows
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-        started = thread_time()
         with pytest.raises(StoreError, match=message):
             read_manifest(tmp_path)
-        assert thread_time() - started < 10
+    before = CALIBRATED[: CALIBRATED.index('"export"')]  # this part may have any values
+    numbers = {m[1]: m.span(2) for m in re.finditer(r'"(\w+)": (\d+)(?=[,\n])', before)}
+    del numbers["schema_version"]
+    for name, (start, end) in numbers.items():
+        (tmp_path / "manifest.json").write_text(CALIBRATED[:start] + "9" * 4300 + CALIBRATED[end:])
+        with pytest.raises(StoreError, match=name) as caught:
+            read_manifest(tmp_path)
+        assert len(str(caught.value)) < 600
+    assert len(numbers) > 10
 
 
 def test_a_sparse_file_is_not_read(copies: Path) -> None:
@@ -166,25 +162,19 @@ CLASSIFIER, BIAS = "layer_00.classifier.weight", "layer_00.classifier.bias"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.clear(), f"it has no tensor {CLASSIFIER}"),
         (lambda t: t.pop("layer_02.classifier.bias"), "it has no tensor layer_02.classifier.bias"),
         (lambda t: t.pop("layer_01.space.scale"), "it has no tensor layer_01.space.scale"),
-        (copied(BIAS, "evil"), "it has an unexpected tensor 'evil'"),
         (copied(BIAS, EVIL + "x" * 10_000), "it has an unexpected tensor 'x\\\\x1b"),
         # The last exit has no prototypes.
         (
             copied("layer_02.space.bias", "layer_03.space.bias"),
             "it has an unexpected tensor 'layer_03.space.bias'",
         ),
-        (copied(BIAS, "layer_04.classifier.bias"), "it has an unexpected tensor 'layer_04.classifier.bias'"),
         (changed(BIAS, np.float64), rf"{BIAS} must be float32 of shape \[2\], got float64 of shape \[2\]"),
         (changed("layer_00.space.weight", np.float32), "layer_00.space.weight must be int8 of shape"),
         (changed(CLASSIFIER, np.transpose), rf"{CLASSIFIER} must be float32 .* \[64, 2\], got .* \[2, 64\]"),
-        (changed(BIAS, lambda x: x[:, None]), f"{BIAS} must be"),
-        (changed(BIAS, lambda x: x[:0]), f"{BIAS} must be"),
         (changed("layer_00.space.bias", with_first(np.nan)), "layer_00.space.bias is not finite"),
         (changed(CLASSIFIER, with_first(np.inf)), f"{CLASSIFIER} is not finite"),
-        (changed("layer_03.classifier.bias", with_first(-np.inf)), "layer_03.classifier.bias is not finite"),
         (
             changed("layer_02.space.scale", lambda x: x * 0 + np.float32(3e38)),
             "space: its weights are too large",
@@ -238,23 +228,16 @@ def check(model: dict[str, Any] | None = None, **parts: Any) -> None:
     [
         (4, lambda n: {"normalizer": replace("a" * n, "aa")}),
         (4, lambda n: {"normalizer": sequence(replace("a" * n, "aa"), replace("aa"))}),
-        (4, lambda n: {"normalizer": regex("Replace", " {2,}", "a" * n)}),
         (2, lambda n: {"normalizer": sequence(regex("Replace", " {2,}", "aa"), replace("a" * n))}),
         # A replacement that shortens a text does not make up for later ones.
         (2, lambda n: {"normalizer": sequence(replace("a", "aa"), replace("aa"), replace("a" * n))}),
         (3, lambda n: {"normalizer": {"type": "Prepend", "prepend": "a" * n}}),
         (4, lambda n: {"normalizer": nested(n)}),
-        (16, lambda n: {"normalizer": sequence(*[nested(0)] * (n - 1))}),
         (16, lambda n: {"normalizer": sequence(nested(1), *[nested(0)] * (n - 3))}),
-        (15, lambda n: {"post_processor": template(n) | {"pair": []}}),
         (14, lambda n: {"post_processor": template(n) | {"single": []}}),
         (16, lambda n: {"post_processor": template(1, ids=[1] * n)}),
-        (16, lambda n: {"post_processor": template(1, tokens=["x"] * n)}),
-        (200, lambda n: {"post_processor": {"type": "BertProcessing", "sep": ["x" * n, 3], "cls": ["x", 2]}}),
-        (200, lambda n: {"added_tokens": [{"content": "x" * n}]}),
         (10_000, lambda n: {"added_tokens": [{"content": "x"}] * n}),
         (200, lambda n: {"model": {"vocab": {"x" * n: 7}}}),
-        (200, lambda n: {"model": {"type": "Unigram", "vocab": [["x" * n, -1.0]]}}),
         (200, lambda n: {"model": {"max_input_chars_per_word": n}}),
         (401, lambda n: {"model": {"type": "BPE", "merges": ["x" * n]}}),
     ],
@@ -269,20 +252,16 @@ def test_parts_of_a_tokenizer_are_limited(most: int, part: Callable[[int], dict[
     ("part", "message"),
     [
         ({"normalizer": regex("Replace", "(a+)+$")}, "pattern of Replace"),
-        ({"normalizer": regex("Replace", ["a"])}, "pattern of Replace"),
         ({"normalizer": replace("a", "")}, "pattern of Replace"),
         ({"normalizer": replace("a") | {"pattern": {"String": "a", "Regex": "a+"}}}, "pattern of Replace"),
         ({"normalizer": {"type": []}}, "is not one of"),
-        ({"normalizer": 3}, "not an object"),
         ({"pre_tokenizer": regex("Split", " {2,}")}, "pattern of Split"),
         ({"pre_tokenizer": sequence({"type": "Evil"}, kind="pretokenizers")}, "'Evil' is not one of"),
-        ({"post_processor": sequence({"type": "Evil"}, kind="processors")}, "'Evil' is not one of"),
         ({"post_processor": template(1, ids=None)}, "special token"),
         ({"model": {"type": "Evil"}}, "'Evil' is not one of"),
         ({"model": {"type": "BPE", "dropout": 0.5}}, "dropout"),
         ({"model": {"max_input_chars_per_word": "9"}}, "max_input_chars_per_word"),
         ({"added_tokens": [{"content": ""}]}, "added_tokens"),
-        ({"added_tokens": [{}]}, "added_tokens"),
     ],
 )
 def test_a_tokenizer_has_only_known_parts(part: dict[str, Any], message: str) -> None:
@@ -296,19 +275,25 @@ def special(t: dict[str, Any], **fields: Any) -> None:
     t["post_processor"]["special_tokens"]["[SEP]"].update(fields)
 
 
+PADDING = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None}
+PADDING |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
+TRUNCATION = {"direction": "Right", "max_length": 32, "strategy": "LongestFirst", "stride": 0}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: t["model"]["vocab"].update(beyond=60), "the id 60"),
-        (
-            lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 60, "content": "x"}),
-            "the id [0-9]+",
-        ),
+        (lambda t: t["added_tokens"][0].update(id=60, content="x"), "the id [0-9]+"),
         (lambda t: special(t, ids=[60]), "the id 60"),
         (lambda t: t["post_processor"]["pair"][3]["Sequence"].update(type_id=2), "the token type 2"),
+        (lambda t: t.update(padding=PADDING), "must not pad or truncate"),
+        (lambda t: t.update(truncation=TRUNCATION), "must not pad or truncate"),
     ],
 )
-def test_a_tokenizer_has_no_id_beyond_the_tables(copies: Path, change: Callable, message: str) -> None:
+def test_a_tokenizer_neither_pads_nor_has_an_id_beyond_the_tables(
+    copies: Path, change: Callable, message: str
+) -> None:
     folder = copies / "tiny" / "1"
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     change(tokenizer)
@@ -318,53 +303,20 @@ def test_a_tokenizer_has_no_id_beyond_the_tables(copies: Path, change: Callable,
         Model(Store(copies).open("tiny"))
 
 
-@pytest.mark.parametrize("enable", [lambda t: t.enable_padding(length=32), lambda t: t.enable_truncation(32)])
-def test_a_tokenizer_neither_pads_nor_truncates(copies: Path, enable: Callable[[Tokenizer], None]) -> None:
-    file = copies / "tiny" / "1" / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file))
-    enable(tokenizer)
-    tokenizer.save(str(file))
-    rehash(file.parent, file.name)
-    with pytest.raises(StoreError, match="must not pad or truncate"):
-        TextTokenizer.of(Store(copies).open("tiny"))
-
-
-def test_values_of_a_tokenizer_are_counted_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_check, "MAX_VALUES", 4)
-    check(added_tokens=[])  # three brackets and a comma
-    with pytest.raises(TokenizerError, match="more than 4 values"):
-        check(added_tokens=[], unknown=1)
-
-
-TWICE = b'{"model": {"unk_token": "a", "unk_token": "b"}}'  # parsers differ in the value that they use
-
-
 def test_a_tokenizer_check_survives_any_json() -> None:
-    for data in (b"[]", b"1", b"{}", b"\xff", b"[" * 100_000, TWICE):
+    twice = b'{"model": {"unk_token": "a", "unk_token": "b"}}'  # parsers differ in the value that they use
+    for data in (b"[]", b"1", b"{}", b"\xff", b"[" * 100_000, twice):
         with pytest.raises(TokenizerError):
             check_tokenizer(data)
-
-
-def other_activation(store: Path) -> None:
-    """Change the activation of tiny-int8 from gelu to gelu_tanh."""
-
-    def change(proto: Any) -> None:
-        for n in proto.graph.node:
-            if n.op_type == "Gelu":
-                n.op_type = "FastGelu"
-
-    for layer in (1, 2, 3):
-        forge(store, "tiny-int8", layer, change)
-    edit(store / "tiny-int8" / "1", lambda m: m["encoder"].update(activation="gelu_tanh"))
+    with pytest.raises(TokenizerError, match=f"more than {MAX_VALUES} values"):  # before it is parsed
+        check_tokenizer(b"," * (MAX_VALUES + 1))
 
 
 def test_a_file_with_many_fields_is_refused_before_it_is_parsed() -> None:
     inner = b"\x0a\x00" * 12_000_000  # empty operators, which take a hundred bytes each in memory
     size = bytes([*(len(inner) >> shift & 127 | 128 for shift in (0, 7, 14)), len(inner) >> 21])
-    started = thread_time()
     with pytest.raises(GraphError, match="more than 10000 fields"):
         read_model(b"\x08\x08\x3a" + size + inner)
-    assert thread_time() - started < 1
     model = onnx.ModelProto()
     model.graph.node.extend([onnx.NodeProto()] * (MAX_FIELDS - 1))
     assert read_model(model.SerializeToString()) == model
@@ -397,21 +349,10 @@ def test_a_store_with_a_bad_model_serves_the_others(copies: Path, monkeypatch: p
             raise KeyError("forged")
         return load(artifact, Settings(store=copies))
 
-    opened = Store.open
-
-    def opening(store: Store, model: str, unpinned: bool = False) -> Any:
-        return opened(store, model, unpinned) if model != "broken" else raise_(RecursionError("forged"))
-
-    shutil.copytree(copies / "tiny-int8", copies / "broken")
-    monkeypatch.setattr(Store, "open", opening)
     monkeypatch.setattr("de3.server.manager.load", loading)
-    assert {a.full_name for a in find(Store(copies), [])} == {"odd:1", "tiny:1", "tiny-int8:1"}
-    assert find(Store(copies), []) == newest(Store(copies))
-    with pytest.raises(RecursionError):
-        find(Store(copies), ["broken"])
     with serving(copies, default_model="tiny-int8") as server:
         assert server.classify(input="good").json()["model"] == "tiny-int8:1"
-        for name in ("tiny", "odd", "broken"):
+        for name in ("tiny", "odd", "worse"):
             assert server.classify(input="good", model=name).status_code == 404
     with pytest.raises(StoreError, match="schema version None"):
         Service(Settings(store=copies, models=["worse"]))
@@ -428,7 +369,6 @@ TIMING_ABORTS = "import os, de3.server.engine.timing as t; t._run = lambda *_: o
         ("import time; time.sleep(60)", "takes more than 0.1 s"),
         ("import sys; sys.stdin.read(); print('x' * 10**8)", "prints too much"),
         (f"print({EVIL!r} + 'x' * 1000); import sys; sys.exit(3)", r"^\\u2028\\u202eyxxx"),
-        (f"raise RuntimeError({EVIL!r})", r"\(1\): \S*y"),
         # The server's own measurements of a model are a part of the proof.
         (TIMING_ABORTS + prove.PROGRAM, "crashes"),
     ],
@@ -486,26 +426,16 @@ def test_proving_says_what_is_wrong_and_can_be_stopped(
 
 def test_loading_can_be_stopped_and_takes_no_longer(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact, prover = Store(store).open("tiny-int8"), prove.Prover()
-    calls = 0
-
-    def count() -> None:
-        nonlocal calls
-        calls += 1
-
-    model = Model(artifact, check=count)
-    loaded = calls
-    Timing(model, count)
-    assert loaded > 4 and calls > loaded + 3 * 5  # before each layer of each text, and before each timed text
-    monkeypatch.setattr(prove, "TIMEOUT_S", 0.0)
-    late = prover.limit(artifact)
-    with pytest.raises(StoreError, match="takes more than 0 s"):
-        load(artifact, Settings(store=store), late)
-    monkeypatch.setattr(prove, "TIMEOUT_S", 60.0)
+    checks = list[None]()
+    Timing(Model(artifact), lambda: checks.append(None))
+    assert len(checks) > 3 * 5  # before each layer of each text, and before each timed text
     check = prover.limit(artifact)
+    monkeypatch.setattr(prove, "TIMEOUT_S", 0.0)
+    with pytest.raises(StoreError, match="takes more than 0 s"):
+        load(artifact, Settings(store=store), prover.limit(artifact))
     prover.stop()
-    for step in (lambda: Model(artifact, check=check), lambda: Timing(model, check)):
-        with pytest.raises(StoreError, match="the server is stopping"):
-            step()
+    with pytest.raises(StoreError, match="the server is stopping"):
+        Model(artifact, check=check)
 
 
 def test_stopping_the_server_does_not_wait_for_a_loading_model() -> None:
@@ -526,31 +456,15 @@ def raise_(error: Exception) -> Any:
     raise error
 
 
-def test_a_manifest_has_no_oversized_number(tmp_path: Path) -> None:
-    before = CALIBRATED[: CALIBRATED.index('"export"')]  # this part may have any values
-    numbers = {m[1]: m.span(2) for m in re.finditer(r'"(\w+)": (\d+)(?=[,\n])', before)}
-    del numbers["schema_version"]
-    for name, (start, end) in numbers.items():
-        (tmp_path / "manifest.json").write_text(CALIBRATED[:start] + "9" * 4300 + CALIBRATED[end:])
-        with pytest.raises(StoreError, match=name) as caught:
-            read_manifest(tmp_path)
-        assert len(str(caught.value)) < 600
-    assert len(numbers) > 10
-
-
-def test_errors_are_short_and_have_no_control_characters() -> None:
-    assert str(StoreError(EVIL)) == r"x\u001b[31m\u009b2K\n2026 INFO de3: forged\r\u2028\u202ey"
-    assert len(str(StoreError("a" * 10**6))) == 501
-    assert printable("grüße 中 \N{GRINNING FACE}") == "grüße 中 \N{GRINNING FACE}"
-
-
 def test_verify_goes_on_after_any_error_and_prints_no_control_characters(kernels: Any, copies: Path) -> None:
-    other_activation(copies)
 
-    def labels(folder: Path) -> None:
-        edit(folder, lambda m: m.update(labels=[EVIL, "[red]b"]))
+    def other_activation(proto: Any) -> None:
+        node(proto, "Gelu").op_type = "FastGelu"
 
-    labels(copies / "tiny" / "1")
+    for layer in (1, 2, 3):
+        forge(copies, "tiny-int8", layer, other_activation)
+    edit(copies / "tiny-int8" / "1", lambda m: m["encoder"].update(activation="gelu_tanh"))
+    edit(copies / "tiny" / "1", lambda m: m.update(labels=[EVIL, "[red]b"]))
     folder = Path(shutil.copytree(copies / "tiny" / "1", copies / "bad" / "1"))
     edit(folder, lambda m: m.update(name="bad"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text()) | {"normalizer": {"type": []}}
@@ -562,6 +476,7 @@ def test_verify_goes_on_after_any_error_and_prints_no_control_characters(kernels
     results = {command: invoke(f"models {command} --store {copies}") for command in commands}
     for result in results.values():
         assert all(line.isprintable() for line in result.output.split("\n")), result.output
+    assert results["verify"].exit_code == 1
     lines = results["verify"].output.splitlines()
     assert [line.split("  ")[:2] for line in lines] == [
         ["bad:1", "DAMAGED"],
@@ -581,6 +496,7 @@ def test_a_log_record_cannot_be_forged() -> None:
     first, *rest = TextFormatter("%(levelname)s %(message)s").format(record).split("\n")
     assert first == r"ERROR x\u001b[31m\u009b2K\n2026 INFO de3: forged\r\u2028\u202ey"
     assert len(rest) > 3 and all(line.startswith("    ") and line.isprintable() for line in rest)
+    assert printable("grüße 中 \N{GRINNING FACE}") == "grüße 中 \N{GRINNING FACE}"
     (line,) = JsonFormatter("%(levelname)s %(message)s").format(record).splitlines()
     assert line.isprintable() and json.loads(line)["message"] == EVIL
     assert "forged" in json.loads(line)["exc_info"]

@@ -14,19 +14,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnxruntime import InferenceSession
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from de3.commands.models import models_list
 from de3.commands.options import say_published
-from de3.model_store.manifest import EXITS, PROTOTYPES
-from de3.model_store.model import Model, unit_prototypes
+from de3.model_store.graph import stored
+from de3.model_store.manifest import EXITS, OLD_VERSION, PROTOTYPES
+from de3.model_store.model import Model, exit_weights, read_segments
 from de3.model_store.regular_file import read_regular_file
-from de3.model_store.segments import session_options
+from de3.model_store.segment_graph import build_old_segment, graph_name
 from de3.model_store.store import Artifact, Store, StoreError, UnknownModelError, read_manifest
 from tests.commands import invoke
-from tests.old_schema import as_new, as_old
 from tests.test_hostile_graphs import artifact_of
 from tests.test_hostile_models import edit, rehash
 
@@ -70,11 +68,9 @@ def test_a_name_is_its_pinned_version(pinnable: Path, capsys: pytest.CaptureFixt
     store = Store(pinnable)
     store.set_pin("tiny", None)
     assert not (pinnable / "tiny/pinned").exists()
-    say_published(pinnable / "tiny/2", pinnable)
     store.set_pin("tiny", 1)
     say_published(pinnable / "tiny/2", pinnable)
-    before, after = capsys.readouterr().err.splitlines()
-    assert "stays pinned" not in before and "tiny stays pinned to version 1" in after
+    assert "tiny stays pinned to version 1" in capsys.readouterr().err
     assert (pinnable / "tiny/pinned").read_text() == "1\n"
     assert [store.open(name).full_name for name in ("tiny", "tiny:2")] == ["tiny:1", "tiny:2"]
     assert store.open("tiny", unpinned=True).full_name == "tiny:2"
@@ -104,7 +100,7 @@ def test_a_pin_that_the_store_cannot_hold_is_in_the_state_folder(pinnable: Path,
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "0", "-1", "two", "1 2", "9" * 10, "\0", "../9", "1" * 100, os.mkfifo, Path.mkdir, "link", "7"],
+    ["0", "two", "9" * 10, "../9", "1" * 100, os.mkfifo, Path.mkdir, "link", "7"],
 )
 def test_a_pin_that_names_no_version_is_ignored_with_a_warning(
     pinnable: Path, caplog: pytest.LogCaptureFixture, damage: Any
@@ -144,19 +140,16 @@ def test_a_model_that_cannot_be_read_is_left_out_with_a_warning(
     assert caplog.messages == [f"{pinnable / 'closed'}: this model is left out: Permission denied"]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
+def test_an_unknown_model_is_refused(store: Path) -> None:
+    for name, message in (
         ("absent", "no model 'absent'.*available: tiny, tiny-int8"),
         ("tiny:2", "no version '2'.*available: 1"),
         ("tiny:", "no version ''"),
         ("tiny:01", "no version '01'"),
         ("../store/tiny", "no model"),
-    ],
-)
-def test_an_unknown_model_is_refused(store: Path, name: str, message: str) -> None:
-    with pytest.raises(UnknownModelError, match=message):
-        Store(store).open(name)
+    ):
+        with pytest.raises(UnknownModelError, match=message):
+            Store(store).open(name)
 
 
 def linked(file: Path) -> None:
@@ -165,18 +158,23 @@ def linked(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("name", "damage", "message"),
     [
-        (lambda file: os.truncate(file, file.stat().st_size - 1), "damaged: [0-9]+ bytes; the manifest says"),
-        (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\xaa"), "damaged: its sha256 differs"),
-        (Path.unlink, "missing"),
-        (lambda file: (file.unlink(), file.mkdir()), "not a file"),
-        (lambda file: (file.unlink(), os.mkfifo(file)), "not a file"),
-        (linked, "leads outside the artifact"),
+        (
+            "layer_02.onnx",
+            lambda file: os.truncate(file, file.stat().st_size - 1),
+            "damaged: [0-9]+ bytes; the",
+        ),
+        (
+            "exits.safetensors",
+            lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\xaa"),
+            "damaged: its sha",
+        ),
+        ("prototypes.safetensors", Path.unlink, "missing"),
+        ("tokenizer.json", lambda file: (file.unlink(), file.mkdir()), "not a file"),
+        ("tokenizer.json", lambda file: (file.unlink(), os.mkfifo(file)), "not a file"),
+        ("tokenizer.json", linked, "leads outside the artifact"),
     ],
-)
-@pytest.mark.parametrize(
-    "name", ["layer_02.onnx", "exits.safetensors", "prototypes.safetensors", "tokenizer.json"]
 )
 def test_a_damaged_file_is_named(copy: Path, name: str, damage: Callable[[Path], Any], message: str) -> None:
     damage(copy / name)
@@ -200,49 +198,35 @@ def values_of(model: Model) -> list[bytes | None]:
     return [None if x is None else x.tobytes() for s in steps for x in (s.hidden, s.logits, s.distances)]
 
 
-def values_of_files(artifact: Artifact, model: Model) -> list[bytes | None]:
-    """The same as ONNX Runtime computes it with the segments of schema 6, as they are."""
-    values: list[bytes | None] = []
-    for text in TEXTS:
-        tokens = model.tokenize(text)
-        feed = {"input_ids": tokens.ids, "token_type_ids": tokens.type_ids, "with_exit": np.array(True)}
-        for layer, name in enumerate(artifact.manifest.segment_files()):
-            session = InferenceSession(artifact.read(name), session_options())
-            feed |= {"prototypes": unit_prototypes(artifact).get(layer)}
-            found = session.run(None, {x.name: feed[x.name] for x in session.get_inputs()})
-            feed["hidden"] = found[0]
-            values += [x.tobytes() for x in found] + [None] * (3 - len(found))
-    return values
+def as_old(artifact: Artifact, store: Path) -> Artifact:
+    """A copy of an artifact in a store, as schema 6, whose exits are in its segments."""
+    architecture, exits = artifact.manifest.architecture, exit_weights(artifact)
+    folder = Path(shutil.copytree(artifact.path, store / artifact.manifest.name / "1"))
+    (folder / EXITS).unlink()
+    edit(folder, lambda m: (m.update(schema_version=OLD_VERSION), m["files"].pop(EXITS)))
+    for layer, (_, weights) in enumerate(read_segments(artifact)):
+        segment = build_old_segment(architecture, layer, stored(weights | exits.get(layer, {})))
+        name = architecture.segment_files()[layer]
+        (folder / name).write_bytes(segment.model(graph_name(layer)).SerializeToString())
+        rehash(folder, name)
+    return Store(store).open(artifact.full_name)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-int8", "m", "sst2"])
-def test_an_artifact_of_schema_6_is_the_same_model(
-    store: Path, tmp_path: Path, kernels: Any, name: str
-) -> None:
-    """With the same bits, whether its exits' file is read or its segments' branches. m has a head and a final norm."""
-    if name == "sst2":  # was exported as schema 6
-        old = Store(Path("models")).open(name)
-        new = as_new(old, tmp_path / "new")
-    else:
-        new = artifact_of("modernbert", True) if name == "m" else Store(store).open(name)
+def test_an_artifact_of_schema_6_is_the_same_model(store: Path, tmp_path: Path, kernels: Any) -> None:
+    """With the same bits, whether its exits' file is read or its segments' branches. One has a head and a norm."""
+    for new in (artifact_of("modernbert", True), Store(store).open("tiny-int8")):
         old = as_old(new, tmp_path / "old")
-        again = as_new(old, tmp_path / "again")
-        for file in new.manifest.required_files():
-            if file != EXITS:  # in which the tensors may have another order
-                assert again.read(file) == new.read(file)
-    assert (old.manifest.schema_version, new.manifest.schema_version) == (6, 7)
-    for runtime in ("onnxruntime", "native")[: 1 if name == "tiny" else 2]:
-        model = Model(old, runtime)
-        values = values_of(model)
-        assert model.runtime == runtime and values == values_of(Model(new, runtime))
-        assert runtime == "native" or values == values_of_files(old, model)
+        assert (old.manifest.schema_version, new.manifest.schema_version) == (6, 7)
+        for runtime in ("onnxruntime", "native"):
+            model = Model(old, runtime)
+            assert model.runtime == runtime and values_of(model) == values_of(Model(new, runtime))
 
 
 def references(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return manifest["calibration"]["references"]
 
 
-OTHER_FILES = ("../secret", "/etc/passwd", "sub/layer_01.onnx", "model.pkl", "layer_1.onnx")
+OTHER_FILES = ("../secret", "model.pkl", "layer_1.onnx")
 
 
 def with_file(manifest: dict[str, Any], name: str) -> None:
@@ -259,7 +243,6 @@ def with_file(manifest: dict[str, Any], name: str) -> None:
         (lambda m: m.update(labels=["same", "same"]), "labels must be distinct"),
         (lambda m: m.update(exit_layers=[0, 2]), "exit_layers must ascend"),
         (lambda m: m["defaults"].update(tau=1.5), "defaults.tau"),
-        (lambda m: m["files"].pop("layer_02.onnx"), "files must include 'layer_02.onnx'"),
         (lambda m: m["files"].pop("exits.safetensors"), "files must include 'exits.safetensors'"),
         *((partial(with_file, name=name), "files must not contain") for name in OTHER_FILES),
         (lambda m: m.update(labels=["a", "b", "c"]), r"layer_00 must be finite float32 of shape \(3, 64\)"),
@@ -269,15 +252,11 @@ def with_file(manifest: dict[str, Any], name: str) -> None:
         (lambda m: references(m)[0].update(nearest=None), "nearest must be set at the exits with"),
         (lambda m: references(m)[0]["entropy"].reverse(), "entropy must have 28 ascending values"),
         (lambda m: m["calibration"].update(table=[]), "must have rows of the default signal"),
-        (lambda m: m["risk"][0].update(weights=[float("nan")] * 5), "risk.0.weights"),
         (lambda m: m["risk"][0]["weights"].__setitem__(1, -1e300), "risk.0.weights.1"),
         (lambda m: m["risk"][0]["weights"].pop(), "risk.0.weights"),
-        (lambda m: m["risk"].reverse(), "risk"),
-        (lambda m: m["risk"].pop(), "risk"),
         (lambda m: m.update(risk=None), "risk"),
         (lambda m: m["defaults"].update(signal="margin"), "defaults.signal"),
         (lambda m: m["defaults"].update({"signal": "edr", "lambda": None}), "lambda"),
-        (lambda m: m["defaults"].update({"signal": "risk", "lambda": 2}), "lambda"),
         (lambda m: m["defaults"].update({"signal": "edr", "lambda": 3.5}), "default signal"),
         (lambda m: m["calibration"]["table"][-1].update(disagreement_bound=0.0), "must ascend with τ"),
     ],
@@ -289,11 +268,11 @@ def test_an_unsound_manifest_is_refused_with_the_reason(copy: Path, change: Call
     assert len(str(refused.value)) < 10_000
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", "[" * 100_000])
-def test_a_manifest_that_is_not_a_json_object_is_refused(copy: Path, text: str) -> None:
-    (copy / "manifest.json").write_text(text)
-    with pytest.raises(StoreError, match=r"manifest.json: "):
-        open_model(copy)
+def test_a_manifest_that_is_not_a_json_object_is_refused(copy: Path) -> None:
+    for text in ("", "[]", "\x00", "[" * 100_000):
+        (copy / "manifest.json").write_text(text)
+        with pytest.raises(StoreError, match=r"manifest.json: "):
+            open_model(copy)
 
 
 def prototypes(change: Callable[[Any], Any]) -> Callable[[bytes], bytes]:
@@ -311,10 +290,8 @@ def prototypes(change: Callable[[Any], Any]) -> Callable[[bytes], bytes]:
         ("tokenizer.json", lambda _: PANICS, "not a tokenizer"),
         ("layer_01.onnx", lambda _: b"not onnx", "not an ONNX model"),
         ("exits.safetensors", lambda _: b"not safetensors", "not a safetensors file"),
-        ("exits.safetensors", lambda _: b"\xff" * 8, "not a safetensors file"),
         (PROTOTYPES, lambda _: save_tensors({}), "has no tensor layer_00"),
         (PROTOTYPES, prototypes(lambda x: x * np.nan), "must be finite float32"),
-        (PROTOTYPES, prototypes(lambda x: x.astype(float)), "must be finite float32"),
         (
             PROTOTYPES,
             prototypes(lambda x: x * np.array([[1], [0]], np.float32)),
@@ -332,7 +309,7 @@ def test_damage_that_the_hash_does_not_show(
         open_model(copy)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_changed_byte_of_a_manifest_is_refused_or_harmless(
     store: Path, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -364,31 +341,23 @@ def test_a_version_appears_whole_or_not_at_all(
         draft.write(files)
         raise RuntimeError("stop")
     assert target.versions() == {} and list((tmp_path / "new/tiny").iterdir()) == []
-    events: list[str] = []
-    fsync, rename = os.fsync, Path.rename
+    synced: list[str] = []
+    fsync = os.fsync
 
-    def synced(file: int) -> None:
-        events.append(Path(f"/proc/self/fd/{file}").readlink().name)
+    def sync(file: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{file}").readlink().name)
+        assert target.versions() == ({"tiny": [1]} if synced[-1] == "tiny" else {})
         fsync(file)
 
-    def renamed(path: Path, to: Path) -> Path:
-        assert target.versions() == {}
-        result = rename(path, to)
-        # From its first moment on, the version is complete, and readable by a server that runs as another user.
-        target.open("tiny").verify()
-        assert to.stat().st_mode & 0o777 == 0o755
-        events.append("published")
-        return result
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(os, "fsync", sync)
     with target.new_version("tiny") as draft:
         assert draft.path.stat().st_mode & 0o777 == 0o700
         draft.write(files)
         published = draft.publish(source.manifest.model_copy(update={"version": draft.next_version()}))
-    assert published == tmp_path / "new/tiny/1" and target.versions() == {"tiny": [1]}
-    # So a power failure loses nothing, either.
-    assert events == [*files, "manifest.json", "published", "tiny"]
+    assert published == tmp_path / "new/tiny/1"
+    target.open("tiny").verify()
+    assert published.stat().st_mode & 0o777 == 0o755  # also for a server that runs as another user
+    assert synced == [*files, "manifest.json", "tiny"]  # so a power failure loses nothing, either
 
 
 def test_a_taken_version_is_never_replaced(copy: Path) -> None:
@@ -401,7 +370,7 @@ def test_a_taken_version_is_never_replaced(copy: Path) -> None:
     found.open("tiny").verify()
 
 
-def test_a_new_version_shares_the_files_that_another_has(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_version_shares_the_files_that_another_has(copy: Path) -> None:
     store = Store(copy.parent.parent)
     artifact = store.open_path(copy)
     contents = {name: artifact.read(name) for name in artifact.manifest.files}
@@ -425,17 +394,11 @@ def test_a_new_version_shares_the_files_that_another_has(copy: Path, monkeypatch
     (copy / "tokenizer.json").symlink_to("other")
     assert shared() == contents.keys() - {"layer_01.onnx", "layer_02.onnx", "tokenizer.json"}
 
-    def fails(*_: object) -> None:
-        raise PermissionError
 
-    monkeypatch.setattr(os, "link", fails)
-    assert not shared()
-
-
-@pytest.mark.parametrize("name", ["", "../x", "Upper", "a b", ".hidden", "x" * 65])
-def test_an_invalid_name_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(StoreError, match="must match"), Store(tmp_path).new_version(name):
-        pass
+def test_an_invalid_name_is_refused(tmp_path: Path) -> None:
+    for name in ("", "../x", "Upper", ".hidden", "x" * 65):
+        with pytest.raises(StoreError, match="must match"), Store(tmp_path).new_version(name):
+            pass
 
 
 def test_models_commands(copy: Path) -> None:
@@ -452,24 +415,8 @@ def test_models_commands(copy: Path) -> None:
         by_folder = invoke(f"models {do} {copy} --store {root}/none")
         assert (by_folder.exit_code, by_folder.output) == (0, output)
     assert "not the folder of a version or model" in models(f"verify {root}/tiny/9")[1]
-    (copy / "layer_01.onnx").write_bytes(b"")
-    code, text = models("verify")
-    assert code == 1 and "DAMAGED" in text and "layer_01.onnx" in text and "tiny-int8:1  valid\n" in text
     (copy / "manifest.json").write_text("{")
     assert "not JSON" in models("list")[1]
-
-
-def test_a_list_has_whole_names_and_tells_agreement_from_accuracy(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = "sentiment-of-english-film-reviews"
-    edit(copy, lambda m: m.update(name=name, calibration=m["calibration"] | {"self_labelled": True}))
-    copy.parent.rename(copy.parent.parent / name)
-    monkeypatch.setenv("COLUMNS", "80")
-    models_list(copy.parent.parent)
-    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    assert f"{name}:1tiny-int8:1" in "".join(row[1].strip() for row in rows)
-    assert [row[6].strip() == "agree" for row in rows if row[6].strip()] == [False, True, False]  # after a %
 
 
 def test_a_process_keeps_no_telemetry_and_does_not_use_folders_with_our_packages_names(
@@ -497,37 +444,19 @@ def test_only_abandoned_drafts_are_removed(tmp_path: Path) -> None:
         assert new.exists() and not old.exists()
 
 
-def test_an_artifact_may_be_as_large_as_the_limit(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact = Store(store).open("tiny")
-    size = artifact.size()
-    monkeypatch.setattr("de3.model_store.store.MAX_ARTIFACT_BYTES", size)
-    assert artifact.size() == size
-
-
-def test_a_link_swapped_in_after_the_check_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = os.open
-
-    def swapped(path: Any, flags: int, *mode: int) -> int:
-        if Path(path).name == "tokenizer.json":
-            linked(Path(path))
-        return opened(path, flags, *mode)
-
-    monkeypatch.setattr(os, "open", swapped)
-    with pytest.raises(StoreError, match=r"tokenizer.json: cannot be read"):
-        open_model(copy)
-
-
 def test_only_a_regular_file_of_the_expected_size_is_read(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"four")
+    (tmp_path / "link").symlink_to(file)
     assert read_regular_file(file, 4) == b"four"
     opened = len(list(Path("/proc/self/fd").iterdir()))
     for path, limit, message in (
         (file, 3, "4 bytes; at most 3 are expected"),
+        (tmp_path / "link", 4, "symbolic links"),  # swapped in after a check
         (Path("/dev/zero"), 3, "not a file"),
         (Path("/proc/self/maps"), 2**20, "grows while it is read"),  # files of /proc have size 0
         (tmp_path, 3, "not a file"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, OSError), match=message):
             read_regular_file(path, limit)
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
