@@ -52,20 +52,14 @@ def test_the_kinds_of_disagreement_are_any_span_and_a_missed_span() -> None:
     # A further span is no missed one.
     assert missed.tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 0]]
     assert (r.differs == differs).all() and not r.differs[:, -1].any()
-
-
-def test_against_the_original_full_depth_may_miss_a_span_too() -> None:
-    r = recorded([[X, X, X], [NONE, X, Y]], [Y, NONE])
-    (differs, _), (missed, found) = r.kinds
+    # Against the original, full depth may miss a span, too.
+    (differs, _), (missed, found) = recorded([[X, X, X], [NONE, X, Y]], [Y, NONE]).kinds
     assert differs.tolist() == [[1, 1, 1], [0, 1, 1]]
     assert found.tolist() == [0] and missed.tolist() == [[1, 1, 1]]
-
-
-def test_without_a_span_at_full_depth_nothing_can_be_missed() -> None:
+    # Without a span at full depth, nothing can be missed.
     r = recorded([[X, NONE, NONE], [NONE, NONE, NONE]])
-    missed, rows = r.kinds[1]
-    assert missed.shape == (0, 3) and not len(rows)
-    row = calibration.trade_off(Samples.independent(r), RISK, [0.5], np.full((2, 3), 0.1))[0]
+    assert r.kinds[1][0].shape == (0, 3)
+    (row,) = calibration.trade_off(Samples.independent(r), RISK, [0.5], np.full((2, 3), 0.1))
     assert row.disagreement == 0.5
 
 
@@ -78,7 +72,7 @@ def samples_at(unlike: int, missed: int, found: int, count: int = 400) -> Sample
     return Samples.independent(recorded(rows + [[NONE, NONE, NONE]] * (count - len(rows))))
 
 
-@pytest.mark.parametrize(("unlike", "missed", "found"), [(0, 5, 20), (60, 1, 200), (10, 0, 50), (4, 4, 390)])
+@pytest.mark.parametrize(("unlike", "missed", "found"), [(0, 5, 20), (60, 1, 200)])
 def test_the_bound_is_that_of_the_worse_kind(unlike: int, missed: int, found: int) -> None:
     samples = samples_at(unlike, missed, found)
     rows = calibration.trade_off(samples, RISK, [0.0, 0.5], np.full((400, 3), 0.1))
@@ -93,15 +87,17 @@ def test_the_bound_is_that_of_the_worse_kind(unlike: int, missed: int, found: in
     assert rows[1].loss_interval[1] == pytest.approx(loss + calibration.Z95 * error, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("unlike", "missed", "found", "early"),
-    [(0, 0, 200, True), (0, 10, 200, False), (80, 0, 200, False), (0, 0, 20, False)],
-)
-def test_the_default_tau_respects_both_kinds(unlike: int, missed: int, found: int, early: bool) -> None:
+def test_the_default_tau_respects_both_kinds() -> None:
     """10 missed spans of 200 are 0.5% of the texts; 20 texts with spans are too few to show anything."""
-    samples, count = samples_at(unlike, missed, found, 2000), 2000
-    rows = calibration.trade_off(samples, RISK, [0.0, 0.5], np.full((count, 3), 0.1))
-    assert (calibration.within_loss(rows, 0.03).tau > 0) == early
+    for unlike, missed, found, early in (
+        (0, 0, 200, True),
+        (0, 10, 200, False),
+        (80, 0, 200, False),
+        (0, 0, 20, False),
+    ):
+        samples = samples_at(unlike, missed, found, 2000)
+        rows = calibration.trade_off(samples, RISK, [0.0, 0.5], np.full((2000, 3), 0.1))
+        assert (calibration.within_loss(rows, 0.03).tau > 0) == early
 
 
 # Import
@@ -164,14 +160,14 @@ def with_labels(folder: Path, labels: list[str], rows: int | None = None) -> Pat
 @pytest.mark.parametrize(
     ("labels", "rows", "says"),
     [
-        ([f"B-{k}" for k in range(10_000)], None, "must have 2 to 1000 labels, and it has 10000"),
+        ([f"B-{k}" for k in range(1001)], None, "must have 2 to 1000 labels, and it has 1001"),
         (["O"], None, "must have 2 to 1000 labels, and it has 1"),
         (["O", "B-X", "B-X"], None, "its labels must be distinct"),
         (["O", "B-\\ud800"], None, "label"),
         (["O", "B-" + "x" * 5000], None, "label"),
         (["O", "B-X"], 3, "classifier"),
     ],
-    ids=["10000", "1", "equal", "surrogate", "long", "rows"],
+    ids=["1001", "1", "equal", "surrogate", "long", "rows"],
 )
 def test_a_head_that_cannot_be_served_is_refused(
     tmp_path: Path, labels: list[str], rows: int | None, says: str
