@@ -6,16 +6,13 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from zipfile import ZipFile
 
-import httpx
 import pytest
 
-from tests.serving import until
 from tests.test_kernels import arm
 
 ROOT = Path(__file__).parents[1]
@@ -70,13 +67,10 @@ def wheel(dist: Path) -> Path:
 def user(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with env, a virtual environment in which the wheel is installed, and output, the output of try.sh."""
     folder = tmp_path_factory.mktemp("user") / "home"
-    with socket.create_server(
-        ("127.0.0.1", 0)
-    ) as taken:  # by a server of the user, such as that of make serve
-        taken_port = ENVIRONMENT | {"PORT": str(taken.getsockname()[1])}
-        output = run(
-            ROOT / "deploy/release/try.sh", wheel, sys.executable, folder, cwd=wheel.parent, env=taken_port
-        )
+    program = (ROOT / "deploy/release/try.sh", wheel, sys.executable, folder)
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # by a server of the user, such as make serve's
+        env = ENVIRONMENT | {"PORT": str(taken.getsockname()[1])}
+        output = run(*program, cwd=wheel.parent, env=env)
     (folder / "output").write_text(output)
     return folder
 
@@ -122,54 +116,13 @@ def test_a_new_user_gets_an_answer_from_the_kernels(user: Path) -> None:
     assert "torch" not in run(user / "env/bin/pip", "list", cwd=user)
 
 
-def test_a_users_project_passes_mypy_strict(user: Path, tmp_path: Path) -> None:
-    project, command = tmp_path / "project.py", [sys.executable, "-m", "mypy", "--strict", "project.py"]
-    command += ["--python-executable", str(user / "env/bin/python")]
-    project.write_text("""
-import de3
-
-def labels(texts: list[str]) -> list[str]:
-    with de3.load("sst2", store=de3.DEMO) as model:
-        table = model.classify(texts, as_arrow=True)
-        print(table.num_rows, model.certificate(max_disagreement=0.02))
-        print([row.exit.layer for row in model.stream(iter(texts), tau=0.1)])
-        return [row.label for row in model.classify(texts, max_disagreement=0.02, long="windows")]
-""")
-    run(*command, cwd=tmp_path)
-    project.write_text('import de3\nde3.load("a").classify(["b"], tua=0.1)\n')
-    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=250)
-    assert 'Unexpected keyword argument "tua"' in done.stdout
-
-
-@contextmanager
-def demo_server(user: Path) -> Iterator[tuple[str, str]]:
-    """The URL and the log of `de3 serve --demo`, once it is ready."""
-    log = user / "log"
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [user / "env/bin/de3", "serve", "--demo", "--port", "0"], cwd=user, env=ENVIRONMENT, stderr=file
-        )
-    try:
-        until(lambda: "ready in" in log.read_text(), "the server to be ready")
-        text = log.read_text()
-        (url,) = re.findall(r"running on (http://[0-9.:]+)", text)
-        yield url, text
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def test_the_sdist_installs_without_a_compiler_and_the_log_says_the_cost(user: Path, dist: Path) -> None:
+def test_the_sdist_installs_without_a_compiler(user: Path, dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     # Use the wheel's environment, as the dependencies are the same.
     again = ("install", "--quiet", "--no-deps", "--force-reinstall")
     run(user / "env/bin/pip", *again, sdist, cwd=user, env=ENVIRONMENT | {"CC": "/bin/false"})
-    with demo_server(user) as (url, log):
-        (warning,) = (line for line in log.splitlines() if "WARNING" in line)
-        assert "the int8 kernels were not built" in warning and "four times as long" in warning
-        assert httpx.get(url).headers["content-type"].startswith("text/html")
-        answer = httpx.post(f"{url}/classify", json={"input": ["a warm , funny film", "awful"]}).json()
-        assert [row["label"] for row in answer["data"]] == ["positive", "negative"]
+    code = "import de3; print(de3.load('sst2', store=de3.DEMO).classify(['a warm , funny film'])[0].label)"
+    assert run(user / "env/bin/python", "-c", code, cwd=user) == "positive\n"
 
 
 @arm
