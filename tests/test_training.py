@@ -16,7 +16,7 @@ from de3.data import tables
 from de3.data.examples import load_examples, rename, to_examples
 from de3.exits.recorded import Recorded
 from de3.training import trainer
-from de3.training.encoded import Encoded, encode, training_batches
+from de3.training.encoded import encode, training_batches
 from de3.training.model import De3Model
 from de3.training.predict import predict
 from de3.training.settings import TrainSettings
@@ -86,56 +86,57 @@ def test_the_best_epoch_is_kept_and_training_stops_when_none_is_better(
 ) -> None:
     """The second epoch is the best by the weighted mean over the exits, though not by the last exit."""
     by_epoch = iter(np.array([[4, 4, 4, 4], [8, 8, 8, 5], [5, 5, 5, 6], [8, 8, 8, 5], [9, 9, 9, 9]]) / 10)
-    states = []
+    kept, seeds = list[Any](), list[int]()
 
-    def remember(model: De3Model, *args: Any, **kwargs: Any) -> Recorded:
-        states.append(model.classifiers[0].weight.detach().clone())
-        return predict(model, *args, **kwargs)
-
-    seeds = []
+    def scores(_: Recorded) -> tuple[str, Any]:
+        kept.append(load_file(tmp_path / "model.safetensors")["classifiers.0.weight"] if kept else None)
+        return "accuracy", next(by_epoch)
 
     def drawn(lengths: list[int], size: int, seed: int) -> list[list[int]]:
         seeds.append(seed)
         return training_batches(lengths, size, seed)
 
     monkeypatch.setattr(trainer, "training_batches", drawn)
-    monkeypatch.setattr(trainer, "predict", remember)
-    monkeypatch.setattr(trainer, "exit_scores", lambda _: ("accuracy", next(by_epoch)))
+    monkeypatch.setattr(trainer, "exit_scores", scores)
     de3(common(few, encoder, tmp_path, 30) + " --epochs 5")
     record = json.loads((tmp_path / "training.json").read_text())
     assert (record["best_epoch"], len(record["history"])) == (2, 4)
-    assert len(set(seeds)) == 4  # every epoch has its own batches
-    kept = De3Model.from_pretrained(tmp_path).classifiers[0].weight
-    assert torch.equal(kept, states[1]) and not torch.equal(kept, states[3])
+    assert len(set(seeds[:4])) == 4  # every epoch has its own batches
+    final = De3Model.from_pretrained(tmp_path).classifiers[0].weight
+    assert torch.equal(final, kept[2]) and not torch.equal(final, kept[1])
 
 
-def test_rates_warm_up_and_fall_to_0_and_gradients_are_clipped(tmp_path: Path, encoder: Path) -> None:
-    model = De3Model.from_encoder(str(encoder), ["a", "b"])
-    settings = TrainSettings(lr=1e-3, head_lr=1e-2, warmup=0.25, epochs=2, batch_size=1, bf16=False)
-    data = Encoded([[2, 5, 3]] * 4, [], torch.zeros(4, dtype=torch.int64))
-    run = trainer._Run(model, settings, data, 0, None, tmp_path, "")
-    rates = []
-    for run.step in range(8):
-        rates.append(run._rate())
+def test_rates_warm_up_and_fall_to_0_and_gradients_are_clipped(
+    tmp_path: Path, few: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates, norms, groups = list[float](), list[float](), list[dict[str, Any]]()
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *_: Any) -> Any:
+            groups[:] = self.param_groups
+            gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+            rates.append(groups[0]["lr"] / groups[0]["base_lr"])
+            norms.append(float(sum((gradient**2).sum() for gradient in gradients)) ** 0.5)
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    model, tokenizer = De3Model.from_encoder(str(encoder), NAMES), AutoTokenizer.from_pretrained(encoder)
+    steps = {"lr": 1e-3, "head_lr": 1e-2, "warmup": 0.25, "epochs": 2, "batch_size": 45, "alpha": 1e4}
+    settings = TrainSettings(**steps, bf16=False, prototypes="sliding")
+    trainer.train(model, tokenizer, parts_of(few, 30), settings, tmp_path)
     assert rates == pytest.approx([1 / 2, 1, *(left / 6 for left in range(6, 0, -1))])
+    assert norms == [pytest.approx(1, rel=1e-3)] * 8
     names = {p: name for name, p in model.named_parameters()}
-    for group in run.optimizer.param_groups:
+    for group in groups:
         for p in group["params"]:
             assert group["base_lr"] == (1e-3 if names[p].startswith("encoder.") else 1e-2), names[p]
             assert (group["weight_decay"] > 0) == (p.ndim > 1), names[p]
-    run.weights = run.weights * 1e6
-    norms = []
-    run.optimizer.step = lambda: norms.append(  # type: ignore[method-assign]
-        sum(float((p.grad**2).sum()) for p in names if p.grad is not None) ** 0.5
-    )
-    run._one_step([0, 1])
-    assert norms == [pytest.approx(1, rel=1e-3)] and all(p.grad is None for p in names)
 
 
-def parts_of(data_file: Path) -> splits.Split:
+def parts_of(data_file: Path, held_back: int = 300) -> splits.Split:
     """The split that the command makes."""
     rows = rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
-    return splits.split(to_examples(rows, NAMES), 0, 300)
+    return splits.split(to_examples(rows, NAMES), 0, held_back)
 
 
 def test_resuming_a_finished_training_or_with_other_settings_changes_nothing(
@@ -162,7 +163,7 @@ def test_distillation_follows_the_teacher(
     opposite.save_pretrained(teacher)
     command = common(data_file, encoder, tmp_path / "student")
     command = command.replace("1e-3 --batch-size 64", "2e-3 --batch-size 32")
-    de3(f"{command} --epochs 4 --teacher {teacher} --distill 1 --augment 1")
+    de3(f"{command} --epochs 2 --teacher {teacher} --distill 1 --augment 1")
     (cache,) = teacher.glob("logits-*.safetensors")  # kept for the next student
     student = De3Model.from_pretrained(tmp_path / "student")
     parts, tokenizer = parts_of(data_file), AutoTokenizer.from_pretrained(encoder)
@@ -183,9 +184,9 @@ def test_a_teacher_with_other_held_out_samples_or_labels_in_another_order_is_ref
         open_teacher(checkpoint, parts, NAMES[::-1])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_wrong_arguments_are_named(tmp_path: Path, few: Path, encoder: Path) -> None:
+    out = tmp_path / "out"
+    for arguments, message in (
         ("--exits 0,1", "must end at the last layer, 3"),
         ("--exits some", "--exits"),
         ("--pooling max", "mean, cls"),
@@ -198,14 +199,10 @@ def test_a_teacher_with_other_held_out_samples_or_labels_in_another_order_is_ref
         ("--dataset x", "either as a file"),
         ("--group-column label --fragments", "--group-column .* --fragments"),
         ("--group-column user", "train.tsv:2: no column 'user'.*--group-column"),
-    ],
-)
-def test_wrong_arguments_are_named(
-    tmp_path: Path, few: Path, encoder: Path, arguments: str, message: str
-) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(ValueError, match=message):
-        de3(common(few, encoder, out, 30) + " --epochs 1 " + arguments)
+        ("--threshold 0.5", "add --multi-label"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            de3(common(few, encoder, out, 30) + f" --epochs 1 {arguments}")
     assert not out.exists()
 
 

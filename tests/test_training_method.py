@@ -103,10 +103,10 @@ def test_a_pretrained_encoder_keeps_its_weights(encoder: Path) -> None:
     assert ours and all(torch.equal(v, original[k]) for k, v in ours.items())
 
 
-@pytest.mark.parametrize("exits", [[1, 2], [2, 1, 3], [-1, 3], [0, 1, 2, 3, 4], []])
-def test_exit_layers_that_make_no_sense_are_refused(encoder: Path, exits: list[int]) -> None:
-    with pytest.raises(ValueError, match="exit_layers must"):
-        De3Model.from_encoder(str(encoder), ["a", "b"], exit_layers=exits)
+def test_exit_layers_that_make_no_sense_are_refused(encoder: Path) -> None:
+    for exits in ([1, 2], [2, 1, 3], [-1, 3], [0, 1, 2, 3, 4], []):
+        with pytest.raises(ValueError, match="exit_layers must"):
+            De3Model.from_encoder(str(encoder), ["a", "b"], exit_layers=exits)
 
 
 def test_prototypes_as_means_are_those_of_every_sample(model: De3Model) -> None:
