@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +45,7 @@ from de3.server.settings import Settings
 from tests.commands import WITHOUT_TORCH
 from tests.fixtures import made_once, make_rows, save_encoder
 from tests.hub import hub_of, offline, use_hub
-from tests.serving import Server, process, running, until, url_when_ready
+from tests.serving import Server, process, running, until
 from tests.stock import with_random_exits
 from tests.upstream import chat, model_of
 
@@ -264,22 +263,6 @@ def test_an_artifact_is_used_only_for_what_it_was_made_from(copy: Path, tmp_path
     assert len(set(places)) == len(places)
 
 
-def test_a_second_start_waits_and_uses_the_artifact_of_the_first(
-    artifact: Artifact, bert: Path, tmp_path: Path
-) -> None:
-    made = artifact.path.parents[1]
-    place = tmp_path / "cache" / made.name
-    place.mkdir(parents=True)
-    with ThreadPoolExecutor(1) as pool:
-        with FileLock(place.with_suffix(".lock")):  # as held by the first start
-            second = pool.submit(artifact_of, str(bert), "int8", tmp_path / "cache")
-            until((place / cache.USED).exists, "the second start")
-            shutil.copytree(made, place, dirs_exist_ok=True)
-            manifest = place / artifact.path.relative_to(made) / "manifest.json"
-            inode = manifest.stat().st_ino
-        assert second.result(60).path == manifest.parent and manifest.stat().st_ino == inode
-
-
 def test_the_least_recently_used_are_removed_until_the_rest_fits(tmp_path: Path) -> None:
     def places() -> list[str]:
         return sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
@@ -356,22 +339,6 @@ def test_a_vocabulary_is_limited() -> None:
         vocabulary.tokenizer_of(MERGES | {"merges.txt": lines}, {}, FAMILIES["roberta"])
 
 
-def test_a_folder_that_changes_while_it_is_converted_is_not_cached(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def change_and_convert(*arguments: Any) -> Path:
-        edit(copy, id2label={"0": "new", "1": "names"})
-        return convert(*arguments)
-
-    old, convert = (copy / "config.json").read_bytes(), cache.convert
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "convert", change_and_convert)
-        with pytest.raises(ValueError, match="its files changed while they were read"):
-            artifact_of(str(copy), "int8", tmp_path / "cache")
-    (copy / "config.json").write_bytes(old)
-    assert artifact_of(str(copy), "int8", tmp_path / "cache").manifest.labels != ["new", "names"]
-
-
 # On the hub
 
 
@@ -382,27 +349,6 @@ def hub(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         use_hub(monkeypatch, port, tmp_path / "hf")
         monkeypatch.setenv("DE3_CACHE", str(tmp_path / "cache"))
         yield handler
-
-
-def test_models_of_the_hub_and_of_a_folder_are_served_without_pytorch(
-    hub: Any, bert: Path, tmp_path: Path
-) -> None:
-    edit(hub.folder, id2label={"0": "a", "1": "b", "2": "c"})
-    exits = with_random_exits(bert, Store(tmp_path / "store"), "exits", "int8")
-    names = "org/model@v1", str(exits.path)
-    with process(tmp_path / "none", *names, "--default-model", "model", code=WITHOUT_TORCH) as started:
-        url = url_when_ready(started)
-        rows = [
-            httpx.post(f"{url}/classify", json={"input": "good", **more}, timeout=60).json()["data"][0]
-            for more in ({}, {"model": "model"}, {"model": "org/model"}, {"model": "org/model@v1"})
-        ]
-        assert {row["label"] for row in rows} < {"a", "b", "c"}
-        assert len({str(row["probs"]) for row in rows}) == 1
-        assert rows[0]["exit"]["layer"] == rows[0]["exit"]["num_layers"] == 3
-        listed = httpx.get(f"{url}/v1/models").json()["data"]
-        found = {(row["id"], row["source"], *row["exit_layers"]) for row in listed}
-        assert found == {("model:1", "org/model@v1", 3), ("exits:1", None, 0, 1, 2, 3)}
-    assert sum("model.safetensors" in line for line in downloads(hub)) == 1
 
 
 def downloads(hub: Any) -> list[str]:
@@ -562,25 +508,19 @@ def logged(caplog: pytest.LogCaptureFixture, part: str) -> list[tuple[str, str]]
     return [(row.levelname, row.getMessage()) for row in caplog.records if part in row.getMessage()]
 
 
-@pytest.mark.parametrize("kind", ["labels", "spans"])
-def test_the_answers_that_int8_changes_are_counted_once(
-    kind: str, compared: Callable[[], int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_the_spans_that_int8_changes_are_counted_once(
+    compared: Callable[[], int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On distinct live texts; a longer one, a repeated one and a redacted one do not count."""
     caplog.set_level("INFO", "de3")
-    options: dict[str, Any] = {"labels": 3, "problem_type": "multi_label_classification"}
-    folder = save_encoder(
-        tmp_path / "stock", **options if kind == "labels" else {"tags": ["O", "B-A", "I-A"]}
-    )
+    folder = save_encoder(tmp_path / "stock", tags=["O", "B-A", "I-A"])
     artifact = artifact_of(str(folder), "int8", tmp_path / "cache")
-    assert artifact.manifest.thresholds == ([0.5] * 3 if kind == "labels" else None)
     settings = Settings(store=tmp_path / "none", port=0, threads=1)
     texts = [f"{text} {number}" for number, (text, _) in enumerate(make_rows(40, 31))]
     with running(Service(settings, [artifact])) as server:
         assert server.classify(input=["long " * 1000, *texts[:30], *texts[:20]]).status_code == 200
-        if kind == "spans":
-            private = [f"private {text}" for text in texts]
-            assert server.classify(input=private, redact=True).status_code == 200
+        private = [f"private {text}" for text in texts]
+        assert server.classify(input=private, redact=True).status_code == 200
         assert not measured(server)
         assert server.classify(input=texts[20:]).status_code == 200
         until(lambda: logged(caplog, "int8 changes"), "the message")
@@ -619,7 +559,9 @@ def test_one_process_at_a_time_counts_what_int8_changes_in_classes(
     """Values, fp32 and models of the store are left out."""
     value = artifact_of(str(save_encoder(tmp_path / "value", labels=1)), "int8", tmp_path / "cache")
     assert value.manifest.tolerance == MIN_TOLERANCE
-    plain = artifact_of(str(save_encoder(tmp_path / "plain", labels=2)), "fp32", tmp_path / "cache")
+    several = save_encoder(tmp_path / "plain", labels=2, problem_type="multi_label_classification")
+    plain = artifact_of(str(several), "fp32", tmp_path / "cache")
+    assert plain.manifest.thresholds == [0.5] * 2
     artifact = artifact_of(str(bert), "int8", tmp_path / "cache")
     others = [value, plain, with_random_exits(bert, Store(tmp_path / "store"), "stored", "int8")]
     parts = [[f"{part} {i}" for i in range(int8.TEXTS)] for part in "abc"]
@@ -646,11 +588,13 @@ def test_two_classifiers_with_one_name_are_refused(artifact: Artifact, bert: Pat
         Service(Settings(store=tmp_path / "none"), [artifact, artifact_of(str(bert), "fp32", tmp_path)])
 
 
-def test_kserves_runtime_serves_the_folder_under_its_services_name_with_only_json_in_the_log(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_kserves_runtime_and_a_hub_model_are_served_without_pytorch_and_with_only_json_in_the_log(
+    hub: Any, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The log of every process, from the first line to the last, whatever fails."""
     shutil.copytree(bert, tmp_path / "models")
+    exits = with_random_exits(bert, Store(tmp_path / "store"), "exits", "int8")
+    edit(hub.folder, id2label={"0": "a", "1": "b", "2": "c"})
     runtime = yaml.safe_load(Path("deploy/kubernetes/kserve.yaml").read_text())
     (container,) = runtime["spec"]["containers"]
     environment = {one["name"]: one["value"] for one in container["env"]}
@@ -663,27 +607,22 @@ def test_kserves_runtime_serves_the_folder_under_its_services_name_with_only_jso
         for one in container["args"]
     ]
     assert command == "serve"
-    messages = list[str]()
-    inputs = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["good"]}
-    with process(tmp_path / "none", *arguments) as started:
+    log, arguments = list[str](), [*arguments, "org/model@v1", str(exits.path), "--default-model", "model"]
+    with process(tmp_path / "none", *arguments, code=WITHOUT_TORCH) as started:
         assert started.stderr is not None
         for line in started.stderr:
-            messages.append(json.loads(line)["message"])
-            log = "\n".join(messages)
-            if "is replaced, after" in messages[-1]:
+            log.append(json.loads(line)["message"])
+            if "is replaced, after" in log[-1]:
                 started.terminate()
-            elif "2 processes" in messages[-1]:
-                url = re.findall(r"running on (http://[0-9.:]+)", log)[0]
-                for path, body in (
-                    ("/v1/models/toxic:predict", {"instances": ["good"]}),
-                    ("/v2/models/toxic/infer", {"inputs": [inputs]}),
-                ):
-                    assert httpx.post(url + path, json=body, timeout=60).status_code == 200
-                assert httpx.get(f"{url}/v2/models/toxic/ready").status_code == 200
-                os.kill(int(re.findall(r"Started server process \[(\d+)\]", log)[0]), signal.SIGKILL)
+            elif "2 processes" in log[-1]:
+                ask_all(re.findall(r"running on (http://[0-9.:]+)", " ".join(log))[0])
+                pids = re.findall(r"Started server process \[(\d+)\]", " ".join(log))
+                os.kill(int(pids[0]), signal.SIGKILL)
         assert started.wait(60) == 0
-    assert log.count("curl http://") == log.count("converting it once") == 1
-    assert "DE3_NOTHING: unknown" in log and "replacing it" in log
+    said = " ".join(log)
+    assert said.count("curl http://") == 1 and said.count("converting it once") == 2
+    assert "DE3_NOTHING: unknown" in said and "replacing it" in said
+    assert sum("model.safetensors" in line for line in downloads(hub)) == 1
     for wrong, says in (
         ("--nonsense", "No such option: --nonsense"),
         ("./nothing", "./nothing: no such folder"),
@@ -692,3 +631,23 @@ def test_kserves_runtime_serves_the_folder_under_its_services_name_with_only_jso
             assert started.stderr is not None
             rows = [json.loads(line) for line in started.stderr]
         assert rows[-1]["level"] == "CRITICAL" and rows[-1]["message"].startswith(says)
+
+
+def ask_all(url: str) -> None:
+    """Ask a server for answers of its models under all their names."""
+    inputs = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["good"]}
+    for path, body in (
+        ("/v1/models/toxic:predict", {"instances": ["good"]}),
+        ("/v2/models/toxic/infer", {"inputs": [inputs]}),
+    ):
+        assert httpx.post(url + path, json=body, timeout=60).status_code == 200
+    assert httpx.get(f"{url}/v2/models/toxic/ready").status_code == 200
+    rows = [
+        httpx.post(f"{url}/classify", json={"input": "good", **more}, timeout=60).json()["data"][0]
+        for more in ({}, {"model": "model"}, {"model": "org/model"}, {"model": "org/model@v1"})
+    ]
+    assert {row["label"] for row in rows} < {"a", "b", "c"} and len({str(row["probs"]) for row in rows}) == 1
+    assert rows[0]["exit"]["layer"] == rows[0]["exit"]["num_layers"] == 3
+    listed = httpx.get(f"{url}/v1/models").json()["data"]
+    found = {(row["id"], row["source"], *row["exit_layers"]) for row in listed}
+    assert found == {("models:1", "models", 3), ("model:1", "org/model@v1", 3), ("exits:1", None, 0, 1, 2, 3)}

@@ -38,7 +38,7 @@ from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.commands import invoke
 from tests.fixtures import save_encoder
-from tests.serving import serving, until
+from tests.serving import Server, serving, until
 
 CALIBRATED = Path("models/sst2/1/manifest.json").read_text()
 EVIL = "x\x1b[31m\x9b2K\n2026 INFO de3: forged\r\u2028\u202ey"
@@ -354,6 +354,8 @@ def test_a_store_with_a_bad_model_serves_the_others(copies: Path, monkeypatch: p
         assert server.classify(input="good").json()["model"] == "tiny-int8:1"
         for name in ("tiny", "odd", "worse"):
             assert server.classify(input="good", model=name).status_code == 404
+    with pytest.raises(StoreError, match=r"layer_01.onnx: it has 13 operators, not 12"):
+        prove.Prover().prove(Store(copies).open("tiny"), "auto")
     with pytest.raises(StoreError, match="schema version None"):
         Service(Settings(store=copies, models=["worse"]))
 
@@ -397,31 +399,18 @@ def test_a_valid_graph_cannot_take_all_memory(copies: Path) -> None:
         prove.Prover().prove(Store(copies).open("tiny"), "auto")
 
 
-def test_proving_says_what_is_wrong_and_can_be_stopped(
-    store: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_test_runs_a_model_can_be_stopped(
+    copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prover = prove.Prover()
-    prover.prove(Store(store).open("tiny"), "auto")
-    name = forge(copies, "tiny", 1, lambda p: p.graph.node.append(huge()))
-    with pytest.raises(StoreError, match=rf"^\S*{name}: it has 13 operators, not 12"):
-        prover.prove(Store(copies).open("tiny"), "auto")
-    started, failed = copies / "started", list[StoreError]()
-    monkeypatch.setattr(prove, "PROGRAM", f"import time; open({str(started)!r}, 'w'); time.sleep(600)")
-
-    def waiting() -> None:
-        try:
-            prover.prove(Store(store).open("tiny"), "auto")
-        except StoreError as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=waiting)
-    thread.start()
-    until(started.exists, "the process")
-    prover.stop()
-    thread.join(20)
-    assert failed and not thread.is_alive()
-    with pytest.raises(StoreError, match="the server is stopping"):
-        prover.prove(Store(store).open("tiny"), "auto")
+    edit(copies / "tiny/1", lambda m: m.update(labels=["not", "run before"]))
+    (pid := copies / "pid").touch()
+    code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    monkeypatch.setattr(prove, "PROGRAM", code)
+    server = Server(Service(Settings(store=copies, port=0, models=["tiny"])))
+    server.start()
+    until(pid.read_text, "the process")
+    server.stop()
+    until(lambda: not Path(f"/proc/{pid.read_text()}").exists(), "its end")
 
 
 def test_loading_can_be_stopped_and_takes_no_longer(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,39 +144,29 @@ def test_an_import_refuses_labels(tmp_path_factory: pytest.TempPathFactory, tmp_
 # Heads that are refused
 
 
-def with_labels(folder: Path, labels: list[str], rows: int | None = None) -> Path:
+def with_labels(folder: Path, labels: list[str]) -> Path:
     """Give a small token classifier other labels, and a head of as many rows."""
     save_encoder(folder, tags=TAGS)
     config = json.loads((folder / "config.json").read_text())
-    config["id2label"] = {str(k): name for k, name in enumerate(labels)}
-    config["label2id"] = {name: k for k, name in enumerate(labels)}
+    config |= {"id2label": dict(enumerate(labels)), "label2id": {name: k for k, name in enumerate(labels)}}
     (folder / "config.json").write_text(json.dumps(config))
-    weights, count = load_file(folder / "model.safetensors"), rows or len(labels)
+    weights, count = load_file(folder / "model.safetensors"), len(labels)
     weights |= {"classifier.weight": torch.randn(count, 64), "classifier.bias": torch.zeros(count)}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-@pytest.mark.parametrize(
-    ("labels", "rows", "says"),
-    [
-        ([f"B-{k}" for k in range(1001)], None, "must have 2 to 1000 labels, and it has 1001"),
-        (["O"], None, "must have 2 to 1000 labels, and it has 1"),
-        (["O", "B-X", "B-X"], None, "its labels must be distinct"),
-        (["O", "B-\\ud800"], None, "label"),
-        (["O", "B-" + "x" * 5000], None, "label"),
-        (["O", "B-X"], 3, "classifier"),
-    ],
-    ids=["1001", "1", "equal", "surrogate", "long", "rows"],
-)
-def test_a_head_that_cannot_be_served_is_refused(
-    tmp_path: Path, labels: list[str], rows: int | None, says: str
-) -> None:
-    labels = [json.loads(f'"{name}"') for name in labels]
-    folder = with_labels(tmp_path / "stock", labels, rows)
-    with pytest.raises(ValueError, match=says) as error:
-        artifact_of(str(folder), "int8", tmp_path / "cache")
-    assert str(error.value).isprintable() and len(str(error.value)) < 2000
+def test_a_head_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
+    for labels, says in (
+        ([f"B-{k}" for k in range(1001)], "must have 2 to 1000 labels, and it has 1001"),
+        (["O"], "must have 2 to 1000 labels, and it has 1"),
+        (["O", "B-X", "B-X"], "its labels must be distinct"),
+        (["O", "B-\ud800"], "label"),
+    ):
+        folder = with_labels(tmp_path / str(len(labels)), labels)
+        with pytest.raises(ValueError, match=says) as error:
+            artifact_of(str(folder), "int8", tmp_path / "cache")
+        assert str(error.value).isprintable() and len(str(error.value)) < 2000
 
 
 def test_control_characters_in_a_label_break_no_answer_and_no_metric(tmp_path: Path) -> None:

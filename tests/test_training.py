@@ -62,6 +62,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 ) -> None:
     de3(common(few, encoder, tmp_path / "whole", 30) + " --epochs 3")
     out, epochs = tmp_path / "broken", iter([1])
+    command = common(few, encoder, out, 30) + " --epochs 3"
 
     class Killed(Exception):
         pass
@@ -73,12 +74,17 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(trainer, "predict", predict_or_die)
-        de3(common(few, encoder, out, 30) + " --epochs 3")
-    output = de3(common(few, encoder, out, 30) + " --epochs 3 --resume")
+        de3(command)
+    output = de3(f"{command} --resume")
     assert "resuming after epoch 1" in output and not (out / trainer.RESUME).exists()
+    assert "nothing to resume" in de3(f"{command} --resume")
+    for other in ("--held-back 20", "--pooling cls", "--exits last", "--seed 1", "--epochs 2"):
+        with pytest.raises(ValueError, match="other settings or data"):
+            de3(f"{command} --resume {other}")
     whole, broken = (De3Model.from_pretrained(tmp_path / x).state_dict() for x in ("whole", "broken"))
     for name, tensor in whole.items():
         assert torch.equal(tensor, broken[name]), name
+    assert (out / "certify.jsonl").read_bytes() == (tmp_path / "whole/certify.jsonl").read_bytes()
 
 
 def test_the_best_epoch_is_kept_and_training_stops_when_none_is_better(
@@ -137,18 +143,6 @@ def parts_of(data_file: Path, held_back: int = 300) -> splits.Split:
     """The split that the command makes."""
     rows = rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
     return splits.split(to_examples(rows, NAMES), 0, held_back)
-
-
-def test_resuming_a_finished_training_or_with_other_settings_changes_nothing(
-    tmp_path: Path, few: Path, encoder: Path
-) -> None:
-    de3(common(few, encoder, tmp_path, 30) + " --epochs 1")
-    kept_back = (tmp_path / "certify.jsonl").read_bytes()
-    assert "nothing to resume" in de3(common(few, encoder, tmp_path, 30) + " --epochs 1 --resume")
-    for other in ("--held-back 20", "--pooling cls", "--exits last", "--seed 1", "--epochs 2"):
-        with pytest.raises(ValueError, match="other settings or data"):
-            de3(common(few, encoder, tmp_path, 30) + f" --epochs 1 --resume {other}")
-    assert (tmp_path / "certify.jsonl").read_bytes() == kept_back
 
 
 @pytest.mark.slow
