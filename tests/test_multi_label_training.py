@@ -37,7 +37,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .jsonl file whose rows each list any number of the three labels."""
 
     def make(folder: Path) -> None:
-        rows = ({"text": text, "label": names_of(text)} for text, _ in make_rows(1800, 41))
+        rows = ({"text": text, "label": names_of(text)} for text, _ in make_rows(1400, 41))
         (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     return made_once(tmp_path_factory, "multi-data", make) / "train.jsonl"
@@ -50,10 +50,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: 
     def make(folder: Path) -> None:
         output = de3(
             f"train {data_file} --multi-label --threshold 0.4 --encoder {encoder} --out {folder}/checkpoint "
-            "--held-back 300 --epochs 4 --lr 2e-3 --batch-size 32 --no-bf16"
+            "--held-back 200 --epochs 4 --lr 2e-3 --batch-size 32 --no-bf16"
         )
-        none = sum(not names_of(text) for text, _ in make_rows(1800, 41))
-        assert f"{none} of 1800 texts have no label" in output and none > 10
+        none = sum(not names_of(text) for text, _ in make_rows(1400, 41))
+        assert f"{none} of 1400 texts have no label" in output and none > 10
         assert "tune micro f1 by exit" in output and f"de3 export {folder}/checkpoint" in output
         exported = de3(
             f"export {folder}/checkpoint --name topics --store {folder}/store --max-loss 5 --max-int8-loss 5"
@@ -72,11 +72,11 @@ def test_it_learns_every_label(trained: Path) -> None:
     assert (opened.names, opened.config.thresholds) == (NAMES, [0.4] * 3)
     assert not opened.model.prototypical and opened.model.prototypes.numel() == 0
     certify = opened.held_out("certify")
-    assert len(certify) == 300
+    assert len(certify) == 200
     assert all([NAMES[k] for k in e.label] == names_of(str(e.text)) for e in certify)  # type: ignore[union-attr]
 
 
-def test_what_was_trained_is_served(trained: Path, data_file: Path, tmp_path: Path) -> None:
+def test_what_was_trained_is_served(trained: Path) -> None:
     manifest = Store(trained / "store").open("topics").manifest
     assert (manifest.labels, manifest.thresholds, manifest.prototype_layers) == (NAMES, [0.4] * 3, [])
     assert manifest.calibration is not None and manifest.calibration.default.speedup > 1.2
@@ -86,11 +86,6 @@ def test_what_was_trained_is_served(trained: Path, data_file: Path, tmp_path: Pa
     assert np.mean([row["labels"] == names_of(text) for row, text in zip(full, texts, strict=True)]) > 0.9
     assert np.mean([row["labels"] == other["labels"] for row, other in zip(full, early, strict=True)]) > 0.9
     assert np.mean([row["exit"]["layer"] for row in early]) < 2.5
-    file = tmp_path / "test.csv"
-    file.write_text("text,label\n" + "".join(f"{text},{'|'.join(names_of(text))}\n" for text in texts))
-    for model in (trained / "store/topics/1", trained / "checkpoint"):
-        output = de3(f"evaluate {model} {file} --png {tmp_path}/plot.png")
-        assert "macro F1" in output
 
 
 def test_options_that_make_no_sense_are_refused(data_file: Path, encoder: Path, tmp_path: Path) -> None:
@@ -105,9 +100,8 @@ def test_labels_are_checked() -> None:
     assert "use --multi-label" in checks.labels(Counter({"a|b": 5, "b|c": 5, "a": 5}))[0]
     assert checks.labels(Counter({"a": 50, "b": 60}), 70) == []
     assert "1 label has fewer than 5 rows" in checks.labels(Counter({"a": 50, "b": 1}), 60)[0]
-    for counts, has in (({"a": 5}, "'a'"), ({}, "none")):
-        with pytest.raises(ValueError, match=f"needs at least 2 labels; the data has {has}"):
-            checks.labels(Counter(counts), 9)
+    with pytest.raises(ValueError, match="needs at least 2 labels; the data has none"):
+        checks.labels(Counter(), 9)
     with pytest.raises(ValueError, match="80 labels in 100 rows"):
         checks.labels(Counter({str(i): 3 for i in range(80)}), 100)
     one, many = Example("a", (1,)), Example("b", (0, 2))

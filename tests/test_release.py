@@ -27,20 +27,12 @@ def test_the_changelog_and_the_readme_have_the_version() -> None:
 
 
 def test_install_commands_work_without_a_package_index() -> None:
-    for page in (
-        "README",
-        "docs/bulk",
-        "docs/fit",
-        "docs/bring-your-own",
-        "docs/learning",
-        "docs/upstream",
-        "docs/scaling",
-    ):
-        commands = re.findall(r"pip install(?:\s-e)? '([^']*)\[([^']+)\]'", Path(f"{page}.md").read_text())
-        assert commands, page
-        assert all(
-            package == "." and extra in PROJECT["optional-dependencies"] for package, extra in commands
-        )
+    pages = [page.read_text() for page in (Path("README.md"), *Path("docs").glob("*.md"))]
+    commands = [
+        one for page in pages for one in re.findall(r"pip install(?:\s-e)? '([^']*)\[([^']+)\]'", page)
+    ]
+    assert len(commands) >= 7
+    assert all(package == "." and extra in PROJECT["optional-dependencies"] for package, extra in commands)
 
 
 def steps(workflow: Any) -> list[dict[str, Any]]:
