@@ -105,10 +105,6 @@ def test_a_session_reads_no_tensor_from_another_file(store: Path, monkeypatch: p
         ort.InferenceSession(proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
 
 
-def huge() -> Any:
-    return helper.make_node("ConstantOfShape", ["shape"], ["x"])
-
-
 def test_a_manifest_is_read_within_limits(tmp_path: Path) -> None:
     manifest = json.loads(CALIBRATED)
     for rows, message in ((200_000, "at most 5000"), (1_000_000, "at most 1048576 are expected")):
@@ -270,11 +266,6 @@ def test_a_tokenizer_has_only_known_parts(part: dict[str, Any], message: str) ->
     check(pre_tokenizer={"type": "Split", "behavior": "Isolated", "pattern": {"String": "a"}})
 
 
-def special(t: dict[str, Any], **fields: Any) -> None:
-    """Set fields of the [SEP] entry in a tokenizer's post-processor."""
-    t["post_processor"]["special_tokens"]["[SEP]"].update(fields)
-
-
 PADDING = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None}
 PADDING |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
 TRUNCATION = {"direction": "Right", "max_length": 32, "strategy": "LongestFirst", "stride": 0}
@@ -285,7 +276,7 @@ TRUNCATION = {"direction": "Right", "max_length": 32, "strategy": "LongestFirst"
     [
         (lambda t: t["model"]["vocab"].update(beyond=60), "the id 60"),
         (lambda t: t["added_tokens"][0].update(id=60, content="x"), "the id [0-9]+"),
-        (lambda t: special(t, ids=[60]), "the id 60"),
+        (lambda t: t["post_processor"]["special_tokens"]["[SEP]"].update(ids=[60]), "the id 60"),
         (lambda t: t["post_processor"]["pair"][3]["Sequence"].update(type_id=2), "the token type 2"),
         (lambda t: t.update(padding=PADDING), "must not pad or truncate"),
         (lambda t: t.update(truncation=TRUNCATION), "must not pad or truncate"),
@@ -338,7 +329,8 @@ def test_a_text_without_tokens_is_an_error(store: Path) -> None:
 
 
 def test_a_store_with_a_bad_model_serves_the_others(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forge(copies, "tiny", 1, lambda p: p.graph.node.append(huge()))  # the first model of the store
+    huge = helper.make_node("ConstantOfShape", ["shape"], ["x"])
+    forge(copies, "tiny", 1, lambda p: p.graph.node.append(huge))  # the first model of the store
     (copies / "worse" / "1").mkdir(parents=True)
     (copies / "worse" / "1" / "manifest.json").write_text("{}")
     shutil.copytree(copies / "tiny-int8", copies / "odd")
