@@ -102,8 +102,12 @@ def test_every_admitted_deadline_is_met(
         assert all(end <= (deadline or 0.0) + 1e-9 for end, deadline in kept)
 
 
-def test_a_text_alone_gets_the_whole_budget_and_a_batch_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_a_text_alone_gets_the_whole_budget_and_a_batch_shares_it(clock: Clock) -> None:
     deadlines = Deadlines(THREADS)
     alone = job(clock, [0.01], 0.1)
     assert deadlines.admit(alone) == 0
@@ -117,70 +121,38 @@ def test_a_text_alone_gets_the_whole_budget_and_a_batch_shares_it(monkeypatch: p
     assert 0.8 * left / 2 < part <= left / 2 + 1e-9
 
 
-def test_the_longest_text_of_all_jobs_limits_what_a_text_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it runs, the other threads may be idle: it may have to wait for them, and they cannot help it."""
-    clock = Clock(monkeypatch)
+def test_best_effort_takes_nothing_from_an_admitted_job(clock: Clock) -> None:
     deadlines = Deadlines(THREADS)
-    one, *others = (job(clock, firsts, 0.1) for firsts in ([0.001], [0.02], [0.002] * 10))
-    for new in (one, *others):
-        new.deadline = clock.now + 0.1
-        assert deadlines.admit(new) == 0
-    # Until the deadline, two threads have 0.2 s; one may be idle while the longest text runs.
-    spare = 0.2 - (0.001 + 0.02 + 0.02) - 0.02
-    ends = deadlines.begin(one.items[0], 0)
-    assert ends - clock.now == pytest.approx(0.001 + spare * 0.001 / (0.001 + 0.02 + 0.02))
-
-
-def test_best_effort_takes_nothing_from_an_admitted_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    deadlines = Deadlines(THREADS)
-    admitted = job(clock, [0.01] * 10, 0.055)
+    first = job(clock, [0.01] * 10, 0.055)
     late = job(clock, [0.01], 0.001, best_effort=True)
-    assert deadlines.admit(admitted) == 0
-    assert admitted.deadline is not None
+    assert deadlines.admit(first) == 0
+    assert first.deadline is not None
     needed = deadlines.admit(job(clock, [0.01], 0.03))
-    assert needed == pytest.approx(admitted.deadline - clock.now + 0.01)
+    assert needed == pytest.approx(first.deadline - clock.now + 0.01)
     assert deadlines.admit(late) == 0
-    assert late.is_late and not admitted.is_late
-    assert late.deadline is not None
-    assert late.deadline >= admitted.deadline
+    assert late.is_late and not first.is_late
+    assert late.deadline is not None and late.deadline >= first.deadline
     assert deadlines.begin(late.items[0], 0) == clock.now  # it must stop at its first exit
 
 
-def test_a_missed_deadline_does_not_block_later_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missed_deadline_does_not_block_later_jobs(clock: Clock) -> None:
     """A layer has taken longer than was measured; the new job is not the cause."""
-    clock = Clock(monkeypatch)
     deadlines = Deadlines(1)
     assert deadlines.admit(job(clock, [0.05] * 5, 0.3)) == 0
     deadlines.occupy(0, clock.now + 0.2)
     assert deadlines.admit(job(clock, [0.01], 0.25)) == 0
 
 
-def test_a_text_that_begins_has_its_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once a text begins, it no longer matters for how long its thread was reserved for earlier work."""
-    clock = Clock(monkeypatch)
+def test_a_text_that_begins_takes_only_its_own_thread_and_time(clock: Clock) -> None:
     deadlines = Deadlines(1)
-    alone = job(clock, [0.01], 0.1)
+    alone = job(clock, [0.01], 5.0)
     assert deadlines.admit(alone) == 0
-    deadlines.occupy(0, clock.now + 0.05)
+    deadlines.occupy(0, clock.now + 0.05)  # for earlier work, which has ended
     assert deadlines.begin(alone.items[0], 0) == pytest.approx(alone.deadline)
-
-
-def test_a_late_text_occupies_its_thread_to_its_first_exit(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    deadlines = Deadlines(1)
+    deadlines.occupy(0, 0.0)  # the text has exited, and reserves nothing
     late = job(clock, [0.05], 0.001, best_effort=True)
-    assert deadlines.admit(late) == 0
+    assert deadlines.admit(late) == 0 and late.deadline == pytest.approx(clock.now + 0.05)
     assert deadlines.begin(late.items[0], 0) == clock.now
-    assert deadlines.admit(job(clock, [0.01], 0.04)) == pytest.approx(0.06)
-
-
-def test_a_job_whose_texts_have_all_begun_reserves_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    deadlines = Deadlines(1)
-    begun = job(clock, [0.01], 5.0)
-    assert deadlines.admit(begun) == 0
-    deadlines.begin(begun.items[0], 0)
-    deadlines.occupy(0, 0.0)
-    late = job(clock, [0.01], 0.001, best_effort=True)
-    assert deadlines.admit(late) == 0 and late.deadline == pytest.approx(clock.now + 0.01)
+    assert deadlines.admit(job(clock, [0.01], 0.04)) == pytest.approx(
+        0.06
+    )  # after the first exit of the late one

@@ -32,11 +32,8 @@ class SharesMachine(RuleBasedStateMachine):
     def take(self, client: str, amount: int) -> None:
         total = sum(map(self.of, self.held))
         others = sum(1 for c in self.held if c != client and self.of(c))
-        fits = (
-            self.of(client) + amount <= self.shares.most - total - amount
-            if others
-            else total + amount <= self.shares.limit
-        )
+        room = self.shares.most - total - amount - self.of(client) if others else self.shares.limit - total
+        fits = amount <= room
         try:
             self.shares.take(client, amount)
         except RequestError as error:
@@ -58,7 +55,7 @@ class SharesMachine(RuleBasedStateMachine):
     def it_counts(self) -> None:
         assert self.shares.most == max(self.shares.limit + 1, self.shares.limit * 9 // 8)
         assert self.shares.total == sum(map(self.of, self.held)) <= self.shares.most
-        assert self.shares._held == {c: self.of(c) for c in self.held if self.of(c)}
+        assert all(self.shares.amount(c) == self.of(c) for c in "abcd")
 
 
 TestShares = SharesMachine.TestCase
@@ -75,15 +72,10 @@ def scope(peer: str | None, *forwarded: str) -> dict[str, Any]:
     [
         ("192.0.2.7", [], "192.0.2.7"),
         ("192.0.2.7", ["203.0.113.9"], "192.0.2.7"),  # an untrusted client can claim any address
-        ("10.0.0.1", ["203.0.113.9"], "203.0.113.9"),
-        ("10.0.0.1", ["1.1.1.1, 203.0.113.9, 10.2.3.4"], "203.0.113.9"),  # 1.1.1.1 may be invented
-        ("10.0.0.1", ["1.1.1.1", "203.0.113.9"], "203.0.113.9"),
+        ("10.0.0.1", ["1.1.1.1", "203.0.113.9, 10.2.3.4"], "203.0.113.9"),  # 1.1.1.1 may be invented
         ("10.0.0.1", ["10.0.0.2"], "10.0.0.2"),
-        ("10.0.0.1", [], "10.0.0.1"),
         ("10.0.0.1", [" , "], "10.0.0.1"),
-        ("10.0.0.1", ["nonsense\xff"], "unknown"),
-        ("10.0.0.1", ["203.0.113.9, [::1]nonsense"], "unknown"),
-        ("10.0.0.1", ["203.0.113.9:80"], "unknown"),
+        ("10.0.0.1", ["203.0.113.9, [::1]nonsense\xff"], "unknown"),
         ("::ffff:10.0.0.1", ["2001:db8:1:2:3:4:5:6"], "2001:db8:1:2::/64"),
         ("2001:db8:1:2:ffff::1", [], "2001:db8:1:2::/64"),
         ("fd00::1", ["192.0.2.7"], "192.0.2.7"),
