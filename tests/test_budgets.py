@@ -14,7 +14,6 @@ from de3.exits.signals import Entropy
 from de3.model_store.manifest import TradeOff
 from de3.model_store.segments import OnnxLayers
 from de3.model_store.store import Store
-from de3.server.engine import timing
 from de3.server.engine.job import REPLY_S, REPLY_TEXT_S, Item, Job
 from de3.server.errors import RequestError
 from de3.server.ood import WINDOW
@@ -62,13 +61,16 @@ class Clock:
             self.ended[job, item.index] = self.now
             return finish(job, item, result)
 
-        monkeypatch.setattr(OnnxLayers, "embed", slowed(OnnxLayers.embed))
-        monkeypatch.setattr(OnnxLayers, "run", slowed(OnnxLayers.run))
+        for name in ("embed", "run"):
+            monkeypatch.setattr(OnnxLayers, name, slowed(getattr(OnnxLayers, name)))
         monkeypatch.setattr(Job, "__post_init__", submitted_now)
         monkeypatch.setattr(Job, "finish", finished)
-        for module in ("engine.run", "engine.deadlines", "engine.engine", "fair_queue", "engine.timing"):
-            monkeypatch.setattr(f"de3.server.{module}.perf_counter", lambda: self.now)
-        monkeypatch.setattr(timing, "thread_time", lambda: self.now)
+        clocks = [
+            f"{name}.perf_counter"
+            for name in ("engine.run", "engine.deadlines", "engine.engine", "fair_queue")
+        ]
+        for clock in (*clocks, "engine.timing.perf_counter", "engine.timing.thread_time"):
+            monkeypatch.setattr(f"de3.server.{clock}", lambda: self.now)
         monkeypatch.setattr("de3.server.service.run_longest", lambda _: None)  # by each thread as it starts
 
 
@@ -82,26 +84,17 @@ def budget_ms(layers: float, texts: int = 1) -> float:
     return 1000 * (layers * LAYER_S + REPLY_S + texts * REPLY_TEXT_S)
 
 
-def test_a_speed_up_is_looked_up(server: Server, rows: list[TradeOff]) -> None:
+def test_a_target_is_looked_up_in_the_calibration(server: Server, rows: list[TradeOff]) -> None:
     answer = server.classify(input=TEXTS[:3], target_speedup=1.5, explain=True).json()
     row = next(r for r in rows if r.speedup >= 1.5)
     assert [r["exit"]["tau"] for r in answer["data"]] == [row.tau] * 3
-    names = ("accuracy", "speedup", "disagreement", "disagreement_bound")
-    choice = {
-        "set_by": "target_speedup",
-        "requested": 1.5,
-        "tau": row.tau,
-        "signal": row.signal,
-        "lambda": row.lam,
+    expected = {
+        name: getattr(row, name) for name in ("accuracy", "speedup", "disagreement", "disagreement_bound")
     }
-    assert answer["tau_choice"] == choice | {"expected": {name: getattr(row, name) for name in names}}
-    assert "tau_choice" not in server.classify(input=TEXTS[0], target_speedup=2).json()
-    budget = server.classify(input="a film", explain=True, latency_budget_ms=5000).json()["tau_choice"]
-    assert (budget["set_by"], budget["requested"]) == ("latency_budget_ms", 5000)
-
-
-def test_a_certificate_comes_with_the_answer(server: Server, rows: list[TradeOff]) -> None:
+    choice = {"set_by": "target_speedup", "requested": 1.5, "tau": row.tau, "signal": row.signal}
+    assert answer["tau_choice"] == choice | {"lambda": row.lam, "expected": expected}
     answer = server.classify(input=TEXTS[0], max_disagreement=0.1).json()
+    assert "tau_choice" not in answer
     row = [r for r in rows if r.disagreement_bound <= 0.1][-1]
     assert answer["data"][0]["exit"]["tau"] == row.tau > 0
     guarantee = {"max_disagreement": 0.1, "bound": row.disagreement_bound, "confidence": 0.95}
@@ -110,21 +103,13 @@ def test_a_certificate_comes_with_the_answer(server: Server, rows: list[TradeOff
     assert exact["data"][0]["exit"]["tau"] == 0 and exact["certificate"]["bound"] == 0
 
 
-def test_a_setting_applies_to_requests_without_exit_options(store: Path) -> None:
+def test_a_setting_applies_to_requests_without_an_option_that_replaces_it(store: Path) -> None:
     manifest = Store(store).open("tiny").manifest
-    for setting, by in (
-        ({"tau": 0.3}, "default"),
-        ({"target_speedup": 2}, "target_speedup"),
-        ({"max_disagreement": 0.1}, "max_disagreement"),
-    ):
+    for setting in ({"target_speedup": 2}, {"max_disagreement": 0.1}):
         rules = Rules(manifest, Settings(store=store, **setting))
-        choice, own = rules.choose(ExitOptions()), rules.choose(ExitOptions(tau=0.5))
-        assert choice.set_by == by and choice.rule.tau == setting.get("tau", choice.rule.tau)
+        assert rules.choose(ExitOptions()).set_by == next(iter(setting))
+        own = rules.choose(ExitOptions(tau=0.5))
         assert (own.set_by, own.rule.tau) == ("tau", 0.5)
-
-
-def test_the_settings_tau_applies_if_a_request_only_limits_the_layer(store: Path) -> None:
-    manifest = Store(store).open("tiny").manifest
     rules = Rules(manifest, Settings(store=store, tau=0))
     assert rules.choose(ExitOptions(max_layer=2)).rule.tau == 0
     other = next(name for name in ("risk", "entropy") if name != manifest.defaults.signal)
@@ -207,11 +192,10 @@ def test_ood_texts_are_flagged_or_go_deeper(store: Path) -> None:
             row = server.classify(input=FAR, ood=True).json()["data"][0]
             assert 0 <= row.pop("ood_score") == rows[len(TEXTS)]["ood_score"] < 1
             assert server.classify(input=FAR).json()["data"][0] == row
-            # At full depth, too, texts are flagged, and `explain` changes nothing.
-            for explain in (False, True):
-                full = server.classify(input=FAR, tau=0, explain=explain).json()["data"][0]
-                assert full["exit"]["layer"] == 3
-                assert full.get("out_of_distribution", False) == (policy != "off")
+            # At full depth, too, texts are flagged.
+            full = server.classify(input=FAR, tau=0).json()["data"][0]
+            assert full["exit"]["layer"] == 3
+            assert full.get("out_of_distribution", False) == (policy != "off")
     for off, flag, deepen in zip(found["off"], found["flag"], found["deepen"], strict=True):
         is_far = flag.pop("out_of_distribution", False)
         assert flag == off
@@ -223,7 +207,8 @@ def test_ood_texts_are_flagged_or_go_deeper(store: Path) -> None:
 
 
 def test_drift_is_a_metric_once_the_window_is_full(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("de3.server.ood.MAX_PER_S", 1e9)  # sample every text
+    for name, value in (("MAX_PER_S", 1e9), ("STATISTICS_S", 0.0)):  # every text, and now
+        monkeypatch.setattr(f"de3.server.ood.{name}", value)
     with serving(store, models=["tiny-int8"], tau=0.3) as server:
 
         def drift(statistic: str) -> float | None:
@@ -231,17 +216,12 @@ def test_drift_is_a_metric_once_the_window_is_full(store: Path, monkeypatch: pyt
             return server.service.metrics.registry.get_sample_value("de3_drift", labels)
 
         like = [text for text, _ in make_rows(WINDOW, 77)]
-        server.classify(input=like[:200])
+        server.classify(input=like[:250])
         assert drift("psi") is None
-        for start in range(0, WINDOW, 250):
-            server.classify(input=like[start : start + 250])
+        server.classify(input=like[250:])
         psi, ks = drift("psi"), drift("ks")
         assert psi is not None and ks is not None and psi < 0.25
-        monkeypatch.setattr("de3.server.ood.STATISTICS_S", 60.0)
-        for _ in range(2):
-            server.classify(input=[FAR] * 250)
-        assert (drift("psi"), drift("ks")) == (psi, ks)  # not computed again yet
-        monkeypatch.setattr("de3.server.ood.STATISTICS_S", 0.0)
+        server.classify(input=[FAR] * 250)
         assert (drift("psi") or 0) > 1 and (drift("ks") or 0) > ks
 
 

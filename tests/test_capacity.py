@@ -1,4 +1,4 @@
-"""The search for a server's capacity: with a stub that has a known limit, and on a real server."""
+"""The search for a server's capacity: with a stub that has known limits, and on a real server."""
 
 import math
 from pathlib import Path
@@ -13,27 +13,33 @@ from tests.commands import de3
 from tests.fixtures import make_rows
 
 
-def test_the_search_finds_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Warm:
-        answers, seconds = [0] * 1600, 2.0  # 800 requests/s
+@pytest.mark.parametrize(
+    ("slow_above", "refuses_above", "silent_above", "slo_ms", "found"),
+    [(500, 900, 900, 50, 500), (500, 300, 900, 50, 300), (500, 900, 400, 50, 400), (500, 900, 900, 5, 0)],
+)
+def test_the_search_finds_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+    slow_above: int,
+    refuses_above: int,
+    silent_above: int,
+    slo_ms: int,
+    found: int,
+) -> None:
+    def send(_: Any, samples: list[Sample], seconds: float, rate: float | None = None, **__: Any) -> Run:
+        """rate: None: a closed loop, which has 800 answers per second."""
+        ok = Answer(0, 0.0, 0.0, done=0.08 if rate and rate > slow_above else 0.01, status=200)
+        answers = [ok] * round((rate or 800) * seconds)
+        if rate and rate > refuses_above:
+            answers[:4] = [Answer(0, 0.0, 0.0, done=0.001, status=503)] * 4
+        if rate and rate > silent_above:
+            answers = []
+        return Run(samples, answers, seconds, rate, 1, 0.0)
 
-    def tried(_: Any, __: Any, rate: float, ___: float) -> capacity.Step:
-        return capacity.Step(rate, 10 if rate < 500 else 80, 0.0)
-
-    monkeypatch.setattr(capacity, "send_traffic", lambda *_, **__: Warm())
-    monkeypatch.setattr(capacity, "_try", tried)
-    assert capacity.capacity(Target("http://x"), [], 50, 1) == pytest.approx(500, rel=0.03)
-    assert capacity.capacity(Target("http://x"), [], 5, 1) == 0
-
-
-def test_requests_without_an_answer_count_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [Answer(0, 0.0, 0.0, done=0.5, status=200), Answer(0, 0.0, 0.0, done=0.1, status=503)]
-    run = Run([Sample("a")], answers, 1.0, 2.0, 1, 0.0)
-    monkeypatch.setattr(capacity, "send_traffic", lambda *_, **__: run)
-    step = capacity._try(Target("http://x"), [], 2.0, 1)
-    assert step == capacity.Step(2.0, 500.0, 0.5) and not step.keeps(1000)
-    answers.pop(0)
-    assert capacity._try(Target("http://x"), [], 2.0, 1) == capacity.Step(2.0, math.inf, 1.0)
+    monkeypatch.setattr(capacity, "send_traffic", send)
+    steps = list[capacity.Step]()
+    limit = capacity.capacity(Target("http://x"), [Sample("a")], slo_ms, 1, steps.append)
+    assert limit == pytest.approx(found, rel=0.03)
+    assert any(step.unanswered == 1 and step.p99_ms == math.inf for step in steps) == (silent_above < 900)
 
 
 def test_advice_leaves_room_for_bursts() -> None:
