@@ -2,9 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from de3.server.upstream import breaker, upstreams
+from de3.server.upstream import upstreams
 from tests.commands import refusal
 from tests.fixtures import make_rows
 from tests.serving import CERTIFICATES, Server, until, waiting_client
@@ -27,60 +26,65 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_KEY", KEY)
 
 
-@contextmanager
-def processes(folder: Path, store: Path, upstream: dict[str, Any], *arguments: str) -> Iterator[Running]:
-    """`de3 serve tickets.toml --processes 2`."""
-    path = write_toml(folder / "tickets.toml", upstream, name="tickets", encoder="tiny", labels=LABELS)
-    running = Running(store, str(path), "--quantize", "none", "--threads", "2", *arguments)
-    try:
-        yield running.wait()
-    finally:
-        running.stop()
-
-
 def post(client: httpx.Client, **body: Any) -> httpx.Response:
     return client.post("/classify", json=body, timeout=60)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_the_limits_and_counts_are_the_servers(tmp_path: Path, store: Path) -> None:
-    with service(opinion) as upstream:
-        fields = {"max_calls_per_hour": 15, "concurrency": 1, "price_per_call": 0.5, "api_key_env": "LLM_KEY"}
-        with processes(tmp_path, store, chat(upstream.url, **fields)) as running, running.both() as clients:
-            # A client that disconnects, then a process that is killed: their calls end, which frees the only slot.
-            upstream.gate.clear()
-            with waiting_client(running.url, input=TEXTS[0], tau=0):
-                until(lambda: upstream.running == 1, "the first text to be sent")
-            with ThreadPoolExecutor(2) as pool:
-                first = pool.submit(post, clients[0], input=TEXTS[1], tau=0)
-                until(lambda: upstream.running == 2, "the second text to be sent")
-                gone = pool.submit(post, clients[1], input=TEXTS[2], tau=0)
-                upstream.gate.set()
-                assert first.result().status_code == gone.result().status_code == 200
-            assert upstream.texts == TEXTS[:3]
-            # The rest of the calls of an hour.
-            with ThreadPoolExecutor(8) as pool:
-                bodies = [{"input": text, "tau": 0} for text in TEXTS[3:27]]
-                found = list(pool.map(lambda i: post(clients[i % 2], **bodies[i]), range(24)))
-            assert sorted(one.status_code for one in found) == 12 * [200] + 12 * [502]
-            assert len(upstream.requests) == 15
-            (refused,) = {one.text for one in found if one.status_code == 502}
-            assert "max_calls_per_hour (15) is reached" in refused
-            assert all(
-                3000 < int(one.headers["retry-after"]) <= 3610 for one in found if one.status_code == 502
-            )
-            assert post(clients[0], input=TEXTS, tau=0.5).status_code == 200
-            until(lambda: running.metric("de3_local_texts_total", model="tickets") == 60, "the counts")
-            assert running.metric("de3_upstream_calls_total", model="tickets") == 15
-            assert running.metric("de3_upstream_cost_total", model="tickets") == 7.5
-            assert running.metric("de3_upstream_available", model="tickets") == 0
-            metrics = running.get("/metrics").text
-            assert metrics.count('de3_upstream_calls_total{kind="audit",model="tickets"}') == 1
-            assert (
-                running.metric("de3_exit_layer_count", model="tickets:1") == 60 + 14
-            )  # without the client that went
-            hidden = [metrics, running.get("/v1/models").text, running.get("/").text, refused, *running.log]
-            assert not any(KEY in text for text in hidden)
+def test_the_limits_and_counts_are_the_servers_and_it_stops_after_the_last_answer(
+    tmp_path: Path, store: Path
+) -> None:
+    """`de3 serve tickets.toml other.toml --processes 2`."""
+    state = tmp_path / "state"
+    with service(opinion) as upstream, ExitStack() as ends, ThreadPoolExecutor(8) as pool:
+        of = chat(upstream.url, concurrency=1, price_per_call=0.5, api_key_env="LLM_KEY")
+        files = [
+            write_toml(tmp_path / f"{name}.toml", of | more, name=name, encoder="tiny", labels=LABELS)
+            for name, more in (("tickets", {"max_calls_per_hour": 15}), ("other", {"concurrency": 16}))
+        ]
+        options = f"--quantize none --threads 2 --default-model tickets --state-dir {state}".split()
+        running = Running(store, *map(str, files), *options)
+        ends.callback(running.stop)
+        clients = ends.enter_context(running.wait().both())
+        # A client that disconnects: its call ends, which frees the only slot.
+        upstream.gate.clear()
+        with waiting_client(running.url, input=TEXTS[0], tau=0):
+            until(lambda: upstream.running == 1, "the first text to be sent")
+        first = pool.submit(post, clients[0], input=TEXTS[1], tau=0)
+        until(lambda: upstream.running == 2, "the second text to be sent")
+        second = pool.submit(post, clients[1], input=TEXTS[2], tau=0)
+        upstream.gate.set()
+        assert first.result().status_code == second.result().status_code == 200
+        assert upstream.texts == TEXTS[:3]
+        # The rest of the calls of an hour.
+        bodies = [{"input": text, "tau": 0} for text in TEXTS[3:27]]
+        found = list(pool.map(lambda i: post(clients[i % 2], **bodies[i]), range(24)))
+        refused = [one for one in found if one.status_code == 502]
+        assert sorted(one.status_code for one in found) == 12 * [200] + 12 * [502]
+        assert len(upstream.requests) == 15
+        assert all("max_calls_per_hour (15) is reached" in one.text for one in refused)
+        assert all(3000 < int(one.headers["retry-after"]) <= 3610 for one in refused)
+        assert post(clients[0], input=TEXTS, tau=0.5).status_code == 200
+        until(lambda: running.metric("de3_local_texts_total", model="tickets") == 60, "the counts")
+        assert running.metric("de3_upstream_calls_total", model="tickets") == 15
+        assert running.metric("de3_upstream_cost_total", model="tickets") == 7.5
+        assert running.metric("de3_upstream_available", model="tickets") == 0
+        # Without the client that has gone.
+        assert running.metric("de3_exit_layer_count", model="tickets:1") == 60 + 14
+        metrics = running.get("/metrics").text
+        assert metrics.count('de3_upstream_calls_total{kind="audit",model="tickets"}') == 1
+        shown = [metrics, running.get("/v1/models").text, running.get("/").text, refused[0].text]
+        upstream.gate.clear()
+        last = pool.submit(post, clients[0], input=TEXTS[:5], tau=0, model="other")
+        until(lambda: upstream.running == 5, "the calls")
+        running.process.terminate()
+        until(lambda: running.logged("Shutting down"), "the end to begin")
+        upstream.gate.set()
+        assert [row["label"] for row in last.result().json()["data"]] == list(map(opinion, TEXTS[:5]))
+        assert running.process.wait(60) == 0
+        saved = [path.read_text() for path in sorted((state / "upstream").iterdir())]
+        assert [sum(json.loads(one)["calls"].values()) for one in saved] == [5, 15]
+        assert not any(KEY in text for text in [*shown, *saved, *running.log])
 
 
 def report_of(server: Server) -> dict[str, Any]:
@@ -114,54 +118,56 @@ def test_audits_ask_the_upstream(tmp_path: Path, store: Path, monkeypatch: pytes
             assert (report["texts"], report["audits"]) == (60, 60)
             assert report["measured"]["disagreement"] == pytest.approx(differing / 60)
             assert report["measured"]["as_served"] == pytest.approx(differing / 60)
-            assert report["upstream"]["calls"]["audit"] == 60
-            assert report["upstream"]["local_texts"] == 60
+            assert (report["upstream"]["calls"]["audit"], report["upstream"]["local_texts"]) == (60, 60)
             shares = [row["upstream_share"] for row in report["taus"]]
             assert shares == sorted(shares, reverse=True)
-            assert shares[0] == 1
-            assert report["taus"][0]["disagreement"] == 0
-            # A text that goes up anyway is its own audit.
+            assert (shares[0], report["taus"][0]["disagreement"]) == (1, 0)
             rows_of(server, input=TEXTS[0], tau=0)
-            assert report_of(server)["audits"] == 60  # not if its request sets τ
+            assert report_of(server)["audits"] == 60  # not of a request that sets τ
             # The limit on calls holds for audits, too: the texts after the last call are answered, but do not count.
-            more = [f"{text} {n}" for n, text in enumerate(TEXTS)]
-            assert len(rows_of(server, input=more)) == 60
+            assert len(rows_of(server, input=[f"{text} {n}" for n, text in enumerate(TEXTS)])) == 60
             until(lambda: report_of(server)["excluded"]["upstream_failed"] == 21, "the audits without a call")
             report = settled(server, 60)
             assert len(upstream.requests) == 100
-            assert 60 <= report["texts"] <= 99
-            assert report["audits"] == report["texts"]
+            assert 60 <= report["texts"] == report["audits"] <= 99
             assert not report["upstream"]["available"]
-            assert not report["pending"]
 
 
-def test_an_audit_that_fails_does_not_count_and_a_text_without_a_label_is_not_audited(
+def test_an_audit_that_fails_does_not_count(
     tmp_path: Path, store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Else each hour without calls would look like one without disagreement."""
     with service(opinion) as upstream:
         of = model_of(tmp_path, LABELS, chat(upstream.url))
         with served(tmp_path, store, of, audit_share=1.0, tau=0.5) as server:
+
+            def failed(count: int) -> dict[str, Any]:
+                """The report, once this many audits have failed."""
+                until(lambda: report_of(server)["excluded"]["upstream_failed"] == count, f"{count} failures")
+                return report_of(server)
+
             upstream.is_broken = True
             rows_of(server, input=TEXTS)
-            until(lambda: report_of(server)["excluded"]["upstream_failed"] == 60, "the audits to fail")
-            report = report_of(server)
+            report = failed(60)
             assert (report["texts"], report["audits"], report["pending"]) == (0, 0, 0)
+            assert report["measured"]["upper"] == 1
             upstream.is_broken, upstream.answer = False, lambda text: f"I cannot label: {text}"
-            until(
-                lambda: "names no label" in server.classify(input=TEXTS[0], tau=0).text, "the calls to go on"
-            )
+            until(lambda: "no label" in server.classify(input=TEXTS[0], tau=0).text, "the calls to go on")
             rows_of(server, input=TEXTS[:7])
-            until(lambda: report_of(server)["excluded"]["upstream_failed"] == 67, "the audits of these texts")
-            assert report_of(server)["audits"] == 0
+            assert failed(67)["audits"] == 0
             upstream.answer = opinion
             rows_of(server, input=TEXTS[7:8])
-            report = settled(server, 8)
-            assert (report["audits"], report["pending"]) == (1, 0)
+            before = settled(server, 8)
+            assert (before["audits"], before["pending"]) == (1, 0)
+            upstream.is_broken = True
+            rows_of(server, input=new_texts(1, 20))
+            report = failed(87)
+            assert (report["audits"], report["taus"]) == (1, before["taus"])
     assert not any(text in caplog.text for text in TEXTS[:7])  # they are user data
 
 
 def test_an_upstream_that_disagrees_with_itself_is_reported(
-    tmp_path: Path, store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upstreams, "REPEAT_SHARE", 1.0)
     seen = set[str]()
@@ -172,17 +178,15 @@ def test_an_upstream_that_disagrees_with_itself_is_reported(
         seen.add(text)
         return "positive"
 
-    texts = [f"{text} {number}" for number, text in enumerate(TEXTS)]
     with service(wavering) as upstream:
         of = model_of(tmp_path, LABELS, chat(upstream.url))
         with served(tmp_path, store, of, guarantee=0.02) as server:
-            rows_of(server, input=texts)  # at τ = 0, each is its own audit
+            rows_of(server, input=new_texts(1, 60))  # at τ = 0, each is its own audit
             until(lambda: report_of(server)["upstream"]["repeated"] == 60, "the second calls")
             found = report_of(server)["upstream"]
             assert found["calls"] == {"learning": 60, "uncertain": 0, "audit": 0, "repeat": 60, "retry": 0}
             assert found["self_disagreement"] == pytest.approx(0.1)
             assert "differ in 10% of the cases: a guarantee of 2%" in found["warning"]
-    assert caplog.text.count("so hardly any text can be answered without a call") == 1
 
 
 def new_texts(seed: int, count: int = 200) -> list[str]:
@@ -190,23 +194,23 @@ def new_texts(seed: int, count: int = 200) -> list[str]:
     return [f"{text} {seed} {n}" for n, (text, _) in enumerate(make_rows(count, seed))]
 
 
-def prove(server: Server, seeds: Iterator[int]) -> None:
-    """Send texts until audits have proved a τ above 0."""
-    for _ in range(20):
-        rows_of(server, input=new_texts(next(seeds)))
-        until(lambda: not report_of(server)["pending"], "the audits")
-        if report_of(server)["tau"]["tau"] > 0:
-            return
-    raise AssertionError("τ stays at 0")
-
-
 def test_a_guarantee_is_proved_survives_a_restart_and_is_reset(tmp_path: Path, store: Path) -> None:
     seeds = count(5000)
+
+    def prove(server: Server, is_proved: bool) -> None:
+        """Send texts until audits have proved a τ above 0, or until no such τ is proved any more."""
+        for _ in range(40):
+            rows_of(server, input=new_texts(next(seeds)))
+            until(lambda: not report_of(server)["pending"], "the audits")
+            if (report_of(server)["tau"]["tau"] > 0) == is_proved:
+                return
+        raise AssertionError("τ stays as it is")
+
     with service(opinion) as upstream:
         fields: dict[str, Any] = {"guarantee": 0.05, "state_dir": tmp_path / "state"}
         of = model_of(tmp_path, LABELS, chat(upstream.url, price_per_call=1))
         with served(tmp_path, store, of, **fields) as server:
-            prove(server, seeds)
+            prove(server, True)
             rows = rows_of(server, input=new_texts(next(seeds)))
             assert sum(row["exit"]["reason"] == "threshold" for row in rows) > 100
             before = report_of(server)
@@ -217,40 +221,14 @@ def test_a_guarantee_is_proved_survives_a_restart_and_is_reset(tmp_path: Path, s
             assert after["texts"] >= before["texts"]
             assert after["upstream"]["local_texts"] == before["upstream"]["local_texts"] > 100
             # The upstream's answers change: the guarantee is proved anew.
-            upstream.answer = lambda text: {"positive": "negative", "negative": "positive"}.get(
-                opinion(text), "mixed"
-            )
-            for _ in range(40):
-                rows_of(server, input=new_texts(next(seeds)))
-                until(lambda: not report_of(server)["pending"], "the audits")
-                if report_of(server)["tau"]["tau"] == 0:
-                    break
-            assert report_of(server)["tau"]["tau"] == 0
+            others = {"positive": "negative", "negative": "positive", "mixed": "mixed"}
+            upstream.answer = lambda text: others[opinion(text)]
+            prove(server, False)
             upstream.answer = opinion
         other = model_of(tmp_path, LABELS, chat(upstream.url, prompt="Label this.\nText: {text}"))
         with served(tmp_path, store, other, **fields) as server:
             anew = report_of(server)
             assert (anew["tau"]["tau"], anew["texts"], anew["upstream"]["local_texts"]) == (0, 0, 0)
-        content = b"".join(path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file())
-        assert KEY.encode() not in content
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_a_stopping_server_answers_the_texts_that_wait_for_its_upstream(tmp_path: Path, store: Path) -> None:
-    """Its last calls and answers are saved."""
-    options = ("--state-dir", str(tmp_path / "state"))
-    with service(opinion) as upstream, processes(tmp_path, store, chat(upstream.url), *options) as running:
-        upstream.gate.clear()
-        with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=running.url) as client:
-            answer = pool.submit(post, client, input=TEXTS[:5], tau=0)
-            until(lambda: upstream.running == 5, "the calls")
-            running.process.terminate()
-            until(lambda: running.logged("Shutting down"), "the end to begin")
-            upstream.gate.set()
-            assert [row["label"] for row in answer.result().json()["data"]] == list(map(opinion, TEXTS[:5]))
-        assert running.process.wait(60) == 0
-    (path,) = (tmp_path / "state/upstream").iterdir()
-    assert json.loads(path.read_text())["calls"]["learning"] == 5
 
 
 def test_a_missing_key_is_refused_before_the_port_opens(
@@ -264,33 +242,3 @@ def test_a_missing_key_is_refused_before_the_port_opens(
     for number in (1, 2):
         found = refusal(f"{command} --allow-plain-http --processes {number}")
         assert found == "upstream.api_key_env: the environment variable LLM_KEY has no key"
-
-
-def test_no_audits_count_while_the_upstream_is_away(
-    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each hour without calls would otherwise look like one without disagreement."""
-    for name in ("PAUSE_S", "MAX_PAUSE_S"):  # on a slow machine, a pause would grow, and outlast the test
-        monkeypatch.setattr(breaker, name, 0.05)
-    with service(opinion) as upstream:
-        of = model_of(tmp_path, LABELS, chat(upstream.url))
-        with served(tmp_path, store, of, audit_share=0.2, tau=0.5) as server:
-
-            def send(seeds: range) -> dict[str, Any]:
-                for seed in seeds:
-                    rows_of(server, input=new_texts(seed, 40))
-                    until(lambda: not report_of(server)["pending"], "the audits")
-                return report_of(server)
-
-            upstream.is_broken = True
-            report = send(range(20))
-            assert report["excluded"]["upstream_failed"] > 80
-            assert (report["audits"], report["measured"]["upper"]) == (0, 1)
-            upstream.is_broken = False
-            report = send(range(20, 60))
-            assert report["audits"] > 100
-            assert 0.15 < report["audits"] / report["texts"] < 0.3
-            audits, e_values = report["audits"], report["taus"]
-            upstream.is_broken = True
-            report = send(range(60, 80))
-            assert (report["audits"], report["taus"]) == (audits, e_values)
