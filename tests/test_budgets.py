@@ -3,35 +3,26 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from de3.exits.rule import ExitRule
-from de3.exits.signals import Entropy
-from de3.model_store.manifest import TradeOff
 from de3.model_store.segments import OnnxLayers
 from de3.model_store.store import Store
 from de3.server.engine.job import REPLY_S, REPLY_TEXT_S, Item, Job
 from de3.server.errors import RequestError
 from de3.server.ood import WINDOW
 from de3.server.options import ExitOptions
-from de3.server.rules import Choice, Rules
+from de3.server.rules import Rules
 from de3.server.settings import Settings
 from tests.fixtures import make_rows
 from tests.serving import Gate, Server, serving, until
 
 TEXTS = [text for text, _ in make_rows(60, 21)]
 LAYER_S = 0.03
-
-
-@pytest.fixture(scope="module")
-def rows(store: Path) -> list[TradeOff]:
-    """The calibration rows of tiny for its default signal, by ascending τ."""
-    manifest = Store(store).open("tiny").manifest
-    return manifest.trade_offs()[manifest.defaults.signal, manifest.defaults.lam]
 
 
 class Clock:
@@ -84,32 +75,13 @@ def budget_ms(layers: float, texts: int = 1) -> float:
     return 1000 * (layers * LAYER_S + REPLY_S + texts * REPLY_TEXT_S)
 
 
-def test_a_target_is_looked_up_in_the_calibration(server: Server, rows: list[TradeOff]) -> None:
-    answer = server.classify(input=TEXTS[:3], target_speedup=1.5, explain=True).json()
-    row = next(r for r in rows if r.speedup >= 1.5)
-    assert [r["exit"]["tau"] for r in answer["data"]] == [row.tau] * 3
-    expected = {
-        name: getattr(row, name) for name in ("accuracy", "speedup", "disagreement", "disagreement_bound")
-    }
-    choice = {"set_by": "target_speedup", "requested": 1.5, "tau": row.tau, "signal": row.signal}
-    assert answer["tau_choice"] == choice | {"lambda": row.lam, "expected": expected}
-    answer = server.classify(input=TEXTS[0], max_disagreement=0.1).json()
-    assert "tau_choice" not in answer
-    row = [r for r in rows if r.disagreement_bound <= 0.1][-1]
-    assert answer["data"][0]["exit"]["tau"] == row.tau > 0
-    guarantee = {"max_disagreement": 0.1, "bound": row.disagreement_bound, "confidence": 0.95}
-    assert answer["certificate"] == guarantee | {"samples": 600}  # with so few, both held-out parts certify
-    exact = server.classify(input=TEXTS[0], max_disagreement=0).json()
-    assert exact["data"][0]["exit"]["tau"] == 0 and exact["certificate"]["bound"] == 0
-
-
 def test_a_setting_applies_to_requests_without_an_option_that_replaces_it(store: Path) -> None:
     manifest = Store(store).open("tiny").manifest
-    for setting in ({"target_speedup": 2}, {"max_disagreement": 0.1}):
-        rules = Rules(manifest, Settings(store=store, **setting))
-        assert rules.choose(ExitOptions()).set_by == next(iter(setting))
-        own = rules.choose(ExitOptions(tau=0.5))
-        assert (own.set_by, own.rule.tau) == ("tau", 0.5)
+    fast = Rules(manifest, Settings(store=store, target_speedup=2))
+    assert [fast.choose(one).set_by for one in (ExitOptions(), ExitOptions(tau=0.5))] == [
+        "target_speedup",
+        "tau",
+    ]
     rules = Rules(manifest, Settings(store=store, tau=0))
     assert rules.choose(ExitOptions(max_layer=2)).rule.tau == 0
     other = next(name for name in ("risk", "entropy") if name != manifest.defaults.signal)
@@ -225,8 +197,8 @@ def test_drift_is_a_metric_once_the_window_is_full(store: Path, monkeypatch: pyt
         assert (drift("psi") or 0) > 1 and (drift("ks") or 0) > ks
 
 
-def test_the_expected_time_of_a_text_counts_its_layers_and_the_tokenizer(rows: list[TradeOff]) -> None:
-    rule = ExitRule(0.5, Entropy())
-    assert Choice(rule, "default").share(6) == 1
-    row = rows[0].model_copy(update={"mean_exit_layer": 2.5})
-    assert Choice(rule, "default", expected=row).share(6) == 0.5
+def test_the_expected_time_of_a_text_counts_its_layers_and_the_tokenizer(store: Path) -> None:
+    known = Rules(Store(store).open("tiny").manifest, Settings(store=store, target_speedup=1.5)).default
+    assert known.expected is not None
+    choice = replace(known, expected=known.expected.model_copy(update={"mean_exit_layer": 2.5}))
+    assert (choice.share(6), replace(choice, expected=None).share(6)) == (0.5, 1)

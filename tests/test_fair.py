@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Callable
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -80,16 +80,18 @@ def test_a_body_with_too_many_parts_is_refused_before_they_are_checked(body: byt
 def test_a_large_body_stops_waiting_when_its_client_leaves(server: Server) -> None:
     body = b'{"input": "good", "user": "' + b"x" * 20_000 + b'", "model": "tiny"}'
     head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
-    is_free = asyncio.Event()
+    is_held, is_free = threading.Event(), asyncio.Event()
 
     async def hold_the_slot() -> None:
         async with server.frontend.parsing.hold("another"):
+            is_held.set()
             await is_free.wait()
 
     with socket.create_connection(("127.0.0.1", server.port)) as s:
         until(lambda: server.listener.connections, "the connection")
         loop = next(iter(server.listener.connections)).loop
         holding = asyncio.run_coroutine_threadsafe(hold_the_slot(), loop)
+        assert is_held.wait(60)
         s.sendall(head + body)
         until(lambda: server.service.in_flight == 1, "the body to wait")
     until(lambda: server.metric("de3_rejected_total", cause="client_gone") == 1, "the request to end")
@@ -99,46 +101,30 @@ def test_a_large_body_stops_waiting_when_its_client_leaves(server: Server) -> No
     assert httpx.post(server.url + "/classify", content=body).status_code == 200
 
 
-def order_of(requests: list[str]) -> list[list[str]]:
-    """For each iteration of the event loop, the networks whose requests start; all requests arrive in the first.
-
-    requests: the network of each request.
-    """
-
-    async def go() -> list[list[str]]:
-        queue, rounds = StartQueue(), [list[str]()]
-
-        def start(network: str) -> Callable[[], None]:
-            return lambda: rounds[-1].append(network)
-
-        for network in requests:
-            queue.add(network, start(network))
-        while sum(map(len, rounds)) < len(requests) and len(rounds) < len(requests):
-            rounds.append([])
-            await asyncio.sleep(0)
-        return rounds
-
-    return asyncio.run(go())
-
-
-def test_requests_start_at_once_and_beside_a_crowd_in_the_next_iteration() -> None:
-    assert order_of(["alone"] * 3 * AT_ONCE) == [["alone"] * AT_ONCE] * 3
-    rounds = order_of(["crowd"] * 100 + ["other", "other"])
-    assert rounds[0] == ["crowd"] * AT_ONCE
-    assert rounds[1].count("other") == 2
-    assert len(rounds) == -(-102 // AT_ONCE)
-
-
 @in_event_loop
-async def test_a_later_request_waits_only_behind_its_own_network() -> None:
+async def test_requests_start_at_once_or_in_rotation_over_their_networks() -> None:
     queue, started = StartQueue(), list[str]()
-    for _ in range(100):
-        queue.add("crowd", lambda: started.append("crowd"))
-    await asyncio.sleep(0)
-    queue.add("other", lambda: started.append("other"))
-    for _ in range(3):
-        await asyncio.sleep(0)
-    assert started.index("other") <= 2 * AT_ONCE + 2
+
+    def add(network: str, requests: int) -> None:
+        for _ in range(requests):
+            queue.add(network, lambda: started.append(network))
+
+    async def following(rounds: int) -> list[str]:
+        """The networks whose requests start in these iterations of the event loop."""
+        before = len(started)
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        return started[before:]
+
+    add("alone", 2 * AT_ONCE)
+    assert started == ["alone"] * AT_ONCE
+    assert await following(2) == ["alone"] * AT_ONCE
+    add("the crowd", 20 * AT_ONCE)
+    add("other", 2)
+    assert (await following(1)).count("other") == 2
+    add("another", 1)
+    assert "another" in await following(2)
+    assert len(await following(20)) == 20 * AT_ONCE + 3 - 4 * AT_ONCE
 
 
 @in_event_loop

@@ -68,9 +68,7 @@ class Simulation(Ticking):
 
 
 @pytest.mark.parametrize(("load", "shed"), [(0.9, 0), (1.15, 0), (2, 1 - (1 + GAIN * LEVELS) / 2)])
-def test_tau_is_raised_as_far_as_the_load_requires_and_only_the_excess_is_shed(
-    load: float, shed: float
-) -> None:
+def test_tau_is_raised_as_the_load_requires_and_the_excess_is_shed(load: float, shed: float) -> None:
     simulation = Simulation()
     levels = simulation.run(20, load * CAPACITY)
     assert max(levels) >= min(LEVELS, (load - 1) / GAIN)
@@ -82,9 +80,7 @@ def test_tau_is_raised_as_far_as_the_load_requires_and_only_the_excess_is_shed(
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 200)), max_size=60))
 @example([(5, 0)] * 6)
-def test_whatever_it_sees_the_level_stays_in_range_and_only_the_last_one_sheds(
-    ticks: list[tuple[int, int]],
-) -> None:
+def test_the_level_stays_in_range_and_only_the_last_one_sheds(ticks: list[tuple[int, int]]) -> None:
     now, answered = 0.0, 0
     controller = Controller(OBJECTIVE_S, lambda: LEVELS, CAPACITY, threads=2, clock=lambda: now)
     for in_flight, more in ticks:
@@ -174,9 +170,7 @@ def test_tau_falls_slowly_if_the_load_is_near_the_capacity(rate: float, step_s: 
 
 
 @in_event_loop
-async def test_a_text_waits_for_those_in_flight_but_not_for_finished_ones_or_those_that_it_overtakes() -> (
-    None
-):
+async def test_a_text_waits_only_for_unfinished_ones_that_it_does_not_overtake() -> None:
     timing = SimpleNamespace(full_depth_s=lambda _: 0.1)  # so the 30 ms of the objective are less than a text
     manifest = SimpleNamespace(upstream=None, num_layers=6)
     rules = SimpleNamespace(default=SimpleNamespace(share=lambda _: 1.0), steps=[])

@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -256,31 +256,6 @@ def test_a_refused_job_reserves_no_time() -> None:
     assert engine.deadlines.admit(second) == 0
 
 
-@settings(max_examples=25)
-@given(st.lists(st.integers(1, 4), max_size=12), st.integers(1, 4))
-def test_a_closed_queue_schedules_each_accepted_item_once(sizes: list[int], threads: int) -> None:
-    queue = WorkQueue(100)
-    submitted = [job(n, group_s=MAX_STEP_S / 3) for n in sizes]
-    taken: list[Any] = []
-
-    def work() -> None:
-        while items := queue.next(threads):
-            taken.extend(items)
-
-    workers = [Thread(target=work, daemon=True) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for j in submitted:
-        queue.put(j)
-    queue.close()
-    for worker in workers:
-        worker.join(60)
-    assert not any(worker.is_alive() for worker in workers)
-    assert sorted(map(id, taken)) == sorted(id(item) for j in submitted for item in j.items)
-    with pytest.raises(RequestError, match="the server is stopping"):
-        queue.put(job(1))
-
-
 def test_shadows_can_be_dropped() -> None:
     """This happens when models are unloaded or the server stops. A shadow that is running then is not requeued."""
     queue = WorkQueue(10)
@@ -296,6 +271,8 @@ def test_shadows_can_be_dropped() -> None:
     queue.put(real := job(1))
     queue.close()
     queue.requeue(last.items[0])
+    with pytest.raises(RequestError, match="the server is stopping"):
+        queue.put(job(1))
     assert (queue.next(), queue.next()) == (real.items, [])
 
 
@@ -390,3 +367,14 @@ def test_shadows_are_charged_to_no_client() -> None:
     queue.put(job(1, submitted=2.0, client="a"))
     queue.charge((job(1, client="b"), 1.0))
     assert queue.next()[0].job.client == "a"
+
+
+def test_a_client_that_was_idle_has_saved_up_no_time() -> None:
+    queue, idle, busy = WorkQueue(100), job(1, client="idle"), job(3, client="busy")
+    queue.charge((idle, 0.0))
+    queue.put(busy)
+    for _ in range(2):
+        queue.charge((queue.next()[0].job, 5.0))
+    queue.put(idle)
+    queue.charge((idle, 6.0))  # as it starts at the time of the other one
+    assert queue.next() == busy.items[2:]

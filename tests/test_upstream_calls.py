@@ -79,7 +79,6 @@ async def test_audits_leave_room_for_texts_that_are_waited_for(tmp_path: Path, u
         upstream.gate.set()
         assert {answer.label for answer in await asyncio.gather(*audits[:4], *texts)} == {1}
     assert upstream.most == 2
-    await one.close()
 
 
 @in_event_loop
@@ -104,7 +103,6 @@ async def test_no_client_takes_all_room_for_waiting_audits_or_texts(
     assert [answer.label for answer in await asyncio.gather(*few)] == [1, 1]
     await asyncio.wait(many)
     assert sum("few" in text for text in upstream.texts[:16]) == 2
-    await one.close()
 
 
 def failing(times: int, status: int = 503, **headers: str) -> Any:
@@ -134,7 +132,6 @@ async def test_a_failed_call_is_tried_twice_more(tmp_path: Path, upstream: Servi
     upstream.respond = failing(1, 401)
     assert (await error_of(one.ask(Query(TEXT, "audit"), 30))).retry_after_s == 1
     assert len(upstream.requests) == 7  # a wrong key is not tried again
-    await one.close()
 
 
 @in_event_loop
@@ -148,7 +145,6 @@ async def test_retry_after_is_waited_for_unless_it_is_too_long(tmp_path: Path, u
     found = await error_of(one.ask(Query(TEXT, "uncertain"), 30))
     assert (found.cause, found.retry_after_s) == ("upstream", 100)
     assert len(upstream.requests) == 3
-    await one.close()
 
 
 @in_event_loop
@@ -165,7 +161,6 @@ async def test_the_quota_holds_for_retries_and_for_calls_at_the_same_time(
     assert 6 <= len(refused) <= 7
     assert all("max_calls_per_hour (4) is reached" in error.message for error in refused)
     assert not one.is_available
-    await one.close()
 
 
 @in_event_loop
@@ -178,7 +173,6 @@ async def test_a_pause_before_a_retry_holds_no_slot(tmp_path: Path, upstream: Se
     assert not pausing.done()
     pausing.cancel()
     await asyncio.wait([pausing])
-    await one.close()
 
 
 @in_event_loop
@@ -193,7 +187,6 @@ async def test_without_time_there_is_no_call(tmp_path: Path, upstream: Service) 
     # Texts of another client may take less time, and the time limit of a request is no budget.
     for client, is_budget in (("quick", True), ("slow", False)):
         assert (await one.ask(Query(TEXT, "uncertain", client), 40.0, is_budget)).label == 1
-    await one.close()
 
 
 @in_event_loop
@@ -209,7 +202,6 @@ async def test_texts_whose_time_ends_do_not_open_the_breaker_but_calls_that_take
     assert {error.cause for error in found} <= {"upstream_timeout", "upstream"}
     assert not one.is_available
     upstream.gate.set()
-    await one.close()
 
 
 @in_event_loop
@@ -240,8 +232,6 @@ async def test_failures_of_one_clients_texts_do_not_pause_the_calls_of_others(
         await error_of(alone.ask(Query(Text("bad"), "uncertain", "bad"), 30))
     assert not alone.is_available
     assert (await alone.ask(Query(TEXT, "uncertain", "good"), 30)).label == 0
-    await one.close()
-    await alone.close()
 
 
 @in_event_loop
@@ -253,7 +243,6 @@ async def test_a_clients_share_of_the_quota_is_named(tmp_path: Path, upstream: S
     assert found.message.endswith("a client's share of max_calls_per_hour (4) is reached")
     assert one.is_available
     assert (await one.ask(Query(TEXT, "audit", "b"), 30)).label == 1
-    await one.close()
 
 
 def test_the_state_folder_is_written_by_one_thread_at_a_time(

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import httpx
@@ -25,14 +24,6 @@ from tests.upstream import KEY, chat, model_of, opinion, service, write_toml
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")]
 # Each text ends with a number, which the models do not know, and which changes the upstream's answer to one in ODD.
 RATE, ODD = 0.05, 50
-SERVICE = """
-import sys, time
-from tests.test_upstream_faults import answer
-from tests.upstream import Service
-Service(answer, int(sys.argv[1]))
-print("ready", flush=True)
-time.sleep(3600)
-"""
 
 
 def answer(text: str) -> str:
@@ -50,9 +41,8 @@ def test_a_server_learns_exits_from_its_upstream(
     tmp_path: Path, store: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has an encoder only; after 1,000 texts, most are answered without a call, and within the guarantee."""
-    monkeypatch.setattr(fitting, "PROGRAM", PROGRAM)
-    monkeypatch.setattr(fitting, "IDLE_CORES", -1.0)
-    monkeypatch.setattr(fitting, "SPARE_CORES", float("inf"))
+    for name, value in (("PROGRAM", PROGRAM), ("IDLE_CORES", -1.0), ("SPARE_CORES", float("inf"))):
+        monkeypatch.setattr(fitting, name, value)
     fields: dict[str, Any] = {"learn": True, "guarantee": 0.1, "state_dir": tmp_path / "state"}
     with service(answer) as upstream:
         of = model_of(tmp_path, LABELS, chat(upstream.url, price_per_call=0.001), encoder=str(encoder))
@@ -91,76 +81,41 @@ def test_a_server_learns_exits_from_its_upstream(
 
 
 class Stream:
-    """Clients that send texts one by one, each again and again until it is answered.
+    """Four clients that send texts one by one, each again and again until it is answered.
 
     Attributes:
-        url: of the server, which may change; "" while it is down.
-        answers: the label of each text.
-        local: number of texts that the model answered.
+        url: of the server, which may change.
+        rows: the answer to each text.
         failures: status codes of failed attempts; 0: the connection was closed.
-        unexpected: bodies of failures with other status codes.
     """
 
     def __init__(self, texts: list[str], url: str) -> None:
-        self.url, self.answers, self.local = url, dict[str, str](), 0
-        self.failures, self.unexpected = list[int](), list[str]()
-        self.total, self._texts, self._lock = len(texts), iter(texts), threading.Lock()
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(4)]
-        for thread in self._threads:
-            thread.start()
+        self.url, self.rows, self.failures = url, dict[str, dict[str, Any]](), list[int]()
+        self.client, self.pool = httpx.Client(verify=CERTIFICATES, timeout=60), ThreadPoolExecutor(4)
+        self.sending = [self.pool.submit(self.send, text) for text in texts]
 
-    def _run(self) -> None:
-        with httpx.Client(verify=CERTIFICATES, timeout=60) as client:
-            while True:
-                with self._lock:
-                    text = next(self._texts, None)
-                if text is None:
-                    return
-                while not self._send(client, text):
-                    threading.Event().wait(0.05)
+    def send(self, text: str) -> None:
+        while text not in self.rows:
+            status = 0
+            with suppress(httpx.TransportError):
+                response = self.client.post(f"{self.url}/classify", json={"input": text})
+                status = response.status_code
+                assert status == 200 or (status in (502, 503, 504) and "retry-after" in response.headers)
+            if status == 200:
+                (self.rows[text],) = response.json()["data"]
+            else:
+                self.failures.append(status)
+                sleep(0.05)
 
-    def _send(self, client: httpx.Client, text: str) -> bool:
-        status, response = 0, None
-        try:
-            response = client.post(f"{self.url}/classify", json={"input": text})
-            status = response.status_code
-        except (httpx.TransportError, httpx.UnsupportedProtocol):
-            pass
-        with self._lock:
-            if response is not None and status == 200:
-                (row,) = response.json()["data"]
-                self.answers[text] = row["label"]
-                self.local += row["exit"]["reason"] == "threshold"
-                return True
-            self.failures.append(status)
-            if response is not None and (
-                status not in (502, 503, 504) or "retry-after" not in response.headers
-            ):
-                self.unexpected.append(f"{status} {response.text}")
-        return False
-
-    def wait(self, more: int) -> None:
+    def wait(self, more: int = 500) -> None:
         """Wait until more texts are answered."""
-        goal = min(self.total, len(self.answers) + more)
-        until(lambda: len(self.answers) >= goal, f"{goal} answers, have {len(self.answers)}")
+        goal = min(len(self.sending), len(self.rows) + more)
+        until(lambda: len(self.rows) >= goal, f"{goal} answers, have {len(self.rows)}")
 
     def wait_for(self, status: int) -> None:
         """Wait for a new failure with this status."""
         seen = self.failures.count(status)
         until(lambda: self.failures.count(status) > seen, f"a failure with status {status}")
-
-
-@contextmanager
-def other_service(port: int) -> Iterator["subprocess.Popen[str]"]:
-    """The upstream in a separate process."""
-    running = subprocess.Popen([sys.executable, "-c", SERVICE, str(port)], stdout=subprocess.PIPE, text=True)
-    assert running.stdout is not None
-    assert running.stdout.readline() == "ready\n"
-    try:
-        yield running
-    finally:
-        running.kill()
-        running.communicate()
 
 
 def test_no_accepted_request_is_lost_and_the_guarantee_holds_whatever_is_killed(
@@ -171,55 +126,47 @@ def test_no_accepted_request_is_lost_and_the_guarantee_holds_whatever_is_killed(
     port, state = free_port(), tmp_path / "state"
     upstream = chat(f"http://127.0.0.1:{port}/v1/chat/completions", timeout_s=1, api_key_env="LLM_KEY")
     path = write_toml(tmp_path / "tickets.toml", upstream, name="tickets", encoder="tiny", labels=LABELS)
-    command = (
-        f"{path} --quantize none --threads 2 --guarantee {RATE} --state-dir {state} --timeout-s 3".split()
-    )
+    options = f"--quantize none --threads 2 --guarantee {RATE} --state-dir {state} --timeout-s 3"
 
-    def tau(running: Running) -> float:
+    def tau() -> float:
         return float(running.get("/v1/models/tickets/audit").json()["tau"]["tau"])
 
-    running = Running(store, *command)
+    running = Running(store, str(path), *options.split())
     logs = [running.log]
     try:
-        with other_service(port) as first:
+        with service(answer, port):
             running.wait()
             stream = Stream(texts_of(1, 12_000), running.url)
-            until(lambda: tau(running) > 0, "a proof")
-            stream.wait(500)
-            first.kill()
-            stream.wait_for(502)
-        with other_service(port) as second:
-            stream.wait(500)
-            os.kill(second.pid, signal.SIGSTOP)  # a service that hangs
+            until(lambda: tau() > 0, "a proof")
+            stream.wait()
+        stream.wait_for(502)
+        with service(answer, port) as again:
+            stream.wait()
+            again.gate.clear()  # it hangs
             stream.wait_for(504)
-            os.kill(second.pid, signal.SIGCONT)
-            stream.wait(500)
+            again.gate.set()
+            stream.wait()
             os.kill(running.pids[0], signal.SIGKILL)
             stream.wait_for(0)
-            stream.wait(500)
+            stream.wait()
             pids = running.pids
             running.process.kill()
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
             stream.wait_for(0)
             running.stop()
-            running = Running(store, *command).wait()
+            running = Running(store, str(path), *options.split()).wait()
             logs.append(running.log)
             stream.url = running.url
-            assert tau(running) > 0  # the evidence was saved
-            stream.wait(500)
+            assert tau() > 0  # the evidence was saved
+            stream.wait()
             metrics = running.get("/metrics").text
-            for thread in stream._threads:
-                thread.join(300)
+            for sent in stream.sending:
+                sent.result(300)
     finally:
         running.stop()
-    assert len(stream.answers) == stream.total
-    assert stream.unexpected == []
-    wrong = sum(label != answer(text) for text, label in stream.answers.items())
-    print(
-        stream.local, wrong, stream.failures.count(502), stream.failures.count(504), stream.failures.count(0)
-    )
-    assert stream.local > 0.3 * stream.total
-    assert 0 < wrong <= RATE * stream.total
+    wrong = sum(row["label"] != answer(text) for text, row in stream.rows.items())
+    assert 0 < wrong <= RATE * len(stream.rows)
+    assert sum(row["exit"]["reason"] == "threshold" for row in stream.rows.values()) > 0.3 * len(stream.rows)
     content = [file.read_text(errors="replace") for file in state.rglob("*") if file.is_file()]
     assert not any(KEY in text for text in [metrics, *content, *logs[0], *logs[1]])
