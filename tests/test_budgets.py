@@ -13,9 +13,7 @@ import pytest
 from de3.model_store.segments import OnnxLayers
 from de3.model_store.store import Store
 from de3.server.engine.job import REPLY_S, REPLY_TEXT_S, Item, Job
-from de3.server.errors import RequestError
 from de3.server.ood import WINDOW
-from de3.server.options import ExitOptions
 from de3.server.rules import Rules
 from de3.server.settings import Settings
 from tests.fixtures import make_rows
@@ -73,24 +71,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def budget_ms(layers: float, texts: int = 1) -> float:
     """A budget in which one thread can run this many layers, those of all texts together."""
     return 1000 * (layers * LAYER_S + REPLY_S + texts * REPLY_TEXT_S)
-
-
-def test_a_setting_applies_to_requests_without_an_option_that_replaces_it(store: Path) -> None:
-    manifest = Store(store).open("tiny").manifest
-    fast = Rules(manifest, Settings(store=store, target_speedup=2))
-    assert [fast.choose(one).set_by for one in (ExitOptions(), ExitOptions(tau=0.5))] == [
-        "target_speedup",
-        "tau",
-    ]
-    rules = Rules(manifest, Settings(store=store, tau=0))
-    assert rules.choose(ExitOptions(max_layer=2)).rule.tau == 0
-    other = next(name for name in ("risk", "entropy") if name != manifest.defaults.signal)
-    tau = rules.choose(ExitOptions(signal=other)).rule.tau
-    row = next(r for r in manifest.trade_offs()[other, None] if r.tau == tau)
-    assert row.disagreement == 0  # as cautious as the setting's τ = 0, which is for the default signal
-    with pytest.raises(RequestError) as refused:
-        rules.choose(ExitOptions(lam=50))  # the calibration has no rows for this λ
-    assert refused.value.field == "tau"
 
 
 def test_an_answer_leaves_at_its_deadline(store: Path, clock: Clock) -> None:
@@ -168,6 +148,7 @@ def test_ood_texts_are_flagged_or_go_deeper(store: Path) -> None:
             full = server.classify(input=FAR, tau=0).json()["data"][0]
             assert full["exit"]["layer"] == 3
             assert full.get("out_of_distribution", False) == (policy != "off")
+    assert any(row["exit"]["tau"] == 0.25 for row in found["deepen"])
     for off, flag, deepen in zip(found["off"], found["flag"], found["deepen"], strict=True):
         is_far = flag.pop("out_of_distribution", False)
         assert flag == off
@@ -199,6 +180,6 @@ def test_drift_is_a_metric_once_the_window_is_full(store: Path, monkeypatch: pyt
 
 def test_the_expected_time_of_a_text_counts_its_layers_and_the_tokenizer(store: Path) -> None:
     known = Rules(Store(store).open("tiny").manifest, Settings(store=store, target_speedup=1.5)).default
-    assert known.expected is not None
+    assert known.set_by == "target_speedup" and known.expected is not None
     choice = replace(known, expected=known.expected.model_copy(update={"mean_exit_layer": 2.5}))
     assert (choice.share(6), replace(choice, expected=None).share(6)) == (0.5, 1)

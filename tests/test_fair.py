@@ -65,16 +65,9 @@ async def test_cancelling_a_task_does_not_lose_the_lock() -> None:
         assert order[-1] == 3
 
 
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        (b'{"input":"a",' + b",".join(b'"k%06d":0' % i for i in range(70_000)) + b"}", "k000000"),
-        (b'{"input":"a","user":[' + b",".join([b"[]"] * 140_000) + b"]}", "131072 opening brackets"),
-    ],
-)
-def test_a_body_with_too_many_parts_is_refused_before_they_are_checked(body: bytes, says: str) -> None:
-    with pytest.raises(RequestError, match=says):
-        parse(Call(body))
+def test_a_body_has_a_limit_on_its_brackets() -> None:
+    with pytest.raises(RequestError, match="131072 opening brackets"):
+        parse(Call(b'{"input":"a","user":[' + b",".join([b"[]"] * 140_000) + b"]}"))
 
 
 def test_a_large_body_stops_waiting_when_its_client_leaves(server: Server) -> None:

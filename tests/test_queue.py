@@ -28,8 +28,15 @@ def job(texts: int, submitted: float = 0.0, seconds: float = 1.0, **fields: Any)
     return jobs.job(list(map(str, range(texts))), [seconds] * texts, submitted=submitted, **fields)
 
 
+def admitted(deadline: float, client: str = "", texts: int = 1, **fields: Any) -> Job:
+    new = job(texts, client=client, **fields)
+    new.deadline = deadline
+    new.admit()
+    return new
+
+
 class QueueMachine(RuleBasedStateMachine):
-    """Compares the queue with its simplest model: a list that is searched for the item that is due first."""
+    """Compares the queue with its simplest model: a list that is searched for the items that may be next."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +44,49 @@ class QueueMachine(RuleBasedStateMachine):
         self.waiting: list[Any] = []  # items in the order of arrival
         self.running: list[Any] = []
         self.shadows: list[Any] = []
+        self.spent: dict[str, float] = {}
+        self.floor = 0.0  # virtual time
+
+    def client(self, name: str) -> float:
+        """The time that a client has spent; a new one begins at the virtual time."""
+        return self.spent.setdefault(name, self.floor)
+
+    def add(self, item: Any) -> None:
+        name = item.job.client
+        if not item.job.is_admitted:
+            others = [x for x in self.waiting if x.job.client == name and not x.job.is_admitted]
+            self.spent[name] = max(self.client(name), 0.0 if others else self.floor)
+        self.waiting.append(item)
+
+    def next(self) -> list[Any]:
+        """The items that may be next: several if clients have spent the same time."""
+        if urgent := [item for item in self.waiting if item.job.is_admitted]:
+            return [min(urgent, key=lambda item: item.due)]  # ties go to the first to arrive
+        least = min((self.spent[item.job.client] for item in self.waiting), default=0.0)
+        names = {item.job.client for item in self.waiting if self.spent[item.job.client] == least}
+        of_each = ([item for item in self.waiting if item.job.client == name] for name in names)
+        return [min(items, key=lambda item: item.due) for items in of_each]
+
+    def joins(self, group: list[Any], item: Any) -> bool:
+        first = group[0]
+        fits = (
+            sum(x.group_s for x in [*group, item]) <= MAX_STEP_S
+            and item.group_s <= MAX_STRETCH * first.group_s
+        )
+        is_alike = item.progress.layer == first.progress.layer and item.job.encoder is first.job.encoder
+        return first.can_share and item.can_share and fits and is_alike
+
+    def check(self, group: list[Any], known: int, room: float) -> None:
+        """Check that the items of a group that are new belong there, and that no other does."""
+        for i, item in enumerate(group[known:], known):
+            assert item in self.next()
+            assert i == 0 or (self.joins(group[:i], item) and i < room)
+            if not item.job.is_admitted or all(x.job.is_admitted for x in self.waiting):
+                self.floor = max(self.floor, self.client(item.job.client))
+            self.waiting.remove(item)
+        assert (
+            len(group) >= room or not all(self.joins(group, item) for item in self.next()) or not self.waiting
+        )
 
     @rule(texts=st.integers(1, MAX_SHADOWS))
     def put_shadow(self, texts: int) -> None:
@@ -61,59 +111,58 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(
         texts=st.integers(1, LIMIT + 1),
+        client=st.sampled_from("abc"),
         submitted=st.integers(0, 5),
+        deadline=st.none() | st.integers(0, 50),
         seconds=st.sampled_from([0.125, 1, 9]),  # their sums are exact: rounding would matter at the limit
         model=st.sampled_from(MODELS),
         share=st.sampled_from([0.125, 0.25, 0.125 * MAX_STRETCH, 0.5, 2]),
     )
-    def put(self, texts: int, submitted: int, seconds: float, model: Any, share: float) -> None:
-        new = job(texts, submitted, seconds, group_s=share * MAX_STEP_S, model=model)
-        if len(self.waiting) + texts > LIMIT:
+    def put(self, deadline: int | None, share: float, **fields: Any) -> None:
+        new = job(**fields, group_s=share * MAX_STEP_S)
+        if deadline is not None:
+            new = admitted(deadline, **fields, group_s=share * MAX_STEP_S)
+        if len(self.waiting) + len(new.items) > LIMIT:
             with pytest.raises(RequestError, match="the queue is full"):
                 self.queue.put(new)
         else:
             self.queue.put(new)
-            self.waiting += new.items
-
-    def fill(self, group: list[Any], room: float) -> None:
-        """Move items that are due next to a group, as long as they may join it."""
-        first = group[0]
-        for item in sorted(self.waiting, key=lambda item: item.due):  # ties go to the first to arrive
-            total = sum(x.group_s for x in [*group, item])
-            fits = total <= MAX_STEP_S and item.group_s <= MAX_STRETCH * first.group_s
-            is_alike = item.progress.layer == first.progress.layer and item.job.encoder is first.job.encoder
-            if not (first.can_share and fits and is_alike) or len(group) >= room:
-                break
-            group.append(item)
-            self.waiting.remove(item)
+            for item in new.items:
+                self.add(item)
 
     @precondition(lambda self: self.waiting)
     @rule(threads=st.integers(1, 3), later=st.integers(1, 3))
     def take(self, threads: int, later: int) -> None:
         """Take a group, which runs a layer, and is then joined by others."""
         room = len(self.waiting) / threads
-        expected = [min(self.waiting, key=lambda item: item.due)]
-        self.waiting.remove(expected[0])
-        self.fill(expected, room)
         group = self.queue.next(threads)
-        assert group == expected
+        self.check(group, 0, room)
         for item in group:
             item.progress.layer += 1
-        self.fill(expected, len(group) + len(self.waiting) / later)
+        known, room = len(group), len(group) + len(self.waiting) / later
         self.queue.join(group, later)
-        assert group == expected
+        self.check(group, known, room)
         self.running += group
 
-    @precondition(lambda self: self.running and len(self.waiting) < LIMIT)
-    @rule(data=st.data())
-    def requeue(self, data: st.DataObject) -> None:
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), seconds=st.sampled_from([0, 0.25, 1, 4]), is_back=st.booleans())
+    def run(self, data: st.DataObject, seconds: float, is_back: bool) -> None:
         item = data.draw(st.sampled_from(self.running))
-        urgent = self.queue.has_more_urgent_than(item)
-        assert urgent or not any(other.due < item.due for other in self.waiting)
+        name = item.job.client
+        own = self.spent[name] = self.client(name) + seconds
+        is_preempted = {
+            (first.job.is_admitted and first.due < item.due)
+            if item.job.is_admitted
+            else first.job.is_admitted
+            or (first.due < item.due if first.job.client == name else self.spent[first.job.client] < own)
+            for first in self.next()
+        }
+        assert self.queue.has_more_urgent_than(item, seconds) in (is_preempted or {False})
         self.running.remove(item)
-        self.queue.requeue(item)
-        if not item.job.is_dropped:
-            self.waiting.append(item)
+        if is_back:
+            self.queue.requeue(item)
+            if not item.job.is_dropped:
+                self.add(item)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data(), fails=st.booleans())
@@ -127,111 +176,13 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def it_counts_what_waits(self) -> None:
-        assert len(self.queue) == len(self.waiting) <= LIMIT
-
-
-TestQueue = QueueMachine.TestCase
-TestQueue.settings = settings(max_examples=50)
-
-
-def admitted(deadline: float, client: str = "", texts: int = 1, seconds: float = 1.0) -> Job:
-    new = job(texts, seconds=seconds, client=client)
-    new.deadline = deadline
-    new.admit()
-    return new
-
-
-class FairMachine(RuleBasedStateMachine):
-    """Compares the queue with the simplest model of fairness: the client with the least engine time is next."""
-
-    CLIENTS = ("a", "b", "c")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.queue = WorkQueue(1000)
-        self.waiting: list[Any] = []
-        self.spent: dict[str, float] = dict.fromkeys(self.CLIENTS, 0.0)
-        self.floor = 0.0
-        self.known: set[str] = set()
-
-    def lowest(self) -> float:
-        return min(self.spent[item.job.client] for item in self.waiting if not item.job.is_admitted)
-
-    def add(self, item: Any) -> None:
-        self.known.add(item.job.client)
-        if not any(x.job.client == item.job.client and not x.job.is_admitted for x in self.waiting):
-            self.spent[item.job.client] = max(self.spent[item.job.client], self.floor)
-        self.waiting.append(item)
-
-    @rule(client=st.sampled_from(CLIENTS), texts=st.integers(1, 3), submitted=st.integers(0, 5))
-    def put(self, client: str, texts: int, submitted: int) -> None:
-        new = job(texts, submitted, client=client)
-        self.queue.put(new)
-        for item in new.items:
-            self.add(item)
-
-    @rule(client=st.sampled_from(CLIENTS), deadline=st.integers(0, 50), texts=st.integers(1, 3))
-    def put_admitted(self, client: str, deadline: int, texts: int) -> None:
-        new = admitted(deadline, client, texts, texts / 10)
-        self.queue.put(new)
-        # A known client keeps its virtual time, because admitted items go first in any case.
-        if client not in self.known:
-            self.spent[client] = max(self.spent[client], self.floor)
-        self.known.add(client)
-        self.waiting += new.items
-
-    @precondition(lambda self: self.waiting)
-    @rule(seconds=st.sampled_from([0.25, 1.0, 4.0]), back=st.booleans())
-    def run(self, seconds: float, back: bool) -> None:
-        (item,) = self.queue.next()
-        urgent = [x for x in self.waiting if x.job.is_admitted]
-        if urgent:
-            assert item.due == min(x.due for x in urgent) and item in urgent
-            if len(urgent) == len(self.waiting):
-                self.floor = max(self.floor, self.spent[item.job.client])
-        else:
-            assert self.spent[item.job.client] == self.lowest()
-            self.floor = max(self.floor, self.lowest())
-            assert item.due == min(x.due for x in self.waiting if x.job.client == item.job.client)
-        self.waiting.remove(item)
-        preempts = self.queue.has_more_urgent_than(item, seconds)
-        self.spent[item.job.client] = max(self.spent[item.job.client], 0.0) + seconds
-        others = [x for x in self.waiting if not x.job.is_admitted]
-        if item.job.is_admitted:
-            assert preempts == any(x.due < item.due for x in self.waiting if x.job.is_admitted)
-        elif any(x.job.is_admitted for x in self.waiting):
-            assert preempts
-        elif others:
-            lowest, own = self.lowest(), self.spent[item.job.client]
-            if lowest + PREEMPTION_LEAD_S < own:
-                assert preempts
-            elif lowest > own:
-                assert not preempts
-        else:
-            assert not preempts
-        if back:
-            self.queue.requeue(item)
-            if item.job.is_admitted:
-                self.waiting.append(item)
-            else:
-                self.add(item)
-
-    @precondition(lambda self: self.waiting)
-    @rule(data=st.data())
-    def drop(self, data: st.DataObject) -> None:
-        gone = data.draw(st.sampled_from(self.waiting)).job
-        self.queue.drop(gone)
-        self.waiting = [item for item in self.waiting if item.job is not gone]
-
-    @invariant()
-    def it_counts_what_waits(self) -> None:
         assert len(self.queue) == len(self.waiting)
         for due in (0.5, 3):
             assert self.queue.later_than(due) == sum(item.due > due for item in self.waiting)
 
 
-TestFairQueue = FairMachine.TestCase
-TestFairQueue.settings = settings(max_examples=50)
+TestQueue = QueueMachine.TestCase
+TestQueue.settings = settings(max_examples=50)
 
 
 def test_a_client_ahead_of_others_that_wait_gets_no_admitted() -> None:

@@ -239,6 +239,4 @@ def test_a_missing_key_is_refused_before_the_port_opens(
     path = write_toml(tmp_path / "t.toml", upstream, name="tickets", encoder="tiny", labels=LABELS)
     command = f"serve {path} --store {store} --quantize none --port 0"
     assert "--allow-plain-http" in refusal(command)
-    for number in (1, 2):
-        found = refusal(f"{command} --allow-plain-http --processes {number}")
-        assert found == "upstream.api_key_env: the environment variable LLM_KEY has no key"
+    assert "LLM_KEY has no key" in refusal(f"{command} --allow-plain-http --processes 2")
