@@ -107,9 +107,7 @@ def test_plain_http_leaves_the_machine_only_if_allowed(tmp_path: Path) -> None:
         assert Settings(upstreams=[model_of(tmp_path, LABELS, chat(url))])
 
 
-def test_a_missing_or_unusable_key_is_named_but_not_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_key_is_named_but_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = model_of(tmp_path, LABELS, chat(api_key_env="LLM_KEY"))
     monkeypatch.delenv("LLM_KEY", raising=False)
     for key in (None, "  ", "schlüssel-secret", "secret\nX-Header: 1"):
@@ -189,9 +187,7 @@ def test_a_reply_names_the_only_label_that_is_within_no_longer_one(
         ("E\u0301 ✔\ufe0f", (6, False)),
     ],
 )
-def test_a_label_is_found_whatever_its_case_and_punctuation(
-    reply: str, expected: tuple[int | None, bool]
-) -> None:
+def test_case_and_punctuation_do_not_matter(reply: str, expected: tuple[int | None, bool]) -> None:
     assert Labels([*LABELS, "कि", "कु", "é"]).find(reply) == expected
 
 
@@ -263,9 +259,7 @@ def open_now(breaker: Breaker, **how: Any) -> None:
         call(breaker, "one", is_certain=True, **how)
 
 
-def test_the_breaker_opens_after_outages_in_a_row_and_tries_one_call_at_a_time(
-    clock: Clock, breaker: Breaker
-) -> None:
+def test_outages_in_a_row_open_it_and_one_call_at_a_time_is_tried(clock: Clock, breaker: Breaker) -> None:
     call(breaker, "one", is_certain=True, times=FAILURES - 1)
     call(breaker, "one", is_outage=False)  # a success in between
     call(breaker, "one", is_certain=True, times=FAILURES)
@@ -290,9 +284,7 @@ def test_the_breaker_opens_after_outages_in_a_row_and_tries_one_call_at_a_time(
         call(breaker, "one", is_outage=False)
 
 
-def test_a_trial_that_is_cancelled_or_takes_long_keeps_no_other_client_from_trying(
-    clock: Clock, breaker: Breaker
-) -> None:
+def test_a_cancelled_or_slow_trial_keeps_no_other_client_from_trying(clock: Clock, breaker: Breaker) -> None:
     open_now(breaker)
     clock.now += PAUSE_S
     for _ in range(3):
@@ -317,9 +309,7 @@ def test_a_trial_that_is_cancelled_or_takes_long_keeps_no_other_client_from_tryi
     assert breaker.wait_s() == wait_s
 
 
-def test_a_client_that_always_leaves_does_not_extend_the_pause_of_one_whose_trial_failed(
-    clock: Clock, breaker: Breaker
-) -> None:
+def test_a_client_that_always_leaves_extends_no_pause_of_another(clock: Clock, breaker: Breaker) -> None:
     open_now(breaker)
     clock.now += PAUSE_S
     call(breaker, "other")
@@ -329,9 +319,7 @@ def test_a_client_that_always_leaves_does_not_extend_the_pause_of_one_whose_tria
     assert breaker.wait_s("other") == 0
 
 
-def test_outages_that_may_be_due_to_texts_of_one_client_do_not_open_the_breaker(
-    clock: Clock, breaker: Breaker
-) -> None:
+def test_outages_that_texts_of_one_client_may_cause_do_not_open_it(clock: Clock, breaker: Breaker) -> None:
     call(breaker, "bad", times=3 * FAILURES)
     call(breaker, "bad", is_outage=False)
     call(breaker, "bad", times=FAILURES - 1)
@@ -364,9 +352,7 @@ def test_outages_that_may_be_due_to_texts_of_one_client_do_not_open_the_breaker(
     assert breaker.is_open  # it has answered nobody for long
 
 
-def test_clients_whose_texts_fail_do_not_keep_the_breaker_open_for_others(
-    clock: Clock, breaker: Breaker
-) -> None:
+def test_clients_whose_texts_fail_do_not_keep_it_open_for_others(clock: Clock, breaker: Breaker) -> None:
     for client in (FAILURES * ["bad", "worse"])[:FAILURES]:
         call(breaker, client)
     clock.now += breaker.wait_s("good")
@@ -519,9 +505,7 @@ def test_no_client_takes_the_share_of_another(
     assert usage.quota_wait_s() == 0
 
 
-def test_the_quota_does_not_follow_changes_of_the_systems_clock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_quota_does_not_follow_the_systems_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = model_of(tmp_path, LABELS, chat(max_calls_per_hour=2))
     one = UpstreamUsage(of, tmp_path / "state")
     one.called("audit")

@@ -96,9 +96,7 @@ def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
     one.loop.close()
 
 
-def test_a_chat_is_asked_with_the_prompt_the_key_and_the_parameters(
-    caller: Caller, upstream: Service
-) -> None:
+def test_a_chat_gets_the_prompt_the_key_and_the_parameters(caller: Caller, upstream: Service) -> None:
     parameters = {"temperature": 0, "max_tokens": 8, "stop": ["\n"]}
     text = "a {text} with {labels}, {0}, % and \\1 ünïcode"
     found = caller.answer(upstream.url, text=text, parameters=parameters, prompt="{labels}: {text} {x}")
@@ -202,9 +200,7 @@ def test_a_response_that_is_no_answer(
     assert len(upstream.requests) == len(responses)
 
 
-def test_a_failed_call_is_charged_for_what_may_have_been_read_and_written(
-    caller: Caller, upstream: Service
-) -> None:
+def test_a_failed_call_is_charged_for_what_may_have_been_read(caller: Caller, upstream: Service) -> None:
     """By an estimate from the bytes; a call that ends with an error's status costs nothing."""
     responses: list[tuple[Respond, int | None]] = [
         (answer(gzip.compress(b"{}"), Content_Encoding="gzip"), 0),

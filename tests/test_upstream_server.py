@@ -154,9 +154,7 @@ def test_pairs(server: Server, upstream: Service) -> None:
     assert upstream.requests[-1]["input"] == pair
 
 
-def test_a_long_text_goes_up_whole_and_once_unless_an_exit_is_sure_of_each_window(
-    server: Server, upstream: Service
-) -> None:
+def test_a_long_text_goes_up_whole_and_once(server: Server, upstream: Service) -> None:
     for windows in ({"long": "windows"}, {}):  # without, one window is read, all of it sent
         (row,) = rows_of(server, input=LONG, tau=0, **windows)
         assert (row["label"], row["exit"]["reason"]) == (opinion(LONG), "upstream")
