@@ -18,8 +18,8 @@ from tests.fixtures import make_rows
 
 def test_a_speedup_in_time_is_the_ratio_of_the_summed_times() -> None:
     times = Times(np.array([10.0, 1.0]), np.array([[2.0, 0.0], [4.0, 0.5], [13.0, 1.0]]))
-    index, tokens = np.array([0, 1, 2]), np.array([10, 20, 30])
-    assert times.speedup(index, tokens) == pytest.approx((20 + 30 + 40) / (2 + 14 + 43))
+    found = times.speedup(np.array([0, 1, 2]), np.array([10, 20, 30]))
+    assert found == pytest.approx((20 + 30 + 40) / (2 + 14 + 43))
 
 
 def test_times_of_passes_count_what_comes_before_the_layers_and_every_exit(

@@ -98,16 +98,6 @@ def test_the_level_stays_in_range_and_only_the_last_one_sheds(ticks: list[tuple[
         controller.level = before  # undo the jump to the last level
 
 
-def test_neither_running_texts_nor_those_that_a_new_text_overtakes_are_load() -> None:
-    slow = Controller(OBJECTIVE_S, lambda: LEVELS, capacity=20.0, threads=2)  # 100 ms per text
-    assert not slow.sheds(2, lambda: 2)
-    slow.tick(2, 2, 0)
-    assert slow.level == 0
-    controller = Controller(OBJECTIVE_S, lambda: 0, CAPACITY, threads=2)
-    assert not controller.sheds(500, lambda: 2)  # a large batch: a short text overtakes nearly all of it
-    assert controller.sheds(500, lambda: 500)
-
-
 def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_are_kept(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,13 +125,9 @@ def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_ar
         gate.open()
         until(lambda: admission.texts.total < 5, "the queue to empty")
         degraded = server.metric("de3_degraded_texts_total", model="tiny:1")
-        for options, set_by in (
-            ({}, "overload"),
-            ({"tau": 0.01}, "tau"),
-            ({"target_speedup": 2}, "target_speedup"),
-        ):
+        for options in ({}, {"tau": 0.01}, {"target_speedup": 2}):
             choice = server.classify(input="a film", explain=True, **options).json()["tau_choice"]
-            assert choice["set_by"] == set_by and choice["tau"] == options.get("tau", choice["tau"])
+            assert choice["set_by"] == next(iter(options), "overload")
         assert server.metric("de3_degraded_texts_total", model="tiny:1") == degraded + 1
         for thread in waiting:
             thread.join()

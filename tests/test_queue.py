@@ -320,12 +320,20 @@ def test_shadows_are_charged_to_no_client() -> None:
     assert queue.next()[0].job.client == "a"
 
 
-def test_a_client_that_was_idle_has_saved_up_no_time() -> None:
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_a_client_that_was_idle_or_is_new_has_saved_up_no_time(in_turn: bool) -> None:
+    """Whether the other one was served in its turn, or for a deadline while nothing else was pending."""
     queue, idle, busy = WorkQueue(100), job(1, client="idle"), job(3, client="busy")
-    queue.charge((idle, 0.0))
+    if in_turn:
+        queue.charge((idle, 0.0))
     queue.put(busy)
-    for _ in range(2):
+    for _ in range(1 + in_turn):
         queue.charge((queue.next()[0].job, 5.0))
+    if not in_turn:
+        queue.drop(busy)  # its other items are still in a heap
+        queue.put(admitted(0, "busy"))
+        queue.next()
+        queue.put(busy := job(1, client="busy"))
     queue.put(idle)
     queue.charge((idle, 6.0))  # as it starts at the time of the other one
-    assert queue.next() == busy.items[2:]
+    assert queue.next() == busy.items[-1:]
