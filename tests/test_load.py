@@ -22,29 +22,23 @@ from tests.serving import Gate, in_event_loop, serving, until
 OBJECTIVE_S, LEVELS, CAPACITY, GAIN = 0.05, 5, 1000.0, 0.06
 
 
-class Ticking:
-    """A controller whose clock moves by TICK_S with each tick."""
+class Simulation:
+    """A server that answers CAPACITY texts/s at level 0, and GAIN · CAPACITY more for each level above it."""
 
     def __init__(self) -> None:
-        self.now, self.finished = 0.0, 0.0
+        self.now = 0.0
         self.controller = Controller(OBJECTIVE_S, lambda: LEVELS, CAPACITY, threads=2, clock=lambda: self.now)
+        self.in_flight = self.answered = self.shed = self.asked = self.worst_s = 0.0
 
     def tick(self, in_flight: int, rate: float) -> None:
+        """A tick in which texts were answered at this rate."""
         self.now += TICK_S
-        self.finished += rate * TICK_S
-        self.controller.tick(in_flight, 0, round(self.finished))
+        self.answered += rate * TICK_S
+        self.controller.tick(in_flight, 0, round(self.answered))
 
     @property
     def capacity(self) -> float:
         return 1 / self.controller.predicted_s(3)  # of three texts on two threads, one waits
-
-
-class Simulation(Ticking):
-    """A server that answers CAPACITY texts/s at level 0, and GAIN · CAPACITY more for each level above it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.in_flight = self.answered = self.shed = self.asked = self.worst_s = 0.0
 
     def run(self, seconds: float, rate: float) -> list[int]:
         """Run with `rate` texts/s for some seconds; returns the level at the end of each tick."""
@@ -134,7 +128,7 @@ def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_ar
 
 
 def test_only_a_server_that_was_never_idle_lowers_its_capacity() -> None:
-    ticking = Ticking()
+    ticking = Simulation()
     for _ in range(5):
         ticking.controller.sheds(0, lambda: 0)  # a request arrived while nothing was in flight
         ticking.tick(10, 20)
@@ -148,7 +142,7 @@ def test_only_a_server_that_was_never_idle_lowers_its_capacity() -> None:
 
 @pytest.mark.parametrize(("rate", "step_s"), [(0.8 * CAPACITY, CALM_STEP_S), (0.5 * CAPACITY, TICK_S)])
 def test_tau_falls_slowly_if_the_load_is_near_the_capacity(rate: float, step_s: float) -> None:
-    ticking = Ticking()
+    ticking = Simulation()
     ticking.controller.level = LEVELS
     while ticking.controller.level:
         ticking.tick(0, rate)

@@ -111,24 +111,19 @@ def test_a_chat_gets_the_prompt_the_key_and_the_parameters(caller: Caller, upstr
 
 
 def test_classify_gives_probabilities_that_agree_with_the_label(caller: Caller, upstream: Service) -> None:
-    fields: dict[str, Any] = {
-        "kind": "classify",
-        "model": None,
-        "prompt": None,
-        "parameters": {"priority": 1},
-    }
+    of: dict[str, Any] = {"kind": "classify", "model": None, "prompt": None, "parameters": {"priority": 1}}
     row: dict[str, Any] = {"label": "Refund", "probs": [0.1, 0.7, 0.1, 0.1]}
     upstream.respond = answer({"data": [row]})
-    found, used = caller.answer(upstream.url, text=Text("one", "two"), **fields)
+    found, used = caller.answer(upstream.url, text=Text("one", "two"), **of)
     assert found == Reply(1, [0.1, 0.7, 0.1, 0.1], False)
     assert upstream.requests[0] == {"input": {"text": "one", "text_pair": "two"}, "priority": 1}
     assert min(used.input, used.output) > 0
     wrong: list[Any] = [None, [0.7, 0.1, 0.1, 0.1], [0.4, 0.4, 0.1, 0.1], [0.1, 0.7], [0.1, 0.9, 0.5, 0.1]]
     for probs in (*wrong, [0, True, 0, 0], ["0", "1", "0", "0"], [-0.1, 1, 0.1, 0], {"refund": 1}):
         row["probs"] = probs
-        assert caller.answer(upstream.url, **fields)[0] == Reply(1, None, False)
+        assert caller.answer(upstream.url, **of)[0] == Reply(1, None, False)
     row["label"] = "It is refund"  # a classifier's label has no words around it
-    assert caller.failure(upstream.url, **fields).why == "reply"
+    assert caller.failure(upstream.url, **of).why == "reply"
 
 
 def raw(content: bytes, drip_s: float = 0.0, again: bytes = b"") -> Respond:

@@ -17,9 +17,9 @@ from tests.fixtures import make_rows
 from tests.serving import CERTIFICATES, free_port, until
 from tests.test_learn import PROGRAM
 from tests.test_processes import Running
-from tests.test_upstream_server import LABELS, rows_of, served
+from tests.test_upstream_server import rows_of
 from tests.test_upstream_shared import report_of
-from tests.upstream import KEY, chat, model_of, opinion, service, write_toml
+from tests.upstream import KEY, LABELS, chat, model_of, opinion, served, service, write_toml
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")]
 # Each text ends with a number, which the models do not know, and which changes the upstream's answer to one in ODD.

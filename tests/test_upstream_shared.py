@@ -16,8 +16,8 @@ from tests.commands import refusal
 from tests.fixtures import make_rows
 from tests.serving import CERTIFICATES, Server, until, waiting_client
 from tests.test_processes import Running
-from tests.test_upstream_server import LABELS, TEXTS, rows_of, served
-from tests.upstream import KEY, chat, model_of, opinion, service, write_toml
+from tests.test_upstream_server import TEXTS, rows_of
+from tests.upstream import KEY, LABELS, chat, model_of, opinion, served, service, write_toml
 
 
 @pytest.fixture(autouse=True)

@@ -97,7 +97,6 @@ class Service:
                 pass
 
         class Listening(ThreadingHTTPServer):
-            daemon_threads = True
             request_queue_size = 1024
 
             def handle_error(self, *_: Any) -> None:
@@ -110,8 +109,7 @@ class Service:
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def _handle(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         with self._lock:
