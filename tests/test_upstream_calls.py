@@ -34,9 +34,10 @@ def running() -> Iterator[Service]:
 @pytest.fixture
 def upstream(running: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
     monkeypatch.setattr(upstreams, "BACKOFF_S", 0.01)
+    running.gate.set()
+    until(lambda: not running.running, "the calls of earlier tests to end")
     running.requests.clear()
     running.respond, running.most = None, 0
-    running.gate.set()
     return running
 
 
@@ -127,7 +128,7 @@ async def test_a_failed_call_is_tried_twice_more(tmp_path: Path, upstream: Servi
     assert (found.cause, found.retry_after_s) == ("upstream", 1)
     assert one.usage.totals.failures["server_error"] == 5
     # A wrong key is not tried again, nor is anything for which there is no time.
-    for status, headers, retry_after_s in ((401, {}, 1), (429, {"Retry_After": "100"}, 100)):
+    for status, headers, retry_after_s in ((429, {"Retry_After": "100"}, 100), (401, {}, 1)):
         upstream.respond = failing(1, status, **headers)
         found = await error_of(one.ask(Query(TEXT, "audit"), 30))
         assert (found.cause, found.retry_after_s) == ("upstream", retry_after_s)

@@ -192,7 +192,7 @@ def test_a_response_that_is_no_answer(
         assert (found.why, found.may_retry, found.is_outage) == (why, may_retry, is_outage), str(found)
         assert found.retry_after_s is None
         assert found.is_certain == ("HTTP 401" in str(found))  # no text can cause it
-    assert len(upstream.requests) == len(responses)
+    assert why == "timeout" or len(upstream.requests) == len(responses)
 
 
 def test_a_failed_call_is_charged_for_what_may_have_been_read(caller: Caller, upstream: Service) -> None:
