@@ -111,13 +111,6 @@ def test_concurrent_budgets_are_all_kept_and_overtake_a_loaded_queue(
     assert len(layers) == 30 and sum(layers) >= 4  # the time that was left was used for more layers
 
 
-def test_the_tokenizer_is_predicted_too(server: Server) -> None:
-    measured = server.service.models.all[0].timing
-    short, long = (measured.predict_first_exit(len("a film " * n)) for n in (50, 500))
-    assert measured.first_exit_s(900) == measured.first_exit_s(64)  # limited to the model's maximum
-    assert long > 2 * short
-
-
 def test_a_budget_that_no_exit_can_meet_is_refused_unless_best_effort(server: Server) -> None:
     refused = server.classify(input=TEXTS[0], latency_budget_ms=0.01)
     error = refused.json()["error"]

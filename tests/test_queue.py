@@ -69,10 +69,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     def joins(self, group: list[Any], item: Any) -> bool:
         first = group[0]
-        fits = (
-            sum(x.group_s for x in [*group, item]) <= MAX_STEP_S
-            and item.group_s <= MAX_STRETCH * first.group_s
-        )
+        total = sum(x.group_s for x in [*group, item])
+        fits = total <= MAX_STEP_S and item.group_s <= MAX_STRETCH * first.group_s
         is_alike = item.progress.layer == first.progress.layer and item.job.encoder is first.job.encoder
         return first.can_share and item.can_share and fits and is_alike
 
@@ -84,9 +82,8 @@ class QueueMachine(RuleBasedStateMachine):
             if not item.job.is_admitted or all(x.job.is_admitted for x in self.waiting):
                 self.floor = max(self.floor, self.client(item.job.client))
             self.waiting.remove(item)
-        assert (
-            len(group) >= room or not all(self.joins(group, item) for item in self.next()) or not self.waiting
-        )
+        if self.waiting and len(group) < room:
+            assert not all(self.joins(group, item) for item in self.next())
 
     @rule(texts=st.integers(1, MAX_SHADOWS))
     def put_shadow(self, texts: int) -> None:
