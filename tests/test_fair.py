@@ -101,11 +101,11 @@ async def test_requests_start_at_once_or_in_rotation_over_their_networks() -> No
     add("alone", 2 * AT_ONCE)
     assert started == ["alone"] * AT_ONCE
     assert await following(2) == ["alone"] * AT_ONCE
-    add("the crowd", 20 * AT_ONCE)
+    add("a crowd", 20 * AT_ONCE)
     add("other", 2)
     assert (await following(1)).count("other") == 2
-    add("another", 1)
-    assert "another" in await following(2)
+    add("yet another", 1)
+    assert "yet another" in await following(2)
     assert len(await following(20)) == 20 * AT_ONCE + 3 - 4 * AT_ONCE
 
 

@@ -332,5 +332,5 @@ def test_a_client_that_was_idle_or_is_new_has_saved_up_no_time(in_turn: bool) ->
         queue.next()
         queue.put(busy := job(1, client="busy"))
     queue.put(idle)
-    queue.charge((idle, 6.0))  # as it starts at the time of the other one
+    queue.charge((idle, 6.0 if in_turn else 1.0))  # as it starts at the time of the other one, 5 s
     assert queue.next() == busy.items[-1:]
