@@ -17,7 +17,7 @@ from de3.server.ood import WINDOW
 from de3.server.rules import Rules
 from de3.server.settings import Settings
 from tests.fixtures import make_rows
-from tests.serving import Gate, Server, serving, until
+from tests.serving import Gate, serving, until
 
 TEXTS = [text for text, _ in make_rows(60, 21)]
 LAYER_S = 0.03
@@ -83,6 +83,10 @@ def test_an_answer_leaves_at_its_deadline(store: Path, clock: Clock) -> None:
             assert row["exit"]["reason"] == ("last_layer" if deepest == 3 else "deadline")
             assert row["layers"] == full["layers"][: deepest + 1]  # bit for bit
         assert server.metric("de3_exit_layer_count", model="tiny:1", reason="deadline") == 4
+        refused = server.classify(input=TEXTS[0], latency_budget_ms=0.01)  # no exit can meet it
+        error = refused.json()["error"]
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        assert error["param"] == "latency_budget_ms" and "would take about" in error["message"]
 
 
 def test_concurrent_budgets_are_all_kept_and_overtake_a_loaded_queue(
@@ -109,16 +113,6 @@ def test_concurrent_budgets_are_all_kept_and_overtake_a_loaded_queue(
     answers = [one.result().json().get("data", []) for one in asked[1:]]
     layers = [row["exit"]["layer"] for rows in answers for row in rows]
     assert len(layers) == 30 and sum(layers) >= 4  # the time that was left was used for more layers
-
-
-def test_a_budget_that_no_exit_can_meet_is_refused_unless_best_effort(server: Server) -> None:
-    refused = server.classify(input=TEXTS[0], latency_budget_ms=0.01)
-    error = refused.json()["error"]
-    assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
-    assert error["param"] == "latency_budget_ms" and "would take about" in error["message"]
-    row = server.classify(input=TEXTS[0], latency_budget_ms=0.01, best_effort=True, model="tiny").json()
-    assert row["data"][0]["exit"]["layer"] == 0
-    assert row["data"][0]["exit"]["reason"] in ("deadline", "threshold")
 
 
 FAR = "zzz qqq xxx"  # none of these words is in the vocabulary
