@@ -79,13 +79,21 @@ class Stream:
         failures: status codes of failed attempts; 0: the connection was closed.
     """
 
-    def __init__(self, texts: list[str], url: str) -> None:
-        self.url, self.rows, self.failures = url, dict[str, dict[str, Any]](), list[int]()
+    def __init__(self, texts: list[str]) -> None:
+        self.rows, self.failures, self.is_over = dict[str, dict[str, Any]](), list[int](), False
         self.client, self.pool = httpx.Client(verify=CERTIFICATES, timeout=60), ThreadPoolExecutor(4)
-        self.sending = [self.pool.submit(self.send, text) for text in texts]
+        self.texts = texts
+
+    def start(self, url: str) -> None:
+        self.url = url
+        self.sending = [self.pool.submit(self.send, text) for text in self.texts]
+
+    def stop(self) -> None:
+        self.is_over = True
+        self.pool.shutdown(cancel_futures=True)
 
     def send(self, text: str) -> None:
-        while text not in self.rows:
+        while text not in self.rows and not self.is_over:
             status = 0
             with suppress(httpx.TransportError):
                 response = self.client.post(f"{self.url}/classify", json={"input": text})
@@ -99,7 +107,7 @@ class Stream:
 
     def wait(self, more: int = 500) -> None:
         """Wait until more texts are answered."""
-        goal = min(len(self.sending), len(self.rows) + more)
+        goal = min(len(self.texts), len(self.rows) + more)
         until(lambda: len(self.rows) >= goal, f"{goal} answers, have {len(self.rows)}")
 
     def wait_for(self, status: int) -> None:
@@ -121,12 +129,12 @@ def test_no_accepted_request_is_lost_and_the_guarantee_holds_whatever_is_killed(
     def tau() -> float:
         return float(running.get("/v1/models/tickets/audit").json()["tau"]["tau"])
 
-    running = Running(store, str(path), *options.split())
+    running, stream = Running(store, str(path), *options.split()), Stream(texts_of(1, 12_000))
     logs = [running.log]
     try:
         with service(answer, port):
             running.wait()
-            stream = Stream(texts_of(1, 12_000), running.url)
+            stream.start(running.url)
             until(lambda: tau() > 0, "a proof")
             stream.wait()
         stream.wait_for(502)
@@ -154,6 +162,7 @@ def test_no_accepted_request_is_lost_and_the_guarantee_holds_whatever_is_killed(
             for sent in stream.sending:
                 sent.result(300)
     finally:
+        stream.stop()
         running.stop()
     wrong = sum(row["label"] != answer(text) for text, row in stream.rows.items())
     assert 0 < wrong <= RATE * len(stream.rows)
