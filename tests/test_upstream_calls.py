@@ -12,7 +12,7 @@ import pytest
 from de3.server.engine.request import Text
 from de3.server.errors import RequestError
 from de3.server.settings import Settings
-from de3.server.upstream import upstreams
+from de3.server.upstream import breaker, upstreams
 from de3.server.upstream.breaker import FAILURES
 from de3.server.upstream.client import Reply
 from de3.server.upstream.upstreams import Caller, Upstreams
@@ -192,7 +192,9 @@ async def test_slow_calls_open_the_breaker_but_not_short_budgets(tmp_path: Path,
 
 
 @in_event_loop
-async def test_texts_of_one_client_do_not_pause_calls_of_others(tmp_path: Path, upstream: Service) -> None:
+async def test_texts_of_one_client_do_not_pause_calls_of_others(
+    tmp_path: Path, upstream: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those of a client that is alone do, and so do those that no text can cause."""
 
     def respond(handler: Any, body: dict[str, Any]) -> None:
@@ -207,8 +209,11 @@ async def test_texts_of_one_client_do_not_pause_calls_of_others(tmp_path: Path, 
         assert error.message.endswith("the response does not have the expected format")
     await error_of(one.ask(Query(Text("500"), "uncertain", "bad"), 30))
     assert (await one.ask(Query(TEXT, "uncertain", "good"), 30)).label == 0
+    monkeypatch.setattr(breaker, "PAUSE_S", 60.0)  # however slow this machine is, the next call comes earlier
+    await one.ask(Query(TEXT, "uncertain", "good"), 30)  # a success sets the pause
     for _ in range(FAILURES):
         await error_of(one.ask(Query(Text("401"), "uncertain", "bad"), 30))
+    monkeypatch.undo()
     paused = await error_of(one.ask(Query(TEXT, "uncertain", "good"), 30))
     assert paused.message.endswith("its last calls have failed")
     alone = caller(tmp_path, upstream)
