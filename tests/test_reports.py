@@ -1,17 +1,15 @@
 """The records of a request: its id, its line in the log, and its trace."""
 
 import json
-import logging
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace import TracerProvider
 
 from de3.server.answer import significant
 from de3.server.http import traces
@@ -34,9 +30,9 @@ def post(server: Server, headers: dict[str, str] | None = None, **body: Any) -> 
     return httpx.post(server.url + "/classify", json=body, headers=headers, timeout=30)
 
 
-def test_a_request_id_comes_back(server: Server) -> None:
+def test_a_request_id_comes_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = {"X-Request-ID": "a1-b2.c3:d4/e5+f6=@_".ljust(128, "x")}
-    for method, path in (("POST", "/classify"), ("GET", "/health"), ("GET", "/nothing-here")):
+    for method, path in (("GET", "/health"), ("GET", "/nothing-here")):
         answer = httpx.request(method, server.url + path, headers=ids)
         assert answer.headers["x-request-id"] == ids["X-Request-ID"], path
     assert post(server, ids, input="good").json()["id"] == "classify-" + ids["X-Request-ID"]
@@ -45,12 +41,9 @@ def test_a_request_id_comes_back(server: Server) -> None:
     for unsafe in ("", "a b", "a\tb", 'a"b', "é", "x" * 129, "{}"):
         answer = post(server, {"X-Request-ID": unsafe.encode("latin-1")}, input="good")  # type: ignore[dict-item]
         assert (answer.status_code, len(answer.headers["x-request-id"])) == (200, 32), unsafe
-
-
-def test_a_shed_request_has_its_id(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.frontend, "sheds", lambda _: True)
-    answer = post(server, {"X-Request-ID": "mine"}, input="good")
-    assert (answer.status_code, answer.headers["x-request-id"]) == (503, "mine")
+    answer = post(server, ids, input="good")
+    assert (answer.status_code, answer.headers["x-request-id"]) == (503, ids["X-Request-ID"])
 
 
 def test_requests_are_logged_as_json_without_their_texts(store: Path) -> None:
@@ -80,7 +73,7 @@ def test_requests_are_logged_as_json_without_their_texts(store: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"default_model": None}, {"api_keys": "me a-user-key-of-some-length", "models": ["tiny"]}],
+    [{"default_model": None}, {"api_keys": "me a-user-key-of-some-length", "models": ["tiny"]}],
 )
 def test_the_log_has_a_command_that_classifies_a_text(
     store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
@@ -130,85 +123,23 @@ def test_uncaught_errors_are_json_in_a_json_log() -> None:
         assert what in row
 
 
-def test_texts_are_logged_only_if_asked_for(store: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "de3.requests")
-
-    def logged(**settings: Any) -> list[logging.LogRecord]:
-        caplog.clear()
-        with serving(store, models=["tiny"], **settings) as server:
-            server.classify(input=["a good film", "bad\nline"])
-            until(lambda: server.service.in_flight == 0, "the request to be logged")
-        return [record for record in caplog.records if record.name == "de3.requests"]
-
-    (record,) = logged(log_texts=True, log_format="json")
-    texts = [{"text": "a good film", "text_pair": None}, {"text": "bad\nline", "text_pair": None}]
-    assert record.__dict__["input"] == texts
-    (line,) = logged(log_texts=True)
-    assert "'bad\\nline'" in line.getMessage()  # one line in the log
-    assert logged() == []
-    assert "good film" not in caplog.text
-
-
-@pytest.fixture
-def spans(server: Server) -> Iterator[InMemorySpanExporter]:
-    """The SDK's in-memory exporter, with the spans that it received from the server."""
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    traces = Traces(provider)
-    server.frontend._reporters.append(traces)
-    yield exporter
-    server.frontend._reporters.remove(traces)
-
-
-def attributes(span: ReadableSpan) -> dict[str, Any]:
-    return dict(span.attributes or {})
-
-
-def test_a_trace_has_a_span_for_each_stage(server: Server, spans: InMemorySpanExporter) -> None:
-    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-    headers = {"traceparent": f"00-{trace}-{parent}-01", "X-Request-ID": "r3"}
-    row = post(server, headers, input="a good film").json()["data"][0]["exit"]
-    until(lambda: len(spans.get_finished_spans()) == 6, "the spans")
-    found: dict[str, Any] = {span.name: span for span in spans.get_finished_spans()}
-    root, text = found["POST /classify"], found["text"]
-    assert root.parent.span_id == int(parent, 16) and attributes(root)["de3.request_id"] == "r3"
-    assert {span.context.trace_id for span in found.values()} == {int(trace, 16)}
-    for name, above in (("read", root), ("text", root), ("queue", text), ("tokenize", text), ("model", text)):
-        span = found[name]
-        assert span.parent.span_id == above.context.span_id
-        assert above.start_time <= span.start_time <= span.end_time <= above.end_time, name
-    assert attributes(found["model"])["de3.exit.layer"] == row["layer"]
-    about = {name: attributes(text)[f"de3.exit.{name}"] for name in ("layer", "reason", "signal", "score")}
-    assert about | {"score": significant(about["score"])} == {name: row[name] for name in about}
-    assert found["queue"].end_time == found["tokenize"].start_time
-    assert found["tokenize"].end_time == found["model"].start_time
-
-
-@pytest.mark.parametrize(
-    ("path", "route"), [("/classify", "/classify"), ("/v2/models/tiny/infer", "/v2/models/{model}/infer")]
-)
-def test_a_failed_request_says_which_route_and_why_in_its_trace(
-    server: Server, spans: InMemorySpanExporter, path: str, route: str
+def test_texts_are_logged_only_if_asked_for(
+    store: Path, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    httpx.post(server.url + path, json={})
-    until(spans.get_finished_spans, "the span")
-    (root,) = spans.get_finished_spans()
-    assert root.name == f"POST {route}"
-    assert attributes(root).items() >= {
-        ("http.route", route),
-        ("http.response.status_code", 422),
-        ("error.type", "bad_request"),
-    }
+    caplog.set_level("INFO", "de3.requests")
+    assert server.classify(input="a good film").status_code == 200
+    until(lambda: server.service.in_flight == 0, "the end of the request")
+    assert caplog.records == []
+    with serving(store, models=["tiny"], log_texts=True) as logging:
+        logging.classify(input=["a good film", "bad\nline"])
+        until(lambda: caplog.records, "the line")
+    (record,) = caplog.records
+    assert "'a good film'" in record.getMessage() and "'bad\\nline'" in record.getMessage()  # in one line
 
 
-def test_a_large_batch_has_few_spans(server: Server, spans: InMemorySpanExporter) -> None:
-    post(server, input=["good"] * 100)
-    until(lambda: any(s.name == "POST /classify" for s in spans.get_finished_spans()), "the spans")
-    assert sum(s.name == "text" for s in spans.get_finished_spans()) == MAX_TEXTS
-
-
-def test_traces_reach_a_collector(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def collector() -> Iterator[tuple[str, ExportTraceServiceRequest]]:
+    """The address of an OpenTelemetry collector, and all that it has received."""
     received = ExportTraceServiceRequest()
 
     class Collector(BaseHTTPRequestHandler):
@@ -220,26 +151,67 @@ def test_traces_reach_a_collector(store: Path, monkeypatch: pytest.MonkeyPatch) 
         def log_message(self, *_: Any) -> None:
             pass
 
-    collector = HTTPServer(("127.0.0.1", 0), Collector)
-    threading.Thread(target=collector.serve_forever, daemon=True).start()
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
-    with serving(store, models=["tiny"], traces=True) as server:
-        post(server, input="good")
-    # Once the server has stopped, all spans have been sent.
-    collector.shutdown()
-    (resource,) = received.resource_spans
-    names = [s.name for scope in resource.scope_spans for s in scope.spans]
-    assert sorted(names) == ["POST /classify", "model", "queue", "read", "text", "tokenize"]
-    assert ("service.name", "de3") in [(a.key, a.value.string_value) for a in resource.resource.attributes]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as listening:
+        threading.Thread(target=listening.serve_forever, args=(0.01,)).start()
+        yield f"http://127.0.0.1:{listening.server_port}", received
+        listening.shutdown()
 
 
-def test_a_collector_that_hangs_does_not_hold_up_a_stop(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, and never answers
-        port = silent.getsockname()[1]
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "600")
-        monkeypatch.setattr(traces, "STOP_S", 0.1)
+def test_traces_reach_a_collector(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A span for each stage of a request, why another failed, and few of a large batch."""
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    headers = {"traceparent": f"00-{trace}-{parent}-01", "X-Request-ID": "r3"}
+    with collector() as (url, received):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
         with serving(store, models=["tiny"], traces=True) as server:
-            assert post(server, input="good").status_code == 200
-            began = time.monotonic()
-        assert time.monotonic() - began < 20  # the exporter alone would wait for 30 s
+            row = post(server, headers, input="a good film").json()["data"][0]["exit"]
+            for path in ("classify", "v2/models/tiny/infer"):
+                httpx.post(f"{server.url}/{path}", json={})
+            post(server, input=["good"] * 100)
+        # Once the server has stopped, all spans have been sent.
+    services, traced, others = set[str](), dict[str, Any](), list[Any]()
+    about = dict[bytes, dict[str, Any]]()  # the attributes of each span
+    for resource in received.resource_spans:
+        services |= {
+            one.value.string_value for one in resource.resource.attributes if one.key == "service.name"
+        }
+        for span in (span for scope in resource.scope_spans for span in scope.spans):
+            values = {one.key: one.value for one in span.attributes}
+            about[span.span_id] = {k: getattr(v, v.WhichOneof("value")) for k, v in values.items()}
+            if span.trace_id.hex() == trace:
+                traced[span.name] = span
+            else:
+                others.append(span)
+    assert services == {"de3"}
+    root, text = traced["POST /classify"], traced["text"]
+    assert root.parent_span_id.hex() == parent and about[root.span_id]["de3.request_id"] == "r3"
+    inside = {"read": root, "text": root, "queue": text, "tokenize": text, "model": text}
+    assert traced.keys() == {"POST /classify", *inside}
+    for name, above in inside.items():
+        span = traced[name]
+        assert span.parent_span_id == above.span_id
+        starts, ends = (
+            [getattr(one, f"{end}_time_unix_nano") for one in (above, span)] for end in ("start", "end")
+        )
+        assert starts[0] <= starts[1] <= ends[1] <= ends[0], name
+    assert traced["queue"].end_time_unix_nano == traced["tokenize"].start_time_unix_nano
+    assert traced["tokenize"].end_time_unix_nano == traced["model"].start_time_unix_nano
+    assert about[traced["model"].span_id]["de3.exit.layer"] == row["layer"]
+    found = {name: about[text.span_id][f"de3.exit.{name}"] for name in ("layer", "reason", "signal", "score")}
+    assert found | {"score": significant(found["score"])} == {name: row[name] for name in found}
+    failed = [one for one in map(about.get, about) if one and one.get("error.type") == "bad_request"]
+    assert [one["http.route"] for one in failed] == ["/classify", "/v2/models/{model}/infer"]
+    assert {one["http.response.status_code"] for one in failed} == {422}
+    assert sum(span.name == "text" for span in others) == MAX_TEXTS
+
+
+def test_a_collector_that_hangs_does_not_hold_up_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    class Hanging(TracerProvider):
+        def shutdown(self) -> None:
+            answered.wait()
+
+    monkeypatch.setattr(traces, "STOP_S", 0.01)
+    Traces(Hanging(shutdown_on_exit=False)).stop()
+    answered.set()
