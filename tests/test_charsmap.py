@@ -54,31 +54,22 @@ def test_a_valid_table_normalizes() -> None:
     ("charsmap", "message"),
     [
         ("?", "not base64"),
-        ("AAAA", "not have the stated length"),
         (base64.b64encode(b"\5\0\0\0" + bytes(5)).decode(), "not have the stated length"),
         (base64.b64encode(b"\4\0\0\0" + bytes(4)).decode(), "index outside it"),
         (table(size=511), "index outside it"),  # the root's children end at 511
-        (table(size=700), "index outside it"),
         (table(end=1 << 18), "index outside it"),
         (table(value=3), "outside it"),
-        (table(value=2**30), "outside it"),
         (table(text=b"x" * (MAX_REPLACEMENT + 1) + b"\0"), "longer than"),
         (table(text=b"fi"), "outside it"),
         (table(text="é\0".encode(), value=1), "within a character"),
         (table(text=b"\xff\0"), "not UTF-8"),
         ("A" * 3 * 2**20, "more than"),
-        (7, "has no precompiled_charsmap"),
         (None, "has no precompiled_charsmap"),
     ],
 )
 def test_an_invalid_table_is_refused(charsmap: Any, message: str) -> None:
     with pytest.raises(TokenizerError, match=message):
         check_tokenizer(tokenizer(charsmap))
-
-
-def test_there_is_one_table_at_most() -> None:
-    with pytest.raises(TokenizerError, match="more than one Precompiled"):
-        check_tokenizer(tokenizer(table(), 2))
 
 
 def test_mutated_tables_are_refused_or_harmless() -> None:
@@ -97,12 +88,14 @@ def test_mutated_tables_are_refused_or_harmless() -> None:
             continue
         accepted += 1
         normalizer = normalizers.Precompiled(bytes(changed))
-        for text in ("\ufb01ne", "a\ufb01", "\u00ef\u00ac\u0081", "plain"):
+        for text in ("a\ufb01ne", "\u00ef\u00ac\u0081"):
             assert len(normalizer.normalize_str(text)) <= MAX_REPLACEMENT * len(text)
     assert 0 < accepted < 300
 
 
-def test_a_table_may_not_be_combined_with_components_that_lengthen_a_text() -> None:
+def test_a_table_may_not_be_combined_with_another_or_with_components_that_lengthen_a_text() -> None:
+    with pytest.raises(TokenizerError, match="more than one Precompiled"):
+        check_tokenizer(tokenizer(table(), 2))
     plain = json.loads(tokenizer(table()))
     plain["normalizer"]["normalizers"].append({"type": "Prepend", "prepend": "x"})
     with pytest.raises(TokenizerError, match="may not be combined with components that lengthen a text"):

@@ -36,7 +36,6 @@ def write(path: Path, text: str) -> Path:
     [
         ("a.tsv", 'text\tlabel\n"so good\t1\n', Columns(), [('"so good', "1")]),
         ("a.tsv", 'text\tlabel\n"a\tb"\t0\n', Columns(quotes=True), [("a\tb", "0")]),
-        ("a.csv", 'text,label\n"good, really",1\n', Columns(), [("good, really", "1")]),
         (
             "a.csv",
             'text,label\r\n"good\r\n ""really""\r\n""" ,1\r\n"so" good,"1\n"',
@@ -77,16 +76,13 @@ def test_a_lone_carriage_return_does_not_end_a_line(tmp_path: Path) -> None:
         ("a.txt", "x", "a.txt: .*no columns"),
         ("a.xlsx", "x", "a.xlsx: .*--delimiter"),
         ("a.tsv", "text\tlabel\n", "has no rows"),
-        ("a.tsv", "text\tlabel\n \t1\n", "a.tsv:2: text is empty"),
         ("a.jsonl", '{"text": "x", "label": 1}\n[1]\n', "a.jsonl:2: not an object"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{', "a.jsonl:2: not JSON"),
         ("a.jsonl", '{"text": ["x"], "label": 1}', "a.jsonl:1: text must be text, got list"),
-        ("a.jsonl", '{"text": "x", "label": null}', "a.jsonl:1: label is empty"),
         ("a.csv", "text;label\nx;1\n", "--delimiter"),
         ("a.csv", "text,label,text\nx,1,y\n", "a.csv:1: has several columns named 'text'"),
         ("a.csv", 'text,label\nx,1\n"a\nb\n","1\nc,2\n', "a.csv:5: .* quotation mark .* never closed"),
         ("a.csv", 'text,label\nx,1\n"a\n""b""",1\n"y,1\nz,"1"\n', "a.csv:5: .* is closed only in line 6"),
-        ("a.csv", 'text,label\nx,1\nb,"', "a.csv:3: .* quotation mark .* never closed"),
         ("a.csv", "text,label\n,1\nx,1\n ,1\n", r"a.csv:2: text is empty.* \(the first of 2 bad rows\)"),
         ("a.csv", 'text,"label\r\nx,1\r\n', "a.csv:1: .* quotation mark .* never closed"),
     ],
@@ -96,13 +92,6 @@ def test_what_is_wrong_with_a_file_is_explained(tmp_path: Path, name: str, text:
         tables.read_rows(write(tmp_path / name, text), Columns())
     with pytest.raises(ValueError, match="one character or tab"):
         tables.read_rows(tmp_path / name, Columns(delimiter="::"))
-
-
-def test_a_datasets_folder(tmp_path: Path) -> None:
-    write(tmp_path / "train.jsonl", '{"text": "x", "label": "b"}\n{"text": "y", "label": "a"}\n')
-    assert tables.read_dataset(str(tmp_path), "train", Columns()) == [("x", "b"), ("y", "a")]
-    with pytest.raises(ValueError, match="row 0: no column 'sentence'"):
-        tables.read_dataset(str(tmp_path), "train", Columns("sentence"))
 
 
 def test_labels_are_ordered_as_numbers_if_they_are_numbers() -> None:
@@ -183,6 +172,7 @@ def test_groups_and_fragments_come_back(tmp_path: Path) -> None:
 def test_parts_mark_fragments_and_name_their_whole_text() -> None:
     texts = {*SENTENCES, *(" ".join(s.split()[:3]) + f" {s.split()[3]}" for s in SENTENCES)}
     texts |= {" ".join(s.split()[1:]) for s in SENTENCES}
+    assert splits.whole_texts({"a b c d", "a b c", "b c", "b c e"})["b c"] == {"a b c d", "b c e"}
     parts = splits.split([Example(t, 0) for t in sorted(texts)], 3, held_back=15, fragments=True)
     for e in parts.tune + parts.certify:
         assert isinstance(e.text, str) and e.is_fragment == (len(e.text.split()) == 3)
@@ -227,7 +217,7 @@ SENTENCES = [
 ]
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     st.sets(st.tuples(st.integers(0, 29), st.integers(0, 3), st.integers(1, 4)), min_size=5),
     st.integers(0, 99),
@@ -243,11 +233,6 @@ def test_fragments_stay_with_their_text(cuts: set[tuple[int, int, int]], seed: i
             for other in parts.train + (parts.certify if held is parts.tune else parts.tune):
                 for long, short in ((e.text, other.text), (other.text, e.text)):
                     assert f" {short} " not in f" {long} " or len(short.split()) < 3, (short, long)
-
-
-def test_whole_texts_are_found_through_any_depth() -> None:
-    whole = splits.whole_texts({"a b c d", "a b c", "b c", "b c e", ("a", "b")})
-    assert whole["b c"] == {"a b c d", "b c e"} and whole[("a", "b")] == {("a", "b")}
 
 
 @pytest.mark.parametrize(
@@ -278,7 +263,7 @@ def test_an_invalid_line_is_named(tmp_path: Path, name: str, content: bytes, say
         (
             "in.csv",
             b"text,a,b\n" + b",".join([b'"' + (b"x" * 999 + b"\n") * 30 + b'"'] * 3),
-            r"in.csv:\d+: .* 65536",
+            r"in.csv:\d+: a row of more than 65536",
         ),
     ],
 )
@@ -289,7 +274,7 @@ def test_no_line_and_no_row_is_read_beyond_its_limit(
     file = tmp_path / name
     with file.open("wb") as opened:
         opened.write(content)
-        opened.truncate(2**25)  # zero bytes, which take no space on the disk
+        opened.truncate(2**23)  # zero bytes, which take no space on the disk
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match=says):
