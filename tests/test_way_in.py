@@ -28,15 +28,6 @@ from tests.fixtures import make_rows, save_encoder
 from tests.serving import serving
 
 
-@pytest.fixture(scope="module")
-def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of few rows: no test here needs a good model."""
-    rows = "".join(f"{text}\t{label}\n" for text, label in make_rows(400, 1))
-    path = tmp_path_factory.mktemp("data") / "train.tsv"
-    path.write_text("sentence\tlabel\n" + rows)
-    return path
-
-
 def training(table: Path, encoder: Path, out: Path) -> str:
     return (
         f"train {table} --text-column sentence --encoder {encoder} --out {out} --lr 1e-3 --batch-size 64 "
@@ -44,17 +35,12 @@ def training(table: Path, encoder: Path, out: Path) -> str:
     )
 
 
-# 1: missing weights
-
-
-@pytest.mark.parametrize(
-    "command", ["export {} --full-depth {}/out", "export {} --name x --store {}/s", "evaluate {}"]
-)
-def test_a_plain_classifier_is_not_taken_for_a_checkpoint(tmp_path: Path, command: str) -> None:
+def test_a_plain_classifier_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     stock = save_encoder(tmp_path / "stock", labels=2)
-    message = refusal(command.format(stock, tmp_path))
-    assert "is a plain bert model, without exits" in message and f"de3 import {stock} --texts" in message
-    assert not (tmp_path / "out").exists() and not (tmp_path / "s").exists()
+    for command in ("export {} --full-depth {}/out", "export {} --name x --store {}/s", "evaluate {}"):
+        message = refusal(command.format(stock, tmp_path))
+        assert "is a plain bert model, without exits" in message and f"de3 import {stock} --texts" in message
+        assert not (tmp_path / "out").exists() and not (tmp_path / "s").exists()
 
 
 def drop(folder: Path, name: str) -> None:
@@ -63,16 +49,7 @@ def drop(folder: Path, name: str) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_missing_weights_are_never_filled_in(checkpoint: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    drop(copy, "classifiers.2")
-    message = refusal(f"export {copy} --name x --store {tmp_path}/s")
-    assert message == f"{copy}: it has no weight classifiers.2.weight"
-    with pytest.raises(ValueError, match=r"lacks 2 of the model's weights.*classifiers.2.bias"):
-        _ = Checkpoint(copy).model
-
-
-def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> None:
+def test_weights_that_are_missing_or_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     file = copy / "model.safetensors"
     before, tensors = file.read_bytes(), load_file(file)
@@ -89,20 +66,25 @@ def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> 
         assert message.format(name) in refusal(f"evaluate {copy}")
     file.write_bytes(before[:1000])
     assert "the weights cannot be loaded" in refusal(f"evaluate {copy}")
-
-
-# 2: unfinished training
+    file.write_bytes(before)
+    drop(copy, "classifiers.2")
+    message = refusal(f"export {copy} --name x --store {tmp_path}/s")
+    assert message == f"{copy}: it has no weight classifiers.2.weight"
+    with pytest.raises(ValueError, match=r"lacks 2 of the model's weights.*classifiers.2.bias"):
+        _ = Checkpoint(copy).model
 
 
 def test_an_unfinished_training_is_not_used(
-    tmp_path: Path, few_rows: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training is interrupted by Ctrl-C, after its best epoch was saved."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    interrupted = tmp_path / "interrupted"
+    interrupted, few_rows = tmp_path / "interrupted", tmp_path / "train.tsv"
+    rows = "".join(f"{text}\t{label}\n" for text, label in make_rows(400, 1))
+    few_rows.write_text("sentence\tlabel\n" + rows)  # no test here needs a good model
     with monkeypatch.context() as patch:
         patch.setattr(trainer.prototypes, "finish", interrupt)
         result = invoke(training(few_rows, encoder, interrupted))
@@ -122,29 +104,15 @@ def test_an_unfinished_training_is_not_used(
     de3(training(few_rows, encoder, interrupted) + " --resume")
     assert Checkpoint(interrupted).names == ["0", "1"]
     assert not (interrupted / "resume.safetensors").exists()
-
-
-# 4: words that the tokenizer does not know
-
-
-def test_unknown_words_are_counted(encoder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(encoder).backend_tokenizer
-    known = [Example(text, 0) for text, _ in make_rows(50, 1)]
-    assert checks.unknown_tokens(tokenizer, known) == []
-    with pytest.raises(ValueError, match="100% of the texts' tokens are unknown"):
-        checks.unknown_tokens(tokenizer, [Example("Ωψ Ωψ", 0)])
-    few = [*known, *[Example("Ωψ", 0)] * 20]
-    assert "unknown to the encoder's tokenizer" in checks.unknown_tokens(tokenizer, few)[0]
-
-
-# 5: pairs
+    diverges = training(few_rows, encoder, tmp_path / "out").replace("--lr 1e-3", "--lr 1e30")
+    assert "diverged in epoch 1: repeat it with a lower --lr" in refusal(diverges)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Callable[[str], Path]:
     """A function from a name to a path: data.jsonl has pairs, checkpoint is trained on them, store has its artifact."""
     folder = tmp_path_factory.mktemp("pairs")
-    rows = [{"a": text, "b": text, "label": label} for text, label in make_rows(600, 3)]
+    rows = [{"a": text, "b": text, "label": label} for text, label in make_rows(400, 3)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = training(folder / "data.jsonl", encoder, folder / "checkpoint").replace("sentence", "a")
     de3(train + " --pair-column b")
@@ -190,11 +158,8 @@ def test_a_server_refuses_inputs_that_the_model_does_not_take(pairs: Callable[[s
                 assert "label" in pool.submit([]).result().types
 
 
-# 6: data that would be lost, or is of little use
-
-
 def test_a_useless_or_destructive_training_is_refused(
-    checkpoint: Path, few_rows: Path, encoder: Path, tmp_path: Path
+    checkpoint: Path, data_file: Path, encoder: Path, tmp_path: Path
 ) -> None:
     AutoConfig.for_model("albert").save_pretrained(tmp_path / "other")
     (tmp_path / "file").touch()
@@ -222,24 +187,11 @@ def test_a_useless_or_destructive_training_is_refused(
         (mine, mine, "", "contains the model of another training run"),
         (mine, mine, "--resume", "contains the model of another training run"),
     ):
-        assert message in refusal(f"{training(few_rows, source, to)} {more}")
+        assert message in refusal(f"{training(data_file, source, to)} {more}")
     assert kept == {
         file: file.stat().st_mtime_ns for folder in (mine, checkpoint) for file in folder.iterdir()
     }
     assert not out.exists()
-
-
-def test_a_training_that_diverges_stops(few_rows: Path, encoder: Path, tmp_path: Path) -> None:
-    arguments = training(few_rows, encoder, tmp_path / "out").replace("--lr 1e-3", "--lr 1e30")
-    assert "diverged in epoch 1: repeat it with a lower --lr" in refusal(arguments)
-
-
-def test_a_plot_that_cannot_be_written_is_a_warning(checkpoint: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    (copy / "evaluation.png").mkdir()  # a read-only folder would not stop root
-    assert "name another file with --png" in de3(f"evaluate {copy}")
-    with pytest.raises(OSError, match=r"evaluation\.png"):
-        de3(f"evaluate {copy} --png {copy}/evaluation.png")
 
 
 def recorded(labels: list[int], answers: list[int]) -> Recorded:
@@ -248,7 +200,10 @@ def recorded(labels: list[int], answers: list[int]) -> Recorded:
     return Recorded([1], logits, np.full_like(logits, np.nan), np.array(labels))
 
 
-def test_weak_results_are_called_weak() -> None:
+def test_weak_results_are_called_weak(checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "evaluation.png").mkdir()  # a read-only folder would not stop root
+    assert "name another file with --png" in de3(f"evaluate {copy}")
     few = weaknesses(recorded([0, 1] * 15, [0, 1] * 9 + [1, 0] * 6), ["no", "yes"])
     assert "only 30 samples" in few[0] and "has learned little" in few[1]
     majority = weaknesses(recorded([0, 0, 0, 1] * 500, [0] * 2000), ["no", "yes"])
@@ -258,16 +213,24 @@ def test_weak_results_are_called_weak() -> None:
     assert weaknesses(recorded([0, 1] * 500, [0, 1] * 450 + [1, 0] * 50), ["no", "yes"]) == []
 
 
-def test_implausible_labels_are_refused_or_warned_about() -> None:
-    with pytest.raises(ValueError, match="scores, not classes"):
-        checks.labels(Counter({"3.8": 4, "2.25": 9, "1": 7}))
-    with pytest.raises(ValueError, match="a label has 1001 characters: is --label-column the right one"):
-        checks.labels(Counter({"x" * 1001: 5, "y": 5}))
-    with pytest.raises(ValueError, match="every row has the label 'a'"):
-        checks.labels(Counter({"a": 5}))
+def test_implausible_data_is_refused_or_warned_about(encoder: Path) -> None:
+    for counts, says in (
+        ({"3.8": 4, "2.25": 9, "1": 7}, "scores, not classes"),
+        ({"x" * 1001: 5, "y": 5}, "a label has 1001 characters: is --label-column the right one"),
+        ({"a": 5}, "every row has the label 'a'"),
+        ({"a": 2, "b": 2, "c": 1}, "3 labels in 5 rows"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            checks.labels(Counter(counts))
+    assert checks.labels(Counter({"a": 5, "b": 1}))[0].startswith("1 label has fewer than 5 rows")
     assert checks.labels(Counter({"1": 50, "2": 50})) == []
     two = checks.labels(Counter({"pos": 50, "Pos ": 40, "neg": 50}))
     assert two == ["'Pos ' (40), 'pos' (50) are different labels that differ only in capitals or spaces"]
+    tokenizer = AutoTokenizer.from_pretrained(encoder).backend_tokenizer
+    known = [Example(text, 0) for text, _ in make_rows(50, 1)]
+    assert checks.unknown_tokens(tokenizer, known) == []
+    few = [*known, *[Example("Ωψ", 0)] * 20]
+    assert "unknown to the encoder's tokenizer" in checks.unknown_tokens(tokenizer, few)[0]
 
 
 def test_int8_is_judged_by_an_interval() -> None:
