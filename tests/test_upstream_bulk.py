@@ -24,7 +24,7 @@ from de3.server.errors import RequestError
 from de3.server.settings import Settings
 from de3.server.upstream.calls import Calls
 from de3.server.upstream.client import Reply
-from de3.server.upstream.usage import Query, UpstreamUsage
+from de3.server.upstream.usage import Query
 from de3.server.upstream_settings import read_upstream
 from tests import files
 from tests.commands import invoke, refusal
@@ -201,28 +201,6 @@ def test_a_killed_run_leaves_no_process_and_does_not_pay_again(
     assert said in found and not folder.exists()
 
 
-def test_a_run_waits_while_the_upstream_is_over_its_quota(
-    store: Path,
-    upstream: Upstream,
-    sure: Sure,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr("de3.server.upstream.usage.HOUR_S", 1)
-    monkeypatch.setattr("de3.server.upstream.usage.SLOT_S", 1)
-
-    def clock() -> float:  # stands still until the quota is reached, however slow the machine is
-        return 100.0 if "max_calls_per_hour (5) is reached" in caplog.text else 0.0
-
-    monkeypatch.setattr(UpstreamUsage.__init__, "__defaults__", (clock,))
-    texts = [text for text in TEXTS if text not in sure][:8]
-    upstream.model(max_calls_per_hour=5)
-    found = done(upstream.command(store, texts, sure.tau))
-    check(upstream.rows(), texts, sure)
-    says = "tickets: its upstream cannot be asked: max_calls_per_hour (5) is reached; texts wait, and are tried again"
-    assert upstream.calls == 8 and found.count(says) == 1
-
-
 def test_a_run_waits_while_the_upstream_is_away(
     store: Path, upstream: Upstream, sure: Sure, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -231,13 +209,7 @@ def test_a_run_waits_while_the_upstream_is_away(
     upstream.reply = lambda text: by_text(text) if "its upstream does not work" in caplog.text else (503, "")
     found = done(upstream.command(store, texts, sure.tau))
     check(upstream.rows(), texts, sure)
-    assert "HTTP 503; texts wait, and are tried again in 1 s" in found
-
-
-def test_a_run_with_a_wrong_key_ends_at_once(store: Path, upstream: Upstream, sure: Sure) -> None:
-    upstream.reply = lambda _: (401, "")
-    says = refusal(upstream.command(store, [text for text in TEXTS if text not in sure][:8], sure.tau))
-    assert "it answers with HTTP 401: check the key in LLM_KEY" in says and KEY not in says
+    assert found.count("HTTP 503; texts wait, and are tried again in 1 s") == 1
 
 
 def test_texts_to_which_the_upstream_has_no_answer(
@@ -253,15 +225,10 @@ def test_texts_to_which_the_upstream_has_no_answer(
     assert "4 rows cannot be classified: error has the reasons" in found
     rows = upstream.rows()
     assert [bool(row["error"]) for row in rows] == [i in (1, 2, 3, 8) for i in range(9)]
-    for row, reason in (
-        (1, "its reply names no label"),
-        (8, "its reply names no label"),
-        (2, "400"),
-        (3, "500"),
-    ):
-        assert (
-            rows[row]["error"].startswith("tickets: its upstream failed: ") and reason in rows[row]["error"]
-        )
+    for row, reason in ((1, "its reply names no label"), (2, "400"), (3, "500")):
+        error = rows[row]["error"]
+        assert error.startswith("tickets: its upstream failed: ") and reason in error
+    assert rows[8]["error"] == rows[1]["error"]
     assert rows[1]["mood-int8_label"] is None and rows[0]["mood-int8_label"] in ("calm", "glad", "sad")
     assert upstream.texts.count(texts[1]) == 2  # a reply without a label is tried once more
     with de3.load([file, "mood-int8"], store=several, threads=1) as both:
@@ -332,6 +299,9 @@ def test_refusals(
     assert "tickets:1 has no exits yet, so only its upstream answers" in refusal([*command, "--tau", "0.1"])
     assert "; 3 calls for this output (3 learning)" in done([*command, "--prefix", "a_"])
     (tmp_path / "out.jsonl").unlink()
+    upstream.reply = lambda _: (401, "")
+    says = refusal(command)  # the run ends at once
+    assert "it answers with HTTP 401: check the key in LLM_KEY" in says and KEY not in says
     monkeypatch.delenv("LLM_KEY")
     assert refusal(command) == "upstream.api_key_env: the environment variable LLM_KEY has no key"
     upstream.model(url2=1)
