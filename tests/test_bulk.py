@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from io import BytesIO
-from itertools import count, pairwise, product
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,7 @@ from pyarrow import parquet
 
 import de3
 from de3.bulk import formats, pages, parts, pool, run, source
-from de3.bulk.formats import KINDS
+from de3.bulk.formats import KINDS, Format
 from de3.bulk.parts import Parts
 from de3.bulk.report import report
 from de3.bulk.source import Source
@@ -34,7 +33,7 @@ from de3.data.tables import MAX_DEPTH, SEPARATOR, Columns
 from de3.loadtest.servers import process_tree
 from de3.model_store.manifest import fingerprint
 from de3.model_store.store import Store
-from tests.commands import de3 as command
+from tests.commands import de3 as de3_command
 from tests.commands import invoke, refusal
 from tests.files import names_in, read, write
 from tests.fixtures import make_rows
@@ -123,23 +122,43 @@ def is_complete(out: Path, kind: str, drops_refused: bool = False) -> bool:
         return again.is_complete
 
 
+class Limits:
+    """The limits on what is read, sent and written at a time, which tests lower."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._patch = patch
+
+    def lower(self, **limits: int) -> None:
+        for name, limit in limits.items():
+            (module,) = (one for one in (source, pages, pool, run) if name in vars(one))
+            self._patch.setattr(module, name, limit)
+
+
 @pytest.fixture(autouse=True)
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "SLICE_ROWS", 8)
+def limits(monkeypatch: pytest.MonkeyPatch) -> Limits:
+    found = Limits(monkeypatch)
+    found.lower(SLICE_ROWS=8)
+    return found
 
 
 @pytest.mark.parametrize(
     ("kind_in", "kind_out"),
-    [*((".parquet", kind) for kind in KINDS), *((kind, ".jsonl") for kind in (".csv", ".tsv", ".txt"))],
+    [
+        (".parquet", ".parquet"),
+        (".parquet", ".csv"),
+        (".csv", ".jsonl"),
+        (".tsv", ".tsv"),
+        (".txt", ".jsonl"),
+    ],
 )
 def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_out: str) -> None:
     file, out = tmp_path / f"in{kind_in}", tmp_path / f"out{kind_out}"
     write(file, [{"id": f"a{i}", "text": text} for i, text in enumerate(TEXTS)])
     pool = Here(model)
     summary, refused = classify(pool, file, out)
+    assert summary.truncated == 0
     rows, expected = read(out), model.classify(TEXTS, tau=0.3)
     exact = model.classify(TEXTS, tau=0.3, as_arrow=True)
-    assert summary.truncated == summary.json()["truncated"] == 0
     assert pool.most == 5  # two for each process, and one
     assert summary.rows == summary.answered == len(TEXTS) and refused is None
     assert [row["text"] for row in rows] == [text.strip() for text in TEXTS] or kind_in == ".txt"
@@ -151,7 +170,6 @@ def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_
     assert probs == exact.column("probs").to_pylist()
     assert {str(row["truncated"]).lower() for row in rows} == {"false"}
     assert summary.layers == {"": Counter(row.exit.layer for row in expected)}
-    assert [file.name for file in tmp_path.iterdir() if "parts" in file.name] == []
     answers = kept(model, file, tmp_path / f"answers{kind_out}", keep=[])
     assert answers == [{n: v for n, v in row.items() if n not in ("id", "text")} for row in rows]
 
@@ -180,7 +198,7 @@ def test_a_folder_whose_files_have_their_columns_in_another_order_or_lack_one(
     assert is_complete(out, kind)
 
 
-@pytest.mark.parametrize(("kind", "drops"), [*product([".parquet", ".csv"], [False, True])])
+@pytest.mark.parametrize(("kind", "drops"), [(".parquet", True), (".csv", False)])
 def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
     model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, drops: bool
 ) -> None:
@@ -246,7 +264,9 @@ def test_drafts_follow_no_links(model: de3.Classifier, tmp_path: Path, kind: str
     assert (len(rows), len(refused)) == (4, 1) and other.read_text() == "kept"
 
 
-@pytest.mark.parametrize(("kind", "drops"), [*product(KINDS, [False, True])])
+@pytest.mark.parametrize(
+    ("kind", "drops"), [*((kind, False) for kind in KINDS), (".parquet", True), (".csv", True)]
+)
 def test_values_that_need_care(model: de3.Classifier, tmp_path: Path, kind: str, drops: bool) -> None:
     """Quotation marks, line breaks and tabs in values and names; a part without rows; columns that a row lacks."""
     file, out = tmp_path / "in.jsonl", tmp_path / f"out{kind}"
@@ -273,7 +293,7 @@ def test_values_that_need_care(model: de3.Classifier, tmp_path: Path, kind: str,
     assert [row["label"] for row in found] == [row.label for row in model.classify(TEXTS[:32], tau=0.3)]
 
 
-@pytest.mark.parametrize(("kind", "drops"), [*product(KINDS, [False, True])])
+@pytest.mark.parametrize(("kind", "drops"), [(".parquet", False), (".csv", True), (".jsonl", True)])
 def test_an_input_without_rows_or_texts_gives_an_output_with_all_columns(
     model: de3.Classifier, tmp_path: Path, kind: str, drops: bool
 ) -> None:
@@ -328,17 +348,23 @@ def test_a_wrong_column_is_an_error_also_without_rows(
     classify(pool, table, tmp_path / "out.csv", keep=["sentence"], reading=right)
 
 
-def test_large_columns_end_slices_and_parts(
-    model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(source, "SLICE_CHARS", 500)
-    monkeypatch.setattr(run, "PART_CHARS", 1000)
+def test_large_values_end_slices_and_parts(limits: Limits, tmp_path: Path, model: de3.Classifier) -> None:
+    limits.lower(SLICE_CHARS=500, PART_CHARS=1000)
     for kind in (".jsonl", ".parquet"):
         file = write(tmp_path / f"in{kind}", [{"text": text, "more": "x" * 200} for text in TEXTS])
         slices = list(Source(file, READING).slices())
         assert max(one.rows for one in slices) <= 4 and sum(one.rows for one in slices) == 100
         summary, _ = classify(Here(model), file, tmp_path / f"out{kind}", 10**6)
         assert 10 < summary.parts <= len(slices) / 2 + 1  # two slices have enough characters
+    file = write(tmp_path / "in.jsonl", [{"text": "good", "x": [[]] * 1000}, {"b" * 5000: 1}])
+    one, other = Source(file, READING).slices()
+    assert one.rows == 1 and one.chars > 30_000  # the memory that they take
+    assert len(other.refused[0].reason) <= 1000
+    pairs = arrow.array([[("a", 1)], None, [("b" * 600, 2)], [("c", 3)]], arrow.map_("string", "int64"))
+    parquet.write_table(arrow.table({"text": ["good"] * 4, "more": pairs}), file := tmp_path / "in.parquet")
+    assert [one.rows for one in Source(file, READING).slices()] == [3, 1]
+    found = [row["more"] for row in kept(model, file, tmp_path / "pairs.jsonl")]
+    assert found[::3] == [[["a", 1]], [["c", 3]]]
 
 
 LARGE = "good film " * 10_000
@@ -352,24 +378,23 @@ def repeated(text: str, rows: int, kind: str) -> Any:
     if kind == "struct":
         return arrow.StructArray.from_arrays([column], ["inner"])
     if kind == "list":
-        return arrow.ListArray.from_arrays(list(range(rows + 1)), column)
+        column = arrow.concat_arrays([column] * 8)
+        return arrow.ListArray.from_arrays(list(range(0, 8 * rows + 1, 8)), column)
     return column
 
 
 @pytest.mark.parametrize(
     ("kind", "compression", "stores_types"),
     [
-        *((kind, "zstd", False) for kind in ("dictionary", "struct", "list", "delta")),
-        *((kind, "none", True) for kind in ("dictionary", "list")),
+        *((kind, "zstd", False) for kind in ("struct", "list", "delta")),
+        ("dictionary", "none", True),
         ("dictionary", "lz4", False),
     ],
 )
 def test_memory_does_not_grow_with_texts_that_a_file_has_only_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, compression: str, stores_types: bool
+    tmp_path: Path, limits: Limits, kind: str, compression: str, stores_types: bool
 ) -> None:
-    monkeypatch.setattr(source, "SLICE_ROWS", 2048)
-    monkeypatch.setattr(source, "SLICE_CHARS", 2**20)
-    monkeypatch.setattr(pages, "READ_BYTES", 2**21)
+    limits.lower(SLICE_ROWS=2048, SLICE_CHARS=2**20, READ_BYTES=2**21)
     file, rows = tmp_path / "in.parquet", 300
     texts = arrow.array([f"good {i}" for i in range(rows)])
     columns = {"text": texts, "more": repeated(LARGE, rows, kind)}
@@ -415,33 +440,29 @@ def test_a_page_is_of_the_kind_that_its_type_says(tmp_path: Path) -> None:
     assert found == true <= pages.READ_BYTES / len(LARGE)
 
 
-@pytest.mark.parametrize("values", ["texts", "dictionary", "large page", "nulls"])
+@pytest.mark.parametrize("values", ["texts", "dictionary", "nulls"])
 def test_pages_that_are_too_large_are_refused_unless_their_column_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str
+    tmp_path: Path, limits: Limits, values: str
 ) -> None:
-    monkeypatch.setattr(pages, "PAGES_BYTES", 2**16)
+    limits.lower(PAGES_BYTES=2**16)
     file, rows = tmp_path / "in.parquet", 20
     more = {
         "texts": arrow.array([LARGE, *["x"] * (rows - 1)]),
         "dictionary": repeated(LARGE, rows, "dictionary"),
-        "large page": arrow.array([float(i) for i in range(1000 * rows)], arrow.float64()),
         "nulls": arrow.nulls(1000 * rows, arrow.int8()),
     }[values]
     if len(more) > rows:
         more = arrow.ListArray.from_arrays([1000 * i for i in range(rows + 1)], more)
     table = arrow.table({"text": [f"good {i}" for i in range(rows)], "more": more})
     parquet.write_table(table, file, use_dictionary=values == "dictionary")
-    assert file.stat().st_size < 2**16 or values == "large page"
+    assert file.stat().st_size < 2**16
     with pytest.raises(ValueError, match=r"in.parquet: row group 0: the pages of .*'more.*leave columns out"):
         list(Source(file, READING).slices())
     assert sum(one.rows for one in Source(file, READING, ["text"]).slices()) == rows
 
 
-def test_a_row_that_is_too_large_is_refused(
-    model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("MAX_LINE", "SLICE_CHARS"):
-        monkeypatch.setattr(source, name, 2**16)
+def test_a_row_that_is_too_large_is_refused(model: de3.Classifier, tmp_path: Path, limits: Limits) -> None:
+    limits.lower(MAX_LINE=2**16, SLICE_CHARS=2**16)
     rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS[:20])]
     for i in (0, 3, 19):
         rows[i]["text"] = LARGE
@@ -466,21 +487,21 @@ def test_damaged_pages_are_errors(tmp_path: Path) -> None:
     file = write(tmp_path / "in.parquet", [{"text": text} for text in TEXTS[:20]])
     content, errors = file.read_bytes(), 0
     for at in range(4, 60):  # the header of the first page, and the page
-        for byte in (0, 0x15, 0x7F, 0xFF):
+        for byte in (0, 0xFF):
             file.write_bytes(content[:at] + bytes([byte]) + content[at + 1 :])
             try:
                 list(Source(file, READING).slices())
             except ValueError as error:
                 errors += 1
                 assert str(file) in str(error)
-    assert errors > 50
+    assert errors > 25
 
 
 def test_values_that_are_nested_too_deeply(model: de3.Classifier, tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
     lists = ["[" * n + "]" * n for n in (1, MAX_DEPTH - 1, MAX_DEPTH + 1, 10**5)]
     file.write_text("".join(f'{{"text": "good", "x": {one}}}\n' for one in lists))
-    for kind in KINDS:
+    for kind in (".jsonl", ".parquet"):
         rows, refused = dropping(model, file, tmp_path / f"out{kind}")
         assert len(rows) == 2 and [one["reason"][:8] for one in refused] == ["nested m", "not JSON"], kind
     column = arrow.array([1])
@@ -489,12 +510,6 @@ def test_values_that_are_nested_too_deeply(model: de3.Classifier, tmp_path: Path
     parquet.write_table(arrow.table({"text": ["good"], "x": column}), tmp_path / "in.parquet")
     with pytest.raises(ValueError, match=r"in.parquet: row group 0: the column x.x.* levels deep"):
         list(Source(tmp_path / "in.parquet", READING).slices())
-
-
-def test_nested_values_and_names_count_with_the_memory_that_they_take(tmp_path: Path) -> None:
-    file = write(tmp_path / "in.jsonl", [{"text": "good", "x": [[]] * 1000}, {"b" * 5000: 1}])
-    (one,) = Source(file, READING).slices()
-    assert one.chars > 30_000 and len(one.refused[1].reason) <= 1000
 
 
 def test_rows_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
@@ -545,14 +560,6 @@ def test_values_of_other_types_are_written_as_text(model: de3.Classifier, tmp_pa
         one(file, ".parquet")
     write(table, [{"text": "good", "data": b"\xff\x00"}])
     assert {one(table, kind)["data"].strip('"') for kind in (".jsonl", ".csv")} == {"/wA="}
-
-
-def test_maps_count_with_their_size_and_are_written_as_lists(model: de3.Classifier, tmp_path: Path) -> None:
-    pairs = arrow.array([[("a", 1)], None, [("b" * 10**7, 2)], [("c", 3)]], arrow.map_("string", "int64"))
-    parquet.write_table(arrow.table({"text": ["good"] * 4, "more": pairs}), file := tmp_path / "in.parquet")
-    assert [one.rows for one in Source(file, READING).slices()] == [3, 1]  # slices end once they are large
-    found = [row["more"] for row in kept(model, file, tmp_path / "pairs.jsonl")]
-    assert found[::3] == [[["a", 1]], [["c", 3]]]
 
 
 def test_dates_after_the_year_9999_are_only_written_to_parquet(model: de3.Classifier, tmp_path: Path) -> None:
@@ -648,7 +655,6 @@ def test_a_run_without_a_part_leaves_nothing(model: de3.Classifier, tmp_path: Pa
     ("changes", "out", "keep", "says"),
     [
         ({40: {"n": "forty"}}, "out.parquet", None, r"as parquet \(.*:41: n is string, but int64 .* --keep"),
-        ({43: {"n": "more"}}, "out.parquet", None, r"as parquet \(.*:44: n: Could not convert 'more'"),
         ({41: {"half": "\ud800"}}, "out.csv", None, ":42: has the column 'half', which the first row lacks"),
         ({41: {"half": "\ud800"}}, "out.jsonl", None, ""),
         ({41: {"half": "\ud800"}}, "numbers.parquet", ["n"], ""),
@@ -672,176 +678,35 @@ def test_columns_that_change_their_type_are_refused_early(
     assert [row["n"] for row in found] == [*range(100)] and (keep or found[41]["half"] == "\ud800")
 
 
-def test_columns_that_change_their_type_in_a_later_part_or_file(
-    model: de3.Classifier, tmp_path: Path
-) -> None:
+def test_columns_that_change_their_type_in_a_later_part(model: de3.Classifier, tmp_path: Path) -> None:
     rows = [{"text": text, "n": i if i < 48 else i + 0.5} for i, text in enumerate(TEXTS)]
     file = write(tmp_path / "in.jsonl", rows)
     for _ in range(2):  # also after the run is continued, when the previous part is only a file
         with pytest.raises(ValueError, match=r"as parquet \(.*in\.jsonl:49: n is double, but int64"):
             classify(Here(model), file, tmp_path / "more.parquet", keep=["n"])
         assert len(list((tmp_path / "more.parquet.parts").glob("part-*"))) == 3
-    (tmp_path / "in").mkdir()
-    for name, value in (("a", 1), ("b", "one")):
-        write(tmp_path / "in" / f"{name}.parquet", [{"id": value, "text": "good"}])
-    with pytest.raises(ValueError, match=r"as parquet \(.*b\.parquet:0: id is string, but int64"):
-        classify(Here(model), tmp_path / "in", tmp_path / "both.parquet")
-
-
-def test_parquet_without_pyarrow(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write(tmp_path / "in.parquet", [{"text": "good"}])
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    for out in ("out.jsonl", "out.parquet"):
-        says = refusal(f"classify --file {file} --store {store} --model tiny --out {tmp_path}/{out}")
-        assert f"{sys.executable} -m pip install -e '.[bulk]'" in says
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ("--model tiny --file {0} --out {0}/out", "files of one kind"),
-        ("--model tiny --file {0}/in.jsonl --out {0}/out.csv --format csv", "--format: "),
         ("--file {0}/in.jsonl", "--out is missing"),
         ("--model tiny --file {0}/in.jsonl --out {0}/out.xlsx", "expected .csv, .jsonl"),
-        ("good --model nothing", "'nothing'"),
-        ("good --model tiny --tau 7", "tau: "),
-        ("", "give texts"),
         ("--file - --out - --refused drop", "--refused: "),
-        ("--file {0}/in.jsonl --out - --model tiny --format xlsx", "--format must be"),
-        ("--file {0}/in.csv --out - --model tiny", "in.csv:1: no column 'text'; it has 'sentence'"),
-        ("good --url localhost:8000", "http://localhost:8000"),
         ("good --url http://127.0.0.1:9", "de3 serve"),
-        ("--model tiny,tiny --file {0}/in.jsonl --out {0}/out.csv", "models: tiny is given twice"),
         ("--model tiny,tiny-int8 --file {0}/in.jsonl --out {0}/out.csv", "cannot share a pass"),
-        ("--model tiny-int8,{1} --file {0}/in.jsonl --out {0}/out.csv", "has another encoder than sst2"),
         ("good --model tiny,tiny-int8", "cannot share a pass"),
     ],
 )
 def test_errors_of_the_command(store: Path, tmp_path: Path, arguments: str, says: str) -> None:
     write(tmp_path / "in.jsonl", [{"text": "good"}])
-    (tmp_path / "in.csv").write_text("sentence\n")
+    (tmp_path / "in.csv").touch()
     where = f"--store {store}" if "--model" in arguments else ""
-    assert says in refusal(f"classify {where} {arguments.format(tmp_path, de3.DEMO / 'sst2')}")
-
-
-def interrupt_writes(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
-    """Raise KeyboardInterrupt instead of writing the parts with these numbers, counted in all runs."""
-    writes, write_part = count(), formats.Format.write
-
-    def interrupted(*written: Any) -> None:
-        if next(writes) in numbers:
-            raise KeyboardInterrupt
-        return write_part(*written)
-
-    monkeypatch.setattr(formats.Format, "write", interrupted)
-
-
-def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:
-    out, texts = tmp_path / "out.parquet", [*TEXTS, LONG]
-    file = write(tmp_path / "in.csv", [{"id": i, "text": text} for i, text in enumerate([*texts, ""])])
-    options = f"--store {store} --model tiny-int8 --max-disagreement 0.5 --threads 2"
-    output = command(f"classify {options} --file {file} --out {out}")
-    with de3.load("tiny-int8", store=store, threads=1) as model:
-        expected = model.classify(texts, max_disagreement=0.5, as_arrow=True)
-    assert [row["probs"] for row in read(out)] == [*expected.column("probs").to_pylist(), None]
-    for line in (
-        "102 rows",
-        "exits by layer: 0: ",
-        "speed-up in model time: ",
-        "at most 50% of the answers differ from full depth (with 95% confidence)",
-        "1 row cannot be classified: error has the reasons",
-        "1 text truncated to the model's limit (--long windows reads more)",
-    ):
-        assert line in output
-    assert json.loads((tmp_path / "_out.parquet.run.json").read_text())["summary"]["truncated"] == 1
-    about = json.loads(parquet.read_schema(out).metadata[b"de3"])
-    assert about["model"] == "tiny-int8:1" and len(about["labels"]) == 2
-
-
-def test_the_command_continues_a_run_that_was_interrupted(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts, out = [*TEXTS[:17], ""], tmp_path / "out.tsv"
-    file = write(tmp_path / "in.csv", [{"id": i, "text": text} for i, text in enumerate(texts)])
-    some = f"classify --store {store} --model tiny-int8 --file {file} --out {out} --part-rows 8"
-    some += " --refused drop --prefix de3_"
-    interrupt_writes(monkeypatch, 0, 2)
-    for said in (
-        "no rows are kept yet: the same command starts again",
-        "8 rows kept; the same command continues",
-    ):
-        stopped = invoke(some)
-        assert stopped.exit_code == 130 and f"stopped; {said}" in stopped.stderr
-    output = command(some)
-    assert "18 rows (8 of them by an earlier run)" in output and "exits by layer in this run: " in output
-    assert "resumed after the first 8 rows, which an earlier run has written" in output
-    assert f"1 row cannot be classified: {out}.refused.jsonl\n  1: " in output
-    assert [row["id"] for row in read(out)] == [str(i) for i in range(17)]
-    assert "de3_label" in read(out)[0] and "de3_error" not in read(out)[0]
-    for more, code in (("", 0), ("--max-refused 0.05", 3), ("--max-refused 0.06", 0), ("--max-refused 0", 3)):
-        again = invoke(f"{some} {more}")  # 1 of 18 rows is refused
-        assert again.exit_code == code and "out.tsv is complete: nothing to do" in again.stderr
-        assert ("5.56% of the rows cannot be classified, more than --max-refused 0" in again.stderr) == bool(
-            code
-        )
-    summary = json.loads((tmp_path / "_out.tsv.run.json").read_text())["summary"]
-    assert (summary["rows"], summary["refused"], summary["earlier"]) == (18, 1, 8)
-
-
-def test_processes_map_the_weights_of_one_encoder(several: Path) -> None:
-    with closing(pool.LocalPool([Store(several).open(name) for name in BOTH], {}, 2)) as found:
-        found.submit(["good"]).result()
-        workers = set(process_tree(os.getpid())) - {os.getpid()}
-        mapped = [Path(f"/proc/{pid}/maps").read_text().count("memfd:de3-weights") for pid in workers]
-    assert set(mapped) - {0} == {1}
+    assert says in refusal(f"classify {where} {arguments.format(tmp_path)}")
 
 
 BOTH = ["mood-int8", "tiny-int8"]
-
-
-def test_several_models_classify_a_file_on_one_pass(several: Path, tmp_path: Path) -> None:
-    texts, out = [*TEXTS, LONG, ""], tmp_path / "out"
-    file = write(tmp_path / "in.parquet", [{"id": i, "text": text} for i, text in enumerate(texts)])
-    with de3.load(BOTH, store=several, threads=1) as both:
-        expected = both.answers(texts, tau=0.9, long="error")
-    options = f"classify --file {file} --long error --tau 0.9 --model {','.join(BOTH)}"
-    local = f"{options} --store {several} --threads 2 --out {out}"
-    output = command(local)
-    rows = read(out / "part-000000.parquet")
-    assert [list(row) for row in rows] == [["id", "text", *expected[0]]] * 102
-    for row, one in zip(rows, expected, strict=True):
-        assert row.items() >= {**one, "error": row["error"]}.items() and bool(row["error"]) == bool(
-            one["error"]
-        )
-    assert [bool(row["error"]) for row in rows] == [False] * 100 + [True] * 2
-    for name in BOTH:
-        layers = Counter(row[f"{name}_exit_layer"] for row in expected[:100])
-        shares = ", ".join(f"{n}: {100 * count / 100:.1f}%" for n, count in sorted(layers.items()))
-        assert f"{name}: exits by layer: {shares}" in output
-        assert f"{name}: speed-up in model time: " in output and f"{name}: certified: nothing" in output
-    record = json.loads((out / "_run.json").read_text())
-    assert record["run"]["artifact"] == ",".join(
-        fingerprint(Store(several).open(name).manifest) for name in BOTH
-    )
-    assert list(record["summary"]["exits"]) == BOTH
-    about = json.loads(parquet.read_schema(out / "part-000000.parquet").metadata[b"de3"])
-    assert [one["model"] for one in about["models"]] == ["mood-int8:1", "tiny-int8:1"]
-    assert "other settings (models, artifact)" in refusal(local.replace("mood-int8,tiny", "tiny-int8,mood"))
-
-    text = ["classify", "a good film", "--model", ",".join(BOTH)]
-    with serving(several, models=BOTH) as server:
-        output = command(f"{options} --url {server.url} --out {tmp_path}/url.jsonl --refused drop")
-        assert "tiny-int8: exits by layer: " in output
-        twice = f"--file {file} --model mood-int8,mood-int8:1 --url {server.url} --out {tmp_path}/twice.csv"
-        assert "models: mood-int8 is given twice" in refusal(f"classify {twice}")
-        found = command([*text, "--url", server.url])
-    assert command([*text, "--store", str(several)]) == found
-    assert found.startswith("mood-int8: ") and "\ntiny-int8: " in found
-    for row, one in zip(read(tmp_path / "url.jsonl"), expected[:100], strict=True):
-        for name in BOTH:
-            for column in ("label", "exit_layer", "exit_reason"):
-                assert row[f"{name}_{column}"] == one[f"{name}_{column}"]
-            assert row[f"{name}_probs"] == [round(p, 6) for p in one[f"{name}_probs"]]
 
 
 class Refusing:
@@ -884,8 +749,7 @@ def test_a_server_that_refuses_texts_and_large_requests_answers_the_others_in_or
     client = Refusing(most, names_first)
     one = pool.RemotePool(client, ["m"], {"long": "windows"}, 1)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool, "MAX_BATCH", 4)
-        patch.setattr(pool, "MAX_BATCH_CHARS", 20)
+        Limits(patch).lower(MAX_BATCH=4, MAX_BATCH_CHARS=20)
         answers = one.submit(given).result()
     one.close()
     errors = ["missing" if text is None else text if "bad" in text else None for text in given]
@@ -905,88 +769,159 @@ def test_a_server_whose_answers_cannot_be_combined_is_an_error() -> None:
         one.submit(["good"]).result()
         with pytest.raises(ValueError, match="m:1, m:2"):
             one.submit(["good"]).result()
-        for status, field in ((422, "tau"), (422, None), (401, None), (0, None)):
+        for status, field in ((422, "tau"), (401, None), (0, None)):
             error = ServerError(status, "no", field, None)
             client.classify = Mock(side_effect=error)  # type: ignore[method-assign]
             with pytest.raises(ValueError, match="no"):
                 one.submit(["good", "fine"]).result()
 
 
+def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:
+    """A run that Ctrl+C stops, of which the same command then writes the rest."""
+    out, texts = tmp_path / "out.parquet", [*TEXTS, LONG]
+    file = write(tmp_path / "in.csv", [{"id": i, "text": text} for i, text in enumerate([*texts, ""])])
+    command = f"classify --store {store} --model tiny-int8 --max-disagreement 0.5 --threads 2 --prefix de3_ "
+    command += f"--refused drop --part-rows 32 --file {file} --out {out}"
+    write_part, parts = Format.write, count()
+
+    def interrupted(*written: Any) -> None:
+        if next(parts) in (0, 2):  # of all runs
+            raise KeyboardInterrupt
+        write_part(*written)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Format, "write", interrupted)
+        for said in ("no rows are kept yet: the same command starts again", "32 rows kept; the same command"):
+            stopped = invoke(command)
+            assert stopped.exit_code == 130 and f"stopped; {said}" in stopped.stderr
+    output = de3_command(command)
+    with de3.load("tiny-int8", store=store, threads=1) as model:
+        expected = model.classify(texts, max_disagreement=0.5, as_arrow=True)
+    assert [row["de3_probs"] for row in read(out)] == expected.column("probs").to_pylist()
+    for line in (
+        "102 rows (32 of them by an earlier run)",
+        "exits by layer in this run: ",
+        "at most 50% of the answers differ from full depth (with 95% confidence)",
+        f"1 row cannot be classified: {out}.refused.jsonl",
+        "1 text in this run truncated to the model's limit (--long windows reads more)",
+    ):
+        assert line in output
+    for more, code in (("", 0), ("--max-refused 0.0098", 3), ("--max-refused 0.0099", 0)):  # 1 of 102 rows
+        again = invoke(f"{command} {more}")
+        assert again.exit_code == code and "out.parquet is complete: nothing to do" in again.stderr
+    summary = json.loads((tmp_path / "_out.parquet.run.json").read_text())["summary"]
+    assert [summary[name] for name in ("rows", "refused", "earlier", "truncated")] == [102, 1, 32, 1]
+    about = json.loads(parquet.read_schema(out).metadata[b"de3"])
+    assert about["model"] == "tiny-int8:1" and len(about["labels"]) == 2
+
+
 def test_the_report_certifies_only_what_the_calibration_covers(store: Path) -> None:
-    artifact = Store(store).open("tiny")
-    summary = run.Summary(rows=9, earlier=3, answered=5, reasons=Counter(["empty"]), seconds=10)
+    artifact, summary = Store(store).open("tiny"), run.Summary(rows=9, answered=9, seconds=10)
 
     def certifies(**options: Any) -> bool:
         return any("with 95% confidence" in line for line in report(summary, [artifact], options))
 
     assert certifies(max_disagreement=0.5)
-    assert not certifies() and not certifies(tau=0.1) and not certifies(max_disagreement=0.5, long="windows")
+    assert not certifies(tau=0.1) and not certifies(max_disagreement=0.5, long="windows")
     assert not certifies(max_disagreement=1e-9)  # every text runs to full depth
-    assert report(summary, [], {})[0] == "9 rows (3 of them by an earlier run) in 10.0 s: 0.5 rows/s"
-    alone = report(run.Summary(rows=1, earlier=1, seconds=2, truncated=960), [], {"long": "windows"})
-    assert alone == [
-        "1 row (1 of them by an earlier run) in 2.0 s",
-        "960 texts in this run truncated to the model's windows",
-    ]
 
 
-def test_texts_without_a_server(store: Path) -> None:
-    options = ["--store", str(store), "--model", "tiny", "--tau", "0"]
-    output = command(["classify", "a good film", *options])
-    assert "layer 3  a good film" in output and "truncated" not in output
-    assert "1 of 2 texts were truncated to the model's limit" in command(["classify", LONG, "good", *options])
+def test_processes_map_the_weights_of_one_encoder(several: Path) -> None:
+    with closing(pool.LocalPool([Store(several).open(name) for name in BOTH], {}, 2)) as found:
+        found.submit(["good"]).result()
+        workers = set(process_tree(os.getpid())) - {os.getpid()}
+        mapped = [Path(f"/proc/{pid}/maps").read_text().count("memfd:de3-weights") for pid in workers]
+    assert set(mapped) - {0} == {1}
+
+
+BOTH = ["mood-int8", "tiny-int8"]
+
+
+def test_several_models_classify_a_file_on_one_pass(several: Path, tmp_path: Path) -> None:
+    texts, out = [*TEXTS[:40], LONG, ""], tmp_path / "out"
+    file = write(tmp_path / "in.parquet", [{"id": i, "text": text} for i, text in enumerate(texts)])
+    with de3.load(BOTH, store=several, threads=1) as both:
+        expected = both.answers(texts, tau=0.9, long="error")
+    options = f"classify --file {file} --long error --tau 0.9 --model {','.join(BOTH)}"
+    local = f"{options} --store {several} --threads 2 --out {out}"
+    output = de3_command(local)
+    rows = read(out / "part-000000.parquet")
+    assert [list(row) for row in rows] == [["id", "text", *expected[0]]] * 42
+    for row, one in zip(rows, expected, strict=True):
+        assert row.items() >= {**one, "error": row["error"]}.items()
+        assert bool(row["error"]) == bool(one["error"])
+    assert [bool(row["error"]) for row in rows] == [False] * 40 + [True] * 2
+    for name in BOTH:
+        layers = Counter(row[f"{name}_exit_layer"] for row in expected[:40])
+        shares = ", ".join(f"{n}: {100 * count / 40:.1f}%" for n, count in sorted(layers.items()))
+        assert f"{name}: exits by layer: {shares}" in output
+        assert f"{name}: speed-up in model time: " in output and f"{name}: certified: nothing" in output
+    record = json.loads((out / "_run.json").read_text())
+    marks = [fingerprint(Store(several).open(name).manifest) for name in BOTH]
+    assert record["run"]["artifact"] == ",".join(marks) and list(record["summary"]["exits"]) == BOTH
+    about = json.loads(parquet.read_schema(out / "part-000000.parquet").metadata[b"de3"])
+    assert [one["model"] for one in about["models"]] == ["mood-int8:1", "tiny-int8:1"]
+    assert "other settings (models, artifact)" in refusal(local.replace("mood-int8,tiny", "tiny-int8,mood"))
+
+    text = ["classify", "a good film", "--model", ",".join(BOTH)]
+    with serving(several, models=BOTH) as server:
+        output = de3_command(f"{options} --url {server.url} --out {tmp_path}/url.jsonl --refused drop")
+        assert "tiny-int8: exits by layer: " in output
+        twice = f"--file {file} --model mood-int8,mood-int8:1 --url {server.url} --out {tmp_path}/twice.csv"
+        assert "models: mood-int8 is given twice" in refusal(f"classify {twice}")
+        found = de3_command([*text, "--url", server.url])
+    assert de3_command([*text, "--store", str(several)]) == found
+    assert found.startswith("mood-int8: ") and "\ntiny-int8: " in found
+    for row, one in zip(read(tmp_path / "url.jsonl"), expected[:40], strict=True):
+        for name in BOTH:
+            for column in ("label", "exit_layer", "exit_reason"):
+                assert row[f"{name}_{column}"] == one[f"{name}_{column}"]
+            assert row[f"{name}_probs"] == [round(p, 6) for p in one[f"{name}_probs"]]
 
 
 def test_standard_input_and_output(
     store: Path, tmp_path: Path, model: de3.Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("de3.progress.LOG_EVERY_S", 0.0)
-    options, texts = (
-        f"--store {store} --model tiny-int8 --tau 0",
-        ["a good film", "", "café", 'a "dull" plot'],
+    run, texts = (
+        f"classify --store {store} --model tiny-int8 --tau 0 --threads 2",
+        ["good", "", 'a "dull" plot'],
     )
-    (tmp_path / "in.txt").write_text(given := "\n".join([*texts, ""]))
-    found = invoke(f"classify - {options} --max-refused 0.2", input=given)
+    found = invoke(f"{run} - --max-refused 0.2", input=(given := "\n".join([*texts, ""])))
     rows = [json.loads(line) for line in found.stdout.splitlines()]
     assert found.exit_code == 3 and rows[1]["error"].startswith("text is empty")
     assert [row["text"] for row in rows] == texts
     assert [row["probs"] for row in rows] == model.answers_by_column(texts, tau=0).values["probs"]
-    assert "  classifying: 4 of 4 rows, " in found.stderr and "about 0 s left" in found.stderr
+    assert "  classifying: 3 of 3 rows, " in found.stderr and "about 0 s left" in found.stderr
     objects = "\n" + "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
-    found = invoke(f"classify - {options}", input=objects)
+    found = invoke(f"{run} -", input=objects)
     again = [json.loads(line) for line in found.stdout.splitlines()]
     assert found.exit_code == 0 and again == [{**row, "id": i} for i, row in enumerate(rows)]
-    found = invoke(f"classify - {options} --format csv", input="")
-    assert found.exit_code == 0 and found.stdout.startswith("text,label,") and found.stdout.count("\n") == 1
-    found = invoke(f"classify - {options}", input='{"sentence": "good"}')
+    found = invoke(f"{run} -", input='{"sentence": "good"}')
     assert "classified: standard input:1: no column 'text'" in str(found.exception)
-    assert (
-        invoke(f"classify --file - --out {tmp_path}/out.csv --keep none {options}", input=given).stdout == ""
-    )
-    table = command(f"classify --file {tmp_path}/in.txt --out - --format csv --keep none {options}")
-    assert (tmp_path / "out.csv").read_text() in table
+    assert invoke(f"{run} --file - --out {tmp_path}/out.csv --keep none", input=given).stdout == ""
     assert [row["label"] for row in read(tmp_path / "out.csv")] == [row["label"] or "" for row in rows]
+    assert "1 of 2 texts were truncated to the model's limit" in de3_command([*run.split(), LONG, "good"])
 
 
 def test_a_server_answers_files(store: Path, tmp_path: Path, model: de3.Classifier) -> None:
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    rows: list[Any] = [{"text": text, "id": i} for i, text in enumerate(TEXTS)]
+    rows: list[Any] = [{"text": text, "id": i} for i, text in enumerate(TEXTS[:40])]
     rows[7] = {"text": TEXTS[7], "text_pair": "a dull plot", "id": 7}
     rows[9] = {"text": LONG, "id": 9}
     write(file, rows)
     with serving(store, models=["tiny-int8"], max_texts=3) as server:  # fewer than the command sends at once
-        command(f"classify --file {file} --out {out} --url {server.url} --tau 0.1 --long error")
-        for name, content in (("none", ""), ("blank", "\n")):  # the server is not asked for these rows
-            (tmp_path / f"{name}.txt").write_text(content)
-            command(f"classify --file {tmp_path}/{name}.txt --out {tmp_path}/{name}.csv --url {server.url}")
-            assert names_in(tmp_path / f"{name}.csv") == ["text", *model.answers_by_column([]).values]
-            assert len(read(tmp_path / f"{name}.csv")) == len(content)
+        de3_command(f"classify --file {file} --out {out} --url {server.url} --tau 0.1 --long error")
+        (tmp_path / "blank.txt").write_text("\n")  # the server is not asked for this row
+        de3_command(f"classify --file {tmp_path}/blank.txt --out {tmp_path}/blank.csv --url {server.url}")
+        assert names_in(tmp_path / "blank.csv") == ["text", *model.answers_by_column([]).values]
+        assert len(read(tmp_path / "blank.csv")) == 1
         assert "the server answered 422: tau: " in refusal(f"classify good --tau 7 --url {server.url}")
-        output = command(["classify", "a good film", "a dull plot", "--tau", "0", "--url", server.url])
+        output = de3_command(["classify", "a good film", "a dull plot", "--tau", "0", "--url", server.url])
     labels = [row.label for row in model.classify(["a good film", "a dull plot"], tau=0)]
     assert [line.split("  ")[0] for line in output.splitlines()] == labels and "layer 3" in output
     found = read(out)
-    assert [row["id"] for row in found] == list(range(len(TEXTS)))
+    assert [row["id"] for row in found] == list(range(40))
     inputs = [(row["text"], row["text_pair"]) if "text_pair" in row else row["text"] for row in rows]
     for row, one in zip(found, model.answers(inputs, tau=0.1, long="error"), strict=True):
         probs = one["probs"] and [round(p, 6) for p in one["probs"]]
