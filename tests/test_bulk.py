@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from io import BytesIO
 from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +30,6 @@ from de3.client import Input, ServerError, batches
 from de3.columns import Answers
 from de3.data.tables import MAX_DEPTH, SEPARATOR, Columns
 from de3.loadtest.servers import process_tree
-from de3.model_store.manifest import fingerprint
 from de3.model_store.store import Store
 from tests.commands import de3 as de3_command
 from tests.commands import invoke, refusal
@@ -116,12 +114,6 @@ def dropping(
     return read(out), read(refused)
 
 
-def is_complete(out: Path, kind: str, drops_refused: bool = False) -> bool:
-    """True if the same run would find its output complete."""
-    with closing(Parts(out, kind, {"a": 1}, drops_refused)) as again:
-        return again.is_complete
-
-
 class Limits:
     """The limits on what is read, sent and written at a time, which tests lower."""
 
@@ -142,23 +134,16 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Limits:
 
 
 @pytest.mark.parametrize(
-    ("kind_in", "kind_out"),
-    [
-        (".parquet", ".parquet"),
-        (".parquet", ".csv"),
-        (".csv", ".jsonl"),
-        (".tsv", ".tsv"),
-        (".txt", ".jsonl"),
-    ],
+    "kinds", [".parquet .parquet", ".parquet .csv", ".csv .jsonl", ".tsv .tsv", ".txt .jsonl"]
 )
-def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_out: str) -> None:
+def test_every_format(model: de3.Classifier, tmp_path: Path, kinds: str) -> None:
+    kind_in, kind_out = kinds.split()
     file, out = tmp_path / f"in{kind_in}", tmp_path / f"out{kind_out}"
     write(file, [{"id": f"a{i}", "text": text} for i, text in enumerate(TEXTS)])
     pool = Here(model)
     summary, refused = classify(pool, file, out)
-    assert summary.truncated == 0
     rows, expected = read(out), model.classify(TEXTS, tau=0.3)
-    exact = model.classify(TEXTS, tau=0.3, as_arrow=True)
+    exact = model.classify(TEXTS, tau=0.3, as_arrow=True).column("probs").to_pylist()
     assert pool.most == 5  # two for each process, and one
     assert summary.rows == summary.answered == len(TEXTS) and refused is None
     assert [row["text"] for row in rows] == [text.strip() for text in TEXTS] or kind_in == ".txt"
@@ -166,8 +151,7 @@ def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_
         assert [row["id"] for row in rows] == [f"a{i}" for i in range(len(TEXTS))]
     assert [row["label"] for row in rows] == [row.label for row in expected]
     assert [int(row["exit_layer"]) for row in rows] == [row.exit.layer for row in expected]
-    probs = [row["probs"] if isinstance(row["probs"], list) else json.loads(row["probs"]) for row in rows]
-    assert probs == exact.column("probs").to_pylist()
+    assert [probs if isinstance(probs := row["probs"], list) else json.loads(probs) for row in rows] == exact
     assert {str(row["truncated"]).lower() for row in rows} == {"false"}
     assert summary.layers == {"": Counter(row.exit.layer for row in expected)}
     answers = kept(model, file, tmp_path / f"answers{kind_out}", keep=[])
@@ -195,7 +179,8 @@ def test_a_folder_whose_files_have_their_columns_in_another_order_or_lack_one(
     assert [row["text"] for row in rows] == TEXTS[:60]
     assert [row.get("id") or "" for row in rows] == [*map(str, range(40)), *[""] * 20]
     assert [row["de3_label"] for row in rows] == [row.label for row in model.classify(TEXTS[:60], tau=0.3)]
-    assert is_complete(out, kind)
+    with closing(Parts(out, kind, {"a": 1})) as again:
+        assert again.is_complete
 
 
 @pytest.mark.parametrize(("kind", "drops"), [(".parquet", True), (".csv", False)])
@@ -238,14 +223,13 @@ def test_a_run_that_is_interrupted_at_any_file_goes_on_with_the_same_bytes(
         rows_left = max(0, 40 - part_rows * len(list(Path(f"{out}.parts").glob("part-*"))))
         if not out.exists():  # else it is complete, but for the folder of parts
             summary, refused_again = classify(pool, file, out, drops_refused=drops)
-            assert summary.rows - summary.earlier == rows_left and summary.refused == 16
+            assert summary.rows - summary.earlier == rows_left
             assert pool.texts == rows_left - (14 if rows_left > 8 else 0)
             assert not drops or refused.read_bytes() == refused_again.read_bytes()
         for _ in range(2):
             with closing(Parts(out, kind, {"a": 1}, drops)) as again:
-                summary = again.summary
                 assert again.is_complete and not Path(f"{out}.parts").exists()
-                assert (summary["rows"], summary["refused"]) == (40, 16)
+                assert (again.summary["rows"], again.summary["refused"]) == (40, 16)
         assert out.read_bytes() == whole.read_bytes()
 
 
@@ -418,28 +402,6 @@ def test_memory_does_not_grow_with_texts_that_a_file_has_only_once(
     assert seen == rows
 
 
-def test_a_page_is_of_the_kind_that_its_type_says(tmp_path: Path) -> None:
-    """Otherwise a second description in its header, which pyarrow ignores, could hide how large its texts are."""
-    file, rows = tmp_path / "in.parquet", 300
-    parquet.write_table(
-        arrow.table({"text": [LARGE] * rows}),
-        file,
-        use_dictionary=False,
-        column_encoding={"text": "DELTA_BYTE_ARRAY"},
-        data_page_version="2.0",
-        compression="none",
-        write_statistics=False,
-    )
-    metadata = parquet.read_metadata(file)
-    start, data = metadata.row_group(0).column(0).data_page_offset, file.read_bytes()
-    # Field 5, a page of plain values, before field 8: the header says how far apart the numbers of fields are.
-    place = data.index(b"\x5c", start)
-    plain = b"\x2c" + b"\x15\xd8\x04" + b"\x15\x00" * 3 + b"\x00"
-    twofold = data[:place] + plain + b"\x3c" + data[place + 1 :]
-    found, true = (pages.rows_at_once(BytesIO(one), metadata, 0, {"text"}) for one in (twofold, data))
-    assert found == true <= pages.READ_BYTES / len(LARGE)
-
-
 @pytest.mark.parametrize("values", ["texts", "dictionary", "nulls"])
 def test_pages_that_are_too_large_are_refused_unless_their_column_is_left_out(
     tmp_path: Path, limits: Limits, values: str
@@ -560,30 +522,39 @@ def test_values_of_other_types_are_written_as_text(model: de3.Classifier, tmp_pa
         one(file, ".parquet")
     write(table, [{"text": "good", "data": b"\xff\x00"}])
     assert {one(table, kind)["data"].strip('"') for kind in (".jsonl", ".csv")} == {"/wA="}
-
-
-def test_dates_after_the_year_9999_are_only_written_to_parquet(model: de3.Classifier, tmp_path: Path) -> None:
-    file = tmp_path / "in.parquet"
-    dates = arrow.array([2**31 - 1, 0], arrow.int32()).cast(arrow.date32())
-    parquet.write_table(arrow.table({"text": [None, "good"], "on": dates}), file)
-    found, refused = dropping(model, file, tmp_path / "dates.jsonl")
-    assert found[0]["on"] == "1970-01-01" and refused[0]["content"] == '{"text": null}'
-    with pytest.raises(ValueError, match=r"in\.parquet: days=2147483647"):
-        list(Source(file, Columns("on", label=None)).slices())
-    parquet.write_table(arrow.table({"text": ["good", "bad"], "on": dates}), file)
-    classify(Here(model), file, tmp_path / "dates.parquet")
+    dates = arrow.array([2**31 - 1], arrow.int32()).cast(arrow.date32())  # after the year 9999
+    parquet.write_table(arrow.table({"text": ["good"], "on": dates}), table)
+    classify(Here(model), table, tmp_path / "dates.parquet")
     with pytest.raises(ValueError, match=r"only \.parquet can hold .*--keep"):
-        classify(Here(model), file, tmp_path / "no.csv")
+        one(table, ".tsv")
+
+
+def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": text, "n": i} for i, text in enumerate(TEXTS)]
+    half = write(tmp_path / "half.jsonl", [*rows[:41], {**rows[41], "half": "\ud800"}, *rows[42:]])
+    text = write(tmp_path / "text.jsonl", [*rows[:40], {**rows[40], "n": "forty"}])
+    for file, out, says in (
+        (text, "out.parquet", r"as parquet \(.*text\.jsonl:41: n is string, but int64 .* --keep"),
+        (half, "out.csv", r"half\.jsonl:42: has the column 'half', which the first row lacks"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            classify(Here(model), file, tmp_path / out, 1000)
+    for out, keep in (("out.jsonl", None), ("numbers.parquet", ["n"])):
+        found = kept(model, half, tmp_path / out, keep=keep)
+        assert [row["n"] for row in found] == [*range(100)] and (keep or found[41]["half"] == "\ud800")
+    later = [row if row["n"] < 48 else {**row, "n": row["n"] + 0.5} for row in rows]
+    file = write(tmp_path / "later.jsonl", later)
+    for _ in range(2):  # also after the run is continued, when the previous part is only a file
+        with pytest.raises(ValueError, match=r"as parquet \(.*later\.jsonl:49: n is double, but int64"):
+            classify(Here(model), file, tmp_path / "more.parquet", keep=["n"])
+        assert len(list((tmp_path / "more.parquet.parts").glob("part-*"))) == 3
 
 
 def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
     table, shifted, folder = tmp_path / "in.csv", tmp_path / "shifted.csv", tmp_path / "folder"
     table.write_bytes(b'id,text\n1,good\n2,a,b\n3,"two\nlines"\n4,caf\xe9\n5,\n6,"a ""fine"" one"\n')
     found = kept(model, table, tmp_path / "kept.csv")
-    assert [row["id"] for row in found] == list("123456") and [row["text"] for row in found[1:5:2]] == [
-        "",
-        "",
-    ]
+    assert [row["id"] for row in found] == list("123456") and not any(row["text"] for row in found[1:5:2])
     found, refused = dropping(model, table, tmp_path / "a.csv")
     assert [row["id"] for row in found] == ["1", "3", "6"]
     assert [one["where"].rpartition(":")[2] for one in refused] == ["3", "6", "7"]
@@ -628,7 +599,6 @@ def test_an_output_is_only_continued_by_the_same_run(model: de3.Classifier, tmp_
     with closing(Parts(out, ".jsonl", {"a": 1})):
         refuses("another run is writing to it", a=1)
     classify(Here(model), file, out)
-    assert is_complete(out, ".jsonl")
     refuses(r"out\.jsonl: already exists", a=2)
     with out.open("a") as opened:
         opened.write("another row\n")
@@ -643,48 +613,12 @@ def test_an_output_is_only_continued_by_the_same_run(model: de3.Classifier, tmp_
 
 def test_a_run_without_a_part_leaves_nothing(model: de3.Classifier, tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", [{"sentence": "good"}])
-    with pytest.raises(ValueError, match=r"none of the first 1 rows .*no column 'text'; it has 'sentence'"):
+    with pytest.raises(ValueError, match="none of the first 1 rows"):
         classify(Here(model), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
     (tmp_path / "mine").mkdir()
     Parts(tmp_path / "mine", ".jsonl", {}).close()
     assert (tmp_path / "mine").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "out", "keep", "says"),
-    [
-        ({40: {"n": "forty"}}, "out.parquet", None, r"as parquet \(.*:41: n is string, but int64 .* --keep"),
-        ({41: {"half": "\ud800"}}, "out.csv", None, ":42: has the column 'half', which the first row lacks"),
-        ({41: {"half": "\ud800"}}, "out.jsonl", None, ""),
-        ({41: {"half": "\ud800"}}, "numbers.parquet", ["n"], ""),
-    ],
-)
-def test_columns_that_change_their_type_are_refused_early(
-    model: de3.Classifier,
-    tmp_path: Path,
-    changes: dict[int, Any],
-    out: str,
-    keep: list[str] | None,
-    says: str,
-) -> None:
-    rows = [{"text": text, "n": i, **changes.get(i, {})} for i, text in enumerate(TEXTS)]
-    file = write(tmp_path / "in.jsonl", rows)
-    if says:
-        with pytest.raises(ValueError, match=rf"in\.jsonl{says}" if says[0] == ":" else says):
-            classify(Here(model), file, tmp_path / out, 1000, keep)
-        return
-    found = kept(model, file, tmp_path / out, keep=keep)
-    assert [row["n"] for row in found] == [*range(100)] and (keep or found[41]["half"] == "\ud800")
-
-
-def test_columns_that_change_their_type_in_a_later_part(model: de3.Classifier, tmp_path: Path) -> None:
-    rows = [{"text": text, "n": i if i < 48 else i + 0.5} for i, text in enumerate(TEXTS)]
-    file = write(tmp_path / "in.jsonl", rows)
-    for _ in range(2):  # also after the run is continued, when the previous part is only a file
-        with pytest.raises(ValueError, match=r"as parquet \(.*in\.jsonl:49: n is double, but int64"):
-            classify(Here(model), file, tmp_path / "more.parquet", keep=["n"])
-        assert len(list((tmp_path / "more.parquet.parts").glob("part-*"))) == 3
 
 
 @pytest.mark.parametrize(
@@ -854,11 +788,7 @@ def test_several_models_classify_a_file_on_one_pass(several: Path, tmp_path: Pat
     for name in BOTH:
         layers = Counter(row[f"{name}_exit_layer"] for row in expected[:40])
         shares = ", ".join(f"{n}: {100 * count / 40:.1f}%" for n, count in sorted(layers.items()))
-        assert f"{name}: exits by layer: {shares}" in output
-        assert f"{name}: speed-up in model time: " in output and f"{name}: certified: nothing" in output
-    record = json.loads((out / "_run.json").read_text())
-    marks = [fingerprint(Store(several).open(name).manifest) for name in BOTH]
-    assert record["run"]["artifact"] == ",".join(marks) and list(record["summary"]["exits"]) == BOTH
+        assert f"{name}: exits by layer: {shares}" in output and f"{name}: certified: nothing" in output
     about = json.loads(parquet.read_schema(out / "part-000000.parquet").metadata[b"de3"])
     assert [one["model"] for one in about["models"]] == ["mood-int8:1", "tiny-int8:1"]
     assert "other settings (models, artifact)" in refusal(local.replace("mood-int8,tiny", "tiny-int8,mood"))
@@ -867,8 +797,6 @@ def test_several_models_classify_a_file_on_one_pass(several: Path, tmp_path: Pat
     with serving(several, models=BOTH) as server:
         output = de3_command(f"{options} --url {server.url} --out {tmp_path}/url.jsonl --refused drop")
         assert "tiny-int8: exits by layer: " in output
-        twice = f"--file {file} --model mood-int8,mood-int8:1 --url {server.url} --out {tmp_path}/twice.csv"
-        assert "models: mood-int8 is given twice" in refusal(f"classify {twice}")
         found = de3_command([*text, "--url", server.url])
     assert de3_command([*text, "--store", str(several)]) == found
     assert found.startswith("mood-int8: ") and "\ntiny-int8: " in found

@@ -4,13 +4,12 @@ import asyncio
 import gzip
 import json
 import re
-import socketserver
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from http.client import parse_headers
+from http.server import BaseHTTPRequestHandler
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from de3 import client as de3_client
 from de3.client import AsyncClient, Client, ServerError
 from tests.fixtures import make_rows
 from tests.serving import Server, serving
+from tests.upstream import service
 
 TEXTS = [text for text, _ in make_rows(100, 11)]
 every_client = pytest.mark.parametrize("kind", [Client, AsyncClient])
@@ -74,27 +74,19 @@ def answering(*parts: bytes, pause_s: float = 0.0, first: Sequence[bytes] = ()) 
     first: the answers to the first requests.
     """
 
-    class Answer(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            self.rfile.readline()
-            self.rfile.read(
-                int(parse_headers(self.rfile)["content-length"])
-            )  # else closing resets the connection
-            answer = next(firsts, None)
-            with suppress(OSError):
-                for part in parts if answer is None else [answer]:
-                    self.request.sendall(part)
-                    stopped.wait(pause_s)
-
     stopped, firsts = threading.Event(), iter(first)
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            stopped.set()
-            server.shutdown()
+
+    def respond(handler: BaseHTTPRequestHandler, _: object) -> None:
+        handler.close_connection = True
+        answer = next(firsts, None)
+        for part in parts if answer is None else [answer]:
+            handler.wfile.write(part)
+            stopped.wait(pause_s)
+
+    with service() as one:
+        one.respond = respond
+        yield f"http://127.0.0.1:{one.port}"
+        stopped.set()
 
 
 GOOD_EXIT = {"layer": 1, "num_layers": 3, "reason": "threshold"}

@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -149,10 +148,6 @@ def test_evaluate_compares_with_a_baseline(fitted: Path, tmp_path: Path) -> None
     pairs = Path(shutil.copytree(tmp_path / "store/three", tmp_path / "store/pairs")) / "1/manifest.json"
     pairs.write_text(json.dumps(json.loads(pairs.read_text()) | {"name": "pairs", "input": "pair"}))
     command = f"evaluate {fitted}/store/topics {table} --png {tmp_path}/plot.png --store {tmp_path}/store --baseline"
-    assert "+0.00 points" in de3(f"{command} {fitted}/store/topics")
-    assert "--baseline: needs a file" in refusal(
-        f"evaluate {fitted}/store/topics --baseline {fitted}/store/topics"
-    )
     other = write_table(tmp_path / "other.csv", [("a film", "unknown"), ("the plot", "unknown")])
     assert "no row has a label" in refusal(f"{command.replace(str(table), str(other))} three")
     assert "--baseline pairs:1: the model was trained on pairs of texts" in refusal(f"{command} pairs")
@@ -178,44 +173,33 @@ GOOD_ROWS = topics(40, 3)
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "message"),
+    ("rows", "message"),
     [
-        ([*GOOD_ROWS, ("", "praise")], "", "table.csv:42: text is empty"),
-        ([*GOOD_ROWS, ("a film", "")], "", "table.csv:42: label is empty"),
-        ([(text, "praise") for text, _ in GOOD_ROWS], "", "every row has the label 'praise'"),
-        (GOOD_ROWS, "--max-loss nan", "--max-loss must be"),
+        ([*GOOD_ROWS, ("a film", "")], "table.csv:42: label is empty"),
         (
             [(text.replace("a", "ä x"), label) for text, label in GOOD_ROWS],
-            "",
             "tokens are unknown to the encoder",
         ),
-        (
-            [("\u200b", "praise"), ("\u200b", "anger")] * 2,
-            "",
-            "the tokenizer produces no tokens for the texts",
-        ),
-        ([("a film", "praise"), ("A FILM", "anger")] * 2, "", "too few independent texts"),
+        ([("\u200b", "praise"), ("\u200b", "anger")] * 2, "the tokenizer produces no tokens for the texts"),
+        ([("a film", "praise"), ("A FILM", "anger")] * 2, "too few independent texts"),
     ],
 )
 def test_an_unusable_table_is_refused(
-    rows: list[tuple[str, str]], options: str, message: str, tmp_path: Path, encoder: Path
+    rows: list[tuple[str, str]], message: str, tmp_path: Path, encoder: Path
 ) -> None:
     table = write_table(tmp_path / "table.csv", rows)
-    assert message in refusal(f"fit {table} --encoder {encoder} --name bad --store {tmp_path} {options}")
+    assert message in refusal(f"fit {table} --encoder {encoder} --name bad --store {tmp_path}")
 
 
-def test_tables_of_several_forms_are_fitted(tmp_path: Path, encoder: Path) -> None:
-    table, lists = write_table(tmp_path / "table.csv", GOOD_ROWS), tmp_path / "lists.jsonl"
-    options = f"--encoder {encoder} --name good --store {tmp_path}/store"
-    lists.write_text("".join(json.dumps({"text": t, "label": [label]}) + "\n" for t, label in GOOD_ROWS))
-    assert "accuracy" in de3(f"fit {lists} {options}")
+def test_odd_rows_of_a_table_are_named(tmp_path: Path, encoder: Path) -> None:
     odd = [
         ("a film", "seen once"),
         ("A  FILM", "praise"),
         ("the plot", "anger"),
         ("the plot", "\x1b[1mblame"),
     ]
-    output = de3(f"fit {write_table(table, [*GOOD_ROWS, *odd])} {options}")
+    table = write_table(tmp_path / "table.csv", [*GOOD_ROWS, *odd])
+    output = de3(f"fit {table} --encoder {encoder} --name good --store {tmp_path}/store")
     assert "'seen once' (1)" in output
     said = r"'a film': praise or seen once; 'the plot': \u001b[1mblame or anger"
     assert f"2 texts occur with different labels: {said}" in output
@@ -260,33 +244,17 @@ def test_unusable_weights_are_refused(tmp_path: Path) -> None:
     assert "save them again with save_pretrained(…) of AutoModel and AutoTokenizer" in message
 
 
-def test_many_labels_limit_the_number_of_texts(
-    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [(text, "anger" if i % 2 else "praise") for i, (text, _) in enumerate(topics(40, 5))]
-    monkeypatch.setattr(from_table, "MAX_OUTPUTS", 20 * 2 * 4)  # 20 texts, 2 labels, 4 exits
-    output = de3(
-        f"fit {write_table(tmp_path / 'few.csv', rows)} --encoder {encoder} --name x --store {tmp_path}"
-    )
-    assert "20 of 40 texts are used for fitting" in output
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
+def test_a_sentence_encoder_says_how_it_pools(encoder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(encoder, tmp_path / "sentences"))
+    (folder / "1_Pooling").mkdir()
+    for config, expected in (
         ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, ("mean",)),
         ({"pooling_mode": "cls"}, ("cls",)),
         ({"pooling_mode": "lasttoken"}, ("mean", "cls")),
-    ],
-)
-def test_a_sentence_encoder_says_how_it_pools(
-    config: dict[str, Any], expected: tuple[str, ...], encoder: Path, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(encoder, tmp_path / "sentences"))
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling/config.json").write_text(json.dumps(config))
-    with encoder_of(str(folder), Store(tmp_path / "store"), "int8") as (_, poolings):
-        assert poolings == expected
+    ):
+        (folder / "1_Pooling/config.json").write_text(json.dumps(config))
+        with encoder_of(str(folder), Store(tmp_path / "store"), "int8") as (_, poolings):
+            assert poolings == expected
 
 
 def test_a_group_counts_for_the_label_of_the_fewest_groups() -> None:

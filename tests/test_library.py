@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,25 +33,19 @@ def model(store: Path) -> Iterator[de3.Classifier]:
         yield one
 
 
-class Sizes:
-    """The number of texts of each job that engines get, and of each that they drop."""
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """The number of texts of each job that engines get (submit), and of each that they drop."""
+    found = {"submit": list[int](), "drop": list[int]()}
+    for name, sizes in found.items():
+        call = getattr(Engine, name)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.submit, self.drop = list[int](), list[int]()
-        for name in ("submit", "drop"):
-            monkeypatch.setattr(Engine, name, self._recorded(getattr(Engine, name), getattr(self, name)))
-
-    def _recorded(self, call: Callable[[Engine, Job], None], sizes: list[int]) -> Callable[..., None]:
-        def recorded(engine: Engine, job: Job) -> None:
+        def recorded(engine: Engine, job: Job, sizes: Any = sizes, call: Any = call) -> None:
             sizes.append(len(job.items))
             call(engine, job)
 
-        return recorded
-
-
-@pytest.fixture
-def sizes(monkeypatch: pytest.MonkeyPatch) -> Sizes:
-    return Sizes(monkeypatch)
+        monkeypatch.setattr(Engine, name, recorded)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -126,12 +120,12 @@ def test_a_column_is_a_list_of_texts(model: de3.Classifier) -> None:
     assert [pair] == model.classify(("good", "bad"), tau=0)
 
 
-def test_a_budget_is_for_all_texts_together(model: de3.Classifier, sizes: Sizes) -> None:
+def test_a_budget_is_for_all_texts_together(model: de3.Classifier, sizes: dict[str, list[int]]) -> None:
     texts: list[Input] = ["good", *(f"good {i}" for i in range(WINDOW))]
     assert len(model.classify(texts, latency_budget_ms=60_000)) == WINDOW + 1
-    assert sizes.submit == [WINDOW + 1]
+    assert sizes["submit"] == [WINDOW + 1]
     model.classify(texts)
-    assert sizes.submit[1:] == [WINDOW, 1]
+    assert sizes["submit"][1:] == [WINDOW, 1]
 
 
 def test_answers_have_a_row_for_each_text(model: de3.Classifier) -> None:
@@ -173,7 +167,7 @@ def test_answers_have_a_row_for_each_text(model: de3.Classifier) -> None:
 
 @pytest.mark.parametrize("window", [1, 7])
 def test_a_stream_is_answered_in_order_with_bounded_memory(
-    model: de3.Classifier, window: int, sizes: Sizes
+    model: de3.Classifier, window: int, sizes: dict[str, list[int]]
 ) -> None:
     taken, texts = 0, TEXTS * 2
 
@@ -187,11 +181,11 @@ def test_a_stream_is_answered_in_order_with_bounded_memory(
     for index, row in enumerate(model.stream(source(), window=window)):
         assert row.raw["index"] == index and row.probs == expected[index]
         assert taken <= index + 1 + 2 * window
-    assert taken == len(texts) and sizes.drop == []
+    assert taken == len(texts) and sizes["drop"] == []
     rows = model.stream(iter(TEXTS[:20]), window=5)
     next(rows)
     rows.close()  # type: ignore[attr-defined]
-    assert sizes.drop == [5]  # the window that would have been next
+    assert sizes["drop"] == [5]  # the window that would have been next
 
 
 def test_a_stream_ends_with_an_error_after_the_windows_before_it(model: de3.Classifier) -> None:
@@ -211,7 +205,9 @@ def test_threads_share_a_classifier(model: de3.Classifier) -> None:
         assert list(pool.map(model.classify, [TEXTS] * 4)) == [expected] * 4
 
 
-def test_several_models_on_one_encoder_answer_as_each_alone(several: Path, sizes: Sizes) -> None:
+def test_several_models_on_one_encoder_answer_as_each_alone(
+    several: Path, sizes: dict[str, list[int]]
+) -> None:
     texts: list[Any] = [*TEXTS, LONG, ("a good film", "a dull plot"), TEXTS[0]]
     some: list[Any] = [*texts, None, "good"]
     names, own = ["mood-int8", "tiny-int8"], {"tau": 0.5, "signal": "edr", "lam": 2.0}
@@ -226,9 +222,9 @@ def test_several_models_on_one_encoder_answer_as_each_alone(several: Path, sizes
             {"tau": 0.8, "explain": True, "ood": True, "raw": True},
         ):
             of_tiny: Any = {**given, **own}
-            sizes.submit.clear()
+            sizes["submit"].clear()
             answers = both.classify(texts, **given)
-            assert sizes.submit == [len(set(texts))]  # identical texts are computed once
+            assert sizes["submit"] == [len(set(texts))]  # identical texts are computed once
             assert answers == [mood.classify(texts, **given), tiny.classify(texts, **of_tiny)]
             table = both.answers(some, as_arrow=True, **given)
             alone = mood.answers(some, as_arrow=True, **given), tiny.answers(some, as_arrow=True, **of_tiny)
@@ -329,10 +325,9 @@ def test_by_folder_and_not_unpickled_from_another_artifact(store: Path, tmp_path
         pickle.loads(pickled)
     with de3.load(store / "tiny-int8", store=tmp_path, threads=1) as model:  # its newest version
         assert model.name == "tiny-int8:1"
-    for name, quantize, says in (
-        ("nothing", "none", "the store .* has no model 'nothing' either"),
-        ("tiny:7", "none", "no version '7'"),
-        ("tiny", "int4", "quantize: must be int8 or none"),
+    for name, says in (
+        ("nothing", "the store .* has no model 'nothing' either"),
+        ("tiny:7", "no version '7'"),
     ):
         with pytest.raises(ValueError, match=says):
-            de3.load(name, store=store, quantize=quantize)  # type: ignore[arg-type]
+            de3.load(name, store=store)

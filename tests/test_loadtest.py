@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import count
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from de3.model_store.store import Store
 from tests.commands import de3, invoke
 from tests.fixtures import make_rows, write_rows
 from tests.serving import serving
+from tests.upstream import service
 
 SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
 
@@ -35,25 +36,15 @@ def plain_server(answer: Callable[[int], bytes]) -> Iterator[Target]:
     """
     numbers, lock = count(), threading.Lock()
 
-    class Answer(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def respond(handler: BaseHTTPRequestHandler, _: object) -> None:
+        with lock:
+            sent = answer(next(numbers))  # one at a time, so that one stall delays all
+        handler.wfile.write(sent)
+        handler.close_connection = not sent
 
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
-            with lock:
-                sent = answer(next(numbers))  # one at a time, so that one stall delays all
-            self.wfile.write(sent)
-            self.close_connection = not sent
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        try:
-            yield Target(f"http://127.0.0.1:{server.server_address[1]}", label=lambda a: a["label"])
-        finally:
-            server.shutdown()
+    with service() as one:
+        one.respond = respond
+        yield Target(f"http://127.0.0.1:{one.port}", label=lambda a: a["label"])
 
 
 def reply(label: str, status: str = "200 OK") -> bytes:

@@ -93,18 +93,6 @@ def test_a_table_has_a_column_of_structs(model: de3.Classifier) -> None:
     assert bad["redacted"] is bad["spans"] is None and bad["error"] == "must not be empty"
 
 
-def test_a_classifier_and_a_token_classifier_on_one_pass(model: de3.Classifier, tagged: Path) -> None:
-    with de3.load("moods", store=tagged, threads=1) as alone:
-        moods = alone.classify(TEXTS)
-    for names in (["moods", "tags"], ["tags", "moods"]):
-        with de3.load(names, store=tagged, threads=1) as both:
-            found = dict(zip(names, both.classify(TEXTS, labels=["X"]), strict=True))
-            assert found == {"moods": moods, "tags": model.classify(TEXTS, labels=["X"])}
-            columns = both.answers(TEXTS[:1])[0]
-            assert {"moods_label", "moods_probs", "tags_spans"} <= columns.keys()
-            assert {"moods_spans", "tags_label", "tags_redacted"}.isdisjoint(columns)
-
-
 ROWS: list[dict[str, Any]] = [{"id": str(i), "text": text} for i, text in enumerate(TEXTS)]
 # Rows that are refused, by the file's kind.
 REFUSED = {".jsonl": [{"text": ["secret good film"]}], ".txt": [{"text": LONG * 8}]}
