@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,8 +44,26 @@ def test_a_request_id_comes_back(server: Server, monkeypatch: pytest.MonkeyPatch
     assert (answer.status_code, answer.headers["x-request-id"]) == (503, ids["X-Request-ID"])
 
 
-def test_requests_are_logged_as_json_without_their_texts(store: Path) -> None:
-    with process(store, "--model", "tiny", "--log-format", "json", "--log-requests") as running:
+FAILS = """
+import threading, warnings
+from de3.cli import main
+import de3.server.main
+serve = de3.server.main.serve
+def fail(*arguments, **named):
+    warnings.warn("first")
+    thread = threading.Thread(target=lambda: {}["second"])
+    thread.start()
+    thread.join()
+    serve(*arguments, **named)
+    raise RuntimeError("third")
+de3.server.main.serve = fail
+main()
+"""
+
+
+def test_a_json_log_has_requests_without_their_texts_and_uncaught_errors(store: Path) -> None:
+    options = ("--model", "tiny", "--log-format", "json", "--log-requests")
+    with process(store, *options, code=FAILS) as running:
         assert running.stderr is not None
         head = list(takewhile(lambda line: "ready in" not in line, running.stderr))
         (port,) = re.findall(r"running on http://[0-9.]+:(\d+)", "".join(head))
@@ -60,15 +76,18 @@ def test_requests_are_logged_as_json_without_their_texts(store: Path) -> None:
             httpx.post(f"http://127.0.0.1:{port}/classify", content=content, headers=more)
         running.terminate()
         whole = [json.loads(line) for line in [*head, *running.stderr]]
-    assert {"uvicorn.error", "de3", "de3.requests"} == {line["logger"] for line in whole}
     good, bad, odd, broken = (line for line in whole if line["logger"] == "de3.requests")
     assert good["request_id"] == "r1" and good["status"] == 200 and good["model"] == "tiny:1"
     assert good["texts"] == 2 and len(good["exit_layers"]) == 2 and good["tau"] == 0.2
-    assert 0 < good["model_ms"] < good["duration_ms"] < 10_000
+    assert 0 < good["model_ms"] < good["duration_ms"]
     assert good["level"] == "INFO" and good["time"].startswith("20")
     assert (bad["request_id"], bad["status"], bad["cause"]) == ("r2", 422, "bad_request")
     assert (odd["cause"], broken["cause"]) == ("unknown_field", "not_json")
     assert "good film" not in json.dumps(whole)
+    first, second, third = (line for line in whole if line["level"] not in ("INFO", "DEBUG"))
+    assert [line["level"] for line in (first, second, third)] == ["WARNING", "CRITICAL", "CRITICAL"]
+    assert "first" in first["message"]
+    assert "KeyError: 'second'" in second["exc_info"] and "RuntimeError: third" in third["exc_info"]
 
 
 @pytest.mark.parametrize(
@@ -96,31 +115,6 @@ def test_the_log_has_a_command_that_classifies_a_text(
     assert """-d '{"input": {"text": "A film.", "text_pair": """ in hint(
         "http://x", [pairs], None, has_keys=False
     )
-
-
-FAILS = """
-import sys, threading, warnings
-from de3.cli import main
-import de3.server.main
-def fail(*_):
-    warnings.warn("first")
-    thread = threading.Thread(target=lambda: {}["second"])
-    thread.start()
-    thread.join()
-    raise RuntimeError("third")
-de3.server.main.serve = fail
-sys.argv = ["de3", "serve", "--demo", "--log-format", "json"]
-main()
-"""
-
-
-def test_uncaught_errors_are_json_in_a_json_log() -> None:
-    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True, check=False)
-    rows = list(map(json.loads, (done.stdout + done.stderr).splitlines()))
-    assert done.returncode == 1 and [row["level"] for row in rows] == ["WARNING", "CRITICAL", "CRITICAL"]
-    said = [row["message"] + row.get("exc_info", "") for row in rows]
-    for row, what in zip(said, ("first", "KeyError: 'second'", "RuntimeError: third"), strict=True):
-        assert what in row
 
 
 def test_texts_are_logged_only_if_asked_for(
