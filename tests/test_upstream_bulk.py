@@ -254,6 +254,7 @@ def test_a_text_that_always_fails_is_given_up_while_others_are_answered(
         bad = asyncio.ensure_future(ask("bad"))
         while not bad.done():
             assert (await ask("good")).label == 1
+            await asyncio.wait([bad], timeout=0.05)
         with pytest.raises(RequestError, match="HTTP 500"):
             await bad
 
