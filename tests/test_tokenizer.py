@@ -49,7 +49,17 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-MADE = {kind.__name__: kind() for kind in (wordpiece, byte_level)}
+def unigram() -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>", "<s>"], unk_token="<unk>")
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    return tokenizer  # without special tokens around a text
+
+
+MADE = {kind.__name__: kind() for kind in (wordpiece, byte_level, unigram)}
 
 
 def whole(tokenizer: Tokenizer, text: str, pair: str | None, limit: int) -> tuple[list[int], list[int]]:
