@@ -1,11 +1,14 @@
-"""Token classifiers in the protocols of other services, each with its client or a transcript of what it sends."""
+"""Token classifiers in the protocols of other services, and clients that block or redact texts."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,10 +21,9 @@ from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
 from de3.server.engine.request import Text
 from de3.server.errors import RequestError
-from de3.server.http import detectors, gliner, guardrail, hugging_face, moderations
-from tests.fixtures import BAD, GOOD, installed, made_once, save_tokenizer
+from de3.server.http import detectors, gliner, guardrail, hugging_face
+from tests.fixtures import BAD, GOOD, installed, made_once, save_encoder
 from tests.serving import Server, serving
-from tests.test_guards import LITELLM, NEMO, output_of
 
 # Labels of words in GOOD and the ending "s", of "not" after them, and of words in BAD.
 LABELS = ["O", "B-PERSON", "I-PERSON", "B-CITY"]
@@ -37,19 +39,9 @@ def save_finder(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, BertConfig, BertForTokenClassification
 
+    config = BertConfig.from_pretrained(save_encoder(folder, layers=2, tags=LABELS))
     torch.manual_seed(5)
-    size = save_tokenizer(folder)
-    config = BertConfig(
-        vocab_size=size,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=64,
-        id2label=dict(enumerate(LABELS)),
-        label2id={label: k for k, label in enumerate(LABELS)},
-    )
-    model = BertForTokenClassification(config).eval()
+    model, size = BertForTokenClassification(config).eval(), config.vocab_size
     model.bert.embeddings.word_embeddings.weight.data *= 10  # words count more than their positions
     words = AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(range(size))
     labels = torch.tensor(
@@ -67,18 +59,14 @@ def save_finder(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoint_of_finder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once(tmp_path_factory, "finder", save_finder)
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory, store: Path, checkpoint_of_finder: Path) -> Path:
-    """A store with a classifier, tiny, and two equal token classifiers, finder and another."""
+def both(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+    """A store with a classifier, tiny, and a token classifier, finder."""
 
     def make(folder: Path) -> None:
         shutil.copytree(store / "tiny", folder / "tiny")
-        for name in ("finder", "another"):
-            convert(Stock.open(name, checkpoint_of_finder), Store(folder), name, "fp32")
+        (folder / ".stock").mkdir()
+        save_finder(folder / ".stock")
+        convert(Stock.open("finder", folder / ".stock"), Store(folder), "finder", "fp32")
 
     return made_once(tmp_path_factory, "finder-store", make)
 
@@ -91,8 +79,8 @@ def server(both: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server_of_both(both: Path) -> Iterator[Server]:
-    with serving(both, models=["tiny", "finder"], default_model=None, aliases=["texts=tiny"]) as running:
-        running.service.models.default = None  # as if the models were found in the store
+    """Its default is tiny, as the first of the models, but the operator has not set it."""
+    with serving(both, models=["tiny", "finder"], default_model=None) as running:
         yield running
 
 
@@ -100,12 +88,6 @@ def post(server: Server, path: str, body: Any) -> Any:
     answer = httpx.post(server.url + path, json=body)
     assert answer.status_code == 200, answer.text
     return answer.json()
-
-
-def places(text: str, found: list[tuple[str, str]]) -> list[tuple[str, int, int]]:
-    """The label and the characters of each span. found: the label and the text of each."""
-    starts = [text.index(part) for _, part in found]
-    return [(label, start, start + len(part)) for start, (label, part) in zip(starts, found, strict=True)]
 
 
 def spans_of(server: Server, text: str) -> list[dict[str, Any]]:
@@ -121,165 +103,49 @@ def message_of(answer: httpx.Response) -> str:
     return message
 
 
-def test_the_model_finds_what_its_head_was_fitted_to(server: Server) -> None:
-    spans = spans_of(server, TEXT)
-    assert [(one["label"], one["start"], one["end"]) for one in spans] == places(TEXT, FOUND)
+def bodies(text: str) -> dict[str, Any]:
+    """A body of each protocol."""
+    return {
+        "/": {"inputs": text},
+        CONTENTS: {"contents": [text]},
+        GUARDRAIL: {"texts": [text]},
+        EXTRACT: {"text": text},
+        "/v1/rerank": {"query": text, "documents": [text]},
+        "/score": {"text_1": text, "text_2": [text]},
+    }
 
 
-def test_parts_of_a_word_are_redacted_together(server: Server) -> None:
-    parts = spans_of(server, "a goods")
-    assert [one["text"] for one in parts] == ["good", "s"]
-    for least in (0, parts[0]["score"] - 1e-6):  # the score of the longest part counts
-        (row,) = post(server, "/classify", {"input": "a goods", "redact": True, "min_score": least})["data"]
-        assert row["text"] == "a [PERSON]"
-        assert [(one["start"], one["end"], one["score"]) for one in row["spans"]] == [
-            (2, 7, parts[0]["score"])
-        ]
-    more = {"input": "a goods", "redact": True, "min_score": max(one["score"] for one in parts) + 1e-6}
-    assert post(server, "/classify", more)["data"][0]["text"] == "a goods"
-
-
-# Hugging Face
-
-
-@pytest.mark.parametrize("strategy", [None, "none", "simple", "first", "average", "max"])
-def test_hugging_faces_client_gets_what_transformers_finds(
-    server: Server, checkpoint_of_finder: Path, strategy: Any, monkeypatch: pytest.MonkeyPatch
+def test_hugging_faces_client_finds_spans_or_classifies(
+    server_of_both: Server, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import pipeline
-
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # fixtures.py sets it
-    chosen = {} if strategy is None else {"aggregation_strategy": strategy}
-    ours = InferenceClient(server.url).token_classification(TEXT, stride=8, **chosen)
-    find = pipeline("token-classification", str(checkpoint_of_finder), device="cpu")
-    theirs = find(TEXT, **{"aggregation_strategy": "simple"} | chosen)
-    assert len(ours) == len(theirs) == len(FOUND) + (strategy == "none")
-    for one, other in zip(ours, theirs, strict=True):
-        assert (one.start, one.end, one.word) == (other["start"], other["end"], TEXT[one.start : one.end])
-        assert (one.entity, one.entity_group) == (other.get("entity"), other.get("entity_group"))
-        assert one.score == pytest.approx(other["score"], abs=1e-3)  # a fitted head has large weights
-
-
-def test_hugging_faces_client_ignores_labels(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     client = InferenceClient(server.url)
+    found = client.token_classification(TEXT, stride=8)
+    assert [(one.entity_group, one.word) for one in found] == FOUND
+    spans = [(one["start"], one["end"], one["score"]) for one in spans_of(server, TEXT)]
+    assert [(one.start, one.end, one.score) for one in found] == spans
+    tokens = client.token_classification(TEXT, aggregation_strategy="none")
+    assert [one.entity for one in tokens] == ["B-PERSON", "I-PERSON", "B-CITY", "B-CITY", "B-PERSON"]
+    assert tokens[0].entity_group is None and tokens[1].word == "not"
     found = client.token_classification(TEXT, ignore_labels=["O", "PERSON"])
     assert [(one.entity_group, one.word) for one in found] == [one for one in FOUND if one[0] == "CITY"]
     everything = client.token_classification(TEXT, ignore_labels=[])  # then even O is not ignored
-    assert [one.entity_group for one in everything if one.entity_group != "O"] == [
-        label for label, _ in FOUND
-    ]
-    assert any(one.entity_group == "O" for one in everything)
+    assert {one.entity_group for one in everything} == {"O", "CITY", "PERSON"}
+
+    (best,) = InferenceClient(server_of_both.url).text_classification("a good film", top_k=1)
+    (row,) = server_of_both.classify(input="a good film").json()["data"]
+    assert (best.label, best.score) == (row["label"], max(row["probs"]))
 
 
-def test_a_text_gets_a_list_and_a_list_gets_a_list_of_lists(server: Server) -> None:
-    for path in ("/", "/classify"):
-        one = post(server, path, {"inputs": TEXT})
-        assert [row["word"] for row in one] == [part for _, part in FOUND]
-        assert post(server, path, {"inputs": [TEXT]}) == [one]
-        assert post(server, path, {"inputs": [NOTHING, TEXT]}) == [[], one]
-
-
-@pytest.mark.parametrize(
-    ("model", "parameters", "says"),
-    [
-        (
-            "tiny",
-            {"aggregation_strategy": "simple"},
-            "aggregation_strategy: tiny:1 is not a token classifier",
-        ),
-        ("tiny", {"ignore_labels": ["O"]}, "ignore_labels: tiny:1 is not a token classifier"),
-        ("tiny", {"stride": 4}, "stride: tiny:1 is not a token classifier"),
-        ("finder", {"top_k": 1}, "top_k: finder:1 is a token classifier: a text has no probabilities"),
-        ("finder", {"function_to_apply": "sigmoid"}, "function_to_apply: finder:1 is a token classifier"),
-        (
-            "finder",
-            {"ignore_labels": ["B-PERSON"]},
-            "ignore_labels: finder:1 finds no 'B-PERSON'; it finds CITY, P",
-        ),
-        (
-            "finder",
-            {"aggregation_strategy": "last"},
-            "aggregation_strategy: input should be 'none', 'simple', ",
-        ),
-        ("finder", {"stride": -1}, "stride: input should be greater than or equal to 0"),
-    ],
-)
-def test_parameters_of_the_other_task_are_refused(
-    server_of_both: Server, model: str, parameters: dict[str, Any], says: str
-) -> None:
-    for path in ("/", "/classify"):
-        body = {"inputs": TEXT, "model": model, "parameters": parameters}
-        answer = httpx.post(server_of_both.url + path, json=body)
-        assert answer.status_code == 422 and says in answer.text, answer.text
-
-
-# vLLM's semantic router
-
-
-def accepted(text: str, body: bytes, labels: set[str]) -> list[tuple[str, int, int]]:
-    """The spans that the router accepts; fails the test where it would reject the response.
-
-    As decodeTokenSpansResponse and alignTokenSpans in src/semantic-router/pkg/classification/http_token_classifier.go.
-    """
-    spans = json.loads(body)
-    assert isinstance(spans, list)  # or an object with spans
-    found = []
-    for span in spans:
-        label = span["entity_group"].removeprefix("B-").removeprefix("I-")
-        assert label in labels and label != "O"
-        assert 0 <= span["start"] < span["end"] <= len(text)
-        assert span["word"] == text[span["start"] : span["end"]]
-        assert 0 <= span["score"] <= 1
-        found.append((label, span["start"], span["end"]))
-    assert len(set(found)) == len(found)
-    return found
-
-
-@pytest.mark.parametrize(
-    "text", [TEXT, NOTHING, "e\u0301 good \u200b🇩🇪 du\u200bll\x00 bad", f"{NOTHING} " * 20 + "good"]
-)
-def test_the_semantic_routers_contract_token_spans(server: Server, text: str) -> None:
-    """The request is the router's httpClassifyRequest, {"inputs": text}; `accepted` parses answers as it does."""
-    answer = httpx.post(f"{server.url}/classify", content=json.dumps({"inputs": text}))
-    expected = [
-        (m[0].lower() in GOOD, *m.span())
-        for m in re.finditer(r"good( not)?|du\u200b?ll|bad|warm", text, re.I)
-    ]
-    found = accepted(text, answer.content, {"PERSON", "CITY"})
-    assert [one[1:] for one in found] == [one[1:] for one in expected]
-
-
-def test_spans_that_the_router_would_refuse_are_left_out() -> None:
-    """Tokenizers of bytes make several tokens of one emoji, and a token may have no characters."""
-    offsets = np.array([[0, 1], [0, 1], [1, 1], [1, 2]], np.int32)
-    logits = np.zeros((4, 2), np.float32)
-    logits[:, 1] = 3, 3, 3, 4
-    layout = Layout(offsets, np.zeros(4, bool), np.zeros(4, bool))
-    tokens = TokenReading(logits, layout, SpanRule(("O", "B-X")))
-    outcome = SimpleNamespace(
-        reading=SimpleNamespace(tokens=tokens), windows=(), num_windows=1, reason="threshold"
-    )
-    item: Any = SimpleNamespace(text=Text("😀a"), outcome=outcome)
-    assert [(one["word"], one["start"]) for one in hugging_face._entities(item)] == [("😀", 0), ("a", 1)]
-
-
-# FMS Guardrails' detectors
-
-
-def test_spans_are_detections(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detectors, "MAX_CHARS", 10)  # the limit on texts that are repeated for each label
+def test_spans_are_detections(server: Server) -> None:
     rows = post(server, CONTENTS, {"contents": [NOTHING, TEXT], "detector_params": {}})
     spans = spans_of(server, TEXT)
-    assert rows == [
-        [],
-        [
-            {"start": s["start"], "end": s["end"], "text": s["text"], "score": s["score"]}
-            | {"detection": s["label"], "detection_type": s["label"]}
-            for s in spans
-        ],
+    expected = [
+        {"start": s["start"], "end": s["end"], "text": s["text"], "score": s["score"]}
+        | {"detection": s["label"], "detection_type": s["label"]}
+        for s in spans
     ]
-    assert post(server, CONTENTS, {"contents": [NOTHING]}) == [[]]
+    assert rows == [[], expected]
     least = sorted(s["score"] for s in spans)[1]
     for params, kept in (
         ({"labels": ["CITY"]}, [s for s in spans if s["label"] == "CITY"]),
@@ -289,44 +155,36 @@ def test_spans_are_detections(server: Server, monkeypatch: pytest.MonkeyPatch) -
         assert [one["start"] for one in row] == [one["start"] for one in kept], params
 
 
-# LiteLLM's generic guardrail
-
-
-def guarded(server: Server, texts: Any, **params: Any) -> Any:
-    sent = {"input_type": "request", "texts": texts, "request_data": {}, "images": None, "tools": None}
-    return post(server, GUARDRAIL, sent | {"litellm_version": "9", PARAMETERS: params})
-
-
 def test_litellms_guardrail_redacts_or_blocks(server: Server) -> None:
     """The answers that GenericGuardrailAPIResponse.from_dict reads, in LiteLLM's types of the generic guardrail API."""
+
+    def guarded(texts: Any, **params: Any) -> Any:
+        sent = {"input_type": "request", "texts": texts, "request_data": {}, "images": None, "tools": None}
+        return post(server, GUARDRAIL, sent | {"litellm_version": "9", PARAMETERS: params})
+
     redacted = "😀 the [PERSON] film,\r\nit was é [CITY] and [CITY] [PERSON]"
     sent = ["", TEXT, " \n", NOTHING]
-    done = guarded(server, sent)
+    done = guarded(sent)
     assert done == {"action": "GUARDRAIL_INTERVENED", "texts": ["", redacted, " \n", NOTHING]}
-    assert guarded(server, sent, policy="redact") == done
+    assert guarded(sent, policy="redact") == done
     for nothing in (None, [], ["", " "], [NOTHING]):
-        assert guarded(server, nothing) == {"action": "NONE"}
-    cities = guarded(server, [TEXT], labels=["CITY"])
+        assert guarded(nothing) == guarded(nothing, policy="block") == {"action": "NONE"}
+    cities = guarded([TEXT], labels=["CITY"])
     assert cities["texts"] == [redacted.replace("[PERSON] film", "Good not film").replace("[PERSON]", "warm")]
     first, *_, best = sorted(spans_of(server, TEXT), key=lambda one: one["score"])
     reason = f"{best['label']} with probability {best['score']:.2f}, by finder:1"
-    assert guarded(server, sent, policy="block") == {"action": "BLOCKED", "blocked_reason": reason}
-    assert guarded(server, [NOTHING], policy="block") == {"action": "NONE"}
-    some = guarded(server, [TEXT], threshold=first["score"] + 1e-6)["texts"]  # scores are rounded
+    assert guarded(sent, policy="block") == {"action": "BLOCKED", "blocked_reason": reason}
+    some = guarded([TEXT], threshold=first["score"] + 1e-6)["texts"]  # scores are rounded
     assert some[0].count("[") == len(FOUND) - 1
 
 
-# NeMo Guardrails' rail gliner
+def test_the_server_of_nemos_gliner_rail(server: Server) -> None:
+    def extracted(text: str, **fields: Any) -> Any:
+        """The answer to a request as nemoguardrails/library/gliner/request.py: gliner_request sends it."""
+        sent = {"text": text, "threshold": 0.5, "chunk_length": 384, "overlap": 128, "flat_ner": False}
+        return post(server, EXTRACT, sent | fields)
 
-
-def extracted(server: Server, text: str, **fields: Any) -> Any:
-    """The answer to a request as nemoguardrails/library/gliner/request.py: gliner_request sends it."""
-    sent = {"text": text, "threshold": 0.5, "chunk_length": 384, "overlap": 128, "flat_ner": False}
-    return post(server, EXTRACT, sent | fields)
-
-
-def test_the_gliner_rails_server(server: Server) -> None:
-    answer = extracted(server, TEXT)
+    answer = extracted(TEXT)
     assert answer["tagged_text"] == (
         "😀 the [Good not](PERSON) film,\r\nit was é [dull](CITY) and [Bad](CITY) [warm](PERSON)"
     )
@@ -336,33 +194,18 @@ def test_the_gliner_rails_server(server: Server) -> None:
         for s in spans_of(server, TEXT)
     ]
     assert answer["total_entities"] == len(FOUND)
-    some = extracted(server, TEXT, labels=["city"])  # NeMo's examples have labels in lower case
-    assert {one["suggested_label"] for one in some["entities"]} == {"city"}
-    assert [one["value"] for one in some["entities"]] == ["dull", "Bad"]
-    assert extracted(server, TEXT, labels=[]) == answer
+    some = extracted(TEXT, labels=["city"])["entities"]  # NeMo's examples have labels in lower case
+    assert [(one["suggested_label"], one["value"]) for one in some] == [("city", "dull"), ("city", "Bad")]
+    assert extracted(TEXT, labels=[]) == answer
     # The model finds the parts of this word separately; the rail would write [PERSON][PERSON].
-    assert [one["text"] for one in spans_of(server, "a goods")] == ["good", "s"]
-    assert extracted(server, "a goods")["tagged_text"] == "a [goods](PERSON)"
+    assert extracted("a goods")["tagged_text"] == "a [goods](PERSON)"
     for nothing in ("", " \n", NOTHING):
-        assert extracted(server, nothing) == {"entities": [], "total_entities": 0, "tagged_text": nothing}
+        assert extracted(nothing) == {"entities": [], "total_entities": 0, "tagged_text": nothing}
     scores = [one["score"] for one in answer["entities"]]
-    assert len(extracted(server, TEXT, threshold=min(scores) + 1e-6)["entities"]) == len(FOUND) - 1
+    assert len(extracted(TEXT, threshold=min(scores) + 1e-6)["entities"]) == len(FOUND) - 1
 
 
-# All of them
-
-
-def bodies(text: str) -> dict[str, Any]:
-    """A body of each protocol that can return spans."""
-    return {
-        "/": {"inputs": text},
-        CONTENTS: {"contents": [text]},
-        GUARDRAIL: {"texts": [text]},
-        EXTRACT: {"text": text},
-    }
-
-
-@pytest.mark.parametrize("path", bodies(""))
+@pytest.mark.parametrize("path", ["/", EXTRACT])  # test_contract.py has the other protocols
 def test_a_text_is_read_whole_or_refused(server: Server, path: str) -> None:
     long = f"{NOTHING} " * 60 + "good"
     assert "PERSON" in json.dumps(post(server, path, bodies(long)[path]))
@@ -370,6 +213,19 @@ def test_a_text_is_read_whole_or_refused(server: Server, path: str) -> None:
     assert re.search(r"has (more than )?\d+ tokens", message_of(answer)), answer.text
     cut = {"inputs": "good " + f"{NOTHING} " * 300, "parameters": {"truncation": True}}
     assert [one["word"] for one in post(server, "/", cut)] == ["good"]
+
+
+def job_of(request: Any, logits: list[list[float]], chars: list[list[int]], ran: int, windows: int) -> Any:
+    """A finished job for a text, as far as protocols read it. chars: characters of each token."""
+    special = np.zeros(len(logits), bool)
+    layout = Layout(np.array(chars, np.int32), special, special)
+    reading = SimpleNamespace(
+        tokens=TokenReading(np.array(logits, np.float32), layout, SpanRule(("O", "B-X")))
+    )
+    outcome = SimpleNamespace(reading=reading, windows=[None] * ran, num_windows=windows, reason="deadline")
+    model = SimpleNamespace(manifest=SimpleNamespace(is_spans=True, labels=["O", "B-X"]))
+    item = SimpleNamespace(text=request.texts[0], outcome=outcome)
+    return SimpleNamespace(request=request, model=model, items=[item], outcomes=lambda: [outcome])
 
 
 @pytest.mark.parametrize(
@@ -381,40 +237,20 @@ def test_a_text_is_read_whole_or_refused(server: Server, path: str) -> None:
         (gliner, gliner.ExtractRequest, {}),
     ],
 )
-def test_unread_windows_are_an_error(protocol: ModuleType, request_type: Any, fields: Any) -> None:
-    layout = Layout(np.array([[0, 1]], np.int32), np.zeros(1, bool), np.zeros(1, bool))
-    tokens = TokenReading(np.array([[1, 0]], np.float32), layout, SpanRule(("O", "X")))
+def test_unread_windows_are_an_error(protocol: Any, request_type: Any, fields: Any) -> None:
     request = request_type([Text("a")], **fields)
-
-    def job(ran: int, windows: int) -> Any:
-        outcome = SimpleNamespace(
-            reading=SimpleNamespace(tokens=tokens),
-            windows=[None] * ran,
-            num_windows=windows,
-            reason="deadline",
-        )
-        manifest = SimpleNamespace(is_spans=True, labels=["O", "X"])
-        item = SimpleNamespace(text=request.texts[0], outcome=outcome)
-        model = SimpleNamespace(manifest=manifest)
-        return SimpleNamespace(request=request, model=model, items=[item], outcomes=lambda: [outcome])
-
     with pytest.raises(RequestError, match=r"latency_budget_ms: only 1 of a text's 2 windows") as error:
-        protocol.serialize("", job(1, 2))
+        protocol.serialize("", job_of(request, [[1, 0]], [[0, 1]], 1, 2))
     assert error.value.cause == "budget"
-    protocol.serialize("", job(0, 1))  # a single window, which exited in time
+    protocol.serialize("", job_of(request, [[1, 0]], [[0, 1]], 0, 1))  # a single window, which exited in time
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/rerank", {"query": "a", "texts": ["b"]}),
-        ("/v1/rerank", {"query": "a", "documents": ["b"]}),
-        ("/score", {"text_1": "a", "text_2": ["b"]}),
-    ],
-)
-def test_protocols_without_spans_refuse_a_token_classifier(server: Server, path: str, body: Any) -> None:
-    says = "model: finder:1 is a token classifier, and this protocol has no spans; use /classify"
-    assert message_of(httpx.post(server.url + path, json=body)) == says
+def test_spans_that_vllms_semantic_router_would_refuse_are_left_out() -> None:
+    """Tokenizers of bytes make several tokens of one emoji, and a token may have no characters."""
+    request = hugging_face.TaskRequest([Text("😀a")])
+    job = job_of(request, [[0, 3], [0, 3], [0, 3], [0, 4]], [[0, 1], [0, 1], [1, 1], [1, 2]], 0, 1)
+    found = json.loads(hugging_face.serialize("", job))
+    assert [(one["word"], one["start"]) for one in found] == [("😀", 0), ("a", 1)]
 
 
 def test_open_inference_lists_no_outputs_of_a_token_classifier(server: Server) -> None:
@@ -423,53 +259,31 @@ def test_open_inference_lists_no_outputs_of_a_token_classifier(server: Server) -
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "says"),
+    ("path", "model", "params", "says"),
     [
-        (
-            CONTENTS,
-            {"detector_params": {"safe_labels": ["O"]}},
-            "detector_params: safe_labels: finder:1 is a token c",
-        ),
-        (
-            CONTENTS,
-            {"detector_params": {"labels": ["B"]}},
-            "detector_params: labels: finder:1 finds no 'B'; it finds C",
-        ),
-        (
-            CONTENTS,
-            {"detector_params": {"labels": ["C"], "model": "tiny"}},
-            "detector_params: labels: tiny:1 is not a to",
-        ),
-        (
-            GUARDRAIL,
-            {PARAMETERS: {"label": "CITY"}},
-            f"{PARAMETERS}: label: finder:1 is a token classifier: give la",
-        ),
-        (GUARDRAIL, {PARAMETERS: {"labels": ["B"]}}, f"{PARAMETERS}: labels: finder:1 finds no 'B'"),
-        (
-            GUARDRAIL,
-            {PARAMETERS: {"labels": ["B"], "model": "tiny"}},
-            f"{PARAMETERS}: labels: tiny:1 is not a token",
-        ),
-        (
-            GUARDRAIL,
-            {PARAMETERS: {"policy": "redact", "model": "tiny"}},
-            f"{PARAMETERS}: policy: tiny:1 is not a to",
-        ),
-        (GUARDRAIL, {PARAMETERS: {"policy": "mask"}}, "policy: input should be 'redact' or 'block'"),
-        (EXTRACT, {"labels": ["IBAN"]}, "labels: finder:1 finds no 'IBAN'; it finds CITY, PERSON"),
-        (EXTRACT, {"labels": ["", "CITY"]}, "labels: finder:1 finds no ''"),
-        (EXTRACT, {"labels": ["O"]}, "labels: finder:1 finds no 'O'"),
-        (EXTRACT, {"model": "tiny"}, "model: tiny:1 is not a token classifier: it finds no entities"),
-        (EXTRACT, {"text": 1}, "text: must be a text"),
-        (EXTRACT, {"threshold": 2}, "threshold: input should be less than or equal to 1"),
+        ("/", "tiny", {"stride": 4}, "stride: tiny:1 is not a token classifier"),
+        ("/", "finder", {"top_k": 1}, "top_k: finder:1 is a token classifier: a text has no prob"),
+        ("/", "finder", {"ignore_labels": ["B-CITY"]}, "ignore_labels: finder:1 finds no 'B-CITY'; it"),
+        (CONTENTS, "finder", {"safe_labels": ["O"]}, "detector_params: safe_labels: finder:1 is a token c"),
+        (CONTENTS, "finder", {"labels": ["B"]}, "detector_params: labels: finder:1 finds no 'B'; it"),
+        (CONTENTS, "tiny", {"labels": ["C"]}, "detector_params: labels: tiny:1 is not a token cl"),
+        (GUARDRAIL, "finder", {"label": "CITY"}, f"{PARAMETERS}: label: finder:1 is a token classifier"),
+        (GUARDRAIL, "tiny", {"policy": "redact"}, f"{PARAMETERS}: policy: tiny:1 is not a token"),
+        (EXTRACT, "finder", {"labels": ["O"]}, "labels: finder:1 finds no 'O'; it finds CITY, PERSON"),
+        (EXTRACT, "tiny", {}, "model: tiny:1 is not a token classifier: it finds no entities"),
+        (EXTRACT, "finder", {"text": 1}, "text: must be a text"),
+        ("/v1/rerank", "finder", {}, "model: finder:1 is a token classifier, and this protocol has no sp"),
+        ("/score", "finder", {}, "model: finder:1 is a token classifier, and this protocol has no sp"),
     ],
 )
-def test_errors_name_the_field(server_of_both: Server, path: str, body: Any, says: str) -> None:
-    named = {CONTENTS: "detector_params", GUARDRAIL: PARAMETERS}.get(path)
-    inner = body[named] if named else body
-    inner.setdefault("model", "finder")
-    answer = httpx.post(server_of_both.url + path, json=bodies(TEXT)[path] | body)
+def test_errors_name_the_field(
+    server_of_both: Server, path: str, model: str, params: dict[str, Any], says: str
+) -> None:
+    named = {"/": "parameters", CONTENTS: "detector_params", GUARDRAIL: PARAMETERS}.get(path)
+    inner = params if path == "/" else params | {"model": model}
+    given = {"model": model} if path == "/" else {}
+    given |= {named: inner} if named else inner
+    answer = httpx.post(server_of_both.url + path, json=bodies(TEXT)[path] | given)
     assert message_of(answer).startswith(says), answer.text
     assert "Good" not in answer.text
     error = answer.json().get("error", {})
@@ -481,20 +295,13 @@ def test_errors_name_the_field(server_of_both: Server, path: str, body: Any, say
     ("path", "body", "model"),
     [
         ("/", {"parameters": {"aggregation_strategy": "first"}}, "finder"),
-        ("/", {"parameters": {"stride": 1}}, "finder"),
         ("/", {"parameters": {"top_k": 1}}, "tiny"),
-        ("/", {}, None),
+        ("/", {}, "tiny"),
         ("/classify", {"input": TEXT, "redact": True}, "finder"),
-        ("/classify", {"input": TEXT}, None),
-        ("/classify", {"text": TEXT}, "tiny"),
-        ("/predict", {"inputs": TEXT}, "tiny"),
-        ("/v1/moderations", {"input": TEXT}, "tiny"),
         (CONTENTS, {}, None),
-        (CONTENTS, {"detector_params": {"labels": ["CITY"]}}, "finder"),
         (CONTENTS, {"detector_params": {"safe_labels": ["negative"]}}, "tiny"),
         (GUARDRAIL, {PARAMETERS: {}}, None),
         (GUARDRAIL, {PARAMETERS: {"policy": "redact"}}, "finder"),
-        (GUARDRAIL, {PARAMETERS: {"labels": ["CITY"]}}, "finder"),
         (GUARDRAIL, {PARAMETERS: {"label": "positive"}}, "tiny"),
         (EXTRACT, {}, "finder"),
     ],
@@ -502,34 +309,28 @@ def test_errors_name_the_field(server_of_both: Server, path: str, body: Any, say
 def test_a_request_without_a_model_goes_to_the_one_that_can_answer(
     server_of_both: Server, path: str, body: Any, model: str | None
 ) -> None:
-    before = {
-        name: server_of_both.metric("de3_tokens_total", model=f"{name}:1") for name in ("tiny", "finder")
-    }
+    """A guard does not use a default that nobody has set."""
+
+    def tokens() -> dict[str, float]:
+        names = ("tiny", "finder")
+        return {name: server_of_both.metric("de3_tokens_total", model=f"{name}:1") for name in names}
+
+    before = tokens()
     answer = httpx.post(server_of_both.url + path, json=bodies(TEXT).get(path, {}) | body)
     if model is None:
         assert message_of(answer).startswith("model: is required, as several are served: tiny, finder")
         return
     assert answer.status_code == 200, answer.text
-    after = {name: server_of_both.metric("de3_tokens_total", model=f"{name}:1") for name in before}
-    assert [name for name in before if after[name] > before[name]] == [model]
+    assert [name for name, count in tokens().items() if count > before[name]] == [model]
 
 
-def test_one_token_classifier_does_not_answer_in_place_of_another(both: Path) -> None:
-    with serving(both, models=["finder", "another"]) as running:
-        for path in (CONTENTS, GUARDRAIL, EXTRACT):
-            answer = httpx.post(running.url + path, json=bodies(TEXT)[path])
-            assert message_of(answer).startswith("model: is required, as several are served: finder, another")
+# A client itself
 
-
-def test_no_token_classifier_answers_moderations(both: Path) -> None:
-    """Not even one of two labels."""
-    manifest = Store(both).open("finder").manifest.model_copy(update={"labels": ["O", "B-PERSON"]})
-    assert not moderations.ModerationRequest([Text("a")]).fits(manifest)
-
-
-# The clients themselves
-
-RAIL = """
+# NeMo Guardrails requires older versions of packages that other tests need (huggingface_hub). So it is installed in a
+# separate folder, without its requirements, but with the packages that its import needs.
+NEMO = "nemoguardrails>=0.24,<0.26 aiohttp-retry dataclasses-json fastembed lark loguru marshmallow<4 nest-asyncio"
+NEMO += " prompt_toolkit py_rust_stemmers simpleeval typing-inspect wcwidth"
+RAILS = """
 import asyncio, json, sys
 from nemoguardrails import LLMRails, RailsConfig
 from nemoguardrails.library.gliner.actions import gliner_mask_pii
@@ -537,61 +338,51 @@ from nemoguardrails.testing.fake_model import FakeLLMModel
 
 url, texts = sys.argv[1], json.loads(sys.argv[2])
 
-def config(entities):
+def config(kind, settings, flow):
     return RailsConfig.from_content(yaml_content=f'''
 rails:
   config:
-    gliner: {{server_endpoint: "{url}/v1/extract", threshold: 0.5, input: {{entities: {json.dumps(entities)}}}}}
+    {kind}: {settings}
   input:
-    flows: [gliner detect pii on input]
+    flows:
+      - {flow}
 ''')
 
-def masked(text, entities):
-    done = asyncio.run(gliner_mask_pii(source="input", text=text, config=config(entities)))
-    return done.metadata["masked_text"]
+def classifier(engine, blocked):
+    guard = f'{{engine: {engine}, model: tiny, base_url: "{url}", threshold: 0.5, blocked_labels: ["{blocked}"]}}'
+    return config("hf_classifier", f"{{guard: {guard}}}", 'hf classifier check input $classifier="guard"')
 
-said = []
-for text in texts:
-    rails = LLMRails(config([]), llm=FakeLLMModel(responses=["an answer"]))
-    said.append(rails.generate(messages=[{"role": "user", "content": text}])["content"])
-print(json.dumps([said, [masked(texts[0], []), masked(texts[0], ["city"])]]))
+def finder(entities):
+    settings = f'{{server_endpoint: "{url}/v1/extract", threshold: 0.5, input: {{entities: {json.dumps(entities)}}}}}'
+    return config("gliner", settings, "gliner detect pii on input")
+
+def said(rails):
+    answers = []
+    for text in texts:
+        rail = LLMRails(rails, llm=FakeLLMModel(responses=["an answer"]))
+        answers.append(rail.generate(messages=[{"role": "user", "content": text}])["content"])
+    return answers
+
+guards = [classifier("vllm", "positive"), classifier("kserve", "1"), classifier("fms", "positive"), finder(["city"])]
+masked = asyncio.run(gliner_mask_pii(source="input", text=texts[1], config=finder([]))).metadata["masked_text"]
+print(json.dumps([[said(rails) for rails in guards], masked]))
 """
 
 
 @pytest.mark.slow
-def test_the_gliner_rail_of_nemo_guardrails_blocks_and_masks(server: Server, tmp_path: Path) -> None:
+def test_rails_of_nemo_guardrails_block_and_mask(both: Path, tmp_path: Path) -> None:
     site = installed(tmp_path / "nemoguardrails", NEMO)
-    said, masked = json.loads(output_of(RAIL, site, server, ["good not , good and dull", NOTHING]))
-    assert said == ["I'm sorry, I can't respond to that.", "an answer"]
-    assert masked == ["[PERSON] , [PERSON] and [CITY]", "good not , good and [CITY]"]
-
-
-PROXY = """
-import asyncio, json, sys
-from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api.generic_guardrail_api import GenericGuardrailAPI
-
-url, texts = sys.argv[1], json.loads(sys.argv[2])
-
-async def said(**params):
-    guard = GenericGuardrailAPI(api_base=url, additional_provider_specific_params=params)
-    try:
-        return (await guard.apply_guardrail({"texts": texts}, {}, "request"))["texts"]
-    except Exception as error:
-        return str(error)
-
-async def main():
-    return [await said(), await said(labels=["CITY"]), await said(policy="block"), await said(labels=["x"])]
-
-print(json.dumps(asyncio.run(main())))
-"""
-
-
-@pytest.mark.slow
-def test_litellm_redacts_or_blocks(server: Server, tmp_path: Path) -> None:
-    site = installed(tmp_path / "litellm", LITELLM)
-    texts = ["", "good not , dull", NOTHING]
-    redacted, cities, blocked, failed = json.loads(output_of(PROXY, site, server, texts))
-    assert redacted == ["", "[PERSON] , [CITY]", NOTHING]
-    assert cities == ["", "good not , [CITY]", NOTHING]
-    assert re.search(r"(PERSON|CITY) with probability [01]\.\d\d, by finder:1$", blocked)
-    assert "422" in failed  # it fails closed
+    texts = ["good , good and warm", "good , dull and bad and boring and awful"]
+    with serving(both, models=["tiny", "finder"], default_model="tiny", tau=0) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", RAILS, server.url, json.dumps(texts)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env=os.environ | {"PYTHONPATH": str(site)},
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said, masked = json.loads(done.stdout.splitlines()[-1])
+    assert said == [["an answer", "I'm sorry, I can't respond to that."]] * 4
+    assert masked == "[PERSON] , [CITY] and [CITY] and [CITY] and [CITY]"
