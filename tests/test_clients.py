@@ -11,8 +11,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError
 
 from de3.server.errors import RequestError
 from de3.server.http.app import PROTOCOLS, create_api
@@ -24,12 +22,7 @@ from de3.server.settings import Settings
 from tests.serving import Server, serving
 
 TEXTS = ["a good film", "dull and boring", "it is not bad"]
-KEY = "alice-has-a-long-key"
-
-
-# The request bodies below are from the projects' documentation: vLLM's docs/models/pooling_models/classify.md and
-# example classification_online.py; SGLang's classify_models.md and native_api.ipynb; and, for vLLM's semantic router,
-# the contract in http_classifier_inference.go.
+# From the documentation of vLLM (docs/models/pooling_models/classify.md), as the fields that the tests send.
 CAFE, BROKEN = "Loved the new café—coffee was great.", "This update broke everything. Frustrating."
 
 
@@ -68,21 +61,17 @@ def test_a_client_generated_by_openapi_python_client_reads_typed_answers(
     pair = models.TextPair(text="a good film", text_pair="dull")
     body = models.ClassifyRequest(input_=[*TEXTS, pair], model="tiny", tau=0.1, explain=True)
     answer = classify.sync(client=client, body=body)
-    assert isinstance(answer, models.ClassifyResponse)
-    assert (answer.model, answer.usage.total_tokens > 0, len(answer.data)) == ("tiny:1", True, 4)
     expected = ours(server, input=[*TEXTS, pair.to_dict()], model="tiny", tau=0.1, explain=True)
     for row, raw in zip(answer.data, expected, strict=True):
-        assert (row.label, row.probs, row.exit_.layer) == (raw["label"], raw["probs"], raw["exit"]["layer"])
+        assert (row.label, row.probs, row.exit_.lambda_) == (
+            raw["label"],
+            raw["probs"],
+            raw["exit"]["lambda"],
+        )
         assert row.exit_.reason == models.ExitReason(raw["exit"]["reason"])
-        assert (row.exit_.tau, row.exit_.lambda_) == (0.1, raw["exit"]["lambda"]) and not row.truncated
-        assert [passed.edr for passed in row.layers] == [passed["edr"] for passed in raw["layers"]]
         assert row.to_dict().items() >= raw.items()
-
     refused = classify.sync(client=client, body=models.ClassifyRequest(input_="good", tau=2.0))
-    assert isinstance(refused, models.ErrorResponse)
     assert (refused.error.code, refused.error.param) == (422, "tau")
-    listed = import_module("de3_generated.api.models.models").sync(client=client).data
-    assert [one.id for one in listed] == ["tiny:1", "tiny-int8:1"]
     metadata = import_module("de3_generated.api.open_inference_protocol.model_metadata")
     assert "no model 'x' is served" in metadata.sync("x", client=client).error
 
@@ -90,8 +79,8 @@ def test_a_client_generated_by_openapi_python_client_reads_typed_answers(
 def test_the_schema_is_valid(store: Path) -> None:
     from openapi_spec_validator import OpenAPIV31SpecValidator
 
-    settings = Settings(store=store, api_keys=f"alice {KEY}", admin_keys="root root-has-a-long-key")  # type: ignore[arg-type]
-    api = create_api(Frontend(Service(settings), PROTOCOLS), lambda: None)
+    keys: dict[str, Any] = {"api_keys": f"alice {'a' * 20}", "admin_keys": f"root {'r' * 20}"}
+    api = create_api(Frontend(Service(Settings(store=store, **keys)), PROTOCOLS), lambda: None)
     schema = json.loads(json.dumps(api.openapi()))
     assert [error.message for error in OpenAPIV31SpecValidator(schema).iter_errors()] == []
     operations = [operation for path in schema["paths"].values() for operation in path.values()]
@@ -101,51 +90,37 @@ def test_the_schema_is_valid(store: Path) -> None:
 def test_the_schema_lists_the_path_of_every_protocol_with_an_example(server: Server) -> None:
     paths = httpx.get(server.url + "/openapi.json").json()["paths"]
     for path in PROTOCOLS:
-        operation = paths[path]["post"]
-        content = operation["requestBody"]["content"]["application/json"]
+        content = paths[path]["post"]["requestBody"]["content"]["application/json"]
         example = content["examples"]["one text"]["value"] if path == "/classify" else content["example"]
         answer = httpx.post(server.url + path.format(model="tiny", version=1), json=example)
         needs_pairs = "needs a model of pairs" in answer.text and ("rerank" in path or "score" in path)
         needs_spans = "is not a token classifier" in answer.text and path == "/v1/extract"
-        assert operation["summary"] and (answer.status_code == 200 or needs_pairs or needs_spans), (
-            path,
-            answer.text,
-        )
+        assert answer.status_code == 200 or needs_pairs or needs_spans, (path, answer.text)
 
 
 # vLLM and SGLang
 
 
-@pytest.mark.parametrize(("path", "texts"), [("/classify", CAFE), ("/v1/classify", [CAFE, BROKEN])])
-def test_the_documented_request_of_vllm_and_sglang(server: Server, path: str, texts: Any) -> None:
+def test_the_documented_request_of_vllm(server: Server) -> None:
     model = httpx.get(server.url + "/v1/models").json()["data"][0]["id"]  # as vLLM's example does
-    answer = httpx.post(server.url + path, json={"model": model, "input": texts})
-    assert answer.status_code == 200, answer.text
-    body = answer.json()
-    count = len(texts) if isinstance(texts, list) else 1
+    body = httpx.post(server.url + "/v1/classify", json={"model": model, "input": [CAFE, BROKEN]}).json()
     assert body["id"].startswith("classify-") and body["object"] == "list" and body["model"] == model
-    assert isinstance(body["created"], int) and body["created"] > 1_700_000_000
+    assert body["created"] > 1_700_000_000
     for index, row in enumerate(body["data"]):
-        assert row.keys() >= {"index", "label", "probs", "num_classes"}
-        assert (row["index"], row["num_classes"], len(row["probs"])) == (index, 2, 2)
-        assert sum(row["probs"]) == pytest.approx(1) and row["label"] in ("negative", "positive")
+        assert (row["index"], row["num_classes"], row["label"]) == (index, 2, ranked(row)[0][0])
     usage = body["usage"]
-    assert len(body["data"]) == count and usage["completion_tokens"] == 0
-    assert 0 < usage["prompt_tokens"] == usage["total_tokens"]
+    assert 0 == usage["completion_tokens"] < usage["prompt_tokens"] == usage["total_tokens"]
 
 
 def test_every_documented_field_of_vllm_works(server: Server) -> None:
     plain = ours(server, input=CAFE)
+    # A client that sends vLLM's defaults explicitly.
+    names = "model user truncate_prompt_tokens padding truncation_side mm_processor_kwargs cache_salt use_activation"
+    defaults = dict.fromkeys(names.split()) | {"priority": 0, "add_special_tokens": True}
     for fields in (
-        # A client that sends vLLM's defaults explicitly.
-        {
-            **dict.fromkeys(("model", "user", "truncate_prompt_tokens", "padding", "truncation_side")),
-            **dict.fromkeys(("mm_processor_kwargs", "cache_salt", "use_activation")),
-            "priority": 0,
-            "add_special_tokens": True,
-        },
-        {"truncate_prompt_tokens": -1, "truncation_side": "right", "use_activation": True, "user": "u-1"},
-        {"padding": "max_length", "cache_salt": "c2FsdA", "priority": -1, "activation": True, "rid": "r-1"},
+        defaults,
+        {"truncate_prompt_tokens": -1, "truncation_side": "right", "use_activation": True, "user": "u-1"}
+        | {"padding": "max_length", "cache_salt": "c2FsdA", "priority": -1, "rid": "r-1"},
     ):
         assert ours(server, input=CAFE, **fields) == plain, fields
     for fields in ({"use_activation": False}, {"activation": False}, {"raw": True}):
@@ -160,8 +135,7 @@ def test_every_documented_field_of_vllm_works(server: Server) -> None:
 def test_the_most_probable_labels(server: Server) -> None:
     for count, raw in ((1, False), (2, True), (5, False)):
         (row,) = ours(server, input=CAFE, top_k=count, raw=raw)
-        values = sorted(row["probs"], reverse=True)[:count]
-        assert [entry["prob"] for entry in row["top"]] == values and row["top"][0]["label"] == row["label"]
+        assert [(entry["label"], entry["prob"]) for entry in row["top"]] == ranked(row)[:count]
     assert "top" not in ours(server, input=CAFE)[0]
 
 
@@ -169,16 +143,9 @@ def test_the_most_probable_labels(server: Server) -> None:
     ("fields", "says"),
     [
         ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens: input should be -1 or null"),
-        ({"truncation_side": "left"}, "truncation_side: input should be 'right' or null"),
-        ({"add_special_tokens": False}, "add_special_tokens: input should be True or null"),
         ({"top_k": 0}, "top_k: input should be greater than or equal to 1"),
-        ({"raw": 1}, "raw: input should be a valid boolean"),
         ({"use_activation": "no"}, "use_activation: input should be a valid boolean"),
-        ({"request_id": 7}, "request_id: input should be a valid string"),
-        ({"messages": [{"role": "user", "content": CAFE}]}, "messages: unknown field; known fields: "),
         ({"input": [[9707, 11, 847], [791]]}, "input[0]: must be a text, or an object with text and"),
-        ({"input": [9707, 11, 847]}, "input[0]: must be a text"),
-        ({"text": CAFE}, "text: unknown field"),
         ({"thresholds": 0.3}, "thresholds: tiny:1 is not a multi-label model"),
     ],
 )
@@ -193,25 +160,13 @@ def test_sglangs_own_classify(server: Server) -> None:
     """SGLang's example reads the `embedding` of each response."""
     rows = ours(server, input=[CAFE, BROKEN])
     answer = server.classify(model="tiny", text=[CAFE, BROKEN], rid="r-1")
-    assert [len(one["embedding"]) for one in answer.json()] == [2, 2]
     for one, row in zip(answer.json(), rows, strict=True):
         weights = np.exp(one["embedding"])
         assert weights / weights.sum() == pytest.approx(row["probs"], abs=1e-6)
         assert one["meta_info"].keys() == {"id", "prompt_tokens"}
         assert one["meta_info"]["id"] == answer.headers["x-request-id"]
-    assert len(server.classify(text=[CAFE]).json()) == 1  # a list, as the request has one
     single = server.classify(text=CAFE, tau=0).json()
     assert len(single["embedding"]) == 2 and single["meta_info"]["prompt_tokens"] > 2
-    for wrong, says in (
-        ({"text": ""}, "text: must not be empty"),
-        ({"text": []}, "text: must not be an empty list"),
-        ({"text": ["good", 1]}, "text[1]: must be a text"),
-        ({"text": ["good", "good film " * 100]}, "text[1]: has 202 tokens"),
-        ({"text": "good", "sampling_params": {}}, "sampling_params: unknown field; known fields:"),
-    ):
-        refused = server.classify(**wrong)
-        assert refused.status_code == 422, wrong
-        assert refused.json()["error"]["message"].startswith(says)
 
 
 # tritonclient
@@ -226,36 +181,39 @@ def triton(server: Server) -> Iterator[Any]:
     client.close()
 
 
-def tensor(name: str, texts: list[str], binary: bool, shape: tuple[int, ...] | None = None) -> Any:
+def tensor(name: str, texts: list[str], binary: bool = True, shape: tuple[int, ...] = (-1,)) -> Any:
     from tritonclient.http import InferInput
 
-    values = np.array([text.encode() for text in texts], dtype=np.object_).reshape(shape or (len(texts),))
+    values = np.array([text.encode() for text in texts], dtype=np.object_).reshape(shape)
     found = InferInput(name, list(values.shape), "BYTES")
     found.set_data_from_numpy(values, binary_data=binary)
     return found
 
 
-@pytest.mark.parametrize(("binary", "shape"), [(True, (3,)), (True, (3, 1)), (False, (3,)), (False, (3, 1))])
-def test_triton_infers(server: Server, triton: Any, binary: bool, shape: tuple[int, ...]) -> None:
-    result = triton.infer("tiny", [tensor("text", TEXTS, binary, shape)], request_id="r1")
+def test_triton_infers(server: Server, triton: Any) -> None:
     rows = ours(server, input=TEXTS, model="tiny")
-    assert result.as_numpy("label").tolist() == [row["label"] for row in rows]
-    assert result.as_numpy("exit_layer").tolist() == [row["exit"]["layer"] for row in rows]
-    np.testing.assert_array_equal(result.as_numpy("probs"), [row["probs"] for row in rows])
-    response = result.get_response()
-    assert (response["model_name"], response["model_version"], response["id"]) == ("tiny", "1", "r1")
+    for binary, shape in ((True, (3,)), (False, (3, 1))):
+        result = triton.infer("tiny", [tensor("text", TEXTS, binary, shape)], request_id="r1")
+        assert result.as_numpy("label").tolist() == [row["label"] for row in rows]
+        assert result.as_numpy("exit_layer").tolist() == [row["exit"]["layer"] for row in rows]
+        np.testing.assert_array_equal(result.as_numpy("probs"), [row["probs"] for row in rows])
+        response = result.get_response()
+        assert (response["model_name"], response["model_version"], response["id"]) == ("tiny", "1", "r1")
 
 
 def test_triton_sets_tau_asks_for_outputs_and_sends_pairs(server: Server, triton: Any) -> None:
     from tritonclient.http import InferRequestedOutput
+    from tritonclient.utils import InferenceServerException
 
-    inputs = [tensor("text", TEXTS, True), tensor("text_pair", TEXTS[::-1], True)]
+    inputs = [tensor("text", TEXTS), tensor("text_pair", TEXTS[::-1])]
     outputs = [InferRequestedOutput("exit_layer"), InferRequestedOutput("label", binary_data=False)]
     result = triton.infer("tiny-int8", inputs, "1", outputs=outputs, parameters={"tau": 0.0})
     assert result.as_numpy("exit_layer").tolist() == [3, 3, 3] and result.as_numpy("probs") is None
     pairs = [{"text": a, "text_pair": b} for a, b in zip(TEXTS, TEXTS[::-1], strict=True)]
     rows = ours(server, input=pairs, model="tiny-int8", tau=0)
     assert result.as_numpy("label").tolist() == [row["label"] for row in rows]
+    with pytest.raises(InferenceServerException, match="no model 'other' is served"):
+        triton.infer("other", [tensor("text", TEXTS)])
 
 
 def test_triton_asks_about_the_server(triton: Any) -> None:
@@ -270,122 +228,62 @@ def test_triton_asks_about_the_server(triton: Any) -> None:
     assert found == {**words, "probs": ("FP64", [-1, 2]), "exit_layer": ("INT64", [-1])}
 
 
-def test_triton_reports_errors(triton: Any) -> None:
-    from tritonclient.utils import InferenceServerException
-
-    with pytest.raises(InferenceServerException, match="no model 'other' is served"):
-        triton.infer("other", [tensor("text", TEXTS, True)])
-    with pytest.raises(InferenceServerException, match=r"tau: .*allowed: 0 to 1"):
-        triton.infer("tiny", [tensor("text", TEXTS, False)], parameters={"tau": 2.0})
-
-
-@pytest.mark.parametrize(
-    ("binary", "size"),
-    [
-        (b"\x04\x00\x00\x00good", 8),  # fewer texts than its shape says
-        (b"\x04\x00\x00\x00good\x01", 9),
-        (b"\xff\xff\xff\xffgood", 8),
-        (b"\x04\x00\x00\x00good\x03\x00\x00\x00bad\x00", 16),  # more texts
-        (b"\x01\x00\x00\x00\xff\x03\x00\x00\x00bad", 12),  # not UTF-8
-        (b"", 8),
-        (b"", -1),
-        (b"x", True),
-        (b"\x04\x00\x00\x00good\x03\x00\x00\x00badmore", 15),  # bytes that belong to no tensor
-    ],
-)
-def test_binary_tensors_that_do_not_fit(server: Server, binary: bytes, size: Any) -> None:
-    tensor = {"name": "text", "datatype": "BYTES", "shape": [2], "parameters": {"binary_data_size": size}}
-    head = json.dumps({"inputs": [tensor]}).encode()
-
-    def infer(length: str) -> httpx.Response:
+def test_binary_tensors_that_do_not_fit(server: Server) -> None:
+    def infer(binary: bytes, size: Any, beyond: int | str = 0) -> httpx.Response:
+        tensor = {"name": "text", "datatype": "BYTES", "shape": [2], "parameters": {"binary_data_size": size}}
+        head = json.dumps({"inputs": [tensor]}).encode()
+        length = beyond if isinstance(beyond, str) else str(len(head) + beyond)
         headers = {"Inference-Header-Content-Length": length}
         return httpx.post(server.url + "/v2/models/tiny/infer", content=head + binary, headers=headers)
 
-    answer = infer(str(len(head)))
-    assert answer.status_code == 422 and answer.json()["error"].startswith("inputs: "), answer.text
-    for length in ("9" * 5000, str(len(head + binary) + 1), "-1"):
-        assert infer(length).status_code == 400, length
+    good, bad = b"\x04\x00\x00\x00good", b"\x03\x00\x00\x00bad"
+    assert infer(good + bad, 15).status_code == 200
+    for binary, size in (
+        (good, 8),  # fewer texts than its shape says
+        (good + b"\x01", 9),
+        (b"\xff\xff\xff\xffgood", 8),
+        (good + bad + b"\x00", 16),  # more texts
+        (b"\x01\x00\x00\x00\xff" + bad, 12),  # not UTF-8
+        (good, 9),
+        (b"", -1),
+        (b"x", True),
+        (good + bad + b"more", 15),  # bytes that belong to no tensor
+    ):
+        answer = infer(binary, size)
+        assert answer.status_code == 422 and answer.json()["error"].startswith("inputs: "), answer.text
+    for beyond in ("9" * 5000, 16, "-1"):
+        assert infer(good + bad, 15, beyond).status_code == 400, beyond
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"datatype": "FP32"},
-        {"shape": [2, 2]},
-        {"shape": [2, 1, 1]},
-        {"shape": []},
-        {"shape": [0], "data": []},
-        {"shape": [3]},
-        {"data": ["good", 1]},
-        {"data": ["good", " "]},
-        {"name": "words"},
-    ],
-)
-def test_tensors_in_json_that_do_not_fit(server: Server, change: dict[str, Any]) -> None:
+def test_tensors_in_json_that_do_not_fit(server: Server) -> None:
     text = {"name": "text", "datatype": "BYTES", "shape": [2], "data": ["good", "bad"]}
+    pair = text | {"name": "text_pair"}
 
     def infer(*inputs: dict[str, Any]) -> httpx.Response:
         return httpx.post(server.url + "/v2/models/tiny/infer", json={"inputs": inputs})
 
-    pair = text | {"name": "text_pair"}
-    for inputs in ([text | change], [text, pair | change], [text, text], [pair], []):
+    wrong: list[list[Any]] = [[text, text], [pair], [], [text, pair | {"shape": [1], "data": ["good"]}]]
+    shapes: tuple[list[int], ...] = ([1, 2], [2, 1, 1], [], [3])
+    changes: list[dict[str, Any]] = [{"datatype": "FP32"}, {"name": "words"}, {"shape": [0], "data": []}]
+    for change in [*changes, *({"shape": shape} for shape in shapes)]:
+        wrong += [[text | change], [text, pair | change]]
+    for inputs in wrong:
         refused = infer(*inputs)
         assert refused.status_code == 422 and refused.json()["error"].startswith("inputs"), inputs
     assert infer(text, pair).status_code == 200
-    refused = infer(text, pair | {"shape": [1], "data": ["good"]})
-    assert refused.status_code == 422  # one second text for two
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("GET", "/v2/models/other", 404),
-        ("GET", "/v2/models/tiny/infer", 405),
-        ("GET", "/predict", 405),
-        ("DELETE", "/info", 405),
-        ("PUT", "/v1/models/tiny:predict", 405),
-        ("GET", "/v1/models/other/calibration", 404),
-    ],
-)
-def test_errors_have_their_protocols_format(server: Server, method: str, path: str, status: int) -> None:
-    answer = httpx.request(method, server.url + path)
-    assert answer.status_code == status
-    assert answer.headers.get("allow") == {404: None, 405: "GET" if path == "/info" else "POST"}[status]
-    error = answer.json()["error"]
-    if path.startswith("/v2"):
-        assert answer.json().keys() == {"error"} and isinstance(error, str)
-    elif path in ("/predict", "/info"):
-        assert answer.json() == {"error": error, "error_type": "validation"} and isinstance(error, str)
-    else:
-        assert error["code"] == status and error["message"]
+# Hugging Face; its client is in test_span_doors.py
 
 
-# huggingface_hub
-
-
-def test_hugging_face_classifies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # fixtures.py sets it
-    client = InferenceClient(server.url)
-    (row,) = ours(server, input=TEXTS[0])
-    result = client.text_classification(TEXTS[0])
-    assert [(one.label, one.score) for one in result] == ranked(row)
-    assert len(client.text_classification(TEXTS[0], top_k=1)) == 1
-    raw, p = (client.text_classification(TEXTS[0], function_to_apply=f)[0].score for f in ("none", "sigmoid"))  # type: ignore[arg-type]
-    assert p == pytest.approx(1 / (1 + np.exp(-raw)))
-    with pytest.raises(HfHubHTTPError, match="422"):
-        client.text_classification("")
-
-
-def test_bodies_with_inputs_on_classify_get_a_flat_list(server: Server) -> None:
+def test_scores_for_bodies_with_inputs(server: Server) -> None:
     (row,) = ours(server, input=TEXTS[0])
     flat = [{"label": label, "score": score} for label, score in ranked(row)]
     for path, expected in (("/classify", flat), ("/", [flat])):
         answer = httpx.post(server.url + path, json={"inputs": TEXTS[0], "options": {"use_cache": False}})
         assert answer.json() == expected, path
-    for texts in (TEXTS[:1], TEXTS[:2]):  # a list of texts gets a list of lists, even if it has one text
-        answer = server.classify(inputs=texts, parameters={"tau": 0}).json()
-        for scores, row in zip(answer, ours(server, input=texts, tau=0), strict=True):
-            assert [(one["label"], one["score"]) for one in scores] == ranked(row)
+    answer = server.classify(inputs=TEXTS[:1], parameters={"tau": 0})
+    assert [len(scores) for scores in answer.json()] == [2]  # a list gets a list of lists
     for truncation in (None, True, "only_first", "longest_first"):
         answer = server.classify(inputs="good film " * 100, parameters={"truncation": truncation})
         assert answer.status_code == 200, truncation
@@ -393,11 +291,12 @@ def test_bodies_with_inputs_on_classify_get_a_flat_list(server: Server) -> None:
     (row,) = ours(server, input=pair, tau=0)
     answer = server.classify(inputs=pair, parameters={"tau": 0, "top_k": 1}).json()
     assert answer == [{"label": row["label"], "score": max(row["probs"])}]
-    for wrong in (
-        {"text_pair": "good"},
-        {"text": "good", "other": "bad"},
-        {"text": "good", "text_pair": " "},
-    ):
+    raw, score = (
+        server.classify(inputs=pair, parameters={"function_to_apply": function}).json()[0]["score"]
+        for function in ("none", "sigmoid")
+    )
+    assert score == pytest.approx(1 / (1 + np.exp(-raw)))
+    for wrong in ({"text_pair": "a"}, {"text": "a", "other": "b"}, {"text": "a", "text_pair": " "}):
         assert server.classify(inputs=wrong).json()["error"]["param"] == "inputs"
 
 
@@ -405,21 +304,10 @@ def test_bodies_with_inputs_on_classify_get_a_flat_list(server: Server) -> None:
 
 
 def test_info_has_the_fields_of_teis_openapi_json(server: Server) -> None:
-    required = {"model_id", "model_dtype", "model_type", "max_concurrent_requests", "max_input_length"}
-    required |= {
-        "max_batch_tokens",
-        "max_client_batch_size",
-        "auto_truncate",
-        "tokenization_workers",
-        "version",
-    }
-    optional = {"docker_label", "max_batch_requests", "model_sha", "sha"}
     info = httpx.get(server.url + "/info").json()
-    assert required <= info.keys() <= required | optional
-    assert info["model_type"]["classifier"] == {
-        "id2label": {"0": "negative", "1": "positive"},
-        "label2id": {"negative": 0, "positive": 1},
-    }
+    assert {"model_id", "model_dtype", "auto_truncate", "tokenization_workers", "version"} <= info.keys()
+    names = {"id2label": {"0": "negative", "1": "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    assert info["model_type"]["classifier"] == names
     limits = {name: info[name] for name in info if name.startswith("max_")}
     assert limits.pop("max_concurrent_requests") == server.service.settings.max_queue
     texts = dict.fromkeys(("max_batch_requests", "max_client_batch_size"), 8)
@@ -434,37 +322,29 @@ def test_each_cause_of_an_error_has_teis_type() -> None:
             assert body == {"error": "refused", "error_type": kinds.get(status, "validation")}, cause
 
 
-@pytest.mark.parametrize(
-    ("inputs", "texts", "is_batch"),
-    [
+def test_tei_predicts(server: Server) -> None:
+    pair = [{"text": "good", "text_pair": "bad"}]
+    cases: tuple[tuple[Any, list[Any], bool], ...] = (
         ("a good film", ["a good film"], False),
         (["a good film"], ["a good film"], False),
-        (["a good film", "it is"], [{"text": "a good film", "text_pair": "it is"}], False),
+        (["good", "bad"], pair, False),
         ([["a good film"], ["dull"]], ["a good film", "dull"], True),
-        ([["good", "bad"]], [{"text": "good", "text_pair": "bad"}], True),
-    ],
-)  # fmt: skip
-def test_tei_predicts(server: Server, inputs: Any, texts: list[Any], is_batch: bool) -> None:
-    body = {"inputs": inputs, "raw_scores": False, "truncate": True, "truncation_direction": "right"}
-    answer = httpx.post(server.url + "/predict", json=body)
-    rows = [
-        [{"score": score, "label": label} for label, score in ranked(row)]
-        for row in ours(server, input=texts)
-    ]
-    assert answer.status_code == 200 and answer.json() == (rows if is_batch else rows[0])
+        ([["good", "bad"]], pair, True),
+    )
+    for inputs, texts, is_batch in cases:
+        body = {"inputs": inputs, "raw_scores": False, "truncate": True, "truncation_direction": "right"}
+        answer = httpx.post(server.url + "/predict", json=body).json()
+        rows = [ranked(row) for row in ours(server, input=texts)]
+        expected = [[{"score": score, "label": label} for label, score in row] for row in rows]
+        assert answer == (expected if is_batch else expected[0]), inputs
 
 
-def test_tei_refuses_long_texts_unless_told_to_truncate(server: Server) -> None:
-    long = "good film " * 500
-    refused = httpx.post(server.url + "/predict", json={"inputs": long})
-    assert refused.status_code == 422 and refused.json()["error_type"] == "validation"
-    assert httpx.post(server.url + "/predict", json={"inputs": long, "truncate": True}).status_code == 200
+def test_tei_truncates_if_told_and_gives_raw_scores(server: Server) -> None:
+    long = {"inputs": "good film " * 500, "truncate": True}
+    assert httpx.post(server.url + "/predict", json=long).status_code == 200
     raw = httpx.post(server.url + "/predict", json={"inputs": "good", "raw_scores": True, "tau": 0}).json()
     (row,) = ours(server, input="good", tau=0)
     assert ranked(row)[0][1] == pytest.approx(1 / (1 + np.exp(raw[1]["score"] - raw[0]["score"])), abs=1e-6)
-
-
-@pytest.mark.parametrize("inputs", [None, [[]], [["a", "b", "c"]], ["a", "b", "c"], "", {"text": "a"}])
-def test_tei_says_what_is_wrong(server: Server, inputs: Any) -> None:
-    answer = httpx.post(server.url + "/predict", json={"inputs": inputs})
-    assert answer.status_code == 422 and answer.json()["error"].startswith("inputs")
+    for inputs in (None, [[]], [["a", "b", "c"]], ["a", "b", "c"], {"text": "a"}):
+        answer = httpx.post(server.url + "/predict", json={"inputs": inputs})
+        assert answer.status_code == 422 and answer.json()["error"].startswith("inputs"), inputs
