@@ -15,8 +15,7 @@ import httpx
 import pytest
 
 from de3.server.errors import RequestError
-from de3.server.http.access import MAX_FILE_BYTES, MAX_KEYS, WINDOW_PARTS, Access, Charge, Keys, RateLimit
-from de3.server.http.app import _is_loopback
+from de3.server.http.access import MAX_FILE_BYTES, MAX_KEYS, Access, Charge, Keys, RateLimit
 from de3.server.settings import Settings
 from de3.server.shared import Leases
 from tests.serving import Server, in_event_loop, serving
@@ -55,61 +54,37 @@ def post(server: Server, headers: dict[str, str], **body: Any) -> httpx.Response
     return httpx.post(server.url + "/classify", json=body, headers=headers, timeout=30)
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
+def test_only_a_valid_key_classifies(server: Server) -> None:
+    for headers in (
         {},
         bearer(ALICE + "x"),
         bearer(DIGEST),  # the digest in the file is not accepted as a key
         {"Authorization": ALICE},
         {"Authorization": f"Basic {ALICE}"},
-    ],
-)
-def test_without_a_key_nobody_classifies(server: Server, headers: dict[str, str]) -> None:
-    for answer in (
-        post(server, headers, input="good"),
-        httpx.post(server.url + "/v1/classify", content=b"{", headers=headers),
-        httpx.get(server.url + "/v1/models", headers=headers),
-        httpx.get(server.url + "/v1/models/tiny/calibration", headers=headers),
     ):
-        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
-        error = answer.json()["error"]
-        assert error["type"] == "AuthenticationError" and "Authorization: Bearer KEY" in error["message"]
-
-
-def test_a_valid_key_is_accepted(server: Server) -> None:
+        for answer in (
+            post(server, headers, input="good"),
+            httpx.post(server.url + "/v1/classify", content=b"{", headers=headers),
+            httpx.get(server.url + "/v1/models", headers=headers),
+        ):
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+            assert answer.json()["error"]["type"] == "AuthenticationError"
     for key in (ALICE, BOB):
         assert post(server, bearer(key), input="good").status_code == 200
         assert httpx.get(server.url + "/v1/models", headers=bearer(key)).status_code == 200
     assert post(server, {"authorization": f"bearer {ALICE}"}, input="good").status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("path", "status"),
-    [
-        *((path, 200) for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json")),
-        *((path, 401) for path in ("/v1/models%0A", "/v1/modelsx", "/x/v1/models", "/nothing", "/health%0A")),
-    ],
-)
-def test_only_health_metrics_and_docs_need_no_key(server: Server, path: str, status: int) -> None:
-    answer = httpx.get(server.url + path)
-    assert answer.status_code == status
-    assert ALICE not in answer.text and DIGEST not in answer.text
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    assert answer.headers["x-frame-options"] == "DENY"
-    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
-    assert answer.headers["referrer-policy"] == "no-referrer"
-
-
-def test_the_schema_marks_the_paths_that_need_a_key(server: Server, open_server: Server) -> None:
-    def secured(schema: dict[str, Any]) -> set[str]:
-        return {path for path, ways in schema["paths"].items() for way in ways.values() if "security" in way}
-
-    schema = httpx.get(server.url + "/openapi.json").json()
-    open_paths = {"/health", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready"}
-    assert secured(schema) == schema["paths"].keys() - open_paths
-    assert secured(httpx.get(open_server.url + "/openapi.json").json()) == set()
-    assert [httpx.head(open_server.url + path).status_code for path in ("/health", "/ready")] == [200] * 2
+def test_only_health_metrics_and_docs_need_no_key(server: Server) -> None:
+    opened = dict.fromkeys(("/health", "/ready", "/metrics", "/docs", "/openapi.json"), 200)
+    for path, status in (opened | dict.fromkeys(("/v1/models%0A", "/nothing", "/health%0A"), 401)).items():
+        answer = httpx.get(server.url + path)
+        assert answer.status_code == status, path
+        assert ALICE not in answer.text and DIGEST not in answer.text
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["referrer-policy"] == "no-referrer"
 
 
 def test_each_name_has_its_own_limit_whatever_key_it_uses(server: Server) -> None:
@@ -134,12 +109,9 @@ def test_each_name_has_its_own_limit_whatever_key_it_uses(server: Server) -> Non
     ("lines", "says"),
     [
         ("# only a comment", "contains no key"),
-        ("alice a b", "line 1: must be a name and a key"),
         ("alice short", "at least 16 characters"),
-        (f"alice {ALICE}\nbob {ALICE}", "line 2: alice already has this key"),
         (f"bob {BOB}\nbob sha256:{DIGEST}", "line 2: bob already has this key"),
         (f"al/ice {ALICE}", "line 1: a name has"),
-        ("alice sha256:abc", "a digest 64 hex digits"),
         (f"alice {ALICE} #{BOB}\nbob short#comment", "line 2: a key has"),
         ("\n".join(f"alice {ALICE}{i}" for i in range(MAX_KEYS + 1)), f"at most {MAX_KEYS}"),
     ],
@@ -156,15 +128,12 @@ def test_invalid_keys_are_refused_with_their_line(lines: str, says: str) -> None
     [
         ({"rate_limit": "10/second"}, "rate_limit: applies to API keys"),
         ({"rate_limit": "0/second", "api_keys": f"alice {ALICE}"}, "rate_limit: '0/second' is not a rate"),
-        ({"rate_limit": "9/second;5/hour", "api_keys": f"alice {ALICE}"}, "is not a rate"),
-        ({"rate_limit": "9/0 second", "api_keys": f"alice {ALICE}"}, "is not a rate"),
-        ({"api_keys_file": Path("no-such-file")}, "DE3_API_KEYS_FILE: cannot be read: [Errno 2]"),
+        ({"api_keys_file": Path("no-such-file")}, "DE3_API_KEYS_FILE: cannot be read"),
         ({"api_keys": f"a {BOB};a {ALICE}", "admin_keys": f"b {ALICE}"}, "admin_keys: a key cannot be both"),
-        ({"api_keys": "alice short"}, "DE3_API_KEYS, line 1"),
         ({"api_keys": f"alice {ALICE}", "api_keys_file": Path("x")}, "DE3_API_KEYS: "),
         *(({"cors_origins": [wrong]}, "cors_origins") for wrong in ("page.example", f"{PAGE}/path", "")),
     ],
-    ids=range(11),
+    ids=range(8),
 )
 def test_invalid_settings_prevent_the_start(store: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(says)):
@@ -172,73 +141,28 @@ def test_invalid_settings_prevent_the_start(store: Path, options: dict[str, Any]
 
 
 def test_settings_do_not_show_keys() -> None:
-    assert ALICE not in repr(Settings(api_keys=f"alice {ALICE}"))  # type: ignore[arg-type]
+    options: dict[str, Any] = {"api_keys": f"alice {ALICE}"}
+    assert ALICE not in repr(Settings(**options))
     with pytest.raises(ValueError, match=r"--max-texts \(9\) must not exceed --max-queue \(8\)") as error:
-        Settings(api_keys=f"alice {ALICE}", max_texts=9, max_queue=8)  # type: ignore[arg-type]
+        Settings(max_texts=9, max_queue=8, **options)
     assert ALICE not in str(error.value)
 
 
 def test_as_many_keys_as_are_allowed_and_as_short(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("".join(f"n{i} {i:016}\n" for i in range(MAX_KEYS)))
-    scope = {"headers": [(b"authorization", b"Bearer " + b"0" * 15 + b"7")]}
-    assert Keys.from_file(file).owner(scope) == "n7"
-    file.write_text(file.read_text() + "#" * MAX_FILE_BYTES)
+    assert (
+        Keys.from_file(file).owner({"headers": [(b"authorization", b"Bearer " + b"0" * 15 + b"7")]}) == "n7"
+    )
+    file.write_text("#" * (MAX_FILE_BYTES + 1))
     with pytest.raises(ValueError, match="larger than"):
         Keys.from_file(file)
 
 
-def test_texts_beyond_the_limit_count_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, limit = 1000.0, RateLimit("100/second")
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    limit.hit("me", 60)
-    now += 0.5
-    limit.drain("me", 240)  # 200 more than the limit, which need two seconds
-    now += 0.25
-    limit.drain("me", 10)  # another tenth of a second
-    assert limit.remaining("me") == 0
-    now += 0.25
-    limit.drain("me", 1)  # the first 60 have expired, but it is still beyond the limit
-    for seconds in (1.0, 1.0, 0.49):
-        now += seconds
-        with pytest.raises(RequestError) as refused:
-            limit.hit("me", 1)
-    assert refused.value.retry_after_s == 1
-    left = []
-    for seconds in (0.06, 0.055, 0.01):
-        now += seconds
-        left.append(limit.remaining("me"))
-    assert left == [89, 99, 100]
-
-
-def preflight(server: Server, origin: str) -> httpx.Response:
-    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
-    return httpx.options(server.url + "/classify", headers=headers)
-
-
-def test_only_configured_origins_are_allowed(server: Server, open_server: Server) -> None:
-    assert "access-control-allow-origin" not in preflight(server, PAGE).headers
-    answer = post(server, bearer(ALICE) | {"Origin": PAGE}, input="good")
-    assert "access-control-allow-origin" not in answer.headers
-    assert preflight(open_server, PAGE).headers["access-control-allow-origin"] == PAGE
-    assert preflight(open_server, "https://other.example").status_code == 400
-    answer = post(open_server, {"Origin": PAGE}, input="good")
-    assert answer.status_code == 200
-    assert answer.headers["access-control-allow-origin"] == PAGE
-    assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
-
-
-OWN = ["localhost:8000", "LOCALHOST.", "app.localhost", "[::1]:8000", "127.0.0.1:", "proxy.Example"]
-LOOPBACK = [
-    ("LOCALHOST", True),
-    ("127.1", True),
-    ("::ffff:127.0.0.1", True),
-    ("0.0.0.0", False),
-    ("a b", False),
-]
+OWN = ("localhost:8000", "LOCALHOST.", "app.localhost", "[::1]:8000", "127.0.0.1:", "proxy.Example")
 OTHERS = (  # noqa: SIM905
-    "evil.example:8000 localhost.evil.example 127.0.0.1.evil.example [::1]evil.example [::1 [::1%25evil.example] "
-    "[127.0.0.1] 127.0.0.1:evil.example localhost:80@evil.example evil.example/.localhost :8000"
+    "evil.example:8000 127.0.0.1.evil.example [::1]evil.example [::1%25evil.example] [127.0.0.1] "
+    "127.0.0.1:evil.example localhost:80@evil.example evil.example/.localhost :8000"
 ).split()
 
 
@@ -247,51 +171,15 @@ OTHERS = (  # noqa: SIM905
 )
 def test_dns_rebinding_is_refused(open_server: Server, host: str, is_own: bool) -> None:
     """DNS rebinding: the requests that a page at evil.example sends to this server are same-origin."""
-    headers = {"Host": host, "Origin": f"http://{host}"}
-    for answer in (
-        post(open_server, headers, input="good"),
-        httpx.get(open_server.url + "/v1/models", headers=headers),
-    ):
-        assert answer.status_code == (200 if is_own else 403), answer.text
-        assert is_own or "--allowed-host" in answer.text
+    answer = post(open_server, {"Host": host, "Origin": f"http://{host}"}, input="good")
+    assert answer.status_code == (200 if is_own else 403), answer.text
 
 
 def test_any_host_name_is_accepted_where_a_page_could_do_no_harm(store: Path, server: Server) -> None:
     headers = {"Host": "shop.example"}
-    assert httpx.get(server.url + "/health", headers=headers).status_code == 200  # it needs keys
-    for options in ({"allowed_hosts": ["*"]}, {"host": "0.0.0.0"}):
-        with serving(store, models=["tiny"], **options) as other:
-            assert httpx.get(other.url + "/health", headers=headers).status_code == 200
-    assert [_is_loopback(host) for host, _ in LOOPBACK] == [is_loopback for _, is_loopback in LOOPBACK]
-
-
-@pytest.mark.parametrize(("rate", "period_s"), [("200/second", 1.0), (" 07 PER 2 minutes", 120.0)])
-def test_no_period_exceeds_the_limit(rate: str, period_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, rng, limit = 1000.0, random.Random(1), RateLimit(rate)
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    monkeypatch.setattr("time.time", lambda: rng.uniform(0, 1e9))  # may be set back and forth
-    amount, counted = limit.remaining("me"), list[tuple[float, int]]()
-
-    def texts_of_the_last(seconds: float) -> int:
-        return sum(texts for at, texts in counted if at > now - seconds)
-
-    for _ in range(2000):
-        # Powers of two, so that there are no rounding errors.
-        now += period_s * rng.choices((0, 2**-10, 2**-7, 0.25, 0.9375), (90, 300, 90, 3, 3))[0]
-        texts = rng.choices((1, amount // 3, amount - 1), (90, 1, 1))[0]
-        try:
-            limit.hit("me", texts)
-            counted.append((now, texts))
-        except RequestError as refused:
-            assert texts_of_the_last(1.01 * period_s) + texts > amount
-            assert refused.retry_after_s is not None and 1 <= refused.retry_after_s <= math.ceil(period_s)
-            if rng.random() < 0.3:
-                now += refused.retry_after_s
-                limit.hit("me", texts)
-                counted.append((now, texts))
-        assert texts_of_the_last(period_s) <= amount
-        assert len(limit._windows["me"]._parts) <= WINDOW_PARTS + 1
-    assert len(counted) > 500
+    assert httpx.get(server.url + "/health", headers=headers).status_code == 200  # others need keys
+    with serving(store, models=["tiny"], host="0.0.0.0") as public:
+        assert httpx.get(public.url + "/health", headers=headers).status_code == 200
 
 
 def test_a_page_of_another_origin_cannot_use_a_server_without_keys(open_server: Server) -> None:
@@ -312,17 +200,26 @@ def test_a_page_of_another_origin_cannot_use_a_server_without_keys(open_server: 
     assert httpx.get(open_server.url + "/health", headers=headers).status_code == 200
 
 
+def test_only_configured_origins_may_read_answers(server: Server, open_server: Server) -> None:
+    answer = post(open_server, {"Origin": PAGE}, input="good")
+    assert answer.headers["access-control-allow-origin"] == PAGE
+    assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
+    headers = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
+    preflight = httpx.options(open_server.url + "/classify", headers=headers)
+    assert preflight.headers["access-control-allow-origin"] == PAGE
+    headers["Origin"] = "https://other.example"
+    assert httpx.options(open_server.url + "/classify", headers=headers).status_code == 400
+    answer = post(server, bearer(ALICE) | {"Origin": PAGE}, input="good")  # it has configured none
+    assert "access-control-allow-origin" not in answer.headers
+
+
 def test_refusals_are_counted_on_every_route(store: Path) -> None:
-    root, load, unload = "root-has-a-long-key-too", "/v1/models/tiny/load", "/v1/models/tiny/unload"
+    root, load = "root-has-a-long-key-too", "/v1/models/tiny/load"
     calls: list[tuple[str, str, str, bytes, int, str]] = [
         ("GET", "/v1/models", "", b"", 401, "no_key"),
         ("PUT", load, ALICE, b"{}", 403, "forbidden"),
         ("POST", load, root, b'{"role": "\xff"}', 400, "not_json"),
-        ("POST", load, root, b'{"version": 0}', 422, "bad_request"),
         ("POST", load, root, b"x" * 2001, 413, "too_large"),
-        ("POST", unload, root, b"", 409, "conflict"),
-        ("GET", "/v1/models/none/calibration", ALICE, b"", 404, "unknown_model"),
-        ("GET", "/nothing", ALICE, b"", 404, "unknown_path"),
         ("DELETE", "/health", "", b"", 405, "wrong_method"),
         ("POST", "/classify", "", b"{}", 401, "no_key"),  # counted once, not again elsewhere
         ("GET", "/health", "", b"", 200, ""),
@@ -335,9 +232,8 @@ def test_refusals_are_counted_on_every_route(store: Path) -> None:
             answer = httpx.request(method, server.url + path, content=body, headers=headers)
             assert answer.status_code == status, (method, path, answer.text)
             expected[cause] += bool(cause)
-            causes = {name: server.metric("de3_rejected_total", cause=name) for name in expected}
-            assert causes == expected, (method, path)
-            assert server.metric("de3_rejected_total") == expected.total()
+        causes = {name: server.metric("de3_rejected_total", cause=name) for name in expected}
+        assert causes == expected and server.metric("de3_rejected_total") == expected.total()
         assert server.metric("de3_requests_total", status="401") == 1  # classification requests only
 
 
@@ -353,13 +249,11 @@ def test_the_cost_of_a_request(server: Server) -> None:
         assert answer.status_code == status, answer.text
         return int(before - server.frontend.access.limit.remaining("erin"))
 
-    assert cost(b'{"input": "good"}', 200) == 1
     assert cost(b'{"input": ["good", "bad", "fine"]}', 200) == 3
     assert cost(b'{"input": ""}', 422) == cost(b"{", 400) == 1
     assert cost(b'{"input": "good", "user": "' + b"x" * 10_000 + b'"}', 200) == 3
     assert cost(b'{"input": "' + b"x" * 20_000, 400) == 5
-    assert cost(b'{"input": ["good", "bad"], "user": "' + b"x" * 5000 + b'"}', 200) == 2
-    assert [cost(b"{", 400) for _ in range(4)] == [1] * 4
+    assert [cost(b"{", 400) for _ in range(7)] == [1] * 7
     assert cost(b"{", 429) == 0
     limit = RateLimit("10/hour")
     charge = Charge(limit, "alice")
@@ -369,12 +263,6 @@ def test_the_cost_of_a_request(server: Server) -> None:
     for texts, then in ((7, 3), (7, 3), (30, 0)):  # 30 is more than is left
         charge.settle(texts)
         assert limit.remaining("alice") == then
-    with pytest.raises(RequestError, match="over your rate limit") as refused:
-        asyncio.run(Charge(limit, "alice").raise_to(1))
-    assert refused.value.retry_after_s in (3 * 3600 - 1, 3 * 3600)  # for 30 texts, at 10 per hour
-    with pytest.raises(RequestError, match="costs 11 texts"):
-        asyncio.run(Charge(limit, "bob").raise_to(11))
-    asyncio.run(Charge(limit, "bob").raise_to(10))
 
 
 @in_event_loop
@@ -387,11 +275,10 @@ async def test_processes_lease_a_fiftieth_of_a_limit_in_advance() -> None:
         await asyncio.sleep(0)
         whole.hit(owner, texts)
 
-    def limit_of(rate: str, processes: int) -> Any:
-        settings = Settings(api_keys=f"me {ALICE}", rate_limit=rate, processes=processes)  # type: ignore[arg-type]
-        return Access(settings, Leases(lease, whole.drain)).limit
-
-    one, other = (limit_of("400/day", 2) for _ in range(2))
+    options: dict[str, Any] = {"api_keys": f"me {ALICE}", "rate_limit": "400/day", "processes": 2}
+    leases = Leases(lease, whole.drain)
+    one, other = (Access(Settings(**options), leases).limit for _ in range(2))
+    assert one is not None and other is not None
 
     async def take(limit: RateLimit, *texts: int) -> list[bool]:
         results = await asyncio.gather(*(limit.take("me", n) for n in texts), return_exceptions=True)
@@ -405,15 +292,62 @@ async def test_processes_lease_a_fiftieth_of_a_limit_in_advance() -> None:
     one.drain("me", 5)  # three from its lease, two from the shared limit
     assert left() == 371
     assert await take(one, 3) == [True]
-    assert await take(one, 2, 1) == [True] * 2  # 2 leases, 1 uses the first lease
-    assert left() == 363
-    assert await take(other, 3, 3) == [True] * 2 and left() == 356  # a block, and three
-    assert await take(other, 354) == [True] and left() == 2
+    assert await take(one, 2, 1) == [True] * 2 and left() == 363  # 2 leases, 1 uses the first lease
+    assert await take(other, 3, 3, 354) == [True] * 3 and left() == 2
     assert await take(other, 3) == [False] and await take(other, 1) == [True]  # the lease remains
     asked.clear()
     assert await take(other, 1) == [True] and (asked, left()) == ([4, 1], 1)  # too few for a block
     assert await take(one, 3, 2, 1) == [False, True, True] and left() == 0
-    assert await take(one, 1) == [False]
-    asked.clear()
-    await limit_of("4800/minute", 4).take("other", 1)
-    assert asked == [24]
+
+
+class Clock:
+    """A monotonic clock that the test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+
+
+def test_texts_beyond_the_limit_count_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, limit = Clock(monkeypatch), RateLimit("100/second")
+    limit.hit("me", 60)
+    clock.now += 0.5
+    limit.drain("me", 240)  # 200 more than the limit, which need two seconds
+    clock.now += 0.25
+    limit.drain("me", 10)  # another tenth of a second
+    assert limit.remaining("me") == 0
+    clock.now += 0.25
+    limit.drain("me", 1)  # the first 60 have expired, but it is still beyond the limit
+    for seconds in (1.0, 1.0, 0.49):
+        clock.now += seconds
+        with pytest.raises(RequestError) as refused:
+            limit.hit("me", 1)
+    assert refused.value.retry_after_s == 1
+    left = []
+    for seconds in (0.06, 0.055, 0.01):
+        clock.now += seconds
+        left.append(limit.remaining("me"))
+    assert left == [89, 99, 100]
+
+
+@pytest.mark.parametrize(("rate", "period_s"), [("200/second", 1.0), (" 07 PER 2 minutes", 120.0)])
+def test_no_period_exceeds_the_limit(rate: str, period_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, rng, limit = Clock(monkeypatch), random.Random(1), RateLimit(rate)
+    amount, counted = limit.remaining("me"), list[tuple[float, int]]()
+
+    def texts_of_the_last(seconds: float) -> int:
+        return sum(texts for at, texts in counted if at > clock.now - seconds)
+
+    for _ in range(1000):
+        # Powers of two, so that there are no rounding errors.
+        clock.now += period_s * rng.choices((0, 2**-10, 2**-7, 0.25, 0.9375), (90, 300, 90, 3, 3))[0]
+        texts = rng.choices((1, amount // 3, amount - 1), (90, 1, 1))[0]
+        try:
+            limit.hit("me", texts)
+        except RequestError as refused:
+            assert texts_of_the_last(1.01 * period_s) + texts > amount
+            assert refused.retry_after_s is not None and 1 <= refused.retry_after_s <= math.ceil(period_s)
+            clock.now += refused.retry_after_s
+            limit.hit("me", texts)
+        counted.append((clock.now, texts))
+        assert texts_of_the_last(period_s) <= amount
