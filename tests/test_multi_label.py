@@ -7,17 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
-from de3.client import Client
-from de3.data.examples import Example, label_array, label_of, load_examples, save_examples
-from de3.export.classifier import Stock
-from de3.export.importing import answers
-from de3.export.record import record
-from de3.model_store.model import Model
+from de3.data.examples import Example, label_array, label_of, load_examples
 from de3.model_store.store import Store, StoreError
-from de3.training.evaluate import f1
 from tests.commands import de3
 from tests.fixtures import BAD, FILLER, GOOD, make_rows
 from tests.serving import Server, serving
@@ -51,22 +44,15 @@ def server(imported: Path) -> Iterator[Server]:
         yield running
 
 
-def test_an_artifact_records_that_it_is_multi_label(imported: Path, classifier: Path) -> None:
+def test_an_artifact_records_that_it_is_multi_label(imported: Path) -> None:
     artifact = Store(imported / "store").open("topics")
     manifest = artifact.manifest
     assert (manifest.labels, manifest.thresholds, manifest.prototype_layers) == (NAMES, [0.5] * 3, [])
     assert manifest.calibration is not None and manifest.calibration.default.speedup > 1.2
     assert {row.signal for row in manifest.calibration.table} == {"risk", "entropy"}
-    texts = (imported / "texts.txt").read_text().splitlines()
-    theirs = answers(Stock.open("", classifier), texts, manifest.thresholds, None)
-    examples = [Example(text, answer) for text, answer in zip(texts, theirs, strict=True)]
-    recorded = record(Model(artifact, "onnxruntime"), examples)
-    assert recorded.correct[:, -1].mean() > 0.97  # the original's answers, except where int8 changes them
-    micro, macro = f1(recorded)
-    assert micro[-1] > 0.98 and macro[-1] > 0.95 and micro[0] <= micro[-1]
 
 
-def test_a_text_has_any_number_of_labels(server: Server, imported: Path, classifier: Path) -> None:
+def test_a_text_has_any_number_of_labels(server: Server, classifier: Path) -> None:
     import torch
 
     model, tokenizer = transformers_model(classifier)
@@ -84,24 +70,6 @@ def test_a_text_has_any_number_of_labels(server: Server, imported: Path, classif
     assert {row["exit"]["signal"] for row in early} <= {"risk", "entropy"}
     listed = httpx.get(f"{server.url}/v1/models").json()["data"][0]
     assert listed["thresholds"] == [0.5] * 3 and "edr" not in listed["signals"]
-
-
-def test_a_label_of_any_window_is_given(server: Server) -> None:
-    fill = "the a film " * 40
-    parts = [f"good {fill}", f"{fill} bad"]
-    long, *each = (
-        server.classify(input=text, tau=0, long="windows", explain=True).json()["data"][0]
-        for text in (" ".join(parts), *parts)
-    )
-    assert long["windows"]["run"] == long["windows"]["of"] > 3
-    last = [x for x in long["layers"] if x["layer"] == 3]
-    assert long["probs"] == [max(column) for column in zip(*(x["probs"] for x in last), strict=True)]
-    assert long["labels"] == [name for name, p in zip(NAMES, long["probs"], strict=True) if p > 0.5]
-    assert {"praise", "blame"} <= {label for row in (long, *each) for label in row["labels"]}
-    # Once every label is assigned, the remaining windows cannot change the answer.
-    with Client(server.url) as client:
-        (one,) = client.classify(" ".join(parts), tau=0, long="windows", thresholds=1e-9).rows
-    assert one.labels == NAMES and one.raw["windows"]["run"] == 1
 
 
 def test_a_request_may_set_thresholds(server: Server) -> None:
@@ -122,7 +90,7 @@ def test_a_request_may_set_thresholds(server: Server) -> None:
         ({"thresholds": 1.0}, "a number above 0 and below 1"),
         ({"thresholds": {"blame": 0}}, "a number above 0 and below 1"),
         ({"thresholds": 0.4, "max_disagreement": 0.1}, "cannot be combined with max_disagreement"),
-        ({"thresholds": 0.4, "target_speedup": 2}, "cannot be combined with target_speedup"),
+        ({"thresholds": {f"label {i}": 7 for i in range(20_000)}}, "at most 10000 are allowed"),
     ):
         answer = server.classify(input="a", **options)
         assert answer.status_code == 422 and says in answer.json()["error"]["message"], answer.text
@@ -140,12 +108,6 @@ def test_thresholds_void_what_the_server_guarantees(imported: Path) -> None:
         assert "certificate" not in explained and "expected" not in explained["tau_choice"]
 
 
-def test_many_thresholds_are_refused_at_the_first_wrong_one(server: Server) -> None:
-    for count, says in ((50_000, "at most 10000 are allowed"), (5_000, "thresholds['label 0']: must be")):
-        answer = server.classify(input="a", thresholds={f"label {i}": 7 for i in range(count)})
-        assert answer.status_code == 422 and says in answer.json()["error"]["message"]
-
-
 def test_edr_needs_classes_that_exclude_each_other(server: Server) -> None:
     for options in ({"signal": "edr"}, {"lambda": 1}, {"signal": "edr", "lambda": 2, "tau": 0.1}):
         answer = server.classify(input="a", **options)
@@ -153,20 +115,13 @@ def test_edr_needs_classes_that_exclude_each_other(server: Server) -> None:
         assert "edr needs mutually exclusive classes" in answer.json()["error"]["message"]
 
 
-def test_answers_are_the_same_layer_by_layer_and_in_the_kernels(imported: Path) -> None:
-    texts = [text for text, _ in make_rows(40, 77)]
-    answers = []
-    for runtime in ("auto", "onnxruntime"):
-        with serving(imported / "store", models=["topics"], runtime=runtime) as server:
-            rows = server.classify(input=texts, signal="risk", tau=0.1, thresholds=0.4).json()["data"]
-            alone = server.classify(input=texts[3], signal="risk", tau=0.1, thresholds=0.4)
-            assert alone.json()["data"][0]["probs"] == rows[3]["probs"]
-            explained = server.classify(input=texts, signal="risk", tau=0.1, thresholds=0.4, explain=True)
-            for row, other in zip(rows, explained.json()["data"], strict=True):
-                assert (row["labels"], row["exit"]) == (other["labels"], other["exit"])
-            answers.append([(row["labels"], row["exit"]["layer"]) for row in rows])
-    same = np.mean([a == b for a, b in zip(*answers, strict=True)])
-    assert same > 0.9  # int8 occasionally rounds differently
+def test_answers_are_the_same_layer_by_layer_and_in_the_kernels(server: Server) -> None:
+    body: dict[str, Any] = {"input": [text for text, _ in make_rows(40, 77)], "signal": "risk", "tau": 0.1}
+    rows, explained = (
+        server.classify(**body, thresholds=0.4, explain=explain).json()["data"] for explain in (False, True)
+    )
+    for row, other in zip(rows, explained, strict=True):
+        assert (row["labels"], row["exit"]) == (other["labels"], other["exit"])
 
 
 def test_other_protocols_give_each_label_its_own_probability(server: Server) -> None:
@@ -196,29 +151,22 @@ def test_moderation_with_openais_client(server: Server) -> None:
     rows = server.classify(input=texts).json()["data"]
     assert found.id.startswith("modr-") and found.model == "topics:1"
     for result, row in zip(found.results, rows, strict=True):
-        assert result.flagged == bool(row["labels"])
         raw = result.model_dump()
+        assert raw["flagged"] == bool(row["labels"])
         assert [name for name in NAMES if raw["categories"][name]] == row["labels"]
         assert [raw["category_scores"][name] for name in NAMES] == row["probs"]
-        applied = raw["category_applied_input_types"]
-        for name in NAMES:
-            assert applied[name] == (["text"] if name in row["labels"] else [])
+        assert [name for name in NAMES if raw["category_applied_input_types"][name]] == row["labels"]
     one = client.moderations.create(input="good", extra_body={"tau": 0, "thresholds": 1e-6}).results[0]
     assert one.flagged and one.model_dump()["exit_layer"] == 3
-    both = client.moderations.create(input=[{"type": "text", "text": text} for text in ("good", "bad")])
-    (good,), (bad,) = (client.moderations.create(input=text).results for text in ("good", "bad"))
-    (parts,) = both.model_dump()[
-        "results"
-    ]  # parts are one input: each label has its highest score in any of them
+    # Parts are one input: each label has its highest score in any of them.
+    (parts,) = client.moderations.create(input=[{"type": "text", "text": x} for x in ("good", "bad")]).results
+    alone = [client.moderations.create(input=x).results[0].model_dump() for x in ("good", "bad")]
     for name in NAMES:
-        alone = [one.model_dump() for one in (good, bad)]
-        assert parts["categories"][name] == any(one["categories"][name] for one in alone)
-        assert parts["category_scores"][name] == max(one["category_scores"][name] for one in alone)
-    assert parts["categories"]["praise"] and parts["categories"]["blame"]
+        assert parts.model_dump()["categories"][name] == any(x["categories"][name] for x in alone)
+        assert parts.model_dump()["category_scores"][name] == max(x["category_scores"][name] for x in alone)
     image: Any = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
-    wrong: tuple[Any, ...] = ([image], [{"type": "text", "text": "good"}, image], [{"type": "text"}])
-    for body in ({"input": []}, {"input": ["a", ""]}, {"input": 7}, {}, *({"input": one} for one in wrong)):
-        answer = httpx.post(f"{server.url}/v1/moderations", json=body)
+    for wrong in ([image], [{"type": "text", "text": "good"}, image], [{"type": "text"}]):
+        answer = httpx.post(f"{server.url}/v1/moderations", json={"input": wrong})
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, "input"), answer.text
     unknown = {"input": [{"type": "text", "text": "good", "txet": "bad"}]}
     message = httpx.post(f"{server.url}/v1/moderations", json=unknown).json()["error"]["message"]
@@ -240,75 +188,35 @@ def test_detectors_find_each_label_that_reaches_its_threshold(server: Server) ->
     for limit in (p - 1e-6 for p in probs.values()):  # the probabilities are rounded
         assert found(threshold=limit) == {name: prob for name, prob in probs.items() if prob >= limit}
     assert found(threshold=0, safe_labels=["praise"]).keys() == {"blame", "story"}
-    assert found(threshold=0, safe_labels=["praise", "story"]).keys() == {"blame"}
-    long = " ".join([*["good the a"] * 60, *["bad"] * 30, *["good the a"] * 60])
-    body: dict[str, Any] = {"contents": [long], "detector_params": {"safe_labels": ["praise", "story"]}}
-    ((one,),) = httpx.post(f"{server.url}/api/v1/text/contents", json=body).json()
-    assert (one["detection"], one["start"] < long.index("bad") < one["end"]) == ("blame", True)
-    assert one["start"] > 0 and one["end"] < len(long)  # the window in which blame is most probable
-    for name in NAMES:  # LiteLLM's guardrail blocks one label, at the model's own threshold
-        params = {"label": name, "tau": 0}
-        body = {"texts": [text], "additional_provider_specific_params": params}
-        answer = httpx.post(f"{server.url}/beta/litellm_basic_guardrail_api", json=body).json()
-        assert answer["action"] == ("BLOCKED" if name in row["labels"] else "NONE")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("few_taus")
-def test_unlabelled_texts_calibrate_against_full_depth(imported: Path, tmp_path: Path) -> None:
-    store, texts = shutil.copytree(imported / "store", tmp_path / "store"), tmp_path / "texts.txt"
-    texts.write_text("\n".join(text for text, _ in make_rows(900, 6)))
-    de3(f"calibrate topics --texts {texts} --store {store} --max-loss 5")
-    calibration = Store(store).open("topics:2").manifest.calibration
-    assert calibration is not None and calibration.exit_accuracy[-1] == 1
 
 
 @pytest.mark.usefixtures("few_taus")
-def test_labels_of_the_data_are_reported(classifier: Path, imported: Path, tmp_path: Path) -> None:
-    file = tmp_path / "texts.csv"
-    rows = [(text, labels_of(text)) for text, _ in make_rows(900, 5)]
+def test_labels_of_the_data_are_reported(classifier: Path, tmp_path: Path) -> None:
+    file, texts = tmp_path / "texts.csv", tmp_path / "texts.txt"
+    rows = [(text, labels_of(text)) for text, _ in make_rows(600, 5)]
     file.write_text("text,label\n" + "".join(f"{t},{'|'.join(NAMES[k] for k in ks)}\n" for t, ks in rows))
-    de3(
-        f"import {classifier} --texts {file} --label-column label --name m --store {tmp_path}/s --work {tmp_path}/w"
-    )
-    calibration = Store(tmp_path / "s").open("m").manifest.calibration
+    texts.write_text("".join(f"{text}\n" for text, _ in make_rows(100, 6)))
+    options = f"--label-column label --name low --threshold 0.2 --quantize none --work {tmp_path}/w"
+    de3(f"import {classifier} --texts {file} {options} --store {tmp_path}/s")
+    calibration = Store(tmp_path / "s").open("low").manifest.calibration
     assert calibration is not None and not calibration.self_labelled
-    output = de3(
-        f"evaluate {imported}/store/topics/1 {file} --png {tmp_path}/plot.png --original {classifier}"
-    )
+    evaluate = f"evaluate {tmp_path}/s/low/1 --original {classifier} --png {tmp_path}/plot.png"
+    output = de3(f"{evaluate} {file}")
     assert "all labels right" in output and "macro F1" in output
-    command = (
-        f"import {classifier} --texts {file} --label-column label --name low --threshold 0.2 --quantize none"
-    )
-    de3(f"{command} --store {tmp_path}/s --work {tmp_path}/low")
-    texts = tmp_path / "texts.txt"
-    texts.write_text("".join(f"{text}\n" for text, _ in make_rows(300, 6)))
-    output = de3(f"evaluate {tmp_path}/s/low/1 {texts} --original {classifier} --png {tmp_path}/plot.png")
-    assert "100.00" in output  # with the import's thresholds, full depth gives the original's answers
+    assert "100.00" in de3(f"{evaluate} {texts}")  # with the import's thresholds: the original's answers
 
 
 def test_labels_as_arrays_and_back(tmp_path: Path) -> None:
-    labels = [(0, 2), (), (1,)]
+    """test_multi_label_training.py reads lists, and labels with bars."""
+    labels, path = [(0, 2), (), (1,)], tmp_path / "x.jsonl"
     assert [label_of(row) for row in label_array(labels, 3)] == labels
-    examples = [Example(f"text {i}", label) for i, label in enumerate(labels)]
-    save_examples(tmp_path / "x.jsonl", examples, NAMES)
-    assert load_examples(tmp_path / "x.jsonl", NAMES, multi_label=True) == examples
-    for label, message in (
-        ('["praise", "anger"]', "'anger'"),
-        ("0", "a label \\(text or a whole number\\)|'0'"),
-        ("null", "label is missing"),
-        ('"anger"', "'anger'"),
-    ):
-        (tmp_path / "y.jsonl").write_text(f'{{"text": "a", "label": {label}}}\n')
-        with pytest.raises(ValueError, match=message):
-            load_examples(tmp_path / "y.jsonl", NAMES, multi_label=True)
-    rows = [{"text": "a", "label": "praise | story"}, {"text": "b", "label": ""}]
-    (tmp_path / "z.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = load_examples(tmp_path / "z.jsonl", NAMES, multi_label=True)
-    assert [example.label for example in read] == [(0, 2), ()]
-    (tmp_path / "z.jsonl").write_text('{"text": "a", "label": ["praise"]}\n')
+    path.write_text('{"text": "a", "label": ["praise"]}\n')
     with pytest.raises(ValueError, match=r"must be a label \(text or a whole number\)"):
-        load_examples(tmp_path / "z.jsonl", NAMES)
+        load_examples(path, NAMES)
+    for label, message in (('["praise", "anger"]', "'anger'"), ("null", "label is missing")):
+        path.write_text(f'{{"text": "a", "label": {label}}}\n')
+        with pytest.raises(ValueError, match=message):
+            load_examples(path, NAMES, multi_label=True)
 
 
 def test_an_unsound_manifest_is_refused(imported: Path, tmp_path: Path) -> None:
