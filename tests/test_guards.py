@@ -80,6 +80,8 @@ def test_detectors_of_fms(server: Server) -> None:
     assert row["detection"] == "positive"
     assert 0 < row["start"] < LONG.index(BAD) < row["end"] < len(LONG)
     assert row["text"] == LONG[row["start"] : row["end"]] and "metadata" not in row
+    whole = server.classify(input=row["text"], truncate=False).json()["usage"]
+    assert whole["prompt_tokens"] == 64  # of a window, no more and no less
     assert len(found(GOOD, threshold=0.0, safe_labels=[])) == 2
 
 

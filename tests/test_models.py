@@ -76,8 +76,10 @@ def server(running_server: Server) -> Iterator[Server]:
     assert served(running_server) == ["tiny:1"]
 
 
-def change(server: Server, what: str, headers: dict[str, str] = HEADERS, **body: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/models/tiny/{what}", json=body, headers=headers, timeout=60)
+def change(
+    server: Server, what: str, name: str = "tiny", headers: dict[str, str] = HEADERS, **body: Any
+) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/models/{name}/{what}", json=body, headers=headers, timeout=60)
 
 
 def answering(server: Server, model: str | None = None) -> str:

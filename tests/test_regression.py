@@ -27,8 +27,9 @@ from de3.model_store.store import Store, StoreError
 from de3.training.evaluate import correlation
 from tests.commands import de3, refusal
 from tests.fixtures import BAD, GOOD, make_rows, save_encoder
-from tests.serving import Server, serving
+from tests.serving import Server, serving, until
 from tests.stock import fine_tuned, imported_as, transformers_model
+from tests.test_models import KEY, change
 
 TOLERANCE = 0.5
 
@@ -137,6 +138,24 @@ def test_other_protocols_answer_as_their_peers(server: Server) -> None:
     assert de3(f"classify {text.split()[1]} --url {server.url}").startswith("praise  ")
 
 
+def test_a_shadow_differs_by_more_than_the_tolerance(imported: Path, tmp_path: Path) -> None:
+    """The shadow is the same model with another default τ, so its answers are known in advance."""
+    for version, tau in ((1, 0.0), (2, 0.9)):
+        path = Path(shutil.copytree(imported / "store/praise/1", tmp_path / f"praise/{version}"))
+        manifest = json.loads((path / "manifest.json").read_text())
+        new = {"version": version, "defaults": manifest["defaults"] | {"tau": tau}}
+        (path / "manifest.json").write_text(json.dumps(manifest | new))
+    body = {"input": [text for text, _ in make_rows(40, 8)]}
+    with serving(tmp_path, models=["praise:1"], admin_keys=f"root {KEY}") as server:
+        early = [row["value"] for row in server.classify(**body, tau=0.9).json()["data"]]
+        assert change(server, "load", "praise", version=2, role="shadow").status_code == 200
+        full = [row["value"] for row in server.classify(**body).json()["data"]]
+        gaps = np.abs(np.subtract(full, early))
+        assert 0 < (gaps > TOLERANCE).sum() < (gaps > 0).sum()
+        until(lambda: server.metric("de3_shadow_texts_total") == 40, "the shadow")
+        assert server.metric("de3_shadow_disagreements_total") == (gaps > TOLERANCE).sum()
+
+
 @given(
     st.lists(st.floats(-(2.0**20), 2.0**20, width=32), min_size=3, max_size=3),
     st.tuples(*[st.tuples(*[st.floats(-1e6, 1e6) | st.floats(-5, 5)] * 3, st.just(0.0), st.just(0.0))] * 3),
@@ -220,7 +239,7 @@ def test_correlations_are_those_of_scipy(pairs: list[tuple[int, int]]) -> None:
 def test_an_unsound_manifest_is_refused(imported: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(imported / "store", tmp_path / "store")) / "praise/1/manifest.json"
     sound = json.loads(path.read_text())
-    for change, message in (
+    for fields, message in (
         ({"labels": ["a", "b"]}, "exactly one if there is a tolerance"),
         ({"thresholds": [0.5]}, "thresholds and tolerance must not both be set"),
         ({"risk": [{"layer": m, "weights": [0, 0, 0, m / 2, 0]} for m in range(3)]}, "weights must be 0"),
@@ -230,7 +249,7 @@ def test_an_unsound_manifest_is_refused(imported: Path, tmp_path: Path) -> None:
             "entropy needs classes, and praise",
         ),
     ):
-        path.write_text(json.dumps(sound | change))
+        path.write_text(json.dumps(sound | fields))
         with pytest.raises(StoreError, match=message):
             Store(tmp_path / "store").open("praise")
 

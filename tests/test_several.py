@@ -19,12 +19,13 @@ from de3.server.classification import MAX_MODELS
 from de3.server.options import OPTION_NAMES
 from tests.commands import de3
 from tests.fixtures import made_once, make_rows, save_encoder
+from tests.jobs import job
 from tests.serving import Gate, Server, serving, until
 from tests.stock import coarse_calibration
 from tests.test_audit import audit
 from tests.test_from_table import topics, write_table
 from tests.test_long import words
-from tests.test_models import HEADERS, KEY
+from tests.test_models import KEY, change
 
 # On the encoder of tiny: two labels; four topics, with fewer layers; several topics for a text; a value.
 NAMES = ("tiny", "topics", "tags", "stars")
@@ -256,6 +257,27 @@ def test_each_model_is_audited_as_it_would_be_alone(heads: Path) -> None:
     assert reports[0] == reports[1] and all(one["audits"] == len(TEXTS) for one in reports[0])
 
 
+def test_the_request_log_has_a_line_for_each_model(heads: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "de3.requests")
+    with serving(heads, models=["tiny", "topics"], log_requests=True, log_format="json") as server:
+        server.classify(models=["topics", {"model": "tiny", "tau": 0}], input=TEXTS[:3])
+        server.classify(models=["topics", "unknown"], input=TEXTS[:3])
+        until(lambda: len([r for r in caplog.records if r.name == "de3.requests"]) == 3, "three lines")
+    one, other, failed = (vars(r) for r in caplog.records if r.name == "de3.requests")
+    assert one["request_id"] == other["request_id"] != failed["request_id"]
+    assert (one["model"], other["model"], failed["model"]) == ("topics:1", "tiny:1", "none")
+    assert other["tau"] == 0 != one["tau"] and other["exit_layers"] == [3] * 3 != one["exit_layers"]
+
+
+def test_the_budget_of_a_pass_is_the_shortest_of_its_models() -> None:
+    for own, others, expected in ((None, 0.2, 0.2), (0.1, 0.2, 0.1), (0.3, 0.2, 0.2), (None, None, None)):
+        fellow = job(["a"], [1.0], first_exit_s=[0.1] * 2, budget_s=others)
+        assert job(["a"], [1.0], first_exit_s=[0.1], budget_s=own, fellows=[fellow]).budget_s == expected
+        assert fellow.items[0].asks_all_exits == (
+            expected is not None
+        )  # so that it has an answer at any time
+
+
 REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"models": ["tiny", "unknown"]}, 404, "models[1].model", "no model 'unknown' is served"),
     ({"models": ["tiny", "other"]}, 422, "models[1]", "other:1 has another encoder than tiny:1"),
@@ -301,19 +323,14 @@ def test_models_share_an_encoder(kernels: Any, heads: Path, names: list[str], ki
         def encoders() -> list[Any]:
             return [server.service.models.get(name).model.encoder for name in names]
 
-        def change(what: str) -> None:
-            url = f"{server.url}/v1/models/{names[0]}/{what}"
-            changed = httpx.post(url, json={}, headers=HEADERS, timeout=60)
-            assert changed.status_code == 200, changed.text
-
         encoder = encoders()[0]
         assert encoders() == [encoder] * 2 and encoder.layers.num_layers == 3
         expected = [result(server.classify(model=name, input=TEXTS).json()) for name in names]
-        change("load")  # once more
+        assert change(server, "load", names[0]).status_code == 200  # once more
         assert encoders() == [encoder] * 2
-        change("unload")
+        assert change(server, "unload", names[0]).status_code == 200
         assert result(server.classify(models=[names[1]], input=TEXTS).json()["results"][0]) == expected[1]
-        change("load")
+        assert change(server, "load", names[0]).status_code == 200
         assert encoders() == [encoder] * 2
         assert server.classify(models=names, input=TEXTS).json()["results"] == expected
 
@@ -321,8 +338,7 @@ def test_models_share_an_encoder(kernels: Any, heads: Path, names: list[str], ki
 def test_a_deeper_model_that_is_loaded_later_runs_the_pass(kernels: Any, heads: Path) -> None:
     names = ["topics-int8", "tiny-int8"]
     with serving(heads, models=names[:1], admin_keys=f"root {KEY}") as server:
-        url = f"{server.url}/v1/models/{names[1]}/load"
-        assert httpx.post(url, json={}, headers=HEADERS, timeout=60).status_code == 200
+        assert change(server, "load", names[1]).status_code == 200
         expected = [result(server.classify(model=name, input=TEXTS, tau=0).json()) for name in names]
         for order in (1, -1):
             answer = server.classify(models=names[::order], input=TEXTS, tau=0).json()

@@ -60,13 +60,14 @@ def save_finder(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
-    """A store with a classifier, tiny, and a token classifier, finder."""
+    """A store with a classifier, tiny, and two equal token classifiers, finder and another."""
 
     def make(folder: Path) -> None:
         shutil.copytree(store / "tiny", folder / "tiny")
         (folder / ".stock").mkdir()
         save_finder(folder / ".stock")
-        convert(Stock.open("finder", folder / ".stock"), Store(folder), "finder", "fp32")
+        for name in ("finder", "another"):
+            convert(Stock.open(name, folder / ".stock"), Store(folder), name, "fp32")
 
     return made_once(tmp_path_factory, "finder-store", make)
 
@@ -322,6 +323,13 @@ def test_a_request_without_a_model_goes_to_the_one_that_can_answer(
         return
     assert answer.status_code == 200, answer.text
     assert [name for name, count in tokens().items() if count > before[name]] == [model]
+
+
+def test_one_token_classifier_does_not_answer_in_place_of_another(both: Path) -> None:
+    with serving(both, models=["finder", "another"]) as running:
+        for path in (CONTENTS, GUARDRAIL, EXTRACT):
+            answer = httpx.post(running.url + path, json=bodies(TEXT)[path])
+            assert message_of(answer).startswith("model: is required, as several are served: finder, another")
 
 
 # A client itself
