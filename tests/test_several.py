@@ -45,7 +45,7 @@ def heads(tmp_path_factory: pytest.TempPathFactory, store: Path, encoder: Path) 
         some, others = topics(400, 2), topics(400, 3)
         pairs = zip(some, others, strict=True)
         both = [(f"{one} {two}", f"{a}|{b}") for (one, a), (two, b) in pairs if a != b]
-        tables = {"topics": topics(2600, 1), "tags": [*both, *some]}
+        tables = {"topics": topics(1000, 1), "tags": [*both, *some]}
         files = {name: write_table(folder / f"{name}.csv", rows) for name, rows in tables.items()}
         for kind, quantize in (("", "none"), ("-int8", "int8")):
             with coarse_calibration():
@@ -138,7 +138,7 @@ CASES: dict[str, tuple[list[Entry], dict[str, Any]]] = {
         {"tau": 0.3, "raw": True},
     ),
     "max_disagreement": (
-        [{"model": "tiny", "max_disagreement": 0.1}, {"model": "tiny", "target_speedup": 1.5}, "topics"],
+        [{"model": "tiny", "max_disagreement": 0.1}, {"model": "tiny", "target_speedup": 1.5}, "tiny"],
         {"max_disagreement": 0.5, "explain": True},
     ),
     "max_layer": ([{"model": "tiny", "max_layer": 2, "tau": 0}, *NAMES], {"max_layer": 1, "tau": 0.01}),
