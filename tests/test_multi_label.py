@@ -29,8 +29,8 @@ def labels_of(text: str) -> tuple[int, ...]:
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
     """The folder of a stock multi-label classifier."""
-    examples = [Example(text, labels_of(text)) for text, _ in make_rows(1200, 1)]
-    return fine_tuned(tmp_path_factory, "multi", encoder, NAMES, examples, epochs=4)
+    examples = [Example(text, labels_of(text)) for text, _ in make_rows(800, 1)]
+    return fine_tuned(tmp_path_factory, "multi", encoder, NAMES, examples, epochs=3)
 
 
 @pytest.fixture(scope="session")

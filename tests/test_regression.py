@@ -45,8 +45,8 @@ def value_of(text: str) -> float:
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
     """The folder of a stock regression model."""
-    examples = [Example(text, value_of(text)) for text, _ in make_rows(1200, 1)]
-    return fine_tuned(tmp_path_factory, "regression", encoder, ["praise"], examples, epochs=4)
+    examples = [Example(text, value_of(text)) for text, _ in make_rows(800, 1)]
+    return fine_tuned(tmp_path_factory, "regression", encoder, ["praise"], examples, epochs=3)
 
 
 @pytest.fixture(scope="session")
