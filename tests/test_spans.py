@@ -1,9 +1,7 @@
 """Spans: how they are made from token labels, compared with transformers' pipeline; offsets, windows and redaction."""
 
 import math
-import re
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,7 +95,7 @@ seeds = st.integers(0, 2**32 - 1)
 # Parity with transformers
 
 
-@settings(max_examples=160)
+@settings(max_examples=80)
 @given(st.data(), st.sampled_from(LABELS), texts, st.sampled_from(AGGREGATIONS), seeds, logit_kinds)
 def test_spans_are_those_of_transformers_pipeline(
     tokenizer: Tokenizers,
@@ -135,7 +133,7 @@ def test_a_mean_of_ignored_labels_may_be_another_label() -> None:
     assert [span[:3] for span in rule.spans(logits, layout)] == [(0, 2, "Y")]
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(st.sampled_from(AGGREGATIONS), seeds, logit_kinds, st.data())
 def test_only_labels_and_scores_that_are_asked_for_are_returned(
     aggregation: Aggregation, seed: int, kind: str, data: st.DataObject
@@ -191,22 +189,18 @@ def test_spans_in_windows_are_those_of_the_joined_tokens(
     joined = np.zeros((count, len(TAGS)), np.float32)
     for token in range(count):
         # Characters of context are worth most on the shorter side, up to the edge that cuts the text.
-        inside = [n for n, span in enumerate(windows.spans) if span.start <= token < span.end]
-        assert 1 <= len(inside) <= 2
-        distance = {
+        context = {
             n: min(
-                token - windows.spans[n].start if n > 0 else math.inf,
-                windows.spans[n].end - 1 - token if n < len(windows) - 1 else math.inf,
+                token - span.start if n > 0 else math.inf,
+                span.end - 1 - token if n < len(windows) - 1 else math.inf,
             )
-            for n in inside
+            for n, span in enumerate(windows.spans)
+            if span.start <= token < span.end
         }
-        best = max(inside, key=lambda n: (distance[n], n))
+        best = max(context, key=lambda n: (context[n], n))
         joined[token] = logits[best][before + token - windows.spans[best].start]
-    whole = Layout(
-        windows.offsets[:count],
-        np.zeros(count, np.bool_),
-        windows.is_subword[:count] if windows.is_subword is not None else np.zeros(0, np.bool_),
-    )
+    assert windows.is_subword is not None
+    whole = Layout(windows.offsets[:count], np.zeros(count, np.bool_), windows.is_subword[:count])
     assert read_in_windows(rule, windows, logits) == rule.spans(joined, whole)
 
 
@@ -218,57 +212,34 @@ def test_a_text_in_pieces_has_the_layout_of_one_in_one_go(kind: str, text: str, 
     whole = inner.encode(text)
     ours = TextTokenizer(inner, 16 if windows > 1 else max(8, len(whole)))
     tokens = ours.start(text, None, True, windows, True).all()
-    offsets = [one for one, owner in zip(whole.offsets, whole.sequence_ids, strict=True) if owner == 0]
-    if isinstance(tokens, Windows):
-        found, is_subword = tokens.offsets, tokens.is_subword
-        assert is_subword is not None
-    else:
-        assert tokens.layout is not None
-        inside = ~tokens.layout.is_special
-        found, is_subword = tokens.layout.offsets[inside], tokens.layout.is_subword[inside]
-    assert found.tolist() == [list(one) for one in offsets[: len(found)]]
-    in_one_go = TextTokenizer(inner, len(whole) + 8)
-    layout = in_one_go.short(whole, False, True, text).layout
+    layout = TextTokenizer(inner, len(whole) + 8).short(whole, False, True, text).layout
     assert layout is not None
-    assert is_subword.tolist() == layout.is_subword[~layout.is_special][: len(found)].tolist()
+    inside = layout.part(np.flatnonzero(~layout.is_special))
+    found = tokens
+    if not isinstance(tokens, Windows):
+        assert tokens.layout is not None
+        found = tokens.layout.part(np.flatnonzero(~tokens.layout.is_special))
+    count = len(found.offsets)
+    assert count == len(inside.offsets) or isinstance(tokens, Windows)
+    assert found.offsets.tolist() == inside.offsets[:count].tolist()
+    assert found.is_subword.tolist() == inside.is_subword[:count].tolist()
 
 
 # Redaction
 
 
-@st.composite
-def texts_with_spans(draw: st.DrawFn) -> tuple[str, list[Span]]:
-    """A text of distinct characters, and spans that may overlap, touch and be empty."""
-    text = "".join(chr(0x4E00 + n) for n in range(draw(st.integers(0, 30))))
-    place = st.integers(0, len(text))
-    bounds = draw(st.lists(st.tuples(place, place, st.sampled_from("XYZ")), max_size=8))
-    return text, [Span(min(a, b), max(a, b), label, 0.5) for a, b, label in bounds]
-
-
-@given(texts_with_spans(), st.dictionaries(st.sampled_from("XYZ"), st.text("<>xyz", max_size=5)))
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20), st.sampled_from("XYZ")), max_size=8),
+    st.dictionaries(st.sampled_from("XYZ"), st.text("<>xyz", max_size=5)),
+)
 def test_no_character_of_a_span_is_left_and_all_others_are(
-    given_: tuple[str, list[Span]], templates: dict[str, str]
+    bounds: list[tuple[int, int, str]], templates: dict[str, str]
 ) -> None:
-    text, found = given_
-    result = redacted(text, found, templates)
+    text = "".join(chr(0x4E00 + n) for n in range(20))
+    found = [Span(min(a, b), max(a, b), label, 0.5) for a, b, label in bounds]
     inside = {n for span in found for n in range(span.start, span.end)}
-    left = [c for c in result if c in text]
+    left = [c for c in redacted(text, found, templates) if c in text]
     assert left == [c for n, c in enumerate(text) if n not in inside]
-    # Between two characters that are left, something stands in for a span, and nothing else does.
-    places = [n for n in range(len(text)) if n not in inside]
-    between = re.split(f"[{re.escape(text)}]", result) if text else [result]
-    is_replaced = all(templates.get(name, name) for name in "XYZ")
-    for part, (before, after) in zip(between, pairwise([-1, *places, len(text)]), strict=True):
-        assert not part or any(before < one.start <= after and one.end <= after for one in found)
-        assert part or after - before == 1 or not is_replaced
-    assert redacted(text, found[::-1]) == redacted(text, found) or has_ties(found)
-
-
-def has_ties(found: list[Span]) -> bool:
-    """True if the order of the spans may decide a label."""
-    places = [span[:2] for span in found]
-    lengths = [span.end - span.start for span in found]
-    return len(set(places)) < len(places) or len(set(lengths)) < len(lengths) or 0 in lengths
 
 
 @pytest.mark.parametrize(
@@ -285,19 +256,20 @@ def has_ties(found: list[Span]) -> bool:
     ],
 )
 def test_overlapping_spans_are_replaced_together(found: list[tuple[int, int, str]], expected: str) -> None:
-    assert redacted("abcdefgh", [Span(*one, 1.0) for one in found]) == expected
+    spans = [Span(*one, 1.0) for one in found]
+    assert redacted("abcdefgh", spans) == redacted("abcdefgh", spans[::-1]) == expected
+    templates = {"X": "<x>", "Y": ""}
+    assert redacted("abcdefgh", spans, templates) == expected.replace("[X]", "<x>").replace("[Y]", "")
 
 
 # The uncertainty of a text
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_only_tokens_that_can_change_a_span_are_counted(aggregation: Aggregation) -> None:
-    layout = Layout(
-        np.zeros((4, 2), np.int32), np.array([1, 0, 0, 1], np.bool_), np.array([0, 0, 1, 0], np.bool_)
-    )
-    is_first = aggregation == "first"
-    assert SpanRule(TAGS, aggregation).counted(layout).tolist() == [False, True, not is_first, False]
+def test_only_tokens_that_can_change_a_span_are_counted() -> None:
+    layout = Layout(np.zeros((4, 2), np.int32), np.array([1, 0, 0, 1], bool), np.array([0, 0, 1, 0], bool))
+    for aggregation in AGGREGATIONS:
+        is_any = aggregation != "first"
+        assert SpanRule(TAGS, aggregation).counted(layout).tolist() == [False, True, is_any, False]
 
 
 extremes = [0.0, 1.0, -1000.0, 3e38, math.inf, -math.inf, math.nan]
@@ -354,4 +326,3 @@ def test_the_kernels_uncertainty_is_that_of_python(
         expected = np.sort(odds, -1)[:, :-1].sum(-1) / odds.sum(-1)
         assert ours.largest == pytest.approx(expected.max(), rel=1e-5, abs=1e-30)
         assert ours.total == pytest.approx(expected.sum(), rel=1e-5, abs=1e-30)
-        assert ours.found == (logits[counted].argmax(-1) != outside).any()
