@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -13,12 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from de3.exits.rule import ExitRule
-from de3.exits.signals import Risk
 from de3.exits.spans import AGGREGATIONS, Span, SpanRule, merged
-from de3.export.cache import artifact_of
 from de3.export.fit import Exits
 from de3.export.publish import write_exits
 from de3.model_store.families import FAMILIES
@@ -26,10 +23,12 @@ from de3.model_store.forward import Decision, ForwardPass, LayerByLayer
 from de3.model_store.manifest import Defaults
 from de3.model_store.model import Model
 from de3.model_store.store import Store
-from de3.server import infer
 from de3.server.engine.job import with_spans
+from de3.server.engine.queue import WorkQueue
 from de3.server.engine.request import Request, SpanOptions, Text
+from de3.server.engine.run import run
 from de3.server.rules import Choice
+from tests import jobs
 from tests.fixtures import TAGS, made_once, make_rows
 from tests.serving import Server, serving
 from tests.stock import token_classifier, with_random_exits
@@ -44,41 +43,33 @@ SECRET = "superb charming tired"  # words of the tokenizer
 
 @pytest.fixture(scope="session")
 def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a token classifier with random exits, tags:1 (fp32) and tags-int8:1, and mood.
-
-    On the encoders of these, mood:1 and mood-int8:1 are classifiers.
-    """
+    """A store with a token classifier with random exits, tags:1, and a classifier on its encoder, mood:1."""
 
     def make(folder: Path) -> None:
-        stock, store = token_classifier(tmp_path_factory, "bert"), Store(folder)
-        for name, precision in (("tags", "fp32"), ("tags-int8", "int8")):
-            with_random_exits(stock, store, name, precision)  # type: ignore[arg-type]
-            base, rng = store.open(name), np.random.default_rng(5)
+        stock, store, rng = (
+            token_classifier(tmp_path_factory, "bert"),
+            Store(folder),
+            np.random.default_rng(5),
+        )
+        base = with_random_exits(stock, store, "tags", "int8")
 
-            def random(*shape: int) -> Any:
-                return rng.normal(0, 0.3, shape).astype(np.float32)  # noqa: B023
+        def random(*shape: int) -> Any:
+            return rng.normal(0, 0.3, shape).astype(np.float32)
 
-            other = name.replace("tags", "mood")
-            with store.new_version(other) as draft:
-                linear = [(random(3, 64), random(3)) for _ in range(4)]
-                spaces = [(random(64, 64), random(64)) for _ in range(3)]
-                exits = Exits("mean", linear, spaces, [random(3, 64) for _ in range(3)], has_last=True)
-                fields: dict[str, Any] = {
-                    "labels": ["calm", "glad", "sad"],
-                    "aggregation": None,
-                    "risk": None,
-                }
-                fields |= {"defaults": Defaults(tau=0, signal="entropy"), "source": None}
-                draft.publish(write_exits(base, exits, draft, name=other, **fields))
+        linear = [(random(3, 64), random(3)) for _ in range(4)]
+        spaces = [(random(64, 64), random(64)) for _ in range(3)]
+        exits = Exits("mean", linear, spaces, [random(3, 64) for _ in range(3)], has_last=True)
+        fields: dict[str, Any] = {"labels": ["calm", "glad", "sad"], "aggregation": None, "risk": None}
+        fields |= {"defaults": Defaults(tau=0, signal="entropy"), "source": None}
+        with store.new_version("mood") as draft:
+            draft.publish(write_exits(base, exits, draft, name="mood", **fields))
 
     return made_once(tmp_path_factory, "tagged", make)
 
 
 @pytest.fixture(scope="module")
-def models(kernels: Any, tagged: Path) -> dict[str, Model]:
-    """The same token classifier on the kernels and on ONNX Runtime."""
-    found = {"native": Model(Store(tagged).open("tags-int8"), "native")}
-    return found | {"onnxruntime": Model(Store(tagged).open("tags"), "onnxruntime")}
+def model(kernels: Any, tagged: Path) -> Model:
+    return Model(Store(tagged).open("tags"), "native")
 
 
 # Models
@@ -97,10 +88,7 @@ def test_every_exit_gives_the_same_logits_on_every_runtime_and_the_last_those_of
     runtimes = [Model(int8, "onnxruntime"), Model(int8)]
     is_native = family not in ("electra", "deberta-v2", "distilbert")  # the last has other sizes
     assert runtimes[1].runtime == ("native" if is_native else "onnxruntime")
-    pipe = pipeline("token-classification", model=theirs, tokenizer=tokenizer)
-    rule = plain.manifest.span_rule
-    assert rule is not None and rule.aggregation == "simple"
-    for text in TEXTS[-6:]:
+    for text in TEXTS[-3:]:
         tokens = plain.tokenize(text)
         inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=64, padding=False)
         assert tokens.ids[0].tolist() == inputs["input_ids"][0].tolist()
@@ -116,14 +104,6 @@ def test_every_exit_gives_the_same_logits_on_every_runtime_and_the_last_those_of
                 found, _ = model.exits.run(layer, step.hidden)
                 np.testing.assert_allclose(found, step.logits, atol=1e-4)
                 assert np.abs(other[layer].logits - step.logits).mean() < 0.1 * np.ptp(step.logits)
-        # The pipeline reads the text as the tokenizer in transformers truncates it.
-        for aggregation in AGGREGATIONS:
-            spans = SpanRule(rule.labels, aggregation).spans(steps[-1].logits, tokens.layout)  # type: ignore[arg-type]
-            wanted = pipe(text, aggregation_strategy=aggregation)
-            group = "entity" if aggregation == "none" else "entity_group"
-            assert [span[:3] for span in spans] == [(one["start"], one["end"], one[group]) for one in wanted]
-            scores = [float(one["score"]) for one in wanted]
-            assert [span.score for span in spans] == pytest.approx(scores, abs=1e-3)
 
 
 def outcome(one: Decision) -> list[Any]:
@@ -145,7 +125,6 @@ def passes_of(model: Model, texts: list[str], rules: list[ExitRule], deepest: in
 TAUS = st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0])
 
 
-@pytest.mark.parametrize("runtime", ["native", "onnxruntime"])
 @settings(max_examples=60)
 @given(
     batch=st.lists(
@@ -155,19 +134,52 @@ TAUS = st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0])
     layers=st.integers(1, 4),
 )
 def test_a_text_exits_in_a_group_preempted_and_alone_with_the_same_bits(
-    models: dict[str, Model], runtime: str, batch: list[tuple[str, float, Any]], deepest: int, layers: int
+    model: Model, batch: list[tuple[str, float, Any]], deepest: int, layers: int
 ) -> None:
-    model = models[runtime]
     labels, signal = tuple(model.manifest.labels), model.manifest.default_signal
     rules = [ExitRule(tau, signal, spans=SpanRule(labels, how)) for _, tau, how in batch]
     together, alone = (passes_of(model, [text for text, *_ in batch], rules, deepest) for _ in range(2))
-    forward = model.encoder.forward or model.encoder.layer_by_layer
+    assert model.encoder.forward is not None
     while left := [one for one in together if not one.is_done]:
-        forward(left, layers=layers)
+        model.encoder.forward(left, layers=layers)
     model.encoder.layer_by_layer(alone)
     for [a], [b] in zip((p.decisions for p in together), (p.decisions for p in alone), strict=True):
         assert outcome(a) == outcome(b)
         assert len({reading.layer for reading in a.readings}) == len(a.readings)
+
+
+def test_a_finished_text_keeps_no_logits(model: Model) -> None:
+    """A batch of long texts would otherwise hold gigabytes until it is answered."""
+    texts = [*TEXTS[-3:], " ".join(TEXTS)]
+    rule = ExitRule(0.5, model.manifest.default_signal, spans=model.manifest.span_rule)
+    job = jobs.job(texts, [0.0] * len(texts), model=model, rule=rule)
+    job.request.windows = 16
+    found = [one for item in job.items for one in run(item, WorkQueue(1)) or []]
+    readings = [reading for one in found for reading in (*one.passed, one.reading)]
+    assert any(reading.tokens.spans for reading in readings if reading.tokens)
+    assert found[-1].num_windows > 1 and len(readings) > 2 * len(texts)
+    assert all(reading.tokens is None or not reading.tokens.logits.size for reading in readings)
+
+
+@pytest.mark.parametrize(
+    ("options", "holds"),
+    [
+        (None, True),
+        (SpanOptions(aggregation="simple", templates={}), True),
+        (SpanOptions(aggregation="first"), False),
+        (SpanOptions(kept=["X"]), False),
+        (SpanOptions(ignored=["X"]), False),
+        (SpanOptions(min_score=0.5), False),
+        (SpanOptions(merges=True), True),
+    ],
+)
+def test_a_certificate_is_of_the_models_own_spans(
+    model: Model, options: SpanOptions | None, holds: bool
+) -> None:
+    rule = ExitRule(0.1, model.manifest.default_signal, spans=model.manifest.span_rule)
+    choice = Choice(rule, "max_disagreement", 0.05, certificate={"bound": 0.05})
+    found = with_spans(choice, Request([Text("good")], spans=options), model.manifest)
+    assert (found.certificate is not None) == holds
 
 
 # Over HTTP
@@ -175,14 +187,8 @@ def test_a_text_exits_in_a_group_preempted_and_alone_with_the_same_bits(
 
 @pytest.fixture(scope="module")
 def server(kernels: Any, tagged: Path) -> Iterator[Server]:
-    names = ["tags", "tags-int8", "mood", "mood-int8"]
-    with serving(tagged, models=names, default_model="tags-int8", threads=2) as running:
+    with serving(tagged, models=["tags", "mood"], default_model="tags", threads=2) as running:
         yield running
-
-
-@pytest.fixture(params=["tags", "tags-int8"])
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def data_of(response: httpx.Response) -> list[dict[str, Any]]:
@@ -191,9 +197,8 @@ def data_of(response: httpx.Response) -> list[dict[str, Any]]:
     return rows
 
 
-def expected_spans(server: Server, name: str, text: str, tau: float = 0.0, deepest: int = 3) -> list[Span]:
+def expected_spans(model: Model, text: str, tau: float = 0.0, deepest: int = 3) -> list[Span]:
     """The spans that the model finds in a short text, run alone in Python."""
-    model = server.service.models.get(name).model
     rule = ExitRule(tau, model.manifest.default_signal, spans=model.manifest.span_rule)
     (alone,) = passes_of(model, [text], [rule], deepest)
     LayerByLayer(model.encoder.layers)([alone])
@@ -203,8 +208,10 @@ def expected_spans(server: Server, name: str, text: str, tau: float = 0.0, deepe
 
 
 def rows_of(spans: list[Span], text: str) -> list[dict[str, Any]]:
-    rounded = [span._replace(score=round(span.score, 6)) for span in spans]
-    return [span._asdict() | {"text": text[span.start : span.end]} for span in rounded]
+    return [
+        {"start": start, "end": end, "label": label, "score": round(score, 6), "text": text[start:end]}
+        for start, end, label, score in spans
+    ]
 
 
 def without_texts(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -212,47 +219,37 @@ def without_texts(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_response_has_a_limited_number_of_spans(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = data_of(server.classify(input=TEXTS))
-    count = sum(len(row["spans"]) for row in rows)
-    assert count > len(rows[-1]["spans"]) > 1
-    monkeypatch.setattr("de3.server.infer.MAX_SPANS", count)
-    assert data_of(server.classify(input=TEXTS))
-    monkeypatch.setattr("de3.server.infer.MAX_SPANS", count - 1)
-    for input_, options in ((TEXTS, {}), (TEXTS, {"redact": True}), (TEXTS, {"explain": True, "tau": 0})):
-        response = server.classify(input=input_, **options)
-        assert response.status_code == 422 and response.json()["error"]["param"] == "input"
-        assert f"at most {count - 1} are allowed: send fewer texts at a time" in response.text
-    monkeypatch.setattr("de3.server.infer.MAX_SPANS", 1)
-    assert data_of(server.classify(input=TEXTS[-1]))
-    assert server.classify(input=TEXTS[-1], explain=True, tau=0).status_code == 422
-
-
-def test_a_finished_text_keeps_no_logits(server: Server, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch of long texts would otherwise hold gigabytes until it is answered."""
-    finished = []
-    check = infer._check_spans
-    monkeypatch.setattr(infer, "_check_spans", lambda job: (finished.extend(job.outcomes()), check(job)))
-    for options in ({}, {"tau": 0.5}, {"explain": True}):
-        data_of(server.classify(model=name, input=[*TEXTS, " ".join(TEXTS)], **options))
-    readings = [reading for outcome in finished for reading in (*outcome.passed, outcome.reading)]
-    assert len(readings) > 3 * len(TEXTS)
-    assert all(reading.tokens is None or not reading.tokens.logits.size for reading in readings)
+    count = sum(len(row["spans"]) for row in data_of(server.classify(input=TEXTS)))
+    explained: dict[str, Any] = {"explain": True, "tau": 0}
+    for limit, texts, options, is_refused in (
+        (count, TEXTS, {}, False),
+        (count - 1, TEXTS, {}, True),
+        (count - 1, TEXTS, {"redact": True}, True),
+        (count - 1, TEXTS, explained, True),
+        (1, TEXTS[-1], {}, False),  # one text is always answered
+        (1, TEXTS[-1], explained, True),
+    ):
+        monkeypatch.setattr("de3.server.infer.MAX_SPANS", limit)
+        response = server.classify(input=texts, **options)
+        assert response.status_code == (422 if is_refused else 200)
+        if is_refused:
+            error = response.json()["error"]
+            assert error["param"] == "input" and f"at most {limit} are allowed" in error["message"]
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5])
-def test_an_answer_has_the_spans_and_no_label(server: Server, name: str, tau: float) -> None:
-    body = server.described(model=name, input=TEXTS, tau=tau)
+def test_an_answer_has_the_spans_and_no_label(server: Server, model: Model, tau: float) -> None:
+    body = server.described(input=TEXTS, tau=tau)
     for text, row in zip(TEXTS, body["data"], strict=True):
-        assert row["spans"] == rows_of(expected_spans(server, name, text, tau), text)
+        assert row["spans"] == rows_of(expected_spans(model, text, tau), text)
         assert not {"label", "probs", "text", "top"} & row.keys() and row["num_classes"] == len(TAGS)
         assert row["exit"]["signal"] == "risk" and row["exit"]["entropy"] is None
     layers = {row["exit"]["layer"] for row in body["data"]}
     assert (layers == {3}) if tau == 0 else len(layers) > 1
-    assert any(row["spans"] for row in body["data"])
 
 
-def test_labels_scores_and_aggregation_choose_the_spans(server: Server, name: str) -> None:
-    (all_,) = data_of(server.classify(model=name, input=TEXTS[-1], min_score=0))
+def test_labels_scores_and_aggregation_choose_the_spans(server: Server) -> None:
+    (all_,) = data_of(server.classify(input=TEXTS[-1], min_score=0))
     spans = all_["spans"]
     assert {span["label"] for span in spans} == {"X", "Y"}
     for options, wanted in (
@@ -260,58 +257,52 @@ def test_labels_scores_and_aggregation_choose_the_spans(server: Server, name: st
         ({"min_score": 0.5}, lambda span: span["score"] >= 0.5),
         ({"min_score": {"X": 0.4}}, lambda span: span["label"] == "Y" or span["score"] >= 0.4),
     ):
-        (row,) = data_of(server.classify(model=name, input=TEXTS[-1], **options))
+        (row,) = data_of(server.classify(input=TEXTS[-1], **options))
         assert row["spans"] == [span for span in spans if wanted(span)]
-    (row,) = data_of(server.classify(model=name, input=TEXTS[-1], aggregation="none", labels=["B-X", "I-Y"]))
+    (row,) = data_of(server.classify(input=TEXTS[-1], aggregation="none", labels=["B-X", "I-Y"]))
     assert {span["label"] for span in row["spans"]} <= {"B-X", "I-Y"}
 
 
-def test_explain_reports_the_spans_of_each_exit(server: Server, name: str) -> None:
-    row = server.described(model=name, input=TEXTS[-1], tau=0, explain=True)["data"][0]
-    assert [one["layer"] for one in row["layers"]] == [0, 1, 2, 3]
-    assert row["layers"][-1]["spans"] == row["spans"]
-    for layer, one in enumerate(row["layers"]):
-        assert one["spans"] == rows_of(expected_spans(server, name, TEXTS[-1], deepest=layer), TEXTS[-1])
-    private = server.described(model=name, input=TEXTS[-1], tau=0, explain=True, redact=True)["data"][0]
-    expected = [without_texts(one["spans"]) for one in row["layers"]]
-    assert [one["spans"] for one in private["layers"]] == expected  # without the words to be redacted
+def test_explain_reports_the_spans_of_each_exit(server: Server, model: Model) -> None:
+    text = TEXTS[-1]
+    row = server.described(input=text, tau=0, explain=True)["data"][0]
+    expected = [rows_of(expected_spans(model, text, deepest=layer), text) for layer in range(4)]
+    assert [one["spans"] for one in row["layers"]] == expected and row["spans"] == expected[-1]
+    private = server.described(input=text, tau=0, explain=True, redact=True)["data"][0]
+    # Without the words to be redacted.
+    assert [one["spans"] for one in private["layers"]] == [without_texts(one) for one in expected]
 
 
 @pytest.mark.parametrize(
     ("options", "field", "says"),
     [
         ({"labels": ["X", "Z"]}, "labels", "finds no 'Z'; it finds X, Y"),
-        ({"labels": ["B-X"]}, "labels", "finds no 'B-X'; it finds X, Y"),
         ({"labels": ["X", "O"], "redact": True}, "labels", "finds no 'O'; it finds X, Y"),
         ({"labels": ["X"], "aggregation": "none"}, "labels", "finds no 'X'; it finds B-X, B-Y, I-X, I-Y"),
         ({"min_score": {"Z": 0.5}}, "min_score", "finds no 'Z'; it finds X, Y"),
         ({"min_score": 1.5}, "min_score", "must be a number from 0 to 1"),
-        ({"min_score": {"X": True}}, "min_score", "must be a number from 0 to 1"),
         ({"redact": {"Z": "-"}}, "redact", "finds no 'Z'; it finds X, Y"),
         ({"redact": {"X": "-" * 101}}, "redact", "must be a text of at most 100 characters"),
         ({"redact": "yes"}, "redact", "must be true, or an object of up to 10000 templates by label"),
         ({"redact": True, "truncate": True}, "redact", "contradicts truncate: true"),
-        ({"redact": True, "long": "truncate"}, "redact", "contradicts long: truncate"),
         ({"redact": True, "models": ["tags", "mood"]}, "redact", "cannot be combined with models"),
         ({"aggregation": "mean"}, "aggregation", "should be 'none', 'simple', 'first', 'average' or 'max'"),
         ({"signal": "edr"}, "signal", "edr needs one answer for a text, and tags"),
         ({"top_k": 1}, "top_k", "is a token classifier: a text has no probabilities"),
-        ({"raw": True}, "raw", "is a token classifier: a text has no probabilities"),
         ({"flag": "X"}, "flag", "'X' is not a label of tags"),
     ],
 )
 def test_invalid_options_are_refused_with_the_field_and_what_is_allowed(
-    server: Server, name: str, options: dict[str, Any], field: str, says: str
+    server: Server, options: dict[str, Any], field: str, says: str
 ) -> None:
-    model = {} if "models" in options else {"model": name}
-    response = server.classify(input="good", **model, **options)
+    response = server.classify(input="good", **options)
     assert response.status_code == 422
     error = response.json()["error"]
     assert error["param"] == field and error["message"].startswith(field) and says in error["message"]
 
 
-def test_pairs_and_other_kinds_of_models_are_refused(server: Server, name: str) -> None:
-    response = server.classify(model=name, input={"text": "good", "text_pair": "bad"})
+def test_pairs_and_other_kinds_of_models_are_refused(server: Server) -> None:
+    response = server.classify(input={"text": "good", "text_pair": "bad"})
     assert response.status_code == 422 and "takes single texts, but this is a pair" in response.text
     for options in ({"aggregation": "max"}, {"labels": ["calm"]}, {"min_score": 0.1}, {"redact": True}):
         response = server.classify(model="mood", input="good", **options)
@@ -319,32 +310,16 @@ def test_pairs_and_other_kinds_of_models_are_refused(server: Server, name: str) 
         assert "mood:1 is not a token classifier: it finds no spans" in response.text
 
 
-def test_a_model_without_exits_takes_no_tau(stocked: Server) -> None:
-    for options in ({"tau": 0.5}, {"max_layer": 1}, {"max_disagreement": 0.1}, {"target_speedup": 2}):
-        response = stocked.classify(input="good", **options)
-        assert response.status_code == 422 and next(iter(options)) in response.json()["error"]["message"]
-    assert data_of(stocked.classify(input="good", tau=0))
-
-
-@pytest.fixture(scope="module")
-def stocked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a token classifier by name, at full depth."""
-    folder = tmp_path_factory.mktemp("cache")
-    artifact = artifact_of(str(token_classifier(tmp_path_factory, "roberta")), "int8", folder)
-    with serving(artifact.path.parent.parent, threads=1) as running:
-        yield running
-
-
 # Redaction
 
 
-def test_redaction_returns_the_text_without_its_spans(server: Server, name: str) -> None:
-    all_spans = [merged(expected_spans(server, name, text)) for text in TEXTS]
+def test_redaction_returns_the_text_without_its_spans(server: Server, model: Model) -> None:
+    all_spans = [merged(expected_spans(model, text)) for text in TEXTS]
     for redact, templates in (
         (True, {"X": "[X]", "Y": "[Y]"}),
         ({"X": "<x>", "Y": ""}, {"X": "<x>", "Y": ""}),
     ):
-        data = server.described(model=name, input=TEXTS, redact=redact)["data"]
+        data = server.described(input=TEXTS, redact=redact)["data"]
         for row, text, spans in zip(data, TEXTS, all_spans, strict=True):
             assert row["spans"] == without_texts(rows_of(spans, text))
             made, at = [], 0
@@ -352,92 +327,65 @@ def test_redaction_returns_the_text_without_its_spans(server: Server, name: str)
                 made += [text[at:start], templates[label]]
                 at = end
             assert row["text"] == "".join([*made, text[at:]])
-    (row,) = data_of(server.classify(model=name, input=TEXTS[-1], redact=False))
+    (row,) = data_of(server.classify(input=TEXTS[-1], redact=False))
     assert "text" not in row
 
 
-def test_a_long_text_is_redacted_in_windows_whatever_its_budget(server: Server, name: str) -> None:
+def test_a_long_text_is_redacted_in_windows_whatever_its_budget(server: Server) -> None:
     text = " ".join(TEXTS[:40])
-    (plain,) = data_of(server.classify(model=name, input=text))
+    (plain,) = data_of(server.classify(input=text))
     budget = {"latency_budget_ms": 1, "best_effort": True}
     for options in ({}, budget, {"long": "windows"}, {"long": "error"}):
-        (row,) = data_of(server.classify(model=name, input=text, redact=True, **options))
+        (row,) = data_of(server.classify(input=text, redact=True, **options))
         assert row["windows"]["run"] == row["windows"]["of"] > 1 and "truncated" not in row
         assert row["spans"] == without_texts(plain["spans"])
         assert row["exit"]["reason"] == "last_layer"
 
 
 def test_an_error_tells_nothing_of_a_text_that_was_to_be_redacted(
-    server: Server, name: str, caplog: pytest.LogCaptureFixture
+    server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     for text in ("very " * 1000 + SECRET, f"{SECRET} " + "very " * 60_000):
         for options in ({}, {"truncate": False}, {"long": "windows"}):
-            response = server.classify(model=name, input=["good", text], redact=True, **options)
+            response = server.classify(input=["good", text], redact=True, **options)
             assert response.status_code == 422
             error = response.json()["error"]
             assert error["param"] == "input[1]" and "the maximum" in error["message"]
             assert "very" not in response.text and "superb" not in response.text
     for options in ({"labels": ["Z"]}, {"aggregation": "mean"}, {"tau": 2}, {"truncate": True}, {"top_k": 1}):
-        response = server.classify(model=name, input=["good", SECRET], redact=True, **options)
+        response = server.classify(input=["good", SECRET], redact=True, **options)
         assert response.status_code == 422 and "superb" not in response.text
     assert "superb" not in caplog.text and "very very" not in caplog.text
 
 
-def test_long_texts_are_read_in_windows_unless_they_are_truncated(server: Server, name: str) -> None:
+def test_long_texts_are_read_in_windows_unless_they_are_truncated(server: Server) -> None:
     text = " ".join(TEXTS[:30])
-    (row,) = data_of(server.classify(model=name, input=text))
+    (row,) = data_of(server.classify(input=text))
     assert row["windows"]["run"] == row["windows"]["of"] > 1
     assert any(span["start"] > 400 for span in row["spans"])
     for span, after in pairwise(row["spans"]):
         assert span["start"] <= after["start"] and span["text"] == text[span["start"] : span["end"]]
     for options in ({"long": "truncate"}, {"truncate": True}):
-        (cut,) = data_of(server.classify(model=name, input=text, **options))
+        (cut,) = data_of(server.classify(input=text, **options))
         assert cut["truncated"] and "windows" not in cut
         assert all(span["end"] < 400 for span in cut["spans"])
     for options in ({"long": "error"}, {"truncate": False}):
-        response = server.classify(model=name, input=text, **options)
+        response = server.classify(input=text, **options)
         assert response.status_code == 422 and "the maximum is" in response.text
-    beyond = " ".join(TEXTS * 30)
-    (row,) = data_of(server.classify(model=name, input=beyond))
+    (row,) = data_of(server.classify(input=" ".join(TEXTS * 30)))
     assert row["truncated"] and row["windows"]["run"] == 16
 
 
-def test_a_classifier_and_a_token_classifier_answer_on_one_pass_as_alone(server: Server, name: str) -> None:
-    other = name.replace("tags", "mood")
-    for options in ({"tau": 0.0}, {"tau": 0.3}, {"explain": True}):
-        body = server.described(models=[other, name], input=TEXTS, **options)
-        for model, result in zip((other, name), body["results"], strict=True):
-            assert result["data"] == data_of(server.classify(model=model, input=TEXTS, **options))
+def test_a_classifier_and_a_token_classifier_answer_on_one_pass_as_alone(server: Server) -> None:
+    names = ["mood", "tags"]
+    for options in ({"tau": 0.3}, {"explain": True}):
+        body = server.described(models=names, input=TEXTS, **options)
+        for name, result in zip(names, body["results"], strict=True):
+            assert result["data"] == data_of(server.classify(model=name, input=TEXTS, **options))
     long_ = " ".join(TEXTS[:30])
-    both = server.described(models=[other, name], input=long_)["results"]
-    assert both[0]["data"] == data_of(server.classify(model=other, input=long_))
+    both = server.described(models=names, input=long_)["results"]
+    assert both[0]["data"] == data_of(server.classify(model="mood", input=long_))
     assert both[1]["data"][0]["truncated"]  # one pass: a classifier's texts are truncated
-    both = server.described(models=[other, name], input=long_, long="windows")["results"]
-    assert both[1]["data"][0]["spans"] == data_of(server.classify(model=name, input=long_))[0]["spans"]
-
-
-@pytest.mark.parametrize(
-    ("options", "holds"),
-    [
-        (None, True),
-        (SpanOptions(), True),
-        (SpanOptions(aggregation="simple", templates={}), True),
-        (SpanOptions(aggregation="first"), False),
-        (SpanOptions(kept=["X"]), False),
-        (SpanOptions(ignored=["X"]), False),
-        (SpanOptions(min_score=0.5), False),
-        (SpanOptions(min_score={"X": 0.5}), False),
-        (SpanOptions(merges=True), True),
-    ],
-)
-def test_a_certificate_is_of_the_models_own_spans(options: SpanOptions | None, holds: bool) -> None:
-    rule = SpanRule(("O", "B-X", "I-X"))
-    manifest: Any = SimpleNamespace(
-        is_spans=True, labels=list(rule.labels), aggregation="simple", span_rule=rule, full_name="tags:1"
-    )
-    choice = Choice(
-        ExitRule(0.1, Risk((None,)), spans=rule), "max_disagreement", 0.05, certificate={"bound": 0.05}
-    )
-    found = with_spans(choice, Request([Text("good")], spans=options), manifest)
-    assert (found.certificate is not None) == holds
+    both = server.described(models=names, input=long_, long="windows")["results"]
+    assert both[1]["data"][0]["spans"] == data_of(server.classify(input=long_))[0]["spans"]
