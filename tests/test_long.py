@@ -68,61 +68,48 @@ def reading(logits: list[float]) -> Reading:
     return read(3, logits, None)
 
 
-logits = st.lists(st.floats(-30, 30, width=32), min_size=4, max_size=4)
-rows = st.lists(st.tuples(st.integers(1, 500), logits), min_size=1, max_size=8)
+LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=4, max_size=4)
 
 
-@given(rows=rows, classes=st.integers(2, 4), ran=st.integers(1, 8), against=st.integers(0, 3))
-def test_a_settled_label_is_final_whatever_follows(
-    rows: list[tuple[int, list[float]]], classes: int, ran: int, against: int
+@given(
+    st.sampled_from(["classes", "labels", "value"]),
+    st.lists(st.tuples(st.integers(1, 500), LOGITS), min_size=1, max_size=8),
+    LOGITS,
+    st.none() | st.integers(0, 3),
+)
+def test_windows_have_one_answer_which_is_final_once_it_is_settled(
+    kind: str, rows: list[tuple[int, list[float]]], limits: list[float], sure_of: int | None
 ) -> None:
-    """This holds even if all remaining windows are confident in one other class."""
-    combination = Combination([weight for weight, _ in rows])
-    for _, values in rows[:ran]:
-        combination.add(reading(values[:classes]))
-    label = combination.reading(reading(rows[0][1][:classes])).label
-    settled = combination.is_settled()
-    assert settled or ran < len(rows)
-    assert combination.is_settled(0.5) or not settled
-    for _, values in rows[ran:]:
-        sure = [900.0 if k == against % classes else 0.0 for k in range(classes)]
-        combination.add(reading(sure if against % 2 else values[:classes]))
-    after = combination.reading(reading(rows[0][1][:classes]))
-    assert after.label == label or not settled
-    assert sum(after.probs) == pytest.approx(1) and combination.is_settled()
-    assert reading(after.logits).probs == pytest.approx(after.probs)
-
-
-@given(weighted=st.lists(st.tuples(st.integers(1, 500), st.floats(-30, 30)), min_size=1, max_size=8))
-def test_a_value_is_the_mean_by_new_tokens_and_settled_by_the_last_window(
-    weighted: list[tuple[int, float]],
-) -> None:
-    combination = Combination([weight for weight, _ in weighted])
-    for n, (_, value) in enumerate(weighted):
-        assert n == 0 or not combination.is_settled(0.5)
-        combination.add(last := read_value(3, [value]))
-        ran = weighted[: n + 1]
-        wanted = sum(w * v for w, v in ran) / sum(w for w, _ in ran)
-        assert combination.reading(last).value == pytest.approx(wanted)
-    assert combination.is_settled()
-
-
-@given(rows=rows, ran=st.integers(1, 8), limits=logits)
-def test_settled_labels_are_final(rows: list[tuple[int, list[float]]], ran: int, limits: list[float]) -> None:
-    combination = Combination([weight for weight, _ in rows], limits)
-    readings = [read_labels(3, values, limits) for _, values in rows]
-    for one in readings[:ran]:
+    """sure_of: once the label is settled, all remaining windows are confident in this one."""
+    thresholds = limits if kind == "labels" else None
+    combination = Combination([weight for weight, _ in rows], thresholds)
+    ran, final = list[tuple[int, Reading]](), None
+    for weight, logits in rows:
+        if final is not None and sure_of is not None:
+            logits = [900.0 if k == sure_of else 0.0 for k in range(4)]  # noqa: PLW2901
+        one = reading(logits) if kind == "classes" else read_labels(3, logits, limits)
+        one = read_value(3, logits[:1]) if kind == "value" else one
+        ran.append((weight, one))
         combination.add(one)
-    before, settled = combination.reading(readings[0]), combination.is_settled()
-    for one in readings[ran:]:
-        combination.add(one)
-    after = combination.reading(readings[0])
-    assert settled == (ran >= len(rows) or before.labels == [0, 1, 2, 3])
-    assert after.labels == before.labels or not settled
-    # A label is assigned if any window assigns it; its probability is the highest over all windows.
-    assert set(after.labels or []) == {k for one in readings for k in one.labels or []}
-    assert after.probs == [max(column) for column in zip(*(one.probs for one in readings), strict=True)]
-    assert after.label == max(range(4), key=after.logits.__getitem__)
+        after, total, is_last = combination.reading(one), sum(w for w, _ in ran), len(ran) == len(rows)
+        if kind == "value":
+            assert after.value == pytest.approx(sum(w * x.value for w, x in ran) / total)
+            assert combination.is_settled(0.5) == is_last
+            continue
+        columns = list(zip(*(x.probs for _, x in ran), strict=True))
+        if kind == "labels":  # a label is assigned if any window assigns it
+            assert set(after.labels or []) == {k for _, x in ran for k in x.labels or []}
+            assert after.probs == [max(column) for column in columns]
+            assert after.label == max(range(4), key=after.logits.__getitem__)
+            assert combination.is_settled() == (is_last or after.labels == [0, 1, 2, 3])
+        else:
+            means = [sum(w * p for (w, _), p in zip(ran, column, strict=True)) / total for column in columns]
+            assert after.probs == pytest.approx(means) == reading(after.logits).probs
+            assert combination.is_settled(0.5) or not combination.is_settled()
+        answer = after.labels if kind == "labels" else after.label
+        assert final in (None, answer)
+        final = answer if combination.is_settled() else None
+        assert final is not None or not is_last
 
 
 def test_a_label_is_settled_as_soon_as_the_rest_cannot_change_it() -> None:
@@ -145,6 +132,14 @@ def test_a_label_is_settled_as_soon_as_the_rest_cannot_change_it() -> None:
 # Tokens
 
 
+def layout_of(tokens: Tokens) -> list[tuple[list[int], bool]]:
+    """Characters of each token, and whether it is a further one of a word, without special tokens."""
+    layout = tokens.layout
+    assert layout is not None
+    inside = layout.part(np.flatnonzero(~layout.is_special))
+    return list(zip(inside.offsets.tolist(), inside.is_subword.tolist(), strict=True))
+
+
 @pytest.mark.parametrize("kind", MADE)
 @settings(max_examples=20)
 @given(text=texts, room=st.sampled_from([12, 60, 510]))
@@ -152,22 +147,25 @@ def test_windows_have_the_tokens_of_the_whole_text(kind: str, text: str, room: i
     tokenizer = MADE[kind]
     limit = room + tokenizer.num_special_tokens_to_add(False)
     ours = TextTokenizer(tokenizer, limit)
-    found = ours.start(text, None, True, MAX_WINDOWS).all()
+    found = ours.start(text, None, True, MAX_WINDOWS, True).all()
     most = max_chars(limit, MAX_WINDOWS)
+    encoding = tokenizer.encode(text[:most])
     whole = tokenizer.encode(text[:most], add_special_tokens=False).ids
+    in_one_go = TextTokenizer(tokenizer, len(encoding) + 8).short(encoding, False, True, text[:most])
     if isinstance(found, Tokens):
         assert len(whole) <= room and found.truncated == (len(text) > most)
-        alone = ours.start(text, None, True).all()
-        if len(text) <= max_chars(limit):  # the tokens are the same as without windows
-            assert isinstance(alone, Tokens)
-            assert (found.ids == alone.ids).all() and (found.type_ids == alone.type_ids).all()
+        assert found.ids.tolist() == in_one_go.ids.tolist()
+        assert found.type_ids.tolist() == in_one_go.type_ids.tolist()
+        assert layout_of(found) == layout_of(in_one_go)
         return
     assert len(whole) > room and 1 < len(found) <= MAX_WINDOWS
     assert list(found.spans) == spans(min(len(whole), capacity(room, MAX_WINDOWS)), room)
     assert found.truncated == (len(whole) > capacity(room, MAX_WINDOWS) or len(text) > most)
+    rows = layout_of(in_one_go)
     for n, span in enumerate(found.spans):
         ids, types = ours.frames[False].around([whole[span.start : span.end]])
         assert found[n].ids[0].tolist() == ids and found[n].type_ids[0].tolist() == types
+        assert layout_of(found[n]) == rows[span.start : span.end]
         assert len(found[n]) <= limit and found[n].truncated == found.truncated
 
 

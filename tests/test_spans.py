@@ -28,8 +28,6 @@ from de3.exits.spans import (
 from de3.exits.windows import SpanCombination
 from de3.model_store.tokenizer import TextTokenizer, Windows
 from tests.fixtures import TAGS, save_family_tokenizer
-from tests.test_tokenizer import MADE
-from tests.test_tokenizer import texts as long_texts
 
 # Why the pipeline finds other words than the text's, without WordPiece; so do we.
 pytestmark = pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
@@ -202,27 +200,6 @@ def test_spans_in_windows_are_those_of_the_joined_tokens(
     assert windows.is_subword is not None
     whole = Layout(windows.offsets[:count], np.zeros(count, np.bool_), windows.is_subword[:count])
     assert read_in_windows(rule, windows, logits) == rule.spans(joined, whole)
-
-
-@pytest.mark.parametrize("kind", MADE)
-@settings(max_examples=20)
-@given(text=long_texts, windows=st.sampled_from([1, 16]))
-def test_a_text_in_pieces_has_the_layout_of_one_in_one_go(kind: str, text: str, windows: int) -> None:
-    inner = MADE[kind]
-    whole = inner.encode(text)
-    ours = TextTokenizer(inner, 16 if windows > 1 else max(8, len(whole)))
-    tokens = ours.start(text, None, True, windows, True).all()
-    layout = TextTokenizer(inner, len(whole) + 8).short(whole, False, True, text).layout
-    assert layout is not None
-    inside = layout.part(np.flatnonzero(~layout.is_special))
-    found = tokens
-    if not isinstance(tokens, Windows):
-        assert tokens.layout is not None
-        found = tokens.layout.part(np.flatnonzero(~tokens.layout.is_special))
-    count = len(found.offsets)
-    assert count == len(inside.offsets) or isinstance(tokens, Windows)
-    assert found.offsets.tolist() == inside.offsets[:count].tolist()
-    assert found.is_subword.tolist() == inside.is_subword[:count].tolist()
 
 
 # Redaction

@@ -10,12 +10,11 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+from de3.exits.reading import Reading
 from de3.exits.rule import ExitRule
-from de3.exits.spans import AGGREGATIONS, Span, SpanRule, merged
+from de3.exits.spans import Aggregation, SpanRule, merged
 from de3.export.fit import Exits
 from de3.export.publish import write_exits
 from de3.model_store.families import FAMILIES
@@ -106,48 +105,6 @@ def test_every_exit_gives_the_same_logits_on_every_runtime_and_the_last_those_of
                 assert np.abs(other[layer].logits - step.logits).mean() < 0.1 * np.ptp(step.logits)
 
 
-def outcome(one: Decision) -> list[Any]:
-    """The result of a decision, which NaN equals itself in."""
-    last = one.readings[-1]
-    assert last.tokens is not None
-    scores = [(reading.layer, repr(reading.unsure), repr(reading.score)) for reading in one.readings]
-    return [one.reason, scores, last.tokens.logits.tobytes(), last.tokens.spans]
-
-
-def passes_of(model: Model, texts: list[str], rules: list[ExitRule], deepest: int) -> list[ForwardPass]:
-    tokens = [model.tokenize(text) for text in texts]
-    return [
-        ForwardPass(t, [Decision(model.exits, rule, deepest, layout=t.layout)])
-        for t, rule in zip(tokens, rules, strict=True)
-    ]
-
-
-TAUS = st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0])
-
-
-@settings(max_examples=60)
-@given(
-    batch=st.lists(
-        st.tuples(st.sampled_from(TEXTS), TAUS, st.sampled_from(AGGREGATIONS)), min_size=1, max_size=8
-    ),
-    deepest=st.integers(0, 3),
-    layers=st.integers(1, 4),
-)
-def test_a_text_exits_in_a_group_preempted_and_alone_with_the_same_bits(
-    model: Model, batch: list[tuple[str, float, Any]], deepest: int, layers: int
-) -> None:
-    labels, signal = tuple(model.manifest.labels), model.manifest.default_signal
-    rules = [ExitRule(tau, signal, spans=SpanRule(labels, how)) for _, tau, how in batch]
-    together, alone = (passes_of(model, [text for text, *_ in batch], rules, deepest) for _ in range(2))
-    assert model.encoder.forward is not None
-    while left := [one for one in together if not one.is_done]:
-        model.encoder.forward(left, layers=layers)
-    model.encoder.layer_by_layer(alone)
-    for [a], [b] in zip((p.decisions for p in together), (p.decisions for p in alone), strict=True):
-        assert outcome(a) == outcome(b)
-        assert len({reading.layer for reading in a.readings}) == len(a.readings)
-
-
 def test_a_finished_text_keeps_no_logits(model: Model) -> None:
     """A batch of long texts would otherwise hold gigabytes until it is answered."""
     texts = [*TEXTS[-3:], " ".join(TEXTS)]
@@ -197,20 +154,22 @@ def data_of(response: httpx.Response) -> list[dict[str, Any]]:
     return rows
 
 
-def expected_spans(model: Model, text: str, tau: float = 0.0, deepest: int = 3) -> list[Span]:
-    """The spans that the model finds in a short text, run alone in Python."""
-    rule = ExitRule(tau, model.manifest.default_signal, spans=model.manifest.span_rule)
-    (alone,) = passes_of(model, [text], [rule], deepest)
-    LayerByLayer(model.encoder.layers)([alone])
-    tokens = alone.decisions[0].readings[-1].tokens
-    assert tokens is not None
-    return tokens.spans
+def alone(
+    model: Model, text: str, tau: float = 0.0, deepest: int = 3, aggregation: Aggregation = "simple"
+) -> Reading:
+    """The answer of the model to a short text, run alone in Python."""
+    rule = ExitRule(tau, model.manifest.default_signal, spans=SpanRule(TAGS, aggregation))
+    tokens = model.tokenize(text)
+    decision = Decision(model.exits, rule, deepest, layout=tokens.layout)
+    LayerByLayer(model.encoder.layers)([ForwardPass(tokens, [decision])])
+    return decision.readings[-1]
 
 
-def rows_of(spans: list[Span], text: str) -> list[dict[str, Any]]:
+def spans_of(reading: Reading, text: str) -> list[dict[str, Any]]:
+    assert reading.tokens is not None
     return [
         {"start": start, "end": end, "label": label, "score": round(score, 6), "text": text[start:end]}
-        for start, end, label, score in spans
+        for start, end, label, score in reading.tokens.spans
     ]
 
 
@@ -237,11 +196,16 @@ def test_a_response_has_a_limited_number_of_spans(server: Server, monkeypatch: p
             assert error["param"] == "input" and f"at most {limit} are allowed" in error["message"]
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.5])
-def test_an_answer_has_the_spans_and_no_label(server: Server, model: Model, tau: float) -> None:
-    body = server.described(input=TEXTS, tau=tau)
+@pytest.mark.parametrize(
+    ("tau", "deepest", "aggregation"), [(0.0, 3, "simple"), (0.5, 3, "first"), (0.4, 2, "max")]
+)
+def test_an_answer_in_a_batch_has_the_spans_of_the_text_alone_and_no_label(
+    server: Server, model: Model, tau: float, deepest: int, aggregation: Aggregation
+) -> None:
+    body = server.described(input=TEXTS, tau=tau, max_layer=deepest, aggregation=aggregation)
     for text, row in zip(TEXTS, body["data"], strict=True):
-        assert row["spans"] == rows_of(expected_spans(model, text, tau), text)
+        expected = alone(model, text, tau, deepest, aggregation)
+        assert row["exit"]["layer"] == expected.layer and row["spans"] == spans_of(expected, text)
         assert not {"label", "probs", "text", "top"} & row.keys() and row["num_classes"] == len(TAGS)
         assert row["exit"]["signal"] == "risk" and row["exit"]["entropy"] is None
     layers = {row["exit"]["layer"] for row in body["data"]}
@@ -266,7 +230,7 @@ def test_labels_scores_and_aggregation_choose_the_spans(server: Server) -> None:
 def test_explain_reports_the_spans_of_each_exit(server: Server, model: Model) -> None:
     text = TEXTS[-1]
     row = server.described(input=text, tau=0, explain=True)["data"][0]
-    expected = [rows_of(expected_spans(model, text, deepest=layer), text) for layer in range(4)]
+    expected = [spans_of(alone(model, text, deepest=layer), text) for layer in range(4)]
     assert [one["spans"] for one in row["layers"]] == expected and row["spans"] == expected[-1]
     private = server.described(input=text, tau=0, explain=True, redact=True)["data"][0]
     # Without the words to be redacted.
@@ -314,19 +278,21 @@ def test_pairs_and_other_kinds_of_models_are_refused(server: Server) -> None:
 
 
 def test_redaction_returns_the_text_without_its_spans(server: Server, model: Model) -> None:
-    all_spans = [merged(expected_spans(model, text)) for text in TEXTS]
     for redact, templates in (
         (True, {"X": "[X]", "Y": "[Y]"}),
         ({"X": "<x>", "Y": ""}, {"X": "<x>", "Y": ""}),
     ):
         data = server.described(input=TEXTS, redact=redact)["data"]
-        for row, text, spans in zip(data, TEXTS, all_spans, strict=True):
-            assert row["spans"] == without_texts(rows_of(spans, text))
-            made, at = [], 0
-            for start, end, label, _ in spans:
-                made += [text[at:start], templates[label]]
-                at = end
-            assert row["text"] == "".join([*made, text[at:]])
+        for row, text in zip(data, TEXTS, strict=True):
+            reading, made, at = alone(model, text), "", 0
+            assert reading.tokens is not None
+            for span in merged(reading.tokens.spans):
+                made += text[at : span.start] + templates[span.label]
+                at = span.end
+            assert row["text"] == made + text[at:]
+            places = [(span["start"], span["end"], span["label"]) for span in row["spans"]]
+            assert places == [span[:3] for span in merged(reading.tokens.spans)]
+            assert not any("text" in span for span in row["spans"])
     (row,) = data_of(server.classify(input=TEXTS[-1], redact=False))
     assert "text" not in row
 

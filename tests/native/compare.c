@@ -298,36 +298,25 @@ static void compare_attention(int tokens, int hidden, int heads, float spread, P
 
 static const int shapes[][2] = {{64, 4}, {64, 2}, {192, 4}, {128, 2}, {64, 1}}; /* widths 16 32 48 64 64 */
 
-/* few: a third of the short texts (a seventh if emulated) and a tenth of the long ones. */
+/* Texts of one tile and of several. few: a third of those of up to 200 tokens, a seventh if emulated, and one that is LONG. */
 static void compare_attentions(int few) {
-    for (int n = 1; n <= 120; n += !few || n == 100 ? 1 : n > 100 ? 10 : is_emulated ? 7 : 3)
-        for (int with = 0; with < 2; with++) {
-            int tokens = n <= 100 ? n : LONG + (n - 101) * 7 - 1;
-            const int *shape = shapes[(n + with) % 5];
-            Parts parts = {.offsets = with ? whole(tokens, 2 * LONG + 20) : 0};
-            compare_attention(tokens, shape[0], shape[1], 1.0f, parts, 0.0f);
-            if (tokens % 7 == 0) compare_attention(tokens, shape[0], shape[1], 5.0f, parts, 0.0f);
-            if (tokens % 9 == 1) compare_attention(tokens, 64, 2, 1.0f, parts, NAN);
-            if (tokens % 9 == 2) compare_attention(tokens, 64, 2, 1.0f, parts, INFINITY);
+    static const int longer[] = {127, 128, 129, 200, 255, 256, 257, 300, 385, 511, 512, 513, 530, 700, 1025, 1300};
+    for (int n = 1; n <= 100 + (int)(sizeof longer / sizeof longer[0]); n++) {
+        int tokens = n <= 100 ? n : longer[n - 101], is_edge = tokens == 64 || tokens == 128 || tokens == 129;
+        if (few && !is_edge && tokens != LONG && (tokens > 200 || n % (is_emulated ? 7 : 3) != 1)) continue;
+        int window = (int[]){1, 2, 5, 64, 150, 300}[n % 6], rows = (int[]){2, 6, 32, 128, 512}[n % 5], terms = 1 + n % 3;
+        Parts parts[] = {{0},
+                         {.offsets = whole(tokens, tokens + 20)},
+                         {.rotation = tokens + 2, .window = window},
+                         {.rotation = tokens},
+                         {.window = 64},
+                         {.rows = rows, .has_ours = terms & 1, .has_theirs = terms & 2, .skips = n % 2}};
+        for (int i = 0; i < 6; i++) {
+            const int *shape = shapes[(n + i) % 5];
+            compare_attention(tokens, shape[0], shape[1], 1.0f, parts[i], 0.0f);
         }
-}
-
-/* Rotary positions, windows and terms, in texts of one tile and of several. */
-static void compare_parts(int few) {
-    static const int lengths[] = {1,   2,   3,   7,   8,   9,   15,  16,  17,  31,  33,  50,  63,  64,  65,  90,
-                                  127, 128, 129, 200, 255, 256, 257, 300, 385, 511, 512, 513, 530, 700, 1025, 1300};
-    size_t count = sizeof lengths / sizeof lengths[0];
-    for (size_t n = 0; n < count; n++) {
-        int is_edge = lengths[n] == 64 || lengths[n] == 128 || lengths[n] == 129;
-        if (few && (lengths[n] > 200 || (n % (is_emulated ? 7 : 3) && !is_edge))) continue;
-        int tokens = lengths[n], window = (int[]){1, 2, 5, 64, 150, 300}[n % 6], rows = (int[]){2, 6, 32, 128, 512}[n % 5];
-        const int *shape = shapes[n % 5], *other = shapes[(n + 3) % 5];
-        compare_attention(tokens, shape[0], shape[1], 1.0f, (Parts){.rotation = tokens + 2, .window = window}, 0.0f);
-        compare_attention(tokens, other[0], other[1], 1.0f, (Parts){.rotation = tokens}, 0.0f);
-        compare_attention(tokens, other[0], other[1], 1.0f, (Parts){.window = 64}, 0.0f);
-        for (int kind = 1; kind < 4 && (tokens < 400 || kind == (int)(1 + n % 3)); kind++)
-            compare_attention(tokens, shape[0], shape[1], 1.0f,
-                              (Parts){.rows = rows, .has_ours = kind & 1, .has_theirs = kind & 2, .skips = n % 2}, 0.0f);
+        compare_attention(tokens, 64, 4, 5.0f, parts[n % 2], 0.0f);
+        if (n % 3 == 1) compare_attention(tokens, 64, 2, 1.0f, parts[n % 2], n % 2 ? NAN : INFINITY);
     }
 }
 
@@ -387,7 +376,6 @@ int main(int count, char **arguments) {
         compare_quantize();
         compare_rest();
         compare_attentions(few);
-        compare_parts(few);
     }
     check(ours->multiply_adds() > 0, "the number of multiply-adds", 0, 0, 0);
     if (ours->end) ours->end();
