@@ -41,11 +41,18 @@ static float normal(void) {
     return sum * 1.7320508f;
 }
 
-/* Exactly this much memory, so that tools detect reads and writes past its end. */
+static void *kept[64];
+static int num_kept;
+
+/* Exactly this much memory, so that tools detect reads and writes past its end; release() frees it. */
 static void *memory(size_t bytes) {
-    void *at;
-    if (posix_memalign(&at, 64, bytes)) exit(3);
-    return at;
+    if (num_kept == 64 || posix_memalign(&kept[num_kept], 64, bytes)) exit(3);
+    return kept[num_kept++];
+}
+
+/* Free the memory that was taken since there were this many pieces. */
+static void release(int pieces) {
+    while (num_kept > pieces) free(kept[--num_kept]);
 }
 
 static float *normals(size_t count, float spread) {
@@ -97,14 +104,12 @@ static Linear linear_of(int in, int out, Weights kind, int8_t *tiles, int8_t *en
     float *scale = normals(out, 0.0f), *bias = normals(out, 0.3f);
     for (int i = 0; i < out; i++) scale[i] = 0.01f / sqrtf((float)in) * (1.0f + 0.3f * normal());
     if (pack_linear(&w, in, out, weights, scale, bias, tiles, end, 0)) exit(3);
-    free(weights);
-    free(scale);
-    free(bias);
     return w;
 }
 
 /* Products are sums of int8 products with one rounding, so all but GELU agree to the last bit. */
 static void compare_product(const Linear *w, int tokens, int level) {
+    int pieces = num_kept;
     size_t padded = ROUND_UP(tokens, 16), count = (size_t)tokens * w->out;
     uint8_t *x = memory(padded * w->in);
     for (size_t i = 0; i < padded * w->in; i++) x[i] = (uint8_t)(level < 0 ? whole(0, 255) : level);
@@ -121,11 +126,7 @@ static void compare_product(const Linear *w, int tokens, int level) {
         for (int i = 0; i < 16; i++) ok = ok && found[count + i] == -1e30f;
         check(ok, (const char *[]){"product", "GELU", "ReLU", "product + residual", "gated product"}[epilogue], w->in, w->out, tokens);
     }
-    free(x);
-    free(rows);
-    free(residual);
-    free(expected);
-    free(found);
+    release(pieces);
 }
 
 /* few: of the larger matrices, every fourth number of rows. */
@@ -145,7 +146,7 @@ static void compare_products(int few) {
             for (int level = 0; level < 256; level += level == 0 ? 127 : 64) /* 0, 127, 191, 255 */
                 compare_product(&w, most < 7 ? most : few && in > 192 ? 3 : 7, level);
             free_linear(&w);
-            free(tiles);
+            release(0);
         }
 }
 
@@ -170,16 +171,13 @@ static void compare_gelu(void) {
         for (int i = 3; i < OUT; i++) check(fabsf(found[i] - expected[i]) <= 1e-6f, "activation", epilogue, i, 0);
     }
     free_linear(&w);
-    free(tiles);
-    free(zeros);
-    free(scale);
-    free(bias);
-    free(x);
+    release(0);
 }
 
 /* ---- quantization ----------------------------------------------------------------------------------- */
 
 static void compare_quantized(const float *x, int tokens, int width, int kind) {
+    int pieces = num_kept;
     size_t count = (size_t)tokens * width;
     Quantization expected[16], found[16];
     uint8_t *bytes = memory(count), *same = memory(count);
@@ -189,8 +187,7 @@ static void compare_quantized(const float *x, int tokens, int width, int kind) {
     for (int t = 0; t < tokens; t++)
         check(is_same(expected[t].scale, found[t].scale) && is_same(expected[t].center, found[t].center),
               "quantization", kind, t, width);
-    free(bytes);
-    free(same);
+    release(pieces);
 }
 
 static void compare_quantize(void) {
@@ -212,7 +209,7 @@ static void compare_quantize(void) {
                 if (kind == 10) x[i] *= 1e-43f; /* a scale without an inverse */
             }
             compare_quantized(x, tokens, width, kind);
-            free(x);
+            release(0);
         }
 }
 
@@ -257,18 +254,8 @@ static Attention attention_of(Parts p, int hidden, int heads, int tokens) {
     return a;
 }
 
-static void free_attention(Attention *a) {
-    free(a->offsets.values);
-    free(a->terms.buckets);
-    free(a->terms.keys);
-    free(a->terms.queries);
-    if (a->rotation) {
-        free(rotation.cos);
-        free(rotation.sin);
-    }
-}
-
 static void compare_attention(int tokens, int hidden, int heads, float spread, Parts parts, float odd) {
+    int pieces = num_kept;
     size_t count = (size_t)tokens * hidden;
     float *qkv = normals(3 * count, spread), *expected = memory(count * 4), *found = memory((count + 16) * 4);
     Attention a = attention_of(parts, hidden, heads, tokens);
@@ -288,12 +275,7 @@ static void compare_attention(int tokens, int hidden, int heads, float spread, P
     int ok = are_near(found, expected, count, tokens < LONG ? floor : 200.0f * spread);
     for (int i = 0; i < 16; i++) ok = ok && found[count + i] == -1e30f;
     check(ok, name, tokens, hidden / heads, parts.window + parts.offsets);
-    free(qkv);
-    free(copy);
-    free(expected);
-    free(found);
-    free(work);
-    free_attention(&a);
+    release(pieces);
 }
 
 static const int shapes[][2] = {{64, 4}, {64, 2}, {192, 4}, {128, 2}, {64, 1}}; /* widths 16 32 48 64 64 */
@@ -348,11 +330,7 @@ static void compare_rest(void) {
                 ours->embed(word, 0.01f, position, type, hidden, same);
                 check(are_same(same, expected, hidden), "embedding", with, hidden, 0);
             }
-            free(word);
-            free_norm(&norm);
-            free(x);
-            free(same);
-            free(expected);
+            release(0);
         }
 }
 
