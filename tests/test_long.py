@@ -301,19 +301,6 @@ def test_a_long_text_is_answered_by_its_windows(server: Server, tau: float) -> N
     assert [b - a for a, b in zip(before, after, strict=True)] == [sum(layers), 3]
 
 
-def test_the_number_of_windows_is_limited(server: Server) -> None:
-    most = words(capacity(ROOM, MAX_WINDOWS))
-    pair = {"text": words(500), "text_pair": "a good film"}
-    fits, longer, both = server.classify(input=[most, most + " film", pair], long="windows").json()["data"]
-    assert fits["windows"]["of"] == longer["windows"]["of"] == MAX_WINDOWS
-    assert "truncated" not in fits and longer["truncated"] is True
-    assert both["windows"]["of"] == len(spans(500, 64 - 3 - 3))
-    refused = server.classify(input=["good", {**pair, "text_pair": words(40)}], long="windows")
-    assert refused.status_code == 422
-    error = refused.json()["error"]
-    assert error["param"] == "input[1]" and "30 tokens" in error["message"]
-
-
 def test_long_and_truncate_must_not_contradict(server: Server) -> None:
     long = words(100)
     for truncate, what in ((False, "truncate"), (False, "windows"), (True, "error")):

@@ -21,7 +21,6 @@ from de3.exits.spans import (
     Layout,
     Span,
     SpanRule,
-    merged,
     redacted,
     unsure_of,
 )
@@ -131,27 +130,20 @@ def test_a_mean_of_ignored_labels_may_be_another_label() -> None:
     assert [span[:3] for span in rule.spans(logits, layout)] == [(0, 2, "Y")]
 
 
-@settings(max_examples=60)
-@given(st.sampled_from(AGGREGATIONS), seeds, logit_kinds, st.data())
-def test_only_labels_and_scores_that_are_asked_for_are_returned(
-    aggregation: Aggregation, seed: int, kind: str, data: st.DataObject
-) -> None:
-    """The others are left out after the spans are made, so that no span changes."""
-    layout = Layout(
-        np.array([[n, n + 1] for n in range(12)], np.int32),
-        np.zeros(12, np.bool_),
-        np.array(data.draw(st.lists(st.booleans(), min_size=12, max_size=12))),
-    )
-    logits, all_ = logits_of(12, len(TAGS), seed, kind), SpanRule(TAGS, aggregation)
-    names = [name for name in all_.names if name != "O"]
-    kept = data.draw(st.none() | st.sets(st.sampled_from(names)).map(frozenset), "kept")
-    scores = data.draw(st.dictionaries(st.sampled_from([*names, ""]), st.floats(0, 1)), "scores")
-    asked = [span for span in all_.spans(logits, layout) if kept is None or span.label in kept]
-    for merges in (False, True):
-        candidates = merged(asked) if merges else asked
-        expected = [one for one in candidates if one.score >= scores.get(one.label, scores.get("", 0))]
-        rule = SpanRule(TAGS, aggregation, kept, min_scores=scores, merges=merges)
-        assert rule.spans(logits, layout) == expected
+def test_parts_are_merged_before_their_scores_count_and_only_labels_that_are_asked_for_are_returned() -> None:
+    layout = Layout(np.array([[0, 1], [1, 2], [2, 3]], np.int32), np.zeros(3, bool), np.zeros(3, bool))
+    logits = np.log(np.float32([[0.1, 0.9, 0.0001], [0.4, 0.6, 0.0001], [0.3, 0.0001, 0.7]]))
+    first, second, other = (0, 1, "X"), (1, 2, "X"), (2, 3, "Y")
+    for scores, merges, kept, expected in (
+        ({}, False, None, [first, second, other]),
+        ({"X": 0.8}, False, None, [first, other]),
+        ({"": 0.65}, False, None, [first, other]),
+        ({"X": 0.0, "": 0.8}, False, None, [first, second]),
+        ({"X": 0.8}, True, None, [(0, 2, "X"), other]),
+        ({}, True, frozenset("Y"), [other]),
+    ):
+        rule = SpanRule(("O", "B-X", "B-Y"), "simple", kept, min_scores=scores, merges=merges)
+        assert [span[:3] for span in rule.spans(logits, layout)] == expected
 
 
 # Windows

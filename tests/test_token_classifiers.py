@@ -45,12 +45,8 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with a token classifier with random exits, tags:1, and a classifier on its encoder, mood:1."""
 
     def make(folder: Path) -> None:
-        stock, store, rng = (
-            token_classifier(tmp_path_factory, "bert"),
-            Store(folder),
-            np.random.default_rng(5),
-        )
-        base = with_random_exits(stock, store, "tags", "int8")
+        store, rng = Store(folder), np.random.default_rng(5)
+        base = with_random_exits(token_classifier(tmp_path_factory, "bert"), store, "tags", "int8")
 
         def random(*shape: int) -> Any:
             return rng.normal(0, 0.3, shape).astype(np.float32)
@@ -74,7 +70,8 @@ def model(kernels: Any, tagged: Path) -> Model:
 # Models
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Of the families with one class, one.
+@pytest.mark.parametrize("family", {kind: name for name, kind in FAMILIES.items()}.values())
 def test_every_exit_gives_the_same_logits_on_every_runtime_and_the_last_those_of_transformers(
     family: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
