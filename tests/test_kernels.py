@@ -1,7 +1,6 @@
 """Compares every kernel with the reference, in C: on this machine's instruction sets, and on others in QEMU."""
 
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -61,11 +60,6 @@ def test_native_kernels_match_the_reference(native: Path, lengths: list[str]) ->
     assert names[-1] == "reference"
     for name in names:
         assert run(native, name, *lengths) == f"{name}: 0 differences\n"
-    known = re.findall(r"\bX\((\w+)\)", (ROOT / "native/kernels.h").read_text())
-    assert set(names) < set(known)
-    for name in {*known, "quantum"} - set(names):
-        done = subprocess.run([native, name], check=False, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 2 and done.stdout.startswith(f"{name}: ")
 
 
 def test_the_program_for_emulators_runs_on_this_machine(kernels: Any) -> None:
