@@ -483,6 +483,19 @@ def test_heads_that_share_a_pass_decide_as_alone(
             assert one.hidden is None and one.seconds == max(d.seconds for d in one.decisions)
 
 
+def test_tau_is_multiplied_only_once_for_a_text_that_is_far_at_every_exit() -> None:
+    """The kernels' wrong answers would be rare: the score must be between the two products."""
+    (layers, (exits, *_)), rng = encoder_with_heads("bert"), np.random.default_rng(3)
+    texts = [Tokens(*(rng.integers(0, n, (1, 9)) for n in (20, 2)), False) for _ in range(30)]
+    for tau, text in product(np.linspace(0.5, 1, 10).tolist(), texts):
+        both = [
+            Decision(exits, ExitRule(tau, Entropy()), 4, far=np.zeros(5), tau_factor=0.9) for _ in range(2)
+        ]
+        NativeForward(kernels, layers, 64)([ForwardPass(text, both[:1])])
+        LayerByLayer(layers)([ForwardPass(text, both[1:])])
+        assert both[0].is_far and outcome(both[0]) == outcome(both[1])
+
+
 @given(st.data(), st.sampled_from(["classes", "labels"]), st.integers(2, 9), st.booleans())
 def test_the_decision_is_that_of_the_exit_rule(
     data: st.DataObject, kind: str, classes: int, has_distances: bool
