@@ -3,26 +3,19 @@
 import asyncio
 import logging
 import os
-import shutil
 import signal
-import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from time import monotonic
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import httpx
-import orjson
 import pytest
 import uvloop
 
-from de3.bulk import pool
-from de3.server import background, manager, service, shared_run
+from de3.server import background, service
 from de3.server.audit import ledgers
 from de3.server.audit.auditor import Auditor
 from de3.server.audit.ledgers import Ledgers
@@ -31,22 +24,13 @@ from de3.server.engine import audit
 from de3.server.engine.engine import Engine
 from de3.server.errors import RequestError
 from de3.server.failures import FailureLog
-from de3.server.http import listener
-from de3.server.http.fair import AT_ONCE
 from de3.server.http.traces import Traces
-from de3.server.learn import fitting, learners
-from de3.server.learn.job import Found
+from de3.server.learn import learners
 from de3.server.learn.learners import Learners
 from de3.server.overload import Controller
-from de3.server.processes.channel import Channel, _row
-from de3.server.processes.receiver import CLOSED, CONNECTION
-from de3.server.processes.worker import Worker
-from de3.server.settings import Settings
 from de3.server.shared_run import SharedRun
 from tests.fixtures import make_rows
-from tests.jobs import fit_job
 from tests.serving import Server, in_event_loop, serving, until
-from tests.test_models import HEADERS, KEY, copy
 from tests.test_processes import running
 
 UNEXPECTED = RuntimeError("unexpected")
@@ -123,19 +107,6 @@ def test_a_task_of_the_server_goes_on(
     assert server.metric("de3_background_errors_total", task=task) == 1
 
 
-def test_unloading_a_model_survives_an_error(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(manager, "_give_back", mock.AsyncMock(side_effect=UNEXPECTED))
-    shutil.copytree(store / "tiny/1", tmp_path / "tiny/1")
-    copy(tmp_path, 2)
-    with serving(tmp_path, models=["tiny:1", "tiny:2"], admin_keys=f"root {KEY}") as server:
-        answer = httpx.post(server.url + "/v1/models/tiny/unload", json={"version": 2}, headers=HEADERS)
-        assert answer.status_code == 200
-        until(lambda: errors["freeing_memory"], "the error")
-        assert server.classify(input="good").status_code == 200
-
-
 def test_a_fit_that_fails_unexpectedly_is_reported(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -149,31 +120,6 @@ def test_a_fit_that_fails_unexpectedly_is_reported(
     assert learner.journal.results[-1].outcome == "failed" and learner.phase == "recording"
     assert errors["fit"] == 1 and "unexpected" in caplog.text
     assert "unexpected" not in learner.journal.results[-1].error
-
-
-def test_a_fit_whose_process_ends_at_once_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process has ended before the server does anything with it, as on a busy machine."""
-    monkeypatch.setattr(fitting, "PROGRAM", "raise SystemExit('no')")
-    start = asyncio.create_subprocess_exec
-
-    async def start_slowly(*arguments: Any, **named: Any) -> Any:
-        process = await start(*arguments, **named)
-        await process.wait()
-        return process
-
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_slowly)
-    with pytest.raises(fitting.FitError, match="no"):
-        uvloop.run(fitting.run_fit(fit_job(base="x" * 2**16)))
-    assert not errors
-
-
-def test_a_paused_fit_is_resumed_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "IDLE_CORES", float("inf"))  # always pause
-    monkeypatch.setattr(fitting, "PROGRAM", "import time; time.sleep(0.2); print('{}')")
-    monkeypatch.setattr(fitting, "_times", fails_once(fitting._times))
-    found = uvloop.run(fitting.run_fit(fit_job()))
-    assert found == Found(seconds=found.seconds)
-    assert errors["pausing_fit"] == 1
 
 
 def test_pauses_grow_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,8 +146,7 @@ async def test_a_task_is_started_again_until_it_returns_or_is_cancelled() -> Non
     assert task.call_count == 2 and errors == {"a task": 1}
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_errors_that_nobody_awaits_are_reported(loop: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_that_nobody_awaits_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         report_unhandled(asyncio.get_running_loop())
         run_once("a task", mock.AsyncMock(side_effect=RuntimeError("in a task"))())  # type: ignore[arg-type]
@@ -209,17 +154,14 @@ def test_errors_that_nobody_awaits_are_reported(loop: str, caplog: pytest.LogCap
         while errors.total() < 2:
             await asyncio.sleep(0)
 
-    (asyncio if loop == "asyncio" else uvloop).run(run())
+    uvloop.run(run())
     assert errors == {"a task": 1, "event_loop": 1}
     assert "in a task" in caplog.text and "in a callback" in caplog.text
 
 
 @in_event_loop
-async def test_a_change_or_report_whose_client_is_gone_runs_to_its_end_and_its_error_is_reported_once() -> (
-    None
-):
-    report_unhandled(asyncio.get_running_loop())
-    running = SharedRun[None]("report")
+async def test_a_report_whose_client_is_gone_runs_to_its_end_and_its_error_is_reported_once() -> None:
+    shared = SharedRun[None]("report")
     for error, reported in ((RequestError("refused"), 0), (RuntimeError("unexpected"), 1)):
         may_fail = asyncio.Event()
 
@@ -227,102 +169,25 @@ async def test_a_change_or_report_whose_client_is_gone_runs_to_its_end_and_its_e
             await may_fail.wait()
             raise error
 
-        requests = [
-            asyncio.create_task(one.result(run)) for one in (SharedRun[None]("model_change"), running)
-        ]
+        request = asyncio.create_task(shared.result(run))
         await asyncio.sleep(0)
-        for request in requests:
-            request.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await request
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
         may_fail.set()
-        while shared_run._running:
+        while len(asyncio.all_tasks()) > 1:
             await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert errors == Counter(model_change=reported, report=reported)
-
-
-@in_event_loop
-async def test_one_connection_or_request_does_not_stop_the_others() -> None:
-    done: list[str] = []
-    fail = mock.Mock(side_effect=UNEXPECTED)
-    shared = listener.Listener(mock.Mock(), Settings(), 10)
-    for expire in (fail, lambda now: done.append("expired")) * 3:
-        shared.connections.add(mock.Mock(deadline=0.0, write_deadline=0.0, expire=expire))
-    shared._swept_at = monotonic() - 10  # the process was stalled: what has arrived meanwhile is read first
-    shared._sweep(asyncio.get_running_loop())
-    assert not errors
-    shared._sweep(asyncio.get_running_loop())
-    shared.starts._left = 0  # as in a round that has started its requests
-    for number in range(3 * AT_ONCE):
-        shared.starts.add("a network", partial(done.append, "started") if number % 2 else fail)
-    while len(done) < 3 + 3 * AT_ONCE // 2:
-        await asyncio.sleep(0)
-    assert errors == {"connection_deadlines": 3, "request_start": 3 * AT_ONCE // 2}
+        assert errors == Counter(report=reported)
+    with pytest.raises(RuntimeError):  # whoever waits for it reports it
+        await shared.result(mock.AsyncMock(side_effect=RuntimeError("unexpected")))
+    assert errors == {"report": 1}
 
 
 def test_an_error_while_the_last_traces_are_sent_is_reported() -> None:
     provider = mock.Mock(shutdown=fails_once(lambda: None))
     Traces(provider).stop()
     assert errors == {"traces": 1}
-
-
-def test_a_pools_process_ends_even_if_it_cannot_wait_for_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[int] = []
-    parent = SimpleNamespace(join=fails_once(lambda: None))
-    monkeypatch.setattr(pool, "parent_process", lambda: parent)
-    monkeypatch.setattr(pool.os, "_exit", ended.append)
-    with pytest.raises(RuntimeError):
-        pool._end_with_parent()
-    assert ended == [1]
-
-
-@in_event_loop
-async def test_errors_of_messages_between_processes_are_reported_where_they_occur() -> None:
-    ours, theirs = socket.socketpair()
-
-    async def unserializable() -> object:
-        return object()
-
-    fail = mock.AsyncMock(side_effect=UNEXPECTED)
-    caller, other = Channel(), Channel()
-    note = mock.Mock(side_effect=UNEXPECTED)
-    handlers = {"note": note, "value": unserializable, "fail": fail, "ask": object}
-    running = [asyncio.create_task(caller.run(ours, {})), asyncio.create_task(other.run(theirs, handlers))]
-    caller.tell("note")
-    for method in ("value", "fail", "ask"):
-        with pytest.raises(RequestError):
-            await caller.call(method)
-    assert errors == {"message": 4}
-    orjson.dumps(_row(RuntimeError("half of a surrogate pair: \ud800")))
-    for task in running:
-        task.cancel()
-
-
-@in_event_loop
-async def test_a_process_that_cannot_read_its_channel_drains() -> None:
-    """The supervisor then replaces it. A connection that cannot be served is closed, and reported as closed."""
-    (ours, its), (sockets, its_sockets) = (
-        socket.socketpair(socket.AF_UNIX, kind) for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
-    )
-    client, accepted = socket.socketpair()
-    with ours, its, sockets, its_sockets, client:
-        worker, served = Worker(its, its_sockets), mock.Mock()
-        worker.attach(served, served.stop)
-        worker.run()
-        worker.listen(mock.Mock(side_effect=UNEXPECTED))
-        socket.send_fds(sockets, [CONNECTION], [accepted.fileno()])
-        accepted.close()
-        assert await asyncio.to_thread(client.recv, 1) == b""
-        assert await asyncio.to_thread(sockets.recv, 10) == CLOSED + b"1"
-        assert errors == {"connection": 1} and not served.drain.called
-        worker.channel.call = fails_once(None)  # type: ignore[method-assign,assignment]
-        await asyncio.to_thread(worker.stop)
-        assert errors["last_audits"] == 1
-        ours.send(b"\x00\x00\x00\x01?")
-        while not errors["channel"]:
-            await asyncio.sleep(0)
-        assert served.drain.called and served.stop.called
 
 
 BROKEN = """
