@@ -3,102 +3,122 @@
 If a thread is lost nevertheless, the server exits, so that its supervisor restarts it.
 """
 
-import threading
+import logging
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
 
-from de3.server import service
+from de3.model_store.tokenizer import TextTokenizer
+from de3.server import failures, service
 from de3.server.background import errors
-from de3.server.engine import engine
+from de3.server.engine import engine, group
 from de3.server.engine.engine import Engine
 from de3.server.engine.queue import WorkQueue
+from de3.server.failures import FailureLog
+from de3.server.http import endpoint
 from de3.server.service import EngineError
 from tests.serving import Server, process, serving, until, url_when_ready
 
 
-def test_an_error_in_queue_or_engine_ends_no_thread(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take, failures = WorkQueue.next, []
+class Panic(BaseException):
+    """An error like the panics of Rust libraries, which do not derive from Exception."""
 
-    def broken(queue: WorkQueue, threads: int) -> Any:
-        if len(failures) < 3:
-            failures.append(1)
-            raise ValueError("a broken queue")
-        return take(queue, threads)
 
-    before = errors["engine"]
-    monkeypatch.setattr(WorkQueue, "next", broken)
-    with serving(store, models=["tiny"], threads=1) as server:
+def test_errors_end_no_thread_and_each_kind_is_logged_once(
+    store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (engine, group, endpoint):  # the modules' own logs are shared with other tests
+        monkeypatch.setattr(module, "failures", FailureLog(logging.getLogger("de3")))
+    before, take = errors["engine"], WorkQueue.next
+    broken = mock.Mock(side_effect=[ValueError("a broken queue")] * 3 + [None] * 1000)
+    monkeypatch.setattr(WorkQueue, "next", lambda *given: (broken(), take(*given))[1])
+    with serving(store, models=["tiny", "tiny-int8"], threads=1) as server:
+        for error in (RuntimeError("forged"), Panic("forged")):
+            assert server.classify(input="good").status_code == 200
+            assert errors["engine"] - before == 3
+            with mock.patch.object(TextTokenizer, "encode", side_effect=error):
+                for model in ("tiny", "tiny-int8") * 5:
+                    failed = server.classify(input=["good", "bad"], model=model)
+                    assert failed.status_code == 500 and "forged" not in failed.text
+                    assert failed.json()["error"]["type"] == "InternalServerError"
+                failed = httpx.post(server.url + "/predict", json={"inputs": "good"})
+                assert (failed.status_code, failed.json()["error_type"]) == (500, "backend")
+        assert server.metric("de3_requests_total", model="tiny:1", status="500") == 12
         assert server.classify(input="good").status_code == 200
-        assert errors["engine"] - before == len(failures) == 3
-        with monkeypatch.context() as patch:
-            patch.setattr(Engine, "_finish", lambda *_: 1 / 0)
-            assert server.classify(input="good").status_code == 500
-        assert server.classify(input="good").status_code == 200
+    logged = [record.getMessage().split()[0] for record in caplog.records if record.module == "failures"]
+    # Of both errors: "a group", "an item"; each request then fails by the same one.
+    assert sorted(logged) == ["a", "a", "an", "an", "engine", "request"]
 
 
-def lost(server: Server) -> None:
-    until(lambda: server.service.state == "failed", "the loss to be seen")
-    assert isinstance(server.service.failure, EngineError)
-    assert server.metric("de3_engine_failures_total") == 1
-    assert server.metric("de3_ready") == 0
-    ready = httpx.get(server.url + "/ready")
-    assert (ready.status_code, ready.json()) == (503, {"status": "failed"})
+def test_one_traceback_a_minute_for_each_of_a_limited_number_of_kinds(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, log = 1000.0, FailureLog(logging.getLogger("de3"))
+    monkeypatch.setattr(failures, "monotonic", lambda: now)
+    monkeypatch.setattr(failures, "MAX_KINDS", 3)
+
+    def logged(*kinds: type[Exception]) -> list[str]:
+        caplog.clear()
+        for kind in kinds:
+            try:
+                raise kind
+            except kind:
+                log.exception("%s", kind.__name__)
+        assert all(record.exc_info for record in caplog.records)
+        return caplog.messages
+
+    assert logged(*[ValueError] * 5, KeyError) == ["ValueError", "KeyError"]
+    now += 61
+    repeated = "ValueError (and 4 times since such an error was last logged)"
+    assert logged(ValueError, KeyError) == [repeated, "KeyError"]
+    others = [OSError, TypeError, RuntimeError]  # of the first kinds, none is remembered now
+    assert logged(*others, *others, KeyError) == ["OSError", "TypeError", "RuntimeError", "KeyError"]
 
 
 def test_an_ended_thread_is_detected(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "CHECK_S", 0.05)
     monkeypatch.setattr(Engine, "_step", lambda *_: False)
     server = Server(service.Service(service.Settings(store=store, models=["tiny"], port=0)))
     server.start()
     try:
-        lost(server)
+        until(lambda: server.service.state == "failed", "the loss to be seen")
+        assert isinstance(server.service.failure, EngineError)
+        assert server.metric("de3_engine_failures_total") == 1
+        assert server.metric("de3_ready") == 0
+        ready = httpx.get(server.url + "/ready")
+        assert (ready.status_code, ready.json()) == (503, {"status": "failed"})
     finally:
         server.stop()
 
 
-def test_a_stuck_thread_is_detected_and_no_slow_one(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from de3.model_store.segments import OnnxLayers
-
-    monkeypatch.setattr(service, "CHECK_S", 0.05)
-    monkeypatch.setattr(engine, "STUCK_CHECKS", 8)
-    stuck, go_on, run = threading.Event(), threading.Event(), OnnxLayers.run
-
-    def slow(layers: OnnxLayers, layer: int, hidden: Any) -> Any:
-        if stuck.is_set():
-            go_on.wait(60)
-        return run(layers, layer, hidden)
-
-    with serving(store, models=["tiny"], threads=1) as server:
-        monkeypatch.setattr(OnnxLayers, "run", slow)
-        for _ in range(30):  # always busy, but never stuck
-            assert server.classify(input="good " * 60, tau=0).status_code == 200
-        assert server.service.state == "ready"
-        stuck.set()
-        waiting = threading.Thread(target=lambda: server.classify(input="good", tau=0))
-        waiting.start()
-        lost(server)
-        go_on.set()
-        waiting.join(20)
-
-
 STUCK = """
-import sys, threading, time
-from de3.server import service
+import sys, time
+from de3.server import failures, service
 from de3.server.engine import engine
 from de3.cli import main
 service.CHECK_S, engine.STUCK_CHECKS = 0.05, 8
-engine.run_group = engine.run = lambda *_: time.sleep(600)
+runs, run = [], engine.run
+def stuck(*arguments):
+    runs.append(1)
+    if len(runs) > 40:
+        time.sleep(600)
+    return run(*arguments)
+engine.run = stuck
 sys.argv = ["de3", *sys.argv[1:]]
 main()
 """
 
 
-def test_a_server_with_a_stuck_thread_exits_non_zero(store: Path) -> None:
+def test_a_server_with_a_stuck_thread_exits_non_zero_but_not_one_that_is_always_busy(store: Path) -> None:
     options = ["--model", "tiny", "--threads", "1", "--timeout-s", "0.3"]
     with process(store, *options, code=STUCK) as running:
         url = url_when_ready(running)
-        assert httpx.post(url + "/classify", json={"input": "good"}, timeout=30).status_code == 504
+        statuses = list[int]()
+        with suppress(httpx.TransportError):
+            while running.poll() is None:
+                answer = httpx.post(url + "/classify", json={"input": "good " * 60, "tau": 0}, timeout=30)
+                statuses.append(answer.status_code)
+        assert len(statuses) > 40 and statuses[-1] == 504
         assert running.wait(60) == 1

@@ -9,6 +9,7 @@ import yaml
 from typer.main import get_command
 
 from de3.cli import app
+from de3.model_store.store import Store
 from de3.server.settings import FROM_FILES, SECRETS, Settings, unknown_variables, variable
 from tests.commands import de3, refusal
 
@@ -46,20 +47,24 @@ def test_unknown_variables_are_found() -> None:
 
 
 def test_variables_are_settings_and_unknown_ones_warn(
-    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, value in (("MODELS", "tiny-int8 tiny"), ("SERVICE_PORT", "5"), ("MAX_TEXTS", "3")):
         monkeypatch.setenv(f"DE3_{name}", value)
-    started: list[Any] = []
-    monkeypatch.setattr("de3.server.main.serve", lambda *arguments: started.append(arguments))
+    started: list[Settings] = []
+    monkeypatch.setattr("de3.server.main.serve", lambda settings, *_: started.append(settings))
     de3(f"serve --store {store}")
-    ((set_, _),) = started
     assert "DE3_SERVICE_PORT: unknown setting, ignored" in caplog.text
-    assert (set_.store, set_.models, set_.max_texts) == (store, ["tiny-int8", "tiny"], 3)
+    monkeypatch.setenv("DE3_STORE", str(tmp_path))
+    monkeypatch.delenv("DE3_MODELS")
+    de3("serve --demo --port 8001")  # whatever the variable says
+    given, demo = started
+    assert (given.store, given.models, given.max_texts) == (store, ["tiny-int8", "tiny"], 3)
+    assert Store(demo.store).open(demo.models[0]).full_name == "sst2:1" and demo.port == 8001
     monkeypatch.setenv("DE3_API_KEY_FILE", "keys")
     said = "DE3_API_KEY_FILE: unknown setting; did you mean DE3_API_KEYS_FILE?"
     assert refusal(f"serve --store {store}") == said
-    assert len(started) == 1
+    assert len(started) == 2
 
 
 def test_compose_offers_every_setting_and_no_other() -> None:
