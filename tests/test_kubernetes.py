@@ -16,6 +16,12 @@ UNITS = {"Mi": 2**20, "Gi": 2**30}
 Documents = dict[str, dict[str, Any]]
 
 
+def container_of(documents: Documents) -> tuple[dict[str, Any], dict[str, str]]:
+    """The container of the server, and its variables."""
+    (container,) = documents["Deployment"]["spec"]["template"]["spec"]["containers"]
+    return container, {e["name"]: e["value"] for e in container["env"]}
+
+
 @pytest.fixture(scope="module")
 def documents() -> Documents:
     """The objects of the manifest, by their kind."""
@@ -32,7 +38,7 @@ def test_manifests_are_valid(documents: Documents) -> None:
 
 def test_manifests_match_each_other_and_the_image(documents: Documents) -> None:
     pod = documents["Deployment"]["spec"]["template"]
-    (container,) = pod["spec"]["containers"]
+    container, env = container_of(documents)
     labels = pod["metadata"]["labels"]
     for selector in (
         documents["Deployment"]["spec"]["selector"]["matchLabels"],
@@ -42,7 +48,7 @@ def test_manifests_match_each_other_and_the_image(documents: Documents) -> None:
     ):
         assert selector.items() <= labels.items()
     (port,) = container["ports"]
-    settings = {e["name"].removeprefix("DE3_").lower(): e["value"] for e in container["env"]}
+    settings = {name.removeprefix("DE3_").lower(): value for name, value in env.items()}
     assert settings["port"] == str(port["containerPort"])
     assert pod["spec"]["enableServiceLinks"] is False  # Kubernetes would set DE3_PORT to tcp://…
     assert f"USER {pod['spec']['securityContext']['runAsUser']}" in Path("Dockerfile").read_text()
@@ -60,7 +66,7 @@ def test_the_network_policy_admits_named_peers_and_blocks_egress(documents: Docu
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     assert policy["egress"] == []
     (rule,) = policy["ingress"]
-    (container,) = documents["Deployment"]["spec"]["template"]["spec"]["containers"]
+    container, _ = container_of(documents)
     assert rule["ports"] == [{"protocol": "TCP", "port": container["ports"][0]["containerPort"]}]
     # A peer without selectors, or with an empty one, would admit everyone.
     for peer in rule["from"]:
@@ -75,8 +81,7 @@ def test_the_network_policy_admits_named_peers_and_blocks_egress(documents: Docu
 
 def test_keys_come_as_files_that_the_server_can_read(documents: Documents) -> None:
     pod = documents["Deployment"]["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    env = {e["name"]: e["value"] for e in container["env"]}
+    container, env = container_of(documents)
     assert not {"DE3_API_KEYS", "DE3_ADMIN_KEYS"} & set(env)
     (volume,) = (v for v in pod["volumes"] if "secret" in v)
     (mount,) = (m for m in container["volumeMounts"] if m["name"] == volume["name"])
@@ -104,9 +109,8 @@ def test_the_memory_limit_covers_what_the_server_admits(documents: Documents) ->
         return int(text[:-2]) * UNITS[text[-2:]]
 
     pod = documents["Deployment"]["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
+    container, env = container_of(documents)
     memory = {kind: size(amounts["memory"]) for kind, amounts in container["resources"].items()}
-    env = {e["name"]: e["value"] for e in container["env"]}
     (tmp,) = (size(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if v.get("emptyDir", {}).get("medium"))
     reload = 410_000_000  # measured with the demo model: the server and the process that proves a new model
     assert memory["requests"] > reload + tmp
@@ -118,14 +122,10 @@ def test_the_memory_limit_covers_what_the_server_admits(documents: Documents) ->
 
 
 def test_the_autoscaler_asks_for_an_existing_metric(documents: Documents) -> None:
-    names = [
-        m["pods"]["metric"]["name"]
-        for m in documents["HorizontalPodAutoscaler"]["spec"]["metrics"]
-        if m["type"] == "Pods"
-    ]
+    metrics = documents["HorizontalPodAutoscaler"]["spec"]["metrics"]
     adapter = yaml.safe_load((FILE.parent / "adapter.yaml").read_text())
     queries = " ".join(rule["seriesQuery"] for rule in adapter["rules"]["custom"])
-    for name in names:
+    for name in (m["pods"]["metric"]["name"] for m in metrics if m["type"] == "Pods"):
         assert name in queries
         assert f'"{name}"' in Path("server/metrics.py").read_text()
 

@@ -26,6 +26,9 @@ FLAGS += [f"--disable-{part}" for part in UNUSED]
 KEY = "alice-has-a-long-key"
 DEMO = Path(__file__).parents[1] / "models"
 expect.set_options(timeout=60_000)  # a busy machine may take longer than 5 s
+BLOCKED = (
+    "Object.defineProperty(window, 'sessionStorage', {get() { throw new DOMException('', 'SecurityError') }})"
+)
 HARD = "You could do worse than spend an evening with it, but you could also do better."
 
 
@@ -52,20 +55,23 @@ def keyed(store: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with two classifiers without exits, of 12 labels: intents, and topics, which is multi-label."""
+    """A store with two classifiers without exits, of 12 labels: intents, and topics, which is multi-label.
+
+    And with tags, a token classifier with exits.
+    """
     folder = tmp_path_factory.mktemp("stock")
+    store = Store(folder / "store")
     for name, kind in (("intents", "single_label_classification"), ("topics", "multi_label_classification")):
         source = save_encoder(folder / name, labels=12)
         config = json.loads((source / "config.json").read_text()) | {"problem_type": kind}
         (source / "config.json").write_text(json.dumps(config))
-        convert(Stock.open("my-org/stock", source), Store(folder / "store"), name, "int8")
+        convert(Stock.open("my-org/stock", source), store, name, "int8")
+    with_random_exits(token_classifier(tmp_path_factory, "bert"), store, "tags", "int8")
     return folder / "store"
 
 
 @pytest.fixture(scope="module")
-def tagged(stock: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a token classifier with exits, tags, and of intents."""
-    with_random_exits(token_classifier(tmp_path_factory, "bert"), Store(stock), "tags", "int8")
+def tagged(stock: Path) -> Iterator[Server]:
     with serving(stock, models=["tags", "intents"], default_model="tags") as running:
         yield running
 
@@ -108,12 +114,6 @@ def page(tab: Page, server: Server) -> Iterator[Page]:
 @pytest.fixture
 def clocked(clocked_tab: Page, server: Server) -> Iterator[Page]:
     yield from visited(clocked_tab, server)
-
-
-def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
-    """The page in a new tab, checked as in `visited`. context: options of the browser context."""
-    with browser.new_context(**context) as contexts:
-        yield from visited(contexts.new_page(), server)
 
 
 def visited(page: Page, server: Server) -> Iterator[Page]:
@@ -210,13 +210,13 @@ def test_the_slider_starts_at_the_tau_in_force(page: Page, server: Server, keyed
     assert sent.value.post_data_json.keys().isdisjoint({"tau", "latency_budget_ms"})
     in_force(page, f"{round(default, 4):g}, the model's default", f"{default:.3f}")
 
-    for option, words, value in (
-        ({"tau": 0.1234}, "0.1234, the server's --tau", "0.123"),
-        ({"target_speedup": 1}, "0, the server's --target-speedup", "0.000"),
+    for tau, set_by, words in (
+        (0.1234, "default", "0.1234, the server's --tau"),
+        (0, "target_speedup", "0, the server's --target-speedup"),
     ):
-        with serving(DEMO, **option) as other:
-            for at in visited(page.context.new_page(), other):
-                in_force(at, words, value)
+        changing(page, tau_choice={"tau": tau, "set_by": set_by})
+        page.fill("#text", f"A film {set_by}.")
+        in_force(page, words, f"{tau:.3f}")
 
     for at in visited(page.context.new_page(), keyed):
         # The example's answer, which says more, could arrive before the metrics.
@@ -228,6 +228,23 @@ def test_the_slider_starts_at_the_tau_in_force(page: Page, server: Server, keyed
         at.fill("#text", "good")
         in_force(at, "0, chosen by the guarantee that at most 40% of labels differ", "0.000")
         expect(at.locator("#measured")).to_contain_text("(0 so far)")  # the page's texts are not audited
+
+
+def changing(page: Page, full_depth: dict[str, Any] | None = None, **fields: Any) -> None:
+    """Change fields of the answers to /classify, or of their first rows, from now on.
+
+    full_depth: fields of the answers at full depth, instead.
+    """
+
+    def change(route: Route) -> None:
+        body = route.fetch().json()
+        is_full_depth = json.loads(route.request.post_data or "").get("tau") == 0
+        for name, value in (full_depth or {} if is_full_depth else fields).items():
+            (body if name in body else body["data"][0])[name] = value
+        route.fulfill(json=body)
+
+    page.unroute("**/classify")
+    page.route("**/classify", change)
 
 
 def test_a_model_without_exits(tab: Page, full_depth: Server) -> None:
@@ -258,14 +275,6 @@ def test_a_model_without_exits(tab: Page, full_depth: Server) -> None:
         page.get_by_role("button", name="Show 10").click()
         expect(names).to_have_count(10)
 
-        def from_a_folder(route: Route) -> None:
-            answer = route.fetch()
-            route.fulfill(response=answer, body=answer.text().replace("my-org/stock", "stock"))
-
-        page.route("**/v1/models", from_a_folder)
-        page.reload()
-        expect(page.locator("code").first).to_contain_text("de3 import path/to/stock --texts")
-
 
 def test_the_labels_of_a_multi_label_model(tab: Page, full_depth: Server) -> None:
     for page in visited(tab, full_depth):
@@ -284,20 +293,6 @@ def test_the_labels_of_a_multi_label_model(tab: Page, full_depth: Server) -> Non
         page.get_by_role("button", name="Show 10").click()
 
 
-def test_a_phone_shows_the_answer_under_the_text(tab: Page, server: Server, full_depth: Server) -> None:
-    tab.set_viewport_size({"width": 360, "height": 740})
-    for one in (server, full_depth):
-        for page in visited(tab, one):
-            page.fill("#text", "a good film")
-            expect(page.locator("#classes li").first).to_be_visible()
-            sections = [part.bounding_box() for part in page.locator("main section").all()]
-            tops = sorted(box["y"] for box in sections if box is not None)
-            text, answer = page.locator("section:has(#text)"), page.locator("section:has(#summary)")
-            assert [part.bounding_box()["y"] for part in (text, answer)] == tops[:2]  # type: ignore[index]
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    tab.set_viewport_size({"width": 1280, "height": 720})
-
-
 def test_full_depth_is_shown_beside_an_early_answer(page: Page) -> None:
     page.get_by_role("button", name="Not bad.").click()
     expect(page.locator("#summary")).to_contain_text("Full depth disagrees: positive")
@@ -306,14 +301,15 @@ def test_full_depth_is_shown_beside_an_early_answer(page: Page) -> None:
     expect(page.locator("#summary")).not_to_contain_text("Full depth")
     expect(page.locator("#layers .saved small").first).to_have_text("not run")
     expect(page.locator("#layers .exit small")).to_have_text("exits here")
-
-    def with_another_reason(route: Route) -> None:
-        answer = route.fetch()
-        route.fulfill(response=answer, body=answer.text().replace('"threshold"', '"another"'))
-
-    page.route("**/classify", with_another_reason)
-    page.fill("#text", "A wonderful film.")
-    expect(page.locator("#layers .exit small")).to_have_text("another")
+    page.get_by_label("Compare with full depth").check()
+    # Of a multi-label model, all labels are compared.
+    for text, labels, words in (
+        ("A wonderful film.", ["negative", "positive"], "disagrees: negative, positive"),
+        ("A fine film.", ["positive"], "agrees"),
+    ):
+        changing(page, {"label": "positive", "labels": labels}, label="positive", labels=["positive"])
+        page.fill("#text", text)
+        expect(page.locator("#summary")).to_contain_text(f"Full depth {words}")
 
 
 def test_other_choices_send_their_field(page: Page) -> None:
@@ -326,24 +322,6 @@ def test_other_choices_send_their_field(page: Page) -> None:
             page.get_by_label(choice, exact=True).check()
         expect(page.locator("#value")).to_have_text(words)
         expect(page.locator("#layers .exit")).to_have_count(1)
-
-
-def test_full_depth_is_compared_by_all_labels_of_a_multi_label_model(page: Page) -> None:
-    at_full_depth = ["negative", "positive"]
-
-    def classify(route: Route) -> None:
-        body = route.fetch().json()
-        is_full_depth = "tau" in json.loads(route.request.post_data or "")
-        labels = at_full_depth if is_full_depth else ["positive"]
-        body["data"][0] |= {"label": "positive", "labels": labels}
-        route.fulfill(json=body)
-
-    page.route("**/classify", classify)
-    page.fill("#text", "A wonderful film.")
-    expect(page.locator("#summary")).to_contain_text("Full depth disagrees: negative, positive")
-    at_full_depth.remove("negative")
-    page.fill("#text", "A fine film.")
-    expect(page.locator("#summary")).to_contain_text("Full depth agrees")
 
 
 def test_everything_by_keyboard_alone(page: Page) -> None:
@@ -384,48 +362,32 @@ def test_refusals_are_the_servers_own_words(page: Page) -> None:
     expect(page.locator("#summary")).to_contain_text("Type a text")
 
 
-def test_an_unreachable_server_is_reported_and_retried(clocked: Page) -> None:
-    page = clocked
-    expect(page.locator("#layers .exit")).to_have_count(1)
-    page.route("**/classify", lambda route: route.abort())
-    page.fill("#text", "anything")
-    expect(page.locator("#problem")).to_contain_text("The server cannot be reached. Is it still running?")
-    page.unroute("**/classify")
-    page.clock.run_for(3000)
-    expect(page.locator("#layers .exit")).to_have_count(1)  # the page has retried by itself
-
-
-def test_live_figures_come_from_the_metrics(clocked: Page, server: Server) -> None:
-    page = clocked
-    expect(page.locator("#layers .exit")).to_have_count(1)
-    expect(page.locator("#exits li")).to_have_count(7)
-    until(lambda: server.service.in_flight == 0, "the page's own texts to be counted")
-    poll(page, 31)  # the figures are those of a minute, which the page's own texts leave
-    server.classify(input=["A wonderful film."] * 60, tau=1)  # exit at the embeddings
-    server.classify(input=["A wonderful film."] * 30, tau=0)
-    until(lambda: server.service.in_flight == 0, "these texts to be counted")
+def live(page: Page, server: Server) -> tuple[str, list[str]]:
+    """The speed-up and the shares of the layers, once the page has read what the server has counted."""
+    until(lambda: server.service.in_flight == 0, "all texts to be counted")
     poll(page, 1)
-    expect(page.locator("#speedup")).to_have_text("3.0×")
     shares = [text.rpartition("\n")[2] for text in page.locator("#exits li").all_inner_texts()]
-    assert shares == ["67%", *["0%"] * 5, "33%"]
-    expect(page.locator("#rate")).not_to_have_text("–")
-    expect(page.locator("#p99")).to_contain_text("ms")
+    return page.locator("#speedup").inner_text(), shares
 
 
-def test_live_figures_leave_out_the_pages_comparisons(clocked: Page, server: Server) -> None:
+def test_live_figures_come_from_the_metrics_without_the_pages_comparisons(
+    clocked: Page, server: Server
+) -> None:
     page = clocked
     expect(page.locator("#summary")).to_contain_text("Full depth agrees")
     until(lambda: server.service.in_flight == 0, "the example's texts to be counted")
-    poll(page, 31)
+    expect(page.locator("#measured")).to_be_hidden()  # this server audits nothing
+    poll(page, 31)  # the figures are those of a minute
     expect(page.locator("#rate")).to_have_text("–")
     with page.expect_response(lambda got: '"tau":0' in (got.request.post_data or "")):
         page.fill("#text", "A wonderful film.")
     expect(page.locator("#summary")).to_contain_text("Full depth agrees")
-    until(lambda: server.service.in_flight == 0, "both requests to be counted")
-    poll(page, 1)
-    expect(page.locator("#speedup")).to_have_text("over 100×")
-    shares = [text.rpartition("\n")[2] for text in page.locator("#exits li").all_inner_texts()]
-    assert shares == ["100%", *["0%"] * 6]
+    assert live(page, server) == ("over 100×", ["100%", *["0%"] * 6])
+    server.classify(input=["A wonderful film."] * 59, tau=1)  # exit at the embeddings
+    server.classify(input=["A wonderful film."] * 30, tau=0)
+    assert live(page, server) == ("3.0×", ["67%", *["0%"] * 5, "33%"])
+    expect(page.locator("#rate")).not_to_have_text("–")
+    expect(page.locator("#p99")).to_contain_text("ms")
 
 
 def test_wcag(tab: Page, server: Server, full_depth: Server) -> None:
@@ -442,13 +404,17 @@ def test_wcag(tab: Page, server: Server, full_depth: Server) -> None:
 
 
 def accessible(page: Page) -> None:
+    """WCAG is kept; on a phone, the answer is under the text, and nothing scrolls horizontally."""
     tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
     for scheme, width in (("light", 1280), ("dark", 360)):
         page.emulate_media(reduced_motion="reduce", color_scheme=scheme)  # type: ignore[arg-type]
         page.set_viewport_size({"width": width, "height": 720})
         found = Axe().run(page, options={"runOnly": {"type": "tag", "values": tags}})
         assert found.violations_count == 0, found.generate_report()
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # no horizontal scrolling
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    places = [part.bounding_box() for part in page.locator("main section").filter(visible=True).all()]
+    text, answer = (page.locator(f"section:has({part})").bounding_box() for part in ("#text", "#summary"))
+    assert [text, answer] == sorted(filter(None, places), key=lambda box: box["y"])[:2]
     page.emulate_media(reduced_motion="null", color_scheme="null")
     page.set_viewport_size({"width": 1280, "height": 720})
 
@@ -457,51 +423,33 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Page, keyed: Server) -> Non
     for page in visited(tab, keyed):
         expect(page.get_by_role("heading", name="This server needs an API key")).to_be_visible()
         expect(page.locator("#main")).to_be_hidden()
-        page.keyboard.type("a-wrong-key-of-mine")
-        page.keyboard.press("Enter")
-        expect(page.locator("#key-error")).to_have_text("Unknown API key.")
-        page.fill("#key", KEY)
-        page.get_by_role("button", name="Use this key").click()
-        expect(page.locator("#layers .exit")).to_have_count(1)
-        expect(page.locator("#measured")).to_contain_text("guarantees that at most 40% of labels differ")
-        page.reload()
-        expect(page.locator("#layers .exit")).to_have_count(1)
-        assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
-        page.evaluate("sessionStorage.clear()")
 
+        def enter(key: str) -> None:
+            page.fill("#key", key)  # noqa: B023
+            page.keyboard.press("Enter")  # noqa: B023
 
-def test_a_key_that_cannot_be_kept_or_sent(tab: Page, keyed: Server) -> None:
-    blocked = "Object.defineProperty(window, 'sessionStorage', {get() { throw new DOMException('', 'SecurityError') }})"
-    for page in visited(tab, keyed):
-        page.evaluate(blocked)
-        page.fill("#key", "schlüssel-für-alles")
-        page.keyboard.press("Enter")
-        expect(page.locator("#key-error")).to_contain_text("only ASCII characters")
+        for wrong, says in (
+            ("a-wrong-key-of-mine", "Unknown API key."),
+            ("schlüssel-für-alles", "only ASCII characters"),
+        ):
+            enter(wrong)
+            expect(page.locator("#key-error")).to_contain_text(says)
         page.route("**/v1/models", lambda route: route.abort())
-        page.fill("#key", KEY)
-        page.keyboard.press("Enter")
+        enter(KEY)
         expect(page.locator("#key-error")).to_contain_text("The server cannot be reached")
         page.unroute("**/v1/models")
-        page.fill("#key", KEY)
-        page.keyboard.press("Enter")
+        enter(KEY)
         expect(page.locator("#layers .exit")).to_have_count(1)
         assert page.evaluate("document.activeElement.id") == "text"
-
-
-def test_full_depth_is_that_of_the_same_text(page: Page) -> None:
-    expect(page.locator("#layers .exit")).to_have_count(1)
-    sent: list[str] = []
-
-    def change_the_text(route: Route) -> None:
-        sent.append(json.loads(route.request.post_data or "")["input"])
-        if len(sent) == 1:  # as if the user typed while the request is in flight
-            page.evaluate("document.getElementById('text').value = 'Another text.'")
-        route.continue_()
-
-    page.route("**/classify", change_the_text)
-    page.fill("#text", HARD)
-    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "5")
-    assert sent == [HARD, HARD]
+        page.reload()
+        expect(page.locator("#layers .exit")).to_have_count(1)
+        expect(page.locator("#measured")).to_contain_text("guarantees that at most 40% of labels differ")
+        assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+        page.evaluate("sessionStorage.clear()")
+        page.reload()
+        page.evaluate(BLOCKED)  # until the page is reloaded, the key is kept nevertheless
+        enter(KEY)
+        expect(page.locator("#layers .exit")).to_have_count(1)
 
 
 def caught(page: Page, held: list[Route]) -> Route:
@@ -521,13 +469,23 @@ def drawn(page: Page) -> None:
     page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
 
 
-def test_an_older_answer_is_never_drawn(page: Page) -> None:
+def test_answers_are_those_of_the_same_text_and_never_older_ones(page: Page) -> None:
     expect(page.locator("#layers .exit")).to_have_count(1)
-    held: list[Route] = []
-    page.route(
-        "**/classify",
-        lambda route: held.append(route) if "awful" in str(route.request.post_data) else route.continue_(),
-    )
+    sent, held = list[str](), list[Route]()
+
+    def change_the_text(route: Route) -> None:
+        sent.append(json.loads(route.request.post_data or "")["input"])
+        if "awful" in sent[-1]:
+            held.append(route)
+            return
+        if len(sent) == 1:  # as if the user typed while the request is in flight
+            page.evaluate("document.getElementById('text').value = 'Another text.'")
+        route.continue_()
+
+    page.route("**/classify", change_the_text)
+    page.fill("#text", HARD)
+    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "5")
+    assert sent == [HARD, HARD]
     page.fill("#text", "An awful film.")
     older = caught(page, held)
     with page.expect_event("requestfailed", lambda failed: failed == older.request):  # the page gives it up
@@ -658,11 +616,11 @@ AUDIT = {
 
 def test_the_sentence_about_audits(tab: Page, learning: Server) -> None:
     measured = "τ = 0.25: 1.23% of labels differ (0.01% to 4.57% with 95% confidence)"
-    nothing = {"audits": 0, "measured": {"disagreement": None, "lower": 0, "upper": 1, "confidence": 0.95}}
+    nothing = {"disagreement": None, "lower": 0, "upper": 1, "confidence": 0.95}
     cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"guarantee": None}, ["on 3 live texts", measured, "; on held-out texts 0.3%."]),
         ({"guarantee": None, "calibrated": None, "audits": 1}, ["on 1 live text ", f"{measured}."]),
-        (nothing, ["No live text has been measured", "Guaranteed: at most 0.5%."]),
+        ({"measured": nothing}, ["No live text has been measured", "Guaranteed: at most 0.5%."]),
         (
             {"tau": {"tau": 0, "reason": "change"}},
             ["0.5%", "for now every text runs to full depth", "3 so far"],
@@ -683,21 +641,17 @@ def test_the_sentence_about_audits(tab: Page, learning: Server) -> None:
 
 
 def test_the_sentence_about_audits_stays_while_the_server_is_busy(
-    clocked_tab: Page, server: Server, full_depth: Server
+    clocked_tab: Page, full_depth: Server
 ) -> None:
     busy: dict[str, Any] = {"status": 503, "json": {"error": {"message": "busy"}}}
     for page in visited(clocked_tab, full_depth):
-        page.route("**/audit", lambda route: route.fulfill(**busy))
-        page.reload()
-        poll(page, 1)
-        expect(page.locator("#measured")).to_be_hidden()
-        for answer in ({"json": AUDIT}, busy):
+        for answer, is_shown in ((busy, False), ({"json": AUDIT}, True), (busy, True)):
+            page.unroute("**/audit")
             page.route("**/audit", lambda route, _, answer=answer: route.fulfill(**answer))  # type: ignore[misc]
-            poll(page, 6)
-            expect(page.locator("#measured")).to_be_visible()
-    for page in visited(clocked_tab, server):  # which audits nothing
-        poll(page, 1)
-        expect(page.locator("#measured")).to_be_hidden()
+            if not is_shown:
+                page.reload()
+            poll(page, 6 if is_shown else 1)
+            expect(page.locator("#measured")).to_be_visible(visible=is_shown)
 
 
 def test_the_page_is_one_response_with_a_strict_policy(server: Server) -> None:
