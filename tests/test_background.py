@@ -2,9 +2,6 @@
 
 import asyncio
 import logging
-import os
-import signal
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +28,6 @@ from de3.server.overload import Controller
 from de3.server.shared_run import SharedRun
 from tests.fixtures import make_rows
 from tests.serving import Server, in_event_loop, serving, until
-from tests.test_processes import running
 
 UNEXPECTED = RuntimeError("unexpected")
 
@@ -160,25 +156,30 @@ def test_errors_that_nobody_awaits_are_reported(caplog: pytest.LogCaptureFixture
 
 
 @in_event_loop
-async def test_a_report_whose_client_is_gone_runs_to_its_end_and_its_error_is_reported_once() -> None:
-    shared = SharedRun[None]("report")
+async def test_requests_share_a_run_whose_error_is_reported_once_even_if_their_clients_are_gone() -> None:
+    shared, runs = SharedRun[None]("report", most=2), list[Exception]()
     for error, reported in ((RequestError("refused"), 0), (RuntimeError("unexpected"), 1)):
         may_fail = asyncio.Event()
 
         async def run(may_fail: asyncio.Event = may_fail, error: Exception = error) -> None:
+            runs.append(error)
             await may_fail.wait()
             raise error
 
-        request = asyncio.create_task(shared.result(run))
+        requests = [asyncio.create_task(shared.result(run)) for _ in range(2)]
         await asyncio.sleep(0)
-        request.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await request
+        with pytest.raises(RequestError, match="2 requests are already waiting"):
+            await shared.result(run)
+        for request in requests:
+            request.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await request
         may_fail.set()
         while len(asyncio.all_tasks()) > 1:
             await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert errors == Counter(report=reported)
+        assert runs[-1] == error and errors == Counter(report=reported)
+    assert len(runs) == 2
     with pytest.raises(RuntimeError):  # whoever waits for it reports it
         await shared.result(mock.AsyncMock(side_effect=RuntimeError("unexpected")))
     assert errors == {"report": 1}
@@ -188,36 +189,3 @@ def test_an_error_while_the_last_traces_are_sent_is_reported() -> None:
     provider = mock.Mock(shutdown=fails_once(lambda: None))
     Traces(provider).stop()
     assert errors == {"traces": 1}
-
-
-BROKEN = """
-from de3.cli import main
-from de3.server.processes import group
-from de3.server.processes.channel import Channel
-from de3.server.processes.connections import Connections
-from de3.server.processes.metrics import SharedMetrics
-from tests.test_background import fails_once
-
-for owner, name in ((SharedMetrics, "_read"), (Channel, "_receive"), (Connections, "_accept")):
-    setattr(owner, name, fails_once(getattr(owner, name)))
-group.LOOP_CHECKS = 600
-main()
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_a_supervisor_goes_on_and_ends_processes_that_hang_at_the_second_signal(store: Path) -> None:
-    with running(store, "--default-model", "tiny", "--timeout-s", "600", code=BROKEN) as server:
-        for task in ("reading_metrics", "process", "event_loop"):
-            until(lambda task=task: server.metric("de3_background_errors_total", task=task) == 1, task)
-            assert server.logged(f"{task.replace('_', ' ')} failed")
-        assert server.metric("de3_replaced_processes_total") == 1
-        assert server.get("/ready").status_code == 200
-        until(lambda: server.logged(r"process \d is replaced, after"), "the replacement")
-        until(lambda: len(server.pids) == 2, "the replacement in the log")
-        os.kill(server.pids[0], signal.SIGSTOP)
-        server.process.send_signal(signal.SIGTERM)
-        until(lambda: len(server.pids) == 1, "the end of the other process")
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(60) == 0
-        until(lambda: not server.pids, "the end of the stopped process")

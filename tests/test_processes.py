@@ -142,10 +142,17 @@ def versions(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-QUICK = """
+# Each of these fails once; a process that hangs is replaced after 4 s.
+BROKEN = """
 from de3.cli import main
 from de3.server.processes import group
+from de3.server.processes.channel import Channel
+from de3.server.processes.connections import Connections
+from de3.server.processes.metrics import SharedMetrics
+from tests.test_background import fails_once
 
+for owner, name in ((SharedMetrics, "_read"), (Channel, "_receive"), (Connections, "_accept")):
+    setattr(owner, name, fails_once(getattr(owner, name)))
 group.LOOP_CHECKS = 4
 main()
 """
@@ -161,10 +168,19 @@ def server(versions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         systemd.bind(f"{folder}/notify")
         systemd.settimeout(60)
         patch.setenv("NOTIFY_SOCKET", f"{folder}/notify")
-        with running(versions, *options.split(), code=QUICK, key=USER) as one:
+        with running(versions, *options.split(), code=BROKEN, key=USER) as one:
             (folder / "keys").unlink()  # a process that replaces another has the keys of the start
             one.systemd = systemd
             yield one
+
+
+def test_a_supervisor_goes_on_after_errors(server: Running) -> None:
+    for task in ("reading_metrics", "process", "event_loop"):
+        until(lambda task=task: server.metric("de3_background_errors_total", task=task) == 1, task)
+        assert server.logged(f"{task.replace('_', ' ')} failed")
+    assert server.metric("de3_replaced_processes_total") == 1
+    assert server.get("/ready").status_code == 200
+    until(lambda: server.logged(r"process \d is replaced, after"), "the replacement")
 
 
 def test_the_processes_share_the_weights_and_count_together(server: Running) -> None:

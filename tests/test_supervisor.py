@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
-from dataclasses import replace
 from itertools import chain, product, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import orjson
 import pytest
 
 from de3.model_store.manifest import encoder_hashes, fingerprint
@@ -32,12 +30,11 @@ from de3.server.processes import connections, group, supervisor
 from de3.server.processes.channel import Channel, ChannelClosedError
 from de3.server.processes.connections import Connections
 from de3.server.processes.group import ANSWER_CHECKS, LOAD_CHECKS, LOOP_CHECKS, Group, Process
-from de3.server.processes.messages import decode, encode
 from de3.server.processes.metrics import SharedMetrics
 from de3.server.processes.models import SharedModels
 from de3.server.processes.receiver import CLOSED, CONNECTION
 from de3.server.processes.remote import MAX_UNSENT_BYTES, RemoteAuditStore
-from de3.server.processes.samples import Family, families_from
+from de3.server.processes.samples import Family
 from de3.server.processes.supervisor import ENDS_S, MAX_ENDS, MAX_STARTS, RETRY_S, ServerError, Supervisor
 from de3.server.processes.weights import Weights
 from de3.server.processes.worker import State, Worker
@@ -89,7 +86,7 @@ class Idle(Supervisor):
     """
 
     def __init__(self, store: Path, processes: int = 2) -> None:
-        super().__init__(Settings(store=store, processes=processes), (), [])
+        super().__init__(Settings(store=store, processes=processes, drain_s=600), (), [])
         self._over = self.over = asyncio.get_running_loop().create_future()
         self.group, self.pauses = self._group, list[float]()
 
@@ -103,6 +100,10 @@ class Idle(Supervisor):
     def ends(self, process: Process) -> None:
         """What happens when a process ends."""
         self._gone(process)
+
+    def signal(self) -> None:
+        """What happens at SIGTERM."""
+        self._signalled()
 
     async def fail(self, times: int) -> list[float]:
         """Fail to start process 1 a number of times; returns the pauses."""
@@ -128,18 +129,6 @@ def attached() -> Iterator[tuple[Worker, socket.socket, socket.socket]]:
 
 async def never() -> None:
     await asyncio.Event().wait()
-
-
-def test_values_of_messages_arrive_as_they_were(store: Path) -> None:
-    artifact = replace(Store(store).open("tiny-int8"), proof=Path("proof"), sources={"a": 2**60})
-    values = (
-        State([plan_to("load", artifact), plan_to("unload")], {"tiny": Route(2, before=[1])}),
-        Settled("me", 1, 0.5, [0, 1], [2**64 - 1], [[0.5, None]], [[True, False]]),
-    )
-    for value in values:
-        assert decode(type(value), orjson.loads(encode(value))) == value
-    metric = Family("x", "", "gauge", [("x", {"a": "b"}, float("nan")), ("x", {}, 1.5)])
-    assert repr(families_from(orjson.loads(encode([metric])))) == repr([metric])
 
 
 @pytest.mark.parametrize(
@@ -435,6 +424,21 @@ async def test_failed_starts_in_a_row_end_the_server_unless_another_process_is_r
         other.is_ready = other.is_loaded = False
         assert await server.fail(1) == []
         assert isinstance(reason := await server.over, ServerError) and str(reason) == "no memory"
+
+
+@in_event_loop
+async def test_a_server_drains_at_the_first_signal_stops_at_the_second_and_kills_at_the_third(
+    store: Path,
+) -> None:
+    server, drained = Idle(store), asyncio.Event()
+    async with member(1, server.group, is_ready=True, drain=drained.set) as process:
+        server.signal()
+        await drained.wait()
+        assert not server.over.done()
+        server.signal()
+        assert await server.over is None and process.os_process.poll() is None
+        server.signal()
+        assert await asyncio.to_thread(process.os_process.wait) == -signal.SIGKILL
 
 
 @in_event_loop
