@@ -5,7 +5,6 @@ import json
 import select
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -22,7 +21,6 @@ from httptools import HttpParserError
 
 from de3.server.background import errors
 from de3.server.http import connection, listener
-from de3.server.http.connection import PROBE_S
 from de3.server.http.fair import AT_ONCE
 from de3.server.http.listener import BaseConnection, Listener
 from de3.server.http.parser import (
@@ -33,7 +31,6 @@ from de3.server.http.parser import (
     RequestParser,
 )
 from de3.server.settings import Settings
-from de3.server.shared_run import MAX_WAITING
 from de3.server.shares import Shares
 from tests.serving import Server, in_event_loop, serving, until
 
@@ -466,63 +463,26 @@ def test_idle_clients_keep_no_new_one_out(small: Server) -> None:
     assert dropped() == before + 5
 
 
-def waiting(server: Server) -> int:
-    return sum(c.state == connection.RESPONSE for c in list(server.listener.connections))
-
-
-def test_a_get_ends_when_its_client_leaves(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    going_on = threading.Event()
-    monkeypatch.setattr(
-        "de3.server.audit.coordinator.report", lambda *_: (going_on.wait(60), {"tenants": []})[1]
-    )
-    request = GET % (b"/v1/models/tiny/audit", b"")
-    with serving(store, models=["tiny"], audit_share=1.0) as server, ExitStack() as stack:
-        stack.callback(going_on.set)
-        for _ in range(24):
-            with connect(server) as leaving:
-                leaving.sendall(request)
-        rejected = partial(server.metric, "de3_rejected_total")
-        until(lambda: rejected(cause="client_gone") + rejected(cause="busy") == 24, "the requests to end")
-        until(lambda: not server.listener.connections, "the connections to end")
-        staying = [stack.enter_context(connect(server)) for _ in range(MAX_WAITING)]
-        for one in staying:
-            one.sendall(request)
-        until(lambda: waiting(server) == MAX_WAITING, "the requests to wait")
-        with connect(server) as another:
-            status, body = ask(another, request)
-            assert status == 503 and "16 requests are already waiting for it" in body["error"]["message"]
-        going_on.set()
-        for one in staying:  # one report answers all of them
-            assert answer(one) == (200, {"tenants": [], "object": "audit"})
-
-
-def test_a_half_closed_client_gets_its_answers(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The connection is probed while the second request waits for its turn.
-    monkeypatch.setattr(server.listener, "wait_for_pipelined", lambda: 3 * PROBE_S)
-    with connect(server) as s:
-        s.sendall(2 * REQUEST)
-        s.shutdown(socket.SHUT_WR)
-        assert answer(s, may_continue=True)[0] == 200 == answer(s, may_continue=True)[0] and is_closed(s)
-    with connect(server) as s:
-        s.sendall(REQUEST[:-1])
-        s.shutdown(socket.SHUT_WR)
-        assert s.recv(1) == b""  # an incomplete request gets no answer
-
-
 def test_a_half_closed_client_of_a_slow_server_is_probed(
     quiet: Server, starts: list[Callable[[], None]]
 ) -> None:
-    for version in (b"1.1", b"1.0"):
+    for version, count in ((b"1.1", 2), (b"1.0", 1)):
         with connect(quiet) as s:
-            s.sendall(REQUEST.replace(b"1.1", version))
+            s.sendall(count * REQUEST.replace(b"1.1", version))
             s.shutdown(socket.SHUT_WR)
             if version == b"1.1":
                 assert s.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
-            until(lambda: starts, "the request")
-            loop = next(iter(quiet.listener.connections)).loop
-            loop.call_soon_threadsafe(starts.pop())
-            assert answer(s)[0] == 200 and is_closed(s)
+            for _ in range(count):
+                until(lambda: starts, "the request")
+                loop = next(iter(quiet.listener.connections)).loop
+                loop.call_soon_threadsafe(starts.pop())
+                assert answer(s, may_continue=True)[0] == 200
+            assert is_closed(s)
         until(lambda: not quiet.listener.connections, "the connection to be forgotten")
+    with connect(quiet) as s:
+        s.sendall(REQUEST[:-1])
+        s.shutdown(socket.SHUT_WR)
+        assert s.recv(1) == b""  # an incomplete request gets no answer
 
 
 def test_a_request_whose_client_leaves_before_its_turn_is_counted(

@@ -164,23 +164,14 @@ def test_the_image_imports(compose: Compose, stock: Path, tmp_path: Path) -> Non
     assert calibration is not None and calibration.self_labelled
 
 
-def test_prometheus_scrapes_it(compose: Compose) -> None:
-    def up() -> bool:
-        targets = httpx.get(compose.prometheus + "/api/v1/targets").json()["data"]["activeTargets"]
-        found = {t["labels"]["job"]: t["health"] for t in targets}
-        return found == {"de3": "up", "prometheus": "up"}
-
-    until(up, "both targets to be up")
-    rules = httpx.get(compose.prometheus + "/api/v1/rules").json()["data"]["groups"]
-    assert {group["name"] for group in rules} == {"de3", "de3-alerts"}
-
-
-def test_the_loadtest_profile_sends_traffic(compose: Compose) -> None:
+def test_prometheus_sees_the_traffic_of_the_loadtest_profile(compose: Compose) -> None:
     def answered() -> float:
         query = {"query": 'sum(de3_requests_total{status="200"})'}
         found = httpx.get(compose.prometheus + "/api/v1/query", params=query).json()["data"]["result"]
         return float(found[0]["value"][1]) if found else 0.0
 
+    rules = httpx.get(compose.prometheus + "/api/v1/rules").json()["data"]["groups"]
+    assert {group["name"] for group in rules} == {"de3", "de3-alerts"}
     before = answered()
     compose("--profile", "loadtest", "up", "--detach", "loadtest")
     # Each of a hundred texts is first sent alone. Then the first wave starts.
@@ -193,19 +184,28 @@ def waiting(compose: Compose) -> float:
     return float(next(x for x in lines if x.startswith("de3_queue_texts ")).split()[1])
 
 
-def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
-    """Short requests while a server ends are those of test_processes.py and test_supervisor.py."""
+def test_a_restart_loses_neither_accepted_requests_nor_the_evidence_of_audits(compose: Compose) -> None:
+    """The state is in a volume that the container's user can write to."""
 
     def long(number: int) -> int:
         return httpx.post(compose.url + "/classify", json=SLOW, timeout=180).status_code
 
     # On a busy machine, requests that take a second may take longer than the default limits.
-    compose.up(DE3_TIMEOUT_S="150", STOP_GRACE="160s")
+    compose.up(DE3_GUARANTEE="0.1", DE3_TIMEOUT_S="150", STOP_GRACE="160s")
+    path = compose.url + "/v1/models/sst2/audit"
+    texts = [f"a lovely film , number {n}" for n in range(200)]
+    httpx.post(compose.url + "/classify", json={"input": texts}, timeout=60)
+    until(lambda: httpx.get(path).json()["tau"]["reason"] == "evidence", "the audits")
+    before = httpx.get(path).json()
     with ThreadPoolExecutor(3) as pool:
         longs = [pool.submit(long, n) for n in range(3)]
         until(lambda: waiting(compose) > 96, "two long requests to be accepted")
         compose.restart()
         assert [done.result() for done in longs] == [200] * 3
+    after = httpx.get(path).json()
+    for name in ("tau", "audits", "since"):
+        assert after[name] == before[name]
+    compose.up()
 
 
 def test_a_store_can_be_mounted(compose: Compose, store: Path) -> None:
@@ -216,21 +216,6 @@ def test_a_store_can_be_mounted(compose: Compose, store: Path) -> None:
         compose.up(MODELS=str(mounted), DE3_MODELS="tiny-int8")
     answer = httpx.post(compose.url + "/classify", json={"input": "a lovely film"})
     assert answer.json()["model"] == "tiny-int8:1"
-
-
-def test_the_evidence_of_audits_survives_a_restart(compose: Compose) -> None:
-    """The state is in a volume that the container's user can write to."""
-    compose.up(DE3_GUARANTEE="0.1")
-    path = compose.url + "/v1/models/sst2/audit"
-    texts = [f"a lovely film , number {n}" for n in range(200)]
-    httpx.post(compose.url + "/classify", json={"input": texts}, timeout=60)
-    until(lambda: httpx.get(path).json()["tau"]["reason"] == "evidence", "the audits")
-    before = httpx.get(path).json()
-    compose.restart()
-    after = httpx.get(path).json()
-    for name in ("tau", "audits", "since"):
-        assert after[name] == before[name]
-    compose.up()
 
 
 def test_keys_come_in_files(compose: Compose) -> None:

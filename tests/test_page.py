@@ -362,12 +362,12 @@ def test_refusals_are_the_servers_own_words(page: Page) -> None:
     expect(page.locator("#summary")).to_contain_text("Type a text")
 
 
-def live(page: Page, server: Server) -> tuple[str, list[str]]:
-    """The speed-up and the shares of the layers, once the page has read what the server has counted."""
+def shows(page: Page, server: Server, speedup: str, shares: list[str]) -> None:
+    """Check the speed-up and the shares of the layers, once the page has read what the server has counted."""
     until(lambda: server.service.in_flight == 0, "all texts to be counted")
     poll(page, 1)
-    shares = [text.rpartition("\n")[2] for text in page.locator("#exits li").all_inner_texts()]
-    return page.locator("#speedup").inner_text(), shares
+    expect(page.locator("#speedup")).to_have_text(speedup)
+    assert [text.rpartition("\n")[2] for text in page.locator("#exits li").all_inner_texts()] == shares
 
 
 def test_live_figures_come_from_the_metrics_without_the_pages_comparisons(
@@ -382,10 +382,10 @@ def test_live_figures_come_from_the_metrics_without_the_pages_comparisons(
     with page.expect_response(lambda got: '"tau":0' in (got.request.post_data or "")):
         page.fill("#text", "A wonderful film.")
     expect(page.locator("#summary")).to_contain_text("Full depth agrees")
-    assert live(page, server) == ("over 100×", ["100%", *["0%"] * 6])
+    shows(page, server, "over 100×", ["100%", *["0%"] * 6])
     server.classify(input=["A wonderful film."] * 59, tau=1)  # exit at the embeddings
     server.classify(input=["A wonderful film."] * 30, tau=0)
-    assert live(page, server) == ("3.0×", ["67%", *["0%"] * 5, "33%"])
+    shows(page, server, "3.0×", ["67%", *["0%"] * 5, "33%"])
     expect(page.locator("#rate")).not_to_have_text("–")
     expect(page.locator("#p99")).to_contain_text("ms")
 

@@ -20,7 +20,6 @@ import httpx
 import pytest
 
 from de3.loadtest.client import post
-from de3.model_store.tokenizer import TextTokenizer
 from de3.server import manager
 from de3.server.http import connection
 from de3.server.http.http_server import ACCEPTS, HttpServer, stop_signals
@@ -90,26 +89,14 @@ def test_a_text_whose_client_leaves_stops_at_a_layer(server: Server, monkeypatch
     assert ran == [1]
 
 
-def test_one_bad_text_frees_the_room_of_its_request(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, entered, go_on = TextTokenizer.encode, Event(), Event()
-
-    def slow(tokenizer: TextTokenizer, texts: list, **options: bool) -> object:
-        if texts[0][0] == "wait":
-            entered.set()
-            go_on.wait(20)
-        return encode(tokenizer, texts, **options)
-
-    with serving(store, threads=2, models=["tiny"]) as server, ThreadPoolExecutor(2) as pool:
-        monkeypatch.setattr(TextTokenizer, "encode", slow)
-        other = pool.submit(server.classify, input="wait")
-        assert entered.wait(20)
-        entered.clear()
-        # The other request occupies one thread; the second thread fails at the first of these texts.
-        failed = server.classify(input=["good " * 80] + ["wait"] * 50, truncate=False)
-        assert failed.status_code == 422 and failed.json()["error"]["param"] == "input[0]"
-        until(lambda: len(server.service.engine.queue) == 0, "the room to be free")
-        go_on.set()
-        assert other.result().status_code == 200
+def test_of_a_request_with_a_bad_text_no_later_text_runs(server: Server) -> None:
+    ran = partial(server.metric, "de3_exit_layer_count", model="tiny:1")
+    before = ran()
+    failed = server.classify(input=["good " * 80] + ["good"] * 50, truncate=False)
+    assert failed.status_code == 422 and failed.json()["error"]["param"] == "input[0]"
+    assert server.classify(input="good").status_code == 200
+    until(lambda: ran() > before, "the last text to be counted")
+    assert ran() == before + 1
 
 
 def test_a_server_says_that_it_is_loading_ready_or_draining(
@@ -237,7 +224,6 @@ def test_a_damaged_model_ends_the_server_with_the_reason(
     ("arguments", "names"),
     [
         ("--port 70000", "port:"),
-        ("--store /nowhere", "/nowhere:"),
         ("--demo", "--store"),
         ("--model [/x]", "'[/x]'"),
         ("--model tiny --port {taken}", "--port"),
