@@ -16,7 +16,7 @@ from de3.server import background, service
 from de3.server.audit import ledgers
 from de3.server.audit.auditor import Auditor
 from de3.server.audit.ledgers import Ledgers
-from de3.server.background import Backoff, errors, keep_running, report_unhandled, run_once
+from de3.server.background import Backoff, errors, report_unhandled, run_once
 from de3.server.engine import audit
 from de3.server.engine.engine import Engine
 from de3.server.errors import RequestError
@@ -128,18 +128,6 @@ def test_pauses_grow_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pauses[:3] == [0.1, 0.2, 0.4] and pauses[-2:] == [30.0, 30.0]
     now[0] += 30.1  # it ran for longer than the longest pause
     assert backoff.pause_s() == 0.1
-
-
-@in_event_loop
-async def test_a_task_is_started_again_until_it_returns_or_is_cancelled() -> None:
-    task = mock.AsyncMock(side_effect=[UNEXPECTED, None])
-    await keep_running("a task", task)  # type: ignore[arg-type]
-    forever = keep_running("forever", asyncio.Event().wait)
-    await asyncio.sleep(0)
-    forever.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await forever
-    assert task.call_count == 2 and errors == {"a task": 1}
 
 
 def test_errors_that_nobody_awaits_are_reported(caplog: pytest.LogCaptureFixture) -> None:

@@ -43,13 +43,6 @@ def test_every_service_has_limits() -> None:
     assert int(services["server"]["mem_limit"]) == 2**30
 
 
-def test_limits_can_be_set() -> None:
-    services = config(SERVER_MEMORY="3g", SERVER_PIDS="99", SERVER_FILES="77")["services"]
-    server = services["server"]
-    assert int(server["mem_limit"]) == int(server["memswap_limit"]) == 3 * 2**30
-    assert (server["pids_limit"], server["ulimits"]["nofile"]) == (99, 77)
-
-
 @pytest.mark.parametrize("password", ["", "true love $5"])
 def test_grafana_creates_an_admin_only_with_a_password(password: str) -> None:
     """Grafana's default, which an empty variable leaves unchanged, is the user admin with the password admin."""

@@ -55,24 +55,20 @@ def keyed(store: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with two classifiers without exits, of 12 labels: intents, and topics, which is multi-label.
-
-    And with tags, a token classifier with exits.
-    """
+    """A store with topics, a multi-label classifier without exits, and tags, a token classifier with exits."""
     folder = tmp_path_factory.mktemp("stock")
-    store = Store(folder / "store")
-    for name, kind in (("intents", "single_label_classification"), ("topics", "multi_label_classification")):
-        source = save_encoder(folder / name, labels=12)
-        config = json.loads((source / "config.json").read_text()) | {"problem_type": kind}
-        (source / "config.json").write_text(json.dumps(config))
-        convert(Stock.open("my-org/stock", source), store, name, "int8")
+    store, source = Store(folder / "store"), save_encoder(folder / "topics", labels=12)
+    config = json.loads((source / "config.json").read_text())
+    config["problem_type"] = "multi_label_classification"
+    (source / "config.json").write_text(json.dumps(config))
+    convert(Stock.open("my-org/stock", source), store, "topics", "int8")
     with_random_exits(token_classifier(tmp_path_factory, "bert"), store, "tags", "int8")
     return folder / "store"
 
 
 @pytest.fixture(scope="module")
 def tagged(stock: Path) -> Iterator[Server]:
-    with serving(stock, models=["tags", "intents"], default_model="tags") as running:
+    with serving(stock, models=["tags", "topics"], default_model="tags") as running:
         yield running
 
 
@@ -80,28 +76,28 @@ def tagged(stock: Path) -> Iterator[Server]:
 def full_depth(stock: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that audits and keeps records, but does not learn."""
     folder = tmp_path_factory.mktemp("state")
-    with serving(stock, models=["intents", "topics"], audit_share=1.0, state_dir=folder) as running:
+    with serving(stock, models=["topics"], audit_share=1.0, state_dir=folder) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def learning(stock: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("learned")
-    with serving(stock, models=["intents"], guarantee=0.02, learn=True, state_dir=folder) as running:
+    with serving(stock, models=["topics"], guarantee=0.02, learn=True, state_dir=folder) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def tab(browser: Browser) -> Iterator[Page]:
     """A tab that the tests share, because a new one takes longer than most of them."""
-    with browser.new_context() as context:
+    with browser.new_context(reduced_motion="reduce") as context:
         yield context.new_page()
 
 
 @pytest.fixture(scope="module")
 def clocked_tab(browser: Browser) -> Iterator[Page]:
     """A tab whose clock a test can advance."""
-    with browser.new_context() as context:
+    with browser.new_context(reduced_motion="reduce") as context:
         context.clock.install()
         yield context.new_page()
 
@@ -247,50 +243,37 @@ def changing(page: Page, full_depth: dict[str, Any] | None = None, **fields: Any
     page.route("**/classify", change)
 
 
-def test_a_model_without_exits(tab: Page, full_depth: Server) -> None:
+def test_a_multi_label_model_without_exits(tab: Page, full_depth: Server) -> None:
     for page in visited(tab, full_depth):
         page.fill("#text", "a good film")
         expect(page.locator("#summary")).to_contain_text("ran all 3 layers")
-        expect(page.locator("#no-exits")).to_have_text(
-            "intents:1 has no exits: every text runs through all 3 layers."
+        expect(page.locator("#no-exits")).to_contain_text(
+            "topics:1 has no exits: every text runs through all"
         )
-        expect(page.locator("code")).to_have_text(
-            [
-                "de3 import my-org/stock --texts texts.txt --name with-exits",
-                "de3 serve my-org/stock --learn --guarantee 0.02",
-            ]
-        )
-        expect(page.locator("#measured")).to_have_text(
-            "There is nothing to measure: every text runs to full depth."
-        )
+        commands = [
+            "de3 import my-org/stock --texts texts.txt --name with-exits",
+            "de3 serve my-org/stock --learn --guarantee 0.02",
+        ]
+        expect(page.locator("code")).to_have_text(commands)
+        expect(page.locator("#measured")).to_contain_text("There is nothing to measure")
         for gone in ("#slider", "#compare", "#layers", "#curve", "#exits", "#speedup"):
             expect(page.locator(gone)).to_be_hidden()
 
         row = full_depth.classify(input="a good film").json()["data"][0]
+        assert 0 < len(row["labels"]) < 12
+        expect(page.locator("#summary strong")).to_have_text(", ".join(row["labels"]))
         ranked = sorted(range(12), key=lambda k: -row["probs"][k])
         names = page.locator("#classes li span:first-child")
         expect(names).to_have_text([f"LABEL_{k}" for k in ranked[:10]])
         page.get_by_role("button", name="2 more").click()
         expect(names).to_have_text([f"LABEL_{k}" for k in ranked])
-        page.get_by_role("button", name="Show 10").click()
-        expect(names).to_have_count(10)
-
-
-def test_the_labels_of_a_multi_label_model(tab: Page, full_depth: Server) -> None:
-    for page in visited(tab, full_depth):
-        page.locator("#model").select_option("topics:1")
-        page.fill("#text", "a good film")
-        row = full_depth.classify(model="topics", input="a good film").json()["data"][0]
-        assert 0 < len(row["labels"]) < 12
-        expect(page.locator("#summary strong")).to_have_text(", ".join(row["labels"]))
-        page.get_by_role("button", name="2 more").click()
         expect(page.locator("#classes .assigned")).to_have_count(len(row["labels"]))
         expect(page.locator("#classes .marker")).to_have_count(12)
         expect(page.locator("#assigned")).to_contain_text("above its threshold")
-        best = max(row["probs"])
-        expect(page.locator("#classes li").first).to_contain_text(f"{best * 100:.1f}% > 50% ✓")
+        expect(page.locator("#classes li").first).to_contain_text(f"{max(row['probs']) * 100:.1f}% > 50% ✓")
         expect(page.locator("#classes li").last).to_contain_text(" ≤ 50%")
         page.get_by_role("button", name="Show 10").click()
+        expect(names).to_have_count(10)
 
 
 def test_full_depth_is_shown_beside_an_early_answer(page: Page) -> None:
@@ -396,7 +379,6 @@ def test_wcag(tab: Page, server: Server, full_depth: Server) -> None:
         expect(page.locator("#exits li")).to_have_count(7)
         accessible(page)
     for page in visited(tab, full_depth):
-        page.locator("#model").select_option("topics:1")
         page.fill("#text", "a good film")
         page.get_by_role("button", name="2 more").click()
         expect(page.locator("#classes li")).to_have_count(12)
@@ -407,7 +389,7 @@ def accessible(page: Page) -> None:
     """WCAG is kept; on a phone, the answer is under the text, and nothing scrolls horizontally."""
     tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
     for scheme, width in (("light", 1280), ("dark", 360)):
-        page.emulate_media(reduced_motion="reduce", color_scheme=scheme)  # type: ignore[arg-type]
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         page.set_viewport_size({"width": width, "height": 720})
         found = Axe().run(page, options={"runOnly": {"type": "tag", "values": tags}})
         assert found.violations_count == 0, found.generate_report()
@@ -415,7 +397,7 @@ def accessible(page: Page) -> None:
     places = [part.bounding_box() for part in page.locator("main section").filter(visible=True).all()]
     text, answer = (page.locator(f"section:has({part})").bounding_box() for part in ("#text", "#summary"))
     assert [text, answer] == sorted(filter(None, places), key=lambda box: box["y"])[:2]
-    page.emulate_media(reduced_motion="null", color_scheme="null")
+    page.emulate_media(color_scheme="null")
     page.set_viewport_size({"width": 1280, "height": 720})
 
 
@@ -705,7 +687,7 @@ def test_spans_are_marked_in_the_text_or_redacted(tab: Page, tagged: Server) -> 
         expect(page.locator("mark")).to_have_count(0)
         (row,) = tagged.classify(input=SPANS, redact=True).json()["data"]
         expect(page.locator("#marked")).to_have_text(row["text"])
-        page.locator("#model").select_option("intents:1")
+        page.locator("#model").select_option("topics:1")
         expect(page.locator("#classes li")).to_have_count(10)
         expect(page.locator("#marked")).to_be_hidden()
         expect(page.get_by_label("Redact")).to_be_hidden()
