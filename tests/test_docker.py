@@ -195,7 +195,12 @@ def test_a_restart_loses_neither_accepted_requests_nor_the_evidence_of_audits(co
     path = compose.url + "/v1/models/sst2/audit"
     texts = [f"a lovely film , number {n}" for n in range(200)]
     httpx.post(compose.url + "/classify", json={"input": texts}, timeout=60)
-    until(lambda: httpx.get(path).json()["tau"]["reason"] == "evidence", "the audits")
+
+    def are_done() -> bool:
+        report = httpx.get(path).json()
+        return report["tau"]["reason"] == "evidence" and report["pending"] == 0
+
+    until(are_done, "the audits")
     before = httpx.get(path).json()
     with ThreadPoolExecutor(3) as pool:
         longs = [pool.submit(long, n) for n in range(3)]

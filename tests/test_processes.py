@@ -31,7 +31,8 @@ from tests.fixtures import make_rows
 from tests.serving import CERTIFICATES, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-ADMIN, USER, OTHER = "an-admin-key-of-some-length", "a-user-key-of-some-length", "another-key-of-some-length"
+ADMIN, USER = "an-admin-key-of-some-length", "a-user-key-of-some-length"
+OTHER, THIRD = "another-key-of-some-length", "a-third-key-of-some-length"
 TEXTS = [text for text, _ in make_rows(600, 91)]
 
 
@@ -161,7 +162,7 @@ main()
 @pytest.fixture(scope="module")
 def server(versions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("keys")
-    (folder / "keys").write_text(f"someone {USER}\nother {OTHER}\n")
+    (folder / "keys").write_text(f"someone {USER}\nother {OTHER}\nthird {THIRD}\n")
     options = f"--model tiny:1 --guarantee 0.2 --log-format text --api-keys-file {folder}/keys --drain-s 600"
     options += " --rate-limit 10000/day --slo-p99-ms 600000"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd, pytest.MonkeyPatch.context() as patch:
@@ -279,7 +280,8 @@ def test_a_process_that_ends_or_hangs_is_replaced_and_its_counts_remain(
     def is_replaced() -> bool:
         """Meanwhile, the other process answers, or the new one once it has loaded the models."""
         nonlocal counted
-        with httpx.Client(base_url=server.url, headers=server.headers, verify=CERTIFICATES) as client:
+        headers = {"Authorization": f"Bearer {THIRD}"}  # which has a rate limit of its own
+        with httpx.Client(base_url=server.url, headers=headers, verify=CERTIFICATES) as client:
             classify(client, input="good")
         counted += 1
         assert server.get("/ready").status_code == 200
